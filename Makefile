@@ -1,0 +1,44 @@
+# make help lists what there is. Everything installed goes to .venv; PYTHON chooses the interpreter that makes it.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Never the hub: what runs here comes from the package index.
+OFFLINE := HF_HUB_OFFLINE=1
+
+.PHONY: help demo test check bench clean
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
+
+demo: .venv/.installed  ## fine-tune a real model, prune and merge it, print what each result scores
+	@$(OFFLINE) $(BIN)/python benchmarks/demo.py
+
+test: .venv/.installed-dev  ## the tests
+	$(BIN)/python -m pytest -q -n 2
+
+check: .venv/.installed-dev  ## ruff, format, mypy --strict, import contracts, tests
+	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check.sh
+
+bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour, 5 GB in .bench
+	$(BIN)/python benchmarks/merge_speed.py
+
+clean:  ## remove what the targets made, the environment too
+	rm -rf .venv .demo .bench
+
+# A stamp newer than pyproject.toml says that its dependencies are installed.
+.venv/.installed: pyproject.toml
+	$(call install,.[fast])
+	@touch $@
+
+.venv/.installed-dev: pyproject.toml
+	$(call install,.[fast,dev])
+	@touch .venv/.installed $@
+
+new_enough := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: PYTHON=python3.12 make ...")'
+
+define install
+	@test -x $(BIN)/python || { $(PYTHON) -c $(new_enough) && $(PYTHON) -m venv --clear .venv; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	@echo "installing '$(1)' into .venv" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(1)'
+endef

@@ -1,0 +1,119 @@
+"""What a whole process costs: wall, CPU, peak memory; and the roofline it is held against. Linux only."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+BUFFER = 1 << 22
+FIELD = re.compile(r"^(RssAnon|RssShmem|VmRSS|VmHWM):\s+(\d+) kB", re.MULTILINE)
+THREADS = re.compile(r"(OMP|MKL|OPENBLAS|NUMBA)_NUM_THREADS|MALLOC_.*")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One process: wall seconds, user + system CPU seconds, peak anonymous and resident megabytes (10⁶)."""
+
+    wall: float
+    cpu: float
+    anonymous: float
+    resident: float
+
+
+def family(pid: int) -> Iterator[int]:
+    """A process and all below it."""
+    yield pid
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            yield from family(int(child))
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """Anonymous and resident kB of a process and all below it; shared memory counts as anonymous."""
+    anonymous = resident = highest = 0
+    try:
+        for member in family(pid):
+            fields = {k: int(v) for k, v in FIELD.findall(Path(f"/proc/{member}/status").read_text())}
+            anonymous += fields.get("RssAnon", 0) + fields.get("RssShmem", 0)
+            resident += fields.get("VmRSS", 0)
+            highest = max(highest, fields.get("VmHWM", 0))
+    except (FileNotFoundError, ProcessLookupError):
+        pass  # it ended between two reads: what was seen counts
+    return anonymous, max(resident, highest)
+
+
+def measure(arguments: Sequence[str], extra: Mapping[str, str], log: Path, interval: float = 0.01) -> Run:
+    """Run a process to its end; CPU from wait4, memory sampled every `interval` seconds.
+
+    wait4's ru_maxrss is of no use: a child starts with the peak of the process that forked it.
+    """
+    environment = {k: v for k, v in os.environ.items() if not THREADS.fullmatch(k)}
+    environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | dict(extra)
+    peaks = [0, 0]
+    ended = threading.Event()
+
+    def sample(pid: int) -> None:
+        while not ended.wait(interval):
+            peaks[:] = map(max, peaks, memory(pid))
+
+    with open(log, "w", encoding="utf-8") as stream:
+        start = time.perf_counter()
+        process = subprocess.Popen(
+            arguments, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
+        )
+        sampler = threading.Thread(target=sample, args=(process.pid,))
+        sampler.start()
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+            wall = time.perf_counter() - start
+            process.returncode = os.waitstatus_to_exitcode(status)
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            ended.set()
+            sampler.join()
+    if status:
+        tail = log.read_text(encoding="utf-8", errors="replace")[-3000:]
+        sys.exit(f"{shlex.join(arguments)}: exit status {process.returncode}\n{tail}")
+    anonymous, resident = (peak * 1024 / 1e6 for peak in peaks)
+    return Run(wall, usage.ru_utime + usage.ru_stime, anonymous, resident)
+
+
+def read_through(path: Path, buffer: memoryview, out: Path | None = None) -> None:
+    """Read a file with one thread into a small buffer; write it to `out`, if given."""
+    with ExitStack() as stack:
+        source = stack.enter_context(open(path, "rb", buffering=0))
+        target = stack.enter_context(open(out, "wb", buffering=0)) if out else None
+        while count := source.readinto(buffer):
+            if target:
+                target.write(buffer[:count])
+
+
+def warm(models: Sequence[Path]) -> None:
+    """Read every input once, and settle what earlier runs wrote."""
+    buffer = memoryview(bytearray(BUFFER))
+    for model in models:
+        for file in sorted(model.iterdir()):
+            read_through(file, buffer)
+    os.sync()
+
+
+def roofline(models: Sequence[Path], out: Path) -> float:
+    """Seconds one thread takes to copy the first input (as large as the output) and read the others once."""
+    buffer = memoryview(bytearray(BUFFER))
+    out.mkdir(parents=True)
+    start = time.perf_counter()
+    for model in models:
+        for file in sorted(model.glob("*.safetensors")):
+            read_through(file, buffer, out / file.name if model == models[0] else None)
+    return time.perf_counter() - start

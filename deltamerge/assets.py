@@ -1,0 +1,65 @@
+"""Config, tokenizer, chat template and processor files: copied, changed only where the merge changes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+from deltamerge.errors import InputError
+from deltamerge.plan import Plan
+
+TOKENIZER = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
+    "chat_template*", "spiece*", "sentencepiece*",
+)  # fmt: skip
+MODEL = (
+    "generation_config.json", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
+    "video_processor*.json", "feature_extractor*.json",
+)  # fmt: skip
+TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+
+
+def asset_files(plan: Plan) -> dict[str, Path]:
+    """Output name -> source of every file copied as it is; config.json is written by `config`."""
+    template = plan.inputs.template.checkpoint.path
+    vocabulary = (plan.inputs.vocabulary or plan.inputs.template).checkpoint.path
+    return {**_matching(template, MODEL), **_matching(vocabulary, TOKENIZER)}
+
+
+def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    found = {n: folder / n for n in names if any(fnmatchcase(n, p) for p in patterns)}
+    return {n: p for n, p in found.items() if not n.endswith((".safetensors", ".index.json"))}
+
+
+def config(plan: Plan) -> dict[str, Any]:
+    """The template's config with the output's dtype and vocabulary size."""
+    result = dict(plan.inputs.template.checkpoint.config)
+    dtypes = {output.dtype for output in plan.outputs if output.dtype in TORCH_NAMES}
+    wanted = TORCH_NAMES[dtypes.pop()] if len(dtypes) == 1 else None
+    stated = result.get("dtype", result.get("torch_dtype"))
+    if wanted is not None and stated != wanted:
+        result["dtype"] = result["torch_dtype"] = wanted
+    if plan.inputs.vocabulary is not None:
+        size = plan.inputs.vocabulary.checkpoint.config.get("vocab_size")
+        if size is not None and "vocab_size" in result:
+            result["vocab_size"] = size
+    return result
+
+
+def write_assets(plan: Plan, folder: Path) -> None:
+    """Put every file but weights, card, recipe and lock into `folder`."""
+    for name, source in asset_files(plan).items():
+        try:
+            shutil.copyfile(source, folder / name)
+        except FileNotFoundError as error:
+            raise InputError(f"{source}: vanished during the run") from error
+    source_config = plan.inputs.template.checkpoint.path / "config.json"
+    merged = config(plan)
+    if merged == plan.inputs.template.checkpoint.config:
+        shutil.copyfile(source_config, folder / "config.json")
+    else:
+        (folder / "config.json").write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")

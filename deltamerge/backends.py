@@ -1,0 +1,176 @@
+"""The two ways to run a tile: torch on any device, and fused kernels (extra `fast`) on the CPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+
+from deltamerge.graph import Node, depth_first, resolve
+from deltamerge.io.checkpoint import Reader
+from deltamerge.tensors import ITEMSIZE, Tile
+
+# What `fused.KERNELS` has; listed here so that planning needs no numba (a test compares the two).
+FUSED_FUNCTIONS = frozenset({
+    "deltamerge.ops:subtract",
+    "deltamerge.ops:cast",
+    "deltamerge.prune.masks:dare",
+    "deltamerge.prune.masks:structured",
+    "deltamerge.prune.rescale:divide",
+    "deltamerge.prune.select:high_histogram",
+    "deltamerge.prune.select:low_histogram",
+    "deltamerge.prune.select:equal_counts",
+    "deltamerge.prune.select:keep_largest",
+    "deltamerge.merge.arithmetic:linear",
+    "deltamerge.merge.arithmetic:task_arithmetic",
+    "deltamerge.merge.ties:ties",
+})  # fmt: skip
+FUSED_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
+NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+
+
+class Lane(Protocol):
+    """One worker's buffers (and, on a GPU, its stream)."""
+
+    @contextmanager
+    def tile(self) -> Iterator[None]:
+        """Everything between reading a tile's inputs and writing its output."""
+
+    def read(self, node: Node, tile: Tile) -> Any:
+        """The stored values of a read node on a tile, valid until the next tile."""
+
+    def emit(self, value: Any) -> np.ndarray[Any, Any]:
+        """A finished tile as bytes on the host, valid until the next tile."""
+
+
+class Backend(Protocol):
+    def lane(self, reader: Reader) -> Lane: ...
+    def function(self, node: Node) -> Callable[..., Any]: ...
+
+
+def choose(root: Node, device: str, *, fused: bool | None = None) -> str:
+    """ "fused" if its kernels cover every step of a tensor on this device and numba is there, else "torch"."""
+    available = importlib.util.find_spec("numba") is not None if fused is None else fused
+    if device != "cpu" or not available:
+        return "torch"
+    for node in depth_first(root):
+        if node.kind == "read" and node.dtype not in FUSED_DTYPES:
+            return "torch"
+        if node.kind not in ("read", "small") and node.function not in FUSED_FUNCTIONS:
+            return "torch"
+    return "fused" if root.dtype in FUSED_DTYPES else "torch"
+
+
+def open_backend(name: str, device: str) -> Backend:
+    return FusedBackend() if name == "fused" else TorchBackend(device)
+
+
+class FusedBackend:
+    """numpy tiles through the kernels of `deltamerge.fused`; bit-equal to torch."""
+
+    def __init__(self) -> None:
+        from deltamerge.fused import KERNELS
+
+        self.kernels: dict[str, Callable[..., Any]] = KERNELS
+
+    def lane(self, reader: Reader) -> Lane:
+        return FusedLane(reader)
+
+    def function(self, node: Node) -> Callable[..., Any]:
+        return self.kernels.get(node.function) or resolve(node.function)
+
+
+class _Slots:
+    """Byte buffers reused from tile to tile, one for each read of the tile."""
+
+    def __init__(self, allocate: Callable[[int], Any]) -> None:
+        self.allocate = allocate
+        self.buffers: list[Any] = []
+        self.used = 0
+
+    def take(self, nbytes: int) -> Any:
+        if self.used == len(self.buffers):
+            self.buffers.append(self.allocate(nbytes))
+        elif len(self.buffers[self.used]) < nbytes:
+            self.buffers[self.used] = self.allocate(nbytes)
+        self.used += 1
+        return self.buffers[self.used - 1][:nbytes]
+
+
+class FusedLane:
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self.slots = _Slots(lambda nbytes: np.empty(nbytes, np.uint8))
+
+    @contextmanager
+    def tile(self) -> Iterator[None]:
+        self.slots.used = 0
+        yield
+
+    def read(self, node: Node, tile: Tile) -> Any:
+        buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
+        self.reader.read_into(node.parameter("tensor"), tile.start, buffer)
+        return buffer.view(NUMPY_DTYPES[node.dtype])
+
+    def emit(self, value: Any) -> np.ndarray[Any, Any]:
+        return value  # type: ignore[no-any-return]  # kernels give host arrays
+
+
+class TorchBackend:
+    """torch tiles on `device`; on CUDA each lane has pinned buffers and a stream, so lanes overlap copies and math."""
+
+    def __init__(self, device: str) -> None:
+        import torch
+
+        self.device = torch.device(device)
+
+    def lane(self, reader: Reader) -> Lane:
+        return TorchLane(reader, self.device)
+
+    def function(self, node: Node) -> Callable[..., Any]:
+        return resolve(node.function)
+
+
+class TorchLane:
+    def __init__(self, reader: Reader, device: Any) -> None:
+        import torch
+
+        self.reader, self.device = reader, device
+        self.on_gpu = device.type == "cuda"
+        self.stream = torch.cuda.Stream(device) if self.on_gpu else None
+        self.slots = _Slots(self._host)
+        self.results = _Slots(self._host)
+
+    def _host(self, nbytes: int) -> Any:
+        import torch
+
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.on_gpu)
+
+    @contextmanager
+    def tile(self) -> Iterator[None]:
+        import torch
+
+        self.slots.used = self.results.used = 0
+        with torch.inference_mode(), torch.cuda.stream(self.stream):
+            yield
+
+    def read(self, node: Node, tile: Tile) -> Any:
+        from deltamerge.ops import torch_dtype
+
+        buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
+        self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())
+        return buffer.view(torch_dtype(node.dtype)).to(self.device, non_blocking=True)
+
+    def emit(self, value: Any) -> np.ndarray[Any, Any]:
+        import torch
+
+        flat = value.contiguous().view(torch.uint8)
+        if self.stream is not None:
+            host = self.results.take(flat.numel())
+            host.copy_(flat, non_blocking=True)
+            self.stream.synchronize()
+            flat = host
+        return flat.numpy()  # type: ignore[no-any-return]  # torch has no stub for it

@@ -1,0 +1,356 @@
+"""Run a transformers model block by block, its weights coming from the merge's own reader.
+
+The model is built without weights (parameters on the meta device, no remote code) and every call gets its tensors
+through `torch.func.functional_call`, so nothing is ever loaded into it. A pass has three steps:
+
+    prologue   the model's own forward, with block 0 real and every other block a stub that notes how it was called
+    blocks     block after block, over all variants and batches: one block's weights are resident, and hidden states
+    epilogue   the model's own forward again, every block a stub that returns the last block's output
+
+so the result is that of the plain forward, whatever the architecture computes around its blocks. Where blocks cannot
+be told apart (`Model.whole`), or a model does something between them, the plain forward runs on all weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
+
+from deltamerge.calibrate.skeleton import checkpoint_names, find_blocks, is_linear, place_buffers, skeleton
+
+T = TypeVar("T")
+Weights = Callable[[Sequence[str]], Mapping[str, Tensor]]
+"""Checkpoint names -> tensors of any dtype and device. A pass asks for one part of the model at a time."""
+Inputs = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """`hidden` (B, T, H): last hidden state of the base model; `logits` (B, C) or (B, T, V), None without a head."""
+
+    hidden: Tensor
+    logits: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """A linear layer: `name` of its weight in the checkpoint, `bias` name, `transposed` if stored (in, out) (Conv1D)."""
+
+    name: str
+    bias: str | None
+    transposed: bool
+
+
+class Watch(Protocol):
+    """Sees the inputs of every linear layer, part by part; `leave` returns True to have the part run once more."""
+
+    def enter(self, layers: Sequence[Linear]) -> None: ...
+    def see(self, layer: Linear, x: Tensor, batch: int) -> None: ...
+    def leave(self, layers: Sequence[Linear]) -> bool: ...
+
+
+def from_reader(read: Callable[[str], Tensor]) -> Weights:
+    """Weights from a function that reads one tensor."""
+    return lambda names: {name: read(name) for name in names}
+
+
+class Model:
+    """A model of `config.architectures[0]`, whose tensors have the names `names` in the checkpoint.
+
+    parts    checkpoint names needed together: parts[0] everything outside blocks, parts[1 + i] block i
+    layers   the linear layers of each part
+    whole    True where blocks cannot be told apart: then there is one part
+    Computes on `device` in `dtype`. InputError: unknown architecture, or a parameter that the checkpoint lacks.
+    """
+
+    def __init__(
+        self,
+        config: Any,
+        names: Collection[str],
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        pad_token_id: int | None = None,
+    ) -> None:
+        self.device, self.dtype = torch.device(device), dtype
+        self.module = skeleton(config, pad_token_id)
+        self.base: nn.Module = self.module.base_model
+        self.checkpoint_name = checkpoint_names(self.module, names)  # state name -> checkpoint name
+        place_buffers(self.module, self.device, set(self.checkpoint_name))
+        self.blocks = find_blocks(self.module)
+        self._lay_out()
+
+    @property
+    def whole(self) -> bool:
+        return not self.blocks
+
+    @property
+    def headless(self) -> bool:
+        """Whether the model ends at its last hidden state."""
+        return self.base is self.module
+
+    def _lay_out(self) -> None:
+        path = {module: name for name, module in self.module.named_modules()}
+        prefixes = [path[block] + "." for block in self.blocks]
+        owner = {n: 1 + i for n in self.checkpoint_name for i, p in enumerate(prefixes) if n.startswith(p)}
+        states: list[list[str]] = [[] for _ in range(1 + len(prefixes))]
+        for name in self.checkpoint_name:
+            states[owner.get(name, 0)].append(name)
+        self._states = states
+        self._local = [{n: n.removeprefix(p) for n in states[1 + i]} for i, p in enumerate(prefixes)]
+        self.parts = [[self.checkpoint_name[n] for n in part] for part in states]
+        self._linears: list[list[tuple[nn.Module, Linear]]] = [[] for _ in states]
+        for name, module in self.module.named_modules():
+            weight = f"{name}.weight"
+            if is_linear(module) and weight in self.checkpoint_name:  # a tied head is its embedding
+                bias = self.checkpoint_name.get(f"{name}.bias")
+                layer = Linear(self.checkpoint_name[weight], bias, not isinstance(module, nn.Linear))
+                self._linears[owner.get(weight, 0)].append((module, layer))
+        self.layers = [[layer for _, layer in part] for part in self._linears]
+
+    @torch.no_grad()
+    def run(
+        self,
+        batches: Sequence[Inputs],
+        variants: Sequence[Weights],
+        reduce: Callable[[int, Output], T],
+        *,
+        watch: Watch | None = None,
+    ) -> list[list[T]]:
+        """[variant][batch] of reduce(batch index, output); all variants share one walk through the blocks.
+
+        Batches are input tensors as the model's forward takes them. Memory: one part's weights, and the hidden states
+        of every variant and batch. `watch` sees the linear layers of the first variant.
+        """
+        if self.blocks:
+            try:
+                return self._walk(batches, variants, reduce, watch)
+            except _NotAChain:
+                self.blocks = ()
+                self._lay_out()
+        results: list[list[T]] = []
+        for index, weights in enumerate(variants):
+            tensors = self._tensors(weights, 0)
+            seen = watch if index == 0 else None
+            results.append(self._watched(0, seen, lambda b: reduce(b, self._forward(tensors, batches[b])), len(batches)))
+        return results
+
+    def _walk(
+        self, batches: Sequence[Inputs], variants: Sequence[Weights], reduce: Callable[[int, Output], T], watch: Watch | None
+    ) -> list[list[T]]:
+        calls = [self._prologue(weights, batches) for weights in variants]
+        values = [[trace.outputs for trace in row] for row in calls]
+        for i, block in enumerate(self.blocks):
+            if i == 0 and watch is None:
+                continue  # the prologue has run it
+            for v, weights in enumerate(variants):
+                if i == 0 and v > 0:
+                    continue
+                tensors = self._tensors(weights, 1 + i)
+                local = {self._local[i][n]: t for n, t in tensors.items()}
+                shell = _Shell(block)
+
+                def step(b: int, v: int = v, i: int = i, shell: _Shell = shell, local: dict[str, Tensor] = local) -> Any:
+                    args, kwargs = calls[v][b].call(i, values[v][b])
+                    return functional_call(shell, {f"block.{n}": t for n, t in local.items()}, args, kwargs)
+
+                values[v] = self._watched(1 + i, watch if v == 0 else None, step, len(batches))
+        results: list[list[T]] = []
+        for v, weights in enumerate(variants):
+            tensors = self._tensors(weights, 0)
+
+            def finish(b: int, v: int = v, tensors: dict[str, Tensor] = tensors) -> T:
+                with self._patched(lambda i: lambda *args, **kwargs: values[v][b]):
+                    return reduce(b, self._forward(tensors, batches[b]))
+
+            results.append(self._watched(0, watch if v == 0 else None, finish, len(batches)))
+        return results
+
+    def _prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[_Trace]:
+        tensors = self._tensors(weights, 0) | self._tensors(weights, 1)
+        traces = []
+        for inputs in batches:
+            trace = _Trace(len(self.blocks), self.blocks[0].forward)
+            with self._patched(trace.stub):
+                try:
+                    self._forward(tensors, inputs)
+                except _Stop:
+                    traces.append(trace)
+                else:
+                    raise _NotAChain
+        return traces
+
+    def differentiable(self, inputs: Inputs, weights: Weights) -> Output:
+        """The forward with gradients to whatever `weights` computes from; a block's tensors live only while it runs.
+
+        `weights` is called again in the backward pass (activation checkpointing, block by block).
+        """
+
+        def wrap(i: int) -> Callable[..., Any]:
+            shell = _Shell(self.blocks[i])
+
+            def inner(*args: Any, **kwargs: Any) -> Any:
+                tensors = self._tensors(weights, 1 + i)
+                local = {f"block.{self._local[i][n]}": t for n, t in tensors.items()}
+                return functional_call(shell, local, args, kwargs)
+
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+
+            return forward
+
+        with self._patched(wrap):
+            return self._forward(self._tensors(weights, 0), inputs)
+
+    @torch.no_grad()
+    def generate(self, inputs: Inputs, weights: Weights, *, new_tokens: int, **options: Any) -> Tensor:
+        """Greedy continuation of left-padded prompts (B, T): the new tokens (B, ≤ new_tokens). Needs the whole model."""
+        tensors = {n: t for part in range(len(self.parts)) for n, t in self._tensors(weights, part).items()}
+        shell = _Generator(self.module)
+        inputs = {k: v.to(self.device) for k, v in inputs.items()}
+        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "use_cache": True, **options}
+        tokens = functional_call(shell, {f"model.{n}": t for n, t in tensors.items()}, (), {**inputs, **options})
+        return tokens[:, inputs["input_ids"].shape[1] :].cpu()  # type: ignore[no-any-return]  # a tensor
+
+    def _tensors(self, weights: Weights, part: int) -> dict[str, Tensor]:
+        found = weights(self.parts[part])
+        return {n: self._placed(found[self.checkpoint_name[n]]) for n in self._states[part]}
+
+    def _placed(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
+
+    def _forward(self, tensors: dict[str, Tensor], inputs: Inputs) -> Output:
+        hidden: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            hidden.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+
+        hook = self.base.register_forward_hook(keep)
+        try:
+            placed = {k: self._placed(v) for k, v in inputs.items()}
+            result = functional_call(self.module, tensors, (), placed)
+        finally:
+            hook.remove()
+        return Output(hidden[-1], getattr(result, "logits", None))
+
+    def _watched(self, part: int, watch: Watch | None, step: Callable[[int], T], count: int) -> list[T]:
+        if watch is None:
+            return [step(b) for b in range(count)]
+        batch = 0
+        hooks = []
+        for module, layer in self._linears[part]:
+
+            def see(module: nn.Module, args: Any, layer: Linear = layer) -> None:
+                watch.see(layer, args[0], batch)
+
+            hooks.append(module.register_forward_pre_hook(see))
+        try:
+            watch.enter(self.layers[part])
+            again = True
+            while again:
+                values = []
+                for batch in range(count):  # noqa: B007  # the hooks read it
+                    values.append(step(batch))  # noqa: PERF401
+                again = watch.leave(self.layers[part])
+            return values
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @contextmanager
+    def _patched(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
+        for i, block in enumerate(self.blocks):
+            block.forward = forward(i)
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.__dict__["forward"]
+
+
+class _Stop(Exception):  # noqa: N818  # control flow, not an error
+    """Every block has been noted."""
+
+
+class _NotAChain(Exception):  # noqa: N818  # control flow, not an error
+    """A block's input is not the output of the one before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Previous:
+    """Stands for element `index` of the previous block's output."""
+
+    index: int
+
+
+class _Trace:
+    """How the blocks of one forward were called: arguments, with the previous block's output taken out."""
+
+    def __init__(self, blocks: int, first: Callable[..., Any]) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.outputs: Any = None
+        self.blocks, self.first = blocks, first
+
+    def stub(self, i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if len(self.calls) != i:
+                raise _NotAChain
+            if i == 0:
+                self.calls.append((args, kwargs))
+                self.outputs = self.first(*args, **kwargs)
+            else:
+                previous = _elements(self.outputs)
+
+                def note(value: Any) -> Any:
+                    same = (k for k, element in enumerate(previous) if value is element)
+                    return next((_Previous(k) for k in same), value) if isinstance(value, Tensor) else value
+
+                call = tuple(map(note, args)), {key: note(value) for key, value in kwargs.items()}
+                if _Previous(0) not in [v for v in (*call[0], *call[1].values()) if isinstance(v, _Previous)]:
+                    raise _NotAChain
+                self.calls.append(call)
+            if len(self.calls) == self.blocks:
+                raise _Stop
+            return self.outputs
+
+        return forward
+
+    def call(self, i: int, outputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = self.calls[i]
+        previous = _elements(outputs)
+
+        def fill(value: Any) -> Any:
+            return previous[value.index] if isinstance(value, _Previous) else value
+
+        return tuple(map(fill, args)), {key: fill(value) for key, value in kwargs.items()}
+
+
+def _elements(outputs: Any) -> Sequence[Any]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+class _Shell(nn.Module):
+    """Calls a block's own forward, even while `block.forward` is patched."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.block).forward(self.block, *args, **kwargs)
+
+
+class _Generator(nn.Module):
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **inputs: Any) -> Any:
+        return self.model.generate(**inputs)

@@ -1,0 +1,84 @@
+"""Pruned models that differ by their q's alone: base + masked delta / q, made a part at a time from cached tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from deltamerge.calibrate.blocks import Weights
+from deltamerge.tensors import Kept
+
+Masked = Tensor | Kept
+"""A tensor's masked, unscaled delta: dense, or `Kept` with flat positions and float32 values."""
+Q = float | Tensor
+"""One number, or a tensor that broadcasts to the weight: (m, 1) for rows of (out, in), (1, m) for Conv1D."""
+T = TypeVar("T")
+
+
+class Cache(Generic[T]):
+    """Remembers what `read` gave, the last `budget` bytes of it; what is larger is read again."""
+
+    def __init__(self, read: Callable[[str], T], budget: int) -> None:
+        self._read, self._budget, self._held = read, budget, 0
+        self._kept: OrderedDict[str, T] = OrderedDict()
+
+    def __call__(self, name: str) -> T:
+        if name in self._kept:
+            self._kept.move_to_end(name)
+            return self._kept[name]
+        value = self._read(name)
+        self._kept[name] = value
+        self._held += _bytes(value)
+        while self._held > self._budget and len(self._kept) > 1:
+            self._held -= _bytes(self._kept.popitem(last=False)[1])
+        return value
+
+
+def pruned(
+    base: Callable[[str], Tensor], masked: Callable[[str], Masked | None], q: Mapping[str, Q]
+) -> Weights:
+    """Weights of base + masked/q; a tensor without a q has q = 1.
+
+    base    the tensor that the delta is added to; for one that is not pruned (the head) the fine-tune's own
+    masked  its masked delta, None where there is none
+    Give both as `Cache`s, so that candidates of one mask share their reads.
+    """
+    return lambda names: {name: apply(base(name), masked(name), q.get(name, 1.0)) for name in names}
+
+
+def apply(base: Tensor, masked: Masked | None, q: Q) -> Tensor:
+    """base + masked/q in float32; gradients flow to q."""
+    if masked is None:
+        return base
+    start = base.to(torch.float32)
+    if isinstance(masked, Kept):
+        positions, values = masked.positions.to(start.device), masked.values.to(start.device)
+        divisor = _at(q, positions, start.shape)
+        return start.flatten().index_add(0, positions, values / divisor).view(start.shape)
+    return start + masked.to(start.device, torch.float32) / q
+
+
+def dense(masked: Masked, shape: Sequence[int]) -> Tensor:
+    """The masked delta as a float32 tensor of `shape`."""
+    if not isinstance(masked, Kept):
+        return masked.to(torch.float32).view(*shape)
+    flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=masked.values.device)
+    flat[masked.positions] = masked.values
+    return flat.view(*shape)
+
+
+def _at(q: Q, positions: Tensor, shape: Sequence[int]) -> Q:
+    if not isinstance(q, Tensor) or q.dim() == 0:
+        return q
+    rows, columns = positions // shape[-1], positions % shape[-1]
+    return q[rows, 0] if q.shape[1] == 1 else q[0, columns]
+
+
+def _bytes(value: object) -> int:
+    if isinstance(value, Kept):
+        return _bytes(value.positions) + _bytes(value.values)
+    return value.numel() * value.element_size() if isinstance(value, Tensor) else 0

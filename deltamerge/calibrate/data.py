@@ -1,0 +1,143 @@
+"""Calibration rows -> batches as a model takes them: tokenised, padded, or pictures processed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from deltamerge.calibrate.rows import Row, class_labels
+from deltamerge.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Batches:
+    """`inputs[b]` go to the model's forward; `labels[b]` are class indices, floats, token ids (−100: not scored), or None;
+    `texts[b]` are the reference answers of text generation, else None.
+    """
+
+    inputs: list[dict[str, Tensor]]
+    labels: list[Tensor] | None
+    texts: list[list[str]] | None = None
+
+    def part(self, start: int, stop: int) -> Batches:
+        """Batches start … stop − 1."""
+        return Batches(
+            self.inputs[start:stop],
+            None if self.labels is None else self.labels[start:stop],
+            None if self.texts is None else self.texts[start:stop],
+        )
+
+
+class Reader:
+    """Turns rows into batches with the tokenizer or image processor in `folder` (never remote code).
+
+    length  tokens a sequence, at most;  padding  "longest" of a batch, or all to `length` ("max_length")
+    InputError: no tokenizer, none with a pad token (decoders take their end-of-sequence token), too long a `length`.
+    """
+
+    def __init__(
+        self, folder: Path, config: Any, *, task: str, length: int, padding: Literal["longest", "max_length"] = "longest"
+    ) -> None:
+        self.config, self.task, self.length, self.padding = config, task, length, padding
+        self.tokenizer: Any = None
+        self.processor: Any = None
+        if task == "image-classification":
+            self.processor = _processor(folder)
+        else:
+            self.tokenizer = _tokenizer(folder)
+            _check_length(length, self.tokenizer, config)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return None if self.tokenizer is None else self.tokenizer.pad_token_id
+
+    def batches(self, rows: Sequence[Row], *, size: int = 32, labelled: bool = False) -> Batches:
+        """Batches of `size` rows, in order; with `labelled`, labels that fit the head (InputError where they do not).
+
+        text-generation: a label is the answer that follows the text; it is part of the sequence, and of `texts`.
+        """
+        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+        if self.processor is not None:
+            inputs = [dict(self.processor(images=[_picture(r) for r in g], return_tensors="pt")) for g in groups]
+        else:
+            inputs = [self._encode([self._content(row) for row in group]) for group in groups]
+        return Batches(inputs, self._labels(groups, inputs) if labelled else None)
+
+    def prompts(self, rows: Sequence[Row], *, size: int = 32) -> Batches:
+        """Left-padded prompts for generation, with the labels as reference answers."""
+        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+        inputs = [self._encode([row.content for row in group], side="left") for group in groups]
+        return Batches(inputs, None, [[str(row.label) for row in group] for group in groups])
+
+    def decode(self, tokens: Tensor) -> list[str]:
+        """Texts of generated tokens (B, T)."""
+        return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
+
+    def _content(self, row: Row) -> Any:
+        if self.task == "text-generation" and row.label is not None and isinstance(row.content, str):
+            return f"{row.content} {row.label}"
+        return row.content
+
+    def _encode(self, contents: Sequence[Any], side: str = "right") -> dict[str, Tensor]:
+        pairs = isinstance(contents[0], tuple)
+        columns = [list(column) for column in zip(*contents, strict=True)] if pairs else [list(contents)]
+        made = self.tokenizer(
+            *columns, truncation=True, max_length=self.length, padding=self.padding, padding_side=side, return_tensors="pt"
+        )
+        return dict(made)
+
+    def _labels(self, groups: Sequence[Sequence[Row]], inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
+        if self.task in ("causal-lm", "text-generation"):
+            return [b["input_ids"].masked_fill(b["attention_mask"] == 0, -100) for b in inputs]
+        settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
+        return [torch.tensor(class_labels(group, settings)) for group in groups]
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token is None:
+        encoder = tokenizer.mask_token is not None or tokenizer.cls_token is not None
+        if tokenizer.eos_token is None or encoder:
+            raise InputError(f"{folder}: the tokenizer has no pad token", hint="set pad_token in tokenizer_config.json")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def _processor(folder: Path) -> Any:
+    from transformers import AutoImageProcessor
+
+    try:
+        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, ImportError) as error:
+        raise InputError(f"{folder}: no usable image processor: {str(error).splitlines()[0]}") from None
+
+
+def _picture(row: Row) -> Any:
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError:
+        raise InputError("reading pictures needs Pillow", hint="pip install pillow") from None
+    if not isinstance(row.content, Path):
+        return row.content.convert("RGB")
+    try:
+        with Image.open(row.content) as image:
+            return image.convert("RGB")
+    except (OSError, UnidentifiedImageError):
+        raise InputError(f"row {row.number}: {row.content} is no readable picture") from None
+
+
+def _check_length(length: int, tokenizer: Any, config: Any) -> None:
+    positions = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    limit = min([tokenizer.model_max_length, *(p for p in positions if p)])
+    if length > limit:
+        raise InputError(f"calibration.length is {length}, but the model has {limit} positions", hint=f"set it to {limit} or less")

@@ -1,0 +1,40 @@
+"""Checkpoint names: the repeated blocks that they spell out. No torch, so that a plan can say how calibration will run."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from math import prod
+
+_NUMBERED = re.compile(r"(?<!\d)\.(\d+)\.")
+
+
+def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str]] | None:
+    """Names of the tensors in each repeated block, by number: the numbered container that holds most elements.
+
+    None where no container is numbered 0 … L−1: the whole model must then be resident while it is calibrated.
+    """
+    containers: dict[str, dict[int, list[str]]] = {}
+    elements: dict[str, int] = {}
+    for name, shape in shapes.items():
+        match = _NUMBERED.search(name)  # the outermost number: experts inside a block are part of it
+        if match is not None:
+            prefix = name[: match.start()]
+            containers.setdefault(prefix, {}).setdefault(int(match[1]), []).append(name)
+            elements[prefix] = elements.get(prefix, 0) + prod(shape)
+    for prefix in sorted(containers, key=lambda p: -elements[p]):
+        if set(containers[prefix]) == set(range(len(containers[prefix]))):
+            return dict(sorted(containers[prefix].items()))
+    return None
+
+
+def resolve_prefix(wanted: Iterable[str], present: Iterable[str], prefix: str) -> dict[str, str | None]:
+    """For each wanted name the present one that is the same after `prefix.` is taken off either side, or None."""
+    there = set(present)
+    dotted = f"{prefix}."
+    found: dict[str, str | None] = {}
+    for name in wanted:
+        bare = name.removeprefix(dotted) if prefix else name
+        spellings = (name, bare, dotted + bare) if prefix else (name,)
+        found[name] = next((s for s in spellings if s in there), None)
+    return found

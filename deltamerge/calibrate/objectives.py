@@ -1,0 +1,210 @@
+"""What calibration minimises. Each objective turns a forward pass into one number; smaller is better.
+
+An objective is used in two steps: `reduce(batch, output)` for every batch of a pass, then `value` of the results.
+The unlabelled ones compare with the fine-tune, whose outputs `reference` collects once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812  # torch's own alias
+from torch import Tensor
+
+from deltamerge.calibrate.blocks import Inputs, Model, Output, Weights
+from deltamerge.calibrate.metrics import METRICS
+
+TOP = 5
+CLASSES = 64
+
+
+class Objective(Protocol):
+    """`batches` are the inputs that it is a function of."""
+
+    batches: Sequence[Inputs]
+
+    def reduce(self, batch: int, output: Output) -> Any: ...
+    def value(self, parts: Sequence[Any]) -> float: ...
+
+
+def evaluate(model: Model, objective: Objective, variants: Sequence[Weights], group: int = 8) -> list[float]:
+    """The objective of every variant; `group` of them share one walk through the blocks."""
+    values: list[float] = []
+    for start in range(0, len(variants), group):
+        some = variants[start : start + group]
+        values += [objective.value(parts) for parts in model.run(objective.batches, some, objective.reduce)]
+    return values
+
+
+def over_seeds(values: Sequence[float]) -> float:
+    """The mean over mask seeds, of three or more after dropping the one farthest from the mean (the paper's rule)."""
+    some = np.asarray(values, dtype=np.float64)
+    if len(some) > 2:
+        some = np.delete(some, np.argmax(np.abs(some - some.mean())))
+    return float(some.mean())
+
+
+def per_token(logits: Tensor | None) -> bool:
+    """Whether logits (B, T, V) score every token, as a language model's do."""
+    return logits is not None and logits.dim() == 3
+
+
+@dataclass
+class OutputChange:
+    """How far the pruned model's output is from the fine-tune's, unlabelled (the paper's q_e).
+
+    encoders, ViT, classification heads   mean |h − h'| over real tokens and neurons of the last hidden state
+    language models                       mean (z − z')² over real tokens and the fine-tune's top 5 logits
+    """
+
+    batches: Sequence[Inputs]
+    targets: Sequence[tuple[Tensor, Tensor | None]]
+
+    @classmethod
+    def of(cls, model: Model, tune: Weights, batches: Sequence[Inputs]) -> OutputChange:
+        """Collect the fine-tune's outputs: hidden states (tokens × H float32), or 5 logits a token."""
+
+        def keep(b: int, output: Output) -> tuple[Tensor, Tensor | None]:
+            if per_token(output.logits):
+                top = _tokens(output.logits, batches[b]).topk(min(TOP, output.logits.shape[-1]))  # type: ignore[union-attr]  # per_token
+                return top.values, top.indices
+            return _tokens(output.hidden, batches[b]), None
+
+        return cls(batches, model.run(batches, [tune], keep)[0])
+
+    def reduce(self, batch: int, output: Output) -> tuple[float, int]:
+        target, index = self.targets[batch]
+        if index is not None:
+            change = _tokens(output.logits, self.batches[batch]).gather(-1, index) - target
+            return float(change.square().sum(dtype=torch.float64)), change.numel()
+        change = _tokens(output.hidden, self.batches[batch]) - target
+        return float(change.abs().sum(dtype=torch.float64)), change.numel()
+
+    def value(self, parts: Sequence[tuple[float, int]]) -> float:
+        return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+
+@dataclass
+class Validation:
+    """1 − metric on labelled data (the paper's q_v), or the mean loss for metric `loss`.
+
+    `labels`: per batch (B) class indices or float targets; for language models (B, T) token ids, −100 where not scored.
+    """
+
+    batches: Sequence[Inputs]
+    labels: Sequence[Tensor]
+    metric: str
+
+    def reduce(self, batch: int, output: Output) -> tuple[Any, Any]:
+        if output.logits is None:
+            raise ValueError("validation needs a model with a head")
+        labels = self.labels[batch].to(output.logits.device)
+        if self.metric == "loss":
+            return _loss(output.logits, labels)
+        one = output.logits.shape[-1] == 1
+        predicted = output.logits.squeeze(-1) if one else output.logits.argmax(-1)
+        return predicted.cpu().numpy(), labels.cpu().numpy()
+
+    def value(self, parts: Sequence[tuple[Any, Any]]) -> float:
+        if self.metric == "loss":
+            return float(sum(total for total, _ in parts) / sum(count for _, count in parts))
+        predicted, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return 1.0 - METRICS[self.metric](predicted, labels)
+
+
+@dataclass
+class Distribution:
+    """How far the output distribution is from the fine-tune's, differentiable: what learned scales are fitted to.
+
+    classes                KL(fine-tune ‖ pruned), mean over sequences
+    next token             the same, mean over real tokens; above 64 tokens of vocabulary over the fine-tune's 64
+                           likeliest and all others as one class, which bounds the full divergence from below
+    regression, no head    mean squared error of the logits, of the last hidden state
+    """
+
+    batches: Sequence[Inputs]
+    targets: Sequence[tuple[Tensor, Tensor | None]]
+    regression: bool
+
+    @classmethod
+    def of(cls, model: Model, tune: Weights, batches: Sequence[Inputs], *, regression: bool = False) -> Distribution:
+        """Collect the fine-tune's outputs: logits, or log-probabilities and indices of the likeliest tokens."""
+
+        def keep(b: int, output: Output) -> tuple[Tensor, Tensor | None]:
+            if regression:
+                return _numbers(output, batches[b]), None
+            if not per_token(output.logits):
+                return output.logits.log_softmax(-1), None
+            logs = _tokens(output.logits, batches[b]).log_softmax(-1)
+            if logs.shape[-1] <= CLASSES:
+                return logs, None
+            top = logs.topk(CLASSES)
+            return _with_rest(top.values), top.indices
+
+        regression = regression or model.headless
+        return cls(batches, model.run(batches, [tune], keep)[0], regression)
+
+    def count(self, batch: int) -> int:
+        """Sequences, tokens, or elements that a batch's loss is a sum over."""
+        target, _ = self.targets[batch]
+        return target.numel() if self.regression else len(target)
+
+    def loss(self, batch: int, output: Output) -> tuple[Tensor, int]:
+        """(sum, count): a differentiable sum over sequences, tokens or elements, and how many."""
+        target, index = self.targets[batch]
+        if self.regression:
+            return (_numbers(output, self.batches[batch]) - target).square().sum(), target.numel()
+        logs = _tokens(output.logits, self.batches[batch]) if per_token(output.logits) else output.logits
+        logs = logs.log_softmax(-1)
+        if index is not None:
+            logs = _with_rest(logs.gather(-1, index))
+        return F.kl_div(logs, target, reduction="sum", log_target=True), len(target)
+
+    def reduce(self, batch: int, output: Output) -> tuple[float, int]:
+        total, count = self.loss(batch, output)
+        return float(total), count
+
+    def value(self, parts: Sequence[tuple[float, int]]) -> float:
+        return sum(total for total, _ in parts) / sum(count for _, count in parts)
+
+
+def is_regression(config: Any) -> bool:
+    """Whether a head's logits are numbers rather than the classes of one distribution (regression, several labels)."""
+    kind = getattr(config, "problem_type", None)
+    return kind in ("regression", "multi_label_classification") or (kind is None and config.num_labels == 1)
+
+
+def _tokens(values: Tensor | None, inputs: Inputs) -> Tensor:
+    """(tokens, K) the rows of (B, T, K) that are not padding."""
+    if values is None:
+        raise ValueError("the model has no logits")
+    flat = values.reshape(-1, values.shape[-1])
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.numel() != len(flat):
+        return flat
+    return flat[mask.reshape(-1).to(flat.device, torch.bool)]
+
+
+def _numbers(output: Output, inputs: Inputs) -> Tensor:
+    return _tokens(output.hidden, inputs) if output.logits is None else output.logits
+
+
+def _with_rest(logs: Tensor) -> Tensor:
+    """Log-probabilities (N, K) with one more class that holds what they leave of 1."""
+    rest = (1.0 - logs.exp().sum(-1, keepdim=True)).clamp_min(1e-9)
+    return torch.cat([logs, rest.log()], -1)
+
+
+def _loss(logits: Tensor, labels: Tensor) -> tuple[float, int]:
+    """Sum of the task's own loss, and over how many: next token, squared error for one output, cross-entropy for classes."""
+    if per_token(logits):
+        logits, labels = logits[:, :-1], labels[:, 1:]
+        total = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")
+        return float(total), int((labels != -100).sum())
+    if logits.shape[-1] == 1:
+        return float((logits.squeeze(-1) - labels.to(logits.dtype)).square().sum()), len(labels)
+    return float(F.cross_entropy(logits, labels, reduction="sum")), len(labels)

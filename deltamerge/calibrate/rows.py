@@ -1,0 +1,186 @@
+"""Rows of calibration data from .jsonl, .csv, .txt, an image folder or a hub data set; no torch, so that `check` can read them."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from deltamerge.errors import InputError, context
+
+Task = Literal["text-classification", "text-generation", "image-classification", "causal-lm"]
+HEADS: dict[str, tuple[str, ...]] = {
+    "text-classification": ("ForSequenceClassification",),
+    "image-classification": ("ForImageClassification",),
+    "text-generation": ("ForCausalLM", "LMHeadModel"),
+    "causal-lm": ("ForCausalLM", "LMHeadModel"),
+}
+PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
+FILES = frozenset({".jsonl", ".csv", ".txt"})
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One example: `content` is a text, a pair of texts, or a picture's path (or a PIL image); `number` counts from 1."""
+
+    content: Any
+    label: Any
+    number: int
+
+
+def read(
+    source: str,
+    *,
+    folder: Path,
+    text: str | Sequence[str] = "text",
+    label: str | None = None,
+    count: int | None = None,
+    seed: int = 0,
+) -> list[Row]:
+    """`count` rows of `source`, chosen by `seed`, in file order; all of them without a count.
+
+    source  a .jsonl, .csv (with a header) or .txt (a text a line) file or a folder of pictures, relative to `folder`;
+            or a hub data set id, `id`, `id:split` or `id:configuration:split`, read from its start (needs `datasets`)
+    text    the field of the text or picture; two fields make sentence pairs
+    label   the field to read as label; the folder's name for pictures in folders
+    InputError: no such file, a row that lacks a field, fewer rows than asked for.
+    """
+    path = folder / source
+    fields = [text] if isinstance(text, str) else list(text)
+    with context(f"calibration data {source}"):
+        if path.is_dir():
+            rows = list(_pictures(path, labelled=label is not None))
+        elif path.suffix in FILES:
+            if not path.is_file():
+                raise InputError("no such file")
+            rows = [_row(n, fields, label, record, path.parent) for n, record in _records(path)]
+        else:
+            rows = [_row(n, fields, label, record, None) for n, record in _hub(source, count)]
+        if len(rows) < (count or 1):
+            raise InputError(
+                f"{len(rows)} row{'s' if len(rows) != 1 else ''}, but {count or 1} needed",
+                hint="give more data, or lower calibration.sequences",
+            )
+    return rows if count is None else select(rows, count, seed)
+
+
+def select(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
+    """`count` of the rows, a function of the seed and the number of rows alone, in their order."""
+
+    def rank(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+
+    return [rows[i] for i in sorted(sorted(range(len(rows)), key=rank)[:count])]
+
+
+def check_head(config: Mapping[str, Any], task: str) -> None:
+    """InputError unless the model of a config.json has the head that the task needs."""
+    architecture = (config.get("architectures") or ["none"])[0]
+    if not architecture.endswith(HEADS[task]):
+        raise InputError(
+            f"task {task} needs a model with a head {' or '.join('…' + h for h in HEADS[task])}, but this is {architecture}",
+            hint="set calibration.task to what the model does, or use an objective without labels",
+        )
+
+
+def class_labels(rows: Iterable[Row], config: Mapping[str, Any]) -> list[float] | list[int]:
+    """Labels as the head counts them: floats for one output, else class indices; names are looked up in `label2id`."""
+    names = {str(k): int(v) for k, v in (config.get("label2id") or {}).items()}
+    outputs = int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
+    if outputs == 1 or config.get("problem_type") == "regression":
+        return [_number(row) for row in rows]
+    return [_index(row, names, outputs) for row in rows]
+
+
+def _number(row: Row) -> float:
+    try:
+        return float(row.label)
+    except (TypeError, ValueError):
+        raise InputError(f"row {row.number}: label {row.label!r} is no number, but the head is a regression") from None
+
+
+def _index(row: Row, names: Mapping[str, int], outputs: int) -> int:
+    if str(row.label) in names:
+        return names[str(row.label)]
+    try:
+        index = int(row.label)
+        if index != float(row.label):
+            raise ValueError
+    except (TypeError, ValueError):
+        known = ", ".join(sorted(names, key=names.__getitem__)[:8])
+        raise InputError(f"row {row.number}: label {row.label!r} does not fit the head, whose labels are {known}") from None
+    if not 0 <= index < outputs:
+        raise InputError(f"row {row.number}: label {index} does not fit a head of {outputs} labels (0 to {outputs - 1})")
+    return index
+
+
+def _row(number: int, fields: Sequence[str], label: str | None, record: Mapping[str, Any], folder: Path | None) -> Row:
+    for name in [*fields, *([label] if label else [])]:
+        if record.get(name) is None:
+            raise InputError(
+                f"row {number}: no field {name!r}",
+                hint=f"its fields are {', '.join(map(repr, record))}: set calibration.text and calibration.label",
+            )
+    values = [record[name] for name in fields]
+    if len(values) == 1 and isinstance(values[0], str) and folder and Path(values[0]).suffix.lower() in PICTURES:
+        values = [folder / values[0]]
+    if len(values) > 1 and not all(isinstance(v, str) for v in values):
+        raise InputError(f"row {number}: sentence pairs need two texts")
+    return Row(values[0] if len(values) == 1 else tuple(values), record[label] if label else None, number)
+
+
+def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        try:
+            if path.suffix == ".csv":
+                yield from enumerate(csv.DictReader(file, strict=True), 1)
+                return
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, {"text": line.strip()} if path.suffix == ".txt" else _object(number, line)
+        except UnicodeDecodeError as error:
+            raise InputError(f"not UTF-8: {error}") from None
+        except csv.Error as error:
+            raise InputError(f"not CSV: {error}") from None
+
+
+def _object(number: int, line: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"row {number}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise InputError(f"row {number}: not a JSON object")
+    return value
+
+
+def _pictures(folder: Path, *, labelled: bool) -> Iterator[Row]:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
+    if not files:
+        raise InputError("the folder holds no pictures", hint=f"names must end in {', '.join(sorted(PICTURES))}")
+    for number, file in enumerate(files, 1):
+        if labelled and file.parent == folder:
+            raise InputError(f"{file.name} lies in no folder named after its label")
+        yield Row(file, file.parent.name if labelled else None, number)
+
+
+def _hub(source: str, count: int | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    try:
+        import datasets
+    except ImportError:
+        raise InputError(
+            "no such file, and reading a hub data set needs the datasets package",
+            hint="pip install 'deltamerge[data]', or give a .jsonl, .csv or .txt file",
+        ) from None
+    name, *rest = source.split(":")
+    configuration, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
+    try:
+        rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
+    except Exception as error:
+        raise InputError(f"cannot be read as a hub data set: {error}") from None
+    yield from enumerate(itertools.islice(rows, count), 1)

@@ -1,0 +1,123 @@
+"""Learned scales: the q of every tensor, or of every output row, of a drawn mask, fitted by gradient without labels.
+
+The pruned model base + masked/q is fitted to the fine-tune's output distribution (`objectives.Distribution`) by Adam
+on log q. Only the q's get gradients; a block's weights are made when it runs, forward and backward, and then dropped,
+so memory is that of one forward pass with checkpoints at the blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from deltamerge.calibrate.blocks import Linear, Model, Weights
+from deltamerge.calibrate.candidates import Masked, Q, pruned
+from deltamerge.calibrate.objectives import Distribution
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """The q's of the step with the smallest held-out loss (float32, shaped as those given to start from).
+
+    path  (step, held-out loss) each time it was taken, step 0 being the start;  step  the one chosen
+    """
+
+    q: dict[str, Tensor]
+    step: int
+    path: tuple[tuple[int, float], ...]
+    forward_passes: int
+
+    @property
+    def improved(self) -> bool:
+        return self.step > 0
+
+
+def learn(
+    model: Model,
+    objective: Distribution,
+    base: Callable[[str], Tensor],
+    masked: Callable[[str], Masked | None],
+    start: Mapping[str, Q],
+    *,
+    fixed: Mapping[str, Q] | None = None,
+    groups: Sequence[Sequence[int]],
+    held_out: Sequence[int],
+    bounds: tuple[float, float],
+    steps: int = 40,
+    lr: float = 0.1,
+    patience: int = 3,
+) -> Learned:
+    """Fit q from `start`, whose tensors say what is learned: a number or () for a tensor, `row_shape` for its rows.
+
+    base, masked  as in `candidates.pruned`;  fixed  q's that are not learned
+    groups        batch indices of each step's data, used in turn, gradients summed over a group
+    held_out      batch indices of the data that decides: looked at before the first step and after every turn through
+                  `groups`; the search ends when `patience` looks in a row were no better, and the best look is kept
+    bounds        every q stays inside (algorithms.md 6.2: scales above 100 appear on tensors that hardly matter)
+    """
+    low, high = math.log(bounds[0]), math.log(bounds[1])
+    logs = {name: _log(q, low, high, model.device) for name, q in start.items()}
+    optimiser = torch.optim.Adam(list(logs.values()), lr=lr)
+
+    def weights(names: Sequence[str]) -> Mapping[str, Tensor]:
+        q = {name: logs[name].exp() for name in names if name in logs}
+        return pruned(base, masked, {**(fixed or {}), **q})(names)
+
+    def look() -> float:
+        subset = _subset(objective, held_out)
+        return subset.value(model.run(subset.batches, [weights], subset.reduce)[0])
+
+    path = [(0, look())]
+    best, kept, worse, passes = 0, _copy(logs), 0, len(held_out)
+    for step in range(1, steps + 1):
+        optimiser.zero_grad()
+        group = groups[(step - 1) % len(groups)]
+        for batch, count in _counts(objective, group):
+            total, _ = objective.loss(batch, model.differentiable(objective.batches[batch], weights))
+            (total / count).backward()  # type: ignore[no-untyped-call]  # torch
+        optimiser.step()
+        with torch.no_grad():
+            for log in logs.values():
+                log.clamp_(low, high)
+        passes += 3 * len(group)
+        if step % len(groups) and step < steps:
+            continue
+        path.append((step, look()))
+        passes += len(held_out)
+        if path[-1][1] < path[[s for s, _ in path].index(best)][1]:
+            best, kept, worse = step, _copy(logs), 0
+        else:
+            worse += 1
+            if worse >= patience:
+                break
+    return Learned(kept, best, tuple(path), passes)
+
+
+def row_shape(layer: Linear, shape: Sequence[int]) -> tuple[int, int]:
+    """Shape of one q per output row that broadcasts to the stored weight: (m, 1), or (1, m) for Conv1D."""
+    return (1, shape[1]) if layer.transposed else (shape[0], 1)
+
+
+def _log(q: Q, low: float, high: float, device: torch.device) -> Tensor:
+    value = torch.as_tensor(q, dtype=torch.float32).detach().to(device)
+    return value.log().clamp(low, high).clone().requires_grad_(True)
+
+
+def _copy(logs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: log.detach().exp().cpu() for name, log in logs.items()}
+
+
+def _subset(objective: Distribution, batches: Sequence[int]) -> Distribution:
+    return Distribution(
+        [objective.batches[b] for b in batches], [objective.targets[b] for b in batches], objective.regression
+    )
+
+
+def _counts(objective: Distribution, group: Sequence[int]) -> list[tuple[int, int]]:
+    """Each batch of a group with the number of tokens or sequences of the whole group, its loss's divisor."""
+    total = sum(objective.count(batch) for batch in group)
+    return [(batch, total) for batch in group]

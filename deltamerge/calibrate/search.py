@@ -1,0 +1,131 @@
+"""Minimise an objective over one number, q or η, deterministically and within a budget of evaluations. No torch.
+
+The objective takes several points at once, so that candidates can share one walk through a model's blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+Evaluate = Callable[[Sequence[float]], Sequence[float]]
+COARSE = 8
+BUDGET = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """The best point, its objective, and every point evaluated, in order."""
+
+    point: float
+    value: float
+    path: tuple[tuple[float, float], ...]
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.path)
+
+
+def minimise(
+    evaluate: Evaluate,
+    low: float,
+    high: float,
+    *,
+    coarse: int = COARSE,
+    budget: int = BUDGET,
+    tolerance: float = 0.01,
+) -> Found:
+    """The minimum over [low, high], 0 < low ≤ high: a coarse grid in log x, one call, then Brent's method around its best.
+
+    Stops when the bracket is narrower than `tolerance` in log x, or after `budget` points. Among equal values the
+    smallest point wins, so a flat objective leaves q at `low`, vanilla DARE. `low` itself is always evaluated.
+    """
+    memo = _Memo(evaluate)
+    if high <= low * (1.0 + tolerance):
+        memo([low])
+        return memo.found()
+    span = math.log(high / low)
+    grid = [low * math.exp(span * i / (coarse - 1)) for i in range(coarse - 1)] + [high]
+    memo(grid)
+    best = min(range(coarse), key=lambda i: (memo.values[grid[i]], i))
+    left, right = math.log(grid[max(best - 1, 0)]), math.log(grid[min(best + 1, coarse - 1)])
+    _brent(lambda x: memo([math.exp(x)])[0], left, math.log(grid[best]), right, memo.values[grid[best]], budget - coarse, tolerance)
+    return memo.found()
+
+
+def grid(evaluate: Evaluate, low: float, high: float, *, step: float, patience: int = 4) -> Found:
+    """The authors' procedure: from `low` by `step` until `patience` values in a row are no better, then by step/10 within ± step.
+
+    Points are evaluated one by one; their number has no bound but (high − low)/step + 20.
+    """
+    memo = _Memo(evaluate)
+    best, worse, i = low, 0, 0
+    while low + i * step <= high * (1.0 + 1e-12) and worse < patience:
+        point = low + i * step
+        memo([point])
+        best, worse = (point, 0) if memo.values[point] < memo.values[best] or i == 0 else (best, worse + 1)
+        i += 1
+    for k in range(-9, 10):
+        point = best + k * step / 10.0
+        if low <= point <= high:
+            memo([point])
+    return memo.found()
+
+
+class _Memo:
+    """Evaluates each point once and keeps the order."""
+
+    def __init__(self, evaluate: Evaluate) -> None:
+        self.evaluate = evaluate
+        self.values: dict[float, float] = {}
+
+    def __call__(self, points: Sequence[float]) -> list[float]:
+        new = [x for x in dict.fromkeys(points) if x not in self.values]
+        if new:
+            self.values |= zip(new, map(_ordered, self.evaluate(new)), strict=True)
+        return [self.values[x] for x in points]
+
+    def found(self) -> Found:
+        point = min(self.values, key=lambda x: (self.values[x], x))
+        return Found(point, self.values[point], tuple(self.values.items()))
+
+
+def _ordered(value: float) -> float:
+    return math.inf if math.isnan(value) else float(value)
+
+
+def _brent(
+    f: Callable[[float], float], left: float, x: float, right: float, fx: float, evaluations: int, tolerance: float
+) -> None:
+    """Brent (1973), chapter 5: parabolas through the three best points, golden section where they do not help."""
+    golden = (3.0 - math.sqrt(5.0)) / 2.0
+    w = v = x
+    fw = fv = fx
+    step = before = 0.0
+    least = tolerance / 2.0
+    for _ in range(evaluations):
+        middle = (left + right) / 2.0
+        if abs(x - middle) <= 2.0 * least - (right - left) / 2.0:
+            return
+        r, q = (x - w) * (fx - fv), (x - v) * (fx - fw)
+        p, q = (x - v) * q - (x - w) * r, 2.0 * (q - r)
+        p, q = (-p, q) if q > 0.0 else (p, -q)
+        if abs(before) > least and abs(p) < abs(q * before / 2.0) and q * (left - x) < p < q * (right - x):
+            before, step = step, p / q
+            if min(x + step - left, right - x - step) < 2.0 * least:
+                step = math.copysign(least, middle - x)
+        else:
+            before = (left if x >= middle else right) - x
+            step = golden * before
+        u = x + (step if abs(step) >= least else math.copysign(least, step))
+        fu = f(u)
+        if fu <= fx:
+            left, right = (left, x) if u < x else (x, right)
+            v, fv, w, fw, x, fx = w, fw, x, fx, u, fu
+        else:
+            left, right = (u, right) if u < x else (left, u)
+            if fu <= fw or w == x:
+                v, fv, w, fw = w, fw, u, fu
+            elif fu <= fv or v in (x, w):
+                v, fv = u, fu

@@ -1,0 +1,195 @@
+"""Closed forms on the statistics of one linear layer: bound, influence, coherence, q. Numpy in float64, no torch.
+
+Δ (m, n) is the layer's delta, x (n) its input, d the density, p = 1 − d, q what kept entries are divided by.
+Source: Deng et al., DAREx, arXiv 2410.09344, Theorem 3.1 and App. C.9; the least-squares forms are deltamerge's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Vector = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerStatistics:
+    """What one pass over the calibration tokens leaves of a layer y = x Wᵀ + b; E is the mean over tokens.
+
+    tokens           N, padding excluded
+    mean, mean_abs   (n) E[x_j], E|x_j|
+    square           (n) E[x_j²]
+    energy           (m) A_i = E[(Δ_i x)²]
+    diagonal         (m) D_i = Σ_j Δ_ij² E[x_j²]
+    c1, c2           (m) Σ_j Δ_ij E[x_j] + Δb_i and Σ_j (Δ_ij E[x_j])² + Δb_i²
+    influence        (m) c̄_i, the mean of c_ij = Δ_ij x_j over inputs and tokens
+    mean_influence   mean of |c_ij| over outputs, inputs and tokens
+    mean_delta       mean of |Δ_ij|
+    cross, power     (m) E[y_i ŷ_i] and E[ŷ_i²], y = Δ x, ŷ = (mask ∘ Δ) x; None without a drawn mask
+    """
+
+    tokens: int
+    mean: Vector
+    mean_abs: Vector
+    square: Vector
+    energy: Vector
+    diagonal: Vector
+    c1: Vector
+    c2: Vector
+    influence: Vector
+    mean_influence: float
+    mean_delta: float
+    cross: Vector | None = None
+    power: Vector | None = None
+
+    @property
+    def norm(self) -> Vector:
+        """(n) ‖x_j‖₂ over the calibration tokens: WANDA's weight of input feature j."""
+        return np.sqrt(self.tokens * self.square)
+
+    @property
+    def variance(self) -> Vector:
+        """(m) σ_i², the variance of c_ij over inputs and tokens: n (c̄_i² + σ_i²) = D_i."""
+        return np.maximum(self.diagonal / len(self.mean) - self.influence**2, 0.0)
+
+    @property
+    def coherence(self) -> float:
+        """D/A: near 0 plain DARE is right, near 1 rescaling only adds noise. 0 where the delta has no effect."""
+        return float(_ratio(self.diagonal.sum(), self.energy.sum()))
+
+    def massive(self, k: int) -> list[int]:
+        """The k input features of largest E|x_j|, ascending; equal ones go to the lower index."""
+        return sorted(np.argsort(-self.mean_abs, kind="stable")[:k].tolist())
+
+
+def phi(p: float) -> float:
+    """Kearns–Saul φ(p) = (1 − 2p) / log((1 − p)/p), continuous: φ(1/2) = 1/2, φ(0) = φ(1) = 0."""
+    if p <= 0.0 or p >= 1.0:
+        return 0.0
+    if abs(p - 0.5) < 1e-4:
+        return 0.5 - (2.0 * p - 1.0) ** 2 / 6.0
+    return (1.0 - 2.0 * p) / math.log((1.0 - p) / p)
+
+
+def guaranteed(layer: LayerStatistics, density: float, gamma: float = 0.05) -> Vector:
+    """(m) With probability ≥ 1 − γ vanilla DARE changes output i by at most this (root mean square over tokens of the bound).
+
+    sqrt(φ(p) log(2/γ) D_i) / d: Theorem 3.1.
+    """
+    return np.sqrt(phi(1.0 - density) * math.log(2.0 / gamma) * layer.diagonal) / density
+
+
+def typical(layer: LayerStatistics, density: float, gamma: float = 0.05) -> Vector:
+    """(m) The paper's tightened form, sqrt(2 p/(1 − p) log(2/γ) D_i), p > 1/2: a typical size, not a two-sided guarantee."""
+    p = 1.0 - density
+    if p <= 0.5:
+        return guaranteed(layer, density, gamma)
+    return np.sqrt(2.0 * p / density * math.log(2.0 / gamma) * layer.diagonal)
+
+
+def dare_error(layer: LayerStatistics, density: float) -> float:
+    """Expected E‖Δx − (1/d)(δ∘Δ)x‖² / E‖Δx‖² of vanilla DARE: (p/d) D/A."""
+    return (1.0 - density) / density * layer.coherence
+
+
+def least_squares(layer: LayerStatistics, density: float, eta: float = 1.0) -> float:
+    """q = d + η p D/A, at most 1: η = 1 is least squares over random masks, q*; η = 0 is vanilla DARE."""
+    return min(1.0, density + eta * (1.0 - density) * layer.coherence)
+
+
+def least_squares_rows(layer: LayerStatistics, density: float, eta: float = 1.0) -> Vector:
+    """(m) q_i = d + η p D_i/A_i, at most 1."""
+    ratio = _ratio(layer.diagonal, layer.energy)
+    return np.minimum(1.0, density + eta * (1.0 - density) * ratio)
+
+
+def least_squares_error(layer: LayerStatistics, density: float) -> float:
+    """Expected relative error at q*: 1 − d/q*, the share of the layer's delta that random dropping loses at best."""
+    return 1.0 - density / least_squares(layer, density)
+
+
+def drawn(layer: LayerStatistics) -> float | None:
+    """q = ‖Ŷ‖²/⟨Y, Ŷ⟩, the exact least-squares q of a drawn mask; None where no q > 0 is better than dropping all."""
+    cross, power = _of_mask(layer)
+    return float(power.sum() / cross.sum()) if cross.sum() > 0.0 and power.sum() > 0.0 else None
+
+
+def drawn_rows(layer: LayerStatistics) -> Vector:
+    """(m) The same for each output row; rows without an answer of their own take the layer's (1 if it has none)."""
+    cross, power = _of_mask(layer)
+    answered = (cross > 0.0) & (power > 0.0)
+    return np.where(answered, power / np.where(answered, cross, 1.0), drawn(layer) or 1.0)
+
+
+def drawn_error(layer: LayerStatistics, q: float | Vector) -> float:
+    """‖Y − Ŷ/q‖² / ‖Y‖² of a drawn mask, q one number or one per row; 0 where the delta has no effect."""
+    cross, power = _of_mask(layer)
+    residual = layer.energy - 2.0 * cross / q + power / np.square(q)
+    return float(_ratio(residual.sum(), layer.energy.sum()))
+
+
+def bound_rows(layer: LayerStatistics, density: float, eta: float) -> Vector:
+    """(m) q_i(η) = clamp(η φ(p) C2_i / (2 d |C1_i|), d, 1), the minimiser of the bound with a general q (App. C.9).
+
+    |1 − d/q| |C1_i| + η φ(p) C2_i / (4 q²) + log(2/γ)/η. A row without a delta has q_i = d.
+    """
+    wanted = eta * phi(1.0 - density) * layer.c2
+    allowed = 2.0 * density * np.abs(layer.c1)
+    q = np.divide(wanted, allowed, out=np.where(wanted > 0.0, 1.0, density), where=allowed > 0.0)
+    return np.clip(q, density, 1.0)
+
+
+def bound_layer(layer: LayerStatistics, density: float, eta: float) -> float:
+    """A layer's q in the paper's rule: the mean of its rows' q_i(η)."""
+    return float(bound_rows(layer, density, eta).mean())
+
+
+def cube_layer(layer: LayerStatistics, density: float, kappa: float) -> float:
+    """q = clamp(κ mean_i C2_i^(1/3), d, 1): what the authors' code settles at, without its float16 accident."""
+    return float(np.clip(kappa * np.cbrt(layer.c2).mean(), density, 1.0))
+
+
+Family = Callable[[LayerStatistics, float, float], float]
+FAMILIES: dict[str, Family] = {
+    "bound": bound_layer,
+    "cube": cube_layer,
+    "least_squares": lambda layer, density, eta: least_squares(layer, density, eta),
+}
+
+
+def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float) -> tuple[float, float]:
+    """Where to search η: from the largest power of 2^¼ at which the layers' mean q is within 1 % of d, to where it is ½."""
+    some = list(layers)
+
+    def mean(eta: float) -> float:
+        return float(np.mean([family(layer, density, eta) for layer in some]))
+
+    def last_below(level: float) -> float:
+        exponents = range(-240, 241)
+        below = [k for k in exponents if mean(2.0 ** (k / 4)) <= level]
+        return 2.0 ** ((below[-1] if below else exponents[0]) / 4)
+
+    low = last_below(1.01 * density)
+    return low, max(last_below(max(0.5, 2.0 * density)), 2.0 * low)
+
+
+def spread(layers: Mapping[str, float], names: Iterable[str], linear_of: Mapping[str, str]) -> dict[str, float]:
+    """q for every tensor: a bias takes its layer's (`linear_of`: bias -> weight), one with no input the mean of layers."""
+    mean = float(np.mean(list(layers.values()))) if layers else 1.0
+    return {name: layers.get(linear_of.get(name, name), mean) for name in names}
+
+
+def _of_mask(layer: LayerStatistics) -> tuple[Vector, Vector]:
+    if layer.cross is None or layer.power is None:
+        raise ValueError("the pass over the activations had no drawn mask")
+    return layer.cross, layer.power
+
+
+def _ratio(a: float | Vector, b: float | Vector) -> Vector:
+    """a / b, 0 where b is 0."""
+    a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
+    return np.divide(a, b, out=np.zeros(np.broadcast(a, b).shape), where=b > 0.0)

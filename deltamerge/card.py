@@ -1,0 +1,84 @@
+"""The model card of a finished run: README.md with the hub's front matter."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import yaml
+
+from deltamerge import __version__
+from deltamerge.plan import Plan
+
+
+def _license(plan: Plan) -> str | None:
+    """The licence that all inputs state in their cards, if they agree."""
+    found = set()
+    for model in plan.inputs.all:
+        card = model.checkpoint.path / "README.md"
+        found.add(_front_matter(card).get("license") if card.is_file() else None)
+    return str(found.pop()) if len(found) == 1 and None not in found else None
+
+
+def _front_matter(card: Path) -> dict[str, object]:
+    text = card.read_text(encoding="utf-8", errors="replace")
+    if not text.startswith("---\n"):
+        return {}
+    try:
+        content = yaml.safe_load(text[4:].partition("\n---")[0])
+    except yaml.YAMLError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def front_matter(plan: Plan) -> dict[str, object]:
+    """`base_model` lists what the output was made of; one fine-tune is a `finetune` of it, several are a `merge`."""
+    sources = [model.checkpoint.hub_id or model.name for model in plan.inputs.all]
+    matter: dict[str, object] = {
+        "base_model": sources,
+        "base_model_relation": "merge" if len(plan.inputs.tunes) > 1 else "finetune",
+        "library_name": "transformers",
+        "tags": ["deltamerge", "merge"] if len(plan.inputs.tunes) > 1 else ["deltamerge"],
+    }
+    licence = _license(plan)
+    if licence is not None:
+        matter["license"] = licence
+    return matter
+
+
+def render(plan: Plan, recipe_text: str, title: str) -> str:
+    """The whole card; the same plan gives the same text."""
+    what = Counter((p.built.method, p.built.details) for o in plan.outputs for p in o.pieces)
+    rows = [
+        f"| {count} | {method} | {'<br>'.join(details)} |"
+        for (method, details), count in sorted(what.items(), key=lambda item: (-item[1], item[0]))[:40]
+    ]
+    base = f" on top of `{plan.inputs.base.name}`" if plan.inputs.base else ""
+    models = ", ".join(f"`{tune.name}`" for tune in plan.inputs.tunes)
+    lines = [
+        "---",
+        yaml.safe_dump(front_matter(plan), sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: "
+        f"`{plan.recipe.method}` of {models}{base}.",
+        "",
+        "| tensors | method | sources |",
+        "|---|---|---|",
+        *rows,
+        *([f"| … | {len(what) - 40} more combinations | see `deltamerge plan` |"] if len(what) > 40 else []),
+        "",
+        *[f"- {note}" for note in plan.notes],
+        *([""] if plan.notes else []),
+        "## Recipe",
+        "",
+        "```yaml",
+        recipe_text.rstrip(),
+        "```",
+        "",
+        "Reproduce it with `deltamerge run recipe.yaml`; check it with `deltamerge verify .`.",
+        "",
+    ]
+    return "\n".join(lines)

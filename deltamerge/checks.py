@@ -1,0 +1,329 @@
+"""What a recipe must be beyond its types: methods and their parameters, names, pruning; and what is yet to come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from deltamerge.errors import Problem
+from deltamerge.faults import show, suggest
+from deltamerge.methods import (
+    COMMON_KEYS,
+    LATER_MERGE,
+    LATER_PRUNE,
+    MERGE,
+    NO_EFFECT,
+    PRUNE,
+    MergeMethod,
+    Param,
+)
+from deltamerge.parameters import Value, leaves
+from deltamerge.pruning import effective_prune
+from deltamerge.source import Loc
+
+if TYPE_CHECKING:
+    from deltamerge.recipe import Prune, Recipe
+
+_PRUNE_PARAMS = {name: param for method in PRUNE.values() for name, param in method.parameters.items()}
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Every fault that the types of the keys do not show."""
+    checks = (_inputs, _merge_method, _parameters, _required, _template, _prune_keys, _pruning)
+    return (problem for check in checks for problem in check(recipe))
+
+
+def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
+    """What this version cannot run yet, and where the recipe asks for it."""
+    found: list[tuple[Loc, str]] = []
+
+    def unless(fine: bool, loc: Loc, message: str) -> None:
+        if not fine:
+            found.append((loc, message))
+
+    unless(not recipe.slices, ("slices",), "slices")
+    unless(not recipe.modules, ("modules",), "modules")
+    unless(recipe.merge_method not in LATER_MERGE, ("merge_method",), f"merge_method {recipe.merge_method}")
+    unless(recipe.chat_template is None, ("chat_template",), "chat_template")
+    tokenizers: list[tuple[Loc, str | None]] = [(("tokenizer_source",), recipe.tokenizer_source)]
+    if recipe.tokenizer is not None:
+        tokenizers.append((("tokenizer", "source"), recipe.tokenizer.source))
+        unless(not recipe.tokenizer.tokens, ("tokenizer", "tokens"), "token sources")
+        padding = recipe.tokenizer.pad_to_multiple_of
+        unless(padding is None, ("tokenizer", "pad_to_multiple_of"), "pad_to_multiple_of")
+    inputs = {None, "base", recipe.base_model, *recipe.names, *(model.model for model in recipe.models)}
+    for loc, name in tokenizers:
+        unless(name != "union", loc, "a union of tokenizers")
+        unless(name in inputs or name == "union" or not recipe.models, loc, "the tokenizer of a model not merged")
+    unless(recipe.output.kind == "model", ("output", "kind"), f"output.kind: {recipe.output.kind}")
+    for loc, prune in _prunes(recipe):
+        unless(prune.method not in LATER_PRUNE, (*loc, "method"), f"method {prune.method}")
+        unless(prune.sampling != "magnitude", (*loc, "sampling"), "sampling: magnitude")
+        unless(prune.calibrated_q is None, (*loc, "q"), "a calibrated q")
+        unless(prune.group != "model", (*loc, "group"), "group: model")
+        for key in ("protect", "budget", "epsilon", "gamma"):
+            unless(getattr(prune, key) is None, (*loc, key), key)
+    return found
+
+
+def _prunes(recipe: Recipe) -> Iterator[tuple[Loc, Prune]]:
+    """Every `prune` of the recipe and where it stands, the recipe's own first."""
+    if recipe.prune is not None:
+        yield ("prune",), recipe.prune
+    for i, model in enumerate(recipe.models):
+        if model.prune is not None:
+            yield ("models", i, "prune"), model.prune
+
+
+Level = Literal["merge", "model"]
+
+
+def _levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
+    """Every `parameters` of the recipe: where it stands, and whether it is for one model or for the merge."""
+    yield ("parameters",), "merge", recipe.parameters
+    yield from _inner_levels((), recipe)
+    for name, module in recipe.modules.items():
+        yield ("modules", name, "parameters"), "merge", module.parameters
+        yield from _inner_levels(("modules", name), module)
+
+
+def _inner_levels(loc: Loc, holder: Any) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
+    for i, model in enumerate(holder.models):
+        yield (*loc, "models", i, "parameters"), "model", model.parameters
+    for i, part in enumerate(holder.slices):
+        yield (*loc, "slices", i, "parameters"), "merge", part.parameters
+        for j, from_model in enumerate(part.sources):
+            yield (*loc, "slices", i, "sources", j, "parameters"), "model", from_model.parameters
+
+
+def _given(recipe: Recipe, *loc: str | int) -> bool:
+    """Whether the text has a value there, sound or not: what is broken has been reported, and is not missing."""
+    value = recipe.source.data
+    for part in loc:
+        if isinstance(part, int):
+            value = value[part] if isinstance(value, list) and part < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
+    return value is not None
+
+
+def _known_method(recipe: Recipe) -> MergeMethod | None:
+    return MERGE.get(recipe.method_name or "")
+
+
+def _inputs(recipe: Recipe) -> Iterator[Problem]:
+    """One of models, slices, modules; as many models as the method takes; distinct names."""
+    given = [key for key in ("models", "slices", "modules") if _given(recipe, key)]
+    if not given:
+        yield recipe.problem((), "needs models", "models: a list of {model: path or hub id}")
+    for key in given[1:]:
+        message = f"cannot stand beside {given[0]}"
+        yield recipe.problem((key,), message, "keep one of models, slices, modules", key=True)
+    for key in given:
+        if recipe.source.data[key] in ([], {}):
+            yield recipe.problem((key,), "must not be empty", "name at least one model")
+    for name in recipe.modules:
+        if _given(recipe, "modules", name, "models") == _given(recipe, "modules", name, "slices"):
+            yield recipe.problem(("modules", name), "needs either models or slices")
+    first: dict[str, int] = {}
+    for i, name in enumerate(recipe.names):
+        if name in first:
+            loc: Loc = ("models", i, "name") if recipe.models[i].name else ("models", i, "model")
+            message = f"has the same name as models[{first[name]}], {show(name)}"
+            yield recipe.problem(loc, message, "set a name of its own: masks are keyed by it")
+        first.setdefault(name, i)
+
+
+def _merge_method(recipe: Recipe) -> Iterator[Problem]:
+    """A known method, its base, and as many models as it takes."""
+    name, method = recipe.method_name, _known_method(recipe)
+    if name is None:
+        if not _given(recipe, "merge_method") and recipe.models:
+            hint = f"one of {', '.join(MERGE)}; only a single fine-tune has a default"
+            yield recipe.problem((), "needs merge_method", hint)
+        return
+    if method is None:
+        if name not in LATER_MERGE:
+            message = f"unknown merge method {show(name)}"
+            yield recipe.problem(("merge_method",), message, suggest(name, MERGE))
+        return
+    loc: Loc = ("merge_method",) if recipe.merge_method else ()
+    if method.needs_base and not _given(recipe, "base_model"):
+        yield recipe.problem(loc, f"{name} needs base_model", "name what the models were fine-tuned from")
+    if not recipe.models:
+        return
+    count = len(recipe.fine_tunes if method.deltas else recipe.models)
+    if count < method.minimum:
+        besides = " besides the base" if method.deltas else ""
+        message = f"{name} needs at least {method.minimum} model{'s' * (method.minimum > 1)}{besides}"
+        yield recipe.problem(("models",), message)
+    if method.maximum is not None and count > method.maximum:
+        message = f"{name} takes {method.maximum} model{'s' * (method.maximum > 1)}, got {count}"
+        yield recipe.problem(("models",), message)
+
+
+def _parameters(recipe: Recipe) -> Iterator[Problem]:
+    """Every parameter is one of the method's, at a level where it means something, and in its range."""
+    method = _known_method(recipe)
+    if method is None:
+        yield from _unknown_anywhere(recipe)
+        return
+    pruned = {i for i in range(len(recipe.models)) if effective_prune(recipe, i).method != "none"}
+    for loc, level, parameters in _levels(recipe):
+        known = {**method.parameters, **NO_EFFECT}
+        if method.deltas and pruned and (loc == ("parameters",) or (loc[0] == "models" and loc[1] in pruned)):
+            known.setdefault("density", _PRUNE_PARAMS["density"])
+        for name, value in parameters.items():
+            place = (*loc, name)
+            if name not in known:
+                hint = suggest(name, known)
+                if name == "density":
+                    hint = "it prunes: set prune.method, or merge_method to ties, dare_ties or dare_linear"
+                elif name in _PRUNE_PARAMS:
+                    hint = "it belongs under prune"
+                yield recipe.problem(place, f"unknown parameter of {method.name}", hint, key=True)
+            elif level == "model" and name in method.parameters and not method.parameters[name].per_model:
+                yield recipe.problem(place, "is for the whole merge", "move it to the recipe's parameters", key=True)
+            else:
+                yield from _out_of_range(recipe, place, known[name], value)
+
+
+def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
+    """Parameters that no method has, for a recipe whose method is not known."""
+    if recipe.merge_method in LATER_MERGE:
+        return
+    known = NO_EFFECT.keys() | {name for method in MERGE.values() for name in method.parameters}
+    for loc, _, parameters in _levels(recipe):
+        for name in parameters.keys() - known:
+            yield recipe.problem((*loc, name), "unknown parameter", suggest(name, known), key=True)
+
+
+def _out_of_range(recipe: Recipe, loc: Loc, param: Param, value: Value) -> Iterator[Problem]:
+    if param.scalar and not isinstance(value, bool | int | float):
+        yield recipe.problem(loc, f"must be {param.wanted()}, the same for every tensor, got {show(value)}")
+        return
+    for inner, scalar in leaves(value):
+        in_gradient = bool(inner) and inner[-1] != "value"
+        # mergekit reads 0 and 1 as booleans; as points of a gradient they would be ambiguous
+        if not param.accepts(scalar) or (param.kind == "bool" and in_gradient and not isinstance(scalar, bool)):
+            yield recipe.problem((*loc, *inner), f"must be {param.wanted()}, got {show(scalar)}")
+
+
+def _required(recipe: Recipe) -> Iterator[Problem]:
+    """Parameters without a default are given for each model, or for all."""
+    method = _known_method(recipe)
+    if method is None:
+        return
+    counted = recipe.fine_tunes if method.deltas else tuple(range(len(recipe.models)))
+    for name, param in method.parameters.items():
+        if param.default_for(len(counted)) is not None or _given(recipe, "parameters", name):
+            continue
+        for i in counted:
+            if not _given(recipe, "models", i, "parameters", name):
+                message = f"needs a {name}: {method.name} has no default"
+                yield recipe.problem(("models", i), message, f"parameters: {{{name}: 1.0}}")
+
+
+def _template(recipe: Recipe) -> Iterator[Problem]:
+    """`template` names an input, and the tokenizer is described once."""
+    known = {*recipe.names, *(model.model for model in recipe.models)}
+    method = _known_method(recipe)
+    if recipe.base_model is not None and (method is None or method.deltas or recipe.base_model in known):
+        known |= {recipe.base_model, "base"}
+    if recipe.template is not None and recipe.template not in known and recipe.models:
+        message = f"must be the name of a model, or base, got {show(recipe.template)}"
+        yield recipe.problem(("template",), message, suggest(recipe.template, known))
+    if recipe.tokenizer_source == "base" and not _given(recipe, "base_model"):
+        yield recipe.problem(("tokenizer_source",), "base needs base_model")
+    if _given(recipe, "tokenizer") and _given(recipe, "tokenizer_source"):
+        yield recipe.problem(("tokenizer_source",), "cannot stand beside tokenizer", "keep one of the two", key=True)
+
+
+def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
+    """What can be said of one `prune` by itself."""
+    for loc, prune in _prunes(recipe):
+        if prune.method is not None and prune.method not in PRUNE and prune.method not in LATER_PRUNE:
+            message = f"unknown pruning method {show(prune.method)}"
+            yield recipe.problem((*loc, "method"), message, suggest(prune.method, PRUNE))
+        if prune.q is not None and prune.rescale is not None:
+            yield recipe.problem((*loc, "rescale"), "cannot stand beside q", "keep one of the two", key=True)
+        for name, param in _PRUNE_PARAMS.items():
+            value = prune.number_q if name == "q" else getattr(prune, name)
+            if value is not None:
+                yield from _out_of_range(recipe, (*loc, name), param, value)
+
+
+def _pruning(recipe: Recipe) -> Iterator[Problem]:
+    """What each model's pruning, defaults and all, lacks or has too much."""
+    merge = _known_method(recipe)
+    if merge is None:
+        return
+    used: set[str] = set(COMMON_KEYS)
+    methods: list[str] = []
+    for i, model in enumerate(recipe.models):
+        effective = effective_prune(recipe, i)
+        method = PRUNE.get(effective.method)
+        own = model.prune
+        loc: Loc = ("models", i, "prune") if own is not None and own.method is not None else ("prune",)
+        if method is None or _lost(recipe, ("prune",), recipe.prune) or _lost(recipe, ("models", i, "prune"), own):
+            return  # reported, and which keys it knows is not clear
+        if merge.deltas and model.model == recipe.base_model:
+            if own is not None:
+                yield recipe.problem(("models", i, "prune"), "the base has no delta to prune", key=True)
+            continue
+        known = COMMON_KEYS | method.parameters.keys() | method.options
+        used |= known
+        methods.append(method.name)
+        if own is not None and own.method != "none":
+            yield from _no_effect(recipe, ("models", i, "prune"), own, known, [method.name])
+        if method.name == "none":
+            continue
+        if not merge.deltas:
+            yield recipe.problem((*loc, "method"), f"{merge.name} has no deltas to prune", "use task_arithmetic")
+            continue
+        if method.groups and effective.group not in method.groups:
+            yield recipe.problem((*loc, "group"), f"must be one of {', '.join(method.groups)}")
+        if "a" in method.parameters:
+            yield from _columns(recipe, i, loc)
+        elif effective.density is None and effective.budget is None and not _density_given(recipe, i):
+            yield recipe.problem(loc, f"{method.name} needs a density", "density: 0.1 keeps a tenth of the delta")
+    if recipe.prune is not None and recipe.prune.method != "none" and methods:
+        yield from _no_effect(recipe, ("prune",), recipe.prune, used, methods)
+
+
+def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:
+    """Whether the text has a `prune` there, or a method in it, that was too broken to keep."""
+    return _given(recipe, *loc) and (prune is None or (prune.method is None and _given(recipe, *loc, "method")))
+
+
+def _density_given(recipe: Recipe, index: int) -> bool:
+    places: tuple[Loc, ...] = (("prune",), ("parameters",))
+    return any(_given(recipe, *at, "density") or _given(recipe, "models", index, *at, "density") for at in places)
+
+
+def _no_effect(recipe: Recipe, loc: Loc, prune: Prune, known: Iterable[str], methods: list[str]) -> Iterator[Problem]:
+    names = ", ".join(dict.fromkeys(methods))
+    for key in prune.model_fields_set.difference(known):
+        if names == "none":
+            message, hint = "has no effect without a method", "set method: dare, magnitude or structured"
+        else:
+            message, hint = f"has no effect with method {names}", suggest(key, known)
+        yield recipe.problem((*loc, key), message, hint, key=True)
+
+
+def _columns(recipe: Recipe, index: int, loc: Loc) -> Iterator[Problem]:
+    """structured: a and b, and a density that is their product."""
+    effective = effective_prune(recipe, index)
+    for name in ("a", "b"):
+        if not _given(recipe, "prune", name) and not _given(recipe, "models", index, "prune", name):
+            yield recipe.problem(loc, f"structured needs {name}", "density = a · b: give a and b")
+    a, b, density = effective.a, effective.b, effective.density
+    if density is None or a is None or b is None:
+        return
+    where = ("models", index, "prune") if _given(recipe, "models", index, "prune", "density") else ("prune",)
+    if not (isinstance(a, float | int) and isinstance(b, float | int) and isinstance(density, float | int)):
+        hint = "leave density out where a or b varies"
+        yield recipe.problem((*where, "density"), "of structured is a · b", hint)
+    elif abs(density - a * b) > 1e-6 * density:
+        message = f"must be a · b = {a * b:.6g}, got {density:g}"
+        yield recipe.problem((*where, "density"), message, "leave density out, or correct a or b")

@@ -1,0 +1,259 @@
+"""The command line: the only module that prints or exits."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from deltamerge import __version__
+from deltamerge.errors import DeltamergeError, RecipeError
+
+RECIPE = click.Path(path_type=Path)
+FOLDER = click.Path(path_type=Path)
+DEVICE = click.option(
+    "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where tiles are computed."
+)
+WORKERS = click.option(
+    "--workers", type=click.IntRange(1), help="Threads; default: the cores of this machine."
+)
+MEMORY = click.option("--memory", metavar="SIZE", help="Cap on memory, such as 2GB; tiles shrink to keep it.")
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 unusable input, 2 usage, 3 a bug, 130 interrupted."""
+    try:
+        code = commands.main(arguments, prog_name="deltamerge", standalone_mode=False)
+    except click.exceptions.Exit as leaving:
+        code = leaving.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt):
+        click.echo("interrupted: nothing was left behind; run the command again", err=True)
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except DeltamergeError as error:
+        click.echo(str(error) if isinstance(error, RecipeError) else f"error: {error}", err=True)
+        if error.hint:
+            click.echo(f"hint: {error.hint}", err=True)
+        code = error.exit_code
+    except BrokenPipeError:
+        code = 1
+    except Exception as bug:
+        code = _report_bug(bug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report_bug(bug: Exception) -> int:
+    click.echo(f"bug in deltamerge {__version__}: {type(bug).__name__}: {bug}", err=True)
+    last = traceback.extract_tb(bug.__traceback__)[-1]
+    click.echo(f"at {Path(last.filename).name}:{last.lineno} in {last.name}", err=True)
+    click.echo(
+        "hint: please report these lines together with the recipe and `deltamerge --version`", err=True
+    )
+    return 3
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="deltamerge")
+def commands() -> None:
+    """Merge fine-tuned models and prune their deltas, driven by a YAML recipe."""
+
+
+@commands.command()
+@click.argument("recipe", type=RECIPE)
+@click.option(
+    "--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it."
+)
+@DEVICE
+@WORKERS
+@MEMORY
+@click.option("--force", is_flag=True, help="Replace a target that is not empty.")
+@click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
+@AS_JSON
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def run(
+    recipe: Path,
+    out: Path | None,
+    device: str,
+    workers: int | None,
+    memory: str | None,
+    force: bool,
+    locked: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run RECIPE: merge its models into a checkpoint that transformers loads."""
+    from deltamerge.run import run as run_recipe
+
+    progress = Progress(shown=not quiet and sys.stderr.isatty())
+    result = run_recipe(
+        recipe,
+        out,
+        device=device,
+        workers=workers,
+        memory=memory,
+        force=force,
+        locked=locked,
+        watch=lambda plan: progress.start(plan.nbytes),
+    )
+    progress.stop()
+    if as_json:
+        summary = {
+            "out": str(result.folder),
+            "bytes": result.plan.nbytes,
+            "tensors": len(result.plan.outputs),
+            "seconds": round(progress.seconds, 3),
+            "lock": result.lock,
+        }
+        click.echo(json.dumps(summary, sort_keys=True))
+    elif not quiet:
+        size, seconds = human(result.plan.nbytes), progress.seconds
+        click.echo(
+            f"{result.folder}: {len(result.plan.outputs)} tensors, {size} in {seconds:.1f} s", err=True
+        )
+
+
+@commands.command()
+@click.argument("recipes", type=RECIPE, nargs=-1, required=True)
+def check(recipes: tuple[Path, ...]) -> None:
+    """Validate RECIPES and the headers of the models they name; reads no weights."""
+    from deltamerge.run import make_plan
+
+    worst = 0
+    for recipe in recipes:
+        try:
+            plan = make_plan(recipe, device="cpu")
+        except DeltamergeError as error:
+            text = str(error) if isinstance(error, RecipeError) else f"{recipe}: {error}"
+            click.echo(text + (f"\nhint: {error.hint}" if error.hint else ""), err=True)
+            worst = max(worst, error.exit_code)
+        else:
+            click.echo(f"{recipe}: ok, {len(plan.outputs)} tensors, {human(plan.nbytes)}", err=True)
+    if worst:
+        raise click.exceptions.Exit(worst)
+
+
+@commands.command()
+@click.argument("recipe", type=RECIPE)
+@DEVICE
+@WORKERS
+@MEMORY
+@AS_JSON
+def plan(recipe: Path, device: str, workers: int | None, memory: str | None, as_json: bool) -> None:
+    """The dry run: every output tensor of RECIPE with its sources, method and bytes; reads no weights."""
+    from deltamerge.run import make_plan
+
+    planned = make_plan(recipe, device=device, workers=workers, memory=memory)
+    described = planned.describe()
+    click.echo(json.dumps(described, sort_keys=True) if as_json else render_plan(described))
+
+
+@commands.command()
+@click.argument("folder", type=FOLDER)
+@WORKERS
+def verify(folder: Path, workers: int | None) -> None:
+    """Check every file of FOLDER against the hashes in its recipe.lock."""
+    from deltamerge.execute import default_workers
+    from deltamerge.lock import verify as verify_folder
+
+    names = verify_folder(folder, workers or default_workers())
+    click.echo(f"{folder}: {len(names)} files as the lock says", err=True)
+
+
+@commands.command()
+def schema() -> None:
+    """The JSON schema of a recipe, for editors."""
+    from deltamerge.recipe import schema as recipe_schema
+
+    click.echo(json.dumps(recipe_schema(), indent=2))
+
+
+def human(size: float) -> str:
+    """A number of bytes in decimal units, as shard_size and the hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"
+
+
+def render_plan(described: dict[str, Any]) -> str:
+    """The plan as an aligned table."""
+    rows = [("tensor", "dtype", "shape", "bytes", "method", "sources", "file")]
+    for tensor in described["tensors"]:
+        shape = "×".join(map(str, tensor["shape"])) or "scalar"
+        sources = "; ".join(tensor["sources"])
+        rows.append(
+            (
+                tensor["name"],
+                tensor["dtype"],
+                shape,
+                human(tensor["bytes"]),
+                tensor["method"],
+                sources,
+                tensor["file"],
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    passes = max((tensor["passes"] for tensor in described["tensors"]), default=1)
+    backends = sorted({t["backend"] for t in described["tensors"] if t["method"] != "copy"})
+    lines += [
+        "",
+        f"merge_method   {described['merge_method']} of {', '.join(described['models'])}"
+        + (f" on {described['base_model']}" if described["base_model"] else ""),
+        f"template       {described['template']}",
+        f"stages         read → {'select in up to ' + str(passes - 1) + ' passes → ' if passes > 1 else ''}merge → write",
+        f"output         {len(described['tensors'])} tensors, {human(described['output_bytes'])} in "
+        f"{len(described['shards'])} file{'s' if len(described['shards']) != 1 else ''}",
+        f"reads          {human(described['read_bytes'])}",
+        f"runs on        {described['device']}, {described['workers']} workers, {', '.join(backends) or 'copies only'}",
+        f"peak memory    {human(described['peak_bytes'])}",
+        *(f"note           {note}" for note in described["notes"]),
+    ]
+    return "\n".join(lines)
+
+
+class Progress:
+    """A line on stderr: bytes done, rate and time left; silent where nobody looks."""
+
+    def __init__(self, *, shown: bool) -> None:
+        self.shown = shown
+        self.begun = time.monotonic()
+        self.total = self.done = 0
+        self.last = 0.0
+        self.lock = threading.Lock()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self.begun
+
+    def start(self, total: int) -> Callable[[int], None]:
+        self.total = total
+        return self.add
+
+    def add(self, nbytes: int) -> None:
+        with self.lock:
+            self.done += nbytes
+            if not self.shown or time.monotonic() - self.last < 0.1:
+                return
+            self.last = time.monotonic()
+            rate = self.done / max(self.seconds, 1e-3)
+            left = (self.total - self.done) / max(rate, 1)
+            share = self.done / max(self.total, 1)
+            bar = "█" * int(share * 24)
+            text = f"{bar:<24} {share:4.0%} {human(self.done)} of {human(self.total)} {human(rate)}/s {left:.0f} s left"
+            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
+
+    def stop(self) -> None:
+        if self.shown:
+            click.echo("\r\x1b[K", nl=False, err=True)

@@ -1,0 +1,88 @@
+"""One tree of errors; each class has the exit code of the command line, each error one line and a hint.
+
+DeltamergeError      1
+├─ RecipeError       1   the recipe is wrong (carries every problem found)
+├─ InputError        1   a model, a file or data cannot be used
+├─ OutputError       1   the target cannot be written
+├─ VerifyError       1   a file is not what its lock says
+└─ UsageError        2   the command line is wrong
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+
+class DeltamergeError(Exception):
+    """What went wrong (`message`), where (`where`, outermost first) and what to do (`hint`)."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None, where: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+        self.where = [where] if where else []
+
+    def __str__(self) -> str:
+        return ": ".join([*self.where, self.message])
+
+
+class InputError(DeltamergeError):
+    """A model, a file or calibration data cannot be used."""
+
+
+class OutputError(DeltamergeError):
+    """The target cannot be written."""
+
+
+class VerifyError(DeltamergeError):
+    """A file differs from what its lock says."""
+
+
+class UsageError(DeltamergeError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One fault of a recipe: `line` and `column` count from 1, `location` is the key path (`models[0].prune`)."""
+
+    message: str
+    location: str = ""
+    line: int | None = None
+    column: int | None = None
+    hint: str | None = None
+
+    def render(self, path: str) -> str:
+        place = path if self.line is None else f"{path}:{self.line}:{self.column}"
+        text = ": ".join(part for part in (place, self.location, self.message) if part)
+        return text if self.hint is None else f"{text}\nhint: {self.hint}"
+
+
+class RecipeError(DeltamergeError):
+    """Every problem of one recipe at once."""
+
+    def __init__(self, path: str, problems: Sequence[Problem]) -> None:
+        super().__init__(f"{path}: {len(problems)} problem{'s' if len(problems) != 1 else ''}")
+        self.path = path
+        self.problems = tuple(problems)
+
+    def __str__(self) -> str:
+        return "\n".join(problem.render(self.path) for problem in self.problems)
+
+
+@contextmanager
+def context(where: str) -> Iterator[None]:
+    """Add a place (a file, a model, a tensor) to any error that passes through."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except DeltamergeError as error:
+        error.where.insert(0, where)
+        raise

@@ -1,0 +1,329 @@
+"""Runs a graph: tensors stream through it tile by tile, on any number of workers; knows no method."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from deltamerge import errors
+from deltamerge.backends import Backend, Lane, open_backend
+from deltamerge.graph import REDUCTIONS, Node, Schedule, depth_first, resolve, schedule
+from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.tensors import ITEMSIZE, Tile, block_elements
+
+JOB_ELEMENTS = 1 << 22
+COPY_BYTES = 1 << 26
+
+
+class Sink(Protocol):
+    """Where finished tiles go; called from any worker, each byte of a tensor once."""
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        """Bytes of tensor `name` from byte `offset`."""
+
+    def copy(
+        self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader
+    ) -> None:
+        """Bytes [start, start + nbytes) of `source`, which as a whole is the tensor's bytes from `offset`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One output tensor, or some of its rows: its name, the node that makes it, the backend the plan chose ("fused" or
+    "torch"), and the byte of the tensor that the node's first element goes to."""
+
+    name: str
+    root: Node
+    backend: str
+    offset: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A node made ready to run: its function (None: read) and parameters looked up once for all tiles."""
+
+    node: Node
+    call: Callable[..., Any] | None
+    parameters: dict[str, Any]
+    frees: tuple[Node, ...]
+
+
+@dataclass(eq=False)
+class Running:
+    """A task in flight: the small values so far, the partials of the pass that runs, and how many jobs it waits for."""
+
+    task: Task
+    backend: Backend
+    schedule: Schedule
+    values: dict[int, Any]
+    index: int = -1
+    steps: list[Step] = field(default_factory=list)
+    partials: dict[int, dict[int, Any]] = field(default_factory=dict)
+    waiting: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A range of tiles of one pass, or of bytes to copy."""
+
+    running: Running
+    start: int
+    stop: int
+
+
+def execute(
+    tasks: Sequence[Task],
+    reader: Reader,
+    sink: Sink,
+    *,
+    device: str = "cpu",
+    workers: int = 1,
+    tile_elements: int = 1 << 16,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[Node, Any]:
+    """Make every task's tensor and hand its tiles to `sink`; the values of shared small nodes are returned.
+
+    At most `workers` + 1 tensors are in flight, each worker holds one tile of each value alive; the result does not
+    depend on `workers`, `tile_elements` or the device.
+    """
+    engine = _Engine(tasks, reader, sink, device, tile_elements, progress)
+    with _quiet_allocator(), _single_threaded(tasks, workers):
+        engine.run(workers)
+    return engine.shared
+
+
+class _Engine:
+    """A queue of jobs in planned order; a pass of a tensor starts when its last one is complete."""
+
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        reader: Reader,
+        sink: Sink,
+        device: str,
+        tile_elements: int,
+        progress: Callable[[int], None],
+    ) -> None:
+        self.reader, self.sink, self.progress = reader, sink, progress
+        self.tile_elements = tile_elements
+        self.backends = {name: open_backend(name, device) for name in {t.backend for t in tasks}}
+        self.shared = _shared_values(tasks)
+        self.upcoming = iter(tasks)
+        self.ready: deque[Job] = deque()
+        self.in_flight = 0
+        self.failure: BaseException | None = None
+        self.changed = threading.Condition()
+
+    def run(self, workers: int) -> None:
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as interruption:
+            self._fail(interruption)
+            for thread in threads:
+                thread.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def _work(self) -> None:
+        lanes: dict[str, Lane] = {}
+        try:
+            while (job := self._take()) is not None:
+                task = job.running.task
+                with errors.context(f"tensor {task.name}"):
+                    if task.root.kind == "read":
+                        self._copy(job)
+                    else:
+                        lane = lanes.get(task.backend)
+                        if lane is None:
+                            lane = lanes[task.backend] = job.running.backend.lane(self.reader)
+                        self._compute(job, lane)
+                    self._complete(job)
+        except BaseException as failure:
+            self._fail(failure)
+
+    def _fail(self, failure: BaseException) -> None:
+        with self.changed:
+            self.failure = self.failure or failure
+            self.changed.notify_all()
+
+    def _take(self) -> Job | None:
+        with self.changed:
+            while self.failure is None:
+                if self.ready:
+                    return self.ready.popleft()
+                task = next(self.upcoming, None)
+                if task is not None:
+                    self._start(task)
+                elif not self.in_flight:
+                    return None
+                else:
+                    self.changed.wait()
+            return None
+
+    def _start(self, task: Task) -> None:
+        plan = schedule(task.root)
+        values = {id(node): value for node, value in self.shared.items()}
+        running = Running(task, self.backends[task.backend], plan, values)
+        self.in_flight += 1
+        self.ready.extend(self._next_pass(running))
+
+    def _next_pass(self, running: Running) -> list[Job]:
+        """The jobs of the next pass that has to be run; reductions known to be needless are skipped."""
+        for index in range(running.index + 1, len(running.schedule.passes)):
+            running.index = index
+            for node in running.schedule.small[index]:
+                if id(node) not in running.values:
+                    inputs = [running.values[id(s)] for s in node.inputs]
+                    running.values[id(node)] = resolve(node.function)(*inputs, **dict(node.parameters))
+            nodes = running.schedule.passes[index]
+            reductions = [n for n in nodes if n.kind in REDUCTIONS]
+            last = index == len(running.schedule.passes) - 1
+            if not last and all(_needless(n, running.values) for n in reductions):
+                running.values.update({id(n): None for n in reductions})
+                continue
+            frees = running.schedule.frees[index]
+            running.steps = [
+                Step(n, None if n.kind == "read" else running.backend.function(n), dict(n.parameters), frees.get(i, ()))
+                for i, n in enumerate(nodes)
+            ]
+            running.partials = {id(n): {} for n in reductions}
+            jobs = list(self._jobs(running))
+            running.waiting = len(jobs)
+            return jobs
+        return []
+
+    def _jobs(self, running: Running) -> Iterator[Job]:
+        root = running.task.root
+        if root.kind == "read":
+            total, step = root.parameter("tensor").nbytes, COPY_BYTES
+        else:
+            total = int(np.prod(root.shape, dtype=np.int64))
+            step = max(1, JOB_ELEMENTS // self._tile_step(root)) * self._tile_step(root)
+        for start in range(0, max(total, 1), step):
+            yield Job(running, start, min(total, start + step))
+
+    def _tile_step(self, root: Node) -> int:
+        block = block_elements(root.shape)
+        return max(1, self.tile_elements // block) * block
+
+    def _copy(self, job: Job) -> None:
+        source: TensorInfo = job.running.task.root.parameter("tensor")
+        task = job.running.task
+        self.sink.copy(task.name, task.offset, source, job.start, job.stop - job.start, self.reader)
+        self.progress(job.stop - job.start)
+
+    def _compute(self, job: Job, lane: Lane) -> None:
+        running = job.running
+        root = running.task.root
+        step = self._tile_step(root)
+        for start in range(job.start, max(job.stop, job.start + 1), step):
+            if self.failure is not None:
+                return
+            tile = Tile(start, min(job.stop, start + step), root.shape)
+            values: dict[int, Any] = {}
+            with lane.tile():
+                for item in running.steps:
+                    node = item.node
+                    if item.call is None:
+                        values[id(node)] = lane.read(node, tile)
+                    else:
+                        inputs = [
+                            values[id(s)] if id(s) in values else running.values[id(s)] for s in node.inputs
+                        ]
+                        value = item.call(*inputs, tile=tile, **item.parameters)
+                        if node.kind in REDUCTIONS:
+                            running.partials[id(node)][start] = value
+                        else:
+                            values[id(node)] = value
+                    for freed in item.frees:
+                        del values[id(freed)]
+                if id(root) in values:
+                    data = lane.emit(values[id(root)])
+                    offset = running.task.offset + start * ITEMSIZE[root.dtype]
+                    self.sink.write(running.task.name, offset, data)
+                    self.progress(data.nbytes)
+
+    def _complete(self, job: Job) -> None:
+        running = job.running
+        with self.changed:
+            running.waiting -= 1
+            if running.waiting:
+                return
+        for node in (item.node for item in running.steps if item.node.kind in REDUCTIONS):
+            parts = [part for _, part in sorted(running.partials[id(node)].items())]
+            running.values[id(node)] = (
+                sum(parts[1:], parts[0]) if node.kind == "sum" else np.concatenate(parts)
+            )
+        jobs = self._next_pass(running)
+        with self.changed:
+            if jobs:
+                self.ready.extendleft(reversed(jobs))
+            else:
+                self.in_flight -= 1
+            self.changed.notify_all()
+
+
+def _needless(node: Node, values: dict[int, Any]) -> bool:
+    module, _, name = node.function.partition(":")
+    with suppress(AttributeError):
+        small = [values[id(s)] for s in node.inputs if id(s) in values]
+        return bool(resolve(f"{module}:{name}_needless")(*small))
+    return False
+
+
+def _shared_values(tasks: Sequence[Task]) -> dict[Node, Any]:
+    """Values of the small nodes that need no tile (numbers of the recipe, calibration), each computed once."""
+    values: dict[Node, Any] = {}
+    tiled: set[Node] = set()
+    for task in tasks:
+        for node in depth_first(task.root):
+            if node.kind != "small" or any(source in tiled for source in node.inputs):
+                tiled.add(node)
+            elif node not in values:
+                inputs = [values[source] for source in node.inputs]
+                values[node] = resolve(node.function)(*inputs, **dict(node.parameters))
+    return values
+
+
+@contextmanager
+def _single_threaded(tasks: Sequence[Task], workers: int) -> Iterator[None]:
+    """One math thread per worker: threads inside each op make tiles slower, not faster."""
+    if not any(task.backend == "torch" for task in tasks):
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet_allocator() -> Iterator[None]:
+    """Let glibc reuse tile-sized buffers instead of mapping fresh zeroed pages for each."""
+    with suppress(OSError, AttributeError):
+        trim_threshold, mmap_threshold = -1, -3
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_threshold, 1 << 25)
+        libc.mallopt(trim_threshold, 1 << 28)
+    yield
+
+
+def default_workers() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

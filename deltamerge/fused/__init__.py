@@ -1,0 +1,282 @@
+"""The fused CPU backend (extra `fast`): every step's torch function again, on numpy tiles, in compiled loops.
+
+`KERNELS` maps the function names of a graph to functions of the same signature and, bit for bit, the same result.
+bfloat16 tiles are uint16 arrays, other dtypes native; sparse forms are those of `tensors`. Inputs are never changed.
+Importing this package imports numba.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.fused import loops
+from deltamerge.merge.arithmetic import divisor_of
+from deltamerge.prune.bits import SPARSE_BLOCK, Key, gap_table, is_sparse, keep, threshold
+from deltamerge.prune.masks import column_choice, reduced_range, unreduced
+from deltamerge.prune.select import HIGH, LOW, Bin, Cut
+from deltamerge.tensors import Kept, Patched, Tile, block_elements
+
+Array = NDArray[Any]
+Floats = NDArray[np.float32]
+Delta = Floats | Kept
+Weights = tuple[float, ...]
+
+NARROW, WIDE = np.dtype(np.uint16), np.dtype(np.float32)
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype(np.float64),
+    "F32": WIDE,
+    "F16": np.dtype(np.float16),
+    "BF16": NARROW,
+}
+
+
+def _wide(x: Array) -> Floats:
+    """Any tile in float32."""
+    if x.dtype == WIDE:
+        return x
+    if x.dtype != NARROW:
+        with np.errstate(all="ignore"):
+            return x.astype(WIDE)
+    out = np.empty(x.size, WIDE)
+    loops.widen(x, out)
+    return out
+
+
+def _loadable(x: Array) -> Array:
+    """A tile that the loops can read: float32, or bfloat16 bits."""
+    return x if x.dtype == NARROW else _wide(x)
+
+
+def _addresses(arrays: list[Array]) -> NDArray[np.int64]:
+    return np.array([x.__array_interface__["data"][0] for x in arrays], np.int64)
+
+
+def _difference(tune: Array, base: Array) -> Floats:
+    if tune.dtype != NARROW or base.dtype != NARROW:
+        with np.errstate(all="ignore"):
+            return _wide(tune) - _wide(base)
+    out = np.empty(tune.size, WIDE)
+    loops.subtract(tune, base, out)
+    return out
+
+
+def subtract(tune: Array, base: Array, *, tile: Tile, dtypes: tuple[str, str]) -> Floats:
+    return _difference(tune, base)
+
+
+def cast(value: Array | Patched, *, tile: Tile, to: str) -> Array:
+    if not isinstance(value, Patched):
+        return _cast(value, to)
+    result = _cast(value.base, to, copy=True)
+    result[value.positions] = _cast(value.values, to)
+    return result
+
+
+def _cast(x: Array, to: str, *, copy: bool = False) -> Array:
+    dtype = DTYPES[to]
+    if x.dtype == dtype:
+        return x.copy() if copy else x
+    if dtype == NARROW:
+        out = np.empty(x.size, NARROW)
+        loops.narrow(_wide(x).view(np.uint32), out)
+        return out
+    # torch rounds float64 to float16 by way of float32
+    source = _wide(x) if x.dtype == NARROW or dtype == np.float16 else x
+    with np.errstate(all="ignore"):
+        return source.astype(dtype, copy=False)
+
+
+def dare(tune: Array, base: Array, *, tile: Tile, key: Key, density: float) -> Delta:
+    if is_sparse(density):
+        return _kept(tune, base, _positions(key, tile.start, tile.stop, density))
+    high, low = divmod(threshold(density), 1 << 16)
+    if high >> 16:
+        return _difference(tune, base)
+    out = np.empty(tile.size, WIDE)
+    cut = np.uint16(high), np.uint16(low)
+    loops.drop_at_random(_loadable(tune), _loadable(base), *_words(key), tile.start, *cut, out)
+    return out
+
+
+def structured(tune: Array, base: Array, *, tile: Tile, key: Key, a: float, b: float) -> Delta:
+    if len(tile.shape) != 2:
+        return dare(tune, base, tile=tile, key=key, density=a * b)
+    columns = column_choice(tile, key, a)
+    start, stop = reduced_range(tile, columns)
+    kept = _kept(tune, base, unreduced(tile, columns, _positions(key, start, stop, b) + start))
+    return kept if is_sparse(a * b) else _dense(kept, tile.size)
+
+
+def _words(key: Key) -> tuple[np.uint64, np.uint64]:
+    return np.uint64(key[0]), np.uint64(key[1])
+
+
+def _kept(tune: Array, base: Array, positions: NDArray[np.int64]) -> Kept:
+    if not {tune.dtype, base.dtype} <= {NARROW, WIDE}:
+        return Kept(positions, _difference(tune[positions], base[positions]))
+    values = np.empty(positions.size, WIDE)
+    loops.subtract_at(tune, base, positions, values)
+    return Kept(positions, values)
+
+
+def _positions(key: Key, start: int, stop: int, density: float) -> NDArray[np.int64]:
+    """`bits.positions`."""
+    if not is_sparse(density):
+        return np.flatnonzero(keep(key, start, stop, density))
+    table, guide, shift = _guided(density)
+    out = np.empty(stop - start + 1, np.int64)
+    count = loops.draw_positions(table, guide, shift, *_words(key), start, stop, SPARSE_BLOCK, out)
+    return out[:count].copy()
+
+
+@lru_cache(maxsize=64)
+def _guided(density: float) -> tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]:
+    """The gap table with a sentinel, and for each value of a draw's leading bits the least gap it can give."""
+    table = gap_table(density)
+    leading = min(len(table).bit_length() + 2, 14)
+    starts = np.arange(1 << leading, dtype=np.uint64) << np.uint64(63 - leading)
+    guide = np.searchsorted(table, starts, side="right").astype(np.uint32)
+    return np.append(table, np.uint64(2**64 - 1)), guide, np.uint64(63 - leading)
+
+
+def divide(delta: Delta, q: float, *, tile: Tile) -> Delta:
+    divisor = np.float32(q)
+    with np.errstate(all="ignore"):
+        if isinstance(delta, Kept):
+            return Kept(delta.positions, delta.values / divisor)
+        return delta / divisor
+
+
+def linear(*tensors: Array, tile: Tile, weights: Weights, normalize: bool) -> Floats:
+    return _sum(np.empty(0, WIDE), [_loadable(x) for x in tensors], weights, normalize, 1.0)
+
+
+def task_arithmetic(
+    base: Array, *deltas: Delta, tile: Tile, weights: Weights, normalize: bool, lambda_: float
+) -> Floats | Patched:
+    return _merge(_sum, base, deltas, tile, weights, normalize, lambda_)
+
+
+def ties(
+    base: Array, *deltas: Delta, tile: Tile, weights: Weights, normalize: bool, lambda_: float
+) -> Floats | Patched:
+    return _merge(_consensus, base, deltas, tile, weights, normalize, lambda_)
+
+
+def _merge(
+    combine: Callable[[Array, list[Array], Weights, bool, float], Floats],
+    base: Array,
+    deltas: tuple[Delta, ...],
+    tile: Tile,
+    weights: Weights,
+    normalize: bool,
+    lambda_: float,
+) -> Floats | Patched:
+    """`combine` on the whole tile, or where every delta is sparse on the union of their positions."""
+    kept = [delta for delta in deltas if isinstance(delta, Kept)]
+    if len(kept) < len(deltas):
+        dense: list[Array] = [_dense(delta, tile.size) if isinstance(delta, Kept) else delta for delta in deltas]
+        return combine(_loadable(base), dense, weights, normalize, lambda_)
+    positions, rows = _align(kept, tile.size)
+    there = _loadable(base[positions])
+    return Patched(base, positions, combine(there, rows, weights, normalize, lambda_))
+
+
+def _align(kept: list[Kept], size: int) -> tuple[NDArray[np.int64], list[Array]]:
+    if len(kept) == 1:
+        return kept[0].positions, [kept[0].values]
+    sizes = np.array([delta.positions.size for delta in kept], np.int64)
+    total = int(sizes.sum())
+    positions, rows = np.empty(total, np.int64), np.empty((len(kept), total), WIDE)
+    count = loops.align(
+        _addresses([delta.positions for delta in kept]),
+        _addresses([delta.values for delta in kept]),
+        sizes,
+        np.zeros(-(-size // 64), np.uint64),
+        positions,
+        rows,
+    )
+    return positions[:count], [row[:count] for row in rows]
+
+
+def _dense(delta: Kept, size: int) -> Floats:
+    out = np.zeros(size, WIDE)
+    out[delta.positions] = delta.values
+    return out
+
+
+def _sum(base: Array, parts: list[Array], weights: Weights, normalize: bool, scale: float) -> Floats:
+    out = np.empty(parts[0].size, WIDE)
+    loops.add_weighted(
+        base,
+        _addresses(parts),
+        np.array([x.dtype == NARROW for x in parts]),
+        np.array(weights, WIDE),
+        np.float32(divisor_of(weights) if normalize else 1),
+        np.float32(scale),
+        out,
+    )
+    return out
+
+
+def _consensus(base: Array, deltas: list[Array], weights: Weights, normalize: bool, scale: float) -> Floats:
+    out = np.empty(deltas[0].size, WIDE)
+    loops.add_agreeing(base, _addresses(deltas), np.array(weights, WIDE), normalize, np.float32(scale), out)
+    return out
+
+
+def high_histogram(delta: Floats, *, tile: Tile) -> NDArray[np.int64]:
+    counts = np.zeros(HIGH, np.int64)
+    loops.count_high(delta.view(np.uint32), counts)
+    return counts
+
+
+def low_histogram(delta: Floats, high: Bin, *, tile: Tile) -> NDArray[np.int64]:
+    counts = np.zeros(LOW, np.int64)
+    loops.count_low(delta.view(np.uint32), np.uint32(high.high), counts)
+    return counts
+
+
+def equal_counts(delta: Floats, cut: Cut, *, tile: Tile) -> NDArray[np.int64]:
+    step = block_elements(tile.shape)
+    counts = np.empty(-(-tile.size // step), np.int64)
+    loops.count_equal(delta.view(np.uint32), np.uint32(cut.threshold), step, counts)
+    return counts
+
+
+def keep_largest(delta: Floats, cut: Cut, ranks: NDArray[np.int64], *, tile: Tile) -> Floats:
+    bits, out = delta.view(np.uint32), np.empty(tile.size, WIDE)
+    step = block_elements(tile.shape)
+    # how many of the equals are still to be kept when the tile begins, and how many it may hold
+    wanted = held = 0
+    if ranks.size:
+        before, after = tile.start // step, -(-tile.stop // step)
+        wanted = cut.equal_kept - int(ranks[before])
+        held = (int(ranks[after]) if after < ranks.size else cut.equal_total) - int(ranks[before])
+    whole = wanted >= held
+    loops.keep_from(bits, np.uint32(cut.threshold + (not whole)), out.view(np.uint32))
+    if not whole and wanted > 0:
+        equals = np.flatnonzero(bits & np.uint32(0x7FFFFFFF) == cut.threshold)[:wanted]
+        out[equals] = delta[equals]
+    return out
+
+
+KERNELS: dict[str, Callable[..., Any]] = {
+    "deltamerge.ops:subtract": subtract,
+    "deltamerge.ops:cast": cast,
+    "deltamerge.prune.masks:dare": dare,
+    "deltamerge.prune.masks:structured": structured,
+    "deltamerge.prune.rescale:divide": divide,
+    "deltamerge.prune.select:high_histogram": high_histogram,
+    "deltamerge.prune.select:low_histogram": low_histogram,
+    "deltamerge.prune.select:equal_counts": equal_counts,
+    "deltamerge.prune.select:keep_largest": keep_largest,
+    "deltamerge.merge.arithmetic:linear": linear,
+    "deltamerge.merge.arithmetic:task_arithmetic": task_arithmetic,
+    "deltamerge.merge.ties:ties": ties,
+}

@@ -1,0 +1,340 @@
+"""The loops of the fused backend, compiled by numba: they hold no GIL, allocate no result and round like torch.
+
+No fast math and no contraction, so every product, sum and quotient is rounded to float32 by itself. A float32 array
+is taken as it is, a uint16 one as the bits of bfloat16. Values of several models come as addresses (`narrow` where the
+elements are bfloat16): one compiled loop serves any number of models. All compiled code is in this file because
+numba's cache looks for changes in the file of a function only (the constants imported here never change).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import numpy as np
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from deltamerge.merge.arithmetic import SMALLEST_DIVISOR
+from deltamerge.prune.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+CHUNK = 1 << 12
+
+_M0, _M1 = map(np.uint64, MULTIPLIERS)
+_W0, _W1 = map(np.uint64, WEYL)
+_HIGH, _LOW, _GAPS = map(np.uint64, (HIGH, LOW, GAPS))
+_ZERO, _ONE = np.uint64(0), np.uint64(1)
+_SMALLEST = np.float32(SMALLEST_DIVISOR)
+
+
+def _compiled(function: Function) -> Function:
+    try:
+        return cast(Function, njit(nogil=True, error_model="numpy", cache=True)(function))
+    except RuntimeError:  # nowhere to keep a cache
+        return cast(Function, njit(nogil=True, error_model="numpy")(function))
+
+
+def _inlined(function: Function) -> Function:
+    return cast(Function, njit(nogil=True, error_model="numpy", inline="always")(function))
+
+
+def _instruction(generator: Callable[..., Any]) -> Callable[..., Any]:
+    return cast(Callable[..., Any], intrinsic(generator))
+
+
+@_instruction
+def _product(typing: Any, a: Any, b: Any) -> Any:
+    """High and low 64 bits of the product of two uint64."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        word, double = ir.IntType(64), ir.IntType(128)
+        full = builder.mul(*(builder.zext(argument, double) for argument in arguments))
+        high = builder.trunc(builder.lshr(full, ir.Constant(double, 64)), word)
+        return context.make_tuple(builder, signature.return_type, (high, builder.trunc(full, word)))
+
+    word64: Any = types.uint64
+    return types.Tuple((word64, word64))(word64, word64), generate
+
+
+@_instruction
+def _wide(typing: Any, x: Any) -> Any:
+    """float32 of a float32 or of the bits of a bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if signature.args[0] == types.float32:
+            return arguments[0]
+        word = builder.zext(arguments[0], ir.IntType(32))
+        return builder.bitcast(builder.shl(word, ir.Constant(word.type, 16)), ir.FloatType())
+
+    return types.float32(types.float32 if x == types.float32 else types.uint16), generate
+
+
+@_instruction
+def _pointer(typing: Any, address: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
+
+    return types.voidptr(types.int64), generate
+
+
+@_instruction
+def _ones(typing: Any, x: Any) -> Any:
+    """How many bits of a uint64 are set."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.ctpop(arguments[0])
+
+    return types.uint64(types.uint64), generate
+
+
+@_instruction
+def _trailing_zeros(typing: Any, x: Any) -> Any:
+    """How many zero bits are below the lowest set one of a uint64, which is not 0."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.uint64(types.uint64), generate
+
+
+@_inlined
+def _philox(index: Any, block: Any, lane: Any, key0: Any, key1: Any) -> Any:
+    """Philox4x64-10 of the counter (index, block, lane, 0), as in `prune.bits`."""
+    c0, c1, c2, c3 = index, block, lane, _ZERO
+    for _ in range(ROUNDS):
+        high0, low0 = _product(_M0, c0)
+        high1, low1 = _product(_M1, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
+        key0 += _W0
+        key1 += _W1
+    return c0, c1, c2, c3
+
+
+@_compiled
+def widen(x: Any, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = _wide(x[i])
+
+
+@_compiled
+def narrow(x_bits: Any, out: Any) -> None:
+    """The uint32 bits of float32 rounded to bfloat16: nearest, ties to even, NaN to 0x7FC0."""
+    for i in range(out.size):
+        x = x_bits[i]
+        rounded = (x + np.uint32(0x7FFF) + ((x >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+        nan = (x & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+        out[i] = np.uint16(0x7FC0) if nan else np.uint16(rounded)
+
+
+@_compiled
+def subtract(tune: Any, base: Any, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = _wide(tune[i]) - _wide(base[i])
+
+
+@_compiled
+def subtract_at(tune: Any, base: Any, positions: Any, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = _wide(tune[positions[i]]) - _wide(base[positions[i]])
+
+
+@_compiled
+def drop_at_random(tune: Any, base: Any, key0: Any, key1: Any, start: Any, high: Any, low: Any, out: Any) -> None:
+    """tune - base where the word of the position (`start` + index) is below high · 2**16 + low, else 0."""
+    words = np.empty(CHUNK // 4, np.uint64)
+    halves = words.view(np.uint16)
+    done = 0
+    while done < out.size:
+        place = start + done
+        skip = place % 16
+        count = min(CHUNK - skip, out.size - done)
+        first = np.uint64(place // 16)
+        for i in range((skip + count + 15) // 16):
+            w0, w1, w2, w3 = _philox(first + np.uint64(i), _ZERO, _HIGH, key0, key1)
+            words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = w0, w1, w2, w3
+        if low:
+            tied = False
+            for i in range(CHUNK):
+                tied |= halves[i] == high
+            if tied:
+                for i in range(skip, skip + count):
+                    if halves[i] == high:
+                        at = place - skip + i
+                        word = _philox(np.uint64(at // 16), _ZERO, _LOW, key0, key1)[at // 4 % 4]
+                        if np.uint16(word >> np.uint64(16 * (at % 4))) < low:
+                            halves[i] = np.uint16(high - 1)
+        # slices spare the inner loop numpy's negative indices, which would keep it scalar
+        half, t, b, kept = halves[skip:], tune[done:], base[done:], out[done:]
+        for i in range(count):
+            kept[i] = _wide(t[i]) - _wide(b[i]) if half[i] < high else np.float32(0)
+        done += count
+
+
+@_inlined
+def _step(draw: Any, table: Any, guide: Any, shift: Any, place: Any) -> Any:
+    """The next kept place, and the place after it; a gap off the table gives a place that is not kept (-1)."""
+    u = draw >> _ONE
+    gap = np.int64(guide[u >> shift])
+    while table[gap] <= u:
+        gap += 1
+    after = place + gap
+    return (after, after + 1) if gap < table.size - 1 else (-1, after)
+
+
+@_compiled
+def draw_positions(
+    table: Any, guide: Any, shift: Any, key0: Any, key1: Any, start: Any, stop: Any, block_size: Any, out: Any
+) -> int:
+    """The kept of positions [start, stop) by gaps, relative to start, into `out` (one longer than the range); how many.
+
+    `table` is the gap table and 2**64 - 1 at its end; guide[u >> shift] is at most the gap of u.
+    """
+    count = 0
+    block = start // block_size
+    while block * block_size < stop:
+        origin = block * block_size - start
+        until = min(stop - block * block_size, block_size)
+        since = max(0, -origin)
+        place, index = 0, _ZERO
+        while place < until:
+            for draw in _philox(index, np.uint64(block), _GAPS, key0, key1):
+                found, place = _step(draw, table, guide, shift, place)
+                out[count] = origin + found
+                count += since <= found < until
+            index += _ONE
+        block += 1
+    return count
+
+
+@_compiled
+def add_weighted(base: Any, addresses: Any, narrow: Any, weights: Any, divisor: Any, scale: Any, out: Any) -> None:
+    """out = base + scale · (Σ w_i x_i) / divisor; an empty base adds nothing. By chunks that stay in cache."""
+    for first in range(0, out.size, CHUNK):
+        total = out[first : first + CHUNK]
+        n = total.size
+        for k in range(weights.size):
+            w = weights[k]
+            if narrow[k]:
+                short = carray(_pointer(addresses[k] + 2 * first), n, np.uint16)
+                if k == 0:
+                    for i in range(n):
+                        total[i] = w * _wide(short[i])
+                else:
+                    for i in range(n):
+                        total[i] += w * _wide(short[i])
+            else:
+                x = carray(_pointer(addresses[k] + 4 * first), n, np.float32)
+                if k == 0:
+                    for i in range(n):
+                        total[i] = w * x[i]
+                else:
+                    for i in range(n):
+                        total[i] += w * x[i]
+        if divisor != np.float32(1):
+            for i in range(n):
+                total[i] /= divisor
+        if scale != np.float32(1):
+            for i in range(n):
+                total[i] *= scale
+        if base.size:
+            start = base[first : first + CHUNK]
+            for i in range(n):
+                total[i] = _wide(start[i]) + total[i]
+
+
+@_compiled
+def add_agreeing(base: Any, addresses: Any, weights: Any, normalize: Any, scale: Any, out: Any) -> None:
+    """out = base + scale · Σ of the e_i = w_i Δ_i of the sign of Σ e_i (÷ the sum of their w_i if `normalize`)."""
+    sums, divisors = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    for first in range(0, out.size, CHUNK):
+        mixed, start = out[first : first + CHUNK], base[first : first + CHUNK]
+        n = mixed.size
+        for k in range(weights.size):
+            delta, w = carray(_pointer(addresses[k] + 4 * first), n, np.float32), weights[k]
+            if k == 0:
+                for i in range(n):
+                    sums[i] = w * delta[i]
+            else:
+                for i in range(n):
+                    sums[i] += w * delta[i]
+        for i in range(n):
+            mixed[i] = divisors[i] = np.float32(0)
+        for k in range(weights.size):
+            delta, w = carray(_pointer(addresses[k] + 4 * first), n, np.float32), weights[k]
+            for i in range(n):
+                entry = w * delta[i]
+                agrees = entry > 0 if sums[i] >= 0 else entry < 0
+                mixed[i] += entry if agrees else np.float32(0)
+                divisors[i] += w if agrees else np.float32(0)
+        if normalize:
+            for i in range(n):
+                divisor = divisors[i]
+                mixed[i] /= np.float32(1) if abs(divisor) < _SMALLEST else divisor
+        if scale != np.float32(1):
+            for i in range(n):
+                mixed[i] *= scale
+        for i in range(n):
+            mixed[i] = _wide(start[i]) + mixed[i]
+
+
+@_compiled
+def align(positions_at: Any, values_at: Any, sizes: Any, marks: Any, positions: Any, rows: Any) -> int:
+    """The ascending union of lists into `positions`, the values of each, 0 where absent, into its row; how many.
+
+    `marks` holds a zero bit for each element of the tile.
+    """
+    for k in range(sizes.size):
+        for p in carray(_pointer(positions_at[k]), sizes[k], np.int64):
+            marks[p >> 6] |= _ONE << np.uint64(p & 63)
+    before = np.empty(marks.size, np.int64)
+    count = 0
+    for word in range(marks.size):
+        before[word] = count
+        rest = marks[word]
+        while rest:
+            positions[count] = 64 * word + np.int64(_trailing_zeros(rest))
+            rest &= rest - _ONE
+            count += 1
+    for k in range(sizes.size):
+        row = rows[k]
+        row[:count] = np.float32(0)
+        values = carray(_pointer(values_at[k]), sizes[k], np.float32)
+        for i, p in enumerate(carray(_pointer(positions_at[k]), sizes[k], np.int64)):
+            lower = marks[p >> 6] & ((_ONE << np.uint64(p & 63)) - _ONE)
+            row[before[p >> 6] + np.int64(_ones(lower))] = values[i]
+    return count
+
+
+@_compiled
+def count_high(bits: Any, counts: Any) -> None:
+    for i in range(bits.size):
+        counts[(bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16)] += 1
+
+
+@_compiled
+def count_low(bits: Any, high: Any, counts: Any) -> None:
+    for i in range(bits.size):
+        x = bits[i]
+        if (x & np.uint32(0x7FFFFFFF)) >> np.uint32(16) == high:
+            counts[x & np.uint32(0xFFFF)] += 1
+
+
+@_compiled
+def count_equal(bits: Any, threshold: Any, step: Any, counts: Any) -> None:
+    for block in range(counts.size):
+        part, equal = bits[block * step : (block + 1) * step], 0
+        for i in range(part.size):
+            equal += (part[i] & np.uint32(0x7FFFFFFF)) == threshold
+        counts[block] = equal
+
+
+@_compiled
+def keep_from(bits: Any, least: Any, out: Any) -> None:
+    """The bits where the magnitude is at least `least`, else 0."""
+    for i in range(bits.size):
+        x = bits[i]
+        out[i] = x if (x & np.uint32(0x7FFFFFFF)) >= least else np.uint32(0)

@@ -1,0 +1,160 @@
+"""The lazy graph of a plan: interned, plain-data nodes whose functions are names, resolved when they run."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+Kind = Literal["read", "map", "sum", "concat", "small"]
+REDUCTIONS = frozenset({"sum", "concat"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One step: `function` ("module:name") of the values of `inputs` and plain `parameters`.
+
+    read     a tile of a stored tensor; `parameters["tensor"]` says where its bytes are
+    map      f(*inputs, tile, **parameters) -> the tile's value
+    sum      f(*inputs, tile, **parameters) -> a partial per tile; the partials are summed (integers only)
+    concat   the same, but the partials are concatenated in tile order
+    small    f(*inputs, **parameters) -> a value that fits in memory (a threshold, norms, q)
+
+    A reduction `f` may have a companion `f_needless(*small inputs) -> bool` in its module: where it is true the value
+    is None and no pass over the tensor is spent on it.
+
+    Nodes are interned by `Graph`, so identity is equality; inputs exist before the node, so no cycle can be written.
+    `shape` and `dtype` (a safetensors code) promise what a tile's value belongs to.
+    """
+
+    function: str
+    inputs: tuple[Node, ...]
+    parameters: tuple[tuple[str, Any], ...]
+    shape: tuple[int, ...]
+    dtype: str
+    kind: Kind
+
+    def parameter(self, name: str) -> Any:
+        return dict(self.parameters)[name]
+
+
+@dataclass
+class Graph:
+    """Makes nodes, each distinct one once."""
+
+    nodes: dict[tuple[Any, ...], Node] = field(default_factory=dict)
+
+    def node(
+        self,
+        function: str,
+        inputs: Iterable[Node] = (),
+        *,
+        kind: Kind = "map",
+        shape: tuple[int, ...] = (),
+        dtype: str = "F32",
+        **parameters: Any,
+    ) -> Node:
+        inputs = tuple(inputs)
+        plain = tuple(sorted(parameters.items()))
+        key = (function, tuple(map(id, inputs)), plain, shape, dtype, kind)
+        if key not in self.nodes:
+            self.nodes[key] = Node(function, inputs, plain, shape, dtype, kind)
+        return self.nodes[key]
+
+
+@cache
+def resolve(function: str) -> Callable[..., Any]:
+    """The function that a name such as "deltamerge.merge.ties:ties" stands for."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]  # any callable by name
+
+
+def depth_first(root: Node) -> list[Node]:
+    """Every node that `root` needs, inputs first, in the order that keeps the fewest values alive."""
+    order: list[Node] = []
+    seen: set[int] = set()
+    stack: list[tuple[Node, Iterator[Node]]] = [(root, iter(root.inputs))]
+    seen.add(id(root))
+    while stack:
+        node, inputs = stack[-1]
+        for source in inputs:
+            if id(source) not in seen:
+                seen.add(id(source))
+                stack.append((source, iter(source.inputs)))
+                break
+        else:
+            order.append(node)
+            stack.pop()
+    return order
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """How one output tensor is made: passes over its tiles, with small values between them.
+
+    `passes[i]` lists, in order, the nodes that pass i runs on every tile to make its reductions; the last pass makes the
+    root. `small[i]` are the small nodes computable before pass i. `frees[i]` maps a position in
+    `passes[i]` to the nodes whose tile values are last used there.
+    """
+
+    root: Node
+    passes: tuple[tuple[Node, ...], ...]
+    small: tuple[tuple[Node, ...], ...]
+    frees: tuple[dict[int, tuple[Node, ...]], ...]
+
+
+def schedule(root: Node) -> Schedule:
+    """Split the nodes under `root` into the fewest passes over its tiles; linear in their number."""
+    order = depth_first(root)
+    level: dict[int, int] = {}
+    for node in order:
+        below = [level[id(source)] + (source.kind in REDUCTIONS) for source in node.inputs]
+        level[id(node)] = max(below, default=0)
+    count = level[id(root)] + 1
+    passes, small, frees = [], [], []
+    for index in range(count):
+        here = [n for n in order if level[id(n)] == index]
+        targets = [n for n in here if n.kind in REDUCTIONS] + ([root] if index == count - 1 else [])
+        needed = _tile_nodes(order, targets)
+        passes.append(needed)
+        small.append(tuple(n for n in here if n.kind == "small"))
+        frees.append(_last_uses(needed, keep=targets))
+    return Schedule(root, tuple(passes), tuple(small), tuple(frees))
+
+
+def _tile_nodes(order: list[Node], targets: list[Node]) -> tuple[Node, ...]:
+    """The read, map and reduce nodes of one pass: what `targets` need, not looking behind small values."""
+    wanted = {id(n) for n in targets}
+    for node in reversed(order):
+        if id(node) in wanted:
+            wanted |= {id(s) for s in node.inputs if s.kind in ("read", "map")}
+    return tuple(n for n in order if id(n) in wanted)
+
+
+def _last_uses(nodes: tuple[Node, ...], keep: list[Node]) -> dict[int, tuple[Node, ...]]:
+    last: dict[int, int] = {}
+    by_id = {id(n): n for n in nodes}
+    for position, node in enumerate(nodes):
+        for source in node.inputs:
+            if id(source) in by_id:
+                last[id(source)] = position
+    kept = {id(n) for n in keep}
+    frees: dict[int, list[Node]] = {}
+    for key, position in last.items():
+        if key not in kept:
+            frees.setdefault(position, []).append(by_id[key])
+    return {position: tuple(nodes) for position, nodes in frees.items()}
+
+
+def peak_tiles(plan: Schedule) -> int:
+    """The most tile values alive at once in any pass."""
+    peak = 0
+    for nodes, frees in zip(plan.passes, plan.frees, strict=True):
+        alive = 0
+        for position, node in enumerate(nodes):
+            alive += node.kind not in REDUCTIONS
+            peak = max(peak, alive)
+            alive -= len(frees.get(position, ()))
+    return peak

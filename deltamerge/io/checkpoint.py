@@ -1,0 +1,235 @@
+"""Checkpoints: headers first, bytes on demand, names matched between models."""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.io.files import Descriptors, copy_at, flat, input_error, read_at
+from deltamerge.io.safetensors_file import Header, read_header
+from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
+from deltamerge.io.strict_json import read_json
+from deltamerge.tensors import ITEMSIZE
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A model's tensors and where they lie, as its headers say.
+
+    `reference` is what the recipe calls it; `tensors` are in the order of transformers (files by name, each
+    file in the order of its header); `files` are the weight files; a local folder has no `hub_id` and no
+    `revision` (a commit).
+    """
+
+    reference: str
+    path: Path
+    tensors: dict[str, TensorInfo]
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    revision: str | None = None
+    hub_id: str | None = None
+
+
+def open_checkpoint(
+    path: Path, *, reference: str | None = None, revision: str | None = None, hub_id: str | None = None
+) -> Checkpoint:
+    """The checkpoint in the folder `path`, from its config, index and headers; no weight is read.
+
+    It is `model.safetensors`, else an index and its shards, else the only other `.safetensors` file.
+    InputError: no such folder, no (valid) config.json, no safetensors weights, an adapter, a shard that is
+    missing or does not hold what the index says, or a header at fault.
+    """
+    reference = reference or str(path)
+    with errors.context(reference):
+        if not path.is_dir():
+            raise InputError("is a file, not a model's folder" if path.exists() else "no such folder")
+        try:
+            names = os.listdir(path)
+        except OSError as error:
+            raise input_error(error) from error
+        source = weight_source(names)
+        config = read_json(path / "config.json")
+        weight_map = read_index(path / INDEX) if source == INDEX else None
+        shards = [source] if weight_map is None else sorted(set(weight_map.values()))
+        if missing := [shard for shard in shards if shard not in names]:
+            many = f", {len(missing)} of {len(shards)} are" if len(missing) > 1 else ""
+            raise InputError(f"missing shard {missing[0]}{many}", hint="download it, or the whole model again")
+        tensors = join({shard: read_header(path / shard) for shard in shards}, weight_map)
+        files = tuple(path / shard for shard in shards)
+        return Checkpoint(reference, path, tensors, files, config, revision, hub_id)
+
+
+def weight_source(names: Collection[str]) -> str:
+    """The single weight file or the index among a model's file names, chosen as transformers does."""
+    if SINGLE in names:
+        return SINGLE
+    if INDEX in names:
+        return INDEX
+    if "adapter_config.json" in names:
+        raise adapter_error()
+    if not names:
+        raise InputError("the folder is empty")
+    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    if len(weights) == 1:
+        return weights[0]
+    if weights:
+        hint = f"download {INDEX} too, or keep one file"
+        raise InputError(f"{len(weights)} .safetensors files but no {INDEX}", hint=hint)
+    if pickles := sorted(name for name in names if name.endswith(PICKLES)):
+        raise InputError(
+            f"only PyTorch pickle files ({pickles[0]}); deltamerge reads safetensors and never unpickles",
+            hint="if you trust it, convert it: python -c \"import transformers as t; m = 'MODEL'; "
+            "getattr(t, t.AutoConfig.from_pretrained(m).architectures[0]).from_pretrained(m)"
+            ".save_pretrained('OUT')\" or https://huggingface.co/spaces/safetensors/convert",
+        )
+    raise InputError("no safetensors weights", hint=f"a model's folder has {SINGLE}, or {INDEX} and its shards")
+
+
+def adapter_error() -> InputError:
+    """For references to an adapter, alone or as `base+adapter`."""
+    return InputError(
+        "LoRA adapters (`base+adapter`) are not supported yet",
+        hint="merge the adapter into its base first: peft's merge_and_unload(), then save_pretrained()",
+    )
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """A shard index's tensor name -> shard. InputError: no index, or a shard that is no plain file name."""
+    index = read_json(path)
+    with errors.context(path.name):
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise InputError("has no weight_map")
+        for shard in {str(shard): shard for shard in weight_map.values()}.values():
+            if not isinstance(shard, str) or not _is_plain(shard):
+                hint = "shards lie beside their index, under plain names"
+                raise InputError(f"shard {str(shard)[:80]!r} is not a plain .safetensors file name", hint=hint)
+        return weight_map
+
+
+def _is_plain(name: str) -> bool:
+    plain = name.isprintable() and "/" not in name and "\\" not in name and len(name) < 256
+    return plain and name.endswith(".safetensors") and not name.startswith(".")
+
+
+def join(headers: Mapping[str, Header], weight_map: Mapping[str, str] | None) -> dict[str, TensorInfo]:
+    """The tensors of all shards, in order; each holds exactly what the index (`weight_map`) says."""
+    tensors: dict[str, TensorInfo] = {}
+    for shard, header in headers.items():
+        for name, info in header.tensors.items():
+            if weight_map is not None and weight_map.get(name) != shard:
+                listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
+                raise InputError(f"{shard} holds {name}, the index {listed}", hint="download the model again")
+            tensors[name] = info
+    for name in weight_map or ():
+        if name not in tensors:
+            shard = "" if weight_map is None else weight_map[name]
+            raise InputError(f"{name} is missing in {shard}, where the index lists it", hint="download the model again")
+    if not tensors:
+        raise InputError("has no tensors")
+    return tensors
+
+
+class Reader:
+    """Reads byte ranges of tensors into buffers, from any number of threads; keeps few files open."""
+
+    def __init__(self) -> None:
+        self._files = Descriptors(os.O_RDONLY, input_error)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._files.close()
+
+    def read_into(self, info: TensorInfo, start_elem: int, out: Any) -> None:
+        """Fill the contiguous buffer `out` with the tensor's bytes from element `start_elem`."""
+        view = flat(out)
+        offset = start_elem * ITEMSIZE[info.dtype]
+        _check_range(info, offset, len(view))
+        with errors.context(str(info.path)):
+            file = self._files.get(info.path)
+            read_at(file.fd, info.begin + offset, view)
+
+    def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
+        """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
+        if hasattr(os, "posix_fadvise") and nbytes:
+            file = self._files.get(info.path)
+            os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def copy_range(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
+        """Copy the tensor's bytes [offset, offset + nbytes) to `out_offset` of the open file `out_fd`."""
+        _check_range(info, offset, nbytes)
+        try:
+            file = self._files.get(info.path)
+            copy_at(file.fd, info.begin + offset, nbytes, out_fd, out_offset)
+        except InputError as error:
+            error.where.insert(0, str(info.path))
+            raise
+
+
+def _check_range(info: TensorInfo, offset: int, nbytes: int) -> None:
+    if offset < 0 or nbytes < 0 or offset + nbytes > info.nbytes:
+        raise ValueError(f"bytes [{offset}, {offset + nbytes}) of {info.name}, which has {info.nbytes}")
+
+
+def block_container(name: str) -> str | None:
+    """What a numbered block is an item of: "model.layers" of "model.layers.3.mlp.up_proj.weight", or None."""
+    parts = name.split(".")
+    return next((".".join(parts[:i]) for i, part in enumerate(parts) if part.isdecimal()), None)
+
+
+def block_containers(names: Iterable[str]) -> set[str]:
+    """The containers of numbered blocks: {"encoder.block", "decoder.block"} of T5."""
+    return {container for name in names if (container := block_container(name)) is not None}
+
+
+def canonical(name: str, prefix: str) -> str:
+    """A tensor's name without its model's prefix, the same in every model of a recipe."""
+    return name.removeprefix(prefix)
+
+
+def match_prefixes(checkpoints: Sequence[Checkpoint]) -> list[str]:
+    """Every model's base-model prefix ("bert.", "model.", ""), found from the names of all models.
+
+    One model is the frame and has the prefix ""; each other model has the first component whose removal gives
+    it the most names in common with the frame, "" if nothing gains. The frame is the model that suits the
+    worst of the others best, then all of them together, the first of equals.
+    """
+    kinds = dict.fromkeys(frozenset(c.tensors) for c in checkpoints)
+    prefixes: dict[frozenset[str], str] = {}
+    best = (-1, -1)
+    for frame in kinds:
+        fits = {names: _fit(names, frame) for names in kinds if names is not frame}
+        common = [count for count, _ in fits.values()]
+        if (score := (min(common, default=0), sum(common))) > best:
+            best = score
+            prefixes = {names: prefix for names, (_, prefix) in fits.items()} | {frame: ""}
+    return [prefixes[frozenset(c.tensors)] for c in checkpoints]
+
+
+def _fit(names: frozenset[str], frame: frozenset[str]) -> tuple[int, str]:
+    """How many of `names` are in `frame` without the best prefix, and that; it makes no two names one."""
+    gains: Counter[str] = Counter()
+    clashes: set[str] = set()
+    for name in names:
+        head, dot, tail = name.partition(".")
+        if dot:
+            gains[head + "."] += (tail in frame) - (name in frame)
+            if tail in names and not tail.startswith(head + "."):
+                clashes.add(head + ".")
+    best = max((gain, head) for head, gain in [*gains.items(), ("", 0)] if head not in clashes)
+    return len(names & frame) + best[0], best[1] if best[0] > 0 else ""

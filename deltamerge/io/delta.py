@@ -1,0 +1,206 @@
+"""A delta artifact: what changed of a base checkpoint, in few bytes; opened, checked, and put to use.
+
+docs/delta-format.md has the format; torch is imported where its tensors are asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.io.delta_format import Base, Entry, Manifest, open_folder
+from deltamerge.io.encodings import Array, index_itemsize
+
+if TYPE_CHECKING:
+    import torch
+
+TORCH_NAMES = {
+    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+}  # fmt: skip
+_CODES = {name: code for code, name in TORCH_NAMES.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class Patch:
+    """Final values of a checkpoint tensor: 1-D `values` of `dtype` at flat ascending `indices`; None: at all of them.
+
+    indices are int32, or int64 from 2**31 elements. Tensors are torch's.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    values: torch.Tensor
+    indices: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A tensor of the result: what it is, the base's tensor it comes from (if any), and what changes (if anything)."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    base_name: str | None
+    entry: Entry | None
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaFile:
+    """An open artifact: its manifest, and its tensors in the order of the manifest."""
+
+    path: Path
+    manifest: Manifest
+    entries: dict[str, Entry]
+
+    @classmethod
+    def open(cls, path: str | Path) -> DeltaFile:
+        """Check the folder at `path`, map its files. InputError: anything is not as the format says."""
+        folder = Path(path)
+        with errors.context(str(path)):
+            return cls(folder, *open_folder(folder))
+
+    def patches(self) -> Iterator[Patch]:
+        """Final values, tensor by tensor, unchanged ones left out; for an artifact that replaces."""
+        import torch
+
+        for name, entry in self.entries.items():
+            record = entry.record
+            if not record.count:
+                continue
+            indices = None
+            if entry.index is not None:
+                dtype = f"i{index_itemsize(entry.size)}"
+                indices = torch.from_numpy(np.concatenate([p.astype(dtype) for p in entry.positions()]))
+            values = to_torch(entry.values.copy(), record.dtype)
+            yield Patch(name, tuple(record.shape), values.dtype, values, indices)
+
+    def result(self, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Source]:
+        """The tensors of the result in order, from (dtype, shape) of the base's tensors by name.
+
+        InputError: the base lacks a tensor that the delta needs, or has it in another dtype or shape.
+        """
+        sources, used = [], set(self.manifest.removed)
+        for name, entry in self.entries.items():
+            record = entry.record
+            base_name = None
+            if record.base is not None:
+                base_name = record.base_name or name
+                expected = (entry.base_dtype, tuple(record.base_shape or record.shape))
+                if base.get(base_name) != expected:
+                    found = base.get(base_name)
+                    what = "is not there" if found is None else f"is {found[0]} {list(found[1])}"
+                    raise InputError(
+                        f"the base's {base_name} {what}, the delta was made from {expected[0]} {list(expected[1])}",
+                        hint=f"this delta belongs to {self.manifest.base}",
+                    )
+                used.add(base_name)
+            sources.append(Source(name, tuple(record.shape), record.dtype, base_name, entry))
+        for name, (dtype, shape) in base.items():
+            if name not in used and name not in self.entries:
+                sources.append(Source(name, shape, dtype, name, None))
+        return sources
+
+    def apply_to(self, state: MutableMapping[str, Any], *, workers: int = 2) -> None:
+        """Turn a state dict of the base (torch tensors on any device) into the result's, in place where it fits.
+
+        A tensor is found by its name in the result, else by its name in the base. One that is new, or changes dtype
+        or shape, is put into `state`; a removed one is taken out. Hashes are not checked. InputError: a tensor is
+        missing or is not of the base's dtype and shape; nothing has been changed then.
+        """
+        entries = list(self.entries.values())
+        targets = [_target(entry, state, self.manifest.base) for entry in entries]
+        with ThreadPoolExecutor(workers) as pool:
+            results = list(pool.map(_apply_to, entries, targets))
+        for entry, target, result in zip(entries, targets, results, strict=True):
+            if result is not target:
+                state[entry.name] = result
+        for name in self.manifest.removed:
+            state.pop(name, None)
+
+
+def load_delta(path: str | Path) -> Iterator[Patch]:
+    """Patches of the artifact at `path`: (name, shape, dtype, values, flat indices or None), read one at a time.
+
+    The folder is checked now, not at the first patch. InputError: it is damaged, or holds values to add.
+    """
+    delta = DeltaFile.open(path)
+    for name, entry in delta.entries.items():
+        if entry.record.values is not None:
+            raise InputError(
+                f"{path}: {name}: holds values to add, not final values",
+                hint="apply it to its base, or name it as a model of a recipe",
+            )
+    return delta.patches()
+
+
+def to_torch(bits: Array, dtype: str) -> torch.Tensor:
+    """Flat bits as a torch tensor that shares their memory."""
+    import torch
+
+    return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(getattr(torch, TORCH_NAMES[dtype]))
+
+
+def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
+    return _CODES.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype)), tuple(tensor.shape)
+
+
+def _target(entry: Entry, state: Mapping[str, Any], base: Base) -> Any:
+    """The tensor of `state` that an entry changes; None where the base has none."""
+    record = entry.record
+    target = state.get(entry.name, state.get(record.base_name or entry.name))
+    if record.base is None:
+        fits = target is not None and _described(target) == (record.dtype, tuple(record.shape))
+        return target if fits else None
+    expected = (entry.base_dtype, tuple(record.base_shape or record.shape))
+    if target is None or _described(target) != expected:
+        found = "is not there" if target is None else "is {} {}".format(*_described(target))
+        raise InputError(
+            f"{entry.name} {found}, the delta was made from {expected[0]} {expected[1]}",
+            hint=f"it belongs to {base}",
+        )
+    return target
+
+
+def _apply_to(entry: Entry, target: Any) -> Any:
+    """`target` changed in place, or the tensor that replaces it."""
+    record = entry.record
+    if not record.count and _described(target) == (record.dtype, tuple(record.shape)):
+        return target
+    if target is None or _described(target) != (record.dtype, tuple(record.shape)):
+        host = None if target is None else _host_bits(target.detach().cpu().contiguous())
+        made = to_torch(entry.apply(host), record.dtype).reshape(record.shape)
+        return made.clone() if target is None else made.to(target.device)
+    data = target.detach()
+    if data.device.type == "cpu" and data.is_contiguous():
+        entry.apply_in_place(_host_bits(data))
+        return target
+    flat = data.contiguous().reshape(-1)
+    for positions, values in entry.pieces():
+        where = to_torch(positions, "I64").to(flat.device)
+        if record.values is None:
+            flat[where] = to_torch(np.array(values), record.dtype).to(flat.device)
+        else:
+            flat[where] = (flat[where].float() + to_torch(values, "F32").to(flat.device)).to(flat.dtype)
+    if not data.is_contiguous():
+        data.copy_(flat.reshape(data.shape))
+    return target
+
+
+def _host_bits(tensor: Any) -> Array:
+    import torch
+
+    width = tensor.element_size()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    bits: Array = tensor.reshape(-1).view(integers).numpy().view(f"<u{width}")
+    return bits

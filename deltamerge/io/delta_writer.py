@@ -1,0 +1,456 @@
+"""Writes a delta artifact: tensors arrive in pieces, in any order, from any thread; sizes are known at the end.
+
+What is stored of a tensor waits in a file of its own until the last tensor is there; then headers are known, and
+the files are put together. In memory are at most the open tensors' positions, size / 8 bytes each, pieces that
+came too early, and the values of tensors that int8 or sign codes are made of.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from blake3 import blake3
+
+from deltamerge import errors
+from deltamerge.io.delta_format import (
+    INDEX,
+    MANIFEST,
+    SINGLE,
+    Base,
+    Entry,
+    Manifest,
+    Read,
+    Record,
+    as_bits,
+    bits_type,
+    extend,
+    stored_arrays,
+)
+from deltamerge.io.encodings import CODINGS, Array, Choice, Coding, Gaps, choose, encode
+from deltamerge.io.files import copy_at, flat, output_error, read_at, write_at
+from deltamerge.io.values import SCALE_BITS, VALUE_BITS, Coded, Values, cast, encode_values, scale_group
+from deltamerge.io.writer import DTYPE_ORDER
+from deltamerge.tensors import FLOATING, ITEMSIZE
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTensor:
+    """The base's tensor that one of the result comes from; `read` gives flat elements [start, stop) of it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    read: Read
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What was written: bytes of the folder's delta files, entries, and ‖v − stored v‖ / ‖v‖ over all that is added."""
+
+    nbytes: int
+    entries: int
+    error: float
+
+
+class DeltaWriter:
+    """Makes `delta.json` and `delta.safetensors` (or shards) in `folder`.
+
+    semantics   "replace": final values; "add": tensors may also have float32 values to add, coded as `values`
+    codings     of positions, to choose from; dense and indices always are
+    removed     tensors of the base that the result lacks
+
+    The bytes depend on what is written and on the order of the calls of `tensor` alone. OutputError: the disk.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        base: Base,
+        *,
+        semantics: Literal["replace", "add"] = "replace",
+        values: Values = "bfloat16",
+        codings: Collection[Coding] = CODINGS,
+        shard_size: int = 5 * 10**9,
+        removed: Sequence[str] = (),
+    ) -> None:
+        self.values = values
+        self.codings: frozenset[Coding] = frozenset({*codings, "dense", "indices"})
+        self._folder = folder
+        self._spool = folder / ".delta-spool"
+        self._manifest = Manifest(semantics=semantics, base=base, removed=list(removed), tensors={})
+        self._shard_size = shard_size
+        self._tensors: dict[str, TensorWriter] = {}
+        with errors.context(str(folder)):
+            try:
+                self._spool.mkdir()
+            except OSError as error:
+                raise output_error(error) from error
+
+    def __enter__(self) -> DeltaWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what waits; the artifact is there only after `finish`."""
+        for tensor in self._tensors.values():
+            tensor.close()
+        shutil.rmtree(self._spool, ignore_errors=True)
+
+    def tensor(self, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None) -> TensorWriter:
+        """The next tensor of the result; `base` is None where the base has none.
+
+        A base tensor with fewer rows counts as one whose further rows are zero; one of another shape as none.
+        """
+        if name in self._tensors:
+            raise ValueError(f"two tensors have the name {name}")
+        path = self._spool / f"{len(self._tensors):06d}"
+        self._tensors[name] = TensorWriter(self, name, dtype, shape, base, path)
+        return self._tensors[name]
+
+    def finish(self) -> Summary:
+        """Write the files, once every tensor is finished. RuntimeError: one is not (a bug)."""
+        tensors = self._tensors.values()
+        manifest = self._manifest.model_copy(update={"tensors": {n: t.record for n, t in self._tensors.items()}})
+        stored = [[_Stored(*array[:3], tensor.path, array[3]) for array in tensor.stored] for tensor in tensors]
+        shards = _shards(stored, self._shard_size)
+        files = [SINGLE]
+        if len(shards) > 1:
+            files = [f"delta-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        with errors.context(str(self._folder)):
+            try:
+                for file, arrays in zip(files, shards, strict=True):
+                    _write_file(self._folder / file, arrays)
+                if len(shards) > 1:
+                    weight_map = {a.name: file for file, arrays in zip(files, shards, strict=True) for a in arrays}
+                    total = sum(array.nbytes for arrays in shards for array in arrays)
+                    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+                    (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+                (self._folder / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
+            except OSError as error:
+                raise output_error(error) from error
+        files += [MANIFEST, *([INDEX] if len(shards) > 1 else [])]
+        return Summary(
+            sum((self._folder / file).stat().st_size for file in files),
+            sum(tensor.record.count for tensor in tensors),
+            _relative(sum(t.squares[0] for t in tensors), sum(t.squares[1] for t in tensors)),
+        )
+
+
+class TensorWriter:
+    """One tensor of the result: by `write`, or in an artifact that adds by `add` and `finish`."""
+
+    def __init__(
+        self, writer: DeltaWriter, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None, path: Path
+    ) -> None:
+        self.path = path
+        self.stored: list[tuple[str, str, int, int]] = []  # name, dtype, length, byte in the file at `path`
+        self.squares = (0.0, 0.0)
+        self._writer, self._name, self._dtype, self._shape = writer, name, dtype, shape
+        self._base = base if base is not None and _is_related(base, dtype, shape) else None
+        self._size = math.prod(shape)
+        self._record: Record | None = None
+        self._lock = threading.Lock()
+        self._early: dict[int, Array] = {}
+        self._done = 0
+        self._whole = True  # every value so far is in the spool, not only those that differ from the base's
+        self._fd = -1
+        self._spooled = 0
+        self._gaps = Gaps()
+        self._places: list[tuple[int, Array]] = []
+        self._values: list[Array] = []
+        self._base_hash, self._result_hash = blake3(), blake3()
+        if not self._size:
+            self._finish_write()
+
+    @property
+    def record(self) -> Record:
+        """RuntimeError: not every element was written (a bug)."""
+        if self._record is None:
+            raise RuntimeError(f"{self._done} of {self._size} elements of {self._name} were written")
+        return self._record
+
+    def close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def write(self, start: int, data: Any) -> None:
+        """Final values (a buffer in the result's dtype) from flat element `start`; the last piece finishes it."""
+        view = flat(data)
+        if not view:
+            return
+        bits = np.frombuffer(view, bits_type(self._dtype))
+        with self._lock, errors.context(self._name):
+            if start != self._done:
+                self._early[start] = bits.copy()
+                return
+            while bits.size:
+                self._next(bits)
+                bits = self._early.pop(self._done, bits[:0])
+            if self._done == self._size:
+                self._finish_write()
+
+    def add(self, positions: Array, values: Array) -> None:
+        """float32 `values` to add at the next ascending flat int64 `positions`; end with `finish`."""
+        with self._lock, errors.context(self._name):
+            if self._base is None or self._done or self._record is not None:
+                raise ValueError("nothing can be added to it")
+            if not positions.size:
+                return
+            self._gaps.add(positions)
+            self._places.append(_pack(positions))
+            values = np.ascontiguousarray(values, np.float32)
+            if self._coding in SCALE_BITS:
+                self._values.append(values)
+            else:
+                self._append_coded(encode_values(values, positions, 1, 1, self._coding))
+
+    def finish(self) -> None:
+        """End a tensor of `add`, or one that is as in the base; reads the base for the hashes."""
+        with self._lock, errors.context(self._name):
+            if self._record is None:
+                self._finish_add()
+
+    @property
+    def _coding(self) -> Values:
+        """Vectors keep bfloat16: scales and one more stored array would cost more than they save."""
+        scaled = self._writer.values in SCALE_BITS
+        return "bfloat16" if scaled and len(self._shape) < 2 else self._writer.values
+
+    def _next(self, bits: Array) -> None:
+        start, stop = self._done, self._done + bits.size
+        if stop > self._size:
+            raise ValueError(f"element {stop} of {self._size} was written")
+        self._done = stop
+        self._result_hash.update(flat(bits))
+        if self._base is not None:
+            base = self._read_base(start, stop)
+            old = cast(extend(base, bits.size), self._base.dtype, self._dtype)
+            positions = np.flatnonzero(old != bits)
+            if positions.size:
+                self._gaps.add(positions + start)
+                self._places.append(_pack(positions + start))
+            if not self._whole:
+                bits = bits[positions]
+        self._append(bits)
+        # a bitmask is smaller than the unchanged values from here on
+        unchanged = stop - self._gaps.count
+        if self._base is not None and self._whole and unchanged * ITEMSIZE[self._dtype] > -(-self._size // 8):
+            self._thin()
+
+    def _read_base(self, start: int, stop: int) -> Array:
+        assert self._base is not None
+        end = math.prod(self._base.shape)
+        base = as_bits(self._base.read(min(start, end), min(stop, end)), self._base.dtype)
+        self._base_hash.update(flat(base))
+        return base
+
+    def _thin(self) -> None:
+        """Keep of the spooled values those that differ from the base's."""
+        dtype = np.dtype(bits_type(self._dtype))
+        self._whole, self._spooled = False, 0
+        for positions in map(_unpack, self._places):
+            first, last = int(positions[0]), int(positions[-1])
+            buffer = bytearray((last - first + 1) * dtype.itemsize)
+            read_at(self._fd, first * dtype.itemsize, memoryview(buffer))
+            self._append(np.frombuffer(buffer, dtype)[positions - first])
+
+    def _append(self, array: Array) -> None:
+        if self._fd < 0:
+            try:
+                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            except OSError as error:
+                raise output_error(error) from error
+        view = flat(array)
+        write_at(self._fd, self._spooled, view)
+        self._spooled += len(view)
+
+    def _append_coded(self, coded: Coded) -> None:
+        self.squares = (self.squares[0] + coded.squared_error, self.squares[1] + coded.squared)
+        self._append(coded.values)
+
+    def _finish_write(self) -> None:
+        choice = Choice("dense", 0)
+        if self._base is not None:
+            if not self._size:
+                self._read_base(0, 0)
+            bits = 8 * ITEMSIZE[self._dtype]
+            choice = choose(self._gaps, self._size, bits, fill=self._whole, allowed=self._writer.codings)
+            if choice.coding != "dense" and self._whole:
+                self._thin()
+        self._store(self._new_record(choice), np.empty(0, np.uint8), self._index(choice))
+
+    def _finish_add(self) -> None:
+        if self._base is None or self._done:
+            raise ValueError("not every element was written")
+        coding, group, unit = self._coding, scale_group(self._shape), 0
+        scales = np.empty(0, np.uint8)
+        if self._values:
+            positions = np.concatenate([_unpack(places) for places in self._places])
+            values = np.concatenate(self._values)
+            coded = encode_values(values, positions, -(-self._size // group), group, coding)
+            self._append_coded(coded)
+            scales, unit = coded.scales, coded.unit
+            self._values.clear()
+        choice = choose(self._gaps, self._size, VALUE_BITS[coding], fill=False, allowed=self._writer.codings)
+        added: dict[str, Any] = {}
+        if self._gaps.count:
+            added = {"values": coding}
+        if self._gaps.count and coding in SCALE_BITS:
+            added |= {"group": group, "unit": unit}
+        if self._gaps.count and coding != "float32":
+            added["error"] = _relative(*self.squares)
+        record = self._new_record(choice, **added)
+        index = self._index(choice)
+        stored = np.empty(0, np.uint8)
+        if record.count:
+            stored = np.memmap(self.path, np.uint8, "r", 0, self._spooled)
+            if coding in ("float32", "bfloat16"):
+                stored = stored.view(f"<u{VALUE_BITS[coding] // 8}")
+        entry = Entry(self._name, record, stored, index, scales)
+        for bits in entry.tiles(self._read_base, check=False):
+            self._result_hash.update(flat(bits))
+        self._store(self._new_record(choice, **added), scales, index)
+
+    def _index(self, choice: Choice) -> Array | None:
+        if choice.coding == "dense" or not self._gaps.count:
+            return None
+        return encode(choice, map(_unpack, self._places), self._gaps.count, self._size)
+
+    def _new_record(self, choice: Choice, **added: Any) -> Record:
+        base = self._base
+        fields: dict[str, Any] = {}
+        if base is not None:
+            fields["base"] = self._base_hash.hexdigest()
+            fields |= {"base_name": base.name} if base.name != self._name else {}
+            fields |= {"base_shape": list(base.shape)} if base.shape != self._shape else {}
+            fields |= {"base_dtype": base.dtype} if base.dtype != self._dtype else {}
+        return Record(
+            shape=list(self._shape),
+            dtype=self._dtype,
+            encoding=choice.coding,
+            k=choice.k,
+            count=self._size if choice.coding == "dense" else self._gaps.count,
+            result=self._result_hash.hexdigest(),
+            **fields,
+            **added,
+        )
+
+    def _store(self, record: Record, scales: Array, index: Array | None) -> None:
+        """Put scales and positions behind the values in the spool, and list all three."""
+        offset = 0
+        for array in (scales, index):
+            if array is not None and array.size:
+                self._append(array)
+        for suffix, (dtype, length) in stored_arrays(record).items():
+            length = self._spooled - offset if length is None else length
+            self.stored.append((self._name + suffix, dtype, length, offset))
+            offset += length * ITEMSIZE[dtype]
+        self._places.clear()
+        self._record = record
+        self.close()
+
+
+def _is_related(base: BaseTensor, dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether the result's tensor can be told as a change of the base's: cast, and with rows added."""
+    casts = base.dtype == dtype or {base.dtype, dtype} <= FLOATING
+    old = base.shape
+    grows = len(old) == len(shape) > 0 and old[1:] == shape[1:] and old[0] <= shape[0]
+    return casts and (old == shape or grows)
+
+
+def _pack(positions: Array) -> tuple[int, Array]:
+    """Ascending positions as the first of them and, from there on, bits (uint8) or distances, whichever is smaller."""
+    first, last = int(positions[0]), int(positions[-1])
+    distances = positions - first
+    if last - first < 32 * positions.size:
+        bits = np.zeros(last - first + 1, bool)
+        bits[distances] = True
+        return first, np.packbits(bits, bitorder="little")
+    return first, distances.astype(np.uint32) if last - first < 1 << 32 else distances
+
+
+def _unpack(places: tuple[int, Array]) -> Array:
+    first, packed = places
+    if packed.dtype == np.uint8:
+        packed = np.flatnonzero(np.unpackbits(packed, bitorder="little").view(bool))
+    positions: Array = packed.astype(np.int64)
+    positions += first
+    return positions
+
+
+def _relative(squared_error: float, squared: float) -> float:
+    return float(f"{math.sqrt(squared_error / squared):.3g}") if squared else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Stored:
+    """An array that waits in the file at `path` from byte `offset`."""
+
+    name: str
+    dtype: str
+    length: int
+    path: Path
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.length * ITEMSIZE[self.dtype]
+
+
+def _shards(tensors: Sequence[Sequence[_Stored]], shard_size: int) -> list[list[_Stored]]:
+    """Files filled in order up to `shard_size` bytes; the arrays of a tensor stay together."""
+    shards: list[list[_Stored]] = [[]]
+    filled = 0
+    for arrays in tensors:
+        nbytes = sum(array.nbytes for array in arrays)
+        if shards[-1] and filled + nbytes > shard_size:
+            shards.append([])
+            filled = 0
+        shards[-1].extend(arrays)
+        filled += nbytes
+    return shards
+
+
+def _write_file(path: Path, arrays: Sequence[_Stored]) -> None:
+    """The bytes that safetensors.torch.save_file(metadata={"format": "pt"}) would write."""
+    arrays = sorted(arrays, key=lambda array: (DTYPE_ORDER.index(array.dtype), array.name))
+    ends = list(accumulate((array.nbytes for array in arrays), initial=0))
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    for array, offsets in zip(arrays, pairwise(ends), strict=True):
+        entries[array.name] = {"dtype": array.dtype, "shape": [array.length], "data_offsets": offsets}
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    with path.open("xb", buffering=0) as file:
+        write_at(file.fileno(), 0, memoryview(header))
+        for array, end in zip(arrays, ends, strict=False):
+            if array.nbytes:
+                with array.path.open("rb", buffering=0) as source:
+                    copy_at(source.fileno(), array.offset, array.nbytes, file.fileno(), len(header) + end)
+
+
+def _manifest_text(manifest: Manifest) -> str:
+    """One line a field and a tensor, so that artifacts can be compared by line; defaults are left out."""
+    fields = manifest.model_dump(exclude_defaults=True, exclude={"tensors"})
+    fields = {"format": manifest.format, "version": manifest.version} | fields
+    lines = [f"{_compact(key)}: {_compact(value)}" for key, value in fields.items()]
+    tensors = [
+        f"{_compact(name)}: {_compact(record.model_dump(exclude_defaults=True))}"
+        for name, record in manifest.tensors.items()
+    ]
+    lines.append('"tensors": {\n' + ",\n".join(tensors) + "\n}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))

@@ -1,0 +1,133 @@
+"""Bytes at offsets of files: whole reads, writes and copies from any thread; a bounded set of open files."""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from deltamerge.errors import DeltamergeError, InputError, OutputError
+
+MAX_OPEN = 64
+COPY_PIECE = 4 << 20
+
+_FREE = "free space, or choose another folder with --out"
+_OTHER = "choose another folder with --out"
+_REASONS = {
+    errno.ENOSPC: ("no space left on the device", _FREE),
+    errno.EDQUOT: ("the disk quota is exceeded", _FREE),
+    errno.EFBIG: (
+        "the file would be larger than the file system or `ulimit -f` allows",
+        "use a smaller shard_size",
+    ),
+    errno.EACCES: ("permission denied", _OTHER),
+    errno.EPERM: ("not permitted", _OTHER),
+    errno.EEXIST: ("it is there already", _OTHER),
+    errno.EROFS: ("the file system is read-only", _OTHER),
+}
+
+
+def input_error(error: OSError) -> InputError:
+    """Why a source could not be read."""
+    reason = "it vanished" if error.errno == errno.ENOENT else error.strerror
+    return InputError(f"cannot be read: {reason}")
+
+
+def output_error(error: OSError) -> OutputError:
+    """Why a target could not be written, with what to do."""
+    reason, hint = _REASONS.get(error.errno or 0, (error.strerror, None))
+    return OutputError(f"cannot be written: {reason}", hint=hint)
+
+
+class Descriptor:
+    """An open file that closes with its last user; `fd` is valid while this object is held."""
+
+    __slots__ = ("fd",)
+
+    def __init__(self, path: Path, flags: int) -> None:
+        self.fd = -1
+        self.fd = os.open(path, flags | os.O_CLOEXEC)
+
+    def __del__(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+
+
+class Descriptors:
+    """Files opened with `flags` on first use; the `MAX_OPEN` last used stay open. For many threads."""
+
+    def __init__(self, flags: int, fault: Callable[[OSError], DeltamergeError]) -> None:
+        self._flags = flags
+        self._fault = fault
+        self._open: OrderedDict[Path, Descriptor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, path: Path) -> Descriptor:
+        with self._lock:
+            held = self._open.get(path)
+            if held is None:
+                try:
+                    held = self._open[path] = Descriptor(path, self._flags)
+                except OSError as error:
+                    raise self._fault(error) from error
+                if len(self._open) > MAX_OPEN:
+                    self._open.popitem(last=False)
+            self._open.move_to_end(path)
+            return held
+
+    def close(self) -> None:
+        with self._lock:
+            self._open.clear()
+
+
+def flat(buffer: Any) -> memoryview:
+    """The bytes of a contiguous buffer of any element type and shape."""
+    view = memoryview(buffer)
+    return view.cast("B") if view.nbytes else memoryview(b"")
+
+
+def read_at(fd: int, offset: int, out: memoryview) -> None:
+    """Fill `out` with the bytes from `offset`. InputError: the file ends before, or cannot be read."""
+    done = 0
+    while done < len(out):
+        try:
+            count = os.preadv(fd, [out[done:]], offset + done)
+        except OSError as error:
+            raise input_error(error) from error
+        if count == 0:
+            raise InputError(f"truncated while reading: {len(out) - done} bytes are missing at {offset + done}")
+        done += count
+
+
+def write_at(fd: int, offset: int, data: memoryview) -> None:
+    """Write all of `data` from `offset`. OutputError: no space, no permission, or another failure."""
+    done = 0
+    while done < len(data):
+        try:
+            done += os.pwrite(fd, data[done:], offset + done)
+        except OSError as error:
+            raise output_error(error) from error
+
+
+def copy_at(source: int, offset: int, nbytes: int, target: int, target_offset: int) -> None:
+    """Copy bytes between files, inside the kernel (shared extents, where it can) or through a buffer."""
+    done = 0
+    if hasattr(os, "copy_file_range"):
+        try:
+            while done < nbytes:
+                count = os.copy_file_range(source, target, nbytes - done, offset + done, target_offset + done)
+                if count == 0:
+                    break
+                done += count
+        except OSError:
+            pass  # not between these files (EXDEV, EINVAL, …), or a fault that the loop below meets and names
+    buffer = memoryview(bytearray(min(COPY_PIECE, nbytes - done)))
+    while done < nbytes:
+        piece = buffer[: nbytes - done]
+        read_at(source, offset + done, piece)
+        write_at(target, target_offset + done, piece)
+        done += len(piece)

@@ -1,0 +1,183 @@
+"""Model references: local folders, and hub ids through huggingface_hub (its cache, offline mode, token)."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from deltamerge import errors
+from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.io.checkpoint import (
+    INDEX,
+    Checkpoint,
+    adapter_error,
+    join,
+    open_checkpoint,
+    read_index,
+    weight_source,
+)
+from deltamerge.io.safetensors_file import PREFIX, Header, header_length, parse_header, read_header
+from deltamerge.io.strict_json import read_json
+
+HUB_ID = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
+FIRST_BYTES = 100_000
+TIMEOUT_SECONDS = 30
+
+# What a run may need beside the weights, from the root of a repository.
+ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
+
+
+class UnreachableError(InputError):
+    """The hub cannot be reached, and its cache does not have what was asked for."""
+
+
+def resolve(reference: str, folder: Path, *, weights: bool) -> Checkpoint:
+    """The checkpoint that a recipe in `folder` calls `reference`: a local folder if there is one, or a hub id.
+
+    `weights=True` downloads the weights, tokenizer and other files of a hub id into huggingface_hub's cache;
+    `weights=False` only config, index and headers (by range requests), so `files` need not exist.
+
+    InputError: neither a folder nor a hub id, an adapter, not found, gated, no such revision, offline and not
+    in the cache, or anything that `open_checkpoint` refuses.
+    """
+    path = os.path.join(folder, os.path.expanduser(reference))
+    if os.path.exists(path):
+        return open_checkpoint(Path(path), reference=reference)
+    with errors.context(reference):
+        if "+" in reference:
+            raise adapter_error()
+        found = HUB_ID.fullmatch(reference)
+        if found is None:
+            raise InputError(f"no such folder in {folder}", hint="hub ids are written org/name or org/name@revision")
+    return _from_hub(reference, found["id"], found["revision"], folder, weights)
+
+
+def _from_hub(reference: str, hub_id: str, revision: str | None, folder: Path, weights: bool) -> Checkpoint:
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    def file_names(revision: str | None) -> list[str]:
+        return [file.rfilename for file in HfApi().model_info(hub_id, revision=revision).siblings or ()]
+
+    def from_cache() -> Checkpoint:
+        return open_checkpoint(snapshot, reference=reference, revision=snapshot.name, hub_id=hub_id)
+
+    with errors.context(reference), _explained(hub_id, revision, folder):
+        try:
+            snapshot = Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
+        except EntryNotFoundError as error:
+            if not isinstance(error, LocalEntryNotFoundError):
+                weight_source(file_names(revision))  # an adapter, or only pickles, says more than a missing config
+            raise
+    if not weights:
+        with suppress(InputError):
+            return from_cache()
+    commit = snapshot.name
+    try:
+        with errors.context(reference), _explained(hub_id, revision, folder):
+            names = [name for name in file_names(commit) if "/" not in name]
+            weight_map = None
+            if (source := weight_source(names)) == INDEX:
+                weight_map = read_index(Path(hf_hub_download(hub_id, INDEX, revision=commit)))
+            shards = [source] if weight_map is None else sorted(set(weight_map.values()))
+            if weights:
+                wanted = [glob.escape(n) for n in names if n in shards or n.endswith(ASSETS)]
+                snapshot_download(hub_id, revision=commit, allow_patterns=wanted)
+            else:
+                with ThreadPoolExecutor(8) as pool:
+                    headers = pool.map(lambda shard: _header(hub_id, commit, snapshot / shard), shards)
+                tensors = join(dict(zip(shards, headers, strict=True)), weight_map)
+                files = tuple(snapshot / shard for shard in shards)
+                config = read_json(snapshot / "config.json")
+                return Checkpoint(reference, snapshot, tensors, files, config, commit, hub_id)
+    except UnreachableError:
+        with suppress(InputError):
+            return from_cache()
+        raise
+    return from_cache()
+
+
+def _header(hub_id: str, commit: str, path: Path) -> Header:
+    """The header of a weight file: of the cached file if there is one, else by one or two range requests."""
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, without __all__
+        build_hf_headers,
+        get_session,
+        hf_raise_for_status,
+    )
+
+    if path.exists():
+        return read_header(path)
+    url = hf_hub_url(hub_id, path.name, revision=commit)
+
+    def fetch(first: int, last: int) -> tuple[bytes, int]:
+        headers = {**build_hf_headers(), "Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
+        response = get_session().get(url, headers=headers, timeout=TIMEOUT_SECONDS)
+        hf_raise_for_status(response)
+        size = response.headers.get("Content-Range", "").rpartition("/")[2]
+        if response.status_code != 206 or not size.isdecimal():
+            raise InputError("the server does not answer range requests", hint="download the model first")
+        return response.content, int(size)
+
+    with errors.context(path.name):
+        text, size = fetch(0, FIRST_BYTES - 1)
+        end = PREFIX + header_length(text[:PREFIX], size)
+        if end > len(text):
+            text += fetch(len(text), end - 1)[0]
+        return parse_header(text[PREFIX:end], path, size)
+
+
+@contextmanager
+def _explained(hub_id: str, revision: str | None, folder: Path) -> Iterator[None]:
+    """Turn what huggingface_hub raises into one line and a hint."""
+    try:
+        yield
+    except DeltamergeError:
+        raise
+    except Exception as error:
+        explained = _explain(error, hub_id, revision, folder)
+        if explained is None:
+            raise
+        raise explained from error
+
+
+def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path) -> InputError | None:
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    here, page = f"no such folder in {folder}", f"{constants.ENDPOINT}/{hub_id}"
+    if isinstance(error, hub.GatedRepoError):
+        return InputError("is gated on the hub", hint=f"accept its terms at {page}, then `hf auth login`")
+    if isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
+        return InputError(
+            f"{here}, and no such model on the hub",
+            hint="write a local folder relative to the recipe; for a private model `hf auth login`",
+        )
+    if isinstance(error, hub.RevisionNotFoundError):
+        return InputError(f"has no revision {revision}", hint=f"see its branches, tags and commits at {page}/tree/main")
+    if isinstance(error, hub.HfHubHTTPError) and not isinstance(error, hub.EntryNotFoundError):
+        status = error.response.status_code if error.response is not None else "an error"
+        return InputError(f"{constants.ENDPOINT} answered {status}", hint="try again; HF_HUB_OFFLINE=1 uses the cache")
+    if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
+        return InputError(
+            "a file that it should have is missing on the hub (config.json?)", hint=f"see {page}/tree/main"
+        )
+    if constants.HF_HUB_OFFLINE:
+        return UnreachableError(
+            f"{here}, not (wholly) in the hub's cache, and HF_HUB_OFFLINE is set",
+            hint="unset HF_HUB_OFFLINE, or write a local folder relative to the recipe",
+        )
+    network = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3")
+    if network or isinstance(error, hub.LocalEntryNotFoundError | ConnectionError):
+        return UnreachableError(
+            f"{here}, not (wholly) in the hub's cache, and {constants.ENDPOINT} cannot be reached",
+            hint="see the connection and HF_ENDPOINT, or write a local folder relative to the recipe",
+        )
+    if isinstance(error, OSError):
+        return InputError(f"cannot be downloaded: {error.strerror or type(error).__name__}")
+    return None

@@ -1,0 +1,152 @@
+"""Headers of safetensors files, checked before anything in them is believed.
+
+A file is 8 bytes (little-endian length n), n bytes of JSON, then the tensors' bytes without overlap or hole:
+https://huggingface.co/docs/safetensors#format. No weight byte is read here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+from dataclasses import dataclass
+from operator import attrgetter
+from pathlib import Path
+from typing import Any
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.io.strict_json import parse_json
+from deltamerge.tensors import ITEMSIZE
+
+MAX_HEADER = 100_000_000
+MAX_TENSORS = 200_000
+MAX_DIMENSIONS = 64
+PREFIX = 8
+
+_ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
+_AGAIN = "download it again"
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies: `dtype` is safetensors' code ("BF16"), `begin` counts from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """A file's tensors in the order of its header; `data_begin` and `size` (of the file) are in bytes."""
+
+    tensors: dict[str, TensorInfo]
+    metadata: dict[str, str]
+    data_begin: int
+    size: int
+
+
+def read_header(path: Path) -> Header:
+    """The header of the safetensors file at `path`; errors name the file.
+
+    InputError: unreadable, a git-lfs pointer, truncated or with bytes left over, or a header that is no valid
+    safetensors header (see `parse_header`).
+    """
+    with errors.context(path.name):
+        try:
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise InputError("is not a regular file")
+            with path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                length = header_length(file.read(PREFIX), size)
+                return parse_header(file.read(length), path, size)
+        except FileNotFoundError as error:
+            raise InputError("no such file") from error
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}") from error
+
+
+def header_length(first: bytes, size: int) -> int:
+    """Bytes of JSON that the first 8 bytes of a file of `size` bytes promise. InputError: it cannot be so."""
+    if first == b"version ":
+        raise InputError("is a git-lfs pointer, not the weights", hint="fetch the weights with `git lfs pull`")
+    if size < PREFIX or len(first) < PREFIX:
+        raise InputError(f"the file is truncated: it has {size} bytes", hint=_AGAIN)
+    length = int.from_bytes(first[:PREFIX], "little")
+    if length > MAX_HEADER:
+        raise InputError(f"is not a safetensors file: its header would have {length:,} bytes, more than {MAX_HEADER:,}")
+    if PREFIX + length > size:
+        raise InputError(
+            f"the file is truncated: its header ends at byte {PREFIX + length}, file has {size}", hint=_AGAIN
+        )
+    return length
+
+
+def parse_header(text: bytes, path: Path, size: int) -> Header:
+    """The header whose JSON is `text`, of the file at `path` of `size` bytes.
+
+    InputError: not a JSON object, a key twice, more than 200,000 tensors, names that do not print, unknown
+    dtypes, shapes that are no lists of natural numbers or do not fit the offsets, tensors that overlap or
+    leave holes, a file that is shorter or longer than its tensors need.
+    """
+    if not text.startswith(b"{"):
+        raise InputError("is not a safetensors file: its header does not begin with {")
+    if text.count(b'"data_offsets"') > MAX_TENSORS:
+        raise InputError(f"header has more than {MAX_TENSORS:,} tensors")
+    with errors.context("header"):
+        entries = parse_json(text)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise InputError("header: __metadata__ is not a table of strings")
+    data_begin = PREFIX + len(text)
+    tensors = {name: _tensor(name, entry, path, data_begin) for name, entry in entries.items()}
+    _check_places(tensors, data_begin, size)
+    return Header(tensors, metadata, data_begin, size)
+
+
+def _tensor(name: str, entry: Any, path: Path, data_begin: int) -> TensorInfo:
+    if not (0 < len(name) <= 1000 and name.isprintable()):
+        raise _wrong(name, "a name must have 1 to 1000 printable characters")
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
+        raise _wrong(name, "must have dtype, shape and data_offsets, and nothing else")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in ITEMSIZE:
+        raise _wrong(name, f"unknown dtype {str(dtype)[:80]!r}", hint=f"known are {', '.join(ITEMSIZE)}")
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        raise _wrong(name, f"shape must be a list of at most {MAX_DIMENSIONS} natural numbers below 2**63")
+    if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise _wrong(name, "data_offsets must be two natural numbers in ascending order")
+    begin, end = offsets
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
+    if end - begin != nbytes:
+        raise _wrong(name, f"{dtype} of shape {shape} takes {nbytes} bytes, data_offsets give {end - begin}")
+    return TensorInfo(name, dtype, tuple(shape), path, data_begin + begin, nbytes)
+
+
+def _naturals(values: Any) -> bool:
+    if type(values) is not list or not {int}.issuperset(map(type, values)):
+        return False
+    return not values or (min(values) >= 0 and max(values) < 1 << 63)
+
+
+def _wrong(name: str, what: str, hint: str | None = None) -> InputError:
+    return InputError(f"header: tensor {name[:80]!r}: {what}", hint=hint)
+
+
+def _check_places(tensors: dict[str, TensorInfo], data_begin: int, size: int) -> None:
+    """The tensors' bytes follow each other from the header to the end of the file, as safetensors demands."""
+    end = data_begin
+    for tensor in sorted(tensors.values(), key=attrgetter("begin", "nbytes")):
+        if gap := tensor.begin - end:
+            raise _wrong(
+                tensor.name, f"leaves {gap} bytes before it unused" if gap > 0 else "overlaps the one before it"
+            )
+        end = tensor.begin + tensor.nbytes
+    if end > size:
+        raise InputError(f"the file is truncated: header promises {end} bytes, file has {size}", hint=_AGAIN)
+    if end < size:
+        raise InputError(f"header promises {end} bytes, file has {size}", hint=_AGAIN)

@@ -1,0 +1,57 @@
+"""JSON from strangers: bounded before memory is spent, no duplicate keys, an object at the top."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+
+MAX_BYTES = 100_000_000
+MAX_VALUES = 4_000_000
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """The JSON object in `raw`. InputError: not UTF-8, no object, a key twice, too deep, too many values."""
+    if sum(map(raw.count, (b"{", b"[", b","))) > MAX_VALUES:
+        raise InputError(f"holds more than {MAX_VALUES:,} values")
+    try:
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+    except UnicodeDecodeError as error:
+        raise InputError(f"is not UTF-8 at byte {error.start}") from error
+    except RecursionError as error:
+        raise InputError("JSON is nested too deeply") from error
+    except ValueError as error:
+        raise InputError(f"is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InputError("is not a JSON object")
+    return value
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in the file at `path`, of at most 100 MB; errors name the file."""
+    with errors.context(path.name):
+        try:
+            if not path.is_file():
+                raise InputError("no such file")
+            if (size := path.stat().st_size) > MAX_BYTES:
+                raise InputError(f"has {size:,} bytes, more than {MAX_BYTES:,}")
+            raw = path.read_bytes()
+        except OSError as error:
+            raise InputError(f"cannot be read: {error.strerror}") from error
+        if raw.startswith(b"version https://git-lfs"):
+            raise InputError("is a git-lfs pointer, not the file", hint="fetch the files with `git lfs pull`")
+        return parse_json(raw)
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table = dict(pairs)
+    if len(table) != len(pairs):
+        keys: set[str] = set()
+        for key, _ in pairs:
+            if key in keys:
+                raise InputError(f"key {key[:80]!r} twice")
+            keys.add(key)
+    return table

@@ -1,0 +1,183 @@
+"""Bit patterns of tensors as numbers, and the codings of an additive delta's values; torch only for float8.
+
+An array of *bits* is flat and unsigned (uint8 … uint64): the stored bytes of a safetensors dtype.
+
+Values of an additive delta are float32, bfloat16, or codes with one scale per group (a row): int8, or 1-bit
+signs. Scales are small floats without a sign, 8 bits each for int8 (m = 4), 4 bits for signs (m = 1), with one
+unit per tensor:
+
+    scale(code) = 0 if code == 0 else (2**m + code % 2**m) * 2**(code // 2**m) * 2**unit
+
+A scale times a code is exact in float32, so a decoded value is the same everywhere.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from deltamerge.errors import InputError
+from deltamerge.tensors import LONGEST_ROW, block_elements, row_length
+
+Array = npt.NDArray[Any]
+Values = Literal["float32", "bfloat16", "int8", "sign"]
+
+VALUE_BITS: dict[Values, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "sign": 1}
+SCALE_BITS: dict[str, int] = {"int8": 8, "sign": 4}
+MANTISSA: dict[str, int] = {"int8": 4, "sign": 1}
+UNITS: dict[str, tuple[int, int]] = {"int8": (-149, 108), "sign": (-149, 119)}  # all scales are float32 numbers
+
+
+def widen(bits: Array, dtype: str) -> Array:
+    """Bit patterns (unsigned) of a safetensors floating `dtype` -> float32."""
+    if dtype == "BF16":
+        words = bits.astype(np.uint32)
+        words <<= 16
+        return words.view(np.float32)
+    if dtype == "F32":
+        return bits.view(np.float32)
+    if dtype in _NATIVE:
+        return bits.view(_NATIVE[dtype]).astype(np.float32)
+    return _torch_cast(bits, dtype, "F32").view(np.float32)
+
+
+def narrow(values: Array, dtype: str) -> Array:
+    """Float32 -> bit patterns of `dtype`, to the nearest, ties to even; NaN becomes 0x7FC0 in bfloat16."""
+    if dtype == "BF16":
+        bits = values.view(np.uint32)
+        rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+        rounded[np.isnan(values)] = 0x7FC0
+        return rounded
+    if dtype == "F32":
+        return values.view(np.uint32)
+    if dtype in _NATIVE:
+        with np.errstate(over="ignore"):
+            native = values.astype(_NATIVE[dtype])
+        return native.view(f"u{native.itemsize}")
+    return _torch_cast(values.view(np.uint32), "F32", dtype)
+
+
+def cast(bits: Array, source: str, target: str) -> Array:
+    """Bit patterns of one dtype as bit patterns of another, through float32."""
+    return bits if source == target else narrow(widen(bits, source), target)
+
+
+_NATIVE: dict[str, Any] = {"F64": np.float64, "F16": np.float16}
+
+
+def _torch_cast(bits: Array, source: str, target: str) -> Array:
+    import torch
+
+    types = {"F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+    signed = {
+        "F32": (np.int32, torch.int32),
+        "F8_E4M3": (np.int8, torch.int8),
+        "F8_E5M2": (np.int8, torch.int8),
+    }
+    tensor = torch.from_numpy(np.array(bits).view(signed[source][0])).view(types[source])
+    cast: Array = tensor.to(types[target]).view(signed[target][1]).numpy()
+    return cast.view(f"u{cast.itemsize}")
+
+
+def scale_group(shape: tuple[int, ...]) -> int:
+    """Flat elements that share a scale: one row, or about 2**16 where rows have fewer than 64 or over 2**20."""
+    n = row_length(shape)
+    return n if 64 <= n <= LONGEST_ROW else block_elements(shape)
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Stored values (uint32, uint16, int8, packed uint8) and scale codes, their unit; Σ(v − decoded)², Σv²."""
+
+    values: Array
+    scales: Array
+    unit: int
+    squared_error: float
+    squared: float
+
+
+def encode_values(values: Array, positions: Array, groups: int, group: int, coding: Values) -> Coded:
+    """Store float32 `values` at ascending flat `positions` of a tensor of `groups` times `group` elements.
+
+    A sign's scale is the nearest to its group's mean abs(v), the least-squares level; an int8's is the least
+    that is not below max abs(v) / 127. int8 and sign of values that are not finite raise InputError.
+    """
+    if coding in ("float32", "bfloat16"):
+        bits = narrow(values, "F32" if coding == "float32" else "BF16")
+        decoded = widen(bits, "BF16") if coding == "bfloat16" else values
+        return Coded(bits, np.empty(0, np.uint8), 0, _squares(values - decoded), _squares(values))
+    if not np.isfinite(values).all():
+        raise InputError(f"values are not all finite and have no {coding} code")
+    ids = positions // group
+    scales = _sign_scales(values, ids, groups) if coding == "sign" else _int8_scales(values, ids, groups)
+    unit = _unit(float(scales.max(initial=0)), coding)
+    table = _table(unit, coding).astype(np.float64)
+    codes = np.searchsorted((table[1:] + table[:-1]) / 2 if coding == "sign" else table, scales)
+    scale = table.astype(np.float32)[codes][ids]
+    if coding == "sign":
+        negative = np.signbit(values)
+        stored: Array = np.packbits(negative, bitorder="little")
+        decoded = np.where(negative, -scale, scale)
+        codes = np.append(codes, 0)[: -(-groups // 2) * 2]
+        codes = codes[::2] | codes[1::2] << 4
+    else:
+        quotients = np.divide(values, scale, out=np.zeros_like(values), where=scale > 0)
+        stored = np.clip(np.rint(quotients), -127, 127).astype(np.int8)
+        decoded = stored * scale
+    return Coded(stored, codes.astype(np.uint8), unit, _squares(values - decoded), _squares(values))
+
+
+def scale_values(stored: Array, groups: int, unit: int, coding: str) -> Array:
+    """Packed scale codes -> float32 scales, one per group."""
+    if coding == "sign":
+        stored = np.stack((stored & 0xF, stored >> 4), axis=1).reshape(-1)[:groups]
+    return _table(unit, coding)[stored]
+
+
+def decode_values(codes: Array, positions: Array, scales: Array, group: int) -> Array:
+    """Float32 values of int8 codes, or of signs (bool: negative), at flat `positions`."""
+    values: Array = scales[positions // group]
+    if codes.dtype == bool:
+        np.negative(values, out=values, where=codes)
+    else:
+        values *= codes
+    return values
+
+
+def _squares(values: Array) -> float:
+    return float(np.square(values, dtype=np.float64).sum())
+
+
+def _sign_scales(values: Array, ids: Array, groups: int) -> Array:
+    counts = np.bincount(ids, minlength=groups)
+    return np.bincount(ids, np.abs(values), groups) / np.maximum(counts, 1)
+
+
+def _int8_scales(values: Array, ids: Array, groups: int) -> Array:
+    scales = np.zeros(groups)
+    if ids.size:
+        starts = np.flatnonzero(np.diff(ids, prepend=-1))
+        scales[ids[starts]] = np.maximum.reduceat(np.abs(values), starts) / 127.0
+    return scales
+
+
+def _unit(largest: float, coding: str) -> int:
+    """The least unit whose largest scale is not below `largest`, as far as float32 goes."""
+    m = MANTISSA[coding]
+    fraction, exponent = math.frexp(largest)
+    exponent -= m + 1 - (fraction * (2 << m) > (2 << m) - 1)
+    lowest, highest = UNITS[coding]
+    return min(max(exponent - (1 << SCALE_BITS[coding] - m) + 1, lowest), highest)
+
+
+def _table(unit: int, coding: str) -> Array:
+    """Every code's scale, float32, ascending."""
+    m = MANTISSA[coding]
+    codes = np.arange(1 << SCALE_BITS[coding])
+    scales = np.ldexp((1 << m) + codes % (1 << m), codes // (1 << m) + unit)
+    scales[0] = 0
+    return scales.astype(np.float32)

@@ -1,0 +1,73 @@
+"""Merges that are weighted sums: linear, task_arithmetic, passthrough."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deltamerge.ops import densify, union
+from deltamerge.tensors import Kept, Patched, Tile
+
+if TYPE_CHECKING:
+    import torch
+
+SMALLEST_DIVISOR = 1e-8
+
+
+def divisor_of(weights: tuple[float, ...]) -> float:
+    """Σ w in float32, 1 where it is too close to zero to divide by."""
+    total = np.float32(0)
+    for weight in weights:
+        total = np.float32(total + np.float32(weight))
+    return 1.0 if abs(total) < SMALLEST_DIVISOR else float(total)
+
+
+def weighted_sum(parts: list[torch.Tensor], weights: tuple[float, ...]) -> torch.Tensor:
+    """w_0·x_0 + w_1·x_1 + … in this order; each product and each sum is rounded to float32."""
+    total = parts[0] * float(np.float32(weights[0]))
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        total += part * float(np.float32(weight))
+    return total
+
+
+def linear(*tensors: torch.Tensor, tile: Tile, weights: tuple[float, ...], normalize: bool) -> torch.Tensor:
+    """Σ w_i x_i, divided by Σ w_i if `normalize`; float32 (Wortsman et al., "Model soups", arXiv 2203.05482)."""
+    import torch
+
+    total = weighted_sum([x.to(torch.float32) for x in tensors], weights)
+    return total / divisor_of(weights) if normalize else total
+
+
+def task_arithmetic(
+    base: torch.Tensor,
+    *deltas: torch.Tensor | Kept,
+    tile: Tile,
+    weights: tuple[float, ...],
+    normalize: bool,
+    lambda_: float,
+) -> torch.Tensor | Patched:
+    """base + λ Σ w_i Δ_i, the sum divided by Σ w_i if `normalize` (Ilharco et al., arXiv 2212.04089)."""
+    import torch
+
+    if all(isinstance(delta, Kept) for delta in deltas):
+        positions, base_there, there = union(base, deltas)
+        return Patched(base, positions, base_there + _mixed(there, weights, normalize, lambda_))
+    dense = [densify(delta, tile.size) for delta in deltas]
+    return base.to(torch.float32) + _mixed(dense, weights, normalize, lambda_)
+
+
+def _mixed(
+    deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bool, lambda_: float
+) -> torch.Tensor:
+    total = weighted_sum(deltas, weights)
+    if normalize:
+        total = total / divisor_of(weights)
+    return total if lambda_ == 1 else total * float(np.float32(lambda_))
+
+
+def passthrough(x: torch.Tensor, *, tile: Tile, scale: float) -> torch.Tensor:
+    """scale · x in float32."""
+    import torch
+
+    return x.to(torch.float32) * float(np.float32(scale))

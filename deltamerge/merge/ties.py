@@ -1,0 +1,55 @@
+"""TIES consensus: only the entries that agree with the weighted majority's sign are added."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deltamerge.merge.arithmetic import SMALLEST_DIVISOR, weighted_sum
+from deltamerge.ops import densify, union
+from deltamerge.tensors import Kept, Patched, Tile
+
+if TYPE_CHECKING:
+    import torch
+
+
+def ties(
+    base: torch.Tensor,
+    *deltas: torch.Tensor | Kept,
+    tile: Tile,
+    weights: tuple[float, ...],
+    normalize: bool,
+    lambda_: float,
+) -> torch.Tensor | Patched:
+    """base + λ · consensus(Δ_i), Δ_i already trimmed (Yadav et al., arXiv 2306.01708); float32.
+
+    e_i = w_i Δ_i; the sign of Σ e_i (0 counts as +) is elected; the e_i of that sign are added, and divided by the sum
+    of their w_i if `normalize` (a sum near 0 divides by 1).
+    """
+    import torch
+
+    if all(isinstance(delta, Kept) for delta in deltas):
+        positions, base_there, there = union(base, deltas)
+        return Patched(base, positions, base_there + _consensus(there, weights, normalize, lambda_))
+    dense = [densify(delta, tile.size) for delta in deltas]
+    return base.to(torch.float32) + _consensus(dense, weights, normalize, lambda_)
+
+
+def _consensus(
+    deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bool, lambda_: float
+) -> torch.Tensor:
+    import torch
+
+    positive = weighted_sum(deltas, weights) >= 0
+    mixed = torch.zeros_like(deltas[0])
+    divisor = torch.zeros_like(deltas[0])
+    for delta, weight in zip(deltas, weights, strict=True):
+        entry = delta * float(np.float32(weight))
+        agrees = torch.where(positive, entry > 0, entry < 0)
+        mixed += torch.where(agrees, entry, 0.0)
+        if normalize:
+            divisor += torch.where(agrees, float(np.float32(weight)), 0.0)
+    if normalize:
+        mixed = mixed / torch.where(divisor.abs() < SMALLEST_DIVISOR, 1.0, divisor)
+    return mixed if lambda_ == 1 else mixed * float(np.float32(lambda_))

@@ -1,0 +1,68 @@
+"""Elementwise steps on torch tiles that every method shares: widen, subtract, cast."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltamerge.tensors import Patched, Tile
+
+if TYPE_CHECKING:
+    import torch
+
+    Tensor = torch.Tensor
+
+
+def torch_dtype(code: str) -> torch.dtype:
+    """The torch dtype of a safetensors code such as "BF16"."""
+    import torch
+
+    names = {
+        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
+        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
+        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
+        "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
+    }  # fmt: skip
+    return getattr(torch, names[code])  # type: ignore[no-any-return]  # every name above is a dtype
+
+
+def subtract(tune: Tensor, base: Tensor, *, tile: Tile, dtypes: tuple[str, str]) -> Tensor:
+    """Δ = fine-tune − base in float32; `dtypes` are the stored ones of the two."""
+    import torch
+
+    return tune.to(torch.float32) - base.to(torch.float32)
+
+
+def cast(value: Tensor | Patched, *, tile: Tile, to: str) -> Tensor:
+    """The value in the output dtype, rounded once to nearest, ties to even."""
+    target = torch_dtype(to)
+    if not isinstance(value, Patched):
+        return value.to(target)
+    result = value.base.to(target, copy=True)
+    result[value.positions] = value.values.to(target)
+    return result
+
+
+def union(base: Any, deltas: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Sparse deltas (`Kept`) on the union of their positions: (positions, base there in float32, each delta there)."""
+    import torch
+
+    positions = torch.unique(torch.cat([d.positions for d in deltas]))
+    there = []
+    for delta in deltas:
+        dense = torch.zeros(positions.numel(), dtype=torch.float32, device=positions.device)
+        dense[torch.searchsorted(positions, delta.positions)] = delta.values
+        there.append(dense)
+    return positions, base[positions].to(torch.float32), there
+
+
+def densify(delta: Any, size: int) -> Tensor:
+    """A delta as a flat float32 tensor, zero where `Kept` has no entry."""
+    import torch
+
+    from deltamerge.tensors import Kept
+
+    if not isinstance(delta, Kept):
+        return delta  # type: ignore[no-any-return]  # a dense tile already
+    dense = torch.zeros(size, dtype=torch.float32, device=delta.values.device)
+    dense[delta.positions] = delta.values
+    return dense

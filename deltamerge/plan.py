@@ -1,0 +1,305 @@
+"""Recipe and headers -> what will be done: every output tensor, where its bytes go, passes and peak memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from deltamerge import backends
+from deltamerge.build import Builder, Built
+from deltamerge.errors import InputError
+from deltamerge.graph import Graph, Node, peak_tiles, schedule
+from deltamerge.inputs import Input, Inputs, Opener, open_inputs
+from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.writer import Layout, plan_layout
+from deltamerge.parameters import layer_index, layer_position
+from deltamerge.recipe import Recipe
+from deltamerge.tensors import FLOATING, ITEMSIZE, block_elements
+
+SHOWN_PROBLEMS = 8
+TILE_ELEMENTS = 1 << 18
+GPU_TILE_ELEMENTS = 1 << 22
+# anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
+BASELINE_BYTES = {"fused": 150_000_000, "torch": 350_000_000}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of an output tensor made by one node; `offset` is the byte they start at."""
+
+    built: Built
+    offset: int
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    pieces: tuple[Piece, ...]
+    file: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Everything that a run does, as plain data; made without reading a weight."""
+
+    recipe: Recipe
+    inputs: Inputs
+    outputs: tuple[Output, ...]
+    layout: Layout
+    notes: tuple[str, ...]
+    device: str
+    workers: int
+    tile_elements: int
+    peak_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes read from the inputs, counting every pass."""
+        total = 0
+        for piece in (piece for output in self.outputs for piece in output.pieces):
+            root = piece.built.root
+            if root.kind == "read":
+                total += math.prod(root.shape) * ITEMSIZE[root.dtype]
+            else:
+                total += sum(
+                    math.prod(node.shape) * ITEMSIZE[node.dtype]
+                    for nodes in schedule(root).passes
+                    for node in nodes
+                    if node.kind == "read"
+                )
+        return total
+
+    def describe(self) -> dict[str, Any]:
+        """The plan for `--json`; a documented, stable shape."""
+        return {
+            "merge_method": self.recipe.method.name,
+            "base_model": self.inputs.base.name if self.inputs.base else None,
+            "models": [tune.name for tune in self.inputs.tunes],
+            "template": self.inputs.template.name,
+            "device": self.device,
+            "workers": self.workers,
+            "tile_elements": self.tile_elements,
+            "peak_bytes": self.peak_bytes,
+            "read_bytes": self.read_bytes,
+            "output_bytes": self.nbytes,
+            "shards": [{"file": f.name, "bytes": f.size} for f in self.layout.files],
+            "notes": list(self.notes),
+            "tensors": [
+                {
+                    "name": output.name,
+                    "dtype": output.dtype,
+                    "shape": list(output.shape),
+                    "bytes": output.nbytes,
+                    "file": output.file,
+                    "method": output.pieces[0].built.method,
+                    "sources": list(output.pieces[0].built.details),
+                    "passes": len(schedule(output.pieces[0].built.root).passes),
+                    "backend": output.pieces[0].backend,
+                }
+                for output in self.outputs
+            ],
+        }
+
+
+def plan(
+    recipe: Recipe,
+    folder: Path,
+    opener: Opener,
+    *,
+    device: str = "cpu",
+    workers: int = 1,
+    memory: int | None = None,
+) -> Plan:
+    """Resolve `recipe`; relative references start at `folder`, `opener` opens one by its headers.
+
+    Raises InputError naming every mismatch between the models; nothing but headers and configs is read.
+    """
+    inputs = open_inputs(recipe, folder, opener)
+    planner = _Planner(recipe, inputs, device)
+    rows = list(planner.tensors())
+    if planner.problems:
+        shown = planner.problems[:SHOWN_PROBLEMS]
+        more = len(planner.problems) - len(shown)
+        raise InputError(
+            "\n".join(shown + ([f"… and {more} more"] if more else [])), hint=planner.hint or None
+        )
+    layout = plan_layout([(name, dtype, shape) for name, shape, dtype, _ in rows], recipe.output.shard_size)
+    outputs = tuple(
+        Output(name, shape, dtype, math.prod(shape) * ITEMSIZE[dtype], pieces, layout.tensors[name].file)
+        for name, shape, dtype, pieces in rows
+    )
+    tile, peak = _memory(outputs, device, workers, memory)
+    return Plan(recipe, inputs, outputs, layout, tuple(planner.notes), device, workers, tile, peak)
+
+
+Row = tuple[str, tuple[int, ...], str, tuple[Piece, ...]]
+
+
+class _Planner:
+    """Goes through the template's tensors; collects problems and notes on the way."""
+
+    def __init__(self, recipe: Recipe, inputs: Inputs, device: str) -> None:
+        self.recipe, self.inputs, self.device = recipe, inputs, device
+        self.builder = Builder(recipe, Graph())
+        self.problems: list[str] = []
+        self.hint = ""
+        self.notes: list[str] = []
+        self.out_dtype = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}.get(
+            str(recipe.out_dtype or recipe.dtype)
+        )
+        indices = [layer_index(name) for name in inputs.template.tensors]
+        self.layers = 1 + max((i for i in indices if i is not None), default=0)
+
+    def tensors(self) -> Iterator[Row]:
+        template = self.inputs.template
+        tied = self._tied_head()
+        copied: list[str] = []
+        for name, tensor in template.tensors.items():
+            if name == tied:
+                self.notes.append(f"{template.stored[name]}: tied to the embedding, written once")
+                continue
+            row = self._row(name, tensor, copied)
+            if row is not None:
+                yield row
+        if copied:
+            self.notes.append(f"copied from {template.name}, not merged: {_some(copied)}")
+        self._left_out()
+
+    def _row(self, name: str, tensor: TensorInfo, copied: list[str]) -> Row | None:
+        stored = self.inputs.template.stored[name]
+        dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else tensor.dtype
+        found = [(model, model.get(name)) for model in self.inputs.all]
+        lacking = [model.name for model, info in found if info is None]
+        if lacking and layer_index(name) is not None:
+            self.problems.append(f"{stored}: missing in {', '.join(lacking)}")
+            self.hint = "models that are merged must have the same layers"
+            return None
+        if lacking or tensor.dtype not in FLOATING:
+            copied.append(stored)
+            return self._whole(
+                stored, Built(self.builder.copy(tensor, dtype), "copy", (self.inputs.template.name,))
+            )
+        present = [(model, info) for model, info in found if info is not None]
+        shared, rest = self._rows(name, present)
+        if shared is None:
+            return None
+        base = next((info for model, info in shared if model.index is None), None)
+        tunes = [(model, info) for model, info in shared if model.index is not None]
+        built = self.builder.merge(stored, layer_position(name, self.layers), base, tunes, dtype)
+        if rest is None:
+            return self._whole(stored, built)
+        tail = Built(self.builder.copy(rest, dtype), "copy", ())
+        first = self._piece(built, 0)
+        second = self._piece(tail, math.prod(built.root.shape) * ITEMSIZE[dtype])
+        shape = (built.root.shape[0] + rest.shape[0], *rest.shape[1:])
+        return stored, shape, dtype, (first, second)
+
+    def _whole(self, name: str, built: Built) -> Row:
+        return name, built.root.shape, built.root.dtype, (self._piece(built, 0),)
+
+    def _piece(self, built: Built, offset: int) -> Piece:
+        return Piece(built, offset, backends.choose(built.root, self.device))
+
+    def _rows(
+        self, name: str, present: list[tuple[Input, TensorInfo]]
+    ) -> tuple[list[tuple[Input, TensorInfo]] | None, TensorInfo | None]:
+        """The inputs cut to the rows that all have, and the rows beyond them that the vocabulary's model adds."""
+        shapes = {info.shape for _, info in present}
+        if len(shapes) == 1:
+            return present, None
+        stored = self.inputs.template.stored[name]
+        text = ", ".join(f"{model.name} {list(info.shape)}" for model, info in present)
+        same_width = len({shape[1:] for shape in shapes}) == 1
+        if layer_index(name) is not None or not same_width:
+            self.problems.append(f"{stored}: shapes differ: {text}")
+            return None, None
+        source = self.inputs.vocabulary
+        if source is None:
+            self.problems.append(f"{stored}: the models have different numbers of rows: {text}")
+            self.hint = "set `tokenizer_source` to `base` or to the model whose added tokens are to be kept"
+            return None, None
+        count = min(shape[0] for shape in shapes)
+        self.notes.append(
+            f"{stored}: the {count} rows that all models share are merged, the rest is {source.name}'s"
+        )
+        whole = next(info for model, info in present if model is source)
+        rest = _cut(whole, count, whole.shape[0]) if whole.shape[0] > count else None
+        return [(model, _cut(info, 0, count)) for model, info in present], rest
+
+    def _tied_head(self) -> str | None:
+        """The head that the template's config ties to its embedding although its file holds both, if any."""
+        template = self.inputs.template
+        head = template.tensors.get("lm_head.weight")
+        if head is None or template.checkpoint.config.get("tie_word_embeddings") is not True:
+            return None
+        twins = (n for n, t in template.tensors.items() if "embed" in n and t.shape == head.shape)
+        return "lm_head.weight" if any(twins) else None
+
+    def _left_out(self) -> None:
+        """Tensors that an input has and the output has not: an error inside a numbered block, else a note."""
+        template = self.inputs.template
+        for model in self.inputs.all:
+            extra = [n for n in model.tensors if n not in template.tensors]
+            layers = [model.stored[n] for n in extra if layer_index(n) is not None]
+            others = [model.stored[n] for n in extra if layer_index(n) is None]
+            if layers:
+                self.problems.append(f"{_some(layers)}: in {model.name}, missing in {template.name}")
+                self.hint = "models that are merged must have the same layers"
+            if others:
+                self.notes.append(f"left out, only in {model.name}: {_some(others)}")
+
+
+def _cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
+    """Rows [start, stop) of a stored tensor."""
+    row = tensor.nbytes // tensor.shape[0]
+    return replace(
+        tensor,
+        shape=(stop - start, *tensor.shape[1:]),
+        begin=tensor.begin + start * row,
+        nbytes=(stop - start) * row,
+    )
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _memory(outputs: tuple[Output, ...], device: str, workers: int, memory: int | None) -> tuple[int, int]:
+    """Elements of a tile, and the peak of anonymous memory; the tile shrinks until `memory` holds."""
+    roots = {(piece.built.root, piece.backend) for output in outputs for piece in output.pieces}
+    computed = [(root, backend) for root, backend in roots if root.kind != "read"]
+    baseline = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"]
+    alive = max((_alive_bytes(root) for root, _ in computed), default=0)
+    largest_block = max((min(block_elements(r.shape), math.prod(r.shape)) for r, _ in computed), default=1)
+    tile = GPU_TILE_ELEMENTS if device != "cpu" else TILE_ELEMENTS
+    while True:
+        peak = baseline + workers * alive * max(tile, largest_block)
+        if memory is None or peak <= memory:
+            return tile, peak
+        if tile <= largest_block or tile <= 1024:
+            raise InputError(
+                f"--memory {memory} is too little for {workers} workers",
+                hint=f"give at least {peak}, or fewer --workers",
+            )
+        tile //= 2
+
+
+def _alive_bytes(root: Node) -> int:
+    """Bytes a tile holds per element: stored reads and float32 values alive at once, and scratch inside a step."""
+    plan = schedule(root)
+    reads = max(sum(ITEMSIZE[n.dtype] for n in nodes if n.kind == "read") for nodes in plan.passes)
+    return reads + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype]

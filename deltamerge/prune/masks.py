@@ -1,0 +1,74 @@
+"""Random masks: which entries of a delta stay. Torch on any device; the bits come from `prune.bits`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from deltamerge.prune.bits import Key, choose_columns, is_sparse, keep_torch, positions_torch
+from deltamerge.tensors import Kept, Tile
+
+if TYPE_CHECKING:
+    import torch
+
+
+def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, density: float) -> torch.Tensor | Kept:
+    """δ ∘ Δ, δ ~ Bernoulli(density) for each entry, not rescaled (DARE, arXiv 2311.03099).
+
+    Flat float32 with zeros where dropped; `Kept` below density `SPARSE_BELOW`, at a cost that follows what is kept.
+    """
+    import torch
+
+    if is_sparse(density):
+        return _kept(tune, base, positions_torch(key, tile.start, tile.stop, density, tune.device))
+    delta = tune.to(torch.float32) - base.to(torch.float32)
+    kept = keep_torch(key, tile.start, tile.stop, density, tune.device)
+    return delta.where(kept, delta.new_zeros(()))
+
+
+def structured(
+    tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, a: float, b: float
+) -> torch.Tensor | Kept:
+    """δ ∘ Δ of a matrix: max(1, round(a · n)) of n input columns are drawn, entries inside stay with probability b.
+
+    Tensors that are not 2-D: `dare` with density a · b (DAREx, arXiv 2410.09344, App. C.10). Not rescaled.
+    """
+    import torch
+
+    if len(tile.shape) != 2:
+        return dare(tune, base, tile=tile, key=key, density=a * b)
+    columns = column_choice(tile, key, a)
+    start, stop = reduced_range(tile, columns)
+    reduced = positions_torch(key, start, stop, b, tune.device) + start
+    positions = unreduced(tile, torch.tensor(columns, device=tune.device), reduced)
+    kept = _kept(tune, base, positions)
+    if is_sparse(a * b):
+        return kept
+    delta = torch.zeros(tile.size, dtype=torch.float32, device=tune.device)
+    delta[positions] = kept.values
+    return delta
+
+
+def column_choice(tile: Tile, key: Key, a: float) -> Any:
+    """The columns that `structured` keeps: ascending int64 array of max(1, round(a · n))."""
+    return choose_columns(key, tile.columns, max(1, round(a * tile.columns)))
+
+
+def reduced_range(tile: Tile, columns: Any) -> tuple[int, int]:
+    """The tile's range of the index row · len(columns) + j, which counts only entries of chosen columns."""
+    import numpy as np
+
+    (first, last), inside = np.divmod([tile.start, tile.stop], tile.columns)
+    before, until = np.searchsorted(columns, inside)
+    return int(first * len(columns) + before), int(last * len(columns) + until)
+
+
+def unreduced(tile: Tile, columns: Any, reduced: Any) -> Any:
+    """Positions from the tile's start of reduced indices; numpy arrays or torch tensors."""
+    rows = reduced // len(columns)
+    return rows * tile.columns + columns[reduced - rows * len(columns)] - tile.start
+
+
+def _kept(tune: torch.Tensor, base: torch.Tensor, positions: torch.Tensor) -> Kept:
+    import torch
+
+    return Kept(positions, tune[positions].to(torch.float32) - base[positions].to(torch.float32))

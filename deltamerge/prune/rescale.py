@@ -1,0 +1,60 @@
+"""What the survivors of a mask are divided by: q, or mergekit's ratio of norms."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deltamerge.tensors import Kept, Tile, block_elements
+
+if TYPE_CHECKING:
+    import torch
+
+
+def divide(delta: torch.Tensor | Kept, q: float, *, tile: Tile) -> torch.Tensor | Kept:
+    """kept / q in float32 (DAREx section 3; vanilla DARE is q = density, "random drop" and importance masks q = 1)."""
+    divisor = float(np.float32(q))
+    if isinstance(delta, Kept):
+        return Kept(delta.positions, delta.values / divisor)
+    return delta / divisor
+
+
+def constant(*, value: float) -> float:
+    """A q that the recipe gives as a number."""
+    return value
+
+
+def norm(delta: torch.Tensor | Kept, *, tile: Tile, norm: str) -> np.ndarray[Any, Any]:
+    """Per block the float64 part of ‖Δ‖₁ (Σ abs), ‖Δ‖₂ (Σ squares) or ‖Δ‖∞ (max).
+
+    A block is summed by halving, so every device adds in the same order.
+    """
+    import torch
+
+    from deltamerge.ops import densify
+
+    dense = densify(delta, tile.size).abs().to(torch.float64)
+    step = block_elements(tile.shape)
+    width = 1 << max(0, (step - 1).bit_length())
+    blocks = -(-tile.size // step)
+    padded = torch.zeros(blocks * step, dtype=torch.float64, device=dense.device)
+    padded[: tile.size] = dense
+    rows = torch.nn.functional.pad(padded.view(blocks, step), (0, width - step))
+    if norm == "linf":
+        return rows.amax(1).cpu().numpy()
+    if norm == "l2":
+        rows = rows * rows
+    while width > 1:
+        width //= 2
+        rows = rows[:, :width] + rows[:, width:]
+    return rows[:, 0].cpu().numpy()
+
+
+def ratio(kept: np.ndarray[Any, Any], whole: np.ndarray[Any, Any], *, norm: str) -> float:
+    """‖kept‖ / ‖Δ‖, the q that gives the kept entries the delta's norm; 1 where either is 0 or not finite."""
+    a, b = (float(x.max(initial=0.0)) if norm == "linf" else math.fsum(x) for x in (kept, whole))
+    if norm == "l2":
+        a, b = math.sqrt(a), math.sqrt(b)
+    return a / b if 0 < a < math.inf and 0 < b < math.inf else 1.0

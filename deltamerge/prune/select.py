@@ -1,0 +1,143 @@
+"""The k largest entries of a delta by magnitude, exactly, without sorting and without holding the tensor.
+
+The bits of abs(Δ) in float32, read as an integer, order as the magnitudes do. One pass counts their high 16 bits and
+finds the bin of the k-th largest; a second counts the low 16 bits inside that bin and finds the k-th largest itself;
+where several entries equal it, a third counts them per block, and the first ones in flat order are kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deltamerge.tensors import Tile, block_elements
+
+if TYPE_CHECKING:
+    import torch
+
+HIGH = 1 << 15
+LOW = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Bin:
+    """The k-th largest magnitude has high bits `high` and is the `rank`-th largest (from 1) of those that share them."""
+
+    high: int
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """Entries whose bits exceed `threshold` are kept, and the first `equal_kept` of the `equal_total` that equal it."""
+
+    threshold: int
+    equal_kept: int
+    equal_total: int
+
+
+def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
+    """abs(Δ) as int32: the bits of float32 without the sign, which order as the magnitudes do."""
+    import torch
+
+    return delta.contiguous().view(torch.int32) & 0x7FFFFFFF
+
+
+def high_histogram(delta: torch.Tensor, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Counts of the high 16 bits of abs(Δ): int64[32768]."""
+    import torch
+
+    return torch.bincount(magnitude_bits(delta) >> 16, minlength=HIGH).cpu().numpy()
+
+
+def pick_bin(counts: np.ndarray[tuple[int], np.dtype[np.int64]], *, k: int) -> Bin:
+    """The bin that holds the k-th largest, k ≥ 1."""
+    above = np.cumsum(counts[::-1])
+    index = int(np.searchsorted(above, k))
+    high = HIGH - 1 - index
+    return Bin(high, k - int(above[index] - counts[high]))
+
+
+def low_histogram(
+    delta: torch.Tensor, high: Bin, *, tile: Tile
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """Counts of the low 16 bits of abs(Δ) among entries with the bin's high bits: int64[65536]."""
+    import torch
+
+    bits = magnitude_bits(delta)
+    inside = bits[(bits >> 16) == high.high]
+    return torch.bincount(inside & 0xFFFF, minlength=LOW).cpu().numpy()
+
+
+def pick_cut(counts: np.ndarray[tuple[int], np.dtype[np.int64]], high: Bin) -> Cut:
+    """The exact k-th largest magnitude, and how many of its equals are kept."""
+    above = np.cumsum(counts[::-1])
+    index = int(np.searchsorted(above, high.rank))
+    low = LOW - 1 - index
+    equal = int(counts[low])
+    return Cut((high.high << 16) | low, high.rank - int(above[index] - equal), equal)
+
+
+def equal_counts(delta: torch.Tensor, cut: Cut, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """How many entries of each block equal the threshold: int64 per block."""
+    import torch
+
+    equal = magnitude_bits(delta) == cut.threshold
+    step = block_elements(tile.shape)
+    blocks = torch.arange(tile.size, device=delta.device) // step
+    return torch.bincount(blocks[equal], minlength=-(-tile.size // step)).cpu().numpy()
+
+
+def equal_counts_needless(cut: Cut) -> bool:
+    """Whether every equal is kept, so that no ranks, and no pass to count them, are needed."""
+    return cut.equal_kept == cut.equal_total
+
+
+def pick_ranks(
+    counts: np.ndarray[tuple[int], np.dtype[np.int64]] | None,
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """How many equals lie before each block: exclusive prefix sums, int64 per block; empty if ranks do not matter."""
+    if counts is None:
+        return np.zeros(0, np.int64)
+    return np.cumsum(counts) - counts
+
+
+def nothing() -> Cut:
+    """The cut that keeps no entry."""
+    return Cut(0x7FFFFFFF, 0, 0)
+
+
+def no_ranks() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """The ranks of a cut whose equals are all kept."""
+    return np.zeros(0, np.int64)
+
+
+def keep_largest(
+    delta: torch.Tensor, cut: Cut, ranks: np.ndarray[tuple[int], np.dtype[np.int64]], *, tile: Tile
+) -> torch.Tensor:
+    """Δ where it is among the k largest magnitudes of the tensor, else 0."""
+    bits = magnitude_bits(delta)
+    keep = bits > cut.threshold
+    equal = bits == cut.threshold
+    if ranks.size:
+        before = int(ranks[tile.start // block_elements(tile.shape)])
+        keep |= equal & (equal.cumsum(0) + before <= cut.equal_kept)
+    else:
+        keep |= equal
+    return delta.where(keep, delta.new_zeros(()))
+
+
+def keep_largest_rows(delta: torch.Tensor, *, tile: Tile, density: float) -> torch.Tensor:
+    """Δ where it is among the round(density · n) largest magnitudes of its row of n, else 0; equals from the left."""
+    rows = delta.view(-1, tile.columns)
+    k = round(density * tile.columns)
+    if k == 0:
+        return delta.new_zeros(delta.shape)
+    bits = magnitude_bits(rows)
+    threshold = bits.kthvalue(tile.columns - k + 1, dim=1, keepdim=True).values
+    above = bits > threshold
+    equal = bits == threshold
+    keep = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
+    return rows.where(keep, rows.new_zeros(())).view(-1)

@@ -1,0 +1,105 @@
+"""The pruning of one model: its own keys, the recipe's defaults, what the merge method implies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deltamerge.methods import MERGE, PRUNE
+from deltamerge.parameters import Value, chain
+
+if TYPE_CHECKING:
+    from deltamerge.recipe import CalibratedQ, Protect, Prune, Recipe
+
+# The task head, which the base lacks or the authors of DAREx leave whole: sequence and token classifiers, answer spans,
+# and language-model heads by the names that transformers gives them, as a whole component of the tensor's name.
+TASK_HEAD = r"(^|\.)(classifier|score|lm_head|qa_outputs|classification_head|embed_out|cls)(\.|$)"
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """What to do with one model's delta. Values are still to be resolved per tensor (`parameters.resolve`).
+
+    `density` and `q` are fractions in (0, 1]. `density` is None for method none, and for structured, where it is a · b
+    unless given. A `q` of None, or one that resolves to None, is the tensor's density; it is not used with `rescale`.
+    """
+
+    method: str
+    density: Value | None = None
+    q: Value | CalibratedQ | None = None
+    rescale: str | None = None
+    sampling: str = "uniform"
+    group: str | None = None
+    a: Value | None = None
+    b: Value | None = None
+    epsilon: Value | None = None
+    gamma: Value | None = None
+    protect: Protect | None = None
+    budget: int | None = None
+    include: tuple[str, ...] | None = None
+    exclude: tuple[str, ...] = (TASK_HEAD,)
+
+
+def effective_prune(recipe: Recipe, index: int) -> Pruning:
+    """The pruning of `recipe.models[index]`: key by key, the model's own wins over the recipe's.
+
+    The method defaults to what merge_method implies, the density to mergekit's `parameters.density` (the model's, then
+    the recipe's), which then no longer trims inside ties; tensors that no filter of a density matches are kept whole.
+    """
+    model, merge = recipe.models[index], MERGE.get(recipe.method_name or "")
+    levels = [prune for prune in (model.prune, recipe.prune) if prune is not None]
+
+    def first(key: str) -> Any:
+        return next((value for prune in levels if (value := getattr(prune, key)) is not None), None)
+
+    def value(key: str, *fallbacks: Value | None) -> Value | None:
+        return chain(*(getattr(prune, key) for prune in levels), *fallbacks)
+
+    implied = merge.implies_prune if merge is not None else None
+    name = first("method") or implied or "none"
+    if name == "none" or (merge is not None and merge.deltas and model.model == recipe.base_model):
+        return Pruning("none")
+    own = model.prune
+    if name == "structured":
+        # a density meant for other models does not contradict a model's own a and b
+        alone = own is not None and (own.a is not None or own.b is not None)
+        density = own.density if own is not None and alone else value("density")
+    else:
+        density = value("density", model.parameters.get("density"), recipe.parameters.get("density"))
+        if implied or density is not None:
+            density = chain(density, 1.0)
+    q, rescale = _divisor(recipe, levels, name)
+    return Pruning(
+        method=name,
+        density=density,
+        q=q,
+        rescale=rescale,
+        sampling=first("sampling") or "uniform",
+        group=first("group") or _default_group(name),
+        a=value("a"),
+        b=value("b"),
+        epsilon=value("epsilon"),
+        gamma=value("gamma"),
+        protect=first("protect"),
+        budget=first("budget"),
+        include=first("include"),
+        exclude=(TASK_HEAD,) if first("exclude") is None else first("exclude"),
+    )
+
+
+def _default_group(name: str) -> str | None:
+    return PRUNE[name].groups[0] if name in PRUNE and PRUNE[name].groups else None
+
+
+def _divisor(recipe: Recipe, levels: list[Prune], name: str) -> tuple[Value | CalibratedQ | None, str | None]:
+    """q and rescale, of the first level that has either; filters of a numeric q fall through to the next level."""
+    numbers: list[Value] = []
+    for prune in levels:
+        if not numbers and (prune.rescale or prune.calibrated_q):
+            return prune.calibrated_q, prune.rescale
+        if prune.number_q is not None:
+            numbers.append(prune.number_q)
+    importance = name in PRUNE and not PRUNE[name].random
+    if importance or (not numbers and recipe.parameters.get("rescale") in (False, 0)):
+        numbers.append(1.0)
+    return chain(*numbers), None

@@ -1,0 +1,374 @@
+"""The recipe: strict, frozen models of every key, read from YAML with all problems at once, and their JSON schema."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    PrivateAttr,
+    Tag,
+    ValidationError,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+from typing_extensions import TypeAliasType
+
+from deltamerge import checks, faults, source
+from deltamerge.checks import unsupported as unsupported
+from deltamerge.errors import Problem, RecipeError
+from deltamerge.fields import Bounds, Columns, Dtype, LayerRange, Natural, Pattern, Positive, Size, Text
+from deltamerge.fields import parse_size as parse_size
+from deltamerge.methods import MERGE, NO_EFFECT, NO_EFFECT_KEYS, PRUNE, MergeMethod, Param
+from deltamerge.parameters import Items, Value
+from deltamerge.source import Loc, Source
+
+MAX_PROBLEMS = 200  # shown of one recipe; whoever has more has another problem
+
+Parameters = TypeAliasType("Parameters", dict[str, Value])
+Objective: TypeAlias = Literal["output_change", "validation", "layer_mse"]
+_FRACTION: dict[str, Any] = {"exclusiveMinimum": 0, "maximum": 1}
+
+
+def _q_shape(value: Any) -> str:
+    if isinstance(value, CalibratedQ) or (isinstance(value, dict) and "value" not in value):
+        return "(search)"
+    return "(objective)" if isinstance(value, str) else "(value)"
+
+
+def _token_shape(value: Any) -> str:
+    if isinstance(value, dict):
+        return "(zero)" if value.get("kind") == "zero" else "(model_token)"
+    return "(zero)" if isinstance(value, ZeroToken) else "(model_token)" if isinstance(value, ModelToken) else "(text)"
+
+
+class Keys(BaseModel):
+    """A mapping of known keys; a key without a value counts as not given."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if value is not None or key not in cls.model_fields}
+
+
+class CalibratedQ(Keys):
+    """A q that is searched on calibration data."""
+
+    objective: Objective = Field(description="What the search makes best.")
+    scope: Literal["global", "layer", "row"] = Field("global", description="One q for all, per layer, or per row.")
+    search: Literal["auto", "grid", "gradient"] = Field("auto", description="How q is searched.")
+    bounds: Bounds | None = Field(None, description="[low, high] of q.")
+
+
+class Protect(Keys):
+    """Input columns of the delta that stay whole and unscaled."""
+
+    massive_activations: Positive | None = Field(
+        None, description="The k input features of the largest mean activation."
+    )
+    columns: dict[Pattern, Items[Natural]] | None = Field(
+        None, description="Pattern on tensor names -> column numbers."
+    )
+
+
+class Prune(Keys):
+    """Which entries of a delta stay, and what they are divided by."""
+
+    method: Text | None = Field(
+        None, description="How entries are chosen. Default: none, or what merge_method implies.",
+        json_schema_extra={"enum": [*PRUNE, None]},
+    )  # fmt: skip
+    density: Value | None = Field(None, description="Fraction kept, in (0, 1].", json_schema_extra=_FRACTION)
+    sampling: Literal["uniform", "magnitude"] | None = Field(
+        None, description="dare only: keep with equal probability, or in proportion to abs(delta)."
+    )
+    q: (
+        Annotated[
+            Annotated[Value, Tag("(value)")]
+            | Annotated[Objective, Tag("(objective)")]
+            | Annotated[CalibratedQ, Tag("(search)")],
+            Discriminator(_q_shape),
+        ]
+        | None
+    ) = Field(
+        None,
+        description="Kept entries are divided by q: a number in (0, 1], or calibrated. "
+        "Default: density for random methods, 1 for importance methods.",
+        json_schema_extra=_FRACTION,
+    )
+    rescale: Literal["l1", "l2", "linf"] | None = Field(
+        None, description="Instead of q: mergekit's matching of this norm, per tensor."
+    )
+    include: Items[Pattern] | None = Field(
+        None, description="Prune only tensors whose name one of these finds (re.search). Default: all."
+    )
+    exclude: Items[Pattern] | None = Field(
+        None, description="Leave tensors whose name one of these finds. Default: the task head."
+    )
+    protect: Protect | None = Field(None, description="Columns that stay whole and unscaled.")
+    group: Literal["tensor", "row", "model"] | None = Field(
+        None, description="Importance methods: entries compete within a tensor, a row, or all tensors."
+    )
+    a: Value | None = Field(None, description="structured: fraction of input columns.", json_schema_extra=_FRACTION)
+    b: Value | None = Field(
+        None, description="structured: fraction kept inside those columns.", json_schema_extra=_FRACTION
+    )
+    epsilon: Value | None = Field(None, description="della: half the spread of the keep probabilities.")
+    gamma: Value | None = Field(None, description="breadcrumbs: fraction of the largest entries dropped.")
+    budget: Size | None = Field(None, description="Size of the delta artifact, instead of a density.")
+
+    @property
+    def calibrated_q(self) -> CalibratedQ | None:
+        """How q is searched, if it is."""
+        if isinstance(self.q, str):
+            return CalibratedQ.model_validate({"objective": self.q})
+        return self.q if isinstance(self.q, CalibratedQ) else None
+
+    @property
+    def number_q(self) -> Value | None:
+        """q if it is given as a number."""
+        return None if isinstance(self.q, str | CalibratedQ) else self.q
+
+
+class Model(Keys):
+    """One input of the merge."""
+
+    model: Text = Field(description="A path, a hub id, id@revision; + a LoRA adapter after any of them.")
+    name: Text | None = Field(None, description="Its name in masks and reports. Default: `model` as written.")
+    parameters: Parameters = Field({}, description="Parameters of the merge method for this model.")
+    prune: Prune | None = Field(None, description="Pruning of this model's delta; these keys win.")
+
+
+class SliceSource(Keys):
+    """Layers of one model."""
+
+    model: Text = Field(description="A model reference.")
+    layer_range: LayerRange = Field(description="[first, end) of its layers.")
+    parameters: Parameters = Field({}, description="Parameters for this source.")
+
+
+class Slice(Keys):
+    """Layers of the output, merged from the same number of layers of each source."""
+
+    sources: Items[SliceSource] = Field(description="The layers that are merged.")
+    base_model: Text | None = Field(None, description="The base of this slice.")
+    parameters: Parameters = Field({}, description="Parameters for this slice.")
+    residual_weight: float | None = Field(None, description="mergekit's; no effect.")
+
+
+class Module(Keys):
+    """One module (a tower) of the output: `models` or `slices`."""
+
+    models: Items[Model] = Field((), description="Whole models to merge.")
+    slices: Items[Slice] = Field((), description="Layers to stack.")
+    parameters: Parameters = Field({}, description="Parameters for this module.")
+
+
+class Calibration(Keys):
+    """The data on which q is searched and activations are measured."""
+
+    data: Text = Field(description=".jsonl, .csv or .txt relative to the recipe, or a hub data set id.")
+    text: Columns = Field("text", description="Field of the text; a list of two makes sentence pairs.")
+    label: Text = Field("label", description="Field of the label, for the validation objective.")
+    task: Literal["text-classification", "text-generation", "image-classification", "causal-lm"] | None = Field(
+        None, description="What the model does."
+    )
+    metric: (
+        Literal[
+            "accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spearman", "exact_match", "loss"
+        ]
+        | None
+    ) = Field(None, description="What the validation objective makes best.")  # fmt: skip
+    sequences: Positive = Field(50, description="How many sequences are used.")
+    length: Positive = Field(128, description="Tokens a sequence.")
+    seeds: Positive = Field(4, description="Mask seeds averaged by output_change.")
+    per: Literal["model", "merge"] = Field("model", description="Calibrate each fine-tune, or the merged model.")
+
+
+class ModelToken(Keys):
+    """The embedding of a token of some model."""
+
+    kind: Literal["model_token"]
+    model: Text = Field(description="A model reference.")
+    token: str | None = Field(None, description="The token, or")
+    token_id: Natural | None = Field(None, description="its id.")
+
+    @model_validator(mode="after")
+    def _one(self) -> ModelToken:
+        if (self.token is None) == (self.token_id is None):
+            raise PydanticCustomError("token", "needs either token or token_id")
+        return self
+
+
+class ZeroToken(Keys):
+    """A row of zeros."""
+
+    kind: Literal["zero"]
+
+
+class Token(Keys):
+    """Where the embedding of one token comes from."""
+
+    source: (
+        Annotated[
+            Annotated[Text, Tag("(text)")]
+            | Annotated[ModelToken, Tag("(model_token)")]
+            | Annotated[ZeroToken, Tag("(zero)")],
+            Discriminator(_token_shape),
+        ]
+        | None
+    ) = Field(None, description="A model reference, a token of a model, or zeros.")
+    force: bool = Field(False, description="Replace the embedding even where a model has the token.")
+
+
+class Tokenizer(Keys):
+    """The output's tokenizer, in full."""
+
+    source: Text = Field("union", description="base, union, or a model.")
+    tokens: dict[str, Token] = Field({}, description="Sources of single tokens.")
+    pad_to_multiple_of: Positive | None = Field(None, description="Pad the vocabulary to this.")
+
+
+class Output(Keys):
+    """What is written, and where."""
+
+    kind: Literal["model", "delta", "peft"] = Field(
+        "model", description="A checkpoint, a delta artifact, or a PEFT adapter."
+    )
+    path: Text | None = Field(None, description="Folder, relative to the recipe. Default: <recipe name>-merged.")
+    shard_size: Size = Field(5 * 10**9, description="Largest file of weights.")
+
+
+class Recipe(Keys):
+    """What is merged, how deltas are pruned before, and what is written."""
+
+    name: Text | None = Field(None, description="A name for this recipe.")
+    base_model: Text | None = Field(None, description="What the models were fine-tuned from.")
+    merge_method: Text | None = Field(
+        None, description="How the models meet. Default with one fine-tune: task_arithmetic.",
+        json_schema_extra={"enum": [*MERGE, None]},
+    )  # fmt: skip
+    models: Items[Model] = Field((), description="The models to merge.")
+    slices: Items[Slice] = Field((), description="Instead of models: layers to stack.")
+    modules: dict[str, Module] = Field({}, description="Instead of models: one entry per module of the model.")
+    parameters: Parameters = Field({}, description="Parameters of the merge method, for every model.")
+    prune: Prune | None = Field(None, description="Pruning of every model's delta; a model's own keys win.")
+    calibration: Calibration | None = Field(None, description="Data for calibrated q, wanda and protect.")
+    dtype: Dtype | None = Field(None, description="Of the output; arithmetic is float32.")
+    out_dtype: Dtype | None = Field(None, description="Of the output; wins over dtype.")
+    template: Text | None = Field(None, description="The model whose tensors and files the output has.")
+    tokenizer_source: Text | None = Field(None, description="base, union, or a model.")
+    tokenizer: Tokenizer | None = Field(None, description="Instead of tokenizer_source, with token sources.")
+    chat_template: Text | None = Field(None, description="auto, a built-in name, or a Jinja template.")
+    seed: Natural = Field(0, description="Of the random masks.")
+    output: Output = Field(Output.model_validate({}), description="What is written, and where.")
+
+    _source: Source = PrivateAttr()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_flags(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        return {key: value for key, value in data.items() if key not in NO_EFFECT_KEYS}
+
+    @property
+    def source(self) -> Source:
+        return self._source
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """The name of every model."""
+        return tuple(map(model_name, self.models))
+
+    @cached_property
+    def fine_tunes(self) -> tuple[int, ...]:
+        """Indices of the models that are not the base itself (mergekit lets it be listed)."""
+        return tuple(i for i, model in enumerate(self.models) if model.model != self.base_model)
+
+    @cached_property
+    def method_name(self) -> str | None:
+        """The merge method, or its default where there is one."""
+        return self.merge_method or ("task_arithmetic" if len(self.fine_tunes) == 1 else None)
+
+    @property
+    def method(self) -> MergeMethod:
+        """The registered merge method of a recipe that `load` has accepted."""
+        return MERGE[self.method_name or ""]
+
+    def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
+        """A fault found later at the value (or the `key`) of the recipe that `loc` names."""
+        return self._source.problem(loc, message, hint, key=key)
+
+
+def model_name(model: Model) -> str:
+    """The name that masks and reports know a model by: its `name`, else the reference as written."""
+    return model.name or model.model
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe that this version can run. Raises RecipeError with every problem found."""
+    return _load(source.load(path))
+
+
+def loads(text: str, path: str = "recipe.yaml") -> Recipe:
+    """Read a recipe from YAML text; `path` is its name in messages. Raises RecipeError as `load` does."""
+    return _load(source.loads(text, path))
+
+
+def parse(read: Source, problems: list[Problem]) -> Recipe:
+    """The recipe of a YAML source; problems of its structure are added to `problems`, and what has them left out."""
+    data = read.data
+    while True:
+        try:
+            recipe = Recipe.model_validate(data)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+            if data is read.data:  # later rounds only complain of what the first left out
+                problems += [faults.problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
+            data = faults.without(data, map(faults.place_of, errors))
+        else:
+            recipe._source = read
+            return recipe
+
+
+def _load(read: Source) -> Recipe:
+    problems: list[Problem] = []
+    recipe = parse(read, problems)
+    problems += islice(checks.problems(recipe), MAX_PROBLEMS)
+    problems += [recipe.problem(loc, f"not supported yet: {message}") for loc, message in unsupported(recipe)]
+    if problems:
+        ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
+        raise RecipeError(read.path, ordered[:MAX_PROBLEMS])
+    return recipe
+
+
+def schema() -> dict[str, Any]:
+    """JSON schema of a recipe, for editors: draft 7, which they all know."""
+    generated = Recipe.model_json_schema()
+    known: dict[str, tuple[Param, list[str]]] = {}
+    for method in MERGE.values():
+        for name, param in method.parameters.items():
+            known.setdefault(name, (param, []))[1].append(method.name)
+    value = {"$ref": "#/$defs/Value"}
+    generated["$defs"]["Parameters"] = {
+        "title": "Parameters",
+        "type": "object",
+        "properties": {
+            **{name: {"allOf": [value], "description": f"{param.summary} ({', '.join(methods)})"}
+               for name, (param, methods) in known.items()},
+            **{name: {"allOf": [value], "description": param.summary} for name, param in NO_EFFECT.items()},
+        },
+        "additionalProperties": False,
+    }  # fmt: skip
+    return {"$schema": "http://json-schema.org/draft-07/schema#", **generated, "title": "deltamerge recipe"}

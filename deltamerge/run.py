@@ -1,0 +1,191 @@
+"""The whole story: load, plan, execute, write, finish, rename into place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamerge import lock as locks
+from deltamerge.assets import write_assets
+from deltamerge.card import render
+from deltamerge.errors import InputError, OutputError
+from deltamerge.execute import Task, default_workers, execute
+from deltamerge.io import hub
+from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
+from deltamerge.io.writer import Writer, parse_size
+from deltamerge.plan import Plan, plan
+from deltamerge.recipe import Recipe, load
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run: the folder, its plan, and what its lock says."""
+
+    folder: Path
+    plan: Plan
+    lock: dict[str, Any]
+
+
+def make_plan(
+    path: Path,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    memory: str | None = None,
+    weights: bool = False,
+) -> Plan:
+    """The plan of the recipe at `path`; `weights` fetches hub models whole instead of their headers."""
+    recipe = load(path)
+
+    def opener(reference: str, folder: Path) -> Checkpoint:
+        return hub.resolve(reference, folder, weights=weights)
+
+    return plan(
+        recipe,
+        path.resolve().parent,
+        opener,
+        device=choose_device(device),
+        workers=workers or default_workers(),
+        memory=None if memory is None else parse_size(memory),
+    )
+
+
+def choose_device(device: str) -> str:
+    """ "auto" is the first GPU where there is one; torch is asked only if the machine shows an NVIDIA device."""
+    if device != "auto":
+        return device
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def target_of(path: Path, recipe: Recipe, out: Path | None) -> Path:
+    """`--out`; else `output.path` beside the recipe; else `<recipe name>-merged` beside it."""
+    if out is not None:
+        return out
+    return path.resolve().parent / (recipe.output.path or f"{path.stem}-merged")
+
+
+def run(
+    path: Path,
+    out: Path | None = None,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    memory: str | None = None,
+    force: bool = False,
+    locked: bool = False,
+    watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
+) -> Result:
+    """Run the recipe at `path`; the target appears under its name only when complete.
+
+    `watch` is given the plan before the first byte and returns what is told the bytes done.
+    """
+    planned = make_plan(path, device=device, workers=workers, memory=memory)
+    target = target_of(path, planned.recipe, out)
+    with finished_folder(target, force=force, inputs=planned) as folder:
+        if any(model.checkpoint.hub_id for model in planned.inputs.all):
+            planned = make_plan(path, device=device, workers=workers, memory=memory, weights=True)
+        inputs: dict[str, Any] | None = None
+        if locked:
+            lock_path = path.with_suffix(".lock")
+            inputs = locks.describe_inputs(planned, planned.workers)
+            locks.check_inputs(locks.read_lock(lock_path), inputs, lock_path)
+        _write_weights(planned, folder, watch(planned))
+        write_assets(planned, folder)
+        text = path.read_text(encoding="utf-8")
+        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+        (folder / "README.md").write_text(render(planned, text, target.name), encoding="utf-8")
+        inputs = inputs or locks.describe_inputs(planned, planned.workers)
+        lock = locks.write_lock(planned, folder, inputs, planned.workers)
+    return Result(target, planned, lock)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shards:
+    """The sink of a run: tiles go to their known place in the output's shards."""
+
+    writer: Writer
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        self.writer.write(name, offset, data)
+
+    def copy(
+        self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader
+    ) -> None:
+        self.writer.copy(name, offset + start, source, start, nbytes, reader)
+
+
+def _write_weights(planned: Plan, folder: Path, progress: Callable[[int], None]) -> None:
+    tasks = [
+        Task(output.name, piece.built.root, piece.backend, piece.offset)
+        for output in planned.outputs
+        for piece in output.pieces
+    ]
+    with Reader() as reader, Writer(folder, planned.layout) as writer:
+        execute(
+            tasks,
+            reader,
+            _Shards(writer),
+            device=planned.device,
+            workers=planned.workers,
+            tile_elements=planned.tile_elements,
+            progress=progress,
+        )
+        writer.finish()
+
+
+@contextmanager
+def finished_folder(target: Path, *, force: bool, inputs: Plan) -> Iterator[Path]:
+    """A folder beside `target` to work in; renamed to it if all goes well, removed if not."""
+    resolved = target.resolve()
+    for model in inputs.inputs.all:
+        source = model.checkpoint.path.resolve()
+        if resolved == source or source.is_relative_to(resolved):
+            raise OutputError(
+                f"{target}: holds the input {model.name}", hint="choose another folder with --out"
+            )
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
+    if target.is_dir() and any(target.iterdir()) and not force:
+        raise OutputError(
+            f"{target}: not empty", hint="choose another folder with --out, or replace it with --force"
+        )
+    work = resolved.parent / f".{resolved.name}.{os.getpid()}.partial"
+    try:
+        work.mkdir(parents=True)
+    except OSError as error:
+        raise OutputError(f"{work.parent}: cannot be written: {error.strerror}") from error
+    try:
+        yield work
+        _replace(resolved, work)
+    except OSError as error:
+        if isinstance(error, FileNotFoundError):
+            raise InputError(f"{error.filename}: vanished during the run") from error
+        raise OutputError(
+            f"{target}: cannot be written: {error.strerror}", hint="free space and run again"
+        ) from error
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _replace(target: Path, work: Path) -> None:
+    """Put `work` under the name `target`; an old target stays whole until the new one is there."""
+    if not target.exists():
+        os.rename(work, target)
+        return
+    old = work.with_suffix(".old")
+    os.rename(target, old)
+    try:
+        os.rename(work, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old)

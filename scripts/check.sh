@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Everything a change must pass. `make check` runs it in .venv; any environment with the `dev` extra will do.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+set -x
+ruff check .
+ruff format --check .
+mypy --strict deltamerge
+lint-imports
+pytest -q -n 2

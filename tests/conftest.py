@@ -1,0 +1,216 @@
+"""Tiny real checkpoints: import the functions (`from conftest import tiny_llama`) or take their fixtures."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 32,
+    "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 0,
+}  # fmt: skip
+BERT = {
+    "architectures": ["BertModel"], "model_type": "bert", "hidden_act": "gelu", "hidden_size": 32,
+    "intermediate_size": 64, "num_attention_heads": 4, "num_hidden_layers": 2, "vocab_size": 96,
+    "max_position_embeddings": 48, "type_vocab_size": 2, "layer_norm_eps": 1e-12, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def write_json(path: Path, value: Any) -> Path:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    return path
+
+
+def make_checkpoint(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    *,
+    shards: int = 1,
+    config: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write `tensors` as transformers would, in `shards` files of about as many tensors each."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "config.json", {"model_type": "test"} if config is None else dict(config))
+    if shards == 1:
+        save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+    names = list(tensors)
+    weight_map: dict[str, str] = {}
+    for i in range(shards):
+        file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
+        part = names[i * len(names) // shards : (i + 1) * len(names) // shards]
+        save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(part, file)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    write_json(
+        folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
+    )
+    return folder
+
+
+def load_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every safetensors file in `folder`."""
+    tensors: dict[str, torch.Tensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(file)
+    return tensors
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer of `vocab_size` words that AutoTokenizer loads: `<pad> <s> </s> <unk> w4 w5 …`."""
+    special = ["<pad>", "<s>", "</s>", "<unk>"]
+    words = special + [f"w{i}" for i in range(len(special), vocab_size)]
+    added = [
+        {"id": i, "content": word, "special": True, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False}
+        for i, word in enumerate(special)
+    ]  # fmt: skip
+    model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(words)}, "unk_token": "<unk>"}
+    nothing = dict.fromkeys(["truncation", "padding", "normalizer", "post_processor", "decoder"])
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": added,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "model": model,
+    }
+    write_json(folder / "tokenizer.json", nothing | tokenizer)
+    names = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    write_json(
+        folder / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 48} | names,
+    )
+
+
+def _fill(
+    shapes: Mapping[str, tuple[int, ...]],
+    seed: int,
+    dtype: torch.dtype,
+    base: Mapping[str, torch.Tensor],
+    sigma: float,
+) -> dict[str, torch.Tensor]:
+    """Random weights of deviation 0.05 (norms near 1); rows that `base` has: its own plus N(0, sigma²)."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator)
+        value = 0.05 * noise + float(name.lower().endswith("norm.weight"))
+        if name in base:
+            rows = len(base[name])
+            value[:rows] = base[name].float() + sigma * noise[:rows]
+        tensors[name] = value.to(dtype)
+    return tensors
+
+
+def tiny_llama(
+    folder: Path,
+    *,
+    seed: int,
+    layers: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    base: Path | None = None,
+    sigma: float = 7e-4,
+    shards: int = 1,
+    tied: bool = False,
+    tokenizer: bool = False,
+    vocab_size: int = 96,
+) -> Path:
+    """A LlamaForCausalLM for AutoModelForCausalLM (20 k parameters); a fine-tune of `base` if given."""
+    h, inner, kv = 32, 48, 16
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab_size, h)}
+    for i in range(layers):
+        parts = {
+            "input_layernorm": (h,), "mlp.down_proj": (h, inner), "mlp.gate_proj": (inner, h),
+            "mlp.up_proj": (inner, h), "post_attention_layernorm": (h,), "self_attn.k_proj": (kv, h),
+            "self_attn.o_proj": (h, h), "self_attn.q_proj": (h, h), "self_attn.v_proj": (kv, h),
+        }  # fmt: skip
+        shapes |= {f"model.layers.{i}.{part}.weight": shape for part, shape in parts.items()}
+    shapes["model.norm.weight"] = (h,)
+    if not tied:
+        shapes["lm_head.weight"] = (vocab_size, h)
+    tensors = _fill(shapes, seed, dtype, load_tensors(base) if base else {}, sigma)
+    config = LLAMA | {"num_hidden_layers": layers, "tie_word_embeddings": tied, "vocab_size": vocab_size}
+    config["dtype"] = str(dtype).removeprefix("torch.")
+    make_checkpoint(folder, tensors, shards=shards, config=config)
+    write_json(folder / "generation_config.json", {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0})
+    if tokenizer:
+        write_tokenizer(folder, vocab_size)
+    return folder
+
+
+def tiny_bert_pair(
+    folder: Path,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    sigma: float = 7e-4,
+    tokenizer: bool = False,
+) -> tuple[Path, Path]:
+    """`folder/base`: a BertModel; `folder/tuned`: BertForSequenceClassification, `bert.` and a head."""
+    h, inner = 32, 64
+    dense = {"attention.self.query": (h, h), "attention.self.key": (h, h), "attention.self.value": (h, h),
+             "attention.output.dense": (h, h), "intermediate.dense": (inner, h),
+             "output.dense": (h, inner)}  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.word_embeddings.weight": (96, h), "embeddings.position_embeddings.weight": (48, h),
+        "embeddings.token_type_embeddings.weight": (2, h), "embeddings.LayerNorm.weight": (h,),
+        "embeddings.LayerNorm.bias": (h,), "pooler.dense.weight": (h, h), "pooler.dense.bias": (h,),
+    }  # fmt: skip
+    for i in range(2):
+        for part, shape in dense.items():
+            shapes |= {f"encoder.layer.{i}.{part}.weight": shape, f"encoder.layer.{i}.{part}.bias": shape[:1]}
+        for part in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes |= {f"encoder.layer.{i}.{part}.weight": (h,), f"encoder.layer.{i}.{part}.bias": (h,)}
+    base = _fill(shapes, seed, dtype, {}, sigma)
+    prefixed = {f"bert.{name}": tensor for name, tensor in base.items()}
+    head: dict[str, tuple[int, ...]] = {"classifier.weight": (2, h), "classifier.bias": (2,)}
+    tuned = _fill(
+        {name: tuple(t.shape) for name, t in prefixed.items()} | head, seed + 1, dtype, prefixed, sigma
+    )
+    config = BERT | {"dtype": str(dtype).removeprefix("torch.")}
+    make_checkpoint(folder / "base", base, config=config)
+    make_checkpoint(
+        folder / "tuned", tuned, config=config | {"architectures": ["BertForSequenceClassification"]}
+    )
+    if tokenizer:
+        write_tokenizer(folder / "base", 96)
+        write_tokenizer(folder / "tuned", 96)
+    return folder / "base", folder / "tuned"
+
+
+@pytest.fixture(name="make_checkpoint")
+def _make_checkpoint() -> Callable[..., Path]:
+    return make_checkpoint
+
+
+@pytest.fixture(name="tiny_llama")
+def _tiny_llama() -> Callable[..., Path]:
+    return tiny_llama
+
+
+@pytest.fixture(name="tiny_bert_pair")
+def _tiny_bert_pair() -> Callable[..., tuple[Path, Path]]:
+    return tiny_bert_pair
+
+
+@pytest.fixture(name="load_tensors")
+def _load_tensors() -> Callable[[Path], dict[str, torch.Tensor]]:
+    return load_tensors
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The real checkpoints `base`, `sentiment` and `intensity` (25 MB each); skips the test without them."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ["DELTAMERGE_SHARED"]) if "DELTAMERGE_SHARED" in os.environ else beside
+    if not (folder / "base" / "model.safetensors").exists():
+        pytest.skip(f"no shared data at {folder}")
+    return folder

@@ -1,0 +1,205 @@
+"""The benchmark's checkpoints, its measuring and its comparison; a smoke test of the whole script is slow."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import load_tensors
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.append(str(REPOSITORY / "benchmarks"))
+synthetic = importlib.import_module("synthetic")
+process = importlib.import_module("process")
+merge_speed = importlib.import_module("merge_speed")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    made: list[Path] = synthetic.make_checkpoints(
+        tmp_path_factory.mktemp("bench") / "tiny", synthetic.SIZES["tiny"]
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"), [("tiny", 1e5, 2e5), ("M", 4.8e8, 5.2e8), ("L", 1.05e9, 1.15e9)]
+)
+def test_sizes(name: str, low: float, high: float) -> None:
+    assert low < synthetic.SIZES[name].parameters < high
+
+
+@pytest.mark.parametrize("count", [12, 2_000, 20_000])
+def test_number_of_tensors(count: int) -> None:
+    assert abs(len(synthetic.many_tensors(count).shapes()) - count) <= 5
+
+
+def test_bf16_rounds_as_torch_does() -> None:
+    values = np.random.default_rng(0).standard_normal(10_000).astype(np.float32)
+    values[:3] = [1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8)]  # halfway: to even
+    expected = torch.from_numpy(values).to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
+    np.testing.assert_array_equal(synthetic.bf16(values), expected)
+
+
+def test_checkpoints_are_what_the_headers_say(models: list[Path]) -> None:
+    size = synthetic.SIZES["tiny"]
+    base, tune_a, tune_b = (load_tensors(model) for model in models)
+    for tensors in (base, tune_a, tune_b):
+        assert {name: tuple(t.shape) for name, t in tensors.items()} == size.shapes()
+        assert {t.dtype for t in tensors.values()} == {torch.bfloat16}
+    name = "model.embed_tokens.weight"
+    assert base[name].float().std().item() == pytest.approx(0.02, rel=0.05)
+    for tune in (tune_a, tune_b):
+        assert (tune[name].float() - base[name].float()).std().item() == pytest.approx(7e-4, rel=0.05)
+    assert not torch.equal(tune_a[name], tune_b[name])
+    assert base["model.norm.weight"].float().mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_index_names_every_tensor_in_its_shard(models: list[Path]) -> None:
+    index = json.loads((models[0] / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) == 2
+    assert index["metadata"]["total_size"] == 2 * synthetic.SIZES["tiny"].parameters
+    for name, file in index["weight_map"].items():
+        length = int.from_bytes((models[0] / file).read_bytes()[:8], "little")
+        assert name in json.loads((models[0] / file).read_bytes()[8 : 8 + length])
+
+
+def test_values_do_not_depend_on_the_shards(models: list[Path], tmp_path: Path) -> None:
+    whole = synthetic.make_checkpoints(tmp_path / "whole", replace(synthetic.SIZES["tiny"], shard=10**9))
+    for cut, one in zip(models, whole, strict=True):
+        assert len(list(one.glob("*.safetensors"))) == 1
+        assert synthetic.agreement(cut, one)["differ"] == 0
+
+
+@pytest.mark.parametrize("bits", [[0x0000, 0x8000], [0x3F80, 0x3F80], [0x3F80, 0x3F81], [0x8001, 0x0001]])
+def test_ordered_counts_roundings(bits: list[int]) -> None:
+    a, b = synthetic.ordered(np.array(bits, np.uint16))
+    expected = {(0x8000): 0, (0x3F80): 0, (0x3F81): 1, (0x0001): 2}[bits[1]]
+    assert abs(a - b) == expected
+
+
+def test_agreement_counts_elements(models: list[Path], tmp_path: Path) -> None:
+    size = synthetic.SIZES["tiny"]
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in models[0].glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        if b'"lm_head.weight"' in data:
+            header = 8 + int.from_bytes(data[:8], "little")
+            values = np.frombuffer(data, np.uint16, offset=header)
+            values[0] += 1
+            values[1] ^= 4  # its third lowest bit: 4 ulp
+        (other / file.name).write_bytes(data)
+    found = synthetic.agreement(models[0], other)
+    assert found["elements"] == size.parameters
+    assert found["differ"] == 2 / size.parameters
+    assert found["differ_more_than_1_ulp"] == 1 / size.parameters
+    assert found["tensors_in_one_only"] == []
+    assert 0 < found["greatest_difference"] < 0.01
+
+
+@pytest.mark.parametrize("method", merge_speed.METHODS)
+def test_recipes(models: list[Path], method: str) -> None:
+    found: dict[str, Any] = yaml.safe_load(merge_speed.recipe(method, models))
+    named = [found["base_model"]] if "base_model" in found else []
+    named += [model["model"] for model in found["models"]]
+    assert [Path(name) for name in named] == merge_speed.inputs(method, models)
+    densities = {model.get("parameters", {}).get("density") for model in found["models"]}
+    assert densities == {merge_speed.METHODS[method]}
+
+
+def test_memory_of_the_process_and_its_children_is_seen(tmp_path: Path) -> None:
+    hold = "import time; held = b'x' * 50_000_000; time.sleep(0.3)"
+    child = f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {hold!r}])"
+    both = f"{child}; {hold}; child.wait()"
+    run = process.measure([sys.executable, "-c", both], {}, tmp_path / "log")
+    assert 100 < run.anonymous < 160
+    assert run.resident > run.anonymous
+    assert run.cpu > 0
+
+
+def test_memory_of_the_caller_is_not_seen(tmp_path: Path) -> None:
+    held = np.ones(20_000_000)
+    run = process.measure([sys.executable, "-c", "import time; time.sleep(0.1)"], {}, tmp_path / "log")
+    assert run.resident < 60 < held.nbytes / 1e6
+
+
+def test_a_failed_process_shows_its_log(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"exit status 3\nwhy\n"):
+        process.measure(
+            [sys.executable, "-c", "print('why', flush=True); raise SystemExit(3)"], {}, tmp_path / "log"
+        )
+
+
+def test_settings_of_the_shell_are_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    log = tmp_path / "log"
+    show = [sys.executable, "-c", "import os; print(os.environ.get('OMP_NUM_THREADS'))"]
+    process.measure(show, {}, log)
+    assert log.read_text() == "None\n"
+    process.measure(show, {"OMP_NUM_THREADS": "1"}, log)
+    assert log.read_text() == "1\n"
+
+
+def test_roofline_copies_the_first_and_reads_the_rest(models: list[Path], tmp_path: Path) -> None:
+    assert process.roofline(models, tmp_path / "out") > 0
+    assert synthetic.agreement(models[0], tmp_path / "out")["differ"] == 0
+
+
+def script(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:
+    result = folder / "result.json"
+    line = [
+        sys.executable,
+        "benchmarks/merge_speed.py",
+        "--dir",
+        str(folder),
+        "--json",
+        str(result),
+        *arguments,
+    ]
+    done = subprocess.run(line, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout, json.loads(result.read_text())
+
+
+@pytest.mark.slow
+def test_every_method_runs(tmp_path: Path) -> None:
+    table, result = script(tmp_path, "--size", "tiny", "--rounds", "1", "--tools", "deltamerge")
+    assert table.count("\n| ") == len(merge_speed.METHODS)
+    for runs in result["methods"].values():
+        assert runs["deltamerge"][0]["anonymous"] > 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_number_of_tensors_runs(tmp_path: Path) -> None:
+    table, result = script(tmp_path, "--tensors", "30", "60", "--rounds", "1")
+    assert list(result["tensors"]) == ["12", "30", "57"]
+    assert "past start-up" in table
+
+
+@pytest.mark.slow
+def test_results_agree_with_mergekit(tmp_path: Path) -> None:
+    venv = Path(os.environ.get("DELTAMERGE_MERGEKIT", REPOSITORY / ".bench" / "venv"))
+    if not (venv / "bin" / "mergekit-yaml").exists():
+        pytest.skip(f"no mergekit in {venv} (set DELTAMERGE_MERGEKIT)")
+    methods = ["passthrough", "linear", "task_arithmetic", "ties"]
+    _, result = script(
+        tmp_path, "--size", "tiny", "--rounds", "1", "--mergekit", str(venv),
+        "--tools", "deltamerge", "mergekit", "--methods", *methods,
+    )  # fmt: skip
+    found = {method: result["methods"][method]["agreement"] for method in methods}
+    assert found["passthrough"]["differ"] == 0
+    for match in found.values():
+        assert match["tensors_in_one_only"] == []
+        assert match["differ_more_than_1_ulp"] < 0.01

@@ -1,0 +1,220 @@
+"""The command line: what it prints, where, its exit codes, and what it does not import or read."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
+
+from deltamerge.cli import main
+
+RECIPE = """\
+base_model: ./base
+merge_method: {method}
+models:
+  - {{model: ./a, parameters: {{weight: 0.5}}}}
+  - {{model: ./b, parameters: {{weight: 0.5}}}}
+parameters: {{density: 0.5}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    base = tiny_llama(folder / "base", seed=0)
+    tiny_llama(folder / "a", seed=1, base=base)
+    tiny_llama(folder / "b", seed=2, base=base)
+    (folder / "good.yaml").write_text(RECIPE.format(method="dare_ties"))
+    return folder
+
+
+def call(capsys, *arguments: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as leaving:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(leaving.value.code or 0), out, err
+
+
+ERRORS = {
+    "typo": (
+        RECIPE.format(method="dare_ties").replace("density", "densty"),
+        "bad.yaml:6:14: parameters.densty:",
+        "density",
+    ),
+    "method": (RECIPE.format(method="dare_tie"), "bad.yaml:2:15: merge_method:", "dare_ties"),
+    "range": (RECIPE.format(method="ties").replace("0.5}\n", "1.5}\n"), "must be in (0, 1], got 1.5", ""),
+    "missing model": (RECIPE.format(method="ties").replace("./b,", "./nowhere,"), "models[1]: ./nowhere", "hint: "),
+    "no recipe": (None, "bad.yaml", ""),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+@pytest.mark.parametrize("command", ["run", "check", "plan"])
+def test_bad_input_is_one_clear_line_and_exit_1(folder, capsys, case, command):
+    text, wanted, hint = ERRORS[case]
+    recipe = folder / "bad.yaml"
+    recipe.unlink(missing_ok=True)
+    if text is not None:
+        recipe.write_text(text)
+    before = sorted(p.name for p in folder.iterdir())
+    code, out, err = call(capsys, command, recipe)
+    assert (code, out) == (1, "")
+    assert wanted in err
+    assert hint in err
+    assert "Traceback" not in err
+    assert sorted(p.name for p in folder.iterdir()) == before
+
+
+BROKEN = {
+    "truncated": lambda data: data[: len(data) // 2],
+    "garbage": lambda data: b"\xff" * 64,
+    "lying": lambda data: data.replace(b'"shape":[96,32]', b'"shape":[96,33]', 1),
+    "oversized": lambda data: data + b"\0" * 8,
+    "header length": lambda data: (1 << 60).to_bytes(8, "little") + data[8:],
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_broken_weights_are_refused_with_the_file(folder, tmp_path, capsys, case):
+    for name in ("base", "a", "b"):
+        (tmp_path / name).mkdir()
+        for file in (folder / name).iterdir():
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    victim = tmp_path / "b" / "model.safetensors"
+    data = victim.read_bytes()
+    victim.write_bytes(BROKEN[case](data))
+    if case == "lying" and victim.read_bytes() == data:
+        pytest.fail("the test's tensor is not in the header")
+    (tmp_path / "r.yaml").write_text(RECIPE.format(method="ties"))
+    code, out, err = call(capsys, "run", tmp_path / "r.yaml")
+    assert (code, out) == (1, "")
+    assert "model.safetensors" in err
+    assert "./b" in err
+    assert not (tmp_path / "r-merged").exists()
+
+
+def test_run_prints_only_what_was_asked_for(folder, tmp_path, capsys):
+    code, out, err = call(capsys, "run", folder / "good.yaml", "--out", tmp_path / "out", "--json")
+    assert code == 0
+    assert err == ""
+    summary = json.loads(out)
+    assert summary["out"] == str(tmp_path / "out")
+    assert summary["bytes"] == sum(t.numel() * 2 for t in load_tensors(tmp_path / "out").values())
+    code, out, err = call(capsys, "run", folder / "good.yaml", "--out", tmp_path / "out", "-q", "--force")
+    assert (code, out, err) == (0, "", "")
+    code, out, err = call(capsys, "verify", tmp_path / "out")
+    assert (code, out) == (0, "")
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"gone")
+    code, out, err = call(capsys, "verify", tmp_path / "out")
+    assert code == 1
+    assert "model.safetensors: 4 bytes, the lock says" in err
+
+
+def test_plan_names_every_tensor(folder, capsys):
+    code, out, err = call(capsys, "plan", folder / "good.yaml", "--json", "--workers", "2")
+    assert (code, err) == (0, "")
+    plan = json.loads(out)
+    tensors = load_tensors(folder / "base")
+    assert {t["name"] for t in plan["tensors"]} == tensors.keys()
+    assert plan["output_bytes"] == sum(t.numel() * 2 for t in tensors.values())
+    assert plan["peak_bytes"] > 0
+    code, out, _ = call(capsys, "plan", folder / "good.yaml")
+    assert "dare_ties" in out
+    assert "./a weight=0.5 dare density=0.5 q=0.5" in out
+
+
+def test_memory_is_a_cap(folder, tmp_path, capsys):
+    code, _, err = call(capsys, "plan", folder / "good.yaml", "--memory", "1MB")
+    assert code == 1
+    assert "--memory" in err
+    code, out, _ = call(capsys, "plan", folder / "good.yaml", "--memory", "1GB", "--json")
+    assert json.loads(out)["peak_bytes"] <= 10**9
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["run", "--help"], ["schema"], ["check", "good.yaml"], ["plan", "good.yaml"]], ids=" ".join
+)
+def test_no_torch_is_imported_to_look(folder, arguments):
+    script = (
+        "import sys\nfrom deltamerge.cli import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
+        "heavy = {'torch', 'transformers', 'numba', 'huggingface_hub', 'scipy'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_planning_reads_no_weights(folder, capsys, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise AssertionError("a weight was read")
+
+    for name in ("pread", "preadv", "copy_file_range"):
+        monkeypatch.setattr(os, name, refuse)
+    assert call(capsys, "plan", folder / "good.yaml")[0] == 0
+    assert call(capsys, "check", folder / "good.yaml")[0] == 0
+
+
+FLAGS = {
+    "run": "--out --device --workers --memory --force --locked --json --quiet --help",
+    "check": "--help",
+    "plan": "--device --workers --memory --json --help",
+    "verify": "--workers --help",
+    "schema": "--help",
+}
+
+
+@pytest.mark.parametrize("command", FLAGS)
+def test_flags_are_frozen_knobs_go_in_the_recipe(command, capsys):
+    code, out, _ = call(capsys, command, "--help")
+    assert code == 0
+    assert [w for w in out.replace(",", " ").split() if w.startswith("--")] == FLAGS[command].split()
+
+
+def test_usage_errors_exit_2(capsys):
+    assert call(capsys, "run")[0] == 2
+    assert call(capsys, "no-such-command")[0] == 2
+    assert call(capsys, "run", "r.yaml", "--workers", "0")[0] == 2
+
+
+def test_a_bug_exits_3_and_says_what_to_report(folder, tmp_path, capsys, monkeypatch):
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr("deltamerge.run.make_plan", broken)
+    code, _, err = call(capsys, "run", folder / "good.yaml", "--out", tmp_path / "out")
+    assert code == 3
+    assert "ZeroDivisionError: oops" in err
+    assert "report" in err
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_output_loads_in_transformers_with_no_key_missing(tmp_path, capsys):
+    from transformers import AutoModelForSequenceClassification
+
+    base, tune = tiny_bert_pair(tmp_path)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"base_model: {base}\nmodels: [{{model: {tune}, prune: {{method: dare, density: 0.1}}}}]\n")
+    assert call(capsys, "run", recipe)[0] == 0
+    _, info = AutoModelForSequenceClassification.from_pretrained(tmp_path / "r-merged", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    merged, tuned = load_tensors(tmp_path / "r-merged"), load_tensors(tune)
+    assert torch.equal(merged["classifier.weight"], tuned["classifier.weight"])
+
+
+def test_pickled_weights_are_refused_with_the_way_out(folder, tmp_path, capsys):
+    make_checkpoint(tmp_path / "old", {"w": torch.zeros(2)})
+    (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
+    (tmp_path / "r.yaml").write_text(f"models: [{{model: {folder}/a}}, {{model: ./old}}]\nmerge_method: linear\n"
+                                     "parameters: {weight: 1}\n")
+    code, _, err = call(capsys, "check", tmp_path / "r.yaml")
+    assert code == 1
+    assert "pickle" in err
+    assert "hint: " in err
