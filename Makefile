@@ -4,6 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Never the hub: what runs here comes from the package index.
 OFFLINE := HF_HUB_OFFLINE=1
+NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
 .PHONY: help demo test check bench clean
 
@@ -25,20 +26,12 @@ bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour
 clean:  ## remove what the targets made, the environment too
 	rm -rf .venv .demo .bench
 
-# A stamp newer than pyproject.toml says that its dependencies are installed.
-.venv/.installed: pyproject.toml
-	$(call install,.[fast])
-	@touch $@
-
-.venv/.installed-dev: pyproject.toml
-	$(call install,.[fast,dev])
-	@touch .venv/.installed $@
-
-new_enough := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: PYTHON=python3.12 make ...")'
-
-define install
-	@test -x $(BIN)/python || { $(PYTHON) -c $(new_enough) && $(PYTHON) -m venv --clear .venv; }
+# A stamp newer than pyproject.toml says that what it asks for is installed.
+.venv/.installed: EXTRAS := fast
+.venv/.installed-dev: EXTRAS := fast,dev
+.venv/.installed .venv/.installed-dev: pyproject.toml
+	@test -x $(BIN)/python || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
-	@echo "installing '$(1)' into .venv" >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '$(1)'
-endef
+	@echo 'installing deltamerge [$(EXTRAS)] and what it needs into .venv' >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@touch .venv/.installed $@

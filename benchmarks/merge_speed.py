@@ -116,10 +116,7 @@ def surroundings(programs: Mapping[str, str]) -> dict[str, Any]:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def versions(program: str) -> dict[str, str]:
-        code = (
-            "import importlib.metadata as m, json\n"
-            "print(json.dumps({d.name: d.version for d in m.distributions()}))"
-        )
+        code = "import importlib.metadata as m, json\nprint(json.dumps({d.name: d.version for d in m.distributions()}))"
         python = Path(program).with_name("python")
         have = json.loads(subprocess.check_output([python, "-I", "-c", code], text=True))
         return {name: have[name] for name in PACKAGES if name in have}
@@ -141,9 +138,7 @@ def surroundings(programs: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def compare(
-    options: argparse.Namespace, models: Sequence[Path], programs: Mapping[str, str]
-) -> dict[str, Any]:
+def compare(options: argparse.Namespace, models: Sequence[Path], programs: Mapping[str, str]) -> dict[str, Any]:
     """`rounds` times every method with every tool; the first round's outputs are compared."""
     results: dict[str, Any] = {m: {t: [] for t in ("roofline", *options.tools)} for m in options.methods}
     folder = options.dir / "out"
@@ -219,53 +214,50 @@ def report(results: Mapping[str, Any]) -> str:
 
 def scaling(options: argparse.Namespace, program: str) -> dict[str, Any]:
     """`plan` and `run` over models of one layer (start-up) and of each number of tensors."""
-    found: dict[str, Any] = {}
     out = options.dir / "out"
+    cases: dict[str, tuple[list[Path], Path]] = {}
     for count in (12, *sorted(options.tensors)):
         size = many_tensors(count)
-        models = make_checkpoints(options.dir / f"tensors-{count}", size)
         config = options.dir / f"tensors-{count}.yaml"
+        models = make_checkpoints(options.dir / f"tensors-{count}", size)
         config.write_text(recipe("task_arithmetic", models), encoding="utf-8")
+        cases[str(len(size.shapes()))] = models, config
+    found: dict[str, Any] = {count: {"plan": [], "run": []} for count in cases}
+    for turn, (count, (models, config)) in itertools.product(range(options.rounds), cases.items()):
         lines = {
             "plan": [program, "plan", str(config), "--json"],
             "run": command("deltamerge", program, config, out)[0],
         }
-        runs: dict[str, Any] = {name: [] for name in lines}
-        for _, (name, line) in itertools.product(range(options.rounds), lines.items()):
+        for name, line in lines.items():
             shutil.rmtree(out, ignore_errors=True)
             warm(models)
-            runs[name].append(asdict(measure(line, {}, options.dir / "deltamerge.log")))
-        found[str(len(size.shapes()))] = runs
-        say(f"{count} tensors: " + ", ".join(f"{name} {middle(runs, name, 'wall'):.2f} s" for name in runs))
+            run = measure(line, {}, options.dir / "deltamerge.log")
+            found[count][name].append(asdict(run))
+            say(f"round {turn + 1} {count} tensors {name}: {run.wall:.2f} s, CPU {run.cpu:.2f} s")
     shutil.rmtree(out)
     return found
 
 
 def scaling_report(found: Mapping[str, Any]) -> str:
     """Seconds, and per tensor after start-up (the smallest model's): proportional if that stays the same."""
-    rows = [["tensors", "plan, s", "run, s", "plan, µs a tensor", "run, µs a tensor", "run, anonymous MB"]]
-    (first, start), *others = found.items()
-    after: dict[str, list[float]] = {"plan": [], "run": []}
-    for count, runs in found.items():
-        wall = {name: middle(runs, name, "wall") for name in after}
-        more = int(count) - int(first)
-        for name, seconds in after.items():
-            seconds.append(wall[name] - middle(start, name, "wall"))
-        each = [1e6 * seconds[-1] / more if more else math.nan for seconds in after.values()]
-        anonymous = number(middle(runs, "run", "anonymous"), ".0f")
-        rows.append([count, *map(number, wall.values()), *(number(e, ".0f") for e in each), anonymous])
-    few, most = int(others[0][0]), int(others[-1][0])
-    lines = [
-        f"{name}: {most / few:.1f} × the tensors take {seconds[-1] / seconds[1]:.1f} × the time past start-up"
-        for name, seconds in after.items()
-    ]
-    return "\n".join([table(rows), "", *lines])
+    kinds = [(name, key) for name in ("plan", "run") for key in ("wall", "cpu")]
+    seconds = {count: [middle(runs, *kind) for kind in kinds] for count, runs in found.items()}
+    (first, start), *others = seconds.items()
+    after = {count: [a - b for a, b in zip(row, start, strict=True)] for count, row in others}
+    names = [f"{name} {key}" for name, key in kinds]
+    rows = [["tensors", *(f"{n}, s" for n in names), *(f"{n}, µs a tensor" for n in names), "anonymous MB"]]
+    for count, row in seconds.items():
+        each = [1e6 * a / max(1, int(count) - int(first)) for a in after.get(count, [math.nan] * len(kinds))]
+        anonymous = number(middle(found[count], "run", "anonymous"), ".0f")
+        rows.append([count, *map(number, row), *(number(e, ".0f") for e in each), anonymous])
+    few, most = others[0][0], others[-1][0]
+    ratios = [f"{name} {b / a:.1f} ×" for name, a, b in zip(names, after[few], after[most], strict=True)]
+    line = f"{int(most) / int(few):.1f} × the tensors take, past start-up: {', '.join(ratios)}"
+    return "\n".join([table(rows), "", line])
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", choices=SIZES, default="M", help="0.5 B (M), 1.1 B (L) or a smoke test (tiny)")
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
@@ -292,9 +284,7 @@ def main() -> None:
         if set(options.tools) != {"deltamerge"}:
             programs["mergekit"] = mergekit_command(options.mergekit, options.dir)
         size = SIZES[options.size]
-        found = compare(
-            options, make_checkpoints(options.dir / f"checkpoints-{options.size}", size), programs
-        )
+        found = compare(options, make_checkpoints(options.dir / f"checkpoints-{options.size}", size), programs)
         what = {"size": options.size, "parameters": size.parameters, "methods": found}
         text, name = report(found), f"merge_speed_{options.size}.json"
         full = options.size != "tiny" and options.methods == [*METHODS] and options.tools == [*TOOLS]

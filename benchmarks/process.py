@@ -67,9 +67,7 @@ def measure(arguments: Sequence[str], extra: Mapping[str, str], log: Path, inter
 
     with open(log, "w", encoding="utf-8") as stream:
         start = time.perf_counter()
-        process = subprocess.Popen(
-            arguments, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment
-        )
+        process = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment)
         sampler = threading.Thread(target=sample, args=(process.pid,))
         sampler.start()
         try:

@@ -79,9 +79,7 @@ def many_tensors(count: int) -> Size:
 def bf16(values: Array) -> NDArray[np.uint16]:
     """Bits of float32 `values` rounded to bfloat16, nearest even (finite values)."""
     bits = values.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(
-        np.uint16
-    )
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def widen(bits: Array) -> NDArray[np.float32]:
@@ -151,9 +149,7 @@ def header(shapes: Mapping[str, tuple[int, ...]]) -> bytes:
 
 def write_small_files(folder: Path, size: Size, shards: Mapping[str, Sequence[str]]) -> None:
     """The index, config and a word-level tokenizer."""
-    vocab = {
-        token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, size.vocab))])
-    }
+    vocab = {token: i for i, token in enumerate(["<unk>", "<s>", "</s>", *(f"w{i}" for i in range(3, size.vocab))])}
     special = {"special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
     contents: dict[str, Any] = {
         "config.json": size.config(),

@@ -35,35 +35,30 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 
 def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     """What this version cannot run yet, and where the recipe asks for it."""
-    found: list[tuple[Loc, str]] = []
-
-    def unless(fine: bool, loc: Loc, message: str) -> None:
-        if not fine:
-            found.append((loc, message))
-
-    unless(not recipe.slices, ("slices",), "slices")
-    unless(not recipe.modules, ("modules",), "modules")
-    unless(recipe.merge_method not in LATER_MERGE, ("merge_method",), f"merge_method {recipe.merge_method}")
-    unless(recipe.chat_template is None, ("chat_template",), "chat_template")
-    tokenizers: list[tuple[Loc, str | None]] = [(("tokenizer_source",), recipe.tokenizer_source)]
+    inputs = {None, "union", "base", recipe.base_model, *recipe.names, *(model.model for model in recipe.models)}
+    asked: list[tuple[bool, Loc, str]] = [
+        (bool(recipe.slices), ("slices",), "slices"),
+        (bool(recipe.modules), ("modules",), "modules"),
+        (recipe.merge_method in LATER_MERGE, ("merge_method",), f"merge_method {recipe.merge_method}"),
+        (recipe.chat_template is not None, ("chat_template",), "chat_template"),
+        (recipe.output.kind != "model", ("output", "kind"), f"output.kind: {recipe.output.kind}"),
+    ]
+    loc: Loc = ("tokenizer_source",)
     if recipe.tokenizer is not None:
-        tokenizers.append((("tokenizer", "source"), recipe.tokenizer.source))
-        unless(not recipe.tokenizer.tokens, ("tokenizer", "tokens"), "token sources")
-        padding = recipe.tokenizer.pad_to_multiple_of
-        unless(padding is None, ("tokenizer", "pad_to_multiple_of"), "pad_to_multiple_of")
-    inputs = {None, "base", recipe.base_model, *recipe.names, *(model.model for model in recipe.models)}
-    for loc, name in tokenizers:
-        unless(name != "union", loc, "a union of tokenizers")
-        unless(name in inputs or name == "union" or not recipe.models, loc, "the tokenizer of a model not merged")
-    unless(recipe.output.kind == "model", ("output", "kind"), f"output.kind: {recipe.output.kind}")
-    for loc, prune in _prunes(recipe):
-        unless(prune.method not in LATER_PRUNE, (*loc, "method"), f"method {prune.method}")
-        unless(prune.sampling != "magnitude", (*loc, "sampling"), "sampling: magnitude")
-        unless(prune.calibrated_q is None, (*loc, "q"), "a calibrated q")
-        unless(prune.group != "model", (*loc, "group"), "group: model")
+        loc, whole = ("tokenizer", "source"), recipe.tokenizer
+        asked.append((bool(whole.tokens), ("tokenizer", "tokens"), "token sources"))
+        asked.append((whole.pad_to_multiple_of is not None, ("tokenizer", "pad_to_multiple_of"), "padding"))
+    asked.append((recipe.tokenizer_of == "union", loc, "a union of tokenizers"))
+    foreign = bool(recipe.models) and recipe.tokenizer_of not in inputs
+    asked.append((foreign, loc, "the tokenizer of a model that is not merged"))
+    for at, prune in _prunes(recipe):
+        asked.append((prune.method in LATER_PRUNE, (*at, "method"), f"method {prune.method}"))
+        asked.append((prune.sampling == "magnitude", (*at, "sampling"), "sampling: magnitude"))
+        asked.append((prune.calibrated_q is not None, (*at, "q"), "a calibrated q"))
+        asked.append((prune.group == "model", (*at, "group"), "group: model"))
         for key in ("protect", "budget", "epsilon", "gamma"):
-            unless(getattr(prune, key) is None, (*loc, key), key)
-    return found
+            asked.append((getattr(prune, key) is not None, (*at, key), key))
+    return [(at, message) for wanted, at, message in asked if wanted]
 
 
 def _prunes(recipe: Recipe) -> Iterator[tuple[Loc, Prune]]:

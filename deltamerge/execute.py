@@ -244,7 +244,7 @@ class _Engine:
                         ]
                         value = item.call(*inputs, tile=tile, **item.parameters)
                         if node.kind in REDUCTIONS:
-                            running.partials[id(node)][start] = value
+                            self._reduce(running, node, start, value)
                         else:
                             values[id(node)] = value
                     for freed in item.frees:
@@ -254,6 +254,15 @@ class _Engine:
                     offset = running.task.offset + start * ITEMSIZE[root.dtype]
                     self.sink.write(running.task.name, offset, data)
                     self.progress(data.nbytes)
+
+    def _reduce(self, running: Running, node: Node, start: int, value: Any) -> None:
+        """Sums are added up as they come (integers: any order), what is concatenated waits under its tile's start."""
+        with self.changed:
+            parts = running.partials[id(node)]
+            if node.kind == "sum":
+                parts[0] = parts[0] + value if parts else value
+            else:
+                parts[start] = value
 
     def _complete(self, job: Job) -> None:
         running = job.running

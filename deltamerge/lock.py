@@ -17,6 +17,7 @@ from deltamerge.plan import Plan
 
 FORMAT = 1
 LOCK_NAME = "recipe.lock"
+HASH_BYTES = 1 << 21
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -28,9 +29,11 @@ def hash_file(path: Path) -> str:
     import blake3
 
     hasher = blake3.blake3()
+    buffer = memoryview(bytearray(HASH_BYTES))
     try:
-        if path.stat().st_size:
-            hasher.update_mmap(path)
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                hasher.update(buffer[:count])
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return f"blake3:{hasher.hexdigest()}"

@@ -306,6 +306,11 @@ class Recipe(Keys):
         """The registered merge method of a recipe that `load` has accepted."""
         return MERGE[self.method_name or ""]
 
+    @property
+    def tokenizer_of(self) -> str | None:
+        """Whose tokenizer the output has: base, union, a model, or None where the recipe leaves it to the template."""
+        return self.tokenizer_source if self.tokenizer is None else self.tokenizer.source
+
     def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
         """A fault found later at the value (or the `key`) of the recipe that `loc` names."""
         return self._source.problem(loc, message, hint, key=key)

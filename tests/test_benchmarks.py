@@ -26,15 +26,11 @@ merge_speed = importlib.import_module("merge_speed")
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    made: list[Path] = synthetic.make_checkpoints(
-        tmp_path_factory.mktemp("bench") / "tiny", synthetic.SIZES["tiny"]
-    )
+    made: list[Path] = synthetic.make_checkpoints(tmp_path_factory.mktemp("bench") / "tiny", synthetic.SIZES["tiny"])
     return made
 
 
-@pytest.mark.parametrize(
-    ("name", "low", "high"), [("tiny", 1e5, 2e5), ("M", 4.8e8, 5.2e8), ("L", 1.05e9, 1.15e9)]
-)
+@pytest.mark.parametrize(("name", "low", "high"), [("tiny", 1e5, 2e5), ("M", 4.8e8, 5.2e8), ("L", 1.05e9, 1.15e9)])
 def test_sizes(name: str, low: float, high: float) -> None:
     assert low < synthetic.SIZES[name].parameters < high
 
@@ -136,9 +132,7 @@ def test_memory_of_the_caller_is_not_seen(tmp_path: Path) -> None:
 
 def test_a_failed_process_shows_its_log(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"exit status 3\nwhy\n"):
-        process.measure(
-            [sys.executable, "-c", "print('why', flush=True); raise SystemExit(3)"], {}, tmp_path / "log"
-        )
+        process.measure([sys.executable, "-c", "print('why', flush=True); raise SystemExit(3)"], {}, tmp_path / "log")
 
 
 def test_settings_of_the_shell_are_taken_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

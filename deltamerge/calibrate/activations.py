@@ -1,4 +1,4 @@
-"""One pass over the calibration batch with the fine-tune's weights: what every linear layer's inputs say about its delta."""
+"""One pass over the calibration batch with the fine-tune's weights: what the layers' inputs say about their deltas."""
 
 from __future__ import annotations
 

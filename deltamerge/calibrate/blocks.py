@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -41,7 +42,7 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer: `name` of its weight in the checkpoint, `bias` name, `transposed` if stored (in, out) (Conv1D)."""
+    """A linear layer: checkpoint names of its weight and bias; `transposed` if stored (in, out), as Conv1D is."""
 
     name: str
     bias: str | None
@@ -104,7 +105,7 @@ class Model:
         for name in self.checkpoint_name:
             states[owner.get(name, 0)].append(name)
         self._states = states
-        self._local = [{n: n.removeprefix(p) for n in states[1 + i]} for i, p in enumerate(prefixes)]
+        self._prefixes = prefixes
         self.parts = [[self.checkpoint_name[n] for n in part] for part in states]
         self._linears: list[list[tuple[nn.Module, Linear]]] = [[] for _ in states]
         for name, module in self.module.named_modules():
@@ -135,43 +136,48 @@ class Model:
             except _NotAChain:
                 self.blocks = ()
                 self._lay_out()
-        results: list[list[T]] = []
-        for index, weights in enumerate(variants):
-            tensors = self._tensors(weights, 0)
-            seen = watch if index == 0 else None
-            results.append(self._watched(0, seen, lambda b: reduce(b, self._forward(tensors, batches[b])), len(batches)))
+        results = []
+        for v, weights in enumerate(variants):
+            step = partial(self._finish, self._tensors(weights, 0), batches, reduce, None)
+            results.append(self._watched(0, watch if v == 0 else None, step, len(batches)))
         return results
 
     def _walk(
-        self, batches: Sequence[Inputs], variants: Sequence[Weights], reduce: Callable[[int, Output], T], watch: Watch | None
+        self,
+        batches: Sequence[Inputs],
+        variants: Sequence[Weights],
+        reduce: Callable[[int, Output], T],
+        watch: Watch | None,
     ) -> list[list[T]]:
-        calls = [self._prologue(weights, batches) for weights in variants]
-        values = [[trace.outputs for trace in row] for row in calls]
-        for i, block in enumerate(self.blocks):
-            if i == 0 and watch is None:
-                continue  # the prologue has run it
+        traces = [self._prologue(weights, batches) for weights in variants]
+        outputs = [[trace.outputs for trace in row] for row in traces]
+        for i in range(len(self.blocks)):
             for v, weights in enumerate(variants):
-                if i == 0 and v > 0:
-                    continue
-                tensors = self._tensors(weights, 1 + i)
-                local = {self._local[i][n]: t for n, t in tensors.items()}
-                shell = _Shell(block)
-
-                def step(b: int, v: int = v, i: int = i, shell: _Shell = shell, local: dict[str, Tensor] = local) -> Any:
-                    args, kwargs = calls[v][b].call(i, values[v][b])
-                    return functional_call(shell, {f"block.{n}": t for n, t in local.items()}, args, kwargs)
-
-                values[v] = self._watched(1 + i, watch if v == 0 else None, step, len(batches))
-        results: list[list[T]] = []
+                seen = watch if v == 0 else None
+                if i > 0 or seen is not None:  # the prologue has run block 0 already
+                    step = partial(self._call, i, self._local(weights, i), traces[v], outputs[v])
+                    outputs[v] = self._watched(1 + i, seen, step, len(batches))
+        results = []
         for v, weights in enumerate(variants):
-            tensors = self._tensors(weights, 0)
-
-            def finish(b: int, v: int = v, tensors: dict[str, Tensor] = tensors) -> T:
-                with self._patched(lambda i: lambda *args, **kwargs: values[v][b]):
-                    return reduce(b, self._forward(tensors, batches[b]))
-
-            results.append(self._watched(0, watch if v == 0 else None, finish, len(batches)))
+            step = partial(self._finish, self._tensors(weights, 0), batches, reduce, outputs[v])
+            results.append(self._watched(0, watch if v == 0 else None, step, len(batches)))
         return results
+
+    def _call(self, i: int, local: dict[str, Tensor], traces: Sequence[_Trace], outputs: Sequence[Any], b: int) -> Any:
+        """Block i on batch b, given the previous block's outputs."""
+        return functional_call(_Shell(self.blocks[i]), local, *traces[b].call(i, outputs[b]))
+
+    def _finish(
+        self,
+        tensors: dict[str, Tensor],
+        batches: Sequence[Inputs],
+        reduce: Callable[[int, Output], T],
+        outputs: Sequence[Any] | None,
+        b: int,
+    ) -> T:
+        """The forward on batch b; the blocks, if there are any, return the last one's output."""
+        with self._patched(lambda i: lambda *args, **kwargs: outputs[b] if outputs else None):
+            return reduce(b, self._forward(tensors, batches[b]))
 
     def _prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[_Trace]:
         tensors = self._tensors(weights, 0) | self._tensors(weights, 1)
@@ -197,21 +203,16 @@ class Model:
             shell = _Shell(self.blocks[i])
 
             def inner(*args: Any, **kwargs: Any) -> Any:
-                tensors = self._tensors(weights, 1 + i)
-                local = {f"block.{self._local[i][n]}": t for n, t in tensors.items()}
-                return functional_call(shell, local, args, kwargs)
+                return functional_call(shell, self._local(weights, i), args, kwargs)
 
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                return checkpoint(inner, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-            return forward
+            return partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
 
         with self._patched(wrap):
             return self._forward(self._tensors(weights, 0), inputs)
 
     @torch.no_grad()
     def generate(self, inputs: Inputs, weights: Weights, *, new_tokens: int, **options: Any) -> Tensor:
-        """Greedy continuation of left-padded prompts (B, T): the new tokens (B, ≤ new_tokens). Needs the whole model."""
+        """Greedy continuation of left-padded prompts (B, T): new tokens (B, ≤ new_tokens). All weights are resident."""
         tensors = {n: t for part in range(len(self.parts)) for n, t in self._tensors(weights, part).items()}
         shell = _Generator(self.module)
         inputs = {k: v.to(self.device) for k, v in inputs.items()}
@@ -222,6 +223,11 @@ class Model:
     def _tensors(self, weights: Weights, part: int) -> dict[str, Tensor]:
         found = weights(self.parts[part])
         return {n: self._placed(found[self.checkpoint_name[n]]) for n in self._states[part]}
+
+    def _local(self, weights: Weights, i: int) -> dict[str, Tensor]:
+        """Block i's tensors, named as in `_Shell`."""
+        prefix = self._prefixes[i]
+        return {f"block.{n.removeprefix(prefix)}": t for n, t in self._tensors(weights, 1 + i).items()}
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
@@ -256,8 +262,8 @@ class Model:
             again = True
             while again:
                 values = []
-                for batch in range(count):  # noqa: B007  # the hooks read it
-                    values.append(step(batch))  # noqa: PERF401
+                for batch in range(count):
+                    values.append(step(batch))
                 again = watch.leave(self.layers[part])
             return values
         finally:
@@ -275,11 +281,11 @@ class Model:
                 del block.__dict__["forward"]
 
 
-class _Stop(Exception):  # noqa: N818  # control flow, not an error
+class _Stop(Exception):
     """Every block has been noted."""
 
 
-class _NotAChain(Exception):  # noqa: N818  # control flow, not an error
+class _NotAChain(Exception):
     """A block's input is not the output of the one before it."""
 
 

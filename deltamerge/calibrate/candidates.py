@@ -38,9 +38,7 @@ class Cache(Generic[T]):
         return value
 
 
-def pruned(
-    base: Callable[[str], Tensor], masked: Callable[[str], Masked | None], q: Mapping[str, Q]
-) -> Weights:
+def pruned(base: Callable[[str], Tensor], masked: Callable[[str], Masked | None], q: Mapping[str, Q]) -> Weights:
     """Weights of base + masked/q; a tensor without a q has q = 1.
 
     base    the tensor that the delta is added to; for one that is not pruned (the head) the fine-tune's own

@@ -16,8 +16,8 @@ from deltamerge.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """`inputs[b]` go to the model's forward; `labels[b]` are class indices, floats, token ids (−100: not scored), or None;
-    `texts[b]` are the reference answers of text generation, else None.
+    """`inputs[b]` go to the model's forward; `labels[b]` are class indices, floats or token ids (−100: not scored);
+    `texts[b]` are the reference answers of text generation.
     """
 
     inputs: list[dict[str, Tensor]]
@@ -41,7 +41,13 @@ class Reader:
     """
 
     def __init__(
-        self, folder: Path, config: Any, *, task: str, length: int, padding: Literal["longest", "max_length"] = "longest"
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        task: str,
+        length: int,
+        padding: Literal["longest", "max_length"] = "longest",
     ) -> None:
         self.config, self.task, self.length, self.padding = config, task, length, padding
         self.tokenizer: Any = None
@@ -87,7 +93,12 @@ class Reader:
         pairs = isinstance(contents[0], tuple)
         columns = [list(column) for column in zip(*contents, strict=True)] if pairs else [list(contents)]
         made = self.tokenizer(
-            *columns, truncation=True, max_length=self.length, padding=self.padding, padding_side=side, return_tensors="pt"
+            *columns,
+            truncation=True,
+            max_length=self.length,
+            padding=self.padding,
+            padding_side=side,
+            return_tensors="pt",
         )
         return dict(made)
 
@@ -117,14 +128,15 @@ def _processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        load: Any = AutoImageProcessor.from_pretrained
+        return load(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(f"{folder}: no usable image processor: {str(error).splitlines()[0]}") from None
 
 
 def _picture(row: Row) -> Any:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, UnidentifiedImageError  # type: ignore[import-not-found,unused-ignore]  # optional
     except ImportError:
         raise InputError("reading pictures needs Pillow", hint="pip install pillow") from None
     if not isinstance(row.content, Path):
@@ -140,4 +152,6 @@ def _check_length(length: int, tokenizer: Any, config: Any) -> None:
     positions = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
     limit = min([tokenizer.model_max_length, *(p for p in positions if p)])
     if length > limit:
-        raise InputError(f"calibration.length is {length}, but the model has {limit} positions", hint=f"set it to {limit} or less")
+        raise InputError(
+            f"calibration.length is {length}, but the model has {limit} positions", hint=f"set it to {limit} or less"
+        )

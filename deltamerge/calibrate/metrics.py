@@ -34,7 +34,9 @@ def f1(predicted: ArrayLike, labels: ArrayLike) -> float:
     p, y = np.asarray(predicted), np.asarray(labels)
     classes = np.union1d(p, y)
     scored = [1] if set(classes.tolist()) <= {0, 1} else classes.tolist()
-    return float(np.mean([_over(2.0 * np.sum((p == c) & (y == c)), float(np.sum(p == c) + np.sum(y == c))) for c in scored]))
+    return float(
+        np.mean([_over(2.0 * np.sum((p == c) & (y == c)), float(np.sum(p == c) + np.sum(y == c))) for c in scored])
+    )
 
 
 def accuracy_f1(predicted: ArrayLike, labels: ArrayLike) -> float:

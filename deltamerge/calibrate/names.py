@@ -1,4 +1,4 @@
-"""Checkpoint names: the repeated blocks that they spell out. No torch, so that a plan can say how calibration will run."""
+"""Checkpoint names: the repeated blocks that they spell out. No torch: a plan says how calibration will run."""
 
 from __future__ import annotations
 

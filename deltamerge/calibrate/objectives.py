@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F  # noqa: N812  # torch's own alias
+import torch.nn.functional as F
 from torch import Tensor
 
 from deltamerge.calibrate.blocks import Inputs, Model, Output, Weights
@@ -137,10 +137,8 @@ class Distribution:
         def keep(b: int, output: Output) -> tuple[Tensor, Tensor | None]:
             if regression:
                 return _numbers(output, batches[b]), None
-            if not per_token(output.logits):
-                return output.logits.log_softmax(-1), None
-            logs = _tokens(output.logits, batches[b]).log_softmax(-1)
-            if logs.shape[-1] <= CLASSES:
+            logs = _scores(output, batches[b]).log_softmax(-1)
+            if not per_token(output.logits) or logs.shape[-1] <= CLASSES:
                 return logs, None
             top = logs.topk(CLASSES)
             return _with_rest(top.values), top.indices
@@ -158,8 +156,7 @@ class Distribution:
         target, index = self.targets[batch]
         if self.regression:
             return (_numbers(output, self.batches[batch]) - target).square().sum(), target.numel()
-        logs = _tokens(output.logits, self.batches[batch]) if per_token(output.logits) else output.logits
-        logs = logs.log_softmax(-1)
+        logs = _scores(output, self.batches[batch]).log_softmax(-1)
         if index is not None:
             logs = _with_rest(logs.gather(-1, index))
         return F.kl_div(logs, target, reduction="sum", log_target=True), len(target)
@@ -189,6 +186,13 @@ def _tokens(values: Tensor | None, inputs: Inputs) -> Tensor:
     return flat[mask.reshape(-1).to(flat.device, torch.bool)]
 
 
+def _scores(output: Output, inputs: Inputs) -> Tensor:
+    """Logits (sequences, C), or (real tokens, V) of a language model."""
+    if output.logits is None:
+        raise ValueError("the model has no head")
+    return _tokens(output.logits, inputs) if per_token(output.logits) else output.logits
+
+
 def _numbers(output: Output, inputs: Inputs) -> Tensor:
     return _tokens(output.hidden, inputs) if output.logits is None else output.logits
 
@@ -200,7 +204,7 @@ def _with_rest(logs: Tensor) -> Tensor:
 
 
 def _loss(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Sum of the task's own loss, and over how many: next token, squared error for one output, cross-entropy for classes."""
+    """Sum of the task's own loss, and over how many: next token, squared error of one output, cross-entropy."""
     if per_token(logits):
         logits, labels = logits[:, :-1], labels[:, 1:]
         total = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")

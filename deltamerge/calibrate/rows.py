@@ -1,4 +1,4 @@
-"""Rows of calibration data from .jsonl, .csv, .txt, an image folder or a hub data set; no torch, so that `check` can read them."""
+"""Rows of calibration data: .jsonl, .csv, .txt, a folder of pictures, a hub data set. No torch: `check` reads them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FILES = frozenset({".jsonl", ".csv", ".txt"})
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One example: `content` is a text, a pair of texts, or a picture's path (or a PIL image); `number` counts from 1."""
+    """One example: `content` is a text, a pair of texts, or a picture (path or PIL image); `number` counts from 1."""
 
     content: Any
     label: Any
@@ -83,7 +83,7 @@ def check_head(config: Mapping[str, Any], task: str) -> None:
     architecture = (config.get("architectures") or ["none"])[0]
     if not architecture.endswith(HEADS[task]):
         raise InputError(
-            f"task {task} needs a model with a head {' or '.join('…' + h for h in HEADS[task])}, but this is {architecture}",
+            f"task {task} needs a model …{' or …'.join(HEADS[task])}, but this is {architecture}",
             hint="set calibration.task to what the model does, or use an objective without labels",
         )
 
@@ -113,9 +113,13 @@ def _index(row: Row, names: Mapping[str, int], outputs: int) -> int:
             raise ValueError
     except (TypeError, ValueError):
         known = ", ".join(sorted(names, key=names.__getitem__)[:8])
-        raise InputError(f"row {row.number}: label {row.label!r} does not fit the head, whose labels are {known}") from None
+        raise InputError(
+            f"row {row.number}: label {row.label!r} does not fit the head, whose labels are {known}"
+        ) from None
     if not 0 <= index < outputs:
-        raise InputError(f"row {row.number}: label {index} does not fit a head of {outputs} labels (0 to {outputs - 1})")
+        raise InputError(
+            f"row {row.number}: label {index} does not fit a head of {outputs} labels (0 to {outputs - 1})"
+        )
     return index
 
 

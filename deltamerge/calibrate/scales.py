@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamerge.calibrate.blocks import Linear, Model, Weights
+from deltamerge.calibrate.blocks import Linear, Model
 from deltamerge.calibrate.candidates import Masked, Q, pruned
 from deltamerge.calibrate.objectives import Distribution
 

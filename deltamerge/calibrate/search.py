@@ -46,17 +46,22 @@ def minimise(
         memo([low])
         return memo.found()
     span = math.log(high / low)
-    grid = [low * math.exp(span * i / (coarse - 1)) for i in range(coarse - 1)] + [high]
-    memo(grid)
-    best = min(range(coarse), key=lambda i: (memo.values[grid[i]], i))
-    left, right = math.log(grid[max(best - 1, 0)]), math.log(grid[min(best + 1, coarse - 1)])
-    _brent(lambda x: memo([math.exp(x)])[0], left, math.log(grid[best]), right, memo.values[grid[best]], budget - coarse, tolerance)
+    points = [low * math.exp(span * i / (coarse - 1)) for i in range(coarse - 1)] + [high]
+    memo(points)
+    best = min(range(coarse), key=lambda i: (memo.values[points[i]], i))
+    left, right = math.log(points[max(best - 1, 0)]), math.log(points[min(best + 1, coarse - 1)])
+
+    def value(x: float) -> float:
+        return memo([math.exp(x)])[0]
+
+    _brent(value, left, math.log(points[best]), right, memo.values[points[best]], budget - coarse, tolerance)
     return memo.found()
 
 
 def grid(evaluate: Evaluate, low: float, high: float, *, step: float, patience: int = 4) -> Found:
-    """The authors' procedure: from `low` by `step` until `patience` values in a row are no better, then by step/10 within ± step.
+    """The authors' procedure: from `low` by `step` until `patience` values in a row are no better, then step/10.
 
+    The fine grid covers ± step around the best.
     Points are evaluated one by one; their number has no bound but (high − low)/step + 20.
     """
     memo = _Memo(evaluate)

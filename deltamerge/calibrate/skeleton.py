@@ -30,15 +30,16 @@ def skeleton(config: Any, pad_token_id: int | None) -> Any:
     name = (config.architectures or ["?"])[0]
     cls = getattr(transformers, name, None)
     if not (isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel)):
-        raise InputError(f"transformers {transformers.__version__} has no model class {name!r}", hint="remote code is never run")
+        raise InputError(
+            f"transformers {transformers.__version__} has no model class {name!r}", hint="remote code is never run"
+        )
     config = copy.deepcopy(config)
     config.use_cache = False
     if pad_token_id is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id
     with torch.random.fork_rng(devices=[]), _OnMeta():
         model = cls(config)
-    model.requires_grad_(False)
-    return model.eval()
+    return model.requires_grad_(False).train(False)
 
 
 def checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:

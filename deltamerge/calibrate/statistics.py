@@ -76,15 +76,15 @@ def phi(p: float) -> float:
 
 
 def guaranteed(layer: LayerStatistics, density: float, gamma: float = 0.05) -> Vector:
-    """(m) With probability ≥ 1 − γ vanilla DARE changes output i by at most this (root mean square over tokens of the bound).
+    """(m) What vanilla DARE changes output i by at most, with probability ≥ 1 − γ: sqrt(φ(p) log(2/γ) D_i) / d.
 
-    sqrt(φ(p) log(2/γ) D_i) / d: Theorem 3.1.
+    Theorem 3.1, the root mean square of its bound over tokens.
     """
     return np.sqrt(phi(1.0 - density) * math.log(2.0 / gamma) * layer.diagonal) / density
 
 
 def typical(layer: LayerStatistics, density: float, gamma: float = 0.05) -> Vector:
-    """(m) The paper's tightened form, sqrt(2 p/(1 − p) log(2/γ) D_i), p > 1/2: a typical size, not a two-sided guarantee."""
+    """(m) The paper's tightened form, sqrt(2 p/(1 − p) log(2/γ) D_i) for p > 1/2: a typical size, no guarantee."""
     p = 1.0 - density
     if p <= 0.5:
         return guaranteed(layer, density, gamma)
@@ -162,7 +162,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float) -> tuple[float, float]:
-    """Where to search η: from the largest power of 2^¼ at which the layers' mean q is within 1 % of d, to where it is ½."""
+    """Where to search η: from the largest power of 2^¼ where the layers' mean q is within 1 % of d, to where it is ½."""
     some = list(layers)
 
     def mean(eta: float) -> float:
@@ -171,14 +171,14 @@ def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float)
     def last_below(level: float) -> float:
         exponents = range(-240, 241)
         below = [k for k in exponents if mean(2.0 ** (k / 4)) <= level]
-        return 2.0 ** ((below[-1] if below else exponents[0]) / 4)
+        return float(2.0 ** ((below[-1] if below else exponents[0]) / 4))
 
     low = last_below(1.01 * density)
     return low, max(last_below(max(0.5, 2.0 * density)), 2.0 * low)
 
 
 def spread(layers: Mapping[str, float], names: Iterable[str], linear_of: Mapping[str, str]) -> dict[str, float]:
-    """q for every tensor: a bias takes its layer's (`linear_of`: bias -> weight), one with no input the mean of layers."""
+    """q of every tensor: a bias takes its layer's (`linear_of`: bias -> weight), one without input the mean of layers."""
     mean = float(np.mean(list(layers.values()))) if layers else 1.0
     return {name: layers.get(linear_of.get(name, name), mean) for name in names}
 

@@ -13,9 +13,10 @@ from typing import Any, TypeVar, cast
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, njit, types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.numpy_support import carray
 
 from deltamerge.merge.arithmetic import SMALLEST_DIVISOR
 from deltamerge.prune.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
@@ -56,8 +57,8 @@ def _product(typing: Any, a: Any, b: Any) -> Any:
         high = builder.trunc(builder.lshr(full, ir.Constant(double, 64)), word)
         return context.make_tuple(builder, signature.return_type, (high, builder.trunc(full, word)))
 
-    word64: Any = types.uint64
-    return types.Tuple((word64, word64))(word64, word64), generate
+    make_tuple: Any = types.UniTuple
+    return make_tuple(types.uint64, 2)(types.uint64, types.uint64), generate
 
 
 @_instruction

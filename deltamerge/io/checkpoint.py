@@ -62,7 +62,7 @@ def open_checkpoint(
         weight_map = read_index(path / INDEX) if source == INDEX else None
         shards = [source] if weight_map is None else sorted(set(weight_map.values()))
         if missing := [shard for shard in shards if shard not in names]:
-            many = f", {len(missing)} of {len(shards)} are" if len(missing) > 1 else ""
+            many = f", {len(missing)} of {len(shards)} shards are missing" if len(missing) > 1 else ""
             raise InputError(f"missing shard {missing[0]}{many}", hint="download it, or the whole model again")
         tensors = join({shard: read_header(path / shard) for shard in shards}, weight_map)
         files = tuple(path / shard for shard in shards)

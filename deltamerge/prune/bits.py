@@ -236,8 +236,7 @@ def _philox_device(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int
     """Philox4x64-10 of counters (index, block, lane, 0): int64 in two's complement, a new last axis of 4 words."""
     import torch
 
-    shape = torch.broadcast_shapes(index.shape, block.shape)
-    index, block = index.expand(shape), block.expand(shape)
+    index, block = index + torch.zeros_like(block), block + torch.zeros_like(index)
     c = [index, block, torch.full_like(index, lane), torch.zeros_like(index)]
     for r in range(ROUNDS):
         k0, k1 = (_signed(k + r * weyl & _MASK64) for k, weyl in zip(key, WEYL, strict=True))

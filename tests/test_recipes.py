@@ -1,0 +1,34 @@
+"""Every recipe that ships is checked, planned and run on tiny models under the names it uses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_tensors, tiny_llama
+
+from deltamerge.run import make_plan, run
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("recipes")
+    base = tiny_llama(folder / "models" / "base", seed=0)
+    for seed, name in enumerate(("math", "code", "chat"), 1):
+        tiny_llama(folder / "models" / name, seed=seed, base=base)
+    return folder
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
+def test_recipe_runs_as_written(folder, name):
+    shutil.copy(RECIPES / name, folder / name)
+    plan = make_plan(folder / name)
+    out = run(folder / name).folder
+    merged, base = load_tensors(out), load_tensors(folder / "models" / "base")
+    assert merged.keys() == base.keys() == {output.name for output in plan.outputs}
+    assert any(not torch.equal(merged[n].float(), base[n].float()) for n in merged)
+    assert all(torch.isfinite(tensor.float()).all() for tensor in merged.values())
