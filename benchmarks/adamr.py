@@ -1,11 +1,11 @@
 """AdamR beside AdamW: step time and memory; and what it leaves of a real fine-tune after pruning.
 
-    python benchmarks/adamr.py                     # step time and memory, MiniLM-L6 shapes (22.6 M parameters), a minute
-    python benchmarks/adamr.py --model bert-base   # 109 M parameters, 8 GB
-    python benchmarks/adamr.py --quality           # fine-tune, drop 99 % of the delta, score; a few minutes a row
+    python benchmarks/adamr.py                     # step time and memory at MiniLM-L6's shapes, a minute
+    python benchmarks/adamr.py --model bert-base   # the same at 109 M parameters; takes 8 GB
+    python benchmarks/adamr.py --quality           # fine-tune, drop 99 % of the delta, score; minutes a row
 
-Times are medians over interleaved rounds on random gradients; memory is the peak of anonymous pages of a process of
-its own, beyond that of AdamW. The table goes to stdout, progress to stderr.
+Step times are the best of interleaved rounds on random gradients, in one thread unless told; memory is the peak of
+anonymous pages of a process of its own, beyond that of AdamW. The tables go to stdout, progress to stderr.
 """
 
 from __future__ import annotations
@@ -17,14 +17,16 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, stdev
 from typing import Any
 
+import encoder
+import tasks
 import torch
 from process import measure
 from torch import Tensor, nn
+from transformers import AutoTokenizer, BertModel, PreTrainedModel
 
 from deltamerge.optim import AdamR
 
@@ -79,16 +81,16 @@ def optimizer(variant: Variant, named: dict[str, nn.Parameter]) -> torch.optim.O
 
 
 def step_times(model: str, rounds: int) -> dict[str, float]:
-    """Median seconds a step; every round runs each variant once, two rounds of warm-up."""
+    """Least seconds a step; every round runs each variant once."""
     named = parameters(model)
     optimizers = {variant.name: optimizer(variant, named) for variant in VARIANTS}
-    seconds: dict[str, list[float]] = {name: [] for name in optimizers}
-    for _ in range(rounds + 2):
+    seconds = dict.fromkeys(optimizers, float("inf"))
+    for _ in range(rounds):
         for name, opt in optimizers.items():
             start = time.perf_counter()
             opt.step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: median(values[2:]) for name, values in seconds.items()}
+            seconds[name] = min(seconds[name], time.perf_counter() - start)
+    return seconds
 
 
 def peak_memory(model: str, variant: int) -> float:
@@ -100,15 +102,18 @@ def peak_memory(model: str, variant: int) -> float:
 
 def speed(model: str, rounds: int) -> None:
     count = sum(p.numel() for p in parameters(model).values())
-    print(f"{model}: {count / 1e6:.1f} M float32 parameters, one copy is {4 * count / 1e6:.0f} MB; "
-          f"torch {torch.__version__}, {torch.get_num_threads()} threads, {os.cpu_count()} cores")  # fmt: skip
+    copy = 4 * count / 1e6
+    threads, cores = torch.get_num_threads(), os.cpu_count()
+    print(f"{model}: {count / 1e6:.1f} M float32 parameters, one copy is {copy:.0f} MB")
+    print(f"torch {torch.__version__}, {threads} of {cores} cores, best of {rounds} steps")
     seconds = step_times(model, rounds)
     peaks = {variant.name: peak_memory(model, i) for i, variant in enumerate(VARIANTS)}
     first = VARIANTS[0].name
     print(f"{'':28}{'ms / step':>10}{'ratio':>8}{'MB more':>9}{'copies':>8}")
     for name, value in seconds.items():
         more = peaks[name] - peaks[first]
-        print(f"{name:28}{1e3 * value:10.1f}{value / seconds[first]:8.2f}{more:9.0f}{more / (4 * count / 1e6):8.2f}")
+        ratio = value / seconds[first]
+        print(f"{name:28}{1e3 * value:10.1f}{ratio:8.2f}{more:9.0f}{more / copy:8.2f}")
 
 
 def dare(delta: Tensor, generator: torch.Generator) -> Tensor:
@@ -124,58 +129,60 @@ def magnitude(delta: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def quality(task_name: str, steps: int, rows: list[tuple[str, float]]) -> None:
-    """Scores of fine-tunes with AdamW and AdamR: whole, and with 1 % of the delta of every tensor but the head."""
-    import encoder
-    import tasks
-
+    """Scores of fine-tunes, whole and with 1 % of the delta of every tensor but the head."""
     task = tasks.TASKS[task_name]
     base = tasks.WORK / "base"
     if not base.exists():
         encoder.build_base(base)
     test = tasks.rows(task.name, "test")
-    print(f"{task.name}: {steps} steps, lr {task.lr}, {len(test)} test rows, density {DENSITY}; {task.metric} in %")
-    print(f"{'':16}{'whole':>7}{'DARE':>14}{'magnitude':>11}{'mean |Δ|':>11}{'sqrt(v̄)':>11}")
+    print(f"{task.name}: {steps} steps, lr {task.lr:g}, {len(test)} test rows; {task.metric} in %, density {DENSITY}")
+    print(f"{'':16}{'whole':>7}{'DARE':>13}{'magnitude':>11}{'mean |Δ|':>11}{'last √v̄':>11}")
     for regularizer, decay in rows:
-        made: list[torch.optim.Optimizer] = []
-
-        def factory(model: Any, lr: float, regularizer: str = regularizer, decay: float = decay) -> Any:
-            made.append(
-                torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
-                if regularizer == "adamw"
-                else AdamR.for_model(model, base, lr=lr, decay=decay, regularizer=regularizer)
-            )
-            return made[-1]
-
-        with tempfile.TemporaryDirectory() as folder:
-            tuned = Path(folder) / "tuned"
-            encoder.fine_tune(base, task, tuned, steps=steps, optimizer_factory=factory)
-            model = encoder.load(tuned)
-            start = encoder.load(tuned).state_dict()
-            start |= {f"bert.{n}": t.float() for n, t in encoder.BertModel.from_pretrained(base).state_dict().items()}
-            deltas = {n: p.detach() - start[n] for n, p in model.named_parameters() if n.startswith("bert.")}
-            score: Callable[[], float] = partial(encoder.score, model, task, test)
-            whole = score()
-
-            def pruned(prune: Callable[..., Tensor], seed: int) -> float:
-                generator = torch.Generator().manual_seed(seed)
-                with torch.no_grad():
-                    for name, delta in deltas.items():  # noqa: B023 (called before the next round)
-                        model.get_parameter(name).copy_(start[name] + prune(delta, generator))  # noqa: B023
-                return score()  # noqa: B023
-
-            dares = [pruned(dare, seed) for seed in range(MASK_SEEDS)]
-            largest = pruned(magnitude, 0)
-        size = sum(d.abs().sum().item() for d in deltas.values()) / sum(d.numel() for d in deltas.values())
-        root = made[0].root_v.item() if isinstance(made[0], AdamR) and made[0].root_v is not None else float("nan")
+        row = quality_row(base, task, test, steps, regularizer, decay)
         label = "AdamW" if regularizer == "adamw" else f"{regularizer} λ = {decay:g}"
-        print(f"{label:16}{whole:7.1f}{mean(dares):7.1f} ± {stdev(dares):4.1f}{largest:11.1f}{size:11.1e}{root:11.1e}",
-              flush=True)  # fmt: skip
+        print(f"{label:16}{row}", flush=True)
+
+
+def quality_row(base: Path, task: tasks.Task, test: list[tasks.Row], steps: int, regularizer: str, decay: float) -> str:
+    made: list[torch.optim.Optimizer] = []
+
+    def factory(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
+        if regularizer == "adamw":
+            made.append(torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01))
+        else:
+            made.append(AdamR.for_model(model, base, lr=lr, decay=decay, regularizer=regularizer))
+        return made[0]
+
+    with tempfile.TemporaryDirectory() as folder:
+        tuned = Path(folder) / "tuned"
+        encoder.fine_tune(base, task, tuned, steps=steps, optimizer_factory=factory)
+        model = encoder.load(tuned)
+        tokenizer = AutoTokenizer.from_pretrained(tuned)
+    start = {f"bert.{n}": t.float() for n, t in BertModel.from_pretrained(base).state_dict().items()}
+    deltas = {n: p.detach() - start[n] for n, p in model.named_parameters() if n in start}
+
+    def score(prune: Callable[[Tensor, torch.Generator], Tensor], seed: int = 0) -> float:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for name, delta in deltas.items():
+                model.get_parameter(name).copy_(start[name] + prune(delta, generator))
+        return encoder.score(model, task, test, tokenizer=tokenizer)
+
+    dares = [score(dare, seed) for seed in range(MASK_SEEDS)]
+    size = sum(d.abs().sum().item() for d in deltas.values()) / sum(d.numel() for d in deltas.values())
+    root_v = made[0].root_v if isinstance(made[0], AdamR) else None
+    root = "" if root_v is None else f"{root_v.item():.1e}"
+    return (
+        f"{score(lambda delta, _: delta):7.1f}{mean(dares):7.1f} ±{stdev(dares):4.1f}"
+        f"{score(magnitude):11.1f}{size:11.1e}{root:>11}"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="minilm")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--quality", action="store_true")
     parser.add_argument("--task", default="sentiment")
@@ -183,6 +190,7 @@ def main() -> None:
     default_rows = ["adamw:0", "l2:0.003", "l2:0.01", "l2:0.03", "l1:1e-5", "l1:3e-5", "l1:1e-4"]
     parser.add_argument("--rows", nargs="+", default=default_rows, help="adamw:0 or REGULARIZER:LAMBDA")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     if arguments.one is not None:
         named = parameters(arguments.model)
         chosen = optimizer(VARIANTS[arguments.one], named)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -51,9 +52,15 @@ class Backend(Protocol):
     def function(self, node: Node) -> Callable[..., Any]: ...
 
 
+@cache
+def fused_available() -> bool:
+    """Whether numba (extra `fast`) is installed; it is not imported to find out."""
+    return importlib.util.find_spec("numba") is not None
+
+
 def choose(root: Node, device: str, *, fused: bool | None = None) -> str:
     """ "fused" if its kernels cover every step of a tensor on this device and numba is there, else "torch"."""
-    available = importlib.util.find_spec("numba") is not None if fused is None else fused
+    available = fused_available() if fused is None else fused
     if device != "cpu" or not available:
         return "torch"
     for node in depth_first(root):

@@ -240,7 +240,7 @@ class Tokenizer(Keys):
 
 
 class Output(Keys):
-    """What is written, and where."""
+    """The folder that a run leaves."""
 
     kind: Literal["model", "delta", "peft"] = Field(
         "model", description="A checkpoint, a delta artifact, or a PEFT adapter."

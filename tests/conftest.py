@@ -10,7 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file, save_file
+
+settings.register_profile("deltamerge", deadline=None)
+settings.load_profile("deltamerge")
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 32,
@@ -51,9 +55,7 @@ def make_checkpoint(
         save_file({name: tensors[name] for name in part}, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
-    write_json(
-        folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map}
-    )
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": size}, "weight_map": weight_map})
     return folder
 
 
@@ -172,14 +174,10 @@ def tiny_bert_pair(
     base = _fill(shapes, seed, dtype, {}, sigma)
     prefixed = {f"bert.{name}": tensor for name, tensor in base.items()}
     head: dict[str, tuple[int, ...]] = {"classifier.weight": (2, h), "classifier.bias": (2,)}
-    tuned = _fill(
-        {name: tuple(t.shape) for name, t in prefixed.items()} | head, seed + 1, dtype, prefixed, sigma
-    )
+    tuned = _fill({name: tuple(t.shape) for name, t in prefixed.items()} | head, seed + 1, dtype, prefixed, sigma)
     config = BERT | {"dtype": str(dtype).removeprefix("torch.")}
     make_checkpoint(folder / "base", base, config=config)
-    make_checkpoint(
-        folder / "tuned", tuned, config=config | {"architectures": ["BertForSequenceClassification"]}
-    )
+    make_checkpoint(folder / "tuned", tuned, config=config | {"architectures": ["BertForSequenceClassification"]})
     if tokenizer:
         write_tokenizer(folder / "base", 96)
         write_tokenizer(folder / "tuned", 96)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
-from deltamerge.calibrate.blocks import Model, Output, from_reader
+from deltamerge.calibrate.blocks import Linear, Model, from_reader
 from deltamerge.calibrate.names import numbered_blocks
 from deltamerge.errors import InputError
 
@@ -40,13 +42,13 @@ ARCHITECTURES = {
     "Gemma2ForCausalLM": ("Gemma2Config", GROUPED | {"sliding_window": 4, "query_pre_attn_scalar": 8}),
     "GPT2LMHeadModel": (
         "GPT2Config",
-        {"vocab_size": 60, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32, "bos_token_id": 1, "eos_token_id": 2},
+        {"vocab_size": 60, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32, "eos_token_id": 2},
     ),
     "ViTForImageClassification": ("ViTConfig", VIT),
 }  # fmt: skip
 
 
-def make(architecture: str, folder: Path, **changes: object) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+def make(architecture: str, folder: Path, **changes: object) -> tuple[Any, dict[str, torch.Tensor]]:
     """A model with random weights and the tensors of its checkpoint."""
     config_class, settings = ARCHITECTURES[architecture]
     config = getattr(transformers, config_class)(**{**settings, **changes})
@@ -73,7 +75,7 @@ def batches(architecture: str) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def plain(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:
+def plain(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:
     with torch.no_grad():
         result = model(**inputs)
         return getattr(result, "logits", None), model.base_model(**inputs)[0]
@@ -105,3 +107,171 @@ def test_equals_the_plain_forward(architecture: str, tmp_path: Path) -> None:
             if logits is not None:
                 assert out.logits is not None
                 torch.testing.assert_close(out.logits, logits, rtol=1e-5, atol=1e-6)
+
+
+def test_prefix_on_either_side(tmp_path: Path) -> None:
+    reference, tensors = make("BertForSequenceClassification", tmp_path)
+    bare = {name.removeprefix("bert."): t for name, t in tensors.items()}
+    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), bare)
+    data = batches("Bert")
+    out = model.run(data, [from_reader(bare.__getitem__)], lambda b, out: out)[0][0]
+    assert out.logits is not None
+    torch.testing.assert_close(out.logits, plain(reference, data[0])[0], rtol=1e-5, atol=1e-6)
+
+
+def test_one_part_is_asked_for_at_a_time_and_let_go(tmp_path: Path) -> None:
+    _, tensors = make("LlamaForCausalLM", tmp_path)
+    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    asked: list[list[str]] = []
+    resident: list[int] = []
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def weights(names: Sequence[str]) -> dict[str, torch.Tensor]:
+        gc.collect()
+        resident.append(sum(ref() is not None for ref in alive))
+        asked.append(sorted(names))
+        made = {name: tensors[name].clone() for name in names}
+        alive.extend(map(weakref.ref, made.values()))
+        return made
+
+    model.run(batches("Llama"), [weights], lambda b, out: None)
+    rest, *blocks = [sorted(part) for part in model.parts]
+    assert asked == [rest, blocks[0], blocks[1], blocks[2], rest]
+    assert resident == [0, len(rest), 0, 0, 0]
+
+
+def test_what_cannot_be_told_apart_runs_whole(tmp_path: Path) -> None:
+    """ALBERT calls one block many times: the model runs whole, and equals the plain forward."""
+    settings: Any = transformers.AlbertConfig
+    config = settings(**(SMALL | {"embedding_size": 8, "num_hidden_groups": 1}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        reference: Any = transformers.AlbertModel(config).train(False)
+    reference.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    data = batches("Albert")
+    seen = Seen()
+    rows = model.run(data, [from_reader(tensors.__getitem__)], lambda b, out: out.hidden, watch=seen)
+    assert model.whole
+    assert len(model.parts) == 1
+    assert seen.entered == 1
+    for hidden, inputs in zip(rows[0], data, strict=True):
+        torch.testing.assert_close(hidden, plain(reference, inputs)[1], rtol=1e-5, atol=1e-6)
+
+
+class Seen:
+    """Counts what a watch is shown; asks for every part twice."""
+
+    def __init__(self) -> None:
+        self.entered = 0
+        self.inputs: dict[tuple[str, int], list[torch.Tensor]] = {}
+
+    def enter(self, layers: Sequence[Linear]) -> None:
+        self.entered += 1
+        self.again = True
+
+    def see(self, layer: Linear, x: torch.Tensor, batch: int) -> None:
+        self.inputs.setdefault((layer.name, batch), []).append(x)
+
+    def leave(self, layers: Sequence[Linear]) -> bool:
+        again, self.again = self.again, False
+        return again
+
+
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "GPT2LMHeadModel", "Gemma2ForCausalLM"])
+def test_watch_sees_each_input_once_a_round(architecture: str, tmp_path: Path) -> None:
+    reference, tensors = make(architecture, tmp_path)
+    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    data = batches(architecture)
+    truth: dict[tuple[str, int], torch.Tensor] = {}
+    modules = dict(reference.named_modules())
+    layers = [layer for part in model.layers for layer in part]
+    for batch, inputs in enumerate(data):
+        hooks = []
+        for layer in layers:
+
+            def note(module: torch.nn.Module, args: Any, key: tuple[str, int] = (layer.name, batch)) -> None:
+                truth[key] = args[0]
+
+            hooks.append(modules[layer.name.removesuffix(".weight")].register_forward_pre_hook(note))
+        with torch.no_grad():
+            reference(**inputs)
+        for hook in hooks:
+            hook.remove()
+    seen = Seen()
+    model.run(data, [from_reader(tensors.__getitem__)] * 2, lambda b, out: None, watch=seen)
+    assert seen.inputs.keys() == truth.keys()
+    for key, rounds in seen.inputs.items():
+        assert len(rounds) == 2
+        for x in rounds:
+            torch.testing.assert_close(x, truth[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "architecture", ["BertForSequenceClassification", "Gemma2ForCausalLM", "ViTForImageClassification"]
+)
+def test_gradients_are_those_of_the_plain_forward(architecture: str, tmp_path: Path) -> None:
+    reference, tensors = make(architecture, tmp_path)
+    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    inputs = batches(architecture)[0]
+    scales = {name: torch.ones((), requires_grad=True) for name in tensors}
+    out = model.differentiable(inputs, lambda names: {n: tensors[n] * scales[n] for n in names})
+    loss: Any = (out.hidden if out.logits is None else out.logits).square().sum()
+    loss.backward()
+    reference(**inputs)[0].square().sum().backward()
+    gradients = dict(reference.named_parameters())
+    for part, states in zip(model.parts, model._states, strict=True):
+        for name, state in zip(part, states, strict=True):
+            parameter = gradients[state]
+            got = scales[name].grad
+            want = (parameter.grad * parameter).sum() if parameter.grad is not None else None
+            assert (got is None) == (want is None)
+            if got is not None and want is not None:
+                torch.testing.assert_close(got, want.detach(), rtol=2e-4, atol=1e-3)
+
+
+def test_generates_greedily(tmp_path: Path) -> None:
+    reference, tensors = make("LlamaForCausalLM", tmp_path)
+    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors, pad_token_id=0)
+    inputs = {
+        "input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4]),
+    }
+    got = model.generate(inputs, from_reader(tensors.__getitem__), new_tokens=5, eos_token_id=None)
+    want = reference.generate(**inputs, do_sample=False, max_new_tokens=5, eos_token_id=None)[:, 4:]
+    assert torch.equal(got, want)
+
+
+def test_building_touches_no_random_state_and_allocates_no_weights(tmp_path: Path) -> None:
+    _, tensors = make("ViTForImageClassification", tmp_path)
+    before = torch.random.get_rng_state()
+    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    assert torch.equal(before, torch.random.get_rng_state())
+    linear = [p for n, p in model.module.named_parameters() if n.endswith("fc1.weight")]
+    assert linear
+    assert all(p.is_meta for p in linear)
+
+
+def test_a_stored_head_is_not_tied(tmp_path: Path) -> None:
+    _, tensors = make("LlamaForCausalLM", tmp_path)
+    tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * 2.0}
+    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    assert "lm_head.weight" in model.parts[0]
+    data = batches("Llama")[:1]
+    tied = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors.keys() - {"lm_head.weight"})
+    read = from_reader(tensors.__getitem__)
+    twice, once = (m.run(data, [read], lambda b, out: out.logits)[0][0] for m in (model, tied))
+    assert twice is not None
+    assert once is not None
+    torch.testing.assert_close(twice, once * 2.0)
+
+
+def test_errors(tmp_path: Path) -> None:
+    _, tensors = make("BertModel", tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"needs encoder\.layer\.1\.output\.dense\.weight, which the checkpoint lacks"):
+        Model(config, tensors.keys() - {"encoder.layer.1.output.dense.weight"})
+    config.architectures = ["RemoteModel"]
+    with pytest.raises(InputError, match="no model class 'RemoteModel'"):
+        Model(config, tensors)

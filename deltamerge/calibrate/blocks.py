@@ -136,11 +136,10 @@ class Model:
             except _NotAChain:
                 self.blocks = ()
                 self._lay_out()
-        results = []
-        for v, weights in enumerate(variants):
-            step = partial(self._finish, self._tensors(weights, 0), batches, reduce, None)
-            results.append(self._watched(0, watch if v == 0 else None, step, len(batches)))
-        return results
+        return [
+            self._finish(weights, batches, reduce, None, watch if v == 0 else None)
+            for v, weights in enumerate(variants)
+        ]
 
     def _walk(
         self,
@@ -155,29 +154,39 @@ class Model:
             for v, weights in enumerate(variants):
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already
-                    step = partial(self._call, i, self._local(weights, i), traces[v], outputs[v])
-                    outputs[v] = self._watched(1 + i, seen, step, len(batches))
-        results = []
-        for v, weights in enumerate(variants):
-            step = partial(self._finish, self._tensors(weights, 0), batches, reduce, outputs[v])
-            results.append(self._watched(0, watch if v == 0 else None, step, len(batches)))
-        return results
+                    outputs[v] = self._block(i, weights, traces[v], outputs[v], seen)
+        return [
+            self._finish(weights, batches, reduce, outputs[v], watch if v == 0 else None)
+            for v, weights in enumerate(variants)
+        ]
 
-    def _call(self, i: int, local: dict[str, Tensor], traces: Sequence[_Trace], outputs: Sequence[Any], b: int) -> Any:
-        """Block i on batch b, given the previous block's outputs."""
-        return functional_call(_Shell(self.blocks[i]), local, *traces[b].call(i, outputs[b]))
+    def _block(
+        self, i: int, weights: Weights, traces: Sequence[_Trace], outputs: Sequence[Any], watch: Watch | None
+    ) -> list[Any]:
+        """Block i's output on every batch, from the previous block's; its tensors die here."""
+        local, shell = self._local(weights, i), _Shell(self.blocks[i])
+
+        def step(b: int) -> Any:
+            return functional_call(shell, local, *traces[b].call(i, outputs[b]))
+
+        return self._watched(1 + i, watch, step, len(traces))
 
     def _finish(
         self,
-        tensors: dict[str, Tensor],
+        weights: Weights,
         batches: Sequence[Inputs],
         reduce: Callable[[int, Output], T],
         outputs: Sequence[Any] | None,
-        b: int,
-    ) -> T:
-        """The forward on batch b; the blocks, if there are any, return the last one's output."""
-        with self._patched(lambda i: lambda *args, **kwargs: outputs[b] if outputs else None):
-            return reduce(b, self._forward(tensors, batches[b]))
+        watch: Watch | None,
+    ) -> list[T]:
+        """The forward on every batch; the blocks, if there are any, return the last one's output."""
+        tensors = self._tensors(weights, 0)
+
+        def step(b: int) -> T:
+            with self._patched(lambda i: lambda *args, **kwargs: outputs[b] if outputs else None):
+                return reduce(b, self._forward(tensors, batches[b]))
+
+        return self._watched(0, watch, step, len(batches))
 
     def _prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[_Trace]:
         tensors = self._tensors(weights, 0) | self._tensors(weights, 1)

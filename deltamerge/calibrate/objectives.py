@@ -70,7 +70,8 @@ class OutputChange:
 
         def keep(b: int, output: Output) -> tuple[Tensor, Tensor | None]:
             if per_token(output.logits):
-                top = _tokens(output.logits, batches[b]).topk(min(TOP, output.logits.shape[-1]))  # type: ignore[union-attr]  # per_token
+                scores = _scores(output, batches[b])
+                top = scores.topk(min(TOP, scores.shape[-1]))
                 return top.values, top.indices
             return _tokens(output.hidden, batches[b]), None
 
@@ -79,7 +80,7 @@ class OutputChange:
     def reduce(self, batch: int, output: Output) -> tuple[float, int]:
         target, index = self.targets[batch]
         if index is not None:
-            change = _tokens(output.logits, self.batches[batch]).gather(-1, index) - target
+            change = _scores(output, self.batches[batch]).gather(-1, index) - target
             return float(change.square().sum(dtype=torch.float64)), change.numel()
         change = _tokens(output.hidden, self.batches[batch]) - target
         return float(change.abs().sum(dtype=torch.float64)), change.numel()
@@ -175,10 +176,8 @@ def is_regression(config: Any) -> bool:
     return kind in ("regression", "multi_label_classification") or (kind is None and config.num_labels == 1)
 
 
-def _tokens(values: Tensor | None, inputs: Inputs) -> Tensor:
+def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
     """(tokens, K) the rows of (B, T, K) that are not padding."""
-    if values is None:
-        raise ValueError("the model has no logits")
     flat = values.reshape(-1, values.shape[-1])
     mask = inputs.get("attention_mask")
     if mask is None or mask.numel() != len(flat):

@@ -36,7 +36,7 @@ def minimise(
     budget: int = BUDGET,
     tolerance: float = 0.01,
 ) -> Found:
-    """The minimum over [low, high], 0 < low ≤ high: a coarse grid in log x, one call, then Brent's method around its best.
+    """The minimum over [low, high], 0 < low ≤ high: a coarse grid in log x in one call, then Brent's method.
 
     Stops when the bracket is narrower than `tolerance` in log x, or after `budget` points. Among equal values the
     smallest point wins, so a flat objective leaves q at `low`, vanilla DARE. `low` itself is always evaluated.

@@ -162,7 +162,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float) -> tuple[float, float]:
-    """Where to search η: from the largest power of 2^¼ where the layers' mean q is within 1 % of d, to where it is ½."""
+    """Where to search η: from the largest power of 2^¼ where the layers' mean q is within 1 % of d, to a mean of ½."""
     some = list(layers)
 
     def mean(eta: float) -> float:
@@ -178,7 +178,7 @@ def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float)
 
 
 def spread(layers: Mapping[str, float], names: Iterable[str], linear_of: Mapping[str, str]) -> dict[str, float]:
-    """q of every tensor: a bias takes its layer's (`linear_of`: bias -> weight), one without input the mean of layers."""
+    """q of every tensor: a bias takes its layer's (`linear_of`: bias -> weight), one with no input their mean."""
     mean = float(np.mean(list(layers.values()))) if layers else 1.0
     return {name: layers.get(linear_of.get(name, name), mean) for name in names}
 

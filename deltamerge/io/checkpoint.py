@@ -60,10 +60,7 @@ def open_checkpoint(
         source = weight_source(names)
         config = read_json(path / "config.json")
         weight_map = read_index(path / INDEX) if source == INDEX else None
-        shards = [source] if weight_map is None else sorted(set(weight_map.values()))
-        if missing := [shard for shard in shards if shard not in names]:
-            many = f", {len(missing)} of {len(shards)} shards are missing" if len(missing) > 1 else ""
-            raise InputError(f"missing shard {missing[0]}{many}", hint="download it, or the whole model again")
+        shards = [source] if weight_map is None else shards_of(weight_map, names)
         tensors = join({shard: read_header(path / shard) for shard in shards}, weight_map)
         files = tuple(path / shard for shard in shards)
         return Checkpoint(reference, path, tensors, files, config, revision, hub_id)
@@ -115,6 +112,15 @@ def read_index(path: Path) -> dict[str, str]:
                 hint = "shards lie beside their index, under plain names"
                 raise InputError(f"shard {str(shard)[:80]!r} is not a plain .safetensors file name", hint=hint)
         return weight_map
+
+
+def shards_of(weight_map: Mapping[str, str], names: Collection[str]) -> list[str]:
+    """The shards of an index, in order. InputError: one is not among `names`, the files of the folder."""
+    shards = sorted(set(weight_map.values()))
+    if missing := [shard for shard in shards if shard not in names]:
+        many = f", {len(missing)} of {len(shards)} shards are missing" if len(missing) > 1 else ""
+        raise InputError(f"missing shard {missing[0]}{many}", hint="download it, or the whole model again")
+    return shards
 
 
 def _is_plain(name: str) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +28,7 @@ TORCH_NAMES = {
     "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
     "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
 }  # fmt: skip
-_CODES = {name: code for code, name in TORCH_NAMES.items()}
+THREADED = 1 << 15
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,20 +112,35 @@ class DeltaFile:
                 sources.append(Source(name, shape, dtype, name, None))
         return sources
 
-    def apply_to(self, state: MutableMapping[str, Any], *, workers: int = 2) -> None:
+    def apply_to(self, state: MutableMapping[str, Any]) -> None:
         """Turn a state dict of the base (torch tensors on any device) into the result's, in place where it fits.
 
         A tensor is found by its name in the result, else by its name in the base. One that is new, or changes dtype
-        or shape, is put into `state`; a removed one is taken out. Hashes are not checked. InputError: a tensor is
-        missing or is not of the base's dtype and shape; nothing has been changed then.
+        or shape, is put into `state`; a removed one is taken out. Hashes are not checked. On the CPU as many threads
+        as torch has work on large tensors. InputError: a tensor is missing or is not of the base's dtype and shape,
+        and nothing has been changed; or positions are damaged.
         """
-        entries = list(self.entries.values())
-        targets = [_target(entry, state, self.manifest.base) for entry in entries]
-        with ThreadPoolExecutor(workers) as pool:
-            results = list(pool.map(_apply_to, entries, targets))
-        for entry, target, result in zip(entries, targets, results, strict=True):
-            if result is not target:
-                state[entry.name] = result
+        import torch
+
+        targets = {entry.name: _target(entry, state, self.manifest.base) for entry in self.entries.values()}
+        large, small = [], []
+        for entry in self.entries.values():
+            (large if entry.record.count > THREADED else small).append(entry)
+        workers = min(torch.get_num_threads(), len(large))
+
+        def apply(entry: Entry) -> None:
+            target = targets[entry.name]
+            changed = _apply_to(entry, target)
+            if changed is not target:
+                state[entry.name] = changed
+
+        if workers > 1:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(apply, sorted(large, key=lambda entry: -entry.record.count)))
+        else:
+            small = [*large, *small]
+        for entry in small:
+            apply(entry)
         for name in self.manifest.removed:
             state.pop(name, None)
 
@@ -151,8 +167,15 @@ def to_torch(bits: Array, dtype: str) -> torch.Tensor:
     return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(getattr(torch, TORCH_NAMES[dtype]))
 
 
+@cache
+def _code(dtype: torch.dtype) -> str:
+    """safetensors' code of a torch dtype, or the dtype's own name."""
+    name = str(dtype).removeprefix("torch.")
+    return next((code for code, known in TORCH_NAMES.items() if known == name), name)
+
+
 def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
-    return _CODES.get(str(tensor.dtype).removeprefix("torch."), str(tensor.dtype)), tuple(tensor.shape)
+    return _code(tensor.dtype), tuple(tensor.shape)
 
 
 def _target(entry: Entry, state: Mapping[str, Any], base: Base) -> Any:
@@ -175,8 +198,6 @@ def _target(entry: Entry, state: Mapping[str, Any], base: Base) -> Any:
 def _apply_to(entry: Entry, target: Any) -> Any:
     """`target` changed in place, or the tensor that replaces it."""
     record = entry.record
-    if not record.count and _described(target) == (record.dtype, tuple(record.shape)):
-        return target
     if target is None or _described(target) != (record.dtype, tuple(record.shape)):
         host = None if target is None else _host_bits(target.detach().cpu().contiguous())
         made = to_torch(entry.apply(host), record.dtype).reshape(record.shape)

@@ -201,8 +201,11 @@ class Entry:
             raise InputError(f"{self.name}: the result is not the tensor this delta was made for")
 
     def _put(self, out: Array, base: Array, positions: Array, values: Array) -> None:
+        """Into `out`, which is `base` in the result's dtype (and may be `base` itself)."""
         if self.record.values is None:
             out[positions] = values
+        elif self.record.dtype == self.base_dtype == "F32":
+            np.add.at(out.view(np.float32), positions, values)  # one pass, where indexing takes two
         else:
             out[positions] = narrow(widen(base[positions], self.base_dtype) + values, self.record.dtype)
 

@@ -287,13 +287,13 @@ class TensorWriter:
             choice = choose(self._gaps, self._size, bits, fill=self._whole, allowed=self._writer.codings)
             if choice.coding != "dense" and self._whole:
                 self._thin()
-        self._store(self._new_record(choice), np.empty(0, np.uint8), self._index(choice))
+        self._store(self._new_record(choice), None, self._index(choice))
 
     def _finish_add(self) -> None:
         if self._base is None or self._done:
             raise ValueError("not every element was written")
         coding, group, unit = self._coding, scale_group(self._shape), 0
-        scales = np.empty(0, np.uint8)
+        scales: Array | None = None
         if self._values:
             positions = np.concatenate([_unpack(places) for places in self._places])
             values = np.concatenate(self._values)
@@ -345,7 +345,7 @@ class TensorWriter:
             **added,
         )
 
-    def _store(self, record: Record, scales: Array, index: Array | None) -> None:
+    def _store(self, record: Record, scales: Array | None, index: Array | None) -> None:
         """Put scales and positions behind the values in the spool, and list all three."""
         offset = 0
         for array in (scales, index):

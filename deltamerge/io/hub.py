@@ -19,6 +19,7 @@ from deltamerge.io.checkpoint import (
     join,
     open_checkpoint,
     read_index,
+    shards_of,
     weight_source,
 )
 from deltamerge.io.safetensors_file import PREFIX, Header, header_length, parse_header, read_header
@@ -58,48 +59,54 @@ def resolve(reference: str, folder: Path, *, weights: bool) -> Checkpoint:
 
 
 def _from_hub(reference: str, hub_id: str, revision: str | None, folder: Path, weights: bool) -> Checkpoint:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    def file_names(revision: str | None) -> list[str]:
-        return [file.rfilename for file in HfApi().model_info(hub_id, revision=revision).siblings or ()]
-
-    def from_cache() -> Checkpoint:
-        return open_checkpoint(snapshot, reference=reference, revision=snapshot.name, hub_id=hub_id)
-
-    with errors.context(reference), _explained(hub_id, revision, folder):
-        try:
-            snapshot = Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
-        except EntryNotFoundError as error:
-            if not isinstance(error, LocalEntryNotFoundError):
-                weight_source(file_names(revision))  # an adapter, or only pickles, says more than a missing config
-            raise
-    if not weights:
-        with suppress(InputError):
-            return from_cache()
-    commit = snapshot.name
+    pinned = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
+    if pinned and not weights and (cached := _from_cache(reference, hub_id, revision)):
+        return cached
     try:
         with errors.context(reference), _explained(hub_id, revision, folder):
-            names = [name for name in file_names(commit) if "/" not in name]
-            weight_map = None
-            if (source := weight_source(names)) == INDEX:
-                weight_map = read_index(Path(hf_hub_download(hub_id, INDEX, revision=commit)))
-            shards = [source] if weight_map is None else sorted(set(weight_map.values()))
-            if weights:
-                wanted = [glob.escape(n) for n in names if n in shards or n.endswith(ASSETS)]
-                snapshot_download(hub_id, revision=commit, allow_patterns=wanted)
-            else:
-                with ThreadPoolExecutor(8) as pool:
-                    headers = pool.map(lambda shard: _header(hub_id, commit, snapshot / shard), shards)
-                tensors = join(dict(zip(shards, headers, strict=True)), weight_map)
-                files = tuple(snapshot / shard for shard in shards)
-                config = read_json(snapshot / "config.json")
-                return Checkpoint(reference, snapshot, tensors, files, config, commit, hub_id)
+            return _describe(reference, hub_id, revision, weights)
     except UnreachableError:
-        with suppress(InputError):
-            return from_cache()
+        if cached := _from_cache(reference, hub_id, revision):
+            return cached
         raise
-    return from_cache()
+
+
+def _from_cache(reference: str, hub_id: str, revision: str | None) -> Checkpoint | None:
+    """What the cache holds of the revision, if that is a whole checkpoint."""
+    from huggingface_hub import try_to_load_from_cache
+
+    config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
+    with suppress(InputError):
+        return _open(reference, hub_id, Path(config).parent) if isinstance(config, str) else None
+    return None
+
+
+def _open(reference: str, hub_id: str, snapshot: Path) -> Checkpoint:
+    return open_checkpoint(snapshot, reference=reference, revision=snapshot.name, hub_id=hub_id)
+
+
+def _describe(reference: str, hub_id: str, revision: str | None, weights: bool) -> Checkpoint:
+    """The checkpoint that the headers of the hub's files describe; `weights` downloads the files too."""
+    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+
+    # first, because it fails at once where there is no network, while a download tries again and again
+    siblings = HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT_SECONDS).siblings or ()
+    names = [file.rfilename for file in siblings if "/" not in file.rfilename]
+    source = weight_source(names)
+    snapshot = Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
+    commit = snapshot.name
+    weight_map = None
+    if source == INDEX:
+        weight_map = read_index(Path(hf_hub_download(hub_id, INDEX, revision=commit)))
+    shards = [source] if weight_map is None else shards_of(weight_map, names)
+    if weights:
+        wanted = [glob.escape(name) for name in names if name in shards or name.endswith(ASSETS)]
+        snapshot_download(hub_id, revision=commit, allow_patterns=wanted)
+    with ThreadPoolExecutor(8) as pool:
+        headers = pool.map(lambda shard: _header(hub_id, commit, snapshot / shard), shards)
+    tensors = join(dict(zip(shards, headers, strict=True)), weight_map)
+    files = tuple(snapshot / shard for shard in shards)
+    return Checkpoint(reference, snapshot, tensors, files, read_json(snapshot / "config.json"), commit, hub_id)
 
 
 def _header(hub_id: str, commit: str, path: Path) -> Header:
@@ -164,9 +171,7 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path) 
         status = error.response.status_code if error.response is not None else "an error"
         return InputError(f"{constants.ENDPOINT} answered {status}", hint="try again; HF_HUB_OFFLINE=1 uses the cache")
     if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
-        return InputError(
-            "a file that it should have is missing on the hub (config.json?)", hint=f"see {page}/tree/main"
-        )
+        return InputError("has no config.json on the hub", hint=f"see {page}/tree/main")
     if constants.HF_HUB_OFFLINE:
         return UnreachableError(
             f"{here}, not (wholly) in the hub's cache, and HF_HUB_OFFLINE is set",

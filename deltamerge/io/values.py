@@ -142,7 +142,7 @@ def decode_values(codes: Array, positions: Array, scales: Array, group: int) -> 
     """Float32 values of int8 codes, or of signs (bool: negative), at flat `positions`."""
     values: Array = scales[positions // group]
     if codes.dtype == bool:
-        np.negative(values, out=values, where=codes)
+        values.view(np.uint32)[...] ^= codes.view(np.uint8).astype(np.uint32) << 31
     else:
         values *= codes
     return values

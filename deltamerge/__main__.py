@@ -1,0 +1,5 @@
+"""`python -m deltamerge`."""
+
+from deltamerge.cli import main
+
+main()

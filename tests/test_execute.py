@@ -1,0 +1,100 @@
+"""The engine on graphs of its own: order, errors, interruption, a full disk, a GPU."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import load_tensors, make_checkpoint
+
+from deltamerge import backends, fused
+from deltamerge.run import run
+
+RECIPE = "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.3}}]\n"
+
+
+def pair(folder: Path, rows: int, count: int = 3) -> Path:
+    generator = torch.Generator().manual_seed(0)
+    base = {f"layers.{i}.w": torch.randn(rows, 256, generator=generator).bfloat16() for i in range(count)}
+    make_checkpoint(folder / "base", base)
+    make_checkpoint(folder / "a", {n: t + 0.25 for n, t in base.items()})
+    recipe = folder / "r.yaml"
+    recipe.write_text(RECIPE)
+    return recipe
+
+
+def test_the_plan_knows_exactly_the_fused_functions():
+    assert fused.KERNELS.keys() == backends.FUSED_FUNCTIONS
+
+
+def test_many_small_tensors_and_more_workers_than_tensors(tmp_path):
+    recipe = pair(tmp_path, rows=1, count=400)
+    one = load_tensors(run(recipe, tmp_path / "one", workers=1).folder)
+    many = load_tensors(run(recipe, tmp_path / "many", workers=16).folder)
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_a_vanished_or_shortened_input_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch):
+    from deltamerge import run as module
+    from deltamerge.errors import InputError
+
+    recipe = pair(tmp_path, rows=512)
+    weights = tmp_path / "a" / "model.safetensors"
+
+    def shorten(*args: object, **kwargs: object) -> None:
+        os.truncate(weights, weights.stat().st_size // 2)
+        original(*args, **kwargs)
+
+    original = module.execute
+    monkeypatch.setattr(module, "execute", shorten)
+    with pytest.raises(InputError, match=r"tensor layers\.\d\.w"):
+        run(recipe, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "r.yaml"]
+
+
+def command(recipe: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "deltamerge", "run", str(recipe), "-q", *more]
+
+
+def test_a_full_disk_is_one_line_exit_1_and_leaves_nothing(tmp_path):
+    recipe = pair(tmp_path, rows=2048)
+    done = subprocess.run(
+        command(recipe),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20)),
+    )
+    assert done.returncode == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "r.yaml"]
+
+
+def test_an_interrupted_run_exits_130_and_leaves_nothing(tmp_path):
+    recipe = pair(tmp_path, rows=60_000)
+    process = subprocess.Popen(command(recipe), stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob(".r-merged*/*.safetensors")) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "Traceback" not in stderr
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "r.yaml"]
+
+
+@pytest.mark.gpu
+def test_a_gpu_makes_the_same_bytes(tmp_path):
+    recipe = pair(tmp_path, rows=4096)
+    cpu = run(recipe, tmp_path / "cpu", device="cpu").folder / "model.safetensors"
+    gpu = run(recipe, tmp_path / "gpu", device="cuda", workers=3).folder / "model.safetensors"
+    assert cpu.read_bytes() == gpu.read_bytes()

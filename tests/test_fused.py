@@ -1,0 +1,340 @@
+"""The fused kernels against the torch functions they stand for: equal bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("numba")
+
+from deltamerge.backends import FUSED_FUNCTIONS
+from deltamerge.fused import DTYPES, KERNELS
+from deltamerge.graph import resolve
+from deltamerge.prune.bits import mask_key
+from deltamerge.prune.select import Bin, Cut, pick_bin, pick_cut, pick_ranks
+from deltamerge.tensors import Kept, Patched, Tile, block_elements
+
+CODES = list(DTYPES)
+SIZES = [0, 1, 7, 4096, 4097, 20_000]
+KEY = mask_key(5, "tune", "w")
+SPECIALS = np.array(
+    [0.0, -0.0, np.nan, np.inf, -np.inf, 1e-45, -1e-40, 3.4e38, -3.4e38, 65504, 65520, 1 + 2**-8, 1 + 3 * 2**-8, 1e-8],
+    np.float32,
+)
+
+
+def floats(size: int, seed: int, scale: float = 1.0) -> np.ndarray:
+    """Ordinary values with every special one met by every other, and some zeros."""
+    rng = np.random.default_rng(seed)
+    x = (scale * rng.standard_normal(size)).astype(np.float32)
+    places = rng.random(size) < 0.1
+    x[places] = rng.choice(SPECIALS, places.sum())
+    return x
+
+
+def stored(x: np.ndarray, code: str) -> tuple[torch.Tensor, np.ndarray]:
+    """The same tile for torch and for the kernels."""
+    names = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+    tensor = torch.from_numpy(x.copy()).to(names[code])
+    return tensor, (tensor.view(torch.uint16) if code == "BF16" else tensor).numpy().copy()
+
+
+def kept(value: Kept) -> Kept:
+    return Kept(torch.from_numpy(value.positions), torch.from_numpy(value.values))
+
+
+def same(ours: Any, theirs: Any) -> None:
+    """Equal bits; any NaN of a float is as good as another."""
+    if isinstance(theirs, Kept | Patched):
+        assert type(ours) is type(theirs)
+        same(ours.positions, theirs.positions)
+        same(ours.values, theirs.values)
+        if isinstance(ours, Patched) and isinstance(theirs, Patched):
+            same(ours.base, theirs.base)
+        return
+    if isinstance(theirs, torch.Tensor):
+        assert ours.shape == tuple(theirs.shape)
+        if theirs.dtype == torch.bfloat16:
+            assert ours.dtype == np.uint16
+            nan = theirs.isnan().numpy()
+            assert (ours[nan] & 0x7FFF > 0x7F80).all()
+            assert (ours == theirs.view(torch.uint16).numpy())[~nan].all()
+            return
+        theirs = theirs.numpy()
+    assert ours.dtype == theirs.dtype
+    if theirs.dtype.kind == "f":
+        nan = np.isnan(theirs)
+        assert (np.isnan(ours) == nan).all()
+        bits = f"u{theirs.dtype.itemsize}"
+        assert (ours.view(bits) == theirs.view(bits))[~nan].all()
+    else:
+        assert (ours == theirs).all()
+
+
+def check(name: str, ours: tuple[Any, ...], theirs: tuple[Any, ...], **parameters: Any) -> Any:
+    before = [x.tobytes() for x in ours if isinstance(x, np.ndarray)]
+    result = KERNELS[name](*ours, **parameters)
+    assert [x.tobytes() for x in ours if isinstance(x, np.ndarray)] == before
+    same(result, resolve(name)(*theirs, **parameters))
+    return result
+
+
+def flat(size: int) -> Tile:
+    return Tile(0, size, (size,))
+
+
+def test_table_is_the_one_that_plans_rely_on() -> None:
+    assert set(KERNELS) == set(FUSED_FUNCTIONS)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("code", CODES)
+@pytest.mark.parametrize("base_code", CODES)
+def test_subtract(size: int, code: str, base_code: str) -> None:
+    tune, base = stored(floats(size, 1), code), stored(floats(size, 2), base_code)
+    check(
+        "deltamerge.ops:subtract",
+        (tune[1], base[1]),
+        (tune[0], base[0]),
+        tile=flat(size),
+        dtypes=(code, base_code),
+    )
+
+
+@pytest.mark.parametrize("to", CODES)
+@pytest.mark.parametrize("code", CODES)
+def test_cast(code: str, to: str) -> None:
+    for size in SIZES:
+        value, ours = stored(floats(size, 3), code)
+        check("deltamerge.ops:cast", (ours,), (value,), tile=flat(size), to=to)
+
+
+@pytest.mark.parametrize("to", CODES)
+@pytest.mark.parametrize("code", CODES)
+def test_cast_of_a_patched_tile(code: str, to: str) -> None:
+    size = 5000
+    base, ours = stored(floats(size, 4), code)
+    positions = np.arange(3, size, 7)
+    values = floats(positions.size, 5)
+    check(
+        "deltamerge.ops:cast",
+        (Patched(ours, positions, values),),
+        (Patched(base, torch.from_numpy(positions), torch.from_numpy(values)),),
+        tile=flat(size),
+        to=to,
+    )
+
+
+def test_every_float_rounds_to_bfloat16_like_torch() -> None:
+    high = np.arange(1 << 16, dtype=np.uint32)[:, None] << 16
+    low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
+    x = (high | low).ravel().view(np.float32)
+    ours = check("deltamerge.ops:cast", (x,), (torch.from_numpy(x),), tile=flat(x.size), to="BF16")
+    assert (ours[np.isnan(x)] == 0x7FC0).all()
+
+
+@pytest.mark.parametrize("codes", [("BF16", "BF16"), ("F32", "F32"), ("BF16", "F32"), ("F16", "BF16"), ("F64", "F16")])
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.1, 1 / 16, 0.06, 0.01, 1e-3, 1e-6])
+def test_dare(codes: tuple[str, str], density: float) -> None:
+    for start, size in ((0, 20_000), (61_235, 200_001), (1 << 40, 70_000), (9, 1), (9, 0)):
+        tune, base = stored(floats(size, 6), codes[0]), stored(floats(size, 7), codes[1])
+        check(
+            "deltamerge.prune.masks:dare",
+            (tune[1], base[1]),
+            (tune[0], base[0]),
+            tile=Tile(start, start + size, (1 << 41,)),
+            key=KEY,
+            density=density,
+        )
+
+
+def test_dare_breaks_ties_of_the_high_half() -> None:
+    # a density whose low half is large: of 2**21 positions about 32 tie
+    size, density = 1 << 21, (30_000 * 65_536 + 50_000) / 2**32
+    tune, base = stored(np.ones(size, np.float32), "BF16"), stored(np.zeros(size, np.float32), "BF16")
+    parameters = {"tile": Tile(3, size + 3, (size + 3,)), "key": KEY, "density": density}
+    check("deltamerge.prune.masks:dare", (tune[1], base[1]), (tune[0], base[0]), **parameters)
+
+
+@pytest.mark.parametrize("numbers", [(0.5, 0.5), (0.1, 0.1), (0.5, 0.01), (0.01, 0.01), (1.0, 1.0)])
+@pytest.mark.parametrize("code", CODES)
+def test_structured(numbers: tuple[float, float], code: str) -> None:
+    for tile in (Tile(0, 30_000, (300, 100)), Tile(20_011, 90_007, (100_000, 97)), Tile(4, 9_000, (10, 30, 30))):
+        tune, base = stored(floats(tile.size, 8), code), stored(floats(tile.size, 9), code)
+        check(
+            "deltamerge.prune.masks:structured",
+            (tune[1], base[1]),
+            (tune[0], base[0]),
+            tile=tile,
+            key=KEY,
+            a=numbers[0],
+            b=numbers[1],
+        )
+
+
+@pytest.mark.parametrize("q", [0.1, 1 / 3, 1.0, 1e-30])
+def test_divide(q: float) -> None:
+    name, tile = "deltamerge.prune.rescale:divide", flat(9000)
+    delta, ours = stored(floats(9000, 10), "F32")
+    check(name, (ours, q), (delta, q), tile=tile)
+    sparse = Kept(np.arange(0, 9000, 9), floats(1000, 11))
+    check(name, (sparse, q), (kept(sparse), q), tile=tile)
+
+
+WEIGHTS = [(1.0,), (0.3, 0.7), (0.5, -0.5), (-1.1, 0.2, 1 / 3), (0.0, 1e-9), (1e-5, 1e-6, 3e20)]
+
+
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("codes", [("BF16",), ("F32",), ("BF16", "F32", "F16"), ("F64",)])
+def test_linear(weights: tuple[float, ...], normalize: bool, codes: tuple[str, ...]) -> None:
+    for size in SIZES:
+        tiles = [stored(floats(size, 20 + i), codes[i % len(codes)]) for i in range(len(weights))]
+        check(
+            "deltamerge.merge.arithmetic:linear",
+            tuple(x for _, x in tiles),
+            tuple(x for x, _ in tiles),
+            tile=flat(size),
+            weights=weights,
+            normalize=normalize,
+        )
+
+
+def sparse_delta(size: int, seed: int, density: float) -> Kept:
+    rng = np.random.default_rng(seed)
+    positions = np.flatnonzero(rng.random(size) < density)
+    return Kept(positions, floats(positions.size, seed))
+
+
+@pytest.mark.parametrize("name", ["deltamerge.merge.arithmetic:task_arithmetic", "deltamerge.merge.ties:ties"])
+@pytest.mark.parametrize("weights", WEIGHTS)
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("lambda_", [1.0, 0.7])
+@pytest.mark.parametrize("form", ["dense", "sparse", "mixed"])
+def test_merges(name: str, weights: tuple[float, ...], normalize: bool, lambda_: float, form: str) -> None:
+    for code, size in (("BF16", 20_000), ("F32", 9000), ("F16", 4097), ("F64", 1), ("BF16", 0)):
+        base, ours = stored(floats(size, 30), code)
+        deltas: list[Any] = []
+        for i in range(len(weights)):
+            if form == "sparse" or (form == "mixed" and i % 2):
+                deltas.append(sparse_delta(size, 40 + i, 0.05))
+            else:
+                deltas.append(floats(size, 40 + i, 0.01))
+        theirs = [kept(d) if isinstance(d, Kept) else torch.from_numpy(d) for d in deltas]
+        check(
+            name,
+            (ours, *deltas),
+            (base, *theirs),
+            tile=flat(size),
+            weights=weights,
+            normalize=normalize,
+            lambda_=lambda_,
+        )
+
+
+@pytest.mark.parametrize("name", ["deltamerge.merge.arithmetic:task_arithmetic", "deltamerge.merge.ties:ties"])
+def test_merges_round_every_step(name: str) -> None:
+    # enough ordinary numbers that a fused multiply-add or a reciprocal would show
+    size = 1 << 18
+    rng = np.random.default_rng(0)
+    base, *deltas = (rng.standard_normal(size).astype(np.float32) for _ in range(4))
+    parameters = {"tile": flat(size), "weights": (0.3, 0.9, -0.7), "normalize": True, "lambda_": 1.3}
+    check(name, (base, *deltas), tuple(map(torch.from_numpy, (base, *deltas))), **parameters)
+
+
+def deltas_with_ties(size: int) -> np.ndarray:
+    rng = np.random.default_rng(50)
+    delta = rng.standard_normal(size).astype(np.float32).round(1) * np.float32(0.01)
+    delta[rng.random(size) < 0.01] = -0.0
+    return delta
+
+
+@pytest.mark.parametrize("delta", [deltas_with_ties(70_000), floats(70_000, 51), np.zeros(70_000, np.float32)])
+@pytest.mark.parametrize("k", [1, 700, 35_000, 69_999])
+def test_selection(delta: np.ndarray, k: int) -> None:
+    select = "deltamerge.prune.select"
+    shape = (700, 100)
+    whole, theirs = flat(delta.size), torch.from_numpy(delta)
+    counts = check(f"{select}:high_histogram", (delta,), (theirs,), tile=whole)
+    found = pick_bin(counts, k=k)
+    low = check(f"{select}:low_histogram", (delta, found), (theirs, found), tile=whole)
+    cut = pick_cut(low, found)
+    step = block_elements(shape)
+    tiles = [Tile(0, step, shape), Tile(step, 70_000, shape)]
+    parts = [
+        check(f"{select}:equal_counts", (delta[t.start : t.stop], cut), (theirs[t.start : t.stop], cut), tile=t)
+        for t in tiles
+    ]
+    ranks = pick_ranks(np.concatenate(parts))
+    for given in (ranks, pick_ranks(None)):
+        values = [
+            check(
+                f"{select}:keep_largest",
+                (delta[t.start : t.stop], cut, given),
+                (theirs[t.start : t.stop], cut, given),
+                tile=t,
+            )
+            for t in tiles
+        ]
+        if given is ranks:
+            bits = np.concatenate(values).view(np.uint32) & np.uint32(0x7FFFFFFF)
+            assert np.count_nonzero(bits) == min(k, np.count_nonzero(delta))
+
+
+def test_selection_over_many_blocks() -> None:
+    delta, shape, step = deltas_with_ties(9 * (1 << 16)), (9 * (1 << 16),), 1 << 16
+    for cut in (Cut(int(np.float32(0.01).view(np.uint32)), 12_345, 0), Cut(0x7FFFFFFF, 0, 0)):
+        counts = KERNELS["deltamerge.prune.select:equal_counts"](delta, cut, tile=Tile(0, delta.size, shape))
+        ranks, whole = pick_ranks(counts), Cut(cut.threshold, cut.equal_kept, int(counts.sum()))
+        for start, stop in ((0, 1), (1, 4), (4, 9), (0, 9)):
+            tile = Tile(start * step, stop * step, shape)
+            part = delta[tile.start : tile.stop]
+            name = "deltamerge.prune.select:keep_largest"
+            check(name, (part, whole, ranks), (torch.from_numpy(part), whole, ranks), tile=tile)
+
+
+def test_low_histogram_of_an_empty_bin() -> None:
+    delta = np.ones(100, np.float32)
+    counts = KERNELS["deltamerge.prune.select:low_histogram"](delta, Bin(5, 1), tile=flat(100))
+    assert counts.sum() == 0
+
+
+def test_kernels_release_the_gil() -> None:
+    """A long kernel on one thread leaves another free to run Python."""
+    tune = np.ones(1 << 24, np.uint16)
+    kernel: Callable[..., Any] = KERNELS["deltamerge.prune.masks:dare"]
+    parameters = {"tile": flat(tune.size), "key": KEY, "density": 0.5}
+    kernel(tune[:16], tune[:16], **{**parameters, "tile": flat(16)})
+    started, steps = threading.Event(), 0
+
+    def work() -> None:
+        started.set()
+        kernel(tune, tune, **parameters)
+
+    thread = threading.Thread(target=work)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(60)  # nobody is made to give the GIL up
+    try:
+        thread.start()
+        started.wait()
+        while thread.is_alive():
+            time.sleep(0)  # offers the GIL, so only a kernel that holds it can stop this loop
+            steps += 1
+    finally:
+        sys.setswitchinterval(interval)
+        thread.join()
+    assert steps > 10
+
+
+def test_no_torch_is_imported() -> None:
+    code = "import sys, deltamerge.fused; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))

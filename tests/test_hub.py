@@ -1,0 +1,399 @@
+"""The real huggingface_hub client against a small hub on 127.0.0.1."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+from conftest import tiny_llama, write_json
+
+from deltamerge.errors import InputError
+from deltamerge.io import hub
+from deltamerge.io.checkpoint import Reader, open_checkpoint
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+TOKEN = "hf_secretsecretsecretsecretsecret"
+
+
+@dataclass
+class Hub:
+    """Repositories as folders; every request is kept as (method, path, range, authorization)."""
+
+    endpoint: str = ""
+    cache: Path = Path()
+    repositories: dict[str, Path] = field(default_factory=dict)
+    gated: set[str] = field(default_factory=set)
+    requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
+    status: int | None = None
+
+    def fetched(self, suffix: str) -> list[tuple[str, str | None]]:
+        return [(method, span) for method, path, span, _ in self.requests if path.endswith(suffix)]
+
+
+def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
+        def do_GET(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            span, token = self.headers.get("Range"), self.headers.get("Authorization")
+            state.requests.append((self.command, path, span, token))
+            if state.status is not None:
+                return self.answer(b"", state.status)
+            found = re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/([^/]+))?", path)
+            if found:
+                return self.describe(found[1], found[2], found[3] or "main")
+            found = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
+            if found:
+                return self.resolve(found[1], found[2], found[3])
+            return self.answer(b"", 404)
+
+        def known(self, repository: str, revision: str) -> Path | None:
+            folder = state.repositories.get(repository)
+            if folder is None:
+                self.answer(b"", 401, "RepoNotFound")
+            elif revision not in ("main", "v1", COMMIT):
+                self.answer(b"", 404, "RevisionNotFound")
+                return None
+            return folder
+
+        def describe(self, repository: str, what: str | None, revision: str) -> None:
+            if (folder := self.known(repository, revision)) is None:
+                return None
+            files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+            names = [str(p.relative_to(folder)) for p in files]
+            if what == "tree":
+                entries = [
+                    {"type": "file", "path": name, "size": path.stat().st_size, "oid": etag(path)}
+                    for name, path in zip(names, files, strict=True)
+                ]
+                return self.answer(json.dumps(entries).encode(), 200)
+            siblings = [{"rfilename": name} for name in names]
+            model = {
+                "id": repository,
+                "sha": COMMIT,
+                "siblings": siblings,
+                "private": False,
+                "tags": [],
+                "downloads": 0,
+            }
+            return self.answer(json.dumps(model).encode(), 200)
+
+        def resolve(self, repository: str, revision: str, name: str) -> None:
+            if (folder := self.known(repository, revision)) is None:
+                return None
+            if repository in state.gated:
+                return self.answer(b"", 403, "GatedRepo")
+            if not (folder / name).is_file():
+                return self.answer(b"", 404, "EntryNotFound")
+            data = (folder / name).read_bytes()
+            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag(folder / name)}"', "Accept-Ranges": "bytes"}
+            if found := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
+                first, last = int(found[1]), min(int(found[2]), len(data) - 1)
+                headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
+                return self.answer(data[first : last + 1], 206, **headers)
+            return self.answer(data, 200, **headers)
+
+        def answer(self, data: bytes, status: int, code: str | None = None, **headers: str) -> None:
+            self.send_response(status)
+            for key, value in (headers | ({"X-Error-Code": code} if code else {})).items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(data)
+
+    return Handler
+
+
+def etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    from huggingface_hub import constants
+
+    state = Hub(cache=tmp_path / "cache")
+    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler(state))
+    state.endpoint = f"http://127.0.0.1:{httpd.server_port}"
+    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
+    thread.start()
+    monkeypatch.setattr(constants, "ENDPOINT", state.endpoint)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(state.cache))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    try:
+        yield state
+    finally:
+        httpd.shutdown()
+        httpd.server_close()
+        thread.join()
+
+
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.fixture
+def model(server: Hub, tmp_path: Path) -> Path:
+    """org/model: three shards, a tokenizer, and files that no merge needs."""
+    folder = tiny_llama(tmp_path / "hub" / "model", seed=1, shards=3, tokenizer=True)
+    (folder / "pytorch_model.bin").write_bytes(b"pickle")
+    (folder / "original").mkdir()
+    (folder / "original" / "model.safetensors").write_bytes(bytes(1000))
+    (folder / "consolidated.safetensors").write_bytes(bytes(1000))
+    (folder / "modeling_evil.py").write_text("raise SystemExit")
+    server.repositories["org/model"] = folder
+    return folder
+
+
+def refused(reference: str, folder: Path, message: str, hint: str = "", *, weights: bool = False) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        hub.resolve(reference, folder, weights=weights)
+    assert str(caught.value).startswith(f"{reference}: ")
+    assert "\n" not in str(caught.value)
+    assert hint in (caught.value.hint or "")
+    assert TOKEN not in f"{caught.value} {caught.value.hint}"
+
+
+def test_local_folders_come_first(tmp_path: Path) -> None:
+    for name in ("org/model", "org/model@v1", "a+b"):
+        tiny_llama(tmp_path / name, seed=1)
+        checkpoint = hub.resolve(name, tmp_path, weights=False)
+        assert (checkpoint.reference, checkpoint.path) == (name, tmp_path / name)
+        assert (checkpoint.hub_id, checkpoint.revision) == (None, None)
+    assert hub.resolve(str(tmp_path / "a+b"), Path("/nowhere"), weights=True).path == tmp_path / "a+b"
+
+
+@pytest.mark.parametrize("reference", ["./org/model", "../model", "/org/model", "~/model", "a/b/c", "a b", "a@b@c"])
+def test_what_is_neither_folder_nor_hub_id(tmp_path: Path, reference: str) -> None:
+    refused(reference, tmp_path, "no such folder in", "org/name@revision")
+
+
+def test_hub_ids_cannot_leave_the_cache(tmp_path: Path, server: Hub) -> None:
+    for reference in ("org/model@../../x", "org/model@a/../../x", "org/model@/etc", "org/..@x", "org/--x"):
+        with pytest.raises(InputError, match="no such"):
+            hub.resolve(reference, tmp_path, weights=False)
+    assert not server.requests
+
+
+def test_adapters_are_refused(tmp_path: Path) -> None:
+    refused("org/model+org/adapter", tmp_path, "adapters .* not supported yet", "merge_and_unload")
+
+
+@pytest.mark.parametrize("revision", ["", "@main", "@v1", f"@{COMMIT}"])
+def test_headers_without_weights(server: Hub, model: Path, tmp_path: Path, revision: str) -> None:
+    checkpoint = hub.resolve(f"org/model{revision}", tmp_path, weights=False)
+    truth = open_checkpoint(model)
+    assert checkpoint.reference == f"org/model{revision}"
+    assert (checkpoint.hub_id, checkpoint.revision) == ("org/model", COMMIT)
+    assert checkpoint.config == truth.config
+    for name, info in truth.tensors.items():
+        found = checkpoint.tensors[name]
+        assert (found.dtype, found.shape, found.begin, found.nbytes) == (
+            info.dtype,
+            info.shape,
+            info.begin,
+            info.nbytes,
+        )
+        assert found.path.name == info.path.name
+    assert [file.name for file in checkpoint.files] == [file.name for file in truth.files]
+    assert not any(file.exists() for file in checkpoint.files)
+    shards = server.fetched(".safetensors")
+    assert len(shards) == 3
+    assert all(method == "GET" and span is not None for method, span in shards)
+
+
+def test_a_long_header_takes_a_second_request(
+    server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub, "FIRST_BYTES", 100)
+    checkpoint = hub.resolve("org/model", tmp_path, weights=False)
+    assert checkpoint.tensors.keys() == open_checkpoint(model).tensors.keys()
+    assert len(server.fetched(".safetensors")) == 6
+
+
+def test_weights_are_downloaded_once_and_only_what_is_needed(server: Hub, model: Path, tmp_path: Path) -> None:
+    checkpoint = hub.resolve("org/model", tmp_path, weights=True)
+    truth = open_checkpoint(model)
+    assert (checkpoint.hub_id, checkpoint.revision) == ("org/model", COMMIT)
+    have = {str(p.relative_to(checkpoint.path)) for p in checkpoint.path.rglob("*") if p.is_file()}
+    extra = {"pytorch_model.bin", "original/model.safetensors", "consolidated.safetensors", "modeling_evil.py"}
+    assert have == {str(p.relative_to(model)) for p in model.rglob("*") if p.is_file()} - extra
+    with Reader() as reader:
+        for name, info in truth.tensors.items():
+            ours, theirs = bytearray(info.nbytes), bytearray(info.nbytes)
+            reader.read_into(checkpoint.tensors[name], 0, ours)
+            reader.read_into(info, 0, theirs)
+            assert ours == theirs
+    server.requests.clear()
+    assert hub.resolve("org/model", tmp_path, weights=True).path == checkpoint.path
+    assert hub.resolve("org/model", tmp_path, weights=False).path == checkpoint.path
+    assert not [path for method, path, _, _ in server.requests if method == "GET" and "/resolve/" in path]
+    server.requests.clear()
+    assert hub.resolve(f"org/model@{COMMIT}", tmp_path, weights=False).path == checkpoint.path
+    assert not server.requests
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_offline_uses_the_cache(
+    server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool
+) -> None:
+    hub.resolve("org/model", tmp_path, weights=True)
+    hub.resolve("org/model@v1", tmp_path, weights=False)
+    offline(monkeypatch)
+    server.requests.clear()
+    for revision in ("", "@main", "@v1", f"@{COMMIT}"):
+        checkpoint = hub.resolve(f"org/model{revision}", tmp_path, weights=weights)
+        assert (checkpoint.hub_id, checkpoint.revision) == ("org/model", COMMIT)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_offline_and_not_in_the_cache(
+    server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool
+) -> None:
+    offline(monkeypatch)
+    refused(
+        "org/model", tmp_path, "not .wholly. in the hub's cache, and HF_HUB_OFFLINE is set", "unset", weights=weights
+    )
+
+
+def test_offline_with_headers_only(server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.resolve("org/model", tmp_path, weights=False)
+    offline(monkeypatch)
+    for weights in (False, True):
+        refused("org/model", tmp_path, "not .wholly. in the hub's cache", "unset", weights=weights)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_faults_of_a_repository(server: Hub, model: Path, tmp_path: Path, weights: bool) -> None:
+    refused(
+        "org/nothing", tmp_path, "no such folder in .*, and no such model on the hub", "hf auth login", weights=weights
+    )
+    refused("org/model@v7", tmp_path, "has no revision v7", "tree/main", weights=weights)
+    server.gated.add("org/model")
+    refused("org/model", tmp_path, "is gated", f"{server.endpoint}/org/model", weights=weights)
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_repositories_without_a_usable_model(server: Hub, tmp_path: Path, weights: bool) -> None:
+    for name, file in (("pickled", "pytorch_model.bin"), ("adapter", "adapter_config.json"), ("empty", "README.md")):
+        folder = tmp_path / "hub" / name
+        folder.mkdir(parents=True)
+        (folder / file).write_text("{}")
+        server.repositories[f"org/{name}"] = folder
+    refused("org/adapter", tmp_path, "adapters .* not supported", weights=weights)
+    refused("org/pickled", tmp_path, "only PyTorch pickle files", "save_pretrained", weights=weights)
+    refused("org/empty", tmp_path, "no safetensors weights", weights=weights)
+    write_json(server.repositories["org/pickled"] / "config.json", {})
+    refused("org/pickled", tmp_path, "only PyTorch pickle files", "save_pretrained", weights=weights)
+
+
+def test_a_lying_index_on_the_hub(server: Hub, model: Path, tmp_path: Path) -> None:
+    path = model / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    index["weight_map"]["lm_head.weight"] = "../../../etc/x.safetensors"
+    write_json(path, index)
+    refused("org/model", tmp_path, "is not a plain .safetensors file name")
+
+
+@pytest.mark.parametrize("weights", [False, True])
+def test_files_that_the_hub_lacks(server: Hub, model: Path, tmp_path: Path, weights: bool) -> None:
+    (model / "model-00002-of-00003.safetensors").unlink()
+    refused("org/model", tmp_path, "missing shard model-00002-of-00003.safetensors", weights=weights)
+    (model / "config.json").unlink()
+    refused("org/model", tmp_path, "has no config.json on the hub", weights=weights)
+
+
+def test_a_truncated_file_on_the_hub(server: Hub, model: Path, tmp_path: Path) -> None:
+    os.truncate(model / "model-00002-of-00003.safetensors", 3000)
+    refused("org/model", tmp_path, "model-00002-of-00003.safetensors: the file is truncated")
+
+
+def test_a_hub_in_trouble(server: Hub, model: Path, tmp_path: Path) -> None:
+    server.status = 418
+    refused("org/model", tmp_path, "answered 418|cannot be reached", "")
+
+
+def test_an_unreachable_hub_leaves_the_cache(
+    server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from huggingface_hub import constants
+
+    hub.resolve("org/model", tmp_path, weights=True)
+    nobody = "http://127.0.0.1:9"
+    monkeypatch.setattr(constants, "ENDPOINT", nobody)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}")
+    for weights in (False, True):
+        assert hub.resolve("org/model", tmp_path, weights=weights).revision == COMMIT
+    refused(
+        "org/other",
+        tmp_path,
+        "not .wholly. in the hub's cache, and http://127.0.0.1:9 cannot be reached",
+        "HF_ENDPOINT",
+    )
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(server: Hub, model: Path, tmp_path: Path) -> None:
+    hub.resolve("org/model", tmp_path, weights=False)
+    hub.resolve("org/model", tmp_path, weights=True)
+    assert {token for _, path, _, token in server.requests if "org/model" in path} == {f"Bearer {TOKEN}"}
+    stored = [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
+    assert stored == []
+
+
+def test_a_process_obeys_the_hubs_environment(server: Hub, model: Path, tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from deltamerge.io import hub\n"
+        "c = hub.resolve('org/model', Path('.'), weights=sys.argv[1] == 'weights')\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "print(c.revision, len(c.tensors))"
+    )
+
+    def run(argument: str, **more: str) -> subprocess.CompletedProcess[str]:
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "TRANSFORMERS_"))}
+        environment = kept | {"HF_ENDPOINT": server.endpoint, "HF_HOME": str(tmp_path / "home")} | more
+        command = [sys.executable, "-c", script, argument]
+        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
+
+    first = run("headers")
+    assert first.stdout == f"{COMMIT} 21\n", first.stderr
+    assert "UnreachableError" in run("weights", HF_HUB_OFFLINE="1").stderr
+    assert run("weights").stdout == first.stdout
+    server.status = 500
+    assert run("weights", HF_HUB_OFFLINE="1").stdout == first.stdout
+
+
+def test_local_references_need_no_hub_client(tmp_path: Path) -> None:
+    tiny_llama(tmp_path / "x", seed=0)
+    script = (
+        "import sys; from pathlib import Path; from deltamerge.io import hub\n"
+        "hub.resolve('x', Path('.'), weights=True)\n"
+        "assert not {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
