@@ -510,10 +510,10 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:4:46: prune.rescale: must be one of l1, l2, linf, got 'l3'"
     ],
     ONE + "prune: {method: dare, density: 0.1, group: row, a: 0.1}": [
-        "r.yaml:4:37: prune.group: has no effect with method dare\nhint: known here: budget, density, exclude, include, "
-        "method, protect, q, rescale, sampling",
-        "r.yaml:4:49: prune.a: has no effect with method dare\nhint: known here: budget, density, exclude, include, "
-        "method, protect, q, rescale, sampling",
+        "r.yaml:4:37: prune.group: has no effect with method dare\n"
+        "hint: known here: budget, density, exclude, include, method, protect, q, rescale, sampling",
+        "r.yaml:4:49: prune.a: has no effect with method dare\n"
+        "hint: known here: budget, density, exclude, include, method, protect, q, rescale, sampling",
     ],
     ONE + "prune: {method: magnitude, density: 0.1, group: column}": [
         "r.yaml:4:49: prune.group: must be one of tensor, row, model, got 'column'"
@@ -546,7 +546,9 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:4:16: models[1].prune: the base has no delta to prune"
     ],
     # what is broken is not also missing
-    ONE + "prune: {method: 3, density: 0.1}": ["r.yaml:4:17: prune.method: must be text, got 3\nhint: put it in quotes"],
+    ONE + "prune: {method: 3, density: 0.1}": [
+        "r.yaml:4:17: prune.method: must be text, got 3\nhint: put it in quotes"
+    ],
     ONE + "    prune: dare\nprune: {density: 0.1}": [
         "r.yaml:4:12: models[0].prune: must be a mapping of keys to values, got 'dare'"
     ],
@@ -781,7 +783,7 @@ def paths(value: object, loc: source.Loc = ()) -> list[source.Loc]:
     return [loc, *(inner for key, item in items for inner in paths(item, (*loc, key)))]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=3000, deadline=None)
 @given(st.data())
 def test_a_damaged_recipe_is_read_or_refused(data: st.DataObject) -> None:
     tree = source.loads(data.draw(st.sampled_from(SAMPLES)), "r.yaml").data
