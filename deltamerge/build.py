@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deltamerge.errors import RecipeError
 from deltamerge.graph import Graph, Node
 from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo
@@ -171,9 +172,13 @@ class Builder:
         levels = [self.recipe.parameters]
         if tune is not None and tune.index is not None:
             levels.insert(0, self.recipe.models[tune.index].parameters)
-        parameter = self.recipe.method.parameters[key]
-        default = parameter.default if parameter.default is not None else parameter.alone
-        return lookup(key, name, position, *levels, default=default)
+        default = self.recipe.method.parameters[key].default_for(len(self.recipe.fine_tunes))
+        value = lookup(key, name, position, *levels, default=default)
+        if value is None:
+            place = () if tune is None else ("models", tune.index, "parameters", key)
+            problem = self.recipe.problem(place, f"no filter matches {name}", "end the list with a value without a filter")
+            raise RecipeError(self.recipe.source.path, [problem])
+        return value
 
     def _node(self, function: str, inputs: Sequence[Node], shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)
@@ -188,15 +193,13 @@ class _Patterns:
     """Which tensors a model's include and exclude lists prune."""
 
     def __init__(self, prune: Pruning) -> None:
-        self.include = (
-            None if prune.include is None else re.compile("|".join(f"(?:{p})" for p in prune.include))
-        )
-        self.exclude = re.compile("|".join(f"(?:{p})" for p in prune.exclude)) if prune.exclude else None
+        self.include = None if prune.include is None else [re.compile(p) for p in prune.include]
+        self.exclude = [re.compile(p) for p in prune.exclude]
 
     def prunes(self, name: str) -> bool:
-        if self.include is not None and not self.include.search(name):
+        if self.include is not None and not any(p.search(name) for p in self.include):
             return False
-        return self.exclude is None or not self.exclude.search(name)
+        return not any(p.search(name) for p in self.exclude)
 
 
 def _number(value: Any, name: str, position: float) -> float | None:

@@ -63,7 +63,7 @@ def render(plan: Plan, recipe_text: str, title: str) -> str:
         f"# {title}",
         "",
         f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: "
-        f"`{plan.recipe.method}` of {models}{base}.",
+        f"`{plan.recipe.method.name}` of {models}{base}.",
         "",
         "| tensors | method | sources |",
         "|---|---|---|",

@@ -52,19 +52,20 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
                 opened[reference] = opener(reference, folder)
         return opened[reference]
 
-    uses_base = recipe.method.deltas
+    deltas = recipe.method.deltas
     named: list[tuple[str, int | None, Checkpoint]] = []
-    if recipe.base_model is not None and uses_base:
+    mentioned = {"base", recipe.base_model} & {recipe.template, recipe.tokenizer_of}
+    if recipe.base_model is not None and (deltas or mentioned):
         named.append((recipe.base_model, None, checkpoint(recipe.base_model, "base_model")))
     for index, model in enumerate(recipe.models):
-        if uses_base and model.model == recipe.base_model:
-            continue
-        named.append((model_name(model), index, checkpoint(model.model, f"models[{index}]")))
+        if not (deltas and model.model == recipe.base_model):
+            named.append((model_name(model), index, checkpoint(model.model, f"models[{index}]")))
     matched = _match(named)
     base = matched[0] if matched[0].index is None else None
     tunes = tuple(m for m in matched if m.index is not None)
-    template = _template(recipe, base, tunes)
-    return Inputs(base, tunes, template, _vocabulary(recipe, base, tunes, template))
+    template = _named(recipe.template, recipe, base, tunes) or _template(base if deltas else None, tunes)
+    vocabulary = _named(recipe.tokenizer_of, recipe, base, tunes)
+    return Inputs(base if deltas else None, tunes, template, vocabulary)
 
 
 def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
@@ -77,31 +78,19 @@ def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
     return inputs
 
 
-def _template(recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input:
-    """The model named by `template`; else the only fine-tune; else the base, or the first fine-tune if some have
-    tensors (a task head) that the base lacks; without a base the first model."""
-    everyone = tunes if base is None else (base, *tunes)
-    if recipe.template is not None:
-        for candidate in everyone:
-            reference = recipe.base_model if candidate.index is None else recipe.models[candidate.index].model
-            if recipe.template in (candidate.name, reference):
-                return candidate
+def _named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
+    """The input that `template` or `tokenizer_source` names: by name, by reference, or "base"; None if it names none."""
+    if name is None:
+        return None
+    if base is not None and name in ("base", recipe.base_model):
+        return base
+    return next((t for t in tunes if t.index is not None and name in (t.name, recipe.models[t.index].model)), None)
+
+
+def _template(base: Input | None, tunes: tuple[Input, ...]) -> Input:
+    """The only fine-tune; else the base, or the first fine-tune if some have tensors (a task head) that the base lacks;
+    without a base the first model."""
     if base is None or len(tunes) == 1:
         return tunes[0]
     has_more = any(tune.tensors.keys() - base.tensors.keys() for tune in tunes)
     return tunes[0] if has_more else base
-
-
-def _vocabulary(
-    recipe: Recipe, base: Input | None, tunes: tuple[Input, ...], template: Input
-) -> Input | None:
-    """Whose embedding rows and tokenizer the output has; None where the recipe leaves it to the template."""
-    source = recipe.tokenizer_source
-    if source is None:
-        return None
-    if source == "base":
-        return base or template
-    for tune in tunes:
-        if source in (tune.name, recipe.models[tune.index or 0].model):
-            return tune
-    return base if source == recipe.base_model else template

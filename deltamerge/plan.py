@@ -235,8 +235,8 @@ class _Planner:
         self.notes.append(
             f"{stored}: the {count} rows that all models share are merged, the rest is {source.name}'s"
         )
-        whole = next(info for model, info in present if model is source)
-        rest = _cut(whole, count, whole.shape[0]) if whole.shape[0] > count else None
+        whole = source.get(name)
+        rest = _cut(whole, count, whole.shape[0]) if whole is not None and whole.shape[0] > count else None
         return [(model, _cut(info, 0, count)) for model, info in present], rest
 
     def _tied_head(self) -> str | None:

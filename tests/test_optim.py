@@ -572,3 +572,33 @@ def test_accelerate_prepares_it(tmp_path: Path) -> None:
         accelerator.backward(((net(x) - y) ** 2).mean())
         optimizer.step()
     assert_same(weights(nets[0]), weights(nets[1]))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("foreach", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"decay": 0.0},
+        {"decay": 0.1},
+        {"decay": 1e-3, "regularizer": "l1"},
+        {"decay": 0.1, "pretrained_device": "cpu", "pretrained_dtype": torch.bfloat16},
+    ],
+)
+def test_on_cuda_nothing_waits_for_the_device(foreach: bool, options: dict[str, Any]) -> None:
+    base, net, on_cpu = Net(1), Net(2).cuda(), Net(2)
+    optimizers = [AdamR.for_model(n, base, foreach=foreach, **options) for n in (net, on_cpu)]
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        for p, q in zip(net.parameters(), on_cpu.parameters(), strict=True):
+            q.grad = torch.randn(q.shape, generator=generator)
+            p.grad = q.grad.cuda()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step may move θ_P
+        try:
+            optimizers[0].step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        optimizers[1].step()
+    for p, q in zip(net.parameters(), on_cpu.parameters(), strict=True):
+        torch.testing.assert_close(p.cpu(), q, rtol=1e-5, atol=1e-6)

@@ -783,7 +783,7 @@ def paths(value: object, loc: source.Loc = ()) -> list[source.Loc]:
     return [loc, *(inner for key, item in items for inner in paths(item, (*loc, key)))]
 
 
-@settings(max_examples=3000, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_damaged_recipe_is_read_or_refused(data: st.DataObject) -> None:
     tree = source.loads(data.draw(st.sampled_from(SAMPLES)), "r.yaml").data

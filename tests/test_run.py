@@ -285,3 +285,27 @@ def test_added_rows_follow_tokenizer_source(models, tmp_path):
     assert longer.shape == (303, 24)
     assert torch.equal(longer[301:], extra)
     assert torch.equal(longer[:301], shorter)
+
+
+def test_the_template_may_be_named(models, tmp_path):
+    tensors = {**load_tensors(models / "a"), "head.weight": torch.ones(2, 2)}
+    make_checkpoint(models / "headed", tensors)
+    text = "base_model: ./base\nmodels: [{model: ./headed}]\n"
+    assert "head.weight" in merge(models, tmp_path, text)
+    assert "head.weight" not in merge(models, tmp_path, text + "template: base\n")
+
+
+def test_an_unlisted_base_may_lend_linear_its_tokenizer(models, tmp_path):
+    (models / "base" / "vocab.txt").write_text("base's")
+    (models / "a" / "vocab.txt").write_text("a's")
+    recipe = models / "tokenizer.yaml"
+    recipe.write_text(listed() + "merge_method: linear\nbase_model: ./base\ntokenizer: {source: base}\n")
+    assert (run(recipe, tmp_path / "out").folder / "vocab.txt").read_text() == "base's"
+
+
+def test_patterns_may_have_flags_of_their_own(models, tmp_path):
+    text = "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.1, exclude: ['(?i)EMBED', norm]}}]\n"
+    merged, tune = merge(models, tmp_path, text), load_tensors(models / "a")
+    same = {name for name in tune if torch.equal(merged[name], tune[name])}
+    assert {"embed.weight", "layers.0.norm.weight"} <= same
+    assert "layers.0.q.weight" not in same

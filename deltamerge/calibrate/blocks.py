@@ -14,7 +14,7 @@ be told apart (`Model.whole`), or a model does something between them, the plain
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -86,6 +86,7 @@ class Model:
         self.checkpoint_name = checkpoint_names(self.module, names)  # state name -> checkpoint name
         place_buffers(self.module, self.device, set(self.checkpoint_name))
         self.blocks = find_blocks(self.module)
+        self._chained = False  # until one forward has shown that each block is called once, after the one before
         self._lay_out()
 
     @property
@@ -192,14 +193,13 @@ class Model:
         tensors = self._tensors(weights, 0) | self._tensors(weights, 1)
         traces = []
         for inputs in batches:
-            trace = _Trace(len(self.blocks), self.blocks[0].forward)
-            with self._patched(trace.stub):
-                try:
-                    self._forward(tensors, inputs)
-                except _Stop:
-                    traces.append(trace)
-                else:
-                    raise _NotAChain
+            trace = _Trace(self.blocks[0].forward, stop_after=len(self.blocks) if self._chained else None)
+            with self._patched(trace.stub), suppress(_Stop):
+                self._forward(tensors, inputs)
+            if len(trace.calls) != len(self.blocks):
+                raise _NotAChain
+            self._chained = True
+            traces.append(trace)
         return traces
 
     def differentiable(self, inputs: Inputs, weights: Weights) -> Output:
@@ -308,10 +308,10 @@ class _Previous:
 class _Trace:
     """How the blocks of one forward were called: arguments, with the previous block's output taken out."""
 
-    def __init__(self, blocks: int, first: Callable[..., Any]) -> None:
+    def __init__(self, first: Callable[..., Any], stop_after: int | None) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         self.outputs: Any = None
-        self.blocks, self.first = blocks, first
+        self.first, self.stop_after = first, stop_after
 
     def stub(self, i: int) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
@@ -331,7 +331,7 @@ class _Trace:
                 if _Previous(0) not in [v for v in (*call[0], *call[1].values()) if isinstance(v, _Previous)]:
                     raise _NotAChain
                 self.calls.append(call)
-            if len(self.calls) == self.blocks:
+            if len(self.calls) == self.stop_after:
                 raise _Stop
             return self.outputs
 
