@@ -25,7 +25,20 @@ DEVICE = click.option(
 WORKERS = click.option(
     "--workers", type=click.IntRange(1), help="Threads; default: the cores of this machine."
 )
-MEMORY = click.option("--memory", metavar="SIZE", help="Cap on memory, such as 2GB; tiles shrink to keep it.")
+
+
+def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    from deltamerge.fields import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}, got {text!r}") from error
+
+
+MEMORY = click.option(
+    "--memory", metavar="SIZE", callback=_size, help="Cap on memory, such as 2GB; tiles shrink to keep it."
+)
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 
 
@@ -87,7 +100,7 @@ def run(
     out: Path | None,
     device: str,
     workers: int | None,
-    memory: str | None,
+    memory: int | None,
     force: bool,
     locked: bool,
     as_json: bool,
@@ -150,7 +163,7 @@ def check(recipes: tuple[Path, ...]) -> None:
 @WORKERS
 @MEMORY
 @AS_JSON
-def plan(recipe: Path, device: str, workers: int | None, memory: str | None, as_json: bool) -> None:
+def plan(recipe: Path, device: str, workers: int | None, memory: int | None, as_json: bool) -> None:
     """The dry run: every output tensor of RECIPE with its sources, method and bytes; reads no weights."""
     from deltamerge.run import make_plan
 

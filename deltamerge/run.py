@@ -17,7 +17,7 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.execute import Task, default_workers, execute
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
-from deltamerge.io.writer import Writer, parse_size
+from deltamerge.io.writer import Writer
 from deltamerge.plan import Plan, plan
 from deltamerge.recipe import Recipe, load
 
@@ -36,7 +36,7 @@ def make_plan(
     *,
     device: str = "auto",
     workers: int | None = None,
-    memory: str | None = None,
+    memory: int | None = None,
     weights: bool = False,
 ) -> Plan:
     """The plan of the recipe at `path`; `weights` fetches hub models whole instead of their headers."""
@@ -51,7 +51,7 @@ def make_plan(
         opener,
         device=choose_device(device),
         workers=workers or default_workers(),
-        memory=None if memory is None else parse_size(memory),
+        memory=memory,
     )
 
 
@@ -79,7 +79,7 @@ def run(
     *,
     device: str = "auto",
     workers: int | None = None,
-    memory: str | None = None,
+    memory: int | None = None,
     force: bool = False,
     locked: bool = False,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,

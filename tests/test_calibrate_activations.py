@@ -17,19 +17,21 @@ from deltamerge.tensors import Kept
 from tests.test_calibrate_blocks import batches, make
 
 
-def caught(reference: Any, data: list[dict[str, torch.Tensor]], names: list[str]) -> dict[str, np.ndarray[Any, Any]]:
+def caught(
+    reference: Any, data: list[dict[str, torch.Tensor]], names: dict[str, str]
+) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs (N, n) in float64 of every layer, padding left out."""
     modules = dict(reference.named_modules())
     found: dict[str, list[np.ndarray[Any, Any]]] = {name: [] for name in names}
     mask: torch.Tensor | None = None
-    for name in names:
+    for name, state in names.items():
 
         def note(module: Any, args: Any, name: str = name) -> None:
             x = args[0].double()
             real = mask.bool() if mask is not None and mask.shape == x.shape[:-1] else ...
             found[name].append(x[real].reshape(-1, x.shape[-1]).numpy())
 
-        modules[name.removesuffix(".weight")].register_forward_pre_hook(note)
+        modules[state.removesuffix(".weight")].register_forward_pre_hook(note)
     with torch.no_grad():
         for inputs in data:
             mask = inputs.get("attention_mask")
@@ -38,7 +40,8 @@ def caught(reference: Any, data: list[dict[str, torch.Tensor]], names: list[str]
 
 
 @pytest.mark.parametrize(
-    "architecture", ["BertForSequenceClassification", "GPT2LMHeadModel", "LlamaForCausalLM", "ViTForImageClassification"]
+    "architecture",
+    ["BertForSequenceClassification", "GPT2LMHeadModel", "LlamaForCausalLM", "ViTForImageClassification"],
 )
 @pytest.mark.parametrize("sparse", [False, True])
 def test_equals_float64(architecture: str, sparse: bool, tmp_path: Path) -> None:
@@ -61,10 +64,8 @@ def test_equals_float64(architecture: str, sparse: bool, tmp_path: Path) -> None
     data = batches(architecture)
     found = collect(model, from_reader(tensors.__getitem__), data, deltas.get, draw=draw)
     assert found.keys() == layers.keys() - {head}
-    truth = caught(reference, data, list(found))
-    modules = dict(reference.named_modules())
-    states = {p: s for part, ss in zip(model.parts, model._states, strict=True) for p, s in zip(part, ss, strict=True)}
-    assert all(states[name].removesuffix(".weight") in modules for name in found)
+    states = {stored: state for state, stored in model.checkpoint_name.items()}
+    truth = caught(reference, data, {name: states[name] for name in found})
     for name, got in found.items():
         x, delta, kept = truth[name], deltas[name].double().numpy(), masked[name].double().numpy()
         if layers[name].transposed:

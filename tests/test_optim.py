@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from torch import Tensor, nn
 
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.optim import AdamR, _match, pull
+from deltamerge.optim import AdamR, Pretrained, _match, pull
 
 Array = npt.NDArray[np.float64]
 
@@ -61,6 +62,11 @@ def train(
     return loss.item()
 
 
+def every_seventh(schedule: torch.optim.lr_scheduler.LambdaLR, step: int) -> None:
+    if step % 7 == 3:
+        schedule.step()
+
+
 def weights(net: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in net.named_parameters()}
 
@@ -84,8 +90,8 @@ def test_without_decay_it_is_adamw_bit_for_bit(dtype: torch.dtype, foreach: bool
     if dtype == torch.bfloat16 and foreach != torch_foreach:
         pytest.skip("AdamW's own two implementations differ in bfloat16")
     nets = [Net(dtype=dtype), Net(dtype=dtype)]
-    options = {"lr": 3e-3, "betas": (0.8, 0.97), "eps": 1e-7}
-    groups = [
+    options: dict[str, Any] = {"lr": 3e-3, "betas": (0.8, 0.97), "eps": 1e-7}
+    groups: list[list[dict[str, Any]]] = [
         [{"params": net.body.parameters()}, {"params": net.head.parameters(), "lr": 1e-2, "betas": (0.0, 0.5)}]
         for net in nets
     ]  # fmt: skip
@@ -93,7 +99,7 @@ def test_without_decay_it_is_adamw_bit_for_bit(dtype: torch.dtype, foreach: bool
     theirs = torch.optim.AdamW(groups[1], weight_decay=0, foreach=torch_foreach, **options)
     for net, optimizer in zip(nets, (ours, theirs), strict=True):
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        train(net, optimizer, 60, lambda step, schedule=schedule: schedule.step() if step % 7 == 3 else None)
+        train(net, optimizer, 60, partial(every_seventh, schedule))
     assert_same(weights(nets[0]), weights(nets[1]))
     for p, q in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
         assert ours.state[p].keys() == theirs.state[q].keys()
@@ -266,7 +272,7 @@ def test_every_source_gives_the_same_run(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "one", state)
     make_checkpoint(tmp_path / "three", state | {"unused": torch.ones(2)}, shards=3)
     make_checkpoint(tmp_path / "bare", bare)
-    sources = [base, state, tmp_path / "one", str(tmp_path / "three"), nn.DataParallel(base)]
+    sources: list[Pretrained] = [base, state, tmp_path / "one", str(tmp_path / "three"), nn.DataParallel(base)]
     results = []
     for source in sources:
         net = Net(2)
@@ -297,7 +303,8 @@ def test_hub_id_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     for reference in ("someone/net", f"someone/net@{commit}"):
         nets = [Net(2), Net(2)]
-        for net, source in zip(nets, (reference, base), strict=True):
+        sources: list[Pretrained] = [reference, base]
+        for net, source in zip(nets, sources, strict=True):
             train(net, AdamR.for_model(net, source), 3)
         assert_same(weights(nets[0]), weights(nets[1]))
     with pytest.raises(InputError):
@@ -318,7 +325,7 @@ def test_kept_in_bfloat16_it_pulls_to_the_rounded_weights() -> None:
     base = Net(1)
     rounded = {name: p.detach().bfloat16() for name, p in base.named_parameters()}
     nets = [Net(2), Net(2), Net(2)]
-    asked = {"pretrained_dtype": torch.bfloat16, "pretrained_device": "cpu"}
+    asked: dict[str, Any] = {"pretrained_dtype": torch.bfloat16, "pretrained_device": "cpu"}
     train(nets[0], AdamR.for_model(nets[0], base, decay=0.1, **asked))
     train(nets[1], AdamR.for_model(nets[1], rounded, decay=0.1))
     train(nets[2], AdamR.for_model(nets[2], rounded, decay=0.1, regularizer="l1", **asked))
@@ -436,7 +443,7 @@ def test_gradient_clipping_and_closure() -> None:
             loss = ((nets[1](x) - y) ** 2).mean()
             loss.backward()
             nn.utils.clip_grad_norm_(nets[1].parameters(), 0.1)
-            return loss.item()
+            return float(loss.detach())
 
         assert optimizers[1].step(closure) > 0
     assert_same(weights(nets[0]), weights(nets[1]))
@@ -455,7 +462,7 @@ def test_grad_scaler_and_autocast() -> None:
             if net is nets[0]:
                 scaler.scale(loss).backward()
                 if step == 4:
-                    net.head.bias.grad[0] = torch.inf
+                    net.head.bias.grad = torch.full((3,), torch.inf)
                 scaler.step(optimizer)
                 scaler.update()
             elif step != 4:

@@ -18,11 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 
-from deltamerge.errors import InputError, OutputError
+from deltamerge.errors import OutputError
 from deltamerge.io import files
 from deltamerge.io.checkpoint import Reader, open_checkpoint
 from deltamerge.io.safetensors_file import read_header
-from deltamerge.io.writer import Layout, Writer, parse_size, plan_layout
+from deltamerge.io.writer import Layout, Writer, plan_layout
 from deltamerge.tensors import ITEMSIZE
 
 DTYPES = {
@@ -143,26 +143,6 @@ def test_a_layout_of_many_tensors_costs_linear_work() -> None:
     layout = plan_layout([(f"model.layers.{i}.weight", "BF16", (4096, 4096)) for i in range(20_000)], 5 * 10**9)
     assert len(layout.files) == -(-20_000 // (5 * 10**9 // (2 * 4096**2)))
     assert layout.total_size == 20_000 * 2 * 4096**2
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("5GB", 5 * 10**9), ("500MB", 5 * 10**8), (" 1.5 gb ", 15 * 10**8), ("2GiB", 2**31), ("1KiB", 1024),
-        ("3KB", 3000), ("4096", 4096), (4096, 4096), ("7B", 7), ("1TB", 10**12), ("0.5TiB", 2**39),
-        ("200mib", 200 * 2**20),
-    ],
-)  # fmt: skip
-def test_sizes(text: str | int, size: int) -> None:
-    assert parse_size(text) == size
-
-
-@pytest.mark.parametrize(
-    "text", ["", "GB", "5 gigabytes", "-1GB", "0", "0.1B", "1e9", "5GiBB", "iB", "٥GB", 0, True, -3]
-)
-def test_what_is_no_size(text: Any) -> None:
-    with pytest.raises(InputError, match="is not a size"):
-        parse_size(text)
 
 
 def test_writes_and_copies_from_many_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -130,7 +130,11 @@ class DeltaFile:
 
         def apply(entry: Entry) -> None:
             target = targets[entry.name]
-            changed = _apply_to(entry, target)
+            try:
+                changed = _apply_to(entry, target)
+            except InputError as error:
+                error.where.insert(0, f"{self.path}: {entry.name}")
+                raise
             if changed is not target:
                 state[entry.name] = changed
 

@@ -38,6 +38,8 @@ STORED_VALUES: dict[Values, str] = {"float32": "F32", "bfloat16": "BF16", "int8"
 
 _SHARD = re.compile(r"delta-\d{5}-of-\d{5}\.safetensors")
 
+_NOTHING = np.empty(0, np.uint8)
+
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 Natural = Annotated[int, Field(ge=0, lt=LARGEST_SIZE)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
@@ -124,15 +126,10 @@ class Entry:
 
     def positions(self) -> Iterator[Array]:
         """Flat int64 positions in ascending pieces. InputError: they are not what the record says."""
-        record = self.record
-        if not record.count:
-            return
-        with errors.context(self.name):
-            if self.index is None:
-                for start in range(0, self.size, TILE):
-                    yield np.arange(start, min(start + TILE, self.size))
-            else:
-                yield from decode(record.encoding, self.index, record.count, self.size, record.k)
+        if self.index is not None:
+            return decode(self.record.encoding, self.index, self.record.count, self.size, self.record.k)
+        stops = range(TILE, self.record.count + TILE, TILE)
+        return (np.arange(stop - TILE, min(stop, self.record.count)) for stop in stops)
 
     def pieces(self) -> Iterator[tuple[Array, Array]]:
         """Positions, with bits of final values, or float32 values to add."""
@@ -273,25 +270,19 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry]]:
     stored: dict[str, TensorInfo] = {}
     for file in _files(folder):
         stored |= read_header(folder / file).tensors
-    maps: dict[Path, mmap.mmap] = {}
+    maps = {path: _map(path) for path in {info.path for info in stored.values()}}
     entries = {}
     for name, record in manifest.tensors.items():
-        with errors.context(f"{MANIFEST}: {name}"):
+        try:
             _check(record)
-            arrays: dict[str, Array] = {}
-            for suffix, (dtype, length) in stored_arrays(record).items():
-                info = stored.pop(name + suffix, None)
-                if info is None:
-                    raise InputError(f"{name}{suffix} is not stored")
-                found = (info.dtype, *info.shape)
-                if found[0] != dtype or len(found) != 2 or length not in (None, found[1]):
-                    wanted = f"{dtype} of length {'any' if length is None else length}"
-                    raise InputError(f"{name}{suffix} is {info.dtype} {list(info.shape)}, not {wanted}")
-                if info.path not in maps:
-                    maps[info.path] = _map(info.path)
-                arrays[suffix] = _array(info, maps[info.path])
-        empty = np.empty(0, bits_type(record.dtype))
-        values, scales = arrays.pop(".values", empty), arrays.pop(".scales", None)
+            arrays = {
+                suffix: _array(name + suffix, expected, stored.pop(name + suffix, None), maps)
+                for suffix, expected in stored_arrays(record).items()
+            }
+        except InputError as error:
+            error.where.insert(0, f"{MANIFEST}: {name}")
+            raise
+        values, scales = arrays.pop(".values", _NOTHING), arrays.pop(".scales", None)
         entries[name] = Entry(name, record, values, next(iter(arrays.values()), None), scales)
     if stored:
         raise InputError(f"{MANIFEST} does not describe the stored tensor {min(stored)!r}")
@@ -302,9 +293,8 @@ def _check(record: Record) -> None:
     """InputError: the fields of a record contradict each other."""
     size = math.prod(record.shape)
     base_dtype = record.base_dtype or record.dtype
-    for dtype in (record.dtype, base_dtype):
-        if dtype not in ITEMSIZE:
-            raise InputError(f"unknown dtype {dtype!r}")
+    if record.dtype not in ITEMSIZE or base_dtype not in ITEMSIZE:
+        raise InputError(f"unknown dtype {record.dtype if base_dtype in ITEMSIZE else base_dtype!r}")
     if size >= LARGEST_SIZE or record.count > size:
         raise InputError(f"count is {record.count}, the tensor has {size} elements")
     if record.encoding == "dense" and record.count not in (0, size):
@@ -329,10 +319,18 @@ def _check_growth(old: list[int], new: list[int]) -> None:
         raise InputError(f"base_shape {old} is not {new} with fewer rows")
 
 
-def _array(info: TensorInfo, data: mmap.mmap) -> Array:
+def _array(
+    name: str, expected: tuple[str, int | None], info: TensorInfo | None, maps: dict[Path, mmap.mmap]
+) -> Array:
+    dtype, length = expected
+    if info is None:
+        raise InputError(f"{name} is not stored")
+    if info.dtype != dtype or len(info.shape) != 1 or length not in (None, info.shape[0]):
+        wanted = dtype if length is None else f"{dtype} of length {length}"
+        raise InputError(f"{name} is {info.dtype} {list(info.shape)}, not {wanted}")
+    kind = f"<{'i' if dtype in ('I32', 'I64') else 'u'}{ITEMSIZE[dtype]}"
+    array = np.frombuffer(maps[info.path], kind, info.shape[0], info.begin)
     # numpy gets along with any offset, torch only with aligned ones; our own files are aligned
-    dtype = f"<{'i' if info.dtype in ('I32', 'I64') else 'u'}{ITEMSIZE[info.dtype]}"
-    array = np.frombuffer(data, dtype, math.prod(info.shape), info.begin)
     return array if array.flags.aligned else array.copy()
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import threading
 from collections import Counter
 from collections.abc import Sequence
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltamerge import errors
-from deltamerge.errors import InputError, OutputError
+from deltamerge.errors import OutputError
 from deltamerge.io.checkpoint import INDEX, SINGLE, Reader, TensorInfo
 from deltamerge.io.files import Descriptors, flat, output_error, write_at
 from deltamerge.tensors import FLOATING, ITEMSIZE
@@ -24,10 +23,8 @@ from deltamerge.tensors import FLOATING, ITEMSIZE
 DTYPE_ORDER = (
     "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 )  # fmt: skip
-UNITS = {
-    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-    "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40,
-}  # fmt: skip
+
+  # fmt: skip
 
 
 class Meta(NamedTuple):
@@ -124,14 +121,6 @@ def _header(metas: Sequence[Meta], ends: Sequence[int]) -> bytes:
 def _index(total_size: int, total_parameters: int, weight_map: dict[str, str]) -> str:
     metadata = {"total_parameters": total_parameters, "total_size": total_size}
     return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
-
-
-def parse_size(size: int | str) -> int:
-    """Bytes of "5GB" (10⁹ each), "500MB", "1.5GiB" (2³⁰ each), "4096" or 4096. InputError: no positive size."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B|[KMGT]iB|)", str(size).strip(), re.IGNORECASE | re.ASCII)
-    if found is None or isinstance(size, bool) or (count := int(float(found[1]) * UNITS[found[2].upper()])) < 1:
-        raise InputError(f"{size!r} is not a size", hint="write 5GB, 500MB, 2GiB or a number of bytes")
-    return count
 
 
 class Writer:
