@@ -1,4 +1,4 @@
-"""Size, and time to load and apply, of delta artifacts against the CSR of the DAREx paper (values float32, int32 columns).
+"""Size, and time to load and apply, of delta artifacts against the DAREx paper's CSR (float32 values, int32 columns).
 
     python benchmarks/delta.py                     BERT-base and RoBERTa-base shapes, synthetic deltas
     python benchmarks/delta.py --real ../shared/data    error of each value coding on real fine-tunes
@@ -22,7 +22,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 

@@ -147,7 +147,7 @@ class TorchLane:
 
         self.reader, self.device = reader, device
         self.on_gpu = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.on_gpu else None
+        self.stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]  # torch
         self.slots = _Slots(self._host)
         self.results = _Slots(self._host)
 

@@ -82,21 +82,16 @@ class Builder:
         lambda_ = float(self._value("lambda", name, position, None))
         pruned = [self._delta(name, position, base, tune, tensor) for tune, tensor in tunes]
         details = tuple(
-            f"{tune.name} weight={w:g}{text}"
-            for (tune, _), w, (_, text) in zip(tunes, weights, pruned, strict=True)
+            f"{tune.name} weight={w:g}{text}" for (tune, _), w, (_, text) in zip(tunes, weights, pruned, strict=True)
         )
         whole = len(tunes) == 1 and lambda_ == 1 and (normalize or weights[0] == 1)
         if whole and not pruned[0][1]:
             return Built(self.copy(tunes[0][1], dtype), "copy", (tunes[0][0].name,))
         inputs = [self.read(base), *(node for node, _ in pruned)]
-        node = self._node(
-            method.function, inputs, base.shape, weights=weights, normalize=normalize, lambda_=lambda_
-        )
+        node = self._node(method.function, inputs, base.shape, weights=weights, normalize=normalize, lambda_=lambda_)
         return Built(self._cast(node, dtype), method.name, details)
 
-    def _delta(
-        self, name: str, position: float, base: TensorInfo, tune: Input, tensor: TensorInfo
-    ) -> tuple[Node, str]:
+    def _delta(self, name: str, position: float, base: TensorInfo, tune: Input, tensor: TensorInfo) -> tuple[Node, str]:
         """The pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
         assert tune.index is not None
         prune = self.prunes[tune.index]
@@ -123,9 +118,7 @@ class Builder:
         else:
             node = self._largest(whole, round(density * math.prod(shape)))
         if prune.rescale:
-            return self._matched(
-                whole, node, prune.rescale
-            ), f" {prune.method} density={density:g} {prune.rescale}"
+            return self._matched(whole, node, prune.rescale), f" {prune.method} density={density:g} {prune.rescale}"
         text = f" {prune.method} density={density:g} q={q:g}"
         if q == 1:
             return node, text
@@ -175,8 +168,9 @@ class Builder:
         default = self.recipe.method.parameters[key].default_for(len(self.recipe.fine_tunes))
         value = lookup(key, name, position, *levels, default=default)
         if value is None:
-            place = () if tune is None else ("models", tune.index, "parameters", key)
-            problem = self.recipe.problem(place, f"no filter matches {name}", "end the list with a value without a filter")
+            model = () if tune is None or tune.index is None else ("models", tune.index)
+            hint = "end the list with a value without a filter"
+            problem = self.recipe.problem((*model, "parameters", key), f"no filter matches {name}", hint)
             raise RecipeError(self.recipe.source.path, [problem])
         return value
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import threading
 import time
@@ -19,12 +20,8 @@ from deltamerge.errors import DeltamergeError, RecipeError
 
 RECIPE = click.Path(path_type=Path)
 FOLDER = click.Path(path_type=Path)
-DEVICE = click.option(
-    "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where tiles are computed."
-)
-WORKERS = click.option(
-    "--workers", type=click.IntRange(1), help="Threads; default: the cores of this machine."
-)
+DEVICE = click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where tiles are computed.")
+WORKERS = click.option("--workers", type=click.IntRange(1), help="Threads; default: the cores of this machine.")
 
 
 def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
@@ -71,9 +68,7 @@ def _report_bug(bug: Exception) -> int:
     click.echo(f"bug in deltamerge {__version__}: {type(bug).__name__}: {bug}", err=True)
     last = traceback.extract_tb(bug.__traceback__)[-1]
     click.echo(f"at {Path(last.filename).name}:{last.lineno} in {last.name}", err=True)
-    click.echo(
-        "hint: please report these lines together with the recipe and `deltamerge --version`", err=True
-    )
+    click.echo("hint: please report these lines together with the recipe and `deltamerge --version`", err=True)
     return 3
 
 
@@ -85,9 +80,7 @@ def commands() -> None:
 
 @commands.command()
 @click.argument("recipe", type=RECIPE)
-@click.option(
-    "--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it."
-)
+@click.option("--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it.")
 @DEVICE
 @WORKERS
 @MEMORY
@@ -109,6 +102,8 @@ def run(
     """Run RECIPE: merge its models into a checkpoint that transformers loads."""
     from deltamerge.run import run as run_recipe
 
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     result = run_recipe(
         recipe,
@@ -132,9 +127,7 @@ def run(
         click.echo(json.dumps(summary, sort_keys=True))
     elif not quiet:
         size, seconds = human(result.plan.nbytes), progress.seconds
-        click.echo(
-            f"{result.folder}: {len(result.plan.outputs)} tensors, {size} in {seconds:.1f} s", err=True
-        )
+        click.echo(f"{result.folder}: {len(result.plan.outputs)} tensors, {size} in {seconds:.1f} s", err=True)
 
 
 @commands.command()
@@ -221,13 +214,14 @@ def render_plan(described: dict[str, Any]) -> str:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
     passes = max((tensor["passes"] for tensor in described["tensors"]), default=1)
+    select = f"select in up to {passes - 1} passes → " if passes > 1 else ""
     backends = sorted({t["backend"] for t in described["tensors"] if t["method"] != "copy"})
     lines += [
         "",
         f"merge_method   {described['merge_method']} of {', '.join(described['models'])}"
         + (f" on {described['base_model']}" if described["base_model"] else ""),
         f"template       {described['template']}",
-        f"stages         read → {'select in up to ' + str(passes - 1) + ' passes → ' if passes > 1 else ''}merge → write",
+        f"stages         read → {select}merge → write",
         f"output         {len(described['tensors'])} tensors, {human(described['output_bytes'])} in "
         f"{len(described['shards'])} file{'s' if len(described['shards']) != 1 else ''}",
         f"reads          {human(described['read_bytes'])}",

@@ -29,9 +29,7 @@ class Sink(Protocol):
     def write(self, name: str, offset: int, data: Any) -> None:
         """Bytes of tensor `name` from byte `offset`."""
 
-    def copy(
-        self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader
-    ) -> None:
+    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
         """Bytes [start, start + nbytes) of `source`, which as a whole is the tensor's bytes from `offset`."""
 
 
@@ -239,9 +237,7 @@ class _Engine:
                     if item.call is None:
                         values[id(node)] = lane.read(node, tile)
                     else:
-                        inputs = [
-                            values[id(s)] if id(s) in values else running.values[id(s)] for s in node.inputs
-                        ]
+                        inputs = [values[id(s)] if id(s) in values else running.values[id(s)] for s in node.inputs]
                         value = item.call(*inputs, tile=tile, **item.parameters)
                         if node.kind in REDUCTIONS:
                             self._reduce(running, node, start, value)
@@ -272,9 +268,7 @@ class _Engine:
                 return
         for node in (item.node for item in running.steps if item.node.kind in REDUCTIONS):
             parts = [part for _, part in sorted(running.partials[id(node)].items())]
-            running.values[id(node)] = (
-                sum(parts[1:], parts[0]) if node.kind == "sum" else np.concatenate(parts)
-            )
+            running.values[id(node)] = sum(parts[1:], parts[0]) if node.kind == "sum" else np.concatenate(parts)
         jobs = self._next_pass(running)
         with self.changed:
             if jobs:

@@ -94,8 +94,8 @@ def depth_first(root: Node) -> list[Node]:
 class Schedule:
     """How one output tensor is made: passes over its tiles, with small values between them.
 
-    `passes[i]` lists, in order, the nodes that pass i runs on every tile to make its reductions; the last pass makes the
-    root. `small[i]` are the small nodes computable before pass i. `frees[i]` maps a position in
+    `passes[i]` lists, in order, the nodes that pass i runs on every tile to make its reductions; the last pass makes
+    the root. `small[i]` are the small nodes computable before pass i. `frees[i]` maps a position in
     `passes[i]` to the nodes whose tile values are last used there.
     """
 

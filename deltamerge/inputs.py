@@ -15,7 +15,7 @@ Opener = Callable[[str, Path], Checkpoint]
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One model of the recipe: its name, its place in the recipe (None: the base), and its tensors by canonical name."""
+    """One model of the recipe: its name, its place in the recipe (None: the base), its tensors by canonical name."""
 
     name: str
     index: int | None
@@ -79,7 +79,7 @@ def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
 
 
 def _named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
-    """The input that `template` or `tokenizer_source` names: by name, by reference, or "base"; None if it names none."""
+    """The input that `template` or `tokenizer_source` means: by name, reference, or "base"; None if it names none."""
     if name is None:
         return None
     if base is not None and name in ("base", recipe.base_model):

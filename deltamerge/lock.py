@@ -84,9 +84,7 @@ def write_lock(plan: Plan, folder: Path, inputs: dict[str, Any], workers: int) -
 def read_lock(path: Path) -> dict[str, Any]:
     """A lock's content; InputError if it is none."""
     try:
-        content = yaml.load(
-            path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-        )
+        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such lock", hint="a finished `deltamerge run` leaves one") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -108,14 +106,10 @@ def check_inputs(lock: dict[str, Any], inputs: dict[str, Any], path: Path) -> No
     for reference in sorted(locked.keys() | inputs.keys()):
         then, now = locked.get(reference), inputs.get(reference)
         if then is None or now is None:
-            wrong.append(
-                f"{reference}: {'not in the lock' if then is None else 'in the lock, not in the recipe'}"
-            )
+            wrong.append(f"{reference}: {'not in the lock' if then is None else 'in the lock, not in the recipe'}")
             continue
         files = then["files"].keys() | now["files"].keys()
-        wrong += [
-            f"{reference}: {f} differs" for f in sorted(files) if then["files"].get(f) != now["files"].get(f)
-        ]
+        wrong += [f"{reference}: {f} differs" for f in sorted(files) if then["files"].get(f) != now["files"].get(f)]
     if wrong:
         raise VerifyError("\n".join([f"{path}: the inputs are not those of the lock", *wrong]))
 

@@ -39,7 +39,7 @@ def cast(value: Tensor | Patched, *, tile: Tile, to: str) -> Tensor:
         return value.to(target)
     result = value.base.to(target, copy=True)
     result[value.positions] = value.values.to(target)
-    return result
+    return result  # type: ignore[no-any-return]  # Patched holds arrays of either backend
 
 
 def union(base: Any, deltas: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -133,9 +133,7 @@ def plan(
     if planner.problems:
         shown = planner.problems[:SHOWN_PROBLEMS]
         more = len(planner.problems) - len(shown)
-        raise InputError(
-            "\n".join(shown + ([f"… and {more} more"] if more else [])), hint=planner.hint or None
-        )
+        raise InputError("\n".join(shown + ([f"… and {more} more"] if more else [])), hint=planner.hint or None)
     layout = plan_layout([(name, dtype, shape) for name, shape, dtype, _ in rows], recipe.output.shard_size)
     outputs = tuple(
         Output(name, shape, dtype, math.prod(shape) * ITEMSIZE[dtype], pieces, layout.tensors[name].file)
@@ -189,9 +187,7 @@ class _Planner:
             return None
         if lacking or tensor.dtype not in FLOATING:
             copied.append(stored)
-            return self._whole(
-                stored, Built(self.builder.copy(tensor, dtype), "copy", (self.inputs.template.name,))
-            )
+            return self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (self.inputs.template.name,)))
         present = [(model, info) for model, info in found if info is not None]
         shared, rest = self._rows(name, present)
         if shared is None:
@@ -232,9 +228,7 @@ class _Planner:
             self.hint = "set `tokenizer_source` to `base` or to the model whose added tokens are to be kept"
             return None, None
         count = min(shape[0] for shape in shapes)
-        self.notes.append(
-            f"{stored}: the {count} rows that all models share are merged, the rest is {source.name}'s"
-        )
+        self.notes.append(f"{stored}: the {count} rows that all models share are merged, the rest is {source.name}'s")
         whole = source.get(name)
         rest = _cut(whole, count, whole.shape[0]) if whole is not None and whole.shape[0] > count else None
         return [(model, _cut(info, 0, count)) for model, info in present], rest

@@ -117,9 +117,7 @@ class _Shards:
     def write(self, name: str, offset: int, data: Any) -> None:
         self.writer.write(name, offset, data)
 
-    def copy(
-        self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader
-    ) -> None:
+    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
         self.writer.copy(name, offset + start, source, start, nbytes, reader)
 
 
@@ -149,15 +147,11 @@ def finished_folder(target: Path, *, force: bool, inputs: Plan) -> Iterator[Path
     for model in inputs.inputs.all:
         source = model.checkpoint.path.resolve()
         if resolved == source or source.is_relative_to(resolved):
-            raise OutputError(
-                f"{target}: holds the input {model.name}", hint="choose another folder with --out"
-            )
+            raise OutputError(f"{target}: holds the input {model.name}", hint="choose another folder with --out")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
     if target.is_dir() and any(target.iterdir()) and not force:
-        raise OutputError(
-            f"{target}: not empty", hint="choose another folder with --out, or replace it with --force"
-        )
+        raise OutputError(f"{target}: not empty", hint="choose another folder with --out, or replace it with --force")
     work = resolved.parent / f".{resolved.name}.{os.getpid()}.partial"
     try:
         work.mkdir(parents=True)
@@ -169,9 +163,7 @@ def finished_folder(target: Path, *, force: bool, inputs: Plan) -> Iterator[Path
     except OSError as error:
         if isinstance(error, FileNotFoundError):
             raise InputError(f"{error.filename}: vanished during the run") from error
-        raise OutputError(
-            f"{target}: cannot be written: {error.strerror}", hint="free space and run again"
-        ) from error
+        raise OutputError(f"{target}: cannot be written: {error.strerror}", hint="free space and run again") from error
     finally:
         shutil.rmtree(work, ignore_errors=True)
 

@@ -18,7 +18,7 @@ FLOATING = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})
 
 
 def row_length(shape: tuple[int, ...]) -> int:
-    """Elements of one output row: the last dimension of matrices (stacked too), all but the first of 2-D convolutions."""
+    """Elements of one output row: the last dimension of matrices (stacked too), all but the first of convolutions."""
     if len(shape) < 2:
         return 1
     return shape[-1] if len(shape) < 4 else math.prod(shape[1:])

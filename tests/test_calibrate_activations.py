@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_models import batches, make
 
 from deltamerge.calibrate.activations import collect
 from deltamerge.calibrate.blocks import Model, from_reader
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.tensors import Kept
-from tests.test_calibrate_blocks import batches, make
 
 
 def caught(
@@ -73,7 +73,9 @@ def test_equals_float64(architecture: str, sparse: bool, tmp_path: Path) -> None
         bias_name = layers[name].bias
         bias = deltas[bias_name].double().numpy() if bias_name else np.zeros(len(delta))
         y, kept_y, c = x @ delta.T, x @ kept.T, delta * x.mean(0)
-        close = {"rtol": 2e-4, "atol": 1e-6}
+        close: Any = {"rtol": 2e-4, "atol": 1e-6}
+        assert got.cross is not None
+        assert got.power is not None
         assert got.tokens == len(x)
         np.testing.assert_allclose(got.norm, np.linalg.norm(x, axis=0), **close)
         np.testing.assert_array_equal(got.norm, norms[name])

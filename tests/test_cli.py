@@ -138,7 +138,9 @@ def test_memory_is_a_cap(folder, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["run", "--help"], ["schema"], ["check", "good.yaml"], ["plan", "good.yaml"]], ids=" ".join
+    "arguments",
+    [["--help"], ["run", "--help"], ["schema"], ["check", "good.yaml"], ["plan", "good.yaml"]],
+    ids=" ".join,
 )
 def test_no_torch_is_imported_to_look(folder, arguments):
     script = (
@@ -212,8 +214,9 @@ def test_output_loads_in_transformers_with_no_key_missing(tmp_path, capsys):
 def test_pickled_weights_are_refused_with_the_way_out(folder, tmp_path, capsys):
     make_checkpoint(tmp_path / "old", {"w": torch.zeros(2)})
     (tmp_path / "old" / "model.safetensors").rename(tmp_path / "old" / "pytorch_model.bin")
-    (tmp_path / "r.yaml").write_text(f"models: [{{model: {folder}/a}}, {{model: ./old}}]\nmerge_method: linear\n"
-                                     "parameters: {weight: 1}\n")
+    (tmp_path / "r.yaml").write_text(
+        f"models: [{{model: {folder}/a}}, {{model: ./old}}]\nmerge_method: linear\nparameters: {{weight: 1}}\n"
+    )
     code, _, err = call(capsys, "check", tmp_path / "r.yaml")
     assert code == 1
     assert "pickle" in err

@@ -208,7 +208,14 @@ def test_shards_index_and_files(models, tmp_path):
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     names = {p.name for p in folder.iterdir()}
     assert set(index["weight_map"].values()) <= names
-    assert {"config.json", "tokenizer.json", "generation_config.json", "README.md", "recipe.yaml", "recipe.lock"} <= names
+    assert {
+        "config.json",
+        "tokenizer.json",
+        "generation_config.json",
+        "README.md",
+        "recipe.yaml",
+        "recipe.lock",
+    } <= names
     assert "notes.txt.bak" not in names
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
     card = (folder / "README.md").read_text()

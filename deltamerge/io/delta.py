@@ -123,7 +123,8 @@ class DeltaFile:
         import torch
 
         targets = {entry.name: _target(entry, state, self.manifest.base) for entry in self.entries.values()}
-        large, small = [], []
+        large: list[Entry] = []
+        small: list[Entry] = []
         for entry in self.entries.values():
             (large if entry.record.count > THREADED else small).append(entry)
         workers = min(torch.get_num_threads(), len(large))

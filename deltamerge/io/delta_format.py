@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import mmap
 import re
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from deltamerge.io.encodings import LARGEST_K, Array, Coding, decode, index_item
 from deltamerge.io.files import flat
 from deltamerge.io.safetensors_file import TensorInfo, read_header
 from deltamerge.io.strict_json import read_json
-from deltamerge.io.values import SCALE_BITS, UNITS, VALUE_BITS, Values, cast, decode_values, narrow, scale_values, widen
+from deltamerge.io.values import SCALE_BITS, UNITS, VALUE_BITS, Values, cast, narrow, scale_values, widen
 from deltamerge.tensors import FLOATING, ITEMSIZE
 
 FORMAT = "deltamerge-delta"
@@ -131,28 +132,32 @@ class Entry:
         stops = range(TILE, self.record.count + TILE, TILE)
         return (np.arange(stop - TILE, min(stop, self.record.count)) for stop in stops)
 
+    def scale_values(self) -> Array:
+        """Float32 scales, one per group; none where values have no scales."""
+        record = self.record
+        if self.scales is None or record.values is None:
+            return np.empty(0, np.float32)
+        return scale_values(self.scales, groups(record), record.unit, record.values)
+
+    def codes(self, start: int, stop: int) -> Array:
+        """Values [start, stop) before scales: bits of final values, float32, int8, or int8 1 and -1 for signs."""
+        values, coding = self.values[start:stop], self.record.values
+        if coding == "sign":
+            bits = np.unpackbits(self.values[start >> 3 : -(-stop // 8)], bitorder="little").view(np.int8)
+            return 1 - (bits[start & 7 :][: stop - start] << 1)
+        if coding == "bfloat16":
+            return widen(values, "BF16")
+        return values if coding is None else values.view(np.int8 if coding == "int8" else np.float32)
+
     def pieces(self) -> Iterator[tuple[Array, Array]]:
         """Positions, with bits of final values, or float32 values to add."""
-        record = self.record
-        coding, done = record.values, 0
-        scales = np.empty(0, np.float32)
-        if self.scales is not None and coding is not None:
-            scales = scale_values(self.scales, groups(record), record.unit, coding)
+        scales, done = self.scale_values(), 0
         for positions in self.positions():
-            stop = done + positions.size
-            values = self.values[done:stop]
-            if coding == "bfloat16":
-                values = widen(values, "BF16")
-            elif coding == "int8":
-                values = decode_values(values.view(np.int8), positions, scales, record.group)
-            elif coding == "sign":
-                bits = np.unpackbits(self.values[done >> 3 : -(-stop // 8)], bitorder="little")
-                negative = bits[done & 7 :][: positions.size].view(bool)
-                values = decode_values(negative, positions, scales, record.group)
-            elif coding == "float32":
-                values = values.view(np.float32)
+            values = self.codes(done, done + positions.size)
+            if scales.size:
+                values = scales[positions // self.record.group] * values
             yield positions, values
-            done = stop
+            done += positions.size
 
     def tiles(self, read: Read | None, *, check: bool = True, tile: int = TILE) -> Iterator[Array]:
         """The result as bits, tile by tile, from the base's tensor (None where the base has none).
@@ -214,8 +219,18 @@ class Entry:
 
     def apply_in_place(self, bits: Array) -> None:
         """Turn the base tensor's flat bits into the result's, of the same dtype and size."""
-        if self.index is None and self.record.count and self.record.values is None:
+        record = self.record
+        if self.index is None and record.count and record.values is None:
             bits[:] = self.values
+            return
+        fits = record.values is None or record.dtype == "F32"
+        if "numba" in sys.modules and record.encoding == "rice" and record.count and record.k < 8 and fits:
+            from deltamerge.io.delta_kernels import apply_rice
+
+            assert self.index is not None
+            out = bits if record.values is None else bits.view(np.float32)
+            codes = self.codes(0, record.count)
+            apply_rice(self.index, record.k, codes, self.scale_values(), record.group, out, add=out is not bits)
             return
         for positions, values in self.pieces():
             self._put(bits, bits, positions, values)
@@ -319,9 +334,7 @@ def _check_growth(old: list[int], new: list[int]) -> None:
         raise InputError(f"base_shape {old} is not {new} with fewer rows")
 
 
-def _array(
-    name: str, expected: tuple[str, int | None], info: TensorInfo | None, maps: dict[Path, mmap.mmap]
-) -> Array:
+def _array(name: str, expected: tuple[str, int | None], info: TensorInfo | None, maps: dict[Path, mmap.mmap]) -> Array:
     dtype, length = expected
     if info is None:
         raise InputError(f"{name} is not stored")

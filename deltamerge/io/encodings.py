@@ -121,7 +121,7 @@ def encode(choice: Choice, positions: Iterable[Array], count: int, size: int) ->
             done += piece.size
         return out
     out = np.full(choice.nbytes, ESCAPE if choice.coding == "gaps" else 0, np.uint8)
-    planes, packed, unary = _rice_parts(out, count, k) if choice.coding == "rice" else ([], out, out)
+    planes, packed, unary = rice_parts(out, count, k) if choice.coding == "rice" else ([], out, out)
     ones = -1  # the last bit set in the unary part
     place = -1  # the last gap's byte
     for piece in positions:
@@ -215,7 +215,7 @@ def _decode_gaps(stored: Array) -> Iterator[Array]:
         raise InputError("gaps end in an escape")
 
 
-def _rice_parts(stored: Array, count: int, k: int) -> tuple[list[Array], Array, Array]:
+def rice_parts(stored: Array, count: int, k: int) -> tuple[list[Array], Array, Array]:
     planes = [stored[i * count : (i + 1) * count] for i in range(k // 8)]
     start = k // 8 * count
     stop = start + k % 8 * -(-count // 8)
@@ -223,7 +223,7 @@ def _rice_parts(stored: Array, count: int, k: int) -> tuple[list[Array], Array, 
 
 
 def _decode_rice(stored: Array, count: int, k: int) -> Iterator[Array]:
-    planes, packed, unary = _rice_parts(stored, count, k)
+    planes, packed, unary = rice_parts(stored, count, k)
     b = k % 8
     done = 0
     # (bit << k) - Σ(2**k - 1 - r) + 2**k - 1 is the position, and 2**k - 1 - r is r with its bits inverted

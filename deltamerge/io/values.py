@@ -138,16 +138,6 @@ def scale_values(stored: Array, groups: int, unit: int, coding: str) -> Array:
     return _table(unit, coding)[stored]
 
 
-def decode_values(codes: Array, positions: Array, scales: Array, group: int) -> Array:
-    """Float32 values of int8 codes, or of signs (bool: negative), at flat `positions`."""
-    values: Array = scales[positions // group]
-    if codes.dtype == bool:
-        values.view(np.uint32)[...] ^= codes.view(np.uint8).astype(np.uint32) << 31
-    else:
-        values *= codes
-    return values
-
-
 def _squares(values: Array) -> float:
     return float(np.square(values, dtype=np.float64).sum())
 

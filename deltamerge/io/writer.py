@@ -24,8 +24,6 @@ DTYPE_ORDER = (
     "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 )  # fmt: skip
 
-  # fmt: skip
-
 
 class Meta(NamedTuple):
     """A tensor to be written."""

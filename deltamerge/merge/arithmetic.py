@@ -57,9 +57,7 @@ def task_arithmetic(
     return base.to(torch.float32) + _mixed(dense, weights, normalize, lambda_)
 
 
-def _mixed(
-    deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bool, lambda_: float
-) -> torch.Tensor:
+def _mixed(deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bool, lambda_: float) -> torch.Tensor:
     total = weighted_sum(deltas, weights)
     if normalize:
         total = total / divisor_of(weights)

@@ -36,9 +36,7 @@ def ties(
     return base.to(torch.float32) + _consensus(dense, weights, normalize, lambda_)
 
 
-def _consensus(
-    deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bool, lambda_: float
-) -> torch.Tensor:
+def _consensus(deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bool, lambda_: float) -> torch.Tensor:
     import torch
 
     positive = weighted_sum(deltas, weights) >= 0

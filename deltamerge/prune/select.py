@@ -23,7 +23,7 @@ LOW = 1 << 16
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """The k-th largest magnitude has high bits `high` and is the `rank`-th largest (from 1) of those that share them."""
+    """The k-th largest magnitude has high bits `high` and is the `rank`-th largest (from 1) of those with them."""
 
     high: int
     rank: int
@@ -60,9 +60,7 @@ def pick_bin(counts: np.ndarray[tuple[int], np.dtype[np.int64]], *, k: int) -> B
     return Bin(high, k - int(above[index] - counts[high]))
 
 
-def low_histogram(
-    delta: torch.Tensor, high: Bin, *, tile: Tile
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def low_histogram(delta: torch.Tensor, high: Bin, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Counts of the low 16 bits of abs(Δ) among entries with the bin's high bits: int64[65536]."""
     import torch
 
