@@ -92,9 +92,7 @@ def delta_megabytes(folder: Path) -> float:
 def commonest() -> str:
     labels = [row.label for row in tasks.rows("sentiment", "test")]
     share = 100 * max(map(labels.count, set(labels))) / len(labels)
-    return (
-        f"\naccuracy: of {len(labels):,} test sentences; the commoner answer alone would score {share:.1f}."
-    )
+    return f"\naccuracy: of {len(labels):,} test sentences; the commoner answer alone would score {share:.1f}."
 
 
 def table(results: list[Result]) -> str:
@@ -111,9 +109,7 @@ def table(results: list[Result]) -> str:
     ]
     width = [max(map(len, column)) for column in zip(head, *body, strict=True)]
     lines = [
-        "  ".join(
-            [row[0].ljust(width[0]), *(cell.rjust(w) for cell, w in zip(row[1:], width[1:], strict=True))]
-        )
+        "  ".join([row[0].ljust(width[0]), *(cell.rjust(w) for cell, w in zip(row[1:], width[1:], strict=True))])
         for row in (head, *body)
     ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

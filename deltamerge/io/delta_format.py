@@ -220,20 +220,24 @@ class Entry:
     def apply_in_place(self, bits: Array) -> None:
         """Turn the base tensor's flat bits into the result's, of the same dtype and size."""
         record = self.record
-        if self.index is None and record.count and record.values is None:
-            bits[:] = self.values
+        if not record.count:
             return
-        fits = record.values is None or record.dtype == "F32"
-        if "numba" in sys.modules and record.encoding == "rice" and record.count and record.k < 8 and fits:
+        if self.index is None and record.values is None:
+            bits[:] = self.values
+        elif self._fits_kernel():
             from deltamerge.io.delta_kernels import apply_rice
 
-            assert self.index is not None
             out = bits if record.values is None else bits.view(np.float32)
-            codes = self.codes(0, record.count)
-            apply_rice(self.index, record.k, codes, self.scale_values(), record.group, out, add=out is not bits)
-            return
-        for positions, values in self.pieces():
-            self._put(bits, bits, positions, values)
+            codes, add = self.codes(0, record.count), record.values is not None
+            apply_rice(self.index, record.k, codes, self.scale_values(), record.group, out, add=add)
+        else:
+            for positions, values in self.pieces():
+                self._put(bits, bits, positions, values)
+
+    def _fits_kernel(self) -> bool:
+        record = self.record
+        is_simple = record.values is None or record.dtype == "F32"
+        return "numba" in sys.modules and record.encoding == "rice" and record.k < 16 and is_simple
 
 
 def bits_type(dtype: str) -> str:
