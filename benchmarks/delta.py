@@ -19,9 +19,11 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -74,6 +76,10 @@ def apply_csr(path: Path, state: State) -> None:
         matrix.add_(torch.sparse_csr_tensor(crow, col, values, matrix.shape, check_invariants=False))
 
 
+def window(array: np.ndarray[Any, Any], start: int, stop: int) -> np.ndarray[Any, Any]:
+    return array[start:stop]
+
+
 def write_delta(
     folder: Path, kind: str, deltas: dict[str, tuple[torch.Tensor, torch.Tensor]], base: State
 ) -> dict[str, float]:
@@ -84,8 +90,8 @@ def write_delta(
     with DeltaWriter(folder, Base(id="base"), semantics=semantics, values=values) as writer:
         for name, tensor in base.items():
             host = tensor.reshape(-1).view(torch.int32).numpy()
-            source = BaseTensor(name, "F32", tuple(tensor.shape), lambda start, stop, host=host: host[start:stop])
-            out = writer.tensor(name, "F32", tuple(tensor.shape), source)
+            shape = tuple(tensor.shape)
+            out = writer.tensor(name, "F32", shape, BaseTensor(name, "F32", shape, partial(window, host)))
             positions, added = deltas[name]
             if kind == "replace":
                 result = tensor.flatten().clone()

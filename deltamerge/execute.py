@@ -6,7 +6,7 @@ import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -84,15 +84,18 @@ def execute(
     *,
     device: str = "cpu",
     workers: int = 1,
-    tile_elements: int = 1 << 16,
+    tile_elements: int = 1 << 18,
     progress: Callable[[int], None] = lambda _: None,
+    known: Mapping[Node, Any] | None = None,
 ) -> dict[Node, Any]:
     """Make every task's tensor and hand its tiles to `sink`; the values of shared small nodes are returned.
+
+    `known` are values of small nodes that are not computed again.
 
     At most `workers` + 1 tensors are in flight, each worker holds one tile of each value alive; the result does not
     depend on `workers`, `tile_elements` or the device.
     """
-    engine = _Engine(tasks, reader, sink, device, tile_elements, progress)
+    engine = _Engine(tasks, reader, sink, device, tile_elements, progress, known or {})
     with _quiet_allocator(), _single_threaded(tasks, workers):
         engine.run(workers)
     return engine.shared
@@ -109,11 +112,12 @@ class _Engine:
         device: str,
         tile_elements: int,
         progress: Callable[[int], None],
+        known: Mapping[Node, Any],
     ) -> None:
         self.reader, self.sink, self.progress = reader, sink, progress
         self.tile_elements = tile_elements
         self.backends = {name: open_backend(name, device) for name in {t.backend for t in tasks}}
-        self.shared = _shared_values(tasks)
+        self.shared = _shared_values(tasks, known)
         self.upcoming = iter(tasks)
         self.ready: deque[Job] = deque()
         self.in_flight = 0
@@ -226,6 +230,9 @@ class _Engine:
         running = job.running
         root = running.task.root
         step = self._tile_step(root)
+        for node in (item.node for item in running.steps if item.call is None):
+            size = ITEMSIZE[node.dtype]
+            self.reader.advise(node.parameter("tensor"), job.start * size, (job.stop - job.start) * size)
         for start in range(job.start, max(job.stop, job.start + 1), step):
             if self.failure is not None:
                 return
@@ -286,9 +293,9 @@ def _needless(node: Node, values: dict[int, Any]) -> bool:
     return False
 
 
-def _shared_values(tasks: Sequence[Task]) -> dict[Node, Any]:
+def _shared_values(tasks: Sequence[Task], known: Mapping[Node, Any]) -> dict[Node, Any]:
     """Values of the small nodes that need no tile (numbers of the recipe, calibration), each computed once."""
-    values: dict[Node, Any] = {}
+    values: dict[Node, Any] = dict(known)
     tiled: set[Node] = set()
     for task in tasks:
         for node in depth_first(task.root):

@@ -36,10 +36,28 @@ def cast(value: Tensor | Patched, *, tile: Tile, to: str) -> Tensor:
     """The value in the output dtype, rounded once to nearest, ties to even."""
     target = torch_dtype(to)
     if not isinstance(value, Patched):
-        return value.to(target)
+        return _rounded(value, target)
     result = value.base.to(target, copy=True)
-    result[value.positions] = value.values.to(target)
+    result[value.positions] = _rounded(value.values, target)
     return result  # type: ignore[no-any-return]  # Patched holds arrays of either backend
+
+
+def _rounded(value: Tensor, target: torch.dtype) -> Tensor:
+    """One rounding; a bfloat16 NaN is 0x7FC0 on every device."""
+    import torch
+
+    result = value.to(target)
+    return result.masked_fill_(value.isnan(), torch.nan) if target == torch.bfloat16 else result
+
+
+def dense(delta: Any, *, tile: Tile) -> Tensor:
+    """A delta as a dense float32 tile."""
+    return densify(delta, tile.size)
+
+
+def over(x: Tensor, divisor: float) -> Tensor:
+    """x / divisor in float32; the divisor is put on x's device, where a plain number would be made a reciprocal."""
+    return x / x.new_tensor(divisor)
 
 
 def union(base: Any, deltas: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:

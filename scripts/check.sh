@@ -8,4 +8,4 @@ ruff check .
 ruff format --check .
 mypy --strict deltamerge
 lint-imports
-pytest -q -n 2
+pytest -n 2

@@ -64,7 +64,7 @@ def test_not_a_number_never_wins() -> None:
 
 
 def test_one_point() -> None:
-    found = minimise(lambda points: [q for q in points], 0.5, 0.5)
+    found = minimise(lambda points: list(points), 0.5, 0.5)
     assert (found.point, found.evaluations) == (0.5, 1)
 
 

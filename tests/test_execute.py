@@ -15,7 +15,7 @@ import torch
 from conftest import load_tensors, make_checkpoint
 
 from deltamerge import backends, fused
-from deltamerge.run import run
+from deltamerge.run import make_plan, run
 
 RECIPE = "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.3}}]\n"
 
@@ -90,6 +90,24 @@ def test_an_interrupted_run_exits_130_and_leaves_nothing(tmp_path):
     assert process.returncode == 130, stderr
     assert "Traceback" not in stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "r.yaml"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+@pytest.mark.parametrize("method", ["{method: dare, density: 0.3}", "{method: magnitude, density: 0.1, group: row}"])
+def test_memory_stays_under_the_plan_whatever_the_size_of_a_tensor(tmp_path, method):
+    """200 million elements in one tensor; the torch path holds rows of the same tiles."""
+    recipe = pair(tmp_path, rows=400_000, count=2)
+    recipe.write_text(RECIPE.replace("{method: dare, density: 0.3}", method))
+    planned = make_plan(recipe, device="cpu", memory=400_000_000)
+    process = subprocess.Popen(command(recipe, "--memory", "400MB"))
+    peak = 0
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        peak = max([peak, *(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon"))])
+        time.sleep(0.005)
+    assert process.returncode == 0
+    assert 20_000 < peak < planned.peak_bytes / 1000 <= 400_000
 
 
 @pytest.mark.gpu

@@ -24,14 +24,6 @@ class Batches:
     labels: list[Tensor] | None
     texts: list[list[str]] | None = None
 
-    def part(self, start: int, stop: int) -> Batches:
-        """Batches start … stop − 1."""
-        return Batches(
-            self.inputs[start:stop],
-            None if self.labels is None else self.labels[start:stop],
-            None if self.texts is None else self.texts[start:stop],
-        )
-
 
 class Reader:
     """Turns rows into batches with the tokenizer or image processor in `folder` (never remote code).
@@ -63,20 +55,29 @@ class Reader:
         return None if self.tokenizer is None else self.tokenizer.pad_token_id
 
     def batches(self, rows: Sequence[Row], *, size: int = 32, labelled: bool = False) -> Batches:
-        """Batches of `size` rows, in order; with `labelled`, labels that fit the head (InputError where they do not).
+        """Batches of `size` rows; with `labelled`, labels that fit the head (InputError where they do not).
 
-        text-generation: a label is the answer that follows the text; it is part of the sequence, and of `texts`.
+        Texts are batched by length, so that little is padding. text-generation: a row's label is the answer that
+        follows its text, and part of the sequence.
         """
-        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
         if self.processor is not None:
+            groups = _groups(rows, size)
             inputs = [dict(self.processor(images=[_picture(r) for r in g], return_tensors="pt")) for g in groups]
         else:
+            groups = _groups(self._by_length(rows), size)
             inputs = [self._encode([self._content(row) for row in group]) for group in groups]
         return Batches(inputs, self._labels(groups, inputs) if labelled else None)
 
+    def steps(self, rows: Sequence[Row], *, step: int = 64, size: int = 16) -> tuple[Batches, list[list[int]]]:
+        """Batches for learned scales, and which of them make up each step of `step` rows."""
+        parts = [self.batches(group, size=size).inputs for group in _groups(rows, step)]
+        starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
+        indices = [list(range(start, start + len(part))) for start, part in zip(starts, parts, strict=True)]
+        return Batches([batch for part in parts for batch in part], None), indices
+
     def prompts(self, rows: Sequence[Row], *, size: int = 32) -> Batches:
         """Left-padded prompts for generation, with the labels as reference answers."""
-        groups = [rows[i : i + size] for i in range(0, len(rows), size)]
+        groups = _groups(self._by_length(rows), size)
         inputs = [self._encode([row.content for row in group], side="left") for group in groups]
         return Batches(inputs, None, [[str(row.label) for row in group] for group in groups])
 
@@ -89,24 +90,27 @@ class Reader:
             return f"{row.content} {row.label}"
         return row.content
 
+    def _by_length(self, rows: Sequence[Row]) -> list[Row]:
+        tokens = self._tokenise([self._content(row) for row in rows])["input_ids"]
+        return [rows[i] for i in sorted(range(len(rows)), key=lambda i: len(tokens[i]))]
+
     def _encode(self, contents: Sequence[Any], side: str = "right") -> dict[str, Tensor]:
+        return dict(self._tokenise(contents, padding=self.padding, padding_side=side, return_tensors="pt"))
+
+    def _tokenise(self, contents: Sequence[Any], **options: Any) -> Any:
         pairs = isinstance(contents[0], tuple)
         columns = [list(column) for column in zip(*contents, strict=True)] if pairs else [list(contents)]
-        made = self.tokenizer(
-            *columns,
-            truncation=True,
-            max_length=self.length,
-            padding=self.padding,
-            padding_side=side,
-            return_tensors="pt",
-        )
-        return dict(made)
+        return self.tokenizer(*columns, truncation=True, max_length=self.length, **options)
 
     def _labels(self, groups: Sequence[Sequence[Row]], inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
         if self.task in ("causal-lm", "text-generation"):
             return [b["input_ids"].masked_fill(b["attention_mask"] == 0, -100) for b in inputs]
         settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         return [torch.tensor(class_labels(group, settings)) for group in groups]
+
+
+def _groups(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
+    return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def _tokenizer(folder: Path) -> Any:

@@ -52,13 +52,14 @@ def pearson_spearman(predicted: ArrayLike, labels: ArrayLike) -> float:
 
 def exact_match(predicted: Sequence[str], labels: Sequence[str], pattern: str | None = None) -> float:
     """Share of texts whose answer equals the label's; see `answer`."""
-    return float(np.mean([answer(a, pattern) == answer(b, pattern) for a, b in zip(predicted, labels, strict=True)]))
+    pairs = [(answer(a, pattern), answer(b, pattern)) for a, b in zip(predicted, labels, strict=True)]
+    return float(np.mean([a is not None and a == b for a, b in pairs]))
 
 
 def answer(text: str, pattern: str | None = None) -> str | None:
     """The last match of `pattern` in the text (its first group, if it has one), stripped; the whole text without one.
 
-    None where nothing matches; two such texts do not count as equal answers, since labels are checked to match.
+    None where nothing matches, which equals no answer.
     """
     if pattern is None:
         return text.strip()

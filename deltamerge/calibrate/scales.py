@@ -23,7 +23,8 @@ from deltamerge.calibrate.objectives import Distribution
 class Learned:
     """The q's of the step with the smallest held-out loss (float32, shaped as those given to start from).
 
-    path  (step, held-out loss) each time it was taken, step 0 being the start;  step  the one chosen
+    path    (step, held-out loss) each time it was taken, step 0 being the start;  step  the one chosen
+    forward_passes  over a group of batches: one a look, three a step (forward, again from the checkpoints, backward)
     """
 
     q: dict[str, Tensor]
@@ -72,29 +73,29 @@ def learn(
         return subset.value(model.run(subset.batches, [weights], subset.reduce)[0])
 
     path = [(0, look())]
-    best, kept, worse, passes = 0, _copy(logs), 0, len(held_out)
+    best, smallest, kept, worse, taken = 0, path[0][1], _copy(logs), 0, 0
     for step in range(1, steps + 1):
         optimiser.zero_grad()
         group = groups[(step - 1) % len(groups)]
-        for batch, count in _counts(objective, group):
+        count = sum(map(objective.count, group))
+        for batch in group:
             total, _ = objective.loss(batch, model.differentiable(objective.batches[batch], weights))
             (total / count).backward()  # type: ignore[no-untyped-call]  # torch
         optimiser.step()
         with torch.no_grad():
             for log in logs.values():
                 log.clamp_(low, high)
-        passes += 3 * len(group)
+        taken = step
         if step % len(groups) and step < steps:
             continue
         path.append((step, look()))
-        passes += len(held_out)
-        if path[-1][1] < path[[s for s, _ in path].index(best)][1]:
-            best, kept, worse = step, _copy(logs), 0
+        if path[-1][1] < smallest:
+            best, smallest, kept, worse = step, path[-1][1], _copy(logs), 0
         else:
             worse += 1
             if worse >= patience:
                 break
-    return Learned(kept, best, tuple(path), passes)
+    return Learned(kept, best, tuple(path), 3 * taken + len(path))
 
 
 def row_shape(layer: Linear, shape: Sequence[int]) -> tuple[int, int]:
@@ -115,9 +116,3 @@ def _subset(objective: Distribution, batches: Sequence[int]) -> Distribution:
     return Distribution(
         [objective.batches[b] for b in batches], [objective.targets[b] for b in batches], objective.regression
     )
-
-
-def _counts(objective: Distribution, group: Sequence[int]) -> list[tuple[int, int]]:
-    """Each batch of a group with the number of tokens or sequences of the whole group, its loss's divisor."""
-    total = sum(objective.count(batch) for batch in group)
-    return [(batch, total) for batch in group]

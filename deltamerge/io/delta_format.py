@@ -224,7 +224,7 @@ class Entry:
             return
         if self.index is None and record.values is None:
             bits[:] = self.values
-        elif self._fits_kernel():
+        elif self.index is not None and self._fits_kernel():
             from deltamerge.io.delta_kernels import apply_rice
 
             out = bits if record.values is None else bits.view(np.float32)

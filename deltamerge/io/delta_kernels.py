@@ -83,7 +83,7 @@ def _apply(
                     return False
                 word = words[at]
                 bit += word_bits
-            place = bit + np.uint64(trailing_zeros(word))
+            place = bit + np.uint64(trailing_zeros(word))  # type: ignore[call-arg]  # numba gives the context
             word &= word - one
             if held < b:
                 fields |= np.uint64(packed[byte]) << held

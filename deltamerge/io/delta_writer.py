@@ -14,7 +14,6 @@ import shutil
 import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +24,6 @@ from deltamerge import errors
 from deltamerge.io.delta_format import (
     INDEX,
     MANIFEST,
-    SINGLE,
     Base,
     Entry,
     Manifest,
@@ -36,10 +34,10 @@ from deltamerge.io.delta_format import (
     extend,
     stored_arrays,
 )
-from deltamerge.io.encodings import CODINGS, Array, Choice, Coding, Gaps, choose, encode
+from deltamerge.io.encodings import CODINGS, Array, Choice, Coding, Positions, choose, encode
 from deltamerge.io.files import copy_at, flat, output_error, read_at, write_at
-from deltamerge.io.values import SCALE_BITS, VALUE_BITS, Coded, Values, cast, encode_values, scale_group
-from deltamerge.io.writer import DTYPE_ORDER
+from deltamerge.io.values import SCALE_BITS, VALUE_BITS, Coded, Values, cast, encode_values, relative_error, scale_group
+from deltamerge.io.writer import FileLayout, Layout, plan_layout
 from deltamerge.tensors import FLOATING, ITEMSIZE
 
 
@@ -60,6 +58,17 @@ class Summary:
     nbytes: int
     entries: int
     error: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An array that waits in the file at `path` from byte `offset`."""
+
+    name: str
+    dtype: str
+    length: int
+    path: Path
+    offset: int
 
 
 class DeltaWriter:
@@ -120,29 +129,38 @@ class DeltaWriter:
         """Write the files, once every tensor is finished. RuntimeError: one is not (a bug)."""
         tensors = self._tensors.values()
         manifest = self._manifest.model_copy(update={"tensors": {n: t.record for n, t in self._tensors.items()}})
-        stored = [[_Stored(*array[:3], tensor.path, array[3]) for array in tensor.stored] for tensor in tensors]
-        shards = _shards(stored, self._shard_size)
-        files = [SINGLE]
-        if len(shards) > 1:
-            files = [f"delta-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        stored = [array for tensor in tensors for array in tensor.stored]
+        layout = plan_layout([(a.name, a.dtype, (a.length,)) for a in stored], self._shard_size)
         with errors.context(str(self._folder)):
             try:
-                for file, arrays in zip(files, shards, strict=True):
-                    _write_file(self._folder / file, arrays)
-                if len(shards) > 1:
-                    weight_map = {a.name: file for file, arrays in zip(files, shards, strict=True) for a in arrays}
-                    total = sum(array.nbytes for arrays in shards for array in arrays)
-                    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-                    (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-                (self._folder / MANIFEST).write_text(_manifest_text(manifest), encoding="utf-8")
+                files = [self._write_file(file, layout, stored) for file in layout.files]
+                if layout.index is not None:
+                    index = {
+                        "metadata": {"total_size": layout.total_size},
+                        "weight_map": {name: _renamed(place.file) for name, place in layout.tensors.items()},
+                    }
+                    files.append(self._folder / INDEX)
+                    files[-1].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+                files.append(self._folder / MANIFEST)
+                files[-1].write_text(_manifest_text(manifest), encoding="utf-8")
             except OSError as error:
                 raise output_error(error) from error
-        files += [MANIFEST, *([INDEX] if len(shards) > 1 else [])]
         return Summary(
-            sum((self._folder / file).stat().st_size for file in files),
+            sum(file.stat().st_size for file in files),
             sum(tensor.record.count for tensor in tensors),
-            _relative(sum(t.squares[0] for t in tensors), sum(t.squares[1] for t in tensors)),
+            relative_error(sum(t.squares[0] for t in tensors), sum(t.squares[1] for t in tensors)),
         )
+
+    def _write_file(self, file: FileLayout, layout: Layout, stored: Sequence[Stored]) -> Path:
+        path = self._folder / _renamed(file.name)
+        with path.open("xb", buffering=0) as target:
+            write_at(target.fileno(), 0, memoryview(file.header))
+            for array in stored:
+                place = layout.tensors[array.name]
+                if place.file == file.name and place.nbytes:
+                    with array.path.open("rb", buffering=0) as source:
+                        copy_at(source.fileno(), array.offset, place.nbytes, target.fileno(), place.offset)
+        return path
 
 
 class TensorWriter:
@@ -152,7 +170,7 @@ class TensorWriter:
         self, writer: DeltaWriter, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None, path: Path
     ) -> None:
         self.path = path
-        self.stored: list[tuple[str, str, int, int]] = []  # name, dtype, length, byte in the file at `path`
+        self.stored: list[Stored] = []
         self.squares = (0.0, 0.0)
         self._writer, self._name, self._dtype, self._shape = writer, name, dtype, shape
         self._base = base if base is not None and _is_related(base, dtype, shape) else None
@@ -164,8 +182,7 @@ class TensorWriter:
         self._whole = True  # every value so far is in the spool, not only those that differ from the base's
         self._fd = -1
         self._spooled = 0
-        self._gaps = Gaps()
-        self._places: list[tuple[int, Array]] = []
+        self._listed = Positions()
         self._values: list[Array] = []
         self._base_hash, self._result_hash = blake3(), blake3()
         if not self._size:
@@ -206,8 +223,7 @@ class TensorWriter:
                 raise ValueError("nothing can be added to it")
             if not positions.size:
                 return
-            self._gaps.add(positions)
-            self._places.append(_pack(positions))
+            self._listed.add(positions)
             values = np.ascontiguousarray(values, np.float32)
             if self._coding in SCALE_BITS:
                 self._values.append(values)
@@ -236,14 +252,12 @@ class TensorWriter:
             base = self._read_base(start, stop)
             old = cast(extend(base, bits.size), self._base.dtype, self._dtype)
             positions = np.flatnonzero(old != bits)
-            if positions.size:
-                self._gaps.add(positions + start)
-                self._places.append(_pack(positions + start))
+            self._listed.add(positions + start)
             if not self._whole:
                 bits = bits[positions]
         self._append(bits)
         # a bitmask is smaller than the unchanged values from here on
-        unchanged = stop - self._gaps.count
+        unchanged = stop - self._listed.count
         if self._base is not None and self._whole and unchanged * ITEMSIZE[self._dtype] > -(-self._size // 8):
             self._thin()
 
@@ -258,7 +272,7 @@ class TensorWriter:
         """Keep of the spooled values those that differ from the base's."""
         dtype = np.dtype(bits_type(self._dtype))
         self._whole, self._spooled = False, 0
-        for positions in map(_unpack, self._places):
+        for positions in self._listed.pieces():
             first, last = int(positions[0]), int(positions[-1])
             buffer = bytearray((last - first + 1) * dtype.itemsize)
             read_at(self._fd, first * dtype.itemsize, memoryview(buffer))
@@ -284,7 +298,7 @@ class TensorWriter:
             if not self._size:
                 self._read_base(0, 0)
             bits = 8 * ITEMSIZE[self._dtype]
-            choice = choose(self._gaps, self._size, bits, fill=self._whole, allowed=self._writer.codings)
+            choice = choose(self._listed.gaps, self._size, bits, fill=self._whole, allowed=self._writer.codings)
             if choice.coding != "dense" and self._whole:
                 self._thin()
         self._store(self._new_record(choice), None, self._index(choice))
@@ -295,20 +309,17 @@ class TensorWriter:
         coding, group, unit = self._coding, scale_group(self._shape), 0
         scales: Array | None = None
         if self._values:
-            positions = np.concatenate([_unpack(places) for places in self._places])
+            positions = np.concatenate(list(self._listed.pieces()))
             values = np.concatenate(self._values)
             coded = encode_values(values, positions, -(-self._size // group), group, coding)
             self._append_coded(coded)
             scales, unit = coded.scales, coded.unit
             self._values.clear()
-        choice = choose(self._gaps, self._size, VALUE_BITS[coding], fill=False, allowed=self._writer.codings)
+        choice = choose(self._listed.gaps, self._size, VALUE_BITS[coding], fill=False, allowed=self._writer.codings)
         added: dict[str, Any] = {}
-        if self._gaps.count:
-            added = {"values": coding}
-        if self._gaps.count and coding in SCALE_BITS:
-            added |= {"group": group, "unit": unit}
-        if self._gaps.count and coding != "float32":
-            added["error"] = _relative(*self.squares)
+        if self._listed.count:
+            added = {"values": coding} | ({"group": group, "unit": unit} if scales is not None else {})
+            added |= {"error": relative_error(*self.squares)} if coding != "float32" else {}
         record = self._new_record(choice, **added)
         index = self._index(choice)
         stored = np.empty(0, np.uint8)
@@ -322,9 +333,9 @@ class TensorWriter:
         self._store(self._new_record(choice, **added), scales, index)
 
     def _index(self, choice: Choice) -> Array | None:
-        if choice.coding == "dense" or not self._gaps.count:
+        if choice.coding == "dense" or not self._listed.count:
             return None
-        return encode(choice, map(_unpack, self._places), self._gaps.count, self._size)
+        return encode(choice, self._listed.pieces(), self._listed.count, self._size)
 
     def _new_record(self, choice: Choice, **added: Any) -> Record:
         base = self._base
@@ -339,7 +350,7 @@ class TensorWriter:
             dtype=self._dtype,
             encoding=choice.coding,
             k=choice.k,
-            count=self._size if choice.coding == "dense" else self._gaps.count,
+            count=self._size if choice.coding == "dense" else self._listed.count,
             result=self._result_hash.hexdigest(),
             **fields,
             **added,
@@ -353,9 +364,9 @@ class TensorWriter:
                 self._append(array)
         for suffix, (dtype, length) in stored_arrays(record).items():
             length = self._spooled - offset if length is None else length
-            self.stored.append((self._name + suffix, dtype, length, offset))
+            self.stored.append(Stored(self._name + suffix, dtype, length, self.path, offset))
             offset += length * ITEMSIZE[dtype]
-        self._places.clear()
+        self._listed.packed.clear()
         self._record = record
         self.close()
 
@@ -368,75 +379,8 @@ def _is_related(base: BaseTensor, dtype: str, shape: tuple[int, ...]) -> bool:
     return casts and (old == shape or grows)
 
 
-def _pack(positions: Array) -> tuple[int, Array]:
-    """Ascending positions as the first of them and, from there on, bits (uint8) or distances, whichever is smaller."""
-    first, last = int(positions[0]), int(positions[-1])
-    distances = positions - first
-    if last - first < 32 * positions.size:
-        bits = np.zeros(last - first + 1, bool)
-        bits[distances] = True
-        return first, np.packbits(bits, bitorder="little")
-    return first, distances.astype(np.uint32) if last - first < 1 << 32 else distances
-
-
-def _unpack(places: tuple[int, Array]) -> Array:
-    first, packed = places
-    if packed.dtype == np.uint8:
-        packed = np.flatnonzero(np.unpackbits(packed, bitorder="little").view(bool))
-    positions: Array = packed.astype(np.int64)
-    positions += first
-    return positions
-
-
-def _relative(squared_error: float, squared: float) -> float:
-    return float(f"{math.sqrt(squared_error / squared):.3g}") if squared else 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """An array that waits in the file at `path` from byte `offset`."""
-
-    name: str
-    dtype: str
-    length: int
-    path: Path
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.length * ITEMSIZE[self.dtype]
-
-
-def _shards(tensors: Sequence[Sequence[_Stored]], shard_size: int) -> list[list[_Stored]]:
-    """Files filled in order up to `shard_size` bytes; the arrays of a tensor stay together."""
-    shards: list[list[_Stored]] = [[]]
-    filled = 0
-    for arrays in tensors:
-        nbytes = sum(array.nbytes for array in arrays)
-        if shards[-1] and filled + nbytes > shard_size:
-            shards.append([])
-            filled = 0
-        shards[-1].extend(arrays)
-        filled += nbytes
-    return shards
-
-
-def _write_file(path: Path, arrays: Sequence[_Stored]) -> None:
-    """The bytes that safetensors.torch.save_file(metadata={"format": "pt"}) would write."""
-    arrays = sorted(arrays, key=lambda array: (DTYPE_ORDER.index(array.dtype), array.name))
-    ends = list(accumulate((array.nbytes for array in arrays), initial=0))
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for array, offsets in zip(arrays, pairwise(ends), strict=True):
-        entries[array.name] = {"dtype": array.dtype, "shape": [array.length], "data_offsets": offsets}
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = len(text).to_bytes(8, "little") + text
-    with path.open("xb", buffering=0) as file:
-        write_at(file.fileno(), 0, memoryview(header))
-        for array, end in zip(arrays, ends, strict=False):
-            if array.nbytes:
-                with array.path.open("rb", buffering=0) as source:
-                    copy_at(source.fileno(), array.offset, array.nbytes, file.fileno(), len(header) + end)
+def _renamed(file: str) -> str:
+    return file.replace("model", "delta", 1)
 
 
 def _manifest_text(manifest: Manifest) -> str:

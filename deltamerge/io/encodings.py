@@ -69,6 +69,44 @@ class Gaps:
         return [self.count + a + b for a, b in zip(self.large, (_QUOTIENTS @ self.small).tolist(), strict=True)]
 
 
+@dataclass(slots=True)
+class Positions:
+    """Ascending positions and their `gaps`, kept tile by tile in at most size / 8 bytes.
+
+    A tile is its first position and, counted from there, bits (uint8) or distances, whichever is smaller.
+    """
+
+    gaps: Gaps = field(default_factory=Gaps)
+    packed: list[tuple[int, Array]] = field(default_factory=list)
+
+    @property
+    def count(self) -> int:
+        return self.gaps.count
+
+    def add(self, positions: Array) -> None:
+        """Keep the next int64 `positions`."""
+        if not positions.size:
+            return
+        self.gaps.add(positions)
+        first, span = int(positions[0]), int(positions[-1] - positions[0])
+        distances = positions - first
+        if span < 32 * positions.size:
+            bits = np.zeros(span + 1, bool)
+            bits[distances] = True
+            self.packed.append((first, np.packbits(bits, bitorder="little")))
+        else:
+            self.packed.append((first, distances.astype(np.uint32) if span < 1 << 32 else distances))
+
+    def pieces(self) -> Iterator[Array]:
+        """The positions again, tile by tile."""
+        for first, packed in self.packed:
+            is_bits = packed.dtype == np.uint8
+            distances = np.flatnonzero(np.unpackbits(packed, bitorder="little").view(bool)) if is_bits else packed
+            positions = distances.astype(np.int64)
+            positions += first
+            yield positions
+
+
 @dataclass(frozen=True, slots=True)
 class Choice:
     """A coding, the bytes of its positions, and rice's k."""
@@ -150,8 +188,6 @@ def encode(choice: Choice, positions: Iterable[Array], count: int, size: int) ->
 def decode(coding: Coding, stored: Array, count: int, size: int, k: int = 0) -> Iterator[Array]:
     """Ascending int64 positions in pieces of about 2**17; every fault of `stored` raises InputError."""
     if coding == "rice" and count:
-        if not 0 <= k <= LARGEST_K or stored.size < _rice_bytes(count, k, count):
-            raise InputError(f"{stored.size} bytes of rice codes, too few for {count} entries")
         pieces = _decode_rice(stored, count, k)
     elif coding == "bitmask":
         pieces = _decode_bits(stored)
@@ -216,6 +252,9 @@ def _decode_gaps(stored: Array) -> Iterator[Array]:
 
 
 def rice_parts(stored: Array, count: int, k: int) -> tuple[list[Array], Array, Array]:
+    """The planes, the packed bits and the unary bits of rice codes. InputError: they are too short for `count`."""
+    if not 0 <= k <= LARGEST_K or stored.size < _rice_bytes(count, k, count):
+        raise InputError(f"{stored.size} bytes of rice codes, too few for {count} entries")
     planes = [stored[i * count : (i + 1) * count] for i in range(k // 8)]
     start = k // 8 * count
     stop = start + k % 8 * -(-count // 8)

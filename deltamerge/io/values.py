@@ -66,7 +66,7 @@ def cast(bits: Array, source: str, target: str) -> Array:
     return bits if source == target else narrow(widen(bits, source), target)
 
 
-_NATIVE: dict[str, Any] = {"F64": np.float64, "F16": np.float16}
+_NATIVE = {"F64": "<f8", "F16": "<f2"}
 
 
 def _torch_cast(bits: Array, source: str, target: str) -> Array:
@@ -136,6 +136,11 @@ def scale_values(stored: Array, groups: int, unit: int, coding: str) -> Array:
     if coding == "sign":
         stored = np.stack((stored & 0xF, stored >> 4), axis=1).reshape(-1)[:groups]
     return _table(unit, coding)[stored]
+
+
+def relative_error(squared_error: float, squared: float) -> float:
+    """The root of their quotient, to three digits."""
+    return float(f"{math.sqrt(squared_error / squared):.3g}") if squared else 0.0
 
 
 def _squares(values: Array) -> float:

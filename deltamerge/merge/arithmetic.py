@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltamerge.ops import densify, union
+from deltamerge.ops import densify, over, union
 from deltamerge.tensors import Kept, Patched, Tile
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def linear(*tensors: torch.Tensor, tile: Tile, weights: tuple[float, ...], norma
     import torch
 
     total = weighted_sum([x.to(torch.float32) for x in tensors], weights)
-    return total / divisor_of(weights) if normalize else total
+    return over(total, divisor_of(weights)) if normalize else total
 
 
 def task_arithmetic(
@@ -60,7 +60,7 @@ def task_arithmetic(
 def _mixed(deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bool, lambda_: float) -> torch.Tensor:
     total = weighted_sum(deltas, weights)
     if normalize:
-        total = total / divisor_of(weights)
+        total = over(total, divisor_of(weights))
     return total if lambda_ == 1 else total * float(np.float32(lambda_))
 
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deltamerge.ops import over
 from deltamerge.tensors import Kept, Tile, block_elements
 
 if TYPE_CHECKING:
@@ -15,10 +16,9 @@ if TYPE_CHECKING:
 
 def divide(delta: torch.Tensor | Kept, q: float, *, tile: Tile) -> torch.Tensor | Kept:
     """kept / q in float32 (DAREx section 3; vanilla DARE is q = density, "random drop" and importance masks q = 1)."""
-    divisor = float(np.float32(q))
     if isinstance(delta, Kept):
-        return Kept(delta.positions, delta.values / divisor)
-    return delta / divisor
+        return Kept(delta.positions, over(delta.values, q))
+    return over(delta, q)
 
 
 def constant(*, value: float) -> float:

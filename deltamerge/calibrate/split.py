@@ -1,0 +1,87 @@
+"""Which rows of the calibration data are searched on and which are held out, and what is asked of them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deltamerge.calibrate import rows as data
+from deltamerge.calibrate.rows import HEADS, Row, check_head, class_labels
+from deltamerge.errors import InputError
+from deltamerge.recipe import Calibration
+
+HELD_OUT = 4
+LANGUAGE = frozenset({"causal-lm", "text-generation"})
+
+
+def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
+    """calibration.task, else what the head says; a model without a head reads text, or pictures if it has an image size."""
+    if calibration.task is not None:
+        return calibration.task
+    architecture = (config.get("architectures") or ["none"])[0]
+    for task in ("text-classification", "image-classification", "causal-lm"):
+        if architecture.endswith(HEADS[task]):
+            return task
+    return "image-classification" if "image_size" in config else "text-classification"
+
+
+def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
+    """calibration.metric, else loss for language models, pearson_spearman for a regression head, accuracy for classes.
+
+    InputError: a metric of classes for a regression head, or another than the loss for a language model.
+    """
+    task, outputs = (
+        task_of(calibration, config),
+        int(config.get("num_labels") or len(config.get("id2label") or {}) or 2),
+    )
+    regression = outputs == 1 or config.get("problem_type") == "regression"
+    natural = "loss" if task in LANGUAGE else "pearson_spearman" if regression else "accuracy"
+    metric = calibration.metric or natural
+    numbers = ("pearson_spearman", "loss")
+    if metric != "loss" and (task in LANGUAGE or regression != (metric in numbers)):
+        raise InputError(
+            f"calibration.metric {metric} does not fit the head of {(config.get('architectures') or ['?'])[0]}",
+            hint=f"set it to {natural} or loss",
+        )
+    return metric
+
+
+def split(
+    calibration: Calibration, folder: Path, seed: int, config: Mapping[str, Any], *, labelled: bool
+) -> tuple[list[Row], list[Row]]:
+    """`calibration.sequences` rows to search on, and up to four times as many others; functions of the seed.
+
+    Where the data has hardly any others, a third of the rows is held back. InputError: too few rows, fields that are
+    missing, a head that does not fit the task, labels that do not fit the head.
+    """
+    wanted = calibration.sequences
+    label = None
+    if labelled:
+        check_head(config, task_of(calibration, config))
+        metric_of(calibration, config)
+        label = None if task_of(calibration, config) == "causal-lm" else calibration.label
+    beside = (folder / calibration.data).is_dir() or Path(calibration.data).suffix in data.FILES
+    found = data.read(
+        calibration.data,
+        folder=folder,
+        text=calibration.text,
+        label=label,
+        count=None if beside else 2 * wanted,
+        seed=seed,
+    )
+    if len(found) < max(wanted, 3):
+        raise InputError(
+            f"calibration data {calibration.data}: {len(found)} rows, but {max(wanted, 3)} needed",
+            hint="give more data, or lower calibration.sequences",
+        )
+    if label is not None and task_of(calibration, config) not in LANGUAGE:
+        class_labels(found, config)
+    search = data.select(found, wanted, seed)
+    chosen = {row.number for row in search}
+    others = [row for row in found if row.number not in chosen]
+    if len(others) >= max(1, wanted // 3):
+        return search, data.select(others, min(len(others), HELD_OUT * wanted), seed)
+    held = data.select(found, len(found) // 3, seed)
+    chosen = {row.number for row in held}
+    return [row for row in found if row.number not in chosen], held

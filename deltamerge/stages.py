@@ -1,0 +1,163 @@
+"""What the calibration stages of a graph take and give, as plain data; the functions themselves are `calibrate.stage`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.errors import VerifyError
+from deltamerge.graph import Node
+from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.recipe import Calibration
+
+EVALUATIONS = 20
+STEPS = 40
+# held bytes of weights and masks; what does not fit is read or drawn again
+CACHE_BYTES = 1 << 31
+EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe)\.|\.(shared|relative_attention_bias)\.")
+
+QValue = float | NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A fine-tune and the data that it is run on.
+
+    tensors  all of the fine-tune's;  pairs  of each pruned tensor the fine-tune's and the base's, cut to shared rows
+    """
+
+    model: str
+    checkpoint: Path
+    config: str
+    tensors: tuple[TensorInfo, ...]
+    pairs: tuple[tuple[TensorInfo, TensorInfo], ...]
+    calibration: Calibration
+    folder: Path
+    seed: int
+    device: str
+    labelled: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Pruned:
+    """A pruned tensor: its names in the output and in the fine-tune, and per mask seed the node of mask ∘ Δ, unscaled.
+
+    `plain` is the q that it has without calibration: the density for random masks, 1 for importance masks.
+    """
+
+    name: str
+    stored: str
+    density: float
+    plain: float
+    masked: tuple[Node, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One calibrated q: of which fine-tune and tensors, and how it is searched; `shared` are the stage's input nodes."""
+
+    source: Source
+    pruned: tuple[Pruned, ...]
+    random: bool
+    objective: str
+    scope: str
+    search: str
+    bounds: tuple[float, float] | None
+    shared: tuple[Node, ...] = ()
+
+    @property
+    def seeds(self) -> int:
+        """Masks that the search averages over."""
+        return len(self.pruned[0].masked)
+
+    @property
+    def passes(self) -> int:
+        """At most so many forward passes over the calibration rows (a backward pass counts as two)."""
+        if self.objective == "layer_mse":
+            return 4
+        families = 2 if self.random and self.scope != "global" else 1
+        if self.search == "gradient":
+            return 2 + EVALUATIONS * self.seeds + 4 * STEPS + 8
+        return 2 + 2 * (self.scope != "global") + EVALUATIONS * families * self.seeds + self.seeds + 8
+
+    def describe(self) -> dict[str, Any]:
+        """The stage for people and for `--json`."""
+        calibration = self.source.calibration
+        return {
+            "model": self.source.model,
+            "objective": self.objective,
+            "scope": self.scope,
+            "search": self.search,
+            "tensors": len(self.pruned),
+            "mask_seeds": self.seeds,
+            "sequences": calibration.sequences,
+            "length": calibration.length,
+            "forward_passes": self.passes,
+            "memory": memory(self.source),
+        }
+
+
+def memory(source: Source) -> int:
+    """Upper estimate of the bytes a stage holds: float32 weights and masks up to the cache, hidden states of 8 models."""
+    elements = sum(t.nbytes for t in source.tensors) * 2
+    width = max((t.shape[-1] for t in source.tensors if len(t.shape) == 1), default=1)
+    hidden = 8 * source.calibration.sequences * source.calibration.length * width * 4
+    return min(3 * elements, CACHE_BYTES) + elements // 4 + hidden
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Calibrated:
+    """The chosen q's by the tensor's name in the output, those that are 1 left out, and what a lock says of the choice."""
+
+    q: Mapping[str, QValue]
+    record: dict[str, Any]
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        return {name: value for name, value in self.q.items() if isinstance(value, float)}
+
+    @property
+    def rows(self) -> dict[str, NDArray[np.float32]]:
+        """q's of single output rows, as arrays that broadcast to the stored tensor."""
+        return {name: value for name, value in self.q.items() if not isinstance(value, float)}
+
+
+def pick(calibrated: Calibrated, *, name: str) -> QValue:
+    """The q of one tensor, 1 where the stage gave it none."""
+    return calibrated.q.get(name, 1.0)
+
+
+def norm(statistics: Mapping[str, Any], *, name: str, columns: int) -> NDArray[np.float32]:
+    """(n) ‖x_j‖₂ of a layer's input; ones, which make it magnitude per row, for a weight that saw no input."""
+    if name not in statistics:
+        return np.ones(columns, np.float32)
+    return np.asarray(statistics[name].norm, dtype=np.float32)
+
+
+def has_norm(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether WANDA scores a tensor by the norms of its inputs: matrices that are no embedding."""
+    return len(shape) == 2 and EMBEDDING.search(name) is None
+
+
+def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.float32]], where: str) -> Calibrated:
+    """The q's that a lock has for a stage. VerifyError: it has none, or was made with another objective or scope."""
+    record = (lock.get("calibration") or {}).get(spec.source.model)
+    if not isinstance(record, dict) or not isinstance(record.get("q"), dict):
+        raise VerifyError(f"{where}: has no calibrated q for {spec.source.model}", hint="run without --locked")
+    for key in ("objective", "scope", "search"):
+        if record.get(key) != getattr(spec, key):
+            raise VerifyError(
+                f"{where}: q of {spec.source.model} was calibrated with {key} {record.get(key)}, "
+                f"the recipe says {getattr(spec, key)}"
+            )
+    names = {pruned.name for pruned in spec.pruned}
+    q: dict[str, QValue] = {name: float(value) for name, value in record["q"].items()} | dict(rows)
+    if unknown := sorted(q.keys() - names):
+        raise VerifyError(f"{where}: has a q for {unknown[0]}, which the recipe does not prune")
+    return Calibrated(q, {key: value for key, value in record.items() if key not in ("q", "rows")})
