@@ -1,17 +1,20 @@
 """Size, and time to load and apply, of delta artifacts against the DAREx paper's CSR (float32 values, int32 columns).
 
-    python benchmarks/delta.py                     BERT-base and RoBERTa-base shapes, synthetic deltas
-    python benchmarks/delta.py --real ../shared/data    error of each value coding on real fine-tunes
+    python benchmarks/delta.py                          BERT-base and RoBERTa-base shapes, synthetic deltas
+    python benchmarks/delta.py --real ../shared/data    what each value coding keeps of two real fine-tunes' scores
 
 Both are applied in place to the base's float32 state dict in memory (`replace` sets final values, the others add).
-Times are the median of `--repeat` runs that take turns, from opening the file (in the page cache) to the last
-tensor. CSR is read by safetensors and added by torch's dense.add_(csr), which beat scipy and index_add_.
-Sizes are of everything in the folder, manifest and hashes included; MB = 10**6 bytes.
+Times are medians of `--repeat` runs that take turns, from opening the file (in the page cache) to the last tensor.
+CSR is added by torch's dense.add_(csr), which beat scipy, index_add_ and scatter_add_; it is kept as torch.save
+writes it, and as bare arrays in a safetensors file, which is the fastest we could make it and what ratios are of.
+Sizes are of everything in the folder, manifest and hashes included; MB = 10**6, MiB (the paper's unit) 2**20 bytes.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import math
 import statistics
@@ -68,12 +71,22 @@ def write_csr(path: Path, deltas: dict[str, tuple[torch.Tensor, torch.Tensor]], 
     save_file(arrays, path)
 
 
+def to_csr(arrays: State, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    shape = (tensor.numel() // tensor.shape[-1], tensor.shape[-1])
+    crow, col, values = (arrays[f"{name}.{part}"] for part in ("crow", "col", "values"))
+    return torch.sparse_csr_tensor(crow, col, values, shape, check_invariants=False)
+
+
 def apply_csr(path: Path, state: State) -> None:
     arrays = load_file(path)
     for name, tensor in state.items():
-        matrix = tensor.view(-1, tensor.shape[-1])
-        crow, col, values = (arrays[f"{name}.{part}"] for part in ("crow", "col", "values"))
-        matrix.add_(torch.sparse_csr_tensor(crow, col, values, matrix.shape, check_invariants=False))
+        tensor.view(-1, tensor.shape[-1]).add_(to_csr(arrays, name, tensor))
+
+
+def apply_pickled(path: Path, state: State) -> None:
+    matrices = torch.load(path, weights_only=True)
+    for name, tensor in state.items():
+        tensor.view(-1, tensor.shape[-1]).add_(matrices[name])
 
 
 def window(array: np.ndarray[Any, Any], start: int, stop: int) -> np.ndarray[Any, Any]:
@@ -104,16 +117,20 @@ def write_delta(
     return {"bytes": summary.nbytes, "error": summary.error}
 
 
-def measure(runs: dict[str, Callable[[], None]], repeat: int) -> dict[str, float]:
-    """Median seconds of each run, the runs taking turns; the first turn does not count."""
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+def measure(runs: dict[str, Callable[[], None]], repeat: int) -> dict[str, tuple[float, float]]:
+    """Median wall and CPU seconds of each run, the runs taking turns; the first turn does not count."""
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for turn in range(repeat + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             run()
             if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+                seconds[name].append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    medians = {}
+    for name, times in seconds.items():
+        wall, cpu = (statistics.median(column) for column in zip(*times, strict=True))
+        medians[name] = wall, cpu
+    return medians
 
 
 def synthetic(model: str, drop: float, repeat: int, folder: Path) -> list[dict[str, Any]]:
@@ -124,16 +141,81 @@ def synthetic(model: str, drop: float, repeat: int, folder: Path) -> list[dict[s
         kept = torch.rand(math.prod(shape), generator=generator) < 1 - drop
         positions = kept.nonzero().squeeze(1)
         deltas[name] = positions, torch.randn(len(positions), generator=generator) * 1e-3
-    csr = folder / "csr.safetensors"
+    count = sum(len(positions) for positions, _ in deltas.values())
+    csr, pickled = folder / "csr.safetensors", folder / "csr.pt"
     write_csr(csr, deltas, base)
-    rows = {kind: write_delta(folder / kind, kind, deltas, base) for kind in KINDS}
-    runs: dict[str, Callable[[], None]] = {"csr": lambda: apply_csr(csr, base)}
+    torch.save({name: to_csr(load_file(csr), name, tensor) for name, tensor in base.items()}, pickled)
+    sizes: dict[str, dict[str, float]] = {
+        "CSR, torch.save": {"bytes": pickled.stat().st_size, "error": 0.0},
+        "CSR, safetensors": {"bytes": csr.stat().st_size, "error": 0.0},
+    }
+    runs: dict[str, Callable[[], None]] = {
+        "CSR, torch.save": partial(apply_pickled, pickled, base),
+        "CSR, safetensors": partial(apply_csr, csr, base),
+    }
     for kind in KINDS:
-        runs[kind] = lambda kind=kind: DeltaFile.open(folder / kind).apply_to(base)  # type: ignore[misc]
+        sizes[kind] = write_delta(folder / kind, kind, deltas, base)
+        runs[kind] = partial(apply_delta, folder / kind, base)
     seconds = measure(runs, repeat)
-    rows = {"csr": {"bytes": csr.stat().st_size, "error": 0.0}} | rows
-    common = {"model": model, "p": drop, "kept": sum(len(p) for p, _ in deltas.values())}
-    return [common | {"kind": k, "seconds": seconds[k], "ratio": seconds["csr"] / seconds[k]} | rows[k] for k in rows]
+    rows = []
+    for kind, size in sizes.items():
+        wall, cpu = seconds[kind]
+        rows.append({
+            "model": model, "p": drop, "kind": kind, "MB": size["bytes"] / 1e6, "MiB": size["bytes"] / 2**20,
+            "bits": 8 * size["bytes"] / count, "ms": 1e3 * wall, "CPU ms": 1e3 * cpu,
+            "CSR / this": seconds["CSR, safetensors"][0] / wall, "error": size["error"],
+        })  # fmt: skip
+    return rows
+
+
+def apply_delta(folder: Path, state: State) -> None:
+    DeltaFile.open(folder).apply_to(state)
+
+
+def real(data: Path, folder: Path) -> Iterator[dict[str, Any]]:
+    """Test scores of `data`'s fine-tunes, pruned and stored; the head is the fine-tune's and not counted."""
+    from encoder import load, score
+    from tasks import TASKS, rows
+
+    base_tensors = load_file(data / "base" / "model.safetensors")
+    for task in (TASKS["sentiment"], TASKS["intensity"]):
+        test = rows(task.name, "test")
+        model = load(data / task.name)
+        state = model.state_dict()
+        yield {"task": task.name, "mask": "none", "kind": "fine-tune", "score": score(model, task, test)}
+        tuned = {name: tensor.clone() for name, tensor in state.items()}
+        base = {n: base_tensors.get(n.removeprefix("bert."), tuned[n]).float() for n in tuned}
+        for mask in ("random, p = 0.9, q = 0.1", "magnitude, p = 0.99, q = 0.25"):
+            deltas = {}
+            for i, (name, tensor) in enumerate(base.items()):
+                delta = (tuned[name] - tensor).flatten()
+                if mask.startswith("random"):
+                    kept = torch.rand(delta.shape, generator=torch.Generator().manual_seed(i)) < 0.1
+                    positions, q = (kept & (delta != 0)).nonzero().squeeze(1), 0.1
+                else:
+                    positions, q = delta.abs().topk(round(0.01 * delta.numel())).indices.sort().values, 0.25
+                deltas[name] = positions, delta[positions] / q
+            for kind in KINDS:
+                row = write_delta(folder / f"{task.name} {mask} {kind}", kind, deltas, base)
+                for name, tensor in base.items():
+                    state[name].copy_(tensor)
+                DeltaFile.open(folder / f"{task.name} {mask} {kind}").apply_to(state)
+                yield {"task": task.name, "mask": mask, "kind": kind, "score": score(model, task, test)} | row
+
+
+def report(rows: Iterator[dict[str, Any]], as_json: bool) -> None:
+    """Print rows as they come, under a head where their keys change."""
+    keys: list[str] = []
+    for row in rows:
+        if as_json:
+            print(json.dumps(row), flush=True)
+            continue
+        if list(row) != keys:
+            keys = list(row)
+            print("| " + " | ".join(keys) + " |\n" + "|---" * len(keys) + "|")
+        print(
+            "| " + " | ".join(f"{v:.4g}" if isinstance(v, float) else f"{v}" for v in row.values()) + " |", flush=True
+        )
 
 
 def main() -> None:
@@ -142,23 +224,23 @@ def main() -> None:
     parser.add_argument("--p", nargs="+", type=float, default=[0.9, 0.99, 0.999], help="drop rates")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--threads", type=int, default=2, help="torch threads, for CSR as for deltas")
+    parser.add_argument("--numpy", action="store_true", help="without numba, though it is installed")
+    parser.add_argument("--real", type=Path, help="the folder of base, sentiment and intensity")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    print(f"{'model':13} {'p':>6} {'kind':>9} {'MB':>8} {'bits/kept':>9} {'ms':>7} {'CSR/it':>6} {'error':>8}")
-    for model in arguments.models:
-        for drop in arguments.p:
-            with tempfile.TemporaryDirectory() as folder:
-                for row in synthetic(model, drop, arguments.repeat, Path(folder)):
-                    if arguments.json:
-                        print(json.dumps(row))
-                        continue
-                    print(
-                        f"{model:13} {drop:6} {row['kind']:>9} {row['bytes'] / 1e6:8.3f}"
-                        f" {8 * row['bytes'] / row['kept']:9.2f} {1e3 * row['seconds']:7.1f}"
-                        f" {row['ratio']:6.2f} {row['error']:8.2g}"
-                    )
+    if not arguments.numpy and importlib.util.find_spec("numba"):
+        importlib.import_module("numba")  # deltas are applied by numba where it is loaded
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.real:
+            report(real(arguments.real, Path(folder)), arguments.json)
+            return
+        for model in arguments.models:
+            for drop in arguments.p:
+                path = Path(folder) / f"{model} {drop}"
+                path.mkdir()
+                report(iter(synthetic(model, drop, arguments.repeat, path)), arguments.json)
 
 
 if __name__ == "__main__":

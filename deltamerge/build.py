@@ -1,4 +1,4 @@
-"""One output tensor of a recipe as graph nodes: read, subtract, mask, rescale, combine, cast."""
+"""One output tensor of a recipe as graph nodes: read, subtract, mask, rescale, combine, cast; and its stages."""
 
 from __future__ import annotations
 
@@ -6,20 +6,25 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import RecipeError
 from deltamerge.graph import Graph, Node
 from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
-from deltamerge.prune.bits import mask_key
+from deltamerge.prune.bits import Key, mask_key
 from deltamerge.pruning import Pruning, effective_prune
-from deltamerge.recipe import Recipe
+from deltamerge.recipe import CalibratedQ, Recipe
+from deltamerge.stages import Pruned, Source, Spec, has_norm
 
 SELECT = "deltamerge.prune.select"
 MASKS = "deltamerge.prune.masks"
 RESCALE = "deltamerge.prune.rescale"
+SAMPLING = "deltamerge.prune.sampling"
+STAGE = "deltamerge.calibrate.stage"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,14 +36,94 @@ class Built:
     details: tuple[str, ...]
 
 
-class Builder:
-    """Makes the nodes of a recipe's tensors; holds what is the same for all of them."""
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A tensor to merge: its name in the output, the position of its layer from 0 to 1, its sources, its dtype."""
 
-    def __init__(self, recipe: Recipe, graph: Graph) -> None:
+    name: str
+    position: float
+    base: TensorInfo | None
+    tunes: Sequence[tuple[Input, TensorInfo]]
+    dtype: str
+
+
+class Builder:
+    """Makes the nodes of a recipe's tensors; holds what is the same for all of them.
+
+    `prepare` comes before `merge`: what is calibrated depends on all tensors of a model. `stages` and `activations`
+    are the stages' nodes by the model's index.
+    """
+
+    def __init__(self, recipe: Recipe, graph: Graph, folder: Path, device: str) -> None:
         self.recipe = recipe
         self.graph = graph
+        self.folder = folder
+        self.device = device
         self.prunes = [effective_prune(recipe, i) for i in range(len(recipe.models))]
         self.patterns = [_Patterns(prune) for prune in self.prunes]
+        self.stages: dict[int, Node] = {}
+        self.activations: dict[int, Node] = {}
+
+    def prepare(self, merges: Sequence[Merge]) -> None:
+        """Make the stages of the models whose q is calibrated or whose masks need activations."""
+        for index, prune in enumerate(self.prunes):
+            if prune.method != "wanda" and not isinstance(prune.q, CalibratedQ):
+                continue
+            pruned = [
+                (m, tune, tensor, density)
+                for m in merges
+                for tune, tensor in m.tunes
+                if tune.index == index and (density := self._density(m.name, m.position, tune)) not in (None, 1.0)
+            ]
+            if not pruned:
+                continue
+            source = self._source(pruned[0][1], [(tensor, m.base) for m, _, tensor, _ in pruned if m.base], prune)
+            if prune.method == "wanda":
+                self.activations[index] = self.graph.node(f"{STAGE}:activations", kind="small", source=source)
+            if isinstance(prune.q, CalibratedQ):
+                shared = (self.activations[index],) if index in self.activations else ()
+                spec = self._spec(source, prune, prune.q, pruned, shared)
+                self.stages[index] = self.graph.node(f"{STAGE}:calibrate", shared, kind="small", spec=spec)
+
+    def _source(self, tune: Input, pairs: Sequence[tuple[TensorInfo, TensorInfo]], prune: Pruning) -> Source:
+        calibration = self.recipe.calibration
+        assert calibration is not None
+        labelled = isinstance(prune.q, CalibratedQ) and (
+            prune.q.objective == "validation" or calibration.metric is not None
+        )
+        checkpoint = tune.checkpoint
+        return Source(
+            tune.name,
+            checkpoint.path,
+            tuple(checkpoint.tensors.values()),
+            tuple(pairs),
+            calibration,
+            self.folder,
+            self.recipe.seed,
+            self.device,
+            labelled,
+        )
+
+    def _spec(
+        self,
+        source: Source,
+        prune: Pruning,
+        q: CalibratedQ,
+        tensors: Sequence[tuple[Merge, Input, TensorInfo, float | None]],
+        shared: tuple[Node, ...],
+    ) -> Spec:
+        """Further mask seeds, which only random masks have, are those of the recipe with its seed + 1, + 2 …"""
+        random = PRUNE[prune.method].random
+        seeds = source.calibration.seeds if random and q.objective == "output_change" and q.search != "gradient" else 1
+        pruned = []
+        for m, tune, tensor, density in tensors:
+            assert m.base is not None
+            assert density is not None
+            masked = tuple(
+                self._masked(m.name, m.position, m.base, tune, tensor, self.recipe.seed + s) for s in range(seeds)
+            )
+            pruned.append(Pruned(m.name, tensor.name, density, density if random else 1.0, masked))
+        return Spec(source, tuple(pruned), random, q.objective, q.scope_or_default, q.search, q.limits, shared)
 
     def read(self, tensor: TensorInfo) -> Node:
         return self.graph.node(
@@ -53,15 +138,9 @@ class Builder:
         """The stored tensor, cast only if its dtype differs."""
         return self._cast(self.read(tensor), dtype)
 
-    def merge(
-        self,
-        name: str,
-        position: float,
-        base: TensorInfo | None,
-        tunes: Sequence[tuple[Input, TensorInfo]],
-        dtype: str,
-    ) -> Built:
-        """The merged tensor; `name` is its name in the output, `position` that of its layer, from 0 to 1."""
+    def merge(self, merge: Merge) -> Built:
+        """The merged tensor."""
+        name, position, base, tunes, dtype = merge.name, merge.position, merge.base, merge.tunes, merge.dtype
         method = self.recipe.method
         combine = method.function.rpartition(":")[2]
         if combine == "passthrough":
@@ -95,35 +174,98 @@ class Builder:
         """The pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
         assert tune.index is not None
         prune = self.prunes[tune.index]
-        shape = base.shape
-        pair = [self.read(tensor), self.read(base)]
-        whole = self._node("deltamerge.ops:subtract", pair, shape, dtypes=(tensor.dtype, base.dtype))
+        whole = self._whole(base, tensor)
         if prune.method == "none":
             return self._trimmed(name, position, tune, whole)
-        a, b = (_number(value, name, position) for value in (prune.a, prune.b))
-        density = a * b if a is not None and b is not None else _number(prune.density, name, position)
-        if density is None or not self.patterns[tune.index].prunes(name):
+        density = self._density(name, position, tune)
+        if density is None:
             return whole, ""
+        if isinstance(prune.q, CalibratedQ):
+            return self._calibrated(name, position, base, tune, tensor, prune.q, density)
         q = None if prune.rescale else _number(prune.q, name, position)
         q = density if q is None else q
         if density == 1 and (q == 1 or prune.rescale):
             return whole, ""
-        key = mask_key(self.recipe.seed, tune.name, name)
-        if prune.method == "dare":
-            node = self._node(f"{MASKS}:dare", pair, shape, key=key, density=density)
-        elif prune.method == "structured":
-            node = self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b)
-        elif prune.group == "row" and len(shape) > 1:
-            node = self._node(f"{SELECT}:keep_largest_rows", [whole], shape, density=density)
-        else:
-            node = self._largest(whole, round(density * math.prod(shape)))
+        node = self._masked(name, position, base, tune, tensor, self.recipe.seed)
         if prune.rescale:
             return self._matched(whole, node, prune.rescale), f" {prune.method} density={density:g} {prune.rescale}"
         text = f" {prune.method} density={density:g} q={q:g}"
         if q == 1:
             return node, text
         value = self.graph.node(f"{RESCALE}:constant", kind="small", value=q)
-        return self._node(f"{RESCALE}:divide", [node, value], shape), text
+        return self._node(f"{RESCALE}:divide", [node, value], base.shape), text
+
+    def _calibrated(
+        self,
+        name: str,
+        position: float,
+        base: TensorInfo,
+        tune: Input,
+        tensor: TensorInfo,
+        q: CalibratedQ,
+        density: float,
+    ) -> tuple[Node, str]:
+        """The masked delta over what the model's stage chose for this tensor."""
+        assert tune.index is not None
+        if density == 1:
+            return self._whole(base, tensor), ""
+        node = self._masked(name, position, base, tune, tensor, self.recipe.seed)
+        value = self.graph.node("deltamerge.stages:pick", [self.stages[tune.index]], kind="small", name=name)
+        divide = "divide_rows" if q.scope_or_default == "row" else "divide"
+        text = f" {self.prunes[tune.index].method} density={density:g} q={q.objective}"
+        return self._node(f"{RESCALE}:{divide}", [node, value], base.shape), text
+
+    def _whole(self, base: TensorInfo, tensor: TensorInfo) -> Node:
+        pair = [self.read(tensor), self.read(base)]
+        return self._node("deltamerge.ops:subtract", pair, base.shape, dtypes=(tensor.dtype, base.dtype))
+
+    def _density(self, name: str, position: float, tune: Input) -> float | None:
+        """The density of a tensor's mask, None if it is not pruned."""
+        assert tune.index is not None
+        prune = self.prunes[tune.index]
+        if prune.method == "none" or not self.patterns[tune.index].prunes(name):
+            return None
+        a, b = (_number(value, name, position) for value in (prune.a, prune.b))
+        return a * b if a is not None and b is not None else _number(prune.density, name, position)
+
+    def _masked(self, name: str, position: float, base: TensorInfo, tune: Input, tensor: TensorInfo, seed: int) -> Node:
+        """mask ∘ Δ, not rescaled; random masks are keyed by the seed."""
+        assert tune.index is not None
+        prune, shape = self.prunes[tune.index], base.shape
+        density = self._density(name, position, tune)
+        assert density is not None
+        key = mask_key(seed, tune.name, name)
+        whole, pair = self._whole(base, tensor), [self.read(tensor), self.read(base)]
+        if prune.sampling == "magnitude":
+            return self._sampled(whole, pair, key, density)
+        if prune.method == "dare":
+            return self._node(f"{MASKS}:dare", pair, shape, key=key, density=density)
+        if prune.method == "structured":
+            a, b = (_number(value, name, position) for value in (prune.a, prune.b))
+            return self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b)
+        if prune.method == "wanda" and has_norm(name, shape):
+            norms = self.graph.node(
+                "deltamerge.stages:norm",
+                [self.activations[tune.index]],
+                kind="small",
+                name=tensor.name,
+                columns=shape[-1],
+            )
+            return self._node(f"{SELECT}:keep_largest_rows_scored", [whole, norms], shape, density=density)
+        if prune.method == "magnitude" and prune.group == "row" and len(shape) > 1:
+            return self._node(f"{SELECT}:keep_largest_rows", [whole], shape, density=density)
+        return self._largest(whole, round(density * math.prod(shape)))
+
+    def _sampled(self, whole: Node, pair: Sequence[Node], key: Key, density: float) -> Node:
+        """Importance sampling: two passes find c, a third draws."""
+        make, shape = self.graph.node, whole.shape
+        expected = density * math.prod(shape)
+        sums = make(f"{SAMPLING}:sums", [whole], kind="sum", shape=shape)
+        clip = make(f"{SAMPLING}:pick_clip", [sums], kind="small", expected=expected)
+        inside = make(f"{SAMPLING}:clip_bin", [clip], kind="small")
+        low = make(f"{SELECT}:low_histogram", [whole, inside], kind="sum", shape=shape)
+        c = make(f"{SAMPLING}:factor", [low, clip], kind="small", expected=expected)
+        return self._node(f"{SAMPLING}:sampled", [*pair, c], shape, key=key, density=density)
 
     def _trimmed(self, name: str, position: float, tune: Input, whole: Node) -> tuple[Node, str]:
         """The int(density · n) largest entries, at least 1, where the merge method has a density of its own (ties)."""

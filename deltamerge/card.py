@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import yaml
 
 from deltamerge import __version__
+from deltamerge.graph import Node
 from deltamerge.plan import Plan
+from deltamerge.stages import Calibrated
 
 
 def _license(plan: Plan) -> str | None:
@@ -46,7 +51,39 @@ def front_matter(plan: Plan) -> dict[str, object]:
     return matter
 
 
-def render(plan: Plan, recipe_text: str, title: str) -> str:
+def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[float]]]) -> list[str]:
+    """What every calibrated q was searched for, what it is, and why; (model, record, its q's) of each."""
+    rows = []
+    for model, record, values in found:
+        q = sorted(values) or [1.0]
+        shown = f"{q[0]:.4g}" if q[0] == q[-1] else f"{q[0]:.4g} … {q[-1]:.4g}"
+        how = f"{record['objective']}, {record['scope']}, {record['search']}"
+        rows.append(
+            f"| {model} | {how} | {record['chosen']} | {shown} | {record['why']} | {record['forward_passes']} |"
+        )
+    return [
+        "| model | objective, scope, search | chosen | q | why | forward passes |",
+        "|---|---|---|---|---|---|",
+        *rows,
+    ]
+
+
+def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]:
+    if not calibrated:
+        return []
+    found = [
+        (
+            spec.source.model,
+            calibrated[node].record,
+            [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)],
+        )
+        for node, spec in plan.specs.items()
+    ]
+    explained = "Kept entries of the weights of linear layers are divided by q; other pruned tensors have q = 1."
+    return ["## Calibration", "", *calibration_table(found), "", explained, ""]
+
+
+def render(plan: Plan, recipe_text: str, title: str, calibrated: Mapping[Node, Calibrated]) -> str:
     """The whole card; the same plan gives the same text."""
     what = Counter((p.built.method, p.built.details) for o in plan.outputs for p in o.pieces)
     rows = [
@@ -72,6 +109,7 @@ def render(plan: Plan, recipe_text: str, title: str) -> str:
         "",
         *[f"- {note}" for note in plan.notes],
         *([""] if plan.notes else []),
+        *_calibration(plan, calibrated),
         "## Recipe",
         "",
         "```yaml",

@@ -29,7 +29,7 @@ _PRUNE_PARAMS = {name: param for method in PRUNE.values() for name, param in met
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault that the types of the keys do not show."""
-    checks = (_inputs, _merge_method, _parameters, _required, _template, _prune_keys, _pruning)
+    checks = (_inputs, _merge_method, _parameters, _required, _template, _prune_keys, _pruning, _calibrated)
     return (problem for check in checks for problem in check(recipe))
 
 
@@ -51,10 +51,12 @@ def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     asked.append((recipe.tokenizer_of == "union", loc, "a union of tokenizers"))
     foreign = bool(recipe.models) and recipe.tokenizer_of not in inputs
     asked.append((foreign, loc, "the tokenizer of a model that is not merged"))
+    if recipe.calibration is not None:
+        exact, merge = recipe.calibration.metric == "exact_match", recipe.calibration.per == "merge"
+        asked.append((exact, ("calibration", "metric"), "metric exact_match"))
+        asked.append((merge, ("calibration", "per"), "per: merge"))
     for at, prune in _prunes(recipe):
         asked.append((prune.method in LATER_PRUNE, (*at, "method"), f"method {prune.method}"))
-        asked.append((prune.sampling == "magnitude", (*at, "sampling"), "sampling: magnitude"))
-        asked.append((prune.calibrated_q is not None, (*at, "q"), "a calibrated q"))
         asked.append((prune.group == "model", (*at, "group"), "group: model"))
         for key in ("protect", "budget", "epsilon", "gamma"):
             asked.append((getattr(prune, key) is not None, (*at, key), key))
@@ -284,6 +286,24 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem(loc, f"{method.name} needs a density", "density: 0.1 keeps a tenth of the delta")
     if recipe.prune is not None and recipe.prune.method != "none" and methods:
         yield from _no_effect(recipe, ("prune",), recipe.prune, used, methods)
+
+
+def _calibrated(recipe: Recipe) -> Iterator[Problem]:
+    """What a calibrated q and wanda need: data, and a search that fits the objective and the scope."""
+    for loc, prune in _prunes(recipe):
+        q = prune.calibrated_q
+        wanted = "a calibrated q" if q is not None else "wanda" if prune.method == "wanda" else None
+        if wanted is not None and not _given(recipe, "calibration"):
+            key = "q" if q is not None else "method"
+            yield recipe.problem((*loc, key), f"{wanted} needs calibration", "calibration: {data: calib.jsonl}")
+        if q is None or isinstance(prune.q, str):
+            continue
+        if q.objective == "layer_mse" and q.search != "auto":
+            yield recipe.problem((*loc, "q", "search"), "layer_mse is solved in closed form", "leave search out")
+        elif q.search == "gradient" and q.objective != "output_change":
+            yield recipe.problem((*loc, "q", "search"), "gradient needs objective output_change", "or search: auto")
+        elif q.search == "gradient" and q.scope == "global":
+            yield recipe.problem((*loc, "q", "search"), "gradient needs scope layer or row", "scope: layer")
 
 
 def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:

@@ -166,6 +166,20 @@ def plan(recipe: Path, device: str, workers: int | None, memory: int | None, as_
 
 
 @commands.command()
+@click.argument("recipe", type=RECIPE)
+@DEVICE
+@WORKERS
+@AS_JSON
+def calibrate(recipe: Path, device: str, workers: int | None, as_json: bool) -> None:
+    """Only choose the q's of RECIPE on its calibration data; writes them to the lock beside it, for run --locked."""
+    from deltamerge.run import calibrate as calibrate_recipe
+
+    found = calibrate_recipe(recipe, device=device, workers=workers)
+    click.echo(json.dumps(found, sort_keys=True) if as_json else render_calibration(found))
+    click.echo(f"{recipe.with_suffix('.lock')}: written", err=True)
+
+
+@commands.command()
 @click.argument("folder", type=FOLDER)
 @WORKERS
 def verify(folder: Path, workers: int | None) -> None:
@@ -221,7 +235,13 @@ def render_plan(described: dict[str, Any]) -> str:
         f"merge_method   {described['merge_method']} of {', '.join(described['models'])}"
         + (f" on {described['base_model']}" if described["base_model"] else ""),
         f"template       {described['template']}",
-        f"stages         read → {select}merge → write",
+        *(
+            f"calibration    {s['model']}: {s['objective']}, scope {s['scope']}, search {s['search']}; "
+            f"{s['sequences']} sequences of {s['length']} tokens, at most {s['forward_passes']} forward passes, "
+            f"{human(s['memory'])}"
+            for s in described["stages"]
+        ),
+        f"stages         {'calibrate → ' if described['stages'] else ''}read → {select}merge → write",
         f"output         {len(described['tensors'])} tensors, {human(described['output_bytes'])} in "
         f"{len(described['shards'])} file{'s' if len(described['shards']) != 1 else ''}",
         f"reads          {human(described['read_bytes'])}",
@@ -229,6 +249,24 @@ def render_plan(described: dict[str, Any]) -> str:
         f"peak memory    {human(described['peak_bytes'])}",
         *(f"note           {note}" for note in described["notes"]),
     ]
+    return "\n".join(lines)
+
+
+def render_calibration(found: dict[str, Any]) -> str:
+    """What was chosen for every model, its search path, and the q of every tensor that has one."""
+    lines = []
+    for model, entry in found.items():
+        path = [f"  {' '.join(f'{x:.4g}' if isinstance(x, float) else str(x) for x in step)}" for step in entry["path"]]
+        lines += [
+            f"model           {model}",
+            f"objective       {entry['objective']}, scope {entry['scope']}, search {entry['search']}",
+            f"chosen          {entry['chosen']}: {entry['why']}",
+            f"value           {entry['value']:.6g}, without calibration {entry['plain']['value']:.6g}",
+            f"forward passes  {entry['forward_passes']} of {entry['sequences']} sequences",
+            *(["search path", *path] if path else []),
+            *(f"q               {q:<10.6g} {name}" for name, q in entry["q"].items()),
+            *([f"q of rows       {entry['rows']}"] if "rows" in entry else []),
+        ]
     return "\n".join(lines)
 
 

@@ -117,7 +117,7 @@ class _Engine:
         self.reader, self.sink, self.progress = reader, sink, progress
         self.tile_elements = tile_elements
         self.backends = {name: open_backend(name, device) for name in {t.backend for t in tasks}}
-        self.shared = _shared_values(tasks, known)
+        self.shared = shared_values([task.root for task in tasks], known)
         self.upcoming = iter(tasks)
         self.ready: deque[Job] = deque()
         self.in_flight = 0
@@ -293,12 +293,12 @@ def _needless(node: Node, values: dict[int, Any]) -> bool:
     return False
 
 
-def _shared_values(tasks: Sequence[Task], known: Mapping[Node, Any]) -> dict[Node, Any]:
+def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node, Any]:
     """Values of the small nodes that need no tile (numbers of the recipe, calibration), each computed once."""
     values: dict[Node, Any] = dict(known)
     tiled: set[Node] = set()
-    for task in tasks:
-        for node in depth_first(task.root):
+    for root in roots:
+        for node in depth_first(root):
             if node.kind != "small" or any(source in tiled for source in node.inputs):
                 tiled.add(node)
             elif node not in values:

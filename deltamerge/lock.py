@@ -3,32 +3,52 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
+from numpy.typing import NDArray
+from safetensors.numpy import load_file, save_file
 
 from deltamerge import __version__
 from deltamerge.errors import InputError, VerifyError
+from deltamerge.graph import Node
 from deltamerge.inputs import Input
 from deltamerge.plan import Plan
+from deltamerge.stages import Calibrated, locked
 
 FORMAT = 1
 LOCK_NAME = "recipe.lock"
-HASH_BYTES = 1 << 21
+ROWS = ".rows"
+DATA = "calibration data"
+HASH_BYTES = 1 << 23
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
-def hash_file(path: Path) -> str:
-    """ "blake3:<hex>" of a file's bytes; for a file of the hub's cache "sha256:<hex>", which the hub already knows."""
+def hash_output(path: Path) -> str:
+    """"blake3:<hex>" of a file's bytes, as `b3sum` prints it: what others get is known by a cryptographic hash."""
+    from blake3 import blake3
+
+    return f"blake3:{_digest(path, blake3(max_threads=blake3.AUTO))}"
+
+
+def hash_input(path: Path) -> str:
+    """"xxh3:<hex>", XXH3-128, of a local file's bytes: as fast as it is read, against accidents, not against forgery.
+
+    A file of the hub's cache is "sha256:<hex>", which the hub already knows.
+    """
     blob = path.resolve()
     if path.is_symlink() and HUB_BLOB.fullmatch(blob.name):
         return f"sha256:{blob.name}"
-    import blake3
+    from xxhash import xxh3_128
 
-    hasher = blake3.blake3()
+    return f"xxh3:{_digest(path, xxh3_128())}"
+
+
+def _digest(path: Path, hasher: Any) -> str:
     buffer = memoryview(bytearray(HASH_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
@@ -36,10 +56,12 @@ def hash_file(path: Path) -> str:
                 hasher.update(buffer[:count])
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return f"blake3:{hasher.hexdigest()}"
+    return str(hasher.hexdigest())
 
 
-def describe_files(files: Iterable[Path], workers: int) -> dict[str, dict[str, Any]]:
+def describe_files(
+    files: Iterable[Path], workers: int, hash_file: Callable[[Path], str] = hash_output
+) -> dict[str, dict[str, Any]]:
     """File name -> {hash, size}, hashed side by side, the largest first."""
     ordered = sorted(files, key=lambda path: -path.stat().st_size)
     with ThreadPoolExecutor(max(1, workers)) as pool:
@@ -60,25 +82,64 @@ def describe_inputs(plan: Plan, workers: int) -> dict[str, Any]:
         reference = model.checkpoint.reference
         if reference in inputs:
             continue
-        entry: dict[str, Any] = {"files": describe_files(input_files(model), workers)}
+        entry: dict[str, Any] = {"files": describe_files(input_files(model), workers, hash_input)}
         if model.checkpoint.revision is not None:
             entry["commit"] = model.checkpoint.revision
         inputs[reference] = entry
+    data = [source.folder / source.calibration.data for source in plan.sources]
+    if data and data[0].is_file():
+        inputs[DATA] = {"files": describe_files(data[:1], workers, hash_input)}
     return inputs
 
 
-def write_lock(plan: Plan, folder: Path, inputs: dict[str, Any], workers: int) -> dict[str, Any]:
-    """Write `folder`/recipe.lock over every file already there; returns what it says."""
-    outputs = describe_files((p for p in folder.iterdir() if p.is_file()), workers)
+def write_lock(
+    plan: Plan, path: Path, inputs: dict[str, Any], outputs: dict[str, Any], calibration: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Write the lock `path`; returns what it says."""
     content = {
         "deltamerge": __version__,
         "format": FORMAT,
         "seed": plan.recipe.seed,
         "inputs": inputs,
         "outputs": outputs,
+        **({"calibration": calibration} if calibration else {}),
     }
-    (folder / LOCK_NAME).write_text(yaml.safe_dump(content, sort_keys=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(content, sort_keys=True), encoding="utf-8")
     return content
+
+
+def write_calibration(plan: Plan, found: Mapping[Node, Calibrated], path: Path) -> dict[str, Any]:
+    """What the lock `path` says of every calibrated model; q's of rows go to a safetensors file beside it, NAME.rows.
+
+    Not named .safetensors: loaders that take every such file of a folder would take it for weights.
+    """
+    calibration: dict[str, Any] = {}
+    rows: dict[str, NDArray[np.float32]] = {}
+    for node, spec in plan.specs.items():
+        calibrated = found[node]
+        calibration[spec.source.model] = entry = {**calibrated.record, "q": calibrated.scalars}
+        if calibrated.rows:
+            entry["rows"] = path.with_suffix(ROWS).name
+            rows |= {f"{spec.source.model}:{name}": value for name, value in sorted(calibrated.rows.items())}
+    if rows:
+        save_file(rows, path.with_suffix(ROWS))
+    return calibration
+
+
+def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Node, Calibrated]:
+    """The q's that a lock has for a plan's stages; VerifyError where it has none that fit."""
+    file = path.with_suffix(ROWS)
+    found: dict[Node, Calibrated] = {}
+    for node, spec in plan.specs.items():
+        entry = (lock.get("calibration") or {}).get(spec.source.model) or {}
+        rows: dict[str, NDArray[np.float32]] = {}
+        if entry.get("rows"):
+            if not file.is_file():
+                raise VerifyError(f"{file}: missing, it holds the q's of rows", hint="copy it beside the lock")
+            prefix = f"{spec.source.model}:"
+            rows = {n.removeprefix(prefix): v for n, v in load_file(file).items() if n.startswith(prefix)}
+        found[node] = locked(lock, spec, rows, str(path))
+    return found
 
 
 def read_lock(path: Path) -> dict[str, Any]:
@@ -102,9 +163,11 @@ def read_lock(path: Path) -> dict[str, Any]:
 def check_inputs(lock: dict[str, Any], inputs: dict[str, Any], path: Path) -> None:
     """Refuse inputs that are not the ones the lock was made from, naming each file that differs."""
     wrong: list[str] = []
-    locked = lock.get("inputs") or {}
-    for reference in sorted(locked.keys() | inputs.keys()):
-        then, now = locked.get(reference), inputs.get(reference)
+    known = lock.get("inputs") or {}
+    for reference in sorted(known.keys() | inputs.keys()):
+        then, now = known.get(reference), inputs.get(reference)
+        if reference == DATA and now is None:  # the q's are in the lock: the data is not needed
+            continue
         if then is None or now is None:
             wrong.append(f"{reference}: {'not in the lock' if then is None else 'in the lock, not in the recipe'}")
             continue

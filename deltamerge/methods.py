@@ -210,6 +210,15 @@ PRUNE: Mapping[str, PruneMethod] = {
             groups=("tensor", "row", "model"),
         ),
         PruneMethod(
+            "wanda",
+            "deltamerge.prune.select:keep_largest_rows_scored",
+            "keep the round(density · n) entries of largest abs(Δ_ij) · ‖x_j‖ in each row, on calibration data",
+            "arXiv 2306.11695, 2410.09344",
+            {"density": _FRACTION, "q": _Q},
+            frozenset({"rescale", "group", "protect", "budget"}),
+            groups=("row",),
+        ),
+        PruneMethod(
             "structured",
             "deltamerge.prune.masks:structured",
             "pick round(a · n) input columns, keep each entry inside with probability b; density = a · b",
@@ -228,4 +237,4 @@ LATER_MERGE = frozenset(
         "model_stock", "nearswap", "sce", "ram", "ramplus_tl", "arcee_fusion",
     }
 )  # fmt: skip
-LATER_PRUNE = frozenset({"wanda", "della", "breadcrumbs", "magnitude_outliers"})
+LATER_PRUNE = frozenset({"della", "breadcrumbs", "magnitude_outliers"})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge import backends
-from deltamerge.build import Builder, Built
+from deltamerge import backends, errors
+from deltamerge.build import Builder, Built, Merge
+from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
 from deltamerge.graph import Graph, Node, peak_tiles, schedule
 from deltamerge.inputs import Input, Inputs, Opener, open_inputs
@@ -17,6 +18,8 @@ from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.writer import Layout, plan_layout
 from deltamerge.parameters import layer_index, layer_position
 from deltamerge.recipe import Recipe
+from deltamerge.stages import Source, Spec
+from deltamerge.stages import memory as stage_memory
 from deltamerge.tensors import FLOATING, ITEMSIZE, block_elements
 
 SHOWN_PROBLEMS = 8
@@ -60,6 +63,13 @@ class Plan:
     workers: int
     tile_elements: int
     peak_bytes: int
+    stages: tuple[Node, ...] = ()
+    sources: tuple[Source, ...] = ()
+
+    @property
+    def specs(self) -> dict[Node, Spec]:
+        """What each calibration stage is to do."""
+        return {node: node.parameter("spec") for node in self.stages}
 
     @property
     def nbytes(self) -> int:
@@ -97,6 +107,7 @@ class Plan:
             "output_bytes": self.nbytes,
             "shards": [{"file": f.name, "bytes": f.size} for f in self.layout.files],
             "notes": list(self.notes),
+            "stages": [spec.describe() for spec in self.specs.values()],
             "tensors": [
                 {
                     "name": output.name,
@@ -122,14 +133,16 @@ def plan(
     device: str = "cpu",
     workers: int = 1,
     memory: int | None = None,
+    data: bool = True,
 ) -> Plan:
     """Resolve `recipe`; relative references start at `folder`, `opener` opens one by its headers.
 
-    Raises InputError naming every mismatch between the models; nothing but headers and configs is read.
+    Raises InputError naming every mismatch between the models; nothing but headers and configs is read, and with `data`
+    the calibration data of recipes that need it.
     """
     inputs = open_inputs(recipe, folder, opener)
-    planner = _Planner(recipe, inputs, device)
-    rows = list(planner.tensors())
+    planner = _Planner(recipe, inputs, device, folder)
+    rows = planner.rows()
     if planner.problems:
         shown = planner.problems[:SHOWN_PROBLEMS]
         more = len(planner.problems) - len(shown)
@@ -140,18 +153,42 @@ def plan(
         for name, shape, dtype, pieces in rows
     )
     tile, peak = _memory(outputs, device, workers, memory)
-    return Plan(recipe, inputs, outputs, layout, tuple(planner.notes), device, workers, tile, peak)
+    stages = planner.builder.stages
+    sources = {i: node.parameter("source") for i, node in planner.builder.activations.items()}
+    sources |= {i: node.parameter("spec").source for i, node in stages.items()}
+    if data:
+        _check_data(sources, inputs)
+    peak += max((stage_memory(source) for source in sources.values()), default=0)
+    made = tuple(stages.values())
+    notes = tuple(planner.notes)
+    return Plan(recipe, inputs, outputs, layout, notes, device, workers, tile, peak, made, tuple(sources.values()))
+
+
+def _check_data(sources: Mapping[int, Source], inputs: Inputs) -> None:
+    """InputError unless the rows are there, with the fields and labels that the model's head needs."""
+    configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
+    for index, source in sources.items():
+        with errors.context(f"calibration of {source.model}"):
+            split(source.calibration, source.folder, source.seed, configs[index], labelled=source.labelled)
 
 
 Row = tuple[str, tuple[int, ...], str, tuple[Piece, ...]]
 
 
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    """A tensor to be merged, and the rows of the vocabulary's model that follow it."""
+
+    merge: Merge
+    rest: TensorInfo | None
+
+
 class _Planner:
     """Goes through the template's tensors; collects problems and notes on the way."""
 
-    def __init__(self, recipe: Recipe, inputs: Inputs, device: str) -> None:
+    def __init__(self, recipe: Recipe, inputs: Inputs, device: str, folder: Path) -> None:
         self.recipe, self.inputs, self.device = recipe, inputs, device
-        self.builder = Builder(recipe, Graph())
+        self.builder = Builder(recipe, Graph(), folder, device)
         self.problems: list[str] = []
         self.hint = ""
         self.notes: list[str] = []
@@ -161,7 +198,14 @@ class _Planner:
         indices = [layer_index(name) for name in inputs.template.tensors]
         self.layers = 1 + max((i for i in indices if i is not None), default=0)
 
-    def tensors(self) -> Iterator[Row]:
+    def rows(self) -> list[Row]:
+        parts = list(self._tensors())
+        if self.problems:
+            return []
+        self.builder.prepare([part.merge for part in parts if isinstance(part, _Merged)])
+        return [self._merged(part) if isinstance(part, _Merged) else part for part in parts]
+
+    def _tensors(self) -> Iterator[Row | _Merged]:
         template = self.inputs.template
         tied = self._tied_head()
         copied: list[str] = []
@@ -176,7 +220,7 @@ class _Planner:
             self.notes.append(f"copied from {template.name}, not merged: {_some(copied)}")
         self._left_out()
 
-    def _row(self, name: str, tensor: TensorInfo, copied: list[str]) -> Row | None:
+    def _row(self, name: str, tensor: TensorInfo, copied: list[str]) -> Row | _Merged | None:
         stored = self.inputs.template.stored[name]
         dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else tensor.dtype
         found = [(model, model.get(name)) for model in self.inputs.all]
@@ -194,14 +238,18 @@ class _Planner:
             return None
         base = next((info for model, info in shared if model.index is None), None)
         tunes = [(model, info) for model, info in shared if model.index is not None]
-        built = self.builder.merge(stored, layer_position(name, self.layers), base, tunes, dtype)
+        return _Merged(Merge(stored, layer_position(name, self.layers), base, tunes, dtype), rest)
+
+    def _merged(self, part: _Merged) -> Row:
+        merge, rest = part.merge, part.rest
+        built = self.builder.merge(merge)
         if rest is None:
-            return self._whole(stored, built)
-        tail = Built(self.builder.copy(rest, dtype), "copy", ())
+            return self._whole(merge.name, built)
+        tail = Built(self.builder.copy(rest, merge.dtype), "copy", ())
         first = self._piece(built, 0)
-        second = self._piece(tail, math.prod(built.root.shape) * ITEMSIZE[dtype])
+        second = self._piece(tail, math.prod(built.root.shape) * ITEMSIZE[merge.dtype])
         shape = (built.root.shape[0] + rest.shape[0], *rest.shape[1:])
-        return stored, shape, dtype, (first, second)
+        return merge.name, shape, merge.dtype, (first, second)
 
     def _whole(self, name: str, built: Built) -> Row:
         return name, built.root.shape, built.root.dtype, (self._piece(built, 0),)

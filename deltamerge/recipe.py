@@ -62,12 +62,21 @@ class Keys(BaseModel):
 
 
 class CalibratedQ(Keys):
-    """A q that is searched on calibration data."""
+    """A q that is searched on calibration data, for the weights of linear layers; other tensors have q = 1."""
 
     objective: Objective = Field(description="What the search makes best.")
     scope: Literal["global", "layer", "row"] = Field("global", description="One q for all, per layer, or per row.")
     search: Literal["auto", "grid", "gradient"] = Field("auto", description="How q is searched.")
     bounds: Bounds | None = Field(None, description="[low, high] of q.")
+
+    @property
+    def scope_or_default(self) -> str:
+        """The scope; layer_mse, which is solved layer by layer, has no global q unless asked for one."""
+        return "layer" if self.objective == "layer_mse" and "scope" not in self.model_fields_set else self.scope
+
+    @property
+    def limits(self) -> tuple[float, float] | None:
+        return None if self.bounds is None else (self.bounds[0], self.bounds[1])
 
 
 class Protect(Keys):

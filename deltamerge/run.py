@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,14 @@ from deltamerge import lock as locks
 from deltamerge.assets import write_assets
 from deltamerge.card import render
 from deltamerge.errors import InputError, OutputError
-from deltamerge.execute import Task, default_workers, execute
+from deltamerge.execute import Task, default_workers, execute, shared_values
+from deltamerge.graph import Node
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.io.writer import Writer
 from deltamerge.plan import Plan, plan
 from deltamerge.recipe import Recipe, load
+from deltamerge.stages import Calibrated
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +41,10 @@ def make_plan(
     workers: int | None = None,
     memory: int | None = None,
     weights: bool = False,
+    data: bool = True,
 ) -> Plan:
-    """The plan of the recipe at `path`; `weights` fetches hub models whole instead of their headers."""
+    """The plan of the recipe at `path`; `weights` fetches hub models whole instead of their headers, `data` reads the
+    calibration data to check it."""
     recipe = load(path)
 
     def opener(reference: str, folder: Path) -> Checkpoint:
@@ -52,6 +57,7 @@ def make_plan(
         device=choose_device(device),
         workers=workers or default_workers(),
         memory=memory,
+        data=data,
     )
 
 
@@ -88,24 +94,46 @@ def run(
 
     `watch` is given the plan before the first byte and returns what is told the bytes done.
     """
-    planned = make_plan(path, device=device, workers=workers, memory=memory)
+    planned = make_plan(path, device=device, workers=workers, memory=memory, data=not locked)
     target = target_of(path, planned.recipe, out)
-    with finished_folder(target, force=force, inputs=planned) as folder:
+    with finished_folder(target, force=force, inputs=planned) as folder, ThreadPoolExecutor(1) as beside:
         if any(model.checkpoint.hub_id for model in planned.inputs.all):
-            planned = make_plan(path, device=device, workers=workers, memory=memory, weights=True)
-        inputs: dict[str, Any] | None = None
+            planned = make_plan(path, device=device, workers=workers, memory=memory, weights=True, data=not locked)
+        known: dict[Node, Calibrated] = {}
+        inputs = beside.submit(locks.describe_inputs, planned, 1)
         if locked:
             lock_path = path.with_suffix(".lock")
-            inputs = locks.describe_inputs(planned, planned.workers)
-            locks.check_inputs(locks.read_lock(lock_path), inputs, lock_path)
-        _write_weights(planned, folder, watch(planned))
+            lock = locks.read_lock(lock_path)
+            locks.check_inputs(lock, inputs.result(), lock_path)
+            known = locks.locked_calibration(planned, lock, lock_path)
+        values = _write_weights(planned, folder, watch(planned), known)
+        calibrated = {node: values[node] for node in planned.stages}
         write_assets(planned, folder)
         text = path.read_text(encoding="utf-8")
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(render(planned, text, target.name), encoding="utf-8")
-        inputs = inputs or locks.describe_inputs(planned, planned.workers)
-        lock = locks.write_lock(planned, folder, inputs, planned.workers)
+        (folder / "README.md").write_text(render(planned, text, target.name, calibrated), encoding="utf-8")
+        lock_path = folder / locks.LOCK_NAME
+        calibration = locks.write_calibration(planned, calibrated, lock_path)
+        outputs = locks.describe_files((p for p in folder.iterdir() if p.is_file()), planned.workers)
+        lock = locks.write_lock(planned, lock_path, inputs.result(), outputs, calibration)
     return Result(target, planned, lock)
+
+
+def calibrate(path: Path, *, device: str = "auto", workers: int | None = None) -> dict[str, Any]:
+    """Run only the calibration stages of the recipe at `path` and write what they chose to the lock beside it.
+
+    Returns the lock's `calibration`. InputError: the recipe has no calibrated q.
+    """
+    planned = make_plan(path, device=device, workers=workers, weights=True)
+    if not planned.stages:
+        raise InputError(
+            f"{path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
+        )
+    found = shared_values(planned.stages, {})
+    lock_path = path.with_suffix(".lock")
+    calibration = locks.write_calibration(planned, found, lock_path)
+    locks.write_lock(planned, lock_path, locks.describe_inputs(planned, planned.workers), {}, calibration)
+    return calibration
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,14 +149,16 @@ class _Shards:
         self.writer.copy(name, offset + start, source, start, nbytes, reader)
 
 
-def _write_weights(planned: Plan, folder: Path, progress: Callable[[int], None]) -> None:
+def _write_weights(
+    planned: Plan, folder: Path, progress: Callable[[int], None], known: dict[Node, Calibrated]
+) -> dict[Node, Any]:
     tasks = [
         Task(output.name, piece.built.root, piece.backend, piece.offset)
         for output in planned.outputs
         for piece in output.pieces
     ]
     with Reader() as reader, Writer(folder, planned.layout) as writer:
-        execute(
+        values = execute(
             tasks,
             reader,
             _Shards(writer),
@@ -136,8 +166,10 @@ def _write_weights(planned: Plan, folder: Path, progress: Callable[[int], None])
             workers=planned.workers,
             tile_elements=planned.tile_elements,
             progress=progress,
+            known=known,
         )
         writer.finish()
+    return values
 
 
 @contextmanager

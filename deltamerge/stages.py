@@ -1,7 +1,8 @@
-"""What the calibration stages of a graph take and give, as plain data; the functions themselves are `calibrate.stage`."""
+"""What the calibration stages of a graph take and give, as plain data; their functions are in `calibrate.stage`."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,6 @@ class Source:
 
     model: str
     checkpoint: Path
-    config: str
     tensors: tuple[TensorInfo, ...]
     pairs: tuple[tuple[TensorInfo, TensorInfo], ...]
     calibration: Calibration
@@ -60,7 +60,7 @@ class Pruned:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One calibrated q: of which fine-tune and tensors, and how it is searched; `shared` are the stage's input nodes."""
+    """One calibrated q: of which tensors, and how it is searched; `shared` are the stage's input nodes."""
 
     source: Source
     pruned: tuple[Pruned, ...]
@@ -79,12 +79,16 @@ class Spec:
     @property
     def passes(self) -> int:
         """At most so many forward passes over the calibration rows (a backward pass counts as two)."""
+        besides = 20  # the fine-tune's outputs, statistics, held-out rows (up to four times as many)
         if self.objective == "layer_mse":
-            return 4
-        families = 2 if self.random and self.scope != "global" else 1
+            return besides
         if self.search == "gradient":
-            return 2 + EVALUATIONS * self.seeds + 4 * STEPS + 8
-        return 2 + 2 * (self.scope != "global") + EVALUATIONS * families * self.seeds + self.seeds + 8
+            return besides + EVALUATIONS + 4 * STEPS
+        if self.search == "grid" and self.scope == "global":
+            low, high = self.bounds or (min(pruned.density for pruned in self.pruned), 1.0)
+            return besides + self.seeds * (1 + math.ceil((high - low) / grid_step(low)) + EVALUATIONS)
+        families = 2 if self.random and self.scope != "global" else 1
+        return besides + self.seeds * (1 + EVALUATIONS * families)
 
     def describe(self) -> dict[str, Any]:
         """The stage for people and for `--json`."""
@@ -103,8 +107,13 @@ class Spec:
         }
 
 
+def grid_step(low: float) -> float:
+    """Of the authors' coarse grid, which starts at `low`."""
+    return min(low, 0.05)
+
+
 def memory(source: Source) -> int:
-    """Upper estimate of the bytes a stage holds: float32 weights and masks up to the cache, hidden states of 8 models."""
+    """About the bytes that a stage holds: float32 weights and masks up to the cache, hidden states of 8 models."""
     elements = sum(t.nbytes for t in source.tensors) * 2
     width = max((t.shape[-1] for t in source.tensors if len(t.shape) == 1), default=1)
     hidden = 8 * source.calibration.sequences * source.calibration.length * width * 4
@@ -113,7 +122,7 @@ def memory(source: Source) -> int:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibrated:
-    """The chosen q's by the tensor's name in the output, those that are 1 left out, and what a lock says of the choice."""
+    """The chosen q's by the tensor's name in the output, without those that are 1; and what a lock says of them."""
 
     q: Mapping[str, QValue]
     record: dict[str, Any]

@@ -10,6 +10,15 @@ def linear(xs, weights, normalize=True):
     return total / sum(weights) if normalize else total
 
 
+def keep_probability(delta, density):
+    """min(1, c |Δ|), c by bisection such that its mean is the density."""
+    size, low, high = np.abs(delta.astype(np.float64)), 0.0, 1e60
+    for _ in range(400):
+        c = (max(low, 1e-60) * high) ** 0.5
+        low, high = (c, high) if np.minimum(1, c * size).mean() < density else (low, c)
+    return np.minimum(1, c * size)
+
+
 def task_arithmetic(base, deltas, weights, normalize=False, lam=1.0):
     total = sum(w * d for w, d in zip(weights, deltas, strict=True))
     if normalize:

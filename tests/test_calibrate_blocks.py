@@ -175,6 +175,30 @@ def test_gradients_are_those_of_the_plain_forward(architecture: str, tmp_path: P
                 torch.testing.assert_close(got, want.detach(), rtol=2e-4, atol=1e-3)
 
 
+def test_a_step_of_learned_scales_holds_one_block(tmp_path: Path) -> None:
+    """Forward and backward, no block's weights outlive the block."""
+    _, tensors = make("LlamaForCausalLM", tmp_path)
+    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    scale = torch.ones((), requires_grad=True)
+    asked: list[int] = []
+    alive: list[list[weakref.ref[torch.Tensor]]] = []
+
+    def weights(names: Sequence[str]) -> dict[str, torch.Tensor]:
+        gc.collect()
+        asked.append(next(i for i, part in enumerate(model.parts) if part == list(names)))
+        made = {name: tensors[name] * scale for name in names}
+        alive.append([weakref.ref(tensor) for tensor in made.values()])
+        living = [i for i, refs in zip(asked, alive, strict=True) if any(ref() is not None for ref in refs)]
+        assert sum(i > 0 for i in living) <= 1
+        return made
+
+    loss: Any = model.differentiable(batches("Llama")[0], weights).hidden.square().sum()
+    assert asked == [0, 1, 2, 3]
+    loss.backward()
+    assert asked == [0, 1, 2, 3, 3, 2, 1]
+    assert scale.grad is not None
+
+
 def test_generates_greedily(tmp_path: Path) -> None:
     reference, tensors = make("LlamaForCausalLM", tmp_path)
     model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors, pad_token_id=0)
@@ -182,7 +206,7 @@ def test_generates_greedily(tmp_path: Path) -> None:
         "input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]),
         "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4]),
     }
-    got = model.generate(inputs, from_reader(tensors.__getitem__), new_tokens=5, eos_token_id=None)
+    got = model.generate([inputs], from_reader(tensors.__getitem__), new_tokens=5, eos_token_id=None)[0]
     want = reference.generate(**inputs, do_sample=False, max_new_tokens=5, eos_token_id=None)[:, 4:]
     assert torch.equal(got, want)
 

@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ def write(
             out = writer.tensor(name, code_of(tensor), tuple(tensor.shape), old)
             bits = bits_of(tensor)
             cuts = np.linspace(0, bits.size, pieces + 1).astype(int)
-            jobs += [(out, int(a), bits[a:b]) for a, b in zip(cuts, cuts[1:], strict=False)]
+            jobs += [(out, int(a), bits[a:b]) for a, b in pairwise(cuts)]
         if shuffle is not None:
             jobs = [jobs[i] for i in np.random.default_rng(shuffle).permutation(len(jobs))]
         for out, start, piece in jobs:
@@ -218,8 +219,8 @@ def test_bytes_do_not_depend_on_pieces_or_their_order(tmp_path: Path) -> None:
     }
     result = {name: changed(tensor, 0.03, 5) for name, tensor in base.items()}
     write(tmp_path / "0", base, result)
-    for i, options in enumerate([{"pieces": 9}, {"pieces": 13, "shuffle": 1}, {"pieces": 40, "shuffle": 2}], start=1):
-        write(tmp_path / str(i), base, result, **options)
+    for i, (pieces, shuffle) in enumerate([(9, None), (13, 1), (40, 2)], start=1):
+        write(tmp_path / str(i), base, result, pieces=pieces, shuffle=shuffle)
         for file in ("delta.json", "delta.safetensors"):
             assert (tmp_path / "0" / file).read_bytes() == (tmp_path / str(i) / file).read_bytes()
     arrays = load_file(tmp_path / "0" / "delta.safetensors")
@@ -328,9 +329,9 @@ def test_sum_round_trip(tmp_path: Path, values: str, density: float, base_dtype:
         entry = delta.entries[name]
         stored = np.concatenate([np.empty(0, np.float32), *[v for _, v in entry.pieces()]])
         positions, exact = deltas[name]
-        expected = tensor.float().flatten()
+        expected = tensor.clone().float().flatten()
         expected[positions] += torch.from_numpy(stored)
-        result = tensor.to(getattr(torch, TORCH_NAMES[dtype])).flatten()
+        result = tensor.clone().to(getattr(torch, TORCH_NAMES[dtype])).flatten()
         result[positions] = expected[positions].to(result.dtype)
         assert same(streamed[name].flatten(), result)
         assert np.array_equal(entry.apply(bits_of(tensor)), bits_of(result))
@@ -411,7 +412,7 @@ def _artifact(tmp_path: Path) -> Path:
             coding = {"i": "indices", "b": "bitmask", "g": "gaps", "r": "rice"}.get(name)
             writer.codings = frozenset([coding] if coding else CODINGS)  # type: ignore[list-item]  # as above
             if name == "q":
-                positions = np.arange(5, 6400, 50)
+                positions = np.arange(5, 6400, 10)
                 out.add(positions, np.linspace(-1, 1, len(positions), dtype=np.float32))
                 out.finish()
             else:
@@ -598,7 +599,7 @@ def test_truncated_and_missing_files_are_refused(artifact: Path) -> None:
 def test_a_writer_that_fails_leaves_no_artifact(tmp_path: Path) -> None:
     base = {"a": torch.zeros(10, 100)}
     with pytest.raises(InputError, match="a: values are not all finite"):
-        write_sum(tmp_path, base, {"a": (np.array([1]), np.array([np.nan], np.float32))}, values="sign")
+        write_sum(tmp_path, base, {"a": (np.arange(999), np.full(999, np.nan, np.float32))}, values="sign")
     assert not list(tmp_path.iterdir())
     with DeltaWriter(tmp_path, BASE) as writer:
         writer.tensor("a", "F32", (10, 100), source("a", base["a"])).write(5, np.zeros(10, np.float32))
@@ -626,6 +627,35 @@ def test_memory_does_not_grow_with_a_dense_tensor(tmp_path: Path) -> None:
     assert peak < 24 << 20
 
 
+def documented(word: str) -> str:
+    """The Python of docs/delta-format.md that has `word` in it."""
+    text = (Path(__file__).parents[1] / "docs" / "delta-format.md").read_text(encoding="utf-8")
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return next(block for block in blocks if word in block)
+
+
+@pytest.mark.parametrize("coding", CODINGS)
+@pytest.mark.parametrize(
+    ("values", "density"),
+    [(v, d) for v in ("float32", "int8", "sign") for d in (0.0004, 0.02, 0.2, 1) if v == "float32" or d > 0.01],
+)
+def test_documented_reader_reads_what_is_written(tmp_path: Path, coding: str, values: str, density: float) -> None:
+    base = {"w": torch.zeros(200, 100)}
+    generator = np.random.default_rng(0)
+    where = np.flatnonzero(generator.random(20_000) < density)
+    write_sum(tmp_path, base, {"w": (where, generator.standard_normal(len(where)).astype(np.float32))},
+              values=values, codings={coding})  # fmt: skip
+    reader: dict[str, Any] = {}
+    exec(documented("def positions"), reader)
+    record = json.loads((tmp_path / "delta.json").read_text())["tensors"]["w"]
+    assert record["values"] == values
+    arrays = reader["load_file"](tmp_path / "delta.safetensors")
+    assert np.array_equal(reader["positions"](record, "w", arrays), where)
+    entry = DeltaFile.open(tmp_path).entries["w"]
+    stored = np.concatenate([piece for _, piece in entry.pieces()])
+    assert np.array_equal(reader["added"](record, "w", arrays, where), stored)
+
+
 def test_documented_loader_makes_a_transformers_model(tmp_path: Path) -> None:
     """The ten lines of docs/delta-format.md, as they stand there, against the fine-tune itself."""
     from transformers import AutoModelForSequenceClassification
@@ -635,8 +665,7 @@ def test_documented_loader_makes_a_transformers_model(tmp_path: Path) -> None:
     names = {name: name.removeprefix("bert.") for name in result}
     write(tmp_path / "delta", load_tensors(base), result, names=names)
     shutil.copy(tuned / "config.json", tmp_path / "delta")
-    text = (Path(__file__).parents[1] / "docs" / "delta-format.md").read_text(encoding="utf-8")
-    code = next(block for block in re.findall(r"```python\n(.*?)```", text, re.DOTALL) if "from_pretrained" in block)
+    code = documented("from_pretrained")
     assert len(code.strip().splitlines()) <= 10
     names_of: dict[str, Any] = {"BASE": str(base), "DELTA": str(tmp_path / "delta")}
     exec(code, names_of)
@@ -651,7 +680,8 @@ def test_headers_and_manifest_need_no_torch(tmp_path: Path) -> None:
     write(tmp_path, base, {"a": changed(base["a"], 0.5, 1)})
     code = (
         "import sys; from deltamerge.io.delta import DeltaFile; import deltamerge.io.delta_writer\n"
-        f"DeltaFile.open({str(tmp_path)!r}); print(sorted({{'torch', 'numba', 'scipy', 'transformers'}} & set(sys.modules)))"
+        f"DeltaFile.open({str(tmp_path)!r})\n"
+        "print(sorted({'torch', 'numba', 'scipy', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
@@ -664,7 +694,3 @@ def test_real_fine_tune(tmp_path: Path, shared_data: Path) -> None:
     streamed = apply_streamed(tmp_path, base, 1 << 20)
     assert all(same(streamed[name], tensor) for name, tensor in tuned.items())
     assert summary.nbytes < (shared_data / "sentiment" / "model.safetensors").stat().st_size
-
-
-def _unused() -> Iterator[None]:
-    yield None

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from deltamerge.errors import InputError
 from deltamerge.io.encodings import CODINGS, Choice, Gaps, Positions, choose, decode, encode
 from deltamerge.io.values import (
+    Values,
     cast,
+    cheapest,
     encode_values,
     narrow,
     relative_error,
@@ -301,10 +303,23 @@ def test_errors_of_the_codings_on_normal_values() -> None:
     """The table of docs/delta-format.md: sign is sqrt(1 - 2/π) for one scale, less where rows keep few entries."""
     values = np.random.default_rng(0).standard_normal(200_000).astype(np.float32)
     positions = np.arange(200_000)
-    bounds = {"float32": (0, 0), "bfloat16": (1e-3, 2e-3), "int8": (5e-3, 1.2e-2), "sign": (0.58, 0.61)}
+    bounds: dict[Values, tuple[float, float]] = {
+        "float32": (0, 0),
+        "bfloat16": (1e-3, 2e-3),
+        "int8": (5e-3, 1.2e-2),
+        "sign": (0.58, 0.61),
+    }
     for coding, (low, high) in bounds.items():
         coded = encode_values(values, positions, 200, 1000, coding)
         assert low <= relative_error(coded.squared_error, coded.squared) <= high
+
+
+def test_scales_are_kept_only_where_they_save_bytes() -> None:
+    assert cheapest("int8", 5898, 768) == "int8"
+    assert cheapest("int8", 590, 768) == "bfloat16"
+    assert cheapest("sign", 590, 768) == "sign"
+    assert cheapest("sign", 8, 1) == "bfloat16"
+    assert cheapest("float32", 8, 1) == "float32"
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -318,7 +333,7 @@ def test_extreme_scales_stay_finite() -> None:
     for value in (3.4e38, 1e-45):
         for coding in ("int8", "sign"):
             values = np.array([value, -value], np.float32)
-            coded = encode_values(values, np.arange(2), 1, 2, coding)  # type: ignore[arg-type]  # literals
+            coded = encode_values(values, np.arange(2), 1, 2, coding)
             assert np.isfinite(scale_values(coded.scales, 1, coded.unit, coding)).all()
 
 

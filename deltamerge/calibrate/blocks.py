@@ -220,14 +220,20 @@ class Model:
             return self._forward(self._tensors(weights, 0), inputs)
 
     @torch.no_grad()
-    def generate(self, inputs: Inputs, weights: Weights, *, new_tokens: int, **options: Any) -> Tensor:
-        """Greedy continuation of left-padded prompts (B, T): new tokens (B, ≤ new_tokens). All weights are resident."""
+    def generate(self, prompts: Sequence[Inputs], weights: Weights, *, new_tokens: int, **options: Any) -> list[Tensor]:
+        """Greedy continuations of batches of left-padded prompts (B, T): new tokens (B, ≤ new_tokens) on the CPU.
+
+        All weights are resident. `options` go to transformers' `generate`.
+        """
         tensors = {n: t for part in range(len(self.parts)) for n, t in self._tensors(weights, part).items()}
-        shell = _Generator(self.module)
-        inputs = {k: v.to(self.device) for k, v in inputs.items()}
+        local = {f"model.{n}": t for n, t in tensors.items()}
         options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "use_cache": True, **options}
-        tokens = functional_call(shell, {f"model.{n}": t for n, t in tensors.items()}, (), {**inputs, **options})
-        return tokens[:, inputs["input_ids"].shape[1] :].cpu()  # type: ignore[no-any-return]  # a tensor
+        made = []
+        for inputs in prompts:
+            placed = {k: self._placed(v) for k, v in inputs.items()}
+            tokens = functional_call(_Generator(self.module), local, (), {**placed, **options})
+            made.append(tokens[:, placed["input_ids"].shape[1] :].cpu())
+        return made
 
     def _tensors(self, weights: Weights, part: int) -> dict[str, Tensor]:
         found = weights(self.parts[part])

@@ -6,7 +6,7 @@ The unlabelled ones compare with the fine-tune, whose outputs `reference` collec
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamerge.calibrate.blocks import Inputs, Model, Output, Weights
-from deltamerge.calibrate.metrics import METRICS
+from deltamerge.calibrate.metrics import METRICS, exact_match
 
 TOP = 5
 CLASSES = 64
@@ -31,8 +31,12 @@ class Objective(Protocol):
     def value(self, parts: Sequence[Any]) -> float: ...
 
 
-def evaluate(model: Model, objective: Objective, variants: Sequence[Weights], group: int = 8) -> list[float]:
+def evaluate(
+    model: Model, objective: Objective | Generation, variants: Sequence[Weights], group: int = 8
+) -> list[float]:
     """The objective of every variant; `group` of them share one walk through the blocks."""
+    if isinstance(objective, Generation):
+        return [objective.measure(model, weights) for weights in variants]
     values: list[float] = []
     for start in range(0, len(variants), group):
         some = variants[start : start + group]
@@ -115,6 +119,27 @@ class Validation:
             return float(sum(total for total, _ in parts) / sum(count for _, count in parts))
         predicted, labels = (np.concatenate(column) for column in zip(*parts, strict=True))
         return 1.0 - METRICS[self.metric](predicted, labels)
+
+
+@dataclass
+class Generation:
+    """1 − exact match of greedily generated texts with the reference answers; all weights are resident.
+
+    batches  left-padded prompts, `answers` their reference texts, `decode` turns tokens (B, T) into texts
+    pattern  what of a text is its answer (`metrics.answer`): the whole text where None
+    """
+
+    batches: Sequence[Inputs]
+    answers: Sequence[Sequence[str]]
+    decode: Callable[[Tensor], list[str]]
+    pattern: str | None = None
+    new_tokens: int = 64
+
+    def measure(self, model: Model, weights: Weights) -> float:
+        """One variant's 1 − exact match."""
+        made = model.generate(self.batches, weights, new_tokens=self.new_tokens)
+        texts = [text for tokens in made for text in self.decode(tokens)]
+        return 1.0 - exact_match(texts, [answer for some in self.answers for answer in some], self.pattern)
 
 
 @dataclass

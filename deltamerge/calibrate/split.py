@@ -16,7 +16,7 @@ LANGUAGE = frozenset({"causal-lm", "text-generation"})
 
 
 def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
-    """calibration.task, else what the head says; a model without a head reads text, or pictures if it has an image size."""
+    """calibration.task, else what the head says; without one, pictures if the config has an image size, else text."""
     if calibration.task is not None:
         return calibration.task
     architecture = (config.get("architectures") or ["none"])[0]

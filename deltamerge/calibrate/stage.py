@@ -25,7 +25,7 @@ from deltamerge.calibrate.statistics import LayerStatistics, Vector
 from deltamerge.calibrate.subject import BATCH, Subject
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Reader
-from deltamerge.stages import STEPS, Calibrated, QValue, Source, Spec
+from deltamerge.stages import STEPS, Calibrated, QValue, Source, Spec, grid_step
 
 Qs = dict[str, Q]
 ROUNDED = 6
@@ -33,7 +33,6 @@ KAPPA = (0.25, 4.0)
 # q of a closed form or learned: above 1 where a row is better left out, and never without bound (algorithms.md 6.2)
 HIGHEST = 10.0
 LOWEST = 0.01
-STEP = 0.05
 GROUP = 64 // BATCH
 
 
@@ -49,7 +48,7 @@ def activations(*, source: Source) -> dict[str, LayerStatistics]:
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
-    """The q's of a fine-tune's linear weights that its objective is smallest for, or the plain choice if that is as good.
+    """The q's that a fine-tune's objective is smallest for, or the plain choice if that is as good.
 
     `inputs` are the values of `spec.shared`, small nodes that the masks are made from.
     """
@@ -104,17 +103,17 @@ class _Choice:
         if higher:
             shown = {name: 1.0 - value for name, value in shown.items()}
         shown = {name: _rounded(value) for name, value in shown.items()}
-        word = "better" if better else "no better"
+        rows, word = self.subject.counts[1], "better" if better else "no better"
         record = {
             "objective": self.spec.objective,
             "scope": self.spec.scope,
             "search": self.spec.search,
             "chosen": "calibrated" if better else "plain",
-            "why": f"{measure} on {self.subject.counts[1]} held-out rows: {shown['calibrated']:.4g} calibrated is {word} "
+            "why": f"{measure} on {rows} held-out rows: {shown['calibrated']:.4g} calibrated is {word} "
             f"than {shown['plain']:.4g} without calibration",
             "value": _rounded(found.value),
             "plain": {"q": _range([p.plain for p in self.spec.pruned]), "value": _rounded(plain)},
-            "held_out": {"measure": measure, "rows": self.subject.counts[1], **shown},
+            "held_out": {"measure": measure, "rows": rows, **shown},
             "sequences": self.subject.counts[0],
             "mask_seeds": self.spec.seeds,
             "forward_passes": self.subject.passes,
@@ -174,7 +173,7 @@ class _Choice:
             return self.subject.values(objective, [qs(point) for point in points])
 
         if self.spec.search == "grid" and name == "q":
-            found = search.grid(evaluate, low, high, step=min(low, STEP))
+            found = search.grid(evaluate, low, high, step=grid_step(low))
         elif self.spec.search == "grid":
             found = search.minimise(evaluate, low, high, coarse=16, budget=16)
         else:
@@ -187,7 +186,7 @@ class _Choice:
         return self.spec.bounds or (low, high)
 
     def _families(self) -> _Found:
-        """Random masks: q per layer from the paper's bound or from least squares, with one η searched; the better one."""
+        """Random masks: q per layer from the paper's bound or from least squares, one η searched; the better."""
         layers = self._seen(self.subject.statistics(drawn=False))
         low, high = self._bounds(0.0, 1.0)
         mean_density = float(np.mean([self.density[name] for name in layers]))
@@ -223,15 +222,12 @@ class _Choice:
         """layer_mse: the exact least-squares q of the drawn mask, of each layer or row; global: of relative errors."""
         layers, (low, high) = self._drawn(), self._bounds(self._lowest(), HIGHEST)
         if self.spec.scope == "global":
-            power, cross = (
-                sum(
-                    float(part.sum() / s.energy.sum())
-                    for s in layers.values()
-                    if s.energy.sum() > 0.0
-                    for part in [of(s)]
-                )
-                for of in (lambda s: s.power, lambda s: s.cross)
-            )
+            parts = [
+                (np.sum(s.power) / s.energy.sum(), np.sum(s.cross) / s.energy.sum())
+                for s in layers.values()
+                if s.power is not None and s.cross is not None and s.energy.sum() > 0.0
+            ]
+            power, cross = (float(sum(column)) for column in zip(*parts, strict=True)) if parts else (0.0, 0.0)
             q = power / cross if cross > 0.0 and power > 0.0 else 1.0
             qs: Qs = dict.fromkeys(self.layers, _rounded(float(np.clip(q, low, high))))
         else:

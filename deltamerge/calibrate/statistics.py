@@ -6,6 +6,7 @@ Source: Deng et al., DAREx, arXiv 2410.09344, Theorem 3.1 and App. C.9; the leas
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -169,9 +170,9 @@ def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float)
         return float(np.mean([family(layer, density, eta) for layer in some]))
 
     def last_below(level: float) -> float:
-        exponents = range(-240, 241)
-        below = [k for k in exponents if mean(2.0 ** (k / 4)) <= level]
-        return float(2.0 ** ((below[-1] if below else exponents[0]) / 4))
+        exponents = range(-240, 241)  # the mean grows with η
+        above = bisect.bisect_right(exponents, level, key=lambda k: mean(2.0 ** (k / 4)))
+        return float(2.0 ** (exponents[max(above - 1, 0)] / 4))
 
     low = last_below(1.01 * density)
     return low, max(last_below(max(0.5, 2.0 * density)), 2.0 * low)

@@ -5,12 +5,13 @@ docs/delta-format.md has the format; torch is imported where its tensors are ask
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -31,11 +32,11 @@ TORCH_NAMES = {
 THREADED = 1 << 15
 
 
-@dataclass(frozen=True, slots=True)
-class Patch:
+class Patch(NamedTuple):
     """Final values of a checkpoint tensor: 1-D `values` of `dtype` at flat ascending `indices`; None: at all of them.
 
-    indices are int32, or int64 from 2**31 elements. Tensors are torch's.
+    indices are int32, or int64 from 2**31 elements. Tensors are torch's. The fields are those of vLLM's
+    CheckpointWeightPatch: vllm/model_executor/model_loader/checkpoint_weight_patch.py.
     """
 
     name: str
@@ -115,39 +116,41 @@ class DeltaFile:
     def apply_to(self, state: MutableMapping[str, Any]) -> None:
         """Turn a state dict of the base (torch tensors on any device) into the result's, in place where it fits.
 
-        A tensor is found by its name in the result, else by its name in the base. One that is new, or changes dtype
-        or shape, is put into `state`; a removed one is taken out. Hashes are not checked. On the CPU as many threads
-        as torch has work on large tensors. InputError: a tensor is missing or is not of the base's dtype and shape,
-        and nothing has been changed; or positions are damaged.
+        A tensor is found by its name in the base, else by its name in the result. One that is new, or changes dtype
+        or shape, is made; a removed one is taken out. Hashes are not checked. On the CPU as many threads as torch has
+        work on large tensors. InputError: a tensor is missing or is not of the base's dtype and shape, and nothing
+        has been changed; or positions are damaged.
         """
         import torch
 
-        targets = {entry.name: _target(entry, state, self.manifest.base) for entry in self.entries.values()}
-        large: list[Entry] = []
-        small: list[Entry] = []
-        for entry in self.entries.values():
-            (large if entry.record.count > THREADED else small).append(entry)
-        workers = min(torch.get_num_threads(), len(large))
+        entries = list(self.entries.values())
+        keys = [name if (name := e.record.base_name) is not None and name in state else e.name for e in entries]
+        uses = Counter(keys)
+        targets: dict[str, Any] = {}
+        for entry, key in zip(entries, keys, strict=True):
+            target = _target(entry, state.get(key), self.manifest.base)
+            targets[entry.name] = target.clone() if uses[key] > 1 and key != entry.name else target
 
         def apply(entry: Entry) -> None:
-            target = targets[entry.name]
             try:
-                changed = _apply_to(entry, target)
+                targets[entry.name] = _apply_to(entry, targets[entry.name])
             except InputError as error:
                 error.where.insert(0, f"{self.path}: {entry.name}")
                 raise
-            if changed is not target:
-                state[entry.name] = changed
 
-        if workers > 1:
-            with ThreadPoolExecutor(workers) as pool:
-                list(pool.map(apply, sorted(large, key=lambda entry: -entry.record.count)))
+        entries.sort(key=lambda entry: -entry.record.count)
+        large = sum(entry.record.count > THREADED for entry in entries)
+        workers = min(torch.get_num_threads(), large)
+        if workers < 2:
+            large = 0
         else:
-            small = [*large, *small]
-        for entry in small:
+            with ThreadPoolExecutor(workers) as pool:
+                list(pool.map(apply, entries[:large]))
+        for entry in entries[large:]:
             apply(entry)
-        for name in self.manifest.removed:
+        for name in {*self.manifest.removed, *keys} - targets.keys():
             state.pop(name, None)
+        state.update(targets)
 
 
 def load_delta(path: str | Path) -> Iterator[Patch]:
@@ -183,10 +186,9 @@ def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
     return _code(tensor.dtype), tuple(tensor.shape)
 
 
-def _target(entry: Entry, state: Mapping[str, Any], base: Base) -> Any:
-    """The tensor of `state` that an entry changes; None where the base has none."""
+def _target(entry: Entry, target: Any, base: Base) -> Any:
+    """The tensor that an entry changes; None where the base has none, or one of another kind."""
     record = entry.record
-    target = state.get(entry.name, state.get(record.base_name or entry.name))
     if record.base is None:
         fits = target is not None and _described(target) == (record.dtype, tuple(record.shape))
         return target if fits else None

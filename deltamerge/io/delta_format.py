@@ -345,7 +345,7 @@ def _array(name: str, expected: tuple[str, int | None], info: TensorInfo | None,
     if info.dtype != dtype or len(info.shape) != 1 or length not in (None, info.shape[0]):
         wanted = dtype if length is None else f"{dtype} of length {length}"
         raise InputError(f"{name} is {info.dtype} {list(info.shape)}, not {wanted}")
-    kind = f"<{'i' if dtype in ('I32', 'I64') else 'u'}{ITEMSIZE[dtype]}"
+    kind = f"<{'i' if name.endswith('.indices') else 'u'}{ITEMSIZE[dtype]}"
     array = np.frombuffer(maps[info.path], kind, info.shape[0], info.begin)
     # numpy gets along with any offset, torch only with aligned ones; our own files are aligned
     return array if array.flags.aligned else array.copy()

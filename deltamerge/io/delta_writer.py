@@ -36,7 +36,17 @@ from deltamerge.io.delta_format import (
 )
 from deltamerge.io.encodings import CODINGS, Array, Choice, Coding, Positions, choose, encode
 from deltamerge.io.files import copy_at, flat, output_error, read_at, write_at
-from deltamerge.io.values import SCALE_BITS, VALUE_BITS, Coded, Values, cast, encode_values, relative_error, scale_group
+from deltamerge.io.values import (
+    SCALE_BITS,
+    VALUE_BITS,
+    Coded,
+    Values,
+    cast,
+    cheapest,
+    encode_values,
+    relative_error,
+    scale_group,
+)
 from deltamerge.io.writer import FileLayout, Layout, plan_layout
 from deltamerge.tensors import FLOATING, ITEMSIZE
 
@@ -225,22 +235,16 @@ class TensorWriter:
                 return
             self._listed.add(positions)
             values = np.ascontiguousarray(values, np.float32)
-            if self._coding in SCALE_BITS:
+            if self._writer.values in SCALE_BITS:
                 self._values.append(values)
             else:
-                self._append_coded(encode_values(values, positions, 1, 1, self._coding))
+                self._append_coded(encode_values(values, positions, 1, 1, self._writer.values))
 
     def finish(self) -> None:
         """End a tensor of `add`, or one that is as in the base; reads the base for the hashes."""
         with self._lock, errors.context(self._name):
             if self._record is None:
                 self._finish_add()
-
-    @property
-    def _coding(self) -> Values:
-        """Vectors keep bfloat16: scales and one more stored array would cost more than they save."""
-        scaled = self._writer.values in SCALE_BITS
-        return "bfloat16" if scaled and len(self._shape) < 2 else self._writer.values
 
     def _next(self, bits: Array) -> None:
         start, stop = self._done, self._done + bits.size
@@ -306,28 +310,26 @@ class TensorWriter:
     def _finish_add(self) -> None:
         if self._base is None or self._done:
             raise ValueError("not every element was written")
-        coding, group, unit = self._coding, scale_group(self._shape), 0
+        count, group = self._listed.count, scale_group(self._shape)
+        groups = -(-self._size // group)
+        coding = cheapest(self._writer.values, count, groups)
+        added: dict[str, Any] = {"values": coding} if count else {}
         scales: Array | None = None
         if self._values:
             positions = np.concatenate(list(self._listed.pieces()))
-            values = np.concatenate(self._values)
-            coded = encode_values(values, positions, -(-self._size // group), group, coding)
+            coded = encode_values(np.concatenate(self._values), positions, groups, group, coding)
             self._append_coded(coded)
-            scales, unit = coded.scales, coded.unit
             self._values.clear()
+            if coding in SCALE_BITS:
+                scales = coded.scales
+                added |= {"group": group, "unit": coded.unit}
+        if count and coding != "float32":
+            added["error"] = relative_error(*self.squares)
         choice = choose(self._listed.gaps, self._size, VALUE_BITS[coding], fill=False, allowed=self._writer.codings)
-        added: dict[str, Any] = {}
-        if self._listed.count:
-            added = {"values": coding} | ({"group": group, "unit": unit} if scales is not None else {})
-            added |= {"error": relative_error(*self.squares)} if coding != "float32" else {}
-        record = self._new_record(choice, **added)
-        index = self._index(choice)
-        stored = np.empty(0, np.uint8)
-        if record.count:
-            stored = np.memmap(self.path, np.uint8, "r", 0, self._spooled)
-            if coding in ("float32", "bfloat16"):
-                stored = stored.view(f"<u{VALUE_BITS[coding] // 8}")
-        entry = Entry(self._name, record, stored, index, scales)
+        index, stored = self._index(choice), np.empty(0, np.uint8)
+        if count:
+            stored = np.memmap(self.path, np.uint8, "r", 0, self._spooled).view(f"<u{max(1, VALUE_BITS[coding] // 8)}")
+        entry = Entry(self._name, self._new_record(choice, **added), stored, index, scales)
         for bits in entry.tiles(self._read_base, check=False):
             self._result_hash.update(flat(bits))
         self._store(self._new_record(choice, **added), scales, index)
@@ -388,12 +390,9 @@ def _manifest_text(manifest: Manifest) -> str:
     fields = manifest.model_dump(exclude_defaults=True, exclude={"tensors"})
     fields = {"format": manifest.format, "version": manifest.version} | fields
     lines = [f"{_compact(key)}: {_compact(value)}" for key, value in fields.items()]
-    tensors = [
-        f"{_compact(name)}: {_compact(record.model_dump(exclude_defaults=True))}"
-        for name, record in manifest.tensors.items()
-    ]
-    lines.append('"tensors": {\n' + ",\n".join(tensors) + "\n}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
+    records = {name: record.model_dump(exclude_defaults=True) for name, record in manifest.tensors.items()}
+    tensors = ",\n".join(f"{_compact(name)}: {_compact(record)}" for name, record in records.items())
+    return "{\n" + ",\n".join([*lines, '"tensors": {\n' + tensors + "\n}"]) + "\n}\n"
 
 
 def _compact(value: Any) -> str:

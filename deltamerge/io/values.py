@@ -29,6 +29,7 @@ Values = Literal["float32", "bfloat16", "int8", "sign"]
 VALUE_BITS: dict[Values, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "sign": 1}
 SCALE_BITS: dict[str, int] = {"int8": 8, "sign": 4}
 MANTISSA: dict[str, int] = {"int8": 4, "sign": 1}
+ARRAY_BYTES = 128  # of one more stored array in a header
 UNITS: dict[str, tuple[int, int]] = {"int8": (-149, 108), "sign": (-149, 119)}  # all scales are float32 numbers
 
 
@@ -129,6 +130,14 @@ def encode_values(values: Array, positions: Array, groups: int, group: int, codi
         stored = np.clip(np.rint(quotients), -127, 127).astype(np.int8)
         decoded = stored * scale
     return Coded(stored, codes.astype(np.uint8), unit, _squares(values - decoded), _squares(values))
+
+
+def cheapest(coding: Values, count: int, groups: int) -> Values:
+    """`coding`, or bfloat16 where that takes no more bytes: few entries a group, or few in all."""
+    if coding not in SCALE_BITS:
+        return coding
+    scaled = count * VALUE_BITS[coding] // 8 + groups * SCALE_BITS[coding] // 8 + ARRAY_BYTES
+    return coding if scaled < 2 * count else "bfloat16"
 
 
 def scale_values(stored: Array, groups: int, unit: int, coding: str) -> Array:

@@ -21,6 +21,20 @@ def divide(delta: torch.Tensor | Kept, q: float, *, tile: Tile) -> torch.Tensor 
     return over(delta, q)
 
 
+def divide_rows(delta: torch.Tensor | Kept, q: float | np.ndarray[Any, Any], *, tile: Tile) -> torch.Tensor | Kept:
+    """kept_ij / q_i in float32: q is (m, 1) for a matrix stored (out, in), (1, n) for (in, out), or one number."""
+    import torch
+
+    if isinstance(q, float):
+        return divide(delta, q, tile=tile)
+    values = delta.values if isinstance(delta, Kept) else delta
+    places = delta.positions if isinstance(delta, Kept) else torch.arange(tile.size, device=values.device)
+    flat = places + tile.start
+    of_entry = flat // tile.columns if q.shape[-1] == 1 else flat % tile.columns
+    quotient = values / torch.from_numpy(q.astype(np.float32).reshape(-1)).to(values.device)[of_entry]
+    return Kept(delta.positions, quotient) if isinstance(delta, Kept) else quotient
+
+
 def constant(*, value: float) -> float:
     """A q that the recipe gives as a number."""
     return value

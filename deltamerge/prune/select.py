@@ -129,13 +129,31 @@ def keep_largest(
 
 def keep_largest_rows(delta: torch.Tensor, *, tile: Tile, density: float) -> torch.Tensor:
     """Δ where it is among the round(density · n) largest magnitudes of its row of n, else 0; equals from the left."""
+    return _largest_of_rows(delta, delta.view(-1, tile.columns), density)
+
+
+def keep_largest_rows_scored(
+    delta: torch.Tensor, norms: np.ndarray[tuple[int], np.dtype[np.float32]], *, tile: Tile, density: float
+) -> torch.Tensor:
+    """Δ where abs(Δ_ij) · ‖x_j‖, in float32, is among the round(density · n) largest of row i; equals from the left.
+
+    norms (n) of the input features (WANDA, arXiv 2306.11695, on deltas: arXiv 2410.09344).
+    """
+    import torch
+
     rows = delta.view(-1, tile.columns)
-    k = round(density * tile.columns)
+    return _largest_of_rows(delta, rows.abs() * torch.from_numpy(norms).to(delta.device), density)
+
+
+def _largest_of_rows(delta: torch.Tensor, score: torch.Tensor, density: float) -> torch.Tensor:
+    """Δ where abs(score) (rows, n) is among the round(density · n) largest of its row."""
+    columns = score.shape[1]
+    k = round(density * columns)
     if k == 0:
         return delta.new_zeros(delta.shape)
-    bits = magnitude_bits(rows)
-    threshold = bits.kthvalue(tile.columns - k + 1, dim=1, keepdim=True).values
+    bits = magnitude_bits(score)
+    threshold = bits.kthvalue(columns - k + 1, dim=1, keepdim=True).values
     above = bits > threshold
     equal = bits == threshold
     keep = above | (equal & (equal.cumsum(1) <= k - above.sum(1, keepdim=True)))
-    return rows.where(keep, rows.new_zeros(())).view(-1)
+    return delta.where(keep.view(-1), delta.new_zeros(()))

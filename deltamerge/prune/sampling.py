@@ -1,0 +1,100 @@
+"""Importance sampling: keep entry i with probability π_i = min(1, c · abs(Δ_i)), the mean of π being the density.
+
+With x = abs(Δ) of N entries, Σ min(1, c x) = density · N has one solution: the m largest entries are clipped to 1, and
+c = (density · N − m) / Σ x over the others. One pass counts entries and adds up mantissas by the high 16 bits of x,
+which gives the bin that 1/c lies in; a second counts the values inside that bin, so c is exact. All of it is sums of
+integers: the same for any tiles, threads and device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.prune.bits import Key, words_torch
+from deltamerge.prune.select import HIGH, LOW, Bin, magnitude_bits
+from deltamerge.tensors import Tile
+
+if TYPE_CHECKING:
+    import torch
+
+FAR = 1e200
+Integers = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """The bin that 1/c lies in, how many entries lie above it, and Σ x of those below it."""
+
+    high: int
+    above: int
+    below: float
+
+
+def sums(delta: torch.Tensor, *, tile: Tile) -> Integers:
+    """int64 (2, 32768): for each value of the high 16 bits of abs(Δ) its count and the sum of low bits."""
+    import torch
+
+    bits = magnitude_bits(delta)
+    high, low = bits >> 16, (bits & 0xFFFF).to(torch.float64)  # sums stay below 2**53: exact
+    counts = torch.bincount(high, minlength=HIGH)
+    return torch.stack([counts, torch.bincount(high, low, minlength=HIGH).to(torch.int64)]).cpu().numpy()
+
+
+def pick_clip(found: Integers, *, expected: float) -> Clip:
+    """The highest bin whose lower edge as 1/c keeps `expected` = density · N entries or more."""
+    counts, lows = found.astype(np.float64)
+    edges = _values(np.arange(HIGH) << 16)
+    finite = np.isfinite(edges)
+    edges = np.where(finite, edges, 0.0)
+    step = np.where(finite, _values((np.arange(HIGH) << 16) + 1), 0.0) - edges
+    total = counts * edges + lows * step
+    at_least = np.cumsum(counts[::-1])[::-1]
+    below = np.concatenate([[0.0], np.cumsum(total)[:-1]])
+    kept = at_least + np.divide(below, edges, out=np.zeros(HIGH), where=edges > 0.0)
+    enough = np.flatnonzero((kept >= expected) & (edges > 0.0))
+    high = int(enough[-1]) if enough.size else 0
+    return Clip(high, int(at_least[high] - counts[high]), float(below[high]))
+
+
+def clip_bin(clip: Clip) -> Bin:
+    """The bin as `select.low_histogram` takes it."""
+    return Bin(clip.high, 1)
+
+
+def factor(low: Integers, clip: Clip, *, expected: float) -> float:
+    """c; the largest float32 where even all entries that are not 0 are fewer than `expected`."""
+    values = _values((clip.high << 16) + np.arange(LOW))[::-1]
+    counts = low.astype(np.float64)[::-1]
+    clipped = clip.above + np.concatenate([[0.0], np.cumsum(counts)])
+    inside = np.concatenate([np.cumsum((counts * values)[::-1])[::-1], [0.0]])
+    c = np.divide(expected - clipped, clip.below + inside, out=np.full(LOW + 1, FAR), where=clip.below + inside > 0.0)
+    # of the ways to clip the largest of the bin, the first after which nothing more is to be clipped
+    settled = np.flatnonzero(c[:-1] * values <= 1.0)
+    return min(float(c[settled[0] if settled.size else LOW]), float(np.finfo(np.float32).max))
+
+
+def sampled(tune: torch.Tensor, base: torch.Tensor, c: float, *, tile: Tile, key: Key, density: float) -> torch.Tensor:
+    """Δ_i · density / π_i where kept, else 0: over q = density it is unbiased. π in float32; Δ = 0 is never kept.
+
+    Kept where the position's 32-bit word is below π · 2**32.
+    """
+    import torch
+
+    delta = tune.to(torch.float32) - base.to(torch.float32)
+    size = delta.abs()
+    probability = (size * float(np.float32(c))).clamp(max=1.0)
+    probability = probability.where(size > 0.0, size.new_zeros(()))
+    words = words_torch(key, tile.start, tile.stop, delta.device)
+    kept = words < (probability.to(torch.float64) * 2.0**32)
+    weighted = delta / probability * float(np.float32(density))
+    return weighted.where(kept, delta.new_zeros(()))
+
+
+def _values(bits: NDArray[np.int64]) -> NDArray[np.float64]:
+    """The float32 numbers of these bits."""
+    with np.errstate(invalid="ignore"):  # the last bins are those of NaN
+        return bits.astype(np.int32).view(np.float32).astype(np.float64)

@@ -1,0 +1,213 @@
+"""Objectives against float64 sums over the plain model's outputs; candidates against a rebuilt model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from tiny_models import batches, make
+
+from deltamerge.calibrate.blocks import Model, from_reader
+from deltamerge.calibrate.candidates import Cache, apply, pruned
+from deltamerge.calibrate.objectives import (
+    Distribution,
+    Generation,
+    OutputChange,
+    Validation,
+    evaluate,
+    is_regression,
+    over_seeds,
+)
+from deltamerge.tensors import Kept
+
+
+class Pair:
+    """A fine-tune, its base, and a drawn mask, on a tiny architecture."""
+
+    def __init__(self, architecture: str, folder: Path, **changes: Any) -> None:
+        self.reference, self.tune = make(architecture, folder, **changes)
+        self.config: Any = transformers.AutoConfig.from_pretrained(folder)
+        self.model = Model(self.config, self.tune)
+        generator = torch.Generator().manual_seed(3)
+        self.delta = {n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in self.tune.items()}
+        self.base = {n: t - self.delta[n] for n, t in self.tune.items()}
+        self.masked = {n: d * (torch.rand(d.shape, generator=generator) < 0.3) for n, d in self.delta.items()}
+        self.data = batches(architecture)
+        self.tuned = from_reader(self.tune.__getitem__)
+
+    def at(self, q: float) -> Any:
+        return pruned(self.base.__getitem__, self.masked.get, dict.fromkeys(self.tune, q))
+
+    def outputs(self, tensors: dict[str, torch.Tensor]) -> list[tuple[Any, Any]]:
+        """(logits, last hidden state) of every batch, padding left out of the hidden state, float64."""
+        states = {stored: state for state, stored in self.model.checkpoint_name.items()}
+        self.reference.load_state_dict({states[n]: t for n, t in tensors.items()}, strict=False)
+        self.reference.tie_weights()
+        found = []
+        for inputs in self.data:
+            with torch.no_grad():
+                result, hidden = self.reference(**inputs), self.reference.base_model(**inputs)[0]
+            real = inputs["attention_mask"].bool() if "attention_mask" in inputs else ...
+            logits = getattr(result, "logits", None)
+            if logits is not None and logits.dim() == 3:
+                logits = logits[real]
+            found.append((None if logits is None else logits.double().numpy(), hidden[real].double().numpy()))
+        return found
+
+
+@pytest.mark.parametrize("architecture", ["BertModel", "ViTForImageClassification", "LlamaForSequenceClassification"])
+def test_output_change_of_hidden_states(architecture: str, tmp_path: Path) -> None:
+    pair = Pair(architecture, tmp_path)
+    objective = OutputChange.of(pair.model, pair.tuned, pair.data)
+    rebuilt = {n: t + pair.masked[n] / 0.4 for n, t in pair.base.items()}
+    changes = [np.abs(a - b) for (_, a), (_, b) in zip(pair.outputs(pair.tune), pair.outputs(rebuilt), strict=True)]
+    want = sum(c.sum() for c in changes) / sum(c.size for c in changes)
+    got = evaluate(pair.model, objective, [pair.at(0.4), pair.tuned, pair.at(1.0)], group=2)
+    assert got[0] == pytest.approx(want, rel=1e-4)
+    assert got[1] == pytest.approx(0.0, abs=1e-6)
+    assert got[2] != pytest.approx(want, rel=1e-2)
+
+
+def test_output_change_of_a_language_model(tmp_path: Path) -> None:
+    pair = Pair("GPT2LMHeadModel", tmp_path)
+    objective = OutputChange.of(pair.model, pair.tuned, pair.data)
+    rebuilt = {n: t + pair.masked[n] / 0.4 for n, t in pair.base.items()}
+    squares = []
+    for (z, _), (other, _) in zip(pair.outputs(pair.tune), pair.outputs(rebuilt), strict=True):
+        top = np.argsort(-z, axis=1)[:, :5]
+        squares.append((np.take_along_axis(other, top, 1) - np.take_along_axis(z, top, 1)) ** 2)
+    want = np.concatenate(squares).mean()
+    assert evaluate(pair.model, objective, [pair.at(0.4)])[0] == pytest.approx(want, rel=1e-4)
+
+
+def softmax(z: Any) -> Any:
+    e = np.exp(z - z.max(-1, keepdims=True))
+    return e / e.sum(-1, keepdims=True)
+
+
+@pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "LlamaForCausalLM"])
+def test_divergence_of_distributions(architecture: str, tmp_path: Path) -> None:
+    pair = Pair(architecture, tmp_path)
+    objective = Distribution.of(pair.model, pair.tuned, pair.data)
+    rebuilt = {n: t + pair.masked[n] / 0.4 for n, t in pair.base.items()}
+    tuned, other = (np.concatenate([z for z, _ in pair.outputs(t)]) for t in (pair.tune, rebuilt))
+    p, q = softmax(tuned), softmax(other)
+    want = (p * np.log(p / q)).sum(1).mean()
+    assert evaluate(pair.model, objective, [pair.at(0.4)])[0] == pytest.approx(want, rel=1e-3)
+
+
+def test_divergence_over_a_large_vocabulary_is_a_lower_bound(tmp_path: Path) -> None:
+    pair = Pair("LlamaForCausalLM", tmp_path, vocab_size=200)
+    objective = Distribution.of(pair.model, pair.tuned, pair.data)
+    rebuilt = {n: t + pair.masked[n] / 0.4 for n, t in pair.base.items()}
+    tuned, other = (np.concatenate([z for z, _ in pair.outputs(t)]) for t in (pair.tune, rebuilt))
+    p, q = softmax(tuned), softmax(other)
+    top = np.argsort(-p, axis=1)[:, :64]
+    lumped = [np.concatenate([c := np.take_along_axis(d, top, 1), 1 - c.sum(1, keepdims=True)], 1) for d in (p, q)]
+    want = (lumped[0] * np.log(lumped[0] / lumped[1])).sum(1).mean()
+    got = evaluate(pair.model, objective, [pair.at(0.4)])[0]
+    assert got == pytest.approx(want, rel=1e-3)
+    assert got <= (p * np.log(p / q)).sum(1).mean()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "regression"), [("BertForSequenceClassification", True), ("BertModel", False)]
+)
+def test_squared_error_of_numbers(architecture: str, regression: bool, tmp_path: Path) -> None:
+    pair = Pair(architecture, tmp_path)
+    objective = Distribution.of(pair.model, pair.tuned, pair.data, regression=regression)
+    rebuilt = {n: t + pair.masked[n] / 0.4 for n, t in pair.base.items()}
+    tuned, other = (np.concatenate([o[0 if regression else 1] for o in pair.outputs(t)]) for t in (pair.tune, rebuilt))
+    assert evaluate(pair.model, objective, [pair.at(0.4)])[0] == pytest.approx(((tuned - other) ** 2).mean(), rel=1e-3)
+
+
+def test_validation(tmp_path: Path) -> None:
+    pair = Pair("BertForSequenceClassification", tmp_path)
+    labels = [torch.tensor([0, 2]), torch.tensor([1, 1, 0])]
+    logits = np.concatenate([z for z, _ in pair.outputs(pair.tune)])
+    y = torch.cat(labels).numpy()
+    found = {m: evaluate(pair.model, Validation(pair.data, labels, m), [pair.tuned])[0] for m in ("accuracy", "loss")}
+    assert found["accuracy"] == pytest.approx(1.0 - (logits.argmax(1) == y).mean())
+    assert found["loss"] == pytest.approx(-np.log(softmax(logits)[np.arange(5), y]).mean(), rel=1e-4)
+
+
+def test_validation_of_a_regression(tmp_path: Path) -> None:
+    pair = Pair("BertForSequenceClassification", tmp_path, num_labels=1)
+    labels = [torch.tensor([0.1, 0.5]), torch.tensor([1.0, -1.0, 0.0])]
+    z, y = np.concatenate([z[:, 0] for z, _ in pair.outputs(pair.tune)]), torch.cat(labels).numpy()
+    assert is_regression(pair.config)
+    loss, correlation = (
+        evaluate(pair.model, Validation(pair.data, labels, m), [pair.tuned])[0] for m in ("loss", "pearson_spearman")
+    )
+    assert loss == pytest.approx(((z - y) ** 2).mean(), rel=1e-4)
+    assert -1.0 <= 1.0 - correlation <= 1.0
+
+
+def test_validation_loss_of_a_language_model_is_transformers(tmp_path: Path) -> None:
+    pair = Pair("LlamaForCausalLM", tmp_path)
+    data = pair.data[:1]
+    labels = data[0]["input_ids"].masked_fill(data[0]["attention_mask"] == 0, -100)
+    with torch.no_grad():
+        want = float(pair.reference(**data[0], labels=labels).loss)
+    got = evaluate(pair.model, Validation(data, [labels], "loss"), [pair.tuned])[0]
+    assert got == pytest.approx(want, rel=1e-4)
+
+
+def test_exact_match_of_generated_texts(tmp_path: Path) -> None:
+    pair = Pair("LlamaForCausalLM", tmp_path, eos_token_id=None)
+    prompts = [
+        {"input_ids": b["input_ids"].clamp_min(3), "attention_mask": torch.ones_like(b["input_ids"])} for b in pair.data
+    ]
+
+    def decode(tokens: torch.Tensor) -> list[str]:
+        return [" ".join(map(str, row)) for row in tokens.tolist()]
+
+    said = [decode(tokens) for tokens in pair.model.generate(prompts, pair.tuned, new_tokens=4)]
+    right = Generation(prompts, said, decode, new_tokens=4)
+    wrong = Generation(prompts, [said[0], ["?"] * 3], decode, new_tokens=4)
+    assert evaluate(pair.model, right, [pair.tuned]) == [0.0]
+    assert evaluate(pair.model, wrong, [pair.tuned, pair.tuned]) == pytest.approx([0.6, 0.6])
+    last = [[text.split()[-1] for text in some] for some in said]
+    assert evaluate(pair.model, Generation(prompts, last, decode, r"\d+", 4), [pair.tuned]) == [0.0]
+
+
+@pytest.mark.parametrize(
+    ("values", "want"), [([3.0], 3.0), ([1.0, 3.0], 2.0), ([1.0, 1.2, 5.0], 1.1), ([1.0, 9.0, 9.5, 10.0], 9.5)]
+)
+def test_over_seeds_drops_the_farthest(values: list[float], want: float) -> None:
+    assert over_seeds(values) == pytest.approx(want)
+
+
+@pytest.mark.parametrize("q", [0.3, torch.tensor(0.3), torch.rand(4, 1) + 0.1, torch.rand(1, 6) + 0.1])
+def test_sparse_and_dense_deltas_apply_alike(q: Any) -> None:
+    base, masked = torch.randn(4, 6), torch.randn(4, 6) * (torch.rand(4, 6) < 0.4)
+    positions = masked.flatten().nonzero()[:, 0]
+    kept = Kept(positions, masked.flatten()[positions])
+    assert torch.equal(apply(base, masked, q), base + masked / q)
+    torch.testing.assert_close(apply(base, kept, q), base + masked / q)
+    if isinstance(q, torch.Tensor):
+        gradients = []
+        for delta in (masked, kept):
+            leaf = q.clone().requires_grad_(True)
+            loss: Any = (apply(base, delta, leaf) ** 2).sum()
+            loss.backward()
+            gradients.append(leaf.grad)
+        torch.testing.assert_close(gradients[0], gradients[1])
+    assert apply(base, None, q) is base
+
+
+def test_a_cache_holds_no_more_than_its_budget() -> None:
+    reads: list[str] = []
+
+    def read(name: str) -> torch.Tensor:
+        reads.append(name)
+        return torch.zeros(10)
+
+    cache = Cache(read, 80)
+    for name in ("a", "b", "a", "b", "c", "b", "a"):
+        cache(name)
+    assert reads == ["a", "b", "c", "a"]

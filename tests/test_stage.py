@@ -1,0 +1,273 @@
+"""Calibration as a stage of the graph, on tiny real checkpoints: choice, lock, card, plan, command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import reference
+import torch
+import yaml
+from conftest import load_tensors, tiny_bert_pair, tiny_llama
+from safetensors.numpy import load_file
+
+from deltamerge.cli import main
+from deltamerge.errors import InputError, RecipeError, VerifyError
+from deltamerge.lock import verify
+from deltamerge.prune import rescale, select
+from deltamerge.run import calibrate, make_plan, run
+from deltamerge.tensors import Kept, Tile
+
+DATA = "calibration: {{data: calib.jsonl, sequences: 8, length: 12, seeds: 2{more}}}\n"
+
+
+def rows(path: Path, count: int = 20) -> None:
+    generator = np.random.Generator(np.random.PCG64(5))
+    lines = []
+    for i in range(count):
+        words = " ".join(f"w{n}" for n in generator.integers(4, 96, 4 + i % 6))
+        lines.append(json.dumps({"text": words, "label": int(generator.integers(2))}))
+    path.write_text("\n".join(lines) + "\n")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stage")
+    tiny_bert_pair(folder / "bert", dtype=torch.float32, sigma=0.05, tokenizer=True)
+    base = tiny_llama(folder / "llama" / "base", seed=0, dtype=torch.float32)
+    tiny_llama(folder / "llama" / "tuned", seed=1, base=base, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    for name in ("bert", "llama"):
+        rows(folder / name / "calib.jsonl")
+    return folder
+
+
+def recipe(folder: Path, name: str, prune: str, more: str = "", extra: str = "") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(
+        f"base_model: ./base\nmodels: [{{model: ./tuned, name: t, prune: {prune}}}]\n" + DATA.format(more=more) + extra
+    )
+    return path
+
+
+def entry(result: Any) -> dict[str, Any]:
+    return result.lock["calibration"]["t"]
+
+
+MAGNITUDE = "{method: magnitude, density: 0.05, q: %s}"
+RUNS = {
+    "global": "{method: dare, density: 0.05, q: output_change}",
+    "grid": "{method: dare, density: 0.2, q: {objective: output_change, search: grid}}",
+    "layer": "{method: dare, density: 0.05, q: {objective: output_change, scope: layer}}",
+    "row": "{method: structured, a: 0.5, b: 0.1, q: {objective: output_change, scope: row}}",
+    "magnitude": MAGNITUDE % "output_change",
+    "magnitude-layer": MAGNITUDE % "{objective: output_change, scope: layer}",
+    "magnitude-row": MAGNITUDE % "{objective: output_change, scope: row}",
+    "least-squares": MAGNITUDE % "layer_mse",
+    "least-squares-row": MAGNITUDE % "{objective: layer_mse, scope: row}",
+    "least-squares-global": MAGNITUDE % "{objective: layer_mse, scope: global}",
+    "learned": MAGNITUDE % "{objective: output_change, scope: layer, search: gradient}",
+    "learned-row": MAGNITUDE % "{objective: output_change, scope: row, search: gradient}",
+    "wanda": "{method: wanda, density: 0.1, q: output_change}",
+    "wanda-least-squares": "{method: wanda, density: 0.1, q: {objective: layer_mse, scope: row}}",
+    "importance": "{method: dare, density: 0.05, sampling: magnitude, q: output_change}",
+}
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_and_repeats_from_the_lock(models: Path, tmp_path: Path, family: str, name: str) -> None:
+    path = recipe(models / family, name, RUNS[name])
+    result = run(path, tmp_path / "out")
+    found, merged = entry(result), load_tensors(tmp_path / "out")
+    assert all(torch.isfinite(t.float()).all() for t in merged.values())
+    assert found["chosen"] in ("calibrated", "plain")
+    assert math.isfinite(found["value"])
+    held = found["held_out"]
+    assert (held["calibrated"] < held["plain"]) == (found["chosen"] == "calibrated")
+    assert 0 < found["forward_passes"] <= make_plan(path).describe()["stages"][0]["forward_passes"]
+    assert "## Calibration" in (tmp_path / "out" / "README.md").read_text()
+    assert set(verify(tmp_path / "out", 1)) >= {"model.safetensors"} | ({found["rows"]} if "rows" in found else set())
+    # the same again with the q's of the lock, other workers and tiles, and without the data
+    for file in (tmp_path / "out").glob("recipe.*"):
+        (models / family / file.name.replace("recipe.", f"{name}.")).write_bytes(file.read_bytes())
+    path.write_text((tmp_path / "out" / "recipe.yaml").read_text())
+    lock = yaml.safe_load((models / family / f"{name}.lock").read_text())
+    if "rows" in found:
+        lock["calibration"]["t"]["rows"] = f"{name}.rows"
+    (models / family / f"{name}.lock").write_text(yaml.safe_dump(lock))
+    again = run(path, tmp_path / "again", locked=True, workers=1, memory=10**9)
+    assert load_tensors(again.folder).keys() == merged.keys()
+    assert (again.folder / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+def test_calibrated_runs_do_not_depend_on_workers(models: Path, tmp_path: Path) -> None:
+    path = recipe(models / "bert", "workers", MAGNITUDE % "{objective: output_change, scope: row}")
+    first, second = run(path, tmp_path / "a", workers=1), run(path, tmp_path / "b", workers=3)
+    assert entry(first) == entry(second)
+    for name in ("model.safetensors", "recipe.rows"):
+        assert (first.folder / name).read_bytes() == (second.folder / name).read_bytes()
+
+
+def test_q_divides_the_weights_of_linear_layers_alone(models: Path, tmp_path: Path) -> None:
+    """Each tensor is that of a run with this q as a number, or with q = 1."""
+    folder, mask = models / "bert", "{method: dare, density: 0.05, q: %s}"
+    result = run(recipe(folder, "linear", mask % "output_change"), tmp_path / "out")
+    q = entry(result)["q"]
+    assert entry(result)["chosen"] == "calibrated"
+    assert len(set(q.values())) == 1
+    assert all(name.endswith(("query.weight", "key.weight", "value.weight", "dense.weight")) for name in q)
+    numbers = {value: load_tensors(run(recipe(folder, "number", mask % value), tmp_path / str(value)).folder)
+               for value in (1, next(iter(q.values())))}  # fmt: skip
+    for name, tensor in load_tensors(result.folder).items():
+        assert torch.equal(tensor, numbers[q.get(name, 1)][name])
+
+
+def test_rows_of_the_lock_are_what_was_applied(models: Path, tmp_path: Path) -> None:
+    path = recipe(models / "bert", "rows", MAGNITUDE % "{objective: layer_mse, scope: row}")
+    result = run(path, tmp_path / "out")
+    assert entry(result)["chosen"] == "calibrated"
+    arrays = load_file(tmp_path / "out" / "recipe.rows")
+    assert arrays
+    assert all(name.startswith("t:") for name in arrays)
+    base, merged = load_tensors(models / "bert" / "base"), load_tensors(result.folder)
+    tuned = load_tensors(models / "bert" / "tuned")
+    for key, q in arrays.items():
+        name = key.removeprefix("t:")
+        start = base[name.removeprefix("bert.")].double().numpy()
+        kept = reference.magnitude(tuned[name].double().numpy() - start, 0.05)
+        assert q.shape == (len(start), 1)
+        np.testing.assert_allclose(merged[name].double().numpy(), start + kept / q, rtol=1e-5, atol=2e-6)
+
+
+def test_validation_compares_by_the_metric(models: Path, tmp_path: Path) -> None:
+    q = "{method: dare, density: 0.2, q: validation}"
+    found = entry(run(recipe(models / "bert", "validation", q), tmp_path / "a"))
+    assert found["held_out"]["measure"] == "accuracy"
+    assert 0 <= found["held_out"]["plain"] <= 1
+    loss = entry(run(recipe(models / "llama", "validation", q), tmp_path / "b"))
+    assert loss["held_out"]["measure"] == "loss"
+    q = "{method: dare, density: 0.2, q: output_change}"
+    found = entry(run(recipe(models / "bert", "guard", q, ", metric: f1"), tmp_path / "c"))
+    assert found["held_out"]["measure"] == "f1"
+
+
+def test_the_plain_choice_stays_where_the_search_is_no_better(models: Path, tmp_path: Path) -> None:
+    """q is forced far from anything sensible: held-out rows see it, and plain DARE is written."""
+    q = "{method: dare, density: 0.9, q: {objective: output_change, bounds: [0.01, 0.02]}}"
+    path = recipe(models / "bert", "harmful", q)
+    result = run(path, tmp_path / "out")
+    assert entry(result)["chosen"] == "plain"
+    assert "no better" in entry(result)["why"]
+    assert set(entry(result)["q"].values()) == {0.9}
+    plain = run(recipe(models / "bert", "vanilla", "{method: dare, density: 0.9}"), tmp_path / "plain")
+    assert (result.folder / "model.safetensors").read_bytes() == (plain.folder / "model.safetensors").read_bytes()
+
+
+def test_several_fine_tunes_are_each_calibrated(models: Path, tmp_path: Path) -> None:
+    folder = models / "llama"
+    tiny_llama(folder / "other", seed=2, base=folder / "base", dtype=torch.float32, sigma=0.05, tokenizer=True)
+    path = folder / "two.yaml"
+    path.write_text(
+        "base_model: ./base\nmerge_method: task_arithmetic\n"
+        "models:\n  - {model: ./tuned, name: t, parameters: {weight: 0.5}}\n"
+        "  - {model: ./other, name: o, parameters: {weight: 0.5}}\n"
+        "prune: {method: magnitude, density: 0.05, q: output_change}\n" + DATA.format(more="")
+    )
+    result = run(path, tmp_path / "out")
+    assert set(result.lock["calibration"]) == {"t", "o"}
+
+
+def test_calibrate_command_writes_the_lock_that_run_uses(models: Path, tmp_path: Path, capsys) -> None:
+    path = recipe(models / "bert", "command", MAGNITUDE % "output_change")
+    with pytest.raises(SystemExit) as leaving:
+        main(["calibrate", str(path)])
+    assert leaving.value.code == 0
+    assert "search path" in capsys.readouterr().out
+    locked = run(path, tmp_path / "locked", locked=True)
+    fresh = run(path, tmp_path / "fresh")
+    assert (locked.folder / "model.safetensors").read_bytes() == (fresh.folder / "model.safetensors").read_bytes()
+    assert calibrate(path) == fresh.lock["calibration"]
+    path.write_text(path.read_text().replace("output_change", "layer_mse"))
+    with pytest.raises(VerifyError, match="objective output_change"):
+        run(path, tmp_path / "other", locked=True)
+    with pytest.raises(InputError, match="no q is calibrated"):
+        calibrate(recipe(models / "bert", "none", "{method: dare, density: 0.1}"))
+
+
+def test_plan_and_check_import_no_torch(models: Path) -> None:
+    path = recipe(models / "bert", "light", RUNS["wanda"])
+    code = (
+        "import sys; from deltamerge.run import make_plan; from pathlib import Path\n"
+        f"plan = make_plan(Path({str(path)!r}), device='cpu')\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+        "print(plan.describe()['stages'][0]['model'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "t\n"
+
+
+@pytest.mark.parametrize(
+    ("q", "more", "message"),
+    [
+        ("output_change", ", text: body", "no field 'body'"),
+        ("validation", ", label: score", "no field 'score'"),
+        ("validation", ", metric: pearson_spearman", "does not fit the head"),
+        ("validation", ", task: causal-lm", "needs a model"),
+    ],
+)
+def test_data_is_checked_with_the_plan(models: Path, q: str, more: str, message: str) -> None:
+    path = recipe(models / "bert", "bad", MAGNITUDE % q, more)
+    with pytest.raises(InputError, match=message):
+        make_plan(path)
+
+
+def test_too_little_data_and_none(models: Path, tmp_path: Path) -> None:
+    folder = models / "bert"
+    path = recipe(folder, "few", MAGNITUDE % "output_change")
+    path.write_text(path.read_text().replace("sequences: 8", "sequences: 50"))
+    with pytest.raises(InputError, match="20 rows, but 50 needed"):
+        make_plan(path)
+    path.write_text(path.read_text().replace("calib.jsonl", "absent.jsonl"))
+    with pytest.raises(InputError, match="no such file"):
+        make_plan(path)
+    path.write_text(path.read_text().split("calibration:")[0])
+    with pytest.raises(RecipeError, match="needs calibration"):
+        make_plan(path)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("sparse", [False, True])
+def test_divide_rows(transposed: bool, sparse: bool) -> None:
+    generator = np.random.Generator(np.random.PCG64(1))
+    shape = (40, 30)
+    delta = (generator.standard_normal(shape) * (generator.random(shape) < 0.3)).astype(np.float32)
+    q = generator.uniform(0.01, 3, (1, 30) if transposed else (40, 1)).astype(np.float32)
+    start, stop = 300, 1110
+    flat = torch.from_numpy(delta.reshape(-1)[start:stop].copy())
+    positions = flat.nonzero().flatten()
+    value: Any = Kept(positions, flat[positions]) if sparse else flat
+    got = rescale.divide_rows(value, q, tile=Tile(start, stop, shape))
+    wanted = (delta.astype(np.float64) / q).reshape(-1)[start:stop]
+    whole = torch.zeros(len(flat)).index_put((positions,), got.values) if isinstance(got, Kept) else got
+    np.testing.assert_allclose(whole.double().numpy(), wanted, rtol=2**-23)
+    one = rescale.divide_rows(flat, 0.3, tile=Tile(start, stop, shape))
+    assert torch.equal(one, rescale.divide(flat, 0.3, tile=Tile(start, stop, shape)))
+
+
+@pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 1.0])
+def test_wanda_scores_by_the_norms_of_the_inputs(density: float) -> None:
+    generator = np.random.Generator(np.random.PCG64(1))
+    delta = generator.standard_normal((31, 50)).astype(np.float32)
+    norms = generator.lognormal(0, 2, 50).astype(np.float32)
+    flat = torch.from_numpy(delta.reshape(-1))
+    kept = select.keep_largest_rows_scored(flat, norms, tile=Tile(0, delta.size, delta.shape), density=density)
+    score = np.abs(delta) * norms
+    order = np.argsort(-score, axis=1, kind="stable")[:, : round(density * 50)]
+    wanted = np.zeros_like(delta)
+    np.put_along_axis(wanted, order, np.take_along_axis(delta, order, 1), 1)
+    np.testing.assert_array_equal(kept.numpy().reshape(delta.shape), wanted)
