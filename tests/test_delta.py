@@ -353,6 +353,16 @@ def test_sum_round_trip(tmp_path: Path, values: str, density: float, base_dtype:
             load_delta(tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+def test_sums_of_infinities_are_quiet(tmp_path: Path, dtype: str) -> None:
+    base = {"a": torch.tensor([[math.inf, 3e38, math.nan, 1.0] * 40]).to(getattr(torch, TORCH_NAMES[dtype]))}
+    values = np.array([-np.inf, 3e38, 1, np.nan] * 40, np.float32)
+    write_sum(tmp_path, base, {"a": (np.arange(160), values)}, values="float32")
+    result = apply_streamed(tmp_path, base)["a"]
+    assert torch.equal(result.float().isnan(), torch.tensor([[True, False, True, True] * 40]))
+    assert result[0, 1] == math.inf
+
+
 def test_apply_to_strided_tensors_and_threads(tmp_path: Path) -> None:
     base = {name: torch.randn(700, 1000, generator=torch.Generator().manual_seed(i)) for i, name in enumerate("abc")}
     result = {name: changed(tensor, 0.1, 3) for name, tensor in base.items()}

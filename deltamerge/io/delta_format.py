@@ -176,7 +176,7 @@ class Entry:
             stop = min(start + tile, self.size)
             base = np.empty(0, bits_type(self.base_dtype))
             if read is not None:
-                base = as_bits(read(start, max(start, min(stop, self.base_size))), self.base_dtype)
+                base = as_bits(read(min(start, self.base_size), min(stop, self.base_size)), self.base_dtype)
                 if check:
                     base_hash.update(flat(base))
             if dense:
@@ -206,10 +206,12 @@ class Entry:
         """Into `out`, which is `base` in the result's dtype (and may be `base` itself)."""
         if self.record.values is None:
             out[positions] = values
-        elif self.record.dtype == self.base_dtype == "F32":
-            np.add.at(out.view(np.float32), positions, values)  # one pass, where indexing takes two
-        else:
-            out[positions] = narrow(widen(base[positions], self.base_dtype) + values, self.record.dtype)
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.record.dtype == self.base_dtype == "F32":
+                np.add.at(out.view(np.float32), positions, values)  # one pass, where indexing takes two
+            else:
+                out[positions] = narrow(widen(base[positions], self.base_dtype) + values, self.record.dtype)
 
     def apply(self, base: Array | None) -> Array:
         """The whole result as flat bits, from the base tensor's flat array; not checked by hash."""
