@@ -29,14 +29,14 @@ HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def hash_output(path: Path) -> str:
-    """"blake3:<hex>" of a file's bytes, as `b3sum` prints it: what others get is known by a cryptographic hash."""
+    """ "blake3:<hex>" of a file's bytes, as `b3sum` prints it: what others get is known by a cryptographic hash."""
     from blake3 import blake3
 
     return f"blake3:{_digest(path, blake3(max_threads=blake3.AUTO))}"
 
 
 def hash_input(path: Path) -> str:
-    """"xxh3:<hex>", XXH3-128, of a local file's bytes: as fast as it is read, against accidents, not against forgery.
+    """ "xxh3:<hex>", XXH3-128, of a local file's bytes: as fast as it is read, against accidents, not against forgery.
 
     A file of the hub's cache is "sha256:<hex>", which the hub already knows.
     """

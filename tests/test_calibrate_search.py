@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from deltamerge.calibrate.search import BUDGET, grid, minimise
+from deltamerge.calibrate.search import BUDGET, Found, grid, minimise
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
     "square": lambda q, best: (q - best) ** 2,
@@ -80,3 +80,13 @@ def test_the_authors_grid_stops_after_four_values_without_improvement() -> None:
     assert coarse == [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07]
     assert found.point == pytest.approx(0.034)
     assert found.evaluations == 7 + 18
+
+
+def test_minima_are_listed_best_first() -> None:
+    path = ((1.0, 5.0), (2.0, 3.0), (4.0, 4.0), (8.0, 1.0), (16.0, 6.0), (3.0, 3.0), (32.0, 5.5))
+    assert Found(8.0, 1.0, path).minima == (8.0, 2.0, 32.0)
+    assert Found(1.0, 0.0, ((1.0, 0.0),)).minima == (1.0,)
+
+
+def test_a_flat_path_has_one_minimum_its_lower_end() -> None:
+    assert Found(1.0, 2.0, tuple((q, 2.0) for q in (1.0, 2.0, 3.0))).minima == (1.0,)

@@ -322,15 +322,16 @@ def test_scales_are_kept_only_where_they_save_bytes() -> None:
     assert cheapest("float32", 8, 1) == "float32"
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_values_without_a_scale_are_refused(value: float) -> None:
+@pytest.mark.parametrize("coding", ["bfloat16", "int8", "sign"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, 3.4028e38])
+def test_values_that_are_not_finite_are_refused(value: float, coding: Any) -> None:
     values = np.array([1.0, value], np.float32)
     with pytest.raises(InputError, match="not all finite"):
-        encode_values(values, np.arange(2), 1, 2, "sign")
+        encode_values(values, np.arange(2), 1, 2, coding)
 
 
 def test_extreme_scales_stay_finite() -> None:
-    for value in (3.4e38, 1e-45):
+    for value in (3.38e38, 1e-45):
         for coding in ("int8", "sign"):
             values = np.array([value, -value], np.float32)
             coded = encode_values(values, np.arange(2), 1, 2, coding)

@@ -26,6 +26,18 @@ class Found:
     def evaluations(self) -> int:
         return len(self.path)
 
+    @property
+    def minima(self) -> tuple[float, ...]:
+        """Every evaluated point that no neighbour on the axis is better than, best first.
+
+        An unlabelled objective can have a second minimum where the delta is drowned or dropped (algorithms.md 6.3,
+        column R; magnitude at density 0.001): compare these, and the plain choice, by another measure on held-out rows.
+        """
+        points = sorted(self.path)
+        values = [math.inf, *(value for _, value in points), math.inf]
+        lowest = [p for i, p in enumerate(points, 1) if values[i - 1] > values[i] <= values[i + 1]]
+        return tuple(point for point, _ in sorted(lowest, key=lambda p: (p[1], p[0])))
+
 
 def minimise(
     evaluate: Evaluate,

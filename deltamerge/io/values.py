@@ -105,14 +105,16 @@ def encode_values(values: Array, positions: Array, groups: int, group: int, codi
     """Store float32 `values` at ascending flat `positions` of a tensor of `groups` times `group` elements.
 
     A sign's scale is the nearest to its group's mean abs(v), the least-squares level; an int8's is the least
-    that is not below max abs(v) / 127. int8 and sign of values that are not finite raise InputError.
+    that is not below max abs(v) / 127. Of values that are not finite, all but float32 raise InputError.
     """
-    if coding in ("float32", "bfloat16"):
-        bits = narrow(values, "F32" if coding == "float32" else "BF16")
-        decoded = widen(bits, "BF16") if coding == "bfloat16" else values
-        return Coded(bits, np.empty(0, np.uint8), 0, _squares(values - decoded), _squares(values))
-    if not np.isfinite(values).all():
-        raise InputError(f"values are not all finite and have no {coding} code")
+    nothing = np.empty(0, np.uint8)
+    if coding == "float32":
+        return Coded(values.view(np.uint32), nothing, 0, 0.0, _squares(values))
+    bits = narrow(values, "BF16")
+    if not np.isfinite(widen(bits, "BF16")).all():
+        raise InputError(f"values are not all finite, which {coding} needs", hint="store final values, or float32")
+    if coding == "bfloat16":
+        return Coded(bits, nothing, 0, _squares(values - widen(bits, "BF16")), _squares(values))
     ids = positions // group
     scales = _sign_scales(values, ids, groups) if coding == "sign" else _int8_scales(values, ids, groups)
     unit = _unit(float(scales.max(initial=0)), coding)
@@ -149,7 +151,7 @@ def scale_values(stored: Array, groups: int, unit: int, coding: str) -> Array:
 
 def relative_error(squared_error: float, squared: float) -> float:
     """The root of their quotient, to three digits."""
-    return float(f"{math.sqrt(squared_error / squared):.3g}") if squared else 0.0
+    return float(f"{math.sqrt(squared_error / squared):.3g}") if squared_error else 0.0
 
 
 def _squares(values: Array) -> float:
