@@ -13,7 +13,7 @@ import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
 
-settings.register_profile("deltamerge", deadline=None)
+settings.register_profile("deltamerge", deadline=None, derandomize=True)
 settings.load_profile("deltamerge")
 
 LLAMA = {

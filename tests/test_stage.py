@@ -271,3 +271,23 @@ def test_wanda_scores_by_the_norms_of_the_inputs(density: float) -> None:
     wanted = np.zeros_like(delta)
     np.put_along_axis(wanted, order, np.take_along_axis(delta, order, 1), 1)
     np.testing.assert_array_equal(kept.numpy().reshape(delta.shape), wanted)
+
+
+@pytest.mark.slow
+def test_the_order_of_methods_on_a_real_fine_tune(shared_data: Path, tmp_path: Path) -> None:
+    """At density 0.01, on plain English: DARE < DAREx-q < magnitude with a calibrated q, by the output change."""
+    docs = Path(__file__).parent.parent / "docs"
+    lines = [line for file in sorted(docs.glob("*.md")) for line in file.read_text().splitlines()]
+    texts = tmp_path / "lines.txt"
+    texts.write_text("\n".join(line for line in lines if line[:1].isalpha() and len(line) > 60))
+    change = {}
+    for name, q in (("dare", "output_change"), ("magnitude", "output_change")):
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(
+            f"base_model: {shared_data / 'base'}\n"
+            f"models: [{{model: {shared_data / 'sentiment'}, name: t, "
+            f"prune: {{method: {name}, density: 0.01, q: {q}}}}}]\n"
+            f"calibration: {{data: {texts.name}, sequences: 24, length: 40, seeds: 2}}\n"
+        )
+        change[name] = calibrate(path)["t"]["held_out"]
+    assert change["magnitude"]["calibrated"] < change["dare"]["calibrated"] < change["dare"]["plain"]
