@@ -26,6 +26,8 @@ RECIPES = {
     "dare-0.01.yaml": "DARE",
     "random-drop-0.01.yaml": "random drop",
     "magnitude-0.01.yaml": "magnitude",
+    "darex-q-0.01.yaml": "DAREx-q, calibrated",
+    "magnitude-calibrated-0.01.yaml": "magnitude, calibrated",
     "two-task-arithmetic.yaml": "+ intensity, task arithmetic",
     "two-ties.yaml": "+ intensity, ties",
 }
