@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from deltamerge.calibrate.skeleton import bodies, checkpoint_names, find_blocks, is_linear, place_buffers, skeleton
+from deltamerge.calibrate.skeleton import checkpoint_names, find_blocks, is_linear, place_buffers, skeleton
 
 T = TypeVar("T")
 Weights = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -82,8 +82,7 @@ class Model:
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.module = skeleton(config, pad_token_id)
-        # the last of these to return gives the last hidden state: a head may call an inner one (OPT's decoder)
-        self._bodies = bodies(self.module)
+        self.base: nn.Module = self.module.base_model
         self.checkpoint_name = checkpoint_names(self.module, names)  # state name -> checkpoint name
         place_buffers(self.module, self.device, set(self.checkpoint_name))
         self.blocks = find_blocks(self.module)
@@ -97,7 +96,7 @@ class Model:
     @property
     def headless(self) -> bool:
         """Whether the model ends at its last hidden state."""
-        return self.module.base_model is self.module and not self.module.config.is_encoder_decoder
+        return self.base is self.module
 
     def _lay_out(self) -> None:
         path = {module: name for name, module in self.module.named_modules()}
@@ -252,17 +251,14 @@ class Model:
         hidden: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            state = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
-            if state is not None:
-                hidden.append(state)
+            hidden.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
-        hooks = [body.register_forward_hook(keep) for body in self._bodies]
+        hook = self.base.register_forward_hook(keep)
         try:
             placed = {k: self._placed(v) for k, v in inputs.items()}
             result = functional_call(self.module, tensors, (), placed)
         finally:
-            for hook in hooks:
-                hook.remove()
+            hook.remove()
         return Output(hidden[-1], getattr(result, "logits", None))
 
     def _watched(self, part: int, watch: Watch | None, step: Callable[[int], T], count: int) -> list[T]:

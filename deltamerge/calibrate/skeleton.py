@@ -123,14 +123,6 @@ def find_blocks(model: Any) -> tuple[nn.Module, ...]:
     return tuple(largest) if one_class and len(set(map(id, largest))) == len(largest) else ()
 
 
-def bodies(model: Any) -> list[nn.Module]:
-    """The models inside a model with a head, or the model itself if it has none."""
-    from transformers import PreTrainedModel
-
-    inner = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
-    return [*inner, model] if model.base_model is model else inner
-
-
 def is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
