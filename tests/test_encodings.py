@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from deltamerge.errors import InputError
 from deltamerge.io.encodings import CODINGS, Choice, Gaps, Positions, choose, decode, encode
 from deltamerge.io.values import (
+    VALUE_BITS,
     Values,
     cast,
     cheapest,
@@ -194,34 +195,38 @@ def test_damage_between_pieces_is_found() -> None:
 
 
 @pytest.mark.parametrize("density", [0.001, 0.01, 0.1, 0.9])
-@pytest.mark.parametrize("kind", ["replace", "add", "scaled"])
-def test_kernel_is_numpy(density: float, kind: str) -> None:
+@pytest.mark.parametrize("coding", [None, *VALUE_BITS])
+def test_kernel_is_numpy(density: float, coding: Any) -> None:
     kernels = pytest.importorskip("deltamerge.io.delta_kernels")
     generator = np.random.default_rng(3)
     size, group = 100_000, 100
     positions = draw(3, size, density)
+    count = len(positions)
     listed = gather(positions)
     choice = choose(listed.gaps, size, 16, fill=False, allowed={"rice"})
-    stored = encode(choice, listed.pieces(), len(positions), size)
+    stored = encode(choice, listed.pieces(), count, size)
     out = generator.standard_normal(size).astype(np.float32)
-    values = generator.standard_normal(len(positions)).astype(np.float32)
-    scales = np.empty(0, np.float32)
+    exact: Any = generator.standard_normal(count).astype(np.float32)
+    values, scales = exact, np.empty(0, np.float32)
     expected = out.copy()
-    if kind == "scaled":
+    if coding == "bfloat16":
+        values = narrow(exact, "BF16")
+        exact = widen(values, "BF16")
+    elif coding in ("int8", "sign"):
         scales = generator.random(size // group).astype(np.float32)
-        values = generator.integers(-127, 128, len(positions)).astype(np.int8)
-        expected[positions] += values * scales[positions // group]
-    elif kind == "add":
-        expected[positions] += values
-    else:
-        expected[positions] = values
-    kernels.apply_rice(stored, choice.k, values, scales, group, out, add=kind != "replace")
+        values = generator.integers(-127, 128, count).astype(np.int8)
+        exact = values * scales[positions // group]
+        if coding == "sign":
+            exact = np.where(values < 0, -1, 1).astype(np.int8) * scales[positions // group]
+            values = np.packbits(values < 0, bitorder="little")
+    expected[positions] = exact if coding is None else expected[positions] + exact
+    kernels.apply_rice(stored, choice.k, count, values, coding, scales, group, out)
     assert np.array_equal(out, expected)
-    for damaged in (stored[:-1], stored[: len(positions) // 10], np.append(stored, u8(1))):
+    for damaged in (stored[:-1], stored[: count // 10], np.append(stored, u8(1))):
         with pytest.raises(InputError):
-            kernels.apply_rice(damaged, choice.k, values, scales, group, out.copy(), add=kind != "replace")
+            kernels.apply_rice(damaged, choice.k, count, values, coding, scales, group, out.copy())
     with pytest.raises(InputError):
-        kernels.apply_rice(stored, choice.k, values, scales, group, out[: size // 2], add=kind != "replace")
+        kernels.apply_rice(stored, choice.k, count, values, coding, scales, group, out[: size // 2])
 
 
 @pytest.mark.parametrize(

@@ -230,8 +230,9 @@ class Entry:
             from deltamerge.io.delta_kernels import apply_rice
 
             out = bits if record.values is None else bits.view(np.float32)
-            codes, add = self.codes(0, record.count), record.values is not None
-            apply_rice(self.index, record.k, codes, self.scale_values(), record.group, out, add=add)
+            values = self.values.view({"float32": "f4", "int8": "i1"}.get(record.values or "", self.values.dtype))
+            scales, group = self.scale_values(), record.group
+            apply_rice(self.index, record.k, record.count, values, record.values, scales, group, out)
         else:
             for positions, values in self.pieces():
                 self._put(bits, bits, positions, values)

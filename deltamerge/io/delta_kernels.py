@@ -17,23 +17,28 @@ from numba.extending import intrinsic
 
 from deltamerge.errors import InputError
 from deltamerge.io.encodings import Array, rice_parts
+from deltamerge.io.values import VALUE_BITS, Values
 
 BLOCK = 512  # positions between prefetch and use
 LARGEST_K = 15
 
 
-def apply_rice(stored: Array, k: int, values: Array, scales: Array, group: int, out: Array, *, add: bool) -> None:
-    """Put `values`, or add them (times their group's scale where there are scales), at rice-coded positions of `out`.
+def apply_rice(
+    stored: Array, k: int, count: int, values: Array, coding: Values | None, scales: Array, group: int, out: Array
+) -> None:
+    """Put `values` at the `count` rice-coded positions of `out`, or add them.
 
     k         at most 15
-    values    of `out`'s dtype, or int8 codes to add to float32
+    coding    None: values of `out`'s dtype to put. Else what they are to be added as: float32; bfloat16 (uint16);
+              int8 codes or packed sign bits, times the scale of their group of `group` elements. `out` is float32.
     InputError: positions are damaged, or outside of `out`, which may be changed then.
     """
-    planes, packed, unary = rice_parts(stored, values.size, k)
+    planes, packed, unary = rice_parts(stored, count, k)
     words = np.zeros(unary.size // 8 + 1, "<u8")
     words.view(np.uint8)[: unary.size] = unary
     plane = planes[0] if planes else unary[:0]
-    if not _apply(words, packed, plane, np.uint64(k), values, scales, group, out, add):
+    kind = 0 if coding is None else 1 + list(VALUE_BITS).index(coding)
+    if not _apply(words, packed, plane, np.uint64(k), count, values, kind, scales, group, out):
         raise InputError(f"positions are damaged, or outside of {out.size} elements")
 
 
@@ -59,17 +64,20 @@ def _apply(
     packed: Array,
     plane: Array,
     k: np.uint64,
+    count: int,
     values: Array,
+    kind: int,
     scales: Array,
     group: int,
     out: Array,
-    add: bool,
 ) -> bool:
     positions = np.empty(BLOCK, np.uint64)
+    wide = np.empty(BLOCK, np.uint32)
+    floats = wide.view(np.float32)
     one, eight, word_bits = np.uint64(1), np.uint64(8), np.uint64(64)
     b = k & np.uint64(7)
     low, low_b = (one << k) - one, (one << b) - one
-    size, count = np.uint64(out.size), values.size
+    size = np.uint64(out.size)
     word, at, bit = words[0], 0, np.uint64(0)
     fields, held, byte = np.uint64(0), np.uint64(0), 0
     passed = low  # Σ(r + 1 - 2**k) + 2**k - 1, modulo 2**64
@@ -100,16 +108,27 @@ def _apply(
                 return False
             _prefetch(out, position)
             positions[i] = position
-        for i in range(n):
-            position, value = positions[i], values[start + i]
-            if scales.size:
+        if kind == 0:
+            for i in range(n):
+                out[positions[i]] = values[start + i]
+        elif kind == 1:
+            for i in range(n):
+                out[positions[i]] += values[start + i]
+        elif kind == 2:
+            for i in range(n):
+                wide[i] = np.uint32(values[start + i]) << np.uint32(16)
+            for i in range(n):
+                out[positions[i]] += floats[i]
+        else:
+            for i in range(n):
+                position = positions[i]
                 while position >= stop:
                     scale = scales[ahead]
                     ahead += 1
                     stop += np.uint64(group)
-                out[position] += value * scale
-            elif add:
-                out[position] += value
-            else:
-                out[position] = value
+                if kind == 3:
+                    out[position] += values[start + i] * scale
+                else:  # a product, since a branch on signs is mispredicted half the time
+                    negative = np.int64(values[(start + i) >> 3]) >> ((start + i) & 7) & 1
+                    out[position] += np.float32(1 - 2 * negative) * scale
     return word == 0 and not words[at + 1 :].any()
