@@ -35,7 +35,7 @@ class AdamR(torch.optim.Optimizer):
         l2: R(δ) = min(c, 1) · δ          l1: R(δ) = min(c, |δ|) · sign(δ)
 
     The minima are a safeguard that the paper lacks: at any `decay` no entry is carried past its pretrained
-    value (without it l2 diverges from c = 2). `decay=0` is `AdamW(weight_decay=0)` bit for bit.
+    value (without it l2 diverges from c = 2). `decay=0` is `AdamW(weight_decay=0)` of the same `foreach`, bit for bit.
 
     Args:
         params: `model.named_parameters()`, or groups of them with their own `lr`, `betas`, `eps`, `decay`,

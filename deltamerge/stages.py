@@ -19,6 +19,7 @@ from deltamerge.recipe import Calibration
 
 EVALUATIONS = 20
 STEPS = 40
+HELD_OUT = 200  # rows that decide, or as many as searched on if that is more
 # held bytes of weights and masks; what does not fit is read or drawn again
 CACHE_BYTES = 1 << 31
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe)\.|\.(shared|relative_attention_bias)\.")
@@ -79,7 +80,9 @@ class Spec:
     @property
     def passes(self) -> int:
         """At most so many forward passes over the calibration rows (a backward pass counts as two)."""
-        besides = 20  # the fine-tune's outputs, statistics, held-out rows (up to four times as many)
+        # the fine-tune's outputs, statistics, and three models on the held-out rows
+        rows = self.source.calibration.sequences
+        besides = 6 + 3 * math.ceil(max(HELD_OUT, rows) / rows)
         if self.objective == "layer_mse":
             return besides
         if self.search == "gradient":

@@ -10,8 +10,8 @@ from deltamerge.calibrate import rows as data
 from deltamerge.calibrate.rows import HEADS, Row, check_head, class_labels
 from deltamerge.errors import InputError
 from deltamerge.recipe import Calibration
+from deltamerge.stages import HELD_OUT
 
-HELD_OUT = 4
 LANGUAGE = frozenset({"causal-lm", "text-generation"})
 
 
@@ -50,7 +50,7 @@ def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
 def split(
     calibration: Calibration, folder: Path, seed: int, config: Mapping[str, Any], *, labelled: bool
 ) -> tuple[list[Row], list[Row]]:
-    """`calibration.sequences` rows to search on, and up to four times as many others; functions of the seed.
+    """`calibration.sequences` rows to search on, and as many others or 200, whichever is more; functions of the seed.
 
     Where the data has hardly any others, a third of the rows is held back. InputError: too few rows, fields that are
     missing, a head that does not fit the task, labels that do not fit the head.
@@ -81,7 +81,7 @@ def split(
     chosen = {row.number for row in search}
     others = [row for row in found if row.number not in chosen]
     if len(others) >= max(1, wanted // 3):
-        return search, data.select(others, min(len(others), HELD_OUT * wanted), seed)
+        return search, data.select(others, min(len(others), max(HELD_OUT, wanted)), seed)
     held = data.select(found, len(found) // 3, seed)
     chosen = {row.number for row in held}
     return [row for row in found if row.number not in chosen], held
