@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from deltamerge.errors import InputError
 from deltamerge.graph import Node, depth_first, resolve
 from deltamerge.io.checkpoint import Reader
 from deltamerge.tensors import ITEMSIZE, Tile
@@ -133,6 +134,10 @@ class TorchBackend:
         import torch
 
         self.device = torch.device(device)
+        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
+            raise InputError(
+                f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices", hint="--device cpu"
+            )
 
     def lane(self, reader: Reader) -> Lane:
         return TorchLane(reader, self.device)

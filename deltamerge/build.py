@@ -73,7 +73,7 @@ class Builder:
                 (m, tune, tensor, density)
                 for m in merges
                 for tune, tensor in m.tunes
-                if tune.index == index and (density := self._density(m.name, m.position, tune)) not in (None, 1.0)
+                if tune.index == index and (density := self._density(m, tune)) not in (None, 1.0)
             ]
             if not pruned:
                 continue
@@ -119,9 +119,7 @@ class Builder:
         for m, tune, tensor, density in tensors:
             assert m.base is not None
             assert density is not None
-            masked = tuple(
-                self._masked(m.name, m.position, m.base, tune, tensor, self.recipe.seed + s) for s in range(seeds)
-            )
+            masked = tuple(self._masked(m, m.base, tune, tensor, self.recipe.seed + s) for s in range(seeds))
             pruned.append(Pruned(m.name, tensor.name, density, density if random else 1.0, masked))
         return Spec(source, tuple(pruned), random, q.objective, q.scope_or_default, q.search, q.limits, shared)
 
@@ -140,26 +138,26 @@ class Builder:
 
     def merge(self, merge: Merge) -> Built:
         """The merged tensor."""
-        name, position, base, tunes, dtype = merge.name, merge.position, merge.base, merge.tunes, merge.dtype
+        base, tunes, dtype = merge.base, merge.tunes, merge.dtype
         method = self.recipe.method
         combine = method.function.rpartition(":")[2]
         if combine == "passthrough":
             tune, tensor = tunes[0]
-            scale = float(self._value("scale", name, position, tune))
+            scale = float(self._value("scale", merge, tune))
             if scale == 1:
                 return Built(self.copy(tensor, dtype), "copy", (tune.name,))
             node = self._node(method.function, [self.read(tensor)], tensor.shape, scale=scale)
             return Built(self._cast(node, dtype), "passthrough", (f"{tune.name} scale={scale:g}",))
-        weights = tuple(float(self._value("weight", name, position, tune)) for tune, _ in tunes)
-        normalize = bool(self._value("normalize", name, position, None))
+        weights = tuple(float(self._value("weight", merge, tune)) for tune, _ in tunes)
+        normalize = bool(self._value("normalize", merge, None))
         if combine == "linear":
             nodes = [self.read(tensor) for _, tensor in tunes]
             node = self._node(method.function, nodes, nodes[0].shape, weights=weights, normalize=normalize)
             details = tuple(f"{tune.name} weight={w:g}" for (tune, _), w in zip(tunes, weights, strict=True))
             return Built(self._cast(node, dtype), "linear", details)
         assert base is not None
-        lambda_ = float(self._value("lambda", name, position, None))
-        pruned = [self._delta(name, position, base, tune, tensor) for tune, tensor in tunes]
+        lambda_ = float(self._value("lambda", merge, None))
+        pruned = [self._delta(merge, base, tune, tensor) for tune, tensor in tunes]
         details = tuple(
             f"{tune.name} weight={w:g}{text}" for (tune, _), w, (_, text) in zip(tunes, weights, pruned, strict=True)
         )
@@ -170,23 +168,23 @@ class Builder:
         node = self._node(method.function, inputs, base.shape, weights=weights, normalize=normalize, lambda_=lambda_)
         return Built(self._cast(node, dtype), method.name, details)
 
-    def _delta(self, name: str, position: float, base: TensorInfo, tune: Input, tensor: TensorInfo) -> tuple[Node, str]:
+    def _delta(self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo) -> tuple[Node, str]:
         """The pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
         assert tune.index is not None
         prune = self.prunes[tune.index]
         whole = self._whole(base, tensor)
         if prune.method == "none":
-            return self._trimmed(name, position, tune, whole)
-        density = self._density(name, position, tune)
+            return self._trimmed(merge, tune, whole)
+        density = self._density(merge, tune)
         if density is None:
             return whole, ""
         if isinstance(prune.q, CalibratedQ):
-            return self._calibrated(name, position, base, tune, tensor, prune.q, density)
-        q = None if prune.rescale else _number(prune.q, name, position)
+            return self._calibrated(merge, base, tune, tensor, prune.q, density)
+        q = None if prune.rescale else _number(prune.q, merge)
         q = density if q is None else q
         if density == 1 and (q == 1 or prune.rescale):
             return whole, ""
-        node = self._masked(name, position, base, tune, tensor, self.recipe.seed)
+        node = self._masked(merge, base, tune, tensor, self.recipe.seed)
         if prune.rescale:
             return self._matched(whole, node, prune.rescale), f" {prune.method} density={density:g} {prune.rescale}"
         text = f" {prune.method} density={density:g} q={q:g}"
@@ -196,21 +194,14 @@ class Builder:
         return self._node(f"{RESCALE}:divide", [node, value], base.shape), text
 
     def _calibrated(
-        self,
-        name: str,
-        position: float,
-        base: TensorInfo,
-        tune: Input,
-        tensor: TensorInfo,
-        q: CalibratedQ,
-        density: float,
+        self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo, q: CalibratedQ, density: float
     ) -> tuple[Node, str]:
         """The masked delta over what the model's stage chose for this tensor."""
         assert tune.index is not None
         if density == 1:
             return self._whole(base, tensor), ""
-        node = self._masked(name, position, base, tune, tensor, self.recipe.seed)
-        value = self.graph.node("deltamerge.stages:pick", [self.stages[tune.index]], kind="small", name=name)
+        node = self._masked(merge, base, tune, tensor, self.recipe.seed)
+        value = self.graph.node("deltamerge.stages:pick", [self.stages[tune.index]], kind="small", name=merge.name)
         divide = "divide_rows" if q.scope_or_default == "row" else "divide"
         text = f" {self.prunes[tune.index].method} density={density:g} q={q.objective}"
         return self._node(f"{RESCALE}:{divide}", [node, value], base.shape), text
@@ -219,31 +210,31 @@ class Builder:
         pair = [self.read(tensor), self.read(base)]
         return self._node("deltamerge.ops:subtract", pair, base.shape, dtypes=(tensor.dtype, base.dtype))
 
-    def _density(self, name: str, position: float, tune: Input) -> float | None:
+    def _density(self, merge: Merge, tune: Input) -> float | None:
         """The density of a tensor's mask, None if it is not pruned."""
         assert tune.index is not None
         prune = self.prunes[tune.index]
-        if prune.method == "none" or not self.patterns[tune.index].prunes(name):
+        if prune.method == "none" or not self.patterns[tune.index].prunes(merge.name):
             return None
-        a, b = (_number(value, name, position) for value in (prune.a, prune.b))
-        return a * b if a is not None and b is not None else _number(prune.density, name, position)
+        a, b = (_number(value, merge) for value in (prune.a, prune.b))
+        return a * b if a is not None and b is not None else _number(prune.density, merge)
 
-    def _masked(self, name: str, position: float, base: TensorInfo, tune: Input, tensor: TensorInfo, seed: int) -> Node:
+    def _masked(self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo, seed: int) -> Node:
         """mask ∘ Δ, not rescaled; random masks are keyed by the seed."""
         assert tune.index is not None
         prune, shape = self.prunes[tune.index], base.shape
-        density = self._density(name, position, tune)
+        density = self._density(merge, tune)
         assert density is not None
-        key = mask_key(seed, tune.name, name)
+        key = mask_key(seed, tune.name, merge.name)
         whole, pair = self._whole(base, tensor), [self.read(tensor), self.read(base)]
         if prune.sampling == "magnitude":
             return self._sampled(whole, pair, key, density)
         if prune.method == "dare":
             return self._node(f"{MASKS}:dare", pair, shape, key=key, density=density)
         if prune.method == "structured":
-            a, b = (_number(value, name, position) for value in (prune.a, prune.b))
+            a, b = (_number(value, merge) for value in (prune.a, prune.b))
             return self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b)
-        if prune.method == "wanda" and has_norm(name, shape):
+        if prune.method == "wanda" and has_norm(merge.name, shape):
             norms = self.graph.node(
                 "deltamerge.stages:norm",
                 [self.activations[tune.index]],
@@ -267,12 +258,12 @@ class Builder:
         c = make(f"{SAMPLING}:factor", [low, clip], kind="small", expected=expected)
         return self._node(f"{SAMPLING}:sampled", [*pair, c], shape, key=key, density=density)
 
-    def _trimmed(self, name: str, position: float, tune: Input, whole: Node) -> tuple[Node, str]:
+    def _trimmed(self, merge: Merge, tune: Input, whole: Node) -> tuple[Node, str]:
         """The int(density · n) largest entries, at least 1, where the merge method has a density of its own (ties)."""
         method = self.recipe.method
         if "density" not in method.parameters or method.implies_prune:
             return whole, ""
-        density = float(self._value("density", name, position, tune))
+        density = float(self._value("density", merge, tune))
         if density >= 1:
             return whole, ""
         return self._largest(whole, max(1, int(density * math.prod(whole.shape)))), f" density={density:g}"
@@ -303,16 +294,16 @@ class Builder:
         ranks = make(f"{SELECT}:pick_ranks", [equal], kind="small")
         return self._node(f"{SELECT}:keep_largest", [delta, cut, ranks], delta.shape)
 
-    def _value(self, key: str, name: str, position: float, tune: Input | None) -> Any:
+    def _value(self, key: str, merge: Merge, tune: Input | None) -> Any:
         levels = [self.recipe.parameters]
         if tune is not None and tune.index is not None:
             levels.insert(0, self.recipe.models[tune.index].parameters)
         default = self.recipe.method.parameters[key].default_for(len(self.recipe.fine_tunes))
-        value = lookup(key, name, position, *levels, default=default)
+        value = lookup(key, merge.name, merge.position, *levels, default=default)
         if value is None:
             model = () if tune is None or tune.index is None else ("models", tune.index)
             hint = "end the list with a value without a filter"
-            problem = self.recipe.problem((*model, "parameters", key), f"no filter matches {name}", hint)
+            problem = self.recipe.problem((*model, "parameters", key), f"no filter matches {merge.name}", hint)
             raise RecipeError(self.recipe.source.path, [problem])
         return value
 
@@ -338,6 +329,6 @@ class _Patterns:
         return not any(p.search(name) for p in self.exclude)
 
 
-def _number(value: Any, name: str, position: float) -> float | None:
-    found = None if value is None else resolve(value, name, position)
+def _number(value: Any, merge: Merge) -> float | None:
+    found = None if value is None else resolve(value, merge.name, merge.position)
     return None if found is None else float(found)

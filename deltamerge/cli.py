@@ -53,15 +53,20 @@ def main(arguments: list[str] | None = None) -> None:
         error.show()
         code = 2
     except DeltamergeError as error:
-        click.echo(str(error) if isinstance(error, RecipeError) else f"error: {error}", err=True)
-        if error.hint:
-            click.echo(f"hint: {error.hint}", err=True)
+        complain(error, "error")
         code = error.exit_code
     except BrokenPipeError:
         code = 1
     except Exception as bug:
         code = _report_bug(bug)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def complain(error: DeltamergeError, where: str) -> None:
+    """One error on stderr, with its hint; a recipe's problems say where they are themselves."""
+    click.echo(str(error) if isinstance(error, RecipeError) else f"{where}: {error}", err=True)
+    if error.hint:
+        click.echo(f"hint: {error.hint}", err=True)
 
 
 def _report_bug(bug: Exception) -> int:
@@ -141,8 +146,7 @@ def check(recipes: tuple[Path, ...]) -> None:
         try:
             plan = make_plan(recipe, device="cpu")
         except DeltamergeError as error:
-            text = str(error) if isinstance(error, RecipeError) else f"{recipe}: {error}"
-            click.echo(text + (f"\nhint: {error.hint}" if error.hint else ""), err=True)
+            complain(error, str(recipe))
             worst = max(worst, error.exit_code)
         else:
             click.echo(f"{recipe}: ok, {len(plan.outputs)} tensors, {human(plan.nbytes)}", err=True)

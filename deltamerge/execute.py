@@ -5,8 +5,8 @@ from __future__ import annotations
 import ctypes
 import os
 import threading
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import ChainMap, deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.backends import Backend, Lane, open_backend
-from deltamerge.graph import REDUCTIONS, Node, Schedule, depth_first, resolve, schedule
+from deltamerge.graph import REDUCTIONS, Node, Schedule, companion, depth_first, resolve, schedule
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.tensors import ITEMSIZE, Tile, block_elements
 
@@ -61,7 +61,7 @@ class Running:
     task: Task
     backend: Backend
     schedule: Schedule
-    values: dict[int, Any]
+    values: MutableMapping[int, Any]
     index: int = -1
     steps: list[Step] = field(default_factory=list)
     partials: dict[int, dict[int, Any]] = field(default_factory=dict)
@@ -118,6 +118,7 @@ class _Engine:
         self.tile_elements = tile_elements
         self.backends = {name: open_backend(name, device) for name in {t.backend for t in tasks}}
         self.shared = shared_values([task.root for task in tasks], known)
+        self.shared_by_id = {id(node): value for node, value in self.shared.items()}
         self.upcoming = iter(tasks)
         self.ready: deque[Job] = deque()
         self.in_flight = 0
@@ -176,8 +177,7 @@ class _Engine:
 
     def _start(self, task: Task) -> None:
         plan = schedule(task.root)
-        values = {id(node): value for node, value in self.shared.items()}
-        running = Running(task, self.backends[task.backend], plan, values)
+        running = Running(task, self.backends[task.backend], plan, ChainMap({}, self.shared_by_id))
         self.in_flight += 1
         self.ready.extend(self._next_pass(running))
 
@@ -275,7 +275,7 @@ class _Engine:
                 return
         for node in (item.node for item in running.steps if item.node.kind in REDUCTIONS):
             parts = [part for _, part in sorted(running.partials[id(node)].items())]
-            running.values[id(node)] = sum(parts[1:], parts[0]) if node.kind == "sum" else np.concatenate(parts)
+            running.values[id(node)] = parts[0] if node.kind == "sum" else np.concatenate(parts)
         jobs = self._next_pass(running)
         with self.changed:
             if jobs:
@@ -285,12 +285,9 @@ class _Engine:
             self.changed.notify_all()
 
 
-def _needless(node: Node, values: dict[int, Any]) -> bool:
-    module, _, name = node.function.partition(":")
-    with suppress(AttributeError):
-        small = [values[id(s)] for s in node.inputs if id(s) in values]
-        return bool(resolve(f"{module}:{name}_needless")(*small))
-    return False
+def _needless(node: Node, values: Mapping[int, Any]) -> bool:
+    needless = companion(node.function, "needless")
+    return needless is not None and bool(needless(*(values[id(s)] for s in node.inputs if id(s) in values)))
 
 
 def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node, Any]:

@@ -71,6 +71,13 @@ def resolve(function: str) -> Callable[..., Any]:
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]  # any callable by name
 
 
+@cache
+def companion(function: str, suffix: str) -> Callable[..., Any] | None:
+    """The function `function`_`suffix` of the same module, if there is one."""
+    module, _, name = function.partition(":")
+    return getattr(importlib.import_module(module), f"{name}_{suffix}", None)
+
+
 def depth_first(root: Node) -> list[Node]:
     """Every node that `root` needs, inputs first, in the order that keeps the fewest values alive."""
     order: list[Node] = []

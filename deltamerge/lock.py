@@ -64,8 +64,11 @@ def describe_files(
 ) -> dict[str, dict[str, Any]]:
     """File name -> {hash, size}, hashed side by side, the largest first."""
     ordered = sorted(files, key=lambda path: -path.stat().st_size)
-    with ThreadPoolExecutor(max(1, workers)) as pool:
-        hashes = list(pool.map(hash_file, ordered))
+    if workers == 1:
+        hashes = list(map(hash_file, ordered))
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            hashes = list(pool.map(hash_file, ordered))
     return {p.name: {"hash": h, "size": p.stat().st_size} for p, h in zip(ordered, hashes, strict=True)}
 
 

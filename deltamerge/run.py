@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 from deltamerge import lock as locks
 from deltamerge.assets import write_assets
 from deltamerge.card import render
-from deltamerge.errors import InputError, OutputError
+from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Node
 from deltamerge.io import hub
@@ -23,6 +25,8 @@ from deltamerge.io.writer import Writer
 from deltamerge.plan import Plan, plan
 from deltamerge.recipe import Recipe, load
 from deltamerge.stages import Calibrated
+
+DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ def make_plan(
 
 def choose_device(device: str) -> str:
     """ "auto" is the first GPU where there is one; torch is asked only if the machine shows an NVIDIA device."""
+    if not DEVICES.fullmatch(device):
+        raise UsageError(f"--device {device}: no such device", hint="auto, cpu, cuda or cuda:N")
     if device != "auto":
         return device
     if not any(Path("/dev").glob("nvidia[0-9]*")):
@@ -96,11 +102,11 @@ def run(
     """
     planned = make_plan(path, device=device, workers=workers, memory=memory, data=not locked)
     target = target_of(path, planned.recipe, out)
-    with finished_folder(target, force=force, inputs=planned) as folder, ThreadPoolExecutor(1) as beside:
+    with finished_folder(target, force=force, inputs=planned) as folder:
         if any(model.checkpoint.hub_id for model in planned.inputs.all):
             planned = make_plan(path, device=device, workers=workers, memory=memory, weights=True, data=not locked)
         known: dict[Node, Calibrated] = {}
-        inputs = beside.submit(locks.describe_inputs, planned, 1)
+        inputs = _beside(lambda: locks.describe_inputs(planned, 1))
         if locked:
             lock_path = path.with_suffix(".lock")
             lock = locks.read_lock(lock_path)
@@ -134,6 +140,20 @@ def calibrate(path: Path, *, device: str = "auto", workers: int | None = None) -
     calibration = locks.write_calibration(planned, found, lock_path)
     locks.write_lock(planned, lock_path, locks.describe_inputs(planned, planned.workers), {}, calibration)
     return calibration
+
+
+def _beside(work: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
+    """Do `work` while the run goes on; a daemon, so that a run that fails or is interrupted does not wait for it."""
+    future: Future[dict[str, Any]] = Future()
+
+    def go() -> None:
+        try:
+            future.set_result(work())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=go, daemon=True).start()
+    return future
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,6 +185,23 @@ def test_usage_errors_exit_2(capsys):
     assert call(capsys, "run", "r.yaml", "--workers", "0")[0] == 2
 
 
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:0:1", ""])
+def test_a_device_that_cannot_be_is_a_usage_error(folder, capsys, command, device):
+    code, out, err = call(capsys, command, folder / "good.yaml", "--device", device)
+    assert (code, out) == (2, "")
+    assert "no such device" in err
+    assert "cuda:N" in err
+
+
+def test_a_gpu_that_is_not_there_is_said_and_leaves_nothing(folder, tmp_path, capsys):
+    code, out, err = call(capsys, "run", folder / "good.yaml", "--out", tmp_path / "out", "--device", "cuda:99")
+    assert (code, out) == (1, "")
+    assert "cuda:99" in err
+    assert "--device cpu" in err
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bug_exits_3_and_says_what_to_report(folder, tmp_path, capsys, monkeypatch):
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")

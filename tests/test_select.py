@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamerge.graph import Graph
 from deltamerge.prune import select
 from deltamerge.tensors import Tile, block_elements
 
@@ -58,11 +57,3 @@ def test_nothing_is_kept_for_a_density_that_rounds_to_no_entry():
 def test_specials_rank_as_their_bits_do():
     delta = np.array([1.0, -np.inf, 0.0, -0.0, 1e-42, 2.0], np.float32)
     np.testing.assert_array_equal(keep(delta, 2), np.array([0, -np.inf, 0, 0, 0, 2.0], np.float32))
-
-
-def test_the_graph_of_a_selection_is_shared_by_what_uses_it():
-    graph = Graph()
-    node = graph.node("m:x", kind="sum")
-    assert graph.node("deltamerge.prune.select:pick_bin", [node], kind="small", k=3) is graph.node(
-        "deltamerge.prune.select:pick_bin", [node], kind="small", k=3
-    )

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -142,7 +143,7 @@ class _Choice:
     def _value(self, q: Qs) -> float:
         """The objective of the plain choice on the rows that were searched on."""
         if self.objective is None:
-            return _layer_error(self._drawn(), q)
+            return _layer_error(self._drawn, q)
         return self.subject.values(self.objective, [q])[0]
 
     def _held_out(self) -> tuple[O.Objective, str]:
@@ -210,7 +211,7 @@ class _Choice:
 
     def _scaled(self) -> _Found:
         """Importance masks: the closed-form q of the drawn mask, all of them times one κ that is searched."""
-        layers, (low, high) = self._drawn(), self._bounds(self._lowest(), HIGHEST)
+        layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
         exact = {name: self._exact(layer) for name, layer in layers.items()}
 
         def qs(kappa: float) -> Qs:
@@ -220,7 +221,7 @@ class _Choice:
 
     def _closed_form(self) -> _Found:
         """layer_mse: the exact least-squares q of the drawn mask, of each layer or row; global: of relative errors."""
-        layers, (low, high) = self._drawn(), self._bounds(self._lowest(), HIGHEST)
+        layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
         if self.spec.scope == "global":
             parts = [
                 (np.sum(s.power) / s.energy.sum(), np.sum(s.cross) / s.energy.sum())
@@ -267,10 +268,9 @@ class _Choice:
         value = self._value(qs)
         return _Found(qs, value, {"q": q, "step": learned.step}, path)
 
+    @cached_property
     def _drawn(self) -> dict[str, LayerStatistics]:
-        if not hasattr(self, "_layers"):
-            self._layers = self._seen(self.subject.statistics(drawn=True))
-        return self._layers
+        return self._seen(self.subject.statistics(drawn=True))
 
     def _seen(self, layers: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:
         found = {name: layer for name, layer in layers.items() if name in self.layers}
