@@ -242,7 +242,8 @@ def render_plan(described: dict[str, Any]) -> str:
         *(
             f"calibration    {s['model']}: {s['objective']}, scope {s['scope']}, search {s['search']}; "
             f"{s['sequences']} sequences of {s['length']} tokens, at most {s['forward_passes']} forward passes, "
-            f"{human(s['memory'])}"
+            f"{human(s['memory'])}, "
+            + (f"{s['blocks']} blocks one at a time" if s["blocks"] else "the whole model at once")
             for s in described["stages"]
         ),
         f"stages         {'calibrate → ' if described['stages'] else ''}read → {select}merge → write",
@@ -279,7 +280,7 @@ class Progress:
 
     def __init__(self, *, shown: bool) -> None:
         self.shown = shown
-        self.begun = time.monotonic()
+        self.begun = self.started = time.monotonic()
         self.total = self.done = 0
         self.last = 0.0
         self.lock = threading.Lock()
@@ -290,6 +291,7 @@ class Progress:
 
     def start(self, total: int) -> Callable[[int], None]:
         self.total = total
+        self.started = time.monotonic()
         return self.add
 
     def add(self, nbytes: int) -> None:
@@ -298,7 +300,7 @@ class Progress:
             if not self.shown or time.monotonic() - self.last < 0.1:
                 return
             self.last = time.monotonic()
-            rate = self.done / max(self.seconds, 1e-3)
+            rate = self.done / max(time.monotonic() - self.started, 1e-3)
             left = (self.total - self.done) / max(rate, 1)
             share = self.done / max(self.total, 1)
             bar = "█" * int(share * 24)

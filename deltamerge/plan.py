@@ -10,6 +10,7 @@ from typing import Any
 
 from deltamerge import backends, errors
 from deltamerge.build import Builder, Built, Merge
+from deltamerge.calibrate.names import numbered_blocks
 from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
 from deltamerge.graph import Graph, Node, peak_tiles, schedule
@@ -107,7 +108,7 @@ class Plan:
             "output_bytes": self.nbytes,
             "shards": [{"file": f.name, "bytes": f.size} for f in self.layout.files],
             "notes": list(self.notes),
-            "stages": [spec.describe() for spec in self.specs.values()],
+            "stages": [{**spec.describe(), "blocks": _blocks(spec.source)} for spec in self.specs.values()],
             "tensors": [
                 {
                     "name": output.name,
@@ -302,6 +303,11 @@ class _Planner:
                 self.hint = "models that are merged must have the same layers"
             if others:
                 self.notes.append(f"left out, only in {model.name}: {_some(others)}")
+
+
+def _blocks(source: Source) -> int:
+    """How many blocks calibration goes through one by one, as the names tell; 0: the whole model is resident."""
+    return len(numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or ())
 
 
 def _cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:

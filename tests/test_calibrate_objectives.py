@@ -12,7 +12,7 @@ import transformers
 from tiny_models import batches, make
 
 from deltamerge.calibrate.blocks import Model, from_reader
-from deltamerge.calibrate.candidates import Cache, apply, kept_share, pruned
+from deltamerge.calibrate.candidates import Cache, apply, pruned
 from deltamerge.calibrate.objectives import (
     Distribution,
     Generation,
@@ -211,11 +211,3 @@ def test_a_cache_holds_no_more_than_its_budget() -> None:
     for name in ("a", "b", "a", "b", "c", "b", "a"):
         cache(name)
     assert reads == ["a", "b", "c", "a"]
-
-
-def test_kept_share_is_the_ratio_of_l1_norms() -> None:
-    delta, other = torch.tensor([[1.0, -2.0], [3.0, 0.0]]), torch.tensor([4.0])
-    masked = torch.tensor([[0.0, -2.0], [3.0, 0.0]])
-    kept = Kept(torch.tensor([0]), torch.tensor([-1.0]))
-    assert kept_share([(delta, masked), (other, kept)]) == pytest.approx(6.0 / 10.0)
-    assert kept_share([(torch.zeros(2), torch.zeros(2))]) == 1.0

@@ -167,10 +167,3 @@ def test_eta_starts_where_every_q_is_the_density(family: str) -> None:
     assert 0.01 <= means[0] <= 0.0101
     assert 0.3 < means[-1] <= 0.5
     assert means == sorted(means)
-
-
-def test_spread() -> None:
-    q = stats.spread(
-        {"a.weight": 0.1, "b.weight": 0.3}, ["a.weight", "a.bias", "norm", "b.weight"], {"a.bias": "a.weight"}
-    )
-    assert q == {"a.weight": 0.1, "a.bias": 0.1, "norm": pytest.approx(0.2), "b.weight": 0.3}

@@ -20,8 +20,6 @@ from deltamerge.io.checkpoint import (
     Checkpoint,
     Reader,
     TensorInfo,
-    block_container,
-    block_containers,
     canonical,
     match_prefixes,
     open_checkpoint,
@@ -239,14 +237,6 @@ def test_a_copy_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> Non
     finally:
         os.close(full)
     assert "model.safetensors" not in str(caught.value)
-
-
-def test_blocks() -> None:
-    assert block_container("model.layers.3.mlp.experts.5.up_proj.weight") == "model.layers"
-    assert block_container("0.weight") == ""
-    assert block_container("model.norm.weight") is None
-    names = ["shared.weight", "encoder.block.0.layer.1.w", "encoder.block.1.layer.0.w", "decoder.block.0.layer.0.w"]
-    assert block_containers(names) == {"encoder.block", "decoder.block"}
 
 
 def checkpoint_of(names: Iterable[str]) -> Checkpoint:

@@ -90,7 +90,9 @@ def test_runs_and_repeats_from_the_lock(models: Path, tmp_path: Path, family: st
     assert math.isfinite(found["value"])
     held = found["held_out"]
     assert (held["calibrated"] < held["plain"]) == (found["chosen"] == "calibrated")
-    assert 0 < found["forward_passes"] <= make_plan(path).describe()["stages"][0]["forward_passes"]
+    stage = make_plan(path).describe()["stages"][0]
+    assert 0 < found["forward_passes"] <= stage["forward_passes"]
+    assert stage["blocks"] == 2
     assert "## Calibration" in (tmp_path / "out" / "README.md").read_text()
     assert set(verify(tmp_path / "out", 1)) >= {"model.safetensors"} | ({found["rows"]} if "rows" in found else set())
     # the same again with the q's of the lock, other workers and tiles, and without the data

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import torch
@@ -67,20 +67,6 @@ def dense(masked: Masked, shape: Sequence[int]) -> Tensor:
     flat = torch.zeros(torch.Size(shape).numel(), dtype=torch.float32, device=masked.values.device)
     flat[masked.positions] = masked.values
     return flat.view(*shape)
-
-
-def kept_share(deltas: Iterable[tuple[Tensor, Masked]]) -> float:
-    """Σ|mask ∘ Δ| / Σ|Δ| over tensors: the q that restores the delta's ℓ1 norm, and the least worth searching.
-
-    It is the density for a random mask (vanilla DARE), and above it for importance masks, whose q below it would
-    amplify the kept entries beyond the whole delta. 1 where the delta is zero.
-    """
-    kept = whole = 0.0
-    for delta, masked in deltas:
-        values = masked.values if isinstance(masked, Kept) else masked
-        kept += float(values.abs().sum(dtype=torch.float64))
-        whole += float(delta.abs().sum(dtype=torch.float64))
-    return kept / whole if whole > 0.0 else 1.0
 
 
 def _at(q: Q, positions: Tensor, shape: Sequence[int]) -> Q:

@@ -32,10 +32,6 @@ class Learned:
     path: tuple[tuple[int, float], ...]
     forward_passes: int
 
-    @property
-    def improved(self) -> bool:
-        return self.step > 0
-
 
 def learn(
     model: Model,

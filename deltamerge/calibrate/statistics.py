@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,12 +176,6 @@ def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float)
 
     low = last_below(1.01 * density)
     return low, max(last_below(max(0.5, 2.0 * density)), 2.0 * low)
-
-
-def spread(layers: Mapping[str, float], names: Iterable[str], linear_of: Mapping[str, str]) -> dict[str, float]:
-    """q of every tensor: a bias takes its layer's (`linear_of`: bias -> weight), one with no input their mean."""
-    mean = float(np.mean(list(layers.values()))) if layers else 1.0
-    return {name: layers.get(linear_of.get(name, name), mean) for name in names}
 
 
 def _of_mask(layer: LayerStatistics) -> tuple[Vector, Vector]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,17 +190,6 @@ class Reader:
 def _check_range(info: TensorInfo, offset: int, nbytes: int) -> None:
     if offset < 0 or nbytes < 0 or offset + nbytes > info.nbytes:
         raise ValueError(f"bytes [{offset}, {offset + nbytes}) of {info.name}, which has {info.nbytes}")
-
-
-def block_container(name: str) -> str | None:
-    """What a numbered block is an item of: "model.layers" of "model.layers.3.mlp.up_proj.weight", or None."""
-    parts = name.split(".")
-    return next((".".join(parts[:i]) for i, part in enumerate(parts) if part.isdecimal()), None)
-
-
-def block_containers(names: Iterable[str]) -> set[str]:
-    """The containers of numbered blocks: {"encoder.block", "decoder.block"} of T5."""
-    return {container for name in names if (container := block_container(name)) is not None}
 
 
 def canonical(name: str, prefix: str) -> str:
