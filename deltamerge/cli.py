@@ -15,7 +15,7 @@ from typing import Any
 
 import click
 
-from deltamerge import __version__
+from deltamerge import __version__, errors
 from deltamerge.errors import DeltamergeError, RecipeError
 
 RECIPE = click.Path(path_type=Path)
@@ -159,14 +159,42 @@ def check(recipes: tuple[Path, ...]) -> None:
 @DEVICE
 @WORKERS
 @MEMORY
+@click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
+@click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
 @AS_JSON
-def plan(recipe: Path, device: str, workers: int | None, memory: int | None, as_json: bool) -> None:
-    """The dry run: every output tensor of RECIPE with its sources, method and bytes; reads no weights."""
+def plan(
+    recipe: Path,
+    device: str,
+    workers: int | None,
+    memory: int | None,
+    old: Path | None,
+    graph: bool,
+    as_json: bool,
+) -> None:
+    """The dry run: every output tensor of RECIPE with its sources, method and bytes; reads no weights.
+
+    \b
+    deltamerge plan recipe.yaml --json
+    deltamerge plan --diff old.yaml new.yaml    # for a pull request
+    """
+    from deltamerge import review
     from deltamerge.run import make_plan
 
-    planned = make_plan(recipe, device=device, workers=workers, memory=memory)
-    described = planned.describe()
-    click.echo(json.dumps(described, sort_keys=True) if as_json else render_plan(described))
+    def describe(path: Path) -> dict[str, Any]:
+        return make_plan(path, device=device, workers=workers, memory=memory).describe()
+
+    if graph and (old or as_json):
+        raise click.UsageError("--graph stands alone")
+    described = describe(recipe)
+    if old is not None:
+        with errors.context(str(old)):
+            found = review.difference(describe(old), described)
+        shown = review.markdown(found, str(old), str(recipe))
+        click.echo(json.dumps(found, sort_keys=True) if as_json else shown)
+    elif graph:
+        click.echo(review.mermaid(described))
+    else:
+        click.echo(json.dumps(described, sort_keys=True) if as_json else render_plan(described))
 
 
 @commands.command()
