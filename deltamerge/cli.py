@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import platform
 import sys
 import threading
 import time
@@ -14,12 +15,33 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem, get_completion_class
 
 from deltamerge import __version__, errors
 from deltamerge.errors import DeltamergeError, RecipeError
 
-RECIPE = click.Path(path_type=Path)
+
+class RecipeFile(click.Path):
+    """A path; the shell completes recipes and folders."""
+
+    def shell_complete(self, context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        folder, _, begun = incomplete.rpartition("/")
+        try:
+            entries = sorted(os.scandir(f"{folder}/" if folder or incomplete.startswith("/") else "."), key=str)
+        except OSError:
+            return []
+        prefix = incomplete.removesuffix(begun) if begun else incomplete
+        names = [entry for entry in entries if entry.name.startswith(begun) and not entry.name.startswith(".")]
+        return [
+            CompletionItem(f"{prefix}{entry.name}{'/' if entry.is_dir() else ''}")
+            for entry in names
+            if entry.is_dir() or entry.name.endswith((".yaml", ".yml"))
+        ]
+
+
+RECIPE = RecipeFile(path_type=Path)
 FOLDER = click.Path(path_type=Path)
+VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "numba", "peft")
 DEVICE = click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where tiles are computed.")
 WORKERS = click.option("--workers", type=click.IntRange(1), help="Threads; default: the cores of this machine.")
 
@@ -77,8 +99,25 @@ def _report_bug(bug: Exception) -> int:
     return 3
 
 
+def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    click.echo(f"deltamerge {__version__}\npython {platform.python_version()} on {platform.platform()}")
+    for package in VERSIONS:
+        try:
+            click.echo(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            click.echo(f"{package} not installed")
+    context.exit()
+
+
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(__version__, prog_name="deltamerge")
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions,
+    help="Version of deltamerge, and of all that matters in a bug report.",
+)  # fmt: skip
 def commands() -> None:
     """Merge fine-tuned models and prune their deltas, driven by a YAML recipe."""
 
@@ -137,19 +176,22 @@ def run(
 
 @commands.command()
 @click.argument("recipes", type=RECIPE, nargs=-1, required=True)
-def check(recipes: tuple[Path, ...]) -> None:
+@click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
+def check(recipes: tuple[Path, ...], offline: bool) -> None:
     """Validate RECIPES and the headers of the models they name; reads no weights."""
+    from deltamerge.recipe import Recipe, load
     from deltamerge.run import make_plan
 
     worst = 0
     for recipe in recipes:
         try:
-            plan = make_plan(recipe, device="cpu")
+            found = load(recipe) if offline else make_plan(recipe, device="cpu")
         except DeltamergeError as error:
             complain(error, str(recipe))
             worst = max(worst, error.exit_code)
         else:
-            click.echo(f"{recipe}: ok, {len(plan.outputs)} tensors, {human(plan.nbytes)}", err=True)
+            size = "" if isinstance(found, Recipe) else f", {len(found.outputs)} tensors, {human(found.nbytes)}"
+            click.echo(f"{recipe}: ok{size}", err=True)
     if worst:
         raise click.exceptions.Exit(worst)
 
@@ -195,6 +237,43 @@ def plan(
         click.echo(review.mermaid(described))
     else:
         click.echo(json.dumps(described, sort_keys=True) if as_json else render_plan(described))
+
+
+@commands.command()
+@click.argument("models", nargs=-1, required=True)
+@click.option("--base", required=True, help="What the models were fine-tuned from.")
+@click.option("--calibration", "data", type=FOLDER, help="Text to calibrate q on: .jsonl, .csv or .txt.")
+@click.option("--out", default="recipe.yaml", show_default=True, help="The recipe to write; - is stdout.")
+def init(models: tuple[str, ...], base: str, data: Path | None, out: str) -> None:
+    """Write a commented recipe that prunes one of MODELS, or merges several; folders or hub ids.
+
+    \b
+    deltamerge init ./math ./code --base ./base
+    deltamerge init ./math --base ./base --calibration sentences.jsonl --out - | less
+    """
+    from deltamerge.init import first_recipe, write_new
+
+    path = Path("recipe.yaml" if out == "-" else out)
+    text = first_recipe(base, models, path, data)
+    if out == "-":
+        click.echo(text, nl=False)
+        return
+    write_new(path, text)
+    click.echo(f"{path}: written; next: deltamerge plan {path}", err=True)
+
+
+@commands.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete deltamerge's commands, options, methods and recipes.
+
+    \b
+    eval "$(deltamerge completion bash)"     # in ~/.bashrc; zsh likewise in ~/.zshrc
+    deltamerge completion fish > ~/.config/fish/completions/deltamerge.fish
+    """
+    found = get_completion_class(shell)
+    assert found is not None  # click knows these three
+    click.echo(found(commands, {}, "deltamerge", "_DELTAMERGE_COMPLETE").source())
 
 
 @commands.command()
