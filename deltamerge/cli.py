@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -123,7 +124,7 @@ def commands() -> None:
 
 
 @commands.command()
-@click.argument("recipe", type=RECIPE)
+@click.argument("recipe", type=RecipeFile())
 @click.option("--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it.")
 @DEVICE
 @WORKERS
@@ -133,7 +134,7 @@ def commands() -> None:
 @AS_JSON
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 def run(
-    recipe: Path,
+    recipe: str,
     out: Path | None,
     device: str,
     workers: int | None,
@@ -143,23 +144,40 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run RECIPE: merge its models into a checkpoint that transformers loads."""
+    """Run RECIPE: merge its models into a checkpoint that transformers loads.
+
+    \b
+    deltamerge run recipe.yaml --memory 2GB
+    deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
+    """
     from deltamerge.run import run as run_recipe
+    from deltamerge.share import SCHEME
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     progress = Progress(shown=not quiet and sys.stderr.isatty())
-    result = run_recipe(
-        recipe,
-        out,
-        device=device,
-        workers=workers,
-        memory=memory,
-        force=force,
-        locked=locked,
-        watch=lambda plan: progress.start(plan.nbytes),
-    )
+    published = None
+    with TemporaryDirectory(prefix="deltamerge-") as scratch:
+        path = Path(recipe)
+        if recipe.startswith(SCHEME):
+            from deltamerge.share import fetch
+
+            published = fetch(recipe, Path(scratch))
+            path, locked = published.recipe, True
+            out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
+        result = run_recipe(
+            path,
+            out,
+            device=device,
+            workers=workers,
+            memory=memory,
+            force=force,
+            locked=locked,
+            pins=published.pins if published else None,
+            watch=lambda plan: progress.start(plan.nbytes),
+        )
     progress.stop()
+    differing = published.differences(result.lock["outputs"]) if published else []
     if as_json:
         summary = {
             "out": str(result.folder),
@@ -167,11 +185,17 @@ def run(
             "tensors": len(result.plan.outputs),
             "seconds": round(progress.seconds, 3),
             "lock": result.lock,
+            **({"published": {"commit": published.commit, "differs": differing}} if published else {}),
         }
         click.echo(json.dumps(summary, sort_keys=True))
     elif not quiet:
         size, seconds = human(result.plan.nbytes), progress.seconds
         click.echo(f"{result.folder}: {len(result.plan.outputs)} tensors, {size} in {seconds:.1f} s", err=True)
+    if published is not None:
+        agreed = f"not the bytes of {recipe}: {', '.join(differing)}" if differing else f"the same bytes as {recipe}"
+        click.echo(f"{result.folder}: {agreed} at {published.commit[:12]}", err=True)
+    if differing:
+        raise click.exceptions.Exit(1)
 
 
 @commands.command()
@@ -300,6 +324,22 @@ def verify(folder: Path, workers: int | None) -> None:
 
     names = verify_folder(folder, workers or default_workers())
     click.echo(f"{folder}: {len(names)} files as the lock says", err=True)
+
+
+@commands.command()
+@click.argument("folder", type=FOLDER)
+@click.argument("repository")
+@click.option("--public", is_flag=True, help="For everyone to see; without it the repository is private.")
+@WORKERS
+def push(folder: Path, repository: str, public: bool, workers: int | None) -> None:
+    """Publish FOLDER, which a run made, as REPOSITORY on the hub: weights, card, recipe and lock.
+
+    Logged in with `hf auth login`, or with HF_TOKEN set. Run again after an interruption: what has arrived stays.
+    """
+    from deltamerge.execute import default_workers
+    from deltamerge.share import push as push_folder
+
+    click.echo(push_folder(folder, repository, public=public, workers=workers or default_workers()), err=True)
 
 
 @commands.command()

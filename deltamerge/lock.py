@@ -21,6 +21,7 @@ from deltamerge.plan import Plan
 from deltamerge.stages import Calibrated, locked
 
 FORMAT = 1
+CARD = "README.md"
 LOCK_NAME = "recipe.lock"
 ROWS = ".rows"
 DATA = "calibration data"

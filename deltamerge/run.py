@@ -6,10 +6,10 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -46,12 +46,15 @@ def make_plan(
     memory: int | None = None,
     weights: bool = False,
     data: bool = True,
+    pins: Mapping[str, str] | None = None,
 ) -> Plan:
     """The plan of the recipe at `path`; `weights` fetches hub models whole instead of their headers, `data` reads the
-    calibration data to check it."""
+    calibration data to check it, `pins` has the commits of hub models that the recipe names without a revision."""
     recipe = load(path)
 
     def opener(reference: str, folder: Path) -> Checkpoint:
+        if pins and reference in pins and "@" not in reference:
+            return replace(hub.resolve(f"{reference}@{pins[reference]}", folder, weights=weights), reference=reference)
         return hub.resolve(reference, folder, weights=weights)
 
     return plan(
@@ -94,17 +97,20 @@ def run(
     memory: int | None = None,
     force: bool = False,
     locked: bool = False,
+    pins: Mapping[str, str] | None = None,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Result:
     """Run the recipe at `path`; the target appears under its name only when complete.
 
     `watch` is given the plan before the first byte and returns what is told the bytes done.
     """
-    planned = make_plan(path, device=device, workers=workers, memory=memory, data=not locked)
+    planned = make_plan(path, device=device, workers=workers, memory=memory, data=not locked, pins=pins)
     target = target_of(path, planned.recipe, out)
     with finished_folder(target, force=force, inputs=planned) as folder:
         if any(model.checkpoint.hub_id for model in planned.inputs.all):
-            planned = make_plan(path, device=device, workers=workers, memory=memory, weights=True, data=not locked)
+            planned = make_plan(
+                path, device=device, workers=workers, memory=memory, weights=True, data=not locked, pins=pins
+            )
         known: dict[Node, Calibrated] = {}
         inputs = _beside(lambda: locks.describe_inputs(planned, 1))
         if locked:
@@ -117,7 +123,7 @@ def run(
         write_assets(planned, folder)
         text = path.read_text(encoding="utf-8")
         (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        (folder / "README.md").write_text(render(planned, text, target.name, calibrated), encoding="utf-8")
+        (folder / locks.CARD).write_text(render(planned, text, target.name, calibrated), encoding="utf-8")
         lock_path = folder / locks.LOCK_NAME
         calibration = locks.write_calibration(planned, calibrated, lock_path)
         outputs = locks.describe_files((p for p in folder.iterdir() if p.is_file()), planned.workers)

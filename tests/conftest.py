@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 from safetensors.torch import load_file, save_file
+from small_hub import Hub, serve
 
 settings.register_profile("deltamerge", deadline=None, derandomize=True)
 settings.load_profile("deltamerge")
@@ -212,3 +213,10 @@ def shared_data() -> Path:
     if not (folder / "base" / "model.safetensors").exists():
         pytest.skip(f"no shared data at {folder}")
     return folder
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """A small hub instead of huggingface.co."""
+    with serve(tmp_path / "cache", monkeypatch) as state:
+        yield state

@@ -2,156 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
 from conftest import load_tensors, tiny_llama, write_json
+from small_hub import COMMIT, TOKEN, Hub
 
 from deltamerge.errors import InputError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Reader, open_checkpoint
 from deltamerge.run import make_plan, run
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-TOKEN = "hf_secretsecretsecretsecretsecret"
-
-
-@dataclass
-class Hub:
-    """Repositories as folders; every request is kept as (method, path, range, authorization)."""
-
-    endpoint: str = ""
-    cache: Path = Path()
-    repositories: dict[str, Path] = field(default_factory=dict)
-    gated: set[str] = field(default_factory=set)
-    requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
-    status: int | None = None
-
-    def fetched(self, suffix: str) -> list[tuple[str, str | None]]:
-        return [(method, span) for method, path, span, _ in self.requests if path.endswith(suffix)]
-
-
-def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-        def do_HEAD(self) -> None:
-            self.do_GET()
-
-        def do_GET(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            span, token = self.headers.get("Range"), self.headers.get("Authorization")
-            state.requests.append((self.command, path, span, token))
-            if state.status is not None:
-                return self.answer(b"", state.status)
-            found = re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/([^/]+))?", path)
-            if found:
-                return self.describe(found[1], found[2], found[3] or "main")
-            found = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
-            if found:
-                return self.resolve(found[1], found[2], found[3])
-            return self.answer(b"", 404)
-
-        def known(self, repository: str, revision: str) -> Path | None:
-            folder = state.repositories.get(repository)
-            if folder is None:
-                self.answer(b"", 401, "RepoNotFound")
-            elif revision not in ("main", "v1", COMMIT):
-                self.answer(b"", 404, "RevisionNotFound")
-                return None
-            return folder
-
-        def describe(self, repository: str, what: str | None, revision: str) -> None:
-            if (folder := self.known(repository, revision)) is None:
-                return None
-            files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
-            names = [str(p.relative_to(folder)) for p in files]
-            if what == "tree":
-                entries = [
-                    {"type": "file", "path": name, "size": path.stat().st_size, "oid": etag(path)}
-                    for name, path in zip(names, files, strict=True)
-                ]
-                return self.answer(json.dumps(entries).encode(), 200)
-            siblings = [{"rfilename": name} for name in names]
-            model = {
-                "id": repository,
-                "sha": COMMIT,
-                "siblings": siblings,
-                "private": False,
-                "tags": [],
-                "downloads": 0,
-            }
-            return self.answer(json.dumps(model).encode(), 200)
-
-        def resolve(self, repository: str, revision: str, name: str) -> None:
-            if (folder := self.known(repository, revision)) is None:
-                return None
-            if repository in state.gated:
-                return self.answer(b"", 403, "GatedRepo")
-            if not (folder / name).is_file():
-                return self.answer(b"", 404, "EntryNotFound")
-            data = (folder / name).read_bytes()
-            headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag(folder / name)}"', "Accept-Ranges": "bytes"}
-            if found := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
-                first, last = int(found[1]), min(int(found[2]), len(data) - 1)
-                headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
-                return self.answer(data[first : last + 1], 206, **headers)
-            return self.answer(data, 200, **headers)
-
-        def answer(self, data: bytes, status: int, code: str | None = None, **headers: str) -> None:
-            self.send_response(status)
-            for key, value in (headers | ({"X-Error-Code": code} if code else {})).items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
-    return Handler
-
-
-def etag(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    from huggingface_hub import constants
-
-    state = Hub(cache=tmp_path / "cache")
-    httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler(state))
-    state.endpoint = f"http://127.0.0.1:{httpd.server_port}"
-    thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
-    thread.start()
-    monkeypatch.setattr(constants, "ENDPOINT", state.endpoint)
-    monkeypatch.setattr(
-        constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    )
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(state.cache))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_TOKEN", TOKEN)
-    try:
-        yield state
-    finally:
-        httpd.shutdown()
-        httpd.server_close()
-        thread.join()
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +28,8 @@ from deltamerge.io.strict_json import read_json
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
 FIRST_BYTES = 100_000
 TIMEOUT_SECONDS = 30
+AGAIN = "push again: what has arrived is not sent again"
+NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # whose errors mean that there was no answer
 
 # What a run may need beside the weights, from the root of a repository.
 ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
@@ -109,6 +111,57 @@ def _describe(reference: str, hub_id: str, revision: str | None, weights: bool) 
     return Checkpoint(reference, snapshot, tensors, files, read_json(snapshot / "config.json"), commit, hub_id)
 
 
+def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = ()) -> Path:
+    """The folder of huggingface_hub's cache with files `names` of a repository; its name is the commit.
+
+    InputError: not a hub id, or what `resolve` says of one; a file that is not there, unless it is `optional`.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    found = HUB_ID.fullmatch(reference)
+    if found is None:
+        raise InputError("not a hub id", hint="org/name or org/name@revision")
+    revision, folder = found["revision"], Path()
+    with _explained(found["id"], revision, Path()):
+        for name in (*names, *optional):
+            try:
+                folder = Path(hf_hub_download(found["id"], name, revision=revision)).parent
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                if name not in optional:
+                    raise InputError(f"has no {name} on the hub", hint="deltamerge push puts it there") from None
+            revision = folder.name
+    return folder
+
+
+@contextmanager
+def explained_upload() -> Iterator[None]:
+    """Turn what huggingface_hub raises while it writes into one line and a hint; the token is in none of it."""
+    from huggingface_hub import constants
+    from huggingface_hub import errors as hub
+
+    try:
+        yield
+    except DeltamergeError:
+        raise
+    except Exception as raised:
+        # an upload that fails in one of the client's threads is wrapped
+        error = raised.__cause__ if type(raised) is RuntimeError and raised.__cause__ else raised
+        if isinstance(error, hub.HfHubHTTPError):
+            status = error.response.status_code if error.response is not None else 0
+            if status in (401, 403, 404):
+                hint = "`hf auth login` with a token that may write"
+                raise InputError("may not be written", hint=hint) from raised
+            raise InputError(f"{constants.ENDPOINT} answered {status or 'an error'}", hint=AGAIN) from raised
+        if constants.HF_HUB_OFFLINE:
+            raise InputError("HF_HUB_OFFLINE is set", hint="unset HF_HUB_OFFLINE") from raised
+        if type(error).__module__.partition(".")[0] in NETWORK or isinstance(error, ConnectionError):
+            raise InputError(f"{constants.ENDPOINT} cannot be reached", hint=AGAIN) from raised
+        raise
+
+
 def _header(hub_id: str, commit: str, path: Path) -> Header:
     """The header of a weight file: of the cached file if there is one, else by one or two range requests."""
     from huggingface_hub import hf_hub_url
@@ -177,7 +230,7 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path) 
             f"{here}, not (wholly) in the hub's cache, and HF_HUB_OFFLINE is set",
             hint="unset HF_HUB_OFFLINE, or write a local folder relative to the recipe",
         )
-    network = type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3")
+    network = type(error).__module__.partition(".")[0] in NETWORK
     if network or isinstance(error, hub.LocalEntryNotFoundError | ConnectionError):
         return UnreachableError(
             f"{here}, not (wholly) in the hub's cache, and {constants.ENDPOINT} cannot be reached",

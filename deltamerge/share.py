@@ -1,0 +1,84 @@
+"""Publish a finished folder on the hub, and fetch what is needed to run again what someone published."""
+
+from __future__ import annotations
+
+import glob
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamerge import __version__, errors
+from deltamerge.errors import InputError, UsageError
+from deltamerge.io import hub
+from deltamerge.lock import CARD, DATA, LOCK_NAME, ROWS, read_lock, verify
+
+SCHEME = "hf://"
+RECIPE_NAME = "recipe.yaml"
+
+
+def push(folder: Path, repository: str, *, public: bool, workers: int) -> str:
+    """Upload what `folder`'s lock names, and the lock, to the hub; returns the commit's address.
+
+    The repository is made if there is none, private unless `public`. Files that an interrupted push left on the hub are
+    not sent again. InputError: no token, no right to write, an unreachable hub; VerifyError: the folder is not what its
+    lock says; UsageError: the repository is public and `public` was not said.
+    """
+    from huggingface_hub import HfApi
+
+    names = [*verify(folder, workers), LOCK_NAME]
+    if hub.HUB_ID.fullmatch(repository) is None or "@" in repository:
+        raise UsageError(f"{repository}: no repository's name", hint="org/name")
+    api = HfApi()
+    with errors.context(repository), hub.explained_upload():
+        api.create_repo(repository, private=not public, exist_ok=True)
+        if not public and not api.model_info(repository).private:
+            raise UsageError("is public", hint="--public says that you know")
+        done = api.upload_folder(
+            repo_id=repository,
+            folder_path=folder,
+            allow_patterns=[glob.escape(name) for name in names],
+            commit_message=f"Upload {folder.resolve().name}, made with deltamerge {__version__}",
+        )
+    return str(done.commit_url)
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """A merge on the hub: its recipe and lock in a folder here, the commit they are of, and what the lock says."""
+
+    recipe: Path
+    commit: str
+    lock: dict[str, Any]
+
+    @property
+    def pins(self) -> dict[str, str]:
+        """The commit of every input, as the lock has it."""
+        return {name: entry["commit"] for name, entry in self.lock["inputs"].items() if "commit" in entry}
+
+    def differences(self, outputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """The files whose bytes are not the published ones; the card, which names its folder, is not compared."""
+        then = self.lock["outputs"]
+        return sorted(name for name in {*then, *outputs} - {CARD} if then.get(name) != outputs.get(name))
+
+
+def fetch(reference: str, folder: Path) -> Published:
+    """Recipe and lock of `reference` ("hf://org/name", "hf://org/name@revision"), copied to `folder`.
+
+    InputError: what `hub.resolve` refuses, no recipe or lock there, or inputs that only the publisher has.
+    """
+    name = reference.removeprefix(SCHEME)
+    with errors.context(reference):
+        snapshot = hub.download(name, [RECIPE_NAME, LOCK_NAME], optional=[str(Path(LOCK_NAME).with_suffix(ROWS))])
+        lock = read_lock(snapshot / LOCK_NAME)
+        local = [name for name, entry in lock["inputs"].items() if name != DATA and "commit" not in entry]
+        if local:
+            raise InputError(
+                f"was made from folders of its publisher: {', '.join(local)}",
+                hint=f"download {RECIPE_NAME}, write your own paths, and run that",
+            )
+        for path in snapshot.iterdir():
+            if path.name in (RECIPE_NAME, LOCK_NAME) or path.suffix == ROWS:
+                shutil.copyfile(path, folder / path.name)
+    return Published(folder / RECIPE_NAME, snapshot.name, lock)
