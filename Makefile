@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check bench clean
+.PHONY: help demo test check bench docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -23,13 +23,18 @@ check: .venv/.installed-dev  ## ruff, format, mypy --strict, import contracts, t
 bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour, 5 GB in .bench
 	$(BIN)/python benchmarks/merge_speed.py
 
+docs: .venv/.installed-docs  ## the documentation, in docs/_build/html
+	$(BIN)/python scripts/recipe_reference.py
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
+
 clean:  ## remove what the targets made, the environment too
-	rm -rf .venv .demo .bench
+	rm -rf .venv .demo .bench docs/_build
 
 # A stamp newer than pyproject.toml says that what it asks for is installed.
 .venv/.installed: EXTRAS := fast
 .venv/.installed-dev: EXTRAS := fast,dev
-.venv/.installed .venv/.installed-dev: pyproject.toml
+.venv/.installed-docs: EXTRAS := fast,docs
+.venv/.installed .venv/.installed-dev .venv/.installed-docs: pyproject.toml
 	@test -x $(BIN)/python || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@echo 'installing deltamerge [$(EXTRAS)] and what it needs into .venv' >&2

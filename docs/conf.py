@@ -1,0 +1,12 @@
+"""The documentation's settings: `make docs` builds docs/_build/html."""
+
+import importlib.metadata
+
+project = "deltamerge"
+release = importlib.metadata.version("deltamerge")
+extensions = ["myst_parser"]
+html_theme = "furo"
+html_title = f"deltamerge {release}"
+exclude_patterns = ["_build"]
+myst_heading_anchors = 3
+suppress_warnings = ["misc.highlighting_failure"]
