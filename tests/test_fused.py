@@ -302,6 +302,44 @@ def test_selection_over_many_blocks() -> None:
             check(name, (part, whole, ranks), (torch.from_numpy(part), whole, ranks), tile=tile)
 
 
+@pytest.mark.parametrize("shape", [(50, 96), (1, 4096), (300, 1), (3, 20_000)])
+@pytest.mark.parametrize("density", [1e-6, 0.01, 0.3, 0.999, 1.0])
+@pytest.mark.parametrize("make", [deltas_with_ties, lambda n: floats(n, 52), lambda n: np.zeros(n, np.float32)])
+def test_selection_of_rows(shape: tuple[int, int], density: float, make: Any) -> None:
+    delta, tile = make(shape[0] * shape[1]), Tile(0, shape[0] * shape[1], shape)
+    given = {"tile": tile, "density": density}
+    check("deltamerge.prune.select:keep_largest_rows", (delta,), (torch.from_numpy(delta),), **given)
+    norms = np.abs(np.random.default_rng(53).standard_normal(shape[1])).astype(np.float32)
+    name = "deltamerge.prune.select:keep_largest_rows_scored"
+    check(name, (delta, norms), (torch.from_numpy(delta), norms), **given)
+
+
+@pytest.mark.parametrize("norm", ["l1", "l2", "linf"])
+@pytest.mark.parametrize("shape", [(5,), (70_000,), (700, 100), (3, 70_001), (1, 1)])
+def test_norm(norm: str, shape: tuple[int, ...]) -> None:
+    size = int(np.prod(shape))
+    name, tile = "deltamerge.prune.rescale:norm", Tile(0, size, shape)
+    for delta in (floats(size, 54), deltas_with_ties(size)):
+        check(name, (delta,), (torch.from_numpy(delta),), tile=tile, norm=norm)
+    some = Kept(np.arange(0, size, 3), deltas_with_ties(size)[::3].copy())
+    check(name, (some,), (kept(some),), tile=tile, norm=norm)
+
+
+@pytest.mark.parametrize("q", [0.25, np.linspace(0.1, 1, 70)[:, None], np.linspace(0.1, 1, 100)[None]])
+def test_divide_rows(q: Any) -> None:
+    name, tile = "deltamerge.prune.rescale:divide_rows", Tile(200, 5200, (70, 100))
+    delta = floats(tile.size, 55)
+    check(name, (delta, q), (torch.from_numpy(delta), q), tile=tile)
+    some = Kept(np.arange(0, tile.size, 7), delta[::7].copy())
+    check(name, (some, q), (kept(some), q), tile=tile)
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_passthrough(code: str) -> None:
+    theirs, ours = stored(floats(20_000, 56), code)
+    check("deltamerge.merge.arithmetic:passthrough", (ours,), (theirs,), tile=flat(20_000), scale=0.3)
+
+
 def test_low_histogram_of_an_empty_bin() -> None:
     delta = np.ones(100, np.float32)
     counts = KERNELS["deltamerge.prune.select:low_histogram"](delta, Bin(5, 1), tile=flat(100))

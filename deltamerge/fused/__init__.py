@@ -266,6 +266,53 @@ def keep_largest(delta: Floats, cut: Cut, ranks: NDArray[np.int64], *, tile: Til
     return out
 
 
+def _largest_of_rows(delta: Floats, scores: Floats, tile: Tile, density: float) -> Floats:
+    rows = (tile.size // tile.columns, tile.columns)
+    k = round(density * tile.columns)
+    if k == 0:
+        return np.zeros(tile.size, WIDE)
+    out = np.empty(tile.size, WIDE)
+    bits, of_scores, kept = (x.view(np.uint32).reshape(rows) for x in (delta, scores, out))
+    loops.keep_largest_of_rows(bits, of_scores, k, kept)
+    return out
+
+
+def keep_largest_rows(delta: Floats, *, tile: Tile, density: float) -> Floats:
+    return _largest_of_rows(delta, delta, tile, density)
+
+
+def keep_largest_rows_scored(delta: Floats, norms: Floats, *, tile: Tile, density: float) -> Floats:
+    with np.errstate(all="ignore"):
+        scores = np.abs(delta.reshape(-1, tile.columns)) * norms
+    return _largest_of_rows(delta, scores, tile, density)
+
+
+def norm(delta: Delta, *, tile: Tile, norm: str) -> NDArray[np.float64]:
+    dense = _dense(delta, tile.size) if isinstance(delta, Kept) else delta
+    step = block_elements(tile.shape)
+    out = np.empty(-(-tile.size // step), np.float64)
+    loops.norm_of_blocks(dense, step, {"linf": 0, "l1": 1, "l2": 2}[norm], out)
+    return out
+
+
+def divide_rows(delta: Delta, q: float | Floats, *, tile: Tile) -> Delta:
+    if isinstance(q, float):
+        return divide(delta, q, tile=tile)
+    divisors = q.astype(WIDE).reshape(-1)
+    with np.errstate(all="ignore"):
+        if isinstance(delta, Kept):
+            places = delta.positions + tile.start
+            of_entry = places // tile.columns if q.shape[-1] == 1 else places % tile.columns
+            return Kept(delta.positions, delta.values / divisors[of_entry])
+        places = np.arange(tile.start, tile.stop)
+        return delta / divisors[places // tile.columns if q.shape[-1] == 1 else places % tile.columns]
+
+
+def passthrough(x: Array, *, tile: Tile, scale: float) -> Floats:
+    with np.errstate(all="ignore"):
+        return _wide(x) * np.float32(scale)
+
+
 KERNELS: dict[str, Callable[..., Any]] = {
     "deltamerge.ops:subtract": subtract,
     "deltamerge.ops:cast": cast,
@@ -276,6 +323,11 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "deltamerge.prune.select:low_histogram": low_histogram,
     "deltamerge.prune.select:equal_counts": equal_counts,
     "deltamerge.prune.select:keep_largest": keep_largest,
+    "deltamerge.prune.select:keep_largest_rows": keep_largest_rows,
+    "deltamerge.prune.select:keep_largest_rows_scored": keep_largest_rows_scored,
+    "deltamerge.prune.rescale:norm": norm,
+    "deltamerge.prune.rescale:divide_rows": divide_rows,
+    "deltamerge.merge.arithmetic:passthrough": passthrough,
     "deltamerge.merge.arithmetic:linear": linear,
     "deltamerge.merge.arithmetic:task_arithmetic": task_arithmetic,
     "deltamerge.merge.ties:ties": ties,

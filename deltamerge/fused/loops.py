@@ -283,6 +283,60 @@ def add_agreeing(base: Any, addresses: Any, weights: Any, normalize: Any, scale:
 
 
 @_compiled
+def keep_largest_of_rows(bits: Any, scores: Any, k: Any, out: Any) -> None:
+    """`bits` where the magnitudes of `scores` (rows, n) are among the k largest of a row; equals from the left."""
+    counts = np.empty(1 << 11, np.int64)
+    for row in range(scores.shape[0]):
+        score, source, kept = scores[row], bits[row], out[row]
+        threshold, wanted = np.uint32(0), k
+        for step in range(3):  # 11, 10 and 10 bits of the threshold, from the top
+            width = np.uint32(11 if step == 0 else 10)
+            shift = np.uint32(20 - 10 * step)
+            counts[:] = 0
+            for i in range(score.size):
+                magnitude = score[i] & np.uint32(0x7FFFFFFF)
+                if step == 0 or magnitude >> (shift + width) == threshold:
+                    counts[(magnitude >> shift) & np.uint32((1 << width) - 1)] += 1
+            found = np.int64((1 << width) - 1)
+            while counts[found] < wanted:
+                wanted -= counts[found]
+                found -= 1
+            threshold = (threshold << width) | np.uint32(found)
+        for i in range(score.size):
+            magnitude = score[i] & np.uint32(0x7FFFFFFF)
+            equal = magnitude == threshold and wanted > 0
+            wanted -= equal
+            kept[i] = source[i] if magnitude > threshold or equal else np.uint32(0)
+
+
+@_compiled
+def norm_of_blocks(delta: Any, step: Any, kind: Any, out: Any) -> None:
+    """Per block of `step` elements Σ abs (kind 1), Σ squares (2) or the largest abs (0); float64, added by halving."""
+    width = 1
+    while width < step:
+        width *= 2
+    part = np.empty(width, np.float64)
+    for block in range(out.size):
+        values = delta[block * step : (block + 1) * step]
+        for i in range(values.size):
+            x = abs(np.float64(values[i]))
+            part[i] = x * x if kind == 2 else x
+        part[values.size :] = 0.0
+        if kind == 0:
+            largest = part[0]
+            for i in range(values.size):
+                largest = part[i] if part[i] > largest or part[i] != part[i] else largest
+            out[block] = largest
+            continue
+        half = width
+        while half > 1:
+            half //= 2
+            for i in range(half):
+                part[i] += part[half + i]
+        out[block] = part[0]
+
+
+@_compiled
 def align(positions_at: Any, values_at: Any, sizes: Any, marks: Any, positions: Any, rows: Any) -> int:
     """The ascending union of lists into `positions`, the values of each, 0 where absent, into its row; how many.
 
