@@ -21,6 +21,8 @@ FUSED_FUNCTIONS = frozenset({
     "deltamerge.ops:cast",
     "deltamerge.prune.masks:dare",
     "deltamerge.prune.masks:structured",
+    "deltamerge.prune.protect:clear",
+    "deltamerge.prune.protect:restore",
     "deltamerge.prune.rescale:divide",
     "deltamerge.prune.select:high_histogram",
     "deltamerge.prune.select:low_histogram",

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge.errors import RecipeError
+from deltamerge.errors import InputError, RecipeError
 from deltamerge.graph import Graph, Node
 from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo
@@ -24,7 +24,9 @@ SELECT = "deltamerge.prune.select"
 MASKS = "deltamerge.prune.masks"
 RESCALE = "deltamerge.prune.rescale"
 SAMPLING = "deltamerge.prune.sampling"
+PROTECT = "deltamerge.prune.protect"
 STAGE = "deltamerge.calibrate.stage"
+STAGES = "deltamerge.stages"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +69,9 @@ class Builder:
     def prepare(self, merges: Sequence[Merge]) -> None:
         """Make the stages of the models whose q is calibrated or whose masks need activations."""
         for index, prune in enumerate(self.prunes):
-            if prune.method != "wanda" and not isinstance(prune.q, CalibratedQ):
+            measured = prune.method == "wanda" or (prune.protect is not None and prune.protect.columns is None)
+            calibrated = isinstance(prune.q, CalibratedQ)
+            if not (measured or calibrated or prune.protect):
                 continue
             pruned = [
                 (m, tune, tensor, density)
@@ -75,10 +79,11 @@ class Builder:
                 for tune, tensor in m.tunes
                 if tune.index == index and (density := self._density(m, tune)) not in (None, 1.0)
             ]
-            if not pruned:
+            self._find_columns(prune, [m.name for m, _, tensor, _ in pruned if has_norm(m.name, tensor.shape)])
+            if not pruned or not (measured or calibrated):
                 continue
             source = self._source(pruned[0][1], [(tensor, m.base) for m, _, tensor, _ in pruned if m.base], prune)
-            if prune.method == "wanda":
+            if measured:
                 self.activations[index] = self.graph.node(f"{STAGE}:activations", kind="small", source=source)
             if isinstance(prune.q, CalibratedQ):
                 shared = (self.activations[index],) if index in self.activations else ()
@@ -120,7 +125,8 @@ class Builder:
             assert m.base is not None
             assert density is not None
             masked = tuple(self._masked(m, m.base, tune, tensor, self.recipe.seed + s) for s in range(seeds))
-            pruned.append(Pruned(m.name, tensor.name, density, density if random else 1.0, masked))
+            plain = density if random else 1.0
+            pruned.append(Pruned(m.name, tensor.name, density, plain, masked, self._protected(m, tune, tensor)[0]))
         return Spec(source, tuple(pruned), random, q.objective, q.scope_or_default, q.search, q.limits, shared)
 
     def read(self, tensor: TensorInfo) -> Node:
@@ -186,12 +192,15 @@ class Builder:
             return whole, ""
         node = self._masked(merge, base, tune, tensor, self.recipe.seed)
         if prune.rescale:
-            return self._matched(whole, node, prune.rescale), f" {prune.method} density={density:g} {prune.rescale}"
+            columns, _ = self._protected(merge, tune, tensor)
+            node = self._matched(self._cleared(whole, columns), node, prune.rescale)
+            text = f" {prune.method} density={density:g} {prune.rescale}"
+            return self._restored(merge, base, tune, tensor, node, text)
         text = f" {prune.method} density={density:g} q={q:g}"
-        if q == 1:
-            return node, text
-        value = self.graph.node(f"{RESCALE}:constant", kind="small", value=q)
-        return self._node(f"{RESCALE}:divide", [node, value], base.shape), text
+        if q != 1:
+            value = self.graph.node(f"{RESCALE}:constant", kind="small", value=q)
+            node = self._node(f"{RESCALE}:divide", [node, value], base.shape)
+        return self._restored(merge, base, tune, tensor, node, text)
 
     def _calibrated(
         self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo, q: CalibratedQ, density: float
@@ -201,10 +210,51 @@ class Builder:
         if density == 1:
             return self._whole(base, tensor), ""
         node = self._masked(merge, base, tune, tensor, self.recipe.seed)
-        value = self.graph.node("deltamerge.stages:pick", [self.stages[tune.index]], kind="small", name=merge.name)
+        value = self.graph.node(f"{STAGES}:pick", [self.stages[tune.index]], kind="small", name=merge.name)
         divide = "divide_rows" if q.scope_or_default == "row" else "divide"
         text = f" {self.prunes[tune.index].method} density={density:g} q={q.objective}"
-        return self._node(f"{RESCALE}:{divide}", [node, value], base.shape), text
+        node = self._node(f"{RESCALE}:{divide}", [node, value], base.shape)
+        return self._restored(merge, base, tune, tensor, node, text)
+
+    def _protected(self, merge: Merge, tune: Input, tensor: TensorInfo) -> tuple[Node | None, int]:
+        """The node of a linear weight's protected columns, and how many they are at most; None where there are none."""
+        assert tune.index is not None
+        protect = self.prunes[tune.index].protect
+        if protect is None or not has_norm(merge.name, tensor.shape):
+            return None, 0
+        width = tensor.shape[-1]
+        if protect.massive_activations is not None:
+            k = min(protect.massive_activations, width)
+            measured = [self.activations[tune.index]]
+            return self.graph.node(f"{STAGES}:massive", measured, kind="small", name=tensor.name, k=k), k
+        numbers: set[int] = set()
+        for pattern, some in (protect.columns or {}).items():
+            if re.search(pattern, merge.name):
+                numbers.update(some)
+        if not numbers:
+            return None, 0
+        if max(numbers) >= width:
+            raise InputError(f"prune.protect.columns: {merge.name} has {width} columns, {max(numbers)} is none of them")
+        return self.graph.node(f"{STAGES}:columns", kind="small", numbers=tuple(sorted(numbers))), len(numbers)
+
+    def _find_columns(self, prune: Pruning, linear: Sequence[str]) -> None:
+        """InputError: a pattern of protected columns that no pruned linear weight matches."""
+        for pattern in (prune.protect and prune.protect.columns) or {}:
+            if not any(re.search(pattern, name) for name in linear):
+                raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")
+
+    def _cleared(self, delta: Node, columns: Node | None) -> Node:
+        return delta if columns is None else self._node(f"{PROTECT}:clear", [delta, columns], delta.shape)
+
+    def _restored(
+        self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo, kept: Node, text: str
+    ) -> tuple[Node, str]:
+        """The kept delta with its protected columns, and its description."""
+        columns, count = self._protected(merge, tune, tensor)
+        if columns is None:
+            return kept, text
+        inputs = [kept, self.read(tensor), self.read(base), columns]
+        return self._node(f"{PROTECT}:restore", inputs, base.shape), f"{text} protect={count}"
 
     def _whole(self, base: TensorInfo, tensor: TensorInfo) -> Node:
         pair = [self.read(tensor), self.read(base)]
@@ -220,23 +270,26 @@ class Builder:
         return a * b if a is not None and b is not None else _number(prune.density, merge)
 
     def _masked(self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo, seed: int) -> Node:
-        """mask ∘ Δ, not rescaled; random masks are keyed by the seed."""
+        """mask ∘ Δ, not rescaled, without protected columns, which no density counts; the seed keys random masks."""
         assert tune.index is not None
         prune, shape = self.prunes[tune.index], base.shape
         density = self._density(merge, tune)
         assert density is not None
         key = mask_key(seed, tune.name, merge.name)
-        whole, pair = self._whole(base, tensor), [self.read(tensor), self.read(base)]
-        if prune.sampling == "magnitude":
-            return self._sampled(whole, pair, key, density)
-        if prune.method == "dare":
-            return self._node(f"{MASKS}:dare", pair, shape, key=key, density=density)
+        columns, count = self._protected(merge, tune, tensor)
+        whole, pair = self._cleared(self._whole(base, tensor), columns), [self.read(tensor), self.read(base)]
+        if prune.method == "dare" and prune.sampling == "uniform":
+            return self._cleared(self._node(f"{MASKS}:dare", pair, shape, key=key, density=density), columns)
         if prune.method == "structured":
             a, b = (_number(value, merge) for value in (prune.a, prune.b))
-            return self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b)
+            return self._cleared(self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b), columns)
+        if count:
+            density *= 1 - count / shape[-1]
+        if prune.sampling == "magnitude":
+            return self._cleared(self._sampled(whole, pair, key, density), columns)
         if prune.method == "wanda" and has_norm(merge.name, shape):
             norms = self.graph.node(
-                "deltamerge.stages:norm",
+                f"{STAGES}:norm",
                 [self.activations[tune.index]],
                 kind="small",
                 name=tensor.name,

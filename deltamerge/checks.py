@@ -58,7 +58,7 @@ def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     for at, prune in _prunes(recipe):
         asked.append((prune.method in LATER_PRUNE, (*at, "method"), f"method {prune.method}"))
         asked.append((prune.group == "model", (*at, "group"), "group: model"))
-        for key in ("protect", "budget", "epsilon", "gamma"):
+        for key in ("budget", "epsilon", "gamma"):
             asked.append((getattr(prune, key) is not None, (*at, key), key))
     return [(at, message) for wanted, at, message in asked if wanted]
 
@@ -296,6 +296,7 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
         if wanted is not None and not _given(recipe, "calibration"):
             key = "q" if q is not None else "method"
             yield recipe.problem((*loc, key), f"{wanted} needs calibration", "calibration: {data: calib.jsonl}")
+        yield from _protect(recipe, loc, prune)
         if q is None or isinstance(prune.q, str):
             continue
         if q.objective == "layer_mse" and q.search != "auto":
@@ -304,6 +305,19 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem((*loc, "q", "search"), "gradient needs objective output_change", "or search: auto")
         elif q.search == "gradient" and q.scope == "global":
             yield recipe.problem((*loc, "q", "search"), "gradient needs scope layer or row", "scope: layer")
+
+
+def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
+    """protect names columns or counts massive activations, which are measured on calibration data."""
+    if prune.protect is None:
+        return
+    given = [key for key in ("massive_activations", "columns") if _given(recipe, *loc, "protect", key)]
+    if len(given) != 1:
+        message = "needs massive_activations or columns" if not given else "takes one of massive_activations, columns"
+        yield recipe.problem((*loc, "protect"), message, "protect: {massive_activations: 3}")
+    elif prune.protect.massive_activations is not None and not _given(recipe, "calibration"):
+        place = (*loc, "protect", "massive_activations")
+        yield recipe.problem(place, "needs calibration", "calibration: {data: calib.jsonl}, or name columns")
 
 
 def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:

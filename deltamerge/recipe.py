@@ -80,13 +80,13 @@ class CalibratedQ(Keys):
 
 
 class Protect(Keys):
-    """Input columns of the delta that stay whole and unscaled."""
+    """Input columns of linear weights whose delta stays whole and unscaled; a density counts the others."""
 
     massive_activations: Positive | None = Field(
-        None, description="The k input features of the largest mean activation."
+        None, description="Of each layer the k input features of largest mean |activation|."
     )
     columns: dict[Pattern, Items[Natural]] | None = Field(
-        None, description="Pattern on tensor names -> column numbers."
+        None, description="Pattern on tensor names -> numbers of columns (the last dimension)."
     )
 
 

@@ -49,7 +49,8 @@ class Source:
 class Pruned:
     """A pruned tensor: its names in the output and in the fine-tune, and per mask seed the node of mask ∘ Δ, unscaled.
 
-    `plain` is the q that it has without calibration: the density for random masks, 1 for importance masks.
+    `plain` is the q that it has without calibration: the density for random masks, 1 for importance masks. `protected`
+    gives the input columns that are left out of the masks and stay whole.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Pruned:
     density: float
     plain: float
     masked: tuple[Node, ...]
+    protected: Node | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +152,17 @@ def norm(statistics: Mapping[str, Any], *, name: str, columns: int) -> NDArray[n
     if name not in statistics:
         return np.ones(columns, np.float32)
     return np.asarray(statistics[name].norm, dtype=np.float32)
+
+
+def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.int64]:
+    """The k input features of a layer that have the largest mean |x_j|, ascending; none for a weight without input."""
+    found = statistics[name].massive(k) if name in statistics else []
+    return np.array(found, dtype=np.int64)
+
+
+def columns(*, numbers: tuple[int, ...]) -> NDArray[np.int64]:
+    """Columns that a recipe names, ascending."""
+    return np.array(numbers, dtype=np.int64)
 
 
 def has_norm(name: str, shape: tuple[int, ...]) -> bool:

@@ -223,8 +223,6 @@ def test_what_the_contract_has_and_this_version_lacks(text: str, missing: list[s
         ("calibration: {data: c.jsonl, metric: exact_match}", "calibration.metric: not supported yet: metric exact"),
         ("calibration: {data: c.jsonl, per: merge}", "calibration.per: not supported yet: per: merge"),
         ("prune: {method: magnitude, density: 0.1, group: model}", "prune.group: not supported yet"),
-        ("prune: {method: dare, density: 0.1, protect: {massive_activations: 3}}", "prune.protect: not supported yet"),
-        ("prune: {method: dare, density: 0.1, protect: {columns: {q_proj: [1, 2]}}}", "prune.protect: not supported"),
         ("prune: {method: dare, budget: 5MB}", "prune.budget: not supported yet"),
         ("prune: {method: della, density: 0.1, epsilon: 0.1}", "prune.epsilon: not supported yet"),
         ("output: {kind: delta}", "output.kind: not supported yet: output.kind: delta"),
@@ -533,10 +531,21 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:4:62: prune.exclude: must be a list, got 'lm_head'",
     ],
     ONE + "prune: {method: dare, density: 0.1, protect: {columns: {'[': [-1]}}}": [
-        "r.yaml:4:46: prune.protect: not supported yet: protect",
         "r.yaml:4:57: prune.protect.columns.[: not a regular expression (unterminated character set at position 0), "
         "got '['",
         "r.yaml:4:63: prune.protect.columns.[[0]: must be at least 0, got -1",
+    ],
+    ONE + "prune: {method: dare, density: 0.1, protect: {massive_activations: 2}}": [
+        "r.yaml:4:68: prune.protect.massive_activations: needs calibration\n"
+        "hint: calibration: {data: calib.jsonl}, or name columns"
+    ],
+    ONE + "prune: {method: dare, density: 0.1, protect: {}}": [
+        "r.yaml:4:46: prune.protect: needs massive_activations or columns\nhint: protect: {massive_activations: 3}"
+    ],
+    ONE + "calibration: {data: c}\nprune: {method: dare, density: 0.1, "
+    "protect: {massive_activations: 2, columns: {a: [1]}}}": [
+        "r.yaml:5:46: prune.protect: takes one of massive_activations, columns\n"
+        "hint: protect: {massive_activations: 3}"
     ],
     ONE + "prune: {method: structured, density: 0.1}": [
         "r.yaml:4:8: prune: structured needs a\nhint: density = a · b: give a and b",

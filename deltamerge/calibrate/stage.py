@@ -39,11 +39,12 @@ GROUP = 64 // BATCH
 
 def activations(*, source: Source) -> dict[str, LayerStatistics]:
     """Statistics of the fine-tune's linear layers over the calibration rows, by the fine-tune's tensor names."""
-    with _calibrating(source), Reader() as reader:
+    with calibrating(source), Reader() as reader:
         subject = Subject(source, reader)
         if any(layer.transposed for layer in subject.layers.values()):
             raise InputError(
-                "wanda needs weights stored (out, in), but this model stores (in, out)", hint="use method magnitude"
+                "wanda and massive_activations need weights stored (out, in), this model stores (in, out)",
+                hint="use method magnitude, without protect or with columns",
             )
         return subject.statistics(drawn=False)
 
@@ -53,14 +54,15 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 
     `inputs` are the values of `spec.shared`, small nodes that the masks are made from.
     """
-    with _calibrating(spec.source), Reader() as reader:
+    with calibrating(spec.source), Reader() as reader:
         masks = [{p.stored: p.masked[s] for p in spec.pruned} for s in range(spec.seeds)]
-        subject = Subject(spec.source, reader, masks, dict(zip(spec.shared, inputs, strict=True)))
+        protected = {p.stored: p.protected for p in spec.pruned if p.protected is not None}
+        subject = Subject(spec.source, reader, masks, dict(zip(spec.shared, inputs, strict=True)), protected)
         return _Choice(spec, subject).make()
 
 
 @contextmanager
-def _calibrating(source: Source) -> Iterator[None]:
+def calibrating(source: Source) -> Iterator[None]:
     """Errors say which model's calibration failed; transformers' advice on lengths and padding stays unsaid."""
     logger = logging.getLogger("transformers")
     level = logger.level

@@ -21,7 +21,7 @@ from deltamerge.calibrate.data import Reader as Rows
 from deltamerge.calibrate.split import metric_of, split, task_of
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.errors import InputError
-from deltamerge.execute import Task, default_workers, execute
+from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Graph, Node
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.ops import torch_dtype
@@ -45,6 +45,7 @@ class Subject:
         reader: Reader,
         masks: Sequence[Mapping[str, Node]] = (),
         known: Mapping[Node, Any] | None = None,
+        protected: Mapping[str, Node] | None = None,
     ) -> None:
         self.source, self.reader, self.known = source, reader, known or {}
         self.device = torch.device(source.device)
@@ -63,6 +64,8 @@ class Subject:
         self.tune = from_reader(Cache(lambda name: self._read(self.infos[name]), budget))
         self.start = Cache(self._start, budget)
         self.masks = [Cache(partial(self._masked, nodes), budget) for nodes in masks]
+        columns = shared_values(list((protected or {}).values()), self.known)
+        self.protected = {name: torch.from_numpy(columns[node]) for name, node in (protected or {}).items()}
         self.sequences = 0
 
     @property
@@ -107,10 +110,16 @@ class Subject:
         return collect(self.model, self.tune, self.search.inputs, self.delta, draw=draw)
 
     def delta(self, name: str) -> Tensor | None:
+        """What is pruned of a tensor's delta: 0 in protected columns."""
         if name not in self.pairs:
             return None
         tune, base = self.pairs[name]
-        return self._read(tune) - self._read(base) if tune.shape == self.infos[name].shape else None
+        if tune.shape != self.infos[name].shape:
+            return None
+        delta = self._read(tune) - self._read(base)
+        if name in self.protected:
+            delta[:, self.protected[name]] = 0.0
+        return delta
 
     def _read(self, info: TensorInfo) -> Tensor:
         """A stored tensor in float32; integers as they are."""
@@ -120,10 +129,14 @@ class Subject:
         return tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
 
     def _start(self, name: str) -> Tensor:
-        """What the masked delta is added to: the base, and the fine-tune's own where nothing is pruned."""
+        """What the masked delta is added to: the base, with protected columns' deltas; else the fine-tune's own."""
         if name not in self.pairs:
             return self._read(self.infos[name])
         tune, base = self.pairs[name]
+        if name in self.protected:
+            start, columns = self._read(base), self.protected[name]
+            start[:, columns] += self._read(tune)[:, columns] - start[:, columns]
+            return start
         if tune.shape == self.infos[name].shape:
             return self._read(base)
         start = self._read(self.infos[name])

@@ -18,6 +18,7 @@ from deltamerge.fused import loops
 from deltamerge.merge.arithmetic import divisor_of
 from deltamerge.prune.bits import SPARSE_BLOCK, Key, gap_table, is_sparse, keep, threshold
 from deltamerge.prune.masks import column_choice, reduced_range, unreduced
+from deltamerge.prune.protect import is_among, places
 from deltamerge.prune.select import HIGH, LOW, Bin, Cut
 from deltamerge.tensors import Kept, Patched, Tile, block_elements
 
@@ -150,6 +151,26 @@ def divide(delta: Delta, q: float, *, tile: Tile) -> Delta:
         if isinstance(delta, Kept):
             return Kept(delta.positions, delta.values / divisor)
         return delta / divisor
+
+
+def clear(delta: Delta, columns: NDArray[np.int64], *, tile: Tile) -> Delta:
+    if isinstance(delta, Kept):
+        stays = ~is_among(columns, tile)[(delta.positions + tile.start) % tile.columns]
+        return Kept(delta.positions[stays], delta.values[stays])
+    cleared = delta.copy()
+    cleared[places(columns, tile)] = 0.0
+    return cleared
+
+
+def restore(delta: Delta, tune: Array, base: Array, columns: NDArray[np.int64], *, tile: Tile) -> Delta:
+    whole = _kept(tune, base, places(columns, tile))
+    if isinstance(delta, Kept):
+        positions = np.concatenate([delta.positions, whole.positions])
+        order = np.argsort(positions)
+        return Kept(positions[order], np.concatenate([delta.values, whole.values])[order])
+    restored = delta.copy()
+    restored[whole.positions] = whole.values
+    return restored
 
 
 def linear(*tensors: Array, tile: Tile, weights: Weights, normalize: bool) -> Floats:
@@ -318,6 +339,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "deltamerge.ops:cast": cast,
     "deltamerge.prune.masks:dare": dare,
     "deltamerge.prune.masks:structured": structured,
+    "deltamerge.prune.protect:clear": clear,
+    "deltamerge.prune.protect:restore": restore,
     "deltamerge.prune.rescale:divide": divide,
     "deltamerge.prune.select:high_histogram": high_histogram,
     "deltamerge.prune.select:low_histogram": low_histogram,
