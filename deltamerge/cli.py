@@ -314,6 +314,121 @@ def calibrate(recipe: Path, device: str, workers: int | None, as_json: bool) -> 
     click.echo(f"{recipe.with_suffix('.lock')}: written", err=True)
 
 
+BASE = click.option("--base", required=True, metavar="MODEL", help="What MODEL was fine-tuned from.")
+ROWS = (
+    click.option("--calibration", metavar="FILE", help="Rows of text: .jsonl, .csv, .txt, or a hub data set."),
+    click.option("--text", multiple=True, metavar="KEY", help="Its field of text; twice for sentence pairs."),
+    click.option("--sequences", type=click.IntRange(1), default=50, show_default=True, help="Rows to use."),
+    click.option("--length", type=click.IntRange(1), default=128, show_default=True, help="Tokens a row."),
+)
+
+
+def _rows(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that stand for a recipe's `calibration`."""
+    for option in reversed(ROWS):
+        command = option(command)
+    return command
+
+
+def _calibration(data: str | None, text: tuple[str, ...], **more: Any) -> dict[str, Any] | None:
+    if data is None:
+        if text or more.get("label"):
+            raise click.UsageError("--text and --label need --calibration")
+        return None
+    fields = {"text": text[0] if len(text) == 1 else list(text)} if text else {}
+    return {"data": data, **fields, **{key: value for key, value in more.items() if value is not None}}
+
+
+@commands.command(epilog="Example: deltamerge inspect ./models/math --base ./models/base --calibration calib.jsonl")
+@click.argument("model")
+@BASE
+@_rows
+@click.option(
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.01,
+    show_default=True,
+    help="Of the bound and the errors, with --calibration.",
+)
+@click.option("--tensors", is_flag=True, help="List every tensor, not only layers.")
+@DEVICE
+@WORKERS
+@AS_JSON
+def inspect(
+    model: str,
+    base: str,
+    calibration: str | None,
+    text: tuple[str, ...],
+    sequences: int,
+    length: int,
+    density: float,
+    tensors: bool,
+    device: str,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Statistics of the delta of MODEL, per layer and in all: how large it is, where, and what pruning would keep.
+
+    With --calibration also what it does to activations: influence, coherence, massive activations, the bound of DARE.
+    """
+    from deltamerge.inspect import render
+    from deltamerge.study import inspect as inspect_delta
+
+    rows = _calibration(calibration, text, sequences=sequences, length=length)
+    progress = Progress(shown=sys.stderr.isatty())
+    report = inspect_delta(
+        model, base, calibration=rows, density=density, device=device, workers=workers, watch=progress.start
+    )
+    progress.stop()
+    click.echo(report.model_dump_json() if as_json else render(report, tensors=tensors))
+
+
+@commands.command(
+    epilog="Example: deltamerge recommend ./models/math --base ./models/base --density 0.01 --calibration calib.jsonl"
+)
+@click.argument("model")
+@BASE
+@click.option(
+    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), required=True, help="Fraction to keep."
+)
+@_rows
+@click.option("--label", metavar="KEY", help="Field of the label: show the metric on held-out rows too.")
+@click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
+@DEVICE
+@WORKERS
+@AS_JSON
+def recommend(
+    model: str,
+    base: str,
+    density: float,
+    calibration: str | None,
+    text: tuple[str, ...],
+    sequences: int,
+    length: int,
+    label: str | None,
+    out: Path | None,
+    device: str,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Which pruning for the delta of MODEL at a density, with evidence, and the recipe that does it.
+
+    Without --calibration the delta's own statistics decide; with rows of text each method's mask is drawn and measured.
+    """
+    from deltamerge.recommend import render
+    from deltamerge.study import recommend as recommend_pruning
+
+    rows = _calibration(calibration, text, sequences=sequences, length=length, label=label)
+    progress = Progress(shown=sys.stderr.isatty())
+    answer = recommend_pruning(
+        model, base, density, calibration=rows, out=out, device=device, workers=workers, watch=progress.start
+    )
+    progress.stop()
+    click.echo(answer.model_dump_json() if as_json else render(answer))
+    if out is not None:
+        click.echo(f"{out}: written", err=True)
+
+
 @commands.command()
 @click.argument("folder", type=FOLDER)
 @WORKERS

@@ -90,6 +90,8 @@ def execute(
 ) -> dict[Node, Any]:
     """Make every task's tensor and hand its tiles to `sink`; the values of shared small nodes are returned.
 
+    A task whose root is a small node makes no tensor: its value is returned, and `progress` is told of its bytes.
+
     `known` are values of small nodes that are not computed again.
 
     At most `workers` + 1 tensors are in flight, each worker holds one tile of each value alive; the result does not
@@ -178,8 +180,9 @@ class _Engine:
     def _start(self, task: Task) -> None:
         plan = schedule(task.root)
         running = Running(task, self.backends[task.backend], plan, ChainMap({}, self.shared_by_id))
-        self.in_flight += 1
-        self.ready.extend(self._next_pass(running))
+        jobs = self._next_pass(running)
+        self.in_flight += bool(jobs)
+        self.ready.extend(jobs)
 
     def _next_pass(self, running: Running) -> list[Job]:
         """The jobs of the next pass that has to be run; reductions known to be needless are skipped."""
@@ -190,6 +193,9 @@ class _Engine:
                     inputs = [running.values[id(s)] for s in node.inputs]
                     running.values[id(node)] = resolve(node.function)(*inputs, **dict(node.parameters))
             nodes = running.schedule.passes[index]
+            if not nodes:
+                self.shared[running.task.root] = running.values[id(running.task.root)]
+                return []
             reductions = [n for n in nodes if n.kind in REDUCTIONS]
             last = index == len(running.schedule.passes) - 1
             if not last and all(_needless(n, running.values) for n in reductions):
@@ -252,7 +258,9 @@ class _Engine:
                             values[id(node)] = value
                     for freed in item.frees:
                         del values[id(freed)]
-                if id(root) in values:
+                if root.kind == "small":
+                    self.progress(tile.size * ITEMSIZE[root.dtype])
+                elif id(root) in values:
                     data = lane.emit(values[id(root)])
                     offset = running.task.offset + start * ITEMSIZE[root.dtype]
                     self.sink.write(running.task.name, offset, data)

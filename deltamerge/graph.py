@@ -102,8 +102,9 @@ class Schedule:
     """How one output tensor is made: passes over its tiles, with small values between them.
 
     `passes[i]` lists, in order, the nodes that pass i runs on every tile to make its reductions; the last pass makes
-    the root. `small[i]` are the small nodes computable before pass i. `frees[i]` maps a position in
-    `passes[i]` to the nodes whose tile values are last used there.
+    the root, and has no nodes where that is a small one, whose shape is that of the tensor it tells about. `small[i]`
+    are the small nodes computable before pass i. `frees[i]` maps a position in `passes[i]` to the nodes whose tile
+    values are last used there.
     """
 
     root: Node
@@ -123,7 +124,9 @@ def schedule(root: Node) -> Schedule:
     passes, small, frees = [], [], []
     for index in range(count):
         here = [n for n in order if level[id(n)] == index]
-        targets = [n for n in here if n.kind in REDUCTIONS] + ([root] if index == count - 1 else [])
+        targets = [n for n in here if n.kind in REDUCTIONS] + (
+            [root] if index == count - 1 and root.kind != "small" else []
+        )
         needed = _tile_nodes(order, targets)
         passes.append(needed)
         small.append(tuple(n for n in here if n.kind == "small"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.tensors import Patched, Tile
+from deltamerge.tensors import Patched, Tile, block_elements
 
 if TYPE_CHECKING:
     import torch
@@ -84,3 +84,20 @@ def densify(delta: Any, size: int) -> Tensor:
     dense = torch.zeros(size, dtype=torch.float32, device=delta.values.device)
     dense[delta.positions] = delta.values
     return dense
+
+
+def block_rows(values: Tensor, tile: Tile) -> Tensor:
+    """(blocks, width) the blocks of a flat tile, each padded with zeros to a power of two."""
+    import torch
+
+    step = block_elements(tile.shape)
+    blocks = -(-tile.size // step)
+    rows = torch.nn.functional.pad(values, (0, blocks * step - tile.size)).view(blocks, step)
+    return torch.nn.functional.pad(rows, (0, (1 << max(0, (step - 1).bit_length())) - step))
+
+
+def halved(rows: Tensor) -> Tensor:
+    """(blocks) sums of the rows by halving, so that every device adds in the same order."""
+    while (width := rows.shape[1]) > 1:
+        rows = rows[:, : width // 2] + rows[:, width // 2 :]
+    return rows[:, 0]

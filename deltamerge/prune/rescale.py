@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltamerge.ops import over
-from deltamerge.tensors import Kept, Tile, block_elements
+from deltamerge.ops import block_rows, densify, halved, over
+from deltamerge.tensors import Kept, Tile
 
 if TYPE_CHECKING:
     import torch
@@ -47,23 +47,10 @@ def norm(delta: torch.Tensor | Kept, *, tile: Tile, norm: str) -> np.ndarray[Any
     """
     import torch
 
-    from deltamerge.ops import densify
-
-    dense = densify(delta, tile.size).abs().to(torch.float64)
-    step = block_elements(tile.shape)
-    width = 1 << max(0, (step - 1).bit_length())
-    blocks = -(-tile.size // step)
-    padded = torch.zeros(blocks * step, dtype=torch.float64, device=dense.device)
-    padded[: tile.size] = dense
-    rows = torch.nn.functional.pad(padded.view(blocks, step), (0, width - step))
+    rows = block_rows(densify(delta, tile.size).abs().to(torch.float64), tile)
     if norm == "linf":
         return rows.amax(1).cpu().numpy()
-    if norm == "l2":
-        rows = rows * rows
-    while width > 1:
-        width //= 2
-        rows = rows[:, :width] + rows[:, width:]
-    return rows[:, 0].cpu().numpy()
+    return halved(rows * rows if norm == "l2" else rows).cpu().numpy()
 
 
 def ratio(kept: np.ndarray[Any, Any], whole: np.ndarray[Any, Any], *, norm: str) -> float:

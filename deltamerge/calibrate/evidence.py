@@ -1,0 +1,147 @@
+"""What activations say of a fine-tune's layers, and what masks lose of it: measured, for inspect and recommend."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from deltamerge.calibrate import objectives as O  # short for a namespace
+from deltamerge.calibrate import statistics
+from deltamerge.calibrate.activations import collect
+from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
+from deltamerge.calibrate.stage import calibrating
+from deltamerge.calibrate.statistics import LayerStatistics
+from deltamerge.calibrate.subject import Subject
+from deltamerge.io.checkpoint import Reader
+from deltamerge.stages import Source, Spec
+
+POINTS = 8
+Scores = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MaskLoss:
+    """What one mask loses. `plain` is its q without calibration, `q` the one on linear weights of least output change.
+
+    path         [q, output change] on the search rows
+    layer_error  mean over linear layers of ‖Y − Ŷ/q‖²/‖Y‖²: at the plain q, at q, at each layer's own best
+    lost         divergence of the outputs from the fine-tune's on held-out rows: plain, calibrated
+    metric       the metric of the same rows, {} without labels
+    """
+
+    plain: float
+    q: float
+    path: list[tuple[float, float]]
+    layer_error: Scores
+    lost: Scores
+    metric: Scores
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Measured:
+    """Masks of one fine-tune's delta. `masks[i]` is None where WANDA has no norms: weights stored (in, out).
+
+    `lost` is the divergence of the base, which keeps nothing of the delta; `metric` its and the fine-tune's.
+    """
+
+    influence: dict[str, LayerStatistics]
+    masks: list[MaskLoss | None]
+    lost: float
+    metric_name: str | None
+    metric: Scores
+    held_out: int
+    forward_passes: int
+
+
+def influence(*, source: Source) -> dict[str, LayerStatistics]:
+    """Statistics of the fine-tune's linear layers over the search rows, by its tensor names."""
+    with calibrating(source), Reader() as reader:
+        return Subject(source, reader).statistics(drawn=False)
+
+
+def measure(*, specs: Sequence[Spec]) -> Measured:
+    """What the masks of several specs with one source lose, the first mask seed of each."""
+    source = specs[0].source
+    with calibrating(source), Reader() as reader:
+        found = influence(source=source)
+        transposed = any(layer.transposed for layer in Subject(source, reader).layers.values())
+        usable = [spec for spec in specs if not (spec.shared and transposed)]
+        masks = [{p.stored: p.masked[0] for p in spec.pruned} for spec in usable]
+        known = {node: found for spec in usable for node in spec.shared}  # WANDA's activations
+        comparison = _Comparison(Subject(source, reader, masks, known), usable)
+        losses = dict(zip(map(id, usable), comparison.losses(), strict=True))
+        lost, metric = comparison.nothing()
+        return Measured(
+            found,
+            [losses.get(id(spec)) for spec in specs],
+            lost,
+            comparison.subject.metric,
+            metric,
+            comparison.subject.counts[1],
+            comparison.subject.passes,
+        )
+
+
+class _Comparison:
+    def __init__(self, subject: Subject, specs: Sequence[Spec]) -> None:
+        self.subject, self.specs = subject, specs
+        self.change = subject.output_change(subject.search)
+        self.divergence = subject.distribution(subject.held.inputs)
+        self.validation = subject.validation(subject.held) if subject.metric is not None else None
+
+    def losses(self) -> list[MaskLoss]:
+        return [self._loss(spec, mask) for spec, mask in zip(self.specs, self.subject.masks, strict=True)]
+
+    def nothing(self) -> tuple[float, Scores]:
+        """The divergence of the base, and the metric of base and fine-tune."""
+        subject = self.subject
+        variants = [pruned(subject.start, lambda name: None, {}), subject.tune]
+        subject.count(subject.held.inputs)
+        lost = O.evaluate(subject.model, self.divergence, variants[:1])[0]
+        if self.validation is None:
+            return lost, {}
+        subject.count(subject.held.inputs, 2)
+        values = O.evaluate(subject.model, self.validation, variants)
+        return lost, dict(zip(("base", "fine_tune"), map(self._score, values), strict=True))
+
+    def _score(self, value: float) -> float:
+        """The metric of a value of `validation`."""
+        return value if self.subject.metric == "loss" else 1.0 - value
+
+    def _loss(self, spec: Spec, mask: Cache[Masked | None]) -> MaskLoss:
+        subject = self.subject
+        subject.count(subject.search.inputs, 2)
+        layers = collect(
+            subject.model, subject.tune, subject.search.inputs, subject.delta, draw=lambda name, _: mask(name)
+        )
+        layers = {name: layer for name, layer in layers.items() if name in subject.layers}
+        density = min(p.density for p in spec.pruned)
+        points = [float(f"{q:.6g}") for q in np.geomspace(density, 1.0, POINTS)]
+        change = self._values(self.change, mask, [self._linear(q) for q in points])
+        q = points[int(np.argmin(change))]
+        whole: dict[str, Q] = {p.stored: p.plain for p in spec.pruned}
+        both, names = [whole, self._linear(q)], ("plain", "calibrated")
+        lost = dict(zip(names, self._values(self.divergence, mask, both), strict=True))
+        metric: Scores = {}
+        if self.validation is not None:
+            metric = dict(zip(names, map(self._score, self._values(self.validation, mask, both)), strict=True))
+        plain = spec.pruned[0].plain
+        errors = {
+            "plain": _mean(layers, lambda layer: statistics.drawn_error(layer, plain)),
+            "calibrated": _mean(layers, lambda layer: statistics.drawn_error(layer, q)),
+            "least_squares": _mean(layers, lambda layer: statistics.drawn_error(layer, statistics.drawn(layer) or 1.0)),
+        }
+        return MaskLoss(plain, q, list(zip(points, change, strict=True)), errors, lost, metric)
+
+    def _values(self, objective: O.Objective, mask: Cache[Masked | None], qs: Sequence[dict[str, Q]]) -> list[float]:
+        self.subject.count(objective.batches, len(qs))
+        return O.evaluate(self.subject.model, objective, [pruned(self.subject.start, mask, q) for q in qs])
+
+    def _linear(self, q: float) -> dict[str, Q]:
+        return dict.fromkeys(self.subject.layers, q)
+
+
+def _mean(layers: Mapping[str, LayerStatistics], error: Callable[[LayerStatistics], float]) -> float:
+    return float(np.mean([error(layer) for layer in layers.values()]))

@@ -1,0 +1,335 @@
+"""Statistics of a delta: of every tensor, every layer, every kind of tensor, and in all; and their JSON."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from deltamerge import backends
+from deltamerge.errors import InputError
+from deltamerge.execute import Task, execute
+from deltamerge.graph import Graph, Node
+from deltamerge.influence import Activations, Influence
+from deltamerge.inputs import Inputs
+from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.moments import Moments, together
+from deltamerge.pruning import TASK_HEAD
+from deltamerge.recipe import Recipe, loads
+from deltamerge.stages import EMBEDDING
+from deltamerge.tensors import FLOATING
+
+QUANTILES = (0.5, 0.9, 0.99, 0.999)
+DENSITIES = (0.1, 0.01, 0.001)
+LAYER = re.compile(r"(.*?\.\d+)\.")
+OUTSIDE = "outside"
+Kind = Literal["linear", "embedding", "vector", "head", "other"]
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Statistics(_Figures):
+    """Of the entries of a delta Δ = fine-tune − base, computed in float32 and summed in float64."""
+
+    count: int = Field(description="Entries.")
+    mean_abs: float = Field(description="Mean of |Δ|.")
+    variance: float = Field(description="E[Δ²] − E[Δ]².")
+    kurtosis: float | None = Field(description="Fourth central moment / variance², 3 for a normal distribution.")
+    max_abs: float = Field(description="Largest |Δ|.")
+    unchanged: float = Field(description="Fraction of entries with Δ = 0.")
+    norm: float = Field(description="‖Δ‖₂.")
+    base_norm: float = Field(description="‖W‖₂ of the base.")
+    relative_norm: float | None = Field(description="‖Δ‖/‖W‖, null where the base is zero.")
+    energy_share: float = Field(description="‖Δ‖² over that of the whole delta.")
+    quantiles: dict[str, float] = Field(description="Of |Δ|, to 0.4 %, by the share of entries that do not exceed it.")
+    kept_energy: dict[str, float] = Field(
+        description="Share of ‖Δ‖² in the largest entries, by density; for several tensors each keeps its own largest."
+    )
+
+
+class TensorStatistics(Statistics):
+    """One tensor, by its name in the fine-tune."""
+
+    name: str
+    kind: Kind = Field(description="linear (2-D weight), embedding, vector (1-D), head (not pruned by default), other.")
+    layer: str = Field(description="The numbered block that it is part of, or outside.")
+    shape: list[int]
+
+
+class Report(_Figures):
+    """What `deltamerge inspect --json` prints."""
+
+    model: str
+    base: str
+    total: Statistics
+    kinds: dict[str, Statistics] = Field(description="By kind of tensor.")
+    layers: dict[str, Statistics] = Field(description="By numbered block, in the file's order; outside: the rest.")
+    tensors: list[TensorStatistics]
+    without_delta: list[str] = Field(description="Floating-point tensors that the base lacks.")
+    activations: Activations | None = Field(None, description="With --calibration: what the linear layers do to it.")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A tensor of both models, cut to the rows that they share."""
+
+    name: str
+    tune: TensorInfo
+    base: TensorInfo
+    cut: bool = False
+
+    @property
+    def kind(self) -> Kind:
+        if re.search(TASK_HEAD, self.name):
+            return "head"
+        if len(self.base.shape) < 2:
+            return "vector"
+        if len(self.base.shape) > 2:
+            return "other"
+        return "embedding" if EMBEDDING.search(self.name) else "linear"
+
+    @property
+    def layer(self) -> str:
+        found = LAYER.match(self.name)
+        return found[1] if found else OUTSIDE
+
+
+def pair_recipe(model: str, base: str, prune: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """The recipe of one fine-tune, known by the last part of its name, and its base, with `more` keys.
+
+    InputError: they are the same model.
+    """
+    if model == base:
+        raise InputError(f"{model}: is the base itself", hint="name a fine-tune, and its base with --base")
+    one = {"model": model, "name": model.rstrip("/").rpartition("/")[2] or model}
+    return {"base_model": base, "models": [one | ({"prune": dict(prune)} if prune else {})], **more}
+
+
+def seen_from(folder: Path, reference: str) -> str:
+    """A local reference as a recipe in `folder` writes it; one that is absolute, or of the hub, as it is."""
+    path = Path(reference)
+    if path.is_absolute() or not path.exists():
+        return reference
+    relative = os.path.relpath(path, folder)
+    return relative if relative.startswith("..") else f"./{relative}"
+
+
+def parse(recipe: Mapping[str, Any]) -> Recipe:
+    """A recipe made here, read as any other. RecipeError: an option of the command line that does not fit."""
+    return loads(yaml.safe_dump(dict(recipe), sort_keys=False), "(command line)")
+
+
+def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:
+    """The tensors that have a delta, and the names of floating ones that the base lacks. InputError: shapes differ."""
+    base, (tune,) = inputs.base, inputs.tunes
+    assert base is not None
+    pairs, lacking = [], []
+    for name, tensor in tune.tensors.items():
+        if tensor.dtype not in FLOATING:
+            continue
+        twin = base.get(name)
+        if twin is None:
+            lacking.append(tune.stored[name])
+            continue
+        rows = min(tensor.shape[0], twin.shape[0]) if tensor.shape and twin.shape else 0
+        if tensor.shape != twin.shape and (tensor.shape[1:] != twin.shape[1:] or LAYER.match(name) or not rows):
+            shapes = f"{list(tensor.shape)}, in the base {list(twin.shape)}"
+            raise InputError(f"{tune.name}: {tune.stored[name]} has the shape {shapes}")
+        cut = tensor.shape != twin.shape
+        if cut:
+            tensor, twin = _rows(tensor, rows), _rows(twin, rows)
+        pairs.append(Pair(tune.stored[name], tensor, twin, cut))
+    if not pairs:
+        raise InputError(f"{tune.name} and {base.name} have no tensor in common", hint="is this its base?")
+    return pairs, lacking
+
+
+def _rows(tensor: TensorInfo, count: int) -> TensorInfo:
+    size = tensor.nbytes // tensor.shape[0] * count
+    return replace(tensor, shape=(count, *tensor.shape[1:]), nbytes=size)
+
+
+def measure(
+    pairs: Sequence[Pair],
+    *,
+    device: str = "cpu",
+    workers: int = 1,
+    tile_elements: int = 1 << 18,
+    progress: Callable[[int], None] = lambda _: None,
+) -> dict[str, Moments]:
+    """The moments of every pair's delta, by name: one pass over both files. InputError: entries that are not finite."""
+    graph = Graph()
+    roots = {pair.name: _root(graph, pair) for pair in pairs}
+    tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots.items()]
+    with Reader() as reader:
+        values = execute(
+            tasks, reader, _Nowhere(), device=device, workers=workers, tile_elements=tile_elements, progress=progress
+        )
+    found = {name: values[root] for name, root in roots.items()}
+    for name, moments in found.items():
+        if not math.isfinite(moments.square + moments.base_square):
+            raise InputError(f"{name}: has entries that are not finite")
+    return found
+
+
+def _root(graph: Graph, pair: Pair) -> Node:
+    tune, base = (
+        graph.node("deltamerge.io.checkpoint:read", kind="read", shape=info.shape, dtype=info.dtype, tensor=info)
+        for info in (pair.tune, pair.base)
+    )
+    shape, dtypes = pair.base.shape, (pair.tune.dtype, pair.base.dtype)
+    delta = graph.node("deltamerge.ops:subtract", [tune, base], shape=shape, dtypes=dtypes)
+    partials = graph.node("deltamerge.moments:moments", [delta, base], kind="concat", shape=shape)
+    counts = graph.node("deltamerge.prune.select:high_histogram", [delta], kind="sum", shape=shape)
+    return graph.node(
+        "deltamerge.moments:gather",
+        [partials, counts],
+        kind="small",
+        shape=shape,
+        dtype=pair.tune.dtype,
+        size=math.prod(shape),
+    )
+
+
+class _Nowhere:
+    """The sink of tasks that make no tensor."""
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        raise AssertionError("statistics are returned, not written")
+
+    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
+        raise AssertionError("statistics are returned, not copied")
+
+
+def statistics(parts: Sequence[Moments], whole: float) -> dict[str, Any]:
+    """The fields of `Statistics` of some tensors together; `whole` is Σ Δ² of the whole delta."""
+    m = parts[0] if len(parts) == 1 else together(parts)
+    return {
+        "count": m.count,
+        "mean_abs": m.mean_abs,
+        "variance": m.variance,
+        "kurtosis": m.kurtosis,
+        "max_abs": m.largest,
+        "unchanged": m.zeros / m.count if m.count else 0.0,
+        "norm": math.sqrt(m.square),
+        "base_norm": math.sqrt(m.base_square),
+        "relative_norm": m.relative_norm,
+        "energy_share": m.square / whole if whole else 0.0,
+        "quantiles": {f"{share:g}": m.quantile(share) for share in QUANTILES},
+        "kept_energy": {f"{density:g}": kept_energy(parts, density) for density in DENSITIES},
+    }
+
+
+def kept_energy(parts: Sequence[Moments], density: float) -> float:
+    """The share of Σ Δ² that magnitude pruning keeps, each tensor its own largest entries."""
+    whole = math.fsum(part.square for part in parts)
+    return math.fsum(part.square * part.kept_energy(density) for part in parts) / whole if whole else 0.0
+
+
+def report(
+    inputs: Inputs, pairs: Sequence[Pair], lacking: Sequence[str], found: Mapping[str, Moments], **more: Any
+) -> Report:
+    """Everything together, from what `measure` found."""
+    assert inputs.base is not None
+    whole = math.fsum(moments.square for moments in found.values())
+
+    def grouped(key: Callable[[Pair], str]) -> dict[str, Statistics]:
+        groups: dict[str, list[Moments]] = {}
+        for pair in pairs:
+            groups.setdefault(key(pair), []).append(found[pair.name])
+        return {name: Statistics(**statistics(parts, whole)) for name, parts in groups.items()}
+
+    return Report(
+        model=inputs.tunes[0].name,
+        base=inputs.base.name,
+        total=Statistics(**statistics(list(found.values()), whole)),
+        kinds=grouped(lambda pair: pair.kind),
+        layers=grouped(lambda pair: pair.layer),
+        tensors=[
+            TensorStatistics(
+                name=pair.name,
+                kind=pair.kind,
+                layer=pair.layer,
+                shape=list(pair.base.shape),
+                **statistics([found[pair.name]], whole),
+            )
+            for pair in pairs
+        ],
+        without_delta=list(lacking),
+        **more,
+    )
+
+
+HEADER = ("", "entries", "mean |Δ|", "max |Δ|", "‖Δ‖/‖W‖", "energy", "unchanged", "kurtosis", "kept at 0.01")
+
+
+def render(found: Report, *, tensors: bool = False) -> str:
+    """The report as aligned tables: in all, by kind, by layer, and with `tensors` each."""
+    blocks = [[("in all", found.total)], list(found.kinds.items()), list(found.layers.items())]
+    if tensors:
+        blocks.append([(tensor.name, tensor) for tensor in found.tensors])
+    rows: list[tuple[str, ...]] = [HEADER]
+    for block in blocks:
+        rows += [(name, *_cells(one)) for name, one in block] + [()]
+    lines = [f"delta of {found.model} on {found.base}", "", *aligned(rows[:-1])]
+    if found.activations is not None:
+        lines += ["", *_activation_lines(found.activations)]
+    if found.without_delta:
+        lines += ["", f"without a delta: {', '.join(found.without_delta)}"]
+    return "\n".join(lines)
+
+
+def _activation_lines(found: Activations) -> list[str]:
+    """The layers' activations: mean |c|, coherence, what DARE is expected to lose, the bound against the change."""
+    header = (
+        "",
+        "mean |Δ|",
+        "mean |c|",
+        "D/A",
+        "rms Δx",
+        "bound",
+        "typical",
+        "DARE error",
+        "q*",
+        "error at q*",
+        "massive",
+    )
+
+    def cells(one: Influence) -> tuple[str, ...]:
+        numbers = (
+            one.mean_abs_delta, one.mean_abs_influence, one.coherence, one.change, one.bound, one.typical,
+            one.dare_error, one.least_squares_q, one.least_squares_error,
+        )  # fmt: skip
+        return tuple(f"{value:.3g}" for value in numbers)
+
+    rows = [header, ("linear layers", *cells(found.total), "")]
+    rows += [(one.name, *cells(one), " ".join(str(m.feature) for m in one.massive)) for one in found.layers]
+    return [f"over {found.sequences} sequences, at density {found.density:g}", "", *aligned(rows)]
+
+
+def _cells(one: Statistics) -> tuple[str, ...]:
+    relative = "–" if one.relative_norm is None else f"{one.relative_norm:.3g}"
+    kurtosis = "–" if one.kurtosis is None else f"{one.kurtosis:.3g}"
+    share, same, kept = one.energy_share, one.unchanged, one.kept_energy["0.01"]
+    sizes = f"{one.count:,}", f"{one.mean_abs:.3g}", f"{one.max_abs:.3g}", relative
+    return *sizes, f"{share:.1%}", f"{same:.1%}", kurtosis, f"{kept:.1%}"
+
+
+def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Rows of cells as lines: the first column to the left, the others to the right."""
+    rows = list(rows)
+    count = max(map(len, rows))
+    widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(count)]
+    return [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False)))
+        for row in rows
+    ]

@@ -1,0 +1,306 @@
+"""Which pruning for a fine-tune at a density, and why: the paper's decision procedure beside what was measured.
+
+Without data the delta's own statistics decide. With calibration rows every candidate's mask is drawn, and its outputs
+are compared with the fine-tune's on rows that chose nothing; `lost` is that divergence over that of the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field
+
+from deltamerge.inspect import Pair, aligned
+from deltamerge.moments import Moments, together
+
+if TYPE_CHECKING:
+    from deltamerge.calibrate.evidence import MaskLoss, Measured
+
+# ‖Δ‖/‖W‖ · sqrt(p/d): the noise of DARE beside the weights. Real fine-tunes are within 3 points of the unpruned up to
+# 0.5 (algorithms.md 6.3: A, B and C at density 0.05 and above, S at 0.01) and lose 15 and more at 0.8 to 1.
+LARGE_NOISE = 0.5
+# `lost` up to which the plainest method is good enough, and how much smaller than calibrated magnitude's another's
+# has to be: the divergence ranks WANDA, and one lucky random mask, above it where the score does not.
+GOOD = 0.15
+CLEARLY = 0.7
+MASKS: dict[str, dict[str, Any]] = {
+    "dare": {"method": "dare"},
+    "importance_sampling": {"method": "dare", "sampling": "magnitude"},
+    "magnitude": {"method": "magnitude"},
+    "wanda": {"method": "wanda"},
+}
+CALIBRATED = {
+    "dare": "darex_q",
+    "importance_sampling": "importance_sampling_q",
+    "magnitude": "magnitude_q",
+    "wanda": "wanda_q",
+}
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Candidate(_Figures):
+    """A method with its predicted errors; null where there is no data to tell."""
+
+    name: str
+    prune: dict[str, Any] = Field(description="The `prune` of its recipe.")
+    needs_calibration: bool
+    delta_error: float | None = Field(
+        description="Expected ‖Δ − Δ'‖²/‖Δ‖², from the delta alone: the error of Δx if inputs were uncorrelated."
+    )
+    layer_error: float | None = Field(description="Mean over linear layers of ‖Δx − Δ'x‖²/‖Δx‖² on the rows.")
+    lost: float | None = Field(
+        description="Divergence of held-out outputs over that of the base: 0 none, 1 all is lost."
+    )
+    metric: float | None = Field(description="The metric on the held-out rows, with --label.")
+    q: float | None = Field(description="What the linear weights' entries were divided by, measured with.")
+
+
+class Paper(_Figures):
+    """What the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3) answers."""
+
+    method: str
+    prune: dict[str, Any]
+    why: str
+
+
+class Evidence(_Figures):
+    """The statistics that were looked at, of the tensors that are pruned."""
+
+    mean_abs_delta: float
+    relative_norm: float | None = Field(description="‖Δ‖/‖W‖ of the linear weights.")
+    noise: float | None = Field(description="relative_norm · sqrt((1 − d)/d): DARE's noise beside the weights.")
+    large: bool = Field(description=f"Whether noise exceeds {LARGE_NOISE}.")
+    kept_energy: float = Field(description="Share of ‖Δ‖² in the largest entries at this density.")
+    mean_abs_influence: float | None = Field(description="Mean of |Δ_ij x_j|, with data (the paper's Table 8).")
+    coherence: float | None = Field(description="Mean over layers of D/A, with data.")
+    dare_error: float | None = Field(description="Mean over layers of (p/d) D/A, DARE's expected error, with data.")
+    least_squares_error: float | None = Field(description="Mean over layers of the error at the best q, with data.")
+    metric: str | None = Field(description="Its name, with --label.")
+    metric_fine_tune: float | None
+    metric_base: float | None = Field(description="Of the base with the fine-tune's head.")
+    held_out: int | None = Field(description="Rows that were compared on.")
+    forward_passes: int | None = Field(description="That all of this took, over the search rows.")
+
+
+class Recommendation(_Figures):
+    """What `deltamerge recommend --json` prints."""
+
+    model: str
+    base: str
+    density: float
+    method: str = Field(description="The name of the recommended candidate.")
+    why: list[str]
+    paper: Paper
+    evidence: Evidence
+    candidates: list[Candidate]
+    recipe: str = Field(description="YAML, ready for `deltamerge run` in the current folder, or in that of --out.")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A pair of models and a density; `decoder`: a language model; `labelled`: the rows have labels."""
+
+    model: str
+    base: str
+    density: float
+    decoder: bool
+    labelled: bool
+
+
+def prunes(density: float) -> list[dict[str, Any]]:
+    """The prunings whose masks are measured, in the order of MASKS."""
+    return [{**mask, "density": density, "q": "output_change"} for mask in MASKS.values()]
+
+
+def recommend(
+    question: Question, pairs: Sequence[Pair], found: Mapping[str, Moments], measured: Measured | None
+) -> Recommendation:
+    """The candidates, their predicted errors, and the answer; the recipe is left to `written`."""
+    pruned = {pair.name: pair for pair in pairs if pair.kind != "head"}
+    evidence = _evidence(question.density, [(pruned[n], m) for n, m in found.items() if n in pruned], measured)
+    candidates = _candidates(question.density, [m for n, m in found.items() if n in pruned], measured)
+    method, why = _decide(question, evidence, candidates)
+    return Recommendation(
+        model=question.model,
+        base=question.base,
+        density=question.density,
+        method=method,
+        why=why,
+        paper=_paper(question, evidence),
+        evidence=evidence,
+        candidates=candidates,
+        recipe="",
+    )
+
+
+def _evidence(density: float, parts: Sequence[tuple[Pair, Moments]], measured: Measured | None) -> Evidence:
+    linear = [m for pair, m in parts if pair.kind == "linear"] or [m for _, m in parts]
+    whole, relative = together(m for _, m in parts), together(linear).relative_norm
+    noise = None if relative is None else relative * math.sqrt((1 - density) / density)
+    seen: dict[str, Any] = dict.fromkeys(
+        ("mean_abs_influence", "coherence", "dare_error", "least_squares_error", "metric", "metric_fine_tune",
+         "metric_base", "held_out", "forward_passes")
+    )  # fmt: skip
+    if measured is not None:
+        from deltamerge.influence import activations
+
+        total = activations(measured.influence, density, 0).total
+        seen |= {
+            "mean_abs_influence": total.mean_abs_influence,
+            "coherence": total.coherence,
+            "dare_error": total.dare_error,
+            "least_squares_error": total.least_squares_error,
+            "metric": measured.metric_name,
+            "metric_fine_tune": measured.metric.get("fine_tune"),
+            "metric_base": measured.metric.get("base"),
+            "held_out": measured.held_out,
+            "forward_passes": measured.forward_passes,
+        }
+    energy = math.fsum(m.square for _, m in parts)
+    kept = math.fsum(m.square * m.kept_energy(density) for _, m in parts) / energy if energy else 1.0
+    return Evidence(
+        mean_abs_delta=whole.mean_abs,
+        relative_norm=relative,
+        noise=noise,
+        large=noise is not None and noise > LARGE_NOISE,
+        kept_energy=kept,
+        **seen,
+    )
+
+
+def _candidates(density: float, parts: Sequence[Moments], measured: Measured | None) -> list[Candidate]:
+    """Every mask, plain and with q calibrated.
+
+    From the delta alone the error of DARE is p/d, of importance sampling v = Σ Δ²(1/π − 1)/Σ Δ², of magnitude the
+    energy it drops; at the best q an unbiased mask's v becomes v/(1 + v).
+    """
+    energy = math.fsum(m.square for m in parts)
+
+    def mean(error: Any) -> float:
+        return math.fsum(m.square * error(m) for m in parts) / energy if energy else 0.0
+
+    sampled, kept = mean(lambda m: m.sampling_error(density)), mean(lambda m: m.kept_energy(density))
+    alone = {
+        "dare": ((1 - density) / density, 1 - density),
+        "importance_sampling": (sampled, sampled / (1 + sampled)),
+        "magnitude": (1 - kept, 1 - kept),
+        "wanda": (None, None),
+    }
+    losses = measured.masks if measured is not None else [None] * len(MASKS)
+    made = []
+    for (mask, keys), loss in zip(MASKS.items(), losses, strict=True):
+        if measured is not None and loss is None:
+            continue  # WANDA of weights stored (in, out)
+        prune = {**keys, "density": density}
+        for calibrated in (False, True):
+            made.append(
+                Candidate(
+                    name=CALIBRATED[mask] if calibrated else mask,
+                    prune=prune | ({"q": "output_change"} if calibrated else {}),
+                    needs_calibration=calibrated or mask == "wanda",
+                    delta_error=alone[mask][calibrated],
+                    **_measured(loss, measured, calibrated),
+                )
+            )
+    return made
+
+
+def _measured(loss: MaskLoss | None, measured: Measured | None, calibrated: bool) -> dict[str, float | None]:
+    if loss is None or measured is None:
+        return dict.fromkeys(("layer_error", "lost", "metric", "q"))
+    way = "calibrated" if calibrated else "plain"
+    return {
+        "layer_error": loss.layer_error[way],
+        "lost": loss.lost[way] / measured.lost if measured.lost > 0 else 0.0,
+        "metric": loss.metric.get(way),
+        "q": loss.q if calibrated else loss.plain,
+    }
+
+
+def _decide(question: Question, evidence: Evidence, candidates: Sequence[Candidate]) -> tuple[str, list[str]]:
+    """The plainest method that is good enough, else calibrated magnitude unless another is clearly better."""
+    lost = {one.name: one.lost for one in candidates if one.lost is not None}
+    noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"
+    if not lost:
+        where = f"‖Δ‖/‖W‖ · sqrt((1 − d)/d) is {noise}, {'above' if evidence.large else 'not above'} {LARGE_NOISE}"
+        if not evidence.large:
+            return "dare", [f"{where}: the delta is small for this density, and plain DARE keeps the fine-tune"]
+        return "importance_sampling", [
+            f"{where}: the delta is large for this density, and plain DARE is likely to lose the fine-tune",
+            "of what needs no data importance sampling loses least on real fine-tunes",
+            "give rows with --calibration: magnitude with a calibrated q keeps more (about 96 % of the score at "
+            "density 0.01, where DARE keeps 50 to 80 %)",
+        ]
+    best = min(lost, key=lambda name: lost[name])
+    for plain in ("dare", "importance_sampling"):
+        if lost[plain] <= GOOD:
+            return plain, [
+                f"without calibration it loses {lost[plain]:.1%} of the fine-tune's effect on held-out outputs, "
+                f"which is little (up to {GOOD:.0%}); least is {lost[best]:.1%}, {best}"
+            ]
+    if lost[best] < CLEARLY * lost["magnitude_q"]:
+        why = [f"it loses {lost[best]:.1%} of the fine-tune's effect on held-out outputs, clearly less than "
+               f"magnitude_q's {lost['magnitude_q']:.1%}"]  # fmt: skip
+        return best, _warned(why, lost[best])
+    why = [f"it loses {lost['magnitude_q']:.1%} of the fine-tune's effect on held-out outputs, "
+           f"plain DARE {lost['dare']:.1%}, DAREx-q {lost['darex_q']:.1%}"]  # fmt: skip
+    if best != "magnitude_q":
+        why.append(
+            f"{best} loses {lost[best]:.1%}, not clearly less: on real fine-tunes magnitude has the better score then"
+        )
+    return "magnitude_q", _warned(why, lost["magnitude_q"])
+
+
+def _warned(why: list[str], lost: float) -> list[str]:
+    return [*why, "that is most of the effect: consider a larger density"] if lost > 0.6 else why
+
+
+def _paper(question: Question, evidence: Evidence) -> Paper:
+    tuning = "; if you can fine-tune again, AdamR-L2 and then DAREx-q"
+    if evidence.large:
+        prune: dict[str, Any] = {"method": "wanda", "density": question.density}
+        return Paper(method="wanda", prune=prune, why=f"no fine-tuning, large deltas: WANDA{tuning}")
+    objective = "validation" if question.labelled else "output_change"
+    scope = "global" if question.decoder else "layer"
+    prune = {"method": "dare", "density": question.density, "q": {"objective": objective, "scope": scope}}
+    data = "labels" if question.labelled else "no labels"
+    why = f"no fine-tuning, small deltas, {data}: DAREx-q, {objective}, {scope} for this architecture{tuning}"
+    return Paper(method="darex_q", prune=prune, why=why)
+
+
+def written(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
+    """The answer with its recipe as YAML, under what it is recommended for."""
+    head = [f"{answer.method} at density {answer.density:g}, by `deltamerge recommend`:", *answer.why]
+    text = "".join(f"# {line}\n" for line in head)
+    return answer.model_copy(update={"recipe": text + yaml.safe_dump(dict(recipe), sort_keys=False, width=1000)})
+
+
+def render(answer: Recommendation) -> str:
+    """The evidence, the candidates and the answer for people."""
+    seen = answer.evidence
+    rows: list[tuple[str, ...]] = [("", "delta error", "layer error", "lost", seen.metric or "", "q")]
+    for one in answer.candidates:
+        cells = (one.delta_error, one.layer_error, one.lost, one.metric, one.q)
+        mark = "→ " if one.name == answer.method else "  "
+        texts = ["" if v is None else f"{v:.1%}" if i == 2 else f"{v:.3g}" for i, v in enumerate(cells)]
+        rows.append((mark + one.name, *texts))
+    figures = [
+        f"mean |Δ| {seen.mean_abs_delta:.3g}",
+        *([f"mean |c| {seen.mean_abs_influence:.3g}"] if seen.mean_abs_influence is not None else []),
+        *([f"‖Δ‖/‖W‖ {seen.relative_norm:.3g}, noise of DARE {seen.noise:.3g}"] if seen.noise is not None else []),
+        *([f"coherence {seen.coherence:.3g}"] if seen.coherence is not None else []),
+        f"{seen.kept_energy:.1%} of the energy in the largest {answer.density:g}",
+    ]
+    lines = [f"{answer.model} on {answer.base}, density {answer.density:g}", "; ".join(figures), "", *aligned(rows), ""]
+    if seen.metric is not None and seen.metric_fine_tune is not None and seen.metric_base is not None:
+        lines += [f"{seen.metric}: fine-tune {seen.metric_fine_tune:.3g}, base {seen.metric_base:.3g}", ""]
+    lines += [f"the paper      {answer.paper.why}", f"recommended    {answer.method}: {answer.why[0]}"]
+    lines += [f"               {line}" for line in answer.why[1:]]
+    return "\n".join([*lines, "", answer.recipe.rstrip()])

@@ -1,0 +1,133 @@
+"""What a fine-tune's delta is and which pruning suits it: the models opened, measured, and reported on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deltamerge import recommend as recommendation
+from deltamerge.calibrate.rows import HEADS
+from deltamerge.calibrate.split import metric_of
+from deltamerge.errors import InputError, OutputError
+from deltamerge.execute import default_workers, shared_values
+from deltamerge.graph import Graph
+from deltamerge.influence import activations
+from deltamerge.inputs import Inputs, open_inputs
+from deltamerge.inspect import Pair, Report, measure, pair_recipe, pairs_of, parse, report, seen_from
+from deltamerge.io import hub
+from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.plan import plan
+from deltamerge.recipe import Calibration
+from deltamerge.recommend import Recommendation
+from deltamerge.run import choose_device
+from deltamerge.stages import Spec
+
+Watch = Callable[[int], Callable[[int], None]]
+
+
+def inspect(
+    model: str,
+    base: str,
+    *,
+    calibration: dict[str, Any] | None = None,
+    density: float = 0.01,
+    device: str = "auto",
+    workers: int | None = None,
+    watch: Watch = lambda _: lambda _: None,
+) -> Report:
+    """Statistics of the delta of `model`, and with `calibration` (as in a recipe) of its layers' activations.
+
+    `watch` is given the bytes to go through and returns what is told of them.
+    """
+    inputs = _open(model, base)
+    pairs, lacking = pairs_of(inputs)
+    device, workers = choose_device(device), workers or default_workers()
+    found = measure(pairs, device=device, workers=workers, progress=watch(sum(pair.tune.nbytes for pair in pairs)))
+    seen = None
+    if calibration is not None:
+        prune = {"method": "magnitude", "density": density, "q": "output_change"}
+        (spec,) = _specs(pairs, model, base, calibration, [prune], device)
+        node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source)
+        seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
+    return report(inputs, pairs, lacking, found, activations=seen)
+
+
+def recommend(
+    model: str,
+    base: str,
+    density: float,
+    *,
+    calibration: dict[str, Any] | None = None,
+    out: Path | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    watch: Watch = lambda _: lambda _: None,
+) -> Recommendation:
+    """Which pruning at `density`, and its recipe, written to `out` if given; `calibration` as in a recipe.
+
+    A `label` in it asks for the metric of the held-out rows. OutputError: `out` exists or cannot be written.
+    """
+    if out is not None and out.exists():
+        raise OutputError(f"{out}: exists", hint="choose another name with --out")
+    inputs = _open(model, base)
+    pairs, _ = pairs_of(inputs)
+    config = inputs.tunes[0].checkpoint.config
+    device, workers = choose_device(device), workers or default_workers()
+    labelled = calibration is not None and "label" in calibration
+    if calibration is not None and labelled:
+        calibration = calibration | {"metric": metric_of(Calibration.model_validate(calibration), config)}
+    found = measure(pairs, device=device, workers=workers, progress=watch(sum(pair.tune.nbytes for pair in pairs)))
+    measured = None
+    if calibration is not None:
+        specs = _specs(pairs, model, base, calibration, recommendation.prunes(density), device)
+        node = Graph().node("deltamerge.calibrate.evidence:measure", kind="small", specs=tuple(specs))
+        measured = shared_values([node], {})[node]
+    decoder = (config.get("architectures") or [""])[0].endswith(HEADS["causal-lm"])
+    question = recommendation.Question(inputs.tunes[0].name, base, density, decoder, labelled)
+    answer = recommendation.recommend(question, pairs, found, measured)
+    folder = Path.cwd() if out is None else out.resolve().parent
+    chosen = next(one for one in answer.candidates if one.name == answer.method)
+    more: dict[str, Any] = {}
+    if chosen.needs_calibration and calibration is not None:
+        more["calibration"] = calibration | {"data": seen_from(folder, calibration["data"])}
+    if any(pair.cut for pair in pairs):
+        more["tokenizer_source"] = seen_from(folder, model)
+    recipe = pair_recipe(seen_from(folder, model), seen_from(folder, base), chosen.prune, **more)
+    answer = recommendation.written(answer, recipe)
+    if out is not None:
+        try:
+            out.write_text(answer.recipe, encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+    return answer
+
+
+def _specs(
+    pairs: Sequence[Pair],
+    model: str,
+    base: str,
+    calibration: dict[str, Any],
+    prunes: Sequence[Mapping[str, Any]],
+    device: str,
+) -> list[Spec]:
+    """What the calibration stage of the recipe of each pruning would be."""
+    more: dict[str, Any] = {"calibration": calibration}
+    if any(pair.cut for pair in pairs):
+        more["tokenizer_source"] = model
+    specs = []
+    for prune in prunes:
+        recipe = parse(pair_recipe(model, base, prune, **more))
+        planned = plan(recipe, Path.cwd(), _opener, device=device)
+        specs += list(planned.specs.values())
+    if len(specs) < len(prunes):
+        raise InputError(f"{model}: nothing of its delta is pruned", hint="choose a density below 1")
+    return specs
+
+
+def _open(model: str, base: str) -> Inputs:
+    return open_inputs(parse(pair_recipe(model, base)), Path.cwd(), _opener)
+
+
+def _opener(reference: str, folder: Path) -> Checkpoint:
+    return hub.resolve(reference, folder, weights=True)
