@@ -156,15 +156,19 @@ def synthetic(model: str, drop: float, repeat: int, folder: Path) -> list[dict[s
     for kind in KINDS:
         sizes[kind] = write_delta(folder / kind, kind, deltas, base)
         runs[kind] = partial(apply_delta, folder / kind, base)
-    seconds = measure(runs, repeat)
-    rows = []
-    for kind, size in sizes.items():
-        wall, cpu = seconds[kind]
-        rows.append({
+    rows: list[dict[str, Any]] = [
+        {
             "model": model, "p": drop, "kind": kind, "MB": size["bytes"] / 1e6, "MiB": size["bytes"] / 2**20,
-            "bits": 8 * size["bytes"] / count, "ms": 1e3 * wall, "CPU ms": 1e3 * cpu,
-            "CSR / this": seconds["CSR, safetensors"][0] / wall, "error": size["error"],
-        })  # fmt: skip
+            "bits": 8 * size["bytes"] / count, "error": size["error"],
+        }
+        for kind, size in sizes.items()
+    ]  # fmt: skip
+    if repeat:
+        seconds = measure(runs, repeat)
+        csr = seconds["CSR, safetensors"][0]
+        for row in rows:
+            wall, cpu = seconds[row["kind"]]
+            row |= {"ms": 1e3 * wall, "CPU ms": 1e3 * cpu, "CSR / this": csr / wall}
     return rows
 
 
@@ -222,7 +226,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
     parser.add_argument("--p", nargs="+", type=float, default=[0.9, 0.99, 0.999], help="drop rates")
-    parser.add_argument("--repeat", type=int, default=9)
+    parser.add_argument("--repeat", type=int, default=9, help="0: only sizes")
     parser.add_argument("--threads", type=int, default=2, help="torch threads, for CSR as for deltas")
     parser.add_argument("--numpy", action="store_true", help="without numba, though it is installed")
     parser.add_argument("--real", type=Path, help="the folder of base, sentiment and intensity")

@@ -29,6 +29,11 @@ def asset_files(plan: Plan) -> dict[str, Path]:
     return {**_matching(template, MODEL), **_matching(vocabulary, TOKENIZER)}
 
 
+def copied_files(folder: Path) -> dict[str, Path]:
+    """What goes with the weights of a finished run in `folder`: config, tokenizer, processor files, recipe."""
+    return _matching(folder, (*MODEL, *TOKENIZER, "config.json", "recipe.yaml"))
+
+
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
     names = sorted(p.name for p in folder.iterdir() if p.is_file())
     found = {n: folder / n for n in names if any(fnmatchcase(n, p) for p in patterns)}

@@ -19,6 +19,7 @@ from deltamerge.tensors import ITEMSIZE, Tile
 FUSED_FUNCTIONS = frozenset({
     "deltamerge.ops:subtract",
     "deltamerge.ops:cast",
+    "deltamerge.ops:zeros",
     "deltamerge.prune.masks:dare",
     "deltamerge.prune.masks:structured",
     "deltamerge.prune.protect:clear",

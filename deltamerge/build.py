@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,15 @@ from typing import Any
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.graph import Graph, Node
 from deltamerge.inputs import Input
-from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.checkpoint import TensorInfo, added
+from deltamerge.io.encodings import uniform_density
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
 from deltamerge.prune.bits import Key, mask_key
 from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import CalibratedQ, Recipe
 from deltamerge.stages import Pruned, Source, Spec, has_norm
+from deltamerge.tensors import ITEMSIZE, VALUE_BITS
 
 SELECT = "deltamerge.prune.select"
 MASKS = "deltamerge.prune.masks"
@@ -31,11 +33,17 @@ STAGES = "deltamerge.stages"
 
 @dataclass(frozen=True, slots=True)
 class Built:
-    """The node of an output tensor and, for people, what it does and with which numbers, model by model."""
+    """The node of an output tensor and, for people, what it does and with which numbers, model by model.
+
+    `delta` makes the float32 values that an artifact adds to the base, where one is asked for; `changed` is the
+    expected fraction of entries that differ from the base's, 1 where nothing is known.
+    """
 
     root: Node
     method: str
     details: tuple[str, ...]
+    delta: Node | None = None
+    changed: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +64,9 @@ class Builder:
     are the stages' nodes by the model's index.
     """
 
-    def __init__(self, recipe: Recipe, graph: Graph, folder: Path, device: str) -> None:
+    def __init__(
+        self, recipe: Recipe, graph: Graph, folder: Path, device: str, densities: Mapping[str, float] | None = None
+    ) -> None:
         self.recipe = recipe
         self.graph = graph
         self.folder = folder
@@ -65,9 +75,12 @@ class Builder:
         self.patterns = [_Patterns(prune) for prune in self.prunes]
         self.stages: dict[int, Node] = {}
         self.activations: dict[int, Node] = {}
+        self.densities = densities
+        self.budgeted: list[tuple[Merge, TensorInfo]] = []
 
     def prepare(self, merges: Sequence[Merge]) -> None:
-        """Make the stages of the models whose q is calibrated or whose masks need activations."""
+        """Make the stages of the models whose q is calibrated or whose masks need activations; share out a budget."""
+        self._share(merges)
         for index, prune in enumerate(self.prunes):
             measured = prune.method == "wanda" or (prune.protect is not None and prune.protect.columns is None)
             calibrated = isinstance(prune.q, CalibratedQ)
@@ -89,6 +102,24 @@ class Builder:
                 shared = (self.activations[index],) if index in self.activations else ()
                 spec = self._spec(source, prune, prune.q, pruned, shared)
                 self.stages[index] = self.graph.node(f"{STAGE}:calibrate", shared, kind="small", spec=spec)
+
+    def _share(self, merges: Sequence[Merge]) -> None:
+        """Find the tensors that a budget is for; until their densities are known, one for all that would about fit."""
+        self.budgeted = [
+            (m, tensor)
+            for m in merges
+            for tune, tensor in m.tunes
+            if tune.index is not None
+            and self.prunes[tune.index].budget is not None
+            and self.patterns[tune.index].prunes(m.name)
+        ]
+        if self.densities is None and self.budgeted:
+            budget = next(prune.budget for prune in self.prunes if prune.budget is not None)
+            size = sum(math.prod(m.base.shape) for m, _ in self.budgeted if m.base)
+            output = self.recipe.output
+            bits = VALUE_BITS[output.values or "bfloat16"] if output.adds else 8 * ITEMSIZE[self.budgeted[0][0].dtype]
+            density = uniform_density(8 * budget / size, bits) if size else 1.0
+            self.densities = {m.name: density for m, _ in self.budgeted}
 
     def _source(self, tune: Input, pairs: Sequence[tuple[TensorInfo, TensorInfo]], prune: Pruning) -> Source:
         calibration = self.recipe.calibration
@@ -167,12 +198,38 @@ class Builder:
         details = tuple(
             f"{tune.name} weight={w:g}{text}" for (tune, _), w, (_, text) in zip(tunes, weights, pruned, strict=True)
         )
+        changed = 1 - math.prod(1 - self._kept(merge, tune) for tune, _ in tunes)
         whole = len(tunes) == 1 and lambda_ == 1 and (normalize or weights[0] == 1)
+        deltas = [node for node, _ in pruned]
+        inputs = [self.read(base), *deltas]
+        parameters = {"weights": weights, "normalize": normalize, "lambda_": lambda_}
+        node = self._node(method.function, inputs, base.shape, **parameters)
+        delta = None
+        if self.recipe.output.adds and not self._left_whole(merge):
+            if method.adds:
+                zeros = self._node("deltamerge.ops:zeros", deltas[:1], base.shape)
+                delta = self._cast(self._node(method.function, [zeros, *deltas], base.shape, **parameters), "F32")
+            else:
+                pair = [self._cast(node, "F32"), inputs[0]]
+                delta = self._node("deltamerge.ops:subtract", pair, base.shape, dtypes=("F32", base.dtype))
         if whole and not pruned[0][1]:
-            return Built(self.copy(tunes[0][1], dtype), "copy", (tunes[0][0].name,))
-        inputs = [self.read(base), *(node for node, _ in pruned)]
-        node = self._node(method.function, inputs, base.shape, weights=weights, normalize=normalize, lambda_=lambda_)
-        return Built(self._cast(node, dtype), method.name, details)
+            return Built(self.copy(tunes[0][1], dtype), "copy", (tunes[0][0].name,), delta, changed)
+        return Built(self._cast(node, dtype), method.name, details, delta, changed)
+
+    def _left_whole(self, merge: Merge) -> bool:
+        """Whether pruning leaves this tensor whole in every model, though it was asked for: it is stored exactly."""
+        return all(self._density(merge, tune) is None and self._prune_of(tune) != "none" for tune, _ in merge.tunes)
+
+    def _prune_of(self, tune: Input) -> str:
+        assert tune.index is not None
+        return self.prunes[tune.index].method
+
+    def _kept(self, merge: Merge, tune: Input) -> float:
+        """The fraction of a delta's entries that pruning or the merge method keeps."""
+        density = self._density(merge, tune)
+        if density is None and "density" in (method := self.recipe.method).parameters and not method.implies_prune:
+            density = float(self._value("density", merge, tune))
+        return 1.0 if density is None else min(1.0, density)
 
     def _delta(self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo) -> tuple[Node, str]:
         """The pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
@@ -253,12 +310,22 @@ class Builder:
         columns, count = self._protected(merge, tune, tensor)
         if columns is None:
             return kept, text
-        inputs = [kept, self.read(tensor), self.read(base), columns]
+        inputs = [kept, *self._pair(base, tensor), columns]
         return self._node(f"{PROTECT}:restore", inputs, base.shape), f"{text} protect={count}"
 
     def _whole(self, base: TensorInfo, tensor: TensorInfo) -> Node:
-        pair = [self.read(tensor), self.read(base)]
+        pair = self._pair(base, tensor)
+        if pair[1].kind != "read":
+            return pair[0]
         return self._node("deltamerge.ops:subtract", pair, base.shape, dtypes=(tensor.dtype, base.dtype))
+
+    def _pair(self, base: TensorInfo, tensor: TensorInfo) -> list[Node]:
+        """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros."""
+        values = added(tensor)
+        if values is None:
+            return [self.read(tensor), self.read(base)]
+        node = self.read(values)
+        return [node, self._node("deltamerge.ops:zeros", [node], base.shape)]
 
     def _density(self, merge: Merge, tune: Input) -> float | None:
         """The density of a tensor's mask, None if it is not pruned."""
@@ -266,6 +333,9 @@ class Builder:
         prune = self.prunes[tune.index]
         if prune.method == "none" or not self.patterns[tune.index].prunes(merge.name):
             return None
+        if prune.budget is not None:
+            assert self.densities is not None
+            return self.densities[merge.name]
         a, b = (_number(value, merge) for value in (prune.a, prune.b))
         return a * b if a is not None and b is not None else _number(prune.density, merge)
 
@@ -277,7 +347,7 @@ class Builder:
         assert density is not None
         key = mask_key(seed, tune.name, merge.name)
         columns, count = self._protected(merge, tune, tensor)
-        whole, pair = self._cleared(self._whole(base, tensor), columns), [self.read(tensor), self.read(base)]
+        whole, pair = self._cleared(self._whole(base, tensor), columns), self._pair(base, tensor)
         if prune.method == "dare" and prune.sampling == "uniform":
             return self._cleared(self._node(f"{MASKS}:dare", pair, shape, key=key, density=density), columns)
         if prune.method == "structured":

@@ -11,7 +11,9 @@ import numpy as np
 import yaml
 
 from deltamerge import __version__
+from deltamerge.budget import Choice
 from deltamerge.graph import Node
+from deltamerge.io.delta_writer import Summary
 from deltamerge.plan import Plan
 from deltamerge.stages import Calibrated
 
@@ -38,11 +40,12 @@ def _front_matter(card: Path) -> dict[str, object]:
 
 def front_matter(plan: Plan) -> dict[str, object]:
     """`base_model` lists what the output was made of; one fine-tune is a `finetune` of it, several are a `merge`."""
-    sources = [model.checkpoint.hub_id or model.name for model in plan.inputs.all]
+    models = [model for model in (plan.inputs.origin, *plan.inputs.all) if model is not None]
+    sources = list(dict.fromkeys(model.checkpoint.hub_id or model.name for model in models))
     matter: dict[str, object] = {
         "base_model": sources,
         "base_model_relation": "merge" if len(plan.inputs.tunes) > 1 else "finetune",
-        "library_name": "transformers",
+        "library_name": "deltamerge" if plan.recipe.output.kind == "delta" else "transformers",
         "tags": ["deltamerge", "merge"] if len(plan.inputs.tunes) > 1 else ["deltamerge"],
     }
     licence = _license(plan)
@@ -83,8 +86,44 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
     return ["## Calibration", "", *calibration_table(found), "", explained, ""]
 
 
-def render(plan: Plan, recipe_text: str, title: str, calibrated: Mapping[Node, Calibrated]) -> str:
-    """The whole card; the same plan gives the same text."""
+def _delta(plan: Plan, written: Summary | None, choice: Choice | None) -> list[str]:
+    """What a delta artifact holds, what its coding loses, and how it is used."""
+    if written is None:
+        return []
+    origin = plan.inputs.origin
+    assert origin is not None
+    holds = "Final values of what differs from the base: applying it is exact."
+    if plan.delta_values:
+        lost = f"; relative error ‖v − stored‖ / ‖v‖ = {written.error:.3g}" if written.error else ", exact"
+        holds = f"Values to add to the base, stored as {plan.delta_values}{lost}."
+    fitted: list[str] = []
+    if choice is not None:
+        p = sorted(choice.densities.values()) or [1.0]
+        lost = "" if choice.error is None else f"; predicted ‖lost‖ / ‖Δ‖ = {choice.error:.3g}"
+        fitted = [f"Densities from {p[0]:.3g} to {p[-1]:.3g}, for a budget of {plan.budget:,} bytes{lost}.", ""]
+    name = origin.checkpoint.hub_id or origin.name
+    return [
+        "## Delta artifact",
+        "",
+        f"{holds} {written.entries:,} entries, {written.nbytes:,} bytes.",
+        "",
+        *fitted,
+        f"`deltamerge apply . --base {name} --out DIR` writes the whole checkpoint; a recipe may name this folder as a "
+        f"model beside `base_model: {name}`.",
+        "",
+    ]
+
+
+def render(
+    plan: Plan,
+    recipe_text: str,
+    title: str,
+    calibrated: Mapping[Node, Calibrated],
+    written: Summary | None = None,
+    choice: Choice | None = None,
+) -> str:
+    """The whole card; the same plan gives the same text. `written` is what a delta artifact takes, `choice` what a
+    budget allowed."""
     what = Counter((p.built.method, p.built.details) for o in plan.outputs for p in o.pieces)
     rows = [
         f"| {count} | {method} | {'<br>'.join(details)} |"
@@ -110,6 +149,7 @@ def render(plan: Plan, recipe_text: str, title: str, calibrated: Mapping[Node, C
         *[f"- {note}" for note in plan.notes],
         *([""] if plan.notes else []),
         *_calibration(plan, calibrated),
+        *_delta(plan, written, choice),
         "## Recipe",
         "",
         "```yaml",

@@ -29,7 +29,9 @@ _PRUNE_PARAMS = {name: param for method in PRUNE.values() for name, param in met
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault that the types of the keys do not show."""
-    checks = (_inputs, _merge_method, _parameters, _required, _template, _prune_keys, _pruning, _calibrated)
+    checks = (
+        _inputs, _merge_method, _parameters, _required, _template, _prune_keys, _pruning, _calibrated, _output, _budget,
+    )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
 
 
@@ -41,7 +43,7 @@ def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
         (bool(recipe.modules), ("modules",), "modules"),
         (recipe.merge_method in LATER_MERGE, ("merge_method",), f"merge_method {recipe.merge_method}"),
         (recipe.chat_template is not None, ("chat_template",), "chat_template"),
-        (recipe.output.kind != "model", ("output", "kind"), f"output.kind: {recipe.output.kind}"),
+        (recipe.output.kind == "peft", ("output", "kind"), f"output.kind: {recipe.output.kind}"),
     ]
     loc: Loc = ("tokenizer_source",)
     if recipe.tokenizer is not None:
@@ -58,7 +60,9 @@ def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     for at, prune in _prunes(recipe):
         asked.append((prune.method in LATER_PRUNE, (*at, "method"), f"method {prune.method}"))
         asked.append((prune.group == "model", (*at, "group"), "group: model"))
-        for key in ("budget", "epsilon", "gamma"):
+        searched = prune.budget is not None and prune.calibrated_q is not None
+        asked.append((searched, (*at, "q"), "a calibrated q beside a budget"))
+        for key in ("epsilon", "gamma"):
             asked.append((getattr(prune, key) is not None, (*at, key), key))
     return [(at, message) for wanted, at, message in asked if wanted]
 
@@ -318,6 +322,42 @@ def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
     elif prune.protect.massive_activations is not None and not _given(recipe, "calibration"):
         place = (*loc, "protect", "massive_activations")
         yield recipe.problem(place, "needs calibration", "calibration: {data: calib.jsonl}, or name columns")
+
+
+def _output(recipe: Recipe) -> Iterator[Problem]:
+    """A delta has a base, and one that adds comes from a method that adds to it."""
+    output, method = recipe.output, _known_method(recipe)
+    if output.kind != "delta":
+        for key in ("semantics", "values"):
+            if getattr(output, key) is not None:
+                yield recipe.problem(("output", key), "is of delta artifacts", "output: {kind: delta}", key=True)
+        return
+    if output.values is not None and output.semantics == "replace":
+        hint = "semantics: add, or leave values out"
+        yield recipe.problem(("output", "values"), "replace stores final values, in the output's dtype", hint, key=True)
+    if not _given(recipe, "base_model"):
+        yield recipe.problem(("output", "kind"), "a delta needs base_model", "name what the output is a change of")
+    elif output.adds and method is not None and not method.deltas:
+        loc: Loc = ("output", "semantics" if output.semantics else "values")
+        yield recipe.problem(loc, f"{method.name} adds nothing to the base", "semantics: replace")
+
+
+def _budget(recipe: Recipe) -> Iterator[Problem]:
+    """A budget is the size of an artifact of one fine-tune, and takes the place of its density."""
+    for loc, prune in _prunes(recipe):
+        if prune.budget is None:
+            continue
+        at = (*loc, "budget")
+        if recipe.output.kind != "delta":
+            yield recipe.problem(at, "is the size of a delta artifact", "output: {kind: delta}", key=True)
+        if len(recipe.fine_tunes) > 1:
+            yield recipe.problem(at, "needs a single fine-tune", "give each model a density", key=True)
+        for i in recipe.fine_tunes:
+            effective = effective_prune(recipe, i)
+            if _density_given(recipe, i):
+                yield recipe.problem(at, "cannot stand beside a density", "keep one of the two", key=True)
+            if effective.sampling != "uniform" or effective.group in ("row", "model"):
+                yield recipe.problem(at, "needs uniform sampling, and groups that are tensors", key=True)
 
 
 def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:

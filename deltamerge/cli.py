@@ -13,13 +13,18 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem, get_completion_class
 
 from deltamerge import __version__, errors
 from deltamerge.errors import DeltamergeError, RecipeError
+from deltamerge.show import aligned, human, render_delta, render_diff
+
+if TYPE_CHECKING:
+    from deltamerge.plan import Plan
+    from deltamerge.run import Result
 
 
 class RecipeFile(click.Path):
@@ -176,26 +181,141 @@ def run(
             pins=published.pins if published else None,
             watch=lambda plan: progress.start(plan.nbytes),
         )
-    progress.stop()
     differing = published.differences(result.lock["outputs"]) if published else []
-    if as_json:
-        summary = {
-            "out": str(result.folder),
-            "bytes": result.plan.nbytes,
-            "tensors": len(result.plan.outputs),
-            "seconds": round(progress.seconds, 3),
-            "lock": result.lock,
-            **({"published": {"commit": published.commit, "differs": differing}} if published else {}),
-        }
-        click.echo(json.dumps(summary, sort_keys=True))
-    elif not quiet:
-        size, seconds = human(result.plan.nbytes), progress.seconds
-        click.echo(f"{result.folder}: {len(result.plan.outputs)} tensors, {size} in {seconds:.1f} s", err=True)
+    found = {"published": {"commit": published.commit, "differs": differing}} if published else {}
+    report_run(result, progress, as_json=as_json, quiet=quiet, **found)
     if published is not None:
         agreed = f"not the bytes of {recipe}: {', '.join(differing)}" if differing else f"the same bytes as {recipe}"
         click.echo(f"{result.folder}: {agreed} at {published.commit[:12]}", err=True)
     if differing:
         raise click.exceptions.Exit(1)
+
+
+def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool, **more: Any) -> None:
+    """What a finished run made; `more` is for the JSON object."""
+    progress.stop()
+    tensors, delta = len(result.plan.outputs), result.delta
+    size = result.plan.nbytes if delta is None else delta.nbytes
+    if as_json:
+        summary = {
+            "out": str(result.folder),
+            "bytes": size,
+            "tensors": tensors,
+            "seconds": round(progress.seconds, 3),
+            "lock": result.lock,
+            **({} if delta is None else {"entries": delta.entries, "relative_error": delta.error}),
+            **more,
+        }
+        click.echo(json.dumps(summary, sort_keys=True))
+    elif not quiet:
+        lost = ""
+        if delta is not None:
+            values = result.plan.delta_values
+            how = "final values, exact" if values is None else f"{values} values, relative error {delta.error:.3g}"
+            lost = f", {delta.entries:,} entries: {how}"
+        click.echo(f"{result.folder}: {tensors} tensors, {human(size)} in {progress.seconds:.1f} s{lost}", err=True)
+
+
+def check_size(plan: Plan) -> str:
+    """The bytes that a run will leave."""
+    delta = plan.describe()["delta"] if plan.recipe.output.kind == "delta" else None
+    return human(plan.nbytes) if delta is None else f"a delta of about {human(delta['estimated_bytes'])}"
+
+
+@commands.command()
+@click.argument("delta")
+@click.option("--base", required=True, help="The checkpoint that the delta was made from: a folder, or a hub id.")
+@click.option("--out", type=FOLDER, required=True, help="Folder to make.")
+@WORKERS
+@MEMORY
+@click.option("--force", is_flag=True, help="Replace a target that is not empty.")
+@AS_JSON
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def apply(
+    delta: str,
+    base: str,
+    out: Path,
+    workers: int | None,
+    memory: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Put DELTA on its base: writes the whole checkpoint, every tensor checked before and after by hash."""
+    from deltamerge.apply import apply as apply_delta
+    from deltamerge.execute import default_workers
+
+    progress = Progress(shown=not quiet and sys.stderr.isatty())
+    done = apply_delta(
+        delta, base, out, workers=workers or default_workers(), memory=memory, force=force, watch=progress.start
+    )
+    progress.stop()
+    if as_json:
+        summary = {
+            "out": str(done.folder),
+            "bytes": done.nbytes,
+            "tensors": done.tensors,
+            "seconds": round(progress.seconds, 3),
+            "lock": done.lock,
+        }
+        click.echo(json.dumps(summary, sort_keys=True))
+    elif not quiet:
+        size = human(done.nbytes)
+        click.echo(f"{done.folder}: {done.tensors} tensors, {size} in {progress.seconds:.1f} s", err=True)
+
+
+@commands.command()
+@click.argument("model")
+@click.option("--base", required=True, help="What MODEL was fine-tuned from: a folder, or a hub id.")
+@click.option("--out", type=FOLDER, help="Folder to make; default: NAME-delta here.")
+@click.option("--density", type=float, help="Fraction of the delta kept; default: all that changed, exactly.")
+@click.option("--method", help="How entries are chosen, as prune.method; default: magnitude.")
+@click.option("--q", type=float, help="What kept entries are divided by; default: as in recipes.")
+@click.option(
+    "--values",
+    type=click.Choice(["float32", "bfloat16", "int8", "sign"]),
+    help="Store values to add, in this form; default: final values.",
+)
+@DEVICE
+@WORKERS
+@MEMORY
+@click.option("--force", is_flag=True, help="Replace a target that is not empty.")
+@AS_JSON
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def extract(
+    model: str,
+    base: str,
+    out: Path | None,
+    density: float | None,
+    method: str | None,
+    q: float | None,
+    values: str | None,
+    device: str,
+    workers: int | None,
+    memory: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make a delta artifact of MODEL, a fine-tune of the base: what changed, or with a density what is kept of it."""
+    from deltamerge.extract import extract as extract_delta
+
+    progress = Progress(shown=not quiet and sys.stderr.isatty())
+    result = extract_delta(
+        model,
+        base,
+        out,
+        density=density,
+        method=method,
+        q=q,
+        values=values,
+        device=device,
+        workers=workers,
+        memory=memory,
+        force=force,
+        watch=lambda plan: progress.start(plan.nbytes),
+    )
+    report_run(result, progress, as_json=as_json, quiet=quiet)
 
 
 @commands.command()
@@ -214,7 +334,7 @@ def check(recipes: tuple[Path, ...], offline: bool) -> None:
             complain(error, str(recipe))
             worst = max(worst, error.exit_code)
         else:
-            size = "" if isinstance(found, Recipe) else f", {len(found.outputs)} tensors, {human(found.nbytes)}"
+            size = "" if isinstance(found, Recipe) else f", {len(found.outputs)} tensors, {check_size(found)}"
             click.echo(f"{recipe}: ok{size}", err=True)
     if worst:
         raise click.exceptions.Exit(worst)
@@ -431,14 +551,34 @@ def recommend(
 
 @commands.command()
 @click.argument("folder", type=FOLDER)
+@click.option("--base", help="Check the base too: what a delta makes of it, or that the lock has its files.")
 @WORKERS
-def verify(folder: Path, workers: int | None) -> None:
+def verify(folder: Path, base: str | None, workers: int | None) -> None:
     """Check every file of FOLDER against the hashes in its recipe.lock."""
     from deltamerge.execute import default_workers
     from deltamerge.lock import verify as verify_folder
 
-    names = verify_folder(folder, workers or default_workers())
+    workers = workers or default_workers()
+    names = verify_folder(folder, workers)
     click.echo(f"{folder}: {len(names)} files as the lock says", err=True)
+    if base is not None:
+        from deltamerge.apply import verify_base
+
+        click.echo(f"{folder}: {verify_base(folder, base, workers)}", err=True)
+
+
+@commands.command()
+@click.argument("a")
+@click.argument("b")
+@WORKERS
+@AS_JSON
+def diff(a: str, b: str, workers: int | None, as_json: bool) -> None:
+    """What differs between two checkpoints A and B (one may be a delta of the other), or between two locks."""
+    from deltamerge.diff import diff as compare
+    from deltamerge.execute import default_workers
+
+    found = compare(a, b, workers or default_workers())
+    click.echo(json.dumps(found, sort_keys=True) if as_json else render_diff(found))
 
 
 @commands.command()
@@ -465,18 +605,9 @@ def schema() -> None:
     click.echo(json.dumps(recipe_schema(), indent=2))
 
 
-def human(size: float) -> str:
-    """A number of bytes in decimal units, as shard_size and the hub count."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
-
-
 def render_plan(described: dict[str, Any]) -> str:
     """The plan as an aligned table."""
-    rows = [("tensor", "dtype", "shape", "bytes", "method", "sources", "file")]
+    rows: list[tuple[str, ...]] = [("tensor", "dtype", "shape", "bytes", "method", "sources", "file")]
     for tensor in described["tensors"]:
         shape = "×".join(map(str, tensor["shape"])) or "scalar"
         sources = "; ".join(tensor["sources"])
@@ -491,8 +622,7 @@ def render_plan(described: dict[str, Any]) -> str:
                 tensor["file"],
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = aligned(rows)
     passes = max((tensor["passes"] for tensor in described["tensors"]), default=1)
     select = f"select in up to {passes - 1} passes → " if passes > 1 else ""
     backends = sorted({t["backend"] for t in described["tensors"] if t["method"] != "copy"})
@@ -511,6 +641,7 @@ def render_plan(described: dict[str, Any]) -> str:
         f"stages         {'calibrate → ' if described['stages'] else ''}read → {select}merge → write",
         f"output         {len(described['tensors'])} tensors, {human(described['output_bytes'])} in "
         f"{len(described['shards'])} file{'s' if len(described['shards']) != 1 else ''}",
+        *([f"as a delta     {render_delta(described['delta'])}"] if "delta" in described else []),
         f"reads          {human(described['read_bytes'])}",
         f"runs on        {described['device']}, {described['workers']} workers, {', '.join(backends) or 'copies only'}",
         f"peak memory    {human(described['peak_bytes'])}",
@@ -552,7 +683,7 @@ class Progress:
         return time.monotonic() - self.begun
 
     def start(self, total: int) -> Callable[[int], None]:
-        self.total = total
+        self.total, self.done = total, 0
         self.started = time.monotonic()
         return self.add
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deltamerge import errors
+from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, TensorInfo, canonical, match_prefixes
 from deltamerge.recipe import Recipe, model_name
 
@@ -30,16 +31,25 @@ class Input:
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """`base` is None where the recipe names none; `tunes` are merged, in the recipe's order; `template` gives the
-    output its tensors, their names, and its files; `vocabulary` gives it its embedding rows and tokenizer."""
+    output its tensors, their names, and its files; `vocabulary` gives it its embedding rows and tokenizer; `origin` is
+    what a delta artifact that is written is a change of, whether it is merged or not."""
 
     base: Input | None
     tunes: tuple[Input, ...]
     template: Input
     vocabulary: Input | None
+    origin: Input | None = None
 
     @property
     def all(self) -> tuple[Input, ...]:
         return self.tunes if self.base is None else (self.base, *self.tunes)
+
+    @property
+    def checkpoints(self) -> tuple[Checkpoint, ...]:
+        """Every checkpoint that is read, once: of the models, of a delta artifact's base, and under delta artifacts."""
+        models = self.all if self.origin is None else (self.origin, *self.tunes)
+        found = [c for m in models for c in (m.checkpoint.base, m.checkpoint) if c is not None]
+        return tuple({checkpoint.reference: checkpoint for checkpoint in found}.values())
 
 
 def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
@@ -49,13 +59,27 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     def checkpoint(reference: str, place: str) -> Checkpoint:
         if reference not in opened:
             with errors.context(place):
-                opened[reference] = opener(reference, folder)
+                found = opener(reference, folder)
+                if found.delta is not None:
+                    found = over_base(found)
+                opened[reference] = found
         return opened[reference]
+
+    def over_base(delta: Checkpoint) -> Checkpoint:
+        from deltamerge.io.layered import over
+
+        assert delta.delta is not None
+        belongs = delta.delta.manifest.base
+        if recipe.base_model is None or recipe.base_model == delta.reference:
+            what = "cannot be the base" if recipe.base_model else "needs base_model"
+            raise InputError(f"{delta.reference} is a delta of {belongs}, and {what}", hint=f"base_model: {belongs}")
+        with errors.context(delta.reference):
+            return over(delta, checkpoint(recipe.base_model, "base_model"))
 
     deltas = recipe.method.deltas
     named: list[tuple[str, int | None, Checkpoint]] = []
     mentioned = {"base", recipe.base_model} & {recipe.template, recipe.tokenizer_of}
-    if recipe.base_model is not None and (deltas or mentioned):
+    if recipe.base_model is not None and (deltas or mentioned or recipe.output.kind == "delta"):
         named.append((recipe.base_model, None, checkpoint(recipe.base_model, "base_model")))
     for index, model in enumerate(recipe.models):
         if not (deltas and model.model == recipe.base_model):
@@ -65,7 +89,8 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     tunes = tuple(m for m in matched if m.index is not None)
     template = _named(recipe.template, recipe, base, tunes) or _template(base if deltas else None, tunes)
     vocabulary = _named(recipe.tokenizer_of, recipe, base, tunes)
-    return Inputs(base if deltas else None, tunes, template, vocabulary)
+    origin = base if recipe.output.kind == "delta" else None
+    return Inputs(base if deltas else None, tunes, template, vocabulary, origin)
 
 
 def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from deltamerge import __version__
+from deltamerge.budget import Choice
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
-from deltamerge.inputs import Input
+from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.plan import Plan
 from deltamerge.stages import Calibrated, locked
 
@@ -73,23 +74,23 @@ def describe_files(
     return {p.name: {"hash": h, "size": p.stat().st_size} for p, h in zip(ordered, hashes, strict=True)}
 
 
-def input_files(model: Input) -> list[Path]:
+def input_files(model: Checkpoint) -> list[Path]:
     """The files of an input that a run depends on: its weights and config."""
-    config = model.checkpoint.path / "config.json"
-    return [*model.checkpoint.files, *([config] if config.is_file() else [])]
+    config = model.path / "config.json"
+    return [*model.files, *([config] if config.is_file() else [])]
+
+
+def describe_input(model: Checkpoint, workers: int) -> dict[str, Any]:
+    """An input's commit (if from the hub) and its files."""
+    entry: dict[str, Any] = {"files": describe_files(input_files(model), workers, hash_input)}
+    return entry if model.revision is None else entry | {"commit": model.revision}
 
 
 def describe_inputs(plan: Plan, workers: int) -> dict[str, Any]:
     """For every input its commit (if from the hub) and its files."""
     inputs: dict[str, Any] = {}
-    for model in plan.inputs.all:
-        reference = model.checkpoint.reference
-        if reference in inputs:
-            continue
-        entry: dict[str, Any] = {"files": describe_files(input_files(model), workers, hash_input)}
-        if model.checkpoint.revision is not None:
-            entry["commit"] = model.checkpoint.revision
-        inputs[reference] = entry
+    for model in plan.inputs.checkpoints:
+        inputs[model.reference] = describe_input(model, workers)
     data = [source.folder / source.calibration.data for source in plan.sources]
     if data and data[0].is_file():
         inputs[DATA] = {"files": describe_files(data[:1], workers, hash_input)}
@@ -97,9 +98,14 @@ def describe_inputs(plan: Plan, workers: int) -> dict[str, Any]:
 
 
 def write_lock(
-    plan: Plan, path: Path, inputs: dict[str, Any], outputs: dict[str, Any], calibration: dict[str, Any] | None = None
+    plan: Plan,
+    path: Path,
+    inputs: dict[str, Any],
+    outputs: dict[str, Any],
+    calibration: dict[str, Any] | None = None,
+    choice: Choice | None = None,
 ) -> dict[str, Any]:
-    """Write the lock `path`; returns what it says."""
+    """Write the lock `path`; returns what it says. `choice` are the densities that a budget allowed."""
     content = {
         "deltamerge": __version__,
         "format": FORMAT,
@@ -107,6 +113,7 @@ def write_lock(
         "inputs": inputs,
         "outputs": outputs,
         **({"calibration": calibration} if calibration else {}),
+        **({"densities": choice.densities} if choice is not None else {}),
     }
     path.write_text(yaml.safe_dump(content, sort_keys=True), encoding="utf-8")
     return content
@@ -144,6 +151,14 @@ def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Nod
             rows = {n.removeprefix(prefix): v for n, v in load_file(file).items() if n.startswith(prefix)}
         found[node] = locked(lock, spec, rows, str(path))
     return found
+
+
+def locked_densities(lock: dict[str, Any], path: Path) -> dict[str, float]:
+    """The densities that a budget allowed. VerifyError: the lock has none."""
+    found = lock.get("densities")
+    if not isinstance(found, dict) or not all(isinstance(p, float | int) and 0 < p <= 1 for p in found.values()):
+        raise VerifyError(f"{path}: has no densities", hint="run without --locked")
+    return {str(name): float(p) for name, p in found.items()}
 
 
 def read_lock(path: Path) -> dict[str, Any]:

@@ -58,6 +58,7 @@ class Param:
 class MergeMethod:
     """How fine-tunes meet. `deltas`: it works on fine-tune − base, so pruning can come before it.
 
+    `adds`: the result is exactly base + something that the base has no part in but by the deltas.
     `implies_prune` is the pruning that its name promises. `minimum` and `maximum` count the models that are combined:
     without the base where `deltas`.
     """
@@ -69,6 +70,7 @@ class MergeMethod:
     parameters: Mapping[str, Param] = field(default_factory=dict)
     needs_base: bool = False
     deltas: bool = False
+    adds: bool = False
     implies_prune: str | None = None
     minimum: int = 1
     maximum: int | None = None
@@ -141,6 +143,7 @@ MERGE: Mapping[str, MergeMethod] = {
             {"weight": _DELTA_WEIGHT, "normalize": _NORMALIZE, "lambda": _LAMBDA},
             needs_base=True,
             deltas=True,
+            adds=True,
         ),
         MergeMethod(
             "ties",
@@ -150,6 +153,7 @@ MERGE: Mapping[str, MergeMethod] = {
             {"weight": _DELTA_WEIGHT, "density": _DENSITY, "normalize": _NORMALIZED, "lambda": _LAMBDA},
             needs_base=True,
             deltas=True,
+            adds=True,
         ),
         MergeMethod(
             "dare_linear",
@@ -159,6 +163,7 @@ MERGE: Mapping[str, MergeMethod] = {
             _DARE,
             needs_base=True,
             deltas=True,
+            adds=True,
             implies_prune="dare",
         ),
         MergeMethod(
@@ -169,6 +174,7 @@ MERGE: Mapping[str, MergeMethod] = {
             _DARE,
             needs_base=True,
             deltas=True,
+            adds=True,
             implies_prune="dare",
         ),
         MergeMethod(
@@ -215,7 +221,7 @@ PRUNE: Mapping[str, PruneMethod] = {
             "keep the round(density · n) entries of largest abs(Δ_ij) · ‖x_j‖ in each row, on calibration data",
             "arXiv 2306.11695, 2410.09344",
             {"density": _FRACTION, "q": _Q},
-            frozenset({"rescale", "group", "protect", "budget"}),
+            frozenset({"rescale", "group", "protect"}),
             groups=("row",),
         ),
         PruneMethod(

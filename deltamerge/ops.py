@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.tensors import Patched, Tile, block_elements
+from deltamerge.tensors import Kept, Patched, Tile, block_elements
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +50,14 @@ def _rounded(value: Tensor, target: torch.dtype) -> Tensor:
     return result.masked_fill_(value.isnan(), torch.nan) if target == torch.bfloat16 else result
 
 
+def zeros(like: Tensor | Kept, *, tile: Tile) -> Tensor:
+    """A tile of float32 zeros, on the device of `like`."""
+    import torch
+
+    values = like.values if isinstance(like, Kept) else like
+    return torch.zeros(tile.size, dtype=torch.float32, device=values.device)
+
+
 def dense(delta: Any, *, tile: Tile) -> Tensor:
     """A delta as a dense float32 tile."""
     return densify(delta, tile.size)
@@ -76,8 +84,6 @@ def union(base: Any, deltas: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tens
 def densify(delta: Any, size: int) -> Tensor:
     """A delta as a flat float32 tensor, zero where `Kept` has no entry."""
     import torch
-
-    from deltamerge.tensors import Kept
 
     if not isinstance(delta, Kept):
         return delta  # type: ignore[no-any-return]  # a dense tile already

@@ -16,12 +16,15 @@ from deltamerge.errors import InputError
 from deltamerge.graph import Graph, Node, peak_tiles, schedule
 from deltamerge.inputs import Input, Inputs, Opener, open_inputs
 from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.encodings import expected_bits
 from deltamerge.io.writer import Layout, plan_layout
+from deltamerge.methods import PRUNE
 from deltamerge.parameters import layer_index, layer_position
+from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import Recipe
 from deltamerge.stages import Source, Spec
 from deltamerge.stages import memory as stage_memory
-from deltamerge.tensors import FLOATING, ITEMSIZE, block_elements
+from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS, block_elements
 
 SHOWN_PROBLEMS = 8
 TILE_ELEMENTS = 1 << 18
@@ -50,6 +53,25 @@ class Output:
     pieces: tuple[Piece, ...]
     file: str
 
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def delta_bytes(self, values: str | None) -> int:
+        """About what a delta artifact stores of it, were the changed entries at random: `values` are added, or None."""
+        bits = 8 * ITEMSIZE[self.dtype] if values is None else VALUE_BITS[values]
+        return math.ceil(self.elements * expected_bits(self.pieces[0].built.changed, bits) / 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Budgeted:
+    """A tensor whose density a budget decides, the fine-tune's and the base's, of `size` elements."""
+
+    name: str
+    size: int
+    tune: TensorInfo
+    base: TensorInfo
+
 
 @dataclass(frozen=True, slots=True)
 class Plan:
@@ -66,6 +88,7 @@ class Plan:
     peak_bytes: int
     stages: tuple[Node, ...] = ()
     sources: tuple[Source, ...] = ()
+    budgeted: tuple[Budgeted, ...] = ()
 
     @property
     def specs(self) -> dict[Node, Spec]:
@@ -75,6 +98,32 @@ class Plan:
     @property
     def nbytes(self) -> int:
         return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def delta_values(self) -> str | None:
+        """How a delta artifact stores what it adds; None: final values."""
+        return (self.recipe.output.values or "bfloat16") if self.recipe.output.adds else None
+
+    @property
+    def value_bits(self) -> int:
+        """Bits of an entry that a delta artifact stores, less its position."""
+        if self.delta_values is not None:
+            return VALUE_BITS[self.delta_values]
+        return 8 * ITEMSIZE[next(o.dtype for o in self.outputs if o.name == self.budgeted[0].name)]
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that the delta artifact may take, where its densities depend on them."""
+        return self._budget_prune.budget if self.recipe.fine_tunes and self.recipe.output.kind == "delta" else None
+
+    @property
+    def budget_is_random(self) -> bool:
+        """Whether the budget is for random masks."""
+        return PRUNE[self._budget_prune.method].random
+
+    @property
+    def _budget_prune(self) -> Pruning:
+        return effective_prune(self.recipe, self.recipe.fine_tunes[0])
 
     @property
     def read_bytes(self) -> int:
@@ -108,6 +157,8 @@ class Plan:
             "output_bytes": self.nbytes,
             "shards": [{"file": f.name, "bytes": f.size} for f in self.layout.files],
             "notes": list(self.notes),
+            "kind": self.recipe.output.kind,
+            **self._describe_delta(),
             "stages": [{**spec.describe(), "blocks": _blocks(spec.source)} for spec in self.specs.values()],
             "tensors": [
                 {
@@ -125,6 +176,19 @@ class Plan:
             ],
         }
 
+    def _describe_delta(self) -> dict[str, Any]:
+        if self.recipe.output.kind != "delta":
+            return {}
+        sizes = [output.delta_bytes(self.delta_values) for output in self.outputs]
+        return {
+            "delta": {
+                "semantics": "add" if self.delta_values else "replace",
+                "values": self.delta_values,
+                "estimated_bytes": sum(sizes),
+                "estimated_tensor_bytes": dict(zip((o.name for o in self.outputs), sizes, strict=True)),
+            }
+        }
+
 
 def plan(
     recipe: Recipe,
@@ -135,14 +199,15 @@ def plan(
     workers: int = 1,
     memory: int | None = None,
     data: bool = True,
+    densities: Mapping[str, float] | None = None,
 ) -> Plan:
     """Resolve `recipe`; relative references start at `folder`, `opener` opens one by its headers.
 
     Raises InputError naming every mismatch between the models; nothing but headers and configs is read, and with `data`
-    the calibration data of recipes that need it.
+    the calibration data of recipes that need it. `densities` are those of the tensors that a budget is for.
     """
     inputs = open_inputs(recipe, folder, opener)
-    planner = _Planner(recipe, inputs, device, folder)
+    planner = _Planner(recipe, inputs, device, folder, densities)
     rows = planner.rows()
     if planner.problems:
         shown = planner.problems[:SHOWN_PROBLEMS]
@@ -153,7 +218,8 @@ def plan(
         Output(name, shape, dtype, math.prod(shape) * ITEMSIZE[dtype], pieces, layout.tensors[name].file)
         for name, shape, dtype, pieces in rows
     )
-    tile, peak = _memory(outputs, device, workers, memory)
+    held = _held_by_delta(outputs, workers) if recipe.output.kind == "delta" else 0
+    tile, peak = _memory(outputs, device, workers, memory, held)
     stages = planner.builder.stages
     sources = {i: node.parameter("source") for i, node in planner.builder.activations.items()}
     sources |= {i: node.parameter("spec").source for i, node in stages.items()}
@@ -162,7 +228,13 @@ def plan(
     peak += max((stage_memory(source) for source in sources.values()), default=0)
     made = tuple(stages.values())
     notes = tuple(planner.notes)
-    return Plan(recipe, inputs, outputs, layout, notes, device, workers, tile, peak, made, tuple(sources.values()))
+    budgeted = tuple(
+        Budgeted(merge.name, math.prod(merge.base.shape), tensor, merge.base)
+        for merge, tensor in planner.builder.budgeted
+        if merge.base is not None
+    )
+    found = tuple(sources.values())
+    return Plan(recipe, inputs, outputs, layout, notes, device, workers, tile, peak, made, found, budgeted)
 
 
 def _check_data(sources: Mapping[int, Source], inputs: Inputs) -> None:
@@ -187,9 +259,11 @@ class _Merged:
 class _Planner:
     """Goes through the template's tensors; collects problems and notes on the way."""
 
-    def __init__(self, recipe: Recipe, inputs: Inputs, device: str, folder: Path) -> None:
+    def __init__(
+        self, recipe: Recipe, inputs: Inputs, device: str, folder: Path, densities: Mapping[str, float] | None
+    ) -> None:
         self.recipe, self.inputs, self.device = recipe, inputs, device
-        self.builder = Builder(recipe, Graph(), folder, device)
+        self.builder = Builder(recipe, Graph(), folder, device, densities)
         self.problems: list[str] = []
         self.hint = ""
         self.notes: list[str] = []
@@ -256,7 +330,7 @@ class _Planner:
         return name, built.root.shape, built.root.dtype, (self._piece(built, 0),)
 
     def _piece(self, built: Built, offset: int) -> Piece:
-        return Piece(built, offset, backends.choose(built.root, self.device))
+        return Piece(built, offset, backends.choose(built.delta or built.root, self.device))
 
     def _rows(
         self, name: str, present: list[tuple[Input, TensorInfo]]
@@ -326,11 +400,19 @@ def _some(names: Iterable[str], most: int = 4) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _memory(outputs: tuple[Output, ...], device: str, workers: int, memory: int | None) -> tuple[int, int]:
+def _held_by_delta(outputs: tuple[Output, ...], workers: int) -> int:
+    """Bytes of positions and of values to be coded, of the tensors that a delta's sink has open."""
+    largest = sorted((o.elements * (0.125 + 4 * o.pieces[0].built.changed) for o in outputs), reverse=True)
+    return math.ceil(sum(largest[: workers + 1]))
+
+
+def _memory(
+    outputs: tuple[Output, ...], device: str, workers: int, memory: int | None, held: int = 0
+) -> tuple[int, int]:
     """Elements of a tile, and the peak of anonymous memory; the tile shrinks until `memory` holds."""
     roots = {(piece.built.root, piece.backend) for output in outputs for piece in output.pieces}
     computed = [(root, backend) for root, backend in roots if root.kind != "read"]
-    baseline = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"]
+    baseline = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"] + held
     alive = max((_alive_bytes(root) for root, _ in computed), default=0)
     largest_block = max((min(block_elements(r.shape), math.prod(r.shape)) for r, _ in computed), default=1)
     tile = GPU_TILE_ELEMENTS if device != "cpu" else TILE_ELEMENTS

@@ -256,6 +256,17 @@ class Output(Keys):
     )
     path: Text | None = Field(None, description="Folder, relative to the recipe. Default: <recipe name>-merged.")
     shard_size: Size = Field(5 * 10**9, description="Largest file of weights.")
+    semantics: Literal["replace", "add"] | None = Field(
+        None, description="delta: final values (the default), or values to add to the base, which `values` implies."
+    )
+    values: Literal["float32", "bfloat16", "int8", "sign"] | None = Field(
+        None, description="delta: how values to add are stored. Default: bfloat16."
+    )
+
+    @property
+    def adds(self) -> bool:
+        """Whether a delta artifact is asked for that holds values to add."""
+        return self.kind == "delta" and (self.semantics == "add" or self.values is not None)
 
 
 class Recipe(Keys):

@@ -6,7 +6,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,16 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import lock as locks
+from deltamerge.artifact import write_delta, write_within_budget
 from deltamerge.assets import write_assets
+from deltamerge.budget import Choice
 from deltamerge.card import render
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Node
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
+from deltamerge.io.delta_writer import Summary
 from deltamerge.io.writer import Writer
 from deltamerge.plan import Plan, plan
-from deltamerge.recipe import Recipe, load
+from deltamerge.recipe import Recipe, load, loads
 from deltamerge.stages import Calibrated
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -31,11 +34,12 @@ DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: the folder, its plan, and what its lock says."""
+    """A finished run: the folder, its plan, what its lock says, and what a delta artifact takes."""
 
     folder: Path
     plan: Plan
     lock: dict[str, Any]
+    delta: Summary | None = None
 
 
 def make_plan(
@@ -47,10 +51,13 @@ def make_plan(
     weights: bool = False,
     data: bool = True,
     pins: Mapping[str, str] | None = None,
+    text: str | None = None,
+    densities: Mapping[str, float] | None = None,
 ) -> Plan:
-    """The plan of the recipe at `path`; `weights` fetches hub models whole instead of their headers, `data` reads the
-    calibration data to check it, `pins` has the commits of hub models that the recipe names without a revision."""
-    recipe = load(path)
+    """The plan of the recipe at `path`, or of `text` as if it stood there; `weights` fetches hub models whole instead
+    of their headers, `data` reads the calibration data to check it, `pins` has the commits of hub models that the
+    recipe names without a revision, `densities` are those that a budget allows."""
+    recipe = load(path) if text is None else loads(text, str(path))
 
     def opener(reference: str, folder: Path) -> Checkpoint:
         if pins and reference in pins and "@" not in reference:
@@ -65,6 +72,7 @@ def make_plan(
         workers=workers or default_workers(),
         memory=memory,
         data=data,
+        densities=densities,
     )
 
 
@@ -98,19 +106,24 @@ def run(
     force: bool = False,
     locked: bool = False,
     pins: Mapping[str, str] | None = None,
+    text: str | None = None,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Result:
     """Run the recipe at `path`; the target appears under its name only when complete.
 
-    `watch` is given the plan before the first byte and returns what is told the bytes done.
+    `text` is the recipe where there is no file at `path`. `watch` is given the plan before the first byte and returns
+    what is told the bytes done.
     """
-    planned = make_plan(path, device=device, workers=workers, memory=memory, data=not locked, pins=pins)
+    options: dict[str, Any] = {
+        "device": device, "workers": workers, "memory": memory, "data": not locked, "text": text,
+        "pins": pins,
+    }  # fmt: skip
+    planned = make_plan(path, **options)
     target = target_of(path, planned.recipe, out)
-    with finished_folder(target, force=force, inputs=planned) as folder:
-        if any(model.checkpoint.hub_id for model in planned.inputs.all):
-            planned = make_plan(
-                path, device=device, workers=workers, memory=memory, weights=True, data=not locked, pins=pins
-            )
+    inputs_at = [(checkpoint.reference, checkpoint.path) for checkpoint in planned.inputs.checkpoints]
+    with finished_folder(target, force=force, inputs=inputs_at) as folder:
+        if any(checkpoint.hub_id for checkpoint in planned.inputs.checkpoints):
+            planned = make_plan(path, **options, weights=True)
         known: dict[Node, Calibrated] = {}
         inputs = _beside(lambda: locks.describe_inputs(planned, 1))
         if locked:
@@ -118,17 +131,43 @@ def run(
             lock = locks.read_lock(lock_path)
             locks.check_inputs(lock, inputs.result(), lock_path)
             known = locks.locked_calibration(planned, lock, lock_path)
-        values = _write_weights(planned, folder, watch(planned), known)
+        check_deltas(planned)
+        written: Summary | None = None
+        choice: Choice | None = None
+        if planned.budget is not None:
+
+            def remake(densities: Mapping[str, float]) -> Plan:
+                return make_plan(path, **options, weights=True, densities=densities)
+
+            densities = locks.locked_densities(lock, lock_path) if locked else None
+            planned, values, written, choice = write_within_budget(planned, folder, watch, remake, densities)
+        elif planned.recipe.output.kind == "delta":
+            values, written = write_delta(planned, folder, watch(planned), known)
+        else:
+            values = _write_weights(planned, folder, watch(planned), known)
         calibrated = {node: values[node] for node in planned.stages}
         write_assets(planned, folder)
-        text = path.read_text(encoding="utf-8")
-        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        (folder / locks.CARD).write_text(render(planned, text, target.name, calibrated), encoding="utf-8")
+        recipe_text = planned.recipe.source.text
+        (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
+        card = render(planned, recipe_text, target.name, calibrated, written, choice)
+        (folder / locks.CARD).write_text(card, encoding="utf-8")
         lock_path = folder / locks.LOCK_NAME
         calibration = locks.write_calibration(planned, calibrated, lock_path)
         outputs = locks.describe_files((p for p in folder.iterdir() if p.is_file()), planned.workers)
-        lock = locks.write_lock(planned, lock_path, inputs.result(), outputs, calibration)
-    return Result(target, planned, lock)
+        lock = locks.write_lock(planned, lock_path, inputs.result(), outputs, calibration, choice)
+    return Result(target, planned, lock, written)
+
+
+def check_deltas(planned: Plan) -> None:
+    """InputError unless every delta among the models was made from the base that it is put over, by hash."""
+    deltas = [checkpoint for checkpoint in planned.inputs.checkpoints if checkpoint.delta is not None]
+    if not deltas:
+        return
+    from deltamerge.io.layered import check_base
+
+    with Reader() as reader:
+        for delta in deltas:
+            check_base(delta, reader, planned.workers)
 
 
 def calibrate(path: Path, *, device: str = "auto", workers: int | None = None) -> dict[str, Any]:
@@ -199,13 +238,13 @@ def _write_weights(
 
 
 @contextmanager
-def finished_folder(target: Path, *, force: bool, inputs: Plan) -> Iterator[Path]:
-    """A folder beside `target` to work in; renamed to it if all goes well, removed if not."""
+def finished_folder(target: Path, *, force: bool, inputs: Iterable[tuple[str, Path]]) -> Iterator[Path]:
+    """A folder beside `target` to work in; renamed to it if all goes well, removed if not; no input is in it."""
     resolved = target.resolve()
-    for model in inputs.inputs.all:
-        source = model.checkpoint.path.resolve()
+    for name, path in inputs:
+        source = path.resolve()
         if resolved == source or source.is_relative_to(resolved):
-            raise OutputError(f"{target}: holds the input {model.name}", hint="choose another folder with --out")
+            raise OutputError(f"{target}: holds the input {name}", hint="choose another folder with --out")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
     if target.is_dir() and any(target.iterdir()) and not force:

@@ -167,7 +167,10 @@ FLAGS = {
     "run": "--out --device --workers --memory --force --locked --json --quiet --help",
     "check": "--offline --help",
     "plan": "--device --workers --memory --diff --graph --json --help",
-    "verify": "--workers --help",
+    "apply": "--base --out --workers --memory --force --json --quiet --help",
+    "extract": "--base --out --density --method --q --values --device --workers --memory --force --json --quiet --help",
+    "diff": "--workers --json --help",
+    "verify": "--base --workers --help",
     "schema": "--help",
 }
 

@@ -488,7 +488,7 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("tensors.b.shape", [64, 101], r"b.bitmask is U8 \[800\], not U8 of length 808"),
         ("tensors.r.k", 41, "tensors.r.k"),
         ("tensors.q.unit", 10**6, "unit must be in"),
-        ("tensors.q.group", 99, r"q.scales is U8 \[64\], not U8 of length 65"),
+        ("tensors.q.group", 99, r"q.scales is U8 \[32\], not U8 of length 33"),
         ("tensors.q.group", 0, "tensors.q.group"),
         ("tensors.r", None, "does not describe the stored tensor 'r"),
     ],

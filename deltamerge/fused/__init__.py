@@ -70,6 +70,10 @@ def subtract(tune: Array, base: Array, *, tile: Tile, dtypes: tuple[str, str]) -
     return _difference(tune, base)
 
 
+def zeros(like: Delta, *, tile: Tile) -> Floats:
+    return np.zeros(tile.size, WIDE)
+
+
 def cast(value: Array | Patched, *, tile: Tile, to: str) -> Array:
     if not isinstance(value, Patched):
         return _cast(value, to)
@@ -337,6 +341,7 @@ def passthrough(x: Array, *, tile: Tile, scale: float) -> Floats:
 KERNELS: dict[str, Callable[..., Any]] = {
     "deltamerge.ops:subtract": subtract,
     "deltamerge.ops:cast": cast,
+    "deltamerge.ops:zeros": zeros,
     "deltamerge.prune.masks:dare": dare,
     "deltamerge.prune.masks:structured": structured,
     "deltamerge.prune.protect:clear": clear,

@@ -5,20 +5,24 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.files import Descriptors, copy_at, flat, input_error, read_at
+from deltamerge.io.files import COPY_PIECE, Descriptors, copy_at, flat, input_error, read_at, write_at
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
 from deltamerge.io.strict_json import read_json
 from deltamerge.tensors import ITEMSIZE
 
+if TYPE_CHECKING:
+    from deltamerge.io.delta import DeltaFile
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+DELTA = "delta.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -28,7 +32,7 @@ class Checkpoint:
 
     `reference` is what the recipe calls it; `tensors` are in the order of transformers (files by name, each
     file in the order of its header); `files` are the weight files; a local folder has no `hub_id` and no
-    `revision` (a commit).
+    `revision` (a commit). `delta`: the folder is a delta artifact, which has no tensors before it is put over `base`.
     """
 
     reference: str
@@ -38,6 +42,8 @@ class Checkpoint:
     config: dict[str, Any]
     revision: str | None = None
     hub_id: str | None = None
+    delta: DeltaFile | None = field(default=None, compare=False, repr=False)
+    base: Checkpoint | None = field(default=None, compare=False, repr=False)
 
 
 def open_checkpoint(
@@ -45,7 +51,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """The checkpoint in the folder `path`, from its config, index and headers; no weight is read.
 
-    It is `model.safetensors`, else an index and its shards, else the only other `.safetensors` file.
+    It is `model.safetensors`, else an index and its shards, else a delta artifact, else the only other
+    `.safetensors` file.
     InputError: no such folder, no (valid) config.json, no safetensors weights, an adapter, a shard that is
     missing or does not hold what the index says, or a header at fault.
     """
@@ -57,6 +64,11 @@ def open_checkpoint(
             names = os.listdir(path)
         except OSError as error:
             raise input_error(error) from error
+        if is_delta(names):
+            from deltamerge.io.delta import DeltaFile
+
+            opened, config = DeltaFile.open(path), read_json(path / "config.json")
+            return Checkpoint(reference, path, {}, opened.files, config, revision, hub_id, opened)
         source = weight_source(names)
         config = read_json(path / "config.json")
         weight_map = read_index(path / INDEX) if source == INDEX else None
@@ -64,6 +76,11 @@ def open_checkpoint(
         tensors = join({shard: read_header(path / shard) for shard in shards}, weight_map)
         files = tuple(path / shard for shard in shards)
         return Checkpoint(reference, path, tensors, files, config, revision, hub_id)
+
+
+def is_delta(names: Collection[str]) -> bool:
+    """Whether a model's file names are those of a delta artifact."""
+    return DELTA in names and SINGLE not in names and INDEX not in names
 
 
 def weight_source(names: Collection[str]) -> str:
@@ -146,6 +163,32 @@ def join(headers: Mapping[str, Header], weight_map: Mapping[str, str] | None) ->
     return tensors
 
 
+class Made(Protocol):
+    """What makes the bytes of a tensor that is stored as a change of another."""
+
+    @property
+    def added(self) -> Made | None:
+        """What makes the float32 values that are added to the base, where that is how the tensor is stored."""
+
+    def read(self, reader: Reader, start: int, out: memoryview) -> None:
+        """Fill `out` with the tensor's bytes from element `start`."""
+
+
+@dataclass(frozen=True, slots=True)
+class MadeInfo(TensorInfo):
+    """A tensor whose bytes are made when they are read; `begin` counts from its own first byte, `path` says of what."""
+
+    made: Made
+
+
+def added(info: TensorInfo) -> TensorInfo | None:
+    """The float32 values that make `info` of the base's tensor, where a delta artifact stores those; else None."""
+    if not isinstance(info, MadeInfo) or info.made.added is None:
+        return None
+    begin, nbytes = (4 * (size // ITEMSIZE[info.dtype]) for size in (info.begin, info.nbytes))
+    return replace(info, dtype="F32", begin=begin, nbytes=nbytes, made=info.made.added)
+
+
 class Reader:
     """Reads byte ranges of tensors into buffers, from any number of threads; keeps few files open."""
 
@@ -166,25 +209,41 @@ class Reader:
         view = flat(out)
         offset = start_elem * ITEMSIZE[info.dtype]
         _check_range(info, offset, len(view))
+        if isinstance(info, MadeInfo):
+            if not view:
+                return
+            with errors.context(f"{info.path}: {info.name}"):
+                info.made.read(self, info.begin // ITEMSIZE[info.dtype] + start_elem, view)
+            return
         with errors.context(str(info.path)):
             file = self._files.get(info.path)
             read_at(file.fd, info.begin + offset, view)
 
     def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
-        if hasattr(os, "posix_fadvise") and nbytes:
+        if hasattr(os, "posix_fadvise") and nbytes and not isinstance(info, MadeInfo):
             file = self._files.get(info.path)
             os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def copy_range(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
         """Copy the tensor's bytes [offset, offset + nbytes) to `out_offset` of the open file `out_fd`."""
         _check_range(info, offset, nbytes)
+        if isinstance(info, MadeInfo):
+            self._copy_made(info, offset, nbytes, out_fd, out_offset)
+            return
         try:
             file = self._files.get(info.path)
             copy_at(file.fd, info.begin + offset, nbytes, out_fd, out_offset)
         except InputError as error:
             error.where.insert(0, str(info.path))
             raise
+
+    def _copy_made(self, info: MadeInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
+        size = ITEMSIZE[info.dtype]
+        for start in range(offset, offset + nbytes, COPY_PIECE):
+            piece = memoryview(bytearray(min(COPY_PIECE, offset + nbytes - start)))
+            self.read_into(info, start // size, piece)
+            write_at(out_fd, out_offset + start - offset, piece)
 
 
 def _check_range(info: TensorInfo, offset: int, nbytes: int) -> None:

@@ -64,6 +64,7 @@ class DeltaFile:
     path: Path
     manifest: Manifest
     entries: dict[str, Entry]
+    files: tuple[Path, ...]
 
     @classmethod
     def open(cls, path: str | Path) -> DeltaFile:

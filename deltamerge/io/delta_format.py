@@ -25,8 +25,8 @@ from deltamerge.io.encodings import LARGEST_K, Array, Coding, decode, index_item
 from deltamerge.io.files import flat
 from deltamerge.io.safetensors_file import TensorInfo, read_header
 from deltamerge.io.strict_json import read_json
-from deltamerge.io.values import SCALE_BITS, UNITS, VALUE_BITS, Values, cast, narrow, scale_values, widen
-from deltamerge.tensors import FLOATING, ITEMSIZE
+from deltamerge.io.values import SCALE_BITS, SCALED, UNITS, Values, cast, narrow, scale_values, widen
+from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS
 
 FORMAT = "deltamerge-delta"
 VERSION = 1
@@ -35,13 +35,14 @@ SINGLE = "delta.safetensors"
 INDEX = "delta.safetensors.index.json"
 TILE = 1 << 20
 LARGEST_SIZE = 1 << 61
+SHARD_SIZE = 5 * 10**9
 STORED_VALUES: dict[Values, str] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "sign": "U8"}
 
 _SHARD = re.compile(r"delta-\d{5}-of-\d{5}\.safetensors")
 
 _NOTHING = np.empty(0, np.uint8)
 
-Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Natural = Annotated[int, Field(ge=0, lt=LARGEST_SIZE)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Read = Callable[[int, int], Any]
@@ -71,7 +72,7 @@ class Record(_Strict):
     values         None: final values, in `dtype`; else the coding of float32 values to add
     group, unit    elements that share a scale, and the scales' unit (int8, sign)
     error          ‖v − stored v‖ / ‖v‖ of a lossy coding
-    base, result   blake3 of the tensors' bytes; base is None for a tensor that the base lacks
+    base, result   blake3 (128 bits) of the tensors' bytes; base is None for a tensor that the base lacks
     base_*         of the base's tensor, where it differs from the result's
     """
 
@@ -98,6 +99,7 @@ class Manifest(_Strict):
     version: Literal[1] = 1
     semantics: Literal["replace", "add"]
     base: Base
+    shard_size: Annotated[int, Field(ge=1, lt=LARGEST_SIZE)] = SHARD_SIZE
     removed: list[Name] = []
     tensors: dict[Name, Record]
 
@@ -137,7 +139,7 @@ class Entry:
         record = self.record
         if self.scales is None or record.values is None:
             return np.empty(0, np.float32)
-        return scale_values(self.scales, groups(record), record.unit, record.values)
+        return scale_values(self.scales, groups(record), record.unit)
 
     def codes(self, start: int, stop: int) -> Array:
         """Values [start, stop) before scales: bits of final values, float32, int8, or int8 1 and -1 for signs."""
@@ -197,9 +199,9 @@ class Entry:
             yield out
         if not check:
             return
-        if record.base is not None and base_hash.hexdigest() != record.base:
+        if record.base is not None and digest(base_hash) != record.base:
             raise InputError(f"{self.name}: the base's tensor is not the one this delta was made from")
-        if result_hash.hexdigest() != record.result:
+        if digest(result_hash) != record.result:
             raise InputError(f"{self.name}: the result is not the tensor this delta was made for")
 
     def _put(self, out: Array, base: Array, positions: Array, values: Array) -> None:
@@ -243,6 +245,11 @@ class Entry:
         return "numba" in sys.modules and record.encoding == "rice" and record.k < 16 and is_simple
 
 
+def digest(hasher: Any) -> str:
+    """The first 128 bits of a BLAKE3, in hex: enough against a chosen second text, and half the manifest."""
+    return str(hasher.hexdigest(length=16))
+
+
 def bits_type(dtype: str) -> str:
     """The unsigned numpy dtype of a safetensors dtype's bits."""
     return f"<u{ITEMSIZE[dtype]}"
@@ -277,8 +284,8 @@ def stored_arrays(record: Record) -> dict[str, tuple[str, int | None]]:
     else:
         bits = VALUE_BITS[record.values]
         arrays = {".values": (STORED_VALUES[record.values], count if bits > 1 else -(-count // 8))}
-        if record.values in SCALE_BITS:
-            arrays[".scales"] = ("U8", -(-groups(record) * SCALE_BITS[record.values] // 8))
+        if record.values in SCALED:
+            arrays[".scales"] = ("U8", -(-groups(record) * SCALE_BITS // 8))
     if record.encoding == "indices":
         arrays[".indices"] = (f"I{8 * index_itemsize(size)}", count)
     elif record.encoding != "dense":
@@ -286,11 +293,12 @@ def stored_arrays(record: Record) -> dict[str, tuple[str, int | None]]:
     return arrays
 
 
-def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry]]:
-    """The manifest, and the entries in its order. InputError: anything is not as the format says."""
+def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, ...]]:
+    """The manifest, the entries in its order, and the artifact's files. InputError: it is not as the format says."""
     manifest = _manifest(folder)
     stored: dict[str, TensorInfo] = {}
-    for file in _files(folder):
+    shards = _files(folder)
+    for file in shards:
         stored |= read_header(folder / file).tensors
     maps = {path: _map(path) for path in {info.path for info in stored.values()}}
     entries = {}
@@ -308,7 +316,8 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry]]:
         entries[name] = Entry(name, record, values, next(iter(arrays.values()), None), scales)
     if stored:
         raise InputError(f"{MANIFEST} does not describe the stored tensor {min(stored)!r}")
-    return manifest, entries
+    files = (MANIFEST, *(() if shards == [SINGLE] else (INDEX,)), *shards)
+    return manifest, entries, tuple(folder / file for file in files)
 
 
 def _check(record: Record) -> None:
@@ -330,8 +339,8 @@ def _check(record: Record) -> None:
     adds_or_casts = record.values is not None or base_dtype != record.dtype
     if adds_or_casts and not {base_dtype, record.dtype} <= FLOATING:
         raise InputError(f"cannot make {record.dtype} of {base_dtype}: not both are floating")
-    if record.values in UNITS:
-        lowest, highest = UNITS[record.values]
+    if record.values in SCALED:
+        lowest, highest = UNITS
         if not lowest <= record.unit <= highest:
             raise InputError(f"unit must be in [{lowest}, {highest}], got {record.unit}")
 

@@ -17,7 +17,8 @@ from numba.extending import intrinsic
 
 from deltamerge.errors import InputError
 from deltamerge.io.encodings import Array, rice_parts
-from deltamerge.io.values import VALUE_BITS, Values
+from deltamerge.io.values import Values
+from deltamerge.tensors import VALUE_BITS
 
 BLOCK = 512  # positions between prefetch and use
 LARGEST_K = 15

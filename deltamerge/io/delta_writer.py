@@ -24,6 +24,7 @@ from deltamerge import errors
 from deltamerge.io.delta_format import (
     INDEX,
     MANIFEST,
+    SHARD_SIZE,
     Base,
     Entry,
     Manifest,
@@ -31,14 +32,14 @@ from deltamerge.io.delta_format import (
     Record,
     as_bits,
     bits_type,
+    digest,
     extend,
     stored_arrays,
 )
 from deltamerge.io.encodings import CODINGS, Array, Choice, Coding, Positions, choose, encode
 from deltamerge.io.files import copy_at, flat, output_error, read_at, write_at
 from deltamerge.io.values import (
-    SCALE_BITS,
-    VALUE_BITS,
+    SCALED,
     Coded,
     Values,
     cast,
@@ -48,7 +49,7 @@ from deltamerge.io.values import (
     scale_group,
 )
 from deltamerge.io.writer import FileLayout, Layout, plan_layout
-from deltamerge.tensors import FLOATING, ITEMSIZE
+from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +88,7 @@ class DeltaWriter:
     semantics   "replace": final values; "add": tensors may also have float32 values to add, coded as `values`
     codings     of positions, to choose from; dense and indices always are
     removed     tensors of the base that the result lacks
+    shard_size  of the artifact's own files, and of the checkpoint that is made of it
 
     The bytes depend on what is written and on the order of the calls of `tensor` alone. OutputError: the disk.
     """
@@ -99,14 +101,16 @@ class DeltaWriter:
         semantics: Literal["replace", "add"] = "replace",
         values: Values = "bfloat16",
         codings: Collection[Coding] = CODINGS,
-        shard_size: int = 5 * 10**9,
+        shard_size: int = SHARD_SIZE,
         removed: Sequence[str] = (),
     ) -> None:
         self.values = values
         self.codings: frozenset[Coding] = frozenset({*codings, "dense", "indices"})
         self._folder = folder
         self._spool = folder / ".delta-spool"
-        self._manifest = Manifest(semantics=semantics, base=base, removed=list(removed), tensors={})
+        self._manifest = Manifest(
+            semantics=semantics, base=base, shard_size=shard_size, removed=list(removed), tensors={}
+        )
         self._shard_size = shard_size
         self._tensors: dict[str, TensorWriter] = {}
         with errors.context(str(folder)):
@@ -183,7 +187,8 @@ class TensorWriter:
         self.stored: list[Stored] = []
         self.squares = (0.0, 0.0)
         self._writer, self._name, self._dtype, self._shape = writer, name, dtype, shape
-        self._base = base if base is not None and _is_related(base, dtype, shape) else None
+        is_change = base is not None and is_related(base.dtype, base.shape, dtype, shape)
+        self._base = base if is_change else None
         self._size = math.prod(shape)
         self._record: Record | None = None
         self._lock = threading.Lock()
@@ -235,7 +240,7 @@ class TensorWriter:
                 return
             self._listed.add(positions)
             values = np.ascontiguousarray(values, np.float32)
-            if self._writer.values in SCALE_BITS:
+            if self._writer.values in SCALED:
                 self._values.append(values)
             else:
                 self._append_coded(encode_values(values, positions, 1, 1, self._writer.values))
@@ -320,7 +325,7 @@ class TensorWriter:
             coded = encode_values(np.concatenate(self._values), positions, groups, group, coding)
             self._append_coded(coded)
             self._values.clear()
-            if coding in SCALE_BITS:
+            if coding in SCALED:
                 scales = coded.scales
                 added |= {"group": group, "unit": coded.unit}
         if count and coding != "float32":
@@ -343,7 +348,7 @@ class TensorWriter:
         base = self._base
         fields: dict[str, Any] = {}
         if base is not None:
-            fields["base"] = self._base_hash.hexdigest()
+            fields["base"] = digest(self._base_hash)
             fields |= {"base_name": base.name} if base.name != self._name else {}
             fields |= {"base_shape": list(base.shape)} if base.shape != self._shape else {}
             fields |= {"base_dtype": base.dtype} if base.dtype != self._dtype else {}
@@ -353,7 +358,7 @@ class TensorWriter:
             encoding=choice.coding,
             k=choice.k,
             count=self._size if choice.coding == "dense" else self._listed.count,
-            result=self._result_hash.hexdigest(),
+            result=digest(self._result_hash),
             **fields,
             **added,
         )
@@ -373,10 +378,9 @@ class TensorWriter:
         self.close()
 
 
-def _is_related(base: BaseTensor, dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether the result's tensor can be told as a change of the base's: cast, and with rows added."""
-    casts = base.dtype == dtype or {base.dtype, dtype} <= FLOATING
-    old = base.shape
+def is_related(base_dtype: str, old: tuple[int, ...], dtype: str, shape: tuple[int, ...]) -> bool:
+    """Whether a result's tensor can be told as a change of the base's: cast, and with rows added."""
+    casts = base_dtype == dtype or {base_dtype, dtype} <= FLOATING
     grows = len(old) == len(shape) > 0 and old[1:] == shape[1:] and old[0] <= shape[0]
     return casts and (old == shape or grows)
 

@@ -17,6 +17,7 @@ Random positions of density d cost about H(d)/d bits each, and rice is within 3 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -99,12 +100,16 @@ class Positions:
 
     def pieces(self) -> Iterator[Array]:
         """The positions again, tile by tile."""
-        for first, packed in self.packed:
-            is_bits = packed.dtype == np.uint8
-            distances = np.flatnonzero(np.unpackbits(packed, bitorder="little").view(bool)) if is_bits else packed
-            positions = distances.astype(np.int64)
-            positions += first
-            yield positions
+        return map(self.piece, range(len(self.packed)))
+
+    def piece(self, number: int) -> Array:
+        """The positions of one tile."""
+        first, packed = self.packed[number]
+        is_bits = packed.dtype == np.uint8
+        distances = np.flatnonzero(np.unpackbits(packed, bitorder="little").view(bool)) if is_bits else packed
+        positions = distances.astype(np.int64)
+        positions += first
+        return positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +119,24 @@ class Choice:
     coding: Coding
     nbytes: int
     k: int = 0
+
+
+def expected_bits(density: float, value_bits: int) -> float:
+    """Bits an element of a tensor of which `density` is stored, at random positions: p v + H(p), or v if dense."""
+    p = density
+    entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if 0 < p < 1 else 0.0
+    return min(p * value_bits + entropy, value_bits)
+
+
+def uniform_density(bits: float, value_bits: int) -> float:
+    """The density that takes `bits` an element."""
+    if expected_bits(1.0, value_bits) <= bits:
+        return 1.0
+    low, high = 1e-9, 1.0
+    for _ in range(50):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if expected_bits(middle, value_bits) <= bits else (low, middle)
+    return low
 
 
 def index_itemsize(size: int) -> int:

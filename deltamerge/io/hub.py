@@ -16,6 +16,7 @@ from deltamerge.io.checkpoint import (
     INDEX,
     Checkpoint,
     adapter_error,
+    is_delta,
     join,
     open_checkpoint,
     read_index,
@@ -94,6 +95,9 @@ def _describe(reference: str, hub_id: str, revision: str | None, weights: bool) 
     # first, because it fails at once where there is no network, while a download tries again and again
     siblings = HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT_SECONDS).siblings or ()
     names = [file.rfilename for file in siblings if "/" not in file.rfilename]
+    if is_delta(names):  # megabytes, whose manifest is the header
+        wanted = [glob.escape(name) for name in names if name.endswith((*ASSETS, ".safetensors"))]
+        return _open(reference, hub_id, Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted)))
     source = weight_source(names)
     snapshot = Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
     commit = snapshot.name

@@ -3,10 +3,9 @@
 An array of *bits* is flat and unsigned (uint8 … uint64): the stored bytes of a safetensors dtype.
 
 Values of an additive delta are float32, bfloat16, or codes with one scale per group (a row): int8, or 1-bit
-signs. Scales are small floats without a sign, 8 bits each for int8 (m = 4), 4 bits for signs (m = 1), with one
-unit per tensor:
+signs. Scales are floats of 4 bits without a sign, two a byte, with one unit per tensor:
 
-    scale(code) = 0 if code == 0 else (2**m + code % 2**m) * 2**(code // 2**m) * 2**unit
+    scale(code) = 0 if code == 0 else (2 + code % 2) * 2**(code // 2) * 2**unit
 
 A scale times a code is exact in float32, so a decoded value is the same everywhere.
 """
@@ -21,16 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from deltamerge.errors import InputError
-from deltamerge.tensors import LONGEST_ROW, block_elements, row_length
+from deltamerge.tensors import LONGEST_ROW, VALUE_BITS, block_elements, row_length
 
 Array = npt.NDArray[Any]
 Values = Literal["float32", "bfloat16", "int8", "sign"]
 
-VALUE_BITS: dict[Values, int] = {"float32": 32, "bfloat16": 16, "int8": 8, "sign": 1}
-SCALE_BITS: dict[str, int] = {"int8": 8, "sign": 4}
-MANTISSA: dict[str, int] = {"int8": 4, "sign": 1}
+SCALED = frozenset({"int8", "sign"})
+SCALE_BITS = 4
 ARRAY_BYTES = 128  # of one more stored array in a header
-UNITS: dict[str, tuple[int, int]] = {"int8": (-149, 108), "sign": (-149, 119)}  # all scales are float32 numbers
+UNITS = (-149, 119)  # all scales are float32 numbers
 
 
 def widen(bits: Array, dtype: str) -> Array:
@@ -117,36 +115,35 @@ def encode_values(values: Array, positions: Array, groups: int, group: int, codi
         return Coded(bits, nothing, 0, _squares(values - widen(bits, "BF16")), _squares(values))
     ids = positions // group
     scales = _sign_scales(values, ids, groups) if coding == "sign" else _int8_scales(values, ids, groups)
-    unit = _unit(float(scales.max(initial=0)), coding)
-    table = _table(unit, coding).astype(np.float64)
+    unit = _unit(float(scales.max(initial=0)))
+    table = _table(unit).astype(np.float64)
     codes = np.searchsorted((table[1:] + table[:-1]) / 2 if coding == "sign" else table, scales)
     scale = table.astype(np.float32)[codes][ids]
     if coding == "sign":
         negative = np.signbit(values)
         stored: Array = np.packbits(negative, bitorder="little")
         decoded = np.where(negative, -scale, scale)
-        codes = np.append(codes, 0)[: -(-groups // 2) * 2]
-        codes = codes[::2] | codes[1::2] << 4
     else:
         quotients = np.divide(values, scale, out=np.zeros_like(values), where=scale > 0)
         stored = np.clip(np.rint(quotients), -127, 127).astype(np.int8)
         decoded = stored * scale
-    return Coded(stored, codes.astype(np.uint8), unit, _squares(values - decoded), _squares(values))
+    codes = np.append(codes, 0)[: -(-groups // 2) * 2]
+    packed = (codes[::2] | codes[1::2] << 4).astype(np.uint8)
+    return Coded(stored, packed, unit, _squares(values - decoded), _squares(values))
 
 
 def cheapest(coding: Values, count: int, groups: int) -> Values:
     """`coding`, or bfloat16 where that takes no more bytes: few entries a group, or few in all."""
-    if coding not in SCALE_BITS:
+    if coding not in SCALED:
         return coding
-    scaled = count * VALUE_BITS[coding] // 8 + groups * SCALE_BITS[coding] // 8 + ARRAY_BYTES
+    scaled = count * VALUE_BITS[coding] // 8 + groups * SCALE_BITS // 8 + ARRAY_BYTES
     return coding if scaled < 2 * count else "bfloat16"
 
 
-def scale_values(stored: Array, groups: int, unit: int, coding: str) -> Array:
+def scale_values(stored: Array, groups: int, unit: int) -> Array:
     """Packed scale codes -> float32 scales, one per group."""
-    if coding == "sign":
-        stored = np.stack((stored & 0xF, stored >> 4), axis=1).reshape(-1)[:groups]
-    return _table(unit, coding)[stored]
+    codes = np.stack((stored & 0xF, stored >> 4), axis=1).reshape(-1)[:groups]
+    return _table(unit)[codes]
 
 
 def relative_error(squared_error: float, squared: float) -> float:
@@ -171,19 +168,17 @@ def _int8_scales(values: Array, ids: Array, groups: int) -> Array:
     return scales
 
 
-def _unit(largest: float, coding: str) -> int:
+def _unit(largest: float) -> int:
     """The least unit whose largest scale is not below `largest`, as far as float32 goes."""
-    m = MANTISSA[coding]
     fraction, exponent = math.frexp(largest)
-    exponent -= m + 1 - (fraction * (2 << m) > (2 << m) - 1)
-    lowest, highest = UNITS[coding]
-    return min(max(exponent - (1 << SCALE_BITS[coding] - m) + 1, lowest), highest)
+    exponent -= 2 - (fraction * 4 > 3)
+    lowest, highest = UNITS
+    return min(max(exponent - 7, lowest), highest)
 
 
-def _table(unit: int, coding: str) -> Array:
+def _table(unit: int) -> Array:
     """Every code's scale, float32, ascending."""
-    m = MANTISSA[coding]
-    codes = np.arange(1 << SCALE_BITS[coding])
-    scales = np.ldexp((1 << m) + codes % (1 << m), codes // (1 << m) + unit)
+    codes = np.arange(1 << SCALE_BITS)
+    scales = np.ldexp(2 + codes % 2, codes // 2 + unit)
     scales[0] = 0
     return scales.astype(np.float32)

@@ -1,0 +1,179 @@
+"""A delta artifact and its base -> the checkpoint that `output.kind: model` would have written, byte for byte."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltamerge import __version__, errors
+from deltamerge import lock as locks
+from deltamerge.assets import copied_files
+from deltamerge.errors import InputError, VerifyError
+from deltamerge.io import hub
+from deltamerge.io.checkpoint import Checkpoint, Reader, is_delta
+from deltamerge.io.delta import DeltaFile, Source
+from deltamerge.io.delta_format import TILE
+from deltamerge.io.layered import elements
+from deltamerge.io.writer import Writer, plan_layout
+from deltamerge.run import finished_folder
+
+BASELINE_BYTES = 60_000_000  # of the process before the first tile
+ELEMENT_BYTES = 32  # of a tile at its widest: base, float32, positions, values, result
+
+
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """The finished folder, its tensors and their bytes, and its lock."""
+
+    folder: Path
+    tensors: int
+    nbytes: int
+    lock: dict[str, Any]
+
+
+def apply(
+    delta: str,
+    base: str,
+    out: Path,
+    *,
+    workers: int,
+    memory: int | None = None,
+    force: bool = False,
+    watch: Callable[[int], Callable[[int], None]] = lambda _: lambda _: None,
+) -> Applied:
+    """Write the checkpoint that `delta` makes of `base` (folders, or hub ids) to `out`, tile by tile.
+
+    Every tensor of the base is checked before the first file is there under its name, and every result too.
+    `watch` is given the bytes of the result and returns what is told the bytes done. InputError: no delta, not its
+    base, damaged.
+    """
+    here = Path.cwd()
+    artifact, origin = (hub.resolve(reference, here, weights=True) for reference in (delta, base))
+    if artifact.delta is None:
+        raise InputError(f"{delta}: is not a delta artifact", hint="deltamerge apply DELTA --base BASE --out DIR")
+    if origin.delta is not None:
+        raise InputError(f"{base}: is a delta too", hint=f"apply it first: deltamerge apply {base}")
+    tile = _tile(workers, memory)
+    opened = artifact.delta
+    with errors.context(delta):
+        planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
+    layout = plan_layout([(s.name, s.dtype, s.shape) for s in planned], opened.manifest.shard_size)
+    with finished_folder(out, force=force, inputs=[(delta, artifact.path), (base, origin.path)]) as folder:
+        progress = watch(layout.total_size)
+        with Reader() as reader, Writer(folder, layout) as writer, errors.context(delta):
+            _write(opened, planned, origin, reader, writer, workers, tile, progress)
+            writer.finish()
+        for name, file in copied_files(artifact.path).items():
+            shutil.copyfile(file, folder / name)
+        (folder / "README.md").write_text(_card(opened, delta, base, out.name), encoding="utf-8")
+        inputs = {name: locks.describe_input(model, workers) for name, model in ((delta, artifact), (base, origin))}
+        outputs = locks.describe_files((p for p in folder.iterdir() if p.is_file()), workers)
+        lock = {"deltamerge": __version__, "format": locks.FORMAT, "inputs": inputs, "outputs": outputs}
+        (folder / locks.LOCK_NAME).write_text(yaml.safe_dump(lock, sort_keys=True), encoding="utf-8")
+    return Applied(out, len(planned), layout.total_size, lock)
+
+
+def verify_base(folder: Path, base: str, workers: int) -> str:
+    """What was checked of `base`: that the delta in `folder` makes of it what it says, tensor by tensor; of another
+    folder, that its lock has the files of `base` among its inputs. InputError, VerifyError: it is not so.
+    """
+    origin = hub.resolve(base, Path.cwd(), weights=True)
+    if not is_delta([file.name for file in folder.iterdir()]):
+        files = locks.describe_input(origin, workers)["files"]
+        known = locks.read_lock(folder / locks.LOCK_NAME).get("inputs") or {}
+        name = next((name for name, entry in known.items() if entry.get("files") == files), None)
+        if name is None:
+            raise VerifyError(
+                f"{folder}: {base} is none of the inputs of its lock", hint=f"they are {', '.join(known)}"
+            )
+        return f"{base} is its input {name}"
+    opened = DeltaFile.open(folder)
+    with errors.context(str(folder)), Reader() as reader:
+        planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
+        _write(opened, planned, origin, reader, None, workers, TILE, lambda _: None)
+    return f"{len(planned)} tensors, from {base}, as the delta says"
+
+
+def _tile(workers: int, memory: int | None) -> int:
+    if memory is None:
+        return TILE
+    tile = (memory - BASELINE_BYTES) // (workers * ELEMENT_BYTES)
+    if tile < 1024:
+        least = BASELINE_BYTES + workers * ELEMENT_BYTES * 1024
+        raise InputError(
+            f"--memory {memory} is too little for {workers} workers", hint=f"give at least {least}, or fewer --workers"
+        )
+    return min(tile, TILE)
+
+
+def _write(
+    opened: DeltaFile,
+    planned: list[Source],
+    origin: Checkpoint,
+    reader: Reader,
+    writer: Writer | None,
+    workers: int,
+    tile: int,
+    progress: Callable[[int], None],
+) -> None:
+    """All tensors, `workers` at a time, each checked; without a writer only that. After a failure no further tile."""
+    stopped = threading.Event()
+
+    def write(source: Source) -> None:
+        info = None if source.base_name is None else origin.tensors[source.base_name]
+        if source.entry is None:
+            assert info is not None
+            if writer is not None:
+                writer.copy(source.name, 0, info, 0, info.nbytes, reader)
+            progress(info.nbytes)
+            return
+        offset = 0
+        for bits in source.entry.tiles(None if info is None else elements(reader, info), tile=tile):
+            if stopped.is_set():
+                return
+            if writer is not None:
+                writer.write(source.name, offset, bits)
+            offset += bits.nbytes
+            progress(bits.nbytes)
+
+    with ThreadPoolExecutor(workers) as pool:
+        jobs = [pool.submit(write, source) for source in planned]
+        try:
+            for job in as_completed(jobs):
+                job.result()
+        except BaseException as error:
+            stopped.set()
+            pool.shutdown(cancel_futures=True)
+            if isinstance(error, InputError):
+                error.hint = error.hint or f"this delta belongs to {opened.manifest.base}"
+            raise
+
+
+def _card(opened: DeltaFile, delta: str, base: str, title: str) -> str:
+    matter = {
+        "base_model": [opened.manifest.base.id],
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "tags": ["deltamerge"],
+    }
+    lines = [
+        "---",
+        yaml.safe_dump(matter, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: the delta `{delta}` applied to "
+        f"`{base}`; every tensor of the base and of the result has the hash that the delta names.",
+        "",
+        "Check it with `deltamerge verify .`.",
+        "",
+    ]
+    return "\n".join(lines)

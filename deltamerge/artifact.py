@@ -1,0 +1,155 @@
+"""The sink of a run that leaves a delta artifact: the same graph, its tensors stored as changes of the base."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltamerge.budget import Choice, fit, given
+from deltamerge.execute import Task, execute
+from deltamerge.graph import Node
+from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
+from deltamerge.io.delta_format import Base
+from deltamerge.io.delta_writer import BaseTensor, DeltaWriter, Summary, TensorWriter, is_related
+from deltamerge.io.files import COPY_PIECE, flat
+from deltamerge.io.layered import elements
+from deltamerge.plan import Output, Plan
+from deltamerge.tensors import ITEMSIZE
+
+
+def write_delta(
+    planned: Plan, folder: Path, progress: Callable[[int], None], known: Mapping[Node, Any]
+) -> tuple[dict[Node, Any], Summary]:
+    """Execute `planned` and leave its delta in `folder`; the values of shared nodes, and what was written."""
+    output, origin = planned.recipe.output, planned.inputs.origin
+    assert origin is not None
+    canonical = {stored: name for name, stored in planned.inputs.template.stored.items()}
+    infos: dict[str, TensorInfo] = {}
+    for out in planned.outputs:
+        name = canonical.get(out.name, out.name)
+        info = origin.get(name)
+        if info is not None and is_related(info.dtype, info.shape, out.dtype, out.shape):
+            infos[out.name] = info
+    used, names = {info.name for info in infos.values()}, {out.name for out in planned.outputs}
+    removed = [n for n in origin.checkpoint.tensors if n not in used and n not in names]
+    options: dict[str, Any] = {"semantics": "replace"}
+    if output.adds:
+        options = {"semantics": "add", "values": output.values or "bfloat16"}
+    with (
+        Reader() as reader,
+        DeltaWriter(
+            folder, base_of(origin.checkpoint), shard_size=output.shard_size, removed=removed, **options
+        ) as writer,
+    ):
+        tasks, targets = [], {}
+        for out in planned.outputs:
+            info = infos.get(out.name)
+            base = None if info is None else BaseTensor(info.name, info.dtype, info.shape, elements(reader, info))
+            tensor = writer.tensor(out.name, out.dtype, out.shape, base)
+            delta = _delta(out, info)
+            targets[out.name] = target = _Target(tensor, out.dtype, delta is not None, out.elements)
+            if delta is not None:
+                tasks.append(Task(out.name, delta, out.pieces[0].backend))
+                target.finish_if_empty()
+            else:
+                tasks += [Task(out.name, p.built.root, p.backend, p.offset) for p in out.pieces]
+        values = execute(
+            tasks,
+            reader,
+            _Sink(targets),
+            device=planned.device,
+            workers=planned.workers,
+            tile_elements=planned.tile_elements,
+            progress=progress,
+            known=known,
+        )
+        return values, writer.finish()
+
+
+def write_within_budget(
+    planned: Plan,
+    folder: Path,
+    watch: Callable[[Plan], Callable[[int], None]],
+    remake: Callable[[Mapping[str, float]], Plan],
+    densities: Mapping[str, float] | None = None,
+) -> tuple[Plan, dict[Node, Any], Summary, Choice]:
+    """As `write_delta`, with the densities of a lock or those that the budget allows; the plan that has them, too.
+
+    `remake` plans again with densities. InputError: the budget is too small for any.
+    """
+    made: list[tuple[Plan, dict[Node, Any], Summary]] = []
+
+    def attempt(densities: Mapping[str, float]) -> int:
+        for file in folder.glob("delta*"):
+            file.unlink()
+        plan = remake(densities)
+        values, written = write_delta(plan, folder, watch(plan), {})
+        made[:] = [(plan, values, written)]
+        return written.nbytes
+
+    choice = fit(planned, attempt) if densities is None else given(planned, densities, attempt)
+    return *made[0], choice
+
+
+def base_of(checkpoint: Checkpoint) -> Base:
+    """How an artifact names its base: the hub's id and commit, or the reference as written."""
+    return Base(id=checkpoint.hub_id or checkpoint.reference, commit=checkpoint.revision)
+
+
+def _delta(out: Output, info: TensorInfo | None) -> Node | None:
+    """What makes the values to add; None where final values are stored."""
+    same = info is not None and info.shape == out.shape
+    return out.pieces[0].built.delta if same and len(out.pieces) == 1 else None
+
+
+@dataclass(slots=True)
+class _Target:
+    """A tensor of the artifact; values to add are put in order before they are handed on."""
+
+    tensor: TensorWriter
+    dtype: str
+    adds: bool
+    size: int
+    done: int = 0
+    early: dict[int, tuple[int, Any, Any]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def write(self, offset: int, data: Any) -> None:
+        if not self.adds:
+            self.tensor.write(offset // ITEMSIZE[self.dtype], data)
+            return
+        start, values = offset // 4, np.frombuffer(flat(data), np.float32)
+        positions = np.flatnonzero(values)
+        with self.lock:
+            self.early[start] = start + values.size, positions + start, values[positions]
+            while (ready := self.early.pop(self.done, None)) is not None:
+                self.done = ready[0]
+                self.tensor.add(ready[1], ready[2])
+                if self.done == self.size:
+                    self.tensor.finish()
+                    return
+
+    def finish_if_empty(self) -> None:
+        if not self.size:
+            self.tensor.finish()
+
+
+@dataclass(frozen=True, slots=True)
+class _Sink:
+    targets: Mapping[str, _Target]
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        if data.nbytes:
+            self.targets[name].write(offset, data)
+
+    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
+        size = ITEMSIZE[source.dtype]
+        for at in range(start, start + nbytes, COPY_PIECE):
+            piece = np.empty(min(COPY_PIECE, start + nbytes - at), np.uint8)
+            reader.read_into(source, at // size, piece)
+            self.targets[name].write(offset + at, piece)

@@ -1,0 +1,151 @@
+"""What differs between two checkpoints, tensor by tensor, or between two locks; everything streams."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deltamerge import lock as locks
+from deltamerge.errors import InputError, UsageError
+from deltamerge.io import hub
+from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo, canonical, match_prefixes
+from deltamerge.io.delta_format import TILE
+from deltamerge.io.layered import check_base, elements, over
+from deltamerge.io.values import widen
+from deltamerge.tensors import FLOATING
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """How a tensor of B differs from A's: Δ = b − a in float32, where both are floating.
+
+    changed  entries whose bits differ, or whose values do where the dtypes do
+    max_abs, mean_abs  of Δ, over all entries; norm: ‖Δ‖ / ‖a‖. None for other dtypes, and where shapes differ
+    a, b     dtype and shape, where those differ
+    """
+
+    name: str
+    elements: int
+    changed: int
+    max_abs: float | None = None
+    mean_abs: float | None = None
+    norm: float | None = None
+    a: str | None = None
+    b: str | None = None
+
+
+def diff(a: str, b: str, workers: int) -> dict[str, Any]:
+    """What differs between two checkpoints (folders, hub ids) or two locks (files).
+
+    UsageError: a checkpoint and a lock.
+    """
+    are_files = [Path(reference).is_file() for reference in (a, b)]
+    if any(are_files):
+        if not all(are_files):
+            raise UsageError("one is a lock, the other a checkpoint", hint="give two locks, or two folders")
+        return {"kind": "locks", **diff_locks(Path(a), Path(b))}
+    return {"kind": "checkpoints", **diff_checkpoints(a, b, workers)}
+
+
+def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
+    """`tensors` that differ, most by norm first; `added`, `removed`: only in B, only in A; counts; relative norm.
+
+    One may be a delta of the other, which is then read over it.
+    """
+    here = Path.cwd()
+    first, second = (hub.resolve(reference, here, weights=True) for reference in (a, b))
+    if second.delta is not None:
+        second = over(second, first)
+    elif first.delta is not None:
+        first = over(first, second)
+    named = [_canonical(c, p) for c, p in zip((first, second), match_prefixes([first, second]), strict=True)]
+    shared = [name for name in named[1] if name in named[0]]
+    with Reader() as reader, ThreadPoolExecutor(workers) as pool:
+        for checkpoint in (first, second):
+            if checkpoint.base is not None:
+                check_base(checkpoint, reader, workers)
+        found = list(pool.map(lambda name: _compare(reader, named[0][name], named[1][name]), shared))
+    changes = [change for change, _, _ in found if change.changed or change.a is not None]
+    changes.sort(key=lambda change: (-(math.inf if change.norm is None else change.norm), change.name))
+    squares = math.fsum(square for _, square, _ in found)
+    return {
+        "a": a,
+        "b": b,
+        "tensors": [asdict(change) for change in changes],
+        "added": [named[1][name].name for name in named[1] if name not in named[0]],
+        "removed": [named[0][name].name for name in named[0] if name not in named[1]],
+        "same": len(shared) - len(changes),
+        "elements": sum(change.elements for change, _, _ in found),
+        "changed": sum(change.changed for change, _, _ in found),
+        "norm": _ratio(squares, math.fsum(of_a for _, _, of_a in found)),
+    }
+
+
+def _canonical(checkpoint: Checkpoint, prefix: str) -> dict[str, TensorInfo]:
+    return {canonical(name, prefix): info for name, info in checkpoint.tensors.items()}
+
+
+def _ratio(squares: float, of_a: float) -> float | None:
+    """Of two norms; None where a is all zeros and b is not."""
+    return math.sqrt(squares / of_a) if of_a else (None if squares else 0.0)
+
+
+def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, float, float]:
+    """How two tensors differ, Σ Δ² and Σ a²."""
+    size = math.prod(b.shape)
+    differ = (a.dtype, a.shape) != (b.dtype, b.shape)
+    kinds = (f"{a.dtype} {list(a.shape)}", f"{b.dtype} {list(b.shape)}") if differ else (None, None)
+    floating = {a.dtype, b.dtype} <= FLOATING
+    if a.shape != b.shape or (a.dtype != b.dtype and not floating):
+        return Change(b.name, size, size, None, None, None, *kinds), 0.0, 0.0
+    changed, largest = 0, 0.0
+    sums: list[tuple[float, float, float]] = []
+    for x, y in _tiles(reader, a, b):
+        if not floating:
+            changed += int(np.count_nonzero(x != y))
+            continue
+        old, new = widen(x, a.dtype), widen(y, b.dtype)
+        with np.errstate(invalid="ignore", over="ignore"):
+            changed += int(np.count_nonzero(x != y if a.dtype == b.dtype else old != new))
+            delta = np.abs(new - old).astype(np.float64)
+        largest = float(np.fmax(largest, delta.max(initial=0)))
+        sums.append((float(delta.sum()), float(np.square(delta).sum()), float(np.square(old, dtype=np.float64).sum())))
+    if not floating:
+        return Change(b.name, size, changed, None, None, None, *kinds), 0.0, 0.0
+    total, squares, of_a = (math.fsum(column) for column in zip(*sums, strict=True)) if sums else (0.0, 0.0, 0.0)
+    mean = total / size if size else 0.0
+    return Change(b.name, size, changed, largest, mean, _ratio(squares, of_a), *kinds), squares, of_a
+
+
+def _tiles(reader: Reader, a: TensorInfo, b: TensorInfo) -> Iterator[tuple[Any, Any]]:
+    read_a, read_b, size = elements(reader, a), elements(reader, b), math.prod(b.shape)
+    for start in range(0, size, TILE):
+        stop = min(start + TILE, size)
+        yield read_a(start, stop), read_b(start, stop)
+
+
+def diff_locks(a: Path, b: Path) -> dict[str, Any]:
+    """`changes`: key path -> [in A, in B], None where it is absent; files by their hashes, q's by their values."""
+    first, second = (dict(_flat(locks.read_lock(path))) for path in (a, b))
+    if first.keys().isdisjoint(second):
+        raise InputError(f"{a} and {b} have nothing in common")
+    keys = [*first, *(key for key in second if key not in first)]
+    changes = {key: [first.get(key), second.get(key)] for key in keys if first.get(key) != second.get(key)}
+    return {"a": str(a), "b": str(b), "changes": changes}
+
+
+def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves by their path; a file's hash and size are one leaf, and so is a list."""
+    if isinstance(value, dict) and value.keys() == {"hash", "size"}:
+        yield path, value["hash"]
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{path}: {key}" if path else str(key))
+    else:
+        yield path, value

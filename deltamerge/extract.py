@@ -1,0 +1,57 @@
+"""A fine-tune and its base -> a delta artifact, by the recipe that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from deltamerge.errors import UsageError
+from deltamerge.plan import Plan
+from deltamerge.run import Result, run
+
+
+def extract(
+    model: str,
+    base: str,
+    out: Path | None = None,
+    *,
+    density: float | None = None,
+    method: str | None = None,
+    q: float | None = None,
+    values: str | None = None,
+    device: str = "auto",
+    workers: int | None = None,
+    memory: int | None = None,
+    force: bool = False,
+    watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
+) -> Result:
+    """Run the recipe of one fine-tune (`model`, of `base`; folders or hub ids) whose output is a delta.
+
+    Without `density` everything that changed is kept, and stored as final values unless `values` says how values to add
+    are. `out` is NAME-delta in this folder if not given. UsageError: a method or q without a density.
+    """
+    if density is None and (method is not None or q is not None):
+        raise UsageError("--method and --q need --density", hint="--density 0.01 keeps a hundredth of the delta")
+    recipe = {"base_model": base, "models": [{"model": model}], "output": _output(values)}
+    if density is not None:
+        prune: dict[str, Any] = {"method": method or "magnitude", "density": density}
+        recipe["prune"] = prune if q is None else prune | {"q": q}
+    text = yaml.safe_dump(recipe, sort_keys=False)
+    name = Path(model.partition("@")[0]).name or "model"
+    return run(
+        Path.cwd() / "extract",
+        out or Path(f"{name}-delta"),
+        text=text,
+        device=device,
+        workers=workers,
+        memory=memory,
+        force=force,
+        watch=watch,
+    )
+
+
+def _output(values: str | None) -> dict[str, str]:
+    return {"kind": "delta"} if values is None else {"kind": "delta", "semantics": "add", "values": values}

@@ -1,0 +1,202 @@
+"""A delta artifact over its base, read as if it were a checkpoint: any range of any tensor, from any thread."""
+
+from __future__ import annotations
+
+import math
+import threading
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from blake3 import blake3
+
+from deltamerge.errors import InputError
+from deltamerge.io.delta_format import TILE, Entry, Read, as_bits, bits_type, digest, extend
+from deltamerge.io.encodings import Array, Positions
+from deltamerge.io.files import flat
+from deltamerge.io.values import cast, narrow, widen
+from deltamerge.tensors import ITEMSIZE
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from deltamerge.io.checkpoint import Checkpoint, Reader
+    from deltamerge.io.safetensors_file import TensorInfo
+
+HELD = 16  # tensors whose positions stay decoded, in at most an eighth of a byte an element
+
+
+def over(delta: Checkpoint, base: Checkpoint) -> Checkpoint:
+    """The checkpoint that `delta` makes of `base`; its tensors are made when they are read.
+
+    InputError: the base has not the tensors that the delta was made from (their content is not looked at).
+    """
+    from deltamerge.io.checkpoint import MadeInfo
+
+    assert delta.delta is not None
+    if base.delta is not None:
+        raise InputError(f"its base {base.reference} is a delta too", hint="apply that first: deltamerge apply")
+    held = _Held()
+    tensors: dict[str, TensorInfo] = {}
+    planned = delta.delta.result({name: (info.dtype, info.shape) for name, info in base.tensors.items()})
+    for source in planned:
+        info = None if source.base_name is None else base.tensors[source.base_name]
+        entry = source.entry
+        is_base = info is not None and (info.dtype, info.shape) == (source.dtype, source.shape)
+        if info is not None and is_base and (entry is None or not entry.record.count):
+            tensors[source.name] = replace(info, name=source.name)
+            continue
+        assert entry is not None
+        nbytes = entry.size * ITEMSIZE[source.dtype]
+        path: Path = delta.delta.path / "delta.json"
+        made = _Layer(entry, info, held)
+        tensors[source.name] = MadeInfo(source.name, source.dtype, source.shape, path, 0, nbytes, made)
+    return replace(delta, tensors=tensors, base=base)
+
+
+def check_base(delta: Checkpoint, reader: Reader, workers: int) -> None:
+    """InputError: a tensor of the base that `delta` is over has not the hash that it was made from."""
+    opened, base = delta.delta, delta.base
+    assert opened is not None
+    assert base is not None
+    wanted = {e.record.base_name or name: e.record.base for name, e in opened.entries.items() if e.record.base}
+
+    def check(name: str) -> None:
+        info, found = base.tensors[name], blake3()
+        read, size = elements(reader, info), math.prod(info.shape)
+        for start in range(0, size, TILE):
+            found.update(flat(read(start, min(start + TILE, size))))
+        if digest(found) != wanted[name]:
+            raise InputError(
+                f"{delta.reference}: {name} of {base.reference} is not the tensor this delta was made from",
+                hint=f"this delta belongs to {opened.manifest.base}",
+            )
+
+    with ThreadPoolExecutor(workers) as pool:
+        for _ in pool.map(check, wanted):
+            pass
+
+
+def elements(reader: Reader, info: TensorInfo) -> Read:
+    """What reads flat elements [start, stop) of a tensor, as bits."""
+
+    def read(start: int, stop: int) -> Array:
+        out = np.empty(stop - start, bits_type(info.dtype))
+        reader.read_into(info, start, out)
+        return out
+
+    return read
+
+
+@dataclass(slots=True)
+class _Index:
+    """A tensor's positions in pieces: the first of each, and how many entries come before it."""
+
+    positions: Positions
+    firsts: list[int]
+    before: list[int]
+
+    def between(self, start: int, stop: int) -> Iterator[tuple[Array, int]]:
+        """Positions in [start, stop), and the number of the first of them."""
+        for i in range(max(0, bisect_right(self.firsts, start) - 1), len(self.firsts)):
+            if self.firsts[i] >= stop:
+                return
+            piece = self.positions.piece(i)
+            low, high = np.searchsorted(piece, [start, stop])
+            if low < high:
+                yield piece[low:high], self.before[i] + int(low)
+
+
+class _Held:
+    """The indices of the tensors used last."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._indices: OrderedDict[str, tuple[threading.Lock, list[_Index]]] = OrderedDict()
+
+    def get(self, entry: Entry) -> _Index:
+        with self._lock:
+            lock, made = self._indices.setdefault(entry.name, (threading.Lock(), []))
+            self._indices.move_to_end(entry.name)
+            if len(self._indices) > HELD:
+                self._indices.popitem(last=False)
+        with lock:
+            if not made:
+                index = _Index(Positions(), [], [])
+                for piece in entry.positions():
+                    index.before.append(index.positions.count)
+                    index.positions.add(piece)
+                    index.firsts.append(int(piece[0]))
+                made.append(index)
+        return made[0]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Layer:
+    """An entry of a delta over the base's tensor, `info` (None: the base has none)."""
+
+    entry: Entry
+    info: TensorInfo | None
+    held: _Held
+
+    @property
+    def added(self) -> _Added | None:
+        return None if self.entry.record.values is None else _Added(self)
+
+    def read(self, reader: Reader, start: int, out: memoryview) -> None:
+        record = self.entry.record
+        target = np.frombuffer(out, bits_type(record.dtype))
+        stop = start + target.size
+        if self.entry.index is None and record.count and record.values is None:
+            target[:] = self.entry.values[start:stop]
+            return
+        assert self.info is not None
+        end = self.entry.base_size
+        base = np.empty(max(0, min(stop, end) - start), bits_type(self.info.dtype))
+        if base.size:
+            reader.read_into(self.info, start, base)
+        base = extend(base, target.size)
+        target[:] = cast(base, self.info.dtype, record.dtype)
+        for where, values in self.entries(start, stop):
+            if record.values is None:
+                target[where] = values
+            else:
+                with np.errstate(over="ignore", invalid="ignore"):
+                    target[where] = narrow(widen(base[where], self.info.dtype) + values, record.dtype)
+
+    def entries(self, start: int, stop: int) -> Iterator[tuple[Array, Any]]:
+        """Positions counted from `start`, and bits of final values or float32 values to add."""
+        entry = self.entry
+        if not entry.record.count:
+            return
+        scales = entry.scale_values()
+        if entry.index is None:
+            pieces: Any = [(np.arange(start, stop), start)]
+        else:
+            pieces = self.held.get(entry).between(start, stop)
+        for positions, first in pieces:
+            values = entry.codes(first, first + positions.size)
+            if scales.size:
+                values = scales[positions // entry.record.group] * values
+            yield positions - start, values
+
+
+@dataclass(frozen=True, slots=True)
+class _Added:
+    """The float32 values that a layer adds, zero where it adds nothing."""
+
+    layer: _Layer
+
+    @property
+    def added(self) -> None:
+        return None
+
+    def read(self, reader: Reader, start: int, out: memoryview) -> None:
+        target = np.frombuffer(out, np.float32)
+        target[:] = 0
+        for where, values in self.layer.entries(start, start + target.size):
+            target[where] = as_bits(values, "F32").view(np.float32)
