@@ -28,7 +28,10 @@ from deltamerge.io.delta_format import TILE
 from deltamerge.io.encodings import expected_bits
 from deltamerge.io.layered import elements
 from deltamerge.io.values import widen
+from deltamerge.methods import PRUNE
 from deltamerge.plan import Budgeted, Plan
+from deltamerge.pruning import Pruning, effective_prune
+from deltamerge.tensors import ITEMSIZE, VALUE_BITS
 
 Floats = npt.NDArray[np.float64]
 
@@ -55,6 +58,25 @@ class Choice:
 
     densities: dict[str, float]
     error: float | None
+
+
+def budget_of(planned: Plan) -> int | None:
+    """Bytes that the delta artifact of a plan may take, where its densities depend on them."""
+    prune = _prune_of(planned)
+    return None if prune is None else prune.budget
+
+
+def _prune_of(planned: Plan) -> Pruning | None:
+    """The pruning of the one fine-tune whose delta is written."""
+    recipe = planned.recipe
+    return effective_prune(recipe, recipe.fine_tunes[0]) if recipe.output.kind == "delta" and recipe.fine_tunes else None
+
+
+def _value_bits(planned: Plan) -> int:
+    """Bits of an entry, less its position: of a value to add, or of the dtype of the first tensor that is pruned."""
+    if planned.delta_values is not None:
+        return VALUE_BITS[planned.delta_values]
+    return 8 * ITEMSIZE[next(o.dtype for o in planned.outputs if o.name == planned.budgeted[0].name)]
 
 
 def measure(planned: Plan) -> list[Spectrum]:
@@ -157,7 +179,7 @@ def _steps(i: int, curve: _Curve) -> Iterator[tuple[float, int, int, int]]:
 
 def given(planned: Plan, densities: Mapping[str, float], attempt: Callable[[Mapping[str, float]], int]) -> Choice:
     """Known densities, of a lock. InputError: they are not of the tensors that are pruned, or do not fit."""
-    budget = planned.budget
+    budget = budget_of(planned)
     assert budget is not None
     with errors.context(f"prune.budget {budget}"):
         if {tensor.name for tensor in planned.budgeted} != densities.keys():
@@ -174,15 +196,17 @@ def fit(planned: Plan, attempt: Callable[[Mapping[str, float]], int]) -> Choice:
     It is called until the artifact takes nearly all of the budget, a few times at most, and last with what is returned.
     InputError: what is not pruned does not fit.
     """
-    budget = planned.budget
+    budget = budget_of(planned)
     assert budget is not None
     if not planned.budgeted:
         return given(planned, {}, attempt)
-    bits = planned.value_bits
+    bits = _value_bits(planned)
+    prune = _prune_of(planned)
+    assert prune is not None
     names = {tensor.name for tensor in planned.budgeted}
     rest = sum(o.delta_bytes(planned.delta_values) for o in planned.outputs if o.name not in names)
     fixed = rest + TENSOR_BYTES * len(planned.outputs)
-    spectra, random = measure(planned), planned.budget_is_random
+    spectra, random = measure(planned), PRUNE[prune.method].random
     best: tuple[int, Choice] | None = None
     last: Choice | None = None
     room: float = budget - fixed

@@ -11,7 +11,7 @@ import numpy as np
 import yaml
 
 from deltamerge import __version__
-from deltamerge.budget import Choice
+from deltamerge.budget import Choice, budget_of
 from deltamerge.graph import Node
 from deltamerge.io.delta_writer import Summary
 from deltamerge.plan import Plan
@@ -100,7 +100,7 @@ def _delta(plan: Plan, written: Summary | None, choice: Choice | None) -> list[s
     if choice is not None:
         p = sorted(choice.densities.values()) or [1.0]
         lost = "" if choice.error is None else f"; predicted ‖lost‖ / ‖Δ‖ = {choice.error:.3g}"
-        fitted = [f"Densities from {p[0]:.3g} to {p[-1]:.3g}, for a budget of {plan.budget:,} bytes{lost}.", ""]
+        fitted = [f"Densities from {p[0]:.3g} to {p[-1]:.3g}, for a budget of {budget_of(plan):,} bytes{lost}.", ""]
     name = origin.checkpoint.hub_id or origin.name
     return [
         "## Delta artifact",

@@ -18,9 +18,7 @@ from deltamerge.inputs import Input, Inputs, Opener, open_inputs
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.encodings import expected_bits
 from deltamerge.io.writer import Layout, plan_layout
-from deltamerge.methods import PRUNE
 from deltamerge.parameters import layer_index, layer_position
-from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import Recipe
 from deltamerge.stages import Source, Spec
 from deltamerge.stages import memory as stage_memory
@@ -105,27 +103,6 @@ class Plan:
         return (self.recipe.output.values or "bfloat16") if self.recipe.output.adds else None
 
     @property
-    def value_bits(self) -> int:
-        """Bits of an entry that a delta artifact stores, less its position."""
-        if self.delta_values is not None:
-            return VALUE_BITS[self.delta_values]
-        return 8 * ITEMSIZE[next(o.dtype for o in self.outputs if o.name == self.budgeted[0].name)]
-
-    @property
-    def budget(self) -> int | None:
-        """Bytes that the delta artifact may take, where its densities depend on them."""
-        return self._budget_prune.budget if self.recipe.fine_tunes and self.recipe.output.kind == "delta" else None
-
-    @property
-    def budget_is_random(self) -> bool:
-        """Whether the budget is for random masks."""
-        return PRUNE[self._budget_prune.method].random
-
-    @property
-    def _budget_prune(self) -> Pruning:
-        return effective_prune(self.recipe, self.recipe.fine_tunes[0])
-
-    @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs, counting every pass."""
         total = 0
@@ -179,15 +156,9 @@ class Plan:
     def _describe_delta(self) -> dict[str, Any]:
         if self.recipe.output.kind != "delta":
             return {}
-        sizes = [output.delta_bytes(self.delta_values) for output in self.outputs]
-        return {
-            "delta": {
-                "semantics": "add" if self.delta_values else "replace",
-                "values": self.delta_values,
-                "estimated_bytes": sum(sizes),
-                "estimated_tensor_bytes": dict(zip((o.name for o in self.outputs), sizes, strict=True)),
-            }
-        }
+        sizes = {output.name: output.delta_bytes(self.delta_values) for output in self.outputs}
+        how = {"semantics": "add" if self.delta_values else "replace", "values": self.delta_values}
+        return {"delta": how | {"estimated_bytes": sum(sizes.values()), "estimated_tensor_bytes": sizes}}
 
 
 def plan(

@@ -16,7 +16,7 @@ from typing import Any
 from deltamerge import lock as locks
 from deltamerge.artifact import write_delta, write_within_budget
 from deltamerge.assets import write_assets
-from deltamerge.budget import Choice
+from deltamerge.budget import Choice, budget_of
 from deltamerge.card import render
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.execute import Task, default_workers, execute, shared_values
@@ -134,7 +134,7 @@ def run(
         check_deltas(planned)
         written: Summary | None = None
         choice: Choice | None = None
-        if planned.budget is not None:
+        if budget_of(planned) is not None:
 
             def remake(densities: Mapping[str, float]) -> Plan:
                 return make_plan(path, **options, weights=True, densities=densities)
