@@ -69,7 +69,9 @@ def budget_of(planned: Plan) -> int | None:
 def _prune_of(planned: Plan) -> Pruning | None:
     """The pruning of the one fine-tune whose delta is written."""
     recipe = planned.recipe
-    return effective_prune(recipe, recipe.fine_tunes[0]) if recipe.output.kind == "delta" and recipe.fine_tunes else None
+    if recipe.output.kind != "delta" or not recipe.fine_tunes:
+        return None
+    return effective_prune(recipe, recipe.fine_tunes[0])
 
 
 def _value_bits(planned: Plan) -> int:

@@ -279,3 +279,24 @@ def test_a_recipe_runs_from_the_hub(server: Hub, tmp_path: Path) -> None:
     assert {entry["commit"] for entry in locked.values()} == {COMMIT}
     assert yaml.safe_load((folder / "README.md").read_text().split("---")[1])["base_model"] == ["org/model", "org/tune"]
     assert TOKEN not in "".join(p.read_text(errors="ignore") for p in folder.iterdir())
+
+
+def test_a_delta_on_the_hub_is_named_and_applied(server: Hub, tmp_path: Path) -> None:
+    from deltamerge.apply import apply
+
+    for name, seed in (("base", 0), ("tuned", 1)):
+        base = server.repositories.get("org/base")
+        server.repositories[f"org/{name}"] = tiny_llama(tmp_path / "hub" / name, seed=seed, base=base)
+    recipe = tmp_path / "delta.yaml"
+    recipe.write_text("base_model: org/base\nmodels: [{model: org/tuned}]\noutput: {kind: delta}\n")
+    server.repositories["org/delta"] = run(recipe, tmp_path / "hub" / "delta").folder
+    manifest = json.loads((tmp_path / "hub" / "delta" / "delta.json").read_text())
+    assert manifest["base"] == {"id": "org/base", "commit": COMMIT}
+    wanted = (tmp_path / "hub" / "tuned" / "model.safetensors").read_bytes()
+    applied = apply("org/delta", "org/base", tmp_path / "applied", workers=1)
+    assert (applied.folder / "model.safetensors").read_bytes() == wanted
+    assert applied.lock["inputs"]["org/delta"]["commit"] == COMMIT
+    again = tmp_path / "again.yaml"
+    again.write_text("base_model: org/base\nmodels: [{model: org/delta}]\n")
+    assert len(make_plan(again).outputs) == applied.tensors
+    assert (run(again, tmp_path / "again").folder / "model.safetensors").read_bytes() == wanted
