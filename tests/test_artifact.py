@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ import torch
 import yaml
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from test_cli import call
+
+from deltamerge.methods import MERGE
 
 OWN = {"README.md", "recipe.yaml", "recipe.lock"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -92,6 +95,33 @@ def test_added_float32_values_make_it_too(tmp_path: Path, name: str, dtype: torc
     delta = run(tmp_path, "delta", RECIPES[name], kind="delta", semantics="add", values="float32")
     succeed("apply", delta, "--base", tmp_path / "base", "--out", tmp_path / "applied")
     assert_same_model(tmp_path / "applied", model)
+
+
+@pytest.mark.parametrize("name", ["dare", "ties", "task_arithmetic"])
+def test_methods_of_which_nothing_is_known_add_the_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Not known to be base + something: float32(merged) - float32(base), one rounding from what `adds` gives."""
+    models(tmp_path, torch.float32)
+    known = run(tmp_path, "known", RECIPES[name], kind="delta", values="float32")
+    method = "ties" if name == "ties" else "task_arithmetic"
+    monkeypatch.setitem(MERGE, method, replace(MERGE[method], adds=False))  # type: ignore[arg-type]  # a dict
+    plain = run(tmp_path, "plain", RECIPES[name], kind="delta", values="float32")
+    for (_, got, base), (_, wanted, _) in zip(added(tmp_path, plain), added(tmp_path, known), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=2**-22, atol=0)
+        assert bool((got != base).any()) is bool((wanted != base).any())
+
+
+def test_protected_columns_are_stored_whole(tmp_path: Path) -> None:
+    models(tmp_path, torch.bfloat16)
+    protect = "prune: {method: magnitude, density: 0.1, protect: {columns: {up_proj: [1, 5]}}}\n"
+    model, delta = (run(tmp_path, kind, ONE + protect, kind=kind) for kind in ("model", "delta"))
+    succeed("apply", delta, "--base", tmp_path / "base", "--out", tmp_path / "applied")
+    assert_same_model(tmp_path / "applied", model)
+    succeed("extract", tmp_path / "a", "--base", tmp_path / "base", "--values", "float32", "--out", tmp_path / "whole")
+    again = run(tmp_path, "again", (ONE + protect).replace("./a", "./whole"), kind="model")
+    got, wanted = load_tensors(again), load_tensors(model)
+    assert all(torch.equal(got[n], wanted[n]) for n in wanted)
 
 
 def test_same_bytes_whatever_the_workers_and_tiles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
