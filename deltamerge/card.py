@@ -76,13 +76,15 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
         return []
     found = [
         (
-            spec.source.model,
+            spec.name,
             calibrated[node].record,
             [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)],
         )
         for node, spec in plan.specs.items()
     ]
     explained = "Kept entries of the weights of linear layers are divided by q; other pruned tensors have q = 1."
+    if any(spec.parts for spec in plan.specs.values()):
+        explained = "The merged delta is divided by q: λ is the recipe's over q."
     return ["## Calibration", "", *calibration_table(found), "", explained, ""]
 
 

@@ -30,7 +30,8 @@ _PRUNE_PARAMS = {name: param for method in PRUNE.values() for name, param in met
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault that the types of the keys do not show."""
     checks = (
-        _inputs, _merge_method, _parameters, _required, _template, _prune_keys, _pruning, _calibrated, _output, _budget,
+        _inputs, _merge_method, _parameters, _required, _template, _prune_keys, _pruning, _calibrated, _whole_merge,
+        _output, _budget,
     )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
 
@@ -53,13 +54,8 @@ def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     asked.append((recipe.tokenizer_of == "union", loc, "a union of tokenizers"))
     foreign = bool(recipe.models) and recipe.tokenizer_of not in inputs
     asked.append((foreign, loc, "the tokenizer of a model that is not merged"))
-    if recipe.calibration is not None:
-        exact, merge = recipe.calibration.metric == "exact_match", recipe.calibration.per == "merge"
-        asked.append((exact, ("calibration", "metric"), "metric exact_match"))
-        asked.append((merge, ("calibration", "per"), "per: merge"))
     for at, prune in _prunes(recipe):
         asked.append((prune.method in LATER_PRUNE, (*at, "method"), f"method {prune.method}"))
-        asked.append((prune.group == "model", (*at, "group"), "group: model"))
         searched = prune.budget is not None and prune.calibrated_q is not None
         asked.append((searched, (*at, "q"), "a calibrated q beside a budget"))
         for key in ("epsilon", "gamma"):
@@ -358,6 +354,29 @@ def _budget(recipe: Recipe) -> Iterator[Problem]:
                 yield recipe.problem(at, "cannot stand beside a density", "keep one of the two", key=True)
             if effective.sampling != "uniform" or effective.group in ("row", "model"):
                 yield recipe.problem(at, "needs uniform sampling, and groups that are tensors", key=True)
+
+
+def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
+    """per: merge calibrates one λ, so what single q's are searched by must be one objective and nothing else."""
+    calibration, method = recipe.calibration, _known_method(recipe)
+    if calibration is None:
+        return
+    exact = calibration.metric == "exact_match"
+    for key in ("answer", "new_tokens"):
+        if key in calibration.model_fields_set and not exact:
+            yield recipe.problem(("calibration", key), "has no effect without metric: exact_match", key=True)
+    if calibration.per == "model":
+        return
+    loc: Loc = ("calibration", "per")
+    if method is not None and not (method.deltas and method.needs_base):
+        yield recipe.problem(loc, f"merge needs deltas, but {method.name} has none", "use task_arithmetic or ties")
+    searched = [(at, prune.calibrated_q) for at, prune in _prunes(recipe) if prune.calibrated_q is not None]
+    if len({q.objective for _, q in searched if q}) > 1:
+        yield recipe.problem(loc, "merge needs one objective for all models")
+    for at, q in searched:
+        if q is not None and (q.objective == "layer_mse" or q.model_fields_set - {"objective"}):
+            hint = "q: output_change or validation, without scope, search and bounds"
+            yield recipe.problem((*at, "q"), "with per: merge one lambda is searched, and no q", hint)
 
 
 def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:

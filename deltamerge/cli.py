@@ -424,12 +424,20 @@ def completion(shell: str) -> None:
 @click.argument("recipe", type=RECIPE)
 @DEVICE
 @WORKERS
+@MEMORY
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the search (extra `plot`).")
 @AS_JSON
-def calibrate(recipe: Path, device: str, workers: int | None, as_json: bool) -> None:
+def calibrate(
+    recipe: Path, device: str, workers: int | None, memory: int | None, plot: Path | None, as_json: bool
+) -> None:
     """Only choose the q's of RECIPE on its calibration data; writes them to the lock beside it, for run --locked."""
     from deltamerge.run import calibrate as calibrate_recipe
 
-    found = calibrate_recipe(recipe, device=device, workers=workers)
+    found = calibrate_recipe(recipe, device=device, workers=workers, memory=memory)
+    if plot is not None:
+        from deltamerge.plots import draw
+
+        draw(found, plot)
     click.echo(json.dumps(found, sort_keys=True) if as_json else render_calibration(found))
     click.echo(f"{recipe.with_suffix('.lock')}: written", err=True)
 
@@ -659,6 +667,7 @@ def render_calibration(found: dict[str, Any]) -> str:
             f"model           {model}",
             f"objective       {entry['objective']}, scope {entry['scope']}, search {entry['search']}",
             f"chosen          {entry['chosen']}: {entry['why']}",
+            *(f"candidate       {_candidate(candidate)}" for candidate in entry["candidates"]),
             f"value           {entry['value']:.6g}, without calibration {entry['plain']['value']:.6g}",
             f"forward passes  {entry['forward_passes']} of {entry['sequences']} sequences",
             *(["search path", *path] if path else []),
@@ -666,6 +675,12 @@ def render_calibration(found: dict[str, Any]) -> str:
             *([f"q of rows       {entry['rows']}"] if "rows" in entry else []),
         ]
     return "\n".join(lines)
+
+
+def _candidate(candidate: dict[str, Any]) -> str:
+    named = {name: x for name, x in candidate.items() if name not in ("value", "held_out")}
+    text = " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in named.items())
+    return f"{text}: objective {candidate['value']:.4g}, held out {candidate['held_out']:.4g}"
 
 
 class Progress:

@@ -10,7 +10,6 @@ from typing import Any
 
 from deltamerge import backends, errors
 from deltamerge.build import Builder, Built, Merge
-from deltamerge.calibrate.names import numbered_blocks
 from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
 from deltamerge.graph import Graph, Node, peak_tiles, schedule
@@ -18,8 +17,10 @@ from deltamerge.inputs import Input, Inputs, Opener, open_inputs
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.encodings import expected_bits
 from deltamerge.io.writer import Layout, plan_layout
+from deltamerge.names import numbered_blocks
 from deltamerge.parameters import layer_index, layer_position
 from deltamerge.recipe import Recipe
+from deltamerge.stages import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.stages import Source, Spec
 from deltamerge.stages import memory as stage_memory
 from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS, block_elements
@@ -87,6 +88,7 @@ class Plan:
     stages: tuple[Node, ...] = ()
     sources: tuple[Source, ...] = ()
     budgeted: tuple[Budgeted, ...] = ()
+    cut_bytes: int = 0
 
     @property
     def specs(self) -> dict[Node, Spec]:
@@ -104,8 +106,8 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes read from the inputs, counting every pass."""
-        total = 0
+        """Bytes read from the inputs, counting every pass; not what calibration reads."""
+        total = self.cut_bytes
         for piece in (piece for output in self.outputs for piece in output.pieces):
             root = piece.built.root
             if root.kind == "read":
@@ -178,7 +180,7 @@ def plan(
     the calibration data of recipes that need it. `densities` are those of the tensors that a budget is for.
     """
     inputs = open_inputs(recipe, folder, opener)
-    planner = _Planner(recipe, inputs, device, folder, densities)
+    planner = _Planner(recipe, inputs, device, folder, memory, densities)
     rows = planner.rows()
     if planner.problems:
         shown = planner.problems[:SHOWN_PROBLEMS]
@@ -194,18 +196,50 @@ def plan(
     stages = planner.builder.stages
     sources = {i: node.parameter("source") for i, node in planner.builder.activations.items()}
     sources |= {i: node.parameter("spec").source for i, node in stages.items()}
+    together = planner.builder.together
+    if together is not None:
+        stages = {**stages, -1: together}
+        sources |= {
+            tune.index: source
+            for tune, source in zip(inputs.tunes, together.parameter("spec").sources, strict=True)
+            if tune.index is not None
+        }
     if data:
         _check_data(sources, inputs)
-    peak += max((stage_memory(source) for source in sources.values()), default=0)
-    made = tuple(stages.values())
-    notes = tuple(planner.notes)
+    if sources:  # the stages come before the first tile, one after another
+        resident = [stage_memory(source) for source in sources.values()]
+        peak = max(peak, CALIBRATING_BYTES + (sum(resident) if together else max(resident)))
+    cuts = {recipe.names[i]: node.parameter("deltas") for i, node in planner.builder.cuts.items()}
+    planner.notes += [
+        f"group: model: one threshold over {len(deltas)} tensors of {name}, found in two or three passes before"
+        for name, deltas in cuts.items()
+    ]
+    cut_bytes = 2 * sum(
+        math.prod(read.shape) * ITEMSIZE[read.dtype]
+        for deltas in cuts.values()
+        for _, delta in deltas
+        for read in delta.inputs
+    )
     budgeted = tuple(
         Budgeted(merge.name, math.prod(merge.base.shape), tensor, merge.base)
         for merge, tensor in planner.builder.budgeted
         if merge.base is not None
     )
-    found = tuple(sources.values())
-    return Plan(recipe, inputs, outputs, layout, notes, device, workers, tile, peak, made, found, budgeted)
+    return Plan(
+        recipe,
+        inputs,
+        outputs,
+        layout,
+        tuple(planner.notes),
+        device,
+        workers,
+        tile,
+        peak,
+        tuple(stages.values()),
+        tuple(sources.values()),
+        budgeted,
+        cut_bytes,
+    )
 
 
 def _check_data(sources: Mapping[int, Source], inputs: Inputs) -> None:
@@ -231,10 +265,16 @@ class _Planner:
     """Goes through the template's tensors; collects problems and notes on the way."""
 
     def __init__(
-        self, recipe: Recipe, inputs: Inputs, device: str, folder: Path, densities: Mapping[str, float] | None
+        self,
+        recipe: Recipe,
+        inputs: Inputs,
+        device: str,
+        folder: Path,
+        memory: int | None,
+        densities: Mapping[str, float] | None,
     ) -> None:
         self.recipe, self.inputs, self.device = recipe, inputs, device
-        self.builder = Builder(recipe, Graph(), folder, device, densities)
+        self.builder = Builder(recipe, Graph(), folder, device, memory, densities)
         self.problems: list[str] = []
         self.hint = ""
         self.notes: list[str] = []

@@ -198,6 +198,10 @@ class Calibration(Keys):
         ]
         | None
     ) = Field(None, description="What the validation objective makes best.")  # fmt: skip
+    answer: Pattern | None = Field(
+        None, description="exact_match: pattern of the answer in a text (its first group). Default: the whole text."
+    )
+    new_tokens: Positive = Field(64, description="exact_match: tokens generated for an answer, at most.")
     sequences: Positive = Field(50, description="How many sequences are used.")
     length: Positive = Field(128, description="Tokens a sequence.")
     seeds: Positive = Field(4, description="Mask seeds averaged by output_change.")

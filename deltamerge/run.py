@@ -170,12 +170,14 @@ def check_deltas(planned: Plan) -> None:
             check_base(delta, reader, planned.workers)
 
 
-def calibrate(path: Path, *, device: str = "auto", workers: int | None = None) -> dict[str, Any]:
+def calibrate(
+    path: Path, *, device: str = "auto", workers: int | None = None, memory: int | None = None
+) -> dict[str, Any]:
     """Run only the calibration stages of the recipe at `path` and write what they chose to the lock beside it.
 
     Returns the lock's `calibration`. InputError: the recipe has no calibrated q.
     """
-    planned = make_plan(path, device=device, workers=workers, weights=True)
+    planned = make_plan(path, device=device, workers=workers, memory=memory, weights=True)
     if not planned.stages:
         raise InputError(
             f"{path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"

@@ -220,9 +220,6 @@ def test_what_the_contract_has_and_this_version_lacks(text: str, missing: list[s
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("calibration: {data: c.jsonl, metric: exact_match}", "calibration.metric: not supported yet: metric exact"),
-        ("calibration: {data: c.jsonl, per: merge}", "calibration.per: not supported yet: per: merge"),
-        ("prune: {method: magnitude, density: 0.1, group: model}", "prune.group: not supported yet"),
         ("prune: {method: dare, budget: 5MB, q: output_change}", "prune.q: not supported yet: a calibrated q beside"),
         ("prune: {method: della, density: 0.1, epsilon: 0.1}", "prune.epsilon: not supported yet"),
         ("output: {kind: peft}", "output.kind: not supported yet: output.kind: peft"),
@@ -368,6 +365,14 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:4:35: calibration.text: must be one field name, or two for sentence pairs, got a list",
         "r.yaml:4:54: calibration.metric: must be one of accuracy, matthews_correlation, f1, accuracy_f1, "
         "pearson_spearman, exact_match, loss, got 'acc'",
+    ],
+    ONE + "prune: {method: dare, density: 0.1, q: layer_mse}\ncalibration: {data: c.jsonl, per: merge, answer: x}": [
+        "r.yaml:4:40: prune.q: with per: merge one lambda is searched, and no q\n"
+        "hint: q: output_change or validation, without scope, search and bounds",
+        "r.yaml:5:42: calibration.answer: has no effect without metric: exact_match",
+    ],
+    "models: [{model: b, parameters: {weight: 1}}]\nmerge_method: linear\ncalibration: {data: c.jsonl, per: merge}": [
+        "r.yaml:3:35: calibration.per: merge needs deltas, but linear has none\nhint: use task_arithmetic or ties",
     ],
     # which inputs
     "base_model: b": ["r.yaml:1:1: needs models\nhint: models: a list of {model: path or hub id}"],

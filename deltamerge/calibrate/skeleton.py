@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from deltamerge.calibrate.names import resolve_prefix
 from deltamerge.errors import InputError
+from deltamerge.names import resolve_prefix
 
 
 class _OnMeta(TorchFunctionMode):
@@ -121,6 +121,14 @@ def find_blocks(model: Any) -> tuple[nn.Module, ...]:
     largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
     one_class = len({type(child) for child in largest}) == 1
     return tuple(largest) if one_class and len(set(map(id, largest))) == len(largest) else ()
+
+
+def bodies(model: Any) -> list[nn.Module]:
+    """The models inside a model with a head, or the model itself if it has none."""
+    from transformers import PreTrainedModel
+
+    inner: list[nn.Module] = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
+    return [*inner, model] if model.base_model is model else inner
 
 
 def is_linear(module: nn.Module) -> bool:
