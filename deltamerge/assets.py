@@ -37,7 +37,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 
 def config(plan: Plan) -> dict[str, Any]:
     """The template's config with the output's dtype and vocabulary size."""
-    result = dict(plan.inputs.template.checkpoint.config)
+    result = dict(plan.config)
     dtypes = {output.dtype for output in plan.outputs if output.dtype in TORCH_NAMES}
     wanted = TORCH_NAMES[dtypes.pop()] if len(dtypes) == 1 else None
     stated = result.get("dtype", result.get("torch_dtype"))

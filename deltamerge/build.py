@@ -15,6 +15,7 @@ from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
+from deltamerge.parts import Part
 from deltamerge.prune.bits import Key, mask_key
 from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import CalibratedQ, Recipe
@@ -40,9 +41,11 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A tensor to merge: its name in the output, the position of its layer from 0 to 1, its sources, its dtype."""
+    """A tensor to merge: its name in the output, the part it belongs to, the position of its layer from 0 to 1, its
+    sources, its dtype."""
 
     name: str
+    part: Part
     position: float
     base: TensorInfo | None
     tunes: Sequence[tuple[Input, TensorInfo]]
@@ -348,10 +351,10 @@ class Builder:
         return self._node(f"{SELECT}:keep_largest", [delta, cut, ranks], delta.shape)
 
     def _value(self, key: str, merge: Merge, tune: Input | None) -> Any:
-        levels = [self.recipe.parameters]
+        levels = list(merge.part.levels)
         if tune is not None and tune.index is not None:
             levels.insert(0, self.recipe.models[tune.index].parameters)
-        default = self.recipe.method.parameters[key].default_for(len(self.recipe.fine_tunes))
+        default = self.recipe.method.parameters[key].default_for(len(merge.tunes))
         value = lookup(key, merge.name, merge.position, *levels, default=default)
         if value is None:
             model = () if tune is None or tune.index is None else ("models", tune.index)

@@ -38,12 +38,13 @@ def _front_matter(card: Path) -> dict[str, object]:
 
 def front_matter(plan: Plan) -> dict[str, object]:
     """`base_model` lists what the output was made of; one fine-tune is a `finetune` of it, several are a `merge`."""
-    sources = [model.checkpoint.hub_id or model.name for model in plan.inputs.all]
+    sources = list(dict.fromkeys(model.checkpoint.hub_id or model.name for model in plan.inputs.all))
+    merged = len(plan.inputs.tunes) > 1
     matter: dict[str, object] = {
         "base_model": sources,
-        "base_model_relation": "merge" if len(plan.inputs.tunes) > 1 else "finetune",
+        "base_model_relation": "merge" if merged else "finetune",
         "library_name": "transformers",
-        "tags": ["deltamerge", "merge"] if len(plan.inputs.tunes) > 1 else ["deltamerge"],
+        "tags": ["deltamerge", "merge"] if merged else ["deltamerge"],
     }
     licence = _license(plan)
     if licence is not None:
@@ -91,7 +92,7 @@ def render(plan: Plan, recipe_text: str, title: str, calibrated: Mapping[Node, C
         for (method, details), count in sorted(what.items(), key=lambda item: (-item[1], item[0]))[:40]
     ]
     base = f" on top of `{plan.inputs.base.name}`" if plan.inputs.base else ""
-    models = ", ".join(f"`{tune.name}`" for tune in plan.inputs.tunes)
+    models = ", ".join(f"`{name}`" for name in plan.inputs.names)
     lines = [
         "---",
         yaml.safe_dump(front_matter(plan), sort_keys=False).rstrip(),
