@@ -186,9 +186,12 @@ def run(
             "seconds": round(progress.seconds, 3),
             "lock": result.lock,
             **({"published": {"commit": published.commit, "differs": differing}} if published else {}),
+            "intermediate": {str(folder): made for folder, made in result.intermediate.items()},
         }
         click.echo(json.dumps(summary, sort_keys=True))
     elif not quiet:
+        for folder, made in result.intermediate.items():
+            click.echo(f"{folder}: {'made' if made else 'as it would be made, kept'}", err=True)
         size, seconds = human(result.plan.nbytes), progress.seconds
         click.echo(f"{result.folder}: {len(result.plan.outputs)} tensors, {size} in {seconds:.1f} s", err=True)
     if published is not None:
@@ -203,19 +206,21 @@ def run(
 @click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
 def check(recipes: tuple[Path, ...], offline: bool) -> None:
     """Validate RECIPES and the headers of the models they name; reads no weights."""
-    from deltamerge.recipe import Recipe, load
-    from deltamerge.run import make_plan
+    from deltamerge.chain import documents
+    from deltamerge.run import make_plans
 
     worst = 0
     for recipe in recipes:
         try:
-            found = load(recipe) if offline else make_plan(recipe, device="cpu")
+            chain = documents(recipe)
+            plan = None if offline else make_plans(recipe, device="cpu")[-1]
         except DeltamergeError as error:
             complain(error, str(recipe))
             worst = max(worst, error.exit_code)
         else:
-            size = "" if isinstance(found, Recipe) else f", {len(found.outputs)} tensors, {human(found.nbytes)}"
-            click.echo(f"{recipe}: ok{size}", err=True)
+            several = f", {len(chain)} documents" if len(chain) > 1 else ""
+            size = f", {len(plan.outputs)} tensors, {human(plan.nbytes)}" if plan else ""
+            click.echo(f"{recipe}: ok{several}{size}", err=True)
     if worst:
         raise click.exceptions.Exit(worst)
 
@@ -244,10 +249,12 @@ def plan(
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
     from deltamerge import review
-    from deltamerge.run import make_plan
+    from deltamerge.run import make_plans
 
     def describe(path: Path) -> dict[str, Any]:
-        return make_plan(path, device=device, workers=workers, memory=memory).describe()
+        *before, planned = make_plans(path, device=device, workers=workers, memory=memory)
+        intermediate = {plan.recipe.name: plan.describe() for plan in before}
+        return planned.describe() | ({"intermediate": intermediate} if before else {})
 
     if graph and (old or as_json):
         raise click.UsageError("--graph stands alone")
@@ -259,8 +266,12 @@ def plan(
         click.echo(json.dumps(found, sort_keys=True) if as_json else shown)
     elif graph:
         click.echo(review.mermaid(described))
+    elif as_json:
+        click.echo(json.dumps(described, sort_keys=True))
     else:
-        click.echo(json.dumps(described, sort_keys=True) if as_json else render_plan(described))
+        for name, one in described.get("intermediate", {}).items():
+            click.echo(f"document {name}\n{render_plan(one)}\n")
+        click.echo(render_plan(described))
 
 
 @commands.command()

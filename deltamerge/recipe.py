@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -306,6 +307,15 @@ class Recipe(Keys):
         return tuple(part for part in self._parts for _ in part.members)
 
     @cached_property
+    def references(self) -> frozenset[str]:
+        """Every model that the recipe may open, as written; other documents are among them by name."""
+        tokens = self.tokenizer.tokens.values() if self.tokenizer is not None else ()
+        sources = (t.source.model if isinstance(t.source, ModelToken) else t.source for t in tokens)
+        bases = (self.base_model, *(part.base for part in self._parts))
+        models = (model.model for model in self.models)
+        return frozenset(x for x in (*bases, *models, self.tokenizer_of, *sources) if isinstance(x, str))
+
+    @cached_property
     def names(self) -> tuple[str, ...]:
         """The name of every model."""
         return tuple(map(model_name, self.models))
@@ -346,12 +356,12 @@ def model_name(model: Model) -> str:
 
 def load(path: Path) -> Recipe:
     """Read a recipe that this version can run. Raises RecipeError with every problem found."""
-    return _load(source.load(path))
+    return load_all([source.load(path)])[0]
 
 
 def loads(text: str, path: str = "recipe.yaml") -> Recipe:
     """Read a recipe from YAML text; `path` is its name in messages. Raises RecipeError as `load` does."""
-    return _load(source.loads(text, path))
+    return load_all([source.loads(text, path)])[0]
 
 
 def parse(read: Source, problems: list[Problem]) -> Recipe:
@@ -372,15 +382,20 @@ def parse(read: Source, problems: list[Problem]) -> Recipe:
             return recipe
 
 
-def _load(read: Source) -> Recipe:
+def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
+    """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
     problems: list[Problem] = []
-    recipe = parse(read, problems)
-    problems += islice(checks.problems(recipe), MAX_PROBLEMS)
-    problems += [recipe.problem(loc, f"not supported yet: {message}") for loc, message in unsupported(recipe)]
+    recipes = []
+    for read in reads:
+        recipe = parse(read, problems)
+        problems += islice(checks.problems(recipe), MAX_PROBLEMS)
+        problems += [recipe.problem(loc, f"not supported yet: {message}") for loc, message in unsupported(recipe)]
+        recipes.append(recipe)
+    problems += checks.documents(recipes)
     if problems:
         ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
-        raise RecipeError(read.path, ordered[:MAX_PROBLEMS])
-    return recipe
+        raise RecipeError(reads[0].path, ordered[:MAX_PROBLEMS])
+    return tuple(recipes)
 
 
 def schema() -> dict[str, Any]:

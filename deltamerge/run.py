@@ -9,13 +9,14 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge import lock as locks
 from deltamerge.assets import write_assets
 from deltamerge.card import render
+from deltamerge.chain import Document, documents, folder_of, is_current, result
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Node
@@ -23,7 +24,7 @@ from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.io.writer import Writer
 from deltamerge.plan import Plan, plan
-from deltamerge.recipe import Recipe, load
+from deltamerge.recipe import Recipe
 from deltamerge.stages import Calibrated
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -31,41 +32,65 @@ DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: the folder, its plan, and what its lock says."""
+    """A finished run: the folder, its plan, and what its lock says; of a file of several documents the output's.
+
+    `intermediate` are the folders of the other documents, and whether each was made now or was there and current.
+    """
 
     folder: Path
     plan: Plan
     lock: dict[str, Any]
+    intermediate: Mapping[Path, bool] = field(default_factory=dict)
 
 
-def make_plan(
+def make_plan(path: Path, out: Path | None = None, **options: Any) -> Plan:
+    """The plan of the recipe at `path`, of its output where it has several documents; `make_plans` has the options."""
+    return make_plans(path, out, **options)[-1]
+
+
+def make_plans(
     path: Path,
+    out: Path | None = None,
     *,
     device: str = "auto",
     workers: int | None = None,
     memory: int | None = None,
     weights: bool = False,
     data: bool = True,
+    upto: str | None = None,
     pins: Mapping[str, str] | None = None,
-) -> Plan:
-    """The plan of the recipe at `path`; `weights` fetches hub models whole instead of their headers, `data` reads the
-    calibration data to check it, `pins` has the commits of hub models that the recipe names without a revision."""
-    recipe = load(path)
+) -> tuple[Plan, ...]:
+    """The plans of every document of the recipe at `path` in the order of their run, the output's last, or up to that
+    of the document `upto`; `weights` fetches hub models whole instead of their headers, `data` reads the calibration
+    data to check it, `pins` has the commits of hub models that the recipe names without a revision."""
+    chain = documents(path)
+    beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
+    made: dict[str, Checkpoint] = {}
 
     def opener(reference: str, folder: Path) -> Checkpoint:
+        if reference in made:
+            return made[reference]
         if pins and reference in pins and "@" not in reference:
             return replace(hub.resolve(f"{reference}@{pins[reference]}", folder, weights=weights), reference=reference)
         return hub.resolve(reference, folder, weights=weights)
 
-    return plan(
-        recipe,
-        path.resolve().parent,
-        opener,
-        device=choose_device(device),
-        workers=workers or default_workers(),
-        memory=memory,
-        data=data,
-    )
+    plans: list[Plan] = []
+    for document in chain:
+        planned = plan(
+            document.recipe,
+            beside,
+            opener,
+            device=choose_device(device),
+            workers=workers or default_workers(),
+            memory=memory,
+            data=data,
+        )
+        plans.append(planned)
+        if document.name == upto:
+            break
+        if document is not chain[-1]:
+            made[document.name] = result(planned, folder_of(document, target, beside), document.name)
+    return tuple(plans)
 
 
 def choose_device(device: str) -> str:
@@ -102,15 +127,44 @@ def run(
 ) -> Result:
     """Run the recipe at `path`; the target appears under its name only when complete.
 
-    `watch` is given the plan before the first byte and returns what is told the bytes done.
+    `watch` is given the plan before the first byte and returns what is told the bytes done. Of several documents those
+    that others need are made first, unless their folders hold just what would be made.
     """
-    planned = make_plan(path, device=device, workers=workers, memory=memory, data=not locked, pins=pins)
-    target = target_of(path, planned.recipe, out)
+    chain = documents(path)
+    beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
+    options: dict[str, Any] = {"device": device, "workers": workers, "memory": memory, "data": not locked, "pins": pins}
+    if len(chain) > 1:
+        make_plans(path, out, **options)  # a fault of any document ends the run before the first is made
+    intermediate: dict[Path, bool] = {}
+    for document in chain[:-1]:
+        folder = folder_of(document, target, beside)
+        planned = make_plan(path, out, upto=document.name, **options)
+        if any(model.checkpoint.hub_id for model in planned.inputs.all):
+            planned = make_plan(path, out, upto=document.name, weights=True, **options)
+        intermediate[folder] = not is_current(document, planned, folder)
+        if intermediate[folder]:
+            ours = force or (folder / locks.LOCK_NAME).is_file()
+            _run(path, document, planned, folder, force=ours, locked=False, watch=watch, out=out, **options)
+    planned = make_plan(path, out, **options)
+    done = _run(path, chain[-1], planned, target, force=force, locked=locked, watch=watch, out=out, **options)
+    return replace(done, intermediate=intermediate)
+
+
+def _run(
+    path: Path,
+    document: Document,
+    planned: Plan,
+    target: Path,
+    *,
+    force: bool,
+    locked: bool,
+    watch: Callable[[Plan], Callable[[int], None]],
+    **options: Any,
+) -> Result:
+    """Make the result of one document of the recipe at `path`."""
     with finished_folder(target, force=force, inputs=planned) as folder:
         if any(model.checkpoint.hub_id for model in planned.inputs.all):
-            planned = make_plan(
-                path, device=device, workers=workers, memory=memory, weights=True, data=not locked, pins=pins
-            )
+            planned = make_plan(path, weights=True, upto=document.name, **options)
         known: dict[Node, Calibrated] = {}
         inputs = _beside(lambda: locks.describe_inputs(planned, 1))
         if locked:
@@ -121,9 +175,8 @@ def run(
         values = _write_weights(planned, folder, watch(planned), known)
         calibrated = {node: values[node] for node in planned.stages}
         write_assets(planned, folder)
-        text = path.read_text(encoding="utf-8")
-        (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-        (folder / locks.CARD).write_text(render(planned, text, target.name, calibrated), encoding="utf-8")
+        (folder / "recipe.yaml").write_text(document.text, encoding="utf-8")
+        (folder / locks.CARD).write_text(render(planned, document.text, target.name, calibrated), encoding="utf-8")
         lock_path = folder / locks.LOCK_NAME
         calibration = locks.write_calibration(planned, calibrated, lock_path)
         outputs = locks.describe_files((p for p in folder.iterdir() if p.is_file()), planned.workers)
@@ -136,6 +189,8 @@ def calibrate(path: Path, *, device: str = "auto", workers: int | None = None) -
 
     Returns the lock's `calibration`. InputError: the recipe has no calibrated q.
     """
+    if len(documents(path)) > 1:
+        raise InputError(f"{path}: has several documents", hint="`deltamerge run` calibrates each as it makes it")
     planned = make_plan(path, device=device, workers=workers, weights=True)
     if not planned.stages:
         raise InputError(

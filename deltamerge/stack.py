@@ -120,16 +120,17 @@ def targets(recipe: Recipe, inputs: Inputs) -> tuple[list[Target], list[Stack]]:
     """
     scopes = _scopes(recipe, inputs)
     stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in scopes.items() if _sliced(groups)}
-    indices = [layer_index(name) for name in inputs.template.tensors]
-    count = 1 + max((i for i in indices if i is not None), default=0)
+    modules = {name: _module_of(name, scopes) for name in inputs.template.tensors}
+    counts: dict[str | None, int] = {}
+    for name, module in modules.items():
+        counts[module] = max(counts.get(module, 1), 1 + (layer_index(name) or 0))
     found: list[Target] = []
     done: set[str | None] = set()
-    for name in inputs.template.tensors:
-        module = _module_of(name, scopes)
+    for name, module in modules.items():
         groups, stack = scopes.get(module, []), stacks.get(module)
         if stack is None or not _inside(name, stack.prefix):
             group = groups[0 if BEFORE_LAYERS.search(name) else -1] if groups else None
-            position = 0.0 if stack is not None else layer_position(name, count)
+            position = 0.0 if stack is not None else layer_position(name, counts[module])
             found.append(_plain(name, inputs.template, group, position))
         elif module not in done:
             done.add(module)

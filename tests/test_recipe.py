@@ -392,7 +392,8 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:2:10: slices[0]: its sources lend different layers, so those of the base 'b' are not clear\n"
         "hint: list the base as a source, with its layer_range",
     ],
-    "merge_method: passthrough\nslices: [{sources: [{model: x, layer_range: [0, 1]}, {model: y, layer_range: [0, 1]}]}]": [
+    "merge_method: passthrough\n"
+    "slices: [{sources: [{model: x, layer_range: [0, 1]}, {model: y, layer_range: [0, 1]}]}]": [
         "r.yaml:2:20: slices[0].sources: passthrough takes 1 model, got 2",
     ],
     "merge_method: linear\nslices:\n- sources: [{model: x, layer_range: [0, 1], parameters: {weight: 1}}]\n"
