@@ -82,7 +82,8 @@ def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
         asked.append((merge, ("calibration", "per"), "per: merge"))
     parted = bool(recipe.slices or recipe.modules)
     for at, prune in _prunes(recipe):
-        calibrated = prune.calibrated_q is not None or prune.method == "wanda"
+        massive = prune.protect is not None and prune.protect.massive_activations is not None
+        calibrated = prune.calibrated_q is not None or prune.method == "wanda" or massive
         asked.append((parted and calibrated, at, "calibration of the sources of slices and modules"))
         asked.append((prune.method in LATER_PRUNE, (*at, "method"), f"method {prune.method}"))
         asked.append((prune.group == "model", (*at, "group"), "group: model"))
