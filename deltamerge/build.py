@@ -13,13 +13,14 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.graph import Graph, Node
 from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.lora import factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
 from deltamerge.parts import Part
 from deltamerge.prune.bits import Key, mask_key
 from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import CalibratedQ, Recipe
-from deltamerge.stages import Pruned, Source, Spec, has_norm
+from deltamerge.stages import Pruned, Source, Spec, has_norm, mask_seeds
 
 SELECT = "deltamerge.prune.select"
 MASKS = "deltamerge.prune.masks"
@@ -68,6 +69,7 @@ class Builder:
         self.patterns = [_Patterns(prune) for prune in self.prunes]
         self.stages: dict[int, Node] = {}
         self.activations: dict[int, Node] = {}
+        self.roots: dict[str, tuple[str, int]] = {}
 
     def prepare(self, merges: Sequence[Merge]) -> None:
         """Make the stages of the models whose q is calibrated or whose masks need activations."""
@@ -85,6 +87,13 @@ class Builder:
             self._find_columns(prune, [m.name for m, _, tensor, _ in pruned if has_norm(m.name, tensor.shape)])
             if not pruned or not (measured or calibrated):
                 continue
+            products = factor_pairs(self.recipe, pruned)
+            if products and isinstance(prune.q, CalibratedQ):
+                source = self._source(products[0].tune, [(p.weight, p.update.base) for p in products], prune)
+                spec = factor_spec(self.graph, products, source, prune, prune.q, self._masked, self.read)
+                self.stages[index] = self.graph.node(f"{STAGE}:calibrate", kind="small", spec=spec)
+                self.roots |= factor_roots(products)
+                continue
             source = self._source(pruned[0][1], [(tensor, m.base) for m, _, tensor, _ in pruned if m.base], prune)
             if measured:
                 self.activations[index] = self.graph.node(f"{STAGE}:activations", kind="small", source=source)
@@ -100,6 +109,7 @@ class Builder:
             prune.q.objective == "validation" or calibration.metric is not None
         )
         checkpoint = tune.checkpoint
+        refuse_changed_config(tune)
         return Source(
             tune.name,
             checkpoint.path,
@@ -120,9 +130,8 @@ class Builder:
         tensors: Sequence[tuple[Merge, Input, TensorInfo, float | None]],
         shared: tuple[Node, ...],
     ) -> Spec:
-        """Further mask seeds, which only random masks have, are those of the recipe with its seed + 1, + 2 …"""
         random = PRUNE[prune.method].random
-        seeds = source.calibration.seeds if random and q.objective == "output_change" and q.search != "gradient" else 1
+        seeds = mask_seeds(source, prune.method, q)
         pruned = []
         for m, tune, tensor, density in tensors:
             assert m.base is not None
@@ -213,7 +222,8 @@ class Builder:
         if density == 1:
             return self._whole(base, tensor), ""
         node = self._masked(merge, base, tune, tensor, self.recipe.seed)
-        value = self.graph.node(f"{STAGES}:pick", [self.stages[tune.index]], kind="small", name=merge.name)
+        name, root = self.roots.get(merge.name, (merge.name, 1))
+        value = self.graph.node(f"{STAGES}:pick", [self.stages[tune.index]], kind="small", name=name, root=root)
         divide = "divide_rows" if q.scope_or_default == "row" else "divide"
         text = f" {self.prunes[tune.index].method} density={density:g} q={q.objective}"
         node = self._node(f"{RESCALE}:{divide}", [node, value], base.shape)

@@ -19,8 +19,7 @@ from deltamerge.stages import Calibrated
 def _license(plan: Plan) -> str | None:
     """The licence that all inputs state in their cards, if they agree."""
     found = set()
-    for model in plan.inputs.all:
-        card = model.checkpoint.path / "README.md"
+    for card in [source.path / "README.md" for model in plan.inputs.all for source in model.checkpoint.sources]:
         found.add(_front_matter(card).get("license") if card.is_file() else None)
     return str(found.pop()) if len(found) == 1 and None not in found else None
 
@@ -38,7 +37,14 @@ def _front_matter(card: Path) -> dict[str, object]:
 
 def front_matter(plan: Plan) -> dict[str, object]:
     """`base_model` lists what the output was made of; one fine-tune is a `finetune` of it, several are a `merge`."""
-    sources = list(dict.fromkeys(model.checkpoint.hub_id or model.name for model in plan.inputs.all))
+    sources: list[str] = []
+    for model in plan.inputs.all:
+        checkpoint, adapter = model.checkpoint, model.checkpoint.adapter
+        if adapter is None:
+            sources.append(checkpoint.hub_id or model.name)
+        else:
+            sources += [checkpoint.hub_id or checkpoint.base_reference, adapter.hub_id or adapter.reference]
+    sources = list(dict.fromkeys(sources))
     merged = len(plan.inputs.tunes) > 1
     matter: dict[str, object] = {
         "base_model": sources,
@@ -46,6 +52,9 @@ def front_matter(plan: Plan) -> dict[str, object]:
         "library_name": "transformers",
         "tags": ["deltamerge", "merge"] if merged else ["deltamerge"],
     }
+    if plan.recipe.output.kind == "peft" and plan.inputs.base is not None:
+        matter["base_model"] = [plan.inputs.base.checkpoint.hub_id or plan.inputs.base.name]
+        matter |= {"base_model_relation": "adapter", "library_name": "peft"}
     licence = _license(plan)
     if licence is not None:
         matter["license"] = licence

@@ -32,7 +32,9 @@ _PRUNE_PARAMS = {name: param for method in PRUNE.values() for name, param in met
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault that the types of the keys do not show."""
-    checks = (_inputs, _slices, _merge_method, _parameters, _required, _template, _prune_keys, _pruning, _calibrated)
+    checks = (
+        _inputs, _slices, _merge_method, _parameters, _required, _template, _prune_keys, _pruning, _calibrated, _output
+    )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
 
 
@@ -66,7 +68,7 @@ def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     asked: list[tuple[bool, Loc, str]] = [
         (recipe.merge_method in LATER_MERGE, ("merge_method",), f"merge_method {recipe.merge_method}"),
         (recipe.chat_template is not None, ("chat_template",), "chat_template"),
-        (recipe.output.kind != "model", ("output", "kind"), f"output.kind: {recipe.output.kind}"),
+        (recipe.output.kind == "delta", ("output", "kind"), "output.kind: delta"),
     ]
     loc: Loc = ("tokenizer_source",)
     if recipe.tokenizer is not None:
@@ -364,6 +366,14 @@ def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
     elif prune.protect.massive_activations is not None and not _given(recipe, "calibration"):
         place = (*loc, "protect", "massive_activations")
         yield recipe.problem(place, "needs calibration", "calibration: {data: calib.jsonl}, or name columns")
+
+
+def _output(recipe: Recipe) -> Iterator[Problem]:
+    """What an adapter is made from: deltas of a base."""
+    method = _known_method(recipe)
+    if recipe.output.kind == "peft" and method is not None and not method.deltas:
+        hint = "merge_method: task_arithmetic, or another that works on deltas"
+        yield recipe.problem(("output", "kind"), f"peft needs the deltas of a base, {method.name} has none", hint)
 
 
 def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:

@@ -178,10 +178,12 @@ def run(
         )
     progress.stop()
     differing = published.differences(result.lock["outputs"]) if published else []
+    adapter = result.plan.recipe.output.kind == "peft"
+    size = result.nbytes if adapter else result.plan.nbytes
     if as_json:
         summary = {
             "out": str(result.folder),
-            "bytes": result.plan.nbytes,
+            "bytes": size,
             "tensors": len(result.plan.outputs),
             "seconds": round(progress.seconds, 3),
             "lock": result.lock,
@@ -192,8 +194,10 @@ def run(
     elif not quiet:
         for folder, made in result.intermediate.items():
             click.echo(f"{folder}: {'made' if made else 'as it would be made, kept'}", err=True)
-        size, seconds = human(result.plan.nbytes), progress.seconds
-        click.echo(f"{result.folder}: {len(result.plan.outputs)} tensors, {size} in {seconds:.1f} s", err=True)
+        what = "an adapter" if adapter else f"{len(result.plan.outputs)} tensors"
+        click.echo(f"{result.folder}: {what}, {human(size)} in {progress.seconds:.1f} s", err=True)
+        for note in result.plan.notes if adapter else ():
+            click.echo(f"note: {note}", err=True)
     if published is not None:
         agreed = f"not the bytes of {recipe}: {', '.join(differing)}" if differing else f"the same bytes as {recipe}"
         click.echo(f"{result.folder}: {agreed} at {published.commit[:12]}", err=True)

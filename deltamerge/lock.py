@@ -87,8 +87,11 @@ def describe_inputs(plan: Plan, workers: int) -> dict[str, Any]:
         if reference in inputs:
             continue
         entry: dict[str, Any] = {"files": describe_files(input_files(model), workers, hash_input)}
-        if model.checkpoint.revision is not None:
-            entry["commit"] = model.checkpoint.revision
+        commits = [source.revision or "" for source in model.checkpoint.sources]
+        if all(commits):
+            entry["commit"] = "+".join(commits)
+        elif any(commits):
+            entry["commits"] = commits
         inputs[reference] = entry
     data = [source.folder / source.calibration.data for source in plan.sources]
     if data and data[0].is_file():

@@ -15,8 +15,10 @@ from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
 from deltamerge.graph import Graph, Node, peak_tiles, schedule
 from deltamerge.inputs import HEAD, Input, Inputs, Opener, open_inputs
-from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.adapter import WEIGHTS
+from deltamerge.io.checkpoint import Adapter, TensorInfo
 from deltamerge.io.writer import Layout, plan_layout
+from deltamerge.lora import own_weights
 from deltamerge.parameters import layer_index
 from deltamerge.recipe import Recipe
 from deltamerge.stack import Target, like_template, repaired_config, targets
@@ -68,6 +70,7 @@ class Plan:
     stages: tuple[Node, ...] = ()
     sources: tuple[Source, ...] = ()
     config: dict[str, Any] = field(default_factory=dict)
+    pruned_adapter: Adapter | None = None
 
     @property
     def specs(self) -> dict[Node, Spec]:
@@ -144,13 +147,16 @@ def plan(
     the calibration data of recipes that need it.
     """
     inputs = open_inputs(recipe, folder, opener)
+    own = own_weights(recipe, inputs)
+    inputs = own or inputs
     planner = _Planner(recipe, inputs, device, folder)
     rows = planner.rows()
     if planner.problems:
         shown = planner.problems[:SHOWN_PROBLEMS]
         more = len(planner.problems) - len(shown)
         raise InputError("\n".join(shown + ([f"… and {more} more"] if more else [])), hint=planner.hint or None)
-    layout = plan_layout([(name, dtype, shape) for name, shape, dtype, _ in rows], recipe.output.shard_size)
+    metas = [(name, dtype, shape) for name, shape, dtype, _ in rows]
+    layout = plan_layout(metas, None, WEIGHTS) if own else plan_layout(metas, recipe.output.shard_size)
     outputs = tuple(
         Output(name, shape, dtype, math.prod(shape) * ITEMSIZE[dtype], pieces, layout.tensors[name].file)
         for name, shape, dtype, pieces in rows
@@ -163,9 +169,14 @@ def plan(
         _check_data(sources, inputs)
     peak += max((stage_memory(source) for source in sources.values()), default=0)
     made = tuple(stages.values())
+    if own is not None:
+        planner.notes.append("written as a LoRA adapter: the deltas are the adapter's own A and B")
+    elif recipe.output.kind == "peft":
+        planner.notes.append("merged, then what differs from the base is written as a SHiRA adapter")
     stage_sources, notes = tuple(sources.values()), tuple(planner.notes)
+    config, adapter = planner.config, inputs.tunes[0].checkpoint.adapter if own else None
     return Plan(
-        recipe, inputs, outputs, layout, notes, device, workers, tile, peak, made, stage_sources, planner.config
+        recipe, inputs, outputs, layout, notes, device, workers, tile, peak, made, stage_sources, config, adapter
     )  # fmt: skip
 
 
@@ -239,7 +250,9 @@ class _Planner:
             self.problems.append(f"{stored}: missing in {', '.join(lacking)}")
             self.hint = "models that are merged must have the same layers"
             return None
-        if lacking or target.group is None or tensor.dtype not in FLOATING:
+        same = target.group is not None and target.group.base is not None
+        same = same and all(info is not None and info.is_same(tensor) for _, info in found)
+        if lacking or same or target.group is None or tensor.dtype not in FLOATING:
             if owner.name == self.inputs.template.name:
                 copied.append(stored)
             return self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (owner.name,)))
@@ -286,6 +299,10 @@ class _Planner:
         if source is None:
             self.problems.append(f"{stored}: the models have different numbers of rows: {text}")
             self.hint = "set `tokenizer_source` to `base` or to the model whose added tokens are to be kept"
+            return None, None
+        if self.recipe.output.kind == "peft":
+            self.problems.append(f"{stored}: an adapter cannot resize its base: {text}")
+            self.hint = "write kind: model"
             return None, None
         count = min(shape[0] for shape in shapes)
         self.notes.append(f"{stored}: the {count} rows that all models share are merged, the rest is {source.name}'s")

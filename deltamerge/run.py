@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import lock as locks
+from deltamerge.adapter import write_adapter
 from deltamerge.assets import write_assets
 from deltamerge.card import render
 from deltamerge.chain import Document, documents, folder_of, is_current, result
@@ -41,6 +42,13 @@ class Result:
     plan: Plan
     lock: dict[str, Any]
     intermediate: Mapping[Path, bool] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(
+            entry["size"] for name, entry in self.lock.get("outputs", {}).items() if name.endswith(".safetensors")
+        )
 
 
 def make_plan(path: Path, out: Path | None = None, **options: Any) -> Plan:
@@ -70,8 +78,10 @@ def make_plans(
     def opener(reference: str, folder: Path) -> Checkpoint:
         if reference in made:
             return made[reference]
-        if pins and reference in pins and "@" not in reference:
-            return replace(hub.resolve(f"{reference}@{pins[reference]}", folder, weights=weights), reference=reference)
+        if pins and reference in pins:
+            pairs = zip(reference.split("+"), pins[reference].split("+"), strict=True)
+            pinned = "+".join(part if "@" in part else f"{part}@{commit}" for part, commit in pairs)
+            return replace(hub.resolve(pinned, folder, weights=weights), reference=reference)
         return hub.resolve(reference, folder, weights=weights)
 
     plans: list[Plan] = []
@@ -139,7 +149,7 @@ def run(
     for document in chain[:-1]:
         folder = folder_of(document, target, beside)
         planned = make_plan(path, out, upto=document.name, **options)
-        if any(model.checkpoint.hub_id for model in planned.inputs.all):
+        if any(source.hub_id for model in planned.inputs.all for source in model.checkpoint.sources):
             planned = make_plan(path, out, upto=document.name, weights=True, **options)
         intermediate[folder] = not is_current(document, planned, folder)
         if intermediate[folder]:
@@ -163,7 +173,7 @@ def _run(
 ) -> Result:
     """Make the result of one document of the recipe at `path`."""
     with finished_folder(target, force=force, inputs=planned) as folder:
-        if any(model.checkpoint.hub_id for model in planned.inputs.all):
+        if any(source.hub_id for model in planned.inputs.all for source in model.checkpoint.sources):
             planned = make_plan(path, weights=True, upto=document.name, **options)
         known: dict[Node, Calibrated] = {}
         inputs = _beside(lambda: locks.describe_inputs(planned, 1))
@@ -174,7 +184,10 @@ def _run(
             known = locks.locked_calibration(planned, lock, lock_path)
         values = _write_weights(planned, folder, watch(planned), known)
         calibrated = {node: values[node] for node in planned.stages}
-        write_assets(planned, folder)
+        if planned.recipe.output.kind == "peft":
+            planned = replace(planned, notes=planned.notes + write_adapter(planned, folder))
+        else:
+            write_assets(planned, folder)
         (folder / "recipe.yaml").write_text(document.text, encoding="utf-8")
         (folder / locks.CARD).write_text(render(planned, document.text, target.name, calibrated), encoding="utf-8")
         lock_path = folder / locks.LOCK_NAME
@@ -257,10 +270,9 @@ def _write_weights(
 def finished_folder(target: Path, *, force: bool, inputs: Plan) -> Iterator[Path]:
     """A folder beside `target` to work in; renamed to it if all goes well, removed if not."""
     resolved = target.resolve()
-    for model in inputs.inputs.all:
-        source = model.checkpoint.path.resolve()
-        if resolved == source or source.is_relative_to(resolved):
-            raise OutputError(f"{target}: holds the input {model.name}", hint="choose another folder with --out")
+    for name, path in [(m.name, source.path) for m in inputs.inputs.all for source in m.checkpoint.sources]:
+        if path.resolve().is_relative_to(resolved):
+            raise OutputError(f"{target}: holds the input {name}", hint="choose another folder with --out")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
     if target.is_dir() and any(target.iterdir()) and not force:

@@ -11,7 +11,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.files import Descriptors, copy_at, flat, input_error, read_at
+from deltamerge.io.files import Descriptors, copy_at, flat, input_error, read_at, write_at
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
 from deltamerge.io.strict_json import read_json
@@ -19,6 +19,7 @@ from deltamerge.tensors import ITEMSIZE
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+COMPUTED_PIECE = 1 << 22
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -30,6 +31,30 @@ class Checkpoint:
     file in the order of its header); `files` are the weight files; a local folder has no `hub_id` and no
     `revision` (a commit).
     """
+
+    reference: str
+    path: Path
+    tensors: dict[str, TensorInfo]
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    revision: str | None = None
+    hub_id: str | None = None
+    adapter: Adapter | None = None
+
+    @property
+    def base_reference(self) -> str:
+        """`reference` without the adapter."""
+        return self.reference if self.adapter is None else self.reference.removesuffix(f"+{self.adapter.reference}")
+
+    @property
+    def sources(self) -> tuple[Checkpoint | Adapter, ...]:
+        """The model's folder and its adapter's."""
+        return (self,) if self.adapter is None else (self, self.adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A PEFT adapter, as its config and header say."""
 
     reference: str
     path: Path
@@ -93,11 +118,8 @@ def weight_source(names: Collection[str]) -> str:
 
 
 def adapter_error() -> InputError:
-    """For references to an adapter, alone or as `base+adapter`."""
-    return InputError(
-        "LoRA adapters (`base+adapter`) are not supported yet",
-        hint="merge the adapter into its base first: peft's merge_and_unload(), then save_pretrained()",
-    )
+    """For a reference to an adapter alone."""
+    return InputError("is an adapter, not a model", hint="name its base before it: base+adapter")
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -166,19 +188,29 @@ class Reader:
         view = flat(out)
         offset = start_elem * ITEMSIZE[info.dtype]
         _check_range(info, offset, len(view))
+        if info.computed is not None:
+            info.computed.fill(self, info, start_elem, view)
+            return
         with errors.context(str(info.path)):
             file = self._files.get(info.path)
             read_at(file.fd, info.begin + offset, view)
 
     def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
-        if hasattr(os, "posix_fadvise") and nbytes:
+        if hasattr(os, "posix_fadvise") and nbytes and info.computed is None:
             file = self._files.get(info.path)
             os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def copy_range(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
         """Copy the tensor's bytes [offset, offset + nbytes) to `out_offset` of the open file `out_fd`."""
         _check_range(info, offset, nbytes)
+        if info.computed is not None:
+            size = ITEMSIZE[info.dtype]
+            for done in range(0, nbytes, COMPUTED_PIECE):
+                piece = bytearray(min(COMPUTED_PIECE, nbytes - done))
+                self.read_into(info, (offset + done) // size, piece)
+                write_at(out_fd, out_offset + done, memoryview(piece))
+            return
         try:
             file = self._files.get(info.path)
             copy_at(file.fd, info.begin + offset, nbytes, out_fd, out_offset)
