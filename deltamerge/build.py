@@ -15,12 +15,15 @@ from deltamerge.graph import Graph, Node
 from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo, added
 from deltamerge.io.encodings import uniform_density
+from deltamerge.lora import factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
+from deltamerge.parts import Part
 from deltamerge.prune.bits import mask_key
 from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import CalibratedQ, Recipe
-from deltamerge.stages import Part, Pruned, Source, Spec, has_norm, is_transposed, within
+from deltamerge.stages import Part as StagePart
+from deltamerge.stages import Pruned, Source, Spec, has_norm, is_transposed, mask_seeds, within
 from deltamerge.tensors import ITEMSIZE, VALUE_BITS
 
 SELECT = "deltamerge.prune.select"
@@ -50,9 +53,11 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A tensor to merge: its name in the output, the position of its layer from 0 to 1, its sources, its dtype."""
+    """A tensor to merge: its name in the output, the part it belongs to, the position of its layer from 0 to 1, its
+    sources, its dtype."""
 
     name: str
+    part: Part
     position: float
     base: TensorInfo | None
     tunes: Sequence[tuple[Input, TensorInfo]]
@@ -89,6 +94,7 @@ class Builder:
         self.cuts: dict[int, Node] = {}
         self.whole_merge = recipe.calibration is not None and recipe.calibration.per == "merge"
         self.together: Node | None = None  # the stage of a merge that is calibrated as a whole
+        self.roots: dict[str, tuple[str, int]] = {}
 
     def prepare(self, merges: Sequence[Merge]) -> None:
         """Make the stages of the models whose q is calibrated or whose masks need activations; share out a budget."""
@@ -110,6 +116,13 @@ class Builder:
                     raise InputError("prune.protect: does not go with group: model yet", hint="group: tensor")
                 self.cuts[index] = self._cut(pruned)
             if not pruned or not (measured or calibrated):
+                continue
+            products = factor_pairs(self.recipe, pruned)
+            if products and isinstance(prune.q, CalibratedQ):
+                source = self._source(products[0].tune, [(p.weight, p.update.base) for p in products], prune)
+                spec = factor_spec(self.graph, products, source, prune, prune.q, self._masked, self.read)
+                self.stages[index] = self.graph.node(f"{STAGE}:calibrate", kind="small", spec=spec)
+                self.roots |= factor_roots(products)
                 continue
             source = self._source(pruned[0][1], [(tensor, m.base) for m, _, tensor, _ in pruned if m.base], prune)
             if measured:
@@ -138,7 +151,7 @@ class Builder:
             assert tune.index is not None
             source = self._source(tune, pairs, self.prunes[tune.index], share=len(tunes))
             pruned = tuple(Pruned(m.name, m.tunes[i][1].name, 1.0, 1.0, deltas[m.name]) for m in merges)
-            parts.append(Part(source, pruned))
+            parts.append(StagePart(source, pruned))
         low, high = 1.0, 1.0  # of the factor of λ
         for m in merges:
             for tune, _ in m.tunes:
@@ -205,6 +218,7 @@ class Builder:
             prune.q.objective == "validation" or calibration.metric is not None
         )
         checkpoint = tune.checkpoint
+        refuse_changed_config(tune)
         source = Source(
             tune.name,
             checkpoint.path,
@@ -226,9 +240,8 @@ class Builder:
         tensors: Sequence[tuple[Merge, Input, TensorInfo, float | None]],
         shared: tuple[Node, ...],
     ) -> Spec:
-        """Further mask seeds, which only random masks have, are those of the recipe with its seed + 1, + 2 …"""
         random = PRUNE[prune.method].random
-        seeds = source.calibration.seeds if random and q.objective == "output_change" and q.search != "gradient" else 1
+        seeds = mask_seeds(source, prune.method, q)
         pruned = []
         for m, tune, tensor, density in tensors:
             assert m.base is not None
@@ -361,7 +374,8 @@ class Builder:
         if density == 1:
             return self._whole(base, tensor), ""
         node = self._masked(merge, base, tune, tensor, self.recipe.seed)
-        value = self.graph.node(f"{STAGES}:pick", [self.stages[tune.index]], kind="small", name=merge.name)
+        name, root = self.roots.get(merge.name, (merge.name, 1))
+        value = self.graph.node(f"{STAGES}:pick", [self.stages[tune.index]], kind="small", name=name, root=root)
         divide = "divide_rows" if q.scope_or_default == "row" else "divide"
         text = f" {self.prunes[tune.index].method} density={density:g} q={q.objective}"
         node = self._node(f"{RESCALE}:{divide}", [node, value], base.shape)
@@ -482,10 +496,10 @@ class Builder:
         return self._node(f"{RESCALE}:divide", [kept, ratio], whole.shape)
 
     def _value(self, key: str, merge: Merge, tune: Input | None) -> Any:
-        levels = [self.recipe.parameters]
+        levels = list(merge.part.levels)
         if tune is not None and tune.index is not None:
             levels.insert(0, self.recipe.models[tune.index].parameters)
-        default = self.recipe.method.parameters[key].default_for(len(self.recipe.fine_tunes))
+        default = self.recipe.method.parameters[key].default_for(len(merge.tunes))
         value = lookup(key, merge.name, merge.position, *levels, default=default)
         if value is None:
             model = () if tune is None or tune.index is None else ("models", tune.index)

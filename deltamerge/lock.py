@@ -83,7 +83,12 @@ def input_files(model: Checkpoint) -> list[Path]:
 def describe_input(model: Checkpoint, workers: int) -> dict[str, Any]:
     """An input's commit (if from the hub) and its files."""
     entry: dict[str, Any] = {"files": describe_files(input_files(model), workers, hash_input)}
-    return entry if model.revision is None else entry | {"commit": model.revision}
+    commits = [source.revision or "" for source in model.sources]
+    if all(commits):
+        entry["commit"] = "+".join(commits)
+    elif any(commits):
+        entry["commits"] = commits
+    return entry
 
 
 def describe_inputs(plan: Plan, workers: int) -> dict[str, Any]:

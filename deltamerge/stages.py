@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
 from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.methods import PRUNE
 from deltamerge.names import numbered_blocks
-from deltamerge.recipe import Calibration
+from deltamerge.recipe import CalibratedQ, Calibration
 
 EVALUATIONS = 20
 STEPS = 40
@@ -146,6 +147,12 @@ class Spec:
         }
 
 
+def mask_seeds(source: Source, method: str, q: CalibratedQ) -> int:
+    """Masks that a search averages over: further seeds, which only random masks have, are the recipe's + 1, + 2 …"""
+    averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
+    return source.calibration.seeds if averaged else 1
+
+
 def grid_step(low: float) -> float:
     """Of the authors' coarse grid, which starts at `low`."""
     return min(low, 0.05)
@@ -194,9 +201,10 @@ class Calibrated:
         return {name: value for name, value in self.q.items() if not isinstance(value, float)}
 
 
-def pick(calibrated: Calibrated, *, name: str) -> QValue:
-    """The q of one tensor, 1 where the stage gave it none."""
-    return calibrated.q.get(name, 1.0)
+def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
+    """The q of one tensor, 1 where the stage gave it none; or that of each of `root` factors whose product has it."""
+    value = calibrated.q.get(name, 1.0)
+    return value if root == 1 else math.pow(float(value), 1 / root)
 
 
 def norm(statistics: Mapping[str, Any], *, name: str, count: int, transposed: bool) -> NDArray[np.float32]:

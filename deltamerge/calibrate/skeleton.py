@@ -51,7 +51,7 @@ def checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
     parameters = [name for name, _ in model.named_parameters()]
     buffers = [name for name, _ in model.named_buffers() if name in model.state_dict()]
     found = resolve_prefix([*parameters, *buffers], renamed, prefix)
-    tied = _aliases(model)
+    tied = aliases(model)
     for name in parameters:
         alias = next((a for a in tied.get(name, ()) if resolve_prefix([a], renamed, prefix)[a] is not None), None)
         if found[name] is None and alias is not None:
@@ -66,7 +66,7 @@ def checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
     return {name: renamed[key] for name, key in found.items() if key is not None}
 
 
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
+def aliases(model: nn.Module) -> dict[str, list[str]]:
     """First name of every parameter -> its other names (tied weights)."""
     first: dict[nn.Parameter, str] = {}
     others: dict[str, list[str]] = {}
@@ -80,8 +80,8 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 
 def _untie(model: nn.Module, stored: Callable[[str], bool]) -> None:
     """A tied weight that the checkpoint stores under its own name too is a weight of its own."""
-    for name, aliases in _aliases(model).items():
-        for alias in aliases:
+    for name, others in aliases(model).items():
+        for alias in others:
             if stored(name) and stored(alias):
                 path, _, leaf = alias.rpartition(".")
                 parent = model.get_submodule(path)

@@ -227,7 +227,7 @@ class Subject:
         if node is None:
             return None
         root = Graph().node("deltamerge.ops:dense", [node], shape=node.shape)
-        sink = _Memory(math.prod(node.shape))
+        sink = Memory(math.prod(node.shape))
         task = Task(name, root, backends.choose(root, self.source.device))
         execute([task], self.reader, sink, device=self.source.device, workers=default_workers(), known=self.known)
         flat = torch.from_numpy(sink.values).to(self.device)
@@ -243,7 +243,7 @@ def _rows(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())))
 
 
-class _Memory:
+class Memory:
     """A sink for one float32 tensor."""
 
     def __init__(self, size: int) -> None:

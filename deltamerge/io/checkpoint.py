@@ -44,6 +44,30 @@ class Checkpoint:
     hub_id: str | None = None
     delta: DeltaFile | None = field(default=None, compare=False, repr=False)
     base: Checkpoint | None = field(default=None, compare=False, repr=False)
+    adapter: Adapter | None = None
+
+    @property
+    def base_reference(self) -> str:
+        """`reference` without the adapter."""
+        return self.reference if self.adapter is None else self.reference.removesuffix(f"+{self.adapter.reference}")
+
+    @property
+    def sources(self) -> tuple[Checkpoint | Adapter, ...]:
+        """The model's folder and its adapter's."""
+        return (self,) if self.adapter is None else (self, self.adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A PEFT adapter, as its config and header say."""
+
+    reference: str
+    path: Path
+    tensors: dict[str, TensorInfo]
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    revision: str | None = None
+    hub_id: str | None = None
 
 
 def open_checkpoint(
@@ -110,11 +134,8 @@ def weight_source(names: Collection[str]) -> str:
 
 
 def adapter_error() -> InputError:
-    """For references to an adapter, alone or as `base+adapter`."""
-    return InputError(
-        "LoRA adapters (`base+adapter`) are not supported yet",
-        hint="merge the adapter into its base first: peft's merge_and_unload(), then save_pretrained()",
-    )
+    """For a reference to an adapter alone."""
+    return InputError("is an adapter, not a model", hint="name its base before it: base+adapter")
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -178,7 +199,7 @@ class Made(Protocol):
 class MadeInfo(TensorInfo):
     """A tensor whose bytes are made when they are read; `begin` counts from its own first byte, `path` says of what."""
 
-    made: Made
+    made: Made = field(kw_only=True)
 
 
 def added(info: TensorInfo) -> TensorInfo | None:
@@ -215,20 +236,24 @@ class Reader:
             with errors.context(f"{info.path}: {info.name}"):
                 info.made.read(self, info.begin // ITEMSIZE[info.dtype] + start_elem, view)
             return
+        if info.computed is not None:
+            info.computed.fill(self, info, start_elem, view)
+            return
         with errors.context(str(info.path)):
             file = self._files.get(info.path)
             read_at(file.fd, info.begin + offset, view)
 
     def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
-        if hasattr(os, "posix_fadvise") and nbytes and not isinstance(info, MadeInfo):
+        stored = not isinstance(info, MadeInfo) and info.computed is None
+        if hasattr(os, "posix_fadvise") and nbytes and stored:
             file = self._files.get(info.path)
             os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def copy_range(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
         """Copy the tensor's bytes [offset, offset + nbytes) to `out_offset` of the open file `out_fd`."""
         _check_range(info, offset, nbytes)
-        if isinstance(info, MadeInfo):
+        if isinstance(info, MadeInfo) or info.computed is not None:
             self._copy_made(info, offset, nbytes, out_fd, out_offset)
             return
         try:
@@ -238,7 +263,7 @@ class Reader:
             error.where.insert(0, str(info.path))
             raise
 
-    def _copy_made(self, info: MadeInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
+    def _copy_made(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
         size = ITEMSIZE[info.dtype]
         for start in range(offset, offset + nbytes, COPY_PIECE):
             piece = memoryview(bytearray(min(COPY_PIECE, offset + nbytes - start)))
