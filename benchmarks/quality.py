@@ -310,7 +310,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
             style = ("-", "--", ":")[i // 10]
             axes.errorbar(list(shares), list(shares.values()), list(errors.values()), label=name, linestyle=style)
         if len(densities) == 1:
-            axes.invert_yaxis()
+            axes.set_ylim(len(names) - 0.5, -0.5)
             axes.set_xlim(0, 105)
             axes.set_xlabel("% of the fine-tune's score")
         else:
