@@ -11,6 +11,7 @@ from typing import Any
 from deltamerge import __version__, source
 from deltamerge import lock as locks
 from deltamerge.assets import asset_files, config
+from deltamerge.documents import references
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, join, open_checkpoint
 from deltamerge.io.safetensors_file import PREFIX, parse_header
@@ -45,7 +46,7 @@ def documents(path: Path, text: str | None = None) -> tuple[Document, ...]:
         return (Document(recipes[0], path.read_text(encoding="utf-8")),)
     output = next((recipe for recipe in recipes if recipe.name is None), recipes[-1])
     by_name = {recipe.name: recipe for recipe in recipes}
-    needs = {name: [n for n in by_name if n in recipe.references and n != name] for name, recipe in by_name.items()}
+    needs = {name: [n for n in by_name if n in references(recipe) and n != name] for name, recipe in by_name.items()}
     try:
         order = list(graphlib.TopologicalSorter(needs).static_order())
     except graphlib.CycleError as error:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
 from deltamerge.errors import Problem
@@ -26,7 +25,6 @@ from deltamerge.source import Loc, place
 if TYPE_CHECKING:
     from deltamerge.recipe import Prune, Recipe
 
-FOLDER_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 _PRUNE_PARAMS = {name: param for method in PRUNE.values() for name, param in method.parameters.items()}
 
 
@@ -37,30 +35,6 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         _whole_merge, _output, _adapter, _budget,
     )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
-
-
-def documents(recipes: Sequence[Recipe]) -> Iterator[Problem]:
-    """What documents of one file must be for each other: named, each once, all but the one that is the output."""
-    if len(recipes) == 1:
-        return
-    named: set[str] = set()
-    unnamed = 0
-    for recipe in recipes:
-        if recipe.name is None:
-            unnamed += 1
-            if unnamed > 1:
-                hint = "name: first; later documents may use that as a model"
-                yield recipe.problem((), "a second document without a name", hint)
-            continue
-        if recipe.name in named:
-            yield recipe.problem(("name",), f"another document is named {show(recipe.name)}")
-        if not FOLDER_NAME.fullmatch(recipe.name):
-            yield recipe.problem(("name",), "must be letters, digits, - _ and .", "it is a folder's name too")
-        named.add(recipe.name)
-    for recipe in recipes:
-        result = recipe.output.kind
-        if result != "model" and any(recipe.name in other.references for other in recipes):
-            yield recipe.problem(("output", "kind"), f"other documents use it as a model, and {result} is none")
 
 
 def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:

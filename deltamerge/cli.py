@@ -151,6 +151,8 @@ def run(
 ) -> None:
     """Run RECIPE: merge its models into a checkpoint that transformers loads.
 
+    Of several documents those with a name are made first, beside the output, where they would differ.
+
     \b
     deltamerge run recipe.yaml --memory 2GB
     deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree

@@ -21,7 +21,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
-from deltamerge import checks, faults, source
+from deltamerge import checks, documents, faults, source
 from deltamerge.checks import unsupported as unsupported
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.fields import Bounds, Columns, Dtype, LayerRange, Natural, Pattern, Positive, Size, Text
@@ -322,15 +322,6 @@ class Recipe(Keys):
         return tuple(part for part in self._parts for _ in part.members)
 
     @cached_property
-    def references(self) -> frozenset[str]:
-        """Every model that the recipe may open, as written; other documents are among them by name."""
-        tokens = self.tokenizer.tokens.values() if self.tokenizer is not None else ()
-        sources = (t.source.model if isinstance(t.source, ModelToken) else t.source for t in tokens)
-        bases = (self.base_model, *(part.base for part in self._parts))
-        models = (model.model for model in self.models)
-        return frozenset(x for x in (*bases, *models, self.tokenizer_of, *sources) if isinstance(x, str))
-
-    @cached_property
     def names(self) -> tuple[str, ...]:
         """The name of every model."""
         return tuple(map(model_name, self.models))
@@ -406,7 +397,7 @@ def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
         problems += islice(checks.problems(recipe), MAX_PROBLEMS)
         problems += [recipe.problem(loc, f"not supported yet: {message}") for loc, message in unsupported(recipe)]
         recipes.append(recipe)
-    problems += checks.documents(recipes)
+    problems += documents.problems(recipes)
     if problems:
         ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
         raise RecipeError(reads[0].path, ordered[:MAX_PROBLEMS])

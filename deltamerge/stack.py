@@ -149,8 +149,13 @@ def like_template(target: Target, stacks: Sequence[Stack], template: Input) -> T
     if stack is None:
         return template.get(target.name)
     rest = target.name.removeprefix(stack.prefix + ".").partition(".")[2]
-    kin = [t for n in range(stack.old) if (t := template.get(f"{stack.prefix}.{n}.{rest}")) is not None]
-    return next((t for t in kin if t.shape == target.tensor.shape), kin[0] if kin else None)
+    first = None
+    for number in range(stack.old):
+        tensor = template.get(f"{stack.prefix}.{number}.{rest}")
+        if tensor is not None and tensor.shape == target.tensor.shape:
+            return tensor
+        first = first or tensor
+    return first
 
 
 def _plain(name: str, template: Input, group: Group | None, position: float) -> Target:

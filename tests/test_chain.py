@@ -12,7 +12,7 @@ from conftest import load_tensors, tiny_llama
 
 from deltamerge import cli
 from deltamerge.chain import documents
-from deltamerge.errors import DeltamergeError, OutputError, RecipeError
+from deltamerge.errors import DeltamergeError, OutputError, RecipeError, VerifyError
 from deltamerge.lock import verify
 from deltamerge.run import calibrate, make_plans, run
 
@@ -100,6 +100,17 @@ def test_files_that_are_copied_count_too(folder):
             file.write("\n")
         assert made(folder) == {"first": True, "second": True}
         assert made(folder) == {"first": False, "second": False}
+
+
+def test_a_locked_chain_wants_the_same_intermediate_results(folder):
+    out = run(folder / "r.yaml").folder
+    (folder / "r.lock").write_bytes((out / "recipe.lock").read_bytes())
+    before = (out / "model.safetensors").read_bytes()
+    run(folder / "r.yaml", folder / "elsewhere", locked=True)  # makes them again, to the same bytes
+    assert (folder / "elsewhere" / "model.safetensors").read_bytes() == before
+    tiny_llama(folder / "b", seed=9, dtype=torch.float32, tokenizer=True)
+    with pytest.raises(VerifyError, match=r"first: model\.safetensors differs"):
+        run(folder / "r.yaml", folder / "third", locked=True)
 
 
 def test_a_document_may_say_where_its_result_lies(folder):
