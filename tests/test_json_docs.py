@@ -33,16 +33,19 @@ def tables() -> str:
         parent = model.__mro__[1]
         inherited = parent.model_fields if issubclass(parent, BaseModel) else {}
         rows = [
-            f"| {name} | {_type(field.annotation)} | {field.description or ''} |"
+            f"| {name} | {_type(field.annotation)} | {_cell(field.description)} |"
             for name, field in model.model_fields.items()
             if name not in inherited
         ]
         besides = f"What {parent.__name__} has, and:\n\n" if inherited else ""
         first = str(model.__doc__).splitlines()[0]
-        parts.append(
-            f"### {model.__name__}\n\n{first}\n\n{besides}| key | type | meaning |\n|---|---|---|\n" + "\n".join(rows)
-        )
+        head = f"### {model.__name__}\n\n{first}\n\n{besides}| key | type | meaning |\n|---|---|---|\n"
+        parts.append(head + "\n".join(rows))
     return "\n\n".join(parts) + "\n"
+
+
+def _cell(text: str | None) -> str:
+    return (text or "").replace("|", "\\|")
 
 
 def _type(annotation: object) -> str:
