@@ -9,16 +9,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltamerge import errors
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.graph import Graph, Node
+from deltamerge.graph import resolve as call
 from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
 from deltamerge.parts import Part
 from deltamerge.prune.bits import Key, mask_key
+from deltamerge.prune.della import check as check_della
 from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import CalibratedQ, Recipe
+from deltamerge.registry import MergeMethod
 from deltamerge.stages import Pruned, Source, Spec, has_norm
 
 SELECT = "deltamerge.prune.select"
@@ -149,33 +153,41 @@ class Builder:
         """The merged tensor."""
         base, tunes, dtype = merge.base, merge.tunes, merge.dtype
         method = self.recipe.method
-        combine = method.function.rpartition(":")[2]
-        if combine == "passthrough":
-            tune, tensor = tunes[0]
-            scale = float(self._value("scale", merge, tune))
-            if scale == 1:
-                return Built(self.copy(tensor, dtype), "copy", (tune.name,))
-            node = self._node(method.function, [self.read(tensor)], tensor.shape, scale=scale)
-            return Built(self._cast(node, dtype), "passthrough", (f"{tune.name} scale={scale:g}",))
-        weights = tuple(float(self._value("weight", merge, tune)) for tune, _ in tunes)
-        normalize = bool(self._value("normalize", merge, None))
-        if combine == "linear":
-            nodes = [self.read(tensor) for _, tensor in tunes]
-            node = self._node(method.function, nodes, nodes[0].shape, weights=weights, normalize=normalize)
-            details = tuple(f"{tune.name} weight={w:g}" for (tune, _), w in zip(tunes, weights, strict=True))
-            return Built(self._cast(node, dtype), "linear", details)
-        assert base is not None
-        lambda_ = float(self._value("lambda", merge, None))
-        pruned = [self._delta(merge, base, tune, tensor) for tune, tensor in tunes]
-        details = tuple(
-            f"{tune.name} weight={w:g}{text}" for (tune, _), w, (_, text) in zip(tunes, weights, pruned, strict=True)
-        )
-        whole = len(tunes) == 1 and lambda_ == 1 and (normalize or weights[0] == 1)
-        if whole and not pruned[0][1]:
+        deltas = base is not None and method.deltas
+        values, texts = self._parameters(merge)
+        if base is not None and deltas:
+            pruned = [self._delta(merge, base, tune, tensor) for tune, tensor in tunes]
+        else:
+            pruned = [(self.read(tensor), "") for _, tensor in tunes]
+        if _takes_whole(method, values, [text for _, text in pruned]):
             return Built(self.copy(tunes[0][1], dtype), "copy", (tunes[0][0].name,))
-        inputs = [self.read(base), *(node for node, _ in pruned)]
-        node = self._node(method.function, inputs, base.shape, weights=weights, normalize=normalize, lambda_=lambda_)
+        inputs = [node for node, _ in pruned] if base is None else [self.read(base), *(node for node, _ in pruned)]
+        shape = tunes[0][1].shape
+        if method.nodes is None:
+            node = self._node(method.function, inputs, shape, **values)
+        else:
+            with errors.context(f"tensor {merge.name}"):
+                node = call(method.nodes)(self.graph.node, method.function, inputs, shape, based=deltas, **values)
+        details = tuple(
+            f"{tune.name}{own}{text}" for (tune, _), own, (_, text) in zip(tunes, texts, pruned, strict=True)
+        )
         return Built(self._cast(node, dtype), method.name, details)
+
+    def _parameters(self, merge: Merge) -> tuple[dict[str, Any], list[str]]:
+        """What the method's function is given for a tensor, and for people what of it is a model's own, by model."""
+        values: dict[str, Any] = {}
+        texts = [""] * len(merge.tunes)
+        for name, param in self.recipe.method.parameters.items():
+            if param.prunes:
+                continue
+            kind = {"number": float, "integer": int, "bool": bool}[param.kind]
+            if param.per_model:
+                own = tuple(kind(self._value(name, merge, tune)) for tune, _ in merge.tunes)
+                texts = [f"{text} {name}={value:g}" for text, value in zip(texts, own, strict=True)]
+                values[f"{name}s"] = own
+            else:
+                values["lambda_" if name == "lambda" else name] = kind(self._value(name, merge, None))
+        return values, texts
 
     def _delta(self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo) -> tuple[Node, str]:
         """The pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
@@ -194,6 +206,8 @@ class Builder:
         if density == 1 and (q == 1 or prune.rescale):
             return whole, ""
         node = self._masked(merge, base, tune, tensor, self.recipe.seed)
+        if prune.rescale and prune.method == "della":
+            node = self._node(node.function, node.inputs, base.shape, **dict(node.parameters), weighted=False)
         if prune.rescale:
             columns, _ = self._protected(merge, tune, tensor)
             node = self._matched(self._cleared(whole, columns), node, prune.rescale)
@@ -283,6 +297,8 @@ class Builder:
         whole, pair = self._cleared(self._whole(base, tensor), columns), [self.read(tensor), self.read(base)]
         if prune.method == "dare" and prune.sampling == "uniform":
             return self._cleared(self._node(f"{MASKS}:dare", pair, shape, key=key, density=density), columns)
+        if prune.method in ("breadcrumbs", "magnitude_outliers"):
+            return self._between(whole, density, _number(prune.gamma, merge) or 0.0)
         if prune.method == "structured":
             a, b = (_number(value, merge) for value in (prune.a, prune.b))
             return self._cleared(self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b), columns)
@@ -301,7 +317,21 @@ class Builder:
             return self._node(f"{SELECT}:keep_largest_rows_scored", [whole, norms], shape, density=density)
         if prune.method == "magnitude" and prune.group == "row" and len(shape) > 1:
             return self._node(f"{SELECT}:keep_largest_rows", [whole], shape, density=density)
+        if prune.method not in ("magnitude", "wanda"):
+            return self._by_function(prune, merge, whole, key, density)
         return self._largest(whole, round(density * math.prod(shape)))
+
+    def _by_function(self, prune: Pruning, merge: Merge, whole: Node, key: Key, density: float) -> Node:
+        """The mask of a method that is one function of a tile, with the parameters that it declares."""
+        method = PRUNE[prune.method]
+        assert method.function is not None
+        given: dict[str, Any] = {"density": density} | ({"key": key} if method.random else {})
+        for name in method.parameters.keys() - {"density", "q"}:
+            given[name] = _number(getattr(prune, name), merge)
+        if prune.method == "della":
+            with errors.context(f"tensor {merge.name}"):
+                check_della(density, given["epsilon"])
+        return self._node(method.function, [whole], whole.shape, **given)
 
     def _sampled(self, whole: Node, pair: Sequence[Node], key: Key, density: float) -> Node:
         """Importance sampling: two passes find c, a third draws."""
@@ -337,18 +367,29 @@ class Builder:
         """Δ with only its k largest magnitudes: two or three passes over the tensor, then the mask."""
         if k >= math.prod(delta.shape):
             return delta
+        return self._node(f"{SELECT}:keep_largest", [delta, *self._cut(delta, k)], delta.shape)
+
+    def _between(self, delta: Node, density: float, gamma: float) -> Node:
+        """The int(density · n) magnitudes of Δ that follow its int(γ · n) largest; γ yields where both exceed n."""
+        size = math.prod(delta.shape)
+        kept = int(density * size)
+        top = min(int(gamma * size), size - kept)
+        if not top:
+            return self._largest(delta, kept)
+        cuts = [*self._cut(delta, top + kept), *self._cut(delta, top)]
+        return self._node(f"{SELECT}:keep_between", [delta, *cuts], delta.shape)
+
+    def _cut(self, delta: Node, k: int) -> tuple[Node, Node]:
+        """Where the k largest magnitudes end: the cut, and the ranks of those equal to it."""
         make = self.graph.node
         if k == 0:
-            cut = make(f"{SELECT}:nothing", kind="small")
-            ranks = make(f"{SELECT}:no_ranks", kind="small")
-            return self._node(f"{SELECT}:keep_largest", [delta, cut, ranks], delta.shape)
+            return make(f"{SELECT}:nothing", kind="small"), make(f"{SELECT}:no_ranks", kind="small")
         high = make(f"{SELECT}:high_histogram", [delta], kind="sum", shape=delta.shape)
         found = make(f"{SELECT}:pick_bin", [high], kind="small", k=k)
         low = make(f"{SELECT}:low_histogram", [delta, found], kind="sum", shape=delta.shape)
         cut = make(f"{SELECT}:pick_cut", [low, found], kind="small")
         equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
-        ranks = make(f"{SELECT}:pick_ranks", [equal], kind="small")
-        return self._node(f"{SELECT}:keep_largest", [delta, cut, ranks], delta.shape)
+        return cut, make(f"{SELECT}:pick_ranks", [equal], kind="small")
 
     def _value(self, key: str, merge: Merge, tune: Input | None) -> Any:
         levels = list(merge.part.levels)
@@ -383,6 +424,19 @@ class _Patterns:
         if self.include is not None and not any(p.search(name) for p in self.include):
             return False
         return not any(p.search(name) for p in self.exclude)
+
+
+def _takes_whole(method: MergeMethod, values: dict[str, Any], pruned: Sequence[str]) -> bool:
+    """Whether the merge is its only model, whole: nothing scales it, and nothing of its delta was pruned."""
+    if len(pruned) > 1 or any(pruned):
+        return False
+    combine = method.function.rpartition(":")[2]
+    if combine in ("multislerp", "karcher"):
+        return True
+    if combine == "passthrough":
+        return bool(values["scales"] == (1.0,))
+    weighted = combine in ("task_arithmetic", "ties") and values["lambda_"] == 1
+    return weighted and (values["normalize"] or values["weights"] == (1.0,))
 
 
 def _number(value: Any, merge: Merge) -> float | None:
