@@ -159,9 +159,9 @@ class Builder:
             pruned = [self._delta(merge, base, tune, tensor) for tune, tensor in tunes]
         else:
             pruned = [(self.read(tensor), "") for _, tensor in tunes]
-        if _takes_whole(method, values, [text for _, text in pruned]):
-            return Built(self.copy(tunes[0][1], dtype), "copy", (tunes[0][0].name,))
         inputs = [node for node, _ in pruned] if base is None else [self.read(base), *(node for node, _ in pruned)]
+        if len(inputs) - deltas == 1 and not pruned[0][1] and _takes_whole(method, values):
+            return Built(self.copy(tunes[0][1], dtype), "copy", (tunes[0][0].name,))
         shape = tunes[0][1].shape
         if method.nodes is None:
             node = self._node(method.function, inputs, shape, **values)
@@ -426,10 +426,8 @@ class _Patterns:
         return not any(p.search(name) for p in self.exclude)
 
 
-def _takes_whole(method: MergeMethod, values: dict[str, Any], pruned: Sequence[str]) -> bool:
-    """Whether the merge is its only model, whole: nothing scales it, and nothing of its delta was pruned."""
-    if len(pruned) > 1 or any(pruned):
-        return False
+def _takes_whole(method: MergeMethod, values: dict[str, Any]) -> bool:
+    """Whether a single model that was not pruned comes out as it is."""
     combine = method.function.rpartition(":")[2]
     if combine in ("multislerp", "karcher"):
         return True

@@ -116,12 +116,13 @@ _MERGE = (
     MergeMethod(
         "karcher",
         f"{_SPAN}:karcher",
-        "Riemannian mean of the directions × mean norm; the base is an input like any other",
+        "Riemannian mean of the directions × mean norm; a base, listed or not, is one of the models",
         "arXiv 2603.04972",
         {
             "max_iter": Param("iterations at most", 10, "integer", low=0, scalar=True),
             "tol": Param("angles below this are none", 1e-5, low=0),
         },
+        takes_base=True,
         nodes=_SPAN_NODES,
     ),
     MergeMethod(
