@@ -172,7 +172,7 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
     name, method = recipe.method_name, _known_method(recipe)
     if name is None:
         if not _given(recipe, "merge_method") and recipe.models:
-            hint = "`deltamerge methods` lists them; only a single fine-tune has a default"
+            hint = "slerp, ties, dare_linear, … (the recipe schema lists them); only a single fine-tune has a default"
             yield recipe.problem((), "needs merge_method", hint)
         return
     if method is None:

@@ -1,8 +1,8 @@
 """Every pruning and merge method: one entry each, its parameters beside its function's name. No torch here.
 
 A new method is a pure tensor function in `merge/` or `prune/` and one entry in MERGE or PRUNE; checks, the schema,
-`deltamerge methods` and the planner read these tables. Other packages add theirs by an entry point
-(docs/add-a-method.md).
+`deltamerge methods` and the planner read these tables. Other packages add theirs by an entry point of
+the group `deltamerge.methods`.
 """
 
 from __future__ import annotations
