@@ -1,7 +1,7 @@
 """Every pruning and merge method: one entry each, its parameters beside its function's name. No torch here.
 
-A new method is a pure tensor function in `merge/` or `prune/` and one entry in MERGE or PRUNE; checks, the schema,
-`deltamerge methods` and the planner read these tables. Other packages add theirs by an entry point of
+A new method is a pure tensor function in `merge/` or `prune/` and one entry in MERGE or PRUNE; checks, the schema
+and the planner read these tables. Other packages add theirs by an entry point of
 the group `deltamerge.methods`.
 """
 

@@ -13,6 +13,7 @@ from conftest import load_tensors, make_checkpoint
 from deltamerge import backends
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.prune import bits
+from deltamerge.registry import third_party
 from deltamerge.run import run
 
 SHAPES = {
@@ -237,3 +238,18 @@ def test_opposite_directions_have_no_mean(models, tmp_path):
     make_checkpoint(models / "y", {"w": -3 * torch.ones(4)})
     merged = merge(models, tmp_path, text("multislerp", ("x", "y"), "weight: 1", base=None))
     assert merged["w"].tolist() == [-1.0] * 4
+
+
+def test_another_package_registers_a_method_by_an_entry_point(tmp_path, monkeypatch):
+    (tmp_path / "halves.py").write_text(
+        "from deltamerge.registry import MergeMethod\nhalf = MergeMethod('half', 'halves:half', 'x / 2')\n"
+    )
+    info = tmp_path / "halves-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: halves\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[deltamerge.methods]\nhalf = halves:half\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert [method.name for method in third_party()] == ["half"]
+    (info / "entry_points.txt").write_text("[deltamerge.methods]\nhalf = halves:missing\n")
+    with pytest.raises(DeltamergeError, match="entry point halves:missing of halves"):
+        list(third_party())

@@ -422,7 +422,8 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:2:15: merge_method: unknown merge method 'task_aritmetic'\nhint: did you mean 'task_arithmetic'?"
     ],
     TWO.replace("merge_method: task_arithmetic", "parameters: {wieght: 2}"): [
-        "r.yaml:1:1: needs merge_method\nhint: slerp, ties, dare_linear, … (the recipe schema lists them); only a single fine-tune has a default",
+        "r.yaml:1:1: needs merge_method\n"
+        "hint: slerp, ties, dare_linear, … (the recipe schema lists them); only a single fine-tune has a default",
         "r.yaml:2:14: parameters.wieght: unknown parameter\nhint: did you mean 'weight'?",
     ],
     TWO.replace("base_model: b", "seed: 1"): [
