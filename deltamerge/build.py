@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge import nodes
+from deltamerge import errors, nodes
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.graph import Graph, Node
+from deltamerge.graph import resolve as call
 from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo, added
 from deltamerge.io.encodings import uniform_density
@@ -19,9 +20,11 @@ from deltamerge.lora import factor_pairs, factor_roots, factor_spec, refuse_chan
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
 from deltamerge.parts import Part
-from deltamerge.prune.bits import mask_key
+from deltamerge.prune.bits import Key, mask_key
+from deltamerge.prune.della import check as check_della
 from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import CalibratedQ, Recipe
+from deltamerge.registry import MergeMethod
 from deltamerge.stages import Part as StagePart
 from deltamerge.stages import Pruned, Source, Spec, has_norm, is_transposed, mask_seeds, within
 from deltamerge.tensors import ITEMSIZE, VALUE_BITS
@@ -177,10 +180,8 @@ class Builder:
         """What the merge adds to the base, in float32."""
         assert m.base is not None
         inputs = [self.read(m.base), *(self._delta(m, m.base, tune, tensor, seed)[0] for tune, tensor in m.tunes)]
-        weights = tuple(float(self._value("weight", m, tune)) for tune, _ in m.tunes)
-        normalize, lambda_ = bool(self._value("normalize", m, None)), float(self._value("lambda", m, None))
-        function, shape = self.recipe.method.function, m.base.shape
-        merged = self._node(function, inputs, shape, weights=weights, normalize=normalize, lambda_=lambda_)
+        shape = m.base.shape
+        merged = self._combined(m, inputs, self._parameters(m)[0])
         pair = [self._cast(merged, "F32"), self.read(m.base)]
         return self._node("deltamerge.ops:subtract", pair, shape, dtypes=("F32", m.base.dtype))
 
@@ -270,50 +271,44 @@ class Builder:
         """The merged tensor."""
         base, tunes, dtype = merge.base, merge.tunes, merge.dtype
         method = self.recipe.method
-        combine = method.function.rpartition(":")[2]
-        if combine == "passthrough":
-            tune, tensor = tunes[0]
-            scale = float(self._value("scale", merge, tune))
-            if scale == 1:
-                return Built(self.copy(tensor, dtype), "copy", (tune.name,))
-            node = self._node(method.function, [self.read(tensor)], tensor.shape, scale=scale)
-            return Built(self._cast(node, dtype), "passthrough", (f"{tune.name} scale={scale:g}",))
-        weights = tuple(float(self._value("weight", merge, tune)) for tune, _ in tunes)
-        normalize = bool(self._value("normalize", merge, None))
-        if combine == "linear":
-            nodes = [self.read(tensor) for _, tensor in tunes]
-            node = self._node(method.function, nodes, nodes[0].shape, weights=weights, normalize=normalize)
-            details = tuple(f"{tune.name} weight={w:g}" for (tune, _), w in zip(tunes, weights, strict=True))
-            return Built(self._cast(node, dtype), "linear", details)
-        assert base is not None
-        lambda_ = float(self._value("lambda", merge, None))
-        pruned = [self._delta(merge, base, tune, tensor, self.recipe.seed) for tune, tensor in tunes]
-        if self.together is not None:
+        deltas = base is not None and method.deltas
+        values, texts = self._parameters(merge)
+        if base is not None and deltas:
+            pruned = [self._delta(merge, base, tune, tensor, self.recipe.seed) for tune, tensor in tunes]
+        else:
+            pruned = [(self.read(tensor), "") for _, tensor in tunes]
+        if self.together is not None and base is not None:
             q = self.graph.node(f"{STAGES}:pick", [self.together], kind="small", name=merge.name)
             pruned = [
                 (self._node(f"{RESCALE}:divide", [node, q], base.shape), f"{text} lambda calibrated")
                 for node, text in pruned
             ]
+        inputs = [node for node, _ in pruned] if base is None else [self.read(base), *(node for node, _ in pruned)]
         details = tuple(
-            f"{tune.name} weight={w:g}{text}" for (tune, _), w, (_, text) in zip(tunes, weights, pruned, strict=True)
+            f"{tune.name}{own}{text}" for (tune, _), own, (_, text) in zip(tunes, texts, pruned, strict=True)
         )
         changed = 1 - math.prod(1 - self._kept(merge, tune) for tune, _ in tunes)
-        whole = len(tunes) == 1 and lambda_ == 1 and (normalize or weights[0] == 1)
-        deltas = [node for node, _ in pruned]
-        inputs = [self.read(base), *deltas]
-        parameters = {"weights": weights, "normalize": normalize, "lambda_": lambda_}
-        node = self._node(method.function, inputs, base.shape, **parameters)
         delta = None
-        if self.recipe.output.adds and not self._left_whole(merge):
+        if self.recipe.output.adds and base is not None and not self._left_whole(merge):
             if method.adds:
-                zeros = self._node("deltamerge.ops:zeros", deltas[:1], base.shape)
-                delta = self._cast(self._node(method.function, [zeros, *deltas], base.shape, **parameters), "F32")
+                zeros = self._node("deltamerge.ops:zeros", inputs[1:2], base.shape)
+                delta = self._cast(self._combined(merge, [zeros, *inputs[1:]], values), "F32")
             else:
-                pair = [self._cast(node, "F32"), inputs[0]]
+                pair = [self._cast(self._combined(merge, inputs, values), "F32"), inputs[0]]
                 delta = self._node("deltamerge.ops:subtract", pair, base.shape, dtypes=("F32", base.dtype))
-        if whole and not pruned[0][1]:
+        if len(inputs) - deltas == 1 and not pruned[0][1] and _takes_whole(method, values):
             return Built(self.copy(tunes[0][1], dtype), "copy", (tunes[0][0].name,), delta, changed)
-        return Built(self._cast(node, dtype), method.name, details, delta, changed)
+        return Built(self._cast(self._combined(merge, inputs, values), dtype), method.name, details, delta, changed)
+
+    def _combined(self, merge: Merge, inputs: Sequence[Node], values: dict[str, Any]) -> Node:
+        """The method's result in float32, of the base where it stands apart and of the models or their deltas."""
+        method, shape = self.recipe.method, merge.tunes[0][1].shape
+        if method.nodes is None:
+            return self._node(method.function, inputs, shape, **values)
+        with errors.context(f"tensor {merge.name}"):
+            based = merge.base is not None and method.deltas
+            node: Node = call(method.nodes)(self.graph.node, method.function, inputs, shape, based=based, **values)
+            return node
 
     def _left_whole(self, merge: Merge) -> bool:
         """Whether pruning leaves this tensor whole in every model, though it was asked for: it is stored exactly."""
@@ -329,6 +324,22 @@ class Builder:
         if density is None and "density" in (method := self.recipe.method).parameters and not method.implies_prune:
             density = float(self._value("density", merge, tune))
         return 1.0 if density is None else min(1.0, density)
+
+    def _parameters(self, merge: Merge) -> tuple[dict[str, Any], list[str]]:
+        """What the method's function is given for a tensor, and for people what of it is a model's own, by model."""
+        values: dict[str, Any] = {}
+        texts = [""] * len(merge.tunes)
+        for name, param in self.recipe.method.parameters.items():
+            if param.prunes:
+                continue
+            kind = {"number": float, "integer": int, "bool": bool}[param.kind]
+            if param.per_model:
+                own = tuple(kind(self._value(name, merge, tune)) for tune, _ in merge.tunes)
+                texts = [f"{text} {name}={value:g}" for text, value in zip(texts, own, strict=True)]
+                values[f"{name}s"] = own
+            else:
+                values["lambda_" if name == "lambda" else name] = kind(self._value(name, merge, None))
+        return values, texts
 
     def _delta(self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo, seed: int) -> tuple[Node, str]:
         """The pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
@@ -346,6 +357,8 @@ class Builder:
         if density == 1 and (q == 1 or prune.rescale):
             return whole, ""
         node = self._masked(merge, base, tune, tensor, seed)
+        if prune.rescale and prune.method == "della":
+            node = self._node(node.function, node.inputs, base.shape, **dict(node.parameters), weighted=False)
         if prune.rescale:
             columns, _ = self._protected(merge, tune, tensor)
             node = self._matched(self._cleared(whole, columns), node, prune.rescale)
@@ -458,6 +471,8 @@ class Builder:
         whole, pair = self._cleared(self._whole(base, tensor), columns), self._pair(base, tensor)
         if prune.method == "dare" and prune.sampling == "uniform":
             return self._cleared(self._node(f"{MASKS}:dare", pair, shape, key=key, density=density), columns)
+        if prune.method in ("breadcrumbs", "magnitude_outliers"):
+            return self._between(whole, density, _number(prune.gamma, merge) or 0.0)
         if prune.method == "structured":
             a, b = (_number(value, merge) for value in (prune.a, prune.b))
             return self._cleared(self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b), columns)
@@ -470,11 +485,25 @@ class Builder:
             return nodes.best_scored(self.graph, whole, self.activations[tune.index], tensor.name, transposed, density)
         if prune.method == "magnitude" and prune.group == "row" and len(shape) > 1:
             return self._node(f"{SELECT}:keep_largest_rows", [whole], shape, density=density)
+        if prune.method not in ("magnitude", "wanda"):
+            return self._by_function(prune, merge, whole, key, density)
         if prune.group == "model":
             of_model = self.cuts[tune.index]
             cut = self.graph.node(f"{THRESHOLD}:cut_of", [of_model], kind="small", name=merge.name)
             return nodes.above(self.graph, whole, cut)
         return nodes.largest(self.graph, whole, round(density * math.prod(shape)))
+
+    def _by_function(self, prune: Pruning, merge: Merge, whole: Node, key: Key, density: float) -> Node:
+        """The mask of a method that is one function of a tile, with the parameters that it declares."""
+        method = PRUNE[prune.method]
+        assert method.function is not None
+        given: dict[str, Any] = {"density": density} | ({"key": key} if method.random else {})
+        for name in method.parameters.keys() - {"density", "q"}:
+            given[name] = _number(getattr(prune, name), merge)
+        if prune.method == "della":
+            with errors.context(f"tensor {merge.name}"):
+                check_della(density, given["epsilon"])
+        return self._node(method.function, [whole], whole.shape, **given)
 
     def _trimmed(self, merge: Merge, tune: Input, whole: Node) -> tuple[Node, str]:
         """The int(density · n) largest entries, at least 1, where the merge method has a density of its own (ties)."""
@@ -494,6 +523,28 @@ class Builder:
         ]
         ratio = self.graph.node(f"{RESCALE}:ratio", norms, kind="small", norm=norm)
         return self._node(f"{RESCALE}:divide", [kept, ratio], whole.shape)
+
+    def _between(self, delta: Node, density: float, gamma: float) -> Node:
+        """The int(density · n) magnitudes of Δ that follow its int(γ · n) largest; γ yields where both exceed n."""
+        size = math.prod(delta.shape)
+        kept = int(density * size)
+        top = min(int(gamma * size), size - kept)
+        if not top:
+            return nodes.largest(self.graph, delta, kept)
+        cuts = [*self._ends(delta, top + kept), *self._ends(delta, top)]
+        return self._node(f"{SELECT}:keep_between", [delta, *cuts], delta.shape)
+
+    def _ends(self, delta: Node, k: int) -> tuple[Node, Node]:
+        """Where the k largest magnitudes end: the cut, and the ranks of those equal to it."""
+        make = self.graph.node
+        if k == 0:
+            return make(f"{SELECT}:nothing", kind="small"), make(f"{SELECT}:no_ranks", kind="small")
+        high = make(f"{SELECT}:high_histogram", [delta], kind="sum", shape=delta.shape)
+        found = make(f"{SELECT}:pick_bin", [high], kind="small", k=k)
+        low = make(f"{SELECT}:low_histogram", [delta, found], kind="sum", shape=delta.shape)
+        cut = make(f"{SELECT}:pick_cut", [low, found], kind="small")
+        equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
+        return cut, make(f"{SELECT}:pick_ranks", [equal], kind="small")
 
     def _value(self, key: str, merge: Merge, tune: Input | None) -> Any:
         levels = list(merge.part.levels)
@@ -528,6 +579,17 @@ class _Patterns:
         if self.include is not None and not any(p.search(name) for p in self.include):
             return False
         return not any(p.search(name) for p in self.exclude)
+
+
+def _takes_whole(method: MergeMethod, values: dict[str, Any]) -> bool:
+    """Whether a single model that was not pruned comes out as it is."""
+    combine = method.function.rpartition(":")[2]
+    if combine in ("multislerp", "karcher"):
+        return True
+    if combine == "passthrough":
+        return bool(values["scales"] == (1.0,))
+    weighted = combine in ("task_arithmetic", "ties") and values["lambda_"] == 1
+    return weighted and (values["normalize"] or values["weights"] == (1.0,))
 
 
 def _number(value: Any, merge: Merge) -> float | None:

@@ -9,17 +9,14 @@ from deltamerge.errors import Problem
 from deltamerge.faults import show, suggest
 from deltamerge.methods import (
     COMMON_KEYS,
-    LATER_MERGE,
-    LATER_PRUNE,
     MERGE,
     NO_EFFECT,
     PRUNE,
-    MergeMethod,
-    Param,
 )
 from deltamerge.parameters import Value, leaves
 from deltamerge.parts import written
 from deltamerge.pruning import effective_prune
+from deltamerge.registry import MergeMethod, Param
 from deltamerge.source import Loc, place
 
 if TYPE_CHECKING:
@@ -41,7 +38,6 @@ def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     """What this version cannot run yet, and where the recipe asks for it."""
     inputs = {None, "union", "base", recipe.base_model, *recipe.names, *(model.model for model in recipe.models)}
     asked: list[tuple[bool, Loc, str]] = [
-        (recipe.merge_method in LATER_MERGE, ("merge_method",), f"merge_method {recipe.merge_method}"),
         (recipe.chat_template is not None, ("chat_template",), "chat_template"),
     ]
     loc: Loc = ("tokenizer_source",)
@@ -57,11 +53,8 @@ def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
         massive = prune.protect is not None and prune.protect.massive_activations is not None
         calibrated = prune.calibrated_q is not None or prune.method == "wanda" or massive
         asked.append((parted and calibrated, at, "calibration of the sources of slices and modules"))
-        asked.append((prune.method in LATER_PRUNE, (*at, "method"), f"method {prune.method}"))
         searched = prune.budget is not None and prune.calibrated_q is not None
         asked.append((searched, (*at, "q"), "a calibrated q beside a budget"))
-        for key in ("epsilon", "gamma"):
-            asked.append((getattr(prune, key) is not None, (*at, key), key))
     return [(at, message) for wanted, at, message in asked if wanted]
 
 
@@ -150,13 +143,12 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
     name, method = recipe.method_name, _known_method(recipe)
     if name is None:
         if not _given(recipe, "merge_method") and recipe.models:
-            hint = f"one of {', '.join(MERGE)}; only a single fine-tune has a default"
+            hint = "slerp, ties, dare_linear, … (the recipe schema lists them); only a single fine-tune has a default"
             yield recipe.problem((), "needs merge_method", hint)
         return
     if method is None:
-        if name not in LATER_MERGE:
-            message = f"unknown merge method {show(name)}"
-            yield recipe.problem(("merge_method",), message, suggest(name, MERGE))
+        message = f"unknown merge method {show(name)}"
+        yield recipe.problem(("merge_method",), message, suggest(name, MERGE))
         return
     loc: Loc = ("merge_method",) if recipe.merge_method else ()
     based = bool(recipe.parts) and all(part.base for part in recipe.parts)
@@ -164,13 +156,14 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem(loc, f"{name} needs base_model", "name what the models were fine-tuned from")
     for part in recipe.parts:
         loc = part.places[0][:-1]
-        count = len([i for i in part.members if not (method.deltas and recipe.is_base(i))])
+        apart = method.base_apart(part.base)
+        count = len([i for i in part.members if not (apart and recipe.is_base(i))])
+        besides = " besides the base" if apart else ""
         if count < method.minimum:
-            besides = " besides the base" if method.deltas else ""
             message = f"{name} needs at least {method.minimum} model{'s' * (method.minimum > 1)}{besides}"
             yield recipe.problem(loc, message)
         if method.maximum is not None and count > method.maximum:
-            message = f"{name} takes {method.maximum} model{'s' * (method.maximum > 1)}, got {count}"
+            message = f"{name} takes {method.maximum} model{'s' * (method.maximum > 1)}{besides}, got {count}"
             yield recipe.problem(loc, message)
 
 
@@ -202,8 +195,6 @@ def _parameters(recipe: Recipe) -> Iterator[Problem]:
 
 def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
     """Parameters that no method has, for a recipe whose method is not known."""
-    if recipe.merge_method in LATER_MERGE:
-        return
     known = NO_EFFECT.keys() | {name for method in MERGE.values() for name in method.parameters}
     for loc, _, parameters in _levels(recipe):
         for name in parameters.keys() - known:
@@ -227,16 +218,18 @@ def _required(recipe: Recipe) -> Iterator[Problem]:
     if method is None:
         return
     for part in recipe.parts:
-        counted = [i for i in part.members if not (method.deltas and recipe.is_base(i))]
+        counted = [i for i in part.members if not (method.base_apart(part.base) and recipe.is_base(i))]
         levels = dict.fromkeys(loc[:n] for loc in [part.loc] for n in (0, 2, len(loc)))
         for name, param in method.parameters.items():
             if param.default_for(len(counted)) is not None:
                 continue
             if any(_given(recipe, *level, "parameters", name) for level in levels):
                 continue
-            for i in counted:
+            message = f"needs a {name}: {method.name} has no default"
+            if not param.per_model:
+                yield recipe.problem(("merge_method",), message, f"parameters: {{{name}: 0.5}}")
+            for i in counted if param.per_model else ():
                 if not _given(recipe, "models", i, "parameters", name):
-                    message = f"needs a {name}: {method.name} has no default"
                     yield recipe.problem(("models", i), message, f"parameters: {{{name}: 1.0}}")
 
 
@@ -244,7 +237,9 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
     """`template` names an input, and the tokenizer is described once."""
     known = {*recipe.names, *(model.model for model in recipe.models)}
     method = _known_method(recipe)
-    if recipe.base_model is not None and (method is None or method.deltas or recipe.base_model in known):
+    if recipe.base_model is not None and (
+        method is None or method.base_apart(recipe.base_model) or recipe.base_model in known
+    ):
         known |= {recipe.base_model, "base"}
     if recipe.template is not None and recipe.template not in known and recipe.models:
         message = f"must be the name of a model, or base, got {show(recipe.template)}"
@@ -258,7 +253,7 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
 def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
     """What can be said of one `prune` by itself."""
     for loc, prune in _prunes(recipe):
-        if prune.method is not None and prune.method not in PRUNE and prune.method not in LATER_PRUNE:
+        if prune.method is not None and prune.method not in PRUNE:
             message = f"unknown pruning method {show(prune.method)}"
             yield recipe.problem((*loc, "method"), message, suggest(prune.method, PRUNE))
         if prune.q is not None and prune.rescale is not None:
@@ -283,7 +278,8 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
         loc: Loc = ("models", i, "prune") if own is not None and own.method is not None else ("prune",)
         if method is None or _lost(recipe, ("prune",), recipe.prune) or _lost(recipe, ("models", i, "prune"), own):
             return  # reported, and which keys it knows is not clear
-        if merge.deltas and recipe.is_base(i):
+        apart = merge.base_apart(recipe.part_of[i].base)
+        if apart and recipe.is_base(i):
             if own is not None:
                 yield recipe.problem(("models", i, "prune"), "the base has no delta to prune", key=True)
             continue
@@ -294,8 +290,9 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
             yield from _no_effect(recipe, ("models", i, "prune"), own, known, [method.name])
         if method.name == "none":
             continue
-        if not merge.deltas:
-            yield recipe.problem((*loc, "method"), f"{merge.name} has no deltas to prune", "use task_arithmetic")
+        if not (merge.deltas and apart):
+            hint = "give base_model" if merge.deltas else "use task_arithmetic"
+            yield recipe.problem((*loc, "method"), f"{merge.name} has no deltas to prune", hint)
             continue
         if method.groups and effective.group not in method.groups:
             yield recipe.problem((*loc, "group"), f"must be one of {', '.join(method.groups)}")

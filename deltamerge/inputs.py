@@ -124,15 +124,17 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         with errors.context(delta.reference):
             return over(delta, checkpoint(recipe.base_model, "base_model"))
 
-    deltas = recipe.method.deltas
+    def apart(part: Part) -> bool:
+        return recipe.method.base_apart(part.base)
+
     named: list[tuple[str, int | None, Checkpoint]] = []
     mentioned = {"base", recipe.base_model} & {recipe.template, recipe.tokenizer_of}
-    bases = dict.fromkeys(part.base for part in recipe.parts if part.base is not None and deltas)
+    bases = dict.fromkeys(part.base for part in recipe.parts if part.base is not None and apart(part))
     if recipe.base_model is not None and (mentioned or recipe.output.kind == "delta"):
         bases.setdefault(recipe.base_model)
     named += [(base, None, checkpoint(base, "base_model")) for base in bases]
     for index, model in enumerate(recipe.models):
-        if not (deltas and recipe.is_base(index)):
+        if not (apart(recipe.part_of[index]) and recipe.is_base(index)):
             at = written(recipe.parts, ("models", index))
             named.append((model_name(model), index, checkpoint(model.model, source.place(at))))
     matched, stand_ins, untied = _untie(_match(named))
@@ -140,7 +142,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     by_base = dict(zip(bases, matched, strict=False))
     groups = []
     for part in recipe.parts:
-        base = by_base[part.base] if deltas and part.base is not None else None
+        base = by_base[part.base] if apart(part) and part.base is not None else None
         listed = next((n for n, i in enumerate(part.members) if recipe.is_base(i)), 0)
         groups.append(Group(part, base, tuple(by_index[i] for i in part.members if i in by_index), listed))
     base = None if recipe.base_model is None else by_base.get(recipe.base_model)

@@ -1,99 +1,21 @@
 """Every pruning and merge method: one entry each, its parameters beside its function's name. No torch here.
 
-A new method is a pure tensor function in `merge/` or `prune/` and one entry in MERGE or PRUNE; checks, the schema,
-`deltamerge methods` and the planner read these tables.
+A new method is a pure tensor function in `merge/` or `prune/` and one entry in MERGE or PRUNE; checks, the schema
+and the planner read these tables. Other packages add theirs by an entry point of
+the group `deltamerge.methods`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
-from typing import Literal
+from typing import Any, TypeVar
 
+from deltamerge.errors import DeltamergeError
+from deltamerge.registry import MergeMethod, Param, PruneMethod, third_party
 
-@dataclass(frozen=True, slots=True)
-class Param:
-    """A parameter of a method: what it may be and what it is when not given.
-
-    `default` None: it must be given (`alone`: what a single fine-tune has instead). `per_model` parameters may be set
-    beside a model or for all of them, the others only for the whole merge or slice. `scalar`: no gradient or filters.
-    """
-
-    summary: str
-    default: float | bool | None = None
-    kind: Literal["number", "bool"] = "number"
-    low: float | None = None
-    high: float | None = None
-    low_open: bool = False
-    per_model: bool = False
-    alone: float | None = None
-    scalar: bool = False
-
-    def default_for(self, models: int) -> float | bool | None:
-        """What it is when not given, with that many models to combine; None: it must be given."""
-        return self.alone if self.default is None and models == 1 else self.default
-
-    def wanted(self) -> str:
-        """What a value must be: "in (0, 1]"."""
-        if self.kind == "bool":
-            return "true or false"
-        if self.low is not None and self.high is not None:
-            return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
-        if self.low is not None:
-            return f"{'more than' if self.low_open else 'at least'} {self.low:g}"
-        return "a number"
-
-    def accepts(self, value: float | bool) -> bool:
-        if self.kind == "bool":
-            return value in (0, 1)
-        if isinstance(value, bool):
-            return False
-        if self.low is not None and (value < self.low or (self.low_open and value == self.low)):
-            return False
-        return self.high is None or value <= self.high
-
-
-@dataclass(frozen=True, slots=True)
-class MergeMethod:
-    """How fine-tunes meet. `deltas`: it works on fine-tune − base, so pruning can come before it.
-
-    `adds`: the result is exactly base + something that the base has no part in but by the deltas.
-    `implies_prune` is the pruning that its name promises. `minimum` and `maximum` count the models that are combined:
-    without the base where `deltas`.
-    """
-
-    name: str
-    function: str
-    summary: str
-    paper: str | None = None
-    parameters: Mapping[str, Param] = field(default_factory=dict)
-    needs_base: bool = False
-    deltas: bool = False
-    adds: bool = False
-    implies_prune: str | None = None
-    minimum: int = 1
-    maximum: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class PruneMethod:
-    """Which entries of a delta stay.
-
-    `parameters` and `options` name the keys of `prune` that it knows, besides those of every method. `random` masks
-    divide what is kept by the density (vanilla DARE), others by 1, unless q or rescale is given. `groups` are the
-    choices of `group`, the default first.
-    """
-
-    name: str
-    function: str | None
-    summary: str
-    paper: str | None = None
-    parameters: Mapping[str, Param] = field(default_factory=dict)
-    options: frozenset[str] = frozenset()
-    random: bool = False
-    groups: tuple[str, ...] = ()
-
+Method = TypeVar("Method", MergeMethod, PruneMethod)
 
 # Keys of `prune` that mean something, or nothing, with every method.
 COMMON_KEYS = frozenset({"method", "include", "exclude"})
@@ -111,136 +33,323 @@ NO_EFFECT_KEYS = frozenset(
 )  # fmt: skip
 
 _WEIGHT = Param("factor of the model", per_model=True)
+_SHARE = Param("share of the model", per_model=True, alone=1.0)
 _DELTA_WEIGHT = Param("factor of the model's delta", per_model=True, alone=1.0)
 _LAMBDA = Param("factor of the merged delta", 1.0)
-_DENSITY = Param("fraction of the delta's entries kept", 1.0, low=0, high=1, low_open=True, per_model=True)
+_DENSITY = Param("fraction of the delta's entries kept", 1.0, low=0, high=1, low_open=True, per_model=True, prunes=True)
 _NORMALIZE = Param("divide by the sum of the weights", False, "bool")
-_RESCALE = Param("divide what is kept by the density; false is random drop", True, "bool", scalar=True)
-_DARE = {
-    "weight": _DELTA_WEIGHT,
-    "density": _DENSITY,
-    "normalize": _NORMALIZE,
-    "lambda": _LAMBDA,
-    "rescale": _RESCALE,
-}
 _NORMALIZED = Param("divide by the sum of the weights", True, "bool")
+_RESCALE = Param("divide what is kept by the density; false is random drop", True, "bool", scalar=True, prunes=True)
+_EPSILON = Param("half the spread of the keep probabilities", 0.15, low=0, high=1, per_model=True, prunes=True)
+_GAMMA = Param("fraction of the entries dropped as the largest", 0.01, low=0, high=1, per_model=True, prunes=True)
 
-MERGE: Mapping[str, MergeMethod] = {
-    method.name: method
-    for method in (
-        MergeMethod(
-            "linear",
-            "deltamerge.merge.arithmetic:linear",
-            "Σ w_i x_i, ÷ Σ w_i if normalize; the base is an input like any other",
-            "arXiv 2203.05482",
-            {"weight": _WEIGHT, "normalize": _NORMALIZED},
-        ),
-        MergeMethod(
-            "task_arithmetic",
-            "deltamerge.merge.arithmetic:task_arithmetic",
-            "base + λ Σ w_i Δ_i, ÷ Σ w_i if normalize",
-            "arXiv 2212.04089",
-            {"weight": _DELTA_WEIGHT, "normalize": _NORMALIZE, "lambda": _LAMBDA},
-            needs_base=True,
-            deltas=True,
-            adds=True,
-        ),
-        MergeMethod(
-            "ties",
-            "deltamerge.merge.ties:ties",
-            "keep the top int(density · n) of abs(Δ_i), elect a sign per entry, add the w_i Δ_i of that sign",
-            "arXiv 2306.01708",
-            {"weight": _DELTA_WEIGHT, "density": _DENSITY, "normalize": _NORMALIZED, "lambda": _LAMBDA},
-            needs_base=True,
-            deltas=True,
-            adds=True,
-        ),
-        MergeMethod(
-            "dare_linear",
-            "deltamerge.merge.arithmetic:task_arithmetic",
-            "task arithmetic of deltas pruned by DARE",
-            "arXiv 2311.03099",
-            _DARE,
-            needs_base=True,
-            deltas=True,
-            adds=True,
-            implies_prune="dare",
-        ),
-        MergeMethod(
-            "dare_ties",
-            "deltamerge.merge.ties:ties",
-            "ties consensus of deltas pruned by DARE",
-            "arXiv 2311.03099",
-            _DARE,
-            needs_base=True,
-            deltas=True,
-            adds=True,
-            implies_prune="dare",
-        ),
-        MergeMethod(
-            "passthrough",
-            "deltamerge.merge.arithmetic:passthrough",
-            "one model, × scale",
-            None,
-            {"scale": Param("factor of the model", 1.0, per_model=True)},
-            maximum=1,
-        ),
-    )
-}
+_SUM = {"weight": _DELTA_WEIGHT, "normalize": _NORMALIZE, "lambda": _LAMBDA}
+_DARE = {**_SUM, "density": _DENSITY, "rescale": _RESCALE}
+_DELLA = {**_DARE, "epsilon": _EPSILON}
+_BREADCRUMBS = {**_SUM, "density": _DENSITY, "gamma": _GAMMA}
+
+_ARITHMETIC = "deltamerge.merge.arithmetic"
+_TIES = "deltamerge.merge.ties:ties"
+_SPAN = "deltamerge.merge.span"
+_SPAN_NODES = f"{_SPAN}:nodes"
+
+
+def _table(built_in: Iterable[Method], others: Iterable[Any], kind: type[Method]) -> Mapping[str, Method]:
+    """By name; what another package registers may not take a name that is there."""
+    table = {method.name: method for method in built_in}
+    for method in others:
+        if isinstance(method, kind):
+            if method.name in table:
+                raise DeltamergeError(f"method {method.name} of another package: the name is taken")
+            table[method.name] = method
+    return MappingProxyType(table)
+
+
+_MERGE = (
+    MergeMethod(
+        "linear",
+        f"{_ARITHMETIC}:linear",
+        "Σ w_i x_i, ÷ Σ w_i if normalize; the base is an input like any other",
+        "arXiv 2203.05482",
+        {"weight": _WEIGHT, "normalize": _NORMALIZED},
+    ),
+    MergeMethod(
+        "slerp",
+        f"{_SPAN}:slerp",
+        "from the base to one other along the arc between the flattened tensors",
+        None,
+        {"t": Param("0 is the base, 1 the other")},
+        needs_base=True,
+        maximum=1,
+        nodes=_SPAN_NODES,
+    ),
+    MergeMethod(
+        "nuslerp",
+        f"{_SPAN}:nuslerp",
+        "slerp of two models, or with a base of their deltas, at t = w_2 / Σ w",
+        None,
+        {
+            "weight": _SHARE,
+            "nuslerp_flatten": Param("whole tensors; false: row by row", True, "bool", scalar=True),
+            "nuslerp_row_wise": Param("where not flattened, along the first dimension", False, "bool", scalar=True),
+        },
+        takes_base=True,
+        deltas=True,
+        minimum=2,
+        maximum=2,
+        nodes=_SPAN_NODES,
+    ),
+    MergeMethod(
+        "multislerp",
+        f"{_SPAN}:multislerp",
+        "barycentre of directions in the tangent space of their mean, × Σ w_i ‖x_i‖; with a base of deltas",
+        "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
+        {
+            "weight": _SHARE,
+            "normalize_weights": Param("divide the weights by their sum", True, "bool"),
+            "eps": Param("added to norms before dividing by them", 1e-8, low=0),
+        },
+        takes_base=True,
+        deltas=True,
+        nodes=_SPAN_NODES,
+    ),
+    MergeMethod(
+        "karcher",
+        f"{_SPAN}:karcher",
+        "Riemannian mean of the directions × mean norm; a base, listed or not, is one of the models",
+        "arXiv 2603.04972",
+        {
+            "max_iter": Param("iterations at most", 10, "integer", low=0, scalar=True),
+            "tol": Param("angles below this are none", 1e-5, low=0),
+        },
+        takes_base=True,
+        nodes=_SPAN_NODES,
+    ),
+    MergeMethod(
+        "task_arithmetic",
+        f"{_ARITHMETIC}:task_arithmetic",
+        "base + λ Σ w_i Δ_i, ÷ Σ w_i if normalize",
+        "arXiv 2212.04089",
+        _SUM,
+        needs_base=True,
+        deltas=True,
+        adds=True,
+    ),
+    MergeMethod(
+        "ties",
+        _TIES,
+        "keep the top int(density · n) of abs(Δ_i), elect a sign per entry, add the w_i Δ_i of that sign",
+        "arXiv 2306.01708",
+        {**_SUM, "normalize": _NORMALIZED, "density": _DENSITY},
+        needs_base=True,
+        deltas=True,
+        adds=True,
+    ),
+    MergeMethod(
+        "dare_linear",
+        f"{_ARITHMETIC}:task_arithmetic",
+        "task arithmetic of deltas pruned by DARE",
+        "arXiv 2311.03099",
+        _DARE,
+        needs_base=True,
+        deltas=True,
+        adds=True,
+        implies_prune="dare",
+    ),
+    MergeMethod(
+        "dare_ties",
+        _TIES,
+        "ties consensus of deltas pruned by DARE",
+        "arXiv 2311.03099",
+        _DARE,
+        needs_base=True,
+        deltas=True,
+        adds=True,
+        implies_prune="dare",
+    ),
+    MergeMethod(
+        "della",
+        _TIES,
+        "ties consensus of deltas pruned by DELLA",
+        "arXiv 2406.11617",
+        {**_DELLA, "normalize": _NORMALIZED},
+        needs_base=True,
+        deltas=True,
+        adds=True,
+        implies_prune="della",
+    ),
+    MergeMethod(
+        "della_linear",
+        f"{_ARITHMETIC}:task_arithmetic",
+        "task arithmetic of deltas pruned by DELLA",
+        "arXiv 2406.11617",
+        _DELLA,
+        needs_base=True,
+        deltas=True,
+        adds=True,
+        implies_prune="della",
+    ),
+    MergeMethod(
+        "breadcrumbs",
+        f"{_ARITHMETIC}:task_arithmetic",
+        "task arithmetic of deltas without their largest and smallest entries",
+        "arXiv 2312.06795",
+        _BREADCRUMBS,
+        needs_base=True,
+        deltas=True,
+        adds=True,
+        implies_prune="breadcrumbs",
+    ),
+    MergeMethod(
+        "breadcrumbs_ties",
+        _TIES,
+        "ties consensus of deltas without their largest and smallest entries",
+        "arXiv 2312.06795",
+        _BREADCRUMBS,
+        needs_base=True,
+        deltas=True,
+        adds=True,
+        implies_prune="breadcrumbs",
+    ),
+    MergeMethod(
+        "model_stock",
+        f"{_SPAN}:model_stock",
+        "base + t · mean(Δ_i), t = N c / (1 + (N − 1) c), c the mean cosine between deltas",
+        "arXiv 2403.19522",
+        {"filter_wise": Param("t for each row", False, "bool", scalar=True)},
+        needs_base=True,
+        deltas=True,
+        minimum=2,
+        nodes=_SPAN_NODES,
+    ),
+    MergeMethod(
+        "nearswap",
+        "deltamerge.merge.elementwise:nearswap",
+        "base + w Δ, w = min(1, t / abs(Δ)): entries near the base's are taken from the model",
+        "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
+        {"t": Param("abs(Δ) up to which the model's entry is taken whole", low=0)},
+        needs_base=True,
+        deltas=True,
+        maximum=1,
+    ),
+    MergeMethod(
+        "sce",
+        "deltamerge.merge.sce:sce",
+        "entries of the largest variance over models, weighted by mean(Δ_i²), those of the minority's sign erased",
+        "arXiv 2408.07990",
+        {"select_topk": Param("fraction of the entries that vary, kept", 1.0, low=0, high=1)},
+        needs_base=True,
+        deltas=True,
+        nodes="deltamerge.merge.sce:nodes",
+    ),
+    MergeMethod(
+        "ram",
+        "deltamerge.merge.ram:ram",
+        "entries that one model changed are kept, those that several changed averaged",
+        "arXiv 2601.13572",
+        {"epsilon": Param("abs(Δ) above this is a change", 1e-5, low=0)},
+        needs_base=True,
+        deltas=True,
+    ),
+    MergeMethod(
+        "ramplus_tl",
+        "deltamerge.merge.ram:ramplus_tl",
+        "ram, a model's own entries × (1 + r · min(shared / own, alpha))",
+        "arXiv 2601.13572",
+        {
+            "epsilon": Param("abs(Δ) above this is a change", 1e-5, low=0),
+            "r": Param("how much a model's own entries are amplified", 0.1),
+            "alpha": Param("cap on shared / own", 0.2, low=0),
+        },
+        needs_base=True,
+        deltas=True,
+        nodes="deltamerge.merge.ram:nodes",
+    ),
+    MergeMethod(
+        "arcee_fusion",
+        "deltamerge.merge.fusion:arcee_fusion",
+        "keep Δ where abs(Δ) · KL of the rows' softmaxes is at least median + 1.5 · IQR",
+        "https://arcee.ai",
+        needs_base=True,
+        deltas=True,
+        maximum=1,
+        nodes="deltamerge.merge.fusion:nodes",
+    ),
+    MergeMethod(
+        "passthrough",
+        f"{_ARITHMETIC}:passthrough",
+        "one model, × scale",
+        None,
+        {"scale": Param("factor of the model", 1.0, per_model=True)},
+        maximum=1,
+    ),
+)
 
 _FRACTION = Param("fraction kept", low=0, high=1, low_open=True)
 _Q = Param("kept entries are divided by q", low=0, high=1, low_open=True)
 _COLUMNS = Param("fraction of the input columns that are picked", low=0, high=1, low_open=True)
 _INSIDE = Param("fraction kept inside the picked columns", low=0, high=1, low_open=True)
 
-PRUNE: Mapping[str, PruneMethod] = {
-    method.name: method
-    for method in (
-        PruneMethod("none", None, "keep the whole delta"),
-        PruneMethod(
-            "dare",
-            "deltamerge.prune.masks:dare",
-            "keep each entry with probability density, divide by q (default: density)",
-            "arXiv 2311.03099, 2410.09344",
-            {"density": _FRACTION, "q": _Q},
-            frozenset({"rescale", "sampling", "protect", "budget"}),
-            random=True,
-        ),
-        PruneMethod(
-            "magnitude",
-            "deltamerge.prune.select:keep_largest",
-            "keep the round(density · n) entries of largest abs(Δ) in each group",
-            "arXiv 2410.09344",
-            {"density": _FRACTION, "q": _Q},
-            frozenset({"rescale", "group", "protect", "budget"}),
-            groups=("tensor", "row", "model"),
-        ),
-        PruneMethod(
-            "wanda",
-            "deltamerge.prune.select:keep_largest_rows_scored",
-            "keep the round(density · n) entries of largest abs(Δ_ij) · ‖x_j‖ in each row, on calibration data",
-            "arXiv 2306.11695, 2410.09344",
-            {"density": _FRACTION, "q": _Q},
-            frozenset({"rescale", "group", "protect"}),
-            groups=("row",),
-        ),
-        PruneMethod(
-            "structured",
-            "deltamerge.prune.masks:structured",
-            "pick round(a · n) input columns, keep each entry inside with probability b; density = a · b",
-            "arXiv 2410.09344, App. C.10",
-            {"density": _FRACTION, "q": _Q, "a": _COLUMNS, "b": _INSIDE},
-            frozenset({"rescale", "protect"}),
-            random=True,
-        ),
-    )
-}
+_BREADCRUMBS_MASK = PruneMethod(
+    "breadcrumbs",
+    "deltamerge.prune.select:keep_between",
+    "drop the int(gamma · n) entries of largest abs(Δ), keep the int(density · n) that follow",
+    "arXiv 2312.06795",
+    {"density": _FRACTION, "q": _Q, "gamma": _GAMMA},
+    frozenset({"rescale", "protect"}),
+)
 
-# Named by the contract, not yet built.
-LATER_MERGE = frozenset(
-    {
-        "slerp", "nuslerp", "multislerp", "karcher", "della", "della_linear", "breadcrumbs", "breadcrumbs_ties",
-        "model_stock", "nearswap", "sce", "ram", "ramplus_tl", "arcee_fusion",
-    }
-)  # fmt: skip
-LATER_PRUNE = frozenset({"della", "breadcrumbs", "magnitude_outliers"})
+_PRUNE = (
+    PruneMethod("none", None, "keep the whole delta"),
+    PruneMethod(
+        "dare",
+        "deltamerge.prune.masks:dare",
+        "keep each entry with probability density, divide by q (default: density)",
+        "arXiv 2311.03099, 2410.09344",
+        {"density": _FRACTION, "q": _Q},
+        frozenset({"rescale", "sampling", "protect", "budget"}),
+        random=True,
+    ),
+    PruneMethod(
+        "magnitude",
+        "deltamerge.prune.select:keep_largest",
+        "keep the round(density · n) entries of largest abs(Δ) in each group",
+        "arXiv 2410.09344",
+        {"density": _FRACTION, "q": _Q},
+        frozenset({"rescale", "group", "protect", "budget"}),
+        groups=("tensor", "row", "model"),
+    ),
+    PruneMethod(
+        "wanda",
+        "deltamerge.prune.select:keep_largest_rows_scored",
+        "keep the round(density · n) entries of largest abs(Δ_ij) · ‖x_j‖ in each row, on calibration data",
+        "arXiv 2306.11695, 2410.09344",
+        {"density": _FRACTION, "q": _Q},
+        frozenset({"rescale", "group", "protect"}),
+        groups=("row",),
+    ),
+    PruneMethod(
+        "structured",
+        "deltamerge.prune.masks:structured",
+        "pick round(a · n) input columns, keep each entry inside with probability b; density = a · b",
+        "arXiv 2410.09344, App. C.10",
+        {"density": _FRACTION, "q": _Q, "a": _COLUMNS, "b": _INSIDE},
+        frozenset({"rescale", "protect"}),
+        random=True,
+    ),
+    PruneMethod(
+        "della",
+        "deltamerge.prune.della:della",
+        "keep with a probability that grows with the rank of abs(Δ) in its row, divide by it, then by q / density",
+        "arXiv 2406.11617",
+        {"density": _FRACTION, "q": _Q, "epsilon": _EPSILON},
+        frozenset({"rescale", "protect"}),
+        random=True,
+    ),
+    _BREADCRUMBS_MASK,
+    replace(_BREADCRUMBS_MASK, name="magnitude_outliers"),
+)
+
+_OTHERS = tuple(third_party())
+MERGE = _table(_MERGE, _OTHERS, MergeMethod)
+PRUNE = _table(_PRUNE, _OTHERS, PruneMethod)

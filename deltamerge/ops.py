@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.tensors import Kept, Patched, Tile, block_elements
@@ -103,7 +104,29 @@ def block_rows(values: Tensor, tile: Tile) -> Tensor:
 
 
 def halved(rows: Tensor) -> Tensor:
-    """(blocks) sums of the rows by halving, so that every device adds in the same order."""
-    while (width := rows.shape[1]) > 1:
-        rows = rows[:, : width // 2] + rows[:, width // 2 :]
-    return rows[:, 0]
+    """Σ of each row by halving, padded with zeros to a power of two, so that every device adds in the same order."""
+    import torch
+
+    width = 1 << max(0, (rows.shape[-1] - 1).bit_length())
+    rows = torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
+    while width > 1:
+        width //= 2
+        rows = rows[..., :width] + rows[..., width:]
+    return rows[..., 0]
+
+
+def blocks(tile: Tile) -> Iterator[slice]:
+    """The blocks of a tile, as slices of its flat values."""
+    step = block_elements(tile.shape)
+    return (slice(start, min(tile.size, start + step)) for start in range(0, tile.size, step))
+
+
+def row_blocks(tile: Tile) -> Iterator[tuple[slice, int]]:
+    """The blocks of a tile and the length of the rows inside: that of the last dimension.
+
+    A vector, or a part of one with more than 2**16 elements, is one row, as is a part of a row of more than 2**20.
+    """
+    columns = tile.shape[-1] if len(tile.shape) > 1 else 0
+    for part in blocks(tile):
+        size = part.stop - part.start
+        yield part, columns if 0 < columns <= size and size % columns == 0 else size

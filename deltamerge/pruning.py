@@ -47,6 +47,7 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
     The method defaults to what merge_method implies, the density to mergekit's `parameters.density` (the model's, the
     slice's, then the recipe's), which then no longer trims inside ties; tensors that no filter of a density matches are
     kept whole.
+    Pruning that is only implied prunes every tensor, the task head too, as in mergekit.
     """
     model, part, merge = recipe.models[index], recipe.part_of[index], MERGE.get(recipe.method_name or "")
     levels = [prune for prune in (model.prune, recipe.prune) if prune is not None]
@@ -57,9 +58,19 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
     def value(key: str, *fallbacks: Value | None) -> Value | None:
         return chain(*(getattr(prune, key) for prune in levels), *fallbacks)
 
+    def parameter(key: str) -> Value | None:
+        """A key that mergekit has among the merge's parameters; else the pruning method's default."""
+        if name not in PRUNE or key not in PRUNE[name].parameters:
+            return None
+        default = PRUNE[name].parameters[key].default
+        if merge is None or key not in merge.parameters or not merge.parameters[key].prunes:
+            return value(key, default)
+        return value(key, model.parameters.get(key), *(level.get(key) for level in part.levels), default)
+
     implied = merge.implies_prune if merge is not None else None
     name = first("method") or implied or "none"
-    if name == "none" or (merge is not None and merge.deltas and recipe.is_base(index)):
+    apart = merge is not None and merge.base_apart(part.base)
+    if name == "none" or (apart and recipe.is_base(index)):
         return Pruning("none")
     own = model.prune
     if name == "structured":
@@ -71,6 +82,8 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         if implied or density is not None:
             density = chain(density, 1.0)
     q, rescale = _divisor(part.levels, levels, name)
+    exclude = first("exclude")
+    heads = () if implied and first("method") is None else (TASK_HEAD,)
     return Pruning(
         method=name,
         density=density,
@@ -80,12 +93,12 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         group=first("group") or _default_group(name),
         a=value("a"),
         b=value("b"),
-        epsilon=value("epsilon"),
-        gamma=value("gamma"),
+        epsilon=parameter("epsilon"),
+        gamma=parameter("gamma"),
         protect=first("protect"),
         budget=first("budget"),
         include=first("include"),
-        exclude=(TASK_HEAD,) if first("exclude") is None else first("exclude"),
+        exclude=heads if exclude is None else exclude,
     )
 
 

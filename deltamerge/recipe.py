@@ -26,9 +26,10 @@ from deltamerge.checks import unsupported as unsupported
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.fields import Bounds, Columns, Dtype, LayerRange, Natural, Pattern, Positive, Size, Text
 from deltamerge.fields import parse_size as parse_size
-from deltamerge.methods import MERGE, NO_EFFECT, NO_EFFECT_KEYS, PRUNE, MergeMethod, Param
+from deltamerge.methods import MERGE, NO_EFFECT, NO_EFFECT_KEYS, PRUNE
 from deltamerge.parameters import Items, Value
 from deltamerge.parts import Part, flatten, written
+from deltamerge.registry import MergeMethod, Param
 from deltamerge.source import Loc, Source
 
 MAX_PROBLEMS = 200  # shown of one recipe; whoever has more has another problem

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 BLOCK = 1 << 16
 LONGEST_ROW = 1 << 20
+
+# What makes a graph's node: (function, inputs, *, kind, shape, dtype, **parameters), as `graph.Graph.node`.
+Make: TypeAlias = Callable[..., Any]
 
 # safetensors dtype -> bytes per element
 ITEMSIZE = {

@@ -62,3 +62,145 @@ def match_norm(kept, delta, norm):
     order = {"l1": 1, "l2": 2, "linf": np.inf}[norm]
     a, b = np.linalg.norm(kept.reshape(-1), order), np.linalg.norm(delta.reshape(-1), order)
     return kept * (b / a) if a and b else kept
+
+
+def lerp_on_arc(a, b, t, straight):
+    """Along the arc between two vectors, each scaled by its own length; linear where `straight(cos)`."""
+    norms = np.linalg.norm(a) * np.linalg.norm(b)
+    cosine = np.clip((a * b).sum() / norms, -1, 1) if norms else 0.0
+    if straight(cosine):
+        return (1 - t) * a + t * b
+    theta = np.arccos(cosine)
+    return (np.sin((1 - t) * theta) * a + np.sin(t * theta) * b) / np.sin(theta)
+
+
+def slerp(a, b, t):
+    return lerp_on_arc(a, b, t, lambda cosine: abs(cosine) > 0.9995)
+
+
+def nuslerp(a, b, weights, axis=None):
+    """Of whole tensors, or of the vectors along one axis."""
+    t = weights[1] / sum(weights) if abs(sum(weights)) > 1e-6 else 0.5
+    if axis is None or a.ndim < 2 or not a.size:
+        return lerp_on_arc(a, b, t, lambda cosine: 1 - cosine**2 <= 1e-16)
+    first, second = (np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis]) for x in (a, b))
+    rows = [lerp_on_arc(x, y, t, lambda cosine: 1 - cosine**2 <= 1e-16) for x, y in zip(first, second, strict=True)]
+    return np.moveaxis(np.reshape(rows, np.moveaxis(a, axis, -1).shape), -1, axis)
+
+
+def multislerp(xs, weights, normalize=True, eps=1e-8):
+    w = np.asarray(weights, float)
+    w = w / w.sum() if normalize else w
+    lengths = [np.linalg.norm(x) for x in xs]
+    if not any(lengths):
+        return sum(a * x for a, x in zip(w, xs, strict=True))
+    units = [x / (length + eps) for x, length in zip(xs, lengths, strict=True)]
+    mean = sum(a * u for a, u in zip(w, units, strict=True))
+    mean = mean / np.linalg.norm(mean)
+    tangent = sum(a * (u - (u * mean).sum() * mean) for a, u in zip(w, units, strict=True))
+    angle = np.linalg.norm(tangent) + eps
+    return (mean * np.cos(angle) + tangent * np.sin(angle) / angle) * (w @ lengths)
+
+
+def karcher(xs, steps=200):
+    """Gradient descent to the end: the point where the logarithms of all directions add up to 0."""
+    lengths = np.array([np.linalg.norm(x) for x in xs])
+    units = [x / n for x, n in zip(xs, lengths, strict=True) if n > 1e-5]
+    if not units:
+        return np.zeros_like(xs[0])
+    mean = sum(units) / np.linalg.norm(sum(units))
+    for _ in range(steps):
+        step = np.zeros_like(mean)
+        for u in units:
+            cosine = np.clip((u * mean).sum(), -1, 1)
+            theta = np.arccos(cosine)
+            step += (theta / np.sin(theta) if theta > 1e-12 else 0.0) * (u - cosine * mean) / len(units)
+        mean = mean + step
+        mean /= np.linalg.norm(mean)
+    return lengths.mean() * mean
+
+
+def model_stock(base, deltas, axis=None):
+    n = len(deltas)
+    pairs = [(a, b) for i, a in enumerate(deltas) for b in deltas[i + 1 :]]
+    kept = {"axis": axis, "keepdims": True} if axis is not None and base.ndim > 1 else {}
+
+    def length(x):
+        return np.sqrt((x * x).sum(**kept))
+
+    c = sum((a * b).sum(**kept) / np.maximum(length(a) * length(b), 1e-6) for a, b in pairs) / len(pairs)
+    divisor = 1 + (n - 1) * c
+    t = np.where(np.abs(divisor) < 1e-6, 0, n * c / np.where(np.abs(divisor) < 1e-6, 1, divisor))
+    return t * sum(base + d for d in deltas) / n + (1 - t) * base
+
+
+def nearswap(base, x, t):
+    w = np.clip(t / np.maximum(np.abs(base - x), 1e-6), 0, 1)
+    return w * x + (1 - w) * base
+
+
+def sce(base, deltas, topk=1.0):
+    d = np.stack(deltas)
+    if topk < 1:
+        variance = d.var(0).reshape(-1)
+        order = np.argsort(-variance, kind="stable")[: int(np.count_nonzero(variance) * topk)]
+        mask = np.zeros(base.size, bool)
+        mask[order] = True
+        d = d * mask.reshape(base.shape)
+    squares = (d**2).reshape(len(d), -1).mean(1) if base.size else np.zeros(len(d))
+    w = np.full(len(d), 1 / len(d)) if squares.sum() < 1e-6 else squares / squares.sum()
+    agree = np.sign(d) == np.where(d.sum(0) >= 0, 1.0, -1.0)
+    w = w.reshape(-1, *[1] * base.ndim) * agree
+    return base + (w * d).sum(0) / np.maximum(w.sum(0), 1e-6)
+
+
+def ram(base, deltas, epsilon=1e-5, r=0.0, alpha=0.0):
+    d = np.stack(deltas)
+    changed = np.abs(d) > epsilon
+    count = changed.sum(0)
+    total = np.zeros_like(base)
+    for delta, own in zip(d, changed, strict=True):
+        alone, shared = (own & (count == 1)).sum(), (own & (count > 1)).sum()
+        factor = 1 + r * min(shared / alone, alpha) if alone else 1.0
+        total += np.where(own, delta * np.where(count == 1, factor, 1.0), 0)
+    return base + total / np.maximum(count, 1)
+
+
+def arcee_importance(base, delta):
+    """abs(Δ) · KL(softmax(x) ‖ softmax(base)) of the last dimension."""
+    x = base + delta
+
+    def softmax(rows):
+        raised = np.exp(rows - rows.max(-1, keepdims=True))
+        return raised / raised.sum(-1, keepdims=True) + 1e-8
+
+    p, q = softmax(np.atleast_1d(x)), softmax(np.atleast_1d(base))
+    return (np.abs(delta) * (p * np.log(p / q)).sum(-1, keepdims=True)).reshape(base.shape)
+
+
+def arcee_fusion(base, delta):
+    if not base.size:
+        return base
+    importance = arcee_importance(base, delta)
+    ordered = np.sort(importance.reshape(-1))
+    q1, median, q3 = (ordered[int(p * (ordered.size - 1))] for p in (0.25, 0.5, 0.75))
+    return base + np.where(importance >= median + 1.5 * (q3 - q1), delta, 0)
+
+
+def breadcrumbs(delta, density, gamma):
+    flat = delta.reshape(-1)
+    kept = int(density * flat.size)
+    top = min(int(gamma * flat.size), flat.size - kept)
+    chosen = np.argsort(-np.abs(flat), kind="stable")[top : top + kept]
+    result = np.zeros_like(flat)
+    result[chosen] = flat[chosen]
+    return result.reshape(delta.shape)
+
+
+def della_probability(delta, density, epsilon):
+    """density ± epsilon by rank of abs(Δ) in its row, equals from the left."""
+    rows = delta.reshape(-1, delta.shape[-1]) if delta.ndim > 1 else delta.reshape(1, -1)
+    ranks = np.argsort(np.argsort(np.abs(rows), axis=1, kind="stable"), axis=1, kind="stable")
+    n = max(rows.shape[1], 1)
+    spread = density - epsilon + 2 * epsilon * ranks / (n - 1) if n > 1 else np.full(rows.shape, density)
+    return spread.reshape(delta.shape)

@@ -337,7 +337,7 @@ def test_divide_rows(q: Any) -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_passthrough(code: str) -> None:
     theirs, ours = stored(floats(20_000, 56), code)
-    check("deltamerge.merge.arithmetic:passthrough", (ours,), (theirs,), tile=flat(20_000), scale=0.3)
+    check("deltamerge.merge.arithmetic:passthrough", (ours,), (theirs,), tile=flat(20_000), scales=(0.3,))
 
 
 def test_low_histogram_of_an_empty_bin() -> None:

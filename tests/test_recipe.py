@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from deltamerge import checks, source
 from deltamerge import recipe as recipes
 from deltamerge.errors import Problem, RecipeError
-from deltamerge.methods import LATER_MERGE, LATER_PRUNE, MERGE, PRUNE
+from deltamerge.methods import MERGE, PRUNE
 from deltamerge.parameters import resolve
 from deltamerge.pruning import TASK_HEAD, Pruning, effective_prune
 from deltamerge.recipe import Recipe
@@ -166,7 +166,7 @@ slices:
 merge_method: passthrough
 dtype: float16
 """
-FUSION = "merge_method: arcee_fusion\nbase_model: a\nmodels: [{model: a}, {model: b}]\n"
+FUSION = "merge_method: arcee_fusion\nbase_model: a\nmodels: [{model: a}, {model: b}]\ndtype: float16\n"
 MODULES = """\
 merge_method: linear
 modules:
@@ -200,7 +200,7 @@ def test_parts_hold_the_models_of_slices_and_modules() -> None:
     assert recipe.parts[1].places == (("modules", "vision", "slices", 0, "sources", 0),)
 
 
-@pytest.mark.parametrize("text", [MISTRAL_TIES, LLAMA_TIES, LINEAR])
+@pytest.mark.parametrize("text", [MISTRAL_TIES, LLAMA_TIES, LINEAR, SLERP_AS_MODELS, FUSION])
 def test_mergekit_s_examples_run(text: str) -> None:
     recipe = recipes.loads(text)
     assert recipe.dtype == "float16"
@@ -212,9 +212,6 @@ def test_mergekit_s_examples_run(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "missing"),
     [
-        (SLERP_AS_MODELS, ["merge_method slerp"]),
-        (SLERP_AS_SLICE, ["merge_method slerp"]),
-        (FUSION, ["merge_method arcee_fusion"]),
         (TOKENS, ["chat_template", "token sources", "padding", "a union of tokenizers"]),
     ],
 )
@@ -228,27 +225,12 @@ def test_what_the_contract_has_and_this_version_lacks(text: str, missing: list[s
     ("keys", "message"),
     [
         ("prune: {method: dare, budget: 5MB, q: output_change}", "prune.q: not supported yet: a calibrated q beside"),
-        ("prune: {method: della, density: 0.1, epsilon: 0.1}", "prune.epsilon: not supported yet"),
         ("tokenizer_source: other/model", "tokenizer_source: not supported yet: the tokenizer of a model that is not"),
         ("tokenizer: {}", "tokenizer.source: not supported yet: a union of tokenizers"),
     ],
 )
 def test_later(keys: str, message: str) -> None:
     assert any(message in problem for problem in problems(ONE + keys))
-
-
-@pytest.mark.parametrize("name", sorted(LATER_MERGE))
-def test_later_merge_methods_are_not_unknown(name: str) -> None:
-    assert f"r.yaml:2:15: merge_method: not supported yet: merge_method {name}" in problems(
-        f"base_model: b\nmerge_method: {name}\nmodels: [{{model: x}}, {{model: y}}]"
-    )
-
-
-@pytest.mark.parametrize("name", sorted(LATER_PRUNE))
-def test_later_pruning_methods_are_not_unknown(name: str) -> None:
-    assert problems(f"{ONE}    prune: {{method: {name}, density: 0.1}}") == [
-        f"r.yaml:4:21: models[0].prune.method: not supported yet: method {name}"
-    ]
 
 
 @pytest.mark.parametrize(
@@ -444,8 +426,8 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:2:15: merge_method: unknown merge method 'task_aritmetic'\nhint: did you mean 'task_arithmetic'?"
     ],
     TWO.replace("merge_method: task_arithmetic", "parameters: {wieght: 2}"): [
-        "r.yaml:1:1: needs merge_method\nhint: one of linear, task_arithmetic, ties, dare_linear, dare_ties, "
-        "passthrough; only a single fine-tune has a default",
+        "r.yaml:1:1: needs merge_method\n"
+        "hint: slerp, ties, dare_linear, … (the recipe schema lists them); only a single fine-tune has a default",
         "r.yaml:2:14: parameters.wieght: unknown parameter\nhint: did you mean 'weight'?",
     ],
     TWO.replace("base_model: b", "seed: 1"): [
@@ -669,12 +651,24 @@ def test_files(tmp_path: Path) -> None:
         ),
         ("parameters: {density: 0.2}\nprune: {method: dare}", Pruning("dare", density=0.2)),
         ("parameters: {density: 0.2}\nprune: {method: dare, density: 0.1}", Pruning("dare", density=0.1)),
-        ("merge_method: dare_linear", Pruning("dare", density=1.0)),
-        ("merge_method: dare_linear\nparameters: {density: 0.2}", Pruning("dare", density=0.2)),
-        ("merge_method: dare_ties\nparameters: {density: 0.2, rescale: false}", Pruning("dare", density=0.2, q=1.0)),
+        ("merge_method: dare_linear", Pruning("dare", density=1.0, exclude=())),
+        ("merge_method: dare_linear\nparameters: {density: 0.2}", Pruning("dare", density=0.2, exclude=())),
+        (
+            "merge_method: dare_ties\nparameters: {density: 0.2, rescale: false}",
+            Pruning("dare", density=0.2, q=1.0, exclude=()),
+        ),
         (
             "merge_method: dare_ties\nparameters: {density: 0.2, rescale: false}\nprune: {q: 0.5}",
-            Pruning("dare", density=0.2, q=0.5),
+            Pruning("dare", density=0.2, q=0.5, exclude=()),
+        ),
+        (
+            "merge_method: della\nparameters: {density: 0.4, epsilon: 0.1}",
+            Pruning("della", density=0.4, epsilon=0.1, exclude=()),
+        ),
+        ("merge_method: breadcrumbs", Pruning("breadcrumbs", density=1.0, q=1.0, gamma=0.01, exclude=())),
+        (
+            "merge_method: ram\nparameters: {epsilon: 1e-4}\nprune: {method: della, density: 0.5}",
+            Pruning("della", density=0.5, epsilon=0.15),
         ),
         ("merge_method: dare_ties\nparameters: {density: 0.2}\nprune: {method: none}", Pruning("none")),
         (
@@ -747,8 +741,6 @@ def test_tables_name_their_entries() -> None:
     assert all(key == method.name and ":" in method.function for key, method in MERGE.items())
     assert all(key == method.name for key, method in PRUNE.items())
     assert all(method.implies_prune in {None, *PRUNE} for method in MERGE.values())
-    assert MERGE.keys().isdisjoint(LATER_MERGE)
-    assert PRUNE.keys().isdisjoint(LATER_PRUNE)
 
 
 def test_the_committed_schema_is_current() -> None:

@@ -333,9 +333,9 @@ def divide_rows(delta: Delta, q: float | Floats, *, tile: Tile) -> Delta:
         return delta / divisors[places // tile.columns if q.shape[-1] == 1 else places % tile.columns]
 
 
-def passthrough(x: Array, *, tile: Tile, scale: float) -> Floats:
+def passthrough(x: Array, *, tile: Tile, scales: Weights) -> Floats:
     with np.errstate(all="ignore"):
-        return _wide(x) * np.float32(scale)
+        return _wide(x) * np.float32(scales[0])
 
 
 KERNELS: dict[str, Callable[..., Any]] = {

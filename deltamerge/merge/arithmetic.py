@@ -64,8 +64,8 @@ def _mixed(deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bo
     return total if lambda_ == 1 else total * float(np.float32(lambda_))
 
 
-def passthrough(x: torch.Tensor, *, tile: Tile, scale: float) -> torch.Tensor:
+def passthrough(x: torch.Tensor, *, tile: Tile, scales: tuple[float, ...]) -> torch.Tensor:
     """scale · x in float32."""
     import torch
 
-    return x.to(torch.float32) * float(np.float32(scale))
+    return x.to(torch.float32) * float(np.float32(scales[0]))

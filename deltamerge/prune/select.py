@@ -60,6 +60,22 @@ def pick_bin(counts: np.ndarray[tuple[int], np.dtype[np.int64]], *, k: int) -> B
     return Bin(high, k - int(above[index] - counts[high]))
 
 
+def count_nonzero(x: torch.Tensor, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """How many entries are not 0: int64[1]."""
+    return x.count_nonzero().view(1).cpu().numpy()
+
+
+def pick_share(
+    counts: np.ndarray[tuple[int], np.dtype[np.int64]],
+    nonzero: np.ndarray[tuple[int], np.dtype[np.int64]],
+    *,
+    share: float,
+) -> Bin:
+    """The bin of the k-th largest, k = int(share · nonzero); for k = 0 the last bin, of whose entries none is kept."""
+    k = int(share * int(nonzero[0]))
+    return pick_bin(counts, k=k) if k else Bin(HIGH - 1, 0)
+
+
 def low_histogram(delta: torch.Tensor, high: Bin, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     """Counts of the low 16 bits of abs(Δ) among entries with the bin's high bits: int64[65536]."""
     import torch
@@ -116,7 +132,43 @@ def keep_largest(
     delta: torch.Tensor, cut: Cut, ranks: np.ndarray[tuple[int], np.dtype[np.int64]], *, tile: Tile
 ) -> torch.Tensor:
     """Δ where it is among the k largest magnitudes of the tensor, else 0."""
-    bits = magnitude_bits(delta)
+    return delta.where(among_largest(delta, cut, ranks, tile), delta.new_zeros(()))
+
+
+def keep_between(
+    delta: torch.Tensor,
+    outer: Cut,
+    outer_ranks: np.ndarray[tuple[int], np.dtype[np.int64]],
+    inner: Cut,
+    inner_ranks: np.ndarray[tuple[int], np.dtype[np.int64]],
+    *,
+    tile: Tile,
+) -> torch.Tensor:
+    """Δ where it is among the largest magnitudes that `outer` keeps and not among those of `inner`, else 0.
+
+    Model breadcrumbs (arXiv 2312.06795): the very largest are outliers, the smallest noise.
+    """
+    keep = among_largest(delta, outer, outer_ranks, tile) & ~among_largest(delta, inner, inner_ranks, tile)
+    return delta.where(keep, delta.new_zeros(()))
+
+
+def keep_where(
+    delta: torch.Tensor,
+    score: torch.Tensor,
+    cut: Cut,
+    ranks: np.ndarray[tuple[int], np.dtype[np.int64]],
+    *,
+    tile: Tile,
+) -> torch.Tensor:
+    """Δ where the magnitude of its score is among the k largest of the tensor, else 0."""
+    return delta.where(among_largest(score, cut, ranks, tile), delta.new_zeros(()))
+
+
+def among_largest(
+    score: torch.Tensor, cut: Cut, ranks: np.ndarray[tuple[int], np.dtype[np.int64]], tile: Tile
+) -> torch.Tensor:
+    """Whether each entry's magnitude is one of the k largest of the tensor."""
+    bits = magnitude_bits(score)
     keep = bits > cut.threshold
     equal = bits == cut.threshold
     if ranks.size:
@@ -124,7 +176,7 @@ def keep_largest(
         keep |= equal & (equal.cumsum(0) + before <= cut.equal_kept)
     else:
         keep |= equal
-    return delta.where(keep, delta.new_zeros(()))
+    return keep
 
 
 def keep_largest_rows(delta: torch.Tensor, *, tile: Tile, density: float) -> torch.Tensor:

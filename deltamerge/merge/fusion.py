@@ -1,0 +1,76 @@
+"""Arcee fusion: only the entries that matter most, by their size and their row's shift, are taken from the model."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deltamerge.ops import densify, row_blocks
+from deltamerge.tensors import Kept, Make, Tile
+
+if TYPE_CHECKING:
+    import torch
+
+HERE = "deltamerge.merge.fusion"
+SELECT = "deltamerge.prune.select"
+FLOOR = 1e-8
+
+
+def arcee_fusion(
+    base: torch.Tensor, delta: torch.Tensor | Kept, importance: torch.Tensor, threshold: float, *, tile: Tile
+) -> torch.Tensor:
+    """base + Δ where the importance reaches the threshold, base elsewhere; float32 (https://arcee.ai)."""
+    import torch
+
+    dense = densify(delta, tile.size)
+    return base.to(torch.float32) + dense.where(importance >= threshold, dense.new_zeros(()))
+
+
+def nodes(make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool) -> Any:
+    """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries."""
+    importance = make(f"{HERE}:importance", inputs, shape=shape)
+    size = math.prod(shape)
+    high = make(f"{SELECT}:high_histogram", [importance], kind="sum", shape=shape)
+    quartiles = []
+    for quarter in (1, 2, 3) if size else ():
+        # the ascending index floor(quarter / 4 · (n − 1)) is the k-th largest
+        found = make(f"{SELECT}:pick_bin", [high], kind="small", k=size - quarter * (size - 1) // 4)
+        low = make(f"{SELECT}:low_histogram", [importance, found], kind="sum", shape=shape)
+        quartiles.append(make(f"{SELECT}:pick_cut", [low, found], kind="small"))
+    threshold = make(f"{HERE}:threshold", quartiles, kind="small")
+    return make(function, [*inputs, importance, threshold], shape=shape)
+
+
+def importance(base: torch.Tensor, delta: torch.Tensor | Kept, *, tile: Tile) -> torch.Tensor:
+    """abs(Δ) · Σ p log(p / q) over the row, p and q the softmaxes of base + Δ and base, 1e-8 added to each.
+
+    Computed in float64 by numpy, since exponentials differ in their last bit from device to device; float32. A row is
+    the last dimension (`ops.row_blocks`).
+    """
+    import torch
+
+    dense = densify(delta, tile.size)
+    old, change = (x.to(torch.float64).cpu().numpy() for x in (base, dense))
+    found = np.empty(tile.size, np.float32)
+    for part, columns in row_blocks(tile):
+        q, d = old[part].reshape(-1, columns), change[part].reshape(-1, columns)
+        p = _softmax(q + d)
+        q = _softmax(q)
+        found[part] = (np.abs(d) * (p * np.log(p / q)).sum(1, keepdims=True)).reshape(-1)
+    return torch.from_numpy(found).to(dense.device)
+
+
+def threshold(*quartiles: Any) -> float:
+    """median + 1.5 · (Q3 − Q1), in float32; of nothing, 0."""
+    if not quartiles:
+        return 0.0
+    bits = np.array([cut.threshold for cut in quartiles], np.int32)
+    first, median, third = bits.view(np.float32)
+    return float(median + np.float32(1.5) * (third - first))
+
+
+def _softmax(rows: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    raised = np.exp(rows - rows.max(1, keepdims=True))
+    return np.asarray(raised / raised.sum(1, keepdims=True) + FLOOR)

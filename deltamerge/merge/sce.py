@@ -1,0 +1,80 @@
+"""SCE: select entries that vary, calculate a weight per model, erase the minority's sign (arXiv 2408.07990)."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from deltamerge.merge.arithmetic import weighted_sum
+from deltamerge.ops import densify
+from deltamerge.tensors import Kept, Make, Tile
+
+if TYPE_CHECKING:
+    import torch
+
+HERE = "deltamerge.merge.sce"
+SELECT = "deltamerge.prune.select"
+SMALLEST_WEIGHT = 1e-6
+
+
+def sce(base: torch.Tensor, *inputs: Any, tile: Tile) -> torch.Tensor:
+    """base + Σ w_i Δ_i ÷ Σ w_i over the models of the elected sign, that of Σ Δ_i (0 counts as +); float32.
+
+    inputs are the selected deltas and the weights, which add up to 1; a sum of weights below 1e-6 divides as 1e-6.
+    """
+    import torch
+
+    *deltas, weights = inputs
+    dense = [densify(delta, tile.size) for delta in deltas]
+    positive = weighted_sum(dense, (1.0,) * len(dense)) >= 0
+    mixed, divisor = torch.zeros_like(dense[0]), torch.zeros_like(dense[0])
+    for delta, weight in zip(dense, weights, strict=True):
+        agrees = torch.where(positive, delta > 0, delta < 0)
+        mixed += torch.where(agrees, delta * weight, 0.0)
+        divisor += torch.where(agrees, weight, 0.0)
+    return base.to(torch.float32) + mixed / divisor.clamp(min=float(np.float32(SMALLEST_WEIGHT)))
+
+
+def nodes(
+    make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool, select_topk: float
+) -> Any:
+    """The node of `sce`: passes that find the int(select_topk · n) of the n entries that vary, one for the weights."""
+    base, *deltas = inputs
+    if select_topk < 1.0:
+        variance = make(f"{HERE}:variance", deltas, shape=shape)
+        high = make(f"{SELECT}:high_histogram", [variance], kind="sum", shape=shape)
+        nonzero = make(f"{SELECT}:count_nonzero", [variance], kind="sum", shape=shape)
+        found = make(f"{SELECT}:pick_share", [high, nonzero], kind="small", share=select_topk)
+        low = make(f"{SELECT}:low_histogram", [variance, found], kind="sum", shape=shape)
+        cut = make(f"{SELECT}:pick_cut", [low, found], kind="small")
+        equal = make(f"{SELECT}:equal_counts", [variance, cut], kind="concat", shape=shape)
+        ranks = make(f"{SELECT}:pick_ranks", [equal], kind="small")
+        deltas = [make(f"{SELECT}:keep_where", [delta, variance, cut, ranks], shape=shape) for delta in deltas]
+    squares = [make("deltamerge.prune.rescale:norm", [x], kind="concat", shape=shape, norm="l2") for x in deltas]
+    weights = make(f"{HERE}:weights", squares, kind="small", size=math.prod(shape))
+    return make(function, [base, *deltas, weights], shape=shape)
+
+
+def variance(*deltas: torch.Tensor | Kept, tile: Tile) -> torch.Tensor:
+    """The variance over models of each entry, 0 where they are equal: of the differences to the first, in float32."""
+    import torch
+
+    first, *others = (densify(delta, tile.size) for delta in deltas)
+    count = float(len(deltas))
+    apart = [torch.zeros_like(first), *(other - first for other in others)]
+    mean = weighted_sum(apart, (1.0,) * len(apart)) / first.new_tensor(count)
+    total = torch.zeros_like(first)
+    for x in apart:
+        total += (x - mean) * (x - mean)
+    return total / first.new_tensor(count)
+
+
+def weights(*squares: np.ndarray[Any, Any], size: int) -> tuple[float, ...]:
+    """mean(Δ_i²) ÷ their sum, in float32; all equal where that sum is below 1e-6."""
+    means = [math.fsum(part) / max(size, 1) for part in squares]
+    total = math.fsum(means)
+    if total < SMALLEST_WEIGHT:
+        return (float(np.float32(1.0 / len(means))),) * len(means)
+    return tuple(float(np.float32(mean / total)) for mean in means)

@@ -1,0 +1,71 @@
+"""DELLA: the larger an entry in its row, the likelier it is kept."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.errors import InputError
+from deltamerge.ops import densify, row_blocks
+from deltamerge.prune.bits import Key, words_torch
+from deltamerge.prune.select import magnitude_bits
+from deltamerge.tensors import Kept, Tile
+
+if TYPE_CHECKING:
+    import torch
+
+
+def della(
+    delta: torch.Tensor | Kept, *, tile: Tile, key: Key, density: float, epsilon: float, weighted: bool = True
+) -> torch.Tensor:
+    """δ ∘ Δ · density / π, δ ~ Bernoulli(π): over q = density it is unbiased; δ ∘ Δ if not `weighted`. float32.
+
+    π = density − ε + 2ε · rank / (n − 1), rank from 0 by abs(Δ) in a row of n, equals from the left (arXiv 2406.11617).
+    A row is the last dimension (`ops.row_blocks`); π = density for a row of one. Kept where the position's 32-bit word
+    is below π · 2**32.
+    """
+    import torch
+
+    dense = densify(delta, tile.size)
+    words = words_torch(key, tile.start, tile.stop, dense.device)
+    kept = torch.empty_like(dense)
+    for part, columns in row_blocks(tile):
+        values = dense[part]
+        rank = _ranks(values.view(-1, columns)).view(-1)
+        probability = _probabilities(columns, density, epsilon)
+        stays = words[part] < _at(rank, np.round(probability * 2.0**32).astype(np.int64))
+        if weighted:
+            values = values / _at(rank, (probability / density).astype(np.float32))
+        kept[part] = values.where(stays, values.new_zeros(()))
+    return kept
+
+
+def check(density: float, epsilon: float) -> None:
+    """Raises InputError unless every π is a probability, and none is 0."""
+    if density < 1.0 and not 0.0 < density - epsilon <= density + epsilon <= 1.0:
+        message = f"della: density {density:g} ± epsilon {epsilon:g} must lie in (0, 1]"
+        raise InputError(message, hint="choose a smaller epsilon")
+
+
+def _probabilities(count: int, density: float, epsilon: float) -> NDArray[np.float64]:
+    """π of each rank in a row of `count`."""
+    if count < 2:
+        return np.full(count, density)
+    return np.asarray(density - epsilon + np.arange(count) * (2.0 * epsilon / (count - 1)), np.float64)
+
+
+def _ranks(rows: torch.Tensor) -> torch.Tensor:
+    """int64 (rows, n): how many of the row are smaller, or equal and further left."""
+    import torch
+
+    order = magnitude_bits(rows).sort(dim=1, stable=True).indices
+    ranks = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape)
+    return torch.empty_like(order).scatter_(1, order, ranks)
+
+
+def _at(rank: torch.Tensor, table: NDArray[Any]) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(table).to(rank.device)[rank]

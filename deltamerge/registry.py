@@ -1,0 +1,131 @@
+"""What the table of methods is made of: a parameter, a merge method, a pruning method; and those of other packages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from typing import Any, Literal
+
+from deltamerge.errors import DeltamergeError
+
+GROUP = "deltamerge.methods"
+
+
+@dataclass(frozen=True, slots=True)
+class Param:
+    """A parameter of a method: what it may be and what it is when not given.
+
+    `default` None: it must be given (`alone`: what a single fine-tune has instead). `per_model` parameters may be set
+    beside a model or for all of them, the others only for the whole merge or slice. `scalar`: no gradient or filters.
+    `prunes`: it is for the pruning that comes first, and not handed to the function that combines.
+    """
+
+    summary: str
+    default: float | bool | None = None
+    kind: Literal["number", "integer", "bool"] = "number"
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    per_model: bool = False
+    alone: float | None = None
+    scalar: bool = False
+    prunes: bool = False
+
+    def default_for(self, models: int) -> float | bool | None:
+        """What it is when not given, with that many models to combine; None: it must be given."""
+        return self.alone if self.default is None and models == 1 else self.default
+
+    def wanted(self) -> str:
+        """What a value must be: "in (0, 1]"."""
+        if self.kind == "bool":
+            return "true or false"
+        if self.low is not None and self.high is not None:
+            return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
+        if self.low is not None:
+            return f"{'more than' if self.low_open else 'at least'} {self.low:g}"
+        return "a whole number" if self.kind == "integer" else "a number"
+
+    def accepts(self, value: float | bool) -> bool:
+        if self.kind == "bool":
+            return value in (0, 1)
+        if isinstance(value, bool) or (self.kind == "integer" and value != int(value)):
+            return False
+        if self.low is not None and (value < self.low or (self.low_open and value == self.low)):
+            return False
+        return self.high is None or value <= self.high
+
+
+@dataclass(frozen=True, slots=True)
+class MergeMethod:
+    """How fine-tunes meet: `function` ("module:name") of tiles, or of what `nodes` makes of them.
+
+    `needs_base`: the base is given and stands apart from the models; `takes_base`: so it is where it is given.
+    `deltas`: with a base it works on fine-tune − base, so pruning can come before it. `implies_prune` is the pruning
+    that its name promises. `adds`: the result is exactly base + something that the base has no part in but by the
+    deltas. `minimum` and `maximum` count the models that are combined; a base apart is none.
+
+    The function is called `f(*tensors, tile=…, **parameters)`: the base's tile in its stored dtype if it stands apart,
+    then a tile per model (with deltas: float32, or `Kept`). A parameter is passed by its name, `lambda` as `lambda_`;
+    one that is `per_model` in the plural, as a tuple. `nodes`, for a method that needs more than one pass, is a
+    function `(make, function, inputs, shape, *, based, **parameters) -> node`: see `deltamerge.merge.span.nodes`.
+    """
+
+    name: str
+    function: str
+    summary: str
+    paper: str | None = None
+    parameters: Mapping[str, Param] = field(default_factory=dict)
+    needs_base: bool = False
+    takes_base: bool = False
+    deltas: bool = False
+    adds: bool = False
+    implies_prune: str | None = None
+    minimum: int = 1
+    maximum: int | None = None
+    nodes: str | None = None
+
+    def base_apart(self, base_model: str | None) -> bool:
+        """Whether a recipe with that `base_model` hands the base to the method apart from the models."""
+        return self.needs_base or (self.takes_base and base_model is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class PruneMethod:
+    """Which entries of a delta stay.
+
+    `parameters` and `options` name the keys of `prune` that it knows, besides those of every method. `random` masks
+    divide what is kept by the density (vanilla DARE), others by 1, unless q or rescale is given. `groups` are the
+    choices of `group`, the default first.
+
+    The function is called `f(delta, *, tile, density, …)` with the parameters other than q, and `key` where `random`:
+    the bits of the mask (`deltamerge.prune.bits`) are to come from it. It returns the kept entries, zeros elsewhere.
+    """
+
+    name: str
+    function: str | None
+    summary: str
+    paper: str | None = None
+    parameters: Mapping[str, Param] = field(default_factory=dict)
+    options: frozenset[str] = frozenset()
+    random: bool = False
+    groups: tuple[str, ...] = ()
+
+
+def third_party(group: str = GROUP) -> Iterator[MergeMethod | PruneMethod]:
+    """Methods that other packages register: an entry point of `group` names one, or an iterable of them.
+
+    Raises DeltamergeError naming the package whose entry point cannot be loaded or is something else.
+    """
+    for point in sorted(entry_points(group=group), key=lambda point: (point.name, point.value)):
+        package = point.dist.name if point.dist is not None else "?"
+        try:
+            found: Any = point.load()
+        except Exception as error:  # whatever a package of somebody else raises while it is imported
+            raise DeltamergeError(
+                f"entry point {point.value} of {package}: {error}", hint="update or remove it"
+            ) from error
+        for method in (found,) if isinstance(found, MergeMethod | PruneMethod) else found:
+            if not isinstance(method, MergeMethod | PruneMethod):
+                raise DeltamergeError(f"entry point {point.value} of {package} is no MergeMethod or PruneMethod")
+            yield method
