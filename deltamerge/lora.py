@@ -129,7 +129,7 @@ def factor_spec(
                 assert m.base is not None
                 node = graph.node("deltamerge.ops:dense", [masked(m, m.base, tune, tensor, seed)], shape=info.shape)
             else:
-                node = graph.node(f"{ARITHMETIC}:passthrough", [read(info)], shape=info.shape, scale=1.0)
+                node = graph.node(f"{ARITHMETIC}:passthrough", [read(info)], shape=info.shape, scales=(1.0,))
             factors.append(graph.node(f"{FACTORS}:whole", kind="small", node=node))
         shape, scale, transposed = product.weight.shape, update.scale, update.transposed
         return graph.node(f"{FACTORS}:product", factors, shape=shape, scale=scale, transposed=transposed)

@@ -105,7 +105,9 @@ def test_methods_of_which_nothing_is_known_add_the_difference(
     models(tmp_path, torch.float32)
     known = run(tmp_path, "known", RECIPES[name], kind="delta", values="float32")
     method = "ties" if name == "ties" else "task_arithmetic"
-    monkeypatch.setitem(MERGE, method, replace(MERGE[method], adds=False))  # type: ignore[arg-type]  # a dict
+    others = {**MERGE, method: replace(MERGE[method], adds=False)}
+    for module in ("checks", "methods", "recipe"):
+        monkeypatch.setattr(f"deltamerge.{module}.MERGE", others)
     plain = run(tmp_path, "plain", RECIPES[name], kind="delta", values="float32")
     for (_, got, base), (_, wanted, _) in zip(added(tmp_path, plain), added(tmp_path, known), strict=True):
         torch.testing.assert_close(got, wanted, rtol=2**-22, atol=0)

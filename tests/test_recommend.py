@@ -55,7 +55,7 @@ def subject(folder: Path, held: bool = False) -> list[dict[str, torch.Tensor]]:
     )
     with Reader() as reader:
         one = Subject(make_plan(path, device="cpu").sources[0], reader)
-        return [dict(inputs) for inputs in (one.held if held else one.search).inputs]
+        return [dict(inputs) for inputs in one.batches["held" if held else "search"].inputs]
 
 
 def load(folder: Path) -> Any:
