@@ -21,8 +21,8 @@ from deltamerge.io.checkpoint import Checkpoint, Reader, is_delta
 from deltamerge.io.delta import DeltaFile, Source
 from deltamerge.io.delta_format import TILE
 from deltamerge.io.layered import elements
+from deltamerge.io.workspace import finished_folder
 from deltamerge.io.writer import Writer, plan_layout
-from deltamerge.run import finished_folder
 
 BASELINE_BYTES = 60_000_000  # of the process before the first tile
 ELEMENT_BYTES = 32  # of a tile at its widest: base, float32, positions, values, result

@@ -8,7 +8,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import read_json
 from deltamerge.plan import Plan
 
@@ -43,7 +45,11 @@ def copied_files(folder: Path) -> dict[str, Path]:
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
     names = sorted(p.name for p in folder.iterdir() if p.is_file())
     found = {n: folder / n for n in names if any(fnmatchcase(n, p) for p in patterns)}
-    return {n: p for n, p in found.items() if not n.endswith((".safetensors", ".index.json"))}
+    found = {n: p for n, p in found.items() if not n.endswith((".safetensors", ".index.json"))}
+    for path in found.values():
+        with errors.context(str(folder)):
+            refuse_link(path)
+    return found
 
 
 def config(plan: Plan) -> dict[str, Any]:

@@ -17,22 +17,27 @@ from deltamerge.io.delta_writer import Summary
 from deltamerge.plan import Plan
 from deltamerge.stages import Calibrated
 
+MATTER_BYTES = 1 << 16
+
 
 def _license(plan: Plan) -> str | None:
     """The licence that all inputs state in their cards, if they agree."""
     found = set()
     for card in [source.path / "README.md" for model in plan.inputs.all for source in model.checkpoint.sources]:
-        found.add(_front_matter(card).get("license") if card.is_file() else None)
-    return str(found.pop()) if len(found) == 1 and None not in found else None
+        stated = _front_matter(card).get("license") if card.is_file() else None
+        found.add(stated if isinstance(stated, str) else None)
+    return found.pop() if len(found) == 1 else None
 
 
 def _front_matter(card: Path) -> dict[str, object]:
-    text = card.read_text(encoding="utf-8", errors="replace")
+    """What a card says of its model between two lines of ---; nothing where a stranger wrote nonsense."""
+    with card.open("rb") as file:
+        text = file.read(MATTER_BYTES).decode("utf-8", "replace")
     if not text.startswith("---\n"):
         return {}
     try:
         content = yaml.safe_load(text[4:].partition("\n---")[0])
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -74,8 +74,9 @@ def main(arguments: list[str] | None = None) -> None:
         code = commands.main(arguments, prog_name="deltamerge", standalone_mode=False)
     except click.exceptions.Exit as leaving:
         code = leaving.exit_code
-    except (click.exceptions.Abort, KeyboardInterrupt):
-        click.echo("interrupted: nothing was left behind; run the command again", err=True)
+    except (click.exceptions.Abort, KeyboardInterrupt) as interruption:
+        kept = str(interruption.__cause__ or interruption)  # click wraps a KeyboardInterrupt in its Abort
+        click.echo(f"interrupted: {kept or 'nothing was left behind; run the command again'}", err=True)
         code = 130
     except click.ClickException as error:
         error.show()
@@ -134,8 +135,12 @@ def commands() -> None:
 @DEVICE
 @WORKERS
 @MEMORY
-@click.option("--force", is_flag=True, help="Replace a target that is not empty.")
+@click.option("--part", metavar="I/N", help="Write only the I-th of N parts, whole shards each.")
+@click.option("--finish", is_flag=True, help="Make the target of what all parts wrote.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped; the same bytes result.")
+@click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
 @AS_JSON
 @click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 def run(
@@ -144,8 +149,12 @@ def run(
     device: str,
     workers: int | None,
     memory: int | None,
+    part: str | None,
+    finish: bool,
+    resume: bool,
     force: bool,
     locked: bool,
+    allow_nonfinite: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -156,9 +165,17 @@ def run(
     \b
     deltamerge run recipe.yaml --memory 2GB
     deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
+
+    An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
     """
+    from deltamerge.distribute import Part
+    from deltamerge.run import describe_nonfinite
+    from deltamerge.run import finish as finish_parts
     from deltamerge.run import run as run_recipe
     from deltamerge.share import SCHEME
+
+    if finish and part is not None:
+        raise click.UsageError("--finish and --part exclude each other")
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -172,23 +189,35 @@ def run(
             published = fetch(recipe, Path(scratch))
             path, locked = published.recipe, True
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
-        result = run_recipe(
-            path,
-            out,
-            device=device,
-            workers=workers,
-            memory=memory,
-            force=force,
-            locked=locked,
-            pins=published.pins if published else None,
-            watch=lambda plan: progress.start(plan.nbytes),
-        )
-    differing = published.differences(result.lock["outputs"]) if published else []
+        if finish:
+            result = finish_parts(
+                path, out, workers=workers, force=force, locked=locked, pins=published.pins if published else None
+            )
+        else:
+            result = run_recipe(
+                path,
+                out,
+                device=device,
+                workers=workers,
+                memory=memory,
+                part=Part.parse(part) if part else None,
+                resume=resume,
+                force=force,
+                locked=locked,
+                allow_nonfinite=allow_nonfinite,
+                pins=published.pins if published else None,
+                watch=lambda plan: progress.start(plan.nbytes),
+            )
+    if result.nonfinite:
+        click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
+    differing = published.differences(result.lock["outputs"]) if published and not part else []
     found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
     if published:
         found["published"] = {"commit": published.commit, "differs": differing}
     report_run(result, progress, as_json=as_json, quiet=quiet, **found)
-    if published is not None:
+    if part and not (quiet or as_json):
+        click.echo("hint: when every part is done, run the same command with --finish", err=True)
+    if published is not None and not part:
         agreed = f"not the bytes of {recipe}: {', '.join(differing)}" if differing else f"the same bytes as {recipe}"
         click.echo(f"{result.folder}: {agreed} at {published.commit[:12]}", err=True)
     if differing:
@@ -208,6 +237,7 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
             "tensors": tensors,
             "seconds": round(progress.seconds, 3),
             "lock": result.lock,
+            "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
             **({} if delta is None else {"entries": delta.entries, "relative_error": delta.error}),
             **more,
         }

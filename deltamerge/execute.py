@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import threading
 from collections import ChainMap, deque
@@ -87,18 +88,20 @@ def execute(
     tile_elements: int = 1 << 18,
     progress: Callable[[int], None] = lambda _: None,
     known: Mapping[Node, Any] | None = None,
+    done: Callable[[str, int, int], bool] = lambda *_: False,
 ) -> dict[Node, Any]:
     """Make every task's tensor and hand its tiles to `sink`; the values of shared small nodes are returned.
 
     A task whose root is a small node makes no tensor: its value is returned, and `progress` is told of its bytes. So is
     that of a reduction. Without a sink all roots are such.
 
-    `known` are values of small nodes that are not computed again.
+    `known` are values of small nodes that are not computed again; done(name, offset, nbytes) says which bytes of a
+    tensor the sink has already (an interrupted run's).
 
     At most `workers` + 1 tensors are in flight, each worker holds one tile of each value alive; the result does not
     depend on `workers`, `tile_elements` or the device.
     """
-    engine = _Engine(tasks, reader, sink, device, tile_elements, progress, known or {})
+    engine = _Engine(tasks, reader, sink, device, tile_elements, progress, known or {}, done)
     with _quiet_allocator(), _single_threaded(tasks, workers):
         engine.run(workers)
     return engine.shared
@@ -116,8 +119,9 @@ class _Engine:
         tile_elements: int,
         progress: Callable[[int], None],
         known: Mapping[Node, Any],
+        done: Callable[[str, int, int], bool],
     ) -> None:
-        self.reader, self.sink, self.progress = reader, sink, progress
+        self.reader, self.sink, self.progress, self.done = reader, sink, progress, done
         self.tile_elements = tile_elements
         self.backends = {name: open_backend(name, device) for name in {t.backend for t in tasks}}
         self.shared = shared_values([task.root for task in tasks], known)
@@ -179,6 +183,8 @@ class _Engine:
             return None
 
     def _start(self, task: Task) -> None:
+        if self._is_done(task, 0, math.prod(task.root.shape)):
+            return
         plan = schedule(task.root)
         running = Running(task, self.backends[task.backend], plan, ChainMap({}, self.shared_by_id))
         jobs = self._next_pass(running)
@@ -208,7 +214,7 @@ class _Engine:
                 for i, n in enumerate(nodes)
             ]
             running.partials = {id(n): {} for n in reductions}
-            jobs = list(self._jobs(running))
+            jobs = [job for job in self._jobs(running) if not (last and self._is_done_job(job))]
             running.waiting = len(jobs)
             return jobs
         return []
@@ -222,6 +228,19 @@ class _Engine:
             step = max(1, JOB_ELEMENTS // self._tile_step(root)) * self._tile_step(root)
         for start in range(0, max(total, 1), step):
             yield Job(running, start, min(total, start + step))
+
+    def _is_done_job(self, job: Job) -> bool:
+        root = job.running.task.root
+        size = 1 if root.kind != "read" else ITEMSIZE[root.dtype]
+        return self._is_done(job.running.task, job.start // size, job.stop // size)
+
+    def _is_done(self, task: Task, start: int, stop: int) -> bool:
+        """Whether the sink has the elements [start, stop) of a task; they count as progress at once."""
+        size = ITEMSIZE[task.root.dtype]
+        done = self.done(task.name, task.offset + start * size, (stop - start) * size)
+        if done:
+            self.progress((stop - start) * size)
+        return done
 
     def _tile_step(self, root: Node) -> int:
         block = block_elements(root.shape)

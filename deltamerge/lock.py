@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.numpy import load_file, save_file
 
 from deltamerge import __version__
@@ -18,6 +19,7 @@ from deltamerge.budget import Choice
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.safetensors_file import read_header
 from deltamerge.plan import Plan
 from deltamerge.stages import Calibrated, locked
 
@@ -27,6 +29,8 @@ LOCK_NAME = "recipe.lock"
 ROWS = ".rows"
 DATA = "calibration data"
 HASH_BYTES = 1 << 23
+MAX_BYTES = 1 << 26
+MAX_DEPTH = 64
 HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
@@ -80,9 +84,10 @@ def input_files(model: Checkpoint) -> list[Path]:
     return [*model.files, *([config] if config.is_file() else [])]
 
 
-def describe_input(model: Checkpoint, workers: int) -> dict[str, Any]:
-    """An input's commit (if from the hub) and its files."""
-    entry: dict[str, Any] = {"files": describe_files(input_files(model), workers, hash_input)}
+def describe_input(model: Checkpoint, workers: int, files: Iterable[Path] | None = None) -> dict[str, Any]:
+    """An input's commit (if from the hub) and its files, or some of them."""
+    chosen = input_files(model) if files is None else files
+    entry: dict[str, Any] = {"files": describe_files(chosen, workers, hash_input)}
     commits = [source.revision or "" for source in model.sources]
     if all(commits):
         entry["commit"] = "+".join(commits)
@@ -91,15 +96,55 @@ def describe_input(model: Checkpoint, workers: int) -> dict[str, Any]:
     return entry
 
 
-def describe_inputs(plan: Plan, workers: int) -> dict[str, Any]:
-    """For every input its commit (if from the hub) and its files."""
+def describe_inputs(
+    plan: Plan, workers: int, mine: Callable[[int, int], bool] = lambda position, total: True
+) -> dict[str, Any]:
+    """For every input its commit (if from the hub) and its files; only those that are `mine` by position and total."""
     inputs: dict[str, Any] = {}
-    for model in plan.inputs.checkpoints:
-        inputs[model.reference] = describe_input(model, workers)
+    models = plan.inputs.checkpoints
+    total = sum(len(input_files(model)) for model in models)
+    position = 0
+    for model in models:
+        files = input_files(model)
+        chosen = [file for i, file in enumerate(files, position) if mine(i, total)]
+        position += len(files)
+        inputs[model.reference] = describe_input(model, workers, chosen)
     data = [source.folder / source.calibration.data for source in plan.sources]
     if data and data[0].is_file():
         inputs[DATA] = {"files": describe_files(data[:1], workers, hash_input)}
     return inputs
+
+
+def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
+    """What the bytes of the output follow from, by names for people; files by size and time, hub files by their hash.
+
+    Cheap: no file is read. An unfinished run goes on only if all of it is as it was.
+    """
+    from xxhash import xxh3_128
+
+    layout = xxh3_128()
+    for file in plan.layout.files:
+        layout.update(file.header)
+    found: dict[str, Any] = {
+        "deltamerge": __version__,
+        "the recipe": xxh3_128(recipe_text.encode()).hexdigest(),
+        "the tensors of the output": layout.hexdigest(),
+    }
+    for model in plan.inputs.checkpoints:
+        for path in input_files(model):
+            found[f"{model.reference}: {path.name}"] = _identity(path)
+    for source in plan.sources:
+        if (data := source.folder / source.calibration.data).is_file():
+            found[f"{DATA}: {data.name}"] = _identity(data)
+    return found
+
+
+def _identity(path: Path) -> list[int] | str:
+    blob = path.resolve()
+    if path.is_symlink() and HUB_BLOB.fullmatch(blob.name):
+        return blob.name
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def write_lock(
@@ -153,6 +198,7 @@ def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Nod
             if not file.is_file():
                 raise VerifyError(f"{file}: missing, it holds the q's of rows", hint="copy it beside the lock")
             prefix = f"{spec.name}:"
+            read_header(file)  # ours names what is wrong with it
             rows = {n.removeprefix(prefix): v for n, v in load_file(file).items() if n.startswith(prefix)}
         found[node] = locked(lock, spec, rows, str(path))
     return found
@@ -166,21 +212,66 @@ def locked_densities(lock: dict[str, Any], path: Path) -> dict[str, float]:
     return {str(name): float(p) for name, p in found.items()}
 
 
+class _Part(BaseModel):
+    """What must be so in a part of a lock; what is besides is kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _File(_Part):
+    hash: str
+    size: int
+
+
+class _Input(_Part):
+    files: dict[str, _File]
+
+
+class _Calibration(_Part):
+    objective: str
+    scope: str
+    search: str
+    q: dict[str, float]
+    rows: str | None = None
+
+
+class _Lock(_Part):
+    inputs: dict[str, _Input] = {}
+    outputs: dict[str, _File]
+    calibration: dict[str, _Calibration] = {}
+
+
 def read_lock(path: Path) -> dict[str, Any]:
-    """A lock's content; InputError if it is none."""
+    """A lock's content; InputError if it is none, is larger than 64 MB, or nested as no lock is."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise InputError(f"{path}: larger than {MAX_BYTES:,} bytes")
+        text = raw.decode("utf-8")
+        depth = 0
+        for event in yaml.parse(text, loader):  # first: nodes are composed recursively in C
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise InputError(f"{path}: nested more than {MAX_DEPTH} deep")
+        content = yaml.load(text, Loader=loader)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such lock", hint="a finished `deltamerge run` leaves one") from error
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
         raise InputError(f"{path}: not a readable lock") from error
-    if not isinstance(content, dict) or not isinstance(content.get("outputs"), dict):
+    if not isinstance(content, dict) or "outputs" not in content:
         raise InputError(f"{path}: not a deltamerge lock")
     if content.get("format") != FORMAT:
         raise InputError(
-            f"{path}: lock format {content.get('format')!r} is unknown",
+            f"{path}: lock format {str(content.get('format'))[:80]!r} is unknown",
             hint="use the deltamerge that wrote it",
         )
+    try:
+        _Lock.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     return content
 
 

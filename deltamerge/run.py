@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,28 +13,30 @@ from typing import Any
 from deltamerge import lock as locks
 from deltamerge.adapter import write_adapter
 from deltamerge.artifact import write_delta, write_within_budget
-from deltamerge.assets import write_assets
+from deltamerge.assets import asset_files, write_assets
 from deltamerge.budget import Choice, budget_of
 from deltamerge.card import render
 from deltamerge.chain import Document, documents, folder_of, is_current, result
+from deltamerge.distribute import Part, gather
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Node
 from deltamerge.io import hub
+from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.io.delta_writer import Summary
-from deltamerge.io.writer import Writer
+from deltamerge.io.workspace import Workspace, refuse_inputs, sync_path, workspace
+from deltamerge.io.writer import Writer, write_index
 from deltamerge.plan import Plan, plan
 from deltamerge.recipe import Recipe
-from deltamerge.stages import Calibrated
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: the folder, its plan, what its lock says, and what a delta artifact takes; of a file of several
-    documents the output's.
+    """A finished run: the folder, its plan, what its lock says, what a delta artifact takes, and what is not finite; of
+    a file of several documents the output's.
 
     `intermediate` are the folders of the other documents, and whether each was made now or was there and current.
     """
@@ -46,6 +45,7 @@ class Result:
     plan: Plan
     lock: dict[str, Any]
     delta: Summary | None = None
+    nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
     intermediate: Mapping[Path, bool] = field(default_factory=dict)
 
     @property
@@ -139,8 +139,11 @@ def run(
     device: str = "auto",
     workers: int | None = None,
     memory: int | None = None,
+    part: Part | None = None,
+    resume: bool = False,
     force: bool = False,
     locked: bool = False,
+    allow_nonfinite: bool = False,
     pins: Mapping[str, str] | None = None,
     text: str | None = None,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
@@ -149,13 +152,16 @@ def run(
 
     `text` is the recipe where there is no file at `path`. `watch` is given the plan before the first byte and returns
     what is told the bytes done. Of several documents those that others need are made first, unless their folders hold
-    just what would be made.
+    just what would be made. With `part` only that part's shards are written, to the work folder, for `finish`. `resume`
+    goes on where an interrupted run stopped.
     """
     chain = documents(path, text)
     beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
     options: dict[str, Any] = {
         "device": device, "workers": workers, "memory": memory, "data": not locked, "pins": pins, "text": text,
     }  # fmt: skip
+    if part and len(chain) > 1:
+        raise InputError(f"{path}: has several documents, --part takes one", hint="give each document its own file")
     if len(chain) > 1:
         make_plans(path, out, **options)  # a fault of any document ends the run before the first is made
     intermediate: dict[Path, bool] = {}
@@ -167,9 +173,23 @@ def run(
         intermediate[folder] = not is_current(document, planned, folder)
         if intermediate[folder]:
             ours = force or (folder / locks.LOCK_NAME).is_file()
-            _run(path, document, planned, folder, force=ours, locked=False, watch=watch, out=out, **options)
+            _run(
+                path,
+                document,
+                planned,
+                folder,
+                force=ours,
+                resume=resume,
+                allow_nonfinite=allow_nonfinite,
+                watch=watch,
+                out=out,
+                **options,
+            )
     planned = make_plan(path, out, **options)
-    done = _run(path, chain[-1], planned, target, force=force, locked=locked, watch=watch, out=out, **options)
+    done = _run(
+        path, chain[-1], planned, target, force=force, resume=resume, part=part, locked=locked,
+        allow_nonfinite=allow_nonfinite, watch=watch, out=out, **options,
+    )  # fmt: skip
     return replace(done, intermediate=intermediate)
 
 
@@ -180,48 +200,169 @@ def _run(
     target: Path,
     *,
     force: bool,
-    locked: bool,
+    resume: bool = False,
+    part: Part | None = None,
+    locked: bool = False,
+    allow_nonfinite: bool = False,
     watch: Callable[[Plan], Callable[[int], None]],
     **options: Any,
 ) -> Result:
     """Make the result of one document of the recipe at `path`."""
-    with finished_folder(target, force=force, inputs=_places(planned)) as folder:
+    refuse_inputs(target, _places(planned))
+    if part and planned.recipe.output.kind != "model":
+        raise InputError("--part writes models only", hint="run without --part, or set output.kind to model")
+    if part:
+        part.files(planned.layout)
+    with workspace(target, force=force, resume=resume, part=part.name if part else None) as work:
         if _from_hub(planned):
             planned = make_plan(path, weights=True, upto=document.name, **options)
-        known: dict[Node, Calibrated] = {}
-        inputs = _beside(lambda: locks.describe_inputs(planned, 1))
-        if locked:
-            lock_path = path.with_suffix(".lock")
-            lock = locks.read_lock(lock_path)
+        asset_files(planned)  # links that leave a model's folder are refused before the work, not after
+        facts = locks.facts(planned, document.text)
+        work.begin(facts)
+        share = part or Part(1, 1)
+        inputs = _beside(lambda: locks.describe_inputs(planned, 1, share.takes))
+        lock_path = path.with_suffix(".lock") if locked else None
+        lock = locks.read_lock(lock_path) if lock_path else {}
+        if lock_path and part is None:
             locks.check_inputs(lock, inputs.result(), lock_path)
-            known = locks.locked_calibration(planned, lock, lock_path)
         check_deltas(planned)
+        if planned.recipe.output.kind == "delta":
+            work.empty()  # an artifact is made anew, only its q's are kept
         written: Summary | None = None
         choice: Choice | None = None
+        outputs: dict[str, Any] = {}
+        nonfinite: Mapping[str, NonFinite] = {}
         if budget_of(planned) is not None:
 
             def remake(densities: Mapping[str, float]) -> Plan:
                 return make_plan(path, **options, upto=document.name, weights=True, densities=densities)
 
-            densities = locks.locked_densities(lock, lock_path) if locked else None
-            planned, values, written, choice = write_within_budget(planned, folder, watch, remake, densities)
-        elif planned.recipe.output.kind == "delta":
-            values, written = write_delta(planned, folder, watch(planned), known)
+            densities = locks.locked_densities(lock, lock_path) if lock_path else None
+            planned, values, written, choice = write_within_budget(planned, work.folder, watch, remake, densities)
         else:
-            values = _write_weights(planned, folder, watch(planned), known)
-        calibrated = {node: values[node] for node in planned.stages}
-        if planned.recipe.output.kind == "peft":
-            planned = replace(planned, notes=planned.notes + write_adapter(planned, folder))
-        else:
-            write_assets(planned, folder)
-        (folder / "recipe.yaml").write_text(document.text, encoding="utf-8")
-        card = render(planned, document.text, target.name, calibrated, written, choice)
-        (folder / locks.CARD).write_text(card, encoding="utf-8")
-        lock_path = folder / locks.LOCK_NAME
-        calibration = locks.write_calibration(planned, calibrated, lock_path)
-        outputs = locks.describe_files((p for p in folder.iterdir() if p.is_file()), planned.workers)
-        lock = locks.write_lock(planned, lock_path, inputs.result(), outputs, calibration, choice)
-    return Result(target, planned, lock, written)
+            values = _calibration(planned, work, lock_path, in_parts=part is not None)
+            if planned.recipe.output.kind == "delta":
+                values, written = write_delta(planned, work.folder, watch(planned), values)
+            else:
+                mine = part.of(planned) if part else planned
+                found = _write_weights(mine, work, watch(mine), values, part)
+                nonfinite = found.nonfinite
+                sizes = {file.name: file.size for file in planned.layout.files}
+                outputs = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
+        now = locks.facts(planned, document.text)
+        if changed := sorted(name for name in facts if now.get(name) != facts[name]):
+            raise InputError(f"changed during the run: {', '.join(changed)}", hint="run again with --force")
+        _check_finite(planned, nonfinite, allow=allow_nonfinite)
+        if part:
+            work.journal.append({"part": {"inputs": inputs.result(), "outputs": outputs}})
+            return Result(work.folder, mine, {}, None, nonfinite)
+        text, found_inputs = document.text, inputs.result()
+        planned, lock = _complete(planned, work, text, target.name, found_inputs, outputs, values, written, choice)
+    return Result(target, planned, lock, written, nonfinite)
+
+
+def finish(
+    path: Path,
+    out: Path | None = None,
+    *,
+    workers: int | None = None,
+    force: bool = False,
+    locked: bool = False,
+    pins: Mapping[str, str] | None = None,
+) -> Result:
+    """Make the target of what all parts of a run wrote. OutputError: some part is missing or unfinished."""
+    if len(documents(path)) > 1:
+        raise InputError(f"{path}: has several documents, --part takes one", hint="give each document its own file")
+    planned = make_plan(path, device="cpu", workers=workers, data=not locked, pins=pins)
+    target = target_of(path, planned.recipe, out)
+    with workspace(target, force=force, finish=True) as work:
+        text = planned.recipe.source.text
+        parts = gather(work, locks.facts(planned, text))
+        outputs: dict[str, Any] = {}
+        inputs: dict[str, Any] = {}
+        for part in parts:
+            outputs |= part["outputs"]
+            for reference, entry in part["inputs"].items():
+                inputs.setdefault(reference, {**entry, "files": {}})["files"] |= entry["files"]
+        if locked:
+            locks.check_inputs(locks.read_lock(path.with_suffix(".lock")), inputs, path.with_suffix(".lock"))
+        known = _calibration(planned, work, path.with_suffix(".lock") if locked else None, in_parts=True)
+        write_index(work.folder, planned.layout)
+        planned, lock = _complete(planned, work, text, target.name, inputs, outputs, known)
+    return Result(target, planned, lock)
+
+
+def _complete(
+    planned: Plan,
+    work: Workspace,
+    text: str,
+    title: str,
+    inputs: dict[str, Any],
+    outputs: dict[str, Any],
+    values: Mapping[Node, Any],
+    written: Summary | None = None,
+    choice: Choice | None = None,
+) -> tuple[Plan, dict[str, Any]]:
+    """Write all that is no weight and give the folder its name; `outputs` are the files whose hash is known."""
+    folder = work.folder
+    calibrated = {node: values[node] for node in planned.stages}
+    if planned.recipe.output.kind == "peft":
+        planned, outputs = replace(planned, notes=planned.notes + write_adapter(planned, folder)), {}
+    else:
+        write_assets(planned, folder)
+    (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    card = render(planned, text, title, calibrated, written, choice)
+    (folder / locks.CARD).write_text(card, encoding="utf-8")
+    lock_path = folder / locks.LOCK_NAME
+    lock_path.unlink(missing_ok=True)
+    calibration = locks.write_calibration(planned, calibrated, lock_path)
+    others = (p for p in folder.iterdir() if p.is_file() and p.name not in outputs)
+    outputs = outputs | locks.describe_files(others, planned.workers)
+    lock = locks.write_lock(planned, lock_path, inputs, outputs, calibration, choice)
+    work.publish()
+    return planned, lock
+
+
+def _calibration(planned: Plan, work: Workspace, lock_path: Path | None, *, in_parts: bool) -> dict[Node, Any]:
+    """The calibrated q's: an interrupted run's own, or the lock's, or found now and kept for --resume."""
+    if not planned.stages:
+        return {}
+    own = work.state / "calibration.lock"
+    if any("calibrated" in record for record in work.journal.records):
+        lock_path = own
+    if lock_path is not None:
+        return dict(locks.locked_calibration(planned, locks.read_lock(lock_path), lock_path))
+    if in_parts:
+        raise InputError(
+            "--part: the recipe calibrates q, which all parts must share",
+            hint="run `deltamerge calibrate RECIPE` once, then every part and --finish with --locked",
+        )
+    found = shared_values(planned.stages, {})
+    calibrated = {node: found[node] for node in planned.stages}
+    locks.write_lock(planned, own, {}, {}, locks.write_calibration(planned, calibrated, own))
+    for path in (own, own.with_suffix(locks.ROWS)):
+        if path.exists():
+            sync_path(path)
+    work.journal.append({"calibrated": True})
+    return found
+
+
+def _check_finite(planned: Plan, nonfinite: Mapping[str, NonFinite], *, allow: bool) -> None:
+    """OutputError naming the tensors that hold NaN or infinities, unless they are allowed."""
+    if not nonfinite or allow:
+        return
+    dtypes = {output.name: output.dtype for output in planned.outputs}
+    half = any(dtypes[name] == "F16" and count.inf for name, count in nonfinite.items())
+    advice = "float16 ends at 65504, give `dtype: bfloat16`; or keep them" if half else "keep them"
+    raise OutputError(describe_nonfinite(nonfinite), hint=f"{advice} with --allow-nonfinite")
+
+
+def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
+    """Which tensors hold how much that is not finite, in a line."""
+    named = [f"{n} ({', '.join(f'{x} {k}' for k, x in (('NaN', c.nan), ('inf', c.inf)) if x)})"
+             for n, c in sorted(nonfinite.items())]  # fmt: skip
+    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+    return f"values that are not finite in {', '.join(named[:8])}{more}"
 
 
 def _from_hub(planned: Plan) -> bool:
@@ -294,15 +435,16 @@ class _Shards:
 
 
 def _write_weights(
-    planned: Plan, folder: Path, progress: Callable[[int], None], known: dict[Node, Calibrated]
-) -> dict[Node, Any]:
+    planned: Plan, work: Workspace, progress: Callable[[int], None], known: dict[Node, Any], part: Part | None
+) -> Findings:
+    files = part.files(planned.layout) if part else None
     tasks = [
         Task(output.name, piece.built.root, piece.backend, piece.offset)
         for output in planned.outputs
         for piece in output.pieces
     ]
-    with Reader() as reader, Writer(folder, planned.layout) as writer:
-        values = execute(
+    with Reader() as reader, Writer(work.folder, planned.layout, files=files, journal=work.journal) as writer:
+        execute(
             tasks,
             reader,
             _Shards(writer),
@@ -311,48 +453,6 @@ def _write_weights(
             tile_elements=planned.tile_elements,
             progress=progress,
             known=known,
+            done=writer.has,
         )
-        writer.finish()
-    return values
-
-
-@contextmanager
-def finished_folder(target: Path, *, force: bool, inputs: Iterable[tuple[str, Path]]) -> Iterator[Path]:
-    """A folder beside `target` to work in; renamed to it if all goes well, removed if not; no input is in it."""
-    resolved = target.resolve()
-    for name, path in inputs:
-        if path.resolve().is_relative_to(resolved):
-            raise OutputError(f"{target}: holds the input {name}", hint="choose another folder with --out")
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
-    if target.is_dir() and any(target.iterdir()) and not force:
-        raise OutputError(f"{target}: not empty", hint="choose another folder with --out, or replace it with --force")
-    work = resolved.parent / f".{resolved.name}.{os.getpid()}.partial"
-    try:
-        work.mkdir(parents=True)
-    except OSError as error:
-        raise OutputError(f"{work.parent}: cannot be written: {error.strerror}") from error
-    try:
-        yield work
-        _replace(resolved, work)
-    except OSError as error:
-        if isinstance(error, FileNotFoundError):
-            raise InputError(f"{error.filename}: vanished during the run") from error
-        raise OutputError(f"{target}: cannot be written: {error.strerror}", hint="free space and run again") from error
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def _replace(target: Path, work: Path) -> None:
-    """Put `work` under the name `target`; an old target stays whole until the new one is there."""
-    if not target.exists():
-        os.rename(work, target)
-        return
-    old = work.with_suffix(".old")
-    os.rename(target, old)
-    try:
-        os.rename(work, target)
-    except OSError:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old)
+        return writer.finish(keep=part is not None)

@@ -258,4 +258,9 @@ def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.fl
     q: dict[str, QValue] = {name: float(value) for name, value in record["q"].items()} | dict(rows)
     if unknown := sorted(q.keys() - names):
         raise VerifyError(f"{where}: has a q for {unknown[0]}, which the recipe does not prune")
+    for pruned in spec.pruned:
+        shape = pruned.masked[0].shape
+        found = np.shape(q.get(pruned.name, 1.0))
+        if len(found) > len(shape) or any(a not in (1, b) for a, b in zip(found[::-1], shape[::-1], strict=False)):
+            raise VerifyError(f"{where}: q of {pruned.name} has shape {list(found)}, the tensor {list(shape)}")
     return Calibrated(q, {key: value for key, value in record.items() if key not in ("q", "rows")})

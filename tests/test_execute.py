@@ -89,7 +89,7 @@ def test_an_interrupted_run_exits_130_and_leaves_nothing(tmp_path):
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 60
-    while not list(tmp_path.glob(".r-merged*/*.safetensors")) and time.monotonic() < deadline:
+    while not list(tmp_path.glob(".r-merged*/out/*.safetensors")) and time.monotonic() < deadline:
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)

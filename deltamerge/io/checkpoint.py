@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.files import COPY_PIECE, Descriptors, copy_at, flat, input_error, read_at, write_at
+from deltamerge.io.files import COPY_PIECE, Descriptors, copy_at, flat, input_error, read_at, refuse_link, write_at
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
 from deltamerge.io.strict_json import read_json
@@ -94,9 +94,13 @@ def open_checkpoint(
             opened, config = DeltaFile.open(path), read_json(path / "config.json")
             return Checkpoint(reference, path, {}, opened.files, config, revision, hub_id, opened)
         source = weight_source(names)
+        refuse_link(path / "config.json")
+        refuse_link(path / source)
         config = read_json(path / "config.json")
         weight_map = read_index(path / INDEX) if source == INDEX else None
         shards = [source] if weight_map is None else shards_of(weight_map, names)
+        for shard in shards:
+            refuse_link(path / shard)
         tensors = join({shard: read_header(path / shard) for shard in shards}, weight_map)
         files = tuple(path / shard for shard in shards)
         return Checkpoint(reference, path, tensors, files, config, revision, hub_id)

@@ -22,8 +22,8 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.encodings import LARGEST_K, Array, Coding, decode, index_itemsize
-from deltamerge.io.files import flat
-from deltamerge.io.safetensors_file import TensorInfo, read_header
+from deltamerge.io.files import flat, refuse_link
+from deltamerge.io.safetensors_file import MAX_DIMENSIONS, TensorInfo, read_header
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.values import SCALE_BITS, SCALED, UNITS, Values, cast, narrow, scale_values, widen
 from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS
@@ -44,6 +44,7 @@ _NOTHING = np.empty(0, np.uint8)
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Natural = Annotated[int, Field(ge=0, lt=LARGEST_SIZE)]
+Shape = Annotated[list[Natural], Field(max_length=MAX_DIMENSIONS)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 Read = Callable[[int, int], Any]
 """Flat elements [start, stop) of a tensor, as a numpy array of its dtype or of equally wide integers."""
@@ -76,7 +77,7 @@ class Record(_Strict):
     base_*         of the base's tensor, where it differs from the result's
     """
 
-    shape: list[Natural]
+    shape: Shape
     dtype: str
     encoding: Coding
     k: Annotated[int, Field(ge=0, le=LARGEST_K)] = 0
@@ -87,7 +88,7 @@ class Record(_Strict):
     error: float | None = None
     base: Digest | None = None
     base_name: Name | None = None
-    base_shape: list[Natural] | None = None
+    base_shape: Shape | None = None
     base_dtype: str | None = None
     result: Digest
 
@@ -295,10 +296,12 @@ def stored_arrays(record: Record) -> dict[str, tuple[str, int | None]]:
 
 def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, ...]]:
     """The manifest, the entries in its order, and the artifact's files. InputError: it is not as the format says."""
+    refuse_link(folder / MANIFEST)
     manifest = _manifest(folder)
     stored: dict[str, TensorInfo] = {}
     shards = _files(folder)
     for file in shards:
+        refuse_link(folder / file)
         stored |= read_header(folder / file).tensors
     maps = {path: _map(path) for path in {info.path for info in stored.values()}}
     entries = {}
@@ -388,11 +391,11 @@ def _files(folder: Path) -> list[str]:
     if single:
         return [SINGLE]
     table = read_json(folder / INDEX).get("weight_map")
-    names = sorted(set(table.values())) if isinstance(table, dict) else []
+    names = list(table.values()) if isinstance(table, dict) else []
     for name in names:
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
-            raise InputError(f"{INDEX}: {name!r} is not the name of a shard")
-    return names
+            raise InputError(f"{INDEX}: {str(name)[:80]!r} is not the name of a shard")
+    return sorted(set(names))
 
 
 def _map(path: Path) -> mmap.mmap:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import os
 import threading
@@ -28,6 +29,7 @@ _REASONS = {
     errno.EPERM: ("not permitted", _OTHER),
     errno.EEXIST: ("it is there already", _OTHER),
     errno.EROFS: ("the file system is read-only", _OTHER),
+    errno.EBUSY: ("it is in use; is it a mount point?", "choose a folder inside it with --out"),
 }
 
 
@@ -41,6 +43,19 @@ def output_error(error: OSError) -> OutputError:
     """Why a target could not be written, with what to do."""
     reason, hint = _REASONS.get(error.errno or 0, (error.strerror, None))
     return OutputError(f"cannot be written: {reason}", hint=hint)
+
+
+def refuse_link(path: Path) -> None:
+    """InputError: `path`, a file of a model, is a link that leaves the model's folder: a stranger's model must not name
+    the user's own files. The links of the hub's cache, from snapshots to blobs, stay in theirs.
+    """
+    if not path.is_symlink():
+        return
+    home = path.parent.resolve()
+    if home.parent.name == "snapshots":
+        home = home.parent.parent
+    if not path.resolve().is_relative_to(home):
+        raise InputError(f"{path.name} is a link that leaves the folder", hint="put the file itself there")
 
 
 class Descriptor:
@@ -111,6 +126,29 @@ def write_at(fd: int, offset: int, data: memoryview) -> None:
             done += os.pwrite(fd, data[done:], offset + done)
         except OSError as error:
             raise output_error(error) from error
+
+
+def reserve(fd: int, size: int) -> None:
+    """Give an open file its size and, where the file system can, its space on the disk. OSError as the system says."""
+    if os.fstat(fd).st_size != size:
+        os.ftruncate(fd, size)
+    # not os.posix_fallocate: where the file system cannot, glibc touches every block instead
+    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+    if fallocate is None:
+        return
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    if size and fallocate(fd, 0, 0, size):
+        code = ctypes.get_errno()
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+            raise OSError(code, os.strerror(code))
+
+
+def sync(fd: int) -> None:
+    """Put the data of an open file on the disk. OutputError: some of it could not be written."""
+    try:
+        getattr(os, "fdatasync", os.fsync)(fd)
+    except OSError as error:
+        raise output_error(error) from error
 
 
 def copy_at(source: int, offset: int, nbytes: int, target: int, target_offset: int) -> None:

@@ -6,23 +6,29 @@ import json
 import math
 import os
 import threading
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltamerge import errors
-from deltamerge.errors import OutputError
+from deltamerge.errors import DeltamergeError, OutputError
+from deltamerge.io.audit import Audit, Findings, Stored
 from deltamerge.io.checkpoint import INDEX, SINGLE, Reader, TensorInfo
-from deltamerge.io.files import Descriptors, flat, output_error, write_at
+from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, write_at
+from deltamerge.io.journal import Journal
+from deltamerge.io.spans import Spans
 from deltamerge.tensors import FLOATING, ITEMSIZE
 
 # The order of tensors in a file that safetensors.torch.save_file makes: by dtype in this order, then by name.
 DTYPE_ORDER = (
     "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
 )  # fmt: skip
+# What a crash may lose: after so many seconds, what was written is synced and the journal says so.
+SAVE_SECONDS = 2.0
 
 
 class Meta(NamedTuple):
@@ -41,6 +47,7 @@ class Place:
     file: str
     offset: int
     nbytes: int
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +82,7 @@ def plan_layout(
     metas = [Meta(name, dtype, shape, math.prod(shape) * ITEMSIZE[dtype]) for name, dtype, shape in tensors]
     shards = [metas] if shard_size is None else _shards(metas, shard_size)
     files = []
-    places = dict.fromkeys((meta.name for meta in metas), Place("", 0, 0))
+    places = dict.fromkeys((meta.name for meta in metas), Place("", 0, 0, ""))
     if len(places) != len(metas):
         raise ValueError("two tensors have one name")
     for number, shard in enumerate(shards, start=1):
@@ -85,7 +92,7 @@ def plan_layout(
         header = _header(ordered, ends)
         files.append(FileLayout(file, header, len(header) + ends[-1]))
         for meta, begin in zip(ordered, ends, strict=False):
-            places[meta.name] = Place(file, len(header) + begin, meta.nbytes)
+            places[meta.name] = Place(file, len(header) + begin, meta.nbytes, meta.dtype)
     total = sum(meta.nbytes for meta in metas)
     index = None
     if len(files) > 1:
@@ -127,28 +134,59 @@ def _index(total_size: int, total_parameters: int, weight_map: dict[str, str]) -
 class Writer:
     """Writes the tensors of a layout into `folder`, each byte once, from any number of threads.
 
-    The files are made at once, with their headers and at their full size. OutputError: a file that is there already,
-    too little free space, no permission, a read-only or full disk.
+    The files are made at once, with their headers, at their full size, their space reserved where the file system can.
+    `files` are those to write (default: all). With a `journal`, what was written is synced every few seconds and then
+    recorded; what its records say is done is kept, if the file is there, and need not be written again (`has`).
+    OutputError: a file that is there and not in the journal, too little free space, no permission, a read-only or full
+    disk.
     """
 
-    def __init__(self, folder: Path, layout: Layout) -> None:
+    def __init__(
+        self, folder: Path, layout: Layout, *, files: Collection[str] | None = None, journal: Journal | None = None
+    ) -> None:
         self._folder = folder
         self._layout = layout
+        self._own = [file for file in layout.files if files is None or file.name in files]
         self._files = Descriptors(os.O_WRONLY, output_error)
-        self._written: Counter[str] = Counter()
-        self._lock = threading.Lock()
-        self._check_space(sum(file.size for file in layout.files))
-        for file in layout.files:
+        self._journal = journal
+        self._written = {file.name: Spans() for file in self._own}
+        self._fresh: dict[str, Spans] = {}
+        self._saved = False
+        self._failure: DeltamergeError | None = None
+        self._lock, self._saving = threading.Lock(), threading.Lock()
+        self._closed = threading.Event()
+        self._resume()
+        for file in self._own:
             self._create(file)
+        self._audit = Audit(folder, self._contents(), self._reach)
+        self._saver = threading.Thread(target=self._save_regularly, daemon=True)
+        if journal is not None:
+            self._saver.start()
 
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, *_: object) -> None:
+        with self._saving:  # a save under way decides whether there is work to keep
+            lasted = self._saved
+        if kind is not None and lasted:  # keep its last seconds too
+            with suppress(DeltamergeError):
+                self.save()
         self.close()
 
     def close(self) -> None:
+        self._closed.set()
+        if self._saver.is_alive():
+            self._saver.join()
+        self._audit.stop()
         self._files.close()
+
+    def has(self, name: str, offset: int, nbytes: int) -> bool:
+        """Whether bytes [offset, offset + nbytes) of tensor `name` are written already."""
+        place = self._place(name, offset, nbytes)
+        with self._lock:
+            start = place.offset + offset
+            return self._written[place.file].reach(start) >= start + nbytes
 
     def write(self, name: str, offset: int, data: Any) -> None:
         """Write a contiguous buffer to the bytes of tensor `name` from byte `offset`."""
@@ -156,27 +194,49 @@ class Writer:
         place = self._place(name, offset, len(view))
         with errors.context(place.file):
             write_at(self._files.get(self._folder / place.file).fd, place.offset + offset, view)
-        self._count(name, len(view))
+        self._done(place, offset, len(view))
 
     def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
         """Copy bytes [start, start + nbytes) of `source` to the bytes of tensor `name` from byte `offset`."""
         place = self._place(name, offset, nbytes)
-        file = self._files.get(self._folder / place.file)
+        with errors.context(place.file):
+            file = self._files.get(self._folder / place.file)
         reader.copy_range(source, start, nbytes, file.fd, place.offset + offset)
-        self._count(name, nbytes)
+        self._done(place, offset, nbytes)
 
-    def finish(self) -> None:
-        """Write the index, once every byte of every tensor is written. RuntimeError: one is not (a bug)."""
+    def save(self) -> None:
+        """Make what is written until now outlast a crash: sync the data, then tell the journal that it is there."""
+        if self._journal is None:
+            return
+        with self._saving:
+            with self._lock:
+                fresh, self._fresh = self._fresh, {}
+            for name in fresh:
+                with errors.context(name):
+                    sync(self._files.get(self._folder / name).fd)
+            if fresh:
+                self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}})
+                self._saved = True
+
+    def finish(self, *, keep: bool = False) -> Findings:
+        """The hashes of the files, once every byte is written; writes the index, unless other parts write some files.
+
+        What a short run wrote is saved only if it is to `keep`: others will finish it. RuntimeError: a byte is not
+        written (a bug).
+        """
         for name, place in self._layout.tensors.items():
-            if self._written[name] != place.nbytes:
-                raise RuntimeError(f"{self._written[name]} of {place.nbytes} bytes of {name} were written")
-        if self._layout.index is not None:
-            with errors.context(INDEX):
-                try:
-                    (self._folder / INDEX).write_text(self._layout.index, encoding="utf-8")
-                except OSError as error:
-                    raise output_error(error) from error
+            spans = self._written.get(place.file)
+            if spans is not None and spans.reach(place.offset) < place.offset + place.nbytes:
+                there = spans.count(place.offset, place.offset + place.nbytes)
+                raise RuntimeError(f"{there} of {place.nbytes} bytes of {name} were written")
+        if keep or self._saved:
+            self.save()
+        self._raise_failure()
+        found = self._audit.result()
+        if len(self._own) == len(self._layout.files):
+            write_index(self._folder, self._layout)
         self.close()
+        return found
 
     def _place(self, name: str, offset: int, nbytes: int) -> Place:
         place = self._layout.tensors[name]
@@ -184,9 +244,54 @@ class Writer:
             raise ValueError(f"bytes [{offset}, {offset + nbytes}) of {name}, which has {place.nbytes}")
         return place
 
-    def _count(self, name: str, nbytes: int) -> None:
+    def _done(self, place: Place, offset: int, nbytes: int) -> None:
+        start = place.offset + offset
         with self._lock:
-            self._written[name] += nbytes
+            self._written[place.file].add(start, start + nbytes)
+            if self._journal is not None:
+                self._fresh.setdefault(place.file, Spans()).add(start, start + nbytes)
+        self._audit.wake()
+        self._raise_failure()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _save_regularly(self) -> None:
+        while not self._closed.wait(SAVE_SECONDS):
+            try:
+                self.save()
+            except DeltamergeError as error:
+                self._failure = error  # a failed sync may have dropped data: the run cannot go on
+                return
+
+    def _reach(self, file: str, position: int) -> int:
+        with self._lock:
+            return self._written[file].reach(position)
+
+    def _contents(self) -> Iterable[tuple[str, int, list[Stored]]]:
+        stored: dict[str, list[Stored]] = {file.name: [] for file in self._own}
+        for name, place in self._layout.tensors.items():
+            if place.file in stored:
+                stored[place.file].append(Stored(name, place.dtype, place.offset, place.nbytes))
+        return [(file.name, file.size, sorted(stored[file.name], key=attrgetter("begin"))) for file in self._own]
+
+    def _resume(self) -> None:
+        """Take over what the journal says is done, of files that have their size."""
+        sizes = {file.name: file.size for file in self._own}
+        done = done_spans(self._journal.records) if self._journal is not None else {}
+        needed = 0
+        for name, size in sizes.items():
+            path = self._folder / name
+            fits = name in done and done[name].end <= size
+            if fits and path.is_file() and path.stat().st_size == size:
+                self._written[name] = done[name]
+                needed += max(0, size - path.stat().st_blocks * 512)
+            else:
+                needed += size
+                if self._journal is not None:
+                    path.unlink(missing_ok=True)
+        self._check_space(needed)
 
     def _check_space(self, needed: int) -> None:
         with errors.context(str(self._folder)):
@@ -202,15 +307,38 @@ class Writer:
                 )
 
     def _create(self, file: FileLayout) -> None:
+        there = any(self._written[file.name])
+        flags = os.O_WRONLY | os.O_CLOEXEC | (0 if there else os.O_CREAT | os.O_EXCL)
         with errors.context(file.name):
             try:
-                fd = os.open(self._folder / file.name, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+                fd = os.open(self._folder / file.name, flags, 0o666)
             except OSError as error:
                 raise output_error(error) from error
             try:
-                os.ftruncate(fd, file.size)
+                reserve(fd, file.size)
                 write_at(fd, 0, memoryview(file.header))
             except OSError as error:
                 raise output_error(error) from error
             finally:
                 os.close(fd)
+        self._written[file.name].add(0, len(file.header))
+
+
+def done_spans(records: Iterable[Mapping[str, Any]]) -> dict[str, Spans]:
+    """What the records of a journal say is written, file by file."""
+    done: dict[str, Spans] = {}
+    for record in records:
+        for name, spans in record.get("done", {}).items():
+            for start, stop in spans:
+                done.setdefault(name, Spans()).add(start, stop)
+    return done
+
+
+def write_index(folder: Path, layout: Layout) -> None:
+    """The index of a layout that has one."""
+    if layout.index is not None:
+        with errors.context(INDEX):
+            try:
+                (folder / INDEX).write_text(layout.index, encoding="utf-8")
+            except OSError as error:
+                raise output_error(error) from error

@@ -1,0 +1,77 @@
+"""A run in parts: each writes whole shards of the output into one folder, on as many machines as see that folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deltamerge.errors import OutputError, UsageError
+from deltamerge.io.workspace import Workspace, check_facts, part_journals
+from deltamerge.io.writer import Layout
+from deltamerge.plan import Plan
+
+FORM = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Part `index` of `count`, from 1."""
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Part:
+        """ "2/8" is the second of eight. UsageError: anything else."""
+        found = FORM.fullmatch(text)
+        if found is None or int(found[1]) > int(found[2]):
+            raise UsageError(f"--part {text}: no such part", hint="--part 2/8 is the second of eight")
+        return cls(int(found[1]), int(found[2]))
+
+    @property
+    def name(self) -> str:
+        return f"{self.index}-of-{self.count}"
+
+    def takes(self, position: int, total: int) -> bool:
+        """Whether thing `position` (from 0) of `total` in a row is this part's; every part gets neighbours."""
+        return position * self.count // total == self.index - 1
+
+    def files(self, layout: Layout) -> frozenset[str]:
+        """The shards this part writes. UsageError: there are fewer shards than parts."""
+        total = len(layout.files)
+        if self.count > total:
+            raise UsageError(
+                f"--part {self.index}/{self.count}: the output has {total} shard{'s' if total > 1 else ''}",
+                hint="make fewer parts, or smaller shards (output: {shard_size: 1GB})",
+            )
+        return frozenset(file.name for position, file in enumerate(layout.files) if self.takes(position, total))
+
+    def of(self, plan: Plan) -> Plan:
+        """The plan of this part alone."""
+        files = self.files(plan.layout)
+        return replace(plan, outputs=tuple(output for output in plan.outputs if output.file in files))
+
+
+def gather(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """What every part left in its journal when it was complete.
+
+    OutputError: parts of two different counts, a part that is missing or unfinished, one made of other inputs.
+    """
+    journals = part_journals(work.state)
+    counts = {int(name.rpartition("-")[2]) for name, records in journals.items() if records}
+    if len(counts) != 1:
+        found = ", ".join(sorted(journals)) or "none"
+        raise OutputError(f"{work.target}: no single set of parts is there: {found}", hint="run every --part I/N")
+    count = counts.pop()
+    ended = {name: records[-1]["part"] for name, records in journals.items() if records and "part" in records[-1]}
+    missing = [i for i in range(1, count + 1) if Part(i, count).name not in ended]
+    if missing:
+        raise OutputError(
+            f"{work.target}: unfinished parts: {', '.join(f'{i}/{count}' for i in missing)}",
+            hint="run them with --part I/N --resume, then --finish",
+        )
+    for records in journals.values():
+        check_facts(work.target, records[0]["run"], facts)
+    return [ended[Part(i, count).name] for i in range(1, count + 1)]

@@ -1,0 +1,156 @@
+"""Reads weight files back from the page cache while they are written: their hashes, and what in them is not finite."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge import errors
+from deltamerge.io.files import flat, input_error, read_at
+from deltamerge.tensors import ITEMSIZE
+
+PIECE = 1 << 23
+
+# The bits of +inf; larger ones, less the sign, are NaN. F8_E4M3 has no infinity: its one NaN is what follows 0x7E.
+INFINITY = {
+    "F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80,
+    "F8_E5M2": 0x7C, "F8_E4M3": 0x7F,
+}  # fmt: skip
+
+
+class NonFinite(NamedTuple):
+    """How many elements are NaN, and how many infinite."""
+
+    nan: int
+    inf: int
+
+
+def count_nonfinite(raw: NDArray[np.uint8], dtype: str) -> NonFinite:
+    """What is not finite among the elements of safetensors dtype `dtype` whose bytes are `raw`.
+
+    Two integer maxima settle the usual case: as signed numbers the bits of positive values are in order, as unsigned
+    ones those of negative values.
+    """
+    if dtype not in INFINITY or not raw.size:
+        return NonFinite(0, 0)
+    size, infinity = ITEMSIZE[dtype], INFINITY[dtype]
+    sign = 1 << (8 * size - 1)
+    unsigned = raw.view(f"<u{size}")
+    if raw.view(f"<i{size}").max() < infinity and unsigned.max() < infinity | sign:
+        return NonFinite(0, 0)
+    magnitude = unsigned & unsigned.dtype.type(sign - 1)
+    beyond, infinite = int((magnitude >= infinity).sum()), int((magnitude == infinity).sum())
+    return NonFinite(beyond, 0) if dtype == "F8_E4M3" else NonFinite(beyond - infinite, infinite)
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: bytes [begin, begin + nbytes)."""
+
+    name: str
+    dtype: str
+    begin: int
+    nbytes: int
+
+
+@dataclass
+class Findings:
+    """ "blake3:<hex>" of every file, and the tensors that have elements that are not finite."""
+
+    hashes: dict[str, str] = field(default_factory=dict)
+    nonfinite: dict[str, NonFinite] = field(default_factory=dict)
+
+
+class Audit:
+    """A thread that follows the writing of `files` ((name, size, its tensors in order of place)) in `folder`.
+
+    reach(file, position) says up to where the bytes from `position` are written. What was written before (an earlier
+    run's part) is read like the rest, so the hashes are those of what is in the files.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: Iterable[tuple[str, int, Sequence[Stored]]],
+        reach: Callable[[str, int], int],
+    ) -> None:
+        self._folder, self._files, self._reach = folder, list(files), reach
+        self._found = Findings()
+        self._more = threading.Event()
+        self._stopped = False
+        self._failure: BaseException | None = None
+        self._thread = threading.Thread(target=self._go, daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """More was written."""
+        self._more.set()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._more.set()
+        self._thread.join()
+
+    def result(self) -> Findings:
+        """Wait until every file is read to its end."""
+        self._thread.join()
+        if self._failure is not None:
+            raise self._failure
+        return self._found
+
+    def _go(self) -> None:
+        try:
+            buffer = np.empty(min(PIECE, max((size for _, size, _ in self._files), default=0)), np.uint8)
+            for name, size, tensors in self._files:
+                with errors.context(name):
+                    self._follow(name, size, tensors, buffer)
+        except BaseException as failure:
+            self._failure = failure
+
+    def _follow(self, name: str, size: int, tensors: Sequence[Stored], buffer: NDArray[np.uint8]) -> None:
+        from blake3 import blake3
+
+        hasher: Any = blake3(max_threads=blake3.AUTO)
+        try:
+            fd = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise input_error(error) from error
+        try:
+            position = index = 0
+            while position < size:
+                self._more.clear()
+                if self._stopped:
+                    return
+                ready = self._reach(name, position)
+                if ready < min(size, position + len(buffer)):
+                    self._more.wait()
+                    continue
+                piece = buffer[: min(len(buffer), ready - position)]
+                read_at(fd, position, flat(piece))
+                hasher.update(piece)
+                index = self._count(tensors, index, position, piece)
+                position += len(piece)
+        finally:
+            os.close(fd)
+        self._found.hashes[name] = f"blake3:{hasher.hexdigest()}"
+
+    def _count(self, tensors: Sequence[Stored], index: int, position: int, piece: NDArray[np.uint8]) -> int:
+        """Look at the elements in a piece of a file; the first tensor that goes on behind it."""
+        stop = position + len(piece)
+        while index < len(tensors) and tensors[index].begin < stop:
+            name, dtype, begin, nbytes = tensors[index]
+            part = piece[max(begin - position, 0) : begin + nbytes - position]
+            nan, inf = count_nonfinite(part, dtype)
+            if nan or inf:
+                before = self._found.nonfinite.get(name, NonFinite(0, 0))
+                self._found.nonfinite[name] = NonFinite(before.nan + nan, before.inf + inf)
+            if begin + nbytes > stop:
+                break
+            index += 1
+        return index

@@ -1,0 +1,156 @@
+"""Files made by strangers to harm: each is refused by name, and nothing of the user's gets into an output."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import make_checkpoint
+from safetensors.numpy import save_file
+
+from deltamerge import lock as locks
+from deltamerge.card import front_matter
+from deltamerge.errors import DeltamergeError, InputError, VerifyError
+from deltamerge.io.checkpoint import INDEX, open_checkpoint
+from deltamerge.io.delta_format import Record
+from deltamerge.run import make_plan, run
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    weights = {f"layers.{i}.w": torch.ones(4, 4) * i for i in range(2)}
+    make_checkpoint(tmp_path / "base", weights, shards=2)
+    make_checkpoint(tmp_path / "a", {name: tensor + 1 for name, tensor in weights.items()}, shards=2)
+    path = tmp_path / "r.yaml"
+    path.write_text("base_model: ./base\nmodels: [{model: ./a}]\n")
+    return path
+
+
+SHARD = "model-00002-of-00002.safetensors"
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, SHARD, "tokenizer.json", "generation_config.json", "vocab.txt"])
+@pytest.mark.parametrize("absolute", [True, False])
+def test_links_that_leave_a_models_folder(recipe: Path, tmp_path: Path, name: str, absolute: bool) -> None:
+    model = tmp_path / "a"
+    secret = tmp_path / "secret"
+    if (model / name).exists():
+        (model / name).rename(secret)
+    else:
+        secret.write_text("a private key")
+    (model / name).symlink_to(secret if absolute else Path("../secret"))
+    with pytest.raises(InputError, match=f"{name} is a link that leaves the folder"):
+        run(recipe, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (model / name).unlink()
+    secret.rename(model / "inner")
+    (model / name).symlink_to("inner")
+    assert run(recipe, tmp_path / "out").folder.is_dir()
+
+
+def test_a_model_in_a_linked_folder_is_the_users_choice(recipe: Path, tmp_path: Path) -> None:
+    shutil.move(tmp_path / "a", tmp_path / "elsewhere")
+    (tmp_path / "a").symlink_to("elsewhere")
+    assert run(recipe, tmp_path / "out").folder.is_dir()
+
+
+@pytest.mark.parametrize("name", ["config.json", SHARD, "tokenizer.json", "README.md"])
+def test_a_pipe_is_not_waited_for(recipe: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "a" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "a" / name)
+    if name in ("config.json", SHARD):
+        with pytest.raises(InputError):
+            run(recipe, tmp_path / "out")
+    else:
+        assert name not in {path.name for path in run(recipe, tmp_path / "out").folder.iterdir()} - {"README.md"}
+
+
+CARDS = {
+    "a list": "license: [mit, gpl]", "a table": "license: {a: b}", "no such date": "date: 2024-99-99\nlicense: mit",
+    "deep": "license: " + "[" * 5000, "an object": "license: !!python/object:os.system ls", "a key": "{[1]: 2}",
+    "laughs": "a: &a [x,x]\nb: &b [*a,*a]\nlicense: *b", "endless": "license: " + "x" * 10**6,
+    "bytes": "license: \udcff",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_nonsense_in_a_card_gives_no_licence(recipe: Path, tmp_path: Path, case: str) -> None:
+    text = f"---\n{CARDS[case]}\n---\n"
+    for model in ("base", "a"):
+        (tmp_path / model / "README.md").write_bytes(text.encode("utf-8", "surrogateescape"))
+    assert not isinstance(front_matter(make_plan(recipe)).get("license"), list | dict)
+    assert run(recipe, tmp_path / "out").folder.is_dir()
+
+
+HEAD = "format: 1\noutputs: {}\n"
+LOCKS = {
+    "not UTF-8": b"\xff", "a list": b"[]", "deep": ("x: " + "[" * 100_000).encode(), "no outputs": b"format: 1",
+    "no such date": (HEAD + "x: 2024-99-99").encode(), "an object": (HEAD + "x: !!python/object:os.system ls").encode(),
+    "a number": b"format: 1\noutputs: 3", "a file of text": b"format: 1\noutputs: {a: b}",
+    "format": b"format: 9\noutputs: {}",
+    "numbers as names": b"format: 1\noutputs: {1: {hash: a, size: 1}, a: {hash: a, size: 1}}",
+    "inputs": (HEAD + "inputs: {./a: true}").encode(), "large": HEAD.encode() + b"#" * (1 << 26),
+    "endless": (HEAD + "inputs: &a {./a: *a}").encode(), "q": (HEAD + "calibration: {./a: {q: [1]}}").encode(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", LOCKS)
+def test_locks_that_are_none(tmp_path: Path, case: str) -> None:
+    (tmp_path / "recipe.lock").write_bytes(LOCKS[case])
+    with pytest.raises(InputError, match=r"recipe\.lock") as caught:
+        locks.verify(tmp_path, 1)
+    assert len(str(caught.value)) < 1000
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "..", ".", "a/b", ""])
+def test_a_lock_names_only_files_of_its_folder(tmp_path: Path, name: str) -> None:
+    lock = {"format": 1, "outputs": {name: {"hash": "blake3:0", "size": 0}}}
+    (tmp_path / "recipe.lock").write_text(yaml.safe_dump(lock))
+    with pytest.raises(VerifyError, match=r"not a file name|missing"):
+        locks.verify(tmp_path, 1)
+
+
+def test_rows_of_q_must_fit_and_be_safetensors(recipe: Path, tmp_path: Path) -> None:
+    recipe.write_text(
+        "base_model: ./base\nmodels: [{model: ./a, prune: {method: magnitude, density: 0.5, "
+        "q: {objective: layer_mse, scope: row}}}]\ncalibration: {data: x.txt}\n"
+    )
+    (tmp_path / "x.txt").write_text("a\n" * 100)
+    plan = make_plan(recipe, data=False)
+    record = {
+        "objective": "layer_mse",
+        "scope": "row",
+        "search": plan.specs[plan.stages[0]].search,
+        "q": {},
+        "rows": "r.rows",
+    }
+    path = tmp_path / "r.lock"
+    path.write_text(yaml.safe_dump({"format": 1, "outputs": {}, "calibration": {"./a": record}}))
+    for content, message in ((np.ones((7, 1), np.float32), "has shape"), (b"junk", "truncated")):
+        if isinstance(content, bytes):
+            (tmp_path / "r.rows").write_bytes(content)
+        else:
+            save_file({"./a:layers.0.w": content}, tmp_path / "r.rows")
+        with pytest.raises(DeltamergeError, match=message):
+            locks.locked_calibration(plan, locks.read_lock(path), path)
+
+
+def test_shapes_of_empty_tensors_do_not_overflow(recipe: Path, tmp_path: Path) -> None:
+    for model in ("base", "a"):
+        path = tmp_path / model / SHARD
+        text = b'{"layers.1.w":{"dtype":"F32","shape":[0,4611686018427387904],"data_offsets":[0,0]}}'
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+    run(recipe, tmp_path / "out")
+    assert open_checkpoint(tmp_path / "out").tensors["layers.1.w"].shape == (0, 1 << 62)
+
+
+def test_a_delta_has_as_few_dimensions_as_a_tensor() -> None:
+    with pytest.raises(ValueError, match="at most 64"):
+        Record.model_validate(
+            {"shape": [1 << 60] * 65, "dtype": "F32", "encoding": "dense", "count": 0, "result": "0" * 64}
+        )

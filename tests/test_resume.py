@@ -1,0 +1,355 @@
+"""Runs that are interrupted and go on, that write in parts, that meet NaN: the same bytes, or a clear refusal."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_checkpoint, tiny_llama
+
+from deltamerge.cli import main
+from deltamerge.distribute import Part
+from deltamerge.errors import InputError, OutputError, UsageError
+from deltamerge.io import writer
+from deltamerge.io.audit import INFINITY, count_nonfinite
+from deltamerge.io.journal import read_journal
+from deltamerge.io.workspace import has_work
+from deltamerge.lock import verify
+from deltamerge.ops import torch_dtype
+from deltamerge.plan import Plan
+from deltamerge.run import finish, make_plan, run
+from deltamerge.tensors import ITEMSIZE
+
+RECIPE = """\
+base_model: ./base
+merge_method: {method}
+models:
+  - {{model: ./a, parameters: {{weight: 0.5, density: 0.4}}}}
+  - {{model: ./b, parameters: {{weight: 0.5, density: 0.4}}}}
+output: {{shard_size: {shard}}}
+"""
+
+
+def models(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {f"layers.{i}.w": (200, 300) for i in range(6)}
+    shapes |= {"embed.w": (70, 300), "head.w": (40, 300), "empty": (0, 3)}
+    base = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    for name in ("base", "a", "b"):
+        noise = 0.0 if name == "base" else 1e-2
+        tune = {n: t + noise * torch.randn(t.shape, generator=generator).to(dtype) for n, t in base.items()}
+        make_checkpoint(folder / name, tune | {"ids": torch.arange(9)})
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    folder = tmp_path_factory.mktemp("resume")
+    models(folder)
+
+    def write(method: str = "dare_ties", shard: str = "250KB") -> Path:
+        path = folder / f"{method}-{shard}.yaml"
+        path.write_text(RECIPE.format(method=method, shard=shard))
+        return path
+
+    return write
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Stop:
+    """Stops a run after some bytes, once some of them are saved."""
+
+    def __init__(self, out: Path, after: int, error: BaseException, part: str = "") -> None:
+        self.journal = out.parent / f".{out.name}.partial" / f"journal{part}"
+        self.after, self.error, self.bytes = after, error, 0
+        self.lock = threading.Lock()
+
+    def __call__(self, _: Plan) -> Callable[[int], None]:
+        return self.count
+
+    def count(self, nbytes: int) -> None:
+        with self.lock:
+            self.bytes += nbytes
+            if self.bytes < self.after:
+                return
+        while not has_work(read_journal(self.journal)[0]):
+            time.sleep(0.001)
+        raise self.error
+
+
+@pytest.mark.parametrize("after", [1, 100_000, 500_000])
+@pytest.mark.parametrize("method", ["dare_ties", "ties", "dare_linear"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, after: int
+) -> None:
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
+    path, out = recipe(method), tmp_path / "out"
+    truth = files(run(path, tmp_path / "truth" / "out").folder)
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        run(path, out, watch=Stop(out, after, KeyboardInterrupt()))
+    assert not out.exists()
+    with pytest.raises(OutputError, match="unfinished work"):
+        run(path, out)
+    with pytest.raises(InputError, match="no luck"):  # and once more, with other tiles
+        run(path, out, resume=True, memory=10**8, workers=1, watch=Stop(out, 700_000, InputError("no luck")))
+    done = []
+    run(path, out, resume=True, watch=lambda plan: done.append)
+    assert files(out) == truth
+    assert sum(done) == make_plan(path).nbytes  # what was there already counts as progress
+    assert verify(out, 1)
+    assert [p.name for p in tmp_path.iterdir() if p.name != "truth"] == ["out"]
+
+
+def test_work_that_is_saved_is_not_done_again(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
+    path, out = recipe("dare_ties"), tmp_path / "out"
+    nbytes = make_plan(path).nbytes
+    with pytest.raises(InputError):
+        run(path, out, watch=Stop(out, nbytes, InputError("at the end")))
+    written = []
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: written.append(len(data)) or pwrite(fd, data, at))
+    run(path, out, resume=True)
+    assert sum(written) < nbytes / 4
+
+
+def changed_recipe(path: Path) -> None:
+    path.write_text(path.read_text() + "# other\n")
+
+
+def changed_input(path: Path) -> None:
+    weights = path.parent / "b" / "model.safetensors"
+    os.utime(weights, ns=(1, 1))
+
+
+def changed_version(path: Path) -> None:
+    import deltamerge.lock
+
+    deltamerge.lock.__version__ = "999"  # type: ignore[attr-defined]
+
+
+CHANGES = {changed_recipe: "the recipe", changed_input: r"\./b: model.safetensors", changed_version: "deltamerge$"}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_resume_refuses_what_differs_and_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
+) -> None:
+    monkeypatch.setattr("deltamerge.lock.__version__", "1")
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
+    models(tmp_path)
+    path, out = tmp_path / "r.yaml", tmp_path / "out"
+    path.write_text(RECIPE.format(method="ties", shard="5GB"))
+    with pytest.raises(InputError):
+        run(path, out, watch=Stop(out, 1, InputError("stop")))
+    change(path)
+    with pytest.raises(OutputError, match=f"different now: {CHANGES[change]}") as caught:
+        run(path, out, resume=True)
+    assert "--force" in (caught.value.hint or "")
+    run(path, out, force=True)
+    assert verify(out, 1)
+
+
+def test_a_damaged_work_folder_is_done_again(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
+    path, out = recipe("ties"), tmp_path / "out"
+    truth = files(run(path, tmp_path / "truth" / "out").folder)
+    with pytest.raises(InputError):
+        run(path, out, watch=Stop(out, 600_000, InputError("stop")))
+    shards = sorted((tmp_path / ".out.partial" / "out").glob("*.safetensors"))
+    shards[0].unlink()
+    os.truncate(shards[1], 100)
+    run(path, out, resume=True)
+    assert files(out) == truth
+
+
+def test_an_input_that_changes_during_the_run_is_refused(tmp_path: Path) -> None:
+    models(tmp_path)
+    path = tmp_path / "r.yaml"
+    path.write_text(RECIPE.format(method="ties", shard="5GB"))
+
+    def touch(_: Plan) -> Callable[[int], None]:
+        os.utime(tmp_path / "a" / "model.safetensors", ns=(1, 1))
+        return lambda _: None
+
+    with pytest.raises(InputError, match=r"changed during the run: \./a: model.safetensors"):
+        run(path, tmp_path / "out", watch=touch)
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_make_the_bytes_of_one_run(recipe: Callable[..., Path], tmp_path: Path) -> None:
+    path = recipe("dare_ties")
+    truth = files(run(path, tmp_path / "truth" / "out").folder)
+    out = tmp_path / "out"
+    with pytest.raises(OutputError, match="no parts"):
+        finish(path, out)
+    run(path, out, part=Part(2, 3))
+    run(path, out, part=Part(1, 3))
+    with pytest.raises(OutputError, match=r"unfinished parts: 3/3"):
+        finish(path, out)
+    run(path, out, part=Part(3, 3))
+    assert not out.exists()
+    finish(path, out)
+    assert files(out) == truth
+    assert [p.name for p in tmp_path.iterdir() if p.name != "truth"] == ["out"]
+
+
+def test_a_part_resumes_by_itself_and_all_must_be_of_one_run(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
+    path, out = recipe("ties"), tmp_path / "out"
+    truth = files(run(path, tmp_path / "truth" / "out").folder)
+    with pytest.raises(InputError):
+        run(path, out, part=Part(1, 2), watch=Stop(out, 300_000, InputError("stop"), "-1-of-2"))
+    run(path, out, part=Part(2, 2))
+    run(path, out, part=Part(1, 2), resume=True)
+    other = recipe("dare_ties")
+    with pytest.raises(OutputError, match="different now: the recipe"):
+        finish(other, out)
+    finish(path, out)
+    assert files(out) == truth
+    with pytest.raises(UsageError, match="has 1 shard"):
+        run(recipe("ties", "5GB"), tmp_path / "x", part=Part(1, 2))
+
+
+@pytest.mark.parametrize("text", ["", "0/2", "3/2", "1", "1/0", "a/b", "1/2/3", "-1/2"])
+def test_parts_that_cannot_be(text: str) -> None:
+    with pytest.raises(UsageError, match="no such part"):
+        Part.parse(text)
+
+
+@pytest.mark.parametrize(("count", "total"), [(1, 1), (3, 3), (4, 11), (7, 100)])
+def test_every_shard_is_one_parts_and_every_part_has_some(count: int, total: int) -> None:
+    taken = [[i for i in range(total) if Part(k, count).takes(i, total)] for k in range(1, count + 1)]
+    assert all(taken)
+    assert list(chain.from_iterable(taken)) == list(range(total))
+
+
+def calibrated(tmp_path: Path) -> Path:
+    base = tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
+    tiny_llama(tmp_path / "a", seed=1, base=base, tokenizer=True)
+    (tmp_path / "rows.txt").write_text("\n".join(f"w{5 + i % 80} w{6 + i % 70} w{7 + i % 60}" for i in range(30)))
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "base_model: ./base\nmodels:\n  - {model: ./a, prune: {method: dare, density: 0.5, q: output_change}}\n"
+        "calibration: {data: rows.txt, sequences: 8, length: 8}\noutput: {shard_size: 20KB}\n"
+    )
+    return path
+
+
+def test_parts_of_a_calibrated_recipe_need_the_lock(tmp_path: Path) -> None:
+    path = calibrated(tmp_path)
+    truth = files(run(path, tmp_path / "truth" / "out").folder)
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="calibrates q") as caught:
+        run(path, out, part=Part(1, 2))
+    assert "--locked" in (caught.value.hint or "")
+    (tmp_path / "r.lock").write_bytes(truth["recipe.lock"])
+    for index in (1, 2):
+        run(path, out, part=Part(index, 2), locked=True)
+    finish(path, out, locked=True)
+    assert files(out) == truth
+
+
+def test_what_calibration_found_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = calibrated(tmp_path)
+    truth = files(run(path, tmp_path / "truth" / "out").folder)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        run(path, out, watch=Stop(out, 1, KeyboardInterrupt()))
+
+    def again(*_: object) -> None:
+        raise AssertionError("calibrated again")
+
+    monkeypatch.setattr("deltamerge.run.shared_values", again)
+    run(path, out, resume=True)
+    assert files(out) == truth
+
+
+@pytest.mark.parametrize("dtype", ITEMSIZE)
+def test_what_is_not_finite_is_counted(dtype: str) -> None:
+    raw = np.random.default_rng(0).integers(0, 256, 1 << 16, np.uint8)
+    if dtype == "BOOL":
+        raw &= 1
+    found = count_nonfinite(raw, dtype)
+    if dtype not in INFINITY:
+        assert found == (0, 0)
+        return
+    values = (
+        torch.from_numpy(raw).view(torch_dtype(dtype)).float()
+        if dtype != "F64"
+        else torch.from_numpy(raw).view(torch.float64)
+    )
+    assert found == (int(values.isnan().sum()), int(values.isinf().sum()))
+    finite = torch.where(values.isfinite(), values, 0).to(torch_dtype(dtype))
+    assert count_nonfinite(finite.view(torch.uint8).numpy(), dtype) == (0, 0)
+    assert count_nonfinite(raw[:0], dtype) == (0, 0)
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as leaving:
+        main([str(argument) for argument in arguments])
+    out, err = capsys.readouterr()
+    return int(leaving.value.code or 0), out, err
+
+
+def test_nan_and_inf_exit_1_with_names_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_checkpoint(tmp_path / "base", {"w": torch.ones(300, 40), "copied": torch.zeros(3), "fine": torch.ones(2)})
+    tune = {"w": torch.ones(300, 40), "copied": torch.zeros(3), "fine": torch.ones(2)}
+    tune["w"][7, 3], tune["w"][299, 39], tune["w"][0, 0] = torch.nan, torch.nan, -torch.inf
+    tune["copied"][1] = torch.inf
+    make_checkpoint(tmp_path / "a", tune)
+    path = tmp_path / "r.yaml"
+    path.write_text("base_model: ./base\nmodels: [{model: ./a, prune: {exclude: [copied]}}]\n")
+    code, out, err = call(capsys, "run", path, "--json")
+    assert (code, out) == (1, "")
+    assert "values that are not finite in copied (1 inf), w (2 NaN, 1 inf)\n" in err
+    assert "--allow-nonfinite" in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "r.yaml"]
+    code, out, err = call(capsys, "run", path, "--json", "--allow-nonfinite")
+    assert code == 0
+    assert json.loads(out)["nonfinite"] == {"copied": {"nan": 0, "inf": 1}, "w": {"nan": 2, "inf": 1}}
+    assert "warning: values that are not finite" in err
+
+
+def test_overflow_on_the_cast_to_float16_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_checkpoint(tmp_path / "base", {"w": torch.full((4, 4), 60000.0)})
+    make_checkpoint(tmp_path / "a", {"w": torch.full((4, 4), 65519.0).fill_diagonal_(65520.0)})
+    path = tmp_path / "r.yaml"
+    path.write_text("base_model: ./base\nmodels: [{model: ./a}]\ndtype: float16\n")
+    code, _, err = call(capsys, "run", path)
+    assert code == 1
+    assert "w (4 inf)" in err
+    assert "float16 ends at 65504" in err
+
+
+def test_a_part_and_its_finish_from_the_command_line(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out = recipe("ties"), tmp_path / "out"
+    code, text, _ = call(capsys, "run", path, "--out", out, "--part", "1/2", "--json")
+    assert code == 0
+    whole = make_plan(path)
+    assert 0 < json.loads(text)["bytes"] < whole.nbytes
+    code, _, err = call(capsys, "run", path, "--out", out, "--part", "2/2")
+    assert code == 0
+    assert "--finish" in err
+    assert call(capsys, "run", path, "--out", out, "--finish")[0] == 0
+    assert call(capsys, "verify", out)[0] == 0
+    assert call(capsys, "run", path, "--out", out, "--finish", "--part", "1/2")[0] == 2
+    assert call(capsys, "run", path, "--out", out, "--part", "2/1")[0] == 2
