@@ -1,0 +1,155 @@
+"""deltamerge from Python: plans and runs of recipe files, and the same pruning of state dicts in memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from deltamerge.errors import InputError
+from deltamerge.execute import Task, default_workers, execute
+from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
+from deltamerge.plan import Plan
+from deltamerge.plan import plan as plan_recipe
+from deltamerge.recipe import loads
+from deltamerge.run import Result, make_plan
+from deltamerge.run import run as run_recipe
+
+if TYPE_CHECKING:
+    import torch
+
+CODES = {
+    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
+    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A recipe's plan, made from headers alone, which can be run."""
+
+    recipe: Path
+    plan: Plan
+    options: Mapping[str, Any]
+
+    def describe(self) -> dict[str, Any]:
+        """What `deltamerge plan --json` prints."""
+        return self.plan.describe()
+
+    def run(
+        self,
+        out: str | Path | None = None,
+        *,
+        force: bool = False,
+        resume: bool = False,
+        locked: bool = False,
+        allow_nonfinite: bool = False,
+    ) -> Result:
+        """Make the recipe's result in `out`, as `deltamerge run` does; its folder, plan and lock.
+
+        DeltamergeError: whatever the command line would print and exit for.
+        """
+        return run_recipe(
+            self.recipe,
+            None if out is None else Path(out),
+            force=force,
+            resume=resume,
+            locked=locked,
+            allow_nonfinite=allow_nonfinite,
+            **self.options,
+        )
+
+
+def plan(recipe: str | Path, *, device: str = "auto", workers: int | None = None, memory: int | None = None) -> Planned:
+    """The plan of the recipe file `recipe`; no weight is read. `memory` is a cap in bytes.
+
+    DeltamergeError: whatever `deltamerge plan` would print and exit for.
+    """
+    options = {"device": device, "workers": workers, "memory": memory}
+    return Planned(Path(recipe), make_plan(Path(recipe), **options), options)  # type: ignore[arg-type]  # by name
+
+
+def prune(
+    fine_tune: Mapping[str, torch.Tensor],
+    base: Mapping[str, torch.Tensor],
+    *,
+    name: str = "model",
+    seed: int = 0,
+    workers: int | None = None,
+    **keys: Any,
+) -> dict[str, torch.Tensor]:
+    """base + the pruned delta of a fine-tune, state dict for state dict, in the fine-tune's dtypes and on the CPU.
+
+    `keys` are those of a recipe's `prune` (method, density, q, include, exclude, …); the result is that of a recipe
+    with them, this `seed`, and a model of this `name`, bit for bit. Nothing calibrated: that needs a model's folder.
+    RecipeError, InputError: what the recipe would be refused for.
+    """
+    import torch
+
+    from deltamerge.ops import torch_dtype
+
+    if not keys.get("method"):
+        raise InputError("prune needs a method", hint='method="magnitude", density=0.1')
+    models = [{"model": "fine-tune", "name": name, "prune": keys}]
+    recipe = loads(yaml.safe_dump({"base_model": "base", "models": models, "seed": seed}), "prune()")
+    tensors = {"base": base, "fine-tune": fine_tune}
+
+    def opener(reference: str, _: Path) -> Checkpoint:
+        infos = {n: _info(n, tensor, Path(reference)) for n, tensor in tensors[reference].items()}
+        return Checkpoint(reference, Path(reference), infos, (), {})
+
+    planned = plan_recipe(recipe, Path(), opener, workers=workers or default_workers())
+    if planned.stages or planned.sources:
+        raise InputError("nothing can be calibrated in memory", hint="a number for q, or a recipe and deltamerge run")
+    sink = _Results({o.name: torch.empty(o.shape, dtype=torch_dtype(o.dtype)) for o in planned.outputs})
+    tasks = [Task(o.name, p.built.root, p.backend, p.offset) for o in planned.outputs for p in o.pieces]
+    with Reader() as reader:
+        execute(tasks, reader, sink, workers=planned.workers, tile_elements=planned.tile_elements)
+    return sink.tensors
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _InMemory:
+    """A tensor that is there already, as the reader asks for one that is computed."""
+
+    data: memoryview
+
+    def fill(self, reader: Reader, info: TensorInfo, start: int, out: memoryview) -> None:
+        begin = info.begin + start * (info.nbytes // max(1, math.prod(info.shape)))
+        out[:] = self.data[begin : begin + len(out)]
+
+
+def _info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
+    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
+    if code is None:
+        raise InputError(f"{name}: {tensor.dtype} is not a dtype of safetensors")
+    return TensorInfo(name, code, tuple(tensor.shape), path, 0, tensor.nbytes, _InMemory(_bytes(tensor.detach().cpu())))
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    import torch
+
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+@dataclass(frozen=True, slots=True)
+class _Results:
+    """The sink of a pruning in memory."""
+
+    tensors: dict[str, torch.Tensor]
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        view = memoryview(data).cast("B")
+        if len(view):  # an empty tensor's memory cannot be written
+            _bytes(self.tensors[name])[offset : offset + len(view)] = view
+
+    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
+        if not nbytes:
+            return
+        item = source.nbytes // max(1, math.prod(source.shape))
+        reader.read_into(source, start // item, _bytes(self.tensors[name])[offset + start : offset + start + nbytes])

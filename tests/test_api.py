@@ -1,0 +1,120 @@
+"""deltamerge as a library: the same bytes as the command line, and no torch until something is asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import load_tensors, make_checkpoint, tiny_llama
+
+from deltamerge import api
+from deltamerge.errors import DeltamergeError
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("api")
+    base = tiny_llama(folder / "base", seed=0)
+    tiny_llama(folder / "tuned", seed=1, base=base, sigma=0.05)
+    return folder
+
+
+def recipe(folder: Path, **prune: Any) -> Path:
+    path = folder / "recipe.yaml"
+    models = [{"model": "./tuned", "name": "model", "prune": prune}]
+    path.write_text(yaml.safe_dump({"base_model": "./base", "models": models, "seed": 3}))
+    return path
+
+
+CASES: list[dict[str, Any]] = [
+    {"method": "dare", "density": 0.5},
+    {"method": "dare", "density": 0.05, "q": 0.2},
+    {"method": "dare", "density": 0.1, "sampling": "magnitude"},
+    {"method": "magnitude", "density": 0.1, "q": 0.5},
+    {"method": "magnitude", "density": 0.1, "group": "row", "include": ["mlp"]},
+    {"method": "structured", "a": 0.5, "b": 0.5},
+    {"method": "magnitude", "density": 0.1, "rescale": "l1"},
+    {"method": "none"},
+]
+
+
+@pytest.mark.parametrize("keys", CASES, ids=lambda keys: " ".join(map(str, keys.values())))
+@pytest.mark.parametrize("workers", [1, 3])
+def test_pruning_in_memory_gives_the_bytes_of_a_run(folder: Path, tmp_path: Path, keys: dict, workers: int) -> None:
+    planned = api.plan(recipe(folder, **keys))
+    written = load_tensors(planned.run(tmp_path / "out").folder)
+    tuned, base = load_tensors(folder / "tuned"), load_tensors(folder / "base")
+    before = {name: tensor.clone() for name, tensor in tuned.items()}
+    found = api.prune(tuned, base, seed=3, workers=workers, **keys)
+    assert found.keys() == written.keys()
+    for name, tensor in written.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor), name
+    assert all(torch.equal(tuned[name], tensor) for name, tensor in before.items())
+
+
+def test_other_dtypes_shapes_and_buffers_go_through_memory(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = {
+        "w": torch.randn(5, 7, generator=generator, dtype=torch.float64),
+        "h": torch.randn(3, generator=generator).half(),
+        "scalar": torch.tensor(1.5),
+        "empty": torch.zeros(0, 4),
+        "ids": torch.arange(4),
+        "flag": torch.tensor([True, False]),
+        "transposed": torch.randn(6, 4, generator=generator).T,
+    }
+    tuned = {n: t + 1 if t.is_floating_point() else t for n, t in base.items()}
+    found = api.prune(tuned, base, method="magnitude", density=0.5)
+    assert {n: (t.dtype, t.shape) for n, t in found.items()} == {n: (t.dtype, t.shape) for n, t in tuned.items()}
+    assert torch.equal(found["ids"], base["ids"])
+    assert torch.equal(found["flag"], base["flag"])
+    changed = (found["transposed"] != base["transposed"]).sum()
+    assert changed == 12
+    make_checkpoint(tmp_path / "m", {n: t.contiguous() for n, t in found.items()})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, "needs a method"),
+        ({"method": "magnitude"}, "needs a density"),
+        ({"method": "magnitud", "density": 0.1}, "unknown pruning method"),
+        ({"method": "magnitude", "density": 1.5}, "must be in (0, 1]"),
+        ({"method": "magnitude", "density": 0.1, "q": "output_change"}, "needs calibration"),
+        ({"method": "magnitude", "density": 0.1, "densty": 1}, "densty"),
+    ],
+)
+def test_what_a_recipe_would_be_refused_for(keys: dict, message: str) -> None:
+    base = {"w": torch.zeros(4, 4)}
+    with pytest.raises(DeltamergeError, match=message.replace("(", r"\(").replace("]", r"\]")):
+        api.prune({"w": torch.ones(4, 4)}, base, **keys)
+
+
+def test_shapes_that_differ_are_named() -> None:
+    with pytest.raises(DeltamergeError, match="w"):
+        api.prune({"w": torch.ones(4, 4)}, {"w": torch.zeros(4, 5)}, method="magnitude", density=0.1)
+
+
+def test_a_plan_reads_no_weights_and_says_what_the_command_says(folder: Path) -> None:
+    planned = api.plan(str(recipe(folder, method="dare", density=0.5)), device="cpu")
+    described = planned.describe()
+    assert {tensor["name"] for tensor in described["tensors"]} == load_tensors(folder / "tuned").keys()
+
+
+def test_the_package_is_light_and_says_what_it_has() -> None:
+    script = (
+        "import sys, deltamerge as dm\n"
+        "assert sorted(dm.__all__) == ['__version__', 'load_delta', 'plan', 'prune'], dm.__all__\n"
+        "assert not {'torch', 'pydantic', 'numpy'} & sys.modules.keys()\n"
+        "assert callable(dm.plan) and callable(dm.prune) and callable(dm.load_delta)\n"
+        "import deltamerge.cli, deltamerge.api\n"
+        "assert callable(dm.plan) and callable(dm.prune)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
