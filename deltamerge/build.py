@@ -14,6 +14,7 @@ from deltamerge.graph import Graph, Node
 from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo, added
 from deltamerge.io.encodings import uniform_density
+from deltamerge.io.gathered import Gathered
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
 from deltamerge.prune.bits import Key, mask_key
@@ -95,6 +96,7 @@ class Builder:
             self._find_columns(prune, [m.name for m, _, tensor, _ in pruned if has_norm(m.name, tensor.shape)])
             if not pruned or not (measured or calibrated):
                 continue
+            _refuse_gathered([(m, tensor) for m, _, tensor, _ in pruned])
             source = self._source(pruned[0][1], [(tensor, m.base) for m, _, tensor, _ in pruned if m.base], prune)
             if measured:
                 self.activations[index] = self.graph.node(f"{STAGE}:activations", kind="small", source=source)
@@ -434,9 +436,19 @@ class Builder:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
     def _cast(self, node: Node, dtype: str) -> Node:
-        if node.kind == "read" and node.dtype == dtype:
+        if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor"), Gathered):
             return node
         return self.graph.node("deltamerge.ops:cast", [node], shape=node.shape, dtype=dtype, to=dtype)
+
+
+def _refuse_gathered(tensors: Sequence[tuple[Merge, TensorInfo]]) -> None:
+    """A stage runs the fine-tune with its own vocabulary, so what is pruned must have the rows of its files."""
+    for merge, tensor in tensors:
+        if isinstance(tensor, Gathered) or isinstance(merge.base, Gathered):
+            raise InputError(
+                f"{merge.name}: cannot be pruned with calibration while its vocabulary changes",
+                hint="leave it out, prune: {exclude: [embed, lm_head]}, or use dare or magnitude with a number q",
+            )
 
 
 class _Patterns:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
+from deltamerge.chat_templates import BUILT_IN, is_literal
 from deltamerge.errors import Problem
 from deltamerge.faults import show, suggest
 from deltamerge.methods import (
@@ -30,29 +31,20 @@ _PRUNE_PARAMS = {name: param for method in PRUNE.values() for name, param in met
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault that the types of the keys do not show."""
     checks = (
-        _inputs, _merge_method, _parameters, _required, _template, _prune_keys, _pruning, _calibrated, _output, _budget,
+        _inputs, _merge_method, _parameters, _required, _template, _tokens, _prune_keys, _pruning, _calibrated,
+        _output, _budget,
     )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
 
 
 def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     """What this version cannot run yet, and where the recipe asks for it."""
-    inputs = {None, "union", "base", recipe.base_model, *recipe.names, *(model.model for model in recipe.models)}
     asked: list[tuple[bool, Loc, str]] = [
         (bool(recipe.slices), ("slices",), "slices"),
         (bool(recipe.modules), ("modules",), "modules"),
         (recipe.merge_method in LATER_MERGE, ("merge_method",), f"merge_method {recipe.merge_method}"),
-        (recipe.chat_template is not None, ("chat_template",), "chat_template"),
         (recipe.output.kind == "peft", ("output", "kind"), f"output.kind: {recipe.output.kind}"),
     ]
-    loc: Loc = ("tokenizer_source",)
-    if recipe.tokenizer is not None:
-        loc, whole = ("tokenizer", "source"), recipe.tokenizer
-        asked.append((bool(whole.tokens), ("tokenizer", "tokens"), "token sources"))
-        asked.append((whole.pad_to_multiple_of is not None, ("tokenizer", "pad_to_multiple_of"), "padding"))
-    asked.append((recipe.tokenizer_of == "union", loc, "a union of tokenizers"))
-    foreign = bool(recipe.models) and recipe.tokenizer_of not in inputs
-    asked.append((foreign, loc, "the tokenizer of a model that is not merged"))
     if recipe.calibration is not None:
         exact, merge = recipe.calibration.metric == "exact_match", recipe.calibration.per == "merge"
         asked.append((exact, ("calibration", "metric"), "metric exact_match"))
@@ -234,10 +226,24 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
     if recipe.template is not None and recipe.template not in known and recipe.models:
         message = f"must be the name of a model, or base, got {show(recipe.template)}"
         yield recipe.problem(("template",), message, suggest(recipe.template, known))
-    if recipe.tokenizer_source == "base" and not _given(recipe, "base_model"):
-        yield recipe.problem(("tokenizer_source",), "base needs base_model")
+    if recipe.tokenizer_of == "base" and not _given(recipe, "base_model"):
+        loc: Loc = ("tokenizer_source",) if recipe.tokenizer is None else ("tokenizer", "source")
+        yield recipe.problem(loc, "base needs base_model")
     if _given(recipe, "tokenizer") and _given(recipe, "tokenizer_source"):
         yield recipe.problem(("tokenizer_source",), "cannot stand beside tokenizer", "keep one of the two", key=True)
+
+
+def _tokens(recipe: Recipe) -> Iterator[Problem]:
+    """A forced token has a source, and a chat template is a name that is known, or a text."""
+    for token, wanted in (recipe.tokenizer.tokens if recipe.tokenizer is not None else {}).items():
+        if wanted.force and not _given(recipe, "tokenizer", "tokens", token, "source"):
+            yield recipe.problem(("tokenizer", "tokens", token, "force"), "needs a source", "source: MODEL", key=True)
+    known = {"auto", *BUILT_IN, *recipe.names, *(model.model for model in recipe.models)}
+    known |= {"base", recipe.base_model} if recipe.base_model is not None else set()
+    wanted_chat = recipe.chat_template
+    if wanted_chat is not None and wanted_chat not in known and not is_literal(wanted_chat):
+        message = f"must be auto, a model, {', '.join(BUILT_IN)}, or a Jinja text, got {show(wanted_chat)}"
+        yield recipe.problem(("chat_template",), message, suggest(wanted_chat, known))
 
 
 def _prune_keys(recipe: Recipe) -> Iterator[Problem]:

@@ -31,8 +31,9 @@ class Input:
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """`base` is None where the recipe names none; `tunes` are merged, in the recipe's order; `template` gives the
-    output its tensors, their names, and its files; `vocabulary` gives it its embedding rows and tokenizer; `origin` is
-    what a delta artifact that is written is a change of, whether it is merged or not."""
+    output its tensors, their names, and its files; `vocabulary` is whose tokenizer the output's is or, for a union,
+    starts from: it may be a model that is not merged, opened for its tokenizer alone; `origin` is what a delta artifact
+    that is written is a change of, whether it is merged or not."""
 
     base: Input | None
     tunes: tuple[Input, ...]
@@ -78,7 +79,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
 
     deltas = recipe.method.deltas
     named: list[tuple[str, int | None, Checkpoint]] = []
-    mentioned = {"base", recipe.base_model} & {recipe.template, recipe.tokenizer_of}
+    mentioned = {"base", recipe.base_model} & {recipe.template, recipe.tokenizer_of} or recipe.tokenizer_of == "union"
     if recipe.base_model is not None and (deltas or mentioned or recipe.output.kind == "delta"):
         named.append((recipe.base_model, None, checkpoint(recipe.base_model, "base_model")))
     for index, model in enumerate(recipe.models):
@@ -87,8 +88,8 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     matched = _match(named)
     base = matched[0] if matched[0].index is None else None
     tunes = tuple(m for m in matched if m.index is not None)
-    template = _named(recipe.template, recipe, base, tunes) or _template(base if deltas else None, tunes)
-    vocabulary = _named(recipe.tokenizer_of, recipe, base, tunes)
+    template = input_named(recipe.template, recipe, base, tunes) or _template(base if deltas else None, tunes)
+    vocabulary = _vocabulary(recipe, base, tunes, checkpoint)
     origin = base if recipe.output.kind == "delta" else None
     return Inputs(base if deltas else None, tunes, template, vocabulary, origin)
 
@@ -103,13 +104,26 @@ def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
     return inputs
 
 
-def _named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
-    """The input that `template` or `tokenizer_source` means: by name, reference, or "base"; None if it names none."""
+def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
+    """The input that `template` or a token's source means: by name, reference, or "base"; None if it names none."""
     if name is None:
         return None
     if base is not None and name in ("base", recipe.base_model):
         return base
     return next((t for t in tunes if t.index is not None and name in (t.name, recipe.models[t.index].model)), None)
+
+
+def _vocabulary(
+    recipe: Recipe, base: Input | None, tunes: tuple[Input, ...], checkpoint: Callable[[str, str], Checkpoint]
+) -> Input | None:
+    """The model that `tokenizer_source` means; for a union the base, without one the first model."""
+    source = recipe.tokenizer_of
+    if source is None:
+        return None
+    if source == "union":
+        return base or tunes[0]
+    found = input_named(source, recipe, base, tunes)
+    return found or Input(source, None, checkpoint(source, "tokenizer_source"), {}, {})
 
 
 def _template(base: Input | None, tunes: tuple[Input, ...]) -> Input:

@@ -20,6 +20,7 @@ from deltamerge.graph import Node
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.plan import Plan
 from deltamerge.stages import Calibrated, locked
+from deltamerge.tokenizer.files import CONFIG, JINJA, TOKENIZER
 
 FORMAT = 1
 CARD = "README.md"
@@ -86,11 +87,24 @@ def describe_input(model: Checkpoint, workers: int) -> dict[str, Any]:
     return entry if model.revision is None else entry | {"commit": model.revision}
 
 
+def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
+    """The files of a model that the output's vocabulary and chat template depend on."""
+    wanted = [TOKENIZER, CONFIG] * (plan.vocabulary is not None)
+    wanted += [CONFIG, JINJA] * (plan.recipe.chat_template is not None)
+    return [path for name in dict.fromkeys(wanted) if (path := model.path / name).is_file()]
+
+
 def describe_inputs(plan: Plan, workers: int) -> dict[str, Any]:
     """For every input its commit (if from the hub) and its files."""
     inputs: dict[str, Any] = {}
     for model in plan.inputs.checkpoints:
         inputs[model.reference] = describe_input(model, workers)
+        inputs[model.reference]["files"] |= describe_files(tokenizer_files(plan, model), workers, hash_input)
+    lender = plan.inputs.vocabulary
+    if lender is not None and lender.checkpoint.reference not in inputs:
+        files = describe_files(tokenizer_files(plan, lender.checkpoint), workers, hash_input)
+        commit = lender.checkpoint.revision
+        inputs[lender.checkpoint.reference] = {"files": files, **({"commit": commit} if commit else {})}
     data = [source.folder / source.calibration.data for source in plan.sources]
     if data and data[0].is_file():
         inputs[DATA] = {"files": describe_files(data[:1], workers, hash_input)}

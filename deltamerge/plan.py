@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,16 @@ from deltamerge.graph import Graph, Node, peak_tiles, schedule
 from deltamerge.inputs import Input, Inputs, Opener, open_inputs
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.encodings import expected_bits
+from deltamerge.io.gathered import cut
 from deltamerge.io.writer import Layout, plan_layout
 from deltamerge.parameters import layer_index, layer_position
 from deltamerge.recipe import Recipe
 from deltamerge.stages import Source, Spec
 from deltamerge.stages import memory as stage_memory
 from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS, block_elements
+from deltamerge.tokenizer.chat import ChatTemplate, choose_chat_template
+from deltamerge.tokenizer.rows import TIED_HEAD, is_tied, tied_embedding
+from deltamerge.tokenizer.vocabulary import Vocabulary, make_vocabulary
 
 SHOWN_PROBLEMS = 8
 TILE_ELEMENTS = 1 << 18
@@ -87,6 +91,8 @@ class Plan:
     stages: tuple[Node, ...] = ()
     sources: tuple[Source, ...] = ()
     budgeted: tuple[Budgeted, ...] = ()
+    vocabulary: Vocabulary | None = None
+    chat_template: ChatTemplate | None = None
 
     @property
     def specs(self) -> dict[Node, Spec]:
@@ -136,6 +142,8 @@ class Plan:
             "notes": list(self.notes),
             "kind": self.recipe.output.kind,
             **self._describe_delta(),
+            "tokenizer": self.vocabulary.describe() if self.vocabulary else None,
+            "chat_template": self.chat_template.origin if self.chat_template else None,
             "stages": [{**spec.describe(), "blocks": _blocks(spec.source)} for spec in self.specs.values()],
             "tensors": [
                 {
@@ -178,7 +186,8 @@ def plan(
     the calibration data of recipes that need it. `densities` are those of the tensors that a budget is for.
     """
     inputs = open_inputs(recipe, folder, opener)
-    planner = _Planner(recipe, inputs, device, folder, densities)
+    vocabulary = make_vocabulary(recipe, inputs)
+    planner = _Planner(recipe, inputs, device, folder, densities, vocabulary)
     rows = planner.rows()
     if planner.problems:
         shown = planner.problems[:SHOWN_PROBLEMS]
@@ -197,6 +206,7 @@ def plan(
     if data:
         _check_data(sources, inputs)
     peak += max((stage_memory(source) for source in sources.values()), default=0)
+    peak += vocabulary.memory if vocabulary is not None else 0
     made = tuple(stages.values())
     notes = tuple(planner.notes)
     budgeted = tuple(
@@ -205,7 +215,10 @@ def plan(
         if merge.base is not None
     )
     found = tuple(sources.values())
-    return Plan(recipe, inputs, outputs, layout, notes, device, workers, tile, peak, made, found, budgeted)
+    chat = choose_chat_template(recipe, inputs)
+    return Plan(
+        recipe, inputs, outputs, layout, notes, device, workers, tile, peak, made, found, budgeted, vocabulary, chat
+    )
 
 
 def _check_data(sources: Mapping[int, Source], inputs: Inputs) -> None:
@@ -231,9 +244,16 @@ class _Planner:
     """Goes through the template's tensors; collects problems and notes on the way."""
 
     def __init__(
-        self, recipe: Recipe, inputs: Inputs, device: str, folder: Path, densities: Mapping[str, float] | None
+        self,
+        recipe: Recipe,
+        inputs: Inputs,
+        device: str,
+        folder: Path,
+        densities: Mapping[str, float] | None,
+        vocabulary: Vocabulary | None,
     ) -> None:
         self.recipe, self.inputs, self.device = recipe, inputs, device
+        self.vocabulary, self.remapped = vocabulary, False
         self.builder = Builder(recipe, Graph(), folder, device, densities)
         self.problems: list[str] = []
         self.hint = ""
@@ -262,6 +282,8 @@ class _Planner:
             row = self._row(name, tensor, copied)
             if row is not None:
                 yield row
+        if self.vocabulary is not None and not self.remapped:
+            self.problems.append(f"no tensor of {template.name} has a row per token of its vocabulary")
         if copied:
             self.notes.append(f"copied from {template.name}, not merged: {_some(copied)}")
         self._left_out()
@@ -269,22 +291,42 @@ class _Planner:
     def _row(self, name: str, tensor: TensorInfo, copied: list[str]) -> Row | _Merged | None:
         stored = self.inputs.template.stored[name]
         dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else tensor.dtype
-        found = [(model, model.get(name)) for model in self.inputs.all]
+        found = [(model, model.get(name) or self._tied(model, name)) for model in self.inputs.all]
         lacking = [model.name for model, info in found if info is None]
         if lacking and layer_index(name) is not None:
             self.problems.append(f"{stored}: missing in {', '.join(lacking)}")
             self.hint = "models that are merged must have the same layers"
             return None
+        present = [(model, info) for model, info in found if info is not None]
+        remapped = self._remapped(name, present)
         if lacking or tensor.dtype not in FLOATING:
             copied.append(stored)
+            tensor = next((info for model, info in remapped if model is self.inputs.template), tensor)
             return self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (self.inputs.template.name,)))
-        present = [(model, info) for model, info in found if info is not None]
-        shared, rest = self._rows(name, present)
+        shared, rest = self._rows(name, remapped)
         if shared is None:
             return None
         base = next((info for model, info in shared if model.index is None), None)
         tunes = [(model, info) for model, info in shared if model.index is not None]
         return _Merged(Merge(stored, layer_position(name, self.layers), base, tunes, dtype), rest)
+
+    def _remapped(self, name: str, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
+        """The models' tensors under the output's vocabulary, if their rows are tokens."""
+        if self.vocabulary is None or not present or not self.vocabulary.holds(name, present):
+            return present
+        self.remapped = True
+        with errors.context(self.inputs.template.stored[name]):
+            remapped = [(model, self.vocabulary.remap(model, present)) for model, _ in present]
+        if self.recipe.output.kind != "model" and [info for _, info in remapped] != [info for _, info in present]:
+            self.problems.append(f"{name}: output.kind {self.recipe.output.kind} cannot change the vocabulary")
+        return remapped
+
+    def _tied(self, model: Input, name: str) -> TensorInfo | None:
+        """The embedding of a model without a head of its own, which is its head."""
+        found = tied_embedding(model.tensors, model.checkpoint.config) if name == TIED_HEAD else None
+        if found is not None:
+            self.notes.append(f"{name}: {model.name} has none of its own, its embedding stands for it")
+        return found
 
     def _merged(self, part: _Merged) -> Row:
         merge, rest = part.merge, part.rest
@@ -324,8 +366,8 @@ class _Planner:
         count = min(shape[0] for shape in shapes)
         self.notes.append(f"{stored}: the {count} rows that all models share are merged, the rest is {source.name}'s")
         whole = source.get(name)
-        rest = _cut(whole, count, whole.shape[0]) if whole is not None and whole.shape[0] > count else None
-        return [(model, _cut(info, 0, count)) for model, info in present], rest
+        rest = cut(whole, count, whole.shape[0]) if whole is not None and whole.shape[0] > count else None
+        return [(model, cut(info, 0, count)) for model, info in present], rest
 
     def _tied_head(self) -> str | None:
         """The head that the template's config ties to its embedding although its file holds both, if any."""
@@ -347,23 +389,15 @@ class _Planner:
                 self.problems.append(f"{_some(layers)}: in {model.name}, missing in {template.name}")
                 self.hint = "models that are merged must have the same layers"
             if others:
-                self.notes.append(f"left out, only in {model.name}: {_some(others)}")
+                tied = TIED_HEAD in extra and is_tied(template.checkpoint.config)
+                self.notes.append(
+                    f"left out, only in {model.name}: {_some(others)}" + "; the output's is its embedding" * tied
+                )
 
 
 def _blocks(source: Source) -> int:
     """How many blocks calibration goes through one by one, as the names tell; 0: the whole model is resident."""
     return len(numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or ())
-
-
-def _cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
-    """Rows [start, stop) of a stored tensor."""
-    row = tensor.nbytes // tensor.shape[0]
-    return replace(
-        tensor,
-        shape=(stop - start, *tensor.shape[1:]),
-        begin=tensor.begin + start * row,
-        nbytes=(stop - start) * row,
-    )
 
 
 def _some(names: Iterable[str], most: int = 4) -> str:
