@@ -282,7 +282,7 @@ class _Planner:
             row = self._row(name, tensor, copied)
             if row is not None:
                 yield row
-        if self.vocabulary is not None and not self.remapped:
+        if self.vocabulary is not None and self.vocabulary.changes and not self.remapped:
             self.problems.append(f"no tensor of {template.name} has a row per token of its vocabulary")
         if copied:
             self.notes.append(f"copied from {template.name}, not merged: {_some(copied)}")

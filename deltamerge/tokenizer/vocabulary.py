@@ -66,6 +66,12 @@ class Vocabulary:
     _picked: dict[Any, Rows] = field(default_factory=dict, compare=False, repr=False)
 
     @property
+    def changes(self) -> bool:
+        """Whether a model's rows move, or others are added or given: then an embedding must be found."""
+        moved = any(not np.array_equal(column, np.arange(self.size)) for column in self.columns.values())
+        return moved or bool(self.padding or self.given)
+
+    @property
     def memory(self) -> int:
         """About the bytes that reading the tokenizers takes."""
         return BYTES_PER_TOKEN * sum(self.rows.values())
