@@ -263,7 +263,7 @@ def test_a_masked_language_model_s_bias_follows_the_vocabulary_too(tmp_path):
     out = merged(tmp_path, tmp_path, text)
     for name in ("bert.embeddings.word_embeddings.weight", "cls.predictions.bias"):
         table = embedding_of(vocab_of(out), [base, tune], name, base=base)
-        np.testing.assert_allclose(rows64(out, name), (table[base] + table[tune]) / 2, rtol=0, atol=1e-7)
+        np.testing.assert_allclose(rows64(out, name), (table[base] + table[tune]) / 2, rtol=0, atol=5e-7)
     model = transformers.BertForMaskedLM.from_pretrained(out)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight
     tokenizer = AutoTokenizer.from_pretrained(out)
