@@ -28,8 +28,13 @@ TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bf
 def asset_files(plan: Plan) -> dict[str, Path]:
     """Output name -> source of every file copied as it is; config.json is written by `config`."""
     template = plan.inputs.template.checkpoint.path
-    vocabulary = (plan.inputs.vocabulary or plan.inputs.template).checkpoint.path
-    return {**_matching(template, MODEL), **_matching(vocabulary, TOKENIZER)}
+    return {**_matching(template, MODEL), **tokenizer_files(plan)}
+
+
+def tokenizer_files(plan: Plan) -> dict[str, Path]:
+    """Output name -> source of the tokenizer's files; those of an adapter that is pruned itself lie beside it."""
+    source = plan.pruned_adapter or (plan.inputs.vocabulary or plan.inputs.template).checkpoint
+    return _matching(source.path, TOKENIZER)
 
 
 def copied_files(folder: Path) -> dict[str, Path]:
@@ -45,7 +50,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 
 def config(plan: Plan) -> dict[str, Any]:
     """The template's config with the output's dtype and vocabulary size."""
-    result = dict(plan.inputs.template.checkpoint.config)
+    result = dict(plan.config)
     dtypes = {output.dtype for output in plan.outputs if output.dtype in TORCH_NAMES}
     wanted = TORCH_NAMES[dtypes.pop()] if len(dtypes) == 1 else None
     stated = result.get("dtype", result.get("torch_dtype"))
@@ -69,7 +74,7 @@ def write_assets(plan: Plan, folder: Path) -> None:
             raise InputError(f"{source}: vanished during the run") from error
     source_config = plan.inputs.template.checkpoint.path / "config.json"
     merged = config(plan)
-    if merged == plan.inputs.template.checkpoint.config:
+    if merged == read_json(source_config):
         shutil.copyfile(source_config, folder / "config.json")
     else:
         (folder / "config.json").write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")

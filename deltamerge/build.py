@@ -9,27 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deltamerge import nodes
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.graph import Graph, Node
 from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo, added
 from deltamerge.io.encodings import uniform_density
 from deltamerge.io.gathered import Gathered
+from deltamerge.lora import factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
-from deltamerge.prune.bits import Key, mask_key
+from deltamerge.parts import Part
+from deltamerge.prune.bits import mask_key
 from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import CalibratedQ, Recipe
-from deltamerge.stages import Pruned, Source, Spec, has_norm
+from deltamerge.stages import Part as StagePart
+from deltamerge.stages import Pruned, Source, Spec, has_norm, is_transposed, mask_seeds, within
 from deltamerge.tensors import ITEMSIZE, VALUE_BITS
 
 SELECT = "deltamerge.prune.select"
 MASKS = "deltamerge.prune.masks"
 RESCALE = "deltamerge.prune.rescale"
-SAMPLING = "deltamerge.prune.sampling"
 PROTECT = "deltamerge.prune.protect"
 STAGE = "deltamerge.calibrate.stage"
+TOGETHER = "deltamerge.calibrate.together"
 STAGES = "deltamerge.stages"
+THRESHOLD = "deltamerge.threshold"
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +54,11 @@ class Built:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A tensor to merge: its name in the output, the position of its layer from 0 to 1, its sources, its dtype."""
+    """A tensor to merge: its name in the output, the part it belongs to, the position of its layer from 0 to 1, its
+    sources, its dtype."""
 
     name: str
+    part: Part
     position: float
     base: TensorInfo | None
     tunes: Sequence[tuple[Input, TensorInfo]]
@@ -66,26 +73,37 @@ class Builder:
     """
 
     def __init__(
-        self, recipe: Recipe, graph: Graph, folder: Path, device: str, densities: Mapping[str, float] | None = None
+        self,
+        recipe: Recipe,
+        graph: Graph,
+        folder: Path,
+        device: str,
+        memory: int | None = None,
+        densities: Mapping[str, float] | None = None,
     ) -> None:
         self.recipe = recipe
         self.graph = graph
         self.folder = folder
         self.device = device
+        self.memory = memory
         self.prunes = [effective_prune(recipe, i) for i in range(len(recipe.models))]
         self.patterns = [_Patterns(prune) for prune in self.prunes]
         self.stages: dict[int, Node] = {}
         self.activations: dict[int, Node] = {}
         self.densities = densities
         self.budgeted: list[tuple[Merge, TensorInfo]] = []
+        self.cuts: dict[int, Node] = {}
+        self.whole_merge = recipe.calibration is not None and recipe.calibration.per == "merge"
+        self.together: Node | None = None  # the stage of a merge that is calibrated as a whole
+        self.roots: dict[str, tuple[str, int]] = {}
 
     def prepare(self, merges: Sequence[Merge]) -> None:
         """Make the stages of the models whose q is calibrated or whose masks need activations; share out a budget."""
         self._share(merges)
         for index, prune in enumerate(self.prunes):
             measured = prune.method == "wanda" or (prune.protect is not None and prune.protect.columns is None)
-            calibrated = isinstance(prune.q, CalibratedQ)
-            if not (measured or calibrated or prune.protect):
+            calibrated = isinstance(prune.q, CalibratedQ) and not self.whole_merge
+            if not (measured or calibrated or prune.protect or prune.group == "model"):
                 continue
             pruned = [
                 (m, tune, tensor, density)
@@ -94,16 +112,88 @@ class Builder:
                 if tune.index == index and (density := self._density(m, tune)) not in (None, 1.0)
             ]
             self._find_columns(prune, [m.name for m, _, tensor, _ in pruned if has_norm(m.name, tensor.shape)])
+            if pruned and prune.group == "model":
+                if prune.protect:
+                    raise InputError("prune.protect: does not go with group: model yet", hint="group: tensor")
+                self.cuts[index] = self._cut(pruned)
             if not pruned or not (measured or calibrated):
                 continue
-            _refuse_gathered([(m, tensor) for m, _, tensor, _ in pruned])
+            hint = "leave it out, prune: {exclude: [embed, lm_head]}, or use dare or magnitude with a number q"
+            _refuse_gathered([(m, tensor) for m, _, tensor, _ in pruned], hint)
+            products = factor_pairs(self.recipe, pruned)
+            if products and isinstance(prune.q, CalibratedQ):
+                source = self._source(products[0].tune, [(p.weight, p.update.base) for p in products], prune)
+                spec = factor_spec(self.graph, products, source, prune, prune.q, self._masked, self.read)
+                self.stages[index] = self.graph.node(f"{STAGE}:calibrate", kind="small", spec=spec)
+                self.roots |= factor_roots(products)
+                continue
             source = self._source(pruned[0][1], [(tensor, m.base) for m, _, tensor, _ in pruned if m.base], prune)
             if measured:
                 self.activations[index] = self.graph.node(f"{STAGE}:activations", kind="small", source=source)
-            if isinstance(prune.q, CalibratedQ):
-                shared = (self.activations[index],) if index in self.activations else ()
+            if isinstance(prune.q, CalibratedQ) and calibrated:
+                shared = tuple(made[index] for made in (self.activations, self.cuts) if index in made)
                 spec = self._spec(source, prune, prune.q, pruned, shared)
                 self.stages[index] = self.graph.node(f"{STAGE}:calibrate", shared, kind="small", spec=spec)
+
+        if self.whole_merge:
+            self.together = self._together([m for m in merges if m.base is not None])
+
+    def _together(self, merges: Sequence[Merge]) -> Node:
+        """The stage that finds the λ of the merge: the delta that every fine-tune would get, of each mask seed."""
+        _refuse_gathered([(m, tensor) for m in merges for _, tensor in m.tunes], "calibrate per: model")
+        searched = [p.q for p in self.prunes if isinstance(p.q, CalibratedQ)]
+        objective = searched[0].objective if searched else "output_change"
+        calibration = self.recipe.calibration
+        assert calibration is not None
+        random = any(p.method in PRUNE and PRUNE[p.method].random for p in self.prunes)
+        seeds = calibration.seeds if random and objective == "output_change" else 1
+        deltas = {m.name: tuple(self._merged_delta(m, self.recipe.seed + s) for s in range(seeds)) for m in merges}
+        tunes = [tune for tune, _ in merges[0].tunes]
+        parts = []
+        for i, tune in enumerate(tunes):
+            pairs = [(m.tunes[i][1], m.base) for m in merges if m.base]
+            assert tune.index is not None
+            source = self._source(tune, pairs, self.prunes[tune.index], share=len(tunes))
+            pruned = tuple(Pruned(m.name, m.tunes[i][1].name, 1.0, 1.0, deltas[m.name]) for m in merges)
+            parts.append(StagePart(source, pruned))
+        low, high = 1.0, 1.0  # of the factor of λ
+        for m in merges:
+            for tune, _ in m.tunes:
+                density = self._density(m, tune) or 1.0
+                plain = self._plain_q(m, tune, density)
+                low, high = min(low, plain), max(high, plain / density)
+        shared = (*self.activations.values(), *self.cuts.values())
+        spec = Spec(
+            parts[0].source,
+            self.recipe.method.name,
+            parts[0].pruned,
+            random,
+            objective,
+            "global",
+            "auto",
+            (low / 4.0, high * 2.0),
+            shared,
+            tuple(parts),
+        )
+        return self.graph.node(f"{TOGETHER}:calibrate", shared, kind="small", spec=spec)
+
+    def _merged_delta(self, m: Merge, seed: int) -> Node:
+        """What the merge adds to the base, in float32."""
+        assert m.base is not None
+        inputs = [self.read(m.base), *(self._delta(m, m.base, tune, tensor, seed)[0] for tune, tensor in m.tunes)]
+        weights = tuple(float(self._value("weight", m, tune)) for tune, _ in m.tunes)
+        normalize, lambda_ = bool(self._value("normalize", m, None)), float(self._value("lambda", m, None))
+        function, shape = self.recipe.method.function, m.base.shape
+        merged = self._node(function, inputs, shape, weights=weights, normalize=normalize, lambda_=lambda_)
+        pair = [self._cast(merged, "F32"), self.read(m.base)]
+        return self._node("deltamerge.ops:subtract", pair, shape, dtypes=("F32", m.base.dtype))
+
+    def _cut(self, pruned: Sequence[tuple[Merge, Input, TensorInfo, float | None]]) -> Node:
+        """The one threshold of a model: as many entries as the tensors' densities add up to."""
+        whole = [(m.name, self._whole(m.base, tensor), density) for m, _, tensor, density in pruned if m.base]
+        k = sum(round((density or 0.0) * math.prod(node.shape)) for _, node, density in whole)
+        deltas = tuple((name, node) for name, node, _ in whole)
+        return self.graph.node(f"{THRESHOLD}:model_cut", kind="small", deltas=deltas, k=k, device=self.device)
 
     def _share(self, merges: Sequence[Merge]) -> None:
         """Find the tensors that a budget is for; until their densities are known, one for all that would about fit."""
@@ -123,14 +213,17 @@ class Builder:
             density = uniform_density(8 * budget / size, bits) if size else 1.0
             self.densities = {m.name: density for m, _ in self.budgeted}
 
-    def _source(self, tune: Input, pairs: Sequence[tuple[TensorInfo, TensorInfo]], prune: Pruning) -> Source:
+    def _source(
+        self, tune: Input, pairs: Sequence[tuple[TensorInfo, TensorInfo]], prune: Pruning, share: int = 1
+    ) -> Source:
         calibration = self.recipe.calibration
         assert calibration is not None
         labelled = isinstance(prune.q, CalibratedQ) and (
             prune.q.objective == "validation" or calibration.metric is not None
         )
         checkpoint = tune.checkpoint
-        return Source(
+        refuse_changed_config(tune)
+        source = Source(
             tune.name,
             checkpoint.path,
             tuple(checkpoint.tensors.values()),
@@ -141,6 +234,7 @@ class Builder:
             self.device,
             labelled,
         )
+        return within(source, self.memory, share)
 
     def _spec(
         self,
@@ -150,9 +244,8 @@ class Builder:
         tensors: Sequence[tuple[Merge, Input, TensorInfo, float | None]],
         shared: tuple[Node, ...],
     ) -> Spec:
-        """Further mask seeds, which only random masks have, are those of the recipe with its seed + 1, + 2 …"""
         random = PRUNE[prune.method].random
-        seeds = source.calibration.seeds if random and q.objective == "output_change" and q.search != "gradient" else 1
+        seeds = mask_seeds(source, prune.method, q)
         pruned = []
         for m, tune, tensor, density in tensors:
             assert m.base is not None
@@ -160,7 +253,9 @@ class Builder:
             masked = tuple(self._masked(m, m.base, tune, tensor, self.recipe.seed + s) for s in range(seeds))
             plain = density if random else 1.0
             pruned.append(Pruned(m.name, tensor.name, density, plain, masked, self._protected(m, tune, tensor)[0]))
-        return Spec(source, tuple(pruned), random, q.objective, q.scope_or_default, q.search, q.limits, shared)
+        return Spec(
+            source, prune.method, tuple(pruned), random, q.objective, q.scope_or_default, q.search, q.limits, shared
+        )
 
     def read(self, tensor: TensorInfo) -> Node:
         return self.graph.node(
@@ -196,7 +291,13 @@ class Builder:
             return Built(self._cast(node, dtype), "linear", details)
         assert base is not None
         lambda_ = float(self._value("lambda", merge, None))
-        pruned = [self._delta(merge, base, tune, tensor) for tune, tensor in tunes]
+        pruned = [self._delta(merge, base, tune, tensor, self.recipe.seed) for tune, tensor in tunes]
+        if self.together is not None:
+            q = self.graph.node(f"{STAGES}:pick", [self.together], kind="small", name=merge.name)
+            pruned = [
+                (self._node(f"{RESCALE}:divide", [node, q], base.shape), f"{text} lambda calibrated")
+                for node, text in pruned
+            ]
         details = tuple(
             f"{tune.name} weight={w:g}{text}" for (tune, _), w, (_, text) in zip(tunes, weights, pruned, strict=True)
         )
@@ -233,7 +334,7 @@ class Builder:
             density = float(self._value("density", merge, tune))
         return 1.0 if density is None else min(1.0, density)
 
-    def _delta(self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo) -> tuple[Node, str]:
+    def _delta(self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo, seed: int) -> tuple[Node, str]:
         """The pruned, rescaled delta of one fine-tune, and its description ("" if it is whole)."""
         assert tune.index is not None
         prune = self.prunes[tune.index]
@@ -243,13 +344,12 @@ class Builder:
         density = self._density(merge, tune)
         if density is None:
             return whole, ""
-        if isinstance(prune.q, CalibratedQ):
+        if isinstance(prune.q, CalibratedQ) and not self.whole_merge:
             return self._calibrated(merge, base, tune, tensor, prune.q, density)
-        q = None if prune.rescale else _number(prune.q, merge)
-        q = density if q is None else q
+        q = self._plain_q(merge, tune, density)
         if density == 1 and (q == 1 or prune.rescale):
             return whole, ""
-        node = self._masked(merge, base, tune, tensor, self.recipe.seed)
+        node = self._masked(merge, base, tune, tensor, seed)
         if prune.rescale:
             columns, _ = self._protected(merge, tune, tensor)
             node = self._matched(self._cleared(whole, columns), node, prune.rescale)
@@ -261,6 +361,15 @@ class Builder:
             node = self._node(f"{RESCALE}:divide", [node, value], base.shape)
         return self._restored(merge, base, tune, tensor, node, text)
 
+    def _plain_q(self, merge: Merge, tune: Input, density: float) -> float:
+        """The q of a tensor whose own is not calibrated: the recipe's number, or the method's."""
+        assert tune.index is not None
+        prune = self.prunes[tune.index]
+        if isinstance(prune.q, CalibratedQ):
+            return density if PRUNE[prune.method].random else 1.0
+        q = None if prune.rescale else _number(prune.q, merge)
+        return density if q is None else q
+
     def _calibrated(
         self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo, q: CalibratedQ, density: float
     ) -> tuple[Node, str]:
@@ -269,7 +378,8 @@ class Builder:
         if density == 1:
             return self._whole(base, tensor), ""
         node = self._masked(merge, base, tune, tensor, self.recipe.seed)
-        value = self.graph.node(f"{STAGES}:pick", [self.stages[tune.index]], kind="small", name=merge.name)
+        name, root = self.roots.get(merge.name, (merge.name, 1))
+        value = self.graph.node(f"{STAGES}:pick", [self.stages[tune.index]], kind="small", name=name, root=root)
         divide = "divide_rows" if q.scope_or_default == "row" else "divide"
         text = f" {self.prunes[tune.index].method} density={density:g} q={q.objective}"
         node = self._node(f"{RESCALE}:{divide}", [node, value], base.shape)
@@ -358,30 +468,17 @@ class Builder:
         if count:
             density *= 1 - count / shape[-1]
         if prune.sampling == "magnitude":
-            return self._cleared(self._sampled(whole, pair, key, density), columns)
+            return self._cleared(nodes.sampled(self.graph, whole, pair, key, density), columns)
         if prune.method == "wanda" and has_norm(merge.name, shape):
-            norms = self.graph.node(
-                f"{STAGES}:norm",
-                [self.activations[tune.index]],
-                kind="small",
-                name=tensor.name,
-                columns=shape[-1],
-            )
-            return self._node(f"{SELECT}:keep_largest_rows_scored", [whole, norms], shape, density=density)
+            transposed = is_transposed(tensor.name, tune.checkpoint.config.get("model_type"))
+            return nodes.best_scored(self.graph, whole, self.activations[tune.index], tensor.name, transposed, density)
         if prune.method == "magnitude" and prune.group == "row" and len(shape) > 1:
             return self._node(f"{SELECT}:keep_largest_rows", [whole], shape, density=density)
-        return self._largest(whole, round(density * math.prod(shape)))
-
-    def _sampled(self, whole: Node, pair: Sequence[Node], key: Key, density: float) -> Node:
-        """Importance sampling: two passes find c, a third draws."""
-        make, shape = self.graph.node, whole.shape
-        expected = density * math.prod(shape)
-        sums = make(f"{SAMPLING}:sums", [whole], kind="sum", shape=shape)
-        clip = make(f"{SAMPLING}:pick_clip", [sums], kind="small", expected=expected)
-        inside = make(f"{SAMPLING}:clip_bin", [clip], kind="small")
-        low = make(f"{SELECT}:low_histogram", [whole, inside], kind="sum", shape=shape)
-        c = make(f"{SAMPLING}:factor", [low, clip], kind="small", expected=expected)
-        return self._node(f"{SAMPLING}:sampled", [*pair, c], shape, key=key, density=density)
+        if prune.group == "model":
+            of_model = self.cuts[tune.index]
+            cut = self.graph.node(f"{THRESHOLD}:cut_of", [of_model], kind="small", name=merge.name)
+            return nodes.above(self.graph, whole, cut)
+        return nodes.largest(self.graph, whole, round(density * math.prod(shape)))
 
     def _trimmed(self, merge: Merge, tune: Input, whole: Node) -> tuple[Node, str]:
         """The int(density · n) largest entries, at least 1, where the merge method has a density of its own (ties)."""
@@ -391,7 +488,7 @@ class Builder:
         density = float(self._value("density", merge, tune))
         if density >= 1:
             return whole, ""
-        return self._largest(whole, max(1, int(density * math.prod(whole.shape)))), f" density={density:g}"
+        return nodes.largest(self.graph, whole, max(1, int(density * math.prod(whole.shape)))), f" density={density:g}"
 
     def _matched(self, whole: Node, kept: Node, norm: str) -> Node:
         """mergekit's rescaling: kept · ‖Δ‖ / ‖kept‖, as a division by ‖kept‖ / ‖Δ‖."""
@@ -402,28 +499,11 @@ class Builder:
         ratio = self.graph.node(f"{RESCALE}:ratio", norms, kind="small", norm=norm)
         return self._node(f"{RESCALE}:divide", [kept, ratio], whole.shape)
 
-    def _largest(self, delta: Node, k: int) -> Node:
-        """Δ with only its k largest magnitudes: two or three passes over the tensor, then the mask."""
-        if k >= math.prod(delta.shape):
-            return delta
-        make = self.graph.node
-        if k == 0:
-            cut = make(f"{SELECT}:nothing", kind="small")
-            ranks = make(f"{SELECT}:no_ranks", kind="small")
-            return self._node(f"{SELECT}:keep_largest", [delta, cut, ranks], delta.shape)
-        high = make(f"{SELECT}:high_histogram", [delta], kind="sum", shape=delta.shape)
-        found = make(f"{SELECT}:pick_bin", [high], kind="small", k=k)
-        low = make(f"{SELECT}:low_histogram", [delta, found], kind="sum", shape=delta.shape)
-        cut = make(f"{SELECT}:pick_cut", [low, found], kind="small")
-        equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
-        ranks = make(f"{SELECT}:pick_ranks", [equal], kind="small")
-        return self._node(f"{SELECT}:keep_largest", [delta, cut, ranks], delta.shape)
-
     def _value(self, key: str, merge: Merge, tune: Input | None) -> Any:
-        levels = [self.recipe.parameters]
+        levels = list(merge.part.levels)
         if tune is not None and tune.index is not None:
             levels.insert(0, self.recipe.models[tune.index].parameters)
-        default = self.recipe.method.parameters[key].default_for(len(self.recipe.fine_tunes))
+        default = self.recipe.method.parameters[key].default_for(len(merge.tunes))
         value = lookup(key, merge.name, merge.position, *levels, default=default)
         if value is None:
             model = () if tune is None or tune.index is None else ("models", tune.index)
@@ -441,14 +521,12 @@ class Builder:
         return self.graph.node("deltamerge.ops:cast", [node], shape=node.shape, dtype=dtype, to=dtype)
 
 
-def _refuse_gathered(tensors: Sequence[tuple[Merge, TensorInfo]]) -> None:
+def _refuse_gathered(tensors: Sequence[tuple[Merge, TensorInfo]], hint: str) -> None:
     """A stage runs the fine-tune with its own vocabulary, so what is pruned must have the rows of its files."""
     for merge, tensor in tensors:
         if isinstance(tensor, Gathered) or isinstance(merge.base, Gathered):
-            raise InputError(
-                f"{merge.name}: cannot be pruned with calibration while its vocabulary changes",
-                hint="leave it out, prune: {exclude: [embed, lm_head]}, or use dare or magnitude with a number q",
-            )
+            message = f"{merge.name}: cannot be pruned with calibration while its vocabulary changes"
+            raise InputError(message, hint=hint)
 
 
 class _Patterns:

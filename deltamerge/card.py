@@ -21,8 +21,7 @@ from deltamerge.stages import Calibrated
 def _license(plan: Plan) -> str | None:
     """The licence that all inputs state in their cards, if they agree."""
     found = set()
-    for model in plan.inputs.all:
-        card = model.checkpoint.path / "README.md"
+    for card in [source.path / "README.md" for model in plan.inputs.all for source in model.checkpoint.sources]:
         found.add(_front_matter(card).get("license") if card.is_file() else None)
     return str(found.pop()) if len(found) == 1 and None not in found else None
 
@@ -40,14 +39,25 @@ def _front_matter(card: Path) -> dict[str, object]:
 
 def front_matter(plan: Plan) -> dict[str, object]:
     """`base_model` lists what the output was made of; one fine-tune is a `finetune` of it, several are a `merge`."""
+    sources: list[str] = []
     models = [model for model in (plan.inputs.origin, *plan.inputs.all) if model is not None]
-    sources = list(dict.fromkeys(model.checkpoint.hub_id or model.name for model in models))
+    for model in models:
+        checkpoint, adapter = model.checkpoint, model.checkpoint.adapter
+        if adapter is None:
+            sources.append(checkpoint.hub_id or model.name)
+        else:
+            sources += [checkpoint.hub_id or checkpoint.base_reference, adapter.hub_id or adapter.reference]
+    sources = list(dict.fromkeys(sources))
+    merged = len(plan.inputs.tunes) > 1
     matter: dict[str, object] = {
         "base_model": sources,
-        "base_model_relation": "merge" if len(plan.inputs.tunes) > 1 else "finetune",
+        "base_model_relation": "merge" if merged else "finetune",
         "library_name": "deltamerge" if plan.recipe.output.kind == "delta" else "transformers",
-        "tags": ["deltamerge", "merge"] if len(plan.inputs.tunes) > 1 else ["deltamerge"],
+        "tags": ["deltamerge", "merge"] if merged else ["deltamerge"],
     }
+    if plan.recipe.output.kind == "peft" and plan.inputs.base is not None:
+        matter["base_model"] = [plan.inputs.base.checkpoint.hub_id or plan.inputs.base.name]
+        matter |= {"base_model_relation": "adapter", "library_name": "peft"}
     licence = _license(plan)
     if licence is not None:
         matter["license"] = licence
@@ -76,13 +86,15 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
         return []
     found = [
         (
-            spec.source.model,
+            spec.name,
             calibrated[node].record,
             [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)],
         )
         for node, spec in plan.specs.items()
     ]
     explained = "Kept entries of the weights of linear layers are divided by q; other pruned tensors have q = 1."
+    if any(spec.parts for spec in plan.specs.values()):
+        explained = "The merged delta is divided by q: λ is the recipe's over q."
     return ["## Calibration", "", *calibration_table(found), "", explained, ""]
 
 
@@ -130,7 +142,7 @@ def render(
         for (method, details), count in sorted(what.items(), key=lambda item: (-item[1], item[0]))[:40]
     ]
     base = f" on top of `{plan.inputs.base.name}`" if plan.inputs.base else ""
-    models = ", ".join(f"`{tune.name}`" for tune in plan.inputs.tunes)
+    models = ", ".join(f"`{name}`" for name in plan.inputs.names)
     lines = [
         "---",
         yaml.safe_dump(front_matter(plan), sort_keys=False).rstrip(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from deltamerge.chat_templates import BUILT_IN, is_literal
 from deltamerge.errors import Problem
@@ -19,8 +19,9 @@ from deltamerge.methods import (
     Param,
 )
 from deltamerge.parameters import Value, leaves
+from deltamerge.parts import written
 from deltamerge.pruning import effective_prune
-from deltamerge.source import Loc
+from deltamerge.source import Loc, place
 
 if TYPE_CHECKING:
     from deltamerge.recipe import Prune, Recipe
@@ -31,8 +32,8 @@ _PRUNE_PARAMS = {name: param for method in PRUNE.values() for name, param in met
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault that the types of the keys do not show."""
     checks = (
-        _inputs, _merge_method, _parameters, _required, _template, _tokens, _prune_keys, _pruning, _calibrated,
-        _output, _budget,
+        _inputs, _slices, _merge_method, _parameters, _required, _template, _tokens, _prune_keys, _pruning, _calibrated,
+        _whole_merge, _output, _adapter, _budget,
     )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
 
@@ -40,18 +41,14 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     """What this version cannot run yet, and where the recipe asks for it."""
     asked: list[tuple[bool, Loc, str]] = [
-        (bool(recipe.slices), ("slices",), "slices"),
-        (bool(recipe.modules), ("modules",), "modules"),
         (recipe.merge_method in LATER_MERGE, ("merge_method",), f"merge_method {recipe.merge_method}"),
-        (recipe.output.kind == "peft", ("output", "kind"), f"output.kind: {recipe.output.kind}"),
     ]
-    if recipe.calibration is not None:
-        exact, merge = recipe.calibration.metric == "exact_match", recipe.calibration.per == "merge"
-        asked.append((exact, ("calibration", "metric"), "metric exact_match"))
-        asked.append((merge, ("calibration", "per"), "per: merge"))
+    parted = bool(recipe.slices or recipe.modules)
     for at, prune in _prunes(recipe):
+        massive = prune.protect is not None and prune.protect.massive_activations is not None
+        calibrated = prune.calibrated_q is not None or prune.method == "wanda" or massive
+        asked.append((parted and calibrated, at, "calibration of the sources of slices and modules"))
         asked.append((prune.method in LATER_PRUNE, (*at, "method"), f"method {prune.method}"))
-        asked.append((prune.group == "model", (*at, "group"), "group: model"))
         searched = prune.budget is not None and prune.calibrated_q is not None
         asked.append((searched, (*at, "q"), "a calibrated q beside a budget"))
         for key in ("epsilon", "gamma"):
@@ -74,25 +71,19 @@ Level = Literal["merge", "model"]
 def _levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
     """Every `parameters` of the recipe: where it stands, and whether it is for one model or for the merge."""
     yield ("parameters",), "merge", recipe.parameters
-    yield from _inner_levels((), recipe)
     for name, module in recipe.modules.items():
         yield ("modules", name, "parameters"), "merge", module.parameters
-        yield from _inner_levels(("modules", name), module)
-
-
-def _inner_levels(loc: Loc, holder: Any) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
-    for i, model in enumerate(holder.models):
-        yield (*loc, "models", i, "parameters"), "model", model.parameters
-    for i, part in enumerate(holder.slices):
-        yield (*loc, "slices", i, "parameters"), "merge", part.parameters
-        for j, from_model in enumerate(part.sources):
-            yield (*loc, "slices", i, "sources", j, "parameters"), "model", from_model.parameters
+    for part in recipe.parts:
+        if part.ranges is not None:
+            yield (*part.loc, "parameters"), "merge", part.levels[0]
+    for i, model in enumerate(recipe.models):
+        yield ("models", i, "parameters"), "model", model.parameters
 
 
 def _given(recipe: Recipe, *loc: str | int) -> bool:
     """Whether the text has a value there, sound or not: what is broken has been reported, and is not missing."""
     value = recipe.source.data
-    for part in loc:
+    for part in written(recipe.parts, loc):
         if isinstance(part, int):
             value = value[part] if isinstance(value, list) and part < len(value) else None
         else:
@@ -118,13 +109,31 @@ def _inputs(recipe: Recipe) -> Iterator[Problem]:
     for name in recipe.modules:
         if _given(recipe, "modules", name, "models") == _given(recipe, "modules", name, "slices"):
             yield recipe.problem(("modules", name), "needs either models or slices")
-    first: dict[str, int] = {}
-    for i, name in enumerate(recipe.names):
-        if name in first:
-            loc: Loc = ("models", i, "name") if recipe.models[i].name else ("models", i, "model")
-            message = f"has the same name as models[{first[name]}], {show(name)}"
-            yield recipe.problem(loc, message, "set a name of its own: masks are keyed by it")
-        first.setdefault(name, i)
+    for part in recipe.parts:
+        first: dict[str, Loc] = {}
+        for i, at in zip(part.members, part.places, strict=True):
+            name = recipe.names[i]
+            if name in first:
+                loc: Loc = ("models", i, "name") if recipe.models[i].name else ("models", i, "model")
+                message = f"has the same name as {place(first[name])}, {show(name)}"
+                yield recipe.problem(loc, message, "set a name of its own: masks are keyed by it")
+            first.setdefault(name, at)
+
+
+def _slices(recipe: Recipe) -> Iterator[Problem]:
+    """The sources of a slice lend the same number of layers; a base that is not among them has the same range."""
+    for part in recipe.parts:
+        if part.ranges is None:
+            continue
+        for (first, end), at in zip(part.ranges, part.places, strict=True):
+            if end - first != part.layers:
+                message = f"has {end - first} layers, the first source of the slice has {part.layers}"
+                yield recipe.problem((*at, "layer_range"), message, "layers are merged one to one")
+        method = _known_method(recipe)
+        listed = any(recipe.is_base(i) for i in part.members)
+        if method is not None and method.deltas and part.base and not listed and len(set(part.ranges)) > 1:
+            message = f"its sources lend different layers, so those of the base {show(part.base)} are not clear"
+            yield recipe.problem(part.loc, message, "list the base as a source, with its layer_range")
 
 
 def _merge_method(recipe: Recipe) -> Iterator[Problem]:
@@ -141,18 +150,19 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem(("merge_method",), message, suggest(name, MERGE))
         return
     loc: Loc = ("merge_method",) if recipe.merge_method else ()
-    if method.needs_base and not _given(recipe, "base_model"):
+    based = bool(recipe.parts) and all(part.base for part in recipe.parts)
+    if method.needs_base and not based and not _given(recipe, "base_model"):
         yield recipe.problem(loc, f"{name} needs base_model", "name what the models were fine-tuned from")
-    if not recipe.models:
-        return
-    count = len(recipe.fine_tunes if method.deltas else recipe.models)
-    if count < method.minimum:
-        besides = " besides the base" if method.deltas else ""
-        message = f"{name} needs at least {method.minimum} model{'s' * (method.minimum > 1)}{besides}"
-        yield recipe.problem(("models",), message)
-    if method.maximum is not None and count > method.maximum:
-        message = f"{name} takes {method.maximum} model{'s' * (method.maximum > 1)}, got {count}"
-        yield recipe.problem(("models",), message)
+    for part in recipe.parts:
+        loc = part.places[0][:-1]
+        count = len([i for i in part.members if not (method.deltas and recipe.is_base(i))])
+        if count < method.minimum:
+            besides = " besides the base" if method.deltas else ""
+            message = f"{name} needs at least {method.minimum} model{'s' * (method.minimum > 1)}{besides}"
+            yield recipe.problem(loc, message)
+        if method.maximum is not None and count > method.maximum:
+            message = f"{name} takes {method.maximum} model{'s' * (method.maximum > 1)}, got {count}"
+            yield recipe.problem(loc, message)
 
 
 def _parameters(recipe: Recipe) -> Iterator[Problem]:
@@ -164,21 +174,21 @@ def _parameters(recipe: Recipe) -> Iterator[Problem]:
     pruned = {i for i in range(len(recipe.models)) if effective_prune(recipe, i).method != "none"}
     for loc, level, parameters in _levels(recipe):
         known = {**method.parameters, **NO_EFFECT}
-        if method.deltas and pruned and (loc == ("parameters",) or (loc[0] == "models" and loc[1] in pruned)):
+        if method.deltas and pruned and (loc[0] != "models" or loc[1] in pruned):
             known.setdefault("density", _PRUNE_PARAMS["density"])
         for name, value in parameters.items():
-            place = (*loc, name)
+            at = (*loc, name)
             if name not in known:
                 hint = suggest(name, known)
                 if name == "density":
                     hint = "it prunes: set prune.method, or merge_method to ties, dare_ties or dare_linear"
                 elif name in _PRUNE_PARAMS:
                     hint = "it belongs under prune"
-                yield recipe.problem(place, f"unknown parameter of {method.name}", hint, key=True)
+                yield recipe.problem(at, f"unknown parameter of {method.name}", hint, key=True)
             elif level == "model" and name in method.parameters and not method.parameters[name].per_model:
-                yield recipe.problem(place, "is for the whole merge", "move it to the recipe's parameters", key=True)
+                yield recipe.problem(at, "is for the whole merge", "move it to the recipe's parameters", key=True)
             else:
-                yield from _out_of_range(recipe, place, known[name], value)
+                yield from _out_of_range(recipe, at, known[name], value)
 
 
 def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
@@ -207,14 +217,18 @@ def _required(recipe: Recipe) -> Iterator[Problem]:
     method = _known_method(recipe)
     if method is None:
         return
-    counted = recipe.fine_tunes if method.deltas else tuple(range(len(recipe.models)))
-    for name, param in method.parameters.items():
-        if param.default_for(len(counted)) is not None or _given(recipe, "parameters", name):
-            continue
-        for i in counted:
-            if not _given(recipe, "models", i, "parameters", name):
-                message = f"needs a {name}: {method.name} has no default"
-                yield recipe.problem(("models", i), message, f"parameters: {{{name}: 1.0}}")
+    for part in recipe.parts:
+        counted = [i for i in part.members if not (method.deltas and recipe.is_base(i))]
+        levels = dict.fromkeys(loc[:n] for loc in [part.loc] for n in (0, 2, len(loc)))
+        for name, param in method.parameters.items():
+            if param.default_for(len(counted)) is not None:
+                continue
+            if any(_given(recipe, *level, "parameters", name) for level in levels):
+                continue
+            for i in counted:
+                if not _given(recipe, "models", i, "parameters", name):
+                    message = f"needs a {name}: {method.name} has no default"
+                    yield recipe.problem(("models", i), message, f"parameters: {{{name}: 1.0}}")
 
 
 def _template(recipe: Recipe) -> Iterator[Problem]:
@@ -274,7 +288,7 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
         loc: Loc = ("models", i, "prune") if own is not None and own.method is not None else ("prune",)
         if method is None or _lost(recipe, ("prune",), recipe.prune) or _lost(recipe, ("models", i, "prune"), own):
             return  # reported, and which keys it knows is not clear
-        if merge.deltas and model.model == recipe.base_model:
+        if merge.deltas and recipe.is_base(i):
             if own is not None:
                 yield recipe.problem(("models", i, "prune"), "the base has no delta to prune", key=True)
             continue
@@ -366,6 +380,37 @@ def _budget(recipe: Recipe) -> Iterator[Problem]:
                 yield recipe.problem(at, "needs uniform sampling, and groups that are tensors", key=True)
 
 
+def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
+    """per: merge calibrates one λ, so what single q's are searched by must be one objective and nothing else."""
+    calibration, method = recipe.calibration, _known_method(recipe)
+    if calibration is None:
+        return
+    exact = calibration.metric == "exact_match"
+    for key in ("answer", "new_tokens"):
+        if key in calibration.model_fields_set and not exact:
+            yield recipe.problem(("calibration", key), "has no effect without metric: exact_match", key=True)
+    if calibration.per == "model":
+        return
+    loc: Loc = ("calibration", "per")
+    if method is not None and not (method.deltas and method.needs_base):
+        yield recipe.problem(loc, f"merge needs deltas, but {method.name} has none", "use task_arithmetic or ties")
+    searched = [(at, prune.calibrated_q) for at, prune in _prunes(recipe) if prune.calibrated_q is not None]
+    if len({q.objective for _, q in searched if q}) > 1:
+        yield recipe.problem(loc, "merge needs one objective for all models")
+    for at, q in searched:
+        if q is not None and (q.objective == "layer_mse" or q.model_fields_set - {"objective"}):
+            hint = "q: output_change or validation, without scope, search and bounds"
+            yield recipe.problem((*at, "q"), "with per: merge one lambda is searched, and no q", hint)
+
+
+def _adapter(recipe: Recipe) -> Iterator[Problem]:
+    """What an adapter is made from: deltas of a base."""
+    method = _known_method(recipe)
+    if recipe.output.kind == "peft" and method is not None and not method.deltas:
+        hint = "merge_method: task_arithmetic, or another that works on deltas"
+        yield recipe.problem(("output", "kind"), f"peft needs the deltas of a base, {method.name} has none", hint)
+
+
 def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:
     """Whether the text has a `prune` there, or a method in it, that was too broken to keep."""
     return _given(recipe, *loc) and (prune is None or (prune.method is None and _given(recipe, *loc, "method")))
@@ -373,7 +418,11 @@ def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:
 
 def _density_given(recipe: Recipe, index: int) -> bool:
     places: tuple[Loc, ...] = (("prune",), ("parameters",))
-    return any(_given(recipe, *at, "density") or _given(recipe, "models", index, *at, "density") for at in places)
+    part = recipe.part_of[index]
+    in_part = any("density" in level for level in part.levels)
+    return in_part or any(
+        _given(recipe, *at, "density") or _given(recipe, "models", index, *at, "density") for at in places
+    )
 
 
 def _no_effect(recipe: Recipe, loc: Loc, prune: Prune, known: Iterable[str], methods: list[str]) -> Iterator[Problem]:

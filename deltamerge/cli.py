@@ -151,6 +151,8 @@ def run(
 ) -> None:
     """Run RECIPE: merge its models into a checkpoint that transformers loads.
 
+    Of several documents those with a name are made first, beside the output, where they would differ.
+
     \b
     deltamerge run recipe.yaml --memory 2GB
     deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
@@ -182,7 +184,9 @@ def run(
             watch=lambda plan: progress.start(plan.nbytes),
         )
     differing = published.differences(result.lock["outputs"]) if published else []
-    found = {"published": {"commit": published.commit, "differs": differing}} if published else {}
+    found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
+    if published:
+        found["published"] = {"commit": published.commit, "differs": differing}
     report_run(result, progress, as_json=as_json, quiet=quiet, **found)
     if published is not None:
         agreed = f"not the bytes of {recipe}: {', '.join(differing)}" if differing else f"the same bytes as {recipe}"
@@ -195,7 +199,8 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
     """What a finished run made; `more` is for the JSON object."""
     progress.stop()
     tensors, delta = len(result.plan.outputs), result.delta
-    size = result.plan.nbytes if delta is None else delta.nbytes
+    adapter = result.plan.recipe.output.kind == "peft"
+    size = delta.nbytes if delta else result.nbytes if adapter else result.plan.nbytes
     if as_json:
         summary = {
             "out": str(result.folder),
@@ -209,11 +214,16 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
         click.echo(json.dumps(summary, sort_keys=True))
     elif not quiet:
         lost = ""
+        for folder, made in result.intermediate.items():
+            click.echo(f"{folder}: {'made' if made else 'as it would be made, kept'}", err=True)
         if delta is not None:
             values = result.plan.delta_values
             how = "final values, exact" if values is None else f"{values} values, relative error {delta.error:.3g}"
             lost = f", {delta.entries:,} entries: {how}"
-        click.echo(f"{result.folder}: {tensors} tensors, {human(size)} in {progress.seconds:.1f} s{lost}", err=True)
+        what = "an adapter" if adapter else f"{tensors} tensors"
+        click.echo(f"{result.folder}: {what}, {human(size)} in {progress.seconds:.1f} s{lost}", err=True)
+        for note in result.plan.notes if adapter else ():
+            click.echo(f"note: {note}", err=True)
 
 
 def check_size(plan: Plan) -> str:
@@ -323,19 +333,21 @@ def extract(
 @click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
 def check(recipes: tuple[Path, ...], offline: bool) -> None:
     """Validate RECIPES and the headers of the models they name; reads no weights."""
-    from deltamerge.recipe import Recipe, load
-    from deltamerge.run import make_plan
+    from deltamerge.chain import documents
+    from deltamerge.run import make_plans
 
     worst = 0
     for recipe in recipes:
         try:
-            found = load(recipe) if offline else make_plan(recipe, device="cpu")
+            chain = documents(recipe)
+            plan = None if offline else make_plans(recipe, device="cpu")[-1]
         except DeltamergeError as error:
             complain(error, str(recipe))
             worst = max(worst, error.exit_code)
         else:
-            size = "" if isinstance(found, Recipe) else f", {len(found.outputs)} tensors, {check_size(found)}"
-            click.echo(f"{recipe}: ok{size}", err=True)
+            several = f", {len(chain)} documents" if len(chain) > 1 else ""
+            size = f", {len(plan.outputs)} tensors, {check_size(plan)}" if plan else ""
+            click.echo(f"{recipe}: ok{several}{size}", err=True)
     if worst:
         raise click.exceptions.Exit(worst)
 
@@ -364,10 +376,12 @@ def plan(
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
     from deltamerge import review
-    from deltamerge.run import make_plan
+    from deltamerge.run import make_plans
 
     def describe(path: Path) -> dict[str, Any]:
-        return make_plan(path, device=device, workers=workers, memory=memory).describe()
+        *before, planned = make_plans(path, device=device, workers=workers, memory=memory)
+        intermediate = {plan.recipe.name: plan.describe() for plan in before}
+        return planned.describe() | ({"intermediate": intermediate} if before else {})
 
     if graph and (old or as_json):
         raise click.UsageError("--graph stands alone")
@@ -379,8 +393,12 @@ def plan(
         click.echo(json.dumps(found, sort_keys=True) if as_json else shown)
     elif graph:
         click.echo(review.mermaid(described))
+    elif as_json:
+        click.echo(json.dumps(described, sort_keys=True))
     else:
-        click.echo(json.dumps(described, sort_keys=True) if as_json else render_plan(described))
+        for name, one in described.get("intermediate", {}).items():
+            click.echo(f"document {name}\n{render_plan(one)}\n")
+        click.echo(render_plan(described))
 
 
 @commands.command()
@@ -424,12 +442,20 @@ def completion(shell: str) -> None:
 @click.argument("recipe", type=RECIPE)
 @DEVICE
 @WORKERS
+@MEMORY
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the search (extra `plot`).")
 @AS_JSON
-def calibrate(recipe: Path, device: str, workers: int | None, as_json: bool) -> None:
+def calibrate(
+    recipe: Path, device: str, workers: int | None, memory: int | None, plot: Path | None, as_json: bool
+) -> None:
     """Only choose the q's of RECIPE on its calibration data; writes them to the lock beside it, for run --locked."""
     from deltamerge.run import calibrate as calibrate_recipe
 
-    found = calibrate_recipe(recipe, device=device, workers=workers)
+    found = calibrate_recipe(recipe, device=device, workers=workers, memory=memory)
+    if plot is not None:
+        from deltamerge.plots import draw
+
+        draw(found, plot)
     click.echo(json.dumps(found, sort_keys=True) if as_json else render_calibration(found))
     click.echo(f"{recipe.with_suffix('.lock')}: written", err=True)
 
@@ -680,6 +706,7 @@ def render_calibration(found: dict[str, Any]) -> str:
             f"model           {model}",
             f"objective       {entry['objective']}, scope {entry['scope']}, search {entry['search']}",
             f"chosen          {entry['chosen']}: {entry['why']}",
+            *(f"candidate       {_candidate(candidate)}" for candidate in entry["candidates"]),
             f"value           {entry['value']:.6g}, without calibration {entry['plain']['value']:.6g}",
             f"forward passes  {entry['forward_passes']} of {entry['sequences']} sequences",
             *(["search path", *path] if path else []),
@@ -687,6 +714,12 @@ def render_calibration(found: dict[str, Any]) -> str:
             *([f"q of rows       {entry['rows']}"] if "rows" in entry else []),
         ]
     return "\n".join(lines)
+
+
+def _candidate(candidate: dict[str, Any]) -> str:
+    named = {name: x for name, x in candidate.items() if name not in ("value", "held_out")}
+    text = " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in named.items())
+    return f"{text}: objective {candidate['value']:.4g}, held out {candidate['held_out']:.4g}"
 
 
 class Progress:

@@ -80,7 +80,7 @@ class Job:
 def execute(
     tasks: Sequence[Task],
     reader: Reader,
-    sink: Sink,
+    sink: Sink | None,
     *,
     device: str = "cpu",
     workers: int = 1,
@@ -90,7 +90,8 @@ def execute(
 ) -> dict[Node, Any]:
     """Make every task's tensor and hand its tiles to `sink`; the values of shared small nodes are returned.
 
-    A task whose root is a small node makes no tensor: its value is returned, and `progress` is told of its bytes.
+    A task whose root is a small node makes no tensor: its value is returned, and `progress` is told of its bytes. So is
+    that of a reduction. Without a sink all roots are such.
 
     `known` are values of small nodes that are not computed again.
 
@@ -110,7 +111,7 @@ class _Engine:
         self,
         tasks: Sequence[Task],
         reader: Reader,
-        sink: Sink,
+        sink: Sink | None,
         device: str,
         tile_elements: int,
         progress: Callable[[int], None],
@@ -227,6 +228,7 @@ class _Engine:
         return max(1, self.tile_elements // block) * block
 
     def _copy(self, job: Job) -> None:
+        assert self.sink is not None
         source: TensorInfo = job.running.task.root.parameter("tensor")
         task = job.running.task
         self.sink.copy(task.name, task.offset, source, job.start, job.stop - job.start, self.reader)
@@ -261,6 +263,7 @@ class _Engine:
                 if root.kind == "small":
                     self.progress(tile.size * ITEMSIZE[root.dtype])
                 elif id(root) in values:
+                    assert self.sink is not None
                     data = lane.emit(values[id(root)])
                     offset = running.task.offset + start * ITEMSIZE[root.dtype]
                     self.sink.write(running.task.name, offset, data)
@@ -290,6 +293,9 @@ class _Engine:
                 self.ready.extendleft(reversed(jobs))
             else:
                 self.in_flight -= 1
+                root = running.task.root
+                if root.kind in REDUCTIONS:
+                    self.shared[root] = running.values[id(root)]
             self.changed.notify_all()
 
 

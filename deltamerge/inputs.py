@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from deltamerge import errors
+from deltamerge import errors, source
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, TensorInfo, canonical, match_prefixes
+from deltamerge.parameters import layer_index
+from deltamerge.parts import Part, written
 from deltamerge.recipe import Recipe, model_name
 
 Opener = Callable[[str, Path], Checkpoint]
+HEAD = "lm_head.weight"
+EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|tok_embeddings|embed_in|wte|shared)\.weight$")
+LANGUAGE_MODEL = re.compile(r"LM|ForConditionalGeneration")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,27 +35,68 @@ class Input:
         return self.tensors.get(canonical_name)
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
-    """`base` is None where the recipe names none; `tunes` are merged, in the recipe's order; `template` gives the
-    output its tensors, their names, and its files; `vocabulary` is whose tokenizer the output's is or, for a union,
-    starts from: it may be a model that is not merged, opened for its tokenizer alone; `origin` is what a delta artifact
-    that is written is a change of, whether it is merged or not."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """The inputs of one part of the output: its base (None: it has none, or has no use for it) and what is merged.
 
+    `base_member` is the base's place among the part's members; 0 where it is not listed, as all ranges are then equal.
+    """
+
+    part: Part
     base: Input | None
     tunes: tuple[Input, ...]
-    template: Input
-    vocabulary: Input | None
-    origin: Input | None = None
+    base_member: int = 0
 
     @property
     def all(self) -> tuple[Input, ...]:
         return self.tunes if self.base is None else (self.base, *self.tunes)
 
+    def range_of(self, model: Input) -> tuple[int, int]:
+        """The layers [first, end) that a model lends to a slice."""
+        assert self.part.ranges is not None
+        return self.part.ranges[self.base_member if model.index is None else self.part.members.index(model.index)]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """`groups` are the parts of the output in its order; `template` gives the output its tensors, their names, and its
+    files; `vocabulary` is whose tokenizer the output's is or, for a union, starts from: it may be a model that is not
+    merged, opened for its tokenizer alone. `untied`: a model has a head of its own, and in the models `stand_ins`,
+    which tie theirs, the embedding stands in for it. `origin` is what a delta artifact that is written is a change of,
+    whether it is merged or not."""
+
+    groups: tuple[Group, ...]
+    template: Input
+    vocabulary: Input | None
+    stand_ins: tuple[str, ...] = ()
+    untied: bool = False
+    origin: Input | None = None
+
+    @property
+    def base(self) -> Input | None:
+        """The base of the first part."""
+        return self.groups[0].base
+
+    @property
+    def tunes(self) -> tuple[Input, ...]:
+        """What is merged, once for each place where the recipe has it."""
+        return tuple(tune for group in self.groups for tune in group.tunes)
+
+    @property
+    def all(self) -> tuple[Input, ...]:
+        """Every model once, the base first."""
+        everyone = (model for group in self.groups for model in group.all)
+        return tuple({(model.name, model.checkpoint.reference): model for model in everyone}.values())
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of what is merged, each once."""
+        return tuple(dict.fromkeys(tune.name for tune in self.tunes))
+
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Every checkpoint that is read, once: of the models, of a delta artifact's base, and under delta artifacts."""
-        models = self.all if self.origin is None else (self.origin, *self.tunes)
+        models = self.all if self.origin is None else (self.origin, *self.all)
         found = [c for m in models for c in (m.checkpoint.base, m.checkpoint) if c is not None]
         return tuple({checkpoint.reference: checkpoint for checkpoint in found}.values())
 
@@ -80,18 +128,69 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     deltas = recipe.method.deltas
     named: list[tuple[str, int | None, Checkpoint]] = []
     mentioned = {"base", recipe.base_model} & {recipe.template, recipe.tokenizer_of} or recipe.tokenizer_of == "union"
-    if recipe.base_model is not None and (deltas or mentioned or recipe.output.kind == "delta"):
-        named.append((recipe.base_model, None, checkpoint(recipe.base_model, "base_model")))
+    bases = dict.fromkeys(part.base for part in recipe.parts if part.base is not None and deltas)
+    if recipe.base_model is not None and (mentioned or recipe.output.kind == "delta"):
+        bases.setdefault(recipe.base_model)
+    named += [(base, None, checkpoint(base, "base_model")) for base in bases]
     for index, model in enumerate(recipe.models):
-        if not (deltas and model.model == recipe.base_model):
-            named.append((model_name(model), index, checkpoint(model.model, f"models[{index}]")))
-    matched = _match(named)
-    base = matched[0] if matched[0].index is None else None
-    tunes = tuple(m for m in matched if m.index is not None)
-    template = input_named(recipe.template, recipe, base, tunes) or _template(base if deltas else None, tunes)
+        if not (deltas and recipe.is_base(index)):
+            at = written(recipe.parts, ("models", index))
+            named.append((model_name(model), index, checkpoint(model.model, source.place(at))))
+    matched, stand_ins, untied = _untie(_match(named))
+    by_index = {model.index: model for model in matched if model.index is not None}
+    by_base = dict(zip(bases, matched, strict=False))
+    groups = []
+    for part in recipe.parts:
+        base = by_base[part.base] if deltas and part.base is not None else None
+        listed = next((n for n, i in enumerate(part.members) if recipe.is_base(i)), 0)
+        groups.append(Group(part, base, tuple(by_index[i] for i in part.members if i in by_index), listed))
+    base = None if recipe.base_model is None else by_base.get(recipe.base_model)
+    tunes = tuple(by_index.values())
+    template = input_named(recipe.template, recipe, base, tunes) or _template(groups, tunes)
     vocabulary = _vocabulary(recipe, base, tunes, checkpoint)
     origin = base if recipe.output.kind == "delta" else None
-    return Inputs(base if deltas else None, tunes, template, vocabulary, origin)
+    return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin)
+
+
+def _untie(models: list[Input]) -> tuple[list[Input], tuple[str, ...], bool]:
+    """Where a model has a head of its own, the head of a model that ties it is its embedding.
+
+    Also the names of those whose embedding stands in, and whether any model has a head of its own.
+    """
+    own = [m for m in models if HEAD in m.tensors and not ties(m.checkpoint.config, default=False)]
+    if not own:
+        return models, (), False
+    result, names = [], []
+    for model in models:
+        twin = None if HEAD in model.tensors else _embedding_of(model, own[0].tensors[HEAD])
+        if twin is not None:
+            names.append(model.name)
+            model = replace(
+                model, tensors={**model.tensors, HEAD: twin}, stored={**model.stored, HEAD: own[0].stored[HEAD]}
+            )
+        result.append(model)
+    return result, tuple(dict.fromkeys(names)), True
+
+
+def ties(config: Mapping[str, Any], *, default: bool) -> bool:
+    """Whether a config says that the head is the embedding; `default` where it says nothing."""
+    inner = config.get("text_config")
+    said = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
+    return default if said is None else said is True
+
+
+def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
+    """The embedding that a model without a head of its own ties its head to; None if it is no language model."""
+    config = model.checkpoint.config
+    if not ties(config, default=True) or not any(map(LANGUAGE_MODEL.search, config.get("architectures") or ())):
+        return None
+    twins = (t for n, t in model.tensors.items() if is_embedding(n) and t.shape[1:] == head.shape[1:])
+    return next(twins, None)
+
+
+def is_embedding(name: str) -> bool:
+    """Whether a tensor holds a row for each token."""
+    return EMBEDDING.search(name) is not None
 
 
 def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
@@ -108,7 +207,7 @@ def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tup
     """The input that `template` or a token's source means: by name, reference, or "base"; None if it names none."""
     if name is None:
         return None
-    if base is not None and name in ("base", recipe.base_model):
+    if base is not None and name in ("base", base.name):
         return base
     return next((t for t in tunes if t.index is not None and name in (t.name, recipe.models[t.index].model)), None)
 
@@ -117,19 +216,21 @@ def _vocabulary(
     recipe: Recipe, base: Input | None, tunes: tuple[Input, ...], checkpoint: Callable[[str, str], Checkpoint]
 ) -> Input | None:
     """The model that `tokenizer_source` means; for a union the base, without one the first model."""
-    source = recipe.tokenizer_of
-    if source is None:
+    wanted = recipe.tokenizer_of
+    if wanted is None:
         return None
-    if source == "union":
+    if wanted == "union":
         return base or tunes[0]
-    found = input_named(source, recipe, base, tunes)
-    return found or Input(source, None, checkpoint(source, "tokenizer_source"), {}, {})
+    found = input_named(wanted, recipe, base, tunes)
+    return found or Input(wanted, None, checkpoint(wanted, "tokenizer_source"), {}, {})
 
 
-def _template(base: Input | None, tunes: tuple[Input, ...]) -> Input:
+def _template(groups: Sequence[Group], tunes: tuple[Input, ...]) -> Input:
     """The only fine-tune; else the base, or the first fine-tune if some have tensors (a task head) that the base lacks;
-    without a base the first model."""
-    if base is None or len(tunes) == 1:
+    without a base the first model. In stacks only tensors outside layers count."""
+    base = groups[0].base
+    if base is None or len({tune.name for tune in tunes}) == 1:
         return tunes[0]
-    has_more = any(tune.tensors.keys() - base.tensors.keys() for tune in tunes)
-    return tunes[0] if has_more else base
+    stacked = any(group.part.ranges is not None for group in groups)
+    more = {name for tune in tunes for name in tune.tensors.keys() - base.tensors.keys()}
+    return tunes[0] if any(not stacked or layer_index(name) is None for name in more) else base

@@ -84,7 +84,12 @@ def input_files(model: Checkpoint) -> list[Path]:
 def describe_input(model: Checkpoint, workers: int) -> dict[str, Any]:
     """An input's commit (if from the hub) and its files."""
     entry: dict[str, Any] = {"files": describe_files(input_files(model), workers, hash_input)}
-    return entry if model.revision is None else entry | {"commit": model.revision}
+    commits = [source.revision or "" for source in model.sources]
+    if all(commits):
+        entry["commit"] = "+".join(commits)
+    elif any(commits):
+        entry["commits"] = commits
+    return entry
 
 
 def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
@@ -142,10 +147,10 @@ def write_calibration(plan: Plan, found: Mapping[Node, Calibrated], path: Path) 
     rows: dict[str, NDArray[np.float32]] = {}
     for node, spec in plan.specs.items():
         calibrated = found[node]
-        calibration[spec.source.model] = entry = {**calibrated.record, "q": calibrated.scalars}
+        calibration[spec.name] = entry = {**calibrated.record, "q": calibrated.scalars}
         if calibrated.rows:
             entry["rows"] = path.with_suffix(ROWS).name
-            rows |= {f"{spec.source.model}:{name}": value for name, value in sorted(calibrated.rows.items())}
+            rows |= {f"{spec.name}:{name}": value for name, value in sorted(calibrated.rows.items())}
     if rows:
         save_file(rows, path.with_suffix(ROWS))
     return calibration
@@ -156,12 +161,12 @@ def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Nod
     file = path.with_suffix(ROWS)
     found: dict[Node, Calibrated] = {}
     for node, spec in plan.specs.items():
-        entry = (lock.get("calibration") or {}).get(spec.source.model) or {}
+        entry = (lock.get("calibration") or {}).get(spec.name) or {}
         rows: dict[str, NDArray[np.float32]] = {}
         if entry.get("rows"):
             if not file.is_file():
                 raise VerifyError(f"{file}: missing, it holds the q's of rows", hint="copy it beside the lock")
-            prefix = f"{spec.source.model}:"
+            prefix = f"{spec.name}:"
             rows = {n.removeprefix(prefix): v for n, v in load_file(file).items() if n.startswith(prefix)}
         found[node] = locked(lock, spec, rows, str(path))
     return found

@@ -355,6 +355,8 @@ def _readers(pretrained: Pretrained) -> Readers:
     tensors = hub.resolve(os.fspath(pretrained), Path(), weights=True).tensors
     files: dict[Path, Any] = {}
     for info in tensors.values():
+        if info.computed is not None:
+            raise ValueError(f"{pretrained}: a base with an adapter: give the merged model, or the adapted nn.Module")
         if info.path not in files:
             files[info.path] = safe_open(info.path, framework="pt")
     return {name: partial(files[info.path].get_tensor, name) for name, info in tensors.items()}

@@ -4,28 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge import backends, errors
 from deltamerge.build import Builder, Built, Merge
-from deltamerge.calibrate.names import numbered_blocks
 from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
 from deltamerge.graph import Graph, Node, peak_tiles, schedule
-from deltamerge.inputs import Input, Inputs, Opener, open_inputs
-from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.inputs import HEAD, Input, Inputs, Opener, open_inputs
+from deltamerge.io.adapter import WEIGHTS
+from deltamerge.io.checkpoint import Adapter, TensorInfo
 from deltamerge.io.encodings import expected_bits
 from deltamerge.io.gathered import cut
 from deltamerge.io.writer import Layout, plan_layout
-from deltamerge.parameters import layer_index, layer_position
+from deltamerge.lora import own_weights
+from deltamerge.names import numbered_blocks
+from deltamerge.parameters import layer_index
 from deltamerge.recipe import Recipe
+from deltamerge.stack import Target, like_template, repaired_config, targets
+from deltamerge.stages import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.stages import Source, Spec
 from deltamerge.stages import memory as stage_memory
 from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS, block_elements
 from deltamerge.tokenizer.chat import ChatTemplate, choose_chat_template
-from deltamerge.tokenizer.rows import TIED_HEAD, is_tied, tied_embedding
 from deltamerge.tokenizer.vocabulary import Vocabulary, make_vocabulary
 
 SHOWN_PROBLEMS = 8
@@ -91,6 +94,9 @@ class Plan:
     stages: tuple[Node, ...] = ()
     sources: tuple[Source, ...] = ()
     budgeted: tuple[Budgeted, ...] = ()
+    cut_bytes: int = 0
+    config: dict[str, Any] = field(default_factory=dict)
+    pruned_adapter: Adapter | None = None
     vocabulary: Vocabulary | None = None
     chat_template: ChatTemplate | None = None
 
@@ -110,8 +116,8 @@ class Plan:
 
     @property
     def read_bytes(self) -> int:
-        """Bytes read from the inputs, counting every pass."""
-        total = 0
+        """Bytes read from the inputs, counting every pass; not what calibration reads."""
+        total = self.cut_bytes
         for piece in (piece for output in self.outputs for piece in output.pieces):
             root = piece.built.root
             if root.kind == "read":
@@ -130,7 +136,7 @@ class Plan:
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,
-            "models": [tune.name for tune in self.inputs.tunes],
+            "models": list(self.inputs.names),
             "template": self.inputs.template.name,
             "device": self.device,
             "workers": self.workers,
@@ -186,14 +192,17 @@ def plan(
     the calibration data of recipes that need it. `densities` are those of the tensors that a budget is for.
     """
     inputs = open_inputs(recipe, folder, opener)
+    own = own_weights(recipe, inputs)
+    inputs = own or inputs
     vocabulary = make_vocabulary(recipe, inputs)
-    planner = _Planner(recipe, inputs, device, folder, densities, vocabulary)
+    planner = _Planner(recipe, inputs, device, folder, memory, densities, vocabulary)
     rows = planner.rows()
     if planner.problems:
         shown = planner.problems[:SHOWN_PROBLEMS]
         more = len(planner.problems) - len(shown)
         raise InputError("\n".join(shown + ([f"… and {more} more"] if more else [])), hint=planner.hint or None)
-    layout = plan_layout([(name, dtype, shape) for name, shape, dtype, _ in rows], recipe.output.shard_size)
+    metas = [(name, dtype, shape) for name, shape, dtype, _ in rows]
+    layout = plan_layout(metas, None, WEIGHTS) if own else plan_layout(metas, recipe.output.shard_size)
     outputs = tuple(
         Output(name, shape, dtype, math.prod(shape) * ITEMSIZE[dtype], pieces, layout.tensors[name].file)
         for name, shape, dtype, pieces in rows
@@ -203,21 +212,59 @@ def plan(
     stages = planner.builder.stages
     sources = {i: node.parameter("source") for i, node in planner.builder.activations.items()}
     sources |= {i: node.parameter("spec").source for i, node in stages.items()}
+    together = planner.builder.together
+    if together is not None:
+        stages = {**stages, -1: together}
+        sources |= {
+            tune.index: source
+            for tune, source in zip(inputs.tunes, together.parameter("spec").sources, strict=True)
+            if tune.index is not None
+        }
     if data:
         _check_data(sources, inputs)
-    peak += max((stage_memory(source) for source in sources.values()), default=0)
+    if sources:  # the stages come before the first tile, one after another
+        resident = [stage_memory(source) for source in sources.values()]
+        peak = max(peak, CALIBRATING_BYTES + (sum(resident) if together else max(resident)))
     peak += vocabulary.memory if vocabulary is not None else 0
-    made = tuple(stages.values())
-    notes = tuple(planner.notes)
+    cuts = {recipe.names[i]: node.parameter("deltas") for i, node in planner.builder.cuts.items()}
+    planner.notes += [
+        f"group: model: one threshold over {len(deltas)} tensors of {name}, found in two or three passes before"
+        for name, deltas in cuts.items()
+    ]
+    cut_bytes = 2 * sum(
+        math.prod(read.shape) * ITEMSIZE[read.dtype]
+        for deltas in cuts.values()
+        for _, delta in deltas
+        for read in delta.inputs
+    )
     budgeted = tuple(
         Budgeted(merge.name, math.prod(merge.base.shape), tensor, merge.base)
         for merge, tensor in planner.builder.budgeted
         if merge.base is not None
     )
-    found = tuple(sources.values())
-    chat = choose_chat_template(recipe, inputs)
+    if own is not None:
+        planner.notes.append("written as a LoRA adapter: the deltas are the adapter's own A and B")
+    elif recipe.output.kind == "peft":
+        planner.notes.append("merged, then what differs from the base is written as a SHiRA adapter")
+    adapter = inputs.tunes[0].checkpoint.adapter if own else None
     return Plan(
-        recipe, inputs, outputs, layout, notes, device, workers, tile, peak, made, found, budgeted, vocabulary, chat
+        recipe,
+        inputs,
+        outputs,
+        layout,
+        tuple(planner.notes),
+        device,
+        workers,
+        tile,
+        peak,
+        tuple(stages.values()),
+        tuple(sources.values()),
+        budgeted,
+        cut_bytes,
+        planner.config,
+        adapter,
+        vocabulary,
+        choose_chat_template(recipe, inputs),
     )
 
 
@@ -249,20 +296,22 @@ class _Planner:
         inputs: Inputs,
         device: str,
         folder: Path,
+        memory: int | None,
         densities: Mapping[str, float] | None,
         vocabulary: Vocabulary | None,
     ) -> None:
         self.recipe, self.inputs, self.device = recipe, inputs, device
-        self.vocabulary, self.remapped = vocabulary, False
-        self.builder = Builder(recipe, Graph(), folder, device, densities)
+        self.vocabulary, self.remapped, self.resized = vocabulary, False, False
+        self.builder = Builder(recipe, Graph(), folder, device, memory, densities)
         self.problems: list[str] = []
         self.hint = ""
         self.notes: list[str] = []
         self.out_dtype = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}.get(
             str(recipe.out_dtype or recipe.dtype)
         )
-        indices = [layer_index(name) for name in inputs.template.tensors]
-        self.layers = 1 + max((i for i in indices if i is not None), default=0)
+        self.targets, self.stacks = targets(recipe, inputs)
+        self.config, changes = repaired_config(inputs, self.stacks)
+        self.notes += [*(stack.describe() for stack in self.stacks), *changes]
 
     def rows(self) -> list[Row]:
         parts = list(self._tensors())
@@ -275,58 +324,68 @@ class _Planner:
         template = self.inputs.template
         tied = self._tied_head()
         copied: list[str] = []
-        for name, tensor in template.tensors.items():
-            if name == tied:
-                self.notes.append(f"{template.stored[name]}: tied to the embedding, written once")
+        if self.inputs.stand_ins:
+            self.notes.append(f"{HEAD}: untied; the embedding is the head of {', '.join(self.inputs.stand_ins)}")
+        for target in self.targets:
+            if target.name == tied:
+                self.notes.append(f"{target.stored}: tied to the embedding, written once")
                 continue
-            row = self._row(name, tensor, copied)
+            row = self._row(target, copied)
             if row is not None:
                 yield row
-        if self.vocabulary is not None and self.vocabulary.changes and not self.remapped:
-            self.problems.append(f"no tensor of {template.name} has a row per token of its vocabulary")
+        self._check_vocabulary()
         if copied:
             self.notes.append(f"copied from {template.name}, not merged: {_some(copied)}")
         self._left_out()
 
-    def _row(self, name: str, tensor: TensorInfo, copied: list[str]) -> Row | _Merged | None:
-        stored = self.inputs.template.stored[name]
-        dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else tensor.dtype
-        found = [(model, model.get(name) or self._tied(model, name)) for model in self.inputs.all]
+    def _check_vocabulary(self) -> None:
+        """Rows move only where there are any, and only in a whole model: a delta or an adapter has its base's rows."""
+        kind, changes = self.recipe.output.kind, self.vocabulary is not None and self.vocabulary.changes
+        if kind != "model" and (changes or self.resized):
+            self.problems.append(f"output.kind {kind} cannot change the vocabulary of its base")
+            self.hint = "write kind: model"
+        elif changes and not self.remapped:
+            self.problems.append(f"no tensor of {self.inputs.template.name} has a row per token of its vocabulary")
+
+    def _row(self, target: Target, copied: list[str]) -> Row | _Merged | None:
+        name, stored, tensor, owner = target.name, target.stored, target.tensor, target.owner
+        like = like_template(target, self.stacks, self.inputs.template)
+        dtype = tensor.dtype if like is None or tensor.dtype not in FLOATING else like.dtype
+        dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else dtype
+        found = [(model, model.get(source)) for model, source in target.sources]
         lacking = [model.name for model, info in found if info is None]
         if lacking and layer_index(name) is not None:
             self.problems.append(f"{stored}: missing in {', '.join(lacking)}")
             self.hint = "models that are merged must have the same layers"
             return None
         present = [(model, info) for model, info in found if info is not None]
-        remapped = self._remapped(name, present)
-        if lacking or tensor.dtype not in FLOATING:
-            copied.append(stored)
-            tensor = next((info for model, info in remapped if model is self.inputs.template), tensor)
-            return self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (self.inputs.template.name,)))
-        shared, rest = self._rows(name, remapped)
+        same = target.group is not None and target.group.base is not None
+        same = same and all(info is not None and info.is_same(tensor) for _, info in found)
+        if lacking or same or target.group is None or tensor.dtype not in FLOATING:
+            if owner.name == self.inputs.template.name:
+                copied.append(stored)
+            lenders = present if any(model is owner for model, _ in present) else [*present, (owner, tensor)]
+            tensor = next(info for model, info in self._remapped(target, lenders) if model is owner)
+            return self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (owner.name,)))
+        remapped = self._remapped(target, present)
+        if like is not None and remapped is not present:
+            like = replace(like, shape=(remapped[0][1].shape[0], *like.shape[1:]))
+        shared, rest = self._rows(target, remapped, like)
         if shared is None:
             return None
         base = next((info for model, info in shared if model.index is None), None)
         tunes = [(model, info) for model, info in shared if model.index is not None]
-        return _Merged(Merge(stored, layer_position(name, self.layers), base, tunes, dtype), rest)
+        return _Merged(Merge(stored, target.group.part, target.position, base, tunes, dtype), rest)
 
-    def _remapped(self, name: str, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
+    def _remapped(self, target: Target, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
         """The models' tensors under the output's vocabulary, if their rows are tokens."""
-        if self.vocabulary is None or not present or not self.vocabulary.holds(name, present):
+        if self.vocabulary is None or not self.vocabulary.holds(target.name, present):
             return present
         self.remapped = True
-        with errors.context(self.inputs.template.stored[name]):
+        with errors.context(target.stored):
             remapped = [(model, self.vocabulary.remap(model, present)) for model, _ in present]
-        if self.recipe.output.kind != "model" and [info for _, info in remapped] != [info for _, info in present]:
-            self.problems.append(f"{name}: output.kind {self.recipe.output.kind} cannot change the vocabulary")
+        self.resized |= [info for _, info in remapped] != [info for _, info in present]
         return remapped
-
-    def _tied(self, model: Input, name: str) -> TensorInfo | None:
-        """The embedding of a model without a head of its own, which is its head."""
-        found = tied_embedding(model.tensors, model.checkpoint.config) if name == TIED_HEAD else None
-        if found is not None:
-            self.notes.append(f"{name}: {model.name} has none of its own, its embedding stands for it")
-        return found
 
     def _merged(self, part: _Merged) -> Row:
         merge, rest = part.merge, part.rest
@@ -346,14 +405,15 @@ class _Planner:
         return Piece(built, offset, backends.choose(built.delta or built.root, self.device))
 
     def _rows(
-        self, name: str, present: list[tuple[Input, TensorInfo]]
+        self, target: Target, present: list[tuple[Input, TensorInfo]], like: TensorInfo | None
     ) -> tuple[list[tuple[Input, TensorInfo]] | None, TensorInfo | None]:
         """The inputs cut to the rows that all have, and the rows beyond them that the vocabulary's model adds."""
-        shapes = {info.shape for _, info in present}
+        name, stored, template = target.name, target.stored, self.inputs.template
+        compared = [*present, *([(template, like)] if like is not None else [])]
+        shapes = {info.shape for _, info in compared}
         if len(shapes) == 1:
             return present, None
-        stored = self.inputs.template.stored[name]
-        text = ", ".join(f"{model.name} {list(info.shape)}" for model, info in present)
+        text = ", ".join(dict.fromkeys(f"{model.name} {list(info.shape)}" for model, info in compared))
         same_width = len({shape[1:] for shape in shapes}) == 1
         if layer_index(name) is not None or not same_width:
             self.problems.append(f"{stored}: shapes differ: {text}")
@@ -363,36 +423,41 @@ class _Planner:
             self.problems.append(f"{stored}: the models have different numbers of rows: {text}")
             self.hint = "set `tokenizer_source` to `base` or to the model whose added tokens are to be kept"
             return None, None
+        if self.recipe.output.kind == "peft":
+            self.problems.append(f"{stored}: an adapter cannot resize its base: {text}")
+            self.hint = "write kind: model"
+            return None, None
         count = min(shape[0] for shape in shapes)
         self.notes.append(f"{stored}: the {count} rows that all models share are merged, the rest is {source.name}'s")
         whole = source.get(name)
         rest = cut(whole, count, whole.shape[0]) if whole is not None and whole.shape[0] > count else None
         return [(model, cut(info, 0, count)) for model, info in present], rest
 
+    def _stacked(self, name: str) -> bool:
+        return any(stack.holds(name) for stack in self.stacks)
+
     def _tied_head(self) -> str | None:
         """The head that the template's config ties to its embedding although its file holds both, if any."""
         template = self.inputs.template
-        head = template.tensors.get("lm_head.weight")
-        if head is None or template.checkpoint.config.get("tie_word_embeddings") is not True:
+        head = template.tensors.get(HEAD)
+        if head is None or self.inputs.untied or template.checkpoint.config.get("tie_word_embeddings") is not True:
             return None
         twins = (n for n, t in template.tensors.items() if "embed" in n and t.shape == head.shape)
-        return "lm_head.weight" if any(twins) else None
+        return HEAD if any(twins) else None
 
     def _left_out(self) -> None:
         """Tensors that an input has and the output has not: an error inside a numbered block, else a note."""
         template = self.inputs.template
         for model in self.inputs.all:
             extra = [n for n in model.tensors if n not in template.tensors]
-            layers = [model.stored[n] for n in extra if layer_index(n) is not None]
+            layers = [model.stored[n] for n in extra if layer_index(n) is not None and not self._stacked(n)]
+            layers += [model.stored[n] for stack in self.stacks for n in stack.extra(model, template)]
             others = [model.stored[n] for n in extra if layer_index(n) is None]
             if layers:
                 self.problems.append(f"{_some(layers)}: in {model.name}, missing in {template.name}")
                 self.hint = "models that are merged must have the same layers"
             if others:
-                tied = TIED_HEAD in extra and is_tied(template.checkpoint.config)
-                self.notes.append(
-                    f"left out, only in {model.name}: {_some(others)}" + "; the output's is its embedding" * tied
-                )
+                self.notes.append(f"left out, only in {model.name}: {_some(others)}")
 
 
 def _blocks(source: Source) -> int:

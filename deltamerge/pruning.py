@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,10 +44,11 @@ class Pruning:
 def effective_prune(recipe: Recipe, index: int) -> Pruning:
     """The pruning of `recipe.models[index]`: key by key, the model's own wins over the recipe's.
 
-    The method defaults to what merge_method implies, the density to mergekit's `parameters.density` (the model's, then
-    the recipe's), which then no longer trims inside ties; tensors that no filter of a density matches are kept whole.
+    The method defaults to what merge_method implies, the density to mergekit's `parameters.density` (the model's, the
+    slice's, then the recipe's), which then no longer trims inside ties; tensors that no filter of a density matches are
+    kept whole.
     """
-    model, merge = recipe.models[index], MERGE.get(recipe.method_name or "")
+    model, part, merge = recipe.models[index], recipe.part_of[index], MERGE.get(recipe.method_name or "")
     levels = [prune for prune in (model.prune, recipe.prune) if prune is not None]
 
     def first(key: str) -> Any:
@@ -57,7 +59,7 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
 
     implied = merge.implies_prune if merge is not None else None
     name = first("method") or implied or "none"
-    if name == "none" or (merge is not None and merge.deltas and model.model == recipe.base_model):
+    if name == "none" or (merge is not None and merge.deltas and recipe.is_base(index)):
         return Pruning("none")
     own = model.prune
     if name == "structured":
@@ -65,10 +67,10 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         alone = own is not None and (own.a is not None or own.b is not None)
         density = own.density if own is not None and alone else value("density")
     else:
-        density = value("density", model.parameters.get("density"), recipe.parameters.get("density"))
+        density = value("density", *(level.get("density") for level in (model.parameters, *part.levels)))
         if implied or density is not None:
             density = chain(density, 1.0)
-    q, rescale = _divisor(recipe, levels, name)
+    q, rescale = _divisor(part.levels, levels, name)
     return Pruning(
         method=name,
         density=density,
@@ -91,7 +93,9 @@ def _default_group(name: str) -> str | None:
     return PRUNE[name].groups[0] if name in PRUNE and PRUNE[name].groups else None
 
 
-def _divisor(recipe: Recipe, levels: list[Prune], name: str) -> tuple[Value | CalibratedQ | None, str | None]:
+def _divisor(
+    parameters: Sequence[Mapping[str, Value]], levels: list[Prune], name: str
+) -> tuple[Value | CalibratedQ | None, str | None]:
     """q and rescale, of the first level that has either; filters of a numeric q fall through to the next level."""
     numbers: list[Value] = []
     for prune in levels:
@@ -100,6 +104,7 @@ def _divisor(recipe: Recipe, levels: list[Prune], name: str) -> tuple[Value | Ca
         if prune.number_q is not None:
             numbers.append(prune.number_q)
     importance = name in PRUNE and not PRUNE[name].random
-    if importance or (not numbers and recipe.parameters.get("rescale") in (False, 0)):
+    rescaled = next((level["rescale"] for level in parameters if "rescale" in level), True)
+    if importance or (not numbers and rescaled in (False, 0)):
         numbers.append(1.0)
     return chain(*numbers), None

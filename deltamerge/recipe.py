@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -20,13 +21,14 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
-from deltamerge import checks, faults, source
+from deltamerge import checks, documents, faults, source
 from deltamerge.checks import unsupported as unsupported
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.fields import Bounds, Columns, Dtype, LayerRange, Natural, Pattern, Positive, Size, Text
 from deltamerge.fields import parse_size as parse_size
 from deltamerge.methods import MERGE, NO_EFFECT, NO_EFFECT_KEYS, PRUNE, MergeMethod, Param
 from deltamerge.parameters import Items, Value
+from deltamerge.parts import Part, flatten, written
 from deltamerge.source import Loc, Source
 
 MAX_PROBLEMS = 200  # shown of one recipe; whoever has more has another problem
@@ -158,12 +160,10 @@ class Model(Keys):
     prune: Prune | None = Field(None, description="Pruning of this model's delta; these keys win.")
 
 
-class SliceSource(Keys):
+class SliceSource(Model):
     """Layers of one model."""
 
-    model: Text = Field(description="A model reference.")
     layer_range: LayerRange = Field(description="[first, end) of its layers.")
-    parameters: Parameters = Field({}, description="Parameters for this source.")
 
 
 class Slice(Keys):
@@ -198,6 +198,10 @@ class Calibration(Keys):
         ]
         | None
     ) = Field(None, description="What the validation objective makes best.")  # fmt: skip
+    answer: Pattern | None = Field(
+        None, description="exact_match: pattern of the answer in a text (its first group). Default: the whole text."
+    )
+    new_tokens: Positive = Field(64, description="exact_match: tokens generated for an answer, at most.")
     sequences: Positive = Field(50, description="How many sequences are used.")
     length: Positive = Field(128, description="Tokens a sequence.")
     seeds: Positive = Field(4, description="Mask seeds averaged by output_change.")
@@ -296,6 +300,7 @@ class Recipe(Keys):
     output: Output = Field(Output.model_validate({}), description="What is written, and where.")
 
     _source: Source = PrivateAttr()
+    _parts: tuple[Part, ...] = PrivateAttr(())
 
     @model_validator(mode="before")
     @classmethod
@@ -308,6 +313,16 @@ class Recipe(Keys):
     def source(self) -> Source:
         return self._source
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """What the output is put together from; `models` has the models of all parts, in this order."""
+        return self._parts
+
+    @cached_property
+    def part_of(self) -> tuple[Part, ...]:
+        """The part that each model belongs to."""
+        return tuple(part for part in self._parts for _ in part.members)
+
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The name of every model."""
@@ -315,8 +330,12 @@ class Recipe(Keys):
 
     @cached_property
     def fine_tunes(self) -> tuple[int, ...]:
-        """Indices of the models that are not the base itself (mergekit lets it be listed)."""
-        return tuple(i for i, model in enumerate(self.models) if model.model != self.base_model)
+        """Indices of the models that are not the base itself."""
+        return tuple(i for i in range(len(self.models)) if not self.is_base(i))
+
+    def is_base(self, index: int) -> bool:
+        """Whether a model is the base of its own part (mergekit lets it be listed)."""
+        return self.models[index].model == self.part_of[index].base
 
     @cached_property
     def method_name(self) -> str | None:
@@ -335,7 +354,7 @@ class Recipe(Keys):
 
     def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
         """A fault found later at the value (or the `key`) of the recipe that `loc` names."""
-        return self._source.problem(loc, message, hint, key=key)
+        return self._source.problem(written(self._parts, loc), message, hint, key=key)
 
 
 def model_name(model: Model) -> str:
@@ -345,12 +364,12 @@ def model_name(model: Model) -> str:
 
 def load(path: Path) -> Recipe:
     """Read a recipe that this version can run. Raises RecipeError with every problem found."""
-    return _load(source.load(path))
+    return load_all([source.load(path)])[0]
 
 
 def loads(text: str, path: str = "recipe.yaml") -> Recipe:
     """Read a recipe from YAML text; `path` is its name in messages. Raises RecipeError as `load` does."""
-    return _load(source.loads(text, path))
+    return load_all([source.loads(text, path)])[0]
 
 
 def parse(read: Source, problems: list[Problem]) -> Recipe:
@@ -365,19 +384,26 @@ def parse(read: Source, problems: list[Problem]) -> Recipe:
                 problems += [faults.problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
             data = faults.without(data, map(faults.place_of, errors))
         else:
-            recipe._source = read
+            models, parts = flatten(recipe)
+            recipe = recipe.model_copy(update={"models": models})
+            recipe._source, recipe._parts = read, parts
             return recipe
 
 
-def _load(read: Source) -> Recipe:
+def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
+    """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
     problems: list[Problem] = []
-    recipe = parse(read, problems)
-    problems += islice(checks.problems(recipe), MAX_PROBLEMS)
-    problems += [recipe.problem(loc, f"not supported yet: {message}") for loc, message in unsupported(recipe)]
+    recipes = []
+    for read in reads:
+        recipe = parse(read, problems)
+        problems += islice(checks.problems(recipe), MAX_PROBLEMS)
+        problems += [recipe.problem(loc, f"not supported yet: {message}") for loc, message in unsupported(recipe)]
+        recipes.append(recipe)
+    problems += documents.problems(recipes)
     if problems:
         ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
-        raise RecipeError(read.path, ordered[:MAX_PROBLEMS])
-    return recipe
+        raise RecipeError(reads[0].path, ordered[:MAX_PROBLEMS])
+    return tuple(recipes)
 
 
 def schema() -> dict[str, Any]:

@@ -126,14 +126,14 @@ def recommend(
     pruned = {pair.name: pair for pair in pairs if pair.kind != "head"}
     evidence = _evidence(question.density, [(pruned[n], m) for n, m in found.items() if n in pruned], measured)
     candidates = _candidates(question.density, [m for n, m in found.items() if n in pruned], measured)
-    method, why = _decide(question, evidence, candidates)
+    method, why = decide(evidence, candidates)
     return Recommendation(
         model=question.model,
         base=question.base,
         density=question.density,
         method=method,
         why=why,
-        paper=_paper(question, evidence),
+        paper=paper(question, evidence),
         evidence=evidence,
         candidates=candidates,
         recipe="",
@@ -224,7 +224,7 @@ def _measured(loss: MaskLoss | None, measured: Measured | None, calibrated: bool
     }
 
 
-def _decide(question: Question, evidence: Evidence, candidates: Sequence[Candidate]) -> tuple[str, list[str]]:
+def decide(evidence: Evidence, candidates: Sequence[Candidate]) -> tuple[str, list[str]]:
     """The plainest method that is good enough, else calibrated magnitude unless another is clearly better."""
     lost = {one.name: one.lost for one in candidates if one.lost is not None}
     noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"
@@ -262,7 +262,7 @@ def _warned(why: list[str], lost: float) -> list[str]:
     return [*why, "that is most of the effect: consider a larger density"] if lost > 0.6 else why
 
 
-def _paper(question: Question, evidence: Evidence) -> Paper:
+def paper(question: Question, evidence: Evidence) -> Paper:
     tuning = "; if you can fine-tune again, AdamR-L2 and then DAREx-q"
     if evidence.large:
         prune: dict[str, Any] = {"method": "wanda", "density": question.density}

@@ -9,15 +9,17 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge import lock as locks
+from deltamerge.adapter import write_adapter
 from deltamerge.artifact import write_delta, write_within_budget
 from deltamerge.assets import write_assets
 from deltamerge.budget import Choice, budget_of
 from deltamerge.card import render
+from deltamerge.chain import Document, documents, folder_of, is_current, result
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Node
@@ -26,7 +28,7 @@ from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.writer import Writer
 from deltamerge.plan import Plan, plan
-from deltamerge.recipe import Recipe, load, loads
+from deltamerge.recipe import Recipe
 from deltamerge.stages import Calibrated
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
@@ -34,46 +36,80 @@ DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """A finished run: the folder, its plan, what its lock says, and what a delta artifact takes."""
+    """A finished run: the folder, its plan, what its lock says, and what a delta artifact takes; of a file of several
+    documents the output's.
+
+    `intermediate` are the folders of the other documents, and whether each was made now or was there and current.
+    """
 
     folder: Path
     plan: Plan
     lock: dict[str, Any]
     delta: Summary | None = None
+    intermediate: Mapping[Path, bool] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight files."""
+        return sum(
+            entry["size"] for name, entry in self.lock.get("outputs", {}).items() if name.endswith(".safetensors")
+        )
 
 
-def make_plan(
+def make_plan(path: Path, out: Path | None = None, **options: Any) -> Plan:
+    """The plan of the recipe at `path`, of its output where it has several documents; `make_plans` has the options."""
+    return make_plans(path, out, **options)[-1]
+
+
+def make_plans(
     path: Path,
+    out: Path | None = None,
     *,
     device: str = "auto",
     workers: int | None = None,
     memory: int | None = None,
     weights: bool = False,
     data: bool = True,
+    upto: str | None = None,
     pins: Mapping[str, str] | None = None,
     text: str | None = None,
     densities: Mapping[str, float] | None = None,
-) -> Plan:
-    """The plan of the recipe at `path`, or of `text` as if it stood there; `weights` fetches hub models whole instead
-    of their headers, `data` reads the calibration data to check it, `pins` has the commits of hub models that the
-    recipe names without a revision, `densities` are those that a budget allows."""
-    recipe = load(path) if text is None else loads(text, str(path))
+) -> tuple[Plan, ...]:
+    """The plans of every document of the recipe at `path`, or of `text` as if it stood there, in the order of their
+    run, the output's last, or up to that of the document `upto`; `weights` fetches hub models whole instead of their
+    headers, `data` reads the calibration data to check it, `pins` has the commits of hub models that the recipe names
+    without a revision, `densities` are those that a budget allows."""
+    chain = documents(path, text)
+    beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
+    made: dict[str, Checkpoint] = {}
 
     def opener(reference: str, folder: Path) -> Checkpoint:
-        if pins and reference in pins and "@" not in reference:
-            return replace(hub.resolve(f"{reference}@{pins[reference]}", folder, weights=weights), reference=reference)
+        if reference in made:
+            return made[reference]
+        if pins and reference in pins:
+            pairs = zip(reference.split("+"), pins[reference].split("+"), strict=True)
+            pinned = "+".join(part if "@" in part else f"{part}@{commit}" for part, commit in pairs)
+            return replace(hub.resolve(pinned, folder, weights=weights), reference=reference)
         return hub.resolve(reference, folder, weights=weights)
 
-    return plan(
-        recipe,
-        path.resolve().parent,
-        opener,
-        device=choose_device(device),
-        workers=workers or default_workers(),
-        memory=memory,
-        data=data,
-        densities=densities,
-    )
+    plans: list[Plan] = []
+    for document in chain:
+        planned = plan(
+            document.recipe,
+            beside,
+            opener,
+            device=choose_device(device),
+            workers=workers or default_workers(),
+            memory=memory,
+            data=data,
+            densities=densities if document is chain[-1] else None,
+        )
+        plans.append(planned)
+        if document.name == upto:
+            break
+        if document is not chain[-1]:
+            made[document.name] = result(planned, folder_of(document, target, beside), document.name)
+    return tuple(plans)
 
 
 def choose_device(device: str) -> str:
@@ -112,18 +148,46 @@ def run(
     """Run the recipe at `path`; the target appears under its name only when complete.
 
     `text` is the recipe where there is no file at `path`. `watch` is given the plan before the first byte and returns
-    what is told the bytes done.
+    what is told the bytes done. Of several documents those that others need are made first, unless their folders hold
+    just what would be made.
     """
+    chain = documents(path, text)
+    beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
     options: dict[str, Any] = {
-        "device": device, "workers": workers, "memory": memory, "data": not locked, "text": text,
-        "pins": pins,
+        "device": device, "workers": workers, "memory": memory, "data": not locked, "pins": pins, "text": text,
     }  # fmt: skip
-    planned = make_plan(path, **options)
-    target = target_of(path, planned.recipe, out)
-    inputs_at = [(checkpoint.reference, checkpoint.path) for checkpoint in planned.inputs.checkpoints]
-    with finished_folder(target, force=force, inputs=inputs_at) as folder:
-        if any(checkpoint.hub_id for checkpoint in planned.inputs.checkpoints):
-            planned = make_plan(path, **options, weights=True)
+    if len(chain) > 1:
+        make_plans(path, out, **options)  # a fault of any document ends the run before the first is made
+    intermediate: dict[Path, bool] = {}
+    for document in chain[:-1]:
+        folder = folder_of(document, target, beside)
+        planned = make_plan(path, out, upto=document.name, **options)
+        if _from_hub(planned):
+            planned = make_plan(path, out, upto=document.name, weights=True, **options)
+        intermediate[folder] = not is_current(document, planned, folder)
+        if intermediate[folder]:
+            ours = force or (folder / locks.LOCK_NAME).is_file()
+            _run(path, document, planned, folder, force=ours, locked=False, watch=watch, out=out, **options)
+    planned = make_plan(path, out, **options)
+    done = _run(path, chain[-1], planned, target, force=force, locked=locked, watch=watch, out=out, **options)
+    return replace(done, intermediate=intermediate)
+
+
+def _run(
+    path: Path,
+    document: Document,
+    planned: Plan,
+    target: Path,
+    *,
+    force: bool,
+    locked: bool,
+    watch: Callable[[Plan], Callable[[int], None]],
+    **options: Any,
+) -> Result:
+    """Make the result of one document of the recipe at `path`."""
+    with finished_folder(target, force=force, inputs=_places(planned)) as folder:
+        if _from_hub(planned):
+            planned = make_plan(path, weights=True, upto=document.name, **options)
         known: dict[Node, Calibrated] = {}
         inputs = _beside(lambda: locks.describe_inputs(planned, 1))
         if locked:
@@ -137,7 +201,7 @@ def run(
         if budget_of(planned) is not None:
 
             def remake(densities: Mapping[str, float]) -> Plan:
-                return make_plan(path, **options, weights=True, densities=densities)
+                return make_plan(path, **options, upto=document.name, weights=True, densities=densities)
 
             densities = locks.locked_densities(lock, lock_path) if locked else None
             planned, values, written, choice = write_within_budget(planned, folder, watch, remake, densities)
@@ -146,16 +210,29 @@ def run(
         else:
             values = _write_weights(planned, folder, watch(planned), known)
         calibrated = {node: values[node] for node in planned.stages}
-        write_assets(planned, folder)
-        recipe_text = planned.recipe.source.text
-        (folder / "recipe.yaml").write_text(recipe_text, encoding="utf-8")
-        card = render(planned, recipe_text, target.name, calibrated, written, choice)
+        if planned.recipe.output.kind == "peft":
+            planned = replace(planned, notes=planned.notes + write_adapter(planned, folder))
+        else:
+            write_assets(planned, folder)
+        (folder / "recipe.yaml").write_text(document.text, encoding="utf-8")
+        card = render(planned, document.text, target.name, calibrated, written, choice)
         (folder / locks.CARD).write_text(card, encoding="utf-8")
         lock_path = folder / locks.LOCK_NAME
         calibration = locks.write_calibration(planned, calibrated, lock_path)
         outputs = locks.describe_files((p for p in folder.iterdir() if p.is_file()), planned.workers)
         lock = locks.write_lock(planned, lock_path, inputs.result(), outputs, calibration, choice)
     return Result(target, planned, lock, written)
+
+
+def _from_hub(planned: Plan) -> bool:
+    return any(source.hub_id for checkpoint in planned.inputs.checkpoints for source in checkpoint.sources)
+
+
+def _places(planned: Plan) -> list[tuple[str, Path]]:
+    """Every folder that is read, and whose it is."""
+    lender = planned.inputs.vocabulary
+    models = [*planned.inputs.checkpoints, *([lender.checkpoint] if lender is not None else [])]
+    return [(c.reference, source.path) for c in models for source in c.sources]
 
 
 def check_deltas(planned: Plan) -> None:
@@ -170,12 +247,16 @@ def check_deltas(planned: Plan) -> None:
             check_base(delta, reader, planned.workers)
 
 
-def calibrate(path: Path, *, device: str = "auto", workers: int | None = None) -> dict[str, Any]:
+def calibrate(
+    path: Path, *, device: str = "auto", workers: int | None = None, memory: int | None = None
+) -> dict[str, Any]:
     """Run only the calibration stages of the recipe at `path` and write what they chose to the lock beside it.
 
     Returns the lock's `calibration`. InputError: the recipe has no calibrated q.
     """
-    planned = make_plan(path, device=device, workers=workers, weights=True)
+    if len(documents(path)) > 1:
+        raise InputError(f"{path}: has several documents", hint="`deltamerge run` calibrates each as it makes it")
+    planned = make_plan(path, device=device, workers=workers, memory=memory, weights=True)
     if not planned.stages:
         raise InputError(
             f"{path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
@@ -242,8 +323,7 @@ def finished_folder(target: Path, *, force: bool, inputs: Iterable[tuple[str, Pa
     """A folder beside `target` to work in; renamed to it if all goes well, removed if not; no input is in it."""
     resolved = target.resolve()
     for name, path in inputs:
-        source = path.resolve()
-        if resolved == source or source.is_relative_to(resolved):
+        if path.resolve().is_relative_to(resolved):
             raise OutputError(f"{target}: holds the input {name}", hint="choose another folder with --out")
     if target.exists() and not target.is_dir():
         raise OutputError(f"{target}: is a file", hint="choose another folder with --out")

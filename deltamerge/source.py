@@ -18,6 +18,7 @@ Position: TypeAlias = tuple[int, int]
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000  # after aliases are expanded
 MAX_DEPTH = 64
+MAX_DOCUMENTS = 64
 
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = _PREFIX + "merge"
@@ -69,7 +70,15 @@ class Source:
 
 def load(path: Path) -> Source:
     """Read a YAML file. Raises RecipeError with every problem found if it is not one plain UTF-8 document."""
+    return loads(_read(path), str(path))
 
+
+def load_all(path: Path) -> tuple[Source, ...]:
+    """Read a YAML file of one or more documents; positions count from the start of the file. RecipeError as `load`."""
+    return loads_all(_read(path), str(path))
+
+
+def _read(path: Path) -> str:
     def refuse(message: str, hint: str, line: int | None = None, column: int | None = None) -> NoReturn:
         raise RecipeError(str(path), [Problem(message, line=line, column=column, hint=hint)])
 
@@ -83,37 +92,57 @@ def load(path: Path) -> Source:
     if len(raw) > MAX_BYTES:
         refuse("larger than 1 MiB", "a recipe is a short text file; is this one?", 1, 1)
     try:
-        text = raw.decode("utf-8-sig")
+        return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line, column = _position(raw[: error.start].decode("utf-8-sig", "replace"))
         refuse(f"not UTF-8: byte 0x{raw[error.start]:02x}", "save the file as UTF-8", line, column)
-    return loads(text, str(path))
 
 
 def loads(text: str, path: str) -> Source:
     """Read YAML text; `path` is its name in messages. Raises RecipeError as `load` does."""
-    problem = _malformed(text)
+    return _compose(text, path, 1)[0]
+
+
+def loads_all(text: str, path: str) -> tuple[Source, ...]:
+    """The documents of YAML text, each with its own text; empty ones are left out. Raises RecipeError as `load`."""
+    return _compose(text, path, MAX_DOCUMENTS)
+
+
+def _compose(text: str, path: str, most: int) -> tuple[Source, ...]:
+    problem = _malformed(text, most)
     if problem is not None:
         raise RecipeError(path, [problem])
-    builder = _Builder()
+    problems: list[Problem] = []
+    sources: list[Source] = []
     try:
-        root = yaml.compose(text, _Loader)
-        if root is None:
-            builder.stop(None, "empty", "a recipe is a mapping: base_model: …, models: …")
-        if not isinstance(root, yaml.MappingNode):
-            builder.stop(root, "must be a mapping of keys to values", "start with base_model: …")
-        data = builder.value(root, (), root, 0)
+        roots = list(yaml.compose_all(text, _Loader))
     except yaml.YAMLError as error:
-        builder.problems.append(_syntax(error, text))
-    except _Stop:
-        pass
-    if builder.problems:
-        raise RecipeError(path, builder.problems)
-    return Source(path, text, data, builder.positions)
+        raise RecipeError(path, [_syntax(error, text)]) from None
+    present: list[yaml.Node | None] = [root for root in roots if not _is_empty(root)]
+    for root in present or [None]:
+        builder = _Builder()
+        try:
+            if root is None or _is_empty(root):
+                builder.stop(None, "empty", "a recipe is a mapping: base_model: …, models: …")
+            if not isinstance(root, yaml.MappingNode):
+                builder.stop(root, "must be a mapping of keys to values", "start with base_model: …")
+            start, end = root.start_mark, root.end_mark
+            own = text if len(present) == 1 else " " * start.column + text[start.index : end.index]
+            sources.append(Source(path, own, builder.value(root, (), root, 0), builder.positions))
+        except _Stop:
+            pass
+        problems += builder.problems
+    if problems:
+        raise RecipeError(path, problems)
+    return tuple(sources)
 
 
-def _malformed(text: str) -> Problem | None:
-    """What must be refused before nodes are built: not text, not YAML, too deep, several documents."""
+def _is_empty(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.ScalarNode) and node.tag == _PREFIX + "null" and node.value == ""
+
+
+def _malformed(text: str, most: int) -> Problem | None:
+    """What must be refused before nodes are built: not text, not YAML, too deep, too many documents."""
     if len(text) > MAX_BYTES:
         return Problem("larger than 1 MiB", line=1, column=1, hint="a recipe is a short text file; is this one?")
     found = yaml.reader.Reader.NON_PRINTABLE.search(text)
@@ -129,8 +158,9 @@ def _malformed(text: str) -> Problem | None:
             documents += isinstance(event, yaml.DocumentStartEvent)
             if depth > MAX_DEPTH:
                 return _at(event, f"nested more than {MAX_DEPTH} deep", "a recipe is nearly flat")
-            if documents > 1:
-                return _at(event, "a second document", "one recipe a file: split it at the ---")
+            if documents > most:
+                message = "a second document" if most == 1 else f"more than {most} documents"
+                return _at(event, message, "one recipe a file: split it at the ---")
     except yaml.YAMLError as error:
         return _syntax(error, text)
     return None

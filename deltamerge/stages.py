@@ -5,24 +5,33 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.errors import VerifyError
+from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
 from deltamerge.io.checkpoint import TensorInfo
-from deltamerge.recipe import Calibration
+from deltamerge.methods import PRUNE
+from deltamerge.names import numbered_blocks
+from deltamerge.recipe import CalibratedQ, Calibration
 
 EVALUATIONS = 20
 STEPS = 40
 HELD_OUT = 200  # rows that decide, or as many as searched on if that is more
+SHORTLIST = 4  # minima of a search that are compared on them
+STEP_ROWS = 64  # of learned scales
+STOP_SHARE = 0.2  # of the rows searched on, which say when learning stops
 # held bytes of weights and masks; what does not fit is read or drawn again
 CACHE_BYTES = 1 << 31
+# anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
+BASELINE_BYTES = 400_000_000
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe)\.|\.(shared|relative_attention_bias)\.")
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 QValue = float | NDArray[np.float32]
 
@@ -43,6 +52,7 @@ class Source:
     seed: int
     device: str
     labelled: bool
+    cache: int = CACHE_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +72,22 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
-class Spec:
-    """One calibrated q: of which tensors, and how it is searched; `shared` are the stage's input nodes."""
+class Part:
+    """A fine-tune of a merge that is calibrated as a whole; `masked` of its tensors is the merged delta."""
 
     source: Source
+    pruned: tuple[Pruned, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """One calibrated q: of which tensors, and how it is searched; `shared` are the stage's input nodes.
+
+    With `parts` it is the λ of a merge: q divides the merged delta, and the objective is the sum over the fine-tunes.
+    """
+
+    source: Source
+    method: str
     pruned: tuple[Pruned, ...]
     random: bool
     objective: str
@@ -73,6 +95,7 @@ class Spec:
     search: str
     bounds: tuple[float, float] | None
     shared: tuple[Node, ...] = ()
+    parts: tuple[Part, ...] = ()
 
     @property
     def seeds(self) -> int:
@@ -82,24 +105,36 @@ class Spec:
     @property
     def passes(self) -> int:
         """At most so many forward passes over the calibration rows (a backward pass counts as two)."""
-        # the fine-tune's outputs, statistics, and three models on the held-out rows
+        # the fine-tune's outputs, statistics; on the held-out rows the candidates, the plain choice and the fine-tune
         rows = self.source.calibration.sequences
-        besides = 6 + 3 * math.ceil(max(HELD_OUT, rows) / rows)
+        besides = 6 + (SHORTLIST + 3) * math.ceil(max(HELD_OUT, rows) / rows)
+        if self.parts:
+            return len(self.parts) * (besides + self.seeds * (1 + EVALUATIONS))
         if self.objective == "layer_mse":
             return besides
         if self.search == "gradient":
-            return besides + EVALUATIONS + 4 * STEPS
+            stops = STOP_SHARE * (STEPS + SHORTLIST + 3) + 1
+            return besides + EVALUATIONS + math.ceil(3 * STEPS * min(STEP_ROWS, rows) / rows + stops)
         if self.search == "grid" and self.scope == "global":
             low, high = self.bounds or (min(pruned.density for pruned in self.pruned), 1.0)
             return besides + self.seeds * (1 + math.ceil((high - low) / grid_step(low)) + EVALUATIONS)
         families = 2 if self.random and self.scope != "global" else 1
         return besides + self.seeds * (1 + EVALUATIONS * families)
 
+    @property
+    def name(self) -> str:
+        """What a lock knows it by."""
+        return "merge" if self.parts else self.source.model
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        return tuple(part.source for part in self.parts) or (self.source,)
+
     def describe(self) -> dict[str, Any]:
         """The stage for people and for `--json`."""
         calibration = self.source.calibration
         return {
-            "model": self.source.model,
+            "model": self.name,
             "objective": self.objective,
             "scope": self.scope,
             "search": self.search,
@@ -108,8 +143,14 @@ class Spec:
             "sequences": calibration.sequences,
             "length": calibration.length,
             "forward_passes": self.passes,
-            "memory": memory(self.source),
+            "memory": sum(map(memory, self.sources)),
         }
+
+
+def mask_seeds(source: Source, method: str, q: CalibratedQ) -> int:
+    """Masks that a search averages over: further seeds, which only random masks have, are the recipe's + 1, + 2 …"""
+    averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
+    return source.calibration.seeds if averaged else 1
 
 
 def grid_step(low: float) -> float:
@@ -118,11 +159,29 @@ def grid_step(low: float) -> float:
 
 
 def memory(source: Source) -> int:
-    """About the bytes that a stage holds: float32 weights and masks up to the cache, hidden states of 8 models."""
-    elements = sum(t.nbytes for t in source.tensors) * 2
+    """About the bytes that a stage holds: float32 weights and masks up to the cache, one block, hidden states of 8."""
+    sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in source.tensors}
+    blocks = numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or {0: list(sizes)}
+    inside = {number: sum(sizes[name] for name in names) for number, names in blocks.items()}
+    resident = sum(sizes.values()) - sum(inside.values()) + max(inside.values())
     width = max((t.shape[-1] for t in source.tensors if len(t.shape) == 1), default=1)
-    hidden = 8 * source.calibration.sequences * source.calibration.length * width * 4
-    return min(3 * elements, CACHE_BYTES) + elements // 4 + hidden
+    rows = max(source.calibration.sequences, HELD_OUT)
+    hidden = 8 * rows * source.calibration.length * width * 4
+    return min(3 * sum(sizes.values()), source.cache) + 2 * resident + hidden
+
+
+def within(source: Source, limit: int | None, share: int = 1) -> Source:
+    """The source with the cache that `limit` bytes leave, one of `share` such; InputError: even none is too much."""
+    if limit is None:
+        return replace(source, cache=CACHE_BYTES // share)
+    least = memory(replace(source, cache=0))
+    room = (limit - BASELINE_BYTES) // share - least
+    if room < 0:
+        raise InputError(
+            f"--memory {limit} is too little to calibrate {source.model}",
+            hint=f"give at least {BASELINE_BYTES + share * least}, or lower calibration.sequences or length",
+        )
+    return replace(source, cache=min(room, CACHE_BYTES // share))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -142,20 +201,34 @@ class Calibrated:
         return {name: value for name, value in self.q.items() if not isinstance(value, float)}
 
 
-def pick(calibrated: Calibrated, *, name: str) -> QValue:
-    """The q of one tensor, 1 where the stage gave it none."""
-    return calibrated.q.get(name, 1.0)
+def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
+    """The q of one tensor, 1 where the stage gave it none; or that of each of `root` factors whose product has it."""
+    value = calibrated.q.get(name, 1.0)
+    return value if root == 1 else math.pow(float(value), 1 / root)
 
 
-def norm(statistics: Mapping[str, Any], *, name: str, columns: int) -> NDArray[np.float32]:
-    """(n) ‖x_j‖₂ of a layer's input; ones, which make it magnitude per row, for a weight that saw no input."""
+def norm(statistics: Mapping[str, Any], *, name: str, count: int, transposed: bool) -> NDArray[np.float32]:
+    """(n) ‖x_j‖₂ of a layer's input; ones, which make it magnitude per output, for a weight that saw no input.
+
+    InputError: the weight is not stored (in, out) where `transposed`, or (out, in) where not.
+    """
     if name not in statistics:
-        return np.ones(columns, np.float32)
+        return np.ones(count, np.float32)
+    if statistics[name].transposed != transposed:
+        stored, taken = ("(in, out)", "(out, in)")[:: 1 if statistics[name].transposed else -1]
+        raise InputError(f"{name} is stored {stored}, but was taken for {taken}", hint="use method magnitude")
     return np.asarray(statistics[name].norm, dtype=np.float32)
+
+
+def is_transposed(name: str, model_type: str | None) -> bool:
+    """Whether a weight is stored (in, out): transformers' Conv1D, which GPT and GPT-2 are made of."""
+    return model_type in CONV1D_MODELS and CONV1D.search(name) is not None
 
 
 def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.int64]:
     """The k input features of a layer that have the largest mean |x_j|, ascending; none for a weight without input."""
+    if name in statistics and statistics[name].transposed:
+        raise InputError(f"{name} is stored (in, out): massive_activations needs (out, in)", hint="leave protect out")
     found = statistics[name].massive(k) if name in statistics else []
     return np.array(found, dtype=np.int64)
 
@@ -172,13 +245,13 @@ def has_norm(name: str, shape: tuple[int, ...]) -> bool:
 
 def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.float32]], where: str) -> Calibrated:
     """The q's that a lock has for a stage. VerifyError: it has none, or was made with another objective or scope."""
-    record = (lock.get("calibration") or {}).get(spec.source.model)
+    record = (lock.get("calibration") or {}).get(spec.name)
     if not isinstance(record, dict) or not isinstance(record.get("q"), dict):
-        raise VerifyError(f"{where}: has no calibrated q for {spec.source.model}", hint="run without --locked")
+        raise VerifyError(f"{where}: has no calibrated q for {spec.name}", hint="run without --locked")
     for key in ("objective", "scope", "search"):
         if record.get(key) != getattr(spec, key):
             raise VerifyError(
-                f"{where}: q of {spec.source.model} was calibrated with {key} {record.get(key)}, "
+                f"{where}: q of {spec.name} was calibrated with {key} {record.get(key)}, "
                 f"the recipe says {getattr(spec, key)}"
             )
     names = {pruned.name for pruned in spec.pruned}

@@ -78,7 +78,7 @@ def test_stops_and_keeps_the_start_when_nothing_is_better(tmp_path: Path) -> Non
     found = problem.learn(steps=40, lr=0.5, patience=2)
     assert found.step == 0
     assert len(found.path) == 3
-    assert found.forward_passes == 3 * 2 + 3
+    assert found.steps == 2
     assert all(torch.allclose(found.q[n], problem.truth[n]) for n in found.q)
 
 

@@ -83,7 +83,7 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").touch()
     refused(tmp_path, r"only PyTorch pickle files \(pytorch_model.bin\)", "save_pretrained")
     write_json(tmp_path / "adapter_config.json", {})
-    refused(tmp_path, "adapters .* not supported", "merge_and_unload")
+    refused(tmp_path, "is an adapter, not a model", "base+adapter")
 
 
 def test_config_must_be_a_json_object(tmp_path: Path) -> None:

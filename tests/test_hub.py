@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import load_tensors, tiny_llama, write_json
+from safetensors.torch import save_file
 from small_hub import COMMIT, TOKEN, Hub
 
 from deltamerge.errors import InputError
@@ -68,8 +70,46 @@ def test_hub_ids_cannot_leave_the_cache(tmp_path: Path, server: Hub) -> None:
     assert not server.requests
 
 
-def test_adapters_are_refused(tmp_path: Path) -> None:
-    refused("org/model+org/adapter", tmp_path, "adapters .* not supported yet", "merge_and_unload")
+def adapter(server: Hub, tmp_path: Path) -> Path:
+    """org/lora: a rank-2 LoRA of one layer of `model`."""
+    folder = tmp_path / "hub" / "lora"
+    folder.mkdir(parents=True)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+    tensors = {f"{module}.lora_A.weight": torch.ones(2, 32), f"{module}.lora_B.weight": torch.ones(32, 2)}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 2, "lora_alpha": 4})
+    server.repositories["org/lora"] = folder
+    return folder
+
+
+def test_adapters(server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = adapter(server, tmp_path)
+    refused("org/lora", tmp_path, "is an adapter, not a model")
+    for reference in ("org/model+org/lora", "org/model@v1+org/lora@v1", f"{model}+org/lora", f"org/model+{folder}"):
+        checkpoint = hub.resolve(reference, tmp_path, weights=False)
+        lora = checkpoint.adapter
+        assert lora is not None
+        assert checkpoint.reference == reference
+        assert (lora.hub_id, lora.revision) in (("org/lora", COMMIT), (None, None))
+        assert sum(info.computed is not None for info in checkpoint.tensors.values()) == 1
+    assert all(span for _, span in server.fetched("adapter_model.safetensors"))
+    for reference in ("org/model+org/model", "org/model+org/nothing"):
+        with pytest.raises(InputError, match=r"has no adapter_config.json|no such model on the hub"):
+            hub.resolve(reference, tmp_path, weights=False)
+    (tmp_path / "r.yaml").write_text("base_model: org/model\nmodels: [{model: org/model+org/lora}]\n")
+    lock = run(tmp_path / "r.yaml").lock
+    assert lock["inputs"]["org/model+org/lora"]["commit"] == f"{COMMIT}+{COMMIT}"
+    pins = {"org/model": COMMIT, "org/model+org/lora": f"{COMMIT}+{COMMIT}"}
+    pinned = make_plan(tmp_path / "r.yaml", pins=pins).inputs.tunes[0].checkpoint
+    assert pinned.reference == "org/model+org/lora"
+    assert pinned.adapter is not None
+    assert (pinned.revision, pinned.adapter.reference) == (COMMIT, f"org/lora@{COMMIT}")
+    (model / "consolidated.safetensors").unlink()
+    old, new = load_tensors(model), load_tensors(tmp_path / "r-merged")
+    changed = {name for name in old if not torch.equal(old[name], new[name])}
+    assert changed == {"model.layers.0.self_attn.q_proj.weight"}
+    offline(monkeypatch)
+    assert hub.resolve("org/model+org/lora", tmp_path, weights=True).adapter is not None
 
 
 @pytest.mark.parametrize("revision", ["", "@main", "@v1", f"@{COMMIT}"])
@@ -174,7 +214,7 @@ def test_repositories_without_a_usable_model(server: Hub, tmp_path: Path, weight
         folder.mkdir(parents=True)
         (folder / file).write_text("{}")
         server.repositories[f"org/{name}"] = folder
-    refused("org/adapter", tmp_path, "adapters .* not supported", weights=weights)
+    refused("org/adapter", tmp_path, "is an adapter, not a model", weights=weights)
     refused("org/pickled", tmp_path, "only PyTorch pickle files", "save_pretrained", weights=weights)
     refused("org/empty", tmp_path, "no safetensors weights", weights=weights)
     write_json(server.repositories["org/pickled"] / "config.json", {})

@@ -191,6 +191,15 @@ chat_template: auto
 )
 
 
+def test_parts_hold_the_models_of_slices_and_modules() -> None:
+    recipe = recipes.loads(STACK)
+    assert [model.model for model in recipe.models] == ["a", "b"]
+    assert [part.ranges for part in recipe.parts] == [((0, 24),), ((20, 40),)]
+    recipe = recipes.loads(MODULES)
+    assert [(part.module, part.members) for part in recipe.parts] == [("text_decoder", (0, 1)), ("vision", (2,))]
+    assert recipe.parts[1].places == (("modules", "vision", "slices", 0, "sources", 0),)
+
+
 @pytest.mark.parametrize("text", [MISTRAL_TIES, LLAMA_TIES, LINEAR])
 def test_mergekit_s_examples_run(text: str) -> None:
     recipe = recipes.loads(text)
@@ -211,10 +220,8 @@ def test_every_key_of_a_tokenizer_is_read() -> None:
     ("text", "missing"),
     [
         (SLERP_AS_MODELS, ["merge_method slerp"]),
-        (SLERP_AS_SLICE, ["slices", "merge_method slerp"]),
-        (STACK, ["slices"]),
+        (SLERP_AS_SLICE, ["merge_method slerp"]),
         (FUSION, ["merge_method arcee_fusion"]),
-        (MODULES, ["modules"]),
     ],
 )
 def test_what_the_contract_has_and_this_version_lacks(text: str, missing: list[str]) -> None:
@@ -226,12 +233,8 @@ def test_what_the_contract_has_and_this_version_lacks(text: str, missing: list[s
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ("calibration: {data: c.jsonl, metric: exact_match}", "calibration.metric: not supported yet: metric exact"),
-        ("calibration: {data: c.jsonl, per: merge}", "calibration.per: not supported yet: per: merge"),
-        ("prune: {method: magnitude, density: 0.1, group: model}", "prune.group: not supported yet"),
         ("prune: {method: dare, budget: 5MB, q: output_change}", "prune.q: not supported yet: a calibrated q beside"),
         ("prune: {method: della, density: 0.1, epsilon: 0.1}", "prune.epsilon: not supported yet"),
-        ("output: {kind: peft}", "output.kind: not supported yet: output.kind: peft"),
     ],
 )
 def test_later(keys: str, message: str) -> None:
@@ -373,19 +376,49 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:4:54: calibration.metric: must be one of accuracy, matthews_correlation, f1, accuracy_f1, "
         "pearson_spearman, exact_match, loss, got 'acc'",
     ],
+    ONE + "prune: {method: dare, density: 0.1, q: layer_mse}\ncalibration: {data: c.jsonl, per: merge, answer: x}": [
+        "r.yaml:4:40: prune.q: with per: merge one lambda is searched, and no q\n"
+        "hint: q: output_change or validation, without scope, search and bounds",
+        "r.yaml:5:42: calibration.answer: has no effect without metric: exact_match",
+    ],
+    "models: [{model: b, parameters: {weight: 1}}]\nmerge_method: linear\ncalibration: {data: c.jsonl, per: merge}": [
+        "r.yaml:3:35: calibration.per: merge needs deltas, but linear has none\nhint: use task_arithmetic or ties",
+    ],
     # which inputs
     "base_model: b": ["r.yaml:1:1: needs models\nhint: models: a list of {model: path or hub id}"],
     "base_model: b\nmodels: []": ["r.yaml:2:9: models: must not be empty\nhint: name at least one model"],
     ONE + "slices: [{sources: [{model: x, layer_range: [0, 2]}]}]": [
         "r.yaml:4:1: slices: cannot stand beside models\nhint: keep one of models, slices, modules",
-        "r.yaml:4:9: slices: not supported yet: slices",
+    ],
+    "slices: [{sources: [{model: x, layer_range: [0, 2]}, {model: y, layer_range: [0, 3]}]}]\nmerge_method: linear\n"
+    "parameters: {weight: 1}": [
+        "r.yaml:1:78: slices[0].sources[1].layer_range: has 3 layers, the first source of the slice has 2\n"
+        "hint: layers are merged one to one",
+    ],
+    "base_model: b\nslices: [{sources: [{model: x, layer_range: [0, 2]}, {model: y, layer_range: [1, 3]}]}]\n"
+    "merge_method: ties\nparameters: {weight: 1}": [
+        "r.yaml:2:10: slices[0]: its sources lend different layers, so those of the base 'b' are not clear\n"
+        "hint: list the base as a source, with its layer_range",
+    ],
+    "merge_method: passthrough\n"
+    "slices: [{sources: [{model: x, layer_range: [0, 1]}, {model: y, layer_range: [0, 1]}]}]": [
+        "r.yaml:2:20: slices[0].sources: passthrough takes 1 model, got 2",
+    ],
+    "merge_method: linear\nslices:\n- sources: [{model: x, layer_range: [0, 1], parameters: {weight: 1}}]\n"
+    "- sources: [{model: y, layer_range: [0, 1], parameters: {wieght: 1}}]": [
+        "r.yaml:4:13: slices[1].sources[0]: needs a weight: linear has no default\nhint: parameters: {weight: 1.0}",
+        "r.yaml:4:58: slices[1].sources[0].parameters.wieght: unknown parameter of linear\n"
+        "hint: did you mean 'weight'?",
+    ],
+    "base_model: b\nmerge_method: task_arithmetic\nslices:\n- sources: [{model: x, layer_range: [0, 1], "
+    "prune: {method: magnitude, density: 0.5, q: layer_mse}}]\ncalibration: {data: c.jsonl}": [
+        "r.yaml:4:52: slices[0].sources[0].prune: not supported yet: calibration of the sources of slices and modules",
     ],
     "slices: [{sources: [{model: x, layer_range: [2, 0]}, {model: y}]}]\nmerge_method: passthrough": [
         "r.yaml:1:45: slices[0].sources[0].layer_range: must be [first, end] with 0 <= first < end, got a list",
         "r.yaml:1:54: slices[0].sources[1]: needs layer_range",
     ],
     "merge_method: linear\nmodules: {text: {parameters: {weight: 1}}}": [
-        "r.yaml:2:10: modules: not supported yet: modules",
         "r.yaml:2:17: modules.text: needs either models or slices",
     ],
     "base_model: b\nmodels: [{model: x}, {model: x}]\nmerge_method: ties\nparameters: {weight: 1}": [

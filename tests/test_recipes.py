@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_tensors, tiny_llama
+from conftest import load_tensors, tiny_llama, write_json
+from safetensors.torch import save_file
 
 from deltamerge.apply import apply
 from deltamerge.run import make_plan, run
@@ -21,9 +23,27 @@ def folder(tmp_path_factory) -> Path:
     base = tiny_llama(folder / "models" / "base", seed=0, tokenizer=True)
     for seed, name in enumerate(("math", "code", "chat"), 1):
         tiny_llama(folder / "models" / name, seed=seed, base=base, tokenizer=True)
+    deep = tiny_llama(folder / "models" / "base40", seed=4, layers=40)
+    for seed, name in enumerate(("orca", "platypus"), 5):
+        tiny_llama(folder / "models" / name, seed=seed, layers=40, base=deep)
+    for seed, name in enumerate(("math", "code"), 1):
+        write_adapter(folder / "adapters" / name, seed)
     texts = (" ".join(f"w{4 + (7 * row + word) % 92}" for word in range(6)) for row in range(80))
     (folder / "calib.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return folder
+
+
+def write_adapter(folder: Path, seed: int) -> None:
+    """A rank-4 LoRA of the query projections."""
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for layer in range(2):
+        stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
+        tensors[f"{stem}.lora_A.weight"] = 0.1 * torch.randn(4, 32, generator=generator)
+        tensors[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(32, 4, generator=generator)
+    save_file(tensors, folder / "adapter_model.safetensors")
+    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
@@ -38,7 +58,12 @@ def test_recipe_runs_as_written(folder, name):
     out = run(folder / name).folder
     if plan.recipe.output.kind == "delta":
         out = apply(str(out), str(folder / "models" / "base"), folder / f"{name}-applied", workers=1).folder
-    merged, base = load_tensors(out), load_tensors(folder / "models" / "base")
-    assert merged.keys() == base.keys() == {output.name for output in plan.outputs}
-    assert any(not torch.equal(merged[n].float(), base[n].float()) for n in merged)
+    if plan.recipe.output.kind == "peft":
+        assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in out.iterdir()}
+        return
+    merged, base = load_tensors(out), load_tensors(folder / "models" / ("base40" if "orca" in text else "base"))
+    assert merged.keys() == {output.name for output in plan.outputs}
+    stacked = r"model\.layers\.4[0-3]\." if name == "layer-stack.yaml" else "(?!)"
+    assert {n for n in merged if not re.match(stacked, n)} == base.keys()
+    assert any(not torch.equal(merged[n].float(), base[n].float()) for n in base)
     assert all(torch.isfinite(tensor.float()).all() for tensor in merged.values())

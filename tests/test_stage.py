@@ -14,13 +14,14 @@ import pytest
 import reference
 import torch
 import yaml
-from conftest import load_tensors, tiny_bert_pair, tiny_llama
+from conftest import load_tensors, tiny_bert_pair, tiny_llama, write_tokenizer
 from safetensors.numpy import load_file
 
+from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
 from deltamerge.errors import InputError, RecipeError, VerifyError
 from deltamerge.lock import verify
-from deltamerge.prune import rescale, select
+from deltamerge.prune import columns, rescale, select
 from deltamerge.run import calibrate, make_plan, run
 from deltamerge.tensors import Kept, Tile
 
@@ -185,6 +186,76 @@ def test_several_fine_tunes_are_each_calibrated(models: Path, tmp_path: Path) ->
     assert set(result.lock["calibration"]) == {"t", "o"}
 
 
+@pytest.mark.parametrize(
+    ("method", "prune"),
+    [
+        ("task_arithmetic", "{method: dare, density: 0.6, q: output_change}"),
+        ("ties", "{method: magnitude, density: 0.2, group: model}"),
+        ("task_arithmetic", "{method: none}"),
+    ],
+)
+def test_the_lambda_of_a_merge(models: Path, tmp_path: Path, method: str, prune: str) -> None:
+    """Both fine-tunes' objectives are summed, and the result is that of a recipe with the lambda that was found."""
+    folder = models / "llama"
+    tiny_llama(folder / "third", seed=3, base=folder / "base", dtype=torch.float32, sigma=0.05, tokenizer=True)
+    text = (
+        "base_model: ./base\nmerge_method: %s\nparameters: {lambda: %s}\n"
+        "models:\n  - {model: ./tuned, name: t, parameters: {weight: 0.5}}\n"
+        "  - {model: ./third, name: o, parameters: {weight: 0.7}}\n"
+    )
+    path = folder / "lambda.yaml"
+    path.write_text(text % (method, 0.1) + f"prune: {prune}\n" + DATA.format(more=", per: merge"))
+    stage = make_plan(path).describe()["stages"][0]
+    result = run(path, tmp_path / "out")
+    found = result.lock["calibration"]["merge"]
+    assert found["models"] == ["t", "o"]
+    assert found["chosen"] == "calibrated"
+    assert found["held_out"]["calibrated"] < found["held_out"]["plain"]
+    assert 0 < found["forward_passes"] <= stage["forward_passes"]
+    assert len(set(found["q"].values())) == 1
+    assert "λ" in (result.folder / "README.md").read_text()
+    path.write_text(
+        text % (method, 0.1 / next(iter(found["q"].values())))
+        + f"prune: {prune.replace(', q: output_change', '')}\n"
+        + DATA.format(more="")
+    )
+    fixed = load_tensors(run(path, tmp_path / "fixed").folder)
+    for name, tensor in load_tensors(result.folder).items():
+        torch.testing.assert_close(tensor, fixed[name], rtol=1e-5, atol=1e-6)
+
+
+def test_exact_match_of_answers(models: Path, tmp_path: Path) -> None:
+    """Rows are labelled with what the fine-tune says, so that only pruning loses answers."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = models / "llama"
+    tuned, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(folder / "tuned"),
+        AutoTokenizer.from_pretrained(folder / "tuned"),
+    )
+    lines = []
+    for i in range(20):
+        prompt = " ".join(f"w{4 + (5 * i + 3 * j) % 90}" for j in range(3 + i % 4))
+        tokens = tokenizer(prompt, return_tensors="pt")
+        made = tuned.generate(**tokens, do_sample=False, max_new_tokens=4)[:, tokens["input_ids"].shape[1] :]
+        answer = tokenizer.batch_decode(made, skip_special_tokens=True)[0].split()[-1]
+        lines.append(json.dumps({"text": prompt, "label": answer}))
+    (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    path = recipe(folder, "exact", "{method: magnitude, density: 0.3, q: validation}")
+    text = path.read_text().replace("calib.jsonl", "prompts.jsonl")
+    path.write_text(text.replace("seeds: 2", "seeds: 2, metric: exact_match, answer: 'w\\d+', new_tokens: 4"))
+    found = entry(run(path, tmp_path / "out"))
+    assert found["held_out"]["measure"] == "exact_match"
+    assert 0.0 <= found["held_out"]["plain"] <= 1.0
+    assert 0.0 <= found["value"] < 1.0
+    path.write_text(text.replace("seeds: 2", "seeds: 2, metric: exact_match, new_tokens: 400"))
+    with pytest.raises(InputError, match="12 tokens and 400 new ones, but the model has"):
+        run(path, tmp_path / "long")
+    path.write_text(text.replace("seeds: 2", "seeds: 2, metric: exact_match, task: causal-lm"))
+    with pytest.raises(InputError, match="does not fit the head"):
+        make_plan(path)
+
+
 def test_calibrate_command_writes_the_lock_that_run_uses(models: Path, tmp_path: Path, capsys) -> None:
     path = recipe(models / "bert", "command", MAGNITUDE % "output_change")
     with pytest.raises(SystemExit) as leaving:
@@ -200,6 +271,81 @@ def test_calibrate_command_writes_the_lock_that_run_uses(models: Path, tmp_path:
         run(path, tmp_path / "other", locked=True)
     with pytest.raises(InputError, match="no q is calibrated"):
         calibrate(recipe(models / "bert", "none", "{method: dare, density: 0.1}"))
+
+
+def test_memory_bounds_the_cache(models: Path, tmp_path: Path) -> None:
+    """With room for hardly a tensor the same q's come out; with less than one block there is an error."""
+    path = recipe(models / "bert", "memory", MAGNITUDE % "output_change")
+    whole = make_plan(path)
+    least = whole.peak_bytes - whole.sources[0].cache
+    assert whole.sources[0].cache == 2**31
+    with pytest.raises(InputError, match="too little to calibrate t") as error:
+        make_plan(path, memory=10_000_000)
+    enough = int(str(error.value.hint).split()[3].rstrip(","))
+    assert least < enough
+    planned = make_plan(path, memory=enough + 1000)
+    assert planned.sources[0].cache == 1000
+    assert planned.peak_bytes <= enough + 1000
+    small = run(path, tmp_path / "small", memory=enough + 1000)
+    assert entry(small) == entry(run(path, tmp_path / "large"))
+
+
+def test_wanda_on_weights_stored_in_out(tmp_path: Path) -> None:
+    """GPT-2: the kept entries are those of a float64 reference per column of the stored weight."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=96, n_embd=32, n_layer=2, n_head=2, n_positions=48, bos_token_id=1, eos_token_id=2)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config).eval()
+        model.save_pretrained(tmp_path / "base")
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+        model.save_pretrained(tmp_path / "tuned")
+    write_tokenizer(tmp_path / "tuned", 96)
+    rows(tmp_path / "calib.jsonl")
+    name = "transformer.h.1.mlp.c_fc.weight"
+    plain = recipe(tmp_path, "gpt2", "{method: wanda, density: 0.1}")
+    x_norm = activations(source=make_plan(plain).sources[0])[name].norm
+    base, tuned = load_tensors(tmp_path / "base"), load_tensors(tmp_path / "tuned")
+    start = base[name].double().numpy()
+    delta = tuned[name].double().numpy() - start
+    wanted = np.zeros_like(delta)
+    order = np.argsort(-np.abs(delta * x_norm[:, None]), axis=0, kind="stable")[: round(0.1 * 32)]
+    np.put_along_axis(wanted, order, np.take_along_axis(delta, order, 0), 0)
+    merged = load_tensors(run(plain, tmp_path / "out").folder)
+    np.testing.assert_allclose(merged[name].double().numpy(), start + wanted, rtol=1e-5, atol=1e-6)
+    found = entry(run(recipe(tmp_path, "q", "{method: wanda, density: 0.1, q: output_change}"), tmp_path / "q"))
+    assert math.isfinite(found["value"])
+
+
+@pytest.mark.parametrize("density", [0.001, 0.1, 0.3, 0.97])
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("tile_blocks", [1, 3])
+def test_the_best_of_columns_whatever_the_tiles(density: float, ties: bool, tile_blocks: int) -> None:
+    generator = np.random.Generator(np.random.PCG64(1))
+    shape = (200, 1000)  # 65 rows a block
+    delta = generator.standard_normal(shape).astype(np.float32)
+    norms = generator.lognormal(0, 2, 200).astype(np.float32)
+    if ties:
+        delta, norms = np.round(delta), np.round(np.minimum(norms, 2.0)) + np.float32(1.0)
+    step = tile_blocks * 65 * 1000
+    tiles = [Tile(at, min(at + step, delta.size), shape) for at in range(0, delta.size, step)]
+    flat = torch.from_numpy(delta.reshape(-1))
+    parts = [flat[t.start : t.stop] for t in tiles]
+    best = [columns.best_of_columns(p, norms, tile=t, density=density) for p, t in zip(parts, tiles, strict=True)]
+    cut = columns.pick_columns(np.concatenate(best), density=density, rows=200)
+    counts = None
+    if not columns.equal_columns_needless(norms, cut):
+        counted = [columns.equal_columns(p, norms, cut, tile=t) for p, t in zip(parts, tiles, strict=True)]
+        counts = np.concatenate(counted)
+    ranks = columns.column_ranks(counts)
+    kept = [columns.keep_best_of_columns(p, norms, cut, ranks, tile=t) for p, t in zip(parts, tiles, strict=True)]
+    order = np.argsort(-(np.abs(delta) * norms[:, None]), axis=0, kind="stable")[: round(density * 200)]
+    wanted = np.zeros_like(delta)
+    np.put_along_axis(wanted, order, np.take_along_axis(delta, order, 0), 0)
+    np.testing.assert_array_equal(torch.cat(kept).numpy().reshape(shape), wanted)
 
 
 def test_plan_and_check_import_no_torch(models: Path) -> None:

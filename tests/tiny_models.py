@@ -38,6 +38,11 @@ ARCHITECTURES = {
         "GPT2Config",
         {"vocab_size": 60, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32, "eos_token_id": 2},
     ),
+    "OPTForCausalLM": (
+        "OPTConfig",
+        {"vocab_size": 60, "hidden_size": 16, "word_embed_proj_dim": 16, "num_hidden_layers": 3, "ffn_dim": 24,
+         "num_attention_heads": 2, "max_position_embeddings": 32, "pad_token_id": 0},
+    ),
     "ViTForImageClassification": ("ViTConfig", VIT),
 }  # fmt: skip
 

@@ -95,7 +95,7 @@ class _Collector:
         for layer in layers:
             sums = self.sums.get(layer.name)
             if sums is not None and sums.tokens:
-                self.found[layer.name] = statistics = _finish(sums)
+                self.found[layer.name] = statistics = _finish(sums, layer.transposed)
                 masked = self.draw(layer.name, statistics) if self.draw else None
                 if masked is not None:
                     shape = sums.delta_OI.T.shape if layer.transposed else sums.delta_OI.shape
@@ -124,7 +124,7 @@ def _total(values: Tensor) -> Tensor:
     return values.sum(0, dtype=torch.float64).cpu()
 
 
-def _finish(sums: _Sums) -> LayerStatistics:
+def _finish(sums: _Sums, transposed: bool) -> LayerStatistics:
     total = torch.stack(sums.x).sum(0) / sums.tokens
     mean, mean_abs, square = (row.to(sums.delta_OI.device, torch.float32) for row in total)
     delta, n = sums.delta_OI, sums.delta_OI.shape[1]
@@ -143,6 +143,7 @@ def _finish(sums: _Sums) -> LayerStatistics:
         influence=c1 / n,
         mean_influence=float((delta.abs() * mean_abs).mean(dtype=torch.float64)),
         mean_delta=float(delta.abs().mean(dtype=torch.float64)),
+        transposed=transposed,
     )
 
 

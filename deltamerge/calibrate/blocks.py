@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from deltamerge.calibrate.skeleton import checkpoint_names, find_blocks, is_linear, place_buffers, skeleton
+from deltamerge.calibrate.skeleton import bodies, checkpoint_names, find_blocks, is_linear, place_buffers, skeleton
 
 T = TypeVar("T")
 Weights = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -82,7 +82,8 @@ class Model:
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.module = skeleton(config, pad_token_id)
-        self.base: nn.Module = self.module.base_model
+        # the last of these to return gives the last hidden state: a head may call an inner one (OPT's decoder)
+        self._bodies = bodies(self.module)
         self.checkpoint_name = checkpoint_names(self.module, names)  # state name -> checkpoint name
         place_buffers(self.module, self.device, set(self.checkpoint_name))
         self.blocks = find_blocks(self.module)
@@ -96,7 +97,7 @@ class Model:
     @property
     def headless(self) -> bool:
         """Whether the model ends at its last hidden state."""
-        return self.base is self.module
+        return bool(self.module.base_model is self.module)
 
     def _lay_out(self) -> None:
         path = {module: name for name, module in self.module.named_modules()}
@@ -251,14 +252,17 @@ class Model:
         hidden: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
-            hidden.append(output[0] if isinstance(output, tuple) else output.last_hidden_state)
+            state = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+            if state is not None:
+                hidden.append(state)
 
-        hook = self.base.register_forward_hook(keep)
+        hooks = [body.register_forward_hook(keep) for body in self._bodies]
         try:
             placed = {k: self._placed(v) for k, v in inputs.items()}
             result = functional_call(self.module, tensors, (), placed)
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
         return Output(hidden[-1], getattr(result, "logits", None))
 
     def _watched(self, part: int, watch: Watch | None, step: Callable[[int], T], count: int) -> list[T]:

@@ -37,6 +37,10 @@ class Cache(Generic[T]):
             self._held -= _bytes(self._kept.popitem(last=False)[1])
         return value
 
+    def clear(self) -> None:
+        self._kept.clear()
+        self._held = 0
+
 
 def pruned(base: Callable[[str], Tensor], masked: Callable[[str], Masked | None], q: Mapping[str, Q]) -> Weights:
     """Weights of base + masked/q; a tensor without a q has q = 1.

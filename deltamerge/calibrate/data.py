@@ -152,9 +152,23 @@ def _picture(row: Row) -> Any:
         raise InputError(f"row {row.number}: {row.content} is no readable picture") from None
 
 
+def check_new_tokens(length: int, new_tokens: int, config: Any) -> None:
+    """InputError unless prompt and answer fit the model's positions."""
+    limit = min(_positions(config), default=length + new_tokens)
+    if length + new_tokens > limit:
+        raise InputError(
+            f"{length} tokens and {new_tokens} new ones, but the model has {limit} positions",
+            hint="lower calibration.length or calibration.new_tokens",
+        )
+
+
+def _positions(config: Any) -> list[int]:
+    found = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    return [p for p in found if p]
+
+
 def _check_length(length: int, tokenizer: Any, config: Any) -> None:
-    positions = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
-    limit = min([tokenizer.model_max_length, *(p for p in positions if p)])
+    limit = min([tokenizer.model_max_length, *_positions(config)])
     if length > limit:
         raise InputError(
             f"calibration.length is {length}, but the model has {limit} positions", hint=f"set it to {limit} or less"

@@ -57,14 +57,14 @@ class Measured:
 
 def influence(*, source: Source) -> dict[str, LayerStatistics]:
     """Statistics of the fine-tune's linear layers over the search rows, by its tensor names."""
-    with calibrating(source), Reader() as reader:
+    with calibrating(source.model), Reader() as reader:
         return Subject(source, reader).statistics(drawn=False)
 
 
 def measure(*, specs: Sequence[Spec]) -> Measured:
     """What the masks of several specs with one source lose, the first mask seed of each."""
     source = specs[0].source
-    with calibrating(source), Reader() as reader:
+    with calibrating(source.model), Reader() as reader:
         found = influence(source=source)
         transposed = any(layer.transposed for layer in Subject(source, reader).layers.values())
         usable = [spec for spec in specs if not (spec.shared and transposed)]
@@ -87,9 +87,9 @@ def measure(*, specs: Sequence[Spec]) -> Measured:
 class _Comparison:
     def __init__(self, subject: Subject, specs: Sequence[Spec]) -> None:
         self.subject, self.specs = subject, specs
-        self.change = subject.output_change(subject.search)
-        self.divergence = subject.distribution(subject.held.inputs)
-        self.validation = subject.validation(subject.held) if subject.metric is not None else None
+        self.change = subject.output_change("search")
+        self.divergence = subject.distribution(subject.batches["held"].inputs)
+        self.validation = subject.validation("held") if subject.metric is not None else None
 
     def losses(self) -> list[MaskLoss]:
         return [self._loss(spec, mask) for spec, mask in zip(self.specs, self.subject.masks, strict=True)]
@@ -98,11 +98,11 @@ class _Comparison:
         """The divergence of the base, and the metric of base and fine-tune."""
         subject = self.subject
         variants = [pruned(subject.start, lambda name: None, {}), subject.tune]
-        subject.count(subject.held.inputs)
+        subject.count(subject.batches["held"].inputs)
         lost = O.evaluate(subject.model, self.divergence, variants[:1])[0]
         if self.validation is None:
             return lost, {}
-        subject.count(subject.held.inputs, 2)
+        subject.count(subject.batches["held"].inputs, 2)
         values = O.evaluate(subject.model, self.validation, variants)
         return lost, dict(zip(("base", "fine_tune"), map(self._score, values), strict=True))
 
@@ -112,9 +112,13 @@ class _Comparison:
 
     def _loss(self, spec: Spec, mask: Cache[Masked | None]) -> MaskLoss:
         subject = self.subject
-        subject.count(subject.search.inputs, 2)
+        subject.count(subject.batches["search"].inputs, 2)
         layers = collect(
-            subject.model, subject.tune, subject.search.inputs, subject.delta, draw=lambda name, _: mask(name)
+            subject.model,
+            subject.tune,
+            subject.batches["search"].inputs,
+            subject.delta,
+            draw=lambda name, _: mask(name),
         )
         layers = {name: layer for name, layer in layers.items() if name in subject.layers}
         density = min(p.density for p in spec.pruned)
@@ -135,7 +139,9 @@ class _Comparison:
         }
         return MaskLoss(plain, q, list(zip(points, change, strict=True)), errors, lost, metric)
 
-    def _values(self, objective: O.Objective, mask: Cache[Masked | None], qs: Sequence[dict[str, Q]]) -> list[float]:
+    def _values(
+        self, objective: O.Objective | O.Generation, mask: Cache[Masked | None], qs: Sequence[dict[str, Q]]
+    ) -> list[float]:
         self.subject.count(objective.batches, len(qs))
         return O.evaluate(self.subject.model, objective, [pruned(self.subject.start, mask, q) for q in qs])
 

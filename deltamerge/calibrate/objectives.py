@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deltamerge.calibrate import agreement
 from deltamerge.calibrate.blocks import Inputs, Model, Output, Weights
 from deltamerge.calibrate.metrics import METRICS, exact_match
 
@@ -195,6 +196,27 @@ class Distribution:
         return sum(total for total, _ in parts) / sum(count for _, count in parts)
 
 
+@dataclass
+class Agreement:
+    """How far predictions of a classifier or a regression are from the fine-tune's; see `agreement`."""
+
+    batches: Sequence[Inputs]
+    targets: Sequence[Any]
+    regression: bool
+
+    @classmethod
+    def of(cls, model: Model, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> Agreement:
+        """Collect the fine-tune's logits (B, C)."""
+        return cls(batches, model.run(batches, [tune], lambda b, output: _logits(output))[0], regression)
+
+    def reduce(self, batch: int, output: Output) -> Any:
+        return _logits(output)
+
+    def value(self, parts: Sequence[Any]) -> float:
+        measure = agreement.discord if self.regression else agreement.divergence
+        return measure(np.concatenate(parts), np.concatenate(self.targets))
+
+
 def is_regression(config: Any) -> bool:
     """Whether a head's logits are numbers rather than the classes of one distribution (regression, several labels)."""
     kind = getattr(config, "problem_type", None)
@@ -215,6 +237,13 @@ def _scores(output: Output, inputs: Inputs) -> Tensor:
     if output.logits is None:
         raise ValueError("the model has no head")
     return _tokens(output.logits, inputs) if per_token(output.logits) else output.logits
+
+
+def _logits(output: Output) -> Any:
+    """(B, C) float64 on the host."""
+    if output.logits is None:
+        raise ValueError("the model has no head")
+    return output.logits.detach().to("cpu", torch.float64).numpy()
 
 
 def _numbers(output: Output, inputs: Inputs) -> Tensor:

@@ -24,13 +24,13 @@ class Learned:
     """The q's of the step with the smallest held-out loss (float32, shaped as those given to start from).
 
     path    (step, held-out loss) each time it was taken, step 0 being the start;  step  the one chosen
-    forward_passes  over a group of batches: one a look, three a step (forward, again from the checkpoints, backward)
+    steps   how many were taken: each is three forward passes (forward, again from the checkpoints, backward)
     """
 
     q: dict[str, Tensor]
     step: int
     path: tuple[tuple[int, float], ...]
-    forward_passes: int
+    steps: int
 
 
 def learn(
@@ -91,7 +91,7 @@ def learn(
             worse += 1
             if worse >= patience:
                 break
-    return Learned(kept, best, tuple(path), 3 * taken + len(path))
+    return Learned(kept, best, tuple(path), taken)
 
 
 def row_shape(layer: Linear, shape: Sequence[int]) -> tuple[int, int]:

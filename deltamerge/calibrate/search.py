@@ -34,8 +34,7 @@ class Found:
         column R; magnitude at density 0.001): compare these, and the plain choice, by another measure on held-out rows.
         """
         points = sorted(self.path)
-        values = [math.inf, *(value for _, value in points), math.inf]
-        lowest = [p for i, p in enumerate(points, 1) if values[i - 1] > values[i] <= values[i + 1]]
+        lowest = [points[i] for i in _lowest([value for _, value in points])]
         return tuple(point for point, _ in sorted(lowest, key=lambda p: (p[1], p[0])))
 
 
@@ -50,8 +49,9 @@ def minimise(
 ) -> Found:
     """The minimum over [low, high], 0 < low ≤ high: a coarse grid in log x in one call, then Brent's method.
 
-    Stops when the bracket is narrower than `tolerance` in log x, or after `budget` points. Among equal values the
-    smallest point wins, so a flat objective leaves q at `low`, vanilla DARE. `low` itself is always evaluated.
+    Every local minimum of the grid is refined, the best first, as far as the budget goes. Stops when the bracket is
+    narrower than `tolerance` in log x, or after `budget` points. Among equal values the smallest point wins, so a flat
+    objective leaves q at `low`, vanilla DARE. `low` itself is always evaluated.
     """
     memo = _Memo(evaluate)
     if high <= low * (1.0 + tolerance):
@@ -60,13 +60,14 @@ def minimise(
     span = math.log(high / low)
     points = [low * math.exp(span * i / (coarse - 1)) for i in range(coarse - 1)] + [high]
     memo(points)
-    best = min(range(coarse), key=lambda i: (memo.values[points[i]], i))
-    left, right = math.log(points[max(best - 1, 0)]), math.log(points[min(best + 1, coarse - 1)])
 
     def value(x: float) -> float:
         return memo([math.exp(x)])[0]
 
-    _brent(value, left, math.log(points[best]), right, memo.values[points[best]], budget - coarse, tolerance)
+    for best in sorted(_lowest([memo.values[x] for x in points]), key=lambda i: (memo.values[points[i]], i)):
+        left, right = math.log(points[max(best - 1, 0)]), math.log(points[min(best + 1, coarse - 1)])
+        left_over = budget - len(memo.values)
+        _brent(value, left, math.log(points[best]), right, memo.values[points[best]], left_over, tolerance)
     return memo.found()
 
 
@@ -106,6 +107,12 @@ class _Memo:
     def found(self) -> Found:
         point = min(self.values, key=lambda x: (self.values[x], x))
         return Found(point, self.values[point], tuple(self.values.items()))
+
+
+def _lowest(values: Sequence[float]) -> list[int]:
+    """Indices of the local minima; of equal neighbours the first."""
+    walled = [math.inf, *values, math.inf]
+    return [i - 1 for i in range(1, len(walled) - 1) if walled[i - 1] > walled[i] <= walled[i + 1]]
 
 
 def _ordered(value: float) -> float:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-from deltamerge.calibrate.names import resolve_prefix
 from deltamerge.errors import InputError
+from deltamerge.names import resolve_prefix
 
 
 class _OnMeta(TorchFunctionMode):
@@ -51,7 +51,7 @@ def checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
     parameters = [name for name, _ in model.named_parameters()]
     buffers = [name for name, _ in model.named_buffers() if name in model.state_dict()]
     found = resolve_prefix([*parameters, *buffers], renamed, prefix)
-    tied = _aliases(model)
+    tied = aliases(model)
     for name in parameters:
         alias = next((a for a in tied.get(name, ()) if resolve_prefix([a], renamed, prefix)[a] is not None), None)
         if found[name] is None and alias is not None:
@@ -66,7 +66,7 @@ def checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
     return {name: renamed[key] for name, key in found.items() if key is not None}
 
 
-def _aliases(model: nn.Module) -> dict[str, list[str]]:
+def aliases(model: nn.Module) -> dict[str, list[str]]:
     """First name of every parameter -> its other names (tied weights)."""
     first: dict[nn.Parameter, str] = {}
     others: dict[str, list[str]] = {}
@@ -80,8 +80,8 @@ def _aliases(model: nn.Module) -> dict[str, list[str]]:
 
 def _untie(model: nn.Module, stored: Callable[[str], bool]) -> None:
     """A tied weight that the checkpoint stores under its own name too is a weight of its own."""
-    for name, aliases in _aliases(model).items():
-        for alias in aliases:
+    for name, others in aliases(model).items():
+        for alias in others:
             if stored(name) and stored(alias):
                 path, _, leaf = alias.rpartition(".")
                 parent = model.get_submodule(path)
@@ -121,6 +121,14 @@ def find_blocks(model: Any) -> tuple[nn.Module, ...]:
     largest = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
     one_class = len({type(child) for child in largest}) == 1
     return tuple(largest) if one_class and len(set(map(id, largest))) == len(largest) else ()
+
+
+def bodies(model: Any) -> list[nn.Module]:
+    """The models inside a model with a head, or the model itself if it has none."""
+    from transformers import PreTrainedModel
+
+    inner: list[nn.Module] = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
+    return [*inner, model] if model.base_model is model else inner
 
 
 def is_linear(module: nn.Module) -> bool:

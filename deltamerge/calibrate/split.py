@@ -19,6 +19,8 @@ def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
     """calibration.task, else what the head says; without one, pictures if the config has an image size, else text."""
     if calibration.task is not None:
         return calibration.task
+    if calibration.metric == "exact_match":
+        return "text-generation"
     architecture = (config.get("architectures") or ["none"])[0]
     for task in ("text-classification", "image-classification", "causal-lm"):
         if architecture.endswith(HEADS[task]):
@@ -29,7 +31,7 @@ def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
 def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
     """calibration.metric, else loss for language models, pearson_spearman for a regression head, accuracy for classes.
 
-    InputError: a metric of classes for a regression head, or another than the loss for a language model.
+    InputError: a metric of classes for a regression head, one of texts for what generates none, or the reverse.
     """
     task, outputs = (
         task_of(calibration, config),
@@ -38,8 +40,11 @@ def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
     regression = outputs == 1 or config.get("problem_type") == "regression"
     natural = "loss" if task in LANGUAGE else "pearson_spearman" if regression else "accuracy"
     metric = calibration.metric or natural
-    numbers = ("pearson_spearman", "loss")
-    if metric != "loss" and (task in LANGUAGE or regression != (metric in numbers)):
+    if task in LANGUAGE:
+        fits = metric == "loss" or (metric == "exact_match" and task == "text-generation")
+    else:
+        fits = metric == "loss" or (metric != "exact_match" and regression == (metric == "pearson_spearman"))
+    if not fits:
         raise InputError(
             f"calibration.metric {metric} does not fit the head of {(config.get('architectures') or ['?'])[0]}",
             hint=f"set it to {natural} or loss",

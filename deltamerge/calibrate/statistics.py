@@ -31,6 +31,7 @@ class LayerStatistics:
     mean_influence   mean of |c_ij| over outputs, inputs and tokens
     mean_delta       mean of |Δ_ij|
     cross, power     (m) E[y_i ŷ_i] and E[ŷ_i²], y = Δ x, ŷ = (mask ∘ Δ) x; None without a drawn mask
+    transposed       whether the weight is stored (in, out)
     """
 
     tokens: int
@@ -46,6 +47,7 @@ class LayerStatistics:
     mean_delta: float
     cross: Vector | None = None
     power: Vector | None = None
+    transposed: bool = False
 
     @property
     def norm(self) -> Vector:

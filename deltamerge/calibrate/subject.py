@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -16,26 +17,51 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
 from deltamerge.calibrate.blocks import Inputs, Linear, Model, from_reader
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
-from deltamerge.calibrate.data import Batches
 from deltamerge.calibrate.data import Reader as Rows
-from deltamerge.calibrate.split import metric_of, split, task_of
+from deltamerge.calibrate.data import check_new_tokens
+from deltamerge.calibrate.rows import HEADS, Row, select
+from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.errors import InputError
 from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Graph, Node
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.ops import torch_dtype
-from deltamerge.stages import CACHE_BYTES, Source
+from deltamerge.stages import STEP_ROWS, STOP_SHARE, Source
 from deltamerge.tensors import Kept
+
+T = TypeVar("T")
+Part = Literal["search", "held"]
 
 SPARSE_BELOW = 1 / 3  # of a tensor's entries: then positions and values are smaller than the tensor
 BATCH = 32
 
 
+@dataclass(frozen=True, slots=True)
+class Judge:
+    """What compares candidates on held-out rows, smaller is better; `name` in words, `higher` if shown as 1 − value.
+
+    `trusted`: not the objective that was searched, so that it can judge a minimum on the bound of the search.
+    """
+
+    objective: O.Objective | O.Generation
+    measure: str
+    rows: int
+    trusted: bool
+    higher: bool = False
+
+    def eligible(self, found: Sequence[T]) -> list[T]:
+        """The candidates that may be judged."""
+        return [one for one in found if self.trusted or not getattr(one, "edge", False)]
+
+    def shown(self, value: float) -> float:
+        return 1.0 - value if self.higher else value
+
+
 class Subject:
     """A fine-tune and its rows; `masks[s]` gives the masked deltas of mask seed s by the fine-tune's tensor names.
 
-    search, held  batches of the rows that are searched on, and of those held out
+    inputs     batches of the rows that are searched on ("search"), and of those held out ("held")
     sequences     how many sequences have gone through the model; a backward pass counts as two
     """
 
@@ -56,17 +82,26 @@ class Subject:
         self.task = task_of(source.calibration, settings)
         self.metric = metric_of(source.calibration, settings) if source.labelled else None
         search, held = split(source.calibration, source.folder, source.seed, settings, labelled=source.labelled)
-        rows = Rows(source.checkpoint, self.config, task=self.task, length=source.calibration.length)
-        self.search, self.held = (rows.batches(r, size=BATCH, labelled=source.labelled) for r in (search, held))
+        self.reads = Rows(source.checkpoint, self.config, task=self.task, length=source.calibration.length)
+        self.rows: dict[Part, list[Row]] = {"search": search, "held": held}
         self.counts = len(search), len(held)
-        self.model = Model(self.config, self.infos, device=self.device, pad_token_id=rows.pad_token_id)
-        budget = CACHE_BYTES // (2 + len(masks))
-        self.tune = from_reader(Cache(lambda name: self._read(self.infos[name]), budget))
+        labelled = source.labelled and self.metric != "exact_match"
+        self.batches = {part: self.reads.batches(r, size=BATCH, labelled=labelled) for part, r in self.rows.items()}
+        self.model = Model(self.config, self.infos, device=self.device, pad_token_id=self.reads.pad_token_id)
+        budget = source.cache // (2 + len(masks))
+        tune = Cache(lambda name: self._read(self.infos[name]), budget)
+        self.tune = from_reader(tune)
         self.start = Cache(self._start, budget)
         self.masks = [Cache(partial(self._masked, nodes), budget) for nodes in masks]
         columns = shared_values(list((protected or {}).values()), self.known)
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in (protected or {}).items()}
+        self.caches: list[Cache[Any]] = [tune, self.start, *self.masks]
         self.sequences = 0
+
+    def forget(self) -> None:
+        """Free the cached weights and masks."""
+        for cache in self.caches:
+            cache.clear()
 
     @property
     def layers(self) -> dict[str, Linear]:
@@ -79,23 +114,66 @@ class Subject:
         return math.ceil(self.sequences / self.counts[0])
 
     def count(self, batches: Sequence[Inputs], models: int = 1) -> None:
-        self.sequences += models * sum(len(next(iter(inputs.values()))) for inputs in batches)
+        self.sequences += models * sum(map(_rows, batches))
 
-    def output_change(self, data: Batches) -> O.OutputChange:
-        self.count(data.inputs)
-        return O.OutputChange.of(self.model, self.tune, data.inputs)
+    def output_change(self, part: Part) -> O.OutputChange:
+        inputs = self.batches[part].inputs
+        self.count(inputs)
+        return O.OutputChange.of(self.model, self.tune, inputs)
 
-    def validation(self, data: Batches) -> O.Validation:
-        assert data.labels is not None
+    def validation(self, part: Part) -> O.Validation | O.Generation:
         assert self.metric is not None
-        return O.Validation(data.inputs, data.labels, self.metric)
+        if self.metric == "exact_match":
+            made, settings = self.reads.prompts(self.rows[part], size=BATCH), self.source.calibration
+            check_new_tokens(settings.length, settings.new_tokens, self.config)
+            assert made.texts is not None
+            return O.Generation(made.inputs, made.texts, self.reads.decode, settings.answer, settings.new_tokens)
+        labels = self.batches[part].labels
+        assert labels is not None
+        return O.Validation(self.batches[part].inputs, labels, self.metric)
 
     def distribution(self, inputs: Sequence[Inputs]) -> O.Distribution:
         self.count(inputs)
-        regression = not self.model.headless and self.task == "text-classification" and O.is_regression(self.config)
-        return O.Distribution.of(self.model, self.tune, inputs, regression=regression)
+        return O.Distribution.of(self.model, self.tune, inputs, regression=self._regression)
 
-    def values(self, objective: O.Objective, qs: Sequence[Mapping[str, Q]], seeds: int | None = None) -> list[float]:
+    def judge(self) -> Judge:
+        """By the metric where there are labels; else by the predictions; without a head by the output change."""
+        if self.metric is None:
+            return self.agreement(self.batches["held"].inputs)
+        objective = self.validation("held")
+        return Judge(objective, self.metric, self.counts[1], trusted=True, higher=self.metric != "loss")
+
+    def agreement(self, inputs: Sequence[Inputs]) -> Judge:
+        """How near predictions are to the fine-tune's, whatever the scale and shift of a classifier's logits."""
+        rows = sum(_rows(batch) for batch in inputs)
+        if self.task in LANGUAGE and self._head(self.task):
+            return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
+        self.count(inputs)
+        if self._head(self.task):
+            objective = O.Agreement.of(self.model, self.tune, inputs, regression=self._regression)
+            measure = "1 - correlation with the fine-tune's" if self._regression else "divergence of the classes"
+            return Judge(objective, measure, rows, trusted=True)
+        return Judge(O.OutputChange.of(self.model, self.tune, inputs), "output change", rows, trusted=False)
+
+    @property
+    def _regression(self) -> bool:
+        return not self.model.headless and self.task == "text-classification" and O.is_regression(self.config)
+
+    def _head(self, task: str) -> bool:
+        architecture: str = (self.config.architectures or ["none"])[0]
+        return architecture.endswith(HEADS[task])
+
+    def steps(self) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
+        """Batches to learn scales on, which of them make up each step, and batches of rows that say when to stop."""
+        rows = self.rows["search"]
+        stop = select(rows, max(1, round(STOP_SHARE * len(rows))), self.source.seed + 1)
+        chosen = {row.number for row in stop}
+        batches, groups = self.reads.steps([row for row in rows if row.number not in chosen], step=STEP_ROWS)
+        return batches.inputs, groups, self.reads.batches(stop, size=BATCH).inputs
+
+    def values(
+        self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], seeds: int | None = None
+    ) -> list[float]:
         """The objective of every choice of q's, over the first `seeds` masks (all of them)."""
         masks = self.masks[:seeds]
         variants = [pruned(self.start, mask, q) for q in qs for mask in masks]
@@ -106,8 +184,9 @@ class Subject:
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
         """Of the layers that saw an input, over the search rows; with `drawn`, the first mask's too."""
         draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
-        self.count(self.search.inputs, 2 if drawn else 1)
-        return collect(self.model, self.tune, self.search.inputs, self.delta, draw=draw)
+        inputs = self.batches["search"].inputs
+        self.count(inputs, 2 if drawn else 1)
+        return collect(self.model, self.tune, inputs, self.delta, draw=draw)
 
     def delta(self, name: str) -> Tensor | None:
         """What is pruned of a tensor's delta: 0 in protected columns."""
@@ -148,7 +227,7 @@ class Subject:
         if node is None:
             return None
         root = Graph().node("deltamerge.ops:dense", [node], shape=node.shape)
-        sink = _Memory(math.prod(node.shape))
+        sink = Memory(math.prod(node.shape))
         task = Task(name, root, backends.choose(root, self.source.device))
         execute([task], self.reader, sink, device=self.source.device, workers=default_workers(), known=self.known)
         flat = torch.from_numpy(sink.values).to(self.device)
@@ -160,7 +239,11 @@ class Subject:
         return padded.view(whole)
 
 
-class _Memory:
+def _rows(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values())))
+
+
+class Memory:
     """A sink for one float32 tensor."""
 
     def __init__(self, size: int) -> None:

@@ -32,12 +32,23 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenizer's vocabulary: `ids` by token, in the order of ids; `added` are those matched before the model sees
+    the text, as tokenizer.json lists them (without the id); `plain` counts the tokens of the model itself."""
+
+    ids: dict[str, int]
+    added: dict[str, dict[str, Any]]
+    plain: int
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model's tensors and where they lie, as its headers say.
 
     `reference` is what the recipe calls it; `tensors` are in the order of transformers (files by name, each
     file in the order of its header); `files` are the weight files; a local folder has no `hub_id` and no
     `revision` (a commit). `delta`: the folder is a delta artifact, which has no tensors before it is put over `base`.
+    `tokens`, `chat_template`: of a model that is yet to be made, what its files will say where they are not copies.
     """
 
     reference: str
@@ -49,6 +60,32 @@ class Checkpoint:
     hub_id: str | None = None
     delta: DeltaFile | None = field(default=None, compare=False, repr=False)
     base: Checkpoint | None = field(default=None, compare=False, repr=False)
+    adapter: Adapter | None = None
+    tokens: Tokens | None = field(default=None, compare=False, repr=False)
+    chat_template: str | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def base_reference(self) -> str:
+        """`reference` without the adapter."""
+        return self.reference if self.adapter is None else self.reference.removesuffix(f"+{self.adapter.reference}")
+
+    @property
+    def sources(self) -> tuple[Checkpoint | Adapter, ...]:
+        """The model's folder and its adapter's."""
+        return (self,) if self.adapter is None else (self, self.adapter)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A PEFT adapter, as its config and header say."""
+
+    reference: str
+    path: Path
+    tensors: dict[str, TensorInfo]
+    files: tuple[Path, ...]
+    config: dict[str, Any]
+    revision: str | None = None
+    hub_id: str | None = None
 
 
 def open_checkpoint(
@@ -115,11 +152,8 @@ def weight_source(names: Collection[str]) -> str:
 
 
 def adapter_error() -> InputError:
-    """For references to an adapter, alone or as `base+adapter`."""
-    return InputError(
-        "LoRA adapters (`base+adapter`) are not supported yet",
-        hint="merge the adapter into its base first: peft's merge_and_unload(), then save_pretrained()",
-    )
+    """For a reference to an adapter alone."""
+    return InputError("is an adapter, not a model", hint="name its base before it: base+adapter")
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -183,7 +217,7 @@ class Made(Protocol):
 class MadeInfo(TensorInfo):
     """A tensor whose bytes are made when they are read; `begin` counts from its own first byte, `path` says of what."""
 
-    made: Made
+    made: Made = field(kw_only=True)
 
 
 def added(info: TensorInfo) -> TensorInfo | None:
@@ -225,6 +259,9 @@ class Reader:
             with errors.context(f"{info.path}: {info.name}"):
                 info.made.read(self, info.begin // ITEMSIZE[info.dtype] + start_elem, view)
             return
+        if info.computed is not None:
+            info.computed.fill(self, info, start_elem, view)
+            return
         with errors.context(str(info.path)):
             file = self._files.get(info.path)
             read_at(file.fd, info.begin + offset, view)
@@ -232,7 +269,7 @@ class Reader:
     def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
         """Fill `out` with runs of the tensor's bytes: run i is from `offsets[i]` on, and ends at `ends[i]` of `out`."""
         view = flat(out)
-        if isinstance(info, MadeInfo):
+        if isinstance(info, MadeInfo) or info.computed is not None:
             begin = 0
             for offset, end in zip(offsets.tolist(), ends.tolist(), strict=True):
                 self.read_into(info, offset // ITEMSIZE[info.dtype], view[begin:end])
@@ -250,7 +287,8 @@ class Reader:
 
     def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
-        if hasattr(os, "posix_fadvise") and nbytes and not isinstance(info, MadeInfo | Gathered):
+        stored = not isinstance(info, MadeInfo | Gathered) and info.computed is None
+        if hasattr(os, "posix_fadvise") and nbytes and stored:
             file = self._files.get(info.path)
             os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
 
@@ -264,7 +302,7 @@ class Reader:
     def copy_range(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
         """Copy the tensor's bytes [offset, offset + nbytes) to `out_offset` of the open file `out_fd`."""
         _check_range(info, offset, nbytes)
-        if isinstance(info, MadeInfo):
+        if isinstance(info, MadeInfo) or info.computed is not None:
             self._copy_made(info, offset, nbytes, out_fd, out_offset)
             return
         try:
@@ -274,7 +312,7 @@ class Reader:
             error.where.insert(0, str(info.path))
             raise
 
-    def _copy_made(self, info: MadeInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
+    def _copy_made(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
         size = ITEMSIZE[info.dtype]
         for start in range(offset, offset + nbytes, COPY_PIECE):
             piece = memoryview(bytearray(min(COPY_PIECE, offset + nbytes - start)))

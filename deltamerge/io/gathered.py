@@ -35,10 +35,10 @@ class Gathered(TensorInfo):
     model's own tensor.
     """
 
-    sources: tuple[TensorInfo, ...]
-    padding: int
-    digest: str
-    picks: NDArray[np.int32] = field(compare=False, repr=False)
+    sources: tuple[TensorInfo, ...] = field(kw_only=True)
+    padding: int = field(kw_only=True)
+    digest: str = field(kw_only=True)
+    picks: NDArray[np.int32] = field(compare=False, repr=False, kw_only=True)
 
     @property
     def width(self) -> int:
@@ -111,10 +111,10 @@ def gather(own: TensorInfo, sources: Sequence[TensorInfo], picks: NDArray[np.int
         own.path,
         own.begin,
         math.prod(shape) * NUMPY[dtype].itemsize,
-        tuple(taken),
-        padding,
-        blake2b(picks.tobytes(), digest_size=16).hexdigest(),
-        picks,
+        sources=tuple(taken),
+        padding=padding,
+        digest=blake2b(picks.tobytes(), digest_size=16).hexdigest(),
+        picks=picks,
     )
 
 

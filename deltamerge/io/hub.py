@@ -12,10 +12,11 @@ from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.io.adapter import CONFIG, WEIGHTS, check_files, checked_config, expand, open_adapter
 from deltamerge.io.checkpoint import (
     INDEX,
+    Adapter,
     Checkpoint,
-    adapter_error,
     is_delta,
     join,
     open_checkpoint,
@@ -41,7 +42,8 @@ class UnreachableError(InputError):
 
 
 def resolve(reference: str, folder: Path, *, weights: bool) -> Checkpoint:
-    """The checkpoint that a recipe in `folder` calls `reference`: a local folder if there is one, or a hub id.
+    """The checkpoint that a recipe in `folder` calls `reference`: a local folder if there is one, a hub id, or one of
+    them, "+" and a LoRA adapter (a folder or a hub id), which is merged as it is read.
 
     `weights=True` downloads the weights, tokenizer and other files of a hub id into huggingface_hub's cache;
     `weights=False` only config, index and headers (by range requests), so `files` need not exist.
@@ -49,16 +51,69 @@ def resolve(reference: str, folder: Path, *, weights: bool) -> Checkpoint:
     InputError: neither a folder nor a hub id, an adapter, not found, gated, no such revision, offline and not
     in the cache, or anything that `open_checkpoint` refuses.
     """
+    if (path := _local(reference, folder)) is not None:
+        return open_checkpoint(path, reference=reference)
+    if "+" in reference:
+        name, adapter = _split(reference, folder)
+        return expand(resolve(name, folder, weights=weights), _adapter(adapter, folder, weights), reference)
+    hub_id, revision = _hub_id(reference, folder)
+    return _from_hub(reference, hub_id, revision, folder, weights)
+
+
+def _local(reference: str, folder: Path) -> Path | None:
     path = os.path.join(folder, os.path.expanduser(reference))
-    if os.path.exists(path):
-        return open_checkpoint(Path(path), reference=reference)
-    with errors.context(reference):
-        if "+" in reference:
-            raise adapter_error()
-        found = HUB_ID.fullmatch(reference)
-        if found is None:
-            raise InputError(f"no such folder in {folder}", hint="hub ids are written org/name or org/name@revision")
-    return _from_hub(reference, found["id"], found["revision"], folder, weights)
+    return Path(path) if os.path.exists(path) else None
+
+
+def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
+    found = HUB_ID.fullmatch(reference)
+    if found is None:
+        hint = "hub ids are written org/name or org/name@revision"
+        raise InputError(f"no such folder in {folder}", hint=hint, where=reference)
+    return found["id"], found["revision"]
+
+
+def _split(reference: str, folder: Path) -> tuple[str, str]:
+    """base+adapter -> its two parts; a folder's own name may hold a "+"."""
+    pieces = reference.split("+")
+    pairs = [("+".join(pieces[:i]), "+".join(pieces[i:])) for i in range(1, len(pieces))]
+    local = [pair for pair in pairs if all("+" not in part or _local(part, folder) for part in pair)]
+    if not local:
+        hint = "merge the first into the base: a recipe of its own with merge_method: passthrough"
+        raise InputError("more than one adapter", hint=hint, where=reference)
+    return local[0]
+
+
+def _adapter(reference: str, folder: Path, weights: bool) -> Adapter:
+    if (path := _local(reference, folder)) is not None:
+        return open_adapter(path, reference=reference)
+    hub_id, revision = _hub_id(reference, folder)
+    try:
+        with errors.context(reference), _explained(hub_id, revision, folder, CONFIG):
+            return _describe_adapter(reference, hub_id, revision, weights)
+    except UnreachableError:
+        from huggingface_hub import try_to_load_from_cache
+
+        config = try_to_load_from_cache(hub_id, CONFIG, revision=revision)
+        if not isinstance(config, str) or not (Path(config).parent / WEIGHTS).exists():
+            raise
+        snapshot = Path(config).parent
+        return open_adapter(snapshot, reference=reference, revision=snapshot.name, hub_id=hub_id)
+
+
+def _describe_adapter(reference: str, hub_id: str, revision: str | None, weights: bool) -> Adapter:
+    """The adapter that its config and header on the hub describe; `weights` downloads the file too."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    siblings = HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT_SECONDS).siblings or ()
+    check_files([file.rfilename for file in siblings])
+    snapshot = Path(hf_hub_download(hub_id, CONFIG, revision=revision)).parent
+    commit = snapshot.name
+    config = checked_config(read_json(snapshot / CONFIG))
+    if weights:
+        hf_hub_download(hub_id, WEIGHTS, revision=commit)
+    tensors = _header(hub_id, commit, snapshot / WEIGHTS).tensors
+    return Adapter(reference, snapshot, tensors, (snapshot / WEIGHTS, snapshot / CONFIG), config, commit, hub_id)
 
 
 def fetch(checkpoint: Checkpoint, first: str, *others: str) -> None:
@@ -220,20 +275,20 @@ def _header(hub_id: str, commit: str, path: Path) -> Header:
 
 
 @contextmanager
-def _explained(hub_id: str, revision: str | None, folder: Path) -> Iterator[None]:
+def _explained(hub_id: str, revision: str | None, folder: Path, config: str = "config.json") -> Iterator[None]:
     """Turn what huggingface_hub raises into one line and a hint."""
     try:
         yield
     except DeltamergeError:
         raise
     except Exception as error:
-        explained = _explain(error, hub_id, revision, folder)
+        explained = _explain(error, hub_id, revision, folder, config)
         if explained is None:
             raise
         raise explained from error
 
 
-def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path) -> InputError | None:
+def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, config: str) -> InputError | None:
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
@@ -251,7 +306,7 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path) 
         status = error.response.status_code if error.response is not None else "an error"
         return InputError(f"{constants.ENDPOINT} answered {status}", hint="try again; HF_HUB_OFFLINE=1 uses the cache")
     if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
-        return InputError("has no config.json on the hub", hint=f"see {page}/tree/main")
+        return InputError(f"has no {config} on the hub", hint=f"see {page}/tree/main")
     if constants.HF_HUB_OFFLINE:
         return UnreachableError(
             f"{here}, not (wholly) in the hub's cache, and HF_HUB_OFFLINE is set",

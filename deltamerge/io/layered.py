@@ -54,7 +54,7 @@ def over(delta: Checkpoint, base: Checkpoint) -> Checkpoint:
         nbytes = entry.size * ITEMSIZE[source.dtype]
         path: Path = delta.delta.path / "delta.json"
         made = _Layer(entry, info, held)
-        tensors[source.name] = MadeInfo(source.name, source.dtype, source.shape, path, 0, nbytes, made)
+        tensors[source.name] = MadeInfo(source.name, source.dtype, source.shape, path, 0, nbytes, made=made)
     return replace(delta, tensors=tensors, base=base)
 
 

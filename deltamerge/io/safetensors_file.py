@@ -12,12 +12,15 @@ import stat
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.strict_json import parse_json
 from deltamerge.tensors import ITEMSIZE
+
+if TYPE_CHECKING:
+    from deltamerge.io.computed import Computed
 
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 200_000
@@ -30,7 +33,10 @@ _AGAIN = "download it again"
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: `dtype` is safetensors' code ("BF16"), `begin` counts from the start of the file."""
+    """Where a tensor lies: `dtype` is safetensors' code ("BF16"), `begin` counts from the start of the file.
+
+    The bytes of a `computed` tensor (an adapter's) are made when they are read; `begin` then counts as it says.
+    """
 
     name: str
     dtype: str
@@ -38,6 +44,12 @@ class TensorInfo:
     path: Path
     begin: int
     nbytes: int
+    computed: Computed | None = None
+
+    def is_same(self, other: TensorInfo) -> bool:
+        """Whether both are the same bytes, as their places tell, whatever they are called."""
+        ours = (self.dtype, self.shape, self.path, self.begin, self.computed)
+        return ours == (other.dtype, other.shape, other.path, other.begin, other.computed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -62,21 +62,24 @@ class Layout:
     total_size: int
 
 
-def plan_layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard_size: int) -> Layout:
+def plan_layout(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard_size: int | None, single: str = SINGLE
+) -> Layout:
     """Where each (name, dtype, shape) goes, in files that have the bytes that transformers would write.
 
     Shards as in huggingface_hub.split_torch_state_dict_into_shards: filled in the given order up to
     `shard_size` bytes; a larger tensor has a shard of its own. Files as in
-    safetensors.torch.save_file(metadata={"format": "pt"}). `total_parameters` counts the floating tensors.
+    safetensors.torch.save_file(metadata={"format": "pt"}). `total_parameters` counts the floating tensors. With a
+    `shard_size` of None there is one file; `single` is its name where there is only one.
     """
     metas = [Meta(name, dtype, shape, math.prod(shape) * ITEMSIZE[dtype]) for name, dtype, shape in tensors]
-    shards = _shards(metas, shard_size)
+    shards = [metas] if shard_size is None else _shards(metas, shard_size)
     files = []
     places = dict.fromkeys((meta.name for meta in metas), Place("", 0, 0))
     if len(places) != len(metas):
         raise ValueError("two tensors have one name")
     for number, shard in enumerate(shards, start=1):
-        file = SINGLE if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         ordered = sorted(shard, key=lambda meta: (DTYPE_ORDER.index(meta.dtype), meta.name))
         ends = list(accumulate((meta.nbytes for meta in ordered), initial=0))
         header = _header(ordered, ends)
@@ -91,8 +94,8 @@ def plan_layout(tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard_size:
     return Layout(tuple(files), places, index, total)
 
 
-def _shards(metas: Sequence[Meta], shard_size: int) -> list[list[Meta]]:
-    shards: list[list[Meta]] = []
+def _shards(metas: Sequence[Meta], shard_size: int) -> list[Sequence[Meta]]:
+    shards: list[Sequence[Meta]] = []
     current: list[Meta] = []
     filled = 0
     for meta in metas:

@@ -21,7 +21,7 @@ def edit_config(config: Mapping[str, Any], vocabulary: Vocabulary, template: Inp
     result = copy.deepcopy(dict(config))
     for holder, key in sizes(result):
         holder[key] = vocabulary.total
-    if template is not vocabulary.start:
+    if template.checkpoint.reference != vocabulary.start.checkpoint.reference:
         names = {i: token for token, i in vocabulary.template_ids.items()}
         _move(result, names, vocabulary, vocabulary.start.checkpoint.config)
     return result

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.checkpoint import Checkpoint, Tokens
 from deltamerge.io.hub import fetch
 from deltamerge.io.strict_json import read_json
 
@@ -20,16 +19,6 @@ OTHERS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", *SLOW)
 MATCHING = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 Entry = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """A tokenizer's vocabulary: `ids` by token, in the order of ids; `added` are those matched before the model sees
-    the text, as tokenizer.json lists them (without the id); `plain` counts the tokens of the model itself."""
-
-    ids: dict[str, int]
-    added: dict[str, Entry]
-    plain: int
 
 
 def fetched(checkpoint: Checkpoint, *, whole: bool = False) -> Path:
@@ -44,6 +33,8 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
 
     InputError: only files of a slow tokenizer, or a vocabulary that is none.
     """
+    if checkpoint.tokens is not None:
+        return checkpoint.tokens
     folder = fetched(checkpoint)
     with errors.context(checkpoint.reference):
         if not (folder / TOKENIZER).is_file():
@@ -126,6 +117,8 @@ def tokenizer_config(folder: Path) -> dict[str, Any]:
 
 def read_chat_template(checkpoint: Checkpoint) -> str | None:
     """The model's default chat template: chat_template.jinja, else the key of tokenizer_config.json."""
+    if checkpoint.chat_template is not None:
+        return checkpoint.chat_template
     folder = fetched(checkpoint)
     with errors.context(checkpoint.reference):
         if (folder / JINJA).is_file():

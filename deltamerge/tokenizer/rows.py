@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 from deltamerge.parameters import layer_index
-
-T = TypeVar("T")
 
 EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|shared|token_embedding)\.weight$"
@@ -16,9 +14,7 @@ EMBEDDING = re.compile(
 HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|vocab_projector)\.(decoder\.)?(weight|bias)$|(^|\.)predictions\.(bias|decoder\.(weight|bias))$"
 )
-TIED_HEAD = "lm_head.weight"
 OTHER = re.compile(r"position|token_type|segment|wpe|norm|classifier|score|qa_outputs|pooler")
-WITH_HEAD = re.compile("CausalLM|LMHead|ForConditionalGeneration|ForMaskedLM|ForPreTraining")
 
 
 def sizes(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
@@ -53,18 +49,3 @@ def _other_sizes(config: Mapping[str, Any]) -> set[int]:
         elif isinstance(value, int) and key != "vocab_size" and not key.endswith(("_id", "_index")):
             found.add(value)
     return found
-
-
-def tied_embedding(tensors: Mapping[str, T], config: Mapping[str, Any]) -> T | None:
-    """The embedding that a model without a head of its own uses as one; None if it has no head at all."""
-    if not is_tied(config):
-        return None
-    return next((tensor for name, tensor in tensors.items() if EMBEDDING.search(name)), None)
-
-
-def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint without a head uses its embedding as one: it says so, or it is of an architecture with a
-    head and does not say otherwise."""
-    tied = config.get("tie_word_embeddings")
-    architectures = config.get("architectures") or [""]
-    return bool(tied) if tied is not None else bool(WITH_HEAD.search(str(architectures[0])))

@@ -12,26 +12,24 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.inputs import Input, Inputs, input_named
-from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.checkpoint import TensorInfo, Tokens
 from deltamerge.io.gathered import gather
 from deltamerge.recipe import ModelToken, Recipe, Token, ZeroToken
-from deltamerge.tokenizer.files import TOKENIZER, Entry, Tokens, fetched, plain_entry, read_tokens
+from deltamerge.tokenizer.files import TOKENIZER, Entry, fetched, plain_entry, read_tokens
 from deltamerge.tokenizer.rows import config_rows, has_vocabulary_rows
 
 # anonymous memory of a parsed tokenizer.json with a merge per token, measured
 BYTES_PER_TOKEN = 400
 
 Rows = NDArray[np.int32]
-Index = int | None
 
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A row that the recipe gives a token: row `row` of model `index`'s tensor, zeros where `row` is −1."""
+    """A row that the recipe gives a token: row `row` of the tensor of `model`, zeros where `row` is −1."""
 
-    index: Index
-    row: int
     model: str
+    row: int
     always: bool
 
 
@@ -39,12 +37,14 @@ class Given:
 class Vocabulary:
     """The output's tokens and how every model's rows become theirs; no array here is larger than tokens × models.
 
+    Models are known by their references.
+
     start     the model whose tokenizer files the output's begin with;  first  its tokens
     ids       token -> id in the output; `entries` are what tokenizer.json adds to the list of added tokens of `start`,
               `appended` of them are tokens that `start` lacks
     dropped   tokens of `start` beyond its embedding, whose ids the appended ones take
     size      rows that tokens need;  padding  rows after them
-    columns   per model (by index, None: the base) the model's id of every output id, −1 where it lacks the token
+    columns   per model the model's id of every output id, −1 where it lacks the token;  base  which of them is the base
     given     output id -> the row that the recipe names
     template_ids  the template's own ids;  rows  of each model's embedding
     """
@@ -58,10 +58,11 @@ class Vocabulary:
     dropped: frozenset[str]
     size: int
     padding: int
-    columns: dict[Index, Rows]
+    columns: dict[str, Rows]
+    base: str | None
     given: dict[int, Given]
     template_ids: dict[str, int]
-    rows: dict[Index, int]
+    rows: dict[str, int]
     notes: tuple[str, ...] = ()
     _picked: dict[Any, Rows] = field(default_factory=dict, compare=False, repr=False)
 
@@ -70,6 +71,14 @@ class Vocabulary:
         """Whether a model's rows move, or others are added or given: then an embedding must be found."""
         moved = any(not np.array_equal(column, np.arange(self.size)) for column in self.columns.values())
         return moved or bool(self.padding or self.given)
+
+    @property
+    def tokens(self) -> Tokens:
+        """What the output's tokenizer says, once it is written."""
+        added = {token: entry for token, entry in self.first.added.items() if token in self.ids}
+        for entry in self.entries:
+            added[str(entry["content"])] = {key: value for key, value in entry.items() if key != "id"}
+        return Tokens(dict(sorted(self.ids.items(), key=lambda item: item[1])), added, self.first.plain)
 
     @property
     def memory(self) -> int:
@@ -85,7 +94,7 @@ class Vocabulary:
         """Whether a tensor's rows are the vocabulary's, in every model that has it."""
         configs = [model.checkpoint.config for model, _ in present]
         return all(
-            has_vocabulary_rows(name, info.shape, self.rows[model.index], config)
+            has_vocabulary_rows(name, info.shape, self.rows[_reference(model)], config)
             for (model, info), config in zip(present, configs, strict=True)
         )
 
@@ -98,37 +107,37 @@ class Vocabulary:
         if len({info.shape[1:] for _, info in present}) > 1:
             shapes = ", ".join(f"{other.name} {list(info.shape)}" for other, info in present)
             raise InputError(f"shapes differ: {shapes}")
-        own = next(info for other, info in present if other.index == model.index)
+        own = next(i for i, (other, _) in enumerate(present) if other is model)
+        base = next((i for i, (other, _) in enumerate(present) if other.index is None), None)
         sources = [info for _, info in present]
-        picks = self._picks(model.index, tuple(other.index for other, _ in present))
-        return gather(own, sources, picks, self.padding)
+        picks = self._picks(own, base, tuple(_reference(other) for other, _ in present))
+        return gather(sources[own], sources, picks, self.padding)
 
-    def _picks(self, index: Index, present: tuple[Index, ...]) -> Rows:
-        if (index, present) not in self._picked:
+    def _picks(self, own: int, base: int | None, present: tuple[str, ...]) -> Rows:
+        key = (own, base, present)
+        if key not in self._picked:
             where = np.stack([self.columns[other] for other in present], axis=1)
-            own = present.index(index)
             mine = where[:, own] >= 0
             mine[[row for row, given in self.given.items() if given.always]] = False
-            picks = self._defaults(where, present)
+            picks = self._defaults(where, base, present)
             picks[mine] = -1
             picks[mine, own] = where[mine, own]
-            self._picked[index, present] = picks
-        return self._picked[index, present]
+            self._picked[key] = picks
+        return self._picked[key]
 
-    def _defaults(self, where: Rows, present: tuple[Index, ...]) -> Rows:
+    def _defaults(self, where: Rows, base: int | None, present: tuple[str, ...]) -> Rows:
         """(tokens, models) the rows whose mean a model takes that lacks a token."""
         picks = where.copy()
-        if None in present:
-            base = present.index(None)
+        if base is not None:
             known = where[:, base] >= 0
             picks[known] = -1
             picks[known, base] = where[known, base]
         for row, given in self.given.items():
             picks[row] = -1
             if given.row >= 0:
-                if given.index not in present:
+                if given.model not in present:
                     raise InputError(f"{given.model} lacks this tensor, and the recipe takes a token's row from it")
-                picks[row, present.index(given.index)] = given.row
+                picks[row, present.index(given.model)] = given.row
         return picks
 
     def describe(self) -> dict[str, Any]:
@@ -136,7 +145,7 @@ class Vocabulary:
         where = np.stack(list(self.columns.values()), axis=1)
         lacking = np.flatnonzero((where < 0).any(1))
         plain = np.setdiff1d(lacking, np.fromiter(self.given, np.int64, len(self.given)))
-        from_base = self.columns[None][plain] >= 0 if None in self.columns else np.zeros(len(plain), bool)
+        from_base = self.columns[self.base][plain] >= 0 if self.base is not None else np.zeros(len(plain), bool)
         donors = (where[plain] >= 0).sum(1)[~from_base]
         return {
             "source": self.kind,
@@ -170,26 +179,26 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
     kind, start, whole = recipe.tokenizer_of, inputs.vocabulary, recipe.tokenizer
     if kind is None or start is None:
         return None
-    merged = {model.index: model for model in inputs.all}
-    among = any(model is start for model in merged.values())
+    merged = {_reference(model): model for model in inputs.all}
+    among = _reference(start) in merged
     needed = kind == "union" or (whole is not None and bool(whole.tokens or whole.pad_to_multiple_of))
     if not needed and not (fetched(start.checkpoint, whole=not among) / TOKENIZER).is_file():
         return None
-    if not any(model is inputs.template for model in merged.values()):
+    if _reference(inputs.template) not in merged:
         hint = "leave template out, or name a model that is merged"
         raise InputError(
             "gives its tensors but is not merged: its vocabulary is not known", where=inputs.template.name, hint=hint
         )
-    read = {index: read_tokens(model.checkpoint) for index, model in merged.items()}
-    first = read[start.index] if among else read_tokens(start.checkpoint)
+    read = {reference: read_tokens(model.checkpoint) for reference, model in merged.items()}
+    first = read[_reference(start)] if among else read_tokens(start.checkpoint)
     if first is None:
         raise InputError("has no tokenizer.json, which the output's tokenizer would start from", where=start.name)
-    lacking = [model.name for index, model in merged.items() if read[index] is None]
+    lacking = [model.name for reference, model in merged.items() if read[reference] is None]
     notes = [f"{name} has no tokenizer: its rows are taken to be the tokens of {start.name}" for name in lacking]
-    tokens = {index: found or first for index, found in read.items()}
-    rows = {index: config_rows(model.checkpoint.config) or _end(tokens[index].ids) for index, model in merged.items()}
-    limit = rows[start.index] if among else config_rows(start.checkpoint.config) or _end(first.ids)
-    others = [(tokens[index], rows[index]) for index, model in merged.items() if model is not start]
+    tokens = {reference: found or first for reference, found in read.items()}
+    rows = {r: config_rows(model.checkpoint.config) or _end(tokens[r].ids) for r, model in merged.items()}
+    limit = rows[_reference(start)] if among else config_rows(start.checkpoint.config) or _end(first.ids)
+    others = [(tokens[r], rows[r]) for r in merged if r != _reference(start)]
     ids = {token: i for token, i in first.ids.items() if i < limit}
     dropped = frozenset(first.ids.keys() - ids.keys())
     entries, new = _missing(first, ids, others if kind == "union" else [], whole.tokens if whole else {})
@@ -200,7 +209,7 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
         ids |= {token: begin + i for i, token in enumerate(new)}
     size = _end(ids)
     multiple = (whole.pad_to_multiple_of if whole else None) or 1
-    columns = {index: _column(ids, size, tokens[index], rows[index]) for index in merged}
+    columns = {reference: _column(ids, size, tokens[reference], rows[reference]) for reference in merged}
     return Vocabulary(
         kind if kind in ("union", "base") else start.name,
         start,
@@ -212,11 +221,16 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
         size,
         -size % multiple,
         columns,
+        _reference(inputs.base) if inputs.base is not None else None,
         _given(recipe, inputs, ids, columns, tokens, rows),
-        tokens[inputs.template.index].ids if inputs.template.index in tokens else {},
+        tokens[_reference(inputs.template)].ids,
         rows,
         tuple(notes),
     )
+
+
+def _reference(model: Input) -> str:
+    return model.checkpoint.reference
 
 
 def _end(ids: Mapping[str, int]) -> int:
@@ -264,9 +278,9 @@ def _given(
     recipe: Recipe,
     inputs: Inputs,
     ids: Mapping[str, int],
-    columns: Mapping[Index, Rows],
-    tokens: Mapping[Index, Tokens],
-    rows: Mapping[Index, int],
+    columns: Mapping[str, Rows],
+    tokens: Mapping[str, Tokens],
+    rows: Mapping[str, int],
 ) -> dict[int, Given]:
     """The rows that the recipe's `tokenizer.tokens` names."""
     given: dict[int, Given] = {}
@@ -276,22 +290,23 @@ def _given(
         if source is None:
             continue
         if isinstance(source, ZeroToken):
-            given[ids[token]] = Given(None, -1, "", wanted.force)
+            given[ids[token]] = Given("", -1, wanted.force)
             continue
         reference = source.model if isinstance(source, ModelToken) else source
         model = input_named(reference, recipe, inputs.base, inputs.tunes)
         if model is None:
             problems.append(recipe.problem(place, f"{reference} is none of the merged models"))
             continue
+        of = _reference(model)
         if isinstance(source, ModelToken):
-            row = tokens[model.index].ids.get(source.token, -1) if source.token is not None else source.token_id
+            row = tokens[of].ids.get(source.token, -1) if source.token is not None else source.token_id
         else:
-            row = int(columns[model.index][ids[token]])
-        if row is None or not 0 <= row < rows[model.index]:
+            row = int(columns[of][ids[token]])
+        if row is None or not 0 <= row < rows[of]:
             shown = token if not isinstance(source, ModelToken) else source.token or source.token_id
             problems.append(recipe.problem(place, f"{model.name} has no row for {shown!r}"))
             continue
-        given[ids[token]] = Given(model.index, row, model.name, wanted.force)
+        given[ids[token]] = Given(of, row, wanted.force)
     if problems:
         raise RecipeError(recipe.source.path, problems)
     return given

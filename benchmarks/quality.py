@@ -1,0 +1,327 @@
+"""What each way of pruning keeps of two fine-tunes: every method × objective × density, on all test rows.
+
+    python benchmarks/quality.py                  the whole table; hours on two cores, goes on where it was stopped
+    python benchmarks/quality.py --density 0.01   one column
+    python benchmarks/quality.py --quick          a few cells on a few rows, to see that it works
+    python benchmarks/quality.py --authors        only the authors' search of q beside ours
+
+Models: DELTAMERGE_SHARED or ../shared/data, else what `make demo` trained. Calibration rows come from the validation
+part, which no fine-tune has seen. Random masks are drawn with 4 seeds. Results go to benchmarks/results/quality.json,
+quality.md and quality.png after every cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import process
+import tasks
+import yaml
+from tasks import TASKS, WORK
+
+HERE = Path(__file__).resolve().parent
+SEEDS = 4
+DENSITIES = (0.1, 0.05, 0.01, 0.001)
+LAYER, ROW = {"scope": "layer"}, {"scope": "row"}
+
+
+class Method(NamedTuple):
+    """A row of the table; `random` masks differ from seed to seed, `sequences` are those that q is searched on."""
+
+    name: str
+    prune: dict[str, Any]
+    random: bool = False
+    sequences: int = 50
+
+
+def _q(objective: str, **more: str) -> dict[str, Any]:
+    return {"objective": objective, **more}
+
+
+DARE = {"method": "dare"}
+SAMPLED = DARE | {"sampling": "magnitude"}
+MAGNITUDE = {"method": "magnitude"}
+WANDA = {"method": "wanda"}
+CHANGE, LABELS, CLOSED = "output_change", "validation", "layer_mse"
+LEARNED_SEQUENCES, LABELLED_SEQUENCES = 320, 200
+
+METHODS = (
+    Method("DARE", DARE, True),
+    Method("DAREx-q, q_v", DARE | {"q": LABELS}, True, LABELLED_SEQUENCES),
+    Method("DAREx-q, q_e", DARE | {"q": CHANGE}, True),
+    Method("DAREx-q per layer, q_v", DARE | {"q": _q(LABELS, **LAYER)}, True, LABELLED_SEQUENCES),
+    Method("DAREx-q per layer, q_e", DARE | {"q": _q(CHANGE, **LAYER)}, True),
+    Method("DARE, least squares per layer", DARE | {"q": CLOSED}, True),
+    Method("DARE, learned per row", DARE | {"q": _q(CHANGE, search="gradient", **ROW)}, True, LEARNED_SEQUENCES),
+    Method("structured", {"method": "structured"}, True),
+    Method("structured, q_e", {"method": "structured", "q": CHANGE}, True),
+    Method("importance sampling", SAMPLED, True),
+    Method("importance sampling, q_e", SAMPLED | {"q": CHANGE}, True),
+    Method("magnitude", MAGNITUDE),
+    Method("magnitude, q_v", MAGNITUDE | {"q": LABELS}, False, LABELLED_SEQUENCES),
+    Method("magnitude, q_e", MAGNITUDE | {"q": CHANGE}),
+    Method("magnitude of the model, q_e", MAGNITUDE | {"group": "model", "q": CHANGE}),
+    Method("magnitude, least squares per layer", MAGNITUDE | {"q": CLOSED}),
+    Method("magnitude, learned per tensor", MAGNITUDE | {"q": _q(CHANGE, search="gradient", **LAYER)}, False, 320),
+    Method("magnitude, learned per row", MAGNITUDE | {"q": _q(CHANGE, search="gradient", **ROW)}, False, 320),
+    Method("WANDA", WANDA),
+    Method("WANDA, q_v", WANDA | {"q": LABELS}, False, LABELLED_SEQUENCES),
+    Method("WANDA, q_e", WANDA | {"q": CHANGE}),
+    Method("WANDA, least squares per layer", WANDA | {"q": CLOSED}),
+    Method("WANDA, learned per row", WANDA | {"q": _q(CHANGE, search="gradient", **ROW)}, False, LEARNED_SEQUENCES),
+)
+QUICK = ("DARE", "DAREx-q, q_e", "magnitude", "magnitude, q_e")
+
+
+class Setting(NamedTuple):
+    """Where models and rows are, and how much of them is used."""
+
+    models: Path
+    rows: Path
+    work: Path
+    test_rows: int | None
+    sequences: int | None  # at most
+    length: int
+    mask_seeds: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--density", type=float, nargs="+", default=DENSITIES)
+    parser.add_argument("--task", nargs="+", default=["sentiment", "intensity"])
+    parser.add_argument("--method", nargs="+", help="names of the table's rows")
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--rows", type=Path, default=WORK / "tasks", help="folder of TASK.PART.jsonl")
+    parser.add_argument("--out", type=Path, default=HERE / "results" / "quality")
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--authors", action="store_true", help="only the authors' search beside ours")
+    asked = parser.parse_args()
+
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is only partly typed
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    WORK.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORK) as work:
+        measure(asked, Setting(models_folder(), asked.rows, Path(work), None, None, 40, 4))
+
+
+def measure(asked: argparse.Namespace, setting: Setting) -> None:
+    methods = [m for m in METHODS if asked.method is None or m.name in asked.method]
+    densities, seeds = list(asked.density), asked.seeds
+    if asked.quick:
+        setting = setting._replace(test_rows=100, sequences=12, length=24, mask_seeds=2)
+        methods, densities, seeds = [m for m in METHODS if m.name in QUICK], [0.01], 1
+    tasks.rows(asked.task[0], "test", setting.rows)  # makes them if they are not there
+    file = asked.out.with_suffix(".json")
+    found = json.loads(file.read_text()) if file.exists() and not asked.quick else {"cells": {}, "authors": {}}
+    for task in asked.task:
+        if asked.authors or not asked.quick:
+            found["authors"].setdefault(task, beside_authors(setting, task))
+            write(found, asked.out)
+        if asked.authors:
+            continue
+        found.setdefault("fine-tune", {}).setdefault(task, score(setting, task, setting.models / task))
+        for method, density, seed in cells(methods, densities, seeds):
+            key = f"{task} | {method.name} | {density:g} | {seed}"
+            if key not in found["cells"]:
+                found["cells"][key] = cell(setting, task, method, density, seed)
+                print(key, found["cells"][key], file=sys.stderr, flush=True)
+                write(found, asked.out)
+    print(markdown(found))
+
+
+def models_folder() -> Path:
+    shared = Path(os.environ.get("DELTAMERGE_SHARED", HERE.parents[1] / "shared" / "data"))
+    return shared if (shared / "base" / "model.safetensors").exists() else WORK
+
+
+def cells(methods: list[Method], densities: list[float], seeds: int) -> Iterator[tuple[Method, float, int]]:
+    """Seed 0 of everything first: a table that was stopped has a number in every row."""
+    for seed in range(seeds):
+        for density in densities:
+            yield from ((method, density, seed) for method in methods if seed == 0 or method.random)
+
+
+def recipe(setting: Setting, task: str, method: Method, density: float, seed: int) -> dict[str, Any]:
+    prune = dict(method.prune)
+    if prune["method"] == "structured":
+        prune |= {"a": density**0.5, "b": density**0.5}
+    else:
+        prune["density"] = density
+    return {
+        "base_model": str(setting.models / "base"),
+        "models": [{"model": str(setting.models / task), "name": task, "prune": prune}],
+        "calibration": {
+            "data": str(setting.rows / f"{task}.validation.jsonl"),
+            "sequences": min(method.sequences, setting.sequences or method.sequences),
+            "length": setting.length,
+            "seeds": setting.mask_seeds,
+        },
+        "seed": seed,
+    }
+
+
+def cell(setting: Setting, task: str, method: Method, density: float, seed: int) -> dict[str, Any]:
+    """Run one recipe and score what it wrote; seconds are those of the run, without start-up."""
+    from deltamerge.run import run
+
+    path = setting.work / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe(setting, task, method, density, seed)), encoding="utf-8")
+    start = time.perf_counter()
+    result = run(path, setting.work / "merged", force=True, workers=1, device="cpu")
+    seconds = time.perf_counter() - start
+    record = result.lock.get("calibration", {}).get(task, {})
+    return {
+        "score": round(score(setting, task, result.folder), 2),
+        "seconds": round(seconds, 1),
+        "forward_passes": record.get("forward_passes", 0),
+        **({"chosen": record["chosen"], "searched": record["searched"]} if record else {}),
+    }
+
+
+def score(setting: Setting, task: str, folder: Path) -> float:
+    import encoder
+
+    return encoder.score(folder, TASKS[task], tasks.rows(task, "test", setting.rows)[: setting.test_rows])
+
+
+def beside_authors(setting: Setting, task: str) -> dict[str, Any]:
+    """The authors' grid over q with three models in memory, and ours, each a process; one mask seed, density 0.01."""
+    few = setting._replace(mask_seeds=1)
+    path = setting.work / f"{task}.yaml"
+    spec = recipe(few, task, Method("", DARE | {"q": CHANGE}), 0.01, 0)
+    path.write_text(yaml.safe_dump(spec), encoding="utf-8")
+    extra = {"OMP_NUM_THREADS": "1"}
+    ours_log, theirs_log = setting.work / "ours.json", setting.work / "theirs.json"
+    command = [sys.executable, "-m", "deltamerge", "calibrate", str(path), "--json"]
+    ours = process.measure(command, extra, ours_log)
+    (record,) = _json(ours_log).values()
+    theirs = process.measure([sys.executable, str(HERE / "authors.py"), str(path)], extra, theirs_log)
+    grid = _json(theirs_log)
+    return {
+        "ours": {
+            "q": record["searched"]["q"],
+            "forward_passes": record["forward_passes"],
+            "of_search": len(record["path"]) + 1,
+            "anonymous_mb": round(ours.anonymous),
+            "cpu_s": round(ours.cpu, 1),
+        },
+        "authors": {**grid, "anonymous_mb": round(theirs.anonymous), "cpu_s": round(theirs.cpu, 1)},
+    }
+
+
+def _json(log: Path) -> Any:
+    """The one JSON line of a process's output."""
+    return next(json.loads(line) for line in log.read_text(encoding="utf-8").splitlines() if line.startswith("{"))
+
+
+def write(found: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(found, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(markdown(found), encoding="utf-8")
+    draw(found, out.with_suffix(".png"))
+
+
+Table = dict[tuple[str, float], dict[str, list[dict[str, Any]]]]
+
+
+def gathered(found: dict[str, Any]) -> Table:
+    """(method, density) -> task -> the cells of its seeds, in the table's order."""
+    table: Table = {}
+    for key, value in found["cells"].items():
+        task, name, density, _ = key.split(" | ")
+        table.setdefault((name, float(density)), {}).setdefault(task, []).append(value)
+    order = {method.name: i for i, method in enumerate(METHODS)}
+    return dict(sorted(table.items(), key=lambda item: (-item[0][1], order[item[0][0]])))
+
+
+def _spread(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.pstdev(values):.1f} ({len(values)})"
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The table: mean ± standard deviation (seeds), share of the fine-tune's own score, forward passes, seconds."""
+    own = found.get("fine-tune", {})
+    names = list(own)
+    lines = []
+    if names:
+        lines += [
+            "| density | method | " + " | ".join(f"{t}, {own[t]:.1f} | %" for t in names) + " | passes | seconds |",
+            "|---|---|" + "---|---|" * len(names) + "---|---|",
+        ]
+    for (name, density), by_task in gathered(found).items():
+        cells_of = [by_task.get(task, []) for task in names]
+        scores = [[c["score"] for c in some] for some in cells_of]
+        shown = [
+            f"{_spread(some)} | {100 * statistics.fmean(some) / own[task]:.0f}" if some else " | "
+            for task, some in zip(names, scores, strict=True)
+        ]
+        every = [c for some in cells_of for c in some]
+        passes = [c["forward_passes"] for c in every]
+        seconds = statistics.fmean(c["seconds"] for c in every)
+        spread = f"{min(passes)}" if min(passes) == max(passes) else f"{min(passes)}–{max(passes)}"
+        lines.append(f"| {density:g} | {name} | {' | '.join(shown)} | {spread} | {seconds:.0f} |")
+    if found["authors"]:
+        head = "| q of DAREx-q, density 0.01, one mask | q | forward passes | anonymous MB | CPU s |"
+        lines += ["", head, "|---|---|---|---|---|"]
+        for task, both in found["authors"].items():
+            for who, one in both.items():
+                lines.append(
+                    f"| {task}, {who} | {one['q']:.4g} | {one['of_search']} | {one['anonymous_mb']} | {one['cpu_s']} |"
+                )
+    return "\n".join(lines) + "\n"
+
+
+def draw(found: dict[str, Any], path: Path) -> None:
+    """Share of the fine-tune's score: bars of one density, or lines over several; nothing without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return
+    table, own = gathered(found), found.get("fine-tune", {})
+    densities = sorted({density for _, density in table})
+    if not densities:
+        return
+    names = list(dict.fromkeys(name for name, _ in table))
+    figure = Figure(figsize=(6.5 * len(own), 1.5 + 0.3 * len(names)), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(own), squeeze=False, sharey=len(densities) == 1)[0], own, strict=True):
+        for i, name in enumerate(names):
+            points = {d: [c["score"] for c in table.get((name, d), {}).get(task, [])] for d in densities}
+            shares = {d: 100 * statistics.fmean(s) / own[task] for d, s in points.items() if s}
+            errors = {d: 100 * statistics.pstdev(points[d]) / own[task] for d in shares}
+            if len(densities) == 1:
+                axes.barh(
+                    [name], list(shares.values()), xerr=list(errors.values()), color="C0" if "," in name else "C7"
+                )
+                continue
+            style = ("-", "--", ":")[i // 10]
+            axes.errorbar(list(shares), list(shares.values()), list(errors.values()), label=name, linestyle=style)
+        if len(densities) == 1:
+            axes.set_ylim(len(names) - 0.5, -0.5)
+            axes.set_xlim(0, 105)
+            axes.set_xlabel("% of the fine-tune's score")
+        else:
+            axes.set_xscale("log")
+            axes.set_xlabel("density")
+            axes.set_ylabel("% of the fine-tune's score")
+            axes.legend(fontsize=7)
+        axes.set_title(f"{task} ({own[task]:.1f} unpruned)" + (f", density {densities[0]:g}" * (len(densities) == 1)))
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == "__main__":
+    main()

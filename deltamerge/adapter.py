@@ -1,0 +1,209 @@
+"""The folder of `output.kind: peft`: an adapter that plain `PeftModel.from_pretrained` loads.
+
+Where the recipe's single model is a LoRA adapter, the run has pruned the adapter's own weights and only files are
+missing. Else the run has written the merged model, and what differs from the base becomes a SHiRA adapter: exact for
+linear layers; other tensors that changed are stored whole.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deltamerge import errors
+from deltamerge.assets import config as output_config
+from deltamerge.assets import tokenizer_files
+from deltamerge.errors import InputError
+from deltamerge.io.adapter import CONFIG, PREFIX, WEIGHTS
+from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.safetensors_file import read_header
+from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
+from deltamerge.io.writer import Writer, plan_layout
+from deltamerge.plan import Plan
+from deltamerge.tokenizer.write import write_tokenizer
+
+
+class Entry(NamedTuple):
+    """A tensor of the merged model that is not the base's: its name in the model, what was written, the base's."""
+
+    name: str
+    result: TensorInfo
+    base: TensorInfo | None
+    changed: int
+
+    @property
+    def module(self) -> str:
+        return self.name.rpartition(".")[0]
+
+
+def write_adapter(planned: Plan, folder: Path) -> tuple[str, ...]:
+    """Turn what the run has written into `folder` into an adapter's; returns what there is to say of it."""
+    notes: tuple[str, ...] = ()
+    if planned.pruned_adapter is not None:
+        shutil.copyfile(planned.pruned_adapter.path / CONFIG, folder / CONFIG)
+    else:
+        notes = _write_shira(planned, folder)
+    for name, source in tokenizer_files(planned).items():
+        shutil.copyfile(source, folder / name)
+    write_tokenizer(folder, planned.vocabulary, planned.chat_template)
+    return notes
+
+
+def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
+    with errors.context("output.kind: peft"), Reader() as reader:
+        results = {n: i for file in planned.layout.files for n, i in read_header(folder / file.name).tensors.items()}
+        modules = _Modules.of(output_config(planned), results)
+        changed = list(_changed(planned, reader, modules, results))
+        candidates = {
+            e.name: Candidate((e.result.shape[0], e.result.shape[1]), e.changed, e.result.nbytes)
+            for e in changed
+            if e.base is not None and e.name.endswith(".weight") and e.module in modules.linear
+        }
+        if not candidates:
+            raise InputError(
+                f"{modules.architecture} has no linear layer that changed, and SHiRA adapts torch.nn.Linear only",
+                hint="write kind: delta or model",
+            )
+        rank, sparse = choose_rank(candidates)
+        if not sparse:
+            raise InputError(
+                "no linear layer has changes few enough for a SHiRA adapter",
+                hint="prune more (density 0.05 or less), or write kind: delta or model",
+            )
+        targets = [name.rpartition(".")[0] for name in sparse]
+        rest = [e for e in changed if e.name not in sparse]
+        saved, loose = modules.share_out(rest, targets)
+        _write(planned, reader, folder, changed, sparse, rank, {**saved, **loose})
+    settings = {
+        "peft_type": "SHIRA",
+        "auto_mapping": None,
+        "base_model_name_or_path": planned.inputs.base.name if planned.inputs.base else None,
+        "revision": planned.inputs.base.checkpoint.revision if planned.inputs.base else None,
+        "task_type": "CAUSAL_LM" if modules.architecture.endswith("ForCausalLM") else None,
+        "inference_mode": True,
+        "r": rank,
+        "mask_type": "random",
+        "random_seed": 0,
+        "target_modules": sorted(targets),
+        "fan_in_fan_out": False,
+        "init_weights": True,
+        "modules_to_save": sorted({key.rpartition(".")[0].removeprefix(PREFIX) for key in saved}) or None,
+    }
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    for file in planned.layout.files:
+        (folder / file.name).unlink()
+    (folder / "model.safetensors.index.json").unlink(missing_ok=True)
+    dtype = output_config(planned).get("dtype", "its own dtype")
+    notes = [
+        f"SHiRA adapter of r {rank}: {len(sparse)} linear layers, {rank} · (in + out) entries in each",
+        f"made for {modules.architecture} of the base, loaded in {dtype}: PeftModel.from_pretrained(model, folder)",
+    ]
+    if saved:
+        size = sum(info.nbytes for info in saved.values())
+        notes.append(f"stored whole, as modules_to_save, {size} bytes: {_some(saved)}")
+    if loose:
+        size = sum(info.nbytes for info in loose.values())
+        notes.append(
+            f"stored whole, loaded into the base model itself (as LoRA's bias: all), {size} bytes: {_some(loose)}"
+        )
+    return tuple(notes)
+
+
+def _changed(planned: Plan, reader: Reader, modules: _Modules, results: dict[str, TensorInfo]) -> Iterable[Entry]:
+    base, template = planned.inputs.base, planned.inputs.template
+    assert base is not None
+    canonical = {stored: name for name, stored in template.stored.items()}
+    for name, stored in modules.stored.items():
+        result = results[stored]
+        old = base.get(canonical[stored])
+        if old is None:
+            yield Entry(name, result, None, 0)
+        elif count := count_changed(reader, old, result):
+            yield Entry(name, result, old, count)
+
+
+def _write(
+    planned: Plan,
+    reader: Reader,
+    folder: Path,
+    changed: Iterable[Entry],
+    sparse: Iterable[str],
+    rank: int,
+    whole: dict[str, TensorInfo],
+) -> None:
+    kept = {e.name: e for e in changed}
+    sizes = {name: rank * sum(kept[name].result.shape) for name in sparse}
+    metas = [(key, info.dtype, info.shape) for key, info in whole.items()]
+    for name, size in sizes.items():
+        stem = PREFIX + kept[name].module
+        metas += [(f"{stem}.shira_weight", "F32", (size,)), (f"{stem}.shira_indices", "I32", (2, size))]
+    with Writer(folder, plan_layout(metas, None, WEIGHTS)) as writer:
+        for name, size in sizes.items():
+            entry = kept[name]
+            assert entry.base is not None
+            indices, values = entries(reader, entry.base, entry.result, size)
+            writer.write(f"{PREFIX}{entry.module}.shira_weight", 0, values)
+            writer.write(f"{PREFIX}{entry.module}.shira_indices", 0, indices)
+        for key, info in whole.items():
+            writer.copy(key, 0, info, 0, info.nbytes, reader)
+        writer.finish()
+
+
+class _Modules:
+    """What transformers makes of the output's config, without weights: which modules there are."""
+
+    def __init__(self, model: Any, architecture: str, stored: dict[str, str], results: dict[str, TensorInfo]) -> None:
+        from torch import nn
+
+        from deltamerge.calibrate.skeleton import aliases
+
+        self.architecture, self.stored, self.results = architecture, stored, results
+        self.names = [name for name, _ in model.named_modules()]
+        self.linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        self.leaves = {name for name, module in model.named_modules() if not list(module.children())}
+        self.tied = set(aliases(model))
+
+    @classmethod
+    def of(cls, config: dict[str, Any], results: dict[str, TensorInfo]) -> _Modules:
+        from transformers import AutoConfig
+
+        from deltamerge.calibrate.skeleton import checkpoint_names, skeleton
+
+        try:
+            made = AutoConfig.for_model(**config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(f"transformers cannot read the output's config: {str(error).splitlines()[0]}") from None
+        model = skeleton(made, None)
+        return cls(model, type(model).__name__, checkpoint_names(model, list(results)), results)
+
+    def share_out(
+        self, rest: Iterable[Entry], targets: list[str]
+    ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
+        """Tensors stored whole: of modules for `modules_to_save`, and those that are loaded into the base itself.
+
+        The latter are biases of adapted layers, tied weights, parameters beside submodules, and modules that PEFT,
+        which matches the end of a name, could not tell from others.
+        """
+        saved: dict[str, TensorInfo] = {}
+        loose: dict[str, TensorInfo] = {}
+        for entry in rest:
+            module = entry.module
+            alone = [name for name in self.names if name.endswith(module)] == [module]
+            hides = any(re.match(rf"(^|.*\.){module}($|\..*)", target) for target in targets)
+            if module in targets:
+                loose[f"{PREFIX}{module}.base_layer.{entry.name.rpartition('.')[2]}"] = entry.result
+            elif entry.name in self.tied or module not in self.leaves or not alone or hides:
+                loose[PREFIX + entry.name] = entry.result
+            else:
+                own = [name for name in self.stored if name.rpartition(".")[0] == module]
+                saved |= {PREFIX + name: self.results[self.stored[name]] for name in own}
+        return saved, loose
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    shown = [name.removeprefix(PREFIX) for name in names]
+    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

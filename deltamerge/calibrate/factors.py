@@ -1,0 +1,40 @@
+"""Masks of an adapter's own A and B as masks of the weight they update, so that a q is searched as for any weight."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deltamerge import backends
+from deltamerge.calibrate.subject import Memory
+from deltamerge.execute import Task, execute
+from deltamerge.graph import Node
+from deltamerge.io.checkpoint import Reader
+from deltamerge.io.computed import Array, ordered_product
+from deltamerge.tensors import Tile
+
+if TYPE_CHECKING:
+    import torch
+
+
+def whole(*, node: Node) -> Array:
+    """A small tensor, made on the CPU: the float32 values of `node` in its shape."""
+    sink = Memory(math.prod(node.shape))
+    with Reader() as reader:
+        execute([Task("factor", node, backends.choose(node, "cpu"))], reader, sink)
+    return sink.values.reshape(node.shape)
+
+
+def product(a: Array, b: Array, *, tile: Tile, scale: float, transposed: bool) -> torch.Tensor:
+    """s · B A of masked A: (r, in) and B: (out, r), or its transpose, on a tile of the weight; flat float32."""
+    import torch
+
+    left, right = (a.T, b.T) if transposed else (b, a)
+    top, bottom = tile.start // tile.columns, math.ceil(tile.stop / tile.columns)
+    out = np.empty((bottom - top, tile.columns), np.float32)
+    ordered_product(left[top:bottom], right, out)
+    out *= np.float32(scale)
+    first = tile.start - top * tile.columns
+    return torch.from_numpy(out.reshape(-1)[first : first + tile.size])

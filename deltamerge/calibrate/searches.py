@@ -1,0 +1,246 @@
+"""The ways to choose a fine-tune's q's: one number searched, one per layer or row, closed forms, learned scales.
+
+A calibrated q is applied to the weights of linear layers; other pruned tensors (1-D, embeddings) keep q = 1, which
+measures better than to rescale them too (docs/calibration.md). Only learned scales are given to all pruned tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from deltamerge.calibrate import objectives as O  # short for a namespace
+from deltamerge.calibrate import search, statistics
+from deltamerge.calibrate.candidates import Q
+from deltamerge.calibrate.scales import learn, row_shape
+from deltamerge.calibrate.statistics import LayerStatistics, Vector
+from deltamerge.calibrate.subject import Subject
+from deltamerge.errors import InputError
+from deltamerge.stages import SHORTLIST, STEPS, Spec, grid_step
+
+Qs = dict[str, Q]
+Path = list[list[Any]]
+ROUNDED = 6
+KAPPA = (0.25, 4.0)
+# q of a closed form or learned: above 1 where a row is better left out, and never without bound (algorithms.md 6.2)
+HIGHEST = 10.0
+LOWEST = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """q's by the fine-tune's names, their objective, the searched numbers by name; `edge`: on a bound of the search."""
+
+    q: Qs
+    value: float
+    numbers: dict[str, float | str]
+    edge: bool = False
+
+    @property
+    def label(self) -> str:
+        return " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in self.numbers.items())
+
+
+def rounded(value: float) -> float:
+    """Six significant digits: what a lock says is what was used."""
+    return float(f"{value:.{ROUNDED}g}")
+
+
+def shortlist(found: search.Found, low: float, high: float) -> list[tuple[float, float, bool]]:
+    """(point, value, whether it lies on a bound) of the best local minima."""
+    values = dict(found.path)
+    points = found.minima[:SHORTLIST] or (found.point,)
+    return [(x, values[x], x <= low * (1.0 + 1e-9) or x >= high * (1.0 - 1e-9)) for x in points]
+
+
+class Searches:
+    """What a spec asks to be searched, on a subject; `path` notes every point tried."""
+
+    def __init__(self, spec: Spec, subject: Subject) -> None:
+        self.spec, self.subject = spec, subject
+        self.layers = subject.layers
+        if not self.layers:
+            raise InputError("no weight of a linear layer is pruned", hint="give a number as q, or change include")
+        self.density = {p.stored: p.density for p in spec.pruned if p.stored in self.layers}
+        self.path: Path = []
+
+    def run(self) -> list[Found]:
+        """The candidates, the smallest objective first but for learned scales, which come before their start."""
+        if self.objective is None:
+            return self._closed_form()
+        if self.spec.search == "gradient":
+            return self._learned()
+        if self.spec.scope == "global":
+            return self._global()
+        return self._families() if self.spec.random else self._scaled()
+
+    @cached_property
+    def objective(self) -> O.Objective | O.Generation | None:
+        if self.spec.objective == "layer_mse":
+            return None
+        if self.spec.objective == "validation":
+            return self.subject.validation("search")
+        return self.subject.output_change("search")
+
+    def value(self, q: Qs) -> float:
+        """The objective on the rows that are searched on."""
+        if self.objective is None:
+            return _layer_error(self._drawn, q)
+        return self.subject.values(self.objective, [q])[0]
+
+    def _global(self) -> list[Found]:
+        low, high = self._bounds(min(self.density.values()), 1.0)
+        return self._minimise("q", lambda q: dict.fromkeys(self.layers, q), low, high)
+
+    def _minimise(
+        self, name: str, qs: Callable[[float], Qs], low: float, high: float, family: str | None = None
+    ) -> list[Found]:
+        """Search one number that all q's follow from: its local minima."""
+        objective = self.objective
+        assert objective is not None
+
+        def evaluate(points: Sequence[float]) -> list[float]:
+            return self.subject.values(objective, [qs(point) for point in points])
+
+        if self.spec.search == "grid" and name == "q":
+            found = search.grid(evaluate, low, high, step=grid_step(low))
+        elif self.spec.search == "grid":
+            found = search.minimise(evaluate, low, high, coarse=16, budget=16)
+        else:
+            found = search.minimise(evaluate, low, high)
+        named: dict[str, float | str] = {} if family is None else {"family": family}
+        self.path += [[*named.values(), name, rounded(x), rounded(value)] for x, value in found.path]
+        return [
+            Found(qs(rounded(x)), value, {**named, name: rounded(x)}, edge)
+            for x, value, edge in shortlist(found, low, high)
+        ]
+
+    def _bounds(self, low: float, high: float) -> tuple[float, float]:
+        return self.spec.bounds or (low, high)
+
+    def _families(self) -> list[Found]:
+        """Random masks: q per layer from the paper's bound or from least squares, one η searched in each."""
+        layers = self._seen(self.subject.statistics(drawn=False))
+        low, high = self._bounds(0.0, 1.0)
+        mean_density = float(np.mean([self.density[name] for name in layers]))
+        rows: dict[str, Callable[[LayerStatistics, float, float], Vector]] = {
+            "bound": statistics.bound_rows,
+            "least_squares": statistics.least_squares_rows,
+        }
+        found: list[Found] = []
+        for family, of_rows in rows.items():
+            of_layer = statistics.FAMILIES[family]
+
+            def qs(eta: float, of_rows: Any = of_rows, of_layer: Any = of_layer) -> Qs:
+                of = of_rows if self.spec.scope == "row" else of_layer
+                return {n: self._shaped(n, np.clip(of(s, self.density[n], eta), low, high)) for n, s in layers.items()}
+
+            found += self._minimise(
+                "eta", qs, *statistics.eta_range(of_layer, layers.values(), mean_density), family=family
+            )
+        return sorted(found, key=lambda one: one.value)[:SHORTLIST]
+
+    def _scaled(self) -> list[Found]:
+        """Importance masks: the closed-form q of the drawn mask, all of them times one κ that is searched."""
+        layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
+        exact = {name: self._exact(layer) for name, layer in layers.items()}
+
+        def qs(kappa: float) -> Qs:
+            return {name: self._shaped(name, np.clip(kappa * q, low, high)) for name, q in exact.items()}
+
+        return self._minimise("kappa", qs, *KAPPA)
+
+    def _closed_form(self) -> list[Found]:
+        """layer_mse: the exact least-squares q of the drawn mask, of each layer or row; global: of relative errors."""
+        layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
+        if self.spec.scope == "global":
+            parts = [
+                (np.sum(s.power) / s.energy.sum(), np.sum(s.cross) / s.energy.sum())
+                for s in layers.values()
+                if s.power is not None and s.cross is not None and s.energy.sum() > 0.0
+            ]
+            power, cross = (float(sum(column)) for column in zip(*parts, strict=True)) if parts else (0.0, 0.0)
+            q = power / cross if cross > 0.0 and power > 0.0 else 1.0
+            qs: Qs = dict.fromkeys(self.layers, rounded(float(np.clip(q, low, high))))
+        else:
+            qs = {name: self._shaped(name, np.clip(self._exact(s), low, high)) for name, s in layers.items()}
+        return [Found(qs, _layer_error(layers, qs), {"family": "closed form"})]
+
+    def _exact(self, layer: LayerStatistics) -> float | Vector:
+        return statistics.drawn_rows(layer) if self.spec.scope == "row" else statistics.drawn(layer) or 1.0
+
+    def _lowest(self) -> float:
+        return min(LOWEST, *self.density.values())
+
+    def _learned(self) -> list[Found]:
+        """Scales of all pruned tensors fitted by gradient, from the best global q; rows of their own say when to stop.
+
+        Whether they are better than their start is not for the rows that stopped them to say: both are candidates.
+        """
+        subject = self.subject
+        batches, groups, stop = subject.steps()
+        starts = self._global()
+        start = self._agreeing(starts, stop)
+        q = float(start.numbers["q"])
+        rows = self.layers if self.spec.scope == "row" else {}
+        first: Qs = {
+            p.stored: torch.full(row_shape(rows[p.stored], subject.infos[p.stored].shape), q) if p.stored in rows else q
+            for p in self.spec.pruned
+        }
+        learned = learn(
+            subject.model,
+            subject.distribution([*batches, *stop]),
+            subject.start,
+            subject.masks[0],
+            first,
+            groups=groups,
+            held_out=range(len(batches), len(batches) + len(stop)),
+            bounds=self._bounds(self._lowest(), HIGHEST),
+            steps=STEPS,
+        )
+        subject.count(stop, len(learned.path))
+        for step in range(learned.steps):
+            subject.count([batches[b] for b in groups[step % len(groups)]], 3)
+        qs = {n: value if value.dim() else rounded(float(value)) for n, value in learned.q.items()}
+        self.path += [["step", step, rounded(loss)] for step, loss in learned.path]
+        numbers: dict[str, float | str] = {"family": "learned", "step": float(learned.step), "from q": q}
+        return [Found(qs, self.value(qs), numbers), *starts]
+
+    def _agreeing(self, found: Sequence[Found], inputs: Sequence[Mapping[str, torch.Tensor]]) -> Found:
+        """Of several minima the one whose predictions are nearest to the fine-tune's."""
+        some = [one for one in found if not one.edge] or list(found)
+        if len(some) == 1:
+            return some[0]
+        values = self.subject.values(self.subject.agreement(inputs).objective, [one.q for one in some], seeds=1)
+        return some[values.index(min(values))]
+
+    @cached_property
+    def _drawn(self) -> dict[str, LayerStatistics]:
+        return self._seen(self.subject.statistics(drawn=True))
+
+    def _seen(self, layers: Mapping[str, LayerStatistics]) -> dict[str, LayerStatistics]:
+        found = {name: layer for name, layer in layers.items() if name in self.layers}
+        if not found:
+            raise InputError("no pruned linear layer was reached by the calibration data")
+        return found
+
+    def _shaped(self, name: str, q: Any) -> Q:
+        """One number, or one per output row in the shape that broadcasts to the stored weight."""
+        if np.ndim(q) == 0:
+            return rounded(float(q))
+        shape = row_shape(self.layers[name], self.subject.infos[name].shape)
+        return torch.from_numpy(np.asarray(q, dtype=np.float32)).view(shape)
+
+
+def _layer_error(layers: Mapping[str, LayerStatistics], q: Mapping[str, Q]) -> float:
+    """Mean over layers of ‖Y − Ŷ/q‖² / ‖Y‖²."""
+    errors = [
+        statistics.drawn_error(layer, np.asarray(q.get(name, 1.0), dtype=np.float64).reshape(-1))
+        for name, layer in layers.items()
+    ]
+    return float(np.mean(errors))

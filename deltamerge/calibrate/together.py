@@ -1,0 +1,74 @@
+"""`per: merge`: one λ for a merge, the factor of the merged delta, that suits all of its fine-tunes together.
+
+Every fine-tune runs the merged weights with its own head on the same rows; the objective is the sum of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from deltamerge.calibrate import search
+from deltamerge.calibrate.searches import Found, Qs, rounded, shortlist
+from deltamerge.calibrate.stage import calibrating, decide
+from deltamerge.calibrate.subject import Judge, Subject
+from deltamerge.io.checkpoint import Reader
+from deltamerge.stages import Calibrated, Spec
+
+
+def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
+    """1/factor of the recipe's λ, as the q of every merged tensor, or 1 if the recipe's is as good on held-out rows."""
+    with calibrating(spec.name), Reader() as reader:
+        known = dict(zip(spec.shared, inputs, strict=True))
+        subjects = [
+            Subject(p.source, reader, [{t.stored: t.masked[s] for t in p.pruned} for s in range(spec.seeds)], known)
+            for p in spec.parts
+        ]
+        objectives = [
+            s.validation("search") if spec.objective == "validation" else s.output_change("search") for s in subjects
+        ]
+
+        def evaluate(factors: Sequence[float]) -> list[float]:
+            values = [s.values(o, [_q(s, f) for f in factors]) for s, o in zip(subjects, objectives, strict=True)]
+            return [sum(of_factor) for of_factor in zip(*values, strict=True)]
+
+        assert spec.bounds is not None
+        low, high = spec.bounds
+        result = search.minimise(evaluate, low, high)
+        found = [
+            Found({}, value, {"factor of lambda": rounded(f)}, edge) for f, value, edge in shortlist(result, low, high)
+        ]
+        judges = [subject.judge() for subject in subjects]
+        judge = _mean(judges)
+        some = judge.eligible(found)
+        factors = [*(float(one.numbers["factor of lambda"]) for one in some), 1.0]
+        each = [
+            s.values(j.objective, [_q(s, f) for f in factors], seeds=1) for s, j in zip(subjects, judges, strict=True)
+        ]
+        held = [sum(of_factor) / len(subjects) for of_factor in zip(*each, strict=True)]
+        (plain,) = evaluate([1.0])
+        for subject in subjects:
+            subject.forget()
+        chosen, record = decide(spec, judge, found, some, held, plain)
+        record |= {
+            "models": [part.source.model for part in spec.parts],
+            "plain": {"q": 1.0, "value": rounded(plain)},
+            "sequences": subjects[0].counts[0],
+            "forward_passes": sum(subject.passes for subject in subjects),
+            "path": [["factor of lambda", rounded(f), rounded(value)] for f, value in result.path],
+        }
+        factor = 1.0 if chosen is None else float(chosen.numbers["factor of lambda"])
+        names = [tensor.name for tensor in spec.pruned]
+        return Calibrated({} if factor == 1.0 else dict.fromkeys(names, rounded(1.0 / factor)), record)
+
+
+def _q(subject: Subject, factor: float) -> Qs:
+    return dict.fromkeys(subject.pairs, rounded(1.0 / factor))
+
+
+def _mean(judges: Sequence[Judge]) -> Judge:
+    """Words for the mean of what the fine-tunes are judged by."""
+    measures = list(dict.fromkeys(judge.measure for judge in judges))
+    one, trusted = judges[0], all(judge.trusted for judge in judges)
+    measure = f"mean {' and '.join(measures)} of {len(judges)} fine-tunes"
+    return Judge(one.objective, measure, one.rows, trusted, higher=all(judge.higher for judge in judges))

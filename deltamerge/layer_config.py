@@ -1,0 +1,95 @@
+"""What config.json says of layers (their count, a value for each, numbers of some), repaired for stacked layers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
+from typing import Any
+
+from deltamerge.errors import InputError
+
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+SIDES = ("encoder", "decoder")
+# Lists that are as long as a model is deep by chance only.
+UNRELATED = re.compile(
+    r"^(architectures|keys_to_ignore_at_inference|(begin_)?suppress_tokens)$|_(token|id|ids|size|sizes)$"
+)
+
+Place = tuple[str | None, str]
+
+
+def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: bool = True) -> list[Place]:
+    """The (section, key) of `config` that say how many layers the numbered container `prefix` has.
+
+    A section is a nested `*_config` (None: the top); one that the prefix names is the only one asked. Of an encoder or
+    decoder the keys that name it count (`encoder_layers`, `num_decoder_layers`), and the usual ones, except for a
+    decoder that is not `alone`, since those are the encoder's.
+    """
+    words = set(re.split(r"[._]", prefix.replace("language", "text")))
+    sections = {k: v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict)}
+    named = [k for k in sections if k.removesuffix("_config") in words]
+    asked: dict[str | None, Mapping[str, Any]] = {} if named else {None: config}
+    asked.update({k: v for k, v in sections.items() if k in named or not named})
+    side = next((side for side in SIDES if side in words), "")
+    own = (f"{side}_layers", f"num_{side}_layers", f"n_{side}_layers", f"{side}_num_layers") if side else ()
+    found = [(s, k) for s, values in asked.items() for k in own if _is(values.get(k), count)]
+    if side == "decoder" and (found or not alone):
+        return found
+    return found + [(s, k) for s, values in asked.items() for k in COUNTS if _is(values.get(k), count)]
+
+
+def repair(
+    config: Mapping[str, Any], prefix: str, old: int, sources: Sequence[tuple[str, Mapping[str, Any], int]], alone: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """`config` for a stack of new layers, and a line for each change.
+
+    `sources` has of every new layer the model that it stands for: its name, its config, the number of the layer there.
+    Lists as long as `old` become the values of the new layers, each from its own model's config; lists of layer numbers
+    (`mlp_only_layers`) name the layers' new places. InputError: a model has no such list for its layer.
+    """
+    result, notes = deepcopy(dict(config)), []
+    places = count_keys(config, prefix, old, alone=alone)
+    for section in dict.fromkeys(section for section, _ in places):
+        values = result if section is None else result[section]
+        for key in (key for s, key in places if s == section):
+            if values[key] != len(sources):
+                notes.append(f"{key} {values[key]} → {len(sources)}")
+            values[key] = len(sources)
+        for key, value in list(values.items()):
+            if not isinstance(value, list) or UNRELATED.search(key):
+                continue
+            if len(value) == old and (old > 1 or "layer" in key):
+                new = [_entry(name, c, section, key, layer) for name, c, layer in sources]
+            elif key.endswith("_layers") and value and all(type(v) is int and 0 <= v < old for v in value):
+                new = [i for i, (_, c, layer) in enumerate(sources) if layer in ((_section(c, section)).get(key) or ())]
+            else:
+                continue
+            if new != value:
+                notes.append(f"{key} follows the layers")
+            values[key] = new
+        notes += _kept(values, {key for _, key in places})
+    return result, list(dict.fromkeys(notes))
+
+
+def _kept(values: Mapping[str, Any], counts: set[str]) -> Iterator[str]:
+    """Numbers that speak of layers and cannot be renumbered, being a period or a boundary."""
+    for key, value in values.items():
+        if "layer" in key and key not in counts and type(value) is int:
+            yield f"{key}: {value} is kept: check it"
+
+
+def _entry(name: str, config: Mapping[str, Any], section: str | None, key: str, layer: int) -> Any:
+    values = _section(config, section).get(key)
+    if not isinstance(values, list) or layer >= len(values):
+        raise InputError(f"{name}: its config.json has no {key} for layer {layer}", hint="add the list to it")
+    return values[layer]
+
+
+def _section(config: Mapping[str, Any], section: str | None) -> Mapping[str, Any]:
+    inner = config if section is None else config.get(section)
+    return inner if isinstance(inner, Mapping) else {}
+
+
+def _is(value: Any, count: int) -> bool:
+    return type(value) is int and value == count

@@ -1,0 +1,171 @@
+"""`output.kind: peft` of a LoRA adapter: its own weights are the deltas (algorithms.md 8)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Generic, Protocol, TypeVar
+
+from deltamerge.errors import InputError, RecipeError
+from deltamerge.graph import Graph, Node
+from deltamerge.inputs import Input, Inputs
+from deltamerge.io.adapter import factor_names
+from deltamerge.io.computed import LowRank, Zeros
+from deltamerge.io.safetensors_file import TensorInfo
+from deltamerge.io.strict_json import read_json
+from deltamerge.methods import PRUNE
+from deltamerge.pruning import Pruning, effective_prune
+from deltamerge.recipe import CalibratedQ, Recipe
+from deltamerge.stages import Pruned, Source, Spec, mask_seeds
+
+ARITHMETIC = "deltamerge.merge.arithmetic"
+FACTORS = "deltamerge.calibrate.factors"
+
+M = TypeVar("M", bound="Factor")
+
+
+def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
+    """The inputs of a run on the own weights of a LoRA adapter that is the only fine-tune; None where there is none.
+
+    A and B are the deltas, on a base of zeros; the adapter's other tensors stand in both and are copied.
+
+    InputError: the adapter is on another base than the recipe's, or the base is itself one with an adapter.
+    RecipeError: a weight or λ other than 1, a q or a mask from calibration.
+    """
+    base, tune = inputs.base, inputs.tunes[0]
+    if recipe.output.kind != "peft" or base is None:
+        return None
+    group = inputs.groups[0]
+    if len(inputs.groups) > 1 or group.part.ranges is not None:
+        raise InputError("an adapter cannot be made of slices or modules", hint="write kind: model")
+    if base.checkpoint.adapter is not None:
+        raise InputError(f"{base.name}: an adapter needs a base that can be loaded", hint="merge it: passthrough")
+    adapter = tune.checkpoint.adapter
+    if len(inputs.tunes) != 1 or adapter is None:
+        return None
+    if base.checkpoint.path != tune.checkpoint.path:
+        message = f"{tune.name}: not an adapter on base_model, {base.name}"
+        raise InputError(message, hint=f"base_model: {tune.checkpoint.base_reference}")
+    assert tune.index is not None
+    _check(recipe, tune.index)
+    names = {name: name for name in adapter.tensors}
+    factors = factor_names(adapter)
+    nothing = {n: replace(i, begin=0, computed=Zeros()) if n in factors else i for n, i in adapter.tensors.items()}
+    own = replace(tune, tensors=dict(adapter.tensors), stored=names)
+    group = replace(group, base=replace(base, tensors=nothing, stored=names), tunes=(own,))
+    return Inputs((group,), own, inputs.vocabulary)
+
+
+class Factor(Protocol):
+    """What `build` knows of a tensor to merge, as far as it counts here."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def base(self) -> TensorInfo | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Product(Generic[M]):
+    """An adapted weight, as expanded, and its pruned factors: what `build` knows of each, "a" and "b"."""
+
+    tune: Input
+    weight: TensorInfo
+    update: LowRank
+    factors: dict[str, tuple[M, Input, TensorInfo, float | None]]
+
+    @property
+    def densities(self) -> list[float]:
+        return [density for _, _, _, density in self.factors.values() if density is not None]
+
+
+def factor_pairs(recipe: Recipe, pruned: Sequence[tuple[M, Input, TensorInfo, float | None]]) -> list[Product[M]]:
+    """The adapted weights whose factors are `pruned`; none where whole weights are.
+
+    InputError: a DoRA adapter, whose rows are scaled by their norms.
+    """
+    tune = pruned[0][1]
+    if recipe.output.kind != "peft" or tune.checkpoint.adapter is None:
+        return []
+    by_name = {entry[0].name: entry for entry in pruned}
+    products = []
+    for weight in tune.checkpoint.tensors.values():
+        if isinstance(update := weight.computed, LowRank):
+            if update.magnitude is not None:
+                raise InputError(f"{tune.name}: q cannot be calibrated on DoRA", hint="give q a number")
+            sides = (("a", update.a), ("b", update.b))
+            factors = {side: by_name[info.name] for side, info in sides if info.name in by_name}
+            if factors:
+                products.append(Product(tune, weight, update, factors))
+    return products
+
+
+def factor_roots(products: Sequence[Product[M]]) -> dict[str, tuple[str, int]]:
+    """A pruned factor's name -> the weight whose q it has a root of, and which root."""
+    return {m.name: (p.weight.name, len(p.factors)) for p in products for m, _, _, _ in p.factors.values()}
+
+
+def factor_spec(
+    graph: Graph,
+    products: Sequence[Product[M]],
+    source: Source,
+    prune: Pruning,
+    q: CalibratedQ,
+    masked: Callable[[M, TensorInfo, Input, TensorInfo, int], Node],
+    read: Callable[[TensorInfo], Node],
+) -> Spec:
+    """The calibration of an adapter's own A and B: masks and q are those of their product, the update of the weight.
+
+    `masked` and `read` make the nodes of a pruned and of a stored tensor.
+    """
+    random = PRUNE[prune.method].random
+
+    def product_node(product: Product[M], seed: int) -> Node:
+        update, factors = product.update, []
+        for side, info in (("a", update.a), ("b", update.b)):
+            if side in product.factors:
+                m, tune, tensor, _ = product.factors[side]
+                assert m.base is not None
+                node = graph.node("deltamerge.ops:dense", [masked(m, m.base, tune, tensor, seed)], shape=info.shape)
+            else:
+                node = graph.node(f"{ARITHMETIC}:passthrough", [read(info)], shape=info.shape, scale=1.0)
+            factors.append(graph.node(f"{FACTORS}:whole", kind="small", node=node))
+        shape, scale, transposed = product.weight.shape, update.scale, update.transposed
+        return graph.node(f"{FACTORS}:product", factors, shape=shape, scale=scale, transposed=transposed)
+
+    pruned = []
+    for product in products:
+        nodes = tuple(product_node(product, source.seed + s) for s in range(mask_seeds(source, prune.method, q)))
+        density = math.prod(product.densities)
+        pruned.append(Pruned(product.weight.name, product.weight.name, density, density if random else 1.0, nodes))
+    scope = q.scope_or_default
+    return Spec(source, prune.method, tuple(pruned), random, q.objective, scope, q.search, q.limits)
+
+
+def refuse_changed_config(tune: Input) -> None:
+    """InputError where an adapter changes the config, which calibration reads from the base's folder."""
+    checkpoint = tune.checkpoint
+    if checkpoint.adapter is not None and checkpoint.config != read_json(checkpoint.path / "config.json"):
+        message = f"{tune.name}: calibration on an adapter that changes the base's head or config"
+        raise InputError(message, hint="merge it first: a recipe of its own with merge_method: passthrough")
+
+
+def _check(recipe: Recipe, index: int) -> None:
+    problems = []
+    for loc, parameters in (((), recipe.parameters), (("models", index), recipe.models[index].parameters)):
+        for key in {"weight", "lambda"} & parameters.keys():
+            if parameters[key] != 1:
+                hint = "scale the adapter where it is loaded: set_scale, or the weight of a merge"
+                message = "must be 1: it would scale both A and B"
+                problems.append(recipe.problem((*loc, "parameters", key), message, hint))
+    prune = effective_prune(recipe, index)
+    q = prune.q if isinstance(prune.q, CalibratedQ) else None
+    if prune.method == "wanda" or (q is not None and (q.scope == "row" or q.objective == "layer_mse")):
+        what = "wanda" if prune.method == "wanda" else "layer_mse or a q per row"
+        hint = "objective: output_change or validation, scope: global or layer; or kind: model, on the expanded delta"
+        problems.append(recipe.problem(("output", "kind"), f"peft cannot use {what} on an adapter's own A and B", hint))
+    if prune.protect is not None:
+        problems.append(recipe.problem(("output", "kind"), "peft cannot use protect on an adapter's own A and B"))
+    if problems:
+        raise RecipeError(recipe.source.path, problems)

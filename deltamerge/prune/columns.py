@@ -1,0 +1,96 @@
+"""WANDA on weights stored (in, out), as GPT-2's are: each output's inputs lie in a column, which tiles cut through.
+
+Every tile gives the k + 1 best scores of each column, which hold the column's k best and tell whether one equal to the
+k-th is left over; where some are, a second pass counts them, and the first rows are kept. Memory: 4 (k + 1) bytes a
+column and tile, at most one float32 copy of the weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.prune.select import magnitude_bits
+from deltamerge.tensors import Tile, block_elements
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ColumnCut:
+    """Per column (m) the score bits of the k-th best, how many equal to it are kept, and whether more are equal."""
+
+    threshold: NDArray[np.int32]
+    equal_kept: NDArray[np.int64]
+    more: NDArray[np.bool_]
+
+
+def best_of_columns(
+    delta: torch.Tensor, norms: NDArray[np.float32], *, tile: Tile, density: float
+) -> NDArray[np.int32]:
+    """int32 (≤ k + 1, m): the largest bits of abs(Δ_ji) · ‖x_j‖ of each column in this tile."""
+    bits = _bits(delta, norms, tile)
+    k = round(density * tile.shape[0])
+    return bits.topk(min(k + 1, len(bits)), dim=0).values.cpu().numpy()
+
+
+def pick_columns(best: NDArray[np.int32], *, density: float, rows: int) -> ColumnCut:
+    """The exact cut of every column of `rows` entries."""
+    k = round(density * rows)
+    if k == 0:
+        columns = best.shape[1]
+        none = np.zeros(columns, np.int64)
+        return ColumnCut(np.full(columns, 0x7FFFFFFF, np.int32), none, none > 0)
+    threshold = np.partition(best, len(best) - k, axis=0)[len(best) - k]
+    kept = k - (best > threshold).sum(0)
+    return ColumnCut(threshold, kept, (best == threshold).sum(0) > kept)
+
+
+def equal_columns(delta: torch.Tensor, norms: NDArray[np.float32], cut: ColumnCut, *, tile: Tile) -> NDArray[np.int64]:
+    """int64 (blocks, m): how many entries of each block and column equal the threshold."""
+    import torch
+
+    equal = _bits(delta, norms, tile) == torch.from_numpy(cut.threshold).to(delta.device)
+    step = block_elements(tile.shape) // tile.columns
+    starts = range(0, len(equal), step)
+    return torch.stack([equal[start : start + step].sum(0) for start in starts]).cpu().numpy()
+
+
+def equal_columns_needless(norms: NDArray[np.float32], cut: ColumnCut) -> bool:
+    """Whether every equal is kept."""
+    return not cut.more.any()
+
+
+def column_ranks(counts: NDArray[np.int64] | None) -> NDArray[np.int64]:
+    """How many equals lie before each block, per column; empty if ranks do not matter."""
+    return np.zeros((0, 0), np.int64) if counts is None else np.cumsum(counts, 0) - counts
+
+
+def keep_best_of_columns(
+    delta: torch.Tensor, norms: NDArray[np.float32], cut: ColumnCut, ranks: NDArray[np.int64], *, tile: Tile
+) -> torch.Tensor:
+    """Δ where its score is among the round(density · n) largest of its column, else 0; equals from the top."""
+    import torch
+
+    bits = _bits(delta, norms, tile)
+    threshold = torch.from_numpy(cut.threshold).to(delta.device)
+    keep, equal = bits > threshold, bits == threshold
+    if ranks.size:
+        before = torch.from_numpy(ranks[tile.start // block_elements(tile.shape)]).to(delta.device)
+        equal &= equal.cumsum(0) + before <= torch.from_numpy(cut.equal_kept).to(delta.device)
+    keep |= equal
+    return delta.where(keep.view(-1), delta.new_zeros(()))
+
+
+def _bits(delta: torch.Tensor, norms: NDArray[np.float32], tile: Tile) -> torch.Tensor:
+    """(rows of the tile, m) the bits of the scores, which order as the scores do."""
+    import torch
+
+    rows = delta.view(-1, tile.columns)
+    first = tile.start // tile.columns
+    some = torch.from_numpy(norms[first : first + len(rows)]).to(delta.device)
+    return magnitude_bits(rows.abs() * some[:, None])

@@ -1,0 +1,281 @@
+"""Which tensors the output has and where each comes from: names as they are, or layers stacked and renumbered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltamerge.errors import InputError, Problem, RecipeError
+from deltamerge.inputs import HEAD, Group, Input, Inputs, ties
+from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.layer_config import count_keys, repair
+from deltamerge.parameters import layer_index, layer_position
+from deltamerge.recipe import Recipe
+
+# Outside layers these belong to the first slice; norms and heads belong to the last one.
+BEFORE_LAYERS = re.compile(r"embed|(^|\.)(wte|wpe|shared|tok_embeddings|project_in)\.")
+# mergekit's names for the parts of a model that are not components of its tensors' names.
+SPELLINGS = {"text_decoder": "language_model", "default": ""}
+LAST_MODULES = ("decoder", "text_decoder", "language_model", "default")
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A tensor of the output.
+
+    name      canonical;  `stored` in the output's files
+    group     the inputs it is made of, None where it comes from the template alone
+    position  of its layer, from 0 to 1
+    tensor    of the model `owner`: what it is where it is not merged, and its dtype
+    sources   every input of the group and the canonical name of the tensor there
+    """
+
+    name: str
+    stored: str
+    group: Group | None
+    position: float
+    owner: Input
+    tensor: TensorInfo
+    sources: tuple[tuple[Input, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A layer of the output: the inputs that make it and where, the number of the layer in the first of them."""
+
+    group: Group
+    offset: int
+    position: float
+
+    def source(self, model: Input) -> int:
+        return self.group.range_of(model)[0] + self.offset
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """Layers stacked into the numbered container `prefix` ("layers", "encoder.block"), which had `old` of them."""
+
+    prefix: str
+    old: int
+    layers: tuple[Layer, ...]
+
+    def owner(self, layer: Layer, template: Input) -> Input:
+        """The model whose layer stands for the merged one: the template if it is among them, else the first."""
+        known = (m for m in layer.group.all if m.checkpoint.reference == template.checkpoint.reference)
+        return next(known, layer.group.tunes[0])
+
+    def extra(self, model: Input, template: Input) -> list[str]:
+        """Tensors of the layers that a model lends whose kind the layer's owner has not."""
+        found = []
+        for layer in self.layers:
+            lent = next((m for m in layer.group.all if m.name == model.name), None)
+            owner = self.owner(layer, template)
+            if lent is not None:
+                start, kin = (f"{self.prefix}.{layer.source(m)}." for m in (lent, owner))
+                found += [
+                    n for n in lent.tensors if n.startswith(start) and kin + n.removeprefix(start) not in owner.tensors
+                ]
+        return found
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor belongs to a layer of the container."""
+        return _inside(name, self.prefix)
+
+    def describe(self) -> str:
+        """ "6 layers: ./a 0-3, ./b 2-3"."""
+        groups = dict.fromkeys(layer.group for layer in self.layers)
+        texts = []
+        for group in groups:
+            ranges = ((m.name, group.range_of(m)) for m in group.all)
+            texts.append(" + ".join(f"{name} {first}-{end - 1}" for name, (first, end) in ranges))
+        return f"{len(self.layers)} layers of {self.prefix}, of {self.old} before: {', '.join(texts)}"
+
+
+def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, Any], list[str]]:
+    """The template's config for the output's layers and head, and what that changed."""
+    config, notes = dict(inputs.template.checkpoint.config), []
+    for stack in stacks:
+        sources = []
+        for layer in stack.layers:
+            owner = stack.owner(layer, inputs.template)
+            sources.append((owner.name, owner.checkpoint.config, layer.source(owner)))
+        config, changes = repair(config, stack.prefix, stack.old, sources, _alone(inputs.template, stack.prefix))
+        notes += [f"config.json: {change}" for change in changes]
+    if inputs.untied and HEAD in inputs.template.tensors and ties(config, default=True):
+        inner = config.get("text_config")
+        if isinstance(inner, dict) and "tie_word_embeddings" in inner:
+            config["text_config"] = {**inner, "tie_word_embeddings": False}
+        config["tie_word_embeddings"] = False
+        notes.append("config.json: tie_word_embeddings → false")
+    return config, notes
+
+
+def targets(recipe: Recipe, inputs: Inputs) -> tuple[list[Target], list[Stack]]:
+    """The tensors of the output in their order, and its stacks.
+
+    RecipeError: a range beyond a model's layers, a module that no tensor belongs to. InputError: layers that cannot be
+    stacked because their numbering is not plain.
+    """
+    scopes = _scopes(recipe, inputs)
+    stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in scopes.items() if _sliced(groups)}
+    modules = {name: _module_of(name, scopes) for name in inputs.template.tensors}
+    counts: dict[str | None, int] = {}
+    for name, module in modules.items():
+        counts[module] = max(counts.get(module, 1), 1 + (layer_index(name) or 0))
+    found: list[Target] = []
+    done: set[str | None] = set()
+    for name, module in modules.items():
+        groups, stack = scopes.get(module, []), stacks.get(module)
+        if stack is None or not _inside(name, stack.prefix):
+            group = groups[0 if BEFORE_LAYERS.search(name) else -1] if groups else None
+            position = 0.0 if stack is not None else layer_position(name, counts[module])
+            found.append(_plain(name, inputs.template, group, position))
+        elif module not in done:
+            done.add(module)
+            found += _stacked(stack, inputs.template)
+    return found, list(stacks.values())
+
+
+def like_template(target: Target, stacks: Sequence[Stack], template: Input) -> TensorInfo | None:
+    """The template's tensor that one of a stack must be like: outside layers the same, inside one of its kind.
+
+    Layers of one model may differ in shape (of some MoE models they do), so a shape that any layer has is right.
+    """
+    if not stacks:
+        return None
+    stack = next((s for s in stacks if s.holds(target.name)), None)
+    if stack is None:
+        return template.get(target.name)
+    rest = target.name.removeprefix(stack.prefix + ".").partition(".")[2]
+    first = None
+    for number in range(stack.old):
+        tensor = template.get(f"{stack.prefix}.{number}.{rest}")
+        if tensor is not None and tensor.shape == target.tensor.shape:
+            return tensor
+        first = first or tensor
+    return first
+
+
+def _plain(name: str, template: Input, group: Group | None, position: float) -> Target:
+    sources = tuple((model, name) for model in group.all) if group is not None else ()
+    return Target(name, template.stored[name], group, position, template, template.tensors[name], sources)
+
+
+def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
+    """The tensors of every layer: those of its owner, under the new number and the template's spelling."""
+    first = next(name for name in template.tensors if _inside(name, stack.prefix))
+    stored = template.stored[first].removesuffix(first) + stack.prefix
+    for number, layer in enumerate(stack.layers):
+        owner = stack.owner(layer, template)
+        start = f"{stack.prefix}.{layer.source(owner)}."
+        for name, tensor in owner.tensors.items():
+            if not name.startswith(start):
+                continue
+            rest = name.removeprefix(start)
+            sources = tuple((m, f"{stack.prefix}.{layer.source(m)}.{rest}") for m in layer.group.all)
+            new = f"{stack.prefix}.{number}.{rest}"
+            yield Target(new, f"{stored}.{number}.{rest}", layer.group, layer.position, owner, tensor, sources)
+
+
+def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
+    """The groups of each module, in order; without modules all belong to None."""
+    scopes: dict[str | None, list[Group]] = {}
+    for group in inputs.groups:
+        scopes.setdefault(group.part.module, []).append(group)
+    for module in scopes:
+        if module is not None and not any(_module_of(name, scopes) == module for name in inputs.template.tensors):
+            present = dict.fromkeys(part for n in inputs.template.tensors for part in n.split(".")[:2])
+            hint = f"default is the whole model; names here: {', '.join([p for p in present if not p.isdigit()][:8])}"
+            problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
+            raise RecipeError(recipe.source.path, [problem])
+    return scopes
+
+
+def _sliced(groups: Sequence[Group]) -> bool:
+    return groups[0].part.ranges is not None
+
+
+def _module_of(name: str, scopes: Mapping[str | None, object]) -> str | None:
+    """The module whose name is the first such component of the tensor's name; the head belongs to the decoder."""
+    if None in scopes or "default" in scopes:
+        return None if None in scopes else "default"
+    wanted = {SPELLINGS.get(module or "", module or ""): module for module in scopes}
+    for component in name.split("."):
+        if component in wanted:
+            return wanted[component]
+    return next((module for module in LAST_MODULES if module in scopes), None) if name == HEAD else None
+
+
+def _inside(name: str, prefix: str) -> bool:
+    rest = name.removeprefix(prefix + ".")
+    return rest != name and rest.partition(".")[0].isdigit()
+
+
+def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[Group], module: str | None) -> Stack:
+    scopes = dict.fromkeys(group.part.module for group in inputs.groups)
+    prefix, old = _container(inputs.template, module, scopes)
+    layers = []
+    problems: list[Problem] = []
+    for group in groups:
+        for model in group.all:
+            count = len(_numbers(model.tensors, prefix))
+            first, end = group.range_of(model)
+            if end > count:
+                member = group.base_member if model.index is None else group.part.members.index(model.index)
+                at = (*group.part.places[member], "layer_range")
+                problems.append(recipe.problem(at, f"is [{first}, {end}), {model.name} has {count} layers"))
+        n = group.part.layers
+        layers += [Layer(group, i, i / (n - 1) if n > 1 else 1.0) for i in range(n)]
+    if problems:
+        raise RecipeError(recipe.source.path, problems)
+    return Stack(prefix, old, tuple(layers))
+
+
+def _container(template: Input, module: str | None, scopes: Mapping[str | None, object]) -> tuple[str, int]:
+    """The prefix of the numbered layers that slices stack, and how many there are.
+
+    The number is the first in a tensor's name: experts and blocks inside a layer go with it. InputError: no such
+    numbering, two of them (an encoder and a decoder, two towers), or stages of different width.
+    """
+    found: dict[str, set[int]] = {}
+    for name in template.tensors:
+        parts = name.split(".")
+        at = next((i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)), None)
+        if at is not None and at + 1 < len(parts) and _module_of(name, scopes) == module:
+            found.setdefault(".".join(parts[:at]), set()).add(int(parts[at]))
+    whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
+    config, where = template.checkpoint.config, f"{template.name}: slices"
+    counted = {p: n for p, n in whole.items() if count_keys(config, p, n, alone=_alone(template, p))}
+    if not counted:
+        names = ", ".join(f"{prefix} (0-{count - 1})" for prefix, count in whole.items()) or "none"
+        hint = "without modules, merge whole models with `models`"
+        raise InputError(f"{where} need numbered layers whose count config.json has; found {names}", hint=hint)
+    if len(counted) > 1:
+        hint = "name one: modules: {encoder: {slices: …}}; a module is a component of the tensors' names"
+        raise InputError(f"{where} could stack {' or '.join(sorted(counted))}", hint=hint)
+    ((prefix, count),) = counted.items()
+    _check_width(template, prefix)
+    return prefix, count
+
+
+def _alone(template: Input, prefix: str) -> bool:
+    """Whether a decoder's layers are the model's only ones."""
+    return not any("encoder" in name.split(".") for name in template.tensors) or "encoder" in prefix.split(".")
+
+
+def _check_width(template: Input, prefix: str) -> None:
+    """InputError for stages, whose norms differ in width: one cannot follow another."""
+    widths: dict[str, tuple[int, ...]] = {}
+    for name, tensor in template.tensors.items():
+        if not _inside(name, prefix) or len(tensor.shape) != 1 or "norm" not in name.lower():
+            continue
+        rest = name.removeprefix(prefix + ".").partition(".")[2]
+        if widths.setdefault(rest, tensor.shape) != tensor.shape:
+            message = f"{template.name}: {prefix} are stages of different width ({rest}), which cannot be stacked"
+            raise InputError(message, hint="merge whole models with `models`")
+
+
+def _numbers(names: Mapping[str, object], prefix: str) -> set[str]:
+    return {name.removeprefix(prefix + ".").partition(".")[0] for name in names if _inside(name, prefix)}

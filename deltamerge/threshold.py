@@ -1,0 +1,92 @@
+"""`group: model`: one threshold over all tensors of a model, exact, with one tile of a tensor in memory at a time.
+
+The passes are those of `prune.select` for one tensor, their histograms summed over the tensors: high bits, low bits
+inside the bin found, and, where only some of the entries equal to the threshold are kept, how many each tensor has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge import backends
+from deltamerge.execute import Task, default_workers, execute
+from deltamerge.graph import Graph, Node
+from deltamerge.io.checkpoint import Reader
+from deltamerge.prune import select
+
+SELECT = "deltamerge.prune.select"
+TOGETHER = 32  # tensors whose histograms are held before they are added up
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCut:
+    """The threshold of a model; `equal` are the entries equal to it of every tensor, by name: (kept, all)."""
+
+    threshold: int
+    equal: Mapping[str, tuple[int, int]]
+
+
+def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> ModelCut:
+    """The cut that keeps the k largest magnitudes of all `deltas`; equals from the first tensor on, in flat order."""
+    names = [name for name, _ in deltas]
+    if k == 0:
+        nothing = select.nothing()
+        return ModelCut(nothing.threshold, dict.fromkeys(names, (0, 0)))
+    with Reader() as reader:
+
+        def total(make: Callable[[Graph, Node], Node], known: Mapping[str, Any]) -> Any:
+            return sum(values for _, values in _reduced(deltas, make, known, reader, device))
+
+        high = select.pick_bin(total(lambda g, d: _sum(g, "high_histogram", d), {}), k=k)
+        low = total(lambda g, d: _sum(g, "low_histogram", d, _small(g, "bin")), {"bin": high})
+        cut = select.pick_cut(low, high)
+        if cut.equal_kept == cut.equal_total:
+            return ModelCut(cut.threshold, dict.fromkeys(names, (0, 0)))
+        make = _equals
+        counts = {n: int(np.sum(c)) for n, c in _reduced(deltas, make, {"cut": cut}, reader, device)}
+    left, equal = cut.equal_kept, {}
+    for name in names:
+        equal[name] = (min(left, counts[name]), counts[name])
+        left -= equal[name][0]
+    return ModelCut(cut.threshold, equal)
+
+
+def cut_of(cut: ModelCut, *, name: str) -> select.Cut:
+    """One tensor's part of a model's cut."""
+    kept, count = cut.equal[name]
+    return select.Cut(cut.threshold, kept, count)
+
+
+def _sum(graph: Graph, function: str, delta: Node, *more: Node) -> Node:
+    return graph.node(f"{SELECT}:{function}", [delta, *more], kind="sum", shape=delta.shape)
+
+
+def _equals(graph: Graph, delta: Node) -> Node:
+    return graph.node(f"{SELECT}:equal_counts", [delta, _small(graph, "cut")], kind="concat", shape=delta.shape)
+
+
+def _small(graph: Graph, name: str) -> Node:
+    """A value that is given when the graph runs."""
+    return graph.node(f"deltamerge.threshold:{name}", kind="small")
+
+
+def _reduced(
+    deltas: Sequence[tuple[str, Node]],
+    make: Callable[[Graph, Node], Node],
+    known: Mapping[str, Any],
+    reader: Reader,
+    device: str,
+) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    """A reduction of every delta."""
+    graph = Graph()
+    given = {_small(graph, name): value for name, value in known.items()}
+    for start in range(0, len(deltas), TOGETHER):
+        roots = [(name, make(graph, delta)) for name, delta in deltas[start : start + TOGETHER]]
+        tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots]
+        values = execute(tasks, reader, None, device=device, workers=default_workers(), known=given)
+        yield from ((name, values[root]) for name, root in roots)
