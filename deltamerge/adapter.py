@@ -24,6 +24,7 @@ from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.io.writer import Writer, plan_layout
 from deltamerge.plan import Plan
+from deltamerge.tokenizer.write import write_tokenizer
 
 
 class Entry(NamedTuple):
@@ -48,6 +49,7 @@ def write_adapter(planned: Plan, folder: Path) -> tuple[str, ...]:
         notes = _write_shira(planned, folder)
     for name, source in tokenizer_files(planned).items():
         shutil.copyfile(source, folder / name)
+    write_tokenizer(folder, planned.vocabulary, planned.chat_template)
     return notes
 
 

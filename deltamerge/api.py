@@ -120,6 +120,8 @@ class _InMemory:
     data: memoryview
 
     def fill(self, reader: Reader, info: TensorInfo, start: int, out: memoryview) -> None:
+        if not out:
+            return
         begin = info.begin + start * (info.nbytes // max(1, math.prod(info.shape)))
         out[:] = self.data[begin : begin + len(out)]
 

@@ -13,6 +13,8 @@ from deltamerge.errors import InputError
 from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import read_json
 from deltamerge.plan import Plan
+from deltamerge.tokenizer.config import edit_config
+from deltamerge.tokenizer.write import write_tokenizer
 
 TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
@@ -60,7 +62,9 @@ def config(plan: Plan) -> dict[str, Any]:
     stated = result.get("dtype", result.get("torch_dtype"))
     if wanted is not None and stated != wanted:
         result["dtype"] = result["torch_dtype"] = wanted
-    if plan.inputs.vocabulary is not None:
+    if plan.vocabulary is not None:
+        result = edit_config(result, plan.vocabulary, plan.inputs.template)
+    elif plan.inputs.vocabulary is not None:
         size = plan.inputs.vocabulary.checkpoint.config.get("vocab_size")
         if size is not None and "vocab_size" in result:
             result["vocab_size"] = size
@@ -80,3 +84,10 @@ def write_assets(plan: Plan, folder: Path) -> None:
         shutil.copyfile(source_config, folder / "config.json")
     else:
         (folder / "config.json").write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+    generation = folder / "generation_config.json"
+    if plan.vocabulary is not None and generation.is_file():
+        stated = read_json(generation)
+        edited = edit_config(stated, plan.vocabulary, plan.inputs.template)
+        if edited != stated:
+            generation.write_text(json.dumps(edited, indent=2) + "\n", encoding="utf-8")
+    write_tokenizer(folder, plan.vocabulary, plan.chat_template)

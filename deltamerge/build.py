@@ -16,6 +16,7 @@ from deltamerge.graph import resolve as call
 from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo, added
 from deltamerge.io.encodings import uniform_density
+from deltamerge.io.gathered import Gathered
 from deltamerge.lora import factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
@@ -120,6 +121,8 @@ class Builder:
                 self.cuts[index] = self._cut(pruned)
             if not pruned or not (measured or calibrated):
                 continue
+            hint = "leave it out, prune: {exclude: [embed, lm_head]}, or use dare or magnitude with a number q"
+            _refuse_gathered([(m, tensor) for m, _, tensor, _ in pruned], hint)
             products = factor_pairs(self.recipe, pruned)
             if products and isinstance(prune.q, CalibratedQ):
                 source = self._source(products[0].tune, [(p.weight, p.update.base) for p in products], prune)
@@ -140,6 +143,7 @@ class Builder:
 
     def _together(self, merges: Sequence[Merge]) -> Node:
         """The stage that finds the λ of the merge: the delta that every fine-tune would get, of each mask seed."""
+        _refuse_gathered([(m, tensor) for m in merges for _, tensor in m.tunes], "calibrate per: model")
         searched = [p.q for p in self.prunes if isinstance(p.q, CalibratedQ)]
         objective = searched[0].objective if searched else "output_change"
         calibration = self.recipe.calibration
@@ -563,9 +567,17 @@ class Builder:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
     def _cast(self, node: Node, dtype: str) -> Node:
-        if node.kind == "read" and node.dtype == dtype:
+        if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor"), Gathered):
             return node
         return self.graph.node("deltamerge.ops:cast", [node], shape=node.shape, dtype=dtype, to=dtype)
+
+
+def _refuse_gathered(tensors: Sequence[tuple[Merge, TensorInfo]], hint: str) -> None:
+    """A stage runs the fine-tune with its own vocabulary, so what is pruned must have the rows of its files."""
+    for merge, tensor in tensors:
+        if isinstance(tensor, Gathered) or isinstance(merge.base, Gathered):
+            message = f"{merge.name}: cannot be pruned with calibration while its vocabulary changes"
+            raise InputError(message, hint=hint)
 
 
 class _Patterns:

@@ -6,11 +6,12 @@ import graphlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from deltamerge import __version__, source
 from deltamerge import lock as locks
-from deltamerge.assets import asset_files, config
+from deltamerge.assets import config, write_assets
 from deltamerge.documents import references
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, join, open_checkpoint
@@ -79,7 +80,7 @@ def folder_of(document: Document, target: Path, beside: Path) -> Path:
 def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     """The checkpoint that a run of `plan` to `folder` leaves, known before it is there.
 
-    Its files but weights and config are, until it is made, those that it copies.
+    Its files but weights and config are, until it is made, those that it copies; tokens and chat template are planned.
     """
     headers = {
         file.name: parse_header(file.header[PREFIX:], folder / file.name, file.size) for file in plan.layout.files
@@ -93,7 +94,9 @@ def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     if made is not None and made.tensors == tensors:
         return made
     copied = (plan.inputs.vocabulary or plan.inputs.template).checkpoint.path
-    return Checkpoint(name, copied, tensors, files, config(plan))
+    tokens = plan.vocabulary.tokens if plan.vocabulary is not None else None
+    chat = plan.chat_template.text if plan.chat_template is not None else None
+    return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat)
 
 
 def is_current(document: Document, planned: Plan, folder: Path) -> bool:
@@ -106,7 +109,9 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
         if lock.get("inputs") != locks.describe_inputs(planned, planned.workers):
             return False
         locks.verify(folder, planned.workers)
-        copied = {name: locks.hash_output(path) for name, path in asset_files(planned).items()}
-        return all(lock["outputs"].get(name, {}).get("hash") == found for name, found in copied.items())
+        with TemporaryDirectory() as made:
+            write_assets(planned, Path(made))
+            hashes = {path.name: locks.hash_output(path) for path in Path(made).iterdir()}
+        return all(lock["outputs"].get(name, {}).get("hash") == found for name, found in hashes.items())
     except DeltamergeError:
         return False

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Literal
 
+from deltamerge.chat_templates import BUILT_IN, is_literal
 from deltamerge.errors import Problem
 from deltamerge.faults import show, suggest
 from deltamerge.methods import (
@@ -28,7 +29,7 @@ _PRUNE_PARAMS = {name: param for method in PRUNE.values() for name, param in met
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault that the types of the keys do not show."""
     checks = (
-        _inputs, _slices, _merge_method, _parameters, _required, _template, _prune_keys, _pruning, _calibrated,
+        _inputs, _slices, _merge_method, _parameters, _required, _template, _tokens, _prune_keys, _pruning, _calibrated,
         _whole_merge, _output, _adapter, _budget,
     )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
@@ -36,18 +37,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 
 def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     """What this version cannot run yet, and where the recipe asks for it."""
-    inputs = {None, "union", "base", recipe.base_model, *recipe.names, *(model.model for model in recipe.models)}
-    asked: list[tuple[bool, Loc, str]] = [
-        (recipe.chat_template is not None, ("chat_template",), "chat_template"),
-    ]
-    loc: Loc = ("tokenizer_source",)
-    if recipe.tokenizer is not None:
-        loc, whole = ("tokenizer", "source"), recipe.tokenizer
-        asked.append((bool(whole.tokens), ("tokenizer", "tokens"), "token sources"))
-        asked.append((whole.pad_to_multiple_of is not None, ("tokenizer", "pad_to_multiple_of"), "padding"))
-    asked.append((recipe.tokenizer_of == "union", loc, "a union of tokenizers"))
-    foreign = bool(recipe.models) and recipe.tokenizer_of not in inputs
-    asked.append((foreign, loc, "the tokenizer of a model that is not merged"))
+    asked: list[tuple[bool, Loc, str]] = []
     parted = bool(recipe.slices or recipe.modules)
     for at, prune in _prunes(recipe):
         massive = prune.protect is not None and prune.protect.massive_activations is not None
@@ -244,10 +234,24 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
     if recipe.template is not None and recipe.template not in known and recipe.models:
         message = f"must be the name of a model, or base, got {show(recipe.template)}"
         yield recipe.problem(("template",), message, suggest(recipe.template, known))
-    if recipe.tokenizer_source == "base" and not _given(recipe, "base_model"):
-        yield recipe.problem(("tokenizer_source",), "base needs base_model")
+    if recipe.tokenizer_of == "base" and not _given(recipe, "base_model"):
+        loc: Loc = ("tokenizer_source",) if recipe.tokenizer is None else ("tokenizer", "source")
+        yield recipe.problem(loc, "base needs base_model")
     if _given(recipe, "tokenizer") and _given(recipe, "tokenizer_source"):
         yield recipe.problem(("tokenizer_source",), "cannot stand beside tokenizer", "keep one of the two", key=True)
+
+
+def _tokens(recipe: Recipe) -> Iterator[Problem]:
+    """A forced token has a source, and a chat template is a name that is known, or a text."""
+    for token, wanted in (recipe.tokenizer.tokens if recipe.tokenizer is not None else {}).items():
+        if wanted.force and not _given(recipe, "tokenizer", "tokens", token, "source"):
+            yield recipe.problem(("tokenizer", "tokens", token, "force"), "needs a source", "source: MODEL", key=True)
+    known = {"auto", *BUILT_IN, *recipe.names, *(model.model for model in recipe.models)}
+    known |= {"base", recipe.base_model} if recipe.base_model is not None else set()
+    wanted_chat = recipe.chat_template
+    if wanted_chat is not None and wanted_chat not in known and not is_literal(wanted_chat):
+        message = f"must be auto, a model, {', '.join(BUILT_IN)}, or a Jinja text, got {show(wanted_chat)}"
+        yield recipe.problem(("chat_template",), message, suggest(wanted_chat, known))
 
 
 def _prune_keys(recipe: Recipe) -> Iterator[Problem]:

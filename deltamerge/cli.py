@@ -687,6 +687,7 @@ def render_plan(described: dict[str, Any]) -> str:
         f"merge_method   {described['merge_method']} of {', '.join(described['models'])}"
         + (f" on {described['base_model']}" if described["base_model"] else ""),
         f"template       {described['template']}",
+        *_render_tokenizer(described),
         *(
             f"calibration    {s['model']}: {s['objective']}, scope {s['scope']}, search {s['search']}; "
             f"{s['sequences']} sequences of {s['length']} tokens, at most {s['forward_passes']} forward passes, "
@@ -704,6 +705,26 @@ def render_plan(described: dict[str, Any]) -> str:
         *(f"note           {note}" for note in described["notes"]),
     ]
     return "\n".join(lines)
+
+
+def _render_tokenizer(described: dict[str, Any]) -> list[str]:
+    """What becomes of the vocabulary, and where tokens come from that a model lacks."""
+    chat = [f"chat template  {described['chat_template']}"] if described["chat_template"] else []
+    found = described["tokenizer"]
+    if found is None:
+        return chat
+    sources = {"base": "the base's row", "one_model": "their only model's", "mean": "the mean of theirs",
+               "zeros": "zeros", "recipe": "what the recipe says"}  # fmt: skip
+    lacking = [f"{count} from {sources[source]}" for source, count in found["lacking"].items() if count]
+    parts = [
+        f"{found['source']}, starting from {found['starts_from']}",
+        f"{found['tokens']} tokens, {found['appended']} appended"
+        + f", {found['dropped']} dropped" * bool(found["dropped"]),
+        f"{found['rows']} rows" + f", {found['padding']} of them padding" * bool(found["padding"]),
+    ]
+    notes = [f"tokenizer      {note}" for note in found["notes"]]
+    missing = [f"tokenizer      tokens that a model lacks: {', '.join(lacking)}"] if lacking else []
+    return [f"tokenizer      {'; '.join(parts)}", *missing, *notes, *chat]
 
 
 def render_calibration(found: dict[str, Any]) -> str:

@@ -60,9 +60,10 @@ class Group:
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """`groups` are the parts of the output in its order; `template` gives the output its tensors, their names, and its
-    files; `vocabulary` gives it its embedding rows and tokenizer. `untied`: a model has a head of its own, and in the
-    models `stand_ins`, which tie theirs, the embedding stands in for it. `origin` is what a delta artifact that is
-    written is a change of, whether it is merged or not."""
+    files; `vocabulary` is whose tokenizer the output's is or, for a union, starts from: it may be a model that is not
+    merged, opened for its tokenizer alone. `untied`: a model has a head of its own, and in the models `stand_ins`,
+    which tie theirs, the embedding stands in for it. `origin` is what a delta artifact that is written is a change of,
+    whether it is merged or not."""
 
     groups: tuple[Group, ...]
     template: Input
@@ -128,7 +129,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         return recipe.method.base_apart(part.base)
 
     named: list[tuple[str, int | None, Checkpoint]] = []
-    mentioned = {"base", recipe.base_model} & {recipe.template, recipe.tokenizer_of}
+    mentioned = {"base", recipe.base_model} & {recipe.template, recipe.tokenizer_of} or recipe.tokenizer_of == "union"
     bases = dict.fromkeys(part.base for part in recipe.parts if part.base is not None and apart(part))
     if recipe.base_model is not None and (mentioned or recipe.output.kind == "delta"):
         bases.setdefault(recipe.base_model)
@@ -147,8 +148,8 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         groups.append(Group(part, base, tuple(by_index[i] for i in part.members if i in by_index), listed))
     base = None if recipe.base_model is None else by_base.get(recipe.base_model)
     tunes = tuple(by_index.values())
-    template = _named(recipe.template, recipe, base, tunes) or _template(groups, tunes)
-    vocabulary = _named(recipe.tokenizer_of, recipe, base, tunes)
+    template = input_named(recipe.template, recipe, base, tunes) or _template(groups, tunes)
+    vocabulary = _vocabulary(recipe, base, tunes, checkpoint)
     origin = base if recipe.output.kind == "delta" else None
     return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin)
 
@@ -204,13 +205,26 @@ def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
     return inputs
 
 
-def _named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
-    """The input that `template` or `tokenizer_source` means: by name, reference, or "base"; None if it names none."""
+def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
+    """The input that `template` or a token's source means: by name, reference, or "base"; None if it names none."""
     if name is None:
         return None
-    if base is not None and name in ("base", recipe.base_model):
+    if base is not None and name in ("base", base.name):
         return base
     return next((t for t in tunes if t.index is not None and name in (t.name, recipe.models[t.index].model)), None)
+
+
+def _vocabulary(
+    recipe: Recipe, base: Input | None, tunes: tuple[Input, ...], checkpoint: Callable[[str, str], Checkpoint]
+) -> Input | None:
+    """The model that `tokenizer_source` means; for a union the base, without one the first model."""
+    wanted = recipe.tokenizer_of
+    if wanted is None:
+        return None
+    if wanted == "union":
+        return base or tunes[0]
+    found = input_named(wanted, recipe, base, tunes)
+    return found or Input(wanted, None, checkpoint(wanted, "tokenizer_source"), {}, {})
 
 
 def _template(groups: Sequence[Group], tunes: tuple[Input, ...]) -> Input:

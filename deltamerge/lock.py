@@ -22,6 +22,7 @@ from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.plan import Plan
 from deltamerge.stages import Calibrated, locked
+from deltamerge.tokenizer.files import CONFIG, JINJA, TOKENIZER
 
 FORMAT = 1
 CARD = "README.md"
@@ -96,16 +97,31 @@ def describe_input(model: Checkpoint, workers: int, files: Iterable[Path] | None
     return entry
 
 
+def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
+    """The files of a model that the output's vocabulary and chat template depend on."""
+    wanted = [TOKENIZER, CONFIG] * (plan.vocabulary is not None)
+    wanted += [CONFIG, JINJA] * (plan.recipe.chat_template is not None)
+    return [path for name in dict.fromkeys(wanted) if (path := model.path / name).is_file()]
+
+
+def files_read(plan: Plan) -> list[tuple[Checkpoint, list[Path]]]:
+    """Every checkpoint, once, with the files of it that the output depends on; one may lend its tokenizer alone."""
+    read = [(model, [*input_files(model), *tokenizer_files(plan, model)]) for model in plan.inputs.checkpoints]
+    lender = plan.inputs.vocabulary
+    if lender is not None and all(model.reference != lender.checkpoint.reference for model, _ in read):
+        read.append((lender.checkpoint, tokenizer_files(plan, lender.checkpoint)))
+    return [(model, list(dict.fromkeys(files))) for model, files in read]
+
+
 def describe_inputs(
     plan: Plan, workers: int, mine: Callable[[int, int], bool] = lambda position, total: True
 ) -> dict[str, Any]:
     """For every input its commit (if from the hub) and its files; only those that are `mine` by position and total."""
     inputs: dict[str, Any] = {}
-    models = plan.inputs.checkpoints
-    total = sum(len(input_files(model)) for model in models)
+    read = files_read(plan)
+    total = sum(len(files) for _, files in read)
     position = 0
-    for model in models:
-        files = input_files(model)
+    for model, files in read:
         chosen = [file for i, file in enumerate(files, position) if mine(i, total)]
         position += len(files)
         inputs[model.reference] = describe_input(model, workers, chosen)
@@ -130,8 +146,8 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
         "the recipe": xxh3_128(recipe_text.encode()).hexdigest(),
         "the tensors of the output": layout.hexdigest(),
     }
-    for model in plan.inputs.checkpoints:
-        for path in input_files(model):
+    for model, files in files_read(plan):
+        for path in files:
             found[f"{model.reference}: {path.name}"] = _identity(path)
     for source in plan.sources:
         if (data := source.folder / source.calibration.data).is_file():

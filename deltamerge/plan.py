@@ -17,6 +17,7 @@ from deltamerge.inputs import HEAD, Input, Inputs, Opener, open_inputs
 from deltamerge.io.adapter import WEIGHTS
 from deltamerge.io.checkpoint import Adapter, TensorInfo
 from deltamerge.io.encodings import expected_bits
+from deltamerge.io.gathered import cut
 from deltamerge.io.writer import Layout, plan_layout
 from deltamerge.lora import own_weights
 from deltamerge.names import numbered_blocks
@@ -27,6 +28,8 @@ from deltamerge.stages import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.stages import Source, Spec
 from deltamerge.stages import memory as stage_memory
 from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS, block_elements
+from deltamerge.tokenizer.chat import ChatTemplate, choose_chat_template
+from deltamerge.tokenizer.vocabulary import Vocabulary, make_vocabulary
 
 SHOWN_PROBLEMS = 8
 TILE_ELEMENTS = 1 << 18
@@ -94,6 +97,8 @@ class Plan:
     cut_bytes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     pruned_adapter: Adapter | None = None
+    vocabulary: Vocabulary | None = None
+    chat_template: ChatTemplate | None = None
 
     @property
     def specs(self) -> dict[Node, Spec]:
@@ -143,6 +148,8 @@ class Plan:
             "notes": list(self.notes),
             "kind": self.recipe.output.kind,
             **self._describe_delta(),
+            "tokenizer": self.vocabulary.describe() if self.vocabulary else None,
+            "chat_template": self.chat_template.origin if self.chat_template else None,
             "stages": [{**spec.describe(), "blocks": _blocks(spec.source)} for spec in self.specs.values()],
             "tensors": [
                 {
@@ -187,7 +194,8 @@ def plan(
     inputs = open_inputs(recipe, folder, opener)
     own = own_weights(recipe, inputs)
     inputs = own or inputs
-    planner = _Planner(recipe, inputs, device, folder, memory, densities)
+    vocabulary = make_vocabulary(recipe, inputs)
+    planner = _Planner(recipe, inputs, device, folder, memory, densities, vocabulary)
     rows = planner.rows()
     if planner.problems:
         shown = planner.problems[:SHOWN_PROBLEMS]
@@ -217,6 +225,7 @@ def plan(
     if sources:  # the stages come before the first tile, one after another
         resident = [stage_memory(source) for source in sources.values()]
         peak = max(peak, CALIBRATING_BYTES + (sum(resident) if together else max(resident)))
+    peak += vocabulary.memory if vocabulary is not None else 0
     cuts = {recipe.names[i]: node.parameter("deltas") for i, node in planner.builder.cuts.items()}
     planner.notes += [
         f"group: model: one threshold over {len(deltas)} tensors of {name}, found in two or three passes before"
@@ -254,6 +263,8 @@ def plan(
         cut_bytes,
         planner.config,
         adapter,
+        vocabulary,
+        choose_chat_template(recipe, inputs),
     )
 
 
@@ -287,8 +298,10 @@ class _Planner:
         folder: Path,
         memory: int | None,
         densities: Mapping[str, float] | None,
+        vocabulary: Vocabulary | None,
     ) -> None:
         self.recipe, self.inputs, self.device = recipe, inputs, device
+        self.vocabulary, self.remapped, self.resized = vocabulary, False, False
         self.builder = Builder(recipe, Graph(), folder, device, memory, densities)
         self.problems: list[str] = []
         self.hint = ""
@@ -320,9 +333,19 @@ class _Planner:
             row = self._row(target, copied)
             if row is not None:
                 yield row
+        self._check_vocabulary()
         if copied:
             self.notes.append(f"copied from {template.name}, not merged: {_some(copied)}")
         self._left_out()
+
+    def _check_vocabulary(self) -> None:
+        """Rows move only where there are any, and only in a whole model: a delta or an adapter has its base's rows."""
+        kind, changes = self.recipe.output.kind, self.vocabulary is not None and self.vocabulary.changes
+        if kind != "model" and (changes or self.resized):
+            self.problems.append(f"output.kind {kind} cannot change the vocabulary of its base")
+            self.hint = "write kind: model"
+        elif changes and not self.remapped:
+            self.problems.append(f"no tensor of {self.inputs.template.name} has a row per token of its vocabulary")
 
     def _row(self, target: Target, copied: list[str]) -> Row | _Merged | None:
         name, stored, tensor, owner = target.name, target.stored, target.tensor, target.owner
@@ -335,19 +358,34 @@ class _Planner:
             self.problems.append(f"{stored}: missing in {', '.join(lacking)}")
             self.hint = "models that are merged must have the same layers"
             return None
+        present = [(model, info) for model, info in found if info is not None]
         same = target.group is not None and target.group.base is not None
         same = same and all(info is not None and info.is_same(tensor) for _, info in found)
         if lacking or same or target.group is None or tensor.dtype not in FLOATING:
             if owner.name == self.inputs.template.name:
                 copied.append(stored)
+            lenders = present if any(model is owner for model, _ in present) else [*present, (owner, tensor)]
+            tensor = next(info for model, info in self._remapped(target, lenders) if model is owner)
             return self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (owner.name,)))
-        present = [(model, info) for model, info in found if info is not None]
-        shared, rest = self._rows(target, present, like)
+        remapped = self._remapped(target, present)
+        if like is not None and remapped is not present:
+            like = replace(like, shape=(remapped[0][1].shape[0], *like.shape[1:]))
+        shared, rest = self._rows(target, remapped, like)
         if shared is None:
             return None
         base = next((info for model, info in shared if model.index is None), None)
         tunes = [(model, info) for model, info in shared if model.index is not None]
         return _Merged(Merge(stored, target.group.part, target.position, base, tunes, dtype), rest)
+
+    def _remapped(self, target: Target, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
+        """The models' tensors under the output's vocabulary, if their rows are tokens."""
+        if self.vocabulary is None or not self.vocabulary.holds(target.name, present):
+            return present
+        self.remapped = True
+        with errors.context(target.stored):
+            remapped = [(model, self.vocabulary.remap(model, present)) for model, _ in present]
+        self.resized |= [info for _, info in remapped] != [info for _, info in present]
+        return remapped
 
     def _merged(self, part: _Merged) -> Row:
         merge, rest = part.merge, part.rest
@@ -392,8 +430,8 @@ class _Planner:
         count = min(shape[0] for shape in shapes)
         self.notes.append(f"{stored}: the {count} rows that all models share are merged, the rest is {source.name}'s")
         whole = source.get(name)
-        rest = _cut(whole, count, whole.shape[0]) if whole is not None and whole.shape[0] > count else None
-        return [(model, _cut(info, 0, count)) for model, info in present], rest
+        rest = cut(whole, count, whole.shape[0]) if whole is not None and whole.shape[0] > count else None
+        return [(model, cut(info, 0, count)) for model, info in present], rest
 
     def _stacked(self, name: str) -> bool:
         return any(stack.holds(name) for stack in self.stacks)
@@ -425,17 +463,6 @@ class _Planner:
 def _blocks(source: Source) -> int:
     """How many blocks calibration goes through one by one, as the names tell; 0: the whole model is resident."""
     return len(numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or ())
-
-
-def _cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
-    """Rows [start, stop) of a stored tensor."""
-    row = tensor.nbytes // tensor.shape[0]
-    return replace(
-        tensor,
-        shape=(stop - start, *tensor.shape[1:]),
-        begin=tensor.begin + start * row,
-        nbytes=(stop - start) * row,
-    )
 
 
 def _some(names: Iterable[str], most: int = 4) -> str:

@@ -242,15 +242,17 @@ class Token(Keys):
         ]
         | None
     ) = Field(None, description="A model reference, a token of a model, or zeros.")
-    force: bool = Field(False, description="Replace the embedding even where a model has the token.")
+    force: bool = Field(False, description="Also in models that have the token: the row is the source's, not a merge.")
 
 
 class Tokenizer(Keys):
     """The output's tokenizer, in full."""
 
-    source: Text = Field("union", description="base, union, or a model.")
-    tokens: dict[str, Token] = Field({}, description="Sources of single tokens.")
-    pad_to_multiple_of: Positive | None = Field(None, description="Pad the vocabulary to this.")
+    source: Text = Field("union", description="Whose tokens the output has: base, union, or a model.")
+    tokens: dict[str, Token] = Field({}, description="Where single tokens' rows come from; new tokens are appended.")
+    pad_to_multiple_of: Positive | None = Field(
+        None, description="Rows of the mean row are added until the number of rows is a multiple of this."
+    )
 
 
 class Output(Keys):
@@ -292,9 +294,9 @@ class Recipe(Keys):
     dtype: Dtype | None = Field(None, description="Of the output; arithmetic is float32.")
     out_dtype: Dtype | None = Field(None, description="Of the output; wins over dtype.")
     template: Text | None = Field(None, description="The model whose tensors and files the output has.")
-    tokenizer_source: Text | None = Field(None, description="base, union, or a model.")
+    tokenizer_source: Text | None = Field(None, description="Whose tokens the output has: base, union, or a model.")
     tokenizer: Tokenizer | None = Field(None, description="Instead of tokenizer_source, with token sources.")
-    chat_template: Text | None = Field(None, description="auto, a built-in name, or a Jinja template.")
+    chat_template: Text | None = Field(None, description="auto, a model, a built-in name, or a Jinja template.")
     seed: Natural = Field(0, description="Of the random masks.")
     output: Output = Field(Output.model_validate({}), description="What is written, and where.")
 

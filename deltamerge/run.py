@@ -371,7 +371,9 @@ def _from_hub(planned: Plan) -> bool:
 
 def _places(planned: Plan) -> list[tuple[str, Path]]:
     """Every folder that is read, and whose it is."""
-    return [(c.reference, source.path) for c in planned.inputs.checkpoints for source in c.sources]
+    lender = planned.inputs.vocabulary
+    models = [*planned.inputs.checkpoints, *([lender.checkpoint] if lender is not None else [])]
+    return [(c.reference, source.path) for c in models for source in c.sources]
 
 
 def check_deltas(planned: Plan) -> None:

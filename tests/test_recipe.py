@@ -209,24 +209,17 @@ def test_mergekit_s_examples_run(text: str) -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("text", "missing"),
-    [
-        (TOKENS, ["chat_template", "token sources", "padding", "a union of tokenizers"]),
-    ],
-)
-def test_what_the_contract_has_and_this_version_lacks(text: str, missing: list[str]) -> None:
-    recipe = parse(text)
-    assert [message for _, message in recipes.unsupported(recipe)] == missing
-    assert sorted(problem.partition("not supported yet: ")[2] for problem in problems(text)) == sorted(missing)
+def test_every_key_of_a_tokenizer_is_read() -> None:
+    recipe = recipes.loads(TOKENS)
+    assert recipe.tokenizer is not None
+    assert recipe.tokenizer.tokens["<|im_start|>"].force
+    assert (recipe.tokenizer_of, recipe.tokenizer.pad_to_multiple_of, recipe.chat_template) == ("union", 64, "auto")
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ("prune: {method: dare, budget: 5MB, q: output_change}", "prune.q: not supported yet: a calibrated q beside"),
-        ("tokenizer_source: other/model", "tokenizer_source: not supported yet: the tokenizer of a model that is not"),
-        ("tokenizer: {}", "tokenizer.source: not supported yet: a union of tokenizers"),
     ],
 )
 def test_later(keys: str, message: str) -> None:
@@ -418,7 +411,6 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:4:1: tokenizer_source: cannot stand beside tokenizer\nhint: keep one of the two"
     ],
     ONE + "tokenizer: {source: x, tokens: {a: {source: {kind: model_token, model: x}}}}": [
-        "r.yaml:4:32: tokenizer.tokens: not supported yet: token sources",
         "r.yaml:4:45: tokenizer.tokens.a.source: needs either token or token_id",
     ],
     # merge methods and their parameters

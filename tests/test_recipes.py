@@ -20,7 +20,7 @@ RECIPES = Path(__file__).parent.parent / "recipes"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("recipes")
-    base = tiny_llama(folder / "models" / "base", seed=0)
+    base = tiny_llama(folder / "models" / "base", seed=0, tokenizer=True)
     for seed, name in enumerate(("math", "code", "chat"), 1):
         tiny_llama(folder / "models" / name, seed=seed, base=base, tokenizer=True)
     deep = tiny_llama(folder / "models" / "base40", seed=4, layers=40)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.files import COPY_PIECE, Descriptors, copy_at, flat, input_error, read_at, refuse_link, write_at
+from deltamerge.io.gathered import Gathered
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
 from deltamerge.io.strict_json import read_json
@@ -27,12 +32,23 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """A tokenizer's vocabulary: `ids` by token, in the order of ids; `added` are those matched before the model sees
+    the text, as tokenizer.json lists them (without the id); `plain` counts the tokens of the model itself."""
+
+    ids: dict[str, int]
+    added: dict[str, dict[str, Any]]
+    plain: int
+
+
+@dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model's tensors and where they lie, as its headers say.
 
     `reference` is what the recipe calls it; `tensors` are in the order of transformers (files by name, each
     file in the order of its header); `files` are the weight files; a local folder has no `hub_id` and no
     `revision` (a commit). `delta`: the folder is a delta artifact, which has no tensors before it is put over `base`.
+    `tokens`, `chat_template`: of a model that is yet to be made, what its files will say where they are not copies.
     """
 
     reference: str
@@ -45,6 +61,8 @@ class Checkpoint:
     delta: DeltaFile | None = field(default=None, compare=False, repr=False)
     base: Checkpoint | None = field(default=None, compare=False, repr=False)
     adapter: Adapter | None = None
+    tokens: Tokens | None = field(default=None, compare=False, repr=False)
+    chat_template: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def base_reference(self) -> str:
@@ -219,6 +237,8 @@ class Reader:
 
     def __init__(self) -> None:
         self._files = Descriptors(os.O_RDONLY, input_error)
+        self._known: dict[Any, Any] = {}
+        self._knowing = threading.Lock()
 
     def __enter__(self) -> Reader:
         return self
@@ -232,6 +252,9 @@ class Reader:
     def read_into(self, info: TensorInfo, start_elem: int, out: Any) -> None:
         """Fill the contiguous buffer `out` with the tensor's bytes from element `start_elem`."""
         view = flat(out)
+        if isinstance(info, Gathered):
+            info.read_into(self, start_elem, np.frombuffer(view, np.uint8))
+            return
         offset = start_elem * ITEMSIZE[info.dtype]
         _check_range(info, offset, len(view))
         if isinstance(info, MadeInfo):
@@ -247,12 +270,38 @@ class Reader:
             file = self._files.get(info.path)
             read_at(file.fd, info.begin + offset, view)
 
+    def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
+        """Fill `out` with runs of the tensor's bytes: run i is from `offsets[i]` on, and ends at `ends[i]` of `out`."""
+        view = flat(out)
+        if isinstance(info, MadeInfo) or info.computed is not None:
+            begin = 0
+            for offset, end in zip(offsets.tolist(), ends.tolist(), strict=True):
+                self.read_into(info, offset // ITEMSIZE[info.dtype], view[begin:end])
+                begin = end
+            return
+        lengths = np.diff(ends, prepend=0)
+        _check_range(info, int(offsets.min()), 0)
+        _check_range(info, int((offsets + lengths).max()), 0)
+        with errors.context(str(info.path)):
+            file = self._files.get(info.path)
+            begin = 0
+            for offset, end in zip((offsets + info.begin).tolist(), ends.tolist(), strict=True):
+                read_at(file.fd, offset, view[begin:end])
+                begin = end
+
     def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
-        stored = not isinstance(info, MadeInfo) and info.computed is None
+        stored = not isinstance(info, MadeInfo | Gathered) and info.computed is None
         if hasattr(os, "posix_fadvise") and nbytes and stored:
             file = self._files.get(info.path)
             os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
+
+    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
+        """The value of `compute` for `key`, computed by the first thread that asks."""
+        with self._knowing:
+            if key not in self._known:
+                self._known[key] = compute()
+            return self._known[key]
 
     def copy_range(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
         """Copy the tensor's bytes [offset, offset + nbytes) to `out_offset` of the open file `out_fd`."""

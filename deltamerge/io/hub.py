@@ -116,6 +116,29 @@ def _describe_adapter(reference: str, hub_id: str, revision: str | None, weights
     return Adapter(reference, snapshot, tensors, (snapshot / WEIGHTS, snapshot / CONFIG), config, commit, hub_id)
 
 
+def fetch(checkpoint: Checkpoint, first: str, *others: str) -> None:
+    """Bring small files of a hub model into its snapshot; names that the repository lacks are left out.
+
+    Without the hub `first` must be in the cache; of `others`, which only add to it, what is there is taken.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    assert checkpoint.hub_id is not None
+    for name in (first, *others):
+        if (checkpoint.path / name).exists():
+            continue
+        with (
+            errors.context(checkpoint.reference),
+            _explained(checkpoint.hub_id, checkpoint.revision, checkpoint.path),
+        ):
+            try:
+                hf_hub_download(checkpoint.hub_id, name, revision=checkpoint.revision)
+            except EntryNotFoundError as error:
+                if name == first and isinstance(error, LocalEntryNotFoundError):
+                    raise
+
+
 def _from_hub(reference: str, hub_id: str, revision: str | None, folder: Path, weights: bool) -> Checkpoint:
     pinned = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
     if pinned and not weights and (cached := _from_cache(reference, hub_id, revision)):

@@ -1,0 +1,55 @@
+"""The output's chat template: the most common of the models', one model's, a built-in one, or the recipe's own text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from deltamerge.chat_templates import BUILT_IN, is_literal
+from deltamerge.errors import InputError
+from deltamerge.inputs import Input, Inputs, input_named
+from deltamerge.recipe import Recipe
+from deltamerge.tokenizer.files import read_chat_template
+
+
+@dataclass(frozen=True, slots=True)
+class ChatTemplate:
+    """A Jinja text and, for people, where it is from."""
+
+    text: str
+    origin: str
+
+
+def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
+    """None where the recipe asks for none, or `auto` finds none: then the tokenizer keeps its own.
+
+    InputError: the model that it names has none.
+    """
+    wanted = recipe.chat_template
+    if wanted is None:
+        return None
+    if wanted == "auto":
+        return _most_common([*inputs.all], read_chat_template_of)
+    model = input_named(wanted, recipe, inputs.base, inputs.tunes)
+    if model is not None:
+        text = read_chat_template_of(model)
+        if text is None:
+            raise InputError("has no chat template", where=model.name)
+        return ChatTemplate(text, model.name)
+    if is_literal(wanted):
+        return ChatTemplate(wanted, "the recipe")
+    return ChatTemplate(BUILT_IN[wanted], f"built-in {wanted}")
+
+
+def read_chat_template_of(model: Input) -> str | None:
+    return read_chat_template(model.checkpoint)
+
+
+def _most_common(models: list[Input], read: Callable[[Input], str | None]) -> ChatTemplate | None:
+    """The template that most models have, of equals the first; surrounding white space does not tell them apart."""
+    found = [(text.strip(), model.name) for model in models if (text := read(model)) is not None and text.strip()]
+    if not found:
+        return None
+    best = Counter(text for text, _ in found).most_common(1)[0][0]
+    return ChatTemplate(best, "auto: " + ", ".join(name for text, name in found if text == best))

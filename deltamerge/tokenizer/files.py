@@ -1,0 +1,136 @@
+"""What a model's tokenizer files say: its tokens with their ids, how added ones are matched, its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.io.checkpoint import Checkpoint, Tokens
+from deltamerge.io.hub import fetch
+from deltamerge.io.strict_json import read_json
+
+TOKENIZER, CONFIG, JINJA = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+PROCESSOR = "chat_template.json"
+SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "tiktoken.model")
+OTHERS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", *SLOW)
+MATCHING = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
+Entry = dict[str, Any]
+
+
+def fetched(checkpoint: Checkpoint, *, whole: bool = False) -> Path:
+    """The model's folder, in it those tokenizer files of a hub model that say what it is; `whole`: all of them."""
+    if checkpoint.hub_id is not None:
+        fetch(checkpoint, TOKENIZER, CONFIG, JINJA, *(OTHERS if whole else ()))
+    return checkpoint.path
+
+
+def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
+    """The vocabulary in tokenizer.json, and tokens that only tokenizer_config.json adds; None: no tokenizer at all.
+
+    InputError: only files of a slow tokenizer, or a vocabulary that is none.
+    """
+    if checkpoint.tokens is not None:
+        return checkpoint.tokens
+    folder = fetched(checkpoint)
+    with errors.context(checkpoint.reference):
+        if not (folder / TOKENIZER).is_file():
+            if slow := [name for name in SLOW if (folder / name).is_file()]:
+                hint = "AutoTokenizer.from_pretrained(MODEL).save_pretrained(MODEL) writes it"
+                raise InputError(f"has {slow[0]} but no {TOKENIZER}, which vocabularies are read from", hint=hint)
+            return None
+        whole = read_json(folder / TOKENIZER)
+        with errors.context(TOKENIZER):
+            ids = _plain(whole)
+            plain = len(ids)
+            added = {str(entry.get("content")): entry for entry in whole.get("added_tokens") or ()}
+            ids |= {content: _id(entry.get("id"), content) for content, entry in added.items()}
+        for content, entry in _declared(tokenizer_config(folder)):
+            if content not in added:
+                ids.setdefault(content, _next(plain, ids, added))
+                added[content] = entry | {"content": content}
+        ordered = dict(sorted(ids.items(), key=lambda item: item[1]))
+        if len(set(ordered.values())) < len(ordered):
+            raise InputError(f"{TOKENIZER}: two tokens have one id")
+        return Tokens(ordered, {token: {**_strict(entry), "content": token} for token, entry in added.items()}, plain)
+
+
+def _plain(whole: dict[str, Any]) -> dict[str, int]:
+    """The tokens of the model itself: token -> id, or a list of [token, score]."""
+    model = whole.get("model")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocab, list):
+        return {str(entry[0]): i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    if not isinstance(vocab, dict):
+        raise InputError("has no vocabulary")
+    return {token: _id(index, token) for token, index in vocab.items()}
+
+
+def _id(value: Any, token: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
+        raise InputError(f"token {token[:40]!r} has no valid id")
+    return value
+
+
+def _next(plain: int, ids: dict[str, int], added: dict[str, Entry]) -> int:
+    """The id that the tokenizers library gives to one more token."""
+    return max([plain, *(ids[token] + 1 for token in added)])
+
+
+def _declared(config: dict[str, Any]) -> Iterator[tuple[str, Entry]]:
+    """Tokens that transformers adds when it loads tokenizer_config.json, as it orders them."""
+    decoder = config.get("added_tokens_decoder")
+    if isinstance(decoder, dict):
+        for key in sorted((key for key in decoder if str(key).isdecimal()), key=int):
+            if isinstance(entry := decoder[key], dict) and isinstance(entry.get("content"), str):
+                yield entry["content"], entry
+    named = [value for key, value in config.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = config.get(key) or ()
+        named += more.values() if isinstance(more, dict) else more
+    for value in named:
+        if isinstance(value, str) and value:
+            yield value, {"special": True}
+        elif isinstance(value, dict) and isinstance(value.get("content"), str):
+            yield value["content"], value | {"special": True}
+
+
+def _strict(entry: Entry) -> Entry:
+    """An entry with exactly the keys that tokenizer.json needs, in its order."""
+    special = bool(entry.get("special", False))
+    known = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
+    return {"content": entry.get("content"), **{key: bool(entry.get(key, known[key])) for key in MATCHING}}
+
+
+def plain_entry(token: str) -> Entry:
+    """A token added without being special, as `add_tokens` of transformers does with text."""
+    return _strict({"content": token})
+
+
+def tokenizer_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json, empty where there is none."""
+    return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+
+
+def read_chat_template(checkpoint: Checkpoint) -> str | None:
+    """The model's default chat template: chat_template.jinja, else the key of tokenizer_config.json."""
+    if checkpoint.chat_template is not None:
+        return checkpoint.chat_template
+    folder = fetched(checkpoint)
+    with errors.context(checkpoint.reference):
+        if (folder / JINJA).is_file():
+            try:
+                return (folder / JINJA).read_text(encoding="utf-8") or None
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{JINJA}: cannot be read") from error
+        found = tokenizer_config(folder).get("chat_template")
+        if found is None and (folder / PROCESSOR).is_file():
+            found = read_json(folder / PROCESSOR).get("chat_template")
+    if isinstance(found, list):
+        found = {str(item.get("name")): item.get("template") for item in found if isinstance(item, dict)}
+    if isinstance(found, dict):
+        found = found.get("default")
+    return found if isinstance(found, str) and found else None

@@ -1,0 +1,51 @@
+"""Which tensors have one row per token, found by names and numbers of rows: there is no table of architectures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from deltamerge.parameters import layer_index
+
+EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|shared|token_embedding)\.weight$"
+)
+HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|vocab_projector)\.(decoder\.)?(weight|bias)$|(^|\.)predictions\.(bias|decoder\.(weight|bias))$"
+)
+OTHER = re.compile(r"position|token_type|segment|wpe|norm|classifier|score|qa_outputs|pooler")
+
+
+def sizes(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every place of a config that says the vocabulary's size: (mapping, key), the outermost first."""
+    if isinstance(config, dict) and isinstance(config.get("vocab_size"), int):
+        yield config, "vocab_size"
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from sizes(value)
+
+
+def config_rows(config: Mapping[str, Any]) -> int | None:
+    """The vocabulary's size as config.json states it, of a multimodal model its text part's."""
+    return next((holder[key] for holder, key in sizes(config)), None)
+
+
+def has_vocabulary_rows(name: str, shape: tuple[int, ...], rows: int, config: Mapping[str, Any]) -> bool:
+    """Whether a tensor has a row per token: outside numbered blocks, `rows` rows, and the name of an embedding or head;
+    or any name, if no other size of the model is that number."""
+    if layer_index(name) is not None or not 1 <= len(shape) <= 2 or shape[0] != rows:
+        return False
+    if EMBEDDING.search(name) or HEAD.search(name):
+        return True
+    return not OTHER.search(name) and rows not in _other_sizes(config)
+
+
+def _other_sizes(config: Mapping[str, Any]) -> set[int]:
+    found: set[int] = set()
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= _other_sizes(value)
+        elif isinstance(value, int) and key != "vocab_size" and not key.endswith(("_id", "_index")):
+            found.add(value)
+    return found

@@ -1,0 +1,312 @@
+"""The output's vocabulary: its ids, where each model has each token, and which rows an embedding is gathered from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import repeat
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.errors import InputError, Problem, RecipeError
+from deltamerge.inputs import Input, Inputs, input_named
+from deltamerge.io.checkpoint import TensorInfo, Tokens
+from deltamerge.io.gathered import gather
+from deltamerge.recipe import ModelToken, Recipe, Token, ZeroToken
+from deltamerge.tokenizer.files import TOKENIZER, Entry, fetched, plain_entry, read_tokens
+from deltamerge.tokenizer.rows import config_rows, has_vocabulary_rows
+
+# anonymous memory of a parsed tokenizer.json with a merge per token, measured
+BYTES_PER_TOKEN = 400
+
+Rows = NDArray[np.int32]
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """A row that the recipe gives a token: row `row` of the tensor of `model`, zeros where `row` is −1."""
+
+    model: str
+    row: int
+    always: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The output's tokens and how every model's rows become theirs; no array here is larger than tokens × models.
+
+    Models are known by their references.
+
+    start     the model whose tokenizer files the output's begin with;  first  its tokens
+    ids       token -> id in the output; `entries` are what tokenizer.json adds to the list of added tokens of `start`,
+              `appended` of them are tokens that `start` lacks
+    dropped   tokens of `start` beyond its embedding, whose ids the appended ones take
+    size      rows that tokens need;  padding  rows after them
+    columns   per model the model's id of every output id, −1 where it lacks the token;  base  which of them is the base
+    given     output id -> the row that the recipe names
+    template_ids  the template's own ids;  rows  of each model's embedding
+    """
+
+    kind: str
+    start: Input
+    first: Tokens
+    ids: dict[str, int]
+    entries: tuple[Entry, ...]
+    appended: int
+    dropped: frozenset[str]
+    size: int
+    padding: int
+    columns: dict[str, Rows]
+    base: str | None
+    given: dict[int, Given]
+    template_ids: dict[str, int]
+    rows: dict[str, int]
+    notes: tuple[str, ...] = ()
+    _picked: dict[Any, Rows] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def changes(self) -> bool:
+        """Whether a model's rows move, or others are added or given: then an embedding must be found."""
+        moved = any(not np.array_equal(column, np.arange(self.size)) for column in self.columns.values())
+        return moved or bool(self.padding or self.given)
+
+    @property
+    def tokens(self) -> Tokens:
+        """What the output's tokenizer says, once it is written."""
+        added = {token: entry for token, entry in self.first.added.items() if token in self.ids}
+        for entry in self.entries:
+            added[str(entry["content"])] = {key: value for key, value in entry.items() if key != "id"}
+        return Tokens(dict(sorted(self.ids.items(), key=lambda item: item[1])), added, self.first.plain)
+
+    @property
+    def memory(self) -> int:
+        """About the bytes that reading the tokenizers takes."""
+        return BYTES_PER_TOKEN * sum(self.rows.values())
+
+    @property
+    def total(self) -> int:
+        """Rows of the output's embedding."""
+        return self.size + self.padding
+
+    def holds(self, name: str, present: Sequence[tuple[Input, TensorInfo]]) -> bool:
+        """Whether a tensor's rows are the vocabulary's, in every model that has it."""
+        configs = [model.checkpoint.config for model, _ in present]
+        return all(
+            has_vocabulary_rows(name, info.shape, self.rows[_reference(model)], config)
+            for (model, info), config in zip(present, configs, strict=True)
+        )
+
+    def remap(self, model: Input, present: Sequence[tuple[Input, TensorInfo]]) -> TensorInfo:
+        """The model's tensor under the output's vocabulary; `present` are all models that have it, with theirs.
+
+        A token that the model lacks, or that the recipe forces, takes the row that the recipe names; else the base's;
+        else the mean of the models that have it; else zeros.
+        """
+        if len({info.shape[1:] for _, info in present}) > 1:
+            shapes = ", ".join(f"{other.name} {list(info.shape)}" for other, info in present)
+            raise InputError(f"shapes differ: {shapes}")
+        own = next(i for i, (other, _) in enumerate(present) if other is model)
+        base = next((i for i, (other, _) in enumerate(present) if other.index is None), None)
+        sources = [info for _, info in present]
+        picks = self._picks(own, base, tuple(_reference(other) for other, _ in present))
+        return gather(sources[own], sources, picks, self.padding)
+
+    def _picks(self, own: int, base: int | None, present: tuple[str, ...]) -> Rows:
+        key = (own, base, present)
+        if key not in self._picked:
+            where = np.stack([self.columns[other] for other in present], axis=1)
+            mine = where[:, own] >= 0
+            mine[[row for row, given in self.given.items() if given.always]] = False
+            picks = self._defaults(where, base, present)
+            picks[mine] = -1
+            picks[mine, own] = where[mine, own]
+            self._picked[key] = picks
+        return self._picked[key]
+
+    def _defaults(self, where: Rows, base: int | None, present: tuple[str, ...]) -> Rows:
+        """(tokens, models) the rows whose mean a model takes that lacks a token."""
+        picks = where.copy()
+        if base is not None:
+            known = where[:, base] >= 0
+            picks[known] = -1
+            picks[known, base] = where[known, base]
+        for row, given in self.given.items():
+            picks[row] = -1
+            if given.row >= 0:
+                if given.model not in present:
+                    raise InputError(f"{given.model} lacks this tensor, and the recipe takes a token's row from it")
+                picks[row, present.index(given.model)] = given.row
+        return picks
+
+    def describe(self) -> dict[str, Any]:
+        """The vocabulary for people and for `--json`."""
+        where = np.stack(list(self.columns.values()), axis=1)
+        lacking = np.flatnonzero((where < 0).any(1))
+        plain = np.setdiff1d(lacking, np.fromiter(self.given, np.int64, len(self.given)))
+        from_base = self.columns[self.base][plain] >= 0 if self.base is not None else np.zeros(len(plain), bool)
+        donors = (where[plain] >= 0).sum(1)[~from_base]
+        return {
+            "source": self.kind,
+            "starts_from": self.start.name,
+            "tokens": len(self.ids),
+            "appended": self.appended,
+            "dropped": len(self.dropped),
+            "rows": self.total,
+            "padding": self.padding,
+            "lacking": {
+                "base": int(from_base.sum()),
+                "one_model": int((donors == 1).sum()),
+                "mean": int((donors > 1).sum()),
+                "zeros": int((donors == 0).sum()),
+                "recipe": len(self.given),
+            },
+            "notes": list(self.notes),
+        }
+
+
+def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
+    """The output's vocabulary; None where the recipe leaves it to the template, or its source has no tokenizer.json
+    and needs none: rows are then matched by their number.
+
+    Ids: those of the model that the output's tokenizer starts from; then, for a union, what it lacks: the tokens of the
+    other models in their order, each by id, then their added tokens; then what only the recipe names.
+
+    RecipeError, InputError: a tokenizer that cannot be read, a source that lacks its token, ids that leave gaps where
+    tokens must be appended.
+    """
+    kind, start, whole = recipe.tokenizer_of, inputs.vocabulary, recipe.tokenizer
+    if kind is None or start is None:
+        return None
+    merged = {_reference(model): model for model in inputs.all}
+    among = _reference(start) in merged
+    needed = kind == "union" or (whole is not None and bool(whole.tokens or whole.pad_to_multiple_of))
+    if not needed and not (fetched(start.checkpoint, whole=not among) / TOKENIZER).is_file():
+        return None
+    if _reference(inputs.template) not in merged:
+        hint = "leave template out, or name a model that is merged"
+        raise InputError(
+            "gives its tensors but is not merged: its vocabulary is not known", where=inputs.template.name, hint=hint
+        )
+    read = {reference: read_tokens(model.checkpoint) for reference, model in merged.items()}
+    first = read[_reference(start)] if among else read_tokens(start.checkpoint)
+    if first is None:
+        raise InputError("has no tokenizer.json, which the output's tokenizer would start from", where=start.name)
+    lacking = [model.name for reference, model in merged.items() if read[reference] is None]
+    notes = [f"{name} has no tokenizer: its rows are taken to be the tokens of {start.name}" for name in lacking]
+    tokens = {reference: found or first for reference, found in read.items()}
+    rows = {r: config_rows(model.checkpoint.config) or _end(tokens[r].ids) for r, model in merged.items()}
+    limit = rows[_reference(start)] if among else config_rows(start.checkpoint.config) or _end(first.ids)
+    others = [(tokens[r], rows[r]) for r in merged if r != _reference(start)]
+    ids = {token: i for token, i in first.ids.items() if i < limit}
+    dropped = frozenset(first.ids.keys() - ids.keys())
+    entries, new = _missing(first, ids, others if kind == "union" else [], whole.tokens if whole else {})
+    if new:
+        begin = max([first.plain, *(ids[token] + 1 for token in first.added if token in ids)])
+        if begin != _end(ids):
+            raise InputError("its ids have gaps or go beyond its embedding: no token can be appended", where=start.name)
+        ids |= {token: begin + i for i, token in enumerate(new)}
+    size = _end(ids)
+    multiple = (whole.pad_to_multiple_of if whole else None) or 1
+    columns = {reference: _column(ids, size, tokens[reference], rows[reference]) for reference in merged}
+    return Vocabulary(
+        kind if kind in ("union", "base") else start.name,
+        start,
+        first,
+        ids,
+        tuple({"id": ids[token], **entry} for token, entry in entries.items()),
+        len(new),
+        dropped,
+        size,
+        -size % multiple,
+        columns,
+        _reference(inputs.base) if inputs.base is not None else None,
+        _given(recipe, inputs, ids, columns, tokens, rows),
+        tokens[_reference(inputs.template)].ids,
+        rows,
+        tuple(notes),
+    )
+
+
+def _reference(model: Input) -> str:
+    return model.checkpoint.reference
+
+
+def _end(ids: Mapping[str, int]) -> int:
+    return 1 + max(ids.values(), default=-1)
+
+
+def _missing(
+    first: Tokens, ids: Mapping[str, int], others: Sequence[tuple[Tokens, int]], named: Mapping[str, Token]
+) -> tuple[dict[str, Entry], list[str]]:
+    """What the output's tokenizer adds to the first one's, and which of it are new tokens, in the order of their ids.
+
+    A token that the first has as a plain one and another as an added one becomes an added one under its id.
+    """
+    added: dict[str, Entry] = {}
+    plain: dict[str, Entry] = {}
+    for tokens, rows in others:
+        for token, entry in tokens.added.items():
+            if tokens.ids[token] < rows and token not in first.added:
+                added.setdefault(token, entry)
+    for tokens, rows in others:
+        for token, i in tokens.ids.items():
+            if i < rows and token not in ids and token not in added:
+                plain[token] = plain_entry(token)
+    known = ids.keys() | plain.keys() | added.keys()
+    named_only = {token: plain_entry(token) for token in named if token not in known}
+    entries = plain | added | named_only
+    return entries, [token for token in entries if token not in ids]
+
+
+def _column(ids: Mapping[str, int], size: int, tokens: Tokens, rows: int) -> Rows:
+    """A model's id of every output id; an id that names no token on either side is one row."""
+    column = np.full(size, -1, np.int32)
+    there = np.fromiter(ids.values(), np.int64, len(ids))
+    own = np.fromiter(map(tokens.ids.get, ids, repeat(-1)), np.int32, len(ids))
+    column[there] = np.where(own < rows, own, -1)
+    free = np.arange(size) < rows
+    free[there] = False
+    named = np.fromiter(tokens.ids.values(), np.int64, len(tokens.ids))
+    free[named[named < size]] = False
+    column[free] = np.flatnonzero(free)
+    return column
+
+
+def _given(
+    recipe: Recipe,
+    inputs: Inputs,
+    ids: Mapping[str, int],
+    columns: Mapping[str, Rows],
+    tokens: Mapping[str, Tokens],
+    rows: Mapping[str, int],
+) -> dict[int, Given]:
+    """The rows that the recipe's `tokenizer.tokens` names."""
+    given: dict[int, Given] = {}
+    problems: list[Problem] = []
+    for token, wanted in (recipe.tokenizer.tokens if recipe.tokenizer else {}).items():
+        source, place = wanted.source, ("tokenizer", "tokens", token, "source")
+        if source is None:
+            continue
+        if isinstance(source, ZeroToken):
+            given[ids[token]] = Given("", -1, wanted.force)
+            continue
+        reference = source.model if isinstance(source, ModelToken) else source
+        model = input_named(reference, recipe, inputs.base, inputs.tunes)
+        if model is None:
+            problems.append(recipe.problem(place, f"{reference} is none of the merged models"))
+            continue
+        of = _reference(model)
+        if isinstance(source, ModelToken):
+            row = tokens[of].ids.get(source.token, -1) if source.token is not None else source.token_id
+        else:
+            row = int(columns[of][ids[token]])
+        if row is None or not 0 <= row < rows[of]:
+            shown = token if not isinstance(source, ModelToken) else source.token or source.token_id
+            problems.append(recipe.problem(place, f"{model.name} has no row for {shown!r}"))
+            continue
+        given[ids[token]] = Given(of, row, wanted.force)
+    if problems:
+        raise RecipeError(recipe.source.path, problems)
+    return given
