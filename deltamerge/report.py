@@ -245,7 +245,7 @@ def _modules(found: Report) -> list[Markup]:
         )
     ]
     cards += [_card(n, bars(n, [Point(m, pick(g)) for m, g in named])) for n, pick in FIGURES.items()]
-    kept = [Point(f"largest {float(d):.1%} of entries", share) for d, share in found.total.kept_energy.items()]
+    kept = [Point(f"largest {100 * float(d):g} % of entries", share) for d, share in found.total.kept_energy.items()]
     words = "A module of all layers together, by share of energy"
     words += f"; {more} more are left out." if more > 0 else "."
     kinds = [Point(name, one.energy_share, one.count / whole) for name, one in found.kinds.items()]
@@ -255,8 +255,10 @@ def _modules(found: Report) -> list[Markup]:
         _grid(*cards),
         _heading("Kinds, and what the largest entries hold"),
         _grid(
-            _card("share of energy, and of entries (tick)", bars("share of energy by kind", kinds, form=".1%")),
-            _card("share of energy kept by magnitude", bars("kept energy", kept, form=".1%")),
+            _card(
+                "share of energy, and of entries (tick)", bars("share of energy by kind", kinds, form=".1%", whole=1.0)
+            ),
+            _card("share of energy kept by magnitude", bars("kept energy", kept, form=".1%", whole=1.0)),
             wide=True,
         ),
     ]
@@ -268,7 +270,7 @@ def _activations(found: Activations) -> list[Markup]:
     rows, cells = [], {}
     for one in found.layers:
         if match := BLOCK.match(one.name):
-            cells[match[1], module_of(one.name, match[1])] = one.coherence
+            cells[match[1], module_of(one.name, match[1])] = one
         rows.append((one.name.removeprefix(prefix).removesuffix(".weight"), one))
     errors = [Point(name, one.dare_error, one.least_squares_error) for name, one in rows]
     largest = []
@@ -292,7 +294,11 @@ def _activations(found: Activations) -> list[Markup]:
             f" near 1: q should be 1. In all: D/A {figure(total.coherence)}, error of DARE {figure(total.dare_error)},"
             f" at the best q {figure(total.least_squares_error)}."
         ),
-        _grid(*_heat("coherence D/A", cells), wide=True),
+        _grid(
+            *_heat("coherence D/A", {key: one.coherence for key, one in cells.items()}),
+            *_heat("q of least squares", {key: one.least_squares_q for key, one in cells.items()}),
+            wide=True,
+        ),
         _heading("Predicted error and massive activations"),
         _words(
             "The error is E‖Δx − Δ'x‖²/E‖Δx‖² (1, dashed: as if the delta were dropped)"

@@ -69,9 +69,9 @@ def _title(words: str) -> Markup:
     return element("title", text(words))
 
 
-def columns(label: str, points: Sequence[Point], *, form: str = ".3g", top: float | None = None) -> Markup:
-    """Upright bars from 0 to `top` (the largest), one a layer, named below as often as there is room."""
-    top = top or max(_finite(*(p.value for p in points)), default=0.0) or 1.0
+def columns(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup:
+    """Upright bars from 0 to the largest, one a layer, named below as often as there is room."""
+    top = max(_finite(*(p.value for p in points)), default=0.0) or 1.0
     count, space, floor = len(points), 110.0, 130.0
     width = min(0.7 / count, 0.12)
     every = math.ceil(count / 12)
@@ -83,7 +83,8 @@ def columns(label: str, points: Sequence[Point], *, form: str = ".3g", top: floa
         if not _finite(value) or value is None:
             continue
         height = space * value / top
-        where = {"x": _percent(middle - width / 2), "width": _percent(width), "y": floor - height, "height": height}
+        where: Attributes = {"x": _percent(middle - width / 2), "width": _percent(width)}
+        where |= {"y": floor - height, "height": height}
         title = _title(f"{point.name}: {figure(value, form)}")
         shapes.append(element("rect", title, **where, class_="bar", data_name=point.name, data_value=value))
         if count <= 8 or value == top:
@@ -92,9 +93,9 @@ def columns(label: str, points: Sequence[Point], *, form: str = ".3g", top: floa
     return _svg(floor + 22, label, shapes)
 
 
-def bars(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup:
-    """Bars from 0 to the largest, each below its name and number; `mark` is a tick across it."""
-    top = max(_finite(*(p.value for p in points), *(p.mark for p in points)), default=0.0) or 1.0
+def bars(label: str, points: Sequence[Point], *, form: str = ".3g", whole: float | None = None) -> Markup:
+    """Bars from 0 to the largest, or of a `whole`, each below its name and number; `mark` is a tick across it."""
+    top = whole or max(_finite(*(p.value for p in points), *(p.mark for p in points)), default=0.0) or 1.0
     shapes = []
     for i, point in enumerate(points):
         y, number = 36 * i, point.note or figure(point.value, form)
@@ -103,7 +104,8 @@ def bars(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup:
             _words(1, y + 13, number, anchor="end", kind="value"),
         ]
         title = _title(f"{point.name}: {number}")
-        shapes.append(element("rect", x="0", y=y + 19, width="100%", height=9, class_="track"))
+        if whole:
+            shapes.append(element("rect", x="0", y=y + 19, width="100%", height=9, class_="track"))
         if point.value is not None and _finite(point.value):
             size: Attributes = {"width": _percent(point.value / top), "height": 9}
             extra: Attributes = {"data_name": point.name, "data_value": point.value}
