@@ -33,12 +33,13 @@ STYLE = """
 body { margin: 0 auto; padding: 1.2rem clamp(.7rem, 3vw, 2.5rem) 3rem; max-width: 90rem; background: var(--page);
   color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .2rem; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
 h3 { font-size: .95rem; margin: 0 0 .6rem; overflow-wrap: anywhere; }
 p { margin: 0 0 .8rem; max-width: 46rem; color: var(--quiet); overflow-wrap: anywhere; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .9rem;
   align-items: start; }
-.wide { grid-template-columns: repeat(auto-fit, minmax(min(100%, 27rem), 1fr)); }
+.grid + .grid { margin-top: .9rem; }
+.wide { grid-template-columns: repeat(auto-fit, minmax(max(40%, min(100%, 27rem)), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1rem; min-width: 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; margin: 1rem 0; }
 .tiles .card { padding: .6rem .8rem; color: var(--quiet); font-size: .85rem; }
@@ -54,7 +55,7 @@ svg { display: block; overflow: visible; font-size: 12px; }
 svg text { fill: var(--ink); } svg .quiet { fill: var(--quiet); font-size: 11px; } svg .on { fill: var(--on); }
 svg .mid { fill: var(--mid); }
 svg .value, svg .in, svg .mid, svg .on { font-variant-numeric: tabular-nums; }
-.bar, .cell { fill: var(--one); } .cell, .none { stroke: var(--card); stroke-width: 1.5px; }
+.bar, .cell { fill: var(--one); } .cell, .none { stroke: var(--card); }
 .none, .track { fill: var(--line); fill-opacity: .5; } .axis, svg .rule { stroke: var(--line); }
 svg .one { stroke: var(--quiet); stroke-dasharray: 3 3; } .mark { stroke: var(--two); stroke-width: 2.5px; }
 .join { stroke: var(--quiet); stroke-opacity: .5; stroke-width: 2px; }
@@ -197,15 +198,15 @@ def _layers(found: Report) -> list[Markup]:
     if not stacks:
         return []
     blocks = [_heading("Layers"), _words("All tensors of a numbered block together; energy is ‖Δ‖².")]
-    cards = []
     for stack, numbers in stacks.items():
         rows = [(n, found.layers[f"{stack}.{n}"]) for n in numbers]
         mean, relative, energy = "mean |Δ|", "‖Δ‖/‖W‖", "share of energy"
-        cards += [
+        cards = [
             _card(f"{mean} · {stack}", columns(mean, [Point(n, one.mean_abs) for n, one in rows])),
             _card(f"{relative} · {stack}", columns(relative, [Point(n, one.relative_norm) for n, one in rows])),
             _card(f"{energy} · {stack}", columns(energy, [Point(n, one.energy_share) for n, one in rows], form=".1%")),
         ]
+        blocks.append(_grid(*cards))
     cells = _cells(found)
     maps = [
         card
@@ -213,7 +214,6 @@ def _layers(found: Report) -> list[Markup]:
         for card in _heat(name, {key: pick(group) for key, group in cells.items()})
     ]
     blocks += [
-        _grid(*cards),
         _heading("Layers and modules"),
         _words("Weights of the blocks, without biases and norms."),
     ]

@@ -119,6 +119,7 @@ def bars(label: str, points: Sequence[Point], *, form: str = ".3g", whole: float
 def heat(label: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]], top: float) -> Markup:
     """A strip of cells a row, one a layer, below the row's name: from faint at 0 to full at `top`."""
     count, high = len(heads), 46
+    edge = 1.5 if count <= 24 else 0.4
     every = math.ceil(count / 12)
     shapes = []
     for j, (name, values) in enumerate(rows):
@@ -126,7 +127,7 @@ def heat(label: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[fl
         shapes.append(_words(0, y + 13, short(name), kind="name"))
         for i, (head, value) in enumerate(zip(heads, values, strict=True)):
             box: Attributes = {"x": _percent(i / count), "width": _percent(1 / count), "y": y + 18, "height": 22}
-            box |= {"data_layer": head, "data_module": name, "class_": "none"}
+            box |= {"data_layer": head, "data_module": name, "class_": "none", "stroke_width": edge}
             words, part = figure(value), 0.0
             if value is not None and _finite(value):
                 part = value / top if top else 0.0

@@ -155,7 +155,8 @@ def test_activations_are_drawn(bert):
         assert slopes == pytest.approx([slopes[0]] * len(slopes), rel=1e-3)
     ratios = [float(bar["data-value"]) for bar in drawn.shapes("massive activations", "bar")]
     assert ratios == sorted((one.massive[0].ratio for one in found.activations.layers), reverse=True)[:12]
-    assert "Activations" in drawn.words and "Activations" not in Page(page(bert)).words
+    assert "Activations" in drawn.words
+    assert "Activations" not in Page(page(bert)).words
 
 
 def test_experts_and_stacks_are_grouped(tmp_path):
