@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
@@ -240,6 +242,12 @@ def test_an_existing_file_stays(tmp_path, capsys, monkeypatch, bert):
     Path("folder.html").mkdir()
     with pytest.raises(OutputError, match="cannot be written"):
         write(bert, Path("folder.html"), force=True)
+
+
+def test_the_page_needs_no_torch():
+    code = "import sys, deltamerge.report\nassert not {'torch', 'numba', 'matplotlib', 'pydantic'} & sys.modules.keys()"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_real_fine_tune(shared_data):
