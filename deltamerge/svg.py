@@ -31,7 +31,7 @@ def element(tag: str, *children: Markup, **attributes: str | float) -> Markup:
 
 def short(name: str) -> str:
     """A name that fits a narrow page: its middle left out if it is long."""
-    return name if len(name) <= SHOWN else f"{name[: SHOWN // 2 - 1]}…{name[-SHOWN // 2 :]}"
+    return name if len(name) <= SHOWN else f"{name[:6]}…{name[7 - SHOWN :]}"
 
 
 def figure(value: float | None, form: str = ".3g") -> str:
