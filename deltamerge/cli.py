@@ -527,6 +527,8 @@ def _calibration(data: str | None, text: tuple[str, ...], **more: Any) -> dict[s
     help="Of the bound and the errors, with --calibration.",
 )
 @click.option("--tensors", is_flag=True, help="List every tensor, not only layers.")
+@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE", help="Draw them on an HTML page.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @DEVICE
 @WORKERS
 @AS_JSON
@@ -539,6 +541,8 @@ def inspect(
     length: int,
     density: float,
     tensors: bool,
+    page: Path | None,
+    force: bool,
     device: str,
     workers: int | None,
     as_json: bool,
@@ -553,10 +557,13 @@ def inspect(
     rows = _calibration(calibration, text, sequences=sequences, length=length)
     progress = Progress(shown=sys.stderr.isatty())
     report = inspect_delta(
-        model, base, calibration=rows, density=density, device=device, workers=workers, watch=progress.start
-    )
+        model, base, calibration=rows, density=density, out=page, force=force,
+        device=device, workers=workers, watch=progress.start,
+    )  # fmt: skip
     progress.stop()
     click.echo(report.model_dump_json() if as_json else render(report, tensors=tensors))
+    if page is not None:
+        click.echo(f"{page}: written", err=True)
 
 
 @commands.command(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import recommend as recommendation
+from deltamerge import report as pages
 from deltamerge.calibrate.rows import HEADS
 from deltamerge.calibrate.split import metric_of
 from deltamerge.errors import InputError, OutputError
@@ -32,14 +33,19 @@ def inspect(
     *,
     calibration: dict[str, Any] | None = None,
     density: float = 0.01,
+    out: Path | None = None,
+    force: bool = False,
     device: str = "auto",
     workers: int | None = None,
     watch: Watch = lambda _: lambda _: None,
 ) -> Report:
     """Statistics of the delta of `model`, and with `calibration` (as in a recipe) of its layers' activations.
 
-    `watch` is given the bytes to go through and returns what is told of them.
+    `out` is an HTML page to draw them on. `watch` is given the bytes to go through and returns what is told of them.
+    OutputError: `out` exists without `force`, or cannot be written.
     """
+    if out is not None:
+        pages.check_target(out, force=force)
     inputs = _open(model, base)
     pairs, lacking = pairs_of(inputs)
     device, workers = choose_device(device), workers or default_workers()
@@ -50,7 +56,10 @@ def inspect(
         (spec,) = _specs(pairs, model, base, calibration, [prune], device)
         node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source)
         seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
-    return report(inputs, pairs, lacking, found, activations=seen)
+    answer = report(inputs, pairs, lacking, found, activations=seen)
+    if out is not None:
+        pages.write(answer, out, force=force)
+    return answer
 
 
 def recommend(

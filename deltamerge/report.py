@@ -1,0 +1,328 @@
+"""What `inspect` found as one HTML page: pictures in SVG and their figures, nothing fetched, no scripts.
+
+Names come from strangers: every word goes through `svg.text`, and the page's policy forbids all but its own style.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deltamerge.errors import OutputError
+from deltamerge.svg import Markup, Point, bars, columns, element, figure, heat, pairs, text
+
+if TYPE_CHECKING:
+    from deltamerge.influence import Activations
+    from deltamerge.inspect import Report, TensorStatistics
+
+BLOCK = re.compile(r"(.*?\.\d+)\.")
+NUMBERED = re.compile(r"(.+)\.(\d+)", re.DOTALL)
+VECTORS = "biases and norms"
+ROWS = 48
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+STYLE = """
+:root { color-scheme: light dark; --page: #fcfcfb; --card: #fff; --ink: #1c1c1a; --quiet: #63625d; --line: #e2e1dc;
+  --one: #2268c0; --two: #d9541e; --on: #fff; --mid: #1c1c1a; }
+@media (prefers-color-scheme: dark) { :root { --page: #161615; --card: #1f1f1d; --ink: #f1f0ec; --quiet: #a9a8a1;
+  --line: #383733; --one: #62a5f2; --two: #f08a5c; --on: #10151c; --mid: #10151c; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; padding: 1.2rem clamp(.7rem, 3vw, 2.5rem) 3rem; max-width: 90rem; background: var(--page);
+  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
+h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
+h3 { font-size: .95rem; margin: 0 0 .6rem; overflow-wrap: anywhere; }
+p { margin: 0 0 .8rem; max-width: 46rem; color: var(--quiet); overflow-wrap: anywhere; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .9rem;
+  align-items: start; }
+.grid + .grid { margin-top: .9rem; }
+.wide { grid-template-columns: repeat(auto-fit, minmax(max(40%, min(100%, 27rem)), 1fr)); }
+.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1rem; min-width: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; margin: 1rem 0; }
+.tiles .card { padding: .6rem .8rem; color: var(--quiet); font-size: .85rem; }
+.tiles b { display: block; font-size: 1.25rem; font-weight: 600; color: var(--ink); }
+.scale { display: flex; align-items: center; gap: .5rem; font-size: 12px; color: var(--quiet); margin-top: .4rem; }
+.scale i { flex: 0 1 9rem; height: 9px; border-radius: 3px;
+  background: linear-gradient(90deg, color-mix(in srgb, var(--one) 8%, transparent), var(--one)); }
+.key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: 13px; color: var(--quiet); margin-bottom: .6rem; }
+.key i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: .4rem;
+  background: var(--one); }
+.key i.second { background: var(--two); }
+svg { display: block; overflow: visible; font-size: 12px; }
+svg text { fill: var(--ink); } svg .quiet { fill: var(--quiet); font-size: 11px; } svg .on { fill: var(--on); }
+svg .mid { fill: var(--mid); }
+svg .value, svg .in, svg .mid, svg .on { font-variant-numeric: tabular-nums; }
+.bar, .cell { fill: var(--one); } .cell, .none { stroke: var(--card); }
+.none, .track { fill: var(--line); fill-opacity: .5; } .axis, svg .rule { stroke: var(--line); }
+svg .one { stroke: var(--quiet); stroke-dasharray: 3 3; } .mark { stroke: var(--two); stroke-width: 2.5px; }
+.join { stroke: var(--quiet); stroke-opacity: .5; stroke-width: 2px; }
+.first { fill: var(--one); } .second { fill: var(--two); }
+details { margin-top: 1.6rem; } summary { cursor: pointer; font-weight: 600; }
+@media (max-width: 420px) { svg .name, svg .value { font-size: 11px; } .card { padding: .8rem .7rem; } }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin-top: .6rem; }
+td, th { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
+  font-variant-numeric: tabular-nums; }
+td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Tensors together: entries, mean |Δ|, ‖Δ‖/‖W‖ (None where the base is zero), shares of entries and of energy."""
+
+    count: int
+    mean_abs: float
+    relative: float | None
+    energy: float
+
+    @classmethod
+    def of(cls, tensors: Sequence[TensorStatistics]) -> Group:
+        count = sum(t.count for t in tensors)
+        norm, base = (math.hypot(*values) for values in ([t.norm for t in tensors], [t.base_norm for t in tensors]))
+        mean = math.fsum(t.mean_abs * t.count for t in tensors) / count if count else 0.0
+        return cls(count, mean, norm / base if base else None, math.fsum(t.energy_share for t in tensors))
+
+
+Figures = Mapping[str, Callable[[Group], float | None]]
+FIGURES: Figures = {
+    "mean |Δ|": lambda group: group.mean_abs,
+    "‖Δ‖/‖W‖": lambda group: group.relative,
+}
+
+
+def check_target(path: Path, *, force: bool) -> None:
+    """OutputError: `path` is no .html file, is there already and not to be replaced, or its folder is missing."""
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise OutputError(f"{path}: a report is a page", hint="name a .html file")
+    if path.exists() and not force:
+        raise OutputError(f"{path}: exists", hint="another name, or --force")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path}: {path.parent} is no folder")
+
+
+def write(found: Report, path: Path, *, force: bool = False) -> None:
+    """Write the page to `path`, which must be new unless `force`. OutputError: it is not, or it cannot be written."""
+    check_target(path, force=force)
+    try:
+        with path.open("w" if force else "x", encoding="utf-8", newline="\n") as file:
+            file.write(page(found))
+    except FileExistsError:
+        raise OutputError(f"{path}: exists", hint="another name, or --force") from None
+    except OSError as error:
+        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+
+
+def page(found: Report) -> str:
+    """The page; the same bytes for the same report."""
+    name = f"Delta of {found.model}"
+    head = element("title", text(name)), element("style", Markup(STYLE))
+    blocks = [element("h1", text(name)), _words(f"on {found.base}"), _tiles(found), *_layers(found), *_modules(found)]
+    if found.activations is not None:
+        blocks += _activations(found.activations)
+    if found.without_delta:
+        blocks += [_heading("Without a delta"), _words(", ".join(found.without_delta))]
+    blocks.append(_table(found))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{''.join(head)}</head>\n<body>\n" + "\n".join(blocks) + "\n</body></html>\n"
+    )
+
+
+def _heading(words: str) -> Markup:
+    return element("h2", text(words))
+
+
+def _words(words: str) -> Markup:
+    return element("p", text(words))
+
+
+def _grid(*cards: Markup, wide: bool = False) -> Markup:
+    return element("div", *cards, class_="grid wide" if wide else "grid")
+
+
+def _card(title: str, *parts: Markup) -> Markup:
+    return element("section", element("h3", text(title)), *parts, class_="card")
+
+
+def _tiles(found: Report) -> Markup:
+    total = found.total
+    tiles = {
+        "entries": f"{total.count:,}",
+        "mean |Δ|": figure(total.mean_abs),
+        "largest |Δ|": figure(total.max_abs),
+        "‖Δ‖/‖W‖": figure(total.relative_norm),
+        "unchanged": f"{total.unchanged:.1%}",
+        "kurtosis (normal: 3)": figure(total.kurtosis),
+    }
+    cards = (element("div", element("b", text(value)), text(name), class_="card") for name, value in tiles.items())
+    return element("div", *cards, class_="tiles")
+
+
+def _stacks(layers: Iterable[str]) -> dict[str, list[str]]:
+    """The numbers of numbered blocks, ascending, by what they are numbers of."""
+    stacks: dict[str, list[str]] = {}
+    for layer in dict.fromkeys(layers):
+        if match := NUMBERED.fullmatch(layer):
+            stacks.setdefault(match[1], []).append(match[2])
+    return {stack: sorted(numbers, key=lambda n: (len(n), n)) for stack, numbers in stacks.items()}
+
+
+def module_of(name: str, layer: str) -> str:
+    """What a weight is in its block: its name without the block, inner numbers (experts) as *, and `.weight`."""
+    inner = name.removeprefix(f"{layer}.").removesuffix(".weight")
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
+
+
+def _grouped(
+    tensors: Iterable[TensorStatistics], key: Callable[[TensorStatistics], tuple[str, str]]
+) -> dict[tuple[str, str], Group]:
+    groups: dict[tuple[str, str], list[TensorStatistics]] = {}
+    for tensor in tensors:
+        groups.setdefault(key(tensor), []).append(tensor)
+    return {name: Group.of(parts) for name, parts in groups.items()}
+
+
+def _cells(found: Report) -> dict[tuple[str, str], Group]:
+    """The matrices of every block, by block and module."""
+    matrices = (t for t in found.tensors if t.kind != "vector" and NUMBERED.fullmatch(t.layer))
+    return _grouped(matrices, lambda t: (t.layer, module_of(t.name, t.layer)))
+
+
+def _layers(found: Report) -> list[Markup]:
+    stacks = _stacks(found.layers)
+    if not stacks:
+        return []
+    blocks = [_heading("Layers"), _words("All tensors of a numbered block together; energy is ‖Δ‖².")]
+    for stack, numbers in stacks.items():
+        rows = [(n, found.layers[f"{stack}.{n}"]) for n in numbers]
+        mean, relative, energy = "mean |Δ|", "‖Δ‖/‖W‖", "share of energy"
+        cards = [
+            _card(f"{mean} · {stack}", columns(mean, [Point(n, one.mean_abs) for n, one in rows])),
+            _card(f"{relative} · {stack}", columns(relative, [Point(n, one.relative_norm) for n, one in rows])),
+            _card(f"{energy} · {stack}", columns(energy, [Point(n, one.energy_share) for n, one in rows], form=".1%")),
+        ]
+        blocks.append(_grid(*cards))
+    cells = _cells(found)
+    maps = [
+        card
+        for name, pick in FIGURES.items()
+        for card in _heat(name, {key: pick(group) for key, group in cells.items()})
+    ]
+    blocks += [
+        _heading("Layers and modules"),
+        _words("Weights of the blocks, without biases and norms."),
+    ]
+    return [*blocks, _grid(*maps, wide=True)]
+
+
+def _heat(name: str, cells: Mapping[tuple[str, str], float | None]) -> list[Markup]:
+    """A heat map a stack, of one scale."""
+    top = max((v for v in cells.values() if v is not None and math.isfinite(v)), default=0.0)
+    cards = []
+    for stack, numbers in _stacks(layer for layer, _ in cells).items():
+        modules = dict.fromkeys(module for layer, module in cells if layer.rpartition(".")[0] == stack)
+        rows = [(module, [cells.get((f"{stack}.{n}", module)) for n in numbers]) for module in modules]
+        scale = element("div", text("0"), element("i"), text(figure(top)), class_="scale")
+        cards.append(_card(f"{name} · {stack}", heat(f"{name} of {stack}", numbers, rows, top), scale))
+    return cards
+
+
+def _modules(found: Report) -> list[Markup]:
+    groups = _grouped(found.tensors, lambda t: ("", VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
+    named = sorted(((module, group) for (_, module), group in groups.items()), key=lambda pair: -pair[1].energy)
+    more = len(named) - ROWS
+    named = named[:ROWS]
+    whole = found.total.count or 1
+    cards = [
+        _card(
+            "share of energy, and of entries (tick)",
+            bars("share of energy", [Point(m, g.energy, g.count / whole) for m, g in named], form=".1%"),
+        )
+    ]
+    cards += [_card(n, bars(n, [Point(m, pick(g)) for m, g in named])) for n, pick in FIGURES.items()]
+    kept = [Point(f"largest {100 * float(d):g} % of entries", share) for d, share in found.total.kept_energy.items()]
+    words = "A module of all layers together, by share of energy"
+    words += f"; {more} more are left out." if more > 0 else "."
+    kinds = [Point(name, one.energy_share, one.count / whole) for name, one in found.kinds.items()]
+    return [
+        _heading("Modules"),
+        _words(words),
+        _grid(*cards),
+        _heading("Kinds, and what the largest entries hold"),
+        _grid(
+            _card(
+                "share of energy, and of entries (tick)", bars("share of energy by kind", kinds, form=".1%", whole=1.0)
+            ),
+            _card("share of energy kept by magnitude", bars("kept energy", kept, form=".1%", whole=1.0)),
+            wide=True,
+        ),
+    ]
+
+
+def _activations(found: Activations) -> list[Markup]:
+    stacks = _stacks(match[1] for one in found.layers if (match := BLOCK.match(one.name)))
+    prefix = f"{next(iter(stacks))}." if len(stacks) == 1 else ""
+    rows, cells = [], {}
+    for one in found.layers:
+        if match := BLOCK.match(one.name):
+            cells[match[1], module_of(one.name, match[1])] = one
+        rows.append((one.name.removeprefix(prefix).removesuffix(".weight"), one))
+    errors = [Point(name, one.dare_error, one.least_squares_error) for name, one in rows]
+    largest = []
+    for name, one in rows:
+        if top := max(one.massive, key=lambda m: m.mean_abs, default=None):
+            note = f"feature {top.feature} · {figure(top.ratio)} ×"
+            largest.append((top.ratio or 0.0, Point(name, top.ratio, note=note)))
+    chosen = sorted(errors, key=lambda p: -(p.value or 0.0))[:ROWS]
+    strongest = [point for _, point in sorted(largest, key=lambda pair: -pair[0])[:12]]
+    key = element(
+        "div",
+        element("span", element("i"), text("DARE, q = density")),
+        element("span", element("i", class_="second"), text("at the q of least squares")),
+        class_="key",
+    )
+    total = found.total
+    return [
+        _heading("Activations"),
+        _words(
+            f"Over {found.sequences} sequences, at density {found.density:g}. Coherence D/A near 0: DARE is right;"
+            f" near 1: q should be 1. In all: D/A {figure(total.coherence)}, error of DARE {figure(total.dare_error)},"
+            f" at the best q {figure(total.least_squares_error)}."
+        ),
+        _grid(
+            *_heat("coherence D/A", {key: one.coherence for key, one in cells.items()}),
+            *_heat("q of least squares", {key: one.least_squares_q for key, one in cells.items()}),
+            wide=True,
+        ),
+        _heading("Predicted error and massive activations"),
+        _words(
+            "The error is E‖Δx − Δ'x‖²/E‖Δx‖² (1, dashed: as if the delta were dropped)"
+            + (f"; the {ROWS} layers of largest error." if len(errors) > ROWS else ".")
+            + " Massive: the input feature of largest mean |x|, and how many times the median of all features that is;"
+            + f" the {len(strongest)} layers where it is most."
+        ),
+        _grid(
+            _card(
+                "predicted error: DARE → least squares", key, pairs("predicted error, DARE and least squares", chosen)
+            ),
+            _card("massive activations", bars("massive activations", strongest)),
+            wide=True,
+        ),
+    ]
+
+
+def _table(found: Report) -> Markup:
+    """The figures that are drawn, in numbers."""
+    groups = _grouped(found.tensors, lambda t: (t.layer, VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
+    names = ("layer", "module", "entries", *FIGURES, "energy")
+    rows = [element("tr", *(element("th", text(name)) for name in names))]
+    for (layer, module), group in groups.items():
+        numbers = f"{group.count:,}", *(figure(pick(group)) for pick in FIGURES.values()), f"{group.energy:.2%}"
+        rows.append(element("tr", *(element("td", text(cell)) for cell in (layer, module, *numbers))))
+    table = element("div", element("table", *rows), class_="scroll")
+    return element("details", element("summary", text("The figures")), table)
