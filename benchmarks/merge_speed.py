@@ -1,6 +1,7 @@
 """deltamerge and mergekit 0.1.5 side by side: one recipe, whole processes, warm cache, interleaved rounds.
 
-    python benchmarks/merge_speed.py                        # 0.5 B, every method, three rounds
+    python benchmarks/merge_speed.py                        # 0.5 B, the six methods, three rounds
+    python benchmarks/merge_speed.py --methods more         # slerp, model_stock, della, sce
     python benchmarks/merge_speed.py --size L --methods task_arithmetic dare_linear --mergekit PATH_OF_A_VENV
     python benchmarks/merge_speed.py --tensors 2000 20000   # does the time grow with the number of tensors?
 
@@ -42,24 +43,34 @@ TOOLS = {"deltamerge": "deltamerge", "mergekit": "mergekit", "tuned": "mergekit"
 METHODS: dict[str, float | None] = {
     "passthrough": None, "linear": None, "task_arithmetic": None,
     "dare_linear": 0.1, "dare_ties": 0.01, "ties": 0.1,
+    "slerp": None, "model_stock": None, "della": 0.5, "sce": None,
 }  # fmt: skip
-COMPARED = ("passthrough", "linear", "task_arithmetic", "ties")
+# a name for several methods, and what the result file of all of them is called by
+GROUPS = {"first": [*METHODS][:6], "more": [*METHODS][6:]}
+SUFFIXES = {"first": "", "more": "_methods"}
+WHOLE: dict[str, dict[str, float]] = {"slerp": {"t": 0.4}, "sce": {"select_topk": 0.1}}
+BASELESS = ("passthrough", "linear")
+SINGLE = ("passthrough", "slerp")
+WEIGHTLESS = ("passthrough", "slerp", "model_stock", "sce")
+COMPARED = ("passthrough", "linear", "task_arithmetic", "ties", "slerp", "model_stock", "sce")
 
 
 def inputs(method: str, models: Sequence[Path]) -> list[Path]:
     """The models that `method` reads."""
     base, *tunes = models
-    return {"passthrough": tunes[:1], "linear": tunes}.get(method, [base, *tunes])
+    return ([] if method in BASELESS else [base]) + (tunes[:1] if method in SINGLE else tunes)
 
 
 def recipe(method: str, models: Sequence[Path]) -> str:
     """One YAML for both tools; absolute paths, because they read relative ones from different folders."""
-    base, *tunes = (str(model.resolve()) for model in models)
+    names = [str(model.resolve()) for model in inputs(method, models)]
     document: dict[str, Any] = {"merge_method": method, "dtype": "bfloat16"}
-    if method not in ("passthrough", "linear"):
-        document["base_model"] = base
-    document["models"] = [{"model": tune} for tune in (tunes[:1] if method == "passthrough" else tunes)]
-    if method != "passthrough":
+    if method not in BASELESS:
+        document["base_model"] = names.pop(0)
+    document["models"] = [{"model": name} for name in names]
+    if method in WHOLE:
+        document["parameters"] = WHOLE[method]
+    if method not in WEIGHTLESS:
         density = METHODS[method]
         for entry, weight in zip(document["models"], (0.6, 0.4), strict=True):
             entry["parameters"] = {"weight": weight} | ({} if density is None else {"density": density})
@@ -260,14 +271,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--size", choices=SIZES, default="M", help="0.5 B (M), 1.1 B (L) or a smoke test (tiny)")
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    add("--methods", nargs="+", choices=[*METHODS, *GROUPS], default=["first"], help="methods or groups (see METHODS)")
     add("--tools", nargs="+", choices=TOOLS, default=list(TOOLS))
     add("--rounds", type=int, default=3)
     add("--mergekit", type=Path, help=f"a venv with {MERGEKIT}; without it, one is made in --dir")
     add("--dir", type=Path, default=Path(".bench"), help="checkpoints and outputs: 5 GB at M, 11 GB at L")
     add("--tensors", nargs="+", type=int, metavar="N", help="only: time against the number of tensors")
     add("--json", type=Path, help="default: results/ here for a full run, --dir for a part")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.methods = [method for name in options.methods for method in GROUPS.get(name, [name])]
+    return options
 
 
 def main() -> None:
@@ -286,8 +299,9 @@ def main() -> None:
         size = SIZES[options.size]
         found = compare(options, make_checkpoints(options.dir / f"checkpoints-{options.size}", size), programs)
         what = {"size": options.size, "parameters": size.parameters, "methods": found}
-        text, name = report(found), f"merge_speed_{options.size}.json"
-        full = options.size != "tiny" and options.methods == [*METHODS] and options.tools == [*TOOLS]
+        group = next((name for name, methods in GROUPS.items() if options.methods == methods), None)
+        text, name = report(found), f"merge_speed_{options.size}{SUFFIXES.get(group or '', '')}.json"
+        full = options.size != "tiny" and group is not None and options.tools == [*TOOLS]
     path = options.json or (HERE / "results" if full else options.dir) / name
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**surroundings(programs), **what}, indent=2) + "\n", encoding="utf-8")

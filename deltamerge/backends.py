@@ -37,6 +37,15 @@ FUSED_FUNCTIONS = frozenset({
     "deltamerge.merge.arithmetic:linear",
     "deltamerge.merge.arithmetic:task_arithmetic",
     "deltamerge.merge.ties:ties",
+    "deltamerge.merge.span:gram",
+    "deltamerge.merge.span:row_grams",
+    "deltamerge.merge.span:combine",
+    "deltamerge.prune.della:della",
+    "deltamerge.prune.select:keep_between",
+    "deltamerge.prune.select:keep_where",
+    "deltamerge.prune.select:count_nonzero",
+    "deltamerge.merge.sce:variance",
+    "deltamerge.merge.sce:sce",
 })  # fmt: skip
 FUSED_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}

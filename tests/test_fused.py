@@ -340,6 +340,107 @@ def test_passthrough(code: str) -> None:
     check("deltamerge.merge.arithmetic:passthrough", (ours,), (theirs,), tile=flat(20_000), scales=(0.3,))
 
 
+def test_float64_is_narrowed_before_it_is_summed() -> None:
+    values = 1 + np.random.default_rng(57).random(5000) * 1e-9
+    theirs = (torch.from_numpy(values), torch.ones(5000))
+    ours = (values, np.ones(5000, np.float32))
+    check("deltamerge.merge.span:gram", ours, theirs, tile=flat(5000))
+
+
+@pytest.mark.parametrize("codes", [("BF16",), ("BF16", "BF16"), ("F32", "BF16", "F16"), ("F64", "F32")])
+@pytest.mark.parametrize("shape", [(0,), (1,), (4097,), (150_000,), (700, 100), (1, 70_001), (64, 1024), (9, 20, 30)])
+def test_gram(codes: tuple[str, ...], shape: tuple[int, ...]) -> None:
+    size = int(np.prod(shape))
+    tile = Tile(0, size, shape)
+    for make in (floats, lambda n, seed: np.random.default_rng(seed).standard_normal(n).astype(np.float32)):
+        tiles = [stored(make(size, 58 + i), code) for i, code in enumerate(codes)]
+        ours, theirs = tuple(x for _, x in tiles), tuple(x for x, _ in tiles)
+        check("deltamerge.merge.span:gram", ours, theirs, tile=tile)
+        if len(shape) > 1:
+            check("deltamerge.merge.span:row_grams", ours, theirs, tile=tile)
+    some = sparse_delta(size, 59, 0.05)
+    check("deltamerge.merge.span:gram", (some, ours[0]), (kept(some), theirs[0]), tile=tile)
+
+
+@pytest.mark.parametrize("based", [False, True])
+@pytest.mark.parametrize("codes", [("BF16", "BF16"), ("F32", "F16", "BF16"), ("F64", "F64")])
+@pytest.mark.parametrize("along", ["tensor", "rows", "columns"])
+def test_combine(along: str, codes: tuple[str, ...], based: bool) -> None:
+    tile = Tile(500, 8500, (100, 100))
+    tiles = [stored(floats(tile.size, 60 + i), code) for i, code in enumerate(codes)]
+    count = len(codes) - based
+    shape = {"tensor": (count,), "rows": (80, count), "columns": (100, count)}[along]
+    coefficients = np.random.default_rng(61).standard_normal(shape)
+    ours, theirs = (*(x for _, x in tiles), coefficients), (*(x for x, _ in tiles), coefficients)
+    check("deltamerge.merge.span:combine", ours, theirs, tile=tile, along=along, based=based)
+
+
+def ordinary(size: int) -> np.ndarray:
+    return np.random.default_rng(62).standard_normal(size).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(1,), (70_001,), (300, 97), (64, 1024), (2, 70_001), (9, 20, 30), (50, 1)])
+@pytest.mark.parametrize(
+    "make", [deltas_with_ties, ordinary, lambda n: floats(n, 63), lambda n: np.zeros(n, np.float32)]
+)
+@pytest.mark.parametrize("numbers", [(0.5, 0.15), (0.1, 0.05), (0.9, 0.1)])
+def test_della(shape: tuple[int, ...], make: Any, numbers: tuple[float, float]) -> None:
+    whole = int(np.prod(shape))
+    name, delta = "deltamerge.prune.della:della", make(whole)
+    given: dict[str, Any] = {"key": KEY, "density": numbers[0], "epsilon": numbers[1]}
+    step = block_elements(shape)
+    for start, stop in ((0, whole), (step, whole)):
+        part = delta[start:stop]
+        tile = Tile(start, stop, shape) if stop > start else Tile(0, 0, shape)
+        for weighted in (False, True):
+            check(name, (part,), (torch.from_numpy(part),), tile=tile, weighted=weighted, **given)
+    some = Kept(np.arange(0, whole, 3), delta[::3].copy())
+    check(name, (some,), (kept(some),), tile=Tile(0, whole, shape), **given)
+
+
+def test_della_breaks_ties_of_the_high_half() -> None:
+    # one row whose bounds fall between halves; of 2**20 positions about 16 tie
+    delta, tile = ordinary(1 << 20), Tile(1 << 20, 2 << 20, (2, 1 << 20))
+    given: dict[str, Any] = {"tile": tile, "key": KEY, "density": 0.3, "epsilon": 1e-7}
+    check("deltamerge.prune.della:della", (delta,), (torch.from_numpy(delta),), **given)
+
+
+@pytest.mark.parametrize("make", [lambda n, i: floats(n, 64 + i, 0.01), lambda n, i: np.roll(deltas_with_ties(n), i)])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_sce(make: Any, count: int) -> None:
+    for size, code in ((0, "BF16"), (1, "F64"), (20_000, "BF16"), (9000, "F16")):
+        base, ours = stored(floats(size, 68), code)
+        deltas: list[Any] = [make(size, i) for i in range(count)]
+        for mixed in (deltas, [sparse_delta(size, 69, 0.05), *deltas[1:]]):
+            theirs = [kept(x) if isinstance(x, Kept) else torch.from_numpy(x) for x in mixed]
+            tile = flat(size)
+            score = check("deltamerge.merge.sce:variance", (*mixed,), (*theirs,), tile=tile)
+            check("deltamerge.prune.select:count_nonzero", (score,), (torch.from_numpy(score),), tile=tile)
+            for weights in ((1 / 3,) * count, (1e-9,) * count, (0.25, 0.75, float("nan"))[:count]):
+                weights = tuple(float(np.float32(w)) for w in weights)
+                check("deltamerge.merge.sce:sce", (ours, *mixed, weights), (base, *theirs, weights), tile=tile)
+
+
+@pytest.mark.parametrize("make", [deltas_with_ties, lambda n: floats(n, 70), lambda n: np.zeros(n, np.float32)])
+def test_selection_by_another_and_between(make: Any) -> None:
+    select, shape, step = "deltamerge.prune.select", (9 * (1 << 16),), 1 << 16
+    delta, score = floats(shape[0], 71), make(shape[0])
+    cuts = []
+    for value, equal_kept in ((0.01, 12_345), (0.02, 777), (0.01, 20_000), (0.0, 5), (np.inf, 1), (0.02, 10**6)):
+        cut = Cut(int(np.float32(value).view(np.uint32)), equal_kept, 0)
+        counts = KERNELS[f"{select}:equal_counts"](score, cut, tile=Tile(0, score.size, shape))
+        cuts.append((Cut(cut.threshold, equal_kept, int(counts.sum())), pick_ranks(counts)))
+    cuts += [(Cut(0x7FFFFFFF, 0, 0), pick_ranks(None)), (cuts[0][0], pick_ranks(None))]
+    for start, stop in ((0, 1), (4, 9), (0, 9)):
+        tile = Tile(start * step, stop * step, shape)
+        part, scores = delta[tile.start : tile.stop], score[tile.start : tile.stop]
+        theirs = torch.from_numpy(part), torch.from_numpy(scores)
+        for cut in cuts:
+            check(f"{select}:keep_where", (part, scores, *cut), (*theirs, *cut), tile=tile)
+            for inner in cuts:
+                check(f"{select}:keep_between", (scores, *cut, *inner), (theirs[1], *cut, *inner), tile=tile)
+
+
 def test_low_histogram_of_an_empty_bin() -> None:
     delta = np.ones(100, np.float32)
     counts = KERNELS["deltamerge.prune.select:low_histogram"](delta, Bin(5, 1), tile=flat(100))

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import loops
+from deltamerge.fused import loops, methods
+from deltamerge.fused.arrays import NARROW, WIDE, Array, Delta, Floats, addresses, densified, loadable, widened
 from deltamerge.merge.arithmetic import divisor_of
 from deltamerge.prune.bits import SPARSE_BLOCK, Key, gap_table, is_sparse, keep, threshold
 from deltamerge.prune.masks import column_choice, reduced_range, unreduced
@@ -22,12 +23,8 @@ from deltamerge.prune.protect import is_among, places
 from deltamerge.prune.select import HIGH, LOW, Bin, Cut
 from deltamerge.tensors import Kept, Patched, Tile, block_elements
 
-Array = NDArray[Any]
-Floats = NDArray[np.float32]
-Delta = Floats | Kept
 Weights = tuple[float, ...]
 
-NARROW, WIDE = np.dtype(np.uint16), np.dtype(np.float32)
 DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype(np.float64),
     "F32": WIDE,
@@ -36,31 +33,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 
-def _wide(x: Array) -> Floats:
-    """Any tile in float32."""
-    if x.dtype == WIDE:
-        return x
-    if x.dtype != NARROW:
-        with np.errstate(all="ignore"):
-            return x.astype(WIDE)
-    out = np.empty(x.size, WIDE)
-    loops.widen(x, out)
-    return out
-
-
-def _loadable(x: Array) -> Array:
-    """A tile that the loops can read: float32, or bfloat16 bits."""
-    return x if x.dtype == NARROW else _wide(x)
-
-
-def _addresses(arrays: list[Array]) -> NDArray[np.int64]:
-    return np.array([x.__array_interface__["data"][0] for x in arrays], np.int64)
-
-
 def _difference(tune: Array, base: Array) -> Floats:
     if tune.dtype != NARROW or base.dtype != NARROW:
         with np.errstate(all="ignore"):
-            return _wide(tune) - _wide(base)
+            return widened(tune) - widened(base)
     out = np.empty(tune.size, WIDE)
     loops.subtract(tune, base, out)
     return out
@@ -88,10 +64,10 @@ def _cast(x: Array, to: str, *, copy: bool = False) -> Array:
         return x.copy() if copy else x
     if dtype == NARROW:
         out = np.empty(x.size, NARROW)
-        loops.narrow(_wide(x).view(np.uint32), out)
+        loops.narrow(widened(x).view(np.uint32), out)
         return out
     # torch rounds float64 to float16 by way of float32
-    source = _wide(x) if x.dtype == NARROW or dtype == np.float16 else x
+    source = widened(x) if x.dtype == NARROW or dtype == np.float16 else x
     with np.errstate(all="ignore"):
         return source.astype(dtype, copy=False)
 
@@ -104,7 +80,7 @@ def dare(tune: Array, base: Array, *, tile: Tile, key: Key, density: float) -> D
         return _difference(tune, base)
     out = np.empty(tile.size, WIDE)
     cut = np.uint16(high), np.uint16(low)
-    loops.drop_at_random(_loadable(tune), _loadable(base), *_words(key), tile.start, *cut, out)
+    loops.drop_at_random(loadable(tune), loadable(base), *_words(key), tile.start, *cut, out)
     return out
 
 
@@ -114,7 +90,7 @@ def structured(tune: Array, base: Array, *, tile: Tile, key: Key, a: float, b: f
     columns = column_choice(tile, key, a)
     start, stop = reduced_range(tile, columns)
     kept = _kept(tune, base, unreduced(tile, columns, _positions(key, start, stop, b) + start))
-    return kept if is_sparse(a * b) else _dense(kept, tile.size)
+    return kept if is_sparse(a * b) else densified(kept, tile.size)
 
 
 def _words(key: Key) -> tuple[np.uint64, np.uint64]:
@@ -178,7 +154,7 @@ def restore(delta: Delta, tune: Array, base: Array, columns: NDArray[np.int64], 
 
 
 def linear(*tensors: Array, tile: Tile, weights: Weights, normalize: bool) -> Floats:
-    return _sum(np.empty(0, WIDE), [_loadable(x) for x in tensors], weights, normalize, 1.0)
+    return _sum(np.empty(0, WIDE), [loadable(x) for x in tensors], weights, normalize, 1.0)
 
 
 def task_arithmetic(
@@ -205,10 +181,10 @@ def _merge(
     """`combine` on the whole tile, or where every delta is sparse on the union of their positions."""
     kept = [delta for delta in deltas if isinstance(delta, Kept)]
     if len(kept) < len(deltas):
-        dense: list[Array] = [_dense(delta, tile.size) if isinstance(delta, Kept) else delta for delta in deltas]
-        return combine(_loadable(base), dense, weights, normalize, lambda_)
+        dense: list[Array] = [densified(delta, tile.size) for delta in deltas]
+        return combine(loadable(base), dense, weights, normalize, lambda_)
     positions, rows = _align(kept, tile.size)
-    there = _loadable(base[positions])
+    there = loadable(base[positions])
     return Patched(base, positions, combine(there, rows, weights, normalize, lambda_))
 
 
@@ -219,8 +195,8 @@ def _align(kept: list[Kept], size: int) -> tuple[NDArray[np.int64], list[Array]]
     total = int(sizes.sum())
     positions, rows = np.empty(total, np.int64), np.empty((len(kept), total), WIDE)
     count = loops.align(
-        _addresses([delta.positions for delta in kept]),
-        _addresses([delta.values for delta in kept]),
+        addresses([delta.positions for delta in kept]),
+        addresses([delta.values for delta in kept]),
         sizes,
         np.zeros(-(-size // 64), np.uint64),
         positions,
@@ -229,17 +205,11 @@ def _align(kept: list[Kept], size: int) -> tuple[NDArray[np.int64], list[Array]]
     return positions[:count], [row[:count] for row in rows]
 
 
-def _dense(delta: Kept, size: int) -> Floats:
-    out = np.zeros(size, WIDE)
-    out[delta.positions] = delta.values
-    return out
-
-
 def _sum(base: Array, parts: list[Array], weights: Weights, normalize: bool, scale: float) -> Floats:
     out = np.empty(parts[0].size, WIDE)
     loops.add_weighted(
         base,
-        _addresses(parts),
+        addresses(parts),
         np.array([x.dtype == NARROW for x in parts]),
         np.array(weights, WIDE),
         np.float32(divisor_of(weights) if normalize else 1),
@@ -251,7 +221,7 @@ def _sum(base: Array, parts: list[Array], weights: Weights, normalize: bool, sca
 
 def _consensus(base: Array, deltas: list[Array], weights: Weights, normalize: bool, scale: float) -> Floats:
     out = np.empty(deltas[0].size, WIDE)
-    loops.add_agreeing(base, _addresses(deltas), np.array(weights, WIDE), normalize, np.float32(scale), out)
+    loops.add_agreeing(base, addresses(deltas), np.array(weights, WIDE), normalize, np.float32(scale), out)
     return out
 
 
@@ -272,23 +242,6 @@ def equal_counts(delta: Floats, cut: Cut, *, tile: Tile) -> NDArray[np.int64]:
     counts = np.empty(-(-tile.size // step), np.int64)
     loops.count_equal(delta.view(np.uint32), np.uint32(cut.threshold), step, counts)
     return counts
-
-
-def keep_largest(delta: Floats, cut: Cut, ranks: NDArray[np.int64], *, tile: Tile) -> Floats:
-    bits, out = delta.view(np.uint32), np.empty(tile.size, WIDE)
-    step = block_elements(tile.shape)
-    # how many of the equals are still to be kept when the tile begins, and how many it may hold
-    wanted = held = 0
-    if ranks.size:
-        before, after = tile.start // step, -(-tile.stop // step)
-        wanted = cut.equal_kept - int(ranks[before])
-        held = (int(ranks[after]) if after < ranks.size else cut.equal_total) - int(ranks[before])
-    whole = wanted >= held
-    loops.keep_from(bits, np.uint32(cut.threshold + (not whole)), out.view(np.uint32))
-    if not whole and wanted > 0:
-        equals = np.flatnonzero(bits & np.uint32(0x7FFFFFFF) == cut.threshold)[:wanted]
-        out[equals] = delta[equals]
-    return out
 
 
 def _largest_of_rows(delta: Floats, scores: Floats, tile: Tile, density: float) -> Floats:
@@ -313,7 +266,7 @@ def keep_largest_rows_scored(delta: Floats, norms: Floats, *, tile: Tile, densit
 
 
 def norm(delta: Delta, *, tile: Tile, norm: str) -> NDArray[np.float64]:
-    dense = _dense(delta, tile.size) if isinstance(delta, Kept) else delta
+    dense = densified(delta, tile.size)
     step = block_elements(tile.shape)
     out = np.empty(-(-tile.size // step), np.float64)
     loops.norm_of_blocks(dense, step, {"linf": 0, "l1": 1, "l2": 2}[norm], out)
@@ -335,7 +288,7 @@ def divide_rows(delta: Delta, q: float | Floats, *, tile: Tile) -> Delta:
 
 def passthrough(x: Array, *, tile: Tile, scales: Weights) -> Floats:
     with np.errstate(all="ignore"):
-        return _wide(x) * np.float32(scales[0])
+        return widened(x) * np.float32(scales[0])
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
@@ -350,7 +303,7 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "deltamerge.prune.select:high_histogram": high_histogram,
     "deltamerge.prune.select:low_histogram": low_histogram,
     "deltamerge.prune.select:equal_counts": equal_counts,
-    "deltamerge.prune.select:keep_largest": keep_largest,
+    "deltamerge.prune.select:keep_largest": methods.keep_largest,
     "deltamerge.prune.select:keep_largest_rows": keep_largest_rows,
     "deltamerge.prune.select:keep_largest_rows_scored": keep_largest_rows_scored,
     "deltamerge.prune.rescale:norm": norm,
@@ -359,4 +312,13 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "deltamerge.merge.arithmetic:linear": linear,
     "deltamerge.merge.arithmetic:task_arithmetic": task_arithmetic,
     "deltamerge.merge.ties:ties": ties,
+    "deltamerge.merge.span:gram": methods.gram,
+    "deltamerge.merge.span:row_grams": methods.row_grams,
+    "deltamerge.merge.span:combine": methods.combine,
+    "deltamerge.prune.della:della": methods.della,
+    "deltamerge.prune.select:keep_between": methods.keep_between,
+    "deltamerge.prune.select:keep_where": methods.keep_where,
+    "deltamerge.prune.select:count_nonzero": methods.count_nonzero,
+    "deltamerge.merge.sce:variance": methods.variance,
+    "deltamerge.merge.sce:sce": methods.sce,
 }

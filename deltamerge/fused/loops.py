@@ -2,8 +2,8 @@
 
 No fast math and no contraction, so every product, sum and quotient is rounded to float32 by itself. A float32 array
 is taken as it is, a uint16 one as the bits of bfloat16. Values of several models come as addresses (`narrow` where the
-elements are bfloat16): one compiled loop serves any number of models. All compiled code is in this file because
-numba's cache looks for changes in the file of a function only (the constants imported here never change).
+elements are bfloat16): one compiled loop serves any number of models. numba's cache looks for
+changes in the file of a function only: what the two files of loops import never changes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _ZERO, _ONE = np.uint64(0), np.uint64(1)
 _SMALLEST = np.float32(SMALLEST_DIVISOR)
 
 
-def _compiled(function: Function) -> Function:
+def compiled(function: Function) -> Function:
     try:
         return cast(Function, njit(nogil=True, error_model="numpy", cache=True)(function))
     except RuntimeError:  # nowhere to keep a cache
@@ -43,11 +43,11 @@ def _inlined(function: Function) -> Function:
     return cast(Function, njit(nogil=True, error_model="numpy", inline="always")(function))
 
 
-def _instruction(generator: Callable[..., Any]) -> Callable[..., Any]:
+def instruction(generator: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], intrinsic(generator))
 
 
-@_instruction
+@instruction
 def _product(typing: Any, a: Any, b: Any) -> Any:
     """High and low 64 bits of the product of two uint64."""
 
@@ -61,8 +61,8 @@ def _product(typing: Any, a: Any, b: Any) -> Any:
     return make_tuple(types.uint64, 2)(types.uint64, types.uint64), generate
 
 
-@_instruction
-def _wide(typing: Any, x: Any) -> Any:
+@instruction
+def wide(typing: Any, x: Any) -> Any:
     """float32 of a float32 or of the bits of a bfloat16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -74,15 +74,15 @@ def _wide(typing: Any, x: Any) -> Any:
     return types.float32(types.float32 if x == types.float32 else types.uint16), generate
 
 
-@_instruction
-def _pointer(typing: Any, address: Any) -> Any:
+@instruction
+def pointer(typing: Any, address: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
 
 
-@_instruction
+@instruction
 def _ones(typing: Any, x: Any) -> Any:
     """How many bits of a uint64 are set."""
 
@@ -92,7 +92,7 @@ def _ones(typing: Any, x: Any) -> Any:
     return types.uint64(types.uint64), generate
 
 
-@_instruction
+@instruction
 def _trailing_zeros(typing: Any, x: Any) -> Any:
     """How many zero bits are below the lowest set one of a uint64, which is not 0."""
 
@@ -103,7 +103,7 @@ def _trailing_zeros(typing: Any, x: Any) -> Any:
 
 
 @_inlined
-def _philox(index: Any, block: Any, lane: Any, key0: Any, key1: Any) -> Any:
+def philox(index: Any, block: Any, lane: Any, key0: Any, key1: Any) -> Any:
     """Philox4x64-10 of the counter (index, block, lane, 0), as in `prune.bits`."""
     c0, c1, c2, c3 = index, block, lane, _ZERO
     for _ in range(ROUNDS):
@@ -115,13 +115,13 @@ def _philox(index: Any, block: Any, lane: Any, key0: Any, key1: Any) -> Any:
     return c0, c1, c2, c3
 
 
-@_compiled
+@compiled
 def widen(x: Any, out: Any) -> None:
     for i in range(out.size):
-        out[i] = _wide(x[i])
+        out[i] = wide(x[i])
 
 
-@_compiled
+@compiled
 def narrow(x_bits: Any, out: Any) -> None:
     """The uint32 bits of float32 rounded to bfloat16: nearest, ties to even, NaN to 0x7FC0."""
     for i in range(out.size):
@@ -131,19 +131,19 @@ def narrow(x_bits: Any, out: Any) -> None:
         out[i] = np.uint16(0x7FC0) if nan else np.uint16(rounded)
 
 
-@_compiled
+@compiled
 def subtract(tune: Any, base: Any, out: Any) -> None:
     for i in range(out.size):
-        out[i] = _wide(tune[i]) - _wide(base[i])
+        out[i] = wide(tune[i]) - wide(base[i])
 
 
-@_compiled
+@compiled
 def subtract_at(tune: Any, base: Any, positions: Any, out: Any) -> None:
     for i in range(out.size):
-        out[i] = _wide(tune[positions[i]]) - _wide(base[positions[i]])
+        out[i] = wide(tune[positions[i]]) - wide(base[positions[i]])
 
 
-@_compiled
+@compiled
 def drop_at_random(tune: Any, base: Any, key0: Any, key1: Any, start: Any, high: Any, low: Any, out: Any) -> None:
     """tune - base where the word of the position (`start` + index) is below high · 2**16 + low, else 0."""
     words = np.empty(CHUNK // 4, np.uint64)
@@ -155,7 +155,7 @@ def drop_at_random(tune: Any, base: Any, key0: Any, key1: Any, start: Any, high:
         count = min(CHUNK - skip, out.size - done)
         first = np.uint64(place // 16)
         for i in range((skip + count + 15) // 16):
-            w0, w1, w2, w3 = _philox(first + np.uint64(i), _ZERO, _HIGH, key0, key1)
+            w0, w1, w2, w3 = philox(first + np.uint64(i), _ZERO, _HIGH, key0, key1)
             words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = w0, w1, w2, w3
         if low:
             tied = False
@@ -165,13 +165,13 @@ def drop_at_random(tune: Any, base: Any, key0: Any, key1: Any, start: Any, high:
                 for i in range(skip, skip + count):
                     if halves[i] == high:
                         at = place - skip + i
-                        word = _philox(np.uint64(at // 16), _ZERO, _LOW, key0, key1)[at // 4 % 4]
+                        word = philox(np.uint64(at // 16), _ZERO, _LOW, key0, key1)[at // 4 % 4]
                         if np.uint16(word >> np.uint64(16 * (at % 4))) < low:
                             halves[i] = np.uint16(high - 1)
         # slices spare the inner loop numpy's negative indices, which would keep it scalar
         half, t, b, kept = halves[skip:], tune[done:], base[done:], out[done:]
         for i in range(count):
-            kept[i] = _wide(t[i]) - _wide(b[i]) if half[i] < high else np.float32(0)
+            kept[i] = wide(t[i]) - wide(b[i]) if half[i] < high else np.float32(0)
         done += count
 
 
@@ -186,7 +186,7 @@ def _step(draw: Any, table: Any, guide: Any, shift: Any, place: Any) -> Any:
     return (after, after + 1) if gap < table.size - 1 else (-1, after)
 
 
-@_compiled
+@compiled
 def draw_positions(
     table: Any, guide: Any, shift: Any, key0: Any, key1: Any, start: Any, stop: Any, block_size: Any, out: Any
 ) -> int:
@@ -202,7 +202,7 @@ def draw_positions(
         since = max(0, -origin)
         place, index = 0, _ZERO
         while place < until:
-            for draw in _philox(index, np.uint64(block), _GAPS, key0, key1):
+            for draw in philox(index, np.uint64(block), _GAPS, key0, key1):
                 found, place = _step(draw, table, guide, shift, place)
                 out[count] = origin + found
                 count += since <= found < until
@@ -211,7 +211,7 @@ def draw_positions(
     return count
 
 
-@_compiled
+@compiled
 def add_weighted(base: Any, addresses: Any, narrow: Any, weights: Any, divisor: Any, scale: Any, out: Any) -> None:
     """out = base + scale · (Σ w_i x_i) / divisor; an empty base adds nothing. By chunks that stay in cache."""
     for first in range(0, out.size, CHUNK):
@@ -220,15 +220,15 @@ def add_weighted(base: Any, addresses: Any, narrow: Any, weights: Any, divisor: 
         for k in range(weights.size):
             w = weights[k]
             if narrow[k]:
-                short = carray(_pointer(addresses[k] + 2 * first), n, np.uint16)
+                short = carray(pointer(addresses[k] + 2 * first), n, np.uint16)
                 if k == 0:
                     for i in range(n):
-                        total[i] = w * _wide(short[i])
+                        total[i] = w * wide(short[i])
                 else:
                     for i in range(n):
-                        total[i] += w * _wide(short[i])
+                        total[i] += w * wide(short[i])
             else:
-                x = carray(_pointer(addresses[k] + 4 * first), n, np.float32)
+                x = carray(pointer(addresses[k] + 4 * first), n, np.float32)
                 if k == 0:
                     for i in range(n):
                         total[i] = w * x[i]
@@ -244,10 +244,10 @@ def add_weighted(base: Any, addresses: Any, narrow: Any, weights: Any, divisor: 
         if base.size:
             start = base[first : first + CHUNK]
             for i in range(n):
-                total[i] = _wide(start[i]) + total[i]
+                total[i] = wide(start[i]) + total[i]
 
 
-@_compiled
+@compiled
 def add_agreeing(base: Any, addresses: Any, weights: Any, normalize: Any, scale: Any, out: Any) -> None:
     """out = base + scale · Σ of the e_i = w_i Δ_i of the sign of Σ e_i (÷ the sum of their w_i if `normalize`)."""
     sums, divisors = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
@@ -255,7 +255,7 @@ def add_agreeing(base: Any, addresses: Any, weights: Any, normalize: Any, scale:
         mixed, start = out[first : first + CHUNK], base[first : first + CHUNK]
         n = mixed.size
         for k in range(weights.size):
-            delta, w = carray(_pointer(addresses[k] + 4 * first), n, np.float32), weights[k]
+            delta, w = carray(pointer(addresses[k] + 4 * first), n, np.float32), weights[k]
             if k == 0:
                 for i in range(n):
                     sums[i] = w * delta[i]
@@ -265,7 +265,7 @@ def add_agreeing(base: Any, addresses: Any, weights: Any, normalize: Any, scale:
         for i in range(n):
             mixed[i] = divisors[i] = np.float32(0)
         for k in range(weights.size):
-            delta, w = carray(_pointer(addresses[k] + 4 * first), n, np.float32), weights[k]
+            delta, w = carray(pointer(addresses[k] + 4 * first), n, np.float32), weights[k]
             for i in range(n):
                 entry = w * delta[i]
                 agrees = entry > 0 if sums[i] >= 0 else entry < 0
@@ -279,10 +279,10 @@ def add_agreeing(base: Any, addresses: Any, weights: Any, normalize: Any, scale:
             for i in range(n):
                 mixed[i] *= scale
         for i in range(n):
-            mixed[i] = _wide(start[i]) + mixed[i]
+            mixed[i] = wide(start[i]) + mixed[i]
 
 
-@_compiled
+@compiled
 def keep_largest_of_rows(bits: Any, scores: Any, k: Any, out: Any) -> None:
     """`bits` where the magnitudes of `scores` (rows, n) are among the k largest of a row; equals from the left."""
     counts = np.empty(1 << 11, np.int64)
@@ -309,7 +309,7 @@ def keep_largest_of_rows(bits: Any, scores: Any, k: Any, out: Any) -> None:
             kept[i] = source[i] if magnitude > threshold or equal else np.uint32(0)
 
 
-@_compiled
+@compiled
 def norm_of_blocks(delta: Any, step: Any, kind: Any, out: Any) -> None:
     """Per block of `step` elements Σ abs (kind 1), Σ squares (2) or the largest abs (0); float64, added by halving."""
     width = 1
@@ -336,14 +336,14 @@ def norm_of_blocks(delta: Any, step: Any, kind: Any, out: Any) -> None:
         out[block] = part[0]
 
 
-@_compiled
+@compiled
 def align(positions_at: Any, values_at: Any, sizes: Any, marks: Any, positions: Any, rows: Any) -> int:
     """The ascending union of lists into `positions`, the values of each, 0 where absent, into its row; how many.
 
     `marks` holds a zero bit for each element of the tile.
     """
     for k in range(sizes.size):
-        for p in carray(_pointer(positions_at[k]), sizes[k], np.int64):
+        for p in carray(pointer(positions_at[k]), sizes[k], np.int64):
             marks[p >> 6] |= _ONE << np.uint64(p & 63)
     before = np.empty(marks.size, np.int64)
     count = 0
@@ -357,20 +357,20 @@ def align(positions_at: Any, values_at: Any, sizes: Any, marks: Any, positions: 
     for k in range(sizes.size):
         row = rows[k]
         row[:count] = np.float32(0)
-        values = carray(_pointer(values_at[k]), sizes[k], np.float32)
-        for i, p in enumerate(carray(_pointer(positions_at[k]), sizes[k], np.int64)):
+        values = carray(pointer(values_at[k]), sizes[k], np.float32)
+        for i, p in enumerate(carray(pointer(positions_at[k]), sizes[k], np.int64)):
             lower = marks[p >> 6] & ((_ONE << np.uint64(p & 63)) - _ONE)
             row[before[p >> 6] + np.int64(_ones(lower))] = values[i]
     return count
 
 
-@_compiled
+@compiled
 def count_high(bits: Any, counts: Any) -> None:
     for i in range(bits.size):
         counts[(bits[i] & np.uint32(0x7FFFFFFF)) >> np.uint32(16)] += 1
 
 
-@_compiled
+@compiled
 def count_low(bits: Any, high: Any, counts: Any) -> None:
     for i in range(bits.size):
         x = bits[i]
@@ -378,7 +378,7 @@ def count_low(bits: Any, high: Any, counts: Any) -> None:
             counts[x & np.uint32(0xFFFF)] += 1
 
 
-@_compiled
+@compiled
 def count_equal(bits: Any, threshold: Any, step: Any, counts: Any) -> None:
     for block in range(counts.size):
         part, equal = bits[block * step : (block + 1) * step], 0
@@ -387,7 +387,7 @@ def count_equal(bits: Any, threshold: Any, step: Any, counts: Any) -> None:
         counts[block] = equal
 
 
-@_compiled
+@compiled
 def keep_from(bits: Any, least: Any, out: Any) -> None:
     """The bits where the magnitude is at least `least`, else 0."""
     for i in range(bits.size):

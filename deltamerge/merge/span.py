@@ -178,15 +178,15 @@ def gram(*models: Part, tile: Tile) -> Floats:
     rows = []
     for part in blocks(tile):
         wide = [x[part].to(torch.float64) for x in dense]
-        rows.append(torch.stack([halved(wide[i] * wide[j]) for i, j in _pairs(len(wide))]))
+        rows.append(torch.stack([halved(wide[i] * wide[j]) for i, j in pairs(len(wide))]))
     if not rows:
-        return np.zeros((0, len(_pairs(len(models)))))
+        return np.zeros((0, len(pairs(len(models)))))
     return torch.stack(rows).cpu().numpy()
 
 
 def add_up(partials: Floats, *, count: int) -> Floats:
     """The Gram matrix (n, n) of all blocks, each entry summed exactly and rounded once."""
-    return _square(np.array([math.fsum(column) for column in partials.T]), count)
+    return square(np.array([math.fsum(column) for column in partials.T]), count)
 
 
 def row_grams(*models: Part, tile: Tile) -> Floats:
@@ -197,8 +197,8 @@ def row_grams(*models: Part, tile: Tile) -> Floats:
     upper = []
     for part in blocks(tile):
         wide = [x[part].to(torch.float64).view(-1, tile.shape[-1]) for x in dense]
-        upper.append(torch.stack([halved(wide[i] * wide[j]) for i, j in _pairs(len(wide))], -1))
-    return _square(torch.cat(upper).cpu().numpy(), len(models))
+        upper.append(torch.stack([halved(wide[i] * wide[j]) for i, j in pairs(len(wide))], -1))
+    return square(torch.cat(upper).cpu().numpy(), len(models))
 
 
 def scales(*largest: Floats) -> list[float]:
@@ -218,9 +218,9 @@ def column_limbs(*inputs: Any, tile: Tile) -> NDArray[np.int64]:
     columns = math.prod(tile.shape[1:])
     wide = [densify(x, tile.size).to(torch.float64) / s for x, s in zip(models, scale, strict=True)]
     place = torch.arange(tile.start, tile.stop, device=wide[0].device) % columns
-    pairs = _pairs(len(models))
-    sums = torch.zeros(LIMBS, len(pairs), columns, dtype=torch.int64, device=wide[0].device)
-    for k, (i, j) in enumerate(pairs):
+    upper = pairs(len(models))
+    sums = torch.zeros(LIMBS, len(upper), columns, dtype=torch.int64, device=wide[0].device)
+    for k, (i, j) in enumerate(upper):
         rest = wide[i] * wide[j]
         for limb in range(LIMBS):
             rest = rest * 2.0**LIMB_BITS
@@ -233,7 +233,7 @@ def column_limbs(*inputs: Any, tile: Tile) -> NDArray[np.int64]:
 def from_limbs(limbs: NDArray[np.int64], scale: list[float], *, count: int) -> Floats:
     """(columns, n, n) Gram matrices in float64."""
     total = sum(limbs[k].astype(np.float64) * 2.0 ** (-LIMB_BITS * (k + 1)) for k in range(LIMBS))
-    return _square(np.asarray(total) * [scale[i] * scale[j] for i, j in _pairs(count)], count)
+    return square(np.asarray(total) * [scale[i] * scale[j] for i, j in pairs(count)], count)
 
 
 def combine(*inputs: Any, tile: Tile, along: str, based: bool) -> torch.Tensor:
@@ -280,13 +280,14 @@ def _length(coefficients: Floats, gram: Floats) -> float:
     return math.sqrt(max(0.0, float(coefficients @ gram @ coefficients)))
 
 
-def _pairs(count: int) -> list[tuple[int, int]]:
+def pairs(count: int) -> list[tuple[int, int]]:
+    """(i, j), i ≤ j: the order of an upper triangle."""
     return [(i, j) for i in range(count) for j in range(i, count)]
 
 
-def _square(upper: Floats, count: int) -> Floats:
+def square(upper: Floats, count: int) -> Floats:
     """Symmetric matrices (…, n, n) of their upper triangles (…, n(n+1)/2)."""
     full = np.empty((*upper.shape[:-1], count, count))
-    for k, (i, j) in enumerate(_pairs(count)):
+    for k, (i, j) in enumerate(pairs(count)):
         full[..., i, j] = full[..., j, i] = upper[..., k]
     return full

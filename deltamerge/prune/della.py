@@ -34,7 +34,7 @@ def della(
     for part, columns in row_blocks(tile):
         values = dense[part]
         rank = _ranks(values.view(-1, columns)).view(-1)
-        probability = _probabilities(columns, density, epsilon)
+        probability = probabilities(columns, density, epsilon)
         stays = words[part] < _at(rank, np.round(probability * 2.0**32).astype(np.int64))
         if weighted:
             values = values / _at(rank, (probability / density).astype(np.float32))
@@ -49,7 +49,7 @@ def check(density: float, epsilon: float) -> None:
         raise InputError(message, hint="choose a smaller epsilon")
 
 
-def _probabilities(count: int, density: float, epsilon: float) -> NDArray[np.float64]:
+def probabilities(count: int, density: float, epsilon: float) -> NDArray[np.float64]:
     """π of each rank in a row of `count`."""
     if count < 2:
         return np.full(count, density)

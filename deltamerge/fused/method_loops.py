@@ -1,0 +1,188 @@
+"""The loops of the methods that are no weighted sums: dot products, ranks in rows, variances, votes.
+
+As `loops`, and apart from it by length alone; what this file takes from there never changes, so that numba's cache,
+which looks at the file of a function only, stays right.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.np.numpy_support import carray
+
+from deltamerge.fused.loops import CHUNK, compiled, instruction, philox, pointer, wide
+from deltamerge.merge.sce import SMALLEST_WEIGHT
+from deltamerge.prune.bits import HIGH, LOW
+
+_HIGH, _LOW, _ZERO = np.uint64(HIGH), np.uint64(LOW), np.uint64(0)
+_SMALLEST = np.float32(SMALLEST_WEIGHT)
+_SIGNLESS = np.uint32(0x7FFFFFFF)
+
+
+@instruction
+def _double(typing: Any, x: Any) -> Any:
+    """float64 of a float64, a float32, or the bits of a bfloat16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = arguments[0]
+        if signature.args[0] == types.float64:
+            return value
+        if signature.args[0] == types.uint16:
+            word = builder.zext(value, ir.IntType(32))
+            value = builder.bitcast(builder.shl(word, ir.Constant(word.type, 16)), ir.FloatType())
+        return builder.fpext(value, ir.DoubleType())
+
+    return types.float64(x if x in (types.float64, types.float32) else types.uint16), generate
+
+
+@compiled
+def dots_of_blocks(x: Any, y: Any, step: Any, out: Any) -> None:
+    """Per block of `step` elements Σ x y in float64, added by halving the block padded with zeros to a power of two."""
+    width = 1
+    while width < step:
+        width *= 2
+    part = np.empty(width, np.float64)
+    for block in range(out.size):
+        a, b = x[block * step : (block + 1) * step], y[block * step : (block + 1) * step]
+        n, half = a.size, 1
+        while half < n:
+            half *= 2
+        if half == 1:
+            out[block] = _double(a[0]) * _double(b[0])
+            continue
+        half //= 2
+        upper_a, upper_b = a[half:], b[half:]
+        for i in range(n - half):
+            part[i] = _double(a[i]) * _double(b[i]) + _double(upper_a[i]) * _double(upper_b[i])
+        for i in range(n - half, half):
+            part[i] = _double(a[i]) * _double(b[i]) + 0.0
+        while half > 1:
+            half //= 2
+            upper = part[half:]
+            for i in range(half):
+                part[i] += upper[i]
+        out[block] = part[0]
+
+
+@compiled
+def keep_by_rank(
+    values: Any, start: Any, columns: Any, key0: Any, key1: Any, limits: Any, ratios: Any, weighted: Any, out: Any
+) -> None:
+    """Rows of `columns`: the entry of rank r by magnitude, equals from the left, where its word is below limits[r].
+
+    The word is that of the position (`start` + index); `weighted` divides by ratios[r]. Radix sort by bytes.
+    """
+    words = np.empty(4 * (columns // 16 + 2), np.uint64)
+    halves = words.view(np.uint16)
+    this, other = np.empty(columns, np.uint64), np.empty(columns, np.uint64)
+    counts = np.empty((4, 256), np.int64)
+    for first in range(0, values.size, columns):
+        row, kept = values[first : first + columns], out[first : first + columns]
+        bits = row.view(np.uint32)
+        skip = (start + first) % 16
+        lowest = np.uint64((start + first) // 16)
+        for i in range((skip + columns + 15) // 16):
+            w0, w1, w2, w3 = philox(lowest + np.uint64(i), _ZERO, _HIGH, key0, key1)
+            words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = w0, w1, w2, w3
+        half = halves[skip:]
+        counts[:] = 0
+        for i in range(columns):
+            x = bits[i] & _SIGNLESS
+            this[i] = (np.uint64(x) << np.uint64(32)) | np.uint64(i)
+            counts[0, x & np.uint32(255)] += 1
+            counts[1, (x >> np.uint32(8)) & np.uint32(255)] += 1
+            counts[2, (x >> np.uint32(16)) & np.uint32(255)] += 1
+            counts[3, x >> np.uint32(24)] += 1
+        for digit in range(4):
+            shift, places = np.uint64(32 + 8 * digit), counts[digit]
+            if places[(this[0] >> shift) & np.uint64(255)] == columns:
+                continue
+            before = 0
+            for byte in range(256):
+                count = places[byte]
+                places[byte] = before
+                before += count
+            for i in range(columns):
+                at = (this[i] >> shift) & np.uint64(255)
+                other[places[at]] = this[i]
+                places[at] += 1
+            this, other = other, this
+        for rank in range(columns):
+            place, limit = this[rank] & np.uint64(0xFFFFFFFF), limits[rank]
+            upper, bound = np.int64(half[place]), limit >> 16
+            stays = upper < bound
+            if upper == bound:
+                position = start + first + np.int64(place)
+                word = philox(np.uint64(position // 16), _ZERO, _LOW, key0, key1)[position // 4 % 4]
+                lower = np.int64((word >> np.uint64(16 * (position % 4))) & np.uint64(0xFFFF))
+                stays = lower < (limit & 0xFFFF)
+            entry = row[place] / ratios[rank] if weighted else row[place]
+            kept[place] = entry if stays else np.float32(0)
+
+
+@compiled
+def variance(addresses: Any, out: Any) -> None:
+    """The variance over float32 models of each entry: of their differences to the first."""
+    mean = np.empty(CHUNK, np.float32)
+    count = np.float32(addresses.size)
+    for start in range(0, out.size, CHUNK):
+        total = out[start : start + CHUNK]
+        n = total.size
+        first = carray(pointer(addresses[0] + 4 * start), n, np.float32)
+        mean[:n] = np.float32(0)
+        for k in range(1, addresses.size):
+            x = carray(pointer(addresses[k] + 4 * start), n, np.float32)
+            for i in range(n):
+                mean[i] += x[i] - first[i]
+        for i in range(n):
+            mean[i] /= count
+            apart = np.float32(0) - mean[i]
+            total[i] = apart * apart
+        for k in range(1, addresses.size):
+            x = carray(pointer(addresses[k] + 4 * start), n, np.float32)
+            for i in range(n):
+                apart = (x[i] - first[i]) - mean[i]
+                total[i] += apart * apart
+        for i in range(n):
+            total[i] /= count
+
+
+@compiled
+def add_elected(base: Any, addresses: Any, weights: Any, out: Any) -> None:
+    """out = base + Σ w_i Δ_i ÷ Σ w_i of the Δ_i of the sign of Σ Δ_i (0 counts as +); smallest divisor 1e-6."""
+    sums, divisors = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    for first in range(0, out.size, CHUNK):
+        mixed, start = out[first : first + CHUNK], base[first : first + CHUNK]
+        n = mixed.size
+        for i in range(n):
+            mixed[i] = divisors[i] = np.float32(0)
+        for k in range(weights.size):
+            delta = carray(pointer(addresses[k] + 4 * first), n, np.float32)
+            if k == 0:
+                for i in range(n):
+                    sums[i] = delta[i]
+            else:
+                for i in range(n):
+                    sums[i] += delta[i]
+        for k in range(weights.size):
+            delta, w = carray(pointer(addresses[k] + 4 * first), n, np.float32), weights[k]
+            for i in range(n):
+                x = delta[i]
+                agrees = x > 0 if sums[i] >= 0 else x < 0
+                mixed[i] += x * w if agrees else np.float32(0)
+                divisors[i] += w if agrees else np.float32(0)
+        for i in range(n):
+            divisor = divisors[i]
+            mixed[i] /= _SMALLEST if divisor < _SMALLEST else divisor
+            mixed[i] = wide(start[i]) + mixed[i]
+
+
+@compiled
+def keep_scored(bits: Any, scores: Any, least: Any, out: Any) -> None:
+    """The bits where the magnitude of the score is at least `least`, else 0."""
+    for i in range(bits.size):
+        x = bits[i]
+        out[i] = x if (scores[i] & _SIGNLESS) >= least else np.uint32(0)
