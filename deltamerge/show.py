@@ -133,6 +133,27 @@ def _candidate(candidate: dict[str, Any]) -> str:
     return f"{text}: objective {candidate['value']:.4g}, held out {candidate['held_out']:.4g}"
 
 
+def render_methods(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Methods with a line for each parameter: name, default, range, meaning."""
+    lines = []
+    for title, key in (("merge_method", "merge"), ("prune.method", "prune")):
+        for method in found[key]:
+            source = f" ({method['source']})" if method["source"] else ""
+            rows: list[tuple[str, ...]] = [
+                (f"  {name}", _default(p["default"]), p["range"], f"{p['summary']}{'; per model' * p['per_model']}")
+                for name, p in method["parameters"].items()
+            ]
+            lines += [f"{title}: {method['name']}", f"  {method['summary']}{source}", *(aligned(rows) if rows else [])]
+            if method.get("options"):
+                lines.append(f"  also {', '.join(method['options'])}")
+            lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _default(value: Any) -> str:
+    return "must be given" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows of a table as lines."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -93,6 +93,6 @@ for command in (
     looking.check, looking.plan, looking.inspect, looking.recommend, looking.diff,
     artifacts.extract, artifacts.apply, artifacts.verify,
     sharing.push,
-    writing.init, writing.schema,
+    writing.init, writing.methods, writing.schema,
 ):  # fmt: skip
     commands.add_command(command)

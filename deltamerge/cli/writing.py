@@ -1,4 +1,4 @@
-"""The commands that help to write a recipe: init, schema."""
+"""The commands that help to write a recipe: init, methods, schema."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 import click
 
-from deltamerge.cli.options import FOLDER
+from deltamerge.cli.options import AS_JSON, FOLDER
+from deltamerge.show import render_methods
 
 
 @click.command()
@@ -31,6 +32,23 @@ def init(models: tuple[str, ...], base: str, data: Path | None, out: str) -> Non
         return
     write_new(path, text)
     click.echo(f"{path}: written; next: deltamerge plan {path}", err=True)
+
+
+def _names(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
+    from deltamerge.methods import MERGE, PRUNE
+
+    return sorted(name for name in {*MERGE, *PRUNE} if name.startswith(incomplete))
+
+
+@click.command()
+@click.argument("name", required=False, shell_complete=_names)
+@AS_JSON
+def methods(name: str | None, as_json: bool) -> None:
+    """Every merge and pruning method, or those called NAME: parameters, defaults, ranges, where it comes from."""
+    from deltamerge.catalogue import catalogue
+
+    found = catalogue(name)
+    click.echo(json.dumps(found, sort_keys=True) if as_json else render_methods(found))
 
 
 @click.command()
