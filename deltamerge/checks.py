@@ -23,7 +23,7 @@ from deltamerge.source import Loc, place
 if TYPE_CHECKING:
     from deltamerge.recipe import Prune, Recipe
 
-_PRUNE_PARAMS = {name: param for method in PRUNE.values() for name, param in method.parameters.items()}
+_PRUNE_PARAMS = {name: param for method in reversed(list(PRUNE.values())) for name, param in method.parameters.items()}
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
@@ -262,7 +262,8 @@ def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem((*loc, "method"), message, suggest(prune.method, PRUNE))
         if prune.q is not None and prune.rescale is not None:
             yield recipe.problem((*loc, "rescale"), "cannot stand beside q", "keep one of the two", key=True)
-        for name, param in _PRUNE_PARAMS.items():
+        method = PRUNE.get(prune.method or "")
+        for name, param in {**_PRUNE_PARAMS, **(method.parameters if method else {})}.items():
             value = prune.number_q if name == "q" else getattr(prune, name)
             if value is not None:
                 yield from _out_of_range(recipe, (*loc, name), param, value)
@@ -300,10 +301,13 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
             continue
         if method.groups and effective.group not in method.groups:
             yield recipe.problem((*loc, "group"), f"must be one of {', '.join(method.groups)}")
-        if "a" in method.parameters:
+        if method.name == "structured":
             yield from _columns(recipe, i, loc)
         elif effective.density is None and effective.budget is None and not _density_given(recipe, i):
             yield recipe.problem(loc, f"{method.name} needs a density", "density: 0.1 keeps a tenth of the delta")
+        if method.name != "structured":
+            for name in (key for key, value in effective.parameters.items() if value is None):
+                yield recipe.problem(loc, f"{method.name} needs {name}", method.parameters[name].summary)
     if recipe.prune is not None and recipe.prune.method != "none" and methods:
         yield from _no_effect(recipe, ("prune",), recipe.prune, used, methods)
 
@@ -437,7 +441,7 @@ def _columns(recipe: Recipe, index: int, loc: Loc) -> Iterator[Problem]:
     for name in ("a", "b"):
         if not _given(recipe, "prune", name) and not _given(recipe, "models", index, "prune", name):
             yield recipe.problem(loc, f"structured needs {name}", "density = a · b: give a and b")
-    a, b, density = effective.a, effective.b, effective.density
+    a, b, density = effective.parameters["a"], effective.parameters["b"], effective.density
     if density is None or a is None or b is None:
         return
     where = ("models", index, "prune") if _given(recipe, "models", index, "prune", "density") else ("prune",)

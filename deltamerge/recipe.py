@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import (
     BaseModel,
@@ -16,6 +16,7 @@ from pydantic import (
     PrivateAttr,
     Tag,
     ValidationError,
+    create_model,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -150,6 +151,17 @@ class Prune(Keys):
     def number_q(self) -> Value | None:
         """q if it is given as a number."""
         return None if isinstance(self.q, str | CalibratedQ) else self.q
+
+
+# The keys of other packages' methods; the class keeps its name, which the schema shows.
+_OTHERS: dict[str, Any] = {
+    name: (Value | None, Field(None, description=f"{method.name}: {param.summary}."))
+    for method in PRUNE.values()
+    for name, param in method.parameters.items()
+    if name not in Prune.model_fields
+}
+if _OTHERS and not TYPE_CHECKING:
+    Prune = create_model("Prune", __base__=Prune, __doc__=Prune.__doc__, __module__=__name__, **_OTHERS)
 
 
 class Model(Keys):
