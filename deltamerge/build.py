@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from deltamerge import errors, nodes
@@ -38,6 +39,7 @@ STAGE = "deltamerge.calibrate.stage"
 TOGETHER = "deltamerge.calibrate.together"
 STAGES = "deltamerge.stages"
 THRESHOLD = "deltamerge.threshold"
+KINDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({"number": float, "integer": int, "bool": bool})
 
 
 @dataclass(frozen=True, slots=True)
@@ -336,7 +338,7 @@ class Builder:
         for name, param in self.recipe.method.parameters.items():
             if param.prunes:
                 continue
-            kind = {"number": float, "integer": int, "bool": bool}[param.kind]
+            kind = KINDS[param.kind]
             if param.per_model:
                 own = tuple(kind(self._value(name, merge, tune)) for tune, _ in merge.tunes)
                 texts = [f"{text} {name}={value:g}" for text, value in zip(texts, own, strict=True)]
@@ -461,8 +463,11 @@ class Builder:
         if prune.budget is not None:
             assert self.densities is not None
             return self.densities[merge.name]
-        a, b = (_number(value, merge) for value in (prune.a, prune.b))
-        return a * b if a is not None and b is not None else _number(prune.density, merge)
+        if prune.method == "structured":
+            a, b = (_number(prune.parameters[side], merge) for side in "ab")
+            if a is not None and b is not None:
+                return a * b
+        return _number(prune.density, merge)
 
     def _masked(self, merge: Merge, base: TensorInfo, tune: Input, tensor: TensorInfo, seed: int) -> Node:
         """mask ∘ Δ, not rescaled, without protected columns, which no density counts; the seed keys random masks."""
@@ -476,9 +481,9 @@ class Builder:
         if prune.method == "dare" and prune.sampling == "uniform":
             return self._cleared(self._node(f"{MASKS}:dare", pair, shape, key=key, density=density), columns)
         if prune.method in ("breadcrumbs", "magnitude_outliers"):
-            return self._between(whole, density, _number(prune.gamma, merge) or 0.0)
+            return self._between(whole, density, _number(prune.parameters["gamma"], merge) or 0.0)
         if prune.method == "structured":
-            a, b = (_number(value, merge) for value in (prune.a, prune.b))
+            a, b = (_number(prune.parameters[side], merge) for side in "ab")
             return self._cleared(self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b), columns)
         if count:
             density *= 1 - count / shape[-1]
@@ -502,8 +507,13 @@ class Builder:
         method = PRUNE[prune.method]
         assert method.function is not None
         given: dict[str, Any] = {"density": density} | ({"key": key} if method.random else {})
-        for name in method.parameters.keys() - {"density", "q"}:
-            given[name] = _number(getattr(prune, name), merge)
+        for name, value in prune.parameters.items():
+            number = _number(value, merge)
+            if number is None:
+                raise InputError(
+                    f"tensor {merge.name}: {method.name}: no {name} for it", hint="add a value without filter"
+                )
+            given[name] = KINDS[method.parameters[name].kind](number)
         if prune.method == "della":
             with errors.context(f"tensor {merge.name}"):
                 check_della(density, given["epsilon"])
@@ -595,7 +605,9 @@ class _Patterns:
 
 def _takes_whole(method: MergeMethod, values: dict[str, Any]) -> bool:
     """Whether a single model that was not pruned comes out as it is."""
-    combine = method.function.rpartition(":")[2]
+    module, _, combine = method.function.rpartition(":")
+    if not module.startswith("deltamerge."):
+        return False  # a function of another package may do anything with a single model
     if combine in ("multislerp", "karcher"):
         return True
     if combine == "passthrough":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.methods import MERGE, PRUNE
@@ -22,7 +22,8 @@ class Pruning:
     """What to do with one model's delta. Values are still to be resolved per tensor (`parameters.resolve`).
 
     `density` and `q` are fractions in (0, 1]. `density` is None for method none, and for structured, where it is a · b
-    unless given. A `q` of None, or one that resolves to None, is the tensor's density; it is not used with `rescale`.
+    unless given. `parameters` are those that the method declares besides these two. A `q` of None, or one that resolves
+    to None, is the tensor's density; it is not used with `rescale`.
     """
 
     method: str
@@ -31,10 +32,7 @@ class Pruning:
     rescale: str | None = None
     sampling: str = "uniform"
     group: str | None = None
-    a: Value | None = None
-    b: Value | None = None
-    epsilon: Value | None = None
-    gamma: Value | None = None
+    parameters: Mapping[str, Value | None] = field(default_factory=dict)
     protect: Protect | None = None
     budget: int | None = None
     include: tuple[str, ...] | None = None
@@ -60,8 +58,6 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
 
     def parameter(key: str) -> Value | None:
         """A key that mergekit has among the merge's parameters; else the pruning method's default."""
-        if name not in PRUNE or key not in PRUNE[name].parameters:
-            return None
         default = PRUNE[name].parameters[key].default
         if merge is None or key not in merge.parameters or not merge.parameters[key].prunes:
             return value(key, default)
@@ -91,15 +87,17 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         rescale=rescale,
         sampling=first("sampling") or "uniform",
         group=first("group") or _default_group(name),
-        a=value("a"),
-        b=value("b"),
-        epsilon=parameter("epsilon"),
-        gamma=parameter("gamma"),
+        parameters={key: parameter(key) for key in own_parameters(name)},
         protect=first("protect"),
         budget=first("budget"),
         include=first("include"),
         exclude=heads if exclude is None else exclude,
     )
+
+
+def own_parameters(name: str) -> list[str]:
+    """What a pruning method declares besides density and q; nothing for a method that is not known."""
+    return [key for key in PRUNE[name].parameters if key not in ("density", "q")] if name in PRUNE else []
 
 
 def _default_group(name: str) -> str | None:

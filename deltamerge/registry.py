@@ -43,7 +43,8 @@ class Param:
         if self.low is not None and self.high is not None:
             return f"in {'(' if self.low_open else '['}{self.low:g}, {self.high:g}]"
         if self.low is not None:
-            return f"{'more than' if self.low_open else 'at least'} {self.low:g}"
+            whole = "a whole number, " if self.kind == "integer" else ""
+            return f"{whole}{'more than' if self.low_open else 'at least'} {self.low:g}"
         return "a whole number" if self.kind == "integer" else "a number"
 
     def accepts(self, value: float | bool) -> bool:

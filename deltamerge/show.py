@@ -42,6 +42,118 @@ def render_diff(found: dict[str, Any]) -> str:
     )
 
 
+def render_plan(described: dict[str, Any]) -> str:
+    """The plan as an aligned table."""
+    rows: list[tuple[str, ...]] = [("tensor", "dtype", "shape", "bytes", "method", "sources", "file")]
+    for tensor in described["tensors"]:
+        shape = "×".join(map(str, tensor["shape"])) or "scalar"
+        sources = "; ".join(tensor["sources"])
+        rows.append(
+            (
+                tensor["name"],
+                tensor["dtype"],
+                shape,
+                human(tensor["bytes"]),
+                tensor["method"],
+                sources,
+                tensor["file"],
+            )
+        )
+    lines = aligned(rows)
+    passes = max((tensor["passes"] for tensor in described["tensors"]), default=1)
+    select = f"select in up to {passes - 1} passes → " if passes > 1 else ""
+    backends = sorted({t["backend"] for t in described["tensors"] if t["method"] != "copy"})
+    lines += [
+        "",
+        f"merge_method   {described['merge_method']} of {', '.join(described['models'])}"
+        + (f" on {described['base_model']}" if described["base_model"] else ""),
+        f"template       {described['template']}",
+        *_render_tokenizer(described),
+        *(
+            f"calibration    {s['model']}: {s['objective']}, scope {s['scope']}, search {s['search']}; "
+            f"{s['sequences']} sequences of {s['length']} tokens, at most {s['forward_passes']} forward passes, "
+            f"{human(s['memory'])}, "
+            + (f"{s['blocks']} blocks one at a time" if s["blocks"] else "the whole model at once")
+            for s in described["stages"]
+        ),
+        f"stages         {'calibrate → ' if described['stages'] else ''}read → {select}merge → write",
+        f"output         {len(described['tensors'])} tensors, {human(described['output_bytes'])} in "
+        f"{len(described['shards'])} file{'s' if len(described['shards']) != 1 else ''}",
+        *([f"as a delta     {render_delta(described['delta'])}"] if "delta" in described else []),
+        f"reads          {human(described['read_bytes'])}",
+        f"runs on        {described['device']}, {described['workers']} workers, {', '.join(backends) or 'copies only'}",
+        f"peak memory    {human(described['peak_bytes'])}",
+        *(f"note           {note}" for note in described["notes"]),
+    ]
+    return "\n".join(lines)
+
+
+def _render_tokenizer(described: dict[str, Any]) -> list[str]:
+    """What becomes of the vocabulary, and where tokens come from that a model lacks."""
+    chat = [f"chat template  {described['chat_template']}"] if described["chat_template"] else []
+    found = described["tokenizer"]
+    if found is None:
+        return chat
+    sources = {"base": "the base's row", "one_model": "their only model's", "mean": "the mean of theirs",
+               "zeros": "zeros", "recipe": "what the recipe says"}  # fmt: skip
+    lacking = [f"{count} from {sources[source]}" for source, count in found["lacking"].items() if count]
+    parts = [
+        f"{found['source']}, starting from {found['starts_from']}",
+        f"{found['tokens']} tokens, {found['appended']} appended"
+        + f", {found['dropped']} dropped" * bool(found["dropped"]),
+        f"{found['rows']} rows" + f", {found['padding']} of them padding" * bool(found["padding"]),
+    ]
+    notes = [f"tokenizer      {note}" for note in found["notes"]]
+    missing = [f"tokenizer      tokens that a model lacks: {', '.join(lacking)}"] if lacking else []
+    return [f"tokenizer      {'; '.join(parts)}", *missing, *notes, *chat]
+
+
+def render_calibration(found: dict[str, Any]) -> str:
+    """What was chosen for every model, its search path, and the q of every tensor that has one."""
+    lines = []
+    for model, entry in found.items():
+        path = [f"  {' '.join(f'{x:.4g}' if isinstance(x, float) else str(x) for x in step)}" for step in entry["path"]]
+        lines += [
+            f"model           {model}",
+            f"objective       {entry['objective']}, scope {entry['scope']}, search {entry['search']}",
+            f"chosen          {entry['chosen']}: {entry['why']}",
+            *(f"candidate       {_candidate(candidate)}" for candidate in entry["candidates"]),
+            f"value           {entry['value']:.6g}, without calibration {entry['plain']['value']:.6g}",
+            f"forward passes  {entry['forward_passes']} of {entry['sequences']} sequences",
+            *(["search path", *path] if path else []),
+            *(f"q               {q:<10.6g} {name}" for name, q in entry["q"].items()),
+            *([f"q of rows       {entry['rows']}"] if "rows" in entry else []),
+        ]
+    return "\n".join(lines)
+
+
+def _candidate(candidate: dict[str, Any]) -> str:
+    named = {name: x for name, x in candidate.items() if name not in ("value", "held_out")}
+    text = " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in named.items())
+    return f"{text}: objective {candidate['value']:.4g}, held out {candidate['held_out']:.4g}"
+
+
+def render_methods(found: dict[str, list[dict[str, Any]]]) -> str:
+    """Methods with a line for each parameter: name, default, range, meaning."""
+    lines = []
+    for title, key in (("merge_method", "merge"), ("prune.method", "prune")):
+        for method in found[key]:
+            source = f" ({method['source']})" if method["source"] else ""
+            rows: list[tuple[str, ...]] = [
+                (f"  {name}", _default(p["default"]), p["range"], f"{p['summary']}{'; per model' * p['per_model']}")
+                for name, p in method["parameters"].items()
+            ]
+            lines += [f"{title}: {method['name']}", f"  {method['summary']}{source}", *(aligned(rows) if rows else [])]
+            if method.get("options"):
+                lines.append(f"  also {', '.join(method['options'])}")
+            lines.append("")
+    return "\n".join(lines[:-1])
+
+
+def _default(value: Any) -> str:
+    return "must be given" if value is None else str(value).lower() if isinstance(value, bool) else f"{value}"
+
+
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows of a table as lines."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

@@ -13,6 +13,7 @@ import torch
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
 from deltamerge.cli import main
+from deltamerge.methods import MERGE, PRUNE
 
 RECIPE = """\
 base_model: ./base
@@ -139,7 +140,15 @@ def test_memory_is_a_cap(folder, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["run", "--help"], ["schema"], ["check", "good.yaml"], ["plan", "good.yaml"]],
+    [
+        ["--help"],
+        ["run", "--help"],
+        ["schema"],
+        ["methods"],
+        ["methods", "dare", "--json"],
+        ["check", "good.yaml"],
+        ["plan", "good.yaml"],
+    ],
     ids=" ".join,
 )
 def test_no_torch_is_imported_to_look(folder, arguments):
@@ -151,6 +160,37 @@ def test_no_torch_is_imported_to_look(folder, arguments):
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_methods_are_listed_with_their_parameters(capsys):
+    code, out, err = call(capsys, "methods")
+    assert (code, err) == (0, "")
+    for name in (*(f"merge_method: {name}" for name in MERGE), *(f"prune.method: {name}" for name in PRUNE)):
+        assert f"{name}\n" in out
+    found = json.loads(call(capsys, "methods", "--json")[1])
+    assert [m["name"] for m in found["merge"]] == list(MERGE)
+    assert [m["name"] for m in found["prune"]] == list(PRUNE)
+
+
+def test_a_method_is_shown_with_defaults_ranges_and_source(capsys):
+    out = call(capsys, "methods", "dare")[1]
+    assert out.splitlines()[1].endswith("(arXiv 2311.03099, 2410.09344)")
+    assert [line.split()[:6] for line in out.splitlines()[2:4]] == [
+        ["density", "must", "be", "given", "in", "(0,"],
+        ["q", "density", "in", "(0,", "1]", "kept"],
+    ]
+    both = json.loads(call(capsys, "methods", "della", "--json")[1])
+    assert [m["name"] for m in both["merge"] + both["prune"]] == ["della", "della"]
+    weight = both["merge"][0]["parameters"]["weight"]
+    assert (weight["default"], weight["required"], weight["alone"]) == (None, True, 1.0)
+    epsilon = both["prune"][0]["parameters"]["epsilon"]
+    assert (epsilon["default"], epsilon["low"], epsilon["high"], epsilon["range"]) == (0.15, 0, 1, "in [0, 1]")
+
+
+def test_a_method_that_is_none_gets_a_suggestion(capsys):
+    code, out, err = call(capsys, "methods", "magnitud")
+    assert (code, out) == (2, "")
+    assert err == "error: unknown method 'magnitud'\nhint: did you mean 'magnitude'?\n"
 
 
 def test_planning_reads_no_weights(folder, capsys, monkeypatch):

@@ -217,7 +217,7 @@ def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch
         (text("nuslerp", "abc", "weight: 1"), "nuslerp takes 2 models besides the base, got 3"),
         (text("nuslerp", "ab"), "needs a weight: nuslerp has no default"),
         (text("model_stock", "a"), "model_stock needs at least 2 models besides the base"),
-        (text("karcher", "ab", "max_iter: 1.5"), "must be at least 0"),
+        (text("karcher", "ab", "max_iter: 1.5"), "must be a whole number, at least 0, got 1.5"),
         (text("ram", "ab", "epsilon: -1"), "must be at least 0, got -1"),
         (text("nuslerp", "ab", "weight: 1", base=None, more="prune: {method: dare, density: 0.5}"), "give base_model"),
         (text("slerp", "a", "t: 0.5", more="prune: {method: dare, density: 0.5}"), "slerp has no deltas to prune"),

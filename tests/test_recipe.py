@@ -631,10 +631,10 @@ def test_files(tmp_path: Path) -> None:
             "prune: {method: magnitude, density: 0.1, q: 0.5, group: row}",
             Pruning("magnitude", density=0.1, q=0.5, group="row"),
         ),
-        ("prune: {method: structured, a: 0.1, b: 0.1}", Pruning("structured", a=0.1, b=0.1)),
+        ("prune: {method: structured, a: 0.1, b: 0.1}", Pruning("structured", parameters={"a": 0.1, "b": 0.1})),
         (
             "prune: {method: structured, a: 0.1, b: 0.1, density: 0.01}",
-            Pruning("structured", a=0.1, b=0.1, density=0.01),
+            Pruning("structured", parameters={"a": 0.1, "b": 0.1}, density=0.01),
         ),
         ("prune: {method: dare, density: 0.1, exclude: []}", Pruning("dare", density=0.1, exclude=())),
         (
@@ -655,12 +655,15 @@ def test_files(tmp_path: Path) -> None:
         ),
         (
             "merge_method: della\nparameters: {density: 0.4, epsilon: 0.1}",
-            Pruning("della", density=0.4, epsilon=0.1, exclude=()),
+            Pruning("della", density=0.4, parameters={"epsilon": 0.1}, exclude=()),
         ),
-        ("merge_method: breadcrumbs", Pruning("breadcrumbs", density=1.0, q=1.0, gamma=0.01, exclude=())),
+        (
+            "merge_method: breadcrumbs",
+            Pruning("breadcrumbs", density=1.0, q=1.0, parameters={"gamma": 0.01}, exclude=()),
+        ),
         (
             "merge_method: ram\nparameters: {epsilon: 1e-4}\nprune: {method: della, density: 0.5}",
-            Pruning("della", density=0.5, epsilon=0.15),
+            Pruning("della", density=0.5, parameters={"epsilon": 0.15}),
         ),
         ("merge_method: dare_ties\nparameters: {density: 0.2}\nprune: {method: none}", Pruning("none")),
         (
@@ -686,7 +689,7 @@ def test_effective_prune(keys: str, wanted: Pruning) -> None:
         (
             "{method: structured, a: 0.1, b: 0.1}",
             "{method: dare, density: 0.5}",
-            Pruning("structured", a=0.1, b=0.1),
+            Pruning("structured", parameters={"a": 0.1, "b": 0.1}),
         ),
     ],
 )

@@ -1,0 +1,70 @@
+"""What every check asks of a recipe: its method, what the text gives, where numbers and prunings stand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Literal
+
+from deltamerge.errors import Problem
+from deltamerge.faults import show
+from deltamerge.methods import MERGE, PRUNE
+from deltamerge.parameters import Value, leaves
+from deltamerge.parts import written
+from deltamerge.registry import MergeMethod, Param
+from deltamerge.source import Loc
+
+if TYPE_CHECKING:
+    from deltamerge.recipe import Prune, Recipe
+
+# Built-in methods win where several have a parameter of one name.
+PRUNE_PARAMS = {name: param for method in reversed(list(PRUNE.values())) for name, param in method.parameters.items()}
+
+
+def prunes(recipe: Recipe) -> Iterator[tuple[Loc, Prune]]:
+    """Every `prune` of the recipe and where it stands, the recipe's own first."""
+    if recipe.prune is not None:
+        yield ("prune",), recipe.prune
+    for i, model in enumerate(recipe.models):
+        if model.prune is not None:
+            yield ("models", i, "prune"), model.prune
+
+
+Level = Literal["merge", "model"]
+
+
+def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
+    """Every `parameters` of the recipe: where it stands, and whether it is for one model or for the merge."""
+    yield ("parameters",), "merge", recipe.parameters
+    for name, module in recipe.modules.items():
+        yield ("modules", name, "parameters"), "merge", module.parameters
+    for part in recipe.parts:
+        if part.ranges is not None:
+            yield (*part.loc, "parameters"), "merge", part.levels[0]
+    for i, model in enumerate(recipe.models):
+        yield ("models", i, "parameters"), "model", model.parameters
+
+
+def is_given(recipe: Recipe, *loc: str | int) -> bool:
+    """Whether the text has a value there, sound or not: what is broken has been reported, and is not missing."""
+    value = recipe.source.data
+    for part in written(recipe.parts, loc):
+        if isinstance(part, int):
+            value = value[part] if isinstance(value, list) and part < len(value) else None
+        else:
+            value = value.get(part) if isinstance(value, dict) else None
+    return value is not None
+
+
+def known_method(recipe: Recipe) -> MergeMethod | None:
+    return MERGE.get(recipe.method_name or "")
+
+
+def out_of_range(recipe: Recipe, loc: Loc, param: Param, value: Value) -> Iterator[Problem]:
+    if param.scalar and not isinstance(value, bool | int | float):
+        yield recipe.problem(loc, f"must be {param.wanted()}, the same for every tensor, got {show(value)}")
+        return
+    for inner, scalar in leaves(value):
+        in_gradient = bool(inner) and inner[-1] != "value"
+        # mergekit reads 0 and 1 as booleans; as points of a gradient they would be ambiguous
+        if not param.accepts(scalar) or (param.kind == "bool" and in_gradient and not isinstance(scalar, bool)):
+            yield recipe.problem((*loc, *inner), f"must be {param.wanted()}, got {show(scalar)}")

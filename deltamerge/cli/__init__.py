@@ -1,0 +1,98 @@
+"""The command line: its group, exit codes and errors; the only package that prints or exits."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import sys
+import traceback
+from pathlib import Path
+
+import click
+from click.shell_completion import get_completion_class
+
+from deltamerge import __version__
+from deltamerge.cli import artifacts, looking, running, sharing, writing
+from deltamerge.cli.output import complain
+from deltamerge.errors import DeltamergeError
+
+VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "numba", "peft")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 unusable input, 2 usage, 3 a bug, 130 interrupted."""
+    gc.disable()  # a plan is many objects without cycles: collecting them over and over costs a third of planning
+    try:
+        code = commands.main(arguments, prog_name="deltamerge", standalone_mode=False)
+    except click.exceptions.Exit as leaving:
+        code = leaving.exit_code
+    except (click.exceptions.Abort, KeyboardInterrupt) as interruption:
+        kept = str(interruption.__cause__ or interruption)  # click wraps a KeyboardInterrupt in its Abort
+        click.echo(f"interrupted: {kept or 'nothing was left behind; run the command again'}", err=True)
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = 2
+    except DeltamergeError as error:
+        complain(error, "error")
+        code = error.exit_code
+    except BrokenPipeError:
+        code = 1
+    except Exception as bug:
+        code = _report_bug(bug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _report_bug(bug: Exception) -> int:
+    click.echo(f"bug in deltamerge {__version__}: {type(bug).__name__}: {bug}", err=True)
+    last = traceback.extract_tb(bug.__traceback__)[-1]
+    click.echo(f"at {Path(last.filename).name}:{last.lineno} in {last.name}", err=True)
+    click.echo("hint: please report these lines together with the recipe and `deltamerge --version`", err=True)
+    return 3
+
+
+def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
+    if not asked:
+        return
+    from importlib.metadata import PackageNotFoundError, version
+
+    click.echo(f"deltamerge {__version__}\npython {platform.python_version()} on {platform.platform()}")
+    for package in VERSIONS:
+        try:
+            click.echo(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            click.echo(f"{package} not installed")
+    context.exit()
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.option(
+    "--version", is_flag=True, is_eager=True, expose_value=False, callback=_versions,
+    help="Version of deltamerge, and of all that matters in a bug report.",
+)  # fmt: skip
+def commands() -> None:
+    """Merge fine-tuned models and prune their deltas, driven by a YAML recipe."""
+
+
+@commands.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+def completion(shell: str) -> None:
+    """Print what makes SHELL complete deltamerge's commands, options, methods and recipes.
+
+    \b
+    eval "$(deltamerge completion bash)"     # in ~/.bashrc; zsh likewise in ~/.zshrc
+    deltamerge completion fish > ~/.config/fish/completions/deltamerge.fish
+    """
+    found = get_completion_class(shell)
+    assert found is not None  # click knows these three
+    click.echo(found(commands, {}, "deltamerge", "_DELTAMERGE_COMPLETE").source())
+
+
+for command in (
+    running.run, running.calibrate,
+    looking.check, looking.plan, looking.inspect, looking.recommend, looking.diff,
+    artifacts.extract, artifacts.apply, artifacts.verify,
+    sharing.push,
+    writing.init, writing.methods, writing.schema,
+):  # fmt: skip
+    commands.add_command(command)

@@ -1,0 +1,127 @@
+"""The commands of delta artifacts and of what a lock says: extract, apply, verify."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, MEMORY, WORKERS
+from deltamerge.cli.output import Progress, report_run
+from deltamerge.show import human
+
+
+@click.command()
+@click.argument("model")
+@click.option("--base", required=True, help="What MODEL was fine-tuned from: a folder, or a hub id.")
+@click.option("--out", type=FOLDER, help="Folder to make; default: NAME-delta here.")
+@click.option("--density", type=float, help="Fraction of the delta kept; default: all that changed, exactly.")
+@click.option("--method", help="How entries are chosen, as prune.method; default: magnitude.")
+@click.option("--q", type=float, help="What kept entries are divided by; default: as in recipes.")
+@click.option(
+    "--values",
+    type=click.Choice(["float32", "bfloat16", "int8", "sign"]),
+    help="Store values to add, in this form; default: final values.",
+)
+@DEVICE
+@WORKERS
+@MEMORY
+@click.option("--force", is_flag=True, help="Replace a target that is not empty.")
+@AS_JSON
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def extract(
+    model: str,
+    base: str,
+    out: Path | None,
+    density: float | None,
+    method: str | None,
+    q: float | None,
+    values: str | None,
+    device: str,
+    workers: int | None,
+    memory: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Make a delta artifact of MODEL, a fine-tune of the base: what changed, or with a density what is kept of it."""
+    from deltamerge.extract import extract as extract_delta
+
+    progress = Progress(shown=not quiet and sys.stderr.isatty())
+    result = extract_delta(
+        model,
+        base,
+        out,
+        density=density,
+        method=method,
+        q=q,
+        values=values,
+        device=device,
+        workers=workers,
+        memory=memory,
+        force=force,
+        watch=lambda plan: progress.start(plan.nbytes),
+    )
+    report_run(result, progress, as_json=as_json, quiet=quiet)
+
+
+@click.command()
+@click.argument("delta")
+@click.option("--base", required=True, help="The checkpoint that the delta was made from: a folder, or a hub id.")
+@click.option("--out", type=FOLDER, required=True, help="Folder to make.")
+@WORKERS
+@MEMORY
+@click.option("--force", is_flag=True, help="Replace a target that is not empty.")
+@AS_JSON
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def apply(
+    delta: str,
+    base: str,
+    out: Path,
+    workers: int | None,
+    memory: int | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Put DELTA on its base: writes the whole checkpoint, every tensor checked before and after by hash."""
+    from deltamerge.apply import apply as apply_delta
+    from deltamerge.execute import default_workers
+
+    progress = Progress(shown=not quiet and sys.stderr.isatty())
+    done = apply_delta(
+        delta, base, out, workers=workers or default_workers(), memory=memory, force=force, watch=progress.start
+    )
+    progress.stop()
+    if as_json:
+        summary = {
+            "out": str(done.folder),
+            "bytes": done.nbytes,
+            "tensors": done.tensors,
+            "seconds": round(progress.seconds, 3),
+            "lock": done.lock,
+        }
+        click.echo(json.dumps(summary, sort_keys=True))
+    elif not quiet:
+        size = human(done.nbytes)
+        click.echo(f"{done.folder}: {done.tensors} tensors, {size} in {progress.seconds:.1f} s", err=True)
+
+
+@click.command()
+@click.argument("folder", type=FOLDER)
+@click.option("--base", help="Check the base too: what a delta makes of it, or that the lock has its files.")
+@WORKERS
+def verify(folder: Path, base: str | None, workers: int | None) -> None:
+    """Check every file of FOLDER against the hashes in its recipe.lock."""
+    from deltamerge.execute import default_workers
+    from deltamerge.lock import verify as verify_folder
+
+    workers = workers or default_workers()
+    names = verify_folder(folder, workers)
+    click.echo(f"{folder}: {len(names)} files as the lock says", err=True)
+    if base is not None:
+        from deltamerge.apply import verify_base
+
+        click.echo(f"{folder}: {verify_base(folder, base, workers)}", err=True)

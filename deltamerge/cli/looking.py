@@ -1,0 +1,218 @@
+"""The commands that look and make no model: check, plan, inspect, recommend, diff."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deltamerge import errors
+from deltamerge.cli.options import (
+    AS_JSON,
+    BASE,
+    DEVICE,
+    MEMORY,
+    RECIPE,
+    WORKERS,
+    calibration_of,
+    rows_of_text,
+)
+from deltamerge.cli.output import Progress, complain
+from deltamerge.errors import DeltamergeError
+from deltamerge.show import human, render_diff, render_plan
+
+if TYPE_CHECKING:
+    from deltamerge.plan import Plan
+
+
+@click.command()
+@click.argument("recipes", type=RECIPE, nargs=-1, required=True)
+@click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
+def check(recipes: tuple[Path, ...], offline: bool) -> None:
+    """Validate RECIPES and the headers of the models they name; reads no weights."""
+    from deltamerge.chain import documents
+    from deltamerge.run import make_plans
+
+    worst = 0
+    for recipe in recipes:
+        try:
+            chain = documents(recipe)
+            plan = None if offline else make_plans(recipe, device="cpu")[-1]
+        except DeltamergeError as error:
+            complain(error, str(recipe))
+            worst = max(worst, error.exit_code)
+        else:
+            several = f", {len(chain)} documents" if len(chain) > 1 else ""
+            size = f", {len(plan.outputs)} tensors, {check_size(plan)}" if plan else ""
+            click.echo(f"{recipe}: ok{several}{size}", err=True)
+    if worst:
+        raise click.exceptions.Exit(worst)
+
+
+def check_size(plan: Plan) -> str:
+    """The bytes that a run will leave."""
+    delta = plan.describe()["delta"] if plan.recipe.output.kind == "delta" else None
+    return human(plan.nbytes) if delta is None else f"a delta of about {human(delta['estimated_bytes'])}"
+
+
+@click.command()
+@click.argument("recipe", type=RECIPE)
+@DEVICE
+@WORKERS
+@MEMORY
+@click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
+@click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
+@AS_JSON
+def plan(
+    recipe: Path,
+    device: str,
+    workers: int | None,
+    memory: int | None,
+    old: Path | None,
+    graph: bool,
+    as_json: bool,
+) -> None:
+    """The dry run: every output tensor of RECIPE with its sources, method and bytes; reads no weights.
+
+    \b
+    deltamerge plan recipe.yaml --json
+    deltamerge plan --diff old.yaml new.yaml    # for a pull request
+    """
+    from deltamerge import review
+    from deltamerge.run import make_plans
+
+    def describe(path: Path) -> dict[str, Any]:
+        *before, planned = make_plans(path, device=device, workers=workers, memory=memory)
+        intermediate = {plan.recipe.name: plan.describe() for plan in before}
+        return planned.describe() | ({"intermediate": intermediate} if before else {})
+
+    if graph and (old or as_json):
+        raise click.UsageError("--graph stands alone")
+    described = describe(recipe)
+    if old is not None:
+        with errors.context(str(old)):
+            found = review.difference(describe(old), described)
+        shown = review.markdown(found, str(old), str(recipe))
+        click.echo(json.dumps(found, sort_keys=True) if as_json else shown)
+    elif graph:
+        click.echo(review.mermaid(described))
+    elif as_json:
+        click.echo(json.dumps(described, sort_keys=True))
+    else:
+        for name, one in described.get("intermediate", {}).items():
+            click.echo(f"document {name}\n{render_plan(one)}\n")
+        click.echo(render_plan(described))
+
+
+@click.command(epilog="Example: deltamerge inspect ./models/math --base ./models/base --calibration calib.jsonl")
+@click.argument("model")
+@BASE
+@rows_of_text
+@click.option(
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.01,
+    show_default=True,
+    help="Of the bound and the errors, with --calibration.",
+)
+@click.option("--tensors", is_flag=True, help="List every tensor, not only layers.")
+@click.option("--report", "page", type=click.Path(path_type=Path), metavar="FILE", help="Draw them on an HTML page.")
+@click.option("--force", is_flag=True, help="Replace FILE if it exists.")
+@DEVICE
+@WORKERS
+@AS_JSON
+def inspect(
+    model: str,
+    base: str,
+    calibration: str | None,
+    text: tuple[str, ...],
+    sequences: int,
+    length: int,
+    density: float,
+    tensors: bool,
+    page: Path | None,
+    force: bool,
+    device: str,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Statistics of the delta of MODEL, per layer and in all: how large it is, where, and what pruning would keep.
+
+    With --calibration also what it does to activations: influence, coherence, massive activations, the bound of DARE.
+    """
+    from deltamerge.inspect import render
+    from deltamerge.study import inspect as inspect_delta
+
+    rows = calibration_of(calibration, text, sequences=sequences, length=length)
+    progress = Progress(shown=sys.stderr.isatty())
+    report = inspect_delta(
+        model, base, calibration=rows, density=density, out=page, force=force,
+        device=device, workers=workers, watch=progress.start,
+    )  # fmt: skip
+    progress.stop()
+    click.echo(report.model_dump_json() if as_json else render(report, tensors=tensors))
+    if page is not None:
+        click.echo(f"{page}: written", err=True)
+
+
+@click.command(
+    epilog="Example: deltamerge recommend ./models/math --base ./models/base --density 0.01 --calibration calib.jsonl"
+)
+@click.argument("model")
+@BASE
+@click.option(
+    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), required=True, help="Fraction to keep."
+)
+@rows_of_text
+@click.option("--label", metavar="KEY", help="Field of the label: show the metric on held-out rows too.")
+@click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
+@DEVICE
+@WORKERS
+@AS_JSON
+def recommend(
+    model: str,
+    base: str,
+    density: float,
+    calibration: str | None,
+    text: tuple[str, ...],
+    sequences: int,
+    length: int,
+    label: str | None,
+    out: Path | None,
+    device: str,
+    workers: int | None,
+    as_json: bool,
+) -> None:
+    """Which pruning for the delta of MODEL at a density, with evidence, and the recipe that does it.
+
+    Without --calibration the delta's own statistics decide; with rows of text each method's mask is drawn and measured.
+    """
+    from deltamerge.recommend import render
+    from deltamerge.study import recommend as recommend_pruning
+
+    rows = calibration_of(calibration, text, sequences=sequences, length=length, label=label)
+    progress = Progress(shown=sys.stderr.isatty())
+    answer = recommend_pruning(
+        model, base, density, calibration=rows, out=out, device=device, workers=workers, watch=progress.start
+    )
+    progress.stop()
+    click.echo(answer.model_dump_json() if as_json else render(answer))
+    if out is not None:
+        click.echo(f"{out}: written", err=True)
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@WORKERS
+@AS_JSON
+def diff(a: str, b: str, workers: int | None, as_json: bool) -> None:
+    """What differs between two checkpoints A and B (one may be a delta of the other), or between two locks."""
+    from deltamerge.diff import diff as compare
+    from deltamerge.execute import default_workers
+
+    found = compare(a, b, workers or default_workers())
+    click.echo(json.dumps(found, sort_keys=True) if as_json else render_diff(found))

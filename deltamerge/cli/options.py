@@ -1,0 +1,74 @@
+"""Arguments and options that several commands take."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from click.shell_completion import CompletionItem
+
+
+class RecipeFile(click.Path):
+    """A path; the shell completes recipes and folders."""
+
+    def shell_complete(self, context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        folder, _, begun = incomplete.rpartition("/")
+        try:
+            entries = sorted(os.scandir(f"{folder}/" if folder or incomplete.startswith("/") else "."), key=str)
+        except OSError:
+            return []
+        prefix = incomplete.removesuffix(begun) if begun else incomplete
+        names = [entry for entry in entries if entry.name.startswith(begun) and not entry.name.startswith(".")]
+        return [
+            CompletionItem(f"{prefix}{entry.name}{'/' if entry.is_dir() else ''}")
+            for entry in names
+            if entry.is_dir() or entry.name.endswith((".yaml", ".yml"))
+        ]
+
+
+RECIPE = RecipeFile(path_type=Path)
+FOLDER = click.Path(path_type=Path)
+DEVICE = click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where tiles are computed.")
+WORKERS = click.option("--workers", type=click.IntRange(1), help="Threads; default: the cores of this machine.")
+
+
+def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
+    from deltamerge.fields import parse_size
+
+    try:
+        return None if text is None else parse_size(text)
+    except ValueError as error:
+        raise click.BadParameter(f"{error}, got {text!r}") from error
+
+
+MEMORY = click.option(
+    "--memory", metavar="SIZE", callback=_size, help="Cap on memory, such as 2GB; tiles shrink to keep it."
+)
+AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+BASE = click.option("--base", required=True, metavar="MODEL", help="What MODEL was fine-tuned from.")
+ROWS = (
+    click.option("--calibration", metavar="FILE", help="Rows of text: .jsonl, .csv, .txt, or a hub data set."),
+    click.option("--text", multiple=True, metavar="KEY", help="Its field of text; twice for sentence pairs."),
+    click.option("--sequences", type=click.IntRange(1), default=50, show_default=True, help="Rows to use."),
+    click.option("--length", type=click.IntRange(1), default=128, show_default=True, help="Tokens a row."),
+)
+
+
+def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that stand for a recipe's `calibration`."""
+    for option in reversed(ROWS):
+        command = option(command)
+    return command
+
+
+def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict[str, Any] | None:
+    """A recipe's `calibration` of those options and `more`, which may be None; None without data."""
+    if data is None:
+        if text or more.get("label"):
+            raise click.UsageError("--text and --label need --calibration")
+        return None
+    fields = {"text": text[0] if len(text) == 1 else list(text)} if text else {}
+    return {"data": data, **fields, **{key: value for key, value in more.items() if value is not None}}

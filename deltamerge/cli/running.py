@@ -1,0 +1,133 @@
+"""The commands that run a recipe: run, calibrate."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import click
+
+from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, MEMORY, RECIPE, WORKERS, RecipeFile
+from deltamerge.cli.output import Progress, report_run
+from deltamerge.show import render_calibration
+
+
+@click.command()
+@click.argument("recipe", type=RecipeFile())
+@click.option("--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it.")
+@DEVICE
+@WORKERS
+@MEMORY
+@click.option("--part", metavar="I/N", help="Write only the I-th of N parts, whole shards each.")
+@click.option("--finish", is_flag=True, help="Make the target of what all parts wrote.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped; the same bytes result.")
+@click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
+@click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
+@click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
+@AS_JSON
+@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+def run(
+    recipe: str,
+    out: Path | None,
+    device: str,
+    workers: int | None,
+    memory: int | None,
+    part: str | None,
+    finish: bool,
+    resume: bool,
+    force: bool,
+    locked: bool,
+    allow_nonfinite: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Run RECIPE: merge its models into a checkpoint that transformers loads.
+
+    Of several documents those with a name are made first, beside the output, where they would differ.
+
+    \b
+    deltamerge run recipe.yaml --memory 2GB
+    deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
+
+    An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
+    """
+    from deltamerge.distribute import Part
+    from deltamerge.run import describe_nonfinite
+    from deltamerge.run import finish as finish_parts
+    from deltamerge.run import run as run_recipe
+    from deltamerge.share import SCHEME
+
+    if finish and part is not None:
+        raise click.UsageError("--finish and --part exclude each other")
+
+    if quiet:
+        os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    progress = Progress(shown=not quiet and sys.stderr.isatty())
+    published = None
+    with TemporaryDirectory(prefix="deltamerge-") as scratch:
+        path = Path(recipe)
+        if recipe.startswith(SCHEME):
+            from deltamerge.share import fetch
+
+            published = fetch(recipe, Path(scratch))
+            path, locked = published.recipe, True
+            out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
+        if finish:
+            result = finish_parts(
+                path, out, workers=workers, force=force, locked=locked, pins=published.pins if published else None
+            )
+        else:
+            result = run_recipe(
+                path,
+                out,
+                device=device,
+                workers=workers,
+                memory=memory,
+                part=Part.parse(part) if part else None,
+                resume=resume,
+                force=force,
+                locked=locked,
+                allow_nonfinite=allow_nonfinite,
+                pins=published.pins if published else None,
+                watch=lambda plan: progress.start(plan.nbytes),
+            )
+    if result.nonfinite:
+        click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
+    differing = published.differences(result.lock["outputs"]) if published and not part else []
+    found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
+    if published:
+        found["published"] = {"commit": published.commit, "differs": differing}
+    report_run(result, progress, as_json=as_json, quiet=quiet, **found)
+    if part and not (quiet or as_json):
+        click.echo("hint: when every part is done, run the same command with --finish", err=True)
+    if published is not None and not part:
+        agreed = f"not the bytes of {recipe}: {', '.join(differing)}" if differing else f"the same bytes as {recipe}"
+        click.echo(f"{result.folder}: {agreed} at {published.commit[:12]}", err=True)
+    if differing:
+        raise click.exceptions.Exit(1)
+
+
+@click.command()
+@click.argument("recipe", type=RECIPE)
+@DEVICE
+@WORKERS
+@MEMORY
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the search (extra `plot`).")
+@AS_JSON
+def calibrate(
+    recipe: Path, device: str, workers: int | None, memory: int | None, plot: Path | None, as_json: bool
+) -> None:
+    """Only choose the q's of RECIPE on its calibration data; writes them to the lock beside it, for run --locked."""
+    from deltamerge.run import calibrate as calibrate_recipe
+
+    found = calibrate_recipe(recipe, device=device, workers=workers, memory=memory)
+    if plot is not None:
+        from deltamerge.plots import draw
+
+        draw(found, plot)
+    click.echo(json.dumps(found, sort_keys=True) if as_json else render_calibration(found))
+    click.echo(f"{recipe.with_suffix('.lock')}: written", err=True)

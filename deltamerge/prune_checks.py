@@ -1,0 +1,195 @@
+"""What pruning must be beyond the types of its keys: methods, densities, q, budgets and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, out_of_range, prunes
+from deltamerge.errors import Problem
+from deltamerge.faults import show, suggest
+from deltamerge.methods import COMMON_KEYS, PRUNE
+from deltamerge.pruning import effective_prune
+from deltamerge.source import Loc
+
+if TYPE_CHECKING:
+    from deltamerge.recipe import Prune, Recipe
+
+
+def problems(recipe: Recipe) -> Iterator[Problem]:
+    """Every fault of the recipe's prunings that the types of the keys do not show."""
+    checks = (_prune_keys, _pruning, _calibrated, _whole_merge, _budget)
+    return (problem for check in checks for problem in check(recipe))
+
+
+def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
+    """What can be said of one `prune` by itself."""
+    for loc, prune in prunes(recipe):
+        if prune.method is not None and prune.method not in PRUNE:
+            message = f"unknown pruning method {show(prune.method)}"
+            yield recipe.problem((*loc, "method"), message, suggest(prune.method, PRUNE))
+        if prune.q is not None and prune.rescale is not None:
+            yield recipe.problem((*loc, "rescale"), "cannot stand beside q", "keep one of the two", key=True)
+        method = PRUNE.get(prune.method or "")
+        for name, param in {**PRUNE_PARAMS, **(method.parameters if method else {})}.items():
+            value = prune.number_q if name == "q" else getattr(prune, name)
+            if value is not None:
+                yield from out_of_range(recipe, (*loc, name), param, value)
+
+
+def _pruning(recipe: Recipe) -> Iterator[Problem]:
+    """What each model's pruning, defaults and all, lacks or has too much."""
+    merge = known_method(recipe)
+    if merge is None:
+        return
+    used: set[str] = set(COMMON_KEYS)
+    methods: list[str] = []
+    for i, model in enumerate(recipe.models):
+        effective = effective_prune(recipe, i)
+        method = PRUNE.get(effective.method)
+        own = model.prune
+        loc: Loc = ("models", i, "prune") if own is not None and own.method is not None else ("prune",)
+        if method is None or _lost(recipe, ("prune",), recipe.prune) or _lost(recipe, ("models", i, "prune"), own):
+            return  # reported, and which keys it knows is not clear
+        apart = merge.base_apart(recipe.part_of[i].base)
+        if apart and recipe.is_base(i):
+            if own is not None:
+                yield recipe.problem(("models", i, "prune"), "the base has no delta to prune", key=True)
+            continue
+        known = COMMON_KEYS | method.parameters.keys() | method.options
+        used |= known
+        methods.append(method.name)
+        if own is not None and own.method != "none":
+            yield from _no_effect(recipe, ("models", i, "prune"), own, known, [method.name])
+        if method.name == "none":
+            continue
+        if not (merge.deltas and apart):
+            hint = "give base_model" if merge.deltas else "use task_arithmetic"
+            yield recipe.problem((*loc, "method"), f"{merge.name} has no deltas to prune", hint)
+            continue
+        if method.groups and effective.group not in method.groups:
+            yield recipe.problem((*loc, "group"), f"must be one of {', '.join(method.groups)}")
+        if method.name == "structured":
+            yield from _columns(recipe, i, loc)
+        elif effective.density is None and effective.budget is None and not _density_given(recipe, i):
+            yield recipe.problem(loc, f"{method.name} needs a density", "density: 0.1 keeps a tenth of the delta")
+        if method.name != "structured":
+            for name in (key for key, value in effective.parameters.items() if value is None):
+                yield recipe.problem(loc, f"{method.name} needs {name}", method.parameters[name].summary)
+    if recipe.prune is not None and recipe.prune.method != "none" and methods:
+        yield from _no_effect(recipe, ("prune",), recipe.prune, used, methods)
+
+
+def _calibrated(recipe: Recipe) -> Iterator[Problem]:
+    """What a calibrated q and wanda need: data, and a search that fits the objective and the scope."""
+    for loc, prune in prunes(recipe):
+        q = prune.calibrated_q
+        wanted = "a calibrated q" if q is not None else "wanda" if prune.method == "wanda" else None
+        if wanted is not None and not is_given(recipe, "calibration"):
+            key = "q" if q is not None else "method"
+            yield recipe.problem((*loc, key), f"{wanted} needs calibration", "calibration: {data: calib.jsonl}")
+        yield from _protect(recipe, loc, prune)
+        if q is None or isinstance(prune.q, str):
+            continue
+        if q.objective == "layer_mse" and q.search != "auto":
+            yield recipe.problem((*loc, "q", "search"), "layer_mse is solved in closed form", "leave search out")
+        elif q.search == "gradient" and q.objective != "output_change":
+            yield recipe.problem((*loc, "q", "search"), "gradient needs objective output_change", "or search: auto")
+        elif q.search == "gradient" and q.scope == "global":
+            yield recipe.problem((*loc, "q", "search"), "gradient needs scope layer or row", "scope: layer")
+
+
+def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
+    """protect names columns or counts massive activations, which are measured on calibration data."""
+    if prune.protect is None:
+        return
+    given = [key for key in ("massive_activations", "columns") if is_given(recipe, *loc, "protect", key)]
+    if len(given) != 1:
+        message = "needs massive_activations or columns" if not given else "takes one of massive_activations, columns"
+        yield recipe.problem((*loc, "protect"), message, "protect: {massive_activations: 3}")
+    elif prune.protect.massive_activations is not None and not is_given(recipe, "calibration"):
+        place = (*loc, "protect", "massive_activations")
+        yield recipe.problem(place, "needs calibration", "calibration: {data: calib.jsonl}, or name columns")
+
+
+def _budget(recipe: Recipe) -> Iterator[Problem]:
+    """A budget is the size of an artifact of one fine-tune, and takes the place of its density."""
+    for loc, prune in prunes(recipe):
+        if prune.budget is None:
+            continue
+        at = (*loc, "budget")
+        if recipe.output.kind != "delta":
+            yield recipe.problem(at, "is the size of a delta artifact", "output: {kind: delta}", key=True)
+        if len(recipe.fine_tunes) > 1:
+            yield recipe.problem(at, "needs a single fine-tune", "give each model a density", key=True)
+        for i in recipe.fine_tunes:
+            effective = effective_prune(recipe, i)
+            if _density_given(recipe, i):
+                yield recipe.problem(at, "cannot stand beside a density", "keep one of the two", key=True)
+            if effective.sampling != "uniform" or effective.group in ("row", "model"):
+                yield recipe.problem(at, "needs uniform sampling, and groups that are tensors", key=True)
+
+
+def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
+    """per: merge calibrates one λ, so what single q's are searched by must be one objective and nothing else."""
+    calibration, method = recipe.calibration, known_method(recipe)
+    if calibration is None:
+        return
+    exact = calibration.metric == "exact_match"
+    for key in ("answer", "new_tokens"):
+        if key in calibration.model_fields_set and not exact:
+            yield recipe.problem(("calibration", key), "has no effect without metric: exact_match", key=True)
+    if calibration.per == "model":
+        return
+    loc: Loc = ("calibration", "per")
+    if method is not None and not (method.deltas and method.needs_base):
+        yield recipe.problem(loc, f"merge needs deltas, but {method.name} has none", "use task_arithmetic or ties")
+    searched = [(at, prune.calibrated_q) for at, prune in prunes(recipe) if prune.calibrated_q is not None]
+    if len({q.objective for _, q in searched if q}) > 1:
+        yield recipe.problem(loc, "merge needs one objective for all models")
+    for at, q in searched:
+        if q is not None and (q.objective == "layer_mse" or q.model_fields_set - {"objective"}):
+            hint = "q: output_change or validation, without scope, search and bounds"
+            yield recipe.problem((*at, "q"), "with per: merge one lambda is searched, and no q", hint)
+
+
+def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:
+    """Whether the text has a `prune` there, or a method in it, that was too broken to keep."""
+    return is_given(recipe, *loc) and (prune is None or (prune.method is None and is_given(recipe, *loc, "method")))
+
+
+def _density_given(recipe: Recipe, index: int) -> bool:
+    places: tuple[Loc, ...] = (("prune",), ("parameters",))
+    part = recipe.part_of[index]
+    in_part = any("density" in level for level in part.levels)
+    return in_part or any(
+        is_given(recipe, *at, "density") or is_given(recipe, "models", index, *at, "density") for at in places
+    )
+
+
+def _no_effect(recipe: Recipe, loc: Loc, prune: Prune, known: Iterable[str], methods: list[str]) -> Iterator[Problem]:
+    names = ", ".join(dict.fromkeys(methods))
+    for key in prune.model_fields_set.difference(known):
+        if names == "none":
+            message, hint = "has no effect without a method", "set method: dare, magnitude or structured"
+        else:
+            message, hint = f"has no effect with method {names}", suggest(key, known)
+        yield recipe.problem((*loc, key), message, hint, key=True)
+
+
+def _columns(recipe: Recipe, index: int, loc: Loc) -> Iterator[Problem]:
+    """structured: a and b, and a density that is their product."""
+    effective = effective_prune(recipe, index)
+    for name in ("a", "b"):
+        if not is_given(recipe, "prune", name) and not is_given(recipe, "models", index, "prune", name):
+            yield recipe.problem(loc, f"structured needs {name}", "density = a · b: give a and b")
+    a, b, density = effective.parameters["a"], effective.parameters["b"], effective.density
+    if density is None or a is None or b is None:
+        return
+    where = ("models", index, "prune") if is_given(recipe, "models", index, "prune", "density") else ("prune",)
+    if not (isinstance(a, float | int) and isinstance(b, float | int) and isinstance(density, float | int)):
+        hint = "leave density out where a or b varies"
+        yield recipe.problem((*where, "density"), "of structured is a · b", hint)
+    elif abs(density - a * b) > 1e-6 * density:
+        message = f"must be a · b = {a * b:.6g}, got {density:g}"
+        yield recipe.problem((*where, "density"), message, "leave density out, or correct a or b")

@@ -1,0 +1,105 @@
+"""docs/add-a-method.md, done as it says: a package with a merge method and a pruning method, installed and run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import load_tensors, make_checkpoint
+
+from deltamerge.prune import bits
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
+SHAPES = {"a.weight": (40, 24), "b.weight": (3, 70_001), "c.bias": (24,), "d": ()}
+
+
+def block(language: str) -> str:
+    (found,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """The page's package as pip lays it out in site/, three models and the page's recipe."""
+    folder = tmp_path_factory.mktemp("limits")
+    project = tomllib.loads(block("toml"))
+    name, version = project["project"]["name"], project["project"]["version"]
+    info = folder / "site" / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    points = project["project"]["entry-points"]
+    lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in named.items()) for group, named in points.items()]
+    (info / "entry_points.txt").write_text("".join(lines))
+    (folder / "site" / f"{project['tool']['setuptools']['py-modules'][0]}.py").write_text(block("python"))
+    generator = torch.Generator().manual_seed(0)
+    base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+    make_checkpoint(folder / "base", base)
+    for model in ("math", "code"):
+        noise = {name: torch.randn(shape, generator=generator) * 0.04 for name, shape in SHAPES.items()}
+        make_checkpoint(folder / model, {name: base[name] + noise[name] for name in SHAPES})
+    (folder / "recipe.yaml").write_text(block("yaml"))
+    return folder
+
+
+def deltamerge(folder: Path, *arguments: str, site: str = "site") -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder / site), str(ROOT)])}
+    command = [sys.executable, "-W", "error", "-m", "deltamerge", *arguments]
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+
+
+def test_the_recipe_is_checked_and_its_faults_found(folder):
+    done = deltamerge(folder, "check", "recipe.yaml")
+    assert (done.returncode, done.stderr) == (0, "recipe.yaml: ok, 4 tensors, 844.0 kB\n")
+    assert f"\n$ deltamerge check recipe.yaml\n{done.stderr}```" in PAGE
+    for old, new, wanted in (
+        ("limit: 0.06, ", "", "merge_method: needs a limit: limited has no default"),
+        ("limit: 0.06", "limit: -1", "parameters.limit: must be at least 0, got -1"),
+        ("cut: 0.03", "cut: -1", "prune.cut: must be at least 0, got -1"),
+        ("cut: 0.03", "cutt: 1", "hint: did you mean 'cut'?"),
+        ("method: spare", "method: dare", "prune.cut: has no effect with method dare"),
+    ):
+        (folder / "bad.yaml").write_text(block("yaml").replace(old, new))
+        done = deltamerge(folder, "check", "bad.yaml")
+        assert done.returncode == 1
+        assert wanted in done.stderr
+
+
+def test_a_pruning_parameter_without_a_default_must_be_given(folder):
+    shutil.copytree(folder / "site", folder / "strict", dirs_exist_ok=True)
+    (folder / "strict" / "limits.py").write_text(block("python").replace('stay", 0.05,', 'stay",'))
+    (folder / "bad.yaml").write_text(block("yaml").replace(", cut: 0.03", ""))
+    done = deltamerge(folder, "check", "bad.yaml", site="strict")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (1, "bad.yaml:6:12: models[0].prune: spare needs cut")
+    assert deltamerge(folder, "check", "recipe.yaml", site="strict").returncode == 0
+
+
+def test_the_methods_are_listed(folder):
+    found = json.loads(deltamerge(folder, "methods", "spare", "--json").stdout)
+    assert found["prune"][0]["parameters"]["cut"]["default"] == 0.05
+    assert '"cut"' in deltamerge(folder, "schema").stdout
+
+
+@pytest.mark.parametrize("cut", [0.03, None], ids=["given", "default"])
+def test_the_merge_is_the_formula_in_float64(folder, cut):
+    text = block("yaml") if cut else block("yaml").replace(", cut: 0.03", "")
+    (folder / "one.yaml").write_text(text)
+    done = deltamerge(folder, "run", "one.yaml", "--out", f"out-{cut}", "--quiet")
+    assert done.returncode == 0, done.stderr
+    base, math, code, merged = (load_tensors(folder / name) for name in ("base", "math", "code", f"out-{cut}"))
+    for name, shape in SHAPES.items():
+        b, m, c = (tensors[name].double().numpy() for tensors in (base, math, code))
+        key = bits.mask_key(0, "./math", name)
+        drawn = bits.keep(key, 0, int(np.prod(shape)), 0.5).reshape(shape)
+        spared = np.where(drawn | (abs(m - b) >= (cut or 0.05)), m - b, 0) / 0.5
+        wanted = b + 1.5 * (0.7 * np.clip(spared, -0.06, 0.06) + 0.4 * np.clip(c - b, -0.06, 0.06))
+        np.testing.assert_allclose(merged[name].double().numpy(), wanted, rtol=0, atol=1e-6)
