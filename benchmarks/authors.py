@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from deltamerge.calibrate.split import split
 from deltamerge.recipe import load
-from deltamerge.run import run
+from deltamerge.runner import run
 
 PATIENCE = 4
 

@@ -175,7 +175,7 @@ def recipe(setting: Setting, task: str, method: Method, density: float, seed: in
 
 def cell(setting: Setting, task: str, method: Method, density: float, seed: int) -> dict[str, Any]:
     """Run one recipe and score what it wrote; seconds are those of the run, without start-up."""
-    from deltamerge.run import run
+    from deltamerge.runner import run
 
     path = setting.work / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(setting, task, method, density, seed)), encoding="utf-8")

@@ -5,16 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltamerge.api import plan, prune
     from deltamerge.io.delta import load_delta
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_delta"]
+__all__ = ["__version__", "load_delta", "plan", "prune"]
+
+_HOME = {"load_delta": "deltamerge.io.delta", "plan": "deltamerge.api", "prune": "deltamerge.api"}
 
 
 def __getattr__(name: str) -> Any:
-    """`deltamerge.load_delta`, imported when it is asked for."""
-    if name == "load_delta":
-        from deltamerge.io.delta import load_delta
+    """What Python users call, imported when it is asked for."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
 
-        return load_delta
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

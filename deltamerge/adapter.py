@@ -23,7 +23,7 @@ from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.io.writer import Writer, plan_layout
-from deltamerge.plan import Plan
+from deltamerge.planner import Plan
 from deltamerge.tokenizer.write import write_tokenizer
 
 

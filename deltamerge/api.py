@@ -13,11 +13,11 @@ import yaml
 from deltamerge.errors import InputError
 from deltamerge.execute import Task, default_workers, execute
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
-from deltamerge.plan import Plan
-from deltamerge.plan import plan as plan_recipe
+from deltamerge.planner import Plan
+from deltamerge.planner import plan as plan_recipe
 from deltamerge.recipe import loads
-from deltamerge.run import Result, make_plan
-from deltamerge.run import run as run_recipe
+from deltamerge.runner import Result, make_plan
+from deltamerge.runner import run as run_recipe
 
 if TYPE_CHECKING:
     import torch

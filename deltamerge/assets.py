@@ -12,7 +12,7 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import read_json
-from deltamerge.plan import Plan
+from deltamerge.planner import Plan
 from deltamerge.tokenizer.config import edit_config
 from deltamerge.tokenizer.write import write_tokenizer
 

@@ -29,7 +29,7 @@ from deltamerge.io.encodings import expected_bits
 from deltamerge.io.layered import elements
 from deltamerge.io.values import widen
 from deltamerge.methods import PRUNE
-from deltamerge.plan import Budgeted, Plan
+from deltamerge.planner import Budgeted, Plan
 from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.tensors import ITEMSIZE, VALUE_BITS
 

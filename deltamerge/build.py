@@ -22,8 +22,8 @@ from deltamerge.lora import factor_pairs, factor_roots, factor_spec, refuse_chan
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import lookup, resolve
 from deltamerge.parts import Part
-from deltamerge.prune.bits import Key, mask_key
-from deltamerge.prune.della import check as check_della
+from deltamerge.pruners.bits import Key, mask_key
+from deltamerge.pruners.della import check as check_della
 from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import CalibratedQ, Recipe
 from deltamerge.registry import MergeMethod
@@ -31,10 +31,10 @@ from deltamerge.stages import Part as StagePart
 from deltamerge.stages import Pruned, Source, Spec, has_norm, is_transposed, mask_seeds, within
 from deltamerge.tensors import ITEMSIZE, VALUE_BITS
 
-SELECT = "deltamerge.prune.select"
-MASKS = "deltamerge.prune.masks"
-RESCALE = "deltamerge.prune.rescale"
-PROTECT = "deltamerge.prune.protect"
+SELECT = "deltamerge.pruners.select"
+MASKS = "deltamerge.pruners.masks"
+RESCALE = "deltamerge.pruners.rescale"
+PROTECT = "deltamerge.pruners.protect"
 STAGE = "deltamerge.calibrate.stage"
 TOGETHER = "deltamerge.calibrate.together"
 STAGES = "deltamerge.stages"

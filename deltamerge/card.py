@@ -14,7 +14,7 @@ from deltamerge import __version__
 from deltamerge.budget import Choice, budget_of
 from deltamerge.graph import Node
 from deltamerge.io.delta_writer import Summary
-from deltamerge.plan import Plan
+from deltamerge.planner import Plan
 from deltamerge.stages import Calibrated
 
 MATTER_BYTES = 1 << 16

@@ -16,7 +16,7 @@ from deltamerge.documents import references
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, join, open_checkpoint
 from deltamerge.io.safetensors_file import PREFIX, parse_header
-from deltamerge.plan import Plan
+from deltamerge.planner import Plan
 from deltamerge.recipe import Recipe, load_all, loads
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from deltamerge.errors import OutputError, UsageError
 from deltamerge.io.workspace import Workspace, check_facts, part_journals
 from deltamerge.io.writer import Layout
-from deltamerge.plan import Plan
+from deltamerge.planner import Plan
 
 FORM = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from deltamerge.errors import UsageError
-from deltamerge.plan import Plan
-from deltamerge.run import Result, run
+from deltamerge.planner import Plan
+from deltamerge.runner import Result, run
 
 
 def extract(

@@ -189,7 +189,7 @@ def _root(graph: Graph, pair: Pair) -> Node:
     shape, dtypes = pair.base.shape, (pair.tune.dtype, pair.base.dtype)
     delta = graph.node("deltamerge.ops:subtract", [tune, base], shape=shape, dtypes=dtypes)
     partials = graph.node("deltamerge.moments:moments", [delta, base], kind="concat", shape=shape)
-    counts = graph.node("deltamerge.prune.select:high_histogram", [delta], kind="sum", shape=shape)
+    counts = graph.node("deltamerge.pruners.select:high_histogram", [delta], kind="sum", shape=shape)
     return graph.node(
         "deltamerge.moments:gather",
         [partials, counts],

@@ -20,7 +20,7 @@ from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.safetensors_file import read_header
-from deltamerge.plan import Plan
+from deltamerge.planner import Plan
 from deltamerge.stages import Calibrated, locked
 from deltamerge.tokenizer.files import CONFIG, JINJA, TOKENIZER
 

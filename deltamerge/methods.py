@@ -1,6 +1,6 @@
 """Every pruning and merge method: one entry each, its parameters beside its function's name. No torch here.
 
-A new method is a pure tensor function in `merge/` or `prune/` and one entry in MERGE or PRUNE; checks, the schema
+A new method is a pure tensor function in `merge/` or `pruners/` and one entry in MERGE or PRUNE; checks, the schema
 and the planner read these tables. Other packages add theirs by an entry point of
 the group `deltamerge.methods`.
 """
@@ -292,7 +292,7 @@ _INSIDE = Param("fraction kept inside the picked columns", low=0, high=1, low_op
 
 _BREADCRUMBS_MASK = PruneMethod(
     "breadcrumbs",
-    "deltamerge.prune.select:keep_between",
+    "deltamerge.pruners.select:keep_between",
     "drop the int(gamma · n) entries of largest abs(Δ), keep the int(density · n) that follow",
     "arXiv 2312.06795",
     {"density": _FRACTION, "q": _Q, "gamma": _GAMMA},
@@ -303,7 +303,7 @@ _PRUNE = (
     PruneMethod("none", None, "keep the whole delta"),
     PruneMethod(
         "dare",
-        "deltamerge.prune.masks:dare",
+        "deltamerge.pruners.masks:dare",
         "keep each entry with probability density, divide by q (default: density)",
         "arXiv 2311.03099, 2410.09344",
         {"density": _FRACTION, "q": _Q},
@@ -312,7 +312,7 @@ _PRUNE = (
     ),
     PruneMethod(
         "magnitude",
-        "deltamerge.prune.select:keep_largest",
+        "deltamerge.pruners.select:keep_largest",
         "keep the round(density · n) entries of largest abs(Δ) in each group",
         "arXiv 2410.09344",
         {"density": _FRACTION, "q": _Q},
@@ -321,7 +321,7 @@ _PRUNE = (
     ),
     PruneMethod(
         "wanda",
-        "deltamerge.prune.select:keep_largest_rows_scored",
+        "deltamerge.pruners.select:keep_largest_rows_scored",
         "keep the round(density · n) entries of largest abs(Δ_ij) · ‖x_j‖ in each row, on calibration data",
         "arXiv 2306.11695, 2410.09344",
         {"density": _FRACTION, "q": _Q},
@@ -330,7 +330,7 @@ _PRUNE = (
     ),
     PruneMethod(
         "structured",
-        "deltamerge.prune.masks:structured",
+        "deltamerge.pruners.masks:structured",
         "pick round(a · n) input columns, keep each entry inside with probability b; density = a · b",
         "arXiv 2410.09344, App. C.10",
         {"density": _FRACTION, "q": _Q, "a": _COLUMNS, "b": _INSIDE},
@@ -339,7 +339,7 @@ _PRUNE = (
     ),
     PruneMethod(
         "della",
-        "deltamerge.prune.della:della",
+        "deltamerge.pruners.della:della",
         "keep with a probability that grows with the rank of abs(Δ) in its row, divide by it, then by q / density",
         "arXiv 2406.11617",
         {"density": _FRACTION, "q": _Q, "epsilon": _EPSILON},

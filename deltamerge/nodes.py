@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 
 from deltamerge.graph import Graph, Node
-from deltamerge.prune.bits import Key
+from deltamerge.pruners.bits import Key
 
-COLUMNS = "deltamerge.prune.columns"
-SAMPLING = "deltamerge.prune.sampling"
-SELECT = "deltamerge.prune.select"
+COLUMNS = "deltamerge.pruners.columns"
+SAMPLING = "deltamerge.pruners.sampling"
+SELECT = "deltamerge.pruners.select"
 
 
 def largest(graph: Graph, delta: Node, k: int) -> Node:

@@ -100,7 +100,7 @@ class PruneMethod:
     choices of `group`, the default first.
 
     The function is called `f(delta, *, tile, density, …)` with the parameters other than q, and `key` where `random`:
-    the bits of the mask (`deltamerge.prune.bits`) are to come from it. It returns the kept entries, zeros elsewhere.
+    the bits of the mask (`deltamerge.pruners.bits`) are to come from it. It returns the kept entries, zeros elsewhere.
     """
 
     name: str

@@ -18,10 +18,10 @@ from deltamerge.inputs import Inputs, open_inputs
 from deltamerge.inspect import Pair, Report, measure, pair_recipe, pairs_of, parse, report, seen_from
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.plan import plan
+from deltamerge.planner import plan
 from deltamerge.recipe import Calibration
 from deltamerge.recommend import Recommendation
-from deltamerge.run import choose_device
+from deltamerge.runner import choose_device
 from deltamerge.stages import Spec
 
 Watch = Callable[[int], Callable[[int], None]]

@@ -17,9 +17,9 @@ from deltamerge import backends
 from deltamerge.execute import Task, default_workers, execute
 from deltamerge.graph import Graph, Node
 from deltamerge.io.checkpoint import Reader
-from deltamerge.prune import select
+from deltamerge.pruners import select
 
-SELECT = "deltamerge.prune.select"
+SELECT = "deltamerge.pruners.select"
 TOGETHER = 32  # tensors whose histograms are held before they are added up
 
 

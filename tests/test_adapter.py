@@ -20,7 +20,7 @@ from deltamerge.io import hub
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.computed import ordered_product
 from deltamerge.ops import torch_dtype
-from deltamerge.run import make_plan, run
+from deltamerge.runner import make_plan, run
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

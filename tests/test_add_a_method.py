@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
 
-from deltamerge.prune import bits
+from deltamerge.pruners import bits
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = (ROOT / "docs" / "add-a-method.md").read_text()

@@ -14,7 +14,7 @@ from deltamerge import cli
 from deltamerge.chain import documents
 from deltamerge.errors import DeltamergeError, OutputError, RecipeError, VerifyError
 from deltamerge.lock import verify
-from deltamerge.run import calibrate, make_plans, run
+from deltamerge.runner import calibrate, make_plans, run
 
 CHAIN = """\
 # the output's parts come after it

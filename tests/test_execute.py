@@ -15,7 +15,7 @@ import torch
 from conftest import load_tensors, make_checkpoint
 
 from deltamerge import backends, fused
-from deltamerge.run import make_plan, run
+from deltamerge.runner import make_plan, run
 
 RECIPE = "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.3}}]\n"
 
@@ -43,7 +43,7 @@ def test_many_small_tensors_and_more_workers_than_tensors(tmp_path):
 
 
 def test_a_vanished_or_shortened_input_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch):
-    from deltamerge import run as module
+    from deltamerge import runner as module
     from deltamerge.errors import InputError
 
     recipe = pair(tmp_path, rows=512)

@@ -19,8 +19,8 @@ pytest.importorskip("numba")
 from deltamerge.backends import FUSED_FUNCTIONS
 from deltamerge.fused import DTYPES, KERNELS
 from deltamerge.graph import resolve
-from deltamerge.prune.bits import mask_key
-from deltamerge.prune.select import Bin, Cut, pick_bin, pick_cut, pick_ranks
+from deltamerge.pruners.bits import mask_key
+from deltamerge.pruners.select import Bin, Cut, pick_bin, pick_cut, pick_ranks
 from deltamerge.tensors import Kept, Patched, Tile, block_elements
 
 CODES = list(DTYPES)
@@ -148,7 +148,7 @@ def test_dare(codes: tuple[str, str], density: float) -> None:
     for start, size in ((0, 20_000), (61_235, 200_001), (1 << 40, 70_000), (9, 1), (9, 0)):
         tune, base = stored(floats(size, 6), codes[0]), stored(floats(size, 7), codes[1])
         check(
-            "deltamerge.prune.masks:dare",
+            "deltamerge.pruners.masks:dare",
             (tune[1], base[1]),
             (tune[0], base[0]),
             tile=Tile(start, start + size, (1 << 41,)),
@@ -162,7 +162,7 @@ def test_dare_breaks_ties_of_the_high_half() -> None:
     size, density = 1 << 21, (30_000 * 65_536 + 50_000) / 2**32
     tune, base = stored(np.ones(size, np.float32), "BF16"), stored(np.zeros(size, np.float32), "BF16")
     parameters = {"tile": Tile(3, size + 3, (size + 3,)), "key": KEY, "density": density}
-    check("deltamerge.prune.masks:dare", (tune[1], base[1]), (tune[0], base[0]), **parameters)
+    check("deltamerge.pruners.masks:dare", (tune[1], base[1]), (tune[0], base[0]), **parameters)
 
 
 @pytest.mark.parametrize("numbers", [(0.5, 0.5), (0.1, 0.1), (0.5, 0.01), (0.01, 0.01), (1.0, 1.0)])
@@ -171,7 +171,7 @@ def test_structured(numbers: tuple[float, float], code: str) -> None:
     for tile in (Tile(0, 30_000, (300, 100)), Tile(20_011, 90_007, (100_000, 97)), Tile(4, 9_000, (10, 30, 30))):
         tune, base = stored(floats(tile.size, 8), code), stored(floats(tile.size, 9), code)
         check(
-            "deltamerge.prune.masks:structured",
+            "deltamerge.pruners.masks:structured",
             (tune[1], base[1]),
             (tune[0], base[0]),
             tile=tile,
@@ -183,7 +183,7 @@ def test_structured(numbers: tuple[float, float], code: str) -> None:
 
 @pytest.mark.parametrize("q", [0.1, 1 / 3, 1.0, 1e-30])
 def test_divide(q: float) -> None:
-    name, tile = "deltamerge.prune.rescale:divide", flat(9000)
+    name, tile = "deltamerge.pruners.rescale:divide", flat(9000)
     delta, ours = stored(floats(9000, 10), "F32")
     check(name, (ours, q), (delta, q), tile=tile)
     sparse = Kept(np.arange(0, 9000, 9), floats(1000, 11))
@@ -261,7 +261,7 @@ def deltas_with_ties(size: int) -> np.ndarray:
 @pytest.mark.parametrize("delta", [deltas_with_ties(70_000), floats(70_000, 51), np.zeros(70_000, np.float32)])
 @pytest.mark.parametrize("k", [1, 700, 35_000, 69_999])
 def test_selection(delta: np.ndarray, k: int) -> None:
-    select = "deltamerge.prune.select"
+    select = "deltamerge.pruners.select"
     shape = (700, 100)
     whole, theirs = flat(delta.size), torch.from_numpy(delta)
     counts = check(f"{select}:high_histogram", (delta,), (theirs,), tile=whole)
@@ -293,12 +293,12 @@ def test_selection(delta: np.ndarray, k: int) -> None:
 def test_selection_over_many_blocks() -> None:
     delta, shape, step = deltas_with_ties(9 * (1 << 16)), (9 * (1 << 16),), 1 << 16
     for cut in (Cut(int(np.float32(0.01).view(np.uint32)), 12_345, 0), Cut(0x7FFFFFFF, 0, 0)):
-        counts = KERNELS["deltamerge.prune.select:equal_counts"](delta, cut, tile=Tile(0, delta.size, shape))
+        counts = KERNELS["deltamerge.pruners.select:equal_counts"](delta, cut, tile=Tile(0, delta.size, shape))
         ranks, whole = pick_ranks(counts), Cut(cut.threshold, cut.equal_kept, int(counts.sum()))
         for start, stop in ((0, 1), (1, 4), (4, 9), (0, 9)):
             tile = Tile(start * step, stop * step, shape)
             part = delta[tile.start : tile.stop]
-            name = "deltamerge.prune.select:keep_largest"
+            name = "deltamerge.pruners.select:keep_largest"
             check(name, (part, whole, ranks), (torch.from_numpy(part), whole, ranks), tile=tile)
 
 
@@ -308,9 +308,9 @@ def test_selection_over_many_blocks() -> None:
 def test_selection_of_rows(shape: tuple[int, int], density: float, make: Any) -> None:
     delta, tile = make(shape[0] * shape[1]), Tile(0, shape[0] * shape[1], shape)
     given = {"tile": tile, "density": density}
-    check("deltamerge.prune.select:keep_largest_rows", (delta,), (torch.from_numpy(delta),), **given)
+    check("deltamerge.pruners.select:keep_largest_rows", (delta,), (torch.from_numpy(delta),), **given)
     norms = np.abs(np.random.default_rng(53).standard_normal(shape[1])).astype(np.float32)
-    name = "deltamerge.prune.select:keep_largest_rows_scored"
+    name = "deltamerge.pruners.select:keep_largest_rows_scored"
     check(name, (delta, norms), (torch.from_numpy(delta), norms), **given)
 
 
@@ -318,7 +318,7 @@ def test_selection_of_rows(shape: tuple[int, int], density: float, make: Any) ->
 @pytest.mark.parametrize("shape", [(5,), (70_000,), (700, 100), (3, 70_001), (1, 1)])
 def test_norm(norm: str, shape: tuple[int, ...]) -> None:
     size = int(np.prod(shape))
-    name, tile = "deltamerge.prune.rescale:norm", Tile(0, size, shape)
+    name, tile = "deltamerge.pruners.rescale:norm", Tile(0, size, shape)
     for delta in (floats(size, 54), deltas_with_ties(size)):
         check(name, (delta,), (torch.from_numpy(delta),), tile=tile, norm=norm)
     some = Kept(np.arange(0, size, 3), deltas_with_ties(size)[::3].copy())
@@ -327,7 +327,7 @@ def test_norm(norm: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("q", [0.25, np.linspace(0.1, 1, 70)[:, None], np.linspace(0.1, 1, 100)[None]])
 def test_divide_rows(q: Any) -> None:
-    name, tile = "deltamerge.prune.rescale:divide_rows", Tile(200, 5200, (70, 100))
+    name, tile = "deltamerge.pruners.rescale:divide_rows", Tile(200, 5200, (70, 100))
     delta = floats(tile.size, 55)
     check(name, (delta, q), (torch.from_numpy(delta), q), tile=tile)
     some = Kept(np.arange(0, tile.size, 7), delta[::7].copy())
@@ -386,7 +386,7 @@ def ordinary(size: int) -> np.ndarray:
 @pytest.mark.parametrize("numbers", [(0.5, 0.15), (0.1, 0.05), (0.9, 0.1)])
 def test_della(shape: tuple[int, ...], make: Any, numbers: tuple[float, float]) -> None:
     whole = int(np.prod(shape))
-    name, delta = "deltamerge.prune.della:della", make(whole)
+    name, delta = "deltamerge.pruners.della:della", make(whole)
     given: dict[str, Any] = {"key": KEY, "density": numbers[0], "epsilon": numbers[1]}
     step = block_elements(shape)
     for start, stop in ((0, whole), (step, whole)):
@@ -402,7 +402,7 @@ def test_della_breaks_ties_of_the_high_half() -> None:
     # one row whose bounds fall between halves; of 2**20 positions about 16 tie
     delta, tile = ordinary(1 << 20), Tile(1 << 20, 2 << 20, (2, 1 << 20))
     given: dict[str, Any] = {"tile": tile, "key": KEY, "density": 0.3, "epsilon": 1e-7}
-    check("deltamerge.prune.della:della", (delta,), (torch.from_numpy(delta),), **given)
+    check("deltamerge.pruners.della:della", (delta,), (torch.from_numpy(delta),), **given)
 
 
 @pytest.mark.parametrize("make", [lambda n, i: floats(n, 64 + i, 0.01), lambda n, i: np.roll(deltas_with_ties(n), i)])
@@ -415,7 +415,7 @@ def test_sce(make: Any, count: int) -> None:
             theirs = [kept(x) if isinstance(x, Kept) else torch.from_numpy(x) for x in mixed]
             tile = flat(size)
             score = check("deltamerge.merge.sce:variance", (*mixed,), (*theirs,), tile=tile)
-            check("deltamerge.prune.select:count_nonzero", (score,), (torch.from_numpy(score),), tile=tile)
+            check("deltamerge.pruners.select:count_nonzero", (score,), (torch.from_numpy(score),), tile=tile)
             for weights in ((1 / 3,) * count, (1e-9,) * count, (0.25, 0.75, float("nan"))[:count]):
                 weights = tuple(float(np.float32(w)) for w in weights)
                 check("deltamerge.merge.sce:sce", (ours, *mixed, weights), (base, *theirs, weights), tile=tile)
@@ -423,7 +423,7 @@ def test_sce(make: Any, count: int) -> None:
 
 @pytest.mark.parametrize("make", [deltas_with_ties, lambda n: floats(n, 70), lambda n: np.zeros(n, np.float32)])
 def test_selection_by_another_and_between(make: Any) -> None:
-    select, shape, step = "deltamerge.prune.select", (9 * (1 << 16),), 1 << 16
+    select, shape, step = "deltamerge.pruners.select", (9 * (1 << 16),), 1 << 16
     delta, score = floats(shape[0], 71), make(shape[0])
     cuts = []
     for value, equal_kept in ((0.01, 12_345), (0.02, 777), (0.01, 20_000), (0.0, 5), (np.inf, 1), (0.02, 10**6)):
@@ -443,14 +443,14 @@ def test_selection_by_another_and_between(make: Any) -> None:
 
 def test_low_histogram_of_an_empty_bin() -> None:
     delta = np.ones(100, np.float32)
-    counts = KERNELS["deltamerge.prune.select:low_histogram"](delta, Bin(5, 1), tile=flat(100))
+    counts = KERNELS["deltamerge.pruners.select:low_histogram"](delta, Bin(5, 1), tile=flat(100))
     assert counts.sum() == 0
 
 
 def test_kernels_release_the_gil() -> None:
     """A long kernel on one thread leaves another free to run Python."""
     tune = np.ones(1 << 24, np.uint16)
-    kernel: Callable[..., Any] = KERNELS["deltamerge.prune.masks:dare"]
+    kernel: Callable[..., Any] = KERNELS["deltamerge.pruners.masks:dare"]
     parameters = {"tile": flat(tune.size), "key": KEY, "density": 0.5}
     kernel(tune[:16], tune[:16], **{**parameters, "tile": flat(16)})
     started, steps = threading.Event(), 0

@@ -18,7 +18,7 @@ from deltamerge.card import front_matter
 from deltamerge.errors import DeltamergeError, InputError, VerifyError
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.delta_format import Record
-from deltamerge.run import make_plan, run
+from deltamerge.runner import make_plan, run
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from small_hub import COMMIT, TOKEN, Hub
 from deltamerge.errors import InputError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Reader, open_checkpoint
-from deltamerge.run import make_plan, run
+from deltamerge.runner import make_plan, run
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from deltamerge.prune.bits import SPARSE_BELOW, choose_columns, mask_key, positions
-from deltamerge.prune.masks import dare, structured
+from deltamerge.pruners.bits import SPARSE_BELOW, choose_columns, mask_key, positions
+from deltamerge.pruners.masks import dare, structured
 from deltamerge.tensors import Kept, Tile
 
 KEY = mask_key(3, "tune", "w")

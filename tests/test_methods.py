@@ -12,9 +12,9 @@ from conftest import load_tensors, make_checkpoint
 
 from deltamerge import backends
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.prune import bits
+from deltamerge.pruners import bits
 from deltamerge.registry import third_party
-from deltamerge.run import run
+from deltamerge.runner import run
 
 SHAPES = {
     "embed.weight": (301, 24),
@@ -201,7 +201,7 @@ def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch
 
     first = made("first")
     assert made("workers", workers=3) == first
-    monkeypatch.setattr("deltamerge.plan.TILE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("deltamerge.planner.TILE_ELEMENTS", 1 << 10)
     assert made("tiles") == first
     monkeypatch.setattr(backends, "FUSED_FUNCTIONS", frozenset())
     assert made("torch", workers=2) == first

@@ -21,7 +21,7 @@ from deltamerge.execute import Task, execute
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.shira import Candidate, choose_rank, difference
 from deltamerge.lock import verify
-from deltamerge.run import make_plan, run
+from deltamerge.runner import make_plan, run
 
 peft = pytest.importorskip("peft")
 

@@ -14,8 +14,8 @@ from conftest import load_tensors, tiny_bert_pair
 from safetensors.numpy import load_file
 
 from deltamerge.errors import InputError
-from deltamerge.prune import protect
-from deltamerge.run import make_plan, run
+from deltamerge.pruners import protect
+from deltamerge.runner import make_plan, run
 from deltamerge.tensors import Kept, Tile
 
 LINEAR = ("query.weight", "key.weight", "value.weight", "dense.weight")

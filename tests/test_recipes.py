@@ -12,7 +12,7 @@ from conftest import load_tensors, tiny_llama, write_json
 from safetensors.torch import save_file
 
 from deltamerge.apply import apply
-from deltamerge.run import make_plan, run
+from deltamerge.runner import make_plan, run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

@@ -19,7 +19,7 @@ from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io.checkpoint import Reader
 from deltamerge.recommend import CALIBRATED, Candidate, Question, Recommendation, decide
-from deltamerge.run import make_plan, run
+from deltamerge.runner import make_plan, run
 from deltamerge.study import inspect, recommend
 
 ROWS: dict[str, Any] = {"data": "calib.jsonl", "sequences": 8, "length": 12}

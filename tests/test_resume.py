@@ -24,8 +24,8 @@ from deltamerge.io.journal import read_journal
 from deltamerge.io.workspace import has_work
 from deltamerge.lock import verify
 from deltamerge.ops import torch_dtype
-from deltamerge.plan import Plan
-from deltamerge.run import finish, make_plan, run
+from deltamerge.planner import Plan
+from deltamerge.runner import finish, make_plan, run
 from deltamerge.tensors import ITEMSIZE
 
 RECIPE = """\
@@ -276,7 +276,7 @@ def test_what_calibration_found_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     def again(*_: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("deltamerge.run.shared_values", again)
+    monkeypatch.setattr("deltamerge.runner.shared_values", again)
     run(path, out, resume=True)
     assert files(out) == truth
 

@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from test_cli import call
 
 from deltamerge.review import difference, markdown, mermaid
-from deltamerge.run import make_plan
+from deltamerge.runner import make_plan
 
 OLD = """\
 base_model: ./base

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamerge.prune import select
+from deltamerge.pruners import select
 from deltamerge.tensors import Tile, block_elements
 
 

@@ -15,7 +15,7 @@ import transformers
 from conftest import load_tensors, make_checkpoint, tiny_llama
 
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.run import make_plan, run
+from deltamerge.runner import make_plan, run
 
 LAYERS = {"LlamaForCausalLM": "model.layers", "GPT2LMHeadModel": "transformer.h", "Gemma2ForCausalLM": "model.layers"}
 

@@ -12,7 +12,7 @@ import torch
 from conftest import load_tensors, tiny_llama
 
 from deltamerge import threshold
-from deltamerge.run import make_plan, run
+from deltamerge.runner import make_plan, run
 
 HEAD = "lm_head.weight"
 

@@ -23,7 +23,7 @@ from deltamerge.chat_templates import BUILT_IN
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.io.checkpoint import Reader, open_checkpoint
 from deltamerge.io.gathered import Gathered, gather
-from deltamerge.run import make_plan, run
+from deltamerge.runner import make_plan, run
 from deltamerge.tokenizer.files import read_chat_template, read_tokens
 from deltamerge.tokenizer.rows import has_vocabulary_rows
 
@@ -185,7 +185,7 @@ def test_neither_tiles_nor_workers_nor_the_backend_change_a_byte(models, tmp_pat
     text = DELTAS.replace("task_arithmetic", method).replace("weight", "density: 0.5, weight") + TOKENS
     first = merged(models, tmp_path, text, workers=1)
     before = (first / "model.safetensors").read_bytes()
-    monkeypatch.setattr("deltamerge.plan.TILE_ELEMENTS", 64)
+    monkeypatch.setattr("deltamerge.planner.TILE_ELEMENTS", 64)
     assert (merged(models, tmp_path, text, workers=3) / "model.safetensors").read_bytes() == before
     monkeypatch.setattr("deltamerge.backends.fused_available", lambda: False)
     assert (merged(models, tmp_path, text, workers=2) / "model.safetensors").read_bytes() == before

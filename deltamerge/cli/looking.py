@@ -25,7 +25,7 @@ from deltamerge.errors import DeltamergeError
 from deltamerge.show import human, render_diff, render_plan
 
 if TYPE_CHECKING:
-    from deltamerge.plan import Plan
+    from deltamerge.planner import Plan
 
 
 @click.command()
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def check(recipes: tuple[Path, ...], offline: bool) -> None:
     """Validate RECIPES and the headers of the models they name; reads no weights."""
     from deltamerge.chain import documents
-    from deltamerge.run import make_plans
+    from deltamerge.runner import make_plans
 
     worst = 0
     for recipe in recipes:
@@ -82,7 +82,7 @@ def plan(
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
     from deltamerge import review
-    from deltamerge.run import make_plans
+    from deltamerge.runner import make_plans
 
     def describe(path: Path) -> dict[str, Any]:
         *before, planned = make_plans(path, device=device, workers=workers, memory=memory)

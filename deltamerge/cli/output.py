@@ -14,7 +14,7 @@ from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.show import human
 
 if TYPE_CHECKING:
-    from deltamerge.run import Result
+    from deltamerge.runner import Result
 
 
 class Progress:

@@ -56,9 +56,9 @@ def run(
     An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
     """
     from deltamerge.distribute import Part
-    from deltamerge.run import describe_nonfinite
-    from deltamerge.run import finish as finish_parts
-    from deltamerge.run import run as run_recipe
+    from deltamerge.runner import describe_nonfinite
+    from deltamerge.runner import finish as finish_parts
+    from deltamerge.runner import run as run_recipe
     from deltamerge.share import SCHEME
 
     if finish and part is not None:
@@ -122,7 +122,7 @@ def calibrate(
     recipe: Path, device: str, workers: int | None, memory: int | None, plot: Path | None, as_json: bool
 ) -> None:
     """Only choose the q's of RECIPE on its calibration data; writes them to the lock beside it, for run --locked."""
-    from deltamerge.run import calibrate as calibrate_recipe
+    from deltamerge.runner import calibrate as calibrate_recipe
 
     found = calibrate_recipe(recipe, device=device, workers=workers, memory=memory)
     if plot is not None:

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from deltamerge.fused import loops, methods
 from deltamerge.fused.arrays import NARROW, WIDE, Array, Delta, Floats, addresses, densified, loadable, widened
 from deltamerge.merge.arithmetic import divisor_of
-from deltamerge.prune.bits import SPARSE_BLOCK, Key, gap_table, is_sparse, keep, threshold
-from deltamerge.prune.masks import column_choice, reduced_range, unreduced
-from deltamerge.prune.protect import is_among, places
-from deltamerge.prune.select import HIGH, LOW, Bin, Cut
+from deltamerge.pruners.bits import SPARSE_BLOCK, Key, gap_table, is_sparse, keep, threshold
+from deltamerge.pruners.masks import column_choice, reduced_range, unreduced
+from deltamerge.pruners.protect import is_among, places
+from deltamerge.pruners.select import HIGH, LOW, Bin, Cut
 from deltamerge.tensors import Kept, Patched, Tile, block_elements
 
 Weights = tuple[float, ...]
@@ -295,19 +295,19 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "deltamerge.ops:subtract": subtract,
     "deltamerge.ops:cast": cast,
     "deltamerge.ops:zeros": zeros,
-    "deltamerge.prune.masks:dare": dare,
-    "deltamerge.prune.masks:structured": structured,
-    "deltamerge.prune.protect:clear": clear,
-    "deltamerge.prune.protect:restore": restore,
-    "deltamerge.prune.rescale:divide": divide,
-    "deltamerge.prune.select:high_histogram": high_histogram,
-    "deltamerge.prune.select:low_histogram": low_histogram,
-    "deltamerge.prune.select:equal_counts": equal_counts,
-    "deltamerge.prune.select:keep_largest": methods.keep_largest,
-    "deltamerge.prune.select:keep_largest_rows": keep_largest_rows,
-    "deltamerge.prune.select:keep_largest_rows_scored": keep_largest_rows_scored,
-    "deltamerge.prune.rescale:norm": norm,
-    "deltamerge.prune.rescale:divide_rows": divide_rows,
+    "deltamerge.pruners.masks:dare": dare,
+    "deltamerge.pruners.masks:structured": structured,
+    "deltamerge.pruners.protect:clear": clear,
+    "deltamerge.pruners.protect:restore": restore,
+    "deltamerge.pruners.rescale:divide": divide,
+    "deltamerge.pruners.select:high_histogram": high_histogram,
+    "deltamerge.pruners.select:low_histogram": low_histogram,
+    "deltamerge.pruners.select:equal_counts": equal_counts,
+    "deltamerge.pruners.select:keep_largest": methods.keep_largest,
+    "deltamerge.pruners.select:keep_largest_rows": keep_largest_rows,
+    "deltamerge.pruners.select:keep_largest_rows_scored": keep_largest_rows_scored,
+    "deltamerge.pruners.rescale:norm": norm,
+    "deltamerge.pruners.rescale:divide_rows": divide_rows,
     "deltamerge.merge.arithmetic:passthrough": passthrough,
     "deltamerge.merge.arithmetic:linear": linear,
     "deltamerge.merge.arithmetic:task_arithmetic": task_arithmetic,
@@ -315,10 +315,10 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "deltamerge.merge.span:gram": methods.gram,
     "deltamerge.merge.span:row_grams": methods.row_grams,
     "deltamerge.merge.span:combine": methods.combine,
-    "deltamerge.prune.della:della": methods.della,
-    "deltamerge.prune.select:keep_between": methods.keep_between,
-    "deltamerge.prune.select:keep_where": methods.keep_where,
-    "deltamerge.prune.select:count_nonzero": methods.count_nonzero,
+    "deltamerge.pruners.della:della": methods.della,
+    "deltamerge.pruners.select:keep_between": methods.keep_between,
+    "deltamerge.pruners.select:keep_where": methods.keep_where,
+    "deltamerge.pruners.select:count_nonzero": methods.count_nonzero,
     "deltamerge.merge.sce:variance": methods.variance,
     "deltamerge.merge.sce:sce": methods.sce,
 }

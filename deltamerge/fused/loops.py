@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
 from deltamerge.merge.arithmetic import SMALLEST_DIVISOR
-from deltamerge.prune.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
+from deltamerge.pruners.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -104,7 +104,7 @@ def _trailing_zeros(typing: Any, x: Any) -> Any:
 
 @_inlined
 def philox(index: Any, block: Any, lane: Any, key0: Any, key1: Any) -> Any:
-    """Philox4x64-10 of the counter (index, block, lane, 0), as in `prune.bits`."""
+    """Philox4x64-10 of the counter (index, block, lane, 0), as in `pruners.bits`."""
     c0, c1, c2, c3 = index, block, lane, _ZERO
     for _ in range(ROUNDS):
         high0, low0 = _product(_M0, c0)

@@ -15,7 +15,7 @@ from numba.np.numpy_support import carray
 
 from deltamerge.fused.loops import CHUNK, compiled, instruction, philox, pointer, wide
 from deltamerge.merge.sce import SMALLEST_WEIGHT
-from deltamerge.prune.bits import HIGH, LOW
+from deltamerge.pruners.bits import HIGH, LOW
 
 _HIGH, _LOW, _ZERO = np.uint64(HIGH), np.uint64(LOW), np.uint64(0)
 _SMALLEST = np.float32(SMALLEST_WEIGHT)

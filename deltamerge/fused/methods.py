@@ -12,9 +12,9 @@ from deltamerge.fused import loops, method_loops
 from deltamerge.fused.arrays import WIDE, Array, Delta, Floats, addresses, densified, loadable, widened
 from deltamerge.merge import span
 from deltamerge.ops import row_blocks
-from deltamerge.prune.bits import Key
-from deltamerge.prune.della import probabilities
-from deltamerge.prune.select import Cut
+from deltamerge.pruners.bits import Key
+from deltamerge.pruners.della import probabilities
+from deltamerge.pruners.select import Cut
 from deltamerge.tensors import Kept, Tile, block_elements
 
 

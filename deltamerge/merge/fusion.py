@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 HERE = "deltamerge.merge.fusion"
-SELECT = "deltamerge.prune.select"
+SELECT = "deltamerge.pruners.select"
 FLOOR = 1e-8
 
 

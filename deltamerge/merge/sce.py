@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import torch
 
 HERE = "deltamerge.merge.sce"
-SELECT = "deltamerge.prune.select"
+SELECT = "deltamerge.pruners.select"
 SMALLEST_WEIGHT = 1e-6
 
 
@@ -52,7 +52,7 @@ def nodes(
         equal = make(f"{SELECT}:equal_counts", [variance, cut], kind="concat", shape=shape)
         ranks = make(f"{SELECT}:pick_ranks", [equal], kind="small")
         deltas = [make(f"{SELECT}:keep_where", [delta, variance, cut, ranks], shape=shape) for delta in deltas]
-    squares = [make("deltamerge.prune.rescale:norm", [x], kind="concat", shape=shape, norm="l2") for x in deltas]
+    squares = [make("deltamerge.pruners.rescale:norm", [x], kind="concat", shape=shape, norm="l2") for x in deltas]
     weights = make(f"{HERE}:weights", squares, kind="small", size=math.prod(shape))
     return make(function, [base, *deltas, weights], shape=shape)
 

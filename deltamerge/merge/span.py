@@ -151,7 +151,9 @@ def nodes(
         grams = make(f"{HERE}:row_grams", models, shape=shape)
         coefficients = make(function, [grams], shape=shape, **parameters)
     else:
-        largest = [make("deltamerge.prune.rescale:norm", [x], kind="concat", shape=shape, norm="linf") for x in models]
+        largest = [
+            make("deltamerge.pruners.rescale:norm", [x], kind="concat", shape=shape, norm="linf") for x in models
+        ]
         scales = make(f"{HERE}:scales", largest, kind="small")
         limbs = make(f"{HERE}:column_limbs", [*models, scales], kind="sum", shape=shape)
         columns = make(f"{HERE}:from_limbs", [limbs, scales], kind="small", count=len(models))

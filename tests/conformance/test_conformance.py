@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import load_tensors
 
-from deltamerge.run import run
+from deltamerge.runner import run
 
 from .cases import CASES, ELSEWHERE
 

@@ -15,7 +15,7 @@ import tiny_models
 import torch
 from conftest import load_tensors, make_checkpoint, tiny_llama
 
-from deltamerge.run import run
+from deltamerge.runner import run
 
 ROOT = Path(__file__).parents[2]
 DIFFERENCES = ROOT / "docs" / "from-mergekit.md"

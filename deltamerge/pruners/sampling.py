@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.prune.bits import Key, words_torch
-from deltamerge.prune.select import HIGH, LOW, Bin, magnitude_bits
+from deltamerge.pruners.bits import Key, words_torch
+from deltamerge.pruners.select import HIGH, LOW, Bin, magnitude_bits
 from deltamerge.tensors import Tile
 
 if TYPE_CHECKING:

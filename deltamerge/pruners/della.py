@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.ops import densify, row_blocks
-from deltamerge.prune.bits import Key, words_torch
-from deltamerge.prune.select import magnitude_bits
+from deltamerge.pruners.bits import Key, words_torch
+from deltamerge.pruners.select import magnitude_bits
 from deltamerge.tensors import Kept, Tile
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.prune.select import magnitude_bits
+from deltamerge.pruners.select import magnitude_bits
 from deltamerge.tensors import Tile, block_elements
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.workspace import Workspace, refuse_inputs, sync_path, workspace
 from deltamerge.io.writer import Writer, write_index
-from deltamerge.plan import Plan, plan
+from deltamerge.planner import Plan, plan
 from deltamerge.recipe import Recipe
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")

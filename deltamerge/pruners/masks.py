@@ -1,10 +1,10 @@
-"""Random masks: which entries of a delta stay. Torch on any device; the bits come from `prune.bits`."""
+"""Random masks: which entries of a delta stay. Torch on any device; the bits come from `pruners.bits`."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.prune.bits import Key, choose_columns, is_sparse, keep_torch, positions_torch
+from deltamerge.pruners.bits import Key, choose_columns, is_sparse, keep_torch, positions_torch
 from deltamerge.tensors import Kept, Tile
 
 if TYPE_CHECKING:
