@@ -18,6 +18,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray
 
+from deltamerge.jit import compiled as compiled
 from deltamerge.merge.arithmetic import SMALLEST_DIVISOR
 from deltamerge.pruners.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
 
@@ -30,13 +31,6 @@ _W0, _W1 = map(np.uint64, WEYL)
 _HIGH, _LOW, _GAPS = map(np.uint64, (HIGH, LOW, GAPS))
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 _SMALLEST = np.float32(SMALLEST_DIVISOR)
-
-
-def compiled(function: Function) -> Function:
-    try:
-        return cast(Function, njit(nogil=True, error_model="numpy", cache=True)(function))
-    except RuntimeError:  # nowhere to keep a cache
-        return cast(Function, njit(nogil=True, error_model="numpy")(function))
 
 
 def _inlined(function: Function) -> Function:

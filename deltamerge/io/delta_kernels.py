@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from numba.core import types
@@ -18,6 +17,7 @@ from numba.extending import intrinsic
 from deltamerge.errors import InputError
 from deltamerge.io.encodings import Array, rice_parts
 from deltamerge.io.values import Values
+from deltamerge.jit import compiled
 from deltamerge.tensors import VALUE_BITS
 
 BLOCK = 512  # positions between prefetch and use
@@ -59,7 +59,7 @@ def _prefetch(context: Any, array: Any, index: Any) -> Any:
     return types.void(array, index), generate
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def _apply(
     words: Array,
     packed: Array,

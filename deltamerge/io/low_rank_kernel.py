@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import numba
+from deltamerge.jit import compiled
 
 
-@numba.njit(nogil=True, cache=True, error_model="numpy")
+@compiled
 def ordered_product(left: Any, right: Any, out: Any) -> None:
     """out_ij = Σ_k left_ik right_kj in the order of k, contiguous float32; each product and sum is rounded."""
     rows, columns = out.shape

@@ -1,0 +1,41 @@
+"""numba's cache when several processes fill it at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba")
+
+# each process compiles and saves its own signature of one function; then reads those of all
+SCRIPT = """
+import sys, time
+import numpy as np
+from numba.core.caching import IndexDataCacheFile
+from deltamerge.fused.loops import subtract
+load = IndexDataCacheFile._load_index
+def slowly(self):  # long enough for another process to choose the same file name
+    found = load(self)
+    time.sleep(0.3)
+    return found
+IndexDataCacheFile._load_index = slowly
+for code in sys.argv[1:]:
+    tune, base = ({"F": np.ones(8, np.float32), "B": np.full(8, 0x3F80, np.uint16)}[c] for c in code)
+    out = np.empty(8, np.float32)
+    subtract(tune, base, out)
+    assert (out == 0).all(), (code, out)
+"""
+
+
+def test_processes_that_compile_other_signatures_do_not_read_each_others_code(tmp_path: Path) -> None:
+    env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    codes = ["FF", "FB", "BF", "BB"]
+    running = [subprocess.Popen([sys.executable, "-c", SCRIPT, code], env=env) for code in codes]
+    assert [process.wait() for process in running] == [0] * len(codes)
+    subprocess.run([sys.executable, "-c", SCRIPT, *codes], env=env, check=True)
+    files = [path.name for path in tmp_path.rglob("loops.subtract*.nbc")]
+    assert len(files) == len(codes), files
