@@ -36,6 +36,6 @@ def test_processes_that_compile_other_signatures_do_not_read_each_others_code(tm
     codes = ["FF", "FB", "BF", "BB"]
     running = [subprocess.Popen([sys.executable, "-c", SCRIPT, code], env=env) for code in codes]
     assert [process.wait() for process in running] == [0] * len(codes)
-    subprocess.run([sys.executable, "-c", SCRIPT, *codes], env=env, check=True)
     files = [path.name for path in tmp_path.rglob("loops.subtract*.nbc")]
     assert len(files) == len(codes), files
+    subprocess.run([sys.executable, "-c", SCRIPT, *codes], env=env, check=True)
