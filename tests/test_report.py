@@ -255,3 +255,10 @@ def test_a_real_fine_tune(shared_data):
     drawn = Page(page(found))
     cells = drawn.shapes("‖Δ‖/‖W‖ · bert.encoder.layer", "cell")
     assert (len(cells), max(float(cell["data-value"]) for cell in cells)) == (18, pytest.approx(0.204, abs=5e-4))
+
+
+def test_force_without_a_page_is_a_usage_error(capsys):
+    with pytest.raises(SystemExit) as leaving:
+        main(["inspect", "tuned", "--base", "base", "--force"])
+    assert leaving.value.code == 2
+    assert "--force is for the FILE of --report" in capsys.readouterr().err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, MEMORY, WORKERS
+from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, FORCE, MEMORY, QUIET, WORKERS
 from deltamerge.cli.output import Progress, report_run
 from deltamerge.show import human
 
@@ -28,9 +28,9 @@ from deltamerge.show import human
 @DEVICE
 @WORKERS
 @MEMORY
-@click.option("--force", is_flag=True, help="Replace a target that is not empty.")
+@FORCE
 @AS_JSON
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@QUIET
 def extract(
     model: str,
     base: str,
@@ -73,9 +73,9 @@ def extract(
 @click.option("--out", type=FOLDER, required=True, help="Folder to make.")
 @WORKERS
 @MEMORY
-@click.option("--force", is_flag=True, help="Replace a target that is not empty.")
+@FORCE
 @AS_JSON
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@QUIET
 def apply(
     delta: str,
     base: str,

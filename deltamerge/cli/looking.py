@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def check(recipes: tuple[Path, ...], offline: bool) -> None:
     """Validate RECIPES and the headers of the models they name; reads no weights."""
     from deltamerge.chain import documents
-    from deltamerge.runner import make_plans
+    from deltamerge.plans import make_plans
 
     worst = 0
     for recipe in recipes:
@@ -82,7 +82,7 @@ def plan(
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
     from deltamerge import review
-    from deltamerge.runner import make_plans
+    from deltamerge.plans import make_plans
 
     def describe(path: Path) -> dict[str, Any]:
         *before, planned = make_plans(path, device=device, workers=workers, memory=memory)
@@ -146,6 +146,8 @@ def inspect(
     from deltamerge.inspect import render
     from deltamerge.study import inspect as inspect_delta
 
+    if force and page is None:
+        raise click.UsageError("--force is for the FILE of --report")
     rows = calibration_of(calibration, text, sequences=sequences, length=length)
     progress = Progress(shown=sys.stderr.isatty())
     report = inspect_delta(

@@ -47,6 +47,8 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
 MEMORY = click.option(
     "--memory", metavar="SIZE", callback=_size, help="Cap on memory, such as 2GB; tiles shrink to keep it."
 )
+FORCE = click.option("--force", is_flag=True, help="Replace a target that is not empty.")
+QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 BASE = click.option("--base", required=True, metavar="MODEL", help="What MODEL was fine-tuned from.")
 ROWS = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, MEMORY, RECIPE, WORKERS, RecipeFile
+from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, MEMORY, QUIET, RECIPE, WORKERS, RecipeFile
 from deltamerge.cli.output import Progress, report_run
 from deltamerge.show import render_calibration
 
@@ -29,7 +29,7 @@ from deltamerge.show import render_calibration
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
 @AS_JSON
-@click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
+@QUIET
 def run(
     recipe: str,
     out: Path | None,
