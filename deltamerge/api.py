@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from deltamerge.errors import InputError
-from deltamerge.execute import Task, default_workers, execute
+from deltamerge.execute import default_workers, execute
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.planner import Plan
 from deltamerge.planner import plan as plan_recipe
+from deltamerge.plans import make_plan
 from deltamerge.recipe import loads
-from deltamerge.runner import Result, make_plan
+from deltamerge.runner import Result
 from deltamerge.runner import run as run_recipe
 
 if TYPE_CHECKING:
@@ -107,9 +108,8 @@ def prune(
     if planned.stages or planned.sources:
         raise InputError("nothing can be calibrated in memory", hint="a number for q, or a recipe and deltamerge run")
     sink = _Results({o.name: torch.empty(o.shape, dtype=torch_dtype(o.dtype)) for o in planned.outputs})
-    tasks = [Task(o.name, p.built.root, p.backend, p.offset) for o in planned.outputs for p in o.pieces]
     with Reader() as reader:
-        execute(tasks, reader, sink, workers=planned.workers, tile_elements=planned.tile_elements)
+        execute(planned.tasks, reader, sink, workers=planned.workers, tile_elements=planned.tile_elements)
     return sink.tensors
 
 

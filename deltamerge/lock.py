@@ -6,16 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.numpy import load_file, save_file
 
 from deltamerge import __version__
-from deltamerge.budget import Choice
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
 from deltamerge.io.checkpoint import Checkpoint
@@ -23,6 +21,9 @@ from deltamerge.io.safetensors_file import read_header
 from deltamerge.planner import Plan
 from deltamerge.stages import Calibrated, locked
 from deltamerge.tokenizer.files import CONFIG, JINJA, TOKENIZER
+
+if TYPE_CHECKING:
+    from deltamerge.budget import Choice
 
 FORMAT = 1
 CARD = "README.md"
@@ -199,12 +200,16 @@ def write_calibration(plan: Plan, found: Mapping[Node, Calibrated], path: Path) 
             entry["rows"] = path.with_suffix(ROWS).name
             rows |= {f"{spec.name}:{name}": value for name, value in sorted(calibrated.rows.items())}
     if rows:
+        from safetensors.numpy import save_file
+
         save_file(rows, path.with_suffix(ROWS))
     return calibration
 
 
 def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Node, Calibrated]:
     """The q's that a lock has for a plan's stages; VerifyError where it has none that fit."""
+    from safetensors.numpy import load_file
+
     file = path.with_suffix(ROWS)
     found: dict[Node, Calibrated] = {}
     for node, spec in plan.specs.items():

@@ -12,6 +12,7 @@ from deltamerge import backends, errors
 from deltamerge.build import Builder, Built, Merge
 from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
+from deltamerge.execute import Task
 from deltamerge.graph import Graph, Node, peak_tiles, schedule
 from deltamerge.inputs import HEAD, Input, Inputs, Opener, open_inputs
 from deltamerge.io.adapter import WEIGHTS
@@ -104,6 +105,15 @@ class Plan:
     def specs(self) -> dict[Node, Spec]:
         """What each calibration stage is to do."""
         return {node: node.parameter("spec") for node in self.stages}
+
+    @property
+    def tasks(self) -> list[Task]:
+        """What the engine is to make: every piece of every output tensor."""
+        return [
+            Task(output.name, piece.built.root, piece.backend, piece.offset)
+            for output in self.outputs
+            for piece in output.pieces
+        ]
 
     @property
     def nbytes(self) -> int:

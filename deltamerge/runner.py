@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -16,21 +15,18 @@ from deltamerge.artifact import write_delta, write_within_budget
 from deltamerge.assets import asset_files, write_assets
 from deltamerge.budget import Choice, budget_of
 from deltamerge.card import render
-from deltamerge.chain import Document, documents, folder_of, is_current, result
+from deltamerge.chain import Document, documents, folder_of, is_current
 from deltamerge.distribute import Part, gather
-from deltamerge.errors import InputError, OutputError, UsageError
-from deltamerge.execute import Task, default_workers, execute, shared_values
+from deltamerge.errors import InputError, OutputError
+from deltamerge.execute import execute, shared_values
 from deltamerge.graph import Node
-from deltamerge.io import hub
 from deltamerge.io.audit import Findings, NonFinite
-from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
+from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.workspace import Workspace, refuse_inputs, sync_path, workspace
 from deltamerge.io.writer import Writer, write_index
-from deltamerge.planner import Plan, plan
-from deltamerge.recipe import Recipe
-
-DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
+from deltamerge.planner import Plan
+from deltamerge.plans import make_plan, make_plans, target_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,82 +50,6 @@ class Result:
         return sum(
             entry["size"] for name, entry in self.lock.get("outputs", {}).items() if name.endswith(".safetensors")
         )
-
-
-def make_plan(path: Path, out: Path | None = None, **options: Any) -> Plan:
-    """The plan of the recipe at `path`, of its output where it has several documents; `make_plans` has the options."""
-    return make_plans(path, out, **options)[-1]
-
-
-def make_plans(
-    path: Path,
-    out: Path | None = None,
-    *,
-    device: str = "auto",
-    workers: int | None = None,
-    memory: int | None = None,
-    weights: bool = False,
-    data: bool = True,
-    upto: str | None = None,
-    pins: Mapping[str, str] | None = None,
-    text: str | None = None,
-    densities: Mapping[str, float] | None = None,
-) -> tuple[Plan, ...]:
-    """The plans of every document of the recipe at `path`, or of `text` as if it stood there, in the order of their
-    run, the output's last, or up to that of the document `upto`; `weights` fetches hub models whole instead of their
-    headers, `data` reads the calibration data to check it, `pins` has the commits of hub models that the recipe names
-    without a revision, `densities` are those that a budget allows."""
-    chain = documents(path, text)
-    beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
-    made: dict[str, Checkpoint] = {}
-
-    def opener(reference: str, folder: Path) -> Checkpoint:
-        if reference in made:
-            return made[reference]
-        if pins and reference in pins:
-            pairs = zip(reference.split("+"), pins[reference].split("+"), strict=True)
-            pinned = "+".join(part if "@" in part else f"{part}@{commit}" for part, commit in pairs)
-            return replace(hub.resolve(pinned, folder, weights=weights), reference=reference)
-        return hub.resolve(reference, folder, weights=weights)
-
-    plans: list[Plan] = []
-    for document in chain:
-        planned = plan(
-            document.recipe,
-            beside,
-            opener,
-            device=choose_device(device),
-            workers=workers or default_workers(),
-            memory=memory,
-            data=data,
-            densities=densities if document is chain[-1] else None,
-        )
-        plans.append(planned)
-        if document.name == upto:
-            break
-        if document is not chain[-1]:
-            made[document.name] = result(planned, folder_of(document, target, beside), document.name)
-    return tuple(plans)
-
-
-def choose_device(device: str) -> str:
-    """ "auto" is the first GPU where there is one; torch is asked only if the machine shows an NVIDIA device."""
-    if not DEVICES.fullmatch(device):
-        raise UsageError(f"--device {device}: no such device", hint="auto, cpu, cuda or cuda:N")
-    if device != "auto":
-        return device
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return "cpu"
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def target_of(path: Path, recipe: Recipe, out: Path | None) -> Path:
-    """`--out`; else `output.path` beside the recipe; else `<recipe name>-merged` beside it."""
-    if out is not None:
-        return out
-    return path.resolve().parent / (recipe.output.path or f"{path.stem}-merged")
 
 
 def run(
@@ -440,14 +360,9 @@ def _write_weights(
     planned: Plan, work: Workspace, progress: Callable[[int], None], known: dict[Node, Any], part: Part | None
 ) -> Findings:
     files = part.files(planned.layout) if part else None
-    tasks = [
-        Task(output.name, piece.built.root, piece.backend, piece.offset)
-        for output in planned.outputs
-        for piece in output.pieces
-    ]
     with Reader() as reader, Writer(work.folder, planned.layout, files=files, journal=work.journal) as writer:
         execute(
-            tasks,
+            planned.tasks,
             reader,
             _Shards(writer),
             device=planned.device,

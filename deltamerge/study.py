@@ -19,9 +19,9 @@ from deltamerge.inspect import Pair, Report, measure, pair_recipe, pairs_of, par
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.planner import plan
+from deltamerge.plans import choose_device
 from deltamerge.recipe import Calibration
 from deltamerge.recommend import Recommendation
-from deltamerge.runner import choose_device
 from deltamerge.stages import Spec
 
 Watch = Callable[[int], Callable[[int], None]]

@@ -20,7 +20,8 @@ from deltamerge.io import hub
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.computed import ordered_product
 from deltamerge.ops import torch_dtype
-from deltamerge.runner import make_plan, run
+from deltamerge.plans import make_plan
+from deltamerge.runner import run
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -14,7 +14,8 @@ from deltamerge import cli
 from deltamerge.chain import documents
 from deltamerge.errors import DeltamergeError, OutputError, RecipeError, VerifyError
 from deltamerge.lock import verify
-from deltamerge.runner import calibrate, make_plans, run
+from deltamerge.plans import make_plans
+from deltamerge.runner import calibrate, run
 
 CHAIN = """\
 # the output's parts come after it

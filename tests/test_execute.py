@@ -15,7 +15,8 @@ import torch
 from conftest import load_tensors, make_checkpoint
 
 from deltamerge import backends, fused
-from deltamerge.runner import make_plan, run
+from deltamerge.plans import make_plan
+from deltamerge.runner import run
 
 RECIPE = "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.3}}]\n"
 

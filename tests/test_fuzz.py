@@ -34,7 +34,8 @@ from deltamerge.io.journal import Journal, read_journal
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.workspace import workspace
 from deltamerge.io.writer import Writer, plan_layout
-from deltamerge.runner import make_plan, run
+from deltamerge.plans import make_plan
+from deltamerge.runner import run
 
 LONG = "FUZZ" in os.environ
 fuzz = settings(

@@ -18,7 +18,8 @@ from deltamerge.card import front_matter
 from deltamerge.errors import DeltamergeError, InputError, VerifyError
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.delta_format import Record
-from deltamerge.runner import make_plan, run
+from deltamerge.plans import make_plan
+from deltamerge.runner import run
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from small_hub import COMMIT, TOKEN, Hub
 from deltamerge.errors import InputError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Reader, open_checkpoint
-from deltamerge.runner import make_plan, run
+from deltamerge.plans import make_plan
+from deltamerge.runner import run
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:

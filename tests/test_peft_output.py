@@ -21,7 +21,8 @@ from deltamerge.execute import Task, execute
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.shira import Candidate, choose_rank, difference
 from deltamerge.lock import verify
-from deltamerge.runner import make_plan, run
+from deltamerge.plans import make_plan
+from deltamerge.runner import run
 
 peft = pytest.importorskip("peft")
 

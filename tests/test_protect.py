@@ -14,8 +14,9 @@ from conftest import load_tensors, tiny_bert_pair
 from safetensors.numpy import load_file
 
 from deltamerge.errors import InputError
+from deltamerge.plans import make_plan
 from deltamerge.pruners import protect
-from deltamerge.runner import make_plan, run
+from deltamerge.runner import run
 from deltamerge.tensors import Kept, Tile
 
 LINEAR = ("query.weight", "key.weight", "value.weight", "dense.weight")

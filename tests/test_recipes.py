@@ -12,7 +12,8 @@ from conftest import load_tensors, tiny_llama, write_json
 from safetensors.torch import save_file
 
 from deltamerge.apply import apply
-from deltamerge.runner import make_plan, run
+from deltamerge.plans import make_plan
+from deltamerge.runner import run
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 

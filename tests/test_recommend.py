@@ -18,8 +18,9 @@ from deltamerge.calibrate.subject import Subject
 from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io.checkpoint import Reader
+from deltamerge.plans import make_plan
 from deltamerge.recommend import CALIBRATED, Candidate, Question, Recommendation, decide
-from deltamerge.runner import make_plan, run
+from deltamerge.runner import run
 from deltamerge.study import inspect, recommend
 
 ROWS: dict[str, Any] = {"data": "calib.jsonl", "sequences": 8, "length": 12}

@@ -25,7 +25,8 @@ from deltamerge.io.workspace import has_work
 from deltamerge.lock import verify
 from deltamerge.ops import torch_dtype
 from deltamerge.planner import Plan
-from deltamerge.runner import finish, make_plan, run
+from deltamerge.plans import make_plan
+from deltamerge.runner import finish, run
 from deltamerge.tensors import ITEMSIZE
 
 RECIPE = """\

@@ -21,8 +21,9 @@ from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
 from deltamerge.errors import InputError, RecipeError, VerifyError
 from deltamerge.lock import verify
+from deltamerge.plans import make_plan
 from deltamerge.pruners import columns, rescale, select
-from deltamerge.runner import calibrate, make_plan, run
+from deltamerge.runner import calibrate, run
 from deltamerge.tensors import Kept, Tile
 
 DATA = "calibration: {{data: calib.jsonl, sequences: 8, length: 12, seeds: 2{more}}}\n"
@@ -351,7 +352,7 @@ def test_the_best_of_columns_whatever_the_tiles(density: float, ties: bool, tile
 def test_plan_and_check_import_no_torch(models: Path) -> None:
     path = recipe(models / "bert", "light", RUNS["wanda"])
     code = (
-        "import sys; from deltamerge.runner import make_plan; from pathlib import Path\n"
+        "import sys; from deltamerge.plans import make_plan; from pathlib import Path\n"
         f"plan = make_plan(Path({str(path)!r}), device='cpu')\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "print(plan.describe()['stages'][0]['model'])"

@@ -12,7 +12,8 @@ import torch
 from conftest import load_tensors, tiny_llama
 
 from deltamerge import threshold
-from deltamerge.runner import make_plan, run
+from deltamerge.plans import make_plan
+from deltamerge.runner import run
 
 HEAD = "lm_head.weight"
 

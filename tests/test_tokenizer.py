@@ -23,7 +23,8 @@ from deltamerge.chat_templates import BUILT_IN
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.io.checkpoint import Reader, open_checkpoint
 from deltamerge.io.gathered import Gathered, gather
-from deltamerge.runner import make_plan, run
+from deltamerge.plans import make_plan
+from deltamerge.runner import run
 from deltamerge.tokenizer.files import read_chat_template, read_tokens
 from deltamerge.tokenizer.rows import has_vocabulary_rows
 
