@@ -174,14 +174,14 @@ def recipe(setting: Setting, task: str, method: Method, density: float, seed: in
 
 
 def cell(setting: Setting, task: str, method: Method, density: float, seed: int) -> dict[str, Any]:
-    """Run one recipe and score what it wrote; seconds are those of the run, without start-up."""
+    """Run one recipe and score what it wrote; seconds are the processor's, of one thread, without start-up."""
     from deltamerge.runner import run
 
     path = setting.work / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(setting, task, method, density, seed)), encoding="utf-8")
-    start = time.perf_counter()
+    start = time.process_time()
     result = run(path, setting.work / "merged", force=True, workers=1, device="cpu")
-    seconds = time.perf_counter() - start
+    seconds = time.process_time() - start
     record = result.lock.get("calibration", {}).get(task, {})
     return {
         "score": round(score(setting, task, result.folder), 2),
@@ -259,7 +259,7 @@ def markdown(found: dict[str, Any]) -> str:
     lines = []
     if names:
         lines += [
-            "| density | method | " + " | ".join(f"{t}, {own[t]:.1f} | %" for t in names) + " | passes | seconds |",
+            "| density | method | " + " | ".join(f"{t}, {own[t]:.1f} | %" for t in names) + " | passes | CPU s |",
             "|---|---|" + "---|---|" * len(names) + "---|---|",
         ]
     for (name, density), by_task in gathered(found).items():
