@@ -72,6 +72,7 @@ class Record(_Strict):
     count          entries listed; 0: nothing is stored, the tensor is the base's
     values         None: final values, in `dtype`; else the coding of float32 values to add
     group, unit    elements that share a scale, and the scales' unit (int8, sign)
+    ranks          scale codes, the most common first, where scales are stored as ranks; None: as four bits each
     error          ‖v − stored v‖ / ‖v‖ of a lossy coding
     base, result   blake3 (128 bits) of the tensors' bytes; base is None for a tensor that the base lacks
     base_*         of the base's tensor, where it differs from the result's
@@ -85,6 +86,7 @@ class Record(_Strict):
     values: Values | None = None
     group: Annotated[int, Field(ge=1, lt=LARGEST_SIZE)] = 1
     unit: int = 0
+    ranks: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{1,16}$")] | None = None
     error: float | None = None
     base: Digest | None = None
     base_name: Name | None = None
@@ -140,7 +142,7 @@ class Entry:
         record = self.record
         if self.scales is None or record.values is None:
             return np.empty(0, np.float32)
-        return scale_values(self.scales, groups(record), record.unit)
+        return scale_values(self.scales, groups(record), record.unit, record.ranks)
 
     def codes(self, start: int, stop: int) -> Array:
         """Values [start, stop) before scales: bits of final values, float32, int8, or int8 1 and -1 for signs."""
@@ -243,7 +245,8 @@ class Entry:
     def _fits_kernel(self) -> bool:
         record = self.record
         is_simple = record.values is None or record.dtype == "F32"
-        return "numba" in sys.modules and record.encoding == "rice" and record.k < 16 and is_simple
+        fits = record.encoding == "rice" and record.k < 16 and self.size < 1 << 50
+        return "numba" in sys.modules and fits and is_simple
 
 
 def digest(hasher: Any) -> str:
@@ -286,7 +289,8 @@ def stored_arrays(record: Record) -> dict[str, tuple[str, int | None]]:
         bits = VALUE_BITS[record.values]
         arrays = {".values": (STORED_VALUES[record.values], count if bits > 1 else -(-count // 8))}
         if record.values in SCALED:
-            arrays[".scales"] = ("U8", -(-groups(record) * SCALE_BITS // 8))
+            packed = -(-groups(record) * SCALE_BITS // 8)
+            arrays[".scales"] = ("U8", packed if record.ranks is None else None)
     if record.encoding == "indices":
         arrays[".indices"] = (f"I{8 * index_itemsize(size)}", count)
     elif record.encoding != "dense":

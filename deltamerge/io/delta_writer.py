@@ -327,7 +327,7 @@ class TensorWriter:
             self._values.clear()
             if coding in SCALED:
                 scales = coded.scales
-                added |= {"group": group, "unit": coded.unit}
+                added |= {"group": group, "unit": coded.unit} | ({"ranks": coded.ranks} if coded.ranks else {})
         if count and coding != "float32":
             added["error"] = relative_error(*self.squares)
         choice = choose(self._listed.gaps, self._size, VALUE_BITS[coding], fill=False, allowed=self._writer.codings)
@@ -366,11 +366,14 @@ class TensorWriter:
     def _store(self, record: Record, scales: Array | None, index: Array | None) -> None:
         """Put scales and positions behind the values in the spool, and list all three."""
         offset = 0
-        for array in (scales, index):
+        behind = {".scales": scales, f".{record.encoding}": index}
+        for array in behind.values():
             if array is not None and array.size:
                 self._append(array)
         for suffix, (dtype, length) in stored_arrays(record).items():
-            length = self._spooled - offset if length is None else length
+            if (array := behind.get(suffix)) is not None:
+                length = array.size
+            assert length is not None
             self.stored.append(Stored(self._name + suffix, dtype, length, self.path, offset))
             offset += length * ITEMSIZE[dtype]
         self._listed.packed.clear()
