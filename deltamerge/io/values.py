@@ -164,11 +164,13 @@ def scale_values(stored: Array, groups: int, unit: int, ranks: str | None) -> Ar
         codes = np.empty(2 * stored.size, np.uint8)
         codes[::2], codes[1::2] = stored & 0xF, stored >> 4
         return _table(unit)[codes[:groups]]
-    places = np.flatnonzero(np.unpackbits(stored, bitorder="little"))
-    before = np.diff(places, prepend=-1) - 1
-    if places.size != groups or before.max(initial=0) >= len(ranks) or 8 * stored.size - int(places[-1]) > 8:
+    places = np.flatnonzero(np.unpackbits(stored, bitorder="little").view(bool))
+    own = places.copy()
+    own[1:] -= places[:-1] + 1
+    if places.size != groups or own.max(initial=0) >= len(ranks) or 8 * stored.size - int(places[-1]) > 8:
         raise InputError(f"scales are damaged: they are not {groups} of {len(ranks)} ranks")
-    return _table(unit)[[int(digit, 16) for digit in ranks]][before]
+    codes = np.frombuffer(bytes.fromhex("0".join(("", *ranks))), np.uint8)
+    return _table(unit)[codes][own]
 
 
 def relative_error(squared_error: float, squared: float) -> float:
@@ -203,7 +205,7 @@ def _unit(largest: float) -> int:
 
 def _table(unit: int) -> Array:
     """Every code's scale, float32, ascending."""
-    codes = np.arange(1 << SCALE_BITS)
-    scales = np.ldexp(2 + codes % 2, codes // 2 + unit)
-    scales[0] = 0
-    return scales.astype(np.float32)
+    return (_UNIT_SCALES * 2.0**unit).astype(np.float32)
+
+
+_UNIT_SCALES = np.array([0.0, *((2 + code % 2) * 2.0 ** (code // 2) for code in range(1, 1 << SCALE_BITS))])
