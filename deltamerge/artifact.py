@@ -15,7 +15,8 @@ from deltamerge.execute import Task, execute
 from deltamerge.graph import Node
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_writer import BaseTensor, DeltaWriter, Summary, TensorWriter, is_related
+from deltamerge.io.delta_tensor import BaseTensor, TensorWriter, is_related
+from deltamerge.io.delta_writer import DeltaWriter, Summary
 from deltamerge.io.files import COPY_PIECE, flat
 from deltamerge.io.layered import elements
 from deltamerge.outputs import Output

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Reader, added
-from deltamerge.io.delta_format import TILE
+from deltamerge.io.delta_entry import TILE
 from deltamerge.io.encodings import expected_bits
 from deltamerge.io.layered import elements
 from deltamerge.io.values import widen

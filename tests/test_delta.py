@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from deltamerge.errors import InputError
 from deltamerge.io.delta import TORCH_NAMES, DeltaFile, load_delta, to_torch
 from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_writer import BaseTensor, DeltaWriter, Summary
+from deltamerge.io.delta_tensor import BaseTensor
+from deltamerge.io.delta_writer import DeltaWriter, Summary
 from deltamerge.io.encodings import CODINGS
 
 DTYPES = ["F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I64", "BOOL"]

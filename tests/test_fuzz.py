@@ -29,7 +29,9 @@ from deltamerge.card import front_matter
 from deltamerge.errors import DeltamergeError
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.delta import DeltaFile
-from deltamerge.io.delta_writer import Base, BaseTensor, DeltaWriter
+from deltamerge.io.delta_format import Base
+from deltamerge.io.delta_tensor import BaseTensor
+from deltamerge.io.delta_writer import DeltaWriter
 from deltamerge.io.journal import Journal, read_journal
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.workspace import workspace

@@ -98,13 +98,14 @@ def _apply(
     step = np.int64(b)
     size, end = np.uint64(out.size), stored.size - 16
     at = unary
-    word, bit = _word(stored, at), np.uint64(0)  # type: ignore[call-arg]  # numba gives the context
+    bit = np.uint64(0)
+    word: Any = _word(stored, at)  # type: ignore[call-arg]  # numba gives the context
     passed = low  # Σ(r + 1 - 2**k) + 2**k - 1, modulo 2**64
     inverse = 1.0 / group
     for start in range(0, count, BLOCK):
         n = min(BLOCK, count - start)
         for i in range(0, n, 8):
-            fields = _word(stored, packed + ((start + i) >> 3) * step)  # type: ignore[call-arg]
+            fields = _word(stored, packed + ((start + i) >> 3) * step)
             for j in range(8):
                 remainders[i + j] = fields >> (np.uint64(j) * b) & low_b
         if plane.size:
@@ -115,15 +116,15 @@ def _apply(
                 at += 8
                 if at >= end:
                     return False
-                word = _word(stored, at)  # type: ignore[call-arg]
+                word = _word(stored, at)
                 bit += np.uint64(64)
-            place = bit + np.uint64(trailing_zeros(word))  # type: ignore[call-arg]
+            place = bit + np.uint64(trailing_zeros(word))
             word &= word - one
             passed += remainders[i] - low
             position = (place << k) + passed
             if position >= size:
                 return False
-            _prefetch(out, position)  # type: ignore[call-arg]
+            _prefetch(out, position)
             positions[i] = position
         if kind == 0:
             for i in range(n):
@@ -144,9 +145,4 @@ def _apply(
                 floats[i] = np.float32(1 - 2 * negative) * scales[np.int64((positions[i] + 0.5) * inverse)]
         for i in range(n):
             out[positions[i]] += floats[i]
-    if word:
-        return False
-    for i in range(at + 8, end):
-        if stored[i]:
-            return False
-    return True
+    return word == 0 and not stored[at + 8 :].any()
