@@ -35,7 +35,8 @@ class StoredFiles:
                 whole = memoryview(bytearray(self.sizes[path]))
                 read_at(file.fd, 0, whole)
                 self._whole[path] = whole
-        out[:] = whole[begin : begin + len(out)]
+        if out:
+            out[:] = whole[begin : begin + len(out)]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
