@@ -22,6 +22,7 @@ from deltamerge.execute import execute, shared_values
 from deltamerge.graph import Node
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.delta_spool import SPOOL
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.workspace import Workspace, refuse_inputs, sync_path, workspace
 from deltamerge.io.writer import Writer, write_index
@@ -130,7 +131,8 @@ def _run(
     """Make the result of one document of the recipe at `path`."""
     refuse_inputs(target, _places(planned))
     if part and planned.recipe.output.kind != "model":
-        raise InputError("--part writes models only", hint="run without --part, or set output.kind to model")
+        hint = "run without --part; or the parts with output.kind model, then deltamerge extract of what they make"
+        raise InputError("--part writes models only", hint=hint)
     if part:
         part.files(planned.layout)
     with workspace(target, force=force, resume=resume, part=part.name if part else None) as work:
@@ -146,8 +148,8 @@ def _run(
         if lock_path and part is None:
             locks.check_inputs(lock, inputs.result(), lock_path)
         check_deltas(planned)
-        if planned.recipe.output.kind == "delta":
-            work.empty()  # an artifact is made anew, only its q's are kept
+        if planned.recipe.output.kind == "delta":  # finished tensors are kept, unless a budget tries sizes
+            work.empty(keep=SPOOL if budget_of(planned) is None else "")
         written: Summary | None = None
         choice: Choice | None = None
         outputs: dict[str, Any] = {}
@@ -167,13 +169,15 @@ def _run(
         else:
             values = _calibration(planned, work, lock_path, in_parts=part is not None)
             if planned.recipe.output.kind == "delta":
-                values, written = write_delta(planned, work.folder, watch(planned), values)
+                values, written = write_delta(planned, work.folder, watch(planned), values, work.journal)
             else:
                 mine = part.of(planned) if part else planned
                 found = _write_weights(mine, work, watch(mine), values, part)
                 nonfinite = found.nonfinite
                 sizes = {file.name: file.size for file in planned.layout.files}
                 outputs = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
+        if written is not None:
+            nonfinite = written.nonfinite
         now = locks.facts(planned, document.text)
         if changed := sorted(name for name in facts if now.get(name) != facts[name]):
             raise InputError(f"changed during the run: {', '.join(changed)}", hint="run again with --force")

@@ -209,7 +209,8 @@ FLAGS = {
     "check": "--offline --help",
     "plan": "--device --workers --memory --diff --graph --json --help",
     "apply": "--base --out --workers --memory --force --json --quiet --help",
-    "extract": "--base --out --density --method --q --values --device --workers --memory --force --json --quiet --help",
+    "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
+    "--allow-nonfinite --json --quiet --help",
     "diff": "--workers --json --help",
     "verify": "--base --workers --help",
     "schema": "--help",

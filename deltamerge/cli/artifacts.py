@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, FORCE, MEMORY, QUIET, WORKERS
+from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, FORCE, MEMORY, NONFINITE, QUIET, RESUME, WORKERS
 from deltamerge.cli.output import Progress, report_run
 from deltamerge.show import human
 
@@ -28,7 +28,9 @@ from deltamerge.show import human
 @DEVICE
 @WORKERS
 @MEMORY
+@RESUME
 @FORCE
+@NONFINITE
 @AS_JSON
 @QUIET
 def extract(
@@ -42,12 +44,15 @@ def extract(
     device: str,
     workers: int | None,
     memory: int | None,
+    resume: bool,
     force: bool,
+    allow_nonfinite: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Make a delta artifact of MODEL, a fine-tune of the base: what changed, or with a density what is kept of it."""
     from deltamerge.extract import extract as extract_delta
+    from deltamerge.runner import describe_nonfinite
 
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     result = extract_delta(
@@ -61,9 +66,13 @@ def extract(
         device=device,
         workers=workers,
         memory=memory,
+        resume=resume,
         force=force,
+        allow_nonfinite=allow_nonfinite,
         watch=lambda plan: progress.start(plan.nbytes),
     )
+    if result.nonfinite:
+        click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
     report_run(result, progress, as_json=as_json, quiet=quiet)
 
 

@@ -11,7 +11,18 @@ from typing import Any
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, MEMORY, QUIET, RECIPE, WORKERS, RecipeFile
+from deltamerge.cli.options import (
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    MEMORY,
+    NONFINITE,
+    QUIET,
+    RECIPE,
+    RESUME,
+    WORKERS,
+    RecipeFile,
+)
 from deltamerge.cli.output import Progress, report_run
 from deltamerge.show import render_calibration
 
@@ -24,10 +35,10 @@ from deltamerge.show import render_calibration
 @MEMORY
 @click.option("--part", metavar="I/N", help="Write only the I-th of N parts, whole shards each.")
 @click.option("--finish", is_flag=True, help="Make the target of what all parts wrote.")
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped; the same bytes result.")
+@RESUME
 @click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
-@click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
+@NONFINITE
 @AS_JSON
 @QUIET
 def run(

@@ -54,10 +54,11 @@ class Workspace:
         check_facts(self.target, first["run"], facts)
         self.force = self.force or first["force"]
 
-    def empty(self) -> None:
-        """Remove what an earlier run left in `folder`."""
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
+    def empty(self, keep: str = "") -> None:
+        """Remove what an earlier run left in `folder`, but for what is called `keep`."""
+        for path in self.folder.iterdir():
+            if path.name != keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def publish(self) -> None:
         """Put everything on the disk, then rename it to the target; an old target stays whole until the new is there.
@@ -143,7 +144,7 @@ def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
 
 def has_work(records: list[dict[str, Any]]) -> bool:
     """Whether there is work that --resume would not do again."""
-    return any({"done", "calibrated", "part"} & record.keys() for record in records)
+    return any({"done", "tensors", "calibrated", "part"} & record.keys() for record in records)
 
 
 def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
