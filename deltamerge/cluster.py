@@ -6,8 +6,9 @@ import logging
 import os
 import re
 import socket
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def _cluster(address: str) -> Iterator[Any]:
             hint="start one with `ray start --head`, or leave the address out for a cluster of this machine",
         ) from error
     try:
-        yield ray
+        with redirect_stdout(sys.stderr):  # where ray tells of workers that died
+            yield ray
     finally:
         ray.shutdown()
