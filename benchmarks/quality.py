@@ -4,6 +4,7 @@
     python benchmarks/quality.py --density 0.01   one column
     python benchmarks/quality.py --quick          a few cells on a few rows, to see that it works
     python benchmarks/quality.py --authors        only the authors' search of q beside ours
+    python benchmarks/quality.py --authors --large     the same on random weights of BERT-base's shapes: memory
 
 Models: DELTAMERGE_SHARED or ../shared/data, else what `make demo` trained. Calibration rows come from the validation
 part, which no fine-tune has seen. Random masks are drawn with 4 seeds. Results go to benchmarks/results/quality.json,
@@ -79,6 +80,7 @@ METHODS = (
     Method("WANDA, least squares per layer", WANDA | {"q": CLOSED}),
     Method("WANDA, learned per row", WANDA | {"q": _q(CHANGE, search="gradient", **ROW)}, False, LEARNED_SEQUENCES),
 )
+LARGE, LARGE_SEQUENCES = "BERT-base shapes", 12
 QUICK = ("DARE", "DAREx-q, q_e", "magnitude", "magnitude, q_e")
 
 
@@ -104,7 +106,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "quality")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--authors", action="store_true", help="only the authors' search beside ours")
+    parser.add_argument("--large", action="store_true", help="on BERT-base's shapes, with --authors")
     asked = parser.parse_args()
+    if asked.large and not asked.authors:
+        parser.error("--large is for --authors")
 
     import torch
     from transformers.utils import logging
@@ -126,6 +131,12 @@ def measure(asked: argparse.Namespace, setting: Setting) -> None:
     tasks.rows(asked.task[0], "test", setting.rows)  # makes them if they are not there
     file = asked.out.with_suffix(".json")
     found = json.loads(file.read_text()) if file.exists() and not asked.quick else {"cells": {}, "authors": {}}
+    if asked.large:
+        large = setting._replace(models=large_models(setting.models), sequences=LARGE_SEQUENCES)
+        found["authors"][LARGE] = beside_authors(large, "sentiment")
+        write(found, asked.out)
+        print(markdown(found))
+        return
     for task in asked.task:
         if asked.authors or not asked.quick:
             found["authors"].setdefault(task, beside_authors(setting, task))
@@ -145,6 +156,17 @@ def measure(asked: argparse.Namespace, setting: Setting) -> None:
 def models_folder() -> Path:
     shared = Path(os.environ.get("DELTAMERGE_SHARED", HERE.parents[1] / "shared" / "data"))
     return shared if (shared / "base" / "model.safetensors").exists() else WORK
+
+
+def large_models(models: Path) -> Path:
+    """Base and fine-tune of BERT-base's shapes, with random weights and the tokenizer of the small base."""
+    import encoder
+
+    folder = WORK / "bert-base"
+    if not folder.exists():
+        with tasks.building(folder) as out:
+            encoder.random_pair(out / "base", out / "sentiment", models / "base")
+    return folder
 
 
 def cells(methods: list[Method], densities: list[float], seeds: int) -> Iterator[tuple[Method, float, int]]:
