@@ -86,6 +86,10 @@ class Reader:
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     def _content(self, row: Row) -> Any:
+        if not isinstance(row.content, str | tuple):
+            kind = "a picture" if isinstance(row.content, Path) else type(row.content).__name__
+            hint = "see calibration.text and task"
+            raise InputError(f"row {row.number}: {kind}, but texts are needed", hint=hint)
         if self.task == "text-generation" and row.label is not None and isinstance(row.content, str):
             return f"{row.content} {row.label}"
         return row.content
@@ -143,6 +147,8 @@ def _picture(row: Row) -> Any:
         from PIL import Image, UnidentifiedImageError  # type: ignore[import-not-found,unused-ignore]  # optional
     except ImportError:
         raise InputError("reading pictures needs Pillow", hint="pip install pillow") from None
+    if isinstance(row.content, str | tuple):
+        raise InputError(f"row {row.number}: a text, but pictures are needed", hint="see calibration.text and task")
     if not isinstance(row.content, Path):
         return row.content.convert("RGB")
     try:

@@ -66,14 +66,14 @@ def split(
         check_head(config, task_of(calibration, config))
         metric_of(calibration, config)
         label = None if task_of(calibration, config) == "causal-lm" else calibration.label
-    beside = (folder / calibration.data).is_dir() or Path(calibration.data).suffix in data.FILES
     found = data.read(
         calibration.data,
         folder=folder,
         text=calibration.text,
         label=label,
-        count=None if beside else 2 * wanted,
-        seed=seed,
+        config=calibration.config,
+        split=calibration.split,
+        limit=wanted + max(HELD_OUT, wanted),
     )
     if len(found) < max(wanted, 3):
         raise InputError(

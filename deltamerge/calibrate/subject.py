@@ -27,13 +27,12 @@ from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Graph, Node
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.ops import torch_dtype
-from deltamerge.stages import STEP_ROWS, STOP_SHARE, Source
+from deltamerge.stages import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, Source
 from deltamerge.tensors import Kept
 
 T = TypeVar("T")
 Part = Literal["search", "held"]
 
-SPARSE_BELOW = 1 / 3  # of a tensor's entries: then positions and values are smaller than the tensor
 BATCH = 32
 
 
