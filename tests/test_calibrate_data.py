@@ -12,7 +12,9 @@ import torch
 
 from deltamerge.calibrate import rows
 from deltamerge.calibrate.rows import Row
+from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
+from deltamerge.recipe import Calibration
 
 
 def jsonl(path: Path, *records: Any) -> str:
@@ -152,6 +154,35 @@ def test_heads(architecture: str, task: str, fits: bool) -> None:
     else:
         with pytest.raises(InputError, match=f"task {task} needs .* but this is {architecture}"):
             rows.check_head({"architectures": [architecture]}, task)
+
+
+BERT = {"architectures": ["BertForSequenceClassification"], "max_position_embeddings": 32, **TWO}
+
+
+@pytest.mark.parametrize(
+    ("calibration", "labelled", "config", "message"),
+    [
+        ({"sequences": 9}, False, BERT, "8 rows, but 9 needed"),
+        ({"sequences": 2}, True, BERT, None),
+        ({"length": 33}, False, BERT, "calibration.length is 33, but the model has 32 positions"),
+        ({"task": "causal-lm"}, False, BERT, "task causal-lm needs a model"),
+        ({"task": "image-classification"}, False, BERT, "task image-classification needs a model"),
+        ({"task": "text-classification"}, False, {"architectures": ["BertModel"]}, None),
+        ({}, True, {"architectures": ["BertModel"]}, "task text-classification needs a model"),
+        ({"metric": "pearson_spearman"}, True, BERT, "does not fit the head"),
+    ],
+)
+def test_what_check_says_of_rows_and_head(
+    calibration: dict[str, Any], labelled: bool, config: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    name = jsonl(tmp_path / "a.jsonl", *({"text": "a", "label": i % 2} for i in range(8)))
+    asked = Calibration(data=name, **{"sequences": 4, "length": 16, **calibration})
+    if message is None:
+        search, held = split(asked, tmp_path, 0, config, labelled=labelled)
+        assert not {row.number for row in search} & {row.number for row in held}
+    else:
+        with pytest.raises(InputError, match=message):
+            split(asked, tmp_path, 0, config, labelled=labelled)
 
 
 def tokenizer(folder: Path, **special: str) -> Path:

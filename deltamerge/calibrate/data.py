@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deltamerge.calibrate.rows import Row, class_labels
+from deltamerge.calibrate.split import POSITIONS, check_length
 from deltamerge.errors import InputError
 
 
@@ -48,7 +49,7 @@ class Reader:
             self.processor = _processor(folder)
         else:
             self.tokenizer = _tokenizer(folder)
-            _check_length(length, self.tokenizer, config)
+            check_length(length, min([self.tokenizer.model_max_length, *_positions(config)]))
 
     @property
     def pad_token_id(self) -> int | None:
@@ -169,13 +170,5 @@ def check_new_tokens(length: int, new_tokens: int, config: Any) -> None:
 
 
 def _positions(config: Any) -> list[int]:
-    found = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    found = [getattr(config, key, None) for key in POSITIONS]
     return [p for p in found if p]
-
-
-def _check_length(length: int, tokenizer: Any, config: Any) -> None:
-    limit = min([tokenizer.model_max_length, *_positions(config)])
-    if length > limit:
-        raise InputError(
-            f"calibration.length is {length}, but the model has {limit} positions", hint=f"set it to {limit} or less"
-        )

@@ -128,7 +128,7 @@ def _index(row: Row, names: Mapping[str, int], outputs: int) -> int:
         if index != float(row.label):
             raise ValueError
     except (TypeError, ValueError):
-        known = ", ".join(sorted(names, key=names.__getitem__)[:8])
+        known = ", ".join(sorted(names, key=names.__getitem__)[:8]) or f"0 to {outputs - 1}"
         raise InputError(
             f"row {row.number}: label {row.label!r} does not fit the head, whose labels are {known}"
         ) from None
