@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from deltamerge.chosen import Choice, Run
 from deltamerge.influence import Activations, Influence, LayerInfluence, Massive
 from deltamerge.inspect import Report, Statistics, TensorStatistics
 from deltamerge.recommend import Candidate, Evidence, Paper, Recommendation
@@ -19,6 +21,8 @@ MODELS: tuple[type[BaseModel], ...] = (
     Influence,
     LayerInfluence,
     Massive,
+    Run,
+    Choice,
     Recommendation,
     Evidence,
     Candidate,
@@ -50,7 +54,9 @@ def _cell(text: str | None) -> str:
 
 def _type(annotation: object) -> str:
     text = annotation.__name__ if isinstance(annotation, type) and "[" not in str(annotation) else str(annotation)
-    for module in ("deltamerge.inspect.", "deltamerge.influence.", "typing."):
+    text = re.sub(r"Annotated\[float, FieldInfo\(.*?\)\]\)\]", "float", text)
+    text = re.sub(r"^typing.Union\[(\w+), (.*)\]$", r"\1 | \2", text)
+    for module in ("deltamerge.inspect.", "deltamerge.influence.", "deltamerge.chosen.", "typing."):
         text = text.replace(module, "")
     return text.replace(" | None", " or null").replace("|", "or")
 

@@ -28,6 +28,7 @@ from deltamerge.show import render_calibration
 @click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
+@click.option("--pictures", is_flag=True, help="Draw delta and search for the model card (extra `plot`).")
 @AS_JSON
 @QUIET
 def run(
@@ -42,6 +43,7 @@ def run(
     force: bool,
     locked: bool,
     allow_nonfinite: bool,
+    pictures: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -63,6 +65,8 @@ def run(
 
     if finish and part is not None:
         raise click.UsageError("--finish and --part exclude each other")
+    if pictures and part is not None:
+        raise click.UsageError("--pictures is for --finish, when every part is done")
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -78,7 +82,13 @@ def run(
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
         if finish:
             result = finish_parts(
-                path, out, workers=workers, force=force, locked=locked, pins=published.pins if published else None
+                path,
+                out,
+                workers=workers,
+                force=force,
+                locked=locked,
+                pictures=pictures,
+                pins=published.pins if published else None,
             )
         else:
             result = run_recipe(
@@ -92,6 +102,7 @@ def run(
                 force=force,
                 locked=locked,
                 allow_nonfinite=allow_nonfinite,
+                pictures=pictures,
                 pins=published.pins if published else None,
                 watch=lambda plan: progress.start(plan.nbytes),
             )
