@@ -47,7 +47,7 @@ def run(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run RECIPE: merge its models into a checkpoint that transformers loads.
+    """Merge the models of RECIPE into one that transformers loads.
 
     Of several documents those with a name are made first, beside the output, where they would differ.
 
@@ -132,7 +132,10 @@ def run(
 def calibrate(
     recipe: Path, device: str, workers: int | None, memory: int | None, plot: Path | None, as_json: bool
 ) -> None:
-    """Only choose the q's of RECIPE on its calibration data; writes them to the lock beside it, for run --locked."""
+    """Choose the q's of RECIPE on its calibration data, no more.
+
+    Writes them to the lock beside RECIPE, for run --locked.
+    """
     from deltamerge.runner import calibrate as calibrate_recipe
 
     found = calibrate_recipe(recipe, device=device, workers=workers, memory=memory)
