@@ -46,7 +46,7 @@ try() { # label, package, resolution of the dependencies that pyproject.toml nam
     echo "$1: works"
 }
 wheel="$(echo "$scratch"/dist/*.whl)" sdist="$(echo "$scratch"/dist/*.tar.gz)"
-try wheel-newest "$wheel[fast]" highest
+try wheel-newest "${wheel}[fast]" highest
 try wheel-lowest "$wheel" lowest-direct
 try sdist-newest "$sdist" highest
 # the same bytes, whatever is installed
