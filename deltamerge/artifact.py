@@ -18,7 +18,8 @@ from deltamerge.io.delta_format import Base
 from deltamerge.io.delta_writer import BaseTensor, DeltaWriter, Summary, TensorWriter, is_related
 from deltamerge.io.files import COPY_PIECE, flat
 from deltamerge.io.layered import elements
-from deltamerge.planner import Output, Plan
+from deltamerge.outputs import Output
+from deltamerge.planner import Plan
 from deltamerge.tensors import ITEMSIZE
 
 
