@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,7 @@ def run(
     force: bool = False,
     locked: bool = False,
     allow_nonfinite: bool = False,
+    pictures: bool = False,
     pins: Mapping[str, str] | None = None,
     text: str | None = None,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
@@ -72,8 +74,8 @@ def run(
 
     `text` is the recipe where there is no file at `path`. `watch` is given the plan before the first byte and returns
     what is told the bytes done. Of several documents those that others need are made first, unless their folders hold
-    just what would be made. With `part` only that part's shards are written, to the work folder, for `finish`. `resume`
-    goes on where an interrupted run stopped.
+    just what would be made. `pictures` are drawn for the card. With `part` only that part's shards are written, to
+    the work folder, for `finish`. `resume` goes on where an interrupted run stopped.
     """
     chain = documents(path, text)
     beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
@@ -108,7 +110,7 @@ def run(
     planned = make_plan(path, out, **options)
     done = _run(
         path, chain[-1], planned, target, force=force, resume=resume, part=part, locked=locked,
-        allow_nonfinite=allow_nonfinite, watch=watch, out=out, **options,
+        allow_nonfinite=allow_nonfinite, pictures=pictures, watch=watch, out=out, **options,
     )  # fmt: skip
     return replace(done, intermediate=intermediate)
 
@@ -124,10 +126,12 @@ def _run(
     part: Part | None = None,
     locked: bool = False,
     allow_nonfinite: bool = False,
+    pictures: bool = False,
     watch: Callable[[Plan], Callable[[int], None]],
     **options: Any,
 ) -> Result:
     """Make the result of one document of the recipe at `path`."""
+    draw = _drawing(planned, data=not locked) if pictures else None
     refuse_inputs(target, _places(planned))
     if part and planned.recipe.output.kind != "model":
         raise InputError("--part writes models only", hint="run without --part, or set output.kind to model")
@@ -177,8 +181,21 @@ def _run(
             work.journal.append({"part": {"inputs": inputs.result(), "outputs": outputs}})
             return Result(work.folder, mine, {}, None, nonfinite)
         text, found_inputs = document.text, inputs.result()
-        planned, lock = _complete(planned, work, text, target.name, found_inputs, outputs, values, written, choice)
+        planned, lock = _complete(
+            planned, work, text, target.name, found_inputs, outputs, values, written, choice, draw=draw
+        )
     return Result(target, planned, lock, written, nonfinite)
+
+
+Draw = Callable[[Plan, Path, Path], dict[str, str]]
+
+
+def _drawing(planned: Plan, *, data: bool) -> Draw:
+    """What draws the pictures, once the weights are there. InputError: it could not."""
+    from deltamerge.illustrate import check, illustrate
+
+    check(planned)
+    return partial(illustrate, data=data)
 
 
 def finish(
@@ -188,6 +205,7 @@ def finish(
     workers: int | None = None,
     force: bool = False,
     locked: bool = False,
+    pictures: bool = False,
     pins: Mapping[str, str] | None = None,
 ) -> Result:
     """Make the target of what all parts of a run wrote. OutputError: some part is missing or unfinished."""
@@ -195,6 +213,7 @@ def finish(
         raise InputError(f"{path}: has several documents, --part takes one", hint="give each document its own file")
     planned = make_plan(path, device="cpu", workers=workers, data=not locked, pins=pins)
     target = target_of(path, planned.recipe, out)
+    draw = _drawing(planned, data=False) if pictures else None
     with workspace(target, force=force, finish=True) as work:
         text = planned.recipe.source.text
         facts = locks.facts(planned, text)
@@ -209,7 +228,7 @@ def finish(
             locks.check_inputs(locks.read_lock(path.with_suffix(".lock")), inputs, path.with_suffix(".lock"))
         known = _calibration(planned, work, path.with_suffix(".lock") if locked else None, facts, alone=False)
         write_index(work.folder, planned.layout)
-        planned, lock = _complete(planned, work, text, target.name, inputs, outputs, known)
+        planned, lock = _complete(planned, work, text, target.name, inputs, outputs, known, draw=draw)
     return Result(target, planned, lock)
 
 
@@ -223,6 +242,7 @@ def _complete(
     values: Mapping[Node, Any],
     written: Summary | None = None,
     choice: Choice | None = None,
+    draw: Draw | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Write all that is no weight and give the folder its name; `outputs` are the files whose hash is known."""
     folder = work.folder
@@ -232,11 +252,16 @@ def _complete(
     else:
         write_assets(planned, folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    card = render(planned, text, title, calibrated, written, choice)
-    (folder / locks.CARD).write_text(card, encoding="utf-8")
     lock_path = folder / locks.LOCK_NAME
     lock_path.unlink(missing_ok=True)
     calibration = locks.write_calibration(planned, calibrated, lock_path)
+    pictures = {}
+    if draw is not None:
+        locks.write_lock(planned, lock_path, inputs, {}, calibration, choice)
+        pictures = draw(planned, folder, lock_path)
+        lock_path.unlink()
+    card = render(planned, text, title, calibrated, written, choice, pictures)
+    (folder / locks.CARD).write_text(card, encoding="utf-8")
     others = (p for p in folder.iterdir() if p.is_file() and p.name not in outputs)
     outputs = outputs | locks.describe_files(others, planned.workers)
     lock = locks.write_lock(planned, lock_path, inputs, outputs, calibration, choice)
