@@ -1,0 +1,79 @@
+"""The paper's experiments: the frame that runs them, each at toy scale, and the page made of their results."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+sys.path.append(str(REPOSITORY / "benchmarks"))
+frame = importlib.import_module("paper.frame")
+
+
+def experiments() -> list[frame.Experiment]:
+    return importlib.import_module("paper.__main__").experiments()
+
+
+def counting(calls: list[int]) -> frame.Experiment:
+    def run(setting: frame.Setting) -> dict[str, int]:
+        def measure() -> int:
+            calls.append(setting.seed)
+            return 7 + setting.seed
+
+        return {"value": setting.once("value", {"q": 0.1}, measure)}
+
+    return frame.Experiment("table-1", "Counting", run, lambda record: frame.table(["value"], [[record["value"]]]), 0.1)
+
+
+def test_what_was_measured_is_kept_by_what_it_was_made_of(tmp_path: Path) -> None:
+    calls: list[int] = []
+    experiment = counting(calls)
+    for seed in (0, 0, 1):
+        setting = frame.Setting(toy=True, seed=seed, work=tmp_path)
+        assert frame.measure(experiment, setting)["record"] == {"value": 7 + seed}
+    assert calls == [0, 1]
+
+
+def test_a_folder_that_was_not_finished_is_made_again(tmp_path: Path) -> None:
+    setting = frame.Setting(work=tmp_path)
+
+    def fail(path: Path) -> None:
+        path.mkdir()
+        (path / "half").touch()
+        raise KeyboardInterrupt
+
+    def make(path: Path) -> None:
+        path.mkdir()
+        (path / "whole").touch()
+
+    with pytest.raises(KeyboardInterrupt):
+        setting.folder("tuned", {"lr": 1}, fail)
+    assert [file.name for file in setting.folder("tuned", {"lr": 1}, make).iterdir()] == ["whole"]
+    assert setting.folder("tuned", {"lr": 1}, fail) != setting.folder("tuned", {"lr": 2}, make)
+
+
+def test_a_page_has_what_was_measured_and_names_what_was_not(tmp_path: Path) -> None:
+    experiment = counting([])
+    page, results = tmp_path / "docs" / "results.md", tmp_path / "results"
+    frame.report([experiment], results, page)
+    assert "Not measured yet: table-1." in page.read_text()
+    result = frame.measure(experiment, frame.Setting(seed=3, work=tmp_path))
+    frame.save(experiment, result, results)
+    frame.report([experiment], results, page)
+    assert "## Counting\n\n| value |\n| --- |\n| 10 |\n" in page.read_text()
+    assert "python benchmarks/paper table-1 --seed 3" in page.read_text()
+    kept = json.loads((results / "table-1.json").read_text())
+    assert {"command", "commit", "seed", "machine", "versions", "seconds", "scale"} <= kept.keys()
+
+
+def test_the_page_is_current() -> None:
+    assert frame.PAGE.read_text(encoding="utf-8") == frame.markdown(experiments()), "python benchmarks/paper --report"
+
+
+def test_every_experiment_has_its_own_name() -> None:
+    names = [experiment.name for experiment in experiments()]
+    assert len(set(names)) == len(names)
