@@ -82,6 +82,7 @@ def fine_tune(
     batch_size: int = 16,
     optimizer_factory: OptimizerFactory | None = None,
     seed: int = 0,
+    rows: Path = tasks.ROWS,
 ) -> None:
     """Fine-tune `base` with a fresh head on the training rows of `task`, in float32; `out` is bfloat16.
 
@@ -91,8 +92,8 @@ def fine_tune(
     """
     lr = task.lr if lr is None else lr
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = tasks.rows(task.name, "train")
-    order = _batches(len(rows), batch_size, steps, torch.Generator().manual_seed(seed))
+    train = tasks.rows(task.name, "train", rows)
+    order = _batches(len(train), batch_size, steps, torch.Generator().manual_seed(seed))
     # Dropout and the fresh head can only draw from the global generator: seeded here, put back after.
     with torch.random.fork_rng(devices=[]), tasks.building(out) as folder:
         torch.manual_seed(seed)
@@ -115,7 +116,7 @@ def fine_tune(
             mininterval=1 if sys.stderr.isatty() else 15,
         )
         for step, batch_rows in enumerate(progress):
-            chosen = [rows[i] for i in batch_rows]
+            chosen = [train[i] for i in batch_rows]
             loss = model(**_encode(tokenizer, chosen), labels=_labels(chosen, task)).loss
             optimizer.zero_grad()
             loss.backward()

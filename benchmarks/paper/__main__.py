@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks: it is `paper.frame` here as in the tests
 
-from paper import MODULES, frame  # noqa: E402
+from paper import MODULES, frame
 
 
 def experiments() -> list[frame.Experiment]:

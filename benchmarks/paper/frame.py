@@ -151,8 +151,8 @@ seed, machine and versions of each. `python benchmarks/paper all` measures every
 `--list` tells what there is. The paper is Deng et al., *DARE the Extreme*, ICLR 2025, arXiv 2410.09344.
 
 **Read this first.** The paper fine-tunes BERT-base, RoBERTa-base and decoders of 0.5 to 13 B parameters on GLUE and
-GSM8K; these are small models and other tasks, trained for a minute on a processor, one training run each. So the paper's
-figures stand beside ours to compare *which method keeps what*, never digit for digit. "q_v" and "q_e" are
+GSM8K; these are small models and other tasks, trained for a minute on a processor, one run each. So the paper's figures
+stand beside ours to compare *which method keeps what*, never digit for digit. "q_v" and "q_e" are
 `q: validation` and `q: output_change`; ± is the standard deviation over random masks, their number in brackets.
 """
 
