@@ -117,7 +117,7 @@ def fine_tune(
         )
         for step, batch_rows in enumerate(progress):
             chosen = [train[i] for i in batch_rows]
-            loss = model(**_encode(tokenizer, chosen), labels=_labels(chosen, task)).loss
+            loss = model(**encode(tokenizer, chosen), labels=_labels(chosen, task)).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -151,7 +151,7 @@ def score(
     model.train(False)
     with torch.inference_mode():
         for start in range(0, len(rows), 64):
-            logits_NL = model(**_encode(tokenizer, by_length[start : start + 64])).logits
+            logits_NL = model(**encode(tokenizer, by_length[start : start + 64])).logits
             outputs.append(logits_NL[:, 0] if task.labels == 1 else logits_NL.argmax(dim=1))
     label_N = np.array([row.label for row in by_length], dtype=np.float64)
     predicted_N = torch.cat(outputs).double().numpy()
@@ -201,7 +201,7 @@ def _mean_rank(x_N: NDArray[np.float64]) -> NDArray[np.float64]:
     return (np.cumsum(count_V) - (count_V - 1) / 2)[index_N]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Batch:
+def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Batch:
     texts = [row.text for row in rows]
     return dict(tokenizer(texts, truncation=True, max_length=TOKENS, padding=True, return_tensors="pt"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import encoder
 import quality
 import tasks
 import torch
+import yaml
 from quality import Method
 from tasks import TASKS, Part, Row
 from transformers import BertConfig, BertModel, PreTrainedModel
@@ -31,7 +33,7 @@ def fine_tune(setting: Setting, task: str, trainer: str = "AdamW", **options: An
     """A checkpoint of the base fine-tuned on a task; `options` are AdamR's, in place of the trainer's."""
     base_folder = base(setting)
     decay = {**(TRAINERS[trainer] or {}), **options}
-    steps = setting.pick(300, 3)
+    steps = setting.pick(160, 3)
 
     def factory(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
         return AdamR.for_model(model, base_folder, lr=lr, **decay)
@@ -46,6 +48,62 @@ def fine_tune(setting: Setting, task: str, trainer: str = "AdamW", **options: An
         optimizer_factory=factory if decay else None,
     )
     return setting.folder(f"{task}-{trainer}", {"steps": steps, "lr": TASKS[task].lr, "adamr": decay}, train)
+
+
+METHODS = {method.name: method for method in quality.METHODS}
+METHODS["random drop"] = Method("random drop", {"method": "dare", "q": 1.0}, True)
+
+
+def cell(
+    setting: Setting, task: str, trainer: str, method: Method, density: float, seed: int = 0, **options: Any
+) -> dict[str, Any]:
+    """What `quality.cell` finds of one pruned fine-tune: its score in %, q, passes, seconds; kept."""
+    tuned = fine_tune(setting, task, trainer, **options)
+    made_of = {"tuned": tuned.name, "prune": method.prune, "density": density, "mask": seed}
+
+    def measure() -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(dir=setting.work) as work:
+            where = quality_setting(setting, task, tuned, Path(work))
+            return quality.cell(where, task, method, density, setting.seed + seed)
+
+    return setting.once(f"{task}-{trainer}", made_of, measure)
+
+
+def prune(setting: Setting, task: str, tuned: Path, method: Method, density: float, work: Path) -> Path:
+    """The checkpoint, in `work`, that the first mask of a method leaves of a fine-tune, in float32."""
+    from deltamerge.runner import run
+
+    spec = quality.recipe(quality_setting(setting, task, tuned, work), task, method, density, setting.seed)
+    path = work / "recipe.yaml"
+    path.write_text(yaml.safe_dump(spec | {"dtype": "float32"}), encoding="utf-8")
+    return run(path, work / "pruned", workers=1, device="cpu").folder
+
+
+def quality_setting(setting: Setting, task: str, tuned: Path, work: Path) -> quality.Setting:
+    """How much of the rows calibration and scoring use."""
+    return quality.Setting(
+        {"base": base(setting), task: tuned},
+        rows_folder(setting),
+        work,
+        test_rows=len(rows(setting, task, "test")),
+        sequences=setting.pick(100, 8),
+        length=32,
+        mask_seeds=setting.pick(2, 1),
+    )
+
+
+def scores(setting: Setting, task: str, trainer: str, method: Method, density: float, **options: Any) -> list[float]:
+    """The score of every mask that is drawn: two of a random method that is not calibrated, else one."""
+    masks = 2 if method.random and isinstance(method.prune.get("q", 1.0), float) and not setting.toy else 1
+    return [cell(setting, task, trainer, method, density, seed, **options)["score"] for seed in range(masks)]
+
+
+def unpruned(setting: Setting, task: str, trainer: str = "AdamW", **options: Any) -> float:
+    """The score of a fine-tune as it is."""
+    tuned = fine_tune(setting, task, trainer, **options)
+    test = rows(setting, task, "test")
+    made_of = {"tuned": tuned.name}
+    return setting.once(f"{task}-{trainer}-whole", made_of, lambda: round(encoder.score(tuned, TASKS[task], test), 2))
 
 
 def base(setting: Setting) -> Path:
@@ -66,8 +124,8 @@ def rows_folder(setting: Setting) -> Path:
 
 
 def rows(setting: Setting, task: str, part: Part) -> list[Row]:
-    """Rows that are scored: the first 500 of the test part, 300 of another."""
-    count = setting.pick(500 if part == "test" else 300, 12)
+    """Rows that are scored: the first 400 of the test part, 300 of another."""
+    count = setting.pick(400 if part == "test" else 300, 12)
     return tasks.rows(task, part, rows_folder(setting))[:count]
 
 

@@ -11,10 +11,12 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Any
 
 from merge_speed import surroundings
+from quality import spread
+
+__all__ = ["Experiment", "Record", "Setting", "spread", "table"]
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / ".paper"  # fine-tunes and single measurements; safe to delete
@@ -182,12 +184,6 @@ def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; None is an empty cell, a float has one decimal."""
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines) + "\n"
-
-
-def spread(values: Sequence[float]) -> str:
-    """Mean ± standard deviation (number); the one value if there is one."""
-    mean = f"{fmean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {pstdev(values):.1f} ({len(values)})"
 
 
 def _cell(value: object) -> str:
