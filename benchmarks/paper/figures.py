@@ -83,7 +83,7 @@ def show_fig_1(record: Record) -> str:
     head = ["task", "unpruned", "DARE, 1/q = 100", "best score", "score at least output change", "gained"]
     return table(head, rows) + (
         "\nOne random mask at p = 0.99, eight values of 1/q. The paper's Fig. 1 (BERT-base, four tasks): the best 1/q "
-        "differs from 1/(1 − p) on all four, with up to tenfold gains, and that of least output change is a good proxy.\n"
+        "differs from 1/(1 − p) on all four, with up to tenfold gains; that of least output change is a good proxy.\n"
     )
 
 
@@ -150,8 +150,8 @@ def show_fig_3(record: Record) -> str:
         keys = [key for key in points[0] if key != "decay"]
         parts.append(table(head, [[key, *(point[key] for point in points)] for key in keys]))
     return "\n".join(parts) + (
-        "\nPruned at p = 0.99, one mask, one training run a column. A λ too small leaves deltas that pruning breaks, one "
-        "too large a model that learned less.\n"
+        "\nPruned at p = 0.99, one mask, one training run a column. A λ too small leaves deltas that pruning breaks, "
+        "one too large a model that learned less.\n"
     )
 
 
