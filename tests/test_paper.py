@@ -32,10 +32,11 @@ def counting(calls: list[int]) -> frame.Experiment:
 def test_what_was_measured_is_kept_by_what_it_was_made_of(tmp_path: Path) -> None:
     calls: list[int] = []
     experiment = counting(calls)
-    for seed in (0, 0, 1):
-        setting = frame.Setting(toy=True, seed=seed, work=tmp_path)
+    for seed, again in ((0, False), (0, False), (1, False), (0, True)):
+        setting = frame.Setting(toy=True, seed=seed, work=tmp_path, again=again)
         assert frame.measure(experiment, setting)["record"] == {"value": 7 + seed}
-    assert calls == [0, 1]
+        assert frame.measure(experiment, setting)["record"] == {"value": 7 + seed}
+    assert calls == [0, 1, 0]
 
 
 def test_a_folder_that_was_not_finished_is_made_again(tmp_path: Path) -> None:
