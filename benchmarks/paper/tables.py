@@ -82,9 +82,14 @@ def show_table_1(record: Record) -> str:
 
 
 def _whole_row(trainer: str, scores: dict[str, float], own: dict[str, float], paper: bool) -> list[Any]:
-    published_row = published.HEADLINE["unpruned"] if trainer == "AdamW" else [None] * 4
     shares = [100 * scores[t] / own[t] for t in own]
-    return [trainer, "unpruned", *scores.values(), f"{fmean(shares):.0f}", *(published_row if paper else [])]
+    return [
+        trainer,
+        "unpruned",
+        *scores.values(),
+        f"{fmean(shares):.0f}",
+        *(_published("unpruned" if trainer == "AdamW" else "") if paper else []),
+    ]
 
 
 def _row(row: dict[str, Any], own: dict[str, float], paper: bool) -> list[Any]:
@@ -96,8 +101,12 @@ def _row(row: dict[str, Any], own: dict[str, float], paper: bool) -> list[Any]:
         row["method"],
         *(spread(values) for values in scores.values()),
         f"{fmean(shares):.0f}",
-        *(published.HEADLINE.get(name, [None] * 4) if paper else []),
+        *(_published(name) if paper else []),
     ]
+
+
+def _published(name: str) -> list[str | None]:
+    return [f"{score:.2f}" for score in published.HEADLINE.get(name, ())] or [None] * len(published.ENCODERS)
 
 
 DENSITIES = (0.1, 0.03, 0.01)
