@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,9 @@ def fine_tune(setting: Setting, base: Path, factory: OptimizerFactory, out: Path
             task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=["query", "key", "value", "dense"],
             exclude_modules=["bert.pooler.dense"], modules_to_save=["classifier"],
         )  # fmt: skip
-        model: Any = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers 5 renames
+            model: Any = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
         train(model, batches, LR, factory)
     model.save_pretrained(out)
 
