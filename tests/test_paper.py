@@ -32,10 +32,11 @@ def counting(calls: list[int]) -> frame.Experiment:
 def test_what_was_measured_is_kept_by_what_it_was_made_of(tmp_path: Path) -> None:
     calls: list[int] = []
     experiment = counting(calls)
-    for seed in (0, 0, 1):
-        setting = frame.Setting(toy=True, seed=seed, work=tmp_path)
+    for seed, again in ((0, False), (0, False), (1, False), (0, True)):
+        setting = frame.Setting(toy=True, seed=seed, work=tmp_path, again=again)
         assert frame.measure(experiment, setting)["record"] == {"value": 7 + seed}
-    assert calls == [0, 1]
+        assert frame.measure(experiment, setting)["record"] == {"value": 7 + seed}
+    assert calls == [0, 1, 0]
 
 
 def test_a_folder_that_was_not_finished_is_made_again(tmp_path: Path) -> None:
@@ -77,3 +78,24 @@ def test_the_page_is_current() -> None:
 def test_every_experiment_has_its_own_name() -> None:
     names = [experiment.name for experiment in experiments()]
     assert len(set(names)) == len(names)
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory: pytest.TempPathFactory) -> frame.Setting:
+    """Shared, as in a run of all: what one experiment has trained the next one uses."""
+    importlib.import_module("paper.__main__").prepare()
+    return frame.Setting(toy=True, work=tmp_path_factory.mktemp("paper"))
+
+
+@pytest.mark.parametrize("experiment", experiments(), ids=lambda experiment: experiment.name)
+def test_an_experiment_at_toy_scale(setting: frame.Setting, tmp_path: Path, experiment: frame.Experiment) -> None:
+    result = json.loads(json.dumps(frame.measure(experiment, setting)))
+    assert result["scale"] == "toy"
+    shown = experiment.show(result["record"])
+    cells = {line.count("|") for line in shown.splitlines() if line.startswith("|")}
+    assert cells, "a table"
+    frame.save(experiment, result, tmp_path / "results")
+    frame.report([experiment], tmp_path / "results", tmp_path / "results.md")
+    assert shown.strip() in (tmp_path / "results.md").read_text(encoding="utf-8")
+    plots = [path.name for path in tmp_path.glob("results/*.png")]
+    assert plots == ([f"{experiment.name}.png"] if experiment.draw else [])

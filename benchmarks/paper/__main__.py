@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="from --list, or all")
     parser.add_argument("--toy", action="store_true", help="tiny models, few rows, seconds; to .paper/toy")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--force", action="store_true", help="measure again what is finished")
+    parser.add_argument("--force", action="store_true", help="measure again what is finished; fine-tunes stay")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--report", action="store_true")
     asked = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
         for experiment in known.values():
             print(f"{experiment.name:12} {experiment.minutes:5.1f} min  {experiment.title}")
         return
-    setting, results, page = frame.Setting(asked.toy, asked.seed), frame.RESULTS, frame.PAGE
+    setting, results, page = frame.Setting(asked.toy, asked.seed, again=asked.force), frame.RESULTS, frame.PAGE
     if asked.toy:
         setting.work = frame.WORK / "toy"
         results, page = setting.work / "results", setting.work / "results.md"

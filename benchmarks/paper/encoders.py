@@ -92,10 +92,14 @@ def quality_setting(setting: Setting, task: str, tuned: Path, work: Path) -> qua
     )
 
 
-def scores(setting: Setting, task: str, trainer: str, method: Method, density: float, **options: Any) -> list[float]:
-    """The score of every mask that is drawn: two of a random method that is not calibrated, else one."""
+def cells(setting: Setting, task: str, trainer: str, method: Method, density: float) -> list[dict[str, Any]]:
+    """A cell for every mask that is drawn: two of a random method that is not calibrated, else one."""
     masks = 2 if method.random and isinstance(method.prune.get("q", 1.0), float) and not setting.toy else 1
-    return [cell(setting, task, trainer, method, density, seed, **options)["score"] for seed in range(masks)]
+    return [cell(setting, task, trainer, method, density, seed) for seed in range(masks)]
+
+
+def scores_of(found: list[dict[str, Any]]) -> list[float]:
+    return [each["score"] for each in found]
 
 
 def unpruned(setting: Setting, task: str, trainer: str = "AdamW", **options: Any) -> float:

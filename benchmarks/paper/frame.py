@@ -48,13 +48,15 @@ class Setting:
     """How an experiment is run: at `toy` scale it takes seconds and its numbers mean nothing.
 
     `once` and `folder` keep what they make in `work`, by what it was made of, so that experiments share it and
-    one that was stopped goes on; `seconds` sums up the processor's seconds of everything kept that was used.
+    one that was stopped goes on. With `again`, values that an earlier run measured are measured anew, once.
     """
 
     toy: bool = False
     seed: int = 0
     work: Path = WORK
+    again: bool = False
     kept: dict[str, float] = field(default_factory=dict)  # path -> CPU seconds it cost when it was made
+    _measured: set[Path] = field(default_factory=set)
     _inner: float = 0.0  # CPU seconds of what was made inside the thing being made
 
     def pick(self, full: Any, toy: Any) -> Any:
@@ -64,9 +66,10 @@ class Setting:
     def once(self, name: str, made_of: Mapping[str, Any], measure: Callable[[], Any]) -> Any:
         """The JSON value `measure` returns; `made_of` (JSON) has everything it depends on but the code."""
         path = self._path(name, made_of, ".json")
-        if not path.exists():
+        if not path.exists() or (self.again and path not in self._measured):
             with self._making(path) as cost:
                 value = measure()
+            self._measured.add(path)
             text = json.dumps({"made_of": made_of, "cpu_s": cost[0], "value": value}, indent=1)
             _write(path, text)
             print(f"{name} {json.dumps(value)[:150]}", file=sys.stderr, flush=True)
@@ -161,18 +164,22 @@ stand beside ours to compare *which method keeps what*, never digit for digit. "
 
 def markdown(experiments: Sequence[Experiment], results: Path = RESULTS) -> str:
     """The page, without its plots."""
-    parts, missing = [HEAD], []
+    parts, missing, machines = [HEAD], [], set()
     for experiment in experiments:
         result = _read(experiment, results)
         if not result:
             missing.append(experiment.name)
             continue
+        machine = result["machine"]
+        machines.add(f"{machine['cpu']} ({machine['cores']} cores, one thread)")
         parts.append(f"## {experiment.title}\n\n{experiment.show(result['record']).strip()}\n")
         if experiment.draw:
             parts.append(f"![{experiment.title}](results/{experiment.name}.png)\n")
         cost = result["seconds"]["cpu"] / 60
-        note = f"`{result['command']}` at {result['commit'][:9]}: {cost:.1f} CPU minutes, training included."
+        note = f"`{result['command']}` at {result['commit'][:9]}: {cost:.1f} CPU minutes with all that it shares."
         parts.append(f"{note}\n")
+    if machines:
+        parts.insert(1, f"Measured on {'; '.join(sorted(machines))}. CPU minutes are of training and measuring.\n")
     if missing:
         parts.append(f"Not measured yet: {', '.join(missing)}.\n")
     if LOG.exists():

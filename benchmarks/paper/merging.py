@@ -112,8 +112,8 @@ def show(record: Record) -> str:
         rows.append([row["method"], f"{row['lambda']:g}", row["pruned"], row["density"], *scores, mean])
     head = ["merged by", "λ", "deltas", "density", *tasks, "mean"]
     return table(head, [[f"{c:g}" if i == 3 else c for i, c in enumerate(row)] for row in rows]) + (
-        "\nThe deltas of the encoders are merged; each task is scored with the head of its own fine-tune, put back. λ is "
-        f"the best of {', '.join(map(str, LAMBDAS))} on validation rows for unpruned deltas, and kept for pruned ones. "
+        "\nThe deltas of the encoders are merged; each task is scored with its own fine-tune's head. λ is the "
+        f"best of {', '.join(map(str, LAMBDAS))} on validation rows for unpruned deltas, and kept for pruned ones. "
         f"Unpruned, ties trims each delta to {TRIMMED:g} itself; pruned ones it takes whole.\n"
     )
 
