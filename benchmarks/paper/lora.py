@@ -76,7 +76,7 @@ def adamr(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
 def table_4(setting: Setting) -> Record:
     start = encoders.base(setting)
     base = setting.folder("lora-base", {"base": start.name}, partial(with_head, start, seed=setting.seed))
-    test = encoders.rows(setting, TASK, "test")[: setting.pick(400, 12)]
+    test = encoders.rows(setting, TASK, "test")
     data = encoders.rows_folder(setting) / f"{TASK}.validation.jsonl"
     calibration = {
         "data": str(data), "sequences": setting.pick(50, 4), "length": setting.pick(40, 12),
