@@ -1,7 +1,7 @@
 """Generated arithmetic for a decoder: a corpus to pretrain on, and word problems with worked-out answers.
 
-    corpus     12+7=19;19-5=14                      chains of sums, and stories without a question
-    problem    Ann has 12 pears . She buys 7 . She sells 5 . How many pears ?      answer: 12+7=19;19-5=14
+    corpus     9+7=16;16-5=11                      chains of sums, and stories without a question
+    problem    Ann has 9 pears . She buys 7 . She sells 5 . How many pears ?      answer: 9+7=16;16-5=11
 
 The number after the last = is what counts. Everything is a function of the seed. Nothing here uses deltamerge.
 """
@@ -17,7 +17,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 ANSWER = r"=(\d+)$"  # of a worked-out answer, as `calibration.answer`
-LARGEST, STEP = 99, 9  # of a number, of what is added or taken away
+LARGEST, STEP = 20, 9  # of a number, of what is added or taken away
 PEOPLE = (("Ann", "She"), ("Ben", "He"), ("Eva", "She"), ("Tom", "He"), ("Zoe", "She"), ("Max", "He"))
 THINGS = ("apples", "pears", "books", "coins", "cards", "stones", "shells", "stamps")
 GAINS = ("buys", "finds", "gets", "wins")
@@ -60,13 +60,13 @@ def corpus(seed: int) -> Iterator[str]:
 
 
 def tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """A token for each word, sign and digit, written to `folder`."""
+    """A token for each word, sign and number, written to `folder`."""
     templates = " ".join((*SHAPES, *QUESTIONS, *GAINS, *LOSSES, *THINGS)).split()
     words = {word for word in templates if "{" not in word} | {name for pair in PEOPLE for name in pair} | {"."}
-    pieces = [PAD, EOS, "▁", *"0123456789+-=;", *sorted(f"▁{word}" for word in words)]
+    pieces = [PAD, EOS, "▁", *"+-=;", *map(str, range(LARGEST + 1)), *sorted(f"▁{word}" for word in words)]
     made = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token=PAD))
     made.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(r"\d|[+\-=;]"), "isolated")]
+        [pre_tokenizers.Metaspace(), pre_tokenizers.Split(Regex(r"\d+|[+\-=;]"), "isolated")]
     )
     made.decoder = decoders.Metaspace()
     fast = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=EOS, pad_token=PAD, model_max_length=128)

@@ -18,12 +18,13 @@ from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject
 from paper.training import Batch, OptimizerFactory, adamr, adamw, train
 
-WIDTH, INNER, LAYERS, HEADS = 128, 512, 4, 4
+WIDTH, INNER, HEADS = 128, 512, 4
 ROW = 64  # tokens of a row of the corpus
-NEW_TOKENS = 32
 
 
-def build_base(out: Path, *, steps: int, seed: int, lr: float = 3e-3, batch_size: int = 64) -> list[float]:
+def build_base(
+    out: Path, *, steps: int, seed: int, layers: int = 4, lr: float = 3e-3, batch_size: int = 32
+) -> list[float]:
     """Train a Llama from scratch on `arithmetic.corpus`, documents packed into rows."""
     tokenizer = arithmetic.tokenizer(out)
     ids: list[int] = []
@@ -37,7 +38,7 @@ def build_base(out: Path, *, steps: int, seed: int, lr: float = 3e-3, batch_size
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=INNER,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
         max_position_embeddings=128,
@@ -77,7 +78,7 @@ def fine_tune(
     return losses
 
 
-def exact_match(folder: Path, rows: Sequence[Problem], batch_size: int = 128) -> float:
+def exact_match(folder: Path, rows: Sequence[Problem], new_tokens: int, batch_size: int = 128) -> float:
     """Share of problems, in %, whose generated answer ends in the right number."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -87,7 +88,7 @@ def exact_match(folder: Path, rows: Sequence[Problem], batch_size: int = 128) ->
         some = by_length[start : start + batch_size]
         inputs = tokenizer([row.text for row in some], padding=True, return_tensors="pt")
         with torch.inference_mode():
-            made = model.generate(**inputs, do_sample=False, max_new_tokens=NEW_TOKENS)
+            made = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens)
         texts = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         right += sum(_number(text) == _number(row.label) is not None for text, row in zip(texts, some, strict=True))
     return 100 * right / len(rows)
@@ -132,14 +133,16 @@ DECAY = 0.01
 
 
 def table_3(setting: Setting) -> Record:
-    pretrain = {"steps": setting.pick(700, 2), "batch_size": setting.pick(32, 4), "seed": setting.seed}
+    pretrain = {"steps": setting.pick(700, 2), "layers": setting.pick(4, 1), "batch_size": setting.pick(32, 4)}
+    pretrain |= {"seed": setting.seed}
+    new_tokens = setting.pick(32, 2)
     base = setting.folder("decoder-base", pretrain, partial(build_base, **pretrain))
     test = arithmetic.problems(setting.pick(300, 8), seed=10_000 + setting.seed)
     data = setting.folder("problems", {}, partial(write, arithmetic.problems(setting.pick(400, 20), 20_000)))
     calibration = {
         "data": str(data / "problems.jsonl"), "sequences": setting.pick(50, 4), "length": 64,
         "seeds": setting.pick(3, 2), "task": "text-generation", "metric": "exact_match", "answer": arithmetic.ANSWER,
-        "new_tokens": NEW_TOKENS,
+        "new_tokens": new_tokens,
     }  # fmt: skip
     record: Record = {"test_rows": len(test), "fine-tunes": {}}
     for trainer, names in (("AdamW", NAMES), ("AdamR-L2", WITH_ADAMR)):
@@ -150,7 +153,9 @@ def table_3(setting: Setting) -> Record:
             {"base": base.name, **tuning, "decay": 0 if trainer == "AdamW" else DECAY},
             partial(fine_tune, base, factory=factory, **tuning),
         )
-        subject = Subject(base, str(tuned), calibration, partial(exact_match, rows=test), {"rows": len(test)})
+        subject = Subject(
+            base, str(tuned), calibration, partial(exact_match, rows=test, new_tokens=new_tokens), {"rows": len(test)}
+        )
         chosen = setting.pick(names, names[:2])
         densities = setting.pick(DENSITIES, (0.1,))
         record["fine-tunes"][trainer] = pruned.whole(setting, subject) | {

@@ -33,26 +33,32 @@ class Digits(NamedTuple):
     labels_N: NDArray[np.int64]
 
 
-def parts() -> dict[str, Digits]:
-    """Train, validation and test parts, always the same."""
-    from sklearn.datasets import load_digits  # type: ignore[import-not-found,import-untyped,unused-ignore]
-
+def parts(toy: bool = False) -> dict[str, Digits]:
+    """Train, validation and test parts, always the same; at toy scale few, and noise. SystemExit: no scikit-learn."""
+    rng = np.random.default_rng(0)
+    if toy:
+        return {part: Digits(*_noise(rng)) for part in ("validation", "test", "train")}
+    try:
+        from sklearn.datasets import load_digits  # type: ignore[import-not-found,import-untyped,unused-ignore]
+    except ImportError:
+        raise SystemExit("the digits come with scikit-learn: pip install scikit-learn") from None
     found = load_digits()
-    order = np.random.default_rng(0).permutation(len(found.images))
+    order = rng.permutation(len(found.images))
     images = np.round(found.images[order] * 255 / 16).astype(np.uint8)
     labels = found.target[order].astype(np.int64)
     ends = {"validation": (0, VALIDATION), "test": (VALIDATION, VALIDATION + TEST), "train": (VALIDATION + TEST, None)}
     return {part: Digits(images[start:end], labels[start:end]) for part, (start, end) in ends.items()}
 
 
-def build_base(out: Path, *, steps: int, seed: int, lr: float = 2e-3, batch_size: int = 64) -> list[float]:
+def build_base(
+    images_NHW: NDArray[np.uint8], out: Path, *, steps: int, seed: int, lr: float = 2e-3, batch_size: int = 64
+) -> list[float]:
     """Train a ViT from scratch to say by which of the square's eight symmetries an image was turned; kept headless."""
-    images = parts()["train"].images_NHW
     rng = np.random.default_rng(seed)
     batches = []
     for _ in range(steps):
         turns = rng.integers(0, 8, batch_size)
-        chosen = images[rng.integers(0, len(images), batch_size)]
+        chosen = images_NHW[rng.integers(0, len(images_NHW), batch_size)]
         turned = np.stack([turn(image, t) for image, t in zip(chosen, turns, strict=True)])
         batches.append({"pixel_values": pixels(turned), "labels": torch.from_numpy(turns)})
     with torch.random.fork_rng(devices=[]):
@@ -66,6 +72,7 @@ def build_base(out: Path, *, steps: int, seed: int, lr: float = 2e-3, batch_size
 
 def fine_tune(
     base: Path,
+    data: Digits,
     out: Path,
     *,
     steps: int,
@@ -75,7 +82,6 @@ def fine_tune(
     factory: OptimizerFactory = adamw,
 ) -> list[float]:
     """Teach `base` the ten digits with a fresh head."""
-    data = parts()["train"]
     rng = np.random.default_rng(seed)
     batches: list[Batch] = []
     for _ in range(steps):
@@ -109,6 +115,10 @@ def write(data: Digits, folder: Path) -> None:
 def processor() -> ViTImageProcessor:
     """What makes of such a picture what `pixels` makes of its values."""
     return ViTImageProcessor(do_resize=False, size={"height": SIZE, "width": SIZE})
+
+
+def _noise(rng: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    return rng.integers(0, 256, (40, SIZE, SIZE), dtype=np.uint8), np.arange(40) % 10
 
 
 def pixels(images_NHW: NDArray[np.uint8]) -> Tensor:

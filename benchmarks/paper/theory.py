@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import deltamerge
 from deltamerge.calibrate import statistics as S
 from deltamerge.optim import AdamR
-from paper import plot
+from paper import digits, plot
 from paper.frame import Experiment, Record, Setting, spread, table
 
 Vector = NDArray[np.float64]
@@ -79,8 +79,8 @@ def show_bounds(record: Record) -> str:
         f"abs(h_i) of one output with {record['inputs']} inputs under {record['draws']:,} masks of DARE; a bound of "
         "level γ may be exceeded in a share γ of them. The paper's figure has its bound beside such a simulation. Over "
         f"all p from 0.1 to 0.999 the φ form is exceeded at most {worst['φ']:.2f} γ of the time, the tightened one "
-        f"(p > 1/2) up to {worst['tightened']:.1f} γ: its lemma is one-sided, and as a two-sided bound it does not hold. "
-        "Rows of p < 1/2, where both are one, are in the JSON.\n\n"
+        f"(p > 1/2) up to {worst['tightened']:.1f} γ: its lemma is one-sided, and as a two-sided bound it does not "
+        "hold. Rows of p < 1/2, where both are one, are in the JSON.\n\n"
     ) + table(head, lines)
 
 
@@ -120,10 +120,9 @@ STRENGTHS: dict[str, tuple[float, ...]] = {"none": (0.0,), "l2": (0.003, 0.01, 0
 
 def network(setting: Setting) -> Record:
     """Digits turned by a right angle first, then upright: the delta is what the turn back takes."""
-    from paper import digits
-
-    data = {part: (_flat(each.images_NHW), torch.from_numpy(each.labels_N)) for part, each in digits.parts().items()}
-    turned = _flat(np.rot90(digits.parts()["train"].images_NHW, axes=(1, 2)))
+    parts = digits.parts(setting.toy)
+    data = {part: (_flat(each.images_NHW), torch.from_numpy(each.labels_N)) for part, each in parts.items()}
+    turned = _flat(np.rot90(parts["train"].images_NHW, axes=(1, 2)))
     steps = setting.pick(300, 5)
     rows = []
     for normalized in (True, False):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 
-from paper import pruned
+from paper import digits, pruned
 from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject
+from paper.training import adamr
 
 DENSITIES = (0.3, 0.1, 0.05, 0.01)
 NAMES = (
@@ -26,16 +26,12 @@ DECAY = 0.01
 
 
 def table_g1(setting: Setting) -> Record:
-    from paper import digits
-    from paper.training import adamr
-
+    data = digits.parts(setting.toy)
     pretrain = {"steps": setting.pick(1000, 3), "seed": setting.seed}
-    base = setting.folder("vit-base", pretrain, partial(digits.build_base, **pretrain))
-    pictures = setting.folder("digits", {}, partial(digits.write, digits.parts()["validation"]))
-    test = digits.parts()["test"]
-    score = partial(_score, count=setting.pick(None, 40))
+    base = setting.folder("vit-base", pretrain, partial(digits.build_base, data["train"].images_NHW, **pretrain))
+    pictures = setting.folder("digits", {}, partial(digits.write, data["validation"]))
     calibration = {"data": str(pictures), "sequences": setting.pick(100, 8), "seeds": setting.pick(3, 2)}
-    record: Record = {"test_rows": setting.pick(len(test.labels_N), 40), "fine-tunes": {}}
+    record: Record = {"test_rows": len(data["test"].labels_N), "fine-tunes": {}}
     for trainer, names in (("AdamW", NAMES), ("AdamR-L2", WITH_ADAMR)):
         tuning = {"base": base.name, "steps": setting.pick(400, 3), "seed": setting.seed}
         decay = {} if trainer == "AdamW" else {"factory": adamr(base, DECAY)}
@@ -43,21 +39,16 @@ def table_g1(setting: Setting) -> Record:
         tuned = setting.folder(
             f"vit-{trainer}",
             made_of,
-            partial(digits.fine_tune, base, steps=tuning["steps"], seed=setting.seed, **decay),
+            partial(digits.fine_tune, base, data["train"], steps=tuning["steps"], seed=setting.seed, **decay),
         )
-        subject = Subject(base, str(tuned), calibration, score, {"rows": record["test_rows"]})
+        subject = Subject(
+            base, str(tuned), calibration, partial(digits.accuracy, data=data["test"]), {"rows": record["test_rows"]}
+        )
         chosen = setting.pick(names, names[:4:3])
         record["fine-tunes"][trainer] = pruned.whole(setting, subject) | {
             "rows": pruned.scores(setting, subject, chosen, setting.pick(DENSITIES, (0.1,)), setting.pick(3, 1))
         }
     return record
-
-
-def _score(folder: Path, count: int | None) -> float:
-    from paper import digits
-
-    test = digits.parts()["test"]
-    return digits.accuracy(folder, digits.Digits(test.images_NHW[:count], test.labels_N[:count]))
 
 
 def show_table_g1(record: Record) -> str:
