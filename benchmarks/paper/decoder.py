@@ -61,7 +61,7 @@ def fine_tune(
     *,
     steps: int,
     seed: int,
-    lr: float = 1e-3,
+    lr: float = 2e-3,
     batch_size: int = 16,
     factory: OptimizerFactory = adamw,
 ) -> list[float]:
@@ -139,13 +139,14 @@ def subject(setting: Setting, trainer: str) -> Subject:
     pretrain = {"steps": setting.pick(400, 2), "layers": setting.pick(4, 1), "batch_size": setting.pick(16, 4)}
     pretrain |= {"seed": setting.seed}
     base = setting.folder("decoder-base", pretrain, partial(build_base, **pretrain))
-    tuning = {"steps": setting.pick(150, 2), "batch_size": setting.pick(32, 4), "seed": setting.seed}
+    tuning = {"steps": setting.pick(400, 2), "batch_size": setting.pick(32, 4), "seed": setting.seed}
     tuned = setting.folder(
         f"decoder-{trainer}",
         {"base": base.name, **tuning, "decay": 0 if trainer == "AdamW" else DECAY},
         partial(fine_tune, base, factory=adamw if trainer == "AdamW" else adamr(base, DECAY), **tuning),
     )
-    data = setting.folder("problems", {}, partial(write, arithmetic.problems(setting.pick(400, 20), 20_000)))
+    rows = arithmetic.problems(setting.pick(400, 20), seed=20_000 + setting.seed)
+    data = setting.folder("problems", {"first": rows[0].text, "count": len(rows)}, partial(write, rows))
     new_tokens = setting.pick(20, 2)
     calibration = {
         "data": str(data / "problems.jsonl"), "sequences": setting.pick(32, 4), "length": 64, "seeds": 2,
