@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import sys
@@ -37,6 +38,31 @@ def test_what_was_measured_is_kept_by_what_it_was_made_of(tmp_path: Path) -> Non
         assert frame.measure(experiment, setting)["record"] == {"value": 7 + seed}
         assert frame.measure(experiment, setting)["record"] == {"value": 7 + seed}
     assert calls == [0, 1, 0]
+
+
+def test_only_what_is_kept_is_taken(tmp_path: Path) -> None:
+    experiment = counting([])
+    kept_only = frame.Setting(work=tmp_path, kept_only=True)
+    with pytest.raises(frame.NotKept):
+        frame.measure(experiment, kept_only)
+    assert not list(tmp_path.iterdir())
+    frame.measure(experiment, frame.Setting(work=tmp_path))
+    assert frame.measure(experiment, kept_only)["record"] == {"value": 7}
+
+
+def test_a_result_in_which_something_lacks_is_not_finished(tmp_path: Path) -> None:
+    def run(setting: frame.Setting) -> dict[str, int | None]:
+        try:
+            return counting([]).run(setting)
+        except frame.NotKept:
+            return {"value": None}
+
+    experiment = dataclasses.replace(counting([]), run=run)
+    for kept_only in (True, False):
+        result = frame.measure(experiment, frame.Setting(work=tmp_path, kept_only=kept_only))
+        frame.save(experiment, result, tmp_path)
+        assert frame.finished(experiment, tmp_path) != kept_only
+        assert ("**Not finished**" in frame.markdown([experiment], tmp_path)) == kept_only
 
 
 def test_a_folder_that_was_not_finished_is_made_again(tmp_path: Path) -> None:

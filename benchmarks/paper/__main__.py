@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="tiny models, few rows, seconds; to .paper/toy")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--force", action="store_true", help="measure again what is finished; fine-tunes stay")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: make results of what is kept in .paper")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--report", action="store_true")
     asked = parser.parse_args()
@@ -56,15 +57,23 @@ def main() -> None:
         for experiment in known.values():
             print(f"{experiment.name:12} {experiment.minutes:5.1f} min  {experiment.title}")
         return
-    setting, results, page = frame.Setting(asked.toy, asked.seed, again=asked.force), frame.RESULTS, frame.PAGE
+    setting, results, page = (
+        frame.Setting(asked.toy, asked.seed, again=asked.force, kept_only=asked.kept),
+        frame.RESULTS,
+        frame.PAGE,
+    )
     if asked.toy:
         setting.work = frame.WORK / "toy"
         results, page = setting.work / "results", setting.work / "results.md"
     prepare()
     for experiment in chosen:
-        if asked.force or not frame.result_file(experiment, results).exists():
+        if asked.force or not frame.finished(experiment, results):
             print(f"{experiment.name}: {experiment.title}", file=sys.stderr, flush=True)
-            result = frame.measure(experiment, setting)
+            try:
+                result = frame.measure(experiment, setting)
+            except frame.NotKept as error:
+                print(f"{experiment.name}: {error} was not measured yet", file=sys.stderr)
+                continue
             frame.save(experiment, result, results)
             print(experiment.show(result["record"]), flush=True)
         frame.report(known.values(), results, page)

@@ -9,7 +9,7 @@ from tasks import TASKS
 
 from paper import encoders, published
 from paper.encoders import METHODS, scores_of
-from paper.frame import Experiment, Record, Setting, spread, table
+from paper.frame import Experiment, NotKept, Record, Setting, spread, table
 
 # (trainer, method): the paper's, then ours. The first of each trainer is the fine-tune itself.
 PAPER = (
@@ -30,7 +30,6 @@ BEYOND = (
     ("AdamW", "WANDA, q_e"),
     ("AdamW", "magnitude, least squares per layer"),
     ("AdamW", "WANDA, least squares per layer"),
-    ("AdamW", "DARE, learned per row"),
     ("AdamW", "magnitude, learned per row"),
     ("AdamR-L2", "DAREx-q, q_e"),
     ("AdamR-L2", "magnitude, q_e"),
@@ -45,10 +44,17 @@ def rows_of(setting: Setting, pairs: Any, density: float, tasks: list[str]) -> l
         {
             "trainer": trainer,
             "method": method,
-            "cells": {t: encoders.cells(setting, t, trainer, METHODS[method], density) for t in tasks},
+            "cells": {t: found_of(setting, t, trainer, method, density) for t in tasks},
         }
         for trainer, method in pairs
     ]
+
+
+def found_of(setting: Setting, task: str, trainer: str, method: str, density: float) -> list[dict[str, Any]]:
+    try:
+        return encoders.cells(setting, task, trainer, METHODS[method], density)
+    except NotKept:
+        return []
 
 
 def whole_of(
@@ -82,22 +88,30 @@ def show_table_1(record: Record) -> str:
 
 
 def _whole_row(trainer: str, scores: dict[str, float], own: dict[str, float], paper: bool) -> list[Any]:
-    published_row = published.HEADLINE["unpruned"] if trainer == "AdamW" else [None] * 4
     shares = [100 * scores[t] / own[t] for t in own]
-    return [trainer, "unpruned", *scores.values(), f"{fmean(shares):.0f}", *(published_row if paper else [])]
+    return [
+        trainer,
+        "unpruned",
+        *scores.values(),
+        f"{fmean(shares):.0f}",
+        *(_published("unpruned" if trainer == "AdamW" else "") if paper else []),
+    ]
 
 
 def _row(row: dict[str, Any], own: dict[str, float], paper: bool) -> list[Any]:
     name = row["method"] if row["trainer"] == "AdamW" else f"{row['trainer']}, {row['method']}"
     scores = {task: scores_of(found) for task, found in row["cells"].items()}
-    shares = [100 * fmean(values) / own[t] for t, values in scores.items()]
     return [
         row["trainer"],
         row["method"],
-        *(spread(values) for values in scores.values()),
-        f"{fmean(shares):.0f}",
-        *(published.HEADLINE.get(name, [None] * 4) if paper else []),
+        *(spread(values) if values else None for values in scores.values()),
+        f"{fmean(100 * fmean(values) / own[t] for t, values in scores.items()):.0f}" if all(scores.values()) else None,
+        *(_published(name) if paper else []),
     ]
+
+
+def _published(name: str) -> list[str | None]:
+    return [f"{score:.2f}" for score in published.HEADLINE.get(name, ())] or [None] * len(published.ENCODERS)
 
 
 DENSITIES = (0.1, 0.03, 0.01)
@@ -126,7 +140,7 @@ def show_table_6(record: Record) -> str:
         for task, own in by_task.items():
             for method in FOUR:
                 found = {
-                    row["density"]: spread(scores_of(row["cells"][task]))
+                    row["density"]: spread(scores) if (scores := scores_of(row["cells"][task])) else None
                     for row in record["rows"]
                     if (row["trainer"], row["method"]) == (trainer, method)
                 }
