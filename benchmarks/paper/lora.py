@@ -21,15 +21,11 @@ from paper.training import OptimizerFactory, adamw, train
 TASK = "sentiment"
 RANK, ALPHA, LR = 8, 16, 2e-3
 DENSITIES = (0.7, 0.5, 0.3, 0.1)
-NAMES = (
-    "DARE",
-    "DAREx-q, q_v",
-    "DAREx-q, q_e",
-    "importance sampling",
-    "magnitude",
-    "magnitude, q_e",
-)
-WITH_ADAMR = ("DARE", "DAREx-q, q_e", "magnitude, q_e")
+# Trainer -> by what its fine-tune is pruned.
+NAMES = {
+    "AdamW": ("DARE", "DAREx-q, q_v", "DAREx-q, q_e", "importance sampling", "magnitude", "magnitude, q_e"),
+    "AdamR-L2": ("DARE", "DAREx-q, q_e"),
+}
 DECAY = 0.01
 
 
@@ -73,14 +69,18 @@ def adamr(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
     return AdamR.for_model(model, zeros, lr=lr, decay=DECAY, fresh=["classifier"])
 
 
-def table_4(setting: Setting) -> Record:
+def subject(setting: Setting, trainer: str) -> Subject:
+    """A fine-tune, trained if it is not kept."""
     start = encoders.base(setting)
     base = setting.folder("lora-base", {"base": start.name}, partial(with_head, start, seed=setting.seed))
+    made_of = {"base": base.name, "steps": setting.pick(300, 3), "lr": LR, "rank": RANK}
+    made_of |= {"decay": DECAY} if trainer == "AdamR-L2" else {}
+    factory = adamw if trainer == "AdamW" else adamr
+    adapter = setting.folder(f"lora-{trainer}", made_of, partial(fine_tune, setting, base, factory))
     test = encoders.rows(setting, TASK, "test")
     data = encoders.rows_folder(setting) / f"{TASK}.validation.jsonl"
     calibration = {
-        "data": str(data), "sequences": setting.pick(50, 4), "length": setting.pick(40, 12),
-        "seeds": 2,
+        "data": str(data), "sequences": setting.pick(50, 4), "length": setting.pick(40, 12), "seeds": 2,
     }  # fmt: skip
 
     def score(folder: Path) -> float:
@@ -90,23 +90,23 @@ def table_4(setting: Setting) -> Record:
         model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter)
         return encoder.score(model, TASKS[TASK], test, tokenizer=AutoTokenizer.from_pretrained(base))
 
-    record: Record = {"task": TASK, "test_rows": len(test), "rank": RANK, "fine-tunes": {}}
-    for trainer, factory, names in (("AdamW", adamw, NAMES), ("AdamR-L2", adamr, WITH_ADAMR)):
-        made_of = {"base": base.name, "steps": setting.pick(300, 3), "lr": LR, "rank": RANK}
-        made_of |= {"decay": DECAY} if trainer == "AdamR-L2" else {}
-        adapter = setting.folder(f"lora-{trainer}", made_of, partial(fine_tune, setting, base, factory))
-        subject = Subject(base, f"{base}+{adapter}", calibration, score, {"rows": len(test)}, {"kind": "peft"})
-        chosen = setting.pick(names, names[::2][:2])
+    return Subject(base, f"{base}+{adapter}", calibration, score, {"rows": len(test)}, {"kind": "peft"})
+
+
+def table_4(setting: Setting) -> Record:
+    record: Record = {"task": TASK, "rank": RANK, "fine-tunes": {}}
+    for trainer, names in NAMES.items():
+        one = subject(setting, trainer)
         densities = setting.pick(DENSITIES, (0.1,))
-        record["fine-tunes"][trainer] = pruned.whole(setting, subject) | {
-            "rows": pruned.scores(setting, subject, chosen, densities, setting.pick(3, 1))
-        }
+        rows = pruned.scores(setting, one, setting.pick(names, names[::2][:2]), densities, setting.pick(3, 1))
+        record["fine-tunes"][trainer] = pruned.whole(setting, one) | {"rows": rows}
+        record |= one.made_of
     return record
 
 
 def show_table_4(record: Record) -> str:
     return (
-        f"Accuracy in % on {record['test_rows']} rows of {record['task']}: LoRA of rank {record['rank']} on every "
+        f"Accuracy in % on {record['rows']} rows of {record['task']}: LoRA of rank {record['rank']} on every "
         "linear layer of the small encoder. The entries of A and B are pruned at this rate each "
         "(`output: {kind: peft}`, loaded by plain PEFT), so that of the products that B A is a sum of the square of "
         "the density is left. AdamR-L2 pulls A and B to zero. The paper's figures are not at hand.\n\n"

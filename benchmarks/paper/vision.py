@@ -22,7 +22,7 @@ NAMES = (
     "WANDA, q_e",
 )
 WITH_ADAMR = ("DARE", "DAREx-q, q_e", "magnitude, q_e")
-DECAY = 0.01
+DECAY = 0.1
 
 
 def table_g1(setting: Setting) -> Record:
