@@ -188,7 +188,9 @@ def _merge(
     base = assembly.new()
     assembly.add(loop.BASE_AT, base, assembly.source_of[id(node.inputs[0])], places)
     assembly.lists[id(node)] = places
-    assembly.add(code, assembly.made(node), base, places, int(normalize), scalars=scalars, weights=weights, models=registers)
+    assembly.add(
+        code, assembly.made(node), base, places, int(normalize), scalars=scalars, weights=weights, models=registers
+    )
 
 
 def _passthrough(assembly: _Assembly, node: Node, scales: Sequence[float]) -> None:

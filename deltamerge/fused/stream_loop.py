@@ -84,7 +84,7 @@ def divide(x: Any, divisor: Any, out: Any) -> None:
 
 
 @compiled
-def keep_first_equals(bits: Any, threshold: Any, left: Any, out: Any) -> int:
+def keep_first_equals(bits: Any, threshold: Any, left: Any, out: Any) -> Any:
     """Magnitudes above the threshold and the first `left` equal to it; how many more may be kept."""
     for i in range(bits.size):
         magnitude = bits[i] & np.uint32(0x7FFFFFFF)
@@ -192,7 +192,7 @@ def run(
                             left[k] = keep_first_equals(bits, threshold, left[k], kept_bits)
                         else:
                             keep_from(bits, threshold + np.uint32(1), kept_bits)
-                elif code == ADD or code == AGREE:
+                elif code in (ADD, AGREE):
                     size, m = n if b < 0 else sizes[b], models[k]
                     base, merged = registers[max(a, 0), : size if a >= 0 else 0], registers[to, :size]
                     if code == ADD:

@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.files import COPY_PIECE, Descriptor, Descriptors, copy_at, flat, input_error, read_at, refuse_link, write_at
+from deltamerge.io.files import (
+    COPY_PIECE,
+    Descriptor,
+    Descriptors,
+    copy_at,
+    flat,
+    input_error,
+    read_at,
+    refuse_link,
+    write_at,
+)
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
