@@ -24,6 +24,7 @@ from deltamerge.graph import Node
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.delta_writer import Summary
+from deltamerge.io.files import Descriptor
 from deltamerge.io.workspace import Workspace, refuse_inputs, sync_path, workspace
 from deltamerge.io.writer import Writer, write_index
 from deltamerge.planner import Plan
@@ -392,6 +393,12 @@ class _Shards:
 
     def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
         self.writer.copy(name, offset + start, source, start, nbytes, reader)
+
+    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
+        return self.writer.place(name, offset)
+
+    def wrote(self, name: str, offset: int, nbytes: int) -> None:
+        self.writer.wrote(name, offset, nbytes)
 
 
 def _write_weights(
