@@ -285,7 +285,7 @@ class TensorWriter:
 
     def _restore(self, state: Any) -> bool:
         """Take what an earlier run has finished, if its file is still there."""
-        if state is None or (self.path.stat().st_size if self.path.exists() else 0) != state["bytes"]:
+        if state is None or (self.path.stat().st_size if self.path.exists() else 0) < state["bytes"]:
             return False
         self.stored = [Stored(name, dtype, length, self.path, at) for name, dtype, length, at in state["stored"]]
         self.squares = tuple(state["squares"])
