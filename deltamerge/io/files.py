@@ -151,6 +151,18 @@ def sync(fd: int) -> None:
         raise output_error(error) from error
 
 
+def sync_path(path: Path) -> None:
+    """Put a file's data, or the names in a folder, on the disk. OutputError: it could not be done."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise output_error(error) from error
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
 def copy_at(source: int, offset: int, nbytes: int, target: int, target_offset: int) -> None:
     """Copy bytes between files, inside the kernel (shared extents, where it can) or through a buffer."""
     done = 0
