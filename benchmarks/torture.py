@@ -201,13 +201,13 @@ class Torture:
         self.clean()
         kills = 0
         while not self.out.exists():
-            process = self.start("--resume")
-            try:
-                process.wait(self.draw.uniform(0.5, 1.1) * self.seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
+            wanted = self.saved + self.draw.uniform(0.1, 0.4) * self.nbytes
+            process = self.start("--resume", pace=SECONDS / self.nbytes)
+            while self.saved < wanted and process.poll() is None:
+                time.sleep(0.005)
+            kills += process.poll() is None
+            process.kill()
+            process.wait()
         self.check_after_kill()
         return kills
 
