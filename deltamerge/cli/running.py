@@ -32,6 +32,7 @@ from deltamerge.show import render_calibration
 @click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
 @click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
+@click.option("--pictures", is_flag=True, help="Draw delta and search for the model card (extra `plot`).")
 @AS_JSON
 @QUIET
 def run(
@@ -47,10 +48,11 @@ def run(
     force: bool,
     locked: bool,
     allow_nonfinite: bool,
+    pictures: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run RECIPE: merge its models into a checkpoint that transformers loads.
+    """Merge the models of RECIPE into one that transformers loads.
 
     Of several documents those with a name are made first, beside the output, where they would differ.
 
@@ -71,6 +73,8 @@ def run(
         raise click.UsageError("--part, --finish and --ray exclude each other")
     if ray is not None and recipe.startswith(SCHEME):
         raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
+    if pictures and part is not None:
+        raise click.UsageError("--pictures is for --finish, when every part is done")
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -86,12 +90,19 @@ def run(
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
         if finish:
             result = finish_parts(
-                path, out, workers=workers, force=force, locked=locked, pins=published.pins if published else None
+                path,
+                out,
+                workers=workers,
+                force=force,
+                locked=locked,
+                pictures=pictures,
+                pins=published.pins if published else None,
             )
         else:
             options: dict[str, Any] = {
                 "device": device, "workers": workers, "memory": memory, "resume": resume, "force": force,
-                "locked": locked, "allow_nonfinite": allow_nonfinite, "watch": lambda plan: progress.start(plan.nbytes),
+                "locked": locked, "allow_nonfinite": allow_nonfinite, "pictures": pictures,
+                "watch": lambda plan: progress.start(plan.nbytes),
             }  # fmt: skip
             if ray is not None:
                 from deltamerge.cluster import run_on_ray
@@ -126,7 +137,10 @@ def run(
 def calibrate(
     recipe: Path, device: str, workers: int | None, memory: int | None, plot: Path | None, as_json: bool
 ) -> None:
-    """Only choose the q's of RECIPE on its calibration data; writes them to the lock beside it, for run --locked."""
+    """Choose the q's of RECIPE on its calibration data, no more.
+
+    Writes them to the lock beside RECIPE, for run --locked.
+    """
     from deltamerge.runner import calibrate as calibrate_recipe
 
     found = calibrate_recipe(recipe, device=device, workers=workers, memory=memory)
