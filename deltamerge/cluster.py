@@ -23,8 +23,6 @@ from deltamerge.runner import Result, finish, run
 
 RETRIES = 3
 LOCAL = "local"
-# Nothing is reported to anybody; what ray's own processes warn of stays in their logs.
-SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "error"}
 HOST_AND_PORT = re.compile(r"(ray://)?(?P<host>[^:/]+):(?P<port>\d+)")
 
 
@@ -105,8 +103,7 @@ def _result(ray: Any, reference: Any, part: Part) -> Any:
 @contextmanager
 def _cluster(address: str) -> Iterator[Any]:
     """Ray, connected; its tasks end with the block. InputError: it is not installed, or no cluster is at `address`."""
-    for name, value in SETTINGS.items():
-        os.environ.setdefault(name, value)
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     if address == LOCAL and not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
         # for this run's cluster alone; ray would make one in the user's home
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
