@@ -44,6 +44,8 @@ SECONDS = 3.0  # that the weights take to be written by a run that is to be kill
 # byte written takes `pace` seconds more, as on a slower disk.
 CHILD = """\
 import errno, os, random, sys, time
+if {chance} or {pace}:
+    sys.modules["numba"] = None  # compiled loops write by themselves, unseen; the bytes are the same
 import deltamerge.io.writer as writer
 from deltamerge.cli import main
 writer.SAVE_SECONDS = {save}
