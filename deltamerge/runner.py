@@ -25,8 +25,8 @@ from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.delta_spool import SPOOL
 from deltamerge.io.delta_writer import Summary
-from deltamerge.io.files import Descriptor
-from deltamerge.io.workspace import Workspace, refuse_inputs, sync_path, workspace
+from deltamerge.io.files import Descriptor, sync_path
+from deltamerge.io.workspace import Workspace, refuse_inputs, workspace
 from deltamerge.io.writer import Writer, write_index
 from deltamerge.planner import Plan
 from deltamerge.plans import make_plan, make_plans, target_of

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError, OutputError
-from deltamerge.io.files import output_error, sync
+from deltamerge.io.files import output_error, sync_path
 from deltamerge.io.journal import Journal, read_journal
 
 OUT, OLD, LOCK, JOURNAL = "out", "old", "lock", "journal"
@@ -198,15 +198,6 @@ def part_journals(state: Path) -> dict[str, list[dict[str, Any]]]:
     return {name.removeprefix(f"{JOURNAL}-"): read_journal(state / name)[0] for name in names}
 
 
-def sync_path(path: Path) -> None:
-    """Put a file's data, or the names in a folder, on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        sync(fd)
-    finally:
-        os.close(fd)
-
-
 def _filled(target: Path) -> bool:
     return target.is_dir() and any(target.iterdir())
 
@@ -240,8 +231,9 @@ def _locked(state: Path, name: str, target: Path, *, shared: bool = False) -> It
         os.close(fd)
     try:
         if not shared:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            with suppress(OSError):  # who holds it is for people; a full disk is met, and told, by what needs it
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(fd)
