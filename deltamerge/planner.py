@@ -188,8 +188,8 @@ def plan(
     if data:
         _check_data(sources, inputs)
     if sources:  # the stages come before the first tile, one after another
-        resident = [stage_memory(source) for source in sources.values()]
-        peak = max(peak, CALIBRATING_BYTES + (sum(resident) if builder.together else max(resident)))
+        resident = [node.parameter("spec").memory for node in builder.stages]
+        peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
     peak += vocabulary.memory if vocabulary is not None else 0
     cuts = {recipe.names[i]: node.parameter("deltas") for i, node in builder.deltas.cuts.items()}
     notes = [

@@ -17,7 +17,7 @@ from deltamerge.assets import asset_files, write_assets
 from deltamerge.budget import Choice, budget_of
 from deltamerge.card import render
 from deltamerge.chain import Document, documents, folder_of, is_current
-from deltamerge.distribute import Part, gather
+from deltamerge.distribute import Part, gather, shared_calibration
 from deltamerge.errors import InputError, OutputError
 from deltamerge.execute import execute, shared_values
 from deltamerge.graph import Node
@@ -164,7 +164,7 @@ def _run(
             densities = locks.locked_densities(lock, lock_path) if lock_path else None
             planned, values, written, choice = write_within_budget(planned, work.folder, watch, remake, densities)
         else:
-            values = _calibration(planned, work, lock_path, in_parts=part is not None)
+            values = _calibration(planned, work, lock_path, facts, alone=part is None or part.index == 0)
             if planned.recipe.output.kind == "delta":
                 values, written = write_delta(planned, work.folder, watch(planned), values)
             else:
@@ -216,7 +216,8 @@ def finish(
     draw = _drawing(planned, data=False) if pictures else None
     with workspace(target, force=force, finish=True) as work:
         text = planned.recipe.source.text
-        parts = gather(work, locks.facts(planned, text))
+        facts = locks.facts(planned, text)
+        parts = gather(work, facts)
         outputs: dict[str, Any] = {}
         inputs: dict[str, Any] = {}
         for part in parts:
@@ -225,7 +226,7 @@ def finish(
                 inputs.setdefault(reference, {**entry, "files": {}})["files"] |= entry["files"]
         if locked:
             locks.check_inputs(locks.read_lock(path.with_suffix(".lock")), inputs, path.with_suffix(".lock"))
-        known = _calibration(planned, work, path.with_suffix(".lock") if locked else None, in_parts=True)
+        known = _calibration(planned, work, path.with_suffix(".lock") if locked else None, facts, alone=False)
         write_index(work.folder, planned.layout)
         planned, lock = _complete(planned, work, text, target.name, inputs, outputs, known, draw=draw)
     return Result(target, planned, lock)
@@ -268,16 +269,18 @@ def _complete(
     return planned, lock
 
 
-def _calibration(planned: Plan, work: Workspace, lock_path: Path | None, *, in_parts: bool) -> dict[Node, Any]:
-    """The calibrated q's: an interrupted run's own, or the lock's, or found now and kept for --resume."""
+def _calibration(
+    planned: Plan, work: Workspace, lock_path: Path | None, facts: Mapping[str, Any], *, alone: bool
+) -> dict[Node, Any]:
+    """The calibrated q's: an interrupted run's own, or part 0's, or the lock's, or, if `alone`, found now and kept."""
     if not planned.stages:
         return {}
     own = work.state / "calibration.lock"
-    if any("calibrated" in record for record in work.journal.records):
+    if any("calibrated" in record for record in work.journal.records) or shared_calibration(work, facts):
         lock_path = own
     if lock_path is not None:
         return dict(locks.locked_calibration(planned, locks.read_lock(lock_path), lock_path))
-    if in_parts:
+    if not alone:
         raise InputError(
             "--part: the recipe calibrates q, which all parts must share",
             hint="run `deltamerge calibrate RECIPE` once, then every part and --finish with --locked",

@@ -24,6 +24,10 @@ from deltamerge.show import render_calibration
 @MEMORY
 @click.option("--part", metavar="I/N", help="Write only the I-th of N parts, whole shards each.")
 @click.option("--finish", is_flag=True, help="Make the target of what all parts wrote.")
+@click.option(
+    "--ray", metavar="[ADDRESS]", is_flag=False, flag_value="local",
+    help="Run all parts on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
+)  # fmt: skip
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped; the same bytes result.")
 @click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
@@ -39,6 +43,7 @@ def run(
     memory: int | None,
     part: str | None,
     finish: bool,
+    ray: str | None,
     resume: bool,
     force: bool,
     locked: bool,
@@ -54,6 +59,7 @@ def run(
     \b
     deltamerge run recipe.yaml --memory 2GB
     deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
+    deltamerge run recipe.yaml --ray 10.0.0.1:6379    # its parts on a cluster
 
     An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
     """
@@ -63,10 +69,12 @@ def run(
     from deltamerge.runner import run as run_recipe
     from deltamerge.share import SCHEME
 
-    if finish and part is not None:
-        raise click.UsageError("--finish and --part exclude each other")
-    if pictures and part is not None:
-        raise click.UsageError("--pictures is for --finish, when every part is done")
+    if sum((finish, part is not None, ray is not None)) > 1:
+        raise click.UsageError("--part, --finish and --ray exclude each other")
+    if ray is not None and recipe.startswith(SCHEME):
+        raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
+    if pictures and (part is not None or ray is not None):
+        raise click.UsageError("--pictures is for whole runs and --finish, not for --part and --ray")
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -91,21 +99,19 @@ def run(
                 pins=published.pins if published else None,
             )
         else:
-            result = run_recipe(
-                path,
-                out,
-                device=device,
-                workers=workers,
-                memory=memory,
-                part=Part.parse(part) if part else None,
-                resume=resume,
-                force=force,
-                locked=locked,
-                allow_nonfinite=allow_nonfinite,
-                pictures=pictures,
-                pins=published.pins if published else None,
-                watch=lambda plan: progress.start(plan.nbytes),
-            )
+            options: dict[str, Any] = {
+                "device": device, "workers": workers, "memory": memory, "resume": resume, "force": force,
+                "locked": locked, "allow_nonfinite": allow_nonfinite, "watch": lambda plan: progress.start(plan.nbytes),
+            }  # fmt: skip
+            if ray is not None:
+                from deltamerge.cluster import run_on_ray
+
+                result = run_on_ray(path, out, address=ray, **options)
+            else:
+                chosen = Part.parse(part) if part else None
+                result = run_recipe(
+                    path, out, part=chosen, pictures=pictures, pins=published.pins if published else None, **options
+                )
     if result.nonfinite:
         click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
     differing = published.differences(result.lock["outputs"]) if published and not part else []

@@ -7,7 +7,7 @@ and decoding checks every position. An array of *bits* is flat and unsigned: the
 from __future__ import annotations
 
 import math
-import mmap
+import os
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.encodings import LARGEST_K, Array, Coding, decode, index_itemsize
-from deltamerge.io.files import flat, refuse_link
+from deltamerge.io.encodings import LARGEST_K, Array, Coding, Sliced, decode, index_itemsize, most_bytes
+from deltamerge.io.files import Descriptors, flat, input_error, refuse_link
 from deltamerge.io.safetensors_file import MAX_DIMENSIONS, TensorInfo, read_header
+from deltamerge.io.stored import StoredArray
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.values import SCALE_BITS, SCALED, UNITS, Values, cast, narrow, scale_values, widen
 from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS
@@ -111,9 +112,9 @@ class Entry:
 
     name: str
     record: Record
-    values: Array
-    index: Array | None = None
-    scales: Array | None = None
+    values: Sliced
+    index: Sliced | None = None
+    scales: Sliced | None = None
 
     @property
     def size(self) -> int:
@@ -140,14 +141,15 @@ class Entry:
         record = self.record
         if self.scales is None or record.values is None:
             return np.empty(0, np.float32)
-        return scale_values(self.scales, groups(record), record.unit)
+        return scale_values(self.scales[:], groups(record), record.unit)
 
     def codes(self, start: int, stop: int) -> Array:
         """Values [start, stop) before scales: bits of final values, float32, int8, or int8 1 and -1 for signs."""
-        values, coding = self.values[start:stop], self.record.values
+        coding = self.record.values
         if coding == "sign":
             bits = np.unpackbits(self.values[start >> 3 : -(-stop // 8)], bitorder="little").view(np.int8)
             return 1 - (bits[start & 7 :][: stop - start] << 1)
+        values = self.values[start:stop]
         if coding == "bfloat16":
             return widen(values, "BF16")
         return values if coding is None else values.view(np.int8 if coding == "int8" else np.float32)
@@ -228,14 +230,15 @@ class Entry:
         if not record.count:
             return
         if self.index is None and record.values is None:
-            bits[:] = self.values
+            bits[:] = self.values[:]
         elif self.index is not None and self._fits_kernel():
             from deltamerge.io.delta_kernels import apply_rice
 
             out = bits if record.values is None else bits.view(np.float32)
-            values = self.values.view({"float32": "f4", "int8": "i1"}.get(record.values or "", self.values.dtype))
+            values = self.values[:]
+            values = values.view({"float32": "f4", "int8": "i1"}.get(record.values or "", values.dtype))
             scales, group = self.scale_values(), record.group
-            apply_rice(self.index, record.k, record.count, values, record.values, scales, group, out)
+            apply_rice(self.index[:], record.k, record.count, values, record.values, scales, group, out)
         else:
             for positions, values in self.pieces():
                 self._put(bits, bits, positions, values)
@@ -303,20 +306,24 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, .
     for file in shards:
         refuse_link(folder / file)
         stored |= read_header(folder / file).tensors
-    maps = {path: _map(path) for path in {info.path for info in stored.values()}}
+    opened = Descriptors(os.O_RDONLY, input_error)
     entries = {}
     for name, record in manifest.tensors.items():
         try:
             _check(record)
-            arrays = {
-                suffix: _array(name + suffix, expected, stored.pop(name + suffix, None), maps)
+            arrays: dict[str, Sliced] = {
+                suffix: _array(name + suffix, expected, stored.pop(name + suffix, None), opened)
                 for suffix, expected in stored_arrays(record).items()
             }
+            values, scales = arrays.pop(".values", _NOTHING), arrays.pop(".scales", None)
+            index = next(iter(arrays.values()), None)
+            most = most_bytes(record.encoding, record.count, math.prod(record.shape), record.k)
+            if index is not None and record.encoding != "indices" and index.size > most:
+                raise InputError(f"{record.encoding} of {index.size} bytes, at most {most} can be needed")
         except InputError as error:
             error.where.insert(0, f"{MANIFEST}: {name}")
             raise
-        values, scales = arrays.pop(".values", _NOTHING), arrays.pop(".scales", None)
-        entries[name] = Entry(name, record, values, next(iter(arrays.values()), None), scales)
+        entries[name] = Entry(name, record, values, index, scales)
     if stored:
         raise InputError(f"{MANIFEST} does not describe the stored tensor {min(stored)!r}")
     files = (MANIFEST, *(() if shards == [SINGLE] else (INDEX,)), *shards)
@@ -353,7 +360,7 @@ def _check_growth(old: list[int], new: list[int]) -> None:
         raise InputError(f"base_shape {old} is not {new} with fewer rows")
 
 
-def _array(name: str, expected: tuple[str, int | None], info: TensorInfo | None, maps: dict[Path, mmap.mmap]) -> Array:
+def _array(name: str, expected: tuple[str, int | None], info: TensorInfo | None, opened: Descriptors) -> StoredArray:
     dtype, length = expected
     if info is None:
         raise InputError(f"{name} is not stored")
@@ -361,9 +368,7 @@ def _array(name: str, expected: tuple[str, int | None], info: TensorInfo | None,
         wanted = dtype if length is None else f"{dtype} of length {length}"
         raise InputError(f"{name} is {info.dtype} {list(info.shape)}, not {wanted}")
     kind = f"<{'i' if name.endswith('.indices') else 'u'}{ITEMSIZE[dtype]}"
-    array = np.frombuffer(maps[info.path], kind, info.shape[0], info.begin)
-    # numpy gets along with any offset, torch only with aligned ones; our own files are aligned
-    return array if array.flags.aligned else array.copy()
+    return StoredArray(opened, info.path, info.begin, info.shape[0], kind)
 
 
 def _manifest(folder: Path) -> Manifest:
@@ -396,12 +401,3 @@ def _files(folder: Path) -> list[str]:
         if not isinstance(name, str) or not _SHARD.fullmatch(name):
             raise InputError(f"{INDEX}: {str(name)[:80]!r} is not the name of a shard")
     return sorted(set(names))
-
-
-def _map(path: Path) -> mmap.mmap:
-    """The file's bytes; private, so that torch may share them though the file is read-only."""
-    try:
-        with path.open("rb") as file:
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-    except OSError as error:
-        raise InputError(f"{path.name}: cannot be read: {error.strerror}") from error
