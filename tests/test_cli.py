@@ -204,7 +204,7 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 
 FLAGS = {
-    "run": "--out --device --workers --memory --part --finish --resume --force --locked --allow-nonfinite "
+    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --allow-nonfinite "
     "--pictures --json --quiet --help",
     "check": "--offline --help",
     "plan": "--device --workers --memory --diff --graph --json --help",
