@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check conformance bench torture fuzz atheris ray scale docs clean
+.PHONY: help demo test check conformance bench paper torture fuzz atheris ray scale docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -29,6 +29,9 @@ conformance: .venv/.installed-dev  ## the same recipes through mergekit 0.1.5 an
 bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour, 5 GB in .bench
 	$(BIN)/python benchmarks/merge_speed.py
 
+paper: .venv/.installed-dev  ## the DAREx paper's experiments, scaled down, and docs/results.md; .paper keeps what is done
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper all
+
 torture: .venv/.installed-dev  ## kills, faulty and full disks, two runs at once: always the same bytes; 5 minutes
 	$(BIN)/python benchmarks/torture.py
 
@@ -50,7 +53,7 @@ docs: .venv/.installed-docs  ## the documentation, in docs/_build/html
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf .venv .demo .bench .torture .scale .fuzz docs/_build
+	rm -rf .venv .demo .bench .paper .torture .scale .fuzz docs/_build
 
 # A stamp newer than pyproject.toml says that what it asks for is installed.
 .venv/.installed: EXTRAS := fast

@@ -37,6 +37,7 @@ def run_on_ray(
     force: bool = False,
     locked: bool = False,
     allow_nonfinite: bool = False,
+    pictures: bool = False,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Result:
     """`runner.run`, its parts side by side on the Ray cluster at `address` (by default one of this machine's cores).
@@ -68,7 +69,7 @@ def run_on_ray(
                 nbytes, found = _result(ray, reference, running.pop(reference))
                 progress(nbytes)
                 nonfinite |= found
-    done = finish(path, out, workers=workers, force=force, locked=locked)
+    done = finish(path, out, workers=workers, force=force, locked=locked, pictures=pictures)
     return Result(done.folder, done.plan, done.lock, nonfinite=nonfinite)
 
 

@@ -24,6 +24,7 @@ from deltamerge.illustrate import Draw, drawing
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.delta_writer import Summary
+from deltamerge.io.files import Descriptor
 from deltamerge.io.workspace import Workspace, refuse_inputs, sync_path, workspace
 from deltamerge.io.writer import Writer, write_index
 from deltamerge.planner import Plan
@@ -161,8 +162,13 @@ def _run(
             def remake(densities: Mapping[str, float]) -> Plan:
                 return make_plan(path, **options, upto=document.name, weights=True, densities=densities)
 
+            def settle(plan: Plan) -> Mapping[Node, Any]:
+                return locks.locked_calibration(plan, lock, lock_path) if lock_path else shared_values(plan.stages, {})
+
             densities = locks.locked_densities(lock, lock_path) if lock_path else None
-            planned, values, written, choice = write_within_budget(planned, work.folder, watch, remake, densities)
+            planned, values, written, choice = write_within_budget(
+                planned, work.folder, watch, remake, settle, densities
+            )
         else:
             values = _calibration(planned, work, lock_path, facts, alone=part is None or part.index == 0)
             if planned.recipe.output.kind == "delta":
@@ -335,6 +341,11 @@ def calibrate(
     if len(documents(path)) > 1:
         raise InputError(f"{path}: has several documents", hint="`deltamerge run` calibrates each as it makes it")
     planned = make_plan(path, device=device, workers=workers, memory=memory, weights=True)
+    if budget_of(planned) is not None:
+        raise InputError(
+            f"{path}: a budget's densities are chosen as the artifact is written, and q for them",
+            hint=f"deltamerge run {path}",
+        )
     if not planned.stages:
         raise InputError(
             f"{path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
@@ -371,6 +382,12 @@ class _Shards:
 
     def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
         self.writer.copy(name, offset + start, source, start, nbytes, reader)
+
+    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
+        return self.writer.place(name, offset)
+
+    def wrote(self, name: str, offset: int, nbytes: int) -> None:
+        self.writer.wrote(name, offset, nbytes)
 
 
 def _write_weights(

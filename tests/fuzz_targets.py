@@ -23,7 +23,9 @@ from deltamerge.chain import documents
 from deltamerge.errors import DeltamergeError
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.delta import DeltaFile
-from deltamerge.io.delta_writer import Base, BaseTensor, DeltaWriter
+from deltamerge.io.delta_format import Base
+from deltamerge.io.delta_tensor import BaseTensor
+from deltamerge.io.delta_writer import DeltaWriter
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.plans import make_plan
 from deltamerge.runner import run

@@ -25,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from deltamerge.errors import InputError
 from deltamerge.io.delta import TORCH_NAMES, DeltaFile, load_delta, to_torch
 from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_writer import BaseTensor, DeltaWriter, Summary
+from deltamerge.io.delta_tensor import BaseTensor
+from deltamerge.io.delta_writer import DeltaWriter, Summary
 from deltamerge.io.encodings import CODINGS
 
 DTYPES = ["F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I64", "BOOL"]
@@ -491,6 +492,7 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("tensors.q.unit", 10**6, "unit must be in"),
         ("tensors.q.group", 99, r"q.scales is U8 \[32\], not U8 of length 33"),
         ("tensors.q.group", 0, "tensors.q.group"),
+        ("tensors.q.ranks", "0x", "tensors.q.ranks"),
         ("tensors.r", None, "does not describe the stored tensor 'r"),
     ],
 )
@@ -693,6 +695,7 @@ def test_documented_reader_reads_what_is_written(tmp_path: Path, coding: str, va
     exec(documented("def positions"), reader)
     record = json.loads((tmp_path / "delta.json").read_text())["tensors"]["w"]
     assert record["values"] == values
+    assert ("ranks" in record) == (values in ("int8", "sign") and density > 0.02)  # both forms of scales are read
     arrays = reader["load_file"](tmp_path / "delta.safetensors")
     assert np.array_equal(reader["positions"](record, "w", arrays), where)
     entry = DeltaFile.open(tmp_path).entries["w"]

@@ -73,8 +73,8 @@ def run(
         raise click.UsageError("--part, --finish and --ray exclude each other")
     if ray is not None and recipe.startswith(SCHEME):
         raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
-    if pictures and (part is not None or ray is not None):
-        raise click.UsageError("--pictures is for whole runs and --finish, not for --part and --ray")
+    if pictures and part is not None:
+        raise click.UsageError("--pictures is for --finish, when every part is done")
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -101,7 +101,8 @@ def run(
         else:
             options: dict[str, Any] = {
                 "device": device, "workers": workers, "memory": memory, "resume": resume, "force": force,
-                "locked": locked, "allow_nonfinite": allow_nonfinite, "watch": lambda plan: progress.start(plan.nbytes),
+                "locked": locked, "allow_nonfinite": allow_nonfinite, "pictures": pictures,
+                "watch": lambda plan: progress.start(plan.nbytes),
             }  # fmt: skip
             if ray is not None:
                 from deltamerge.cluster import run_on_ray
@@ -109,9 +110,7 @@ def run(
                 result = run_on_ray(path, out, address=ray, **options)
             else:
                 chosen = Part.parse(part) if part else None
-                result = run_recipe(
-                    path, out, part=chosen, pictures=pictures, pins=published.pins if published else None, **options
-                )
+                result = run_recipe(path, out, part=chosen, pins=published.pins if published else None, **options)
     if result.nonfinite:
         click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
     differing = published.differences(result.lock["outputs"]) if published and not part else []

@@ -17,7 +17,9 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.delta_format import Base, Entry, Manifest, open_folder
+from deltamerge.io.delta_entry import Entry
+from deltamerge.io.delta_folder import open_folder
+from deltamerge.io.delta_format import Base, Manifest
 from deltamerge.io.encodings import Array, index_itemsize
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import re
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,7 @@ from deltamerge.io.journal import Journal, read_journal
 
 OUT, OLD, LOCK, JOURNAL = "out", "old", "lock", "journal"
 KEPT = "what is done is kept: continue with --resume"
+SYNCS = 8
 PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 
 
@@ -66,8 +68,9 @@ class Workspace:
         """
         if _filled(self.target) and not self.force:
             raise OutputError(f"{self.target}: not empty any more", hint="replace it with --resume --force")
-        for path in (*self.folder.iterdir(), self.folder):
-            sync_path(path)
+        with ThreadPoolExecutor(SYNCS) as pool:  # side by side: one commit of the file system's journal serves several
+            list(pool.map(sync_path, self.folder.iterdir()))
+        sync_path(self.folder)
         old = self.state / OLD
         if replaced := self.target.exists():
             os.rename(self.target, old)
