@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from deltamerge.distribute import Part, gather, shared_calibration
 from deltamerge.errors import InputError, OutputError
 from deltamerge.execute import execute, shared_values
 from deltamerge.graph import Node
+from deltamerge.illustrate import Draw, drawing
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.delta_spool import SPOOL
@@ -133,7 +133,7 @@ def _run(
     **options: Any,
 ) -> Result:
     """Make the result of one document of the recipe at `path`."""
-    draw = _drawing(planned, data=not locked) if pictures else None
+    draw = drawing(planned, data=not locked) if pictures else None
     refuse_inputs(target, _places(planned))
     if part and planned.recipe.output.kind != "model":
         hint = "run without --part; or the parts with output.kind model, then deltamerge extract of what they make"
@@ -197,17 +197,6 @@ def _run(
     return Result(target, planned, lock, written, nonfinite)
 
 
-Draw = Callable[[Plan, Path, Path], dict[str, str]]
-
-
-def _drawing(planned: Plan, *, data: bool) -> Draw:
-    """What draws the pictures, once the weights are there. InputError: it could not."""
-    from deltamerge.illustrate import check, illustrate
-
-    check(planned)
-    return partial(illustrate, data=data)
-
-
 def finish(
     path: Path,
     out: Path | None = None,
@@ -223,7 +212,7 @@ def finish(
         raise InputError(f"{path}: has several documents, --part takes one", hint="give each document its own file")
     planned = make_plan(path, device="cpu", workers=workers, data=not locked, pins=pins)
     target = target_of(path, planned.recipe, out)
-    draw = _drawing(planned, data=False) if pictures else None
+    draw = drawing(planned, data=False) if pictures else None
     with workspace(target, force=force, finish=True) as work:
         text = planned.recipe.source.text
         facts = locks.facts(planned, text)

@@ -204,8 +204,8 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 
 FLAGS = {
-    "run": "--out --device --workers --memory --part --finish --resume --force --locked --allow-nonfinite --json "
-    "--quiet --help",
+    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --allow-nonfinite "
+    "--pictures --json --quiet --help",
     "check": "--offline --help",
     "plan": "--device --workers --memory --diff --graph --json --help",
     "apply": "--base --out --workers --memory --force --json --quiet --help",
