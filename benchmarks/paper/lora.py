@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,7 @@ DENSITIES = (0.7, 0.5, 0.3, 0.1)
 # Trainer -> by what its fine-tune is pruned.
 NAMES = {
     "AdamW": ("DARE", "DAREx-q, q_v", "DAREx-q, q_e", "importance sampling", "magnitude", "magnitude, q_e"),
-    "AdamR-L2": ("DARE", "DAREx-q, q_e"),
+    "AdamR-L2": ("DARE", "DAREx-q, q_e", "magnitude, q_e"),
 }
 DECAY = 0.01
 
@@ -56,8 +58,7 @@ def fine_tune(setting: Setting, base: Path, factory: OptimizerFactory, out: Path
             task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=["query", "key", "value", "dense"],
             exclude_modules=["bert.pooler.dense"], modules_to_save=["classifier"],
         )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers 5 renames
+        with _quiet():
             model: Any = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
         train(model, batches, LR, factory)
     model.save_pretrained(out)
@@ -67,6 +68,14 @@ def adamr(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
     """AdamR that pulls A and B to zero: they are what is pruned. The head is fresh."""
     zeros = {name: torch.zeros_like(p) for name, p in model.named_parameters() if "lora_" in name}
     return AdamR.for_model(model, zeros, lr=lr, decay=DECAY, fresh=["classifier"])
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT 0.21 reads a property that transformers 5 renames."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def subject(setting: Setting, trainer: str) -> Subject:
@@ -87,26 +96,23 @@ def subject(setting: Setting, trainer: str) -> Subject:
         from peft import PeftModel
 
         adapter = str(folder).rpartition("+")[2]
-        model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter)
+        with _quiet():
+            model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter)
         return encoder.score(model, TASKS[TASK], test, tokenizer=AutoTokenizer.from_pretrained(base))
 
     return Subject(base, f"{base}+{adapter}", calibration, score, {"rows": len(test)}, {"kind": "peft"})
 
 
 def table_4(setting: Setting) -> Record:
-    record: Record = {"task": TASK, "rank": RANK, "fine-tunes": {}}
-    for trainer, names in NAMES.items():
-        one = subject(setting, trainer)
-        densities = setting.pick(DENSITIES, (0.1,))
-        rows = pruned.scores(setting, one, setting.pick(names, names[::2][:2]), densities, setting.pick(3, 1))
-        record["fine-tunes"][trainer] = pruned.whole(setting, one) | {"rows": rows}
-        record |= one.made_of
-    return record
+    names = setting.pick(NAMES, {trainer: some[::2][:2] for trainer, some in NAMES.items()})
+    densities, seeds = setting.pick((DENSITIES, 3), ((0.1,), 1))
+    found = pruned.fine_tunes(setting, subject, names, densities, seeds)
+    return {"task": TASK, "test_rows": len(encoders.rows(setting, TASK, "test")), "rank": RANK, "fine-tunes": found}
 
 
 def show_table_4(record: Record) -> str:
     return (
-        f"Accuracy in % on {record['rows']} rows of {record['task']}: LoRA of rank {record['rank']} on every "
+        f"Accuracy in % on {record['test_rows']} rows of {record['task']}: LoRA of rank {record['rank']} on every "
         "linear layer of the small encoder. The entries of A and B are pruned at this rate each "
         "(`output: {kind: peft}`, loaded by plain PEFT), so that of the products that B A is a sum of the square of "
         "the density is left. AdamR-L2 pulls A and B to zero. The paper's figures are not at hand.\n\n"
