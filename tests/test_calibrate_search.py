@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from deltamerge.calibrate.search import BUDGET, Found, grid, minimise
+from deltamerge.calibrate.searches import passed
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
     "square": lambda q, best: (q - best) ** 2,
@@ -90,3 +91,9 @@ def test_minima_are_listed_best_first() -> None:
 
 def test_a_flat_path_has_one_minimum_its_lower_end() -> None:
     assert Found(1.0, 2.0, tuple((q, 2.0) for q in (1.0, 2.0, 3.0))).minima == (1.0,)
+
+
+@pytest.mark.parametrize("slope", [1.0, -1.0, 0.0])
+def test_points_that_a_search_has_passed_are_spread(slope: float) -> None:
+    found = minimise(lambda points: [slope * math.log(x) for x in points], 0.001, 1.0)
+    assert [x for x, _ in passed(found, 0.001, 1.0)] == pytest.approx([10 ** (-3 + 3 * i / 7) for i in range(1, 7)])
