@@ -6,7 +6,6 @@ measures better than to rescale them too (docs/calibration.md). Only learned sca
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +21,7 @@ from deltamerge.calibrate.scales import learn, row_shape
 from deltamerge.calibrate.statistics import LayerStatistics, Vector
 from deltamerge.calibrate.subject import Subject
 from deltamerge.errors import InputError
-from deltamerge.stages import SHORTLIST, STEPS, Spec, grid_step
+from deltamerge.stages import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step
 
 Qs = dict[str, Q]
 Path = list[list[Any]]
@@ -60,15 +59,18 @@ def shortlist(found: search.Found, low: float, high: float) -> list[tuple[float,
 
 
 def passed(found: search.Found, low: float, high: float) -> list[tuple[float, float]]:
-    """Points inside the bounds that a search has passed, evenly spread on the log axis.
+    """Points inside the bounds that a search has passed, no closer than a twentieth of the log axis.
 
     Where the winner predicts as the base does, the objective has preferred the base, or a drowned delta, to everything
     in between: on sentiment at density 0.001 the output change of magnitude is smallest at q = 0.017, whose accuracy is
     61, and the predictions are nearest at 0.028, with 74.
     """
     inside = [(x, value) for x, value in found.path if low * (1.0 + 1e-9) < x < high * (1.0 - 1e-9)]
-    marks = [low * (high / low) ** (i / (search.COARSE - 1)) for i in range(1, search.COARSE - 1)]
-    return sorted({min(inside, key=lambda point: abs(math.log(point[0] / mark))) for mark in marks if inside})
+    least, spread = (high / low) ** (1 / EVALUATIONS), sorted(inside)[:1]
+    for point in sorted(inside):
+        if point[0] >= spread[-1][0] * least:
+            spread.append(point)
+    return spread
 
 
 class Searches:
