@@ -22,7 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,7 +90,7 @@ QUICK = ("DARE", "DAREx-q, q_e", "magnitude", "magnitude, q_e")
 class Setting(NamedTuple):
     """Where models and rows are, and how much of them is used."""
 
-    models: Path
+    models: Mapping[str, Path]  # "base", and each task's fine-tune
     rows: Path
     work: Path
     test_rows: int | None
@@ -126,7 +126,9 @@ def main() -> None:
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     WORK.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory(dir=WORK) as work:
-        measure(asked, Setting(models_folder(), asked.rows, Path(work), None, None, 40, 4))
+        folder = models_folder()
+        models = {name: folder / name for name in ("base", *asked.task)}
+        measure(asked, Setting(models, asked.rows, Path(work), None, None, 40, 4))
 
 
 def measure(asked: argparse.Namespace, setting: Setting) -> None:
@@ -150,7 +152,7 @@ def measure(asked: argparse.Namespace, setting: Setting) -> None:
             write(found, asked.out)
         if asked.authors:
             continue
-        found.setdefault("fine-tune", {}).setdefault(task, score(setting, task, setting.models / task))
+        found.setdefault("fine-tune", {}).setdefault(task, score(setting, task, setting.models[task]))
         for method, density, seed in cells(methods, densities, seeds):
             key = f"{task} | {method.name} | {density:g} | {seed}"
             if key not in found["cells"]:
@@ -190,8 +192,8 @@ def recipe(setting: Setting, task: str, method: Method, density: float, seed: in
     else:
         prune["density"] = density
     return {
-        "base_model": str(setting.models / "base"),
-        "models": [{"model": str(setting.models / task), "name": task, "prune": prune}],
+        "base_model": str(setting.models["base"]),
+        "models": [{"model": str(setting.models[task]), "name": task, "prune": prune}],
         "calibration": {
             "data": str(setting.rows / f"{task}.validation.jsonl"),
             "sequences": min(method.sequences, setting.sequences or method.sequences),
@@ -276,7 +278,8 @@ def gathered(found: dict[str, Any]) -> Table:
     return dict(sorted(table.items(), key=lambda item: (-item[0][1], order[item[0][0]])))
 
 
-def _spread(values: list[float]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Mean ± standard deviation (number); the one value if there is one."""
     mean = statistics.fmean(values)
     return f"{mean:.1f}" if len(values) == 1 else f"{mean:.1f} ± {statistics.pstdev(values):.1f} ({len(values)})"
 
@@ -295,16 +298,21 @@ def markdown(found: dict[str, Any]) -> str:
         cells_of = [by_task.get(task, []) for task in names]
         scores = [[c["score"] for c in some] for some in cells_of]
         shown = [
-            f"{_spread(some)} | {100 * statistics.fmean(some) / own[task]:.0f}" if some else " | "
+            f"{spread(some)} | {100 * statistics.fmean(some) / own[task]:.0f}" if some else " | "
             for task, some in zip(names, scores, strict=True)
         ]
         every = [c for some in cells_of for c in some]
         passes = [c["forward_passes"] for c in every]
         seconds = statistics.fmean(c["seconds"] for c in every)
-        spread = f"{min(passes)}" if min(passes) == max(passes) else f"{min(passes)}–{max(passes)}"
-        lines.append(f"| {density:g} | {name} | {' | '.join(shown)} | {spread} | {seconds:.0f} |")
+        lines.append(f"| {density:g} | {name} | {' | '.join(shown)} | {_range(passes)} | {seconds:.0f} |")
     text = "\n".join(lines) + "\n"
     return f"{text}\n{authors(found)}" if found["authors"] else text
+
+
+def _range(values: Collection[int]) -> str:
+    """ "3", or "3–5"."""
+    least, most = min(values), max(values)
+    return f"{least}" if least == most else f"{least}–{most}"
 
 
 def authors(found: dict[str, Any]) -> str:
@@ -365,10 +373,9 @@ def shares(found: dict[str, Any]) -> str:
         return f"**{value:.0f}**" if round(value) == best[density, task] else f"{value:.0f}"
 
     seeds = {len(c) for (n, _), by_task in table.items() for c in by_task.values() if _random(n)}
-    spread = f"{min(seeds)}" if min(seeds) == max(seeds) else f"{min(seeds)} to {max(seeds)}"
     lines = [
         f"In % of the fine-tune's own score ({', '.join(f'{task} {score:.1f}' for task, score in own.items())}), "
-        f"{' / '.join(own)}; random masks: mean of {spread} seed{'s' * (spread != '1')}.",
+        f"{' / '.join(own)}; random masks: mean of {_range(seeds)} seed{'s' * (max(seeds) > 1)}.",
         "",
         "| density | " + " | ".join(f"{d:g}" for d in densities) + " | forward passes |",
         "|---" * (len(densities) + 2) + "|",
@@ -380,9 +387,8 @@ def shares(found: dict[str, Any]) -> str:
         if not cells_of:
             continue
         passes = [c["forward_passes"] for c in cells_of]
-        spread = f"{min(passes)}" if min(passes) == max(passes) else f"{min(passes)}–{max(passes)}"
         columns = (" / ".join(shown(method.name, d, task) for task in own) for d in densities)
-        lines.append(f"| {method.name} | {' | '.join(columns)} | {spread} |")
+        lines.append(f"| {method.name} | {' | '.join(columns)} | {_range(passes)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import numpy as np
 from deltamerge.errors import InputError
 from deltamerge.graph import Node, depth_first, resolve
 from deltamerge.io.checkpoint import Reader
+from deltamerge.io.files import Descriptor
 from deltamerge.tensors import ITEMSIZE, Tile
 
 # What `fused.KERNELS` has; listed here so that planning needs no numba (a test compares the two).
@@ -65,9 +67,30 @@ class Lane(Protocol):
         """A finished tile as bytes on the host, valid until the next tile."""
 
 
+class Pass(Protocol):
+    """One pass over a tensor that runs by itself, from file to file."""
+
+    def run(self, start: int, stop: int, out: tuple[Descriptor, int] | None) -> dict[int, Any] | None:
+        """Elements [start, stop) of the tensor, written to the open file from that byte of it on (where the tensor
+        begins) if there is one; the partials of the pass's reductions by the id of their node. None: it failed, and the
+        ordinary way will tell why."""
+
+
 class Backend(Protocol):
     def lane(self, reader: Reader) -> Lane: ...
     def function(self, node: Node) -> Callable[..., Any]: ...
+    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
+        """The steps of a pass as one, if this backend can run them so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A node made ready to run: its function (None: read) and parameters looked up once for all tiles."""
+
+    node: Node
+    call: Callable[..., Any] | None
+    parameters: dict[str, Any]
+    frees: tuple[Node, ...]
 
 
 @cache
@@ -106,6 +129,12 @@ class FusedBackend:
 
     def function(self, node: Node) -> Callable[..., Any]:
         return self.kernels.get(node.function) or resolve(node.function)
+
+    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
+        from deltamerge.fused.stream import assemble
+
+        listed = [(step.node, step.parameters, step.frees) for step in steps]
+        return assemble(listed, values, reader, root.shape, root.dtype)
 
 
 class _Slots:
@@ -161,6 +190,9 @@ class TorchBackend:
 
     def function(self, node: Node) -> Callable[..., Any]:
         return resolve(node.function)
+
+    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
+        return None
 
 
 class TorchLane:

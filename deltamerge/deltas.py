@@ -34,8 +34,9 @@ class Deltas:
     """Makes the nodes of pruned deltas; holds what is the same for all tensors of a recipe.
 
     By the model's place in the recipe: `calibrated` has the nodes that choose its q, `activations` those that measure
-    what WANDA and `protect` take, `cuts` the threshold of `group: model`; `roots` names the weight whose q a factor of
-    an adapter has a root of, and which. `stages.prepare` fills them in: they depend on all tensors of a model.
+    what WANDA and `protect` take, `weighing` those that a budget weighs its errors by, `cuts` the threshold of `group:
+    model`; `roots` names the weight whose q a factor of an adapter has a root of, and which. `stages.prepare` fills
+    them in: they depend on all tensors of a model.
     `densities` are those of the tensors that a budget is for.
     """
 
@@ -48,6 +49,7 @@ class Deltas:
         self.whole_merge = recipe.calibration is not None and recipe.calibration.per == "merge"
         self.calibrated: dict[int, Node] = {}
         self.activations: dict[int, Node] = {}
+        self.weighing: dict[int, Node] = {}
         self.cuts: dict[int, Node] = {}
         self.roots: dict[str, tuple[str, int]] = {}
 

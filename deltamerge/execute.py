@@ -10,14 +10,15 @@ from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.backends import Backend, Lane, open_backend
+from deltamerge.backends import Backend, Lane, Pass, Step, open_backend
 from deltamerge.graph import REDUCTIONS, Node, Schedule, companion, depth_first, resolve, schedule
 from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.files import Descriptor
 from deltamerge.tensors import ITEMSIZE, Tile, block_elements
 
 JOB_ELEMENTS = 1 << 22
@@ -34,6 +35,17 @@ class Sink(Protocol):
         """Bytes [start, start + nbytes) of `source`, which as a whole is the tensor's bytes from `offset`."""
 
 
+@runtime_checkable
+class Files(Sink, Protocol):
+    """A sink of files that others may write to."""
+
+    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
+        """The open file, and its byte, that byte `offset` of tensor `name` goes to."""
+
+    def wrote(self, name: str, offset: int, nbytes: int) -> None:
+        """Bytes [offset, offset + nbytes) of tensor `name` are at their place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One output tensor, or some of its rows: its name, the node that makes it, the backend the plan chose ("fused" or
@@ -45,19 +57,12 @@ class Task:
     offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A node made ready to run: its function (None: read) and parameters looked up once for all tiles."""
-
-    node: Node
-    call: Callable[..., Any] | None
-    parameters: dict[str, Any]
-    frees: tuple[Node, ...]
-
-
 @dataclass(eq=False)
 class Running:
-    """A task in flight: the small values so far, the partials of the pass that runs, and how many jobs it waits for."""
+    """A task in flight: the small values so far, the partials of the pass that runs, and how many jobs it waits for.
+
+    `whole` runs the pass without going through its steps, where that can be done.
+    """
 
     task: Task
     backend: Backend
@@ -65,6 +70,7 @@ class Running:
     values: MutableMapping[int, Any]
     index: int = -1
     steps: list[Step] = field(default_factory=list)
+    whole: Pass | None = None
     partials: dict[int, dict[int, Any]] = field(default_factory=dict)
     waiting: int = 0
 
@@ -122,6 +128,7 @@ class _Engine:
         done: Callable[[str, int, int], bool],
     ) -> None:
         self.reader, self.sink, self.progress, self.done = reader, sink, progress, done
+        self.files = sink if isinstance(sink, Files) else None
         self.tile_elements = tile_elements
         self.backends = {name: open_backend(name, device) for name in {t.backend for t in tasks}}
         self.shared = shared_values([task.root for task in tasks], known)
@@ -213,6 +220,10 @@ class _Engine:
                 Step(n, None if n.kind == "read" else running.backend.function(n), dict(n.parameters), frees.get(i, ()))
                 for i, n in enumerate(nodes)
             ]
+            root = running.task.root
+            written = last and root.kind not in REDUCTIONS
+            alone = self.files is not None or not written
+            running.whole = running.backend.whole(running.steps, root, running.values, self.reader) if alone else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [job for job in self._jobs(running) if not (last and self._is_done_job(job))]
             running.waiting = len(jobs)
@@ -257,6 +268,8 @@ class _Engine:
         running = job.running
         root = running.task.root
         step = self._tile_step(root)
+        if running.whole is not None and self._compute_whole(running.whole, job):
+            return
         for node in (item.node for item in running.steps if item.call is None):
             size = ITEMSIZE[node.dtype]
             self.reader.advise(node.parameter("tensor"), job.start * size, (job.stop - job.start) * size)
@@ -287,6 +300,24 @@ class _Engine:
                     offset = running.task.offset + start * ITEMSIZE[root.dtype]
                     self.sink.write(running.task.name, offset, data)
                     self.progress(data.nbytes)
+
+    def _compute_whole(self, whole: Pass, job: Job) -> bool:
+        running = job.running
+        task, root = running.task, running.task.root
+        written = running.index == len(running.schedule.passes) - 1 and root.kind not in REDUCTIONS
+        nbytes = (job.stop - job.start) * ITEMSIZE[root.dtype]
+        out = self.files.place(task.name, task.offset) if written and self.files is not None else None
+        found = whole.run(job.start, job.stop, out)
+        if found is None:
+            return False
+        for item in running.steps:
+            if item.node.kind in REDUCTIONS:
+                self._reduce(running, item.node, job.start, found[id(item.node)])
+        if written and self.files is not None:
+            self.files.wrote(task.name, task.offset + job.start * ITEMSIZE[root.dtype], nbytes)
+        if written or root.kind == "small":
+            self.progress(nbytes)
+        return True
 
     def _reduce(self, running: Running, node: Node, start: int, value: Any) -> None:
         """Sums are added up as they come (integers: any order), what is concatenated waits under its tile's start."""

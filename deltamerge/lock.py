@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from deltamerge import __version__
 from deltamerge.calibrate.hub_rows import commit
 from deltamerge.calibrate.rows import is_of_hub, local_files
+from deltamerge.chosen import Run, choices
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
 from deltamerge.io.checkpoint import Checkpoint
@@ -223,10 +224,8 @@ def write_calibration(plan: Plan, found: Mapping[Node, Calibrated], path: Path) 
 
 def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Node, Calibrated]:
     """The q's that a lock has for a plan's stages; VerifyError where it has none that fit."""
-    from safetensors.numpy import load_file
-
-    file = path.with_suffix(ROWS)
     found: dict[Node, Calibrated] = {}
+    file = path.with_suffix(ROWS)
     for node, spec in plan.specs.items():
         entry = (lock.get("calibration") or {}).get(spec.name) or {}
         rows: dict[str, NDArray[np.float32]] = {}
@@ -234,10 +233,34 @@ def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Nod
             if not file.is_file():
                 raise VerifyError(f"{file}: missing, it holds the q's of rows", hint="copy it beside the lock")
             prefix = f"{spec.name}:"
-            read_header(file)  # ours names what is wrong with it
-            rows = {n.removeprefix(prefix): v for n, v in load_file(file).items() if n.startswith(prefix)}
+            rows = {n.removeprefix(prefix): v for n, v in read_rows(path).items() if n.startswith(prefix)}
         found[node] = locked(lock, spec, rows, str(path))
     return found
+
+
+def read_rows(path: Path) -> dict[str, NDArray[np.float32]]:
+    """The q's of rows beside the lock `path`, by "model:tensor"; none where there is no such file."""
+    from safetensors.numpy import load_file
+
+    file = path.with_suffix(ROWS)
+    if not file.is_file():
+        return {}
+    read_header(file)  # ours names what is wrong with it
+    return dict(load_file(file))
+
+
+def chosen(path: Path) -> Run | None:
+    """How the run that left the lock `path` chose q; None where there is none. InputError: the lock is none."""
+    if not path.is_file():
+        return None
+    lock = read_lock(path)
+    densities = locked_densities(lock, path) if lock.get("densities") else {}
+    return Run(
+        deltamerge=str(lock.get("deltamerge", "unknown")),
+        seed=lock["seed"] if isinstance(lock.get("seed"), int) else 0,
+        choices=choices(lock.get("calibration") or {}, read_rows(path), str(path)),
+        densities=densities,
+    )
 
 
 def locked_densities(lock: dict[str, Any], path: Path) -> dict[str, float]:

@@ -59,6 +59,7 @@ class Plan:
     stages: tuple[Node, ...] = ()
     sources: tuple[Source, ...] = ()
     budgeted: tuple[Budgeted, ...] = ()
+    weighing: Node | None = None
     cut_bytes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     pruned_adapter: Adapter | None = None
@@ -222,6 +223,7 @@ def plan(
         builder.stages,
         tuple(sources.values()),
         tuple(Budgeted(t.name, math.prod(t.base.shape), t.tensor, t.base) for t in builder.budgeted),
+        next(iter(builder.deltas.weighing.values()), None),
         cut_bytes,
         found.config,
         inputs.tunes[0].checkpoint.adapter if own else None,
@@ -232,7 +234,8 @@ def plan(
 
 def _sources(builder: Builder, inputs: Inputs) -> dict[int, Source]:
     """What the stages run, by the fine-tune's place in the recipe."""
-    sources = {i: node.parameter("source") for i, node in builder.deltas.activations.items()}
+    measured = builder.deltas.activations | builder.deltas.weighing
+    sources = {i: node.parameter("source") for i, node in measured.items()}
     sources |= {i: node.parameter("spec").source for i, node in builder.deltas.calibrated.items()}
     if builder.together is not None:
         parts = builder.together.parameter("spec").sources

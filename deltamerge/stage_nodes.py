@@ -39,7 +39,8 @@ class Preparation:
         for index, prune in enumerate(deltas.prunes):
             measured = prune.method == "wanda" or (prune.protect is not None and prune.protect.columns is None)
             calibrated = isinstance(prune.q, CalibratedQ) and not deltas.whole_merge
-            if not (measured or calibrated or prune.protect or prune.group == "model"):
+            weighed = prune.budget is not None and deltas.recipe.calibration is not None
+            if not (measured or calibrated or weighed or prune.protect or prune.group == "model"):
                 continue
             of_model = (t for merge in merges for t in merge.tunes if t.index == index)
             pruned = [t for t in of_model if deltas.density(t) not in (None, 1.0)]
@@ -48,7 +49,7 @@ class Preparation:
                 if prune.protect:
                     raise InputError("prune.protect: does not go with group: model yet", hint="group: tensor")
                 deltas.cuts[index] = self._cut(pruned)
-            if not pruned or not (measured or calibrated):
+            if not pruned or not (measured or calibrated or weighed):
                 continue
             refuse_gathered(pruned, "leave it out, prune: {exclude: [embed, lm_head]}, or use dare or magnitude")
             products = factor_pairs(deltas.recipe, pruned)
@@ -56,6 +57,8 @@ class Preparation:
                 self._calibrate_factors(index, prune, prune.q, products)
                 continue
             source = self._source(pruned[0], [(t.tensor, t.base) for t in pruned])
+            if weighed:
+                deltas.weighing[index] = deltas.graph.node(f"{STAGE}:activations", kind="small", source=source)
             if measured:
                 deltas.activations[index] = deltas.graph.node(f"{STAGE}:activations", kind="small", source=source)
             if isinstance(prune.q, CalibratedQ) and calibrated:

@@ -1,7 +1,6 @@
 """The loops of the methods that are no weighted sums: dot products, ranks in rows, variances, votes.
 
-As `loops`, and apart from it by length alone; what this file takes from there never changes, so that numba's cache,
-which looks at the file of a function only, stays right.
+As `loops`, and apart from it by length alone.
 """
 
 from __future__ import annotations
