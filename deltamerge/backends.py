@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +29,8 @@ FUSED_FUNCTIONS = frozenset({
     "deltamerge.pruners.rescale:divide",
     "deltamerge.pruners.select:high_histogram",
     "deltamerge.pruners.select:low_histogram",
+    "deltamerge.pruners.select:low_counts",
+    "deltamerge.pruners.select:lows",
     "deltamerge.pruners.select:equal_counts",
     "deltamerge.pruners.select:keep_largest",
     "deltamerge.pruners.select:keep_largest_rows",
@@ -114,6 +116,22 @@ def choose(root: Node, device: str, *, fused: bool | None = None) -> str:
 
 def open_backend(name: str, device: str) -> Backend:
     return FusedBackend() if name == "fused" else TorchBackend(device)
+
+
+@contextmanager
+def single_threaded(names: Collection[str]) -> Iterator[None]:
+    """One math thread per worker: torch's threads inside each op make tiles slower, not faster."""
+    if "torch" not in names:
+        yield
+        return
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class FusedBackend:

@@ -14,7 +14,7 @@ SELECT = "deltamerge.pruners.select"
 
 
 def largest(graph: Graph, delta: Node, k: int) -> Node:
-    """Δ with only its k largest magnitudes: two or three passes over the tensor, then the mask."""
+    """Δ with only its k largest magnitudes: two passes over the tensor, rarely three, then the mask."""
     if k >= math.prod(delta.shape):
         return delta
     make = graph.node
@@ -24,8 +24,12 @@ def largest(graph: Graph, delta: Node, k: int) -> Node:
         return make(f"{SELECT}:keep_largest", [delta, cut, ranks], shape=delta.shape)
     high = make(f"{SELECT}:high_histogram", [delta], kind="sum", shape=delta.shape)
     found = make(f"{SELECT}:pick_bin", [high], kind="small", k=k)
-    low = make(f"{SELECT}:low_histogram", [delta, found], kind="sum", shape=delta.shape)
-    return above(graph, delta, make(f"{SELECT}:pick_cut", [low, found], kind="small"))
+    low = make(f"{SELECT}:low_counts", [delta, found], kind="sum", shape=delta.shape)
+    listed = make(f"{SELECT}:lows", [delta, found], kind="concat", shape=delta.shape)
+    cut = make(f"{SELECT}:pick_listed", [low, listed, found], kind="small")
+    equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
+    ranks = make(f"{SELECT}:ranks_listed", [equal, listed, cut], kind="small")
+    return make(f"{SELECT}:keep_largest", [delta, cut, ranks], shape=delta.shape)
 
 
 def above(graph: Graph, delta: Node, cut: Node) -> Node:
