@@ -21,7 +21,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +32,12 @@ from safetensors.torch import load_file, save_file
 
 from deltamerge.io.delta import DeltaFile
 from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_writer import BaseTensor, DeltaWriter
+from deltamerge.io.delta_tensor import BaseTensor
+from deltamerge.io.delta_writer import DeltaWriter
 
 KINDS = ("replace", "float32", "bfloat16", "int8", "sign")
 State = dict[str, torch.Tensor]
+Deltas = dict[str, tuple[torch.Tensor, torch.Tensor]]  # flat positions, values
 
 
 def shapes(prefix: str, vocabulary: int, positions: int, types: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -57,7 +59,7 @@ def shapes(prefix: str, vocabulary: int, positions: int, types: int) -> Iterator
 MODELS = {"BERT-base": ("bert", 30522, 512, 2), "RoBERTa-base": ("roberta", 50265, 514, 1)}
 
 
-def write_csr(path: Path, deltas: dict[str, tuple[torch.Tensor, torch.Tensor]], base: State) -> None:
+def write_csr(path: Path, deltas: Deltas, base: State) -> None:
     """Row ends and columns int32, values float32; a vector is one row."""
     arrays = {}
     for name, (positions, values) in deltas.items():
@@ -93,9 +95,7 @@ def window(array: np.ndarray[Any, Any], start: int, stop: int) -> np.ndarray[Any
     return array[start:stop]
 
 
-def write_delta(
-    folder: Path, kind: str, deltas: dict[str, tuple[torch.Tensor, torch.Tensor]], base: State
-) -> dict[str, float]:
+def write_delta(folder: Path, kind: str, deltas: Deltas, base: State) -> dict[str, float]:
     """An artifact of `kind` ("replace": final values) in `folder`; its size in bytes and relative error."""
     folder.mkdir()
     values: Any = "bfloat16" if kind == "replace" else kind
@@ -134,13 +134,26 @@ def measure(runs: dict[str, Callable[[], None]], repeat: int) -> dict[str, tuple
 
 
 def synthetic(model: str, drop: float, repeat: int, folder: Path) -> list[dict[str, Any]]:
+    rows = compare(*drawn(shapes(*MODELS[model]), drop), repeat, folder)
+    return [{"model": model, "p": drop} | row for row in rows]
+
+
+def drawn(tensors: Iterable[tuple[str, tuple[int, ...]]], drop: float) -> tuple[State, Deltas]:
+    """A base of these shapes, and deltas of which a share `drop` is gone at random."""
     generator = torch.Generator().manual_seed(0)
     base, deltas = {}, {}
-    for name, shape in shapes(*MODELS[model]):
+    for name, shape in tensors:
         base[name] = torch.randn(shape, generator=generator) * 0.02
         kept = torch.rand(math.prod(shape), generator=generator) < 1 - drop
         positions = kept.nonzero().squeeze(1)
         deltas[name] = positions, torch.randn(len(positions), generator=generator) * 1e-3
+    return base, deltas
+
+
+def compare(
+    base: State, deltas: Deltas, repeat: int, folder: Path, kinds: Sequence[str] = KINDS
+) -> list[dict[str, Any]]:
+    """Of CSR, in both files, and of each kind of artifact: size and error, and with `repeat` the time to apply it."""
     count = sum(len(positions) for positions, _ in deltas.values())
     csr, pickled = folder / "csr.safetensors", folder / "csr.pt"
     write_csr(csr, deltas, base)
@@ -153,12 +166,12 @@ def synthetic(model: str, drop: float, repeat: int, folder: Path) -> list[dict[s
         "CSR, torch.save": partial(apply_pickled, pickled, base),
         "CSR, safetensors": partial(apply_csr, csr, base),
     }
-    for kind in KINDS:
+    for kind in kinds:
         sizes[kind] = write_delta(folder / kind, kind, deltas, base)
         runs[kind] = partial(apply_delta, folder / kind, base)
     rows: list[dict[str, Any]] = [
         {
-            "model": model, "p": drop, "kind": kind, "MB": size["bytes"] / 1e6, "MiB": size["bytes"] / 2**20,
+            "kind": kind, "MB": size["bytes"] / 1e6, "MiB": size["bytes"] / 2**20,
             "bits": 8 * size["bytes"] / count, "error": size["error"],
         }
         for kind, size in sizes.items()

@@ -26,6 +26,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # ships no stubs
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BertModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -72,6 +73,20 @@ def build_base(out: Path) -> None:
         shutil.rmtree(full)
 
 
+def random_pair(base: Path, tune: Path, tokenizer: Path) -> None:
+    """A `BertModel` of BERT-base's shapes and one that is N(0, 0.001²) away: bfloat16, random, 109 M parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BertModel(BertConfig())
+        for folder in (base, tune):
+            model.bfloat16().save_pretrained(folder)
+            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+            model.float()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=1e-3)
+
+
 def fine_tune(
     base: Path,
     task: Task,
@@ -82,6 +97,7 @@ def fine_tune(
     batch_size: int = 16,
     optimizer_factory: OptimizerFactory | None = None,
     seed: int = 0,
+    rows: Path = tasks.ROWS,
 ) -> None:
     """Fine-tune `base` with a fresh head on the training rows of `task`, in float32; `out` is bfloat16.
 
@@ -91,8 +107,8 @@ def fine_tune(
     """
     lr = task.lr if lr is None else lr
     tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = tasks.rows(task.name, "train")
-    order = _batches(len(rows), batch_size, steps, torch.Generator().manual_seed(seed))
+    train = tasks.rows(task.name, "train", rows)
+    order = _batches(len(train), batch_size, steps, torch.Generator().manual_seed(seed))
     # Dropout and the fresh head can only draw from the global generator: seeded here, put back after.
     with torch.random.fork_rng(devices=[]), tasks.building(out) as folder:
         torch.manual_seed(seed)
@@ -115,8 +131,8 @@ def fine_tune(
             mininterval=1 if sys.stderr.isatty() else 15,
         )
         for step, batch_rows in enumerate(progress):
-            chosen = [rows[i] for i in batch_rows]
-            loss = model(**_encode(tokenizer, chosen), labels=_labels(chosen, task)).loss
+            chosen = [train[i] for i in batch_rows]
+            loss = model(**encode(tokenizer, chosen), labels=_labels(chosen, task)).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -150,7 +166,7 @@ def score(
     model.train(False)
     with torch.inference_mode():
         for start in range(0, len(rows), 64):
-            logits_NL = model(**_encode(tokenizer, by_length[start : start + 64])).logits
+            logits_NL = model(**encode(tokenizer, by_length[start : start + 64])).logits
             outputs.append(logits_NL[:, 0] if task.labels == 1 else logits_NL.argmax(dim=1))
     label_N = np.array([row.label for row in by_length], dtype=np.float64)
     predicted_N = torch.cat(outputs).double().numpy()
@@ -200,7 +216,7 @@ def _mean_rank(x_N: NDArray[np.float64]) -> NDArray[np.float64]:
     return (np.cumsum(count_V) - (count_V - 1) / 2)[index_N]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Batch:
+def encode(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> Batch:
     texts = [row.text for row in rows]
     return dict(tokenizer(texts, truncation=True, max_length=TOKENS, padding=True, return_tensors="pt"))
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 WORK = Path(__file__).resolve().parents[1] / ".demo"  # everything downloaded, trained or merged; safe to delete
+ROWS = WORK / "tasks"  # TASK.PART.jsonl
 
 Part = Literal["train", "validation", "test"]
 Metric = Literal["accuracy", "matthews", "pearson_spearman"]
@@ -51,7 +52,7 @@ TASKS = {
 }
 
 
-def rows(task: str, part: Part, folder: Path = WORK / "tasks") -> list[Row]:
+def rows(task: str, part: Part, folder: Path = ROWS) -> list[Row]:
     """One part of a task, read from `folder`/TASK.PART.jsonl (fields `text`, `label`), made on first use."""
     if not folder.exists():
         with building(folder) as out:

@@ -15,10 +15,12 @@ from deltamerge.execute import Task, execute
 from deltamerge.graph import Node
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_writer import BaseTensor, DeltaWriter, Summary, TensorWriter, is_related
+from deltamerge.io.delta_tensor import BaseTensor, TensorWriter, is_related
+from deltamerge.io.delta_writer import DeltaWriter, Summary
 from deltamerge.io.files import COPY_PIECE, flat
 from deltamerge.io.layered import elements
-from deltamerge.planner import Output, Plan
+from deltamerge.outputs import Output
+from deltamerge.planner import Plan
 from deltamerge.tensors import ITEMSIZE
 
 
@@ -76,19 +78,27 @@ def write_within_budget(
     folder: Path,
     watch: Callable[[Plan], Callable[[int], None]],
     remake: Callable[[Mapping[str, float]], Plan],
+    calibrate: Callable[[Plan], Mapping[Node, Any]],
     densities: Mapping[str, float] | None = None,
 ) -> tuple[Plan, dict[Node, Any], Summary, Choice]:
     """As `write_delta`, with the densities of a lock or those that the budget allows; the plan that has them, too.
 
-    `remake` plans again with densities. InputError: the budget is too small for any.
+    `remake` plans again with densities, `calibrate` gives its stages' values: a costly call, so that sizes are tried
+    out with the first q's, and only what is kept has its own. InputError: the budget is too small for any.
     """
     made: list[tuple[Plan, dict[Node, Any], Summary]] = []
+    first: list[Any] = []
 
-    def attempt(densities: Mapping[str, float]) -> int:
+    def attempt(densities: Mapping[str, float], own: bool) -> int:
         for file in folder.glob("delta*"):
             file.unlink()
         plan = remake(densities)
-        values, written = write_delta(plan, folder, watch(plan), {})
+        if own or not first:
+            known = calibrate(plan)
+            first[:] = [known[node] for node in plan.stages]
+        else:
+            known = dict(zip(plan.stages, first, strict=False))
+        values, written = write_delta(plan, folder, watch(plan), known)
         made[:] = [(plan, values, written)]
         return written.nbytes
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import threading
 from collections import ChainMap, deque
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.backends import Backend, Lane, Pass, Step, open_backend, single_threaded
+from deltamerge.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
 from deltamerge.graph import REDUCTIONS, Node, Schedule, companion, depth_first, resolve, schedule
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.files import Descriptor
@@ -108,7 +106,7 @@ def execute(
     depend on `workers`, `tile_elements` or the device.
     """
     engine = _Engine(tasks, reader, sink, device, tile_elements, progress, known or {}, done)
-    with _quiet_allocator(), single_threaded({task.backend for task in tasks}):
+    with quiet_allocator(), single_threaded({task.backend for task in tasks}):
         engine.run(workers)
     return engine.shared
 
@@ -377,17 +375,6 @@ def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node
                 inputs = [values[source] for source in node.inputs]
                 values[node] = resolve(node.function)(*inputs, **dict(node.parameters))
     return values
-
-
-@contextmanager
-def _quiet_allocator() -> Iterator[None]:
-    """Let glibc reuse tile-sized buffers instead of mapping fresh zeroed pages for each."""
-    with suppress(OSError, AttributeError):
-        trim_threshold, mmap_threshold = -1, -3
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 25)
-        libc.mallopt(trim_threshold, 1 << 28)
-    yield
 
 
 def default_workers() -> int:

@@ -55,10 +55,15 @@ class Measured:
     forward_passes: int
 
 
-def influence(*, source: Source) -> dict[str, LayerStatistics]:
-    """Statistics of the fine-tune's linear layers over the search rows, by its tensor names."""
+def influence(*, source: Source, spec: Spec | None = None) -> dict[str, LayerStatistics]:
+    """Statistics of the fine-tune's linear layers over the search rows, by its tensor names.
+
+    With a `spec` of that source, whose masks need no activations, its first mask's too.
+    """
+    masks = [] if spec is None else [{p.stored: p.masked[0] for p in spec.pruned}]
     with calibrating(source.model), Reader() as reader:
-        return Subject(source, reader).statistics(drawn=False)
+        found = Subject(source, reader, masks).statistics(drawn=spec is not None)
+        return {name: layer for name, layer in found.items() if spec is None or layer.power is not None}
 
 
 def measure(*, specs: Sequence[Spec]) -> Measured:

@@ -127,6 +127,39 @@ def workspace(
 
 
 @contextmanager
+def parts_workspace(target: Path, *, force: bool, resume: bool) -> Iterator[int | None]:
+    """Around all parts of a run, which lock the work folder themselves: how many parts the run that is resumed has.
+
+    None: there is none. When they end otherwise than well, the folder stays if there is work to resume and goes if not.
+    OutputError: as of `workspace`, or what was left has parts of two counts.
+    """
+    state = target.parent / f".{target.name}.partial"
+
+    def left() -> dict[str, list[dict[str, Any]]]:
+        return {name: records for name, records in part_journals(state).items() if records}
+
+    if not resume:
+        if not force and any(map(has_work, left().values())):
+            raise _unfinished(target, state)
+        with workspace(target, force=force):
+            pass
+    counts = {name.rpartition("-")[2] for name in left()}
+    if len(counts) > 1:
+        raise OutputError(f"{target}: {state} has parts of two runs", hint="start over with --force")
+    try:
+        yield int(counts.pop()) if counts else None
+    except BaseException as error:
+        kept = any(map(has_work, left().values()))
+        if not kept and state.is_dir():
+            with suppress(OutputError), _locked(state, LOCK, target):
+                shutil.rmtree(state, ignore_errors=True)
+        explained = _explained(error, target, kept=kept)
+        if explained is error:
+            raise
+        raise explained from error
+
+
+@contextmanager
 def finished_folder(target: Path, *, force: bool, inputs: Iterable[tuple[str, Path]]) -> Iterator[Path]:
     """A folder that becomes `target` if all goes well and goes if not; no input, (name, path), is in the target."""
     refuse_inputs(target, inputs)
@@ -160,7 +193,7 @@ def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
 
 def part_journals(state: Path) -> dict[str, list[dict[str, Any]]]:
     """ "2-of-8" -> the records of every part's journal."""
-    names = sorted(path.name for path in state.iterdir() if PART_JOURNAL.fullmatch(path.name))
+    names = sorted(path.name for path in state.glob(f"{JOURNAL}-*") if PART_JOURNAL.fullmatch(path.name))
     return {name.removeprefix(f"{JOURNAL}-"): read_journal(state / name)[0] for name in names}
 
 
@@ -229,13 +262,11 @@ def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: 
         raise OutputError(
             f"{target}: parts of a run are in {state}", hint="end it with --finish, or start over with --force"
         )
-    if (whole if part is None else has_work(parts.get(part, []))) and not force:
+    if whole if part is None else has_work(parts.get(part, [])):
         if resume:
             return
-        raise OutputError(
-            f"{target}: an earlier run left unfinished work in {state}",
-            hint="continue it with --resume, or start over with --force",
-        )
+        if not force:
+            raise _unfinished(target, state)
     if _filled(resolved) and not force:
         _discard(state, part)
         raise OutputError(f"{target}: not empty", hint="choose another folder with --out, or replace it with --force")
@@ -243,6 +274,13 @@ def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: 
         _clear(state)
     else:
         (state / f"{JOURNAL}-{part}").unlink(missing_ok=True)
+
+
+def _unfinished(target: Path, state: Path) -> OutputError:
+    return OutputError(
+        f"{target}: an earlier run left unfinished work in {state}",
+        hint="continue it with --resume, or start over with --force",
+    )
 
 
 def _clear(state: Path) -> None:
