@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check conformance bench paper torture fuzz scale docs clean
+.PHONY: help demo test check conformance bench paper torture fuzz atheris ray scale docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -38,6 +38,13 @@ torture: .venv/.installed-dev  ## kills, faulty and full disks, two runs at once
 fuzz: .venv/.installed-dev  ## mutated and arbitrary files against every reader, for a night; FUZZ=1000 for less
 	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py
 
+atheris: .venv/.installed-fuzz  ## the same readers, guided by coverage, for a night: an hour each; SECONDS=300 for less
+	@for name in recipe header index delta arrays lock rows; do \
+	  nice -n 10 $(BIN)/python tests/fuzz_atheris.py $$name -max_total_time=$(or $(SECONDS),3600) || exit 1; done
+
+ray: .venv/.installed-ray  ## run --ray on real local clusters, a worker of one killed; 5 minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/test_cluster.py
+
 scale: .venv/.installed  ## plans of a 405 B model and of 40,000 tensors, a 7 B merge in 1 GB; 14 GB in .scale
 	$(BIN)/python benchmarks/scale.py
 
@@ -46,13 +53,15 @@ docs: .venv/.installed-docs  ## the documentation, in docs/_build/html
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf .venv .demo .bench .paper .torture .scale docs/_build
+	rm -rf .venv .demo .bench .paper .torture .scale .fuzz docs/_build
 
 # A stamp newer than pyproject.toml says that what it asks for is installed.
 .venv/.installed: EXTRAS := fast
 .venv/.installed-dev: EXTRAS := fast,dev
 .venv/.installed-docs: EXTRAS := fast,docs
-.venv/.installed .venv/.installed-dev .venv/.installed-docs: pyproject.toml
+.venv/.installed-fuzz: EXTRAS := fast,dev,fuzz
+.venv/.installed-ray: EXTRAS := fast,dev,ray
+.venv/.installed .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml
 	@test -x $(BIN)/python || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@echo 'installing deltamerge [$(EXTRAS)] and what it needs into .venv' >&2

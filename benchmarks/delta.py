@@ -32,7 +32,8 @@ from safetensors.torch import load_file, save_file
 
 from deltamerge.io.delta import DeltaFile
 from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_writer import BaseTensor, DeltaWriter
+from deltamerge.io.delta_tensor import BaseTensor
+from deltamerge.io.delta_writer import DeltaWriter
 
 KINDS = ("replace", "float32", "bfloat16", "int8", "sign")
 State = dict[str, torch.Tensor]

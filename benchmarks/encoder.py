@@ -26,6 +26,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]  # ships no stubs
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    BertConfig,
     BertModel,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -70,6 +71,20 @@ def build_base(out: Path) -> None:
         )
         model.bfloat16().save_pretrained(folder)
         shutil.rmtree(full)
+
+
+def random_pair(base: Path, tune: Path, tokenizer: Path) -> None:
+    """A `BertModel` of BERT-base's shapes and one that is N(0, 0.001²) away: bfloat16, random, 109 M parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = BertModel(BertConfig())
+        for folder in (base, tune):
+            model.bfloat16().save_pretrained(folder)
+            AutoTokenizer.from_pretrained(tokenizer).save_pretrained(folder)
+            model.float()
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=1e-3)
 
 
 def fine_tune(

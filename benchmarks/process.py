@@ -16,7 +16,8 @@ from pathlib import Path
 
 BUFFER = 1 << 22
 FIELD = re.compile(r"^(RssAnon|RssShmem|VmRSS|VmHWM):\s+(\d+) kB", re.MULTILINE)
-THREADS = re.compile(r"(OMP|MKL|OPENBLAS|NUMBA)_NUM_THREADS|MALLOC_.*")
+# settings of the shell that would decide how a tool runs; without bytecode, one run from its sources would compile them
+SETTINGS = re.compile(r"(OMP|MKL|OPENBLAS|NUMBA)_NUM_THREADS|MALLOC_.*|PYTHON(DONTWRITEBYTECODE|UNBUFFERED)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,7 @@ def measure(arguments: Sequence[str], extra: Mapping[str, str], log: Path, inter
 
     wait4's ru_maxrss is of no use: a child starts with the peak of the process that forked it.
     """
-    environment = {k: v for k, v in os.environ.items() if not THREADS.fullmatch(k)}
+    environment = {k: v for k, v in os.environ.items() if not SETTINGS.fullmatch(k)}
     environment |= {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""} | dict(extra)
     peaks = [0, 0]
     ended = threading.Event()

@@ -4,6 +4,8 @@
     python benchmarks/quality.py --density 0.01   one column
     python benchmarks/quality.py --quick          a few cells on a few rows, to see that it works
     python benchmarks/quality.py --authors        only the authors' search of q beside ours
+    python benchmarks/quality.py --authors --large     the same on random weights of BERT-base's shapes: memory
+    python benchmarks/quality.py --docs [JSON...]      join results of other runs, and write the tables of docs/
 
 Models: DELTAMERGE_SHARED or ../shared/data, else what `make demo` trained. Calibration rows come from the validation
 part, which no fine-tune has seen. Random masks are drawn with 4 seeds. Results go to benchmarks/results/quality.json,
@@ -15,11 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +32,7 @@ import yaml
 from tasks import TASKS, WORK
 
 HERE = Path(__file__).resolve().parent
+PAGES = tuple(HERE.parent / "docs" / name for name in ("choosing.md", "calibration.md"))
 SEEDS = 4
 DENSITIES = (0.1, 0.05, 0.01, 0.001)
 LAYER, ROW = {"scope": "layer"}, {"scope": "row"}
@@ -79,6 +83,7 @@ METHODS = (
     Method("WANDA, least squares per layer", WANDA | {"q": CLOSED}),
     Method("WANDA, learned per row", WANDA | {"q": _q(CHANGE, search="gradient", **ROW)}, False, LEARNED_SEQUENCES),
 )
+LARGE, LARGE_SEQUENCES = "BERT-base shapes", 12
 QUICK = ("DARE", "DAREx-q, q_e", "magnitude", "magnitude, q_e")
 
 
@@ -104,7 +109,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "quality")
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--authors", action="store_true", help="only the authors' search beside ours")
+    parser.add_argument("--large", action="store_true", help="on BERT-base's shapes, with --authors")
+    parser.add_argument("--docs", type=Path, nargs="*", metavar="JSON", help="only join results and write docs/")
     asked = parser.parse_args()
+    if asked.large and not asked.authors:
+        parser.error("--large is for --authors")
+    if asked.docs is not None:
+        join(asked.out, asked.docs)
+        return
 
     import torch
     from transformers.utils import logging
@@ -128,9 +140,15 @@ def measure(asked: argparse.Namespace, setting: Setting) -> None:
     tasks.rows(asked.task[0], "test", setting.rows)  # makes them if they are not there
     file = asked.out.with_suffix(".json")
     found = json.loads(file.read_text()) if file.exists() and not asked.quick else {"cells": {}, "authors": {}}
+    if asked.large:
+        large = setting._replace(models=large_models(setting.models), sequences=LARGE_SEQUENCES)
+        found["authors"][LARGE] = beside_authors(large, "sentiment")
+        write(found, asked.out)
+        print(markdown(found))
+        return
     for task in asked.task:
-        if asked.authors or not asked.quick:
-            found["authors"].setdefault(task, beside_authors(setting, task))
+        if asked.authors or not (asked.quick or task in found["authors"]):
+            found["authors"][task] = beside_authors(setting, task)
             write(found, asked.out)
         if asked.authors:
             continue
@@ -147,6 +165,17 @@ def measure(asked: argparse.Namespace, setting: Setting) -> None:
 def models_folder() -> Path:
     shared = Path(os.environ.get("DELTAMERGE_SHARED", HERE.parents[1] / "shared" / "data"))
     return shared if (shared / "base" / "model.safetensors").exists() else WORK
+
+
+def large_models(models: Path) -> Path:
+    """Base and fine-tune of BERT-base's shapes, with random weights and the tokenizer of the small base."""
+    import encoder
+
+    folder = WORK / "bert-base"
+    if not folder.exists():
+        with tasks.building(folder) as out:
+            encoder.random_pair(out / "base", out / "sentiment", models / "base")
+    return folder
 
 
 def cells(methods: list[Method], densities: list[float], seeds: int) -> Iterator[tuple[Method, float, int]]:
@@ -275,17 +304,96 @@ def markdown(found: dict[str, Any]) -> str:
         every = [c for some in cells_of for c in some]
         passes = [c["forward_passes"] for c in every]
         seconds = statistics.fmean(c["seconds"] for c in every)
-        range_ = f"{min(passes)}" if min(passes) == max(passes) else f"{min(passes)}–{max(passes)}"
-        lines.append(f"| {density:g} | {name} | {' | '.join(shown)} | {range_} | {seconds:.0f} |")
-    if found["authors"]:
-        head = "| q of DAREx-q, density 0.01, one mask | q | forward passes | anonymous MB | CPU s |"
-        lines += ["", head, "|---|---|---|---|---|"]
-        for task, both in found["authors"].items():
-            for who, one in both.items():
-                lines.append(
-                    f"| {task}, {who} | {one['q']:.4g} | {one['of_search']} | {one['anonymous_mb']} | {one['cpu_s']} |"
-                )
+        lines.append(f"| {density:g} | {name} | {' | '.join(shown)} | {_range(passes)} | {seconds:.0f} |")
+    text = "\n".join(lines) + "\n"
+    return f"{text}\n{authors(found)}" if found["authors"] else text
+
+
+def _range(values: Collection[int]) -> str:
+    """ "3", or "3–5"."""
+    least, most = min(values), max(values)
+    return f"{least}" if least == most else f"{least}–{most}"
+
+
+def authors(found: dict[str, Any]) -> str:
+    """The search of one q, ours beside the authors'."""
+    lines = [
+        "| q of DAREx-q, density 0.01, one mask | q | forward passes | anonymous MB | CPU s |",
+        "|---|---|---|---|---|",
+    ]
+    for task, both in found["authors"].items():
+        for who, one in both.items():
+            lines.append(
+                f"| {task}, {who} | {one['q']:.4g} | {one['of_search']} | {one['anonymous_mb']} | {one['cpu_s']} |"
+            )
     return "\n".join(lines) + "\n"
+
+
+def join(out: Path, files: list[Path]) -> None:
+    """Add the results of `files` to those of `out`, and write the tables of docs/ anew."""
+    found = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    for more in (json.loads(file.read_text(encoding="utf-8")) for file in files):
+        for part, values in more.items():
+            found.setdefault(part, {}).update(values)
+    if files:
+        write(found, out)
+    for page in PAGES:
+        page.write_text(documented(found, page.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+def documented(found: dict[str, Any], page: str) -> str:
+    """A page of docs/ with what stands between its markers `<!-- quality: NAME -->` and `<!-- end -->` made anew."""
+    tables = {"shares": shares, "authors": authors}
+
+    def table(match: re.Match[str]) -> str:
+        return f"{match[1]}\n{tables[match[2]](found)}{match[3]}"
+
+    return re.sub(r"(<!-- quality: (\w+) -->)\n.*?(<!-- end -->)", table, page, flags=re.DOTALL)
+
+
+def shares(found: dict[str, Any]) -> str:
+    """What each method keeps of the fine-tunes' own scores, in %: means over seeds, by density, the best in bold."""
+    own, table = found["fine-tune"], gathered(found)
+    densities = sorted({density for _, density in table}, reverse=True)
+    share = {
+        (name, density, task): 100 * statistics.fmean(c["score"] for c in cells_of) / own[task]
+        for (name, density), by_task in table.items()
+        for task, cells_of in by_task.items()
+    }
+    best = {
+        (d, task): round(max((s for (_, e, t), s in share.items() if (e, t) == (d, task)), default=0.0))
+        for d in densities
+        for task in own
+    }
+
+    def shown(name: str, density: float, task: str) -> str:
+        value = share.get((name, density, task))
+        if value is None:
+            return "–"
+        return f"**{value:.0f}**" if round(value) == best[density, task] else f"{value:.0f}"
+
+    seeds = {len(c) for (n, _), by_task in table.items() for c in by_task.values() if _random(n)}
+    lines = [
+        f"In % of the fine-tune's own score ({', '.join(f'{task} {score:.1f}' for task, score in own.items())}), "
+        f"{' / '.join(own)}; random masks: mean of {_range(seeds)} seed{'s' * (max(seeds) > 1)}.",
+        "",
+        "| density | " + " | ".join(f"{d:g}" for d in densities) + " | forward passes |",
+        "|---" * (len(densities) + 2) + "|",
+    ]
+    for method in METHODS:
+        cells_of = [
+            c for (n, _), by_task in table.items() if n == method.name for some in by_task.values() for c in some
+        ]
+        if not cells_of:
+            continue
+        passes = [c["forward_passes"] for c in cells_of]
+        columns = (" / ".join(shown(method.name, d, task) for task in own) for d in densities)
+        lines.append(f"| {method.name} | {' | '.join(columns)} | {_range(passes)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _random(name: str) -> bool:
+    return next(method.random for method in METHODS if method.name == name)
 
 
 def draw(found: dict[str, Any], path: Path) -> None:

@@ -50,6 +50,7 @@ class Planned:
         resume: bool = False,
         locked: bool = False,
         allow_nonfinite: bool = False,
+        pictures: bool = False,
     ) -> Result:
         """Make the recipe's result in `out`, as `deltamerge run` does; its folder, plan and lock.
 
@@ -62,6 +63,7 @@ class Planned:
             resume=resume,
             locked=locked,
             allow_nonfinite=allow_nonfinite,
+            pictures=pictures,
             **self.options,
         )
 

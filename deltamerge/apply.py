@@ -19,7 +19,7 @@ from deltamerge.errors import InputError, VerifyError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, Reader, is_delta
 from deltamerge.io.delta import DeltaFile, Source
-from deltamerge.io.delta_format import TILE
+from deltamerge.io.delta_entry import TILE
 from deltamerge.io.layered import elements
 from deltamerge.io.workspace import finished_folder
 from deltamerge.io.writer import Writer, plan_layout

@@ -1,9 +1,13 @@
 """A size instead of a density: what is kept of each tensor's delta so that the artifact fits and loses least.
 
-The error that is made small is the energy of what is lost, predicted from the delta's own entries:
+The error that is made small is what is lost, predicted from the delta's own entries, each with a weight w:
 
-    magnitude   Σ Δ² over the entries that are dropped
-    dare        ‖Δ‖² (1/p - 1), the expectation for density p and q = p
+    magnitude   Σ w Δ² over the entries that are dropped
+    dare        Σ w Δ² (1/p - 1), the expectation for density p and q = p
+
+Without calibration w = 1: the energy. With it w is the mean square of the entry's input over the calibration tokens,
+E[x_j²] for a weight of a linear layer, 1 for a bias or norm, 1/rows for a row of an embedding: what is lost is then
+the expected square of the change of the layers' outputs, D of algorithms.md 6.1, as if inputs were uncorrelated.
 
 and the price of a tensor of n elements at density p is n (p v + H(p)) bits, v bits a value and the entropy H of where
 they are, or n v where all are stored. Bytes are given out where they gain most, along the convex hull of what each
@@ -22,18 +26,23 @@ import numpy as np
 import numpy.typing as npt
 
 from deltamerge import errors
+from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.errors import InputError
+from deltamerge.execute import shared_values
 from deltamerge.io.checkpoint import Reader, added
-from deltamerge.io.delta_format import TILE
+from deltamerge.io.delta_entry import TILE
 from deltamerge.io.encodings import expected_bits
 from deltamerge.io.layered import elements
 from deltamerge.io.values import widen
 from deltamerge.methods import PRUNE
 from deltamerge.planner import Budgeted, Plan
 from deltamerge.pruning import Pruning, effective_prune
-from deltamerge.tensors import ITEMSIZE, VALUE_BITS
+from deltamerge.tensors import ITEMSIZE, VALUE_BITS, row_length
 
 Floats = npt.NDArray[np.float64]
+Positions = npt.NDArray[np.int64]
+Attempt = Callable[[Mapping[str, float], bool], int]
+"""Writes the artifact of densities and says its bytes; q's are calibrated for them only if asked, else near enough."""
 
 BINS = 1 << 13  # the exponent and five bits of the mantissa
 POINTS = 1000  # densities of a random mask that are looked at, in equal ratios
@@ -44,7 +53,7 @@ TRIES = 6
 
 @dataclass(frozen=True, slots=True)
 class Spectrum:
-    """Of a tensor of `size` elements: how many entries have magnitudes of each bin, largest first, and their Σ Δ²."""
+    """Of a tensor of `size` elements: how many entries have magnitudes of each bin, largest first, and their Σ w Δ²."""
 
     name: str
     size: int
@@ -82,12 +91,25 @@ def _value_bits(planned: Plan) -> int:
 
 
 def measure(planned: Plan) -> list[Spectrum]:
-    """The magnitudes of every delta that the budget is for; reads the tensors once."""
+    """The magnitudes of every delta that the budget is for; reads the tensors once, after the calibration's pass."""
+    node = planned.weighing
+    statistics = None if node is None else shared_values([node], {})[node]
     with Reader() as reader, ThreadPoolExecutor(planned.workers) as pool:
-        return list(pool.map(lambda tensor: _spectrum(reader, tensor), planned.budgeted))
+        return list(pool.map(lambda tensor: _spectrum(reader, tensor, _weights(tensor, statistics)), planned.budgeted))
 
 
-def _spectrum(reader: Reader, tensor: Budgeted) -> Spectrum:
+def _weights(tensor: Budgeted, statistics: Mapping[str, LayerStatistics] | None) -> Callable[[Positions], Floats]:
+    """The weights of entries by their flat position."""
+    columns = row_length(tensor.base.shape)
+    layer = None if statistics is None else statistics.get(tensor.tune.name)
+    if layer is not None:
+        square, transposed = layer.square, layer.transposed
+        return lambda where: square[where // columns if transposed else where % columns]
+    rows = 1 if statistics is None or len(tensor.base.shape) < 2 else tensor.size // columns
+    return lambda where: np.full(where.size, 1 / rows)
+
+
+def _spectrum(reader: Reader, tensor: Budgeted, weights: Callable[[Positions], Floats]) -> Spectrum:
     values = added(tensor.tune)
     tune = values or tensor.tune
     read, read_base = elements(reader, tune), elements(reader, tensor.base)
@@ -100,10 +122,11 @@ def _spectrum(reader: Reader, tensor: Budgeted) -> Spectrum:
                 delta = delta - widen(read_base(start, stop), tensor.base.dtype)
         bins = (delta.view(np.uint32) & 0x7FFFFFFF) >> 18
         counts += np.bincount(bins, minlength=BINS)
-        energies += np.bincount(bins, np.square(delta, dtype=np.float64), BINS)
+        energies += np.bincount(bins, np.square(delta, dtype=np.float64) * weights(np.arange(start, stop)), BINS)
     if not math.isfinite(float(energies.sum())):
         raise InputError(f"{tensor.name}: its delta is not finite", hint="exclude it from pruning")
-    filled = np.flatnonzero(energies)[::-1]
+    counts[0] *= energies[0] > 0  # zeros, which no mask keeps before others
+    filled = np.flatnonzero(counts)[::-1]
     return Spectrum(tensor.name, tensor.size, counts[filled], energies[filled])
 
 
@@ -179,21 +202,21 @@ def _steps(i: int, curve: _Curve) -> Iterator[tuple[float, int, int, int]]:
         yield (y[b] - y[a]) / (x[b] - x[a]), i, a, b
 
 
-def given(planned: Plan, densities: Mapping[str, float], attempt: Callable[[Mapping[str, float]], int]) -> Choice:
+def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> Choice:
     """Known densities, of a lock. InputError: they are not of the tensors that are pruned, or do not fit."""
     budget = budget_of(planned)
     assert budget is not None
     with errors.context(f"prune.budget {budget}"):
         if {tensor.name for tensor in planned.budgeted} != densities.keys():
             raise InputError("the lock has no densities for the tensors that are pruned", hint="run without --locked")
-        nbytes = attempt(densities)
+        nbytes = attempt(densities, True)
         if nbytes > budget:
             raise InputError(f"the artifact takes {nbytes} bytes", hint="give a larger budget")
     return Choice(dict(densities), None)
 
 
-def fit(planned: Plan, attempt: Callable[[Mapping[str, float]], int]) -> Choice:
-    """Densities of which `attempt`, which writes the artifact and says its bytes, has made one that fits.
+def fit(planned: Plan, attempt: Attempt) -> Choice:
+    """Densities of which `attempt` has made an artifact that fits.
 
     It is called until the artifact takes nearly all of the budget, a few times at most, and last with what is returned.
     InputError: what is not pruned does not fit.
@@ -209,7 +232,7 @@ def fit(planned: Plan, attempt: Callable[[Mapping[str, float]], int]) -> Choice:
     rest = sum(o.delta_bytes(planned.delta_values) for o in planned.outputs if o.name not in names)
     fixed = rest + TENSOR_BYTES * len(planned.outputs)
     spectra, random = measure(planned), PRUNE[prune.method].random
-    best: tuple[int, Choice] | None = None
+    best: tuple[int, float, Choice] | None = None
     last: Choice | None = None
     room: float = budget - fixed
     with errors.context(f"prune.budget {budget}"):
@@ -220,14 +243,19 @@ def fit(planned: Plan, attempt: Callable[[Mapping[str, float]], int]) -> Choice:
             )
         for _ in range(TRIES):
             last = choose(spectra, room, bits, random=random)
-            nbytes = attempt(last.densities)
+            nbytes = attempt(last.densities, False)
             if nbytes <= budget and (best is None or nbytes > best[0]):
-                best = nbytes, last
+                best = nbytes, room, last
             if NEAR * budget <= nbytes <= budget or min(last.densities.values()) == 1:
                 break
             room += 0.99 * budget - nbytes
-        if best is None:
-            raise InputError("no choice of densities fits", hint="give a larger budget")
-        if best[1] is not last:
-            attempt(best[1].densities)
-    return best[1]
+        if best is not None:
+            _, room, choice = best
+            if choice is last and not planned.stages:
+                return choice
+            for _ in range(TRIES):
+                if (nbytes := attempt(choice.densities, True)) <= budget:
+                    return choice
+                room -= nbytes - NEAR * budget
+                choice = choose(spectra, room, bits, random=random)
+        raise InputError("no choice of densities fits", hint="give a larger budget")

@@ -131,6 +131,13 @@ def _delta(plan: Plan, written: Summary | None, choice: Choice | None) -> list[s
     ]
 
 
+def _pictures(named: Mapping[str, str]) -> list[str]:
+    if not named:
+        return []
+    shown = (f"![{caption}]({name})" for name, caption in named.items())
+    return ["## Pictures", "", *(line for picture in shown for line in (picture, ""))]
+
+
 def render(
     plan: Plan,
     recipe_text: str,
@@ -138,9 +145,10 @@ def render(
     calibrated: Mapping[Node, Calibrated],
     written: Summary | None = None,
     choice: Choice | None = None,
+    pictures: Mapping[str, str] | None = None,
 ) -> str:
     """The whole card; the same plan gives the same text. `written` is what a delta artifact takes, `choice` what a
-    budget allowed."""
+    budget allowed, `pictures` files and their captions."""
     what = Counter((p.built.method, p.built.details) for o in plan.outputs for p in o.pieces)
     rows = [
         f"| {count} | {method} | {'<br>'.join(details)} |"
@@ -167,13 +175,15 @@ def render(
         *([""] if plan.notes else []),
         *_calibration(plan, calibrated),
         *_delta(plan, written, choice),
+        *_pictures(pictures or {}),
         "## Recipe",
         "",
         "```yaml",
         recipe_text.rstrip(),
         "```",
         "",
-        "Reproduce it with `deltamerge run recipe.yaml`; check it with `deltamerge verify .`.",
+        f"Reproduce it with `deltamerge run recipe.yaml{' --pictures' * bool(pictures)}`; check it with "
+        "`deltamerge verify .`.",
         "",
     ]
     return "\n".join(lines)

@@ -35,8 +35,6 @@ def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
         massive = prune.protect is not None and prune.protect.massive_activations is not None
         calibrated = prune.calibrated_q is not None or prune.method == "wanda" or massive
         asked.append((parted and calibrated, at, "calibration of the sources of slices and modules"))
-        searched = prune.budget is not None and prune.calibrated_q is not None
-        asked.append((searched, (*at, "q"), "a calibrated q beside a budget"))
     return [(at, message) for wanted, at, message in asked if wanted]
 
 

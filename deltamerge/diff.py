@@ -15,7 +15,7 @@ from deltamerge import lock as locks
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo, canonical, match_prefixes
-from deltamerge.io.delta_format import TILE
+from deltamerge.io.delta_entry import TILE
 from deltamerge.io.layered import check_base, elements, over
 from deltamerge.io.values import widen
 from deltamerge.tensors import FLOATING

@@ -17,7 +17,7 @@ FORM = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Part `index` of `count`, from 1."""
+    """Part `index` of `count`, from 1; part 0 writes nothing, it calibrates for the others."""
 
     index: int
     count: int
@@ -52,6 +52,15 @@ class Part:
         """The plan of this part alone."""
         files = self.files(plan.layout)
         return replace(plan, outputs=tuple(output for output in plan.outputs if output.file in files))
+
+
+def shared_calibration(work: Workspace, facts: Mapping[str, Any]) -> bool:
+    """Whether part 0 has calibrated for this run. OutputError: it did for another one."""
+    for name, records in part_journals(work.state).items():
+        if name.startswith("0-of-") and any("calibrated" in record for record in records):
+            check_facts(work.target, records[0]["run"], facts)
+            return True
+    return False
 
 
 def gather(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -72,6 +72,9 @@ class RecipeError(DeltamergeError):
         self.path = path
         self.problems = tuple(problems)
 
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[str, Sequence[Problem]]]:
+        return type(self), (self.path, self.problems)  # an error may come from another machine
+
     def __str__(self) -> str:
         return "\n".join(problem.render(self.path) for problem in self.problems)
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import threading
 from collections import ChainMap, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.backends import Backend, Lane, open_backend
+from deltamerge.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
 from deltamerge.graph import REDUCTIONS, Node, Schedule, companion, depth_first, resolve, schedule
 from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.files import Descriptor
 from deltamerge.tensors import ITEMSIZE, Tile, block_elements
 
 JOB_ELEMENTS = 1 << 22
@@ -34,6 +33,17 @@ class Sink(Protocol):
         """Bytes [start, start + nbytes) of `source`, which as a whole is the tensor's bytes from `offset`."""
 
 
+@runtime_checkable
+class Files(Sink, Protocol):
+    """A sink of files that others may write to."""
+
+    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
+        """The open file, and its byte, that byte `offset` of tensor `name` goes to."""
+
+    def wrote(self, name: str, offset: int, nbytes: int) -> None:
+        """Bytes [offset, offset + nbytes) of tensor `name` are at their place."""
+
+
 @dataclass(frozen=True, slots=True)
 class Task:
     """One output tensor, or some of its rows: its name, the node that makes it, the backend the plan chose ("fused" or
@@ -45,19 +55,12 @@ class Task:
     offset: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A node made ready to run: its function (None: read) and parameters looked up once for all tiles."""
-
-    node: Node
-    call: Callable[..., Any] | None
-    parameters: dict[str, Any]
-    frees: tuple[Node, ...]
-
-
 @dataclass(eq=False)
 class Running:
-    """A task in flight: the small values so far, the partials of the pass that runs, and how many jobs it waits for."""
+    """A task in flight: the small values so far, the partials of the pass that runs, and how many jobs it waits for.
+
+    `whole` runs the pass without going through its steps, where that can be done.
+    """
 
     task: Task
     backend: Backend
@@ -65,6 +68,7 @@ class Running:
     values: MutableMapping[int, Any]
     index: int = -1
     steps: list[Step] = field(default_factory=list)
+    whole: Pass | None = None
     partials: dict[int, dict[int, Any]] = field(default_factory=dict)
     waiting: int = 0
 
@@ -102,7 +106,7 @@ def execute(
     depend on `workers`, `tile_elements` or the device.
     """
     engine = _Engine(tasks, reader, sink, device, tile_elements, progress, known or {}, done)
-    with _quiet_allocator(), _single_threaded(tasks, workers):
+    with quiet_allocator(), single_threaded({task.backend for task in tasks}):
         engine.run(workers)
     return engine.shared
 
@@ -122,6 +126,7 @@ class _Engine:
         done: Callable[[str, int, int], bool],
     ) -> None:
         self.reader, self.sink, self.progress, self.done = reader, sink, progress, done
+        self.files = sink if isinstance(sink, Files) else None
         self.tile_elements = tile_elements
         self.backends = {name: open_backend(name, device) for name in {t.backend for t in tasks}}
         self.shared = shared_values([task.root for task in tasks], known)
@@ -205,14 +210,16 @@ class _Engine:
                 return []
             reductions = [n for n in nodes if n.kind in REDUCTIONS]
             last = index == len(running.schedule.passes) - 1
-            if not last and all(_needless(n, running.values) for n in reductions):
-                running.values.update({id(n): None for n in reductions})
+            needless = {id(n) for n in reductions if not last and _needless(n, running.values)}
+            running.values.update(dict.fromkeys(needless))
+            reductions = [n for n in reductions if id(n) not in needless]
+            if not (last or reductions):
                 continue
-            frees = running.schedule.frees[index]
-            running.steps = [
-                Step(n, None if n.kind == "read" else running.backend.function(n), dict(n.parameters), frees.get(i, ()))
-                for i, n in enumerate(nodes)
-            ]
+            running.steps = _steps(running, needless)
+            root = running.task.root
+            written = last and root.kind not in REDUCTIONS
+            alone = self.files is not None or not written
+            running.whole = running.backend.whole(running.steps, root, running.values, self.reader) if alone else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [job for job in self._jobs(running) if not (last and self._is_done_job(job))]
             running.waiting = len(jobs)
@@ -257,6 +264,8 @@ class _Engine:
         running = job.running
         root = running.task.root
         step = self._tile_step(root)
+        if running.whole is not None and self._compute_whole(running.whole, job):
+            return
         for node in (item.node for item in running.steps if item.call is None):
             size = ITEMSIZE[node.dtype]
             self.reader.advise(node.parameter("tensor"), job.start * size, (job.stop - job.start) * size)
@@ -288,6 +297,24 @@ class _Engine:
                     self.sink.write(running.task.name, offset, data)
                     self.progress(data.nbytes)
 
+    def _compute_whole(self, whole: Pass, job: Job) -> bool:
+        running = job.running
+        task, root = running.task, running.task.root
+        written = running.index == len(running.schedule.passes) - 1 and root.kind not in REDUCTIONS
+        nbytes = (job.stop - job.start) * ITEMSIZE[root.dtype]
+        out = self.files.place(task.name, task.offset) if written and self.files is not None else None
+        found = whole.run(job.start, job.stop, out)
+        if found is None:
+            return False
+        for item in running.steps:
+            if item.node.kind in REDUCTIONS:
+                self._reduce(running, item.node, job.start, found[id(item.node)])
+        if written and self.files is not None:
+            self.files.wrote(task.name, task.offset + job.start * ITEMSIZE[root.dtype], nbytes)
+        if written or root.kind == "small":
+            self.progress(nbytes)
+        return True
+
     def _reduce(self, running: Running, node: Node, start: int, value: Any) -> None:
         """Sums are added up as they come (integers: any order), what is concatenated waits under its tile's start."""
         with self.changed:
@@ -318,6 +345,19 @@ class _Engine:
             self.changed.notify_all()
 
 
+def _steps(running: Running, needless: Collection[int]) -> list[Step]:
+    """The steps of the pass that runs, without its needless reductions; what these free, the step before frees."""
+    steps: list[Step] = []
+    frees = running.schedule.frees[running.index]
+    for i, node in enumerate(running.schedule.passes[running.index]):
+        if id(node) in needless:
+            steps[-1] = replace(steps[-1], frees=steps[-1].frees + frees.get(i, ()))
+        else:
+            call = None if node.kind == "read" else running.backend.function(node)
+            steps.append(Step(node, call, dict(node.parameters), frees.get(i, ())))
+    return steps
+
+
 def _needless(node: Node, values: Mapping[int, Any]) -> bool:
     needless = companion(node.function, "needless")
     return needless is not None and bool(needless(*(values[id(s)] for s in node.inputs if id(s) in values)))
@@ -335,33 +375,6 @@ def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node
                 inputs = [values[source] for source in node.inputs]
                 values[node] = resolve(node.function)(*inputs, **dict(node.parameters))
     return values
-
-
-@contextmanager
-def _single_threaded(tasks: Sequence[Task], workers: int) -> Iterator[None]:
-    """One math thread per worker: threads inside each op make tiles slower, not faster."""
-    if not any(task.backend == "torch" for task in tasks):
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet_allocator() -> Iterator[None]:
-    """Let glibc reuse tile-sized buffers instead of mapping fresh zeroed pages for each."""
-    with suppress(OSError, AttributeError):
-        trim_threshold, mmap_threshold = -1, -3
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 1 << 25)
-        libc.mallopt(trim_threshold, 1 << 28)
-    yield
 
 
 def default_workers() -> int:

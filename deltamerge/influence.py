@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,6 +43,8 @@ class Influence(BaseModel):
     dare_error: float = Field(description="Expected E‖Δx − DARE‖²/E‖Δx‖² = (p/d) D/A.")
     least_squares_q: float = Field(description="q* = d + p D/A, of least expected error.")
     least_squares_error: float = Field(description="The expected relative error at q*: 1 − d/q*.")
+    dare_measured: float | None = Field(description="dare_error of the drawn mask on the same rows; null without one.")
+    least_squares_measured: float | None = Field(description="least_squares_error of the drawn mask, likewise.")
 
 
 class LayerInfluence(Influence):
@@ -73,12 +76,17 @@ def activations(found: Mapping[str, LayerStatistics], density: float, sequences:
         weights = entries if field.startswith("mean_abs") else None
         return float(np.average([getattr(layer, field) for layer in layers], weights=weights))
 
-    total = Influence(**{field: mean(field) for field in Influence.model_fields})
+    drawn = all(layer.dare_measured is not None for layer in layers)
+    means: dict[str, Any] = {
+        field: mean(field) if drawn or not field.endswith("_measured") else None for field in Influence.model_fields
+    }
+    total = Influence(**means)
     return Activations(density=density, gamma=GAMMA, sequences=sequences, total=total, layers=layers)
 
 
 def _layer(name: str, layer: LayerStatistics, density: float) -> LayerInfluence:
-    median = float(np.median(layer.mean_abs))
+    median, best = float(np.median(layer.mean_abs)), S.least_squares(layer, density)
+    drawn = layer.power is not None
     return LayerInfluence(
         name=name,
         tokens=layer.tokens,
@@ -91,8 +99,10 @@ def _layer(name: str, layer: LayerStatistics, density: float) -> LayerInfluence:
         bound=_rms(S.guaranteed(layer, density, GAMMA)),
         typical=_rms(S.typical(layer, density, GAMMA)),
         dare_error=S.dare_error(layer, density),
-        least_squares_q=S.least_squares(layer, density),
+        least_squares_q=best,
         least_squares_error=S.least_squares_error(layer, density),
+        dare_measured=S.drawn_error(layer, density) if drawn else None,
+        least_squares_measured=S.drawn_error(layer, best) if drawn else None,
         massive=[
             Massive(
                 feature=j,

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from deltamerge.errors import OutputError, context
 from deltamerge.io import hub
+
+if TYPE_CHECKING:
+    from deltamerge.recommend import Candidate, Recommendation
 
 HEAD = """\
 # deltamerge check {name}    the headers of every model, no weights read
@@ -29,15 +33,18 @@ models:
 """
 OF_SEVERAL = """\
   - model: {model}
-    parameters: {{weight: 1.0, density: 0.2}}    # the fraction of the delta that is kept
+    parameters: {{weight: 1.0, density: {density:g}}}    # the fraction of the delta that is kept
 """
-CALIBRATED = """\
-prune: {{method: magnitude, density: 0.05, q: output_change}}    # the largest twentieth, rescaled by a calibrated q
-calibration: {{data: {data}}}    # unlabelled text; 50 sequences are enough
+ADVISED = """\
+merge_method: task_arithmetic    # base + Σ weight · delta, each delta pruned first
+models:
 """
 UNCALIBRATED = """\
-# prune: {method: magnitude, density: 0.05, q: output_change}    # the largest twentieth, rescaled by a calibrated q
-# calibration: {data: sentences.jsonl}    # unlabelled text; 50 sequences are enough
+# prune: {{method: magnitude, density: {density:g}, q: output_change}}    # the largest, divided by a calibrated q
+# calibration: {{data: sentences.jsonl}}    # unlabelled text; 50 sequences are enough
+"""
+CALIBRATION = """\
+calibration: {rows}    # unlabelled text; 50 sequences are enough
 """
 TAIL = """\
 dtype: {dtype}    # of the output; arithmetic is float32
@@ -47,23 +54,65 @@ output: {{path: merged}}
 DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 
-def first_recipe(base: str, models: Sequence[str], path: Path, data: Path | None = None) -> str:
+def first_recipe(
+    base: str,
+    models: Sequence[str],
+    path: Path,
+    *,
+    density: float,
+    calibration: Mapping[str, Any] | None = None,
+    advice: Sequence[Recommendation] = (),
+) -> str:
     """The text of a recipe at `path` that merges `models` on `base`, each a folder or a hub id.
 
-    With one fine-tune and calibration `data` it is pruned, with several they are merged by ties. Folders are named as
-    seen from the recipe. InputError: a model that cannot be opened; only headers are read.
+    One is pruned, several are merged by ties; or, with `advice` on each of them, which `calibration` rows gave, added
+    up after the pruning that it recommends. Folders are named as seen from the recipe.
+    InputError: a model that cannot be opened; only headers are read.
     """
     checkpoints = [hub.resolve(reference, Path(), weights=False) for reference in (base, *models)]
     dtypes = [tensor.dtype for tensor in checkpoints[0].tensors.values()]
     dtype = max(DTYPES, key=dtypes.count)
-    named = [_seen_from(path, reference) for reference in (base, *models)]
-    text = HEAD.format(name=path.name, base=_scalar(named[0]))
-    if len(models) == 1:
-        text += ONE.format(model=_scalar(named[1]))
-        text += CALIBRATED.format(data=_scalar(_seen_from(path, str(data)))) if data else UNCALIBRATED
+    first, *named = [_scalar(_seen_from(path, reference)) for reference in (base, *models)]
+    text = HEAD.format(name=path.name, base=first)
+    if advice:
+        text += ADVISED + "".join(_advised(model, one) for model, one in zip(named, advice, strict=True))
+        if calibration and any(_chosen(one).needs_calibration for one in advice):
+            rows = {**calibration, "data": _seen_from(path, str(calibration["data"]))}
+            text += CALIBRATION.format(rows=_flow(rows))
+    elif len(models) == 1:
+        text += ONE.format(model=named[0]) + UNCALIBRATED.format(density=density)
     else:
-        text += SEVERAL + "".join(OF_SEVERAL.format(model=_scalar(model)) for model in named[1:])
+        text += SEVERAL + "".join(OF_SEVERAL.format(model=model, density=density) for model in named)
     return text + TAIL.format(dtype=DTYPES[dtype])
+
+
+def _chosen(advice: Recommendation) -> Candidate:
+    return next(one for one in advice.candidates if one.name == advice.method)
+
+
+def _advised(model: str, advice: Recommendation) -> str:
+    """A model of the recipe, its pruning, and above that what was measured of every candidate."""
+    lines = [f"{advice.method}, by `deltamerge recommend`:", *advice.why, ""]
+    rows = [f"{'':24}{'loses':>8}{'layer':>9}{'q':>9}"]
+    for one in advice.candidates:
+        lost = "" if one.lost is None else f"{one.lost:.1%}"
+        layer, q = ("" if value is None else f"{value:.3g}" for value in (one.layer_error, one.q))
+        rows.append(f"{one.name:24}{lost:>8}{layer:>9}{q:>9}{'  <-' * (one.name == advice.method)}")
+    lines += [
+        *rows,
+        "",
+        "loses: of the fine-tune's effect on held-out outputs; layer: relative error of a layer's output",
+    ]
+    comment = "".join(f"    # {line}".rstrip() + "\n" for line in lines)
+    prune = _flow(_chosen(advice).prune)
+    return f"  - model: {model}\n    parameters: {{weight: 1.0}}\n{comment}    prune: {prune}\n"
+
+
+def _flow(value: Mapping[str, Any]) -> str:
+    """A mapping on one line of YAML."""
+    return yaml.safe_dump(
+        dict(value), default_flow_style=True, sort_keys=False, width=10**6, allow_unicode=True
+    ).strip()
 
 
 def _seen_from(path: Path, reference: str) -> str:
@@ -78,6 +127,12 @@ def _seen_from(path: Path, reference: str) -> str:
 def _scalar(text: str) -> str:
     """`text` as a YAML scalar, quoted where it must be."""
     return yaml.safe_dump(text, width=10**6, allow_unicode=True).removesuffix("\n...\n").strip()
+
+
+def check_new(path: Path) -> None:
+    """OutputError: there is a file at `path` already."""
+    if path.exists():
+        raise OutputError(f"{path}: is there already", hint="another name with --out, or - for stdout")
 
 
 def write_new(path: Path, text: str) -> None:

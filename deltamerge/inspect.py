@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
 from deltamerge import backends
+from deltamerge.chosen import Run
 from deltamerge.errors import InputError
 from deltamerge.execute import Task, execute
 from deltamerge.graph import Graph, Node
@@ -76,6 +77,7 @@ class Report(_Figures):
     tensors: list[TensorStatistics]
     without_delta: list[str] = Field(description="Floating-point tensors that the base lacks.")
     activations: Activations | None = Field(None, description="With --calibration: what the linear layers do to it.")
+    run: Run | None = Field(None, description="How q was chosen, where MODEL is a folder that a run made.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -299,17 +301,19 @@ def _activation_lines(found: Activations) -> list[str]:
         "bound",
         "typical",
         "DARE error",
+        "measured",
         "q*",
         "error at q*",
+        "measured",
         "massive",
     )
 
     def cells(one: Influence) -> tuple[str, ...]:
         numbers = (
             one.mean_abs_delta, one.mean_abs_influence, one.coherence, one.change, one.bound, one.typical,
-            one.dare_error, one.least_squares_q, one.least_squares_error,
+            one.dare_error, one.dare_measured, one.least_squares_q, one.least_squares_error, one.least_squares_measured,
         )  # fmt: skip
-        return tuple(f"{value:.3g}" for value in numbers)
+        return tuple("–" if value is None else f"{value:.3g}" for value in numbers)
 
     rows = [header, ("linear layers", *cells(found.total), "")]
     rows += [(one.name, *cells(one), " ".join(str(m.feature) for m in one.massive)) for one in found.layers]

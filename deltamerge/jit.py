@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -20,11 +21,20 @@ def compiled(function: Function) -> Function:
         dispatcher: Any = njit(nogil=True, error_model="numpy", cache=True)(function)
     except RuntimeError:  # nowhere to keep a cache
         return cast(Function, njit(nogil=True, error_model="numpy")(function))
-    cache = dispatcher._cache
+    kept = dispatcher._cache
+    # a loop holds the code of those it calls, which may stand in other files of its folder
+    kept._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename).parent)
     # two processes that each save a first signature give both the same file name: the one reads the other's code
-    cache.load_overload = _alone(cache.load_overload, Path(cache.cache_path))
-    cache.save_overload = _alone(cache.save_overload, Path(cache.cache_path))
+    kept.load_overload = _alone(kept.load_overload, Path(kept.cache_path))
+    kept.save_overload = _alone(kept.save_overload, Path(kept.cache_path))
     return cast(Function, dispatcher)
+
+
+@cache
+def _stamp(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """The files of a folder, with time and size."""
+    stats = {path.name: path.stat() for path in sorted(folder.glob("*.py"))}
+    return tuple((name, stat.st_mtime_ns, stat.st_size) for name, stat in stats.items())
 
 
 def _alone(call: Callable[..., Any], folder: Path) -> Callable[..., Any]:

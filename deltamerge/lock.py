@@ -14,12 +14,15 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deltamerge import __version__
+from deltamerge.calibrate.hub_rows import commit
+from deltamerge.calibrate.rows import is_of_hub, local_files
+from deltamerge.chosen import Run, choices
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.planner import Plan
-from deltamerge.stages import Calibrated, locked
+from deltamerge.stages import Calibrated, Source, locked
 from deltamerge.tokenizer.files import CONFIG, JINJA, TOKENIZER
 
 if TYPE_CHECKING:
@@ -68,16 +71,18 @@ def _digest(path: Path, hasher: Any) -> str:
 
 
 def describe_files(
-    files: Iterable[Path], workers: int, hash_file: Callable[[Path], str] = hash_output
+    paths: Iterable[Path], workers: int, hash_file: Callable[[Path], str] = hash_output, root: Path | None = None
 ) -> dict[str, dict[str, Any]]:
-    """File name -> {hash, size}, hashed side by side, the largest first."""
-    ordered = sorted(files, key=lambda path: -path.stat().st_size)
+    """File name, or path below `root`, -> {hash, size}, hashed side by side, the largest first."""
+    ordered = sorted(paths, key=lambda path: -path.stat().st_size)
     if workers == 1:
         hashes = list(map(hash_file, ordered))
     else:
         with ThreadPoolExecutor(workers) as pool:
             hashes = list(pool.map(hash_file, ordered))
-    return {p.name: {"hash": h, "size": p.stat().st_size} for p, h in zip(ordered, hashes, strict=True)}
+    names = [path.relative_to(root).as_posix() if root else path.name for path in ordered]
+    sizes = [path.stat().st_size for path in ordered]
+    return {n: {"hash": h, "size": size} for n, h, size in zip(names, hashes, sizes, strict=True)}
 
 
 def input_files(model: Checkpoint) -> list[Path]:
@@ -126,10 +131,19 @@ def describe_inputs(
         chosen = [file for i, file in enumerate(files, position) if mine(i, total)]
         position += len(files)
         inputs[model.reference] = describe_input(model, workers, chosen)
-    data = [source.folder / source.calibration.data for source in plan.sources]
-    if data and data[0].is_file():
-        inputs[DATA] = {"files": describe_files(data[:1], workers, hash_input)}
+    for source in plan.sources[:1]:
+        inputs[DATA] = _describe_data(source, workers)
     return inputs
+
+
+def _describe_data(source: Source, workers: int) -> dict[str, Any]:
+    data = source.calibration.data
+    root = source.folder / data
+    found = describe_files(
+        local_files(data, source.folder), workers, hash_input, root=root if root.is_dir() else root.parent
+    )
+    commits = {"commit": commit(data)} if is_of_hub(data, source.folder) else {}
+    return {"files": found, **commits}
 
 
 def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
@@ -151,8 +165,10 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
         for path in files:
             found[f"{model.reference}: {path.name}"] = _identity(path)
     for source in plan.sources:
-        if (data := source.folder / source.calibration.data).is_file():
-            found[f"{DATA}: {data.name}"] = _identity(data)
+        data = source.calibration.data
+        found |= {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}
+        if is_of_hub(data, source.folder):
+            found[f"{DATA}: {data}"] = commit(data)
     return found
 
 
@@ -208,10 +224,8 @@ def write_calibration(plan: Plan, found: Mapping[Node, Calibrated], path: Path) 
 
 def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Node, Calibrated]:
     """The q's that a lock has for a plan's stages; VerifyError where it has none that fit."""
-    from safetensors.numpy import load_file
-
-    file = path.with_suffix(ROWS)
     found: dict[Node, Calibrated] = {}
+    file = path.with_suffix(ROWS)
     for node, spec in plan.specs.items():
         entry = (lock.get("calibration") or {}).get(spec.name) or {}
         rows: dict[str, NDArray[np.float32]] = {}
@@ -219,10 +233,34 @@ def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Nod
             if not file.is_file():
                 raise VerifyError(f"{file}: missing, it holds the q's of rows", hint="copy it beside the lock")
             prefix = f"{spec.name}:"
-            read_header(file)  # ours names what is wrong with it
-            rows = {n.removeprefix(prefix): v for n, v in load_file(file).items() if n.startswith(prefix)}
+            rows = {n.removeprefix(prefix): v for n, v in read_rows(path).items() if n.startswith(prefix)}
         found[node] = locked(lock, spec, rows, str(path))
     return found
+
+
+def read_rows(path: Path) -> dict[str, NDArray[np.float32]]:
+    """The q's of rows beside the lock `path`, by "model:tensor"; none where there is no such file."""
+    from safetensors.numpy import load_file
+
+    file = path.with_suffix(ROWS)
+    if not file.is_file():
+        return {}
+    read_header(file)  # ours names what is wrong with it
+    return dict(load_file(file))
+
+
+def chosen(path: Path) -> Run | None:
+    """How the run that left the lock `path` chose q; None where there is none. InputError: the lock is none."""
+    if not path.is_file():
+        return None
+    lock = read_lock(path)
+    densities = locked_densities(lock, path) if lock.get("densities") else {}
+    return Run(
+        deltamerge=str(lock.get("deltamerge", "unknown")),
+        seed=lock["seed"] if isinstance(lock.get("seed"), int) else 0,
+        choices=choices(lock.get("calibration") or {}, read_rows(path), str(path)),
+        densities=densities,
+    )
 
 
 def locked_densities(lock: dict[str, Any], path: Path) -> dict[str, float]:
@@ -307,8 +345,10 @@ def check_inputs(lock: dict[str, Any], inputs: dict[str, Any], path: Path) -> No
         if then is None or now is None:
             wrong.append(f"{reference}: {'not in the lock' if then is None else 'in the lock, not in the recipe'}")
             continue
-        files = then["files"].keys() | now["files"].keys()
-        wrong += [f"{reference}: {f} differs" for f in sorted(files) if then["files"].get(f) != now["files"].get(f)]
+        names = then["files"].keys() | now["files"].keys()
+        wrong += [f"{reference}: {f} differs" for f in sorted(names) if then["files"].get(f) != now["files"].get(f)]
+        if reference == DATA and then.get("commit") != now.get("commit"):
+            wrong.append(f"{reference}: commit {now.get('commit')}, the lock has {then.get('commit')}")
     if wrong:
         raise VerifyError("\n".join([f"{path}: the inputs are not those of the lock", *wrong]))
 

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Generic, Protocol, TypeVar
 
+from deltamerge.deltas import Deltas
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.graph import Graph, Node
+from deltamerge.graph import Node
 from deltamerge.inputs import Input, Inputs
 from deltamerge.io.adapter import factor_names
 from deltamerge.io.computed import LowRank, Zeros
 from deltamerge.io.safetensors_file import TensorInfo
 from deltamerge.io.strict_json import read_json
+from deltamerge.merges import Tuned
 from deltamerge.methods import PRUNE
 from deltamerge.pruning import Pruning, effective_prune
 from deltamerge.recipe import CalibratedQ, Recipe
@@ -21,8 +22,6 @@ from deltamerge.stages import Pruned, Source, Spec, mask_seeds
 
 ARITHMETIC = "deltamerge.merge.arithmetic"
 FACTORS = "deltamerge.calibrate.factors"
-
-M = TypeVar("M", bound="Factor")
 
 
 def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
@@ -57,87 +56,61 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     return Inputs((group,), own, inputs.vocabulary)
 
 
-class Factor(Protocol):
-    """What `build` knows of a tensor to merge, as far as it counts here."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def base(self) -> TensorInfo | None: ...
-
-
 @dataclass(frozen=True, slots=True)
-class Product(Generic[M]):
-    """An adapted weight, as expanded, and its pruned factors: what `build` knows of each, "a" and "b"."""
+class Product:
+    """An adapted weight, as expanded, and its pruned factors, "a" and "b"."""
 
-    tune: Input
     weight: TensorInfo
     update: LowRank
-    factors: dict[str, tuple[M, Input, TensorInfo, float | None]]
-
-    @property
-    def densities(self) -> list[float]:
-        return [density for _, _, _, density in self.factors.values() if density is not None]
+    factors: dict[str, Tuned]
 
 
-def factor_pairs(recipe: Recipe, pruned: Sequence[tuple[M, Input, TensorInfo, float | None]]) -> list[Product[M]]:
+def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
     """The adapted weights whose factors are `pruned`; none where whole weights are.
 
     InputError: a DoRA adapter, whose rows are scaled by their norms.
     """
-    tune = pruned[0][1]
-    if recipe.output.kind != "peft" or tune.checkpoint.adapter is None:
+    model = pruned[0].model
+    if recipe.output.kind != "peft" or model.checkpoint.adapter is None:
         return []
-    by_name = {entry[0].name: entry for entry in pruned}
+    by_name = {tuned.name: tuned for tuned in pruned}
     products = []
-    for weight in tune.checkpoint.tensors.values():
+    for weight in model.checkpoint.tensors.values():
         if isinstance(update := weight.computed, LowRank):
             if update.magnitude is not None:
-                raise InputError(f"{tune.name}: q cannot be calibrated on DoRA", hint="give q a number")
+                raise InputError(f"{model.name}: q cannot be calibrated on DoRA", hint="give q a number")
             sides = (("a", update.a), ("b", update.b))
             factors = {side: by_name[info.name] for side, info in sides if info.name in by_name}
             if factors:
-                products.append(Product(tune, weight, update, factors))
+                products.append(Product(weight, update, factors))
     return products
 
 
-def factor_roots(products: Sequence[Product[M]]) -> dict[str, tuple[str, int]]:
+def factor_roots(products: Sequence[Product]) -> dict[str, tuple[str, int]]:
     """A pruned factor's name -> the weight whose q it has a root of, and which root."""
-    return {m.name: (p.weight.name, len(p.factors)) for p in products for m, _, _, _ in p.factors.values()}
+    return {t.name: (p.weight.name, len(p.factors)) for p in products for t in p.factors.values()}
 
 
-def factor_spec(
-    graph: Graph,
-    products: Sequence[Product[M]],
-    source: Source,
-    prune: Pruning,
-    q: CalibratedQ,
-    masked: Callable[[M, TensorInfo, Input, TensorInfo, int], Node],
-    read: Callable[[TensorInfo], Node],
-) -> Spec:
-    """The calibration of an adapter's own A and B: masks and q are those of their product, the update of the weight.
+def factor_spec(products: Sequence[Product], source: Source, prune: Pruning, q: CalibratedQ, deltas: Deltas) -> Spec:
+    """The calibration of an adapter's own A and B: masks and q are those of their product, the update of the weight."""
+    random, node = PRUNE[prune.method].random, deltas.graph.node
 
-    `masked` and `read` make the nodes of a pruned and of a stored tensor.
-    """
-    random = PRUNE[prune.method].random
-
-    def product_node(product: Product[M], seed: int) -> Node:
+    def product_node(product: Product, seed: int) -> Node:
         update, factors = product.update, []
         for side, info in (("a", update.a), ("b", update.b)):
             if side in product.factors:
-                m, tune, tensor, _ = product.factors[side]
-                assert m.base is not None
-                node = graph.node("deltamerge.ops:dense", [masked(m, m.base, tune, tensor, seed)], shape=info.shape)
+                stored = deltas.masked(product.factors[side], seed)
+                factor = node("deltamerge.ops:dense", [stored], shape=info.shape)
             else:
-                node = graph.node(f"{ARITHMETIC}:passthrough", [read(info)], shape=info.shape, scales=(1.0,))
-            factors.append(graph.node(f"{FACTORS}:whole", kind="small", node=node))
+                factor = node(f"{ARITHMETIC}:passthrough", [deltas.read(info)], shape=info.shape, scales=(1.0,))
+            factors.append(node(f"{FACTORS}:whole", kind="small", node=factor))
         shape, scale, transposed = product.weight.shape, update.scale, update.transposed
-        return graph.node(f"{FACTORS}:product", factors, shape=shape, scale=scale, transposed=transposed)
+        return node(f"{FACTORS}:product", factors, shape=shape, scale=scale, transposed=transposed)
 
     pruned = []
     for product in products:
         nodes = tuple(product_node(product, source.seed + s) for s in range(mask_seeds(source, prune.method, q)))
-        density = math.prod(product.densities)
+        density = math.prod(deltas.density(tuned) or 1.0 for tuned in product.factors.values())
         pruned.append(Pruned(product.weight.name, product.weight.name, density, density if random else 1.0, nodes))
     scope = q.scope_or_default
     return Spec(source, prune.method, tuple(pruned), random, q.objective, scope, q.search, q.limits)

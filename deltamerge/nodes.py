@@ -1,4 +1,4 @@
-"""Masks that need several passes over a tensor, as graph nodes: the largest entries, WANDA's, importance sampling's."""
+"""Masks and norms that need several passes over a tensor, as graph nodes: the largest entries, WANDA's, sampling's."""
 
 from __future__ import annotations
 
@@ -9,30 +9,60 @@ from deltamerge.graph import Graph, Node
 from deltamerge.pruners.bits import Key
 
 COLUMNS = "deltamerge.pruners.columns"
+RESCALE = "deltamerge.pruners.rescale"
 SAMPLING = "deltamerge.pruners.sampling"
 SELECT = "deltamerge.pruners.select"
 
 
 def largest(graph: Graph, delta: Node, k: int) -> Node:
-    """Δ with only its k largest magnitudes: two or three passes over the tensor, then the mask."""
+    """Δ with only its k largest magnitudes: two passes over the tensor, rarely three, then the mask."""
     if k >= math.prod(delta.shape):
         return delta
-    make = graph.node
-    if k == 0:
-        cut = make(f"{SELECT}:nothing", kind="small")
-        ranks = make(f"{SELECT}:no_ranks", kind="small")
-        return make(f"{SELECT}:keep_largest", [delta, cut, ranks], shape=delta.shape)
-    high = make(f"{SELECT}:high_histogram", [delta], kind="sum", shape=delta.shape)
-    found = make(f"{SELECT}:pick_bin", [high], kind="small", k=k)
-    low = make(f"{SELECT}:low_histogram", [delta, found], kind="sum", shape=delta.shape)
-    return above(graph, delta, make(f"{SELECT}:pick_cut", [low, found], kind="small"))
+    return graph.node(f"{SELECT}:keep_largest", [delta, *_end(graph, delta, k)], shape=delta.shape)
 
 
 def above(graph: Graph, delta: Node, cut: Node) -> Node:
     """Δ above a cut, and of the entries equal to it the first ones in flat order."""
+    return graph.node(f"{SELECT}:keep_largest", [delta, cut, _ranks(graph, delta, cut)], shape=delta.shape)
+
+
+def between(graph: Graph, delta: Node, density: float, gamma: float) -> Node:
+    """The int(density · n) magnitudes of Δ that follow its int(γ · n) largest; γ yields where both exceed n."""
+    size = math.prod(delta.shape)
+    kept = int(density * size)
+    top = min(int(gamma * size), size - kept)
+    if not top:
+        return largest(graph, delta, kept)
+    cuts = [*_end(graph, delta, top + kept), *_end(graph, delta, top)]
+    return graph.node(f"{SELECT}:keep_between", [delta, *cuts], shape=delta.shape)
+
+
+def _end(graph: Graph, delta: Node, k: int) -> tuple[Node, Node]:
+    """Where the k largest magnitudes end: the cut, and the ranks of those equal to it."""
+    make = graph.node
+    if k == 0:
+        return make(f"{SELECT}:nothing", kind="small"), make(f"{SELECT}:no_ranks", kind="small")
+    high = make(f"{SELECT}:high_histogram", [delta], kind="sum", shape=delta.shape)
+    found = make(f"{SELECT}:pick_bin", [high], kind="small", k=k)
+    low = make(f"{SELECT}:low_counts", [delta, found], kind="sum", shape=delta.shape)
+    listed = make(f"{SELECT}:lows", [delta, found], kind="concat", shape=delta.shape)
+    cut = make(f"{SELECT}:pick_listed", [low, listed, found], kind="small")
+    equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
+    return cut, make(f"{SELECT}:ranks_listed", [equal, listed, cut], kind="small")
+
+
+def _ranks(graph: Graph, delta: Node, cut: Node) -> Node:
     equal = graph.node(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
-    ranks = graph.node(f"{SELECT}:pick_ranks", [equal], kind="small")
-    return graph.node(f"{SELECT}:keep_largest", [delta, cut, ranks], shape=delta.shape)
+    return graph.node(f"{SELECT}:pick_ranks", [equal], kind="small")
+
+
+def matched(graph: Graph, whole: Node, kept: Node, norm: str) -> Node:
+    """mergekit's rescaling: kept · ‖Δ‖ / ‖kept‖, as a division by ‖kept‖ / ‖Δ‖."""
+    norms = [
+        graph.node(f"{RESCALE}:norm", [node], kind="concat", shape=node.shape, norm=norm) for node in (kept, whole)
+    ]
+    ratio = graph.node(f"{RESCALE}:ratio", norms, kind="small", norm=norm)
+    return graph.node(f"{RESCALE}:divide", [kept, ratio], shape=whole.shape)
 
 
 def best_scored(graph: Graph, delta: Node, activations: Node, name: str, transposed: bool, density: float) -> Node:

@@ -73,7 +73,12 @@ class Module(Keys):
 class Calibration(Keys):
     """The data on which q is searched and activations are measured."""
 
-    data: Text = Field(description=".jsonl, .csv or .txt relative to the recipe, or a hub data set id.")
+    data: Text = Field(
+        description=".jsonl, .csv, .txt or a folder of pictures relative to the recipe, or a hub data set, org/name or "
+        "org/name@revision."
+    )
+    config: Text | None = Field(None, description="Of a hub data set: which of its configurations.")
+    split: Text | None = Field(None, description="Of a hub data set: which part is read, from its start; train.")
     text: Columns = Field("text", description="Field of the text; a list of two makes sentence pairs.")
     label: Text = Field("label", description="Field of the label, for the validation objective.")
     task: Literal["text-classification", "text-generation", "image-classification", "causal-lm"] | None = Field(

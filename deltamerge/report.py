@@ -6,22 +6,32 @@ Names come from strangers: every word goes through `svg.text`, and the page's po
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltamerge.errors import OutputError
-from deltamerge.svg import Markup, Point, bars, columns, element, figure, heat, pairs, text
+from deltamerge.grouping import (
+    CHANGED,
+    FIGURES,
+    VECTORS,
+    Place,
+    grids,
+    grouped,
+    matrices,
+    module_of,
+    place,
+    placed,
+    stacks,
+)
+from deltamerge.svg import Markup, Point, bars, columns, curve, element, figure, heat, pairs, scatter, text
 
 if TYPE_CHECKING:
+    from deltamerge.chosen import Choice, Run
+    from deltamerge.grouping import Group
     from deltamerge.influence import Activations
-    from deltamerge.inspect import Report, TensorStatistics
+    from deltamerge.inspect import Report
 
-BLOCK = re.compile(r"(.*?\.\d+)\.")
-NUMBERED = re.compile(r"(.+)\.(\d+)", re.DOTALL)
-VECTORS = "biases and norms"
 ROWS = 48
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 STYLE = """
@@ -39,6 +49,7 @@ p { margin: 0 0 .8rem; max-width: 46rem; color: var(--quiet); overflow-wrap: any
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .9rem;
   align-items: start; }
 .grid + .grid { margin-top: .9rem; }
+.stack { display: grid; gap: .9rem; min-width: 0; }
 .wide { grid-template-columns: repeat(auto-fit, minmax(max(40%, min(100%, 27rem)), 1fr)); }
 .card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1rem; min-width: 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; margin: 1rem 0; }
@@ -51,6 +62,9 @@ p { margin: 0 0 .8rem; max-width: 46rem; color: var(--quiet); overflow-wrap: any
 .key i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: .4rem;
   background: var(--one); }
 .key i.second { background: var(--two); }
+.key i.best { background: var(--card); border: 2px solid var(--two); }
+.key i.dashed { border-radius: 0; width: 16px; height: 0; margin-bottom: .25rem; background: none;
+  border-top: 2px dashed var(--quiet); }
 svg { display: block; overflow: visible; font-size: 12px; }
 svg text { fill: var(--ink); } svg .quiet { fill: var(--quiet); font-size: 11px; } svg .on { fill: var(--on); }
 svg .mid { fill: var(--mid); }
@@ -59,7 +73,9 @@ svg .value, svg .in, svg .mid, svg .on { font-variant-numeric: tabular-nums; }
 .none, .track { fill: var(--line); fill-opacity: .5; } .axis, svg .rule { stroke: var(--line); }
 svg .one { stroke: var(--quiet); stroke-dasharray: 3 3; } .mark { stroke: var(--two); stroke-width: 2.5px; }
 .join { stroke: var(--quiet); stroke-opacity: .5; stroke-width: 2px; }
-.first { fill: var(--one); } .second { fill: var(--two); }
+.first { fill: var(--one); } .second { fill: var(--two); } .path { stroke: var(--one); stroke-width: 1.5px; }
+.path.second { stroke: var(--two); } .best { fill: none; stroke: var(--two); stroke-width: 2.5px; }
+svg .reference { stroke: var(--quiet); stroke-width: 1.5px; stroke-dasharray: 5 4; }
 details { margin-top: 1.6rem; } summary { cursor: pointer; font-weight: 600; }
 @media (max-width: 420px) { svg .name, svg .value { font-size: 11px; } .card { padding: .8rem .7rem; } }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin-top: .6rem; }
@@ -67,30 +83,6 @@ td, th { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; b
   font-variant-numeric: tabular-nums; }
 td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
 """
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Tensors together: entries, mean |Δ|, ‖Δ‖/‖W‖ (None where the base is zero), shares of entries and of energy."""
-
-    count: int
-    mean_abs: float
-    relative: float | None
-    energy: float
-
-    @classmethod
-    def of(cls, tensors: Sequence[TensorStatistics]) -> Group:
-        count = sum(t.count for t in tensors)
-        norm, base = (math.hypot(*values) for values in ([t.norm for t in tensors], [t.base_norm for t in tensors]))
-        mean = math.fsum(t.mean_abs * t.count for t in tensors) / count if count else 0.0
-        return cls(count, mean, norm / base if base else None, math.fsum(t.energy_share for t in tensors))
-
-
-Figures = Mapping[str, Callable[[Group], float | None]]
-FIGURES: Figures = {
-    "mean |Δ|": lambda group: group.mean_abs,
-    "‖Δ‖/‖W‖": lambda group: group.relative,
-}
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -119,7 +111,10 @@ def page(found: Report) -> str:
     """The page; the same bytes for the same report."""
     name = f"Delta of {found.model}"
     head = element("title", text(name)), element("style", Markup(STYLE))
-    blocks = [element("h1", text(name)), _words(f"on {found.base}"), _tiles(found), *_layers(found), *_modules(found)]
+    blocks = [element("h1", text(name)), _words(f"on {found.base}"), _tiles(found)]
+    if found.run is not None:
+        blocks += _run(found.run, {t.name for t in found.tensors if t.kind != "vector"})
+    blocks += [*_layers(found), *_modules(found)]
     if found.activations is not None:
         blocks += _activations(found.activations)
     if found.without_delta:
@@ -159,46 +154,20 @@ def _tiles(found: Report) -> Markup:
         "unchanged": f"{total.unchanged:.1%}",
         "kurtosis (normal: 3)": figure(total.kurtosis),
     }
+    return _shown(tiles)
+
+
+def _shown(tiles: Mapping[str, str]) -> Markup:
     cards = (element("div", element("b", text(value)), text(name), class_="card") for name, value in tiles.items())
     return element("div", *cards, class_="tiles")
 
 
-def _stacks(layers: Iterable[str]) -> dict[str, list[str]]:
-    """The numbers of numbered blocks, ascending, by what they are numbers of."""
-    stacks: dict[str, list[str]] = {}
-    for layer in dict.fromkeys(layers):
-        if match := NUMBERED.fullmatch(layer):
-            stacks.setdefault(match[1], []).append(match[2])
-    return {stack: sorted(numbers, key=lambda n: (len(n), n)) for stack, numbers in stacks.items()}
-
-
-def module_of(name: str, layer: str) -> str:
-    """What a weight is in its block: its name without the block, inner numbers (experts) as *, and `.weight`."""
-    inner = name.removeprefix(f"{layer}.").removesuffix(".weight")
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
-
-
-def _grouped(
-    tensors: Iterable[TensorStatistics], key: Callable[[TensorStatistics], tuple[str, str]]
-) -> dict[tuple[str, str], Group]:
-    groups: dict[tuple[str, str], list[TensorStatistics]] = {}
-    for tensor in tensors:
-        groups.setdefault(key(tensor), []).append(tensor)
-    return {name: Group.of(parts) for name, parts in groups.items()}
-
-
-def _cells(found: Report) -> dict[tuple[str, str], Group]:
-    """The matrices of every block, by block and module."""
-    matrices = (t for t in found.tensors if t.kind != "vector" and NUMBERED.fullmatch(t.layer))
-    return _grouped(matrices, lambda t: (t.layer, module_of(t.name, t.layer)))
-
-
 def _layers(found: Report) -> list[Markup]:
-    stacks = _stacks(found.layers)
-    if not stacks:
+    numbered = stacks(found.layers)
+    if not numbered:
         return []
     blocks = [_heading("Layers"), _words("All tensors of a numbered block together; energy is ‖Δ‖².")]
-    for stack, numbers in stacks.items():
+    for stack, numbers in numbered.items():
         rows = [(n, found.layers[f"{stack}.{n}"]) for n in numbers]
         mean, relative, energy = "mean |Δ|", "‖Δ‖/‖W‖", "share of energy"
         cards = [
@@ -207,34 +176,50 @@ def _layers(found: Report) -> list[Markup]:
             _card(f"{energy} · {stack}", columns(energy, [Point(n, one.energy_share) for n, one in rows], form=".1%")),
         ]
         blocks.append(_grid(*cards))
-    cells = _cells(found)
+    cells = matrices(found)
     maps = [
         card
-        for name, pick in FIGURES.items()
-        for card in _heat(name, {key: pick(group) for key, group in cells.items()})
+        for name, one in FIGURES.items()
+        for card in _heat(name, {key: one.of(group) for key, group in cells.items()}, one.form)
     ]
     blocks += [
         _heading("Layers and modules"),
         _words("Weights of the blocks, without biases and norms."),
     ]
-    return [*blocks, _grid(*maps, wide=True)]
+    changed = {key: CHANGED.of(group) for key, group in cells.items()}
+    return [
+        *blocks,
+        _grid(*maps, wide=True),
+        _heading("What changed, and where"),
+        _words("The share of entries that differ from the base: what pruning left, after rounding to the dtype."),
+        _grid(*_heat("entries changed", changed, CHANGED.form), _card("entries changed by module", _by_module(found))),
+    ]
 
 
-def _heat(name: str, cells: Mapping[tuple[str, str], float | None]) -> list[Markup]:
+def _by_module(found: Report) -> Markup:
+    named = [(module, CHANGED.of(group)) for module, group in _modules_of(found)[:ROWS]]
+    return bars("entries changed by module", [Point(m, v) for m, v in named], form=CHANGED.form)
+
+
+def _modules_of(found: Report) -> list[tuple[str, Group]]:
+    """The modules of all layers together, by share of energy."""
+    groups = grouped(found.tensors, lambda t: ("", VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
+    return sorted(((module, group) for (_, module), group in groups.items()), key=lambda pair: -pair[1].energy)
+
+
+def _heat(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> list[Markup]:
     """A heat map a stack, of one scale."""
     top = max((v for v in cells.values() if v is not None and math.isfinite(v)), default=0.0)
     cards = []
-    for stack, numbers in _stacks(layer for layer, _ in cells).items():
-        modules = dict.fromkeys(module for layer, module in cells if layer.rpartition(".")[0] == stack)
-        rows = [(module, [cells.get((f"{stack}.{n}", module)) for n in numbers]) for module in modules]
-        scale = element("div", text("0"), element("i"), text(figure(top)), class_="scale")
-        cards.append(_card(f"{name} · {stack}", heat(f"{name} of {stack}", numbers, rows, top), scale))
+    for grid in grids(cells):
+        scale = element("div", text("0"), element("i"), text(figure(top, form)), class_="scale")
+        drawn = heat(f"{name} of {grid.stack}", grid.layers, grid.rows, top, form=form)
+        cards.append(_card(f"{name} · {grid.stack}", drawn, scale))
     return cards
 
 
 def _modules(found: Report) -> list[Markup]:
-    groups = _grouped(found.tensors, lambda t: ("", VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
-    named = sorted(((module, group) for (_, module), group in groups.items()), key=lambda pair: -pair[1].energy)
+    named = _modules_of(found)
     more = len(named) - ROWS
     named = named[:ROWS]
     whole = found.total.count or 1
@@ -244,7 +229,7 @@ def _modules(found: Report) -> list[Markup]:
             bars("share of energy", [Point(m, g.energy, g.count / whole) for m, g in named], form=".1%"),
         )
     ]
-    cards += [_card(n, bars(n, [Point(m, pick(g)) for m, g in named])) for n, pick in FIGURES.items()]
+    cards += [_card(n, bars(n, [Point(m, f.of(g)) for m, g in named], form=f.form)) for n, f in FIGURES.items()]
     kept = [Point(f"largest {100 * float(d):g} % of entries", share) for d, share in found.total.kept_energy.items()]
     words = "A module of all layers together, by share of energy"
     words += f"; {more} more are left out." if more > 0 else "."
@@ -264,14 +249,16 @@ def _modules(found: Report) -> list[Markup]:
     ]
 
 
+def _key(first: str, second: str) -> Markup:
+    """Which colour is what."""
+    one, two = element("span", element("i"), text(first)), element("span", element("i", class_="second"), text(second))
+    return element("div", one, two, class_="key")
+
+
 def _activations(found: Activations) -> list[Markup]:
-    stacks = _stacks(match[1] for one in found.layers if (match := BLOCK.match(one.name)))
-    prefix = f"{next(iter(stacks))}." if len(stacks) == 1 else ""
-    rows, cells = [], {}
-    for one in found.layers:
-        if match := BLOCK.match(one.name):
-            cells[match[1], module_of(one.name, match[1])] = one
-        rows.append((one.name.removeprefix(prefix).removesuffix(".weight"), one))
+    named = stacks(where[0] for one in found.layers if (where := place(one.name)))
+    prefix = f"{next(iter(named))}." if len(named) == 1 else ""
+    rows = [(one.name.removeprefix(prefix).removesuffix(".weight"), one) for one in found.layers]
     errors = [Point(name, one.dare_error, one.least_squares_error) for name, one in rows]
     largest = []
     for name, one in rows:
@@ -280,12 +267,11 @@ def _activations(found: Activations) -> list[Markup]:
             largest.append((top.ratio or 0.0, Point(name, top.ratio, note=note)))
     chosen = sorted(errors, key=lambda p: -(p.value or 0.0))[:ROWS]
     strongest = [point for _, point in sorted(largest, key=lambda pair: -pair[0])[:12]]
-    key = element(
-        "div",
-        element("span", element("i"), text("DARE, q = density")),
-        element("span", element("i", class_="second"), text("at the q of least squares")),
-        class_="key",
-    )
+    key = _key("DARE, q = density", "at the q of least squares")
+    measured = [
+        [(name, one.dare_error, one.dare_measured) for name, one in rows],
+        [(name, one.least_squares_error, one.least_squares_measured) for name, one in rows],
+    ]
     total = found.total
     return [
         _heading("Activations"),
@@ -295,14 +281,15 @@ def _activations(found: Activations) -> list[Markup]:
             f" at the best q {figure(total.least_squares_error)}."
         ),
         _grid(
-            *_heat("coherence D/A", {key: one.coherence for key, one in cells.items()}),
-            *_heat("q of least squares", {key: one.least_squares_q for key, one in cells.items()}),
+            *_heat("coherence D/A", placed({one.name: one.coherence for one in found.layers})),
+            *_heat("q of least squares", placed({one.name: one.least_squares_q for one in found.layers})),
             wide=True,
         ),
-        _heading("Predicted error and massive activations"),
+        _heading("Predicted error, measured error, massive activations"),
         _words(
             "The error is E‖Δx − Δ'x‖²/E‖Δx‖² (1, dashed: as if the delta were dropped)"
             + (f"; the {ROWS} layers of largest error." if len(errors) > ROWS else ".")
+            + " Measured: of the mask of seed 0, on the same rows; the dashed line is where both agree."
             + " Massive: the input feature of largest mean |x|, and how many times the median of all features that is;"
             + f" the {len(strongest)} layers where it is most."
         ),
@@ -310,19 +297,92 @@ def _activations(found: Activations) -> list[Markup]:
             _card(
                 "predicted error: DARE → least squares", key, pairs("predicted error, DARE and least squares", chosen)
             ),
-            _card("massive activations", bars("massive activations", strongest)),
+            element(
+                "div",
+                _card(
+                    "measured error over predicted, a point a layer",
+                    key,
+                    scatter("measured error over predicted error", "predicted", measured),
+                ),
+                _card("massive activations", bars("massive activations", strongest)),
+                class_="stack",
+            ),
             wide=True,
         ),
     ]
 
 
+def _run(found: Run, drawn: Set[str]) -> list[Markup]:
+    """What the lock says of the run that made the model: every search, and the q's of the `drawn` tensors."""
+    blocks = []
+    for one in found.choices:
+        blocks += [_heading(f"How q of {one.model} was chosen"), _words(f"{one.chosen}: {one.why}.")]
+        blocks.append(_choice_tiles(one))
+        cards = [_card(f"{one.measure(v)} over {v}", *_search(one, v)) for v, _ in one.panels]
+        if len(set(one.q.values())) > 1:
+            cards += _heat(f"q{' (mean of rows)' if one.rows else ''}", placed(_only(one.q, drawn)))
+        blocks.append(_grid(*cards, wide=True))
+    if found.densities:
+        blocks += [
+            _heading("Densities that the budget allowed"),
+            _grid(*_heat("density", placed(_only(found.densities, drawn)), ".2%"), wide=True),
+        ]
+    return blocks
+
+
+def _only(values: Mapping[str, float], names: Set[str]) -> dict[str, float | None]:
+    return {name: value for name, value in values.items() if name in names}
+
+
+def _choice_tiles(one: Choice) -> Markup:
+    values = [end for ends in one.rows.values() for end in ends] + [v for n, v in one.q.items() if n not in one.rows]
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    density = one.density if isinstance(one.density, list) else [one.density]
+    return _shown(
+        {
+            "method": one.method,
+            "density": " to ".join(f"{d:.4g}" for d in density),
+            "q of linear weights": f"{low:.4g}" if low == high else f"{low:.3g} to {high:.3g}",
+            "1/q": f"{1 / high:.4g}" if low == high else f"{1 / high:.3g} to {1 / low:.3g}",
+            f"{one.objective}, scope {one.scope}": figure(one.value, ".4g"),
+            "the same without calibration": figure(one.plain, ".4g"),
+        }
+    )
+
+
+def _search(one: Choice, variable: str) -> list[Markup]:
+    """The objective over what was searched, with what was chosen and where the method without calibration stands."""
+    series, reference, best = dict(one.panels)[variable], one.reference(variable), one.best(variable)
+    keys = [] if best is None else [element("span", element("i", class_="best"), text(best[2]))]
+    if reference is not None:
+        keys.append(element("span", element("i", class_="dashed"), text(reference[1])))
+    if len(series) > 1:
+        keys += [
+            element("span", element("i", class_=kind), text(family))
+            for kind, family in zip(("first", "second"), series, strict=False)
+        ]
+    drawn = curve(
+        f"{one.measure(variable)} over {variable}",
+        one.axis(variable),
+        list(series.values()),
+        logarithmic=variable != "step",
+        reference=reference and reference[0],
+        best=best and best[:2],
+    )
+    return [element("div", *keys, class_="key"), drawn]
+
+
 def _table(found: Report) -> Markup:
     """The figures that are drawn, in numbers."""
-    groups = _grouped(found.tensors, lambda t: (t.layer, VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
-    names = ("layer", "module", "entries", *FIGURES, "energy")
+    groups = grouped(found.tensors)
+    names = ("layer", "module", "entries", *FIGURES, "changed", "energy")
     rows = [element("tr", *(element("th", text(name)) for name in names))]
     for (layer, module), group in groups.items():
-        numbers = f"{group.count:,}", *(figure(pick(group)) for pick in FIGURES.values()), f"{group.energy:.2%}"
+        numbers = (
+            f"{group.count:,}",
+            *(figure(f.of(group), f.form) for f in (*FIGURES.values(), CHANGED)),
+            f"{group.energy:.2%}",
+        )
         rows.append(element("tr", *(element("td", text(cell)) for cell in (layer, module, *numbers))))
     table = element("div", element("table", *rows), class_="scroll")
     return element("details", element("summary", text("The figures")), table)

@@ -16,14 +16,17 @@ from deltamerge.assets import asset_files, write_assets
 from deltamerge.budget import Choice, budget_of
 from deltamerge.card import render
 from deltamerge.chain import Document, documents, folder_of, is_current
-from deltamerge.distribute import Part, gather
+from deltamerge.distribute import Part, gather, shared_calibration
 from deltamerge.errors import InputError, OutputError
 from deltamerge.execute import execute, shared_values
 from deltamerge.graph import Node
+from deltamerge.illustrate import Draw, drawing
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.delta_spool import SPOOL
 from deltamerge.io.delta_writer import Summary
-from deltamerge.io.workspace import Workspace, refuse_inputs, sync_path, workspace
+from deltamerge.io.files import Descriptor, sync_path
+from deltamerge.io.workspace import Workspace, refuse_inputs, workspace
 from deltamerge.io.writer import Writer, write_index
 from deltamerge.planner import Plan
 from deltamerge.plans import make_plan, make_plans, target_of
@@ -64,6 +67,7 @@ def run(
     force: bool = False,
     locked: bool = False,
     allow_nonfinite: bool = False,
+    pictures: bool = False,
     pins: Mapping[str, str] | None = None,
     text: str | None = None,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
@@ -72,8 +76,8 @@ def run(
 
     `text` is the recipe where there is no file at `path`. `watch` is given the plan before the first byte and returns
     what is told the bytes done. Of several documents those that others need are made first, unless their folders hold
-    just what would be made. With `part` only that part's shards are written, to the work folder, for `finish`. `resume`
-    goes on where an interrupted run stopped.
+    just what would be made. `pictures` are drawn for the card. With `part` only that part's shards are written, to
+    the work folder, for `finish`. `resume` goes on where an interrupted run stopped.
     """
     chain = documents(path, text)
     beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
@@ -108,7 +112,7 @@ def run(
     planned = make_plan(path, out, **options)
     done = _run(
         path, chain[-1], planned, target, force=force, resume=resume, part=part, locked=locked,
-        allow_nonfinite=allow_nonfinite, watch=watch, out=out, **options,
+        allow_nonfinite=allow_nonfinite, pictures=pictures, watch=watch, out=out, **options,
     )  # fmt: skip
     return replace(done, intermediate=intermediate)
 
@@ -124,13 +128,16 @@ def _run(
     part: Part | None = None,
     locked: bool = False,
     allow_nonfinite: bool = False,
+    pictures: bool = False,
     watch: Callable[[Plan], Callable[[int], None]],
     **options: Any,
 ) -> Result:
     """Make the result of one document of the recipe at `path`."""
+    draw = drawing(planned, data=not locked) if pictures else None
     refuse_inputs(target, _places(planned))
     if part and planned.recipe.output.kind != "model":
-        raise InputError("--part writes models only", hint="run without --part, or set output.kind to model")
+        hint = "run without --part; or the parts with output.kind model, then deltamerge extract of what they make"
+        raise InputError("--part writes models only", hint=hint)
     if part:
         part.files(planned.layout)
     with workspace(target, force=force, resume=resume, part=part.name if part else None) as work:
@@ -146,8 +153,8 @@ def _run(
         if lock_path and part is None:
             locks.check_inputs(lock, inputs.result(), lock_path)
         check_deltas(planned)
-        if planned.recipe.output.kind == "delta":
-            work.empty()  # an artifact is made anew, only its q's are kept
+        if planned.recipe.output.kind == "delta":  # finished tensors are kept, unless a budget tries sizes
+            work.empty(keep=SPOOL if budget_of(planned) is None else "")
         written: Summary | None = None
         choice: Choice | None = None
         outputs: dict[str, Any] = {}
@@ -157,18 +164,25 @@ def _run(
             def remake(densities: Mapping[str, float]) -> Plan:
                 return make_plan(path, **options, upto=document.name, weights=True, densities=densities)
 
+            def settle(plan: Plan) -> Mapping[Node, Any]:
+                return locks.locked_calibration(plan, lock, lock_path) if lock_path else shared_values(plan.stages, {})
+
             densities = locks.locked_densities(lock, lock_path) if lock_path else None
-            planned, values, written, choice = write_within_budget(planned, work.folder, watch, remake, densities)
+            planned, values, written, choice = write_within_budget(
+                planned, work.folder, watch, remake, settle, densities
+            )
         else:
-            values = _calibration(planned, work, lock_path, in_parts=part is not None)
+            values = _calibration(planned, work, lock_path, facts, alone=part is None or part.index == 0)
             if planned.recipe.output.kind == "delta":
-                values, written = write_delta(planned, work.folder, watch(planned), values)
+                values, written = write_delta(planned, work.folder, watch(planned), values, work.journal)
             else:
                 mine = part.of(planned) if part else planned
                 found = _write_weights(mine, work, watch(mine), values, part)
                 nonfinite = found.nonfinite
                 sizes = {file.name: file.size for file in planned.layout.files}
                 outputs = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
+        if written is not None:
+            nonfinite = written.nonfinite
         now = locks.facts(planned, document.text)
         if changed := sorted(name for name in facts if now.get(name) != facts[name]):
             raise InputError(f"changed during the run: {', '.join(changed)}", hint="run again with --force")
@@ -177,7 +191,9 @@ def _run(
             work.journal.append({"part": {"inputs": inputs.result(), "outputs": outputs}})
             return Result(work.folder, mine, {}, None, nonfinite)
         text, found_inputs = document.text, inputs.result()
-        planned, lock = _complete(planned, work, text, target.name, found_inputs, outputs, values, written, choice)
+        planned, lock = _complete(
+            planned, work, text, target.name, found_inputs, outputs, values, written, choice, draw=draw
+        )
     return Result(target, planned, lock, written, nonfinite)
 
 
@@ -188,6 +204,7 @@ def finish(
     workers: int | None = None,
     force: bool = False,
     locked: bool = False,
+    pictures: bool = False,
     pins: Mapping[str, str] | None = None,
 ) -> Result:
     """Make the target of what all parts of a run wrote. OutputError: some part is missing or unfinished."""
@@ -195,9 +212,11 @@ def finish(
         raise InputError(f"{path}: has several documents, --part takes one", hint="give each document its own file")
     planned = make_plan(path, device="cpu", workers=workers, data=not locked, pins=pins)
     target = target_of(path, planned.recipe, out)
+    draw = drawing(planned, data=False) if pictures else None
     with workspace(target, force=force, finish=True) as work:
         text = planned.recipe.source.text
-        parts = gather(work, locks.facts(planned, text))
+        facts = locks.facts(planned, text)
+        parts = gather(work, facts)
         outputs: dict[str, Any] = {}
         inputs: dict[str, Any] = {}
         for part in parts:
@@ -206,9 +225,9 @@ def finish(
                 inputs.setdefault(reference, {**entry, "files": {}})["files"] |= entry["files"]
         if locked:
             locks.check_inputs(locks.read_lock(path.with_suffix(".lock")), inputs, path.with_suffix(".lock"))
-        known = _calibration(planned, work, path.with_suffix(".lock") if locked else None, in_parts=True)
+        known = _calibration(planned, work, path.with_suffix(".lock") if locked else None, facts, alone=False)
         write_index(work.folder, planned.layout)
-        planned, lock = _complete(planned, work, text, target.name, inputs, outputs, known)
+        planned, lock = _complete(planned, work, text, target.name, inputs, outputs, known, draw=draw)
     return Result(target, planned, lock)
 
 
@@ -222,6 +241,7 @@ def _complete(
     values: Mapping[Node, Any],
     written: Summary | None = None,
     choice: Choice | None = None,
+    draw: Draw | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Write all that is no weight and give the folder its name; `outputs` are the files whose hash is known."""
     folder = work.folder
@@ -231,11 +251,16 @@ def _complete(
     else:
         write_assets(planned, folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
-    card = render(planned, text, title, calibrated, written, choice)
-    (folder / locks.CARD).write_text(card, encoding="utf-8")
     lock_path = folder / locks.LOCK_NAME
     lock_path.unlink(missing_ok=True)
     calibration = locks.write_calibration(planned, calibrated, lock_path)
+    pictures = {}
+    if draw is not None:
+        locks.write_lock(planned, lock_path, inputs, {}, calibration, choice)
+        pictures = draw(planned, folder, lock_path)
+        lock_path.unlink()
+    card = render(planned, text, title, calibrated, written, choice, pictures)
+    (folder / locks.CARD).write_text(card, encoding="utf-8")
     others = (p for p in folder.iterdir() if p.is_file() and p.name not in outputs)
     outputs = outputs | locks.describe_files(others, planned.workers)
     lock = locks.write_lock(planned, lock_path, inputs, outputs, calibration, choice)
@@ -243,16 +268,18 @@ def _complete(
     return planned, lock
 
 
-def _calibration(planned: Plan, work: Workspace, lock_path: Path | None, *, in_parts: bool) -> dict[Node, Any]:
-    """The calibrated q's: an interrupted run's own, or the lock's, or found now and kept for --resume."""
+def _calibration(
+    planned: Plan, work: Workspace, lock_path: Path | None, facts: Mapping[str, Any], *, alone: bool
+) -> dict[Node, Any]:
+    """The calibrated q's: an interrupted run's own, or part 0's, or the lock's, or, if `alone`, found now and kept."""
     if not planned.stages:
         return {}
     own = work.state / "calibration.lock"
-    if any("calibrated" in record for record in work.journal.records):
+    if any("calibrated" in record for record in work.journal.records) or shared_calibration(work, facts):
         lock_path = own
     if lock_path is not None:
         return dict(locks.locked_calibration(planned, locks.read_lock(lock_path), lock_path))
-    if in_parts:
+    if not alone:
         raise InputError(
             "--part: the recipe calibrates q, which all parts must share",
             hint="run `deltamerge calibrate RECIPE` once, then every part and --finish with --locked",
@@ -318,6 +345,11 @@ def calibrate(
     if len(documents(path)) > 1:
         raise InputError(f"{path}: has several documents", hint="`deltamerge run` calibrates each as it makes it")
     planned = make_plan(path, device=device, workers=workers, memory=memory, weights=True)
+    if budget_of(planned) is not None:
+        raise InputError(
+            f"{path}: a budget's densities are chosen as the artifact is written, and q for them",
+            hint=f"deltamerge run {path}",
+        )
     if not planned.stages:
         raise InputError(
             f"{path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
@@ -354,6 +386,12 @@ class _Shards:
 
     def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
         self.writer.copy(name, offset + start, source, start, nbytes, reader)
+
+    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
+        return self.writer.place(name, offset)
+
+    def wrote(self, name: str, offset: int, nbytes: int) -> None:
+        self.writer.wrote(name, offset, nbytes)
 
 
 def _write_weights(

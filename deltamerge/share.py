@@ -13,6 +13,7 @@ from deltamerge import __version__, errors
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
 from deltamerge.lock import CARD, DATA, LOCK_NAME, ROWS, read_lock, verify
+from deltamerge.plots import PICTURES
 
 SCHEME = "hf://"
 RECIPE_NAME = "recipe.yaml"
@@ -58,9 +59,10 @@ class Published:
         return {name: entry["commit"] for name, entry in self.lock["inputs"].items() if "commit" in entry}
 
     def differences(self, outputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """The files whose bytes are not the published ones; the card, which names its folder, is not compared."""
+        """The files whose bytes are not the published ones; the card, which names its folder, and pictures aside."""
         then = self.lock["outputs"]
-        return sorted(name for name in {*then, *outputs} - {CARD} if then.get(name) != outputs.get(name))
+        compared = {*then, *outputs} - {CARD, *PICTURES}
+        return sorted(name for name in compared if then.get(name) != outputs.get(name))
 
 
 def fetch(reference: str, folder: Path) -> Published:

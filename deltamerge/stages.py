@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,13 @@ EVALUATIONS = 20
 STEPS = 40
 HELD_OUT = 200  # rows that decide, or as many as searched on if that is more
 SHORTLIST = 4  # minima of a search that are compared on them
+PASSED = 1 + EVALUATIONS  # the base, and points that are compared where a search found nothing better than it
+WALKED = 8  # candidates that share one walk through the blocks
 STEP_ROWS = 64  # of learned scales
 STOP_SHARE = 0.2  # of the rows searched on, which say when learning stops
-# held bytes of weights and masks; what does not fit is read or drawn again
+# held bytes of masks; what does not fit is drawn again
 CACHE_BYTES = 1 << 31
+SPARSE_BELOW = 1 / 3  # of a tensor's entries: then their positions (int64) and values are smaller than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
 EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe)\.|\.(shared|relative_attention_bias)\.")
@@ -107,7 +111,7 @@ class Spec:
         """At most so many forward passes over the calibration rows (a backward pass counts as two)."""
         # the fine-tune's outputs, statistics; on the held-out rows the candidates, the plain choice and the fine-tune
         rows = self.source.calibration.sequences
-        besides = 6 + (SHORTLIST + 3) * math.ceil(max(HELD_OUT, rows) / rows)
+        besides = 6 + (SHORTLIST + PASSED + 3) * math.ceil(max(HELD_OUT, rows) / rows)
         if self.parts:
             return len(self.parts) * (besides + self.seeds * (1 + EVALUATIONS))
         if self.objective == "layer_mse":
@@ -127,6 +131,12 @@ class Spec:
         return "merge" if self.parts else self.source.model
 
     @property
+    def memory(self) -> int:
+        """About the bytes that the stage holds beside BASELINE_BYTES."""
+        parts = self.parts or (Part(self.source, self.pruned),)
+        return sum(memory(part.source, part.pruned) for part in parts)
+
+    @property
     def sources(self) -> tuple[Source, ...]:
         return tuple(part.source for part in self.parts) or (self.source,)
 
@@ -143,7 +153,7 @@ class Spec:
             "sequences": calibration.sequences,
             "length": calibration.length,
             "forward_passes": self.passes,
-            "memory": sum(map(memory, self.sources)),
+            "memory": self.memory,
         }
 
 
@@ -158,16 +168,21 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
-def memory(source: Source) -> int:
-    """About the bytes that a stage holds: float32 weights and masks up to the cache, one block, hidden states of 8."""
+def memory(source: Source, pruned: Sequence[Pruned] = ()) -> int:
+    """About the bytes that a stage holds: masks up to the cache, one block stored and in float32, hidden states."""
     sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in source.tensors}
     blocks = numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or {0: list(sizes)}
     inside = {number: sum(sizes[name] for name in names) for number, names in blocks.items()}
     resident = sum(sizes.values()) - sum(inside.values()) + max(inside.values())
-    width = max((t.shape[-1] for t in source.tensors if len(t.shape) == 1), default=1)
-    rows = max(source.calibration.sequences, HELD_OUT)
-    hidden = 8 * rows * source.calibration.length * width * 4
-    return min(3 * sum(sizes.values()), source.cache) + 2 * resident + hidden
+    widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
+    width = max(widths, key=lambda size: (widths[size], size), default=1)
+    rows = source.calibration.sequences
+    hidden = max(WALKED * rows, (SHORTLIST + 1) * max(rows, HELD_OUT)) * source.calibration.length * width * 4
+    masks = sum(
+        len(one.masked) * math.prod(one.masked[0].shape) * (12 * one.density if one.density < SPARSE_BELOW else 4)
+        for one in pruned
+    )
+    return min(math.ceil(masks), source.cache) + 2 * resident + hidden
 
 
 def within(source: Source, limit: int | None, share: int = 1) -> Source:

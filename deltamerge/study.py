@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deltamerge import lock as locks
 from deltamerge import recommend as recommendation
 from deltamerge import report as pages
 from deltamerge.calibrate.rows import HEADS
@@ -52,11 +53,12 @@ def inspect(
     found = measure(pairs, device=device, workers=workers, progress=watch(sum(pair.tune.nbytes for pair in pairs)))
     seen = None
     if calibration is not None:
-        prune = {"method": "magnitude", "density": density, "q": "output_change"}
+        prune = {"method": "dare", "density": density, "q": "output_change"}
         (spec,) = _specs(pairs, model, base, calibration, [prune], device)
-        node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source)
+        node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source, spec=spec)
         seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
-    answer = report(inputs, pairs, lacking, found, activations=seen)
+    made = locks.chosen(inputs.tunes[0].checkpoint.path / locks.LOCK_NAME)
+    answer = report(inputs, pairs, lacking, found, activations=seen, run=made)
     if out is not None:
         pages.write(answer, out, force=force)
     return answer

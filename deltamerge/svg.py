@@ -10,12 +10,14 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NewType
 
 Markup = NewType("Markup", str)
 Attributes = dict[str, str | float]
 SHOWN = 34
 FAINT = 0.08
+EXTREME = 1e100  # figures beyond it come from no model
 
 
 def text(words: str) -> Markup:
@@ -55,6 +57,49 @@ def _percent(part: float) -> str:
 
 def _finite(*values: float | None) -> list[float]:
     return [v for v in values if v is not None and math.isfinite(v)]
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """Where values are on an axis from 0 to 1; logarithmic or linear, with ticks at round numbers."""
+
+    low: float
+    high: float
+    ticks: tuple[float, ...]
+    logarithmic: bool
+
+    @classmethod
+    def log(cls, values: Sequence[float], *, whole: bool = True) -> Axis:
+        """Of positive values (others are at its start); `whole`: from a power of ten to a power of ten."""
+        found = [v for v in _finite(*values) if 1 / EXTREME < v < EXTREME] or [1.0]
+        low, high = math.log10(min(found)), math.log10(max(found))
+        first, last = math.floor(low + 1e-9), math.ceil(high - 1e-9)
+        if whole or high - low < 1e-9:
+            low, high, whole = first, max(last, first + 1), True
+        else:
+            low, high = low - 0.03 * (high - low), high + 0.03 * (high - low)
+        every = math.ceil((high - low) / 6)
+        powers = [10.0**p for p in range(first, math.ceil(high) + 1) if (p - first) % every == 0]
+        steps = (1,) if whole or high - low > 2 else (1, 2, 5)
+        ticks = [step * power for power in powers for step in steps]
+        return cls(low, high, tuple(t for t in ticks if low - 1e-9 <= math.log10(t) <= high + 1e-9), True)
+
+    @classmethod
+    def linear(cls, values: Sequence[float]) -> Axis:
+        """Of any values, with a little room at both ends."""
+        found = [v for v in _finite(*values) if abs(v) < EXTREME] or [0.0]
+        low, high = min(found), max(found)
+        room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
+        low, high = low - room, high + room
+        step = 10.0 ** math.floor(math.log10((high - low) / 2))
+        step *= next(s for s in (1, 2, 5, 10) if (high - low) / (s * step) <= 5)
+        ticks = [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
+        return cls(low, high, tuple(ticks), False)
+
+    def place(self, value: float) -> float:
+        if self.logarithmic:
+            value = math.log10(value) if value > 0 else self.low
+        return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
 
 
 def _svg(height: float, label: str, shapes: Sequence[Markup]) -> Markup:
@@ -116,7 +161,14 @@ def bars(label: str, points: Sequence[Point], *, form: str = ".3g", whole: float
     return _svg(36 * len(points), label, shapes)
 
 
-def heat(label: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[float | None]]], top: float) -> Markup:
+def heat(
+    label: str,
+    heads: Sequence[str],
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    top: float,
+    *,
+    form: str = ".3g",
+) -> Markup:
     """A strip of cells a row, one a layer, below the row's name: from faint at 0 to full at `top`."""
     count, high = len(heads), 46
     edge = 1.5 if count <= 24 else 0.4
@@ -128,9 +180,9 @@ def heat(label: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[fl
         for i, (head, value) in enumerate(zip(heads, values, strict=True)):
             box: Attributes = {"x": _percent(i / count), "width": _percent(1 / count), "y": y + 18, "height": 22}
             box |= {"data_layer": head, "data_module": name, "class_": "none", "stroke_width": edge}
-            words, part = figure(value), 0.0
+            words, part = figure(value, form), 0.0
             if value is not None and _finite(value):
-                part = value / top if top else 0.0
+                part = min(1.0, max(0.0, value / top)) if top else 0.0
                 box |= {"class_": "cell", "fill_opacity": f"{FAINT + (1 - FAINT) * part:.4f}", "data_value": value}
             shapes.append(element("rect", _title(f"{name}, layer {head}: {words}"), **box))
             if count <= 6:
@@ -143,20 +195,18 @@ def heat(label: str, heads: Sequence[str], rows: Sequence[tuple[str, Sequence[fl
 
 def pairs(label: str, points: Sequence[Point]) -> Markup:
     """A row a point, below its name: `value` and `mark` on one logarithmic axis, joined."""
-    found = [v for p in points for v in _finite(p.value, p.mark) if v > 0] or [1.0]
-    low, high = math.floor(math.log10(min(found))), math.ceil(math.log10(max(found)))
-    high += high == low
+    axis = Axis.log([v for p in points for v in _finite(p.value, p.mark)])
     bottom = 42 * len(points)
 
     def place(value: float) -> float:
-        return 0.02 + 0.96 * (max(math.log10(value), low) - low if value > 0 else 0.0) / (high - low)
+        return 0.02 + 0.96 * axis.place(value)
 
     shapes = []
-    for power in range(low, high + 1):
-        x = _percent(place(10.0**power))
-        shapes.append(element("line", x1=x, x2=x, y1=0, y2=bottom, class_="one" if power == 0 else "rule"))
-        anchor = "start" if power == low else "end" if power == high else "middle"
-        shapes.append(_words(place(10.0**power), bottom + 15, f"{10.0**power:g}", anchor=anchor))
+    for tick in axis.ticks:
+        x = _percent(place(tick))
+        shapes.append(element("line", x1=x, x2=x, y1=0, y2=bottom, class_="one" if tick == 1 else "rule"))
+        anchor = "start" if tick == axis.ticks[0] else "end" if tick == axis.ticks[-1] else "middle"
+        shapes.append(_words(place(tick), bottom + 15, f"{tick:g}", anchor=anchor))
     for i, point in enumerate(points):
         y = 42 * i + 26
         numbers = f"{figure(point.value)} → {figure(point.mark)}"
@@ -173,3 +223,83 @@ def pairs(label: str, points: Sequence[Point]) -> Markup:
             shape: Attributes = {"class_": kind, "data_name": point.name, "data_value": v or 0.0}
             shapes.append(element("circle", title, cx=x, cy=y, r=5, **shape))
     return _svg(bottom + 22, label, shapes)
+
+
+LEFT, RIGHT, TALL = 0.12, 0.97, 200.0
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The plane of a chart with two axes: places in percent across and in pixels down."""
+
+    x: Axis
+    y: Axis
+
+    def across(self, value: float) -> float:
+        return LEFT + (RIGHT - LEFT) * self.x.place(value)
+
+    def down(self, value: float) -> float:
+        return 10 + TALL * (1 - self.y.place(value))
+
+    def rules(self, name: str) -> list[Markup]:
+        """Both axes' ticks, and below them what the horizontal one is."""
+        shapes = []
+        for tick in self.y.ticks:
+            y = self.down(tick)
+            shapes.append(element("line", x1=_percent(LEFT), x2=_percent(RIGHT), y1=y, y2=y, class_="rule"))
+            shapes.append(_words(LEFT - 0.015, y + 4, f"{tick:.4g}", anchor="end"))
+        floor = TALL + 10
+        shapes.append(element("line", x1=_percent(LEFT), x2=_percent(RIGHT), y1=floor, y2=floor, class_="axis"))
+        shapes += [_words(self.across(tick), floor + 16, f"{tick:g}", anchor="middle") for tick in self.x.ticks]
+        return [*shapes, _words((LEFT + RIGHT) / 2, floor + 34, name, anchor="middle")]
+
+    def dot(self, x: float, y: float, words: str, kind: str, radius: float = 4) -> Markup:
+        where: Attributes = {"cx": _percent(self.across(x)), "cy": f"{self.down(y):.6g}", "r": radius}
+        return element("circle", _title(words), **where, class_=kind, data_x=x, data_value=y)
+
+
+def curve(
+    label: str,
+    name: str,
+    series: Sequence[Sequence[tuple[float, float]]],
+    *,
+    logarithmic: bool,
+    reference: float | None = None,
+    best: tuple[float, float] | None = None,
+) -> Markup:
+    """Points of two numbers, joined in order of the first: its axis is called `name`; a dashed line at `reference`,
+    and the `best` point marked. The second series, if there is one, has the second colour."""
+    points = [(x, y) for one in series for x, y in one if _finite(x, y)]
+    xs = [x for x, _ in points] + _finite(reference)
+    frame = Frame(Axis.log(xs, whole=False) if logarithmic else Axis.linear(xs), Axis.linear([y for _, y in points]))
+    shapes = frame.rules(name)
+    if reference is not None and _finite(reference):
+        x = _percent(frame.across(reference))
+        shapes.append(element("line", x1=x, x2=x, y1=10, y2=TALL + 10, class_="reference", data_value=reference))
+    for kind, one in zip(("first", "second"), series, strict=False):
+        path = sorted((x, y) for x, y in one if _finite(x, y) and (x > 0 or not logarithmic))
+        for (x1, y1), (x2, y2) in pairwise(path):
+            ends: Attributes = {"x1": _percent(frame.across(x1)), "x2": _percent(frame.across(x2))}
+            ends |= {"y1": f"{frame.down(y1):.6g}", "y2": f"{frame.down(y2):.6g}"}
+            shapes.append(element("line", **ends, class_=f"path {kind}"))
+        shapes += [frame.dot(x, y, f"{x:.4g}: {y:.6g}", kind, 3) for x, y in path]
+    if best is not None and _finite(*best) == list(best):
+        shapes.append(frame.dot(*best, f"{best[0]:.4g}: {best[1]:.6g}", "best", 7))
+    return _svg(TALL + 50, label, shapes)
+
+
+def scatter(label: str, name: str, series: Sequence[Sequence[tuple[str, float | None, float | None]]]) -> Markup:
+    """Two figures of the same unit for each name, on logarithmic axes, with the line on which they are equal; the first
+    stands across, and its axis is called `name`."""
+    values = [v for one in series for _, x, y in one for v in _finite(x, y)]
+    axis = Axis.log(values, whole=False)
+    frame = Frame(axis, axis)
+    low, high = (10.0**v for v in (axis.low, axis.high))
+    ends: Attributes = {"x1": _percent(frame.across(low)), "x2": _percent(frame.across(high))}
+    ends |= {"y1": frame.down(low), "y2": frame.down(high)}
+    shapes = [*frame.rules(name), element("line", **ends, class_="one")]
+    for kind, one in zip(("first", "second"), series, strict=False):
+        for words, x, y in one:
+            if x is not None and y is not None and min(_finite(x, y), default=0.0) > 0 and len(_finite(x, y)) == 2:
+                shapes.append(frame.dot(x, y, f"{words}: {figure(x)}, {figure(y)}", kind))
+    return _svg(TALL + 50, label, shapes)

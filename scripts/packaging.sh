@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Build wheel and sdist, install each in a fresh environment with the newest and the lowest dependencies, and merge with it.
+# Build wheel and sdist, install each in a fresh environment with the newest and the lowest dependencies (of those that
+# have wheels for this Python), start it as pipx does, and merge with it.
 #   scripts/packaging.sh              with python3
 #   PYTHON=python3.13 CONSTRAINTS=constraints.txt scripts/packaging.sh    # such as a torch without CUDA
 set -euo pipefail
@@ -34,21 +35,30 @@ try() { # label, package, resolution of the dependencies that pyproject.toml nam
     "$python" -m venv --without-pip "$env"
     install=("$scratch/tools/bin/uv" pip install --quiet --python "$env/bin/python" --constraint "${CONSTRAINTS:-/dev/null}"
         ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"})
-    if [ "$3" = lowest-direct ]; then "${install[@]}" --resolution lowest-direct -r pyproject.toml; fi
+    if [ "$3" = lowest-direct ]; then
+        "${install[@]}" --resolution lowest-direct --only-binary :all: --extra fast --extra plot -r pyproject.toml
+    fi
     "${install[@]}" "$2"
     (
         cd "$scratch/models"
         "$env/bin/deltamerge" init a b --base base --out "$1.yaml"
+        "$env/bin/deltamerge" check "$1.yaml"
         "$env/bin/deltamerge" run "$1.yaml" --out "$1-merged" --quiet
         "$env/bin/deltamerge" verify "$1-merged"
+        if "$env/bin/python" -c 'import matplotlib' 2>/dev/null; then
+            "$env/bin/deltamerge" run "$1.yaml" --out "$1-drawn" --pictures --quiet
+            "$env/bin/deltamerge" inspect "$1-drawn" --base base --report "$1.html" >/dev/null
+        fi
         "$env/bin/deltamerge" --version
     )
     echo "$1: works"
 }
 wheel="$(echo "$scratch"/dist/*.whl)" sdist="$(echo "$scratch"/dist/*.tar.gz)"
-try wheel-newest "$wheel[fast]" highest
-try wheel-lowest "$wheel" lowest-direct
+try wheel-newest "${wheel}[fast,plot]" highest
+try wheel-lowest "${wheel}[fast,plot]" lowest-direct
 try sdist-newest "$sdist" highest
+# without installing it: what pipx run and uvx do
+"$scratch/tools/bin/uv" tool run --quiet --python "$python" --constraint "${CONSTRAINTS:-/dev/null}" --from "$wheel" deltamerge methods ties
 # the same bytes, whatever is installed
 sha256sum "$scratch"/models/*-merged/model.safetensors | cut -d' ' -f1 | uniq -c | { read -r count _; [ "$count" = 3 ]; }
 echo "all three made the same bytes"

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
@@ -55,9 +55,10 @@ def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
             state.requests.append((self.command, path, span, token))
             if state.status is not None:
                 return self.answer(b"", state.status)
-            found = re.fullmatch(r"/api/models/(.+?)(?:/(revision|tree)/([^/]+))?", path)
+            found = re.fullmatch(r"/api/(models|datasets)/(.+?)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?", path)
             if found:
-                return self.describe(found[1], found[2], found[3] or "main")
+                name = f"datasets/{found[2]}" if found[1] == "datasets" else found[2]
+                return self.describe(name, found[3], found[4] or "main", found[5] or "")
             found = re.fullmatch(r"/(.+?)/resolve/([^/]+)/(.+)", path)
             if found:
                 return self.resolve(found[1], found[2], found[3])
@@ -72,10 +73,12 @@ def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
                 return None
             return folder
 
-        def describe(self, repository: str, what: str | None, revision: str) -> None:
+        def describe(self, repository: str, what: str | None, revision: str, below: str) -> None:
             if (folder := self.known(repository, revision)) is None:
                 return None
-            files = [p for p in sorted(folder.rglob("*")) if p.is_file()]
+            if not (folder / below).is_dir():
+                return self.answer(b"", 404, "EntryNotFound")
+            files = [p for p in sorted((folder / below).rglob("*")) if p.is_file()]
             names = [str(p.relative_to(folder)) for p in files]
             if what == "tree":
                 entries = [
@@ -85,7 +88,7 @@ def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.answer(json.dumps(entries).encode(), 200)
             siblings = [{"rfilename": name} for name in names]
             model = {
-                "id": repository,
+                "id": repository.removeprefix("datasets/"),
                 "sha": COMMIT,
                 "siblings": siblings,
                 "private": repository in state.private,
@@ -117,6 +120,8 @@ def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.answer(b"", state.status)
             if path.endswith("/commit/main"):
                 return self.commit(path.split("/", 3)[3].removesuffix("/commit/main"), text)
+            if found := re.fullmatch(r"/api/datasets/(.+?)/paths-info/([^/]+)", path):
+                return self.paths_info(f"datasets/{found[1]}", found[2], parse_qs(text.decode()).get("paths", []))
             asked = json.loads(text)
             if path == "/api/repos/create":
                 name = f"{asked['organization']}/{asked['name']}"
@@ -142,6 +147,14 @@ def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
                 ]
                 return self.say({"transfer": "basic", "objects": objects})
             return self.say({})
+
+        def paths_info(self, repository: str, revision: str, names: list[str]) -> None:
+            if (folder := self.known(repository, revision)) is None:
+                return None
+            files = {name: folder / name for name in names if (folder / name).is_file()}
+            return self.say(
+                [{"type": "file", "path": n, "size": p.stat().st_size, "oid": etag(p)} for n, p in files.items()]
+            )
 
         def body(self) -> bytes:
             if self.headers.get("Transfer-Encoding") != "chunked":

@@ -22,6 +22,7 @@ sys.path.append(str(REPOSITORY / "benchmarks"))
 synthetic = importlib.import_module("synthetic")
 process = importlib.import_module("process")
 merge_speed = importlib.import_module("merge_speed")
+quality = importlib.import_module("quality")
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +149,40 @@ def test_settings_of_the_shell_are_taken_away(tmp_path: Path, monkeypatch: pytes
 def test_roofline_copies_the_first_and_reads_the_rest(models: list[Path], tmp_path: Path) -> None:
     assert process.roofline(models, tmp_path / "out") > 0
     assert synthetic.agreement(models[0], tmp_path / "out")["differ"] == 0
+
+
+@pytest.mark.parametrize("page", quality.PAGES, ids=lambda page: page.name)
+def test_quality_tables_of_the_docs_are_those_of_the_results(page: Path) -> None:
+    found = json.loads((REPOSITORY / "benchmarks" / "results" / "quality.json").read_text())
+    text = page.read_text()
+    assert "<!-- quality: " in text
+    assert quality.documented(found, text) == text, "run python benchmarks/quality.py --docs"
+
+
+def test_results_of_several_runs_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def result(name: str, task: str, score: float, densities: list[float]) -> Path:
+        made = {"score": score, "seconds": 1.0, "forward_passes": 3}
+        keys = [
+            f"{task} | {m} | {d} | {s}"
+            for d in densities
+            for m, seeds in (("DARE", 2), ("WANDA", 1))
+            for s in range(seeds)
+        ]
+        both = {"q": 0.02, "of_search": 3, "anonymous_mb": 4, "cpu_s": 5.0}
+        found = {"cells": dict.fromkeys(keys, made), "fine-tune": {task: 80.0}, "authors": {task: {"ours": both}}}
+        (tmp_path / name).write_text(json.dumps(found))
+        return tmp_path / name
+
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- quality: shares -->\nold\n<!-- end -->\nb\n<!-- quality: authors -->\n<!-- end -->\n")
+    monkeypatch.setattr(quality, "PAGES", (page,))
+    quality.join(result("all.json", "x", 40.0, [0.1, 0.01]), [result("more.json", "y", 60.0, [0.01])])
+    text = page.read_text()
+    assert "\nold\n" not in text
+    assert "| DARE | **50** / – | **50** / **75** | 3 |" in text
+    assert "mean of 2 seeds" in text
+    assert "| y, ours | 0.02 | 3 | 4 | 5.0 |" in text
+    assert text == quality.documented(json.loads((tmp_path / "all.json").read_text()), text)
 
 
 def script(folder: Path, *arguments: str) -> tuple[str, dict[str, Any]]:

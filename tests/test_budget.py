@@ -10,12 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_tensors, make_checkpoint
+from conftest import load_tensors, make_checkpoint, tiny_bert_pair
 from test_cli import call
 
-from deltamerge.budget import BINS, Spectrum, choose
+from deltamerge.budget import BINS, Spectrum, choose, measure
+from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.errors import InputError
+from deltamerge.execute import shared_values
 from deltamerge.io.encodings import expected_bits, uniform_density
+from deltamerge.plans import make_plan
 
 SCALES = (1.0, 0.2, 3.0, 0.01)
 
@@ -135,7 +138,6 @@ REFUSED = {
     "budget: 5MB, density: 0.1": "prune.budget: cannot stand beside a density",
     "budget: 5MB, method: wanda": "prune.budget: has no effect with method wanda",
     "budget: 5MB, method: magnitude, group: row": "prune.budget: needs uniform sampling",
-    "budget: 5MB, q: output_change": "not supported yet: a calibrated q beside a budget",
 }
 
 
@@ -145,7 +147,6 @@ def test_budgets_that_cannot_be(folder: Path, tmp_path: Path, capsys: Any, keys:
     recipe = folder / "refused.yaml"
     recipe.write_text(
         f"base_model: ./base\nmodels: [{{model: ./a}}]\nprune: {{{keys}{method}}}\noutput: {{kind: delta}}\n"
-        "calibration: {data: x.jsonl}\n"
     )
     code, _, err = call(capsys, "run", recipe, "--out", tmp_path / "out")
     assert code == 1
@@ -162,3 +163,65 @@ def test_a_budget_is_of_one_delta_artifact(folder: Path, capsys: Any) -> None:
     _, _, err = call(capsys, "check", recipe)
     assert "prune.budget: is the size of a delta artifact" in err
     assert "prune.budget: needs a single fine-tune" in err
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bert")
+    tiny_bert_pair(folder, sigma=0.02, dtype=torch.float32, tokenizer=True)
+    words = np.random.default_rng(0)
+    lines = [" ".join(f"w{w}" for w in words.integers(4, 96, 12)) for _ in range(40)]
+    (folder / "rows.txt").write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def budgeted(folder: Path, name: str, prune: str, *, calibration: bool = True) -> Path:
+    text = f"base_model: ./base\nmodels: [{{model: ./tuned}}]\nprune: {{{prune}}}\noutput: {{kind: delta}}\n"
+    more = "calibration: {data: rows.txt, sequences: 8, length: 12}\n" if calibration else ""
+    (folder / name).write_text(text + more)
+    return folder / name
+
+
+def test_calibration_weighs_entries_by_their_inputs(bert: Path) -> None:
+    """Σ w Δ² of every tensor in float64, from the statistics themselves."""
+    planned = make_plan(budgeted(bert, "weights.yaml", "method: magnitude, budget: 20000"), weights=True)
+    assert planned.weighing is not None
+    statistics: dict[str, LayerStatistics] = shared_values([planned.weighing], {})[planned.weighing]
+    base, tuned = (load_tensors(bert / name) for name in ("base", "tuned"))
+    kinds = set()
+    for s in measure(planned):
+        delta = (tuned[s.name].double() - base[s.name.removeprefix("bert.")].double()).numpy()
+        if s.name in statistics:
+            kinds.add("linear")
+            energy = (delta**2 * statistics[s.name].square).sum()
+        else:
+            kinds.add("embedding" if delta.ndim == 2 else "vector")
+            energy = (delta**2).sum() / (len(delta) if delta.ndim == 2 else 1)
+        assert s.energies.sum() == pytest.approx(energy, rel=1e-5)
+        assert s.counts.sum() == np.count_nonzero(delta)
+    assert kinds == {"linear", "embedding", "vector"}
+    plain = make_plan(budgeted(bert, "plain.yaml", "method: magnitude, budget: 20000", calibration=False))
+    assert plain.weighing is None
+
+
+@pytest.mark.parametrize("prune", ["method: magnitude, q: layer_mse", "method: dare, q: output_change"])
+def test_a_budget_with_a_calibrated_q(bert: Path, tmp_path: Path, capsys: Any, prune: str) -> None:
+    recipe = budgeted(bert, "both.yaml", f"{prune}, budget: 40000")
+    code, out, err = call(capsys, "run", recipe, "--out", tmp_path / "made", "--json", "--workers", "1")
+    assert code == 0, err
+    lock = json.loads(out)["lock"]
+    size = sum(p.stat().st_size for p in (tmp_path / "made").glob("delta*"))
+    assert 0.85 * 40_000 < size <= 40_000
+    stage = lock["calibration"]["./tuned"]
+    low, high = min(lock["densities"].values()), max(lock["densities"].values())
+    assert low < high
+    assert stage["density"] == [low, high]  # the q's are those of the densities that were kept
+    (bert / "both.lock").write_bytes((tmp_path / "made" / "recipe.lock").read_bytes())
+    code, _, err = call(capsys, "run", recipe, "--out", tmp_path / "again", "--locked", "-q")
+    assert code == 0, err
+    for file in (tmp_path / "made").glob("delta*"):
+        assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes()
+    assert call(capsys, "apply", tmp_path / "made", "--base", bert / "base", "--out", tmp_path / "applied")[0] == 0
+    code, _, err = call(capsys, "calibrate", recipe)
+    assert code == 1
+    assert "a budget's densities are chosen as the artifact is written" in err

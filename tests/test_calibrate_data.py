@@ -12,7 +12,9 @@ import torch
 
 from deltamerge.calibrate import rows
 from deltamerge.calibrate.rows import Row
+from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
+from deltamerge.recipe import Calibration
 
 
 def jsonl(path: Path, *records: Any) -> str:
@@ -49,15 +51,14 @@ def test_pairs_and_pictures(tmp_path: Path) -> None:
     assert [(r.content.name, r.label) for r in found] == [("1.png", "cat"), ("2.png", "dog")]
 
 
-def test_rows_are_chosen_by_the_seed_and_keep_their_order(tmp_path: Path) -> None:
-    name = jsonl(tmp_path / "a.jsonl", *({"text": str(i)} for i in range(100)))
-    chosen = [int(r.content) for r in rows.read(name, folder=tmp_path, count=20, seed=3)]
+def test_rows_are_chosen_by_the_seed_and_keep_their_order() -> None:
+    every = [Row(str(i), None, i + 1) for i in range(100)]
+    chosen = [row.number for row in rows.select(every, 20, 3)]
     assert chosen == sorted(set(chosen))
     assert len(chosen) == 20
-    assert chosen == [int(r.content) for r in rows.read(name, folder=tmp_path, count=20, seed=3)]
-    assert chosen != [int(r.content) for r in rows.read(name, folder=tmp_path, count=20, seed=4)]
-    more = {int(r.content) for r in rows.read(name, folder=tmp_path, count=30, seed=3)}
-    assert set(chosen) < more
+    assert chosen == [row.number for row in rows.select(every, 20, 3)]
+    assert chosen != [row.number for row in rows.select(every, 20, 4)]
+    assert set(chosen) < {row.number for row in rows.select(every, 30, 3)}
 
 
 GOOD = {"text": "a", "label": 1}
@@ -71,9 +72,10 @@ GOOD = {"text": "a", "label": 1}
         ("a.jsonl", [GOOD], {"label": "y"}, "row 1: no field 'y'", "'text', 'label'"),
         ("a.jsonl", [GOOD, '{"text": \n'], {}, "row 2: not JSON", None),
         ("a.jsonl", ["[1]\n"], {}, "row 1: not a JSON object", None),
-        ("a.jsonl", [GOOD, GOOD], {"count": 50}, "2 rows, but 50 needed", "calibration.sequences"),
-        ("a.jsonl", [GOOD], {"count": 2}, "1 row, but 2 needed", None),
-        ("a.jsonl", [], {}, "0 rows, but 1 needed", None),
+        ("a.jsonl", [], {}, "holds no rows", None),
+        ("a.json", [GOOD], {}, "is no .jsonl, .csv or .txt file", "a hub id"),
+        ("a.jsonl", [GOOD], {"split": "test"}, "calibration.split is for hub data sets", None),
+        ("a.jsonl", [GOOD], {"config": "en"}, "calibration.config is for hub data sets", None),
         ("a.jsonl", [GOOD], {"text": ["text", "other"]}, "row 1: no field 'other'", None),
         ("a.jsonl", [GOOD], {"text": ["text", "label"]}, "row 1: sentence pairs need two texts", None),
         ("a.csv", ["text,label\nx,1\ny\n"], {"label": "label"}, "row 2: no field 'label'", None),
@@ -97,6 +99,8 @@ def test_bad_places(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name, label, message in (
         ("none.jsonl", None, "no such file"),
+        ("none", None, "no such file"),
+        ("here/none.jsonl", None, "no such file"),
         ("latin.txt", None, "not UTF-8"),
         ("empty", None, "holds no pictures"),
         ("flat", "label", "1.png lies in no folder named after its label"),
@@ -150,6 +154,35 @@ def test_heads(architecture: str, task: str, fits: bool) -> None:
     else:
         with pytest.raises(InputError, match=f"task {task} needs .* but this is {architecture}"):
             rows.check_head({"architectures": [architecture]}, task)
+
+
+BERT = {"architectures": ["BertForSequenceClassification"], "max_position_embeddings": 32, **TWO}
+
+
+@pytest.mark.parametrize(
+    ("calibration", "labelled", "config", "message"),
+    [
+        ({"sequences": 9}, False, BERT, "8 rows, but 9 needed"),
+        ({"sequences": 2}, True, BERT, None),
+        ({"length": 33}, False, BERT, "calibration.length is 33, but the model has 32 positions"),
+        ({"task": "causal-lm"}, False, BERT, "task causal-lm needs a model"),
+        ({"task": "image-classification"}, False, BERT, "task image-classification needs a model"),
+        ({"task": "text-classification"}, False, {"architectures": ["BertModel"]}, None),
+        ({}, True, {"architectures": ["BertModel"]}, "task text-classification needs a model"),
+        ({"metric": "pearson_spearman"}, True, BERT, "does not fit the head"),
+    ],
+)
+def test_what_check_says_of_rows_and_head(
+    calibration: dict[str, Any], labelled: bool, config: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    name = jsonl(tmp_path / "a.jsonl", *({"text": "a", "label": i % 2} for i in range(8)))
+    asked = Calibration(data=name, **{"sequences": 4, "length": 16, **calibration})
+    if message is None:
+        search, held = split(asked, tmp_path, 0, config, labelled=labelled)
+        assert not {row.number for row in search} & {row.number for row in held}
+    else:
+        with pytest.raises(InputError, match=message):
+            split(asked, tmp_path, 0, config, labelled=labelled)
 
 
 def tokenizer(folder: Path, **special: str) -> Path:
@@ -243,6 +276,6 @@ def test_rows_need_no_torch() -> None:
     import subprocess
     import sys
 
-    names = ("rows", "search", "statistics", "metrics")
+    names = ("rows", "hub_rows", "search", "statistics", "metrics")
     code = "".join(f"import deltamerge.calibrate.{n}; " for n in names) + "import sys; print('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"

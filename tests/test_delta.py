@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -24,7 +25,8 @@ from safetensors.torch import load_file, save_file
 from deltamerge.errors import InputError
 from deltamerge.io.delta import TORCH_NAMES, DeltaFile, load_delta, to_torch
 from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_writer import BaseTensor, DeltaWriter, Summary
+from deltamerge.io.delta_tensor import BaseTensor
+from deltamerge.io.delta_writer import DeltaWriter, Summary
 from deltamerge.io.encodings import CODINGS
 
 DTYPES = ["F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I64", "BOOL"]
@@ -490,6 +492,7 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("tensors.q.unit", 10**6, "unit must be in"),
         ("tensors.q.group", 99, r"q.scales is U8 \[32\], not U8 of length 33"),
         ("tensors.q.group", 0, "tensors.q.group"),
+        ("tensors.q.ranks", "0x", "tensors.q.ranks"),
         ("tensors.r", None, "does not describe the stored tensor 'r"),
     ],
 )
@@ -553,7 +556,9 @@ def test_damaged_files_are_refused(artifact: Path, change: Callable[[Tensors], N
         ("r", lambda arrays: arrays.update({"r.rice": arrays["r.rice"][:10]}), "too few"),
         (
             "r",
-            lambda arrays: arrays.update({"r.rice": torch.cat([arrays["r.rice"], arrays["r.rice"]])}),
+            lambda arrays: arrays.update(
+                {"r.rice": torch.cat([arrays["r.rice"], torch.full((8,), 255, dtype=torch.uint8)])}
+            ),
             "rice|outside|damaged",
         ),
     ],
@@ -604,6 +609,37 @@ def test_truncated_and_missing_files_are_refused(artifact: Path) -> None:
         DeltaFile.open(artifact)
     with pytest.raises(InputError, match=r"delta\.json: no such file"):
         DeltaFile.open(artifact / "elsewhere")
+
+
+def far_too_long(name: str) -> Callable[[Tensors], None]:
+    return lambda arrays: arrays.update({name: torch.cat([arrays[name], torch.zeros(10**6, dtype=torch.uint8)])})
+
+
+@pytest.mark.parametrize("name", ["r.rice", "g.gaps"])
+def test_positions_longer_than_they_can_be_are_not_decoded(artifact: Path, name: str) -> None:
+    edit_arrays(artifact, far_too_long(name))
+    with pytest.raises(InputError, match=r"delta\.json: .: (rice|gaps) of 100\d+ bytes, at most \d+ can be needed"):
+        DeltaFile.open(artifact)
+
+
+@pytest.mark.parametrize("name", ["i", "b", "g", "r", "q", "d"])
+@pytest.mark.parametrize("numba", [False, True])
+def test_a_file_truncated_while_it_is_open_is_an_error(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, name: str, numba: bool
+) -> None:
+    """Mapped, it would end the process with SIGBUS."""
+    if numba:
+        pytest.importorskip("numba")
+    else:
+        monkeypatch.delitem(sys.modules, "numba", raising=False)
+    delta = DeltaFile.open(artifact)
+    header = int.from_bytes((artifact / "delta.safetensors").read_bytes()[:8], "little")
+    os.truncate(artifact / "delta.safetensors", 8 + header)
+    base = np.zeros(6400, np.uint32)
+    with pytest.raises(InputError, match=r"delta\.safetensors: truncated while reading"):
+        list(delta.entries[name].tiles(lambda start, stop: base[start:stop]))
+    with pytest.raises(InputError, match=r"delta\.safetensors: truncated while reading"):
+        delta.apply_to({name: torch.zeros(64, 100) for name in delta.entries})
 
 
 def test_a_writer_that_fails_leaves_no_artifact(tmp_path: Path) -> None:
@@ -659,6 +695,7 @@ def test_documented_reader_reads_what_is_written(tmp_path: Path, coding: str, va
     exec(documented("def positions"), reader)
     record = json.loads((tmp_path / "delta.json").read_text())["tensors"]["w"]
     assert record["values"] == values
+    assert ("ranks" in record) == (values in ("int8", "sign") and density > 0.02)  # both forms of scales are read
     arrays = reader["load_file"](tmp_path / "delta.safetensors")
     assert np.array_equal(reader["positions"](record, "w", arrays), where)
     entry = DeltaFile.open(tmp_path).entries["w"]

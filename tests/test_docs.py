@@ -2,51 +2,208 @@
 
 from __future__ import annotations
 
+import glob
 import importlib.util
+import io
 import json
-import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 from conftest import tiny_llama
+from test_recipes import write_adapter
+
+from deltamerge.cli import commands, main
+from deltamerge.recipe import loads
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted(p for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"])
-BLOCK = re.compile(r"^```console\n(.*?)^```", re.MULTILINE | re.DOTALL)
-RUN = [page for page in PAGES if BLOCK.search(page.read_text())]
+FENCE = re.compile(
+    r"(?:^<!-- (?P<mark>not run here|file): (?P<said>.*?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```",
+    re.MULTILINE | re.DOTALL,
+)
+SPAN = re.compile(r"`deltamerge ([^`\n]+)`")
+# what stands for a value on a page
+VALUES = {"D": "0.5", "N": "2", "SIZE": "1GB", "[--calibration": "--calibration", "FILE]": "FILE"}
+HUB = re.compile(r"hf://|deltamerge push ")
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """What the pages' commands start from: models/ with a base and two fine-tunes, and sentences.jsonl."""
-    base = tiny_llama(tmp_path / "models" / "base", seed=0, tokenizer=True)
-    for seed, name in enumerate(("math", "code"), 1):
-        tiny_llama(tmp_path / "models" / name, seed=seed, base=base, sigma=0.05, tokenizer=True)
-    for path in tmp_path.glob("models/*/*config.json"):
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a page: how it is marked, and its commands of deltamerge."""
+
+    mark: str | None
+    said: str | None
+    kind: str
+    text: str
+
+    @property
+    def commands(self) -> list[str]:
+        lines = self.text.splitlines()
+        if self.kind == "console":
+            return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+        found = re.findall(r"(?:^|[\" ])(deltamerge [a-z]+(?![\w-])(?! in )[^\"\n]*)", self.text, re.MULTILINE)
+        return found if self.kind in ("", "bash", "yaml") else []
+
+
+def blocks(page: Path) -> list[Block]:
+    return [Block(*match.group("mark", "said", "kind", "text")) for match in FENCE.finditer(page.read_text())]
+
+
+def words_of(command: str) -> list[str]:
+    command = re.sub(r"\$\(\(.*?\)\)|\$\w+", "1", command)  # what a scheduler's shell puts there
+    return [VALUES.get(word, word) for word in shlex.split(command, comments=True)][1:]
+
+
+def parse(command: str) -> None:
+    """Have click read a command, and not run it."""
+    name, *words = words_of(command)
+    found = commands.get_command(click.Context(commands), name)
+    assert found is not None, command
+    try:
+        found.make_context(name, words, parent=click.Context(commands)).close()
+    except click.ClickException as error:
+        pytest.fail(f"{command}: {error.format_message()}")
+
+
+def execute(command: str) -> None:
+    """Run a command in the current folder; it has to succeed."""
+    words = [w for word in words_of(command) for w in (sorted(glob.glob(word)) or [word] if "*" in word else [word])]
+    errors = io.StringIO()
+    with pytest.raises(SystemExit) as leaving, redirect_stdout(io.StringIO()), redirect_stderr(errors):
+        main(words)
+    assert leaving.value.code == 0, f"{command}\n{errors.getvalue()}"
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the pages' commands start from: models and adapters, rows of text, recipes that are shipped."""
+    folder = tmp_path_factory.mktemp("docs")
+    models = folder / "models"
+    base = tiny_llama(models / "base", seed=0, tokenizer=True)
+    for seed, name in enumerate(("math", "code", "chat"), 1):
+        tiny_llama(models / name, seed=seed, base=base, sigma=0.05, tokenizer=True)
+    for path in models.glob("*/*config.json"):
         limits = {"max_position_embeddings": 256, "model_max_length": 256}
         config = json.loads(path.read_text())
         path.write_text(json.dumps(config | {key: limits[key] for key in limits if key in config}))
-    rows = (json.dumps({"text": " ".join(f"w{(i * j) % 90}" for j in range(3, 9))}) for i in range(1, 61))
-    (tmp_path / "sentences.jsonl").write_text("\n".join(rows))
-    return tmp_path
+    for seed, name in enumerate(("math", "code"), 1):
+        write_adapter(folder / "adapters" / name, seed)
+    rows = "\n".join(
+        json.dumps({"text": " ".join(f"w{(i * j) % 90}" for j in range(3, 9)), "label": i % 2}) for i in range(1, 61)
+    )
+    for name in ("sentences.jsonl", "calib.jsonl"):
+        (folder / name).write_text(rows)
+    for name, model in {"base": "base", "math": "math", "code": "code", "tuned": "math"}.items():
+        shutil.copytree(models / model, folder / name)
+    (folder / "old").mkdir()
+    (folder / "recipes").mkdir()
+    for name in ("models", "adapters"):
+        shutil.copytree(folder / name, folder / "recipes" / name)
+    for name in ("lora-merge", "lora-darex-q", "shira"):
+        text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+        (folder / "recipes" / f"{name}.yaml").write_text(text)
+    (folder / "recipes" / "calib.jsonl").write_text(rows)
+    for name, method in (("old", "linear"), ("recipes", "ties")):
+        (folder / name / "math-code.yaml").write_text(RECIPE.replace("./models", "../models").replace("ties", method))
+    return folder
 
 
-@pytest.mark.parametrize("page", RUN, ids=[page.name for page in RUN])
+RECIPE = """\
+base_model: ./models/base
+merge_method: ties
+models:
+  - {model: ./models/math, parameters: {weight: 1.0}}
+  - {model: ./models/code, parameters: {weight: 0.5}}
+"""
+
+
+@pytest.fixture
+def folder(template: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    here = tmp_path / "here"
+    shutil.copytree(template, here)
+    monkeypatch.chdir(here)
+    return here
+
+
+OWN_TEST = {"add-a-method.md"}  # test_add_a_method.py
+RUN = [p for p in PAGES if p.name not in OWN_TEST and any(b.commands and b.mark is None for b in blocks(p))]
+README = ROOT / "README.md"
+
+
+@pytest.mark.parametrize("page", [page for page in RUN if page != README], ids=lambda page: page.name)
 def test_the_commands_of_a_page_run_in_order(folder: Path, page: Path) -> None:
-    program = folder / "bin" / "deltamerge"
-    program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\nexec {sys.executable} -m deltamerge "$@"\n')
-    program.chmod(0o755)
-    env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
-    for block in BLOCK.findall(page.read_text()):
-        commands = [line.removeprefix("$ ") for line in block.splitlines() if line.startswith("$ ")]
-        assert commands, block
-        for command in commands:
-            done = subprocess.run(command, shell=True, cwd=folder, env=env, capture_output=True, text=True, check=False)
-            assert done.returncode == 0, f"{command}\n{done.stderr}"
+    found = blocks(page)
+    if not any(command.startswith("deltamerge init") for block in found for command in block.commands):
+        Path("recipe.yaml").write_text(RECIPE)
+    namespace: dict[str, Any] = {}
+    for block in found:
+        if block.mark == "file":
+            Path(str(block.said)).write_text(block.text)
+        elif block.mark is None and block.kind == "console":
+            assert block.commands, block.text
+            for command in block.commands:
+                execute(command)
+        elif block.mark is None and block.kind == "python" and page.name == "python.md":
+            exec(compile(block.text, page.name, "exec"), namespace)
+
+
+@pytest.mark.filterwarnings("ignore:.*divide by zero:RuntimeWarning")
+def test_the_commands_of_the_readme_run(folder: Path) -> None:
+    """One by one, on the recipe above them; on the calibrated one where q is chosen."""
+    recipes = [block.text for block in blocks(README) if block.kind == "yaml"]
+    (calibrated,) = [text for text in recipes if "calibration:" in text]
+    count = 0
+    for command in (command for block in blocks(README) for command in block.commands):
+        listed = re.match(r"deltamerge (\w+(?:, \w+)+)", command)
+        if listed:
+            assert all(commands.get_command(click.Context(commands), name) for name in listed[1].split(", "))
+        elif HUB.search(command):
+            parse(command)
+        else:
+            Path("recipe.yaml").write_text(calibrated if "calibrate" in command else recipes[0])
+            if command.startswith("deltamerge init"):
+                Path("recipe.yaml").unlink()
+            execute(command)
+            count += 1
+    assert count > 10
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_is_not_run_is_marked_and_at_least_parsed(page: Path) -> None:
+    text = page.read_text()
+    for command in re.findall(SPAN, FENCE.sub("", text)):
+        if not command.startswith("-") and not re.match(r"\w+\.", command):
+            name = words_of(f"deltamerge {command}")[0]
+            found = commands.get_command(click.Context(commands), name)
+            assert found is not None, command
+            if "RECIPE" in command or "MODEL" in command or " ./" in command or ".y" in command:
+                parse(f"deltamerge {command}")
+    for block in blocks(page):
+        if block.mark == "not run here":
+            for command in block.commands:
+                parse(command)
+        elif page not in (README, *(p for p in PAGES if p.name in OWN_TEST)):
+            assert block.kind in ("console", "python", "json", "toml", "yaml", "mermaid") or not block.commands, (
+                block.text
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_recipes_and_code_on_a_page_are_sound(page: Path) -> None:
+    for block in blocks(page):
+        if block.kind == "python":
+            compile(block.text, page.name, "exec")
+        if block.kind == "yaml" and page.name not in OWN_TEST and re.search(r"^(base_model|slices):", block.text, re.M):
+            loads(block.text)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
@@ -71,7 +228,7 @@ def test_the_recipe_reference_is_current() -> None:
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:
-    listed = re.search(r"```{toctree}.*?```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL)[0]
+    listed = " ".join(re.findall(r"```{toctree}.*?```", (ROOT / "docs" / "index.md").read_text(), re.DOTALL))
     assert {p.stem for p in PAGES if p.parent.name == "docs"} - {"index"} <= set(listed.split())
 
 

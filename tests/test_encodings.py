@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -275,7 +276,8 @@ def test_scaled_values(seed: int, exponent: int, coding: Any, groups: int, densi
     rows = 10.0 ** generator.uniform(-1, 1, groups)
     values = (generator.standard_normal(len(positions)) * rows[positions // group] * 10.0**exponent).astype(np.float32)
     coded = encode_values(values, positions, groups, group, coding)
-    scales = scale_values(coded.scales, groups, coded.unit)
+    scales = scale_values(coded.scales, groups, coded.unit, coded.ranks)
+    assert coded.ranks is None  # not worth it for so few
     codes = [coded.scales[i // 2] >> 4 * (i % 2) & 15 for i in range(groups)]
     assert scales.tolist() == [slow_scale(int(code), coded.unit) for code in codes]
     own = scales[positions // group].astype(np.float64)
@@ -297,6 +299,37 @@ def test_scaled_values(seed: int, exponent: int, coding: Any, groups: int, densi
     error, squared = np.square(values - decoded).sum(), np.square(values.astype(np.float64)).sum()
     assert math.isclose(coded.squared_error, error, rel_tol=1e-3, abs_tol=1e-80)
     assert math.isclose(coded.squared, squared, rel_tol=1e-9)
+
+
+def slow_ranks(stored: Any, ranks: str) -> Iterator[int]:
+    zeros = 0
+    for byte in stored.tolist():
+        for bit in range(8):
+            if byte >> bit & 1:
+                yield int(ranks[zeros], 16)
+            zeros = 0 if byte >> bit & 1 else zeros + 1
+
+
+@pytest.mark.parametrize("coding", ["int8", "sign"])
+def test_scales_of_many_rows_take_two_bits(coding: Any) -> None:
+    positions = draw(3, 5000 * 64, 0.1)
+    values = np.random.default_rng(3).standard_normal(len(positions)).astype(np.float32)
+    coded = encode_values(values, positions, 5000, 64, coding)
+    assert coded.ranks is not None
+    assert coded.scales.size * 8 < 2.8 * 5000
+    scales = scale_values(coded.scales, 5000, coded.unit, coded.ranks)
+    codes = slow_ranks(coded.scales, coded.ranks)
+    assert scales.tolist() == [slow_scale(code, coded.unit) for code in codes]
+    negative = np.unpackbits(coded.values, bitorder="little")[: len(values)] if coding == "sign" else None
+    decoded = scales[positions // 64] * (coded.values if negative is None else 1.0 - 2.0 * negative)
+    assert math.isclose(coded.squared_error, np.square(values - decoded, dtype=float).sum(), rel_tol=1e-3)
+    extra = np.append(coded.scales, np.uint8(0))
+    for stored, groups, ranks in [
+        (coded.scales, 4999, coded.ranks), (coded.scales, 5001, coded.ranks), (coded.scales[:-1], 5000, coded.ranks),
+        (coded.scales, 5000, coded.ranks[:1]), (extra, 5000, coded.ranks), (coded.scales[:0], 5000, coded.ranks),
+    ]:  # fmt: skip
+        with pytest.raises(InputError, match="scales are damaged"):
+            scale_values(stored, groups, coded.unit, ranks)
 
 
 def test_errors_of_the_codings_on_normal_values() -> None:
@@ -335,7 +368,7 @@ def test_extreme_scales_stay_finite() -> None:
         for coding in ("int8", "sign"):
             values = np.array([value, -value], np.float32)
             coded = encode_values(values, np.arange(2), 1, 2, coding)
-            assert np.isfinite(scale_values(coded.scales, 1, coded.unit)).all()
+            assert np.isfinite(scale_values(coded.scales, 1, coded.unit, coded.ranks)).all()
 
 
 def test_groups_are_rows() -> None:

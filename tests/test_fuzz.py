@@ -9,29 +9,20 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
-from conftest import make_checkpoint
+from fuzz_targets import NAMES, Targets, make_valid_files, tolerates
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save
 
-from deltamerge import lock as locks
-from deltamerge import recipe
-from deltamerge.calibrate.rows import read as read_rows
 from deltamerge.card import front_matter
-from deltamerge.errors import DeltamergeError
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.delta import DeltaFile
-from deltamerge.io.delta_writer import Base, BaseTensor, DeltaWriter
 from deltamerge.io.journal import Journal, read_journal
-from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.workspace import workspace
 from deltamerge.io.writer import Writer, plan_layout
 from deltamerge.plans import make_plan
@@ -111,96 +102,53 @@ def dumped(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-def tolerates(call: Callable[[], Any]) -> None:
-    """The call ends well or with an error of ours that prints."""
-    try:
-        call()
-    except DeltamergeError as error:
-        said = str(error)
-    else:
-        return
-    assert said
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Valid files of every kind: base, a, a delta, an output with its lock, rows, a journal."""
     folder = tmp_path_factory.mktemp("fuzz")
-    generator = torch.Generator().manual_seed(0)
-    base = {f"layers.{i}.w": torch.randn(6, 8, generator=generator).bfloat16() for i in range(3)} | {
-        "ids": torch.arange(4)
-    }
-    make_checkpoint(folder / "base", base, shards=2)
-    make_checkpoint(folder / "a", {n: t + 1 for n, t in base.items()}, shards=2)
-    (folder / "r.yaml").write_text("base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.5}}]\n")
-    run(folder / "r.yaml", folder / "out")
-    (folder / "delta").mkdir()
-    with DeltaWriter(folder / "delta", Base(id="base")) as writer:
-        for name, tensor in base.items():
-            bits = tensor.reshape(-1).view(torch.int16 if tensor.dtype == torch.bfloat16 else torch.int64).numpy()
-            code = "BF16" if tensor.dtype == torch.bfloat16 else "I64"
-            old = BaseTensor(name, code, tuple(tensor.shape), lambda start, stop, bits=bits: bits[start:stop])
-            out = writer.tensor(name, code, tuple(tensor.shape), old)
-            new = bits.copy()
-            new[::5] += 1
-            out.write(0, new)
-        writer.finish()
+    make_valid_files(folder)
     return folder
 
 
 @pytest.fixture
-def scratch(place: Path, tmp_path: Path) -> Callable[[str], Path]:
-    """A fresh copy of one of the valid folders."""
-
-    def fresh(name: str) -> Path:
-        shutil.rmtree(tmp_path / name, ignore_errors=True)
-        return Path(shutil.copytree(place / name, tmp_path / name))
-
-    return fresh
+def targets(place: Path, tmp_path: Path) -> Targets:
+    return Targets(place, tmp_path)
 
 
-RECIPES = [path.read_bytes() for path in sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))]
+@pytest.mark.parametrize("name", NAMES)
+@fuzz
+@given(st.data())
+def test_bytes(targets: Targets, name: str, data: st.DataObject) -> None:
+    """The targets that fuzz_atheris.py has too."""
+    getattr(targets, name)(data.draw(bent(data.draw(st.sampled_from(targets.seeds(name))))))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_valid_bytes_are_read(targets: Targets, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """A target whose valid files are refused would test nothing."""
+    monkeypatch.setattr("fuzz_targets.tolerates", lambda call: call())
+    for seed in targets.seeds(name):
+        getattr(targets, name)(seed)
 
 
 @fuzz
 @given(st.data())
-def test_recipes(tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "r.yaml"
-    path.write_bytes(data.draw(bent(data.draw(st.sampled_from(RECIPES)))))
-    tolerates(lambda: recipe.load(path))
+def test_recipes_of_the_right_syntax(targets: Targets, data: st.DataObject) -> None:
+    valid = yaml.safe_load(data.draw(st.sampled_from(targets.seeds("recipe"))))
+    targets.recipe(dumped(data.draw(changed(valid))))
 
 
 @fuzz
 @given(st.data())
-def test_recipes_of_the_right_syntax(tmp_path: Path, data: st.DataObject) -> None:
-    path = tmp_path / "r.yaml"
-    valid = yaml.safe_load(data.draw(st.sampled_from(RECIPES)))
-    path.write_bytes(dumped(data.draw(changed(valid))))
-    tolerates(lambda: recipe.load(path))
-
-
-TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 2)}
+def test_headers_of_the_right_syntax(targets: Targets, data: st.DataObject) -> None:
+    _, text = targets.seeds("header")
+    targets.header(dumped(data.draw(changed(json.loads(text)))))
 
 
 @fuzz
 @given(st.data())
-def test_headers(tmp_path: Path, data: st.DataObject) -> None:
-    raw = save(TENSORS)
-    length = int.from_bytes(raw[:8], "little")
-    if data.draw(st.booleans()):
-        text = dumped(data.draw(changed(json.loads(raw[8 : 8 + length]))))
-        raw = len(text).to_bytes(8, "little") + text + raw[8 + length :]
-    else:
-        raw = data.draw(bent(raw))
-    (tmp_path / "x.safetensors").write_bytes(raw)
-    tolerates(lambda: read_header(tmp_path / "x.safetensors"))
-
-
-@fuzz
-@given(st.data())
-def test_models(place: Path, scratch: Callable[[str], Path], data: st.DataObject) -> None:
+def test_models(place: Path, targets: Targets, data: st.DataObject) -> None:
     """Index, config and headers of a model that is merged to the end."""
-    folder = scratch("a")
+    folder = targets.fresh("a")
     file = data.draw(st.sampled_from(["config.json", INDEX, "header"]))
     if file == "header":
         path = folder / "model-00001-of-00002.safetensors"
@@ -220,8 +168,8 @@ def test_models(place: Path, scratch: Callable[[str], Path], data: st.DataObject
 
 @fuzz
 @given(st.data())
-def test_model_cards(place: Path, scratch: Callable[[str], Path], data: st.DataObject) -> None:
-    folder = scratch("a")
+def test_model_cards(place: Path, targets: Targets, data: st.DataObject) -> None:
+    folder = targets.fresh("a")
     matter = data.draw(changed({"license": "mit", "tags": ["a"], "base_model": "b"}))
     card = (
         b"---\n" + dumped(matter)[1:-1] + b"\n---\n"
@@ -237,30 +185,14 @@ def test_model_cards(place: Path, scratch: Callable[[str], Path], data: st.DataO
 
 @fuzz
 @given(st.data())
-def test_deltas(scratch: Callable[[str], Path], data: st.DataObject) -> None:
-    folder = scratch("delta")
-    if data.draw(st.booleans()):
-        path = folder / "delta.json"
-        path.write_bytes(dumped(data.draw(changed(json.loads(path.read_bytes())))))
-    else:
-        path = folder / data.draw(st.sampled_from(["delta.json", "delta.safetensors"]))
-        path.write_bytes(data.draw(bent(path.read_bytes())))
-
-    def read() -> None:
-        delta = DeltaFile.open(folder)
-        for entry in delta.entries.values():
-            if entry.size < 1 << 16 or entry.index is not None:
-                sum(len(positions) for positions in entry.positions())
-        if all(entry.size < 1 << 16 for entry in delta.entries.values()):
-            list(delta.patches())
-
-    tolerates(read)
+def test_deltas_of_the_right_syntax(targets: Targets, data: st.DataObject) -> None:
+    targets.delta(dumped(data.draw(changed(json.loads(targets.seeds("delta")[0])))))
 
 
 @fuzz
 @given(st.data())
-def test_delta_indices(scratch: Callable[[str], Path], data: st.DataObject) -> None:
-    folder = scratch("delta")
+def test_delta_indices(targets: Targets, data: st.DataObject) -> None:
+    folder = targets.fresh("delta")
     (folder / "delta.safetensors").rename(folder / "delta-00001-of-00001.safetensors")
     index = {"weight_map": {"a": "delta-00001-of-00001.safetensors"}}
     raw = dumped(data.draw(changed(index))) if data.draw(st.booleans()) else data.draw(bent(dumped(index)))
@@ -268,40 +200,10 @@ def test_delta_indices(scratch: Callable[[str], Path], data: st.DataObject) -> N
     tolerates(lambda: DeltaFile.open(folder))
 
 
-CALIBRATION = {"./a": {"objective": "output_change", "scope": "global", "search": "grid", "chosen": 0.5, "why": "best",
-                       "value": 0.1, "plain": {"value": 0.2}, "forward_passes": 3, "sequences": 2, "path": [[1, 2]],
-                       "q": {"layers.0.w": 0.5}}}  # fmt: skip
-
-
 @fuzz
 @given(st.data())
-def test_locks(place: Path, scratch: Callable[[str], Path], data: st.DataObject) -> None:
-    folder = scratch("out")
-    path = folder / "recipe.lock"
-    valid = {**yaml.safe_load(path.read_bytes()), "calibration": CALIBRATION}
-    if data.draw(st.booleans()):
-        path.write_bytes(dumped(data.draw(changed(valid))))
-    else:
-        path.write_bytes(data.draw(bent(yaml.safe_dump(valid).encode())))
-    plan = make_plan(place / "r.yaml")
-    inputs = locks.describe_inputs(plan, 1)
-    tolerates(lambda: locks.verify(folder, 1))
-    tolerates(lambda: locks.check_inputs(locks.read_lock(path), inputs, path))
-    tolerates(lambda: locks.locked_calibration(plan, locks.read_lock(path), path))
-
-
-@fuzz
-@given(st.data())
-def test_rows(tmp_path: Path, data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from(["jsonl", "csv", "txt"]))
-    valid = {
-        "jsonl": b'{"text": "a b", "label": 1}\n{"text": "c", "label": 0}\n',
-        "csv": b'text,label\n"a, b",1\nc,0\n',
-        "txt": "a b\nc é\n".encode(),
-    }[kind]
-    path = tmp_path / f"rows.{kind}"
-    path.write_bytes(data.draw(bent(valid)))
-    tolerates(lambda: read_rows(path.name, folder=tmp_path, text="text", label="label" if kind != "txt" else None))
+def test_locks_of_the_right_syntax(targets: Targets, data: st.DataObject) -> None:
+    targets.lock(dumped(data.draw(changed(yaml.safe_load(targets.seeds("lock")[0])))))
 
 
 @fuzz

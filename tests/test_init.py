@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from conftest import tiny_llama
 from test_cli import call
 
+from deltamerge.cli import commands
 from deltamerge.recipe import loads
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch) -> Path:
-    base = tiny_llama(tmp_path / "models" / "base", seed=0)
-    tiny_llama(tmp_path / "models" / "math", seed=1, base=base)
-    tiny_llama(tmp_path / "models" / "it's: code", seed=2, base=base)
-    (tmp_path / "text.jsonl").write_text(json.dumps({"text": "one two"}) + "\n")
+    base = tiny_llama(tmp_path / "models" / "base", seed=0, tokenizer=True)
+    tiny_llama(tmp_path / "models" / "math", seed=1, base=base, sigma=0.05, tokenizer=True)
+    tiny_llama(tmp_path / "models" / "it's: code", seed=2, base=base, tokenizer=True)
+    rows = (json.dumps({"text": " ".join(f"w{4 + (i * j) % 90}" for j in range(3, 9))}) for i in range(1, 31))
+    (tmp_path / "text.jsonl").write_text("\n".join(rows))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -38,14 +45,32 @@ def test_the_first_recipe_runs(folder, capsys, models, out):
     assert (Path(out).parent / "merged" / "model.safetensors").exists()
 
 
-def test_calibration_data_gives_a_calibrated_q(folder, capsys):
-    arguments = ["init", "models/math", "--base", "models/base", "--calibration", "text.jsonl", "--out", "-"]
-    code, text, _ = call(capsys, *arguments)
+@pytest.mark.parametrize("models", [["models/math"], ["models/math", "models/it's: code"]])
+def test_calibration_data_gives_what_recommend_says(folder, capsys, models):
+    arguments = ["--base", "models/base", "--calibration", "text.jsonl", "--length", "8", "--sequences", "4"]
+    code, text, _ = call(capsys, "init", *models, *arguments, "--density", "0.3", "--out", "-")
     assert code == 0
     recipe = loads(text)
-    assert recipe.prune.q == "output_change"
-    assert recipe.calibration.data == "./text.jsonl"
+    assert [model.model for model in recipe.models] == [f"./{model}" for model in models]
+    for model, one in zip(models, recipe.models, strict=True):
+        code, out, _ = call(capsys, "recommend", model, *arguments, "--density", "0.3", "--json")
+        said = json.loads(out)
+        (chosen,) = [candidate for candidate in said["candidates"] if candidate["name"] == said["method"]]
+        assert one.prune.model_dump(include=chosen["prune"].keys()) == chosen["prune"]
+        for candidate in said["candidates"]:
+            assert f"# {candidate['name']:24}{candidate['lost']:>8.1%}" in text
+        assert all(f"# {why}" in text for why in said["why"])
     assert not Path("recipe.yaml").exists()
+    Path("advised.yaml").write_text(text)
+    assert call(capsys, "run", "advised.yaml", "-q")[0] == 0
+
+
+def test_a_density_is_in_the_first_recipe(folder, capsys):
+    _, text, _ = call(capsys, "init", "models/math", "--base", "models/base", "--density", "0.03", "--out", "-")
+    assert "density: 0.03" in text
+    both = ["models/math", "models/it's: code"]
+    _, text, _ = call(capsys, "init", *both, "--base", "models/base", "--density", "0.3", "--out", "-")
+    assert [float(model.parameters["density"]) for model in loads(text).models] == [0.3, 0.3]
 
 
 def test_nothing_of_the_users_is_overwritten(folder, capsys):
@@ -74,24 +99,97 @@ def test_offline_checks_the_recipe_and_opens_no_model(folder, capsys):
 
 
 def complete(folder: Path, *words: str) -> list[str]:
-    env = {**os.environ, "_DELTAMERGE_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(["deltamerge", *words])}
-    env["COMP_CWORD"] = str(len(words))
+    shell = ShellComplete(commands, {}, "deltamerge", "_DELTAMERGE_COMPLETE")
+    found = shell.get_completions(list(words[:-1]), words[-1])
+    return [one.value if one.type == "plain" else f"{one.type},{one.value}" for one in found]
+
+
+def test_completing_imports_no_torch(folder):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = {"_DELTAMERGE_COMPLETE": "bash_complete", "COMP_WORDS": "deltamerge extract --method m", "COMP_CWORD": "3"}
+    code = (
+        "import atexit, sys; from deltamerge.cli import main\n"
+        "atexit.register(lambda: print({'torch', 'numba', 'transformers'} & sys.modules.keys())); main([])"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", "from deltamerge.cli import main; main([])"],
-        env=env, cwd=folder, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return [line.partition(",")[2] for line in done.stdout.splitlines() if line]
+        [sys.executable, "-c", code], env=env | words, capture_output=True, text=True, check=True, cwd=folder
+    )
+    assert done.stdout == "plain,magnitude\nplain,magnitude_outliers\nset()\n"
 
 
-def test_the_shell_completes_commands_and_recipes(folder):
+def test_the_shell_completes_commands_and_values(folder):
     (folder / "a.yaml").touch()
     (folder / "b.yml").touch()
     (folder / "c.txt").touch()
     (folder / "models" / "d.yaml").touch()
-    assert complete(folder, "pl") == ["plan"]
-    assert complete(folder, "plan", "") == ["a.yaml", "b.yml", "models/"]
-    assert complete(folder, "run", "models/d") == ["models/d.yaml"]
-    assert complete(folder, "run", "nowhere/d") == []
+    cases = {
+        ("pl",): ["plan"],
+        ("plan", ""): ["a.yaml", "b.yml", "models/"],
+        ("check", "a.yaml", "b"): ["b.yml"],
+        ("plan", "--diff", "a"): ["a.yaml"],
+        ("run", "models/d"): ["models/d.yaml"],
+        ("run", "nowhere/d"): [],
+        ("run", "--device", "c"): ["cpu", "cuda", "cuda:0"],
+        ("extract", "m", "--values", "b"): ["bfloat16"],
+        ("extract", "m", "--method", "ma"): ["magnitude", "magnitude_outliers"],
+        ("methods", "dare"): ["dare", "dare_linear", "dare_ties"],
+        ("completion", ""): ["bash", "zsh", "fish"],
+        ("inspect", "mo"): ["dir,mo"],
+        ("inspect", "m", "--base", ""): ["dir,"],
+        ("init", "m", "--calibration", "t"): ["file,t"],
+        ("verify", "me"): ["dir,me"],
+        ("diff", "a", "r"): ["file,r"],
+    }
+    assert {words: complete(folder, *words) for words in cases} == cases
+
+
+SHELLS = {
+    "bash": ("bash --norc -i", 'eval "$(ASKED=1 deltamerge completion bash)"; PS1="ready> "'),
+    "zsh": (
+        "zsh -f -i",
+        'autoload -Uz compinit; compinit -u; eval "$(ASKED=1 deltamerge completion zsh)"; PS1="ready> "',
+    ),
+    "fish": (
+        "fish --no-config -i",
+        'function fish_prompt; echo "ready> "; end; env ASKED=1 deltamerge completion fish | source',
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shell", SHELLS)
+def test_a_real_shell_completes(folder, shell):
+    pexpect = pytest.importorskip("pexpect")
+    start, setup = SHELLS[shell]
+    if shutil.which(shell) is None:
+        pytest.skip(f"no {shell} here")
+    (folder / "models" / "recipe.yaml").touch()
+    program = folder / "bin" / "deltamerge"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\n[ -n "$_DELTAMERGE_COMPLETE$ASKED" ] && exec {sys.executable} -m deltamerge "$@"\necho "ran[$*]"\n'
+    )
+    program.chmod(0o755)
+    env = {**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT), "TERM": "dumb",
+           "HOME": str(folder)}  # fmt: skip
+    child = pexpect.spawn(start, env=env, cwd=str(folder), encoding="utf-8", timeout=30, dimensions=(24, 160))
+    child.sendline(setup)
+    child.sendline("deltamerge ready")
+    child.expect(r"ran\[ready\]")
+    for typed, wanted in (
+        ("extr\t", "extract"),
+        ("run mod\trec\t", "run models/recipe.yaml"),
+        ("methods karc\t", "methods karcher"),
+        ("inspect models/ma\t", "inspect models/math"),
+        ("extract m --values bfl\t", "extract m --values bfloat16"),
+    ):
+        for part in re.split("(\t)", f"deltamerge {typed}"):
+            child.send(part)
+            time.sleep(2.5 if part == "\t" else 0.2)
+        child.send("\r")
+        child.expect(r"ran\[(.*?)\]")
+        assert child.match[1].strip().rstrip("/") == wanted  # zsh takes the slash back
+    child.close(force=True)
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

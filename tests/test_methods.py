@@ -201,7 +201,7 @@ def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch
 
     first = made("first")
     assert made("workers", workers=3) == first
-    monkeypatch.setattr("deltamerge.planner.TILE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("deltamerge.footprint.TILE_ELEMENTS", 1 << 10)
     assert made("tiles") == first
     monkeypatch.setattr(backends, "FUSED_FUNCTIONS", frozenset())
     assert made("torch", workers=2) == first

@@ -10,17 +10,21 @@ import sys
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import make_checkpoint, tiny_bert_pair, tiny_llama
 
-from deltamerge import svg
+from deltamerge import plots, svg
+from deltamerge.chosen import Run, choices
 from deltamerge.cli import main
-from deltamerge.errors import OutputError
+from deltamerge.errors import InputError, OutputError
+from deltamerge.grouping import module_of
 from deltamerge.influence import Activations, Influence, LayerInfluence, Massive
 from deltamerge.inspect import Report
-from deltamerge.report import check_target, module_of, page, write
+from deltamerge.report import check_target, page, write
+from deltamerge.runner import run
 from deltamerge.study import inspect
 
 VOID = {"meta"}
@@ -262,3 +266,117 @@ def test_force_without_a_page_is_a_usage_error(capsys):
         main(["inspect", "tuned", "--base", "base", "--force"])
     assert leaving.value.code == 2
     assert "--force is for the FILE of --report" in capsys.readouterr().err
+
+
+RECORD: dict[str, Any] = {
+    "method": "dare", "mask": "random", "density": 0.1, "objective": "output_change", "scope": "layer",
+    "search": "auto", "chosen": "calibrated", "why": "it is better", "value": 1.0, "plain": {"q": 0.1, "value": 4.0},
+    "searched": {"q": 0.4}, "path": [["q", 0.1, 4.0], ["q", 1.0, 2.0], ["q", 0.4, 1.0]],
+    "q": {"bert.encoder.layer.0.output.dense.weight": 0.4, "bert.encoder.layer.1.output.dense.weight": 0.2},
+}  # fmt: skip
+
+
+def with_run(found: Report, record: dict[str, Any] = RECORD) -> Report:
+    made = Run(deltamerge="0", seed=0, choices=choices({"m": record}, {}, "lock"), densities={})
+    return found.model_copy(update={"run": made})
+
+
+def test_what_a_lock_says_is_drawn(bert):
+    drawn = Page(page(with_run(bert)))
+    card = "output_change over q"
+    (vanilla,) = drawn.shapes(card, "reference")
+    assert float(vanilla["data-value"]) == 0.1
+    assert "vanilla DARE: q = density, 1/q = 10" in drawn.words
+    dots = [s for s in drawn.shapes(card, "first") if "data-x" in s]
+    assert [(float(d["data-x"]), float(d["data-value"])) for d in dots] == [(0.1, 4.0), (0.4, 1.0), (1.0, 2.0)]
+    heights = [float(d["cy"]) for d in dots]
+    assert heights[0] < heights[2] < heights[1]
+    across = [percent(d["cx"]) for d in dots]
+    assert (across[1] - across[0]) / (across[2] - across[0]) == pytest.approx(math.log10(4), abs=1e-3)
+    (best,) = [shape for shape in drawn.shapes(card, "best") if "cx" in shape]
+    assert (best["cx"], float(best["data-value"])) == (dots[1]["cx"], 1.0)
+    cells = drawn.shapes("q · bert.encoder.layer", "cell")
+    assert {cell["data-layer"]: float(cell["data-value"]) for cell in cells} == {"0": 0.4, "1": 0.2}
+    assert "How q of m was chosen" not in Page(page(bert)).words
+
+
+HOSTILE = {
+    "a word": {"path": [["q", "x", 1.0]]},
+    "nothing": {"path": [], "q": {}},
+    "huge": {"path": [["q", 1e308, -1e308], ["q", 1e-320, 1e308], ["q", -1.0, 0.0]], "value": 1e308},
+    "not finite": {"path": [["q", math.inf, math.nan]], "searched": {"q": math.nan}, "q": {"a": math.inf}},
+    "zero": {"density": 0.0, "q": {"bert.encoder.layer.0.output.dense.weight": 0.0}},
+    "names": {"why": EVIL, "method": EVIL, "searched": {"q": EVIL}},
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_a_lock_from_a_stranger_is_drawn_or_refused(bert, case):
+    if case in ("not finite", "zero"):
+        with pytest.raises(InputError, match="lock: calibration"):
+            with_run(bert, RECORD | HOSTILE[case])
+        return
+    text = page(with_run(bert, RECORD | HOSTILE[case]))
+    assert not {"script", "img"} & {tag for tag, _, _ in Page(text).elements}
+
+
+@pytest.mark.parametrize("broken", [{"mask": "no"}, {"plain": 3}, {"path": 3}, {"q": {"a": "b"}}])
+def test_a_lock_that_no_run_wrote_is_refused(broken):
+    with pytest.raises(InputError, match="lock: calibration"):
+        choices({"m": RECORD | broken}, {}, "lock")
+
+
+def test_what_changed_is_what_pruning_left(tmp_path):
+    base, tune = tiny_bert_pair(tmp_path, dtype=torch.float32)
+    prune = "{method: magnitude, density: [{filter: layer.1, value: 0.5}, {value: 0.25}]}"
+    (tmp_path / "r.yaml").write_text(f"base_model: {base}\nmodels: [{{model: {tune}, prune: {prune}}}]\n")
+    drawn = Page(page(inspect(str(run(tmp_path / "r.yaml").folder), str(base))))
+    cells = drawn.shapes("entries changed · bert.encoder.layer", "cell")
+    assert len(cells) == 12
+    assert {(c["data-layer"], float(c["data-value"])) for c in cells} == {("0", 0.25), ("1", 0.5)}
+
+
+def test_measured_errors_are_those_of_the_drawn_mask(bert):
+    found = with_activations(bert)
+    layers = [
+        one.model_copy(update={"dare_measured": 2 * one.dare_error, "least_squares_measured": None})
+        for one in found.activations.layers
+    ]
+    found = found.model_copy(update={"activations": found.activations.model_copy(update={"layers": layers})})
+    drawn = Page(page(found))
+    dots = drawn.shapes("measured error over predicted, a point a layer", "first")
+    dots = [dot for dot in dots if "data-x" in dot]
+    assert len(dots) == len(layers)
+    assert all(float(dot["data-value"]) == pytest.approx(2 * float(dot["data-x"])) for dot in dots)
+
+
+def test_pictures_depend_on_the_figures_alone(bert):
+    found = with_run(with_activations(bert))
+    made = plots.pictures(found)
+    assert list(made) == list(plots.PICTURES)
+    assert made == plots.pictures(found)
+    assert all(b"Software" not in data for data in made.values())
+
+
+def test_pictures_of_a_run(tmp_path, monkeypatch, capsys):
+    base, tune = tiny_bert_pair(tmp_path, tokenizer=True)
+    rows = [json.dumps({"text": " ".join(f"w{(7 * i + j) % 90 + 4}" for j in range(6))}) for i in range(40)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    (tmp_path / "r.yaml").write_text(
+        f"base_model: {base}\nmodels: [{{model: {tune}, prune: {{method: dare, density: 0.3, q: output_change}}}}]\n"
+        "calibration: {data: rows.jsonl, length: 8, sequences: 8, seeds: 1}\n"
+    )
+    plain, drawn = (run(tmp_path / "r.yaml", tmp_path / n, pictures=n == "drawn").folder for n in ("plain", "drawn"))
+    assert {p.name for p in drawn.iterdir()} - {p.name for p in plain.iterdir()} == set(plots.PICTURES)
+    for name in plots.PICTURES:
+        assert (drawn / name).read_bytes().startswith(b"\x89PNG")
+        assert f"]({name})" in (drawn / "README.md").read_text()
+        assert name in (drawn / "recipe.lock").read_text()
+    same = {p.name for p in plain.iterdir()} - {"README.md", "recipe.lock"}
+    assert all((plain / name).read_bytes() == (drawn / name).read_bytes() for name in same)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit) as leaving:
+        main(["run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "none"), "--pictures"])
+    assert leaving.value.code == 1
+    assert capsys.readouterr().err.startswith("error: --pictures needs matplotlib\nhint: pip install")
+    assert not list(tmp_path.glob("*none*"))

@@ -19,11 +19,11 @@ from paper.pruned import Subject
 from paper.training import Batch, OptimizerFactory, adamr, adamw, train
 
 WIDTH, INNER, HEADS = 128, 512, 4
-ROW = 64  # tokens of a row of the corpus
+ROW = 48  # tokens of a row of the corpus
 
 
 def build_base(
-    out: Path, *, steps: int, seed: int, layers: int = 4, lr: float = 3e-3, batch_size: int = 32
+    out: Path, *, steps: int, seed: int, layers: int = 4, lr: float = 3e-3, batch_size: int = 16
 ) -> list[float]:
     """Train a Llama from scratch on `arithmetic.corpus`, documents packed into rows."""
     tokenizer = arithmetic.tokenizer(out)
@@ -61,8 +61,8 @@ def fine_tune(
     *,
     steps: int,
     seed: int,
-    lr: float = 1e-3,
-    batch_size: int = 32,
+    lr: float = 2e-3,
+    batch_size: int = 16,
     factory: OptimizerFactory = adamw,
 ) -> list[float]:
     """Teach `base` to answer word problems; only the answer and the end of the sequence are scored."""
@@ -117,51 +117,54 @@ def _batch(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Problem]) -> Batch
 
 
 DENSITIES = (0.5, 0.3, 0.1, 0.05, 0.01)
-NAMES = (
-    "DARE",
-    "DAREx-q, q_v",
-    "DAREx-q per layer, q_v",
-    "DAREx-q, q_e",
-    "DAREx-q per layer, q_e",
-    "importance sampling",
-    "importance sampling, q_e",
-    "magnitude",
-    "magnitude, q_e",
-)
-WITH_ADAMR = ("DARE", "DAREx-q, q_e", "magnitude, q_e")
-DECAY = 0.01
+# Trainer -> by what its fine-tune is pruned.
+NAMES = {
+    "AdamW": (
+        "DARE",
+        "DAREx-q, q_e",
+        "DAREx-q, q_v",
+        "magnitude",
+        "magnitude, q_e",
+        "DAREx-q per layer, q_e",
+        "DAREx-q per layer, q_v",
+        "importance sampling",
+    ),
+    "AdamR-L2": ("DARE", "DAREx-q, q_e"),
+}
+DECAY = 0.03
+TEST = (200, 8)  # problems that are scored, and at toy scale
+
+
+def subject(setting: Setting, trainer: str) -> Subject:
+    """A fine-tune, trained if it is not kept."""
+    pretrain = {"steps": setting.pick(400, 2), "layers": setting.pick(4, 1), "batch_size": setting.pick(16, 4)}
+    pretrain |= {"seed": setting.seed}
+    base = setting.folder("decoder-base", pretrain, partial(build_base, **pretrain))
+    tuning = {"steps": setting.pick(400, 2), "batch_size": setting.pick(32, 4), "seed": setting.seed}
+    tuned = setting.folder(
+        f"decoder-{trainer}",
+        {"base": base.name, **tuning, "decay": 0 if trainer == "AdamW" else DECAY},
+        partial(fine_tune, base, factory=adamw if trainer == "AdamW" else adamr(base, DECAY), **tuning),
+    )
+    rows = arithmetic.problems(setting.pick(400, 20), seed=20_000 + setting.seed)
+    data = setting.folder("problems", {"first": rows[0].text, "count": len(rows)}, partial(write, rows))
+    new_tokens = setting.pick(20, 2)
+    calibration = {
+        "data": str(data / "problems.jsonl"), "sequences": setting.pick(32, 4), "length": 64, "seeds": 2,
+        "task": "text-generation", "metric": "exact_match", "answer": arithmetic.ANSWER, "new_tokens": new_tokens,
+    }  # fmt: skip
+    test = arithmetic.problems(setting.pick(*TEST), seed=10_000 + setting.seed)
+    score = partial(exact_match, rows=test, new_tokens=new_tokens)
+    return Subject(base, str(tuned), calibration, score, {"rows": len(test)})
 
 
 def table_3(setting: Setting) -> Record:
-    pretrain = {"steps": setting.pick(700, 2), "layers": setting.pick(4, 1), "batch_size": setting.pick(32, 4)}
-    pretrain |= {"seed": setting.seed}
-    new_tokens = setting.pick(32, 2)
-    base = setting.folder("decoder-base", pretrain, partial(build_base, **pretrain))
-    test = arithmetic.problems(setting.pick(300, 8), seed=10_000 + setting.seed)
-    data = setting.folder("problems", {}, partial(write, arithmetic.problems(setting.pick(400, 20), 20_000)))
-    calibration = {
-        "data": str(data / "problems.jsonl"), "sequences": setting.pick(50, 4), "length": 64,
-        "seeds": setting.pick(3, 2), "task": "text-generation", "metric": "exact_match", "answer": arithmetic.ANSWER,
-        "new_tokens": new_tokens,
-    }  # fmt: skip
-    record: Record = {"test_rows": len(test), "fine-tunes": {}}
-    for trainer, names in (("AdamW", NAMES), ("AdamR-L2", WITH_ADAMR)):
-        tuning = {"steps": setting.pick(200, 2), "batch_size": setting.pick(32, 4), "seed": setting.seed}
-        factory = adamw if trainer == "AdamW" else adamr(base, DECAY)
-        tuned = setting.folder(
-            f"decoder-{trainer}",
-            {"base": base.name, **tuning, "decay": 0 if trainer == "AdamW" else DECAY},
-            partial(fine_tune, base, factory=factory, **tuning),
-        )
-        subject = Subject(
-            base, str(tuned), calibration, partial(exact_match, rows=test, new_tokens=new_tokens), {"rows": len(test)}
-        )
-        chosen = setting.pick(names, names[:2])
-        densities = setting.pick(DENSITIES, (0.1,))
-        record["fine-tunes"][trainer] = pruned.whole(setting, subject) | {
-            "rows": pruned.scores(setting, subject, chosen, densities, setting.pick(3, 1))
-        }
-    return record
+    names = setting.pick(NAMES, {trainer: some[:2] for trainer, some in NAMES.items()})
+    densities, seeds = setting.pick((DENSITIES, 2), ((0.1,), 1))
+    return {
+        "test_rows": setting.pick(*TEST),
+        "fine-tunes": pruned.fine_tunes(setting, subject, names, densities, seeds),
+    }
 
 
 # Exact match on GSM8K at p = 0.99.

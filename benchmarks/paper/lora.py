@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,15 +23,11 @@ from paper.training import OptimizerFactory, adamw, train
 TASK = "sentiment"
 RANK, ALPHA, LR = 8, 16, 2e-3
 DENSITIES = (0.7, 0.5, 0.3, 0.1)
-NAMES = (
-    "DARE",
-    "DAREx-q, q_v",
-    "DAREx-q, q_e",
-    "importance sampling",
-    "magnitude",
-    "magnitude, q_e",
-)
-WITH_ADAMR = ("DARE", "DAREx-q, q_e", "magnitude, q_e")
+# Trainer -> by what its fine-tune is pruned.
+NAMES = {
+    "AdamW": ("DARE", "DAREx-q, q_v", "DAREx-q, q_e", "importance sampling", "magnitude", "magnitude, q_e"),
+    "AdamR-L2": ("DARE", "DAREx-q, q_e", "magnitude, q_e"),
+}
 DECAY = 0.01
 
 
@@ -60,8 +58,7 @@ def fine_tune(setting: Setting, base: Path, factory: OptimizerFactory, out: Path
             task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=["query", "key", "value", "dense"],
             exclude_modules=["bert.pooler.dense"], modules_to_save=["classifier"],
         )  # fmt: skip
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers 5 renames
+        with _quiet():
             model: Any = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
         train(model, batches, LR, factory)
     model.save_pretrained(out)
@@ -73,35 +70,44 @@ def adamr(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
     return AdamR.for_model(model, zeros, lr=lr, decay=DECAY, fresh=["classifier"])
 
 
-def table_4(setting: Setting) -> Record:
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT 0.21 reads a property that transformers 5 renames."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def subject(setting: Setting, trainer: str) -> Subject:
+    """A fine-tune, trained if it is not kept."""
     start = encoders.base(setting)
     base = setting.folder("lora-base", {"base": start.name}, partial(with_head, start, seed=setting.seed))
+    made_of = {"base": base.name, "steps": setting.pick(300, 3), "lr": LR, "rank": RANK}
+    made_of |= {"decay": DECAY} if trainer == "AdamR-L2" else {}
+    factory = adamw if trainer == "AdamW" else adamr
+    adapter = setting.folder(f"lora-{trainer}", made_of, partial(fine_tune, setting, base, factory))
     test = encoders.rows(setting, TASK, "test")
     data = encoders.rows_folder(setting) / f"{TASK}.validation.jsonl"
     calibration = {
-        "data": str(data), "sequences": setting.pick(50, 4), "length": setting.pick(40, 12),
-        "seeds": 2,
+        "data": str(data), "sequences": setting.pick(50, 4), "length": setting.pick(40, 12), "seeds": 2,
     }  # fmt: skip
 
     def score(folder: Path) -> float:
         from peft import PeftModel
 
         adapter = str(folder).rpartition("+")[2]
-        model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter)
+        with _quiet():
+            model = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(base), adapter)
         return encoder.score(model, TASKS[TASK], test, tokenizer=AutoTokenizer.from_pretrained(base))
 
-    record: Record = {"task": TASK, "test_rows": len(test), "rank": RANK, "fine-tunes": {}}
-    for trainer, factory, names in (("AdamW", adamw, NAMES), ("AdamR-L2", adamr, WITH_ADAMR)):
-        made_of = {"base": base.name, "steps": setting.pick(300, 3), "lr": LR, "rank": RANK}
-        made_of |= {"decay": DECAY} if trainer == "AdamR-L2" else {}
-        adapter = setting.folder(f"lora-{trainer}", made_of, partial(fine_tune, setting, base, factory))
-        subject = Subject(base, f"{base}+{adapter}", calibration, score, {"rows": len(test)}, {"kind": "peft"})
-        chosen = setting.pick(names, names[::2][:2])
-        densities = setting.pick(DENSITIES, (0.1,))
-        record["fine-tunes"][trainer] = pruned.whole(setting, subject) | {
-            "rows": pruned.scores(setting, subject, chosen, densities, setting.pick(3, 1))
-        }
-    return record
+    return Subject(base, f"{base}+{adapter}", calibration, score, {"rows": len(test)}, {"kind": "peft"})
+
+
+def table_4(setting: Setting) -> Record:
+    names = setting.pick(NAMES, {trainer: some[::2][:2] for trainer, some in NAMES.items()})
+    densities, seeds = setting.pick((DENSITIES, 3), ((0.1,), 1))
+    found = pruned.fine_tunes(setting, subject, names, densities, seeds)
+    return {"task": TASK, "test_rows": len(encoders.rows(setting, TASK, "test")), "rank": RANK, "fine-tunes": found}
 
 
 def show_table_4(record: Record) -> str:

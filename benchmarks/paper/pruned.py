@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import quality
 import yaml
 from quality import Method
 
-from paper.frame import Record, Setting, spread, table
+from paper.frame import NotKept, Record, Setting, spread, table
 
 METHODS = {method.name: method for method in quality.METHODS}
 NAME = "fine-tune"  # masks are keyed by it
@@ -61,6 +62,22 @@ def prune(setting: Setting, subject: Subject, method: Method, density: float, se
     return found
 
 
+def fine_tunes(
+    setting: Setting,
+    subject: Callable[[Setting, str], Subject],
+    names: Mapping[str, Sequence[str]],
+    densities: Sequence[float],
+    seeds: int,
+) -> dict[str, Record]:
+    """Of every trainer of `names` its fine-tune (`whole`) and the `rows` of what prunes it (`scores`)."""
+    found = {}
+    for trainer, methods in names.items():
+        with suppress(NotKept):
+            one = subject(setting, trainer)
+            found[trainer] = whole(setting, one) | {"rows": scores(setting, one, methods, densities, seeds)}
+    return found
+
+
 def scores(
     setting: Setting, subject: Subject, names: Sequence[str], densities: Sequence[float], seeds: int
 ) -> list[Record]:
@@ -70,8 +87,12 @@ def scores(
         method = METHODS[name]
         draws = seeds if method.random and "q" not in method.prune else 1
         for density in densities:
-            cells = [prune(setting, subject, method, density, seed) for seed in range(draws)]
-            rows.append({"method": name, "density": density, "cells": cells})
+            cells = []
+            for seed in range(draws):
+                with suppress(NotKept):
+                    cells.append(prune(setting, subject, method, density, seed))
+            if cells:
+                rows.append({"method": name, "density": density, "cells": cells})
     return rows
 
 

@@ -7,48 +7,50 @@ from functools import partial
 from paper import digits, pruned
 from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject
-from paper.training import adamr
+from paper.training import adamr, adamw
 
 DENSITIES = (0.3, 0.1, 0.05, 0.01)
-NAMES = (
-    "DARE",
-    "DAREx-q, q_v",
-    "DAREx-q per layer, q_v",
-    "DAREx-q, q_e",
-    "DAREx-q per layer, q_e",
-    "importance sampling, q_e",
-    "magnitude",
-    "magnitude, q_e",
-    "WANDA, q_e",
-)
-WITH_ADAMR = ("DARE", "DAREx-q, q_e", "magnitude, q_e")
-DECAY = 0.01
+# Trainer -> by what its fine-tune is pruned.
+NAMES = {
+    "AdamW": (
+        "DARE",
+        "DAREx-q, q_e",
+        "DAREx-q, q_v",
+        "DAREx-q per layer, q_e",
+        "DAREx-q per layer, q_v",
+        "importance sampling, q_e",
+        "magnitude",
+        "magnitude, q_e",
+        "WANDA, q_e",
+    ),
+    "AdamR-L2": ("DARE", "DAREx-q, q_e", "magnitude, q_e"),
+}
+DECAY = 0.1
 
 
-def table_g1(setting: Setting) -> Record:
+def subject(setting: Setting, trainer: str) -> Subject:
+    """A fine-tune, trained if it is not kept."""
     data = digits.parts(setting.toy)
     pretrain = {"steps": setting.pick(1000, 3), "seed": setting.seed}
     base = setting.folder("vit-base", pretrain, partial(digits.build_base, data["train"].images_NHW, **pretrain))
+    tuning = {"steps": setting.pick(400, 3), "seed": setting.seed}
+    factory = adamw if trainer == "AdamW" else adamr(base, DECAY)
+    tuned = setting.folder(
+        f"vit-{trainer}",
+        {"base": base.name, **tuning} | ({"decay": DECAY} if trainer == "AdamR-L2" else {}),
+        partial(digits.fine_tune, base, data["train"], factory=factory, **tuning),
+    )
     pictures = setting.folder("digits", {}, partial(digits.write, data["validation"]))
     calibration = {"data": str(pictures), "sequences": setting.pick(100, 8), "seeds": setting.pick(3, 2)}
-    record: Record = {"test_rows": len(data["test"].labels_N), "fine-tunes": {}}
-    for trainer, names in (("AdamW", NAMES), ("AdamR-L2", WITH_ADAMR)):
-        tuning = {"base": base.name, "steps": setting.pick(400, 3), "seed": setting.seed}
-        decay = {} if trainer == "AdamW" else {"factory": adamr(base, DECAY)}
-        made_of = tuning | ({"decay": DECAY} if decay else {})
-        tuned = setting.folder(
-            f"vit-{trainer}",
-            made_of,
-            partial(digits.fine_tune, base, data["train"], steps=tuning["steps"], seed=setting.seed, **decay),
-        )
-        subject = Subject(
-            base, str(tuned), calibration, partial(digits.accuracy, data=data["test"]), {"rows": record["test_rows"]}
-        )
-        chosen = setting.pick(names, names[:4:3])
-        record["fine-tunes"][trainer] = pruned.whole(setting, subject) | {
-            "rows": pruned.scores(setting, subject, chosen, setting.pick(DENSITIES, (0.1,)), setting.pick(3, 1))
-        }
-    return record
+    score = partial(digits.accuracy, data=data["test"])
+    return Subject(base, str(tuned), calibration, score, {"rows": len(data["test"].labels_N)})
+
+
+def table_g1(setting: Setting) -> Record:
+    names = setting.pick(NAMES, {trainer: some[:2] for trainer, some in NAMES.items()})
+    densities, seeds = setting.pick((DENSITIES, 3), ((0.1,), 1))
+    found = pruned.fine_tunes(setting, subject, names, densities, seeds)
+    return {"test_rows": len(digits.parts(setting.toy)["test"].labels_N), "fine-tunes": found}
 
 
 def show_table_g1(record: Record) -> str:

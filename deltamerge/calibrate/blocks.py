@@ -150,28 +150,34 @@ class Model:
         reduce: Callable[[int, Output], T],
         watch: Watch | None,
     ) -> list[list[T]]:
-        traces = [self._prologue(weights, batches) for weights in variants]
-        outputs = [[trace.outputs for trace in row] for row in traces]
+        traces, outputs = [], []
+        for v, weights in enumerate(variants):
+            traces.append(self._prologue(weights, batches))
+            outputs.append([trace.left(again=watch is not None and v == 0) for trace in traces[v]])
         for i in range(len(self.blocks)):
             for v, weights in enumerate(variants):
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already
-                    outputs[v] = self._block(i, weights, traces[v], outputs[v], seen)
+                    self._block(i, weights, traces[v], outputs[v], seen)
         return [
             self._finish(weights, batches, reduce, outputs[v], watch if v == 0 else None)
             for v, weights in enumerate(variants)
         ]
 
     def _block(
-        self, i: int, weights: Weights, traces: Sequence[_Trace], outputs: Sequence[Any], watch: Watch | None
-    ) -> list[Any]:
-        """Block i's output on every batch, from the previous block's; its tensors die here."""
+        self, i: int, weights: Weights, traces: Sequence[_Trace], outputs: list[Any], watch: Watch | None
+    ) -> None:
+        """Turn the previous block's output on every batch into block i's; the block's tensors die here."""
         local, shell = self._local(weights, i), _Shell(self.blocks[i])
 
         def step(b: int) -> Any:
             return functional_call(shell, local, *traces[b].call(i, outputs[b]))
 
-        return self._watched(1 + i, watch, step, len(traces))
+        if watch is None:
+            for b in range(len(traces)):
+                outputs[b] = step(b)
+        else:  # may go through the batches twice
+            outputs[:] = self._watched(1 + i, watch, step, len(traces))
 
     def _finish(
         self,
@@ -346,6 +352,13 @@ class _Trace:
             return self.outputs
 
         return forward
+
+    def left(self, *, again: bool) -> Any:
+        """Block 0's output, which is forgotten here, and its input too unless the block is to run `again`."""
+        outputs, self.outputs = self.outputs, None
+        if not again:
+            self.calls[0] = ((), {})
+        return outputs
 
     def call(self, i: int, outputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         args, kwargs = self.calls[i]

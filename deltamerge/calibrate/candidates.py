@@ -56,12 +56,12 @@ def apply(base: Tensor, masked: Masked | None, q: Q) -> Tensor:
     """base + masked/q in float32; gradients flow to q."""
     if masked is None:
         return base
-    start = base.to(torch.float32)
     if isinstance(masked, Kept):
+        start = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         positions, values = masked.positions.to(start.device), masked.values.to(start.device)
-        divisor = _at(q, positions, start.shape)
-        return start.flatten().index_add(0, positions, values / divisor).view(start.shape)
-    return start + masked.to(start.device, torch.float32) / q
+        start.view(-1).index_add_(0, positions, values / _at(q, positions, start.shape))
+        return start
+    return base.to(torch.float32) + masked.to(base.device, torch.float32) / q
 
 
 def dense(masked: Masked, shape: Sequence[int]) -> Tensor:

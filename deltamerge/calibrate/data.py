@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from deltamerge.calibrate.rows import Row, class_labels
+from deltamerge.calibrate.split import POSITIONS, check_length
 from deltamerge.errors import InputError
 
 
@@ -48,7 +49,7 @@ class Reader:
             self.processor = _processor(folder)
         else:
             self.tokenizer = _tokenizer(folder)
-            _check_length(length, self.tokenizer, config)
+            check_length(length, min([self.tokenizer.model_max_length, *_positions(config)]))
 
     @property
     def pad_token_id(self) -> int | None:
@@ -86,6 +87,10 @@ class Reader:
         return list(self.tokenizer.batch_decode(tokens, skip_special_tokens=True))
 
     def _content(self, row: Row) -> Any:
+        if not isinstance(row.content, str | tuple):
+            kind = "a picture" if isinstance(row.content, Path) else type(row.content).__name__
+            hint = "see calibration.text and task"
+            raise InputError(f"row {row.number}: {kind}, but texts are needed", hint=hint)
         if self.task == "text-generation" and row.label is not None and isinstance(row.content, str):
             return f"{row.content} {row.label}"
         return row.content
@@ -143,6 +148,8 @@ def _picture(row: Row) -> Any:
         from PIL import Image, UnidentifiedImageError  # type: ignore[import-not-found,unused-ignore]  # optional
     except ImportError:
         raise InputError("reading pictures needs Pillow", hint="pip install pillow") from None
+    if isinstance(row.content, str | tuple):
+        raise InputError(f"row {row.number}: a text, but pictures are needed", hint="see calibration.text and task")
     if not isinstance(row.content, Path):
         return row.content.convert("RGB")
     try:
@@ -163,13 +170,5 @@ def check_new_tokens(length: int, new_tokens: int, config: Any) -> None:
 
 
 def _positions(config: Any) -> list[int]:
-    found = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    found = [getattr(config, key, None) for key in POSITIONS]
     return [p for p in found if p]
-
-
-def _check_length(length: int, tokenizer: Any, config: Any) -> None:
-    limit = min([tokenizer.model_max_length, *_positions(config)])
-    if length > limit:
-        raise InputError(
-            f"calibration.length is {length}, but the model has {limit} positions", hint=f"set it to {limit} or less"
-        )

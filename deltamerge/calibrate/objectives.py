@@ -18,6 +18,7 @@ from torch import Tensor
 from deltamerge.calibrate import agreement
 from deltamerge.calibrate.blocks import Inputs, Model, Output, Weights
 from deltamerge.calibrate.metrics import METRICS, exact_match
+from deltamerge.stages import WALKED
 
 TOP = 5
 CLASSES = 64
@@ -33,7 +34,7 @@ class Objective(Protocol):
 
 
 def evaluate(
-    model: Model, objective: Objective | Generation, variants: Sequence[Weights], group: int = 8
+    model: Model, objective: Objective | Generation, variants: Sequence[Weights], group: int = WALKED
 ) -> list[float]:
     """The objective of every variant; `group` of them share one walk through the blocks."""
     if isinstance(objective, Generation):

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from deltamerge.calibrate import hub_rows
 from deltamerge.errors import InputError, context
 
 Task = Literal["text-classification", "text-generation", "image-classification", "causal-lm"]
@@ -39,34 +39,50 @@ def read(
     folder: Path,
     text: str | Sequence[str] = "text",
     label: str | None = None,
-    count: int | None = None,
-    seed: int = 0,
+    config: str | None = None,
+    split: str | None = None,
+    limit: int = 1000,
 ) -> list[Row]:
-    """`count` rows of `source`, chosen by `seed`, in file order; all of them without a count.
+    """The rows of `source`, in their order.
 
     source  a .jsonl, .csv (with a header) or .txt (a text a line) file or a folder of pictures, relative to `folder`;
-            or a hub data set id, `id`, `id:split` or `id:configuration:split`, read from its start (needs `datasets`)
+            or a hub data set id, org/name or org/name@revision, of which the first `limit` rows of a split are read
     text    the field of the text or picture; two fields make sentence pairs
     label   the field to read as label; the folder's name for pictures in folders
-    InputError: no such file, a row that lacks a field, fewer rows than asked for.
+    InputError: no such file, no rows, a row that lacks a field.
     """
     path = folder / source
     fields = [text] if isinstance(text, str) else list(text)
     with context(f"calibration data {source}"):
+        of_hub = is_of_hub(source, folder)
+        if not of_hub and (config or split):
+            raise InputError(f"calibration.{'config' if config else 'split'} is for hub data sets, and this is none")
         if path.is_dir():
             rows = list(_pictures(path, labelled=label is not None))
-        elif path.suffix in FILES:
-            if not path.is_file():
-                raise InputError("no such file")
+        elif path.is_file() and path.suffix in FILES:
             rows = [_row(n, fields, label, record, path.parent) for n, record in _records(path)]
+        elif not of_hub:
+            wrong = "is no .jsonl, .csv or .txt file" if path.exists() else "no such file"
+            raise InputError(wrong, hint=f"give a {', '.join(sorted(FILES))} file, a folder of pictures, or a hub id")
         else:
-            rows = [_row(n, fields, label, record, None) for n, record in _hub(source, count)]
-        if len(rows) < (count or 1):
-            raise InputError(
-                f"{len(rows)} row{'s' if len(rows) != 1 else ''}, but {count or 1} needed",
-                hint="give more data, or lower calibration.sequences",
-            )
-    return rows if count is None else select(rows, count, seed)
+            found = hub_rows.read(source, config=config, split=split or "train", limit=limit)
+            rows = [_row(n, fields, label, record, None) for n, record in enumerate(found, 1)]
+        if not rows:
+            raise InputError("holds no rows")
+    return rows
+
+
+def is_of_hub(source: str, folder: Path) -> bool:
+    """Whether `source` is the id of a hub data set: what is beside the recipe comes first."""
+    return not (folder / source).exists() and Path(source).suffix not in FILES and hub_rows.is_hub_id(source)
+
+
+def local_files(source: str, folder: Path) -> list[Path]:
+    """The local files of `source`: one, or a folder's pictures; none for a hub data set."""
+    path = folder / source
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+    return [path] if path.is_file() else []
 
 
 def select(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
@@ -112,7 +128,7 @@ def _index(row: Row, names: Mapping[str, int], outputs: int) -> int:
         if index != float(row.label):
             raise ValueError
     except (TypeError, ValueError):
-        known = ", ".join(sorted(names, key=names.__getitem__)[:8])
+        known = ", ".join(sorted(names, key=names.__getitem__)[:8]) or f"0 to {outputs - 1}"
         raise InputError(
             f"row {row.number}: label {row.label!r} does not fit the head, whose labels are {known}"
         ) from None
@@ -164,27 +180,10 @@ def _object(number: int, line: str) -> Mapping[str, Any]:
 
 
 def _pictures(folder: Path, *, labelled: bool) -> Iterator[Row]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in PICTURES)
-    if not files:
+    found = local_files("", folder)
+    if not found:
         raise InputError("the folder holds no pictures", hint=f"names must end in {', '.join(sorted(PICTURES))}")
-    for number, file in enumerate(files, 1):
+    for number, file in enumerate(found, 1):
         if labelled and file.parent == folder:
             raise InputError(f"{file.name} lies in no folder named after its label")
         yield Row(file, file.parent.name if labelled else None, number)
-
-
-def _hub(source: str, count: int | None) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    try:
-        import datasets
-    except ImportError:
-        raise InputError(
-            "no such file, and reading a hub data set needs the datasets package",
-            hint="pip install 'deltamerge[data]', or give a .jsonl, .csv or .txt file",
-        ) from None
-    name, *rest = source.split(":")
-    configuration, split = (rest[0] if len(rest) > 1 else None), (rest[-1] if rest else "train")
-    try:
-        rows = datasets.load_dataset(name, configuration, split=split, streaming=True)
-    except Exception as error:
-        raise InputError(f"cannot be read as a hub data set: {error}") from None
-    yield from enumerate(itertools.islice(rows, count), 1)

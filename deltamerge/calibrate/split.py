@@ -12,6 +12,7 @@ from deltamerge.errors import InputError
 from deltamerge.recipe import Calibration
 from deltamerge.stages import HELD_OUT
 
+POSITIONS = ("max_position_embeddings", "n_positions")  # in config.json
 LANGUAGE = frozenset({"causal-lm", "text-generation"})
 
 
@@ -61,19 +62,20 @@ def split(
     missing, a head that does not fit the task, labels that do not fit the head.
     """
     wanted = calibration.sequences
+    _check_model(calibration, config)
     label = None
     if labelled:
         check_head(config, task_of(calibration, config))
         metric_of(calibration, config)
         label = None if task_of(calibration, config) == "causal-lm" else calibration.label
-    beside = (folder / calibration.data).is_dir() or Path(calibration.data).suffix in data.FILES
     found = data.read(
         calibration.data,
         folder=folder,
         text=calibration.text,
         label=label,
-        count=None if beside else 2 * wanted,
-        seed=seed,
+        config=calibration.config,
+        split=calibration.split,
+        limit=wanted + max(HELD_OUT, wanted),
     )
     if len(found) < max(wanted, 3):
         raise InputError(
@@ -90,3 +92,22 @@ def split(
     held = data.select(found, len(found) // 3, seed)
     chosen = {row.number for row in held}
     return [row for row in found if row.number not in chosen], held
+
+
+def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
+    """InputError: a task that is not the head's, where there is one, or longer texts than the model has positions."""
+    architecture = (config.get("architectures") or ["none"])[0]
+    heads = [head for some in HEADS.values() for head in some]
+    if calibration.task is not None and any(map(architecture.endswith, heads)):
+        check_head(config, calibration.task)
+    if task_of(calibration, config) != "image-classification":
+        positions = [config.get(key) for key in POSITIONS]
+        check_length(calibration.length, min((n for n in positions if n), default=calibration.length))
+
+
+def check_length(length: int, positions: int) -> None:
+    if length > positions:
+        raise InputError(
+            f"calibration.length is {length}, but the model has {positions} positions",
+            hint=f"set it to {positions} or less",
+        )

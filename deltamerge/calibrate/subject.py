@@ -27,13 +27,12 @@ from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Graph, Node
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.ops import torch_dtype
-from deltamerge.stages import STEP_ROWS, STOP_SHARE, Source
+from deltamerge.stages import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, Source
 from deltamerge.tensors import Kept
 
 T = TypeVar("T")
 Part = Literal["search", "held"]
 
-SPARSE_BELOW = 1 / 3  # of a tensor's entries: then positions and values are smaller than the tensor
 BATCH = 32
 
 
@@ -88,14 +87,13 @@ class Subject:
         labelled = source.labelled and self.metric != "exact_match"
         self.batches = {part: self.reads.batches(r, size=BATCH, labelled=labelled) for part, r in self.rows.items()}
         self.model = Model(self.config, self.infos, device=self.device, pad_token_id=self.reads.pad_token_id)
-        budget = source.cache // (2 + len(masks))
-        tune = Cache(lambda name: self._read(self.infos[name]), budget)
-        self.tune = from_reader(tune)
-        self.start = Cache(self._start, budget)
-        self.masks = [Cache(partial(self._masked, nodes), budget) for nodes in masks]
+        self.tune = from_reader(lambda name: self._stored(self.infos[name]))
+        # the variants of one walk share a part's weights; what was read before is in the system's page cache
+        self.start = Cache(self._start, max(self._part_bytes()))
+        self.masks = [Cache(partial(self._masked, nodes), source.cache // len(masks)) for nodes in masks]
         columns = shared_values(list((protected or {}).values()), self.known)
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in (protected or {}).items()}
-        self.caches: list[Cache[Any]] = [tune, self.start, *self.masks]
+        self.caches: list[Cache[Any]] = [self.start, *self.masks]
         self.sequences = 0
 
     def forget(self) -> None:
@@ -181,6 +179,11 @@ class Subject:
         self.count(objective.batches, len(variants))
         return [O.over_seeds(found[i : i + len(masks)]) for i in range(0, len(found), len(masks))]
 
+    def nothing(self, objective: O.Objective | O.Generation) -> float:
+        """The objective of the base with the fine-tune's head, which keeps nothing of the delta."""
+        self.count(objective.batches)
+        return O.evaluate(self.model, objective, [pruned(self.start, lambda name: None, {})])[0]
+
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
         """Of the layers that saw an input, over the search rows; with `drawn`, the first mask's too."""
         draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
@@ -200,24 +203,32 @@ class Subject:
             delta[:, self.protected[name]] = 0.0
         return delta
 
-    def _read(self, info: TensorInfo) -> Tensor:
-        """A stored tensor in float32; integers as they are."""
+    def _part_bytes(self) -> list[int]:
+        """Of the tensors outside the blocks alone, and with each block."""
+        outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
+        return [outside, *(outside + block for block in blocks)]
+
+    def _stored(self, info: TensorInfo) -> Tensor:
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         self.reader.read_into(info, 0, raw.numpy())
-        tensor = raw.view(torch_dtype(info.dtype)).view(info.shape)
-        return tensor.to(self.device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
+        return raw.view(torch_dtype(info.dtype)).view(info.shape).to(self.device)
+
+    def _read(self, info: TensorInfo) -> Tensor:
+        """A stored tensor in float32; integers as they are."""
+        tensor = self._stored(info)
+        return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
     def _start(self, name: str) -> Tensor:
         """What the masked delta is added to: the base, with protected columns' deltas; else the fine-tune's own."""
         if name not in self.pairs:
-            return self._read(self.infos[name])
+            return self._stored(self.infos[name])
         tune, base = self.pairs[name]
         if name in self.protected:
             start, columns = self._read(base), self.protected[name]
             start[:, columns] += self._read(tune)[:, columns] - start[:, columns]
             return start
         if tune.shape == self.infos[name].shape:
-            return self._read(base)
+            return self._stored(base)
         start = self._read(self.infos[name])
         start[: base.shape[0]] = self._read(base)
         return start

@@ -8,17 +8,31 @@ from pathlib import Path
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, FORCE, MEMORY, QUIET, WORKERS
+from deltamerge.cli.options import (
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    FORCE,
+    MEMORY,
+    MODEL,
+    NONFINITE,
+    QUIET,
+    RESUME,
+    WORKERS,
+    pruning_methods,
+)
 from deltamerge.cli.output import Progress, report_run
 from deltamerge.show import human
 
 
 @click.command()
-@click.argument("model")
-@click.option("--base", required=True, help="What MODEL was fine-tuned from: a folder, or a hub id.")
+@click.argument("model", type=MODEL)
+@click.option("--base", required=True, type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id.")
 @click.option("--out", type=FOLDER, help="Folder to make; default: NAME-delta here.")
 @click.option("--density", type=float, help="Fraction of the delta kept; default: all that changed, exactly.")
-@click.option("--method", help="How entries are chosen, as prune.method; default: magnitude.")
+@click.option(
+    "--method", shell_complete=pruning_methods, help="How entries are chosen, as prune.method; default: magnitude."
+)
 @click.option("--q", type=float, help="What kept entries are divided by; default: as in recipes.")
 @click.option(
     "--values",
@@ -28,7 +42,9 @@ from deltamerge.show import human
 @DEVICE
 @WORKERS
 @MEMORY
+@RESUME
 @FORCE
+@NONFINITE
 @AS_JSON
 @QUIET
 def extract(
@@ -42,12 +58,18 @@ def extract(
     device: str,
     workers: int | None,
     memory: int | None,
+    resume: bool,
     force: bool,
+    allow_nonfinite: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Make a delta artifact of MODEL, a fine-tune of the base: what changed, or with a density what is kept of it."""
+    """Make a delta artifact of MODEL, a fine-tune of a base.
+
+    It holds what changed, exactly, or with a density what is kept of it.
+    """
     from deltamerge.extract import extract as extract_delta
+    from deltamerge.runner import describe_nonfinite
 
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     result = extract_delta(
@@ -61,15 +83,21 @@ def extract(
         device=device,
         workers=workers,
         memory=memory,
+        resume=resume,
         force=force,
+        allow_nonfinite=allow_nonfinite,
         watch=lambda plan: progress.start(plan.nbytes),
     )
+    if result.nonfinite:
+        click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
     report_run(result, progress, as_json=as_json, quiet=quiet)
 
 
 @click.command()
-@click.argument("delta")
-@click.option("--base", required=True, help="The checkpoint that the delta was made from: a folder, or a hub id.")
+@click.argument("delta", type=MODEL)
+@click.option(
+    "--base", required=True, type=MODEL, help="The checkpoint that the delta was made from: a folder, or a hub id."
+)
 @click.option("--out", type=FOLDER, required=True, help="Folder to make.")
 @WORKERS
 @MEMORY
@@ -86,7 +114,10 @@ def apply(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Put DELTA on its base: writes the whole checkpoint, every tensor checked before and after by hash."""
+    """Put DELTA on its base again.
+
+    Writes the whole checkpoint; every tensor is checked before and after by hash.
+    """
     from deltamerge.apply import apply as apply_delta
     from deltamerge.execute import default_workers
 
@@ -111,10 +142,12 @@ def apply(
 
 @click.command()
 @click.argument("folder", type=FOLDER)
-@click.option("--base", help="Check the base too: what a delta makes of it, or that the lock has its files.")
+@click.option(
+    "--base", type=MODEL, help="Check the base too: what a delta makes of it, or that the lock has its files."
+)
 @WORKERS
 def verify(folder: Path, base: str | None, workers: int | None) -> None:
-    """Check every file of FOLDER against the hashes in its recipe.lock."""
+    """Check FOLDER, which a run made, against the hashes in its lock."""
     from deltamerge.execute import default_workers
     from deltamerge.lock import verify as verify_folder
 

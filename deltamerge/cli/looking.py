@@ -14,7 +14,9 @@ from deltamerge.cli.options import (
     AS_JSON,
     BASE,
     DEVICE,
+    FILE,
     MEMORY,
+    MODEL,
     RECIPE,
     WORKERS,
     calibration_of,
@@ -32,7 +34,10 @@ if TYPE_CHECKING:
 @click.argument("recipes", type=RECIPE, nargs=-1, required=True)
 @click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
 def check(recipes: tuple[Path, ...], offline: bool) -> None:
-    """Validate RECIPES and the headers of the models they name; reads no weights."""
+    """Validate RECIPES and the headers of their models.
+
+    Reads no weights; of hub models only the headers are fetched.
+    """
     from deltamerge.chain import documents
     from deltamerge.plans import make_plans
 
@@ -75,7 +80,9 @@ def plan(
     graph: bool,
     as_json: bool,
 ) -> None:
-    """The dry run: every output tensor of RECIPE with its sources, method and bytes; reads no weights.
+    """Show what a run of RECIPE would do, tensor by tensor.
+
+    The dry run: sources, method, bytes and file of every output tensor, and the memory; reads no weights.
 
     \b
     deltamerge plan recipe.yaml --json
@@ -108,7 +115,7 @@ def plan(
 
 
 @click.command(epilog="Example: deltamerge inspect ./models/math --base ./models/base --calibration calib.jsonl")
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @BASE
 @rows_of_text
 @click.option(
@@ -139,9 +146,11 @@ def inspect(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Statistics of the delta of MODEL, per layer and in all: how large it is, where, and what pruning would keep.
+    """Measure the delta of MODEL: how large it is, and where.
 
-    With --calibration also what it does to activations: influence, coherence, massive activations, the bound of DARE.
+    Per tensor, layer and in all, and what pruning would keep. With --calibration also what the delta does to
+    activations: influence, coherence, massive activations, the bound and the error of DARE. Where MODEL is a folder
+    that a run made, --report draws what its lock says, too.
     """
     from deltamerge.inspect import render
     from deltamerge.study import inspect as inspect_delta
@@ -163,7 +172,7 @@ def inspect(
 @click.command(
     epilog="Example: deltamerge recommend ./models/math --base ./models/base --density 0.01 --calibration calib.jsonl"
 )
-@click.argument("model")
+@click.argument("model", type=MODEL)
 @BASE
 @click.option(
     "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), required=True, help="Fraction to keep."
@@ -188,7 +197,9 @@ def recommend(
     workers: int | None,
     as_json: bool,
 ) -> None:
-    """Which pruning for the delta of MODEL at a density, with evidence, and the recipe that does it.
+    """Say which pruning suits the delta of MODEL at a density.
+
+    With evidence, and the recipe that does it.
 
     Without --calibration the delta's own statistics decide; with rows of text each method's mask is drawn and measured.
     """
@@ -207,12 +218,15 @@ def recommend(
 
 
 @click.command()
-@click.argument("a")
-@click.argument("b")
+@click.argument("a", type=FILE)
+@click.argument("b", type=FILE)
 @WORKERS
 @AS_JSON
 def diff(a: str, b: str, workers: int | None, as_json: bool) -> None:
-    """What differs between two checkpoints A and B (one may be a delta of the other), or between two locks."""
+    """Show what differs between two checkpoints or two locks.
+
+    A and B are folders or hub ids (one may be a delta of the other), or two recipe.lock files.
+    """
     from deltamerge.diff import diff as compare
     from deltamerge.execute import default_workers
 

@@ -29,9 +29,45 @@ class RecipeFile(click.Path):
         ]
 
 
+class Folder(click.Path):
+    """A path; the shell completes folders."""
+
+    def shell_complete(self, context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type="dir")]
+
+
+class Reference(click.types.StringParamType):
+    """A folder or a hub id, as text; the shell completes folders, or files too."""
+
+    name = "model"
+
+    def __init__(self, *, files: bool = False) -> None:
+        self.completed = "file" if files else "dir"
+
+    def shell_complete(self, context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        return [CompletionItem(incomplete, type=self.completed)]
+
+
+def some(*values: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
+    """What completes an option that takes these values, and others."""
+    return lambda context, option, incomplete: [value for value in values if value.startswith(incomplete)]
+
+
+def pruning_methods(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
+    """The pruning methods that begin so, those of other packages too."""
+    from deltamerge.methods import PRUNE
+
+    return sorted(name for name in PRUNE if name.startswith(incomplete))
+
+
 RECIPE = RecipeFile(path_type=Path)
-FOLDER = click.Path(path_type=Path)
-DEVICE = click.option("--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where tiles are computed.")
+FOLDER = Folder(path_type=Path)
+MODEL = Reference()
+FILE = Reference(files=True)
+DEVICE = click.option(
+    "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where tiles are computed.",
+    shell_complete=some("auto", "cpu", "cuda", "cuda:0"),
+)  # fmt: skip
 WORKERS = click.option("--workers", type=click.IntRange(1), help="Threads; default: the cores of this machine.")
 
 
@@ -50,9 +86,11 @@ MEMORY = click.option(
 FORCE = click.option("--force", is_flag=True, help="Replace a target that is not empty.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
-BASE = click.option("--base", required=True, metavar="MODEL", help="What MODEL was fine-tuned from.")
+BASE = click.option("--base", required=True, type=MODEL, help="What MODEL was fine-tuned from.")
 ROWS = (
-    click.option("--calibration", metavar="FILE", help="Rows of text: .jsonl, .csv, .txt, or a hub data set."),
+    click.option(
+        "--calibration", type=FILE, metavar="FILE", help="Rows of text: .jsonl, .csv, .txt, or a hub data set."
+    ),
     click.option("--text", multiple=True, metavar="KEY", help="Its field of text; twice for sentence pairs."),
     click.option("--sequences", type=click.IntRange(1), default=50, show_default=True, help="Rows to use."),
     click.option("--length", type=click.IntRange(1), default=128, show_default=True, help="Tokens a row."),
@@ -74,3 +112,7 @@ def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict
         return None
     fields = {"text": text[0] if len(text) == 1 else list(text)} if text else {}
     return {"data": data, **fields, **{key: value for key, value in more.items() if value is not None}}
+
+
+RESUME = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped; the same bytes result.")
+NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")

@@ -11,7 +11,18 @@ from typing import Any
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, MEMORY, QUIET, RECIPE, WORKERS, RecipeFile
+from deltamerge.cli.options import (
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    MEMORY,
+    NONFINITE,
+    QUIET,
+    RECIPE,
+    RESUME,
+    WORKERS,
+    RecipeFile,
+)
 from deltamerge.cli.output import Progress, report_run
 from deltamerge.show import render_calibration
 
@@ -24,10 +35,15 @@ from deltamerge.show import render_calibration
 @MEMORY
 @click.option("--part", metavar="I/N", help="Write only the I-th of N parts, whole shards each.")
 @click.option("--finish", is_flag=True, help="Make the target of what all parts wrote.")
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped; the same bytes result.")
+@click.option(
+    "--ray", metavar="[ADDRESS]", is_flag=False, flag_value="local",
+    help="Run all parts on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
+)  # fmt: skip
+@RESUME
 @click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
-@click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
+@NONFINITE
+@click.option("--pictures", is_flag=True, help="Draw delta and search for the model card (extra `plot`).")
 @AS_JSON
 @QUIET
 def run(
@@ -38,20 +54,23 @@ def run(
     memory: int | None,
     part: str | None,
     finish: bool,
+    ray: str | None,
     resume: bool,
     force: bool,
     locked: bool,
     allow_nonfinite: bool,
+    pictures: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Run RECIPE: merge its models into a checkpoint that transformers loads.
+    """Merge the models of RECIPE into one that transformers loads.
 
     Of several documents those with a name are made first, beside the output, where they would differ.
 
     \b
     deltamerge run recipe.yaml --memory 2GB
     deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
+    deltamerge run recipe.yaml --ray 10.0.0.1:6379    # its parts on a cluster
 
     An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
     """
@@ -61,8 +80,12 @@ def run(
     from deltamerge.runner import run as run_recipe
     from deltamerge.share import SCHEME
 
-    if finish and part is not None:
-        raise click.UsageError("--finish and --part exclude each other")
+    if sum((finish, part is not None, ray is not None)) > 1:
+        raise click.UsageError("--part, --finish and --ray exclude each other")
+    if ray is not None and recipe.startswith(SCHEME):
+        raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
+    if pictures and part is not None:
+        raise click.UsageError("--pictures is for --finish, when every part is done")
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
@@ -78,23 +101,27 @@ def run(
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
         if finish:
             result = finish_parts(
-                path, out, workers=workers, force=force, locked=locked, pins=published.pins if published else None
-            )
-        else:
-            result = run_recipe(
                 path,
                 out,
-                device=device,
                 workers=workers,
-                memory=memory,
-                part=Part.parse(part) if part else None,
-                resume=resume,
                 force=force,
                 locked=locked,
-                allow_nonfinite=allow_nonfinite,
+                pictures=pictures,
                 pins=published.pins if published else None,
-                watch=lambda plan: progress.start(plan.nbytes),
             )
+        else:
+            options: dict[str, Any] = {
+                "device": device, "workers": workers, "memory": memory, "resume": resume, "force": force,
+                "locked": locked, "allow_nonfinite": allow_nonfinite, "pictures": pictures,
+                "watch": lambda plan: progress.start(plan.nbytes),
+            }  # fmt: skip
+            if ray is not None:
+                from deltamerge.cluster import run_on_ray
+
+                result = run_on_ray(path, out, address=ray, **options)
+            else:
+                chosen = Part.parse(part) if part else None
+                result = run_recipe(path, out, part=chosen, pins=published.pins if published else None, **options)
     if result.nonfinite:
         click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
     differing = published.differences(result.lock["outputs"]) if published and not part else []
@@ -121,7 +148,10 @@ def run(
 def calibrate(
     recipe: Path, device: str, workers: int | None, memory: int | None, plot: Path | None, as_json: bool
 ) -> None:
-    """Only choose the q's of RECIPE on its calibration data; writes them to the lock beside it, for run --locked."""
+    """Choose the q's of RECIPE on its calibration data, no more.
+
+    Writes them to the lock beside RECIPE, for run --locked.
+    """
     from deltamerge.runner import calibrate as calibrate_recipe
 
     found = calibrate_recipe(recipe, device=device, workers=workers, memory=memory)

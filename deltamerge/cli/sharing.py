@@ -15,9 +15,10 @@ from deltamerge.cli.options import FOLDER, WORKERS
 @click.option("--public", is_flag=True, help="For everyone to see; without it the repository is private.")
 @WORKERS
 def push(folder: Path, repository: str, public: bool, workers: int | None) -> None:
-    """Publish FOLDER, which a run made, as REPOSITORY on the hub: weights, card, recipe and lock.
+    """Publish FOLDER, which a run made, as REPOSITORY on the hub.
 
-    Logged in with `hf auth login`, or with HF_TOKEN set. Run again after an interruption: what has arrived stays.
+    Weights, card, recipe and lock. Logged in with `hf auth login`, or with HF_TOKEN set. Run again after an
+    interruption: what has arrived stays.
     """
     from deltamerge.execute import default_workers
     from deltamerge.share import push as push_folder

@@ -7,30 +7,60 @@ from pathlib import Path
 
 import click
 
-from deltamerge.cli.options import AS_JSON, FOLDER
+from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, WORKERS, RecipeFile, calibration_of, rows_of_text
 from deltamerge.show import render_methods
 
 
 @click.command()
-@click.argument("models", nargs=-1, required=True)
-@click.option("--base", required=True, help="What the models were fine-tuned from.")
-@click.option("--calibration", "data", type=FOLDER, help="Text to calibrate q on: .jsonl, .csv or .txt.")
-@click.option("--out", default="recipe.yaml", show_default=True, help="The recipe to write; - is stdout.")
-def init(models: tuple[str, ...], base: str, data: Path | None, out: str) -> None:
-    """Write a commented recipe that prunes one of MODELS, or merges several; folders or hub ids.
+@click.argument("models", nargs=-1, required=True, type=MODEL)
+@click.option("--base", required=True, type=MODEL, help="What the models were fine-tuned from.")
+@rows_of_text
+@click.option(
+    "--density",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    help="Fraction of each delta to keep.  [default: 0.05 of one model, 0.2 of several]",
+)
+@click.option("--out", type=RecipeFile(), default="recipe.yaml", show_default=True, help="To write; - is stdout.")
+@DEVICE
+@WORKERS
+def init(
+    models: tuple[str, ...],
+    base: str,
+    calibration: str | None,
+    text: tuple[str, ...],
+    sequences: int,
+    length: int,
+    density: float | None,
+    out: str,
+    device: str,
+    workers: int | None,
+) -> None:
+    """Write a commented first recipe for MODELS and their base.
+
+    One model is pruned, several are merged; folders or hub ids. With --calibration `recommend` chooses each model's
+    pruning: its masks are drawn and measured on the rows, and the evidence stands in the recipe.
 
     \b
     deltamerge init ./math ./code --base ./base
-    deltamerge init ./math --base ./base --calibration sentences.jsonl --out - | less
+    deltamerge init ./math --base ./base --calibration sentences.jsonl --density 0.01
     """
-    from deltamerge.init import first_recipe, write_new
+    from deltamerge.init import check_new, first_recipe, write_new
 
     path = Path("recipe.yaml" if out == "-" else out)
-    text = first_recipe(base, models, path, data)
+    if out != "-":
+        check_new(path)
+    rows = calibration_of(calibration, text, sequences=sequences, length=length)
+    density = density or (0.05 if len(models) == 1 else 0.2)
+    advice = []
+    if rows is not None:
+        from deltamerge.study import recommend
+
+        advice = [recommend(m, base, density, calibration=rows, device=device, workers=workers) for m in models]
+    written = first_recipe(base, models, path, density=density, calibration=rows, advice=advice)
     if out == "-":
-        click.echo(text, nl=False)
+        click.echo(written, nl=False)
         return
-    write_new(path, text)
+    write_new(path, written)
     click.echo(f"{path}: written; next: deltamerge plan {path}", err=True)
 
 
@@ -44,7 +74,10 @@ def _names(context: click.Context, option: click.Parameter, incomplete: str) -> 
 @click.argument("name", required=False, shell_complete=_names)
 @AS_JSON
 def methods(name: str | None, as_json: bool) -> None:
-    """Every merge and pruning method, or those called NAME: parameters, defaults, ranges, where it comes from."""
+    """List merge and pruning methods with their parameters.
+
+    All, or those called NAME: parameters, defaults, ranges, and where they come from.
+    """
     from deltamerge.catalogue import catalogue
 
     found = catalogue(name)

@@ -8,16 +8,15 @@ Importing this package imports numba.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import loops, methods
-from deltamerge.fused.arrays import NARROW, WIDE, Array, Delta, Floats, addresses, densified, loadable, widened
+from deltamerge.fused import loops, method_loops, methods
+from deltamerge.fused.arrays import NARROW, WIDE, Array, Delta, Floats, addresses, densified, guided, loadable, widened
 from deltamerge.merge.arithmetic import divisor_of
-from deltamerge.pruners.bits import SPARSE_BLOCK, Key, gap_table, is_sparse, keep, threshold
+from deltamerge.pruners.bits import SPARSE_BLOCK, Key, is_sparse, keep, threshold
 from deltamerge.pruners.masks import column_choice, reduced_range, unreduced
 from deltamerge.pruners.protect import is_among, places
 from deltamerge.pruners.select import HIGH, LOW, Bin, Cut
@@ -109,20 +108,10 @@ def _positions(key: Key, start: int, stop: int, density: float) -> NDArray[np.in
     """`bits.positions`."""
     if not is_sparse(density):
         return np.flatnonzero(keep(key, start, stop, density))
-    table, guide, shift = _guided(density)
+    table, guide, shift = guided(density)
     out = np.empty(stop - start + 1, np.int64)
     count = loops.draw_positions(table, guide, shift, *_words(key), start, stop, SPARSE_BLOCK, out)
     return out[:count].copy()
-
-
-@lru_cache(maxsize=64)
-def _guided(density: float) -> tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]:
-    """The gap table with a sentinel, and for each value of a draw's leading bits the least gap it can give."""
-    table = gap_table(density)
-    leading = min(len(table).bit_length() + 2, 14)
-    starts = np.arange(1 << leading, dtype=np.uint64) << np.uint64(63 - leading)
-    guide = np.searchsorted(table, starts, side="right").astype(np.uint32)
-    return np.append(table, np.uint64(2**64 - 1)), guide, np.uint64(63 - leading)
 
 
 def divide(delta: Delta, q: float, *, tile: Tile) -> Delta:
@@ -237,6 +226,12 @@ def low_histogram(delta: Floats, high: Bin, *, tile: Tile) -> NDArray[np.int64]:
     return counts
 
 
+def lows(delta: Floats, high: Bin, *, tile: Tile) -> NDArray[np.uint16]:
+    step = block_elements(tile.shape)
+    out = np.empty(tile.size + 2 * -(-tile.size // step) + 1, np.uint16)
+    return out[: method_loops.list_lows(delta.view(np.uint32), np.uint32(high.high), step, out)].copy()
+
+
 def equal_counts(delta: Floats, cut: Cut, *, tile: Tile) -> NDArray[np.int64]:
     step = block_elements(tile.shape)
     counts = np.empty(-(-tile.size // step), np.int64)
@@ -302,6 +297,8 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "deltamerge.pruners.rescale:divide": divide,
     "deltamerge.pruners.select:high_histogram": high_histogram,
     "deltamerge.pruners.select:low_histogram": low_histogram,
+    "deltamerge.pruners.select:low_counts": low_histogram,
+    "deltamerge.pruners.select:lows": lows,
     "deltamerge.pruners.select:equal_counts": equal_counts,
     "deltamerge.pruners.select:keep_largest": methods.keep_largest,
     "deltamerge.pruners.select:keep_largest_rows": keep_largest_rows,

@@ -2,8 +2,8 @@
 
 No fast math and no contraction, so every product, sum and quotient is rounded to float32 by itself. A float32 array
 is taken as it is, a uint16 one as the bits of bfloat16. Values of several models come as addresses (`narrow` where the
-elements are bfloat16): one compiled loop serves any number of models. numba's cache looks for
-changes in the file of a function only: what the two files of loops import never changes.
+elements are bfloat16): one compiled loop serves any number of models. The cache of compiled code looks for changes
+in this folder only: what the files of loops import from elsewhere never changes.
 """
 
 from __future__ import annotations

@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.io.files import flat, input_error, read_at
+from deltamerge.io.files import flat, input_error, read_at, start_writing
 from deltamerge.tensors import ITEMSIZE
 
-PIECE = 1 << 23
+PIECE = 1 << 20  # stays in a core's cache between reading and hashing
+SETTLE = 1 << 24
 
 # The bits of +inf; larger ones, less the sign, are NaN. F8_E4M3 has no infinity: its one NaN is what follows 0x7E.
 INFINITY = {
@@ -71,7 +72,8 @@ class Audit:
     """A thread that follows the writing of `files` ((name, size, its tensors in order of place)) in `folder`.
 
     reach(file, position) says up to where the bytes from `position` are written. What was written before (an earlier
-    run's part) is read like the rest, so the hashes are those of what is in the files.
+    run's part) is read like the rest, so the hashes are those of what is in the files. What was read starts on its way
+    to the disk, so that little is left for the sync at the end.
     """
 
     def __init__(
@@ -116,13 +118,13 @@ class Audit:
     def _follow(self, name: str, size: int, tensors: Sequence[Stored], buffer: NDArray[np.uint8]) -> None:
         from blake3 import blake3
 
-        hasher: Any = blake3(max_threads=blake3.AUTO)
+        hasher: Any = blake3()
         try:
             fd = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise input_error(error) from error
         try:
-            position = index = 0
+            position = index = settled = 0
             while position < size:
                 self._more.clear()
                 if self._stopped:
@@ -136,6 +138,9 @@ class Audit:
                 hasher.update(piece)
                 index = self._count(tensors, index, position, piece)
                 position += len(piece)
+                if position - settled >= SETTLE or position == size:
+                    start_writing(fd, settled, position - settled)
+                    settled = position
         finally:
             os.close(fd)
         self._found.hashes[name] = f"blake3:{hasher.hexdigest()}"

@@ -15,7 +15,17 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.files import COPY_PIECE, Descriptors, copy_at, flat, input_error, read_at, refuse_link, write_at
+from deltamerge.io.files import (
+    COPY_PIECE,
+    Descriptor,
+    Descriptors,
+    copy_at,
+    flat,
+    input_error,
+    read_at,
+    refuse_link,
+    write_at,
+)
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
@@ -289,11 +299,15 @@ class Reader:
                 read_at(file.fd, offset, view[begin:end])
                 begin = end
 
+    def stored(self, info: TensorInfo) -> Descriptor | None:
+        """The open file that holds the tensor's bytes from `info.begin` on; None where they are made when read."""
+        if isinstance(info, MadeInfo | Gathered) or info.computed is not None:
+            return None
+        return self._files.get(info.path)
+
     def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
-        stored = not isinstance(info, MadeInfo | Gathered) and info.computed is None
-        if hasattr(os, "posix_fadvise") and nbytes and stored:
-            file = self._files.get(info.path)
+        if hasattr(os, "posix_fadvise") and nbytes and (file := self.stored(info)) is not None:
             os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:

@@ -17,7 +17,9 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.delta_format import Base, Entry, Manifest, open_folder
+from deltamerge.io.delta_entry import Entry
+from deltamerge.io.delta_folder import open_folder
+from deltamerge.io.delta_format import Base, Manifest
 from deltamerge.io.encodings import Array, index_itemsize
 
 if TYPE_CHECKING:
@@ -68,7 +70,7 @@ class DeltaFile:
 
     @classmethod
     def open(cls, path: str | Path) -> DeltaFile:
-        """Check the folder at `path`, map its files. InputError: anything is not as the format says."""
+        """Check the folder at `path`; arrays are read when used. InputError: anything is not as the format says."""
         folder = Path(path)
         with errors.context(str(path)):
             return cls(folder, *open_folder(folder))
@@ -85,7 +87,7 @@ class DeltaFile:
             if entry.index is not None:
                 dtype = f"i{index_itemsize(entry.size)}"
                 indices = torch.from_numpy(np.concatenate([p.astype(dtype) for p in entry.positions()]))
-            values = to_torch(entry.values.copy(), record.dtype)
+            values = to_torch(entry.values[:], record.dtype)
             yield Patch(name, tuple(record.shape), values.dtype, values, indices)
 
     def result(self, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Source]:
@@ -120,7 +122,7 @@ class DeltaFile:
         A tensor is found by its name in the base, else by its name in the result. One that is new, or changes dtype
         or shape, is made; a removed one is taken out. Hashes are not checked. On the CPU as many threads as torch has
         work on large tensors. InputError: a tensor is missing or is not of the base's dtype and shape, and nothing
-        has been changed; or positions are damaged.
+        has been changed; or positions are damaged, or the file has become shorter.
         """
         import torch
 
@@ -209,7 +211,7 @@ def _apply_to(entry: Entry, target: Any) -> Any:
     if target is None or _described(target) != (record.dtype, tuple(record.shape)):
         host = None if target is None else _host_bits(target.detach().cpu().contiguous())
         made = to_torch(entry.apply(host), record.dtype).reshape(record.shape)
-        return made.clone() if target is None else made.to(target.device)
+        return made if target is None else made.to(target.device)
     data = target.detach()
     if data.device.type == "cpu" and data.is_contiguous():
         entry.apply_in_place(_host_bits(data))

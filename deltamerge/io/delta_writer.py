@@ -1,85 +1,39 @@
 """Writes a delta artifact: tensors arrive in pieces, in any order, from any thread; sizes are known at the end.
 
 What is stored of a tensor waits in a file of its own until the last tensor is there; then headers are known, and
-the files are put together. In memory are at most the open tensors' positions, size / 8 bytes each, pieces that
-came too early, and the values of tensors that int8 or sign codes are made of.
+the files are put together.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import os
-import shutil
-import threading
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-from blake3 import blake3
-
 from deltamerge import errors
-from deltamerge.io.delta_format import (
-    INDEX,
-    MANIFEST,
-    SHARD_SIZE,
-    Base,
-    Entry,
-    Manifest,
-    Read,
-    Record,
-    as_bits,
-    bits_type,
-    digest,
-    extend,
-    stored_arrays,
-)
-from deltamerge.io.encodings import CODINGS, Array, Choice, Coding, Positions, choose, encode
-from deltamerge.io.files import copy_at, flat, output_error, read_at, write_at
-from deltamerge.io.values import (
-    SCALED,
-    Coded,
-    Values,
-    cast,
-    cheapest,
-    encode_values,
-    relative_error,
-    scale_group,
-)
+from deltamerge.io.audit import NonFinite
+from deltamerge.io.delta_folder import INDEX, MANIFEST
+from deltamerge.io.delta_format import SHARD_SIZE, Base, Manifest
+from deltamerge.io.delta_spool import Spool
+from deltamerge.io.delta_tensor import BaseTensor, Stored, TensorWriter
+from deltamerge.io.encodings import CODINGS, Coding
+from deltamerge.io.files import copy_at, output_error, write_at
+from deltamerge.io.journal import Journal
+from deltamerge.io.values import Values, relative_error
 from deltamerge.io.writer import FileLayout, Layout, plan_layout
-from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS
-
-
-@dataclass(frozen=True, slots=True)
-class BaseTensor:
-    """The base's tensor that one of the result comes from; `read` gives flat elements [start, stop) of it."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    read: Read
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was written: bytes of the folder's delta files, entries, and ‖v − stored v‖ / ‖v‖ over all that is added."""
+    """What was written: bytes of the folder's delta files, entries, and ‖v − stored v‖ / ‖v‖ over all that is added;
+    and the results' values that are not finite."""
 
     nbytes: int
     entries: int
     error: float
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """An array that waits in the file at `path` from byte `offset`."""
-
-    name: str
-    dtype: str
-    length: int
-    path: Path
-    offset: int
+    nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
 
 
 class DeltaWriter:
@@ -89,6 +43,7 @@ class DeltaWriter:
     codings     of positions, to choose from; dense and indices always are
     removed     tensors of the base that the result lacks
     shard_size  of the artifact's own files, and of the checkpoint that is made of it
+    journal     where finished tensors are kept for a run that goes on after a crash; it has those of this `folder`
 
     The bytes depend on what is written and on the order of the calls of `tensor` alone. OutputError: the disk.
     """
@@ -103,30 +58,28 @@ class DeltaWriter:
         codings: Collection[Coding] = CODINGS,
         shard_size: int = SHARD_SIZE,
         removed: Sequence[str] = (),
+        journal: Journal | None = None,
     ) -> None:
         self.values = values
         self.codings: frozenset[Coding] = frozenset({*codings, "dense", "indices"})
         self._folder = folder
-        self._spool = folder / ".delta-spool"
         self._manifest = Manifest(
             semantics=semantics, base=base, shard_size=shard_size, removed=list(removed), tensors={}
         )
         self._shard_size = shard_size
         self._tensors: dict[str, TensorWriter] = {}
+        self._finished = False
         with errors.context(str(folder)):
-            try:
-                self._spool.mkdir()
-            except OSError as error:
-                raise output_error(error) from error
+            self.spool = Spool(folder, journal)
 
     def __enter__(self) -> DeltaWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what waits; the artifact is there only after `finish`."""
+        """Remove what waits, unless it may be resumed; the artifact is there only after `finish`."""
         for tensor in self._tensors.values():
             tensor.close()
-        shutil.rmtree(self._spool, ignore_errors=True)
+        self.spool.close(done=self._finished)
 
     def tensor(self, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None) -> TensorWriter:
         """The next tensor of the result; `base` is None where the base has none.
@@ -135,7 +88,7 @@ class DeltaWriter:
         """
         if name in self._tensors:
             raise ValueError(f"two tensors have the name {name}")
-        path = self._spool / f"{len(self._tensors):06d}"
+        path = self.spool.folder / f"{len(self._tensors):06d}"
         self._tensors[name] = TensorWriter(self, name, dtype, shape, base, path)
         return self._tensors[name]
 
@@ -159,10 +112,12 @@ class DeltaWriter:
                 files[-1].write_text(_manifest_text(manifest), encoding="utf-8")
             except OSError as error:
                 raise output_error(error) from error
+        self._finished = True
         return Summary(
             sum(file.stat().st_size for file in files),
             sum(tensor.record.count for tensor in tensors),
             relative_error(sum(t.squares[0] for t in tensors), sum(t.squares[1] for t in tensors)),
+            {name: tensor.nonfinite for name, tensor in self._tensors.items() if any(tensor.nonfinite)},
         )
 
     def _write_file(self, file: FileLayout, layout: Layout, stored: Sequence[Stored]) -> Path:
@@ -175,214 +130,6 @@ class DeltaWriter:
                     with array.path.open("rb", buffering=0) as source:
                         copy_at(source.fileno(), array.offset, place.nbytes, target.fileno(), place.offset)
         return path
-
-
-class TensorWriter:
-    """One tensor of the result: by `write`, or in an artifact that adds by `add` and `finish`."""
-
-    def __init__(
-        self, writer: DeltaWriter, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None, path: Path
-    ) -> None:
-        self.path = path
-        self.stored: list[Stored] = []
-        self.squares = (0.0, 0.0)
-        self._writer, self._name, self._dtype, self._shape = writer, name, dtype, shape
-        is_change = base is not None and is_related(base.dtype, base.shape, dtype, shape)
-        self._base = base if is_change else None
-        self._size = math.prod(shape)
-        self._record: Record | None = None
-        self._lock = threading.Lock()
-        self._early: dict[int, Array] = {}
-        self._done = 0
-        self._whole = True  # every value so far is in the spool, not only those that differ from the base's
-        self._fd = -1
-        self._spooled = 0
-        self._listed = Positions()
-        self._values: list[Array] = []
-        self._base_hash, self._result_hash = blake3(), blake3()
-        if not self._size:
-            self._finish_write()
-
-    @property
-    def record(self) -> Record:
-        """RuntimeError: not every element was written (a bug)."""
-        if self._record is None:
-            raise RuntimeError(f"{self._done} of {self._size} elements of {self._name} were written")
-        return self._record
-
-    def close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def write(self, start: int, data: Any) -> None:
-        """Final values (a buffer in the result's dtype) from flat element `start`; the last piece finishes it."""
-        view = flat(data)
-        if not view:
-            return
-        bits = np.frombuffer(view, bits_type(self._dtype))
-        with self._lock, errors.context(self._name):
-            if start != self._done:
-                self._early[start] = bits.copy()
-                return
-            while bits.size:
-                self._next(bits)
-                bits = self._early.pop(self._done, bits[:0])
-            if self._done == self._size:
-                self._finish_write()
-
-    def add(self, positions: Array, values: Array) -> None:
-        """float32 `values` to add at the next ascending flat int64 `positions`; end with `finish`."""
-        with self._lock, errors.context(self._name):
-            if self._base is None or self._done or self._record is not None:
-                raise ValueError("nothing can be added to it")
-            if not positions.size:
-                return
-            self._listed.add(positions)
-            values = np.ascontiguousarray(values, np.float32)
-            if self._writer.values in SCALED:
-                self._values.append(values)
-            else:
-                self._append_coded(encode_values(values, positions, 1, 1, self._writer.values))
-
-    def finish(self) -> None:
-        """End a tensor of `add`, or one that is as in the base; reads the base for the hashes."""
-        with self._lock, errors.context(self._name):
-            if self._record is None:
-                self._finish_add()
-
-    def _next(self, bits: Array) -> None:
-        start, stop = self._done, self._done + bits.size
-        if stop > self._size:
-            raise ValueError(f"element {stop} of {self._size} was written")
-        self._done = stop
-        self._result_hash.update(flat(bits))
-        if self._base is not None:
-            base = self._read_base(start, stop)
-            old = cast(extend(base, bits.size), self._base.dtype, self._dtype)
-            positions = np.flatnonzero(old != bits)
-            self._listed.add(positions + start)
-            if not self._whole:
-                bits = bits[positions]
-        self._append(bits)
-        # a bitmask is smaller than the unchanged values from here on
-        unchanged = stop - self._listed.count
-        if self._base is not None and self._whole and unchanged * ITEMSIZE[self._dtype] > -(-self._size // 8):
-            self._thin()
-
-    def _read_base(self, start: int, stop: int) -> Array:
-        assert self._base is not None
-        end = math.prod(self._base.shape)
-        base = as_bits(self._base.read(min(start, end), min(stop, end)), self._base.dtype)
-        self._base_hash.update(flat(base))
-        return base
-
-    def _thin(self) -> None:
-        """Keep of the spooled values those that differ from the base's."""
-        dtype = np.dtype(bits_type(self._dtype))
-        self._whole, self._spooled = False, 0
-        for positions in self._listed.pieces():
-            first, last = int(positions[0]), int(positions[-1])
-            buffer = bytearray((last - first + 1) * dtype.itemsize)
-            read_at(self._fd, first * dtype.itemsize, memoryview(buffer))
-            self._append(np.frombuffer(buffer, dtype)[positions - first])
-
-    def _append(self, array: Array) -> None:
-        if self._fd < 0:
-            try:
-                self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            except OSError as error:
-                raise output_error(error) from error
-        view = flat(array)
-        write_at(self._fd, self._spooled, view)
-        self._spooled += len(view)
-
-    def _append_coded(self, coded: Coded) -> None:
-        self.squares = (self.squares[0] + coded.squared_error, self.squares[1] + coded.squared)
-        self._append(coded.values)
-
-    def _finish_write(self) -> None:
-        choice = Choice("dense", 0)
-        if self._base is not None:
-            if not self._size:
-                self._read_base(0, 0)
-            bits = 8 * ITEMSIZE[self._dtype]
-            choice = choose(self._listed.gaps, self._size, bits, fill=self._whole, allowed=self._writer.codings)
-            if choice.coding != "dense" and self._whole:
-                self._thin()
-        self._store(self._new_record(choice), None, self._index(choice))
-
-    def _finish_add(self) -> None:
-        if self._base is None or self._done:
-            raise ValueError("not every element was written")
-        count, group = self._listed.count, scale_group(self._shape)
-        groups = -(-self._size // group)
-        coding = cheapest(self._writer.values, count, groups)
-        added: dict[str, Any] = {"values": coding} if count else {}
-        scales: Array | None = None
-        if self._values:
-            positions = np.concatenate(list(self._listed.pieces()))
-            coded = encode_values(np.concatenate(self._values), positions, groups, group, coding)
-            self._append_coded(coded)
-            self._values.clear()
-            if coding in SCALED:
-                scales = coded.scales
-                added |= {"group": group, "unit": coded.unit}
-        if count and coding != "float32":
-            added["error"] = relative_error(*self.squares)
-        choice = choose(self._listed.gaps, self._size, VALUE_BITS[coding], fill=False, allowed=self._writer.codings)
-        index, stored = self._index(choice), np.empty(0, np.uint8)
-        if count:
-            stored = np.memmap(self.path, np.uint8, "r", 0, self._spooled).view(f"<u{max(1, VALUE_BITS[coding] // 8)}")
-        entry = Entry(self._name, self._new_record(choice, **added), stored, index, scales)
-        for bits in entry.tiles(self._read_base, check=False):
-            self._result_hash.update(flat(bits))
-        self._store(self._new_record(choice, **added), scales, index)
-
-    def _index(self, choice: Choice) -> Array | None:
-        if choice.coding == "dense" or not self._listed.count:
-            return None
-        return encode(choice, self._listed.pieces(), self._listed.count, self._size)
-
-    def _new_record(self, choice: Choice, **added: Any) -> Record:
-        base = self._base
-        fields: dict[str, Any] = {}
-        if base is not None:
-            fields["base"] = digest(self._base_hash)
-            fields |= {"base_name": base.name} if base.name != self._name else {}
-            fields |= {"base_shape": list(base.shape)} if base.shape != self._shape else {}
-            fields |= {"base_dtype": base.dtype} if base.dtype != self._dtype else {}
-        return Record(
-            shape=list(self._shape),
-            dtype=self._dtype,
-            encoding=choice.coding,
-            k=choice.k,
-            count=self._size if choice.coding == "dense" else self._listed.count,
-            result=digest(self._result_hash),
-            **fields,
-            **added,
-        )
-
-    def _store(self, record: Record, scales: Array | None, index: Array | None) -> None:
-        """Put scales and positions behind the values in the spool, and list all three."""
-        offset = 0
-        for array in (scales, index):
-            if array is not None and array.size:
-                self._append(array)
-        for suffix, (dtype, length) in stored_arrays(record).items():
-            length = self._spooled - offset if length is None else length
-            self.stored.append(Stored(self._name + suffix, dtype, length, self.path, offset))
-            offset += length * ITEMSIZE[dtype]
-        self._listed.packed.clear()
-        self._record = record
-        self.close()
-
-
-def is_related(base_dtype: str, old: tuple[int, ...], dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a result's tensor can be told as a change of the base's: cast, and with rows added."""
-    casts = base_dtype == dtype or {base_dtype, dtype} <= FLOATING
-    grows = len(old) == len(shape) > 0 and old[1:] == shape[1:] and old[0] <= shape[0]
-    return casts and (old == shape or grows)
 
 
 def _renamed(file: str) -> str:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -148,6 +148,15 @@ def _rice_bytes(count: int, k: int, unary_bits: int) -> int:
     return k // 8 * count + k % 8 * -(-count // 8) + -(-unary_bits // 8)
 
 
+def most_bytes(coding: Coding, count: int, size: int, k: int) -> int:
+    """The bytes that the positions of `count` of `size` elements can take at most."""
+    if coding == "rice":
+        return _rice_bytes(count, k, count + (size >> k))
+    if coding == "gaps":
+        return count + size // ESCAPE
+    return -(-size // 8) if coding == "bitmask" else index_itemsize(size) * count
+
+
 def choose(gaps: Gaps, size: int, value_bits: int, *, fill: bool, allowed: Collection[Coding] = CODINGS) -> Choice:
     """The coding of fewest bytes, values included; the plainest of equals.
 
@@ -208,7 +217,16 @@ def encode(choice: Choice, positions: Iterable[Array], count: int, size: int) ->
     return out
 
 
-def decode(coding: Coding, stored: Array, count: int, size: int, k: int = 0) -> Iterator[Array]:
+class Sliced(Protocol):
+    """Elements that are got by slices: a numpy array, or what reads one."""
+
+    @property
+    def size(self) -> int: ...
+
+    def __getitem__(self, part: slice, /) -> Array: ...
+
+
+def decode(coding: Coding, stored: Sliced, count: int, size: int, k: int = 0) -> Iterator[Array]:
     """Ascending int64 positions in pieces of about 2**17; every fault of `stored` raises InputError."""
     if coding == "rice" and count:
         pieces = _decode_rice(stored, count, k)
@@ -251,7 +269,7 @@ def _set_bits(out: Array, positions: Array) -> None:
     out[first : first + packed.size] |= packed
 
 
-def _decode_bits(stored: Array) -> Iterator[Array]:
+def _decode_bits(stored: Sliced) -> Iterator[Array]:
     for i in range(0, stored.size, SPAN):
         bits = np.unpackbits(stored[i : i + SPAN], bitorder="little")
         positions = np.flatnonzero(bits.view(bool))
@@ -259,8 +277,8 @@ def _decode_bits(stored: Array) -> Iterator[Array]:
         yield positions
 
 
-def _decode_gaps(stored: Array) -> Iterator[Array]:
-    last = -1
+def _decode_gaps(stored: Sliced) -> Iterator[Array]:
+    last, codes = -1, np.empty(0, np.uint8)
     for i in range(0, stored.size, SPAN):
         codes = stored[i : i + SPAN]
         entries = codes != ESCAPE
@@ -270,40 +288,47 @@ def _decode_gaps(stored: Array) -> Iterator[Array]:
         positions += np.arange(last + 1, last + 1 + positions.size)
         last += skipped + positions.size
         yield positions
-    if stored.size and stored[-1] == ESCAPE:
+    if codes.size and codes[-1] == ESCAPE:
         raise InputError("gaps end in an escape")
 
 
 def rice_parts(stored: Array, count: int, k: int) -> tuple[list[Array], Array, Array]:
     """The planes, the packed bits and the unary bits of rice codes. InputError: they are too short for `count`."""
-    if not 0 <= k <= LARGEST_K or stored.size < _rice_bytes(count, k, count):
-        raise InputError(f"{stored.size} bytes of rice codes, too few for {count} entries")
+    start, stop = _rice_offsets(stored.size, count, k)
     planes = [stored[i * count : (i + 1) * count] for i in range(k // 8)]
-    start = k // 8 * count
-    stop = start + k % 8 * -(-count // 8)
     return planes, stored[start:stop], stored[stop:]
 
 
-def _decode_rice(stored: Array, count: int, k: int) -> Iterator[Array]:
-    planes, packed, unary = rice_parts(stored, count, k)
-    b = k % 8
-    done = 0
+def _rice_offsets(nbytes: int, count: int, k: int) -> tuple[int, int]:
+    """Where the packed bits and the unary bits begin in `nbytes` of rice codes."""
+    if not 0 <= k <= LARGEST_K or nbytes < _rice_bytes(count, k, count):
+        raise InputError(f"{nbytes} bytes of rice codes, too few for {count} entries")
+    start = k // 8 * count
+    return start, start + k % 8 * -(-count // 8)
+
+
+def _decode_rice(stored: Sliced, count: int, k: int) -> Iterator[Array]:
+    packed_at, unary_at = _rice_offsets(stored.size, count, k)
+    b, planes = k % 8, k // 8
+    done, unary = 0, np.empty(0, np.uint8)
     # (bit << k) - Σ(2**k - 1 - r) + 2**k - 1 is the position, and 2**k - 1 - r is r with its bits inverted
     total = 0
-    for i in range(0, unary.size, SPAN >> 2):
-        bits = np.unpackbits(unary[i : i + (SPAN >> 2)], bitorder="little")
+    for i in range(unary_at, stored.size, SPAN >> 2):
+        unary = stored[i : i + (SPAN >> 2)]
+        bits = np.unpackbits(unary, bitorder="little")
         positions = np.flatnonzero(bits.view(bool))
         stop = done + positions.size
         if stop > count:
             raise InputError(f"rice lists more than {count} entries")
-        positions += i << 3
+        positions += (i - unary_at) << 3
         positions <<= k
+        packed = stored[packed_at + (done >> 3) * b : packed_at + -(-stop // 8) * b]
         inverted = _fields(packed, done, stop, b) if b else np.zeros(positions.size, np.uint8)
         if planes:
             inverted = inverted.astype(np.int64)
-            inverted <<= 8 * len(planes)
-            for j, plane in enumerate(planes):
-                inverted |= (~plane[done:stop]).astype(np.int64) << 8 * j
+            inverted <<= 8 * planes
+            for j in range(planes):
+                inverted |= (~stored[j * count + done : j * count + stop]).astype(np.int64) << 8 * j
         sums = np.cumsum(inverted, dtype=np.int64)
         if sums.size:
             sums += total - (1 << k) + 1
@@ -330,10 +355,10 @@ _STEPS = [_steps(b) for b in range(8)]
 
 
 def _fields(packed: Array, start: int, stop: int, b: int) -> Array:
-    """The inverted b-bit fields [start, stop) as uint8."""
+    """The inverted b-bit fields [start, stop) as uint8, from the packed groups of eight that they are in."""
     first, last = start >> 3, -(-stop // 8)
     groups = np.zeros((last - first, 8), np.uint8)
-    groups[:, :b] = packed[first * b : last * b].reshape(-1, b)
+    groups[:, :b] = packed.reshape(-1, b)
     words = groups.view("<u8")[:, 0]
     for low, high, shift in _STEPS[b]:
         upper = words & high

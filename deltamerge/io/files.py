@@ -8,6 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -133,7 +134,7 @@ def reserve(fd: int, size: int) -> None:
     if os.fstat(fd).st_size != size:
         os.ftruncate(fd, size)
     # not os.posix_fallocate: where the file system cannot, glibc touches every block instead
-    fallocate = getattr(ctypes.CDLL(None, use_errno=True), "fallocate64", None)
+    fallocate = getattr(_system(), "fallocate64", None)
     if fallocate is None:
         return
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -149,6 +150,31 @@ def sync(fd: int) -> None:
         getattr(os, "fdatasync", os.fsync)(fd)
     except OSError as error:
         raise output_error(error) from error
+
+
+def sync_path(path: Path) -> None:
+    """Put a file's data, or the names in a folder, on the disk. OutputError: it could not be done."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise output_error(error) from error
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def start_writing(fd: int, offset: int, nbytes: int) -> None:
+    """Let the system begin to put a range on the disk, if it can be told so; `sync` waits for it and meets errors."""
+    call = getattr(_system(), "sync_file_range", None)
+    if call is not None:
+        call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+        call(fd, offset, nbytes, 2)  # SYNC_FILE_RANGE_WRITE
+
+
+@cache
+def _system() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def copy_at(source: int, offset: int, nbytes: int, target: int, target_offset: int) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from blake3 import blake3
 
 from deltamerge.errors import InputError
-from deltamerge.io.delta_format import TILE, Entry, Read, as_bits, bits_type, digest, extend
+from deltamerge.io.delta_entry import TILE, Entry, Read, as_bits, bits_type, digest, extend
 from deltamerge.io.encodings import Array, Positions
 from deltamerge.io.files import flat
 from deltamerge.io.values import cast, narrow, widen

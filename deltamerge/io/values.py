@@ -7,7 +7,9 @@ signs. Scales are floats of 4 bits without a sign, two a byte, with one unit per
 
     scale(code) = 0 if code == 0 else (2 + code % 2) * 2**(code // 2) * 2**unit
 
-A scale times a code is exact in float32, so a decoded value is the same everywhere.
+A scale times a code is exact in float32, so a decoded value is the same everywhere. Where it takes fewer bytes,
+scales are stored as unary bits instead: a tensor's codes from the most common to the rarest are its *ranks*, and a
+scale is as many zeros as there are ranks before its own, and a one. Rows of one tensor are alike: about 2 bits each.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ Values = Literal["float32", "bfloat16", "int8", "sign"]
 SCALED = frozenset({"int8", "sign"})
 SCALE_BITS = 4
 ARRAY_BYTES = 128  # of one more stored array in a header
+RANKS_BYTES = 20  # of ranks in the manifest
 UNITS = (-149, 119)  # all scales are float32 numbers
 
 
@@ -90,11 +93,12 @@ def scale_group(shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """Stored values (uint32, uint16, int8, packed uint8) and scale codes, their unit; Σ(v − decoded)², Σv²."""
+    """Stored values (uint32, uint16, int8, packed uint8) and scales, their unit, ranks; Σ(v − decoded)², Σv²."""
 
     values: Array
     scales: Array
     unit: int
+    ranks: str | None
     squared_error: float
     squared: float
 
@@ -107,12 +111,12 @@ def encode_values(values: Array, positions: Array, groups: int, group: int, codi
     """
     nothing = np.empty(0, np.uint8)
     if coding == "float32":
-        return Coded(values.view(np.uint32), nothing, 0, 0.0, _squares(values))
+        return Coded(values.view(np.uint32), nothing, 0, None, 0.0, _squares(values))
     bits = narrow(values, "BF16")
     if not np.isfinite(widen(bits, "BF16")).all():
         raise InputError(f"values are not all finite, which {coding} needs", hint="store final values, or float32")
     if coding == "bfloat16":
-        return Coded(bits, nothing, 0, _squares(values - widen(bits, "BF16")), _squares(values))
+        return Coded(bits, nothing, 0, None, _squares(values - widen(bits, "BF16")), _squares(values))
     ids = positions // group
     scales = _sign_scales(values, ids, groups) if coding == "sign" else _int8_scales(values, ids, groups)
     unit = _unit(float(scales.max(initial=0)))
@@ -127,9 +131,8 @@ def encode_values(values: Array, positions: Array, groups: int, group: int, codi
         quotients = np.divide(values, scale, out=np.zeros_like(values), where=scale > 0)
         stored = np.clip(np.rint(quotients), -127, 127).astype(np.int8)
         decoded = stored * scale
-    codes = np.append(codes, 0)[: -(-groups // 2) * 2]
-    packed = (codes[::2] | codes[1::2] << 4).astype(np.uint8)
-    return Coded(stored, packed, unit, _squares(values - decoded), _squares(values))
+    packed, ranks = _pack_scales(codes)
+    return Coded(stored, packed, unit, ranks, _squares(values - decoded), _squares(values))
 
 
 def cheapest(coding: Values, count: int, groups: int) -> Values:
@@ -140,10 +143,34 @@ def cheapest(coding: Values, count: int, groups: int) -> Values:
     return coding if scaled < 2 * count else "bfloat16"
 
 
-def scale_values(stored: Array, groups: int, unit: int) -> Array:
-    """Packed scale codes -> float32 scales, one per group."""
-    codes = np.stack((stored & 0xF, stored >> 4), axis=1).reshape(-1)[:groups]
-    return _table(unit)[codes]
+def _pack_scales(codes: Array) -> tuple[Array, str | None]:
+    """Scale codes as stored, and their ranks (a hex digit each); None: as four bits each, which is no more bytes."""
+    counts = np.bincount(codes, minlength=1 << SCALE_BITS)
+    order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+    lengths = np.zeros_like(counts)  # bits of each code
+    lengths[order] = np.arange(1, order.size + 1)
+    bits = int(counts @ lengths)
+    if -(-bits // 8) + RANKS_BYTES < -(-codes.size // 2):
+        ones = np.zeros(bits, bool)
+        ones[np.cumsum(lengths[codes]) - 1] = True
+        return np.packbits(ones, bitorder="little"), "".join(f"{code:x}" for code in order)
+    codes = np.append(codes, 0)[: -(-codes.size // 2) * 2]
+    return (codes[::2] | codes[1::2] << 4).astype(np.uint8), None
+
+
+def scale_values(stored: Array, groups: int, unit: int, ranks: str | None) -> Array:
+    """Scales as stored -> float32, one per group. InputError: ranked ones are not `groups`, or of no rank."""
+    if ranks is None:
+        codes = np.empty(2 * stored.size, np.uint8)
+        codes[::2], codes[1::2] = stored & 0xF, stored >> 4
+        return _table(unit)[codes[:groups]]
+    places = np.flatnonzero(np.unpackbits(stored, bitorder="little").view(bool))
+    own = places.copy()
+    own[1:] -= places[:-1] + 1
+    if places.size != groups or own.max(initial=0) >= len(ranks) or 8 * stored.size - int(places[-1]) > 8:
+        raise InputError(f"scales are damaged: they are not {groups} of {len(ranks)} ranks")
+    codes = np.frombuffer(bytes.fromhex("0".join(("", *ranks))), np.uint8)
+    return _table(unit)[codes][own]
 
 
 def relative_error(squared_error: float, squared: float) -> float:
@@ -178,7 +205,7 @@ def _unit(largest: float) -> int:
 
 def _table(unit: int) -> Array:
     """Every code's scale, float32, ascending."""
-    codes = np.arange(1 << SCALE_BITS)
-    scales = np.ldexp(2 + codes % 2, codes // 2 + unit)
-    scales[0] = 0
-    return scales.astype(np.float32)
+    return (_UNIT_SCALES * 2.0**unit).astype(np.float32)
+
+
+_UNIT_SCALES = np.array([0.0, *((2 + code % 2) * 2.0 ** (code // 2) for code in range(1, 1 << SCALE_BITS))])

@@ -17,17 +17,19 @@ import re
 import shutil
 import socket
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError, OutputError
-from deltamerge.io.files import output_error, sync
+from deltamerge.io.files import output_error, sync_path
 from deltamerge.io.journal import Journal, read_journal
 
 OUT, OLD, LOCK, JOURNAL = "out", "old", "lock", "journal"
 KEPT = "what is done is kept: continue with --resume"
+SYNCS = 8
 PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 
 
@@ -54,10 +56,11 @@ class Workspace:
         check_facts(self.target, first["run"], facts)
         self.force = self.force or first["force"]
 
-    def empty(self) -> None:
-        """Remove what an earlier run left in `folder`."""
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
+    def empty(self, keep: str = "") -> None:
+        """Remove what an earlier run left in `folder`, but for what is called `keep`."""
+        for path in self.folder.iterdir():
+            if path.name != keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def publish(self) -> None:
         """Put everything on the disk, then rename it to the target; an old target stays whole until the new is there.
@@ -66,8 +69,9 @@ class Workspace:
         """
         if _filled(self.target) and not self.force:
             raise OutputError(f"{self.target}: not empty any more", hint="replace it with --resume --force")
-        for path in (*self.folder.iterdir(), self.folder):
-            sync_path(path)
+        with ThreadPoolExecutor(SYNCS) as pool:  # side by side: one commit of the file system's journal serves several
+            list(pool.map(sync_path, self.folder.iterdir()))
+        sync_path(self.folder)
         old = self.state / OLD
         if replaced := self.target.exists():
             os.rename(self.target, old)
@@ -124,6 +128,39 @@ def workspace(
 
 
 @contextmanager
+def parts_workspace(target: Path, *, force: bool, resume: bool) -> Iterator[int | None]:
+    """Around all parts of a run, which lock the work folder themselves: how many parts the run that is resumed has.
+
+    None: there is none. When they end otherwise than well, the folder stays if there is work to resume and goes if not.
+    OutputError: as of `workspace`, or what was left has parts of two counts.
+    """
+    state = target.parent / f".{target.name}.partial"
+
+    def left() -> dict[str, list[dict[str, Any]]]:
+        return {name: records for name, records in part_journals(state).items() if records}
+
+    if not resume:
+        if not force and any(map(has_work, left().values())):
+            raise _unfinished(target, state)
+        with workspace(target, force=force):
+            pass
+    counts = {name.rpartition("-")[2] for name in left()}
+    if len(counts) > 1:
+        raise OutputError(f"{target}: {state} has parts of two runs", hint="start over with --force")
+    try:
+        yield int(counts.pop()) if counts else None
+    except BaseException as error:
+        kept = any(map(has_work, left().values()))
+        if not kept and state.is_dir():
+            with suppress(OutputError), _locked(state, LOCK, target):
+                shutil.rmtree(state, ignore_errors=True)
+        explained = _explained(error, target, kept=kept)
+        if explained is error:
+            raise
+        raise explained from error
+
+
+@contextmanager
 def finished_folder(target: Path, *, force: bool, inputs: Iterable[tuple[str, Path]]) -> Iterator[Path]:
     """A folder that becomes `target` if all goes well and goes if not; no input, (name, path), is in the target."""
     refuse_inputs(target, inputs)
@@ -143,7 +180,7 @@ def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
 
 def has_work(records: list[dict[str, Any]]) -> bool:
     """Whether there is work that --resume would not do again."""
-    return any({"done", "calibrated", "part"} & record.keys() for record in records)
+    return any({"done", "tensors", "calibrated", "part"} & record.keys() for record in records)
 
 
 def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -157,17 +194,8 @@ def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
 
 def part_journals(state: Path) -> dict[str, list[dict[str, Any]]]:
     """ "2-of-8" -> the records of every part's journal."""
-    names = sorted(path.name for path in state.iterdir() if PART_JOURNAL.fullmatch(path.name))
+    names = sorted(path.name for path in state.glob(f"{JOURNAL}-*") if PART_JOURNAL.fullmatch(path.name))
     return {name.removeprefix(f"{JOURNAL}-"): read_journal(state / name)[0] for name in names}
-
-
-def sync_path(path: Path) -> None:
-    """Put a file's data, or the names in a folder, on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        sync(fd)
-    finally:
-        os.close(fd)
 
 
 def _filled(target: Path) -> bool:
@@ -203,8 +231,9 @@ def _locked(state: Path, name: str, target: Path, *, shared: bool = False) -> It
         os.close(fd)
     try:
         if not shared:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            with suppress(OSError):  # who holds it is for people; a full disk is met, and told, by what needs it
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(fd)
@@ -226,13 +255,11 @@ def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: 
         raise OutputError(
             f"{target}: parts of a run are in {state}", hint="end it with --finish, or start over with --force"
         )
-    if (whole if part is None else has_work(parts.get(part, []))) and not force:
+    if whole if part is None else has_work(parts.get(part, [])):
         if resume:
             return
-        raise OutputError(
-            f"{target}: an earlier run left unfinished work in {state}",
-            hint="continue it with --resume, or start over with --force",
-        )
+        if not force:
+            raise _unfinished(target, state)
     if _filled(resolved) and not force:
         _discard(state, part)
         raise OutputError(f"{target}: not empty", hint="choose another folder with --out, or replace it with --force")
@@ -240,6 +267,13 @@ def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: 
         _clear(state)
     else:
         (state / f"{JOURNAL}-{part}").unlink(missing_ok=True)
+
+
+def _unfinished(target: Path, state: Path) -> OutputError:
+    return OutputError(
+        f"{target}: an earlier run left unfinished work in {state}",
+        hint="continue it with --resume, or start over with --force",
+    )
 
 
 def _clear(state: Path) -> None:

@@ -18,7 +18,7 @@ from deltamerge import errors
 from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.io.audit import Audit, Findings, Stored
 from deltamerge.io.checkpoint import INDEX, SINGLE, Reader, TensorInfo
-from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, write_at
+from deltamerge.io.files import Descriptor, Descriptors, flat, output_error, reserve, sync, sync_path, write_at
 from deltamerge.io.journal import Journal
 from deltamerge.io.spans import Spans
 from deltamerge.tensors import FLOATING, ITEMSIZE
@@ -196,6 +196,16 @@ class Writer:
             write_at(self._files.get(self._folder / place.file).fd, place.offset + offset, view)
         self._done(place, offset, len(view))
 
+    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
+        """The open file and its byte that byte `offset` of tensor `name` goes to, for who writes there and says so."""
+        place = self._place(name, offset, 0)
+        with errors.context(place.file):
+            return self._files.get(self._folder / place.file), place.offset + offset
+
+    def wrote(self, name: str, offset: int, nbytes: int) -> None:
+        """Bytes [offset, offset + nbytes) of tensor `name` were written at their place."""
+        self._done(self._place(name, offset, nbytes), offset, nbytes)
+
     def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
         """Copy bytes [start, start + nbytes) of `source` to the bytes of tensor `name` from byte `offset`."""
         place = self._place(name, offset, nbytes)
@@ -214,6 +224,9 @@ class Writer:
             for name in fresh:
                 with errors.context(name):
                     sync(self._files.get(self._folder / name).fd)
+            if fresh and not self._saved:  # the files' names, and the journal's
+                for path in (self._folder, self._journal.path.parent, self._journal.path.parent.parent):
+                    sync_path(path)
             if fresh:
                 self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}})
                 self._saved = True

@@ -14,6 +14,7 @@ import pytest
 import tiny_models
 import torch
 from conftest import load_tensors, make_checkpoint, tiny_llama
+from safetensors.torch import save_file
 
 from deltamerge.runner import run
 
@@ -102,9 +103,10 @@ def theirs(folder: Path, name: str, text: str) -> dict[str, torch.Tensor]:
     recipe.write_text(text)
     several = ["--out-path", out, "-I", folder / f"{name}.parts"] if "---" in text else [out]
     command = [tool("mergekit-multi" if len(several) > 1 else "mergekit-yaml"), recipe, *several, "--quiet"]
+    command += ["--lora-merge-cache", folder / f"{name}.lora"] if "lora" in text else []
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ""}
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-500:]
+    assert done.returncode == 0, done.stderr[-2500:]
     return load_tensors(out)
 
 
@@ -158,3 +160,24 @@ def test_chained_documents(models):
     only, apart = compare(models / "LlamaForCausalLM", "chain", CHAIN)
     assert not only
     assert apart <= 1e-6
+
+
+def test_lora_references(models):
+    folder = models / "LlamaForCausalLM"
+    adapter, generator = folder / "lora", torch.Generator().manual_seed(9)
+    weights = {}
+    for name, tensor in load_tensors(folder / "a").items():
+        if name.endswith(("q_proj.weight", "down_proj.weight")):
+            stem = f"base_model.model.{name.removesuffix('.weight')}"
+            weights[f"{stem}.lora_A.weight"] = 0.1 * torch.randn(2, tensor.shape[1], generator=generator)
+            weights[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(tensor.shape[0], 2, generator=generator)
+    adapter.mkdir()
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"]}
+    settings |= {"task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder / "a")}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    text = "merge_method: linear\nmodels:\n- {model: ./a+./lora, parameters: {weight: 0.75}}\n"
+    only, apart = compare(folder, "lora", text + "- {model: ./b, parameters: {weight: 0.25}}\n")
+    assert not only
+    assert apart <= 1e-6
+    assert len(weights) > 4

@@ -1,0 +1,121 @@
+"""What a lock says of how q was chosen, as figures for reports: the search, and the q of every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeGuard
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from deltamerge.errors import InputError
+
+Points = list[tuple[float, float]]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+EXTREME = 1e100  # figures beyond it come from no model
+NAMES = {
+    "q": "q: kept entries are divided by it",
+    "eta": "η: the layers' q follow from it",
+    "kappa": "κ: factor of the layers' closed-form q",
+    "factor of lambda": "factor of the recipe's λ",
+    "step": "step of learning",
+}
+
+
+def _drawable(value: object) -> TypeGuard[float]:
+    return isinstance(value, float | int) and abs(value) < EXTREME
+
+
+class _Figures(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Choice(_Figures):
+    """The q of one fine-tune, or of the merge: what was searched, what was found, what was taken."""
+
+    model: str
+    method: str
+    mask: Literal["random", "importance"]
+    density: Positive | list[Positive] = Field(
+        description="Of the pruned tensors; smallest and largest where they differ."
+    )
+    objective: str
+    scope: str
+    search: str
+    chosen: Literal["calibrated", "plain"] = Field(description="plain: the method without calibration was no worse.")
+    why: str
+    value: float = Field(description="The objective at the best point.")
+    plain: float = Field(description="The objective without calibration.")
+    searched: dict[str, float | str] = Field(description="The best point: the variable, its family if several.")
+    path: list[list[float | str]] = Field(description="Every point: family if several, variable, value, objective.")
+    q: dict[str, Positive] = Field(
+        description="Of tensors that have one other than 1; the mean where rows have theirs."
+    )
+    rows: dict[str, tuple[Positive, Positive]] = Field(
+        description="Smallest and largest q of rows, where they have theirs."
+    )
+
+    @property
+    def panels(self) -> Iterator[tuple[str, dict[str, Points]]]:
+        """Each searched variable, and its points by family."""
+        found: dict[str, dict[str, Points]] = {}
+        for *names, x, value in self.path:
+            if names and _drawable(x) and _drawable(value):
+                family = str(names[0]) if len(names) > 1 else ""
+                found.setdefault(str(names[-1]), {}).setdefault(family, []).append((float(x), float(value)))
+        yield from found.items()
+
+    @staticmethod
+    def axis(variable: str) -> str:
+        """A searched variable in words."""
+        return NAMES.get(variable, variable)
+
+    def measure(self, variable: str) -> str:
+        """What stands over a searched variable."""
+        return "loss on the rows that stop" if variable == "step" else self.objective
+
+    def reference(self, variable: str) -> tuple[float, str] | None:
+        """Where the method without calibration stands on the axis of a searched variable, and its name."""
+        if variable == "q" and self.mask == "random":
+            density = self.density if isinstance(self.density, float) else self.density[0]
+            return density, f"vanilla DARE: q = density, 1/q = {1 / density:.4g}"
+        if variable == "q":
+            return 1.0, "without calibration: q = 1"
+        return (1.0, "the recipe's λ") if variable == "factor of lambda" else None
+
+    def best(self, variable: str) -> tuple[float, float, str] | None:
+        """The best point of a searched variable, its objective, and whether it was taken."""
+        x = self.searched.get(variable)
+        if not _drawable(x):
+            return None
+        series = dict(self.panels).get(variable, {})
+        values = dict(series.get(str(self.searched.get("family", ""))) or next(iter(series.values()), []))
+        value = values.get(float(x), self.value)
+        word = "chosen" if self.chosen == "calibrated" else "best, not taken"
+        return (float(x), value, f"{word}: {x:.4g}") if _drawable(value) else None
+
+
+class Run(_Figures):
+    """What the recipe.lock beside the model says, where a run made it."""
+
+    deltamerge: str = Field(description="The version that made it.")
+    seed: int
+    choices: list[Choice] = Field(description="The calibrated q's.")
+    densities: dict[str, Positive] = Field(description="Of every tensor, where a budget chose them.")
+
+
+def choices(calibration: Mapping[str, Any], rows: Mapping[str, Any], where: str) -> list[Choice]:
+    """A lock's `calibration`, with the q's of rows by "model:tensor". InputError: it is not what a run writes."""
+    try:
+        return [_choice(model, record, rows) for model, record in calibration.items()]
+    except (KeyError, TypeError, ValueError, ValidationError) as error:
+        lines = str(error).splitlines()
+        raise InputError(f"{where}: calibration: {' '.join(line.strip() for line in lines[1:3]) or lines[0]}") from None
+
+
+def _choice(model: str, record: Mapping[str, Any], rows: Mapping[str, Any]) -> Choice:
+    prefix = f"{model}:"
+    own = {name.removeprefix(prefix): np.asarray(v) for name, v in rows.items() if name.startswith(prefix) and v.size}
+    q = {**record["q"], **{name: float(value.mean(dtype=np.float64)) for name, value in own.items()}}
+    ranges = {name: (float(value.min()), float(value.max())) for name, value in own.items()}
+    return Choice.model_validate({**record, "model": model, "plain": record["plain"]["value"], "q": q, "rows": ranges})

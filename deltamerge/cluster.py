@@ -1,0 +1,128 @@
+"""The parts of a run as tasks of a Ray cluster; a part whose worker dies runs again elsewhere, from its journal."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from deltamerge.distribute import Part
+from deltamerge.errors import DeltamergeError, InputError, OutputError
+from deltamerge.io.audit import NonFinite
+from deltamerge.io.workspace import parts_workspace
+from deltamerge.planner import Plan
+from deltamerge.plans import make_plan, target_of
+from deltamerge.runner import Result, finish, run
+
+RETRIES = 3
+LOCAL = "local"
+HOST_AND_PORT = re.compile(r"(ray://)?(?P<host>[^:/]+):(?P<port>\d+)")
+
+
+def run_on_ray(
+    path: Path,
+    out: Path | None = None,
+    *,
+    address: str = LOCAL,
+    device: str = "auto",
+    workers: int | None = None,
+    memory: int | None = None,
+    resume: bool = False,
+    force: bool = False,
+    locked: bool = False,
+    allow_nonfinite: bool = False,
+    pictures: bool = False,
+    watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
+) -> Result:
+    """`runner.run`, its parts side by side on the Ray cluster at `address` (by default one of this machine's cores).
+
+    There are as many parts as shards, but no more than tasks of `workers` cores (default 1) have room in the cluster;
+    `memory` is each task's. q's are calibrated once, by a task that all parts wait for. Every machine must see the
+    recipe, the models and the target under the same paths. OutputError: a part's worker died again and again.
+    """
+    planned = make_plan(path, device="cpu", data=not locked)
+    target = target_of(path, planned.recipe, out).resolve()
+    options = {"device": device, "workers": workers or 1, "memory": memory, "force": force, "locked": locked,
+               "allow_nonfinite": allow_nonfinite, "resume": True}  # fmt: skip
+    nonfinite: dict[str, NonFinite] = {}
+    with parts_workspace(target, force=force, resume=resume) as begun, _cluster(address) as ray:
+        cores = int(ray.cluster_resources().get("CPU", 1))
+        count = begun or max(1, min(len(planned.layout.files), cores // (workers or 1)))
+        needs = {"num_cpus": workers or 1, "num_gpus": int(device.startswith("cuda"))}
+        task = ray.remote(max_retries=RETRIES, scheduling_strategy="SPREAD", **needs)(_run_part)
+
+        def start(part: Part) -> Any:
+            return task.options(name=f"deltamerge {part.name}").remote(path.resolve(), target, part, options)
+
+        if planned.stages and not locked:
+            _result(ray, start(Part(0, count)), Part(0, count))
+        progress = watch(planned)
+        running = {start(part): part for part in (Part(i, count) for i in range(1, count + 1))}
+        while running:
+            for reference in ray.wait(list(running))[0]:
+                nbytes, found = _result(ray, reference, running.pop(reference))
+                progress(nbytes)
+                nonfinite |= found
+    done = finish(path, out, workers=workers, force=force, locked=locked, pictures=pictures)
+    return Result(done.folder, done.plan, done.lock, nonfinite=nonfinite)
+
+
+def _run_part(path: Path, target: Path, part: Part, options: dict[str, Any]) -> Any:
+    """On a worker: the bytes of the part and what of them is not finite, or the error that the user is to see."""
+    try:
+        done = run(path, target, part=part, **options)
+    except DeltamergeError as error:
+        return error
+    return done.plan.nbytes, dict(done.nonfinite)
+
+
+def _result(ray: Any, reference: Any, part: Part) -> Any:
+    """What a task returned; its error, if that is one."""
+    try:
+        found = ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        raise OutputError(
+            f"part {part.index}/{part.count}: its worker died {RETRIES + 1} times: {str(error).splitlines()[0]}",
+            hint="if it took too much memory, give --memory",
+        ) from error
+    if isinstance(found, DeltamergeError):
+        found.where.insert(0, f"part {part.index}/{part.count}" if part.index else "calibration")
+        raise found
+    return found
+
+
+@contextmanager
+def _cluster(address: str) -> Iterator[Any]:
+    """Ray, connected; its tasks end with the block. InputError: it is not installed, or no cluster is at `address`."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    if address == LOCAL and not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        # for this run's cluster alone; ray would make one in the user's home
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    try:
+        import ray
+    except ModuleNotFoundError:
+        raise InputError("--ray needs ray", hint="pip install 'deltamerge[ray]'") from None
+    try:
+        if found := HOST_AND_PORT.fullmatch(address):  # ray itself would try for half an hour
+            socket.create_connection((found["host"], int(found["port"])), timeout=10).close()
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"--ray {address}: no cluster to use: {str(error).splitlines()[0]}",
+            hint="start one with `ray start --head` and set RAY_AUTH_MODE and RAY_AUTH_TOKEN as there, "
+            "or leave the address out for a cluster of this machine",
+        ) from error
+    try:
+        with redirect_stdout(sys.stderr):  # where ray tells of workers that died
+            yield ray
+    finally:
+        ray.shutdown()

@@ -1,0 +1,240 @@
+"""One fine-tune's delta of a tensor as graph nodes: read, subtract, mask, rescale."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+from deltamerge import errors, nodes
+from deltamerge.errors import InputError
+from deltamerge.graph import Graph, Node
+from deltamerge.io.checkpoint import TensorInfo, added
+from deltamerge.merges import Merge, Tuned
+from deltamerge.methods import PRUNE
+from deltamerge.parameters import resolve
+from deltamerge.pruners.bits import Key, mask_key
+from deltamerge.pruners.della import check as check_della
+from deltamerge.pruning import Pruning, effective_prune
+from deltamerge.recipe import CalibratedQ, Recipe
+from deltamerge.stages import has_norm, is_transposed
+
+MASKS = "deltamerge.pruners.masks"
+PROTECT = "deltamerge.pruners.protect"
+RESCALE = "deltamerge.pruners.rescale"
+SELECT = "deltamerge.pruners.select"
+STAGES = "deltamerge.stages"
+THRESHOLD = "deltamerge.threshold"
+KINDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({"number": float, "integer": int, "bool": bool})
+
+
+class Deltas:
+    """Makes the nodes of pruned deltas; holds what is the same for all tensors of a recipe.
+
+    By the model's place in the recipe: `calibrated` has the nodes that choose its q, `activations` those that measure
+    what WANDA and `protect` take, `weighing` those that a budget weighs its errors by, `cuts` the threshold of `group:
+    model`; `roots` names the weight whose q a factor of an adapter has a root of, and which. `stages.prepare` fills
+    them in: they depend on all tensors of a model.
+    `densities` are those of the tensors that a budget is for.
+    """
+
+    def __init__(self, recipe: Recipe, graph: Graph, densities: Mapping[str, float] | None = None) -> None:
+        self.recipe = recipe
+        self.graph = graph
+        self.densities = densities
+        self.prunes = [effective_prune(recipe, i) for i in range(len(recipe.models))]
+        self.patterns = [_Patterns(prune) for prune in self.prunes]
+        self.whole_merge = recipe.calibration is not None and recipe.calibration.per == "merge"
+        self.calibrated: dict[int, Node] = {}
+        self.activations: dict[int, Node] = {}
+        self.weighing: dict[int, Node] = {}
+        self.cuts: dict[int, Node] = {}
+        self.roots: dict[str, tuple[str, int]] = {}
+
+    def read(self, tensor: TensorInfo) -> Node:
+        return self.graph.node(
+            "deltamerge.io.checkpoint:read", kind="read", shape=tensor.shape, dtype=tensor.dtype, tensor=tensor
+        )
+
+    def prune_of(self, tuned: Tuned) -> Pruning:
+        return self.prunes[tuned.index]
+
+    def prunes_by_name(self, tuned: Tuned) -> bool:
+        """Whether the include and exclude lists of its model prune a tensor."""
+        return self.patterns[tuned.index].prunes(tuned.name)
+
+    def density(self, tuned: Tuned) -> float | None:
+        """The density of a tensor's mask, None if it is not pruned."""
+        prune, merge = self.prune_of(tuned), tuned.merge
+        if prune.method == "none" or not self.prunes_by_name(tuned):
+            return None
+        if prune.budget is not None:
+            assert self.densities is not None
+            return self.densities[merge.name]
+        if prune.method == "structured":
+            a, b = (number(prune.parameters[side], merge) for side in "ab")
+            if a is not None and b is not None:
+                return a * b
+        return number(prune.density, merge)
+
+    def plain_q(self, tuned: Tuned, density: float) -> float:
+        """The q of a tensor whose own is not calibrated: the recipe's number, or the method's."""
+        prune = self.prune_of(tuned)
+        if isinstance(prune.q, CalibratedQ):
+            return density if PRUNE[prune.method].random else 1.0
+        q = None if prune.rescale else number(prune.q, tuned.merge)
+        return density if q is None else q
+
+    def whole(self, tuned: Tuned) -> Node:
+        """Δ = fine-tune − base."""
+        pair = self._pair(tuned)
+        if pair[1].kind != "read":
+            return pair[0]
+        dtypes = (tuned.tensor.dtype, tuned.base.dtype)
+        return self._node("deltamerge.ops:subtract", pair, tuned.base.shape, dtypes=dtypes)
+
+    def pruned(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
+        """The pruned, rescaled delta, and its description ("" if it is whole)."""
+        prune, density, whole = self.prune_of(tuned), self.density(tuned), self.whole(tuned)
+        if density is None:
+            return whole, ""
+        if isinstance(prune.q, CalibratedQ) and not self.whole_merge:
+            return self._calibrated(tuned, prune.q, density)
+        q = self.plain_q(tuned, density)
+        if density == 1 and (q == 1 or prune.rescale):
+            return whole, ""
+        node, shape = self.masked(tuned, seed), tuned.base.shape
+        if prune.rescale:
+            if prune.method == "della":
+                node = self._node(node.function, node.inputs, shape, **dict(node.parameters), weighted=False)
+            columns, _ = self.protected(tuned)
+            node = nodes.matched(self.graph, self._cleared(whole, columns), node, prune.rescale)
+            return self._restored(tuned, node, f" {prune.method} density={density:g} {prune.rescale}")
+        if q != 1:
+            value = self.graph.node(f"{RESCALE}:constant", kind="small", value=q)
+            node = self._node(f"{RESCALE}:divide", [node, value], shape)
+        return self._restored(tuned, node, f" {prune.method} density={density:g} q={q:g}")
+
+    def _calibrated(self, tuned: Tuned, q: CalibratedQ, density: float) -> tuple[Node, str]:
+        """The masked delta over what the model's stage chose for this tensor."""
+        if density == 1:
+            return self.whole(tuned), ""
+        node = self.masked(tuned, self.recipe.seed)
+        name, root = self.roots.get(tuned.name, (tuned.name, 1))
+        value = self.graph.node(f"{STAGES}:pick", [self.calibrated[tuned.index]], kind="small", name=name, root=root)
+        divide = "divide_rows" if q.scope_or_default == "row" else "divide"
+        node = self._node(f"{RESCALE}:{divide}", [node, value], tuned.base.shape)
+        return self._restored(tuned, node, f" {self.prune_of(tuned).method} density={density:g} q={q.objective}")
+
+    def masked(self, tuned: Tuned, seed: int) -> Node:
+        """mask ∘ Δ, not rescaled, without protected columns, which no density counts; the seed keys random masks."""
+        prune, merge, shape = self.prune_of(tuned), tuned.merge, tuned.base.shape
+        density = self.density(tuned)
+        assert density is not None
+        key = mask_key(seed, tuned.model.name, merge.name)
+        columns, count = self.protected(tuned)
+        whole, pair = self._cleared(self.whole(tuned), columns), self._pair(tuned)
+        if prune.method == "dare" and prune.sampling == "uniform":
+            return self._cleared(self._node(f"{MASKS}:dare", pair, shape, key=key, density=density), columns)
+        if prune.method in ("breadcrumbs", "magnitude_outliers"):
+            return nodes.between(self.graph, whole, density, number(prune.parameters["gamma"], merge) or 0.0)
+        if prune.method == "structured":
+            a, b = (number(prune.parameters[side], merge) for side in "ab")
+            return self._cleared(self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b), columns)
+        if count:
+            density *= 1 - count / shape[-1]
+        if prune.sampling == "magnitude":
+            return self._cleared(nodes.sampled(self.graph, whole, pair, key, density), columns)
+        if prune.method == "wanda" and has_norm(merge.name, shape):
+            transposed = is_transposed(tuned.tensor.name, tuned.model.checkpoint.config.get("model_type"))
+            measured = self.activations[tuned.index]
+            return nodes.best_scored(self.graph, whole, measured, tuned.tensor.name, transposed, density)
+        if prune.method == "magnitude" and prune.group == "row" and len(shape) > 1:
+            return self._node(f"{SELECT}:keep_largest_rows", [whole], shape, density=density)
+        if prune.method not in ("magnitude", "wanda"):
+            return self._by_function(prune, merge, whole, key, density)
+        if prune.group == "model":
+            of_model = self.cuts[tuned.index]
+            cut = self.graph.node(f"{THRESHOLD}:cut_of", [of_model], kind="small", name=merge.name)
+            return nodes.above(self.graph, whole, cut)
+        return nodes.largest(self.graph, whole, round(density * math.prod(shape)))
+
+    def _by_function(self, prune: Pruning, merge: Merge, whole: Node, key: Key, density: float) -> Node:
+        """The mask of a method that is one function of a tile, with the parameters that it declares."""
+        method = PRUNE[prune.method]
+        assert method.function is not None
+        given: dict[str, Any] = {"density": density} | ({"key": key} if method.random else {})
+        for name, value in prune.parameters.items():
+            resolved = number(value, merge)
+            if resolved is None:
+                raise InputError(
+                    f"tensor {merge.name}: {method.name}: no {name} for it", hint="add a value without filter"
+                )
+            given[name] = KINDS[method.parameters[name].kind](resolved)
+        if prune.method == "della":
+            with errors.context(f"tensor {merge.name}"):
+                check_della(density, given["epsilon"])
+        return self._node(method.function, [whole], whole.shape, **given)
+
+    def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
+        """The node of a linear weight's protected columns, and how many they are at most; None where there are none."""
+        protect = self.prune_of(tuned).protect
+        if protect is None or not has_norm(tuned.name, tuned.tensor.shape):
+            return None, 0
+        width = tuned.tensor.shape[-1]
+        if protect.massive_activations is not None:
+            k = min(protect.massive_activations, width)
+            measured = [self.activations[tuned.index]]
+            return self.graph.node(f"{STAGES}:massive", measured, kind="small", name=tuned.tensor.name, k=k), k
+        numbers: set[int] = set()
+        for pattern, some in (protect.columns or {}).items():
+            if re.search(pattern, tuned.name):
+                numbers.update(some)
+        if not numbers:
+            return None, 0
+        if max(numbers) >= width:
+            raise InputError(f"prune.protect.columns: {tuned.name} has {width} columns, {max(numbers)} is none of them")
+        return self.graph.node(f"{STAGES}:columns", kind="small", numbers=tuple(sorted(numbers))), len(numbers)
+
+    def _cleared(self, delta: Node, columns: Node | None) -> Node:
+        return delta if columns is None else self._node(f"{PROTECT}:clear", [delta, columns], delta.shape)
+
+    def _restored(self, tuned: Tuned, kept: Node, text: str) -> tuple[Node, str]:
+        """The kept delta with its protected columns, and its description."""
+        columns, count = self.protected(tuned)
+        if columns is None:
+            return kept, text
+        inputs = [kept, *self._pair(tuned), columns]
+        return self._node(f"{PROTECT}:restore", inputs, tuned.base.shape), f"{text} protect={count}"
+
+    def _pair(self, tuned: Tuned) -> list[Node]:
+        """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros."""
+        values = added(tuned.tensor)
+        if values is None:
+            return [self.read(tuned.tensor), self.read(tuned.base)]
+        node = self.read(values)
+        return [node, self._node("deltamerge.ops:zeros", [node], tuned.base.shape)]
+
+    def _node(self, function: str, inputs: Any, shape: tuple[int, ...], **parameters: Any) -> Node:
+        return self.graph.node(function, inputs, shape=shape, **parameters)
+
+
+class _Patterns:
+    """Which tensors a model's include and exclude lists prune."""
+
+    def __init__(self, prune: Pruning) -> None:
+        self.include = None if prune.include is None else [re.compile(p) for p in prune.include]
+        self.exclude = [re.compile(p) for p in prune.exclude]
+
+    def prunes(self, name: str) -> bool:
+        if self.include is not None and not any(p.search(name) for p in self.include):
+            return False
+        return not any(p.search(name) for p in self.exclude)
+
+
+def number(value: Any, merge: Merge) -> float | None:
+    """What a value of the recipe is for a tensor; None where no filter matches it."""
+    found = None if value is None else resolve(value, merge.name, merge.position)
+    return None if found is None else float(found)

@@ -1,0 +1,50 @@
+"""How much anonymous memory a run takes, and the tile that keeps it under a cap."""
+
+from __future__ import annotations
+
+import math
+
+from deltamerge.errors import InputError
+from deltamerge.graph import Node, peak_tiles, schedule
+from deltamerge.outputs import Output
+from deltamerge.tensors import ITEMSIZE, block_elements
+
+TILE_ELEMENTS = 1 << 18
+GPU_TILE_ELEMENTS = 1 << 22
+# anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
+BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
+
+
+def held_by_delta(outputs: tuple[Output, ...], workers: int) -> int:
+    """Bytes of positions and of values to be coded, of the tensors that a delta's sink has open."""
+    largest = sorted((o.elements * (0.125 + 4 * o.pieces[0].built.changed) for o in outputs), reverse=True)
+    return math.ceil(sum(largest[: workers + 1]))
+
+
+def tile_and_peak(
+    outputs: tuple[Output, ...], device: str, workers: int, memory: int | None, held: int = 0
+) -> tuple[int, int]:
+    """Elements of a tile, and the peak of anonymous memory; the tile shrinks until `memory` holds."""
+    roots = {(piece.built.root, piece.backend) for output in outputs for piece in output.pieces}
+    computed = [(root, backend) for root, backend in roots if root.kind != "read"]
+    baseline = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"] + held
+    alive = max((_alive_bytes(root) for root, _ in computed), default=0)
+    largest_block = max((min(block_elements(r.shape), math.prod(r.shape)) for r, _ in computed), default=1)
+    tile = GPU_TILE_ELEMENTS if device != "cpu" else TILE_ELEMENTS
+    while True:
+        peak = baseline + workers * alive * max(tile, largest_block)
+        if memory is None or peak <= memory:
+            return tile, peak
+        if tile <= largest_block or tile <= 1024:
+            raise InputError(
+                f"--memory {memory} is too little for {workers} workers",
+                hint=f"give at least {peak}, or fewer --workers",
+            )
+        tile //= 2
+
+
+def _alive_bytes(root: Node) -> int:
+    """Bytes a tile holds per element: stored reads and float32 values alive at once, and scratch inside a step."""
+    plan = schedule(root)
+    reads = max(sum(ITEMSIZE[n.dtype] for n in nodes if n.kind == "read") for nodes in plan.passes)
+    return reads + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype]

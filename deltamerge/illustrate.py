@@ -1,0 +1,70 @@
+"""The pictures of a run's card: what it made is measured against its base and drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from deltamerge.errors import InputError
+from deltamerge.execute import shared_values
+from deltamerge.graph import Graph
+from deltamerge.inputs import open_inputs
+from deltamerge.io import hub
+from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.lock import chosen
+from deltamerge.planner import Plan
+from deltamerge.stages import Spec
+
+if TYPE_CHECKING:
+    from deltamerge.influence import Activations
+
+BASE = "base"
+Draw = Callable[[Plan, Path, Path], dict[str, str]]
+
+
+def drawing(planned: Plan, *, data: bool) -> Draw:
+    """What draws the pictures of a plan, once its weights are there.
+
+    With `data`, where q is calibrated, the calibration rows go through the fine-tune once more.
+    InputError: matplotlib is missing, or the recipe makes nothing that has a delta to draw.
+    """
+    from deltamerge import plots
+
+    plots.figure_of("--pictures")
+    if planned.recipe.output.kind != "model" or planned.inputs.base is None:
+        raise InputError("--pictures draws models made on a base", hint="run without it")
+    return partial(illustrate, data=data)
+
+
+def illustrate(planned: Plan, folder: Path, lock: Path, *, data: bool) -> dict[str, str]:
+    """Write the pictures of the finished weights in `folder`, whose q's are in `lock`; their names and captions."""
+    from deltamerge import plots
+    from deltamerge.inspect import measure, pair_recipe, pairs_of, parse, report
+
+    assert planned.inputs.base is not None
+    base = planned.inputs.base.checkpoint
+
+    def opener(reference: str, here: Path) -> Checkpoint:
+        return base if reference == BASE else hub.resolve(reference, here, weights=True)
+
+    inputs = open_inputs(parse(pair_recipe(str(folder), BASE)), folder, opener)
+    pairs, lacking = pairs_of(inputs)
+    found = measure(pairs, device=planned.device, workers=planned.workers, tile_elements=planned.tile_elements)
+    specs = [spec for spec in planned.specs.values() if not spec.parts] if data else []
+    seen = _activations(specs[0]) if specs else None
+    drawn = plots.pictures(report(inputs, pairs, lacking, found, activations=seen, run=chosen(lock)))
+    for name, picture in drawn.items():
+        (folder / name).write_bytes(picture)
+    return {name: plots.CAPTIONS[name] for name in drawn}
+
+
+def _activations(spec: Spec) -> Activations:
+    """What the first fine-tune's linear layers do to the rows; with a random mask, its measured error."""
+    from deltamerge.influence import activations
+
+    drawn = spec if spec.random and not spec.shared else None
+    node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source, spec=drawn)
+    density = min(pruned.density for pruned in spec.pruned)
+    return activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)

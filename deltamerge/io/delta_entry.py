@@ -1,0 +1,194 @@
+"""One tensor of a delta artifact: its entries decoded, and the result made of them and the base's tensor.
+
+An array of *bits* is flat and unsigned: the stored bytes of a dtype. Decoding checks every position.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from blake3 import blake3
+
+from deltamerge.errors import InputError
+from deltamerge.io.delta_format import Record, groups
+from deltamerge.io.encodings import Array, Sliced, decode
+from deltamerge.io.files import flat
+from deltamerge.io.values import cast, narrow, scale_values, widen
+from deltamerge.tensors import ITEMSIZE
+
+TILE = 1 << 20
+Read = Callable[[int, int], Any]
+"""Flat elements [start, stop) of a tensor, as a numpy array of its dtype or of equally wide integers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A tensor of an artifact: its record, and what is stored of it (bits; None where nothing is)."""
+
+    name: str
+    record: Record
+    values: Sliced
+    index: Sliced | None = None
+    scales: Sliced | None = None
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.record.shape)
+
+    @property
+    def base_dtype(self) -> str:
+        return self.record.base_dtype or self.record.dtype
+
+    @property
+    def base_size(self) -> int:
+        shape = self.record.base_shape
+        return self.size if shape is None else math.prod(shape)
+
+    def positions(self) -> Iterator[Array]:
+        """Flat int64 positions in ascending pieces. InputError: they are not what the record says."""
+        if self.index is not None:
+            return decode(self.record.encoding, self.index, self.record.count, self.size, self.record.k)
+        stops = range(TILE, self.record.count + TILE, TILE)
+        return (np.arange(stop - TILE, min(stop, self.record.count)) for stop in stops)
+
+    def scale_values(self) -> Array:
+        """Float32 scales, one per group; none where values have no scales."""
+        record = self.record
+        if self.scales is None or record.values is None:
+            return np.empty(0, np.float32)
+        return scale_values(self.scales[:], groups(record), record.unit, record.ranks)
+
+    def codes(self, start: int, stop: int) -> Array:
+        """Values [start, stop) before scales: bits of final values, float32, int8, or int8 1 and -1 for signs."""
+        coding = self.record.values
+        if coding == "sign":
+            bits = np.unpackbits(self.values[start >> 3 : -(-stop // 8)], bitorder="little").view(np.int8)
+            return 1 - (bits[start & 7 :][: stop - start] << 1)
+        values = self.values[start:stop]
+        if coding == "bfloat16":
+            return widen(values, "BF16")
+        return values if coding is None else values.view(np.int8 if coding == "int8" else np.float32)
+
+    def pieces(self) -> Iterator[tuple[Array, Array]]:
+        """Positions, with bits of final values, or float32 values to add."""
+        scales, done = self.scale_values(), 0
+        for positions in self.positions():
+            values = self.codes(done, done + positions.size)
+            if scales.size:
+                values = scales[positions // self.record.group] * values
+            yield positions, values
+            done += positions.size
+
+    def tiles(self, read: Read | None, *, check: bool = True, tile: int = TILE) -> Iterator[Array]:
+        """The result as bits, tile by tile, from the base's tensor (None where the base has none).
+
+        InputError: with `check`, the base's or the result's bytes have not the hash of the record; the latter is
+        known after the last tile only.
+        """
+        record, dtype = self.record, self.record.dtype
+        if (read is None) != (record.base is None):
+            raise InputError(f"{self.name}: the base {'lacks it' if read is None else 'must not have it'}")
+        dense = self.index is None and record.count > 0 and record.values is None
+        pieces = iter(()) if dense else self.pieces()
+        held: tuple[Array, Array] | None = next(pieces, None)
+        base_hash, result_hash = blake3(), blake3()
+        for start in range(0, self.size, tile):
+            stop = min(start + tile, self.size)
+            base = np.empty(0, bits_type(self.base_dtype))
+            if read is not None:
+                base = as_bits(read(min(start, self.base_size), min(stop, self.base_size)), self.base_dtype)
+                if check:
+                    base_hash.update(flat(base))
+            if dense:
+                out = self.values[start:stop]
+            else:
+                base = extend(base, stop - start)
+                out = base.copy() if dtype == self.base_dtype else cast(base, self.base_dtype, dtype)
+                while held is not None:
+                    positions, values = held
+                    cut = int(np.searchsorted(positions, stop))
+                    self._put(out, base, positions[:cut] - start, values[:cut])
+                    if cut < positions.size:
+                        held = positions[cut:], values[cut:]
+                        break
+                    held = next(pieces, None)
+            if check:
+                result_hash.update(flat(out))
+            yield out
+        if not check:
+            return
+        if record.base is not None and digest(base_hash) != record.base:
+            raise InputError(f"{self.name}: the base's tensor is not the one this delta was made from")
+        if digest(result_hash) != record.result:
+            raise InputError(f"{self.name}: the result is not the tensor this delta was made for")
+
+    def _put(self, out: Array, base: Array, positions: Array, values: Array) -> None:
+        """Into `out`, which is `base` in the result's dtype (and may be `base` itself)."""
+        if self.record.values is None:
+            out[positions] = values
+            return
+        with np.errstate(over="ignore", invalid="ignore"):
+            if self.record.dtype == self.base_dtype == "F32":
+                np.add.at(out.view(np.float32), positions, values)  # one pass, where indexing takes two
+            else:
+                out[positions] = narrow(widen(base[positions], self.base_dtype) + values, self.record.dtype)
+
+    def apply(self, base: Array | None) -> Array:
+        """The whole result as flat bits, from the base tensor's flat array; not checked by hash."""
+        read = None if base is None else lambda start, stop: base[start:stop]
+        parts = list(self.tiles(read, check=False, tile=max(1, self.size)))
+        return parts[0] if parts else np.empty(0, bits_type(self.record.dtype))
+
+    def apply_in_place(self, bits: Array) -> None:
+        """Turn the base tensor's flat bits into the result's, of the same dtype and size."""
+        record = self.record
+        if not record.count:
+            return
+        if self.index is None and record.values is None:
+            bits[:] = self.values[:]
+        elif self.index is not None and self._fits_kernel():
+            from deltamerge.io.delta_kernels import apply_rice
+
+            out = bits if record.values is None else bits.view(np.float32)
+            values = self.values[:]
+            values = values.view({"float32": "f4", "int8": "i1"}.get(record.values or "", values.dtype))
+            scales, group = self.scale_values(), record.group
+            apply_rice(self.index[:], record.k, record.count, values, record.values, scales, group, out)
+        else:
+            for positions, values in self.pieces():
+                self._put(bits, bits, positions, values)
+
+    def _fits_kernel(self) -> bool:
+        record = self.record
+        is_simple = record.values is None or record.dtype == "F32"
+        fits = record.encoding == "rice" and record.k < 16 and self.size < 1 << 50
+        return "numba" in sys.modules and fits and is_simple
+
+
+def digest(hasher: Any) -> str:
+    """The first 128 bits of a BLAKE3, in hex: enough against a chosen second text, and half the manifest."""
+    return str(hasher.hexdigest(length=16))
+
+
+def bits_type(dtype: str) -> str:
+    """The unsigned numpy dtype of a safetensors dtype's bits."""
+    return f"<u{ITEMSIZE[dtype]}"
+
+
+def as_bits(array: Any, dtype: str) -> Array:
+    """A numpy array (or buffer) of a safetensors dtype's values as flat bits."""
+    return np.asarray(array).reshape(-1).view(bits_type(dtype))
+
+
+def extend(bits: Array, size: int) -> Array:
+    """`bits` and then zeros, `size` in all."""
+    if bits.size == size:
+        return bits
+    out = np.zeros(size, bits.dtype)
+    out[: bits.size] = bits
+    return out

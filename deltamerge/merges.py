@@ -1,0 +1,57 @@
+"""What is merged: a tensor of the output, and each fine-tune's of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deltamerge.inputs import Input
+from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.parts import Part
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A tensor to merge: its name in the output, the part it belongs to, the position of its layer from 0 to 1, its
+    sources, its dtype."""
+
+    name: str
+    part: Part
+    position: float
+    base: TensorInfo | None
+    sources: Sequence[tuple[Input, TensorInfo]]
+    dtype: str
+
+    @property
+    def tunes(self) -> tuple[Tuned, ...]:
+        """Each fine-tune's, in the recipe's order."""
+        return tuple(Tuned(self, model, tensor) for model, tensor in self.sources)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.sources[0][1].shape
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """One fine-tune's tensor of a merge."""
+
+    merge: Merge
+    model: Input
+    tensor: TensorInfo
+
+    @property
+    def name(self) -> str:
+        return self.merge.name
+
+    @property
+    def base(self) -> TensorInfo:
+        """The tensor that its delta is taken from, which a merge of deltas has."""
+        assert self.merge.base is not None
+        return self.merge.base
+
+    @property
+    def index(self) -> int:
+        """The fine-tune's place in the recipe."""
+        assert self.model.index is not None
+        return self.model.index

@@ -1,0 +1,241 @@
+"""The tensors of the output: those of the template, each merged, copied or left out, and why it cannot be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from deltamerge import backends, errors
+from deltamerge.build import Builder, Built
+from deltamerge.graph import Graph
+from deltamerge.inputs import HEAD, Input, Inputs
+from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.encodings import expected_bits
+from deltamerge.io.gathered import cut
+from deltamerge.merges import Merge
+from deltamerge.parameters import layer_index
+from deltamerge.recipe import Recipe
+from deltamerge.stack import Target, like_template, repaired_config, targets
+from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS
+from deltamerge.tokenizer.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of an output tensor made by one node; `offset` is the byte they start at."""
+
+    built: Built
+    offset: int
+    backend: str
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the output."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+    pieces: tuple[Piece, ...]
+    file: str
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    def delta_bytes(self, values: str | None) -> int:
+        """About what a delta artifact stores of it, were the changed entries at random: `values` are added, or None."""
+        bits = 8 * ITEMSIZE[self.dtype] if values is None else VALUE_BITS[values]
+        return math.ceil(self.elements * expected_bits(self.pieces[0].built.changed, bits) / 8)
+
+
+Row = tuple[str, tuple[int, ...], str, tuple[Piece, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """A tensor to be merged, and the rows of the vocabulary's model that follow it."""
+
+    merge: Merge
+    rest: TensorInfo | None
+
+
+class Outputs:
+    """Goes through the template's tensors; collects problems and notes on the way."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        inputs: Inputs,
+        device: str,
+        folder: Path,
+        memory: int | None,
+        densities: Mapping[str, float] | None,
+        vocabulary: Vocabulary | None,
+    ) -> None:
+        self.recipe, self.inputs, self.device = recipe, inputs, device
+        self.vocabulary, self.remapped, self.resized = vocabulary, False, False
+        self.builder = Builder(recipe, Graph(), folder, device, memory, densities)
+        self.problems: list[str] = []
+        self.hint = ""
+        self.notes: list[str] = []
+        self.out_dtype = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}.get(
+            str(recipe.out_dtype or recipe.dtype)
+        )
+        self.targets, self.stacks = targets(recipe, inputs)
+        self.config, changes = repaired_config(inputs, self.stacks)
+        self.notes += [*(stack.describe() for stack in self.stacks), *changes]
+
+    def rows(self) -> list[Row]:
+        parts = list(self._tensors())
+        if self.problems:
+            return []
+        self.builder.prepare([part.merge for part in parts if isinstance(part, Merged)])
+        return [self._built(part) if isinstance(part, Merged) else part for part in parts]
+
+    def _tensors(self) -> Iterator[Row | Merged]:
+        template = self.inputs.template
+        tied = self._tied_head()
+        copied: list[str] = []
+        if self.inputs.stand_ins:
+            self.notes.append(f"{HEAD}: untied; the embedding is the head of {', '.join(self.inputs.stand_ins)}")
+        for target in self.targets:
+            if target.name == tied:
+                self.notes.append(f"{target.stored}: tied to the embedding, written once")
+                continue
+            row = self._row(target, copied)
+            if row is not None:
+                yield row
+        self._check_vocabulary()
+        if copied:
+            self.notes.append(f"copied from {template.name}, not merged: {_some(copied)}")
+        self._left_out()
+
+    def _check_vocabulary(self) -> None:
+        """Rows move only where there are any, and only in a whole model: a delta or an adapter has its base's rows."""
+        kind, changes = self.recipe.output.kind, self.vocabulary is not None and self.vocabulary.changes
+        if kind != "model" and (changes or self.resized):
+            self.problems.append(f"output.kind {kind} cannot change the vocabulary of its base")
+            self.hint = "write kind: model"
+        elif changes and not self.remapped:
+            self.problems.append(f"no tensor of {self.inputs.template.name} has a row per token of its vocabulary")
+
+    def _row(self, target: Target, copied: list[str]) -> Row | Merged | None:
+        name, stored, tensor, owner = target.name, target.stored, target.tensor, target.owner
+        like = like_template(target, self.stacks, self.inputs.template)
+        dtype = tensor.dtype if like is None or tensor.dtype not in FLOATING else like.dtype
+        dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else dtype
+        found = [(model, model.get(source)) for model, source in target.sources]
+        lacking = [model.name for model, info in found if info is None]
+        if lacking and layer_index(name) is not None:
+            self.problems.append(f"{stored}: missing in {', '.join(lacking)}")
+            self.hint = "models that are merged must have the same layers"
+            return None
+        present = [(model, info) for model, info in found if info is not None]
+        same = target.group is not None and target.group.base is not None
+        same = same and all(info is not None and info.is_same(tensor) for _, info in found)
+        if lacking or same or target.group is None or tensor.dtype not in FLOATING:
+            if owner.name == self.inputs.template.name:
+                copied.append(stored)
+            lenders = present if any(model is owner for model, _ in present) else [*present, (owner, tensor)]
+            tensor = next(info for model, info in self._remapped(target, lenders) if model is owner)
+            return self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (owner.name,)))
+        remapped = self._remapped(target, present)
+        if like is not None and remapped is not present:
+            like = replace(like, shape=(remapped[0][1].shape[0], *like.shape[1:]))
+        shared, rest = self._rows(target, remapped, like)
+        if shared is None:
+            return None
+        base = next((info for model, info in shared if model.index is None), None)
+        tunes = [(model, info) for model, info in shared if model.index is not None]
+        return Merged(Merge(stored, target.group.part, target.position, base, tunes, dtype), rest)
+
+    def _remapped(self, target: Target, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
+        """The models' tensors under the output's vocabulary, if their rows are tokens."""
+        if self.vocabulary is None or not self.vocabulary.holds(target.name, present):
+            return present
+        self.remapped = True
+        with errors.context(target.stored):
+            remapped = [(model, self.vocabulary.remap(model, present)) for model, _ in present]
+        self.resized |= [info for _, info in remapped] != [info for _, info in present]
+        return remapped
+
+    def _built(self, part: Merged) -> Row:
+        merge, rest = part.merge, part.rest
+        built = self.builder.merge(merge)
+        if rest is None:
+            return self._whole(merge.name, built)
+        tail = Built(self.builder.copy(rest, merge.dtype), "copy", ())
+        first = self._piece(built, 0)
+        second = self._piece(tail, math.prod(built.root.shape) * ITEMSIZE[merge.dtype])
+        shape = (built.root.shape[0] + rest.shape[0], *rest.shape[1:])
+        return merge.name, shape, merge.dtype, (first, second)
+
+    def _whole(self, name: str, built: Built) -> Row:
+        return name, built.root.shape, built.root.dtype, (self._piece(built, 0),)
+
+    def _piece(self, built: Built, offset: int) -> Piece:
+        return Piece(built, offset, backends.choose(built.delta or built.root, self.device))
+
+    def _rows(
+        self, target: Target, present: list[tuple[Input, TensorInfo]], like: TensorInfo | None
+    ) -> tuple[list[tuple[Input, TensorInfo]] | None, TensorInfo | None]:
+        """The inputs cut to the rows that all have, and the rows beyond them that the vocabulary's model adds."""
+        name, stored, template = target.name, target.stored, self.inputs.template
+        compared = [*present, *([(template, like)] if like is not None else [])]
+        shapes = {info.shape for _, info in compared}
+        if len(shapes) == 1:
+            return present, None
+        text = ", ".join(dict.fromkeys(f"{model.name} {list(info.shape)}" for model, info in compared))
+        same_width = len({shape[1:] for shape in shapes}) == 1
+        if layer_index(name) is not None or not same_width:
+            self.problems.append(f"{stored}: shapes differ: {text}")
+            return None, None
+        source = self.inputs.vocabulary
+        if source is None:
+            self.problems.append(f"{stored}: the models have different numbers of rows: {text}")
+            self.hint = "set `tokenizer_source` to `base` or to the model whose added tokens are to be kept"
+            return None, None
+        if self.recipe.output.kind == "peft":
+            self.problems.append(f"{stored}: an adapter cannot resize its base: {text}")
+            self.hint = "write kind: model"
+            return None, None
+        count = min(shape[0] for shape in shapes)
+        self.notes.append(f"{stored}: the {count} rows that all models share are merged, the rest is {source.name}'s")
+        whole = source.get(name)
+        rest = cut(whole, count, whole.shape[0]) if whole is not None and whole.shape[0] > count else None
+        return [(model, cut(info, 0, count)) for model, info in present], rest
+
+    def _stacked(self, name: str) -> bool:
+        return any(stack.holds(name) for stack in self.stacks)
+
+    def _tied_head(self) -> str | None:
+        """The head that the template's config ties to its embedding although its file holds both, if any."""
+        template = self.inputs.template
+        head = template.tensors.get(HEAD)
+        if head is None or self.inputs.untied or template.checkpoint.config.get("tie_word_embeddings") is not True:
+            return None
+        twins = (n for n, t in template.tensors.items() if "embed" in n and t.shape == head.shape)
+        return HEAD if any(twins) else None
+
+    def _left_out(self) -> None:
+        """Tensors that an input has and the output has not: an error inside a numbered block, else a note."""
+        template = self.inputs.template
+        for model in self.inputs.all:
+            extra = [n for n in model.tensors if n not in template.tensors]
+            layers = [model.stored[n] for n in extra if layer_index(n) is not None and not self._stacked(n)]
+            layers += [model.stored[n] for stack in self.stacks for n in stack.extra(model, template)]
+            others = [model.stored[n] for n in extra if layer_index(n) is None]
+            if layers:
+                self.problems.append(f"{_some(layers)}: in {model.name}, missing in {template.name}")
+                self.hint = "models that are merged must have the same layers"
+            if others:
+                self.notes.append(f"left out, only in {model.name}: {_some(others)}")
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

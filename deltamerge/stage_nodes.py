@@ -1,0 +1,157 @@
+"""What comes before the first tile, as graph nodes: activations measured, q calibrated, one threshold for a model."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltamerge.deltas import THRESHOLD, Deltas
+from deltamerge.errors import InputError
+from deltamerge.graph import Node
+from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.gathered import Gathered
+from deltamerge.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
+from deltamerge.merges import Merge, Tuned
+from deltamerge.methods import PRUNE
+from deltamerge.pruning import Pruning
+from deltamerge.recipe import CalibratedQ
+from deltamerge.stages import Part, Pruned, Source, Spec, has_norm, mask_seeds, within
+
+STAGE = "deltamerge.calibrate.stage"
+TOGETHER = "deltamerge.calibrate.together"
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """Makes the stages of a recipe's models and fills them into `deltas`; data of the calibration lies in `folder`."""
+
+    deltas: Deltas
+    folder: Path
+    device: str
+    memory: int | None
+
+    def prepare(self, merges: Sequence[Merge]) -> None:
+        """Make the stages of the models whose q is calibrated or whose masks need activations or all their tensors."""
+        deltas = self.deltas
+        for index, prune in enumerate(deltas.prunes):
+            measured = prune.method == "wanda" or (prune.protect is not None and prune.protect.columns is None)
+            calibrated = isinstance(prune.q, CalibratedQ) and not deltas.whole_merge
+            weighed = prune.budget is not None and deltas.recipe.calibration is not None
+            if not (measured or calibrated or weighed or prune.protect or prune.group == "model"):
+                continue
+            of_model = (t for merge in merges for t in merge.tunes if t.index == index)
+            pruned = [t for t in of_model if deltas.density(t) not in (None, 1.0)]
+            _find_columns(prune, [t.name for t in pruned if has_norm(t.name, t.tensor.shape)])
+            if pruned and prune.group == "model":
+                if prune.protect:
+                    raise InputError("prune.protect: does not go with group: model yet", hint="group: tensor")
+                deltas.cuts[index] = self._cut(pruned)
+            if not pruned or not (measured or calibrated or weighed):
+                continue
+            refuse_gathered(pruned, "leave it out, prune: {exclude: [embed, lm_head]}, or use dare or magnitude")
+            products = factor_pairs(deltas.recipe, pruned)
+            if products and isinstance(prune.q, CalibratedQ):
+                self._calibrate_factors(index, prune, prune.q, products)
+                continue
+            source = self._source(pruned[0], [(t.tensor, t.base) for t in pruned])
+            if weighed:
+                deltas.weighing[index] = deltas.graph.node(f"{STAGE}:activations", kind="small", source=source)
+            if measured:
+                deltas.activations[index] = deltas.graph.node(f"{STAGE}:activations", kind="small", source=source)
+            if isinstance(prune.q, CalibratedQ) and calibrated:
+                shared = tuple(made[index] for made in (deltas.activations, deltas.cuts) if index in made)
+                spec = self._spec(source, prune, prune.q, pruned, shared)
+                deltas.calibrated[index] = deltas.graph.node(f"{STAGE}:calibrate", shared, kind="small", spec=spec)
+
+    def together(self, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node]) -> Node:
+        """The stage that finds the λ of the merge; `merged_delta` is what every fine-tune would get, of a mask seed."""
+        deltas, recipe = self.deltas, self.deltas.recipe
+        refuse_gathered([t for merge in merges for t in merge.tunes], "calibrate per: model")
+        searched = [prune.q for prune in deltas.prunes if isinstance(prune.q, CalibratedQ)]
+        objective = searched[0].objective if searched else "output_change"
+        assert recipe.calibration is not None
+        random = any(prune.method in PRUNE and PRUNE[prune.method].random for prune in deltas.prunes)
+        seeds = recipe.calibration.seeds if random and objective == "output_change" else 1
+        masked = {m.name: tuple(merged_delta(m, recipe.seed + s) for s in range(seeds)) for m in merges}
+        parts = []
+        for own in zip(*(merge.tunes for merge in merges), strict=True):
+            source = self._source(own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
+            parts.append(Part(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, masked[t.name]) for t in own)))
+        low, high = 1.0, 1.0  # of the factor of λ
+        for tuned in (t for merge in merges for t in merge.tunes):
+            density = deltas.density(tuned) or 1.0
+            plain = deltas.plain_q(tuned, density)
+            low, high = min(low, plain), max(high, plain / density)
+        shared = (*deltas.activations.values(), *deltas.cuts.values())
+        method, bounds = recipe.method.name, (low / 4.0, high * 2.0)
+        source, pruned = parts[0].source, parts[0].pruned
+        spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, shared, tuple(parts))
+        return deltas.graph.node(f"{TOGETHER}:calibrate", shared, kind="small", spec=spec)
+
+    def _cut(self, pruned: Sequence[Tuned]) -> Node:
+        """The one threshold of a model: as many entries as the tensors' densities add up to."""
+        whole = tuple((t.name, self.deltas.whole(t)) for t in pruned)
+        k = sum(round((self.deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
+        return self.deltas.graph.node(f"{THRESHOLD}:model_cut", kind="small", deltas=whole, k=k, device=self.device)
+
+    def _calibrate_factors(self, index: int, prune: Pruning, q: CalibratedQ, products: Sequence[Product]) -> None:
+        deltas = self.deltas
+        first = next(iter(products[0].factors.values()))
+        source = self._source(first, [(product.weight, product.update.base) for product in products])
+        spec = factor_spec(products, source, prune, q, deltas)
+        deltas.calibrated[index] = deltas.graph.node(f"{STAGE}:calibrate", kind="small", spec=spec)
+        deltas.roots |= factor_roots(products)
+
+    def _source(self, tuned: Tuned, pairs: Sequence[tuple[TensorInfo, TensorInfo]], share: int = 1) -> Source:
+        recipe, q = self.deltas.recipe, self.deltas.prune_of(tuned).q
+        calibration = recipe.calibration
+        assert calibration is not None
+        labelled = isinstance(q, CalibratedQ) and (q.objective == "validation" or calibration.metric is not None)
+        refuse_changed_config(tuned.model)
+        checkpoint = tuned.model.checkpoint
+        source = Source(
+            tuned.model.name,
+            checkpoint.path,
+            tuple(checkpoint.tensors.values()),
+            tuple(pairs),
+            calibration,
+            self.folder,
+            recipe.seed,
+            self.device,
+            labelled,
+        )
+        return within(source, self.memory, share)
+
+    def _spec(
+        self, source: Source, prune: Pruning, q: CalibratedQ, tensors: Sequence[Tuned], shared: tuple[Node, ...]
+    ) -> Spec:
+        deltas, random = self.deltas, PRUNE[prune.method].random
+        seeds = [deltas.recipe.seed + s for s in range(mask_seeds(source, prune.method, q))]
+        pruned = []
+        for t in tensors:
+            density = deltas.density(t)
+            assert density is not None
+            masked = tuple(deltas.masked(t, seed) for seed in seeds)
+            plain = density if random else 1.0
+            pruned.append(Pruned(t.name, t.tensor.name, density, plain, masked, deltas.protected(t)[0]))
+        return Spec(
+            source, prune.method, tuple(pruned), random, q.objective, q.scope_or_default, q.search, q.limits, shared
+        )
+
+
+def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
+    """A stage runs the fine-tune with its own vocabulary, so what is pruned must have the rows of its files."""
+    for tuned in tensors:
+        if isinstance(tuned.tensor, Gathered) or isinstance(tuned.merge.base, Gathered):
+            message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
+            raise InputError(message, hint=hint)
+
+
+def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
+    """InputError: a pattern of protected columns that no pruned linear weight matches."""
+    for pattern in (prune.protect and prune.protect.columns) or {}:
+        if not any(re.search(pattern, name) for name in linear):
+            raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")

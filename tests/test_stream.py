@@ -1,0 +1,91 @@
+"""Passes that run by themselves from file to file: the bytes of the torch path, and that they are what runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import make_checkpoint
+
+pytest.importorskip("numba")
+
+from deltamerge import backends
+from deltamerge.backends import FusedBackend
+from deltamerge.pruners import select
+from deltamerge.runner import run
+
+# vectors, rows that no block is made of whole, more than one block, more than one piece of a block
+SHAPES = [(7,), (100_003,), (300, 333), (3, 5, 7), (2, 70_000), (1, 1)]
+TWO = "models: [{model: ./a, parameters: {weight: 0.7}}, {model: ./b, parameters: {weight: 0.4}}]\n"
+BASED = "base_model: ./base\n" + TWO
+RECIPES = {
+    "linear": "merge_method: linear\n" + TWO,
+    "linear, no sum of weights": "merge_method: linear\nparameters: {normalize: false}\n" + TWO,
+    "task_arithmetic": "merge_method: task_arithmetic\nparameters: {lambda: 0.5, normalize: true}\n" + BASED,
+    "dare_linear": "merge_method: dare_linear\nparameters: {density: 0.3}\n" + BASED,
+    "dare_linear, sparse": "merge_method: dare_linear\nparameters: {density: 0.01}\n" + BASED,
+    "dare_ties, sparse": "merge_method: dare_ties\nparameters: {density: 0.05, normalize: true, lambda: 2}\n" + BASED,
+    "one sparse model": "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.02}}]\n",
+    "ties": "merge_method: ties\nparameters: {density: 0.2}\n" + BASED,
+    "magnitude": "base_model: ./base\nmodels: [{model: ./a, prune: {method: magnitude, density: 0.3, q: 0.5}}]\n",
+    "slerp": "merge_method: slerp\nparameters: {t: 0.3}\nbase_model: ./base\nmodels: [{model: ./a}]\n",
+    "model_stock": "merge_method: model_stock\nbase_model: ./base\nmodels: [{model: ./a}, {model: ./b}]\n",
+    "passthrough": "merge_method: passthrough\nmodels: [{model: ./a, parameters: {scale: 0.3}}]\n",
+}
+DTYPES = [(torch.bfloat16, torch.bfloat16, "bfloat16"), (torch.float32, torch.bfloat16, "float32")]
+
+
+def models(folder: Path, base_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    """A base with both zeros; deltas that are multiples of 2**-9, so that many are equal."""
+    generator = torch.Generator().manual_seed(0)
+    base = {f"w{i}": torch.randn(shape, generator=generator).to(base_dtype) for i, shape in enumerate(SHAPES)}
+    for tensor in base.values():
+        tensor.view(-1)[::11] = 0.0
+        tensor.view(-1)[::13] = -0.0
+    make_checkpoint(folder / "base", base)
+    for name in "ab":
+        steps = {n: torch.randint(-9, 10, t.shape, generator=generator) * 2.0**-9 for n, t in base.items()}
+        make_checkpoint(folder / name, {n: (t.float() + steps[n]).to(dtype) for n, t in base.items()})
+
+
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: d[2])
+@pytest.mark.parametrize("name", RECIPES)
+def test_bytes_are_those_of_torch(
+    name: str, dtypes: tuple[torch.dtype, torch.dtype, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models(tmp_path, *dtypes[:2])
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"dtype: {dtypes[2]}\n{RECIPES[name]}")
+    made: list[Any] = []
+    whole = FusedBackend.whole
+
+    def seen(*arguments: Any) -> Any:
+        made.append(whole(*arguments))
+        return made[-1]
+
+    monkeypatch.setattr(FusedBackend, "whole", seen)
+    ours = run(recipe, tmp_path / "fused")
+    assert made
+    if not ("sparse" in name and dtypes[2] == "float32"):  # those gather from bfloat16 alone
+        assert None not in made
+    count = len(made)
+    monkeypatch.setattr(backends, "fused_available", lambda: False)
+    theirs = run(recipe, tmp_path / "torch", workers=1)
+    assert len(made) == count
+    read = [(r.folder / "model.safetensors").read_bytes() for r in (ours, theirs)]
+    assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("name", ["ties", "magnitude"])
+def test_bins_too_large_to_be_listed_are_counted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models(tmp_path, torch.bfloat16, torch.bfloat16)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"dtype: bfloat16\n{RECIPES[name]}")
+    listed = run(recipe, tmp_path / "listed")
+    for most in (0, 5000):  # all are counted; some are, some not
+        monkeypatch.setattr(select, "MOST", most)
+        counted = run(recipe, tmp_path / str(most))
+        read = [(r.folder / "model.safetensors").read_bytes() for r in (listed, counted)]
+        assert read[0] == read[1]
