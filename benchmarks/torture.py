@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -38,13 +39,28 @@ models:
 parameters: {{density: 0.3}}
 output: {{shard_size: {shard}}}
 """
-# A run whose reads, writes and syncs fail or fall short at random; 0 chance: an ordinary run, that saves often.
+SECONDS = 3.0  # that the weights take to be written by a run that is to be killed: longer than many saves
+# A run whose reads, writes and syncs fail or fall short at random (never, if the chance is 0), that saves often; each
+# byte written takes `pace` seconds more, as on a slower disk.
 CHILD = """\
-import errno, os, random, sys
+import errno, os, random, sys, time
+if {chance} or {pace}:
+    sys.modules["numba"] = None  # compiled loops write by themselves, unseen; the bytes are the same
 import deltamerge.io.writer as writer
 from deltamerge.cli import main
 writer.SAVE_SECONDS = {save}
 chance, draw = {chance}, random.Random({seed})
+
+def slowed(name, size):
+    call = getattr(os, name)
+    def wrapped(*arguments):
+        time.sleep({pace} * size(arguments))
+        return call(*arguments)
+    if {pace}:
+        setattr(os, name, wrapped)
+
+slowed("pwrite", lambda arguments: len(arguments[1]))
+slowed("copy_file_range", lambda arguments: arguments[2])
 
 def faulty(name, short, codes):
     call = getattr(os, name)
@@ -71,6 +87,14 @@ main(sys.argv[1:])
 
 class Failed(Exception):
     """A run did not end as it must."""
+
+
+class Killed(NamedTuple):
+    """A killed run: bytes of weights it had written, those of them that --resume did again, whether it was done."""
+
+    written: int
+    lost: int
+    complete: bool
 
 
 class Torture:
@@ -103,8 +127,10 @@ class Torture:
         for path in (self.out, self.state):
             shutil.rmtree(path, ignore_errors=True)
 
-    def start(self, *flags: str, chance: float = 0.0, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
-        code = CHILD.format(save=self.save, chance=chance, seed=self.draw.randrange(1 << 30))
+    def start(
+        self, *flags: str, chance: float = 0.0, pace: float = 0.0, limit: Callable[[], None] | None = None
+    ) -> subprocess.Popen[str]:
+        code = CHILD.format(save=self.save, chance=chance, pace=pace, seed=self.draw.randrange(1 << 30))
         command = [sys.executable, "-c", code, "run", str(self.recipe), "--out", str(self.out), "-q", *flags]
         environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=limit)
@@ -125,27 +151,38 @@ class Torture:
         if self.state.exists():
             raise Failed(f"{self.state}: left behind")
 
-    def kill(self) -> tuple[int, int]:
-        """SIGKILL at a random moment, then --resume: the bytes written, and those of them that --resume did again."""
+    @property
+    def saved(self) -> int:
+        """Bytes of weights that the journal says are done."""
+        spans = done_spans(read_journal(self.state / "journal")[0]).values()
+        return sum(stop - start for some in spans for start, stop in some)
+
+    def kill(self) -> Killed:
+        """SIGKILL at a random moment, then --resume to equal bytes.
+
+        Of ten moments eight are when a random share of the weights is saved, one is any, one after the last weight.
+        """
         self.clean()
-        process = self.start()
-        if self.draw.random() < 0.2:
-            time.sleep(self.draw.uniform(0.1, 1.05) * self.seconds)
-        else:  # while weights are written, or what follows them
-            while not list((self.state / "out").glob("*.safetensors")) and process.poll() is None:
-                time.sleep(0.002)
-            time.sleep(self.draw.uniform(0.0, 1.1) * self.writing)
+        process = self.start(pace=SECONDS / self.nbytes)
+        dice, share = self.draw.random(), self.draw.uniform(0, 0.98)
+        if dice < 0.1:
+            time.sleep(self.draw.uniform(0.0, 1.0) * self.seconds)
+        else:
+            wanted = share if dice < 0.9 else 0.99
+            while self.saved < wanted * self.nbytes and process.poll() is None:
+                time.sleep(0.005)
+            time.sleep(self.draw.uniform(0.0, 1.5) * self.save)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        if self.out.exists() and digests(self.out) != self.truth:
+        there = self.out.exists()
+        if there and digests(self.out) != self.truth:
             raise Failed("a target that is not complete")
-        saved = done_spans(read_journal(self.state / "journal")[0]).values()
-        kept = sum(stop - start for spans in saved for start, stop in spans)
+        kept = self.saved
         written = max(kept, self.written())
-        if not self.out.exists():
+        if not there:
             self.expect(self.run("--resume"), 0)
         self.check_after_kill()
-        return written, written - kept
+        return Killed(written, written - kept, there)
 
     def written(self) -> int:
         """Bytes of the unfinished weight files that are as they must be, by blocks of 64 KiB."""
@@ -166,13 +203,13 @@ class Torture:
         self.clean()
         kills = 0
         while not self.out.exists():
-            process = self.start("--resume")
-            try:
-                process.wait(self.draw.uniform(0.5, 1.1) * self.seconds)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
+            wanted = self.saved + self.draw.uniform(0.1, 0.4) * self.nbytes
+            process = self.start("--resume", pace=SECONDS / self.nbytes)
+            while self.saved < wanted and process.poll() is None:
+                time.sleep(0.005)
+            kills += process.poll() is None
+            process.kill()
+            process.wait()
         self.check_after_kill()
         return kills
 
@@ -275,17 +312,22 @@ def main() -> None:
     shutil.copytree(torture.out, options.folder / "truth")
     print(
         f"a merge of {torture.nbytes / 1e6:.0f} MB takes {torture.seconds:.1f} s, {torture.writing:.1f} s of it "
-        f"writing; saves every {options.save} s",
+        f"writing; saves every {options.save} s; "
+        f"those to be killed write for {SECONDS:.0f} s",
         flush=True,
     )
 
     killed = [torture.kill() for _ in range(options.kills)]
-    midway = [(written, lost) for written, lost in killed if written > 0]
-    lost = sorted(lost for _, lost in midway) or [0]
+    midway = [one for one in killed if one.written > 0 and not one.complete]
+    amid = sum(one.written < 0.99 * torture.weights() for one in midway)
+    lost = sorted(one.lost for one in midway) or [0]
+    complete = sum(one.complete for one in killed)
+    mean = sum(one.written for one in midway) / max(1, len(midway))
     print(
-        f"killed            {len(killed)} times by SIGKILL, {len(midway)} amid the weights; all resumed to equal "
-        f"bytes\nwork lost         median {lost[len(lost) // 2] / 1e6:.1f} MB, at most {lost[-1] / 1e6:.1f} MB of "
-        f"{sum(w for w, _ in midway) / max(1, len(midway)) / 1e6:.0f} MB written on average",
+        f"killed            {len(killed)} times by SIGKILL: {len(killed) - len(midway) - complete} before the first "
+        f"weight, {amid} amid them, {len(midway) - amid} between the last and the rename, {complete} after it; all "
+        f"resumed to equal bytes\nwork lost         median {lost[len(lost) // 2] / 1e6:.1f} MB, at most "
+        f"{lost[-1] / 1e6:.1f} MB of {mean / 1e6:.0f} MB written on average",
         flush=True,
     )
     print(f"killed in a row   {torture.kills_in_a_row()} times in one merge, equal bytes", flush=True)

@@ -18,6 +18,7 @@ from deltamerge.io.delta_format import Base
 from deltamerge.io.delta_tensor import BaseTensor, TensorWriter, is_related
 from deltamerge.io.delta_writer import DeltaWriter, Summary
 from deltamerge.io.files import COPY_PIECE, flat
+from deltamerge.io.journal import Journal
 from deltamerge.io.layered import elements
 from deltamerge.outputs import Output
 from deltamerge.planner import Plan
@@ -25,9 +26,16 @@ from deltamerge.tensors import ITEMSIZE
 
 
 def write_delta(
-    planned: Plan, folder: Path, progress: Callable[[int], None], known: Mapping[Node, Any]
+    planned: Plan,
+    folder: Path,
+    progress: Callable[[int], None],
+    known: Mapping[Node, Any],
+    journal: Journal | None = None,
 ) -> tuple[dict[Node, Any], Summary]:
-    """Execute `planned` and leave its delta in `folder`; the values of shared nodes, and what was written."""
+    """Execute `planned` and leave its delta in `folder`; the values of shared nodes, and what was written.
+
+    Tensors that the journal has, with what of them is in `folder`, are not made again.
+    """
     output, origin = planned.recipe.output, planned.inputs.origin
     assert origin is not None
     canonical = {stored: name for name, stored in planned.inputs.template.stored.items()}
@@ -39,9 +47,9 @@ def write_delta(
             infos[out.name] = info
     used, names = {info.name for info in infos.values()}, {out.name for out in planned.outputs}
     removed = [n for n in origin.checkpoint.tensors if n not in used and n not in names]
-    options: dict[str, Any] = {"semantics": "replace"}
+    options: dict[str, Any] = {"semantics": "replace", "journal": journal}
     if output.adds:
-        options = {"semantics": "add", "values": output.values or "bfloat16"}
+        options |= {"semantics": "add", "values": output.values or "bfloat16"}
     with (
         Reader() as reader,
         DeltaWriter(
@@ -53,6 +61,9 @@ def write_delta(
             info = infos.get(out.name)
             base = None if info is None else BaseTensor(info.name, info.dtype, info.shape, elements(reader, info))
             tensor = writer.tensor(out.name, out.dtype, out.shape, base)
+            if tensor.is_done and out.elements:
+                progress(out.nbytes)
+                continue
             delta = _delta(out, info)
             targets[out.name] = target = _Target(tensor, out.dtype, delta is not None, out.elements)
             if delta is not None:

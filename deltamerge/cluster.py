@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import secrets
 import socket
 import sys
 from collections.abc import Callable, Iterator
@@ -103,6 +104,9 @@ def _result(ray: Any, reference: Any, part: Part) -> Any:
 def _cluster(address: str) -> Iterator[Any]:
     """Ray, connected; its tasks end with the block. InputError: it is not installed, or no cluster is at `address`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    if address == LOCAL and not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:
+        # for this run's cluster alone; ray would make one in the user's home
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
     try:
         import ray
     except ModuleNotFoundError:
@@ -114,7 +118,8 @@ def _cluster(address: str) -> Iterator[Any]:
     except (OSError, RuntimeError, ValueError) as error:
         raise InputError(
             f"--ray {address}: no cluster to use: {str(error).splitlines()[0]}",
-            hint="start one with `ray start --head`, or leave the address out for a cluster of this machine",
+            hint="start one with `ray start --head` and set RAY_AUTH_MODE and RAY_AUTH_TOKEN as there, "
+            "or leave the address out for a cluster of this machine",
         ) from error
     try:
         with redirect_stdout(sys.stderr):  # where ray tells of workers that died

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import ctypes
 import math
 import os
 import threading
 from collections import ChainMap, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.backends import Backend, Lane, Pass, Step, open_backend
+from deltamerge.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
 from deltamerge.graph import REDUCTIONS, Node, Schedule, companion, depth_first, resolve, schedule
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.files import Descriptor
@@ -108,7 +106,7 @@ def execute(
     depend on `workers`, `tile_elements` or the device.
     """
     engine = _Engine(tasks, reader, sink, device, tile_elements, progress, known or {}, done)
-    with _quiet_allocator(), _single_threaded(tasks, workers):
+    with quiet_allocator(), single_threaded({task.backend for task in tasks}):
         engine.run(workers)
     return engine.shared
 
@@ -212,14 +210,12 @@ class _Engine:
                 return []
             reductions = [n for n in nodes if n.kind in REDUCTIONS]
             last = index == len(running.schedule.passes) - 1
-            if not last and all(_needless(n, running.values) for n in reductions):
-                running.values.update({id(n): None for n in reductions})
+            needless = {id(n) for n in reductions if not last and _needless(n, running.values)}
+            running.values.update(dict.fromkeys(needless))
+            reductions = [n for n in reductions if id(n) not in needless]
+            if not (last or reductions):
                 continue
-            frees = running.schedule.frees[index]
-            running.steps = [
-                Step(n, None if n.kind == "read" else running.backend.function(n), dict(n.parameters), frees.get(i, ()))
-                for i, n in enumerate(nodes)
-            ]
+            running.steps = _steps(running, needless)
             root = running.task.root
             written = last and root.kind not in REDUCTIONS
             alone = self.files is not None or not written
@@ -349,6 +345,19 @@ class _Engine:
             self.changed.notify_all()
 
 
+def _steps(running: Running, needless: Collection[int]) -> list[Step]:
+    """The steps of the pass that runs, without its needless reductions; what these free, the step before frees."""
+    steps: list[Step] = []
+    frees = running.schedule.frees[running.index]
+    for i, node in enumerate(running.schedule.passes[running.index]):
+        if id(node) in needless:
+            steps[-1] = replace(steps[-1], frees=steps[-1].frees + frees.get(i, ()))
+        else:
+            call = None if node.kind == "read" else running.backend.function(node)
+            steps.append(Step(node, call, dict(node.parameters), frees.get(i, ())))
+    return steps
+
+
 def _needless(node: Node, values: Mapping[int, Any]) -> bool:
     needless = companion(node.function, "needless")
     return needless is not None and bool(needless(*(values[id(s)] for s in node.inputs if id(s) in values)))
@@ -366,45 +375,6 @@ def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node
                 inputs = [values[source] for source in node.inputs]
                 values[node] = resolve(node.function)(*inputs, **dict(node.parameters))
     return values
-
-
-@contextmanager
-def _single_threaded(tasks: Sequence[Task], workers: int) -> Iterator[None]:
-    """One math thread per worker: threads inside each op make tiles slower, not faster."""
-    if not any(task.backend == "torch" for task in tasks):
-        yield
-        return
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet_allocator() -> Iterator[None]:
-    """Let glibc reuse tile-sized buffers instead of mapping fresh zeroed pages for each; then give them back.
-
-    What calibration frees after it has drawn a mask would stay with the process otherwise: 27 of 440 MB at 13 M
-    parameters.
-    """
-    _keep_freed(mapped=1 << 25, free=1 << 28)
-    try:
-        yield
-    finally:
-        _keep_freed(mapped=1 << 22, free=1 << 22)
-
-
-def _keep_freed(*, mapped: int, free: int) -> None:
-    """Blocks below `mapped` bytes come from the heap, which keeps up to `free` bytes at its end."""
-    with suppress(OSError, AttributeError):
-        trim_threshold, mmap_threshold = -1, -3
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, mapped)
-        libc.mallopt(trim_threshold, free)
 
 
 def default_workers() -> int:

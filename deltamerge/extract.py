@@ -26,6 +26,8 @@ def extract(
     workers: int | None = None,
     memory: int | None = None,
     force: bool = False,
+    resume: bool = False,
+    allow_nonfinite: bool = False,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Result:
     """Run the recipe of one fine-tune (`model`, of `base`; folders or hub ids) whose output is a delta.
@@ -49,6 +51,8 @@ def extract(
         workers=workers,
         memory=memory,
         force=force,
+        resume=resume,
+        allow_nonfinite=allow_nonfinite,
         watch=watch,
     )
 

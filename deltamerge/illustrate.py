@@ -2,36 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from deltamerge import plots
 from deltamerge.errors import InputError
 from deltamerge.execute import shared_values
 from deltamerge.graph import Graph
-from deltamerge.influence import Activations, activations
 from deltamerge.inputs import open_inputs
-from deltamerge.inspect import measure, pair_recipe, pairs_of, parse, report
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.lock import chosen
 from deltamerge.planner import Plan
 from deltamerge.stages import Spec
 
+if TYPE_CHECKING:
+    from deltamerge.influence import Activations
+
 BASE = "base"
+Draw = Callable[[Plan, Path, Path], dict[str, str]]
 
 
-def check(planned: Plan) -> None:
-    """InputError: matplotlib is missing, or the recipe makes nothing that has a delta to draw."""
+def drawing(planned: Plan, *, data: bool) -> Draw:
+    """What draws the pictures of a plan, once its weights are there.
+
+    With `data`, where q is calibrated, the calibration rows go through the fine-tune once more.
+    InputError: matplotlib is missing, or the recipe makes nothing that has a delta to draw.
+    """
+    from deltamerge import plots
+
     plots.figure_of("--pictures")
     if planned.recipe.output.kind != "model" or planned.inputs.base is None:
         raise InputError("--pictures draws models made on a base", hint="run without it")
+    return partial(illustrate, data=data)
 
 
 def illustrate(planned: Plan, folder: Path, lock: Path, *, data: bool) -> dict[str, str]:
-    """Write the pictures of the finished weights in `folder`, whose q's are in `lock`; their names and captions.
+    """Write the pictures of the finished weights in `folder`, whose q's are in `lock`; their names and captions."""
+    from deltamerge import plots
+    from deltamerge.inspect import measure, pair_recipe, pairs_of, parse, report
 
-    With `data`, where q is calibrated, the calibration rows go through the fine-tune once more.
-    """
     assert planned.inputs.base is not None
     base = planned.inputs.base.checkpoint
 
@@ -51,6 +62,8 @@ def illustrate(planned: Plan, folder: Path, lock: Path, *, data: bool) -> dict[s
 
 def _activations(spec: Spec) -> Activations:
     """What the first fine-tune's linear layers do to the rows; with a random mask, its measured error."""
+    from deltamerge.influence import activations
+
     drawn = spec if spec.random and not spec.shared else None
     node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source, spec=drawn)
     density = min(pruned.density for pruned in spec.pruned)

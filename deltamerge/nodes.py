@@ -15,7 +15,7 @@ SELECT = "deltamerge.pruners.select"
 
 
 def largest(graph: Graph, delta: Node, k: int) -> Node:
-    """Δ with only its k largest magnitudes: two or three passes over the tensor, then the mask."""
+    """Δ with only its k largest magnitudes: two passes over the tensor, rarely three, then the mask."""
     if k >= math.prod(delta.shape):
         return delta
     return graph.node(f"{SELECT}:keep_largest", [delta, *_end(graph, delta, k)], shape=delta.shape)
@@ -44,9 +44,11 @@ def _end(graph: Graph, delta: Node, k: int) -> tuple[Node, Node]:
         return make(f"{SELECT}:nothing", kind="small"), make(f"{SELECT}:no_ranks", kind="small")
     high = make(f"{SELECT}:high_histogram", [delta], kind="sum", shape=delta.shape)
     found = make(f"{SELECT}:pick_bin", [high], kind="small", k=k)
-    low = make(f"{SELECT}:low_histogram", [delta, found], kind="sum", shape=delta.shape)
-    cut = make(f"{SELECT}:pick_cut", [low, found], kind="small")
-    return cut, _ranks(graph, delta, cut)
+    low = make(f"{SELECT}:low_counts", [delta, found], kind="sum", shape=delta.shape)
+    listed = make(f"{SELECT}:lows", [delta, found], kind="concat", shape=delta.shape)
+    cut = make(f"{SELECT}:pick_listed", [low, listed, found], kind="small")
+    equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
+    return cut, make(f"{SELECT}:ranks_listed", [equal, listed, cut], kind="small")
 
 
 def _ranks(graph: Graph, delta: Node, cut: Node) -> Node:

@@ -1,7 +1,8 @@
 """Which pruning for a fine-tune at a density, and why: the paper's decision procedure beside what was measured.
 
 Without data the delta's own statistics decide. With calibration rows every candidate's mask is drawn, and its outputs
-are compared with the fine-tune's on rows that chose nothing; `lost` is that divergence over that of the base.
+are compared with the fine-tune's on rows that chose nothing, by the measure that calibration decides by; `lost` is
+their distance over that of the base.
 """
 
 from __future__ import annotations
@@ -23,10 +24,9 @@ if TYPE_CHECKING:
 # ‖Δ‖/‖W‖ · sqrt(p/d): the noise of DARE beside the weights. Real fine-tunes are within 3 points of the unpruned up to
 # 0.5 (algorithms.md 6.3: A, B and C at density 0.05 and above, S at 0.01) and lose 15 and more at 0.8 to 1.
 LARGE_NOISE = 0.5
-# `lost` up to which the plainest method is good enough, and how much smaller than calibrated magnitude's another's
-# has to be: the divergence ranks WANDA, and one lucky random mask, above it where the score does not.
-GOOD = 0.15
-CLEARLY = 0.7
+# `lost` up to which the plainest method is good enough. On the intensity task at density 0.01 importance sampling loses
+# 13 % and keeps 81 % of the score, calibrated magnitude 10 % and 96 %.
+GOOD = 0.1
 MASKS: dict[str, dict[str, Any]] = {
     "dare": {"method": "dare"},
     "importance_sampling": {"method": "dare", "sampling": "magnitude"},
@@ -225,7 +225,7 @@ def _measured(loss: MaskLoss | None, measured: Measured | None, calibrated: bool
 
 
 def decide(evidence: Evidence, candidates: Sequence[Candidate]) -> tuple[str, list[str]]:
-    """The plainest method that is good enough, else calibrated magnitude unless another is clearly better."""
+    """The plainest method whose predicted loss is small, else the one of the smallest."""
     lost = {one.name: one.lost for one in candidates if one.lost is not None}
     noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"
     if not lost:
@@ -245,21 +245,20 @@ def decide(evidence: Evidence, candidates: Sequence[Candidate]) -> tuple[str, li
                 f"without calibration it loses {lost[plain]:.1%} of the fine-tune's effect on held-out outputs, "
                 f"which is little (up to {GOOD:.0%}); least is {lost[best]:.1%}, {best}"
             ]
-    if lost[best] < CLEARLY * lost["magnitude_q"]:
-        why = [f"it loses {lost[best]:.1%} of the fine-tune's effect on held-out outputs, clearly less than "
-               f"magnitude_q's {lost['magnitude_q']:.1%}"]  # fmt: skip
-        return best, _warned(why, lost[best])
-    why = [f"it loses {lost['magnitude_q']:.1%} of the fine-tune's effect on held-out outputs, "
+    why = [f"it loses {lost[best]:.1%} of the fine-tune's effect on held-out outputs, "
            f"plain DARE {lost['dare']:.1%}, DAREx-q {lost['darex_q']:.1%}"]  # fmt: skip
-    if best != "magnitude_q":
-        why.append(
-            f"{best} loses {lost[best]:.1%}, not clearly less: on real fine-tunes magnitude has the better score then"
-        )
-    return "magnitude_q", _warned(why, lost["magnitude_q"])
+    return best, _warned(why, lost[best])
 
 
 def _warned(why: list[str], lost: float) -> list[str]:
-    return [*why, "that is most of the effect: consider a larger density"] if lost > 0.6 else why
+    if lost > 0.6:
+        why.append("that is most of the effect: consider a larger density")
+    if lost > 0.3:
+        why.append(
+            "scales learned per row keep more at such densities, on 320 rows: "
+            "q: {objective: output_change, scope: row, search: gradient}"
+        )
+    return why
 
 
 def paper(question: Question, evidence: Evidence) -> Paper:

@@ -24,6 +24,7 @@ EVALUATIONS = 20
 STEPS = 40
 HELD_OUT = 200  # rows that decide, or as many as searched on if that is more
 SHORTLIST = 4  # minima of a search that are compared on them
+PASSED = 1 + EVALUATIONS  # the base, and points that are compared where a search found nothing better than it
 WALKED = 8  # candidates that share one walk through the blocks
 STEP_ROWS = 64  # of learned scales
 STOP_SHARE = 0.2  # of the rows searched on, which say when learning stops
@@ -110,7 +111,7 @@ class Spec:
         """At most so many forward passes over the calibration rows (a backward pass counts as two)."""
         # the fine-tune's outputs, statistics; on the held-out rows the candidates, the plain choice and the fine-tune
         rows = self.source.calibration.sequences
-        besides = 6 + (SHORTLIST + 3) * math.ceil(max(HELD_OUT, rows) / rows)
+        besides = 6 + (SHORTLIST + PASSED + 3) * math.ceil(max(HELD_OUT, rows) / rows)
         if self.parts:
             return len(self.parts) * (besides + self.seeds * (1 + EVALUATIONS))
         if self.objective == "layer_mse":

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
 import pytest
 
 from deltamerge.calibrate.search import BUDGET, Found, grid, minimise
+from deltamerge.calibrate.searches import passed
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
     "square": lambda q, best: (q - best) ** 2,
@@ -90,3 +92,14 @@ def test_minima_are_listed_best_first() -> None:
 
 def test_a_flat_path_has_one_minimum_its_lower_end() -> None:
     assert Found(1.0, 2.0, tuple((q, 2.0) for q in (1.0, 2.0, 3.0))).minima == (1.0,)
+
+
+@pytest.mark.parametrize("slope", [1.0, -1.0, 0.0])
+def test_points_that_a_search_has_passed_are_spread(slope: float) -> None:
+    found = minimise(lambda points: [slope * math.log(x) for x in points], 0.001, 1.0)
+    points = [x for x, _ in passed(found, 0.001, 1.0)]
+    assert all(0.001 < x < 1.0 for x in points)
+    assert len(points) <= 20
+    assert all(b >= a * 1000 ** (1 / 20) for a, b in itertools.pairwise(points))
+    for coarse in (10 ** (-3 + 3 * i / 7) for i in range(1, 7)):  # and nothing that was looked at is far from them
+        assert min(abs(math.log(x / coarse)) for x in points) <= math.log(1000) / 20

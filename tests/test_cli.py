@@ -204,12 +204,13 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 
 FLAGS = {
-    "run": "--out --device --workers --memory --part --finish --resume --force --locked --allow-nonfinite --json "
-    "--quiet --help",
+    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --allow-nonfinite "
+    "--pictures --json --quiet --help",
     "check": "--offline --help",
     "plan": "--device --workers --memory --diff --graph --json --help",
     "apply": "--base --out --workers --memory --force --json --quiet --help",
-    "extract": "--base --out --density --method --q --values --device --workers --memory --force --json --quiet --help",
+    "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
+    "--allow-nonfinite --json --quiet --help",
     "diff": "--workers --json --help",
     "verify": "--base --workers --help",
     "schema": "--help",

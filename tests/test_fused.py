@@ -20,7 +20,7 @@ from deltamerge.backends import FUSED_FUNCTIONS
 from deltamerge.fused import DTYPES, KERNELS
 from deltamerge.graph import resolve
 from deltamerge.pruners.bits import mask_key
-from deltamerge.pruners.select import Bin, Cut, pick_bin, pick_cut, pick_ranks
+from deltamerge.pruners.select import Bin, Cut, pick_bin, pick_cut, pick_listed, pick_ranks, ranks_listed
 from deltamerge.tensors import Kept, Patched, Tile, block_elements
 
 CODES = list(DTYPES)
@@ -267,14 +267,27 @@ def test_selection(delta: np.ndarray, k: int) -> None:
     counts = check(f"{select}:high_histogram", (delta,), (theirs,), tile=whole)
     found = pick_bin(counts, k=k)
     low = check(f"{select}:low_histogram", (delta, found), (theirs, found), tile=whole)
+    check(f"{select}:low_counts", (delta, found), (theirs, found), tile=whole)
     cut = pick_cut(low, found)
     step = block_elements(shape)
     tiles = [Tile(0, step, shape), Tile(step, 70_000, shape)]
+    listed = np.concatenate(
+        [
+            check(f"{select}:lows", (delta[t.start : t.stop], found), (theirs[t.start : t.stop], found), tile=t)
+            for t in tiles
+        ]
+    )
+    located = pick_listed(None, listed, found)
+    assert (located.threshold, located.equal_kept, located.equal_total) == (
+        cut.threshold, cut.equal_kept, cut.equal_total,
+    )  # fmt: skip
     parts = [
         check(f"{select}:equal_counts", (delta[t.start : t.stop], cut), (theirs[t.start : t.stop], cut), tile=t)
         for t in tiles
     ]
     ranks = pick_ranks(np.concatenate(parts))
+    if cut.equal_kept < cut.equal_total:
+        assert (ranks_listed(None, listed, located) == ranks).all()
     for given in (ranks, pick_ranks(None)):
         values = [
             check(

@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 
 import pytest
+from click.shell_completion import ShellComplete
 from conftest import tiny_llama
 from test_cli import call
 
+from deltamerge.cli import commands
 from deltamerge.recipe import loads
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -97,14 +99,22 @@ def test_offline_checks_the_recipe_and_opens_no_model(folder, capsys):
 
 
 def complete(folder: Path, *words: str) -> list[str]:
-    env = {**os.environ, "_DELTAMERGE_COMPLETE": "bash_complete", "COMP_WORDS": " ".join(["deltamerge", *words])}
-    env["COMP_CWORD"] = str(len(words))
+    shell = ShellComplete(commands, {}, "deltamerge", "_DELTAMERGE_COMPLETE")
+    found = shell.get_completions(list(words[:-1]), words[-1])
+    return [one.value if one.type == "plain" else f"{one.type},{one.value}" for one in found]
+
+
+def test_completing_imports_no_torch(folder):
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    words = {"_DELTAMERGE_COMPLETE": "bash_complete", "COMP_WORDS": "deltamerge extract --method m", "COMP_CWORD": "3"}
+    code = (
+        "import atexit, sys; from deltamerge.cli import main\n"
+        "atexit.register(lambda: print({'torch', 'numba', 'transformers'} & sys.modules.keys())); main([])"
+    )
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; from deltamerge.cli import main; import atexit\n"
-         "atexit.register(lambda: {'torch', 'numba'} & sys.modules.keys() and print('plain,torch'))\nmain([])"],
-        env=env, cwd=folder, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    return [line.removeprefix("plain,") for line in done.stdout.splitlines() if line]
+        [sys.executable, "-c", code], env=env | words, capture_output=True, text=True, check=True, cwd=folder
+    )
+    assert done.stdout == "plain,magnitude\nplain,magnitude_outliers\nset()\n"
 
 
 def test_the_shell_completes_commands_and_values(folder):

@@ -18,8 +18,9 @@ from conftest import make_checkpoint, tiny_llama
 from deltamerge.cli import main
 from deltamerge.distribute import Part
 from deltamerge.errors import InputError, OutputError, UsageError
-from deltamerge.io import writer
+from deltamerge.io import delta_spool, writer
 from deltamerge.io.audit import INFINITY, count_nonfinite
+from deltamerge.io.delta_tensor import TensorWriter
 from deltamerge.io.journal import read_journal
 from deltamerge.io.workspace import has_work
 from deltamerge.lock import verify
@@ -124,6 +125,38 @@ def test_work_that_is_saved_is_not_done_again(
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: written.append(len(data)) or pwrite(fd, data, at))
     run(path, out, resume=True)
     assert sum(written) < nbytes / 4
+
+
+DELTAS = {"final": "kind: delta", "signs": "kind: delta, semantics: add, values: sign"}
+
+
+@pytest.mark.parametrize("name", DELTAS)
+@pytest.mark.parametrize("after", [1, 250_000, 600_000])
+def test_a_delta_keeps_the_tensors_that_are_finished(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int
+) -> None:
+    monkeypatch.setattr(delta_spool, "SECONDS", -1)
+    path = recipe("dare_ties").with_name(f"delta-{name}.yaml")
+    path.write_text(RECIPE.format(method="dare_ties", shard="250KB").replace("{shard", f"{{{DELTAS[name]}, shard"))
+    truth, out = files(run(path, tmp_path / "truth" / "out").folder), tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt, match="--resume"):
+        run(path, out, workers=2, watch=Stop(out, after, KeyboardInterrupt()))
+    journal = tmp_path / ".out.partial" / "journal"
+    kept = {name for record in read_journal(journal)[0] for name in record.get("tensors", {})}
+    assert kept
+    lost = sorted((tmp_path / ".out.partial" / "out" / delta_spool.SPOOL).iterdir())[-1]
+    lost.write_bytes(b"")  # what is not there any more is made again
+    again: set[str] = set()
+    write = TensorWriter._append
+    monkeypatch.setattr(TensorWriter, "_append", lambda self, bits: (again.add(self._name), write(self, bits)))
+    done: list[int] = []
+    result = run(path, out, resume=True, workers=1, watch=lambda plan: done.append)
+    assert files(out) == truth
+    assert name == "signs" or sum(done) == make_plan(path).nbytes
+    assert result.delta is not None
+    assert result.delta.nbytes == sum(len(data) for name, data in truth.items() if name.startswith("delta"))
+    assert len(again & kept) <= 1
+    assert [p.name for p in tmp_path.iterdir() if p.name != "truth"] == ["out"]
 
 
 def changed_recipe(path: Path) -> None:
@@ -309,14 +342,19 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
     return int(leaving.value.code or 0), out, err
 
 
-def test_nan_and_inf_exit_1_with_names_unless_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", ["model", "delta", "delta, semantics: add, values: float32"])
+def test_nan_and_inf_exit_1_with_names_unless_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
     make_checkpoint(tmp_path / "base", {"w": torch.ones(300, 40), "copied": torch.zeros(3), "fine": torch.ones(2)})
     tune = {"w": torch.ones(300, 40), "copied": torch.zeros(3), "fine": torch.ones(2)}
     tune["w"][7, 3], tune["w"][299, 39], tune["w"][0, 0] = torch.nan, torch.nan, -torch.inf
     tune["copied"][1] = torch.inf
     make_checkpoint(tmp_path / "a", tune)
     path = tmp_path / "r.yaml"
-    path.write_text("base_model: ./base\nmodels: [{model: ./a, prune: {exclude: [copied]}}]\n")
+    path.write_text(
+        f"base_model: ./base\nmodels: [{{model: ./a, prune: {{exclude: [copied]}}}}]\noutput: {{kind: {kind}}}\n"
+    )
     code, out, err = call(capsys, "run", path, "--json")
     assert (code, out) == (1, "")
     assert "values that are not finite in copied (1 inf), w (2 NaN, 1 inf)\n" in err

@@ -13,6 +13,7 @@ pytest.importorskip("numba")
 
 from deltamerge import backends
 from deltamerge.backends import FusedBackend
+from deltamerge.pruners import select
 from deltamerge.runner import run
 
 # vectors, rows that no block is made of whole, more than one block, more than one piece of a block
@@ -75,3 +76,16 @@ def test_bytes_are_those_of_torch(
     assert len(made) == count
     read = [(r.folder / "model.safetensors").read_bytes() for r in (ours, theirs)]
     assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("name", ["ties", "magnitude"])
+def test_bins_too_large_to_be_listed_are_counted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models(tmp_path, torch.bfloat16, torch.bfloat16)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"dtype: bfloat16\n{RECIPES[name]}")
+    listed = run(recipe, tmp_path / "listed")
+    for most in (0, 5000):  # all are counted; some are, some not
+        monkeypatch.setattr(select, "MOST", most)
+        counted = run(recipe, tmp_path / str(most))
+        read = [(r.folder / "model.safetensors").read_bytes() for r in (listed, counted)]
+        assert read[0] == read[1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -25,9 +26,10 @@ Scores = dict[str, float]
 class MaskLoss:
     """What one mask loses. `plain` is its q without calibration, `q` the one on linear weights of least output change.
 
-    path         [q, output change] on the search rows
+    path         [q, output change] on the search rows; q is its smallest, or if that is the first or last point, where
+                 the output change prefers the base or a drowned delta, the one with the nearest predictions
     layer_error  mean over linear layers of ‖Y − Ŷ/q‖²/‖Y‖²: at the plain q, at q, at each layer's own best
-    lost         divergence of the outputs from the fine-tune's on held-out rows: plain, calibrated
+    lost         how far predictions on held-out rows are from the fine-tune's (`Subject.agreement`): plain, calibrated
     metric       the metric of the same rows, {} without labels
     """
 
@@ -43,12 +45,14 @@ class MaskLoss:
 class Measured:
     """Masks of one fine-tune's delta. `masks[i]` is None where WANDA has no norms: weights stored (in, out).
 
-    `lost` is the divergence of the base, which keeps nothing of the delta; `metric` its and the fine-tune's.
+    `lost` is how far the base's predictions are, which keeps nothing of the delta; `measure` of what, in words;
+    `metric` the base's and the fine-tune's.
     """
 
     influence: dict[str, LayerStatistics]
     masks: list[MaskLoss | None]
     lost: float
+    measure: str
     metric_name: str | None
     metric: Scores
     held_out: int
@@ -82,6 +86,7 @@ def measure(*, specs: Sequence[Spec]) -> Measured:
             found,
             [losses.get(id(spec)) for spec in specs],
             lost,
+            comparison.judge.measure,
             comparison.subject.metric,
             metric,
             comparison.subject.counts[1],
@@ -93,8 +98,13 @@ class _Comparison:
     def __init__(self, subject: Subject, specs: Sequence[Spec]) -> None:
         self.subject, self.specs = subject, specs
         self.change = subject.output_change("search")
-        self.divergence = subject.distribution(subject.batches["held"].inputs)
+        self.judge = subject.agreement(subject.batches["held"].inputs)
         self.validation = subject.validation("held") if subject.metric is not None else None
+
+    @cached_property
+    def near(self) -> O.Objective | O.Generation:
+        """How far predictions on the search rows are."""
+        return self.subject.agreement(self.subject.batches["search"].inputs).objective
 
     def losses(self) -> list[MaskLoss]:
         return [self._loss(spec, mask) for spec, mask in zip(self.specs, self.subject.masks, strict=True)]
@@ -102,9 +112,8 @@ class _Comparison:
     def nothing(self) -> tuple[float, Scores]:
         """The divergence of the base, and the metric of base and fine-tune."""
         subject = self.subject
+        lost = subject.nothing(self.judge.objective)
         variants = [pruned(subject.start, lambda name: None, {}), subject.tune]
-        subject.count(subject.batches["held"].inputs)
-        lost = O.evaluate(subject.model, self.divergence, variants[:1])[0]
         if self.validation is None:
             return lost, {}
         subject.count(subject.batches["held"].inputs, 2)
@@ -129,10 +138,13 @@ class _Comparison:
         density = min(p.density for p in spec.pruned)
         points = [float(f"{q:.6g}") for q in np.geomspace(density, 1.0, POINTS)]
         change = self._values(self.change, mask, [self._linear(q) for q in points])
-        q = points[int(np.argmin(change))]
+        best = int(np.argmin(change))
+        if best in (0, POINTS - 1):
+            best = int(np.argmin(self._values(self.near, mask, [self._linear(q) for q in points])))
+        q = points[best]
         whole: dict[str, Q] = {p.stored: p.plain for p in spec.pruned}
         both, names = [whole, self._linear(q)], ("plain", "calibrated")
-        lost = dict(zip(names, self._values(self.divergence, mask, both), strict=True))
+        lost = dict(zip(names, self._values(self.judge.objective, mask, both), strict=True))
         metric: Scores = {}
         if self.validation is not None:
             metric = dict(zip(names, map(self._score, self._values(self.validation, mask, both)), strict=True))

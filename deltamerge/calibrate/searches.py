@@ -21,7 +21,7 @@ from deltamerge.calibrate.scales import learn, row_shape
 from deltamerge.calibrate.statistics import LayerStatistics, Vector
 from deltamerge.calibrate.subject import Subject
 from deltamerge.errors import InputError
-from deltamerge.stages import SHORTLIST, STEPS, Spec, grid_step
+from deltamerge.stages import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step
 
 Qs = dict[str, Q]
 Path = list[list[Any]]
@@ -58,8 +58,27 @@ def shortlist(found: search.Found, low: float, high: float) -> list[tuple[float,
     return [(x, values[x], x <= low * (1.0 + 1e-9) or x >= high * (1.0 - 1e-9)) for x in points]
 
 
+def passed(found: search.Found, low: float, high: float) -> list[tuple[float, float]]:
+    """Points inside the bounds that a search has passed, no closer than a twentieth of the log axis.
+
+    Where the winner predicts as the base does, the objective has preferred the base, or a drowned delta, to everything
+    in between: on sentiment at density 0.001 the output change of magnitude is smallest at q = 0.017, whose accuracy is
+    61, and the predictions are nearest at 0.028, with 74.
+    """
+    inside = [(x, value) for x, value in found.path if low * (1.0 + 1e-9) < x < high * (1.0 - 1e-9)]
+    least, spread = (high / low) ** (1 / EVALUATIONS), sorted(inside)[:1]
+    for point in sorted(inside):
+        if point[0] >= spread[-1][0] * least:
+            spread.append(point)
+    return spread
+
+
 class Searches:
-    """What a spec asks to be searched, on a subject; `path` notes every point tried."""
+    """What a spec asks to be searched, on a subject.
+
+    path     notes every point tried
+    passed   further candidates, for a judge that is not the objective, of a search of one q by output change
+    """
 
     def __init__(self, spec: Spec, subject: Subject) -> None:
         self.spec, self.subject = spec, subject
@@ -68,6 +87,7 @@ class Searches:
             raise InputError("no weight of a linear layer is pruned", hint="give a number as q, or change include")
         self.density = {p.stored: p.density for p in spec.pruned if p.stored in self.layers}
         self.path: Path = []
+        self.passed: list[Found] = []
 
     def run(self) -> list[Found]:
         """The candidates, the smallest objective first but for learned scales, which come before their start."""
@@ -115,10 +135,12 @@ class Searches:
             found = search.minimise(evaluate, low, high)
         named: dict[str, float | str] = {} if family is None else {"family": family}
         self.path += [[*named.values(), name, rounded(x), rounded(value)] for x, value in found.path]
-        return [
-            Found(qs(rounded(x)), value, {**named, name: rounded(x)}, edge)
-            for x, value, edge in shortlist(found, low, high)
-        ]
+        short = shortlist(found, low, high)
+        if name == "q" and self.spec.objective == "output_change" and self.spec.search != "gradient":
+            known = {x for x, _, _ in short}
+            points = [point for point in passed(found, low, high) if point[0] not in known]
+            self.passed = [Found(qs(rounded(x)), value, {name: rounded(x)}) for x, value in points]
+        return [Found(qs(rounded(x)), value, {**named, name: rounded(x)}, edge) for x, value, edge in short]
 
     def _bounds(self, low: float, high: float) -> tuple[float, float]:
         return self.spec.bounds or (low, high)

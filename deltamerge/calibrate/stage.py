@@ -1,7 +1,8 @@
 """The calibration stages of a graph: one pass that measures activations, and the choice of a fine-tune's q's.
 
 The minima that a search found are compared with each other and with the plain choice, the method without calibration,
-on rows that it has not seen, by another measure than the search's where the model has a head (`Subject.judge`).
+on rows that it has not seen, by another measure than the search's where the model has a head (`Subject.judge`). Where
+all minima predict as the base does, other points that the search has passed are compared too.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.calibrate.subject import Judge, Subject
 from deltamerge.io.checkpoint import Reader
 from deltamerge.stages import Calibrated, QValue, Source, Spec
+
+LITTLE = 0.9  # of the base's distance from the fine-tune's predictions: more than that is hardly better than the base
 
 
 def activations(*, source: Source) -> dict[str, LayerStatistics]:
@@ -46,6 +49,9 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
         judge = subject.judge()
         some = judge.eligible(found)
         held = subject.values(judge.objective, [*(one.q for one in some), plain], seeds=1)
+        if judge.trusted and searches.passed and min(held[:-1]) > LITTLE * subject.nothing(judge.objective):
+            more = subject.values(judge.objective, [one.q for one in searches.passed], seeds=1)
+            some, held = [*some, *searches.passed], [*held[:-1], *more, held[-1]]
         subject.forget()
         chosen, record = decide(spec, judge, found, some, held, value)
         record |= {

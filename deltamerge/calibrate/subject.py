@@ -179,6 +179,11 @@ class Subject:
         self.count(objective.batches, len(variants))
         return [O.over_seeds(found[i : i + len(masks)]) for i in range(0, len(found), len(masks))]
 
+    def nothing(self, objective: O.Objective | O.Generation) -> float:
+        """The objective of the base with the fine-tune's head, which keeps nothing of the delta."""
+        self.count(objective.batches)
+        return O.evaluate(self.model, objective, [pruned(self.start, lambda name: None, {})])[0]
+
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
         """Of the layers that saw an input, over the search rows; with `drawn`, the first mask's too."""
         draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None

@@ -8,7 +8,19 @@ from pathlib import Path
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, FORCE, MEMORY, MODEL, QUIET, WORKERS, pruning_methods
+from deltamerge.cli.options import (
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    FORCE,
+    MEMORY,
+    MODEL,
+    NONFINITE,
+    QUIET,
+    RESUME,
+    WORKERS,
+    pruning_methods,
+)
 from deltamerge.cli.output import Progress, report_run
 from deltamerge.show import human
 
@@ -30,7 +42,9 @@ from deltamerge.show import human
 @DEVICE
 @WORKERS
 @MEMORY
+@RESUME
 @FORCE
+@NONFINITE
 @AS_JSON
 @QUIET
 def extract(
@@ -44,7 +58,9 @@ def extract(
     device: str,
     workers: int | None,
     memory: int | None,
+    resume: bool,
     force: bool,
+    allow_nonfinite: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -53,6 +69,7 @@ def extract(
     It holds what changed, exactly, or with a density what is kept of it.
     """
     from deltamerge.extract import extract as extract_delta
+    from deltamerge.weights import describe_nonfinite
 
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     result = extract_delta(
@@ -66,9 +83,13 @@ def extract(
         device=device,
         workers=workers,
         memory=memory,
+        resume=resume,
         force=force,
+        allow_nonfinite=allow_nonfinite,
         watch=lambda plan: progress.start(plan.nbytes),
     )
+    if result.nonfinite:
+        click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
     report_run(result, progress, as_json=as_json, quiet=quiet)
 
 

@@ -112,3 +112,7 @@ def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict
         return None
     fields = {"text": text[0] if len(text) == 1 else list(text)} if text else {}
     return {"data": data, **fields, **{key: value for key, value in more.items() if value is not None}}
+
+
+RESUME = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped; the same bytes result.")
+NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")

@@ -11,7 +11,18 @@ from typing import Any
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, FOLDER, MEMORY, QUIET, RECIPE, WORKERS, RecipeFile
+from deltamerge.cli.options import (
+    AS_JSON,
+    DEVICE,
+    FOLDER,
+    MEMORY,
+    NONFINITE,
+    QUIET,
+    RECIPE,
+    RESUME,
+    WORKERS,
+    RecipeFile,
+)
 from deltamerge.cli.output import Progress, report_run
 from deltamerge.show import render_calibration
 
@@ -28,10 +39,10 @@ from deltamerge.show import render_calibration
     "--ray", metavar="[ADDRESS]", is_flag=False, flag_value="local",
     help="Run all parts on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
 )  # fmt: skip
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped; the same bytes result.")
+@RESUME
 @click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
-@click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
+@NONFINITE
 @click.option("--pictures", is_flag=True, help="Draw delta and search for the model card (extra `plot`).")
 @AS_JSON
 @QUIET
@@ -64,10 +75,10 @@ def run(
     An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
     """
     from deltamerge.distribute import Part
-    from deltamerge.runner import describe_nonfinite
     from deltamerge.runner import finish as finish_parts
     from deltamerge.runner import run as run_recipe
     from deltamerge.share import SCHEME
+    from deltamerge.weights import describe_nonfinite
 
     if sum((finish, part is not None, ray is not None)) > 1:
         raise click.UsageError("--part, --finish and --ray exclude each other")

@@ -1,4 +1,4 @@
-"""The loops of the methods that are no weighted sums: dot products, ranks in rows, variances, votes.
+"""More loops: dot products, ranks in rows, variances, votes, lists of low bits.
 
 As `loops`, and apart from it by length alone.
 """
@@ -185,3 +185,25 @@ def keep_scored(bits: Any, scores: Any, least: Any, out: Any) -> None:
     for i in range(bits.size):
         x = bits[i]
         out[i] = x if (scores[i] & _SIGNLESS) >= least else np.uint32(0)
+
+
+@compiled
+def append_lows(bits: Any, high: Any, out: Any) -> Any:
+    """The low bits of what has these high bits, to the front of `out`, which is longer than all; how many."""
+    count = 0
+    for i in range(bits.size):
+        x = bits[i] & np.uint32(0x7FFFFFFF)
+        out[count] = np.uint16(x & np.uint32(0xFFFF))
+        count += (x >> np.uint32(16)) == high
+    return count
+
+
+@compiled
+def list_lows(bits: Any, high: Any, step: Any, out: Any) -> Any:
+    """`append_lows` block by block, after how many they are in two words; how much of `out` is used."""
+    used = 0
+    for first in range(0, bits.size, step):
+        count = append_lows(bits[first : first + step], high, out[used + 2 :])
+        out[used], out[used + 1] = np.uint16(count & 0xFFFF), np.uint16(count >> 16)
+        used += 2 + count
+    return used

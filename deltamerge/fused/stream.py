@@ -74,6 +74,7 @@ class _Assembly:
     counters: dict[int, tuple[int, int]] = field(default_factory=dict)
     summed: int = 0
     sums: dict[int, tuple[int, int]] = field(default_factory=dict)
+    listed: dict[int, int] = field(default_factory=dict)
     sparse: bool = False
     whole_blocks: bool = False
 
@@ -240,6 +241,12 @@ def _equal(assembly: _Assembly, node: Node) -> None:
     _counted(assembly, node, loop.EQUAL, 0, assembly.values[id(node.inputs[1])].threshold)
 
 
+def _lows(assembly: _Assembly, node: Node) -> None:
+    delta, high = node.inputs
+    row = assembly.listed[id(node)] = len(assembly.listed)
+    assembly.add(loop.LIST, -1, assembly.register(delta), assembly.values[id(high)].high, row)
+
+
 def _gram(assembly: _Assembly, node: Node) -> None:
     registers = list(map(assembly.register, node.inputs))
     assembly.whole_blocks = True
@@ -256,6 +263,8 @@ ASSEMBLERS: dict[str, Callable[..., None]] = {
     "deltamerge.pruners.rescale:divide": _divide,
     "deltamerge.pruners.select:high_histogram": _high,
     "deltamerge.pruners.select:low_histogram": _low,
+    "deltamerge.pruners.select:low_counts": _low,
+    "deltamerge.pruners.select:lows": _lows,
     "deltamerge.pruners.select:equal_counts": _equal,
     "deltamerge.pruners.select:keep_largest": _keep_largest,
     "deltamerge.merge.arithmetic:passthrough": _passthrough,
@@ -315,6 +324,7 @@ class Program:
         self.block, self.sources, self.sparse = block, assembly.sources, assembly.sparse
         self.counters, self.sums, self.itemsize = assembly.counters, assembly.sums, ITEMSIZE[assembly.output]
         self.chunk = SPARSE_BLOCK if self.sparse else block if assembly.whole_blocks else CHUNK
+        self.listed = assembly.listed
         self.rows, self.lists, self.summed = assembly.count, len(assembly.lists), assembly.summed
         width = max([1, *(len(x.models) for x in done)])
         self.operations = np.array([(x.code, x.to, *x.fields) for x in done], np.int64)
@@ -332,6 +342,8 @@ class Program:
         operations, blocks = self.operations.copy(), -(-(stop - start) // self.block)
         counts = self._place_counters(operations, blocks)
         sums = np.empty((self.summed, blocks), np.float64)
+        listed = np.empty((len(self.listed), stop - start + 2 * blocks + 1), np.uint16)
+        used = np.zeros(len(self.listed), np.int64)
         files = [(place.file.fd, place.begin, place.itemsize) for place in self.sources]
         target = (-1, 0, 0) if out is None else (out[0].fd, out[1], self.itemsize)
         raw = np.empty((len(files) + 1, 4 * max(loop.PIECE, self.chunk)), np.uint8)
@@ -342,7 +354,7 @@ class Program:
             _addresses(registers, self.registers_of), self.lists_of, self.tables, self.guides, self.bounds, self.ranks,
             np.array(files, np.int64), np.array(target, np.int64), start, stop, self.block, self.sparse,
             raw, _addresses(raw, np.arange(len(raw))), registers,
-            places, _addresses(places, self.lists_of), counts, sums,
+            places, _addresses(places, self.lists_of), counts, sums, listed, used,
         )  # fmt: skip
         if not went:
             return None
@@ -352,6 +364,8 @@ class Program:
             found[node] = counts[first : first + (size or blocks)]
         for node, (row, count) in self.sums.items():
             found[node] = sums[row : row + count].T
+        for node, row in self.listed.items():
+            found[node] = listed[row, : used[row]].copy()
         return found
 
     def _place_counters(self, operations: NDArray[np.int64], blocks: int) -> NDArray[np.int64]:

@@ -28,7 +28,7 @@ from deltamerge.fused.loops import (
     wide,
     widen,
 )
-from deltamerge.fused.method_loops import dots_of_blocks
+from deltamerge.fused.method_loops import append_lows, dots_of_blocks
 from deltamerge.pruners.bits import SPARSE_BLOCK
 
 # Elements read and written at once: in bfloat16 small enough for a core's cache beside the registers.
@@ -50,6 +50,7 @@ DIFFER_AT = 13  # to = source a - source b at places c
 ALIGN = 14  # places to = union of the lists of the models; a: register of the first of their rows
 BASE_AT = 15  # to = source a at places b
 PATCH = 16  # the output = source a, but register b at places c
+LIST = 17  # row c of listed: per block the low bits of what a has in bin b
 
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
 _pwrite: Any = types.ExternalFunction("pwrite", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
@@ -136,19 +137,22 @@ def run(
     places_at: Any,
     counts: Any,
     sums: Any,
+    listed: Any,
+    used: Any,
 ) -> bool:
     """Elements [start, stop) of a tensor; whether everything could be read and written.
 
     sources (fd, byte of the tensor's start, bytes per element), target the same or bytes 0 for no output; `raw` has a
-    row of bytes for each source and the output. Reductions go to `counts` and `sums`. `block`: elements of the
-    tensor's blocks, on which start lies; `aligned`: pieces end where the generator's blocks do instead.
+    row of bytes for each source and the output. Reductions go to `counts`, `sums` and `listed`, a row of which is used
+    as far as `used` says. `block`: elements of the tensor's blocks, on which start lies; `aligned`: pieces end where
+    the generator's blocks do instead.
     """
     chunk = registers.shape[1]
     sizes = np.zeros(places.shape[0], np.int64)
-    left = np.zeros(operations.shape[0], np.int64)
+    left, header = np.zeros(operations.shape[0], np.int64), np.zeros(operations.shape[0], np.int64)
     wholes = np.zeros(weights.shape[1], np.bool_)
     marks = np.zeros(SPARSE_BLOCK // 64, np.uint64)
-    listed = np.empty(max(1, models.max()), np.int64)
+    lengths = np.empty(weights.shape[1], np.int64)
     at = start
     while at < stop:
         if aligned:
@@ -232,13 +236,20 @@ def run(
                 elif code == ALIGN:
                     m = models[k]
                     for j in range(m):
-                        listed[j] = sizes[places_of[k, j]]
+                        lengths[j] = sizes[places_of[k, j]]
                     marks[:] = np.uint64(0)
                     rows = registers[a : a + m]
-                    sizes[to] = align(places_at[k, :m], addresses[k, :m], listed[:m], marks, places[to], rows)
+                    sizes[to] = align(places_at[k, :m], addresses[k, :m], lengths[:m], marks, places[to], rows)
                 elif code == BASE_AT:
                     where = places[b, : sizes[b]]
                     widen_at(raw[a, : 2 * n].view(np.uint16), where, registers[to, : where.size])
+                elif code == LIST:
+                    if inside == 0 and first == 0:
+                        header[k] = used[c]
+                        used[c] += 2
+                    used[c] += append_lows(registers[a, :n].view(np.uint32), np.uint32(b), listed[c, used[c] :])
+                    count = used[c] - header[k] - 2
+                    listed[c, header[k]], listed[c, header[k] + 1] = np.uint16(count & 0xFFFF), np.uint16(count >> 16)
                 else:
                     where = places[c, : sizes[c]]
                     short = raw[out_row, : 2 * n].view(np.uint16)

@@ -17,6 +17,7 @@ import numpy as np
 from blake3 import blake3
 
 from deltamerge import errors
+from deltamerge.io.audit import NonFinite, count_nonfinite
 from deltamerge.io.delta_entry import Entry, Read, as_bits, bits_type, digest, extend
 from deltamerge.io.delta_format import Record, stored_arrays
 from deltamerge.io.encodings import Array, Choice, Positions, choose, encode
@@ -66,6 +67,7 @@ class TensorWriter:
         self.path = path
         self.stored: list[Stored] = []
         self.squares = (0.0, 0.0)
+        self.nonfinite = NonFinite(0, 0)
         self._writer, self._name, self._dtype, self._shape = writer, name, dtype, shape
         is_change = base is not None and is_related(base.dtype, base.shape, dtype, shape)
         self._base = base if is_change else None
@@ -80,8 +82,15 @@ class TensorWriter:
         self._listed = Positions()
         self._values: list[Array] = []
         self._base_hash, self._result_hash = blake3(), blake3()
+        if self._restore(writer.spool.kept(name)):
+            return
         if not self._size:
             self._finish_write()
+
+    @property
+    def is_done(self) -> bool:
+        """Whether it is finished, in this run or in one before."""
+        return self._record is not None
 
     @property
     def record(self) -> Record:
@@ -136,7 +145,7 @@ class TensorWriter:
         if stop > self._size:
             raise ValueError(f"element {stop} of {self._size} was written")
         self._done = stop
-        self._result_hash.update(flat(bits))
+        self._saw(bits)
         if self._base is not None:
             base = self._read_base(start, stop)
             old = cast(extend(base, bits.size), self._base.dtype, self._dtype)
@@ -149,6 +158,12 @@ class TensorWriter:
         unchanged = stop - self._listed.count
         if self._base is not None and self._whole and unchanged * ITEMSIZE[self._dtype] > -(-self._size // 8):
             self._thin()
+
+    def _saw(self, bits: Array) -> None:
+        """The next bits of the result: into its hash, and looked at for what is not finite."""
+        self._result_hash.update(flat(bits))
+        nan, inf = count_nonfinite(bits.view(np.uint8), self._dtype)
+        self.nonfinite = NonFinite(self.nonfinite.nan + nan, self.nonfinite.inf + inf)
 
     def _read_base(self, start: int, stop: int) -> Array:
         assert self._base is not None
@@ -216,7 +231,7 @@ class TensorWriter:
             stored = np.memmap(self.path, np.uint8, "r", 0, self._spooled).view(f"<u{max(1, VALUE_BITS[coding] // 8)}")
         entry = Entry(self._name, self._new_record(choice, **added), stored, index, scales)
         for bits in entry.tiles(self._read_base, check=False):
-            self._result_hash.update(flat(bits))
+            self._saw(bits)
         self._store(self._new_record(choice, **added), scales, index)
 
     def _index(self, choice: Choice) -> Array | None:
@@ -259,6 +274,24 @@ class TensorWriter:
         self._listed.packed.clear()
         self._record = record
         self.close()
+        state = {
+            "record": record.model_dump(exclude_defaults=True),
+            "stored": [[array.name, array.dtype, array.length, array.offset] for array in self.stored],
+            "squares": self.squares,
+            "nonfinite": self.nonfinite,
+            "bytes": self._spooled,
+        }
+        self._writer.spool.finished(self._name, self.path, state)
+
+    def _restore(self, state: Any) -> bool:
+        """Take what an earlier run has finished, if its file is still there."""
+        if state is None or (self.path.stat().st_size if self.path.exists() else 0) < state["bytes"]:
+            return False
+        self.stored = [Stored(name, dtype, length, self.path, at) for name, dtype, length, at in state["stored"]]
+        self.squares = tuple(state["squares"])
+        self.nonfinite = NonFinite(*state["nonfinite"])
+        self._record = Record.model_validate(state["record"])
+        return True
 
 
 def is_related(base_dtype: str, old: tuple[int, ...], dtype: str, shape: tuple[int, ...]) -> bool:

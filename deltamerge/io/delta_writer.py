@@ -7,29 +7,33 @@ the files are put together.
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from deltamerge import errors
+from deltamerge.io.audit import NonFinite
 from deltamerge.io.delta_folder import INDEX, MANIFEST
 from deltamerge.io.delta_format import SHARD_SIZE, Base, Manifest
+from deltamerge.io.delta_spool import Spool
 from deltamerge.io.delta_tensor import BaseTensor, Stored, TensorWriter
 from deltamerge.io.encodings import CODINGS, Coding
 from deltamerge.io.files import copy_at, output_error, write_at
+from deltamerge.io.journal import Journal
 from deltamerge.io.values import Values, relative_error
 from deltamerge.io.writer import FileLayout, Layout, plan_layout
 
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was written: bytes of the folder's delta files, entries, and ‖v − stored v‖ / ‖v‖ over all that is added."""
+    """What was written: bytes of the folder's delta files, entries, and ‖v − stored v‖ / ‖v‖ over all that is added;
+    and the results' values that are not finite."""
 
     nbytes: int
     entries: int
     error: float
+    nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
 
 
 class DeltaWriter:
@@ -39,6 +43,7 @@ class DeltaWriter:
     codings     of positions, to choose from; dense and indices always are
     removed     tensors of the base that the result lacks
     shard_size  of the artifact's own files, and of the checkpoint that is made of it
+    journal     where finished tensors are kept for a run that goes on after a crash; it has those of this `folder`
 
     The bytes depend on what is written and on the order of the calls of `tensor` alone. OutputError: the disk.
     """
@@ -53,30 +58,28 @@ class DeltaWriter:
         codings: Collection[Coding] = CODINGS,
         shard_size: int = SHARD_SIZE,
         removed: Sequence[str] = (),
+        journal: Journal | None = None,
     ) -> None:
         self.values = values
         self.codings: frozenset[Coding] = frozenset({*codings, "dense", "indices"})
         self._folder = folder
-        self._spool = folder / ".delta-spool"
         self._manifest = Manifest(
             semantics=semantics, base=base, shard_size=shard_size, removed=list(removed), tensors={}
         )
         self._shard_size = shard_size
         self._tensors: dict[str, TensorWriter] = {}
+        self._finished = False
         with errors.context(str(folder)):
-            try:
-                self._spool.mkdir()
-            except OSError as error:
-                raise output_error(error) from error
+            self.spool = Spool(folder, journal)
 
     def __enter__(self) -> DeltaWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what waits; the artifact is there only after `finish`."""
+        """Remove what waits, unless it may be resumed; the artifact is there only after `finish`."""
         for tensor in self._tensors.values():
             tensor.close()
-        shutil.rmtree(self._spool, ignore_errors=True)
+        self.spool.close(done=self._finished)
 
     def tensor(self, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None) -> TensorWriter:
         """The next tensor of the result; `base` is None where the base has none.
@@ -85,7 +88,7 @@ class DeltaWriter:
         """
         if name in self._tensors:
             raise ValueError(f"two tensors have the name {name}")
-        path = self._spool / f"{len(self._tensors):06d}"
+        path = self.spool.folder / f"{len(self._tensors):06d}"
         self._tensors[name] = TensorWriter(self, name, dtype, shape, base, path)
         return self._tensors[name]
 
@@ -109,10 +112,12 @@ class DeltaWriter:
                 files[-1].write_text(_manifest_text(manifest), encoding="utf-8")
             except OSError as error:
                 raise output_error(error) from error
+        self._finished = True
         return Summary(
             sum(file.stat().st_size for file in files),
             sum(tensor.record.count for tensor in tensors),
             relative_error(sum(t.squares[0] for t in tensors), sum(t.squares[1] for t in tensors)),
+            {name: tensor.nonfinite for name, tensor in self._tensors.items() if any(tensor.nonfinite)},
         )
 
     def _write_file(self, file: FileLayout, layout: Layout, stored: Sequence[Stored]) -> Path:

@@ -152,6 +152,18 @@ def sync(fd: int) -> None:
         raise output_error(error) from error
 
 
+def sync_path(path: Path) -> None:
+    """Put a file's data, or the names in a folder, on the disk. OutputError: it could not be done."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise output_error(error) from error
+    try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
 def start_writing(fd: int, offset: int, nbytes: int) -> None:
     """Let the system begin to put a range on the disk, if it can be told so; `sync` waits for it and meets errors."""
     call = getattr(_system(), "sync_file_range", None)

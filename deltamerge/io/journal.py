@@ -14,8 +14,9 @@ from deltamerge import errors
 from deltamerge.io.files import input_error, output_error, sync, write_at
 
 MAX_BYTES = 1 << 28
-# run, force: what a run is, in the first record; done: spans of files; calibrated: q's are kept; part: one is complete
-KINDS: dict[str, type] = {"run": dict, "force": bool, "done": dict, "calibrated": bool, "part": dict}
+# run, force: what a run is, in the first record; done: spans of files; tensors: finished, of a delta; calibrated: q's
+# are kept; part: one is complete
+KINDS: dict[str, type] = {"run": dict, "force": bool, "done": dict, "tensors": dict, "calibrated": bool, "part": dict}
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:

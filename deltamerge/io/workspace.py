@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError, OutputError
-from deltamerge.io.files import output_error, sync
+from deltamerge.io.files import output_error, sync_path
 from deltamerge.io.journal import Journal, read_journal
 
 OUT, OLD, LOCK, JOURNAL = "out", "old", "lock", "journal"
@@ -56,10 +56,11 @@ class Workspace:
         check_facts(self.target, first["run"], facts)
         self.force = self.force or first["force"]
 
-    def empty(self) -> None:
-        """Remove what an earlier run left in `folder`."""
-        shutil.rmtree(self.folder)
-        self.folder.mkdir()
+    def empty(self, keep: str = "") -> None:
+        """Remove what an earlier run left in `folder`, but for what is called `keep`."""
+        for path in self.folder.iterdir():
+            if path.name != keep:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def publish(self) -> None:
         """Put everything on the disk, then rename it to the target; an old target stays whole until the new is there.
@@ -179,7 +180,7 @@ def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
 
 def has_work(records: list[dict[str, Any]]) -> bool:
     """Whether there is work that --resume would not do again."""
-    return any({"done", "calibrated", "part"} & record.keys() for record in records)
+    return any({"done", "tensors", "calibrated", "part"} & record.keys() for record in records)
 
 
 def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -195,15 +196,6 @@ def part_journals(state: Path) -> dict[str, list[dict[str, Any]]]:
     """ "2-of-8" -> the records of every part's journal."""
     names = sorted(path.name for path in state.glob(f"{JOURNAL}-*") if PART_JOURNAL.fullmatch(path.name))
     return {name.removeprefix(f"{JOURNAL}-"): read_journal(state / name)[0] for name in names}
-
-
-def sync_path(path: Path) -> None:
-    """Put a file's data, or the names in a folder, on the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        sync(fd)
-    finally:
-        os.close(fd)
 
 
 def _filled(target: Path) -> bool:
@@ -239,8 +231,9 @@ def _locked(state: Path, name: str, target: Path, *, shared: bool = False) -> It
         os.close(fd)
     try:
         if not shared:
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+            with suppress(OSError):  # who holds it is for people; a full disk is met, and told, by what needs it
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         yield
     finally:
         os.close(fd)

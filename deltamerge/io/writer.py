@@ -18,7 +18,7 @@ from deltamerge import errors
 from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.io.audit import Audit, Findings, Stored
 from deltamerge.io.checkpoint import INDEX, SINGLE, Reader, TensorInfo
-from deltamerge.io.files import Descriptor, Descriptors, flat, output_error, reserve, sync, write_at
+from deltamerge.io.files import Descriptor, Descriptors, flat, output_error, reserve, sync, sync_path, write_at
 from deltamerge.io.journal import Journal
 from deltamerge.io.spans import Spans
 from deltamerge.tensors import FLOATING, ITEMSIZE
@@ -224,6 +224,9 @@ class Writer:
             for name in fresh:
                 with errors.context(name):
                     sync(self._files.get(self._folder / name).fd)
+            if fresh and not self._saved:  # the files' names, and the journal's
+                for path in (self._folder, self._journal.path.parent, self._journal.path.parent.parent):
+                    sync_path(path)
             if fresh:
                 self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}})
                 self._saved = True

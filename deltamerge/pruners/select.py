@@ -1,13 +1,14 @@
 """The k largest entries of a delta by magnitude, exactly, without sorting and without holding the tensor.
 
 The bits of abs(Δ) in float32, read as an integer, order as the magnitudes do. One pass counts their high 16 bits and
-finds the bin of the k-th largest; a second counts the low 16 bits inside that bin and finds the k-th largest itself;
-where several entries equal it, a third counts them per block, and the first ones in flat order are kept.
+finds the bin of the k-th largest; a second lists the low 16 bits of what is in that bin, which tells the k-th largest
+itself and where its equals are, of which the first in flat order are kept. Where too many are in the bin to be listed,
+the second pass counts them, and a third counts the equals per block.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -19,23 +20,30 @@ if TYPE_CHECKING:
 
 HIGH = 1 << 15
 LOW = 1 << 16
+# Entries of a bin that are listed at most: 2 bytes each, held between two passes of a tensor.
+MOST = 1 << 21
 
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """The k-th largest magnitude has high bits `high` and is the `rank`-th largest (from 1) of those with them."""
+    """The k-th largest magnitude has high bits `high` and is the `rank`-th largest (from 1) of the `size` with them."""
 
     high: int
     rank: int
+    size: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Entries whose bits exceed `threshold` are kept, and the first `equal_kept` of the `equal_total` that equal it."""
+    """Entries whose bits exceed `threshold` are kept, and the first `equal_kept` of the `equal_total` that equal it.
+
+    `listed`: where those are is known from `lows`, and need not be counted.
+    """
 
     threshold: int
     equal_kept: int
     equal_total: int
+    listed: bool = False
 
 
 def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
@@ -57,7 +65,7 @@ def pick_bin(counts: np.ndarray[tuple[int], np.dtype[np.int64]], *, k: int) -> B
     above = np.cumsum(counts[::-1])
     index = int(np.searchsorted(above, k))
     high = HIGH - 1 - index
-    return Bin(high, k - int(above[index] - counts[high]))
+    return Bin(high, k - int(above[index] - counts[high]), int(counts[high]))
 
 
 def count_nonzero(x: torch.Tensor, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
@@ -85,6 +93,71 @@ def low_histogram(delta: torch.Tensor, high: Bin, *, tile: Tile) -> np.ndarray[t
     return torch.bincount(inside & 0xFFFF, minlength=LOW).cpu().numpy()
 
 
+def low_counts(delta: torch.Tensor, high: Bin, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """`low_histogram` of a bin that is too large for `lows`."""
+    return low_histogram(delta, high, tile=tile)
+
+
+def low_counts_needless(high: Bin) -> bool:
+    return high.size <= MOST
+
+
+def lows(delta: torch.Tensor, high: Bin, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
+    """The low 16 bits of abs(Δ) of all entries with the bin's high bits, in flat order; before those of each block how
+    many they are, in two words, the lower first."""
+    import torch
+
+    step, bits = block_elements(tile.shape), magnitude_bits(delta)
+    parts: list[np.ndarray[tuple[int], np.dtype[np.uint16]]] = [np.empty(0, np.uint16)]
+    for start in range(0, tile.size, step):
+        block = bits[start : start + step]
+        inside = (block[(block >> 16) == high.high] & 0xFFFF).to(torch.int32).cpu().numpy().astype(np.uint16)
+        parts += [np.array(divmod(inside.size, LOW)[::-1], np.uint16), inside]
+    return np.concatenate(parts)
+
+
+def lows_needless(high: Bin) -> bool:
+    """Whether the bin has too many entries to be listed."""
+    return high.size > MOST
+
+
+def by_block(
+    listed: np.ndarray[tuple[int], np.dtype[np.uint16]],
+) -> list[np.ndarray[tuple[int], np.dtype[np.uint16]]]:
+    """What `lows` lists, block by block."""
+    blocks, at = [], 0
+    while at < listed.size:
+        stop = at + 2 + int(listed[at]) + LOW * int(listed[at + 1])
+        blocks.append(listed[at + 2 : stop])
+        at = stop
+    return blocks
+
+
+def pick_listed(
+    counts: np.ndarray[tuple[int], np.dtype[np.int64]] | None,
+    listed: np.ndarray[tuple[int], np.dtype[np.uint16]] | None,
+    high: Bin,
+) -> Cut:
+    """`pick_cut` of the counts of the low bits, or of the low bits themselves."""
+    if listed is None:
+        assert counts is not None
+        return pick_cut(counts, high)
+    counts = np.bincount(np.concatenate(by_block(listed)), minlength=LOW)
+    return replace(pick_cut(counts, high), listed=True)
+
+
+def ranks_listed(
+    counts: np.ndarray[tuple[int], np.dtype[np.int64]] | None,
+    listed: np.ndarray[tuple[int], np.dtype[np.uint16]] | None,
+    cut: Cut,
+) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    """`pick_ranks` of the counts of equals per block, or of the low bits."""
+    if listed is None or cut.equal_kept == cut.equal_total:
+        return pick_ranks(counts)
+    low = cut.threshold & 0xFFFF
+    return pick_ranks(np.array([np.count_nonzero(block == low) for block in by_block(listed)], np.int64))
+
+
 def pick_cut(counts: np.ndarray[tuple[int], np.dtype[np.int64]], high: Bin) -> Cut:
     """The exact k-th largest magnitude, and how many of its equals are kept."""
     above = np.cumsum(counts[::-1])
@@ -105,8 +178,8 @@ def equal_counts(delta: torch.Tensor, cut: Cut, *, tile: Tile) -> np.ndarray[tup
 
 
 def equal_counts_needless(cut: Cut) -> bool:
-    """Whether every equal is kept, so that no ranks, and no pass to count them, are needed."""
-    return cut.equal_kept == cut.equal_total
+    """Whether every equal is kept, or where they are is known: no pass to count them is needed."""
+    return cut.listed or cut.equal_kept == cut.equal_total
 
 
 def pick_ranks(

@@ -1,0 +1,73 @@
+"""Where an artifact's finished tensors wait for its last one; with a journal they outlast a crash."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from deltamerge.errors import OutputError
+from deltamerge.io.files import output_error, sync
+from deltamerge.io.journal import Journal
+
+SPOOL = ".delta-spool"
+SECONDS = 2.0  # between two entries in the journal: putting each tensor on the disk alone would cost more than it saves
+
+
+class Spool:
+    """A folder of one file a tensor. OutputError: the disk."""
+
+    def __init__(self, folder: Path, journal: Journal | None) -> None:
+        self.folder = folder / SPOOL
+        self._journal = journal
+        records = [] if journal is None else journal.records
+        self._kept: dict[str, Any] = {
+            name: state for record in records for name, state in record.get("tensors", {}).items()
+        }
+        self._lock = threading.Lock()
+        self._waiting: dict[str, tuple[Path, Any]] = {}
+        self._saved = time.monotonic()
+        try:
+            self.folder.mkdir(exist_ok=journal is not None)
+        except OSError as error:
+            raise output_error(error) from error
+
+    def kept(self, name: str) -> Any:
+        """What an earlier run said of the tensor when it had finished it; None: it had not."""
+        return self._kept.get(name)
+
+    def finished(self, name: str, path: Path, state: Any) -> None:
+        """A tensor is in its file (which is not there if nothing is stored), and `state` is all else of it."""
+        if self._journal is None:
+            return
+        with self._lock:
+            self._waiting[name] = path, state
+            if time.monotonic() - self._saved > SECONDS:
+                self._save()
+
+    def close(self, *, done: bool) -> None:
+        """Remove the folder, unless the work is not `done` and may be resumed."""
+        if done or self._journal is None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            return
+        with self._lock, suppress(OutputError):  # there is an error already
+            self._save()
+
+    def _save(self) -> None:
+        assert self._journal is not None
+        if not self._waiting:
+            return
+        for path in (*(path for path, _ in self._waiting.values()), self.folder):
+            if path.exists():
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                try:
+                    sync(fd)
+                finally:
+                    os.close(fd)
+        self._journal.append({"tensors": {name: state for name, (_, state) in self._waiting.items()}})
+        self._waiting.clear()
+        self._saved = time.monotonic()
