@@ -189,4 +189,4 @@ def show_table_3(record: Record) -> str:
     ) + pruned.by_trainer(record["fine-tunes"], PAPER)
 
 
-EXPERIMENTS = (Experiment("table-3", "Table 3: decoders", table_3, show_table_3, 6),)
+EXPERIMENTS = (Experiment("table-3", "Table 3: decoders", table_3, show_table_3, 9),)
