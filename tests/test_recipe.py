@@ -216,7 +216,6 @@ def test_every_key_of_a_tokenizer_is_read() -> None:
     assert (recipe.tokenizer_of, recipe.tokenizer.pad_to_multiple_of, recipe.chat_template) == ("union", 64, "auto")
 
 
-
 @pytest.mark.parametrize(
     ("text", "key", "value"),
     [
