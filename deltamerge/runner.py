@@ -23,7 +23,6 @@ from deltamerge.graph import Node
 from deltamerge.illustrate import Draw, drawing
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader, TensorInfo
-from deltamerge.io.delta_spool import SPOOL
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.files import Descriptor, sync_path
 from deltamerge.io.workspace import Workspace, refuse_inputs, workspace
@@ -153,8 +152,8 @@ def _run(
         if lock_path and part is None:
             locks.check_inputs(lock, inputs.result(), lock_path)
         check_deltas(planned)
-        if planned.recipe.output.kind == "delta":  # finished tensors are kept, unless a budget tries sizes
-            work.empty(keep=SPOOL if budget_of(planned) is None else "")
+        if planned.recipe.output.kind == "delta":
+            work.empty()
         written: Summary | None = None
         choice: Choice | None = None
         outputs: dict[str, Any] = {}
