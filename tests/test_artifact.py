@@ -275,7 +275,10 @@ def test_extract_prunes_as_a_recipe_does(tmp_path: Path, monkeypatch: pytest.Mon
     assert (code, err.splitlines()[0]) == (2, "error: --method and --q need --density")
     code, _, err = call(capsys, "extract", "a", "--base", "base", "--density", "1.5", "--out", "x")
     assert code == 1
-    assert "prune.density: must be in (0, 1], got 1.5" in err
+    assert err.startswith("extract: prune.density: must be in (0, 1], got 1.5")
+    code, _, err = call(capsys, "extract", "a", "--base", "base", "--density", "0.1", "--method", "rand", "--out", "x")
+    assert (code, err.splitlines()[0]) == (1, "extract: prune.method: unknown pruning method 'rand'")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.endswith(("x", "partial"))) == []
 
 
 # ---- a delta as a model of a recipe
