@@ -12,24 +12,22 @@ from typing import Any
 from deltamerge import errors
 from deltamerge import lock as locks
 from deltamerge.adapter import write_adapter
-from deltamerge.artifact import write_delta, write_within_budget
 from deltamerge.assets import asset_files, write_assets
-from deltamerge.budget import Choice, budget_of
+from deltamerge.budget import budget_of
 from deltamerge.card import render
 from deltamerge.chain import Document, documents, folder_of, is_current
-from deltamerge.distribute import Part, gather, shared_calibration
-from deltamerge.errors import InputError, OutputError
-from deltamerge.execute import execute, shared_values
-from deltamerge.graph import Node
+from deltamerge.distribute import Part, gather
+from deltamerge.errors import InputError
+from deltamerge.execute import shared_values
 from deltamerge.illustrate import Draw, drawing
-from deltamerge.io.audit import Findings, NonFinite
-from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.audit import NonFinite
+from deltamerge.io.checkpoint import Reader
 from deltamerge.io.delta_writer import Summary
-from deltamerge.io.files import Descriptor, sync_path
 from deltamerge.io.workspace import Workspace, refuse_inputs, workspace
-from deltamerge.io.writer import Writer, write_index
+from deltamerge.io.writer import write_index
 from deltamerge.planner import Plan
 from deltamerge.plans import make_plan, make_plans, target_of
+from deltamerge.weights import Made, calibrated, check_finite, make_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,48 +151,21 @@ def _run(
         if lock_path and part is None:
             locks.check_inputs(lock, inputs.result(), lock_path)
         check_deltas(planned)
-        if planned.recipe.output.kind == "delta":
-            work.empty()
-        written: Summary | None = None
-        choice: Choice | None = None
-        outputs: dict[str, Any] = {}
-        nonfinite: Mapping[str, NonFinite] = {}
-        if budget_of(planned) is not None:
 
-            def remake(densities: Mapping[str, float]) -> Plan:
-                return make_plan(path, **options, upto=document.name, weights=True, densities=densities)
+        def replan(densities: Mapping[str, float]) -> Plan:
+            return make_plan(path, **options, upto=document.name, weights=True, densities=densities)
 
-            def settle(plan: Plan) -> Mapping[Node, Any]:
-                return locks.locked_calibration(plan, lock, lock_path) if lock_path else shared_values(plan.stages, {})
-
-            densities = locks.locked_densities(lock, lock_path) if lock_path else None
-            planned, values, written, choice = write_within_budget(
-                planned, work.folder, watch, remake, settle, densities
-            )
-        else:
-            values = _calibration(planned, work, lock_path, facts, alone=part is None or part.index == 0)
-            if planned.recipe.output.kind == "delta":
-                values, written = write_delta(planned, work.folder, watch(planned), values, work.journal)
-            else:
-                mine = part.of(planned) if part else planned
-                found = _write_weights(mine, work, watch(mine), values, part)
-                nonfinite = found.nonfinite
-                sizes = {file.name: file.size for file in planned.layout.files}
-                outputs = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
-        if written is not None:
-            nonfinite = written.nonfinite
+        made = make_weights(planned, work, watch, replan, part, lock, lock_path, facts)
+        planned = made.plan
         now = locks.facts(planned, document.text)
         if changed := sorted(name for name in facts if now.get(name) != facts[name]):
             raise InputError(f"changed during the run: {', '.join(changed)}", hint="run again with --force")
-        _check_finite(planned, nonfinite, allow=allow_nonfinite)
+        check_finite(planned, made.nonfinite, allow=allow_nonfinite)
         if part:
-            work.journal.append({"part": {"inputs": inputs.result(), "outputs": outputs}})
-            return Result(work.folder, mine, {}, None, nonfinite)
-        text, found_inputs = document.text, inputs.result()
-        planned, lock = _complete(
-            planned, work, text, target.name, found_inputs, outputs, values, written, choice, draw=draw
-        )
-    return Result(target, planned, lock, written, nonfinite)
+            work.journal.append({"part": {"inputs": inputs.result(), "outputs": made.hashed}})
+            return Result(work.folder, part.of(planned), {}, None, made.nonfinite)
+        planned, lock = _complete(made, work, document.text, target.name, inputs.result(), draw)
+    return Result(target, planned, lock, made.delta, made.nonfinite)
 
 
 def finish(
@@ -225,27 +196,19 @@ def finish(
                 inputs.setdefault(reference, {**entry, "files": {}})["files"] |= entry["files"]
         if locked:
             locks.check_inputs(locks.read_lock(path.with_suffix(".lock")), inputs, path.with_suffix(".lock"))
-        known = _calibration(planned, work, path.with_suffix(".lock") if locked else None, facts, alone=False)
+        known = calibrated(planned, work, path.with_suffix(".lock") if locked else None, facts, alone=False)
         write_index(work.folder, planned.layout)
-        planned, lock = _complete(planned, work, text, target.name, inputs, outputs, known, draw=draw)
+        made = Made(planned, known, outputs)
+        planned, lock = _complete(made, work, text, target.name, inputs, draw)
     return Result(target, planned, lock)
 
 
 def _complete(
-    planned: Plan,
-    work: Workspace,
-    text: str,
-    title: str,
-    inputs: dict[str, Any],
-    outputs: dict[str, Any],
-    values: Mapping[Node, Any],
-    written: Summary | None = None,
-    choice: Choice | None = None,
-    draw: Draw | None = None,
+    made: Made, work: Workspace, text: str, title: str, inputs: dict[str, Any], draw: Draw | None
 ) -> tuple[Plan, dict[str, Any]]:
-    """Write all that is no weight and give the folder its name; `outputs` are the files whose hash is known."""
-    folder = work.folder
-    calibrated = {node: values[node] for node in planned.stages}
+    """Write all that is no weight and give the folder its name."""
+    folder, planned, outputs = work.folder, made.plan, made.hashed
+    found = {node: made.values[node] for node in planned.stages}
     if planned.recipe.output.kind == "peft":
         planned, outputs = replace(planned, notes=planned.notes + write_adapter(planned, folder)), {}
     else:
@@ -253,63 +216,19 @@ def _complete(
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     lock_path = folder / locks.LOCK_NAME
     lock_path.unlink(missing_ok=True)
-    calibration = locks.write_calibration(planned, calibrated, lock_path)
+    calibration = locks.write_calibration(planned, found, lock_path)
     pictures = {}
     if draw is not None:
-        locks.write_lock(planned, lock_path, inputs, {}, calibration, choice)
+        locks.write_lock(planned, lock_path, inputs, {}, calibration, made.choice)
         pictures = draw(planned, folder, lock_path)
         lock_path.unlink()
-    card = render(planned, text, title, calibrated, written, choice, pictures)
+    card = render(planned, text, title, found, made.delta, made.choice, pictures)
     (folder / locks.CARD).write_text(card, encoding="utf-8")
     others = (p for p in folder.iterdir() if p.is_file() and p.name not in outputs)
     outputs = outputs | locks.describe_files(others, planned.workers)
-    lock = locks.write_lock(planned, lock_path, inputs, outputs, calibration, choice)
+    lock = locks.write_lock(planned, lock_path, inputs, outputs, calibration, made.choice)
     work.publish()
     return planned, lock
-
-
-def _calibration(
-    planned: Plan, work: Workspace, lock_path: Path | None, facts: Mapping[str, Any], *, alone: bool
-) -> dict[Node, Any]:
-    """The calibrated q's: an interrupted run's own, or part 0's, or the lock's, or, if `alone`, found now and kept."""
-    if not planned.stages:
-        return {}
-    own = work.state / "calibration.lock"
-    if any("calibrated" in record for record in work.journal.records) or shared_calibration(work, facts):
-        lock_path = own
-    if lock_path is not None:
-        return dict(locks.locked_calibration(planned, locks.read_lock(lock_path), lock_path))
-    if not alone:
-        raise InputError(
-            "--part: the recipe calibrates q, which all parts must share",
-            hint="run `deltamerge calibrate RECIPE` once, then every part and --finish with --locked",
-        )
-    found = shared_values(planned.stages, {})
-    calibrated = {node: found[node] for node in planned.stages}
-    locks.write_lock(planned, own, {}, {}, locks.write_calibration(planned, calibrated, own))
-    for path in (own, own.with_suffix(locks.ROWS)):
-        if path.exists():
-            sync_path(path)
-    work.journal.append({"calibrated": True})
-    return found
-
-
-def _check_finite(planned: Plan, nonfinite: Mapping[str, NonFinite], *, allow: bool) -> None:
-    """OutputError naming the tensors that hold NaN or infinities, unless they are allowed."""
-    if not nonfinite or allow:
-        return
-    dtypes = {output.name: output.dtype for output in planned.outputs}
-    half = any(dtypes[name] == "F16" and count.inf for name, count in nonfinite.items())
-    advice = "float16 ends at 65504, give `dtype: bfloat16`; or keep them" if half else "keep them"
-    raise OutputError(describe_nonfinite(nonfinite), hint=f"{advice} with --allow-nonfinite")
-
-
-def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
-    """Which tensors hold how much that is not finite, in a line."""
-    named = [f"{n} ({', '.join(f'{x} {k}' for k, x in (('NaN', c.nan), ('inf', c.inf)) if x)})"
-             for n, c in sorted(nonfinite.items())]  # fmt: skip
-    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-    return f"values that are not finite in {', '.join(named[:8])}{more}"
 
 
 def _from_hub(planned: Plan) -> bool:
@@ -377,41 +296,3 @@ def _beside(work: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
 
     threading.Thread(target=go, daemon=True).start()
     return future
-
-
-@dataclass(frozen=True, slots=True)
-class _Shards:
-    """The sink of a run: tiles go to their known place in the output's shards."""
-
-    writer: Writer
-
-    def write(self, name: str, offset: int, data: Any) -> None:
-        self.writer.write(name, offset, data)
-
-    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
-        self.writer.copy(name, offset + start, source, start, nbytes, reader)
-
-    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
-        return self.writer.place(name, offset)
-
-    def wrote(self, name: str, offset: int, nbytes: int) -> None:
-        self.writer.wrote(name, offset, nbytes)
-
-
-def _write_weights(
-    planned: Plan, work: Workspace, progress: Callable[[int], None], known: dict[Node, Any], part: Part | None
-) -> Findings:
-    files = part.files(planned.layout) if part else None
-    with Reader() as reader, Writer(work.folder, planned.layout, files=files, journal=work.journal) as writer:
-        execute(
-            planned.tasks,
-            reader,
-            _Shards(writer),
-            device=planned.device,
-            workers=planned.workers,
-            tile_elements=planned.tile_elements,
-            progress=progress,
-            known=known,
-            done=writer.has,
-        )
-        return writer.finish(keep=part is not None)

@@ -37,7 +37,7 @@ def test_a_search_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     record = {
         "method": "dare", "mask": "random", "density": 0.01, "objective": "output_change", "chosen": "calibrated",
-        "searched": {"q": 0.03}, "value": 0.4, "path": [["q", 0.01, 0.6], ["q", 0.03, 0.4], ["q", 1.0, 0.5]],
+        "searched": {"q": 0.03}, "q": {}, "value": 0.4, "path": [["q", 0.01, 0.6], ["q", 0.03, 0.4], ["q", 1.0, 0.5]],
     }  # fmt: skip
     draw({"t": record}, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

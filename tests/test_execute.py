@@ -44,7 +44,7 @@ def test_many_small_tensors_and_more_workers_than_tensors(tmp_path):
 
 
 def test_a_vanished_or_shortened_input_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch):
-    from deltamerge import runner as module
+    from deltamerge import weights as module
     from deltamerge.errors import InputError
 
     recipe = pair(tmp_path, rows=512)

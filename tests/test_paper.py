@@ -113,7 +113,13 @@ def setting(tmp_path_factory: pytest.TempPathFactory) -> frame.Setting:
     return frame.Setting(toy=True, work=tmp_path_factory.mktemp("paper"))
 
 
-@pytest.mark.parametrize("experiment", experiments(), ids=lambda experiment: experiment.name)
+SLOW = {"fig-3", "table-3", "table-4", "table-13", "table-g1"}  # a second or more
+
+
+@pytest.mark.parametrize(
+    "experiment",
+    [pytest.param(e, id=e.name, marks=[pytest.mark.slow] if e.name in SLOW else []) for e in experiments()],
+)
 def test_an_experiment_at_toy_scale(setting: frame.Setting, tmp_path: Path, experiment: frame.Experiment) -> None:
     result = json.loads(json.dumps(frame.measure(experiment, setting)))
     assert result["scale"] == "toy"

@@ -217,16 +217,6 @@ def test_every_key_of_a_tokenizer_is_read() -> None:
 
 
 @pytest.mark.parametrize(
-    ("keys", "message"),
-    [
-        ("prune: {method: dare, budget: 5MB, q: output_change}", "prune.q: not supported yet: a calibrated q beside"),
-    ],
-)
-def test_later(keys: str, message: str) -> None:
-    assert any(message in problem for problem in problems(ONE + keys))
-
-
-@pytest.mark.parametrize(
     ("text", "key", "value"),
     [
         (ONE, "method_name", "task_arithmetic"),

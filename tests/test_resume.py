@@ -310,7 +310,7 @@ def test_what_calibration_found_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     def again(*_: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("deltamerge.runner.shared_values", again)
+    monkeypatch.setattr("deltamerge.weights.shared_values", again)
     run(path, out, resume=True)
     assert files(out) == truth
 

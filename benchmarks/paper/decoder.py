@@ -131,7 +131,7 @@ NAMES = {
     ),
     "AdamR-L2": ("DARE", "DAREx-q, q_e"),
 }
-DECAY = 0.03
+DECAY = 0.003
 TEST = (200, 8)  # problems that are scored, and at toy scale
 
 
@@ -189,4 +189,4 @@ def show_table_3(record: Record) -> str:
     ) + pruned.by_trainer(record["fine-tunes"], PAPER)
 
 
-EXPERIMENTS = (Experiment("table-3", "Table 3: decoders", table_3, show_table_3, 12),)
+EXPERIMENTS = (Experiment("table-3", "Table 3: decoders", table_3, show_table_3, 9),)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import tempfile
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from tasks import TASKS, Part, Row
 from transformers import BertConfig, BertModel, PreTrainedModel
 
 from deltamerge.optim import AdamR
-from paper.frame import Setting
+from paper.frame import NotKept, Setting
 
 # AdamW, and AdamR with the λ that docs/adamr.md found on one of the tasks.
 TRAINERS: dict[str, dict[str, Any] | None] = {
@@ -93,9 +94,12 @@ def quality_setting(setting: Setting, task: str, tuned: Path, work: Path) -> qua
 
 
 def cells(setting: Setting, task: str, trainer: str, method: Method, density: float) -> list[dict[str, Any]]:
-    """A cell for every mask that is drawn: two of a random method that is not calibrated, else one."""
+    """A cell for every mask that is drawn: two of a random method that is not calibrated, else one; none not kept."""
     masks = 2 if method.random and isinstance(method.prune.get("q", 1.0), float) and not setting.toy else 1
-    return [cell(setting, task, trainer, method, density, seed) for seed in range(masks)]
+    found = []
+    with suppress(NotKept):
+        found += [cell(setting, task, trainer, method, density, seed) for seed in range(masks)]
+    return found
 
 
 def scores_of(found: list[dict[str, Any]]) -> list[float]:

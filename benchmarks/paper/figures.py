@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import encoder
@@ -15,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import deltamerge
 from paper import encoders, plot
-from paper.encoders import METHODS
-from paper.frame import Experiment, Record, Setting, table
+from paper.encoders import METHODS, scores_of
+from paper.frame import Experiment, Record, Setting, spread, table
 
 DENSITY = 0.01
 FACTORS = (1.0, 3.0, 6.0, 10.0, 17.0, 30.0, 55.0, 100.0)  # 1/q; DARE's is the last
@@ -102,26 +103,30 @@ OVER = ("DARE", "DAREx-q, q_e", "importance sampling", "magnitude", "magnitude, 
 
 def fig_2(setting: Setting) -> Record:
     methods = setting.pick(OVER, ("DARE", "magnitude"))
-    densities = setting.pick((0.3, 0.1, 0.03, 0.01, 0.003), (0.1, 0.01))
+    densities = setting.pick((0.1, 0.03, 0.01, 0.003), (0.1, 0.01))
     return {
         "unpruned": encoders.unpruned(setting, "sentiment"),
+        "densities": densities,
         "methods": {
-            name: [[d, encoders.cell(setting, "sentiment", "AdamW", METHODS[name], d)["score"]] for d in densities]
+            name: [scores_of(encoders.cells(setting, "sentiment", "AdamW", METHODS[name], d)) for d in densities]
             for name in methods
         },
     }
 
 
 def show_fig_2(record: Record) -> str:
-    densities = [density for density, _ in next(iter(record["methods"].values()))]
-    rows = [[name, *(score for _, score in points)] for name, points in record["methods"].items()]
-    head = [f"sentiment, unpruned {record['unpruned']:.1f}", *(f"p = {1 - d:g}" for d in densities)]
-    return table(head, rows) + "\nOne mask each. In the paper DARE falls first, DAREx-q later, as p goes to 1.\n"
+    rows = [[name, *(spread(s) if s else None for s in scores)] for name, scores in record["methods"].items()]
+    head = [f"sentiment, unpruned {record['unpruned']:.1f}", *(f"p = {1 - d:g}" for d in record["densities"])]
+    return table(head, rows) + "\nIn the paper DARE falls first, DAREx-q later, as p goes to 1.\n"
 
 
 def draw_fig_2(record: Record, path: Path) -> None:
     whole = {"unpruned": record["unpruned"]}
-    plot.lines(path, {"sentiment": record["methods"]}, "density", ["accuracy, %"], level={"sentiment": whole})
+    curves = {
+        name: [(d, fmean(s)) for d, s in zip(record["densities"], scores, strict=True) if s]
+        for name, scores in record["methods"].items()
+    }
+    plot.lines(path, {"sentiment": curves}, "density", ["accuracy, %"], level={"sentiment": whole})
 
 
 DECAYS = {"AdamR-L2": (1e-3, 1e-2, 1e-1), "AdamR-L1": (3e-6, 3e-5, 3e-4)}

@@ -9,7 +9,7 @@ from tasks import TASKS
 
 from paper import encoders, published
 from paper.encoders import METHODS, scores_of
-from paper.frame import Experiment, NotKept, Record, Setting, spread, table
+from paper.frame import Experiment, Record, Setting, spread, table
 
 # (trainer, method): the paper's, then ours. The first of each trainer is the fine-tune itself.
 PAPER = (
@@ -44,17 +44,10 @@ def rows_of(setting: Setting, pairs: Any, density: float, tasks: list[str]) -> l
         {
             "trainer": trainer,
             "method": method,
-            "cells": {t: found_of(setting, t, trainer, method, density) for t in tasks},
+            "cells": {t: encoders.cells(setting, t, trainer, METHODS[method], density) for t in tasks},
         }
         for trainer, method in pairs
     ]
-
-
-def found_of(setting: Setting, task: str, trainer: str, method: str, density: float) -> list[dict[str, Any]]:
-    try:
-        return encoders.cells(setting, task, trainer, METHODS[method], density)
-    except NotKept:
-        return []
 
 
 def whole_of(

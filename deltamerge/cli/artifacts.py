@@ -72,7 +72,7 @@ def extract(
     It holds what changed, exactly, or with a density what is kept of it.
     """
     from deltamerge.extract import extract as extract_delta
-    from deltamerge.runner import describe_nonfinite
+    from deltamerge.weights import describe_nonfinite
 
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     result = extract_delta(

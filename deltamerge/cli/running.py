@@ -75,10 +75,10 @@ def run(
     An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
     """
     from deltamerge.distribute import Part
-    from deltamerge.runner import describe_nonfinite
     from deltamerge.runner import finish as finish_parts
     from deltamerge.runner import run as run_recipe
     from deltamerge.share import SCHEME
+    from deltamerge.weights import describe_nonfinite
 
     if sum((finish, part is not None, ray is not None)) > 1:
         raise click.UsageError("--part, --finish and --ray exclude each other")

@@ -1,0 +1,155 @@
+"""The weights of an output, however it is stored: shards of a model, a delta artifact, one that fits a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from deltamerge import lock as locks
+from deltamerge.artifact import write_delta, write_within_budget
+from deltamerge.budget import Choice, budget_of
+from deltamerge.distribute import Part, shared_calibration
+from deltamerge.errors import InputError, OutputError
+from deltamerge.execute import execute, shared_values
+from deltamerge.graph import Node
+from deltamerge.io.audit import Findings, NonFinite
+from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.delta_writer import Summary
+from deltamerge.io.files import Descriptor, sync_path
+from deltamerge.io.workspace import Workspace
+from deltamerge.io.writer import Writer
+from deltamerge.planner import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """Weights that are written: by which plan, the values of its shared nodes, hash and size of the files whose hash is
+    known, what is not finite in them, what an artifact takes, and the densities that fit a budget."""
+
+    plan: Plan
+    values: Mapping[Node, Any]
+    hashed: dict[str, Any] = field(default_factory=dict)
+    nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
+    delta: Summary | None = None
+    choice: Choice | None = None
+
+
+def make_weights(
+    planned: Plan,
+    work: Workspace,
+    watch: Callable[[Plan], Callable[[int], None]],
+    replan: Callable[[Mapping[str, float]], Plan],
+    part: Part | None,
+    lock: dict[str, Any],
+    lock_path: Path | None,
+    facts: Mapping[str, Any],
+) -> Made:
+    """Write the weights of `planned`, or those of one `part` of its shards, to the work folder.
+
+    What an interrupted run finished is kept, but for a budget, which tries sizes. `replan` plans anew for the densities
+    that a budget allows; calibrated q's and densities come from `lock`, read from `lock_path`, where there is one.
+    """
+    if budget_of(planned) is not None:
+
+        def settle(plan: Plan) -> Mapping[Node, Any]:
+            return locks.locked_calibration(plan, lock, lock_path) if lock_path else shared_values(plan.stages, {})
+
+        work.empty()
+        densities = locks.locked_densities(lock, lock_path) if lock_path else None
+        planned, values, delta, choice = write_within_budget(planned, work.folder, watch, replan, settle, densities)
+        return Made(planned, values, {}, delta.nonfinite, delta, choice)
+    if planned.recipe.output.kind == "delta":
+        work.empty()
+        values = calibrated(planned, work, lock_path, facts, alone=True)
+        values, delta = write_delta(planned, work.folder, watch(planned), values, work.journal)
+        return Made(planned, values, {}, delta.nonfinite, delta)
+    values = calibrated(planned, work, lock_path, facts, alone=part is None or part.index == 0)
+    mine = part.of(planned) if part else planned
+    found = _write_shards(mine, work, watch(mine), values, part)
+    sizes = {file.name: file.size for file in planned.layout.files}
+    hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
+    return Made(planned, values, hashed, found.nonfinite)
+
+
+def calibrated(
+    planned: Plan, work: Workspace, lock_path: Path | None, facts: Mapping[str, Any], *, alone: bool
+) -> dict[Node, Any]:
+    """The calibrated q's: an interrupted run's own, or part 0's, or the lock's, or, if `alone`, found now and kept."""
+    if not planned.stages:
+        return {}
+    own = work.state / "calibration.lock"
+    if any("calibrated" in record for record in work.journal.records) or shared_calibration(work, facts):
+        lock_path = own
+    if lock_path is not None:
+        return dict(locks.locked_calibration(planned, locks.read_lock(lock_path), lock_path))
+    if not alone:
+        raise InputError(
+            "--part: the recipe calibrates q, which all parts must share",
+            hint="run `deltamerge calibrate RECIPE` once, then every part and --finish with --locked",
+        )
+    found = shared_values(planned.stages, {})
+    q = {node: found[node] for node in planned.stages}
+    locks.write_lock(planned, own, {}, {}, locks.write_calibration(planned, q, own))
+    for path in (own, own.with_suffix(locks.ROWS)):
+        if path.exists():
+            sync_path(path)
+    work.journal.append({"calibrated": True})
+    return found
+
+
+def check_finite(planned: Plan, nonfinite: Mapping[str, NonFinite], *, allow: bool) -> None:
+    """OutputError naming the tensors that hold NaN or infinities, unless they are allowed."""
+    if not nonfinite or allow:
+        return
+    dtypes = {output.name: output.dtype for output in planned.outputs}
+    half = any(dtypes[name] == "F16" and count.inf for name, count in nonfinite.items())
+    advice = "float16 ends at 65504, give `dtype: bfloat16`; or keep them" if half else "keep them"
+    raise OutputError(describe_nonfinite(nonfinite), hint=f"{advice} with --allow-nonfinite")
+
+
+def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
+    """Which tensors hold how much that is not finite, in a line."""
+    named = [f"{n} ({', '.join(f'{x} {k}' for k, x in (('NaN', c.nan), ('inf', c.inf)) if x)})"
+             for n, c in sorted(nonfinite.items())]  # fmt: skip
+    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+    return f"values that are not finite in {', '.join(named[:8])}{more}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Shards:
+    """The sink of a run: tiles go to their known place in the output's shards."""
+
+    writer: Writer
+
+    def write(self, name: str, offset: int, data: Any) -> None:
+        self.writer.write(name, offset, data)
+
+    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
+        self.writer.copy(name, offset + start, source, start, nbytes, reader)
+
+    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
+        return self.writer.place(name, offset)
+
+    def wrote(self, name: str, offset: int, nbytes: int) -> None:
+        self.writer.wrote(name, offset, nbytes)
+
+
+def _write_shards(
+    planned: Plan, work: Workspace, progress: Callable[[int], None], known: dict[Node, Any], part: Part | None
+) -> Findings:
+    files = part.files(planned.layout) if part else None
+    with Reader() as reader, Writer(work.folder, planned.layout, files=files, journal=work.journal) as writer:
+        execute(
+            planned.tasks,
+            reader,
+            _Shards(writer),
+            device=planned.device,
+            workers=planned.workers,
+            tile_elements=planned.tile_elements,
+            progress=progress,
+            known=known,
+            done=writer.has,
+        )
+        return writer.finish(keep=part is not None)
