@@ -20,7 +20,7 @@ from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, Reader, is_delta
 from deltamerge.io.delta import DeltaFile, Source
 from deltamerge.io.delta_entry import TILE
-from deltamerge.io.layered import elements
+from deltamerge.io.layered import check, elements
 from deltamerge.io.workspace import finished_folder
 from deltamerge.io.writer import Writer, plan_layout
 
@@ -97,7 +97,7 @@ def verify_base(folder: Path, base: str, workers: int) -> str:
     opened = DeltaFile.open(folder)
     with errors.context(str(folder)), Reader() as reader:
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
-        _write(opened, planned, origin, reader, None, workers, TILE, lambda _: None)
+        check(opened, origin, reader, workers)
     return f"{len(planned)} tensors, from {base}, as the delta says"
 
 
@@ -118,30 +118,29 @@ def _write(
     planned: list[Source],
     origin: Checkpoint,
     reader: Reader,
-    writer: Writer | None,
+    writer: Writer,
     workers: int,
     tile: int,
     progress: Callable[[int], None],
 ) -> None:
-    """All tensors, `workers` at a time, each checked; without a writer only that. After a failure no further tile."""
+    """All tensors, `workers` at a time, each checked. After a failure no further tile."""
     stopped = threading.Event()
 
     def write(source: Source) -> None:
         info = None if source.base_name is None else origin.tensors[source.base_name]
         if source.entry is None:
             assert info is not None
-            if writer is not None:
-                writer.copy(source.name, 0, info, 0, info.nbytes, reader)
+            writer.copy(source.name, 0, info, 0, info.nbytes, reader)
             progress(info.nbytes)
             return
         offset = 0
-        for bits in source.entry.tiles(None if info is None else elements(reader, info), tile=tile):
-            if stopped.is_set():
-                return
-            if writer is not None:
+        with errors.context(source.name):
+            for bits in source.entry.tiles(None if info is None else elements(reader, info), tile=tile):
+                if stopped.is_set():
+                    return
                 writer.write(source.name, offset, bits)
-            offset += bits.nbytes
-            progress(bits.nbytes)
+                offset += bits.nbytes
+                progress(bits.nbytes)
 
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(write, source) for source in planned]

@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
+from deltamerge import errors
 from deltamerge import lock as locks
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo, canonical, match_prefixes
 from deltamerge.io.delta_entry import TILE
-from deltamerge.io.layered import check_base, elements, over
+from deltamerge.io.layered import check, elements, over
 from deltamerge.io.values import widen
 from deltamerge.tensors import FLOATING
 
@@ -68,8 +69,9 @@ def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
     shared = [name for name in named[1] if name in named[0]]
     with Reader() as reader, ThreadPoolExecutor(workers) as pool:
         for checkpoint in (first, second):
-            if checkpoint.base is not None:
-                check_base(checkpoint, reader, workers)
+            if checkpoint.delta is not None and checkpoint.base is not None:
+                with errors.context(checkpoint.reference):
+                    check(checkpoint.delta, checkpoint.base, reader, workers)
         found = list(pool.map(lambda name: _compare(reader, named[0][name], named[1][name]), shared))
     changes = [change for change, _, _ in found if change.changed or change.a is not None]
     changes.sort(key=lambda change: (-(math.inf if change.norm is None else change.norm), change.name))

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deltamerge import errors
 from deltamerge import lock as locks
 from deltamerge.adapter import write_adapter
 from deltamerge.assets import asset_files, write_assets
@@ -242,15 +243,19 @@ def _places(planned: Plan) -> list[tuple[str, Path]]:
 
 
 def check_deltas(planned: Plan) -> None:
-    """InputError unless every delta among the models was made from the base that it is put over, by hash."""
+    """InputError unless every delta among the models was made from the base that it is put over, and makes of it what
+    it was made for, by hash."""
     deltas = [checkpoint for checkpoint in planned.inputs.checkpoints if checkpoint.delta is not None]
     if not deltas:
         return
-    from deltamerge.io.layered import check_base
+    from deltamerge.io.layered import check
 
     with Reader() as reader:
         for delta in deltas:
-            check_base(delta, reader, planned.workers)
+            assert delta.delta is not None
+            assert delta.base is not None
+            with errors.context(delta.reference):
+                check(delta.delta, delta.base, reader, planned.workers, planned.tile_elements)
 
 
 def calibrate(

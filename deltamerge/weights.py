@@ -16,7 +16,6 @@ from deltamerge.execute import execute, shared_values
 from deltamerge.graph import Node
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader, TensorInfo
-from deltamerge.io.delta_spool import SPOOL
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.files import Descriptor, sync_path
 from deltamerge.io.workspace import Workspace
@@ -62,7 +61,7 @@ def make_weights(
         planned, values, delta, choice = write_within_budget(planned, work.folder, watch, replan, settle, densities)
         return Made(planned, values, {}, delta.nonfinite, delta, choice)
     if planned.recipe.output.kind == "delta":
-        work.empty(keep=SPOOL)
+        work.empty()
         values = calibrated(planned, work, lock_path, facts, alone=True)
         values, delta = write_delta(planned, work.folder, watch(planned), values, work.journal)
         return Made(planned, values, {}, delta.nonfinite, delta)

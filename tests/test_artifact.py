@@ -275,7 +275,10 @@ def test_extract_prunes_as_a_recipe_does(tmp_path: Path, monkeypatch: pytest.Mon
     assert (code, err.splitlines()[0]) == (2, "error: --method and --q need --density")
     code, _, err = call(capsys, "extract", "a", "--base", "base", "--density", "1.5", "--out", "x")
     assert code == 1
-    assert "prune.density: must be in (0, 1], got 1.5" in err
+    assert err.startswith("extract: prune.density: must be in (0, 1], got 1.5")
+    code, _, err = call(capsys, "extract", "a", "--base", "base", "--density", "0.1", "--method", "rand", "--out", "x")
+    assert (code, err.splitlines()[0]) == (1, "extract: prune.method: unknown pruning method 'rand'")
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.endswith(("x", "partial"))) == []
 
 
 # ---- a delta as a model of a recipe
@@ -337,7 +340,7 @@ REFUSED = {
         "merge_method: linear\nmodels: [{model: ./delta}, {model: ./b}]\nparameters: {weight: 1}\n",
         "needs base",
     ),
-    "another base": ("base_model: ./b\nmodels: [{model: ./delta}]\n", "is not the tensor this delta was made from"),
+    "another base": ("base_model: ./b\nmodels: [{model: ./delta}]\n", "the base's tensor is not the one"),
     "another shape": ("base_model: ./small\nmodels: [{model: ./delta}]\n", "the delta was made from BF16"),
     "as the base": ("base_model: ./delta\nmodels: [{model: ./b}]\n", "cannot be the base"),
 }
@@ -376,16 +379,27 @@ def truncate(folder: Path) -> None:
     (folder / "delta.safetensors").write_bytes(data[:-8])
 
 
-def flip(folder: Path) -> None:
-    data = bytearray((folder / "delta.safetensors").read_bytes())
-    data[-5] ^= 0x11
-    (folder / "delta.safetensors").write_bytes(data)
+def flip(values: bool) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        data = bytearray((folder / "delta.safetensors").read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        header = json.loads(data[8:start])
+        header.pop("__metadata__", None)
+        begin, end = max(
+            (a["data_offsets"] for n, a in header.items() if n.endswith(".values") is values), key=lambda o: o[1] - o[0]
+        )
+        data[start + begin + (end - begin) // 4] ^= 1
+        (folder / "delta.safetensors").write_bytes(data)
+
+    return damage
 
 
+OTHER_RESULT = "the result is not the tensor this delta was made for\nhint: the delta is damaged"
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, "truncated"),
-    "values": (flip, "delta"),
-    "result": (damage_record(result="0" * 32), "the result is not the tensor this delta was made for"),
+    "values": (flip(True), OTHER_RESULT),
+    "positions": (flip(False), "lm_head.weight: bitmask lists 2667 entries, not 2668\nhint: the delta is damaged"),
+    "result": (damage_record(result="0" * 32), OTHER_RESULT),
     "base": (damage_record(base="0" * 32), "the base's tensor is not the one"),
     "count": (damage_record(count=2), "not"),
     "no manifest": (lambda f: (f / "delta.json").unlink(), "not a delta artifact"),
@@ -408,6 +422,39 @@ def test_damaged_artifacts_are_refused_and_nothing_is_written(tmp_path: Path, ca
     assert message in err
     assert len([line for line in err.splitlines() if not line.startswith("hint: ")]) == 1
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("case", ["values", "positions", "result", "base"])
+def test_damage_is_met_wherever_a_delta_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, case: str
+) -> None:
+    monkeypatch.chdir(models(tmp_path, torch.bfloat16))
+    damage, message = DAMAGE[case]
+    damage(run(tmp_path, "delta", RECIPES["dare"], kind="delta"))
+    (tmp_path / "r.yaml").write_text(TWO.replace("./a", "./delta") + "merge_method: ties\n")
+    before = sorted(p.name for p in tmp_path.iterdir())
+    for command, name in (("run r.yaml --out x", "./delta"), ("diff base delta", "delta")):
+        code, out, err = call(capsys, *command.split())
+        assert (code, out, err.count("\n")) == (1, "", 2)
+        assert err.startswith(f"error: {name}: ")
+        assert message in err
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["dare", "magnitude"])
+def test_extract_of_the_model_of_parts_stores_the_same(tmp_path: Path, method: str) -> None:
+    models(tmp_path, torch.bfloat16)
+    text = RECIPES[method]
+    whole = run(tmp_path, "whole", text, kind="delta")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text + "output: {kind: model, shard_size: 20KB}\n")
+    for last in (["--part", "1/2"], ["--part", "2/2"], ["--finish"]):
+        succeed("run", recipe, "--out", tmp_path / "model", "-q", *last)
+    assert (tmp_path / "model" / "model.safetensors.index.json").exists()
+    succeed("extract", tmp_path / "model", "--base", tmp_path / "base", "--out", tmp_path / "delta", "-q")
+    assert (tmp_path / "delta" / "delta.safetensors").read_bytes() == (whole / "delta.safetensors").read_bytes()
+    one, other = (json.loads((f / "delta.json").read_text())["tensors"] for f in (tmp_path / "delta", whole))
+    assert one == other
 
 
 def test_apply_refuses_what_is_no_pair(tmp_path: Path, capsys: Any) -> None:

@@ -144,7 +144,7 @@ def test_a_delta_keeps_the_tensors_that_are_finished(
     journal = tmp_path / ".out.partial" / "journal"
     kept = {name for record in read_journal(journal)[0] for name in record.get("tensors", {})}
     assert kept
-    lost = sorted((tmp_path / ".out.partial" / "out" / delta_spool.SPOOL).iterdir())[-1]
+    lost = sorted((tmp_path / ".out.partial" / delta_spool.SPOOL).iterdir())[-1]
     lost.write_bytes(b"")  # what is not there any more is made again
     again: set[str] = set()
     write = TensorWriter._append
@@ -342,28 +342,54 @@ def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[in
     return int(leaving.value.code or 0), out, err
 
 
-@pytest.mark.parametrize("kind", ["model", "delta", "delta, semantics: add, values: float32"])
-def test_nan_and_inf_exit_1_with_names_unless_allowed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
-    make_checkpoint(tmp_path / "base", {"w": torch.ones(300, 40), "copied": torch.zeros(3), "fine": torch.ones(2)})
+def nonfinite_recipe(folder: Path, kind: str) -> Path:
     tune = {"w": torch.ones(300, 40), "copied": torch.zeros(3), "fine": torch.ones(2)}
+    make_checkpoint(folder / "base", tune)
     tune["w"][7, 3], tune["w"][299, 39], tune["w"][0, 0] = torch.nan, torch.nan, -torch.inf
     tune["copied"][1] = torch.inf
-    make_checkpoint(tmp_path / "a", tune)
-    path = tmp_path / "r.yaml"
+    make_checkpoint(folder / "a", tune)
+    path = folder / "r.yaml"
     path.write_text(
         f"base_model: ./base\nmodels: [{{model: ./a, prune: {{exclude: [copied]}}}}]\noutput: {{kind: {kind}}}\n"
     )
+    return path
+
+
+@pytest.mark.parametrize("kind", ["model", "delta", "delta, semantics: add, values: float32"])
+def test_nan_and_inf_exit_1_with_names_unless_allowed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    for module, name in ((writer, "SAVE_SECONDS"), (delta_spool, "SECONDS")):
+        monkeypatch.setattr(module, name, 1e6)  # however slow this machine is
+    path = nonfinite_recipe(tmp_path, kind)
     code, out, err = call(capsys, "run", path, "--json")
     assert (code, out) == (1, "")
     assert "values that are not finite in copied (1 inf), w (2 NaN, 1 inf)\n" in err
     assert "--allow-nonfinite" in err
+    assert "--resume" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "r.yaml"]
     code, out, err = call(capsys, "run", path, "--json", "--allow-nonfinite")
     assert code == 0
     assert json.loads(out)["nonfinite"] == {"copied": {"nan": 0, "inf": 1}, "w": {"nan": 2, "inf": 1}}
     assert "warning: values that are not finite" in err
+
+
+@pytest.mark.parametrize("kind", ["delta", "delta, semantics: add, values: float32"])
+def test_a_delta_refused_for_nan_keeps_what_resume_is_promised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(delta_spool, "SECONDS", -1)  # as in a run that takes long
+    path, out, truth = nonfinite_recipe(tmp_path, kind), tmp_path / "out", tmp_path / "truth" / "out"
+    assert call(capsys, "run", path, "--out", truth, "--allow-nonfinite")[0] == 0
+    code, _, err = call(capsys, "run", path, "--out", out)
+    assert (code, "--resume" in err, out.exists()) == (1, True, False)
+    again: set[str] = set()
+    write = TensorWriter._append
+    monkeypatch.setattr(TensorWriter, "_append", lambda self, bits: (again.add(self._name), write(self, bits)))
+    assert call(capsys, "run", path, "--out", out, "--resume", "--allow-nonfinite")[0] == 0
+    assert not again
+    assert files(out) == files(truth)
+    assert not (tmp_path / ".out.partial").exists()
 
 
 def test_overflow_on_the_cast_to_float16_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

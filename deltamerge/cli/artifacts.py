@@ -31,7 +31,10 @@ from deltamerge.show import human
 @click.option("--out", type=FOLDER, help="Folder to make; default: NAME-delta here.")
 @click.option("--density", type=float, help="Fraction of the delta kept; default: all that changed, exactly.")
 @click.option(
-    "--method", shell_complete=pruning_methods, help="How entries are chosen, as prune.method; default: magnitude."
+    "--method",
+    shell_complete=pruning_methods,
+    help="How entries are chosen, as prune.method; default: magnitude. "
+    "Methods with settings of their own take a recipe.",
 )
 @click.option("--q", type=float, help="What kept entries are divided by; default: as in recipes.")
 @click.option(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from deltamerge.io.values import cast, narrow, scale_values, widen
 from deltamerge.tensors import ITEMSIZE
 
 TILE = 1 << 20
+DAMAGED = "the delta is damaged: copy, download or extract it again"
 Read = Callable[[int, int], Any]
 """Flat elements [start, stop) of a tensor, as a numpy array of its dtype or of equally wide integers."""
 
@@ -75,24 +77,25 @@ class Entry:
         return values if coding is None else values.view(np.int8 if coding == "int8" else np.float32)
 
     def pieces(self) -> Iterator[tuple[Array, Array]]:
-        """Positions, with bits of final values, or float32 values to add."""
-        scales, done = self.scale_values(), 0
-        for positions in self.positions():
-            values = self.codes(done, done + positions.size)
-            if scales.size:
-                values = scales[positions // self.record.group] * values
-            yield positions, values
-            done += positions.size
+        """Positions, with bits of final values, or float32 values to add. InputError: damaged."""
+        with _damage_told():
+            scales, done = self.scale_values(), 0
+            for positions in self.positions():
+                values = self.codes(done, done + positions.size)
+                if scales.size:
+                    values = scales[positions // self.record.group] * values
+                yield positions, values
+                done += positions.size
 
     def tiles(self, read: Read | None, *, check: bool = True, tile: int = TILE) -> Iterator[Array]:
         """The result as bits, tile by tile, from the base's tensor (None where the base has none).
 
-        InputError: with `check`, the base's or the result's bytes have not the hash of the record; the latter is
-        known after the last tile only.
+        InputError: positions are damaged; or with `check` and after the last tile, the base's or the result's bytes
+        have not the hash of the record. It has no hint where the base is to blame.
         """
         record, dtype = self.record, self.record.dtype
         if (read is None) != (record.base is None):
-            raise InputError(f"{self.name}: the base {'lacks it' if read is None else 'must not have it'}")
+            raise InputError(f"the base {'lacks it' if read is None else 'must not have it'}")
         dense = self.index is None and record.count > 0 and record.values is None
         pieces = iter(()) if dense else self.pieces()
         held: tuple[Array, Array] | None = next(pieces, None)
@@ -123,9 +126,9 @@ class Entry:
         if not check:
             return
         if record.base is not None and digest(base_hash) != record.base:
-            raise InputError(f"{self.name}: the base's tensor is not the one this delta was made from")
+            raise InputError("the base's tensor is not the one this delta was made from")
         if digest(result_hash) != record.result:
-            raise InputError(f"{self.name}: the result is not the tensor this delta was made for")
+            raise InputError("the result is not the tensor this delta was made for", hint=DAMAGED)
 
     def _put(self, out: Array, base: Array, positions: Array, values: Array) -> None:
         """Into `out`, which is `base` in the result's dtype (and may be `base` itself)."""
@@ -168,6 +171,15 @@ class Entry:
         is_simple = record.values is None or record.dtype == "F32"
         fits = record.encoding == "rice" and record.k < 16 and self.size < 1 << 50
         return "numba" in sys.modules and fits and is_simple
+
+
+@contextmanager
+def _damage_told() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        error.hint = error.hint or DAMAGED
+        raise
 
 
 def digest(hasher: Any) -> str:

@@ -14,15 +14,15 @@ from deltamerge.errors import OutputError
 from deltamerge.io.files import output_error, sync
 from deltamerge.io.journal import Journal
 
-SPOOL = ".delta-spool"
+SPOOL = "delta-spool"
 SECONDS = 2.0  # between two entries in the journal: putting each tensor on the disk alone would cost more than it saves
 
 
 class Spool:
-    """A folder of one file a tensor. OutputError: the disk."""
+    """A folder of one file a tensor: beside the journal, or where there is none in `folder`. OutputError: the disk."""
 
     def __init__(self, folder: Path, journal: Journal | None) -> None:
-        self.folder = folder / SPOOL
+        self.folder = (folder if journal is None else journal.path.parent) / SPOOL
         self._journal = journal
         records = [] if journal is None else journal.records
         self._kept: dict[str, Any] = {
@@ -50,12 +50,12 @@ class Spool:
                 self._save()
 
     def close(self, *, done: bool) -> None:
-        """Remove the folder, unless the work is not `done` and may be resumed."""
-        if done or self._journal is None:
+        """Remove the folder, or with a journal, whose run may go on even if the artifact is `done`, keep what waits."""
+        if self._journal is None:
             shutil.rmtree(self.folder, ignore_errors=True)
-            return
-        with self._lock, suppress(OutputError):  # there is an error already
-            self._save()
+        elif not done:
+            with self._lock, suppress(OutputError):  # there is an error already
+                self._save()
 
     def _save(self) -> None:
         assert self._journal is not None

@@ -43,7 +43,7 @@ class DeltaWriter:
     codings     of positions, to choose from; dense and indices always are
     removed     tensors of the base that the result lacks
     shard_size  of the artifact's own files, and of the checkpoint that is made of it
-    journal     where finished tensors are kept for a run that goes on after a crash; it has those of this `folder`
+    journal     names the finished tensors, which are kept beside it, for a run that goes on after a crash
 
     The bytes depend on what is written and on the order of the calls of `tensor` alone. OutputError: the disk.
     """
@@ -76,7 +76,7 @@ class DeltaWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what waits, unless it may be resumed; the artifact is there only after `finish`."""
+        """Remove what waits, unless there is a journal; the artifact is there only after `finish`."""
         for tensor in self._tensors.values():
             tensor.close()
         self.spool.close(done=self._finished)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
@@ -12,12 +11,11 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from blake3 import blake3
 
+from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.delta_entry import TILE, Entry, Read, as_bits, bits_type, digest, extend
+from deltamerge.io.delta_entry import TILE, Entry, Read, as_bits, bits_type, extend
 from deltamerge.io.encodings import Array, Positions
-from deltamerge.io.files import flat
 from deltamerge.io.values import cast, narrow, widen
 from deltamerge.tensors import ITEMSIZE
 
@@ -25,6 +23,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from deltamerge.io.checkpoint import Checkpoint, Reader
+    from deltamerge.io.delta import DeltaFile
     from deltamerge.io.safetensors_file import TensorInfo
 
 HELD = 16  # tensors whose positions stay decoded, in at most an eighth of a byte an element
@@ -58,27 +57,24 @@ def over(delta: Checkpoint, base: Checkpoint) -> Checkpoint:
     return replace(delta, tensors=tensors, base=base)
 
 
-def check_base(delta: Checkpoint, reader: Reader, workers: int) -> None:
-    """InputError: a tensor of the base that `delta` is over has not the hash that it was made from."""
-    opened, base = delta.delta, delta.base
-    assert opened is not None
-    assert base is not None
-    wanted = {e.record.base_name or name: e.record.base for name, e in opened.entries.items() if e.record.base}
+def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile: int = TILE) -> None:
+    """InputError: a tensor of `base` has not the hash that the delta was made from, or what the delta makes of it not
+    the hash that it was made for. `base` has its tensors, by `DeltaFile.result`."""
 
-    def check(name: str) -> None:
-        info, found = base.tensors[name], blake3()
-        read, size = elements(reader, info), math.prod(info.shape)
-        for start in range(0, size, TILE):
-            found.update(flat(read(start, min(start + TILE, size))))
-        if digest(found) != wanted[name]:
-            raise InputError(
-                f"{delta.reference}: {name} of {base.reference} is not the tensor this delta was made from",
-                hint=f"this delta belongs to {opened.manifest.base}",
-            )
+    def look(entry: Entry) -> None:
+        record = entry.record
+        read = None if record.base is None else elements(reader, base.tensors[record.base_name or entry.name])
+        with errors.context(entry.name):
+            for _ in entry.tiles(read, tile=tile):
+                pass
 
     with ThreadPoolExecutor(workers) as pool:
-        for _ in pool.map(check, wanted):
-            pass
+        try:
+            for _ in pool.map(look, delta.entries.values()):
+                pass
+        except InputError as error:
+            error.hint = error.hint or f"this delta belongs to {delta.manifest.base}"
+            raise
 
 
 def elements(reader: Reader, info: TensorInfo) -> Read:

@@ -5,6 +5,7 @@ Beside the target NAME there is `.NAME.partial`:
     lock             held (flock) while a run uses the folder; the system lets go of it when a process dies
     journal          what a run has finished; journal-2-of-8: what part 2 of 8 has
     part-2-of-8.lock held while that part runs
+    delta-spool/     finished tensors of an artifact
     out/             what becomes the target
     old/             the replaced target, for the moment between two renames
 """
@@ -56,11 +57,10 @@ class Workspace:
         check_facts(self.target, first["run"], facts)
         self.force = self.force or first["force"]
 
-    def empty(self, keep: str = "") -> None:
-        """Remove what an earlier run left in `folder`, but for what is called `keep`."""
+    def empty(self) -> None:
+        """Remove what an earlier run left in `folder`."""
         for path in self.folder.iterdir():
-            if path.name != keep:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def publish(self) -> None:
         """Put everything on the disk, then rename it to the target; an old target stays whole until the new is there.
