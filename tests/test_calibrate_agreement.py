@@ -36,9 +36,20 @@ def test_discord_is_one_minus_the_correlation() -> None:
 def test_a_search_is_drawn(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     record = {
-        "method": "dare", "mask": "random", "density": 0.01, "objective": "output_change", "scope": "global", "search": "auto",
-        "chosen": "calibrated", "why": "less output change", "plain": {"q": 0.01, "value": 0.6}, "searched": {"q": 0.03}, "q": {}, "value": 0.4, "path": [["q", 0.01, 0.6], ["q", 0.03, 0.4], ["q", 1.0, 0.5]],
-    }  # fmt: skip
+        "method": "dare",
+        "mask": "random",
+        "density": 0.01,
+        "objective": "output_change",
+        "scope": "global",
+        "search": "auto",
+        "chosen": "calibrated",
+        "why": "less output change",
+        "plain": {"q": 0.01, "value": 0.6},
+        "searched": {"q": 0.03},
+        "q": {},
+        "value": 0.4,
+        "path": [["q", 0.01, 0.6], ["q", 0.03, 0.4], ["q", 1.0, 0.5]],
+    }
     draw({"t": record}, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(InputError, match="nothing was searched"):
