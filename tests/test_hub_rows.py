@@ -55,6 +55,7 @@ def recipe(folder: Path, name: str, **calibration: Any) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_a_split_is_read_at_a_commit_which_the_lock_has(hub: tuple[Hub, Path, Command]) -> None:
     state, folder, command = hub
     path = recipe(folder, "run", split="test", data="org/rows@v1")

@@ -31,6 +31,7 @@ for code in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_processes_that_compile_other_signatures_do_not_read_each_others_code(tmp_path: Path) -> None:
     env = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
     codes = ["FF", "FB", "BF", "BB"]

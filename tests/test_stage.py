@@ -274,6 +274,7 @@ def test_calibrate_command_writes_the_lock_that_run_uses(models: Path, tmp_path:
         calibrate(recipe(models / "bert", "none", "{method: dare, density: 0.1}"))
 
 
+@pytest.mark.slow
 def test_memory_bounds_the_cache(models: Path, tmp_path: Path) -> None:
     """With room for hardly a tensor the same q's come out; with less than one block there is an error."""
     path = recipe(models / "bert", "memory", MAGNITUDE % "output_change")
