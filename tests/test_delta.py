@@ -403,7 +403,7 @@ def test_wrong_base_is_refused_by_name(tmp_path: Path) -> None:
         assert caught.value.hint is not None
         assert "org/base@abc123" in caught.value.hint
     other = {"a": random_tensor("F32", (10, 10), 5)}
-    with pytest.raises(InputError, match="^the base's tensor is not the one"):
+    with pytest.raises(InputError, match=r"^the base's tensor is not the one"):
         apply_streamed(tmp_path, other)
     state = {"a": torch.zeros(10, 11)}
     with pytest.raises(InputError, match="the delta was made from"):
@@ -589,7 +589,7 @@ def test_damaged_positions_are_refused(
 def test_wrong_values_are_found_by_the_hash(artifact: Path) -> None:
     edit_arrays(artifact, poke("r.values", 0, 3))
     base = np.zeros(6400, np.uint32)
-    with pytest.raises(InputError, match="^the result is not the tensor"):
+    with pytest.raises(InputError, match=r"^the result is not the tensor"):
         list(DeltaFile.open(artifact).entries["r"].tiles(lambda start, stop: base[start:stop]))
 
 
