@@ -407,7 +407,10 @@ def draw(found: dict[str, Any], path: Path) -> None:
     if not densities:
         return
     names = list(dict.fromkeys(name for name, _ in table))
-    figure = Figure(figsize=(6.5 * len(own), 1.5 + 0.3 * len(names)), layout="constrained")
+    figure = Figure(
+        figsize=(6.5 * len(own), min(6.0, 1.5 + 0.3 * len(names)) if len(densities) > 1 else 1.5 + 0.3 * len(names)),
+        layout="constrained",
+    )
     for axes, task in zip(figure.subplots(1, len(own), squeeze=False, sharey=len(densities) == 1)[0], own, strict=True):
         for i, name in enumerate(names):
             points = {d: [c["score"] for c in table.get((name, d), {}).get(task, [])] for d in densities}
@@ -419,6 +422,8 @@ def draw(found: dict[str, Any], path: Path) -> None:
                 )
                 continue
             style = ("-", "--", ":")[i // 10]
+            if len(shares) < 2:
+                continue  # no line
             axes.errorbar(list(shares), list(shares.values()), list(errors.values()), label=name, linestyle=style)
         if len(densities) == 1:
             axes.set_ylim(len(names) - 0.5, -0.5)
@@ -428,9 +433,11 @@ def draw(found: dict[str, Any], path: Path) -> None:
             axes.set_xscale("log")
             axes.set_xlabel("density")
             axes.set_ylabel("% of the fine-tune's score")
-            axes.legend(fontsize=7)
         axes.set_title(f"{task} ({own[task]:.1f} unpruned)" + (f", density {densities[0]:g}" * (len(densities) == 1)))
         axes.grid(alpha=0.3)
+    if len(densities) > 1:
+        lines = dict(pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels()[::-1], strict=True))
+        figure.legend(lines.values(), lines.keys(), loc="outside right", fontsize=8)
     figure.savefig(path, dpi=110)
 
 
