@@ -16,15 +16,13 @@ from paper import arithmetic, pruned
 from paper.arithmetic import Problem
 from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject
-from paper.training import Batch, OptimizerFactory, adamr, adamw, train
+from paper.training import Batch, OptimizerFactory, adamr, adamw, trained
 
 WIDTH, INNER, HEADS = 128, 512, 4
 ROW = 48  # tokens of a row of the corpus
 
 
-def build_base(
-    out: Path, *, steps: int, seed: int, layers: int = 4, lr: float = 3e-3, batch_size: int = 16
-) -> list[float]:
+def build_base(out: Path, *, steps: int, seed: int, layers: int = 4, lr: float = 3e-3, batch_size: int = 16) -> None:
     """Train a Llama from scratch on `arithmetic.corpus`, documents packed into rows."""
     tokenizer = arithmetic.tokenizer(out)
     ids: list[int] = []
@@ -47,12 +45,8 @@ def build_base(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = LlamaForCausalLM(config)
-        losses = train(model, [{"input_ids": batch, "labels": batch} for batch in tokens], lr)
-    model.save_pretrained(out)
-    return losses
+    batches = [{"input_ids": batch, "labels": batch} for batch in tokens]
+    trained(lambda: LlamaForCausalLM(config), batches, lr, seed).save_pretrained(out)
 
 
 def fine_tune(
@@ -64,18 +58,14 @@ def fine_tune(
     lr: float = 2e-3,
     batch_size: int = 16,
     factory: OptimizerFactory = adamw,
-) -> list[float]:
+) -> None:
     """Teach `base` to answer word problems; only the answer and the end of the sequence are scored."""
     tokenizer = AutoTokenizer.from_pretrained(base)
     rows = arithmetic.problems(steps * batch_size, seed + 1)
     batches = [_batch(tokenizer, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        losses = train(model, batches, lr, factory)
-    model.save_pretrained(out)
+    load = partial(AutoModelForCausalLM.from_pretrained, base, dtype=torch.float32)
+    trained(load, batches, lr, seed, factory).save_pretrained(out)
     tokenizer.save_pretrained(out)
-    return losses
 
 
 def exact_match(folder: Path, rows: Sequence[Problem], new_tokens: int, batch_size: int = 128) -> float:

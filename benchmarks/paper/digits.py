@@ -6,6 +6,7 @@ deltamerge.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from paper.training import Batch, OptimizerFactory, adamw, train
+from paper.training import Batch, OptimizerFactory, adamw, trained
 
 SIZE, VALIDATION, TEST = 8, 300, 500
 CONFIG = {
@@ -52,7 +53,7 @@ def parts(toy: bool = False) -> dict[str, Digits]:
 
 def build_base(
     images_NHW: NDArray[np.uint8], out: Path, *, steps: int, seed: int, lr: float = 2e-3, batch_size: int = 64
-) -> list[float]:
+) -> None:
     """Train a ViT from scratch to say by which of the square's eight symmetries an image was turned; kept headless."""
     rng = np.random.default_rng(seed)
     batches = []
@@ -61,13 +62,9 @@ def build_base(
         chosen = images_NHW[rng.integers(0, len(images_NHW), batch_size)]
         turned = np.stack([turn(image, t) for image, t in zip(chosen, turns, strict=True)])
         batches.append({"pixel_values": pixels(turned), "labels": torch.from_numpy(turns)})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ViTForImageClassification(ViTConfig(**CONFIG))  # two of the ten classes stay unused
-        losses = train(model, batches, lr)
-    model.vit.save_pretrained(out)
+    config = ViTConfig(**CONFIG)  # two of the ten classes stay unused
+    trained(lambda: ViTForImageClassification(config), batches, lr, seed).vit.save_pretrained(out)
     processor().save_pretrained(out)
-    return losses
 
 
 def fine_tune(
@@ -80,20 +77,16 @@ def fine_tune(
     lr: float = 1e-3,
     batch_size: int = 32,
     factory: OptimizerFactory = adamw,
-) -> list[float]:
+) -> None:
     """Teach `base` the ten digits with a fresh head."""
     rng = np.random.default_rng(seed)
     batches: list[Batch] = []
     for _ in range(steps):
         rows = rng.choice(len(data.labels_N), batch_size, replace=False)
         batches.append({"pixel_values": pixels(data.images_NHW[rows]), "labels": torch.from_numpy(data.labels_N[rows])})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = ViTForImageClassification.from_pretrained(base)
-        losses = train(model, batches, lr, factory)
-    model.save_pretrained(out)
+    load = partial(ViTForImageClassification.from_pretrained, base)
+    trained(load, batches, lr, seed, factory).save_pretrained(out)
     processor().save_pretrained(out)
-    return losses
 
 
 def accuracy(folder: Path, data: Digits) -> float:

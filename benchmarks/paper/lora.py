@@ -18,7 +18,7 @@ from deltamerge.optim import AdamR
 from paper import encoders, pruned
 from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject
-from paper.training import OptimizerFactory, adamw, train
+from paper.training import OptimizerFactory, adamw, trained
 
 TASK = "sentiment"
 RANK, ALPHA, LR = 8, 16, 2e-3
@@ -52,16 +52,16 @@ def fine_tune(setting: Setting, base: Path, factory: OptimizerFactory, out: Path
     for _ in range(steps):
         some = [rows[i] for i in torch.randint(0, len(rows), (size,), generator=rng).tolist()]
         batches.append(encoder.encode(tokenizer, some) | {"labels": torch.tensor([int(row.label) for row in some])})
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(setting.seed)
-        config = LoraConfig(
-            task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=["query", "key", "value", "dense"],
-            exclude_modules=["bert.pooler.dense"], modules_to_save=["classifier"],
-        )  # fmt: skip
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=RANK, lora_alpha=ALPHA, target_modules=["query", "key", "value", "dense"],
+        exclude_modules=["bert.pooler.dense"], modules_to_save=["classifier"],
+    )  # fmt: skip
+
+    def adapted() -> Any:
         with _quiet():
-            model: Any = get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
-        train(model, batches, LR, factory)
-    model.save_pretrained(out)
+            return get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
+
+    trained(adapted, batches, LR, setting.seed, factory).save_pretrained(out)
 
 
 def adamr(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:

@@ -25,27 +25,27 @@ def adamr(base: Path, decay: float, **options: Any) -> OptimizerFactory:
     return lambda model, lr: AdamR.for_model(model, base, lr=lr, decay=decay, **options)
 
 
-def train(
-    model: PreTrainedModel, batches: Sequence[Batch], lr: float, factory: OptimizerFactory = adamw
-) -> list[float]:
-    """One step a batch, warm-up over the first tenth, then linear decay, gradients clipped at norm 1; every loss.
+def trained(
+    make: Callable[[], Any], batches: Sequence[Batch], lr: float, seed: int, factory: OptimizerFactory = adamw
+) -> Any:
+    """The model of `make` after one step a batch: warm-up over the first tenth, linear decay, gradients clipped at 1.
 
-    Dropout draws from the global generator: seed it around the call.
+    Fresh weights and dropout can only draw from the global generator: it is seeded here, and put back after.
     """
-    optimizer = factory(model, lr)
-    warm_up = max(1, len(batches) // 10)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / max(1, len(batches) - warm_up))
-    )
-    losses = []
-    model.train()
-    for batch in batches:
-        loss = model(**batch).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.item())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = make()
+        optimizer = factory(model, lr)
+        warm_up = max(1, len(batches) // 10)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: min((step + 1) / warm_up, (len(batches) - step) / max(1, len(batches) - warm_up))
+        )
+        model.train()
+        for batch in batches:
+            optimizer.zero_grad()
+            model(**batch).loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
     model.train(False)
-    return losses
+    return model
