@@ -162,7 +162,7 @@ def quality_row(base: Path, task: tasks.Task, test: list[tasks.Row], steps: int,
 
     with tempfile.TemporaryDirectory() as folder:
         tuned = Path(folder) / "tuned"
-        encoder.fine_tune(base, task, tuned, steps=steps, optimizer_factory=factory)
+        encoder.fine_tune(base, task, tuned, steps=steps, factory=factory)
         model = encoder.load(tuned)
         tokenizer = AutoTokenizer.from_pretrained(tuned)
     start = {f"bert.{n}": t.float() for n, t in BertModel.from_pretrained(base).state_dict().items()}

@@ -23,6 +23,7 @@ from tasks import Metric, Row, Task
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm  # type: ignore[import-untyped]  # ships no stubs
+from training import Batch, OptimizerFactory, adamw, trained
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -35,10 +36,6 @@ from transformers import (
 LAYERS = (0, 2, 4)
 POSITIONS = 128
 TOKENS = 40  # a sequence, in training and in scoring
-
-Batch = dict[str, Tensor]
-# From the model, still at its base weights, and the learning rate.
-OptimizerFactory = Callable[[PreTrainedModel, float], torch.optim.Optimizer]
 
 
 def build_base(out: Path) -> None:
@@ -95,51 +92,33 @@ def fine_tune(
     lr: float | None = None,
     steps: int = 400,
     batch_size: int = 16,
-    optimizer_factory: OptimizerFactory | None = None,
+    factory: OptimizerFactory = adamw,
     seed: int = 0,
     rows: Path = tasks.ROWS,
 ) -> None:
     """Fine-tune `base` with a fresh head on the training rows of `task`, in float32; `out` is bfloat16.
 
-    `lr` is the task's own unless given. Linear warm-up over the first tenth of the steps, then linear decay;
-    gradients clipped at norm 1. Without a factory: AdamW with weight decay 0.01. The same seed gives the same
-    weights on the same machine and thread count.
+    `lr` is the task's own unless given; the rest is `training.trained`'s.
     """
     lr = task.lr if lr is None else lr
     tokenizer = AutoTokenizer.from_pretrained(base)
     train = tasks.rows(task.name, "train", rows)
     order = _batches(len(train), batch_size, steps, torch.Generator().manual_seed(seed))
-    # Dropout and the fresh head can only draw from the global generator: seeded here, put back after.
-    with torch.random.fork_rng(devices=[]), tasks.building(out) as folder:
-        torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(
-            base,
-            num_labels=task.labels,
-            problem_type="regression" if task.labels == 1 else "single_label_classification",
-        ).float()
-        optimizer = optimizer_factory(model, lr) if optimizer_factory else _adamw(model, lr)
-        warm_up = max(1, steps // 10)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min((step + 1) / warm_up, (steps - step) / max(1, steps - warm_up))
-        )
-        model.train()
-        progress = tqdm(
-            order,
-            desc=f"fine-tune {task.name}",
-            total=steps,
-            unit="step",
-            mininterval=1 if sys.stderr.isatty() else 15,
-        )
-        for step, batch_rows in enumerate(progress):
-            chosen = [train[i] for i in batch_rows]
-            loss = model(**encode(tokenizer, chosen), labels=_labels(chosen, task)).loss
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            if step % 20 == 0:
-                progress.set_postfix_str(f"loss {loss.item():.3f}", refresh=False)
+
+    def make() -> PreTrainedModel:
+        kind = "regression" if task.labels == 1 else "single_label_classification"
+        made = AutoModelForSequenceClassification.from_pretrained(base, num_labels=task.labels, problem_type=kind)
+        model: PreTrainedModel = made.float()
+        return model
+
+    def batches() -> Iterator[Batch]:
+        every = 1 if sys.stderr.isatty() else 15
+        for numbers in tqdm(order, desc=f"fine-tune {task.name}", total=steps, unit="step", mininterval=every):
+            chosen = [train[i] for i in numbers]
+            yield encode(tokenizer, chosen) | {"labels": _labels(chosen, task)}
+
+    with tasks.building(out) as folder:
+        model = trained(make, batches(), steps=steps, lr=lr, seed=seed, factory=factory)
         model.bfloat16().save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
@@ -230,10 +209,6 @@ def _batches(rows: int, batch_size: int, steps: int, generator: torch.Generator)
     starts = range(0, rows - batch_size + 1, batch_size)
     epochs = (torch.randperm(rows, generator=generator).tolist() for _ in count())
     return islice((order[i : i + batch_size] for order in epochs for i in starts), steps)
-
-
-def _adamw(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, fused=True)  # 8 times as fast
 
 
 def _keep_rows(embedding: torch.nn.Embedding, row_ids: list[int]) -> None:

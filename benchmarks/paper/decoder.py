@@ -10,13 +10,13 @@ from itertools import islice
 from pathlib import Path
 
 import torch
+from training import Batch, OptimizerFactory, adamr, adamw, trained
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from paper import arithmetic, pruned
 from paper.arithmetic import Problem
 from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject
-from paper.training import Batch, OptimizerFactory, adamr, adamw, trained
 
 WIDTH, INNER, HEADS = 128, 512, 4
 ROW = 48  # tokens of a row of the corpus
@@ -46,7 +46,7 @@ def build_base(out: Path, *, steps: int, seed: int, layers: int = 4, lr: float =
         pad_token_id=tokenizer.pad_token_id,
     )
     batches = [{"input_ids": batch, "labels": batch} for batch in tokens]
-    trained(lambda: LlamaForCausalLM(config), batches, lr, seed).save_pretrained(out)
+    trained(lambda: LlamaForCausalLM(config), batches, steps=steps, lr=lr, seed=seed).save_pretrained(out)
 
 
 def fine_tune(
@@ -64,7 +64,7 @@ def fine_tune(
     rows = arithmetic.problems(steps * batch_size, seed + 1)
     batches = [_batch(tokenizer, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
     load = partial(AutoModelForCausalLM.from_pretrained, base, dtype=torch.float32)
-    trained(load, batches, lr, seed, factory).save_pretrained(out)
+    trained(load, batches, steps=steps, lr=lr, seed=seed, factory=factory).save_pretrained(out)
     tokenizer.save_pretrained(out)
 
 

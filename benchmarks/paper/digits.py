@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from training import Batch, OptimizerFactory, adamw, trained
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
-
-from paper.training import Batch, OptimizerFactory, adamw, trained
 
 SIZE, VALIDATION, TEST = 8, 300, 500
 CONFIG = {
@@ -63,7 +62,7 @@ def build_base(
         turned = np.stack([turn(image, t) for image, t in zip(chosen, turns, strict=True)])
         batches.append({"pixel_values": pixels(turned), "labels": torch.from_numpy(turns)})
     config = ViTConfig(**CONFIG)  # two of the ten classes stay unused
-    trained(lambda: ViTForImageClassification(config), batches, lr, seed).vit.save_pretrained(out)
+    trained(lambda: ViTForImageClassification(config), batches, steps=steps, lr=lr, seed=seed).vit.save_pretrained(out)
     processor().save_pretrained(out)
 
 
@@ -85,7 +84,7 @@ def fine_tune(
         rows = rng.choice(len(data.labels_N), batch_size, replace=False)
         batches.append({"pixel_values": pixels(data.images_NHW[rows]), "labels": torch.from_numpy(data.labels_N[rows])})
     load = partial(ViTForImageClassification.from_pretrained, base)
-    trained(load, batches, lr, seed, factory).save_pretrained(out)
+    trained(load, batches, steps=steps, lr=lr, seed=seed, factory=factory).save_pretrained(out)
     processor().save_pretrained(out)
 
 

@@ -17,9 +17,9 @@ import torch
 import yaml
 from quality import Method
 from tasks import TASKS, Part, Row
-from transformers import BertConfig, BertModel, PreTrainedModel
+from training import adamr, adamw
+from transformers import BertConfig, BertModel
 
-from deltamerge.optim import AdamR
 from paper.frame import NotKept, Setting
 
 # AdamW, and AdamR with the λ that docs/adamr.md found on one of the tasks.
@@ -32,21 +32,16 @@ TRAINERS: dict[str, dict[str, Any] | None] = {
 
 def fine_tune(setting: Setting, task: str, trainer: str = "AdamW", **options: Any) -> Path:
     """A checkpoint of the base fine-tuned on a task; `options` are AdamR's, in place of the trainer's."""
-    base_folder = base(setting)
     decay = {**(TRAINERS[trainer] or {}), **options}
     steps = setting.pick(160, 3)
-
-    def factory(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:
-        return AdamR.for_model(model, base_folder, lr=lr, **decay)
-
     train = partial(
         encoder.fine_tune,
-        base_folder,
+        base(setting),
         TASKS[task],
         steps=steps,
         seed=setting.seed,
         rows=rows_folder(setting),
-        optimizer_factory=factory if decay else None,
+        factory=adamr(base(setting), **decay) if decay else adamw,
     )
     return setting.folder(f"{task}-{trainer}", {"steps": steps, "lr": TASKS[task].lr, "adamr": decay}, train)
 

@@ -12,13 +12,13 @@ from typing import Any
 import encoder
 import torch
 from tasks import TASKS
+from training import OptimizerFactory, adamw, trained
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 from deltamerge.optim import AdamR
 from paper import encoders, pruned
 from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject
-from paper.training import OptimizerFactory, adamw, trained
 
 TASK = "sentiment"
 RANK, ALPHA, LR = 8, 16, 2e-3
@@ -61,7 +61,7 @@ def fine_tune(setting: Setting, base: Path, factory: OptimizerFactory, out: Path
         with _quiet():
             return get_peft_model(AutoModelForSequenceClassification.from_pretrained(base), config)
 
-    trained(adapted, batches, LR, setting.seed, factory).save_pretrained(out)
+    trained(adapted, batches, steps=steps, lr=LR, seed=setting.seed, factory=factory).save_pretrained(out)
 
 
 def adamr(model: PreTrainedModel, lr: float) -> torch.optim.Optimizer:

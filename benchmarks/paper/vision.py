@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
+from training import adamr, adamw
+
 from paper import digits, pruned
 from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject
-from paper.training import adamr, adamw
 
 DENSITIES = (0.3, 0.1, 0.05, 0.01)
 # Trainer -> by what its fine-tune is pruned.
