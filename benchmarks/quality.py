@@ -118,17 +118,22 @@ def main() -> None:
         join(asked.out, asked.docs)
         return
 
+    quiet()
+    WORK.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=WORK) as work:
+        folder = models_folder()
+        models = {name: folder / name for name in ("base", *asked.task)}
+        measure(asked, Setting(models, asked.rows, Path(work), None, None, 40, 4))
+
+
+def quiet() -> None:
+    """One thread, so that a number can be had again; no progress bars of transformers."""
     import torch
     from transformers.utils import logging
 
     torch.set_num_threads(1)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is only partly typed
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    WORK.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=WORK) as work:
-        folder = models_folder()
-        models = {name: folder / name for name in ("base", *asked.task)}
-        measure(asked, Setting(models, asked.rows, Path(work), None, None, 40, 4))
 
 
 def measure(asked: argparse.Namespace, setting: Setting) -> None:

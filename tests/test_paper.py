@@ -109,7 +109,7 @@ def test_every_experiment_has_its_own_name() -> None:
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory: pytest.TempPathFactory) -> frame.Setting:
     """Shared, as in a run of all: what one experiment has trained the next one uses."""
-    importlib.import_module("paper.__main__").prepare()
+    importlib.import_module("quality").quiet()
     return frame.Setting(toy=True, work=tmp_path_factory.mktemp("paper"))
 
 

@@ -20,6 +20,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks: it is `paper.frame` here as in the tests
 
+import quality
+
 from paper import MODULES, frame
 
 
@@ -65,7 +67,7 @@ def main() -> None:
     if asked.toy:
         setting.work = frame.WORK / "toy"
         results, page = setting.work / "results", setting.work / "results.md"
-    prepare()
+    quality.quiet()
     for experiment in chosen:
         if asked.force or not frame.finished(experiment, results):
             print(f"{experiment.name}: {experiment.title}", file=sys.stderr, flush=True)
@@ -79,16 +81,6 @@ def main() -> None:
         frame.report(known.values(), results, page)
     if asked.report:
         frame.report(known.values(), results, page)
-
-
-def prepare() -> None:
-    """One thread, so that a number can be had again; no progress bars of transformers."""
-    import torch
-    from transformers.utils import logging
-
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # transformers is only partly typed
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

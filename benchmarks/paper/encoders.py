@@ -31,19 +31,21 @@ TRAINERS: dict[str, dict[str, Any] | None] = {
 
 
 def fine_tune(setting: Setting, task: str, trainer: str = "AdamW", **options: Any) -> Path:
-    """A checkpoint of the base fine-tuned on a task; `options` are AdamR's, in place of the trainer's."""
+    """A checkpoint of the base fine-tuned on a task; `options` are `lr`, and AdamR's in place of the trainer's."""
+    lr = options.pop("lr", TASKS[task].lr)
     decay = {**(TRAINERS[trainer] or {}), **options}
     steps = setting.pick(160, 3)
     train = partial(
         encoder.fine_tune,
         base(setting),
         TASKS[task],
+        lr=lr,
         steps=steps,
         seed=setting.seed,
         rows=rows_folder(setting),
         factory=adamr(base(setting), **decay) if decay else adamw,
     )
-    return setting.folder(f"{task}-{trainer}", {"steps": steps, "lr": TASKS[task].lr, "adamr": decay}, train)
+    return setting.folder(f"{task}-{trainer}", {"steps": steps, "lr": lr, "adamr": decay}, train)
 
 
 METHODS = {method.name: method for method in quality.METHODS}
@@ -88,12 +90,14 @@ def quality_setting(setting: Setting, task: str, tuned: Path, work: Path) -> qua
     )
 
 
-def cells(setting: Setting, task: str, trainer: str, method: Method, density: float) -> list[dict[str, Any]]:
+def cells(
+    setting: Setting, task: str, trainer: str, method: Method, density: float, **options: Any
+) -> list[dict[str, Any]]:
     """A cell for every mask that is drawn: two of a random method that is not calibrated, else one; none not kept."""
     masks = 2 if method.random and isinstance(method.prune.get("q", 1.0), float) and not setting.toy else 1
     found = []
     with suppress(NotKept):
-        found += [cell(setting, task, trainer, method, density, seed) for seed in range(masks)]
+        found += [cell(setting, task, trainer, method, density, seed, **options) for seed in range(masks)]
     return found
 
 
