@@ -136,6 +136,7 @@ def measure(experiment: Experiment, setting: Setting) -> Record:
             "cpu_now": round(now, 1),
             "cpu": round(now - setting._inner + sum(setting.kept.values()), 1),
         },
+        "kept": {Path(path).name: cost for path, cost in setting.kept.items()},  # CPU seconds of `cpu`
         "record": record,
     }
 
@@ -186,14 +187,13 @@ at most 100 validation rows of 32 tokens, with two masks.
 
 def markdown(experiments: Sequence[Experiment], results: Path = RESULTS) -> str:
     """The page, without its plots."""
-    parts, missing, machines = [HEAD], [], set()
+    parts, missing, found = [HEAD], [], []
     for experiment in experiments:
         result = _read(experiment, results)
         if not result:
             missing.append(experiment.name)
             continue
-        machine = result["machine"]
-        machines.add(f"{machine['cpu']} ({machine['cores']} cores, one thread)")
+        found.append(result)
         parts.append(f"## {experiment.title}\n\n{experiment.show(result['record']).strip()}\n")
         if experiment.draw:
             parts.append(f"![{experiment.title}](results/{experiment.name}.png)\n")
@@ -202,13 +202,24 @@ def markdown(experiments: Sequence[Experiment], results: Path = RESULTS) -> str:
             parts.append("**Not finished**: what is empty above, or left out, was not measured.\n")
         note = f"`{result['command']}` at {result['commit'][:9]}: {cost:.1f} CPU minutes with all that it shares."
         parts.append(f"{note}\n")
-    if machines:
-        parts.insert(1, f"Measured on {'; '.join(sorted(machines))}. CPU minutes are of training and measuring.\n")
+    if found:
+        machines = {f"{r['machine']['cpu']} ({r['machine']['cores']} cores, one thread)" for r in found}
+        about = f"Measured on {'; '.join(sorted(machines))}. CPU minutes are of training and measuring:"
+        parts.insert(1, f"{about} {_minutes(found):.0f} in all, what experiments share counted once.\n")
     if missing:
         parts.append(f"Not measured yet: {', '.join(missing)}.\n")
     if LOG.exists():
         parts.append(LOG.read_text(encoding="utf-8"))
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _minutes(results: Iterable[Record]) -> float:
+    """CPU minutes of them all; what several have kept counts once."""
+    own, shared = 0.0, dict[str, float]()
+    for result in results:
+        own += result["seconds"]["cpu"] - sum(result.get("kept", {}).values())
+        shared |= result.get("kept", {})
+    return (own + sum(shared.values())) / 60
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

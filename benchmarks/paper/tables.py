@@ -27,6 +27,7 @@ BEYOND = (
     ("AdamW", "importance sampling"),
     ("AdamW", "importance sampling, q_e"),
     ("AdamW", "magnitude, q_e"),
+    ("AdamW", "magnitude of the model, q_e"),
     ("AdamW", "WANDA, q_e"),
     ("AdamW", "magnitude, least squares per layer"),
     ("AdamW", "WANDA, least squares per layer"),
