@@ -2,7 +2,7 @@
 
     python benchmarks/paper --list               what there is, and about how long it takes
     python benchmarks/paper table-1 fig-2        measure these; what is finished is kept unless --force
-    python benchmarks/paper all                  everything, an hour on two cores
+    python benchmarks/paper all                  everything, an hour of one processor
     python benchmarks/paper all --toy            everything in seconds, to see that it works; to .paper/toy
     python benchmarks/paper --report             only write docs/results.md and its plots again
 

@@ -170,7 +170,7 @@ def draw_fig_3(record: Record, path: Path) -> None:
 
 
 EXPERIMENTS = (
-    Experiment("fig-1", "Figure 1: output change and score over 1/q", fig_1, show_fig_1, 3, draw_fig_1),
+    Experiment("fig-1", "Figure 1: output change and score over 1/q", fig_1, show_fig_1, 4, draw_fig_1),
     Experiment("fig-2", "Figure 2: score over density", fig_2, show_fig_2, 4, draw_fig_2),
     Experiment("fig-3", "Figure 3: score over AdamR's λ", fig_3, show_fig_3, 8, draw_fig_3),
 )

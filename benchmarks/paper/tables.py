@@ -258,11 +258,11 @@ def _left(cells: list[dict[str, Any]]) -> str | None:
 
 
 EXPERIMENTS = (
-    Experiment("table-1", "Tables 1, 2 and 5: encoders at p = 0.99", table_1, show_table_1, 25),
+    Experiment("table-1", "Tables 1, 2 and 5: encoders at p = 0.99", table_1, show_table_1, 22),
     Experiment(
-        "table-6", "Tables 6 and 7: importance against chance, with and without AdamR", table_6, show_table_6, 15
+        "table-6", "Tables 6 and 7: importance against chance, with and without AdamR", table_6, show_table_6, 11
     ),
-    Experiment("table-8", "Table 8: the size of deltas and of their influence", table_8, show_table_8, 3),
-    Experiment("table-9", "Table 9: structured drop", table_9, show_table_9, 3),
-    Experiment("small", "Small deltas: where plain DARE is enough", small, show_small, 4),
+    Experiment("table-8", "Table 8: the size of deltas and of their influence", table_8, show_table_8, 10),
+    Experiment("table-9", "Table 9: structured drop", table_9, show_table_9, 8),
+    Experiment("small", "Small deltas: where plain DARE is enough", small, show_small, 5),
 )

@@ -223,5 +223,5 @@ def _flat(images_NHW: NDArray[np.uint8]) -> Tensor:
 
 EXPERIMENTS = (
     Experiment("fig-5", "Fig. 5: a network of two layers", network, show_network, 0.2, draw_network),
-    Experiment("fig-10", "Fig. 10: the bounds of Theorem 3.1 and simulation", bounds, show_bounds, 0.5, draw_bounds),
+    Experiment("fig-10", "Fig. 10: the bounds of Theorem 3.1 and simulation", bounds, show_bounds, 0.1, draw_bounds),
 )
