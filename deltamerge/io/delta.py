@@ -219,6 +219,8 @@ def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
         host = None if target is None else _host_bits(target.detach().cpu().contiguous())
         made = to_torch(entry.apply(host), record.dtype).reshape(record.shape)
         return made if target is None else made.to(target.device)
+    if not record.count:
+        return target
     data = target.detach()
     if data.device.type == "cpu" and data.is_contiguous():
         apply_in_place(entry, _host_bits(data), scratch)
@@ -240,5 +242,5 @@ def _host_bits(tensor: Any) -> Array:
 
     width = tensor.element_size()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
-    bits: Array = tensor.reshape(-1).view(integers).numpy().view(f"<u{width}")
+    bits: Array = tensor.view(integers).numpy().reshape(-1).view(f"<u{width}")
     return bits

@@ -21,13 +21,11 @@ _NO_SCALES = np.empty(0, np.float32)
 
 
 def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
-    """Turn the base tensor's flat `bits` into the result's, of the same dtype and size.
+    """Turn the base tensor's flat `bits` into the result's, of the same dtype and size; something is stored of it.
 
     Hashes are not checked. InputError: the stored is damaged, or the file has become shorter; `bits` may have changed.
     """
     record = entry.record
-    if not record.count:
-        return
     if entry.index is None and record.values is None:
         bits[:] = entry.values[:]
     elif is_compiled(entry):

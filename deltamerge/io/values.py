@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -203,6 +204,7 @@ def _unit(largest: float) -> int:
     return min(max(exponent - 7, lowest), highest)
 
 
+@cache
 def _table(unit: int) -> Array:
     """Every code's scale, float32, ascending."""
     return (_UNIT_SCALES * 2.0**unit).astype(np.float32)
