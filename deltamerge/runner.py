@@ -277,6 +277,7 @@ def calibrate(
         raise InputError(
             f"{path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
         )
+    check_deltas(planned)
     found = shared_values(planned.stages, {})
     lock_path = path.with_suffix(".lock")
     calibration = locks.write_calibration(planned, found, lock_path)

@@ -19,6 +19,7 @@ import yaml
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from test_cli import call
 
+from deltamerge import runner
 from deltamerge.methods import MERGE
 
 OWN = {"README.md", "recipe.yaml", "recipe.lock"}
@@ -439,6 +440,31 @@ def test_damage_is_met_wherever_a_delta_is_read(
         assert err.startswith(f"error: {name}: ")
         assert message in err
     assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_calibrate_checks_a_delta_too(tmp_path: Path, capsys: Any) -> None:
+    models(tmp_path, torch.bfloat16)
+    damage, message = DAMAGE["values"]
+    damage(run(tmp_path, "delta", RECIPES["dare"], kind="delta"))
+    (tmp_path / "rows.txt").write_text("w4 w5 w6\n" * 8)
+    (tmp_path / "r.yaml").write_text(
+        "base_model: ./base\nmodels: [{model: ./delta}]\nprune: {method: magnitude, density: 0.1, q: layer_mse}\n"
+        "calibration: {data: rows.txt, sequences: 8, length: 12}\n"
+    )
+    code, out, err = call(capsys, "calibrate", tmp_path / "r.yaml")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ./delta: ")
+    assert message in err
+    assert not (tmp_path / "r.lock").exists()
+
+
+@pytest.mark.parametrize("kind", ["model", "delta", "delta, semantics: add", "delta, semantics: add, values: sign"])
+def test_progress_ends_at_the_bytes_of_the_result(tmp_path: Path, kind: str) -> None:
+    models(tmp_path, torch.bfloat16)
+    (tmp_path / "r.yaml").write_text(TWO + f"merge_method: ties\noutput: {{kind: {kind}}}\n")
+    told: list[int] = []
+    made = runner.run(tmp_path / "r.yaml", tmp_path / "out", watch=lambda _: told.append)
+    assert sum(told) == made.plan.nbytes > 0
 
 
 @pytest.mark.parametrize("method", ["dare", "magnitude"])
