@@ -10,14 +10,13 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.io.delta_entry import Entry, damage_told
-from deltamerge.io.delta_format import groups
+from deltamerge.io.delta_format import Record, groups
 from deltamerge.io.encodings import Array
 from deltamerge.io.stored import PADDING, Scratch, StoredArray
-from deltamerge.io.values import scale_values
+from deltamerge.io.values import SCALED, ranked_scales, scale_values
 
 LARGEST_K = 15  # of rice that is decoded in the compiled pass
 _TYPES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8, "sign": np.uint8}
-_NO_SCALES = np.empty(0, np.float32)
 
 
 def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
@@ -52,12 +51,22 @@ def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
     if kind is None:
         ok = delta_kernels.put(record.encoding, index, record.k, record.count, values.view(bits.dtype), bits)
     else:
-        factors = _NO_SCALES
-        if entry.scales is not None:
-            factors = scale_values(scales[:-PADDING], groups(record), record.unit, record.ranks)
+        factors = _scales(record, scales)
         out = bits.view(np.float32) if record.dtype == "F32" else bits
         values, group = values.view(_TYPES[kind]), record.group
         ok = delta_kernels.add(record.encoding, index, record.k, record.count, values, kind, factors, group, out)
     if not ok:
         deque(entry.positions(), maxlen=0)  # says what is wrong
         raise InputError("positions are damaged")
+
+
+def _scales(record: Record, stored: Array) -> Array:
+    from deltamerge.io import delta_kernels
+
+    if record.values not in SCALED:
+        return np.empty(0, np.float32)
+    if record.ranks is not None:
+        out: Array = np.empty(groups(record), np.float32)
+        if delta_kernels.ranked(stored, ranked_scales(record.unit, record.ranks), out):
+            return out
+    return scale_values(stored[:-PADDING], groups(record), record.unit, record.ranks)

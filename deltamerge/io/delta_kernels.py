@@ -15,6 +15,7 @@ from numba.core import types
 from numba.cpython.unsafe.numbers import trailing_zeros
 from numba.extending import intrinsic
 
+from deltamerge.errors import InputError
 from deltamerge.io.encodings import Array, Coding, index_itemsize, rice_offsets
 from deltamerge.io.stored import PADDING
 from deltamerge.io.values import Values
@@ -31,7 +32,8 @@ def put(coding: Coding, stored: Array, k: int, count: int, values: Array, out: A
     """Put `values` at the `count` stored positions of `out`, both unsigned. False: positions are damaged.
 
     stored   bytes of the positions and PADDING zeros; k of rice is at most 15
-    Positions that are damaged, or outside of `out`, may be found only when others were changed.
+    Positions that are damaged, or outside of `out`, may be found only when others were changed. InputError: rice codes
+    are too short, or too long.
     """
     return bool(_put(*_positions(coding, stored, k, count, out), values, out))
 
@@ -48,11 +50,18 @@ def add(
     return bool(_add(*_positions(coding, stored, k, count, out), values, number, scales, np.uint64(group), out))
 
 
+def ranked(stored: Array, scales: Array, out: Array) -> bool:
+    """Fill `out` with the scales whose ranks are stored (bytes and PADDING zeros). False: they are damaged."""
+    return bool(stored[-PADDING - 1] and _ranked(stored, scales, out))
+
+
 def _positions(coding: Coding, stored: Array, k: int, count: int, out: Array) -> tuple[Any, ...]:
     """The first arguments of the kernels; `is_dense`: about every line of `out` is touched."""
     way, first, second = _DENSE, 0, 0
     if coding == "rice":
         way, (first, second) = _ONES, rice_offsets(stored.size - PADDING, count, k)
+        if not stored[-PADDING - 1]:
+            raise InputError("rice codes end in padding")
     elif coding != "dense":
         way = {"bitmask": _ONES, "gaps": _GAPS, "indices": _INDICES}[coding]
         first = index_itemsize(out.size)
@@ -208,6 +217,23 @@ def _is_read(way: Any, stored: Any, cursor: Any) -> bool:
     if way == _ONES:
         return cursor[2] == 0 and not stored[cursor[0] :].any()
     return way != _GAPS or cursor[0] == stored.size - PADDING
+
+
+@compiled
+def _ranked(stored: Any, scales: Any, out: Any) -> bool:
+    places, cursor, last = np.empty(BLOCK, np.uint64), np.zeros(4, np.uint64), np.int64(-1)
+    for start in range(0, out.size, BLOCK):
+        n = min(BLOCK, out.size - start)
+        if not _ones(stored, cursor, n, places):
+            return False
+        for i in range(n):
+            place = np.int64(places[i])
+            rank = place - last - 1
+            if rank >= scales.size:
+                return False
+            out[start + i] = scales[rank]
+            last = place
+    return _is_read(_ONES, stored, cursor)
 
 
 @compiled
