@@ -1,4 +1,4 @@
-"""A delta artifact's tensor applied to the base's in memory: by numpy, or in one compiled pass where numba is loaded."""
+"""An artifact's tensor applied to the base's in memory: in one compiled pass where numba is loaded, else by numpy."""
 
 from __future__ import annotations
 

@@ -6,7 +6,6 @@ prefetch: every position is asked for as soon as it is known, a block before its
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -35,11 +34,20 @@ def put(coding: Coding, stored: Array, k: int, count: int, values: Array, out: A
     Positions that are damaged, or outside of `out`, may be found only when others were changed. InputError: rice codes
     are too short, or too long.
     """
-    return bool(_put(*_positions(coding, stored, k, count, out), values, out))
+    arguments = (*_positions(coding, stored, k, count, out), values, out)
+    return bool(_put(*arguments))
 
 
 def add(
-    coding: Coding, stored: Array, k: int, count: int, values: Array, kind: Values, scales: Array, group: int, out: Array
+    coding: Coding,
+    stored: Array,
+    k: int,
+    count: int,
+    values: Array,
+    kind: Values,
+    scales: Array,
+    group: int,
+    out: Array,
 ) -> bool:
     """Add values to `out`, float32 or (uint16) bfloat16, at the stored positions, rounded once; else as `put`.
 
@@ -47,7 +55,8 @@ def add(
              `group` elements
     """
     number = list(VALUE_BITS).index(kind)
-    return bool(_add(*_positions(coding, stored, k, count, out), values, number, scales, np.uint64(group), out))
+    arguments = (*_positions(coding, stored, k, count, out), values, number, scales, np.uint64(group), out)
+    return bool(_add(*arguments))
 
 
 def ranked(stored: Array, scales: Array, out: Array) -> bool:
@@ -69,7 +78,7 @@ def _positions(coding: Coding, stored: Array, k: int, count: int, out: Array) ->
     return way, stored, np.uint64(k), count, first, np.array([second, 0, 0, 0], np.uint64), is_dense
 
 
-def _prefetch(locality: int) -> Callable[[Any, Any], None]:
+def _prefetch(locality: int) -> Any:
     """Ask for the cache line of array[index], into the second-level cache (locality 2) or the first (3)."""
 
     @intrinsic
@@ -85,14 +94,14 @@ def _prefetch(locality: int) -> Callable[[Any, Any], None]:
 
         return types.void(array, index), generate
 
-    return prefetch  # type: ignore[no-any-return]
+    return prefetch
 
 
 _prefetch_near, _prefetch_far = _prefetch(3), _prefetch(2)
 
 
 @intrinsic
-def _word(context: Any, array: Any, index: Any) -> Any:
+def _load(context: Any, array: Any, index: Any) -> Any:
     """Eight bytes of a uint8 array from `index` on, aligned or not, little-endian."""
 
     def generate(target: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -101,6 +110,10 @@ def _word(context: Any, array: Any, index: Any) -> Any:
         return builder.load(pointer, align=1)
 
     return types.uint64(array, index), generate
+
+
+_word: Any = _load  # to mypy they want the context that numba gives
+_trailing_zeros: Any = trailing_zeros
 
 
 @compiled
@@ -118,7 +131,7 @@ def _remainders(stored: Any, packed: Any, k: Any, start: Any, n: Any, out: Any) 
     b = k & np.uint64(7)
     step, mask = np.int64(b), (np.uint64(1) << b) - np.uint64(1)
     for i in range(0, n, 8):
-        fields = _word(stored, packed + ((start + i) >> 3) * step)  # type: ignore[call-arg]  # numba gives the context
+        fields = _word(stored, packed + ((start + i) >> 3) * step)
         for j in range(8):
             out[i + j] = fields >> (np.uint64(j) * b) & mask
     if k > np.uint64(7):
@@ -138,7 +151,7 @@ def _ones(stored: Any, cursor: Any, n: Any, out: Any) -> bool:
             word = _word(stored, at)
             at += np.uint64(8)
             bit += np.uint64(64)
-        out[i] = bit + np.uint64(trailing_zeros(word)) - np.uint64(64)
+        out[i] = bit + np.uint64(_trailing_zeros(word)) - np.uint64(64)
         word &= word - np.uint64(1)
     cursor[0], cursor[1], cursor[2] = at, bit, word
     return True
@@ -171,7 +184,7 @@ def _indices(stored: Any, itemsize: Any, start: Any, n: Any, cursor: Any, out: A
     least, ok = cursor[3], True
     mask = ~np.uint64(0) >> np.uint64(64 - 8 * itemsize)
     for i in range(n):
-        position = _word(stored, (start + i) * itemsize) & mask  # type: ignore[call-arg]
+        position = _word(stored, (start + i) * itemsize) & mask
         ok &= least <= position
         least = position + np.uint64(1)
         out[i] = position
@@ -183,7 +196,7 @@ def _indices(stored: Any, itemsize: Any, start: Any, n: Any, cursor: Any, out: A
 def _block(
     way: Any, stored: Any, k: Any, start: Any, n: Any, first: Any, cursor: Any, is_dense: Any, remainders: Any,
     positions: Any, out: Any,
-) -> bool:  # fmt: skip
+) -> Any:  # fmt: skip
     """Positions [start, start + n), asked for. False: they are damaged or outside of `out`."""
     if way == _ONES:
         if not _ones(stored, cursor, n, positions):
@@ -212,7 +225,7 @@ def _block(
 
 
 @compiled
-def _is_read(way: Any, stored: Any, cursor: Any) -> bool:
+def _is_read(way: Any, stored: Any, cursor: Any) -> Any:
     """Whether nothing is left."""
     if way == _ONES:
         return cursor[2] == 0 and not stored[cursor[0] :].any()
@@ -220,7 +233,7 @@ def _is_read(way: Any, stored: Any, cursor: Any) -> bool:
 
 
 @compiled
-def _ranked(stored: Any, scales: Any, out: Any) -> bool:
+def _ranked(stored: Any, scales: Any, out: Any) -> Any:
     places, cursor, last = np.empty(BLOCK, np.uint64), np.zeros(4, np.uint64), np.int64(-1)
     for start in range(0, out.size, BLOCK):
         n = min(BLOCK, out.size - start)
@@ -239,7 +252,7 @@ def _ranked(stored: Any, scales: Any, out: Any) -> bool:
 @compiled
 def _put(
     way: Any, stored: Any, k: Any, count: Any, first: Any, cursor: Any, is_dense: Any, values: Any, out: Any
-) -> bool:
+) -> Any:
     positions, remainders = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.uint64)
     for start in range(0, count, BLOCK):
         n = min(BLOCK, count - start)
@@ -254,7 +267,7 @@ def _put(
 def _add(
     way: Any, stored: Any, k: Any, count: Any, first: Any, cursor: Any, is_dense: Any, values: Any, kind: Any,
     scales: Any, group: Any, out: Any,
-) -> bool:  # fmt: skip
+) -> Any:  # fmt: skip
     positions, remainders = np.empty(BLOCK, np.uint64), np.empty(BLOCK, np.uint64)
     bits, sums = np.empty(BLOCK, np.uint32), np.empty(BLOCK, np.uint32)
     floats, totals = bits.view(np.float32), sums.view(np.float32)

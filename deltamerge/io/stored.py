@@ -80,7 +80,7 @@ class Scratch:
         self._bytes: Array = np.empty(0, np.uint8)
 
     def read(self, arrays: Sequence[StoredArray | None]) -> list[Array]:
-        """The bytes of the arrays (None: of nothing), each with PADDING zeros behind it; they are there until the next call."""
+        """The bytes of the arrays (None: no bytes), each with PADDING zeros behind it, until the next call."""
         sizes = [0 if array is None else array.nbytes for array in arrays]
         ends = list(accumulate(-(-(size + PADDING) // ALIGNMENT) * ALIGNMENT for size in sizes))
         if self._bytes.size < ends[-1]:
