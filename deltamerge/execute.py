@@ -60,7 +60,6 @@ class Running:
     """
 
     task: Task
-    backend: Backend
     schedule: Schedule
     values: MutableMapping[int, Any]
     index: int = -1
@@ -103,7 +102,7 @@ def execute(
     depend on `workers`, `tile_elements` or the device.
     """
     engine = _Engine(tasks, reader, sink, device, tile_elements, progress, known or {}, done)
-    with quiet_allocator(), single_threaded({task.backend for task in tasks}):
+    with quiet_allocator(), single_threaded({task.backend for task in tasks if task.root.kind != "read"}):
         engine.run(workers)
     return engine.shared
 
@@ -125,7 +124,8 @@ class _Engine:
         self.reader, self.sink, self.progress, self.done = reader, sink, progress, done
         self.lender = sink if isinstance(sink, Lender) else None
         self.tile_elements = tile_elements
-        self.backends = {name: open_backend(name, device) for name in {t.backend for t in tasks}}
+        self.device = device
+        self.backends: dict[str, Backend] = {}
         self.shared = shared_values([task.root for task in tasks], known)
         self.shared_by_id = {id(node): value for node, value in self.shared.items()}
         self.upcoming = iter(tasks)
@@ -159,7 +159,7 @@ class _Engine:
                     else:
                         lane = lanes.get(task.backend)
                         if lane is None:
-                            lane = lanes[task.backend] = job.running.backend.lane(self.reader)
+                            lane = lanes[task.backend] = self._backend(task).lane(self.reader)
                         self._compute(job, lane)
                     self._complete(job)
         except BaseException as failure:
@@ -188,10 +188,17 @@ class _Engine:
         if self._is_done(task, 0, math.prod(task.root.shape)):
             return
         plan = schedule(task.root)
-        running = Running(task, self.backends[task.backend], plan, ChainMap({}, self.shared_by_id))
+        running = Running(task, plan, ChainMap({}, self.shared_by_id))
         jobs = self._next_pass(running)
         self.in_flight += bool(jobs)
         self.ready.extend(jobs)
+
+    def _backend(self, task: Task) -> Backend:
+        """The backend that a task is computed with, opened for the first one: what is only copied needs none."""
+        with self.changed:
+            if task.backend not in self.backends:
+                self.backends[task.backend] = open_backend(task.backend, self.device)
+            return self.backends[task.backend]
 
     def _next_pass(self, running: Running) -> list[Job]:
         """The jobs of the next pass that has to be run; reductions known to be needless are skipped."""
@@ -212,9 +219,10 @@ class _Engine:
             reductions = [n for n in reductions if id(n) not in needless]
             if not (last or reductions):
                 continue
-            running.steps = _steps(running, needless)
             root = running.task.root
-            running.whole = running.backend.whole(running.steps, root, running.values, self.reader)
+            backend = None if root.kind == "read" else self._backend(running.task)
+            running.steps = _steps(running, needless, backend)
+            running.whole = backend.whole(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [job for job in self._jobs(running) if not (last and self._is_done_job(job))]
             running.waiting = len(jobs)
@@ -352,7 +360,7 @@ class _Engine:
             self.changed.notify_all()
 
 
-def _steps(running: Running, needless: Collection[int]) -> list[Step]:
+def _steps(running: Running, needless: Collection[int], backend: Backend | None) -> list[Step]:
     """The steps of the pass that runs, without its needless reductions; what these free, the step before frees."""
     steps: list[Step] = []
     frees = running.schedule.frees[running.index]
@@ -360,7 +368,7 @@ def _steps(running: Running, needless: Collection[int]) -> list[Step]:
         if id(node) in needless:
             steps[-1] = replace(steps[-1], frees=steps[-1].frees + frees.get(i, ()))
         else:
-            call = None if node.kind == "read" else running.backend.function(node)
+            call = backend.function(node) if backend and node.kind != "read" else None
             steps.append(Step(node, call, dict(node.parameters), frees.get(i, ())))
     return steps
 
