@@ -17,7 +17,7 @@ from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.io.delta_format import Base
 from deltamerge.io.delta_tensor import BaseTensor, TensorWriter, is_related
 from deltamerge.io.delta_writer import DeltaWriter, Summary
-from deltamerge.io.files import COPY_PIECE, flat
+from deltamerge.io.files import flat
 from deltamerge.io.journal import Journal
 from deltamerge.io.layered import elements
 from deltamerge.outputs import Output
@@ -171,10 +171,3 @@ class _Sink:
             target = self.targets[name]
             target.write(offset, data)
             self.progress(data.nbytes // 4 * ITEMSIZE[target.dtype] if target.adds else data.nbytes)
-
-    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
-        size = ITEMSIZE[source.dtype]
-        for at in range(start, start + nbytes, COPY_PIECE):
-            piece = np.empty(min(COPY_PIECE, start + nbytes - at), np.uint8)
-            reader.read_into(source, at // size, piece)
-            self.write(name, offset + at, piece)
