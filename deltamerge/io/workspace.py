@@ -77,11 +77,13 @@ class Workspace:
             os.rename(self.target, old)
         try:
             os.rename(self.folder, self.target)
-        except OSError:
+            sync_path(self.target.parent)
+        except (OSError, OutputError):
+            if not self.folder.exists():  # the name may not outlast a crash: it is taken back, --resume gives it again
+                os.rename(self.target, self.folder)
             if replaced:
                 os.rename(old, self.target)
             raise
-        sync_path(self.target.parent)
         self.journal.close()
         shutil.rmtree(self.state, ignore_errors=True)
 
