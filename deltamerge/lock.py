@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +18,7 @@ from deltamerge.calibrate.rows import is_of_hub, local_files
 from deltamerge.chosen import Run, choices
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
+from deltamerge.io.blobs import sha256_of
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.planner import Plan
@@ -36,7 +36,6 @@ DATA = "calibration data"
 HASH_BYTES = 1 << 23
 MAX_BYTES = 1 << 26
 MAX_DEPTH = 64
-HUB_BLOB = re.compile(r"[0-9a-f]{64}")
 
 
 def hash_output(path: Path) -> str:
@@ -49,11 +48,10 @@ def hash_output(path: Path) -> str:
 def hash_input(path: Path) -> str:
     """ "xxh3:<hex>", XXH3-128, of a local file's bytes: as fast as it is read, against accidents, not against forgery.
 
-    A file of the hub's cache is "sha256:<hex>", which the hub already knows.
+    A file of the hub's cache is "sha256:<hex>", which the hub already knows and `check_blobs` compares.
     """
-    blob = path.resolve()
-    if path.is_symlink() and HUB_BLOB.fullmatch(blob.name):
-        return f"sha256:{blob.name}"
+    if known := sha256_of(path):
+        return f"sha256:{known}"
     from xxhash import xxh3_128
 
     return f"xxh3:{_digest(path, xxh3_128())}"
@@ -173,9 +171,8 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> list[int] | str:
-    blob = path.resolve()
-    if path.is_symlink() and HUB_BLOB.fullmatch(blob.name):
-        return blob.name
+    if known := sha256_of(path):
+        return known
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge import lock as locks
@@ -19,8 +19,10 @@ from deltamerge.chain import Document, documents, folder_of, is_current
 from deltamerge.distribute import Part, gather
 from deltamerge.errors import InputError
 from deltamerge.execute import shared_values
+from deltamerge.graph import depth_first
 from deltamerge.illustrate import Draw, drawing
 from deltamerge.io.audit import NonFinite
+from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.workspace import Workspace, refuse_inputs, workspace
@@ -28,6 +30,8 @@ from deltamerge.io.writer import write_index
 from deltamerge.planner import Plan
 from deltamerge.plans import make_plan, make_plans, target_of
 from deltamerge.weights import Made, calibrated, check_finite, make_weights
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,11 +145,12 @@ def _run(
     with workspace(target, force=force, resume=resume, part=part.name if part else None) as work:
         if _from_hub(planned):
             planned = make_plan(path, weights=True, upto=document.name, **options)
-        asset_files(planned)  # links that leave a model's folder are refused before the work, not after
+        assets = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
         facts = locks.facts(planned, document.text)
         work.begin(facts)
         share = part or Part(1, 1)
         inputs = _beside(lambda: locks.describe_inputs(planned, 1, share.takes))
+        sound = _beside(lambda: check_blobs(_files_read(planned, part, assets.values()), planned.workers))
         lock_path = path.with_suffix(".lock") if locked else None
         lock = locks.read_lock(lock_path) if lock_path else {}
         if lock_path and part is None:
@@ -159,7 +164,13 @@ def _run(
         planned = made.plan
         now = locks.facts(planned, document.text)
         if changed := sorted(name for name in facts if now.get(name) != facts[name]):
-            raise InputError(f"changed during the run: {', '.join(changed)}", hint="run again with --force")
+            work.forget()
+            raise InputError(f"changed during the run: {', '.join(changed)}", hint="run it again from the start")
+        try:
+            sound.result()
+        except InputError:
+            work.forget()
+            raise
         check_finite(planned, made.nonfinite, allow=allow_nonfinite)
         if part:
             work.journal.append({"part": {"inputs": inputs.result(), "outputs": made.hashed}})
@@ -231,6 +242,17 @@ def _complete(
     return planned, lock
 
 
+def _files_read(planned: Plan, part: Part | None, assets: Iterable[Path]) -> list[Path]:
+    """The files that the output depends on; of plain checkpoints' shards those that the part reads."""
+    wanted = {path for _, paths in locks.files_read(planned) for path in paths} | set(assets)
+    if part is not None and not planned.stages:
+        nodes = [node for task in part.of(planned).tasks for node in depth_first(task.root) if node.kind == "read"]
+        read = {node.parameter("tensor").path for node in nodes}
+        plain = [c for c in planned.inputs.checkpoints if c.adapter is None and c.base is None]
+        wanted -= {path for c in plain for path in c.files if path not in read}
+    return sorted(wanted)
+
+
 def _from_hub(planned: Plan) -> bool:
     return any(source.hub_id for checkpoint in planned.inputs.checkpoints for source in checkpoint.sources)
 
@@ -284,9 +306,9 @@ def calibrate(
     return calibration
 
 
-def _beside(work: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
+def _beside(work: Callable[[], T]) -> Future[T]:
     """Do `work` while the run goes on; a daemon, so that a run that fails or is interrupted does not wait for it."""
-    future: Future[dict[str, Any]] = Future()
+    future: Future[T] = Future()
 
     def go() -> None:
         try:

@@ -62,6 +62,10 @@ class Workspace:
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def forget(self) -> None:
+        """Nothing that was written is worth to be kept."""
+        self.journal.records.clear()
+
     def publish(self) -> None:
         """Put everything on the disk, then rename it to the target; an old target stays whole until the new is there.
 
