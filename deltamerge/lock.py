@@ -20,6 +20,7 @@ from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
 from deltamerge.io.blobs import sha256_of
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.files import input_error
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.planner import Plan
 from deltamerge.stages import Calibrated, Source, locked
@@ -314,7 +315,9 @@ def read_lock(path: Path) -> dict[str, Any]:
         content = yaml.load(text, Loader=loader)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such lock", hint="a finished `deltamerge run` leaves one") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+    except OSError as error:
+        raise InputError(f"{path}: {input_error(error)}") from error
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
         raise InputError(f"{path}: not a readable lock") from error
     if not isinstance(content, dict) or "outputs" not in content:
         raise InputError(f"{path}: not a deltamerge lock")

@@ -104,19 +104,28 @@ def workspace(
     """
     resolved = target.resolve()
     state = resolved.parent / f".{resolved.name}.partial"
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
-    if finish and not state.is_dir():
+    try:
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
+        if target.is_mount():
+            raise OutputError(f"{target}: is a mount point", hint="choose a folder inside it with --out")
+        begun, filled = state.is_dir(), _filled(target)
+    except OSError as error:
+        raise OutputError(f"{target}: {output_error(error)}", hint="choose another folder with --out") from error
+    if finish and not begun:
         raise OutputError(f"{target}: no parts of a run are there", hint="run the parts first, with --part I/N")
-    if _filled(target) and not force and not ((resume or finish) and state.is_dir()):
+    if filled and not force and not ((resume or finish) and begun):
         raise OutputError(f"{target}: not empty", hint="choose another folder with --out, or replace it with --force")
     with ExitStack() as held:
         held.enter_context(_locked(state, LOCK, target, shared=part is not None))
         if part is not None:
             held.enter_context(_locked(state, f"part-{part}.lock", target))
-        if not finish:
-            _prepare(target, resolved, state, force=force, resume=resume, part=part)
-        (state / OUT).mkdir(exist_ok=True)
+        try:
+            if not finish:
+                _prepare(target, resolved, state, force=force, resume=resume, part=part)
+            (state / OUT).mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{state}: {output_error(error)}", hint="remove it, or give its rights back") from error
         work = Workspace(resolved, state, Journal(state / (f"{JOURNAL}-{part}" if part else JOURNAL)), force)
         try:
             yield work
@@ -219,7 +228,8 @@ def _locked(state: Path, name: str, target: Path, *, shared: bool = False) -> It
         except FileNotFoundError:
             continue  # a run that ended has just removed the folder
         except OSError as error:
-            raise OutputError(f"{state.parent}: cannot be written: {error.strerror}") from error
+            cause = output_error(error)
+            raise OutputError(f"{state if state.is_dir() else state.parent}: {cause}", hint=cause.hint) from error
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             held = os.stat(path).st_ino == os.fstat(fd).st_ino
