@@ -37,6 +37,7 @@ DATA = "calibration data"
 HASH_BYTES = 1 << 23
 MAX_BYTES = 1 << 26
 MAX_DEPTH = 64
+MAX_EVENTS = 1_000_000
 
 
 def hash_output(path: Path) -> str:
@@ -308,7 +309,9 @@ def read_lock(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: larger than {MAX_BYTES:,} bytes")
         text = raw.decode("utf-8")
         depth = 0
-        for event in yaml.parse(text, loader):  # first: nodes are composed recursively in C
+        for count, event in enumerate(yaml.parse(text, loader)):  # first: nodes take much, and are composed recursively
+            if count > MAX_EVENTS:
+                raise InputError(f"{path}: holds more than {MAX_EVENTS:,} values")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise InputError(f"{path}: nested more than {MAX_DEPTH} deep")

@@ -150,6 +150,10 @@ def _row(number: int, fields: Sequence[str], label: str | None, record: Mapping[
                 hint=f"its fields are {', '.join(map(repr, record))[:400]}: set calibration.text and calibration.label",
             )
     values = [record[name] for name in fields]
+    try:
+        "".join(v for v in (*values, record[label] if label else None) if isinstance(v, str)).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"row {number}: half a surrogate pair, which is no text") from None
     if len(values) == 1 and isinstance(values[0], str) and folder and Path(values[0]).suffix.lower() in PICTURES:
         values = [folder / values[0]]
     if len(values) > 1 and not all(isinstance(v, str) for v in values):

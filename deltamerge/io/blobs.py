@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ def blob_of(path: Path) -> Path | None:
     """The blob that `path` of a snapshot leads to; None: it is no such link."""
     if not path.is_symlink():
         return None
-    blob = path.resolve()
+    blob = Path(os.path.realpath(path))
     named = any(name.fullmatch(blob.name) for name in NAMES.values())
     return blob if named and blob.parent.name == "blobs" else None
 

@@ -102,7 +102,7 @@ def workspace(
     otherwise, the folder stays if there is work to resume and goes if not. OutputError: the target is a file or not
     empty (and not `force`), another run uses the folder, or an earlier run left work (and not `resume` or `force`).
     """
-    resolved = target.resolve()
+    resolved = Path(os.path.realpath(target))
     state = resolved.parent / f".{resolved.name}.partial"
     try:
         if target.exists() and not target.is_dir():
@@ -186,7 +186,7 @@ def finished_folder(target: Path, *, force: bool, inputs: Iterable[tuple[str, Pa
 
 def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
     """OutputError: the target is, or holds, one of the inputs (name, path)."""
-    resolved = target.resolve()
+    resolved = Path(os.path.realpath(target))
     for name, path in inputs:
         source = path.resolve()
         if resolved == source or source.is_relative_to(resolved):
