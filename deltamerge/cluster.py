@@ -13,7 +13,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from deltamerge.distribute import Part
+from deltamerge.chain import documents
+from deltamerge.distribute import Part, check_recipes
 from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.workspace import parts_workspace
@@ -45,8 +46,10 @@ def run_on_ray(
 
     There are as many parts as shards, but no more than tasks of `workers` cores (default 1) have room in the cluster;
     `memory` is each task's. q's are calibrated once, by a task that all parts wait for. Every machine must see the
-    recipe, the models and the target under the same paths. OutputError: a part's worker died again and again.
+    recipe, the models and the target under the same paths. InputError: several documents, or an output that is no
+    model. OutputError: a part's worker died again and again.
     """
+    check_recipes(path, [document.recipe for document in documents(path)], "--ray")
     planned = make_plan(path, device="cpu", data=not locked)
     target = target_of(path, planned.recipe, out).resolve()
     options = {"device": device, "workers": workers or 1, "memory": memory, "force": force, "locked": locked,

@@ -16,7 +16,7 @@ from deltamerge.assets import asset_files, write_assets
 from deltamerge.budget import budget_of
 from deltamerge.card import render
 from deltamerge.chain import Document, documents, folder_of, is_current
-from deltamerge.distribute import Part, gather
+from deltamerge.distribute import Part, check_recipes, gather
 from deltamerge.errors import InputError
 from deltamerge.execute import shared_values
 from deltamerge.graph import depth_first
@@ -86,8 +86,8 @@ def run(
     options: dict[str, Any] = {
         "device": device, "workers": workers, "memory": memory, "data": not locked, "pins": pins, "text": text,
     }  # fmt: skip
-    if part and len(chain) > 1:
-        raise InputError(f"{path}: has several documents, --part takes one", hint="give each document its own file")
+    if part:
+        check_recipes(path, [document.recipe for document in chain], "--part")
     if len(chain) > 1:
         make_plans(path, out, **options)  # a fault of any document ends the run before the first is made
     intermediate: dict[Path, bool] = {}
@@ -137,9 +137,6 @@ def _run(
     """Make the result of one document of the recipe at `path`."""
     draw = drawing(planned, data=not locked) if pictures else None
     refuse_inputs(target, _places(planned))
-    if part and planned.recipe.output.kind != "model":
-        hint = "run without --part; or the parts with output.kind model, then deltamerge extract of what they make"
-        raise InputError("--part writes models only", hint=hint)
     if part:
         part.files(planned.layout)
     with workspace(target, force=force, resume=resume, part=part.name if part else None) as work:
@@ -190,8 +187,7 @@ def finish(
     pins: Mapping[str, str] | None = None,
 ) -> Result:
     """Make the target of what all parts of a run wrote. OutputError: some part is missing or unfinished."""
-    if len(documents(path)) > 1:
-        raise InputError(f"{path}: has several documents, --part takes one", hint="give each document its own file")
+    check_recipes(path, [document.recipe for document in documents(path)], "--finish")
     planned = make_plan(path, device="cpu", workers=workers, data=not locked, pins=pins)
     target = target_of(path, planned.recipe, out)
     draw = drawing(planned, data=False) if pictures else None

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_resume import RECIPE, calibrated, files, models
+from test_resume import RECIPE, calibrated, call, files, models
 
 from deltamerge.io.journal import read_journal
 from deltamerge.io.workspace import has_work
@@ -219,6 +219,24 @@ class TestOnACluster:
 
 def sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("option", [("--ray",), ("--part", "1/2"), ("--finish",)])
+@pytest.mark.parametrize("more", ["---\nmodels: [{model: ./a}]\nname: x\n", "output: {kind: delta}\n"])
+def test_parts_are_of_one_document_that_makes_a_model(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], more: str
+) -> None:
+    text = recipe.read_text()
+    recipe.write_text(more.removeprefix("---\n") + "merge_method: passthrough\n---\n" + text.replace("./a", "x"))
+    said = "has several documents"
+    if "delta" in more:
+        recipe.write_text(text[: text.index("output:")] + more)
+        said = "output.kind is delta"
+    code, out, err = call(capsys, "run", recipe, "--out", tmp_path / "out", *option)
+    assert (code, out) == (1, ""), err
+    assert f"r.yaml: {said}, {option[0]} " in err
+    assert "hint: " in err
+    assert not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.skipif(has_ray(), reason="ray is installed")
