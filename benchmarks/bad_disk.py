@@ -1,7 +1,7 @@
-"""A bad disk for one process: reads, writes and syncs that fail, fall short or are slow, those of compiled loops too.
+"""A bad disk for one process: reads, writes and syncs that fail, fall short or are slow; reads of compiled loops too.
 
-numba's loops call pread and pwrite by symbol, and llvmlite gives a symbol another meaning if it is told so before the
-loops are loaded. So the code that meets the faults is what every run has, out of numba's cache.
+numba's loops call pread by symbol, and llvmlite gives a symbol another meaning if it is told so before the loops are
+loaded. So the code that meets the faults is what every run has, out of numba's cache.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ CODES = {
 class BadDisk:
     """Every call, or only those of compiled `loops`, fails with `chance`; if that is `lasting`, so do all later ones of
     its kind. A share of reads and writes falls `short`. `pace`: seconds that a byte takes more to be written.
-    `compiled` counts the calls of compiled loops, `faults` those of them that failed."""
+    `compiled` counts the reads of compiled loops, `faults` those of them that failed."""
 
     def __init__(
         self, *, chance: float = 0.0, lasting: bool = False, short: float = 0.0, pace: float = 0.0, seed: int = 0
@@ -44,7 +44,6 @@ class BadDisk:
         self._patch("rename", "rename", lambda call, a, b: call(a, b))
         self._kept: list[Any] = []  # functions whose addresses are in use
         with suppress(ImportError):
-            self._bind("pwrite", "write")
             self._bind("pread", "read")
 
     def turn(
@@ -92,7 +91,6 @@ class BadDisk:
             if self._fails(kind, loop=True):
                 self.faults += 1
                 return -1
-            self._slow(kind, count)
             return int(call(fd, address, self._some(count), at))
 
         self._kept.append(SIGNATURE(bound))

@@ -41,7 +41,7 @@ output: {{shard_size: {shard}}}
 """
 PATHS = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
 SECONDS = 3.0  # that the weights take to be written by a run that is to be killed: longer than many saves
-# A run on a `bad_disk`, which saves often; it leaves the calls of compiled loops, and those that failed, in a file.
+# A run on a `bad_disk`, which saves often; it leaves the reads of compiled loops, and those that failed, in a file.
 CHILD = """\
 import sys
 from bad_disk import BadDisk
@@ -354,7 +354,7 @@ def main() -> None:
     calls, faults = map(sum, zip(*(map(int, line.split()) for line in torture.counts.open()), strict=True))
     print(
         f"faulty disk       {options.kills // 2} runs, {stopped} stopped by an error, all resumed to equal bytes; "
-        f"{faults} of {calls} reads and writes of compiled loops failed",
+        f"{faults} of {calls} reads of compiled loops failed",
         flush=True,
     )
     torture.file_limit()

@@ -40,7 +40,7 @@ def check(stopped=None):
 
 run(recipe, out)
 check()
-assert disk.compiled > 20, "the loops did not read and write by the bound symbols"
+assert disk.compiled > 20, "the loops did not read by the bound symbol"
 disk.turn(chance=0.5, loops=True)
 run(recipe, out)
 check()
