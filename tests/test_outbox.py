@@ -14,7 +14,7 @@ import blake3
 import numpy as np
 import pytest
 
-from deltamerge.errors import OutputError
+from deltamerge.errors import InputError, OutputError
 from deltamerge.io import outbox
 from deltamerge.io.outbox import LEAST, Outbox
 from deltamerge.io.writer import Layout, Writer, plan_layout
@@ -123,6 +123,20 @@ def test_a_failure_behind_the_back_is_met_by_who_writes_next(
                 out.write("a", start, bytes(min(PIECE, ELEMENTS - start)))
             out.finish()
     assert caught.value.where == ["model.safetensors"]
+
+
+def test_what_cannot_be_read_back_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout) -> None:
+    """Pieces that come too early to be hashed are forgotten and read from the file: nobody waits for a dead reader."""
+    monkeypatch.setattr(outbox, "ROOM", LEAST)
+
+    def fail(*_: object) -> None:
+        raise InputError("cannot be read: Input/output error")
+
+    monkeypatch.setattr("deltamerge.io.audit.read_at", fail)
+    with Writer(tmp_path, layout) as out, pytest.raises(InputError, match=r"model\.safetensors: cannot be read"):  # noqa: PT012
+        for name, start, nbytes in pieces(layout, 1):
+            out.write(name, start, bytes(nbytes))
+        out.finish()
 
 
 def test_memory_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

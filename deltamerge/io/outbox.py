@@ -143,6 +143,12 @@ class Outbox:
                 self._changed.wait()
             self._raise_failure()
 
+    def fail(self, failure: BaseException) -> None:
+        """Who waits, sends or drains meets this failure, unless there was one before."""
+        with self._changed:
+            self._failure = self._failure or failure
+            self._changed.notify_all()
+
     def close(self) -> None:
         """End; what was sent and is not yet begun is dropped."""
         with self._changed:
@@ -186,7 +192,7 @@ class Outbox:
                     self._write(sent)
                     self._tell(sent.file, sent.position, len(sent.data))
             except BaseException as failure:
-                self._failure = self._failure or failure
+                self.fail(failure)
             with self._changed:
                 self._busy -= 1
                 sent.written = True
