@@ -17,6 +17,7 @@ from deltamerge import lock as locks
 from deltamerge.assets import copied_files
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.io import hub
+from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, Reader, is_delta
 from deltamerge.io.delta import DeltaFile, Source
 from deltamerge.io.delta_entry import TILE
@@ -71,7 +72,9 @@ def apply(
         with Reader() as reader, Writer(folder, layout) as writer, errors.context(delta):
             _write(opened, planned, origin, reader, writer, workers, tile, progress)
             found = writer.finish()
-        for name, file in copied_files(artifact.path).items():
+        copied = copied_files(artifact.path)
+        check_blobs([*locks.input_files(artifact), *locks.input_files(origin), *copied.values()], workers)
+        for name, file in copied.items():
             shutil.copyfile(file, folder / name)
         (folder / "README.md").write_text(_card(opened, delta, base, out.name), encoding="utf-8")
         inputs = {name: locks.describe_input(model, workers) for name, model in ((delta, artifact), (base, origin))}

@@ -93,8 +93,9 @@ def bent(draw: st.DrawFn, raw: bytes) -> bytes:
 
 
 TOKENS = [
-    b"{", b"}", b"[" * 300, b"{" * 300, b'"', b"\\ud800", b"\xff", b"\0", b"&a ", b"*a", b"<<: ", b"\n  ", b": ", b"- ",
-    b"!!python/object:os.system ", b"1e999", b"9" * 400, b"NaN", b"%YAML 9.9\n", b"---\n", b"|", b"? ",
+    b"{", b"}", b"[" * 300, b"[" * 50_000, b"{" * 300, b'"', b"\\ud800",
+    b"\xff", b"\0", b"&a ", b"*a", b"<<: ", b"\n  ", b": ", b"- ",
+    b"!!python/object:os.system ", b"1e999", b"9" * 400, b"9" * 5000, b"NaN", b"%YAML 9.9\n", b"---\n", b"|", b"? ",
 ]  # fmt: skip
 
 

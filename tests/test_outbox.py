@@ -16,7 +16,8 @@ import pytest
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import audit, outbox, writer
-from deltamerge.io.outbox import LEAST, Outbox
+from deltamerge.io.outbox import LEAST, READ, Outbox
+from deltamerge.io.spans import Spans
 from deltamerge.io.writer import Layout, Writer, plan_layout
 
 ELEMENTS = 3_000_001
@@ -158,3 +159,23 @@ def test_memory_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert sorted(written) == [*range(0, 40 * PIECE, PIECE)]
     assert len(addresses) <= 4
     assert path.read_bytes() == bytes(i for i in range(40) for _ in range(PIECE))
+
+
+def test_what_a_resumed_run_sends_again_is_read_from_the_file(tmp_path: Path) -> None:
+    """An earlier run wrote the first half of a piece, which is read before the whole piece is sent."""
+    half, size = READ, 3 * READ
+    path = tmp_path / "x"
+    path.write_bytes(bytes(size))
+    spans = Spans([(0, 2 * half)])
+    box = Outbox(
+        tmp_path, lambda _, start, nbytes: spans.add(start, start + nbytes), lambda _, at: spans.reach(at), path
+    )
+    assert box.follow("x", 0, size) == 2 * half
+    memory = box.lend(half, 2 * half)
+    memory[:] = 7
+    box.send("x", half, memory)
+    assert box.follow("x", 2 * half, size) == size
+    box.drain()
+    assert box._bytes == 0  # it would fill up, and who makes more would wait for ever
+    box.close()
+    assert path.read_bytes() == bytes(half) + bytes([7]) * (2 * half)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import platform
 import sys
@@ -14,8 +15,9 @@ from click.shell_completion import get_completion_class
 from deltamerge import __version__
 from deltamerge.cli import artifacts, looking, running, sharing, writing
 from deltamerge.cli.output import complain
-from deltamerge.errors import DeltamergeError
+from deltamerge.errors import DeltamergeError, InputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "numba", "peft")
 
 
@@ -38,6 +40,12 @@ def main(arguments: list[str] | None = None) -> None:
         code = error.exit_code
     except BrokenPipeError:
         code = 1
+    except OSError as error:
+        if error.filename is None and error.errno not in FULL:
+            code = _report_bug(error)
+        else:  # of a place that is the user's: a folder, a disk behind stdout
+            complain(InputError(f"{error.filename or 'output'}: {error.strerror}"), "error")
+            code = InputError.exit_code
     except Exception as bug:
         code = _report_bug(bug)
     gc.freeze()  # the interpreter's last collections would look at every object there is, for a tenth of a second

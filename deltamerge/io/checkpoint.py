@@ -21,7 +21,6 @@ from deltamerge.io.files import (
     flat,
     input_error,
     read_at,
-    refuse_link,
 )
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.safetensors_file import Header, read_header
@@ -119,13 +118,9 @@ def open_checkpoint(
             opened, config = DeltaFile.open(path), read_json(path / "config.json")
             return Checkpoint(reference, path, {}, opened.files, config, revision, hub_id, opened)
         source = weight_source(names)
-        refuse_link(path / "config.json")
-        refuse_link(path / source)
         config = read_json(path / "config.json")
         weight_map = read_index(path / INDEX) if source == INDEX else None
         shards = [source] if weight_map is None else shards_of(weight_map, names)
-        for shard in shards:
-            refuse_link(path / shard)
         tensors = join({shard: read_header(path / shard) for shard in shards}, weight_map)
         files = tuple(path / shard for shard in shards)
         return Checkpoint(reference, path, tensors, files, config, revision, hub_id)

@@ -68,6 +68,8 @@ class Outbox:
         self._takes_direct = sample is not None and takes_direct(sample)
         self._queue: deque[Sent] = deque()
         self._held: defaultdict[str, dict[int, Sent]] = defaultdict(dict)
+        # Up to where each file is read: what a resumed run sends again of the bytes before is not waited for.
+        self._claimed: defaultdict[str, int] = defaultdict(int)
         self._free: list[NDArray[np.uint8]] = []
         self._bytes = self._busy = 0
         self._hungry = self._closed = False
@@ -104,9 +106,10 @@ class Outbox:
                 self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(WRITERS)]
                 for thread in self._threads:
                     thread.start()
-            sent = Sent(file, position, data)
+            sent = Sent(file, position, data, read=position < self._claimed[file])
             self._queue.append(sent)
-            self._held[file][position] = sent
+            if not sent.read:
+                self._held[file][position] = sent
             self._bytes += len(data)
             self._changed.notify_all()
 
@@ -118,10 +121,12 @@ class Outbox:
         with self._changed:
             while not self._closed:
                 if position in held:
+                    self._claimed[file] = position + len(held[position].data)
                     return held[position].data
                 stop = min(held, default=size)
                 ready = min(self._reach(file, position), stop)
                 if ready == stop or ready - position >= READ:
+                    self._claimed[file] = ready
                     return ready
                 self._hungry = True
                 self._changed.notify_all()
