@@ -204,10 +204,10 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 
 FLAGS = {
-    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --allow-nonfinite "
-    "--pictures --json --quiet --help",
-    "check": "--offline --help",
-    "plan": "--device --workers --memory --diff --graph --json --help",
+    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked "
+    "--mergekit-exact --allow-nonfinite --pictures --json --quiet --help",
+    "check": "--offline --mergekit-exact --help",
+    "plan": "--device --workers --memory --diff --graph --mergekit-exact --json --help",
     "apply": "--base --out --workers --memory --force --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
     "--allow-nonfinite --json --quiet --help",
