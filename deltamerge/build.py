@@ -180,6 +180,8 @@ class Builder:
         density = float(self._value("density", tuned.merge, tuned))
         if density >= 1:
             return whole, ""
+        if density == 0:
+            return self.deltas.nothing(tuned), " density=0"
         kept = nodes.largest(self.graph, whole, max(1, int(density * math.prod(whole.shape))))
         if "rescale" in method.parameters and self._value("rescale", tuned.merge, None):
             return nodes.matched(self.graph, whole, kept, "l1"), f" density={density:g} l1"

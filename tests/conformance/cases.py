@@ -74,6 +74,13 @@ CASES = {
     "ties-gradient": Case(
         recipe("ties", "a: weight: [0, 0.3, 0.7, 1], density: [1, 0.7, 0.1]", "b: weight: 0.5, density: 0.33")
     ),
+    "ties-nothing": Case(recipe("ties", "a: weight: 1, density: [1, 0.5, 0]", "b: weight: 0.5, density: 0.33")),
+    "dare_ties-nothing": Case(recipe("dare_ties", "a: weight: 1, density: 0", "b: weight: 0.5")),
+    "della-nothing": Case(recipe("della", "a: weight: 1, density: 0", "b: weight: 0.5")),
+    "breadcrumbs-nothing": Case(recipe("breadcrumbs", "a: weight: 1, density: 0", "b: weight: 0.5, density: 0.5")),
+    "long-references": Case(
+        recipe("linear", "a: weight: 1.0", "b: weight: '0.3'", base=None).replace("./a", "{model: {path: ./a}}")
+    ),
     "dare_linear-whole": Case(recipe("dare_linear", *WEIGHTED)),
     "dare_ties-whole": Case(recipe("dare_ties", *WEIGHTED)),
     "della-whole": Case(recipe("della", *WEIGHTED)),
