@@ -208,3 +208,29 @@ def test_mergekit_s_own_examples(examples, name):
     theirs, ours = (load_tensors(examples / f"{name}.{tool}") for tool in ("mergekit", "deltamerge"))
     differing = sum(int(((theirs[key] - ours[key]).abs() > 1e-6).sum()) for key in ours)
     assert differing <= 0.01 * sum(tensor.numel() for tensor in ours.values())
+
+
+def test_config_and_tokenizer_are_the_base_s_if_mergekit_s_are_wanted(models):
+    folder = models / "heads"
+    for seed, name in enumerate(("start", "end"), 5):
+        tiny_llama(folder / name, seed=seed, dtype=torch.float32, tokenizer=True)
+    marked = json.loads((folder / "end" / "config.json").read_text()) | {"bos_token_id": 7}
+    (folder / "end" / "config.json").write_text(json.dumps(marked))
+    names = (folder / "end" / "tokenizer_config.json").read_text()
+    (folder / "end" / "tokenizer_config.json").write_text(names.replace("<unk>", "w9"))
+    text = (
+        "merge_method: slerp\nbase_model: ./start\nmodels: [{model: ./start}, {model: ./end}]\nparameters: {t: 0.3}\n"
+    )
+    wanted = theirs(folder, "of-the-base", text)
+    for exact, of, mark in ((True, "start", 1), (False, "end", 7)):
+        out = run(folder / "of-the-base.yaml", folder / f"exact-{exact}", mergekit_exact=exact).folder
+        got = load_tensors(out)
+        assert max(float((got[key] - wanted[key]).abs().max()) for key in wanted) <= 1e-6
+        assert json.loads((out / "config.json").read_text())["bos_token_id"] == mark
+        assert (out / "tokenizer_config.json").read_bytes() == (folder / of / "tokenizer_config.json").read_bytes()
+    mergekit_s = folder / "of-the-base.mergekit"
+    assert json.loads((mergekit_s / "config.json").read_text())["bos_token_id"] == 1
+    assert (mergekit_s / "tokenizer_config.json").read_bytes() == (
+        folder / "start" / "tokenizer_config.json"
+    ).read_bytes()
+    assert "`template: base` gives mergekit's" in DIFFERENCES.read_text(encoding="utf-8")
