@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, out_of_range, prunes
 from deltamerge.errors import Problem
 from deltamerge.faults import show, suggest
+from deltamerge.keys import CalibratedQ
 from deltamerge.methods import COMMON_KEYS, PRUNE
 from deltamerge.pruning import effective_prune
 from deltamerge.source import Loc
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault of the recipe's prunings that the types of the keys do not show."""
-    checks = (_prune_keys, _pruning, _calibrated, _whole_merge, _budget)
+    checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget)
     return (problem for check in checks for problem in check(recipe))
 
 
@@ -97,6 +98,18 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem((*loc, "q", "search"), "gradient needs objective output_change", "or search: auto")
         elif q.search == "gradient" and q.scope == "global":
             yield recipe.problem((*loc, "q", "search"), "gradient needs scope layer or row", "scope: layer")
+
+
+def _names(recipe: Recipe) -> Iterator[Problem]:
+    """The lock has the q's of a model under its name, so a model that two modules calibrate needs two."""
+    known: set[str] = set()
+    for i in recipe.fine_tunes:
+        name = recipe.names[i]
+        if isinstance(effective_prune(recipe, i).q, CalibratedQ):
+            if name in known:
+                message = f"another module calibrates a model of the same name, {show(name)}"
+                yield recipe.problem(("models", i, "model"), message, "set a name of its own: the lock has its q by it")
+            known.add(name)
 
 
 def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:

@@ -185,7 +185,9 @@ class Recipe(Keys):
     dtype: Dtype | None = Field(None, description="Of the output; arithmetic is float32.")
     out_dtype: Dtype | None = Field(None, description="Of the output; wins over dtype.")
     template: Text | None = Field(None, description="The model whose tensors and files the output has.")
-    tokenizer_source: Reference | None = Field(None, description="Whose tokens the output has: base, union, or a model.")
+    tokenizer_source: Reference | None = Field(
+        None, description="Whose tokens the output has: base, union, or a model."
+    )
     tokenizer: Tokenizer | None = Field(None, description="Instead of tokenizer_source, with token sources.")
     chat_template: Text | None = Field(None, description="auto, a model, a built-in name, or a Jinja template.")
     seed: Natural = Field(0, description="Of the random masks.")

@@ -81,6 +81,37 @@ RUNS = {
 }
 
 
+@pytest.mark.parametrize("name", ["magnitude", "wanda-least-squares"])
+def test_modules_are_calibrated_as_whole_models_are(models: Path, tmp_path: Path, name: str) -> None:
+    path = recipe(models / "bert", f"module-{name}", RUNS[name])
+    whole = run(path, tmp_path / "whole")
+    path.write_text(path.read_text().replace("models: [", "modules: {default: {models: [").replace("}]\n", "}]}}\n", 1))
+    module = run(path, tmp_path / "module")
+    assert load_tensors(tmp_path / "whole").keys() == load_tensors(tmp_path / "module").keys()
+    assert (module.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert entry(module)["q"] == entry(whole)["q"]
+
+
+def test_each_module_has_its_own_q(models: Path, tmp_path: Path) -> None:
+    path = recipe(models / "bert", "two-modules", RUNS["magnitude-layer"])
+    head, data = path.read_text().split("models: ", 1)
+    listed, data = data.split("\n", 1)
+    path.write_text(
+        f"{head}merge_method: task_arithmetic\nmodules:\n  encoder: {{models: {listed}}}\n"
+        f"  pooler: {{models: {listed.replace('name: t', 'name: e')}}}\n{data}"
+    )
+    result = run(path, tmp_path / "out")
+    of_encoder, of_pooler = (result.lock["calibration"][name]["q"] for name in ("t", "e"))
+    assert of_encoder.keys() == {name for name in of_encoder if "encoder." in name}
+    assert of_pooler.keys() == {name for name in of_pooler if "pooler." in name}
+    path.with_suffix(".lock").write_text((result.folder / "recipe.lock").read_text())
+    again = run(path, tmp_path / "again", locked=True)
+    assert (again.folder / "model.safetensors").read_bytes() == (result.folder / "model.safetensors").read_bytes()
+    path.write_text(path.read_text().replace("name: e", "name: t"))
+    with pytest.raises(RecipeError, match="another module calibrates a model of the same name, 't'"):
+        make_plan(path)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_and_repeats_from_the_lock(models: Path, tmp_path: Path, family: str, name: str) -> None:
