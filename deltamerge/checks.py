@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deltamerge import prune_checks
-from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, levels, out_of_range, prunes
+from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, levels, out_of_range
 from deltamerge.chat_templates import BUILT_IN, is_literal
 from deltamerge.errors import Problem
 from deltamerge.faults import show, suggest
@@ -30,13 +30,8 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
 def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
     """What this version cannot run yet, and where the recipe asks for it."""
     asked: list[tuple[bool, Loc, str]] = []
-    parted = any(part.ranges is not None for part in recipe.parts)
-    for at, prune in prunes(recipe):
-        massive = prune.protect is not None and prune.protect.massive_activations is not None
-        calibrated = prune.calibrated_q is not None or prune.method == "wanda" or massive
-        asked.append((parted and calibrated, at, "calibration of the sources of slices"))
     if recipe.calibration is not None and recipe.calibration.per == "merge":
-        asked.append((len(recipe.parts) > 1, ("calibration", "per"), "one lambda for several modules"))
+        asked.append((len(recipe.parts) > 1, ("calibration", "per"), "one lambda for several slices or modules"))
     return [(at, message) for wanted, at, message in asked if wanted]
 
 

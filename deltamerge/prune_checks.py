@@ -101,13 +101,13 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _names(recipe: Recipe) -> Iterator[Problem]:
-    """The lock has the q's of a model under its name, so a model that two modules calibrate needs two."""
+    """The lock has a model's q's under its name: one that two slices or modules calibrate needs two names."""
     known: set[str] = set()
     for i in recipe.fine_tunes:
         name = recipe.names[i]
         if isinstance(effective_prune(recipe, i).q, CalibratedQ):
             if name in known:
-                message = f"another module calibrates a model of the same name, {show(name)}"
+                message = f"another slice or module calibrates a model of the same name, {show(name)}"
                 yield recipe.problem(("models", i, "model"), message, "set a name of its own: the lock has its q by it")
             known.add(name)
 

@@ -74,10 +74,10 @@ def run(
     """Run the recipe at `path`; the target appears under its name only when complete.
 
     `text` is the recipe where there is no file at `path`; `mergekit_exact` writes mergekit's defaults into it. What
-    `watch` returns, given the plan before the first byte, is told the bytes done. Of several documents those that others
-    need are made first, unless their folders hold just what would be made. `pictures` are drawn for the card. With
-    `part` only that part's shards are written, to the work folder, for `finish`. `resume` goes on where an interrupted
-    run stopped.
+    `watch` returns, given the plan before the first byte, is told the bytes done. Of several documents those that
+    others need are made first, unless their folders hold just what would be made. `pictures` are drawn for the card.
+    With `part` only that part's shards are written, to the work folder, for `finish`. `resume` goes on where an
+    interrupted run stopped.
     """
     chain = documents(path, text, mergekit_exact=mergekit_exact)
     beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)

@@ -385,13 +385,9 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:4:58: slices[1].sources[0].parameters.wieght: unknown parameter of linear\n"
         "hint: did you mean 'weight'?",
     ],
-    "base_model: b\nmerge_method: task_arithmetic\nslices:\n- sources: [{model: x, layer_range: [0, 1], "
-    "prune: {method: magnitude, density: 0.5, q: layer_mse}}]\ncalibration: {data: c.jsonl}": [
-        "r.yaml:4:52: slices[0].sources[0].prune: not supported yet: calibration of the sources of slices",
-    ],
     "base_model: b\nmerge_method: task_arithmetic\nmodules: {q: {models: [{model: x}]}, r: {models: [{model: y}]}}\n"
     "prune: {method: magnitude, density: 0.5, q: output_change}\ncalibration: {data: c.jsonl, per: merge}": [
-        "r.yaml:5:35: calibration.per: not supported yet: one lambda for several modules",
+        "r.yaml:5:35: calibration.per: not supported yet: one lambda for several slices or modules",
     ],
     "slices: [{sources: [{model: x, layer_range: [2, 0]}, {model: y}]}]\nmerge_method: passthrough": [
         "r.yaml:1:45: slices[0].sources[0].layer_range: must be [first, end] with 0 <= first < end, got a list",
