@@ -1,4 +1,4 @@
-"""What a recipe must be beyond its types: methods and their parameters, names; and what is yet to come."""
+"""What a recipe must be beyond its types: methods and their parameters, names."""
 
 from __future__ import annotations
 
@@ -25,14 +25,6 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         prune_checks.problems, _output, _adapter,
     )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
-
-
-def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
-    """What this version cannot run yet, and where the recipe asks for it."""
-    asked: list[tuple[bool, Loc, str]] = []
-    if recipe.calibration is not None and recipe.calibration.per == "merge":
-        asked.append((len(recipe.parts) > 1, ("calibration", "per"), "one lambda for several slices or modules"))
-    return [(at, message) for wanted, at, message in asked if wanted]
 
 
 def _inputs(recipe: Recipe) -> Iterator[Problem]:

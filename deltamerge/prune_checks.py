@@ -155,6 +155,8 @@ def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
     if calibration.per == "model":
         return
     loc: Loc = ("calibration", "per")
+    if len(recipe.parts) > 1:
+        yield recipe.problem(loc, "merge needs one set of models: one lambda is searched", "per: model")
     if method is not None and not (method.deltas and method.needs_base):
         yield recipe.problem(loc, f"merge needs deltas, but {method.name} has none", "use task_arithmetic or ties")
     searched = [(at, prune.calibrated_q) for at, prune in prunes(recipe) if prune.calibrated_q is not None]

@@ -13,7 +13,6 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
 from deltamerge import checks, documents, faults, source
-from deltamerge.checks import unsupported as unsupported
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.fields import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Size, Text
 from deltamerge.fields import parse_size as parse_size
@@ -291,7 +290,6 @@ def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
     for read in reads:
         recipe = parse(read, problems)
         problems += islice(checks.problems(recipe), MAX_PROBLEMS)
-        problems += [recipe.problem(loc, f"not supported yet: {message}") for loc, message in unsupported(recipe)]
         recipes.append(recipe)
     problems += documents.problems(recipes)
     if problems:

@@ -387,7 +387,7 @@ REFUSED: dict[str, list[str]] = {
     ],
     "base_model: b\nmerge_method: task_arithmetic\nmodules: {q: {models: [{model: x}]}, r: {models: [{model: y}]}}\n"
     "prune: {method: magnitude, density: 0.5, q: output_change}\ncalibration: {data: c.jsonl, per: merge}": [
-        "r.yaml:5:35: calibration.per: not supported yet: one lambda for several slices or modules",
+        "r.yaml:5:35: calibration.per: merge needs one set of models: one lambda is searched\nhint: per: model",
     ],
     "slices: [{sources: [{model: x, layer_range: [2, 0]}, {model: y}]}]\nmerge_method: passthrough": [
         "r.yaml:1:45: slices[0].sources[0].layer_range: must be [first, end] with 0 <= first < end, got a list",
