@@ -68,13 +68,23 @@ class Planned:
         )
 
 
-def plan(recipe: str | Path, *, device: str = "auto", workers: int | None = None, memory: int | None = None) -> Planned:
-    """The plan of the recipe file `recipe`; no weight is read. `memory` is a cap in bytes.
+def plan(
+    recipe: str | Path,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    memory: int | None = None,
+    mergekit_exact: bool = False,
+) -> Planned:
+    """The plan of the recipe file `recipe`; no weight is read. `memory` is a cap in bytes; `mergekit_exact` takes
+    mergekit's defaults where ours follow the papers.
 
     DeltamergeError: whatever `deltamerge plan` would print and exit for.
     """
-    options = {"device": device, "workers": workers, "memory": memory}
-    return Planned(Path(recipe), make_plan(Path(recipe), **options), options)  # type: ignore[arg-type]  # by name
+    options: dict[str, Any] = {
+        "device": device, "workers": workers, "memory": memory, "mergekit_exact": mergekit_exact,
+    }  # fmt: skip
+    return Planned(Path(recipe), make_plan(Path(recipe), **options), options)
 
 
 def prune(

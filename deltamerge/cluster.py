@@ -42,6 +42,7 @@ def run_on_ray(
     locked: bool = False,
     allow_nonfinite: bool = False,
     pictures: bool = False,
+    mergekit_exact: bool = False,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Result:
     """`runner.run`, its parts side by side on the Ray cluster at `address` (by default one of this machine's cores).
@@ -52,10 +53,10 @@ def run_on_ray(
     model. OutputError: a part's worker died again and again.
     """
     check_recipes(path, [document.recipe for document in documents(path)], "--ray")
-    planned = make_plan(path, device="cpu", data=not locked)
+    planned = make_plan(path, device="cpu", data=not locked, mergekit_exact=mergekit_exact)
     target = target_of(path, planned.recipe, out).resolve()
     options = {"device": device, "workers": workers or 1, "memory": memory, "force": force, "locked": locked,
-               "allow_nonfinite": allow_nonfinite, "resume": True}  # fmt: skip
+               "allow_nonfinite": allow_nonfinite, "mergekit_exact": mergekit_exact, "resume": True}  # fmt: skip
     nonfinite: dict[str, NonFinite] = {}
     with (
         parts_workspace(target, force=force, resume=resume) as begun,
@@ -88,7 +89,8 @@ def run_on_ray(
                 nbytes, found = _result(ray, reference, running.pop(reference))
                 progress(nbytes)
                 nonfinite |= found
-    done = finish(path, out, workers=workers, force=force, locked=locked, pictures=pictures)
+    done = finish(path, out, workers=workers, force=force, locked=locked, pictures=pictures,
+                  mergekit_exact=mergekit_exact)  # fmt: skip
     return Result(done.folder, done.plan, done.lock, nonfinite=nonfinite)
 
 

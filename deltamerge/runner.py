@@ -72,19 +72,22 @@ def run(
     pictures: bool = False,
     pins: Mapping[str, str] | None = None,
     text: str | None = None,
+    mergekit_exact: bool = False,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Result:
     """Run the recipe at `path`; the target appears under its name only when complete.
 
-    `text` is the recipe where there is no file at `path`. `watch` is given the plan before the first byte and returns
-    what is told the bytes done. Of several documents those that others need are made first, unless their folders hold
-    just what would be made. `pictures` are drawn for the card. With `part` only that part's shards are written, to
-    the work folder, for `finish`. `resume` goes on where an interrupted run stopped.
+    `text` is the recipe where there is no file at `path`; `mergekit_exact` writes mergekit's defaults into it. What
+    `watch` returns, given the plan before the first byte, is told the bytes done. Of several documents those that
+    others need are made first, unless their folders hold just what would be made. `pictures` are drawn for the card.
+    With `part` only that part's shards are written, to the work folder, for `finish`. `resume` goes on where an
+    interrupted run stopped.
     """
-    chain = documents(path, text)
+    chain = documents(path, text, mergekit_exact=mergekit_exact)
     beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
     options: dict[str, Any] = {
         "device": device, "workers": workers, "memory": memory, "data": not locked, "pins": pins, "text": text,
+        "mergekit_exact": mergekit_exact,
     }  # fmt: skip
     if part:
         check_recipes(path, [document.recipe for document in chain], "--part")
@@ -185,10 +188,11 @@ def finish(
     locked: bool = False,
     pictures: bool = False,
     pins: Mapping[str, str] | None = None,
+    mergekit_exact: bool = False,
 ) -> Result:
     """Make the target of what all parts of a run wrote. OutputError: some part is missing or unfinished."""
     check_recipes(path, [document.recipe for document in documents(path)], "--finish")
-    planned = make_plan(path, device="cpu", workers=workers, data=not locked, pins=pins)
+    planned = make_plan(path, device="cpu", workers=workers, data=not locked, pins=pins, mergekit_exact=mergekit_exact)
     target = target_of(path, planned.recipe, out)
     draw = drawing(planned, data=False) if pictures else None
     with workspace(target, force=force, finish=True) as work:

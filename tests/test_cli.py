@@ -49,7 +49,7 @@ ERRORS = {
         "density",
     ),
     "method": (RECIPE.format(method="dare_tie"), "bad.yaml:2:15: merge_method:", "dare_ties"),
-    "range": (RECIPE.format(method="ties").replace("0.5}\n", "1.5}\n"), "must be in (0, 1], got 1.5", ""),
+    "range": (RECIPE.format(method="ties").replace("0.5}\n", "1.5}\n"), "must be in [0, 1], got 1.5", ""),
     "missing model": (RECIPE.format(method="ties").replace("./b,", "./nowhere,"), "models[1]: ./nowhere", "hint: "),
     "no recipe": (None, "bad.yaml", ""),
 }
@@ -204,10 +204,10 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 
 FLAGS = {
-    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --allow-nonfinite "
-    "--pictures --json --quiet --help",
-    "check": "--offline --help",
-    "plan": "--device --workers --memory --diff --graph --json --help",
+    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked "
+    "--mergekit-exact --allow-nonfinite --pictures --json --quiet --help",
+    "check": "--offline --mergekit-exact --help",
+    "plan": "--device --workers --memory --diff --graph --mergekit-exact --json --help",
     "apply": "--base --out --workers --memory --force --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
     "--allow-nonfinite --json --quiet --help",

@@ -134,7 +134,7 @@ def test_valid_bytes_are_read(targets: Targets, monkeypatch: pytest.MonkeyPatch,
 @fuzz
 @given(st.data())
 def test_recipes_of_the_right_syntax(targets: Targets, data: st.DataObject) -> None:
-    valid = yaml.safe_load(data.draw(st.sampled_from(targets.seeds("recipe"))))
+    valid = next(yaml.safe_load_all(data.draw(st.sampled_from(targets.seeds("recipe")))))
     targets.recipe(dumped(data.draw(changed(valid))))
 
 

@@ -13,7 +13,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from deltamerge import __version__
-from deltamerge.cli import artifacts, looking, running, sharing, writing
+from deltamerge.cli import artifacts, habits, looking, running, sharing, writing
 from deltamerge.cli.output import complain
 from deltamerge.errors import DeltamergeError, InputError
 
@@ -34,6 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except click.ClickException as error:
         error.show()
+        for hint in habits.hints(error, sys.argv[1:] if arguments is None else arguments):
+            click.echo(f"hint: {hint}", err=True)
         code = 2
     except DeltamergeError as error:
         complain(error, "error")
