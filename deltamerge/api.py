@@ -151,9 +151,3 @@ class _Results:
         view = memoryview(data).cast("B")
         if len(view):  # an empty tensor's memory cannot be written
             _bytes(self.tensors[name])[offset : offset + len(view)] = view
-
-    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
-        if not nbytes:
-            return
-        item = source.nbytes // max(1, math.prod(source.shape))
-        reader.read_into(source, start // item, _bytes(self.tensors[name])[offset + start : offset + start + nbytes])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -60,9 +61,9 @@ def hash_input(path: Path) -> str:
 
 
 def _digest(path: Path, hasher: Any) -> str:
-    buffer = memoryview(bytearray(HASH_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(min(HASH_BYTES, os.fstat(file.fileno()).st_size) or 1))
             while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
     except OSError as error:

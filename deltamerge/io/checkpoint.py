@@ -16,15 +16,12 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.files import (
-    COPY_PIECE,
     Descriptor,
     Descriptors,
-    copy_at,
     flat,
     input_error,
     read_at,
     refuse_link,
-    write_at,
 )
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.safetensors_file import Header, read_header
@@ -316,26 +313,6 @@ class Reader:
             if key not in self._known:
                 self._known[key] = compute()
             return self._known[key]
-
-    def copy_range(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
-        """Copy the tensor's bytes [offset, offset + nbytes) to `out_offset` of the open file `out_fd`."""
-        _check_range(info, offset, nbytes)
-        if isinstance(info, MadeInfo) or info.computed is not None:
-            self._copy_made(info, offset, nbytes, out_fd, out_offset)
-            return
-        try:
-            file = self._files.get(info.path)
-            copy_at(file.fd, info.begin + offset, nbytes, out_fd, out_offset)
-        except InputError as error:
-            error.where.insert(0, str(info.path))
-            raise
-
-    def _copy_made(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
-        size = ITEMSIZE[info.dtype]
-        for start in range(offset, offset + nbytes, COPY_PIECE):
-            piece = memoryview(bytearray(min(COPY_PIECE, offset + nbytes - start)))
-            self.read_into(info, start // size, piece)
-            write_at(out_fd, out_offset + start - offset, piece)
 
 
 def _check_range(info: TensorInfo, offset: int, nbytes: int) -> None:
