@@ -14,8 +14,8 @@ import blake3
 import numpy as np
 import pytest
 
-from deltamerge.errors import OutputError
-from deltamerge.io import outbox
+from deltamerge.errors import InputError, OutputError
+from deltamerge.io import audit, outbox, writer
 from deltamerge.io.outbox import LEAST, Outbox
 from deltamerge.io.writer import Layout, Writer, plan_layout
 
@@ -123,6 +123,19 @@ def test_a_failure_behind_the_back_is_met_by_who_writes_next(
                 out.write("a", start, bytes(min(PIECE, ELEMENTS - start)))
             out.finish()
     assert caught.value.where == ["model.safetensors"]
+
+
+def test_who_writes_does_not_wait_for_a_reader_that_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: Layout
+) -> None:
+    def fail(*_: Any) -> None:
+        raise InputError("cannot be read: no")
+
+    monkeypatch.setattr(outbox, "ROOM", PIECE)
+    monkeypatch.setattr(writer, "PIECE", PIECE)
+    monkeypatch.setattr(audit, "count_nonfinite", fail)
+    with Writer(tmp_path, layout) as out, pytest.raises(InputError, match="no"):
+        out.write("b", 0, bytes(2_000_000))
 
 
 def test_memory_is_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

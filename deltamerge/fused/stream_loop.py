@@ -90,8 +90,15 @@ def widen_at(x: Any, positions: Any, out: Any) -> None:
 
 
 @compiled
+def copy(x: Any, out: Any) -> None:
+    """As `out[:] = x`, which takes seconds longer to compile: it can say which shapes do not fit."""
+    for i in range(out.size):
+        out[i] = x[i]
+
+
+@compiled
 def patch(base: Any, values: Any, positions: Any, out: Any) -> None:
-    out[:] = base
+    copy(base, out)
     one = np.empty(1, np.uint16)
     bits = values.view(np.uint32)
     for i in range(positions.size):
@@ -162,7 +169,7 @@ def run(
                     if sources[a, 2] == 2:
                         widen(raw[a, 2 * first : 2 * (first + n)].view(np.uint16), registers[to, :n])
                     else:
-                        registers[to, :n] = raw[a, 4 * first : 4 * (first + n)].view(np.float32)
+                        copy(raw[a, 4 * first : 4 * (first + n)].view(np.float32), registers[to, :n])
                 elif code == SUBTRACT:
                     subtract(registers[a, :n], registers[b, :n], registers[to, :n])
                 elif code == DROP:
@@ -197,7 +204,7 @@ def run(
                     if size_of_out == 2:
                         narrow(registers[a, :n].view(np.uint32), out[2 * done : 2 * (done + n)].view(np.uint16))
                     else:
-                        out[4 * done : 4 * (done + n)].view(np.float32)[:] = registers[a, :n]
+                        copy(registers[a, :n], out[4 * done : 4 * (done + n)].view(np.float32))
                 elif code == HIGH:
                     count_high(registers[a, :n].view(np.uint32), counts[d:])
                 elif code == LOW:

@@ -97,6 +97,7 @@ class Audit:
                     self._follow(name, size, tensors, buffer)
         except BaseException as failure:
             self._failure = failure
+            self._outbox.fail(failure)
 
     def _follow(self, name: str, size: int, tensors: Sequence[Stored], buffer: NDArray[np.uint8]) -> None:
         from blake3 import blake3

@@ -136,6 +136,12 @@ class Outbox:
             sent.read = True
             self._release(sent)
 
+    def fail(self, failure: BaseException) -> None:
+        """Nobody reads on: who lends, sends or drains meets `failure`."""
+        with self._changed:
+            self._failure = self._failure or failure
+            self._changed.notify_all()
+
     def drain(self) -> None:
         """Wait until what was sent is written. OutputError: something could not be."""
         with self._changed:
@@ -186,7 +192,7 @@ class Outbox:
                     self._write(sent)
                     self._tell(sent.file, sent.position, len(sent.data))
             except BaseException as failure:
-                self._failure = self._failure or failure
+                self.fail(failure)
             with self._changed:
                 self._busy -= 1
                 sent.written = True
