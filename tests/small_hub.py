@@ -209,7 +209,7 @@ def etag(path: Path) -> str:
 @contextmanager
 def serve(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """The hub that huggingface_hub asks until the end of the block."""
-    from huggingface_hub import constants, file_download
+    from huggingface_hub import constants
 
     state = Hub(cache=cache)
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler(state))
@@ -217,9 +217,9 @@ def serve(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
     thread.start()
     monkeypatch.setattr(constants, "ENDPOINT", state.endpoint)
-    files = state.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-    for module in (constants, file_download):  # the second up to huggingface_hub 0.35
-        monkeypatch.setattr(module, "HUGGINGFACE_CO_URL_TEMPLATE", files, raising=False)
+    monkeypatch.setattr(
+        constants, "HUGGINGFACE_CO_URL_TEMPLATE", state.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    )
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(state.cache))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # its servers are the hub's own
