@@ -128,7 +128,7 @@ def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
                 known = name in state.repositories
                 folder = state.repositories.setdefault(name, state.cache.parent / "pushed" / name)
                 folder.mkdir(parents=True, exist_ok=True)
-                if asked.get("visibility") == "private" and not known:
+                if (asked.get("visibility") == "private" or asked.get("private")) and not known:
                     state.private.add(name)
                 return self.say({"url": f"{state.endpoint}/{name}"}, 409 if known else 200)
             if path.endswith("/preupload/main"):

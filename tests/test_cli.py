@@ -162,6 +162,18 @@ def test_no_torch_is_imported_to_look(folder, arguments):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("triton", [False, True])
+def test_what_lives_to_the_end_is_not_collected_unless_triton_would_complain(triton):
+    script = (
+        "import atexit, gc, sys, types\nfrom deltamerge.cli import main\n"
+        "atexit.register(lambda: print('frozen', gc.get_freeze_count() > 0))\n"
+        f"if {triton}: sys.modules['triton'] = types.ModuleType('triton')\n"
+        "main(['methods', 'ties', '--json'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"frozen {not triton}"
+
+
 def test_methods_are_listed_with_their_parameters(capsys):
     code, out, err = call(capsys, "methods")
     assert (code, err) == (0, "")

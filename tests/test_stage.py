@@ -298,7 +298,7 @@ def test_exact_match_of_answers(models: Path, tmp_path: Path) -> None:
     lines = []
     for i in range(20):
         prompt = " ".join(f"w{4 + (5 * i + 3 * j) % 90}" for j in range(3 + i % 4))
-        tokens = tokenizer(prompt, return_tensors="pt")
+        tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         made = tuned.generate(**tokens, do_sample=False, max_new_tokens=4)[:, tokens["input_ids"].shape[1] :]
         answer = tokenizer.batch_decode(made, skip_special_tokens=True)[0].split()[-1]
         lines.append(json.dumps({"text": prompt, "label": answer}))

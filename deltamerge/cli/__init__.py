@@ -50,7 +50,8 @@ def main(arguments: list[str] | None = None) -> None:
             code = InputError.exit_code
     except Exception as bug:
         code = _report_bug(bug)
-    gc.freeze()  # the interpreter's last collections would look at every object there is, for a tenth of a second
+    if "triton" not in sys.modules:  # which would report what is not collected as leaks
+        gc.freeze()  # the interpreter's last collections would look at every object there is, for a tenth of a second
     sys.exit(code if isinstance(code, int) else 0)
 
 
