@@ -1,8 +1,13 @@
-# deltamerge on CPU, without weights: docker build -t deltamerge . && docker run --rm -v "$PWD:/work" -v hub:/cache deltamerge run recipe.yaml
-FROM python:3.12-slim
+# deltamerge for the CPU, or with another TORCH_INDEX for CUDA; no weights inside, the hub's cache is a volume.
+#   docker build -t deltamerge .
+#   docker run --rm --user "$(id -u):$(id -g)" -v "$PWD:/work" -v hub:/cache deltamerge run recipe.yaml
+ARG PYTHON=3.12
+FROM python:${PYTHON}-slim
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+RUN pip install --no-cache-dir --index-url "$TORCH_INDEX" 'torch>=2.6'
 COPY pyproject.toml README.md LICENSE /src/
 COPY deltamerge /src/deltamerge
-RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu '/src[fast]' && rm -rf /src
+RUN pip install --no-cache-dir '/src[fast]' && rm -rf /src && mkdir -m 1777 /cache
 ENV HF_HOME=/cache NUMBA_CACHE_DIR=/cache/numba
 VOLUME /cache
 WORKDIR /work

@@ -20,7 +20,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -39,49 +39,21 @@ models:
 parameters: {{density: 0.3}}
 output: {{shard_size: {shard}}}
 """
+PATHS = os.pathsep.join(map(str, (Path(__file__).parent, Path(__file__).parents[1])))
 SECONDS = 3.0  # that the weights take to be written by a run that is to be killed: longer than many saves
-# A run whose reads, writes and syncs fail or fall short at random (never, if the chance is 0), that saves often; each
-# byte written takes `pace` seconds more, as on a slower disk.
+# A run on a `bad_disk`, which saves often; it leaves the reads of compiled loops, and those that failed, in a file.
 CHILD = """\
-import errno, os, random, sys, time
-if {chance} or {pace}:
-    sys.modules["numba"] = None  # compiled loops write by themselves, unseen; the bytes are the same
+import sys
+from bad_disk import BadDisk
+disk = BadDisk(chance={chance}, lasting={lasting}, short={short}, pace={pace}, seed={seed})
 import deltamerge.io.writer as writer
 from deltamerge.cli import main
 writer.SAVE_SECONDS = {save}
-chance, draw = {chance}, random.Random({seed})
-
-def slowed(name, size):
-    call = getattr(os, name)
-    def wrapped(*arguments):
-        time.sleep({pace} * size(arguments))
-        return call(*arguments)
-    if {pace}:
-        setattr(os, name, wrapped)
-
-slowed("pwrite", lambda arguments: len(arguments[1]))
-slowed("copy_file_range", lambda arguments: arguments[2])
-
-def faulty(name, short, codes):
-    call = getattr(os, name)
-    def wrapped(*arguments):
-        dice = draw.random()
-        if dice < chance:
-            code = draw.choice(codes)
-            raise OSError(code, os.strerror(code))
-        return short(call, *arguments) if dice < 0.3 else call(*arguments)
-    if chance:
-        setattr(os, name, wrapped)
-
-def some(data):
-    return data[: max(1, len(data) // 2)]
-
-faulty("pwrite", lambda call, fd, data, at: call(fd, some(data), at), [errno.ENOSPC, errno.EIO, errno.EDQUOT])
-faulty("preadv", lambda call, fd, views, at: call(fd, [some(views[0])], at), [errno.EIO, errno.ESTALE])
-faulty("copy_file_range", lambda call, a, b, n, x, y: call(a, b, max(1, n // 2), x, y), [errno.EXDEV, errno.EIO])
-faulty("fdatasync", lambda call, fd: call(fd), [errno.EIO])
-faulty("rename", lambda call, a, b: call(a, b), [errno.EIO])
-main(sys.argv[1:])
+try:
+    main(sys.argv[1:])
+finally:
+    with open({counts!r}, "a") as file:
+        print(disk.compiled, disk.faults, file=file)
 """
 
 
@@ -107,6 +79,7 @@ class Torture:
         shard = "20MB" if size == "S" else "60KB"
         self.recipe.write_text(RECIPE.format(folder=(folder / size).resolve(), shard=shard))
         self.out = folder / "out"
+        self.counts = (folder / "counts").resolve()
         for _ in range(2):  # the first compiles the kernels
             self.clean()
             started = time.monotonic()
@@ -128,15 +101,23 @@ class Torture:
             shutil.rmtree(path, ignore_errors=True)
 
     def start(
-        self, *flags: str, chance: float = 0.0, pace: float = 0.0, limit: Callable[[], None] | None = None
+        self,
+        *flags: str,
+        chance: float = 0.0,
+        lasting: bool = False,
+        pace: float = 0.0,
+        limit: Callable[[], None] | None = None,
     ) -> subprocess.Popen[str]:
-        code = CHILD.format(save=self.save, chance=chance, pace=pace, seed=self.draw.randrange(1 << 30))
+        code = CHILD.format(
+            save=self.save, chance=chance, lasting=lasting, short=0.3 if chance else 0.0, pace=pace,
+            seed=self.draw.randrange(1 << 30), counts=str(self.counts),
+        )  # fmt: skip
         command = [sys.executable, "-c", code, "run", str(self.recipe), "--out", str(self.out), "-q", *flags]
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HF_HUB_OFFLINE": "1"}
+        environment = {**os.environ, "PYTHONPATH": PATHS, "HF_HUB_OFFLINE": "1"}
         return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=limit)
 
-    def run(self, *flags: str, chance: float = 0.0, limit: Callable[[], None] | None = None) -> tuple[int, str]:
-        process = self.start(*flags, chance=chance, limit=limit)
+    def run(self, *flags: str, **faults: Any) -> tuple[int, str]:
+        process = self.start(*flags, **faults)
         _, err = process.communicate(timeout=600)
         return process.returncode, err
 
@@ -216,7 +197,8 @@ class Torture:
     def faults(self) -> bool:
         """Random I/O errors and short reads and writes until one stops the run, then --resume; whether one did."""
         self.clean()
-        code, err = self.run(chance=self.draw.choice([0.0005, 0.003, 0.01]))
+        chance = self.draw.choice([0.0005, 0.003, 0.01])
+        code, err = self.run(chance=chance, lasting=self.draw.random() < 0.5)
         if code not in (0, 1) or "Traceback" in err or (code and not err.startswith("error: ")):
             raise Failed(f"exit {code}: {err}")
         if code:
@@ -233,6 +215,42 @@ class Torture:
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
 
         self.expect(self.run(limit=limit), 1, "cannot be written")
+        self.expect(self.run("--resume"), 0)
+        self.check()
+
+    def amid(self, fault: Callable[[subprocess.Popen[str]], None], said: str) -> None:
+        """A fault of the system itself while compiled loops write: a line, exit 1."""
+        self.clean()
+        process = self.start(pace=SECONDS / self.nbytes)
+        while self.saved < 0.2 * self.nbytes and process.poll() is None:
+            time.sleep(0.005)
+        fault(process)
+        self.expect((process.wait(), process.communicate()[1]), 1, said)
+
+    def limit_amid(self) -> None:
+        """RLIMIT_FSIZE comes down on a run that writes, as a quota that is met."""
+
+        def limit(process: subprocess.Popen[str]) -> None:
+            resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (1 << 12, 1 << 12))
+
+        self.amid(limit, "cannot be written: the file would be larger")
+        self.expect(self.run("--resume"), 0)
+        self.check()
+
+    def cut_amid(self) -> None:
+        """An input is truncated while it is read, then put back."""
+        path = max((self.recipe.with_suffix("") / "tune-a").glob("*.safetensors"), key=lambda p: p.stat().st_size)
+        status, keep = path.stat(), path.stat().st_size // 8
+        with path.open("rb") as file:
+            file.seek(keep)
+            rest = file.read()
+        try:
+            self.amid(lambda _: os.truncate(path, keep), "truncated while reading")
+        finally:
+            with path.open("r+b") as file:
+                file.seek(keep)
+                file.write(rest)
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
         self.expect(self.run("--resume"), 0)
         self.check()
 
@@ -331,13 +349,19 @@ def main() -> None:
         flush=True,
     )
     print(f"killed in a row   {torture.kills_in_a_row()} times in one merge, equal bytes", flush=True)
+    torture.counts.unlink()
     stopped = sum(torture.faults() for _ in range(options.kills // 2))
+    calls, faults = map(sum, zip(*(map(int, line.split()) for line in torture.counts.open()), strict=True))
     print(
-        f"faulty disk       {options.kills // 2} runs, {stopped} stopped by an error, all resumed to equal bytes",
+        f"faulty disk       {options.kills // 2} runs, {stopped} stopped by an error, all resumed to equal bytes; "
+        f"{faults} of {calls} reads of compiled loops failed",
         flush=True,
     )
     torture.file_limit()
-    print("file size limit   one line, exit 1, equal bytes after", flush=True)
+    torture.limit_amid()
+    print("file size limit   before and amid the weights: one line, exit 1, equal bytes after", flush=True)
+    torture.cut_amid()
+    print("input cut short   amid the weights: one line, exit 1, equal bytes after", flush=True)
     print(f"full disk         {torture.full_disk() or 'one line, exit 1, equal bytes after'}", flush=True)
     torture.two_at_once()
     print("two at once       one wrote, one was refused", flush=True)

@@ -149,7 +149,7 @@ def _write(
             writer.write(f"{PREFIX}{entry.module}.shira_weight", 0, values)
             writer.write(f"{PREFIX}{entry.module}.shira_indices", 0, indices)
         for key, info in whole.items():
-            writer.copy(key, 0, info, 0, info.nbytes, reader)
+            writer.copy(key, info, reader)
         writer.finish()
 
 

@@ -68,13 +68,23 @@ class Planned:
         )
 
 
-def plan(recipe: str | Path, *, device: str = "auto", workers: int | None = None, memory: int | None = None) -> Planned:
-    """The plan of the recipe file `recipe`; no weight is read. `memory` is a cap in bytes.
+def plan(
+    recipe: str | Path,
+    *,
+    device: str = "auto",
+    workers: int | None = None,
+    memory: int | None = None,
+    mergekit_exact: bool = False,
+) -> Planned:
+    """The plan of the recipe file `recipe`; no weight is read. `memory` is a cap in bytes; `mergekit_exact` takes
+    mergekit's defaults where ours follow the papers.
 
     DeltamergeError: whatever `deltamerge plan` would print and exit for.
     """
-    options = {"device": device, "workers": workers, "memory": memory}
-    return Planned(Path(recipe), make_plan(Path(recipe), **options), options)  # type: ignore[arg-type]  # by name
+    options: dict[str, Any] = {
+        "device": device, "workers": workers, "memory": memory, "mergekit_exact": mergekit_exact,
+    }  # fmt: skip
+    return Planned(Path(recipe), make_plan(Path(recipe), **options), options)
 
 
 def prune(
@@ -151,9 +161,3 @@ class _Results:
         view = memoryview(data).cast("B")
         if len(view):  # an empty tensor's memory cannot be written
             _bytes(self.tensors[name])[offset : offset + len(view)] = view
-
-    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
-        if not nbytes:
-            return
-        item = source.nbytes // max(1, math.prod(source.shape))
-        reader.read_into(source, start // item, _bytes(self.tensors[name])[offset + start : offset + start + nbytes])

@@ -17,14 +17,16 @@ from deltamerge import lock as locks
 from deltamerge.assets import copied_files
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.io import hub
+from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, Reader, is_delta
 from deltamerge.io.delta import DeltaFile, Source
 from deltamerge.io.delta_entry import TILE
 from deltamerge.io.layered import check, elements
+from deltamerge.io.outbox import ROOM, SLAB
 from deltamerge.io.workspace import finished_folder
 from deltamerge.io.writer import Writer, plan_layout
 
-BASELINE_BYTES = 60_000_000  # of the process before the first tile
+BASELINE_BYTES = 60_000_000 + ROOM + 2 * SLAB  # of the process before the first tile, and what is on its way out
 ELEMENT_BYTES = 32  # of a tile at its widest: base, float32, positions, values, result
 
 
@@ -69,12 +71,16 @@ def apply(
         progress = watch(layout.total_size)
         with Reader() as reader, Writer(folder, layout) as writer, errors.context(delta):
             _write(opened, planned, origin, reader, writer, workers, tile, progress)
-            writer.finish()
-        for name, file in copied_files(artifact.path).items():
+            found = writer.finish()
+        copied = copied_files(artifact.path)
+        check_blobs([*locks.input_files(artifact), *locks.input_files(origin), *copied.values()], workers)
+        for name, file in copied.items():
             shutil.copyfile(file, folder / name)
         (folder / "README.md").write_text(_card(opened, delta, base, out.name), encoding="utf-8")
         inputs = {name: locks.describe_input(model, workers) for name, model in ((delta, artifact), (base, origin))}
-        outputs = locks.describe_files((p for p in folder.iterdir() if p.is_file()), workers)
+        others = (p for p in folder.iterdir() if p.is_file() and p.name not in found.hashes)
+        hashed = {file.name: {"hash": found.hashes[file.name], "size": file.size} for file in layout.files}
+        outputs = hashed | locks.describe_files(others, workers)
         lock = {"deltamerge": __version__, "format": locks.FORMAT, "inputs": inputs, "outputs": outputs}
         (folder / locks.LOCK_NAME).write_text(yaml.safe_dump(lock, sort_keys=True), encoding="utf-8")
     return Applied(out, len(planned), layout.total_size, lock)
@@ -130,7 +136,7 @@ def _write(
         info = None if source.base_name is None else origin.tensors[source.base_name]
         if source.entry is None:
             assert info is not None
-            writer.copy(source.name, 0, info, 0, info.nbytes, reader)
+            writer.copy(source.name, info, reader)
             progress(info.nbytes)
             return
         offset = 0

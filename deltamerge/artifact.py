@@ -17,7 +17,7 @@ from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.io.delta_format import Base
 from deltamerge.io.delta_tensor import BaseTensor, TensorWriter, is_related
 from deltamerge.io.delta_writer import DeltaWriter, Summary
-from deltamerge.io.files import COPY_PIECE, flat
+from deltamerge.io.files import flat
 from deltamerge.io.journal import Journal
 from deltamerge.io.layered import elements
 from deltamerge.outputs import Output
@@ -74,11 +74,10 @@ def write_delta(
         values = execute(
             tasks,
             reader,
-            _Sink(targets),
+            _Sink(targets, progress),
             device=planned.device,
             workers=planned.workers,
             tile_elements=planned.tile_elements,
-            progress=progress,
             known=known,
         )
         return values, writer.finish()
@@ -162,15 +161,13 @@ class _Target:
 
 @dataclass(frozen=True, slots=True)
 class _Sink:
+    """`progress` is told of bytes of the result, whatever is computed for them."""
+
     targets: Mapping[str, _Target]
+    progress: Callable[[int], None]
 
     def write(self, name: str, offset: int, data: Any) -> None:
         if data.nbytes:
-            self.targets[name].write(offset, data)
-
-    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
-        size = ITEMSIZE[source.dtype]
-        for at in range(start, start + nbytes, COPY_PIECE):
-            piece = np.empty(min(COPY_PIECE, start + nbytes - at), np.uint8)
-            reader.read_into(source, at // size, piece)
-            self.targets[name].write(offset + at, piece)
+            target = self.targets[name]
+            target.write(offset, data)
+            self.progress(data.nbytes // 4 * ITEMSIZE[target.dtype] if target.adds else data.nbytes)

@@ -11,11 +11,11 @@ from functools import cache
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.graph import Node, depth_first, resolve
 from deltamerge.io.checkpoint import Reader
-from deltamerge.io.files import Descriptor
 from deltamerge.tensors import ITEMSIZE, Tile
 
 # What `fused.KERNELS` has; listed here so that planning needs no numba (a test compares the two).
@@ -71,12 +71,11 @@ class Lane(Protocol):
 
 
 class Pass(Protocol):
-    """One pass over a tensor that runs by itself, from file to file."""
+    """One pass over a tensor that runs by itself, from the files that it reads to memory."""
 
-    def run(self, start: int, stop: int, out: tuple[Descriptor, int] | None) -> dict[int, Any] | None:
-        """Elements [start, stop) of the tensor, written to the open file from that byte of it on (where the tensor
-        begins) if there is one; the partials of the pass's reductions by the id of their node. None: it failed, and the
-        ordinary way will tell why."""
+    def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
+        """Elements [start, stop) of the tensor, put into `out` if there is one; the partials of the pass's reductions
+        by the id of their node. None: it failed, and the ordinary way will tell why."""
 
 
 class Backend(Protocol):

@@ -180,8 +180,12 @@ class Builder:
         density = float(self._value("density", tuned.merge, tuned))
         if density >= 1:
             return whole, ""
-        k = max(1, int(density * math.prod(whole.shape)))
-        return nodes.largest(self.graph, whole, k), f" density={density:g}"
+        if density == 0:
+            return self.deltas.nothing(tuned), " density=0"
+        kept = nodes.largest(self.graph, whole, max(1, int(density * math.prod(whole.shape))))
+        if "rescale" in method.parameters and self._value("rescale", tuned.merge, None):
+            return nodes.matched(self.graph, whole, kept, "l1"), f" density={density:g} l1"
+        return kept, f" density={density:g}"
 
     def _merged_delta(self, merge: Merge, seed: int) -> Node:
         """What the merge adds to the base, in float32."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from deltamerge import __version__, source
+from deltamerge import __version__, mergekit, source
 from deltamerge import lock as locks
 from deltamerge.assets import config, write_assets
 from deltamerge.documents import references
@@ -33,18 +33,21 @@ class Document:
         return self.recipe.name or ""
 
 
-def documents(path: Path, text: str | None = None) -> tuple[Document, ...]:
+def documents(path: Path, text: str | None = None, *, mergekit_exact: bool = False) -> tuple[Document, ...]:
     """The documents of the file `path`, or the recipe `text` as if it stood there, each after those that it needs; the
-    output is the last.
+    output is the last. With `mergekit_exact` mergekit's defaults are written into them first.
 
     The output is the document without a name; where all have one, the last of the file. RecipeError: any fault of any
     document, or documents that need each other.
     """
     if text is not None:
         return (Document(loads(text, str(path)), text),)
-    recipes = load_all(source.load_all(path))
+    whole = source.read(path)
+    recipes = load_all(source.loads_all(whole, str(path)))
+    if mergekit_exact:
+        whole, recipes = mergekit.written_out(whole, recipes)
     if len(recipes) == 1:
-        return (Document(recipes[0], path.read_text(encoding="utf-8")),)
+        return (Document(recipes[0], whole),)
     output = next((recipe for recipe in recipes if recipe.name is None), recipes[-1])
     by_name = {recipe.name: recipe for recipe in recipes}
     needs = {name: [n for n in by_name if n in references(recipe) and n != name] for name, recipe in by_name.items()}
@@ -55,7 +58,6 @@ def documents(path: Path, text: str | None = None) -> tuple[Document, ...]:
         problem = by_name[circle[0]].problem(("name",), f"documents need each other: {' → '.join(circle)}")
         raise RecipeError(str(path), [problem]) from None
     order = [*(name for name in order if name != output.name), output.name]
-    whole = path.read_text(encoding="utf-8")
     return tuple(Document(by_name[n], whole if n == output.name else _text(n, needs, by_name)) for n in order)
 
 

@@ -1,4 +1,4 @@
-"""What a recipe must be beyond its types: methods and their parameters, names; and what is yet to come."""
+"""What a recipe must be beyond its types: methods and their parameters, names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deltamerge import prune_checks
-from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, levels, out_of_range, prunes
+from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, levels, out_of_range
 from deltamerge.chat_templates import BUILT_IN, is_literal
 from deltamerge.errors import Problem
 from deltamerge.faults import show, suggest
@@ -25,17 +25,6 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         prune_checks.problems, _output, _adapter,
     )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
-
-
-def unsupported(recipe: Recipe) -> list[tuple[Loc, str]]:
-    """What this version cannot run yet, and where the recipe asks for it."""
-    asked: list[tuple[bool, Loc, str]] = []
-    parted = bool(recipe.slices or recipe.modules)
-    for at, prune in prunes(recipe):
-        massive = prune.protect is not None and prune.protect.massive_activations is not None
-        calibrated = prune.calibrated_q is not None or prune.method == "wanda" or massive
-        asked.append((parted and calibrated, at, "calibration of the sources of slices and modules"))
-    return [(at, message) for wanted, at, message in asked if wanted]
 
 
 def _inputs(recipe: Recipe) -> Iterator[Problem]:

@@ -6,14 +6,17 @@ import logging
 import os
 import re
 import secrets
+import signal
 import socket
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from deltamerge.distribute import Part
+from deltamerge.chain import documents
+from deltamerge.distribute import Part, check_recipes
 from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.workspace import parts_workspace
@@ -39,20 +42,27 @@ def run_on_ray(
     locked: bool = False,
     allow_nonfinite: bool = False,
     pictures: bool = False,
+    mergekit_exact: bool = False,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Result:
     """`runner.run`, its parts side by side on the Ray cluster at `address` (by default one of this machine's cores).
 
     There are as many parts as shards, but no more than tasks of `workers` cores (default 1) have room in the cluster;
     `memory` is each task's. q's are calibrated once, by a task that all parts wait for. Every machine must see the
-    recipe, the models and the target under the same paths. OutputError: a part's worker died again and again.
+    recipe, the models and the target under the same paths. InputError: several documents, or an output that is no
+    model. OutputError: a part's worker died again and again.
     """
-    planned = make_plan(path, device="cpu", data=not locked)
+    check_recipes(path, [document.recipe for document in documents(path)], "--ray")
+    planned = make_plan(path, device="cpu", data=not locked, mergekit_exact=mergekit_exact)
     target = target_of(path, planned.recipe, out).resolve()
     options = {"device": device, "workers": workers or 1, "memory": memory, "force": force, "locked": locked,
-               "allow_nonfinite": allow_nonfinite, "resume": True}  # fmt: skip
+               "allow_nonfinite": allow_nonfinite, "mergekit_exact": mergekit_exact, "resume": True}  # fmt: skip
     nonfinite: dict[str, NonFinite] = {}
-    with parts_workspace(target, force=force, resume=resume) as begun, _cluster(address) as ray:
+    with (
+        parts_workspace(target, force=force, resume=resume) as begun,
+        _cluster(address) as ray,
+        _interrupts() as interrupted,
+    ):
         cores = int(ray.cluster_resources().get("CPU", 1))
         count = begun or max(1, min(len(planned.layout.files), cores // (workers or 1)))
         needs = {"num_cpus": workers or 1, "num_gpus": int(device.startswith("cuda"))}
@@ -61,16 +71,26 @@ def run_on_ray(
         def start(part: Part) -> Any:
             return task.options(name=f"deltamerge {part.name}").remote(path.resolve(), target, part, options)
 
+        def ended(references: list[Any]) -> list[Any]:
+            while not (done := ray.wait(references, timeout=1)[0]) and not interrupted.is_set():
+                pass
+            if interrupted.is_set():
+                raise KeyboardInterrupt
+            return done  # type: ignore[no-any-return]  # ray has no stub for it
+
         if planned.stages and not locked:
-            _result(ray, start(Part(0, count)), Part(0, count))
+            first = start(Part(0, count))
+            ended([first])
+            _result(ray, first, Part(0, count))
         progress = watch(planned)
         running = {start(part): part for part in (Part(i, count) for i in range(1, count + 1))}
         while running:
-            for reference in ray.wait(list(running))[0]:
+            for reference in ended(list(running)):
                 nbytes, found = _result(ray, reference, running.pop(reference))
                 progress(nbytes)
                 nonfinite |= found
-    done = finish(path, out, workers=workers, force=force, locked=locked, pictures=pictures)
+    done = finish(path, out, workers=workers, force=force, locked=locked, pictures=pictures,
+                  mergekit_exact=mergekit_exact)  # fmt: skip
     return Result(done.folder, done.plan, done.lock, nonfinite=nonfinite)
 
 
@@ -98,6 +118,25 @@ def _result(ray: Any, reference: Any, part: Part) -> Any:
         found.where.insert(0, f"part {part.index}/{part.count}" if part.index else "calibration")
         raise found
     return found
+
+
+@contextmanager
+def _interrupts() -> Iterator[threading.Event]:
+    """Set by Ctrl-C: where it meets one of ray's callbacks, the KeyboardInterrupt is lost."""
+    seen = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield seen
+        return
+
+    def note(*_: object) -> None:
+        seen.set()
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

@@ -95,11 +95,17 @@ class Deltas:
         dtypes = (tuned.tensor.dtype, tuned.base.dtype)
         return self._node("deltamerge.ops:subtract", pair, tuned.base.shape, dtypes=dtypes)
 
+    def nothing(self, tuned: Tuned) -> Node:
+        """Zeros: what a density of 0, which mergekit's parameters may have, keeps."""
+        return self._node("deltamerge.ops:zeros", self._pair(tuned)[:1], tuned.base.shape)
+
     def pruned(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
         """The pruned, rescaled delta, and its description ("" if it is whole)."""
         prune, density, whole = self.prune_of(tuned), self.density(tuned), self.whole(tuned)
         if density is None:
             return whole, ""
+        if density == 0:
+            return self._restored(tuned, self.nothing(tuned), f" {prune.method} density=0")
         if isinstance(prune.q, CalibratedQ) and not self.whole_merge:
             return self._calibrated(tuned, prune.q, density)
         q = self.plain_q(tuned, density)

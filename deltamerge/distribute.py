@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from deltamerge.errors import OutputError, UsageError
+from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.io.workspace import Workspace, check_facts, part_journals
 from deltamerge.io.writer import Layout
 from deltamerge.planner import Plan
+from deltamerge.recipe import Recipe
 
 FORM = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 
@@ -52,6 +54,15 @@ class Part:
         """The plan of this part alone."""
         files = self.files(plan.layout)
         return replace(plan, outputs=tuple(output for output in plan.outputs if output.file in files))
+
+
+def check_recipes(path: Path, recipes: Sequence[Recipe], option: str) -> None:
+    """InputError: the file at `path` has several documents, or makes no model, which `option` cannot do in parts."""
+    if len(recipes) > 1:
+        raise InputError(f"{path}: has several documents, {option} takes one", hint="give each document its own file")
+    if recipes[0].output.kind != "model":
+        hint = f"run without {option}; or with output.kind model, then deltamerge extract of what that makes"
+        raise InputError(f"{path}: output.kind is {recipes[0].output.kind}, {option} writes models only", hint=hint)
 
 
 def shared_calibration(work: Workspace, facts: Mapping[str, Any]) -> bool:

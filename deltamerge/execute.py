@@ -11,16 +11,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
 from deltamerge.graph import REDUCTIONS, Node, Schedule, companion, depth_first, resolve, schedule
 from deltamerge.io.checkpoint import Reader, TensorInfo
-from deltamerge.io.files import Descriptor
 from deltamerge.tensors import ITEMSIZE, Tile, block_elements
 
-JOB_ELEMENTS = 1 << 22
-COPY_BYTES = 1 << 26
+JOB_ELEMENTS = 1 << 21
+COPY_BYTES = 1 << 22
 
 
 class Sink(Protocol):
@@ -29,19 +29,16 @@ class Sink(Protocol):
     def write(self, name: str, offset: int, data: Any) -> None:
         """Bytes of tensor `name` from byte `offset`."""
 
-    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
-        """Bytes [start, start + nbytes) of `source`, which as a whole is the tensor's bytes from `offset`."""
-
 
 @runtime_checkable
-class Files(Sink, Protocol):
-    """A sink of files that others may write to."""
+class Lender(Sink, Protocol):
+    """A sink that lends the memory in which it wants the bytes of a tensor."""
 
-    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
-        """The open file, and its byte, that byte `offset` of tensor `name` goes to."""
+    def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Memory for bytes of tensor `name` from byte `offset`; may wait for earlier ones to be written."""
 
-    def wrote(self, name: str, offset: int, nbytes: int) -> None:
-        """Bytes [offset, offset + nbytes) of tensor `name` are at their place."""
+    def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
+        """Lent memory, filled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +60,6 @@ class Running:
     """
 
     task: Task
-    backend: Backend
     schedule: Schedule
     values: MutableMapping[int, Any]
     index: int = -1
@@ -106,7 +102,7 @@ def execute(
     depend on `workers`, `tile_elements` or the device.
     """
     engine = _Engine(tasks, reader, sink, device, tile_elements, progress, known or {}, done)
-    with quiet_allocator(), single_threaded({task.backend for task in tasks}):
+    with quiet_allocator(), single_threaded({task.backend for task in tasks if task.root.kind != "read"}):
         engine.run(workers)
     return engine.shared
 
@@ -126,9 +122,10 @@ class _Engine:
         done: Callable[[str, int, int], bool],
     ) -> None:
         self.reader, self.sink, self.progress, self.done = reader, sink, progress, done
-        self.files = sink if isinstance(sink, Files) else None
+        self.lender = sink if isinstance(sink, Lender) else None
         self.tile_elements = tile_elements
-        self.backends = {name: open_backend(name, device) for name in {t.backend for t in tasks}}
+        self.device = device
+        self.backends: dict[str, Backend] = {}
         self.shared = shared_values([task.root for task in tasks], known)
         self.shared_by_id = {id(node): value for node, value in self.shared.items()}
         self.upcoming = iter(tasks)
@@ -162,7 +159,7 @@ class _Engine:
                     else:
                         lane = lanes.get(task.backend)
                         if lane is None:
-                            lane = lanes[task.backend] = job.running.backend.lane(self.reader)
+                            lane = lanes[task.backend] = self._backend(task).lane(self.reader)
                         self._compute(job, lane)
                     self._complete(job)
         except BaseException as failure:
@@ -191,10 +188,17 @@ class _Engine:
         if self._is_done(task, 0, math.prod(task.root.shape)):
             return
         plan = schedule(task.root)
-        running = Running(task, self.backends[task.backend], plan, ChainMap({}, self.shared_by_id))
+        running = Running(task, plan, ChainMap({}, self.shared_by_id))
         jobs = self._next_pass(running)
         self.in_flight += bool(jobs)
         self.ready.extend(jobs)
+
+    def _backend(self, task: Task) -> Backend:
+        """The backend that a task is computed with, opened for the first one: what is only copied needs none."""
+        with self.changed:
+            if task.backend not in self.backends:
+                self.backends[task.backend] = open_backend(task.backend, self.device)
+            return self.backends[task.backend]
 
     def _next_pass(self, running: Running) -> list[Job]:
         """The jobs of the next pass that has to be run; reductions known to be needless are skipped."""
@@ -215,11 +219,10 @@ class _Engine:
             reductions = [n for n in reductions if id(n) not in needless]
             if not (last or reductions):
                 continue
-            running.steps = _steps(running, needless)
             root = running.task.root
-            written = last and root.kind not in REDUCTIONS
-            alone = self.files is not None or not written
-            running.whole = running.backend.whole(running.steps, root, running.values, self.reader) if alone else None
+            backend = None if root.kind == "read" else self._backend(running.task)
+            running.steps = _steps(running, needless, backend)
+            running.whole = backend.whole(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [job for job in self._jobs(running) if not (last and self._is_done_job(job))]
             running.waiting = len(jobs)
@@ -254,11 +257,22 @@ class _Engine:
         return max(1, self.tile_elements // block) * block
 
     def _copy(self, job: Job) -> None:
-        assert self.sink is not None
         source: TensorInfo = job.running.task.root.parameter("tensor")
-        task = job.running.task
-        self.sink.copy(task.name, task.offset, source, job.start, job.stop - job.start, self.reader)
-        self.progress(job.stop - job.start)
+        memory = self._lend(job.running.task, job.start, job.stop - job.start)
+        self.reader.read_into(source, job.start // ITEMSIZE[source.dtype], memory)
+        self._give(job.running.task, job.start, memory)
+
+    def _lend(self, task: Task, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """Memory for bytes of a task's node from byte `start`."""
+        if self.lender is None:
+            return np.empty(nbytes, np.uint8)
+        return self.lender.lend(task.name, task.offset + start, nbytes)
+
+    def _give(self, task: Task, start: int, memory: NDArray[np.uint8]) -> None:
+        assert self.sink is not None
+        give = self.sink.write if self.lender is None else self.lender.give
+        give(task.name, task.offset + start, memory)
+        self.progress(len(memory))
 
     def _compute(self, job: Job, lane: Lane) -> None:
         running = job.running
@@ -300,18 +314,19 @@ class _Engine:
     def _compute_whole(self, whole: Pass, job: Job) -> bool:
         running = job.running
         task, root = running.task, running.task.root
+        size = ITEMSIZE[root.dtype]
         written = running.index == len(running.schedule.passes) - 1 and root.kind not in REDUCTIONS
-        nbytes = (job.stop - job.start) * ITEMSIZE[root.dtype]
-        out = self.files.place(task.name, task.offset) if written and self.files is not None else None
-        found = whole.run(job.start, job.stop, out)
+        nbytes = (job.stop - job.start) * size
+        memory = self._lend(task, job.start * size, nbytes) if written else None
+        found = whole.run(job.start, job.stop, memory)
         if found is None:
             return False
         for item in running.steps:
             if item.node.kind in REDUCTIONS:
                 self._reduce(running, item.node, job.start, found[id(item.node)])
-        if written and self.files is not None:
-            self.files.wrote(task.name, task.offset + job.start * ITEMSIZE[root.dtype], nbytes)
-        if written or root.kind == "small":
+        if memory is not None:
+            self._give(task, job.start * size, memory)
+        elif root.kind == "small":
             self.progress(nbytes)
         return True
 
@@ -345,7 +360,7 @@ class _Engine:
             self.changed.notify_all()
 
 
-def _steps(running: Running, needless: Collection[int]) -> list[Step]:
+def _steps(running: Running, needless: Collection[int], backend: Backend | None) -> list[Step]:
     """The steps of the pass that runs, without its needless reductions; what these free, the step before frees."""
     steps: list[Step] = []
     frees = running.schedule.frees[running.index]
@@ -353,7 +368,7 @@ def _steps(running: Running, needless: Collection[int]) -> list[Step]:
         if id(node) in needless:
             steps[-1] = replace(steps[-1], frees=steps[-1].frees + frees.get(i, ()))
         else:
-            call = None if node.kind == "read" else running.backend.function(node)
+            call = backend.function(node) if backend and node.kind != "read" else None
             steps.append(Step(node, call, dict(node.parameters), frees.get(i, ())))
     return steps
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,6 @@ from typing import Any
 import yaml
 
 from deltamerge.errors import RecipeError, UsageError
-from deltamerge.planner import Plan
 from deltamerge.runner import Result, run
 
 
@@ -23,19 +21,13 @@ def extract(
     method: str | None = None,
     q: float | None = None,
     values: str | None = None,
-    device: str = "auto",
-    workers: int | None = None,
-    memory: int | None = None,
-    force: bool = False,
-    resume: bool = False,
-    allow_nonfinite: bool = False,
-    watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
+    **options: Any,
 ) -> Result:
     """Run the recipe of one fine-tune (`model`, of `base`; folders or hub ids) whose output is a delta.
 
     Without `density` everything that changed is kept, and stored as final values unless `values` says how values to add
-    are. `out` is NAME-delta in this folder if not given. UsageError: a method or q without a density. RecipeError, of
-    no line, as there is no file: a method that is not known or needs more settings.
+    are. `out` is NAME-delta in this folder if not given; `options` are those of `run`. UsageError: a method or q
+    without a density. RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
     """
     if density is None and (method is not None or q is not None):
         raise UsageError("--method and --q need --density", hint="--density 0.01 keeps a hundredth of the delta")
@@ -46,18 +38,7 @@ def extract(
     text = yaml.safe_dump(recipe, sort_keys=False)
     name = Path(model.partition("@")[0]).name or "model"
     try:
-        return run(
-            Path.cwd() / "extract",
-            out or Path(f"{name}-delta"),
-            text=text,
-            device=device,
-            workers=workers,
-            memory=memory,
-            force=force,
-            resume=resume,
-            allow_nonfinite=allow_nonfinite,
-            watch=watch,
-        )
+        return run(Path.cwd() / "extract", out or Path(f"{name}-delta"), text=text, **options)
     except RecipeError as error:
         problems = [replace(problem, line=None, column=None) for problem in error.problems]
         raise RecipeError("extract", problems) from None

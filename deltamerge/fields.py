@@ -85,11 +85,35 @@ def _columns(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
     return value
 
 
+def _reference(value: Any) -> Any:
+    """mergekit's long form of a reference, {model, lora, override_architecture}, as text; the last has no use here."""
+    if not isinstance(value, dict):
+        return value
+    model, lora = value.get("model"), value.get("lora")
+    if not model or value.keys() - {"model", "lora", "override_architecture"}:
+        raise PydanticCustomError("reference", "must be text, or {model: …, lora: …}")
+    return "+".join(map(_place, (model, lora) if lora else (model,)))
+
+
+def _place(value: Any) -> str:
+    """A path or hub id, as text or {path, revision}."""
+    if isinstance(value, dict) and isinstance(value.get("path"), str) and not value.keys() - {"path", "revision"}:
+        return f"{value['path']}@{value['revision']}" if value.get("revision") else str(value["path"])
+    if not isinstance(value, str):
+        raise PydanticCustomError("reference", "must be text, or {path: …, revision: …}")
+    return value
+
+
 def _one_or_many(value: Any) -> str:
     return "(list)" if isinstance(value, list | tuple) else "(text)"
 
 
 Text = Annotated[str, StringConstraints(min_length=1)]
+Reference = Annotated[
+    Text,
+    BeforeValidator(_reference),
+    WithJsonSchema({"anyOf": [{"type": "string", "minLength": 1}, {"type": "object", "required": ["model"]}]}),
+]
 Pattern = Annotated[Text, AfterValidator(_pattern), WithJsonSchema({"type": "string", "format": "regex"})]
 Size = Annotated[
     int,

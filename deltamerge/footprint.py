@@ -6,6 +6,7 @@ import math
 
 from deltamerge.errors import InputError
 from deltamerge.graph import Node, peak_tiles, schedule
+from deltamerge.io.outbox import ROOM, SLAB
 from deltamerge.outputs import Output
 from deltamerge.tensors import ITEMSIZE, block_elements
 
@@ -19,6 +20,11 @@ def held_by_delta(outputs: tuple[Output, ...], workers: int) -> int:
     """Bytes of positions and of values to be coded, of the tensors that a delta's sink has open."""
     largest = sorted((o.elements * (0.125 + 4 * o.pieces[0].built.changed) for o in outputs), reverse=True)
     return math.ceil(sum(largest[: workers + 1]))
+
+
+def held_by_files(outputs: tuple[Output, ...], workers: int) -> int:
+    """Bytes on their way to the files of a checkpoint, and those that are being made."""
+    return min(sum(o.nbytes for o in outputs), ROOM + (workers + 1) * 2 * SLAB)
 
 
 def tile_and_peak(

@@ -181,10 +181,20 @@ def ties(config: Mapping[str, Any], *, default: bool) -> bool:
     return default if said is None else said is True
 
 
+def has_tied_head(model: Input) -> bool:
+    """Whether a language model's file leaves the head out because its config ties it to the embedding."""
+    config = model.checkpoint.config
+    return HEAD not in model.tensors and ties(config, default=False) and _is_language_model(config)
+
+
+def _is_language_model(config: Mapping[str, Any]) -> bool:
+    return any(map(LANGUAGE_MODEL.search, config.get("architectures") or ()))
+
+
 def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
     """The embedding that a model without a head of its own ties its head to; None if it is no language model."""
     config = model.checkpoint.config
-    if not ties(config, default=True) or not any(map(LANGUAGE_MODEL.search, config.get("architectures") or ())):
+    if not ties(config, default=True) or not _is_language_model(config):
         return None
     twins = (t for n, t in model.tensors.items() if is_embedding(n) and t.shape[1:] == head.shape[1:])
     return next(twins, None)

@@ -208,9 +208,6 @@ class _Nowhere:
     def write(self, name: str, offset: int, data: Any) -> None:
         raise AssertionError("statistics are returned, not written")
 
-    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
-        raise AssertionError("statistics are returned, not copied")
-
 
 def statistics(parts: Sequence[Moments], whole: float) -> dict[str, Any]:
     """The fields of `Statistics` of some tensors together; `whole` is Σ Δ² of the whole delta."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +19,9 @@ from deltamerge.calibrate.rows import is_of_hub, local_files
 from deltamerge.chosen import Run, choices
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.graph import Node
+from deltamerge.io.blobs import sha256_of
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.files import input_error
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.planner import Plan
 from deltamerge.stages import Calibrated, Source, locked
@@ -36,7 +38,7 @@ DATA = "calibration data"
 HASH_BYTES = 1 << 23
 MAX_BYTES = 1 << 26
 MAX_DEPTH = 64
-HUB_BLOB = re.compile(r"[0-9a-f]{64}")
+MAX_EVENTS = 1_000_000
 
 
 def hash_output(path: Path) -> str:
@@ -49,20 +51,19 @@ def hash_output(path: Path) -> str:
 def hash_input(path: Path) -> str:
     """ "xxh3:<hex>", XXH3-128, of a local file's bytes: as fast as it is read, against accidents, not against forgery.
 
-    A file of the hub's cache is "sha256:<hex>", which the hub already knows.
+    A file of the hub's cache is "sha256:<hex>", which the hub already knows and `check_blobs` compares.
     """
-    blob = path.resolve()
-    if path.is_symlink() and HUB_BLOB.fullmatch(blob.name):
-        return f"sha256:{blob.name}"
+    if known := sha256_of(path):
+        return f"sha256:{known}"
     from xxhash import xxh3_128
 
     return f"xxh3:{_digest(path, xxh3_128())}"
 
 
 def _digest(path: Path, hasher: Any) -> str:
-    buffer = memoryview(bytearray(HASH_BYTES))
     try:
         with path.open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(min(HASH_BYTES, os.fstat(file.fileno()).st_size) or 1))
             while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
     except OSError as error:
@@ -173,9 +174,8 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
 
 
 def _identity(path: Path) -> list[int] | str:
-    blob = path.resolve()
-    if path.is_symlink() and HUB_BLOB.fullmatch(blob.name):
-        return blob.name
+    if known := sha256_of(path):
+        return known
     status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
@@ -310,14 +310,18 @@ def read_lock(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: larger than {MAX_BYTES:,} bytes")
         text = raw.decode("utf-8")
         depth = 0
-        for event in yaml.parse(text, loader):  # first: nodes are composed recursively in C
+        for count, event in enumerate(yaml.parse(text, loader)):  # first: nodes take much, and are composed recursively
+            if count > MAX_EVENTS:
+                raise InputError(f"{path}: holds more than {MAX_EVENTS:,} values")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if depth > MAX_DEPTH:
                 raise InputError(f"{path}: nested more than {MAX_DEPTH} deep")
         content = yaml.load(text, Loader=loader)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such lock", hint="a finished `deltamerge run` leaves one") from error
-    except (OSError, ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+    except OSError as error:
+        raise InputError(f"{path}: {input_error(error)}") from error
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
         raise InputError(f"{path}: not a readable lock") from error
     if not isinstance(content, dict) or "outputs" not in content:
         raise InputError(f"{path}: not a deltamerge lock")

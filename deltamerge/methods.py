@@ -36,17 +36,18 @@ _WEIGHT = Param("factor of the model", per_model=True)
 _SHARE = Param("share of the model", per_model=True, alone=1.0)
 _DELTA_WEIGHT = Param("factor of the model's delta", per_model=True, alone=1.0)
 _LAMBDA = Param("factor of the merged delta", 1.0)
-_DENSITY = Param("fraction of the delta's entries kept", 1.0, low=0, high=1, low_open=True, per_model=True, prunes=True)
+_DENSITY = Param("fraction of the delta's entries kept", 1.0, low=0, high=1, per_model=True, prunes=True)
 _NORMALIZE = Param("divide by the sum of the weights", False, "bool")
 _NORMALIZED = Param("divide by the sum of the weights", True, "bool")
 _RESCALE = Param("divide what is kept by the density; false is random drop", True, "bool", scalar=True, prunes=True)
+_MATCH = Param("give what is kept the sum of magnitudes of the whole", False, "bool", scalar=True, prunes=True)
 _EPSILON = Param("half the spread of the keep probabilities", 0.15, low=0, high=1, per_model=True, prunes=True)
 _GAMMA = Param("fraction of the entries dropped as the largest", 0.01, low=0, high=1, per_model=True, prunes=True)
 
 _SUM = {"weight": _DELTA_WEIGHT, "normalize": _NORMALIZE, "lambda": _LAMBDA}
 _DARE = {**_SUM, "density": _DENSITY, "rescale": _RESCALE}
 _DELLA = {**_DARE, "epsilon": _EPSILON}
-_BREADCRUMBS = {**_SUM, "density": _DENSITY, "gamma": _GAMMA}
+_BREADCRUMBS = {**_SUM, "density": _DENSITY, "gamma": _GAMMA, "rescale": _MATCH}
 
 _ARITHMETIC = "deltamerge.merge.arithmetic"
 _TIES = "deltamerge.merge.ties:ties"
@@ -140,7 +141,7 @@ _MERGE = (
         _TIES,
         "keep the top int(density · n) of abs(Δ_i), elect a sign per entry, add the w_i Δ_i of that sign",
         "arXiv 2306.01708",
-        {**_SUM, "normalize": _NORMALIZED, "density": _DENSITY},
+        {**_SUM, "normalize": _NORMALIZED, "density": _DENSITY, "rescale": _MATCH},
         needs_base=True,
         deltas=True,
         adds=True,

@@ -10,7 +10,7 @@ from pathlib import Path
 from deltamerge import backends, errors
 from deltamerge.build import Builder, Built
 from deltamerge.graph import Graph
-from deltamerge.inputs import HEAD, Input, Inputs
+from deltamerge.inputs import HEAD, Input, Inputs, has_tied_head
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.encodings import expected_bits
 from deltamerge.io.gathered import cut
@@ -102,6 +102,8 @@ class Outputs:
         copied: list[str] = []
         if self.inputs.stand_ins:
             self.notes.append(f"{HEAD}: untied; the embedding is the head of {', '.join(self.inputs.stand_ins)}")
+        elif has_tied_head(template):
+            self.notes.append(f"{HEAD}: stays tied to the embedding")
         for target in self.targets:
             if target.name == tied:
                 self.notes.append(f"{target.stored}: tied to the embedding, written once")

@@ -35,11 +35,14 @@ BRANCHES = frozenset(
 
 # YAML 1.1 booleans, which mergekit reads and our loader leaves as text.
 _WORDS = {"yes": True, "on": True, "no": False, "off": False}
+_QUOTED = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})(\.[0-9]{0,18})?([eE][-+]?[0-9]{1,3})?")
 
 
 def _scalar(value: Any) -> Scalar:
     if isinstance(value, str) and value.lower() in _WORDS:
         return _WORDS[value.lower()]
+    if isinstance(value, str) and _QUOTED.fullmatch(value):
+        value = float(value)
     if not isinstance(value, bool | int | float):
         raise PydanticCustomError("scalar", "must be a number")
     if not math.isfinite(value):

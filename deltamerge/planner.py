@@ -13,7 +13,7 @@ from deltamerge.build import Builder
 from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
 from deltamerge.execute import Task
-from deltamerge.footprint import held_by_delta, tile_and_peak
+from deltamerge.footprint import held_by_delta, held_by_files, tile_and_peak
 from deltamerge.graph import Node, schedule
 from deltamerge.inputs import Inputs, Opener, open_inputs
 from deltamerge.io.adapter import WEIGHTS
@@ -182,7 +182,7 @@ def plan(
         Output(name, shape, dtype, math.prod(shape) * ITEMSIZE[dtype], pieces, layout.tensors[name].file)
         for name, shape, dtype, pieces in rows
     )
-    held = held_by_delta(outputs, workers) if recipe.output.kind == "delta" else 0
+    held = (held_by_delta if recipe.output.kind == "delta" else held_by_files)(outputs, workers)
     tile, peak = tile_and_peak(outputs, device, workers, memory, held)
     builder = found.builder
     sources = _sources(builder, inputs)

@@ -36,13 +36,15 @@ def make_plans(
     upto: str | None = None,
     pins: Mapping[str, str] | None = None,
     text: str | None = None,
+    mergekit_exact: bool = False,
     densities: Mapping[str, float] | None = None,
 ) -> tuple[Plan, ...]:
     """The plans of every document of the recipe at `path`, or of `text` as if it stood there, in the order of their
     run, the output's last, or up to that of the document `upto`; `weights` fetches hub models whole instead of their
     headers, `data` reads the calibration data to check it, `pins` has the commits of hub models that the recipe names
-    without a revision, `densities` are those that a budget allows."""
-    chain = documents(path, text)
+    without a revision, `mergekit_exact` writes mergekit's defaults into the recipe, `densities` are those that a budget
+    allows."""
+    chain = documents(path, text, mergekit_exact=mergekit_exact)
     beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
     made: dict[str, Checkpoint] = {}
 

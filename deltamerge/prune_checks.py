@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, out_of_range, prunes
 from deltamerge.errors import Problem
 from deltamerge.faults import show, suggest
+from deltamerge.keys import CalibratedQ
 from deltamerge.methods import COMMON_KEYS, PRUNE
 from deltamerge.pruning import effective_prune
 from deltamerge.source import Loc
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault of the recipe's prunings that the types of the keys do not show."""
-    checks = (_prune_keys, _pruning, _calibrated, _whole_merge, _budget)
+    checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget)
     return (problem for check in checks for problem in check(recipe))
 
 
@@ -99,6 +100,18 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem((*loc, "q", "search"), "gradient needs scope layer or row", "scope: layer")
 
 
+def _names(recipe: Recipe) -> Iterator[Problem]:
+    """The lock has a model's q's under its name: one that two slices or modules calibrate needs two names."""
+    known: set[str] = set()
+    for i in recipe.fine_tunes:
+        name = recipe.names[i]
+        if isinstance(effective_prune(recipe, i).q, CalibratedQ):
+            if name in known:
+                message = f"another slice or module calibrates a model of the same name, {show(name)}"
+                yield recipe.problem(("models", i, "model"), message, "set a name of its own: the lock has its q by it")
+            known.add(name)
+
+
 def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
     """protect names columns or counts massive activations, which are measured on calibration data."""
     if prune.protect is None:
@@ -142,6 +155,8 @@ def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
     if calibration.per == "model":
         return
     loc: Loc = ("calibration", "per")
+    if len(recipe.parts) > 1:
+        yield recipe.problem(loc, "merge needs one set of models: one lambda is searched", "per: model")
     if method is not None and not (method.deltas and method.needs_base):
         yield recipe.problem(loc, f"merge needs deltas, but {method.name} has none", "use task_arithmetic or ties")
     searched = [(at, prune.calibrated_q) for at, prune in prunes(recipe) if prune.calibrated_q is not None]

@@ -107,7 +107,10 @@ def _default_group(name: str) -> str | None:
 def _divisor(
     parameters: Sequence[Mapping[str, Value]], levels: list[Prune], name: str
 ) -> tuple[Value | CalibratedQ | None, str | None]:
-    """q and rescale, of the first level that has either; filters of a numeric q fall through to the next level."""
+    """q and rescale, of the first level that has either; filters of a numeric q fall through to the next level.
+
+    mergekit's `parameters.rescale` comes last: false is a q of 1, true its own rescaling where masks are not random.
+    """
     numbers: list[Value] = []
     for prune in levels:
         if not numbers and (prune.rescale or prune.calibrated_q):
@@ -115,7 +118,9 @@ def _divisor(
         if prune.number_q is not None:
             numbers.append(prune.number_q)
     importance = name in PRUNE and not PRUNE[name].random
-    rescaled = next((level["rescale"] for level in parameters if "rescale" in level), True)
-    if importance or (not numbers and rescaled in (False, 0)):
+    rescaled = next((level["rescale"] for level in parameters if "rescale" in level), not importance)
+    if importance and rescaled and not numbers:
+        return None, "l1"
+    if importance or (not numbers and not rescaled):
         numbers.append(1.0)
     return chain(*numbers), None

@@ -13,9 +13,8 @@ from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
 from deltamerge import checks, documents, faults, source
-from deltamerge.checks import unsupported as unsupported
 from deltamerge.errors import Problem, RecipeError
-from deltamerge.fields import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Size, Text
+from deltamerge.fields import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Size, Text
 from deltamerge.fields import parse_size as parse_size
 from deltamerge.keys import CalibratedQ as CalibratedQ
 from deltamerge.keys import Keys
@@ -41,7 +40,7 @@ def _token_shape(value: Any) -> str:
 class Model(Keys):
     """One input of the merge."""
 
-    model: Text = Field(description="A path, a hub id, id@revision; + a LoRA adapter after any of them.")
+    model: Reference = Field(description="A path, a hub id, id@revision; + a LoRA adapter after any of them.")
     name: Text | None = Field(None, description="Its name in masks and reports. Default: `model` as written.")
     parameters: Parameters = Field({}, description="Parameters of the merge method for this model.")
     prune: Prune | None = Field(None, description="Pruning of this model's delta; these keys win.")
@@ -57,7 +56,7 @@ class Slice(Keys):
     """Layers of the output, merged from the same number of layers of each source."""
 
     sources: Items[SliceSource] = Field(description="The layers that are merged.")
-    base_model: Text | None = Field(None, description="The base of this slice.")
+    base_model: Reference | None = Field(None, description="The base of this slice.")
     parameters: Parameters = Field({}, description="Parameters for this slice.")
     residual_weight: float | None = Field(None, description="mergekit's; no effect.")
 
@@ -171,7 +170,7 @@ class Recipe(Keys):
     """What is merged, how deltas are pruned before, and what is written."""
 
     name: Text | None = Field(None, description="A name for this recipe.")
-    base_model: Text | None = Field(None, description="What the models were fine-tuned from.")
+    base_model: Reference | None = Field(None, description="What the models were fine-tuned from.")
     merge_method: Text | None = Field(
         None, description="How the models meet. Default with one fine-tune: task_arithmetic.",
         json_schema_extra={"enum": [*MERGE, None]},
@@ -185,7 +184,9 @@ class Recipe(Keys):
     dtype: Dtype | None = Field(None, description="Of the output; arithmetic is float32.")
     out_dtype: Dtype | None = Field(None, description="Of the output; wins over dtype.")
     template: Text | None = Field(None, description="The model whose tensors and files the output has.")
-    tokenizer_source: Text | None = Field(None, description="Whose tokens the output has: base, union, or a model.")
+    tokenizer_source: Reference | None = Field(
+        None, description="Whose tokens the output has: base, union, or a model."
+    )
     tokenizer: Tokenizer | None = Field(None, description="Instead of tokenizer_source, with token sources.")
     chat_template: Text | None = Field(None, description="auto, a model, a built-in name, or a Jinja template.")
     seed: Natural = Field(0, description="Of the random masks.")
@@ -289,7 +290,6 @@ def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
     for read in reads:
         recipe = parse(read, problems)
         problems += islice(checks.problems(recipe), MAX_PROBLEMS)
-        problems += [recipe.problem(loc, f"not supported yet: {message}") for loc, message in unsupported(recipe)]
         recipes.append(recipe)
     problems += documents.problems(recipes)
     if problems:

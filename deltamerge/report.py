@@ -67,7 +67,7 @@ p { margin: 0 0 .8rem; max-width: 46rem; color: var(--quiet); overflow-wrap: any
   border-top: 2px dashed var(--quiet); }
 svg { display: block; overflow: visible; font-size: 12px; }
 svg text { fill: var(--ink); } svg .quiet { fill: var(--quiet); font-size: 11px; } svg .on { fill: var(--on); }
-svg .mid { fill: var(--mid); }
+svg .mid { fill: var(--mid); } svg .name, svg .value { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 svg .value, svg .in, svg .mid, svg .on { font-variant-numeric: tabular-nums; }
 .bar, .cell { fill: var(--one); } .cell, .none { stroke: var(--card); }
 .none, .track { fill: var(--line); fill-opacity: .5; } .axis, svg .rule { stroke: var(--line); }

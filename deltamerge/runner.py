@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge import lock as locks
@@ -16,11 +16,13 @@ from deltamerge.assets import asset_files, write_assets
 from deltamerge.budget import budget_of
 from deltamerge.card import render
 from deltamerge.chain import Document, documents, folder_of, is_current
-from deltamerge.distribute import Part, gather
+from deltamerge.distribute import Part, check_recipes, gather
 from deltamerge.errors import InputError
 from deltamerge.execute import shared_values
+from deltamerge.graph import depth_first
 from deltamerge.illustrate import Draw, drawing
 from deltamerge.io.audit import NonFinite
+from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.workspace import Workspace, refuse_inputs, workspace
@@ -28,6 +30,8 @@ from deltamerge.io.writer import write_index
 from deltamerge.planner import Plan
 from deltamerge.plans import make_plan, make_plans, target_of
 from deltamerge.weights import Made, calibrated, check_finite, make_weights
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,22 +72,25 @@ def run(
     pictures: bool = False,
     pins: Mapping[str, str] | None = None,
     text: str | None = None,
+    mergekit_exact: bool = False,
     watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Result:
     """Run the recipe at `path`; the target appears under its name only when complete.
 
-    `text` is the recipe where there is no file at `path`. `watch` is given the plan before the first byte and returns
-    what is told the bytes done. Of several documents those that others need are made first, unless their folders hold
-    just what would be made. `pictures` are drawn for the card. With `part` only that part's shards are written, to
-    the work folder, for `finish`. `resume` goes on where an interrupted run stopped.
+    `text` is the recipe where there is no file at `path`; `mergekit_exact` writes mergekit's defaults into it. What
+    `watch` returns, given the plan before the first byte, is told the bytes done. Of several documents those that
+    others need are made first, unless their folders hold just what would be made. `pictures` are drawn for the card.
+    With `part` only that part's shards are written, to the work folder, for `finish`. `resume` goes on where an
+    interrupted run stopped.
     """
-    chain = documents(path, text)
+    chain = documents(path, text, mergekit_exact=mergekit_exact)
     beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
     options: dict[str, Any] = {
         "device": device, "workers": workers, "memory": memory, "data": not locked, "pins": pins, "text": text,
+        "mergekit_exact": mergekit_exact,
     }  # fmt: skip
-    if part and len(chain) > 1:
-        raise InputError(f"{path}: has several documents, --part takes one", hint="give each document its own file")
+    if part:
+        check_recipes(path, [document.recipe for document in chain], "--part")
     if len(chain) > 1:
         make_plans(path, out, **options)  # a fault of any document ends the run before the first is made
     intermediate: dict[Path, bool] = {}
@@ -133,19 +140,17 @@ def _run(
     """Make the result of one document of the recipe at `path`."""
     draw = drawing(planned, data=not locked) if pictures else None
     refuse_inputs(target, _places(planned))
-    if part and planned.recipe.output.kind != "model":
-        hint = "run without --part; or the parts with output.kind model, then deltamerge extract of what they make"
-        raise InputError("--part writes models only", hint=hint)
     if part:
         part.files(planned.layout)
     with workspace(target, force=force, resume=resume, part=part.name if part else None) as work:
         if _from_hub(planned):
             planned = make_plan(path, weights=True, upto=document.name, **options)
-        asset_files(planned)  # links that leave a model's folder are refused before the work, not after
+        assets = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
         facts = locks.facts(planned, document.text)
         work.begin(facts)
         share = part or Part(1, 1)
         inputs = _beside(lambda: locks.describe_inputs(planned, 1, share.takes))
+        sound = _beside(lambda: check_blobs(_files_read(planned, part, assets.values()), planned.workers))
         lock_path = path.with_suffix(".lock") if locked else None
         lock = locks.read_lock(lock_path) if lock_path else {}
         if lock_path and part is None:
@@ -159,7 +164,13 @@ def _run(
         planned = made.plan
         now = locks.facts(planned, document.text)
         if changed := sorted(name for name in facts if now.get(name) != facts[name]):
-            raise InputError(f"changed during the run: {', '.join(changed)}", hint="run again with --force")
+            work.forget()
+            raise InputError(f"changed during the run: {', '.join(changed)}", hint="run it again from the start")
+        try:
+            sound.result()
+        except InputError:
+            work.forget()
+            raise
         check_finite(planned, made.nonfinite, allow=allow_nonfinite)
         if part:
             work.journal.append({"part": {"inputs": inputs.result(), "outputs": made.hashed}})
@@ -177,11 +188,11 @@ def finish(
     locked: bool = False,
     pictures: bool = False,
     pins: Mapping[str, str] | None = None,
+    mergekit_exact: bool = False,
 ) -> Result:
     """Make the target of what all parts of a run wrote. OutputError: some part is missing or unfinished."""
-    if len(documents(path)) > 1:
-        raise InputError(f"{path}: has several documents, --part takes one", hint="give each document its own file")
-    planned = make_plan(path, device="cpu", workers=workers, data=not locked, pins=pins)
+    check_recipes(path, [document.recipe for document in documents(path)], "--finish")
+    planned = make_plan(path, device="cpu", workers=workers, data=not locked, pins=pins, mergekit_exact=mergekit_exact)
     target = target_of(path, planned.recipe, out)
     draw = drawing(planned, data=False) if pictures else None
     with workspace(target, force=force, finish=True) as work:
@@ -231,6 +242,17 @@ def _complete(
     return planned, lock
 
 
+def _files_read(planned: Plan, part: Part | None, assets: Iterable[Path]) -> list[Path]:
+    """The files that the output depends on; of plain checkpoints' shards those that the part reads."""
+    wanted = {path for _, paths in locks.files_read(planned) for path in paths} | set(assets)
+    if part is not None and not planned.stages:
+        nodes = [node for task in part.of(planned).tasks for node in depth_first(task.root) if node.kind == "read"]
+        read = {node.parameter("tensor").path for node in nodes}
+        plain = [c for c in planned.inputs.checkpoints if c.adapter is None and c.base is None]
+        wanted -= {path for c in plain for path in c.files if path not in read}
+    return sorted(wanted)
+
+
 def _from_hub(planned: Plan) -> bool:
     return any(source.hub_id for checkpoint in planned.inputs.checkpoints for source in checkpoint.sources)
 
@@ -277,6 +299,7 @@ def calibrate(
         raise InputError(
             f"{path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
         )
+    check_deltas(planned)
     found = shared_values(planned.stages, {})
     lock_path = path.with_suffix(".lock")
     calibration = locks.write_calibration(planned, found, lock_path)
@@ -284,9 +307,9 @@ def calibrate(
     return calibration
 
 
-def _beside(work: Callable[[], dict[str, Any]]) -> Future[dict[str, Any]]:
+def _beside(work: Callable[[], T]) -> Future[T]:
     """Do `work` while the run goes on; a daemon, so that a run that fails or is interrupted does not wait for it."""
-    future: Future[dict[str, Any]] = Future()
+    future: Future[T] = Future()
 
     def go() -> None:
         try:

@@ -70,15 +70,17 @@ class Source:
 
 def load(path: Path) -> Source:
     """Read a YAML file. Raises RecipeError with every problem found if it is not one plain UTF-8 document."""
-    return loads(_read(path), str(path))
+    return loads(read(path), str(path))
 
 
 def load_all(path: Path) -> tuple[Source, ...]:
     """Read a YAML file of one or more documents; positions count from the start of the file. RecipeError as `load`."""
-    return loads_all(_read(path), str(path))
+    return loads_all(read(path), str(path))
 
 
-def _read(path: Path) -> str:
+def read(path: Path) -> str:
+    """The text of a recipe file. RecipeError: no file, not UTF-8, or larger than a recipe is."""
+
     def refuse(message: str, hint: str, line: int | None = None, column: int | None = None) -> NoReturn:
         raise RecipeError(str(path), [Problem(message, line=line, column=column, hint=hint)])
 

@@ -43,7 +43,7 @@ class Preparation:
             if not (measured or calibrated or weighed or prune.protect or prune.group == "model"):
                 continue
             of_model = (t for merge in merges for t in merge.tunes if t.index == index)
-            pruned = [t for t in of_model if deltas.density(t) not in (None, 1.0)]
+            pruned = [t for t in of_model if deltas.density(t) not in (None, 0.0, 1.0)]
             _find_columns(prune, [t.name for t in pruned if has_norm(t.name, t.tensor.shape)])
             if pruned and prune.group == "model":
                 if prune.protect:

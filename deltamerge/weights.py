@@ -15,9 +15,9 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.execute import execute, shared_values
 from deltamerge.graph import Node
 from deltamerge.io.audit import Findings, NonFinite
-from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.checkpoint import Reader
 from deltamerge.io.delta_writer import Summary
-from deltamerge.io.files import Descriptor, sync_path
+from deltamerge.io.files import sync_path
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Writer
 from deltamerge.planner import Plan
@@ -117,34 +117,15 @@ def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
     return f"values that are not finite in {', '.join(named[:8])}{more}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Shards:
-    """The sink of a run: tiles go to their known place in the output's shards."""
-
-    writer: Writer
-
-    def write(self, name: str, offset: int, data: Any) -> None:
-        self.writer.write(name, offset, data)
-
-    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
-        self.writer.copy(name, offset + start, source, start, nbytes, reader)
-
-    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
-        return self.writer.place(name, offset)
-
-    def wrote(self, name: str, offset: int, nbytes: int) -> None:
-        self.writer.wrote(name, offset, nbytes)
-
-
 def _write_shards(
     planned: Plan, work: Workspace, progress: Callable[[int], None], known: dict[Node, Any], part: Part | None
 ) -> Findings:
     files = part.files(planned.layout) if part else None
     with Reader() as reader, Writer(work.folder, planned.layout, files=files, journal=work.journal) as writer:
         execute(
-            planned.tasks,
+            sorted(planned.tasks, key=lambda task: writer.where(task.name, task.offset)),
             reader,
-            _Shards(writer),
+            writer,
             device=planned.device,
             workers=planned.workers,
             tile_elements=planned.tile_elements,

@@ -6,6 +6,7 @@ project = "deltamerge"
 release = importlib.metadata.version("deltamerge")
 extensions = ["myst_parser"]
 html_theme = "furo"
+html_show_copyright = False
 html_title = f"deltamerge {release}"
 exclude_patterns = ["_build"]
 myst_heading_anchors = 3

@@ -30,6 +30,7 @@ for recipe in "${recipes[@]}"; do
     else
         printf '### %s\n\n```mermaid\n' "$recipe"
         deltamerge plan --graph "$recipe"
+        # shellcheck disable=SC2016  # the backticks are Markdown
         printf '```\n\n<details><summary>every tensor</summary>\n\n```\n'
         deltamerge plan "$recipe"
         printf '```\n\n</details>\n'

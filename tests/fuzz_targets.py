@@ -102,6 +102,7 @@ class Targets:
         path = self.scratch / "r.yaml"
         path.write_bytes(data)
         tolerates(lambda: documents(path))
+        tolerates(lambda: documents(path, mergekit_exact=True))
 
     def header(self, data: bytes) -> None:
         """A file; or the text of a header, its length put before it and its tensors behind."""

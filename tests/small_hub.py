@@ -128,7 +128,7 @@ def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
                 known = name in state.repositories
                 folder = state.repositories.setdefault(name, state.cache.parent / "pushed" / name)
                 folder.mkdir(parents=True, exist_ok=True)
-                if asked.get("visibility") == "private" and not known:
+                if (asked.get("visibility") == "private" or asked.get("private")) and not known:
                     state.private.add(name)
                 return self.say({"url": f"{state.endpoint}/{name}"}, 409 if known else 200)
             if path.endswith("/preupload/main"):
@@ -203,7 +203,11 @@ def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
 
 
 def etag(path: Path) -> str:
-    return hashlib.sha1(path.read_bytes()).hexdigest()
+    """As the hub has it: the SHA-256 of a large file, git's hash of a small one."""
+    data = path.read_bytes()
+    if path.suffix == ".safetensors":
+        return hashlib.sha256(data).hexdigest()
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
 
 
 @contextmanager

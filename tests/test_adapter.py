@@ -37,7 +37,7 @@ AUTO = {
 def load(architecture: str, folder: Path, **settings: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return getattr(transformers, AUTO[architecture]).from_pretrained(folder, **settings).eval()
+        return getattr(transformers, AUTO[architecture]).from_pretrained(folder, **{"dtype": "auto"} | settings).eval()
 
 
 def adapt(model: Any, folder: Path, seed: int = 0, **settings: Any) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import yaml
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from test_cli import call
 
+from deltamerge import runner
 from deltamerge.methods import MERGE
 
 OWN = {"README.md", "recipe.yaml", "recipe.lock"}
@@ -441,6 +443,31 @@ def test_damage_is_met_wherever_a_delta_is_read(
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
+def test_calibrate_checks_a_delta_too(tmp_path: Path, capsys: Any) -> None:
+    models(tmp_path, torch.bfloat16)
+    damage, message = DAMAGE["values"]
+    damage(run(tmp_path, "delta", RECIPES["dare"], kind="delta"))
+    (tmp_path / "rows.txt").write_text("w4 w5 w6\n" * 8)
+    (tmp_path / "r.yaml").write_text(
+        "base_model: ./base\nmodels: [{model: ./delta}]\nprune: {method: magnitude, density: 0.1, q: layer_mse}\n"
+        "calibration: {data: rows.txt, sequences: 8, length: 12}\n"
+    )
+    code, out, err = call(capsys, "calibrate", tmp_path / "r.yaml")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ./delta: ")
+    assert message in err
+    assert not (tmp_path / "r.lock").exists()
+
+
+@pytest.mark.parametrize("kind", ["model", "delta", "delta, semantics: add", "delta, semantics: add, values: sign"])
+def test_progress_ends_at_the_bytes_of_the_result(tmp_path: Path, kind: str) -> None:
+    models(tmp_path, torch.bfloat16)
+    (tmp_path / "r.yaml").write_text(TWO + f"merge_method: ties\noutput: {{kind: {kind}}}\n")
+    told: list[int] = []
+    made = runner.run(tmp_path / "r.yaml", tmp_path / "out", watch=lambda _: told.append)
+    assert sum(told) == made.plan.nbytes > 0
+
+
 @pytest.mark.parametrize("method", ["dare", "magnitude"])
 def test_extract_of_the_model_of_parts_stores_the_same(tmp_path: Path, method: str) -> None:
     models(tmp_path, torch.bfloat16)
@@ -577,6 +604,50 @@ def test_diff_of_locks_names_what_was_resolved_differently(tmp_path: Path, capsy
 
 
 # ---- loaders
+
+
+def receive(weights: Tensors, patches: list[Any]) -> None:
+    """What vLLM 0.33's load_checkpoint_weight_patches demands of its patches and does with them, in our words: all
+    dense or all sparse; of sparse ones a checkpoint tensor that is NaN where nothing changes, copied where it is not.
+    """
+    assert len({patch.indices is None for patch in patches}) == 1
+    for patch in patches:
+        size = math.prod(patch.shape)
+        assert isinstance(patch.name, str)
+        assert isinstance(patch.dtype, torch.dtype)
+        assert patch.values.ndim == 1
+        assert patch.values.dtype == patch.dtype
+        if patch.indices is None:
+            assert patch.values.numel() == size
+            weights[patch.name].copy_(patch.values.view(patch.shape))
+            continue
+        assert patch.dtype.is_floating_point
+        assert patch.indices.ndim == 1
+        assert patch.indices.dtype in (torch.int32, torch.int64)
+        assert patch.indices.numel() == patch.values.numel()
+        assert not patch.values.isnan().any()
+        assert (patch.indices >= 0).all()
+        assert (patch.indices < size).all()
+        assert (patch.indices[1:] > patch.indices[:-1]).all()
+        whole = torch.full((size,), math.nan, dtype=patch.dtype)
+        whole.index_copy_(0, patch.indices.long(), patch.values)
+        target = weights[patch.name]
+        torch.where(whole.view(patch.shape).isnan(), target, whole.view(patch.shape), out=target)
+
+
+@pytest.mark.parametrize("name", ["whole", "dare", "ties"])
+def test_patches_are_what_vllm_takes(tmp_path: Path, name: str) -> None:
+    models(tmp_path, torch.bfloat16)
+    import deltamerge
+
+    patches = list(deltamerge.load_delta(run(tmp_path, "delta", RECIPES[name], kind="delta")))
+    assert patches[0]._fields == ("name", "shape", "dtype", "values", "indices")
+    result = load_tensors(tmp_path / "base")
+    for sparse in (True, False):
+        if chosen := [patch for patch in patches if (patch.indices is not None) is sparse]:
+            receive(result, chosen)
+    wanted = load_tensors(run(tmp_path, "model", RECIPES[name], kind="model"))
+    assert all(torch.equal(result[name], wanted[name]) for name in wanted)
 
 
 def test_load_delta_is_lazy_and_refuses_values_to_add(tmp_path: Path) -> None:

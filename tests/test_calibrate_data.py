@@ -219,6 +219,13 @@ def test_batches_of_texts(tmp_path: Path) -> None:
     assert [label.tolist() for label in made.labels] == [[0, 2], [1]]
 
 
+def test_rows_that_make_no_token(tmp_path: Path) -> None:
+    tokenizer(tmp_path, pad_token="[PAD]")
+    read = reader(tmp_path, "BertForSequenceClassification", "text-classification")
+    with pytest.raises(InputError, match="2 rows make no token"):
+        read.batches([Row("", None, 1), Row(" ", None, 2), Row("a", None, 3)], size=2)
+
+
 def test_batches_of_pairs_and_steps(tmp_path: Path) -> None:
     tokenizer(tmp_path, pad_token="[PAD]")
     read = reader(tmp_path, "BertForSequenceClassification", "text-classification")

@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -203,8 +204,6 @@ def test_reading_faults(tmp_path: Path) -> None:
 def test_copies_in_the_kernel_or_through_a_buffer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int | None
 ) -> None:
-    tensor = torch.arange(5000, dtype=torch.int64)
-    info = open_checkpoint(make_checkpoint(tmp_path / "x", {"a": tensor})).tensors["a"]
     monkeypatch.setattr(files, "COPY_PIECE", 1000)
     if code is not None:
 
@@ -212,31 +211,22 @@ def test_copies_in_the_kernel_or_through_a_buffer(
             raise OSError(code, os.strerror(code))
 
         monkeypatch.setattr(os, "copy_file_range", refuse, raising=False)
-    target = tmp_path / "out"
-    target.write_bytes(b"-" * 40_010)
-    fd = os.open(target, os.O_RDWR)
-    try:
-        with Reader() as reader:
-            reader.copy_range(info, 80, 8 * 2000, fd, 5)
-            reader.copy_range(info, 0, 0, fd, 0)
-            os.truncate(info.path, info.begin + 8)
-            with pytest.raises(InputError, match=r"model\.safetensors: truncated while reading"):
-                reader.copy_range(info, 0, 8 * 2000, fd, 0)
-    finally:
-        os.close(fd)
-    expected = np.arange(10, 2010, dtype=np.int64).tobytes()
-    assert target.read_bytes()[8 + 5 :][: len(expected) - 8] == expected[8:]
-
-
-def test_a_copy_that_cannot_be_written_is_an_output_error(tmp_path: Path) -> None:
-    info = open_checkpoint(make_checkpoint(tmp_path / "x", {"a": torch.zeros(100)})).tensors["a"]
+    text = random.Random(0).randbytes(40_000)
+    (tmp_path / "in").write_bytes(text)
+    (tmp_path / "out").write_bytes(b"-" * 20_000)
+    source, target = os.open(tmp_path / "in", os.O_RDONLY), os.open(tmp_path / "out", os.O_RDWR)
     full = os.open("/dev/full", os.O_WRONLY)
     try:
-        with Reader() as reader, pytest.raises(OutputError, match="no space left") as caught:
-            reader.copy_range(info, 0, 400, full, 0)
+        files.copy_at(source, 80, 16_000, target, 5)
+        files.copy_at(source, 0, 0, target, 0)
+        with pytest.raises(InputError, match="truncated while reading: 10 bytes are missing"):
+            files.copy_at(source, 39_990, 20, target, 16_005)
+        with pytest.raises(OutputError, match="no space left"):
+            files.copy_at(source, 0, 400, full, 0)
     finally:
-        os.close(full)
-    assert "model.safetensors" not in str(caught.value)
+        for fd in (source, target, full):
+            os.close(fd)
+    assert (tmp_path / "out").read_bytes()[:16_005] == b"-" * 5 + text[80:16_080]
 
 
 def checkpoint_of(names: Iterable[str]) -> Checkpoint:

@@ -49,7 +49,7 @@ ERRORS = {
         "density",
     ),
     "method": (RECIPE.format(method="dare_tie"), "bad.yaml:2:15: merge_method:", "dare_ties"),
-    "range": (RECIPE.format(method="ties").replace("0.5}\n", "1.5}\n"), "must be in (0, 1], got 1.5", ""),
+    "range": (RECIPE.format(method="ties").replace("0.5}\n", "1.5}\n"), "must be in [0, 1], got 1.5", ""),
     "missing model": (RECIPE.format(method="ties").replace("./b,", "./nowhere,"), "models[1]: ./nowhere", "hint: "),
     "no recipe": (None, "bad.yaml", ""),
 }
@@ -162,6 +162,18 @@ def test_no_torch_is_imported_to_look(folder, arguments):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize("triton", [False, True])
+def test_what_lives_to_the_end_is_not_collected_unless_triton_would_complain(triton):
+    script = (
+        "import atexit, gc, sys, types\nfrom deltamerge.cli import main\n"
+        "atexit.register(lambda: print('frozen', gc.get_freeze_count() > 0))\n"
+        f"if {triton}: sys.modules['triton'] = types.ModuleType('triton')\n"
+        "main(['methods', 'ties', '--json'])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"frozen {not triton}"
+
+
 def test_methods_are_listed_with_their_parameters(capsys):
     code, out, err = call(capsys, "methods")
     assert (code, err) == (0, "")
@@ -204,10 +216,10 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 
 FLAGS = {
-    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --allow-nonfinite "
-    "--pictures --json --quiet --help",
-    "check": "--offline --help",
-    "plan": "--device --workers --memory --diff --graph --json --help",
+    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked "
+    "--mergekit-exact --allow-nonfinite --pictures --json --quiet --help",
+    "check": "--offline --mergekit-exact --help",
+    "plan": "--device --workers --memory --diff --graph --mergekit-exact --json --help",
     "apply": "--base --out --workers --memory --force --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
     "--allow-nonfinite --json --quiet --help",

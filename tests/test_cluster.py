@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_resume import RECIPE, calibrated, files, models
+from test_resume import RECIPE, calibrated, call, files, models
 
 from deltamerge.io.journal import read_journal
 from deltamerge.io.workspace import has_work
@@ -22,17 +22,21 @@ from deltamerge.io.writer import done_spans
 from deltamerge.lock import verify
 from deltamerge.runner import run
 
-# In every process of the test: saves are frequent, writes slow, and told to a log, so that there is an amid.
+# In every process of the test: saves are frequent, writes slow, and told to a log, so that there is an amid; after its
+# first large write each waits for `go`, however slow this machine is.
 SLOW = """\
 import os, sys, time
 sys.modules["numba"] = None  # compiled loops write by themselves, unseen; the bytes are the same
-write = os.pwrite
+write, written = os.pwrite, []
 def slow(fd, data, at):
     writer = sys.modules.get("deltamerge.io.writer")
     if writer is not None:
         writer.SAVE_SECONDS = 0.05
     if writer is not None and len(data) > 4096:
         time.sleep(0.3)
+        while written and not os.path.exists({go!r}):
+            time.sleep(0.05)
+        written.append(len(data))
         with open({log!r}, "a") as log:
             log.write(f"{{os.getpid()}} {{len(data)}}\\n")
     return write(fd, data, at)
@@ -55,14 +59,23 @@ def recipe(tmp_path: Path) -> Path:
     return path
 
 
-class Started:
-    """`deltamerge run RECIPE --ray` in a process of its own, its writes slow and logged."""
+def slow_folder(recipe: Path) -> Path:
+    """What makes every Python process slow that finds it in its path."""
+    folder = recipe.parent / "slow"
+    folder.mkdir(exist_ok=True)
+    (folder / "sitecustomize.py").write_text(SLOW.format(log=str(folder / "log"), go=str(folder / "go")))
+    return folder
 
-    def __init__(self, recipe: Path, out: Path, *flags: str) -> None:
-        folder = recipe.parent / "slow"
-        folder.mkdir(exist_ok=True)
-        self.log = folder / "log"
-        (folder / "sitecustomize.py").write_text(SLOW.format(log=str(self.log)))
+
+class Started:
+    """`deltamerge run RECIPE --ray` in a process of its own, its writes slow and logged, or waiting for `go`."""
+
+    def __init__(self, recipe: Path, out: Path, *flags: str, wait: bool = False) -> None:
+        folder = slow_folder(recipe)
+        self.go, self.log = folder / "go", folder / "log"
+        self.go.unlink(missing_ok=True)
+        if not wait:
+            self.go.touch()
         command = [
             sys.executable,
             "-m",
@@ -117,9 +130,10 @@ class TestOnThisMachine:
     def test_a_killed_workers_part_goes_on_from_its_journal(self, recipe: Path, tmp_path: Path) -> None:
         truth = files(run(recipe, tmp_path / "truth" / "out").folder)
         out = tmp_path / "out"
-        started = Started(recipe, out, "--ray")
+        started = Started(recipe, out, "--ray", wait=True)
         killed, saved = started.worker_amid("2-of-2")
         os.kill(killed, signal.SIGKILL)
+        started.go.touch()
         started.ended()
         assert files(out) == truth
         assert verify(out, 1)
@@ -134,14 +148,14 @@ class TestOnThisMachine:
     def test_an_interrupted_run_is_resumed_with_as_many_parts(self, recipe: Path, tmp_path: Path) -> None:
         truth = files(run(recipe, tmp_path / "truth" / "out").folder)
         out = tmp_path / "out"
-        started = Started(recipe, out, "--ray")
+        started = Started(recipe, out, "--ray", wait=True)
         started.worker_amid("1-of-2")
         started.process.send_signal(signal.SIGINT)
-        _, err = started.process.communicate(timeout=120)
+        _, err = started.process.communicate(timeout=300)
         assert started.process.returncode == 130, err
         assert "continue with --resume" in err
         again = Started(recipe, out, "--ray")
-        _, err = again.process.communicate(timeout=120)
+        _, err = again.process.communicate(timeout=300)
         assert again.process.returncode == 1
         assert "unfinished work" in err
         Started(recipe, out, "--ray", "--resume").ended()
@@ -164,12 +178,9 @@ class TestOnACluster:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        folder = recipe.parent / "slow"
-        folder.mkdir()
-        (folder / "sitecustomize.py").write_text(SLOW.format(log=str(folder / "log")))
         monkeypatch.setenv("RAY_AUTH_MODE", "token")
         monkeypatch.setenv("RAY_AUTH_TOKEN", "ab" * 32)
-        settings = environment(folder)
+        settings = {**environment(slow_folder(recipe)), "RAY_raylet_start_wait_time_s": "120"}
         base = [sys.executable, "-m", "ray.scripts.scripts", "start", "--num-cpus=2", "--object-store-memory=80000000",
                 "--block", "--disable-usage-stats"]  # fmt: skip
         nodes = [
@@ -208,6 +219,24 @@ class TestOnACluster:
 
 def sizes(folder: Path) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("option", [("--ray",), ("--part", "1/2"), ("--finish",)])
+@pytest.mark.parametrize("more", ["---\nmodels: [{model: ./a}]\nname: x\n", "output: {kind: delta}\n"])
+def test_parts_are_of_one_document_that_makes_a_model(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: tuple[str, ...], more: str
+) -> None:
+    text = recipe.read_text()
+    recipe.write_text(more.removeprefix("---\n") + "merge_method: passthrough\n---\n" + text.replace("./a", "x"))
+    said = "has several documents"
+    if "delta" in more:
+        recipe.write_text(text[: text.index("output:")] + more)
+        said = "output.kind is delta"
+    code, out, err = call(capsys, "run", recipe, "--out", tmp_path / "out", *option)
+    assert (code, out) == (1, ""), err
+    assert f"r.yaml: {said}, {option[0]} " in err
+    assert "hint: " in err
+    assert not list(tmp_path.glob(".out*"))
 
 
 @pytest.mark.skipif(has_ray(), reason="ray is installed")

@@ -215,6 +215,7 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
             continue
         file = page.parent / path if path else page
         assert file.exists(), target
+        assert file.suffix != ".md" or page.parent.name != "docs" or file.parent.resolve() == page.parent, target
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target

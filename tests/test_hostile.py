@@ -10,14 +10,19 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import make_checkpoint
+from conftest import make_checkpoint, write_tokenizer
 from safetensors.numpy import save_file
+from xxhash import xxh3_64_hexdigest
 
 from deltamerge import lock as locks
+from deltamerge.calibrate.rows import Row, class_labels
+from deltamerge.calibrate.rows import read as read_rows
 from deltamerge.card import front_matter
 from deltamerge.errors import DeltamergeError, InputError, VerifyError
+from deltamerge.io.adapter import open_adapter
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.delta_format import Record
+from deltamerge.io.journal import read_journal
 from deltamerge.plans import make_plan
 from deltamerge.runner import run
 
@@ -52,6 +57,90 @@ def test_links_that_leave_a_models_folder(recipe: Path, tmp_path: Path, name: st
     secret.rename(model / "inner")
     (model / name).symlink_to("inner")
     assert run(recipe, tmp_path / "out").folder.is_dir()
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_links_that_leave_an_adapters_folder(recipe: Path, tmp_path: Path, name: str) -> None:
+    adapter = tmp_path / "lora"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1, "lora_alpha": 1}')
+    factors = {"lora_A": np.ones((1, 4), np.float32), "lora_B": np.ones((4, 1), np.float32)}
+    save_file(
+        {f"base_model.model.layers.0.{n}.weight": v for n, v in factors.items()}, adapter / "adapter_model.safetensors"
+    )
+    (adapter / name).rename(tmp_path / "secret")
+    (adapter / name).symlink_to("../secret")
+    with pytest.raises(InputError, match=f"{name} is a link that leaves the folder"):
+        open_adapter(adapter, reference="lora")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_links_among_the_files_of_a_tokenizer(recipe: Path, tmp_path: Path, name: str) -> None:
+    """Of a model that lends its tokenizer or template only."""
+    write_tokenizer(tmp_path / "base", 4)
+    write_tokenizer(tmp_path / "a", 4)
+    (tmp_path / "secret").write_text("{}")
+    (tmp_path / "a" / name).unlink(missing_ok=True)
+    (tmp_path / "a" / name).symlink_to(tmp_path / "secret")
+    lent = "chat_template: ./a\n" if "chat" in name else "tokenizer_source: ./a\n"
+    recipe.write_text(recipe.read_text() + lent)
+    with pytest.raises(InputError, match=f"{name} is a link that leaves the folder"):
+        run(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, SHARD])
+def test_links_that_go_round(recipe: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "a" / name).unlink()
+    (tmp_path / "a" / name).symlink_to(name)
+    with pytest.raises(InputError, match=name):
+        run(recipe, tmp_path / "out")
+
+
+def test_a_target_that_is_a_link_to_itself(recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").symlink_to("out")
+    with pytest.raises(DeltamergeError, match="out: "):
+        run(recipe, tmp_path / "out")
+
+
+@pytest.mark.parametrize("text", [b'{"run":' + b"[" * 100_000 + b"}", b'{"run": ' + b"9" * 5000 + b"}", b"\xff"])
+def test_records_that_no_run_wrote(tmp_path: Path, text: bytes) -> None:
+    path = tmp_path / "journal"
+    path.write_bytes(xxh3_64_hexdigest(text + b"\n").encode() + b" " + text + b"\n")
+    assert read_journal(path) == ([], 0)
+
+
+ROWS = {
+    "deep": (b'{"text": ' + b"[" * 100_000, "row 1: nested too deeply"),
+    "digits": (b'{"text": ' + b"9" * 5000 + b"}", "row 1: not JSON"),
+    "surrogate": (b'{"text": "\\ud800"}', "row 1: half a surrogate pair"),
+    "fields": (b"{" + b",".join(b'"k%d": 1' % i for i in range(100_000)) + b"}", "row 1: no field 'text'"),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+def test_rows_that_are_none(tmp_path: Path, case: str) -> None:
+    raw, said = ROWS[case]
+    (tmp_path / "rows.jsonl").write_bytes(raw)
+    with pytest.raises(InputError, match=said) as caught:
+        read_rows("rows.jsonl", folder=tmp_path)
+    assert len(f"{caught.value} {caught.value.hint}") < 1000
+
+
+def test_rows_without_end(tmp_path: Path) -> None:
+    with (tmp_path / "rows.txt").open("wb") as file:
+        file.truncate(20_000_000_000)  # of zeros, which take no disk
+    with pytest.raises(InputError, match="has 20,000,000,000 bytes"):
+        read_rows("rows.txt", folder=tmp_path)
+
+
+@pytest.mark.parametrize("label", [float("inf"), 10**400, [1], "x" * 10_000])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_labels_that_are_none(label: object, outputs: int) -> None:
+    if (label, outputs) == (float("inf"), 1):
+        return  # a number, if a bad one
+    with pytest.raises(InputError, match="row 1: label") as caught:
+        class_labels([Row("a", label, 1)], {"num_labels": outputs})
+    assert len(str(caught.value)) < 1000
 
 
 def test_a_model_in_a_linked_folder_is_the_users_choice(recipe: Path, tmp_path: Path) -> None:
@@ -96,7 +185,8 @@ LOCKS = {
     "format": b"format: 9\noutputs: {}",
     "numbers as names": b"format: 1\noutputs: {1: {hash: a, size: 1}, a: {hash: a, size: 1}}",
     "inputs": (HEAD + "inputs: {./a: true}").encode(), "large": HEAD.encode() + b"#" * (1 << 26),
-    "endless": (HEAD + "inputs: &a {./a: *a}").encode(), "q": (HEAD + "calibration: {./a: {q: [1]}}").encode(),
+    "endless": (HEAD + "inputs: &a {./a: *a}").encode(), "many": f"{HEAD}x: [{'a,' * 1_100_000}]".encode(),
+    "q": (HEAD + "calibration: {./a: {q: [1]}}").encode(),
 }  # fmt: skip
 
 

@@ -15,11 +15,14 @@ from conftest import load_tensors, tiny_llama, write_json
 from safetensors.torch import save_file
 from small_hub import COMMIT, TOKEN, Hub
 
+from deltamerge.distribute import Part
 from deltamerge.errors import InputError
-from deltamerge.io import hub
+from deltamerge.io import hub, writer
 from deltamerge.io.checkpoint import Reader, open_checkpoint
 from deltamerge.plans import make_plan
 from deltamerge.runner import run
+
+LAST = "model-00003-of-00003.safetensors"
 
 
 def offline(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,6 +323,34 @@ def test_a_recipe_runs_from_the_hub(server: Hub, tmp_path: Path) -> None:
     assert {entry["commit"] for entry in locked.values()} == {COMMIT}
     assert yaml.safe_load((folder / "README.md").read_text().split("---")[1])["base_model"] == ["org/model", "org/tune"]
     assert TOKEN not in "".join(p.read_text(errors="ignore") for p in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("config.json", None), ("tokenizer.json", Part(1, 2)), (LAST, None), (LAST, Part(1, 2)), (LAST, Part(2, 2))],
+)
+def test_a_damaged_cache_is_met_by_the_hubs_own_hashes(
+    server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, part: Part | None
+) -> None:
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
+    recipe, out = tmp_path / "r.yaml", tmp_path / "out"
+    recipe.write_text("merge_method: passthrough\nmodels: [{model: org/model}]\noutput: {shard_size: 30KB}\n")
+    truth = run(recipe, tmp_path / "truth" / "out")
+    assert truth.lock["inputs"]["org/model"]["files"][name.replace("tokenizer", "config")]["size"]
+    blob = (truth.plan.inputs.template.checkpoint.path / name).resolve()
+    raw = blob.read_bytes()  # its size stays, and what is JSON
+    blob.write_bytes(raw.replace(b"\n", b" ", 1) if name.endswith("json") else raw[:-1] + bytes([raw[-1] ^ 32]))
+    if (name, part) == (LAST, Part(1, 2)):  # this part does not read it
+        run(recipe, out, part=part)
+        return
+    with pytest.raises(InputError, match=f"{name}: is not what the hub has: its hash is") as caught:
+        run(recipe, out, part=part)
+    assert str(blob) in (caught.value.hint or "")
+    assert "--resume" not in (caught.value.hint or "")
+    assert not out.exists()
+    blob.unlink()
+    run(recipe, out, resume=True)
+    assert {p.name: p.read_bytes() for p in out.iterdir()} == {p.name: p.read_bytes() for p in truth.folder.iterdir()}
 
 
 def test_a_delta_on_the_hub_is_named_and_applied(server: Hub, tmp_path: Path) -> None:

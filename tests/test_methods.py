@@ -73,6 +73,10 @@ def weighted(method: str, weights: tuple[float, ...], parameters: str = "", base
     return "\n".join([*lines, f"parameters: {{{parameters}}}", ""])
 
 
+def trimmed_to_norm(delta: np.ndarray, density: float) -> np.ndarray:
+    return reference.match_norm(reference.keep_top(delta, max(1, int(density * delta.size))), delta, "l1")
+
+
 METHODS = {
     "slerp": (text("slerp", "a", "t: 0.3"), lambda b, xs, ds: reference.slerp(b, xs[0], 0.3)),
     "slerp-near": (
@@ -123,6 +127,24 @@ METHODS = {
             b, [reference.breadcrumbs(d, 0.9, 0.3) for d in ds], [0.5] * 3, normalize=False, lam=1.5
         ),
     ),
+    "breadcrumbs-rescaled": (
+        text("breadcrumbs", "abc", "weight: 0.5, density: 0.3, gamma: 0.1, rescale: true"),
+        lambda b, xs, ds: reference.task_arithmetic(
+            b, [reference.match_norm(reference.breadcrumbs(d, 0.3, 0.1), d, "l1") for d in ds], [0.5] * 3
+        ),
+    ),
+    "ties-rescaled": (
+        text("ties", "abc", "weight: 0.5, density: 0.3, rescale: true"),
+        lambda b, xs, ds: reference.ties(b, [trimmed_to_norm(d, 0.3) for d in ds], [0.5] * 3),
+    ),
+    "ties-nothing-of-one": (
+        text("ties", "a", "weight: 0.5, density: 0").replace(
+            "a\n", "a\n  - {model: ./b, parameters: {density: 1}}\n", 1
+        ),
+        lambda b, xs, ds: reference.ties(b, [0 * b, ds[1]], [0.5] * 2),
+    ),
+    "della-nothing": (text("della", "ab", "weight: 0.5, density: 0"), lambda b, xs, ds: b),
+    "dare_linear-nothing": (text("dare_linear", "ab", "weight: 0.5, density: 0"), lambda b, xs, ds: b),
     "model_stock-of-pruned": (
         text("model_stock", more="prune: {method: magnitude_outliers, density: 0.5, gamma: 0.02, q: 0.7}"),
         lambda b, xs, ds: reference.model_stock(b, [reference.breadcrumbs(d, 0.5, 0.02) / 0.7 for d in ds]),

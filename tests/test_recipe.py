@@ -239,6 +239,10 @@ def test_every_key_of_a_tokenizer_is_read() -> None:
         (ONE + "parameters: {int8_mask: 1.0, normalize: yes, weight: 2}", "parameters",
          {"int8_mask": 1.0, "normalize": True, "weight": 2}),
         ("models: [{model: x}]\nmerge_method: passthrough", "fine_tunes", (0,)),
+        ("models: [{model: {model: x, override_architecture: A}}]\nmerge_method: passthrough", "names", ("x",)),
+        ("models: [{model: {model: {path: x, revision: v1}, lora: {path: y}}}]\nmerge_method: passthrough", "names",
+         ("x@v1+y",)),
+        ("models: [{model: x}]\nbase_model: {model: o/b, lora: l@2}", "base_model", "o/b+l@2"),
     ],
 )  # fmt: skip
 def test_accepted(text: str, key: str, value: object) -> None:
@@ -286,6 +290,16 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:4:18: models[0].parameters.densty: unknown parameter of task_arithmetic\n"
         "hint: known here: int8_mask, lambda, normalize, weight"
     ],
+    "base_model: b\nmodels: [{model: {path: x}}, {model: {model: {lora: x}}}]": [
+        "r.yaml:2:18: models[0].model: must be text, or {model: …, lora: …}",
+        "r.yaml:2:38: models[1].model: must be text, or {path: …, revision: …}",
+    ],
+    **{
+        ONE + f"    parameters: {{weight: {text}}}": [
+            f"r.yaml:4:26: models[0].parameters.weight: must be a number, got {text!r}"
+        ]
+        for text in ("010", "1:30", "0x1F", "1_000", "nan")
+    },
     ONE + "    parameters: {weight: abc}": ["r.yaml:4:26: models[0].parameters.weight: must be a number, got 'abc'"],
     ONE + "    parameters: {weight: [1, x]}": [
         "r.yaml:4:30: models[0].parameters.weight[1]: must be a number, got 'x'"
@@ -371,9 +385,9 @@ REFUSED: dict[str, list[str]] = {
         "r.yaml:4:58: slices[1].sources[0].parameters.wieght: unknown parameter of linear\n"
         "hint: did you mean 'weight'?",
     ],
-    "base_model: b\nmerge_method: task_arithmetic\nslices:\n- sources: [{model: x, layer_range: [0, 1], "
-    "prune: {method: magnitude, density: 0.5, q: layer_mse}}]\ncalibration: {data: c.jsonl}": [
-        "r.yaml:4:52: slices[0].sources[0].prune: not supported yet: calibration of the sources of slices and modules",
+    "base_model: b\nmerge_method: task_arithmetic\nmodules: {q: {models: [{model: x}]}, r: {models: [{model: y}]}}\n"
+    "prune: {method: magnitude, density: 0.5, q: output_change}\ncalibration: {data: c.jsonl, per: merge}": [
+        "r.yaml:5:35: calibration.per: merge needs one set of models: one lambda is searched\nhint: per: model",
     ],
     "slices: [{sources: [{model: x, layer_range: [2, 0]}, {model: y}]}]\nmerge_method: passthrough": [
         "r.yaml:1:45: slices[0].sources[0].layer_range: must be [first, end] with 0 <= first < end, got a list",
@@ -447,10 +461,10 @@ REFUSED: dict[str, list[str]] = {
     TWO.replace("{weight: 1.0}", "{weight: true}"): [
         "r.yaml:4:37: models[0].parameters.weight: must be a number, got true"
     ],
-    TWO.replace("task_arithmetic", "ties") + "parameters: {density: [1, 0.5, 0], normalize: [0, 1]}": [
-        "r.yaml:6:32: parameters.density[2]: must be in (0, 1], got 0",
-        "r.yaml:6:48: parameters.normalize[0]: must be true or false, got 0",
-        "r.yaml:6:51: parameters.normalize[1]: must be true or false, got 1",
+    TWO.replace("task_arithmetic", "ties") + "parameters: {density: [1, 0.5, -1], normalize: [0, 1]}": [
+        "r.yaml:6:32: parameters.density[2]: must be in [0, 1], got -1",
+        "r.yaml:6:49: parameters.normalize[0]: must be true or false, got 0",
+        "r.yaml:6:52: parameters.normalize[1]: must be true or false, got 1",
     ],
     TWO.replace("task_arithmetic", "dare_ties") + "parameters: {density: 0.1, rescale: [true, false]}": [
         "r.yaml:6:37: parameters.rescale: must be true or false, the same for every tensor, got a list"
@@ -642,6 +656,10 @@ def test_files(tmp_path: Path) -> None:
         (
             "merge_method: dare_ties\nparameters: {density: 0.2, rescale: false}\nprune: {q: 0.5}",
             Pruning("dare", density=0.2, q=0.5, exclude=()),
+        ),
+        (
+            "merge_method: breadcrumbs\nparameters: {density: 0.4, gamma: 0.1, rescale: true}",
+            Pruning("breadcrumbs", density=0.4, rescale="l1", parameters={"gamma": 0.1}, exclude=()),
         ),
         (
             "merge_method: della\nparameters: {density: 0.4, epsilon: 0.1}",

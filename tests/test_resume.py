@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -335,6 +337,10 @@ def test_what_is_not_finite_is_counted(dtype: str) -> None:
     assert count_nonfinite(raw[:0], dtype) == (0, 0)
 
 
+def has_numba() -> bool:
+    return importlib.util.find_spec("numba") is not None
+
+
 def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as leaving:
         main([str(argument) for argument in arguments])
@@ -392,7 +398,72 @@ def test_a_delta_refused_for_nan_keeps_what_resume_is_promised(
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_overflow_on_the_cast_to_float16_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_leftovers_are_offered_and_resume_may_replace_a_target(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a run that dies beside a target leaves is offered, resumed with --force, or cleared away by it."""
+    monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
+    path, out, left = recipe("ties"), tmp_path / "out", tmp_path / ".out.partial"
+    truth = files(run(path, tmp_path / "truth" / "out").folder)
+
+    def die() -> None:
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir()
+        (out / "mine").write_text("old")
+        with pytest.raises(InputError):
+            run(path, out, force=True, watch=Stop(out, 600_000, InputError("stop")))
+        assert (out / "mine").read_text() == "old"
+
+    die()
+    code, _, err = call(capsys, "run", path, "--out", out)
+    assert code == 1
+    assert "not empty" in err
+    assert "--force" in err
+    shutil.move(out, tmp_path / "aside")
+    code, _, err = call(capsys, "run", path, "--out", out)
+    assert code == 1
+    assert f"left unfinished work in {left}" in err
+    assert "--resume" in err
+    assert "--force" in err
+    shutil.move(tmp_path / "aside", out)
+    written: list[int] = []
+    pwrite = os.pwrite
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", lambda fd, data, at: written.append(len(data)) or pwrite(fd, data, at))
+        assert call(capsys, "run", path, "--out", out, "--resume", "--force")[0] == 0
+    assert sum(written) < make_plan(path).nbytes  # what was saved is not written again
+    assert files(out) == truth
+    die()
+    assert call(capsys, "run", path, "--out", out, "--force")[0] == 0
+    assert files(out) == truth
+    assert not left.exists()
+
+
+def test_two_commands_on_one_target(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, out, seen = recipe("ties"), tmp_path / "out", list[tuple[int, str]]()
+
+    def second(_: Plan) -> Callable[[int], None]:
+        for flags in ((), ("--force",), ("--resume",), ("--resume", "--force")):
+            code, _, err = call(capsys, "run", path, "--out", out, *flags)
+            seen.append((code, err))
+        return lambda _: None
+
+    run(path, out, watch=second)
+    assert len(seen) == 4
+    for code, err in seen:
+        assert code == 1
+        assert f"out: another run is writing it (process {os.getpid()} on " in err
+        assert "hint: wait until it ends" in err
+    assert verify(out, 1)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_overflow_on_the_cast_to_float16_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fused: bool
+) -> None:
+    monkeypatch.setattr("deltamerge.backends.fused_available", lambda: fused and has_numba())
     make_checkpoint(tmp_path / "base", {"w": torch.full((4, 4), 60000.0)})
     make_checkpoint(tmp_path / "a", {"w": torch.full((4, 4), 65519.0).fill_diagonal_(65520.0)})
     path = tmp_path / "r.yaml"

@@ -81,6 +81,67 @@ RUNS = {
 }
 
 
+SAME = {
+    "module": ("modules: {default: {models: [", "}]}}"),
+    "slice": ("slices: [{sources: [{layer_range: [0, 2], ", "}]}]"),
+}
+
+
+@pytest.mark.parametrize("form", SAME)
+@pytest.mark.parametrize("name", ["magnitude", "wanda-least-squares"])
+def test_a_module_and_a_slice_are_calibrated_as_whole_models_are(models: Path, tmp_path: Path, name: str, form: str):
+    path = recipe(models / "bert", f"{form}-{name}", RUNS[name])
+    whole = run(path, tmp_path / "whole")
+    begin, end = SAME[form]
+    text = path.read_text().replace("models: [{" if form == "slice" else "models: [", begin, 1)
+    path.write_text(text.replace("}]\n", f"{end}\n", 1))
+    parted = run(path, tmp_path / "parted")
+    assert (parted.folder / "model.safetensors").read_bytes() == (whole.folder / "model.safetensors").read_bytes()
+    assert entry(parted)["q"] == entry(whole)["q"]
+
+
+def test_a_layer_that_is_stacked_has_the_q_that_it_has_in_its_own_model(models: Path, tmp_path: Path) -> None:
+    pruned = r"{method: magnitude, density: 0.02, q: layer_mse, include: ['layer\.%d\.', pooler]}"
+    path = recipe(models / "bert", "stacked", pruned % 1)
+    whole = run(path, tmp_path / "whole")
+    path.write_text(
+        "base_model: ./base\nmerge_method: task_arithmetic\nslices:\n"
+        "- sources: [{model: ./tuned, layer_range: [0, 2], name: first}]\n"
+        f"- sources: [{{model: ./tuned, layer_range: [1, 2], name: t, prune: {pruned % 2}}}]\n" + DATA.format(more="")
+    )
+    stacked = run(path, tmp_path / "stacked")
+    assert len(entry(whole)["q"]) == 7
+    assert {n.replace("layer.2.", "layer.1."): q for n, q in entry(stacked)["q"].items()} == entry(whole)["q"]
+    before, after = load_tensors(whole.folder), load_tensors(stacked.folder)
+    layer = [name for name in before if "layer.1." in name]
+    assert all(torch.equal(after[name.replace("layer.1.", "layer.2.")], before[name]) for name in layer)
+    path.write_text(
+        path.read_text().replace("name: first", "name: t, prune: {method: magnitude, density: 0.1, q: layer_mse}")
+    )
+    with pytest.raises(RecipeError, match="calibrates a model of the same name, 't'"):
+        make_plan(path)
+
+
+def test_each_module_has_its_own_q(models: Path, tmp_path: Path) -> None:
+    path = recipe(models / "bert", "two-modules", RUNS["magnitude-layer"])
+    head, data = path.read_text().split("models: ", 1)
+    listed, data = data.split("\n", 1)
+    path.write_text(
+        f"{head}merge_method: task_arithmetic\nmodules:\n  encoder: {{models: {listed}}}\n"
+        f"  pooler: {{models: {listed.replace('name: t', 'name: e')}}}\n{data}"
+    )
+    result = run(path, tmp_path / "out")
+    of_encoder, of_pooler = (result.lock["calibration"][name]["q"] for name in ("t", "e"))
+    assert of_encoder.keys() == {name for name in of_encoder if "encoder." in name}
+    assert of_pooler.keys() == {name for name in of_pooler if "pooler." in name}
+    path.with_suffix(".lock").write_text((result.folder / "recipe.lock").read_text())
+    again = run(path, tmp_path / "again", locked=True)
+    assert (again.folder / "model.safetensors").read_bytes() == (result.folder / "model.safetensors").read_bytes()
+    path.write_text(path.read_text().replace("name: e", "name: t"))
+    with pytest.raises(RecipeError, match="calibrates a model of the same name, 't'"):
+        make_plan(path)
+
+
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("name", RUNS)
 def test_runs_and_repeats_from_the_lock(models: Path, tmp_path: Path, family: str, name: str) -> None:
@@ -237,7 +298,7 @@ def test_exact_match_of_answers(models: Path, tmp_path: Path) -> None:
     lines = []
     for i in range(20):
         prompt = " ".join(f"w{4 + (5 * i + 3 * j) % 90}" for j in range(3 + i % 4))
-        tokens = tokenizer(prompt, return_tensors="pt")
+        tokens = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         made = tuned.generate(**tokens, do_sample=False, max_new_tokens=4)[:, tokens["input_ids"].shape[1] :]
         answer = tokenizer.batch_decode(made, skip_special_tokens=True)[0].split()[-1]
         lines.append(json.dumps({"text": prompt, "label": answer}))

@@ -13,6 +13,7 @@ pytest.importorskip("numba")
 
 from deltamerge import backends
 from deltamerge.backends import FusedBackend
+from deltamerge.errors import OutputError
 from deltamerge.pruners import select
 from deltamerge.runner import run
 
@@ -89,3 +90,37 @@ def test_bins_too_large_to_be_listed_are_counted(name: str, tmp_path: Path, monk
         counted = run(recipe, tmp_path / str(most))
         read = [(r.folder / "model.safetensors").read_bytes() for r in (listed, counted)]
         assert read[0] == read[1]
+
+
+@pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "dare_linear, sparse"])
+def test_what_is_not_finite_is_counted_behind_compiled_passes(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """NaN and an infinity of the inputs, and a sum too large for bfloat16."""
+    base = {"fine": torch.ones(300, 40), "nan": torch.ones(300, 300), "sum": torch.zeros(3, 5)}
+    tunes = [{n: t + 1 for n, t in base.items()} for _ in "ab"]
+    base["nan"][299, 299] = torch.nan
+    base["nan"][0, 1] = -torch.inf
+    for tune in tunes:
+        tune["nan"][299, 299] = torch.nan
+        tune["nan"][0, 1] = -torch.inf
+        tune["sum"][:] = 3.3e38
+    for folder, tensors in zip(("base", "a", "b"), (base, *tunes), strict=True):
+        make_checkpoint(tmp_path / folder, {n: t.bfloat16() for n, t in tensors.items()})
+    recipe = tmp_path / "r.yaml"
+    text = RECIPES[name].replace("normalize: true", "normalize: false").replace("lambda: 0.5", "lambda: 3")
+    recipe.write_text(f"dtype: bfloat16\n{text}")
+    made: list[Any] = []
+    whole = FusedBackend.whole
+    monkeypatch.setattr(FusedBackend, "whole", lambda *a: made.append(whole(*a)) or made[-1])
+    with pytest.raises(OutputError, match=r"values that are not finite in ") as caught:
+        run(recipe, tmp_path / "out")
+    assert made
+    assert None not in made
+    found = run(recipe, tmp_path / "out", allow_nonfinite=True).nonfinite
+    monkeypatch.setattr(backends, "fused_available", lambda: False)
+    assert found == run(recipe, tmp_path / "torch", allow_nonfinite=True, workers=1).nonfinite
+    assert found["nan"].nan + found["nan"].inf == 2
+    assert "nan (" in str(caught.value)
+    assert found["sum"].inf
+    assert "fine" not in found

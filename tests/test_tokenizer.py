@@ -25,6 +25,7 @@ from deltamerge.io.checkpoint import Reader, open_checkpoint
 from deltamerge.io.gathered import Gathered, gather
 from deltamerge.plans import make_plan
 from deltamerge.runner import run
+from deltamerge.show import render_plan
 from deltamerge.tokenizer.files import read_chat_template, read_tokens
 from deltamerge.tokenizer.rows import has_vocabulary_rows
 
@@ -343,9 +344,45 @@ def test_the_plan_says_what_happens_to_the_vocabulary(models, tmp_path):
     found = planned(models, tmp_path, DELTAS + TOKENS)["tokenizer"]
     assert found == {
         "source": "union", "starts_from": "./base", "tokens": 49, "appended": 5, "dropped": 0, "rows": 64,
-        "padding": 15, "notes": [],
+        "padding": 15, "notes": [
+            "./base: 48 rows become 64, left out: 4 that no token names (padding)",
+            "./a: 46 rows become 64",
+            "./b: 46 rows become 64",
+        ],
         "lacking": {"base": 0, "one_model": 2, "mean": 0, "zeros": 0, "recipe": 5},
     }  # fmt: skip
+
+
+ROWS = {
+    "tokenizer_source: base": [
+        "./base: 48 rows become 44, left out: 4 that no token names (padding)",
+        "./a: 46 rows become 44, left out: 2 whose tokens the output lacks",
+        "./b: 46 rows become 44, left out: 3 whose tokens the output lacks",
+    ],
+    "tokenizer_source: union": [
+        "./base: 48 rows become 48, left out: 4 that no token names (padding)",
+        "./a: 46 rows become 48",
+        "./b: 46 rows become 48",
+    ],
+    "tokenizer: {source: ./a, pad_to_multiple_of: 46}": [
+        "./base: 48 rows become 46, left out: 4 that no token names (padding)",
+        "./b: 46 rows become 46, left out: 2 whose tokens the output lacks",
+    ],
+}
+
+
+@pytest.mark.parametrize("keys", ROWS)
+def test_the_plan_says_what_becomes_of_padding_and_of_each_model_s_rows(models, tmp_path, keys):
+    plan = planned(models, tmp_path, DELTAS + keys + "\n")
+    assert plan["tokenizer"]["notes"] == ROWS[keys]
+    assert all(note in render_plan(plan) for note in ROWS[keys])
+
+
+def test_the_plan_says_that_a_tied_head_stays_tied(tmp_path):
+    three_models(tmp_path, tied=True)
+    plan = planned(tmp_path, tmp_path, DELTAS + "tokenizer_source: union\n")
+    assert "lm_head.weight: stays tied to the embedding" in plan["notes"]
+    assert HEAD not in {tensor["name"] for tensor in plan["tensors"]}
 
 
 REFUSED = {
@@ -387,7 +424,11 @@ def test_a_slow_tokenizer_alone_has_no_vocabulary_to_merge(tmp_path):
         planned(tmp_path, tmp_path, DELTAS + "tokenizer_source: union\n")
     (tmp_path / "b" / "tokenizer.model").unlink()
     notes = planned(tmp_path, tmp_path, DELTAS + "tokenizer_source: union\n")["tokenizer"]["notes"]
-    assert notes == ["./b has no tokenizer: its rows are taken to be the tokens of ./base"]
+    assert notes == [
+        "./b has no tokenizer: its rows are taken to be the tokens of ./base",
+        "./base: 48 rows become 46, left out: 4 that no token names (padding)",
+        "./b: 46 rows become 46, left out: 2 that no token names (padding)",
+    ]
 
 
 def test_ids_with_gaps_take_no_new_tokens_but_are_kept_by_their_own_model(tmp_path):

@@ -204,6 +204,32 @@ def test_a_target_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert not (target / "mine").exists()
 
 
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_name_that_is_not_on_the_disk_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+) -> None:
+    target = tmp_path / "out"
+    if replaced:
+        target.mkdir()
+        (target / "mine").write_text("old")
+    with monkeypatch.context() as patch:
+
+        def fail(path: Path) -> None:
+            if path == tmp_path:
+                raise OutputError("cannot be written: Input/output error")
+
+        patch.setattr("deltamerge.io.workspace.sync_path", fail)
+        with pytest.raises(OutputError, match="Input/output error") as caught:
+            end(target, force=replaced)
+    assert "--resume" in (caught.value.hint or "")
+    assert [path.name for path in target.glob("*")] == (["mine"] if replaced else [])
+    with workspace(target, resume=True, force=replaced) as space:
+        space.begin({})
+        space.publish()
+    assert target.is_dir()
+    assert not (target / "mine").exists()
+
+
 def test_a_target_that_fills_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(OutputError, match="not empty any more") as caught:

@@ -100,7 +100,10 @@ class Reader:
         return [rows[i] for i in sorted(range(len(rows)), key=lambda i: len(tokens[i]))]
 
     def _encode(self, contents: Sequence[Any], side: str = "right") -> dict[str, Tensor]:
-        return dict(self._tokenise(contents, padding=self.padding, padding_side=side, return_tensors="pt"))
+        encoded = dict(self._tokenise(contents, padding=self.padding, padding_side=side, return_tensors="pt"))
+        if not encoded["input_ids"].numel():
+            raise InputError(f"{len(contents)} rows make no token", hint="take empty texts out of the calibration data")
+        return encoded
 
     def _tokenise(self, contents: Sequence[Any], **options: Any) -> Any:
         pairs = isinstance(contents[0], tuple)

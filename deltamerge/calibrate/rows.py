@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from deltamerge.calibrate import hub_rows
 from deltamerge.errors import InputError, context
+from deltamerge.io.files import input_error
 
 Task = Literal["text-classification", "text-generation", "image-classification", "causal-lm"]
 HEADS: dict[str, tuple[str, ...]] = {
@@ -21,6 +22,7 @@ HEADS: dict[str, tuple[str, ...]] = {
     "causal-lm": ("ForCausalLM", "LMHeadModel"),
 }
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
+MAX_BYTES = 1 << 30
 FILES = frozenset({".jsonl", ".csv", ".txt"})
 
 
@@ -116,8 +118,9 @@ def class_labels(rows: Iterable[Row], config: Mapping[str, Any]) -> list[float] 
 def _number(row: Row) -> float:
     try:
         return float(row.label)
-    except (TypeError, ValueError):
-        raise InputError(f"row {row.number}: label {row.label!r} is no number, but the head is a regression") from None
+    except (TypeError, ValueError, OverflowError):
+        said = repr(row.label)[:80]
+        raise InputError(f"row {row.number}: label {said} is no number, but the head is a regression") from None
 
 
 def _index(row: Row, names: Mapping[str, int], outputs: int) -> int:
@@ -127,10 +130,10 @@ def _index(row: Row, names: Mapping[str, int], outputs: int) -> int:
         index = int(row.label)
         if index != float(row.label):
             raise ValueError
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         known = ", ".join(sorted(names, key=names.__getitem__)[:8]) or f"0 to {outputs - 1}"
         raise InputError(
-            f"row {row.number}: label {row.label!r} does not fit the head, whose labels are {known}"
+            f"row {row.number}: label {repr(row.label)[:80]} does not fit the head, whose labels are {known}"
         ) from None
     if not 0 <= index < outputs:
         raise InputError(
@@ -144,9 +147,13 @@ def _row(number: int, fields: Sequence[str], label: str | None, record: Mapping[
         if record.get(name) is None:
             raise InputError(
                 f"row {number}: no field {name!r}",
-                hint=f"its fields are {', '.join(map(repr, record))}: set calibration.text and calibration.label",
+                hint=f"its fields are {', '.join(map(repr, record))[:400]}: set calibration.text and calibration.label",
             )
     values = [record[name] for name in fields]
+    try:
+        "".join(v for v in (*values, record[label] if label else None) if isinstance(v, str)).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"row {number}: half a surrogate pair, which is no text") from None
     if len(values) == 1 and isinstance(values[0], str) and folder and Path(values[0]).suffix.lower() in PICTURES:
         values = [folder / values[0]]
     if len(values) > 1 and not all(isinstance(v, str) for v in values):
@@ -155,24 +162,30 @@ def _row(number: int, fields: Sequence[str], label: str | None, record: Mapping[
 
 
 def _records(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        try:
+    try:
+        if (size := path.stat().st_size) > MAX_BYTES:
+            raise InputError(f"has {size:,} bytes, more than {MAX_BYTES:,}", hint="take some of its rows")
+        with path.open(encoding="utf-8", newline="") as file:
             if path.suffix == ".csv":
                 yield from enumerate(csv.DictReader(file, strict=True), 1)
                 return
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield number, {"text": line.strip()} if path.suffix == ".txt" else _object(number, line)
-        except UnicodeDecodeError as error:
-            raise InputError(f"not UTF-8: {error}") from None
-        except csv.Error as error:
-            raise InputError(f"not CSV: {error}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"not UTF-8: {error}") from None
+    except csv.Error as error:
+        raise InputError(f"not CSV: {error}") from None
+    except OSError as error:
+        raise input_error(error) from error
 
 
 def _object(number: int, line: str) -> Mapping[str, Any]:
     try:
         value = json.loads(line)
-    except json.JSONDecodeError as error:
+    except RecursionError:
+        raise InputError(f"row {number}: nested too deeply") from None
+    except ValueError as error:  # not JSON, or a number of more digits than Python reads
         raise InputError(f"row {number}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"row {number}: not a JSON object")

@@ -263,9 +263,6 @@ class Memory:
     def write(self, name: str, offset: int, data: Any) -> None:
         self.values.view(np.uint8)[offset : offset + data.nbytes] = data.view(np.uint8)
 
-    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
-        raise AssertionError("a masked delta is computed, never copied")
-
 
 def _config(source: Source) -> Any:
     from transformers import AutoConfig

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import platform
 import sys
@@ -12,10 +13,11 @@ import click
 from click.shell_completion import get_completion_class
 
 from deltamerge import __version__
-from deltamerge.cli import artifacts, looking, running, sharing, writing
+from deltamerge.cli import artifacts, habits, looking, running, sharing, writing
 from deltamerge.cli.output import complain
-from deltamerge.errors import DeltamergeError
+from deltamerge.errors import DeltamergeError, InputError
 
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "numba", "peft")
 
 
@@ -32,15 +34,24 @@ def main(arguments: list[str] | None = None) -> None:
         code = 130
     except click.ClickException as error:
         error.show()
+        for hint in habits.hints(error, sys.argv[1:] if arguments is None else arguments):
+            click.echo(f"hint: {hint}", err=True)
         code = 2
     except DeltamergeError as error:
         complain(error, "error")
         code = error.exit_code
     except BrokenPipeError:
         code = 1
+    except OSError as error:
+        if error.filename is None and error.errno not in FULL:
+            code = _report_bug(error)
+        else:  # of a place that is the user's: a folder, a disk behind stdout
+            complain(InputError(f"{error.filename or 'output'}: {error.strerror}"), "error")
+            code = InputError.exit_code
     except Exception as bug:
         code = _report_bug(bug)
-    gc.freeze()  # the interpreter's last collections would look at every object there is, for a tenth of a second
+    if "triton" not in sys.modules:  # which would report what is not collected as leaks
+        gc.freeze()  # the interpreter's last collections would look at every object there is, for a tenth of a second
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -58,14 +59,9 @@ def extract(
     method: str | None,
     q: float | None,
     values: str | None,
-    device: str,
-    workers: int | None,
-    memory: int | None,
-    resume: bool,
-    force: bool,
-    allow_nonfinite: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Make a delta artifact of MODEL, a fine-tune of a base.
 
@@ -76,21 +72,9 @@ def extract(
 
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     result = extract_delta(
-        model,
-        base,
-        out,
-        density=density,
-        method=method,
-        q=q,
-        values=values,
-        device=device,
-        workers=workers,
-        memory=memory,
-        resume=resume,
-        force=force,
-        allow_nonfinite=allow_nonfinite,
-        watch=lambda plan: progress.start(plan.nbytes),
-    )
+        model, base, out, density=density, method=method, q=q, values=values,
+        watch=lambda plan: progress.start(plan.nbytes), **options,
+    )  # fmt: skip
     if result.nonfinite:
         click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
     report_run(result, progress, as_json=as_json, quiet=quiet)

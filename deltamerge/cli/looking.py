@@ -16,6 +16,7 @@ from deltamerge.cli.options import (
     DEVICE,
     FILE,
     MEMORY,
+    MERGEKIT_EXACT,
     MODEL,
     RECIPE,
     WORKERS,
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("recipes", type=RECIPE, nargs=-1, required=True)
 @click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
-def check(recipes: tuple[Path, ...], offline: bool) -> None:
+@MERGEKIT_EXACT
+def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> None:
     """Validate RECIPES and the headers of their models.
 
     Reads no weights; of hub models only the headers are fetched.
@@ -44,8 +46,8 @@ def check(recipes: tuple[Path, ...], offline: bool) -> None:
     worst = 0
     for recipe in recipes:
         try:
-            chain = documents(recipe)
-            plan = None if offline else make_plans(recipe, device="cpu")[-1]
+            chain = documents(recipe, mergekit_exact=mergekit_exact)
+            plan = None if offline else make_plans(recipe, device="cpu", mergekit_exact=mergekit_exact)[-1]
         except DeltamergeError as error:
             complain(error, str(recipe))
             worst = max(worst, error.exit_code)
@@ -70,6 +72,7 @@ def check_size(plan: Plan) -> str:
 @MEMORY
 @click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
 @click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
+@MERGEKIT_EXACT
 @AS_JSON
 def plan(
     recipe: Path,
@@ -78,6 +81,7 @@ def plan(
     memory: int | None,
     old: Path | None,
     graph: bool,
+    mergekit_exact: bool,
     as_json: bool,
 ) -> None:
     """Show what a run of RECIPE would do, tensor by tensor.
@@ -92,7 +96,9 @@ def plan(
     from deltamerge.plans import make_plans
 
     def describe(path: Path) -> dict[str, Any]:
-        *before, planned = make_plans(path, device=device, workers=workers, memory=memory)
+        *before, planned = make_plans(
+            path, device=device, workers=workers, memory=memory, mergekit_exact=mergekit_exact
+        )
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
         return planned.describe() | ({"intermediate": intermediate} if before else {})
 

@@ -115,4 +115,7 @@ def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict
 
 
 RESUME = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped; the same bytes result.")
+MERGEKIT_EXACT = click.option(
+    "--mergekit-exact", is_flag=True, help="Take mergekit's defaults where ours differ (docs/from-mergekit.md)."
+)
 NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")

@@ -16,6 +16,7 @@ from deltamerge.cli.options import (
     DEVICE,
     FOLDER,
     MEMORY,
+    MERGEKIT_EXACT,
     NONFINITE,
     QUIET,
     RECIPE,
@@ -42,6 +43,7 @@ from deltamerge.show import render_calibration
 @RESUME
 @click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
+@MERGEKIT_EXACT
 @NONFINITE
 @click.option("--pictures", is_flag=True, help="Draw delta and search for the model card (extra `plot`).")
 @AS_JSON
@@ -58,6 +60,7 @@ def run(
     resume: bool,
     force: bool,
     locked: bool,
+    mergekit_exact: bool,
     allow_nonfinite: bool,
     pictures: bool,
     as_json: bool,
@@ -108,11 +111,13 @@ def run(
                 locked=locked,
                 pictures=pictures,
                 pins=published.pins if published else None,
+                mergekit_exact=mergekit_exact,
             )
         else:
             options: dict[str, Any] = {
                 "device": device, "workers": workers, "memory": memory, "resume": resume, "force": force,
                 "locked": locked, "allow_nonfinite": allow_nonfinite, "pictures": pictures,
+                "mergekit_exact": mergekit_exact,
                 "watch": lambda plan: progress.start(plan.nbytes),
             }  # fmt: skip
             if ray is not None:

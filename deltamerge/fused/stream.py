@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from deltamerge.fused import stream_loop as loop
 from deltamerge.fused.arrays import guided
-from deltamerge.graph import Node
+from deltamerge.graph import REDUCTIONS, Node
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.files import Descriptor
 from deltamerge.merge.arithmetic import divisor_of
@@ -256,9 +256,10 @@ def _gram(assembly: _Assembly, node: Node) -> None:
         assembly.summed += 1
 
 
+CAST = "deltamerge.ops:cast"
 ASSEMBLERS: dict[str, Callable[..., None]] = {
     "deltamerge.ops:subtract": _subtract,
-    "deltamerge.ops:cast": _cast,
+    CAST: _cast,
     "deltamerge.pruners.masks:dare": _dare,
     "deltamerge.pruners.rescale:divide": _divide,
     "deltamerge.pruners.select:high_histogram": _high,
@@ -275,7 +276,7 @@ ASSEMBLERS: dict[str, Callable[..., None]] = {
     "deltamerge.merge.span:combine": _combine,
 }
 SPARSE = frozenset({
-    "deltamerge.ops:cast",
+    CAST,
     "deltamerge.pruners.masks:dare",
     "deltamerge.pruners.rescale:divide",
     "deltamerge.merge.arithmetic:task_arithmetic",
@@ -299,15 +300,20 @@ def assemble(
     stored = {node.dtype for node, _, _ in steps if node.kind == "read"} | {output}
     if assembly.sparse and not (all(drawn) and stored == {"BF16"}):
         return None
+    known, last = SPARSE if assembly.sparse else ASSEMBLERS.keys(), steps[-1][0]
     try:
         for node, parameters, frees in steps:
             if node.kind == "read":
                 _read(assembly, node)
-            elif node.function not in (SPARSE if assembly.sparse else ASSEMBLERS):
+            elif node.function not in known or (node.function == CAST and node is not last):
                 return None
             else:
                 ASSEMBLERS[node.function](assembly, node, **parameters)
             assembly.release(frees)
+        if last.kind not in REDUCTIONS and last.function != CAST:
+            if assembly.sparse:
+                return None
+            assembly.add(loop.STORE, -1, assembly.register(last))
     except _Foreign:
         return None
     block = block_elements(shape)
@@ -337,7 +343,7 @@ class Program:
         self.tables, self.guides, self.bounds = _joined(assembly.tables)
         self.ranks = np.concatenate([np.empty(0, np.int64), *assembly.ranks])
 
-    def run(self, start: int, stop: int, out: tuple[Descriptor, int] | None) -> dict[int, Any] | None:
+    def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
         """`backends.Pass.run`; `start` lies on a block of the tensor."""
         operations, blocks = self.operations.copy(), -(-(stop - start) // self.block)
         counts = self._place_counters(operations, blocks)
@@ -345,14 +351,14 @@ class Program:
         listed = np.empty((len(self.listed), stop - start + 2 * blocks + 1), np.uint16)
         used = np.zeros(len(self.listed), np.int64)
         files = [(place.file.fd, place.begin, place.itemsize) for place in self.sources]
-        target = (-1, 0, 0) if out is None else (out[0].fd, out[1], self.itemsize)
-        raw = np.empty((len(files) + 1, 4 * max(loop.PIECE, self.chunk)), np.uint8)
+        memory = np.empty(0, np.uint8) if out is None else out
+        raw = np.empty((len(files), 4 * max(loop.PIECE, self.chunk)), np.uint8)
         registers = np.empty((max(1, self.rows), self.chunk), np.float32)
         places = np.empty((self.lists, SPARSE_BLOCK + 1), np.int64)
         went = loop.run(
             operations, self.keys, self.scalars, self.weights, self.models,
             _addresses(registers, self.registers_of), self.lists_of, self.tables, self.guides, self.bounds, self.ranks,
-            np.array(files, np.int64), np.array(target, np.int64), start, stop, self.block, self.sparse,
+            np.array(files, np.int64), memory, self.itemsize, start, stop, self.block, self.sparse,
             raw, _addresses(raw, np.arange(len(raw))), registers,
             places, _addresses(places, self.lists_of), counts, sums, listed, used,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The loop that runs a whole job: read a piece of every source, run the operations on it, write the result.
+"""The loop that runs a whole job: read a piece of every source, run the operations on it, put the result in place.
 
 One call of C speed in place of a call of Python for each step of each tile; values never leave the cache. The work
 is done by the loops of `loops` and `method_loops`, chunk by chunk, so its bits are theirs.
@@ -53,7 +53,6 @@ PATCH = 16  # the output = source a, but register b at places c
 LIST = 17  # row c of listed: per block the low bits of what a has in bin b
 
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
-_pwrite: Any = types.ExternalFunction("pwrite", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
 
 
 @compiled
@@ -61,17 +60,6 @@ def read_piece(fd: Any, address: Any, nbytes: Any, offset: Any) -> bool:
     done = 0
     while done < nbytes:
         count = _pread(np.int32(fd), pointer(address + done), np.uint64(nbytes - done), offset + done)
-        if count <= 0:
-            return False
-        done += count
-    return True
-
-
-@compiled
-def write_piece(fd: Any, address: Any, nbytes: Any, offset: Any) -> bool:
-    done = 0
-    while done < nbytes:
-        count = _pwrite(np.int32(fd), pointer(address + done), np.uint64(nbytes - done), offset + done)
         if count <= 0:
             return False
         done += count
@@ -102,8 +90,15 @@ def widen_at(x: Any, positions: Any, out: Any) -> None:
 
 
 @compiled
+def copy(x: Any, out: Any) -> None:
+    """As `out[:] = x`, which takes seconds longer to compile: it can say which shapes do not fit."""
+    for i in range(out.size):
+        out[i] = x[i]
+
+
+@compiled
 def patch(base: Any, values: Any, positions: Any, out: Any) -> None:
-    out[:] = base
+    copy(base, out)
     one = np.empty(1, np.uint16)
     bits = values.view(np.uint32)
     for i in range(positions.size):
@@ -125,7 +120,8 @@ def run(
     bounds: Any,
     ranks: Any,
     sources: Any,
-    target: Any,
+    out: Any,
+    size_of_out: Any,
     start: Any,
     stop: Any,
     block: Any,
@@ -140,12 +136,12 @@ def run(
     listed: Any,
     used: Any,
 ) -> bool:
-    """Elements [start, stop) of a tensor; whether everything could be read and written.
+    """Elements [start, stop) of a tensor; whether everything could be read.
 
-    sources (fd, byte of the tensor's start, bytes per element), target the same or bytes 0 for no output; `raw` has a
-    row of bytes for each source and the output. Reductions go to `counts`, `sums` and `listed`, a row of which is used
-    as far as `used` says. `block`: elements of the tensor's blocks, on which start lies; `aligned`: pieces end where
-    the generator's blocks do instead.
+    sources (fd, byte of the tensor's start, bytes per element); `out` takes the bytes of the output, `size_of_out` per
+    element, or is empty; `raw` has a row of bytes for each source. Reductions go to `counts`, `sums` and `listed`, a
+    row of which is used as far as `used` says. `block`: elements of the tensor's blocks, on which start lies;
+    `aligned`: pieces end where the generator's blocks do instead.
     """
     chunk = registers.shape[1]
     sizes = np.zeros(places.shape[0], np.int64)
@@ -164,7 +160,6 @@ def run(
             fd, begin, size = sources[s, 0], sources[s, 1], sources[s, 2]
             if not read_piece(fd, raw_at[s], piece * size, begin + at * size):
                 return False
-        out_row = sources.shape[0]
         for first in range(0, piece, chunk):
             n = min(chunk, piece - first)
             for k in range(operations.shape[0]):
@@ -174,7 +169,7 @@ def run(
                     if sources[a, 2] == 2:
                         widen(raw[a, 2 * first : 2 * (first + n)].view(np.uint16), registers[to, :n])
                     else:
-                        registers[to, :n] = raw[a, 4 * first : 4 * (first + n)].view(np.float32)
+                        copy(raw[a, 4 * first : 4 * (first + n)].view(np.float32), registers[to, :n])
                 elif code == SUBTRACT:
                     subtract(registers[a, :n], registers[b, :n], registers[to, :n])
                 elif code == DROP:
@@ -205,11 +200,11 @@ def run(
                     else:
                         add_agreeing(base, addresses[k, :m], weights[k, :m], c != 0, scalars[k, 1], merged)
                 elif code == STORE:
-                    if target[2] == 2:
-                        short = raw[out_row, 2 * first : 2 * (first + n)].view(np.uint16)
-                        narrow(registers[a, :n].view(np.uint32), short)
+                    done = at + first - start
+                    if size_of_out == 2:
+                        narrow(registers[a, :n].view(np.uint32), out[2 * done : 2 * (done + n)].view(np.uint16))
                     else:
-                        raw[out_row, 4 * first : 4 * (first + n)].view(np.float32)[:] = registers[a, :n]
+                        copy(registers[a, :n], out[4 * done : 4 * (done + n)].view(np.float32))
                 elif code == HIGH:
                     count_high(registers[a, :n].view(np.uint32), counts[d:])
                 elif code == LOW:
@@ -252,9 +247,8 @@ def run(
                     listed[c, header[k]], listed[c, header[k] + 1] = np.uint16(count & 0xFFFF), np.uint16(count >> 16)
                 else:
                     where = places[c, : sizes[c]]
-                    short = raw[out_row, : 2 * n].view(np.uint16)
+                    done = at + first - start
+                    short = out[2 * done : 2 * (done + n)].view(np.uint16)
                     patch(raw[a, : 2 * n].view(np.uint16), registers[b, : where.size], where, short)
-        if target[2] and not write_piece(target[0], raw_at[out_row], piece * target[2], target[1] + at * target[2]):
-            return False
         at += piece
     return True

@@ -112,7 +112,7 @@ def checked_config(config: dict[str, Any]) -> dict[str, Any]:
                 _positive(value, f"{key}[{pattern[:80]!r}]")
                 try:
                     re.compile(pattern)
-                except re.error as error:
+                except (re.error, RecursionError, OverflowError) as error:
                     raise InputError(f"{key}: {pattern[:80]!r} is no regular expression: {error}") from error
         return config
 

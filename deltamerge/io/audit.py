@@ -1,10 +1,10 @@
-"""Reads weight files back from the page cache while they are written: their hashes, and what in them is not finite."""
+"""Reads what is written to weight files while it is written: their hashes, and what in them is not finite."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.io.files import flat, input_error, read_at, start_writing
+from deltamerge.io.files import flat, input_error, read_at
+from deltamerge.io.outbox import Outbox
 from deltamerge.tensors import ITEMSIZE
 
 PIECE = 1 << 20  # stays in a core's cache between reading and hashing
-SETTLE = 1 << 24
 
 # The bits of +inf; larger ones, less the sign, are NaN. F8_E4M3 has no infinity: its one NaN is what follows 0x7E.
 INFINITY = {
@@ -71,36 +71,19 @@ class Findings:
 class Audit:
     """A thread that follows the writing of `files` ((name, size, its tensors in order of place)) in `folder`.
 
-    reach(file, position) says up to where the bytes from `position` are written. What was written before (an earlier
-    run's part) is read like the rest, so the hashes are those of what is in the files. What was read starts on its way
-    to the disk, so that little is left for the sync at the end.
+    It reads the memory that is on its way through `outbox`, and from the file what was written before (an earlier run's
+    part), or long before its turn.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        files: Iterable[tuple[str, int, Sequence[Stored]]],
-        reach: Callable[[str, int], int],
-    ) -> None:
-        self._folder, self._files, self._reach = folder, list(files), reach
+    def __init__(self, folder: Path, files: Iterable[tuple[str, int, Sequence[Stored]]], outbox: Outbox) -> None:
+        self._folder, self._files, self._outbox = folder, list(files), outbox
         self._found = Findings()
-        self._more = threading.Event()
-        self._stopped = False
         self._failure: BaseException | None = None
         self._thread = threading.Thread(target=self._go, daemon=True)
         self._thread.start()
 
-    def wake(self) -> None:
-        """More was written."""
-        self._more.set()
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._more.set()
-        self._thread.join()
-
     def result(self) -> Findings:
-        """Wait until every file is read to its end."""
+        """Wait until every file is read to its end, or the outbox is closed."""
         self._thread.join()
         if self._failure is not None:
             raise self._failure
@@ -114,33 +97,35 @@ class Audit:
                     self._follow(name, size, tensors, buffer)
         except BaseException as failure:
             self._failure = failure
+            self._outbox.fail(failure)
 
     def _follow(self, name: str, size: int, tensors: Sequence[Stored], buffer: NDArray[np.uint8]) -> None:
         from blake3 import blake3
 
         hasher: Any = blake3()
+        index = position = 0
         try:
             fd = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise input_error(error) from error
         try:
-            position = index = settled = 0
             while position < size:
-                self._more.clear()
-                if self._stopped:
+                found = self._outbox.follow(name, position, size)
+                if found is None:
                     return
-                ready = self._reach(name, position)
-                if ready < min(size, position + len(buffer)):
-                    self._more.wait()
-                    continue
-                piece = buffer[: min(len(buffer), ready - position)]
-                read_at(fd, position, flat(piece))
-                hasher.update(piece)
-                index = self._count(tensors, index, position, piece)
-                position += len(piece)
-                if position - settled >= SETTLE or position == size:
-                    start_writing(fd, settled, position - settled)
-                    settled = position
+                begin, stop = position, found if isinstance(found, int) else position + len(found)
+                while position < stop:
+                    count = min(PIECE, stop - position)
+                    if isinstance(found, int):
+                        piece = buffer[:count]
+                        read_at(fd, position, flat(piece))
+                    else:
+                        piece = found[position - begin : position - begin + count]
+                    hasher.update(piece)
+                    index = self._count(tensors, index, position, piece)
+                    position += count
+                if not isinstance(found, int):
+                    self._outbox.finished(name, begin)
         finally:
             os.close(fd)
         self._found.hashes[name] = f"blake3:{hasher.hexdigest()}"

@@ -16,15 +16,11 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.files import (
-    COPY_PIECE,
     Descriptor,
     Descriptors,
-    copy_at,
     flat,
     input_error,
     read_at,
-    refuse_link,
-    write_at,
 )
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.safetensors_file import Header, read_header
@@ -122,13 +118,9 @@ def open_checkpoint(
             opened, config = DeltaFile.open(path), read_json(path / "config.json")
             return Checkpoint(reference, path, {}, opened.files, config, revision, hub_id, opened)
         source = weight_source(names)
-        refuse_link(path / "config.json")
-        refuse_link(path / source)
         config = read_json(path / "config.json")
         weight_map = read_index(path / INDEX) if source == INDEX else None
         shards = [source] if weight_map is None else shards_of(weight_map, names)
-        for shard in shards:
-            refuse_link(path / shard)
         tensors = join({shard: read_header(path / shard) for shard in shards}, weight_map)
         files = tuple(path / shard for shard in shards)
         return Checkpoint(reference, path, tensors, files, config, revision, hub_id)
@@ -316,26 +308,6 @@ class Reader:
             if key not in self._known:
                 self._known[key] = compute()
             return self._known[key]
-
-    def copy_range(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
-        """Copy the tensor's bytes [offset, offset + nbytes) to `out_offset` of the open file `out_fd`."""
-        _check_range(info, offset, nbytes)
-        if isinstance(info, MadeInfo) or info.computed is not None:
-            self._copy_made(info, offset, nbytes, out_fd, out_offset)
-            return
-        try:
-            file = self._files.get(info.path)
-            copy_at(file.fd, info.begin + offset, nbytes, out_fd, out_offset)
-        except InputError as error:
-            error.where.insert(0, str(info.path))
-            raise
-
-    def _copy_made(self, info: TensorInfo, offset: int, nbytes: int, out_fd: int, out_offset: int) -> None:
-        size = ITEMSIZE[info.dtype]
-        for start in range(offset, offset + nbytes, COPY_PIECE):
-            piece = memoryview(bytearray(min(COPY_PIECE, offset + nbytes - start)))
-            self.read_into(info, start // size, piece)
-            write_at(out_fd, out_offset + start - offset, piece)
 
 
 def _check_range(info: TensorInfo, offset: int, nbytes: int) -> None:

@@ -5,6 +5,7 @@ docs/delta-format.md has the format; torch is imported where its tensors are ask
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,9 @@ from deltamerge.errors import InputError
 from deltamerge.io.delta_entry import Entry
 from deltamerge.io.delta_folder import open_folder
 from deltamerge.io.delta_format import Base, Manifest
+from deltamerge.io.delta_in_place import apply_in_place
 from deltamerge.io.encodings import Array, index_itemsize
+from deltamerge.io.stored import Scratch
 
 if TYPE_CHECKING:
     import torch
@@ -134,9 +137,13 @@ class DeltaFile:
             target = _target(entry, state.get(key), self.manifest.base)
             targets[entry.name] = target.clone() if uses[key] > 1 and key != entry.name else target
 
+        own = threading.local()  # memory of each thread
+
         def apply(entry: Entry) -> None:
+            if not hasattr(own, "scratch"):
+                own.scratch = Scratch()
             try:
-                targets[entry.name] = _apply_to(entry, targets[entry.name])
+                targets[entry.name] = _apply_to(entry, targets[entry.name], own.scratch)
             except InputError as error:
                 error.where.insert(0, f"{self.path}: {entry.name}")
                 raise
@@ -205,16 +212,18 @@ def _target(entry: Entry, target: Any, base: Base) -> Any:
     return target
 
 
-def _apply_to(entry: Entry, target: Any) -> Any:
+def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
     """`target` changed in place, or the tensor that replaces it."""
     record = entry.record
     if target is None or _described(target) != (record.dtype, tuple(record.shape)):
         host = None if target is None else _host_bits(target.detach().cpu().contiguous())
         made = to_torch(entry.apply(host), record.dtype).reshape(record.shape)
         return made if target is None else made.to(target.device)
+    if not record.count:
+        return target
     data = target.detach()
     if data.device.type == "cpu" and data.is_contiguous():
-        entry.apply_in_place(_host_bits(data))
+        apply_in_place(entry, _host_bits(data), scratch)
         return target
     flat = data.contiguous().reshape(-1)
     for positions, values in entry.pieces():
@@ -233,5 +242,5 @@ def _host_bits(tensor: Any) -> Array:
 
     width = tensor.element_size()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
-    bits: Array = tensor.reshape(-1).view(integers).numpy().view(f"<u{width}")
+    bits: Array = tensor.view(integers).numpy().reshape(-1).view(f"<u{width}")
     return bits

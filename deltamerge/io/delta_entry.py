@@ -6,7 +6,6 @@ An array of *bits* is flat and unsigned: the stored bytes of a dtype. Decoding c
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -78,7 +77,7 @@ class Entry:
 
     def pieces(self) -> Iterator[tuple[Array, Array]]:
         """Positions, with bits of final values, or float32 values to add. InputError: damaged."""
-        with _damage_told():
+        with damage_told():
             scales, done = self.scale_values(), 0
             for positions in self.positions():
                 values = self.codes(done, done + positions.size)
@@ -115,7 +114,7 @@ class Entry:
                 while held is not None:
                     positions, values = held
                     cut = int(np.searchsorted(positions, stop))
-                    self._put(out, base, positions[:cut] - start, values[:cut])
+                    self.put(out, base, positions[:cut] - start, values[:cut])
                     if cut < positions.size:
                         held = positions[cut:], values[cut:]
                         break
@@ -130,7 +129,7 @@ class Entry:
         if digest(result_hash) != record.result:
             raise InputError("the result is not the tensor this delta was made for", hint=DAMAGED)
 
-    def _put(self, out: Array, base: Array, positions: Array, values: Array) -> None:
+    def put(self, out: Array, base: Array, positions: Array, values: Array) -> None:
         """Into `out`, which is `base` in the result's dtype (and may be `base` itself)."""
         if self.record.values is None:
             out[positions] = values
@@ -147,34 +146,10 @@ class Entry:
         parts = list(self.tiles(read, check=False, tile=max(1, self.size)))
         return parts[0] if parts else np.empty(0, bits_type(self.record.dtype))
 
-    def apply_in_place(self, bits: Array) -> None:
-        """Turn the base tensor's flat bits into the result's, of the same dtype and size."""
-        record = self.record
-        if not record.count:
-            return
-        if self.index is None and record.values is None:
-            bits[:] = self.values[:]
-        elif self.index is not None and self._fits_kernel():
-            from deltamerge.io.delta_kernels import apply_rice
-
-            out = bits if record.values is None else bits.view(np.float32)
-            values = self.values[:]
-            values = values.view({"float32": "f4", "int8": "i1"}.get(record.values or "", values.dtype))
-            scales, group = self.scale_values(), record.group
-            apply_rice(self.index[:], record.k, record.count, values, record.values, scales, group, out)
-        else:
-            for positions, values in self.pieces():
-                self._put(bits, bits, positions, values)
-
-    def _fits_kernel(self) -> bool:
-        record = self.record
-        is_simple = record.values is None or record.dtype == "F32"
-        fits = record.encoding == "rice" and record.k < 16 and self.size < 1 << 50
-        return "numba" in sys.modules and fits and is_simple
-
 
 @contextmanager
-def _damage_told() -> Iterator[None]:
+def damage_told() -> Iterator[None]:
+    """Faults of what is decoded within have a hint."""
     try:
         yield
     except InputError as error:

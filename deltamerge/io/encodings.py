@@ -294,12 +294,12 @@ def _decode_gaps(stored: Sliced) -> Iterator[Array]:
 
 def rice_parts(stored: Array, count: int, k: int) -> tuple[list[Array], Array, Array]:
     """The planes, the packed bits and the unary bits of rice codes. InputError: they are too short for `count`."""
-    start, stop = _rice_offsets(stored.size, count, k)
+    start, stop = rice_offsets(stored.size, count, k)
     planes = [stored[i * count : (i + 1) * count] for i in range(k // 8)]
     return planes, stored[start:stop], stored[stop:]
 
 
-def _rice_offsets(nbytes: int, count: int, k: int) -> tuple[int, int]:
+def rice_offsets(nbytes: int, count: int, k: int) -> tuple[int, int]:
     """Where the packed bits and the unary bits begin in `nbytes` of rice codes."""
     if not 0 <= k <= LARGEST_K or nbytes < _rice_bytes(count, k, count):
         raise InputError(f"{nbytes} bytes of rice codes, too few for {count} entries")
@@ -308,7 +308,7 @@ def _rice_offsets(nbytes: int, count: int, k: int) -> tuple[int, int]:
 
 
 def _decode_rice(stored: Sliced, count: int, k: int) -> Iterator[Array]:
-    packed_at, unary_at = _rice_offsets(stored.size, count, k)
+    packed_at, unary_at = rice_offsets(stored.size, count, k)
     b, planes = k % 8, k // 8
     done, unary = 0, np.empty(0, np.uint8)
     # (bit << k) - Σ(2**k - 1 - r) + 2**k - 1 is the position, and 2**k - 1 - r is r with its bits inverted

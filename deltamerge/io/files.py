@@ -16,6 +16,9 @@ from deltamerge.errors import DeltamergeError, InputError, OutputError
 
 MAX_OPEN = 64
 COPY_PIECE = 4 << 20
+# Opens a file for writing past the page cache, which wants offsets and memory on pages; 0 where there is no such flag.
+DIRECT = getattr(os, "O_DIRECT", 0)
+PAGE = 4096
 
 _FREE = "free space, or choose another folder with --out"
 _OTHER = "choose another folder with --out"
@@ -55,7 +58,7 @@ def refuse_link(path: Path) -> None:
     home = path.parent.resolve()
     if home.parent.name == "snapshots":
         home = home.parent.parent
-    if not path.resolve().is_relative_to(home):
+    if not Path(os.path.realpath(path)).is_relative_to(home):  # Path.resolve raises where links go round
         raise InputError(f"{path.name} is a link that leaves the folder", hint="put the file itself there")
 
 
@@ -127,6 +130,31 @@ def write_at(fd: int, offset: int, data: memoryview) -> None:
             done += os.pwrite(fd, data[done:], offset + done)
         except OSError as error:
             raise output_error(error) from error
+
+
+def takes_direct(path: Path) -> bool:
+    """Whether a file can be opened for writing past the page cache."""
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CLOEXEC | DIRECT))
+    except OSError:
+        return False
+    return DIRECT != 0
+
+
+def write_direct(fd: int, offset: int, data: memoryview) -> int:
+    """Write whole pages of `data` to a file opened with DIRECT; how many bytes, all unless the system takes no more so.
+
+    OutputError: no space, no permission, or another failure.
+    """
+    done = 0
+    while done < len(data) and done % PAGE == 0:
+        try:
+            done += os.pwrite(fd, data[done:], offset + done)
+        except OSError as error:
+            if error.errno == errno.EINVAL:
+                break
+            raise output_error(error) from error
+    return done
 
 
 def reserve(fd: int, size: int) -> None:

@@ -35,7 +35,10 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
         checksum, _, text = line.partition(b" ")
         if not line.endswith(b"\n") or checksum != xxh3_64_hexdigest(text).encode():
             break
-        record = json.loads(text)
+        try:
+            record = json.loads(text)
+        except (ValueError, RecursionError):  # no run wrote that
+            break
         if not _is_record(record):
             break
         records.append(record)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import parse_json
 from deltamerge.tensors import ITEMSIZE
 
@@ -65,9 +66,10 @@ class Header:
 def read_header(path: Path) -> Header:
     """The header of the safetensors file at `path`; errors name the file.
 
-    InputError: unreadable, a git-lfs pointer, truncated or with bytes left over, or a header that is no valid
-    safetensors header (see `parse_header`).
+    InputError: unreadable, a link that leaves its folder, a git-lfs pointer, truncated or with bytes left over, or a
+    header that is no valid safetensors header (see `parse_header`).
     """
+    refuse_link(path)
     with errors.context(path.name):
         try:
             if not stat.S_ISREG(path.stat().st_mode):

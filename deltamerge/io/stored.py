@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
 
-from deltamerge import errors
+from deltamerge.errors import InputError
 from deltamerge.io.encodings import Array
 from deltamerge.io.files import Descriptors, flat, input_error, read_at
 
 SMALL = 4 << 20
+PADDING = 16
+ALIGNMENT = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,7 +31,7 @@ class StoredFiles:
         """Fill `out` from byte `begin`. InputError: the file is gone, or has become too short."""
         whole = self._whole.get(path)
         if whole is None:
-            with errors.context(path.name):
+            try:
                 file = self._opened.get(path)
                 if self.sizes[path] > SMALL:
                     read_at(file.fd, begin, out)
@@ -35,6 +39,9 @@ class StoredFiles:
                 whole = memoryview(bytearray(self.sizes[path]))
                 read_at(file.fd, 0, whole)
                 self._whole[path] = whole
+            except InputError as error:
+                error.where.insert(0, path.name)
+                raise
         if out:
             out[:] = whole[begin : begin + len(out)]
 
@@ -49,6 +56,14 @@ class StoredArray:
     size: int
     dtype: str
 
+    @property
+    def nbytes(self) -> int:
+        return self.size * np.dtype(self.dtype).itemsize
+
+    def read_into(self, out: Array) -> None:
+        """Its bytes into `out`. InputError: the file is gone, or has become too short."""
+        self.files.read(self.path, self.begin, flat(out))
+
     def __getitem__(self, part: slice) -> Array:
         """The elements of a contiguous slice, a copy. InputError: the file is gone, or has become too short."""
         start, stop, step = part.indices(self.size)
@@ -56,3 +71,25 @@ class StoredArray:
         out: Array = np.empty(max(0, stop - start), self.dtype)
         self.files.read(self.path, self.begin + start * out.itemsize, flat(out))
         return out
+
+
+class Scratch:
+    """Memory that the arrays of one tensor after another are read into: fresh memory costs more than the reading."""
+
+    def __init__(self) -> None:
+        self._bytes: Array = np.empty(0, np.uint8)
+
+    def read(self, arrays: Sequence[StoredArray | None]) -> list[Array]:
+        """The bytes of the arrays (None: no bytes), each with PADDING zeros behind it, until the next call."""
+        sizes = [0 if array is None else array.nbytes for array in arrays]
+        ends = list(accumulate(-(-(size + PADDING) // ALIGNMENT) * ALIGNMENT for size in sizes))
+        if self._bytes.size < ends[-1]:
+            self._bytes = np.empty(ends[-1], np.uint8)
+        views = []
+        for array, size, begin in zip(arrays, sizes, [0, *ends], strict=False):
+            view = self._bytes[begin : begin + size + PADDING]
+            view[size:] = 0
+            if array is not None:
+                array.read_into(view[:size])
+            views.append(view)
+        return views

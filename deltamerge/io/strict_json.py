@@ -8,6 +8,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.files import refuse_link
 
 MAX_BYTES = 100_000_000
 MAX_VALUES = 4_000_000
@@ -31,7 +32,8 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in the file at `path`, of at most 100 MB; errors name the file."""
+    """The JSON object in the file at `path`, at most 100 MB and no link out of its folder; errors name the file."""
+    refuse_link(path)
     with errors.context(path.name):
         try:
             if not path.is_file():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -169,8 +170,12 @@ def scale_values(stored: Array, groups: int, unit: int, ranks: str | None) -> Ar
     own[1:] -= places[:-1] + 1
     if places.size != groups or own.max(initial=0) >= len(ranks) or 8 * stored.size - int(places[-1]) > 8:
         raise InputError(f"scales are damaged: they are not {groups} of {len(ranks)} ranks")
-    codes = np.frombuffer(bytes.fromhex("0".join(("", *ranks))), np.uint8)
-    return _table(unit)[codes][own]
+    return ranked_scales(unit, ranks)[own]
+
+
+def ranked_scales(unit: int, ranks: str) -> Array:
+    """Every rank's scale, float32."""
+    return _table(unit)[np.frombuffer(bytes.fromhex("0".join(("", *ranks))), np.uint8)]
 
 
 def relative_error(squared_error: float, squared: float) -> float:
@@ -203,6 +208,7 @@ def _unit(largest: float) -> int:
     return min(max(exponent - 7, lowest), highest)
 
 
+@cache
 def _table(unit: int) -> Array:
     """Every code's scale, float32, ascending."""
     return (_UNIT_SCALES * 2.0**unit).astype(np.float32)

@@ -62,6 +62,10 @@ class Workspace:
         for path in self.folder.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
+    def forget(self) -> None:
+        """Nothing that was written is worth to be kept."""
+        self.journal.records.clear()
+
     def publish(self) -> None:
         """Put everything on the disk, then rename it to the target; an old target stays whole until the new is there.
 
@@ -77,11 +81,13 @@ class Workspace:
             os.rename(self.target, old)
         try:
             os.rename(self.folder, self.target)
-        except OSError:
+            sync_path(self.target.parent)
+        except (OSError, OutputError):
+            if not self.folder.exists():  # the name may not outlast a crash: it is taken back, --resume gives it again
+                os.rename(self.target, self.folder)
             if replaced:
                 os.rename(old, self.target)
             raise
-        sync_path(self.target.parent)
         self.journal.close()
         shutil.rmtree(self.state, ignore_errors=True)
 
@@ -96,21 +102,30 @@ def workspace(
     otherwise, the folder stays if there is work to resume and goes if not. OutputError: the target is a file or not
     empty (and not `force`), another run uses the folder, or an earlier run left work (and not `resume` or `force`).
     """
-    resolved = target.resolve()
+    resolved = Path(os.path.realpath(target))
     state = resolved.parent / f".{resolved.name}.partial"
-    if target.exists() and not target.is_dir():
-        raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
-    if finish and not state.is_dir():
+    try:
+        if target.exists() and not target.is_dir():
+            raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
+        if target.is_mount():
+            raise OutputError(f"{target}: is a mount point", hint="choose a folder inside it with --out")
+        begun, filled = state.is_dir(), _filled(target)
+    except OSError as error:
+        raise OutputError(f"{target}: {output_error(error)}", hint="choose another folder with --out") from error
+    if finish and not begun:
         raise OutputError(f"{target}: no parts of a run are there", hint="run the parts first, with --part I/N")
-    if _filled(target) and not force and not ((resume or finish) and state.is_dir()):
+    if filled and not force and not ((resume or finish) and begun):
         raise OutputError(f"{target}: not empty", hint="choose another folder with --out, or replace it with --force")
     with ExitStack() as held:
         held.enter_context(_locked(state, LOCK, target, shared=part is not None))
         if part is not None:
             held.enter_context(_locked(state, f"part-{part}.lock", target))
-        if not finish:
-            _prepare(target, resolved, state, force=force, resume=resume, part=part)
-        (state / OUT).mkdir(exist_ok=True)
+        try:
+            if not finish:
+                _prepare(target, resolved, state, force=force, resume=resume, part=part)
+            (state / OUT).mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{state}: {output_error(error)}", hint="remove it, or give its rights back") from error
         work = Workspace(resolved, state, Journal(state / (f"{JOURNAL}-{part}" if part else JOURNAL)), force)
         try:
             yield work
@@ -171,7 +186,7 @@ def finished_folder(target: Path, *, force: bool, inputs: Iterable[tuple[str, Pa
 
 def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
     """OutputError: the target is, or holds, one of the inputs (name, path)."""
-    resolved = target.resolve()
+    resolved = Path(os.path.realpath(target))
     for name, path in inputs:
         source = path.resolve()
         if resolved == source or source.is_relative_to(resolved):
@@ -213,7 +228,8 @@ def _locked(state: Path, name: str, target: Path, *, shared: bool = False) -> It
         except FileNotFoundError:
             continue  # a run that ended has just removed the folder
         except OSError as error:
-            raise OutputError(f"{state.parent}: cannot be written: {error.strerror}") from error
+            cause = output_error(error)
+            raise OutputError(f"{state if state.is_dir() else state.parent}: {cause}", hint=cause.hint) from error
         try:
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             held = os.stat(path).st_ino == os.fstat(fd).st_ino

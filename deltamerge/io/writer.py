@@ -14,12 +14,16 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.io.audit import Audit, Findings, Stored
 from deltamerge.io.checkpoint import INDEX, SINGLE, Reader, TensorInfo
-from deltamerge.io.files import Descriptor, Descriptors, flat, output_error, reserve, sync, sync_path, write_at
+from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, sync_path, write_at
 from deltamerge.io.journal import Journal
+from deltamerge.io.outbox import Outbox
 from deltamerge.io.spans import Spans
 from deltamerge.tensors import FLOATING, ITEMSIZE
 
@@ -29,6 +33,7 @@ DTYPE_ORDER = (
 )  # fmt: skip
 # What a crash may lose: after so many seconds, what was written is synced and the journal says so.
 SAVE_SECONDS = 2.0
+PIECE = 1 << 22
 
 
 class Meta(NamedTuple):
@@ -158,7 +163,9 @@ class Writer:
         self._resume()
         for file in self._own:
             self._create(file)
-        self._audit = Audit(folder, self._contents(), self._reach)
+        sample = folder / self._own[0].name if self._own else None
+        self._outbox = Outbox(folder, self._wrote, self._reach, sample)
+        self._audit = Audit(folder, self._contents(), self._outbox)
         self._saver = threading.Thread(target=self._save_regularly, daemon=True)
         if journal is not None:
             self._saver.start()
@@ -169,6 +176,7 @@ class Writer:
     def __exit__(self, kind: object, *_: object) -> None:
         with self._saving:  # a save under way decides whether there is work to keep
             lasted = self._saved
+        self._outbox.close()
         if kind is not None and lasted:  # keep its last seconds too
             with suppress(DeltamergeError):
                 self.save()
@@ -178,7 +186,7 @@ class Writer:
         self._closed.set()
         if self._saver.is_alive():
             self._saver.join()
-        self._audit.stop()
+        self._outbox.close()
         self._files.close()
 
     def has(self, name: str, offset: int, nbytes: int) -> bool:
@@ -188,31 +196,37 @@ class Writer:
             start = place.offset + offset
             return self._written[place.file].reach(start) >= start + nbytes
 
+    def where(self, name: str, offset: int) -> tuple[str, int]:
+        """The file, and its byte, that byte `offset` of tensor `name` goes to; files are read in this order."""
+        place = self._layout.tensors[name]
+        return place.file, place.offset + offset
+
     def write(self, name: str, offset: int, data: Any) -> None:
         """Write a contiguous buffer to the bytes of tensor `name` from byte `offset`."""
-        view = flat(data)
-        place = self._place(name, offset, len(view))
-        with errors.context(place.file):
-            write_at(self._files.get(self._folder / place.file).fd, place.offset + offset, view)
-        self._done(place, offset, len(view))
+        raw = np.frombuffer(flat(data), np.uint8)
+        self._place(name, offset, len(raw))
+        for start in range(0, len(raw), PIECE):
+            piece = raw[start : start + PIECE]
+            buffer = self.lend(name, offset + start, len(piece))
+            buffer[:] = piece
+            self.give(name, offset + start, buffer)
 
-    def place(self, name: str, offset: int) -> tuple[Descriptor, int]:
-        """The open file and its byte that byte `offset` of tensor `name` goes to, for who writes there and says so."""
-        place = self._place(name, offset, 0)
-        with errors.context(place.file):
-            return self._files.get(self._folder / place.file), place.offset + offset
+    def copy(self, name: str, source: TensorInfo, reader: Reader) -> None:
+        """Write all bytes of `source` to tensor `name`."""
+        for start in range(0, source.nbytes, PIECE):
+            buffer = self.lend(name, start, min(PIECE, source.nbytes - start))
+            reader.read_into(source, start // ITEMSIZE[source.dtype], buffer)
+            self.give(name, start, buffer)
 
-    def wrote(self, name: str, offset: int, nbytes: int) -> None:
-        """Bytes [offset, offset + nbytes) of tensor `name` were written at their place."""
-        self._done(self._place(name, offset, nbytes), offset, nbytes)
+    def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
+        """Memory for the bytes of tensor `name` from byte `offset`; the writer has it back with `give`."""
+        return self._outbox.lend(self._place(name, offset, nbytes).offset + offset, nbytes)
 
-    def copy(self, name: str, offset: int, source: TensorInfo, start: int, nbytes: int, reader: Reader) -> None:
-        """Copy bytes [start, start + nbytes) of `source` to the bytes of tensor `name` from byte `offset`."""
-        place = self._place(name, offset, nbytes)
-        with errors.context(place.file):
-            file = self._files.get(self._folder / place.file)
-        reader.copy_range(source, start, nbytes, file.fd, place.offset + offset)
-        self._done(place, offset, nbytes)
+    def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
+        """Write lent memory to the bytes of tensor `name` from byte `offset`, soon."""
+        place = self._place(name, offset, len(buffer))
+        self._raise_failure()
+        self._outbox.send(place.file, place.offset + offset, buffer)
 
     def save(self) -> None:
         """Make what is written until now outlast a crash: sync the data, then tell the journal that it is there."""
@@ -237,6 +251,7 @@ class Writer:
         What a short run wrote is saved only if it is to `keep`: others will finish it. RuntimeError: a byte is not
         written (a bug).
         """
+        self._outbox.drain()
         for name, place in self._layout.tensors.items():
             spans = self._written.get(place.file)
             if spans is not None and spans.reach(place.offset) < place.offset + place.nbytes:
@@ -257,14 +272,11 @@ class Writer:
             raise ValueError(f"bytes [{offset}, {offset + nbytes}) of {name}, which has {place.nbytes}")
         return place
 
-    def _done(self, place: Place, offset: int, nbytes: int) -> None:
-        start = place.offset + offset
+    def _wrote(self, file: str, start: int, nbytes: int) -> None:
         with self._lock:
-            self._written[place.file].add(start, start + nbytes)
+            self._written[file].add(start, start + nbytes)
             if self._journal is not None:
-                self._fresh.setdefault(place.file, Spans()).add(start, start + nbytes)
-        self._audit.wake()
-        self._raise_failure()
+                self._fresh.setdefault(file, Spans()).add(start, start + nbytes)
 
     def _raise_failure(self) -> None:
         if self._failure is not None:

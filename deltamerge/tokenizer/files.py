@@ -9,6 +9,7 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, Tokens
+from deltamerge.io.files import refuse_link
 from deltamerge.io.hub import fetch
 from deltamerge.io.strict_json import read_json
 
@@ -122,6 +123,7 @@ def read_chat_template(checkpoint: Checkpoint) -> str | None:
     folder = fetched(checkpoint)
     with errors.context(checkpoint.reference):
         if (folder / JINJA).is_file():
+            refuse_link(folder / JINJA)
             try:
                 return (folder / JINJA).read_text(encoding="utf-8") or None
             except (OSError, UnicodeDecodeError) as error:

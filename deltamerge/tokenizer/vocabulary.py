@@ -210,6 +210,10 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
     size = _end(ids)
     multiple = (whole.pad_to_multiple_of if whole else None) or 1
     columns = {reference: _column(ids, size, tokens[reference], rows[reference]) for reference in merged}
+    total = size + -size % multiple
+    for reference, model in merged.items():
+        found = _resized(tokens[reference].ids, ids, columns[reference], rows[reference], total)
+        notes += [f"{model.name}: {found}"] if found else []
     return Vocabulary(
         kind if kind in ("union", "base") else start.name,
         start,
@@ -219,7 +223,7 @@ def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
         len(new),
         dropped,
         size,
-        -size % multiple,
+        total - size,
         columns,
         _reference(inputs.base) if inputs.base is not None else None,
         _given(recipe, inputs, ids, columns, tokens, rows),
@@ -272,6 +276,17 @@ def _column(ids: Mapping[str, int], size: int, tokens: Tokens, rows: int) -> Row
     free[named[named < size]] = False
     column[free] = np.flatnonzero(free)
     return column
+
+
+def _resized(own: Mapping[str, int], ids: Mapping[str, int], column: Rows, rows: int, total: int) -> str:
+    """What becomes of a model's rows, for people; "" where all of them stay and no other comes."""
+    lost = sum(i < rows and token not in ids for token, i in own.items())
+    padding = rows - len(np.unique(column[column >= 0])) - lost
+    left_out = [f"{padding} that no token names (padding)"] if padding > 0 else []
+    left_out += [f"{lost} whose tokens the output lacks"] if lost else []
+    if rows == total and not left_out:
+        return ""
+    return f"{rows} rows become {total}" + (f", left out: {' and '.join(left_out)}" if left_out else "")
 
 
 def _given(

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Case:
-    """A mergekit recipe; `ours` replaces keys for deltamerge where the same result needs another recipe.
+    """A mergekit recipe; `ours` replaces it for deltamerge where the same result needs another recipe; `exact` runs it
+    with `--mergekit-exact`.
 
     `differs` names the row of docs/from-mergekit.md that says why results are not equal to 1e-6; `share` is the largest
     fraction of a tensor's entries that may differ then, and with `same_norm` the sum of abs(result − base) may not.
@@ -15,6 +16,7 @@ class Case:
 
     text: str
     ours: str | None = None
+    exact: bool = False
     differs: str | None = None
     share: float = 1.0
     same_norm: bool = False
@@ -42,6 +44,7 @@ CASES = {
     "linear-base-unlisted": Case(
         recipe("linear", "a", "b", more="parameters: {weight: 0.5}"), differs="An unlisted base"
     ),
+    "linear-base-unlisted-exact": Case(recipe("linear", "a", "b", more="parameters: {weight: 0.5}"), exact=True),
     "linear-base-listed": Case(recipe("linear", "base: weight: 0.2", *WEIGHTED)),
     "passthrough": Case(recipe("passthrough", "a", base=None)),
     "passthrough-scale": Case(recipe("passthrough", "a: scale: [0.5, 1.5]", base=None)),
@@ -67,8 +70,16 @@ CASES = {
     "task_arithmetic-normalized": Case(recipe("task_arithmetic", *WEIGHTED, more="parameters: {normalize: true}")),
     "ties": Case(recipe("ties", *DENSE)),
     "ties-raw": Case(recipe("ties", *DENSE, more="parameters: {normalize: false, lambda: 0.8, int8_mask: true}")),
+    "ties-rescaled": Case(recipe("ties", *DENSE, more="parameters: {rescale: true}")),
     "ties-gradient": Case(
         recipe("ties", "a: weight: [0, 0.3, 0.7, 1], density: [1, 0.7, 0.1]", "b: weight: 0.5, density: 0.33")
+    ),
+    "ties-nothing": Case(recipe("ties", "a: weight: 1, density: [1, 0.5, 0]", "b: weight: 0.5, density: 0.33")),
+    "dare_ties-nothing": Case(recipe("dare_ties", "a: weight: 1, density: 0", "b: weight: 0.5")),
+    "della-nothing": Case(recipe("della", "a: weight: 1, density: 0", "b: weight: 0.5")),
+    "breadcrumbs-nothing": Case(recipe("breadcrumbs", "a: weight: 1, density: 0", "b: weight: 0.5, density: 0.5")),
+    "long-references": Case(
+        recipe("linear", "a: weight: 1.0", "b: weight: '0.3'", base=None).replace("./a", "{model: {path: ./a}}")
     ),
     "dare_linear-whole": Case(recipe("dare_linear", *WEIGHTED)),
     "dare_ties-whole": Case(recipe("dare_ties", *WEIGHTED)),
@@ -78,6 +89,7 @@ CASES = {
     "breadcrumbs-gamma": Case(
         recipe("breadcrumbs", *DENSE, more="parameters: {gamma: 0.1, normalize: true, lambda: 1.2}")
     ),
+    "breadcrumbs-rescaled": Case(recipe("breadcrumbs", *DENSE, more="parameters: {rescale: true, gamma: 0.05}")),
     "breadcrumbs-overfull": Case(recipe("breadcrumbs", "a: weight: 1, density: 0.97", more="parameters: {gamma: 0.2}")),
     "breadcrumbs_ties": Case(recipe("breadcrumbs_ties", *DENSE, "c: weight: 1.0, density: 0.9, gamma: 0.05")),
     "model_stock": Case(recipe("model_stock", "a", "b", "c")),
@@ -104,6 +116,12 @@ CASES = {
             same_norm=True,
         )
         for method in ("dare_linear", "della_linear")
+    },
+    **{
+        f"{method}-exact": Case(
+            recipe(method, "a: weight: 1, density: 0.5"), exact=True, differs="Random masks", same_norm=True
+        )
+        for method in ("dare_linear", "dare_ties", "della", "della_linear")
     },
 }
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -181,3 +182,55 @@ def test_lora_references(models):
     assert not only
     assert apart <= 1e-6
     assert len(weights) > 4
+
+
+# mergekit's own examples, in our words: bio-merge, gradient-slerp, linear, orcamini-platy-44layer, ties, arcee_fusion
+EXAMPLES = ("bio-merge", "gradient-slerp", "linear", "layer-stack", "ties-gradient", "arcee-fusion")
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory) -> Path:
+    tool("mergekit-yaml")
+    folder = tmp_path_factory.mktemp("examples")
+    for depth, base, tunes in ((2, "base", ("math", "code", "chat")), (40, "base40", ("orca", "platypus"))):
+        first = tiny_llama(folder / "models" / base, seed=depth, layers=depth, dtype=torch.float32)
+        for seed, name in enumerate(tunes, 1):
+            tiny_llama(folder / "models" / name, seed=seed, layers=depth, dtype=torch.float32, base=first, sigma=0.02)
+    return folder
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_mergekit_s_own_examples(examples, name):
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    only, apart = compare(examples, name, re.sub(r"dtype: \w+", "dtype: float32", text))
+    assert not only
+    assert apart <= 1e-6 or name == "arcee-fusion"
+    theirs, ours = (load_tensors(examples / f"{name}.{tool}") for tool in ("mergekit", "deltamerge"))
+    differing = sum(int(((theirs[key] - ours[key]).abs() > 1e-6).sum()) for key in ours)
+    assert differing <= 0.01 * sum(tensor.numel() for tensor in ours.values())
+
+
+def test_config_and_tokenizer_are_the_base_s_if_mergekit_s_are_wanted(models):
+    folder = models / "heads"
+    for seed, name in enumerate(("start", "end"), 5):
+        tiny_llama(folder / name, seed=seed, dtype=torch.float32, tokenizer=True)
+    marked = json.loads((folder / "end" / "config.json").read_text()) | {"bos_token_id": 7}
+    (folder / "end" / "config.json").write_text(json.dumps(marked))
+    names = (folder / "end" / "tokenizer_config.json").read_text()
+    (folder / "end" / "tokenizer_config.json").write_text(names.replace("<unk>", "w9"))
+    text = (
+        "merge_method: slerp\nbase_model: ./start\nmodels: [{model: ./start}, {model: ./end}]\nparameters: {t: 0.3}\n"
+    )
+    wanted = theirs(folder, "of-the-base", text)
+    for exact, of, mark in ((True, "start", 1), (False, "end", 7)):
+        out = run(folder / "of-the-base.yaml", folder / f"exact-{exact}", mergekit_exact=exact).folder
+        got = load_tensors(out)
+        assert max(float((got[key] - wanted[key]).abs().max()) for key in wanted) <= 1e-6
+        assert json.loads((out / "config.json").read_text())["bos_token_id"] == mark
+        assert (out / "tokenizer_config.json").read_bytes() == (folder / of / "tokenizer_config.json").read_bytes()
+    mergekit_s = folder / "of-the-base.mergekit"
+    assert json.loads((mergekit_s / "config.json").read_text())["bos_token_id"] == 1
+    assert (mergekit_s / "tokenizer_config.json").read_bytes() == (
+        folder / "start" / "tokenizer_config.json"
+    ).read_bytes()
+    assert "`template: base` gives mergekit's" in DIFFERENCES.read_text(encoding="utf-8")

@@ -1,0 +1,54 @@
+"""Files of the hub's cache: links to blobs that are named by the hub's own hash of what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from deltamerge.errors import InputError
+from deltamerge.io.files import input_error
+
+# Of a large file the SHA-256, of a small one git's SHA-1.
+NAMES = {64: re.compile(r"[0-9a-f]{64}"), 40: re.compile(r"[0-9a-f]{40}")}
+
+
+def blob_of(path: Path) -> Path | None:
+    """The blob that `path` of a snapshot leads to; None: it is no such link."""
+    if not path.is_symlink():
+        return None
+    blob = Path(os.path.realpath(path))
+    named = any(name.fullmatch(blob.name) for name in NAMES.values())
+    return blob if named and blob.parent.name == "blobs" else None
+
+
+def sha256_of(path: Path) -> str | None:
+    """The SHA-256 that the hub gives for `path`; None: it gives none. The file is not read."""
+    blob = blob_of(path)
+    return blob.name if blob is not None and len(blob.name) == 64 else None
+
+
+def check_blobs(paths: Iterable[Path], workers: int) -> None:
+    """InputError: one of the files is of the hub's cache and is not what the hub has."""
+    blobs = {blob: path for path in paths if (blob := blob_of(path)) is not None}
+    with ThreadPoolExecutor(workers) as pool:
+        for (blob, path), digest in zip(blobs.items(), pool.map(_digest, blobs), strict=True):
+            if digest != blob.name:
+                raise InputError(
+                    f"{path}: is not what the hub has: its hash is {digest}, the hub's {blob.name}",
+                    hint=f"the cache is damaged: remove {blob} and run again, to have it downloaded again",
+                )
+
+
+def _digest(blob: Path) -> str:
+    try:
+        with blob.open("rb", buffering=0) as file:
+            if len(blob.name) == 64:
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            start = f"blob {blob.stat().st_size}\0".encode()
+            return hashlib.file_digest(file, lambda: hashlib.sha1(start, usedforsecurity=False)).hexdigest()
+    except OSError as error:
+        raise input_error(error) from error

@@ -1,0 +1,72 @@
+"""An artifact's tensor applied to the base's in memory: in one compiled pass where numba is loaded, else by numpy."""
+
+from __future__ import annotations
+
+import sys
+from collections import deque
+from typing import cast
+
+import numpy as np
+
+from deltamerge.errors import InputError
+from deltamerge.io.delta_entry import Entry, damage_told
+from deltamerge.io.delta_format import Record, groups
+from deltamerge.io.encodings import Array
+from deltamerge.io.stored import PADDING, Scratch, StoredArray
+from deltamerge.io.values import SCALED, ranked_scales, scale_values
+
+LARGEST_K = 15  # of rice that is decoded in the compiled pass
+_TYPES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8, "sign": np.uint8}
+
+
+def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
+    """Turn the base tensor's flat `bits` into the result's, of the same dtype and size; something is stored of it.
+
+    Hashes are not checked. InputError: the stored is damaged, or the file has become shorter; `bits` may have changed.
+    """
+    record = entry.record
+    if entry.index is None and record.values is None:
+        bits[:] = entry.values[:]
+    elif is_compiled(entry):
+        with damage_told():
+            _apply_compiled(entry, bits, scratch)
+    else:
+        for positions, values in entry.pieces():
+            entry.put(bits, bits, positions, values)
+
+
+def is_compiled(entry: Entry) -> bool:
+    """Whether one compiled pass does it. Importing numba takes longer than most artifacts do without."""
+    record = entry.record
+    is_simple = record.k <= LARGEST_K and (record.values is None or record.dtype in ("F32", "BF16"))
+    return "numba" in sys.modules and is_simple
+
+
+def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
+    from deltamerge.io import delta_kernels
+
+    record, kind = entry.record, entry.record.values
+    stored = cast("list[StoredArray | None]", [entry.values, entry.index, entry.scales])
+    values, index, scales = scratch.read(stored)
+    if kind is None:
+        ok = delta_kernels.put(record.encoding, index, record.k, record.count, values.view(bits.dtype), bits)
+    else:
+        factors = _scales(record, scales)
+        out = bits.view(np.float32) if record.dtype == "F32" else bits
+        values, group = values.view(_TYPES[kind]), record.group
+        ok = delta_kernels.add(record.encoding, index, record.k, record.count, values, kind, factors, group, out)
+    if not ok:
+        deque(entry.positions(), maxlen=0)  # says what is wrong
+        raise InputError("positions are damaged")
+
+
+def _scales(record: Record, stored: Array) -> Array:
+    from deltamerge.io import delta_kernels
+
+    if record.values not in SCALED:
+        return np.empty(0, np.float32)
+    if record.ranks is not None:
+        out: Array = np.empty(groups(record), np.float32)
+        if delta_kernels.ranked(stored, ranked_scales(record.unit, record.ranks), out):
+            return out
+    return scale_values(stored[:-PADDING], groups(record), record.unit, record.ranks)

@@ -1,0 +1,102 @@
+"""What a mergekit recipe leaves to mergekit's defaults, written into its text where ours differ: `--mergekit-exact`."""
+
+from __future__ import annotations
+
+import copy
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import yaml
+
+from deltamerge import source
+from deltamerge.errors import RecipeError
+from deltamerge.methods import PRUNE
+from deltamerge.parts import written
+from deltamerge.pruning import effective_prune
+from deltamerge.recipe import Recipe, load_all
+from deltamerge.source import Loc, Position, Source
+
+L1 = {"rescale": "l1"}
+
+
+def written_out(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe, ...]]:
+    """The recipes of `text` with mergekit's defaults as keys, and the text that says so; errors name lines of `text`.
+
+    Written are `prune: {rescale: l1}` where dare and della leave their divisor open, an unlisted base among the models
+    of linear, and `template: base`. RecipeError: one of them cannot be written where it belongs.
+    """
+    path = recipes[0].source.path
+    wanted = [recipe.source.data for recipe in recipes]
+    edits: list[tuple[Position, dict[str, Any]]] = []
+    for i, recipe in enumerate(recipes):
+        for loc, value in _defaults(recipe):
+            wanted[i] = _inserted(wanted[i], loc, value)
+            edits.append((recipe.source.locate(loc), value))
+    lines = text.splitlines(keepends=True)
+    added: list[int] = []
+    for (row, column), value in sorted(edits, key=lambda edit: edit[0], reverse=True):
+        start, rest = lines[row - 1][: column - 1], lines[row - 1][column - 1 :]
+        shown = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), sort_keys=False).strip()
+        own = shown[1:-1]
+        if rest[0] in "[{":
+            lines[row - 1] = f"{start}{rest[0]}{shown if rest[0] == '[' else own}, {rest[1:]}"
+        else:
+            lines[row - 1] = f"{start}{f'- {shown}' if rest[0] == '-' else own}\n{' ' * len(start)}{rest}"
+            added = [row, *(line + 1 for line in added)]
+    result = "".join(lines)
+    try:
+        reads = source.loads_all(result, path)
+    except RecipeError:
+        reads = ()
+    if [read.data for read in reads] != wanted:  # an anchor before the place, or an alias that is used twice
+        problem = recipes[0].problem((), "mergekit's defaults cannot be written into this text")
+        raise RecipeError(path, [replace(problem, hint="write anchors and aliases out, or leave --mergekit-exact out")])
+    return result, load_all([_as_before(read, added) for read in reads])
+
+
+def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
+    """Where the recipe lacks what, as a key of a mapping or an item of a list that comes first there."""
+    method, base = recipe.method, recipe.base_model
+    listed = base is not None and any(map(recipe.is_base, range(len(recipe.models))))
+    for part in recipe.parts if method.name == "linear" else ():
+        if part.ranges is None and part.base is not None and not any(map(recipe.is_base, part.members)):
+            yield part.places[0][:-1], {"model": part.base}
+            listed = True
+    if recipe.template is None and (listed or method.base_apart(base)) and base is not None:
+        yield (), {"template": "base"}
+    open_ = [i for i in recipe.fine_tunes if _leaves_divisor_open(recipe, i)]
+    if open_ and len(open_) == len(recipe.fine_tunes) and recipe.prune is None:
+        yield (), {"prune": L1}
+    else:
+        for i in open_:
+            at = written(recipe.parts, ("models", i))
+            yield (at, {"prune": L1}) if recipe.models[i].prune is None else ((*at, "prune"), L1)
+
+
+def _leaves_divisor_open(recipe: Recipe, index: int) -> bool:
+    """Whether a model is pruned at random as the merge method implies, with neither q nor rescale."""
+    implied, prune = recipe.method.implies_prune, effective_prune(recipe, index)
+    return prune.method == implied and PRUNE[prune.method].random and prune.q is None and prune.rescale is None
+
+
+def _inserted(data: Any, loc: Loc, value: dict[str, Any]) -> Any:
+    result = copy.deepcopy(data)
+    place = result
+    for part in loc:
+        place = place[part]
+    if isinstance(place, list):
+        place.insert(0, value)
+    else:
+        place |= value
+    return result
+
+
+def _as_before(read: Source, added: Sequence[int]) -> Source:
+    """The same with the lines that it had before the lines `added` were put in."""
+
+    def before(at: Position) -> Position:
+        return at[0] - bisect_left(added, at[0]), at[1]
+
+    return replace(read, positions={loc: (before(of), before(key)) for loc, (of, key) in read.positions.items()})
