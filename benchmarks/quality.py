@@ -84,6 +84,18 @@ METHODS = (
     Method("WANDA, learned per row", WANDA | {"q": _q(CHANGE, search="gradient", **ROW)}, False, LEARNED_SEQUENCES),
 )
 LARGE, LARGE_SEQUENCES = "BERT-base shapes", 12
+# What is drawn over densities: all of them would be a thicket.
+DRAWN = (
+    "DARE",
+    "DAREx-q, q_v",
+    "DAREx-q, q_e",
+    "importance sampling, q_e",
+    "magnitude",
+    "magnitude, q_e",
+    "magnitude of the model, q_e",
+    "magnitude, learned per row",
+    "WANDA, q_e",
+)
 QUICK = ("DARE", "DAREx-q, q_e", "magnitude", "magnitude, q_e")
 
 
@@ -411,13 +423,13 @@ def draw(found: dict[str, Any], path: Path) -> None:
     densities = sorted({density for _, density in table})
     if not densities:
         return
-    names = list(dict.fromkeys(name for name, _ in table))
+    names = list(dict.fromkeys(name for name, _ in table if len(densities) == 1 or name in DRAWN))
     figure = Figure(
         figsize=(6.5 * len(own), min(6.0, 1.5 + 0.3 * len(names)) if len(densities) > 1 else 1.5 + 0.3 * len(names)),
         layout="constrained",
     )
     for axes, task in zip(figure.subplots(1, len(own), squeeze=False, sharey=len(densities) == 1)[0], own, strict=True):
-        for i, name in enumerate(names):
+        for name in names:
             points = {d: [c["score"] for c in table.get((name, d), {}).get(task, [])] for d in densities}
             shares = {d: 100 * statistics.fmean(s) / own[task] for d, s in points.items() if s}
             errors = {d: 100 * statistics.pstdev(points[d]) / own[task] for d in shares}
@@ -426,7 +438,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
                     [name], list(shares.values()), xerr=list(errors.values()), color="C0" if "," in name else "C7"
                 )
                 continue
-            style = ("-", "--", ":")[i // 10]
+            style = "-" if "," in name else ":"
             if len(shares) < 2:
                 continue  # no line
             axes.errorbar(list(shares), list(shares.values()), list(errors.values()), label=name, linestyle=style)
