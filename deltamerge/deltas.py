@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -15,6 +14,7 @@ from deltamerge.io.checkpoint import TensorInfo, added
 from deltamerge.merges import Merge, Tuned
 from deltamerge.methods import PRUNE
 from deltamerge.parameters import resolve
+from deltamerge.patterns import finds
 from deltamerge.pruners.bits import Key, mask_key
 from deltamerge.pruners.della import check as check_della
 from deltamerge.pruning import Pruning, effective_prune
@@ -196,7 +196,7 @@ class Deltas:
             return self.graph.node(f"{STAGES}:massive", measured, kind="small", name=tuned.tensor.name, k=k), k
         numbers: set[int] = set()
         for pattern, some in (protect.columns or {}).items():
-            if re.search(pattern, tuned.name):
+            if finds(pattern, tuned.name):
                 numbers.update(some)
         if not numbers:
             return None, 0
@@ -231,13 +231,12 @@ class _Patterns:
     """Which tensors a model's include and exclude lists prune."""
 
     def __init__(self, prune: Pruning) -> None:
-        self.include = None if prune.include is None else [re.compile(p) for p in prune.include]
-        self.exclude = [re.compile(p) for p in prune.exclude]
+        self.include, self.exclude = prune.include, prune.exclude
 
     def prunes(self, name: str) -> bool:
-        if self.include is not None and not any(p.search(name) for p in self.include):
+        if self.include is not None and not any(finds(p, name) for p in self.include):
             return False
-        return not any(p.search(name) for p in self.exclude)
+        return not any(finds(p, name) for p in self.exclude)
 
 
 def number(value: Any, merge: Merge) -> float | None:

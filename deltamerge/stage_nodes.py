@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from deltamerge.io.gathered import Gathered
 from deltamerge.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.merges import Merge, Tuned
 from deltamerge.methods import PRUNE
+from deltamerge.patterns import finds
 from deltamerge.pruning import Pruning
 from deltamerge.recipe import CalibratedQ
 from deltamerge.stages import Part, Pruned, Source, Spec, has_norm, mask_seeds, within
@@ -153,5 +153,5 @@ def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
 def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
     """InputError: a pattern of protected columns that no pruned linear weight matches."""
     for pattern in (prune.protect and prune.protect.columns) or {}:
-        if not any(re.search(pattern, name) for name in linear):
+        if not any(finds(pattern, name) for name in linear):
             raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")

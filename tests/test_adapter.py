@@ -15,6 +15,7 @@ from conftest import load_tensors, tiny_llama, write_json
 from safetensors.torch import load_file, save_file
 from tiny_models import make
 
+from deltamerge import patterns
 from deltamerge.errors import InputError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Reader
@@ -275,9 +276,13 @@ def edit(folder: Path, **changes: Any) -> None:
         ({"r": 0}, "r must be a positive number"),
         ({"lora_alpha": "8"}, "lora_alpha must be a positive number"),
         ({"rank_pattern": {"(": 2}}, "no regular expression"),
+        ({"rank_pattern": {"(.|.|.|.|.)*[A-Z]$": 2}}, "takes more than 0.05 s to search"),
     ],
 )
-def test_settings_that_are_refused(llama: Path, changes: dict[str, Any], message: str) -> None:
+def test_settings_that_are_refused(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
     edit(llama / "adapter", **changes)
     with pytest.raises(InputError, match=message) as caught:
         hub.resolve("base+adapter", llama, weights=False)

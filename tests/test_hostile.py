@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from xxhash import xxh3_64_hexdigest
 
 from deltamerge import lock as locks
+from deltamerge import patterns
 from deltamerge.calibrate.rows import Row, class_labels
 from deltamerge.calibrate.rows import read as read_rows
 from deltamerge.card import front_matter
@@ -245,3 +246,12 @@ def test_a_delta_has_as_few_dimensions_as_a_tensor() -> None:
         Record.model_validate(
             {"shape": [1 << 60] * 65, "dtype": "F32", "encoding": "dense", "count": 0, "result": "0" * 64}
         )
+
+
+def test_a_pattern_of_the_recipe_that_would_search_for_ever(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patterns, "SECONDS", 0.05)
+    recipe.write_text(recipe.read_text() + "prune: {method: dare, density: 0.5, exclude: ['(.|.|.|.|.)*[A-Z]$']}\n")
+    with pytest.raises(InputError, match=r"takes more than 0\.05 s to search"):
+        make_plan(recipe)

@@ -22,6 +22,7 @@ from deltamerge.io.computed import Cast, LowRank
 from deltamerge.io.files import input_error
 from deltamerge.io.safetensors_file import TensorInfo, read_header
 from deltamerge.io.strict_json import read_json
+from deltamerge.patterns import finds
 from deltamerge.tensors import ITEMSIZE
 
 CONFIG = "adapter_config.json"
@@ -214,7 +215,7 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
     def setting(table: str, default: str) -> float:
         for pattern, value in (config.get(table) or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
+            if finds(rf"\A(.*\.)?({pattern})$", module):
                 return float(value)
         return float(config[default])
 

@@ -298,7 +298,7 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, 
     if isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
         return InputError(
             f"{here}, and no such model on the hub",
-            hint="write a local folder relative to the recipe; for a private model `hf auth login`",
+            hint="write the path of a local folder; for a private model `hf auth login`",
         )
     if isinstance(error, hub.RevisionNotFoundError):
         return InputError(f"has no revision {revision}", hint=f"see its branches, tags and commits at {page}/tree/main")
@@ -310,13 +310,13 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, 
     if constants.HF_HUB_OFFLINE:
         return UnreachableError(
             f"{here}, not (wholly) in the hub's cache, and HF_HUB_OFFLINE is set",
-            hint="unset HF_HUB_OFFLINE, or write a local folder relative to the recipe",
+            hint="unset HF_HUB_OFFLINE, or write the path of a local folder",
         )
     network = type(error).__module__.partition(".")[0] in NETWORK
     if network or isinstance(error, hub.LocalEntryNotFoundError | ConnectionError):
         return UnreachableError(
             f"{here}, not (wholly) in the hub's cache, and {constants.ENDPOINT} cannot be reached",
-            hint="see the connection and HF_ENDPOINT, or write a local folder relative to the recipe",
+            hint="see the connection and HF_ENDPOINT, or write the path of a local folder",
         )
     if isinstance(error, OSError):
         return InputError(f"cannot be downloaded: {error.strerror or type(error).__name__}")
