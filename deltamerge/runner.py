@@ -25,7 +25,7 @@ from deltamerge.io.audit import NonFinite
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.delta_writer import Summary
-from deltamerge.io.workspace import Workspace, refuse_inputs, workspace
+from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.io.writer import write_index
 from deltamerge.planner import Plan
 from deltamerge.plans import make_plan, make_plans, target_of
@@ -81,7 +81,7 @@ def run(
     `watch` returns, given the plan before the first byte, is told the bytes done. Of several documents those that
     others need are made first, unless their folders hold just what would be made. `pictures` are drawn for the card.
     With `part` only that part's shards are written, to the work folder, for `finish`. `resume` goes on where an
-    interrupted run stopped.
+    interrupted run stopped, and is done at once where one had ended.
     """
     chain = documents(path, text, mergekit_exact=mergekit_exact)
     beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
@@ -115,6 +115,9 @@ def run(
                 **options,
             )
     planned = make_plan(path, out, **options)
+    if resume and not (part or is_begun(target)) and is_current(chain[-1], planned, target):
+        lock = locks.read_lock(target / locks.LOCK_NAME)  # killed after its last rename, and started again
+        return Result(target, planned, lock, intermediate=intermediate)
     done = _run(
         path, chain[-1], planned, target, force=force, resume=resume, part=part, locked=locked,
         allow_nonfinite=allow_nonfinite, pictures=pictures, watch=watch, out=out, **options,

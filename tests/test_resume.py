@@ -439,6 +439,27 @@ def test_leftovers_are_offered_and_resume_may_replace_a_target(
     assert not left.exists()
 
 
+@pytest.mark.parametrize("kind", ["model", "delta"])
+def test_a_run_that_had_ended_is_done_when_it_is_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
+) -> None:
+    """A job that was killed after its last rename, and queued again, finds its target; another's target it refuses."""
+    models(tmp_path)
+    path, out = tmp_path / "r.yaml", tmp_path / "out"
+    text = RECIPE.format(method="ties", shard=f"250KB, kind: {kind}")
+    path.write_text(text)
+    assert call(capsys, "run", path, "--out", out)[0] == 0
+    before = {name: (out / name).stat().st_mtime_ns for name in files(out)}
+    code, said, _ = call(capsys, "run", path, "--out", out, "--resume", "--json")
+    assert code == 0
+    assert json.loads(said)["lock"]["outputs"]
+    assert {name: (out / name).stat().st_mtime_ns for name in files(out)} == before
+    path.write_text(text.replace("0.4", "0.3", 1))
+    code, _, err = call(capsys, "run", path, "--out", out, "--resume")
+    assert code == 1
+    assert "not empty" in err
+
+
 def test_two_commands_on_one_target(
     recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

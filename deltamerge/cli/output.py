@@ -58,8 +58,9 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
     """What a finished run made; `more` is for the JSON object."""
     progress.stop()
     tensors, delta = len(result.plan.outputs), result.delta
-    adapter = result.plan.recipe.output.kind == "peft"
-    size = delta.nbytes if delta else result.nbytes if adapter else result.plan.nbytes
+    kind = result.plan.recipe.output.kind
+    adapter = kind == "peft"
+    size = delta.nbytes if delta else result.plan.nbytes if kind == "model" else result.nbytes
     if as_json:
         summary = {
             "out": str(result.folder),

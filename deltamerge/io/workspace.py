@@ -92,6 +92,16 @@ class Workspace:
         shutil.rmtree(self.state, ignore_errors=True)
 
 
+def _state(target: Path) -> Path:
+    resolved = Path(os.path.realpath(target))
+    return resolved.parent / f".{resolved.name}.partial"
+
+
+def is_begun(target: Path) -> bool:
+    """Whether a run that has not ended has its work folder beside `target`."""
+    return _state(target).is_dir()
+
+
 @contextmanager
 def workspace(
     target: Path, *, force: bool = False, resume: bool = False, part: str | None = None, finish: bool = False
@@ -102,8 +112,7 @@ def workspace(
     otherwise, the folder stays if there is work to resume and goes if not. OutputError: the target is a file or not
     empty (and not `force`), another run uses the folder, or an earlier run left work (and not `resume` or `force`).
     """
-    resolved = Path(os.path.realpath(target))
-    state = resolved.parent / f".{resolved.name}.partial"
+    resolved, state = Path(os.path.realpath(target)), _state(target)
     try:
         if target.exists() and not target.is_dir():
             raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
@@ -149,7 +158,7 @@ def parts_workspace(target: Path, *, force: bool, resume: bool) -> Iterator[int 
     None: there is none. When they end otherwise than well, the folder stays if there is work to resume and goes if not.
     OutputError: as of `workspace`, or what was left has parts of two counts.
     """
-    state = target.parent / f".{target.name}.partial"
+    state = _state(target)
 
     def left() -> dict[str, list[dict[str, Any]]]:
         return {name: records for name, records in part_journals(state).items() if records}
