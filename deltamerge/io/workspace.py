@@ -98,8 +98,11 @@ def _state(target: Path) -> Path:
 
 
 def is_begun(target: Path) -> bool:
-    """Whether a run that has not ended has its work folder beside `target`."""
-    return _state(target).is_dir()
+    """Whether a run that has not ended has its work folder beside `target`, or none may look."""
+    try:
+        return _state(target).is_dir()
+    except OSError:
+        return True
 
 
 @contextmanager
