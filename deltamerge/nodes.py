@@ -15,7 +15,7 @@ SELECT = "deltamerge.pruners.select"
 
 
 def largest(graph: Graph, delta: Node, k: int) -> Node:
-    """Δ with only its k largest magnitudes: two passes over the tensor, rarely three, then the mask."""
+    """Δ with only its k largest magnitudes: a sample, a pass over the tensor, rarely three more, then the mask."""
     if k >= math.prod(delta.shape):
         return delta
     return graph.node(f"{SELECT}:keep_largest", [delta, *_end(graph, delta, k)], shape=delta.shape)
@@ -42,12 +42,17 @@ def _end(graph: Graph, delta: Node, k: int) -> tuple[Node, Node]:
     make = graph.node
     if k == 0:
         return make(f"{SELECT}:nothing", kind="small"), make(f"{SELECT}:no_ranks", kind="small")
-    high = make(f"{SELECT}:high_histogram", [delta], kind="sum", shape=delta.shape)
-    found = make(f"{SELECT}:pick_bin", [high], kind="small", k=k)
-    low = make(f"{SELECT}:low_counts", [delta, found], kind="sum", shape=delta.shape)
-    listed = make(f"{SELECT}:lows", [delta, found], kind="concat", shape=delta.shape)
-    cut = make(f"{SELECT}:pick_listed", [low, listed, found], kind="small")
-    equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
+    shape = delta.shape
+    sample = make(f"{SELECT}:sample", [delta], kind="concat", shape=shape)
+    bracket = make(f"{SELECT}:pick_bracket", [sample], kind="small", k=k, size=math.prod(shape))
+    inside = make(f"{SELECT}:bracketed", [delta, bracket], kind="concat", shape=shape)
+    listed = make(f"{SELECT}:gathered", [inside, bracket], kind="small")
+    near = make(f"{SELECT}:pick_listed", [listed], kind="small", k=k)
+    high = make(f"{SELECT}:high_counts", [delta, near], kind="sum", shape=shape)
+    found = make(f"{SELECT}:find_bin", [high], kind="small", k=k)
+    low = make(f"{SELECT}:low_counts", [delta, found], kind="sum", shape=shape)
+    cut = make(f"{SELECT}:pick_either", [near, low, found], kind="small")
+    equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=shape)
     return cut, make(f"{SELECT}:ranks_listed", [equal, listed, cut], kind="small")
 
 

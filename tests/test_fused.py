@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +17,27 @@ import torch
 
 pytest.importorskip("numba")
 
+from numba import njit
+
 from deltamerge.backends import FUSED_FUNCTIONS
 from deltamerge.fused import DTYPES, KERNELS
+from deltamerge.fused.loops import philox
+from deltamerge.fused.vectors import LANES, philox_blocks
 from deltamerge.graph import resolve
 from deltamerge.pruners.bits import mask_key
-from deltamerge.pruners.select import Bin, Cut, pick_bin, pick_cut, pick_listed, pick_ranks, ranks_listed
+from deltamerge.pruners.select import (
+    MAGNITUDE,
+    Bin,
+    Bracket,
+    Cut,
+    gathered,
+    pick_bin,
+    pick_bracket,
+    pick_cut,
+    pick_listed,
+    pick_ranks,
+    ranks_listed,
+)
 from deltamerge.tensors import Kept, Patched, Tile, block_elements
 
 CODES = list(DTYPES)
@@ -267,27 +284,26 @@ def test_selection(delta: np.ndarray, k: int) -> None:
     counts = check(f"{select}:high_histogram", (delta,), (theirs,), tile=whole)
     found = pick_bin(counts, k=k)
     low = check(f"{select}:low_histogram", (delta, found), (theirs, found), tile=whole)
+    check(f"{select}:high_counts", (delta, None), (theirs, None), tile=whole)
     check(f"{select}:low_counts", (delta, found), (theirs, found), tile=whole)
     cut = pick_cut(low, found)
     step = block_elements(shape)
     tiles = [Tile(0, step, shape), Tile(step, 70_000, shape)]
-    listed = np.concatenate(
-        [
-            check(f"{select}:lows", (delta[t.start : t.stop], found), (theirs[t.start : t.stop], found), tile=t)
-            for t in tiles
-        ]
-    )
-    located = pick_listed(None, listed, found)
-    assert (located.threshold, located.equal_kept, located.equal_total) == (
-        cut.threshold, cut.equal_kept, cut.equal_total,
-    )  # fmt: skip
-    parts = [
-        check(f"{select}:equal_counts", (delta[t.start : t.stop], cut), (theirs[t.start : t.stop], cut), tile=t)
-        for t in tiles
-    ]
-    ranks = pick_ranks(np.concatenate(parts))
-    if cut.equal_kept < cut.equal_total:
-        assert (ranks_listed(None, listed, located) == ranks).all()
+
+    def by_tile(function: str, *more: Any) -> np.ndarray:
+        parts = [(delta[t.start : t.stop], theirs[t.start : t.stop], t) for t in tiles]
+        return np.concatenate([check(f"{select}:{function}", (a, *more), (b, *more), tile=t) for a, b, t in parts])
+
+    ranks = pick_ranks(by_tile("equal_counts", cut))
+    bracket = pick_bracket(by_tile("sample"), k=k, size=delta.size)
+    for ends in (bracket, Bracket(cut.threshold, cut.threshold), Bracket(0, MAGNITUDE)):
+        listed = gathered(by_tile("bracketed", ends), ends)
+        located = pick_listed(listed, k=k)
+        assert located == replace(cut, listed=True)
+        if cut.equal_kept < cut.equal_total:
+            assert (ranks_listed(None, listed, located) == ranks).all()
+    beside = Bracket(cut.threshold + 1, MAGNITUDE)
+    assert pick_listed(gathered(by_tile("bracketed", beside), beside), k=k) is None
     for given in (ranks, pick_ranks(None)):
         values = [
             check(
@@ -452,6 +468,23 @@ def test_selection_by_another_and_between(make: Any) -> None:
             check(f"{select}:keep_where", (part, scores, *cut), (*theirs, *cut), tile=tile)
             for inner in cuts:
                 check(f"{select}:keep_between", (scores, *cut, *inner), (theirs[1], *cut, *inner), tile=tile)
+
+
+@pytest.mark.parametrize("first", [0, 2**33 + 5, 2**64 - 3])
+def test_philox_of_many_blocks_is_philox(first: int) -> None:
+    """Where the processor has no such vectors too."""
+    keys = np.uint64(KEY[0]), np.uint64(KEY[1])
+
+    @njit  # type: ignore[untyped-decorator]
+    def both(first: Any, key0: Any, key1: Any, many: Any, single: Any) -> None:
+        philox_blocks(many.ctypes.data, first, key0, key1)
+        for i in range(single.shape[0]):
+            zero = np.uint64(0)
+            single[i] = np.array(philox(first + np.uint64(i), zero, zero, key0, key1))
+
+    many, single = np.empty((LANES, 4), np.uint64), np.empty((LANES, 4), np.uint64)
+    both(np.uint64(first), *keys, many, single)
+    assert (many == single).all()
 
 
 def test_low_histogram_of_an_empty_bin() -> None:

@@ -80,7 +80,9 @@ def test_bytes_are_those_of_torch(
 
 
 @pytest.mark.parametrize("name", ["ties", "magnitude"])
-def test_bins_too_large_to_be_listed_are_counted(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_brackets_too_large_to_be_listed_are_counted(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     models(tmp_path, torch.bfloat16, torch.bfloat16)
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"dtype: bfloat16\n{RECIPES[name]}")

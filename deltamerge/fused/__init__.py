@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import loops, method_loops, methods
+from deltamerge.fused import loops, methods
 from deltamerge.fused.arrays import NARROW, WIDE, Array, Delta, Floats, addresses, densified, guided, loadable, widened
 from deltamerge.merge.arithmetic import divisor_of
 from deltamerge.pruners.bits import SPARSE_BLOCK, Key, is_sparse, keep, threshold
@@ -226,10 +226,13 @@ def low_histogram(delta: Floats, high: Bin, *, tile: Tile) -> NDArray[np.int64]:
     return counts
 
 
-def lows(delta: Floats, high: Bin, *, tile: Tile) -> NDArray[np.uint16]:
-    step = block_elements(tile.shape)
-    out = np.empty(tile.size + 2 * -(-tile.size // step) + 1, np.uint16)
-    return out[: method_loops.list_lows(delta.view(np.uint32), np.uint32(high.high), step, out)].copy()
+def high_counts(delta: Floats, listed: Cut | None, *, tile: Tile) -> NDArray[np.int64]:
+    return high_histogram(delta, tile=tile)
+
+
+def low_counts(delta: Floats, high: Bin | None, *, tile: Tile) -> NDArray[np.int64]:
+    assert high is not None
+    return low_histogram(delta, high, tile=tile)
 
 
 def equal_counts(delta: Floats, cut: Cut, *, tile: Tile) -> NDArray[np.int64]:
@@ -297,8 +300,10 @@ KERNELS: dict[str, Callable[..., Any]] = {
     "deltamerge.pruners.rescale:divide": divide,
     "deltamerge.pruners.select:high_histogram": high_histogram,
     "deltamerge.pruners.select:low_histogram": low_histogram,
-    "deltamerge.pruners.select:low_counts": low_histogram,
-    "deltamerge.pruners.select:lows": lows,
+    "deltamerge.pruners.select:high_counts": high_counts,
+    "deltamerge.pruners.select:low_counts": low_counts,
+    "deltamerge.pruners.select:sample": methods.sample,
+    "deltamerge.pruners.select:bracketed": methods.bracketed,
     "deltamerge.pruners.select:equal_counts": equal_counts,
     "deltamerge.pruners.select:keep_largest": methods.keep_largest,
     "deltamerge.pruners.select:keep_largest_rows": keep_largest_rows,

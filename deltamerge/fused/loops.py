@@ -12,12 +12,11 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import numpy as np
-from llvmlite import ir
-from numba import njit, types
-from numba.core import cgutils
-from numba.extending import intrinsic
+from numba import njit
 from numba.np.numpy_support import carray
 
+from deltamerge.fused.instructions import ones, pointer, product, trailing_zeros, wide
+from deltamerge.fused.vectors import LANES, VECTORS, philox_blocks
 from deltamerge.jit import compiled as compiled
 from deltamerge.merge.arithmetic import SMALLEST_DIVISOR
 from deltamerge.pruners.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
@@ -37,72 +36,13 @@ def _inlined(function: Function) -> Function:
     return cast(Function, njit(nogil=True, error_model="numpy", inline="always")(function))
 
 
-def instruction(generator: Callable[..., Any]) -> Callable[..., Any]:
-    return cast(Callable[..., Any], intrinsic(generator))
-
-
-@instruction
-def _product(typing: Any, a: Any, b: Any) -> Any:
-    """High and low 64 bits of the product of two uint64."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word, double = ir.IntType(64), ir.IntType(128)
-        full = builder.mul(*(builder.zext(argument, double) for argument in arguments))
-        high = builder.trunc(builder.lshr(full, ir.Constant(double, 64)), word)
-        return context.make_tuple(builder, signature.return_type, (high, builder.trunc(full, word)))
-
-    make_tuple: Any = types.UniTuple
-    return make_tuple(types.uint64, 2)(types.uint64, types.uint64), generate
-
-
-@instruction
-def wide(typing: Any, x: Any) -> Any:
-    """float32 of a float32 or of the bits of a bfloat16."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if signature.args[0] == types.float32:
-            return arguments[0]
-        word = builder.zext(arguments[0], ir.IntType(32))
-        return builder.bitcast(builder.shl(word, ir.Constant(word.type, 16)), ir.FloatType())
-
-    return types.float32(types.float32 if x == types.float32 else types.uint16), generate
-
-
-@instruction
-def pointer(typing: Any, address: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], cgutils.voidptr_t)
-
-    return types.voidptr(types.int64), generate
-
-
-@instruction
-def _ones(typing: Any, x: Any) -> Any:
-    """How many bits of a uint64 are set."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.ctpop(arguments[0])
-
-    return types.uint64(types.uint64), generate
-
-
-@instruction
-def _trailing_zeros(typing: Any, x: Any) -> Any:
-    """How many zero bits are below the lowest set one of a uint64, which is not 0."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
-
-    return types.uint64(types.uint64), generate
-
-
 @_inlined
 def philox(index: Any, block: Any, lane: Any, key0: Any, key1: Any) -> Any:
     """Philox4x64-10 of the counter (index, block, lane, 0), as in `pruners.bits`."""
     c0, c1, c2, c3 = index, block, lane, _ZERO
     for _ in range(ROUNDS):
-        high0, low0 = _product(_M0, c0)
-        high1, low1 = _product(_M1, c2)
+        high0, low0 = product(_M0, c0)
+        high1, low1 = product(_M1, c2)
         c0, c1, c2, c3 = high1 ^ c1 ^ key0, low1, high0 ^ c3 ^ key1, low0
         key0 += _W0
         key1 += _W1
@@ -148,7 +88,11 @@ def drop_at_random(tune: Any, base: Any, key0: Any, key1: Any, start: Any, high:
         skip = place % 16
         count = min(CHUNK - skip, out.size - done)
         first = np.uint64(place // 16)
-        for i in range((skip + count + 15) // 16):
+        blocks = (skip + count + 15) // 16
+        whole = blocks // LANES * LANES if VECTORS else 0
+        for i in range(0, whole, LANES):
+            philox_blocks(words[4 * i :].ctypes.data, first + np.uint64(i), key0, key1)
+        for i in range(whole, blocks):
             w0, w1, w2, w3 = philox(first + np.uint64(i), _ZERO, _HIGH, key0, key1)
             words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = w0, w1, w2, w3
         if low:
@@ -345,7 +289,7 @@ def align(positions_at: Any, values_at: Any, sizes: Any, marks: Any, positions: 
         before[word] = count
         rest = marks[word]
         while rest:
-            positions[count] = 64 * word + np.int64(_trailing_zeros(rest))
+            positions[count] = 64 * word + np.int64(trailing_zeros(rest))
             rest &= rest - _ONE
             count += 1
     for k in range(sizes.size):
@@ -354,7 +298,7 @@ def align(positions_at: Any, values_at: Any, sizes: Any, marks: Any, positions: 
         values = carray(pointer(values_at[k]), sizes[k], np.float32)
         for i, p in enumerate(carray(pointer(positions_at[k]), sizes[k], np.int64)):
             lower = marks[p >> 6] & ((_ONE << np.uint64(p & 63)) - _ONE)
-            row[before[p >> 6] + np.int64(_ones(lower))] = values[i]
+            row[before[p >> 6] + np.int64(ones(lower))] = values[i]
     return count
 
 

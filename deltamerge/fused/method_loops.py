@@ -1,4 +1,4 @@
-"""More loops: dot products, ranks in rows, variances, votes, lists of low bits.
+"""More loops: dot products, ranks in rows, variances, votes, lists of magnitudes.
 
 As `loops`, and apart from it by length alone.
 """
@@ -8,33 +8,17 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from llvmlite import ir
-from numba import types
 from numba.np.numpy_support import carray
 
-from deltamerge.fused.loops import CHUNK, compiled, instruction, philox, pointer, wide
+from deltamerge.fused.instructions import GROUP, compared, double, ones, pointer, trailing_zeros, wide
+from deltamerge.fused.loops import CHUNK, compiled, philox
 from deltamerge.merge.sce import SMALLEST_WEIGHT
 from deltamerge.pruners.bits import HIGH, LOW
 
 _HIGH, _LOW, _ZERO = np.uint64(HIGH), np.uint64(LOW), np.uint64(0)
 _SMALLEST = np.float32(SMALLEST_WEIGHT)
 _SIGNLESS = np.uint32(0x7FFFFFFF)
-
-
-@instruction
-def _double(typing: Any, x: Any) -> Any:
-    """float64 of a float64, a float32, or the bits of a bfloat16."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        value = arguments[0]
-        if signature.args[0] == types.float64:
-            return value
-        if signature.args[0] == types.uint16:
-            word = builder.zext(value, ir.IntType(32))
-            value = builder.bitcast(builder.shl(word, ir.Constant(word.type, 16)), ir.FloatType())
-        return builder.fpext(value, ir.DoubleType())
-
-    return types.float64(x if x in (types.float64, types.float32) else types.uint16), generate
+_ONE = np.uint64(1)
 
 
 @compiled
@@ -50,14 +34,14 @@ def dots_of_blocks(x: Any, y: Any, step: Any, out: Any) -> None:
         while half < n:
             half *= 2
         if half == 1:
-            out[block] = _double(a[0]) * _double(b[0])
+            out[block] = double(a[0]) * double(b[0])
             continue
         half //= 2
         upper_a, upper_b = a[half:], b[half:]
         for i in range(n - half):
-            part[i] = _double(a[i]) * _double(b[i]) + _double(upper_a[i]) * _double(upper_b[i])
+            part[i] = double(a[i]) * double(b[i]) + double(upper_a[i]) * double(upper_b[i])
         for i in range(n - half, half):
-            part[i] = _double(a[i]) * _double(b[i]) + 0.0
+            part[i] = double(a[i]) * double(b[i]) + 0.0
         while half > 1:
             half //= 2
             upper = part[half:]
@@ -188,22 +172,44 @@ def keep_scored(bits: Any, scores: Any, least: Any, out: Any) -> None:
 
 
 @compiled
-def append_lows(bits: Any, high: Any, out: Any) -> Any:
-    """The low bits of what has these high bits, to the front of `out`, which is longer than all; how many."""
-    count = 0
-    for i in range(bits.size):
-        x = bits[i] & np.uint32(0x7FFFFFFF)
-        out[count] = np.uint16(x & np.uint32(0xFFFF))
-        count += (x >> np.uint32(16)) == high
-    return count
+def append_between(bits: Any, low: Any, high: Any, out: Any) -> Any:
+    """The magnitudes from `low` to `high` to the front of `out`, which is longer than all, unless they are one value;
+    how many, and how many are above them."""
+    count, above, listed = np.int64(0), np.int64(0), high > low
+    whole = bits.size // GROUP * GROUP
+    for first in range(0, whole, GROUP):
+        group = bits[first : first + GROUP]
+        inside, over = compared(group.ctypes.data, low, high)
+        above += np.int64(ones(over))
+        if listed:
+            while inside:
+                out[count] = group[np.int64(trailing_zeros(inside))] & _SIGNLESS
+                inside &= inside - _ONE
+                count += 1
+        else:
+            count += np.int64(ones(inside))
+    for i in range(whole, bits.size):
+        x = bits[i] & _SIGNLESS
+        if low <= x <= high:
+            if listed:
+                out[count] = x
+            count += 1
+        above += x > high
+    return count, above
 
 
 @compiled
-def list_lows(bits: Any, high: Any, step: Any, out: Any) -> Any:
-    """`append_lows` block by block, after how many they are in two words; how much of `out` is used."""
+def list_between(bits: Any, low: Any, high: Any, step: Any, out: Any) -> Any:
+    """`append_between` block by block, after how many are above and inside; how much of `out` is used."""
     used = 0
     for first in range(0, bits.size, step):
-        count = append_lows(bits[first : first + step], high, out[used + 2 :])
-        out[used], out[used + 1] = np.uint16(count & 0xFFFF), np.uint16(count >> 16)
-        used += 2 + count
+        count, above = append_between(bits[first : first + step], low, high, out[used + 2 :])
+        out[used], out[used + 1] = np.uint32(above), np.uint32(count)
+        used += 2 + (count if high > low else 0)
     return used
+
+
+@compiled
+def copy_magnitudes(bits: Any, out: Any) -> None:
+    for i in range(out.size):
+        out[i] = bits[i] & _SIGNLESS

@@ -14,7 +14,7 @@ from deltamerge.merge import span
 from deltamerge.ops import row_blocks
 from deltamerge.pruners.bits import Key
 from deltamerge.pruners.della import probabilities
-from deltamerge.pruners.select import Cut
+from deltamerge.pruners.select import MAGNITUDE, Bracket, Cut, run_start, sampled_run
 from deltamerge.tensors import Kept, Tile, block_elements
 
 
@@ -88,6 +88,23 @@ def sce(base: Array, *inputs: Any, tile: Tile) -> Floats:
     out, dense = np.empty(tile.size, WIDE), [densified(x, tile.size) for x in deltas]
     method_loops.add_elected(loadable(base), addresses(dense), np.array(weights, WIDE), out)
     return out
+
+
+def sample(delta: Floats, *, tile: Tile) -> NDArray[np.uint32]:
+    step, run = block_elements(tile.shape), sampled_run(tile.shape)
+    bits, parts = delta.view(np.uint32), [np.empty(0, np.uint32)]
+    for start in range(0, tile.size, step):
+        block = bits[start : start + step]
+        first = run_start((tile.start + start) // step, block.size, run)
+        parts.append(block[first : first + run] & np.uint32(MAGNITUDE))
+    return np.concatenate(parts)
+
+
+def bracketed(delta: Floats, bracket: Bracket, *, tile: Tile) -> NDArray[np.uint32]:
+    step = block_elements(tile.shape)
+    out = np.empty(tile.size + 2 * -(-tile.size // step) + 1, np.uint32)
+    ends = np.uint32(bracket.low), np.uint32(bracket.high)
+    return out[: method_loops.list_between(delta.view(np.uint32), *ends, step, out)].copy()
 
 
 def keep_where(delta: Delta, score: Floats, cut: Cut, ranks: NDArray[np.int64], *, tile: Tile) -> Floats:

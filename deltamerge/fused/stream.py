@@ -18,11 +18,11 @@ from deltamerge.io.files import Descriptor
 from deltamerge.merge.arithmetic import divisor_of
 from deltamerge.merge.span import pairs
 from deltamerge.pruners.bits import SPARSE_BLOCK, Key, is_sparse, threshold
-from deltamerge.pruners.select import HIGH, LOW
+from deltamerge.pruners.select import HIGH, LOW, sampled_run
 from deltamerge.tensors import ITEMSIZE, block_elements
 
 # Values of a chunk in float32: a few of them fill a core's first cache.
-CHUNK = 1 << 12
+CHUNK = 1 << 11
 LONGEST_DOT = 1 << 18
 STORED = ("BF16", "F32")
 
@@ -77,6 +77,7 @@ class _Assembly:
     listed: dict[int, int] = field(default_factory=dict)
     sparse: bool = False
     whole_blocks: bool = False
+    sampled: int = 0
 
     def add(self, code: int, to: int, *fields: int, **more: Any) -> None:
         a, b, c, d = (*fields, -1, -1, -1, -1)[:4]
@@ -91,6 +92,10 @@ class _Assembly:
     def made(self, node: Node) -> int:
         self.registers[id(node)] = self.new()
         return self.registers[id(node)]
+
+    def list_of(self, node: Node) -> int:
+        """A list for what a reduction finds."""
+        return self.listed.setdefault(id(node), len(self.listed))
 
     def register(self, node: Node) -> int:
         """The register of a node's values; a stored tensor's is filled when it is first asked for."""
@@ -147,7 +152,7 @@ def _keep_largest(assembly: _Assembly, node: Node) -> None:
     delta, cut, ranks = node.inputs
     limits, before = assembly.values[id(cut)], assembly.values[id(ranks)]
     offset = sum(map(len, assembly.ranks)) if before.size else -1
-    assembly.ranks.append(before)
+    assembly.ranks += [before, np.array([limits.equal_total])] if before.size else []
     source = assembly.register(delta)
     assembly.add(loop.KEEP, assembly.made(node), source, limits.threshold, limits.equal_kept, offset)
 
@@ -241,10 +246,15 @@ def _equal(assembly: _Assembly, node: Node) -> None:
     _counted(assembly, node, loop.EQUAL, 0, assembly.values[id(node.inputs[1])].threshold)
 
 
-def _lows(assembly: _Assembly, node: Node) -> None:
-    delta, high = node.inputs
-    row = assembly.listed[id(node)] = len(assembly.listed)
-    assembly.add(loop.LIST, -1, assembly.register(delta), assembly.values[id(high)].high, row)
+def _bracketed(assembly: _Assembly, node: Node) -> None:
+    delta, bracket = node.inputs
+    ends, row = assembly.values[id(bracket)], assembly.list_of(node)
+    assembly.add(loop.LIST, -1, assembly.register(delta), ends.low, row, ends.high)
+
+
+def _sample(assembly: _Assembly, node: Node) -> None:
+    assembly.sampled = sampled_run(node.shape)
+    assembly.add(loop.SAMPLE, -1, assembly.register(node.inputs[0]), -1, assembly.list_of(node))
 
 
 def _gram(assembly: _Assembly, node: Node) -> None:
@@ -257,15 +267,18 @@ def _gram(assembly: _Assembly, node: Node) -> None:
 
 
 CAST = "deltamerge.ops:cast"
+SAMPLE = "deltamerge.pruners.select:sample"
 ASSEMBLERS: dict[str, Callable[..., None]] = {
     "deltamerge.ops:subtract": _subtract,
     CAST: _cast,
     "deltamerge.pruners.masks:dare": _dare,
     "deltamerge.pruners.rescale:divide": _divide,
     "deltamerge.pruners.select:high_histogram": _high,
+    "deltamerge.pruners.select:high_counts": _high,
     "deltamerge.pruners.select:low_histogram": _low,
     "deltamerge.pruners.select:low_counts": _low,
-    "deltamerge.pruners.select:lows": _lows,
+    "deltamerge.pruners.select:bracketed": _bracketed,
+    SAMPLE: _sample,
     "deltamerge.pruners.select:equal_counts": _equal,
     "deltamerge.pruners.select:keep_largest": _keep_largest,
     "deltamerge.merge.arithmetic:passthrough": _passthrough,
@@ -316,6 +329,9 @@ def assemble(
             assembly.add(loop.STORE, -1, assembly.register(last))
     except _Foreign:
         return None
+    reductions = {node.function for node, _, _ in steps if node.kind in REDUCTIONS}
+    if assembly.sampled and (last.kind not in REDUCTIONS or reductions != {SAMPLE}):
+        return None
     block = block_elements(shape)
     if assembly.whole_blocks and block > LONGEST_DOT:
         return None
@@ -330,7 +346,7 @@ class Program:
         self.block, self.sources, self.sparse = block, assembly.sources, assembly.sparse
         self.counters, self.sums, self.itemsize = assembly.counters, assembly.sums, ITEMSIZE[assembly.output]
         self.chunk = SPARSE_BLOCK if self.sparse else block if assembly.whole_blocks else CHUNK
-        self.listed = assembly.listed
+        self.listed, self.sampled = assembly.listed, assembly.sampled
         self.rows, self.lists, self.summed = assembly.count, len(assembly.lists), assembly.summed
         width = max([1, *(len(x.models) for x in done)])
         self.operations = np.array([(x.code, x.to, *x.fields) for x in done], np.int64)
@@ -348,17 +364,17 @@ class Program:
         operations, blocks = self.operations.copy(), -(-(stop - start) // self.block)
         counts = self._place_counters(operations, blocks)
         sums = np.empty((self.summed, blocks), np.float64)
-        listed = np.empty((len(self.listed), stop - start + 2 * blocks + 1), np.uint16)
+        listed = np.empty((len(self.listed), stop - start + 2 * blocks + 1), np.uint32)
         used = np.zeros(len(self.listed), np.int64)
         files = [(place.file.fd, place.begin, place.itemsize) for place in self.sources]
         memory = np.empty(0, np.uint8) if out is None else out
-        raw = np.empty((len(files), 4 * max(loop.PIECE, self.chunk)), np.uint8)
+        raw = np.empty((len(files), 4 * max(loop.PIECE, self.chunk, self.sampled)), np.uint8)
         registers = np.empty((max(1, self.rows), self.chunk), np.float32)
         places = np.empty((self.lists, SPARSE_BLOCK + 1), np.int64)
         went = loop.run(
             operations, self.keys, self.scalars, self.weights, self.models,
             _addresses(registers, self.registers_of), self.lists_of, self.tables, self.guides, self.bounds, self.ranks,
-            np.array(files, np.int64), memory, self.itemsize, start, stop, self.block, self.sparse,
+            np.array(files, np.int64), memory, self.itemsize, start, stop, self.block, self.sparse, self.sampled,
             raw, _addresses(raw, np.arange(len(raw))), registers,
             places, _addresses(places, self.lists_of), counts, sums, listed, used,
         )  # fmt: skip

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
+from deltamerge.fused.instructions import pointer, wide
 from deltamerge.fused.loops import (
     add_agreeing,
     add_weighted,
@@ -22,14 +23,13 @@ from deltamerge.fused.loops import (
     drop_at_random,
     keep_from,
     narrow,
-    pointer,
     subtract,
     subtract_at,
-    wide,
     widen,
 )
-from deltamerge.fused.method_loops import append_lows, dots_of_blocks
+from deltamerge.fused.method_loops import append_between, copy_magnitudes, dots_of_blocks
 from deltamerge.pruners.bits import SPARSE_BLOCK
+from deltamerge.pruners.select import GOLDEN
 
 # Elements read and written at once: in bfloat16 small enough for a core's cache beside the registers.
 PIECE = 1 << 16
@@ -39,7 +39,7 @@ LOAD = 0  # to = source a
 SUBTRACT = 1  # to = a - b
 DROP = 2  # to = a - b where the word of the entry is below c · 2**16 + d, else 0
 DIVIDE = 3  # to = a / scalar; of a list, as many as there are places b (-1: a whole chunk)
-KEEP = 4  # to = a where above the threshold b, or one of the first c that equal it; d: where its ranks are (-1: none)
+KEEP = 4  # to = a above the threshold b, and the first c of its equals; d: where their ranks are (-1: all are kept)
 ADD = 5  # to = base a + scaled weighted sum of the models (a = -1: no base); b: places, or -1
 AGREE = 6  # the same of the entries that agree on a sign; c: normalize
 STORE = 7  # the output = a
@@ -50,7 +50,8 @@ DIFFER_AT = 13  # to = source a - source b at places c
 ALIGN = 14  # places to = union of the lists of the models; a: register of the first of their rows
 BASE_AT = 15  # to = source a at places b
 PATCH = 16  # the output = source a, but register b at places c
-LIST = 17  # row c of listed: per block the low bits of what a has in bin b
+LIST = 17  # row c of listed: per block what a has from b to d, after how many are above and inside
+SAMPLE = 18  # row c of listed: the magnitudes of a
 
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
 
@@ -126,6 +127,7 @@ def run(
     stop: Any,
     block: Any,
     aligned: Any,
+    sampled: Any,
     raw: Any,
     raw_at: Any,
     registers: Any,
@@ -141,20 +143,28 @@ def run(
     sources (fd, byte of the tensor's start, bytes per element); `out` takes the bytes of the output, `size_of_out` per
     element, or is empty; `raw` has a row of bytes for each source. Reductions go to `counts`, `sums` and `listed`, a
     row of which is used as far as `used` says. `block`: elements of the tensor's blocks, on which start lies;
-    `aligned`: pieces end where the generator's blocks do instead.
+    `aligned`: pieces end where the generator's blocks do instead; `sampled`: only a run of so many entries of each
+    block is looked at (0: all), as `select.run_start` says.
     """
     chunk = registers.shape[1]
     sizes = np.zeros(places.shape[0], np.int64)
-    left, header = np.zeros(operations.shape[0], np.int64), np.zeros(operations.shape[0], np.int64)
+    left, header = np.full(operations.shape[0], -1), np.zeros(operations.shape[0], np.int64)
     wholes = np.zeros(weights.shape[1], np.bool_)
     marks = np.zeros(SPARSE_BLOCK // 64, np.uint64)
     lengths = np.empty(weights.shape[1], np.int64)
-    at = start
-    while at < stop:
-        if aligned:
+    after = start
+    while after < stop:
+        at = after
+        if sampled:
+            here = min(stop - at, block)
+            piece, after = min(sampled, here), at + here
+            at += (((at // block) * GOLDEN) & 0xFFFFFFFF) * (here - piece + 1 if sampled <= here else 0) >> 32
+        elif aligned:
             piece = min(stop - at, SPARSE_BLOCK - at % SPARSE_BLOCK)
+            after = at + piece
         else:
             piece = min(min(stop - at, block - at % block), max(PIECE, chunk))
+            after = at + piece
         number, inside = at // block, at % block
         for s in range(sources.shape[0]):
             fd, begin, size = sources[s, 0], sources[s, 1], sources[s, 2]
@@ -182,15 +192,15 @@ def run(
                 elif code == KEEP:
                     bits, kept_bits = registers[a, :n].view(np.uint32), registers[to, :n].view(np.uint32)
                     threshold = np.uint32(b)
-                    if d < 0:
+                    if d >= 0 and inside == 0 and first == 0:
+                        before, equal = ranks[d + number], ranks[d + number + 1] - ranks[d + number]
+                        left[k] = -1 if c - before >= equal else max(0, c - before)
+                    if left[k] < 0:
                         keep_from(bits, threshold, kept_bits)
+                    elif left[k] > 0:
+                        left[k] = keep_first_equals(bits, threshold, left[k], kept_bits)
                     else:
-                        if inside == 0 and first == 0:
-                            left[k] = c - ranks[d + number]
-                        if left[k] > 0:
-                            left[k] = keep_first_equals(bits, threshold, left[k], kept_bits)
-                        else:
-                            keep_from(bits, threshold + np.uint32(1), kept_bits)
+                        keep_from(bits, threshold + np.uint32(1), kept_bits)
                 elif code in (ADD, AGREE):
                     size, m = n if b < 0 else sizes[b], models[k]
                     base, merged = registers[max(a, 0), : size if a >= 0 else 0], registers[to, :size]
@@ -241,14 +251,19 @@ def run(
                 elif code == LIST:
                     if inside == 0 and first == 0:
                         header[k] = used[c]
+                        listed[c, used[c]] = listed[c, used[c] + 1] = np.uint32(0)
                         used[c] += 2
-                    used[c] += append_lows(registers[a, :n].view(np.uint32), np.uint32(b), listed[c, used[c] :])
-                    count = used[c] - header[k] - 2
-                    listed[c, header[k]], listed[c, header[k] + 1] = np.uint16(count & 0xFFFF), np.uint16(count >> 16)
+                    entries = registers[a, :n].view(np.uint32)
+                    count, above = append_between(entries, np.uint32(b), np.uint32(d), listed[c, used[c] :])
+                    listed[c, header[k]] += np.uint32(above)
+                    listed[c, header[k] + 1] += np.uint32(count)
+                    used[c] += count if d > b else 0
+                elif code == SAMPLE:
+                    copy_magnitudes(registers[a, :n].view(np.uint32), listed[c, used[c] : used[c] + n])
+                    used[c] += n
                 else:
                     where = places[c, : sizes[c]]
                     done = at + first - start
                     short = out[2 * done : 2 * (done + n)].view(np.uint16)
                     patch(raw[a, : 2 * n].view(np.uint16), registers[b, : where.size], where, short)
-        at += piece
     return True

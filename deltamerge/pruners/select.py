@@ -1,17 +1,20 @@
 """The k largest entries of a delta by magnitude, exactly, without sorting and without holding the tensor.
 
-The bits of abs(Δ) in float32, read as an integer, order as the magnitudes do. One pass counts their high 16 bits and
-finds the bin of the k-th largest; a second lists the low 16 bits of what is in that bin, which tells the k-th largest
-itself and where its equals are, of which the first in flat order are kept. Where too many are in the bin to be listed,
-the second pass counts them, and a third counts the equals per block.
+The bits of abs(Δ) in float32, read as an integer, order as the magnitudes do. A sample of them tells between which two
+the k-th largest is all but surely found. One pass over the tensor counts what is above them and lists what is between,
+which tells the k-th largest itself and where its equals are, of which the first in flat order are kept. Where too many
+lie between to be listed, or the sample deceived, passes that count follow: one the high 16 bits, which finds the bin of
+the k-th largest, one the low 16 bits of what is in that bin, and one the equals per block.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltamerge.tensors import Tile, block_elements
 
@@ -20,24 +23,40 @@ if TYPE_CHECKING:
 
 HIGH = 1 << 15
 LOW = 1 << 16
-# Entries of a bin that are listed at most: 2 bytes each, held between two passes of a tensor.
-MOST = 1 << 21
+MAGNITUDE = 0x7FFFFFFF
+GOLDEN = 0x9E3779B9
+# Entries that are listed at most: 4 bytes each, held between two passes of a tensor.
+MOST = 1 << 20
+# Entries of a sample: all of a small tensor, one of 128 up to 2**18.
+SAMPLE_LEAST, SAMPLE_MOST, SAMPLE_SHARE = 1 << 15, 1 << 18, 128
+# The ends of the bracket lie so many standard deviations of the sample's rank away from it.
+DEVIATIONS = 4.0
+
+Counts: TypeAlias = "NDArray[np.int64]"
+Magnitudes: TypeAlias = "NDArray[np.uint32]"
 
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """The k-th largest magnitude has high bits `high` and is the `rank`-th largest (from 1) of the `size` with them."""
+    """The k-th largest magnitude has high bits `high` and is the `rank`-th largest (from 1) with them."""
 
     high: int
     rank: int
-    size: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Bracket:
+    """The k-th largest magnitude has bits from `low` to `high`, unless the sample deceived."""
+
+    low: int
+    high: int
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
     """Entries whose bits exceed `threshold` are kept, and the first `equal_kept` of the `equal_total` that equal it.
 
-    `listed`: where those are is known from `lows`, and need not be counted.
+    `listed`: where those are is known from `bracketed`, and need not be counted.
     """
 
     threshold: int
@@ -50,32 +69,155 @@ def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
     """abs(Δ) as int32: the bits of float32 without the sign, which order as the magnitudes do."""
     import torch
 
-    return delta.contiguous().view(torch.int32) & 0x7FFFFFFF
+    return delta.contiguous().view(torch.int32) & MAGNITUDE
 
 
-def high_histogram(delta: torch.Tensor, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def sampled_run(shape: tuple[int, ...]) -> int:
+    """Entries of each block that are in the sample of a tensor: one run of so many."""
+    size, block = math.prod(shape), block_elements(shape)
+    wanted = min(size, max(SAMPLE_LEAST, min(SAMPLE_MOST, size // SAMPLE_SHARE)))
+    return min(block, -(-wanted // max(1, -(-size // block))))
+
+
+def run_start(number: int, size: int, run: int) -> int:
+    """Where the run of block `number`, of `size` entries, begins in it.
+
+    Another place from block to block, by the golden ratio: blocks begin where rows do, and the columns that a run
+    takes from one row are not those of the next.
+    """
+    return ((number * GOLDEN) & 0xFFFFFFFF) * max(0, size - run + 1) >> 32
+
+
+def sample(delta: torch.Tensor, *, tile: Tile) -> Magnitudes:
+    """The bits of abs(Δ) of a run of each block."""
+    bits, step, run = magnitude_bits(delta), block_elements(tile.shape), sampled_run(tile.shape)
+    parts = [np.empty(0, np.uint32)]
+    for start in range(0, tile.size, step):
+        block = bits[start : start + step]
+        first = run_start((tile.start + start) // step, block.numel(), run)
+        parts.append(_words(block[first : first + run]))
+    return np.concatenate(parts)
+
+
+def pick_bracket(sample: Magnitudes, *, k: int, size: int) -> Bracket | None:
+    """Where to look for the k-th largest (k ≥ 1) of `size` magnitudes; None: among too many to list them.
+
+    Differences of bfloat16 take few values: where the one at the sample's rank has so many equals that the rank is
+    hardly outside them, it is the bracket, of which nothing is listed.
+    """
+    n, rank = sample.size, sample.size * k / size
+    deviation = 0.0 if n == size else math.sqrt(rank * (1 - k / size))
+    first, last = math.floor(rank - DEVIATIONS * deviation), math.ceil(rank + DEVIATIONS * deviation)
+    ranks = [min(n, max(1, r)) for r in (last, round(rank), first)]
+    low, middle, high = map(int, np.partition(sample, [n - r for r in ranks])[[n - r for r in ranks]])
+    low, high = 0 if last > n else low, MAGNITUDE if first < 1 else high
+    if low == high or np.count_nonzero((sample >= low) & (sample <= high)) * size <= MOST * n:
+        return Bracket(low, high)
+    above, with_equals = np.count_nonzero(sample > middle), np.count_nonzero(sample >= middle)
+    equals = above < rank - 2 * deviation and rank + 2 * deviation < with_equals
+    return Bracket(middle, middle) if equals else None
+
+
+def bracketed(delta: torch.Tensor, bracket: Bracket, *, tile: Tile) -> Magnitudes:
+    """Per block how many magnitudes are above the bracket, how many inside it, and the bits of these, in flat order;
+    without the bits where the bracket is one value."""
+    step, bits = block_elements(tile.shape), magnitude_bits(delta)
+    parts = [np.empty(0, np.uint32)]
+    for start in range(0, tile.size, step):
+        block = bits[start : start + step]
+        inside = (block >= bracket.low) & (block <= bracket.high)
+        counts = int((block > bracket.high).sum()), int(inside.sum())
+        parts.append(np.array(counts, np.uint32))
+        if bracket.low < bracket.high:
+            parts.append(_words(block[inside]))
+    return np.concatenate(parts)
+
+
+def bracketed_needless(bracket: Bracket | None) -> bool:
+    """Whether too many entries are in the bracket."""
+    return bracket is None
+
+
+def _words(bits: torch.Tensor) -> Magnitudes:
+    return bits.cpu().numpy().view(np.uint32)
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """What `bracketed` found: how many are above the bracket, how many inside it per block, and the bits of these (one
+    for all where the bracket is one value)."""
+
+    above: int
+    counts: Counts
+    values: Magnitudes
+
+    @property
+    def one(self) -> bool:
+        return self.values.size == 1
+
+
+def gathered(found: Magnitudes | None, bracket: Bracket | None) -> Listed | None:
+    """The blocks of `bracketed`."""
+    if found is None or bracket is None:
+        return None
+    if bracket.low == bracket.high:
+        per_block = found.reshape(-1, 2).astype(np.int64)
+        return Listed(int(per_block[:, 0].sum()), per_block[:, 1], np.array([bracket.low], np.uint32))
+    above, counts, blocks, at = 0, [], [], 0
+    while at < found.size:
+        above, count = above + int(found[at]), int(found[at + 1])
+        counts.append(count)
+        blocks.append(found[at + 2 : at + 2 + count])
+        at += 2 + count
+    return Listed(above, np.array(counts, np.int64), np.concatenate(blocks))
+
+
+def pick_listed(listed: Listed | None, *, k: int) -> Cut | None:
+    """The exact k-th largest magnitude, and how many of its equals are kept; None: it is not among the listed."""
+    if listed is None:
+        return None
+    rank, inside = k - listed.above, int(listed.counts.sum())
+    if not 1 <= rank <= inside:
+        return None
+    if listed.one:
+        return Cut(int(listed.values[0]), rank, inside, listed=True)
+    high = pick_bin(np.bincount(listed.values >> 16, minlength=HIGH), k=rank)
+    low = listed.values[listed.values >> 16 == high.high] & 0xFFFF
+    return replace(pick_cut(np.bincount(low, minlength=LOW), high), listed=True)
+
+
+def high_histogram(delta: torch.Tensor, *, tile: Tile) -> Counts:
     """Counts of the high 16 bits of abs(Δ): int64[32768]."""
     import torch
 
     return torch.bincount(magnitude_bits(delta) >> 16, minlength=HIGH).cpu().numpy()
 
 
-def pick_bin(counts: np.ndarray[tuple[int], np.dtype[np.int64]], *, k: int) -> Bin:
+def high_counts(delta: torch.Tensor, listed: Cut | None, *, tile: Tile) -> Counts:
+    """`high_histogram` where the k-th largest was not among the listed."""
+    return high_histogram(delta, tile=tile)
+
+
+def high_counts_needless(listed: Cut | None) -> bool:
+    return listed is not None
+
+
+def pick_bin(counts: Counts, *, k: int) -> Bin:
     """The bin that holds the k-th largest, k ≥ 1."""
     above = np.cumsum(counts[::-1])
     index = int(np.searchsorted(above, k))
     high = HIGH - 1 - index
-    return Bin(high, k - int(above[index] - counts[high]), int(counts[high]))
+    return Bin(high, k - int(above[index] - counts[high]))
 
 
-def count_nonzero(x: torch.Tensor, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def count_nonzero(x: torch.Tensor, *, tile: Tile) -> Counts:
     """How many entries are not 0: int64[1]."""
     return x.count_nonzero().view(1).cpu().numpy()
 
 
 def pick_share(
-    counts: np.ndarray[tuple[int], np.dtype[np.int64]],
-    nonzero: np.ndarray[tuple[int], np.dtype[np.int64]],
+    counts: Counts,
+    nonzero: Counts,
     *,
     share: float,
 ) -> Bin:
@@ -84,7 +226,7 @@ def pick_share(
     return pick_bin(counts, k=k) if k else Bin(HIGH - 1, 0)
 
 
-def low_histogram(delta: torch.Tensor, high: Bin, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def low_histogram(delta: torch.Tensor, high: Bin, *, tile: Tile) -> Counts:
     """Counts of the low 16 bits of abs(Δ) among entries with the bin's high bits: int64[65536]."""
     import torch
 
@@ -93,72 +235,41 @@ def low_histogram(delta: torch.Tensor, high: Bin, *, tile: Tile) -> np.ndarray[t
     return torch.bincount(inside & 0xFFFF, minlength=LOW).cpu().numpy()
 
 
-def low_counts(delta: torch.Tensor, high: Bin, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """`low_histogram` of a bin that is too large for `lows`."""
+def low_counts(delta: torch.Tensor, high: Bin | None, *, tile: Tile) -> Counts:
+    """`low_histogram` of the bin that was found, if one was looked for."""
+    assert high is not None
     return low_histogram(delta, high, tile=tile)
 
 
-def low_counts_needless(high: Bin) -> bool:
-    return high.size <= MOST
+def low_counts_needless(high: Bin | None) -> bool:
+    return high is None
 
 
-def lows(delta: torch.Tensor, high: Bin, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.uint16]]:
-    """The low 16 bits of abs(Δ) of all entries with the bin's high bits, in flat order; before those of each block how
-    many they are, in two words, the lower first."""
-    import torch
-
-    step, bits = block_elements(tile.shape), magnitude_bits(delta)
-    parts: list[np.ndarray[tuple[int], np.dtype[np.uint16]]] = [np.empty(0, np.uint16)]
-    for start in range(0, tile.size, step):
-        block = bits[start : start + step]
-        inside = (block[(block >> 16) == high.high] & 0xFFFF).to(torch.int32).cpu().numpy().astype(np.uint16)
-        parts += [np.array(divmod(inside.size, LOW)[::-1], np.uint16), inside]
-    return np.concatenate(parts)
+def find_bin(counts: Counts | None, *, k: int) -> Bin | None:
+    """`pick_bin` of the counts, if there are any."""
+    return None if counts is None else pick_bin(counts, k=k)
 
 
-def lows_needless(high: Bin) -> bool:
-    """Whether the bin has too many entries to be listed."""
-    return high.size > MOST
+def pick_either(listed: Cut | None, counts: Counts | None, high: Bin | None) -> Cut:
+    """The cut among the listed, or else from the counts of the low bits."""
+    if listed is not None:
+        return listed
+    assert counts is not None
+    assert high is not None
+    return pick_cut(counts, high)
 
 
-def by_block(
-    listed: np.ndarray[tuple[int], np.dtype[np.uint16]],
-) -> list[np.ndarray[tuple[int], np.dtype[np.uint16]]]:
-    """What `lows` lists, block by block."""
-    blocks, at = [], 0
-    while at < listed.size:
-        stop = at + 2 + int(listed[at]) + LOW * int(listed[at + 1])
-        blocks.append(listed[at + 2 : stop])
-        at = stop
-    return blocks
-
-
-def pick_listed(
-    counts: np.ndarray[tuple[int], np.dtype[np.int64]] | None,
-    listed: np.ndarray[tuple[int], np.dtype[np.uint16]] | None,
-    high: Bin,
-) -> Cut:
-    """`pick_cut` of the counts of the low bits, or of the low bits themselves."""
-    if listed is None:
-        assert counts is not None
-        return pick_cut(counts, high)
-    counts = np.bincount(np.concatenate(by_block(listed)), minlength=LOW)
-    return replace(pick_cut(counts, high), listed=True)
-
-
-def ranks_listed(
-    counts: np.ndarray[tuple[int], np.dtype[np.int64]] | None,
-    listed: np.ndarray[tuple[int], np.dtype[np.uint16]] | None,
-    cut: Cut,
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
-    """`pick_ranks` of the counts of equals per block, or of the low bits."""
-    if listed is None or cut.equal_kept == cut.equal_total:
+def ranks_listed(counts: Counts | None, listed: Listed | None, cut: Cut) -> Counts:
+    """`pick_ranks` of the counts of equals per block, or of what is listed."""
+    if listed is None or not cut.listed or cut.equal_kept == cut.equal_total:
         return pick_ranks(counts)
-    low = cut.threshold & 0xFFFF
-    return pick_ranks(np.array([np.count_nonzero(block == low) for block in by_block(listed)], np.int64))
+    before = pick_ranks(listed.counts)
+    if listed.one:
+        return before
+    return np.searchsorted(np.flatnonzero(listed.values == cut.threshold), before)
 
 
-def pick_cut(counts: np.ndarray[tuple[int], np.dtype[np.int64]], high: Bin) -> Cut:
+def pick_cut(counts: Counts, high: Bin) -> Cut:
     """The exact k-th largest magnitude, and how many of its equals are kept."""
     above = np.cumsum(counts[::-1])
     index = int(np.searchsorted(above, high.rank))
@@ -167,7 +278,7 @@ def pick_cut(counts: np.ndarray[tuple[int], np.dtype[np.int64]], high: Bin) -> C
     return Cut((high.high << 16) | low, high.rank - int(above[index] - equal), equal)
 
 
-def equal_counts(delta: torch.Tensor, cut: Cut, *, tile: Tile) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def equal_counts(delta: torch.Tensor, cut: Cut, *, tile: Tile) -> Counts:
     """How many entries of each block equal the threshold: int64 per block."""
     import torch
 
@@ -183,8 +294,8 @@ def equal_counts_needless(cut: Cut) -> bool:
 
 
 def pick_ranks(
-    counts: np.ndarray[tuple[int], np.dtype[np.int64]] | None,
-) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    counts: Counts | None,
+) -> Counts:
     """How many equals lie before each block: exclusive prefix sums, int64 per block; empty if ranks do not matter."""
     if counts is None:
         return np.zeros(0, np.int64)
@@ -193,17 +304,15 @@ def pick_ranks(
 
 def nothing() -> Cut:
     """The cut that keeps no entry."""
-    return Cut(0x7FFFFFFF, 0, 0)
+    return Cut(MAGNITUDE, 0, 0)
 
 
-def no_ranks() -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def no_ranks() -> Counts:
     """The ranks of a cut whose equals are all kept."""
     return np.zeros(0, np.int64)
 
 
-def keep_largest(
-    delta: torch.Tensor, cut: Cut, ranks: np.ndarray[tuple[int], np.dtype[np.int64]], *, tile: Tile
-) -> torch.Tensor:
+def keep_largest(delta: torch.Tensor, cut: Cut, ranks: Counts, *, tile: Tile) -> torch.Tensor:
     """Δ where it is among the k largest magnitudes of the tensor, else 0."""
     return delta.where(among_largest(delta, cut, ranks, tile), delta.new_zeros(()))
 
@@ -211,9 +320,9 @@ def keep_largest(
 def keep_between(
     delta: torch.Tensor,
     outer: Cut,
-    outer_ranks: np.ndarray[tuple[int], np.dtype[np.int64]],
+    outer_ranks: Counts,
     inner: Cut,
-    inner_ranks: np.ndarray[tuple[int], np.dtype[np.int64]],
+    inner_ranks: Counts,
     *,
     tile: Tile,
 ) -> torch.Tensor:
@@ -229,7 +338,7 @@ def keep_where(
     delta: torch.Tensor,
     score: torch.Tensor,
     cut: Cut,
-    ranks: np.ndarray[tuple[int], np.dtype[np.int64]],
+    ranks: Counts,
     *,
     tile: Tile,
 ) -> torch.Tensor:
@@ -237,9 +346,7 @@ def keep_where(
     return delta.where(among_largest(score, cut, ranks, tile), delta.new_zeros(()))
 
 
-def among_largest(
-    score: torch.Tensor, cut: Cut, ranks: np.ndarray[tuple[int], np.dtype[np.int64]], tile: Tile
-) -> torch.Tensor:
+def among_largest(score: torch.Tensor, cut: Cut, ranks: Counts, tile: Tile) -> torch.Tensor:
     """Whether each entry's magnitude is one of the k largest of the tensor."""
     bits = magnitude_bits(score)
     keep = bits > cut.threshold
