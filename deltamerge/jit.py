@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from numba import njit
+from numba.core.runtime import rtsys
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -25,9 +26,21 @@ def compiled(function: Function) -> Function:
     # a loop holds the code of those it calls, which may stand in other files of its folder
     kept._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename).parent)
     # two processes that each save a first signature give both the same file name: the one reads the other's code
-    kept.load_overload = _alone(kept.load_overload, Path(kept.cache_path))
+    kept.load_overload = _alone(_without_compiler(kept), Path(kept.cache_path))
     kept.save_overload = _alone(kept.save_overload, Path(kept.cache_path))
     return cast(Function, dispatcher)
+
+
+def _without_compiler(kept: Any) -> Callable[..., Any]:
+    """A cache's `load_overload`, without the compiler's knowledge of Python and numpy, of which code that is compiled
+    already needs nothing but the runtime: numba would gather it first, for a tenth of a second."""
+
+    def load(signature: Any, target: Any) -> Any:
+        rtsys.initialize(target)
+        with kept._guard_against_spurious_io_errors():
+            return kept._load_overload(signature, target)
+
+    return load
 
 
 @cache
