@@ -6,12 +6,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltamerge.api import plan, prune
+    from deltamerge.errors import DeltamergeError
     from deltamerge.io.delta import load_delta
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "load_delta", "plan", "prune"]
+__all__ = ["DeltamergeError", "__version__", "load_delta", "plan", "prune"]
 
-_HOME = {"load_delta": "deltamerge.io.delta", "plan": "deltamerge.api", "prune": "deltamerge.api"}
+_HOME = {
+    "DeltamergeError": "deltamerge.errors",
+    "load_delta": "deltamerge.io.delta",
+    "plan": "deltamerge.api",
+    "prune": "deltamerge.api",
+}
 
 
 def __getattr__(name: str) -> Any:

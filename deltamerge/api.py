@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, RecipeError
 from deltamerge.execute import default_workers, execute
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.planner import Plan
@@ -109,7 +109,10 @@ def prune(
     if not keys.get("method"):
         raise InputError("prune needs a method", hint='method="magnitude", density=0.1')
     models = [{"model": "fine-tune", "name": name, "prune": keys}]
-    recipe = loads(yaml.safe_dump({"base_model": "base", "models": models, "seed": seed}), "prune()")
+    try:
+        recipe = loads(yaml.safe_dump({"base_model": "base", "models": models, "seed": seed}))
+    except RecipeError as error:
+        raise error.of("prune", within="models[0].prune") from None
     tensors = {"base": base, "fine-tune": fine_tune}
 
     def opener(reference: str, _: Path) -> Checkpoint:

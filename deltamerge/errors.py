@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class DeltamergeError(Exception):
@@ -77,6 +77,14 @@ class RecipeError(DeltamergeError):
 
     def __str__(self) -> str:
         return "\n".join(problem.render(self.path) for problem in self.problems)
+
+    def of(self, caller: str, within: str = "") -> RecipeError:
+        """The same of a recipe that `caller` made up: no file has its lines, and keys are told from `within` on."""
+        problems = [
+            replace(problem, line=None, column=None, location=problem.location.removeprefix(within).lstrip("."))
+            for problem in self.problems
+        ]
+        return RecipeError(caller, problems)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,7 @@ def extract(
     try:
         return run(Path.cwd() / "extract", out or Path(f"{name}-delta"), text=text, **options)
     except RecipeError as error:
-        problems = [replace(problem, line=None, column=None) for problem in error.problems]
-        raise RecipeError("extract", problems) from None
+        raise error.of("extract") from None
 
 
 def _output(values: str | None) -> dict[str, str]:

@@ -83,11 +83,11 @@ def test_other_dtypes_shapes_and_buffers_go_through_memory(tmp_path: Path) -> No
     ("keys", "message"),
     [
         ({}, "needs a method"),
-        ({"method": "magnitude"}, "needs a density"),
-        ({"method": "magnitud", "density": 0.1}, "unknown pruning method"),
+        ({"method": "magnitude"}, "^prune: magnitude needs a density"),
+        ({"method": "magnitud", "density": 0.1}, "^prune: method: unknown pruning method"),
         ({"method": "magnitude", "density": 1.5}, "must be in (0, 1]"),
         ({"method": "magnitude", "density": 0.1, "q": "output_change"}, "needs calibration"),
-        ({"method": "magnitude", "density": 0.1, "densty": 1}, "densty"),
+        ({"method": "magnitude", "density": 0.1, "densty": 1}, "^prune: densty: "),
     ],
 )
 def test_what_a_recipe_would_be_refused_for(keys: dict, message: str) -> None:
@@ -110,7 +110,7 @@ def test_a_plan_reads_no_weights_and_says_what_the_command_says(folder: Path) ->
 def test_the_package_is_light_and_says_what_it_has() -> None:
     script = (
         "import sys, deltamerge as dm\n"
-        "assert sorted(dm.__all__) == ['__version__', 'load_delta', 'plan', 'prune'], dm.__all__\n"
+        "assert sorted(dm.__all__) == ['DeltamergeError', '__version__', 'load_delta', 'plan', 'prune'], dm.__all__\n"
         "assert not {'torch', 'pydantic', 'numpy'} & sys.modules.keys()\n"
         "assert callable(dm.plan) and callable(dm.prune) and callable(dm.load_delta)\n"
         "import deltamerge.cli, deltamerge.api\n"
