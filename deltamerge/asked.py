@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from deltamerge.errors import Problem
 from deltamerge.faults import show
@@ -44,15 +44,20 @@ def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
         yield ("models", i, "parameters"), "model", model.parameters
 
 
-def is_given(recipe: Recipe, *loc: str | int) -> bool:
-    """Whether the text has a value there, sound or not: what is broken has been reported, and is not missing."""
+def raw(recipe: Recipe, *loc: str | int) -> Any:
+    """What the text has there, sound or not; None: nothing."""
     value = recipe.source.data
     for part in written(recipe.parts, loc):
         if isinstance(part, int):
             value = value[part] if isinstance(value, list) and part < len(value) else None
         else:
             value = value.get(part) if isinstance(value, dict) else None
-    return value is not None
+    return value
+
+
+def is_given(recipe: Recipe, *loc: str | int) -> bool:
+    """Whether the text has a value there, sound or not: what is broken has been reported, and is not missing."""
+    return raw(recipe, *loc) is not None
 
 
 def known_method(recipe: Recipe) -> MergeMethod | None:

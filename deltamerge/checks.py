@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deltamerge import prune_checks
-from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, levels, out_of_range
+from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, levels, out_of_range, raw
 from deltamerge.chat_templates import BUILT_IN, is_literal
 from deltamerge.errors import Problem
 from deltamerge.faults import show, suggest
@@ -35,9 +35,12 @@ def _inputs(recipe: Recipe) -> Iterator[Problem]:
     for key in given[1:]:
         message = f"cannot stand beside {given[0]}"
         yield recipe.problem((key,), message, "keep one of models, slices, modules", key=True)
-    for key in given:
-        if recipe.source.data[key] in ([], {}):
-            yield recipe.problem((key,), "must not be empty", "name at least one model")
+    holders: list[Loc] = [(), *(("modules", name) for name in recipe.modules)]
+    lists: list[Loc] = [(*loc, key) for loc in holders for key in ("models", "slices", "modules")]
+    lists += [(*part.loc, "sources") for part in recipe.parts if not part.members]
+    for empty in lists:
+        if raw(recipe, *empty) in ([], {}):
+            yield recipe.problem(empty, "must not be empty", "name at least one model")
     for name in recipe.modules:
         if is_given(recipe, "modules", name, "models") == is_given(recipe, "modules", name, "slices"):
             yield recipe.problem(("modules", name), "needs either models or slices")
@@ -85,6 +88,8 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
     if method.needs_base and not based and not is_given(recipe, "base_model"):
         yield recipe.problem(loc, f"{name} needs base_model", "name what the models were fine-tuned from")
     for part in recipe.parts:
+        if not part.members:  # which has been said
+            continue
         loc = part.places[0][:-1]
         apart = method.base_apart(part.base)
         count = len([i for i in part.members if not (apart and recipe.is_base(i))])

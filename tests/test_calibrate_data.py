@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import image_processor
 
 from deltamerge.calibrate import rows
 from deltamerge.calibrate.rows import Row
@@ -262,9 +263,7 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
 
 def test_batches_of_pictures(tmp_path: Path) -> None:
     image = pytest.importorskip("PIL.Image")
-    from transformers import ViTImageProcessor
-
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(tmp_path)
+    image_processor(tmp_path)
     for name in ("cat/1.png", "dog/2.png"):
         (tmp_path / "pictures" / name).parent.mkdir(parents=True)
         image.new("L", (9, 7), 128).save(tmp_path / "pictures" / name)

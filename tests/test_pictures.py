@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
-from tiny_models import make
+from tiny_models import image_processor, make
 
 from deltamerge.cli import main
 
@@ -21,8 +21,6 @@ NAMES = ("cat", "dog", "owl")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """base and tuned, and pictures/NAME/I.png."""
     image = pytest.importorskip("PIL.Image")
-    from transformers import ViTImageProcessor
-
     folder = tmp_path_factory.mktemp("pictures")
     labels = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
     _, tensors = make("ViTForImageClassification", folder / "base", **labels)
@@ -30,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     generator = torch.Generator().manual_seed(1)
     tuned = {name: t + 0.05 * torch.randn(t.shape, generator=generator) for name, t in tensors.items()}
     save_file(tuned, folder / "tuned" / "model.safetensors", {"format": "pt"})
-    ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder / "tuned")
+    image_processor(folder / "tuned")
     noise = np.random.Generator(np.random.PCG64(0))
     for i in range(24):
         path = folder / "pictures" / NAMES[i % 3] / f"{i}.png"

@@ -362,6 +362,12 @@ REFUSED: dict[str, list[str]] = {
     # which inputs
     "base_model: b": ["r.yaml:1:1: needs models\nhint: models: a list of {model: path or hub id}"],
     "base_model: b\nmodels: []": ["r.yaml:2:9: models: must not be empty\nhint: name at least one model"],
+    "merge_method: linear\nmodules: {m: {models: []}}": [
+        "r.yaml:2:23: modules.m.models: must not be empty\nhint: name at least one model"
+    ],
+    "merge_method: passthrough\nslices:\n- sources: [{model: a, layer_range: [0, 2]}]\n- sources: []": [
+        "r.yaml:4:12: slices[1].sources: must not be empty\nhint: name at least one model"
+    ],
     ONE + "slices: [{sources: [{model: x, layer_range: [0, 2]}]}]": [
         "r.yaml:4:1: slices: cannot stand beside models\nhint: keep one of models, slices, modules",
     ],

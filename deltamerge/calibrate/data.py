@@ -127,7 +127,7 @@ def _tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{folder}: no usable tokenizer: {str(error).splitlines()[0]}") from None
+        raise InputError(f"{folder}: no usable tokenizer: {_first_line(error)}") from None
     if tokenizer.pad_token is None:
         encoder = tokenizer.mask_token is not None or tokenizer.cls_token is not None
         if tokenizer.eos_token is None or encoder:
@@ -142,8 +142,15 @@ def _processor(folder: Path) -> Any:
     try:
         load: Any = AutoImageProcessor.from_pretrained
         return load(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{folder}: no usable image processor: {str(error).splitlines()[0]}") from None
+    except ImportError as error:  # transformers before 5.18 takes torchvision for any
+        hint = "pip install torchvision pillow"
+        raise InputError(f"{folder}: no usable image processor: {_first_line(error)}", hint=hint) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder}: no usable image processor: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _picture(row: Row) -> Any:
