@@ -321,7 +321,7 @@ def _pieces(param: Tensor, anchor: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     if not (param.is_contiguous() and anchor.is_contiguous()):
         yield param, anchor
         return
-    size = 1 << 17 if param.device.type == "cpu" else 1 << 23
+    size = 1 << 18 if param.device.type == "cpu" else 1 << 23
     yield from zip(torch.split(param.view(-1), size), torch.split(anchor.view(-1), size), strict=True)
 
 
