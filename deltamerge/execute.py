@@ -361,15 +361,22 @@ class _Engine:
 
 
 def _steps(running: Running, needless: Collection[int], backend: Backend | None) -> list[Step]:
-    """The steps of the pass that runs, without its needless reductions; what these free, the step before frees."""
+    """The steps of the pass that runs, without its needless reductions and what only they asked for; what those that
+    are left out free, the step before frees."""
     steps: list[Step] = []
-    frees = running.schedule.frees[running.index]
-    for i, node in enumerate(running.schedule.passes[running.index]):
-        if id(node) in needless:
-            steps[-1] = replace(steps[-1], frees=steps[-1].frees + frees.get(i, ()))
-        else:
+    nodes, frees = running.schedule.passes[running.index], running.schedule.frees[running.index]
+    ends = [n for n in nodes if n.kind in REDUCTIONS and id(n) not in needless]
+    wanted = {id(running.task.root), *map(id, ends)}
+    for node in reversed(nodes):
+        if id(node) in wanted:
+            wanted |= {id(source) for source in node.inputs}
+    for i, node in enumerate(nodes):
+        freed = tuple(n for n in frees.get(i, ()) if id(n) in wanted)
+        if id(node) in wanted:
             call = backend.function(node) if backend and node.kind != "read" else None
-            steps.append(Step(node, call, dict(node.parameters), frees.get(i, ())))
+            steps.append(Step(node, call, dict(node.parameters), freed))
+        elif freed:
+            steps[-1] = replace(steps[-1], frees=steps[-1].frees + freed)
     return steps
 
 

@@ -94,6 +94,33 @@ def test_brackets_too_large_to_be_listed_are_counted(
         assert read[0] == read[1]
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_a_pass_that_only_one_model_needs(names: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Deltas of one value are listed however little may be; those of all values are then counted, in passes of their
+    own, before or after which the graph has the other model's."""
+    generator = torch.Generator().manual_seed(2)
+    base = {"w": torch.zeros(400, 500)}
+    few = {"w": (torch.rand(400, 500, generator=generator) < 0.4) * 2.0**-9}
+    many = {"w": torch.randn(400, 500, generator=generator)}
+    for folder, tensors in zip(("base", *names), (base, few, many), strict=True):
+        make_checkpoint(tmp_path / folder, tensors)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"dtype: float32\n{RECIPES['ties']}")
+    listed = run(recipe, tmp_path / "listed")
+    monkeypatch.setattr(select, "MOST", 0)
+    made: list[Any] = []
+    whole = FusedBackend.whole
+    monkeypatch.setattr(FusedBackend, "whole", lambda *a: made.append(whole(*a)) or made[-1])
+    counted = run(recipe, tmp_path / "counted")
+    assert len(made) == 5  # sample, list, two that count, the merge
+    assert None not in made
+    assert [len(program.sources) for program in made] == [3, 2, 2, 2, 3]
+    monkeypatch.setattr(backends, "fused_available", lambda: False)
+    torchs = run(recipe, tmp_path / "torch")
+    read = [(r.folder / "model.safetensors").read_bytes() for r in (listed, counted, torchs)]
+    assert read[0] == read[1] == read[2]
+
+
 @pytest.mark.parametrize("name", ["linear", "task_arithmetic", "ties", "dare_linear, sparse"])
 def test_what_is_not_finite_is_counted_behind_compiled_passes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -314,6 +314,7 @@ def assemble(
     if assembly.sparse and not (all(drawn) and stored == {"BF16"}):
         return None
     known, last = SPARSE if assembly.sparse else ASSEMBLERS.keys(), steps[-1][0]
+    reductions = {node.function for node, _, _ in steps if node.kind in REDUCTIONS}
     try:
         for node, parameters, frees in steps:
             if node.kind == "read":
@@ -323,14 +324,13 @@ def assemble(
             else:
                 ASSEMBLERS[node.function](assembly, node, **parameters)
             assembly.release(frees)
-        if last.kind not in REDUCTIONS and last.function != CAST:
+        if not reductions and last.function != CAST:
             if assembly.sparse:
                 return None
             assembly.add(loop.STORE, -1, assembly.register(last))
     except _Foreign:
         return None
-    reductions = {node.function for node, _, _ in steps if node.kind in REDUCTIONS}
-    if assembly.sampled and (last.kind not in REDUCTIONS or reductions != {SAMPLE}):
+    if assembly.sampled and reductions != {SAMPLE}:
         return None
     block = block_elements(shape)
     if assembly.whole_blocks and block > LONGEST_DOT:
