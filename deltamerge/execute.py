@@ -6,8 +6,8 @@ import math
 import os
 import threading
 from collections import ChainMap, deque
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
-from deltamerge.graph import REDUCTIONS, Node, Schedule, companion, depth_first, resolve, schedule
+from deltamerge.graph import REDUCTIONS, Node, Schedule, depth_first, resolve, schedule
 from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.steps import is_needless, steps
 from deltamerge.tensors import ITEMSIZE, Tile, block_elements
 
 JOB_ELEMENTS = 1 << 21
@@ -214,14 +215,14 @@ class _Engine:
                 return []
             reductions = [n for n in nodes if n.kind in REDUCTIONS]
             last = index == len(running.schedule.passes) - 1
-            needless = {id(n) for n in reductions if not last and _needless(n, running.values)}
+            needless = {id(n) for n in reductions if not last and is_needless(n, running.values)}
             running.values.update(dict.fromkeys(needless))
             reductions = [n for n in reductions if id(n) not in needless]
             if not (last or reductions):
                 continue
             root = running.task.root
             backend = None if root.kind == "read" else self._backend(running.task)
-            running.steps = _steps(running, needless, backend)
+            running.steps = steps(nodes, running.schedule.frees[index], root, needless, backend)
             running.whole = backend.whole(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [job for job in self._jobs(running) if not (last and self._is_done_job(job))]
@@ -358,31 +359,6 @@ class _Engine:
                 if root.kind in REDUCTIONS:
                     self.shared[root] = running.values[id(root)]
             self.changed.notify_all()
-
-
-def _steps(running: Running, needless: Collection[int], backend: Backend | None) -> list[Step]:
-    """The steps of the pass that runs, without its needless reductions and what only they asked for; what those that
-    are left out free, the step before frees."""
-    steps: list[Step] = []
-    nodes, frees = running.schedule.passes[running.index], running.schedule.frees[running.index]
-    ends = [n for n in nodes if n.kind in REDUCTIONS and id(n) not in needless]
-    wanted = {id(running.task.root), *map(id, ends)}
-    for node in reversed(nodes):
-        if id(node) in wanted:
-            wanted |= {id(source) for source in node.inputs}
-    for i, node in enumerate(nodes):
-        freed = tuple(n for n in frees.get(i, ()) if id(n) in wanted)
-        if id(node) in wanted:
-            call = backend.function(node) if backend and node.kind != "read" else None
-            steps.append(Step(node, call, dict(node.parameters), freed))
-        elif freed:
-            steps[-1] = replace(steps[-1], frees=steps[-1].frees + freed)
-    return steps
-
-
-def _needless(node: Node, values: Mapping[int, Any]) -> bool:
-    needless = companion(node.function, "needless")
-    return needless is not None and bool(needless(*(values[id(s)] for s in node.inputs if id(s) in values)))
 
 
 def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node, Any]:

@@ -1,4 +1,4 @@
-"""Assembles a pass of a tensor into the operations of `stream_loop`, and runs jobs of it from file to file."""
+"""Assembles a pass of a tensor into the operations of `stream_loop`."""
 
 from __future__ import annotations
 
@@ -12,42 +12,17 @@ from numpy.typing import NDArray
 
 from deltamerge.fused import stream_loop as loop
 from deltamerge.fused.arrays import guided
+from deltamerge.fused.program import Operation, Place, Program
 from deltamerge.graph import REDUCTIONS, Node
 from deltamerge.io.checkpoint import Reader
-from deltamerge.io.files import Descriptor
 from deltamerge.merge.arithmetic import divisor_of
 from deltamerge.merge.span import pairs
-from deltamerge.pruners.bits import SPARSE_BLOCK, Key, is_sparse, threshold
+from deltamerge.pruners.bits import Key, is_sparse, threshold
 from deltamerge.pruners.select import HIGH, LOW, sampled_run
 from deltamerge.tensors import ITEMSIZE, block_elements
 
-# Values of a chunk in float32: a few of them fill a core's first cache.
-CHUNK = 1 << 11
 LONGEST_DOT = 1 << 18
 STORED = ("BF16", "F32")
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """An open file, the byte in it of a tensor's first element, and the bytes of an element."""
-
-    file: Descriptor
-    begin: int
-    itemsize: int
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One of `stream_loop`, and what does not fit in its numbers."""
-
-    code: int
-    to: int
-    fields: tuple[int, int, int, int] = (-1, -1, -1, -1)
-    key: Key = (0, 0)
-    scalars: tuple[float, float] = (1.0, 1.0)
-    weights: tuple[float, ...] = ()
-    models: tuple[int, ...] = ()
-    lists: tuple[int, ...] = ()
 
 
 class _Foreign(Exception):
@@ -55,7 +30,7 @@ class _Foreign(Exception):
 
 
 @dataclass(slots=True)
-class _Assembly:
+class Assembly:
     """The operations so far; registers and lists of places by node."""
 
     values: Mapping[int, Any]
@@ -110,7 +85,7 @@ class _Assembly:
                 self.free.append(self.registers.pop(id(node)))
 
 
-def _read(assembly: _Assembly, node: Node) -> None:
+def _read(assembly: Assembly, node: Node) -> None:
     info = node.parameter("tensor")
     file = assembly.reader.stored(info)
     if file is None or node.dtype not in STORED:
@@ -119,12 +94,12 @@ def _read(assembly: _Assembly, node: Node) -> None:
     assembly.sources.append(Place(file, info.begin, ITEMSIZE[node.dtype]))
 
 
-def _subtract(assembly: _Assembly, node: Node, dtypes: Any) -> None:
+def _subtract(assembly: Assembly, node: Node, dtypes: Any) -> None:
     tune, base = map(assembly.register, node.inputs)
     assembly.add(loop.SUBTRACT, assembly.made(node), tune, base)
 
 
-def _dare(assembly: _Assembly, node: Node, key: Key, density: float) -> None:
+def _dare(assembly: Assembly, node: Node, key: Key, density: float) -> None:
     if is_sparse(density):
         tune, base = (assembly.source_of[id(x)] for x in node.inputs)
         places = assembly.lists[id(node)] = len(assembly.lists)
@@ -140,7 +115,7 @@ def _dare(assembly: _Assembly, node: Node, key: Key, density: float) -> None:
     assembly.add(loop.DROP, assembly.made(node), tune, base, high, low, key=key)
 
 
-def _divide(assembly: _Assembly, node: Node) -> None:
+def _divide(assembly: Assembly, node: Node) -> None:
     delta, q = node.inputs
     source, places = assembly.register(delta), assembly.lists.get(id(delta), -1)
     if places >= 0:
@@ -148,7 +123,7 @@ def _divide(assembly: _Assembly, node: Node) -> None:
     assembly.add(loop.DIVIDE, assembly.made(node), source, places, scalars=(assembly.values[id(q)], 1.0))
 
 
-def _keep_largest(assembly: _Assembly, node: Node) -> None:
+def _keep_largest(assembly: Assembly, node: Node) -> None:
     delta, cut, ranks = node.inputs
     limits, before = assembly.values[id(cut)], assembly.values[id(ranks)]
     offset = sum(map(len, assembly.ranks)) if before.size else -1
@@ -158,18 +133,18 @@ def _keep_largest(assembly: _Assembly, node: Node) -> None:
 
 
 def _weighted(
-    assembly: _Assembly, node: Node, weights: Sequence[float], normalize: bool, lambda_: float = 1.0, based: bool = True
+    assembly: Assembly, node: Node, weights: Sequence[float], normalize: bool, lambda_: float = 1.0, based: bool = True
 ) -> None:
     divisor = divisor_of(tuple(weights)) if normalize else 1.0
     _merge(assembly, node, loop.ADD, tuple(weights), (divisor, lambda_), based=based)
 
 
-def _ties(assembly: _Assembly, node: Node, weights: Sequence[float], normalize: bool, lambda_: float) -> None:
+def _ties(assembly: Assembly, node: Node, weights: Sequence[float], normalize: bool, lambda_: float) -> None:
     _merge(assembly, node, loop.AGREE, tuple(weights), (1.0, lambda_), normalize=normalize)
 
 
 def _merge(
-    assembly: _Assembly,
+    assembly: Assembly,
     node: Node,
     code: int,
     weights: tuple[float, ...],
@@ -199,25 +174,25 @@ def _merge(
     )
 
 
-def _passthrough(assembly: _Assembly, node: Node, scales: Sequence[float]) -> None:
+def _passthrough(assembly: Assembly, node: Node, scales: Sequence[float]) -> None:
     _weighted(assembly, node, scales[:1], normalize=False, based=False)
 
 
-def _combine(assembly: _Assembly, node: Node, along: str, based: bool) -> None:
+def _combine(assembly: Assembly, node: Node, along: str, based: bool) -> None:
     if along != "tensor":
         raise _Foreign
     coefficients = assembly.values[id(node.inputs[-1])]
     _merge_first(assembly, node, tuple(np.asarray(coefficients).tolist()), based)
 
 
-def _merge_first(assembly: _Assembly, node: Node, weights: tuple[float, ...], based: bool) -> None:
+def _merge_first(assembly: Assembly, node: Node, weights: tuple[float, ...], based: bool) -> None:
     inputs = node.inputs[:-1]
     base = assembly.register(inputs[0]) if based else -1
     registers = tuple(map(assembly.register, inputs[1:] if based else inputs))
     assembly.add(loop.ADD, assembly.made(node), base, weights=weights, models=registers)
 
 
-def _cast(assembly: _Assembly, node: Node, to: str) -> None:
+def _cast(assembly: Assembly, node: Node, to: str) -> None:
     (value,) = node.inputs
     if to != assembly.output or to not in STORED:
         raise _Foreign
@@ -228,36 +203,36 @@ def _cast(assembly: _Assembly, node: Node, to: str) -> None:
         assembly.add(loop.STORE, -1, assembly.register(value))
 
 
-def _counted(assembly: _Assembly, node: Node, code: int, size: int, wanted: int = 0) -> None:
+def _counted(assembly: Assembly, node: Node, code: int, size: int, wanted: int = 0) -> None:
     """`size` counters, or one for each block (0)."""
     assembly.counters[id(node)] = (len(assembly.operations), size)
     assembly.add(code, -1, assembly.register(node.inputs[0]), wanted)
 
 
-def _high(assembly: _Assembly, node: Node) -> None:
+def _high(assembly: Assembly, node: Node) -> None:
     _counted(assembly, node, loop.HIGH, HIGH)
 
 
-def _low(assembly: _Assembly, node: Node) -> None:
+def _low(assembly: Assembly, node: Node) -> None:
     _counted(assembly, node, loop.LOW, LOW, assembly.values[id(node.inputs[1])].high)
 
 
-def _equal(assembly: _Assembly, node: Node) -> None:
+def _equal(assembly: Assembly, node: Node) -> None:
     _counted(assembly, node, loop.EQUAL, 0, assembly.values[id(node.inputs[1])].threshold)
 
 
-def _bracketed(assembly: _Assembly, node: Node) -> None:
+def _bracketed(assembly: Assembly, node: Node) -> None:
     delta, bracket = node.inputs
     ends, row = assembly.values[id(bracket)], assembly.list_of(node)
     assembly.add(loop.LIST, -1, assembly.register(delta), ends.low, row, ends.high)
 
 
-def _sample(assembly: _Assembly, node: Node) -> None:
+def _sample(assembly: Assembly, node: Node) -> None:
     assembly.sampled = sampled_run(node.shape)
     assembly.add(loop.SAMPLE, -1, assembly.register(node.inputs[0]), -1, assembly.list_of(node))
 
 
-def _gram(assembly: _Assembly, node: Node) -> None:
+def _gram(assembly: Assembly, node: Node) -> None:
     registers = list(map(assembly.register, node.inputs))
     assembly.whole_blocks = True
     assembly.sums[id(node)] = (assembly.summed, len(pairs(len(registers))))
@@ -307,7 +282,7 @@ def assemble(
     """The pass of `steps` (node, parameters, nodes used last there) on a tensor of `shape`; None: the loop has no
     operation for some step, or a source is not stored as it is. `values` are the small ones so far, `output` is the
     dtype to write."""
-    assembly = _Assembly(values, reader, output)
+    assembly = Assembly(values, reader, output)
     drawn = [is_sparse(p["density"]) for node, p, _ in steps if node.function.endswith("masks:dare")]
     assembly.sparse = any(drawn)
     stored = {node.dtype for node, _, _ in steps if node.kind == "read"} | {output}
@@ -336,86 +311,3 @@ def assemble(
     if assembly.whole_blocks and block > LONGEST_DOT:
         return None
     return Program(assembly, block)
-
-
-class Program:
-    """A pass, ready to run on any range of elements, from any number of threads."""
-
-    def __init__(self, assembly: _Assembly, block: int) -> None:
-        done = assembly.operations
-        self.block, self.sources, self.sparse = block, assembly.sources, assembly.sparse
-        self.counters, self.sums, self.itemsize = assembly.counters, assembly.sums, ITEMSIZE[assembly.output]
-        self.chunk = SPARSE_BLOCK if self.sparse else block if assembly.whole_blocks else CHUNK
-        self.listed, self.sampled = assembly.listed, assembly.sampled
-        self.rows, self.lists, self.summed = assembly.count, len(assembly.lists), assembly.summed
-        width = max([1, *(len(x.models) for x in done)])
-        self.operations = np.array([(x.code, x.to, *x.fields) for x in done], np.int64)
-        self.keys = np.array([x.key for x in done], np.uint64)
-        self.scalars = np.array([x.scalars for x in done], np.float32)
-        self.weights = np.array([_padded(x.weights, width) for x in done], np.float32)
-        self.models = np.array([len(x.models) for x in done], np.int64)
-        self.registers_of = np.array([_padded(x.models, width) for x in done], np.int64)
-        self.lists_of = np.array([_padded(x.lists, width) for x in done], np.int64)
-        self.tables, self.guides, self.bounds = _joined(assembly.tables)
-        self.ranks = np.concatenate([np.empty(0, np.int64), *assembly.ranks])
-
-    def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
-        """`backends.Pass.run`; `start` lies on a block of the tensor."""
-        operations, blocks = self.operations.copy(), -(-(stop - start) // self.block)
-        counts = self._place_counters(operations, blocks)
-        sums = np.empty((self.summed, blocks), np.float64)
-        listed = np.empty((len(self.listed), stop - start + 2 * blocks + 1), np.uint32)
-        used = np.zeros(len(self.listed), np.int64)
-        files = [(place.file.fd, place.begin, place.itemsize) for place in self.sources]
-        memory = np.empty(0, np.uint8) if out is None else out
-        raw = np.empty((len(files), 4 * max(loop.PIECE, self.chunk, self.sampled)), np.uint8)
-        registers = np.empty((max(1, self.rows), self.chunk), np.float32)
-        places = np.empty((self.lists, SPARSE_BLOCK + 1), np.int64)
-        went = loop.run(
-            operations, self.keys, self.scalars, self.weights, self.models,
-            _addresses(registers, self.registers_of), self.lists_of, self.tables, self.guides, self.bounds, self.ranks,
-            np.array(files, np.int64), memory, self.itemsize, start, stop, self.block, self.sparse, self.sampled,
-            raw, _addresses(raw, np.arange(len(raw))), registers,
-            places, _addresses(places, self.lists_of), counts, sums, listed, used,
-        )  # fmt: skip
-        if not went:
-            return None
-        found: dict[int, Any] = {}
-        for node, (row, size) in self.counters.items():
-            first = operations[row, 5]
-            found[node] = counts[first : first + (size or blocks)]
-        for node, (row, count) in self.sums.items():
-            found[node] = sums[row : row + count].T
-        for node, row in self.listed.items():
-            found[node] = listed[row, : used[row]].copy()
-        return found
-
-    def _place_counters(self, operations: NDArray[np.int64], blocks: int) -> NDArray[np.int64]:
-        total = 0
-        for row, size in self.counters.values():
-            operations[row, 5] = total
-            total += size or blocks
-        return np.zeros(total, np.int64)
-
-
-def _padded(values: Sequence[Any], width: int) -> tuple[Any, ...]:
-    return (*values, *[0] * (width - len(values)))
-
-
-def _addresses(array: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where `rows` of an array begin in memory."""
-    return np.asarray(array.ctypes.data + array.strides[0] * rows)
-
-
-def _joined(
-    parts: Sequence[tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]],
-) -> tuple[NDArray[np.uint64], NDArray[np.uint32], NDArray[np.int64]]:
-    """The gap tables end to end, their guides likewise, and where each begins and ends, with its shift."""
-    tables, guides = [np.empty(0, np.uint64)], [np.empty(0, np.uint32)]
-    bounds, at, of_guide = np.empty((len(parts), 5), np.int64), 0, 0
-    for row, (table, guide, shift) in zip(bounds, parts, strict=True):
-        row[:] = at, at + table.size, of_guide, of_guide + guide.size, shift
-        at, of_guide = at + table.size, of_guide + guide.size
-        tables.append(table)
-        guides.append(guide)
-    return np.concatenate(tables), np.concatenate(guides), bounds

@@ -215,12 +215,7 @@ def count_nonzero(x: torch.Tensor, *, tile: Tile) -> Counts:
     return x.count_nonzero().view(1).cpu().numpy()
 
 
-def pick_share(
-    counts: Counts,
-    nonzero: Counts,
-    *,
-    share: float,
-) -> Bin:
+def pick_share(counts: Counts, nonzero: Counts, *, share: float) -> Bin:
     """The bin of the k-th largest, k = int(share · nonzero); for k = 0 the last bin, of whose entries none is kept."""
     k = int(share * int(nonzero[0]))
     return pick_bin(counts, k=k) if k else Bin(HIGH - 1, 0)
@@ -293,9 +288,7 @@ def equal_counts_needless(cut: Cut) -> bool:
     return cut.listed or cut.equal_kept == cut.equal_total
 
 
-def pick_ranks(
-    counts: Counts | None,
-) -> Counts:
+def pick_ranks(counts: Counts | None) -> Counts:
     """How many equals lie before each block: exclusive prefix sums, int64 per block; empty if ranks do not matter."""
     if counts is None:
         return np.zeros(0, np.int64)
