@@ -18,7 +18,7 @@ from deltamerge.graph import Node, depth_first, resolve
 from deltamerge.io.checkpoint import Reader
 from deltamerge.tensors import ITEMSIZE, Tile
 
-# What `fused.KERNELS` has; listed here so that planning needs no numba (a test compares the two).
+# What `fused.kernels.KERNELS` has; listed here so that planning needs no numba (a test compares the two).
 FUSED_FUNCTIONS = frozenset({
     "deltamerge.ops:subtract",
     "deltamerge.ops:cast",
@@ -89,10 +89,9 @@ class Backend(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A node made ready to run: its function (None: read) and parameters looked up once for all tiles."""
+    """A node of a pass: its parameters looked up once for all tiles, and the nodes that are not used after it."""
 
     node: Node
-    call: Callable[..., Any] | None
     parameters: dict[str, Any]
     frees: tuple[Node, ...]
 
@@ -139,16 +138,13 @@ def single_threaded(names: Collection[str]) -> Iterator[None]:
 class FusedBackend:
     """numpy tiles through the kernels of `deltamerge.fused`; bit-equal to torch."""
 
-    def __init__(self) -> None:
-        from deltamerge.fused import KERNELS
-
-        self.kernels: dict[str, Callable[..., Any]] = KERNELS
-
     def lane(self, reader: Reader) -> Lane:
         return FusedLane(reader)
 
     def function(self, node: Node) -> Callable[..., Any]:
-        return self.kernels.get(node.function) or resolve(node.function)
+        from deltamerge.fused.kernels import KERNELS
+
+        return KERNELS.get(node.function) or resolve(node.function)
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
         from deltamerge.fused.stream import assemble

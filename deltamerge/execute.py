@@ -222,7 +222,7 @@ class _Engine:
                 continue
             root = running.task.root
             backend = None if root.kind == "read" else self._backend(running.task)
-            running.steps = steps(nodes, running.schedule.frees[index], root, needless, backend)
+            running.steps = steps(nodes, running.schedule.frees[index], root, needless)
             running.whole = backend.whole(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [job for job in self._jobs(running) if not (last and self._is_done_job(job))]
@@ -281,7 +281,9 @@ class _Engine:
         step = self._tile_step(root)
         if running.whole is not None and self._compute_whole(running.whole, job):
             return
-        for node in (item.node for item in running.steps if item.call is None):
+        backend = self._backend(running.task)
+        calls = [None if item.node.kind == "read" else backend.function(item.node) for item in running.steps]
+        for node in (item.node for item in running.steps if item.node.kind == "read"):
             size = ITEMSIZE[node.dtype]
             self.reader.advise(node.parameter("tensor"), job.start * size, (job.stop - job.start) * size)
         for start in range(job.start, max(job.stop, job.start + 1), step):
@@ -290,13 +292,13 @@ class _Engine:
             tile = Tile(start, min(job.stop, start + step), root.shape)
             values: dict[int, Any] = {}
             with lane.tile():
-                for item in running.steps:
+                for item, call in zip(running.steps, calls, strict=True):
                     node = item.node
-                    if item.call is None:
+                    if call is None:
                         values[id(node)] = lane.read(node, tile)
                     else:
                         inputs = [values[id(s)] if id(s) in values else running.values[id(s)] for s in node.inputs]
-                        value = item.call(*inputs, tile=tile, **item.parameters)
+                        value = call(*inputs, tile=tile, **item.parameters)
                         if node.kind in REDUCTIONS:
                             self._reduce(running, node, start, value)
                         else:

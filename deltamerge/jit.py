@@ -31,6 +31,12 @@ def compiled(function: Function) -> Function:
     return cast(Function, dispatcher)
 
 
+def uncalled(function: Function) -> Any:
+    """`function` compiled when told to, without the code that lets Python call it."""
+    decorate: Any = njit(nogil=True, error_model="numpy", **{"no_cpython_wrapper": True, "no_cfunc_wrapper": True})  # type: ignore[call-overload]  # no stub
+    return decorate(function)
+
+
 def _without_compiler(kept: Any) -> Callable[..., Any]:
     """A cache's `load_overload`, without the compiler's knowledge of Python and numpy, of which code that is compiled
     already needs nothing but the runtime: numba would gather it first, for a tenth of a second."""

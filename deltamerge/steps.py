@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from deltamerge.backends import Backend, Step
+from deltamerge.backends import Step
 from deltamerge.graph import REDUCTIONS, Node, companion
 
 
@@ -15,7 +15,6 @@ def steps(
     frees: Mapping[int, tuple[Node, ...]],
     root: Node,
     needless: Collection[int],
-    backend: Backend | None,
 ) -> list[Step]:
     """What a pass runs, less its needless reductions (by id) and what only they asked for; what those that are left
     out free, the step before frees."""
@@ -28,8 +27,7 @@ def steps(
     for i, node in enumerate(nodes):
         freed = tuple(n for n in frees.get(i, ()) if id(n) in wanted)
         if id(node) in wanted:
-            call = backend.function(node) if backend and node.kind != "read" else None
-            made.append(Step(node, call, dict(node.parameters), freed))
+            made.append(Step(node, dict(node.parameters), freed))
         elif freed:
             made[-1] = replace(made[-1], frees=made[-1].frees + freed)
     return made

@@ -14,7 +14,8 @@ import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
 
-from deltamerge import backends, fused
+from deltamerge import backends
+from deltamerge.fused.kernels import KERNELS
 from deltamerge.plans import make_plan
 from deltamerge.runner import run
 
@@ -32,7 +33,7 @@ def pair(folder: Path, rows: int, count: int = 3) -> Path:
 
 
 def test_the_plan_knows_exactly_the_fused_functions():
-    assert fused.KERNELS.keys() == backends.FUSED_FUNCTIONS
+    assert KERNELS.keys() == backends.FUSED_FUNCTIONS
 
 
 def test_many_small_tensors_and_more_workers_than_tensors(tmp_path):

@@ -213,7 +213,7 @@ def test_weights_stored_the_other_way_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("columns", [[], [0], [2, 7, 29]])
 def test_clear_and_restore_inside_tiles(sparse: bool, columns: list[int]) -> None:
-    fused = pytest.importorskip("deltamerge.fused")
+    fused = pytest.importorskip("deltamerge.fused.kernels")
     random = np.random.default_rng(1)
     tune, base = (random.standard_normal((40, 30)).astype(np.float32) for _ in range(2))
     delta, numbers = tune - base, np.array(columns, dtype=np.int64)

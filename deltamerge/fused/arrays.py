@@ -1,15 +1,13 @@
-"""What the kernels take: dtypes, tiles and tables made ready for the loops."""
+"""What the kernels take: dtypes and tiles made ready for the loops."""
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.fused import loops
-from deltamerge.pruners.bits import gap_table
 from deltamerge.tensors import Kept
 
 Array = NDArray[Any]
@@ -47,13 +45,3 @@ def densified(delta: Array | Kept, size: int) -> Array:
     out = np.zeros(size, WIDE)
     out[delta.positions] = delta.values
     return out
-
-
-@lru_cache(maxsize=64)
-def guided(density: float) -> tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]:
-    """The gap table with a sentinel, and for each value of a draw's leading bits the least gap it can give."""
-    table = gap_table(density)
-    leading = min(len(table).bit_length() + 2, 14)
-    starts = np.arange(1 << leading, dtype=np.uint64) << np.uint64(63 - leading)
-    guide = np.searchsorted(table, starts, side="right").astype(np.uint32)
-    return np.append(table, np.uint64(2**64 - 1)), guide, np.uint64(63 - leading)

@@ -8,6 +8,7 @@ from typing import Any, cast
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
+from numba.core.errors import RequireLiteralValue
 from numba.extending import intrinsic
 
 # Entries that are compared at once.
@@ -51,6 +52,22 @@ def pointer(typing: Any, address: Any) -> Any:
         return builder.inttoptr(arguments[0], cgutils.voidptr_t)
 
     return types.voidptr(types.int64), generate
+
+
+@instruction
+def stack(typing: Any, nbytes: Any) -> Any:
+    """The address of so many bytes (a constant) in the frame of the function: memory that no runtime has to give."""
+    if not isinstance(nbytes, types.IntegerLiteral):
+        raise RequireLiteralValue("nbytes")
+    room = ir.ArrayType(ir.IntType(8), nbytes.literal_value)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        with builder.goto_entry_block():
+            place = builder.alloca(room)
+        place.align = 64
+        return builder.bitcast(place, cgutils.voidptr_t)
+
+    return types.voidptr(nbytes), generate
 
 
 @instruction

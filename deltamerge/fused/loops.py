@@ -15,7 +15,7 @@ import numpy as np
 from numba import njit
 from numba.np.numpy_support import carray
 
-from deltamerge.fused.instructions import ones, pointer, product, trailing_zeros, wide
+from deltamerge.fused.instructions import ones, pointer, product, stack, trailing_zeros, wide
 from deltamerge.fused.vectors import LANES, VECTORS, philox_blocks
 from deltamerge.jit import compiled as compiled
 from deltamerge.merge.arithmetic import SMALLEST_DIVISOR
@@ -30,6 +30,7 @@ _W0, _W1 = map(np.uint64, WEYL)
 _HIGH, _LOW, _GAPS = map(np.uint64, (HIGH, LOW, GAPS))
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 _SMALLEST = np.float32(SMALLEST_DIVISOR)
+_OF_HALVES, _OF_FLOATS = 2 * CHUNK, 4 * CHUNK
 
 
 def _inlined(function: Function) -> Function:
@@ -80,7 +81,7 @@ def subtract_at(tune: Any, base: Any, positions: Any, out: Any) -> None:
 @compiled
 def drop_at_random(tune: Any, base: Any, key0: Any, key1: Any, start: Any, high: Any, low: Any, out: Any) -> None:
     """tune - base where the word of the position (`start` + index) is below high · 2**16 + low, else 0."""
-    words = np.empty(CHUNK // 4, np.uint64)
+    words = carray(stack(_OF_HALVES), CHUNK // 4, np.uint64)
     halves = words.view(np.uint16)
     done = 0
     while done < out.size:
@@ -188,7 +189,7 @@ def add_weighted(base: Any, addresses: Any, narrow: Any, weights: Any, divisor: 
 @compiled
 def add_agreeing(base: Any, addresses: Any, weights: Any, normalize: Any, scale: Any, out: Any) -> None:
     """out = base + scale · Σ of the e_i = w_i Δ_i of the sign of Σ e_i (÷ the sum of their w_i if `normalize`)."""
-    sums, divisors = np.empty(CHUNK, np.float32), np.empty(CHUNK, np.float32)
+    sums, divisors = carray(stack(_OF_FLOATS), CHUNK, np.float32), carray(stack(_OF_FLOATS), CHUNK, np.float32)
     for first in range(0, out.size, CHUNK):
         mixed, start = out[first : first + CHUNK], base[first : first + CHUNK]
         n = mixed.size
@@ -275,15 +276,14 @@ def norm_of_blocks(delta: Any, step: Any, kind: Any, out: Any) -> None:
 
 
 @compiled
-def align(positions_at: Any, values_at: Any, sizes: Any, marks: Any, positions: Any, rows: Any) -> int:
+def align(positions_at: Any, values_at: Any, sizes: Any, marks: Any, before: Any, positions: Any, rows: Any) -> int:
     """The ascending union of lists into `positions`, the values of each, 0 where absent, into its row; how many.
 
-    `marks` holds a zero bit for each element of the tile.
+    `marks` holds a zero bit for each element of the tile, `before` has room for as many numbers as it has words.
     """
     for k in range(sizes.size):
         for p in carray(pointer(positions_at[k]), sizes[k], np.int64):
             marks[p >> 6] |= _ONE << np.uint64(p & 63)
-    before = np.empty(marks.size, np.int64)
     count = 0
     for word in range(marks.size):
         before[word] = count

@@ -22,12 +22,11 @@ _ONE = np.uint64(1)
 
 
 @compiled
-def dots_of_blocks(x: Any, y: Any, step: Any, out: Any) -> None:
-    """Per block of `step` elements Σ x y in float64, added by halving the block padded with zeros to a power of two."""
-    width = 1
-    while width < step:
-        width *= 2
-    part = np.empty(width, np.float64)
+def dots_of_blocks(x: Any, y: Any, step: Any, part: Any, out: Any) -> None:
+    """Per block of `step` elements Σ x y in float64, added by halving the block padded with zeros to a power of two.
+
+    `part` is room for half of a block so padded.
+    """
     for block in range(out.size):
         a, b = x[block * step : (block + 1) * step], y[block * step : (block + 1) * step]
         n, half = a.size, 1

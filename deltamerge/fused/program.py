@@ -1,4 +1,4 @@
-"""A pass made ready for `stream_loop`: its operations as arrays, run on ranges of elements from file to memory."""
+"""A pass made ready for `stream_loop.run`: its operations as arrays, run on ranges of elements from file to memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import stream_loop as loop
+from deltamerge.fused import codes, native
 from deltamerge.io.files import Descriptor
 from deltamerge.pruners.bits import SPARSE_BLOCK, Key
 from deltamerge.tensors import ITEMSIZE
@@ -49,6 +49,7 @@ class Program:
 
     def __init__(self, assembly: Assembly, block: int) -> None:
         done = assembly.operations
+        self.loop = native.loop()
         self.block, self.sources, self.sparse = block, assembly.sources, assembly.sparse
         self.counters, self.sums, self.itemsize = assembly.counters, assembly.sums, ITEMSIZE[assembly.output]
         self.chunk = SPARSE_BLOCK if self.sparse else block if assembly.whole_blocks else CHUNK
@@ -74,16 +75,19 @@ class Program:
         used = np.zeros(len(self.listed), np.int64)
         files = [(place.file.fd, place.begin, place.itemsize) for place in self.sources]
         memory = np.empty(0, np.uint8) if out is None else out
-        raw = np.empty((len(files), 4 * max(loop.PIECE, self.chunk, self.sampled)), np.uint8)
+        raw = np.empty((len(files), 4 * max(codes.PIECE, self.chunk, self.sampled)), np.uint8)
         registers = np.empty((max(1, self.rows), self.chunk), np.float32)
         places = np.empty((self.lists, SPARSE_BLOCK + 1), np.int64)
-        went = loop.run(
-            operations, self.keys, self.scalars, self.weights, self.models,
+        job = np.array([start, stop, self.block, self.sparse, self.sampled, self.itemsize], np.int64)
+        width = max(len(operations), self.lists, self.weights.shape[1])
+        went = self.loop([
+            job, operations, self.keys, self.scalars, self.weights, self.models,
             _addresses(registers, self.registers_of), self.lists_of, self.tables, self.guides, self.bounds, self.ranks,
-            np.array(files, np.int64), memory, self.itemsize, start, stop, self.block, self.sparse, self.sampled,
-            raw, _addresses(raw, np.arange(len(raw))), registers,
+            np.array(files, np.int64).reshape(-1, 3), memory, raw, _addresses(raw, np.arange(len(raw))), registers,
             places, _addresses(places, self.lists_of), counts, sums, listed, used,
-        )  # fmt: skip
+            np.empty(1 << (self.block - 1).bit_length() >> 1 if self.summed else 0, np.float64),
+            np.zeros((4, width), np.int64), np.zeros(width, np.bool_),
+        ])  # fmt: skip
         if not went:
             return None
         found: dict[int, Any] = {}

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import stream_loop as loop
-from deltamerge.fused.arrays import guided
+from deltamerge.fused import codes
 from deltamerge.fused.program import Operation, Place, Program
 from deltamerge.graph import REDUCTIONS, Node
 from deltamerge.io.checkpoint import Reader
 from deltamerge.merge.arithmetic import divisor_of
 from deltamerge.merge.span import pairs
-from deltamerge.pruners.bits import Key, is_sparse, threshold
+from deltamerge.pruners.bits import Key, guided, is_sparse, threshold
 from deltamerge.pruners.select import HIGH, LOW, sampled_run
 from deltamerge.tensors import ITEMSIZE, block_elements
 
@@ -76,7 +75,7 @@ class Assembly:
         """The register of a node's values; a stored tensor's is filled when it is first asked for."""
         if id(node) not in self.registers:
             source = self.source_of[id(node)]
-            self.add(loop.LOAD, self.made(node), source)
+            self.add(codes.LOAD, self.made(node), source)
         return self.registers[id(node)]
 
     def release(self, nodes: Sequence[Node]) -> None:
@@ -96,23 +95,23 @@ def _read(assembly: Assembly, node: Node) -> None:
 
 def _subtract(assembly: Assembly, node: Node, dtypes: Any) -> None:
     tune, base = map(assembly.register, node.inputs)
-    assembly.add(loop.SUBTRACT, assembly.made(node), tune, base)
+    assembly.add(codes.SUBTRACT, assembly.made(node), tune, base)
 
 
 def _dare(assembly: Assembly, node: Node, key: Key, density: float) -> None:
     if is_sparse(density):
         tune, base = (assembly.source_of[id(x)] for x in node.inputs)
         places = assembly.lists[id(node)] = len(assembly.lists)
-        assembly.add(loop.DRAW, places, len(assembly.tables), key=key)
+        assembly.add(codes.DRAW, places, len(assembly.tables), key=key)
         assembly.tables.append(guided(density))
-        assembly.add(loop.DIFFER_AT, assembly.made(node), tune, base, places)
+        assembly.add(codes.DIFFER_AT, assembly.made(node), tune, base, places)
         return
     high, low = divmod(threshold(density), 1 << 16)
     if high >> 16:
         _subtract(assembly, node, None)
         return
     tune, base = map(assembly.register, node.inputs)
-    assembly.add(loop.DROP, assembly.made(node), tune, base, high, low, key=key)
+    assembly.add(codes.DROP, assembly.made(node), tune, base, high, low, key=key)
 
 
 def _divide(assembly: Assembly, node: Node) -> None:
@@ -120,7 +119,7 @@ def _divide(assembly: Assembly, node: Node) -> None:
     source, places = assembly.register(delta), assembly.lists.get(id(delta), -1)
     if places >= 0:
         assembly.lists[id(node)] = places
-    assembly.add(loop.DIVIDE, assembly.made(node), source, places, scalars=(assembly.values[id(q)], 1.0))
+    assembly.add(codes.DIVIDE, assembly.made(node), source, places, scalars=(assembly.values[id(q)], 1.0))
 
 
 def _keep_largest(assembly: Assembly, node: Node) -> None:
@@ -129,18 +128,18 @@ def _keep_largest(assembly: Assembly, node: Node) -> None:
     offset = sum(map(len, assembly.ranks)) if before.size else -1
     assembly.ranks += [before, np.array([limits.equal_total])] if before.size else []
     source = assembly.register(delta)
-    assembly.add(loop.KEEP, assembly.made(node), source, limits.threshold, limits.equal_kept, offset)
+    assembly.add(codes.KEEP, assembly.made(node), source, limits.threshold, limits.equal_kept, offset)
 
 
 def _weighted(
     assembly: Assembly, node: Node, weights: Sequence[float], normalize: bool, lambda_: float = 1.0, based: bool = True
 ) -> None:
     divisor = divisor_of(tuple(weights)) if normalize else 1.0
-    _merge(assembly, node, loop.ADD, tuple(weights), (divisor, lambda_), based=based)
+    _merge(assembly, node, codes.ADD, tuple(weights), (divisor, lambda_), based=based)
 
 
 def _ties(assembly: Assembly, node: Node, weights: Sequence[float], normalize: bool, lambda_: float) -> None:
-    _merge(assembly, node, loop.AGREE, tuple(weights), (1.0, lambda_), normalize=normalize)
+    _merge(assembly, node, codes.AGREE, tuple(weights), (1.0, lambda_), normalize=normalize)
 
 
 def _merge(
@@ -164,10 +163,10 @@ def _merge(
     places = lists[0]
     if len(models) > 1:
         places, rows = len(assembly.lists), assembly.new(len(models))
-        assembly.add(loop.ALIGN, places, rows, models=registers, lists=lists)
+        assembly.add(codes.ALIGN, places, rows, models=registers, lists=lists)
         registers = tuple(range(rows, rows + len(models)))
     base = assembly.new()
-    assembly.add(loop.BASE_AT, base, assembly.source_of[id(node.inputs[0])], places)
+    assembly.add(codes.BASE_AT, base, assembly.source_of[id(node.inputs[0])], places)
     assembly.lists[id(node)] = places
     assembly.add(
         code, assembly.made(node), base, places, int(normalize), scalars=scalars, weights=weights, models=registers
@@ -189,7 +188,7 @@ def _merge_first(assembly: Assembly, node: Node, weights: tuple[float, ...], bas
     inputs = node.inputs[:-1]
     base = assembly.register(inputs[0]) if based else -1
     registers = tuple(map(assembly.register, inputs[1:] if based else inputs))
-    assembly.add(loop.ADD, assembly.made(node), base, weights=weights, models=registers)
+    assembly.add(codes.ADD, assembly.made(node), base, weights=weights, models=registers)
 
 
 def _cast(assembly: Assembly, node: Node, to: str) -> None:
@@ -198,9 +197,9 @@ def _cast(assembly: Assembly, node: Node, to: str) -> None:
         raise _Foreign
     if assembly.sparse:
         base = assembly.source_of[id(value.inputs[0])]
-        assembly.add(loop.PATCH, -1, base, assembly.registers[id(value)], assembly.lists[id(value)])
+        assembly.add(codes.PATCH, -1, base, assembly.registers[id(value)], assembly.lists[id(value)])
     else:
-        assembly.add(loop.STORE, -1, assembly.register(value))
+        assembly.add(codes.STORE, -1, assembly.register(value))
 
 
 def _counted(assembly: Assembly, node: Node, code: int, size: int, wanted: int = 0) -> None:
@@ -210,26 +209,26 @@ def _counted(assembly: Assembly, node: Node, code: int, size: int, wanted: int =
 
 
 def _high(assembly: Assembly, node: Node) -> None:
-    _counted(assembly, node, loop.HIGH, HIGH)
+    _counted(assembly, node, codes.HIGH, HIGH)
 
 
 def _low(assembly: Assembly, node: Node) -> None:
-    _counted(assembly, node, loop.LOW, LOW, assembly.values[id(node.inputs[1])].high)
+    _counted(assembly, node, codes.LOW, LOW, assembly.values[id(node.inputs[1])].high)
 
 
 def _equal(assembly: Assembly, node: Node) -> None:
-    _counted(assembly, node, loop.EQUAL, 0, assembly.values[id(node.inputs[1])].threshold)
+    _counted(assembly, node, codes.EQUAL, 0, assembly.values[id(node.inputs[1])].threshold)
 
 
 def _bracketed(assembly: Assembly, node: Node) -> None:
     delta, bracket = node.inputs
     ends, row = assembly.values[id(bracket)], assembly.list_of(node)
-    assembly.add(loop.LIST, -1, assembly.register(delta), ends.low, row, ends.high)
+    assembly.add(codes.LIST, -1, assembly.register(delta), ends.low, row, ends.high)
 
 
 def _sample(assembly: Assembly, node: Node) -> None:
     assembly.sampled = sampled_run(node.shape)
-    assembly.add(loop.SAMPLE, -1, assembly.register(node.inputs[0]), -1, assembly.list_of(node))
+    assembly.add(codes.SAMPLE, -1, assembly.register(node.inputs[0]), -1, assembly.list_of(node))
 
 
 def _gram(assembly: Assembly, node: Node) -> None:
@@ -237,7 +236,7 @@ def _gram(assembly: Assembly, node: Node) -> None:
     assembly.whole_blocks = True
     assembly.sums[id(node)] = (assembly.summed, len(pairs(len(registers))))
     for i, j in pairs(len(registers)):
-        assembly.add(loop.DOTS, -1, registers[i], registers[j], assembly.summed)
+        assembly.add(codes.DOTS, -1, registers[i], registers[j], assembly.summed)
         assembly.summed += 1
 
 
@@ -302,7 +301,7 @@ def assemble(
         if not reductions and last.function != CAST:
             if assembly.sparse:
                 return None
-            assembly.add(loop.STORE, -1, assembly.register(last))
+            assembly.add(codes.STORE, -1, assembly.register(last))
     except _Foreign:
         return None
     if assembly.sampled and reductions != {SAMPLE}:

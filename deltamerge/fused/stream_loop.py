@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 from numba import types
+from numba.np.numpy_support import carray
 
-from deltamerge.fused.instructions import pointer, wide
+from deltamerge.fused import codes
+from deltamerge.fused.instructions import pointer, stack, wide
 from deltamerge.fused.loops import (
     add_agreeing,
     add_weighted,
@@ -28,30 +30,12 @@ from deltamerge.fused.loops import (
     widen,
 )
 from deltamerge.fused.method_loops import append_between, copy_magnitudes, dots_of_blocks
+from deltamerge.jit import uncalled
 from deltamerge.pruners.bits import SPARSE_BLOCK
 from deltamerge.pruners.select import GOLDEN
 
-# Elements read and written at once: in bfloat16 small enough for a core's cache beside the registers.
-PIECE = 1 << 16
-
-# What an operation does; its fields are (code, to, a, b, c, d), registers unless told otherwise.
-LOAD = 0  # to = source a
-SUBTRACT = 1  # to = a - b
-DROP = 2  # to = a - b where the word of the entry is below c · 2**16 + d, else 0
-DIVIDE = 3  # to = a / scalar; of a list, as many as there are places b (-1: a whole chunk)
-KEEP = 4  # to = a above the threshold b, and the first c of its equals; d: where their ranks are (-1: all are kept)
-ADD = 5  # to = base a + scaled weighted sum of the models (a = -1: no base); b: places, or -1
-AGREE = 6  # the same of the entries that agree on a sign; c: normalize
-STORE = 7  # the output = a
-HIGH, LOW, EQUAL = 8, 9, 10  # counts from d on: of a's high bits; low bits inside bin b; equals of b, per block
-DOTS = 11  # row c of sums: per block the dot product of a and b
-DRAW = 12  # places to = kept by gaps, with table a
-DIFFER_AT = 13  # to = source a - source b at places c
-ALIGN = 14  # places to = union of the lists of the models; a: register of the first of their rows
-BASE_AT = 15  # to = source a at places b
-PATCH = 16  # the output = source a, but register b at places c
-LIST = 17  # row c of listed: per block what a has from b to d, after how many are above and inside
-SAMPLE = 18  # row c of listed: the magnitudes of a
+_MARKS = SPARSE_BLOCK // 64
+_OF_MARKS = 8 * _MARKS
 
 _pread: Any = types.ExternalFunction("pread", types.intp(types.intc, types.voidptr, types.uintp, types.int64))
 
@@ -100,45 +84,18 @@ def copy(x: Any, out: Any) -> None:
 @compiled
 def patch(base: Any, values: Any, positions: Any, out: Any) -> None:
     copy(base, out)
-    one = np.empty(1, np.uint16)
+    one = carray(stack(2), 1, np.uint16)
     bits = values.view(np.uint32)
     for i in range(positions.size):
         narrow(bits[i : i + 1], one)
         out[positions[i]] = one[0]
 
 
-@compiled
-def run(
-    operations: Any,
-    keys: Any,
-    scalars: Any,
-    weights: Any,
-    models: Any,
-    addresses: Any,
-    places_of: Any,
-    tables: Any,
-    guides: Any,
-    bounds: Any,
-    ranks: Any,
-    sources: Any,
-    out: Any,
-    size_of_out: Any,
-    start: Any,
-    stop: Any,
-    block: Any,
-    aligned: Any,
-    sampled: Any,
-    raw: Any,
-    raw_at: Any,
-    registers: Any,
-    places: Any,
-    places_at: Any,
-    counts: Any,
-    sums: Any,
-    listed: Any,
-    used: Any,
-) -> bool:
+@uncalled
+def run(table: Any) -> int:
     """Elements [start, stop) of a tensor; whether everything could be read.
+
+    `table` is the address of a row for each array of `program.Program.run`: its address, rows and columns.
 
     sources (fd, byte of the tensor's start, bytes per element); `out` takes the bytes of the output, `size_of_out` per
     element, or is empty; `raw` has a row of bytes for each source. Reductions go to `counts`, `sums` and `listed`, a
@@ -146,12 +103,38 @@ def run(
     `aligned`: pieces end where the generator's blocks do instead; `sampled`: only a run of so many entries of each
     block is looked at (0: all), as `select.run_start` says.
     """
+    t = carray(pointer(table), (codes.ARRAYS, 3), np.int64)
+    job = carray(pointer(t[0, 0]), t[0, 1], np.int64)
+    start, stop, block, aligned, sampled, size_of_out = job[0], job[1], job[2], job[3] != 0, job[4], job[5]
+    operations = carray(pointer(t[1, 0]), (t[1, 1], t[1, 2]), np.int64)
+    keys = carray(pointer(t[2, 0]), (t[2, 1], t[2, 2]), np.uint64)
+    scalars = carray(pointer(t[3, 0]), (t[3, 1], t[3, 2]), np.float32)
+    weights = carray(pointer(t[4, 0]), (t[4, 1], t[4, 2]), np.float32)
+    models = carray(pointer(t[5, 0]), t[5, 1], np.int64)
+    addresses = carray(pointer(t[6, 0]), (t[6, 1], t[6, 2]), np.int64)
+    places_of = carray(pointer(t[7, 0]), (t[7, 1], t[7, 2]), np.int64)
+    tables = carray(pointer(t[8, 0]), t[8, 1], np.uint64)
+    guides = carray(pointer(t[9, 0]), t[9, 1], np.uint32)
+    bounds = carray(pointer(t[10, 0]), (t[10, 1], t[10, 2]), np.int64)
+    ranks = carray(pointer(t[11, 0]), t[11, 1], np.int64)
+    sources = carray(pointer(t[12, 0]), (t[12, 1], t[12, 2]), np.int64)
+    out = carray(pointer(t[13, 0]), t[13, 1], np.uint8)
+    raw = carray(pointer(t[14, 0]), (t[14, 1], t[14, 2]), np.uint8)
+    raw_at = carray(pointer(t[15, 0]), t[15, 1], np.int64)
+    registers = carray(pointer(t[16, 0]), (t[16, 1], t[16, 2]), np.float32)
+    places = carray(pointer(t[17, 0]), (t[17, 1], t[17, 2]), np.int64)
+    places_at = carray(pointer(t[18, 0]), (t[18, 1], t[18, 2]), np.int64)
+    counts = carray(pointer(t[19, 0]), t[19, 1], np.int64)
+    sums = carray(pointer(t[20, 0]), (t[20, 1], t[20, 2]), np.float64)
+    listed = carray(pointer(t[21, 0]), (t[21, 1], t[21, 2]), np.uint32)
+    used = carray(pointer(t[22, 0]), t[22, 1], np.int64)
+    part = carray(pointer(t[23, 0]), t[23, 1], np.float64)
+    state = carray(pointer(t[24, 0]), (t[24, 1], t[24, 2]), np.int64)
+    sizes, left, header, lengths = state[0], state[1], state[2], state[3]
+    wholes = carray(pointer(t[25, 0]), t[25, 1], np.bool_)
+    marks, numbers = carray(stack(_OF_MARKS), _MARKS, np.uint64), carray(stack(_OF_MARKS), _MARKS, np.int64)
+    left[:] = -1
     chunk = registers.shape[1]
-    sizes = np.zeros(places.shape[0], np.int64)
-    left, header = np.full(operations.shape[0], -1), np.zeros(operations.shape[0], np.int64)
-    wholes = np.zeros(weights.shape[1], np.bool_)
-    marks = np.zeros(SPARSE_BLOCK // 64, np.uint64)
-    lengths = np.empty(weights.shape[1], np.int64)
     after = start
     while after < stop:
         at = after
@@ -163,33 +146,33 @@ def run(
             piece = min(stop - at, SPARSE_BLOCK - at % SPARSE_BLOCK)
             after = at + piece
         else:
-            piece = min(min(stop - at, block - at % block), max(PIECE, chunk))
+            piece = min(min(stop - at, block - at % block), max(codes.PIECE, chunk))
             after = at + piece
         number, inside = at // block, at % block
         for s in range(sources.shape[0]):
             fd, begin, size = sources[s, 0], sources[s, 1], sources[s, 2]
             if not read_piece(fd, raw_at[s], piece * size, begin + at * size):
-                return False
+                return 0
         for first in range(0, piece, chunk):
             n = min(chunk, piece - first)
             for k in range(operations.shape[0]):
                 code, to = operations[k, 0], operations[k, 1]
                 a, b, c, d = operations[k, 2], operations[k, 3], operations[k, 4], operations[k, 5]
-                if code == LOAD:
+                if code == codes.LOAD:
                     if sources[a, 2] == 2:
                         widen(raw[a, 2 * first : 2 * (first + n)].view(np.uint16), registers[to, :n])
                     else:
                         copy(raw[a, 4 * first : 4 * (first + n)].view(np.float32), registers[to, :n])
-                elif code == SUBTRACT:
+                elif code == codes.SUBTRACT:
                     subtract(registers[a, :n], registers[b, :n], registers[to, :n])
-                elif code == DROP:
+                elif code == codes.DROP:
                     high, low = np.uint16(c), np.uint16(d)
                     x, y, kept = registers[a, :n], registers[b, :n], registers[to, :n]
                     drop_at_random(x, y, keys[k, 0], keys[k, 1], at + first, high, low, kept)
-                elif code == DIVIDE:
+                elif code == codes.DIVIDE:
                     size = n if b < 0 else sizes[b]
                     divide(registers[a, :size], scalars[k, 0], registers[to, :size])
-                elif code == KEEP:
+                elif code == codes.KEEP:
                     bits, kept_bits = registers[a, :n].view(np.uint32), registers[to, :n].view(np.uint32)
                     threshold = np.uint32(b)
                     if d >= 0 and inside == 0 and first == 0:
@@ -201,54 +184,55 @@ def run(
                         left[k] = keep_first_equals(bits, threshold, left[k], kept_bits)
                     else:
                         keep_from(bits, threshold + np.uint32(1), kept_bits)
-                elif code in (ADD, AGREE):
+                elif code in (codes.ADD, codes.AGREE):
                     size, m = n if b < 0 else sizes[b], models[k]
                     base, merged = registers[max(a, 0), : size if a >= 0 else 0], registers[to, :size]
-                    if code == ADD:
+                    if code == codes.ADD:
                         divisor, scale = scalars[k, 0], scalars[k, 1]
                         add_weighted(base, addresses[k, :m], wholes[:m], weights[k, :m], divisor, scale, merged)
                     else:
                         add_agreeing(base, addresses[k, :m], weights[k, :m], c != 0, scalars[k, 1], merged)
-                elif code == STORE:
+                elif code == codes.STORE:
                     done = at + first - start
                     if size_of_out == 2:
                         narrow(registers[a, :n].view(np.uint32), out[2 * done : 2 * (done + n)].view(np.uint16))
                     else:
                         copy(registers[a, :n], out[4 * done : 4 * (done + n)].view(np.float32))
-                elif code == HIGH:
+                elif code == codes.HIGH:
                     count_high(registers[a, :n].view(np.uint32), counts[d:])
-                elif code == LOW:
+                elif code == codes.LOW:
                     count_low(registers[a, :n].view(np.uint32), np.uint32(b), counts[d:])
-                elif code == EQUAL:
+                elif code == codes.EQUAL:
                     equal, threshold = 0, np.uint32(b)
                     entries = registers[a, :n].view(np.uint32)
                     for i in range(n):
                         equal += (entries[i] & np.uint32(0x7FFFFFFF)) == threshold
                     counts[d + number - start // block] += equal
-                elif code == DOTS:
+                elif code == codes.DOTS:
                     here = number - start // block
-                    dots_of_blocks(registers[a, :n], registers[b, :n], n, sums[c, here : here + 1])
-                elif code == DRAW:
+                    dots_of_blocks(registers[a, :n], registers[b, :n], n, part, sums[c, here : here + 1])
+                elif code == codes.DRAW:
                     table = tables[bounds[a, 0] : bounds[a, 1]]
                     guide, shift = guides[bounds[a, 2] : bounds[a, 3]], np.uint64(bounds[a, 4])
                     sizes[to] = draw_positions(
                         table, guide, shift, keys[k, 0], keys[k, 1], at, at + n, SPARSE_BLOCK, places[to]
                     )
-                elif code == DIFFER_AT:
+                elif code == codes.DIFFER_AT:
                     where = places[c, : sizes[c]]
                     tune, start_row = raw[a, : 2 * n].view(np.uint16), raw[b, : 2 * n].view(np.uint16)
                     subtract_at(tune, start_row, where, registers[to, : where.size])
-                elif code == ALIGN:
+                elif code == codes.ALIGN:
                     m = models[k]
                     for j in range(m):
                         lengths[j] = sizes[places_of[k, j]]
                     marks[:] = np.uint64(0)
                     rows = registers[a : a + m]
-                    sizes[to] = align(places_at[k, :m], addresses[k, :m], lengths[:m], marks, places[to], rows)
-                elif code == BASE_AT:
+                    found, values = places_at[k, :m], addresses[k, :m]
+                    sizes[to] = align(found, values, lengths[:m], marks, numbers, places[to], rows)
+                elif code == codes.BASE_AT:
                     where = places[b, : sizes[b]]
                     widen_at(raw[a, : 2 * n].view(np.uint16), where, registers[to, : where.size])
-                elif code == LIST:
+                elif code == codes.LIST:
                     if inside == 0 and first == 0:
                         header[k] = used[c]
                         listed[c, used[c]] = listed[c, used[c] + 1] = np.uint32(0)
@@ -258,7 +242,7 @@ def run(
                     listed[c, header[k]] += np.uint32(above)
                     listed[c, header[k] + 1] += np.uint32(count)
                     used[c] += count if d > b else 0
-                elif code == SAMPLE:
+                elif code == codes.SAMPLE:
                     copy_magnitudes(registers[a, :n].view(np.uint32), listed[c, used[c] : used[c] + n])
                     used[c] += n
                 else:
@@ -266,4 +250,10 @@ def run(
                     done = at + first - start
                     short = out[2 * done : 2 * (done + n)].view(np.uint16)
                     patch(raw[a, : 2 * n].view(np.uint16), registers[b, : where.size], where, short)
-    return True
+    return 1
+
+
+def llvm() -> str:
+    """`run` and all that it calls in LLVM's language, optimized for this processor."""
+    run.compile((types.int64,))
+    return str(run.inspect_llvm(run.signatures[0]))

@@ -80,6 +80,16 @@ def gap_table(density: float) -> NDArray[np.uint64]:
     return table
 
 
+@lru_cache(maxsize=64)
+def guided(density: float) -> tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]:
+    """The gap table with a sentinel, and for each value of a draw's leading bits the least gap it can give."""
+    table = gap_table(density)
+    leading = min(len(table).bit_length() + 2, 14)
+    starts = np.arange(1 << leading, dtype=np.uint64) << np.uint64(63 - leading)
+    guide = np.searchsorted(table, starts, side="right").astype(np.uint32)
+    return np.append(table, np.uint64(2**64 - 1)), guide, np.uint64(63 - leading)
+
+
 def _generator(key: Key, index: int, block: int, lane: int) -> np.random.Philox:
     counter = index + (block << 64) + (lane << 128)
     # numpy increments the counter before it is used

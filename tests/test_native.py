@@ -1,0 +1,80 @@
+"""The kept machine code of the stream loop: that it is used, and what stands in for it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_checkpoint
+
+pytest.importorskip("numba")
+
+from deltamerge.fused import native
+
+RECIPE = "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: ./a}, {model: ./b}]\n"
+SCRIPT = """
+import sys
+from pathlib import Path
+from deltamerge.runner import run
+run(Path(sys.argv[1]), Path(sys.argv[2]), workers=2)
+print([name for name in ("numba", "torch") if name in sys.modules])
+"""
+
+
+def test_a_process_that_finds_the_code_imports_no_compiler(tmp_path: Path) -> None:
+    native.loop()  # compiled and kept, unless it was before
+    for name in "ab":
+        make_checkpoint(tmp_path / name, {"w": torch.ones(300, 40).bfloat16()})
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "r.yaml"), str(tmp_path / "out")]
+    found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    assert found.stdout == "[]\n"
+
+
+def places(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    monkeypatch.setattr(native, "_folders", lambda: iter(folders))
+
+
+def test_code_is_read_as_it_was_written_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    places(monkeypatch, tmp_path / "new")
+    native._keep("x.code", b"machine code")
+    path = tmp_path / "new" / "x.code"
+    assert os.listdir(path.parent) == ["x.code"]
+    assert native._read(path) == b"machine code"
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:5], whole[:-1], whole[:-1] + b"x", whole[: native.DIGEST_BYTES]):
+        path.write_bytes(damaged)
+        assert native._read(path) is None
+    assert native._read(tmp_path / "none") is None
+
+
+def test_a_folder_that_cannot_be_written_leaves_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    places(monkeypatch, tmp_path / "file", tmp_path / "file" / "below", tmp_path / "good")
+    native._keep("x.code", b"machine code")
+    assert native._read(tmp_path / "good" / "x.code") == b"machine code"
+    places(monkeypatch, tmp_path / "file")
+    native._keep("x.code", b"machine code")  # kept nowhere: compiled again next time
+
+
+@pytest.mark.slow
+def test_code_is_made_anew_where_none_is_kept(tmp_path: Path) -> None:
+    for name in "ab":
+        make_checkpoint(tmp_path / name, {"w": torch.ones(300, 40).bfloat16()})
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    cache = tmp_path / "cache"
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "r.yaml")]
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(cache)}
+    for turn in range(3):
+        command[4:] = [str(tmp_path / f"out{turn}")]
+        found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+        assert ("numba" in found.stdout) == (turn != 1)
+        (code,) = cache.glob("*.code")
+        if turn == 1:
+            code.write_bytes(code.read_bytes()[:-1])
+    outputs = {(tmp_path / f"out{turn}" / "model.safetensors").read_bytes() for turn in range(3)}
+    assert len(outputs) == 1
