@@ -22,7 +22,7 @@ from numba import njit
 from deltamerge.backends import FUSED_FUNCTIONS
 from deltamerge.fused.kernels import DTYPES, KERNELS
 from deltamerge.fused.loops import philox
-from deltamerge.fused.vectors import LANES, philox_blocks
+from deltamerge.fused.vectors import BLOCKS, philox_blocks
 from deltamerge.graph import resolve
 from deltamerge.pruners.bits import mask_key
 from deltamerge.pruners.select import (
@@ -482,7 +482,7 @@ def test_philox_of_many_blocks_is_philox(first: int) -> None:
             zero = np.uint64(0)
             single[i] = np.array(philox(first + np.uint64(i), zero, zero, key0, key1))
 
-    many, single = np.empty((LANES, 4), np.uint64), np.empty((LANES, 4), np.uint64)
+    many, single = np.empty((BLOCKS, 4), np.uint64), np.empty((BLOCKS, 4), np.uint64)
     both(np.uint64(first), *keys, many, single)
     assert (many == single).all()
 

@@ -3,14 +3,17 @@
 # Elements read and written at once: in bfloat16 small enough for a core's cache beside the registers.
 PIECE = 1 << 16
 
+# Operands from this number on are bfloat16 as read from a source: operand - DIRECT is which.
+DIRECT = 1 << 32
+
 # What an operation does; its fields are (code, to, a, b, c, d), registers unless told otherwise.
 LOAD = 0  # to = source a
-SUBTRACT = 1  # to = a - b
-DROP = 2  # to = a - b where the word of the entry is below c · 2**16 + d, else 0
+SUBTRACT = 1  # to = a - b; both registers, or both direct
+DROP = 2  # to = (a - b) / scalar where the word of the entry is below c · 2**16 + d, else 0; a, b as in SUBTRACT
 DIVIDE = 3  # to = a / scalar; of a list, as many as there are places b (-1: a whole chunk)
 KEEP = 4  # to = a above the threshold b, and the first c of its equals; d: where their ranks are (-1: all are kept)
-ADD = 5  # to = base a + scaled weighted sum of the models (a = -1: no base); b: places, or -1
-AGREE = 6  # the same of the entries that agree on a sign; c: normalize
+ADD = 5  # to = base a + scaled weighted sum of the models (a = -1: no base), each direct or not; b: places, or -1
+AGREE = 6  # the same of the entries that agree on a sign, of registers; c: normalize
 STORE = 7  # the output = a
 HIGH, LOW, EQUAL = 8, 9, 10  # counts from d on: of a's high bits; low bits inside bin b; equals of b, per block
 DOTS = 11  # row c of sums: per block the dot product of a and b
@@ -23,4 +26,4 @@ LIST = 17  # row c of listed: per block what a has from b to d, after how many a
 SAMPLE = 18  # row c of listed: the magnitudes of a
 
 # Arrays of a job, whose addresses `stream_loop.run` is given.
-ARRAYS = 26
+ARRAYS = 24

@@ -19,15 +19,19 @@ def instruction(generator: Callable[..., Any]) -> Callable[..., Any]:
     return cast(Callable[..., Any], intrinsic(generator))
 
 
+def halves_of_product(builder: Any, a: Any, b: Any) -> tuple[Any, Any]:
+    """High and low words of the product of two."""
+    word, twice = ir.IntType(64), ir.IntType(128)
+    full = builder.mul(builder.zext(a, twice), builder.zext(b, twice))
+    return builder.trunc(builder.lshr(full, ir.Constant(twice, 64)), word), builder.trunc(full, word)
+
+
 @instruction
 def product(typing: Any, a: Any, b: Any) -> Any:
     """High and low 64 bits of the product of two uint64."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        word, double = ir.IntType(64), ir.IntType(128)
-        full = builder.mul(*(builder.zext(argument, double) for argument in arguments))
-        high = builder.trunc(builder.lshr(full, ir.Constant(double, 64)), word)
-        return context.make_tuple(builder, signature.return_type, (high, builder.trunc(full, word)))
+        return context.make_tuple(builder, signature.return_type, halves_of_product(builder, *arguments))
 
     make_tuple: Any = types.UniTuple
     return make_tuple(types.uint64, 2)(types.uint64, types.uint64), generate

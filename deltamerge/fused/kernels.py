@@ -79,7 +79,7 @@ def dare(tune: Array, base: Array, *, tile: Tile, key: Key, density: float) -> D
         return _difference(tune, base)
     out = np.empty(tile.size, WIDE)
     cut = np.uint16(high), np.uint16(low)
-    loops.drop_at_random(loadable(tune), loadable(base), *_words(key), tile.start, *cut, out)
+    loops.drop_at_random(loadable(tune), loadable(base), *_words(key), tile.start, *cut, np.float32(1), out)
     return out
 
 

@@ -16,7 +16,7 @@ from numba import njit
 from numba.np.numpy_support import carray
 
 from deltamerge.fused.instructions import ones, pointer, product, stack, trailing_zeros, wide
-from deltamerge.fused.vectors import LANES, VECTORS, philox_blocks
+from deltamerge.fused.vectors import BLOCKS, VECTORS, philox_blocks
 from deltamerge.jit import compiled as compiled
 from deltamerge.merge.arithmetic import SMALLEST_DIVISOR
 from deltamerge.pruners.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
@@ -79,38 +79,53 @@ def subtract_at(tune: Any, base: Any, positions: Any, out: Any) -> None:
 
 
 @compiled
-def drop_at_random(tune: Any, base: Any, key0: Any, key1: Any, start: Any, high: Any, low: Any, out: Any) -> None:
-    """tune - base where the word of the position (`start` + index) is below high · 2**16 + low, else 0."""
+def draw_halves(key0: Any, key1: Any, start: Any, count: Any, high: Any, low: Any, words: Any) -> Any:
+    """The high halves of the words of positions [start, start + count) into `words`, as 16-bit numbers after so many as
+    is returned; of a half that ties with `high` a lesser one if the low half is below `low`."""
+    halves = words.view(np.uint16)
+    skip = start % 16
+    first = np.uint64(start // 16)
+    blocks = (skip + count + 15) // 16
+    whole = blocks // BLOCKS * BLOCKS if VECTORS else 0
+    for i in range(0, whole, BLOCKS):
+        philox_blocks(words[4 * i :].ctypes.data, first + np.uint64(i), key0, key1)
+    for i in range(whole, blocks):
+        w0, w1, w2, w3 = philox(first + np.uint64(i), _ZERO, _HIGH, key0, key1)
+        words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = w0, w1, w2, w3
+    if low:
+        tied = False
+        for i in range(16 * blocks):
+            tied |= halves[i] == high
+        if tied:
+            for i in range(skip, skip + count):
+                if halves[i] == high:
+                    at = start - skip + i
+                    word = philox(np.uint64(at // 16), _ZERO, _LOW, key0, key1)[at // 4 % 4]
+                    if np.uint16(word >> np.uint64(16 * (at % 4))) < low:
+                        halves[i] = np.uint16(high - 1)
+    return skip
+
+
+@compiled
+def drop_at_random(
+    tune: Any, base: Any, key0: Any, key1: Any, start: Any, high: Any, low: Any, q: Any, out: Any
+) -> None:
+    """(tune - base) / q where the word of the position (`start` + index) is below high · 2**16 + low, else 0; a q of 1
+    does not divide."""
     words = carray(stack(_OF_HALVES), CHUNK // 4, np.uint64)
     halves = words.view(np.uint16)
     done = 0
     while done < out.size:
-        place = start + done
-        skip = place % 16
-        count = min(CHUNK - skip, out.size - done)
-        first = np.uint64(place // 16)
-        blocks = (skip + count + 15) // 16
-        whole = blocks // LANES * LANES if VECTORS else 0
-        for i in range(0, whole, LANES):
-            philox_blocks(words[4 * i :].ctypes.data, first + np.uint64(i), key0, key1)
-        for i in range(whole, blocks):
-            w0, w1, w2, w3 = philox(first + np.uint64(i), _ZERO, _HIGH, key0, key1)
-            words[4 * i], words[4 * i + 1], words[4 * i + 2], words[4 * i + 3] = w0, w1, w2, w3
-        if low:
-            tied = False
-            for i in range(CHUNK):
-                tied |= halves[i] == high
-            if tied:
-                for i in range(skip, skip + count):
-                    if halves[i] == high:
-                        at = place - skip + i
-                        word = philox(np.uint64(at // 16), _ZERO, _LOW, key0, key1)[at // 4 % 4]
-                        if np.uint16(word >> np.uint64(16 * (at % 4))) < low:
-                            halves[i] = np.uint16(high - 1)
+        count = min(CHUNK - 16, out.size - done)
         # slices spare the inner loop numpy's negative indices, which would keep it scalar
-        half, t, b, kept = halves[skip:], tune[done:], base[done:], out[done:]
-        for i in range(count):
-            kept[i] = wide(t[i]) - wide(b[i]) if half[i] < high else np.float32(0)
+        half = halves[draw_halves(key0, key1, start + done, count, high, low, words) :]
+        t, b, kept = tune[done:], base[done:], out[done:]
+        if q == np.float32(1):
+            for i in range(count):
+                kept[i] = wide(t[i]) - wide(b[i]) if half[i] < high else np.float32(0)
+        else:
+            for i in range(count):
+                kept[i] = (wide(t[i]) - wide(b[i])) / q if half[i] < high else np.float32(0)
         done += count
 
 
@@ -151,8 +166,30 @@ def draw_positions(
 
 
 @compiled
+def _add_two(base: Any, x: Any, w: Any, y: Any, v: Any, out: Any) -> None:
+    """`add_weighted` of two models, in one go."""
+    if base.size:
+        for i in range(out.size):
+            out[i] = wide(base[i]) + (w * wide(x[i]) + v * wide(y[i]))
+    else:
+        for i in range(out.size):
+            out[i] = w * wide(x[i]) + v * wide(y[i])
+
+
+@compiled
 def add_weighted(base: Any, addresses: Any, narrow: Any, weights: Any, divisor: Any, scale: Any, out: Any) -> None:
     """out = base + scale · (Σ w_i x_i) / divisor; an empty base adds nothing. By chunks that stay in cache."""
+    plain = divisor == np.float32(1) and scale == np.float32(1)
+    if weights.size == 2 and plain and narrow[0] == narrow[1]:
+        if narrow[0]:
+            short_x = carray(pointer(addresses[0]), out.size, np.uint16)
+            short_y = carray(pointer(addresses[1]), out.size, np.uint16)
+            _add_two(base, short_x, weights[0], short_y, weights[1], out)
+        else:
+            x = carray(pointer(addresses[0]), out.size, np.float32)
+            y = carray(pointer(addresses[1]), out.size, np.float32)
+            _add_two(base, x, weights[0], y, weights[1], out)
+        return
     for first in range(0, out.size, CHUNK):
         total = out[first : first + CHUNK]
         n = total.size
@@ -186,9 +223,37 @@ def add_weighted(base: Any, addresses: Any, narrow: Any, weights: Any, divisor: 
                 total[i] = wide(start[i]) + total[i]
 
 
+@_inlined
+def _agreeing(entry: Any, total: Any, value: Any) -> Any:
+    """A value of an entry that has the sign of the total, else 0."""
+    return value if (entry > 0 if total >= 0 else entry < 0) else np.float32(0)
+
+
+@compiled
+def _add_two_agreeing(base: Any, x: Any, w: Any, y: Any, v: Any, normalize: Any, scale: Any, out: Any) -> None:
+    """`add_agreeing` of two models, in one go."""
+    if not normalize:
+        for i in range(out.size):
+            a, b = w * x[i], v * y[i]
+            mixed = _agreeing(a, a + b, a) + _agreeing(b, a + b, b)
+            out[i] = wide(base[i]) + mixed * scale
+        return
+    for i in range(out.size):
+        a, b = w * x[i], v * y[i]
+        divisor = _agreeing(a, a + b, w) + _agreeing(b, a + b, v)
+        mixed = _agreeing(a, a + b, a) + _agreeing(b, a + b, b)
+        mixed /= np.float32(1) if abs(divisor) < _SMALLEST else divisor
+        out[i] = wide(base[i]) + mixed * scale
+
+
 @compiled
 def add_agreeing(base: Any, addresses: Any, weights: Any, normalize: Any, scale: Any, out: Any) -> None:
     """out = base + scale · Σ of the e_i = w_i Δ_i of the sign of Σ e_i (÷ the sum of their w_i if `normalize`)."""
+    if weights.size == 2:
+        x = carray(pointer(addresses[0]), out.size, np.float32)
+        y = carray(pointer(addresses[1]), out.size, np.float32)
+        _add_two_agreeing(base, x, weights[0], y, weights[1], normalize, scale, out)
+        return
     sums, divisors = carray(stack(_OF_FLOATS), CHUNK, np.float32), carray(stack(_OF_FLOATS), CHUNK, np.float32)
     for first in range(0, out.size, CHUNK):
         mixed, start = out[first : first + CHUNK], base[first : first + CHUNK]

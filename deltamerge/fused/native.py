@@ -65,7 +65,7 @@ def _called(engine: Any) -> Loop:
     function = prototype(engine.get_function_address(NAME))
 
     def call(arrays: Sequence[NDArray[Any]], engine: Any = engine) -> bool:
-        rows = [(x.ctypes.data, *x.shape, 0)[:3] for x in arrays]
+        rows = [(x.__array_interface__["data"][0], *x.shape, 0)[:3] for x in arrays]
         table = np.array(rows, np.int64)
         went, fault = ctypes.c_int64(), ctypes.c_void_p()
         status = function(ctypes.byref(went), ctypes.byref(fault), table.ctypes.data)

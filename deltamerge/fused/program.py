@@ -61,7 +61,7 @@ class Program:
         self.scalars = np.array([x.scalars for x in done], np.float32)
         self.weights = np.array([_padded(x.weights, width) for x in done], np.float32)
         self.models = np.array([len(x.models) for x in done], np.int64)
-        self.registers_of = np.array([_padded(x.models, width) for x in done], np.int64)
+        self.operands_of = np.array([_padded(x.models, width) for x in done], np.int64)
         self.lists_of = np.array([_padded(x.lists, width) for x in done], np.int64)
         self.tables, self.guides, self.bounds = _joined(assembly.tables)
         self.ranks = np.concatenate([np.empty(0, np.int64), *assembly.ranks])
@@ -81,12 +81,11 @@ class Program:
         job = np.array([start, stop, self.block, self.sparse, self.sampled, self.itemsize], np.int64)
         width = max(len(operations), self.lists, self.weights.shape[1])
         went = self.loop([
-            job, operations, self.keys, self.scalars, self.weights, self.models,
-            _addresses(registers, self.registers_of), self.lists_of, self.tables, self.guides, self.bounds, self.ranks,
-            np.array(files, np.int64).reshape(-1, 3), memory, raw, _addresses(raw, np.arange(len(raw))), registers,
-            places, _addresses(places, self.lists_of), counts, sums, listed, used,
+            job, operations, self.keys, self.scalars, self.weights, self.models, self.operands_of, self.lists_of,
+            self.tables, self.guides, self.bounds, self.ranks, np.array(files, np.int64).reshape(-1, 3), memory, raw,
+            registers, places, counts, sums, listed, used,
             np.empty(1 << (self.block - 1).bit_length() >> 1 if self.summed else 0, np.float64),
-            np.zeros((4, width), np.int64), np.zeros(width, np.bool_),
+            np.zeros((6, width), np.int64), np.zeros(width, np.bool_),
         ])  # fmt: skip
         if not went:
             return None
@@ -110,11 +109,6 @@ class Program:
 
 def _padded(values: Sequence[Any], width: int) -> tuple[Any, ...]:
     return (*values, *[0] * (width - len(values)))
-
-
-def _addresses(array: NDArray[Any], rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Where `rows` of an array begin in memory."""
-    return np.asarray(array.ctypes.data + array.strides[0] * rows)
 
 
 def _joined(

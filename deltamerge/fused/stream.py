@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -49,6 +50,7 @@ class Assembly:
     summed: int = 0
     sums: dict[int, tuple[int, int]] = field(default_factory=dict)
     listed: dict[int, int] = field(default_factory=dict)
+    uses: Counter[int] = field(default_factory=Counter)
     sparse: bool = False
     whole_blocks: bool = False
     sampled: int = 0
@@ -78,6 +80,19 @@ class Assembly:
             self.add(codes.LOAD, self.made(node), source)
         return self.registers[id(node)]
 
+    def operand(self, node: Node) -> int:
+        """What holds a node's values: its register, or a source that need not be put into one."""
+        source = self.source_of.get(id(node), -1)
+        if id(node) in self.registers or source < 0 or self.sources[source].itemsize != 2:
+            return self.register(node)
+        return codes.DIRECT + source
+
+    def pair(self, tune: Node, base: Node) -> tuple[int, int]:
+        """Two operands that are both direct or both registers."""
+        found = self.operand(tune), self.operand(base)
+        alike = (found[0] >= codes.DIRECT) == (found[1] >= codes.DIRECT)
+        return found if alike else (self.register(tune), self.register(base))
+
     def release(self, nodes: Sequence[Node]) -> None:
         for node in nodes:
             if id(node) in self.registers:
@@ -94,7 +109,7 @@ def _read(assembly: Assembly, node: Node) -> None:
 
 
 def _subtract(assembly: Assembly, node: Node, dtypes: Any) -> None:
-    tune, base = map(assembly.register, node.inputs)
+    tune, base = assembly.pair(*node.inputs)
     assembly.add(codes.SUBTRACT, assembly.made(node), tune, base)
 
 
@@ -110,13 +125,17 @@ def _dare(assembly: Assembly, node: Node, key: Key, density: float) -> None:
     if high >> 16:
         _subtract(assembly, node, None)
         return
-    tune, base = map(assembly.register, node.inputs)
+    tune, base = assembly.pair(*node.inputs)
     assembly.add(codes.DROP, assembly.made(node), tune, base, high, low, key=key)
 
 
 def _divide(assembly: Assembly, node: Node) -> None:
     delta, q = node.inputs
-    source, places = assembly.register(delta), assembly.lists.get(id(delta), -1)
+    source, places, last = assembly.register(delta), assembly.lists.get(id(delta), -1), assembly.operations[-1]
+    if (last.code, last.to) == (codes.DROP, source) and assembly.uses[id(delta)] == 1 and assembly.values[id(q)] > 0:
+        assembly.operations[-1] = replace(last, scalars=(assembly.values[id(q)], 1.0))
+        assembly.registers[id(node)] = assembly.registers.pop(id(delta))
+        return
     if places >= 0:
         assembly.lists[id(node)] = places
     assembly.add(codes.DIVIDE, assembly.made(node), source, places, scalars=(assembly.values[id(q)], 1.0))
@@ -154,8 +173,8 @@ def _merge(
 ) -> None:
     models = node.inputs[1:] if based else node.inputs
     if not assembly.sparse:
-        base = assembly.register(node.inputs[0]) if based else -1
-        registers = tuple(map(assembly.register, models))
+        base = assembly.operand(node.inputs[0]) if based else -1
+        registers = tuple(map(assembly.operand if code == codes.ADD else assembly.register, models))
         to = assembly.made(node)
         assembly.add(code, to, base, -1, int(normalize), scalars=scalars, weights=weights, models=registers)
         return
@@ -186,8 +205,8 @@ def _combine(assembly: Assembly, node: Node, along: str, based: bool) -> None:
 
 def _merge_first(assembly: Assembly, node: Node, weights: tuple[float, ...], based: bool) -> None:
     inputs = node.inputs[:-1]
-    base = assembly.register(inputs[0]) if based else -1
-    registers = tuple(map(assembly.register, inputs[1:] if based else inputs))
+    base = assembly.operand(inputs[0]) if based else -1
+    registers = tuple(map(assembly.operand, inputs[1:] if based else inputs))
     assembly.add(codes.ADD, assembly.made(node), base, weights=weights, models=registers)
 
 
@@ -282,6 +301,7 @@ def assemble(
     operation for some step, or a source is not stored as it is. `values` are the small ones so far, `output` is the
     dtype to write."""
     assembly = Assembly(values, reader, output)
+    assembly.uses.update(id(source) for node, _, _ in steps for source in node.inputs)
     drawn = [is_sparse(p["density"]) for node, p, _ in steps if node.function.endswith("masks:dare")]
     assembly.sparse = any(drawn)
     stored = {node.dtype for node, _, _ in steps if node.kind == "read"} | {output}

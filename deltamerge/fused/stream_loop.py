@@ -111,7 +111,7 @@ def run(table: Any) -> int:
     scalars = carray(pointer(t[3, 0]), (t[3, 1], t[3, 2]), np.float32)
     weights = carray(pointer(t[4, 0]), (t[4, 1], t[4, 2]), np.float32)
     models = carray(pointer(t[5, 0]), t[5, 1], np.int64)
-    addresses = carray(pointer(t[6, 0]), (t[6, 1], t[6, 2]), np.int64)
+    operands_of = carray(pointer(t[6, 0]), (t[6, 1], t[6, 2]), np.int64)
     places_of = carray(pointer(t[7, 0]), (t[7, 1], t[7, 2]), np.int64)
     tables = carray(pointer(t[8, 0]), t[8, 1], np.uint64)
     guides = carray(pointer(t[9, 0]), t[9, 1], np.uint32)
@@ -120,19 +120,21 @@ def run(table: Any) -> int:
     sources = carray(pointer(t[12, 0]), (t[12, 1], t[12, 2]), np.int64)
     out = carray(pointer(t[13, 0]), t[13, 1], np.uint8)
     raw = carray(pointer(t[14, 0]), (t[14, 1], t[14, 2]), np.uint8)
-    raw_at = carray(pointer(t[15, 0]), t[15, 1], np.int64)
-    registers = carray(pointer(t[16, 0]), (t[16, 1], t[16, 2]), np.float32)
-    places = carray(pointer(t[17, 0]), (t[17, 1], t[17, 2]), np.int64)
-    places_at = carray(pointer(t[18, 0]), (t[18, 1], t[18, 2]), np.int64)
-    counts = carray(pointer(t[19, 0]), t[19, 1], np.int64)
-    sums = carray(pointer(t[20, 0]), (t[20, 1], t[20, 2]), np.float64)
-    listed = carray(pointer(t[21, 0]), (t[21, 1], t[21, 2]), np.uint32)
-    used = carray(pointer(t[22, 0]), t[22, 1], np.int64)
-    part = carray(pointer(t[23, 0]), t[23, 1], np.float64)
-    state = carray(pointer(t[24, 0]), (t[24, 1], t[24, 2]), np.int64)
-    sizes, left, header, lengths = state[0], state[1], state[2], state[3]
-    wholes = carray(pointer(t[25, 0]), t[25, 1], np.bool_)
+    registers = carray(pointer(t[15, 0]), (t[15, 1], t[15, 2]), np.float32)
+    places = carray(pointer(t[16, 0]), (t[16, 1], t[16, 2]), np.int64)
+    counts = carray(pointer(t[17, 0]), t[17, 1], np.int64)
+    sums = carray(pointer(t[18, 0]), (t[18, 1], t[18, 2]), np.float64)
+    listed = carray(pointer(t[19, 0]), (t[19, 1], t[19, 2]), np.uint32)
+    used = carray(pointer(t[20, 0]), t[20, 1], np.int64)
+    part = carray(pointer(t[21, 0]), t[21, 1], np.float64)
+    state = carray(pointer(t[22, 0]), (t[22, 1], t[22, 2]), np.int64)
+    wholes = carray(pointer(t[23, 0]), t[23, 1], np.bool_)
+    sizes, left, header = state[0], state[1], state[2]
+    lengths, addresses, found_at = state[3], state[4], state[5]
     marks, numbers = carray(stack(_OF_MARKS), _MARKS, np.uint64), carray(stack(_OF_MARKS), _MARKS, np.int64)
+    raw_at, raw_row = raw.ctypes.data, raw.shape[1]
+    registers_at, register_row = registers.ctypes.data, 4 * registers.shape[1]
+    places_at, places_row = places.ctypes.data, 8 * places.shape[1]
     left[:] = -1
     chunk = registers.shape[1]
     after = start
@@ -151,7 +153,7 @@ def run(table: Any) -> int:
         number, inside = at // block, at % block
         for s in range(sources.shape[0]):
             fd, begin, size = sources[s, 0], sources[s, 1], sources[s, 2]
-            if not read_piece(fd, raw_at[s], piece * size, begin + at * size):
+            if not read_piece(fd, raw_at + raw_row * s, piece * size, begin + at * size):
                 return 0
         for first in range(0, piece, chunk):
             n = min(chunk, piece - first)
@@ -164,11 +166,22 @@ def run(table: Any) -> int:
                     else:
                         copy(raw[a, 4 * first : 4 * (first + n)].view(np.float32), registers[to, :n])
                 elif code == codes.SUBTRACT:
-                    subtract(registers[a, :n], registers[b, :n], registers[to, :n])
+                    if a >= codes.DIRECT:
+                        short_x = raw[a - codes.DIRECT, 2 * first : 2 * (first + n)].view(np.uint16)
+                        short_y = raw[b - codes.DIRECT, 2 * first : 2 * (first + n)].view(np.uint16)
+                        subtract(short_x, short_y, registers[to, :n])
+                    else:
+                        subtract(registers[a, :n], registers[b, :n], registers[to, :n])
                 elif code == codes.DROP:
-                    high, low = np.uint16(c), np.uint16(d)
-                    x, y, kept = registers[a, :n], registers[b, :n], registers[to, :n]
-                    drop_at_random(x, y, keys[k, 0], keys[k, 1], at + first, high, low, kept)
+                    high, low, q, kept = np.uint16(c), np.uint16(d), scalars[k, 0], registers[to, :n]
+                    key0, key1 = keys[k, 0], keys[k, 1]
+                    if a >= codes.DIRECT:
+                        short_x = raw[a - codes.DIRECT, 2 * first : 2 * (first + n)].view(np.uint16)
+                        short_y = raw[b - codes.DIRECT, 2 * first : 2 * (first + n)].view(np.uint16)
+                        drop_at_random(short_x, short_y, key0, key1, at + first, high, low, q, kept)
+                    else:
+                        x, y = registers[a, :n], registers[b, :n]
+                        drop_at_random(x, y, key0, key1, at + first, high, low, q, kept)
                 elif code == codes.DIVIDE:
                     size = n if b < 0 else sizes[b]
                     divide(registers[a, :size], scalars[k, 0], registers[to, :size])
@@ -186,12 +199,26 @@ def run(table: Any) -> int:
                         keep_from(bits, threshold + np.uint32(1), kept_bits)
                 elif code in (codes.ADD, codes.AGREE):
                     size, m = n if b < 0 else sizes[b], models[k]
-                    base, merged = registers[max(a, 0), : size if a >= 0 else 0], registers[to, :size]
-                    if code == codes.ADD:
-                        divisor, scale = scalars[k, 0], scalars[k, 1]
-                        add_weighted(base, addresses[k, :m], wholes[:m], weights[k, :m], divisor, scale, merged)
+                    for j in range(m):
+                        source = operands_of[k, j] - codes.DIRECT
+                        wholes[j] = source >= 0
+                        if source >= 0:
+                            addresses[j] = raw_at + raw_row * source + 2 * first
+                        else:
+                            addresses[j] = registers_at + register_row * operands_of[k, j]
+                    w, scale, merged = weights[k, :m], scalars[k, 1], registers[to, :size]
+                    if a >= codes.DIRECT:
+                        short_base = raw[a - codes.DIRECT, 2 * first : 2 * (first + n)].view(np.uint16)
+                        if code == codes.ADD:
+                            add_weighted(short_base, addresses[:m], wholes[:m], w, scalars[k, 0], scale, merged)
+                        else:
+                            add_agreeing(short_base, addresses[:m], w, c != 0, scale, merged)
                     else:
-                        add_agreeing(base, addresses[k, :m], weights[k, :m], c != 0, scalars[k, 1], merged)
+                        base = registers[max(a, 0), : size if a >= 0 else 0]
+                        if code == codes.ADD:
+                            add_weighted(base, addresses[:m], wholes[:m], w, scalars[k, 0], scale, merged)
+                        else:
+                            add_agreeing(base, addresses[:m], w, c != 0, scale, merged)
                 elif code == codes.STORE:
                     done = at + first - start
                     if size_of_out == 2:
@@ -225,9 +252,11 @@ def run(table: Any) -> int:
                     m = models[k]
                     for j in range(m):
                         lengths[j] = sizes[places_of[k, j]]
+                        found_at[j] = places_at + places_row * places_of[k, j]
+                        addresses[j] = registers_at + register_row * operands_of[k, j]
                     marks[:] = np.uint64(0)
                     rows = registers[a : a + m]
-                    found, values = places_at[k, :m], addresses[k, :m]
+                    found, values = found_at[:m], addresses[:m]
                     sizes[to] = align(found, values, lengths[:m], marks, numbers, places[to], rows)
                 elif code == codes.BASE_AT:
                     where = places[b, : sizes[b]]
