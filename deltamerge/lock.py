@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,15 +15,16 @@ import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from deltamerge import __version__
+from deltamerge import __version__, errors
 from deltamerge.calibrate.hub_rows import commit
 from deltamerge.calibrate.rows import is_of_hub, local_files
 from deltamerge.chosen import Run, choices
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.graph import Node
+from deltamerge.graph import Node, depth_first
 from deltamerge.io.blobs import sha256_of
-from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.files import input_error
+from deltamerge.io.checkpoint import Checkpoint, is_stored
+from deltamerge.io.files import flat, input_error, read_at
+from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.planner import Plan
 from deltamerge.stages import Calibrated, Source, locked
@@ -48,16 +51,29 @@ def hash_output(path: Path) -> str:
     return f"blake3:{_digest(path, blake3(max_threads=blake3.AUTO))}"
 
 
-def hash_input(path: Path) -> str:
-    """ "xxh3:<hex>", XXH3-128, of a local file's bytes: as fast as it is read, against accidents, not against forgery.
+def hash_input(path: Path, pieces: Pieces | None = None) -> str:
+    """ "xxh3-64k:<hex>" of a local file, by `io.pieces`: as fast as it is read, against accidents, not against forgery.
 
-    A file of the hub's cache is "sha256:<hex>", which the hub already knows and `check_blobs` compares.
+    What `pieces` know is not read. A file of the hub's cache is "sha256:<hex>", which the hub already knows and
+    `check_blobs` compares.
     """
     if known := sha256_of(path):
         return f"sha256:{known}"
-    from xxhash import xxh3_128
+    found = learn_pieces(path, pieces or Pieces())
+    return f"xxh3-64k:{hash_whole(found)}"
 
-    return f"xxh3:{_digest(path, xxh3_128())}"
+
+def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()) -> Known:
+    """Hash the pieces of a file that are not known, but those within ranges of its bytes; what is known then."""
+    try:
+        known = pieces.of(path)
+        wanted = ~(known.there | inside(known, but))
+        if wanted.any():
+            with errors.context(str(path)), path.open("rb", buffering=0) as file:
+                learn(known, wanted, lambda offset, out: read_at(file.fileno(), offset, flat(out)))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return known
 
 
 def _digest(path: Path, hasher: Any) -> str:
@@ -92,10 +108,12 @@ def input_files(model: Checkpoint) -> list[Path]:
     return [*model.files, *([config] if config.is_file() else [])]
 
 
-def describe_input(model: Checkpoint, workers: int, files: Iterable[Path] | None = None) -> dict[str, Any]:
+def describe_input(
+    model: Checkpoint, workers: int, files: Iterable[Path] | None = None, pieces: Pieces | None = None
+) -> dict[str, Any]:
     """An input's commit (if from the hub) and its files, or some of them."""
     chosen = input_files(model) if files is None else files
-    entry: dict[str, Any] = {"files": describe_files(chosen, workers, hash_input)}
+    entry: dict[str, Any] = {"files": describe_files(chosen, workers, partial(hash_input, pieces=pieces))}
     commits = [source.revision or "" for source in model.sources]
     if all(commits):
         entry["commit"] = "+".join(commits)
@@ -120,21 +138,44 @@ def files_read(plan: Plan) -> list[tuple[Checkpoint, list[Path]]]:
     return [(model, list(dict.fromkeys(files))) for model, files in read]
 
 
+Mine = Callable[[int, int], bool]
+
+
 def describe_inputs(
-    plan: Plan, workers: int, mine: Callable[[int, int], bool] = lambda position, total: True
+    plan: Plan, workers: int, mine: Mine = lambda position, total: True, pieces: Pieces | None = None
 ) -> dict[str, Any]:
-    """For every input its commit (if from the hub) and its files; only those that are `mine` by position and total."""
+    """For every input its commit (if from the hub) and its files; only those that are `mine` by position and total.
+
+    `pieces` are what is known of the files already.
+    """
     inputs: dict[str, Any] = {}
-    read = files_read(plan)
-    total = sum(len(files) for _, files in read)
-    position = 0
-    for model, files in read:
-        chosen = [file for i, file in enumerate(files, position) if mine(i, total)]
-        position += len(files)
-        inputs[model.reference] = describe_input(model, workers, chosen)
+    for model, chosen in _chosen(plan, mine):
+        inputs[model.reference] = describe_input(model, workers, chosen, pieces)
     for source in plan.sources[:1]:
         inputs[DATA] = _describe_data(source, workers)
     return inputs
+
+
+def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
+    read = files_read(plan)
+    total, position = sum(len(files) for _, files in read), 0
+    for model, files in read:
+        yield model, [file for i, file in enumerate(files, position) if mine(i, total)]
+        position += len(files)
+
+
+def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
+    """Tell `pieces` of what a run will not hash as it reads it, while it does."""
+    merged: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
+    for task in plan.tasks if plan.recipe.output.kind == "model" else ():
+        if task.backend == "fused" and task.root.kind != "read":
+            infos = (node.parameter("tensor") for node in depth_first(task.root) if node.kind == "read")
+            for info in filter(is_stored, infos):
+                merged[info.path].append((info.begin, info.begin + info.nbytes))
+    for _, files in _chosen(plan, mine):
+        for path in files:
+            if not sha256_of(path):
+                learn_pieces(path, pieces, merged[path])
 
 
 def _describe_data(source: Source, workers: int) -> dict[str, Any]:

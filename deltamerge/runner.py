@@ -25,6 +25,7 @@ from deltamerge.io.audit import NonFinite
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.delta_writer import Summary
+from deltamerge.io.pieces import Pieces
 from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.io.writer import write_index
 from deltamerge.planner import Plan
@@ -151,19 +152,19 @@ def _run(
         assets = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
         facts = locks.facts(planned, document.text)
         work.begin(facts)
-        share = part or Part(1, 1)
-        inputs = _beside(lambda: locks.describe_inputs(planned, 1, share.takes))
         sound = _beside(lambda: check_blobs(_files_read(planned, part, assets.values()), planned.workers))
         lock_path = path.with_suffix(".lock") if locked else None
         lock = locks.read_lock(lock_path) if lock_path else {}
+        pieces, takes = Pieces(), (part or Part(1, 1)).takes
         if lock_path and part is None:
-            locks.check_inputs(lock, inputs.result(), lock_path)
+            locks.check_inputs(lock, locks.describe_inputs(planned, planned.workers, takes, pieces), lock_path)
+        hashing = _beside(lambda: locks.hash_ahead(planned, takes, pieces))
         check_deltas(planned)
 
         def replan(densities: Mapping[str, float]) -> Plan:
             return make_plan(path, **options, upto=document.name, weights=True, densities=densities)
 
-        made = make_weights(planned, work, watch, replan, part, lock, lock_path, facts)
+        made = make_weights(planned, work, watch, replan, part, lock, lock_path, facts, pieces)
         planned = made.plan
         now = locks.facts(planned, document.text)
         if changed := sorted(name for name in facts if now.get(name) != facts[name]):
@@ -175,10 +176,12 @@ def _run(
             work.forget()
             raise
         check_finite(planned, made.nonfinite, allow=allow_nonfinite)
+        hashing.result()
+        inputs = locks.describe_inputs(planned, planned.workers, takes, pieces)
         if part:
-            work.journal.append({"part": {"inputs": inputs.result(), "outputs": made.hashed}})
+            work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed}})
             return Result(work.folder, part.of(planned), {}, None, made.nonfinite)
-        planned, lock = _complete(made, work, document.text, target.name, inputs.result(), draw)
+        planned, lock = _complete(made, work, document.text, target.name, inputs, draw)
     return Result(target, planned, lock, made.delta, made.nonfinite)
 
 

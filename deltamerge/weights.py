@@ -18,6 +18,7 @@ from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.files import sync_path
+from deltamerge.io.pieces import Pieces
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Writer
 from deltamerge.planner import Plan
@@ -45,8 +46,10 @@ def make_weights(
     lock: dict[str, Any],
     lock_path: Path | None,
     facts: Mapping[str, Any],
+    pieces: Pieces,
 ) -> Made:
-    """Write the weights of `planned`, or those of one `part` of its shards, to the work folder.
+    """Write the weights of `planned`, or those of one `part` of its shards, to the work folder; `pieces` are told the
+    hashes of what is read.
 
     What an interrupted run finished is kept, but for a budget, which tries sizes. `replan` plans anew for the densities
     that a budget allows; calibrated q's and densities come from `lock`, read from `lock_path`, where there is one.
@@ -67,7 +70,7 @@ def make_weights(
         return Made(planned, values, {}, delta.nonfinite, delta)
     values = calibrated(planned, work, lock_path, facts, alone=part is None or part.index == 0)
     mine = part.of(planned) if part else planned
-    found = _write_shards(mine, work, watch(mine), values, part)
+    found = _write_shards(mine, work, watch(mine), values, part, pieces)
     sizes = {file.name: file.size for file in planned.layout.files}
     hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
     return Made(planned, values, hashed, found.nonfinite)
@@ -118,10 +121,15 @@ def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
 
 
 def _write_shards(
-    planned: Plan, work: Workspace, progress: Callable[[int], None], known: dict[Node, Any], part: Part | None
+    planned: Plan,
+    work: Workspace,
+    progress: Callable[[int], None],
+    known: dict[Node, Any],
+    part: Part | None,
+    pieces: Pieces,
 ) -> Findings:
     files = part.files(planned.layout) if part else None
-    with Reader() as reader, Writer(work.folder, planned.layout, files=files, journal=work.journal) as writer:
+    with Reader(pieces) as reader, Writer(work.folder, planned.layout, files=files, journal=work.journal) as writer:
         execute(
             sorted(planned.tasks, key=lambda task: writer.where(task.name, task.offset)),
             reader,

@@ -3,6 +3,9 @@
 # Elements read and written at once: in bfloat16 small enough for a core's cache beside the registers.
 PIECE = 1 << 16
 
+# Bytes before those of a piece, where the end of the piece before waits to be hashed.
+MARGIN = 1 << 10
+
 # Operands from this number on are bfloat16 as read from a source: operand - DIRECT is which.
 DIRECT = 1 << 32
 
@@ -26,4 +29,4 @@ LIST = 17  # row c of listed: per block what a has from b to d, after how many a
 SAMPLE = 18  # row c of listed: the magnitudes of a
 
 # Arrays of a job, whose addresses `stream_loop.run` is given.
-ARRAYS = 24
+ARRAYS = 28

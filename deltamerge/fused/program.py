@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from deltamerge.fused import codes, native
 from deltamerge.io.files import Descriptor
+from deltamerge.io.pieces import PIECE_BYTES, Pieces
 from deltamerge.pruners.bits import SPARSE_BLOCK, Key
 from deltamerge.tensors import ITEMSIZE
 
@@ -23,9 +25,10 @@ CHUNK = 1 << 11
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """An open file, the byte in it of a tensor's first element, and the bytes of an element."""
+    """An open file and its path, the byte in it of a tensor's first element, and the bytes of an element."""
 
     file: Descriptor
+    path: Path
     begin: int
     itemsize: int
 
@@ -47,8 +50,9 @@ class Operation:
 class Program:
     """A pass, ready to run on any range of elements, from any number of threads."""
 
-    def __init__(self, assembly: Assembly, block: int) -> None:
-        done = assembly.operations
+    def __init__(self, assembly: Assembly, block: int, pieces: Pieces | None) -> None:
+        """`pieces` are told the hashes of what is read."""
+        done, self.pieces = assembly.operations, pieces
         self.loop = native.loop()
         self.block, self.sources, self.sparse = block, assembly.sources, assembly.sparse
         self.counters, self.sums, self.itemsize = assembly.counters, assembly.sums, ITEMSIZE[assembly.output]
@@ -75,20 +79,30 @@ class Program:
         used = np.zeros(len(self.listed), np.int64)
         files = [(place.file.fd, place.begin, place.itemsize) for place in self.sources]
         memory = np.empty(0, np.uint8) if out is None else out
-        raw = np.empty((len(files), 4 * max(codes.PIECE, self.chunk, self.sampled)), np.uint8)
+        raw = np.empty((len(files), codes.MARGIN + 4 * max(codes.PIECE, self.chunk, self.sampled)), np.uint8)
         registers = np.empty((max(1, self.rows), self.chunk), np.float32)
         places = np.empty((self.lists, SPARSE_BLOCK + 1), np.int64)
         job = np.array([start, stop, self.block, self.sparse, self.sampled, self.itemsize], np.int64)
+        first_pieces = np.array([-(-(x.begin + start * x.itemsize) // PIECE_BYTES) for x in self.sources], np.int64)
+        hashed = first_pieces * PIECE_BYTES
+        longest = (stop - start) * max((x.itemsize for x in self.sources), default=0)
+        room = longest // PIECE_BYTES if self.pieces else 0
+        digests = np.empty((len(files) * room, 2), np.uint64)
         width = max(len(operations), self.lists, self.weights.shape[1])
         went = self.loop([
             job, operations, self.keys, self.scalars, self.weights, self.models, self.operands_of, self.lists_of,
             self.tables, self.guides, self.bounds, self.ranks, np.array(files, np.int64).reshape(-1, 3), memory, raw,
             registers, places, counts, sums, listed, used,
             np.empty(1 << (self.block - 1).bit_length() >> 1 if self.summed else 0, np.float64),
-            np.zeros((6, width), np.int64), np.zeros(width, np.bool_),
+            np.zeros((6, width), np.int64), np.zeros(width, np.bool_), digests, hashed, first_pieces,
+            np.empty((len(files), 8), np.uint64),
         ])  # fmt: skip
         if not went:
             return None
+        if self.pieces:
+            for source, place in enumerate(self.sources):
+                mine = digests[room * source :][: hashed[source] // PIECE_BYTES - first_pieces[source]]
+                self.pieces.give(place.path, int(first_pieces[source]), mine)
         found: dict[int, Any] = {}
         for node, (row, size) in self.counters.items():
             first = operations[row, 5]

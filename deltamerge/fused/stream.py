@@ -105,7 +105,7 @@ def _read(assembly: Assembly, node: Node) -> None:
     if file is None or node.dtype not in STORED:
         raise _Foreign
     assembly.source_of[id(node)] = len(assembly.sources)
-    assembly.sources.append(Place(file, info.begin, ITEMSIZE[node.dtype]))
+    assembly.sources.append(Place(file, info.path, info.begin, ITEMSIZE[node.dtype]))
 
 
 def _subtract(assembly: Assembly, node: Node, dtypes: Any) -> None:
@@ -130,15 +130,17 @@ def _dare(assembly: Assembly, node: Node, key: Key, density: float) -> None:
 
 
 def _divide(assembly: Assembly, node: Node) -> None:
-    delta, q = node.inputs
-    source, places, last = assembly.register(delta), assembly.lists.get(id(delta), -1), assembly.operations[-1]
-    if (last.code, last.to) == (codes.DROP, source) and assembly.uses[id(delta)] == 1 and assembly.values[id(q)] > 0:
-        assembly.operations[-1] = replace(last, scalars=(assembly.values[id(q)], 1.0))
+    delta, divisor = node.inputs
+    q, source, last = assembly.values[id(divisor)], assembly.register(delta), assembly.operations[-1]
+    undivided = (last.code, last.to, last.scalars[0]) == (codes.DROP, source, 1.0)
+    if undivided and assembly.uses[id(delta)] == 1 and q > 0:  # a dropped entry stays +0
+        assembly.operations[-1] = replace(last, scalars=(q, 1.0))
         assembly.registers[id(node)] = assembly.registers.pop(id(delta))
         return
+    places = assembly.lists.get(id(delta), -1)
     if places >= 0:
         assembly.lists[id(node)] = places
-    assembly.add(codes.DIVIDE, assembly.made(node), source, places, scalars=(assembly.values[id(q)], 1.0))
+    assembly.add(codes.DIVIDE, assembly.made(node), source, places, scalars=(q, 1.0))
 
 
 def _keep_largest(assembly: Assembly, node: Node) -> None:
@@ -329,4 +331,4 @@ def assemble(
     block = block_elements(shape)
     if assembly.whole_blocks and block > LONGEST_DOT:
         return None
-    return Program(assembly, block)
+    return Program(assembly, block, None if reductions else reader.pieces)

@@ -30,6 +30,7 @@ from deltamerge.fused.loops import (
     widen,
 )
 from deltamerge.fused.method_loops import append_between, copy_magnitudes, dots_of_blocks
+from deltamerge.fused.xxh3 import mix_pieces
 from deltamerge.jit import uncalled
 from deltamerge.pruners.bits import SPARSE_BLOCK
 from deltamerge.pruners.select import GOLDEN
@@ -101,7 +102,9 @@ def run(table: Any) -> int:
     element, or is empty; `raw` has a row of bytes for each source. Reductions go to `counts`, `sums` and `listed`, a
     row of which is used as far as `used` says. `block`: elements of the tensor's blocks, on which start lies;
     `aligned`: pieces end where the generator's blocks do instead; `sampled`: only a run of so many entries of each
-    block is looked at (0: all), as `select.run_start` says.
+    block is looked at (0: all), as `select.run_start` says. `digests` has room for those of the pieces of files
+    (io.pieces) that lie within what is read of each source, one source after the other, or is empty: they are hashed
+    from `hashed` on, where piece number `first_pieces` begins, and `hashed` tells up to where.
     """
     t = carray(pointer(table), (codes.ARRAYS, 3), np.int64)
     job = carray(pointer(t[0, 0]), t[0, 1], np.int64)
@@ -131,8 +134,13 @@ def run(table: Any) -> int:
     wholes = carray(pointer(t[23, 0]), t[23, 1], np.bool_)
     sizes, left, header = state[0], state[1], state[2]
     lengths, addresses, found_at = state[3], state[4], state[5]
+    digests = carray(pointer(t[24, 0]), (t[24, 1], t[24, 2]), np.uint64)
+    hashed = carray(pointer(t[25, 0]), t[25, 1], np.int64)
+    first_pieces = carray(pointer(t[26, 0]), t[26, 1], np.int64)
+    accumulators = carray(pointer(t[27, 0]), (t[27, 1], t[27, 2]), np.uint64)
     marks, numbers = carray(stack(_OF_MARKS), _MARKS, np.uint64), carray(stack(_OF_MARKS), _MARKS, np.int64)
-    raw_at, raw_row = raw.ctypes.data, raw.shape[1]
+    raw_at, raw_row = raw.ctypes.data + codes.MARGIN, raw.shape[1]
+    room = digests.shape[0] // max(1, sources.shape[0])
     registers_at, register_row = registers.ctypes.data, 4 * registers.shape[1]
     places_at, places_row = places.ctypes.data, 8 * places.shape[1]
     left[:] = -1
@@ -155,20 +163,29 @@ def run(table: Any) -> int:
             fd, begin, size = sources[s, 0], sources[s, 1], sources[s, 2]
             if not read_piece(fd, raw_at + raw_row * s, piece * size, begin + at * size):
                 return 0
+            if room:
+                behind = begin + (at + piece) * size
+                if hashed[s] < behind:
+                    unhashed = raw_at + raw_row * s + hashed[s] - (begin + at * size)
+                    mine = digests[s * room : (s + 1) * room]
+                    hashed[s] = mix_pieces(unhashed, hashed[s], behind, first_pieces[s], accumulators[s], mine)
+                    rest, end = behind - hashed[s], codes.MARGIN + piece * size
+                    copy(raw[s, end - rest : end], raw[s, codes.MARGIN - rest : codes.MARGIN])
         for first in range(0, piece, chunk):
-            n = min(chunk, piece - first)
+            n, skip = min(chunk, piece - first), codes.MARGIN + 2 * first
             for k in range(operations.shape[0]):
                 code, to = operations[k, 0], operations[k, 1]
                 a, b, c, d = operations[k, 2], operations[k, 3], operations[k, 4], operations[k, 5]
                 if code == codes.LOAD:
                     if sources[a, 2] == 2:
-                        widen(raw[a, 2 * first : 2 * (first + n)].view(np.uint16), registers[to, :n])
+                        widen(raw[a, skip : skip + 2 * n].view(np.uint16), registers[to, :n])
                     else:
-                        copy(raw[a, 4 * first : 4 * (first + n)].view(np.float32), registers[to, :n])
+                        at_first = codes.MARGIN + 4 * first
+                        copy(raw[a, at_first : at_first + 4 * n].view(np.float32), registers[to, :n])
                 elif code == codes.SUBTRACT:
                     if a >= codes.DIRECT:
-                        short_x = raw[a - codes.DIRECT, 2 * first : 2 * (first + n)].view(np.uint16)
-                        short_y = raw[b - codes.DIRECT, 2 * first : 2 * (first + n)].view(np.uint16)
+                        short_x = raw[a - codes.DIRECT, skip : skip + 2 * n].view(np.uint16)
+                        short_y = raw[b - codes.DIRECT, skip : skip + 2 * n].view(np.uint16)
                         subtract(short_x, short_y, registers[to, :n])
                     else:
                         subtract(registers[a, :n], registers[b, :n], registers[to, :n])
@@ -176,8 +193,8 @@ def run(table: Any) -> int:
                     high, low, q, kept = np.uint16(c), np.uint16(d), scalars[k, 0], registers[to, :n]
                     key0, key1 = keys[k, 0], keys[k, 1]
                     if a >= codes.DIRECT:
-                        short_x = raw[a - codes.DIRECT, 2 * first : 2 * (first + n)].view(np.uint16)
-                        short_y = raw[b - codes.DIRECT, 2 * first : 2 * (first + n)].view(np.uint16)
+                        short_x = raw[a - codes.DIRECT, skip : skip + 2 * n].view(np.uint16)
+                        short_y = raw[b - codes.DIRECT, skip : skip + 2 * n].view(np.uint16)
                         drop_at_random(short_x, short_y, key0, key1, at + first, high, low, q, kept)
                     else:
                         x, y = registers[a, :n], registers[b, :n]
@@ -208,7 +225,7 @@ def run(table: Any) -> int:
                             addresses[j] = registers_at + register_row * operands_of[k, j]
                     w, scale, merged = weights[k, :m], scalars[k, 1], registers[to, :size]
                     if a >= codes.DIRECT:
-                        short_base = raw[a - codes.DIRECT, 2 * first : 2 * (first + n)].view(np.uint16)
+                        short_base = raw[a - codes.DIRECT, skip : skip + 2 * n].view(np.uint16)
                         if code == codes.ADD:
                             add_weighted(short_base, addresses[:m], wholes[:m], w, scalars[k, 0], scale, merged)
                         else:
@@ -246,8 +263,9 @@ def run(table: Any) -> int:
                     )
                 elif code == codes.DIFFER_AT:
                     where = places[c, : sizes[c]]
-                    tune, start_row = raw[a, : 2 * n].view(np.uint16), raw[b, : 2 * n].view(np.uint16)
-                    subtract_at(tune, start_row, where, registers[to, : where.size])
+                    short_x = raw[a, skip : skip + 2 * n].view(np.uint16)
+                    short_y = raw[b, skip : skip + 2 * n].view(np.uint16)
+                    subtract_at(short_x, short_y, where, registers[to, : where.size])
                 elif code == codes.ALIGN:
                     m = models[k]
                     for j in range(m):
@@ -260,7 +278,7 @@ def run(table: Any) -> int:
                     sizes[to] = align(found, values, lengths[:m], marks, numbers, places[to], rows)
                 elif code == codes.BASE_AT:
                     where = places[b, : sizes[b]]
-                    widen_at(raw[a, : 2 * n].view(np.uint16), where, registers[to, : where.size])
+                    widen_at(raw[a, skip : skip + 2 * n].view(np.uint16), where, registers[to, : where.size])
                 elif code == codes.LIST:
                     if inside == 0 and first == 0:
                         header[k] = used[c]
@@ -278,7 +296,7 @@ def run(table: Any) -> int:
                     where = places[c, : sizes[c]]
                     done = at + first - start
                     short = out[2 * done : 2 * (done + n)].view(np.uint16)
-                    patch(raw[a, : 2 * n].view(np.uint16), registers[b, : where.size], where, short)
+                    patch(raw[a, skip : skip + 2 * n].view(np.uint16), registers[b, : where.size], where, short)
     return 1
 
 

@@ -23,6 +23,7 @@ from deltamerge.io.files import (
     read_at,
 )
 from deltamerge.io.gathered import Gathered
+from deltamerge.io.pieces import Pieces
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
 from deltamerge.io.strict_json import read_json
@@ -234,10 +235,19 @@ def added(info: TensorInfo) -> TensorInfo | None:
     return replace(info, dtype="F32", begin=begin, nbytes=nbytes, made=info.made.added)
 
 
-class Reader:
-    """Reads byte ranges of tensors into buffers, from any number of threads; keeps few files open."""
+def is_stored(info: TensorInfo) -> bool:
+    """Whether the tensor's bytes are in a file as they are; others are made when read."""
+    return not isinstance(info, MadeInfo | Gathered) and info.computed is None
 
-    def __init__(self) -> None:
+
+class Reader:
+    """Reads byte ranges of tensors into buffers, from any number of threads; keeps few files open.
+
+    Who reads files through `stored` may tell `pieces` the hashes of what was read.
+    """
+
+    def __init__(self, pieces: Pieces | None = None) -> None:
+        self.pieces = pieces
         self._files = Descriptors(os.O_RDONLY, input_error)
         self._known: dict[Any, Any] = {}
         self._knowing = threading.Lock()
@@ -293,9 +303,7 @@ class Reader:
 
     def stored(self, info: TensorInfo) -> Descriptor | None:
         """The open file that holds the tensor's bytes from `info.begin` on; None where they are made when read."""
-        if isinstance(info, MadeInfo | Gathered) or info.computed is not None:
-            return None
-        return self._files.get(info.path)
+        return self._files.get(info.path) if is_stored(info) else None
 
     def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
         """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
