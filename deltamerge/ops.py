@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.tensors import Kept, Patched, Tile, block_elements
+from deltamerge.tensors import RUN, Kept, Patched, Tile, block_elements
 
 if TYPE_CHECKING:
     import torch
@@ -104,11 +104,18 @@ def block_rows(values: Tensor, tile: Tile) -> Tensor:
 
 
 def halved(rows: Tensor) -> Tensor:
-    """Σ of each row by halving, padded with zeros to a power of two, so that every device adds in the same order."""
+    """Σ of each row by halving, padded with zeros to a power of two, so that every device adds in the same order.
+
+    More than `RUN` entries are cut into runs; the sums of the runs, each padded to its full length, are added so.
+    """
     import torch
 
-    width = 1 << max(0, (rows.shape[-1] - 1).bit_length())
-    rows = torch.nn.functional.pad(rows, (0, width - rows.shape[-1]))
+    size = rows.shape[-1]
+    if size > RUN:
+        padded = torch.nn.functional.pad(rows, (0, -size % RUN))
+        return halved(halved(padded.view(*rows.shape[:-1], -1, RUN)))
+    width = 1 << max(0, (size - 1).bit_length())
+    rows = torch.nn.functional.pad(rows, (0, width - size))
     while width > 1:
         width //= 2
         rows = rows[..., :width] + rows[..., width:]

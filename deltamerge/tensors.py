@@ -9,6 +9,8 @@ from typing import Any, TypeAlias
 
 BLOCK = 1 << 16
 LONGEST_ROW = 1 << 20
+# Long sums are sums of the sums of so many entries, which stay in a core's first cache.
+RUN = 1 << 11
 
 # What makes a graph's node: (function, inputs, *, kind, shape, dtype, **parameters), as `graph.Graph.node`.
 Make: TypeAlias = Callable[..., Any]

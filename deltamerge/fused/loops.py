@@ -20,6 +20,7 @@ from deltamerge.fused.vectors import BLOCKS, VECTORS, philox_blocks
 from deltamerge.jit import compiled as compiled
 from deltamerge.merge.arithmetic import SMALLEST_DIVISOR
 from deltamerge.pruners.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
+from deltamerge.tensors import LONGEST_ROW, RUN
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -30,7 +31,8 @@ _W0, _W1 = map(np.uint64, WEYL)
 _HIGH, _LOW, _GAPS = map(np.uint64, (HIGH, LOW, GAPS))
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 _SMALLEST = np.float32(SMALLEST_DIVISOR)
-_OF_HALVES, _OF_FLOATS = 2 * CHUNK, 4 * CHUNK
+RUNS = LONGEST_ROW // RUN
+_OF_HALVES, _OF_FLOATS, _OF_RUN, _OF_SUMS = 2 * CHUNK, 4 * CHUNK, 8 * RUN, 8 * RUNS
 
 
 def _inlined(function: Function) -> Function:
@@ -314,30 +316,42 @@ def keep_largest_of_rows(bits: Any, scores: Any, k: Any, out: Any) -> None:
 
 
 @compiled
+def add_by_halving(part: Any, count: Any) -> float:
+    """Σ of the first `count` of `part`, which is changed and as long as a power of two that holds them."""
+    half = 1
+    while half < count:
+        half *= 2
+    for i in range(count, half):
+        part[i] = 0.0
+    while half > 1:
+        half //= 2
+        upper = part[half:]
+        for i in range(half):
+            part[i] += upper[i]
+    return part[0]  # type: ignore[no-any-return]  # numba
+
+
+@compiled
 def norm_of_blocks(delta: Any, step: Any, kind: Any, out: Any) -> None:
-    """Per block of `step` elements Σ abs (kind 1), Σ squares (2) or the largest abs (0); float64, added by halving."""
-    width = 1
-    while width < step:
-        width *= 2
-    part = np.empty(width, np.float64)
+    """Per block of `step` elements Σ abs (kind 1), Σ squares (2) or the largest abs (0); float64, as `ops.halved`."""
+    part, sums = carray(stack(_OF_RUN), RUN, np.float64), carray(stack(_OF_SUMS), RUNS, np.float64)
     for block in range(out.size):
         values = delta[block * step : (block + 1) * step]
-        for i in range(values.size):
-            x = abs(np.float64(values[i]))
-            part[i] = x * x if kind == 2 else x
-        part[values.size :] = 0.0
         if kind == 0:
-            largest = part[0]
+            largest = abs(np.float64(values[0]))
             for i in range(values.size):
-                largest = part[i] if part[i] > largest or part[i] != part[i] else largest
+                x = abs(np.float64(values[i]))
+                largest = x if x > largest or x != x else largest
             out[block] = largest
             continue
-        half = width
-        while half > 1:
-            half //= 2
-            for i in range(half):
-                part[i] += part[half + i]
-        out[block] = part[0]
+        count = (values.size + RUN - 1) // RUN
+        for run in range(count):
+            entries = values[run * RUN : (run + 1) * RUN]
+            for i in range(entries.size):
+                x = abs(np.float64(entries[i]))
+                part[i] = x * x if kind == 2 else x
+            sums[run] = add_by_halving(part, entries.size)
+        out[block] = add_by_halving(sums, count)
 
 
 @compiled

@@ -32,9 +32,8 @@ def _dots(models: tuple[Array | Kept, ...], tile: Tile, step: int) -> NDArray[np
     dense = [widened(x) if x.dtype == np.float16 else x for x in dense]
     pairs = span.pairs(len(dense))
     out = np.empty((len(pairs), -(-tile.size // step)), np.float64)
-    part = np.empty(1 << (step - 1).bit_length() >> 1, np.float64)
     for k, (i, j) in enumerate(pairs):
-        method_loops.dots_of_blocks(dense[i], dense[j], step, part, out[k])
+        method_loops.dots_of_blocks(dense[i], dense[j], step, out[k])
     return out.T
 
 

@@ -14,13 +14,13 @@ from deltamerge.fused import codes, native
 from deltamerge.io.files import Descriptor
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
 from deltamerge.pruners.bits import SPARSE_BLOCK, Key
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.tensors import ITEMSIZE, RUN
 
 if TYPE_CHECKING:
     from deltamerge.fused.stream import Assembly
 
-# Values of a chunk in float32: a few of them fill a core's first cache.
-CHUNK = 1 << 11
+# Values of a chunk in float32: a few of them fill a core's first cache. The runs of a sum are such chunks.
+CHUNK = RUN
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ class Program:
         self.loop = native.loop()
         self.block, self.sources, self.sparse = block, assembly.sources, assembly.sparse
         self.counters, self.sums, self.itemsize = assembly.counters, assembly.sums, ITEMSIZE[assembly.output]
-        self.chunk = SPARSE_BLOCK if self.sparse else block if assembly.whole_blocks else CHUNK
+        self.chunk = SPARSE_BLOCK if self.sparse else CHUNK
         self.listed, self.sampled = assembly.listed, assembly.sampled
         self.rows, self.lists, self.summed = assembly.count, len(assembly.lists), assembly.summed
         width = max([1, *(len(x.models) for x in done)])
@@ -93,7 +93,7 @@ class Program:
             job, operations, self.keys, self.scalars, self.weights, self.models, self.operands_of, self.lists_of,
             self.tables, self.guides, self.bounds, self.ranks, np.array(files, np.int64).reshape(-1, 3), memory, raw,
             registers, places, counts, sums, listed, used,
-            np.empty(1 << (self.block - 1).bit_length() >> 1 if self.summed else 0, np.float64),
+            np.empty((self.summed, 1 << (-(-self.block // RUN) - 1).bit_length()), np.float64),
             np.zeros((6, width), np.int64), np.zeros(width, np.bool_), digests, hashed, first_pieces,
             np.empty((len(files), 8), np.uint64),
         ])  # fmt: skip

@@ -21,7 +21,6 @@ from deltamerge.pruners.bits import Key, guided, is_sparse, threshold
 from deltamerge.pruners.select import HIGH, LOW, sampled_run
 from deltamerge.tensors import ITEMSIZE, block_elements
 
-LONGEST_DOT = 1 << 18
 STORED = ("BF16", "F32")
 
 
@@ -52,7 +51,6 @@ class Assembly:
     listed: dict[int, int] = field(default_factory=dict)
     uses: Counter[int] = field(default_factory=Counter)
     sparse: bool = False
-    whole_blocks: bool = False
     sampled: int = 0
 
     def add(self, code: int, to: int, *fields: int, **more: Any) -> None:
@@ -254,7 +252,6 @@ def _sample(assembly: Assembly, node: Node) -> None:
 
 def _gram(assembly: Assembly, node: Node) -> None:
     registers = list(map(assembly.register, node.inputs))
-    assembly.whole_blocks = True
     assembly.sums[id(node)] = (assembly.summed, len(pairs(len(registers))))
     for i, j in pairs(len(registers)):
         assembly.add(codes.DOTS, -1, registers[i], registers[j], assembly.summed)
@@ -328,7 +325,4 @@ def assemble(
         return None
     if assembly.sampled and reductions != {SAMPLE}:
         return None
-    block = block_elements(shape)
-    if assembly.whole_blocks and block > LONGEST_DOT:
-        return None
-    return Program(assembly, block, None if reductions else reader.pieces)
+    return Program(assembly, block_elements(shape), None if reductions else reader.pieces)

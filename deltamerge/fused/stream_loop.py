@@ -16,6 +16,7 @@ from deltamerge.fused import codes
 from deltamerge.fused.instructions import pointer, stack, wide
 from deltamerge.fused.loops import (
     add_agreeing,
+    add_by_halving,
     add_weighted,
     align,
     compiled,
@@ -29,11 +30,12 @@ from deltamerge.fused.loops import (
     subtract_at,
     widen,
 )
-from deltamerge.fused.method_loops import append_between, copy_magnitudes, dots_of_blocks
+from deltamerge.fused.method_loops import append_between, copy_magnitudes, dot_of_run
 from deltamerge.fused.xxh3 import mix_pieces
 from deltamerge.jit import uncalled
 from deltamerge.pruners.bits import SPARSE_BLOCK
 from deltamerge.pruners.select import GOLDEN
+from deltamerge.tensors import RUN
 
 _MARKS = SPARSE_BLOCK // 64
 _OF_MARKS = 8 * _MARKS
@@ -129,7 +131,7 @@ def run(table: Any) -> int:
     sums = carray(pointer(t[18, 0]), (t[18, 1], t[18, 2]), np.float64)
     listed = carray(pointer(t[19, 0]), (t[19, 1], t[19, 2]), np.uint32)
     used = carray(pointer(t[20, 0]), t[20, 1], np.int64)
-    part = carray(pointer(t[21, 0]), t[21, 1], np.float64)
+    part = carray(pointer(t[21, 0]), (t[21, 1], t[21, 2]), np.float64)
     state = carray(pointer(t[22, 0]), (t[22, 1], t[22, 2]), np.int64)
     wholes = carray(pointer(t[23, 0]), t[23, 1], np.bool_)
     sizes, left, header = state[0], state[1], state[2]
@@ -253,8 +255,11 @@ def run(table: Any) -> int:
                         equal += (entries[i] & np.uint32(0x7FFFFFFF)) == threshold
                     counts[d + number - start // block] += equal
                 elif code == codes.DOTS:
-                    here = number - start // block
-                    dots_of_blocks(registers[a, :n], registers[b, :n], n, part, sums[c, here : here + 1])
+                    behind, whole = min(stop - at, block - inside), min(stop - number * block, block)
+                    runs, this = (whole + RUN - 1) // RUN, (inside + first) // RUN
+                    part[c, this] = dot_of_run(registers[a, :n], registers[b, :n], runs > 1)
+                    if first + n == behind:
+                        sums[c, number - start // block] = add_by_halving(part[c], runs)
                 elif code == codes.DRAW:
                     table = tables[bounds[a, 0] : bounds[a, 1]]
                     guide, shift = guides[bounds[a, 2] : bounds[a, 3]], np.uint64(bounds[a, 4])
