@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from deltamerge import __version__, errors
+from deltamerge import __version__, errors, hashes
 from deltamerge import lock as locks
 from deltamerge.assets import copied_files
 from deltamerge.errors import InputError, VerifyError
@@ -73,14 +73,14 @@ def apply(
             _write(opened, planned, origin, reader, writer, workers, tile, progress)
             found = writer.finish()
         copied = copied_files(artifact.path)
-        check_blobs([*locks.input_files(artifact), *locks.input_files(origin), *copied.values()], workers)
+        check_blobs([*hashes.input_files(artifact), *hashes.input_files(origin), *copied.values()], workers)
         for name, file in copied.items():
             shutil.copyfile(file, folder / name)
         (folder / "README.md").write_text(_card(opened, delta, base, out.name), encoding="utf-8")
-        inputs = {name: locks.describe_input(model, workers) for name, model in ((delta, artifact), (base, origin))}
+        inputs = {name: hashes.describe_input(model, workers) for name, model in ((delta, artifact), (base, origin))}
         others = (p for p in folder.iterdir() if p.is_file() and p.name not in found.hashes)
         hashed = {file.name: {"hash": found.hashes[file.name], "size": file.size} for file in layout.files}
-        outputs = hashed | locks.describe_files(others, workers)
+        outputs = hashed | hashes.describe_files(others, workers)
         lock = {"deltamerge": __version__, "format": locks.FORMAT, "inputs": inputs, "outputs": outputs}
         (folder / locks.LOCK_NAME).write_text(yaml.safe_dump(lock, sort_keys=True), encoding="utf-8")
     return Applied(out, len(planned), layout.total_size, lock)
@@ -92,7 +92,7 @@ def verify_base(folder: Path, base: str, workers: int) -> str:
     """
     origin = hub.resolve(base, Path.cwd(), weights=True)
     if not is_delta([file.name for file in folder.iterdir()]):
-        files = locks.describe_input(origin, workers)["files"]
+        files = hashes.describe_input(origin, workers)["files"]
         known = locks.read_lock(folder / locks.LOCK_NAME).get("inputs") or {}
         name = next((name for name, entry in known.items() if entry.get("files") == files), None)
         if name is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from deltamerge import __version__, mergekit, source
+from deltamerge import __version__, hashes, mergekit, source
 from deltamerge import lock as locks
 from deltamerge.assets import config, write_assets
 from deltamerge.documents import references
@@ -108,12 +108,12 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
         before = source.load_all(folder / "recipe.yaml")[-1].data
         if before != document.recipe.source.data or lock.get("deltamerge") != __version__:
             return False
-        if lock.get("inputs") != locks.describe_inputs(planned, planned.workers):
+        if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
             return False
         locks.verify(folder, planned.workers)
         with TemporaryDirectory() as made:
             write_assets(planned, Path(made))
-            hashes = {path.name: locks.hash_output(path) for path in Path(made).iterdir()}
-        return all(lock["outputs"].get(name, {}).get("hash") == found for name, found in hashes.items())
+            found = {path.name: hashes.hash_output(path) for path in Path(made).iterdir()}
+        return all(lock["outputs"].get(name, {}).get("hash") == digest for name, digest in found.items())
     except DeltamergeError:
         return False

@@ -112,8 +112,9 @@ def halved(rows: Tensor) -> Tensor:
 
     size = rows.shape[-1]
     if size > RUN:
-        padded = torch.nn.functional.pad(rows, (0, -size % RUN))
-        return halved(halved(padded.view(*rows.shape[:-1], -1, RUN)))
+        runs = -(-size // RUN)
+        padded = torch.nn.functional.pad(rows, (0, runs * RUN - size))
+        return halved(halved(padded.view(*rows.shape[:-1], runs, RUN)))
     width = 1 << max(0, (size - 1).bit_length())
     rows = torch.nn.functional.pad(rows, (0, width - size))
     while width > 1:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deltamerge import errors
+from deltamerge import errors, hashes
 from deltamerge import lock as locks
 from deltamerge.adapter import write_adapter
 from deltamerge.assets import asset_files, write_assets
@@ -150,15 +150,15 @@ def _run(
         if _from_hub(planned):
             planned = make_plan(path, weights=True, upto=document.name, **options)
         assets = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
-        facts = locks.facts(planned, document.text)
+        facts = hashes.facts(planned, document.text)
         work.begin(facts)
         sound = _beside(lambda: check_blobs(_files_read(planned, part, assets.values()), planned.workers))
         lock_path = path.with_suffix(".lock") if locked else None
         lock = locks.read_lock(lock_path) if lock_path else {}
         pieces, takes = Pieces(), (part or Part(1, 1)).takes
         if lock_path and part is None:
-            locks.check_inputs(lock, locks.describe_inputs(planned, planned.workers, takes, pieces), lock_path)
-        hashing = _beside(lambda: locks.hash_ahead(planned, takes, pieces))
+            locks.check_inputs(lock, hashes.describe_inputs(planned, planned.workers, takes, pieces), lock_path)
+        hashing = _beside(lambda: hashes.hash_ahead(planned, takes, pieces))
         check_deltas(planned)
 
         def replan(densities: Mapping[str, float]) -> Plan:
@@ -166,7 +166,7 @@ def _run(
 
         made = make_weights(planned, work, watch, replan, part, lock, lock_path, facts, pieces)
         planned = made.plan
-        now = locks.facts(planned, document.text)
+        now = hashes.facts(planned, document.text)
         if changed := sorted(name for name in facts if now.get(name) != facts[name]):
             work.forget()
             raise InputError(f"changed during the run: {', '.join(changed)}", hint="run it again from the start")
@@ -177,7 +177,7 @@ def _run(
             raise
         check_finite(planned, made.nonfinite, allow=allow_nonfinite)
         hashing.result()
-        inputs = locks.describe_inputs(planned, planned.workers, takes, pieces)
+        inputs = hashes.describe_inputs(planned, planned.workers, takes, pieces)
         if part:
             work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed}})
             return Result(work.folder, part.of(planned), {}, None, made.nonfinite)
@@ -203,7 +203,7 @@ def finish(
     draw = drawing(planned, data=False) if pictures else None
     with workspace(target, force=force, finish=True) as work:
         text = planned.recipe.source.text
-        facts = locks.facts(planned, text)
+        facts = hashes.facts(planned, text)
         parts = gather(work, facts)
         outputs: dict[str, Any] = {}
         inputs: dict[str, Any] = {}
@@ -242,7 +242,7 @@ def _complete(
     card = render(planned, text, title, found, made.delta, made.choice, pictures)
     (folder / locks.CARD).write_text(card, encoding="utf-8")
     others = (p for p in folder.iterdir() if p.is_file() and p.name not in outputs)
-    outputs = outputs | locks.describe_files(others, planned.workers)
+    outputs = outputs | hashes.describe_files(others, planned.workers)
     lock = locks.write_lock(planned, lock_path, inputs, outputs, calibration, made.choice)
     work.publish()
     return planned, lock
@@ -250,7 +250,7 @@ def _complete(
 
 def _files_read(planned: Plan, part: Part | None, assets: Iterable[Path]) -> list[Path]:
     """The files that the output depends on; of plain checkpoints' shards those that the part reads."""
-    wanted = {path for _, paths in locks.files_read(planned) for path in paths} | set(assets)
+    wanted = {path for _, paths in hashes.files_read(planned) for path in paths} | set(assets)
     if part is not None and not planned.stages:
         nodes = [node for task in part.of(planned).tasks for node in depth_first(task.root) if node.kind == "read"]
         read = {node.parameter("tensor").path for node in nodes}
@@ -309,7 +309,7 @@ def calibrate(
     found = shared_values(planned.stages, {})
     lock_path = path.with_suffix(".lock")
     calibration = locks.write_calibration(planned, found, lock_path)
-    locks.write_lock(planned, lock_path, locks.describe_inputs(planned, planned.workers), {}, calibration)
+    locks.write_lock(planned, lock_path, hashes.describe_inputs(planned, planned.workers), {}, calibration)
     return calibration
 
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from deltamerge import __version__, errors
 from deltamerge.errors import InputError, UsageError
+from deltamerge.hashes import DATA
 from deltamerge.io import hub
-from deltamerge.lock import CARD, DATA, LOCK_NAME, ROWS, read_lock, verify
+from deltamerge.lock import CARD, LOCK_NAME, ROWS, read_lock, verify
 from deltamerge.plots import PICTURES
 
 SCHEME = "hf://"

@@ -17,6 +17,7 @@ import yaml
 from conftest import make_checkpoint
 from safetensors.torch import save
 
+from deltamerge import hashes
 from deltamerge import lock as locks
 from deltamerge.calibrate.rows import read as read_rows
 from deltamerge.chain import documents
@@ -96,7 +97,7 @@ class Targets:
     @cached_property
     def _planned(self) -> Any:
         plan = make_plan(self.place / "r.yaml")
-        return plan, locks.describe_inputs(plan, 1)
+        return plan, hashes.describe_inputs(plan, 1)
 
     def recipe(self, data: bytes) -> None:
         path = self.scratch / "r.yaml"

@@ -391,6 +391,12 @@ def test_gram(codes: tuple[str, ...], shape: tuple[int, ...]) -> None:
     check("deltamerge.merge.span:gram", (some, ours[0]), (kept(some), theirs[0]), tile=tile)
 
 
+@pytest.mark.parametrize("size", [1, 100, 1500, 2048, 2049, 3100, 4096])
+def test_gram_of_negative_zeros(size: int) -> None:
+    ours = (np.full(size, -0.0, np.float32), np.ones(size, np.float32))
+    check("deltamerge.merge.span:gram", ours, tuple(map(torch.from_numpy, ours)), tile=flat(size))
+
+
 @pytest.mark.parametrize("based", [False, True])
 @pytest.mark.parametrize("codes", [("BF16", "BF16"), ("F32", "F16", "BF16"), ("F64", "F64")])
 @pytest.mark.parametrize("along", ["tensor", "rows", "columns"])

@@ -11,7 +11,7 @@ import torch
 from conftest import make_checkpoint
 from xxhash import xxh3_128
 
-from deltamerge import lock as locks
+from deltamerge import hashes
 from deltamerge.io import pieces as module
 from deltamerge.io.pieces import PIECE_BYTES, Pieces, inside
 from deltamerge.runner import run
@@ -20,7 +20,7 @@ SIZES = [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 200 * PIECE_BYTES 
 
 
 def reference(data: bytes) -> str:
-    """From the definition in docs/recipe.md."""
+    """From the definition in docs/how-it-works.md."""
     digests = [xxh3_128(data[i : i + 65536]).digest() for i in range(0, len(data), 65536)]
     return "xxh3-64k:" + xxh3_128(b"".join(digests)).hexdigest()
 
@@ -34,7 +34,7 @@ def written(path: Path, size: int) -> bytes:
 @pytest.mark.parametrize("size", SIZES)
 def test_the_hash_of_a_file(size: int, tmp_path: Path) -> None:
     data = written(tmp_path / "f", size)
-    assert locks.hash_input(tmp_path / "f") == reference(data)
+    assert hashes.hash_input(tmp_path / "f") == reference(data)
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -53,8 +53,8 @@ def test_what_is_known_is_not_read(size: int, tmp_path: Path, monkeypatch: pytes
     def seen(known: Any, wanted: Any, read_file: Any) -> None:
         learn(known, wanted, lambda offset, out: read.append(out.nbytes) or read_file(offset, out))
 
-    monkeypatch.setattr(locks, "learn", seen)
-    assert locks.hash_input(path, pieces) == reference(data)
+    monkeypatch.setattr(hashes, "learn", seen)
+    assert hashes.hash_input(path, pieces) == reference(data)
     assert sum(read) == size - known
 
 
@@ -63,8 +63,8 @@ def test_a_file_that_is_shortened_is_an_error(tmp_path: Path) -> None:
     pieces = Pieces()
     pieces.of(tmp_path / "f")
     (tmp_path / "f").write_bytes(b"short")
-    with pytest.raises(locks.InputError, match="f: "):
-        locks.hash_input(tmp_path / "f", pieces)
+    with pytest.raises(hashes.InputError, match="f: "):
+        hashes.hash_input(tmp_path / "f", pieces)
 
 
 def test_pieces_inside_ranges(tmp_path: Path) -> None:

@@ -171,9 +171,9 @@ def changed_input(path: Path) -> None:
 
 
 def changed_version(path: Path) -> None:
-    import deltamerge.lock
+    import deltamerge.hashes
 
-    deltamerge.lock.__version__ = "999"  # type: ignore[attr-defined]
+    deltamerge.hashes.__version__ = "999"  # type: ignore[attr-defined]
 
 
 CHANGES = {changed_recipe: "the recipe", changed_input: r"\./b: model.safetensors", changed_version: "deltamerge$"}
@@ -183,7 +183,7 @@ CHANGES = {changed_recipe: "the recipe", changed_input: r"\./b: model.safetensor
 def test_resume_refuses_what_differs_and_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr("deltamerge.lock.__version__", "1")
+    monkeypatch.setattr("deltamerge.hashes.__version__", "1")
     monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
     models(tmp_path)
     path, out = tmp_path / "r.yaml", tmp_path / "out"

@@ -251,6 +251,11 @@ def test_locked_refuses_inputs_that_differ(tmp_path):
     out = run(recipe, tmp_path / "out").folder
     (tmp_path / "recipe.lock").write_bytes((out / "recipe.lock").read_bytes())
     run(recipe, tmp_path / "again", locked=True)
+    text = (tmp_path / "recipe.lock").read_text()
+    (tmp_path / "recipe.lock").write_text(text.replace("xxh3-64k:", "xxh3:", 1))
+    with pytest.raises(VerifyError, match="cannot be compared: the lock has xxh3, this run xxh3-64k"):
+        run(recipe, tmp_path / "third", locked=True)
+    (tmp_path / "recipe.lock").write_text(text)
     make_checkpoint(tmp_path / "a", weights(2, torch.float32, base))
     with pytest.raises(VerifyError, match=r"\./a: model.safetensors differs"):
         run(recipe, tmp_path / "third", locked=True)

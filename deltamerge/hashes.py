@@ -1,0 +1,203 @@
+"""The files that a run reads and writes, by hash: what a lock says of them, and what an unfinished run goes by."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from deltamerge import __version__, errors
+from deltamerge.calibrate.hub_rows import commit
+from deltamerge.calibrate.rows import is_of_hub, local_files
+from deltamerge.errors import InputError
+from deltamerge.graph import depth_first
+from deltamerge.io.blobs import sha256_of
+from deltamerge.io.checkpoint import Checkpoint, is_stored
+from deltamerge.io.files import flat, read_at
+from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn
+from deltamerge.planner import Plan
+from deltamerge.stages import Source
+from deltamerge.tokenizer.files import CONFIG, JINJA, TOKENIZER
+
+DATA = "calibration data"
+HASH_BYTES = 1 << 23
+
+Mine = Callable[[int, int], bool]
+
+
+def hash_output(path: Path) -> str:
+    """ "blake3:<hex>" of a file's bytes, as `b3sum` prints it: what others get is known by a cryptographic hash."""
+    from blake3 import blake3
+
+    return f"blake3:{_digest(path, blake3(max_threads=blake3.AUTO))}"
+
+
+def hash_input(path: Path, pieces: Pieces | None = None) -> str:
+    """ "xxh3-64k:<hex>" of a local file, by `io.pieces`: as fast as it is read, against accidents, not against forgery.
+
+    What `pieces` know is not read. A file of the hub's cache is "sha256:<hex>", which the hub already knows and
+    `check_blobs` compares.
+    """
+    if known := sha256_of(path):
+        return f"sha256:{known}"
+    found = learn_pieces(path, pieces or Pieces())
+    return f"xxh3-64k:{hash_whole(found)}"
+
+
+def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()) -> Known:
+    """Hash the pieces of a file that are not known, but those within ranges of its bytes; what is known then."""
+    try:
+        known = pieces.of(path)
+        wanted = ~(known.there | inside(known, but))
+        if wanted.any():
+            with errors.context(str(path)), path.open("rb", buffering=0) as file:
+                learn(known, wanted, lambda offset, out: read_at(file.fileno(), offset, flat(out)))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return known
+
+
+def _digest(path: Path, hasher: Any) -> str:
+    try:
+        with path.open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(min(HASH_BYTES, os.fstat(file.fileno()).st_size) or 1))
+            while count := file.readinto(buffer):
+                hasher.update(buffer[:count])
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return str(hasher.hexdigest())
+
+
+def describe_files(
+    paths: Iterable[Path], workers: int, hash_file: Callable[[Path], str] = hash_output, root: Path | None = None
+) -> dict[str, dict[str, Any]]:
+    """File name, or path below `root`, -> {hash, size}, hashed side by side, the largest first."""
+    ordered = sorted(paths, key=lambda path: -path.stat().st_size)
+    if workers == 1:
+        hashes = list(map(hash_file, ordered))
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            hashes = list(pool.map(hash_file, ordered))
+    names = [path.relative_to(root).as_posix() if root else path.name for path in ordered]
+    sizes = [path.stat().st_size for path in ordered]
+    return {n: {"hash": h, "size": size} for n, h, size in zip(names, hashes, sizes, strict=True)}
+
+
+def input_files(model: Checkpoint) -> list[Path]:
+    """The files of an input that a run depends on: its weights and config."""
+    config = model.path / "config.json"
+    return [*model.files, *([config] if config.is_file() else [])]
+
+
+def describe_input(
+    model: Checkpoint, workers: int, files: Iterable[Path] | None = None, pieces: Pieces | None = None
+) -> dict[str, Any]:
+    """An input's commit (if from the hub) and its files, or some of them."""
+    chosen = input_files(model) if files is None else files
+    entry: dict[str, Any] = {"files": describe_files(chosen, workers, partial(hash_input, pieces=pieces))}
+    commits = [source.revision or "" for source in model.sources]
+    if all(commits):
+        entry["commit"] = "+".join(commits)
+    elif any(commits):
+        entry["commits"] = commits
+    return entry
+
+
+def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
+    """The files of a model that the output's vocabulary and chat template depend on."""
+    wanted = [TOKENIZER, CONFIG] * (plan.vocabulary is not None)
+    wanted += [CONFIG, JINJA] * (plan.recipe.chat_template is not None)
+    return [path for name in dict.fromkeys(wanted) if (path := model.path / name).is_file()]
+
+
+def files_read(plan: Plan) -> list[tuple[Checkpoint, list[Path]]]:
+    """Every checkpoint, once, with the files of it that the output depends on; one may lend its tokenizer alone."""
+    read = [(model, [*input_files(model), *tokenizer_files(plan, model)]) for model in plan.inputs.checkpoints]
+    lender = plan.inputs.vocabulary
+    if lender is not None and all(model.reference != lender.checkpoint.reference for model, _ in read):
+        read.append((lender.checkpoint, tokenizer_files(plan, lender.checkpoint)))
+    return [(model, list(dict.fromkeys(files))) for model, files in read]
+
+
+def describe_inputs(
+    plan: Plan, workers: int, mine: Mine = lambda position, total: True, pieces: Pieces | None = None
+) -> dict[str, Any]:
+    """For every input its commit (if from the hub) and its files; only those that are `mine` by position and total.
+
+    `pieces` are what is known of the files already.
+    """
+    inputs: dict[str, Any] = {}
+    for model, chosen in _chosen(plan, mine):
+        inputs[model.reference] = describe_input(model, workers, chosen, pieces)
+    for source in plan.sources[:1]:
+        inputs[DATA] = _describe_data(source, workers)
+    return inputs
+
+
+def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
+    read = files_read(plan)
+    total, position = sum(len(files) for _, files in read), 0
+    for model, files in read:
+        yield model, [file for i, file in enumerate(files, position) if mine(i, total)]
+        position += len(files)
+
+
+def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
+    """Tell `pieces` of what a run will not hash as it reads it, while it does."""
+    merged: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
+    for task in plan.tasks if plan.recipe.output.kind == "model" else ():
+        if task.backend == "fused" and task.root.kind != "read":
+            infos = (node.parameter("tensor") for node in depth_first(task.root) if node.kind == "read")
+            for info in filter(is_stored, infos):
+                merged[info.path].append((info.begin, info.begin + info.nbytes))
+    for _, files in _chosen(plan, mine):
+        for path in files:
+            if not sha256_of(path):
+                learn_pieces(path, pieces, merged[path])
+
+
+def _describe_data(source: Source, workers: int) -> dict[str, Any]:
+    data = source.calibration.data
+    root = source.folder / data
+    found = describe_files(
+        local_files(data, source.folder), workers, hash_input, root=root if root.is_dir() else root.parent
+    )
+    commits = {"commit": commit(data)} if is_of_hub(data, source.folder) else {}
+    return {"files": found, **commits}
+
+
+def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
+    """What the bytes of the output follow from, by names for people; files by size and time, hub files by their hash.
+
+    Cheap: no file is read. An unfinished run goes on only if all of it is as it was.
+    """
+    from xxhash import xxh3_128
+
+    layout = xxh3_128()
+    for file in plan.layout.files:
+        layout.update(file.header)
+    found: dict[str, Any] = {
+        "deltamerge": __version__,
+        "the recipe": xxh3_128(recipe_text.encode()).hexdigest(),
+        "the tensors of the output": layout.hexdigest(),
+    }
+    for model, files in files_read(plan):
+        for path in files:
+            found[f"{model.reference}: {path.name}"] = _identity(path)
+    for source in plan.sources:
+        data = source.calibration.data
+        found |= {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}
+        if is_of_hub(data, source.folder):
+            found[f"{DATA}: {data}"] = commit(data)
+    return found
+
+
+def _identity(path: Path) -> list[int] | str:
+    if known := sha256_of(path):
+        return known
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
