@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 from deltamerge.errors import InputError
 from deltamerge.graph import Node, peak_tiles, schedule
@@ -14,6 +16,27 @@ TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
 # anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What it takes to make a tensor: passes over its tiles, bytes read from the inputs in all of them, and bytes that
+    a tile holds per element: stored reads and float32 values alive at once, and scratch inside a step."""
+
+    passes: int
+    read_bytes: int
+    alive: int
+
+
+def cost(root: Node) -> Cost:
+    plan = schedule(root)
+    reads = [[node for node in nodes if node.kind == "read"] for nodes in plan.passes]
+    stored = max(sum(ITEMSIZE[node.dtype] for node in nodes) for nodes in reads)
+    return Cost(
+        len(plan.passes),
+        sum(math.prod(node.shape) * ITEMSIZE[node.dtype] for nodes in reads for node in nodes),
+        stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype],
+    )
 
 
 def held_by_delta(outputs: tuple[Output, ...], workers: int) -> int:
@@ -28,13 +51,18 @@ def held_by_files(outputs: tuple[Output, ...], workers: int) -> int:
 
 
 def tile_and_peak(
-    outputs: tuple[Output, ...], device: str, workers: int, memory: int | None, held: int = 0
+    outputs: tuple[Output, ...],
+    costs: Mapping[Node, Cost],
+    device: str,
+    workers: int,
+    memory: int | None,
+    held: int = 0,
 ) -> tuple[int, int]:
     """Elements of a tile, and the peak of anonymous memory; the tile shrinks until `memory` holds."""
     roots = {(piece.built.root, piece.backend) for output in outputs for piece in output.pieces}
     computed = [(root, backend) for root, backend in roots if root.kind != "read"]
     baseline = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"] + held
-    alive = max((_alive_bytes(root) for root, _ in computed), default=0)
+    alive = max((costs[root].alive for root, _ in computed), default=0)
     largest_block = max((min(block_elements(r.shape), math.prod(r.shape)) for r, _ in computed), default=1)
     tile = GPU_TILE_ELEMENTS if device != "cpu" else TILE_ELEMENTS
     while True:
@@ -47,10 +75,3 @@ def tile_and_peak(
                 hint=f"give at least {peak}, or fewer --workers",
             )
         tile //= 2
-
-
-def _alive_bytes(root: Node) -> int:
-    """Bytes a tile holds per element: stored reads and float32 values alive at once, and scratch inside a step."""
-    plan = schedule(root)
-    reads = max(sum(ITEMSIZE[n.dtype] for n in nodes if n.kind == "read") for nodes in plan.passes)
-    return reads + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype]

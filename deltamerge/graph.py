@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 Kind = Literal["read", "map", "sum", "concat", "small"]
@@ -59,9 +59,10 @@ class Graph:
         inputs = tuple(inputs)
         plain = tuple(sorted(parameters.items()))
         key = (function, tuple(map(id, inputs)), plain, shape, dtype, kind)
-        if key not in self.nodes:
-            self.nodes[key] = Node(function, inputs, plain, shape, dtype, kind)
-        return self.nodes[key]
+        found = self.nodes.get(key)
+        if found is None:
+            found = self.nodes[key] = Node(function, inputs, plain, shape, dtype, kind)
+        return found
 
 
 @cache
@@ -116,46 +117,63 @@ class Schedule:
 def schedule(root: Node) -> Schedule:
     """Split the nodes under `root` into the fewest passes over its tiles; linear in their number."""
     order = depth_first(root)
-    level: dict[int, int] = {}
-    for node in order:
-        below = [level[id(source)] + (source.kind in REDUCTIONS) for source in node.inputs]
-        level[id(node)] = max(below, default=0)
-    count = level[id(root)] + 1
+    place = {id(node): i for i, node in enumerate(order)}
+    passes, small, frees = _arrange(tuple((n.kind, tuple(place[id(s)] for s in n.inputs)) for n in order))
+
+    def named(places: Iterable[int]) -> tuple[Node, ...]:
+        return tuple(order[i] for i in places)
+
+    return Schedule(
+        root,
+        tuple(map(named, passes)),
+        tuple(map(named, small)),
+        tuple({position: named(freed) for position, freed in last.items()} for last in frees),
+    )
+
+
+# A node as its kind and the places of its inputs, which stand before it: tensors of a model are made in few ways.
+_Shape = tuple[tuple[Kind, tuple[int, ...]], ...]
+_Places = tuple[int, ...]
+
+
+@lru_cache(maxsize=256)
+def _arrange(nodes: _Shape) -> tuple[list[_Places], list[_Places], list[dict[int, _Places]]]:
+    """A schedule's passes, small nodes and frees, by place; the last node is the root."""
+    level: list[int] = []
+    for _, inputs in nodes:
+        level.append(max((level[i] + (nodes[i][0] in REDUCTIONS) for i in inputs), default=0))
+    root, count = len(nodes) - 1, level[-1] + 1
     passes, small, frees = [], [], []
     for index in range(count):
-        here = [n for n in order if level[id(n)] == index]
-        targets = [n for n in here if n.kind in REDUCTIONS] + (
-            [root] if index == count - 1 and root.kind != "small" else []
-        )
-        needed = _tile_nodes(order, targets)
+        here = [i for i, at in enumerate(level) if at == index]
+        targets = [i for i in here if nodes[i][0] in REDUCTIONS]
+        targets += [root] if index == count - 1 and nodes[root][0] != "small" else []
+        needed = _tile_nodes(nodes, targets)
         passes.append(needed)
-        small.append(tuple(n for n in here if n.kind == "small"))
-        frees.append(_last_uses(needed, keep=targets))
-    return Schedule(root, tuple(passes), tuple(small), tuple(frees))
+        small.append(tuple(i for i in here if nodes[i][0] == "small"))
+        frees.append(_last_uses(nodes, needed, keep=targets))
+    return passes, small, frees
 
 
-def _tile_nodes(order: list[Node], targets: list[Node]) -> tuple[Node, ...]:
+def _tile_nodes(nodes: _Shape, targets: list[int]) -> _Places:
     """The read, map and reduce nodes of one pass: what `targets` need, not looking behind small values."""
-    wanted = {id(n) for n in targets}
-    for node in reversed(order):
-        if id(node) in wanted:
-            wanted |= {id(s) for s in node.inputs if s.kind in ("read", "map")}
-    return tuple(n for n in order if id(n) in wanted)
+    wanted = set(targets)
+    for i in range(len(nodes) - 1, -1, -1):
+        if i in wanted:
+            wanted |= {source for source in nodes[i][1] if nodes[source][0] in ("read", "map")}
+    return tuple(sorted(wanted))
 
 
-def _last_uses(nodes: tuple[Node, ...], keep: list[Node]) -> dict[int, tuple[Node, ...]]:
-    last: dict[int, int] = {}
-    by_id = {id(n): n for n in nodes}
-    for position, node in enumerate(nodes):
-        for source in node.inputs:
-            if id(source) in by_id:
-                last[id(source)] = position
-    kept = {id(n) for n in keep}
-    frees: dict[int, list[Node]] = {}
-    for key, position in last.items():
-        if key not in kept:
-            frees.setdefault(position, []).append(by_id[key])
-    return {position: tuple(nodes) for position, nodes in frees.items()}
+def _last_uses(nodes: _Shape, needed: _Places, keep: list[int]) -> dict[int, _Places]:
+    """Position among the `needed` -> those that are last used there, but for those to keep."""
+    inside, kept, last = set(needed), set(keep), dict[int, int]()
+    for position, i in enumerate(needed):
+        last |= {source: position for source in nodes[i][1] if source in inside}
+    frees: dict[int, list[int]] = {}
+    for source, position in last.items():
+        if source not in kept:
+            frees.setdefault(position, []).append(source)
+    return {position: tuple(freed) for position, freed in frees.items()}
 
 
 def peak_tiles(plan: Schedule) -> int:

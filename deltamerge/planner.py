@@ -13,8 +13,8 @@ from deltamerge.build import Builder
 from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
 from deltamerge.execute import Task
-from deltamerge.footprint import held_by_delta, held_by_files, tile_and_peak
-from deltamerge.graph import Node, schedule
+from deltamerge.footprint import Cost, cost, held_by_delta, held_by_files, tile_and_peak
+from deltamerge.graph import Node
 from deltamerge.inputs import Inputs, Opener, open_inputs
 from deltamerge.io.adapter import WEIGHTS
 from deltamerge.io.checkpoint import Adapter, TensorInfo
@@ -56,6 +56,7 @@ class Plan:
     workers: int
     tile_elements: int
     peak_bytes: int
+    costs: Mapping[Node, Cost]
     stages: tuple[Node, ...] = ()
     sources: tuple[Source, ...] = ()
     budgeted: tuple[Budgeted, ...] = ()
@@ -92,19 +93,8 @@ class Plan:
     @property
     def read_bytes(self) -> int:
         """Bytes read from the inputs, counting every pass; not what calibration reads."""
-        total = self.cut_bytes
-        for piece in (piece for output in self.outputs for piece in output.pieces):
-            root = piece.built.root
-            if root.kind == "read":
-                total += math.prod(root.shape) * ITEMSIZE[root.dtype]
-            else:
-                total += sum(
-                    math.prod(node.shape) * ITEMSIZE[node.dtype]
-                    for nodes in schedule(root).passes
-                    for node in nodes
-                    if node.kind == "read"
-                )
-        return total
+        pieces = (piece for output in self.outputs for piece in output.pieces)
+        return self.cut_bytes + sum(self.costs[piece.built.root].read_bytes for piece in pieces)
 
     def describe(self) -> dict[str, Any]:
         """The plan for `--json`; a documented, stable shape."""
@@ -135,7 +125,7 @@ class Plan:
                     "file": output.file,
                     "method": output.pieces[0].built.method,
                     "sources": list(output.pieces[0].built.details),
-                    "passes": len(schedule(output.pieces[0].built.root).passes),
+                    "passes": self.costs[output.pieces[0].built.root].passes,
                     "backend": output.pieces[0].backend,
                 }
                 for output in self.outputs
@@ -183,7 +173,9 @@ def plan(
         for name, shape, dtype, pieces in rows
     )
     held = (held_by_delta if recipe.output.kind == "delta" else held_by_files)(outputs, workers)
-    tile, peak = tile_and_peak(outputs, device, workers, memory, held)
+    roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
+    costs = {root: cost(root) for root in roots}
+    tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
     builder = found.builder
     sources = _sources(builder, inputs)
     if data:
@@ -220,6 +212,7 @@ def plan(
         workers,
         tile,
         peak,
+        costs,
         builder.stages,
         tuple(sources.values()),
         tuple(Budgeted(t.name, math.prod(t.base.shape), t.tensor, t.base) for t in builder.budgeted),
