@@ -13,6 +13,7 @@ from conftest import make_checkpoint
 
 pytest.importorskip("numba")
 
+from deltamerge.cli.output import Progress
 from deltamerge.fused import native
 
 RECIPE = "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: ./a}, {model: ./b}]\n"
@@ -33,6 +34,24 @@ def test_a_process_that_finds_the_code_imports_no_compiler(tmp_path: Path) -> No
     command = [sys.executable, "-c", SCRIPT, str(tmp_path / "r.yaml"), str(tmp_path / "out")]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     assert found.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("shown", [True, False])
+def test_someone_who_waits_for_the_compiler_is_told(
+    shown: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native.loop()
+    kept = (native._read(path) for folder in native._folders() for path in folder.glob("run-*.code"))
+    code = next(filter(None, kept))
+    progress = Progress(shown=shown)
+    native._loop.__wrapped__()
+    assert native.COMPILING not in capsys.readouterr().err
+    monkeypatch.setattr(native, "_read", lambda _: None)
+    monkeypatch.setattr(native, "_compile", lambda *_: code)
+    monkeypatch.setattr(native, "_keep", lambda *_: None)
+    native._loop.__wrapped__()
+    progress.stop()
+    assert (native.COMPILING in capsys.readouterr().err) == shown
 
 
 def places(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import logging
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 Loop = Callable[[Sequence[NDArray[Any]]], bool]
 
 NAME = "run"
+COMPILING = "compiling loops for this processor: some 15 seconds, once"
 # What the code may call: the reading of files, and what compilers call by themselves.
 CALLED = frozenset({"pread", "memset", "memcpy", "memmove"})
 # numba has code to free arrays in every loop; no array of these owns memory.
@@ -51,6 +53,7 @@ def _loop() -> Loop:
     name = f"{NAME}-{_digest(*(x.encode() for x in madeof), *_sources()).hex()}.code"
     code = next(filter(None, (_read(folder / name) for folder in _folders())), None)
     if code is None:
+        logging.getLogger("deltamerge").info(COMPILING)
         code = _compile(llvm, machine)
         _keep(name, code)
     engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
