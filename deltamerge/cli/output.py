@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -17,15 +16,6 @@ from deltamerge.show import human
 if TYPE_CHECKING:
     from deltamerge.runner import Result
 
-LOGGER = logging.getLogger("deltamerge")
-
-
-class _Notes(logging.Handler):
-    """What the work has to say to someone who waits, above the line of progress."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"\r\x1b[K{record.getMessage()}", err=True)
-
 
 class Progress:
     """A line on stderr: bytes done, rate and time left; silent where nobody looks."""
@@ -36,10 +26,10 @@ class Progress:
         self.total = self.done = 0
         self.last = 0.0
         self.lock = threading.Lock()
-        self.notes = _Notes()
         if shown:
-            LOGGER.addHandler(self.notes)
-            LOGGER.setLevel(logging.INFO)
+            from deltamerge.cli import notes
+
+            notes.show()
 
     @property
     def seconds(self) -> float:
@@ -64,8 +54,10 @@ class Progress:
             click.echo(f"\r\x1b[K{text}", nl=False, err=True)
 
     def stop(self) -> None:
-        LOGGER.removeHandler(self.notes)
         if self.shown:
+            from deltamerge.cli import notes
+
+            notes.hide()
             click.echo("\r\x1b[K", nl=False, err=True)
 
 

@@ -1,0 +1,25 @@
+"""What the work has to say to someone who waits, above the line of progress; imported where there is such a line."""
+
+from __future__ import annotations
+
+import logging
+
+import click
+
+
+class _Notes(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(f"\r\x1b[K{record.getMessage()}", err=True)
+
+
+_LOGGER, _NOTES = logging.getLogger("deltamerge"), _Notes()
+
+
+def show() -> None:
+    """Show what the package logs from now on, each in a line on stderr."""
+    _LOGGER.addHandler(_NOTES)
+    _LOGGER.setLevel(logging.INFO)
+
+
+def hide() -> None:
+    _LOGGER.removeHandler(_NOTES)
