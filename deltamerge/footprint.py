@@ -29,6 +29,7 @@ class Cost:
 
 
 def cost(root: Node) -> Cost:
+    """What the tensor that `root` makes takes, from its schedule."""
     plan = schedule(root)
     reads = [[node for node in nodes if node.kind == "read"] for nodes in plan.passes]
     stored = max(sum(ITEMSIZE[node.dtype] for node in nodes) for nodes in reads)

@@ -9,7 +9,8 @@ from typing import Any, TypeAlias
 
 BLOCK = 1 << 16
 LONGEST_ROW = 1 << 20
-# Long sums are sums of the sums of so many entries, which stay in a core's first cache.
+# Long sums are sums of the sums of so many entries, which stay in a core's first cache. Bytes depend on it, and code
+# that is kept has it compiled in: it never changes.
 RUN = 1 << 11
 
 # What makes a graph's node: (function, inputs, *, kind, shape, dtype, **parameters), as `graph.Graph.node`.

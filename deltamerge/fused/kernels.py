@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import loops, methods
+from deltamerge.fused import loops, methods, sums
 from deltamerge.fused.arrays import NARROW, WIDE, Array, Delta, Floats, addresses, densified, loadable, widened
 from deltamerge.merge.arithmetic import divisor_of
 from deltamerge.pruners.bits import SPARSE_BLOCK, Key, guided, is_sparse, keep, threshold
@@ -268,7 +268,7 @@ def norm(delta: Delta, *, tile: Tile, norm: str) -> NDArray[np.float64]:
     dense = densified(delta, tile.size)
     step = block_elements(tile.shape)
     out = np.empty(-(-tile.size // step), np.float64)
-    loops.norm_of_blocks(dense, step, {"linf": 0, "l1": 1, "l2": 2}[norm], out)
+    sums.norm_of_blocks(dense, step, {"linf": 0, "l1": 1, "l2": 2}[norm], out)
     return out
 
 

@@ -20,7 +20,6 @@ from deltamerge.fused.vectors import BLOCKS, VECTORS, philox_blocks
 from deltamerge.jit import compiled as compiled
 from deltamerge.merge.arithmetic import SMALLEST_DIVISOR
 from deltamerge.pruners.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
-from deltamerge.tensors import LONGEST_ROW, RUN
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -31,8 +30,7 @@ _W0, _W1 = map(np.uint64, WEYL)
 _HIGH, _LOW, _GAPS = map(np.uint64, (HIGH, LOW, GAPS))
 _ZERO, _ONE = np.uint64(0), np.uint64(1)
 _SMALLEST = np.float32(SMALLEST_DIVISOR)
-RUNS = LONGEST_ROW // RUN
-_OF_HALVES, _OF_FLOATS, _OF_RUN, _OF_SUMS = 2 * CHUNK, 4 * CHUNK, 8 * RUN, 8 * RUNS
+_OF_HALVES, _OF_FLOATS = 2 * CHUNK, 4 * CHUNK
 
 
 def _inlined(function: Function) -> Function:
@@ -313,45 +311,6 @@ def keep_largest_of_rows(bits: Any, scores: Any, k: Any, out: Any) -> None:
             equal = magnitude == threshold and wanted > 0
             wanted -= equal
             kept[i] = source[i] if magnitude > threshold or equal else np.uint32(0)
-
-
-@compiled
-def add_by_halving(part: Any, count: Any) -> float:
-    """Σ of the first `count` of `part`, which is changed and as long as a power of two that holds them."""
-    half = 1
-    while half < count:
-        half *= 2
-    for i in range(count, half):
-        part[i] = 0.0
-    while half > 1:
-        half //= 2
-        upper = part[half:]
-        for i in range(half):
-            part[i] += upper[i]
-    return part[0]  # type: ignore[no-any-return]  # numba
-
-
-@compiled
-def norm_of_blocks(delta: Any, step: Any, kind: Any, out: Any) -> None:
-    """Per block of `step` elements Σ abs (kind 1), Σ squares (2) or the largest abs (0); float64, as `ops.halved`."""
-    part, sums = carray(stack(_OF_RUN), RUN, np.float64), carray(stack(_OF_SUMS), RUNS, np.float64)
-    for block in range(out.size):
-        values = delta[block * step : (block + 1) * step]
-        if kind == 0:
-            largest = abs(np.float64(values[0]))
-            for i in range(values.size):
-                x = abs(np.float64(values[i]))
-                largest = x if x > largest or x != x else largest
-            out[block] = largest
-            continue
-        count = (values.size + RUN - 1) // RUN
-        for run in range(count):
-            entries = values[run * RUN : (run + 1) * RUN]
-            for i in range(entries.size):
-                x = abs(np.float64(entries[i]))
-                part[i] = x * x if kind == 2 else x
-            sums[run] = add_by_halving(part, entries.size)
-        out[block] = add_by_halving(sums, count)
 
 
 @compiled

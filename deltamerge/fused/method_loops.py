@@ -1,4 +1,4 @@
-"""More loops: dot products, ranks in rows, variances, votes, lists of magnitudes.
+"""More loops: ranks in rows, variances, votes, lists of magnitudes.
 
 As `loops`, and apart from it by length alone.
 """
@@ -10,48 +10,15 @@ from typing import Any
 import numpy as np
 from numba.np.numpy_support import carray
 
-from deltamerge.fused.instructions import GROUP, compared, double, ones, pointer, stack, trailing_zeros, wide
-from deltamerge.fused.loops import CHUNK, RUNS, add_by_halving, compiled, philox
+from deltamerge.fused.instructions import GROUP, compared, ones, pointer, trailing_zeros, wide
+from deltamerge.fused.loops import CHUNK, compiled, philox
 from deltamerge.merge.sce import SMALLEST_WEIGHT
 from deltamerge.pruners.bits import HIGH, LOW
-from deltamerge.tensors import RUN
 
 _HIGH, _LOW, _ZERO = np.uint64(HIGH), np.uint64(LOW), np.uint64(0)
 _SMALLEST = np.float32(SMALLEST_WEIGHT)
 _SIGNLESS = np.uint32(0x7FFFFFFF)
 _ONE = np.uint64(1)
-_OF_HALF, _OF_SUMS = 4 * RUN, 8 * RUNS
-
-
-@compiled
-def dot_of_run(x: Any, y: Any, padded: Any) -> float:
-    """Σ x y of at most `RUN` elements, in float64, as `ops.halved`; `padded`: with zeros to all of `RUN`."""
-    part = carray(stack(_OF_HALF), RUN // 2, np.float64)
-    n, half = x.size, 1
-    while 2 * half < n:
-        half *= 2
-    if n == 1:
-        part[0] = double(x[0]) * double(y[0])
-    else:
-        upper_x, upper_y = x[half:], y[half:]
-        for i in range(n - half):
-            part[i] = double(x[i]) * double(y[i]) + double(upper_x[i]) * double(upper_y[i])
-        for i in range(n - half, half):
-            part[i] = double(x[i]) * double(y[i]) + 0.0
-    total = add_by_halving(part, half)
-    return total + 0.0 if padded and 2 * half < RUN else total  # -0 and zeros are +0
-
-
-@compiled
-def dots_of_blocks(x: Any, y: Any, step: Any, out: Any) -> None:
-    """Per block of `step` elements Σ x y in float64, as `ops.halved`."""
-    sums = carray(stack(_OF_SUMS), RUNS, np.float64)
-    for block in range(out.size):
-        a, b = x[block * step : (block + 1) * step], y[block * step : (block + 1) * step]
-        count = (a.size + RUN - 1) // RUN
-        for run in range(count):
-            sums[run] = dot_of_run(a[run * RUN : (run + 1) * RUN], b[run * RUN : (run + 1) * RUN], count > 1)
-        out[block] = add_by_halving(sums, count)
 
 
 @compiled

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import loops, method_loops
+from deltamerge.fused import loops, method_loops, sums
 from deltamerge.fused.arrays import WIDE, Array, Delta, Floats, addresses, densified, loadable, widened
 from deltamerge.merge import span
 from deltamerge.ops import row_blocks
@@ -33,7 +33,7 @@ def _dots(models: tuple[Array | Kept, ...], tile: Tile, step: int) -> NDArray[np
     pairs = span.pairs(len(dense))
     out = np.empty((len(pairs), -(-tile.size // step)), np.float64)
     for k, (i, j) in enumerate(pairs):
-        method_loops.dots_of_blocks(dense[i], dense[j], step, out[k])
+        sums.dots_of_blocks(dense[i], dense[j], step, out[k])
     return out.T
 
 

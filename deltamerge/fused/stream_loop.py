@@ -16,7 +16,6 @@ from deltamerge.fused import codes
 from deltamerge.fused.instructions import pointer, stack, wide
 from deltamerge.fused.loops import (
     add_agreeing,
-    add_by_halving,
     add_weighted,
     align,
     compiled,
@@ -30,7 +29,8 @@ from deltamerge.fused.loops import (
     subtract_at,
     widen,
 )
-from deltamerge.fused.method_loops import append_between, copy_magnitudes, dot_of_run
+from deltamerge.fused.method_loops import append_between, copy_magnitudes
+from deltamerge.fused.sums import add_by_halving, dot_of_run
 from deltamerge.fused.xxh3 import mix_pieces
 from deltamerge.jit import uncalled
 from deltamerge.pruners.bits import SPARSE_BLOCK

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 PIECE_BYTES = 1 << 16
 DIGEST_BYTES = 16
 # Pieces that are read at once where they are not known.
-RUN = 64
+AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,7 @@ def learn(known: Known, wanted: NDArray[np.bool_], read: Callable[[int, Any], No
     """Hash the `wanted` pieces of a file; read(offset, buffer) fills a buffer from a place in it."""
     from xxhash import xxh3_128_digest
 
-    buffer = np.empty(min(RUN * PIECE_BYTES, known.size), np.uint8)
+    buffer = np.empty(min(AT_ONCE * PIECE_BYTES, known.size), np.uint8)
     for first, stop in _runs(wanted):
         begin = first * PIECE_BYTES
         part = buffer[: min(stop * PIECE_BYTES, known.size) - begin]
@@ -75,11 +75,11 @@ def inside(known: Known, ranges: Iterable[tuple[int, int]]) -> NDArray[np.bool_]
 
 
 def _runs(wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Where runs of at most `RUN` wanted pieces begin and end."""
+    """Where runs of at most `AT_ONCE` wanted pieces begin and end."""
     edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False)).tolist()
     for begin, end in zip(edges[::2], edges[1::2], strict=True):
-        for first in range(begin, end, RUN):
-            yield first, min(end, first + RUN)
+        for first in range(begin, end, AT_ONCE):
+            yield first, min(end, first + AT_ONCE)
 
 
 def hash_whole(known: Known) -> str:
