@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo, canonical, 
 from deltamerge.io.delta_entry import TILE
 from deltamerge.io.layered import check, elements, over
 from deltamerge.io.values import widen
-from deltamerge.tensors import FLOATING
+from deltamerge.tensors import FLOATING, PACKED_BITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +100,8 @@ def _ratio(squares: float, of_a: float) -> float | None:
 
 def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, float, float]:
     """How two tensors differ, Σ Δ² and Σ a²."""
+    if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED_BITS:  # byte by byte
+        a, b = (replace(info, dtype="U8", shape=(info.nbytes,)) for info in (a, b))
     size = math.prod(b.shape)
     differ = (a.dtype, a.shape) != (b.dtype, b.shape)
     kinds = (f"{a.dtype} {list(a.shape)}", f"{b.dtype} {list(b.shape)}") if differ else (None, None)

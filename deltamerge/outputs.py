@@ -13,12 +13,12 @@ from deltamerge.graph import Graph
 from deltamerge.inputs import HEAD, Input, Inputs, has_tied_head
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.encodings import expected_bits
-from deltamerge.io.gathered import cut
+from deltamerge.io.gathered import Gathered, cut
 from deltamerge.merges import Merge
 from deltamerge.parameters import layer_index
 from deltamerge.recipe import Recipe
 from deltamerge.stack import Target, like_template, repaired_config, targets
-from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS
+from deltamerge.tensors import COPIED, FLOATING, ITEMSIZE, PACKED_BITS, VALUE_BITS
 from deltamerge.tokenizer.vocabulary import Vocabulary
 
 
@@ -139,11 +139,15 @@ class Outputs:
         present = [(model, info) for model, info in found if info is not None]
         same = target.group is not None and target.group.base is not None
         same = same and all(info is not None and info.is_same(tensor) for _, info in found)
-        if lacking or same or target.group is None or tensor.dtype not in FLOATING:
+        packed = tensor.dtype in PACKED_BITS and self.recipe.output.kind != "model"
+        if lacking or same or target.group is None or tensor.dtype not in FLOATING | COPIED:
             if owner.name == self.inputs.template.name:
                 copied.append(stored)
             lenders = present if any(model is owner for model, _ in present) else [*present, (owner, tensor)]
             tensor = next(info for model, info in self._remapped(target, lenders) if model is owner)
+            if packed or (tensor.dtype in COPIED and isinstance(tensor, Gathered)):
+                self._refuse_dtype(stored, tensor.dtype)
+                return None
             return self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (owner.name,)))
         remapped = self._remapped(target, present)
         if like is not None and remapped is not present:
@@ -168,6 +172,10 @@ class Outputs:
     def _built(self, part: Merged) -> Row:
         merge, rest = part.merge, part.rest
         built = self.builder.merge(merge)
+        infos = [info for info in (merge.base, *(t.tensor for t in merge.tunes)) if info is not None]
+        uncomputed = next((info.dtype for info in infos if info.dtype in COPIED), None)
+        if uncomputed and (built.method != "copy" or rest is not None or self.recipe.output.kind != "model"):
+            self._refuse_dtype(merge.name, uncomputed)
         if rest is None:
             return self._whole(merge.name, built)
         tail = Built(self.builder.copy(rest, merge.dtype), "copy", ())
@@ -175,6 +183,12 @@ class Outputs:
         second = self._piece(tail, math.prod(built.root.shape) * ITEMSIZE[merge.dtype])
         shape = (built.root.shape[0] + rest.shape[0], *rest.shape[1:])
         return merge.name, shape, merge.dtype, (first, second)
+
+    def _refuse_dtype(self, name: str, dtype: str) -> None:
+        self.problems.append(
+            f"{name}: {dtype} is copied and never computed with, and this recipe would compute with it"
+        )
+        self.hint = "merge checkpoints in float32, bfloat16, float16 or float8"
 
     def _whole(self, name: str, built: Built) -> Row:
         return name, built.root.shape, built.root.dtype, (self._piece(built, 0),)

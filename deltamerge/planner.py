@@ -26,7 +26,7 @@ from deltamerge.recipe import Recipe
 from deltamerge.stages import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.stages import Source, Spec
 from deltamerge.stages import memory as stage_memory
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.tensors import ITEMSIZE, nbytes_of
 from deltamerge.tokenizer.chat import ChatTemplate, choose_chat_template
 from deltamerge.tokenizer.vocabulary import Vocabulary, make_vocabulary
 
@@ -169,7 +169,7 @@ def plan(
     metas = [(name, dtype, shape) for name, shape, dtype, _ in rows]
     layout = plan_layout(metas, None, WEIGHTS) if own else plan_layout(metas, recipe.output.shard_size)
     outputs = tuple(
-        Output(name, shape, dtype, math.prod(shape) * ITEMSIZE[dtype], pieces, layout.tensors[name].file)
+        Output(name, shape, dtype, nbytes_of(dtype, shape), pieces, layout.tensors[name].file)
         for name, shape, dtype, pieces in rows
     )
     held = (held_by_delta if recipe.output.kind == "delta" else held_by_files)(outputs, workers)

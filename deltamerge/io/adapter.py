@@ -265,6 +265,8 @@ def _updated(info: TensorInfo, factors: Factors, scale: float, transposed: bool)
 
 def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
     """A whole tensor in the base's dtype, as PEFT loads it into the base's module."""
+    if info.dtype != dtype and dtype not in DTYPES:
+        raise InputError(f"{name}: the base's weight is {dtype}, the adapter's {info.dtype}")
     if info.dtype == dtype:
         return replace(info, name=name)
     nbytes = math.prod(info.shape) * ITEMSIZE[dtype]

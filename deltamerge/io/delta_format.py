@@ -14,7 +14,7 @@ from deltamerge.errors import InputError
 from deltamerge.io.encodings import LARGEST_K, Coding, index_itemsize
 from deltamerge.io.safetensors_file import MAX_DIMENSIONS
 from deltamerge.io.values import SCALE_BITS, SCALED, UNITS, Values
-from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS
+from deltamerge.tensors import FLOATING, ITEMSIZE, PACKED_BITS, VALUE_BITS
 
 FORMAT = "deltamerge-delta"
 VERSION = 1
@@ -116,6 +116,8 @@ def check_record(record: Record) -> None:
     base_dtype = record.base_dtype or record.dtype
     if record.dtype not in ITEMSIZE or base_dtype not in ITEMSIZE:
         raise InputError(f"unknown dtype {record.dtype if base_dtype in ITEMSIZE else base_dtype!r}")
+    if {record.dtype, base_dtype} & PACKED_BITS.keys():
+        raise InputError(f"{record.dtype} shares bytes between elements, which a delta cannot hold")
     if size >= LARGEST_SIZE or record.count > size:
         raise InputError(f"count is {record.count}, the tensor has {size} elements")
     if record.encoding == "dense" and record.count not in (0, size):

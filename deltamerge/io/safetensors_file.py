@@ -10,7 +10,8 @@ import math
 import os
 import stat
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import accumulate
+from operator import attrgetter, mul
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import parse_json
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.tensors import ITEMSIZE, bits_of
 
 if TYPE_CHECKING:
     from deltamerge.io.computed import Computed
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 64
+LARGEST = 1 << 63  # what no size or offset reaches
+MOST_BITS = 1 << 64
 PREFIX = 8
 
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
@@ -103,6 +106,8 @@ def header_length(first: bytes, size: int) -> int:
 def parse_header(text: bytes, path: Path, size: int) -> Header:
     """The header whose JSON is `text`, of the file at `path` of `size` bytes.
 
+    What it accepts the official reader accepts too; tests/test_safetensors_verdicts.py lists what only that accepts.
+
     InputError: not a JSON object, a key twice, more than 200,000 tensors, names that do not print, unknown
     dtypes, shapes that are no lists of natural numbers or do not fit the offsets, tensors that overlap or
     leave holes, a file that is shorter or longer than its tensors need.
@@ -112,8 +117,9 @@ def parse_header(text: bytes, path: Path, size: int) -> Header:
     if text.count(b'"data_offsets"') > MAX_TENSORS:
         raise InputError(f"header has more than {MAX_TENSORS:,} tensors")
     with errors.context("header"):
-        entries = parse_json(text)
-    metadata = entries.pop("__metadata__", {})
+        entries = parse_json(text, _integer if b"-0" in text else None)
+    metadata = entries.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise InputError("header: __metadata__ is not a table of strings")
     data_begin = PREFIX + len(text)
@@ -135,16 +141,34 @@ def _tensor(name: str, entry: Any, path: Path, data_begin: int) -> TensorInfo:
     if not _naturals(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
         raise _wrong(name, "data_offsets must be two natural numbers in ascending order")
     begin, end = offsets
-    nbytes = math.prod(shape) * ITEMSIZE[dtype]
+    if _overflows(dtype, shape):
+        raise _wrong(name, f"{dtype} of shape {str(shape)[:80]} has a size beyond 64 bits")
+    nbytes, rest = divmod(bits_of(dtype, shape), 8)
+    if rest:
+        raise _wrong(name, f"{dtype} of shape {str(shape)[:80]} ends within a byte")
     if end - begin != nbytes:
-        raise _wrong(name, f"{dtype} of shape {shape} takes {nbytes} bytes, data_offsets give {end - begin}")
+        raise _wrong(name, f"{dtype} of shape {str(shape)[:80]} takes {nbytes} bytes, data_offsets give {end - begin}")
     return TensorInfo(name, dtype, tuple(shape), path, data_begin + begin, nbytes)
 
 
 def _naturals(values: Any) -> bool:
     if type(values) is not list or not {int}.issuperset(map(type, values)):
         return False
-    return not values or (min(values) >= 0 and max(values) < 1 << 63)
+    return not values or (min(values) >= 0 and max(values) < LARGEST)
+
+
+def _overflows(dtype: str, shape: list[int]) -> bool:
+    """Whether a size goes beyond 64 bits before a 0 makes it nothing: readers that multiply in 64 bits refuse it."""
+    if math.prod(shape) and bits_of(dtype, tuple(shape)) < MOST_BITS:
+        return False
+    elements = list(accumulate(shape, mul, initial=1))
+    return max(elements) >= MOST_BITS or bits_of(dtype, (elements[-1],)) >= MOST_BITS
+
+
+def _integer(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 is no natural number")
+    return int(text)
 
 
 def _wrong(name: str, what: str, hint: str | None = None) -> InputError:

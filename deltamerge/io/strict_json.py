@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +14,22 @@ from deltamerge.io.files import refuse_link
 
 MAX_BYTES = 100_000_000
 MAX_VALUES = 4_000_000
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-def parse_json(raw: bytes) -> dict[str, Any]:
-    """The JSON object in `raw`. InputError: not UTF-8, no object, a key twice, too deep, too many values."""
+def parse_json(raw: bytes, parse_int: Callable[[str], int] | None = None) -> dict[str, Any]:
+    """The JSON object in `raw`, its integers made by `parse_int`, where there is one.
+
+    InputError: not UTF-8, no object, a key twice, half a surrogate pair, too deep, too many values.
+    """
     if sum(map(raw.count, (b"{", b"[", b","))) > MAX_VALUES:
         raise InputError(f"holds more than {MAX_VALUES:,} values")
     try:
-        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique)
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=parse_int)
+        if SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError("holds half a surrogate pair, which is no character") from error
     except UnicodeDecodeError as error:
         raise InputError(f"is not UTF-8 at byte {error.start}") from error
     except RecursionError as error:

@@ -25,11 +25,12 @@ from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, 
 from deltamerge.io.journal import Journal
 from deltamerge.io.outbox import Outbox
 from deltamerge.io.spans import Spans
-from deltamerge.tensors import FLOATING, ITEMSIZE
+from deltamerge.tensors import FLOATING, ITEMSIZE, nbytes_of
 
 # The order of tensors in a file that safetensors.torch.save_file makes: by dtype in this order, then by name.
 DTYPE_ORDER = (
-    "U64", "I64", "F64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL",
+    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
+    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip
 # What a crash may lose: after so many seconds, what was written is synced and the journal says so.
 SAVE_SECONDS = 2.0
@@ -84,7 +85,7 @@ def plan_layout(
     safetensors.torch.save_file(metadata={"format": "pt"}). `total_parameters` counts the floating tensors. With a
     `shard_size` of None there is one file; `single` is its name where there is only one.
     """
-    metas = [Meta(name, dtype, shape, math.prod(shape) * ITEMSIZE[dtype]) for name, dtype, shape in tensors]
+    metas = [Meta(name, dtype, shape, nbytes_of(dtype, shape)) for name, dtype, shape in tensors]
     shards = [metas] if shard_size is None else _shards(metas, shard_size)
     files = []
     places = dict.fromkeys((meta.name for meta in metas), Place("", 0, 0, ""))

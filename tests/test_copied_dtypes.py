@@ -1,0 +1,71 @@
+"""Dtypes that no arithmetic here knows: copied byte by byte, and refused by name where a recipe would compute."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+
+from deltamerge.diff import diff_checkpoints
+from deltamerge.errors import DeltamergeError
+from deltamerge.extract import extract
+from deltamerge.io.safetensors_file import read_header
+from deltamerge.plans import make_plan
+from deltamerge.runner import run
+from deltamerge.tensors import COPIED, nbytes_of
+
+SHAPE = (4, 6)
+
+
+def model(folder: Path, dtype: str, seed: int) -> Path:
+    """A checkpoint with one tensor of `dtype`, whose bytes follow from the seed, and one of bfloat16."""
+    folder.mkdir(parents=True)
+    size = nbytes_of(dtype, SHAPE)
+    header = {
+        "__metadata__": {"format": "pt"},
+        "w": {"dtype": "BF16", "shape": [4, 4], "data_offsets": [0, 32]},
+        "odd": {"dtype": dtype, "shape": list(SHAPE), "data_offsets": [32, 32 + size]},
+    }
+    text = json.dumps(header).encode()
+    data = bytes(32) + random.Random(seed).randbytes(size)
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+def bytes_of(folder: Path) -> tuple[str, tuple[int, ...], bytes]:
+    info = read_header(folder / "model.safetensors").tensors["odd"]
+    raw = (folder / "model.safetensors").read_bytes()
+    return info.dtype, info.shape, raw[info.begin : info.begin + info.nbytes]
+
+
+@pytest.mark.parametrize("dtype", sorted(COPIED))
+def test_copied_where_nothing_is_computed_and_refused_where_it_is(tmp_path: Path, dtype: str) -> None:
+    base, tuned = model(tmp_path / "base", dtype, 0), model(tmp_path / "tuned", dtype, 1)
+    model(tmp_path / "more", dtype, 2)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text("merge_method: passthrough\nmodels: [{model: ./tuned}]\n")
+    assert bytes_of(run(copy, tmp_path / "copied").folder) == bytes_of(tuned)
+    merge = tmp_path / "merge.yaml"
+    for more in ("", "output: {kind: delta}\n"):
+        merge.write_text(
+            f"merge_method: ties\nbase_model: ./base\nmodels: [{{model: ./tuned}}, {{model: ./more}}]\n{more}"
+        )
+        with pytest.raises(DeltamergeError, match=f"odd: {dtype} is copied and never computed with"):
+            make_plan(merge)
+    merge.write_text(
+        "merge_method: ties\nbase_model: ./base\nmodels: [{model: ./base, name: x}, {model: ./base, name: y}]\n"
+    )
+    assert bytes_of(run(merge, tmp_path / "same").folder) == bytes_of(base)
+    found = diff_checkpoints(str(base), str(tuned), 1)
+    assert [change["name"] for change in found["tensors"]] == ["odd"]
+
+
+def test_a_delta_of_a_packed_dtype_is_refused(tmp_path: Path) -> None:
+    model(tmp_path / "base", "F4", 0)
+    model(tmp_path / "tuned", "F4", 1)
+    with pytest.raises(DeltamergeError, match="odd: F4 is copied"):
+        extract(str(tmp_path / "tuned"), str(tmp_path / "base"), tmp_path / "delta")
+    assert not (tmp_path / "delta").exists()
