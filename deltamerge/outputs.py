@@ -185,9 +185,7 @@ class Outputs:
         return merge.name, shape, merge.dtype, (first, second)
 
     def _refuse_dtype(self, name: str, dtype: str) -> None:
-        self.problems.append(
-            f"{name}: {dtype} is copied and never computed with, and this recipe would compute with it"
-        )
+        self.problems.append(f"{name}: {dtype} is only copied, and this recipe would compute with it")
         self.hint = "merge checkpoints in float32, bfloat16, float16 or float8"
 
     def _whole(self, name: str, built: Built) -> Row:

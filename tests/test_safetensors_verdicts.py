@@ -240,8 +240,8 @@ def test_mutated_headers_agree(data: st.DataObject) -> None:
     raw = bytearray(of_text(whole.encode(), 10))
     for _ in range(data.draw(st.integers(1, 2))):
         place = data.draw(st.integers(8, len(raw) - 11))
-        piece = data.draw(st.sampled_from([b"", b" ", b"0", b"-0", b"9", b"1", b"[", b"{", b"}", b",", b'"', b"\\", b"\0",
-                                           b"\\ud800", b"null", b"\xff", b"F", b"e", b".", b"BF16"]))  # fmt: skip
+        piece = data.draw(st.sampled_from([b"", b" ", b"0", b"-0", b"9", b"1", b"[", b"{", b"}", b",", b'"', b"\\",
+                                           b"\0", b"\\ud800", b"null", b"\xff", b"F", b"e", b"."]))  # fmt: skip
         end = place + data.draw(st.integers(0, 2))
         raw[place:end] = piece
     raw[:8] = (len(raw) - 18 + data.draw(st.sampled_from([0, 0, 0, 1, -1]))).to_bytes(8, "little")
