@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 from collections import ChainMap, deque
@@ -18,7 +17,7 @@ from deltamerge.backends import Backend, Lane, Pass, Step, open_backend, quiet_a
 from deltamerge.graph import REDUCTIONS, Node, Schedule, depth_first, resolve, schedule
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.steps import is_needless, steps
-from deltamerge.tensors import ITEMSIZE, Tile, block_elements
+from deltamerge.tensors import ITEMSIZE, Tile, block_elements, nbytes_of
 
 JOB_ELEMENTS = 1 << 21
 COPY_BYTES = 1 << 22
@@ -186,7 +185,7 @@ class _Engine:
             return None
 
     def _start(self, task: Task) -> None:
-        if self._is_done(task, 0, math.prod(task.root.shape)):
+        if self._is_done(task, 0, nbytes_of(task.root.dtype, task.root.shape) // ITEMSIZE[task.root.dtype]):
             return
         plan = schedule(task.root)
         running = Running(task, plan, ChainMap({}, self.shared_by_id))
