@@ -7,8 +7,8 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,6 +34,8 @@ class Hub:
     requests: list[tuple[str, str, str | None, str | None]] = field(default_factory=list)
     status: int | None = None
     broken: bool = False  # large files do not arrive
+    instead: dict[str, Callable[[BaseHTTPRequestHandler], None]] = field(default_factory=dict)  # by a path's end
+    headers: dict[str, str | None] = field(default_factory=dict)  # of files, for what they should be
 
     def fetched(self, suffix: str) -> list[tuple[str, str | None]]:
         return [(method, span) for method, path, span, _ in self.requests if path.endswith(suffix)]
@@ -55,6 +57,11 @@ def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
             state.requests.append((self.command, path, span, token))
             if state.status is not None:
                 return self.answer(b"", state.status)
+            if answer := next((answer for end, answer in state.instead.items() if path.endswith(end)), None):
+                self.close_connection = True
+                with suppress(OSError):  # whoever asked has gone
+                    return answer(self)
+                return None
             found = re.fullmatch(r"/api/(models|datasets)/(.+?)(?:/(revision|tree)/([^/]+)(?:/(.+))?)?", path)
             if found:
                 name = f"datasets/{found[2]}" if found[1] == "datasets" else found[2]
@@ -106,6 +113,7 @@ def handler(state: Hub) -> type[BaseHTTPRequestHandler]:
                 return self.answer(b"", 404, "EntryNotFound")
             data = (folder / name).read_bytes()
             headers = {"X-Repo-Commit": COMMIT, "ETag": f'"{etag(folder / name)}"', "Accept-Ranges": "bytes"}
+            headers = {k: v for k, v in {**headers, **state.headers}.items() if v is not None}
             if found := re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range") or ""):
                 first, last = int(found[1]), min(int(found[2]), len(data) - 1)
                 headers["Content-Range"] = f"bytes {first}-{last}/{len(data)}"
@@ -217,6 +225,8 @@ def serve(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
     state = Hub(cache=cache)
     httpd = ThreadingHTTPServer(("127.0.0.1", 0), handler(state))
+    httpd.daemon_threads = True
+    httpd.block_on_close = False
     state.endpoint = f"http://127.0.0.1:{httpd.server_port}"
     thread = threading.Thread(target=httpd.serve_forever, args=(0.01,))
     thread.start()

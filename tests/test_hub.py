@@ -17,7 +17,7 @@ from small_hub import COMMIT, TOKEN, Hub
 
 from deltamerge.distribute import Part
 from deltamerge.errors import InputError
-from deltamerge.io import hub, writer
+from deltamerge.io import hub, hub_answers, writer
 from deltamerge.io.checkpoint import Reader, open_checkpoint
 from deltamerge.plans import make_plan
 from deltamerge.runner import run
@@ -142,7 +142,7 @@ def test_headers_without_weights(server: Hub, model: Path, tmp_path: Path, revis
 def test_a_long_header_takes_a_second_request(
     server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hub, "FIRST_BYTES", 100)
+    monkeypatch.setattr(hub_answers, "FIRST_BYTES", 100)
     checkpoint = hub.resolve("org/model", tmp_path, weights=False)
     assert checkpoint.tensors.keys() == open_checkpoint(model).tensors.keys()
     assert len(server.fetched(".safetensors")) == 6

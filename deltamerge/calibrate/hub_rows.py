@@ -9,9 +9,9 @@ from functools import cache
 from typing import Any
 
 from deltamerge.errors import InputError
+from deltamerge.io.hub_answers import commit_of
 
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
-TIMEOUT_SECONDS = 30
 SHOWN = 200  # characters of an error that is not ours
 
 
@@ -22,7 +22,7 @@ def is_hub_id(source: str) -> bool:
 @cache
 def commit(source: str) -> str | None:
     """The commit that `org/name[@revision]` is at; offline what the source says itself, which may be nothing."""
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
     found = HUB_ID.fullmatch(source)
@@ -32,7 +32,9 @@ def commit(source: str) -> str | None:
         return revision
     page = f"{constants.ENDPOINT}/datasets/{name}"
     try:
-        return HfApi().dataset_info(name, revision=revision, timeout=TIMEOUT_SECONDS).sha
+        return commit_of(f"datasets/{name}", revision)
+    except InputError:
+        raise
     except hub.GatedRepoError:
         raise InputError("is gated on the hub", hint=f"accept its terms at {page}, then `hf auth login`") from None
     except hub.RepositoryNotFoundError:

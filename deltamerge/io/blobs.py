@@ -17,10 +17,14 @@ NAMES = {64: re.compile(r"[0-9a-f]{64}"), 40: re.compile(r"[0-9a-f]{40}")}
 
 
 def blob_of(path: Path) -> Path | None:
-    """The blob that `path` of a snapshot leads to; None: it is no such link."""
-    if not path.is_symlink():
+    """The blob that `path` of a snapshot leads to; None: it is no such link.
+
+    The blob may be a link in turn, to where the cache keeps what several repositories have.
+    """
+    try:
+        blob = Path(os.path.normpath(os.path.join(os.path.realpath(path.parent), os.readlink(path))))
+    except OSError:
         return None
-    blob = Path(os.path.realpath(path))
     named = any(name.fullmatch(blob.name) for name in NAMES.values())
     return blob if named and blob.parent.name == "blobs" else None
 

@@ -51,14 +51,18 @@ def output_error(error: OSError) -> OutputError:
 
 def refuse_link(path: Path) -> None:
     """InputError: `path`, a file of a model, is a link that leaves the model's folder: a stranger's model must not name
-    the user's own files. The links of the hub's cache, from snapshots to blobs, stay in theirs.
+    the user's own files. The links of the hub's cache, from snapshots to blobs, stay in theirs, and may go on to the
+    blobs that its repositories share.
     """
     if not path.is_symlink():
         return
     home = path.parent.resolve()
+    homes = [home]
     if home.parent.name == "snapshots":
-        home = home.parent.parent
-    if not Path(os.path.realpath(path)).is_relative_to(home):  # Path.resolve raises where links go round
+        repository = home.parent.parent
+        homes = [repository, *([repository.parent / "blobs"] if repository.name.startswith("models--") else [])]
+    target = Path(os.path.realpath(path))  # Path.resolve raises where links go round
+    if not any(map(target.is_relative_to, homes)):
         raise InputError(f"{path.name} is a link that leaves the folder", hint="put the file itself there")
 
 

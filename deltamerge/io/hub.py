@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import glob
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,7 +12,9 @@ from pathlib import Path
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.io.adapter import CONFIG, WEIGHTS, check_files, checked_config, expand, open_adapter
+from deltamerge.io.blobs import blob_of, check_blobs
 from deltamerge.io.checkpoint import (
+    DELTA,
     INDEX,
     Adapter,
     Checkpoint,
@@ -24,14 +25,14 @@ from deltamerge.io.checkpoint import (
     shards_of,
     weight_source,
 )
-from deltamerge.io.safetensors_file import PREFIX, Header, header_length, parse_header, read_header
+from deltamerge.io.hub_answers import listing, range_header
+from deltamerge.io.hub_guard import COMMIT, NETWORK, Bounds, within
 from deltamerge.io.strict_json import read_json
 
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
-FIRST_BYTES = 100_000
-TIMEOUT_SECONDS = 30
+FILE_BYTES = 1_000_000_000  # of a file that is no weights
+MAX_SMALL = 1_000  # files that are no weights
 AGAIN = "push again: what has arrived is not sent again"
-NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # whose errors mean that there was no answer
 
 # What a run may need beside the weights, from the root of a repository.
 ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
@@ -98,21 +99,20 @@ def _adapter(reference: str, folder: Path, weights: bool) -> Adapter:
         if not isinstance(config, str) or not (Path(config).parent / WEIGHTS).exists():
             raise
         snapshot = Path(config).parent
+        _check_named([snapshot / CONFIG, snapshot / WEIGHTS])
         return open_adapter(snapshot, reference=reference, revision=snapshot.name, hub_id=hub_id)
 
 
 def _describe_adapter(reference: str, hub_id: str, revision: str | None, weights: bool) -> Adapter:
     """The adapter that its config and header on the hub describe; `weights` downloads the file too."""
-    from huggingface_hub import HfApi, hf_hub_download
-
-    siblings = HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT_SECONDS).siblings or ()
-    check_files([file.rfilename for file in siblings])
-    snapshot = Path(hf_hub_download(hub_id, CONFIG, revision=revision)).parent
-    commit = snapshot.name
+    commit, names = listing(f"models/{hub_id}", revision)
+    check_files(names)
+    snapshot = _file(hub_id, CONFIG, revision, commit).parent
     config = checked_config(read_json(snapshot / CONFIG))
     if weights:
-        hf_hub_download(hub_id, WEIGHTS, revision=commit)
-    tensors = _header(hub_id, commit, snapshot / WEIGHTS).tensors
+        _files(hub_id, commit, [WEIGHTS])
+    _check_named([snapshot / WEIGHTS])
+    tensors = range_header(hub_id, commit, snapshot / WEIGHTS).tensors
     return Adapter(reference, snapshot, tensors, (snapshot / WEIGHTS, snapshot / CONFIG), config, commit, hub_id)
 
 
@@ -121,7 +121,6 @@ def fetch(checkpoint: Checkpoint, first: str, *others: str) -> None:
 
     Without the hub `first` must be in the cache; of `others`, which only add to it, what is there is taken.
     """
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     assert checkpoint.hub_id is not None
@@ -133,7 +132,7 @@ def fetch(checkpoint: Checkpoint, first: str, *others: str) -> None:
             _explained(checkpoint.hub_id, checkpoint.revision, checkpoint.path),
         ):
             try:
-                hf_hub_download(checkpoint.hub_id, name, revision=checkpoint.revision)
+                _file(checkpoint.hub_id, name, checkpoint.revision, checkpoint.revision)
             except EntryNotFoundError as error:
                 if name == first and isinstance(error, LocalEntryNotFoundError):
                     raise
@@ -163,31 +162,77 @@ def _from_cache(reference: str, hub_id: str, revision: str | None) -> Checkpoint
 
 
 def _open(reference: str, hub_id: str, snapshot: Path) -> Checkpoint:
+    """The checkpoint in a snapshot of the cache, whose files have the hub's own hashes for names."""
+    with errors.context(reference):
+        _check_named(path for path in snapshot.iterdir() if path.name.endswith((*ASSETS, ".safetensors")))
     return open_checkpoint(snapshot, reference=reference, revision=snapshot.name, hub_id=hub_id)
+
+
+def _check_named(paths: Iterable[Path]) -> None:
+    """InputError: without the hub's hash for one of these files of the cache `check_blobs` could not compare it."""
+    for path in paths:
+        if not COMMIT.fullmatch(path.parent.name):
+            raise InputError(f"{path.parent}: is no commit", hint="remove it, to have it downloaded again")
+        if path.exists() and blob_of(path) is None:
+            hint = "remove it, unset HF_HUB_DISABLE_SYMLINKS, and have the hub itself answer, not a mirror"
+            raise InputError(f"{path}: the cache has it without the hub's hash of it", hint=hint)
+
+
+def _file(hub_id: str, name: str, revision: str | None, commit: str | None, *, most: int | None = FILE_BYTES) -> Path:
+    """A file in the cache, downloaded if it is not there; `most` bytes, or None for weights, whose size is the hub's.
+
+    With a `revision` that is no commit the cache learns that it is at `commit`.
+    """
+    from huggingface_hub import hf_hub_download
+
+    bounds = Bounds(most, commit)
+    with errors.context(name):
+        found = within(bounds, lambda: hf_hub_download(hub_id, name, revision=revision), whole=most is not None)
+        path = Path(found)
+        if commit is not None and path.parent.name != commit:
+            raise InputError(f"the cache has it at commit {path.parent.name}, the hub is at {commit}", hint="try again")
+        _check_named([path])
+    return path
+
+
+def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
+    """The snapshot in the cache with files `names` of a commit, eight at a time."""
+    small = [name for name in names if not name.endswith(".safetensors")]
+    if len(small) > MAX_SMALL:
+        raise InputError(
+            f"has {len(small):,} small files, more than {MAX_SMALL:,}", hint="download what you need of it"
+        )
+
+    def one(name: str) -> Path:
+        return _file(hub_id, name, commit, commit, most=FILE_BYTES if name in kept else None)
+
+    kept = set(small)
+    pool = ThreadPoolExecutor(8)
+    try:
+        return list(pool.map(one, names))[-1].parent
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _describe(reference: str, hub_id: str, revision: str | None, weights: bool) -> Checkpoint:
     """The checkpoint that the headers of the hub's files describe; `weights` downloads the files too."""
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-
     # first, because it fails at once where there is no network, while a download tries again and again
-    siblings = HfApi().model_info(hub_id, revision=revision, timeout=TIMEOUT_SECONDS).siblings or ()
-    names = [file.rfilename for file in siblings if "/" not in file.rfilename]
+    commit, names = listing(f"models/{hub_id}", revision)
     if is_delta(names):  # megabytes, whose manifest is the header
-        wanted = [glob.escape(name) for name in names if name.endswith((*ASSETS, ".safetensors"))]
-        return _open(reference, hub_id, Path(snapshot_download(hub_id, revision=revision, allow_patterns=wanted)))
+        wanted = [name for name in names if name.endswith((*ASSETS, ".safetensors"))]
+        _file(hub_id, DELTA, revision, commit)
+        return _open(reference, hub_id, _files(hub_id, commit, wanted))
     source = weight_source(names)
-    snapshot = Path(hf_hub_download(hub_id, "config.json", revision=revision)).parent
-    commit = snapshot.name
+    snapshot = _file(hub_id, "config.json", revision, commit).parent
     weight_map = None
     if source == INDEX:
-        weight_map = read_index(Path(hf_hub_download(hub_id, INDEX, revision=commit)))
+        weight_map = read_index(_file(hub_id, INDEX, commit, commit))
     shards = [source] if weight_map is None else shards_of(weight_map, names)
     if weights:
-        wanted = [glob.escape(name) for name in names if name in shards or name.endswith(ASSETS)]
-        snapshot_download(hub_id, revision=commit, allow_patterns=wanted)
+        _files(hub_id, commit, [name for name in names if name in shards or name.endswith(ASSETS)])
+    _check_named(snapshot / shard for shard in shards)
     with ThreadPoolExecutor(8) as pool:
-        headers = pool.map(lambda shard: _header(hub_id, commit, snapshot / shard), shards)
+        headers = pool.map(lambda shard: range_header(hub_id, commit, snapshot / shard), shards)
     tensors = join(dict(zip(shards, headers, strict=True)), weight_map)
     files = tuple(snapshot / shard for shard in shards)
     return Checkpoint(reference, snapshot, tensors, files, read_json(snapshot / "config.json"), commit, hub_id)
@@ -198,23 +243,25 @@ def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = 
 
     InputError: not a hub id, or what `resolve` says of one; a file that is not there, unless it is `optional`.
     """
-    from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     found = HUB_ID.fullmatch(reference)
     if found is None:
         raise InputError("not a hub id", hint="org/name or org/name@revision")
-    revision, folder = found["revision"], Path()
+    revision, folder, commit = found["revision"], Path(), None
     with _explained(found["id"], revision, Path()):
         for name in (*names, *optional):
             try:
-                folder = Path(hf_hub_download(found["id"], name, revision=revision)).parent
+                path = _file(found["id"], name, revision, commit)
             except LocalEntryNotFoundError:
                 raise
             except EntryNotFoundError:
                 if name not in optional:
                     raise InputError(f"has no {name} on the hub", hint="deltamerge push puts it there") from None
-            revision = folder.name
+                continue
+            check_blobs([path], 1)
+            folder = path.parent
+            revision = commit = folder.name
     return folder
 
 
@@ -242,36 +289,6 @@ def explained_upload() -> Iterator[None]:
         if type(error).__module__.partition(".")[0] in NETWORK or isinstance(error, ConnectionError):
             raise InputError(f"{constants.ENDPOINT} cannot be reached", hint=AGAIN) from raised
         raise
-
-
-def _header(hub_id: str, commit: str, path: Path) -> Header:
-    """The header of a weight file: of the cached file if there is one, else by one or two range requests."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]  # public, without __all__
-        build_hf_headers,
-        get_session,
-        hf_raise_for_status,
-    )
-
-    if path.exists():
-        return read_header(path)
-    url = hf_hub_url(hub_id, path.name, revision=commit)
-
-    def fetch(first: int, last: int) -> tuple[bytes, int]:
-        headers = {**build_hf_headers(), "Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
-        response = get_session().get(url, headers=headers, timeout=TIMEOUT_SECONDS)
-        hf_raise_for_status(response)
-        size = response.headers.get("Content-Range", "").rpartition("/")[2]
-        if response.status_code != 206 or not size.isdecimal():
-            raise InputError("the server does not answer range requests", hint="download the model first")
-        return response.content, int(size)
-
-    with errors.context(path.name):
-        text, size = fetch(0, FIRST_BYTES - 1)
-        end = PREFIX + header_length(text[:PREFIX], size)
-        if end > len(text):
-            text += fetch(len(text), end - 1)[0]
-        return parse_header(text[PREFIX:end], path, size)
 
 
 @contextmanager
@@ -312,6 +329,9 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, 
             f"{here}, not (wholly) in the hub's cache, and HF_HUB_OFFLINE is set",
             hint="unset HF_HUB_OFFLINE, or write the path of a local folder",
         )
+    if isinstance(error.__cause__, hub.FileMetadataError):
+        hint = "HF_ENDPOINT may name what is no hub"
+        return InputError("the hub's answer has no commit or no ETag, so that what arrives is not known", hint=hint)
     network = type(error).__module__.partition(".")[0] in NETWORK
     if network or isinstance(error, hub.LocalEntryNotFoundError | ConnectionError):
         return UnreachableError(
