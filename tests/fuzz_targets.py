@@ -5,8 +5,10 @@ test_fuzz.py feeds the targets with hypothesis, fuzz_atheris.py with bytes that 
 
 from __future__ import annotations
 
+import json
 import shutil
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,26 +16,46 @@ from typing import Any
 
 import torch
 import yaml
-from conftest import make_checkpoint
-from safetensors.torch import save
+from conftest import make_checkpoint, write_json
+from safetensors.torch import save, save_file
 
 from deltamerge import hashes
 from deltamerge import lock as locks
 from deltamerge.calibrate.rows import read as read_rows
 from deltamerge.chain import documents
 from deltamerge.errors import DeltamergeError
-from deltamerge.io.checkpoint import INDEX, open_checkpoint
+from deltamerge.io.checkpoint import INDEX, open_checkpoint, shards_of, weight_source
 from deltamerge.io.delta import DeltaFile
 from deltamerge.io.delta_format import Base
 from deltamerge.io.delta_tensor import BaseTensor
 from deltamerge.io.delta_writer import DeltaWriter
+from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
+from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.plans import make_plan
 from deltamerge.runner import run
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 2)}
+WORDS = ("<pad>", "<s>", "</s>", "w0", "w1")
 BODY = bytes(sum(tensor.nbytes for tensor in TENSORS.values()))
+WEIGHTS = save(TENSORS)
+LISTING = {
+    "id": "org/model",
+    "sha": "0" * 40,
+    "siblings": [{"rfilename": name} for name in ("config.json", "model.safetensors", "onnx/config.json")],
+}
+HEAD = b"\n".join(
+    [
+        b"200",
+        b"X-Repo-Commit: " + b"0" * 40,
+        b'ETag: "' + b"0" * 40 + b'"',
+        b"Content-Length: 2",
+        b"X-Linked-Size: 2",
+        b'X-Linked-ETag: "' + b"0" * 64 + b'"',
+        b"Content-Encoding: identity",
+    ]
+)
 CALIBRATION = {"./a": {"objective": "output_change", "scope": "global", "search": "grid", "chosen": 0.5, "why": "best",
                        "value": 0.1, "plain": {"value": 0.2}, "forward_passes": 3, "sequences": 2, "path": [[1, 2]],
                        "q": {"layers.0.w": 0.5}}}  # fmt: skip
@@ -65,6 +87,60 @@ def make_valid_files(folder: Path) -> None:
             new[::5] += 1
             out.write(0, new)
         writer.finish()
+
+    make_vocabularies(folder)
+    make_adapter(folder / "lora")
+
+
+def make_vocabularies(folder: Path) -> None:
+    """Three models with tokenizers that differ, and a recipe that unites them."""
+    generator = torch.Generator().manual_seed(1)
+    for name, more in (("words", ()), ("words_a", ("w2", "<tool>")), ("words_b", ("w3",))):
+        words = [*WORDS, *more]
+        embedding = {"model.embed_tokens.weight": torch.randn(len(words), 4, generator=generator)}
+        make_checkpoint(folder / name, embedding, config={"model_type": "test", "vocab_size": len(words)})
+        for file, value in assets(words).items():
+            write_json(folder / name / file, value)
+    models = "[{model: ./words_a, parameters: {weight: 0.5}}, {model: ./words_b, parameters: {weight: 0.5}}]"
+    head = "merge_method: linear\nbase_model: ./words\ntokenizer_source: union\nchat_template: auto\n"
+    (folder / "words.yaml").write_text(f"{head}models: {models}\n")
+
+
+def assets(words: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """What lies beside the weights of a model, by file."""
+    matching = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": i, "content": word, **matching} for i, word in enumerate(words) if word.startswith("<")]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    return {
+        "tokenizer.json": {
+            "version": "1.0",
+            "added_tokens": added,
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "post_processor": {"type": "TemplateProcessing", "special_tokens": {"<s>": {"id": "<s>", "ids": [1]}}},
+            "model": {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<pad>"},
+        },
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "bos_token": "<s>",
+            "eos_token": {"content": "</s>", **matching},
+            "additional_special_tokens": ["<pad>"],
+            "added_tokens_decoder": {str(entry["id"]): entry for entry in added},
+            "chat_template": [{"name": "default", "template": "{{ messages }}"}],
+        },
+        "special_tokens_map.json": {"bos_token": "<s>", "eos_token": {"content": "</s>", "special": True}},
+        "generation_config.json": {"bos_token_id": 1, "eos_token_id": [2], "pad_token_id": 0},
+    }
+
+
+def make_adapter(folder: Path) -> None:
+    """A LoRA, and beside it the model of one layer that it is of."""
+    folder.mkdir()
+    make_checkpoint(folder.with_name("lora_base"), {"layers.0.w.weight": torch.ones(6, 8)})
+    pair = {"lora_A": torch.ones(2, 8), "lora_B": torch.ones(6, 2)}
+    tensors = {f"base_model.model.layers.0.w.{part}.weight": tensor for part, tensor in pair.items()}
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "rank_pattern": {}, "target_modules": ["w"], "bias": "none"}
+    write_json(folder / "adapter_config.json", config)
 
 
 def tolerates(call: Callable[[], Any]) -> None:
@@ -152,6 +228,94 @@ class Targets:
         label = None if kind == "txt" else "label"
         tolerates(lambda: read_rows(path.name, folder=self.scratch, text="text", label=label))
 
+    def _beside(self, name: str, file: str, data: bytes) -> None:
+        """A file beside the weights of a model whose vocabulary is merged to the end."""
+        (self._united / name / file).write_bytes(data)
+        try:
+            tolerates(lambda: open_checkpoint(self._united / name))
+            tolerates(lambda: run(self._united / "words.yaml", self.scratch / "united", force=True, workers=1))
+        finally:
+            shutil.copyfile(self.place / name / file, self._united / name / file)
+
+    @cached_property
+    def _united(self) -> Path:
+        for name in ("words", "words_a", "words_b"):
+            self.fresh(name)
+        shutil.copy(self.place / "words.yaml", self.scratch)
+        return self.scratch
+
+    def tokenizer(self, data: bytes) -> None:
+        self._beside("words_a", "tokenizer.json", data)
+
+    def tokenizer_config(self, data: bytes) -> None:
+        self._beside("words_a", "tokenizer_config.json", data)
+
+    def special_tokens(self, data: bytes) -> None:
+        self._beside("words", "special_tokens_map.json", data)
+
+    def generation(self, data: bytes) -> None:
+        self._beside("words", "generation_config.json", data)
+
+    def config(self, data: bytes) -> None:
+        self._beside("words", "config.json", data)
+
+    def adapter(self, data: bytes) -> None:
+        """The config of a LoRA, which is merged to the end."""
+        folder = self._lora
+        (folder / "adapter_config.json").write_bytes(data)
+        (self.scratch / "l.yaml").write_text("merge_method: passthrough\nmodels: [{model: ./lora_base+./lora}]\n")
+        tolerates(lambda: run(self.scratch / "l.yaml", self.scratch / "adapted", force=True, workers=1))
+
+    @cached_property
+    def _lora(self) -> Path:
+        self.fresh("lora_base")
+        return self.fresh("lora")
+
+    def listing(self, data: bytes) -> None:
+        """What the hub says of a repository, whose files are then named as a model's."""
+
+        def read() -> None:
+            commit, names = read_listing(data, None)
+            assert COMMIT.fullmatch(commit)
+            assert not any(set("/\\\0\n") & set(name) or name in ("", ".", "..") for name in names)
+            shards_of({"a": weight_source(names)}, names)
+
+        tolerates(read)
+
+    def ranges(self, data: bytes) -> None:
+        """An answer to a range request: a line with its Content-Range, and the bytes."""
+        said, _, body = data.partition(b"\n")
+
+        def fetch(first: int, last: int) -> tuple[bytes, int]:
+            return check_range(body[first : last + 1], said.decode("latin-1"), first, last)
+
+        tolerates(lambda: header_by_ranges(fetch, self.scratch / "x.safetensors"))
+
+    def head(self, data: bytes) -> None:
+        """The head of an answer to HEAD, as lines; what passes can name nothing outside of the cache."""
+        from huggingface_hub.utils import get_session
+
+        client = get_session()
+        library = sys.modules[type(client).__module__.partition(".")[0]]
+        status, *lines = data.split(b"\n")
+        pairs = [
+            (key, value.strip()) for key, colon, value in (line.partition(b":") for line in lines) if colon and key
+        ]
+        code = int(status) if status.isdigit() and 200 <= int(status[:4]) < 600 else 200
+        request = library.Request("HEAD", "https://huggingface.co/org/model/resolve/main/config.json")
+
+        def read() -> None:
+            answer = library.Response(code, headers=pairs, request=request)
+            bounds = Bounds(1000)
+            within(bounds, lambda: check(answer), whole=False)
+            etag = answer.headers.get("X-Linked-ETag") or answer.headers.get("ETag")
+            if code < 300 and etag is not None:
+                assert HASH.fullmatch(etag.lstrip("W/").strip('"'))
+            assert COMMIT.fullmatch(answer.headers.get("X-Repo-Commit", "0" * 40))
+            assert bounds.size is None or bounds.size <= 1000
+
+        tolerates(read)
+
     def seeds(self, name: str) -> list[bytes]:
         """Valid bytes for the target `name`."""
         lock = yaml.safe_load((self.place / "out" / locks.LOCK_NAME).read_bytes())
@@ -162,9 +326,24 @@ class Targets:
             "delta": lambda: [(self.place / "delta" / "delta.json").read_bytes()],
             "arrays": lambda: [(self.place / "delta" / "delta.safetensors").read_bytes()],
             "lock": lambda: [yaml.safe_dump({**lock, "calibration": CALIBRATION}).encode()],
+            "tokenizer": lambda: [(self.place / "words_a" / "tokenizer.json").read_bytes()],
+            "tokenizer_config": lambda: [(self.place / "words_a" / "tokenizer_config.json").read_bytes()],
+            "special_tokens": lambda: [(self.place / "words" / "special_tokens_map.json").read_bytes()],
+            "generation": lambda: [(self.place / "words" / "generation_config.json").read_bytes()],
+            "config": lambda: [(self.place / "words" / "config.json").read_bytes()],
+            "adapter": lambda: [(self.place / "lora" / "adapter_config.json").read_bytes()],
+            "listing": lambda: [json.dumps(LISTING).encode()],
+            "ranges": lambda: [b"bytes 0-%d/%d\n%b" % (len(WEIGHTS) - 1, len(WEIGHTS), WEIGHTS)],
+            "head": lambda: [HEAD, HEAD.replace(b"200", b"302") + b"\nLocation: https://cdn.example/x"],
             "rows": lambda: [bytes([i]) + data for i, data in enumerate(ROWS.values())],
         }
         return known[name]()
 
 
-NAMES = ("recipe", "header", "index", "delta", "arrays", "lock", "rows")
+NAMES = (
+    "recipe", "header", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config", "special_tokens",
+    "generation", "config", "adapter", "listing", "ranges", "head",
+)  # fmt: skip
+JSON = (
+    "tokenizer", "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing",
+)  # fmt: skip

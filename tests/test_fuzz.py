@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from fuzz_targets import NAMES, Targets, make_valid_files, tolerates
+from fuzz_targets import JSON, NAMES, Targets, make_valid_files, tolerates
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -129,6 +129,13 @@ def test_valid_bytes_are_read(targets: Targets, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr("fuzz_targets.tolerates", lambda call: call())
     for seed in targets.seeds(name):
         getattr(targets, name)(seed)
+
+
+@pytest.mark.parametrize("name", JSON)
+@fuzz
+@given(st.data())
+def test_json_of_the_right_syntax(targets: Targets, name: str, data: st.DataObject) -> None:
+    getattr(targets, name)(dumped(data.draw(changed(json.loads(data.draw(st.sampled_from(targets.seeds(name))))))))
 
 
 @fuzz

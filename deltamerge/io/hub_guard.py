@@ -131,8 +131,8 @@ class _Guarded:
 
 def _hook(client: Any) -> Any:
     hooks = client.event_hooks
-    if _check not in hooks["response"]:
-        client.event_hooks = {"request": [*hooks["request"], _prepare], "response": [*hooks["response"], _check]}
+    if check not in hooks["response"]:
+        client.event_hooks = {"request": [*hooks["request"], _prepare], "response": [*hooks["response"], check]}
     return client
 
 
@@ -145,7 +145,7 @@ def _prepare(request: Any) -> None:
     request.headers["Accept-Encoding"] = "identity"  # so that bytes that are counted are bytes that are kept
 
 
-def _check(response: Any) -> None:
+def check(response: Any) -> None:
     """InputError: the head of an answer says what is not understood, or too much; else its body is bounded."""
     bounds = _BOUNDS.get()
     if bounds is None:
@@ -226,7 +226,7 @@ def _check_wait(status: int, headers: Any) -> None:
 def _class_of(module: str) -> Any:
     """A body of the HTTP library `module` (huggingface_hub has used two) that is bounded."""
 
-    class Body(sys.modules[module].SyncByteStream):  # type: ignore[misc, name-defined]
+    class Body(sys.modules[module].SyncByteStream):  # type: ignore[misc]
         def __init__(self, inner: Any, bounds: Bounds, limit: int | None, refuses: bool) -> None:
             self.inner, self.bounds, self.limit, self.refuses = inner, bounds, limit, refuses
 
