@@ -112,7 +112,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def targets(place: Path, tmp_path: Path) -> Targets:
-    return Targets(place, tmp_path)
+    return Targets(place, tmp_path, seldom=not LONG)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,9 +124,10 @@ def test_bytes(targets: Targets, name: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_valid_bytes_are_read(targets: Targets, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_valid_bytes_are_read(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     """A target whose valid files are refused would test nothing."""
     monkeypatch.setattr("fuzz_targets.tolerates", lambda call: call())
+    targets = Targets(place, tmp_path)
     for seed in targets.seeds(name):
         getattr(targets, name)(seed)
 

@@ -26,10 +26,6 @@ def parse_json(raw: bytes, parse_int: Callable[[str], int] | None = None) -> dic
         raise InputError(f"holds more than {MAX_VALUES:,} values")
     try:
         value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, parse_int=parse_int)
-        if SURROGATE.search(raw):
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise InputError("holds half a surrogate pair, which is no character") from error
     except UnicodeDecodeError as error:
         raise InputError(f"is not UTF-8 at byte {error.start}") from error
     except RecursionError as error:
@@ -38,6 +34,8 @@ def parse_json(raw: bytes, parse_int: Callable[[str], int] | None = None) -> dic
         raise InputError(f"is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError("is not a JSON object")
+    if SURROGATE.search(raw):
+        _refuse_halves(value)
     return value
 
 
@@ -56,6 +54,29 @@ def read_json(path: Path) -> dict[str, Any]:
         if raw.startswith(b"version https://git-lfs"):
             raise InputError("is a git-lfs pointer, not the file", hint="fetch the files with `git lfs pull`")
         return parse_json(raw)
+
+
+def _refuse_halves(table: dict[str, Any]) -> None:
+    """InputError: half a surrogate pair in a text or a key, which no file in UTF-8 can hold."""
+    left: list[tuple[str, Any]] = list(table.items())
+    while left:
+        key, value = left.pop()
+        if not _is_text(key):
+            raise InputError(f"key {key[:80]!a}: half a surrogate pair, which is no text")
+        if isinstance(value, str) and not _is_text(value):
+            raise InputError(f"{key[:80]}: half a surrogate pair, which is no text")
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += ((key, item) for item in value)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
