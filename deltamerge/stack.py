@@ -10,6 +10,7 @@ from typing import Any
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.inputs import HEAD, Group, Input, Inputs, ties
 from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.quantised import keys_of, stated, without_keys
 from deltamerge.layer_config import count_keys, repair
 from deltamerge.parameters import layer_index, layer_position
 from deltamerge.recipe import Recipe
@@ -109,7 +110,10 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
             config["text_config"] = {**inner, "tie_word_embeddings": False}
         config["tie_word_embeddings"] = False
         notes.append("config.json: tie_word_embeddings → false")
-    return config, notes
+    for path, _ in keys_of(config):
+        name, _ = stated(config) or ("", "")
+        notes.append(f"config.json: {'.'.join(path)} ({name}) is dropped: no weight is quantised")
+    return without_keys(config), notes
 
 
 def targets(recipe: Recipe, inputs: Inputs) -> tuple[list[Target], list[Stack]]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deltamerge import errors
 from deltamerge import lock as locks
 from deltamerge import recommend as recommendation
 from deltamerge import report as pages
@@ -19,6 +20,7 @@ from deltamerge.inputs import Inputs, open_inputs
 from deltamerge.inspect import Pair, Report, measure, pair_recipe, pairs_of, parse, report, seen_from
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.quantised import refuse_quantised
 from deltamerge.planner import plan
 from deltamerge.plans import choose_device
 from deltamerge.recipe import Calibration
@@ -141,4 +143,8 @@ def _open(model: str, base: str) -> Inputs:
 
 
 def _opener(reference: str, folder: Path) -> Checkpoint:
+    """A model with its weights, which are not fetched where its headers say that they are of no use."""
+    seen = hub.resolve(reference, folder, weights=False)
+    with errors.context(reference):
+        refuse_quantised(seen.config, seen.tensors)
     return hub.resolve(reference, folder, weights=True)
