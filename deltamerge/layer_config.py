@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 from deltamerge.errors import InputError
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+BEHIND = 8  # blocks at most that stand behind the layers that a config counts
 SIDES = ("encoder", "decoder")
 # Lists that are as long as a model is deep by chance only.
 UNRELATED = re.compile(
@@ -37,6 +38,18 @@ def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: boo
     if side == "decoder" and (found or not alone):
         return found
     return found + [(s, k) for s, values in asked.items() for k in COUNTS if _is(values.get(k), count)]
+
+
+def layer_count(
+    config: Mapping[str, Any], prefix: str, numbers: Collection[int], *, alone: bool = True
+) -> int | None:
+    """How many layers a container of blocks with these numbers has, as the config says: all of them, or fewer where
+    blocks stand behind the layers (for the prediction of several tokens). None: numbers with holes, or no count."""
+    count = len(numbers)
+    if max(numbers, default=-1) != count - 1:
+        return None
+    fewer = range(count, max(count - BEHIND, 1) - 1, -1)
+    return next((n for n in fewer if count_keys(config, prefix, n, alone=alone)), None)
 
 
 def repair(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,8 @@ from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.inputs import HEAD, Group, Input, Inputs, ties
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.quantised import keys_of, stated, without_keys
-from deltamerge.layer_config import count_keys, repair
+from deltamerge.lacking import Spares
+from deltamerge.layer_config import count_keys, layer_count, repair
 from deltamerge.parameters import layer_index, layer_position
 from deltamerge.recipe import Recipe
 
@@ -116,8 +117,8 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
     return without_keys(config), notes
 
 
-def targets(recipe: Recipe, inputs: Inputs) -> tuple[list[Target], list[Stack]]:
-    """The tensors of the output in their order, and its stacks.
+def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target], list[Stack]]:
+    """The tensors of the output in their order, and its stacks; `spares`, which stand beside the layers, do not count.
 
     RecipeError: a range beyond a model's layers, a module that no tensor belongs to. InputError: layers that cannot be
     stacked because their numbering is not plain.
@@ -127,19 +128,31 @@ def targets(recipe: Recipe, inputs: Inputs) -> tuple[list[Target], list[Stack]]:
     modules = {name: _module_of(name, scopes) for name in inputs.template.tensors}
     counts: dict[str | None, int] = {}
     for name, module in modules.items():
-        counts[module] = max(counts.get(module, 1), 1 + (layer_index(name) or 0))
+        if not spares.holds(name):
+            counts[module] = max(counts.get(module, 1), 1 + (layer_index(name) or 0))
     found: list[Target] = []
     done: set[str | None] = set()
     for name, module in modules.items():
         groups, stack = scopes.get(module, []), stacks.get(module)
         if stack is None or not _inside(name, stack.prefix):
             group = groups[0 if BEFORE_LAYERS.search(name) else -1] if groups else None
-            position = 0.0 if stack is not None else layer_position(name, counts[module])
+            position = 0.0 if stack is not None else layer_position(name, counts.get(module, 1))
             found.append(_plain(name, inputs.template, group, position))
         elif module not in done:
             done.add(module)
             found += _stacked(stack, inputs.template)
     return found, list(stacks.values())
+
+
+def behind(stacks: Sequence[Stack], models: Sequence[Input]) -> Iterator[tuple[Input, list[str]]]:
+    """The tensors of blocks that stand behind each model's layers, which no stack has a place for."""
+    for stack in stacks:
+        for model in models:
+            count = _count(model, stack.prefix, _numbers(model.tensors, stack.prefix))
+            place = ((name, name.removeprefix(stack.prefix + ".").partition(".")[0]) for name in model.tensors)
+            names = [name for name, number in place if stack.holds(name) and int(number) >= count]
+            if names:
+                yield model, names
 
 
 def like_template(target: Target, stacks: Sequence[Stack], template: Input) -> TensorInfo | None:
@@ -224,7 +237,7 @@ def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[Group], module: str 
     problems: list[Problem] = []
     for group in groups:
         for model in group.all:
-            count = len(_numbers(model.tensors, prefix))
+            count = min(len(numbers := _numbers(model.tensors, prefix)), _count(model, prefix, numbers))
             first, end = group.range_of(model)
             if end > count:
                 member = group.base_member if model.index is None else group.part.members.index(model.index)
@@ -252,6 +265,7 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
     config, where = template.checkpoint.config, f"{template.name}: slices"
     counted = {p: n for p, n in whole.items() if count_keys(config, p, n, alone=_alone(template, p))}
+    counted = counted or {p: n for p, numbers in found.items() if (n := _count(template, p, numbers)) < len(numbers)}
     if not counted:
         names = ", ".join(f"{prefix} (0-{count - 1})" for prefix, count in whole.items()) or "none"
         hint = "without modules, merge whole models with `models`"
@@ -281,5 +295,11 @@ def _check_width(template: Input, prefix: str) -> None:
             raise InputError(message, hint="merge whole models with `models`")
 
 
-def _numbers(names: Mapping[str, object], prefix: str) -> set[str]:
-    return {name.removeprefix(prefix + ".").partition(".")[0] for name in names if _inside(name, prefix)}
+def _numbers(names: Mapping[str, object], prefix: str) -> set[int]:
+    return {int(name.removeprefix(prefix + ".").partition(".")[0]) for name in names if _inside(name, prefix)}
+
+
+def _count(model: Input, prefix: str, numbers: Collection[int]) -> int:
+    """The layers among numbered blocks: without those that stand behind them, as the config counts."""
+    count = layer_count(model.checkpoint.config, prefix, numbers, alone=_alone(model, prefix))
+    return len(numbers) if count is None else count
