@@ -236,7 +236,9 @@ class Outputs:
             inside = [n for n in extra if layer_index(n) is not None and not self._stacked(n)]
             layers = [model.stored[n] for n in inside if not self.spares.holds(n)]
             layers += [model.stored[n] for stack in self.stacks for n in stack.extra(model, template)]
-            others = [model.stored[n] for n in extra if layer_index(n) is None or (n in inside and self.spares.holds(n))]
+            others = [
+                model.stored[n] for n in extra if layer_index(n) is None or (n in inside and self.spares.holds(n))
+            ]
             if layers:
                 self.problems.append(f"{_some(layers)}: in {model.name}, missing in {template.name}")
                 self.hint = "models that are merged must have the same layers"

@@ -16,13 +16,20 @@ from deltamerge.runner import run
 
 
 def block(number: int) -> dict[str, torch.Tensor]:
-    return {f"model.layers.{number}.eh_proj.weight": torch.ones(4, 8), f"model.layers.{number}.enorm.weight": torch.ones(4)}
+    return {
+        f"model.layers.{number}.eh_proj.weight": torch.ones(4, 8),
+        f"model.layers.{number}.enorm.weight": torch.ones(4),
+    }
 
 
 MORE: dict[str, dict[str, torch.Tensor]] = {
     "a block behind the layers": block(2),
     "two blocks behind the layers": block(2) | block(3),
-    "mtp": {"mtp.fc.weight": torch.ones(4, 8), "mtp.layers.0.w.weight": torch.ones(4), "mtp.norm.weight": torch.ones(4)},
+    "mtp": {
+        "mtp.fc.weight": torch.ones(4, 8),
+        "mtp.layers.0.w.weight": torch.ones(4),
+        "mtp.norm.weight": torch.ones(4),
+    },
     "buffers of every layer": {
         f"model.layers.{i}.{name}": value
         for i in range(2)
