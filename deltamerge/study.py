@@ -21,6 +21,7 @@ from deltamerge.inspect import Pair, Report, measure, pair_recipe, pairs_of, par
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.quantised import refuse_quantised
+from deltamerge.kinship import swapped, unrelated
 from deltamerge.planner import plan
 from deltamerge.plans import choose_device
 from deltamerge.recipe import Calibration
@@ -60,7 +61,8 @@ def inspect(
         node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source, spec=spec)
         seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
     made = locks.chosen(inputs.tunes[0].checkpoint.path / locks.LOCK_NAME)
-    answer = report(inputs, pairs, lacking, found, activations=seen, run=made)
+    warnings = [*swapped(inputs), *unrelated(inputs)]
+    answer = report(inputs, pairs, lacking, found, activations=seen, run=made, warnings=warnings)
     if out is not None:
         pages.write(answer, out, force=force)
     return answer
@@ -99,6 +101,7 @@ def recommend(
     decoder = (config.get("architectures") or [""])[0].endswith(HEADS["causal-lm"])
     question = recommendation.Question(inputs.tunes[0].name, base, density, decoder, labelled)
     answer = recommendation.recommend(question, pairs, found, measured)
+    answer = answer.model_copy(update={"warnings": [*swapped(inputs), *unrelated(inputs)]})
     folder = Path.cwd() if out is None else out.resolve().parent
     chosen = next(one for one in answer.candidates if one.name == answer.method)
     more: dict[str, Any] = {}
