@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,32 +13,18 @@ from deltamerge import __version__
 from deltamerge.budget import Choice, budget_of
 from deltamerge.graph import Node
 from deltamerge.io.delta_writer import Summary
+from deltamerge.io.front_matter import front_matter as read_front_matter
 from deltamerge.planner import Plan
 from deltamerge.stages import Calibrated
-
-MATTER_BYTES = 1 << 16
 
 
 def _license(plan: Plan) -> str | None:
     """The licence that all inputs state in their cards, if they agree."""
     found = set()
     for card in [source.path / "README.md" for model in plan.inputs.all for source in model.checkpoint.sources]:
-        stated = _front_matter(card).get("license") if card.is_file() else None
+        stated = read_front_matter(card).get("license")
         found.add(stated if isinstance(stated, str) else None)
     return found.pop() if len(found) == 1 else None
-
-
-def _front_matter(card: Path) -> dict[str, object]:
-    """What a card says of its model between two lines of ---; nothing where a stranger wrote nonsense."""
-    with card.open("rb") as file:
-        text = file.read(MATTER_BYTES).decode("utf-8", "replace")
-    if not text.startswith("---\n"):
-        return {}
-    try:
-        content = yaml.safe_load(text[4:].partition("\n---")[0])
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def front_matter(plan: Plan) -> dict[str, object]:
@@ -171,8 +156,8 @@ def render(
         *rows,
         *([f"| … | {len(what) - 40} more combinations | see `deltamerge plan` |"] if len(what) > 40 else []),
         "",
-        *[f"- {note}" for note in plan.notes],
-        *([""] if plan.notes else []),
+        *[f"- {note}" for note in plan.remarks],
+        *([""] if plan.remarks else []),
         *_calibration(plan, calibrated),
         *_delta(plan, written, choice),
         *_pictures(pictures or {}),

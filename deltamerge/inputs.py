@@ -11,6 +11,7 @@ from typing import Any
 from deltamerge import errors, source
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, TensorInfo, canonical, match_prefixes
+from deltamerge.io.quantised import refuse_quantised
 from deltamerge.parameters import layer_index
 from deltamerge.parts import Part, written
 from deltamerge.recipe import Recipe, model_name
@@ -114,6 +115,13 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
                 opened[reference] = found
         return opened[reference]
 
+    def merged(reference: str, place: str) -> Checkpoint:
+        """As `checkpoint`, of a model whose weights are read."""
+        found = checkpoint(reference, place)
+        with errors.context(place), errors.context(reference):
+            refuse_quantised(found.config, found.tensors)
+        return found
+
     def over_base(delta: Checkpoint) -> Checkpoint:
         from deltamerge.io.layered import over
 
@@ -123,21 +131,25 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
             what = "cannot be the base" if recipe.base_model else "needs base_model"
             raise InputError(f"{delta.reference} is a delta of {belongs}, and {what}", hint=f"base_model: {belongs}")
         with errors.context(delta.reference):
-            return over(delta, checkpoint(recipe.base_model, "base_model"))
+            return over(delta, merged(recipe.base_model, "base_model"))
 
     def apart(part: Part) -> bool:
         return recipe.method.base_apart(part.base)
 
     named: list[tuple[str, int | None, Checkpoint]] = []
-    mentioned = {"base", recipe.base_model} & {recipe.template, recipe.tokenizer_of} or recipe.tokenizer_of == "union"
+    own = {"base", recipe.base_model}
+    lends = recipe.tokenizer_of in own or recipe.tokenizer_of == "union"
     bases = dict.fromkeys(part.base for part in recipe.parts if part.base is not None and apart(part))
-    if recipe.base_model is not None and (mentioned or recipe.output.kind == "delta"):
+    read = set(bases)
+    if recipe.base_model is not None and (recipe.template in own or recipe.output.kind == "delta"):
+        read.add(recipe.base_model)
+    if recipe.base_model is not None and (lends or recipe.base_model in read):
         bases.setdefault(recipe.base_model)
-    named += [(base, None, checkpoint(base, "base_model")) for base in bases]
+    named += [(base, None, (merged if base in read else checkpoint)(base, "base_model")) for base in bases]
     for index, model in enumerate(recipe.models):
         if not (apart(recipe.part_of[index]) and recipe.is_base(index)):
             at = written(recipe.parts, ("models", index))
-            named.append((model_name(model), index, checkpoint(model.model, source.place(at))))
+            named.append((model_name(model), index, merged(model.model, source.place(at))))
     matched, stand_ins, untied = _untie(_match(named))
     by_index = {model.index: model for model in matched if model.index is not None}
     by_base = dict(zip(bases, matched, strict=False))

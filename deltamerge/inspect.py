@@ -78,6 +78,7 @@ class Report(_Figures):
     without_delta: list[str] = Field(description="Floating-point tensors that the base lacks.")
     activations: Activations | None = Field(None, description="With --calibration: what the linear layers do to it.")
     run: Run | None = Field(None, description="How q was chosen, where MODEL is a folder that a run made.")
+    warnings: list[str] = Field([], description="Signs that the base is not MODEL's, or that the two are swapped.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +285,8 @@ def render(found: Report, *, tensors: bool = False) -> str:
         lines += ["", *_activation_lines(found.activations)]
     if found.without_delta:
         lines += ["", f"without a delta: {', '.join(found.without_delta)}"]
+    if found.warnings:
+        lines += ["", *(f"warning: {warning}" for warning in found.warnings)]
     return "\n".join(lines)
 
 

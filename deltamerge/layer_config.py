@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
 from deltamerge.errors import InputError
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+BEHIND = 8  # blocks at most that stand behind the layers that a config counts
 SIDES = ("encoder", "decoder")
 # Lists that are as long as a model is deep by chance only.
 UNRELATED = re.compile(
-    r"^(architectures|keys_to_ignore_at_inference|(begin_)?suppress_tokens)$|_(token|id|ids|size|sizes)$"
+    r"^(architectures|keys_to_ignore_at_inference|(begin_)?suppress_tokens)$|_(token|id|ids)$"
+    r"|(?<!intermediate)(?<!ffn)_(size|sizes)$"
 )
+NUMBERS = re.compile(r"layers?_(ind(ex|ices|exes)|idx|ids|numbers)$|_layers$")  # names of lists of layer numbers
+KINDS = re.compile(r"^layers?(_block)?_types?$")  # names of lists of the kind of each layer
+PATTERN = re.compile(r"^(?!mtp).*(pattern|layer)")  # names of strings of a letter a layer
 
 Place = tuple[str | None, str]
 
@@ -24,7 +29,7 @@ def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: boo
 
     A section is a nested `*_config` (None: the top); one that the prefix names is the only one asked. Of an encoder or
     decoder the keys that name it count (`encoder_layers`, `num_decoder_layers`), and the usual ones, except for a
-    decoder that is not `alone`, since those are the encoder's.
+    decoder that is not `alone`, since those are the encoder's. Without any of them a list of every layer's kind counts.
     """
     words = set(re.split(r"[._]", prefix.replace("language", "text")))
     sections = {k: v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict)}
@@ -36,40 +41,99 @@ def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: boo
     found = [(s, k) for s, values in asked.items() for k in own if _is(values.get(k), count)]
     if side == "decoder" and (found or not alone):
         return found
-    return found + [(s, k) for s, values in asked.items() for k in COUNTS if _is(values.get(k), count)]
+    found += [(s, k) for s, values in asked.items() for k in COUNTS if _is(values.get(k), count)]
+    return found or [
+        (s, k)
+        for s, values in asked.items()
+        for k, v in values.items()
+        if KINDS.search(k) and isinstance(v, list) and len(v) == count and not any(k in values for k in COUNTS)
+    ]
+
+
+def layer_count(config: Mapping[str, Any], prefix: str, numbers: Collection[int], *, alone: bool = True) -> int | None:
+    """How many layers a container of blocks with these numbers has, as the config says: all of them, or fewer where
+    blocks stand behind the layers (for the prediction of several tokens). None: numbers with holes, or no count."""
+    count = len(numbers)
+    if max(numbers, default=-1) != count - 1:
+        return None
+    fewer = range(count, max(count - BEHIND, 1) - 1, -1)
+    return next((n for n in fewer if count_keys(config, prefix, n, alone=alone)), None)
+
+
+Followed = dict[str, tuple[Sequence[Any], Sequence[Any]]]
 
 
 def repair(
-    config: Mapping[str, Any], prefix: str, old: int, sources: Sequence[tuple[str, Mapping[str, Any], int]], alone: bool
+    config: Mapping[str, Any],
+    prefix: str,
+    old: int,
+    sources: Sequence[tuple[str, Mapping[str, Any], int]],
+    alone: bool,
+    settle: Callable[[dict[str, Any], Followed], list[str]] = lambda *_: [],
 ) -> tuple[dict[str, Any], list[str]]:
     """`config` for a stack of new layers, and a line for each change.
 
     `sources` has of every new layer the model that it stands for: its name, its config, the number of the layer there.
-    Lists as long as `old` become the values of the new layers, each from its own model's config; lists of layer numbers
-    (`mlp_only_layers`) name the layers' new places. InputError: a model has no such list for its layer.
+    Lists and strings as long as `old` become the values of the new layers, each from its own model's config; lists of
+    layer numbers (`mlp_only_layers`) name the layers' new places. `settle` is given each section that counts the layers
+    and, by key, what follows them: the values by layer, old and new; it changes what else has to follow, and says what.
+    InputError: a model has no such list for its layer.
     """
     result, notes = deepcopy(dict(config)), []
     places = count_keys(config, prefix, old, alone=alone)
     for section in dict.fromkeys(section for section, _ in places):
         values = result if section is None else result[section]
-        for key in (key for s, key in places if s == section):
+        for key in (key for s, key in places if s == section and type(values[key]) is int):
             if values[key] != len(sources):
                 notes.append(f"{key} {values[key]} → {len(sources)}")
             values[key] = len(sources)
+        followed: Followed = {}
         for key, value in list(values.items()):
-            if not isinstance(value, list) or UNRELATED.search(key):
-                continue
-            if len(value) == old and (old > 1 or "layer" in key):
-                new = [_entry(name, c, section, key, layer) for name, c, layer in sources]
-            elif key.endswith("_layers") and value and all(type(v) is int and 0 <= v < old for v in value):
-                new = [i for i, (_, c, layer) in enumerate(sources) if layer in ((_section(c, section)).get(key) or ())]
+            if _numbers_layers(key, value, old):
+                inside = [layer in (_section(c, section).get(key) or ()) for _, c, layer in sources]
+                followed[key] = [i in value for i in range(old)], inside
+                new: Any = [i for i, is_in in enumerate(inside) if is_in]
+            elif _is_by_layer(key, value, old):
+                entries = [_entry(name, c, section, key, layer) for name, c, layer in sources]
+                followed[key] = list(value), entries
+                new = "".join(entries) if isinstance(value, str) else entries
+            elif _is_keyed_by_layer(key, value, old):
+                inner = [(_section(c, section).get(key) or {}).get(str(layer)) for _, c, layer in sources]
+                followed[key] = [value.get(str(i)) for i in range(old)], inner
+                new = {str(i): entry for i, entry in enumerate(inner) if entry is not None}
             else:
                 continue
             if new != value:
                 notes.append(f"{key} follows the layers")
             values[key] = new
-        notes += _kept(values, {key for _, key in places})
+        before = dict(values)
+        notes += settle(values, followed)
+        settled = {key for key, value in values.items() if value != before[key]}
+        notes += _kept(values, {key for _, key in places} | settled)
     return result, list(dict.fromkeys(notes))
+
+
+def _numbers_layers(key: str, value: Any, old: int) -> bool:
+    """Whether a list has the numbers of some layers, or of all, and not a value for each."""
+    if not isinstance(value, list) or not value or not NUMBERS.search(key):
+        return False
+    if not all(type(v) is int and 0 <= v < old for v in value):
+        return False
+    return len(value) != old or value == list(range(old))
+
+
+def _is_keyed_by_layer(key: str, value: Any, old: int) -> bool:
+    """Whether a table has something for some layers, by their numbers."""
+    if "layer" not in key and key != "pruned_heads":
+        return False
+    return isinstance(value, dict) and bool(value) and value.keys() <= {str(i) for i in range(old)}
+
+
+def _is_by_layer(key: str, value: Any, old: int) -> bool:
+    """Whether a list or a string has a value for each layer."""
+    if isinstance(value, str):
+        return len(value) == old > 1 and PATTERN.search(key) is not None
+    return isinstance(value, list) and len(value) == old and not UNRELATED.search(key) and (old > 1 or "layer" in key)
 
 
 def _kept(values: Mapping[str, Any], counts: set[str]) -> Iterator[str]:
@@ -81,7 +145,7 @@ def _kept(values: Mapping[str, Any], counts: set[str]) -> Iterator[str]:
 
 def _entry(name: str, config: Mapping[str, Any], section: str | None, key: str, layer: int) -> Any:
     values = _section(config, section).get(key)
-    if not isinstance(values, list) or layer >= len(values):
+    if not isinstance(values, list | str) or layer >= len(values):
         raise InputError(f"{name}: its config.json has no {key} for layer {layer}", hint="add the list to it")
     return values[layer]
 

@@ -17,8 +17,9 @@ from deltamerge.io.gathered import Gathered, cut
 from deltamerge.merges import Merge
 from deltamerge.parameters import layer_index
 from deltamerge.recipe import Recipe
-from deltamerge.stack import Target, like_template, repaired_config, targets
+from deltamerge.stack import Target, like_template, repaired_config, targets, behind
 from deltamerge.tensors import COPIED, FLOATING, ITEMSIZE, PACKED_BITS, VALUE_BITS
+from deltamerge.lacking import Spares, named
 from deltamerge.tokenizer.vocabulary import Vocabulary
 
 
@@ -85,7 +86,8 @@ class Outputs:
         self.out_dtype = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}.get(
             str(recipe.out_dtype or recipe.dtype)
         )
-        self.targets, self.stacks = targets(recipe, inputs)
+        self.spares = Spares(inputs.all)
+        self.targets, self.stacks = targets(recipe, inputs, self.spares)
         self.config, changes = repaired_config(inputs, self.stacks)
         self.notes += [*(stack.describe() for stack in self.stacks), *changes]
 
@@ -113,7 +115,7 @@ class Outputs:
                 yield row
         self._check_vocabulary()
         if copied:
-            self.notes.append(f"copied from {template.name}, not merged: {_some(copied)}")
+            self.notes.append(f"copied from {template.name}, not merged: {named(copied, _some)}")
         self._left_out()
 
     def _check_vocabulary(self) -> None:
@@ -132,7 +134,7 @@ class Outputs:
         dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else dtype
         found = [(model, model.get(source)) for model, source in target.sources]
         lacking = [model.name for model, info in found if info is None]
-        if lacking and layer_index(name) is not None:
+        if lacking and layer_index(name) is not None and not self.spares.holds(name):
             self.problems.append(f"{stored}: missing in {', '.join(lacking)}")
             self.hint = "models that are merged must have the same layers"
             return None
@@ -238,16 +240,22 @@ class Outputs:
     def _left_out(self) -> None:
         """Tensors that an input has and the output has not: an error inside a numbered block, else a note."""
         template = self.inputs.template
+        for model, names in behind(self.stacks, self.inputs.all):
+            left = named([model.stored[name] for name in names], _some)
+            self.notes.append(f"left out, behind the layers of {model.name}: {left}")
         for model in self.inputs.all:
             extra = [n for n in model.tensors if n not in template.tensors]
-            layers = [model.stored[n] for n in extra if layer_index(n) is not None and not self._stacked(n)]
+            inside = [n for n in extra if layer_index(n) is not None and not self._stacked(n)]
+            layers = [model.stored[n] for n in inside if not self.spares.holds(n)]
             layers += [model.stored[n] for stack in self.stacks for n in stack.extra(model, template)]
-            others = [model.stored[n] for n in extra if layer_index(n) is None]
+            others = [
+                model.stored[n] for n in extra if layer_index(n) is None or (n in inside and self.spares.holds(n))
+            ]
             if layers:
                 self.problems.append(f"{_some(layers)}: in {model.name}, missing in {template.name}")
                 self.hint = "models that are merged must have the same layers"
             if others:
-                self.notes.append(f"left out, only in {model.name}: {_some(others)}")
+                self.notes.append(f"left out, only in {model.name}: {named(others, _some)}")
 
 
 def _some(names: Iterable[str], most: int = 4) -> str:

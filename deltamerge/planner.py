@@ -19,6 +19,7 @@ from deltamerge.inputs import Inputs, Opener, open_inputs
 from deltamerge.io.adapter import WEIGHTS
 from deltamerge.io.checkpoint import Adapter, TensorInfo
 from deltamerge.io.writer import Layout, plan_layout
+from deltamerge.kinship import strangers, swapped
 from deltamerge.lora import own_weights
 from deltamerge.names import numbered_blocks
 from deltamerge.outputs import Output, Outputs
@@ -66,6 +67,12 @@ class Plan:
     pruned_adapter: Adapter | None = None
     vocabulary: Vocabulary | None = None
     chat_template: ChatTemplate | None = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Everything that is to be said of it: `warnings`, which speak of models that may be the wrong ones, first."""
+        return (*self.warnings, *self.notes)
 
     @property
     def specs(self) -> dict[Node, Spec]:
@@ -110,7 +117,7 @@ class Plan:
             "read_bytes": self.read_bytes,
             "output_bytes": self.nbytes,
             "shards": [{"file": f.name, "bytes": f.size} for f in self.layout.files],
-            "notes": list(self.notes),
+            "notes": list(self.remarks),
             "kind": self.recipe.output.kind,
             **self._describe_delta(),
             "tokenizer": self.vocabulary.describe() if self.vocabulary else None,
@@ -163,6 +170,9 @@ def plan(
     found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
     rows = found.rows()
     if found.problems:
+        differ = any("missing in" in problem or "shapes differ" in problem for problem in found.problems)
+        if differ and (others := strangers(inputs.all)) is not None:
+            raise InputError(others, hint=f"{len(found.problems)} tensors differ, such as {found.problems[0]}")
         shown = found.problems[:SHOWN_PROBLEMS]
         more = len(found.problems) - len(shown)
         raise InputError("\n".join(shown + ([f"… and {more} more"] if more else [])), hint=found.hint or None)
@@ -222,6 +232,7 @@ def plan(
         inputs.tunes[0].checkpoint.adapter if own else None,
         vocabulary,
         choose_chat_template(recipe, inputs),
+        tuple(swapped(inputs)),
     )
 
 

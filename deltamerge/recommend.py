@@ -101,6 +101,7 @@ class Recommendation(_Figures):
     evidence: Evidence
     candidates: list[Candidate]
     recipe: str = Field(description="YAML, ready for `deltamerge run` in the current folder, or in that of --out.")
+    warnings: list[str] = Field([], description="Signs that the base is not MODEL's, or that the two are swapped.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +138,7 @@ def recommend(
         evidence=evidence,
         candidates=candidates,
         recipe="",
+        warnings=[],
     )
 
 
@@ -302,4 +304,5 @@ def render(answer: Recommendation) -> str:
         lines += [f"{seen.metric}: fine-tune {seen.metric_fine_tune:.3g}, base {seen.metric_base:.3g}", ""]
     lines += [f"the paper      {answer.paper.why}", f"recommended    {answer.method}: {answer.why[0]}"]
     lines += [f"               {line}" for line in answer.why[1:]]
+    lines += [f"warning        {warning}" for warning in answer.warnings]
     return "\n".join([*lines, "", answer.recipe.rstrip()])

@@ -28,6 +28,7 @@ from deltamerge.io.delta_writer import Summary
 from deltamerge.io.pieces import Pieces
 from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.io.writer import write_index
+from deltamerge.kinship import unrelated
 from deltamerge.planner import Plan
 from deltamerge.plans import make_plan, make_plans, target_of
 from deltamerge.weights import Made, calibrated, check_finite, make_weights
@@ -149,6 +150,7 @@ def _run(
     with workspace(target, force=force, resume=resume, part=part.name if part else None) as work:
         if _from_hub(planned):
             planned = make_plan(path, weights=True, upto=document.name, **options)
+        planned = _warned(planned)
         assets = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
         facts = hashes.facts(planned, document.text)
         work.begin(facts)
@@ -224,7 +226,7 @@ def _complete(
     made: Made, work: Workspace, text: str, title: str, inputs: dict[str, Any], draw: Draw | None
 ) -> tuple[Plan, dict[str, Any]]:
     """Write all that is no weight and give the folder its name."""
-    folder, planned, outputs = work.folder, made.plan, made.hashed
+    folder, planned, outputs = work.folder, _warned(made.plan), made.hashed
     found = {node: made.values[node] for node in planned.stages}
     if planned.recipe.output.kind == "peft":
         planned, outputs = replace(planned, notes=planned.notes + write_adapter(planned, folder)), {}
@@ -246,6 +248,11 @@ def _complete(
     lock = locks.write_lock(planned, lock_path, inputs, outputs, calibration, made.choice)
     work.publish()
     return planned, lock
+
+
+def _warned(planned: Plan) -> Plan:
+    """The plan with a warning for each model that a sample of its weights tells to be no kin of its base."""
+    return replace(planned, warnings=tuple(dict.fromkeys([*planned.warnings, *unrelated(planned.inputs)])))
 
 
 def _files_read(planned: Plan, part: Part | None, assets: Iterable[Path]) -> list[Path]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.inputs import HEAD, Group, Input, Inputs, ties
 from deltamerge.io.checkpoint import TensorInfo
-from deltamerge.layer_config import count_keys, repair
+from deltamerge.io.quantised import keys_of, stated, without_keys
+from deltamerge.lacking import Spares, is_buffer
+from deltamerge.layer_config import Followed, count_keys, layer_count, repair
+from deltamerge.layer_kinds import Kind, Stacked, settle
 from deltamerge.parameters import layer_index, layer_position
 from deltamerge.recipe import Recipe
 
 # Outside layers these belong to the first slice; norms and heads belong to the last one.
 BEFORE_LAYERS = re.compile(r"embed|(^|\.)(wte|wpe|shared|tok_embeddings|project_in)\.")
+# Outside layers these have a part for each layer.
+PER_LAYER = re.compile(r"(^|[._])per_layer([._]|$)")
 # mergekit's names for the parts of a model that are not components of its tensors' names.
 SPELLINGS = {"text_decoder": "language_model", "default": ""}
 LAST_MODULES = ("decoder", "text_decoder", "language_model", "default")
@@ -101,7 +106,18 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
         for layer in stack.layers:
             owner = stack.owner(layer, inputs.template)
             sources.append((owner.name, owner.checkpoint.config, layer.source(owner)))
-        config, changes = repair(config, stack.prefix, stack.old, sources, _alone(inputs.template, stack.prefix))
+        alone, kinds = _alone(inputs.template, stack.prefix), _kinds(stack, inputs.template)
+        places = [(name, layer) for name, _, layer in sources]
+
+        def settled(
+            section: dict[str, Any],
+            followed: Followed,
+            kinds: tuple[list[Kind], list[Kind]] = kinds,
+            places: list[tuple[str, int]] = places,
+        ) -> list[str]:
+            return settle(Stacked(inputs.template.name, *kinds, places, followed), section)
+
+        config, changes = repair(config, stack.prefix, stack.old, sources, alone, settled)
         notes += [f"config.json: {change}" for change in changes]
     if inputs.untied and HEAD in inputs.template.tensors and ties(config, default=True):
         inner = config.get("text_config")
@@ -109,11 +125,33 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
             config["text_config"] = {**inner, "tie_word_embeddings": False}
         config["tie_word_embeddings"] = False
         notes.append("config.json: tie_word_embeddings → false")
-    return config, notes
+    for path, _ in keys_of(config):
+        name, _ = stated(config) or ("", "")
+        notes.append(f"config.json: {'.'.join(path)} ({name}) is dropped: no weight is quantised")
+    return without_keys(config), notes
 
 
-def targets(recipe: Recipe, inputs: Inputs) -> tuple[list[Target], list[Stack]]:
-    """The tensors of the output in their order, and its stacks.
+def _kinds(stack: Stack, template: Input) -> tuple[list[Kind], list[Kind]]:
+    """The kinds of the template's layers, and of the new ones."""
+    old = _kinds_of(template, stack.prefix)
+    owners = [(stack.owner(layer, template), layer) for layer in stack.layers]
+    of_owners = {id(owner): _kinds_of(owner, stack.prefix) for owner, _ in owners}
+    new = [of_owners[id(owner)].get(layer.source(owner), Kind()) for owner, layer in owners]
+    return [old.get(number, Kind()) for number in range(stack.old)], new
+
+
+def _kinds_of(model: Input, prefix: str) -> dict[int, Kind]:
+    """The kind of every numbered layer, without buffers."""
+    found: dict[int, set[tuple[str, tuple[int, ...]]]] = {}
+    for name, tensor in model.tensors.items():
+        if _inside(name, prefix) and not is_buffer(tensor):
+            number, _, rest = name.removeprefix(prefix + ".").partition(".")
+            found.setdefault(int(number), set()).add((rest, tensor.shape))
+    return {number: Kind(kind) for number, kind in found.items()}
+
+
+def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target], list[Stack]]:
+    """The tensors of the output in their order, and its stacks; `spares`, which stand beside the layers, do not count.
 
     RecipeError: a range beyond a model's layers, a module that no tensor belongs to. InputError: layers that cannot be
     stacked because their numbering is not plain.
@@ -123,19 +161,31 @@ def targets(recipe: Recipe, inputs: Inputs) -> tuple[list[Target], list[Stack]]:
     modules = {name: _module_of(name, scopes) for name in inputs.template.tensors}
     counts: dict[str | None, int] = {}
     for name, module in modules.items():
-        counts[module] = max(counts.get(module, 1), 1 + (layer_index(name) or 0))
+        if not spares.holds(name):
+            counts[module] = max(counts.get(module, 1), 1 + (layer_index(name) or 0))
     found: list[Target] = []
     done: set[str | None] = set()
     for name, module in modules.items():
         groups, stack = scopes.get(module, []), stacks.get(module)
         if stack is None or not _inside(name, stack.prefix):
             group = groups[0 if BEFORE_LAYERS.search(name) else -1] if groups else None
-            position = 0.0 if stack is not None else layer_position(name, counts[module])
+            position = 0.0 if stack is not None else layer_position(name, counts.get(module, 1))
             found.append(_plain(name, inputs.template, group, position))
         elif module not in done:
             done.add(module)
             found += _stacked(stack, inputs.template)
     return found, list(stacks.values())
+
+
+def behind(stacks: Sequence[Stack], models: Sequence[Input]) -> Iterator[tuple[Input, list[str]]]:
+    """The tensors of blocks that stand behind each model's layers, which no stack has a place for."""
+    for stack in stacks:
+        for model in models:
+            count = _count(model, stack.prefix, _numbers(model.tensors, stack.prefix))
+            place = ((name, name.removeprefix(stack.prefix + ".").partition(".")[0]) for name in model.tensors)
+            names = [name for name, number in place if stack.holds(name) and int(number) >= count]
+            if names:
+                yield model, names
 
 
 def like_template(target: Target, stacks: Sequence[Stack], template: Input) -> TensorInfo | None:
@@ -220,7 +270,7 @@ def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[Group], module: str 
     problems: list[Problem] = []
     for group in groups:
         for model in group.all:
-            count = len(_numbers(model.tensors, prefix))
+            count = min(len(numbers := _numbers(model.tensors, prefix)), _count(model, prefix, numbers))
             first, end = group.range_of(model)
             if end > count:
                 member = group.base_member if model.index is None else group.part.members.index(model.index)
@@ -230,7 +280,9 @@ def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[Group], module: str 
         layers += [Layer(group, i, i / (n - 1) if n > 1 else 1.0) for i in range(n)]
     if problems:
         raise RecipeError(recipe.source.path, problems)
-    return Stack(prefix, old, tuple(layers))
+    stack = Stack(prefix, old, tuple(layers))
+    _check_outside(inputs.template, stack)
+    return stack
 
 
 def _container(template: Input, module: str | None, scopes: Mapping[str | None, object]) -> tuple[str, int]:
@@ -248,6 +300,7 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
     config, where = template.checkpoint.config, f"{template.name}: slices"
     counted = {p: n for p, n in whole.items() if count_keys(config, p, n, alone=_alone(template, p))}
+    counted = counted or {p: n for p, numbers in found.items() if (n := _count(template, p, numbers)) < len(numbers)}
     if not counted:
         names = ", ".join(f"{prefix} (0-{count - 1})" for prefix, count in whole.items()) or "none"
         hint = "without modules, merge whole models with `models`"
@@ -260,22 +313,42 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
     return prefix, count
 
 
+def _check_outside(template: Input, stack: Stack) -> None:
+    """InputError where a tensor outside the layers has a part for each of them, and they are not as they were."""
+    moved = [layer.source(stack.owner(layer, template)) for layer in stack.layers] != list(range(stack.old))
+    for name, tensor in template.tensors.items() if moved and stack.old > 1 else ():
+        parts = any(size % stack.old == 0 for size in tensor.shape)
+        if parts and PER_LAYER.search(name) and not stack.holds(name):
+            message = f"{template.name}: {template.stored[name]} has a part for each of {stack.old} layers"
+            raise InputError(f"{message}, which cannot follow slices", hint="merge whole models with `models`")
+
+
 def _alone(template: Input, prefix: str) -> bool:
     """Whether a decoder's layers are the model's only ones."""
     return not any("encoder" in name.split(".") for name in template.tensors) or "encoder" in prefix.split(".")
 
 
 def _check_width(template: Input, prefix: str) -> None:
-    """InputError for stages, whose norms differ in width: one cannot follow another."""
-    widths: dict[str, tuple[int, ...]] = {}
+    """InputError for stages, all of whose norms differ in width: one cannot follow another. Norms of heads may differ,
+    where layers have heads of several sizes."""
+    layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in template.tensors.items():
-        if not _inside(name, prefix) or len(tensor.shape) != 1 or "norm" not in name.lower():
-            continue
-        rest = name.removeprefix(prefix + ".").partition(".")[2]
-        if widths.setdefault(rest, tensor.shape) != tensor.shape:
-            message = f"{template.name}: {prefix} are stages of different width ({rest}), which cannot be stacked"
+        if _inside(name, prefix) and len(tensor.shape) == 1 and "norm" in name.lower():
+            number, _, rest = name.removeprefix(prefix + ".").partition(".")
+            layers.setdefault(number, {})[rest] = tensor.shape
+    first, *others = layers.values() or [{}]
+    for norms in others:
+        shared = [rest for rest in norms if rest in first]
+        if shared and all(norms[rest] != first[rest] for rest in shared):
+            message = f"{template.name}: {prefix} are stages of different width ({shared[0]}), which cannot be stacked"
             raise InputError(message, hint="merge whole models with `models`")
 
 
-def _numbers(names: Mapping[str, object], prefix: str) -> set[str]:
-    return {name.removeprefix(prefix + ".").partition(".")[0] for name in names if _inside(name, prefix)}
+def _numbers(names: Mapping[str, object], prefix: str) -> set[int]:
+    return {int(name.removeprefix(prefix + ".").partition(".")[0]) for name in names if _inside(name, prefix)}
+
+
+def _count(model: Input, prefix: str, numbers: Collection[int]) -> int:
+    """The layers among numbered blocks: without those that stand behind them, as the config counts."""
+    count = layer_count(model.checkpoint.config, prefix, numbers, alone=_alone(model, prefix))
+    return len(numbers) if count is None else count

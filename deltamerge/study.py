@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deltamerge import errors
 from deltamerge import lock as locks
 from deltamerge import recommend as recommendation
 from deltamerge import report as pages
@@ -19,6 +20,8 @@ from deltamerge.inputs import Inputs, open_inputs
 from deltamerge.inspect import Pair, Report, measure, pair_recipe, pairs_of, parse, report, seen_from
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.quantised import refuse_quantised
+from deltamerge.kinship import swapped, unrelated
 from deltamerge.planner import plan
 from deltamerge.plans import choose_device
 from deltamerge.recipe import Calibration
@@ -58,7 +61,8 @@ def inspect(
         node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source, spec=spec)
         seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
     made = locks.chosen(inputs.tunes[0].checkpoint.path / locks.LOCK_NAME)
-    answer = report(inputs, pairs, lacking, found, activations=seen, run=made)
+    warnings = [*swapped(inputs), *unrelated(inputs)]
+    answer = report(inputs, pairs, lacking, found, activations=seen, run=made, warnings=warnings)
     if out is not None:
         pages.write(answer, out, force=force)
     return answer
@@ -97,6 +101,7 @@ def recommend(
     decoder = (config.get("architectures") or [""])[0].endswith(HEADS["causal-lm"])
     question = recommendation.Question(inputs.tunes[0].name, base, density, decoder, labelled)
     answer = recommendation.recommend(question, pairs, found, measured)
+    answer = answer.model_copy(update={"warnings": [*swapped(inputs), *unrelated(inputs)]})
     folder = Path.cwd() if out is None else out.resolve().parent
     chosen = next(one for one in answer.candidates if one.name == answer.method)
     more: dict[str, Any] = {}
@@ -141,4 +146,8 @@ def _open(model: str, base: str) -> Inputs:
 
 
 def _opener(reference: str, folder: Path) -> Checkpoint:
+    """A model with its weights, which are not fetched where its headers say that they are of no use."""
+    seen = hub.resolve(reference, folder, weights=False)
+    with errors.context(reference):
+        refuse_quantised(seen.config, seen.tensors)
     return hub.resolve(reference, folder, weights=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,8 +23,11 @@ from deltamerge.cli.options import (
     WORKERS,
     pruning_methods,
 )
-from deltamerge.cli.output import Progress, report_run
+from deltamerge.cli.output import Progress, Warnings, report_run
 from deltamerge.show import human
+
+if TYPE_CHECKING:
+    from deltamerge.planner import Plan
 
 
 @click.command()
@@ -70,11 +74,17 @@ def extract(
     from deltamerge.extract import extract as extract_delta
     from deltamerge.weights import describe_nonfinite
 
-    progress = Progress(shown=not quiet and sys.stderr.isatty())
+    progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
+
+    def watch(plan: Plan) -> Callable[[int], None]:
+        warnings.say(plan)
+        return progress.start(plan.nbytes)
+
     result = extract_delta(
         model, base, out, density=density, method=method, q=q, values=values,
-        watch=lambda plan: progress.start(plan.nbytes), **options,
+        watch=watch, **options,
     )  # fmt: skip
+    warnings.say(result.plan)
     if result.nonfinite:
         click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
     report_run(result, progress, as_json=as_json, quiet=quiet)

@@ -55,6 +55,10 @@ def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> Non
             several = f", {len(chain)} documents" if len(chain) > 1 else ""
             size = f", {len(plan.outputs)} tensors, {check_size(plan)}" if plan else ""
             click.echo(f"{recipe}: ok{several}{size}", err=True)
+            for warning in plan.warnings if plan else ():
+                click.echo(f"{recipe}: warning: {warning}", err=True)
+            for note in plan.notes if plan else ():
+                click.echo(f"{recipe}: note: {note}", err=True)
     if worst:
         raise click.exceptions.Exit(worst)
 

@@ -14,6 +14,7 @@ from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.show import human
 
 if TYPE_CHECKING:
+    from deltamerge.planner import Plan
     from deltamerge.runner import Result
 
 
@@ -61,6 +62,19 @@ class Progress:
             click.echo("\r\x1b[K", nl=False, err=True)
 
 
+class Warnings:
+    """Says each warning of a plan once, before the work, or after it where there was no plan before."""
+
+    def __init__(self) -> None:
+        self.said: set[str] = set()
+
+    def say(self, plan: Plan) -> None:
+        for warning in plan.warnings:
+            if warning not in self.said:
+                self.said.add(warning)
+                click.echo(f"warning: {warning}", err=True)
+
+
 def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool, **more: Any) -> None:
     """What a finished run made; `more` is for the JSON object."""
     progress.stop()
@@ -76,6 +90,7 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
             "seconds": round(progress.seconds, 3),
             "lock": result.lock,
             "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
+            "warnings": list(result.plan.warnings),
             **({} if delta is None else {"entries": delta.entries, "relative_error": delta.error}),
             **more,
         }

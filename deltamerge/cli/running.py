@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -24,8 +25,11 @@ from deltamerge.cli.options import (
     WORKERS,
     RecipeFile,
 )
-from deltamerge.cli.output import Progress, report_run
+from deltamerge.cli.output import Progress, Warnings, report_run
 from deltamerge.show import render_calibration
+
+if TYPE_CHECKING:
+    from deltamerge.planner import Plan
 
 
 @click.command()
@@ -92,7 +96,12 @@ def run(
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
-    progress = Progress(shown=not quiet and sys.stderr.isatty())
+    progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
+
+    def watch(plan: Plan) -> Callable[[int], None]:
+        warnings.say(plan)
+        return progress.start(plan.nbytes)
+
     published = None
     with TemporaryDirectory(prefix="deltamerge-") as scratch:
         path = Path(recipe)
@@ -118,7 +127,7 @@ def run(
                 "device": device, "workers": workers, "memory": memory, "resume": resume, "force": force,
                 "locked": locked, "allow_nonfinite": allow_nonfinite, "pictures": pictures,
                 "mergekit_exact": mergekit_exact,
-                "watch": lambda plan: progress.start(plan.nbytes),
+                "watch": watch,
             }  # fmt: skip
             if ray is not None:
                 from deltamerge.cluster import run_on_ray
@@ -127,6 +136,7 @@ def run(
             else:
                 chosen = Part.parse(part) if part else None
                 result = run_recipe(path, out, part=chosen, pins=published.pins if published else None, **options)
+    warnings.say(result.plan)
     if result.nonfinite:
         click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
     differing = published.differences(result.lock["outputs"]) if published and not part else []

@@ -20,6 +20,7 @@ from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Adapter, Checkpoint
 from deltamerge.io.computed import Cast, LowRank
 from deltamerge.io.files import input_error
+from deltamerge.io.quantised import refuse_quantised
 from deltamerge.io.safetensors_file import TensorInfo, read_header
 from deltamerge.io.strict_json import read_json
 from deltamerge.patterns import finds
@@ -126,8 +127,10 @@ def _positive(value: Any, key: str) -> None:
 def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
     """`base` with `adapter` merged, tensor by tensor; its tensors are named as in the model that was adapted.
 
-    InputError: a tensor of the adapter that the base has no place for, or whose shape does not fit.
+    InputError: a base that is quantised, a tensor of the adapter that it has no place for, or whose shape does not fit.
     """
+    with errors.context(base.reference):
+        refuse_quantised(base.config, base.tensors)
     with errors.context(adapter.reference):
         modules, whole = parts(adapter)
         names = dict(base.tensors)

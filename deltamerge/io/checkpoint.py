@@ -24,6 +24,7 @@ from deltamerge.io.files import (
 )
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.pieces import Pieces
+from deltamerge.io.quantised import gguf_error
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
 from deltamerge.io.strict_json import read_json
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 DELTA = "delta.json"
+GGUF = ".gguf"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
@@ -108,6 +110,8 @@ def open_checkpoint(
     reference = reference or str(path)
     with errors.context(reference):
         if not path.is_dir():
+            if path.suffix == GGUF and path.exists():
+                raise gguf_error(path.name)
             raise InputError("is a file, not a model's folder" if path.exists() else "no such folder")
         try:
             names = os.listdir(path)
@@ -148,6 +152,8 @@ def weight_source(names: Collection[str]) -> str:
     if weights:
         hint = f"download {INDEX} too, or keep one file"
         raise InputError(f"{len(weights)} .safetensors files but no {INDEX}", hint=hint)
+    if quantised := sorted(name for name in names if name.endswith(GGUF)):
+        raise gguf_error(quantised[0])
     if pickles := sorted(name for name in names if name.endswith(PICKLES)):
         raise InputError(
             f"only PyTorch pickle files ({pickles[0]}); deltamerge reads safetensors and never unpickles",

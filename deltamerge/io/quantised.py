@@ -1,0 +1,222 @@
+"""Quantised checkpoints: which scheme stores which weights as codes, as names, dtypes and config.json tell.
+
+A quantised weight is one tensor stored as several: codes and their companions (scales, zeros, shapes). Merged one by
+one they make nonsense, so that whoever does not decode them has to know them. A config alone proves nothing: a
+checkpoint that was dequantised may have kept its key.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from deltamerge.errors import InputError
+
+if TYPE_CHECKING:
+    from deltamerge.io.safetensors_file import TensorInfo
+
+PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
+KEYS = ("quantization_config", "quantization", "compression_config")
+HINT = (
+    "merge the originals that are not quantised, or dequantise it with the library that made it "
+    "(transformers: model.dequantize(), then save_pretrained)"
+)
+UNNAMED = "a scheme that config.json does not name"
+DEEPEST = 6
+# Integers that are no codes whatever config.json says: masks, positions.
+BUFFERS = frozenset({"I64", "U64", "BOOL"})
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """`name` is the scheme's (`fp8`, `gptq`), `detail` its blocks or bits where config.json has them; `weights` has for
+    each quantised weight, by the name that it would have unquantised, the tensors that store it, the codes first."""
+
+    name: str
+    detail: str = ""
+    weights: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name + (f", {self.detail}" if self.detail else "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """Codes called `codes` in a module beside tensors `needs` (all of them) and perhaps `more`.
+
+    `coded`: only if they are no plain floats, since a module may have a parameter of the companion's name.
+    """
+
+    scheme: str
+    codes: str
+    needs: tuple[str, ...]
+    more: tuple[str, ...] = ()
+    coded: bool = False
+
+
+_ACTIVATIONS = ("input_scale", "activation_scale", "activation_scale_inv", "input_zero_point", "output_scale")
+_COMPRESSED = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale", "input_global_scale")
+_RULES = (
+    _Rule("fp8", "weight", ("weight_scale_inv",), _ACTIVATIONS),
+    _Rule("nvfp4", "weight", ("weight_scale", "weight_scale_2"), _ACTIVATIONS, coded=True),
+    _Rule("compressed-tensors", "weight_packed", ("weight_scale",), (*_COMPRESSED, *_ACTIVATIONS)),
+    _Rule("compressed-tensors", "weight", ("weight_scale",), (*_COMPRESSED, *_ACTIVATIONS), coded=True),
+    _Rule("gptq", "qweight", ("scales", "g_idx"), ("qzeros",)),
+    _Rule("awq", "qweight", ("scales",), ("qzeros",)),
+    _Rule("bitsandbytes", "weight", ("SCB",), ("weight_format",)),
+    _Rule("mlx", "weight", ("scales", "biases"), coded=True),
+    _Rule("mlx", "weight", ("scales",), coded=True),
+    _Rule("hqq", "W_q", ("scale",), ("zero",)),
+    _Rule("aqlm", "codes", ("codebooks",), ("scales",)),
+    _Rule("quanto", "_data", ("_scale",), ("_shift",), coded=True),
+    _Rule(UNNAMED, "weight", ("scale",), ("zero_point", *_ACTIVATIONS), coded=True),
+)
+# What follows the name of codes of any name.
+_SUFFIXES = (
+    ("fp8", "_scale_inv", False),
+    ("bitsandbytes", ".absmax", False),
+    (UNNAMED, "_scale", True),
+)
+_BITSANDBYTES = (
+    ".quant_map", ".nested_absmax", ".nested_quant_map", ".nested_offset", ".quant_state.bitsandbytes__nf4",
+    ".quant_state.bitsandbytes__fp4",
+)  # fmt: skip
+
+
+def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Scheme | None:
+    """The scheme that a checkpoint's weights are quantised by; None where all are stored as they are.
+
+    Its name is config.json's, or what the tensors' names tell. float8 weights without any scale are a plain cast, unless
+    config.json says that they are quantised.
+    """
+    name, detail = stated(config) or ("", "")
+    found = dict(_paired(tensors, named=bool(name)))
+    if name:
+        known = {part for _, parts in found.values() for part in parts}
+        found |= {weight: ("", (weight,)) for weight in _lone_codes(tensors, known)}
+    if not found:
+        return None
+    told = next((scheme for scheme, _ in found.values() if scheme), UNNAMED)
+    return Scheme(name or told, detail, MappingProxyType({weight: parts for weight, (_, parts) in found.items()}))
+
+
+def stated(config: Mapping[str, Any]) -> tuple[str, str] | None:
+    """The scheme that a config names, at the top or in a part's own config, and its details; None: it names none."""
+    for _, settings in keys_of(config):
+        return _name(settings), _detail(settings)
+    return None
+
+
+def keys_of(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Where a config speaks of quantisation: the path of each such key, and its value."""
+    for key in KEYS:
+        if config.get(key):
+            yield (key,), config[key]
+    for key, inner in config.items():
+        if isinstance(inner, Mapping) and key not in KEYS and depth < DEEPEST:
+            yield from (((key, *path), value) for path, value in keys_of(inner, depth + 1))
+
+
+def without_keys(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
+    """A config that no longer speaks of quantisation."""
+    result = {key: value for key, value in config.items() if key not in KEYS}
+    return {
+        key: without_keys(value, depth + 1) if isinstance(value, Mapping) and depth < DEEPEST else value
+        for key, value in result.items()
+    }
+
+
+def refuse_quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """InputError naming the scheme, if the weights are quantised."""
+    scheme = scheme_of(config, tensors)
+    if scheme is not None:
+        count, first = len(scheme.weights), next(iter(scheme.weights))
+        some = f"{count} tensors such as {first} are" if count > 1 else f"{first} is"
+        raise InputError(f"is quantised ({scheme}): {some} stored as codes, which cannot be merged", hint=HINT)
+
+
+def gguf_error(name: str) -> InputError:
+    """For a model that is a GGUF file."""
+    hint = "merge the safetensors that it was made of, or convert it: transformers' from_pretrained(gguf_file=…)"
+    return InputError(f"is quantised (gguf): {name} is no safetensors file", hint=hint)
+
+
+def _name(settings: Any) -> str:
+    if not isinstance(settings, Mapping):
+        return _shown(settings)
+    known = next((settings[key] for key in ("quant_method", "quant_algo", "format") if settings.get(key)), None)
+    if known is not None:
+        return _shown(known)
+    if any(str(key).startswith(("load_in_", "_load_in_")) for key in settings):
+        return "bitsandbytes"
+    return "mlx" if "group_size" in settings and "bits" in settings else UNNAMED
+
+
+def _detail(settings: Any) -> str:
+    if not isinstance(settings, Mapping):
+        return ""
+    block, bits, algorithm = (settings.get(key) for key in ("weight_block_size", "bits", "quant_algo"))
+    if isinstance(block, list) and block:
+        return f"blocks of {'×'.join(map(_shown, block[:4]))}"
+    if algorithm and settings.get("quant_method"):
+        return _shown(algorithm)
+    return f"{bits} bits" if type(bits) is int else ""
+
+
+def _shown(value: Any) -> str:
+    """What a stranger's config calls a scheme, in a line."""
+    return "".join(c if c.isprintable() else "?" for c in str(value)[:40])
+
+
+def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple[str, tuple[str, tuple[str, ...]]]]:
+    """Each quantised weight, the scheme that its tensors' names tell, and those tensors.
+
+    `named`: a config speaks of quantisation, so that scales beside plain floats are companions too.
+    """
+    for name, info in tensors.items():
+        stem, _, last = name.rpartition(".")
+        start = f"{stem}." if stem else ""
+        coded = info.dtype not in PLAIN | BUFFERS
+        if name.endswith("_blocks") and (scales := name.removesuffix("_blocks") + "_scales") in tensors:
+            yield name.removesuffix("_blocks"), ("mxfp4", (name, scales))
+            continue
+        for rule in _RULES:
+            if last != rule.codes or not (coded or not rule.coded or (named and rule.scheme != UNNAMED)):
+                continue
+            if all(start + part in tensors for part in rule.needs):
+                parts = [start + part for part in (*rule.needs, *rule.more) if start + part in tensors]
+                scheme = "fp8" if info.dtype.startswith("F8") and last == "weight" else rule.scheme
+                yield _weight(stem, name, last), (scheme, (name, *parts))
+                break
+        else:
+            yield from _suffixed(name, coded, tensors)
+
+
+def _weight(stem: str, name: str, last: str) -> str:
+    """The unquantised weight's name, of codes."""
+    if last == "_data":
+        return stem
+    return name if last == "weight" else f"{stem}.weight" if stem else "weight"
+
+
+def _suffixed(
+    name: str, coded: bool, tensors: Mapping[str, TensorInfo]
+) -> Iterator[tuple[str, tuple[str, tuple[str, ...]]]]:
+    for scheme, suffix, only_coded in _SUFFIXES:
+        if name + suffix in tensors and (coded or not only_coded):
+            more: list[str] = []
+            if scheme == "bitsandbytes":
+                more = [name + part for part in _BITSANDBYTES if name + part in tensors]
+            yield name, (scheme, (name, name + suffix, *more))
+            return
+
+
+def _lone_codes(tensors: Mapping[str, TensorInfo], known: set[str]) -> Iterator[str]:
+    """Weights that are no plain floats and have no companion that is known."""
+    for name, info in tensors.items():
+        last = name.rpartition(".")[2]
+        codes = info.dtype not in PLAIN | BUFFERS and len(info.shape) > 1 and "bias" not in last
+        if codes and name not in known:
+            yield name

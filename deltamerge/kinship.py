@@ -1,0 +1,212 @@
+"""Whether the models of a merge were trained from one another: by a sample of their weights, by what their files say.
+
+A fine-tune's weights are nearly its base's: ‖Δ‖/‖W‖ is far below 1. Two models that were trained apart have nothing in
+common: ‖Δ‖/‖W‖ is √2 where their norms agree, and the cosine of their weights 0. One tensor proves nothing (a new head,
+or one that began at zero), so the median of several decides.
+
+Which of two related models is the base cannot be seen in weights: Δ and −Δ are alike. Only what cards and configs say,
+a task head and a chat template speak of it, and they may be missing. Nor can a wrong base of the same family be told
+from a right one: two checkpoints of one training are near each other.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+
+from deltamerge.errors import InputError
+from deltamerge.inputs import Group, Input, Inputs
+from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.front_matter import front_matter
+from deltamerge.io.strict_json import read_json
+from deltamerge.io.values import widen
+from deltamerge.pruning import TASK_HEAD
+
+SAMPLED = 12  # tensors
+PLACES, RUN = 4, 1024  # runs of elements of each
+LEAST = 256  # elements of a tensor: the cosine of unrelated weights is then within 0.2 of zero
+RELATED = 0.5  # a cosine below it is that of a change larger than the weights
+NOTHING = 0.1
+BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16, "F64": np.uint64}
+HEADLESS = re.compile(r"(Model|ForMaskedLM|ForPreTraining|ForCausalLM|LMHeadModel)$")
+
+
+@dataclass(frozen=True, slots=True)
+class Kin:
+    """Two models' weights: the medians of ‖Δ‖/‖W‖ and of the cosine over `count` tensors."""
+
+    relative: float
+    cosine: float
+    count: int
+
+
+def unrelated(inputs: Inputs) -> Iterator[str]:
+    """A line for every model whose weights have little in common with the base's, or without a base with the first's.
+
+    Reads some thousand elements of a few tensors; always the same ones.
+    """
+    seen = set()
+    with Reader() as reader:
+        for group in inputs.groups:
+            first, others = _compared(group)
+            for other in others:
+                pair = first.checkpoint.reference, other.checkpoint.reference
+                if pair in seen:
+                    continue
+                seen.add(pair)
+                kin = measured(first, other, reader)
+                if kin is not None and kin.cosine < RELATED:
+                    yield _unrelated(first, other, kin, is_base=group.base is not None)
+
+
+def measured(first: Input, other: Input, reader: Reader) -> Kin | None:
+    """How two models' weights relate; None where too little can be compared, or one is made of the other."""
+    made = any(model.checkpoint.base is not None for model in (first, other))
+    if made or any((twin := first.get(n)) is not None and twin.is_same(t) for n, t in other.tensors.items()):
+        return None
+    found = [kin for pair in _sample(first, other) if (kin := _of_tensor(*pair, reader)) is not None]
+    if not found:
+        return None
+    return Kin(median(relative for relative, _ in found), median(cosine for _, cosine in found), len(found))
+
+
+def swapped(inputs: Inputs) -> Iterator[str]:
+    """A line where files say that a model that is merged was the base of its base. No weight is read."""
+    pairs = [(group.base, tune) for group in inputs.groups if group.base is not None for tune in group.tunes]
+    by_name = {(base.checkpoint.reference, tune.checkpoint.reference): (base, tune) for base, tune in pairs}
+    for base, tune in by_name.values():
+        if (
+            _has_files(base)
+            and _has_files(tune)
+            and not _comes_from(tune, base)
+            and (why := _why_swapped(base, tune)) is not None
+        ):
+            yield f"{base.name} and {tune.name} look swapped, {why}; base_model is what the others were trained from"
+
+
+def strangers(models: Sequence[Input]) -> str | None:
+    """That two models are of different architectures, as their configs say; None where they agree or do not say."""
+    kinds: dict[str, str] = {}
+    for model in models:
+        config = model.checkpoint.config
+        if (kind := config.get("model_type")) is not None:
+            names = config.get("architectures")
+            shown = f" ({names[0]})" if isinstance(names, list) and names else ""
+            kinds.setdefault(str(kind), f"{model.name} is {kind}{shown}")
+    if len(kinds) < 2:
+        return None
+    return f"{', '.join(list(kinds.values())[:4])}: models of different architectures cannot be merged"
+
+
+def _compared(group: Group) -> tuple[Input, tuple[Input, ...]]:
+    return (group.base, group.tunes) if group.base is not None else (group.tunes[0], group.tunes[1:])
+
+
+def _unrelated(first: Input, other: Input, kin: Kin, *, is_base: bool) -> str:
+    what = "nothing" if kin.cosine < NOTHING else "little"
+    asked = f"is {first.name} its base?" if is_base else "were they trained from one model?"
+    return (
+        f"{other.name} shares {what} with {first.name}: ‖Δ‖/‖W‖ is {kin.relative:.2f} and the cosine "
+        f"{kin.cosine:.2f}, in the median of {kin.count} weights; {asked}"
+    )
+
+
+def _sample(first: Input, other: Input) -> list[tuple[TensorInfo, TensorInfo]]:
+    """Pairs of the larger matrices, evenly through the model."""
+    pairs = []
+    for name, tensor in other.tensors.items():
+        twin = first.get(name)
+        if twin is not None and twin.shape == tensor.shape and len(tensor.shape) > 1:
+            if tensor.dtype in BITS and twin.dtype in BITS and math.prod(tensor.shape) >= LEAST:
+                pairs.append((twin, tensor))
+    if not pairs:
+        return []
+    middle = median(math.prod(twin.shape) for twin, _ in pairs)
+    large = [pair for pair in pairs if math.prod(pair[0].shape) >= middle]
+    return [large[i * len(large) // min(SAMPLED, len(large))] for i in range(min(SAMPLED, len(large)))]
+
+
+def _of_tensor(first: TensorInfo, other: TensorInfo, reader: Reader) -> tuple[float, float] | None:
+    """‖Δ‖/‖W‖ and the cosine of the sampled elements; None where one model's are all zero, or some are not finite."""
+    size = math.prod(first.shape)
+    count = min(RUN, size // PLACES)
+    starts = [i * (size - count) // (PLACES - 1) for i in range(PLACES)]
+    x, y = (np.concatenate([_read(info, start, count, reader) for start in starts]) for info in (first, other))
+    if not (np.isfinite(x).all() and np.isfinite(y).all() and x.any() and y.any()):
+        return None
+    norm = float(np.linalg.norm(x))
+    return float(np.linalg.norm(y - x)) / norm, float(x @ y) / (norm * float(np.linalg.norm(y)))
+
+
+def _read(info: TensorInfo, start: int, count: int, reader: Reader) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    bits = np.empty(count, BITS[info.dtype])
+    reader.read_into(info, start, bits)
+    return widen(bits, info.dtype).astype(np.float64)
+
+
+def _has_files(model: Input) -> bool:
+    """Whether a model's card and config are its own: not those of what an adapter or a delta is put over."""
+    checkpoint = model.checkpoint
+    return bool(checkpoint.files) and checkpoint.adapter is None and checkpoint.base is None
+
+
+def _comes_from(tune: Input, base: Input) -> bool:
+    """Whether a model's card or config says that it was trained from the other."""
+    names = _names(base) - _names(tune)
+    return bool(names & _origins(tune))
+
+
+def _why_swapped(base: Input, tune: Input) -> str | None:
+    if _comes_from(base, tune):
+        return f"as {base.name} says that it was made of {tune.name}"
+    heads = [base.stored[name] for name in base.tensors if name not in tune.tensors and re.search(TASK_HEAD, name)]
+    names = tune.checkpoint.config.get("architectures")
+    classes = base.checkpoint.config.get("architectures")
+    is_headless = isinstance(names, list) and bool(names) and HEADLESS.search(str(names[0])) is not None
+    has_head = isinstance(classes, list) and bool(classes) and HEADLESS.search(str(classes[0])) is None
+    if heads and is_headless and has_head:
+        return f"as {base.name} has a task head ({heads[0]}) that {tune.name} lacks"
+    if _chats(base) and _has_tokenizer(tune) and not _chats(tune):
+        return f"as {base.name} has a chat template and {tune.name} none"
+    return None
+
+
+def _names(model: Input) -> set[str]:
+    """What others may call a model, in small letters, and the last part of it."""
+    checkpoint = model.checkpoint
+    known = {checkpoint.hub_id or "", checkpoint.reference.partition("@")[0], model.name, checkpoint.path.name}
+    known = {name.rstrip("/").lower() for name in known}
+    return {part for name in known for part in (name, name.rpartition("/")[2]) if part and not part.startswith(".")}
+
+
+def _origins(model: Input) -> set[str]:
+    """What a model's card and config say that it was made of; whole ids and their last parts."""
+    said = front_matter(model.checkpoint.path / "README.md").get("base_model")
+    listed = said if isinstance(said, list) else [said]
+    stated = [*listed, model.checkpoint.config.get("_name_or_path")]
+    names = {text.rstrip("/").lower() for text in stated if isinstance(text, str)}
+    return names | {name.rpartition("/")[2] for name in names}
+
+
+def _chats(model: Input) -> bool:
+    folder = model.checkpoint.path
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    return bool(_tokenizer_config(folder).get("chat_template"))
+
+
+def _has_tokenizer(model: Input) -> bool:
+    return bool(_tokenizer_config(model.checkpoint.path))
+
+
+def _tokenizer_config(folder: Path) -> dict[str, object]:
+    with suppress(InputError):
+        return read_json(folder / "tokenizer_config.json")
+    return {}

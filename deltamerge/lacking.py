@@ -1,0 +1,95 @@
+"""Tensors inside numbered blocks that not all models of a merge have, and need not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from deltamerge.inputs import Input
+from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.layer_config import layer_count
+from deltamerge.tensors import FLOATING
+
+# Floating-point buffers that old versions of transformers wrote into every layer: none is read any more.
+BUFFERS = re.compile(
+    r"(^|\.)(rotary_emb(eddings)?\.(inv_freq|cos_cached|sin_cached)|(attn|attention|self_attn)\.masked_bias"
+    r"|1\.EncDecAttention\.relative_attention_bias\.weight)$"
+)
+CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
+
+Blocks = Mapping[str, frozenset[int]]
+
+
+def block_of(name: str) -> tuple[str, int] | None:
+    """The numbered container that a tensor is in, by its first number, and that number."""
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)), None)
+    return None if at is None else (".".join(parts[:at]), int(parts[at]))
+
+
+@dataclass(frozen=True)
+class Spares:
+    """What some of `models` may lack of the numbered blocks of the others.
+
+    A whole block that is beyond the count of layers in the config of whoever has it (layers that predict several
+    tokens: `model.layers.61` of 61 layers); every block of a container that a model does not have at all (`mtp.layers`,
+    a decoder, a vision tower), unless it has one of its own that the others lack, which may be the same by another name;
+    and buffers.
+    """
+
+    models: Sequence[Input]
+
+    def holds(self, name: str) -> bool:
+        """Whether a tensor that some models lack may be copied or left out."""
+        found = [tensor for model in self.models if (tensor := model.get(name)) is not None]
+        if any(map(is_buffer, found)):
+            return True
+        place = block_of(name)
+        lacking = [model for model in self.models if model.get(name) is None]
+        return place is not None and bool(found) and bool(lacking) and place in self._spare
+
+    @cached_property
+    def _spare(self) -> frozenset[tuple[str, int]]:
+        blocks = [blocks_of(model.tensors) for model in self.models]
+        counts = [
+            {prefix: layer_count(model.checkpoint.config, prefix, numbers) for prefix, numbers in own.items()}
+            for model, own in zip(self.models, blocks, strict=True)
+        ]
+        spare = set()
+        for prefix, number in {(prefix, n) for own in blocks for prefix, numbers in own.items() for n in numbers}:
+            owners = [i for i, own in enumerate(blocks) if number in own.get(prefix, ())]
+            lackers = [own for own in blocks if number not in own.get(prefix, ())]
+            beyond = all((count := counts[i][prefix]) is not None and number >= count for i in owners)
+            theirs = {other for i in owners for other in blocks[i]}
+            if lackers and all(beyond or (prefix not in own and own and own.keys() <= theirs) for own in lackers):
+                spare.add((prefix, number))
+        return frozenset(spare)
+
+
+def is_buffer(tensor: TensorInfo) -> bool:
+    """Whether a tensor of a layer is no weight: a mask, a table of frequencies."""
+    name, shape = tensor.name, tensor.shape
+    if tensor.dtype not in FLOATING or BUFFERS.search(name):
+        return True
+    return CAUSAL_MASK.search(name) is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
+
+
+def blocks_of(names: Iterable[str]) -> Blocks:
+    """The numbers of every numbered container."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        if (place := block_of(name)) is not None:
+            found.setdefault(place[0], set()).add(place[1])
+    return {prefix: frozenset(numbers) for prefix, numbers in found.items()}
+
+
+def named(names: Sequence[str], show: Callable[[Iterable[str]], str]) -> str:
+    """Tensors for people, those of numbered blocks by their block."""
+    blocks: dict[str, int] = {}
+    for name in names:
+        place = block_of(name)
+        key = name if place is None else f"{place[0]}.{place[1]}"
+        blocks[key] = blocks.get(key, 0) + 1
+    return show(f"{key} ({count} tensors)" if count > 1 else key for key, count in blocks.items())

@@ -1,0 +1,208 @@
+"""Whether the layers of a stack are those that its config.json builds: kinds of layer, periods, boundaries.
+
+Of most models every layer is alike. Of others a config says which layer is which: by a list or a string by layer, which
+follows a stack (`layer_config`); by a number, a period or a boundary, which need not. A stack whose layers are of
+another kind than the config builds loads with random weights; one whose layers attend otherwise computes otherwise.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from deltamerge.errors import InputError
+
+# The relative names of a layer's tensors, and their shapes.
+Kind = frozenset[tuple[str, tuple[int, ...]]]
+
+PERIOD = re.compile(r"(interval|period|pattern|sparse_step|layer_step|_freq)$|every_n")
+ATTENTION = re.compile(r"att|sliding|global|window|rope")
+BOUNDARY = re.compile(r"(^|_)(first|start|begin|dense)(_|$)")
+END = re.compile(r"(^|_)(end|last)(_|$)")
+TYPES = re.compile(r"layers?_(block_)?types?$")
+SPEAKS = re.compile(r"^(?!num_hidden|max_|num_nextn).*(layer|interval|period|offset|pattern|replace|every|step|freq)")
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """A stack for this module: the kinds of the template's layers and of the new ones, and where each comes from.
+
+    `followed` has of every key that follows the layers its values by layer, the template's and the new ones.
+    """
+
+    template: str
+    old: Sequence[Kind]
+    new: Sequence[Kind]
+    sources: Sequence[tuple[str, int]]
+    followed: Mapping[str, tuple[Sequence[Any], Sequence[Any]]]
+
+
+def settle(stacked: Stacked, section: dict[str, Any]) -> list[str]:
+    """Move the boundaries in a config's `section` to where the new layers have them, and a line for each change.
+
+    InputError: layers of another kind than the config builds at their place, or in another phase of a period that no
+    list by layer stands for.
+    """
+    periods, notes = _periods(stacked, section), []
+    if not _is_explained(stacked) and not _is_periodic(stacked, periods):
+        notes += _moved(stacked, section)
+    _check_phases(stacked, periods)
+    notes += _ends(stacked, section)
+    window = section.get("sliding_window")
+    if window and not periods and section.get("use_sliding_window") is not False and _shifted(stacked, 2):
+        if not any(TYPES.search(key) for key in stacked.followed):
+            notes.append(f"sliding_window: {window} and no list by layer: check which layers attend in windows")
+    return notes
+
+
+def _ends(stacked: Stacked, section: dict[str, Any]) -> Iterator[str]:
+    """The number of the last layer, or the one behind it, stays that."""
+    old, new = len(stacked.old), len(stacked.new)
+    for key, value in section.items():
+        if type(value) is int and END.search(key) and value in (old - 1, old) and "layer" in key and new != old:
+            section[key] = value + new - old
+            yield f"{key} {value} → {section[key]}"
+
+
+def _periods(stacked: Stacked, section: Mapping[str, Any]) -> dict[str, int]:
+    """The periods of a config that no list by layer stands for."""
+    found = {}
+    for key, value in section.items():
+        if type(value) is int and value > 1 and PERIOD.search(key):
+            idle = "window" in key and section.get("use_sliding_window") is False
+            if not idle and not any(_stands_for(name, old, key, value) for name, (old, _) in stacked.followed.items()):
+                found[key] = value
+    return found
+
+
+def _stands_for(name: str, values: Sequence[Any], key: str, period: int) -> bool:
+    """Whether values by layer say what a period says: they repeat with it, or speak of the same."""
+    if TYPES.search(name) and ATTENTION.search(key):
+        return True
+    varied = any(value != values[0] for value in values)
+    return varied and all(value == values[i % period] for i, value in enumerate(values))
+
+
+def _told(stacked: Stacked) -> tuple[list[str], list[str]]:
+    """What the values that follow the layers say of each, the template's and the new ones."""
+    columns = list(stacked.followed.values())
+    old = [repr([values[i] for values, _ in columns]) for i in range(len(stacked.old))]
+    return old, [repr([values[i] for _, values in columns]) for i in range(len(stacked.new))]
+
+
+def _is_explained(stacked: Stacked) -> bool:
+    """Whether all layers are of one kind, or the values that follow them tell the kinds apart."""
+    kinds: dict[str, Kind] = {}
+    old, new = _told(stacked)
+    pairs = zip([*old, *new], [*stacked.old, *stacked.new], strict=True)
+    return all(kinds.setdefault(told, kind) == kind for told, kind in pairs)
+
+
+def _is_periodic(stacked: Stacked, periods: Mapping[str, int]) -> bool:
+    """Whether every new layer is of the kind that stands at its place in the template, whose periods go on."""
+    old, new = stacked.old, stacked.new
+    if list(new) == list(old[: len(new)]):
+        return True
+    period = math.lcm(*periods.values())
+    if not 1 < period <= len(old) or any(kind != old[i % period] for i, kind in enumerate(old)):
+        return False
+    return all(kind == old[i % period] for i, kind in enumerate(new))
+
+
+def _moved(stacked: Stacked, section: dict[str, Any]) -> list[str]:
+    """Set the number of the first layer that is otherwise than those before it, where config.json has such a number.
+
+    InputError: it has none and one has to change, or no number makes the new layers what they are.
+    """
+    wrong, count = _first_wrong(stacked), len(stacked.new)
+    if wrong is None:
+        return []
+    keys = {k: v for k, v in section.items() if type(v) is int and 0 < v < len(stacked.old) and BOUNDARY.search(k)}
+    change = next((i for i, kind in enumerate(stacked.old) if kind != stacked.old[0]), 0)
+    known = {key: kinds for key, at in [*keys.items(), ("", change)] if (kinds := _sides(stacked, at)) is not None}
+    if any(_fits(stacked, kinds, keys.get(key, change)) for key, kinds in known.items()):
+        return []
+    known.pop("", None)
+    for key, kinds in known.items() if len(known) == 1 else ():
+        now = next((at for at in range(count + 1) if _fits(stacked, kinds, at)), None)
+        if now is not None:
+            section[key] = now
+            return [f"{key} {keys[key]} → {now}"]
+    raise _refusal(stacked, section, wrong)
+
+
+def _sides(stacked: Stacked, at: int) -> dict[tuple[str, bool], Kind] | None:
+    """The kind of the template's layers by what is told of them and whether they stand before `at`; None where that
+    does not tell them apart."""
+    kinds: dict[tuple[str, bool], Kind] = {}
+    for i, (told, kind) in enumerate(zip(_told(stacked)[0], stacked.old, strict=True)):
+        if kinds.setdefault((told, i < at), kind) != kind:
+            return None
+    return kinds
+
+
+def _fits(stacked: Stacked, kinds: Mapping[tuple[str, bool], Kind], at: int) -> bool:
+    told = _told(stacked)[1]
+    return all(kinds.get((told[i], i < at)) == kind for i, kind in enumerate(stacked.new))
+
+
+def _first_wrong(stacked: Stacked) -> int | None:
+    """The first new layer that is not what stands at its place; None if there is one of other shapes than all of the
+    template's, which is an error of the tensors."""
+    names = [{name for name, _ in kind} for kind in stacked.old]
+    known = set(stacked.old)
+    if any(kind not in known and {name for name, _ in kind} in names for kind in stacked.new):
+        return None
+    count = len(stacked.old)
+    return next(i for i, kind in enumerate(stacked.new) if i >= count or kind != stacked.old[i])
+
+
+def _refusal(stacked: Stacked, section: Mapping[str, Any], at: int) -> InputError:
+    name, layer = stacked.sources[at]
+    mine, count = stacked.new[at], len(stacked.old)
+    place = f"{name}: layer {layer} would be layer {at} of the stack"
+    if at < count:
+        has = sorted(n for n, _ in mine - stacked.old[at]) or sorted(n for n, _ in stacked.old[at] - mine)
+        what = f"where config.json builds another kind of layer ({has[0]} differs)"
+    else:
+        what = f"of which config.json has {count}, of several kinds, and no list that says the kind of a new one"
+    return InputError(f"{place}, {what}", hint=_hint(section))
+
+
+def _hint(section: Mapping[str, Any]) -> str:
+    keys = [
+        f"{key}: {value}"
+        for key, value in section.items()
+        if SPEAKS.search(key) and type(value) in (int, str) and not re.search(r"_types?$|size|id$|eps", key)
+    ]
+    told = f" ({', '.join(keys[:8])})" if keys else ""
+    return f"choose ranges that keep the order of kinds: what says which layer is which{told} cannot follow them"
+
+
+def _check_phases(stacked: Stacked, periods: Mapping[str, int]) -> None:
+    """InputError: a period that does not show in the kinds, and a layer that stood elsewhere in it."""
+    for key, period in periods.items():
+        wrong = next((i for i, (_, layer) in enumerate(stacked.sources) if (layer - i) % period), None)
+        if wrong is not None and not _shows(stacked.old, period):
+            name, layer = stacked.sources[wrong]
+            raise InputError(
+                f"{name}: layer {layer} would be layer {wrong} of the stack, in another phase of {key}: {period}",
+                hint=f"move layers by multiples of {period}, or add a list by layer (layer_types) to config.json",
+            )
+
+
+def _shows(kinds: Sequence[Kind], period: int) -> bool:
+    """Whether the layers of some phase of a period are of kinds that no others are of."""
+    for phase in range(min(period, len(kinds))):
+        inside = {kind for i, kind in enumerate(kinds) if i % period == phase}
+        outside = {kind for i, kind in enumerate(kinds) if i % period != phase}
+        if outside and not inside & outside:
+            return True
+    return False
+
+
+def _shifted(stacked: Stacked, period: int) -> bool:
+    return any((layer - i) % period for i, (_, layer) in enumerate(stacked.sources))
