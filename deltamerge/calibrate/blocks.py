@@ -22,9 +22,18 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.hooks import RemovableHandle
 from torch.utils.checkpoint import checkpoint
 
-from deltamerge.calibrate.skeleton import bodies, checkpoint_names, find_blocks, is_linear, place_buffers, skeleton
+from deltamerge.calibrate.skeleton import (
+    bodies,
+    checkpoint_names,
+    find_blocks,
+    is_linear,
+    is_transposed,
+    place_buffers,
+    skeleton,
+)
 
 T = TypeVar("T")
 Weights = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -66,7 +75,8 @@ class Model:
     """A model of `config.architectures[0]`, whose tensors have the names `names` in the checkpoint.
 
     parts    checkpoint names needed together: parts[0] everything outside blocks, parts[1 + i] block i
-    layers   the linear layers of each part
+    layers   the linear layers of each part;  lookups  the weights of embeddings
+    reached  the linear layers that have seen an input, by the names of their weights
     whole    True where blocks cannot be told apart: then there is one part
     Computes on `device` in `dtype`. InputError: unknown architecture, or a parameter that the checkpoint lacks.
     """
@@ -87,6 +97,8 @@ class Model:
         self.checkpoint_name = checkpoint_names(self.module, names)  # state name -> checkpoint name
         place_buffers(self.module, self.device, set(self.checkpoint_name))
         self.blocks = find_blocks(self.module)
+        self.reached: set[str] = set()
+        self._noting: list[RemovableHandle] = []
         self._chained = False  # until one forward has shown that each block is called once, after the one before
         self._lay_out()
 
@@ -110,13 +122,28 @@ class Model:
         self._prefixes = prefixes
         self.parts = [[self.checkpoint_name[n] for n in part] for part in states]
         self._linears: list[list[tuple[nn.Module, Linear]]] = [[] for _ in states]
+        self.lookups = {
+            self.checkpoint_name[f"{name}.weight"]
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Embedding) and f"{name}.weight" in self.checkpoint_name
+        }
         for name, module in self.module.named_modules():
             weight = f"{name}.weight"
             if is_linear(module) and weight in self.checkpoint_name:  # a tied head is its embedding
                 bias = self.checkpoint_name.get(f"{name}.bias")
-                layer = Linear(self.checkpoint_name[weight], bias, not isinstance(module, nn.Linear))
+                layer = Linear(self.checkpoint_name[weight], bias, is_transposed(module))
                 self._linears[owner.get(weight, 0)].append((module, layer))
         self.layers = [[layer for _, layer in part] for part in self._linears]
+        for handle in self._noting:
+            handle.remove()
+        self._noting = [m.register_forward_pre_hook(self._note(layer)) for part in self._linears for m, layer in part]
+
+    def _note(self, layer: Linear) -> Callable[[nn.Module, Any], None]:
+        def note(module: nn.Module, args: Any) -> None:
+            if _input_of(layer, module, args) is not None:
+                self.reached.add(layer.name)
+
+        return note
 
     @torch.no_grad()
     def run(
@@ -279,7 +306,8 @@ class Model:
         for module, layer in self._linears[part]:
 
             def see(module: nn.Module, args: Any, layer: Linear = layer) -> None:
-                watch.see(layer, args[0], batch)
+                if (x := _input_of(layer, module, args)) is not None:
+                    watch.see(layer, x, batch)
 
             hooks.append(module.register_forward_pre_hook(see))
         try:
@@ -304,6 +332,12 @@ class Model:
         finally:
             for block in self.blocks:
                 del block.__dict__["forward"]
+
+
+def _input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """What a linear layer multiplies, as far as it has rows; None where it is called in a way of its own."""
+    x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
+    return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None
 
 
 class _Stop(Exception):

@@ -107,6 +107,15 @@ class Subject:
         return {layer.name: layer for part in self.model.layers for layer in part if layer.name in self.pairs}
 
     @property
+    def reached(self) -> set[str]:
+        """The linear layers that the rows reach in the fine-tune."""
+        if not self.model.reached:
+            inputs = self.batches["search"].inputs
+            self.count(inputs)
+            self.model.run(inputs, [self.tune], lambda batch, output: None)
+        return self.model.reached
+
+    @property
     def passes(self) -> int:
         """Forward passes over the search rows that all sequences so far amount to."""
         return math.ceil(self.sequences / self.counts[0])
