@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge import reach
+from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import search, statistics
 from deltamerge.calibrate.candidates import Q
 from deltamerge.calibrate.scales import learn, row_shape
@@ -106,7 +106,7 @@ class Searches:
         return [name for name in self.layers if name in found]
 
     def rest(self, own: Collection[str]) -> dict[str, tuple[float, str]]:
-        """Of the pruned tensors without a searched q theirs, and why: 1, or what their method divides by without one."""
+        """Of the pruned tensors without a searched q theirs, and why: 1, or what their method divides by."""
         found = {}
         for pruned in self.spec.pruned:
             name = pruned.stored
@@ -253,10 +253,11 @@ class Searches:
         q = float(start.numbers["q"])
         rows = self.layers if self.spec.scope == "row" else {}
         others = {name: plain for name, (plain, why) in self.rest(self.reached).items() if why != reach.UNSCALED}
-        first: Qs = {p.stored: others.get(p.stored, q) for p in self.spec.pruned}
-        first |= {
-            name: torch.full(row_shape(rows[name], subject.infos[name].shape), first[name]) for name in first if name in rows
-        }
+        first: Qs = {}
+        for name in (pruned.stored for pruned in self.spec.pruned):
+            begin = others.get(name, q)
+            shape = row_shape(rows[name], subject.infos[name].shape) if name in rows else ()
+            first[name] = torch.full(shape, begin) if name in rows else begin
         learned = learn(
             subject.model,
             subject.distribution([*batches, *stop]),

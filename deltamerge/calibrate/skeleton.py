@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from deltamerge.calibrate.foreign import running
 from deltamerge.errors import InputError
 from deltamerge.names import resolve_prefix
 
@@ -39,7 +40,7 @@ def skeleton(config: Any, pad_token_id: int | None) -> Any:
             part.use_cache = False
     if pad_token_id is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id
-    with torch.random.fork_rng(devices=[]), _OnMeta():
+    with running(f"transformers cannot build {name}"), torch.random.fork_rng(devices=[]), _OnMeta():
         model = cls(config)
     return model.requires_grad_(False).train(False)
 

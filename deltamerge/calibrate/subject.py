@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from deltamerge import backends
+from deltamerge.backends import torch_device
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
 from deltamerge.calibrate.blocks import Inputs, Linear, Model, from_reader
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
 from deltamerge.calibrate.data import Reader as Rows
 from deltamerge.calibrate.data import check_new_tokens
+from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.rows import HEADS, Row, select
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.statistics import LayerStatistics
-from deltamerge.errors import InputError
 from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Graph, Node
 from deltamerge.io.checkpoint import Reader, TensorInfo
@@ -73,7 +74,7 @@ class Subject:
         protected: Mapping[str, Node] | None = None,
     ) -> None:
         self.source, self.reader, self.known = source, reader, known or {}
-        self.device = torch.device(source.device)
+        self.device = torch_device(source.device)
         self.infos = {tensor.name: tensor for tensor in source.tensors}
         self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
         self.config = _config(source)
@@ -276,7 +277,5 @@ class Memory:
 def _config(source: Source) -> Any:
     from transformers import AutoConfig
 
-    try:
+    with running("transformers cannot read its config.json"):
         return AutoConfig.from_pretrained(source.checkpoint, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"transformers cannot read its config.json: {str(error).splitlines()[0]}") from None
