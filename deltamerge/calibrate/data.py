@@ -180,4 +180,4 @@ def check_new_tokens(length: int, new_tokens: int, config: Any) -> None:
 
 def _positions(config: Any) -> list[int]:
     found = [getattr(config, key, None) for key in POSITIONS]
-    return [p for p in found if p]
+    return [p for p in found if isinstance(p, int) and p > 0]

@@ -104,7 +104,7 @@ def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
     check_family(config, "picture" if task_of(calibration, config) == "image-classification" else "text")
     if task_of(calibration, config) != "image-classification":
         positions = [config.get(key) for key in POSITIONS]
-        check_length(calibration.length, min((n for n in positions if n), default=calibration.length))
+        check_length(calibration.length, min((n for n in positions if n and n > 0), default=calibration.length))
 
 
 def check_length(length: int, positions: int) -> None:

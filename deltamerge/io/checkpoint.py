@@ -26,6 +26,7 @@ from deltamerge.io.gathered import Gathered
 from deltamerge.io.pieces import Pieces
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
+from deltamerge.io.config_file import read_config
 from deltamerge.io.strict_json import read_json
 from deltamerge.tensors import ITEMSIZE
 
@@ -116,10 +117,10 @@ def open_checkpoint(
         if is_delta(names):
             from deltamerge.io.delta import DeltaFile
 
-            opened, config = DeltaFile.open(path), read_json(path / "config.json")
+            opened, config = DeltaFile.open(path), read_config(path)
             return Checkpoint(reference, path, {}, opened.files, config, revision, hub_id, opened)
         source = weight_source(names)
-        config = read_json(path / "config.json")
+        config = read_config(path)
         weight_map = read_index(path / INDEX) if source == INDEX else None
         shards = [source] if weight_map is None else shards_of(weight_map, names)
         tensors = join({shard: read_header(path / shard) for shard in shards}, weight_map)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from deltamerge.io.files import refuse_link
 
 MAX_BYTES = 100_000_000
 MAX_VALUES = 4_000_000
+SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
@@ -28,6 +30,8 @@ def parse_json(raw: bytes) -> dict[str, Any]:
         raise InputError(f"is not valid JSON: {error}") from error
     if not isinstance(value, dict):
         raise InputError("is not a JSON object")
+    if SURROGATE.search(raw):
+        _refuse_halves(value)
     return value
 
 
@@ -46,6 +50,29 @@ def read_json(path: Path) -> dict[str, Any]:
         if raw.startswith(b"version https://git-lfs"):
             raise InputError("is a git-lfs pointer, not the file", hint="fetch the files with `git lfs pull`")
         return parse_json(raw)
+
+
+def _refuse_halves(table: dict[str, Any]) -> None:
+    """InputError: half a surrogate pair in a text or a key, which no file in UTF-8 can hold."""
+    left: list[tuple[str, Any]] = list(table.items())
+    while left:
+        key, value = left.pop()
+        if not _is_text(key):
+            raise InputError(f"key {key[:80]!a}: half a surrogate pair, which is no text")
+        if isinstance(value, str) and not _is_text(value):
+            raise InputError(f"{key[:80]}: half a surrogate pair, which is no text")
+        if isinstance(value, dict):
+            left += value.items()
+        elif isinstance(value, list):
+            left += ((key, item) for item in value)
+
+
+def _is_text(value: str) -> bool:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
