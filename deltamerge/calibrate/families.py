@@ -20,6 +20,7 @@ GIVEN = {"text": ("input_ids", "texts"), "picture": ("pixel_values", "pictures")
 ALWAYS = frozenset({"self", "attention_mask"})
 # of encoder-decoders: heads whose forward makes the decoder's inputs, or that have no decoder
 ALONE = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "EncoderModel")
+LONGEST = 80
 HINT = "give a number as q, or leave q out: method dare, density 0.1"
 
 
@@ -36,12 +37,14 @@ def check_family(config: Mapping[str, Any], kind: str) -> None:
     architecture = (config.get("architectures") or [None])[0]
     if architecture is None:
         raise InputError("its config.json names no architecture", hint='"architectures": ["LlamaForCausalLM"]')
+    if not architecture.isidentifier():
+        raise InputError(f"its config.json names no class: {architecture[:LONGEST]!a}", hint="correct architectures")
     root = _transformers()
     if root is None:
         return
     if config.get("is_encoder_decoder") is True and not architecture.endswith(ALONE):
         raise InputError(f"{architecture} is an encoder-decoder, and calibration has no decoder inputs", hint=HINT)
-    source = _source(root, architecture, str(config.get("model_type")))
+    source = _source(root, architecture, str(config.get("model_type"))[:LONGEST])
     if source is None:
         raise InputError(f"transformers has no model class {architecture!r}", hint="remote code is never run")
     forward = _forward(source, architecture)

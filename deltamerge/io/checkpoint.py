@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.config_file import read_config
 from deltamerge.io.files import (
     Descriptor,
     Descriptors,
@@ -26,7 +27,6 @@ from deltamerge.io.gathered import Gathered
 from deltamerge.io.pieces import Pieces
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
-from deltamerge.io.config_file import read_config
 from deltamerge.io.strict_json import read_json
 from deltamerge.tensors import ITEMSIZE
 
