@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,9 @@ from deltamerge.errors import InputError
 from deltamerge.graph import Node, depth_first, resolve
 from deltamerge.io.checkpoint import Reader
 from deltamerge.tensors import ITEMSIZE, Tile
+
+if TYPE_CHECKING:
+    import torch
 
 # What `fused.kernels.KERNELS` has; listed here so that planning needs no numba (a test compares the two).
 FUSED_FUNCTIONS = frozenset({
@@ -189,17 +192,21 @@ class FusedLane:
         return value  # type: ignore[no-any-return]  # kernels give host arrays
 
 
+def torch_device(device: str) -> torch.device:
+    """torch's device of that name. InputError: torch sees no such device."""
+    import torch
+
+    kind, _, number = device.partition(":")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices", hint="--device cpu")
+    return torch.device(kind, int(number)) if number else torch.device(kind)
+
+
 class TorchBackend:
     """torch tiles on `device`; on CUDA each lane has pinned buffers and a stream, so lanes overlap copies and math."""
 
     def __init__(self, device: str) -> None:
-        import torch
-
-        self.device = torch.device(device)
-        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
-            raise InputError(
-                f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices", hint="--device cpu"
-            )
+        self.device = torch_device(device)
 
     def lane(self, reader: Reader) -> Lane:
         return TorchLane(reader, self.device)

@@ -15,6 +15,7 @@ from deltamerge.graph import Node
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.front_matter import front_matter as read_front_matter
 from deltamerge.planner import Plan
+from deltamerge.reach import in_words
 from deltamerge.stages import Calibrated
 
 
@@ -82,7 +83,10 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
         )
         for node, spec in plan.specs.items()
     ]
-    explained = "Kept entries of the weights of linear layers are divided by q; other pruned tensors have q = 1."
+    explained = "Kept entries of the weights of linear layers are divided by q; 1-D tensors and embeddings have q = 1."
+    records = [(name, record) for name, record, _ in found]
+    words = [(name, in_words(record.get("not_calibrated", ()))) for name, record in records]
+    explained = " ".join([explained, *(f"{name}: {said}." for name, said in words if said)])
     if any(spec.parts for spec in plan.specs.values()):
         explained = "The merged delta is divided by q: λ is the recipe's over q."
     return ["## Calibration", "", *calibration_table(found), "", explained, ""]

@@ -79,6 +79,14 @@ class Deltas:
                 return a * b
         return number(prune.density, merge)
 
+    def is_masked(self, tuned: Tuned) -> bool:
+        """Whether entries of a tensor's delta are dropped or divided, so that it is not simply whole."""
+        density, prune = self.density(tuned), self.prune_of(tuned)
+        if density is None or density != 1:
+            return density is not None
+        calibrated = isinstance(prune.q, CalibratedQ) and not self.whole_merge
+        return not (calibrated or prune.rescale) and self.plain_q(tuned, density) != 1
+
     def plain_q(self, tuned: Tuned, density: float) -> float:
         """The q of a tensor whose own is not calibrated: the recipe's number, or the method's."""
         prune = self.prune_of(tuned)
@@ -108,9 +116,9 @@ class Deltas:
             return self._restored(tuned, self.nothing(tuned), f" {prune.method} density=0")
         if isinstance(prune.q, CalibratedQ) and not self.whole_merge:
             return self._calibrated(tuned, prune.q, density)
-        q = self.plain_q(tuned, density)
-        if density == 1 and (q == 1 or prune.rescale):
+        if not self.is_masked(tuned):
             return whole, ""
+        q = self.plain_q(tuned, density)
         node, shape = self.masked(tuned, seed), tuned.base.shape
         if prune.rescale:
             if prune.method == "della":
@@ -125,7 +133,7 @@ class Deltas:
 
     def _calibrated(self, tuned: Tuned, q: CalibratedQ, density: float) -> tuple[Node, str]:
         """The masked delta over what the model's stage chose for this tensor."""
-        if density == 1:
+        if not self.is_masked(tuned):
             return self.whole(tuned), ""
         node = self.masked(tuned, self.recipe.seed)
         name, root = self.roots.get(tuned.name, (tuned.name, 1))
@@ -142,6 +150,8 @@ class Deltas:
         key = mask_key(seed, tuned.model.name, merge.name)
         columns, count = self.protected(tuned)
         whole, pair = self._cleared(self.whole(tuned), columns), self._pair(tuned)
+        if density == 1:
+            return whole
         if prune.method == "dare" and prune.sampling == "uniform":
             return self._cleared(self._node(f"{MASKS}:dare", pair, shape, key=key, density=density), columns)
         if prune.method in ("breadcrumbs", "magnitude_outliers"):

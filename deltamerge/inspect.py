@@ -23,8 +23,8 @@ from deltamerge.inputs import Inputs
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.moments import Moments, together
 from deltamerge.pruning import TASK_HEAD
+from deltamerge.reach import EMBEDDING
 from deltamerge.recipe import Recipe, loads
-from deltamerge.stages import EMBEDDING
 from deltamerge.tensors import FLOATING
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)

@@ -23,6 +23,7 @@ from deltamerge.kinship import strangers, swapped
 from deltamerge.lora import own_weights
 from deltamerge.names import numbered_blocks
 from deltamerge.outputs import Output, Outputs
+from deltamerge.reach import in_words
 from deltamerge.recipe import Recipe
 from deltamerge.stages import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.stages import Source, Spec
@@ -202,6 +203,8 @@ def plan(
             for name, deltas in cuts.items()
         ),
     ]
+    specs = [node.parameter("spec") for node in builder.stages]
+    notes += [f"calibration of {s.name}: {words}" for s in specs if (words := in_words(s.not_calibrated))]
     if own is not None:
         notes.append("written as a LoRA adapter: the deltas are the adapter's own A and B")
     elif recipe.output.kind == "peft":

@@ -16,7 +16,7 @@ from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.planner import Plan, plan
 from deltamerge.recipe import Recipe
 
-DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?")
+DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,9})?")
 
 
 def make_plan(path: Path, out: Path | None = None, **options: Any) -> Plan:

@@ -37,31 +37,35 @@ class Preparation:
         """Make the stages of the models whose q is calibrated or whose masks need activations or all their tensors."""
         deltas = self.deltas
         for index, prune in enumerate(deltas.prunes):
-            measured = prune.method == "wanda" or (prune.protect is not None and prune.protect.columns is None)
+            massive = prune.protect is not None and prune.protect.columns is None
+            measured = prune.method == "wanda" or massive
             calibrated = isinstance(prune.q, CalibratedQ) and not deltas.whole_merge
             weighed = prune.budget is not None and deltas.recipe.calibration is not None
             if not (measured or calibrated or weighed or prune.protect or prune.group == "model"):
                 continue
             of_model = (t for merge in merges for t in merge.tunes if t.index == index)
-            pruned = [t for t in of_model if deltas.density(t) not in (None, 0.0, 1.0)]
-            _find_columns(prune, [t.name for t in pruned if has_norm(t.name, t.tensor.shape)])
+            masked = [t for t in of_model if deltas.is_masked(t)]
+            pruned = [t for t in masked if deltas.density(t) not in (0.0, 1.0)]
+            guarded = [t for t in masked if prune.protect and has_norm(t.name, t.tensor.shape)]
+            _find_columns(prune, [t.name for t in guarded])
             if pruned and prune.group == "model":
                 if prune.protect:
                     raise InputError("prune.protect: does not go with group: model yet", hint="group: tensor")
                 deltas.cuts[index] = self._cut(pruned)
-            if not pruned or not (measured or calibrated or weighed):
+            seen = [t for t in masked if t in pruned or (massive and t in guarded)]
+            if not seen or not (measured or calibrated or weighed):
                 continue
-            refuse_gathered(pruned, "leave it out, prune: {exclude: [embed, lm_head]}, or use dare or magnitude")
-            products = factor_pairs(deltas.recipe, pruned)
+            refuse_gathered(seen, "leave it out, prune: {exclude: [embed, lm_head]}, or use dare or magnitude")
+            products = factor_pairs(deltas.recipe, seen)
             if products and isinstance(prune.q, CalibratedQ):
                 self._calibrate_factors(index, prune, prune.q, products)
                 continue
-            source = self._source(pruned[0], [(t.tensor, t.base) for t in pruned])
+            source = self._source(seen[0], [(t.tensor, t.base) for t in seen])
             if weighed:
                 deltas.weighing[index] = deltas.graph.node(f"{STAGE}:activations", kind="small", source=source)
             if measured:
                 deltas.activations[index] = deltas.graph.node(f"{STAGE}:activations", kind="small", source=source)
-            if isinstance(prune.q, CalibratedQ) and calibrated:
+            if pruned and isinstance(prune.q, CalibratedQ) and calibrated:
                 shared = tuple(made[index] for made in (deltas.activations, deltas.cuts) if index in made)
                 spec = self._spec(source, prune, prune.q, pruned, shared)
                 deltas.calibrated[index] = deltas.graph.node(f"{STAGE}:calibrate", shared, kind="small", spec=spec)

@@ -18,6 +18,7 @@ from deltamerge.graph import Node
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.methods import PRUNE
 from deltamerge.names import numbered_blocks
+from deltamerge.reach import EMBEDDING, OTHER, UNSCALED, grouped, is_linear, is_unscaled
 from deltamerge.recipe import CalibratedQ, Calibration
 
 EVALUATIONS = 20
@@ -33,7 +34,6 @@ CACHE_BYTES = 1 << 31
 SPARSE_BELOW = 1 / 3  # of a tensor's entries: then their positions (int64) and values are smaller than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
-EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe)\.|\.(shared|relative_attention_bias)\.")
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
@@ -140,6 +140,15 @@ class Spec:
     def sources(self) -> tuple[Source, ...]:
         return tuple(part.source for part in self.parts) or (self.source,)
 
+    @property
+    def not_calibrated(self) -> list[dict[str, Any]]:
+        """The tensors that the stage gives no q of their own, as names and shapes tell, by pattern, and their q."""
+        if self.parts or self.search == "gradient":
+            return []
+        shapes = ((p, p.masked[0].shape) for p in self.pruned)
+        others = ((p, is_unscaled(p.stored, shape)) for p, shape in shapes if not is_linear(p.stored, shape))
+        return grouped((p.name, 1.0, UNSCALED) if unscaled else (p.name, p.plain, OTHER) for p, unscaled in others)
+
     def describe(self) -> dict[str, Any]:
         """The stage for people and for `--json`."""
         calibration = self.source.calibration
@@ -149,6 +158,7 @@ class Spec:
             "scope": self.scope,
             "search": self.search,
             "tensors": len(self.pruned),
+            "not_calibrated": self.not_calibrated,
             "mask_seeds": self.seeds,
             "sequences": calibration.sequences,
             "length": calibration.length,
@@ -201,7 +211,10 @@ def within(source: Source, limit: int | None, share: int = 1) -> Source:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibrated:
-    """The chosen q's by the tensor's name in the output, without those that are 1; and what a lock says of them."""
+    """The chosen q's by the tensor's name in the output, without those that are 1; and what a lock says of them.
+
+    Those that calibration does not reach have the q of their method without it.
+    """
 
     q: Mapping[str, QValue]
     record: dict[str, Any]

@@ -75,9 +75,9 @@ def batches(architecture: str) -> list[dict[str, torch.Tensor]]:
     return made
 
 
-def image_processor(folder: Path) -> None:
-    """Save one of pictures of 8 by 8; skip the test where transformers (before 5.18) loads none without torchvision."""
-    transformers.ViTImageProcessor(size={"height": 8, "width": 8}).save_pretrained(folder)
+def image_processor(folder: Path, side: int = 8) -> None:
+    """Save one of square pictures; skip the test where transformers (before 5.18) loads none without torchvision."""
+    transformers.ViTImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
     try:
         transformers.AutoImageProcessor.from_pretrained(folder)
     except ImportError as error:

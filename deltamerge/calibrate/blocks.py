@@ -23,8 +23,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
+from torch.utils.hooks import RemovableHandle
 
-from deltamerge.calibrate.skeleton import bodies, checkpoint_names, find_blocks, is_linear, place_buffers, skeleton
+from deltamerge.calibrate.foreign import running
+from deltamerge.calibrate.skeleton import (
+    bodies,
+    checkpoint_names,
+    find_blocks,
+    is_linear,
+    is_transposed,
+    place_buffers,
+    skeleton,
+)
+from deltamerge.calibrate.trace import NotAChain, Stop, Trace
+from deltamerge.errors import InputError
 
 T = TypeVar("T")
 Weights = Callable[[Sequence[str]], Mapping[str, Tensor]]
@@ -66,7 +78,8 @@ class Model:
     """A model of `config.architectures[0]`, whose tensors have the names `names` in the checkpoint.
 
     parts    checkpoint names needed together: parts[0] everything outside blocks, parts[1 + i] block i
-    layers   the linear layers of each part
+    layers   the linear layers of each part;  lookups  the weights of embeddings
+    reached  the linear layers that have seen an input, by the names of their weights
     whole    True where blocks cannot be told apart: then there is one part
     Computes on `device` in `dtype`. InputError: unknown architecture, or a parameter that the checkpoint lacks.
     """
@@ -87,6 +100,8 @@ class Model:
         self.checkpoint_name = checkpoint_names(self.module, names)  # state name -> checkpoint name
         place_buffers(self.module, self.device, set(self.checkpoint_name))
         self.blocks = find_blocks(self.module)
+        self.reached: set[str] = set()
+        self._noting: list[RemovableHandle] = []
         self._chained = False  # until one forward has shown that each block is called once, after the one before
         self._lay_out()
 
@@ -99,6 +114,10 @@ class Model:
         """Whether the model ends at its last hidden state."""
         return bool(self.module.base_model is self.module)
 
+    @property
+    def _cannot_run(self) -> str:
+        return f"transformers cannot run {type(self.module).__name__} on the calibration data"
+
     def _lay_out(self) -> None:
         path = {module: name for name, module in self.module.named_modules()}
         prefixes = [path[block] + "." for block in self.blocks]
@@ -110,13 +129,28 @@ class Model:
         self._prefixes = prefixes
         self.parts = [[self.checkpoint_name[n] for n in part] for part in states]
         self._linears: list[list[tuple[nn.Module, Linear]]] = [[] for _ in states]
+        self.lookups = {
+            self.checkpoint_name[f"{name}.weight"]
+            for name, module in self.module.named_modules()
+            if isinstance(module, nn.Embedding) and f"{name}.weight" in self.checkpoint_name
+        }
         for name, module in self.module.named_modules():
             weight = f"{name}.weight"
             if is_linear(module) and weight in self.checkpoint_name:  # a tied head is its embedding
                 bias = self.checkpoint_name.get(f"{name}.bias")
-                layer = Linear(self.checkpoint_name[weight], bias, not isinstance(module, nn.Linear))
+                layer = Linear(self.checkpoint_name[weight], bias, is_transposed(module))
                 self._linears[owner.get(weight, 0)].append((module, layer))
         self.layers = [[layer for _, layer in part] for part in self._linears]
+        for handle in self._noting:
+            handle.remove()
+        self._noting = [m.register_forward_pre_hook(self._note(layer)) for part in self._linears for m, layer in part]
+
+    def _note(self, layer: Linear) -> Callable[[nn.Module, Any], None]:
+        def note(module: nn.Module, args: Any) -> None:
+            if _input_of(layer, module, args) is not None:
+                self.reached.add(layer.name)
+
+        return note
 
     @torch.no_grad()
     def run(
@@ -135,7 +169,7 @@ class Model:
         if self.blocks:
             try:
                 return self._walk(batches, variants, reduce, watch)
-            except _NotAChain:
+            except NotAChain:
                 self.blocks = ()
                 self._lay_out()
         return [
@@ -165,13 +199,14 @@ class Model:
         ]
 
     def _block(
-        self, i: int, weights: Weights, traces: Sequence[_Trace], outputs: list[Any], watch: Watch | None
+        self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None
     ) -> None:
         """Turn the previous block's output on every batch into block i's; the block's tensors die here."""
         local, shell = self._local(weights, i), _Shell(self.blocks[i])
 
         def step(b: int) -> Any:
-            return functional_call(shell, local, *traces[b].call(i, outputs[b]))
+            with running(self._cannot_run):
+                return functional_call(shell, local, *traces[b].call(i, outputs[b]))
 
         if watch is None:
             for b in range(len(traces)):
@@ -196,15 +231,20 @@ class Model:
 
         return self._watched(0, watch, step, len(batches))
 
-    def _prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[_Trace]:
+    def _prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[Trace]:
         tensors = self._tensors(weights, 0) | self._tensors(weights, 1)
         traces = []
         for inputs in batches:
-            trace = _Trace(self.blocks[0].forward, stop_after=len(self.blocks) if self._chained else None)
-            with self._patched(trace.stub), suppress(_Stop):
-                self._forward(tensors, inputs)
+            trace = Trace(self.blocks[0].forward, stop_after=len(self.blocks) if self._chained else None)
+            try:
+                with self._patched(trace.stub), suppress(Stop):
+                    self._forward(tensors, inputs)
+            except InputError:
+                if self._chained:
+                    raise
+                raise NotAChain from None  # blocks that hand on what a stub does not
             if len(trace.calls) != len(self.blocks):
-                raise _NotAChain
+                raise NotAChain
             self._chained = True
             traces.append(trace)
         return traces
@@ -238,7 +278,8 @@ class Model:
         made = []
         for inputs in prompts:
             placed = {k: self._placed(v) for k, v in inputs.items()}
-            tokens = functional_call(_Generator(self.module), local, (), {**placed, **options})
+            with running(self._cannot_run):
+                tokens = functional_call(_Generator(self.module), local, (), {**placed, **options})
             made.append(tokens[:, placed["input_ids"].shape[1] :].cpu())
         return made
 
@@ -265,10 +306,13 @@ class Model:
         hooks = [body.register_forward_hook(keep) for body in self._bodies]
         try:
             placed = {k: self._placed(v) for k, v in inputs.items()}
-            result = functional_call(self.module, tensors, (), placed)
+            with running(self._cannot_run):
+                result = functional_call(self.module, tensors, (), placed)
         finally:
             for hook in hooks:
                 hook.remove()
+        if not hidden:
+            raise InputError(f"{type(self.module).__name__} gives no hidden state", hint="give a number as q")
         return Output(hidden[-1], getattr(result, "logits", None))
 
     def _watched(self, part: int, watch: Watch | None, step: Callable[[int], T], count: int) -> list[T]:
@@ -279,7 +323,8 @@ class Model:
         for module, layer in self._linears[part]:
 
             def see(module: nn.Module, args: Any, layer: Linear = layer) -> None:
-                watch.see(layer, args[0], batch)
+                if (x := _input_of(layer, module, args)) is not None:
+                    watch.see(layer, x, batch)
 
             hooks.append(module.register_forward_pre_hook(see))
         try:
@@ -306,72 +351,10 @@ class Model:
                 del block.__dict__["forward"]
 
 
-class _Stop(Exception):
-    """Every block has been noted."""
-
-
-class _NotAChain(Exception):
-    """A block's input is not the output of the one before it."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Previous:
-    """Stands for element `index` of the previous block's output."""
-
-    index: int
-
-
-class _Trace:
-    """How the blocks of one forward were called: arguments, with the previous block's output taken out."""
-
-    def __init__(self, first: Callable[..., Any], stop_after: int | None) -> None:
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self.outputs: Any = None
-        self.first, self.stop_after = first, stop_after
-
-    def stub(self, i: int) -> Callable[..., Any]:
-        def forward(*args: Any, **kwargs: Any) -> Any:
-            if len(self.calls) != i:
-                raise _NotAChain
-            if i == 0:
-                self.calls.append((args, kwargs))
-                self.outputs = self.first(*args, **kwargs)
-            else:
-                previous = _elements(self.outputs)
-
-                def note(value: Any) -> Any:
-                    same = (k for k, element in enumerate(previous) if value is element)
-                    return next((_Previous(k) for k in same), value) if isinstance(value, Tensor) else value
-
-                call = tuple(map(note, args)), {key: note(value) for key, value in kwargs.items()}
-                if _Previous(0) not in [v for v in (*call[0], *call[1].values()) if isinstance(v, _Previous)]:
-                    raise _NotAChain
-                self.calls.append(call)
-            if len(self.calls) == self.stop_after:
-                raise _Stop
-            return self.outputs
-
-        return forward
-
-    def left(self, *, again: bool) -> Any:
-        """Block 0's output, which is forgotten here, and its input too unless the block is to run `again`."""
-        outputs, self.outputs = self.outputs, None
-        if not again:
-            self.calls[0] = ((), {})
-        return outputs
-
-    def call(self, i: int, outputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        args, kwargs = self.calls[i]
-        previous = _elements(outputs)
-
-        def fill(value: Any) -> Any:
-            return previous[value.index] if isinstance(value, _Previous) else value
-
-        return tuple(map(fill, args)), {key: fill(value) for key, value in kwargs.items()}
-
-
-def _elements(outputs: Any) -> Sequence[Any]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+def _input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """What a linear layer multiplies, as far as it has rows; None where it is called in a way of its own."""
+    x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
+    return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None
 
 
 class _Shell(nn.Module):

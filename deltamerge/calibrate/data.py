@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deltamerge.calibrate.foreign import reason, running
 from deltamerge.calibrate.rows import Row, class_labels
 from deltamerge.calibrate.split import POSITIONS, check_length
 from deltamerge.errors import InputError
@@ -63,7 +64,7 @@ class Reader:
         """
         if self.processor is not None:
             groups = _groups(rows, size)
-            inputs = [dict(self.processor(images=[_picture(r) for r in g], return_tensors="pt")) for g in groups]
+            inputs = [self._pictures([_picture(row) for row in group]) for group in groups]
         else:
             groups = _groups(self._by_length(rows), size)
             inputs = [self._encode([self._content(row) for row in group]) for group in groups]
@@ -95,6 +96,10 @@ class Reader:
             return f"{row.content} {row.label}"
         return row.content
 
+    def _pictures(self, images: Sequence[Any]) -> dict[str, Tensor]:
+        with running("its image processor cannot take the pictures"):
+            return dict(self.processor(images=images, return_tensors="pt"))
+
     def _by_length(self, rows: Sequence[Row]) -> list[Row]:
         tokens = self._tokenise([self._content(row) for row in rows])["input_ids"]
         return [rows[i] for i in sorted(range(len(rows)), key=lambda i: len(tokens[i]))]
@@ -108,7 +113,8 @@ class Reader:
     def _tokenise(self, contents: Sequence[Any], **options: Any) -> Any:
         pairs = isinstance(contents[0], tuple)
         columns = [list(column) for column in zip(*contents, strict=True)] if pairs else [list(contents)]
-        return self.tokenizer(*columns, truncation=True, max_length=self.length, **options)
+        with running("its tokenizer cannot take the texts"):
+            return self.tokenizer(*columns, truncation=True, max_length=self.length, **options)
 
     def _labels(self, groups: Sequence[Sequence[Row]], inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
         if self.task in ("causal-lm", "text-generation"):
@@ -124,10 +130,8 @@ def _groups(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
 def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(f"{folder}: no usable tokenizer: {_first_line(error)}") from None
+    with running(f"{folder}: no usable tokenizer"):
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if tokenizer.pad_token is None:
         encoder = tokenizer.mask_token is not None or tokenizer.cls_token is not None
         if tokenizer.eos_token is None or encoder:
@@ -139,18 +143,13 @@ def _tokenizer(folder: Path) -> Any:
 def _processor(folder: Path) -> Any:
     from transformers import AutoImageProcessor
 
-    try:
-        load: Any = AutoImageProcessor.from_pretrained
-        return load(folder, local_files_only=True, trust_remote_code=False)
-    except ImportError as error:  # transformers before 5.18 takes torchvision for any
-        hint = "pip install torchvision pillow"
-        raise InputError(f"{folder}: no usable image processor: {_first_line(error)}", hint=hint) from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder}: no usable image processor: {_first_line(error)}") from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    load: Any = AutoImageProcessor.from_pretrained
+    with running(f"{folder}: no usable image processor"):
+        try:
+            return load(folder, local_files_only=True, trust_remote_code=False)
+        except ImportError as error:  # transformers before 5.18 takes torchvision for any
+            hint = "pip install torchvision pillow"
+            raise InputError(f"{folder}: no usable image processor: {reason(error)}", hint=hint) from None
 
 
 def _picture(row: Row) -> Any:
@@ -181,4 +180,4 @@ def check_new_tokens(length: int, new_tokens: int, config: Any) -> None:
 
 def _positions(config: Any) -> list[int]:
     found = [getattr(config, key, None) for key in POSITIONS]
-    return [p for p in found if p]
+    return [p for p in found if isinstance(p, int) and p > 0]

@@ -18,6 +18,7 @@ from torch import Tensor
 from deltamerge.calibrate import agreement
 from deltamerge.calibrate.blocks import Inputs, Model, Output, Weights
 from deltamerge.calibrate.metrics import METRICS, exact_match
+from deltamerge.errors import InputError
 from deltamerge.stages import WALKED
 
 TOP = 5
@@ -108,7 +109,7 @@ class Validation:
 
     def reduce(self, batch: int, output: Output) -> tuple[Any, Any]:
         if output.logits is None:
-            raise ValueError("validation needs a model with a head")
+            raise InputError("validation needs a model with a head", hint="objective: output_change")
         labels = self.labels[batch].to(output.logits.device)
         if self.metric == "loss":
             return _loss(output.logits, labels)
@@ -236,14 +237,14 @@ def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
 def _scores(output: Output, inputs: Inputs) -> Tensor:
     """Logits (sequences, C), or (real tokens, V) of a language model."""
     if output.logits is None:
-        raise ValueError("the model has no head")
+        raise InputError("the model gives no logits", hint="give a number as q")
     return _tokens(output.logits, inputs) if per_token(output.logits) else output.logits
 
 
 def _logits(output: Output) -> Any:
     """(B, C) float64 on the host."""
     if output.logits is None:
-        raise ValueError("the model has no head")
+        raise InputError("the model gives no logits", hint="give a number as q")
     return output.logits.detach().to("cpu", torch.float64).numpy()
 
 

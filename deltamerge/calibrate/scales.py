@@ -25,12 +25,14 @@ class Learned:
 
     path    (step, held-out loss) each time it was taken, step 0 being the start;  step  the one chosen
     steps   how many were taken: each is three forward passes (forward, again from the checkpoints, backward)
+    reached   the tensors that the output depends on: the others keep what they started from
     """
 
     q: dict[str, Tensor]
     step: int
     path: tuple[tuple[int, float], ...]
     steps: int
+    reached: frozenset[str]
 
 
 def learn(
@@ -69,6 +71,7 @@ def learn(
         return subset.value(model.run(subset.batches, [weights], subset.reduce)[0])
 
     path = [(0, look())]
+    reached: set[str] = set()
     best, smallest, kept, worse, taken = 0, path[0][1], _copy(logs), 0, 0
     for step in range(1, steps + 1):
         optimiser.zero_grad()
@@ -77,6 +80,7 @@ def learn(
         for batch in group:
             total, _ = objective.loss(batch, model.differentiable(objective.batches[batch], weights))
             (total / count).backward()  # type: ignore[no-untyped-call]  # torch
+        reached |= {name for name, log in logs.items() if log.grad is not None}
         optimiser.step()
         with torch.no_grad():
             for log in logs.values():
@@ -91,7 +95,7 @@ def learn(
             worse += 1
             if worse >= patience:
                 break
-    return Learned(kept, best, tuple(path), taken)
+    return Learned(kept, best, tuple(path), taken, frozenset(reached))
 
 
 def row_shape(layer: Linear, shape: Sequence[int]) -> tuple[int, int]:

@@ -1,12 +1,14 @@
 """The ways to choose a fine-tune's q's: one number searched, one per layer or row, closed forms, learned scales.
 
-A calibrated q is applied to the weights of linear layers; other pruned tensors (1-D, embeddings) keep q = 1, which
-measures better than to rescale them too (docs/calibration.md). Only learned scales are given to all pruned tensors.
+A calibrated q is applied to the weights of linear layers that the data reaches; 1-D tensors and embeddings keep q = 1,
+which measures better than to rescale them too (docs/calibration.md). Every other pruned tensor, such as experts stacked
+in three dimensions, is divided as its method divides without calibration. Learned scales are given to all pruned
+tensors that the output depends on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -14,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from deltamerge import reach
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import search, statistics
 from deltamerge.calibrate.candidates import Q
@@ -34,12 +37,16 @@ LOWEST = 0.01
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """q's by the fine-tune's names, their objective, the searched numbers by name; `edge`: on a bound of the search."""
+    """q's by the fine-tune's names, their objective, the searched numbers by name; `edge`: on a bound of the search.
+
+    `own`: the tensors whose q was searched for them; the others have it from `Searches.rest`.
+    """
 
     q: Qs
     value: float
     numbers: dict[str, float | str]
     edge: bool = False
+    own: frozenset[str] = frozenset()
 
     @property
     def label(self) -> str:
@@ -89,6 +96,41 @@ class Searches:
         self.path: Path = []
         self.passed: list[Found] = []
 
+    @cached_property
+    def reached(self) -> list[str]:
+        """The layers that the rows reach."""
+        _ = self.objective
+        found = self.subject.reached & self.layers.keys()
+        if not found:
+            raise InputError("no pruned linear layer was reached by the calibration data")
+        return [name for name in self.layers if name in found]
+
+    def rest(self, own: Collection[str]) -> dict[str, tuple[float, str]]:
+        """Of the pruned tensors without a searched q theirs, and why: 1, or what their method divides by."""
+        found = {}
+        for pruned in self.spec.pruned:
+            name = pruned.stored
+            if name in own:
+                continue
+            if name in self.layers:
+                found[name] = pruned.plain, reach.UNSEEN
+            elif name in self.subject.model.lookups or reach.is_unscaled(name, self.subject.infos[name].shape):
+                found[name] = 1.0, reach.UNSCALED
+            else:
+                found[name] = pruned.plain, reach.OTHER
+        return found
+
+    def not_calibrated(self, found: Found) -> list[dict[str, Any]]:
+        """What a lock says of the tensors without a searched q."""
+        names = {pruned.stored: pruned.name for pruned in self.spec.pruned}
+        return reach.grouped((names[name], q, why) for name, (q, why) in self.rest(found.own).items())
+
+    def _whole(self, own: Qs) -> Qs:
+        return {name: q for name, (q, _) in self.rest(own).items()} | own
+
+    def _found(self, own: Qs, value: float, numbers: dict[str, float | str], edge: bool = False) -> Found:
+        return Found(self._whole(own), value, numbers, edge, frozenset(own))
+
     def run(self) -> list[Found]:
         """The candidates, the smallest objective first but for learned scales, which come before their start."""
         if self.objective is None:
@@ -115,7 +157,7 @@ class Searches:
 
     def _global(self) -> list[Found]:
         low, high = self._bounds(min(self.density.values()), 1.0)
-        return self._minimise("q", lambda q: dict.fromkeys(self.layers, q), low, high)
+        return self._minimise("q", lambda q: dict.fromkeys(self.reached, q), low, high)
 
     def _minimise(
         self, name: str, qs: Callable[[float], Qs], low: float, high: float, family: str | None = None
@@ -125,7 +167,7 @@ class Searches:
         assert objective is not None
 
         def evaluate(points: Sequence[float]) -> list[float]:
-            return self.subject.values(objective, [qs(point) for point in points])
+            return self.subject.values(objective, [self._whole(qs(point)) for point in points])
 
         if self.spec.search == "grid" and name == "q":
             found = search.grid(evaluate, low, high, step=grid_step(low))
@@ -139,8 +181,8 @@ class Searches:
         if name == "q" and self.spec.objective == "output_change" and self.spec.search != "gradient":
             known = {x for x, _, _ in short}
             points = [point for point in passed(found, low, high) if point[0] not in known]
-            self.passed = [Found(qs(rounded(x)), value, {name: rounded(x)}) for x, value in points]
-        return [Found(qs(rounded(x)), value, {**named, name: rounded(x)}, edge) for x, value, edge in short]
+            self.passed = [self._found(qs(rounded(x)), value, {name: rounded(x)}) for x, value in points]
+        return [self._found(qs(rounded(x)), value, {**named, name: rounded(x)}, edge) for x, value, edge in short]
 
     def _bounds(self, low: float, high: float) -> tuple[float, float]:
         return self.spec.bounds or (low, high)
@@ -188,10 +230,10 @@ class Searches:
             ]
             power, cross = (float(sum(column)) for column in zip(*parts, strict=True)) if parts else (0.0, 0.0)
             q = power / cross if cross > 0.0 and power > 0.0 else 1.0
-            qs: Qs = dict.fromkeys(self.layers, rounded(float(np.clip(q, low, high))))
+            qs: Qs = dict.fromkeys(self.reached, rounded(float(np.clip(q, low, high))))
         else:
             qs = {name: self._shaped(name, np.clip(self._exact(s), low, high)) for name, s in layers.items()}
-        return [Found(qs, _layer_error(layers, qs), {"family": "closed form"})]
+        return [self._found(qs, _layer_error(layers, qs), {"family": "closed form"})]
 
     def _exact(self, layer: LayerStatistics) -> float | Vector:
         return statistics.drawn_rows(layer) if self.spec.scope == "row" else statistics.drawn(layer) or 1.0
@@ -210,10 +252,12 @@ class Searches:
         start = self._agreeing(starts, stop)
         q = float(start.numbers["q"])
         rows = self.layers if self.spec.scope == "row" else {}
-        first: Qs = {
-            p.stored: torch.full(row_shape(rows[p.stored], subject.infos[p.stored].shape), q) if p.stored in rows else q
-            for p in self.spec.pruned
-        }
+        others = {name: plain for name, (plain, why) in self.rest(self.reached).items() if why != reach.UNSCALED}
+        first: Qs = {}
+        for name in (pruned.stored for pruned in self.spec.pruned):
+            begin = others.get(name, q)
+            shape = row_shape(rows[name], subject.infos[name].shape) if name in rows else ()
+            first[name] = torch.full(shape, begin) if name in rows else begin
         learned = learn(
             subject.model,
             subject.distribution([*batches, *stop]),
@@ -228,10 +272,10 @@ class Searches:
         subject.count(stop, len(learned.path))
         for step in range(learned.steps):
             subject.count([batches[b] for b in groups[step % len(groups)]], 3)
-        qs = {n: value if value.dim() else rounded(float(value)) for n, value in learned.q.items()}
+        qs = {n: q if q.dim() else rounded(float(q)) for n, q in learned.q.items() if n in learned.reached}
         self.path += [["step", step, rounded(loss)] for step, loss in learned.path]
         numbers: dict[str, float | str] = {"family": "learned", "step": float(learned.step), "from q": q}
-        return [Found(qs, self.value(qs), numbers), *starts]
+        return [self._found(qs, self.value(self._whole(qs)), numbers), *starts]
 
     def _agreeing(self, found: Sequence[Found], inputs: Sequence[Mapping[str, torch.Tensor]]) -> Found:
         """Of several minima the one whose predictions are nearest to the fine-tune's."""

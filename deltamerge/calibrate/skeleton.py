@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from deltamerge.calibrate.foreign import running
 from deltamerge.errors import InputError
 from deltamerge.names import resolve_prefix
 
@@ -34,10 +35,12 @@ def skeleton(config: Any, pad_token_id: int | None) -> Any:
             f"transformers {transformers.__version__} has no model class {name!r}", hint="remote code is never run"
         )
     config = copy.deepcopy(config)
-    config.use_cache = False
+    for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))):
+        if part is not None:  # a cache that is kept would see a block's inputs twice
+            part.use_cache = False
     if pad_token_id is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id
-    with torch.random.fork_rng(devices=[]), _OnMeta():
+    with running(f"transformers cannot build {name}"), torch.random.fork_rng(devices=[]), _OnMeta():
         model = cls(config)
     return model.requires_grad_(False).train(False)
 
@@ -132,6 +135,18 @@ def bodies(model: Any) -> list[nn.Module]:
 
 
 def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, a router of experts included: a matrix, and at most a bias, of its own."""
+    if isinstance(module, nn.Linear) or is_transposed(module):
+        return True
+    own = dict(module.named_parameters())
+    weight, bias = own.pop("weight", None), own.pop("bias", None)
+    if own or weight is None or weight.dim() != 2 or isinstance(module, nn.Embedding):
+        return False
+    return bias is None or bias.shape == weight.shape[:1]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module is a linear layer whose weight is stored (in, out)."""
     from transformers.pytorch_utils import Conv1D
 
-    return isinstance(module, nn.Linear | Conv1D)
+    return isinstance(module, Conv1D)

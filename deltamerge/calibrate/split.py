@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.calibrate import rows as data
+from deltamerge.calibrate.families import check_family
 from deltamerge.calibrate.rows import HEADS, Row, check_head, class_labels
 from deltamerge.errors import InputError
 from deltamerge.recipe import Calibration
@@ -100,9 +101,10 @@ def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
     heads = [head for some in HEADS.values() for head in some]
     if calibration.task is not None and any(map(architecture.endswith, heads)):
         check_head(config, calibration.task)
+    check_family(config, "picture" if task_of(calibration, config) == "image-classification" else "text")
     if task_of(calibration, config) != "image-classification":
         positions = [config.get(key) for key in POSITIONS]
-        check_length(calibration.length, min((n for n in positions if n), default=calibration.length))
+        check_length(calibration.length, min((n for n in positions if n and n > 0), default=calibration.length))
 
 
 def check_length(length: int, positions: int) -> None:

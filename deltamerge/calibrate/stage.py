@@ -60,6 +60,8 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
             "forward_passes": subject.passes,
             "path": searches.path,
         }
+        if chosen is not None and (left := searches.not_calibrated(chosen)):
+            record["not_calibrated"] = left
         names = {p.stored: p.name for p in spec.pruned}
         return Calibrated(_output(plain if chosen is None else chosen.q, names), record)
 

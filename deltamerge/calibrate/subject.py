@@ -13,16 +13,17 @@ import torch
 from torch import Tensor
 
 from deltamerge import backends
+from deltamerge.backends import torch_device
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
 from deltamerge.calibrate.blocks import Inputs, Linear, Model, from_reader
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
 from deltamerge.calibrate.data import Reader as Rows
 from deltamerge.calibrate.data import check_new_tokens
+from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.rows import HEADS, Row, select
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.statistics import LayerStatistics
-from deltamerge.errors import InputError
 from deltamerge.execute import Task, default_workers, execute, shared_values
 from deltamerge.graph import Graph, Node
 from deltamerge.io.checkpoint import Reader, TensorInfo
@@ -73,7 +74,7 @@ class Subject:
         protected: Mapping[str, Node] | None = None,
     ) -> None:
         self.source, self.reader, self.known = source, reader, known or {}
-        self.device = torch.device(source.device)
+        self.device = torch_device(source.device)
         self.infos = {tensor.name: tensor for tensor in source.tensors}
         self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
         self.config = _config(source)
@@ -105,6 +106,15 @@ class Subject:
     def layers(self) -> dict[str, Linear]:
         """The linear layers with a pruned weight: what a calibrated q is applied to."""
         return {layer.name: layer for part in self.model.layers for layer in part if layer.name in self.pairs}
+
+    @property
+    def reached(self) -> set[str]:
+        """The linear layers that the rows reach in the fine-tune."""
+        if not self.model.reached:
+            inputs = self.batches["search"].inputs
+            self.count(inputs)
+            self.model.run(inputs, [self.tune], lambda batch, output: None)
+        return self.model.reached
 
     @property
     def passes(self) -> int:
@@ -267,7 +277,5 @@ class Memory:
 def _config(source: Source) -> Any:
     from transformers import AutoConfig
 
-    try:
+    with running("transformers cannot read its config.json"):
         return AutoConfig.from_pretrained(source.checkpoint, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise InputError(f"transformers cannot read its config.json: {str(error).splitlines()[0]}") from None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.config_file import read_config
 from deltamerge.io.files import (
     Descriptor,
     Descriptors,
@@ -120,10 +121,10 @@ def open_checkpoint(
         if is_delta(names):
             from deltamerge.io.delta import DeltaFile
 
-            opened, config = DeltaFile.open(path), read_json(path / "config.json")
+            opened, config = DeltaFile.open(path), read_config(path)
             return Checkpoint(reference, path, {}, opened.files, config, revision, hub_id, opened)
         source = weight_source(names)
-        config = read_json(path / "config.json")
+        config = read_config(path)
         weight_map = read_index(path / INDEX) if source == INDEX else None
         shards = [source] if weight_map is None else shards_of(weight_map, names)
         tensors = join({shard: read_header(path / shard) for shard in shards}, weight_map)

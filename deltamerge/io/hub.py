@@ -27,6 +27,8 @@ from deltamerge.io.checkpoint import (
 )
 from deltamerge.io.hub_answers import listing, range_header
 from deltamerge.io.hub_guard import COMMIT, NETWORK, Bounds, within
+from deltamerge.io.config_file import read_config
+from deltamerge.io.safetensors_file import PREFIX, Header, header_length, parse_header, read_header
 from deltamerge.io.strict_json import read_json
 
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
@@ -235,7 +237,7 @@ def _describe(reference: str, hub_id: str, revision: str | None, weights: bool) 
         headers = pool.map(lambda shard: range_header(hub_id, commit, snapshot / shard), shards)
     tensors = join(dict(zip(shards, headers, strict=True)), weight_map)
     files = tuple(snapshot / shard for shard in shards)
-    return Checkpoint(reference, snapshot, tensors, files, read_json(snapshot / "config.json"), commit, hub_id)
+    return Checkpoint(reference, snapshot, tensors, files, read_config(snapshot), commit, hub_id)
 
 
 def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = ()) -> Path:

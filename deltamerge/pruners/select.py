@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.tensors import Tile, block_elements
+from deltamerge.ops import densify
+from deltamerge.tensors import Kept, Tile, block_elements
 
 if TYPE_CHECKING:
     import torch
@@ -328,7 +329,7 @@ def keep_between(
 
 
 def keep_where(
-    delta: torch.Tensor,
+    delta: torch.Tensor | Kept,
     score: torch.Tensor,
     cut: Cut,
     ranks: Counts,
@@ -336,6 +337,7 @@ def keep_where(
     tile: Tile,
 ) -> torch.Tensor:
     """Δ where the magnitude of its score is among the k largest of the tensor, else 0."""
+    delta = densify(delta, tile.size)
     return delta.where(among_largest(score, cut, ranks, tile), delta.new_zeros(()))
 
 

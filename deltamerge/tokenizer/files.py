@@ -9,6 +9,7 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, Tokens
+from deltamerge.io.config_file import kind
 from deltamerge.io.files import refuse_link
 from deltamerge.io.hub import fetch
 from deltamerge.io.strict_json import read_json
@@ -20,6 +21,7 @@ OTHERS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", *SLOW)
 MATCHING = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 Entry = dict[str, Any]
+MOST_TOKENS = 1 << 24  # arrays of a vocabulary are as long as its largest id
 
 
 def fetched(checkpoint: Checkpoint, *, whole: bool = False) -> Path:
@@ -47,9 +49,12 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
         with errors.context(TOKENIZER):
             ids = _plain(whole)
             plain = len(ids)
-            added = {str(entry.get("content")): entry for entry in whole.get("added_tokens") or ()}
+            added = _added(whole)
             ids |= {content: _id(entry.get("id"), content) for content, entry in added.items()}
-        for content, entry in _declared(tokenizer_config(folder)):
+        config = tokenizer_config(folder)
+        with errors.context(CONFIG):
+            declared = list(_declared(config))
+        for content, entry in declared:
             if content not in added:
                 ids.setdefault(content, _next(plain, ids, added))
                 added[content] = entry | {"content": content}
@@ -64,14 +69,28 @@ def _plain(whole: dict[str, Any]) -> dict[str, int]:
     model = whole.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):
-        return {str(entry[0]): i for i, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+        for i, entry in enumerate(vocab):
+            if not (isinstance(entry, list) and entry and isinstance(entry[0], str)):
+                raise InputError(f"model.vocab: entry {i} must be a list of a token and its score")
+        return {entry[0]: i for i, entry in enumerate(vocab)}
     if not isinstance(vocab, dict):
         raise InputError("has no vocabulary")
     return {token: _id(index, token) for token, index in vocab.items()}
 
 
+def _added(whole: dict[str, Any]) -> dict[str, Entry]:
+    """The added tokens, by their text."""
+    listed = whole.get("added_tokens") or []
+    if not isinstance(listed, list):
+        raise InputError(f"added_tokens must be a list, got {kind(listed)}")
+    for i, entry in enumerate(listed):
+        if not (isinstance(entry, dict) and isinstance(entry.get("content"), str)):
+            raise InputError(f"added_tokens: entry {i} must be an object with a text as content")
+    return {entry["content"]: entry for entry in listed}
+
+
 def _id(value: Any, token: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < MOST_TOKENS:
         raise InputError(f"token {token[:40]!r} has no valid id")
     return value
 
@@ -85,12 +104,14 @@ def _declared(config: dict[str, Any]) -> Iterator[tuple[str, Entry]]:
     """Tokens that transformers adds when it loads tokenizer_config.json, as it orders them."""
     decoder = config.get("added_tokens_decoder")
     if isinstance(decoder, dict):
-        for key in sorted((key for key in decoder if str(key).isdecimal()), key=int):
+        for key in sorted((key for key in decoder if key.isdecimal() and len(key) < 10), key=int):
             if isinstance(entry := decoder[key], dict) and isinstance(entry.get("content"), str):
                 yield entry["content"], entry
     named = [value for key, value in config.items() if key.endswith("_token")]
     for key in ("additional_special_tokens", "extra_special_tokens"):
         more = config.get(key) or ()
+        if not isinstance(more, list | dict | tuple):
+            raise InputError(f"{key} must be a list of tokens, got {kind(more)}")
         named += more.values() if isinstance(more, dict) else more
     for value in named:
         if isinstance(value, str) and value:

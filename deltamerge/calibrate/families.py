@@ -1,0 +1,111 @@
+"""Which models calibration can run, told by config.json and by transformers' source, which is read and never run.
+
+Calibration gives texts (`input_ids`) or pictures (`pixel_values`), and nothing else.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from deltamerge.errors import InputError
+
+GIVEN = {"text": ("input_ids", "texts"), "picture": ("pixel_values", "pictures")}
+ALWAYS = frozenset({"self", "attention_mask"})
+# of encoder-decoders: heads whose forward makes the decoder's inputs, or that have no decoder
+ALONE = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "EncoderModel")
+LONGEST = 80
+HINT = "give a number as q, or leave q out: method dare, density 0.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """The parameters of a model's forward, and those without a default."""
+
+    names: tuple[str, ...]
+    needed: frozenset[str]
+
+
+def check_family(config: Mapping[str, Any], kind: str) -> None:
+    """InputError: a model that texts, or pictures, alone do not run; `kind` is "text" or "picture"."""
+    architecture = (config.get("architectures") or [None])[0]
+    if architecture is None:
+        raise InputError("its config.json names no architecture", hint='"architectures": ["LlamaForCausalLM"]')
+    if not architecture.isidentifier():
+        raise InputError(f"its config.json names no class: {architecture[:LONGEST]!a}", hint="correct architectures")
+    root = _transformers()
+    if root is None:
+        return
+    if config.get("is_encoder_decoder") is True and not architecture.endswith(ALONE):
+        raise InputError(f"{architecture} is an encoder-decoder, and calibration has no decoder inputs", hint=HINT)
+    source = _source(root, architecture, str(config.get("model_type"))[:LONGEST])
+    if source is None:
+        raise InputError(f"transformers has no model class {architecture!r}", hint="remote code is never run")
+    forward = _forward(source, architecture)
+    if forward is None:
+        return
+    given, word = GIVEN[kind]
+    if "return_loss" in forward.names:
+        raise InputError(f"{architecture} has two towers, and calibration gives {word} alone", hint=HINT)
+    if given not in forward.names:
+        takes = next((name for name in forward.names if name not in ALWAYS), "nothing")
+        other = "set calibration.task: image-classification, and give pictures" if takes == "pixel_values" else HINT
+        raise InputError(f"{architecture} takes {takes}, and calibration gives {word}", hint=other)
+    if lacking := sorted(forward.needed - ALWAYS - {given}):
+        raise InputError(f"{architecture} needs {', '.join(lacking)}, and calibration gives {word} alone", hint=HINT)
+
+
+@cache
+def _transformers() -> Path | None:
+    """The folder of transformers' models; None where it is not installed."""
+    spec = importlib.util.find_spec("transformers")
+    found = Path(spec.origin).parent / "models" if spec is not None and spec.origin else None
+    return found if found is not None and found.is_dir() else None
+
+
+@cache
+def _source(root: Path, architecture: str, model_type: str) -> str | None:
+    """The text of the module that defines a class: of the model's type, or of any; None where there is none."""
+    wanted = re.compile(rf"^class {re.escape(architecture)}\(", re.MULTILINE)
+    for path in _modules(root, model_type):
+        text = path.read_text(encoding="utf-8")
+        if wanted.search(text):
+            return text
+    return None
+
+
+def _modules(root: Path, model_type: str) -> Iterator[Path]:
+    """Modules with models: first those of the type's own folder and of folders whose name it begins with."""
+    parts = re.sub(r"[^a-z0-9]+", "_", model_type.lower()).split("_")
+    near = ["_".join(parts[:n]) for n in range(len(parts), 0, -1)]
+    for name in near:
+        yield from sorted((root / name).glob("modeling_*.py"))
+    yield from sorted(path for path in root.glob("*/modeling_*.py") if path.parent.name not in near)
+
+
+@cache
+def _forward(source: str, architecture: str) -> Forward | None:
+    """What the forward of a class takes; None where it is inherited from another module."""
+    classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
+    name: str | None = architecture
+    seen: set[str] = set()
+    while name is not None and name in classes and name not in seen:
+        seen.add(name)
+        for item in classes[name].body:
+            if isinstance(item, ast.FunctionDef) and item.name == "forward":
+                return _parameters(item.args)
+        name = next((base.id for base in classes[name].bases if isinstance(base, ast.Name)), None)
+    return None
+
+
+def _parameters(args: ast.arguments) -> Forward:
+    names = [arg.arg for arg in (*args.posonlyargs, *args.args)]
+    needed = {*names[: len(names) - len(args.defaults)]}
+    needed |= {arg.arg for arg, default in zip(args.kwonlyargs, args.kw_defaults, strict=True) if default is None}
+    return Forward((*names, *(arg.arg for arg in args.kwonlyargs)), frozenset(needed))

@@ -1,0 +1,39 @@
+"""Other people's code in a calibration: what it raises says that this model or its files cannot be used, and why."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from deltamerge.errors import DeltamergeError, InputError
+
+OWN = Path(__file__).resolve().parents[1]
+LONGEST = 200
+
+
+@contextmanager
+def running(what: str, hint: str | None = None) -> Iterator[None]:
+    """Turn an error of code that is not deltamerge's into an InputError that begins with `what`."""
+    try:
+        yield
+    except (DeltamergeError, MemoryError):
+        raise
+    except Exception as error:
+        if is_own(error):
+            raise
+        raise InputError(f"{what}: {reason(error)}", hint=hint) from error
+
+
+def is_own(error: Exception) -> bool:
+    """Whether an error was raised by deltamerge's own code, and not by what it called."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(OWN)
+
+
+def reason(error: Exception) -> str:
+    """An error in one line."""
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    shown = first if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {first}"
+    return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"

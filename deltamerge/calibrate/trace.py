@@ -1,0 +1,77 @@
+"""How a model calls its blocks: one forward with stubs in their place, of which each notes its arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+class Stop(Exception):
+    """Every block has been noted."""
+
+
+class NotAChain(Exception):
+    """A block's input is not the output of the one before it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Previous:
+    """Stands for element `index` of the previous block's output."""
+
+    index: int
+
+
+class Trace:
+    """How the blocks of one forward were called: arguments, with the previous block's output taken out."""
+
+    def __init__(self, first: Callable[..., Any], stop_after: int | None) -> None:
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.outputs: Any = None
+        self.first, self.stop_after = first, stop_after
+
+    def stub(self, i: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if len(self.calls) != i:
+                raise NotAChain
+            if i == 0:
+                self.calls.append((args, kwargs))
+                self.outputs = self.first(*args, **kwargs)
+            else:
+                previous = _elements(self.outputs)
+
+                def note(value: Any) -> Any:
+                    same = (k for k, element in enumerate(previous) if value is element)
+                    return next((_Previous(k) for k in same), value) if isinstance(value, Tensor) else value
+
+                call = tuple(map(note, args)), {key: note(value) for key, value in kwargs.items()}
+                if _Previous(0) not in [v for v in (*call[0], *call[1].values()) if isinstance(v, _Previous)]:
+                    raise NotAChain
+                self.calls.append(call)
+            if len(self.calls) == self.stop_after:
+                raise Stop
+            return self.outputs
+
+        return forward
+
+    def left(self, *, again: bool) -> Any:
+        """Block 0's output, which is forgotten here, and its input too unless the block is to run `again`."""
+        outputs, self.outputs = self.outputs, None
+        if not again:
+            self.calls[0] = ((), {})
+        return outputs
+
+    def call(self, i: int, outputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        args, kwargs = self.calls[i]
+        previous = _elements(outputs)
+
+        def fill(value: Any) -> Any:
+            return previous[value.index] if isinstance(value, _Previous) else value
+
+        return tuple(map(fill, args)), {key: fill(value) for key, value in kwargs.items()}
+
+
+def _elements(outputs: Any) -> Sequence[Any]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

@@ -1,0 +1,83 @@
+"""config.json as deltamerge reads it: the keys that it looks at have the types that transformers writes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from deltamerge.errors import InputError, context
+from deltamerge.io.strict_json import read_json
+
+CONFIG = "config.json"
+LONGEST = 80
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The config.json in `folder`. InputError: none, no JSON, or a key of another type."""
+    config = read_json(folder / CONFIG)
+    with context(CONFIG):
+        check_config(config)
+    return config
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """InputError: a key that is looked at has a value of another type; null stands for a key that is not there."""
+    for key, (is_right, wanted) in KEYS.items():
+        value = config.get(key)
+        if value is not None and not is_right(value):
+            raise InputError(f"{key} must be {wanted}, got {kind(value)}")
+    for name, value in (config.get("label2id") or {}).items():
+        if not _counts(value):
+            raise InputError(f"label2id: {name[:LONGEST]!r} must be an integer, got {kind(value)}")
+    for key, value in config.items():
+        if key.endswith("_config") and isinstance(value, dict):
+            with context(key[:LONGEST]):
+                for inner in ("vocab_size", "model_type", "tie_word_embeddings"):
+                    is_right, wanted = KEYS[inner]
+                    if value.get(inner) is not None and not is_right(value[inner]):
+                        raise InputError(f"{inner} must be {wanted}, got {kind(value[inner])}")
+
+
+def kind(value: Any) -> str:
+    """The type of a JSON value in words."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    names = {str: "text", dict: "an object", list: "a list", int: "a number", float: "a number"}
+    return names.get(type(value), "null")
+
+
+def _is(*kinds: type) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, kinds) and not (isinstance(value, bool) and bool not in kinds)
+
+
+def _texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+def _counts(value: Any) -> bool:
+    """Whether a value counts something: an integer, or its digits."""
+    if isinstance(value, str):
+        return value.isdecimal() and len(value) < 10
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+Check = tuple[Callable[[Any], bool], str]
+INTEGER: Check = (_is(int), "an integer")
+NUMBER: Check = (_is(int, float), "a number")
+TEXT: Check = (_is(str), "text")
+OBJECT: Check = (_is(dict), "an object")
+FLAG: Check = (_is(bool), "true or false")
+KEYS: Mapping[str, Check] = {
+    "architectures": (_texts, "a list of texts"),
+    "model_type": TEXT,
+    "problem_type": TEXT,
+    "vocab_size": INTEGER,
+    "num_labels": INTEGER,
+    "id2label": OBJECT,
+    "label2id": OBJECT,
+    "max_position_embeddings": NUMBER,
+    "n_positions": NUMBER,
+    "tie_word_embeddings": FLAG,
+    "is_encoder_decoder": FLAG,
+}

@@ -1,0 +1,48 @@
+"""Which pruned tensors a calibrated q divides: weights of linear layers. What the others are divided by, and who says.
+
+Names and shapes tell it before anything runs; a run, which sees what the data reaches, has the last word.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe)\.|\.(shared|relative_attention_bias)\.")
+NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
+UNSCALED = "vectors and embeddings are not rescaled"
+OTHER = "no weight of a linear layer"
+UNSEEN = "a linear layer that no row reached"
+SHOWN = 8
+
+
+def is_unscaled(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a tensor keeps q = 1 beside calibrated weights, which measures better: 1-D, or rows that are looked up.
+
+    Sides of 1 do not count beyond matrices: a class token (1, 1, n) is a vector.
+    """
+    sides = len(shape) if len(shape) < 3 else sum(side != 1 for side in shape)
+    return sides < 2 or (sides == 2 and EMBEDDING.search(name) is not None)
+
+
+def is_linear(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether name and shape are those of a linear layer's weight."""
+    return len(shape) == 2 and name.endswith("weight") and not is_unscaled(name, shape)
+
+
+def grouped(left: Iterable[tuple[str, float, str]]) -> list[dict[str, Any]]:
+    """(name, q, why) of tensors without a calibrated q, those that differ in their numbers alone as one pattern."""
+    found: dict[tuple[str, float, str], int] = {}
+    for name, q, why in left:
+        key = NUMBER.sub(r"\1*", name), q, why
+        found[key] = found.get(key, 0) + 1
+    return [{"tensors": pattern, "count": n, "q": q, "why": why} for (pattern, q, why), n in found.items()]
+
+
+def in_words(groups: Iterable[dict[str, Any]]) -> str:
+    """Groups of tensors that are divided as without calibration, for people; "" where there are none."""
+    some = [group for group in groups if group["why"] != UNSCALED]
+    shown = [f"{g['count']} × {g['tensors']} (q = {g['q']:.4g}: {g['why']})" for g in some[:SHOWN]]
+    more = f", and {len(some) - SHOWN} more patterns" if len(some) > SHOWN else ""
+    return f"not calibrated, divided as without calibration: {', '.join(shown)}{more}" if shown else ""

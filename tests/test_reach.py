@@ -1,0 +1,187 @@
+"""What a calibrated q divides, and what happens to the rest: experts stacked in one tensor keep their delta's mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from conftest import load_tensors, write_tokenizer
+from test_stage import rows
+
+from deltamerge.plans import make_plan
+from deltamerge.reach import is_linear, is_unscaled
+from deltamerge.runner import run
+from deltamerge.show import render_plan
+
+TEXT = {
+    "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
+    "head_dim": 8, "intermediate_size": 16, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+VISION = {
+    "depth": 1, "hidden_size": 16, "num_heads": 2, "intermediate_size": 16, "out_hidden_size": 16, "patch_size": 4,
+    "deepstack_visual_indexes": [0], "num_position_embeddings": 16,
+}  # fmt: skip
+ROPE = {"rope_scaling": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 10000.0}}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+LOCAL = {"num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "gpt_oss": ("GptOssForCausalLM", "GptOssConfig", TEXT | LOCAL | {"sliding_window": 8}),
+    "qwen3_vl_moe": (
+        "Qwen3VLMoeForConditionalGeneration",
+        "Qwen3VLMoeConfig",
+        {"text_config": TEXT | EXPERTS | ROPE, "vision_config": VISION},
+    ),
+    "llama4": (
+        "Llama4ForCausalLM",
+        "Llama4TextConfig",
+        TEXT | {"intermediate_size_mlp": 16, "num_local_experts": 4, "num_experts_per_tok": 1,
+                "interleave_moe_layer_step": 1},
+    ),
+    "granitemoe": (
+        "GraniteMoeForCausalLM",
+        "GraniteMoeConfig",
+        {key: value for key, value in TEXT.items() if key != "head_dim"} | LOCAL,
+    ),
+}  # fmt: skip
+STACKED = {
+    "gpt_oss": ["model.layers.*.mlp.experts.down_proj", "model.layers.*.mlp.experts.gate_up_proj"],
+    "qwen3_vl_moe": [f"model.language_model.layers.*.mlp.experts.{n}_proj" for n in ("down", "gate_up")],
+    "llama4": [f"model.layers.*.feed_forward.experts.{n}_proj" for n in ("down", "gate_up")],
+    "granitemoe": [f"model.layers.*.block_sparse_moe.{n}_linear.weight" for n in ("input", "output")],
+}
+SCOPES = {
+    "global": "output_change",
+    "layer": "{objective: output_change, scope: layer}",
+    "row": "{objective: output_change, scope: row}",
+    "layer_mse": "layer_mse",
+    "layer_mse-global": "{objective: layer_mse, scope: global}",
+    "validation": "validation",
+}
+DENSITY = 0.1
+RECIPE = """\
+base_model: ./base
+models: [{model: ./tuned, name: t, prune: {method: %s, density: 0.1, q: %s}}]
+calibration: {data: calib.jsonl, sequences: 8, length: 12, seeds: 2}
+"""
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("experts")
+    for family, (architecture, config, settings) in FAMILIES.items():
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = getattr(transformers, architecture)(getattr(transformers, config)(**settings)).eval()
+            for name, scale in (("base", 0.3), ("tuned", 0.15)):
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        noise = scale * torch.randn_like(parameter)
+                        if name == "tuned" or parameter.dim() > 1:
+                            parameter.copy_(noise if name == "base" else parameter + noise)
+                model.save_pretrained(folder / family / name)
+        write_tokenizer(folder / family / "tuned", 96)
+        rows(folder / family / "calib.jsonl")
+    return folder
+
+
+def kept(merged: Path, family: Path, ending: tuple[str, ...]) -> float:
+    """⟨merged − base, Δ⟩ / ‖Δ‖² over the stacked experts: 1 where nothing is lost in the mean."""
+    base, tune, out = (load_tensors(folder) for folder in (family / "base", family / "tuned", merged))
+    names = [name for name, t in tune.items() if t.dim() == 3 and name.endswith(ending)]
+    assert names
+    delta = torch.cat([(tune[n].double() - base[n].double()).flatten() for n in names])
+    change = torch.cat([(out[n].double() - base[n].double()).flatten() for n in names])
+    return float(change @ delta / (delta @ delta))
+
+
+ENDINGS = ("down_proj", "gate_up_proj", "input_linear.weight", "output_linear.weight")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calibrated_dare_keeps_the_mean_of_stacked_experts(families: Path, tmp_path: Path, family: str) -> None:
+    folder = families / family
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE % ("dare", SCOPES["global"]))
+    result = run(path, tmp_path / "out", device="cpu", workers=1)
+    found = result.lock["calibration"]["t"]
+    assert found["chosen"] == "calibrated"
+    assert abs(kept(result.folder, folder, ENDINGS) - 1) < 0.25
+    listed = {group["tensors"]: group["q"] for group in found["not_calibrated"]}
+    assert [listed[pattern] for pattern in STACKED[family]] == [DENSITY, DENSITY]
+    planned = make_plan(path, device="cpu", workers=1)
+    (stage,) = planned.describe()["stages"]
+    groups = {group["tensors"]: group for group in stage["not_calibrated"]}
+    text, card = render_plan(planned.describe()), (result.folder / "README.md").read_text()
+    for pattern in STACKED[family]:
+        assert groups[pattern] == {
+            "tensors": pattern, "count": 2, "q": DENSITY, "why": "no weight of a linear layer"
+        }  # fmt: skip
+        assert pattern in text
+        assert pattern in card
+
+
+@pytest.mark.parametrize("scope", ["layer", "layer_mse"])
+def test_in_other_scopes_and_from_the_lock(families: Path, tmp_path: Path, scope: str) -> None:
+    folder = families / "granitemoe"
+    path = folder / f"{scope}.yaml"
+    path.write_text(RECIPE % ("dare", SCOPES[scope]))
+    result = run(path, tmp_path / "out", device="cpu", workers=1)
+    assert abs(kept(result.folder, folder, ENDINGS) - 1) < 0.25
+    path.with_suffix(".lock").write_bytes((result.folder / "recipe.lock").read_bytes())
+    if "rows" not in result.lock["calibration"]["t"]:
+        again = run(path, tmp_path / "again", device="cpu", workers=1, locked=True)
+        assert (again.folder / "model.safetensors").read_bytes() == (result.folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_in_every_scope(families: Path, tmp_path: Path, family: str, scope: str) -> None:
+    path = families / family / f"{scope}.yaml"
+    path.write_text(RECIPE % ("dare", SCOPES[scope]))
+    result = run(path, tmp_path / "out", device="cpu", workers=1)
+    assert abs(kept(result.folder, families / family, ENDINGS) - 1) < 0.25
+
+
+def test_importance_masks_keep_q_1_where_calibration_does_not_reach(families: Path, tmp_path: Path) -> None:
+    folder = families / "gpt_oss"
+    (folder / "magnitude.yaml").write_text(RECIPE % ("magnitude", "output_change"))
+    found = run(folder / "magnitude.yaml", tmp_path / "out", device="cpu", workers=1).lock["calibration"]["t"]
+    assert not any("experts" in name for name in found["q"])
+
+
+@pytest.mark.slow
+def test_learned_scales_reach_the_experts(families: Path, tmp_path: Path) -> None:
+    folder = families / "granitemoe"
+    learned = "{objective: output_change, scope: layer, search: gradient}"
+    (folder / "learned.yaml").write_text(RECIPE % ("dare", learned))
+    found = run(folder / "learned.yaml", tmp_path / "out", device="cpu", workers=1).lock["calibration"]["t"]
+    if found["chosen"] == "calibrated" and found["searched"].get("family") == "learned":
+        experts = [q for name, q in found["q"].items() if "input_linear" in name]
+        assert len(set(experts)) == 2
+
+
+RULES = {
+    ("model.layers.0.mlp.up_proj.weight", (32, 16)): "linear",
+    ("classifier.weight", (1, 16)): "linear",
+    ("model.layers.0.mlp.gate.weight", (4, 16)): "linear",
+    ("model.layers.0.input_layernorm.weight", (16,)): "unscaled",
+    ("model.embed_tokens.weight", (96, 16)): "unscaled",
+    ("embeddings.cls_token", (1, 1, 16)): "unscaled",
+    ("embeddings.position_embeddings", (1, 5, 16)): "unscaled",
+    ("embeddings.patch_embeddings.projection.weight", (16, 3, 4, 4)): "other",
+    ("mixer.conv1d.weight", (32, 1, 4)): "other",
+    ("mixer.A_log", (32, 8)): "other",
+    ("mlp.experts.gate_up_proj", (4, 16, 32)): "other",
+    ("mlp.experts.gate_up_proj_bias", (4, 32)): "other",
+}
+
+
+@pytest.mark.parametrize(("name", "shape"), RULES)
+def test_names_and_shapes_tell_what_a_q_divides(name: str, shape: tuple[int, ...]) -> None:
+    found = "linear" if is_linear(name, shape) else "unscaled" if is_unscaled(name, shape) else "other"
+    assert found == RULES[name, shape]
