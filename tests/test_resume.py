@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_checkpoint, tiny_llama
+from test_workspace import earlier
 
 from deltamerge.cli import main
 from deltamerge.distribute import Part
@@ -408,11 +409,10 @@ def test_leftovers_are_offered_and_resume_may_replace_a_target(
 
     def die() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        (out / "mine").write_text("old")
+        earlier(out)
         with pytest.raises(InputError):
             run(path, out, force=True, watch=Stop(out, 600_000, InputError("stop")))
-        assert (out / "mine").read_text() == "old"
+        assert (out / "model.safetensors").read_text() == "old"
 
     die()
     code, _, err = call(capsys, "run", path, "--out", out)
