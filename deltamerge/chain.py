@@ -106,7 +106,7 @@ def is_result(document: Document, folder: Path) -> bool:
     try:
         if not folder.is_dir() or not_made(folder):
             return False
-        return bool(source.load_all(folder / RECIPE)[-1].data.get("name", "") == document.name)
+        return documents(folder / RECIPE)[-1].name == document.name
     except (DeltamergeError, OSError):
         return False
 
@@ -137,7 +137,7 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
     """Whether `folder` holds what the document would make: recipe, version, inputs and outputs the same by content."""
     try:
         lock = locks.read_lock(folder / locks.LOCK_NAME)
-        before = source.load_all(folder / RECIPE)[-1].data
+        before = documents(folder / RECIPE)[-1].recipe.source.data
         if before != document.recipe.source.data or lock.get("deltamerge") != __version__:
             return False
         if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):

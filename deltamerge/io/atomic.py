@@ -37,7 +37,7 @@ def replace_file(path: Path, data: bytes | str, *, new: bool = False) -> None:
         except OSError as error:
             raise output_error(error) from error
         try:
-            _replace(folder, path.name, raw, new=new)
+            _replace(folder, path, raw, new=new)
         except FileExistsError:
             raise OutputError("is there already", hint="choose another name") from None
         except OSError as error:
@@ -82,7 +82,8 @@ def sweep(folder: int, name: str = "") -> None:
                 os.close(fd)
 
 
-def _replace(folder: int, name: str, raw: bytes, *, new: bool) -> None:
+def _replace(folder: int, path: Path, raw: bytes, *, new: bool) -> None:
+    name = path.name
     sweep(folder, name)
     for left in reversed(range(TRIES)):
         passing = f".{name[:48]}.{secrets.token_hex(8)}.deltamerge"
@@ -98,7 +99,7 @@ def _replace(folder: int, name: str, raw: bytes, *, new: bool) -> None:
             if new:
                 _take_name(folder, passing, name)
             else:
-                os.rename(passing, name, src_dir_fd=folder, dst_dir_fd=folder)
+                os.rename(path.parent / passing, path)
             break
         except FileNotFoundError:  # swept by another writer, before it was locked
             if not left:

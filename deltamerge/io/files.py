@@ -33,6 +33,8 @@ _REASONS = {
     ),
     errno.EACCES: ("permission denied", _OTHER),
     errno.EPERM: ("not permitted", _OTHER),
+    errno.ENOENT: ("no such folder", _OTHER),
+    errno.ENOTDIR: ("a file is where a folder should be", _OTHER),
     errno.EEXIST: ("it is there already", _OTHER),
     errno.EROFS: ("the file system is read-only", _OTHER),
     errno.EBUSY: ("it is in use; is it a mount point?", "choose a folder inside it with --out"),

@@ -90,7 +90,7 @@ def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
     if wrong := sorted(name for name in then.keys() | now.keys() if not _same(then.get(name), now.get(name))):
         raise OutputError(
             f"{target}: the unfinished work was begun with other inputs; different now: {', '.join(wrong)}",
-            hint="put them back and --resume, or start over with --force",
+            hint="put them back, files as they were and not copies of them, and --resume; or start over with --force",
         )
 
 

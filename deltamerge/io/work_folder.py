@@ -57,10 +57,11 @@ def look(state: Path) -> frozenset[str] | None:
     try:
         modes = _modes(folder)
         wrong = [_named(name, mode) for name, mode in modes.items() if not _is_written(name, mode)]
-        for name in modes.keys() & _WRITTEN.keys():
-            wrong += _foreign(folder, name)
-        if not wrong and not _is_marked(folder, modes):  # after the names: who wrote those had written the mark
-            wrong = sorted(modes)
+        for name in sorted(modes.keys() & _WRITTEN.keys()):
+            if stat.S_ISDIR(modes[name]):
+                wrong += _foreign(folder, name)
+        if not _is_marked(folder, modes):  # looked at after the names: who wrote those had written the mark
+            wrong = [_named(name, mode) for name, mode in modes.items()]
     finally:
         os.close(folder)
     if wrong:
