@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
 
 import click
 
@@ -26,6 +27,7 @@ from deltamerge.cli.options import (
     RecipeFile,
 )
 from deltamerge.cli.output import Progress, Warnings, report_run
+from deltamerge.io.files import scratch
 from deltamerge.show import render_calibration
 
 if TYPE_CHECKING:
@@ -103,14 +105,14 @@ def run(
         return progress.start(plan.nbytes)
 
     published = None
-    with TemporaryDirectory(prefix="deltamerge-") as scratch:
+    with ExitStack() as held:
         path = Path(recipe)
         if recipe.startswith(SCHEME):
             from deltamerge.share import fetch
 
-            published = fetch(recipe, Path(scratch))
-            path, locked = published.recipe, True
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
+            published = fetch(recipe, held.enter_context(scratch(out.absolute().parent)))
+            path, locked = published.recipe, True
         if finish:
             result = finish_parts(
                 path,
