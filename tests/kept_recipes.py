@@ -14,14 +14,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+from made_up_stages import run_with_stages
 from raw_tensors import Stored, read_checkpoint, stored, write_checkpoint
 
-from deltamerge.execute import execute
-from deltamerge.graph import depth_first
-from deltamerge.io.checkpoint import Reader
-from deltamerge.io.writer import Writer
 from deltamerge.methods import MERGE
-from deltamerge.plans import make_plan
 from deltamerge.runner import run
 from deltamerge.stages import Calibrated
 
@@ -159,7 +155,6 @@ PRUNED_MERGES = {
     "model_stock": ("ab", ""), "nearswap": ("a", "t: 0.004"), "sce": ("abc", ""), "ram": ("abc", ""),
     "ramplus_tl": ("abc", "r: 0.5"),
 }  # fmt: skip
-CALIBRATES = ("deltamerge.calibrate.stage:activations", "deltamerge.calibrate.stage:calibrate")
 OUTPUTS = ["float64", "float32", "float16", "bfloat16"]
 
 
@@ -214,18 +209,6 @@ def stage_value(node) -> object:
     return Calibrated(q, {})
 
 
-def made_with_stages(path: Path, out: Path) -> Path:
-    """The weights of a recipe whose calibration is made up."""
-    planned = make_plan(path, out, data=False)
-    nodes = {node for task in planned.tasks for node in depth_first(task.root)}
-    known = {node: stage_value(node) for node in nodes if node.function in CALIBRATES}
-    out.mkdir()
-    with Reader() as reader, Writer(out, planned.layout) as writer:
-        execute(planned.tasks, reader, writer, workers=1, known=known)
-        writer.finish()
-    return out
-
-
 RECIPES = {"merges": merges, "pruned": pruned, "large": large}
 SHAPES = {"merges": SMALL, "pruned": FEW, "large": LARGE}
 
@@ -240,11 +223,14 @@ def output_hashes(folder: Path, kind: str, recipe: str) -> str:
     """For each layer (one pair of dtypes) ten hexadecimal digits of the BLAKE2b of its tensors in the output."""
     path, out = folder / kind / "recipe.yaml", folder / "out"
     path.write_text(recipe)
-    made = made_with_stages(path, out) if "calibration:" in recipe else run(path, out, workers=1).folder
+    if "calibration:" in recipe:
+        run_with_stages(path, out, stage_value)
+    else:
+        run(path, out, workers=1)
     hashers = [hashlib.blake2b() for _ in DTYPES]
-    for name, (code, array) in sorted(read_checkpoint(made).items()):
+    for name, (code, array) in sorted(read_checkpoint(out).items()):
         hashers[int(name.split(".")[1])].update(f"{name} {code} {array.shape}".encode() + array.tobytes())
-    shutil.rmtree(made)
+    shutil.rmtree(out)
     return " ".join(hasher.hexdigest()[:10] for hasher in hashers)
 
 
