@@ -35,8 +35,8 @@ paper: .venv/.installed-dev  ## the DAREx paper's experiments, scaled down, and 
 torture: .venv/.installed-dev  ## kills, faulty and full disks, two runs at once: always the same bytes; 5 minutes
 	$(BIN)/python benchmarks/torture.py
 
-fuzz: .venv/.installed-dev  ## mutated and arbitrary files against every reader, for a night; FUZZ=1000 for less
-	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py
+fuzz: .venv/.installed-dev  ## arbitrary files against every reader, random recipes against their formulas; FUZZ=1000 for less
+	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py tests/test_random_recipes.py
 
 atheris: .venv/.installed-fuzz  ## the same readers, guided by coverage, for a night: an hour each; SECONDS=300 for less
 	@for name in $$($(BIN)/python -c 'import sys; sys.path[:0] = ["tests", "."]; import fuzz_targets; print(*fuzz_targets.NAMES)'); do \

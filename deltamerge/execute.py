@@ -148,7 +148,9 @@ class _Engine:
         if self.failure is not None:
             raise self.failure
 
+    @np.errstate(all="ignore")
     def _work(self) -> None:
+        """What one thread does. numpy does not warn of what is not finite: that is counted where it is written."""
         lanes: dict[str, Lane] = {}
         try:
             while (job := self._take()) is not None:

@@ -44,6 +44,18 @@ def test_many_small_tensors_and_more_workers_than_tensors(tmp_path):
     assert all(torch.equal(one[name], many[name]) for name in one)
 
 
+@pytest.mark.parametrize("method", ["karcher", "multislerp", "arcee_fusion"])
+def test_what_is_not_finite_makes_no_warning_of_numpy(tmp_path, method):
+    for name, value in (("base", 1.0), ("a", torch.nan), ("b", torch.inf)):
+        make_checkpoint(tmp_path / name, {"w": torch.full((3, 4), value)})
+    names = "a" if method == "arcee_fusion" else "ab"
+    given = ", parameters: {weight: 1}" if method == "multislerp" else ""
+    models = ", ".join(f"{{model: ./{name}{given}}}" for name in names)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"merge_method: {method}\nbase_model: ./base\nmodels: [{models}]\n")
+    run(recipe, tmp_path / "out", allow_nonfinite=True)
+
+
 def test_a_vanished_or_shortened_input_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch):
     from deltamerge import weights as module
     from deltamerge.errors import InputError
