@@ -22,6 +22,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -241,13 +242,31 @@ def differences(now: Seen, wanted: Seen) -> str:
     return "; ".join(f"{word}: {', '.join(names[:4])}{' …' * (len(names) > 4)}" for word, names in lists if names)
 
 
+class Finding(NamedTuple):
+    """Where a command was killed, and what was wrong then."""
+
+    place: str
+    what: str
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.what}"
+
+
+def grouped(findings: Sequence[Finding]) -> list[str]:
+    """Findings of one kind as one line: the first of them, and how many more there are."""
+    kinds: dict[str, list[Finding]] = {}
+    for finding in findings:
+        kinds.setdefault(re.sub(r"[\w.-]*[0-9_][\w.-]*", "N", finding.what)[:160], []).append(finding)
+    return [f"{some[0]}{f' (and {len(some) - 1} more)' if some[1:] else ''}" for some in kinds.values()]
+
+
 @dataclass
 class Kills:
     """A user's folder in `root`, in which the commands of scenarios are killed."""
 
     server: Server
     root: Path
-    findings: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
     count: int = 0
 
     @property
@@ -289,6 +308,8 @@ class Kills:
             ended = self.server.run(self.root, step, part=part)
             if ended.code != (-9 if part else 0):
                 raise RuntimeError(f"{scenario.name}: `{step}` undisturbed: exit {ended.code}: {ended.said}")
+        shutil.rmtree(self.root / TEMPORARY)
+        (self.root / TEMPORARY).mkdir()
 
     def undisturbed(self, scenario: Scenario) -> tuple[list[str], Seen, Seen, Seen]:
         """The killed command's calls, and what is there before it, after it, and at the end."""
@@ -322,7 +343,7 @@ class Kills:
             kinds = {(calls[k - 1].split()[0], when): (k, when) for k, when in places}
             picked = draw.sample(sorted(kinds.values()), min(some, len(kinds)))
         else:
-            picked = places[draw.randrange(every) :: every]
+            picked = places[draw.randrange(min(every, len(places))) :: every]
         for k, when in picked:
             self.kill(scenario, k, when, *seen)
         for _ in range(twice):
@@ -340,7 +361,7 @@ class Kills:
         place = f"{scenario.name}: killed {WHEN[when]} call {k}, `{call}`"
 
         def find(what: str) -> None:
-            self.findings.append(f"{place}: {what}")
+            self.findings.append(Finding(place, what))
 
         if ended.code not in (-9, 0):
             find(f"exit {ended.code} instead: {ended.said}")
@@ -396,14 +417,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     options = parser.parse_args()
 
-    def one(scenario: Scenario) -> tuple[int, list[str]]:
+    def one(scenario: Scenario) -> tuple[int, list[Finding]]:
         started = time.monotonic()
         with tempfile.TemporaryDirectory(dir=options.folder) as folder, Server(Path(folder)) as server:
             kills = Kills(server, Path(folder) / "root")
             kills.prepare(HEAVY)
             draw = random.Random(f"{options.seed} {scenario.name}")
             calls = kills.torture(scenario, every=options.every, twice=options.twice, draw=draw)
-        found = "".join(f"\n  {finding}" for finding in kills.findings)
+        found = "".join(f"\n  {finding}" for finding in grouped(kills.findings))
         seconds = time.monotonic() - started
         print(f"{scenario.name:16} {calls:4} calls, {kills.count:4} kills in {seconds:.0f} s{found}", flush=True)
         return kills.count, kills.findings
