@@ -17,13 +17,15 @@ from deltamerge import lock as locks
 from deltamerge.assets import copied_files
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.io import hub
+from deltamerge.io.atomic import replace_file
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, Reader, is_delta
 from deltamerge.io.delta import DeltaFile, Source
 from deltamerge.io.delta_entry import TILE
 from deltamerge.io.layered import check, elements
 from deltamerge.io.outbox import ROOM, SLAB
-from deltamerge.io.workspace import finished_folder
+from deltamerge.io.seals import seal
+from deltamerge.io.workspace import refuse_inputs, workspace
 from deltamerge.io.writer import Writer, plan_layout
 
 BASELINE_BYTES = 60_000_000 + ROOM + 2 * SLAB  # of the process before the first tile, and what is on its way out
@@ -67,22 +69,27 @@ def apply(
     with errors.context(delta):
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
     layout = plan_layout([(s.name, s.dtype, s.shape) for s in planned], opened.manifest.shard_size)
-    with finished_folder(out, force=force, inputs=[(delta, artifact.path), (base, origin.path)]) as folder:
+    refuse_inputs(out, [(delta, artifact.path), (base, origin.path)])
+    with workspace(out, force=force) as work:
+        folder = work.folder
         progress = watch(layout.total_size)
         with Reader() as reader, Writer(folder, layout) as writer, errors.context(delta):
             _write(opened, planned, origin, reader, writer, workers, tile, progress)
             found = writer.finish()
+        seals = {file.name: seal(folder / file.name) for file in layout.files}
         copied = copied_files(artifact.path)
         check_blobs([*hashes.input_files(artifact), *hashes.input_files(origin), *copied.values()], workers)
         for name, file in copied.items():
             shutil.copyfile(file, folder / name)
         (folder / "README.md").write_text(_card(opened, delta, base, out.name), encoding="utf-8")
         inputs = {name: hashes.describe_input(model, workers) for name, model in ((delta, artifact), (base, origin))}
-        others = (p for p in folder.iterdir() if p.is_file() and p.name not in found.hashes)
+        others = [path for path in folder.iterdir() if path.name not in found.hashes]
+        seals |= {path.name: seal(path) for path in others}
         hashed = {file.name: {"hash": found.hashes[file.name], "size": file.size} for file in layout.files}
         outputs = hashed | hashes.describe_files(others, workers)
         lock = {"deltamerge": __version__, "format": locks.FORMAT, "inputs": inputs, "outputs": outputs}
-        (folder / locks.LOCK_NAME).write_text(yaml.safe_dump(lock, sort_keys=True), encoding="utf-8")
+        replace_file(folder / locks.LOCK_NAME, yaml.safe_dump(lock, sort_keys=True))
+        work.publish(outputs, seals, workers)
     return Applied(out, len(planned), layout.total_size, lock)
 
 

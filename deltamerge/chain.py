@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from deltamerge import __version__, hashes, mergekit, source
@@ -15,9 +15,13 @@ from deltamerge.assets import config, write_assets
 from deltamerge.documents import references
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, join, open_checkpoint
+from deltamerge.io.files import scratch
+from deltamerge.io.lock_file import not_made
 from deltamerge.io.safetensors_file import PREFIX, parse_header
 from deltamerge.planner import Plan
 from deltamerge.recipe import Recipe, load_all, loads
+
+RECIPE = "recipe.yaml"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +75,40 @@ def _text(name: str | None, needs: Mapping[Any, list[Any]], by_name: Mapping[Any
     return "\n---\n".join(texts) + "\n"
 
 
-def folder_of(document: Document, target: Path, beside: Path) -> Path:
-    """Where an intermediate result lies: its own `output.path` beside the recipe, else TARGET-intermediate/NAME."""
-    if document.recipe.output.path is not None:
+def folder_of(document: Document, target: Path, beside: Path, *, published: bool = False) -> Path:
+    """Where an intermediate result lies: its own `output.path` beside the recipe, unless the recipe was `published` by
+    a stranger, else TARGET-intermediate/NAME."""
+    if document.recipe.output.path is not None and not published:
         return beside / document.recipe.output.path
     resolved = target.resolve()
     return resolved.parent / f"{resolved.name}-intermediate" / document.name
+
+
+def check_places(path: Path, chain: Sequence[Document], beside: Path) -> None:
+    """RecipeError: a document that others need names a folder, by `output.path`, that is not below the recipe's."""
+    home = beside.resolve()
+    problems = [
+        document.recipe.problem(
+            ("output", "path"),
+            f"leaves the recipe's folder, to {folder}",
+            "a path below it; or --force, which replaces there only what a run made",
+        )
+        for document in chain[:-1]
+        if (given := document.recipe.output.path) is not None
+        and home not in (folder := Path(os.path.realpath(beside / given))).parents
+    ]
+    if problems:
+        raise RecipeError(str(path), problems)
+
+
+def is_result(document: Document, folder: Path) -> bool:
+    """Whether `folder` is a result of the document, as it is or as it was, and holds nothing else."""
+    try:
+        if not folder.is_dir() or not_made(folder):
+            return False
+        return documents(folder / RECIPE)[-1].name == document.name
+    except (DeltamergeError, OSError):
+        return False
 
 
 def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
@@ -105,15 +137,15 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
     """Whether `folder` holds what the document would make: recipe, version, inputs and outputs the same by content."""
     try:
         lock = locks.read_lock(folder / locks.LOCK_NAME)
-        before = source.load_all(folder / "recipe.yaml")[-1].data
+        before = documents(folder / RECIPE)[-1].recipe.source.data
         if before != document.recipe.source.data or lock.get("deltamerge") != __version__:
             return False
         if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
             return False
         locks.verify(folder, planned.workers)
-        with TemporaryDirectory() as made:
-            write_assets(planned, Path(made))
-            found = {path.name: hashes.hash_output(path) for path in Path(made).iterdir()}
+        with scratch(folder.resolve().parent) as made:
+            write_assets(planned, made)
+            found = {path.name: hashes.hash_output(path) for path in made.iterdir()}
         return all(lock["outputs"].get(name, {}).get("hash") == digest for name, digest in found.items())
     except DeltamergeError:
         return False

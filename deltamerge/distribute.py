@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import InputError, OutputError, UsageError
-from deltamerge.io.workspace import Workspace, check_facts, part_journals
+from deltamerge.io.journal import check_facts, part_journals
+from deltamerge.io.seals import Seal, damages, seal
+from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Layout
 from deltamerge.planner import Plan
 from deltamerge.recipe import Recipe
@@ -95,3 +97,43 @@ def gather(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     for records in journals.values():
         check_facts(work.target, records[0]["run"], facts)
     return [ended[Part(i, count).name] for i in range(1, count + 1)]
+
+
+def check_shards(
+    work: Workspace, layout: Layout, parts: Sequence[Mapping[str, Any]], workers: int
+) -> tuple[dict[str, Any], dict[str, Seal]]:
+    """What the parts wrote, hash and size by name, and the seals of the files, once each is read and found so.
+
+    OutputError: a shard is missing, or not as its part left it.
+    """
+    outputs: dict[str, Any] = {}
+    of: dict[str, str] = {}
+    for index, part in enumerate(parts, start=1):
+        outputs |= part["outputs"]
+        of |= dict.fromkeys(part["outputs"], f"{index}/{len(parts)}")
+    wrong: dict[str, str] = {}
+    seals: dict[str, Seal] = {}
+    for file in layout.files:
+        path = work.folder / file.name
+        if outputs.get(file.name, {}).get("size") != file.size:
+            wrong[file.name] = "is no part's"
+        elif path.is_file():
+            seals[file.name] = seal(path)
+    known = {file.name: outputs[file.name] for file in layout.files if file.name not in wrong}
+    wrong |= damages(work.folder, known, {}, workers)
+    if wrong:
+        named = ", ".join(f"{name} {what}" for name, what in sorted(wrong.items())[:4])
+        again = sorted({of.get(name, "I/N") for name in wrong})
+        raise OutputError(
+            f"{work.target}: {named}{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}",
+            hint=f"make it again with {', '.join(f'--part {part}' for part in again[:4])} --resume, then --finish",
+        )
+    return outputs, seals
+
+
+def drop_damaged(work: Workspace, workers: int) -> None:
+    """Remove the shards that a part which had ended finds not as it left them, so that it makes them again."""
+    ended = [record["part"]["outputs"] for record in work.journal.records if "part" in record]
+    for outputs in ended[-1:]:
+        for name in damages(work.folder, outputs, {}, workers):
+            (work.folder / name).unlink(missing_ok=True)

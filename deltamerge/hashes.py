@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import socket
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,21 +19,15 @@ from deltamerge.io.blobs import sha256_of
 from deltamerge.io.checkpoint import Checkpoint, is_stored
 from deltamerge.io.files import flat, read_at
 from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn
+from deltamerge.io.seals import hash_output as hash_output
+from deltamerge.io.seals import seal
 from deltamerge.planner import Plan
 from deltamerge.stages import Source
 from deltamerge.tokenizer.files import CONFIG, JINJA, TOKENIZER
 
 DATA = "calibration data"
-HASH_BYTES = 1 << 23
 
 Mine = Callable[[int, int], bool]
-
-
-def hash_output(path: Path) -> str:
-    """ "blake3:<hex>" of a file's bytes, as `b3sum` prints it: what others get is known by a cryptographic hash."""
-    from blake3 import blake3
-
-    return f"blake3:{_digest(path, blake3(max_threads=blake3.AUTO))}"
 
 
 def hash_input(path: Path, pieces: Pieces | None = None) -> str:
@@ -59,17 +53,6 @@ def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return known
-
-
-def _digest(path: Path, hasher: Any) -> str:
-    try:
-        with path.open("rb", buffering=0) as file:
-            buffer = memoryview(bytearray(min(HASH_BYTES, os.fstat(file.fileno()).st_size) or 1))
-            while count := file.readinto(buffer):
-                hasher.update(buffer[:count])
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
-    return str(hasher.hexdigest())
 
 
 def describe_files(
@@ -171,7 +154,7 @@ def _describe_data(source: Source, workers: int) -> dict[str, Any]:
 
 
 def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
-    """What the bytes of the output follow from, by names for people; files by size and time, hub files by their hash.
+    """What the bytes of the output follow from, by names for people; files by their seals, hub files by hash.
 
     Cheap: no file is read. An unfinished run goes on only if all of it is as it was.
     """
@@ -196,8 +179,7 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
     return found
 
 
-def _identity(path: Path) -> list[int] | str:
+def _identity(path: Path) -> list[int | str] | str:
     if known := sha256_of(path):
         return known
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
+    return [*seal(path), socket.gethostname()]

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from deltamerge.errors import OutputError, context
+from deltamerge.errors import OutputError
 from deltamerge.io import hub
+from deltamerge.io.atomic import replace_file
 
 if TYPE_CHECKING:
     from deltamerge.recommend import Candidate, Recommendation
@@ -131,17 +132,10 @@ def _scalar(text: str) -> str:
 
 def check_new(path: Path) -> None:
     """OutputError: there is a file at `path` already."""
-    if path.exists():
+    if os.path.lexists(path):
         raise OutputError(f"{path}: is there already", hint="another name with --out, or - for stdout")
 
 
 def write_new(path: Path, text: str) -> None:
     """Write `text` to a file that must not exist. OutputError: it does, or it cannot be made."""
-    with context(str(path)):
-        try:
-            with path.open("x", encoding="utf-8") as file:
-                file.write(text)
-        except FileExistsError:
-            raise OutputError("is there already", hint="another name with --out, or - for stdout") from None
-        except OSError as error:
-            raise OutputError(f"cannot be written: {error.strerror}") from error
+    replace_file(path, text, new=True)

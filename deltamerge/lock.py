@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deltamerge import __version__
 from deltamerge.chosen import Run, choices
-from deltamerge.errors import InputError, VerifyError
+from deltamerge.errors import VerifyError
 from deltamerge.graph import Node
-from deltamerge.hashes import DATA, describe_files
-from deltamerge.io.files import input_error
+from deltamerge.hashes import DATA, describe_files, hash_output
+from deltamerge.io.atomic import replace_file
+from deltamerge.io.lock_file import FORMAT as FORMAT
+from deltamerge.io.lock_file import LOCK_NAME as LOCK_NAME
+from deltamerge.io.lock_file import ROWS as ROWS
+from deltamerge.io.lock_file import read_lock as read_lock
+from deltamerge.io.lock_file import unlisted
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.planner import Plan
 from deltamerge.stages import Calibrated, locked
@@ -24,13 +28,7 @@ from deltamerge.stages import Calibrated, locked
 if TYPE_CHECKING:
     from deltamerge.budget import Choice
 
-FORMAT = 1
 CARD = "README.md"
-LOCK_NAME = "recipe.lock"
-ROWS = ".rows"
-MAX_BYTES = 1 << 26
-MAX_DEPTH = 64
-MAX_EVENTS = 1_000_000
 
 
 def write_lock(
@@ -51,7 +49,7 @@ def write_lock(
         **({"calibration": calibration} if calibration else {}),
         **({"densities": choice.densities} if choice is not None else {}),
     }
-    path.write_text(yaml.safe_dump(content, sort_keys=True), encoding="utf-8")
+    replace_file(path, yaml.safe_dump(content, sort_keys=True))
     return content
 
 
@@ -69,9 +67,13 @@ def write_calibration(plan: Plan, found: Mapping[Node, Calibrated], path: Path) 
             entry["rows"] = path.with_suffix(ROWS).name
             rows |= {f"{spec.name}:{name}": value for name, value in sorted(calibrated.rows.items())}
     if rows:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
-        save_file(rows, path.with_suffix(ROWS))
+        replace_file(path.with_suffix(ROWS), save(rows))
+        digest = hash_output(path.with_suffix(ROWS))
+        calibration = {
+            name: entry | ({"rows_hash": digest} if "rows" in entry else {}) for name, entry in calibration.items()
+        }
     return calibration
 
 
@@ -86,6 +88,12 @@ def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Nod
             if not file.is_file():
                 raise VerifyError(f"{file}: missing, it holds the q's of rows", hint="copy it beside the lock")
             prefix = f"{spec.name}:"
+            stated = entry.get("rows_hash")
+            if stated is not None and stated != hash_output(file):
+                raise VerifyError(
+                    f"{file}: holds other q's of rows than the lock beside it was written with",
+                    hint="run `deltamerge calibrate` again, or copy the file that belongs to the lock",
+                )
             rows = {n.removeprefix(prefix): v for n, v in read_rows(path).items() if n.startswith(prefix)}
         found[node] = locked(lock, spec, rows, str(path))
     return found
@@ -124,73 +132,6 @@ def locked_densities(lock: dict[str, Any], path: Path) -> dict[str, float]:
     return {str(name): float(p) for name, p in found.items()}
 
 
-class _Part(BaseModel):
-    """What must be so in a part of a lock; what is besides is kept as it is."""
-
-    model_config = ConfigDict(extra="allow")
-
-
-class _File(_Part):
-    hash: str
-    size: int
-
-
-class _Input(_Part):
-    files: dict[str, _File]
-
-
-class _Calibration(_Part):
-    objective: str
-    scope: str
-    search: str
-    q: dict[str, float]
-    rows: str | None = None
-
-
-class _Lock(_Part):
-    inputs: dict[str, _Input] = {}
-    outputs: dict[str, _File]
-    calibration: dict[str, _Calibration] = {}
-
-
-def read_lock(path: Path) -> dict[str, Any]:
-    """A lock's content; InputError if it is none, is larger than 64 MB, or nested as no lock is."""
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    try:
-        with path.open("rb") as file:
-            raw = file.read(MAX_BYTES + 1)
-        if len(raw) > MAX_BYTES:
-            raise InputError(f"{path}: larger than {MAX_BYTES:,} bytes")
-        text = raw.decode("utf-8")
-        depth = 0
-        for count, event in enumerate(yaml.parse(text, loader)):  # first: nodes take much, and are composed recursively
-            if count > MAX_EVENTS:
-                raise InputError(f"{path}: holds more than {MAX_EVENTS:,} values")
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if depth > MAX_DEPTH:
-                raise InputError(f"{path}: nested more than {MAX_DEPTH} deep")
-        content = yaml.load(text, Loader=loader)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such lock", hint="a finished `deltamerge run` leaves one") from error
-    except OSError as error:
-        raise InputError(f"{path}: {input_error(error)}") from error
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
-        raise InputError(f"{path}: not a readable lock") from error
-    if not isinstance(content, dict) or "outputs" not in content:
-        raise InputError(f"{path}: not a deltamerge lock")
-    if content.get("format") != FORMAT:
-        raise InputError(
-            f"{path}: lock format {str(content.get('format'))[:80]!r} is unknown",
-            hint="use the deltamerge that wrote it",
-        )
-    try:
-        _Lock.model_validate(content)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    return content
-
-
 def check_inputs(lock: dict[str, Any], inputs: dict[str, Any], path: Path) -> None:
     """Refuse inputs that are not the ones the lock was made from, naming each file that differs."""
     wrong: list[str] = []
@@ -222,8 +163,9 @@ def _apart(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
     return "differs"
 
 
-def verify(folder: Path, workers: int) -> list[str]:
-    """Check every output hash of `folder`'s lock; the names checked, or VerifyError naming each that fails."""
+def verify(folder: Path, workers: int, *, only_listed: bool = False) -> list[str]:
+    """Check every output hash of `folder`'s lock, and unless `only_listed` that nothing else is there; the names
+    checked, or VerifyError naming each that fails."""
     lock = read_lock(folder / LOCK_NAME)
     wrong: list[str] = []
     present: list[Path] = []
@@ -240,6 +182,8 @@ def verify(folder: Path, workers: int) -> list[str]:
     for name, found in describe_files(present, workers).items():
         if found["hash"] != lock["outputs"][name].get("hash"):
             wrong.append(f"{name}: content differs from the lock")
+    if not only_listed:
+        wrong += [f"{name}: not in the lock" for name in unlisted(folder, lock)]
     if wrong:
         raise VerifyError("\n".join([f"{folder}: verification failed", *sorted(wrong)]))
     return sorted(lock["outputs"])

@@ -73,7 +73,8 @@ def make_plans(
         if document.name == upto:
             break
         if document is not chain[-1]:
-            made[document.name] = result(planned, folder_of(document, target, beside), document.name)
+            folder = folder_of(document, target, beside, published=pins is not None)
+            made[document.name] = result(planned, folder, document.name)
     return tuple(plans)
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deltamerge.chosen import Choice, Points, choices
 from deltamerge.errors import InputError, OutputError
 from deltamerge.grouping import CHANGED, FIGURES, Grid, grids, matrices, placed
+from deltamerge.io.atomic import replace_file
 
 if TYPE_CHECKING:
     from deltamerge.influence import Activations
@@ -47,10 +48,12 @@ def draw(calibration: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (one, variable, series) in zip(grid, panels, strict=True):
         _search(axes, one, variable, series)
+    file = BytesIO()
     try:
-        figure.savefig(path, dpi=150)
+        figure.savefig(file, dpi=150, format=path.suffix.removeprefix(".") or None)
     except (OSError, ValueError) as error:
         raise OutputError(f"{path}: cannot be drawn: {error}", hint="name a .png, .svg or .pdf file") from None
+    replace_file(path, file.getvalue())
 
 
 def pictures(found: Report) -> dict[str, bytes]:

@@ -6,11 +6,12 @@ Names come from strangers: every word goes through `svg.text`, and the page's po
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from deltamerge.errors import OutputError
+from deltamerge.errors import OutputError, context
 from deltamerge.grouping import (
     CHANGED,
     FIGURES,
@@ -24,6 +25,7 @@ from deltamerge.grouping import (
     placed,
     stacks,
 )
+from deltamerge.io.atomic import refuse_taken, replace_file
 from deltamerge.svg import Markup, Point, bars, columns, curve, element, figure, heat, pairs, scatter, text
 
 if TYPE_CHECKING:
@@ -89,22 +91,18 @@ def check_target(path: Path, *, force: bool) -> None:
     """OutputError: `path` is no .html file, is there already and not to be replaced, or its folder is missing."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{path}: a report is a page", hint="name a .html file")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force:
         raise OutputError(f"{path}: exists", hint="another name, or --force")
     if not path.parent.is_dir():
         raise OutputError(f"{path}: {path.parent} is no folder")
+    with context(str(path)):
+        refuse_taken(path)
 
 
 def write(found: Report, path: Path, *, force: bool = False) -> None:
     """Write the page to `path`, which must be new unless `force`. OutputError: it is not, or it cannot be written."""
     check_target(path, force=force)
-    try:
-        with path.open("w" if force else "x", encoding="utf-8", newline="\n") as file:
-            file.write(page(found))
-    except FileExistsError:
-        raise OutputError(f"{path}: exists", hint="another name, or --force") from None
-    except OSError as error:
-        raise OutputError(f"{path}: cannot be written: {error.strerror}") from error
+    replace_file(path, page(found), new=not force)
 
 
 def page(found: Report) -> str:

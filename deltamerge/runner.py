@@ -15,17 +15,19 @@ from deltamerge.adapter import write_adapter
 from deltamerge.assets import asset_files, write_assets
 from deltamerge.budget import budget_of
 from deltamerge.card import render
-from deltamerge.chain import Document, documents, folder_of, is_current
-from deltamerge.distribute import Part, check_recipes, gather
+from deltamerge.chain import Document, check_places, documents, folder_of, is_current, is_result
+from deltamerge.distribute import Part, check_recipes, check_shards, drop_damaged, gather
 from deltamerge.errors import InputError
 from deltamerge.execute import shared_values
 from deltamerge.graph import depth_first
 from deltamerge.illustrate import Draw, drawing
+from deltamerge.io.atomic import refuse_taken
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.blobs import check_blobs
-from deltamerge.io.checkpoint import Reader
+from deltamerge.io.checkpoint import INDEX, Reader
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.pieces import Pieces
+from deltamerge.io.seals import seal
 from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.io.writer import write_index
 from deltamerge.planner import Plan
@@ -81,11 +83,15 @@ def run(
     `text` is the recipe where there is no file at `path`; `mergekit_exact` writes mergekit's defaults into it. What
     `watch` returns, given the plan before the first byte, is told the bytes done. Of several documents those that
     others need are made first, unless their folders hold just what would be made. `pictures` are drawn for the card.
+    With `pins`, which a stranger's recipe has, `output.path` of a document is not followed.
     With `part` only that part's shards are written, to the work folder, for `finish`. `resume` goes on where an
     interrupted run stopped, and is done at once where one had ended.
     """
     chain = documents(path, text, mergekit_exact=mergekit_exact)
     beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
+    published = pins is not None
+    if not (force or published):
+        check_places(path, chain, beside)
     options: dict[str, Any] = {
         "device": device, "workers": workers, "memory": memory, "data": not locked, "pins": pins, "text": text,
         "mergekit_exact": mergekit_exact,
@@ -96,13 +102,14 @@ def run(
         make_plans(path, out, **options)  # a fault of any document ends the run before the first is made
     intermediate: dict[Path, bool] = {}
     for document in chain[:-1]:
-        folder = folder_of(document, target, beside)
+        folder = folder_of(document, target, beside, published=published)
+        is_begun(folder)  # removes what a run that was killed after its last rename left
         planned = make_plan(path, out, upto=document.name, **options)
         if _from_hub(planned):
             planned = make_plan(path, out, upto=document.name, weights=True, **options)
         intermediate[folder] = not is_current(document, planned, folder)
         if intermediate[folder]:
-            ours = force or (folder / locks.LOCK_NAME).is_file()
+            ours = force or is_result(document, folder)
             _run(
                 path,
                 document,
@@ -152,6 +159,8 @@ def _run(
         assets = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
         facts = hashes.facts(planned, document.text)
         work.begin(facts)
+        if part:
+            drop_damaged(work, planned.workers)
         sound = _beside(lambda: check_blobs(_files_read(planned, part, assets.values()), planned.workers))
         lock_path = path.with_suffix(".lock") if locked else None
         lock = locks.read_lock(lock_path) if lock_path else {}
@@ -197,25 +206,27 @@ def finish(
     mergekit_exact: bool = False,
 ) -> Result:
     """Make the target of what all parts of a run wrote. OutputError: some part is missing or unfinished."""
-    check_recipes(path, [document.recipe for document in documents(path)], "--finish")
+    chain = documents(path, mergekit_exact=mergekit_exact)
+    check_recipes(path, [document.recipe for document in chain], "--finish")
     planned = make_plan(path, device="cpu", workers=workers, data=not locked, pins=pins, mergekit_exact=mergekit_exact)
     target = target_of(path, planned.recipe, out)
+    if not is_begun(target) and is_current(chain[-1], planned, target):  # killed after its last rename, and again
+        return Result(target, planned, locks.read_lock(target / locks.LOCK_NAME))
     draw = drawing(planned, data=False) if pictures else None
     with workspace(target, force=force, finish=True) as work:
         text = planned.recipe.source.text
         facts = hashes.facts(planned, text)
         parts = gather(work, facts)
-        outputs: dict[str, Any] = {}
+        outputs, seals = check_shards(work, planned.layout, parts, planned.workers)
         inputs: dict[str, Any] = {}
         for part in parts:
-            outputs |= part["outputs"]
             for reference, entry in part["inputs"].items():
                 inputs.setdefault(reference, {**entry, "files": {}})["files"] |= entry["files"]
         if locked:
             locks.check_inputs(locks.read_lock(path.with_suffix(".lock")), inputs, path.with_suffix(".lock"))
         known = calibrated(planned, work, path.with_suffix(".lock") if locked else None, facts, alone=False)
         write_index(work.folder, planned.layout)
-        made = Made(planned, known, outputs)
+        made = Made(planned, known, outputs, seals=seals)
         planned, lock = _complete(made, work, text, target.name, inputs, draw)
     return Result(target, planned, lock)
 
@@ -225,6 +236,10 @@ def _complete(
 ) -> tuple[Plan, dict[str, Any]]:
     """Write all that is no weight and give the folder its name."""
     folder, planned, outputs = work.folder, made.plan, made.hashed
+    if planned.recipe.output.kind != "delta":
+        for path in folder.iterdir():  # of an attempt that was killed, or of what had been there before
+            if path.name not in outputs and path.name != INDEX:
+                path.unlink()
     found = {node: made.values[node] for node in planned.stages}
     if planned.recipe.output.kind == "peft":
         planned, outputs = replace(planned, notes=planned.notes + write_adapter(planned, folder)), {}
@@ -241,10 +256,11 @@ def _complete(
         lock_path.unlink()
     card = render(planned, text, title, found, made.delta, made.choice, pictures)
     (folder / locks.CARD).write_text(card, encoding="utf-8")
-    others = (p for p in folder.iterdir() if p.is_file() and p.name not in outputs)
+    others = [path for path in folder.iterdir() if path.name not in outputs]
+    seals = {**made.seals, **{path.name: seal(path) for path in others}}
     outputs = outputs | hashes.describe_files(others, planned.workers)
     lock = locks.write_lock(planned, lock_path, inputs, outputs, calibration, made.choice)
-    work.publish()
+    work.publish(outputs, seals, planned.workers)
     return planned, lock
 
 
@@ -305,9 +321,12 @@ def calibrate(
         raise InputError(
             f"{path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
         )
+    lock_path = path.with_suffix(".lock")
+    for written in (lock_path, lock_path.with_suffix(locks.ROWS)):
+        with errors.context(str(written)):
+            refuse_taken(written)
     check_deltas(planned)
     found = shared_values(planned.stages, {})
-    lock_path = path.with_suffix(".lock")
     calibration = locks.write_calibration(planned, found, lock_path)
     locks.write_lock(planned, lock_path, hashes.describe_inputs(planned, planned.workers), {}, calibration)
     return calibration

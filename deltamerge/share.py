@@ -29,7 +29,7 @@ def push(folder: Path, repository: str, *, public: bool, workers: int) -> str:
     """
     from huggingface_hub import HfApi
 
-    names = [*verify(folder, workers), LOCK_NAME]
+    names = [*verify(folder, workers, only_listed=True), LOCK_NAME]
     if hub.HUB_ID.fullmatch(repository) is None or "@" in repository:
         raise UsageError(f"{repository}: no repository's name", hint="org/name")
     api = HfApi()

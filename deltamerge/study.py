@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from deltamerge.influence import activations
 from deltamerge.inputs import Inputs, open_inputs
 from deltamerge.inspect import Pair, Report, measure, pair_recipe, pairs_of, parse, report, seen_from
 from deltamerge.io import hub
+from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.planner import plan
 from deltamerge.plans import choose_device
@@ -79,7 +81,7 @@ def recommend(
 
     A `label` in it asks for the metric of the held-out rows. OutputError: `out` exists or cannot be written.
     """
-    if out is not None and out.exists():
+    if out is not None and os.path.lexists(out):
         raise OutputError(f"{out}: exists", hint="choose another name with --out")
     inputs = _open(model, base)
     pairs, _ = pairs_of(inputs)
@@ -107,10 +109,7 @@ def recommend(
     recipe = pair_recipe(seen_from(folder, model), seen_from(folder, base), chosen.prune, **more)
     answer = recommendation.written(answer, recipe)
     if out is not None:
-        try:
-            out.write_text(answer.recipe, encoding="utf-8")
-        except OSError as error:
-            raise OutputError(f"{out}: cannot be written: {error.strerror}") from error
+        replace_file(out, answer.recipe, new=True)
     return answer
 
 

@@ -17,8 +17,9 @@ from deltamerge.graph import Node
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.delta_writer import Summary
-from deltamerge.io.files import sync_path
 from deltamerge.io.pieces import Pieces
+from deltamerge.io.seals import Seal, seal
+from deltamerge.io.work_folder import CALIBRATION
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Writer
 from deltamerge.planner import Plan
@@ -27,7 +28,8 @@ from deltamerge.planner import Plan
 @dataclass(frozen=True, slots=True)
 class Made:
     """Weights that are written: by which plan, the values of its shared nodes, hash and size of the files whose hash is
-    known, what is not finite in them, what an artifact takes, and the densities that fit a budget."""
+    known, what is not finite in them, what an artifact takes, the densities that fit a budget, and the seals of the
+    files as they were when they were hashed."""
 
     plan: Plan
     values: Mapping[Node, Any]
@@ -35,6 +37,7 @@ class Made:
     nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
     delta: Summary | None = None
     choice: Choice | None = None
+    seals: Mapping[str, Seal] = field(default_factory=dict)
 
 
 def make_weights(
@@ -73,7 +76,8 @@ def make_weights(
     found = _write_shards(mine, work, watch(mine), values, part, pieces)
     sizes = {file.name: file.size for file in planned.layout.files}
     hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
-    return Made(planned, values, hashed, found.nonfinite)
+    seals = {name: seal(work.folder / name) for name in hashed}
+    return Made(planned, values, hashed, found.nonfinite, seals=seals)
 
 
 def calibrated(
@@ -82,7 +86,7 @@ def calibrated(
     """The calibrated q's: an interrupted run's own, or part 0's, or the lock's, or, if `alone`, found now and kept."""
     if not planned.stages:
         return {}
-    own = work.state / "calibration.lock"
+    own = work.state / CALIBRATION
     if any("calibrated" in record for record in work.journal.records) or shared_calibration(work, facts):
         lock_path = own
     if lock_path is not None:
@@ -95,9 +99,6 @@ def calibrated(
     found = shared_values(planned.stages, {})
     q = {node: found[node] for node in planned.stages}
     locks.write_lock(planned, own, {}, {}, locks.write_calibration(planned, q, own))
-    for path in (own, own.with_suffix(locks.ROWS)):
-        if path.exists():
-            sync_path(path)
     work.journal.append({"calibrated": True})
     return found
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,8 @@ from conftest import load_tensors, tiny_llama
 from deltamerge import cli
 from deltamerge.chain import documents
 from deltamerge.errors import DeltamergeError, OutputError, RecipeError, VerifyError
+from deltamerge.io.journal import Journal
+from deltamerge.io.work_folder import mark
 from deltamerge.lock import verify
 from deltamerge.plans import make_plans
 from deltamerge.runner import calibrate, run
@@ -129,6 +132,85 @@ def test_a_folder_that_is_not_ours_stays(folder):
         run(folder / "r.yaml")
     assert mine.read_text() == "precious"
     assert not (folder / "r-merged").exists()
+
+
+OUTSIDE = {"absolute": "{home}/elsewhere/first", "above": "../first", "the folder itself": ".", "a link": "away/first"}
+
+
+@pytest.mark.parametrize("case", OUTSIDE)
+def test_a_result_outside_the_recipes_folder_takes_force(tmp_path, case):
+    folder = tmp_path / "repo"
+    for seed, name in enumerate("ab"):
+        tiny_llama(folder / name, seed=seed, dtype=torch.float32, tokenizer=True)
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "away").symlink_to(tmp_path / "elsewhere")
+    place = OUTSIDE[case].format(home=tmp_path)
+    (folder / "r.yaml").write_text(CHAIN.replace("name: first", f"name: first\noutput: {{path: {place}}}"))
+    with pytest.raises(RecipeError, match=r"r\.yaml:13:16: output\.path: leaves the recipe's folder, to /") as caught:
+        run(folder / "r.yaml")
+    assert "--force" in str(caught.value)
+    assert sorted(path.name for path in folder.iterdir()) == ["a", "away", "b", "r.yaml"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+    if case != "the folder itself":
+        kept = next(iter(run(folder / "r.yaml", force=True).intermediate))
+        assert verify(kept, 1)
+        assert kept.resolve().is_relative_to(tmp_path)
+        assert not kept.resolve().is_relative_to(folder)
+
+
+def test_a_result_replaces_only_what_its_document_made(folder):
+    """Not a run's folder of another name; not even its own, with something in it."""
+    text = CHAIN.replace("name: first", "name: first\noutput: {path: kept}")
+    (folder / "one.yaml").write_text("name: other\n" + ONE)
+    run(folder / "one.yaml", folder / "kept")
+    (folder / "r.yaml").write_text(text)
+    with pytest.raises(OutputError, match="kept: not empty"):
+        run(folder / "r.yaml")
+    shutil.rmtree(folder / "kept")
+    run(folder / "r.yaml", folder / "whole")  # of several documents, the last of which is named first
+    (folder / "whole").rename(folder / "kept")
+    with pytest.raises(OutputError, match="kept: not empty"):
+        run(folder / "r.yaml")
+    shutil.rmtree(folder / "kept")
+    run(folder / "r.yaml")
+    shutil.rmtree(folder / "r-merged")
+    changed = text.replace("{weight: 1}", "{weight: [1, 2]}")
+    (folder / "r.yaml").write_text(changed)
+    (folder / "kept" / "thesis.txt").write_text("mine")
+    for force in (False, True):
+        with pytest.raises(OutputError, match=r"kept: (not empty|--force replaces only .* would delete thesis.txt)"):
+            run(folder / "r.yaml", force=force)
+    assert (folder / "kept" / "thesis.txt").read_text() == "mine"
+    (folder / "kept" / "thesis.txt").unlink()
+    assert list(run(folder / "r.yaml").intermediate.values()) == [True, True]
+
+
+def test_a_published_recipe_writes_beside_the_target_only(folder):
+    """Of a stranger's recipe, as `run hf://` fetches it, no output.path is followed, with --force neither."""
+    (folder / "home").mkdir()
+    places = {"first": f"{folder}/home/precious", "second": "../elsewhere"}
+    text = CHAIN
+    for name, place in places.items():
+        text = text.replace(f"name: {name}", f"name: {name}\noutput: {{path: {place}}}")
+    (folder / "r.yaml").write_text(text)
+    run(folder / "r.yaml", folder / "home" / "out", pins={}, force=True)
+    assert sorted(path.name for path in (folder / "home").iterdir()) == ["out", "out-intermediate"]
+    assert not (folder.parent / "elsewhere").exists()
+
+
+def test_a_chain_killed_after_a_rename_is_tidied(folder):
+    result = run(folder / "r.yaml")
+    for made in (*result.intermediate, result.folder):
+        state = made.parent / f".{made.name}.partial"
+        state.mkdir()
+        mark(state)
+        journal = Journal(state / "journal")
+        journal.append({"run": {}, "force": False})
+        journal.append({"done": {"model.safetensors": [[0, 9]]}})
+        journal.close()
+    again = run(folder / "r.yaml", resume=True)
+    assert list(again.intermediate.values()) == [False, False]
+    assert not list(folder.rglob(".*.partial"))
 
 
 def test_a_fault_in_the_last_document_stops_the_first(folder):

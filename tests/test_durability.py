@@ -25,7 +25,7 @@ from deltamerge.io.journal import read_journal
 from deltamerge.io.writer import done_spans
 from deltamerge.runner import run
 
-CHANGES = ("open", "pwrite", "ftruncate", "fdatasync", "rename", "copy_file_range")
+CHANGES = ("open", "pwrite", "ftruncate", "fdatasync", "fsync", "rename", "unlink", "mkdir", "rmdir", "copy_file_range")
 
 
 @pytest.fixture
@@ -130,7 +130,7 @@ def test_nothing_is_claimed_before_it_is_on_the_disk(
                 time.sleep(0.01)  # so that something is saved meanwhile
             if path.suffix in (".safetensors", ".lock", ".yaml", ".md"):
                 unsynced.setdefault(str(path), []).append((offset, offset + nbytes))
-        if name == "fdatasync":
+        if name in ("fdatasync", "fsync"):
             unsynced.pop(path_of(arguments[0]), None)
             done.append(f"synced {path_of(arguments[0])}")
         if name == "rename" and Path(arguments[1]) == tmp_path / "out":
@@ -141,10 +141,12 @@ def test_nothing_is_claimed_before_it_is_on_the_disk(
             claimed.update(done_spans(read_journal(state / "journal")[0]))
             done.append("renamed")
 
-    removed = []
-    monkeypatch.setattr("shutil.rmtree", lambda path, **_: removed.append((str(path), done[-1])))
+        if "renamed" in done and name in ("unlink", "rmdir"):
+            done.append(f"removed {Path(arguments[0]).name}")
+
     Calls(monkeypatch, see)
     run(recipe, tmp_path / "out", workers=1)
     assert "claimed" in done
-    assert done[-2:] == ["renamed", f"synced {tmp_path}"]  # the new name too
-    assert removed == [(str(state), f"synced {tmp_path}")]
+    after = done[done.index("renamed") + 1 :]
+    assert after[:2] == [f"synced {tmp_path}", f"synced {state}"]  # the new name too
+    assert after[2:] == [f"removed {name}" for name in ("journal", "deltamerge", "lock", ".out.partial")]

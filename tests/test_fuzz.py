@@ -23,6 +23,7 @@ from deltamerge.card import front_matter
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.delta import DeltaFile
 from deltamerge.io.journal import Journal, read_journal
+from deltamerge.io.work_folder import mark
 from deltamerge.io.workspace import workspace
 from deltamerge.io.writer import Writer, plan_layout
 from deltamerge.plans import make_plan
@@ -214,6 +215,7 @@ def test_journals(tmp_path: Path, data: st.DataObject) -> None:
     shutil.rmtree(tmp_path / ".out.partial", ignore_errors=True)
     state = tmp_path / ".out.partial"
     (state / "out").mkdir(parents=True)
+    mark(state)
     layout = plan_layout([("a", "F32", (4,)), ("b", "F32", (4,))], 16)
     records = [{"run": {"x": 1}, "force": False}, {"done": {"model-00001-of-00002.safetensors": [[0, 8], [8, 16]]}}]
     records = data.draw(changed(records))

@@ -11,11 +11,13 @@ import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import make_checkpoint, tiny_llama
+from test_workspace import earlier
 
 from deltamerge.cli import main
 from deltamerge.distribute import Part
@@ -23,8 +25,8 @@ from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.io import delta_spool, writer
 from deltamerge.io.audit import INFINITY, count_nonfinite
 from deltamerge.io.delta_tensor import TensorWriter
-from deltamerge.io.journal import read_journal
-from deltamerge.io.workspace import has_work
+from deltamerge.io.journal import Journal, check_facts, has_work, read_journal
+from deltamerge.io.work_folder import mark
 from deltamerge.lock import verify
 from deltamerge.ops import torch_dtype
 from deltamerge.planner import Plan
@@ -227,6 +229,35 @@ def test_an_input_that_changes_during_the_run_is_refused(tmp_path: Path) -> None
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("how", ["in place", "by another file"])
+def test_an_input_that_changes_is_noticed_with_size_and_time_put_back(tmp_path: Path, how: str) -> None:
+    models(tmp_path)
+    path, weights = tmp_path / "r.yaml", tmp_path / "a" / "model.safetensors"
+    path.write_text(RECIPE.format(method="ties", shard="5GB"))
+
+    def change(_: Plan) -> Callable[[int], None]:
+        status, raw = weights.stat(), bytearray(weights.read_bytes())
+        raw[-1] ^= 1
+        if how == "by another file":
+            weights.unlink()
+        weights.write_bytes(raw)
+        os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+        assert (weights.stat().st_size, weights.stat().st_mtime_ns) == (status.st_size, status.st_mtime_ns)
+        return lambda _: None
+
+    with pytest.raises(InputError, match=r"changed during the run: \./a: model.safetensors"):
+        run(path, tmp_path / "out", watch=change)
+    assert not (tmp_path / "out").exists()
+
+
+def test_on_two_machines_copies_of_an_input_are_the_same(tmp_path: Path) -> None:
+    then = {"./a: model.safetensors": [9, 7, 1, 2, "one"]}
+    check_facts(tmp_path, then, {"./a: model.safetensors": [9, 7, 3, 4, "two"]})
+    for now in ([9, 7, 3, 4, "one"], [9, 8, 1, 2, "two"], [8, 7, 1, 2, "two"], "0" * 64):
+        with pytest.raises(OutputError, match=r"different now: \./a: model\.safetensors"):
+            check_facts(tmp_path, then, {"./a: model.safetensors": now})
+
+
 def test_parts_make_the_bytes_of_one_run(recipe: Callable[..., Path], tmp_path: Path) -> None:
     path = recipe("dare_ties")
     truth = files(run(path, tmp_path / "truth" / "out").folder)
@@ -242,6 +273,88 @@ def test_parts_make_the_bytes_of_one_run(recipe: Callable[..., Path], tmp_path: 
     finish(path, out)
     assert files(out) == truth
     assert [p.name for p in tmp_path.iterdir() if p.name != "truth"] == ["out"]
+
+
+def missing(path: Path) -> None:
+    path.unlink()
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, 1000)
+
+
+def bent(path: Path) -> None:
+    status, raw = path.stat(), bytearray(path.read_bytes())
+    raw[-9] ^= 1
+    path.write_bytes(raw)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+DAMAGES = {missing: "is missing", cut: "has 1000 bytes, not", bent: "has other content than was written"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_shard_that_is_damaged_between_part_and_finish_is_named(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: Callable[[Path], None]
+) -> None:
+    path, out = recipe("ties"), tmp_path / "out"
+    truth = files(run(path, tmp_path / "truth" / "out").folder)
+    for index in (1, 2):
+        run(path, out, part=Part(index, 2))
+    shard = sorted((tmp_path / ".out.partial" / "out").glob("*.safetensors"))[-1]
+    damage(shard)
+    code, _, err = call(capsys, "run", path, "--out", out, "--finish")
+    assert code == 1
+    assert f"{shard.name} {DAMAGES[damage]}" in err
+    assert "hint: make it again with --part 2/2 --resume, then --finish" in err
+    assert not out.exists()
+    run(path, out, part=Part(2, 2), resume=True)
+    assert call(capsys, "run", path, "--out", out, "--finish")[0] == 0
+    assert files(out) == truth
+
+
+def put_back(target: Path, records: list[dict[str, Any]]) -> Path:
+    """The work folder of a run that is killed after its last rename, before it removes that."""
+    state = target.parent / f".{target.name}.partial"
+    state.mkdir()
+    mark(state)
+    journal = Journal(state / "journal-1-of-1")
+    for record in records:
+        journal.append(record)
+    journal.close()
+    return state
+
+
+@pytest.mark.parametrize("calibrates", [False, True])
+def test_a_finish_that_was_killed_after_its_rename_is_done(
+    recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], calibrates: bool
+) -> None:
+    """And with --force it does not replace the model by a folder without weights."""
+    path, out = recipe("ties"), tmp_path / "out"
+    flags: list[str] = []
+    if calibrates:
+        path = calibrated(tmp_path)
+        (tmp_path / "r.lock").write_bytes((run(path, tmp_path / "t").folder / "recipe.lock").read_bytes())
+        flags = ["--locked"]
+    run(path, out, part=Part(1, 1), locked=calibrates)
+    records = read_journal(tmp_path / ".out.partial" / "journal-1-of-1")[0]
+    finish(path, out, locked=calibrates)
+    truth, seen = files(out), {p: p.stat().st_ino for p in out.iterdir()}
+    for more in ([], ["--force"]):
+        for left in (False, True):
+            if left:
+                put_back(out, records)
+            code, said, err = call(capsys, "run", path, "--out", out, "--finish", "--json", *flags, *more)
+            assert (code, err) == (0, "")
+            assert json.loads(said)["lock"]["outputs"]
+            assert files(out) == truth
+            assert {p: p.stat().st_ino for p in out.iterdir()} == seen
+            assert not (tmp_path / ".out.partial").exists()
+    (out / "README.md").write_text("other")
+    put_back(out, records)
+    code, _, err = call(capsys, "run", path, "--out", out, "--finish", "--force", *flags)
+    assert (code, "no parts of a run are there" in err) == (1, True)
+    assert files(out) == truth | {"README.md": b"other"}
 
 
 def test_a_part_resumes_by_itself_and_all_must_be_of_one_run(
@@ -408,11 +521,10 @@ def test_leftovers_are_offered_and_resume_may_replace_a_target(
 
     def die() -> None:
         shutil.rmtree(out, ignore_errors=True)
-        out.mkdir()
-        (out / "mine").write_text("old")
+        earlier(out)
         with pytest.raises(InputError):
             run(path, out, force=True, watch=Stop(out, 600_000, InputError("stop")))
-        assert (out / "mine").read_text() == "old"
+        assert (out / "model.safetensors").read_text() == "old"
 
     die()
     code, _, err = call(capsys, "run", path, "--out", out)

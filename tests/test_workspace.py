@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from deltamerge.errors import InputError, OutputError
+from deltamerge.io import workspace as module
 from deltamerge.io.journal import Journal, read_journal
+from deltamerge.io.seals import hash_output
 from deltamerge.io.spans import Spans
-from deltamerge.io.workspace import workspace
+from deltamerge.io.workspace import Workspace, is_begun, workspace
 
 ranges = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), max_size=12)
 
@@ -74,13 +80,34 @@ def test_a_changed_byte_ends_the_journal_before_it(
     assert len(records) <= bytes(raw[:place]).count(b"\n")
 
 
+def lock(folder: Path) -> dict[str, dict[str, str | int]]:
+    """Give `folder` the lock that a run leaves; what it lists."""
+    found = sorted(path for path in folder.iterdir() if path.name != "recipe.lock")
+    outputs: dict[str, dict[str, str | int]] = {
+        path.name: {"hash": hash_output(path), "size": path.stat().st_size} for path in found
+    }
+    (folder / "recipe.lock").write_text(yaml.safe_dump({"format": 1, "outputs": outputs}))
+    return outputs
+
+
+def publish(space: Workspace) -> None:
+    space.publish(lock(space.folder), {})
+
+
+def earlier(target: Path) -> None:
+    """What an earlier run has made."""
+    target.mkdir()
+    (target / "model.safetensors").write_text("old")
+    lock(target)
+
+
 def work(target: Path, done: bool = True, **options: bool | str) -> None:
     """A run that dies after saving some work."""
     with workspace(target, **options) as space:  # type: ignore[arg-type]
         space.begin({"the recipe": "1"})
-        (space.folder / "file").write_text("half")
+        (space.folder / "model.safetensors").write_text("half")
         if done:
-            space.journal.append({"done": {"file": [[0, 4]]}})
+            space.journal.append({"done": {"model.safetensors": [[0, 4]]}})
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -88,11 +115,12 @@ def end(target: Path, force: bool = False, meanwhile: str | None = None) -> None
     """A run that saves work and publishes, while somebody puts a file into its target."""
     with workspace(target, force=force) as space:
         space.begin({})
+        (space.folder / "model.safetensors").write_text("new")
         space.journal.append({"done": {}})
         if meanwhile is not None:
             target.mkdir()
             (target / "mine").write_text(meanwhile)
-        space.publish()
+        publish(space)
 
 
 def test_what_is_saved_is_kept_and_offered(tmp_path: Path) -> None:
@@ -105,11 +133,11 @@ def test_what_is_saved_is_kept_and_offered(tmp_path: Path) -> None:
     assert "--resume" in (caught.value.hint or "")
     assert "--force" in (caught.value.hint or "")
     with workspace(target, resume=True) as space:
-        assert (space.folder / "file").read_text() == "half"
+        assert (space.folder / "model.safetensors").read_text() == "half"
         space.begin({"the recipe": "1"})
-        space.publish()
+        publish(space)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert (target / "file").read_text() == "half"
+    assert (target / "model.safetensors").read_text() == "half"
 
 
 def test_without_saved_work_nothing_is_left(tmp_path: Path) -> None:
@@ -127,7 +155,7 @@ def test_other_facts_are_refused_by_name_and_force_starts_over(tmp_path: Path) -
     with workspace(target, force=True) as space:
         assert not list(space.folder.iterdir())
         space.begin({"the recipe": "2"})
-        space.publish()
+        publish(space)
     assert target.is_dir()
 
 
@@ -146,7 +174,7 @@ def test_one_run_at_a_time_and_a_dead_one_holds_nothing(tmp_path: Path) -> None:
                 pass
         holder.kill()
     with workspace(tmp_path / "out") as space:
-        space.publish()
+        publish(space)
 
 
 def test_parts_share_a_folder_but_not_with_a_whole_run(tmp_path: Path) -> None:
@@ -166,52 +194,116 @@ def test_parts_share_a_folder_but_not_with_a_whole_run(tmp_path: Path) -> None:
     with workspace(target, part="1-of-2", resume=True):
         pass
     with workspace(target, force=True) as space:
-        space.publish()
+        publish(space)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_target_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    target = tmp_path / "out"
-    target.mkdir()
-    (target / "mine").write_text("old")
+@pytest.fixture(params=[True, False], ids=["exchange", "two renames"])
+def can_exchange(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Where the system can exchange two folders, and where it cannot."""
+    if not request.param:
+        monkeypatch.setattr("deltamerge.io.workspace.exchange", lambda *_: False)
+    return bool(request.param)
+
+
+def test_a_target_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    target, weights = tmp_path / "out", tmp_path / "out" / "model.safetensors"
+    earlier(target)
     rename = os.rename
 
-    def fail(a: Path, b: Path) -> None:
-        if Path(a).name == "out" and Path(b) == target:
-            raise OSError(errno.EIO, "Input/output error")
+    def fail(*_: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    def second(a: Path, b: Path) -> None:
+        if Path(a).parent.name == ".out.partial" and Path(b) == target and Path(a).name == "out":
+            fail()
         rename(a, b)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", fail)
+        patch.setattr("deltamerge.io.workspace.exchange", fail) if can_exchange else patch.setattr(os, "rename", second)
         with pytest.raises(OutputError, match="Input/output"), workspace(target, force=True) as space:
-            space.publish()
-    assert (target / "mine").read_text() == "old"
+            publish(space)
+    assert weights.read_text() == "old"
+    with workspace(target, force=True) as space:
+        publish(space)
+    assert not weights.exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
-    def die(a: Path, b: Path) -> None:
-        rename(a, b)
-        if Path(b).name == "old":
-            raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch:  # a crash between the two renames
-        patch.setattr(os, "rename", die)
-        with pytest.raises(KeyboardInterrupt):
-            end(target, force=True)
-    assert not target.exists()
-    with workspace(target, resume=True) as space:
-        assert (target / "mine").read_text() == "old"
+CALLS = ("rename", "unlink", "rmdir", "mkdir", "open", "fdatasync", "fsync", "pwrite", "ftruncate")
+
+
+def killed(target: Path, after: int, force: bool) -> bool:
+    """Whether a process that saves work and publishes was killed before its call number `after` of the system."""
+    pid = os.fork()
+    if pid == 0:
+        calls = iter(range(after))
+
+        def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+            def made(*arguments: Any, **named: Any) -> Any:
+                if next(calls, None) is None:
+                    os._exit(9)
+                return call(*arguments, **named)
+
+            return made
+
+        for name in CALLS:
+            setattr(os, name, dying(getattr(os, name)))
+        module.exchange = dying(module.exchange)
+        end(target, force=force)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
+
+
+def again(target: Path, **options: bool) -> None:
+    """The same run, which makes again what was not saved."""
+    with workspace(target, **options) as space:
         space.begin({})
-        space.publish()  # the forced run's resumption may replace it
-    assert not (target / "mine").exists()
+        if not space.journal.records[1:]:
+            (space.folder / "model.safetensors").write_text("new")
+        publish(space)
+
+
+@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "new"])
+def test_killed_at_any_call_a_run_is_whole_or_goes_on(
+    tmp_path: Path, can_exchange: bool, replaced: bool, step: int
+) -> None:
+    for start, how in enumerate(("again", "resumed"), start=1):
+        for after in itertools.count(start, step):
+            home = tmp_path / f"{how}-{after}"
+            home.mkdir()
+            target, weights = home / "out", home / "out" / "model.safetensors"
+            if replaced:
+                earlier(target)
+            if not killed(target, after, replaced):
+                break
+            if replaced and can_exchange:
+                assert weights.read_text() in ("old", "new")
+            if how == "again" and replaced:
+                again(target, force=True)
+            elif is_begun(target):
+                again(target, resume=True)
+            elif not weights.exists():
+                again(target)
+            elif weights.read_text() == "old":
+                with pytest.raises(OutputError, match="not empty"), workspace(target, resume=True):
+                    pass
+                again(target, force=True)
+            assert weights.read_text() == "new"
+            assert [path.name for path in home.iterdir()] == ["out"]
+        assert after > 20
 
 
 @pytest.mark.parametrize("replaced", [True, False])
 def test_a_name_that_is_not_on_the_disk_is_taken_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, replaced: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool, replaced: bool
 ) -> None:
-    target = tmp_path / "out"
+    target, weights = tmp_path / "out", tmp_path / "out" / "model.safetensors"
     if replaced:
-        target.mkdir()
-        (target / "mine").write_text("old")
+        earlier(target)
     with monkeypatch.context() as patch:
 
         def fail(path: Path) -> None:
@@ -222,19 +314,85 @@ def test_a_name_that_is_not_on_the_disk_is_taken_back(
         with pytest.raises(OutputError, match="Input/output error") as caught:
             end(target, force=replaced)
     assert "--resume" in (caught.value.hint or "")
-    assert [path.name for path in target.glob("*")] == (["mine"] if replaced else [])
+    assert weights.read_text() == "old" if replaced else not target.exists()
     with workspace(target, resume=True, force=replaced) as space:
         space.begin({})
-        space.publish()
-    assert target.is_dir()
-    assert not (target / "mine").exists()
+        publish(space)
+    assert weights.read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_damaged_file_is_not_published_and_made_again(tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def publish_cut() -> None:
+        with workspace(target) as space:
+            space.begin({})
+            (space.folder / "model.safetensors").write_text("half")
+            space.journal.append({"done": {}})
+            outputs = lock(space.folder)
+            os.truncate(space.folder / "model.safetensors", 3)
+            space.publish(outputs, {})
+
+    with pytest.raises(OutputError, match=r"its files model\.safetensors has 3 bytes, not 4") as caught:
+        publish_cut()
+    assert "--resume" in (caught.value.hint or "")
+    assert not (tmp_path / ".out.partial" / "out" / "model.safetensors").exists()
+
+
+FORCED = {
+    "a user's files": (["thesis.txt", "notes"], "notes, thesis.txt"),
+    "more than fit": ([f"{i}.txt" for i in range(9)], "0.txt, 1.txt, 2.txt, 3.txt and 5 more"),
+    "a folder": (["model.safetensors", "runs/"], "model.safetensors, runs"),
+    "a file beside a run's": (["+", "thesis.txt"], "thesis.txt$"),
+    "a hidden one, too": (["+", ".git/"], r"\.git$"),
+    "a link of a run's name": (["+", "model.safetensors -> /etc/hosts"], "model.safetensors$"),
+    "a lock that is none": (["recipe.lock", "thesis.txt"], "recipe.lock, thesis.txt"),
+}
+
+
+@pytest.mark.parametrize("case", FORCED)
+@pytest.mark.parametrize("late", [False, True], ids=["there before", "there meanwhile"])
+def test_force_replaces_only_what_a_run_made(tmp_path: Path, case: str, late: bool) -> None:
+    target, (names, said) = tmp_path / "out", FORCED[case]
+
+    def fill() -> None:
+        if names[0] == "+":
+            earlier(target)
+        target.mkdir(exist_ok=True)
+        for name in names:
+            path = target / name.partition(" ")[0]
+            if "->" in name:
+                path.unlink()
+                path.symlink_to(name.partition("-> ")[2])
+            elif name.endswith("/"):
+                path.mkdir()
+            elif name != "+":
+                path.write_text("mine")
+
+    def force() -> None:
+        with workspace(target, force=True) as space:
+            assert late, "nothing is begun"
+            fill()
+            publish(space)
+
+    if not late:
+        fill()
+    with pytest.raises(OutputError, match=f"only what a run made, and would delete {said}") as caught:
+        force()
+    assert "remove the folder yourself" in (caught.value.hint or "")
+    found = {path.name for path in target.iterdir()}
+    assert found == {name.partition(" ")[0].rstrip("/") for name in names if name != "+"} | (
+        {"model.safetensors", "recipe.lock"} if names[0] == "+" else set()
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_target_that_fills_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(OutputError, match="not empty any more") as caught:
         end(target, meanwhile="precious")
-    assert "--force" in (caught.value.hint or "")
+    assert caught.value.hint == "choose another folder with --out; what is done is kept: continue with --resume"
     assert (target / "mine").read_text() == "precious"
     with pytest.raises(InputError, match="vanished during the run"), workspace(target, resume=True):
         raise FileNotFoundError(errno.ENOENT, "gone", "weights")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import os
 import platform
 import sys
 import traceback
@@ -43,7 +44,11 @@ def main(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:
         code = 1
     except OSError as error:
-        if error.filename is None and error.errno not in FULL:
+        if error.errno == errno.ENOENT and not _is_somewhere():
+            hint = "go to a folder that is there, or say where with whole paths"
+            complain(InputError("the current folder was removed", hint=hint), "error")
+            code = InputError.exit_code
+        elif error.filename is None and error.errno not in FULL:
             code = _report_bug(error)
         else:  # of a place that is the user's: a folder, a disk behind stdout
             complain(InputError(f"{error.filename or 'output'}: {error.strerror}"), "error")
@@ -53,6 +58,13 @@ def main(arguments: list[str] | None = None) -> None:
     if "triton" not in sys.modules:  # which would report what is not collected as leaks
         gc.freeze()  # the interpreter's last collections would look at every object there is, for a tenth of a second
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_somewhere() -> bool:
+    try:
+        return bool(os.getcwd())
+    except OSError:
+        return False
 
 
 def _report_bug(bug: Exception) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import click
@@ -25,6 +25,7 @@ from deltamerge.cli.options import (
     RecipeFile,
 )
 from deltamerge.cli.output import Progress, report_run
+from deltamerge.io.files import scratch
 from deltamerge.show import render_calibration
 
 
@@ -94,14 +95,14 @@ def run(
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     published = None
-    with TemporaryDirectory(prefix="deltamerge-") as scratch:
+    with ExitStack() as held:
         path = Path(recipe)
         if recipe.startswith(SCHEME):
             from deltamerge.share import fetch
 
-            published = fetch(recipe, Path(scratch))
-            path, locked = published.recipe, True
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
+            published = fetch(recipe, held.enter_context(scratch(out.absolute().parent)))
+            path, locked = published.recipe, True
         if finish:
             result = finish_parts(
                 path,

@@ -7,9 +7,11 @@ import errno
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError, OutputError
@@ -31,6 +33,8 @@ _REASONS = {
     ),
     errno.EACCES: ("permission denied", _OTHER),
     errno.EPERM: ("not permitted", _OTHER),
+    errno.ENOENT: ("no such folder", _OTHER),
+    errno.ENOTDIR: ("a file is where a folder should be", _OTHER),
     errno.EEXIST: ("it is there already", _OTHER),
     errno.EROFS: ("the file system is read-only", _OTHER),
     errno.EBUSY: ("it is in use; is it a mount point?", "choose a folder inside it with --out"),
@@ -162,7 +166,7 @@ def reserve(fd: int, size: int) -> None:
     if os.fstat(fd).st_size != size:
         os.ftruncate(fd, size)
     # not os.posix_fallocate: where the file system cannot, glibc touches every block instead
-    fallocate = getattr(_system(), "fallocate64", None)
+    fallocate = getattr(system(), "fallocate64", None)
     if fallocate is None:
         return
     fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
@@ -194,15 +198,33 @@ def sync_path(path: Path) -> None:
 
 def start_writing(fd: int, offset: int, nbytes: int) -> None:
     """Let the system begin to put a range on the disk, if it can be told so; `sync` waits for it and meets errors."""
-    call = getattr(_system(), "sync_file_range", None)
+    call = getattr(system(), "sync_file_range", None)
     if call is not None:
         call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
         call(fd, offset, nbytes, 2)  # SYNC_FILE_RANGE_WRITE
 
 
 @cache
-def _system() -> ctypes.CDLL:
+def system() -> ctypes.CDLL:
+    """The C library, for calls that Python does not have."""
     return ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def scratch(beside: Path) -> Iterator[Path]:
+    """A folder for a while: where the system has such, else in `beside`. OutputError: it can be made in neither."""
+    try:
+        folder = TemporaryDirectory(prefix="deltamerge-")
+    except OSError:
+        try:
+            folder = TemporaryDirectory(prefix=".deltamerge-", dir=beside)
+        except OSError as error:
+            raise OutputError(
+                f"{beside}: {output_error(error)}, nor is there a folder for temporary files",
+                hint="let TMPDIR name a folder that can be written",
+            ) from error
+    with folder as path:
+        yield Path(path)
 
 
 def copy_at(source: int, offset: int, nbytes: int, target: int, target_offset: int) -> None:

@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import os
 import threading
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from xxhash import xxh3_64_hexdigest
 
 from deltamerge import errors
+from deltamerge.errors import OutputError
 from deltamerge.io.files import input_error, output_error, sync, write_at
+from deltamerge.io.work_folder import JOURNAL, PART_JOURNAL, open_file
 
 MAX_BYTES = 1 << 28
 # run, force: what a run is, in the first record; done: spans of files; tensors: finished, of a delta; calibrated: q's
-# are kept; part: one is complete
-KINDS: dict[str, type] = {"run": dict, "force": bool, "done": dict, "tensors": dict, "calibrated": bool, "part": dict}
+# are kept; part: one is complete; publish: the folder that is about to get the target's name
+KINDS: dict[str, type] = {
+    "run": dict, "force": bool, "done": dict, "tensors": dict, "calibrated": bool, "part": dict, "publish": dict,
+}  # fmt: skip
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of the journal at `path` up to the first that is not whole, and the bytes they take."""
+    """The records of the journal at `path` up to the first that is not whole, and the bytes they take. InputError: it
+    cannot be read. OutputError: it is a link or no plain file."""
     try:
-        with path.open("rb") as file:
+        with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
             raw = file.read(MAX_BYTES)
     except FileNotFoundError:
         return [], 0
@@ -50,8 +56,55 @@ def _is_record(record: Any) -> bool:
     """Whether a record has the form that runs write; the first one, without "run", makes the journal empty."""
     if not isinstance(record, dict) or any(not isinstance(v, KINDS.get(k, ())) for k, v in record.items()):
         return False
+    part, inode = record.get("part"), record.get("publish", {"inode": 0}).get("inode")
+    if type(inode) is not int or (part is not None and not _is_part(part)):
+        return False
     spans = [span for spans in record.get("done", {}).values() for span in (spans if type(spans) is list else [None])]
     return all(type(span) is list and len(span) == 2 and all(type(x) is int and x >= 0 for x in span) for span in spans)
+
+
+def _is_part(part: dict[str, Any]) -> bool:
+    if part.keys() != {"inputs", "outputs"} or not all(isinstance(entries, dict) for entries in part.values()):
+        return False
+    inputs = [entry.get("files") if isinstance(entry, dict) else None for entry in part["inputs"].values()]
+    files = [part["outputs"], *inputs]
+    return all(isinstance(f, dict) and all(map(_is_file, f.values())) for f in files)
+
+
+def _is_file(entry: Any) -> bool:
+    return isinstance(entry, dict) and type(entry.get("hash")) is str and type(entry.get("size")) is int
+
+
+def has_work(records: list[dict[str, Any]]) -> bool:
+    """Whether there is work that --resume would not do again."""
+    return any({"done", "tensors", "calibrated", "part"} & record.keys() for record in records)
+
+
+def named_inode(records: list[dict[str, Any]]) -> int | None:
+    """The inode of the folder that the run was about to give the target's name."""
+    return next((record["publish"]["inode"] for record in reversed(records) if "publish" in record), None)
+
+
+def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """OutputError naming every fact that is not what it was when the unfinished work was begun."""
+    if wrong := sorted(name for name in then.keys() | now.keys() if not _same(then.get(name), now.get(name))):
+        raise OutputError(
+            f"{target}: the unfinished work was begun with other inputs; different now: {', '.join(wrong)}",
+            hint="put them back, files as they were and not copies of them, and --resume; or start over with --force",
+        )
+
+
+def _same(then: Any, now: Any) -> bool:
+    """Whether two facts agree; of a file on two machines, which may each have a copy, size and time of writing."""
+    if isinstance(then, list) and isinstance(now, list) and then[-1:] != now[-1:]:
+        return then[:2] == now[:2]
+    return bool(then == now)
+
+
+def part_journals(state: Path) -> dict[str, list[dict[str, Any]]]:
+    """ "2-of-8" -> the records of every part's journal in a work folder."""
+    names = sorted(path.name for path in state.glob(f"{JOURNAL}-*") if PART_JOURNAL.fullmatch(path.name))
+    return {name.removeprefix(f"{JOURNAL}-"): read_journal(state / name)[0] for name in names}
 
 
 class Journal:
@@ -63,7 +116,7 @@ class Journal:
         self.records, self._end = read_journal(path)
         with errors.context(str(path)):
             try:
-                self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                self._fd = open_file(path, os.O_WRONLY | os.O_CREAT)
                 os.ftruncate(self._fd, self._end)
             except OSError as error:
                 raise output_error(error) from error

@@ -2,22 +2,28 @@
 
 Beside the target NAME there is `.NAME.partial`:
 
+    deltamerge       the mark by which it is ours
     lock             held (flock) while a run uses the folder; the system lets go of it when a process dies
     journal          what a run has finished; journal-2-of-8: what part 2 of 8 has
     part-2-of-8.lock held while that part runs
+    calibration.lock and .rows: calibrated q's
     delta-spool/     finished tensors of an artifact
-    out/             what becomes the target
-    old/             the replaced target, for the moment between two renames
+    out/             what becomes the target; once it has changed places with a target, the old one
+    old/             the replaced target, for the moment between two renames, where places cannot be changed
+
+A run that is killed leaves one of these, and whatever command comes next puts it right:
+
+    no journal says that work is done: there is nothing to keep
+    out/ is there: the work goes on with --resume, or with --finish
+    out/ is not there, or is the folder that was the target when the journal's last record named the new one: the target
+    is complete, and only the work folder has to go
+    old/ is there and the target is not: it is put back
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
-import re
-import shutil
-import socket
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -25,13 +31,17 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError, OutputError
+from deltamerge.io import work_folder
+from deltamerge.io.atomic import exchange
 from deltamerge.io.files import output_error, sync_path
-from deltamerge.io.journal import Journal, read_journal
+from deltamerge.io.journal import Journal, check_facts, has_work, named_inode, part_journals, read_journal
+from deltamerge.io.lock_file import LOCK_NAME, not_made
+from deltamerge.io.seals import Seal, damages
+from deltamerge.io.work_folder import JOURNAL, LOCK, OLD, OUT, some
+from deltamerge.io.work_lock import locked, looked
 
-OUT, OLD, LOCK, JOURNAL = "out", "old", "lock", "journal"
 KEPT = "what is done is kept: continue with --resume"
 SYNCS = 8
-PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 
 
 @dataclass
@@ -59,49 +69,105 @@ class Workspace:
 
     def empty(self) -> None:
         """Remove what an earlier run left in `folder`."""
-        for path in self.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        work_folder.empty(self.state, OUT)
 
     def forget(self) -> None:
         """Nothing that was written is worth to be kept."""
         self.journal.records.clear()
 
-    def publish(self) -> None:
-        """Put everything on the disk, then rename it to the target; an old target stays whole until the new is there.
+    def publish(self, outputs: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int = 1) -> None:
+        """Give `folder` the target's name if it holds its lock and the `outputs` (name -> {hash, size}), just those and
+        as they say, and all of it is on the disk; an old target stays whole until the new is there. A file whose seal
+        is unbroken is not read again.
 
-        OutputError: the target has got files since the run began.
+        OutputError: a file is not what it should be, and is removed so that --resume makes it again; the target has got
+        files since the run began, or it is to be replaced and holds what no run made.
         """
-        if _filled(self.target) and not self.force:
-            raise OutputError(f"{self.target}: not empty any more", hint="replace it with --resume --force")
+        check_replaced(self.target, force=self.force, changed=True)
+        self._check(outputs, seals, workers)
         with ThreadPoolExecutor(SYNCS) as pool:  # side by side: one commit of the file system's journal serves several
             list(pool.map(sync_path, self.folder.iterdir()))
         sync_path(self.folder)
-        old = self.state / OLD
-        if replaced := self.target.exists():
-            os.rename(self.target, old)
+        back = self._put()
         try:
-            os.rename(self.folder, self.target)
             sync_path(self.target.parent)
-        except (OSError, OutputError):
-            if not self.folder.exists():  # the name may not outlast a crash: it is taken back, --resume gives it again
-                os.rename(self.target, self.folder)
-            if replaced:
-                os.rename(old, self.target)
+            sync_path(self.state)
+        except OutputError:  # the name may not outlast a crash: it is taken back, --resume gives it again
+            back()
             raise
         self.journal.close()
-        shutil.rmtree(self.state, ignore_errors=True)
+        work_folder.remove(self.state)
+
+    def _check(self, outputs: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int) -> None:
+        names = {path.name for path in self.folder.iterdir()}
+        if strange := (names - {*outputs}) ^ {LOCK_NAME}:
+            raise OutputError(f"{self.folder}: holds what no run wrote, or has no lock: {some(strange)}")
+        if wrong := damages(self.folder, outputs, seals, workers):
+            for name in wrong:
+                with suppress(OSError):
+                    (self.folder / name).unlink()
+            named = some(f"{name} {what}" for name, what in wrong.items())
+            raise OutputError(f"{self.target}: not made, as of its files {named}", hint="run it again")
+
+    def _put(self) -> Callable[[], object]:
+        """Rename the folder to the target; what takes that back."""
+        if not _filled(self.target):
+            os.rename(self.folder, self.target)  # over a folder that is empty, too
+            return lambda: os.rename(self.target, self.folder)
+        if not self.journal.records:
+            self.journal.append({"run": {}, "force": self.force})
+        self.journal.append({"publish": {"inode": self.folder.stat().st_ino}})
+        if exchange(self.folder, self.target):
+            return lambda: exchange(self.folder, self.target)
+        old = self.state / OLD
+        os.rename(self.target, old)
+        try:
+            os.rename(self.folder, self.target)
+        except OSError:
+            os.rename(old, self.target)
+            raise
+
+        def back() -> None:
+            os.rename(self.target, self.folder)
+            os.rename(old, self.target)
+
+        return back
 
 
-def _state(target: Path) -> Path:
+def check_replaced(target: Path, *, force: bool, changed: bool = False) -> None:
+    """OutputError: the target is not empty (any more, if it has `changed` since the run began), and is not to be
+    replaced by `force`, or holds what no run made."""
+    if not _filled(target):
+        return
+    lost = not_made(target)
+    if lost and force:
+        raise OutputError(
+            f"{target}: --force replaces only what a run made, and would delete {some(lost)}",
+            hint="move that away or remove the folder yourself, or choose another with --out",
+        )
+    if not force:
+        flags = "--resume --force" if changed else "--force"
+        replace = "" if lost else f", or replace what is there with {flags}"
+        raise OutputError(
+            f"{target}: not empty{' any more' if changed else ''}", hint=f"choose another folder with --out{replace}"
+        )
+
+
+def state_of(target: Path) -> Path:
+    """The work folder of a target."""
     resolved = Path(os.path.realpath(target))
     return resolved.parent / f".{resolved.name}.partial"
 
 
 def is_begun(target: Path) -> bool:
-    """Whether a run that has not ended has its work folder beside `target`, or none may look."""
+    """Whether work on `target` can be resumed, or none may look; if there is none, the work folder goes."""
+    state = state_of(target)
     try:
-        return _state(target).is_dir()
-    except OSError:
+        if looked(state) is None:
+            return False
+        _settle(state, target)
+        return any(map(has_work, _journals(state)))
+    except (OSError, DeltamergeError):
         return True
 
 
@@ -113,29 +179,37 @@ def workspace(
 
     `part` ("2-of-8") shares the folder with other parts; `finish` takes over what the parts left. When the work ends
     otherwise, the folder stays if there is work to resume and goes if not. OutputError: the target is a file or not
-    empty (and not `force`), another run uses the folder, or an earlier run left work (and not `resume` or `force`).
+    empty (and not `force`) or holds what no run made, the work folder is not ours, another run uses it, or an earlier
+    run left work (and not `resume` or `force`).
     """
-    resolved, state = Path(os.path.realpath(target)), _state(target)
+    resolved, state = Path(os.path.realpath(target)), state_of(target)
+    _check_name(resolved)
     try:
         if target.exists() and not target.is_dir():
             raise OutputError(f"{target}: is a file", hint="choose another folder with --out")
         if target.is_mount():
             raise OutputError(f"{target}: is a mount point", hint="choose a folder inside it with --out")
-        begun, filled = state.is_dir(), _filled(target)
+        _filled(target)
     except OSError as error:
         raise OutputError(f"{target}: {output_error(error)}", hint="choose another folder with --out") from error
+    begun = looked(state) is not None
+    if begun:
+        _settle(state, target, shared=part is not None)
+        begun = looked(state) is not None
     if finish and not begun:
         raise OutputError(f"{target}: no parts of a run are there", hint="run the parts first, with --part I/N")
-    if filled and not force and not ((resume or finish) and begun):
-        raise OutputError(f"{target}: not empty", hint="choose another folder with --out, or replace it with --force")
+    if not ((resume or finish) and begun and not force):
+        check_replaced(target, force=force)
     with ExitStack() as held:
-        held.enter_context(_locked(state, LOCK, target, shared=part is not None))
+        held.enter_context(locked(state, LOCK, target, shared=part is not None))
         if part is not None:
-            held.enter_context(_locked(state, f"part-{part}.lock", target))
+            held.enter_context(locked(state, f"part-{part}.lock", target))
         try:
             if not finish:
                 _prepare(target, resolved, state, force=force, resume=resume, part=part)
             (state / OUT).mkdir(exist_ok=True)
+            if part is None:
+                work_folder.sweep_files(state)
         except OSError as error:
             raise OutputError(f"{state}: {output_error(error)}", hint="remove it, or give its rights back") from error
         work = Workspace(resolved, state, Journal(state / (f"{JOURNAL}-{part}" if part else JOURNAL)), force)
@@ -161,11 +235,13 @@ def parts_workspace(target: Path, *, force: bool, resume: bool) -> Iterator[int 
     None: there is none. When they end otherwise than well, the folder stays if there is work to resume and goes if not.
     OutputError: as of `workspace`, or what was left has parts of two counts.
     """
-    state = _state(target)
+    state = state_of(target)
 
     def left() -> dict[str, list[dict[str, Any]]]:
         return {name: records for name, records in part_journals(state).items() if records}
 
+    if looked(state) is not None:
+        _settle(state, target)
     if not resume:
         if not force and any(map(has_work, left().values())):
             raise _unfinished(target, state)
@@ -178,22 +254,13 @@ def parts_workspace(target: Path, *, force: bool, resume: bool) -> Iterator[int 
         yield int(counts.pop()) if counts else None
     except BaseException as error:
         kept = any(map(has_work, left().values()))
-        if not kept and state.is_dir():
-            with suppress(OutputError), _locked(state, LOCK, target):
-                shutil.rmtree(state, ignore_errors=True)
+        if not kept and looked(state) is not None:
+            with suppress(OutputError), locked(state, LOCK, target):
+                work_folder.remove(state)
         explained = _explained(error, target, kept=kept)
         if explained is error:
             raise
         raise explained from error
-
-
-@contextmanager
-def finished_folder(target: Path, *, force: bool, inputs: Iterable[tuple[str, Path]]) -> Iterator[Path]:
-    """A folder that becomes `target` if all goes well and goes if not; no input, (name, path), is in the target."""
-    refuse_inputs(target, inputs)
-    with workspace(target, force=force) as work:
-        yield work.folder
-        work.publish()
 
 
 def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
@@ -205,76 +272,60 @@ def refuse_inputs(target: Path, inputs: Iterable[tuple[str, Path]]) -> None:
             raise OutputError(f"{target}: holds the input {name}", hint="choose another folder with --out")
 
 
-def has_work(records: list[dict[str, Any]]) -> bool:
-    """Whether there is work that --resume would not do again."""
-    return any({"done", "tensors", "calibrated", "part"} & record.keys() for record in records)
-
-
-def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """OutputError naming every fact that is not what it was when the unfinished work was begun."""
-    if wrong := sorted(name for name in then.keys() | now.keys() if then.get(name) != now.get(name)):
-        raise OutputError(
-            f"{target}: the unfinished work was begun with other inputs; different now: {', '.join(wrong)}",
-            hint="put them back and --resume, or start over with --force",
-        )
-
-
-def part_journals(state: Path) -> dict[str, list[dict[str, Any]]]:
-    """ "2-of-8" -> the records of every part's journal."""
-    names = sorted(path.name for path in state.glob(f"{JOURNAL}-*") if PART_JOURNAL.fullmatch(path.name))
-    return {name.removeprefix(f"{JOURNAL}-"): read_journal(state / name)[0] for name in names}
-
-
 def _filled(target: Path) -> bool:
     return target.is_dir() and any(target.iterdir())
 
 
-@contextmanager
-def _locked(state: Path, name: str, target: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock file `name` of the folder `state`, which is made if it is not there."""
-    path = state / name
-    while True:
-        try:
-            state.mkdir(parents=True, exist_ok=True)
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        except FileNotFoundError:
-            continue  # a run that ended has just removed the folder
-        except OSError as error:
-            cause = output_error(error)
-            raise OutputError(f"{state if state.is_dir() else state.parent}: {cause}", hint=cause.hint) from error
-        try:
-            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-            held = os.stat(path).st_ino == os.fstat(fd).st_ino
-        except BlockingIOError as error:
-            holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip()
-            os.close(fd)
-            raise OutputError(
-                f"{target}: another run is writing it ({holder or 'starting'})",
-                hint="wait until it ends, or choose another folder with --out",
-            ) from error
-        except FileNotFoundError:
-            held = False
-        if held:
-            break
-        os.close(fd)
+def _check_name(target: Path) -> None:
     try:
-        if not shared:
-            with suppress(OSError):  # who holds it is for people; a full disk is met, and told, by what needs it
-                os.ftruncate(fd, 0)
-                os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
-    finally:
-        os.close(fd)
+        target.name.encode()
+    except UnicodeEncodeError:
+        raise OutputError(
+            f"{os.fsencode(target.name)!r}: is no name in UTF-8, which the model card must tell",
+            hint="choose another folder with --out",
+        ) from None
+
+
+def _journals(state: Path) -> list[list[dict[str, Any]]]:
+    return [read_journal(state / JOURNAL)[0], *part_journals(state).values()]
+
+
+def _settle(state: Path, target: Path, *, shared: bool = False) -> None:
+    """Put right what a killed run left, if none runs: a replaced target gets its name back while the new one has not
+    got it; once it has, or if no work is kept, the work folder goes.
+
+    A part of a run (`shared`) leaves a folder without work alone: others may just begin in it.
+    """
+    if shared and not _has_ended(state, target):
+        return
+    with suppress(OutputError), locked(state, LOCK, target):  # OutputError: somebody works in it
+        resolved = Path(os.path.realpath(target))
+        if (state / OLD).is_dir() and not resolved.exists():
+            os.rename(state / OLD, resolved)
+        if _has_ended(state, target) or not any(map(has_work, _journals(state))):
+            if resolved.exists():
+                sync_path(resolved.parent)
+                sync_path(state)
+            work_folder.remove(state)
+
+
+def _has_ended(state: Path, target: Path) -> bool:
+    """Whether the run in `state` was killed after its target had got its name."""
+    journals = _journals(state)
+    if (state / OUT).is_dir():
+        return target.exists() and target.stat().st_ino in map(named_inode, journals)
+    return target.exists() if (state / OLD).is_dir() else any(map(has_work, journals))
 
 
 def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: bool, part: str | None) -> None:
     """Deal with what an earlier run left: keep it for --resume, refuse, or clear it away."""
-    if (state / OLD).is_dir() and not resolved.exists():
-        os.rename(state / OLD, resolved)
+    if (state / OLD).is_dir():
+        raise OutputError(
+            f"{target}: {state / OLD} holds the folder that was to be replaced, and there is another in its place",
+            hint="move one of them away",
+        )
     parts = part_journals(state)
     in_parts, whole = any(map(has_work, parts.values())), has_work(read_journal(state / JOURNAL)[0])
-    if whole and not (state / OUT).is_dir():  # it died after the last rename
-        whole = False
     if part is not None and whole:
         raise OutputError(
             f"{target}: a run without --part left unfinished work in {state}", hint="continue it, or remove that folder"
@@ -288,11 +339,13 @@ def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: 
             return
         if not force:
             raise _unfinished(target, state)
-    if _filled(resolved) and not force:
+    try:
+        check_replaced(resolved, force=force)
+    except OutputError:
         _discard(state, part)
-        raise OutputError(f"{target}: not empty", hint="choose another folder with --out, or replace it with --force")
+        raise
     if part is None:
-        _clear(state)
+        work_folder.clear(state)
     else:
         (state / f"{JOURNAL}-{part}").unlink(missing_ok=True)
 
@@ -304,18 +357,10 @@ def _unfinished(target: Path, state: Path) -> OutputError:
     )
 
 
-def _clear(state: Path) -> None:
-    for path in state.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
-
-
 def _discard(state: Path, part: str | None) -> None:
     """Remove the folder, or what a part has in it."""
     if part is None:
-        shutil.rmtree(state, ignore_errors=True)
+        work_folder.remove(state)
         return
     with suppress(OSError):
         (state / f"{JOURNAL}-{part}").unlink()

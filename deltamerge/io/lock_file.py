@@ -1,0 +1,108 @@
+"""recipe.lock as a file: what every lock must say, and which files of a folder the lock in it does not list."""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from deltamerge.errors import InputError
+from deltamerge.io.files import input_error
+
+FORMAT = 1
+LOCK_NAME = "recipe.lock"
+ROWS = ".rows"
+MAX_BYTES = 1 << 26
+MAX_DEPTH = 64
+MAX_EVENTS = 1_000_000
+# Of tools that keep folders (git, the hub's clients, macOS); no loader takes a hidden file for a part of a model.
+HIDDEN = frozenset({".git", ".gitattributes", ".gitignore", ".cache", ".huggingface", ".DS_Store"})
+
+
+class _Part(BaseModel):
+    """What must be so in a part of a lock; what is besides is kept as it is."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+class _File(_Part):
+    hash: str
+    size: int
+
+
+class _Input(_Part):
+    files: dict[str, _File]
+
+
+class _Calibration(_Part):
+    objective: str
+    scope: str
+    search: str
+    q: dict[str, float]
+    rows: str | None = None
+
+
+class _Lock(_Part):
+    inputs: dict[str, _Input] = {}
+    outputs: dict[str, _File]
+    calibration: dict[str, _Calibration] = {}
+
+
+def read_lock(path: Path) -> dict[str, Any]:
+    """A lock's content; InputError if it is none, is larger than 64 MB, or nested as no lock is."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    try:
+        with path.open("rb") as file:
+            raw = file.read(MAX_BYTES + 1)
+        if len(raw) > MAX_BYTES:
+            raise InputError(f"{path}: larger than {MAX_BYTES:,} bytes")
+        text = raw.decode("utf-8")
+        depth = 0
+        for count, event in enumerate(yaml.parse(text, loader)):  # first: nodes take much, and are composed recursively
+            if count > MAX_EVENTS:
+                raise InputError(f"{path}: holds more than {MAX_EVENTS:,} values")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise InputError(f"{path}: nested more than {MAX_DEPTH} deep")
+        content = yaml.load(text, Loader=loader)
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such lock", hint="a finished `deltamerge run` leaves one") from error
+    except OSError as error:
+        raise InputError(f"{path}: {input_error(error)}") from error
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+        raise InputError(f"{path}: not a readable lock") from error
+    if not isinstance(content, dict) or "outputs" not in content:
+        raise InputError(f"{path}: not a deltamerge lock")
+    if content.get("format") != FORMAT:
+        raise InputError(
+            f"{path}: lock format {str(content.get('format'))[:80]!r} is unknown",
+            hint="use the deltamerge that wrote it",
+        )
+    try:
+        _Lock.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        raise InputError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    return content
+
+
+def unlisted(folder: Path, lock: Mapping[str, Any]) -> list[str]:
+    """What is in `folder` and not in its lock, but the lock itself and what tools hide there."""
+    return sorted({path.name for path in folder.iterdir()} - {*lock["outputs"], LOCK_NAME} - HIDDEN)
+
+
+def not_made(folder: Path) -> list[str]:
+    """What in `folder` no run made, and would be lost with it: what its lock does not list as a plain file; all of it
+    without a lock. OSError: it cannot be looked at."""
+    modes = {path.name: path.lstat().st_mode for path in folder.iterdir()}
+    listed: set[str] = set()
+    if stat.S_ISREG(modes.get(LOCK_NAME, 0)):
+        try:
+            listed = {LOCK_NAME, *read_lock(folder / LOCK_NAME)["outputs"]}
+        except InputError:
+            listed = set()
+    return sorted(name for name, mode in modes.items() if name not in listed or not stat.S_ISREG(mode))

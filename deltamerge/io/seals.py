@@ -1,0 +1,72 @@
+"""Whether a file is still what it was when it was hashed: by its seal, which every change breaks, else by its hash."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from deltamerge.errors import InputError
+
+HASH_BYTES = 1 << 23
+
+
+class Seal(NamedTuple):
+    """What the system changes with a file: nobody can put the time of change back."""
+
+    size: int
+    modified: int
+    inode: int
+    changed: int
+
+
+def seal(path: Path) -> Seal:
+    """The seal of the file at `path`, to be taken before it is hashed, or when its writer has ended. OSError: it cannot
+    be looked at."""
+    status = path.stat()
+    return Seal(status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
+
+
+def hash_output(path: Path) -> str:
+    """ "blake3:<hex>" of a file's bytes, as `b3sum` prints it: what others get is known by a cryptographic hash."""
+    from blake3 import blake3
+
+    hasher = blake3(max_threads=blake3.AUTO)
+    try:
+        with path.open("rb", buffering=0) as file:
+            buffer = memoryview(bytearray(min(HASH_BYTES, os.fstat(file.fileno()).st_size) or 1))
+            while count := file.readinto(buffer):
+                hasher.update(buffer[:count])
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}") from error
+    return f"blake3:{hasher.hexdigest()}"
+
+
+def damages(
+    folder: Path, files: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int
+) -> dict[str, str]:
+    """What is wrong with which of the `files` (name -> {hash, size}) of `folder`: one that is missing, has another size
+    or other content. Those whose seal is unbroken are not read."""
+
+    def look(name: str) -> str:
+        path, entry = folder / name, files[name]
+        try:
+            status = path.lstat()
+            if not stat.S_ISREG(status.st_mode):
+                return "is no plain file"
+            if status.st_size != entry["size"]:
+                return f"has {status.st_size} bytes, not {entry['size']}"
+            if name in seals and seal(path) == seals[name]:
+                return ""
+        except FileNotFoundError:
+            return "is missing"
+        except OSError as error:
+            return f"cannot be read: {error.strerror}"
+        return "" if hash_output(path) == entry["hash"] else "has other content than was written"
+
+    with ThreadPoolExecutor(workers) as pool:
+        found = dict(zip(files, pool.map(look, files), strict=True))
+    return {name: wrong for name, wrong in sorted(found.items()) if wrong}

@@ -1,0 +1,223 @@
+"""`.NAME.partial`, the folder that a run works in: known by a mark as ours, opened through no link, cleared of nothing
+but what runs write.
+
+A repository may bring a link of that name, or a folder with links in it; users may have one, or keep things in ours.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Collection, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+from deltamerge.errors import OutputError
+from deltamerge.io.atomic import PASSING, sweep
+
+OUT, OLD, SPOOL, LOCK, JOURNAL, MARK = "out", "old", "delta-spool", "lock", "journal", "deltamerge"
+CALIBRATION = "calibration.lock"
+MARK_TEXT = b"A deltamerge run works in this folder. It is removed when the run ends.\n"
+HOLDER = re.compile(rb"(process \d+ on [^\n]*\n)?")
+PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
+
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a pipe is refused, not waited for
+_GONE = r"\.nfs[0-9a-f]+"  # what network file systems call a file that is removed while it is open
+_FILES = re.compile(
+    rf"{MARK}|{LOCK}|{JOURNAL}(-\d+-of-\d+)?|part-\d+-of-\d+\.lock|calibration\.(lock|rows)|{PASSING.pattern}|{_GONE}",
+    re.DOTALL,
+)
+# By folder the files that runs write into it, which may be more than they do: the names of tokenizers differ.
+_WRITTEN = {
+    OUT: re.compile(
+        r".+\.(safetensors|json|jinja|model|tiktoken|png|rows)|recipe\.(yaml|lock)|README\.md|merges\.txt"
+        rf"|(tokenizer|vocab|chat_template|spiece|sentencepiece).*|{PASSING.pattern}|{_GONE}",
+        re.DOTALL,
+    ),
+    OLD: re.compile(".+", re.DOTALL),
+    SPOOL: re.compile(rf"\d+|{_GONE}"),
+}
+
+
+def look(state: Path) -> frozenset[str] | None:
+    """The names in the work folder `state`; None: there is none. OutputError: what is there is not a run's, or holds
+    what no run wrote; nothing was touched. OSError: it cannot be looked at."""
+    try:
+        if not stat.S_ISDIR(os.lstat(state).st_mode):
+            kind = "a link" if state.is_symlink() else "no folder"
+            raise OutputError(
+                f"{state}: is {kind}, and runs work in a folder of that name",
+                hint="remove it, or choose another folder with --out",
+            )
+        folder = os.open(state, _FOLDER)
+    except FileNotFoundError:
+        return None
+    try:
+        modes = _modes(folder)
+        wrong = [_named(name, mode) for name, mode in modes.items() if not _is_written(name, mode)]
+        for name in sorted(modes.keys() & _WRITTEN.keys()):
+            if stat.S_ISDIR(modes[name]):
+                wrong += _foreign(folder, name)
+        if not _is_marked(folder, modes):  # looked at after the names: who wrote those had written the mark
+            wrong = [_named(name, mode) for name, mode in modes.items()]
+    finally:
+        os.close(folder)
+    if wrong:
+        raise OutputError(
+            f"{state}: holds what no run wrote there: {some(wrong)}",
+            hint="move that away, or choose another folder with --out",
+        )
+    return frozenset(modes)
+
+
+def mark(state: Path) -> None:
+    """Say of the folder `state`, which `look` found to be empty or ours, that it is. OSError: it cannot be written."""
+    fd = os.open(state / MARK, os.O_RDWR | os.O_CREAT | _FILE, 0o666)
+    try:
+        if os.pread(fd, len(MARK_TEXT) + 1, 0) != MARK_TEXT:
+            os.pwrite(fd, MARK_TEXT, 0)
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def open_file(path: Path, flags: int) -> int:
+    """Open a file of the work folder, making it if `flags` say so. OutputError: it is a link or no plain file."""
+    try:
+        fd = os.open(path, flags | _FILE, 0o666)
+    except OSError as error:
+        if path.is_symlink():
+            raise OutputError(f"{path}: is a link, which no run wrote", hint="remove it") from error
+        raise
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OutputError(f"{path}: is no plain file, which no run wrote", hint="remove it")
+    return fd
+
+
+def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
+    """Remove what runs write from the work folder `state`, journals first: they speak of the rest. OSError: not all."""
+    folder = os.open(state, _FOLDER)
+    try:
+        modes = {name: mode for name, mode in _modes(folder).items() if _is_written(name, mode) and name not in but}
+        for name in sorted(modes, key=lambda name: not name.startswith(JOURNAL)):
+            if name in _WRITTEN:
+                _empty(folder, name)
+                os.rmdir(name, dir_fd=folder)
+            else:
+                _unlink(name, folder)
+    finally:
+        os.close(folder)
+
+
+def remove(state: Path) -> None:
+    """Remove the work folder, as far as it is ours, by who holds its lock: last the mark and the lock, so that what is
+    left by one who is killed is still ours."""
+    with suppress(OSError):
+        clear(state)
+        for name in (MARK, LOCK):
+            (state / name).unlink(missing_ok=True)
+        state.rmdir()
+
+
+def empty(state: Path, name: str) -> None:
+    """Remove what runs write from the folder `name` of the work folder. OSError: not all of it."""
+    folder = os.open(state, _FOLDER)
+    try:
+        _empty(folder, name)
+    finally:
+        os.close(folder)
+
+
+def sweep_files(state: Path) -> None:
+    """Remove what was not whole when its writer was killed."""
+    for path in (state, state / OUT):
+        with suppress(FileNotFoundError):
+            folder = os.open(path, _FOLDER)
+            try:
+                sweep(folder)
+            finally:
+                os.close(folder)
+
+
+def some(names: Iterable[str]) -> str:
+    """A few of the names, and how many more there are."""
+    listed = sorted(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
+def _modes(folder: int) -> dict[str, int]:
+    modes = {}
+    for name in os.listdir(folder):
+        with suppress(FileNotFoundError):  # another run has just removed it
+            modes[name] = os.stat(name, dir_fd=folder, follow_symlinks=False).st_mode
+    return modes
+
+
+def _is_written(name: str, mode: int) -> bool:
+    return stat.S_ISDIR(mode) if name in _WRITTEN else stat.S_ISREG(mode) and _FILES.fullmatch(name) is not None
+
+
+def _is_file_of(name: str, mode: int, inside: str) -> bool:
+    return stat.S_ISREG(mode) and _WRITTEN[inside].fullmatch(name) is not None
+
+
+def _foreign(folder: int, name: str) -> list[str]:
+    """What in a folder of the work folder no run wrote; a budget's artifact has its spool in OUT."""
+    try:
+        inner = os.open(name, _FOLDER, dir_fd=folder)
+    except FileNotFoundError:
+        return []
+    try:
+        modes = _modes(inner)
+        wrong: list[str] = []
+        if name == OUT and stat.S_ISDIR(modes.get(SPOOL, 0)):
+            del modes[SPOOL]
+            wrong = _foreign(inner, SPOOL)
+        wrong += [_named(n, mode) for n, mode in modes.items() if not _is_file_of(n, mode, name)]
+    finally:
+        os.close(inner)
+    return [f"{name}/{one}" for one in wrong]
+
+
+def _empty(folder: int, name: str) -> None:
+    inner = os.open(name, _FOLDER, dir_fd=folder)
+    try:
+        for one, mode in _modes(inner).items():
+            if one == SPOOL and name == OUT and stat.S_ISDIR(mode):
+                _empty(inner, SPOOL)
+                os.rmdir(SPOOL, dir_fd=inner)
+            elif _is_file_of(one, mode, name):
+                _unlink(one, inner)
+    finally:
+        os.close(inner)
+
+
+def _unlink(name: str, folder: int) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(name, dir_fd=folder)
+
+
+def _named(name: str, mode: int) -> str:
+    kinds = ((stat.S_ISLNK, " (a link)"), (stat.S_ISDIR, "/"))
+    return name + next((kind for is_kind, kind in kinds if is_kind(mode)), "")
+
+
+def _is_marked(folder: int, names: Collection[str]) -> bool:
+    """Whether the folder has our mark; or nothing but the lock of one who was killed as it made the mark, or before."""
+    if _text(folder, MARK) == MARK_TEXT:
+        return True
+    return {*names} <= {LOCK, MARK} and not _text(folder, MARK) and HOLDER.fullmatch(_text(folder, LOCK)) is not None
+
+
+def _text(folder: int, name: str) -> bytes:
+    try:
+        fd = os.open(name, os.O_RDONLY | _FILE, dir_fd=folder)
+    except OSError:
+        return b""
+    try:
+        return os.pread(fd, 300, 0)
+    finally:
+        os.close(fd)

@@ -1,0 +1,73 @@
+"""The lock of a work folder: one run at a time, or the parts of one; the system lets go of it when a process dies."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from deltamerge.errors import OutputError
+from deltamerge.io import work_folder
+from deltamerge.io.files import output_error
+
+
+def looked(state: Path) -> frozenset[str] | None:
+    """The names in the work folder `state`; None: there is none. OutputError: it is not ours, or cannot be read."""
+    try:
+        return work_folder.look(state)
+    except OSError as error:
+        cause = output_error(error)
+        raise OutputError(f"{state}: {cause}", hint=cause.hint) from error
+
+
+@contextmanager
+def locked(state: Path, name: str, target: Path, *, shared: bool = False) -> Iterator[None]:
+    """Hold the lock file `name` of the work folder `state`, which is made, and marked, if it is not there."""
+    path = state / name
+    while True:
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            cause = output_error(error)
+            raise OutputError(f"{state.parent}: {cause}", hint=cause.hint or "choose another with --out") from error
+        looked(state)
+        try:
+            fd = work_folder.open_file(path, os.O_RDWR | os.O_CREAT)
+        except FileNotFoundError:
+            time.sleep(0.001)
+            continue  # a run that ended has just removed the folder
+        except OSError as error:
+            cause = output_error(error)
+            raise OutputError(f"{state if state.is_dir() else state.parent}: {cause}", hint=cause.hint) from error
+        try:
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            held = os.stat(path).st_ino == os.fstat(fd).st_ino
+        except BlockingIOError as error:
+            holder = os.pread(fd, 200, 0).decode("utf-8", "replace").strip()
+            os.close(fd)
+            raise OutputError(
+                f"{target}: another run is writing it ({holder or 'starting'})",
+                hint="wait until it ends, or choose another folder with --out",
+            ) from error
+        except FileNotFoundError:
+            held = False
+        if held:
+            break
+        os.close(fd)
+    try:
+        if not shared:
+            with suppress(OSError):  # who holds it is for people; a full disk is met, and told, by what needs it
+                os.ftruncate(fd, 0)
+                os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+        try:
+            work_folder.mark(state)
+        except OSError as error:
+            cause = output_error(error)
+            raise OutputError(f"{state}: {cause}", hint=cause.hint) from error
+        yield
+    finally:
+        os.close(fd)
