@@ -21,14 +21,10 @@ import warnings
 from contextlib import suppress
 from typing import Any
 
-# At import: what starts threads does so before the first fork, or not at all.
-import torch
-
 import deltamerge.io.writer as writer
 from deltamerge.cli import main
 
 SECONDS = 60  # after which a command is taken to hang
-torch.set_num_threads(1)
 warnings.simplefilter("ignore")
 
 

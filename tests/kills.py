@@ -24,6 +24,7 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,7 @@ WHEN = {BEFORE: "before", AFTER: "after", HALF: "amid"}
 WRITES = ("write", "pwrite", "sendfile", "copy_file_range")
 SAVE_SECONDS = 1e-3  # between saves of a run, so that those of tiny models have work to resume
 # Loaded once for all children; none of them leaves a thread.
-HEAVY = ("transformers", "peft", "deltamerge.apply", "deltamerge.extract", "deltamerge.study", "deltamerge.init")
+HEAVY = ("torch", "transformers", "peft", "deltamerge.apply", "deltamerge.extract", "deltamerge.study", "deltamerge.init")
 HOME, TEMPORARY, MODELS = "home", "tmp", "models"
 
 
@@ -58,7 +59,7 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True)
 class Scenario:
-    """Commands, one after the other; the `killed`-th is killed. The first is killed before it changes a file whose path
+    """Commands, one after the other ("cp A B" copies a file); the `killed`-th is killed. The first is killed before it changes a file whose path
     has `torn`. `targets` are what the commands make, below the user's folder."""
 
     name: str
@@ -76,6 +77,7 @@ class Scenario:
 RUN = "run merge.yaml -q --workers 1"
 DELTA = "extract ../models/a --base ../models/base --out a-delta -q --workers 1"
 APPLY = "apply a-delta --base ../models/base --out a-again -q --workers 1"
+ROWS = "calibrate r.yaml --workers 1"
 PARTS = tuple(f"run shards.yaml -q --workers 1 {part}" for part in ("--part 1/2", "--part 2/2", "--finish"))
 SCENARIOS = (
     Scenario("run", (RUN,), ("merge-merged",)),
@@ -93,14 +95,16 @@ SCENARIOS = (
     Scenario("apply --force", (DELTA, RUN.replace("-q", "-q --out a-again"), f"{APPLY} --force"),
              ("a-delta", "a-again"), resumable=False),
     Scenario("calibrate", ("calibrate q.yaml --workers 1",), ("q.lock",), resumable=False),
+    Scenario("calibrate rows", ("cp r1.yaml r.yaml", ROWS, "cp r2.yaml r.yaml", ROWS), ("r.lock", "r.rows"),
+             resumable=False),
     Scenario("locked", ("calibrate q.yaml --workers 1", "run q.yaml --locked -q --workers 1"), ("q.lock", "q-merged")),
     Scenario("run calibrated", ("run q.yaml -q --workers 1",), ("q-merged",)),
     Scenario("report", ("inspect ../models/a --base ../models/base --report page.html --workers 1",), ("page.html",),
              resumable=False),
     Scenario("init", ("init ../models/a ../models/b --base ../models/base --workers 1",), ("recipe.yaml",),
              resumable=False),
-    Scenario("recommend", ("recommend ../models/a --base ../models/base --density 0.1 --workers 1 --out r.yaml",),
-             ("r.yaml",), resumable=False),
+    Scenario("recommend", ("recommend ../models/a --base ../models/base --density 0.1 --workers 1 --out advice.yaml",),
+             ("advice.yaml",), resumable=False),
 )  # fmt: skip
 MERGE = """\
 base_model: ../models/base
@@ -121,6 +125,8 @@ models: [{model: ../models/a}, {model: ../models/b}]
 parameters: {weight: 1}
 output: {path: ./half}
 """
+ON_ROWS = "calibration: {data: rows.txt, sequences: 8, length: 8}"
+BY_ROW = "{method: dare, density: 0.5, q: {objective: layer_mse, scope: row}}"
 FILES = {
     "merge.yaml": MERGE.format(method="task_arithmetic", more="output: {shard_size: 30KB}"),
     "older.yaml": MERGE.format(method="linear", more="output: {shard_size: 25KB}"),
@@ -128,10 +134,9 @@ FILES = {
     "chain.yaml": CHAIN,
     "delta.yaml": PRUNED.format(prune="{method: dare, density: 0.5}", more="output: {kind: delta}"),
     "peft.yaml": PRUNED.format(prune="{method: magnitude, density: 0.02, q: 0.5}", more="output: {kind: peft}"),
-    "q.yaml": PRUNED.format(
-        prune="{method: dare, density: 0.5, q: output_change}",
-        more="calibration: {data: rows.txt, sequences: 8, length: 8}",
-    ),
+    "q.yaml": PRUNED.format(prune="{method: dare, density: 0.5, q: output_change}", more=ON_ROWS),
+    "r1.yaml": PRUNED.format(prune=BY_ROW, more=f"{ON_ROWS}\nseed: 1"),
+    "r2.yaml": PRUNED.format(prune=BY_ROW, more=f"{ON_ROWS}\nseed: 2"),
     "rows.txt": "\n".join(f"w{5 + i % 80} w{6 + i % 70} w{7 + i % 60}" for i in range(30)),
     # what is the user's and has nothing to do with it
     "thesis.txt": "ten years' work\n",
@@ -300,14 +305,22 @@ class Kills:
         (self.home / "a link").symlink_to("../letter.txt")
         (self.home / "photos" / "up").symlink_to("../..")
 
+    def step(self, command: str, part: str = "") -> Ended:
+        """A command that is not killed, or only before it changes a file whose path has `part`."""
+        if command.startswith("cp "):
+            _, source, target = command.split()
+            shutil.copyfile(self.home / source, self.home / target)
+            return Ended(0, "", [])
+        ended = self.server.run(self.root, command, part=part)
+        if ended.code != (-signal.SIGKILL if part else 0):
+            raise RuntimeError(f"`{command}` undisturbed: exit {ended.code}: {ended.said}")
+        return ended
+
     def ahead(self, scenario: Scenario) -> None:
         """What comes before the command that is killed."""
         self.reset()
         for i, step in enumerate(scenario.steps[: scenario.index]):
-            part = scenario.torn if i == 0 else ""
-            ended = self.server.run(self.root, step, part=part)
-            if ended.code != (-9 if part else 0):
-                raise RuntimeError(f"{scenario.name}: `{step}` undisturbed: exit {ended.code}: {ended.said}")
+            self.step(step, scenario.torn if i == 0 else "")
         shutil.rmtree(self.root / TEMPORARY)
         (self.root / TEMPORARY).mkdir()
 
@@ -316,10 +329,7 @@ class Kills:
         self.ahead(scenario)
         calls, seen = [], [look(self.root)]
         for step in scenario.steps[scenario.index :]:
-            ended = self.server.run(self.root, step)
-            if ended.code:
-                raise RuntimeError(f"{scenario.name}: `{step}` undisturbed: exit {ended.code}: {ended.said}")
-            calls.append(ended.calls)
+            calls.append(self.step(step).calls)
             seen.append(look(self.root))
         return calls[0], seen[0], seen[1], seen[-1]
 
@@ -363,7 +373,7 @@ class Kills:
         def find(what: str) -> None:
             self.findings.append(Finding(place, what))
 
-        if ended.code not in (-9, 0):
+        if ended.code not in (-signal.SIGKILL, 0):
             find(f"exit {ended.code} instead: {ended.said}")
         for what in self.wrong_amid(scenario, before, after):
             find(f"then {what}")
@@ -419,11 +429,14 @@ def main() -> None:
 
     def one(scenario: Scenario) -> tuple[int, list[Finding]]:
         started = time.monotonic()
+        draw, calls = random.Random(f"{options.seed} {scenario.name}"), 0
         with tempfile.TemporaryDirectory(dir=options.folder) as folder, Server(Path(folder)) as server:
             kills = Kills(server, Path(folder) / "root")
-            kills.prepare(HEAVY)
-            draw = random.Random(f"{options.seed} {scenario.name}")
-            calls = kills.torture(scenario, every=options.every, twice=options.twice, draw=draw)
+            try:
+                kills.prepare(HEAVY)
+                calls = kills.torture(scenario, every=options.every, twice=options.twice, draw=draw)
+            except RuntimeError as error:
+                kills.findings.append(Finding(scenario.name, str(error)))
         found = "".join(f"\n  {finding}" for finding in grouped(kills.findings))
         seconds = time.monotonic() - started
         print(f"{scenario.name:16} {calls:4} calls, {kills.count:4} kills in {seconds:.0f} s{found}", flush=True)

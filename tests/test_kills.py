@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from kills import DELTA, RUN, SCENARIOS, Kills, Scenario, Server, Unable, grouped
 
-LIGHT = [s for s in SCENARIOS if s.name not in ("peft", "calibrate", "locked", "run calibrated")]  # transformers: seconds
+HERE = ("run", "resume", "force", "part 1", "finish", "chain", "delta", "extract", "apply", "apply --force", "init")
 FEW = 2  # kills of each
 
 
@@ -29,7 +29,10 @@ def kills(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kills]:
         yield kills
 
 
-@pytest.mark.parametrize("scenario", LIGHT, ids=lambda scenario: scenario.name)
+@pytest.mark.parametrize(
+    "scenario",
+    [pytest.param(s, id=s.name, marks=() if s.name in HERE else pytest.mark.slow) for s in SCENARIOS],
+)
 def test_killed_at_any_call_nothing_is_lost(kills: Kills, scenario: Scenario) -> None:
     kills.findings.clear()
     kills.torture(scenario, some=FEW, draw=random.Random(scenario.name))
