@@ -3,8 +3,9 @@
     LD_PRELOAD=kill_shim.so python kill_server.py    # a request, a line of JSON on stdin; an answer, one on stdout
 
 A request: `arguments` of the command line, `cwd`, `root` (calls below it count), `at` (the call that kills), `when`
-(0 never, 1 before it, 2 after it, 3 amid it if it writes), `part` (of a path: the first call of such kills), `log` and `err` (files); or `warm`: run them here and import
-the modules named, so that children find everything. An answer: `code`, negative a signal's.
+(0 never, 1 before it, 2 after it, 3 amid it if it writes, 4: Ctrl-C before it), `part` (of a path: the first call of
+such kills), `log` and `err` (files); or `warm`: run them here and import the modules named, so that children find
+everything. An answer: `code`, negative a signal's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-/* Kills the process at its K-th call that changes a folder's files. LD_PRELOAD it with KILL_ROOT set to the folder.
+/* Kills the process at its K-th call that changes a folder's files. LD_PRELOAD it, and call kill_arm.
 
    Seen are calls of libc by name: those of Python, of compiled loops and of C++ and Rust libraries. Not seen are changes
    through mapped memory, system calls made by instruction, and those that libc makes for itself (buffers of FILE). */
@@ -19,7 +19,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { NEVER, BEFORE, AFTER, HALF };
+enum { NEVER, BEFORE, AFTER, HALF, INTERRUPT };
 
 static atomic_int armed;
 static atomic_long seen;
@@ -27,7 +27,7 @@ static long wanted;
 static int mode, log_fd = -1;
 static char root[PATH_MAX], named[PATH_MAX];
 
-/* From now on calls count; the `at`-th kills, or before it the first whose path holds `part`. `log` gets a line for
+/* From now on calls count; the `at`-th kills, or interrupts, or before it the first whose path holds `part`. `log` gets a line for
    each call: its name and path. */
 void kill_arm(const char *folder, long at, int when, const char *part, int log) {
     snprintf(root, sizeof root, "%s/", folder);
@@ -50,6 +50,7 @@ static int due(const char *name, const char *path) {
     if (named[0] && strstr(path, named)) die();
     if (atomic_fetch_add(&seen, 1) + 1 != wanted || mode == NEVER) return 0;
     if (mode == BEFORE) die();
+    if (mode == INTERRUPT) return kill(getpid(), SIGINT), 0;
     return 1;
 }
 

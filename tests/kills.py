@@ -3,13 +3,14 @@
     python tests/kills.py [--scenario NAME]... [--every 1] [--twice 0] [--seed 0] [--folder DIR]
 
 Each command works in a user's folder that holds other things too. It is killed (SIGKILL) just before its K-th call that
-changes a file, for every K; amid each call that writes, half of it written; and after its last. Whatever K is:
+changes a file, for every K, which is just after the one before; amid each call that writes, half of it written; after
+its last; and interrupted (Ctrl-C) before each. Whatever K is:
 
 - the target is absent as before, or the old one, or the new one, whole; never absent where there was an old one
 - nothing of the user's is changed or gone
 - the same command again, with --resume if it says so, ends in the bytes of a run that nothing disturbed
 - then nothing is left behind
-- no traceback; exit code 0, 1 or 2
+- no traceback; exit code 0, 1 or 2; of the interrupted 130, with the truth on what is left behind
 
 Calls are seen by a library that stands before libc (kill_shim.c says what it sees), in children of a process that has
 everything imported (kill_server.py). A power cut, which loses what was not synced, is tests/test_durability.py's.
@@ -36,12 +37,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).parent
-NEVER, BEFORE, AFTER, HALF = range(4)
-WHEN = {BEFORE: "before", AFTER: "after", HALF: "amid"}
+NEVER, BEFORE, AFTER, HALF, INTERRUPT = range(5)
+WHEN = {BEFORE: "killed before", AFTER: "killed after", HALF: "killed amid", INTERRUPT: "interrupted before"}
+NOTHING_LEFT = "nothing was left behind"
 WRITES = ("write", "pwrite", "sendfile", "copy_file_range")
 SAVE_SECONDS = 1e-3  # between saves of a run, so that those of tiny models have work to resume
 # Loaded once for all children; none of them leaves a thread.
-HEAVY = ("torch", "transformers", "peft", "deltamerge.apply", "deltamerge.extract", "deltamerge.study", "deltamerge.init")
+HEAVY = ("torch", "transformers", "peft", *(f"deltamerge.{name}" for name in ("apply", "extract", "study", "init")))
 HOME, TEMPORARY, MODELS = "home", "tmp", "models"
 
 
@@ -59,8 +61,8 @@ class Ended(NamedTuple):
 
 @dataclass(frozen=True)
 class Scenario:
-    """Commands, one after the other ("cp A B" copies a file); the `killed`-th is killed. The first is killed before it changes a file whose path
-    has `torn`. `targets` are what the commands make, below the user's folder."""
+    """Commands, one after the other ("cp A B" copies a file); the `killed`-th is killed. The first is killed before it
+    changes a file whose path has `torn`. `targets` are what the commands make, below the user's folder."""
 
     name: str
     steps: tuple[str, ...]
@@ -341,13 +343,14 @@ class Kills:
         return ended
 
     def torture(self, scenario: Scenario, *, every: int = 1, some: int = 0, twice: int = 0, draw: random.Random) -> int:
-        """Kill the scenario's command at every `every`-th of its calls, or at `some`, each of another kind; `twice` also
-        the run after that, both at random. How many calls it makes."""
+        """Kill the scenario's command at every `every`-th of its calls, or at `some`, each of another kind; `twice`, at
+        random, also the run after that. How many calls it makes."""
         calls, *seen = self.undisturbed(scenario)
         last = len(calls)
         places = [(k, BEFORE) for k in range(1, last + 1)]
         places += [(k, HALF) for k, call in enumerate(calls, start=1) if call.startswith(WRITES)]
         places.append((last, AFTER))
+        places += [(k, INTERRUPT) for k in range(1, last + 1)]
         if some:
             draw.shuffle(places)
             kinds = {(calls[k - 1].split()[0], when): (k, when) for k, when in places}
@@ -365,16 +368,18 @@ class Kills:
     ) -> None:
         self.ahead(scenario)
         self.count += 1
-        step = scenario.steps[scenario.index]
+        step, was = scenario.steps[scenario.index], look(self.root) if when == INTERRUPT else {}
         ended = self.server.run(self.root, step, k, when)
         call = ended.calls[k - 1] if len(ended.calls) >= k else f"{len(ended.calls)} calls in all"
-        place = f"{scenario.name}: killed {WHEN[when]} call {k}, `{call}`"
+        place = f"{scenario.name}: {WHEN[when]} call {k}, `{call}`"
 
         def find(what: str) -> None:
             self.findings.append(Finding(place, what))
 
-        if ended.code not in (-signal.SIGKILL, 0):
+        if ended.code not in (130 if when == INTERRUPT else -signal.SIGKILL, 0):
             find(f"exit {ended.code} instead: {ended.said}")
+        if NOTHING_LEFT in ended.said and (wrong := differences(look(self.root), was)):
+            find(f"says that {NOTHING_LEFT}: {wrong}")
         for what in self.wrong_amid(scenario, before, after):
             find(f"then {what}")
         if second:
