@@ -168,6 +168,7 @@ def test_a_result_replaces_only_what_its_document_made(folder):
         run(folder / "r.yaml")
     shutil.rmtree(folder / "kept")
     run(folder / "r.yaml", folder / "whole")  # of several documents, the last of which is named first
+    shutil.rmtree(folder / "kept")
     (folder / "whole").rename(folder / "kept")
     with pytest.raises(OutputError, match="kept: not empty"):
         run(folder / "r.yaml")
