@@ -24,6 +24,8 @@ from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.moments import Moments, together
 from deltamerge.pruning import TASK_HEAD
 from deltamerge.recipe import Recipe, loads
+from deltamerge.shown import CELL, shown
+from deltamerge.shown import lines as one_a_line
 from deltamerge.stages import EMBEDDING
 from deltamerge.tensors import FLOATING
 
@@ -284,7 +286,7 @@ def render(found: Report, *, tensors: bool = False) -> str:
         lines += ["", *_activation_lines(found.activations)]
     if found.without_delta:
         lines += ["", f"without a delta: {', '.join(found.without_delta)}"]
-    return "\n".join(lines)
+    return one_a_line(lines)
 
 
 def _activation_lines(found: Activations) -> list[str]:
@@ -327,7 +329,7 @@ def _cells(one: Statistics) -> tuple[str, ...]:
 
 def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Rows of cells as lines: the first column to the left, the others to the right."""
-    rows = list(rows)
+    rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
     count = max(map(len, rows))
     widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(count)]
     return [

@@ -208,7 +208,7 @@ def check_inputs(lock: dict[str, Any], inputs: dict[str, Any], path: Path) -> No
         if reference == DATA and then.get("commit") != now.get("commit"):
             wrong.append(f"{reference}: commit {now.get('commit')}, the lock has {then.get('commit')}")
     if wrong:
-        raise VerifyError("\n".join([f"{path}: the inputs are not those of the lock", *wrong]))
+        raise VerifyError(f"{path}: the inputs are not those of the lock", also=wrong)
 
 
 def _apart(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
@@ -241,5 +241,5 @@ def verify(folder: Path, workers: int) -> list[str]:
         if found["hash"] != lock["outputs"][name].get("hash"):
             wrong.append(f"{name}: content differs from the lock")
     if wrong:
-        raise VerifyError("\n".join([f"{folder}: verification failed", *sorted(wrong)]))
+        raise VerifyError(f"{folder}: verification failed", also=sorted(wrong))
     return sorted(lock["outputs"])

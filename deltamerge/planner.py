@@ -163,9 +163,9 @@ def plan(
     found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
     rows = found.rows()
     if found.problems:
-        shown = found.problems[:SHOWN_PROBLEMS]
-        more = len(found.problems) - len(shown)
-        raise InputError("\n".join(shown + ([f"… and {more} more"] if more else [])), hint=found.hint or None)
+        first, *also = found.problems[:SHOWN_PROBLEMS]
+        more = len(found.problems) - SHOWN_PROBLEMS
+        raise InputError(first, also=also + [f"… and {more} more"] * (more > 0), hint=found.hint or None)
     metas = [(name, dtype, shape) for name, shape, dtype, _ in rows]
     layout = plan_layout(metas, None, WEIGHTS) if own else plan_layout(metas, recipe.output.shard_size)
     outputs = tuple(
