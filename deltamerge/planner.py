@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamerge import errors
+from deltamerge import bounds, errors
 from deltamerge.build import Builder
 from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
@@ -157,6 +157,7 @@ def plan(
     the calibration data of recipes that need it. `densities` are those of the tensors that a budget is for.
     """
     inputs = open_inputs(recipe, folder, opener)
+    bounds.check(inputs)
     own = own_weights(recipe, inputs)
     inputs = own or inputs
     vocabulary = make_vocabulary(recipe, inputs)
