@@ -27,6 +27,7 @@ from deltamerge.io.outbox import ROOM, SLAB
 from deltamerge.io.seals import seal
 from deltamerge.io.workspace import refuse_inputs, workspace
 from deltamerge.io.writer import Writer, plan_layout
+from deltamerge.markdown import code, plain
 
 BASELINE_BYTES = 60_000_000 + ROOM + 2 * SLAB  # of the process before the first tile, and what is on its way out
 ELEMENT_BYTES = 32  # of a tile at its widest: base, float32, positions, values, result
@@ -180,10 +181,10 @@ def _card(opened: DeltaFile, delta: str, base: str, title: str) -> str:
         yaml.safe_dump(matter, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {title}",
+        f"# {plain(title)}",
         "",
-        f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: the delta `{delta}` applied to "
-        f"`{base}`; every tensor of the base and of the result has the hash that the delta names.",
+        f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: the delta {code(delta)} applied "
+        f"to {code(base)}; every tensor of the base and of the result has the hash that the delta names.",
         "",
         "Check it with `deltamerge verify .`.",
         "",

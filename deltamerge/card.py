@@ -14,6 +14,7 @@ from deltamerge.budget import Choice, budget_of
 from deltamerge.graph import Node
 from deltamerge.io.delta_writer import Summary
 from deltamerge.io.front_matter import front_matter as read_front_matter
+from deltamerge.markdown import code, fenced, plain
 from deltamerge.planner import Plan
 from deltamerge.reach import in_words
 from deltamerge.stages import Calibrated
@@ -61,10 +62,9 @@ def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[flo
     for model, record, values in found:
         q = sorted(values) or [1.0]
         shown = f"{q[0]:.4g}" if q[0] == q[-1] else f"{q[0]:.4g} … {q[-1]:.4g}"
-        how = f"{record['objective']}, {record['scope']}, {record['search']}"
-        rows.append(
-            f"| {model} | {how} | {record['chosen']} | {shown} | {record['why']} | {record['forward_passes']} |"
-        )
+        how = plain(f"{record['objective']}, {record['scope']}, {record['search']}")
+        why, chosen = plain(str(record["why"])), plain(str(record["chosen"]))
+        rows.append(f"| {plain(model)} | {how} | {chosen} | {shown} | {why} | {record['forward_passes']} |")
     return [
         "| model | objective, scope, search | chosen | q | why | forward passes |",
         "|---|---|---|---|---|---|",
@@ -114,8 +114,8 @@ def _delta(plan: Plan, written: Summary | None, choice: Choice | None) -> list[s
         f"{holds} {written.entries:,} entries, {written.nbytes:,} bytes.",
         "",
         *fitted,
-        f"`deltamerge apply . --base {name} --out DIR` writes the whole checkpoint; a recipe may name this folder as a "
-        f"model beside `base_model: {name}`.",
+        f"{code(f'deltamerge apply . --base {name} --out DIR')} writes the whole checkpoint; a recipe may name this "
+        f"folder as a model beside {code(f'base_model: {name}')}.",
         "",
     ]
 
@@ -140,17 +140,17 @@ def render(
     budget allowed, `pictures` files and their captions."""
     what = Counter((p.built.method, p.built.details) for o in plan.outputs for p in o.pieces)
     rows = [
-        f"| {count} | {method} | {'<br>'.join(details)} |"
+        f"| {count} | {plain(method)} | {'<br>'.join(map(plain, details))} |"
         for (method, details), count in sorted(what.items(), key=lambda item: (-item[1], item[0]))[:40]
     ]
-    base = f" on top of `{plan.inputs.base.name}`" if plan.inputs.base else ""
-    models = ", ".join(f"`{name}`" for name in plan.inputs.names)
+    base = f" on top of {code(plan.inputs.base.name)}" if plan.inputs.base else ""
+    models = ", ".join(map(code, plan.inputs.names))
     lines = [
         "---",
         yaml.safe_dump(front_matter(plan), sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {title}",
+        f"# {plain(title)}",
         "",
         f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: "
         f"`{plan.recipe.method.name}` of {models}{base}.",
@@ -160,16 +160,14 @@ def render(
         *rows,
         *([f"| … | {len(what) - 40} more combinations | see `deltamerge plan` |"] if len(what) > 40 else []),
         "",
-        *[f"- {note}" for note in plan.remarks],
+        *[f"- {plain(note)}" for note in plan.remarks],
         *([""] if plan.remarks else []),
         *_calibration(plan, calibrated),
         *_delta(plan, written, choice),
         *_pictures(pictures or {}),
         "## Recipe",
         "",
-        "```yaml",
-        recipe_text.rstrip(),
-        "```",
+        *fenced(recipe_text.rstrip(), "yaml"),
         "",
         f"Reproduce it with `deltamerge run recipe.yaml{' --pictures' * bool(pictures)}`; check it with "
         "`deltamerge verify .`.",

@@ -14,20 +14,31 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from deltamerge import shown as text
+
+MOST = 50  # lines of one error that are printed
+
 
 class DeltamergeError(Exception):
-    """What went wrong (`message`), where (`where`, outermost first) and what to do (`hint`)."""
+    """What went wrong (`message`), where (`where`, outermost first), what to do (`hint`), and lines of detail (`also`).
+
+    As text, names and words of others in it are escaped and what is long is cut: it goes to terminals and logs.
+    """
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None, where: str | None = None) -> None:
+    def __init__(
+        self, message: str, *, hint: str | None = None, where: str | None = None, also: Sequence[str] = ()
+    ) -> None:
         super().__init__(message)
         self.message = message
+        self.also = tuple(also)
         self.hint = hint
         self.where = [where] if where else []
 
     def __str__(self) -> str:
-        return ": ".join([*self.where, self.message])
+        more = [f"… and {len(self.also) - MOST} more"] * (len(self.also) > MOST)
+        return text.lines([": ".join([*self.where, self.message]), *self.also[:MOST], *more], text.LONGEST)
 
 
 class InputError(DeltamergeError):
@@ -60,8 +71,8 @@ class Problem:
 
     def render(self, path: str) -> str:
         place = path if self.line is None else f"{path}:{self.line}:{self.column}"
-        text = ": ".join(part for part in (place, self.location, self.message) if part)
-        return text if self.hint is None else f"{text}\nhint: {self.hint}"
+        said = ": ".join(text.shown(part, 400) for part in (place, self.location, self.message) if part)
+        return said if self.hint is None else f"{said}\nhint: {text.shown(self.hint, 400)}"
 
 
 class RecipeError(DeltamergeError):
@@ -76,7 +87,8 @@ class RecipeError(DeltamergeError):
         return type(self), (self.path, self.problems)  # an error may come from another machine
 
     def __str__(self) -> str:
-        return "\n".join(problem.render(self.path) for problem in self.problems)
+        more = [f"{self.path}: … and {len(self.problems) - MOST} more problems"] * (len(self.problems) > MOST)
+        return "\n".join([*(problem.render(self.path) for problem in self.problems[:MOST]), *map(text.shown, more)])
 
     def of(self, caller: str, within: str = "") -> RecipeError:
         """The same of a recipe that `caller` made up: no file has its lines, and keys are told from `within` on."""

@@ -16,10 +16,12 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from deltamerge import patterns
 from deltamerge.parameters import Items
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
+LAYERS = 10_000  # of a model
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -61,8 +63,8 @@ def _dtype(value: Any) -> Any:
 
 def _pattern(value: str) -> str:
     try:
-        re.compile(value)
-    except (re.error, RecursionError, OverflowError) as error:
+        patterns.check(value)
+    except ValueError as error:
         raise PydanticCustomError("pattern", "not a regular expression ({why})", {"why": str(error)}) from None
     return value
 
@@ -70,6 +72,8 @@ def _pattern(value: str) -> str:
 def _layers(value: tuple[int, ...]) -> tuple[int, ...]:
     if len(value) != 2 or not 0 <= value[0] < value[1]:
         raise PydanticCustomError("layers", "must be [first, end] with 0 <= first < end")
+    if value[1] > LAYERS:
+        raise PydanticCustomError("layers", "ends after {most} layers", {"most": LAYERS})
     return value
 
 

@@ -127,7 +127,7 @@ def _seen_from(path: Path, reference: str) -> str:
 
 def _scalar(text: str) -> str:
     """`text` as a YAML scalar, quoted where it must be."""
-    return yaml.safe_dump(text, width=10**6, allow_unicode=True).removesuffix("\n...\n").strip()
+    return yaml.safe_dump(text, width=10**6, allow_unicode=text.isprintable()).removesuffix("\n...\n").strip()
 
 
 def check_new(path: Path) -> None:

@@ -25,6 +25,8 @@ from deltamerge.moments import Moments, together
 from deltamerge.pruning import TASK_HEAD
 from deltamerge.reach import EMBEDDING
 from deltamerge.recipe import Recipe, loads
+from deltamerge.shown import CELL, shown
+from deltamerge.shown import lines as one_a_line
 from deltamerge.tensors import FLOATING
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
@@ -287,7 +289,7 @@ def render(found: Report, *, tensors: bool = False) -> str:
         lines += ["", f"without a delta: {', '.join(found.without_delta)}"]
     if found.warnings:
         lines += ["", *(f"warning: {warning}" for warning in found.warnings)]
-    return "\n".join(lines)
+    return one_a_line(lines)
 
 
 def _activation_lines(found: Activations) -> list[str]:
@@ -330,7 +332,7 @@ def _cells(one: Statistics) -> tuple[str, ...]:
 
 def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
     """Rows of cells as lines: the first column to the left, the others to the right."""
-    rows = list(rows)
+    rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
     count = max(map(len, rows))
     widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(count)]
     return [

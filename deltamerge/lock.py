@@ -149,7 +149,7 @@ def check_inputs(lock: dict[str, Any], inputs: dict[str, Any], path: Path) -> No
         if reference == DATA and then.get("commit") != now.get("commit"):
             wrong.append(f"{reference}: commit {now.get('commit')}, the lock has {then.get('commit')}")
     if wrong:
-        raise VerifyError("\n".join([f"{path}: the inputs are not those of the lock", *wrong]))
+        raise VerifyError(f"{path}: the inputs are not those of the lock", also=wrong)
 
 
 def _apart(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str:
@@ -185,5 +185,5 @@ def verify(folder: Path, workers: int, *, only_listed: bool = False) -> list[str
     if not only_listed:
         wrong += [f"{name}: not in the lock" for name in unlisted(folder, lock)]
     if wrong:
-        raise VerifyError("\n".join([f"{folder}: verification failed", *sorted(wrong)]))
+        raise VerifyError(f"{folder}: verification failed", also=sorted(wrong))
     return sorted(lock["outputs"])

@@ -25,6 +25,8 @@ Scalar: TypeAlias = float | bool
 T = TypeVar("T")
 Items = Annotated[tuple[T, ...], Strict(False)]  # a YAML list, kept as a tuple so that a recipe cannot change
 
+MOST = 1000  # numbers of a gradient, or filters: each is tried on each tensor
+
 # What pydantic adds to an error's place for the branch of a union it took, or for a key instead of its value.
 BRANCHES = frozenset(
     {
@@ -63,7 +65,11 @@ def _outer(value: Any) -> str:
 
 
 _Scalar = Annotated[Scalar, PlainValidator(_scalar), WithJsonSchema({"type": ["number", "boolean"]})]
-_Gradient = Annotated[Items[_Scalar], WithJsonSchema({"type": "array", "minItems": 1, "items": {"type": "number"}})]
+_Gradient = Annotated[
+    Items[_Scalar],
+    Field(max_length=MOST),
+    WithJsonSchema({"type": "array", "minItems": 1, "items": {"type": "number"}}),
+]
 _Plain = Annotated[Annotated[_Scalar, Tag("(scalar)")] | Annotated[_Gradient, Tag("(gradient)")], Discriminator(_inner)]
 
 
@@ -84,7 +90,7 @@ Value = TypeAliasType(
     Annotated[
         Annotated[_Scalar, Tag("(scalar)")]
         | Annotated[_Gradient, Tag("(gradient)")]
-        | Annotated[Items[Filter], Tag("(filters)")]
+        | Annotated[Items[Filter], Field(max_length=MOST), Tag("(filters)")]
         | Annotated[Filter, Tag("(filter)")],
         Discriminator(_outer),
         Field(description="A number, a list of numbers spread over the layers, or a list of {filter, value}."),

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import re
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -10,8 +15,35 @@ from deltamerge.errors import InputError
 if TYPE_CHECKING:
     import regex
 
-# What a search may take; an honest one takes a microsecond.
+# What a search may take, and all patterns of a recipe over all names; an honest search takes a microsecond.
 SECONDS = 1.0
+SECONDS_IN_ALL = 5.0
+LENGTH = 1000
+
+
+class _Spent(threading.local):
+    seconds = 0.0
+
+
+_spent = _Spent()
+
+
+def start_anew() -> None:
+    """Another recipe: none of its time is spent."""
+    _spent.seconds = 0.0
+
+
+def check(pattern: str) -> None:
+    """Raise ValueError unless `pattern` is a regular expression that one may search with."""
+    if len(pattern) > LENGTH:
+        raise ValueError(f"more than {LENGTH} characters")
+    if _spent.seconds >= SECONDS_IN_ALL:
+        raise ValueError("these and those before take too long to read")
+    with _charged():  # of a thousand characters, a second at most
+        try:
+            re.compile(pattern)
+        except (re.error, RecursionError, OverflowError) as error:
+            raise ValueError(str(error)) from None
 
 
 @lru_cache(1024)
@@ -26,8 +58,23 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 def finds(pattern: str, name: str) -> bool:
     """Whether `pattern` matches somewhere in `name`, as `re.search`. InputError: it takes too long to tell."""
+    left = SECONDS_IN_ALL - _spent.seconds
+    with _charged():
+        try:
+            if left > 0:
+                return _compiled(pattern).search(name, timeout=min(SECONDS, left)) is not None
+        except TimeoutError:
+            left -= SECONDS
+    what = f"takes more than {SECONDS:g} s to search {name[:200]}"
+    if left <= 0:
+        what = f"and those before take more than {SECONDS_IN_ALL:g} s to search all names"
+    raise InputError(f"{pattern[:80]!r} {what}", hint="write it without nested repeats")
+
+
+@contextmanager
+def _charged() -> Iterator[None]:
+    began = time.perf_counter()
     try:
-        return _compiled(pattern).search(name, timeout=SECONDS) is not None
-    except TimeoutError:
-        message = f"{pattern[:80]!r} takes more than {SECONDS:g} s to search {name[:200]}"
-        raise InputError(message, hint="write it without nested repeats") from None
+        yield
+    finally:
+        _spent.seconds += time.perf_counter() - began

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamerge import errors
+from deltamerge import bounds, errors
 from deltamerge.build import Builder
 from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
@@ -165,6 +165,7 @@ def plan(
     the calibration data of recipes that need it. `densities` are those of the tensors that a budget is for.
     """
     inputs = open_inputs(recipe, folder, opener)
+    bounds.check(inputs)
     own = own_weights(recipe, inputs)
     inputs = own or inputs
     vocabulary = make_vocabulary(recipe, inputs)
@@ -174,9 +175,9 @@ def plan(
         differ = any("missing in" in problem or "shapes differ" in problem for problem in found.problems)
         if differ and (others := strangers(inputs.all)) is not None:
             raise InputError(others, hint=f"{len(found.problems)} tensors differ, such as {found.problems[0]}")
-        shown = found.problems[:SHOWN_PROBLEMS]
-        more = len(found.problems) - len(shown)
-        raise InputError("\n".join(shown + ([f"… and {more} more"] if more else [])), hint=found.hint or None)
+        first, *also = found.problems[:SHOWN_PROBLEMS]
+        more = len(found.problems) - SHOWN_PROBLEMS
+        raise InputError(first, also=also + [f"… and {more} more"] * (more > 0), hint=found.hint or None)
     metas = [(name, dtype, shape) for name, shape, dtype, _ in rows]
     layout = plan_layout(metas, None, WEIGHTS) if own else plan_layout(metas, recipe.output.shard_size)
     outputs = tuple(

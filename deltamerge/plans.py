@@ -16,6 +16,7 @@ from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.planner import Plan, plan
 from deltamerge.recipe import Recipe
 
+MOST_WORKERS = 1024
 DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,9})?")
 
 
@@ -44,6 +45,8 @@ def make_plans(
     headers, `data` reads the calibration data to check it, `pins` has the commits of hub models that the recipe names
     without a revision, `mergekit_exact` writes mergekit's defaults into the recipe, `densities` are those that a budget
     allows."""
+    if workers is not None and workers > MOST_WORKERS:
+        raise UsageError(f"{workers} workers: more than {MOST_WORKERS}", hint="as many as there are cores")
     chain = documents(path, text, mergekit_exact=mergekit_exact)
     beside, target = path.resolve().parent, target_of(path, chain[-1].recipe, out)
     made: dict[str, Checkpoint] = {}

@@ -12,7 +12,7 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, mo
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
-from deltamerge import checks, documents, faults, source
+from deltamerge import bounds, checks, documents, faults, patterns, source
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.fields import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Size, Text
 from deltamerge.fields import parse_size as parse_size
@@ -285,13 +285,14 @@ def parse(read: Source, problems: list[Problem]) -> Recipe:
 
 def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
     """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
+    patterns.start_anew()
     problems: list[Problem] = []
-    recipes = []
-    for read in reads:
-        recipe = parse(read, problems)
+    recipes = [parse(read, problems) for read in reads]
+    beyond = list(bounds.problems(recipes))
+    problems += beyond
+    for recipe in () if beyond else recipes:
         problems += islice(checks.problems(recipe), MAX_PROBLEMS)
-        recipes.append(recipe)
-    problems += documents.problems(recipes)
+    problems += () if beyond else documents.problems(recipes)
     if problems:
         ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
         raise RecipeError(reads[0].path, ordered[:MAX_PROBLEMS])

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from deltamerge.inspect import Pair, aligned
 from deltamerge.moments import Moments, together
+from deltamerge.shown import lines as one_a_line
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.evidence import MaskLoss, Measured
@@ -305,4 +306,4 @@ def render(answer: Recommendation) -> str:
     lines += [f"the paper      {answer.paper.why}", f"recommended    {answer.method}: {answer.why[0]}"]
     lines += [f"               {line}" for line in answer.why[1:]]
     lines += [f"warning        {warning}" for warning in answer.warnings]
-    return "\n".join([*lines, "", answer.recipe.rstrip()])
+    return one_a_line([*lines, "", *answer.recipe.rstrip().split("\n")])

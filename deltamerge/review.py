@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from deltamerge.markdown import code, label, plain
+
 Described = Mapping[str, Any]
 
 # what of a tensor is compared; its file and its backend say nothing about the result
@@ -46,7 +48,7 @@ def _values(old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterable[str])
 
 def markdown(found: Mapping[str, Any], old: str, new: str) -> str:
     """A `difference` for a pull request."""
-    lines = [f"### {old} → {new}", ""]
+    lines = [f"### {plain(old)} → {plain(new)}", ""]
     if not any(found.values()):
         return "\n".join([*lines, "Nothing changes."])
     if found["plan"]:
@@ -59,7 +61,7 @@ def markdown(found: Mapping[str, Any], old: str, new: str) -> str:
         lines += [f"- {key}: {_cell(a)} → {_cell(b)}" for key, (a, b) in _items(group)]
         lines.append("")
     for model, (a, b) in found["stages"].items():
-        lines.append(f"**calibration of {model}**")
+        lines.append(f"**calibration of {plain(model)}**")
         if a is None or b is None:
             lines.append("- added" if a is None else "- removed")
         else:
@@ -79,10 +81,10 @@ def _cell(value: Any) -> str:
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return f"{len(value)}"
     if isinstance(value, list):
-        return "; ".join(map(str, value)) or "–"
+        return plain("; ".join(map(str, value))) or "–"
     if isinstance(value, int):
         return f"{value:,}"
-    return "–" if value is None else str(value)
+    return "–" if value is None else plain(str(value))
 
 
 def _names(names: Iterable[str]) -> str:
@@ -90,7 +92,7 @@ def _names(names: Iterable[str]) -> str:
     families: dict[str, list[str]] = defaultdict(list)
     for name in names:
         families[NUMBER.sub("*", name)].append(name)
-    shown = [f"`{_family(members)}`" for members in families.values()]
+    shown = [code(_family(members)) for members in families.values()]
     most = 12
     return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
 
@@ -113,12 +115,12 @@ def mermaid(described: Described) -> str:
     base = described["base_model"]
     names = dict.fromkeys([*([base] if base else []), *described["models"]])
     ids = {name: f"m{i}" for i, name in enumerate(names)}
-    lines += [f'  {ids[name]}[("{_label(name)}{" (base)" if name == base else ""}")]' for name in names]
+    lines += [f'  {ids[name]}[("{label(name)}{" (base)" if name == base else ""}")]' for name in names]
     calibrated = {}
     for i, stage in enumerate(described["stages"]):
         model = stage["model"]
-        text = f"calibrate {stage['objective']}<br/>scope {stage['scope']}, at most {stage['forward_passes']} passes"
-        lines.append(f'  c{i}["{_label(text)}"]')
+        scope = f"scope {label(str(stage['scope']))}, at most {stage['forward_passes']} passes"
+        lines.append(f'  c{i}["calibrate {label(str(stage["objective"]))}<br/>{scope}"]')
         lines += [f"  {ids[source]} --> c{i}" for source in dict.fromkeys([base, model]) if source in ids]
         calibrated[model] = f"c{i}"
     counts: dict[str, int] = defaultdict(int)
@@ -127,14 +129,10 @@ def mermaid(described: Described) -> str:
     files = described["shards"]
     lines.append(f'  out[("{len(files)} file{"s" * (len(files) > 1)}<br/>{described["output_bytes"]:,} bytes")]')
     for i, (method, count) in enumerate(counts.items()):
-        lines.append(f'  s{i}["{_label(method)}<br/>{count} tensor{"s" * (count > 1)}"]')
+        lines.append(f'  s{i}["{label(method)}<br/>{count} tensor{"s" * (count > 1)}"]')
         used = [described["template"]] if method == "copy" else list(ids)
         lines += [f"  {ids[name]} --> s{i}" for name in used if name in ids]
         if method != "copy":
             lines += [f"  {stage} -- q --> s{i}" for stage in calibrated.values()]
         lines.append(f"  s{i} --> out")
     return "\n".join(lines)
-
-
-def _label(text: str) -> str:
-    return text.replace('"', "#quot;")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from deltamerge.shown import CELL, shown
+from deltamerge.shown import lines as one_a_line
+
 
 def human(size: float) -> str:
     """A number of bytes in decimal units, as shard_size and the hub count."""
@@ -25,19 +28,19 @@ def render_diff(found: dict[str, Any]) -> str:
     """What differs, as an aligned table, or key by key."""
     if found["kind"] == "locks":
         lines = [f"{key}: {old} -> {new}" for key, (old, new) in found["changes"].items()]
-        return "\n".join(lines or ["nothing differs"])
+        return one_a_line(lines or ["nothing differs"])
     rows: list[tuple[str, ...]] = [("tensor", "changed", "of", "max abs", "mean abs", "rel. norm")]
     for t in found["tensors"]:
         kinds = "" if t["a"] is None else f" ({t['a']} -> {t['b']})"
-        numbers = (shown(t[key]) for key in ("max_abs", "mean_abs", "norm"))
+        numbers = (figure(t[key]) for key in ("max_abs", "mean_abs", "norm"))
         rows.append((t["name"] + kinds, f"{t['changed']:,}", f"{t['elements']:,}", *numbers))
-    return "\n".join(
+    return one_a_line(
         [
             *(aligned(rows) if len(rows) > 1 else []),
             *(f"only in {found['b']}: {name}" for name in found["added"]),
             *(f"only in {found['a']}: {name}" for name in found["removed"]),
             f"{len(found['tensors'])} tensors differ, {found['same']} are the same; {found['changed']:,} of "
-            f"{found['elements']:,} entries changed, relative norm {shown(found['norm'])}",
+            f"{found['elements']:,} entries changed, relative norm {figure(found['norm'])}",
         ]
     )
 
@@ -85,7 +88,7 @@ def render_plan(described: dict[str, Any]) -> str:
         f"peak memory    {human(described['peak_bytes'])}",
         *(f"note           {note}" for note in described["notes"]),
     ]
-    return "\n".join(lines)
+    return one_a_line(lines)
 
 
 def _render_tokenizer(described: dict[str, Any]) -> list[str]:
@@ -124,7 +127,7 @@ def render_calibration(found: dict[str, Any]) -> str:
             *(f"q               {q:<10.6g} {name}" for name, q in entry["q"].items()),
             *([f"q of rows       {entry['rows']}"] if "rows" in entry else []),
         ]
-    return "\n".join(lines)
+    return one_a_line(lines)
 
 
 def _candidate(candidate: dict[str, Any]) -> str:
@@ -147,7 +150,7 @@ def render_methods(found: dict[str, list[dict[str, Any]]]) -> str:
             if method.get("options"):
                 lines.append(f"  also {', '.join(method['options'])}")
             lines.append("")
-    return "\n".join(lines[:-1])
+    return one_a_line(lines[:-1])
 
 
 def _default(value: Any) -> str:
@@ -155,10 +158,11 @@ def _default(value: Any) -> str:
 
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows of a table as lines."""
+    """Rows of a table as lines; a cell, which may be a stranger's, is cut where it is long."""
+    rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
-def shown(number: float | None) -> str:
+def figure(number: float | None) -> str:
     return "-" if number is None else f"{number:.3g}"

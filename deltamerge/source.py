@@ -19,6 +19,7 @@ MAX_BYTES = 1 << 20
 MAX_NODES = 100_000  # after aliases are expanded
 MAX_DEPTH = 64
 MAX_DOCUMENTS = 64
+MAX_PROBLEMS = 200  # of one document; whoever has more has another problem
 
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = _PREFIX + "merge"
@@ -218,8 +219,10 @@ class _Builder:
         """The value of `node`; `key` is the node to point at when its key is wrong."""
         start, key_start = node.start_mark, key.start_mark
         self.positions[loc] = (start.line + 1, start.column + 1), (key_start.line + 1, key_start.column + 1)
+        if len(self.problems) > MAX_PROBLEMS:
+            raise _Stop
         if node.tag not in _KNOWN_TAGS:
-            name = node.tag.replace(_PREFIX, "!!")
+            name = node.tag.replace(_PREFIX, "!!")[:80]
             self.problems.append(_at(node, f"the tag {name} is not allowed", "write a plain value", loc))
             return None
         if isinstance(node, yaml.MappingNode):
@@ -244,10 +247,13 @@ class _Builder:
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         inherited: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         for key, value in node.value:
+            if len(self.problems) > MAX_PROBLEMS:
+                raise _Stop
             if key.tag == _MERGE:
                 for mapping in value.value if isinstance(value, yaml.SequenceNode) else [value]:
                     if isinstance(mapping, yaml.MappingNode):
-                        inherited = self.pairs(mapping, loc, depth + 1) | inherited
+                        for name, pair in self.pairs(mapping, loc, depth + 1).items():
+                            inherited.setdefault(name, pair)
                     else:
                         self.problems.append(_at(mapping, "<< takes a mapping, or a list of them", None, loc))
             elif not isinstance(key, yaml.ScalarNode) or key.tag not in _KNOWN_TAGS:

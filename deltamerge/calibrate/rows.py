@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ HEADS: dict[str, tuple[str, ...]] = {
 }
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 MAX_BYTES = 1 << 30
+MAX_ENTRIES = 100_000  # of a folder of pictures
 FILES = frozenset({".jsonl", ".csv", ".txt"})
 
 
@@ -83,8 +85,28 @@ def local_files(source: str, folder: Path) -> list[Path]:
     """The local files of `source`: one, or a folder's pictures; none for a hub data set."""
     path = folder / source
     if path.is_dir():
-        return sorted(p for p in path.rglob("*") if p.suffix.lower() in PICTURES)
+        return sorted(Path(name) for name in _below(path) if Path(name).suffix.lower() in PICTURES)
     return [path] if path.is_file() else []
+
+
+def _below(folder: Path) -> Iterator[str]:
+    """All files of a folder and those in it; links to folders are not followed. InputError: more than one may list."""
+    listed = 0
+    pending = [str(folder)]
+    while pending:
+        try:
+            with os.scandir(pending.pop()) as entries:
+                for entry in entries:
+                    listed += 1
+                    if listed > MAX_ENTRIES:
+                        message = f"holds more than {MAX_ENTRIES:,} files and folders"
+                        raise InputError(message, hint="name a folder that holds pictures only")
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(entry.path)
+                    else:
+                        yield entry.path
+        except OSError as error:
+            raise input_error(error) from error
 
 
 def select(rows: Sequence[Row], count: int, seed: int) -> list[Row]:

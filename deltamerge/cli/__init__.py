@@ -4,74 +4,98 @@ from __future__ import annotations
 
 import errno
 import gc
-import os
+import io
 import platform
 import sys
 import traceback
 from pathlib import Path
+from typing import Any
 
 import click
 from click.shell_completion import get_completion_class
 
 from deltamerge import __version__
-from deltamerge.cli import artifacts, habits, looking, running, sharing, writing
-from deltamerge.cli.output import complain
+from deltamerge.cli import artifacts, habits, looking, running, sharing, streams, writing
+from deltamerge.cli.output import complain, tell
 from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.shown import shown
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# what writing to stdout may end with
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "numba", "peft")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 unusable input, 2 usage, 3 a bug, 130 interrupted."""
     gc.disable()  # a plan is many objects without cycles: collecting them over and over costs a third of planning
+    streams.prepare()
     try:
         code = commands.main(arguments, prog_name="deltamerge", standalone_mode=False)
     except click.exceptions.Exit as leaving:
         code = leaving.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as interruption:
         kept = str(interruption.__cause__ or interruption)  # click wraps a KeyboardInterrupt in its Abort
-        click.echo(f"interrupted: {kept or 'nothing was left behind; run the command again'}", err=True)
+        tell(f"interrupted: {kept or 'nothing was left behind; run the command again'}")
         code = 130
     except click.ClickException as error:
-        error.show()
-        for hint in habits.hints(error, sys.argv[1:] if arguments is None else arguments):
-            click.echo(f"hint: {hint}", err=True)
-        code = 2
-    except DeltamergeError as error:
-        complain(error, "error")
-        code = error.exit_code
-    except BrokenPipeError:
-        code = 1
-    except OSError as error:
-        if error.errno == errno.ENOENT and not _is_somewhere():
-            hint = "go to a folder that is there, or say where with whole paths"
-            complain(InputError("the current folder was removed", hint=hint), "error")
-            code = InputError.exit_code
-        elif error.filename is None and error.errno not in FULL:
-            code = _report_bug(error)
-        else:  # of a place that is the user's: a folder, a disk behind stdout
-            complain(InputError(f"{error.filename or 'output'}: {error.strerror}"), "error")
-            code = InputError.exit_code
-    except Exception as bug:
-        code = _report_bug(bug)
+        code = _refuse(error, sys.argv[1:] if arguments is None else arguments)
+    except _Failed as failed:
+        code = _explain(failed.error)
+    except Exception as error:
+        code = _explain(error)
+    unwritten = streams.finish()
+    if unwritten is not None and not code:
+        code = _explain(unwritten)
     if "triton" not in sys.modules:  # which would report what is not collected as leaks
         gc.freeze()  # the interpreter's last collections would look at every object there is, for a tenth of a second
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _is_somewhere() -> bool:
+def _refuse(error: click.ClickException, arguments: list[str]) -> int:
+    """Say what is wrong with the arguments."""
+    vars(error)["message"] = shown(error.message)
+    said = io.StringIO()
+    error.show(said)
+    for line in said.getvalue().splitlines():
+        tell(line)
+    for hint in habits.hints(error, arguments):
+        tell(f"hint: {hint}")
+    return 2
+
+
+def _explain(error: Exception) -> int:
+    """Say why a command failed; its exit code."""
+    if isinstance(error, BrokenPipeError):  # whoever read has enough
+        return 1
+    known = error if isinstance(error, DeltamergeError) else _of_system(error)
+    if known is None:
+        return _report_bug(error)
+    complain(known, "error")
+    return known.exit_code
+
+
+def _of_system(error: Exception) -> DeltamergeError | None:
+    """What the user can mend of what the system says: a folder, a disk behind stdout, memory, a name; else None."""
+    if isinstance(error, MemoryError):
+        return InputError("there is not enough memory", hint="give a smaller --memory, or fewer --workers")
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return InputError(f"{error.object[-200:]}: a name that is not UTF-8 cannot be written down", hint="rename it")
+    if not isinstance(error, OSError):
+        return None
+    if error.filename is not None or error.errno in FULL:
+        return InputError(f"{error.filename or 'output'}: {error.strerror}")
     try:
-        return bool(os.getcwd())
+        Path.cwd()
     except OSError:
-        return False
+        return InputError("the current folder is not there any more", hint="cd to one that is")
+    return None
 
 
 def _report_bug(bug: Exception) -> int:
-    click.echo(f"bug in deltamerge {__version__}: {type(bug).__name__}: {bug}", err=True)
+    tell(f"bug in deltamerge {__version__}: {type(bug).__name__}: {shown(str(bug))}")
     last = traceback.extract_tb(bug.__traceback__)[-1]
-    click.echo(f"at {Path(last.filename).name}:{last.lineno} in {last.name}", err=True)
-    click.echo("hint: please report these lines together with the recipe and `deltamerge --version`", err=True)
+    tell(f"at {Path(last.filename).name}:{last.lineno} in {last.name}")
+    tell("hint: please report these lines together with the recipe and `deltamerge --version`")
     return 3
 
 
@@ -89,8 +113,22 @@ def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
     context.exit()
 
 
+class _Failed(Exception):
+    """An error of a command that click would take for its own: for the end of what the user types, or a closed pipe."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class Commands(click.Group):
     """A group whose help lists commands by what they are for."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EOFError, OSError) as error:
+            raise _Failed(error) from error
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         for title, several in SECTIONS.items():

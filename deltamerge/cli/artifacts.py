@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from deltamerge.cli.options import (
     WORKERS,
     pruning_methods,
 )
-from deltamerge.cli.output import Progress, Warnings, report_run
+from deltamerge.cli.output import Progress, Warnings, report_run, say_json, tell
 from deltamerge.show import human
 
 if TYPE_CHECKING:
@@ -86,7 +85,7 @@ def extract(
     )  # fmt: skip
     warnings.say(result.plan)
     if result.nonfinite:
-        click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
+        tell(f"warning: {describe_nonfinite(result.nonfinite)}")
     report_run(result, progress, as_json=as_json, quiet=quiet)
 
 
@@ -131,10 +130,10 @@ def apply(
             "seconds": round(progress.seconds, 3),
             "lock": done.lock,
         }
-        click.echo(json.dumps(summary, sort_keys=True))
+        say_json(summary)
     elif not quiet:
         size = human(done.nbytes)
-        click.echo(f"{done.folder}: {done.tensors} tensors, {size} in {progress.seconds:.1f} s", err=True)
+        tell(f"{done.folder}: {done.tensors} tensors, {size} in {progress.seconds:.1f} s")
 
 
 @click.command()
@@ -150,8 +149,8 @@ def verify(folder: Path, base: str | None, workers: int | None) -> None:
 
     workers = workers or default_workers()
     names = verify_folder(folder, workers)
-    click.echo(f"{folder}: {len(names)} files as the lock says", err=True)
+    tell(f"{folder}: {len(names)} files as the lock says")
     if base is not None:
         from deltamerge.apply import verify_base
 
-        click.echo(f"{folder}: {verify_base(folder, base, workers)}", err=True)
+        tell(f"{folder}: {verify_base(folder, base, workers)}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,9 +22,10 @@ from deltamerge.cli.options import (
     calibration_of,
     rows_of_text,
 )
-from deltamerge.cli.output import Progress, complain
+from deltamerge.cli.output import Progress, complain, say, say_json, say_model, tell
 from deltamerge.errors import DeltamergeError
 from deltamerge.show import human, render_diff, render_plan
+from deltamerge.shown import shown
 
 if TYPE_CHECKING:
     from deltamerge.planner import Plan
@@ -54,11 +54,11 @@ def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> Non
         else:
             several = f", {len(chain)} documents" if len(chain) > 1 else ""
             size = f", {len(plan.outputs)} tensors, {check_size(plan)}" if plan else ""
-            click.echo(f"{recipe}: ok{several}{size}", err=True)
+            tell(f"{recipe}: ok{several}{size}")
             for warning in plan.warnings if plan else ():
-                click.echo(f"{recipe}: warning: {warning}", err=True)
+                tell(f"{recipe}: warning: {warning}")
             for note in plan.notes if plan else ():
-                click.echo(f"{recipe}: note: {note}", err=True)
+                tell(f"{recipe}: note: {note}")
     if worst:
         raise click.exceptions.Exit(worst)
 
@@ -112,16 +112,15 @@ def plan(
     if old is not None:
         with errors.context(str(old)):
             found = review.difference(describe(old), described)
-        shown = review.markdown(found, str(old), str(recipe))
-        click.echo(json.dumps(found, sort_keys=True) if as_json else shown)
+        say_json(found) if as_json else say(review.markdown(found, str(old), str(recipe)))
     elif graph:
-        click.echo(review.mermaid(described))
+        say(review.mermaid(described))
     elif as_json:
-        click.echo(json.dumps(described, sort_keys=True))
+        say_json(described)
     else:
         for name, one in described.get("intermediate", {}).items():
-            click.echo(f"document {name}\n{render_plan(one)}\n")
-        click.echo(render_plan(described))
+            say(f"document {shown(name)}\n{render_plan(one)}\n")
+        say(render_plan(described))
 
 
 @click.command(epilog="Example: deltamerge inspect ./models/math --base ./models/base --calibration calib.jsonl")
@@ -174,9 +173,9 @@ def inspect(
         device=device, workers=workers, watch=progress.start,
     )  # fmt: skip
     progress.stop()
-    click.echo(report.model_dump_json() if as_json else render(report, tensors=tensors))
+    say_model(report) if as_json else say(render(report, tensors=tensors))
     if page is not None:
-        click.echo(f"{page}: written", err=True)
+        tell(f"{page}: written")
 
 
 @click.command(
@@ -222,9 +221,9 @@ def recommend(
         model, base, density, calibration=rows, out=out, device=device, workers=workers, watch=progress.start
     )
     progress.stop()
-    click.echo(answer.model_dump_json() if as_json else render(answer))
+    say_model(answer) if as_json else say(render(answer))
     if out is not None:
-        click.echo(f"{out}: written", err=True)
+        tell(f"{out}: written")
 
 
 @click.command()
@@ -241,4 +240,4 @@ def diff(a: str, b: str, workers: int | None, as_json: bool) -> None:
     from deltamerge.execute import default_workers
 
     found = compare(a, b, workers or default_workers())
-    click.echo(json.dumps(found, sort_keys=True) if as_json else render_diff(found))
+    say_json(found) if as_json else say(render_diff(found))

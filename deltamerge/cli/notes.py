@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+from contextlib import suppress
 
 import click
+
+from deltamerge.shown import LINE, printed, shown
 
 
 class _Notes(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
-        click.echo(f"\r\x1b[K{record.getMessage()}", err=True)
+        with suppress(OSError):
+            click.echo(f"\r\x1b[K{printed(shown(record.getMessage(), LINE))}", err=True)
 
 
 _LOGGER, _NOTES = logging.getLogger("deltamerge"), _Notes()

@@ -10,6 +10,10 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
+from deltamerge.shown import shown
+
+MOST_WORKERS = 1024
+
 
 class RecipeFile(click.Path):
     """A path; the shell completes recipes and folders."""
@@ -44,6 +48,13 @@ class Reference(click.types.StringParamType):
     def __init__(self, *, files: bool = False) -> None:
         self.completed = "file" if files else "dir"
 
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            str(value).encode()
+        except UnicodeEncodeError:  # recipes, locks and cards, which are UTF-8, will have to name it
+            self.fail(f"{shown(str(value))} is not UTF-8: rename it, or make a link to it", param, ctx)
+        return super().convert(value, param, ctx)
+
     def shell_complete(self, context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
         return [CompletionItem(incomplete, type=self.completed)]
 
@@ -68,7 +79,9 @@ DEVICE = click.option(
     "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where tiles are computed.",
     shell_complete=some("auto", "cpu", "cuda", "cuda:0"),
 )  # fmt: skip
-WORKERS = click.option("--workers", type=click.IntRange(1), help="Threads; default: the cores of this machine.")
+WORKERS = click.option(
+    "--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads; default: the cores of this machine."
+)
 
 
 def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:

@@ -3,19 +3,61 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.show import human
+from deltamerge.shown import LINE, printed, shown
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
+
     from deltamerge.planner import Plan
     from deltamerge.runner import Result
+
+
+def say(text: str) -> None:
+    """The answer of a command on stdout."""
+    click.echo(printed(text))
+
+
+def say_json(value: Any) -> None:
+    """The answer as one JSON object on stdout; in ASCII, so that nothing in it acts on a terminal or a CI log."""
+    _say_ascii(json.dumps(value, sort_keys=True))
+
+
+def say_model(model: BaseModel) -> None:
+    """The fields of a report as one JSON object on stdout, in their order; a number that is none is null."""
+    _say_ascii(json.dumps(_finite(model.model_dump(mode="json")), separators=(",", ":")))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _say_ascii(text: str) -> None:
+    click.echo(text.replace("##[", "#\\u0023["))
+
+
+def tell(line: str) -> None:
+    """A line on stderr."""
+    _to_stderr(printed(shown(line, LINE)))
+
+
+def _to_stderr(text: str) -> None:
+    with suppress(OSError):  # there is nobody to tell that nobody can be told; the exit code does
+        click.echo(text, err=True)
 
 
 class Progress:
@@ -52,6 +94,10 @@ class Progress:
             share = self.done / max(self.total, 1)
             bar = "█" * int(share * 24)
             text = f"{bar:<24} {share:4.0%} {human(self.done)} of {human(self.total)} {human(rate)}/s {left:.0f} s left"
+            self._draw(text)
+
+    def _draw(self, text: str) -> None:
+        with suppress(OSError):
             click.echo(f"\r\x1b[K{text}", nl=False, err=True)
 
     def stop(self) -> None:
@@ -59,7 +105,7 @@ class Progress:
             from deltamerge.cli import notes
 
             notes.hide()
-            click.echo("\r\x1b[K", nl=False, err=True)
+            self._draw("")
 
 
 class Warnings:
@@ -72,7 +118,7 @@ class Warnings:
         for warning in plan.warnings:
             if warning not in self.said:
                 self.said.add(warning)
-                click.echo(f"warning: {warning}", err=True)
+                tell(f"warning: {warning}")
 
 
 def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool, **more: Any) -> None:
@@ -94,23 +140,23 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
             **({} if delta is None else {"entries": delta.entries, "relative_error": delta.error}),
             **more,
         }
-        click.echo(json.dumps(summary, sort_keys=True))
+        say_json(summary)
     elif not quiet:
         lost = ""
         for folder, made in result.intermediate.items():
-            click.echo(f"{folder}: {'made' if made else 'as it would be made, kept'}", err=True)
+            tell(f"{folder}: {'made' if made else 'as it would be made, kept'}")
         if delta is not None:
             values = result.plan.delta_values
             how = "final values, exact" if values is None else f"{values} values, relative error {delta.error:.3g}"
             lost = f", {delta.entries:,} entries: {how}"
         what = "an adapter" if adapter else f"{tensors} tensors"
-        click.echo(f"{result.folder}: {what}, {human(size)} in {progress.seconds:.1f} s{lost}", err=True)
+        tell(f"{result.folder}: {what}, {human(size)} in {progress.seconds:.1f} s{lost}")
         for note in result.plan.notes if adapter else ():
-            click.echo(f"note: {note}", err=True)
+            tell(f"note: {note}")
 
 
 def complain(error: DeltamergeError, where: str) -> None:
     """One error on stderr, with its hint; a recipe's problems say where they are themselves."""
-    click.echo(str(error) if isinstance(error, RecipeError) else f"{where}: {error}", err=True)
+    _to_stderr(printed(str(error) if isinstance(error, RecipeError) else f"{shown(where)}: {error}"))
     if error.hint:
-        click.echo(f"hint: {error.hint}", err=True)
+        tell(f"hint: {shown(error.hint)}")

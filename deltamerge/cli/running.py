@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -26,7 +25,7 @@ from deltamerge.cli.options import (
     WORKERS,
     RecipeFile,
 )
-from deltamerge.cli.output import Progress, Warnings, report_run
+from deltamerge.cli.output import Progress, Warnings, report_run, say, say_json, tell
 from deltamerge.io.files import scratch
 from deltamerge.show import render_calibration
 
@@ -140,17 +139,17 @@ def run(
                 result = run_recipe(path, out, part=chosen, pins=published.pins if published else None, **options)
     warnings.say(result.plan)
     if result.nonfinite:
-        click.echo(f"warning: {describe_nonfinite(result.nonfinite)}", err=True)
+        tell(f"warning: {describe_nonfinite(result.nonfinite)}")
     differing = published.differences(result.lock["outputs"]) if published and not part else []
     found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
     if published:
         found["published"] = {"commit": published.commit, "differs": differing}
     report_run(result, progress, as_json=as_json, quiet=quiet, **found)
     if part and not (quiet or as_json):
-        click.echo("hint: when every part is done, run the same command with --finish", err=True)
+        tell("hint: when every part is done, run the same command with --finish")
     if published is not None and not part:
         agreed = f"not the bytes of {recipe}: {', '.join(differing)}" if differing else f"the same bytes as {recipe}"
-        click.echo(f"{result.folder}: {agreed} at {published.commit[:12]}", err=True)
+        tell(f"{result.folder}: {agreed} at {published.commit[:12]}")
     if differing:
         raise click.exceptions.Exit(1)
 
@@ -176,5 +175,5 @@ def calibrate(
         from deltamerge.plots import draw
 
         draw(found, plot)
-    click.echo(json.dumps(found, sort_keys=True) if as_json else render_calibration(found))
-    click.echo(f"{recipe.with_suffix('.lock')}: written", err=True)
+    say_json(found) if as_json else say(render_calibration(found))
+    tell(f"{recipe.with_suffix('.lock')}: written")

@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 
 from deltamerge.cli.options import FOLDER, WORKERS
+from deltamerge.cli.output import tell
 
 
 @click.command()
@@ -23,4 +24,4 @@ def push(folder: Path, repository: str, public: bool, workers: int | None) -> No
     from deltamerge.execute import default_workers
     from deltamerge.share import push as push_folder
 
-    click.echo(push_folder(folder, repository, public=public, workers=workers or default_workers()), err=True)
+    tell(push_folder(folder, repository, public=public, workers=workers or default_workers()))

@@ -8,6 +8,7 @@ from pathlib import Path
 import click
 
 from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, WORKERS, RecipeFile, calibration_of, rows_of_text
+from deltamerge.cli.output import say, say_json, tell
 from deltamerge.show import render_methods
 
 
@@ -58,10 +59,10 @@ def init(
         advice = [recommend(m, base, density, calibration=rows, device=device, workers=workers) for m in models]
     written = first_recipe(base, models, path, density=density, calibration=rows, advice=advice)
     if out == "-":
-        click.echo(written, nl=False)
+        say(written.removesuffix("\n"))
         return
     write_new(path, written)
-    click.echo(f"{path}: written; next: deltamerge plan {path}", err=True)
+    tell(f"{path}: written; next: deltamerge plan {path}")
 
 
 def _names(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
@@ -81,7 +82,7 @@ def methods(name: str | None, as_json: bool) -> None:
     from deltamerge.catalogue import catalogue
 
     found = catalogue(name)
-    click.echo(json.dumps(found, sort_keys=True) if as_json else render_methods(found))
+    say_json(found) if as_json else say(render_methods(found))
 
 
 @click.command()
@@ -89,4 +90,4 @@ def schema() -> None:
     """The JSON schema of a recipe, for editors."""
     from deltamerge.recipe import schema as recipe_schema
 
-    click.echo(json.dumps(recipe_schema(), indent=2))
+    say(json.dumps(recipe_schema(), indent=2))

@@ -1,0 +1,54 @@
+"""How large a recipe may be: far above any that someone wrote by hand, and such that checking and planning it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from deltamerge.errors import InputError, Problem
+from deltamerge.parameters import layer_index
+
+if TYPE_CHECKING:
+    from deltamerge.inputs import Inputs
+    from deltamerge.recipe import Recipe
+
+MODELS = 1_000  # of all documents, slices and modules, counted where they stand
+LAYERS = 10_000  # that slices take from their sources, counted once for each source
+NAME = 1_000  # characters of a reference or a name
+SOURCES = 2_000_000  # of all tensors of an output
+
+
+def problems(recipes: Sequence[Recipe]) -> Iterator[Problem]:
+    """What of the documents of a file is too large to be looked at further: one problem at most."""
+    models = layers = 0
+    for recipe in recipes:
+        if len(recipe.base_model or "") > NAME:
+            yield recipe.problem(("base_model",), f"is longer than {NAME:,} characters", "a path or a hub id")
+            return
+        for part in recipe.parts:
+            models += len(part.members)
+            layers += part.layers * len(part.members) if part.ranges else 0
+            if models > MODELS:
+                yield recipe.problem(part.loc, f"more than {MODELS:,} models", "merge them in several runs")
+                return
+            if layers > LAYERS:
+                message = f"more than {LAYERS:,} layers of all sources of the slices"
+                yield recipe.problem(part.loc, message, "see layer_range: it counts the layers of the model")
+                return
+        for i, model in enumerate(recipe.models):
+            if len(model.model) > NAME or len(model.name or "") > NAME:
+                yield recipe.problem(("models", i), f"a name longer than {NAME:,} characters", "a path or a hub id")
+                return
+
+
+def check(inputs: Inputs) -> None:
+    """InputError: the output has more tensors, counted once for each of their sources, than a plan has room for."""
+    tensors = len(inputs.template.tensors)
+    stored = 1 + max((layer_index(name) or 0 for name in inputs.template.tensors), default=0)
+    count = 0
+    for group in inputs.groups:
+        share = tensors if group.part.ranges is None else tensors * group.part.layers // max(1, min(stored, tensors))
+        count += share * len(group.all)
+    if count > SOURCES:
+        message = f"the output would have about {count:,} tensors, counted for each model they come from"
+        raise InputError(f"{message}: more than {SOURCES:,}", hint="merge fewer models, or fewer layers, at a time")
