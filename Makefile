@@ -37,14 +37,14 @@ torture: .venv/.installed-dev  ## kills at every call of every command, faulty a
 	$(BIN)/python benchmarks/torture.py
 
 fuzz: .venv/.installed-dev  ## arbitrary files against every reader, random recipes against their formulas; FUZZ=1000 for less
-	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_fuzz.py tests/test_random_recipes.py
+	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_fuzz.py tests/run/test_random_recipes.py
 
 atheris: .venv/.installed-fuzz  ## the same readers, guided by coverage, for a night: an hour each; SECONDS=300 for less
 	@for name in $$($(BIN)/python -c 'import sys; sys.path[:0] = ["tests", "."]; import fuzz_targets; print(*fuzz_targets.NAMES)'); do \
 	  nice -n 10 $(BIN)/python tests/fuzz_atheris.py $$name -max_total_time=$(or $(SECONDS),3600) || exit 1; done
 
 ray: .venv/.installed-ray  ## run --ray on real local clusters, a worker of one killed; 5 minutes
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/test_cluster.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m slow tests/run/test_cluster.py
 
 scale: .venv/.installed  ## plans of a 405 B model and of 40,000 tensors, a 7 B merge in 1 GB; 14 GB in .scale
 	$(BIN)/python benchmarks/scale.py

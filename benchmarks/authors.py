@@ -18,8 +18,8 @@ import yaml
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from deltamerge.calibrate.split import split
-from deltamerge.recipe import load
-from deltamerge.runner import run
+from deltamerge.recipe.schema import load
+from deltamerge.run.runner import run
 
 PATIENCE = 4
 

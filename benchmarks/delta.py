@@ -30,10 +30,10 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltamerge.io.delta import DeltaFile
-from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_tensor import BaseTensor
-from deltamerge.io.delta_writer import DeltaWriter
+from deltamerge.delta.file import DeltaFile
+from deltamerge.delta.manifest import Base
+from deltamerge.delta.tensor_writer import BaseTensor
+from deltamerge.delta.writer import DeltaWriter
 
 KINDS = ("replace", "float32", "bfloat16", "int8", "sign")
 State = dict[str, torch.Tensor]

@@ -223,7 +223,7 @@ def recipe(setting: Setting, task: str, method: Method, density: float, seed: in
 
 def cell(setting: Setting, task: str, method: Method, density: float, seed: int) -> dict[str, Any]:
     """Run one recipe and score what it wrote; seconds are the processor's, of one thread, without start-up."""
-    from deltamerge.runner import run
+    from deltamerge.run.runner import run
 
     path = setting.work / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(setting, task, method, density, seed)), encoding="utf-8")

@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from deltamerge.api import plan, prune
+    from deltamerge.delta.file import load_delta
     from deltamerge.errors import DeltamergeError
-    from deltamerge.io.delta import load_delta
+    from deltamerge.run.api import plan, prune
 
 __version__ = "0.1.0"
 __all__ = ["DeltamergeError", "__version__", "load_delta", "plan", "prune"]
 
 _HOME = {
     "DeltamergeError": "deltamerge.errors",
-    "load_delta": "deltamerge.io.delta",
-    "plan": "deltamerge.api",
-    "prune": "deltamerge.api",
+    "load_delta": "deltamerge.delta.file",
+    "plan": "deltamerge.run.api",
+    "prune": "deltamerge.run.api",
 }
 
 

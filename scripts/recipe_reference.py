@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deltamerge.methods import MERGE, PRUNE, Param
-from deltamerge.recipe import schema
+from deltamerge.methods.table import MERGE, PRUNE, Param
+from deltamerge.recipe.schema import schema
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"
 HEAD = """\

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest.mock import patch
 
-from deltamerge import backends
+from deltamerge.engine import backends
 
 COMPILED, TORCH = "compiled", "torch"
 

@@ -20,21 +20,21 @@ import yaml
 from conftest import make_checkpoint, write_json
 from safetensors.torch import save, save_file
 
-from deltamerge import hashes
-from deltamerge import lock as locks
 from deltamerge.calibrate.rows import read as read_rows
-from deltamerge.chain import documents
+from deltamerge.delta.file import DeltaFile
+from deltamerge.delta.manifest import Base
+from deltamerge.delta.tensor_writer import BaseTensor
+from deltamerge.delta.writer import DeltaWriter
 from deltamerge.errors import DeltamergeError
 from deltamerge.io.checkpoint import INDEX, open_checkpoint, shards_of, weight_source
-from deltamerge.io.delta import DeltaFile
-from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_tensor import BaseTensor
-from deltamerge.io.delta_writer import DeltaWriter
 from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
 from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
 from deltamerge.io.safetensors_file import read_header
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run import hashes
+from deltamerge.run import lock as locks
+from deltamerge.run.intermediate import documents
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 2)}

@@ -13,7 +13,7 @@ its last; and interrupted (Ctrl-C) before each. Whatever K is:
 - no traceback; exit code 0, 1 or 2; of the interrupted 130, with the truth on what is left behind
 
 Calls are seen by a library that stands before libc (kill_shim.c says what it sees), in children of a process that has
-everything imported (kill_server.py). A power cut, which loses what was not synced, is tests/test_durability.py's.
+everything imported (kill_server.py). A power cut, which loses what was not synced, is tests/run/test_durability.py's.
 """
 
 from __future__ import annotations

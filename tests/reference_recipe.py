@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import reference
 
-from deltamerge.pruners import bits
+from deltamerge.methods.prune import bits
 
 F32 = np.float32
 IMPLIED = {"dare_linear": "dare", "dare_ties": "dare", "della": "della", "della_linear": "della",

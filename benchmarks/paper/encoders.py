@@ -69,7 +69,7 @@ def cell(
 
 def prune(setting: Setting, task: str, tuned: Path, method: Method, density: float, work: Path) -> Path:
     """The checkpoint, in `work`, that the first mask of a method leaves of a fine-tune, in float32."""
-    from deltamerge.runner import run
+    from deltamerge.run.runner import run
 
     spec = quality.recipe(quality_setting(setting, task, tuned, work), task, method, density, setting.seed)
     path = work / "recipe.yaml"

@@ -15,7 +15,7 @@ from tasks import TASKS
 from training import OptimizerFactory, adamw, trained
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
-from deltamerge.optim import AdamR
+from deltamerge.run.adamr import AdamR
 from paper import encoders, pruned
 from paper.frame import Experiment, Record, Setting
 from paper.pruned import Subject

@@ -60,7 +60,7 @@ def merged(
         parameters["density"] = TRIMMED if name == "unpruned" else 1.0
 
     def measure() -> dict[str, float]:
-        from deltamerge.runner import run
+        from deltamerge.run.runner import run
 
         with tempfile.TemporaryDirectory(dir=setting.work) as work:
             recipe = {

@@ -46,7 +46,7 @@ def prune(setting: Setting, subject: Subject, method: Method, density: float, se
     }
 
     def measure() -> dict[str, Any]:
-        from deltamerge.runner import run
+        from deltamerge.run.runner import run
 
         with tempfile.TemporaryDirectory() as work:
             path = Path(work) / "recipe.yaml"
@@ -100,7 +100,7 @@ def whole(setting: Setting, subject: Subject) -> Record:
     """The unpruned fine-tune: its score, and how large its delta is."""
 
     def measure() -> Record:
-        from deltamerge.study import inspect
+        from deltamerge.inspect.study import inspect
 
         found = inspect(subject.tuned, str(subject.base), device="cpu", workers=1).total
         size = {"mean_abs": found.mean_abs, "relative_norm": found.relative_norm}

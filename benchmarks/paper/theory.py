@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import deltamerge
 from deltamerge.calibrate import statistics as S
-from deltamerge.optim import AdamR
+from deltamerge.run.adamr import AdamR
 from paper import digits, plot
 from paper.frame import Experiment, Record, Setting, spread, table
 

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltamerge import backends
 from deltamerge.calibrate.subject import Memory
-from deltamerge.execute import Task, execute
-from deltamerge.graph import Node
+from deltamerge.engine import backends
+from deltamerge.engine.execute import Task, execute
+from deltamerge.engine.graph import Node
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.computed import Array, ordered_product
-from deltamerge.tensors import Tile
+from deltamerge.methods.tiles import Tile
 
 if TYPE_CHECKING:
     import torch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deltamerge.calibrate.blocks import Weights
-from deltamerge.tensors import Kept
+from deltamerge.methods.tiles import Kept
 
 Masked = Tensor | Kept
 """A tensor's masked, unscaled delta: dense, or `Kept` with flat positions and float32 values."""

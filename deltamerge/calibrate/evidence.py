@@ -12,11 +12,11 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import statistics
 from deltamerge.calibrate.activations import collect
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
+from deltamerge.calibrate.spec import Source, Spec
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.calibrate.subject import Subject
 from deltamerge.io.checkpoint import Reader
-from deltamerge.stages import Source, Spec
 
 POINTS = 8
 Scores = dict[str, float]

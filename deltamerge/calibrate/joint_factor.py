@@ -10,10 +10,10 @@ from typing import Any
 
 from deltamerge.calibrate import search
 from deltamerge.calibrate.searches import Found, Qs, rounded, shortlist
+from deltamerge.calibrate.spec import Calibrated, Spec
 from deltamerge.calibrate.stage import calibrating, decide
 from deltamerge.calibrate.subject import Judge, Subject
 from deltamerge.io.checkpoint import Reader
-from deltamerge.stages import Calibrated, Spec
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:

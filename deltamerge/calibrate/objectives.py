@@ -18,8 +18,8 @@ from torch import Tensor
 from deltamerge.calibrate import agreement
 from deltamerge.calibrate.blocks import Inputs, Model, Output, Weights
 from deltamerge.calibrate.metrics import METRICS, exact_match
+from deltamerge.calibrate.spec import WALKED
 from deltamerge.errors import InputError
-from deltamerge.stages import WALKED
 
 TOP = 5
 CLASSES = 64

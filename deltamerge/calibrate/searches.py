@@ -16,15 +16,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from deltamerge import reach
 from deltamerge.calibrate import objectives as O  # short for a namespace
-from deltamerge.calibrate import search, statistics
+from deltamerge.calibrate import reach, search, statistics
 from deltamerge.calibrate.candidates import Q
 from deltamerge.calibrate.scales import learn, row_shape
+from deltamerge.calibrate.spec import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step
 from deltamerge.calibrate.statistics import LayerStatistics, Vector
 from deltamerge.calibrate.subject import Subject
 from deltamerge.errors import InputError
-from deltamerge.stages import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step
 
 Qs = dict[str, Q]
 Path = list[list[Any]]

@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from deltamerge.calibrate.foreign import running
 from deltamerge.errors import InputError
-from deltamerge.names import resolve_prefix
+from deltamerge.io.names import resolve_prefix
 
 
 class _OnMeta(TorchFunctionMode):

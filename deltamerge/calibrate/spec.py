@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.calibrate.reach import EMBEDDING, OTHER, UNSCALED, grouped, is_linear, is_unscaled
+from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.graph import Node
 from deltamerge.io.checkpoint import TensorInfo
-from deltamerge.methods import PRUNE
-from deltamerge.names import numbered_blocks
-from deltamerge.reach import EMBEDDING, OTHER, UNSCALED, grouped, is_linear, is_unscaled
-from deltamerge.recipe import CalibratedQ, Calibration
+from deltamerge.io.names import numbered_blocks
+from deltamerge.methods.table import PRUNE
+from deltamerge.recipe.schema import CalibratedQ, Calibration
 
 EVALUATIONS = 20
 STEPS = 40

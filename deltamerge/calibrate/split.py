@@ -9,9 +9,9 @@ from typing import Any
 from deltamerge.calibrate import rows as data
 from deltamerge.calibrate.families import check_family
 from deltamerge.calibrate.rows import HEADS, Row, check_head, class_labels
+from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError
-from deltamerge.recipe import Calibration
-from deltamerge.stages import HELD_OUT
+from deltamerge.recipe.schema import Calibration
 
 POSITIONS = ("max_position_embeddings", "n_positions")  # in config.json
 LANGUAGE = frozenset({"causal-lm", "text-generation"})

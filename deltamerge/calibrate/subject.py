@@ -12,8 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltamerge import backends
-from deltamerge.backends import torch_device
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
 from deltamerge.calibrate.blocks import Inputs, Linear, Model, from_reader
@@ -22,14 +20,16 @@ from deltamerge.calibrate.data import Reader as Rows
 from deltamerge.calibrate.data import check_new_tokens
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.rows import HEADS, Row, select
+from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, Source
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.statistics import LayerStatistics
-from deltamerge.execute import Task, default_workers, execute, shared_values
-from deltamerge.graph import Graph, Node
+from deltamerge.engine import backends
+from deltamerge.engine.backends import torch_device
+from deltamerge.engine.execute import Task, default_workers, execute, shared_values
+from deltamerge.engine.graph import Graph, Node
 from deltamerge.io.checkpoint import Reader, TensorInfo
-from deltamerge.ops import torch_dtype
-from deltamerge.stages import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, Source
-from deltamerge.tensors import Kept
+from deltamerge.methods.ops import torch_dtype
+from deltamerge.methods.tiles import Kept
 
 T = TypeVar("T")
 Part = Literal["search", "held"]
@@ -247,7 +247,7 @@ class Subject:
         node = nodes.get(name)
         if node is None:
             return None
-        root = Graph().node("deltamerge.ops:dense", [node], shape=node.shape)
+        root = Graph().node("deltamerge.methods.ops:dense", [node], shape=node.shape)
         sink = Memory(math.prod(node.shape))
         task = Task(name, root, backends.choose(root, self.source.device))
         execute([task], self.reader, sink, device=self.source.device, workers=default_workers(), known=self.known)

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge import backends
-from deltamerge.execute import Task, default_workers, execute
-from deltamerge.graph import Graph, Node
+from deltamerge.engine import backends
+from deltamerge.engine.execute import Task, default_workers, execute
+from deltamerge.engine.graph import Graph, Node
 from deltamerge.io.checkpoint import Reader
-from deltamerge.pruners import select
+from deltamerge.methods.prune import select
 
-SELECT = "deltamerge.pruners.select"
+SELECT = "deltamerge.methods.prune.select"
 TOGETHER = 32  # tensors whose histograms are held before they are added up
 
 
@@ -72,7 +72,7 @@ def _equals(graph: Graph, delta: Node) -> Node:
 
 def _small(graph: Graph, name: str) -> Node:
     """A value that is given when the graph runs."""
-    return graph.node(f"deltamerge.threshold:{name}", kind="small")
+    return graph.node(f"deltamerge.calibrate.threshold:{name}", kind="small")
 
 
 def _reduced(

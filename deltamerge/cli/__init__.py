@@ -15,10 +15,10 @@ import click
 from click.shell_completion import get_completion_class
 
 from deltamerge import __version__
-from deltamerge.cli import artifacts, habits, looking, running, sharing, streams, writing
+from deltamerge.cli import deltas, inspect, mergekit_flags, push, recipes, run, streams
 from deltamerge.cli.output import complain, tell
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.shown import shown
+from deltamerge.errors.shown import shown
 
 # what writing to stdout may end with
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
@@ -58,7 +58,7 @@ def _refuse(error: click.ClickException, arguments: list[str]) -> int:
     error.show(said)
     for line in said.getvalue().splitlines():
         tell(line)
-    for hint in habits.hints(error, arguments):
+    for hint in mergekit_flags.hints(error, arguments):
         tell(f"hint: {hint}")
     return 2
 
@@ -171,10 +171,10 @@ NO_SPACE = {
     ),
 }
 SECTIONS = {
-    "Write a recipe": [writing.init, looking.recommend, writing.methods, writing.schema],
-    "Before a run": [looking.check, looking.plan, looking.inspect, running.calibrate],
-    "Run": [running.run, artifacts.verify, looking.diff, sharing.push],
-    "Deltas": [artifacts.extract, artifacts.apply],
+    "Write a recipe": [recipes.init, inspect.recommend, recipes.methods, recipes.schema],
+    "Before a run": [inspect.check, inspect.plan, inspect.inspect, run.calibrate],
+    "Run": [run.run, deltas.verify, inspect.diff, push.push],
+    "Deltas": [deltas.extract, deltas.apply],
     "Shell": [completion],
 }
 for section in SECTIONS.values():

@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from deltamerge.errors import UsageError
-from deltamerge.methods import MERGE, PRUNE
-from deltamerge.registry import MergeMethod, Param, PruneMethod
+from deltamerge.methods.registry import MergeMethod, Param, PruneMethod
+from deltamerge.methods.table import MERGE, PRUNE
 
 
 def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:
@@ -17,7 +17,7 @@ def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:
     Raises UsageError, with the nearest name, where no method has that name.
     """
     if name is not None and name not in MERGE and name not in PRUNE:
-        from deltamerge.faults import suggest
+        from deltamerge.recipe.messages import suggest
 
         raise UsageError(f"unknown method {name!r}", hint=suggest(name, {*MERGE, *PRUNE}))
     return {

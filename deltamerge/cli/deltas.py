@@ -23,10 +23,10 @@ from deltamerge.cli.options import (
     pruning_methods,
 )
 from deltamerge.cli.output import Progress, Warnings, report_run, say_json, tell
-from deltamerge.show import human
+from deltamerge.cli.tables import human
 
 if TYPE_CHECKING:
-    from deltamerge.planner import Plan
+    from deltamerge.plan.planner import Plan
 
 
 @click.command()
@@ -70,8 +70,8 @@ def extract(
 
     It holds what changed, exactly, or with a density what is kept of it.
     """
-    from deltamerge.extract import extract as extract_delta
-    from deltamerge.weights import describe_nonfinite
+    from deltamerge.run.extract import extract as extract_delta
+    from deltamerge.run.weights import describe_nonfinite
 
     progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
 
@@ -114,8 +114,8 @@ def apply(
 
     Writes the whole checkpoint; every tensor is checked before and after by hash.
     """
-    from deltamerge.apply import apply as apply_delta
-    from deltamerge.execute import default_workers
+    from deltamerge.engine.execute import default_workers
+    from deltamerge.run.apply import apply as apply_delta
 
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     done = apply_delta(
@@ -144,13 +144,13 @@ def apply(
 @WORKERS
 def verify(folder: Path, base: str | None, workers: int | None) -> None:
     """Check FOLDER, which a run made, against the hashes in its lock."""
-    from deltamerge.execute import default_workers
-    from deltamerge.lock import verify as verify_folder
+    from deltamerge.engine.execute import default_workers
+    from deltamerge.run.lock import verify as verify_folder
 
     workers = workers or default_workers()
     names = verify_folder(folder, workers)
     tell(f"{folder}: {len(names)} files as the lock says")
     if base is not None:
-        from deltamerge.apply import verify_base
+        from deltamerge.run.apply import verify_base
 
         tell(f"{folder}: {verify_base(folder, base, workers)}")

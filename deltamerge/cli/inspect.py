@@ -23,12 +23,12 @@ from deltamerge.cli.options import (
     rows_of_text,
 )
 from deltamerge.cli.output import Progress, complain, say, say_json, say_model, tell
+from deltamerge.cli.tables import human, render_diff, render_plan
 from deltamerge.errors import DeltamergeError
-from deltamerge.show import human, render_diff, render_plan
-from deltamerge.shown import shown
+from deltamerge.errors.shown import shown
 
 if TYPE_CHECKING:
-    from deltamerge.planner import Plan
+    from deltamerge.plan.planner import Plan
 
 
 @click.command()
@@ -40,8 +40,8 @@ def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> Non
 
     Reads no weights; of hub models only the headers are fetched.
     """
-    from deltamerge.chain import documents
-    from deltamerge.plans import make_plans
+    from deltamerge.run.intermediate import documents
+    from deltamerge.run.plans import make_plans
 
     worst = 0
     for recipe in recipes:
@@ -96,8 +96,8 @@ def plan(
     deltamerge plan recipe.yaml --json
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
-    from deltamerge import review
-    from deltamerge.plans import make_plans
+    from deltamerge.plan import review
+    from deltamerge.run.plans import make_plans
 
     def describe(path: Path) -> dict[str, Any]:
         *before, planned = make_plans(
@@ -161,8 +161,8 @@ def inspect(
     activations: influence, coherence, massive activations, the bound and the error of DARE. Where MODEL is a folder
     that a run made, --report draws what its lock says, too.
     """
-    from deltamerge.inspect import render
-    from deltamerge.study import inspect as inspect_delta
+    from deltamerge.inspect.statistics import render
+    from deltamerge.inspect.study import inspect as inspect_delta
 
     if force and page is None:
         raise click.UsageError("--force is for the FILE of --report")
@@ -212,8 +212,8 @@ def recommend(
 
     Without --calibration the delta's own statistics decide; with rows of text each method's mask is drawn and measured.
     """
-    from deltamerge.recommend import render
-    from deltamerge.study import recommend as recommend_pruning
+    from deltamerge.inspect.recommend import render
+    from deltamerge.inspect.study import recommend as recommend_pruning
 
     rows = calibration_of(calibration, text, sequences=sequences, length=length, label=label)
     progress = Progress(shown=sys.stderr.isatty())
@@ -236,8 +236,8 @@ def diff(a: str, b: str, workers: int | None, as_json: bool) -> None:
 
     A and B are folders or hub ids (one may be a delta of the other), or two recipe.lock files.
     """
-    from deltamerge.diff import diff as compare
-    from deltamerge.execute import default_workers
+    from deltamerge.engine.execute import default_workers
+    from deltamerge.inspect.diff import diff as compare
 
     found = compare(a, b, workers or default_workers())
     say_json(found) if as_json else say(render_diff(found))

@@ -10,7 +10,7 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-from deltamerge.shown import shown
+from deltamerge.errors.shown import shown
 
 MOST_WORKERS = 1024
 
@@ -66,7 +66,7 @@ def some(*values: str) -> Callable[[click.Context, click.Parameter, str], list[s
 
 def pruning_methods(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
     """The pruning methods that begin so, those of other packages too."""
-    from deltamerge.methods import PRUNE
+    from deltamerge.methods.table import PRUNE
 
     return sorted(name for name in PRUNE if name.startswith(incomplete))
 
@@ -85,7 +85,7 @@ WORKERS = click.option(
 
 
 def _size(context: click.Context, option: click.Parameter, text: str | None) -> int | None:
-    from deltamerge.fields import parse_size
+    from deltamerge.recipe.types import parse_size
 
     try:
         return None if text is None else parse_size(text)

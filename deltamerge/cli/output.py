@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltamerge.cli.tables import human
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.show import human
-from deltamerge.shown import LINE, printed, shown
+from deltamerge.errors.shown import LINE, printed, shown
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
-    from deltamerge.planner import Plan
-    from deltamerge.runner import Result
+    from deltamerge.plan.planner import Plan
+    from deltamerge.run.runner import Result
 
 
 def say(text: str) -> None:
@@ -70,9 +70,9 @@ class Progress:
         self.last = 0.0
         self.lock = threading.Lock()
         if shown:
-            from deltamerge.cli import notes
+            from deltamerge.cli import progress_notes
 
-            notes.show()
+            progress_notes.show()
 
     @property
     def seconds(self) -> float:
@@ -102,9 +102,9 @@ class Progress:
 
     def stop(self) -> None:
         if self.shown:
-            from deltamerge.cli import notes
+            from deltamerge.cli import progress_notes
 
-            notes.hide()
+            progress_notes.hide()
             self._draw("")
 
 

@@ -7,7 +7,7 @@ from contextlib import suppress
 
 import click
 
-from deltamerge.shown import LINE, printed, shown
+from deltamerge.errors.shown import LINE, printed, shown
 
 
 class _Notes(logging.Handler):

@@ -21,7 +21,7 @@ def push(folder: Path, repository: str, public: bool, workers: int | None) -> No
     Weights, card, recipe and lock. Logged in with `hf auth login`, or with HF_TOKEN set. Run again after an
     interruption: what has arrived stays.
     """
-    from deltamerge.execute import default_workers
-    from deltamerge.share import push as push_folder
+    from deltamerge.engine.execute import default_workers
+    from deltamerge.run.publish import push as push_folder
 
     tell(push_folder(folder, repository, public=public, workers=workers or default_workers()))

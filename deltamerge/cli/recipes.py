@@ -9,7 +9,7 @@ import click
 
 from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, WORKERS, RecipeFile, calibration_of, rows_of_text
 from deltamerge.cli.output import say, say_json, tell
-from deltamerge.show import render_methods
+from deltamerge.cli.tables import render_methods
 
 
 @click.command()
@@ -45,7 +45,7 @@ def init(
     deltamerge init ./math ./code --base ./base
     deltamerge init ./math --base ./base --calibration sentences.jsonl --density 0.01
     """
-    from deltamerge.init import check_new, first_recipe, write_new
+    from deltamerge.inspect.first_recipe import check_new, first_recipe, write_new
 
     path = Path("recipe.yaml" if out == "-" else out)
     if out != "-":
@@ -54,7 +54,7 @@ def init(
     density = density or (0.05 if len(models) == 1 else 0.2)
     advice = []
     if rows is not None:
-        from deltamerge.study import recommend
+        from deltamerge.inspect.study import recommend
 
         advice = [recommend(m, base, density, calibration=rows, device=device, workers=workers) for m in models]
     written = first_recipe(base, models, path, density=density, calibration=rows, advice=advice)
@@ -66,7 +66,7 @@ def init(
 
 
 def _names(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
-    from deltamerge.methods import MERGE, PRUNE
+    from deltamerge.methods.table import MERGE, PRUNE
 
     return sorted(name for name in {*MERGE, *PRUNE} if name.startswith(incomplete))
 
@@ -79,7 +79,7 @@ def methods(name: str | None, as_json: bool) -> None:
 
     All, or those called NAME: parameters, defaults, ranges, and where they come from.
     """
-    from deltamerge.catalogue import catalogue
+    from deltamerge.cli.catalogue import catalogue
 
     found = catalogue(name)
     say_json(found) if as_json else say(render_methods(found))
@@ -88,6 +88,6 @@ def methods(name: str | None, as_json: bool) -> None:
 @click.command()
 def schema() -> None:
     """The JSON schema of a recipe, for editors."""
-    from deltamerge.recipe import schema as recipe_schema
+    from deltamerge.recipe.schema import schema as recipe_schema
 
     say(json.dumps(recipe_schema(), indent=2))

@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
 from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -26,11 +25,11 @@ from deltamerge.cli.options import (
     RecipeFile,
 )
 from deltamerge.cli.output import Progress, Warnings, report_run, say, say_json, tell
+from deltamerge.cli.tables import render_calibration
 from deltamerge.io.files import scratch
-from deltamerge.show import render_calibration
 
 if TYPE_CHECKING:
-    from deltamerge.planner import Plan
+    from deltamerge.plan.planner import Plan
 
 
 @click.command()
@@ -82,11 +81,11 @@ def run(
 
     An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
     """
-    from deltamerge.distribute import Part
-    from deltamerge.runner import finish as finish_parts
-    from deltamerge.runner import run as run_recipe
-    from deltamerge.share import SCHEME
-    from deltamerge.weights import describe_nonfinite
+    from deltamerge.run.partition import Part
+    from deltamerge.run.publish import SCHEME
+    from deltamerge.run.runner import finish as finish_parts
+    from deltamerge.run.runner import run as run_recipe
+    from deltamerge.run.weights import describe_nonfinite
 
     if sum((finish, part is not None, ray is not None)) > 1:
         raise click.UsageError("--part, --finish and --ray exclude each other")
@@ -107,7 +106,7 @@ def run(
     with ExitStack() as held:
         path = Path(recipe)
         if recipe.startswith(SCHEME):
-            from deltamerge.share import fetch
+            from deltamerge.run.publish import fetch
 
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
             published = fetch(recipe, held.enter_context(scratch(out.absolute().parent)))
@@ -131,7 +130,7 @@ def run(
                 "watch": watch,
             }  # fmt: skip
             if ray is not None:
-                from deltamerge.cluster import run_on_ray
+                from deltamerge.run.cluster import run_on_ray
 
                 result = run_on_ray(path, out, address=ray, **options)
             else:
@@ -168,11 +167,11 @@ def calibrate(
 
     Writes them to the lock beside RECIPE, for run --locked.
     """
-    from deltamerge.runner import calibrate as calibrate_recipe
+    from deltamerge.run.runner import calibrate as calibrate_recipe
 
     found = calibrate_recipe(recipe, device=device, workers=workers, memory=memory)
     if plot is not None:
-        from deltamerge.plots import draw
+        from deltamerge.inspect.plots import draw
 
         draw(found, plot)
     say_json(found) if as_json else say(render_calibration(found))

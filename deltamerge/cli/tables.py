@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltamerge.shown import CELL, shown
-from deltamerge.shown import lines as one_a_line
+from deltamerge.errors.shown import CELL, shown
+from deltamerge.errors.shown import lines as one_a_line
 
 
 def human(size: float) -> str:

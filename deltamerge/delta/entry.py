@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from blake3 import blake3
 
+from deltamerge.delta.manifest import Record, groups
+from deltamerge.delta.positions import Array, Sliced, decode
+from deltamerge.delta.values import cast, narrow, scale_values, widen
 from deltamerge.errors import InputError
-from deltamerge.io.delta_format import Record, groups
-from deltamerge.io.encodings import Array, Sliced, decode
 from deltamerge.io.files import flat
-from deltamerge.io.values import cast, narrow, scale_values, widen
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.methods.tiles import ITEMSIZE
 
 TILE = 1 << 20
 DAMAGED = "the delta is damaged: copy, download or extract it again"

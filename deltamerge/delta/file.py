@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from deltamerge import errors
+from deltamerge.delta.entry import Entry
+from deltamerge.delta.folder import open_folder
+from deltamerge.delta.in_place import apply_in_place
+from deltamerge.delta.manifest import Base, Manifest
+from deltamerge.delta.positions import Array, index_itemsize
+from deltamerge.delta.stored import Scratch
 from deltamerge.errors import InputError
-from deltamerge.io.delta_entry import Entry
-from deltamerge.io.delta_folder import open_folder
-from deltamerge.io.delta_format import Base, Manifest
-from deltamerge.io.delta_in_place import apply_in_place
-from deltamerge.io.encodings import Array, index_itemsize
-from deltamerge.io.stored import Scratch
 
 if TYPE_CHECKING:
     import torch

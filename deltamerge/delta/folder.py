@@ -10,14 +10,14 @@ import numpy as np
 from pydantic import ValidationError
 
 from deltamerge import errors
+from deltamerge.delta.entry import Entry
+from deltamerge.delta.manifest import FORMAT, VERSION, Manifest, check_record, groups, stored_arrays
+from deltamerge.delta.positions import Sliced, most_bytes
+from deltamerge.delta.stored import StoredArray, StoredFiles
 from deltamerge.errors import InputError
-from deltamerge.io.delta_entry import Entry
-from deltamerge.io.delta_format import FORMAT, VERSION, Manifest, check_record, groups, stored_arrays
-from deltamerge.io.encodings import Sliced, most_bytes
 from deltamerge.io.safetensors_file import TensorInfo, read_header
-from deltamerge.io.stored import StoredArray, StoredFiles
 from deltamerge.io.strict_json import read_json
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.methods.tiles import ITEMSIZE
 
 MANIFEST = "delta.json"
 SINGLE = "delta.safetensors"

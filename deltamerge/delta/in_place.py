@@ -8,12 +8,12 @@ from typing import cast
 
 import numpy as np
 
+from deltamerge.delta.entry import Entry, damage_told
+from deltamerge.delta.manifest import Record, groups
+from deltamerge.delta.positions import Array
+from deltamerge.delta.stored import PADDING, Scratch, StoredArray
+from deltamerge.delta.values import SCALED, ranked_scales, scale_values
 from deltamerge.errors import InputError
-from deltamerge.io.delta_entry import Entry, damage_told
-from deltamerge.io.delta_format import Record, groups
-from deltamerge.io.encodings import Array
-from deltamerge.io.stored import PADDING, Scratch, StoredArray
-from deltamerge.io.values import SCALED, ranked_scales, scale_values
 
 LARGEST_K = 15  # of rice that is decoded in the compiled pass
 _TYPES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8, "sign": np.uint8}
@@ -43,30 +43,30 @@ def is_compiled(entry: Entry) -> bool:
 
 
 def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
-    from deltamerge.io import delta_kernels
+    from deltamerge.delta import kernels
 
     record, kind = entry.record, entry.record.values
     stored = cast("list[StoredArray | None]", [entry.values, entry.index, entry.scales])
     values, index, scales = scratch.read(stored)
     if kind is None:
-        ok = delta_kernels.put(record.encoding, index, record.k, record.count, values.view(bits.dtype), bits)
+        ok = kernels.put(record.encoding, index, record.k, record.count, values.view(bits.dtype), bits)
     else:
         factors = _scales(record, scales)
         out = bits.view(np.float32) if record.dtype == "F32" else bits
         values, group = values.view(_TYPES[kind]), record.group
-        ok = delta_kernels.add(record.encoding, index, record.k, record.count, values, kind, factors, group, out)
+        ok = kernels.add(record.encoding, index, record.k, record.count, values, kind, factors, group, out)
     if not ok:
         deque(entry.positions(), maxlen=0)  # says what is wrong
         raise InputError("positions are damaged")
 
 
 def _scales(record: Record, stored: Array) -> Array:
-    from deltamerge.io import delta_kernels
+    from deltamerge.delta import kernels
 
     if record.values not in SCALED:
         return np.empty(0, np.float32)
     if record.ranks is not None:
         out: Array = np.empty(groups(record), np.float32)
-        if delta_kernels.ranked(stored, ranked_scales(record.unit, record.ranks), out):
+        if kernels.ranked(stored, ranked_scales(record.unit, record.ranks), out):
             return out
     return scale_values(stored[:-PADDING], groups(record), record.unit, record.ranks)

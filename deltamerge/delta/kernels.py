@@ -14,12 +14,12 @@ from numba.core import types
 from numba.cpython.unsafe.numbers import trailing_zeros
 from numba.extending import intrinsic
 
+from deltamerge.delta.positions import Array, Coding, index_itemsize, rice_offsets
+from deltamerge.delta.stored import PADDING
+from deltamerge.delta.values import Values
 from deltamerge.errors import InputError
-from deltamerge.io.encodings import Array, Coding, index_itemsize, rice_offsets
-from deltamerge.io.stored import PADDING
-from deltamerge.io.values import Values
-from deltamerge.jit import compiled
-from deltamerge.tensors import VALUE_BITS
+from deltamerge.io.jit import compiled
+from deltamerge.methods.tiles import VALUE_BITS
 
 BLOCK = 128  # positions between prefetch and use
 LINE = 64

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltamerge import errors
+from deltamerge.delta.entry import TILE, Entry, Read, as_bits, bits_type, extend
+from deltamerge.delta.positions import Array, Positions
+from deltamerge.delta.values import cast, narrow, widen
 from deltamerge.errors import InputError
-from deltamerge.io.delta_entry import TILE, Entry, Read, as_bits, bits_type, extend
-from deltamerge.io.encodings import Array, Positions
-from deltamerge.io.values import cast, narrow, widen
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.methods.tiles import ITEMSIZE
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from deltamerge.delta.file import DeltaFile
     from deltamerge.io.checkpoint import Checkpoint, Reader
-    from deltamerge.io.delta import DeltaFile
     from deltamerge.io.safetensors_file import TensorInfo
 
 HELD = 16  # tensors whose positions stay decoded, in at most an eighth of a byte an element

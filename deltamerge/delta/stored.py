@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from deltamerge.delta.positions import Array
 from deltamerge.errors import InputError
-from deltamerge.io.encodings import Array
 from deltamerge.io.files import Descriptors, flat, input_error, read_at
 
 SMALL = 4 << 20

@@ -17,12 +17,10 @@ import numpy as np
 from blake3 import blake3
 
 from deltamerge import errors
-from deltamerge.io.audit import NonFinite, count_nonfinite
-from deltamerge.io.delta_entry import Entry, Read, as_bits, bits_type, digest, extend
-from deltamerge.io.delta_format import Record, stored_arrays
-from deltamerge.io.encodings import Array, Choice, Positions, choose, encode
-from deltamerge.io.files import flat, output_error, read_at, write_at
-from deltamerge.io.values import (
+from deltamerge.delta.entry import Entry, Read, as_bits, bits_type, digest, extend
+from deltamerge.delta.manifest import Record, stored_arrays
+from deltamerge.delta.positions import Array, Choice, Positions, choose, encode
+from deltamerge.delta.values import (
     SCALED,
     Coded,
     cast,
@@ -31,10 +29,12 @@ from deltamerge.io.values import (
     relative_error,
     scale_group,
 )
-from deltamerge.tensors import FLOATING, ITEMSIZE, VALUE_BITS
+from deltamerge.io.audit import NonFinite, count_nonfinite
+from deltamerge.io.files import flat, output_error, read_at, write_at
+from deltamerge.methods.tiles import FLOATING, ITEMSIZE, VALUE_BITS
 
 if TYPE_CHECKING:
-    from deltamerge.io.delta_writer import DeltaWriter
+    from deltamerge.delta.writer import DeltaWriter
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from deltamerge.errors import InputError
-from deltamerge.tensors import LONGEST_ROW, VALUE_BITS, block_elements, row_length
+from deltamerge.methods.tiles import LONGEST_ROW, VALUE_BITS, block_elements, row_length
 
 Array = npt.NDArray[Any]
 Values = Literal["float32", "bfloat16", "int8", "sign"]

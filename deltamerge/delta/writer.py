@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from deltamerge import errors
+from deltamerge.delta.folder import INDEX, MANIFEST
+from deltamerge.delta.manifest import SHARD_SIZE, Base, Manifest
+from deltamerge.delta.positions import CODINGS, Coding
+from deltamerge.delta.spool import Spool
+from deltamerge.delta.tensor_writer import BaseTensor, Stored, TensorWriter
+from deltamerge.delta.values import Values, relative_error
 from deltamerge.io.audit import NonFinite
-from deltamerge.io.delta_folder import INDEX, MANIFEST
-from deltamerge.io.delta_format import SHARD_SIZE, Base, Manifest
-from deltamerge.io.delta_spool import Spool
-from deltamerge.io.delta_tensor import BaseTensor, Stored, TensorWriter
-from deltamerge.io.encodings import CODINGS, Coding
 from deltamerge.io.files import copy_at, output_error, write_at
 from deltamerge.io.journal import Journal
-from deltamerge.io.values import Values, relative_error
 from deltamerge.io.writer import FileLayout, Layout, plan_layout
 
 

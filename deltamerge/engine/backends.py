@@ -13,49 +13,49 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.engine.graph import Node, depth_first, resolve
 from deltamerge.errors import InputError
-from deltamerge.graph import Node, depth_first, resolve
 from deltamerge.io.checkpoint import Reader
-from deltamerge.tensors import ITEMSIZE, Tile
+from deltamerge.methods.tiles import ITEMSIZE, Tile
 
 if TYPE_CHECKING:
     import torch
 
 # What `fused.kernels.KERNELS` has; listed here so that planning needs no numba (a test compares the two).
 FUSED_FUNCTIONS = frozenset({
-    "deltamerge.ops:subtract",
-    "deltamerge.ops:cast",
-    "deltamerge.ops:zeros",
-    "deltamerge.pruners.masks:dare",
-    "deltamerge.pruners.masks:structured",
-    "deltamerge.pruners.protect:clear",
-    "deltamerge.pruners.protect:restore",
-    "deltamerge.pruners.rescale:divide",
-    "deltamerge.pruners.select:high_histogram",
-    "deltamerge.pruners.select:low_histogram",
-    "deltamerge.pruners.select:high_counts",
-    "deltamerge.pruners.select:low_counts",
-    "deltamerge.pruners.select:sample",
-    "deltamerge.pruners.select:bracketed",
-    "deltamerge.pruners.select:equal_counts",
-    "deltamerge.pruners.select:keep_largest",
-    "deltamerge.pruners.select:keep_largest_rows",
-    "deltamerge.pruners.select:keep_largest_rows_scored",
-    "deltamerge.pruners.rescale:norm",
-    "deltamerge.pruners.rescale:divide_rows",
-    "deltamerge.merge.arithmetic:passthrough",
-    "deltamerge.merge.arithmetic:linear",
-    "deltamerge.merge.arithmetic:task_arithmetic",
-    "deltamerge.merge.ties:ties",
-    "deltamerge.merge.span:gram",
-    "deltamerge.merge.span:row_grams",
-    "deltamerge.merge.span:combine",
-    "deltamerge.pruners.della:della",
-    "deltamerge.pruners.select:keep_between",
-    "deltamerge.pruners.select:keep_where",
-    "deltamerge.pruners.select:count_nonzero",
-    "deltamerge.merge.sce:variance",
-    "deltamerge.merge.sce:sce",
+    "deltamerge.methods.ops:subtract",
+    "deltamerge.methods.ops:cast",
+    "deltamerge.methods.ops:zeros",
+    "deltamerge.methods.prune.masks:dare",
+    "deltamerge.methods.prune.masks:structured",
+    "deltamerge.methods.prune.protect:clear",
+    "deltamerge.methods.prune.protect:restore",
+    "deltamerge.methods.prune.rescale:divide",
+    "deltamerge.methods.prune.select:high_histogram",
+    "deltamerge.methods.prune.select:low_histogram",
+    "deltamerge.methods.prune.select:high_counts",
+    "deltamerge.methods.prune.select:low_counts",
+    "deltamerge.methods.prune.select:sample",
+    "deltamerge.methods.prune.select:bracketed",
+    "deltamerge.methods.prune.select:equal_counts",
+    "deltamerge.methods.prune.select:keep_largest",
+    "deltamerge.methods.prune.select:keep_largest_rows",
+    "deltamerge.methods.prune.select:keep_largest_rows_scored",
+    "deltamerge.methods.prune.rescale:norm",
+    "deltamerge.methods.prune.rescale:divide_rows",
+    "deltamerge.methods.merge.arithmetic:passthrough",
+    "deltamerge.methods.merge.arithmetic:linear",
+    "deltamerge.methods.merge.arithmetic:task_arithmetic",
+    "deltamerge.methods.merge.ties:ties",
+    "deltamerge.methods.merge.span:gram",
+    "deltamerge.methods.merge.span:row_grams",
+    "deltamerge.methods.merge.span:combine",
+    "deltamerge.methods.prune.della:della",
+    "deltamerge.methods.prune.select:keep_between",
+    "deltamerge.methods.prune.select:keep_where",
+    "deltamerge.methods.prune.select:count_nonzero",
+    "deltamerge.methods.merge.sce:variance",
+    "deltamerge.methods.merge.sce:sce",
 })  # fmt: skip
 FUSED_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
@@ -145,12 +145,12 @@ class FusedBackend:
         return FusedLane(reader)
 
     def function(self, node: Node) -> Callable[..., Any]:
-        from deltamerge.fused.kernels import KERNELS
+        from deltamerge.engine.fused.kernels import KERNELS
 
         return KERNELS.get(node.function) or resolve(node.function)
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
-        from deltamerge.fused.stream import assemble
+        from deltamerge.engine.fused.stream import assemble
 
         listed = [(step.node, step.parameters, step.frees) for step in steps]
         return assemble(listed, values, reader, root.shape, root.dtype)
@@ -242,7 +242,7 @@ class TorchLane:
             yield
 
     def read(self, node: Node, tile: Tile) -> Any:
-        from deltamerge.ops import torch_dtype
+        from deltamerge.methods.ops import torch_dtype
 
         buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
         self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())

@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
-from deltamerge.graph import REDUCTIONS, Node, Schedule, depth_first, resolve, schedule
+from deltamerge.engine.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
+from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, resolve, schedule
+from deltamerge.engine.steps import is_needless, steps
 from deltamerge.io.checkpoint import Reader, TensorInfo
-from deltamerge.steps import is_needless, steps
-from deltamerge.tensors import ITEMSIZE, Tile, block_elements, nbytes_of
+from deltamerge.methods.tiles import ITEMSIZE, Tile, block_elements, nbytes_of
 
 JOB_ELEMENTS = 1 << 21
 COPY_BYTES = 1 << 22

@@ -67,7 +67,7 @@ class Graph:
 
 @cache
 def resolve(function: str) -> Callable[..., Any]:
-    """The function that a name such as "deltamerge.merge.ties:ties" stands for."""
+    """The function that a name such as "deltamerge.methods.merge.ties:ties" stands for."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]  # any callable by name
 

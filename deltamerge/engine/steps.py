@@ -6,8 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from deltamerge.backends import Step
-from deltamerge.graph import REDUCTIONS, Node, companion
+from deltamerge.engine.backends import Step
+from deltamerge.engine.graph import REDUCTIONS, Node, companion
 
 
 def steps(

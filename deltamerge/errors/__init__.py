@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from deltamerge import shown as text
+from deltamerge.errors import shown as text
 
 MOST = 50  # lines of one error that are printed
 

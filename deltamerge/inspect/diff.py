@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from deltamerge import errors
-from deltamerge import lock as locks
+from deltamerge.delta.entry import TILE
+from deltamerge.delta.over_base import check, elements, over
+from deltamerge.delta.values import widen
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo, canonical, match_prefixes
-from deltamerge.io.delta_entry import TILE
-from deltamerge.io.layered import check, elements, over
-from deltamerge.io.values import widen
-from deltamerge.tensors import FLOATING, PACKED_BITS
+from deltamerge.methods.tiles import FLOATING, PACKED_BITS
+from deltamerge.run import lock as locks
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 
 if TYPE_CHECKING:
-    from deltamerge.recommend import Candidate, Recommendation
+    from deltamerge.inspect.recommend import Candidate, Recommendation
 
 HEAD = """\
 # deltamerge check {name}    the headers of every model, no weights read

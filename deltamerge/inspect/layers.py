@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from deltamerge.inspect import Report, TensorStatistics
+    from deltamerge.inspect.statistics import Report, TensorStatistics
 
 BLOCK = re.compile(r"(.*?\.\d+)\.")
 NUMBERED = re.compile(r"(.+)\.(\d+)", re.DOTALL)

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.ops import block_rows, densify, halved
-from deltamerge.tensors import Tile
+from deltamerge.methods.ops import block_rows, densify, halved
+from deltamerge.methods.tiles import Tile
 
 if TYPE_CHECKING:
     import torch

@@ -7,18 +7,18 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from deltamerge.calibrate.spec import Spec
+from deltamerge.engine.execute import shared_values
+from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError
-from deltamerge.execute import shared_values
-from deltamerge.graph import Graph
-from deltamerge.inputs import open_inputs
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.lock import chosen
-from deltamerge.planner import Plan
-from deltamerge.stages import Spec
+from deltamerge.plan.inputs import open_inputs
+from deltamerge.plan.planner import Plan
+from deltamerge.run.lock import chosen
 
 if TYPE_CHECKING:
-    from deltamerge.influence import Activations
+    from deltamerge.inspect.activations import Activations
 
 BASE = "base"
 Draw = Callable[[Plan, Path, Path], dict[str, str]]
@@ -30,7 +30,7 @@ def drawing(planned: Plan, *, data: bool) -> Draw:
     With `data`, where q is calibrated, the calibration rows go through the fine-tune once more.
     InputError: matplotlib is missing, or the recipe makes nothing that has a delta to draw.
     """
-    from deltamerge import plots
+    from deltamerge.inspect import plots
 
     plots.figure_of("--pictures")
     if planned.recipe.output.kind != "model" or planned.inputs.base is None:
@@ -40,8 +40,8 @@ def drawing(planned: Plan, *, data: bool) -> Draw:
 
 def illustrate(planned: Plan, folder: Path, lock: Path, *, data: bool) -> dict[str, str]:
     """Write the pictures of the finished weights in `folder`, whose q's are in `lock`; their names and captions."""
-    from deltamerge import plots
-    from deltamerge.inspect import measure, pair_recipe, pairs_of, parse, report
+    from deltamerge.inspect import plots
+    from deltamerge.inspect.statistics import measure, pair_recipe, pairs_of, parse, report
 
     assert planned.inputs.base is not None
     base = planned.inputs.base.checkpoint
@@ -62,7 +62,7 @@ def illustrate(planned: Plan, folder: Path, lock: Path, *, data: bool) -> dict[s
 
 def _activations(spec: Spec) -> Activations:
     """What the first fine-tune's linear layers do to the rows; with a random mask, its measured error."""
-    from deltamerge.influence import activations
+    from deltamerge.inspect.activations import activations
 
     drawn = spec if spec.random and not spec.shared else None
     node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source, spec=drawn)

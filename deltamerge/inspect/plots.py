@@ -8,14 +8,14 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.chosen import Choice, Points, choices
 from deltamerge.errors import InputError, OutputError
-from deltamerge.grouping import CHANGED, FIGURES, Grid, grids, matrices, placed
+from deltamerge.inspect.layers import CHANGED, FIGURES, Grid, grids, matrices, placed
 from deltamerge.io.atomic import replace_file
+from deltamerge.run.calibration_record import Choice, Points, choices
 
 if TYPE_CHECKING:
-    from deltamerge.influence import Activations
-    from deltamerge.inspect import Report
+    from deltamerge.inspect.activations import Activations
+    from deltamerge.inspect.statistics import Report
 
 DELTA, SEARCH, ACTIVATIONS = PICTURES = ("delta.png", "calibration.png", "activations.png")
 CAPTIONS = {

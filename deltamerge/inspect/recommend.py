@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltamerge.inspect import Pair, aligned
-from deltamerge.moments import Moments, together
-from deltamerge.shown import lines as one_a_line
+from deltamerge.errors.shown import lines as one_a_line
+from deltamerge.inspect.moments import Moments, together
+from deltamerge.inspect.statistics import Pair, aligned
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.evidence import MaskLoss, Measured
@@ -152,7 +152,7 @@ def _evidence(density: float, parts: Sequence[tuple[Pair, Moments]], measured: M
          "metric_base", "held_out", "forward_passes")
     )  # fmt: skip
     if measured is not None:
-        from deltamerge.influence import activations
+        from deltamerge.inspect.activations import activations
 
         total = activations(measured.influence, density, 0).total
         seen |= {

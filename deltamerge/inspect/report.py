@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from deltamerge.errors import OutputError, context
-from deltamerge.grouping import (
+from deltamerge.inspect.layers import (
     CHANGED,
     FIGURES,
     VECTORS,
@@ -25,14 +25,14 @@ from deltamerge.grouping import (
     placed,
     stacks,
 )
+from deltamerge.inspect.svg import Markup, Point, bars, columns, curve, element, figure, heat, pairs, scatter, text
 from deltamerge.io.atomic import refuse_taken, replace_file
-from deltamerge.svg import Markup, Point, bars, columns, curve, element, figure, heat, pairs, scatter, text
 
 if TYPE_CHECKING:
-    from deltamerge.chosen import Choice, Run
-    from deltamerge.grouping import Group
-    from deltamerge.influence import Activations
-    from deltamerge.inspect import Report
+    from deltamerge.inspect.activations import Activations
+    from deltamerge.inspect.layers import Group
+    from deltamerge.inspect.statistics import Report
+    from deltamerge.run.calibration_record import Choice, Run
 
 ROWS = 48
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"

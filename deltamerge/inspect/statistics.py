@@ -13,21 +13,21 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltamerge import backends
-from deltamerge.chosen import Run
+from deltamerge.calibrate.reach import EMBEDDING
+from deltamerge.engine import backends
+from deltamerge.engine.execute import Task, execute
+from deltamerge.engine.graph import Graph, Node
 from deltamerge.errors import InputError
-from deltamerge.execute import Task, execute
-from deltamerge.graph import Graph, Node
-from deltamerge.influence import Activations, Influence
-from deltamerge.inputs import Inputs
+from deltamerge.errors.shown import CELL, shown
+from deltamerge.errors.shown import lines as one_a_line
+from deltamerge.inspect.activations import Activations, Influence
+from deltamerge.inspect.moments import Moments, together
 from deltamerge.io.checkpoint import Reader, TensorInfo
-from deltamerge.moments import Moments, together
-from deltamerge.pruning import TASK_HEAD
-from deltamerge.reach import EMBEDDING
-from deltamerge.recipe import Recipe, loads
-from deltamerge.shown import CELL, shown
-from deltamerge.shown import lines as one_a_line
-from deltamerge.tensors import FLOATING
+from deltamerge.methods.tiles import FLOATING
+from deltamerge.plan.inputs import Inputs
+from deltamerge.recipe.effective_prune import TASK_HEAD
+from deltamerge.recipe.schema import Recipe, loads
+from deltamerge.run.calibration_record import Run
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 DENSITIES = (0.1, 0.01, 0.001)
@@ -192,11 +192,11 @@ def _root(graph: Graph, pair: Pair) -> Node:
         for info in (pair.tune, pair.base)
     )
     shape, dtypes = pair.base.shape, (pair.tune.dtype, pair.base.dtype)
-    delta = graph.node("deltamerge.ops:subtract", [tune, base], shape=shape, dtypes=dtypes)
-    partials = graph.node("deltamerge.moments:moments", [delta, base], kind="concat", shape=shape)
-    counts = graph.node("deltamerge.pruners.select:high_histogram", [delta], kind="sum", shape=shape)
+    delta = graph.node("deltamerge.methods.ops:subtract", [tune, base], shape=shape, dtypes=dtypes)
+    partials = graph.node("deltamerge.inspect.moments:moments", [delta, base], kind="concat", shape=shape)
+    counts = graph.node("deltamerge.methods.prune.select:high_histogram", [delta], kind="sum", shape=shape)
     return graph.node(
-        "deltamerge.moments:gather",
+        "deltamerge.inspect.moments:gather",
         [partials, counts],
         kind="small",
         shape=shape,

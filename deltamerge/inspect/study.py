@@ -8,27 +8,27 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge import lock as locks
-from deltamerge import recommend as recommendation
-from deltamerge import report as pages
 from deltamerge.calibrate.rows import HEADS
+from deltamerge.calibrate.spec import Spec
 from deltamerge.calibrate.split import metric_of
+from deltamerge.engine.execute import default_workers, shared_values
+from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError, OutputError
-from deltamerge.execute import default_workers, shared_values
-from deltamerge.graph import Graph
-from deltamerge.influence import activations
-from deltamerge.inputs import Inputs, open_inputs
-from deltamerge.inspect import Pair, Report, measure, pair_recipe, pairs_of, parse, report, seen_from
+from deltamerge.inspect import recommend as recommendation
+from deltamerge.inspect import report as pages
+from deltamerge.inspect.activations import activations
+from deltamerge.inspect.recommend import Recommendation
+from deltamerge.inspect.statistics import Pair, Report, measure, pair_recipe, pairs_of, parse, report, seen_from
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.quantised import refuse_quantised
-from deltamerge.kinship import swapped, unrelated
-from deltamerge.planner import plan
-from deltamerge.plans import choose_device
-from deltamerge.recipe import Calibration
-from deltamerge.recommend import Recommendation
-from deltamerge.stages import Spec
+from deltamerge.plan.inputs import Inputs, open_inputs
+from deltamerge.plan.kinship import swapped, unrelated
+from deltamerge.plan.planner import plan
+from deltamerge.recipe.schema import Calibration
+from deltamerge.run import lock as locks
+from deltamerge.run.plans import choose_device
 
 Watch = Callable[[int], Callable[[int], None]]
 

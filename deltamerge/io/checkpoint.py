@@ -29,10 +29,10 @@ from deltamerge.io.quantised import gguf_error
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
 from deltamerge.io.strict_json import read_json
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.methods.tiles import ITEMSIZE
 
 if TYPE_CHECKING:
-    from deltamerge.io.delta import DeltaFile
+    from deltamerge.delta.file import DeltaFile
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -119,7 +119,7 @@ def open_checkpoint(
         except OSError as error:
             raise input_error(error) from error
         if is_delta(names):
-            from deltamerge.io.delta import DeltaFile
+            from deltamerge.delta.file import DeltaFile
 
             opened, config = DeltaFile.open(path), read_config(path)
             return Checkpoint(reference, path, {}, opened.files, config, revision, hub_id, opened)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from deltamerge.io.values import narrow, widen
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.delta.values import narrow, widen
+from deltamerge.methods.tiles import ITEMSIZE
 
 if TYPE_CHECKING:
     from deltamerge.io.checkpoint import Reader

@@ -25,10 +25,9 @@ from deltamerge.io.checkpoint import (
     shards_of,
     weight_source,
 )
+from deltamerge.io.config_file import read_config
 from deltamerge.io.hub_answers import listing, range_header
 from deltamerge.io.hub_guard import COMMIT, NETWORK, Bounds, within
-from deltamerge.io.config_file import read_config
-from deltamerge.io.safetensors_file import PREFIX, Header, header_length, parse_header, read_header
 from deltamerge.io.strict_json import read_json
 
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)

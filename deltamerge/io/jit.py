@@ -13,7 +13,7 @@ from numba.core.runtime.nrt import rtsys
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-LOCK = "deltamerge.lock"
+LOCK = "deltamerge.run.lock"
 
 
 def compiled(function: Function) -> Function:

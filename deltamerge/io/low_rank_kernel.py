@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from deltamerge.jit import compiled
+from deltamerge.io.jit import compiled
 
 
 @compiled

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from deltamerge.shown import shown
+from deltamerge.errors.shown import shown
 
 _SPECIAL = re.compile(r"([\\`*_\[\]<>|#!&~$])")
 _IN_WORD = re.compile(r"(?<=\w)\\_(?=\w)")  # no emphasis inside a word

@@ -19,7 +19,7 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import parse_json
-from deltamerge.tensors import ITEMSIZE, bits_of
+from deltamerge.methods.tiles import ITEMSIZE, bits_of
 
 if TYPE_CHECKING:
     from deltamerge.io.computed import Computed
@@ -106,7 +106,7 @@ def header_length(first: bytes, size: int) -> int:
 def parse_header(text: bytes, path: Path, size: int) -> Header:
     """The header whose JSON is `text`, of the file at `path` of `size` bytes.
 
-    What it accepts the official reader accepts too; tests/test_safetensors_verdicts.py lists what only that accepts.
+    What it accepts the official reader accepts too; tests/io/test_safetensors_verdicts.py lists what only that accepts.
 
     InputError: not a JSON object, a key twice, more than 200,000 tensors, names that do not print, unknown
     dtypes, shapes that are no lists of natural numbers or do not fit the offsets, tensors that overlap or

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from deltamerge.io.values import cast, widen
-from deltamerge.tensors import FLOATING, ITEMSIZE
+from deltamerge.delta.values import cast, widen
+from deltamerge.methods.tiles import FLOATING, ITEMSIZE
 
 if TYPE_CHECKING:
     from deltamerge.io.checkpoint import Reader

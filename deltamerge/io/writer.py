@@ -25,7 +25,7 @@ from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, 
 from deltamerge.io.journal import Journal
 from deltamerge.io.outbox import Outbox
 from deltamerge.io.spans import Spans
-from deltamerge.tensors import FLOATING, ITEMSIZE, nbytes_of
+from deltamerge.methods.tiles import FLOATING, ITEMSIZE, nbytes_of
 
 # The order of tensors in a file that safetensors.torch.save_file makes: by dtype in this order, then by name.
 DTYPE_ORDER = (

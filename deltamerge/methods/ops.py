@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.tensors import RUN, Kept, Patched, Tile, block_elements
+from deltamerge.methods.tiles import RUN, Kept, Patched, Tile, block_elements
 
 if TYPE_CHECKING:
     import torch

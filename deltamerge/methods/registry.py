@@ -69,7 +69,7 @@ class MergeMethod:
     The function is called `f(*tensors, tile=…, **parameters)`: the base's tile in its stored dtype if it stands apart,
     then a tile per model (with deltas: float32, or `Kept`). A parameter is passed by its name, `lambda` as `lambda_`;
     one that is `per_model` in the plural, as a tuple. `nodes`, for a method that needs more than one pass, is a
-    function `(make, function, inputs, shape, *, based, **parameters) -> node`: see `deltamerge.merge.span.nodes`.
+    function `(make, function, inputs, shape, *, based, **parameters) -> node`: see `methods.merge.span.nodes`.
     """
 
     name: str
@@ -100,7 +100,7 @@ class PruneMethod:
     choices of `group`, the default first.
 
     The function is called `f(delta, *, tile, density, …)` with the parameters other than q, and `key` where `random`:
-    the bits of the mask (`deltamerge.pruners.bits`) are to come from it. It returns the kept entries, zeros elsewhere.
+    the bits of the mask (`methods.prune.bits`) are to come from it. It returns the kept entries, zeros elsewhere.
     """
 
     name: str

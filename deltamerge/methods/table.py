@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any, TypeVar
 
 from deltamerge.errors import DeltamergeError
-from deltamerge.registry import MergeMethod, Param, PruneMethod, third_party
+from deltamerge.methods.registry import MergeMethod, Param, PruneMethod, third_party
 
 Method = TypeVar("Method", MergeMethod, PruneMethod)
 
@@ -49,9 +49,9 @@ _DARE = {**_SUM, "density": _DENSITY, "rescale": _RESCALE}
 _DELLA = {**_DARE, "epsilon": _EPSILON}
 _BREADCRUMBS = {**_SUM, "density": _DENSITY, "gamma": _GAMMA, "rescale": _MATCH}
 
-_ARITHMETIC = "deltamerge.merge.arithmetic"
-_TIES = "deltamerge.merge.ties:ties"
-_SPAN = "deltamerge.merge.span"
+_ARITHMETIC = "deltamerge.methods.merge.arithmetic"
+_TIES = "deltamerge.methods.merge.ties:ties"
+_SPAN = "deltamerge.methods.merge.span"
 _SPAN_NODES = f"{_SPAN}:nodes"
 
 
@@ -225,7 +225,7 @@ _MERGE = (
     ),
     MergeMethod(
         "nearswap",
-        "deltamerge.merge.elementwise:nearswap",
+        "deltamerge.methods.merge.elementwise:nearswap",
         "base + w Δ, w = min(1, t / abs(Δ)): entries near the base's are taken from the model",
         "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
         {"t": Param("abs(Δ) up to which the model's entry is taken whole", low=0)},
@@ -235,17 +235,17 @@ _MERGE = (
     ),
     MergeMethod(
         "sce",
-        "deltamerge.merge.sce:sce",
+        "deltamerge.methods.merge.sce:sce",
         "entries of the largest variance over models, weighted by mean(Δ_i²), those of the minority's sign erased",
         "arXiv 2408.07990",
         {"select_topk": Param("fraction of the entries that vary, kept", 1.0, low=0, high=1)},
         needs_base=True,
         deltas=True,
-        nodes="deltamerge.merge.sce:nodes",
+        nodes="deltamerge.methods.merge.sce:nodes",
     ),
     MergeMethod(
         "ram",
-        "deltamerge.merge.ram:ram",
+        "deltamerge.methods.merge.ram:ram",
         "entries that one model changed are kept, those that several changed averaged",
         "arXiv 2601.13572",
         {"epsilon": Param("abs(Δ) above this is a change", 1e-5, low=0)},
@@ -254,7 +254,7 @@ _MERGE = (
     ),
     MergeMethod(
         "ramplus_tl",
-        "deltamerge.merge.ram:ramplus_tl",
+        "deltamerge.methods.merge.ram:ramplus_tl",
         "ram, a model's own entries × (1 + r · min(shared / own, alpha))",
         "arXiv 2601.13572",
         {
@@ -264,17 +264,17 @@ _MERGE = (
         },
         needs_base=True,
         deltas=True,
-        nodes="deltamerge.merge.ram:nodes",
+        nodes="deltamerge.methods.merge.ram:nodes",
     ),
     MergeMethod(
         "arcee_fusion",
-        "deltamerge.merge.fusion:arcee_fusion",
+        "deltamerge.methods.merge.fusion:arcee_fusion",
         "keep Δ where abs(Δ) · KL of the rows' softmaxes is at least median + 1.5 · IQR",
         "https://arcee.ai",
         needs_base=True,
         deltas=True,
         maximum=1,
-        nodes="deltamerge.merge.fusion:nodes",
+        nodes="deltamerge.methods.merge.fusion:nodes",
     ),
     MergeMethod(
         "passthrough",
@@ -293,7 +293,7 @@ _INSIDE = Param("fraction kept inside the picked columns", low=0, high=1, low_op
 
 _BREADCRUMBS_MASK = PruneMethod(
     "breadcrumbs",
-    "deltamerge.pruners.select:keep_between",
+    "deltamerge.methods.prune.select:keep_between",
     "drop the int(gamma · n) entries of largest abs(Δ), keep the int(density · n) that follow",
     "arXiv 2312.06795",
     {"density": _FRACTION, "q": _Q, "gamma": _GAMMA},
@@ -304,7 +304,7 @@ _PRUNE = (
     PruneMethod("none", None, "keep the whole delta"),
     PruneMethod(
         "dare",
-        "deltamerge.pruners.masks:dare",
+        "deltamerge.methods.prune.masks:dare",
         "keep each entry with probability density, divide by q (default: density)",
         "arXiv 2311.03099, 2410.09344",
         {"density": _FRACTION, "q": _Q},
@@ -313,7 +313,7 @@ _PRUNE = (
     ),
     PruneMethod(
         "magnitude",
-        "deltamerge.pruners.select:keep_largest",
+        "deltamerge.methods.prune.select:keep_largest",
         "keep the round(density · n) entries of largest abs(Δ) in each group",
         "arXiv 2410.09344",
         {"density": _FRACTION, "q": _Q},
@@ -322,7 +322,7 @@ _PRUNE = (
     ),
     PruneMethod(
         "wanda",
-        "deltamerge.pruners.select:keep_largest_rows_scored",
+        "deltamerge.methods.prune.select:keep_largest_rows_scored",
         "keep the round(density · n) entries of largest abs(Δ_ij) · ‖x_j‖ in each row, on calibration data",
         "arXiv 2306.11695, 2410.09344",
         {"density": _FRACTION, "q": _Q},
@@ -331,7 +331,7 @@ _PRUNE = (
     ),
     PruneMethod(
         "structured",
-        "deltamerge.pruners.masks:structured",
+        "deltamerge.methods.prune.masks:structured",
         "pick round(a · n) input columns, keep each entry inside with probability b; density = a · b",
         "arXiv 2410.09344, App. C.10",
         {"density": _FRACTION, "q": _Q, "a": _COLUMNS, "b": _INSIDE},
@@ -340,7 +340,7 @@ _PRUNE = (
     ),
     PruneMethod(
         "della",
-        "deltamerge.pruners.della:della",
+        "deltamerge.methods.prune.della:della",
         "keep with a probability that grows with the rank of abs(Δ) in its row, divide by it, then by q / density",
         "arXiv 2406.11617",
         {"density": _FRACTION, "q": _Q, "epsilon": _EPSILON},

@@ -7,21 +7,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deltamerge.deltas import THRESHOLD, Deltas
+from deltamerge.calibrate.spec import Part, Pruned, Source, Spec, has_norm, mask_seeds, within
+from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
-from deltamerge.graph import Node
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.gathered import Gathered
-from deltamerge.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
-from deltamerge.merges import Merge, Tuned
-from deltamerge.methods import PRUNE
-from deltamerge.patterns import finds
-from deltamerge.pruning import Pruning
-from deltamerge.recipe import CalibratedQ
-from deltamerge.stages import Part, Pruned, Source, Spec, has_norm, mask_seeds, within
+from deltamerge.io.patterns import finds
+from deltamerge.methods.table import PRUNE
+from deltamerge.plan.delta_graph import THRESHOLD, Deltas
+from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
+from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.recipe.effective_prune import Pruning
+from deltamerge.recipe.schema import CalibratedQ
 
 STAGE = "deltamerge.calibrate.stage"
-TOGETHER = "deltamerge.calibrate.together"
+TOGETHER = "deltamerge.calibrate.joint_factor"
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from deltamerge.chat_templates import BUILT_IN, is_literal
 from deltamerge.errors import InputError
-from deltamerge.inputs import Input, Inputs, input_named
-from deltamerge.recipe import Recipe
-from deltamerge.tokenizer.files import read_chat_template
+from deltamerge.io.tokenizer_files import read_chat_template
+from deltamerge.plan.inputs import Input, Inputs, input_named
+from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
+from deltamerge.recipe.schema import Recipe
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,26 +7,27 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from deltamerge import errors, nodes
+from deltamerge import errors
+from deltamerge.calibrate.spec import has_norm, is_transposed
+from deltamerge.engine.graph import Graph, Node
 from deltamerge.errors import InputError
-from deltamerge.graph import Graph, Node
 from deltamerge.io.checkpoint import TensorInfo, added
-from deltamerge.merges import Merge, Tuned
-from deltamerge.methods import PRUNE
-from deltamerge.parameters import resolve
-from deltamerge.patterns import finds
-from deltamerge.pruners.bits import Key, mask_key
-from deltamerge.pruners.della import check as check_della
-from deltamerge.pruning import Pruning, effective_prune
-from deltamerge.recipe import CalibratedQ, Recipe
-from deltamerge.stages import has_norm, is_transposed
+from deltamerge.io.patterns import finds
+from deltamerge.methods.prune import nodes
+from deltamerge.methods.prune.bits import Key, mask_key
+from deltamerge.methods.prune.della import check as check_della
+from deltamerge.methods.table import PRUNE
+from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.recipe.effective_prune import Pruning, effective_prune
+from deltamerge.recipe.schema import CalibratedQ, Recipe
+from deltamerge.recipe.values import resolve
 
-MASKS = "deltamerge.pruners.masks"
-PROTECT = "deltamerge.pruners.protect"
-RESCALE = "deltamerge.pruners.rescale"
-SELECT = "deltamerge.pruners.select"
-STAGES = "deltamerge.stages"
-THRESHOLD = "deltamerge.threshold"
+MASKS = "deltamerge.methods.prune.masks"
+PROTECT = "deltamerge.methods.prune.protect"
+RESCALE = "deltamerge.methods.prune.rescale"
+SELECT = "deltamerge.methods.prune.select"
+STAGES = "deltamerge.calibrate.spec"
+THRESHOLD = "deltamerge.calibrate.threshold"
 KINDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({"number": float, "integer": int, "bool": bool})
 
 
@@ -101,11 +102,11 @@ class Deltas:
         if pair[1].kind != "read":
             return pair[0]
         dtypes = (tuned.tensor.dtype, tuned.base.dtype)
-        return self._node("deltamerge.ops:subtract", pair, tuned.base.shape, dtypes=dtypes)
+        return self._node("deltamerge.methods.ops:subtract", pair, tuned.base.shape, dtypes=dtypes)
 
     def nothing(self, tuned: Tuned) -> Node:
         """Zeros: what a density of 0, which mergekit's parameters may have, keeps."""
-        return self._node("deltamerge.ops:zeros", self._pair(tuned)[:1], tuned.base.shape)
+        return self._node("deltamerge.methods.ops:zeros", self._pair(tuned)[:1], tuned.base.shape)
 
     def pruned(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
         """The pruned, rescaled delta, and its description ("" if it is whole)."""
@@ -231,7 +232,7 @@ class Deltas:
         if values is None:
             return [self.read(tuned.tensor), self.read(tuned.base)]
         node = self.read(values)
-        return [node, self._node("deltamerge.ops:zeros", [node], tuned.base.shape)]
+        return [node, self._node("deltamerge.methods.ops:zeros", [node], tuned.base.shape)]
 
     def _node(self, function: str, inputs: Any, shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)

@@ -8,13 +8,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge import errors, source
+from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, TensorInfo, canonical, match_prefixes
 from deltamerge.io.quantised import refuse_quantised
-from deltamerge.parameters import layer_index
-from deltamerge.parts import Part, written
-from deltamerge.recipe import Recipe, model_name
+from deltamerge.recipe import yaml_source
+from deltamerge.recipe.parts import Part, written
+from deltamerge.recipe.schema import Recipe, model_name
+from deltamerge.recipe.values import layer_index
 
 Opener = Callable[[str, Path], Checkpoint]
 HEAD = "lm_head.weight"
@@ -123,7 +124,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         return found
 
     def over_base(delta: Checkpoint) -> Checkpoint:
-        from deltamerge.io.layered import over
+        from deltamerge.delta.over_base import over
 
         assert delta.delta is not None
         belongs = delta.delta.manifest.base
@@ -149,7 +150,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     for index, model in enumerate(recipe.models):
         if not (apart(recipe.part_of[index]) and recipe.is_base(index)):
             at = written(recipe.parts, ("models", index))
-            named.append((model_name(model), index, merged(model.model, source.place(at))))
+            named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
     matched, stand_ins, untied = _untie(_match(named))
     by_index = {model.index: model for model in matched if model.index is not None}
     by_base = dict(zip(bases, matched, strict=False))

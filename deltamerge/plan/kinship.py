@@ -21,13 +21,13 @@ from statistics import median
 
 import numpy as np
 
+from deltamerge.delta.values import widen
 from deltamerge.errors import InputError
-from deltamerge.inputs import Group, Input, Inputs
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.front_matter import front_matter
 from deltamerge.io.strict_json import read_json
-from deltamerge.io.values import widen
-from deltamerge.pruning import TASK_HEAD
+from deltamerge.plan.inputs import Group, Input, Inputs
+from deltamerge.recipe.effective_prune import TASK_HEAD
 
 SAMPLED = 12  # tensors
 PLACES, RUN = 4, 1024  # runs of elements of each

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo
-from deltamerge.layer_config import layer_count
-from deltamerge.tensors import FLOATING
+from deltamerge.methods.tiles import FLOATING
+from deltamerge.plan.inputs import Input
+from deltamerge.plan.layer_config import layer_count
 
 # Floating-point buffers that old versions of transformers wrote into every layer: none is read any more.
 BUFFERS = re.compile(

@@ -6,22 +6,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from deltamerge.deltas import Deltas
+from deltamerge.calibrate.spec import Pruned, Source, Spec, mask_seeds
+from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.graph import Node
-from deltamerge.inputs import Input, Inputs
 from deltamerge.io.adapter import factor_names
 from deltamerge.io.computed import LowRank, Zeros
 from deltamerge.io.safetensors_file import TensorInfo
 from deltamerge.io.strict_json import read_json
-from deltamerge.merges import Tuned
-from deltamerge.methods import PRUNE
-from deltamerge.pruning import Pruning, effective_prune
-from deltamerge.recipe import CalibratedQ, Recipe
-from deltamerge.stages import Pruned, Source, Spec, mask_seeds
+from deltamerge.methods.table import PRUNE
+from deltamerge.plan.delta_graph import Deltas
+from deltamerge.plan.inputs import Input, Inputs
+from deltamerge.plan.merged_tensor import Tuned
+from deltamerge.recipe.effective_prune import Pruning, effective_prune
+from deltamerge.recipe.schema import CalibratedQ, Recipe
 
-ARITHMETIC = "deltamerge.merge.arithmetic"
-FACTORS = "deltamerge.calibrate.factors"
+ARITHMETIC = "deltamerge.methods.merge.arithmetic"
+FACTORS = "deltamerge.calibrate.adapter_masks"
 
 
 def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
@@ -100,7 +100,7 @@ def factor_spec(products: Sequence[Product], source: Source, prune: Pruning, q: 
         for side, info in (("a", update.a), ("b", update.b)):
             if side in product.factors:
                 stored = deltas.masked(product.factors[side], seed)
-                factor = node("deltamerge.ops:dense", [stored], shape=info.shape)
+                factor = node("deltamerge.methods.ops:dense", [stored], shape=info.shape)
             else:
                 factor = node(f"{ARITHMETIC}:passthrough", [deltas.read(info)], shape=info.shape, scales=(1.0,))
             factors.append(node(f"{FACTORS}:whole", kind="small", node=factor))

@@ -6,11 +6,11 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from deltamerge.engine.graph import Node, peak_tiles, schedule
 from deltamerge.errors import InputError
-from deltamerge.graph import Node, peak_tiles, schedule
 from deltamerge.io.outbox import ROOM, SLAB
-from deltamerge.outputs import Output
-from deltamerge.tensors import ITEMSIZE, block_elements
+from deltamerge.methods.tiles import ITEMSIZE, block_elements
+from deltamerge.plan.outputs import Output
 
 TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import TensorInfo
-from deltamerge.parts import Part
+from deltamerge.plan.inputs import Input
+from deltamerge.recipe.parts import Part
 
 
 @dataclass(frozen=True, slots=True)

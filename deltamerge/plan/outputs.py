@@ -7,20 +7,21 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltamerge import backends, errors
-from deltamerge.build import Builder, Built
-from deltamerge.graph import Graph
-from deltamerge.inputs import HEAD, Input, Inputs, has_tied_head
+from deltamerge import errors
+from deltamerge.delta.positions import expected_bits
+from deltamerge.engine import backends
+from deltamerge.engine.graph import Graph
 from deltamerge.io.checkpoint import TensorInfo
-from deltamerge.io.encodings import expected_bits
 from deltamerge.io.gathered import Gathered, cut
-from deltamerge.merges import Merge
-from deltamerge.parameters import layer_index
-from deltamerge.recipe import Recipe
-from deltamerge.stack import Target, like_template, repaired_config, targets, behind
-from deltamerge.tensors import COPIED, FLOATING, ITEMSIZE, PACKED_BITS, VALUE_BITS
-from deltamerge.lacking import Spares, named
-from deltamerge.tokenizer.vocabulary import Vocabulary
+from deltamerge.methods.tiles import COPIED, FLOATING, ITEMSIZE, PACKED_BITS, VALUE_BITS
+from deltamerge.plan.inputs import HEAD, Input, Inputs, has_tied_head
+from deltamerge.plan.lacking import Spares, named
+from deltamerge.plan.merged_tensor import Merge
+from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
+from deltamerge.plan.tensor_graph import Builder, Built
+from deltamerge.plan.vocabulary import Vocabulary
+from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.values import layer_index
 
 
 @dataclass(frozen=True, slots=True)

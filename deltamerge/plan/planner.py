@@ -8,29 +8,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamerge import bounds, errors
-from deltamerge.build import Builder
+from deltamerge import errors
+from deltamerge.calibrate.reach import in_words
+from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
+from deltamerge.calibrate.spec import Source, Spec
+from deltamerge.calibrate.spec import memory as stage_memory
 from deltamerge.calibrate.split import split
+from deltamerge.engine.execute import Task
+from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
-from deltamerge.execute import Task
-from deltamerge.footprint import Cost, cost, held_by_delta, held_by_files, tile_and_peak
-from deltamerge.graph import Node
-from deltamerge.inputs import Inputs, Opener, open_inputs
 from deltamerge.io.adapter import WEIGHTS
 from deltamerge.io.checkpoint import Adapter, TensorInfo
+from deltamerge.io.names import numbered_blocks
 from deltamerge.io.writer import Layout, plan_layout
-from deltamerge.kinship import strangers, swapped
-from deltamerge.lora import own_weights
-from deltamerge.names import numbered_blocks
-from deltamerge.outputs import Output, Outputs
-from deltamerge.reach import in_words
-from deltamerge.recipe import Recipe
-from deltamerge.stages import BASELINE_BYTES as CALIBRATING_BYTES
-from deltamerge.stages import Source, Spec
-from deltamerge.stages import memory as stage_memory
-from deltamerge.tensors import ITEMSIZE, nbytes_of
-from deltamerge.tokenizer.chat import ChatTemplate, choose_chat_template
-from deltamerge.tokenizer.vocabulary import Vocabulary, make_vocabulary
+from deltamerge.methods.tiles import ITEMSIZE, nbytes_of
+from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
+from deltamerge.plan.inputs import Inputs, Opener, open_inputs
+from deltamerge.plan.kinship import strangers, swapped
+from deltamerge.plan.lora import own_weights
+from deltamerge.plan.memory import Cost, cost, held_by_delta, held_by_files, tile_and_peak
+from deltamerge.plan.outputs import Output, Outputs
+from deltamerge.plan.tensor_graph import Builder
+from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
+from deltamerge.recipe import bounds
+from deltamerge.recipe.schema import Recipe
 
 SHOWN_PROBLEMS = 8
 

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from deltamerge.markdown import code, label, plain
+from deltamerge.io.markdown import code, label, plain
 
 Described = Mapping[str, Any]
 

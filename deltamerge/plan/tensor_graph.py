@@ -8,20 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge import errors, nodes
-from deltamerge.deltas import KINDS, RESCALE, STAGES, Deltas
+from deltamerge import errors
+from deltamerge.delta.positions import uniform_density
+from deltamerge.engine.graph import Graph, Node
+from deltamerge.engine.graph import resolve as call
 from deltamerge.errors import RecipeError
-from deltamerge.graph import Graph, Node
-from deltamerge.graph import resolve as call
 from deltamerge.io.checkpoint import TensorInfo
-from deltamerge.io.encodings import uniform_density
 from deltamerge.io.gathered import Gathered
-from deltamerge.merges import Merge, Tuned
-from deltamerge.parameters import lookup
-from deltamerge.recipe import Recipe
-from deltamerge.registry import MergeMethod
-from deltamerge.stage_nodes import Preparation
-from deltamerge.tensors import ITEMSIZE, VALUE_BITS
+from deltamerge.methods.prune import nodes
+from deltamerge.methods.registry import MergeMethod
+from deltamerge.methods.tiles import ITEMSIZE, VALUE_BITS
+from deltamerge.plan.calibration_graph import Preparation
+from deltamerge.plan.delta_graph import KINDS, RESCALE, STAGES, Deltas
+from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.values import lookup
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ class Builder:
         delta = None
         if self.recipe.output.adds and base is not None and not self._left_whole(merge):
             if method.adds:
-                zeros = self._node("deltamerge.ops:zeros", inputs[1:2], base.shape)
+                zeros = self._node("deltamerge.methods.ops:zeros", inputs[1:2], base.shape)
                 delta = self._cast(self._combined(merge, [zeros, *inputs[1:]], values), "F32")
             else:
                 delta = self._difference(self._combined(merge, inputs, values), inputs[0])
@@ -137,7 +138,7 @@ class Builder:
     def _difference(self, merged: Node, base: Node) -> Node:
         """What a merged tensor adds to the base, in float32."""
         pair = [self._cast(merged, "F32"), base]
-        return self._node("deltamerge.ops:subtract", pair, base.shape, dtypes=("F32", base.dtype))
+        return self._node("deltamerge.methods.ops:subtract", pair, base.shape, dtypes=("F32", base.dtype))
 
     def _left_whole(self, merge: Merge) -> bool:
         """Whether pruning leaves this tensor whole in every model, though it was asked for: it is stored exactly."""
@@ -215,7 +216,7 @@ class Builder:
     def _cast(self, node: Node, dtype: str) -> Node:
         if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor"), Gathered):
             return node
-        return self.graph.node("deltamerge.ops:cast", [node], shape=node.shape, dtype=dtype, to=dtype)
+        return self.graph.node("deltamerge.methods.ops:cast", [node], shape=node.shape, dtype=dtype, to=dtype)
 
 
 def _takes_whole(method: MergeMethod, values: dict[str, Any]) -> bool:

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.inputs import Input, Inputs, input_named
 from deltamerge.io.checkpoint import TensorInfo, Tokens
 from deltamerge.io.gathered import gather
-from deltamerge.recipe import ModelToken, Recipe, Token, ZeroToken
-from deltamerge.tokenizer.files import TOKENIZER, Entry, fetched, plain_entry, read_tokens
-from deltamerge.tokenizer.rows import config_rows, has_vocabulary_rows
+from deltamerge.io.tokenizer_files import TOKENIZER, Entry, fetched, plain_entry, read_tokens
+from deltamerge.plan.inputs import Input, Inputs, input_named
+from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
+from deltamerge.recipe.schema import ModelToken, Recipe, Token, ZeroToken
 
 # anonymous memory of a parsed tokenizer.json with a merge per token, measured
 BYTES_PER_TOKEN = 400

@@ -6,9 +6,9 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
-from deltamerge.inputs import Input
-from deltamerge.tokenizer.rows import sizes
-from deltamerge.tokenizer.vocabulary import Vocabulary
+from deltamerge.plan.inputs import Input
+from deltamerge.plan.vocabulary import Vocabulary
+from deltamerge.plan.vocabulary_rows import sizes
 
 ID_KEYS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 

@@ -6,11 +6,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from deltamerge.errors import InputError, Problem
-from deltamerge.parameters import layer_index
+from deltamerge.recipe.values import layer_index
 
 if TYPE_CHECKING:
-    from deltamerge.inputs import Inputs
-    from deltamerge.recipe import Recipe
+    from deltamerge.plan.inputs import Inputs
+    from deltamerge.recipe.schema import Recipe
 
 MODELS = 1_000  # of all documents, slices and modules, counted where they stand
 LAYERS = 10_000  # that slices take from their sources, counted once for each source

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from deltamerge import prune_checks
-from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, levels, out_of_range, raw
-from deltamerge.chat_templates import BUILT_IN, is_literal
 from deltamerge.errors import Problem
-from deltamerge.faults import show, suggest
-from deltamerge.methods import MERGE, NO_EFFECT
-from deltamerge.pruning import effective_prune
-from deltamerge.source import Loc, place
+from deltamerge.methods.table import MERGE, NO_EFFECT
+from deltamerge.recipe import prune_checks
+from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
+from deltamerge.recipe.effective_prune import effective_prune
+from deltamerge.recipe.lookup import PRUNE_PARAMS, is_given, known_method, levels, out_of_range, raw
+from deltamerge.recipe.messages import show, suggest
+from deltamerge.recipe.yaml_source import Loc, place
 
 if TYPE_CHECKING:
-    from deltamerge.recipe import Recipe
+    from deltamerge.recipe.schema import Recipe
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:

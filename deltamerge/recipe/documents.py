@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from deltamerge.errors import Problem
-from deltamerge.faults import show
+from deltamerge.recipe.messages import show
 
 if TYPE_CHECKING:
-    from deltamerge.recipe import Recipe
+    from deltamerge.recipe.schema import Recipe
 
 FOLDER_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 

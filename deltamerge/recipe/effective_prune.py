@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.methods import MERGE, PRUNE
-from deltamerge.parameters import Value, chain
+from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.recipe.values import Value, chain
 
 if TYPE_CHECKING:
-    from deltamerge.recipe import CalibratedQ, Protect, Prune, Recipe
+    from deltamerge.recipe.schema import CalibratedQ, Protect, Prune, Recipe
 
 # The task head, which the base lacks or the authors of DAREx leave whole: sequence and token classifiers, answer spans,
 # and language-model heads by the names that transformers gives them, as a whole component of the tensor's name.

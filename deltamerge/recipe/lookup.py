@@ -6,15 +6,15 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from deltamerge.errors import Problem
-from deltamerge.faults import show
-from deltamerge.methods import MERGE, PRUNE
-from deltamerge.parameters import Value, leaves
-from deltamerge.parts import written
-from deltamerge.registry import MergeMethod, Param
-from deltamerge.source import Loc
+from deltamerge.methods.registry import MergeMethod, Param
+from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.recipe.messages import show
+from deltamerge.recipe.parts import written
+from deltamerge.recipe.values import Value, leaves
+from deltamerge.recipe.yaml_source import Loc
 
 if TYPE_CHECKING:
-    from deltamerge.recipe import Prune, Recipe
+    from deltamerge.recipe.schema import Prune, Recipe
 
 # Built-in methods win where several have a parameter of one name.
 PRUNE_PARAMS = {name: param for method in reversed(list(PRUNE.values())) for name, param in method.parameters.items()}

@@ -10,13 +10,13 @@ from typing import Any
 
 import yaml
 
-from deltamerge import source
 from deltamerge.errors import RecipeError
-from deltamerge.methods import PRUNE
-from deltamerge.parts import written
-from deltamerge.pruning import effective_prune
-from deltamerge.recipe import Recipe, load_all
-from deltamerge.source import Loc, Position, Source
+from deltamerge.methods.table import PRUNE
+from deltamerge.recipe import yaml_source
+from deltamerge.recipe.effective_prune import effective_prune
+from deltamerge.recipe.parts import written
+from deltamerge.recipe.schema import Recipe, load_all
+from deltamerge.recipe.yaml_source import Loc, Position, Source
 
 L1 = {"rescale": "l1"}
 
@@ -47,7 +47,7 @@ def written_out(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe
             added = [row, *(line + 1 for line in added)]
     result = "".join(lines)
     try:
-        reads = source.loads_all(result, path)
+        reads = yaml_source.loads_all(result, path)
     except RecipeError:
         reads = ()
     if [read.data for read in reads] != wanted:  # an anchor before the place, or an alias that is used twice

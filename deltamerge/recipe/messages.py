@@ -13,8 +13,8 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from deltamerge.errors import Problem
-from deltamerge.parameters import BRANCHES
-from deltamerge.source import Loc, Source
+from deltamerge.recipe.values import BRANCHES
+from deltamerge.recipe.yaml_source import Loc, Source
 
 _WANTED = {
     "string_type": "text", "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",

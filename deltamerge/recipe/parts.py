@@ -6,11 +6,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deltamerge.parameters import Value
-from deltamerge.source import Loc
+from deltamerge.recipe.values import Value
+from deltamerge.recipe.yaml_source import Loc
 
 if TYPE_CHECKING:
-    from deltamerge.recipe import Model, Recipe, Slice, SliceSource
+    from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from deltamerge.asked import PRUNE_PARAMS, is_given, known_method, out_of_range, prunes
 from deltamerge.errors import Problem
-from deltamerge.faults import show, suggest
-from deltamerge.keys import CalibratedQ
-from deltamerge.methods import COMMON_KEYS, PRUNE
-from deltamerge.pruning import effective_prune
-from deltamerge.source import Loc
+from deltamerge.methods.table import COMMON_KEYS, PRUNE
+from deltamerge.recipe.effective_prune import effective_prune
+from deltamerge.recipe.lookup import PRUNE_PARAMS, is_given, known_method, out_of_range, prunes
+from deltamerge.recipe.messages import show, suggest
+from deltamerge.recipe.prune_keys import CalibratedQ
+from deltamerge.recipe.yaml_source import Loc
 
 if TYPE_CHECKING:
-    from deltamerge.recipe import Prune, Recipe
+    from deltamerge.recipe.schema import Prune, Recipe
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model, model_validator
 
-from deltamerge.fields import Bounds, Natural, Pattern, Positive, Size, Text
-from deltamerge.methods import PRUNE
-from deltamerge.parameters import Items, Value
+from deltamerge.methods.table import PRUNE
+from deltamerge.recipe.types import Bounds, Natural, Pattern, Positive, Size, Text
+from deltamerge.recipe.values import Items, Value
 
 Objective: TypeAlias = Literal["output_change", "validation", "layer_mse"]
 _FRACTION: dict[str, Any] = {"exclusiveMinimum": 0, "maximum": 1}

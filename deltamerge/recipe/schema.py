@@ -12,19 +12,20 @@ from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, mo
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
-from deltamerge import bounds, checks, documents, faults, patterns, source
 from deltamerge.errors import Problem, RecipeError
-from deltamerge.fields import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Size, Text
-from deltamerge.fields import parse_size as parse_size
-from deltamerge.keys import CalibratedQ as CalibratedQ
-from deltamerge.keys import Keys
-from deltamerge.keys import Protect as Protect
-from deltamerge.keys import Prune as Prune
-from deltamerge.methods import MERGE, NO_EFFECT, NO_EFFECT_KEYS
-from deltamerge.parameters import Items, Value
-from deltamerge.parts import Part, flatten, written
-from deltamerge.registry import MergeMethod, Param
-from deltamerge.source import Loc, Source
+from deltamerge.io import patterns
+from deltamerge.methods.registry import MergeMethod, Param
+from deltamerge.methods.table import MERGE, NO_EFFECT, NO_EFFECT_KEYS
+from deltamerge.recipe import bounds, checks, documents, messages, yaml_source
+from deltamerge.recipe.parts import Part, flatten, written
+from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
+from deltamerge.recipe.prune_keys import Keys
+from deltamerge.recipe.prune_keys import Protect as Protect
+from deltamerge.recipe.prune_keys import Prune as Prune
+from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Size, Text
+from deltamerge.recipe.types import parse_size as parse_size
+from deltamerge.recipe.values import Items, Value
+from deltamerge.recipe.yaml_source import Loc, Source
 
 MAX_PROBLEMS = 200  # shown of one recipe; whoever has more has another problem
 
@@ -257,12 +258,12 @@ def model_name(model: Model) -> str:
 
 def load(path: Path) -> Recipe:
     """Read a recipe that this version can run. Raises RecipeError with every problem found."""
-    return load_all([source.load(path)])[0]
+    return load_all([yaml_source.load(path)])[0]
 
 
 def loads(text: str, path: str = "recipe.yaml") -> Recipe:
     """Read a recipe from YAML text; `path` is its name in messages. Raises RecipeError as `load` does."""
-    return load_all([source.loads(text, path)])[0]
+    return load_all([yaml_source.loads(text, path)])[0]
 
 
 def parse(read: Source, problems: list[Problem]) -> Recipe:
@@ -274,8 +275,8 @@ def parse(read: Source, problems: list[Problem]) -> Recipe:
         except ValidationError as error:
             errors = error.errors(include_url=False)
             if data is read.data:  # later rounds only complain of what the first left out
-                problems += [faults.problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
-            data = faults.without(data, map(faults.place_of, errors))
+                problems += [messages.problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
+            data = messages.without(data, map(messages.place_of, errors))
         else:
             models, parts = flatten(recipe)
             recipe = recipe.model_copy(update={"models": models})

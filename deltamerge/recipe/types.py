@@ -16,8 +16,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from deltamerge import patterns
-from deltamerge.parameters import Items
+from deltamerge.io import patterns
+from deltamerge.recipe.values import Items
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from deltamerge.engine.execute import default_workers, execute
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.execute import default_workers, execute
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
-from deltamerge.planner import Plan
-from deltamerge.planner import plan as plan_recipe
-from deltamerge.plans import make_plan
-from deltamerge.recipe import loads
-from deltamerge.runner import Result
-from deltamerge.runner import run as run_recipe
+from deltamerge.plan.planner import Plan
+from deltamerge.plan.planner import plan as plan_recipe
+from deltamerge.recipe.schema import loads
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import Result
+from deltamerge.run.runner import run as run_recipe
 
 if TYPE_CHECKING:
     import torch
@@ -104,7 +104,7 @@ def prune(
     """
     import torch
 
-    from deltamerge.ops import torch_dtype
+    from deltamerge.methods.ops import torch_dtype
 
     if not keys.get("method"):
         raise InputError("prune needs a method", hint='method="magnitude", density=0.1')

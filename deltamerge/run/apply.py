@@ -12,22 +12,23 @@ from typing import Any
 
 import yaml
 
-from deltamerge import __version__, errors, hashes
-from deltamerge import lock as locks
-from deltamerge.assets import copied_files
+from deltamerge import __version__, errors
+from deltamerge.delta.entry import TILE
+from deltamerge.delta.file import DeltaFile, Source
+from deltamerge.delta.over_base import check, elements
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, Reader, is_delta
-from deltamerge.io.delta import DeltaFile, Source
-from deltamerge.io.delta_entry import TILE
-from deltamerge.io.layered import check, elements
+from deltamerge.io.markdown import code, plain
 from deltamerge.io.outbox import ROOM, SLAB
 from deltamerge.io.seals import seal
 from deltamerge.io.workspace import refuse_inputs, workspace
 from deltamerge.io.writer import Writer, plan_layout
-from deltamerge.markdown import code, plain
+from deltamerge.run import hashes
+from deltamerge.run import lock as locks
+from deltamerge.run.assets import copied_files
 
 BASELINE_BYTES = 60_000_000 + ROOM + 2 * SLAB  # of the process before the first tile, and what is on its way out
 ELEMENT_BYTES = 32  # of a tile at its widest: base, float32, positions, values, result

@@ -12,9 +12,9 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import read_json
-from deltamerge.planner import Plan
-from deltamerge.tokenizer.config import edit_config
-from deltamerge.tokenizer.write import write_tokenizer
+from deltamerge.plan.planner import Plan
+from deltamerge.plan.vocabulary_config import edit_config
+from deltamerge.run.tokenizer import write_tokenizer
 
 TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",

@@ -27,17 +27,17 @@ import numpy.typing as npt
 
 from deltamerge import errors
 from deltamerge.calibrate.statistics import LayerStatistics
+from deltamerge.delta.entry import TILE
+from deltamerge.delta.over_base import elements
+from deltamerge.delta.positions import expected_bits
+from deltamerge.delta.values import widen
+from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
-from deltamerge.execute import shared_values
 from deltamerge.io.checkpoint import Reader, added
-from deltamerge.io.delta_entry import TILE
-from deltamerge.io.encodings import expected_bits
-from deltamerge.io.layered import elements
-from deltamerge.io.values import widen
-from deltamerge.methods import PRUNE
-from deltamerge.planner import Budgeted, Plan
-from deltamerge.pruning import Pruning, effective_prune
-from deltamerge.tensors import ITEMSIZE, VALUE_BITS, row_length
+from deltamerge.methods.table import PRUNE
+from deltamerge.methods.tiles import ITEMSIZE, VALUE_BITS, row_length
+from deltamerge.plan.planner import Budgeted, Plan
+from deltamerge.recipe.effective_prune import Pruning, effective_prune
 
 Floats = npt.NDArray[np.float64]
 Positions = npt.NDArray[np.int64]

@@ -10,14 +10,14 @@ import numpy as np
 import yaml
 
 from deltamerge import __version__
-from deltamerge.budget import Choice, budget_of
-from deltamerge.graph import Node
-from deltamerge.io.delta_writer import Summary
+from deltamerge.calibrate.reach import in_words
+from deltamerge.calibrate.spec import Calibrated
+from deltamerge.delta.writer import Summary
+from deltamerge.engine.graph import Node
 from deltamerge.io.front_matter import front_matter as read_front_matter
-from deltamerge.markdown import code, fenced, plain
-from deltamerge.planner import Plan
-from deltamerge.reach import in_words
-from deltamerge.stages import Calibrated
+from deltamerge.io.markdown import code, fenced, plain
+from deltamerge.plan.planner import Plan
+from deltamerge.run.budget import Choice, budget_of
 
 
 def _license(plan: Plan) -> str | None:

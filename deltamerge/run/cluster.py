@@ -15,14 +15,14 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from deltamerge.chain import documents
-from deltamerge.distribute import Part, check_recipes
 from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.workspace import parts_workspace
-from deltamerge.planner import Plan
-from deltamerge.plans import make_plan, target_of
-from deltamerge.runner import Result, finish, run
+from deltamerge.plan.planner import Plan
+from deltamerge.run.intermediate import documents
+from deltamerge.run.partition import Part, check_recipes
+from deltamerge.run.plans import make_plan, target_of
+from deltamerge.run.runner import Result, finish, run
 
 RETRIES = 3
 LOCAL = "local"

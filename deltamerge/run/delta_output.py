@@ -10,19 +10,19 @@ from typing import Any
 
 import numpy as np
 
-from deltamerge.budget import Choice, fit, given
-from deltamerge.execute import Task, execute
-from deltamerge.graph import Node
+from deltamerge.delta.manifest import Base
+from deltamerge.delta.over_base import elements
+from deltamerge.delta.tensor_writer import BaseTensor, TensorWriter, is_related
+from deltamerge.delta.writer import DeltaWriter, Summary
+from deltamerge.engine.execute import Task, execute
+from deltamerge.engine.graph import Node
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
-from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_tensor import BaseTensor, TensorWriter, is_related
-from deltamerge.io.delta_writer import DeltaWriter, Summary
 from deltamerge.io.files import flat
 from deltamerge.io.journal import Journal
-from deltamerge.io.layered import elements
-from deltamerge.outputs import Output
-from deltamerge.planner import Plan
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.methods.tiles import ITEMSIZE
+from deltamerge.plan.outputs import Output
+from deltamerge.plan.planner import Plan
+from deltamerge.run.budget import Choice, fit, given
 
 
 def write_delta(

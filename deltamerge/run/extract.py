@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from deltamerge.errors import RecipeError, UsageError
-from deltamerge.runner import Result, run
+from deltamerge.run.runner import Result, run
 
 
 def extract(

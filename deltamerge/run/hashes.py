@@ -13,17 +13,17 @@ from typing import Any
 from deltamerge import __version__, errors
 from deltamerge.calibrate.hub_rows import commit
 from deltamerge.calibrate.rows import is_of_hub, local_files
+from deltamerge.calibrate.spec import Source
+from deltamerge.engine.graph import depth_first
 from deltamerge.errors import InputError
-from deltamerge.graph import depth_first
 from deltamerge.io.blobs import sha256_of
 from deltamerge.io.checkpoint import Checkpoint, is_stored
 from deltamerge.io.files import flat, read_at
 from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn
 from deltamerge.io.seals import hash_output as hash_output
 from deltamerge.io.seals import seal
-from deltamerge.planner import Plan
-from deltamerge.stages import Source
-from deltamerge.tokenizer.files import CONFIG, JINJA, TOKENIZER
+from deltamerge.io.tokenizer_files import CONFIG, JINJA, TOKENIZER
+from deltamerge.plan.planner import Plan
 
 DATA = "calibration data"
 

@@ -9,17 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge import __version__, hashes, mergekit, source
-from deltamerge import lock as locks
-from deltamerge.assets import config, write_assets
-from deltamerge.documents import references
+from deltamerge import __version__
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, join, open_checkpoint
 from deltamerge.io.files import scratch
 from deltamerge.io.lock_file import not_made
 from deltamerge.io.safetensors_file import PREFIX, parse_header
-from deltamerge.planner import Plan
-from deltamerge.recipe import Recipe, load_all, loads
+from deltamerge.plan.planner import Plan
+from deltamerge.recipe import mergekit, yaml_source
+from deltamerge.recipe.documents import references
+from deltamerge.recipe.schema import Recipe, load_all, loads
+from deltamerge.run import hashes
+from deltamerge.run import lock as locks
+from deltamerge.run.assets import config, write_assets
 
 RECIPE = "recipe.yaml"
 
@@ -46,8 +48,8 @@ def documents(path: Path, text: str | None = None, *, mergekit_exact: bool = Fal
     """
     if text is not None:
         return (Document(loads(text, str(path)), text),)
-    whole = source.read(path)
-    recipes = load_all(source.loads_all(whole, str(path)))
+    whole = yaml_source.read(path)
+    recipes = load_all(yaml_source.loads_all(whole, str(path)))
     if mergekit_exact:
         whole, recipes = mergekit.written_out(whole, recipes)
     if len(recipes) == 1:

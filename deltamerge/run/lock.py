@@ -11,10 +11,9 @@ import yaml
 from numpy.typing import NDArray
 
 from deltamerge import __version__
-from deltamerge.chosen import Run, choices
+from deltamerge.calibrate.spec import Calibrated, locked
+from deltamerge.engine.graph import Node
 from deltamerge.errors import VerifyError
-from deltamerge.graph import Node
-from deltamerge.hashes import DATA, describe_files, hash_output
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.lock_file import FORMAT as FORMAT
 from deltamerge.io.lock_file import LOCK_NAME as LOCK_NAME
@@ -22,11 +21,12 @@ from deltamerge.io.lock_file import ROWS as ROWS
 from deltamerge.io.lock_file import read_lock as read_lock
 from deltamerge.io.lock_file import unlisted
 from deltamerge.io.safetensors_file import read_header
-from deltamerge.planner import Plan
-from deltamerge.stages import Calibrated, locked
+from deltamerge.plan.planner import Plan
+from deltamerge.run.calibration_record import Run, choices
+from deltamerge.run.hashes import DATA, describe_files, hash_output
 
 if TYPE_CHECKING:
-    from deltamerge.budget import Choice
+    from deltamerge.run.budget import Choice
 
 CARD = "README.md"
 

@@ -13,8 +13,8 @@ from deltamerge.io.journal import check_facts, part_journals
 from deltamerge.io.seals import Seal, damages, seal
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Layout
-from deltamerge.planner import Plan
-from deltamerge.recipe import Recipe
+from deltamerge.plan.planner import Plan
+from deltamerge.recipe.schema import Recipe
 
 FORM = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from deltamerge import errors
-from deltamerge.assets import config as output_config
-from deltamerge.assets import tokenizer_files
 from deltamerge.errors import InputError
 from deltamerge.io.adapter import CONFIG, PREFIX, WEIGHTS
 from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.io.writer import Writer, plan_layout
-from deltamerge.planner import Plan
-from deltamerge.tokenizer.write import write_tokenizer
+from deltamerge.plan.planner import Plan
+from deltamerge.run.assets import config as output_config
+from deltamerge.run.assets import tokenizer_files
+from deltamerge.run.tokenizer import write_tokenizer
 
 
 class Entry(NamedTuple):

@@ -8,13 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge.chain import documents, folder_of, result
+from deltamerge.engine.execute import default_workers
 from deltamerge.errors import UsageError
-from deltamerge.execute import default_workers
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.planner import Plan, plan
-from deltamerge.recipe import Recipe
+from deltamerge.plan.planner import Plan, plan
+from deltamerge.recipe.schema import Recipe
+from deltamerge.run.intermediate import documents, folder_of, result
 
 MOST_WORKERS = 1024
 DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,9})?")

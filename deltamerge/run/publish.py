@@ -11,10 +11,10 @@ from typing import Any
 
 from deltamerge import __version__, errors
 from deltamerge.errors import InputError, UsageError
-from deltamerge.hashes import DATA
+from deltamerge.inspect.plots import PICTURES
 from deltamerge.io import hub
-from deltamerge.lock import CARD, LOCK_NAME, ROWS, read_lock, verify
-from deltamerge.plots import PICTURES
+from deltamerge.run.hashes import DATA
+from deltamerge.run.lock import CARD, LOCK_NAME, ROWS, read_lock, verify
 
 SCHEME = "hf://"
 RECIPE_NAME = "recipe.yaml"

@@ -9,31 +9,32 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from deltamerge import errors, hashes
-from deltamerge import lock as locks
-from deltamerge.adapter import write_adapter
-from deltamerge.assets import asset_files, write_assets
-from deltamerge.budget import budget_of
-from deltamerge.card import render
-from deltamerge.chain import Document, check_places, documents, folder_of, is_current, is_result
-from deltamerge.distribute import Part, check_recipes, check_shards, drop_damaged, gather
+from deltamerge import errors
+from deltamerge.delta.writer import Summary
+from deltamerge.engine.execute import shared_values
+from deltamerge.engine.graph import depth_first
 from deltamerge.errors import InputError
-from deltamerge.execute import shared_values
-from deltamerge.graph import depth_first
-from deltamerge.illustrate import Draw, drawing
+from deltamerge.inspect.pictures import Draw, drawing
 from deltamerge.io.atomic import refuse_taken
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import INDEX, Reader
-from deltamerge.io.delta_writer import Summary
 from deltamerge.io.pieces import Pieces
 from deltamerge.io.seals import seal
 from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.io.writer import write_index
-from deltamerge.kinship import unrelated
-from deltamerge.planner import Plan
-from deltamerge.plans import make_plan, make_plans, target_of
-from deltamerge.weights import Made, calibrated, check_finite, make_weights
+from deltamerge.plan.kinship import unrelated
+from deltamerge.plan.planner import Plan
+from deltamerge.run import hashes
+from deltamerge.run import lock as locks
+from deltamerge.run.assets import asset_files, write_assets
+from deltamerge.run.budget import budget_of
+from deltamerge.run.card import render
+from deltamerge.run.intermediate import Document, check_places, documents, folder_of, is_current, is_result
+from deltamerge.run.partition import Part, check_recipes, check_shards, drop_damaged, gather
+from deltamerge.run.peft import write_adapter
+from deltamerge.run.plans import make_plan, make_plans, target_of
+from deltamerge.run.weights import Made, calibrated, check_finite, make_weights
 
 T = TypeVar("T")
 
@@ -299,7 +300,7 @@ def check_deltas(planned: Plan) -> None:
     deltas = [checkpoint for checkpoint in planned.inputs.checkpoints if checkpoint.delta is not None]
     if not deltas:
         return
-    from deltamerge.io.layered import check
+    from deltamerge.delta.over_base import check
 
     with Reader() as reader:
         for delta in deltas:

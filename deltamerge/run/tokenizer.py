@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.io.strict_json import read_json
-from deltamerge.tokenizer.chat import ChatTemplate
-from deltamerge.tokenizer.files import CONFIG, JINJA, TOKENIZER, tokenizer_config
-from deltamerge.tokenizer.vocabulary import Vocabulary
+from deltamerge.io.tokenizer_files import CONFIG, JINJA, TOKENIZER, tokenizer_config
+from deltamerge.plan.chat_template import ChatTemplate
+from deltamerge.plan.vocabulary import Vocabulary
 
 ADDED = "added_tokens.json"
 

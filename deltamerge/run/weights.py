@@ -7,22 +7,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from deltamerge import lock as locks
-from deltamerge.artifact import write_delta, write_within_budget
-from deltamerge.budget import Choice, budget_of
-from deltamerge.distribute import Part, shared_calibration
+from deltamerge.delta.writer import Summary
+from deltamerge.engine.execute import execute, shared_values
+from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, OutputError
-from deltamerge.execute import execute, shared_values
-from deltamerge.graph import Node
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.checkpoint import Reader
-from deltamerge.io.delta_writer import Summary
 from deltamerge.io.pieces import Pieces
 from deltamerge.io.seals import Seal, seal
 from deltamerge.io.work_folder import CALIBRATION
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Writer
-from deltamerge.planner import Plan
+from deltamerge.plan.planner import Plan
+from deltamerge.run import lock as locks
+from deltamerge.run.budget import Choice, budget_of
+from deltamerge.run.delta_output import write_delta, write_within_budget
+from deltamerge.run.partition import Part, shared_calibration
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from tiny_models import batches, make
 from deltamerge.calibrate.activations import collect
 from deltamerge.calibrate.blocks import Model, from_reader
 from deltamerge.calibrate.statistics import LayerStatistics
-from deltamerge.tensors import Kept
+from deltamerge.methods.tiles import Kept
 
 
 def caught(

@@ -9,7 +9,7 @@ import pytest
 
 from deltamerge.calibrate.agreement import discord, divergence
 from deltamerge.errors import InputError
-from deltamerge.plots import draw
+from deltamerge.inspect.plots import draw
 
 
 @pytest.mark.parametrize("classes", [2, 5])

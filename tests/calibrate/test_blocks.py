@@ -16,7 +16,7 @@ from tiny_models import ARCHITECTURES, SMALL, batches, make
 
 from deltamerge.calibrate.blocks import Linear, Model, from_reader
 from deltamerge.errors import InputError
-from deltamerge.names import numbered_blocks
+from deltamerge.io.names import numbered_blocks
 
 
 def plain(model: Any, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor | None, torch.Tensor]:

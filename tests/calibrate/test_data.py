@@ -15,7 +15,7 @@ from deltamerge.calibrate import rows
 from deltamerge.calibrate.rows import Row
 from deltamerge.calibrate.split import split
 from deltamerge.errors import InputError
-from deltamerge.recipe import Calibration
+from deltamerge.recipe.schema import Calibration
 
 
 def jsonl(path: Path, *records: Any) -> str:

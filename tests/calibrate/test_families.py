@@ -20,8 +20,8 @@ from tiny_models import image_processor
 
 from deltamerge.calibrate.families import check_family
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.plans import make_plan
-from deltamerge.runner import calibrate
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import calibrate
 
 REFUSED = {
     "T5ForConditionalGeneration": ("t5", "is an encoder-decoder"),

@@ -22,7 +22,7 @@ from deltamerge.calibrate.objectives import (
     is_regression,
     over_seeds,
 )
-from deltamerge.tensors import Kept
+from deltamerge.methods.tiles import Kept
 
 
 class Pair:

@@ -20,11 +20,11 @@ from safetensors.numpy import load_file
 from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
 from deltamerge.errors import InputError, RecipeError, VerifyError
-from deltamerge.lock import verify
-from deltamerge.plans import make_plan
-from deltamerge.pruners import columns, rescale, select
-from deltamerge.runner import calibrate, run
-from deltamerge.tensors import Kept, Tile
+from deltamerge.methods.prune import columns, rescale, select
+from deltamerge.methods.tiles import Kept, Tile
+from deltamerge.run.lock import verify
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import calibrate, run
 
 DATA = "calibration: {{data: calib.jsonl, sequences: 8, length: 12, seeds: 2{more}}}\n"
 
@@ -414,7 +414,7 @@ def test_the_best_of_columns_whatever_the_tiles(density: float, ties: bool, tile
 def test_plan_and_check_import_no_torch(models: Path) -> None:
     path = recipe(models / "bert", "light", RUNS["wanda"])
     code = (
-        "import sys; from deltamerge.plans import make_plan; from pathlib import Path\n"
+        "import sys; from deltamerge.run.plans import make_plan; from pathlib import Path\n"
         f"plan = make_plan(Path({str(path)!r}), device='cpu')\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "print(plan.describe()['stages'][0]['model'])"
@@ -487,7 +487,7 @@ def test_wanda_scores_by_the_norms_of_the_inputs(density: float) -> None:
 @pytest.mark.slow
 def test_the_order_of_methods_on_a_real_fine_tune(shared_data: Path, tmp_path: Path) -> None:
     """At density 0.01, on plain English: DARE < DAREx-q < magnitude with a calibrated q, by the output change."""
-    docs = Path(__file__).parent.parent / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     lines = [line for file in sorted(docs.glob("*.md")) for line in file.read_text().splitlines()]
     texts = tmp_path / "lines.txt"
     texts.write_text("\n".join(line for line in lines if line[:1].isalpha() and len(line) > 60))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from conftest import load_tensors, tiny_llama
 
-from deltamerge import threshold
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.calibrate import threshold
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 HEAD = "lm_head.weight"
 
@@ -56,7 +56,7 @@ def test_keeps_the_largest_of_the_model(
     models: Path, tmp_path: Path, density: float, fused: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fused:
-        monkeypatch.setattr("deltamerge.backends.fused_available", lambda: False)
+        monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: False)
     monkeypatch.setattr(threshold, "TOGETHER", 3)
     merged = load_tensors(run(recipe(models, density), tmp_path / "out", workers=2).folder)
     for name, want in wanted(models, density).items():

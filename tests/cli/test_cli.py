@@ -13,7 +13,7 @@ import torch
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
 from deltamerge.cli import main
-from deltamerge.methods import MERGE, PRUNE
+from deltamerge.methods.table import MERGE, PRUNE
 
 RECIPE = """\
 base_model: ./base
@@ -264,7 +264,7 @@ def test_a_bug_exits_3_and_says_what_to_report(folder, tmp_path, capsys, monkeyp
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("deltamerge.runner.make_plan", broken)
+    monkeypatch.setattr("deltamerge.run.runner.make_plan", broken)
     code, _, err = call(capsys, "run", folder / "good.yaml", "--out", tmp_path / "out")
     assert code == 3
     assert "ZeroDivisionError: oops" in err

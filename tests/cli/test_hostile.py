@@ -14,18 +14,18 @@ from conftest import make_checkpoint, write_tokenizer
 from safetensors.numpy import save_file
 from xxhash import xxh3_64_hexdigest
 
-from deltamerge import lock as locks
-from deltamerge import patterns
 from deltamerge.calibrate.rows import Row, class_labels
 from deltamerge.calibrate.rows import read as read_rows
-from deltamerge.card import front_matter
+from deltamerge.delta.manifest import Record
 from deltamerge.errors import DeltamergeError, InputError, VerifyError
+from deltamerge.io import patterns
 from deltamerge.io.adapter import open_adapter
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
-from deltamerge.io.delta_format import Record
 from deltamerge.io.journal import read_journal
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run import lock as locks
+from deltamerge.run.card import front_matter
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import pytest
 import torch
 from conftest import load_tensors
 
-from deltamerge.runner import run
+from deltamerge.run.runner import run
 
 from .cases import CASES, ELSEWHERE
 
@@ -78,6 +78,6 @@ def test_the_same_recipe_gives_the_same_model(merged, architecture, name):
 
 
 def test_every_method_is_compared(merged):
-    from deltamerge.methods import MERGE
+    from deltamerge.methods.table import MERGE
 
     assert {case.text.split()[1] for case in CASES.values()} == set(MERGE)

@@ -17,7 +17,7 @@ import torch
 from conftest import load_tensors, make_checkpoint, tiny_llama
 from safetensors.torch import save_file
 
-from deltamerge.runner import run
+from deltamerge.run.runner import run
 
 ROOT = Path(__file__).parents[2]
 DIFFERENCES = ROOT / "docs" / "from-mergekit.md"

@@ -18,7 +18,7 @@ from conftest import load_tensors, tiny_llama
 from transformers import AutoTokenizer
 from vocabularies import TEMPLATE, WORDS, three_models, vocab_of, word_tokenizer
 
-from deltamerge.runner import run
+from deltamerge.run.runner import run
 
 pytestmark = [pytest.mark.conformance, pytest.mark.filterwarnings("default")]
 

@@ -22,12 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from deltamerge.delta.file import TORCH_NAMES, DeltaFile, load_delta, to_torch
+from deltamerge.delta.manifest import Base
+from deltamerge.delta.positions import CODINGS
+from deltamerge.delta.tensor_writer import BaseTensor
+from deltamerge.delta.writer import DeltaWriter, Summary
 from deltamerge.errors import InputError
-from deltamerge.io.delta import TORCH_NAMES, DeltaFile, load_delta, to_torch
-from deltamerge.io.delta_format import Base
-from deltamerge.io.delta_tensor import BaseTensor
-from deltamerge.io.delta_writer import DeltaWriter, Summary
-from deltamerge.io.encodings import CODINGS
 
 DTYPES = ["F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I64", "BOOL"]
 SHAPES: list[tuple[int, ...]] = [(), (0,), (3, 0), (1,), (7,), (1, 130), (33, 67), (4, 1, 70), (2, 3, 5, 7)]
@@ -675,7 +675,7 @@ def test_memory_does_not_grow_with_a_dense_tensor(tmp_path: Path) -> None:
 
 def documented(word: str) -> str:
     """The Python of docs/delta-format.md that has `word` in it."""
-    text = (Path(__file__).parents[1] / "docs" / "delta-format.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[2] / "docs" / "delta-format.md").read_text(encoding="utf-8")
     blocks: list[str] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     return next(block for block in blocks if word in block)
 
@@ -726,7 +726,7 @@ def test_headers_and_manifest_need_no_torch(tmp_path: Path) -> None:
     base = {"a": random_tensor("BF16", (10, 10), 0)}
     write(tmp_path, base, {"a": changed(base["a"], 0.5, 1)})
     code = (
-        "import sys; from deltamerge.io.delta import DeltaFile; import deltamerge.io.delta_writer\n"
+        "import sys; from deltamerge.delta.file import DeltaFile; import deltamerge.delta.writer\n"
         f"DeltaFile.open({str(tmp_path)!r})\n"
         "print(sorted({'torch', 'numba', 'scipy', 'transformers'} & set(sys.modules)))"
     )

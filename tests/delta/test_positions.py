@@ -13,10 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltamerge.errors import InputError
-from deltamerge.io.encodings import CODINGS, Array, Choice, Gaps, Positions, choose, decode, encode
-from deltamerge.io.stored import PADDING
-from deltamerge.io.values import (
+from deltamerge.delta.positions import CODINGS, Array, Choice, Gaps, Positions, choose, decode, encode
+from deltamerge.delta.stored import PADDING
+from deltamerge.delta.values import (
     VALUE_BITS,
     Values,
     cast,
@@ -28,6 +27,7 @@ from deltamerge.io.values import (
     scale_values,
     widen,
 )
+from deltamerge.errors import InputError
 
 SPARSE = CODINGS[1:]
 EMPTY = np.empty(0, np.int64)
@@ -202,7 +202,7 @@ def test_damage_between_pieces_is_found() -> None:
 @pytest.mark.parametrize("kind", [None, *VALUE_BITS])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_kernel_is_numpy(coding: Any, density: float, kind: Any, dtype: str) -> None:
-    kernels = pytest.importorskip("deltamerge.io.delta_kernels")
+    kernels = pytest.importorskip("deltamerge.delta.kernels")
     generator = np.random.default_rng(3)
     size, group = 100_000, 100
     positions = np.arange(size) if coding == "dense" else draw(3, size, density)

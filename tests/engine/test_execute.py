@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
 
-from deltamerge import backends
-from deltamerge.fused.kernels import KERNELS
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.engine import backends
+from deltamerge.engine.fused.kernels import KERNELS
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 RECIPE = "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.3}}]\n"
 
@@ -57,8 +57,8 @@ def test_what_is_not_finite_makes_no_warning_of_numpy(tmp_path, method):
 
 
 def test_a_vanished_or_shortened_input_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch):
-    from deltamerge import weights as module
     from deltamerge.errors import InputError
+    from deltamerge.run import weights as module
 
     recipe = pair(tmp_path, rows=512)
     weights = tmp_path / "a" / "model.safetensors"

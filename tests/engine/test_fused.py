@@ -19,13 +19,13 @@ pytest.importorskip("numba")
 
 from numba import njit
 
-from deltamerge.backends import FUSED_FUNCTIONS
-from deltamerge.fused.kernels import DTYPES, KERNELS
-from deltamerge.fused.loops import philox
-from deltamerge.fused.vectors import BLOCKS, philox_blocks
-from deltamerge.graph import resolve
-from deltamerge.pruners.bits import mask_key
-from deltamerge.pruners.select import (
+from deltamerge.engine.backends import FUSED_FUNCTIONS
+from deltamerge.engine.fused.kernels import DTYPES, KERNELS
+from deltamerge.engine.fused.loops import philox
+from deltamerge.engine.fused.vectors import BLOCKS, philox_blocks
+from deltamerge.engine.graph import resolve
+from deltamerge.methods.prune.bits import mask_key
+from deltamerge.methods.prune.select import (
     MAGNITUDE,
     Bin,
     Bracket,
@@ -38,7 +38,7 @@ from deltamerge.pruners.select import (
     pick_ranks,
     ranks_listed,
 )
-from deltamerge.tensors import Kept, Patched, Tile, block_elements
+from deltamerge.methods.tiles import Kept, Patched, Tile, block_elements
 
 CODES = list(DTYPES)
 SIZES = [0, 1, 7, 4096, 4097, 20_000]
@@ -119,7 +119,7 @@ def test_table_is_the_one_that_plans_rely_on() -> None:
 def test_subtract(size: int, code: str, base_code: str) -> None:
     tune, base = stored(floats(size, 1), code), stored(floats(size, 2), base_code)
     check(
-        "deltamerge.ops:subtract",
+        "deltamerge.methods.ops:subtract",
         (tune[1], base[1]),
         (tune[0], base[0]),
         tile=flat(size),
@@ -132,7 +132,7 @@ def test_subtract(size: int, code: str, base_code: str) -> None:
 def test_cast(code: str, to: str) -> None:
     for size in SIZES:
         value, ours = stored(floats(size, 3), code)
-        check("deltamerge.ops:cast", (ours,), (value,), tile=flat(size), to=to)
+        check("deltamerge.methods.ops:cast", (ours,), (value,), tile=flat(size), to=to)
 
 
 @pytest.mark.parametrize("to", CODES)
@@ -143,7 +143,7 @@ def test_cast_of_a_patched_tile(code: str, to: str) -> None:
     positions = np.arange(3, size, 7)
     values = floats(positions.size, 5)
     check(
-        "deltamerge.ops:cast",
+        "deltamerge.methods.ops:cast",
         (Patched(ours, positions, values),),
         (Patched(base, torch.from_numpy(positions), torch.from_numpy(values)),),
         tile=flat(size),
@@ -155,7 +155,7 @@ def test_every_float_rounds_to_bfloat16_like_torch() -> None:
     high = np.arange(1 << 16, dtype=np.uint32)[:, None] << 16
     low = np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)
     x = (high | low).ravel().view(np.float32)
-    ours = check("deltamerge.ops:cast", (x,), (torch.from_numpy(x),), tile=flat(x.size), to="BF16")
+    ours = check("deltamerge.methods.ops:cast", (x,), (torch.from_numpy(x),), tile=flat(x.size), to="BF16")
     assert (ours[np.isnan(x)] == 0x7FC0).all()
 
 
@@ -165,7 +165,7 @@ def test_dare(codes: tuple[str, str], density: float) -> None:
     for start, size in ((0, 20_000), (61_235, 200_001), (1 << 40, 70_000), (9, 1), (9, 0)):
         tune, base = stored(floats(size, 6), codes[0]), stored(floats(size, 7), codes[1])
         check(
-            "deltamerge.pruners.masks:dare",
+            "deltamerge.methods.prune.masks:dare",
             (tune[1], base[1]),
             (tune[0], base[0]),
             tile=Tile(start, start + size, (1 << 41,)),
@@ -179,7 +179,7 @@ def test_dare_breaks_ties_of_the_high_half() -> None:
     size, density = 1 << 21, (30_000 * 65_536 + 50_000) / 2**32
     tune, base = stored(np.ones(size, np.float32), "BF16"), stored(np.zeros(size, np.float32), "BF16")
     parameters = {"tile": Tile(3, size + 3, (size + 3,)), "key": KEY, "density": density}
-    check("deltamerge.pruners.masks:dare", (tune[1], base[1]), (tune[0], base[0]), **parameters)
+    check("deltamerge.methods.prune.masks:dare", (tune[1], base[1]), (tune[0], base[0]), **parameters)
 
 
 @pytest.mark.parametrize("numbers", [(0.5, 0.5), (0.1, 0.1), (0.5, 0.01), (0.01, 0.01), (1.0, 1.0)])
@@ -188,7 +188,7 @@ def test_structured(numbers: tuple[float, float], code: str) -> None:
     for tile in (Tile(0, 30_000, (300, 100)), Tile(20_011, 90_007, (100_000, 97)), Tile(4, 9_000, (10, 30, 30))):
         tune, base = stored(floats(tile.size, 8), code), stored(floats(tile.size, 9), code)
         check(
-            "deltamerge.pruners.masks:structured",
+            "deltamerge.methods.prune.masks:structured",
             (tune[1], base[1]),
             (tune[0], base[0]),
             tile=tile,
@@ -200,7 +200,7 @@ def test_structured(numbers: tuple[float, float], code: str) -> None:
 
 @pytest.mark.parametrize("q", [0.1, 1 / 3, 1.0, 1e-30])
 def test_divide(q: float) -> None:
-    name, tile = "deltamerge.pruners.rescale:divide", flat(9000)
+    name, tile = "deltamerge.methods.prune.rescale:divide", flat(9000)
     delta, ours = stored(floats(9000, 10), "F32")
     check(name, (ours, q), (delta, q), tile=tile)
     sparse = Kept(np.arange(0, 9000, 9), floats(1000, 11))
@@ -217,7 +217,7 @@ def test_linear(weights: tuple[float, ...], normalize: bool, codes: tuple[str, .
     for size in SIZES:
         tiles = [stored(floats(size, 20 + i), codes[i % len(codes)]) for i in range(len(weights))]
         check(
-            "deltamerge.merge.arithmetic:linear",
+            "deltamerge.methods.merge.arithmetic:linear",
             tuple(x for _, x in tiles),
             tuple(x for x, _ in tiles),
             tile=flat(size),
@@ -232,7 +232,9 @@ def sparse_delta(size: int, seed: int, density: float) -> Kept:
     return Kept(positions, floats(positions.size, seed))
 
 
-@pytest.mark.parametrize("name", ["deltamerge.merge.arithmetic:task_arithmetic", "deltamerge.merge.ties:ties"])
+@pytest.mark.parametrize(
+    "name", ["deltamerge.methods.merge.arithmetic:task_arithmetic", "deltamerge.methods.merge.ties:ties"]
+)
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("lambda_", [1.0, 0.7])
@@ -258,7 +260,9 @@ def test_merges(name: str, weights: tuple[float, ...], normalize: bool, lambda_:
         )
 
 
-@pytest.mark.parametrize("name", ["deltamerge.merge.arithmetic:task_arithmetic", "deltamerge.merge.ties:ties"])
+@pytest.mark.parametrize(
+    "name", ["deltamerge.methods.merge.arithmetic:task_arithmetic", "deltamerge.methods.merge.ties:ties"]
+)
 def test_merges_round_every_step(name: str) -> None:
     # enough ordinary numbers that a fused multiply-add or a reciprocal would show
     size = 1 << 18
@@ -278,7 +282,7 @@ def deltas_with_ties(size: int) -> np.ndarray:
 @pytest.mark.parametrize("delta", [deltas_with_ties(70_000), floats(70_000, 51), np.zeros(70_000, np.float32)])
 @pytest.mark.parametrize("k", [1, 700, 35_000, 69_999])
 def test_selection(delta: np.ndarray, k: int) -> None:
-    select = "deltamerge.pruners.select"
+    select = "deltamerge.methods.prune.select"
     shape = (700, 100)
     whole, theirs = flat(delta.size), torch.from_numpy(delta)
     counts = check(f"{select}:high_histogram", (delta,), (theirs,), tile=whole)
@@ -322,12 +326,12 @@ def test_selection(delta: np.ndarray, k: int) -> None:
 def test_selection_over_many_blocks() -> None:
     delta, shape, step = deltas_with_ties(9 * (1 << 16)), (9 * (1 << 16),), 1 << 16
     for cut in (Cut(int(np.float32(0.01).view(np.uint32)), 12_345, 0), Cut(0x7FFFFFFF, 0, 0)):
-        counts = KERNELS["deltamerge.pruners.select:equal_counts"](delta, cut, tile=Tile(0, delta.size, shape))
+        counts = KERNELS["deltamerge.methods.prune.select:equal_counts"](delta, cut, tile=Tile(0, delta.size, shape))
         ranks, whole = pick_ranks(counts), Cut(cut.threshold, cut.equal_kept, int(counts.sum()))
         for start, stop in ((0, 1), (1, 4), (4, 9), (0, 9)):
             tile = Tile(start * step, stop * step, shape)
             part = delta[tile.start : tile.stop]
-            name = "deltamerge.pruners.select:keep_largest"
+            name = "deltamerge.methods.prune.select:keep_largest"
             check(name, (part, whole, ranks), (torch.from_numpy(part), whole, ranks), tile=tile)
 
 
@@ -337,9 +341,9 @@ def test_selection_over_many_blocks() -> None:
 def test_selection_of_rows(shape: tuple[int, int], density: float, make: Any) -> None:
     delta, tile = make(shape[0] * shape[1]), Tile(0, shape[0] * shape[1], shape)
     given = {"tile": tile, "density": density}
-    check("deltamerge.pruners.select:keep_largest_rows", (delta,), (torch.from_numpy(delta),), **given)
+    check("deltamerge.methods.prune.select:keep_largest_rows", (delta,), (torch.from_numpy(delta),), **given)
     norms = np.abs(np.random.default_rng(53).standard_normal(shape[1])).astype(np.float32)
-    name = "deltamerge.pruners.select:keep_largest_rows_scored"
+    name = "deltamerge.methods.prune.select:keep_largest_rows_scored"
     check(name, (delta, norms), (torch.from_numpy(delta), norms), **given)
 
 
@@ -347,7 +351,7 @@ def test_selection_of_rows(shape: tuple[int, int], density: float, make: Any) ->
 @pytest.mark.parametrize("shape", [(5,), (70_000,), (700, 100), (3, 70_001), (1, 1)])
 def test_norm(norm: str, shape: tuple[int, ...]) -> None:
     size = int(np.prod(shape))
-    name, tile = "deltamerge.pruners.rescale:norm", Tile(0, size, shape)
+    name, tile = "deltamerge.methods.prune.rescale:norm", Tile(0, size, shape)
     for delta in (floats(size, 54), deltas_with_ties(size)):
         check(name, (delta,), (torch.from_numpy(delta),), tile=tile, norm=norm)
     some = Kept(np.arange(0, size, 3), deltas_with_ties(size)[::3].copy())
@@ -356,7 +360,7 @@ def test_norm(norm: str, shape: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("q", [0.25, np.linspace(0.1, 1, 70)[:, None], np.linspace(0.1, 1, 100)[None]])
 def test_divide_rows(q: Any) -> None:
-    name, tile = "deltamerge.pruners.rescale:divide_rows", Tile(200, 5200, (70, 100))
+    name, tile = "deltamerge.methods.prune.rescale:divide_rows", Tile(200, 5200, (70, 100))
     delta = floats(tile.size, 55)
     check(name, (delta, q), (torch.from_numpy(delta), q), tile=tile)
     some = Kept(np.arange(0, tile.size, 7), delta[::7].copy())
@@ -366,14 +370,14 @@ def test_divide_rows(q: Any) -> None:
 @pytest.mark.parametrize("code", CODES)
 def test_passthrough(code: str) -> None:
     theirs, ours = stored(floats(20_000, 56), code)
-    check("deltamerge.merge.arithmetic:passthrough", (ours,), (theirs,), tile=flat(20_000), scales=(0.3,))
+    check("deltamerge.methods.merge.arithmetic:passthrough", (ours,), (theirs,), tile=flat(20_000), scales=(0.3,))
 
 
 def test_float64_is_narrowed_before_it_is_summed() -> None:
     values = 1 + np.random.default_rng(57).random(5000) * 1e-9
     theirs = (torch.from_numpy(values), torch.ones(5000))
     ours = (values, np.ones(5000, np.float32))
-    check("deltamerge.merge.span:gram", ours, theirs, tile=flat(5000))
+    check("deltamerge.methods.merge.span:gram", ours, theirs, tile=flat(5000))
 
 
 @pytest.mark.parametrize("codes", [("BF16",), ("BF16", "BF16"), ("F32", "BF16", "F16"), ("F64", "F32")])
@@ -384,17 +388,17 @@ def test_gram(codes: tuple[str, ...], shape: tuple[int, ...]) -> None:
     for make in (floats, lambda n, seed: np.random.default_rng(seed).standard_normal(n).astype(np.float32)):
         tiles = [stored(make(size, 58 + i), code) for i, code in enumerate(codes)]
         ours, theirs = tuple(x for _, x in tiles), tuple(x for x, _ in tiles)
-        check("deltamerge.merge.span:gram", ours, theirs, tile=tile)
+        check("deltamerge.methods.merge.span:gram", ours, theirs, tile=tile)
         if len(shape) > 1:
-            check("deltamerge.merge.span:row_grams", ours, theirs, tile=tile)
+            check("deltamerge.methods.merge.span:row_grams", ours, theirs, tile=tile)
     some = sparse_delta(size, 59, 0.05)
-    check("deltamerge.merge.span:gram", (some, ours[0]), (kept(some), theirs[0]), tile=tile)
+    check("deltamerge.methods.merge.span:gram", (some, ours[0]), (kept(some), theirs[0]), tile=tile)
 
 
 @pytest.mark.parametrize("size", [1, 100, 1500, 2048, 2049, 3100, 4096])
 def test_gram_of_negative_zeros(size: int) -> None:
     ours = (np.full(size, -0.0, np.float32), np.ones(size, np.float32))
-    check("deltamerge.merge.span:gram", ours, tuple(map(torch.from_numpy, ours)), tile=flat(size))
+    check("deltamerge.methods.merge.span:gram", ours, tuple(map(torch.from_numpy, ours)), tile=flat(size))
 
 
 @pytest.mark.parametrize("based", [False, True])
@@ -407,7 +411,7 @@ def test_combine(along: str, codes: tuple[str, ...], based: bool) -> None:
     shape = {"tensor": (count,), "rows": (80, count), "columns": (100, count)}[along]
     coefficients = np.random.default_rng(61).standard_normal(shape)
     ours, theirs = (*(x for _, x in tiles), coefficients), (*(x for x, _ in tiles), coefficients)
-    check("deltamerge.merge.span:combine", ours, theirs, tile=tile, along=along, based=based)
+    check("deltamerge.methods.merge.span:combine", ours, theirs, tile=tile, along=along, based=based)
 
 
 def ordinary(size: int) -> np.ndarray:
@@ -421,7 +425,7 @@ def ordinary(size: int) -> np.ndarray:
 @pytest.mark.parametrize("numbers", [(0.5, 0.15), (0.1, 0.05), (0.9, 0.1)])
 def test_della(shape: tuple[int, ...], make: Any, numbers: tuple[float, float]) -> None:
     whole = int(np.prod(shape))
-    name, delta = "deltamerge.pruners.della:della", make(whole)
+    name, delta = "deltamerge.methods.prune.della:della", make(whole)
     given: dict[str, Any] = {"key": KEY, "density": numbers[0], "epsilon": numbers[1]}
     step = block_elements(shape)
     for start, stop in ((0, whole), (step, whole)):
@@ -437,7 +441,7 @@ def test_della_breaks_ties_of_the_high_half() -> None:
     # one row whose bounds fall between halves; of 2**20 positions about 16 tie
     delta, tile = ordinary(1 << 20), Tile(1 << 20, 2 << 20, (2, 1 << 20))
     given: dict[str, Any] = {"tile": tile, "key": KEY, "density": 0.3, "epsilon": 1e-7}
-    check("deltamerge.pruners.della:della", (delta,), (torch.from_numpy(delta),), **given)
+    check("deltamerge.methods.prune.della:della", (delta,), (torch.from_numpy(delta),), **given)
 
 
 @pytest.mark.parametrize("make", [lambda n, i: floats(n, 64 + i, 0.01), lambda n, i: np.roll(deltas_with_ties(n), i)])
@@ -449,16 +453,16 @@ def test_sce(make: Any, count: int) -> None:
         for mixed in (deltas, [sparse_delta(size, 69, 0.05), *deltas[1:]]):
             theirs = [kept(x) if isinstance(x, Kept) else torch.from_numpy(x) for x in mixed]
             tile = flat(size)
-            score = check("deltamerge.merge.sce:variance", (*mixed,), (*theirs,), tile=tile)
-            check("deltamerge.pruners.select:count_nonzero", (score,), (torch.from_numpy(score),), tile=tile)
+            score = check("deltamerge.methods.merge.sce:variance", (*mixed,), (*theirs,), tile=tile)
+            check("deltamerge.methods.prune.select:count_nonzero", (score,), (torch.from_numpy(score),), tile=tile)
             for weights in ((1 / 3,) * count, (1e-9,) * count, (0.25, 0.75, float("nan"))[:count]):
                 weights = tuple(float(np.float32(w)) for w in weights)
-                check("deltamerge.merge.sce:sce", (ours, *mixed, weights), (base, *theirs, weights), tile=tile)
+                check("deltamerge.methods.merge.sce:sce", (ours, *mixed, weights), (base, *theirs, weights), tile=tile)
 
 
 @pytest.mark.parametrize("make", [deltas_with_ties, lambda n: floats(n, 70), lambda n: np.zeros(n, np.float32)])
 def test_selection_by_another_and_between(make: Any) -> None:
-    select, shape, step = "deltamerge.pruners.select", (9 * (1 << 16),), 1 << 16
+    select, shape, step = "deltamerge.methods.prune.select", (9 * (1 << 16),), 1 << 16
     delta, score = floats(shape[0], 71), make(shape[0])
     cuts = []
     for value, equal_kept in ((0.01, 12_345), (0.02, 777), (0.01, 20_000), (0.0, 5), (np.inf, 1), (0.02, 10**6)):
@@ -495,14 +499,14 @@ def test_philox_of_many_blocks_is_philox(first: int) -> None:
 
 def test_low_histogram_of_an_empty_bin() -> None:
     delta = np.ones(100, np.float32)
-    counts = KERNELS["deltamerge.pruners.select:low_histogram"](delta, Bin(5, 1), tile=flat(100))
+    counts = KERNELS["deltamerge.methods.prune.select:low_histogram"](delta, Bin(5, 1), tile=flat(100))
     assert counts.sum() == 0
 
 
 def test_kernels_release_the_gil() -> None:
     """A long kernel on one thread leaves another free to run Python."""
     tune = np.ones(1 << 24, np.uint16)
-    kernel: Callable[..., Any] = KERNELS["deltamerge.pruners.masks:dare"]
+    kernel: Callable[..., Any] = KERNELS["deltamerge.methods.prune.masks:dare"]
     parameters = {"tile": flat(tune.size), "key": KEY, "density": 0.5}
     kernel(tune[:16], tune[:16], **{**parameters, "tile": flat(16)})
     started, steps = threading.Event(), 0
@@ -527,5 +531,5 @@ def test_kernels_release_the_gil() -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, deltamerge.fused.kernels; sys.exit('torch' in sys.modules)"
+    code = "import sys, deltamerge.engine.fused.kernels; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env=dict(os.environ))

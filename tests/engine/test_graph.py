@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 
-from deltamerge.graph import Graph, Node, depth_first, peak_tiles, schedule
+from deltamerge.engine.graph import Graph, Node, depth_first, peak_tiles, schedule
 
 
 def chain(graph: Graph, models: int, shape: tuple[int, ...] = (8, 8)) -> Node:

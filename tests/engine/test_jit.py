@@ -16,7 +16,7 @@ SCRIPT = """
 import sys, time
 import numpy as np
 from numba.core.caching import IndexDataCacheFile
-from deltamerge.fused.loops import subtract
+from deltamerge.engine.fused.loops import subtract
 load = IndexDataCacheFile._load_index
 def slowly(self):  # long enough for another process to choose the same file name
     found = load(self)

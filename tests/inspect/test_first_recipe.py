@@ -17,9 +17,9 @@ from conftest import tiny_llama
 from test_cli import call
 
 from deltamerge.cli import commands
-from deltamerge.recipe import loads
+from deltamerge.recipe.schema import loads
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

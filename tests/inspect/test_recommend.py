@@ -18,11 +18,11 @@ from deltamerge.calibrate.agreement import divergence as fitted
 from deltamerge.calibrate.subject import Subject
 from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError
+from deltamerge.inspect.recommend import CALIBRATED, Candidate, Question, Recommendation, decide
+from deltamerge.inspect.study import inspect, recommend
 from deltamerge.io.checkpoint import Reader
-from deltamerge.plans import make_plan
-from deltamerge.recommend import CALIBRATED, Candidate, Question, Recommendation, decide
-from deltamerge.runner import run
-from deltamerge.study import inspect, recommend
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 ROWS: dict[str, Any] = {"data": "calib.jsonl", "sequences": 8, "length": 12}
 
@@ -289,7 +289,7 @@ def test_the_decision(tmp_path, lost, method):
 
 
 def test_the_papers_answer_follows_labels_and_architecture(models, monkeypatch):
-    from deltamerge.recommend import paper
+    from deltamerge.inspect.recommend import paper
 
     monkeypatch.chdir(models / "llama")
     evidence = recommend("./tuned", "./base", 0.9).evidence
@@ -326,7 +326,7 @@ def test_real_fine_tunes_without_data(shared_data):
 
 @pytest.mark.slow
 def test_a_real_fine_tune_on_plain_english(shared_data, tmp_path, monkeypatch):
-    docs = Path(__file__).parent.parent / "docs"
+    docs = Path(__file__).parents[2] / "docs"
     lines = [line for file in sorted(docs.glob("*.md")) for line in file.read_text().splitlines()]
     (tmp_path / "lines.txt").write_text("\n".join(line for line in lines if line[:1].isalpha() and len(line) > 60))
     monkeypatch.chdir(tmp_path)

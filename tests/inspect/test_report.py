@@ -16,16 +16,16 @@ import pytest
 import torch
 from conftest import make_checkpoint, tiny_bert_pair, tiny_llama
 
-from deltamerge import plots, svg
-from deltamerge.chosen import Run, choices
 from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError
-from deltamerge.grouping import module_of
-from deltamerge.influence import Activations, Influence, LayerInfluence, Massive
-from deltamerge.inspect import Report
-from deltamerge.report import check_target, page, write
-from deltamerge.runner import run
-from deltamerge.study import inspect
+from deltamerge.inspect import plots, svg
+from deltamerge.inspect.activations import Activations, Influence, LayerInfluence, Massive
+from deltamerge.inspect.layers import module_of
+from deltamerge.inspect.report import check_target, page, write
+from deltamerge.inspect.statistics import Report
+from deltamerge.inspect.study import inspect
+from deltamerge.run.calibration_record import Run, choices
+from deltamerge.run.runner import run
 
 VOID = {"meta"}
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&lt;'
@@ -249,7 +249,8 @@ def test_an_existing_file_stays(tmp_path, capsys, monkeypatch, bert):
 
 
 def test_the_page_needs_no_torch():
-    code = "import sys, deltamerge.report\nassert not {'torch', 'numba', 'matplotlib', 'pydantic'} & sys.modules.keys()"
+    heavy = "{'torch', 'numba', 'matplotlib', 'pydantic'}"
+    code = f"import sys, deltamerge.inspect.report\nassert not {heavy} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

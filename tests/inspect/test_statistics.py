@@ -15,10 +15,10 @@ from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
 from deltamerge.cli import main
 from deltamerge.errors import InputError
-from deltamerge.inputs import open_inputs
-from deltamerge.inspect import Report, measure, pair_recipe, pairs_of, parse
+from deltamerge.inspect.statistics import Report, measure, pair_recipe, pairs_of, parse
+from deltamerge.inspect.study import inspect
 from deltamerge.io import hub
-from deltamerge.study import inspect
+from deltamerge.plan.inputs import open_inputs
 
 
 def vit_pair(folder: Path) -> tuple[Path, Path]:

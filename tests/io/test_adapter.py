@@ -15,14 +15,13 @@ from conftest import load_tensors, tiny_llama, write_json
 from safetensors.torch import load_file, save_file
 from tiny_models import make
 
-from deltamerge import patterns
 from deltamerge.errors import InputError
-from deltamerge.io import hub
+from deltamerge.io import hub, patterns
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.computed import ordered_product
-from deltamerge.ops import torch_dtype
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.methods.ops import torch_dtype
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -15,8 +15,8 @@ from deltamerge.errors import OutputError, VerifyError
 from deltamerge.io import atomic
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.seals import hash_output
-from deltamerge.lock import read_lock
-from deltamerge.runner import calibrate, run
+from deltamerge.run.lock import read_lock
+from deltamerge.run.runner import calibrate, run
 
 CALLS = ("open", "pwrite", "fsync", "rename", "unlink", "link", "fchmod")
 
@@ -130,7 +130,7 @@ def test_no_command_writes_through_a_link(
     """And before its work is done, not after."""
     monkeypatch.chdir(tmp_path)
     calibrated(tmp_path)
-    for work in ("deltamerge.runner.shared_values", "deltamerge.study.measure"):
+    for work in ("deltamerge.run.runner.shared_values", "deltamerge.inspect.study.measure"):
         monkeypatch.setattr(work, lambda *_, **__: pytest.fail("worked for nothing"))
     name, arguments = WRITES[case]
     Path("bashrc").write_text("precious")

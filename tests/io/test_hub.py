@@ -15,12 +15,12 @@ from conftest import load_tensors, tiny_llama, write_json
 from safetensors.torch import save_file
 from small_hub import COMMIT, TOKEN, Hub
 
-from deltamerge.distribute import Part
 from deltamerge.errors import InputError
 from deltamerge.io import hub, hub_answers, writer
 from deltamerge.io.checkpoint import Reader, open_checkpoint
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run.partition import Part
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 LAST = "model-00003-of-00003.safetensors"
 
@@ -354,7 +354,7 @@ def test_a_damaged_cache_is_met_by_the_hubs_own_hashes(
 
 
 def test_a_delta_on_the_hub_is_named_and_applied(server: Hub, tmp_path: Path) -> None:
-    from deltamerge.apply import apply
+    from deltamerge.run.apply import apply
 
     for name, seed in (("base", 0), ("tuned", 1)):
         base = server.repositories.get("org/base")

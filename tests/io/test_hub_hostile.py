@@ -18,7 +18,7 @@ from small_hub import COMMIT, TOKEN, Hub
 from deltamerge.errors import InputError
 from deltamerge.io import hub, hub_guard
 from deltamerge.io.blobs import check_blobs
-from deltamerge.plans import make_plan
+from deltamerge.run.plans import make_plan
 
 Handler = BaseHTTPRequestHandler
 WEIGHTS = "model.safetensors"

@@ -11,10 +11,10 @@ import torch
 from conftest import make_checkpoint
 from xxhash import xxh3_128
 
-from deltamerge import hashes
 from deltamerge.io import pieces as module
 from deltamerge.io.pieces import PIECE_BYTES, Pieces, inside
-from deltamerge.runner import run
+from deltamerge.run import hashes
+from deltamerge.run.runner import run
 
 SIZES = [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 200 * PIECE_BYTES + 5]
 
@@ -76,7 +76,7 @@ def test_pieces_inside_ranges(tmp_path: Path) -> None:
 @pytest.mark.parametrize("begin", [0, 1024, PIECE_BYTES - 1024, 5 * PIECE_BYTES])
 @pytest.mark.parametrize("size", [0, 1023, 1024, PIECE_BYTES, 3 * PIECE_BYTES + 2000])
 def test_the_compiled_hash_is_the_library_s(begin: int, size: int) -> None:
-    xxh3 = pytest.importorskip("deltamerge.fused.xxh3")
+    xxh3 = pytest.importorskip("deltamerge.engine.fused.xxh3")
     data = np.random.default_rng(size).integers(0, 256, begin % PIECE_BYTES + size, np.uint8)
     start, end = begin - begin % PIECE_BYTES, begin + size  # as two calls, of which the second goes on
     first = start // PIECE_BYTES
@@ -111,7 +111,7 @@ def test_the_lock_of_a_run_has_the_hashes_of_its_inputs(
     fused: bool, method: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("numba")
-    monkeypatch.setattr("deltamerge.backends.fused_available", lambda: fused)
+    monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: fused)
     generator = torch.Generator().manual_seed(0)
     for name in ("base", "a", "b"):
         tensors = {f"w{i}": torch.randn(shape, generator=generator).to(dtype) for i, shape in enumerate(SHAPES)}

@@ -15,8 +15,8 @@ from test_cli import call
 
 from deltamerge.io.quantised import keys_of, scheme_of, without_keys
 from deltamerge.io.safetensors_file import TensorInfo
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 W = "model.layers.0.mlp.up_proj"
 Headers = dict[str, tuple[str, tuple[int, ...]]]

@@ -14,11 +14,11 @@ import torch
 from conftest import make_checkpoint
 from test_resume import call
 
-from deltamerge import assets
 from deltamerge.io import work_folder
 from deltamerge.io.work_folder import MARK, MARK_TEXT
-from deltamerge.lock import verify
-from deltamerge.runner import run
+from deltamerge.run import assets
+from deltamerge.run.lock import verify
+from deltamerge.run.runner import run
 
 
 @pytest.fixture
@@ -186,7 +186,7 @@ def test_every_file_that_runs_copy_may_be_in_a_work_folder() -> None:
 def run_apart(place: Path, *arguments: str, **options: object) -> tuple[int, str]:
     """Exit code and stderr of the command in a process of its own, which has 20 seconds."""
     command = [sys.executable, "-m", "deltamerge", "run", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=20, **options)  # type: ignore[call-overload]
     return done.returncode, done.stderr
 

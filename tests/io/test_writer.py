@@ -23,7 +23,7 @@ from deltamerge.io import files
 from deltamerge.io.checkpoint import Reader, open_checkpoint
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.writer import Layout, Writer, plan_layout
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.methods.tiles import ITEMSIZE
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

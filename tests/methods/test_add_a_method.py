@@ -16,9 +16,9 @@ import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
 
-from deltamerge.pruners import bits
+from deltamerge.methods.prune import bits
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
 SHAPES = {"a.weight": (40, 24), "b.weight": (3, 70_001), "c.bias": (24,), "d": ()}
 

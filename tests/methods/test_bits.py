@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from deltamerge.pruners import bits
+from deltamerge.methods.prune import bits
 
 KEY = bits.mask_key(0, "tune", "model.layers.0.self_attn.q_proj.weight")
 DENSITIES = [1.0, 0.9, 0.5, 1 / 3, 0.1, bits.SPARSE_BELOW, 0.0624, 0.01, 1e-3, 1e-4]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from deltamerge.pruners.bits import SPARSE_BELOW, choose_columns, mask_key, positions
-from deltamerge.pruners.masks import dare, structured
-from deltamerge.tensors import Kept, Tile
+from deltamerge.methods.prune.bits import SPARSE_BELOW, choose_columns, mask_key, positions
+from deltamerge.methods.prune.masks import dare, structured
+from deltamerge.methods.tiles import Kept, Tile
 
 KEY = mask_key(3, "tune", "w")
 TORCH_DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]

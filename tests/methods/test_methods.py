@@ -10,11 +10,11 @@ import reference
 import torch
 from conftest import load_tensors, make_checkpoint
 
-from deltamerge import backends
+from deltamerge.engine import backends
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.pruners import bits
-from deltamerge.registry import third_party
-from deltamerge.runner import run
+from deltamerge.methods.prune import bits
+from deltamerge.methods.registry import third_party
+from deltamerge.run.runner import run
 
 SHAPES = {
     "embed.weight": (301, 24),
@@ -223,7 +223,7 @@ def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch
 
     first = made("first")
     assert made("workers", workers=3) == first
-    monkeypatch.setattr("deltamerge.footprint.TILE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 10)
     assert made("tiles") == first
     monkeypatch.setattr(backends, "FUSED_FUNCTIONS", frozenset())
     assert made("torch", workers=2) == first
@@ -264,7 +264,7 @@ def test_opposite_directions_have_no_mean(models, tmp_path):
 
 def test_another_package_registers_a_method_by_an_entry_point(tmp_path, monkeypatch):
     (tmp_path / "halves.py").write_text(
-        "from deltamerge.registry import MergeMethod\nhalf = MergeMethod('half', 'halves:half', 'x / 2')\n"
+        "from deltamerge.methods.registry import MergeMethod\nhalf = MergeMethod('half', 'halves:half', 'x / 2')\n"
     )
     info = tmp_path / "halves-1.0.dist-info"
     info.mkdir()

@@ -14,10 +14,10 @@ from conftest import load_tensors, tiny_bert_pair
 from safetensors.numpy import load_file
 
 from deltamerge.errors import InputError
-from deltamerge.plans import make_plan
-from deltamerge.pruners import protect
-from deltamerge.runner import run
-from deltamerge.tensors import Kept, Tile
+from deltamerge.methods.prune import protect
+from deltamerge.methods.tiles import Kept, Tile
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 LINEAR = ("query.weight", "key.weight", "value.weight", "dense.weight")
 
@@ -213,7 +213,7 @@ def test_weights_stored_the_other_way_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("sparse", [False, True])
 @pytest.mark.parametrize("columns", [[], [0], [2, 7, 29]])
 def test_clear_and_restore_inside_tiles(sparse: bool, columns: list[int]) -> None:
-    fused = pytest.importorskip("deltamerge.fused.kernels")
+    fused = pytest.importorskip("deltamerge.engine.fused.kernels")
     random = np.random.default_rng(1)
     tune, base = (random.standard_normal((40, 30)).astype(np.float32) for _ in range(2))
     delta, numbers = tune - base, np.array(columns, dtype=np.int64)

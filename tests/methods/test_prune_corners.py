@@ -14,8 +14,8 @@ from test_stage import rows
 
 from deltamerge.cli import main
 from deltamerge.errors import InputError
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def models(tmp_path_factory) -> Path:
 @pytest.fixture(params=["compiled", "torch"])
 def backend(request, monkeypatch) -> str:
     if request.param == "torch":
-        monkeypatch.setattr("deltamerge.backends.fused_available", lambda: False)
+        monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: False)
     return str(request.param)
 
 
@@ -113,7 +113,7 @@ def test_sce_after_sparse_masks(models: Path, tmp_path: Path, monkeypatch, name:
     made = []
     for fused in (True, False):
         if not fused:
-            monkeypatch.setattr("deltamerge.backends.fused_available", lambda: False)
+            monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: False)
         out = tmp_path / str(fused)
         prune = METHODS[name] | ({} if "a" in METHODS[name] else {"density": 0.02})
         merge(models, out, prune, two=True, merge_method="sce", parameters={"select_topk": topk})

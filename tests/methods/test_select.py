@@ -11,10 +11,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamerge import nodes
-from deltamerge.graph import REDUCTIONS, Graph, companion, depth_first, resolve
-from deltamerge.pruners import select
-from deltamerge.tensors import Tile, block_elements
+from deltamerge.engine.graph import REDUCTIONS, Graph, companion, depth_first, resolve
+from deltamerge.methods.prune import nodes, select
+from deltamerge.methods.tiles import Tile, block_elements
 
 
 def keep(delta: np.ndarray, k: int, tile_blocks: int = 1) -> tuple[np.ndarray, set[str]]:

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from deltamerge.diff import diff_checkpoints
 from deltamerge.errors import DeltamergeError
-from deltamerge.extract import extract
+from deltamerge.inspect.diff import diff_checkpoints
 from deltamerge.io.safetensors_file import read_header
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
-from deltamerge.tensors import COPIED, nbytes_of
+from deltamerge.methods.tiles import COPIED, nbytes_of
+from deltamerge.run.extract import extract
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 SHAPE = (4, 6)
 

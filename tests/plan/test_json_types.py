@@ -14,8 +14,8 @@ import pytest
 from vocabularies import three_models
 
 from deltamerge.errors import InputError
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 RECIPE = """\
 base_model: ./base

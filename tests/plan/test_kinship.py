@@ -11,11 +11,11 @@ from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama, 
 from test_cli import call
 
 from deltamerge.errors import InputError
-from deltamerge.inputs import Input
 from deltamerge.io.checkpoint import Reader, open_checkpoint
-from deltamerge.kinship import measured
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.plan.inputs import Input
+from deltamerge.plan.kinship import measured
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +77,8 @@ def test_a_wrong_base_is_said(models, tmp_path, capsys, case):
 
 
 def test_parts_say_the_same(models, tmp_path):
-    from deltamerge.distribute import Part
-    from deltamerge.runner import finish
+    from deltamerge.run.partition import Part
+    from deltamerge.run.runner import finish
 
     text = RECIPES["one"] + "output: {shard_size: 20KB}\n"
     (models / "parts.yaml").write_text(text)

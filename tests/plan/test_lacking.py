@@ -11,8 +11,8 @@ from conftest import load_tensors, make_checkpoint, tiny_llama
 from test_cli import call
 
 from deltamerge.errors import InputError
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 
 def block(number: int) -> dict[str, torch.Tensor]:

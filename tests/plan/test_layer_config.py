@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from deltamerge.errors import InputError
-from deltamerge.layer_config import count_keys, repair
+from deltamerge.plan.layer_config import count_keys, repair
 
 WHISPER = {"encoder_layers": 4, "decoder_layers": 4, "num_hidden_layers": 4}
 T5 = {"num_layers": 4, "num_decoder_layers": 4}

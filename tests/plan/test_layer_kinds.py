@@ -11,8 +11,8 @@ import torch
 from conftest import load_tensors, make_checkpoint
 
 from deltamerge.errors import InputError
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 TENSORS = {"a": "attn.q.weight", "m": "mamba.in.weight", "d": "mlp.up.weight", "x": "experts.up.weight"}
 

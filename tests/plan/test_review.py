@@ -10,8 +10,8 @@ import pytest
 from conftest import tiny_llama
 from test_cli import call
 
-from deltamerge.plans import make_plan
-from deltamerge.review import difference, markdown, mermaid
+from deltamerge.plan.review import difference, markdown, mermaid
+from deltamerge.run.plans import make_plan
 
 OLD = """\
 base_model: ./base

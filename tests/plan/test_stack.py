@@ -15,8 +15,8 @@ import transformers
 from conftest import load_tensors, make_checkpoint, tiny_llama
 
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 LAYERS = {"LlamaForCausalLM": "model.layers", "GPT2LMHeadModel": "transformer.h", "Gemma2ForCausalLM": "model.layers"}
 

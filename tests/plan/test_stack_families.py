@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from deltamerge.errors import InputError
-from deltamerge.runner import run
+from deltamerge.run.runner import run
 
 pytestmark = pytest.mark.slow
 

@@ -18,16 +18,16 @@ from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from vocabularies import TEMPLATE, WORDS, embedding_of, rows64, three_models, vocab_of, word_tokenizer
 
-from deltamerge import recipe as recipes
-from deltamerge.chat_templates import BUILT_IN
+from deltamerge.cli.tables import render_plan
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.io.checkpoint import Reader, open_checkpoint
 from deltamerge.io.gathered import Gathered, gather
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
-from deltamerge.show import render_plan
-from deltamerge.tokenizer.files import read_chat_template, read_tokens
-from deltamerge.tokenizer.rows import has_vocabulary_rows
+from deltamerge.io.tokenizer_files import read_chat_template, read_tokens
+from deltamerge.plan.vocabulary_rows import has_vocabulary_rows
+from deltamerge.recipe import schema as recipes
+from deltamerge.recipe.chat_templates import BUILT_IN
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DELTAS = """\
@@ -187,9 +187,9 @@ def test_neither_tiles_nor_workers_nor_the_backend_change_a_byte(models, tmp_pat
     text = DELTAS.replace("task_arithmetic", method).replace("weight", "density: 0.5, weight") + TOKENS
     first = merged(models, tmp_path, text, workers=1)
     before = (first / "model.safetensors").read_bytes()
-    monkeypatch.setattr("deltamerge.footprint.TILE_ELEMENTS", 64)
+    monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 64)
     assert (merged(models, tmp_path, text, workers=3) / "model.safetensors").read_bytes() == before
-    monkeypatch.setattr("deltamerge.backends.fused_available", lambda: False)
+    monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: False)
     assert (merged(models, tmp_path, text, workers=2) / "model.safetensors").read_bytes() == before
 
 

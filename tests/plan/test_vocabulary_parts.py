@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import WORDS, embedding_of, rows64, three_models, vocab_of, word_tokenizer
 
 from deltamerge.errors import InputError, OutputError
-from deltamerge.plans import make_plan, make_plans
-from deltamerge.runner import run
+from deltamerge.run.plans import make_plan, make_plans
+from deltamerge.run.runner import run
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DELTAS = """\

@@ -17,7 +17,7 @@ import torch
 import yaml
 from conftest import load_tensors
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
 synthetic = importlib.import_module("synthetic")
 process = importlib.import_module("process")

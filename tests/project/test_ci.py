@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import tiny_llama
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
 base_model: ../base
 merge_method: ties

@@ -13,7 +13,7 @@ import pytest
 import torch
 from scipy.stats import pearsonr, spearmanr
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
 demo = importlib.import_module("demo")
 encoder = importlib.import_module("encoder")

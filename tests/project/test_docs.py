@@ -22,9 +22,9 @@ from conftest import tiny_llama
 from test_recipes import write_adapter
 
 from deltamerge.cli import commands, main
-from deltamerge.recipe import loads
+from deltamerge.recipe.schema import loads
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"])
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>not run here|file): (?P<said>.*?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```",

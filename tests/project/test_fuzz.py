@@ -19,15 +19,15 @@ from fuzz_targets import JSON, NAMES, Targets, make_valid_files, tolerates
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from deltamerge.card import front_matter
+from deltamerge.delta.file import DeltaFile
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
-from deltamerge.io.delta import DeltaFile
 from deltamerge.io.journal import Journal, read_journal
 from deltamerge.io.work_folder import mark
 from deltamerge.io.workspace import workspace
 from deltamerge.io.writer import Writer, plan_layout
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run.card import front_matter
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 LONG = "FUZZ" in os.environ
 fuzz = settings(

@@ -12,13 +12,13 @@ from conftest import tiny_llama
 from pydantic import BaseModel
 from test_cli import call
 
-from deltamerge.chosen import Choice, Run
-from deltamerge.influence import Activations, Influence, LayerInfluence, Massive
-from deltamerge.inspect import Report, Statistics, TensorStatistics
-from deltamerge.recommend import Candidate, Evidence, Paper, Recommendation
-from deltamerge.review import TENSOR_KEYS
+from deltamerge.inspect.activations import Activations, Influence, LayerInfluence, Massive
+from deltamerge.inspect.recommend import Candidate, Evidence, Paper, Recommendation
+from deltamerge.inspect.statistics import Report, Statistics, TensorStatistics
+from deltamerge.plan.review import TENSOR_KEYS
+from deltamerge.run.calibration_record import Choice, Run
 
-PAGE = Path(__file__).parent.parent / "docs" / "inspect.md"
+PAGE = Path(__file__).parents[2] / "docs" / "inspect.md"
 MODELS: tuple[type[BaseModel], ...] = (
     Report,
     Statistics,
@@ -62,13 +62,18 @@ def _type(annotation: object) -> str:
     text = annotation.__name__ if isinstance(annotation, type) and "[" not in str(annotation) else str(annotation)
     text = re.sub(r"Annotated\[float, FieldInfo\(.*?\)\]\)\]", "float", text)
     text = re.sub(r"^typing.Union\[(\w+), (.*)\]$", r"\1 | \2", text)
-    for module in ("deltamerge.inspect.", "deltamerge.influence.", "deltamerge.chosen.", "typing."):
+    for module in (
+        "deltamerge.inspect.statistics.",
+        "deltamerge.inspect.activations.",
+        "deltamerge.run.calibration_record.",
+        "typing.",
+    ):
         text = text.replace(module, "")
     return text.replace(" | None", " or null").replace("|", "or")
 
 
 def test_the_page_has_the_schema() -> None:
-    assert PAGE.read_text().endswith(tables()), "write it again from tests/test_json_docs.py: tables()"
+    assert PAGE.read_text().endswith(tables()), "write it again from tests/project/test_json_docs.py: tables()"
 
 
 KINDS: dict[str, tuple[type, ...]] = {

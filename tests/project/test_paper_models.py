@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-REPOSITORY = Path(__file__).parents[1]
+REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
 arithmetic, decoder, digits, frame, pruned, theory = (
     importlib.import_module(f"paper.{name}")

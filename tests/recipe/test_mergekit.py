@@ -10,16 +10,16 @@ import pytest
 import yaml
 from conftest import load_tensors, tiny_llama, write_json
 
-from deltamerge import mergekit, source
 from deltamerge.cli import commands, main
-from deltamerge.cli.habits import FLAGS
+from deltamerge.cli.mergekit_flags import FLAGS
 from deltamerge.errors import RecipeError
-from deltamerge.methods import NO_EFFECT_KEYS
-from deltamerge.plans import make_plan
-from deltamerge.recipe import load_all
-from deltamerge.runner import finish, run
+from deltamerge.methods.table import NO_EFFECT_KEYS
+from deltamerge.recipe import mergekit, yaml_source
+from deltamerge.recipe.schema import load_all
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import finish, run
 
-DOCUMENTATION = Path(__file__).parent.parent / "docs" / "from-mergekit.md"
+DOCUMENTATION = Path(__file__).parents[2] / "docs" / "from-mergekit.md"
 
 DARE = """\
 # a comment
@@ -59,7 +59,7 @@ def own(model: str) -> str:
 
 
 def resolved(text: str) -> str:
-    return mergekit.written_out(text, load_all(source.loads_all(text, "r.yaml")))[0]
+    return mergekit.written_out(text, load_all(yaml_source.loads_all(text, "r.yaml")))[0]
 
 
 WRITTEN = {
@@ -102,7 +102,7 @@ def test_defaults_are_written_where_they_belong(case):
 
 def test_places_are_those_of_the_file_as_it_was():
     text = f"name: one\n{DARE}---\n{LINEAR}"
-    before = load_all(source.loads_all(text, "r.yaml"))
+    before = load_all(yaml_source.loads_all(text, "r.yaml"))
     _, after = mergekit.written_out(text, before)
     for old, new in zip(before, after, strict=True):
         for key in ("merge_method", "base_model", "models"):
@@ -149,7 +149,7 @@ def test_a_run_leaves_the_recipe_that_makes_the_same_again(models, tmp_path):
 
 
 def test_parts_and_chains_keep_the_flag(models, tmp_path):
-    from deltamerge.distribute import Part
+    from deltamerge.run.partition import Part
 
     recipe = models / "parts.yaml"
     recipe.write_text(DARE + "output: {shard_size: 30kB}\n")

@@ -11,11 +11,11 @@ import torch
 from conftest import load_tensors, tiny_llama, write_json
 from safetensors.torch import save_file
 
-from deltamerge.apply import apply
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run.apply import apply
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
-RECIPES = Path(__file__).parent.parent / "recipes"
+RECIPES = Path(__file__).parents[2] / "recipes"
 
 
 @pytest.fixture(scope="module")

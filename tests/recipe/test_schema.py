@@ -14,15 +14,15 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltamerge import checks, source
-from deltamerge import recipe as recipes
 from deltamerge.errors import Problem, RecipeError
-from deltamerge.methods import MERGE, PRUNE
-from deltamerge.parameters import resolve
-from deltamerge.pruning import TASK_HEAD, Pruning, effective_prune
-from deltamerge.recipe import Recipe
+from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.recipe import checks, yaml_source
+from deltamerge.recipe import schema as recipes
+from deltamerge.recipe.effective_prune import TASK_HEAD, Pruning, effective_prune
+from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.values import resolve
 
-SCHEMA = Path(__file__).parent.parent / "recipes" / "recipe.schema.json"
+SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 
 ONE = "base_model: b\nmodels:\n  - model: x\n"
 TWO = """\
@@ -79,7 +79,7 @@ output: {kind: model, path: merged, shard_size: 5GB}
 def parse(text: str) -> Recipe:
     """A recipe of the whole contract, whether or not this version can run it."""
     found: list[Problem] = []
-    recipe = recipes.parse(source.loads(text, "r.yaml"), found)
+    recipe = recipes.parse(yaml_source.loads(text, "r.yaml"), found)
     assert found == []
     assert [*checks.problems(recipe)] == []
     return recipe
@@ -798,7 +798,7 @@ def accepts(node: dict[str, Any], value: object) -> bool:
 
 @pytest.mark.parametrize("text", [MISTRAL_TIES, LLAMA_TIES, LINEAR, STACK, MODULES, TOKENS, ONE, TWO])
 def test_the_schema_accepts_recipes(text: str) -> None:
-    assert accepts(recipes.schema(), source.loads(text, "r.yaml").data)
+    assert accepts(recipes.schema(), yaml_source.loads(text, "r.yaml").data)
 
 
 @pytest.mark.parametrize(
@@ -807,7 +807,7 @@ def test_the_schema_accepts_recipes(text: str) -> None:
      "parameters: {wieght: 1}", "merge_method: tise", "output: {kind: x}", "prune: {q: x}"],
 )  # fmt: skip
 def test_the_schema_refuses_what_an_editor_should_underline(keys: str) -> None:
-    assert not accepts(recipes.schema(), source.loads(ONE + keys, "r.yaml").data)
+    assert not accepts(recipes.schema(), yaml_source.loads(ONE + keys, "r.yaml").data)
 
 
 def test_every_key_is_described() -> None:
@@ -818,7 +818,7 @@ def test_every_key_is_described() -> None:
 
 
 def test_no_torch_is_imported() -> None:
-    code = "import sys, deltamerge.recipe; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    code = "import sys, deltamerge.recipe.schema; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
 
 
@@ -830,7 +830,7 @@ JUNK = st.sampled_from(
 )
 
 
-def paths(value: object, loc: source.Loc = ()) -> list[source.Loc]:
+def paths(value: object, loc: yaml_source.Loc = ()) -> list[yaml_source.Loc]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     return [loc, *(inner for key, item in items for inner in paths(item, (*loc, key)))]
 
@@ -838,7 +838,7 @@ def paths(value: object, loc: source.Loc = ()) -> list[source.Loc]:
 @settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_a_damaged_recipe_is_read_or_refused(data: st.DataObject) -> None:
-    tree = source.loads(data.draw(st.sampled_from(SAMPLES)), "r.yaml").data
+    tree = yaml_source.loads(data.draw(st.sampled_from(SAMPLES)), "r.yaml").data
     for _ in range(data.draw(st.integers(1, 3))):
         *holders, last = data.draw(st.sampled_from([loc for loc in paths(tree) if loc]))
         at = tree

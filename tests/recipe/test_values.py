@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from deltamerge.parameters import (
+from deltamerge.recipe.values import (
     Filter,
     Scalar,
     Value,

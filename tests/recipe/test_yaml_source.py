@@ -10,13 +10,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamerge import source
 from deltamerge.errors import Problem, RecipeError
+from deltamerge.recipe import yaml_source
 
 
 def refused(text: str) -> str:
     with pytest.raises(RecipeError) as caught:
-        source.loads(text, "r.yaml")
+        yaml_source.loads(text, "r.yaml")
     return str(caught.value)
 
 
@@ -37,14 +37,14 @@ def refused(text: str) -> str:
     ],
 )  # fmt: skip
 def test_values_are_yaml_1_2(text: str, value: object) -> None:
-    read = source.loads(f"key: {text}", "r.yaml").data["key"]
+    read = yaml_source.loads(f"key: {text}", "r.yaml").data["key"]
     assert read == value
     assert type(read) is type(value)
 
 
 def test_merge_keys_are_expanded_own_keys_first() -> None:
     text = "a: &a {x: 1, y: 2}\nb: &b {x: 3, z: 4}\nc:\n  <<: [*a, *b]\n  y: 5\nd: {<<: *a}\n"
-    data = source.loads(text, "r.yaml").data
+    data = yaml_source.loads(text, "r.yaml").data
     assert data["c"] == {"x": 1, "y": 5, "z": 4}
     assert data["d"] == {"x": 1, "y": 2}
 
@@ -123,21 +123,21 @@ models:
         ((), (1, 1), (1, 1)),
     ],
 )
-def test_positions(loc: source.Loc, value: tuple[int, int], key: tuple[int, int]) -> None:
-    read = source.loads(TEXT, "r.yaml")
+def test_positions(loc: yaml_source.Loc, value: tuple[int, int], key: tuple[int, int]) -> None:
+    read = yaml_source.loads(TEXT, "r.yaml")
     assert read.locate(loc) == value
     assert read.locate(loc, key=True) == key
 
 
 def test_problem_has_place_and_position() -> None:
-    problem = source.loads(TEXT, "r.yaml").problem(("models", 0, "prune", "q", 1), "is odd", "even it")
+    problem = yaml_source.loads(TEXT, "r.yaml").problem(("models", 0, "prune", "q", 1), "is odd", "even it")
     assert problem.render("r.yaml") == "r.yaml:4:34: models[0].prune.q[1]: is odd\nhint: even it"
 
 
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "r.yaml"
     path.write_bytes("\ufeffa: naïve\r\nb: 2\r\n".encode())
-    read = source.load(path)
+    read = yaml_source.load(path)
     assert read.data == {"a": "naïve", "b": 2}
     assert read.path == str(path)
     for raw, message in [
@@ -147,7 +147,7 @@ def test_files(tmp_path: Path) -> None:
     ]:
         path.write_bytes(raw)
         with pytest.raises(RecipeError) as caught:
-            source.load(path)
+            yaml_source.load(path)
         assert message in str(caught.value)
 
 
@@ -158,18 +158,18 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         (tmp_path / "a\0b", "cannot be read: "),
     ]:
         with pytest.raises(RecipeError) as caught:
-            source.load(path)
+            yaml_source.load(path)
         assert message in str(caught.value)
 
 
 def test_pure_python_yaml_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pure(yaml.SafeLoader):
-        yaml_implicit_resolvers = source._Loader.yaml_implicit_resolvers
+        yaml_implicit_resolvers = yaml_source._Loader.yaml_implicit_resolvers
 
     text = TEXT + "c: {no: 010, x: 1e-3}\nd: 1:30\n"
-    compiled = source.loads(text, "r.yaml")
-    monkeypatch.setattr(source, "_Loader", Pure)
-    assert source.loads(text, "r.yaml") == compiled
+    compiled = yaml_source.loads(text, "r.yaml")
+    monkeypatch.setattr(yaml_source, "_Loader", Pure)
+    assert yaml_source.loads(text, "r.yaml") == compiled
     assert "duplicate key" in refused("a: 1\na: 2")
 
 
@@ -180,7 +180,7 @@ YAMLISH = st.text(st.sampled_from("ab:-[]{}&*!|>'\"#%@,? \n\t~<0.1e\r\u2028é"),
 def test_any_text_is_read_or_refused_in_place(text: str) -> None:
     problems: tuple[Problem, ...] = ()
     try:
-        assert isinstance(source.loads(text, "r.yaml").data, dict)
+        assert isinstance(yaml_source.loads(text, "r.yaml").data, dict)
     except RecipeError as error:
         problems = error.problems
     assert all(problem.line and problem.column for problem in problems)
@@ -197,4 +197,4 @@ PLAIN = st.recursive(
 @given(st.dictionaries(KEYS, PLAIN, max_size=4))
 def test_what_a_yaml_writer_writes_is_read_back(value: dict[str, object]) -> None:
     # quoted, since PyYAML leaves strings such as 1e5 plain, which YAML 1.2 reads as numbers
-    assert source.loads(yaml.safe_dump(value, default_style='"'), "r.yaml").data == value
+    assert yaml_source.loads(yaml.safe_dump(value, default_style='"'), "r.yaml").data == value

@@ -15,7 +15,7 @@ from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from torch import Tensor, nn
 
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.optim import AdamR, Pretrained, _match, pull
+from deltamerge.run.adamr import AdamR, Pretrained, _match, pull
 
 Array = npt.NDArray[np.float64]
 

@@ -16,10 +16,10 @@ pytest.importorskip("numba")
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import writer
-from deltamerge.planner import Plan
-from deltamerge.runner import run
+from deltamerge.plan.planner import Plan
+from deltamerge.run.runner import run
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 # Faults are bound to compiled loops before these are loaded: in a process of its own.
 CHILD = """\
 import shutil, sys
@@ -28,7 +28,7 @@ from bad_disk import BadDisk
 disk = BadDisk(short=0.4)
 import deltamerge.io.writer as writer
 from deltamerge.errors import InputError, OutputError
-from deltamerge.runner import run
+from deltamerge.run.runner import run
 writer.SAVE_SECONDS = 0.001
 
 recipe, out, truth = map(Path, sys.argv[1:])

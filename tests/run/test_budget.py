@@ -13,12 +13,12 @@ import torch
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair
 from test_cli import call
 
-from deltamerge.budget import BINS, Spectrum, choose, measure
 from deltamerge.calibrate.statistics import LayerStatistics
+from deltamerge.delta.positions import expected_bits, uniform_density
+from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
-from deltamerge.execute import shared_values
-from deltamerge.io.encodings import expected_bits, uniform_density
-from deltamerge.plans import make_plan
+from deltamerge.run.budget import BINS, Spectrum, choose, measure
+from deltamerge.run.plans import make_plan
 
 SCALES = (1.0, 0.2, 3.0, 0.01)
 

@@ -19,8 +19,8 @@ from test_resume import RECIPE, calibrated, call, files, models
 from deltamerge.io.journal import read_journal
 from deltamerge.io.workspace import has_work
 from deltamerge.io.writer import done_spans
-from deltamerge.lock import verify
-from deltamerge.runner import run
+from deltamerge.run.lock import verify
+from deltamerge.run.runner import run
 
 # In every process of the test: saves are frequent, writes slow, and told to a log, so that there is an amid; after its
 # first large write each waits for `go`, however slow this machine is.
@@ -119,7 +119,7 @@ class Started:
 
 
 def environment(*first: Path) -> dict[str, str]:
-    paths = [*map(str, first), str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    paths = [*map(str, first), str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
     # the deltamerge of this tree on every worker; a small store of objects: nothing goes through it
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "RAY_DEFAULT_OBJECT_STORE_MAX_MEMORY_BYTES": "80000000"}
 

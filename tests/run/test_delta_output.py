@@ -20,8 +20,8 @@ import yaml
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from test_cli import call
 
-from deltamerge import runner
-from deltamerge.methods import MERGE
+from deltamerge.methods.table import MERGE
+from deltamerge.run import runner
 
 OWN = {"README.md", "recipe.yaml", "recipe.lock"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -135,11 +135,11 @@ def test_same_bytes_whatever_the_workers_and_tiles(tmp_path: Path, monkeypatch: 
         output = {"kind": "delta"} | ({} if values is None else {"values": values})
         first = content(run(tmp_path, "one", text, **output))
         with monkeypatch.context() as patch:
-            patch.setattr("deltamerge.footprint.TILE_ELEMENTS", 1 << 8)
-            patch.setattr("deltamerge.execute.JOB_ELEMENTS", 1 << 9)
-            patch.setattr("deltamerge.execute.default_workers", lambda: 4)
+            patch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 8)
+            patch.setattr("deltamerge.engine.execute.JOB_ELEMENTS", 1 << 9)
+            patch.setattr("deltamerge.engine.execute.default_workers", lambda: 4)
             assert content(run(tmp_path, "two", text, **output)) == first
-            patch.setattr("deltamerge.backends.FUSED_FUNCTIONS", frozenset())
+            patch.setattr("deltamerge.engine.backends.FUSED_FUNCTIONS", frozenset())
             assert content(run(tmp_path, "three", text, **output)) == first
 
 

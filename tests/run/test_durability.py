@@ -23,7 +23,7 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.io import writer
 from deltamerge.io.journal import read_journal
 from deltamerge.io.writer import done_spans
-from deltamerge.runner import run
+from deltamerge.run.runner import run
 
 CHANGES = ("open", "pwrite", "ftruncate", "fdatasync", "fsync", "rename", "unlink", "mkdir", "rmdir", "copy_file_range")
 

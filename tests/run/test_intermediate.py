@@ -12,13 +12,13 @@ from click.testing import CliRunner
 from conftest import load_tensors, tiny_llama
 
 from deltamerge import cli
-from deltamerge.chain import documents
 from deltamerge.errors import DeltamergeError, OutputError, RecipeError, VerifyError
 from deltamerge.io.journal import Journal
 from deltamerge.io.work_folder import mark
-from deltamerge.lock import verify
-from deltamerge.plans import make_plans
-from deltamerge.runner import calibrate, run
+from deltamerge.run.intermediate import documents
+from deltamerge.run.lock import verify
+from deltamerge.run.plans import make_plans
+from deltamerge.run.runner import calibrate, run
 
 CHAIN = """\
 # the output's parts come after it

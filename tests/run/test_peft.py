@@ -16,13 +16,13 @@ from test_adapter import LLAMA, adapt, close, load
 from tiny_models import batches, make
 
 from deltamerge.calibrate.subject import Memory
+from deltamerge.engine.execute import Task, execute
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
-from deltamerge.execute import Task, execute
 from deltamerge.io.checkpoint import Reader
 from deltamerge.io.shira import Candidate, choose_rank, difference
-from deltamerge.lock import verify
-from deltamerge.plans import make_plan
-from deltamerge.runner import run
+from deltamerge.run.lock import verify
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import run
 
 peft = pytest.importorskip("peft")
 

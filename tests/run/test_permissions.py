@@ -15,7 +15,7 @@ from test_resume import RECIPE, Stop, call, files, models
 
 from deltamerge.errors import InputError
 from deltamerge.io import writer
-from deltamerge.runner import run
+from deltamerge.run.runner import run
 
 PASSING = (1 << 1) | (1 << 2) | (1 << 3)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
 

@@ -11,7 +11,7 @@ from conftest import tiny_llama
 from small_hub import COMMIT, TOKEN, Hub
 from test_cli import call
 
-from deltamerge.runner import run
+from deltamerge.run.runner import run
 
 # huggingface_hub's own way of calling its http client
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

@@ -25,10 +25,10 @@ from random_recipes import Case, cases, norms, row_q
 from raw_tensors import DIGITS, LARGEST, LEAST, Stored, read_checkpoint, widened
 from reference_recipe import Unsure
 
+from deltamerge.calibrate.spec import Calibrated
 from deltamerge.errors import DeltamergeError
-from deltamerge.methods import MERGE
-from deltamerge.runner import run
-from deltamerge.stages import Calibrated
+from deltamerge.methods.table import MERGE
+from deltamerge.run.runner import run
 
 LONG = "FUZZ" in os.environ
 fuzz = settings(
@@ -58,9 +58,9 @@ def made(case: Case, path: Path, backend: str, *, plainly: bool) -> tuple[Any, d
     with ExitStack() as stack:
         stack.enter_context(computed_by(backend))
         if not plainly:
-            stack.enter_context(patch("deltamerge.footprint.TILE_ELEMENTS", case.tile))
-            stack.enter_context(patch("deltamerge.execute.JOB_ELEMENTS", case.job))
-            stack.enter_context(patch("deltamerge.pruners.select.MOST", case.listed))
+            stack.enter_context(patch("deltamerge.plan.memory.TILE_ELEMENTS", case.tile))
+            stack.enter_context(patch("deltamerge.engine.execute.JOB_ELEMENTS", case.job))
+            stack.enter_context(patch("deltamerge.methods.prune.select.MOST", case.listed))
         workers = 1 if plainly else case.workers
         try:
             if case.calibrates:

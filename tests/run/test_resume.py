@@ -20,19 +20,20 @@ from conftest import make_checkpoint, tiny_llama
 from test_workspace import earlier
 
 from deltamerge.cli import main
-from deltamerge.distribute import Part
+from deltamerge.delta import spool
+from deltamerge.delta.tensor_writer import TensorWriter
 from deltamerge.errors import InputError, OutputError, UsageError
-from deltamerge.io import delta_spool, writer
+from deltamerge.io import writer
 from deltamerge.io.audit import INFINITY, count_nonfinite
-from deltamerge.io.delta_tensor import TensorWriter
 from deltamerge.io.journal import Journal, check_facts, has_work, read_journal
 from deltamerge.io.work_folder import mark
-from deltamerge.lock import verify
-from deltamerge.ops import torch_dtype
-from deltamerge.planner import Plan
-from deltamerge.plans import make_plan
-from deltamerge.runner import finish, run
-from deltamerge.tensors import ITEMSIZE
+from deltamerge.methods.ops import torch_dtype
+from deltamerge.methods.tiles import ITEMSIZE
+from deltamerge.plan.planner import Plan
+from deltamerge.run.lock import verify
+from deltamerge.run.partition import Part
+from deltamerge.run.plans import make_plan
+from deltamerge.run.runner import finish, run
 
 RECIPE = """\
 base_model: ./base
@@ -139,7 +140,7 @@ DELTAS = {"final": "kind: delta", "signs": "kind: delta, semantics: add, values:
 def test_a_delta_keeps_the_tensors_that_are_finished(
     recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, after: int
 ) -> None:
-    monkeypatch.setattr(delta_spool, "SECONDS", -1)
+    monkeypatch.setattr(spool, "SECONDS", -1)
     path = recipe("dare_ties").with_name(f"delta-{name}.yaml")
     path.write_text(RECIPE.format(method="dare_ties", shard="250KB").replace("{shard", f"{{{DELTAS[name]}, shard"))
     truth, out = files(run(path, tmp_path / "truth" / "out").folder), tmp_path / "out"
@@ -148,7 +149,7 @@ def test_a_delta_keeps_the_tensors_that_are_finished(
     journal = tmp_path / ".out.partial" / "journal"
     kept = {name for record in read_journal(journal)[0] for name in record.get("tensors", {})}
     assert kept
-    lost = sorted((tmp_path / ".out.partial" / delta_spool.SPOOL).iterdir())[-1]
+    lost = sorted((tmp_path / ".out.partial" / spool.SPOOL).iterdir())[-1]
     lost.write_bytes(b"")  # what is not there any more is made again
     again: set[str] = set()
     write = TensorWriter._append
@@ -173,9 +174,9 @@ def changed_input(path: Path) -> None:
 
 
 def changed_version(path: Path) -> None:
-    import deltamerge.hashes
+    import deltamerge.run.hashes
 
-    deltamerge.hashes.__version__ = "999"  # type: ignore[attr-defined]
+    deltamerge.run.hashes.__version__ = "999"  # type: ignore[attr-defined]
 
 
 CHANGES = {changed_recipe: "the recipe", changed_input: r"\./b: model.safetensors", changed_version: "deltamerge$"}
@@ -185,7 +186,7 @@ CHANGES = {changed_recipe: "the recipe", changed_input: r"\./b: model.safetensor
 def test_resume_refuses_what_differs_and_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], None]
 ) -> None:
-    monkeypatch.setattr("deltamerge.hashes.__version__", "1")
+    monkeypatch.setattr("deltamerge.run.hashes.__version__", "1")
     monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
     models(tmp_path)
     path, out = tmp_path / "r.yaml", tmp_path / "out"
@@ -425,7 +426,7 @@ def test_what_calibration_found_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     def again(*_: object) -> None:
         raise AssertionError("calibrated again")
 
-    monkeypatch.setattr("deltamerge.weights.shared_values", again)
+    monkeypatch.setattr("deltamerge.run.weights.shared_values", again)
     run(path, out, resume=True)
     assert files(out) == truth
 
@@ -478,7 +479,7 @@ def nonfinite_recipe(folder: Path, kind: str) -> Path:
 def test_nan_and_inf_exit_1_with_names_unless_allowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    for module, name in ((writer, "SAVE_SECONDS"), (delta_spool, "SECONDS")):
+    for module, name in ((writer, "SAVE_SECONDS"), (spool, "SECONDS")):
         monkeypatch.setattr(module, name, 1e6)  # however slow this machine is
     path = nonfinite_recipe(tmp_path, kind)
     code, out, err = call(capsys, "run", path, "--json")
@@ -497,7 +498,7 @@ def test_nan_and_inf_exit_1_with_names_unless_allowed(
 def test_a_delta_refused_for_nan_keeps_what_resume_is_promised(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(delta_spool, "SECONDS", -1)  # as in a run that takes long
+    monkeypatch.setattr(spool, "SECONDS", -1)  # as in a run that takes long
     path, out, truth = nonfinite_recipe(tmp_path, kind), tmp_path / "out", tmp_path / "truth" / "out"
     assert call(capsys, "run", path, "--out", truth, "--allow-nonfinite")[0] == 0
     code, _, err = call(capsys, "run", path, "--out", out)
@@ -596,7 +597,7 @@ def test_two_commands_on_one_target(
 def test_overflow_on_the_cast_to_float16_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
-    monkeypatch.setattr("deltamerge.backends.fused_available", lambda: fused and has_numba())
+    monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: fused and has_numba())
     make_checkpoint(tmp_path / "base", {"w": torch.full((4, 4), 60000.0)})
     make_checkpoint(tmp_path / "a", {"w": torch.full((4, 4), 65519.0).fill_diagonal_(65520.0)})
     path = tmp_path / "r.yaml"

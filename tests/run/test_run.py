@@ -12,11 +12,11 @@ import torch
 import yaml
 from conftest import load_tensors, make_checkpoint
 
-from deltamerge import backends
+from deltamerge.engine import backends
 from deltamerge.errors import InputError, OutputError, VerifyError
-from deltamerge.lock import verify
-from deltamerge.pruners import bits
-from deltamerge.runner import run
+from deltamerge.methods.prune import bits
+from deltamerge.run.lock import verify
+from deltamerge.run.runner import run
 
 SHAPES = {
     "embed.weight": (301, 24),
@@ -171,7 +171,7 @@ RECIPES = {
 def test_same_bytes_whatever_the_workers_tiles_backend_and_order(models, tmp_path, monkeypatch, recipe):
     first = run_bytes(models, tmp_path, RECIPES[recipe], "first")
     assert run_bytes(models, tmp_path, RECIPES[recipe], "workers", workers=3) == first
-    monkeypatch.setattr("deltamerge.footprint.TILE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 10)
     assert run_bytes(models, tmp_path, RECIPES[recipe], "tiles") == first
     monkeypatch.setattr(backends, "FUSED_FUNCTIONS", frozenset())
     assert run_bytes(models, tmp_path, RECIPES[recipe], "torch", workers=2) == first

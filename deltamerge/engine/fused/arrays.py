@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import loops
-from deltamerge.tensors import Kept
+from deltamerge.engine.fused import loops
+from deltamerge.methods.tiles import Kept
 
 Array = NDArray[Any]
 Floats = NDArray[np.float32]

@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import loops, methods, sums
-from deltamerge.fused.arrays import NARROW, WIDE, Array, Delta, Floats, addresses, densified, loadable, widened
-from deltamerge.merge.arithmetic import divisor_of
-from deltamerge.pruners.bits import SPARSE_BLOCK, Key, guided, is_sparse, keep, threshold
-from deltamerge.pruners.masks import column_choice, reduced_range, unreduced
-from deltamerge.pruners.protect import is_among, places
-from deltamerge.pruners.select import HIGH, LOW, Bin, Cut
-from deltamerge.tensors import Kept, Patched, Tile, block_elements
+from deltamerge.engine.fused import loops, methods, sums
+from deltamerge.engine.fused.arrays import NARROW, WIDE, Array, Delta, Floats, addresses, densified, loadable, widened
+from deltamerge.methods.merge.arithmetic import divisor_of
+from deltamerge.methods.prune.bits import SPARSE_BLOCK, Key, guided, is_sparse, keep, threshold
+from deltamerge.methods.prune.masks import column_choice, reduced_range, unreduced
+from deltamerge.methods.prune.protect import is_among, places
+from deltamerge.methods.prune.select import HIGH, LOW, Bin, Cut
+from deltamerge.methods.tiles import Kept, Patched, Tile, block_elements
 
 Weights = tuple[float, ...]
 
@@ -291,37 +291,37 @@ def passthrough(x: Array, *, tile: Tile, scales: Weights) -> Floats:
 
 
 KERNELS: dict[str, Callable[..., Any]] = {
-    "deltamerge.ops:subtract": subtract,
-    "deltamerge.ops:cast": cast,
-    "deltamerge.ops:zeros": zeros,
-    "deltamerge.pruners.masks:dare": dare,
-    "deltamerge.pruners.masks:structured": structured,
-    "deltamerge.pruners.protect:clear": clear,
-    "deltamerge.pruners.protect:restore": restore,
-    "deltamerge.pruners.rescale:divide": divide,
-    "deltamerge.pruners.select:high_histogram": high_histogram,
-    "deltamerge.pruners.select:low_histogram": low_histogram,
-    "deltamerge.pruners.select:high_counts": high_counts,
-    "deltamerge.pruners.select:low_counts": low_counts,
-    "deltamerge.pruners.select:sample": methods.sample,
-    "deltamerge.pruners.select:bracketed": methods.bracketed,
-    "deltamerge.pruners.select:equal_counts": equal_counts,
-    "deltamerge.pruners.select:keep_largest": methods.keep_largest,
-    "deltamerge.pruners.select:keep_largest_rows": keep_largest_rows,
-    "deltamerge.pruners.select:keep_largest_rows_scored": keep_largest_rows_scored,
-    "deltamerge.pruners.rescale:norm": norm,
-    "deltamerge.pruners.rescale:divide_rows": divide_rows,
-    "deltamerge.merge.arithmetic:passthrough": passthrough,
-    "deltamerge.merge.arithmetic:linear": linear,
-    "deltamerge.merge.arithmetic:task_arithmetic": task_arithmetic,
-    "deltamerge.merge.ties:ties": ties,
-    "deltamerge.merge.span:gram": methods.gram,
-    "deltamerge.merge.span:row_grams": methods.row_grams,
-    "deltamerge.merge.span:combine": methods.combine,
-    "deltamerge.pruners.della:della": methods.della,
-    "deltamerge.pruners.select:keep_between": methods.keep_between,
-    "deltamerge.pruners.select:keep_where": methods.keep_where,
-    "deltamerge.pruners.select:count_nonzero": methods.count_nonzero,
-    "deltamerge.merge.sce:variance": methods.variance,
-    "deltamerge.merge.sce:sce": methods.sce,
+    "deltamerge.methods.ops:subtract": subtract,
+    "deltamerge.methods.ops:cast": cast,
+    "deltamerge.methods.ops:zeros": zeros,
+    "deltamerge.methods.prune.masks:dare": dare,
+    "deltamerge.methods.prune.masks:structured": structured,
+    "deltamerge.methods.prune.protect:clear": clear,
+    "deltamerge.methods.prune.protect:restore": restore,
+    "deltamerge.methods.prune.rescale:divide": divide,
+    "deltamerge.methods.prune.select:high_histogram": high_histogram,
+    "deltamerge.methods.prune.select:low_histogram": low_histogram,
+    "deltamerge.methods.prune.select:high_counts": high_counts,
+    "deltamerge.methods.prune.select:low_counts": low_counts,
+    "deltamerge.methods.prune.select:sample": methods.sample,
+    "deltamerge.methods.prune.select:bracketed": methods.bracketed,
+    "deltamerge.methods.prune.select:equal_counts": equal_counts,
+    "deltamerge.methods.prune.select:keep_largest": methods.keep_largest,
+    "deltamerge.methods.prune.select:keep_largest_rows": keep_largest_rows,
+    "deltamerge.methods.prune.select:keep_largest_rows_scored": keep_largest_rows_scored,
+    "deltamerge.methods.prune.rescale:norm": norm,
+    "deltamerge.methods.prune.rescale:divide_rows": divide_rows,
+    "deltamerge.methods.merge.arithmetic:passthrough": passthrough,
+    "deltamerge.methods.merge.arithmetic:linear": linear,
+    "deltamerge.methods.merge.arithmetic:task_arithmetic": task_arithmetic,
+    "deltamerge.methods.merge.ties:ties": ties,
+    "deltamerge.methods.merge.span:gram": methods.gram,
+    "deltamerge.methods.merge.span:row_grams": methods.row_grams,
+    "deltamerge.methods.merge.span:combine": methods.combine,
+    "deltamerge.methods.prune.della:della": methods.della,
+    "deltamerge.methods.prune.select:keep_between": methods.keep_between,
+    "deltamerge.methods.prune.select:keep_where": methods.keep_where,
+    "deltamerge.methods.prune.select:count_nonzero": methods.count_nonzero,
+    "deltamerge.methods.merge.sce:variance": methods.variance,
+    "deltamerge.methods.merge.sce:sce": methods.sce,
 }

@@ -15,11 +15,11 @@ import numpy as np
 from numba import njit
 from numba.np.numpy_support import carray
 
-from deltamerge.fused.instructions import ones, pointer, product, stack, trailing_zeros, wide
-from deltamerge.fused.vectors import BLOCKS, VECTORS, philox_blocks
-from deltamerge.jit import compiled as compiled
-from deltamerge.merge.arithmetic import SMALLEST_DIVISOR
-from deltamerge.pruners.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
+from deltamerge.engine.fused.instructions import ones, pointer, product, stack, trailing_zeros, wide
+from deltamerge.engine.fused.vectors import BLOCKS, VECTORS, philox_blocks
+from deltamerge.io.jit import compiled as compiled
+from deltamerge.methods.merge.arithmetic import SMALLEST_DIVISOR
+from deltamerge.methods.prune.bits import GAPS, HIGH, LOW, MULTIPLIERS, ROUNDS, WEYL
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 from numba.np.numpy_support import carray
 
-from deltamerge.fused.instructions import GROUP, compared, ones, pointer, trailing_zeros, wide
-from deltamerge.fused.loops import CHUNK, compiled, philox
-from deltamerge.merge.sce import SMALLEST_WEIGHT
-from deltamerge.pruners.bits import HIGH, LOW
+from deltamerge.engine.fused.instructions import GROUP, compared, ones, pointer, trailing_zeros, wide
+from deltamerge.engine.fused.loops import CHUNK, compiled, philox
+from deltamerge.methods.merge.sce import SMALLEST_WEIGHT
+from deltamerge.methods.prune.bits import HIGH, LOW
 
 _HIGH, _LOW, _ZERO = np.uint64(HIGH), np.uint64(LOW), np.uint64(0)
 _SMALLEST = np.float32(SMALLEST_WEIGHT)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import loops, method_loops, sums
-from deltamerge.fused.arrays import WIDE, Array, Delta, Floats, addresses, densified, loadable, widened
-from deltamerge.merge import span
-from deltamerge.ops import row_blocks
-from deltamerge.pruners.bits import Key
-from deltamerge.pruners.della import probabilities
-from deltamerge.pruners.select import MAGNITUDE, Bracket, Cut, run_start, sampled_run
-from deltamerge.tensors import Kept, Tile, block_elements
+from deltamerge.engine.fused import loops, method_loops, sums
+from deltamerge.engine.fused.arrays import WIDE, Array, Delta, Floats, addresses, densified, loadable, widened
+from deltamerge.methods.merge import span
+from deltamerge.methods.ops import row_blocks
+from deltamerge.methods.prune.bits import Key
+from deltamerge.methods.prune.della import probabilities
+from deltamerge.methods.prune.select import MAGNITUDE, Bracket, Cut, run_start, sampled_run
+from deltamerge.methods.tiles import Kept, Tile, block_elements
 
 
 def gram(*models: Array | Kept, tile: Tile) -> NDArray[np.float64]:

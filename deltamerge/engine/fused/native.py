@@ -79,7 +79,7 @@ def _called(engine: Any) -> Loop:
 
 def _compile(llvm: Any, machine: Any) -> bytes:
     """The object file of `stream_loop.run`, under the name `NAME`."""
-    from deltamerge.fused import stream_loop
+    from deltamerge.engine.fused import stream_loop
 
     module = llvm.parse_assembly(stream_loop.llvm())
     (entry,) = (f for f in module.functions if not f.is_declaration and f.linkage is llvm.Linkage.external)

@@ -10,14 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import codes, native
+from deltamerge.engine.fused import codes, native
 from deltamerge.io.files import Descriptor
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
-from deltamerge.pruners.bits import SPARSE_BLOCK, Key
-from deltamerge.tensors import ITEMSIZE, RUN
+from deltamerge.methods.prune.bits import SPARSE_BLOCK, Key
+from deltamerge.methods.tiles import ITEMSIZE, RUN
 
 if TYPE_CHECKING:
-    from deltamerge.fused.stream import Assembly
+    from deltamerge.engine.fused.stream import Assembly
 
 # Values of a chunk in float32: a few of them fill a core's first cache. The runs of a sum are such chunks.
 CHUNK = RUN

@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.fused import codes
-from deltamerge.fused.program import Operation, Place, Program
-from deltamerge.graph import REDUCTIONS, Node
+from deltamerge.engine.fused import codes
+from deltamerge.engine.fused.program import Operation, Place, Program
+from deltamerge.engine.graph import REDUCTIONS, Node
 from deltamerge.io.checkpoint import Reader
-from deltamerge.merge.arithmetic import divisor_of
-from deltamerge.merge.span import pairs
-from deltamerge.pruners.bits import Key, guided, is_sparse, threshold
-from deltamerge.pruners.select import HIGH, LOW, sampled_run
-from deltamerge.tensors import ITEMSIZE, block_elements
+from deltamerge.methods.merge.arithmetic import divisor_of
+from deltamerge.methods.merge.span import pairs
+from deltamerge.methods.prune.bits import Key, guided, is_sparse, threshold
+from deltamerge.methods.prune.select import HIGH, LOW, sampled_run
+from deltamerge.methods.tiles import ITEMSIZE, block_elements
 
 STORED = ("BF16", "F32")
 
@@ -258,34 +258,34 @@ def _gram(assembly: Assembly, node: Node) -> None:
         assembly.summed += 1
 
 
-CAST = "deltamerge.ops:cast"
-SAMPLE = "deltamerge.pruners.select:sample"
+CAST = "deltamerge.methods.ops:cast"
+SAMPLE = "deltamerge.methods.prune.select:sample"
 ASSEMBLERS: dict[str, Callable[..., None]] = {
-    "deltamerge.ops:subtract": _subtract,
+    "deltamerge.methods.ops:subtract": _subtract,
     CAST: _cast,
-    "deltamerge.pruners.masks:dare": _dare,
-    "deltamerge.pruners.rescale:divide": _divide,
-    "deltamerge.pruners.select:high_histogram": _high,
-    "deltamerge.pruners.select:high_counts": _high,
-    "deltamerge.pruners.select:low_histogram": _low,
-    "deltamerge.pruners.select:low_counts": _low,
-    "deltamerge.pruners.select:bracketed": _bracketed,
+    "deltamerge.methods.prune.masks:dare": _dare,
+    "deltamerge.methods.prune.rescale:divide": _divide,
+    "deltamerge.methods.prune.select:high_histogram": _high,
+    "deltamerge.methods.prune.select:high_counts": _high,
+    "deltamerge.methods.prune.select:low_histogram": _low,
+    "deltamerge.methods.prune.select:low_counts": _low,
+    "deltamerge.methods.prune.select:bracketed": _bracketed,
     SAMPLE: _sample,
-    "deltamerge.pruners.select:equal_counts": _equal,
-    "deltamerge.pruners.select:keep_largest": _keep_largest,
-    "deltamerge.merge.arithmetic:passthrough": _passthrough,
-    "deltamerge.merge.arithmetic:linear": partial(_weighted, based=False),
-    "deltamerge.merge.arithmetic:task_arithmetic": _weighted,
-    "deltamerge.merge.ties:ties": _ties,
-    "deltamerge.merge.span:gram": _gram,
-    "deltamerge.merge.span:combine": _combine,
+    "deltamerge.methods.prune.select:equal_counts": _equal,
+    "deltamerge.methods.prune.select:keep_largest": _keep_largest,
+    "deltamerge.methods.merge.arithmetic:passthrough": _passthrough,
+    "deltamerge.methods.merge.arithmetic:linear": partial(_weighted, based=False),
+    "deltamerge.methods.merge.arithmetic:task_arithmetic": _weighted,
+    "deltamerge.methods.merge.ties:ties": _ties,
+    "deltamerge.methods.merge.span:gram": _gram,
+    "deltamerge.methods.merge.span:combine": _combine,
 }
 SPARSE = frozenset({
     CAST,
-    "deltamerge.pruners.masks:dare",
-    "deltamerge.pruners.rescale:divide",
-    "deltamerge.merge.arithmetic:task_arithmetic",
-    "deltamerge.merge.ties:ties",
+    "deltamerge.methods.prune.masks:dare",
+    "deltamerge.methods.prune.rescale:divide",
+    "deltamerge.methods.merge.arithmetic:task_arithmetic",
+    "deltamerge.methods.merge.ties:ties",
 })  # fmt: skip
 
 

@@ -12,9 +12,9 @@ import numpy as np
 from numba import types
 from numba.np.numpy_support import carray
 
-from deltamerge.fused import codes
-from deltamerge.fused.instructions import pointer, stack, wide
-from deltamerge.fused.loops import (
+from deltamerge.engine.fused import codes
+from deltamerge.engine.fused.instructions import pointer, stack, wide
+from deltamerge.engine.fused.loops import (
     add_agreeing,
     add_weighted,
     align,
@@ -29,13 +29,13 @@ from deltamerge.fused.loops import (
     subtract_at,
     widen,
 )
-from deltamerge.fused.method_loops import append_between, copy_magnitudes
-from deltamerge.fused.sums import add_by_halving, dot_of_run
-from deltamerge.fused.xxh3 import mix_pieces
-from deltamerge.jit import uncalled
-from deltamerge.pruners.bits import SPARSE_BLOCK
-from deltamerge.pruners.select import GOLDEN
-from deltamerge.tensors import RUN
+from deltamerge.engine.fused.method_loops import append_between, copy_magnitudes
+from deltamerge.engine.fused.sums import add_by_halving, dot_of_run
+from deltamerge.engine.fused.xxh3 import mix_pieces
+from deltamerge.io.jit import uncalled
+from deltamerge.methods.prune.bits import SPARSE_BLOCK
+from deltamerge.methods.prune.select import GOLDEN
+from deltamerge.methods.tiles import RUN
 
 _MARKS = SPARSE_BLOCK // 64
 _OF_MARKS = 8 * _MARKS

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numba.np.numpy_support import carray
 
-from deltamerge.fused.instructions import double, stack
-from deltamerge.jit import compiled
-from deltamerge.tensors import LONGEST_ROW, RUN
+from deltamerge.engine.fused.instructions import double, stack
+from deltamerge.io.jit import compiled
+from deltamerge.methods.tiles import LONGEST_ROW, RUN
 
 _RUNS = LONGEST_ROW // RUN
 _OF_HALF, _OF_RUN, _OF_SUMS = 4 * RUN, 8 * RUN, 8 * _RUNS

@@ -12,8 +12,8 @@ import llvmlite.binding
 from llvmlite import ir
 from numba import types
 
-from deltamerge.fused.instructions import halves_of_product, instruction, splat
-from deltamerge.pruners.bits import HIGH, MULTIPLIERS, ROUNDS, WEYL
+from deltamerge.engine.fused.instructions import halves_of_product, instruction, splat
+from deltamerge.methods.prune.bits import HIGH, MULTIPLIERS, ROUNDS, WEYL
 
 # Blocks made at once: in vectors (two, so that one is worked on while the other waits), and meanwhile by words.
 LANES, WORDS = 16, 16

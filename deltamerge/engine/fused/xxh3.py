@@ -11,9 +11,9 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from deltamerge.fused.instructions import instruction, product
+from deltamerge.engine.fused.instructions import instruction, product
+from deltamerge.io.jit import compiled
 from deltamerge.io.pieces import PIECE_BYTES
-from deltamerge.jit import compiled
 
 # Bytes that are mixed between two scramblings, by stripes of 64.
 BLOCK = 1024

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltamerge.ops import densify, over, union
-from deltamerge.tensors import Kept, Patched, Tile
+from deltamerge.methods.ops import densify, over, union
+from deltamerge.methods.tiles import Kept, Patched, Tile
 
 if TYPE_CHECKING:
     import torch

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltamerge.ops import densify
-from deltamerge.tensors import Kept, Tile
+from deltamerge.methods.ops import densify
+from deltamerge.methods.tiles import Kept, Tile
 
 if TYPE_CHECKING:
     import torch

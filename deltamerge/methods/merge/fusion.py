@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltamerge.ops import densify, row_blocks
-from deltamerge.tensors import Kept, Make, Tile
+from deltamerge.methods.ops import densify, row_blocks
+from deltamerge.methods.tiles import Kept, Make, Tile
 
 if TYPE_CHECKING:
     import torch
 
-HERE = "deltamerge.merge.fusion"
-SELECT = "deltamerge.pruners.select"
+HERE = "deltamerge.methods.merge.fusion"
+SELECT = "deltamerge.methods.prune.select"
 FLOOR = 1e-8
 
 

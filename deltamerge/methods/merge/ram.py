@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.ops import densify
-from deltamerge.tensors import Kept, Make, Tile
+from deltamerge.methods.ops import densify
+from deltamerge.methods.tiles import Kept, Make, Tile
 
 if TYPE_CHECKING:
     import torch
 
-HERE = "deltamerge.merge.ram"
+HERE = "deltamerge.methods.merge.ram"
 
 
 def ram(base: torch.Tensor, *deltas: torch.Tensor | Kept, tile: Tile, epsilon: float) -> torch.Tensor:

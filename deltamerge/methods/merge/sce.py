@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltamerge.merge.arithmetic import weighted_sum
-from deltamerge.ops import densify
-from deltamerge.tensors import Kept, Make, Tile
+from deltamerge.methods.merge.arithmetic import weighted_sum
+from deltamerge.methods.ops import densify
+from deltamerge.methods.tiles import Kept, Make, Tile
 
 if TYPE_CHECKING:
     import torch
 
-HERE = "deltamerge.merge.sce"
-SELECT = "deltamerge.pruners.select"
+HERE = "deltamerge.methods.merge.sce"
+SELECT = "deltamerge.methods.prune.select"
 SMALLEST_WEIGHT = 1e-6
 
 
@@ -52,7 +52,8 @@ def nodes(
         equal = make(f"{SELECT}:equal_counts", [variance, cut], kind="concat", shape=shape)
         ranks = make(f"{SELECT}:pick_ranks", [equal], kind="small")
         deltas = [make(f"{SELECT}:keep_where", [delta, variance, cut, ranks], shape=shape) for delta in deltas]
-    squares = [make("deltamerge.pruners.rescale:norm", [x], kind="concat", shape=shape, norm="l2") for x in deltas]
+    norm = "deltamerge.methods.prune.rescale:norm"
+    squares = [make(norm, [x], kind="concat", shape=shape, norm="l2") for x in deltas]
     weights = make(f"{HERE}:weights", squares, kind="small", size=math.prod(shape))
     return make(function, [base, *deltas, weights], shape=shape)
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
-from deltamerge.ops import blocks, densify, halved
-from deltamerge.tensors import LONGEST_ROW, Kept, Make, Tile, row_length
+from deltamerge.methods.ops import blocks, densify, halved
+from deltamerge.methods.tiles import LONGEST_ROW, Kept, Make, Tile, row_length
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Part = torch.Tensor | Kept
 
 Floats = NDArray[np.float64]
-HERE = "deltamerge.merge.span"
+HERE = "deltamerge.methods.merge.span"
 
 COLINEAR = 0.9995
 ZERO_SUM = 1e-6
@@ -152,7 +152,7 @@ def nodes(
         coefficients = make(function, [grams], shape=shape, **parameters)
     else:
         largest = [
-            make("deltamerge.pruners.rescale:norm", [x], kind="concat", shape=shape, norm="linf") for x in models
+            make("deltamerge.methods.prune.rescale:norm", [x], kind="concat", shape=shape, norm="linf") for x in models
         ]
         scales = make(f"{HERE}:scales", largest, kind="small")
         limbs = make(f"{HERE}:column_limbs", [*models, scales], kind="sum", shape=shape)

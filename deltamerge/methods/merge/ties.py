@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltamerge.merge.arithmetic import SMALLEST_DIVISOR, weighted_sum
-from deltamerge.ops import densify, union
-from deltamerge.tensors import Kept, Patched, Tile
+from deltamerge.methods.merge.arithmetic import SMALLEST_DIVISOR, weighted_sum
+from deltamerge.methods.ops import densify, union
+from deltamerge.methods.tiles import Kept, Patched, Tile
 
 if TYPE_CHECKING:
     import torch

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.pruners.select import magnitude_bits
-from deltamerge.tensors import Tile, block_elements
+from deltamerge.methods.prune.select import magnitude_bits
+from deltamerge.methods.tiles import Tile, block_elements
 
 if TYPE_CHECKING:
     import torch

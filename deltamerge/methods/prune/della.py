@@ -8,10 +8,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
-from deltamerge.ops import densify, row_blocks
-from deltamerge.pruners.bits import Key, words_torch
-from deltamerge.pruners.select import magnitude_bits
-from deltamerge.tensors import Kept, Tile
+from deltamerge.methods.ops import densify, row_blocks
+from deltamerge.methods.prune.bits import Key, words_torch
+from deltamerge.methods.prune.select import magnitude_bits
+from deltamerge.methods.tiles import Kept, Tile
 
 if TYPE_CHECKING:
     import torch

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.pruners.bits import Key, choose_columns, is_sparse, keep_torch, positions_torch
-from deltamerge.tensors import Kept, Tile
+from deltamerge.methods.prune.bits import Key, choose_columns, is_sparse, keep_torch, positions_torch
+from deltamerge.methods.tiles import Kept, Tile
 
 if TYPE_CHECKING:
     import torch

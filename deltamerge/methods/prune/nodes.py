@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from deltamerge.graph import Graph, Node
-from deltamerge.pruners.bits import Key
+from deltamerge.engine.graph import Graph, Node
+from deltamerge.methods.prune.bits import Key
 
-COLUMNS = "deltamerge.pruners.columns"
-RESCALE = "deltamerge.pruners.rescale"
-SAMPLING = "deltamerge.pruners.sampling"
-SELECT = "deltamerge.pruners.select"
+COLUMNS = "deltamerge.methods.prune.columns"
+RESCALE = "deltamerge.methods.prune.rescale"
+SAMPLING = "deltamerge.methods.prune.sampling"
+SELECT = "deltamerge.methods.prune.select"
 
 
 def largest(graph: Graph, delta: Node, k: int) -> Node:
@@ -74,7 +74,7 @@ def best_scored(graph: Graph, delta: Node, activations: Node, name: str, transpo
     """WANDA: the best of each output's inputs, which lie in a row, or in a column of a weight stored (in, out)."""
     shape = delta.shape
     norms = graph.node(
-        "deltamerge.stages:norm",
+        "deltamerge.calibrate.spec:norm",
         [activations],
         kind="small",
         name=name,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.tensors import Kept, Tile
+from deltamerge.methods.tiles import Kept, Tile
 
 if TYPE_CHECKING:
     import torch

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from deltamerge.ops import block_rows, densify, halved, over
-from deltamerge.tensors import Kept, Tile
+from deltamerge.methods.ops import block_rows, densify, halved, over
+from deltamerge.methods.tiles import Kept, Tile
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.pruners.bits import Key, words_torch
-from deltamerge.pruners.select import HIGH, LOW, Bin, magnitude_bits
-from deltamerge.tensors import Tile
+from deltamerge.methods.prune.bits import Key, words_torch
+from deltamerge.methods.prune.select import HIGH, LOW, Bin, magnitude_bits
+from deltamerge.methods.tiles import Tile
 
 if TYPE_CHECKING:
     import torch

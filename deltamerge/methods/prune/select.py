@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.ops import densify
-from deltamerge.tensors import Kept, Tile, block_elements
+from deltamerge.methods.ops import densify
+from deltamerge.methods.tiles import Kept, Tile, block_elements
 
 if TYPE_CHECKING:
     import torch
