@@ -18,7 +18,7 @@ import yaml
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from deltamerge.calibrate.split import split
-from deltamerge.recipe.schema import load
+from deltamerge.recipe.load import load
 from deltamerge.run.runner import run
 
 PATIENCE = 4

@@ -30,9 +30,9 @@ from deltamerge.io.checkpoint import INDEX, open_checkpoint, shards_of, weight_s
 from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
 from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
 from deltamerge.io.safetensors_file import read_header
+from deltamerge.recipe.file import documents
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
-from deltamerge.run.intermediate import documents
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run
 

@@ -40,7 +40,7 @@ def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> Non
 
     Reads no weights; of hub models only the headers are fetched.
     """
-    from deltamerge.run.intermediate import documents
+    from deltamerge.recipe.file import documents
     from deltamerge.run.plans import make_plans
 
     worst = 0

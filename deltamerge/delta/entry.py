@@ -16,10 +16,10 @@ from blake3 import blake3
 
 from deltamerge.delta.manifest import Record, groups
 from deltamerge.delta.positions import Array, Sliced, decode
-from deltamerge.delta.values import cast, narrow, scale_values, widen
+from deltamerge.delta.values import scale_values
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import ITEMSIZE, cast, narrow, widen
 from deltamerge.io.files import flat
-from deltamerge.methods.tiles import ITEMSIZE
 
 TILE = 1 << 20
 DAMAGED = "the delta is damaged: copy, download or extract it again"

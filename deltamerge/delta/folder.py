@@ -15,9 +15,9 @@ from deltamerge.delta.manifest import FORMAT, VERSION, Manifest, check_record, g
 from deltamerge.delta.positions import Sliced, most_bytes
 from deltamerge.delta.stored import StoredArray, StoredFiles
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.safetensors_file import TensorInfo, read_header
 from deltamerge.io.strict_json import read_json
-from deltamerge.methods.tiles import ITEMSIZE
 
 MANIFEST = "delta.json"
 SINGLE = "delta.safetensors"

@@ -16,10 +16,9 @@ from numba.extending import intrinsic
 
 from deltamerge.delta.positions import Array, Coding, index_itemsize, rice_offsets
 from deltamerge.delta.stored import PADDING
-from deltamerge.delta.values import Values
+from deltamerge.delta.values import VALUE_BITS, Values
 from deltamerge.errors import InputError
 from deltamerge.io.jit import compiled
-from deltamerge.methods.tiles import VALUE_BITS
 
 BLOCK = 128  # positions between prefetch and use
 LINE = 64

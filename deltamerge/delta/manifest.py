@@ -11,10 +11,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from deltamerge.delta.positions import LARGEST_K, Coding, index_itemsize
-from deltamerge.delta.values import SCALE_BITS, SCALED, UNITS, Values
+from deltamerge.delta.values import SCALE_BITS, SCALED, UNITS, VALUE_BITS, Values
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import FLOATING, ITEMSIZE, PACKED_BITS
 from deltamerge.io.safetensors_file import MAX_DIMENSIONS
-from deltamerge.methods.tiles import FLOATING, ITEMSIZE, PACKED_BITS, VALUE_BITS
 
 FORMAT = "deltamerge-delta"
 VERSION = 1

@@ -15,9 +15,8 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.delta.entry import TILE, Entry, Read, as_bits, bits_type, extend
 from deltamerge.delta.positions import Array, Positions
-from deltamerge.delta.values import cast, narrow, widen
 from deltamerge.errors import InputError
-from deltamerge.methods.tiles import ITEMSIZE
+from deltamerge.io.dtypes import ITEMSIZE, cast, narrow, widen
 
 if TYPE_CHECKING:
     from pathlib import Path

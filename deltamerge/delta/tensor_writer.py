@@ -20,18 +20,10 @@ from deltamerge import errors
 from deltamerge.delta.entry import Entry, Read, as_bits, bits_type, digest, extend
 from deltamerge.delta.manifest import Record, stored_arrays
 from deltamerge.delta.positions import Array, Choice, Positions, choose, encode
-from deltamerge.delta.values import (
-    SCALED,
-    Coded,
-    cast,
-    cheapest,
-    encode_values,
-    relative_error,
-    scale_group,
-)
+from deltamerge.delta.values import SCALED, VALUE_BITS, Coded, cheapest, encode_values, relative_error, scale_group
 from deltamerge.io.audit import NonFinite, count_nonfinite
+from deltamerge.io.dtypes import FLOATING, ITEMSIZE, cast
 from deltamerge.io.files import flat, output_error, read_at, write_at
-from deltamerge.methods.tiles import FLOATING, ITEMSIZE, VALUE_BITS
 
 if TYPE_CHECKING:
     from deltamerge.delta.writer import DeltaWriter

@@ -17,15 +17,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import numpy.typing as npt
 
 from deltamerge.errors import InputError
-from deltamerge.methods.tiles import LONGEST_ROW, VALUE_BITS, block_elements, row_length
+from deltamerge.io.dtypes import Array, narrow, widen
+from deltamerge.methods.tiles import LONGEST_ROW, block_elements, row_length
 
-Array = npt.NDArray[Any]
 Values = Literal["float32", "bfloat16", "int8", "sign"]
 
 SCALED = frozenset({"int8", "sign"})
@@ -33,57 +32,6 @@ SCALE_BITS = 4
 ARRAY_BYTES = 128  # of one more stored array in a header
 RANKS_BYTES = 20  # of ranks in the manifest
 UNITS = (-149, 119)  # all scales are float32 numbers
-
-
-def widen(bits: Array, dtype: str) -> Array:
-    """Bit patterns (unsigned) of a safetensors floating `dtype` -> float32."""
-    if dtype == "BF16":
-        words = bits.astype(np.uint32)
-        words <<= 16
-        return words.view(np.float32)
-    if dtype == "F32":
-        return bits.view(np.float32)
-    if dtype in _NATIVE:
-        return bits.view(_NATIVE[dtype]).astype(np.float32)
-    return _torch_cast(bits, dtype, "F32").view(np.float32)
-
-
-def narrow(values: Array, dtype: str) -> Array:
-    """Float32 -> bit patterns of `dtype`, to the nearest, ties to even; NaN becomes 0x7FC0 in bfloat16."""
-    if dtype == "BF16":
-        bits = values.view(np.uint32)
-        rounded = ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-        rounded[np.isnan(values)] = 0x7FC0
-        return rounded
-    if dtype == "F32":
-        return values.view(np.uint32)
-    if dtype in _NATIVE:
-        with np.errstate(over="ignore"):
-            native = values.astype(_NATIVE[dtype])
-        return native.view(f"u{native.itemsize}")
-    return _torch_cast(values.view(np.uint32), "F32", dtype)
-
-
-def cast(bits: Array, source: str, target: str) -> Array:
-    """Bit patterns of one dtype as bit patterns of another, through float32."""
-    return bits if source == target else narrow(widen(bits, source), target)
-
-
-_NATIVE = {"F64": "<f8", "F16": "<f2"}
-
-
-def _torch_cast(bits: Array, source: str, target: str) -> Array:
-    import torch
-
-    types = {"F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-    signed = {
-        "F32": (np.int32, torch.int32),
-        "F8_E4M3": (np.int8, torch.int8),
-        "F8_E5M2": (np.int8, torch.int8),
-    }
-    tensor = torch.from_numpy(np.array(bits).view(signed[source][0])).view(types[source])
-    cast: Array = tensor.to(types[target]).view(signed[target][1]).numpy()
-    return cast.view(f"u{cast.itemsize}")
 
 
 def scale_group(shape: tuple[int, ...]) -> int:
@@ -215,3 +163,7 @@ def _table(unit: int) -> Array:
 
 
 _UNIT_SCALES = np.array([0.0, *((2 + code % 2) * 2.0 ** (code // 2) for code in range(1, 1 << SCALE_BITS))])
+
+
+# values that a delta artifact adds -> bits of each
+VALUE_BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "sign": 1}

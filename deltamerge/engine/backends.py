@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from deltamerge.engine.graph import Node, depth_first, resolve
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Reader
-from deltamerge.methods.tiles import ITEMSIZE, Tile
+from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.methods.tiles import Tile
 
 if TYPE_CHECKING:
     import torch

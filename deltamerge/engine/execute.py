@@ -17,7 +17,8 @@ from deltamerge.engine.backends import Backend, Lane, Pass, Step, open_backend, 
 from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, resolve, schedule
 from deltamerge.engine.steps import is_needless, steps
 from deltamerge.io.checkpoint import Reader, TensorInfo
-from deltamerge.methods.tiles import ITEMSIZE, Tile, block_elements, nbytes_of
+from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
+from deltamerge.methods.tiles import Tile, block_elements
 
 JOB_ELEMENTS = 1 << 21
 COPY_BYTES = 1 << 22

@@ -14,11 +14,10 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.delta.entry import TILE
 from deltamerge.delta.over_base import check, elements, over
-from deltamerge.delta.values import widen
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo, canonical, match_prefixes
-from deltamerge.methods.tiles import FLOATING, PACKED_BITS
+from deltamerge.io.dtypes import FLOATING, PACKED_BITS, widen
 from deltamerge.run import lock as locks
 
 

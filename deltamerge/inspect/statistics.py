@@ -23,10 +23,11 @@ from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.inspect.activations import Activations, Influence
 from deltamerge.inspect.moments import Moments, together
 from deltamerge.io.checkpoint import Reader, TensorInfo
-from deltamerge.methods.tiles import FLOATING
+from deltamerge.io.dtypes import FLOATING
 from deltamerge.plan.inputs import Inputs
 from deltamerge.recipe.effective_prune import TASK_HEAD
-from deltamerge.recipe.schema import Recipe, loads
+from deltamerge.recipe.load import loads
+from deltamerge.recipe.schema import Recipe
 from deltamerge.run.calibration_record import Run
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)

@@ -19,12 +19,12 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Adapter, Checkpoint
 from deltamerge.io.computed import Cast, LowRank
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import input_error
 from deltamerge.io.patterns import finds
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.io.safetensors_file import TensorInfo, read_header
 from deltamerge.io.strict_json import read_json
-from deltamerge.methods.tiles import ITEMSIZE
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import flat, input_error, read_at
 from deltamerge.io.outbox import Outbox
-from deltamerge.methods.tiles import ITEMSIZE
 
 PIECE = 1 << 20  # stays in a core's cache between reading and hashing
 

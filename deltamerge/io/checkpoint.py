@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.config_file import read_config
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import (
     Descriptor,
     Descriptors,
@@ -29,7 +30,6 @@ from deltamerge.io.quantised import gguf_error
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
 from deltamerge.io.strict_json import read_json
-from deltamerge.methods.tiles import ITEMSIZE
 
 if TYPE_CHECKING:
     from deltamerge.delta.file import DeltaFile

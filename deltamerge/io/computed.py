@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from deltamerge.delta.values import narrow, widen
-from deltamerge.methods.tiles import ITEMSIZE
+from deltamerge.io.dtypes import ITEMSIZE, narrow, widen
 
 if TYPE_CHECKING:
     from deltamerge.io.checkpoint import Reader

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import ITEMSIZE, bits_of
 from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import parse_json
-from deltamerge.methods.tiles import ITEMSIZE, bits_of
 
 if TYPE_CHECKING:
     from deltamerge.io.computed import Computed

@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from deltamerge.delta.values import cast, widen
-from deltamerge.methods.tiles import FLOATING, ITEMSIZE
+from deltamerge.io.dtypes import FLOATING, ITEMSIZE, cast, widen
 
 if TYPE_CHECKING:
     from deltamerge.io.checkpoint import Reader

@@ -11,11 +11,11 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, TensorInfo, canonical, match_prefixes
+from deltamerge.io.names import layer_index
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Part, written
 from deltamerge.recipe.schema import Recipe, model_name
-from deltamerge.recipe.values import layer_index
 
 Opener = Callable[[str, Path], Checkpoint]
 HEAD = "lm_head.weight"

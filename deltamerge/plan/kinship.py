@@ -21,9 +21,9 @@ from statistics import median
 
 import numpy as np
 
-from deltamerge.delta.values import widen
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.dtypes import widen
 from deltamerge.io.front_matter import front_matter
 from deltamerge.io.strict_json import read_json
 from deltamerge.plan.inputs import Group, Input, Inputs

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from deltamerge.engine.graph import Node, peak_tiles, schedule
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.outbox import ROOM, SLAB
-from deltamerge.methods.tiles import ITEMSIZE, block_elements
+from deltamerge.methods.tiles import block_elements
 from deltamerge.plan.outputs import Output
 
 TILE_ELEMENTS = 1 << 18

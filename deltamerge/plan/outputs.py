@@ -9,11 +9,13 @@ from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.delta.positions import expected_bits
+from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Graph
 from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.dtypes import COPIED, FLOATING, ITEMSIZE, PACKED_BITS
 from deltamerge.io.gathered import Gathered, cut
-from deltamerge.methods.tiles import COPIED, FLOATING, ITEMSIZE, PACKED_BITS, VALUE_BITS
+from deltamerge.io.names import layer_index
 from deltamerge.plan.inputs import HEAD, Input, Inputs, has_tied_head
 from deltamerge.plan.lacking import Spares, named
 from deltamerge.plan.merged_tensor import Merge
@@ -21,7 +23,6 @@ from deltamerge.plan.stack import Target, behind, like_template, repaired_config
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.values import layer_index
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,13 +9,13 @@ from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.names import layer_index, layer_position
 from deltamerge.io.quantised import keys_of, stated, without_keys
 from deltamerge.plan.inputs import HEAD, Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer
 from deltamerge.plan.layer_config import Followed, count_keys, layer_count, repair
 from deltamerge.plan.layer_kinds import Kind, Stacked, settle
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.values import layer_index, layer_position
 
 # Outside layers these belong to the first slice; norms and heads belong to the last one.
 BEFORE_LAYERS = re.compile(r"embed|(^|\.)(wte|wpe|shared|tok_embeddings|project_in)\.")

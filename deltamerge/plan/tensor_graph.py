@@ -10,14 +10,15 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.delta.positions import uniform_density
+from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine.graph import Graph, Node
 from deltamerge.engine.graph import resolve as call
 from deltamerge.errors import RecipeError
 from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.gathered import Gathered
 from deltamerge.methods.prune import nodes
 from deltamerge.methods.registry import MergeMethod
-from deltamerge.methods.tiles import ITEMSIZE, VALUE_BITS
 from deltamerge.plan.calibration_graph import Preparation
 from deltamerge.plan.delta_graph import KINDS, RESCALE, STAGES, Deltas
 from deltamerge.plan.merged_tensor import Merge, Tuned

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deltamerge.recipe.values import layer_index
+from deltamerge.io.names import layer_index
 
 EMBEDDING = re.compile(
     r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|shared|token_embedding)\.weight$"

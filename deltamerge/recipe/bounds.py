@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from deltamerge.errors import InputError, Problem
-from deltamerge.recipe.values import layer_index
+from deltamerge.io.names import layer_index
 
 if TYPE_CHECKING:
     from deltamerge.plan.inputs import Inputs

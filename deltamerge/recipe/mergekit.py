@@ -14,8 +14,9 @@ from deltamerge.errors import RecipeError
 from deltamerge.methods.table import PRUNE
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.effective_prune import effective_prune
+from deltamerge.recipe.load import load_all
 from deltamerge.recipe.parts import written
-from deltamerge.recipe.schema import Recipe, load_all
+from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.yaml_source import Loc, Position, Source
 
 L1 = {"rescale": "l1"}

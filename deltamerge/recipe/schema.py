@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cached_property
-from itertools import islice
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, PrivateAttr, Tag, ValidationError, model_validator
+from pydantic import Discriminator, Field, PrivateAttr, Tag, model_validator
 from pydantic_core import PydanticCustomError
 from typing_extensions import TypeAliasType
 
-from deltamerge.errors import Problem, RecipeError
-from deltamerge.io import patterns
+from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
 from deltamerge.methods.table import MERGE, NO_EFFECT, NO_EFFECT_KEYS
-from deltamerge.recipe import bounds, checks, documents, messages, yaml_source
-from deltamerge.recipe.parts import Part, flatten, written
+from deltamerge.recipe.parts import Part, written
 from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
 from deltamerge.recipe.prune_keys import Keys
 from deltamerge.recipe.prune_keys import Protect as Protect
@@ -26,8 +21,6 @@ from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern
 from deltamerge.recipe.types import parse_size as parse_size
 from deltamerge.recipe.values import Items, Value
 from deltamerge.recipe.yaml_source import Loc, Source
-
-MAX_PROBLEMS = 200  # shown of one recipe; whoever has more has another problem
 
 Parameters = TypeAliasType("Parameters", dict[str, Value])
 
@@ -254,50 +247,6 @@ class Recipe(Keys):
 def model_name(model: Model) -> str:
     """The name that masks and reports know a model by: its `name`, else the reference as written."""
     return model.name or model.model
-
-
-def load(path: Path) -> Recipe:
-    """Read a recipe that this version can run. Raises RecipeError with every problem found."""
-    return load_all([yaml_source.load(path)])[0]
-
-
-def loads(text: str, path: str = "recipe.yaml") -> Recipe:
-    """Read a recipe from YAML text; `path` is its name in messages. Raises RecipeError as `load` does."""
-    return load_all([yaml_source.loads(text, path)])[0]
-
-
-def parse(read: Source, problems: list[Problem]) -> Recipe:
-    """The recipe of a YAML source; problems of its structure are added to `problems`, and what has them left out."""
-    data = read.data
-    while True:
-        try:
-            recipe = Recipe.model_validate(data)
-        except ValidationError as error:
-            errors = error.errors(include_url=False)
-            if data is read.data:  # later rounds only complain of what the first left out
-                problems += [messages.problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
-            data = messages.without(data, map(messages.place_of, errors))
-        else:
-            models, parts = flatten(recipe)
-            recipe = recipe.model_copy(update={"models": models})
-            recipe._source, recipe._parts = read, parts
-            return recipe
-
-
-def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
-    """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
-    patterns.start_anew()
-    problems: list[Problem] = []
-    recipes = [parse(read, problems) for read in reads]
-    beyond = list(bounds.problems(recipes))
-    problems += beyond
-    for recipe in () if beyond else recipes:
-        problems += islice(checks.problems(recipe), MAX_PROBLEMS)
-    problems += () if beyond else documents.problems(recipes)
-    if problems:
-        ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
-        raise RecipeError(reads[0].path, ordered[:MAX_PROBLEMS])
-    return tuple(recipes)
 
 
 def schema() -> dict[str, Any]:

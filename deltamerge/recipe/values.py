@@ -158,16 +158,3 @@ def leaves(value: Value) -> Iterator[tuple[tuple[str | int, ...], Scalar]]:
             yield from (((i, *loc), scalar) for i, item in enumerate(value) for loc, scalar in leaves(item))
         case _:
             yield (), value
-
-
-def layer_index(name: str) -> int | None:
-    """The first dotted component that is a number: 7 for `model.layers.7.mlp.up_proj.weight`."""
-    return next((int(part) for part in name.split(".") if re.fullmatch("[0-9]{1,9}", part)), None)
-
-
-def layer_position(name: str, layers: int) -> float:
-    """t = index / (layers − 1) of the tensor's layer; 1 for a single layer, 0 outside layers (embeddings, head)."""
-    index = layer_index(name)
-    if index is None:
-        return 0.0
-    return 1.0 if layers <= 1 else min(1.0, index / (layers - 1))

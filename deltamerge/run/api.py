@@ -15,7 +15,7 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.planner import plan as plan_recipe
-from deltamerge.recipe.schema import loads
+from deltamerge.recipe.load import loads
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import Result
 from deltamerge.run.runner import run as run_recipe

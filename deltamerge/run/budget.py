@@ -30,12 +30,13 @@ from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.delta.entry import TILE
 from deltamerge.delta.over_base import elements
 from deltamerge.delta.positions import expected_bits
-from deltamerge.delta.values import widen
+from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Reader, added
+from deltamerge.io.dtypes import ITEMSIZE, widen
 from deltamerge.methods.table import PRUNE
-from deltamerge.methods.tiles import ITEMSIZE, VALUE_BITS, row_length
+from deltamerge.methods.tiles import row_length
 from deltamerge.plan.planner import Budgeted, Plan
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
 

@@ -19,7 +19,7 @@ from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.workspace import parts_workspace
 from deltamerge.plan.planner import Plan
-from deltamerge.run.intermediate import documents
+from deltamerge.recipe.file import documents
 from deltamerge.run.partition import Part, check_recipes
 from deltamerge.run.plans import make_plan, target_of
 from deltamerge.run.runner import Result, finish, run

@@ -17,9 +17,9 @@ from deltamerge.delta.writer import DeltaWriter, Summary
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import Node
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import flat
 from deltamerge.io.journal import Journal
-from deltamerge.methods.tiles import ITEMSIZE
 from deltamerge.plan.outputs import Output
 from deltamerge.plan.planner import Plan
 from deltamerge.run.budget import Choice, fit, given

@@ -13,8 +13,9 @@ from deltamerge.errors import UsageError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.plan.planner import Plan, plan
+from deltamerge.recipe.file import documents
 from deltamerge.recipe.schema import Recipe
-from deltamerge.run.intermediate import documents, folder_of, result
+from deltamerge.run.intermediate import folder_of, result
 
 MOST_WORKERS = 1024
 DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,9})?")

@@ -25,12 +25,13 @@ from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspac
 from deltamerge.io.writer import write_index
 from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
+from deltamerge.recipe.file import Document, documents
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
 from deltamerge.run.assets import asset_files, write_assets
 from deltamerge.run.budget import budget_of
 from deltamerge.run.card import render
-from deltamerge.run.intermediate import Document, check_places, documents, folder_of, is_current, is_result
+from deltamerge.run.intermediate import check_places, folder_of, is_current, is_result
 from deltamerge.run.partition import Part, check_recipes, check_shards, drop_damaged, gather
 from deltamerge.run.peft import write_adapter
 from deltamerge.run.plans import make_plan, make_plans, target_of

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
-from deltamerge.cli import main
 from deltamerge.methods.table import MERGE, PRUNE
 
 RECIPE = """\
@@ -33,13 +33,6 @@ def folder(tmp_path_factory) -> Path:
     tiny_llama(folder / "b", seed=2, base=base)
     (folder / "good.yaml").write_text(RECIPE.format(method="dare_ties"))
     return folder
-
-
-def call(capsys, *arguments: str | Path) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as leaving:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return int(leaving.value.code or 0), out, err
 
 
 ERRORS = {

@@ -18,16 +18,14 @@ from deltamerge.delta.stored import PADDING
 from deltamerge.delta.values import (
     VALUE_BITS,
     Values,
-    cast,
     cheapest,
     encode_values,
-    narrow,
     relative_error,
     scale_group,
     scale_values,
-    widen,
 )
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import cast, narrow, widen
 
 SPARSE = CODINGS[1:]
 EMPTY = np.empty(0, np.int64)

@@ -12,12 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+from calls import call
 from click.shell_completion import ShellComplete
 from conftest import tiny_llama
-from test_cli import call
 
 from deltamerge.cli import commands
-from deltamerge.recipe.schema import loads
+from deltamerge.recipe.load import loads
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from adapters import LLAMA, adapt, close, load
 from conftest import load_tensors, tiny_llama, write_json
 from safetensors.torch import load_file, save_file
 from tiny_models import make
@@ -25,33 +25,6 @@ from deltamerge.run.runner import run
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
-
-AUTO = {
-    "LlamaForCausalLM": "AutoModelForCausalLM",
-    "GPT2LMHeadModel": "AutoModelForCausalLM",
-    "BertForSequenceClassification": "AutoModelForSequenceClassification",
-    "BertModel": "AutoModel",
-}
-
-
-def load(architecture: str, folder: Path, **settings: Any) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return getattr(transformers, AUTO[architecture]).from_pretrained(folder, **{"dtype": "auto"} | settings).eval()
-
-
-def adapt(model: Any, folder: Path, seed: int = 0, **settings: Any) -> Path:
-    """Save a LoRA adapter of `model`, every one of its weights off its start."""
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
-        warnings.simplefilter("ignore")
-        torch.manual_seed(seed)
-        adapted = peft.get_peft_model(model, peft.LoraConfig(**settings))
-        with torch.no_grad():
-            for parameter in adapted.parameters():
-                if parameter.requires_grad:
-                    parameter.add_(0.05 * torch.randn_like(parameter))
-        adapted.save_pretrained(folder)
-    return folder
 
 
 def merged(architecture: str, base: Path, adapter: Path, **settings: Any) -> dict[str, torch.Tensor]:
@@ -75,13 +48,6 @@ def expanded(reference: str, folder: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def close(got: Mapping[str, torch.Tensor], want: Mapping[str, torch.Tensor], tolerance: float = 1e-6) -> None:
-    for name, tensor in got.items():
-        assert tensor.dtype == want[name].dtype, name
-        torch.testing.assert_close(tensor, want[name], rtol=tolerance, atol=tolerance, msg=name)
-
-
-LLAMA = {"target_modules": ["q_proj", "down_proj"], "r": 4, "lora_alpha": 7}
 GPT2 = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True, "r": 3}
 BERT = {"target_modules": ["query", "dense"], "task_type": "SEQ_CLS", "r": 2}
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_llama, write_json
 from safetensors.torch import save_file
-from test_cli import call
 
 from deltamerge.io.quantised import keys_of, scheme_of, without_keys
 from deltamerge.io.safetensors_file import TensorInfo

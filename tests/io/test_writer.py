@@ -21,9 +21,9 @@ from safetensors.torch import save
 from deltamerge.errors import OutputError
 from deltamerge.io import files
 from deltamerge.io.checkpoint import Reader, open_checkpoint
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.writer import Layout, Writer, plan_layout
-from deltamerge.methods.tiles import ITEMSIZE
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

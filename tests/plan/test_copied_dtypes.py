@@ -10,8 +10,8 @@ import pytest
 
 from deltamerge.errors import DeltamergeError
 from deltamerge.inspect.diff import diff_checkpoints
+from deltamerge.io.dtypes import COPIED, nbytes_of
 from deltamerge.io.safetensors_file import read_header
-from deltamerge.methods.tiles import COPIED, nbytes_of
 from deltamerge.run.extract import extract
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama, write_json
-from test_cli import call
 
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Reader, open_checkpoint

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_llama
-from test_cli import call
 
 from deltamerge.errors import InputError
 from deltamerge.run.plans import make_plan

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 
 import pytest
+from calls import call
 from conftest import tiny_llama
-from test_cli import call
 
 from deltamerge.plan.review import difference, markdown, mermaid
 from deltamerge.run.plans import make_plan

@@ -18,11 +18,11 @@ from typing import Any
 
 import click
 import pytest
+from adapters import write_adapter
 from conftest import tiny_llama
-from test_recipes import write_adapter
 
 from deltamerge.cli import commands, main
-from deltamerge.recipe.schema import loads
+from deltamerge.recipe.load import loads
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"])

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from calls import call
 from conftest import tiny_llama
 from pydantic import BaseModel
-from test_cli import call
 
 from deltamerge.inspect.activations import Activations, Influence, LayerInfluence, Massive
 from deltamerge.inspect.recommend import Candidate, Evidence, Paper, Recommendation

@@ -15,7 +15,7 @@ from deltamerge.cli.mergekit_flags import FLAGS
 from deltamerge.errors import RecipeError
 from deltamerge.methods.table import NO_EFFECT_KEYS
 from deltamerge.recipe import mergekit, yaml_source
-from deltamerge.recipe.schema import load_all
+from deltamerge.recipe.load import load_all
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import finish, run
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import load_tensors, tiny_llama, write_json
-from safetensors.torch import save_file
+from adapters import write_adapter
+from conftest import load_tensors, tiny_llama
 
 from deltamerge.run.apply import apply
 from deltamerge.run.plans import make_plan
@@ -32,19 +32,6 @@ def folder(tmp_path_factory) -> Path:
     texts = (" ".join(f"w{4 + (7 * row + word) % 92}" for word in range(6)) for row in range(80))
     (folder / "calib.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return folder
-
-
-def write_adapter(folder: Path, seed: int) -> None:
-    """A rank-4 LoRA of the query projections."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {}
-    for layer in range(2):
-        stem = f"base_model.model.model.layers.{layer}.self_attn.q_proj"
-        tensors[f"{stem}.lora_A.weight"] = 0.1 * torch.randn(4, 32, generator=generator)
-        tensors[f"{stem}.lora_B.weight"] = 0.1 * torch.randn(32, 4, generator=generator)
-    save_file(tensors, folder / "adapter_model.safetensors")
-    write_json(folder / "adapter_config.json", {"peft_type": "LORA", "r": 4, "lora_alpha": 8})
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))

@@ -8,17 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from deltamerge.recipe.values import (
-    Filter,
-    Scalar,
-    Value,
-    chain,
-    layer_index,
-    layer_position,
-    leaves,
-    lookup,
-    resolve,
-)
+from deltamerge.io.names import layer_index, layer_position
+from deltamerge.recipe.values import Filter, Scalar, Value, chain, leaves, lookup, resolve
 
 ADAPTER: TypeAdapter[Value] = TypeAdapter(Value)
 MLP = "model.layers.3.mlp.up_proj.weight"

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_resume import RECIPE, files, models
+from interrupted import RECIPE, files, models
 
 pytest.importorskip("numba")
 

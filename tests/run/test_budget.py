@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair
-from test_cli import call
 
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.delta.positions import expected_bits, uniform_density

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_resume import RECIPE, calibrated, call, files, models
+from interrupted import RECIPE, files, models
+from test_resume import calibrated, call
 
 from deltamerge.io.journal import read_journal
 from deltamerge.io.workspace import has_work

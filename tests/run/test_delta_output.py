@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
-from test_cli import call
 
 from deltamerge.methods.table import MERGE
 from deltamerge.run import runner

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_checkpoint
-from test_resume import files
+from interrupted import files
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import writer

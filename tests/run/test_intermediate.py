@@ -15,7 +15,7 @@ from deltamerge import cli
 from deltamerge.errors import DeltamergeError, OutputError, RecipeError, VerifyError
 from deltamerge.io.journal import Journal
 from deltamerge.io.work_folder import mark
-from deltamerge.run.intermediate import documents
+from deltamerge.recipe.file import documents
 from deltamerge.run.lock import verify
 from deltamerge.run.plans import make_plans
 from deltamerge.run.runner import calibrate, run

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from adapters import LLAMA, adapt, close, load
 from conftest import load_tensors, tiny_llama
 from safetensors.torch import load_file
-from test_adapter import LLAMA, adapt, close, load
 from tiny_models import batches, make
 
 from deltamerge.calibrate.subject import Memory

@@ -7,9 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+from calls import call
 from conftest import tiny_llama
 from small_hub import COMMIT, TOKEN, Hub
-from test_cli import call
 
 from deltamerge.run.runner import run
 

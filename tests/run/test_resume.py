@@ -6,8 +6,6 @@ import importlib.util
 import json
 import os
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
@@ -17,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_checkpoint, tiny_llama
+from interrupted import RECIPE, Stop, files, models
 from test_workspace import earlier
 
 from deltamerge.cli import main
@@ -25,35 +24,15 @@ from deltamerge.delta.tensor_writer import TensorWriter
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.io import writer
 from deltamerge.io.audit import INFINITY, count_nonfinite
-from deltamerge.io.journal import Journal, check_facts, has_work, read_journal
+from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.journal import Journal, check_facts, read_journal
 from deltamerge.io.work_folder import mark
 from deltamerge.methods.ops import torch_dtype
-from deltamerge.methods.tiles import ITEMSIZE
 from deltamerge.plan.planner import Plan
 from deltamerge.run.lock import verify
 from deltamerge.run.partition import Part
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import finish, run
-
-RECIPE = """\
-base_model: ./base
-merge_method: {method}
-models:
-  - {{model: ./a, parameters: {{weight: 0.5, density: 0.4}}}}
-  - {{model: ./b, parameters: {{weight: 0.5, density: 0.4}}}}
-output: {{shard_size: {shard}}}
-"""
-
-
-def models(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes: dict[str, tuple[int, ...]] = {f"layers.{i}.w": (200, 300) for i in range(6)}
-    shapes |= {"embed.w": (70, 300), "head.w": (40, 300), "empty": (0, 3)}
-    base = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
-    for name in ("base", "a", "b"):
-        noise = 0.0 if name == "base" else 1e-2
-        tune = {n: t + noise * torch.randn(t.shape, generator=generator).to(dtype) for n, t in base.items()}
-        make_checkpoint(folder / name, tune | {"ids": torch.arange(9)})
 
 
 @pytest.fixture(scope="module")
@@ -67,31 +46,6 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return path
 
     return write
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
-class Stop:
-    """Stops a run after some bytes, once some of them are saved."""
-
-    def __init__(self, out: Path, after: int, error: BaseException, part: str = "") -> None:
-        self.journal = out.parent / f".{out.name}.partial" / f"journal{part}"
-        self.after, self.error, self.bytes = after, error, 0
-        self.lock = threading.Lock()
-
-    def __call__(self, _: Plan) -> Callable[[int], None]:
-        return self.count
-
-    def count(self, nbytes: int) -> None:
-        with self.lock:
-            self.bytes += nbytes
-            if self.bytes < self.after:
-                return
-        while not has_work(read_journal(self.journal)[0]):
-            time.sleep(0.001)
-        raise self.error
 
 
 @pytest.mark.parametrize("after", [1, 100_000, 500_000])

@@ -11,10 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes, native
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import Descriptor
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
 from deltamerge.methods.prune.bits import SPARSE_BLOCK, Key
-from deltamerge.methods.tiles import ITEMSIZE, RUN
+from deltamerge.methods.tiles import RUN
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.stream import Assembly

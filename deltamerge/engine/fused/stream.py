@@ -15,11 +15,12 @@ from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.program import Operation, Place, Program
 from deltamerge.engine.graph import REDUCTIONS, Node
 from deltamerge.io.checkpoint import Reader
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.methods.merge.arithmetic import divisor_of
 from deltamerge.methods.merge.span import pairs
 from deltamerge.methods.prune.bits import Key, guided, is_sparse, threshold
 from deltamerge.methods.prune.select import HIGH, LOW, sampled_run
-from deltamerge.methods.tiles import ITEMSIZE, block_elements
+from deltamerge.methods.tiles import block_elements
 
 STORED = ("BF16", "F32")
 

@@ -1,0 +1,102 @@
+"""Reads recipes: every problem of the text at once, or recipes that this version can run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from deltamerge.errors import Problem, RecipeError
+from deltamerge.recipe import checks, documents, messages, yaml_source
+from deltamerge.recipe.parts import Part
+from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
+from deltamerge.recipe.values import Value
+from deltamerge.recipe.yaml_source import Loc, Source
+
+MAX_PROBLEMS = 200  # shown of one recipe; whoever has more has another problem
+
+
+def load(path: Path) -> Recipe:
+    """Read a recipe that this version can run. Raises RecipeError with every problem found."""
+    return load_all([yaml_source.load(path)])[0]
+
+
+def loads(text: str, path: str = "recipe.yaml") -> Recipe:
+    """Read a recipe from YAML text; `path` is its name in messages. Raises RecipeError as `load` does."""
+    return load_all([yaml_source.loads(text, path)])[0]
+
+
+def parse(read: Source, problems: list[Problem]) -> Recipe:
+    """The recipe of a YAML source; problems of its structure are added to `problems`, and what has them left out."""
+    data = read.data
+    while True:
+        try:
+            recipe = Recipe.model_validate(data)
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+            if data is read.data:  # later rounds only complain of what the first left out
+                problems += [messages.problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
+            data = messages.without(data, map(messages.place_of, errors))
+        else:
+            models, parts = flatten(recipe)
+            recipe = recipe.model_copy(update={"models": models})
+            recipe._source, recipe._parts = read, parts
+            return recipe
+
+
+def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
+    """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
+    patterns.start_anew()
+    problems: list[Problem] = []
+    recipes = [parse(read, problems) for read in reads]
+    beyond = list(bounds.problems(recipes))
+    problems += beyond
+    for recipe in () if beyond else recipes:
+        problems += islice(checks.problems(recipe), MAX_PROBLEMS)
+    problems += () if beyond else documents.problems(recipes)
+    if problems:
+        ordered = sorted(dict.fromkeys(problems), key=lambda problem: (problem.line or 0, problem.column or 0))
+        raise RecipeError(reads[0].path, ordered[:MAX_PROBLEMS])
+    return tuple(recipes)
+
+
+def flatten(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Part, ...]]:
+    """Every model of the recipe in order, once for each place where it stands, and the parts that they make."""
+    models: list[Model] = []
+    parts: list[Part] = []
+
+    def add(
+        loc: Loc, module: str | None, key: str, found: Sequence[Model], base: str | None,
+        levels: tuple[Mapping[str, Value], ...], ranges: tuple[tuple[int, int], ...] | None,
+    ) -> None:  # fmt: skip
+        members = tuple(range(len(models), len(models) + len(found)))
+        places = tuple((*loc, key, i) for i in range(len(found)))
+        models.extend(found)
+        parts.append(Part(loc, module, members, places, ranges, base, levels))
+
+    for loc, name, whole, slices, parameters in _holders(recipe):
+        levels = (*parameters, recipe.parameters)
+        if whole:
+            add(loc, name, "models", whole, recipe.base_model, levels, None)
+        for i, one in enumerate(slices):
+            base = one.base_model or recipe.base_model
+            add(
+                (*loc, "slices", i), name, "sources", one.sources, base, (one.parameters, *levels), _ranges(one.sources)
+            )
+    return tuple(models), tuple(parts)
+
+
+def _holders(
+    recipe: Recipe,
+) -> Iterator[tuple[Loc, str | None, Sequence[Model], Sequence[Slice], tuple[Mapping[str, Value], ...]]]:
+    """Whatever holds models or slices: its place, module, models, slices and own parameters."""
+    if recipe.models or recipe.slices:
+        yield (), None, recipe.models, () if recipe.models else recipe.slices, ()
+    for name, module in () if recipe.models or recipe.slices else recipe.modules.items():
+        yield ("modules", name), name, module.models, () if module.models else module.slices, (module.parameters,)
+
+
+def _ranges(sources: Sequence[SliceSource]) -> tuple[tuple[int, int], ...]:
+    return tuple((source.layer_range[0], source.layer_range[1]) for source in sources)

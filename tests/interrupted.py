@@ -1,0 +1,60 @@
+"""A merge in several shards, and how it is stopped on its way."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from conftest import make_checkpoint
+
+from deltamerge.io.journal import read_journal
+from deltamerge.io.workspace import has_work
+from deltamerge.plan.planner import Plan
+
+RECIPE = """\
+base_model: ./base
+merge_method: {method}
+models:
+  - {{model: ./a, parameters: {{weight: 0.5, density: 0.4}}}}
+  - {{model: ./b, parameters: {{weight: 0.5, density: 0.4}}}}
+output: {{shard_size: {shard}}}
+"""
+
+
+def models(folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {f"layers.{i}.w": (200, 300) for i in range(6)}
+    shapes |= {"embed.w": (70, 300), "head.w": (40, 300), "empty": (0, 3)}
+    base = {n: torch.randn(s, generator=generator).to(dtype) for n, s in shapes.items()}
+    for name in ("base", "a", "b"):
+        noise = 0.0 if name == "base" else 1e-2
+        tune = {n: t + noise * torch.randn(t.shape, generator=generator).to(dtype) for n, t in base.items()}
+        make_checkpoint(folder / name, tune | {"ids": torch.arange(9)})
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+class Stop:
+    """Stops a run after some bytes, once some of them are saved."""
+
+    def __init__(self, out: Path, after: int, error: BaseException, part: str = "") -> None:
+        self.journal = out.parent / f".{out.name}.partial" / f"journal{part}"
+        self.after, self.error, self.bytes = after, error, 0
+        self.lock = threading.Lock()
+
+    def __call__(self, _: Plan) -> Callable[[int], None]:
+        return self.count
+
+    def count(self, nbytes: int) -> None:
+        with self.lock:
+            self.bytes += nbytes
+            if self.bytes < self.after:
+                return
+        while not has_work(read_journal(self.journal)[0]):
+            time.sleep(0.001)
+        raise self.error
