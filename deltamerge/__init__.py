@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from deltamerge.delta.file import load_delta
     from deltamerge.errors import DeltamergeError
-    from deltamerge.run.api import plan, prune
+    from deltamerge.run.api import load_recipe, prune
 
 __version__ = "0.1.0"
-__all__ = ["DeltamergeError", "__version__", "load_delta", "plan", "prune"]
+__all__ = ["DeltamergeError", "__version__", "load_delta", "load_recipe", "prune"]
 
 _HOME = {
     "DeltamergeError": "deltamerge.errors",
     "load_delta": "deltamerge.delta.file",
-    "plan": "deltamerge.run.api",
+    "load_recipe": "deltamerge.run.api",
     "prune": "deltamerge.run.api",
 }
 

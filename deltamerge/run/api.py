@@ -13,8 +13,7 @@ import yaml
 from deltamerge.engine.execute import default_workers, execute
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
-from deltamerge.plan.planner import Plan
-from deltamerge.plan.planner import plan as plan_recipe
+from deltamerge.plan.planner import Plan, plan
 from deltamerge.recipe.load import loads
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import Result
@@ -68,7 +67,7 @@ class Planned:
         )
 
 
-def plan(
+def load_recipe(
     recipe: str | Path,
     *,
     device: str = "auto",
@@ -76,7 +75,7 @@ def plan(
     memory: int | None = None,
     mergekit_exact: bool = False,
 ) -> Planned:
-    """The plan of the recipe file `recipe`; no weight is read. `memory` is a cap in bytes; `mergekit_exact` takes
+    """The recipe file `recipe`, planned; no weight is read. `memory` is a cap in bytes; `mergekit_exact` takes
     mergekit's defaults where ours follow the papers.
 
     DeltamergeError: whatever `deltamerge plan` would print and exit for.
@@ -119,7 +118,7 @@ def prune(
         infos = {n: _info(n, tensor, Path(reference)) for n, tensor in tensors[reference].items()}
         return Checkpoint(reference, Path(reference), infos, (), {})
 
-    planned = plan_recipe(recipe, Path(), opener, workers=workers or default_workers())
+    planned = plan(recipe, Path(), opener, workers=workers or default_workers())
     if planned.stages or planned.sources:
         raise InputError("nothing can be calibrated in memory", hint="a number for q, or a recipe and deltamerge run")
     sink = _Results({o.name: torch.empty(o.shape, dtype=torch_dtype(o.dtype)) for o in planned.outputs})

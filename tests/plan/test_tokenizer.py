@@ -24,7 +24,7 @@ from deltamerge.io.checkpoint import Reader, open_checkpoint
 from deltamerge.io.gathered import Gathered, gather
 from deltamerge.io.tokenizer_files import read_chat_template, read_tokens
 from deltamerge.plan.vocabulary_rows import has_vocabulary_rows
-from deltamerge.recipe import schema as recipes
+from deltamerge.recipe import load
 from deltamerge.recipe.chat_templates import BUILT_IN
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run
@@ -506,4 +506,4 @@ def test_rows_are_tokens_by_name_and_number(name, shape, config, holds):
 
 def test_the_recipe_is_checked_without_models() -> None:
     with pytest.raises(RecipeError, match="chat_template: must be auto, a model"):
-        recipes.loads(DELTAS + "chat_template: nothing\n")
+        load.loads(DELTAS + "chat_template: nothing\n")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.methods.table import MERGE, PRUNE
-from deltamerge.recipe import checks, yaml_source
+from deltamerge.recipe import checks, load, yaml_source
 from deltamerge.recipe import schema as recipes
 from deltamerge.recipe.effective_prune import TASK_HEAD, Pruning, effective_prune
 from deltamerge.recipe.schema import Recipe
@@ -36,12 +36,12 @@ models:
 
 def problems(text: str) -> list[str]:
     with pytest.raises(RecipeError) as caught:
-        recipes.loads(text, "r.yaml")
+        load.loads(text, "r.yaml")
     return [problem.render("r.yaml") for problem in caught.value.problems]
 
 
 def prune_of(text: str, index: int = 0) -> Pruning:
-    return effective_prune(recipes.loads(text), index)
+    return effective_prune(load.loads(text), index)
 
 
 # ---- what is read
@@ -79,7 +79,7 @@ output: {kind: model, path: merged, shard_size: 5GB}
 def parse(text: str) -> Recipe:
     """A recipe of the whole contract, whether or not this version can run it."""
     found: list[Problem] = []
-    recipe = recipes.parse(yaml_source.loads(text, "r.yaml"), found)
+    recipe = load.parse(yaml_source.loads(text, "r.yaml"), found)
     assert found == []
     assert [*checks.problems(recipe)] == []
     return recipe
@@ -96,7 +96,7 @@ def test_the_contract_s_example() -> None:
     assert recipe.models[0].prune is not None
     assert recipe.models[0].prune.calibrated_q is not None
     assert recipe.models[0].prune.calibrated_q.scope == "global"
-    assert recipes.loads(CONTRACT).models == recipe.models
+    assert load.loads(CONTRACT).models == recipe.models
 
 
 # The shapes of mergekit's own examples.
@@ -192,17 +192,17 @@ chat_template: auto
 
 
 def test_parts_hold_the_models_of_slices_and_modules() -> None:
-    recipe = recipes.loads(STACK)
+    recipe = load.loads(STACK)
     assert [model.model for model in recipe.models] == ["a", "b"]
     assert [part.ranges for part in recipe.parts] == [((0, 24),), ((20, 40),)]
-    recipe = recipes.loads(MODULES)
+    recipe = load.loads(MODULES)
     assert [(part.module, part.members) for part in recipe.parts] == [("text_decoder", (0, 1)), ("vision", (2,))]
     assert recipe.parts[1].places == (("modules", "vision", "slices", 0, "sources", 0),)
 
 
 @pytest.mark.parametrize("text", [MISTRAL_TIES, LLAMA_TIES, LINEAR, SLERP_AS_MODELS, FUSION])
 def test_mergekit_s_examples_run(text: str) -> None:
-    recipe = recipes.loads(text)
+    recipe = load.loads(text)
     assert recipe.dtype == "float16"
     assert [recipe.models[i].model for i in recipe.fine_tunes] == [m["model"] for m in yaml.safe_load(text)["models"]][
         -len(recipe.fine_tunes) :
@@ -210,7 +210,7 @@ def test_mergekit_s_examples_run(text: str) -> None:
 
 
 def test_every_key_of_a_tokenizer_is_read() -> None:
-    recipe = recipes.loads(TOKENS)
+    recipe = load.loads(TOKENS)
     assert recipe.tokenizer is not None
     assert recipe.tokenizer.tokens["<|im_start|>"].force
     assert (recipe.tokenizer_of, recipe.tokenizer.pad_to_multiple_of, recipe.chat_template) == ("union", 64, "auto")
@@ -246,11 +246,11 @@ def test_every_key_of_a_tokenizer_is_read() -> None:
     ],
 )  # fmt: skip
 def test_accepted(text: str, key: str, value: object) -> None:
-    assert getattr(recipes.loads(text), key) == value
+    assert getattr(load.loads(text), key) == value
 
 
 def test_shorthand_and_full_name() -> None:
-    recipe = recipes.loads("base_model: b\nmodels: [{model: ./x, name: sentiment}]\ntemplate: sentiment")
+    recipe = load.loads("base_model: b\nmodels: [{model: ./x, name: sentiment}]\ntemplate: sentiment")
     assert recipes.model_name(recipe.models[0]) == "sentiment"
     assert recipe.method is MERGE["task_arithmetic"]
 
@@ -609,20 +609,20 @@ def test_faults_of_every_kind_are_reported_together() -> None:
 
 
 def test_a_hopeless_recipe_is_cut_short() -> None:
-    assert len(problems("".join(f"k{i}: 1\n" for i in range(5000)))) == recipes.MAX_PROBLEMS
+    assert len(problems("".join(f"k{i}: 1\n" for i in range(5000)))) == load.MAX_PROBLEMS
 
 
 def test_later_problems_have_a_position() -> None:
-    recipe = recipes.loads(TWO)
+    recipe = load.loads(TWO)
     problem = recipe.problem(("models", 1, "model"), "no such folder", "make it")
     assert problem.render("r.yaml") == "r.yaml:5:13: models[1].model: no such folder\nhint: make it"
 
 
 def test_files(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(TWO)
-    assert recipes.load(tmp_path / "r.yaml").names == ("x", "y")
+    assert load.load(tmp_path / "r.yaml").names == ("x", "y")
     with pytest.raises(RecipeError, match="no such file"):
-        recipes.load(tmp_path / "none.yaml")
+        load.load(tmp_path / "none.yaml")
 
 
 # ---- pruning, defaults and all
@@ -847,7 +847,7 @@ def test_a_damaged_recipe_is_read_or_refused(data: st.DataObject) -> None:
         at[last] = yaml.safe_load(data.draw(JUNK))
     found: tuple[Problem, ...] = ()
     try:
-        recipe = recipes.loads(yaml.safe_dump(tree))
+        recipe = load.loads(yaml.safe_dump(tree))
     except RecipeError as error:
         found = error.problems
     else:

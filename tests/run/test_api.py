@@ -46,7 +46,7 @@ CASES: list[dict[str, Any]] = [
 @pytest.mark.parametrize("keys", CASES, ids=lambda keys: " ".join(map(str, keys.values())))
 @pytest.mark.parametrize("workers", [1, 3])
 def test_pruning_in_memory_gives_the_bytes_of_a_run(folder: Path, tmp_path: Path, keys: dict, workers: int) -> None:
-    planned = api.plan(recipe(folder, **keys))
+    planned = api.load_recipe(recipe(folder, **keys))
     written = load_tensors(planned.run(tmp_path / "out").folder)
     tuned, base = load_tensors(folder / "tuned"), load_tensors(folder / "base")
     before = {name: tensor.clone() for name, tensor in tuned.items()}
@@ -102,7 +102,7 @@ def test_shapes_that_differ_are_named() -> None:
 
 
 def test_a_plan_reads_no_weights_and_says_what_the_command_says(folder: Path) -> None:
-    planned = api.plan(str(recipe(folder, method="dare", density=0.5)), device="cpu")
+    planned = api.load_recipe(str(recipe(folder, method="dare", density=0.5)), device="cpu")
     described = planned.describe()
     assert {tensor["name"] for tensor in described["tensors"]} == load_tensors(folder / "tuned").keys()
 
@@ -110,11 +110,12 @@ def test_a_plan_reads_no_weights_and_says_what_the_command_says(folder: Path) ->
 def test_the_package_is_light_and_says_what_it_has() -> None:
     script = (
         "import sys, deltamerge as dm\n"
-        "assert sorted(dm.__all__) == ['DeltamergeError', '__version__', 'load_delta', 'plan', 'prune'], dm.__all__\n"
+        "names = ['DeltamergeError', '__version__', 'load_delta', 'load_recipe', 'prune']\n"
+        "assert sorted(dm.__all__) == names, dm.__all__\n"
         "assert not {'torch', 'pydantic', 'numpy'} & sys.modules.keys()\n"
-        "assert callable(dm.plan) and callable(dm.prune) and callable(dm.load_delta)\n"
+        "assert callable(dm.load_recipe) and callable(dm.prune) and callable(dm.load_delta)\n"
         "import deltamerge.cli, deltamerge.run.api\n"
-        "assert callable(dm.plan) and callable(dm.prune)\n"
+        "assert callable(dm.load_recipe) and callable(dm.prune)\n"
         "assert 'torch' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", script], check=True)
