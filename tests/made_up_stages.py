@@ -9,7 +9,7 @@ from typing import Any
 from deltamerge.engine.execute import execute
 from deltamerge.engine.graph import Node, depth_first
 from deltamerge.io.audit import NonFinite
-from deltamerge.io.checkpoint import Reader
+from deltamerge.io.reader import Reader
 from deltamerge.io.writer import Writer
 from deltamerge.run.plans import make_plan
 

@@ -11,8 +11,8 @@ from deltamerge.calibrate.subject import Memory
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import Node
-from deltamerge.io.checkpoint import Reader
 from deltamerge.io.computed import Array, ordered_product
+from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import Tile
 
 if TYPE_CHECKING:

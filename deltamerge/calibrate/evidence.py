@@ -16,7 +16,7 @@ from deltamerge.calibrate.spec import Source, Spec
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.calibrate.subject import Subject
-from deltamerge.io.checkpoint import Reader
+from deltamerge.io.reader import Reader
 
 POINTS = 8
 Scores = dict[str, float]

@@ -13,7 +13,7 @@ from deltamerge.calibrate.searches import Found, Qs, rounded, shortlist
 from deltamerge.calibrate.spec import Calibrated, Spec
 from deltamerge.calibrate.stage import calibrating, decide
 from deltamerge.calibrate.subject import Judge, Subject
-from deltamerge.io.checkpoint import Reader
+from deltamerge.io.reader import Reader
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:

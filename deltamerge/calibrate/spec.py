@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from deltamerge.calibrate.reach import EMBEDDING, OTHER, UNSCALED, grouped, is_linear, is_unscaled
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.names import numbered_blocks
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.recipe.schema import CalibratedQ, Calibration
 

@@ -19,7 +19,7 @@ from deltamerge.calibrate.searches import Found, Qs, Searches, rounded
 from deltamerge.calibrate.spec import Calibrated, QValue, Source, Spec
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.calibrate.subject import Judge, Subject
-from deltamerge.io.checkpoint import Reader
+from deltamerge.io.reader import Reader
 
 LITTLE = 0.9  # of the base's distance from the fine-tune's predictions: more than that is hardly better than the base
 

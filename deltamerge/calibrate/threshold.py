@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, default_workers, execute
 from deltamerge.engine.graph import Graph, Node
-from deltamerge.io.checkpoint import Reader
+from deltamerge.io.reader import Reader
 from deltamerge.methods.prune import select
 
 SELECT = "deltamerge.methods.prune.select"

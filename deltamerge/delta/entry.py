@@ -18,7 +18,7 @@ from deltamerge.delta.manifest import Record, groups
 from deltamerge.delta.positions import Array, Sliced, decode
 from deltamerge.delta.values import scale_values
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import ITEMSIZE, cast, narrow, widen
+from deltamerge.io.dtypes import bits_type, cast, narrow, widen
 from deltamerge.io.files import flat
 
 TILE = 1 << 20
@@ -160,11 +160,6 @@ def damage_told() -> Iterator[None]:
 def digest(hasher: Any) -> str:
     """The first 128 bits of a BLAKE3, in hex: enough against a chosen second text, and half the manifest."""
     return str(hasher.hexdigest(length=16))
-
-
-def bits_type(dtype: str) -> str:
-    """The unsigned numpy dtype of a safetensors dtype's bits."""
-    return f"<u{ITEMSIZE[dtype]}"
 
 
 def as_bits(array: Any, dtype: str) -> Array:

@@ -16,8 +16,9 @@ from deltamerge.delta.positions import Sliced, most_bytes
 from deltamerge.delta.stored import StoredArray, StoredFiles
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.safetensors_file import TensorInfo, read_header
+from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.strict_json import read_json
+from deltamerge.io.tensor import TensorInfo
 
 MANIFEST = "delta.json"
 SINGLE = "delta.safetensors"

@@ -8,39 +8,37 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.delta.entry import TILE, Entry, Read, as_bits, bits_type, extend
+from deltamerge.delta.entry import TILE, Entry, as_bits, extend
+from deltamerge.delta.entry import Read as ReadElements
 from deltamerge.delta.positions import Array, Positions
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import ITEMSIZE, cast, narrow, widen
+from deltamerge.io.dtypes import ITEMSIZE, bits_type, cast, narrow, widen
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import Read, TensorInfo
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from deltamerge.delta.file import DeltaFile
-    from deltamerge.io.checkpoint import Checkpoint, Reader
-    from deltamerge.io.safetensors_file import TensorInfo
+    from deltamerge.io.checkpoint import Checkpoint
 
 HELD = 16  # tensors whose positions stay decoded, in at most an eighth of a byte an element
 
 
-def over(delta: Checkpoint, base: Checkpoint) -> Checkpoint:
-    """The checkpoint that `delta` makes of `base`; its tensors are made when they are read.
+def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
+    """The checkpoint that `delta`, whose folder is `opened`, makes of `base`; its tensors are made when they are read.
 
     InputError: the base has not the tensors that the delta was made from (their content is not looked at).
     """
-    from deltamerge.io.checkpoint import MadeInfo
-
-    assert delta.delta is not None
-    if base.delta is not None:
+    if base.is_delta:
         raise InputError(f"its base {base.reference} is a delta too", hint="apply that first: deltamerge apply")
     held = _Held()
     tensors: dict[str, TensorInfo] = {}
-    planned = delta.delta.result({name: (info.dtype, info.shape) for name, info in base.tensors.items()})
+    planned = opened.result({name: (info.dtype, info.shape) for name, info in base.tensors.items()})
     for source in planned:
         info = None if source.base_name is None else base.tensors[source.base_name]
         entry = source.entry
@@ -50,10 +48,19 @@ def over(delta: Checkpoint, base: Checkpoint) -> Checkpoint:
             continue
         assert entry is not None
         nbytes = entry.size * ITEMSIZE[source.dtype]
-        path: Path = delta.delta.path / "delta.json"
-        made = _Layer(entry, info, held)
-        tensors[source.name] = MadeInfo(source.name, source.dtype, source.shape, path, 0, nbytes, made=made)
-    return replace(delta, tensors=tensors, base=base)
+        path = opened.path / "delta.json"
+        made = _Layer(entry, info, held, path)
+        tensors[source.name] = TensorInfo(source.name, source.dtype, source.shape, path, 0, nbytes, made)
+    return replace(delta, tensors=tensors, files=opened.files, base=base)
+
+
+def added(info: TensorInfo) -> TensorInfo | None:
+    """The float32 values that make `info` of the base's tensor, where a delta artifact stores those; else None."""
+    layer = info.made
+    if not isinstance(layer, _Layer) or layer.entry.record.values is None:
+        return None
+    begin, nbytes = (4 * (size // ITEMSIZE[info.dtype]) for size in (info.begin, info.nbytes))
+    return replace(info, dtype="F32", begin=begin, nbytes=nbytes, made=_Added(layer))
 
 
 def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile: int = TILE) -> None:
@@ -76,7 +83,7 @@ def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile
             raise
 
 
-def elements(reader: Reader, info: TensorInfo) -> Read:
+def elements(reader: Reader, info: TensorInfo) -> ReadElements:
     """What reads flat elements [start, stop) of a tensor, as bits."""
 
     def read(start: int, stop: int) -> Array:
@@ -132,17 +139,18 @@ class _Held:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
-    """An entry of a delta over the base's tensor, `info` (None: the base has none)."""
+    """An entry of the delta at `path` over the base's tensor, `info` (None: the base has none)."""
 
     entry: Entry
     info: TensorInfo | None
     held: _Held
+    path: Path
 
-    @property
-    def added(self) -> _Added | None:
-        return None if self.entry.record.values is None else _Added(self)
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        with errors.context(f"{self.path}: {self.entry.name}"):
+            self._fill(read, start, out)
 
-    def read(self, reader: Reader, start: int, out: memoryview) -> None:
+    def _fill(self, read: Read, start: int, out: memoryview) -> None:
         record = self.entry.record
         target = np.frombuffer(out, bits_type(record.dtype))
         stop = start + target.size
@@ -153,7 +161,7 @@ class _Layer:
         end = self.entry.base_size
         base = np.empty(max(0, min(stop, end) - start), bits_type(self.info.dtype))
         if base.size:
-            reader.read_into(self.info, start, base)
+            read.read_into(self.info, start, base)
         base = extend(base, target.size)
         target[:] = cast(base, self.info.dtype, record.dtype)
         for where, values in self.entries(start, stop):
@@ -186,12 +194,9 @@ class _Added:
 
     layer: _Layer
 
-    @property
-    def added(self) -> None:
-        return None
-
-    def read(self, reader: Reader, start: int, out: memoryview) -> None:
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
         target = np.frombuffer(out, np.float32)
         target[:] = 0
-        for where, values in self.layer.entries(start, start + target.size):
-            target[where] = as_bits(values, "F32").view(np.float32)
+        with errors.context(f"{self.layer.path}: {self.layer.entry.name}"):
+            for where, values in self.layer.entries(start, start + target.size):
+                target[where] = as_bits(values, "F32").view(np.float32)

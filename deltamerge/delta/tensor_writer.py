@@ -17,12 +17,12 @@ import numpy as np
 from blake3 import blake3
 
 from deltamerge import errors
-from deltamerge.delta.entry import Entry, Read, as_bits, bits_type, digest, extend
+from deltamerge.delta.entry import Entry, Read, as_bits, digest, extend
 from deltamerge.delta.manifest import Record, stored_arrays
 from deltamerge.delta.positions import Array, Choice, Positions, choose, encode
 from deltamerge.delta.values import SCALED, VALUE_BITS, Coded, cheapest, encode_values, relative_error, scale_group
 from deltamerge.io.audit import NonFinite, count_nonfinite
-from deltamerge.io.dtypes import FLOATING, ITEMSIZE, cast
+from deltamerge.io.dtypes import FLOATING, ITEMSIZE, bits_type, cast
 from deltamerge.io.files import flat, output_error, read_at, write_at
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from deltamerge.engine.graph import Node, depth_first, resolve
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Reader
 from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import Tile
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from deltamerge import errors
 from deltamerge.engine.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
 from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, resolve, schedule
 from deltamerge.engine.steps import is_needless, steps
-from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.tiles import Tile, block_elements
 
 JOB_ELEMENTS = 1 << 21

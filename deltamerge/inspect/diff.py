@@ -13,11 +13,14 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.delta.entry import TILE
+from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import check, elements, over
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
-from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo, canonical, match_prefixes
+from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
 from deltamerge.io.dtypes import FLOATING, PACKED_BITS, widen
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.run import lock as locks
 
 
@@ -60,17 +63,20 @@ def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
     """
     here = Path.cwd()
     first, second = (hub.resolve(reference, here, weights=True) for reference in (a, b))
-    if second.delta is not None:
-        second = over(second, first)
-    elif first.delta is not None:
-        first = over(first, second)
+    opened = None
+    if second.is_delta:
+        opened = DeltaFile.open(second.path)
+        second = over(second, opened, first)
+    elif first.is_delta:
+        opened = DeltaFile.open(first.path)
+        first = over(first, opened, second)
     named = [_canonical(c, p) for c, p in zip((first, second), match_prefixes([first, second]), strict=True)]
     shared = [name for name in named[1] if name in named[0]]
     with Reader() as reader, ThreadPoolExecutor(workers) as pool:
         for checkpoint in (first, second):
-            if checkpoint.delta is not None and checkpoint.base is not None:
+            if opened is not None and checkpoint.base is not None:
                 with errors.context(checkpoint.reference):
-                    check(checkpoint.delta, checkpoint.base, reader, workers)
+                    check(opened, checkpoint.base, reader, workers)
         found = list(pool.map(lambda name: _compare(reader, named[0][name], named[1][name]), shared))
     changes = [change for change, _, _ in found if change.changed or change.a is not None]
     changes.sort(key=lambda change: (-(math.inf if change.norm is None else change.norm), change.name))

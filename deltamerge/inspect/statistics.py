@@ -22,8 +22,9 @@ from deltamerge.errors.shown import CELL, shown
 from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.inspect.activations import Activations, Influence
 from deltamerge.inspect.moments import Moments, together
-from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.dtypes import FLOATING
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Inputs
 from deltamerge.recipe.effective_prune import TASK_HEAD
 from deltamerge.recipe.load import loads
@@ -189,7 +190,7 @@ def measure(
 
 def _root(graph: Graph, pair: Pair) -> Node:
     tune, base = (
-        graph.node("deltamerge.io.checkpoint:read", kind="read", shape=info.shape, dtype=info.dtype, tensor=info)
+        graph.node("deltamerge.io.reader:read", kind="read", shape=info.shape, dtype=info.dtype, tensor=info)
         for info in (pair.tune, pair.base)
     )
     shape, dtypes = pair.base.shape, (pair.tune.dtype, pair.base.dtype)

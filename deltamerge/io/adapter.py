@@ -23,8 +23,9 @@ from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import input_error
 from deltamerge.io.patterns import finds
 from deltamerge.io.quantised import refuse_quantised
-from deltamerge.io.safetensors_file import TensorInfo, read_header
+from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.strict_json import read_json
+from deltamerge.io.tensor import TensorInfo
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -263,7 +264,7 @@ def _updated(info: TensorInfo, factors: Factors, scale: float, transposed: bool)
         raise InputError("DoRA is only supported for linear layers stored (out, in)", hint=BY_PEFT)
     if magnitude is not None and magnitude.shape != shape[:1]:
         raise InputError(f"lora_magnitude_vector must have the shape {list(shape[:1])}, has {list(magnitude.shape)}")
-    return replace(info, computed=LowRank(info, a, b, scale, transposed, magnitude))
+    return replace(info, begin=0, made=LowRank(info, a, b, scale, transposed, magnitude))
 
 
 def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
@@ -273,7 +274,7 @@ def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
     if info.dtype == dtype:
         return replace(info, name=name)
     nbytes = math.prod(info.shape) * ITEMSIZE[dtype]
-    return replace(info, name=name, dtype=dtype, begin=0, nbytes=nbytes, computed=Cast(info))
+    return replace(info, name=name, dtype=dtype, begin=0, nbytes=nbytes, made=Cast(info, dtype))
 
 
 def _untie(base: Checkpoint, adapter: Adapter, names: dict[str, TensorInfo], touched: set[str]) -> bool:

@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.config_file import read_config
-from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import (
-    Descriptor,
-    Descriptors,
-    flat,
     input_error,
-    read_at,
 )
-from deltamerge.io.gathered import Gathered
-from deltamerge.io.pieces import Pieces
 from deltamerge.io.quantised import gguf_error
 from deltamerge.io.safetensors_file import Header, read_header
-from deltamerge.io.safetensors_file import TensorInfo as TensorInfo
 from deltamerge.io.strict_json import read_json
-
-if TYPE_CHECKING:
-    from deltamerge.delta.file import DeltaFile
+from deltamerge.io.tensor import TensorInfo as TensorInfo
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -57,7 +43,8 @@ class Checkpoint:
 
     `reference` is what the recipe calls it; `tensors` are in the order of transformers (files by name, each
     file in the order of its header); `files` are the weight files; a local folder has no `hub_id` and no
-    `revision` (a commit). `delta`: the folder is a delta artifact, which has no tensors before it is put over `base`.
+    `revision` (a commit). `is_delta`: the folder is a delta artifact, which has
+    no tensors and no files before it is put over `base` (`delta.over_base`).
     `tokens`, `chat_template`: of a model that is yet to be made, what its files will say where they are not copies.
     """
 
@@ -68,7 +55,7 @@ class Checkpoint:
     config: dict[str, Any]
     revision: str | None = None
     hub_id: str | None = None
-    delta: DeltaFile | None = field(default=None, compare=False, repr=False)
+    is_delta: bool = False
     base: Checkpoint | None = field(default=None, compare=False, repr=False)
     adapter: Adapter | None = None
     tokens: Tokens | None = field(default=None, compare=False, repr=False)
@@ -119,10 +106,7 @@ def open_checkpoint(
         except OSError as error:
             raise input_error(error) from error
         if is_delta(names):
-            from deltamerge.delta.file import DeltaFile
-
-            opened, config = DeltaFile.open(path), read_config(path)
-            return Checkpoint(reference, path, {}, opened.files, config, revision, hub_id, opened)
+            return Checkpoint(reference, path, {}, (), read_config(path), revision, hub_id, is_delta=True)
         source = weight_source(names)
         config = read_config(path)
         weight_map = read_index(path / INDEX) if source == INDEX else None
@@ -214,120 +198,6 @@ def join(headers: Mapping[str, Header], weight_map: Mapping[str, str] | None) ->
     if not tensors:
         raise InputError("has no tensors")
     return tensors
-
-
-class Made(Protocol):
-    """What makes the bytes of a tensor that is stored as a change of another."""
-
-    @property
-    def added(self) -> Made | None:
-        """What makes the float32 values that are added to the base, where that is how the tensor is stored."""
-
-    def read(self, reader: Reader, start: int, out: memoryview) -> None:
-        """Fill `out` with the tensor's bytes from element `start`."""
-
-
-@dataclass(frozen=True, slots=True)
-class MadeInfo(TensorInfo):
-    """A tensor whose bytes are made when they are read; `begin` counts from its own first byte, `path` says of what."""
-
-    made: Made = field(kw_only=True)
-
-
-def added(info: TensorInfo) -> TensorInfo | None:
-    """The float32 values that make `info` of the base's tensor, where a delta artifact stores those; else None."""
-    if not isinstance(info, MadeInfo) or info.made.added is None:
-        return None
-    begin, nbytes = (4 * (size // ITEMSIZE[info.dtype]) for size in (info.begin, info.nbytes))
-    return replace(info, dtype="F32", begin=begin, nbytes=nbytes, made=info.made.added)
-
-
-def is_stored(info: TensorInfo) -> bool:
-    """Whether the tensor's bytes are in a file as they are; others are made when read."""
-    return not isinstance(info, MadeInfo | Gathered) and info.computed is None
-
-
-class Reader:
-    """Reads byte ranges of tensors into buffers, from any number of threads; keeps few files open.
-
-    Who reads files through `stored` may tell `pieces` the hashes of what was read.
-    """
-
-    def __init__(self, pieces: Pieces | None = None) -> None:
-        self.pieces = pieces
-        self._files = Descriptors(os.O_RDONLY, input_error)
-        self._known: dict[Any, Any] = {}
-        self._knowing = threading.Lock()
-
-    def __enter__(self) -> Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        self._files.close()
-
-    def read_into(self, info: TensorInfo, start_elem: int, out: Any) -> None:
-        """Fill the contiguous buffer `out` with the tensor's bytes from element `start_elem`."""
-        view = flat(out)
-        if isinstance(info, Gathered):
-            info.read_into(self, start_elem, np.frombuffer(view, np.uint8))
-            return
-        offset = start_elem * ITEMSIZE[info.dtype]
-        _check_range(info, offset, len(view))
-        if isinstance(info, MadeInfo):
-            if not view:
-                return
-            with errors.context(f"{info.path}: {info.name}"):
-                info.made.read(self, info.begin // ITEMSIZE[info.dtype] + start_elem, view)
-            return
-        if info.computed is not None:
-            info.computed.fill(self, info, start_elem, view)
-            return
-        with errors.context(str(info.path)):
-            file = self._files.get(info.path)
-            read_at(file.fd, info.begin + offset, view)
-
-    def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
-        """Fill `out` with runs of the tensor's bytes: run i is from `offsets[i]` on, and ends at `ends[i]` of `out`."""
-        view = flat(out)
-        if isinstance(info, MadeInfo) or info.computed is not None:
-            begin = 0
-            for offset, end in zip(offsets.tolist(), ends.tolist(), strict=True):
-                self.read_into(info, offset // ITEMSIZE[info.dtype], view[begin:end])
-                begin = end
-            return
-        lengths = np.diff(ends, prepend=0)
-        _check_range(info, int(offsets.min()), 0)
-        _check_range(info, int((offsets + lengths).max()), 0)
-        with errors.context(str(info.path)):
-            file = self._files.get(info.path)
-            begin = 0
-            for offset, end in zip((offsets + info.begin).tolist(), ends.tolist(), strict=True):
-                read_at(file.fd, offset, view[begin:end])
-                begin = end
-
-    def stored(self, info: TensorInfo) -> Descriptor | None:
-        """The open file that holds the tensor's bytes from `info.begin` on; None where they are made when read."""
-        return self._files.get(info.path) if is_stored(info) else None
-
-    def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:
-        """Tell the kernel that the tensor's bytes [start, start + nbytes) will be read soon."""
-        if hasattr(os, "posix_fadvise") and nbytes and (file := self.stored(info)) is not None:
-            os.posix_fadvise(file.fd, info.begin + start, nbytes, os.POSIX_FADV_WILLNEED)
-
-    def once(self, key: Any, compute: Callable[[], Any]) -> Any:
-        """The value of `compute` for `key`, computed by the first thread that asks."""
-        with self._knowing:
-            if key not in self._known:
-                self._known[key] = compute()
-            return self._known[key]
-
-
-def _check_range(info: TensorInfo, offset: int, nbytes: int) -> None:
-    if offset < 0 or nbytes < 0 or offset + nbytes > info.nbytes:
-        raise ValueError(f"bytes [{offset}, {offset + nbytes}) of {info.name}, which has {info.nbytes}")
 
 
 def canonical(name: str, prefix: str) -> str:

@@ -9,52 +9,40 @@ import math
 import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from deltamerge.io.dtypes import ITEMSIZE, narrow, widen
-
-if TYPE_CHECKING:
-    from deltamerge.io.checkpoint import Reader
-    from deltamerge.io.safetensors_file import TensorInfo
+from deltamerge.io.dtypes import bits_type, narrow, widen
+from deltamerge.io.tensor import Read, TensorInfo
 
 Array = npt.NDArray[Any]
 
 WORTH_NUMBA = 1 << 22  # elements
 CHUNK = 1 << 18  # elements computed at once, in whole rows: they stay in cache
-BITS: dict[int, npt.DTypeLike] = {1: "u1", 2: "<u2", 4: "<u4", 8: "<u8"}
-
-
-class Computed(Protocol):
-    """How the bytes of a tensor are made; plain data, so that a plan stays plain."""
-
-    def fill(self, reader: Reader, info: TensorInfo, start: int, out: memoryview) -> None:
-        """The bytes of `info` (the tensor, or some of its rows) from its element `start`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
     """Zeros: the base of an adapter's own weights."""
 
-    def fill(self, reader: Reader, info: TensorInfo, start: int, out: memoryview) -> None:
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
         out[:] = bytes(len(out))
 
 
 @dataclass(frozen=True, slots=True)
 class Cast:
-    """`source` in another dtype, rounded to nearest, ties to even; `begin` of its tensor counts from 0."""
+    """`source` in another `dtype`, rounded to nearest, ties to even."""
 
     source: TensorInfo
+    dtype: str
 
-    def fill(self, reader: Reader, info: TensorInfo, start: int, out: memoryview) -> None:
-        size = ITEMSIZE[info.dtype]
-        first = info.begin // size + start
-        target = np.frombuffer(out, BITS[size])
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        target = np.frombuffer(out, bits_type(self.dtype))
         for low in range(0, len(target), CHUNK):
             high = min(low + CHUNK, len(target))
-            target[low:high] = narrow(_floats(reader, self.source, first + low, high - low), info.dtype)
+            target[low:high] = narrow(_floats(read, self.source, start + low, high - low), self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +51,7 @@ class LowRank:
 
     `base` W: (out, in), or (in, out) if `transposed` (GPT-2's Conv1D, embeddings), where (B A)ᵀ is added;
     `a` A: (r, in); `b` B: (out, r). With `magnitude` m: (out), row i of W + s · B A is multiplied by m_i / ‖row i‖₂
-    (DoRA, arXiv 2402.09353), for W: (out, in) only. `begin` of the tensor counts as that of `base`.
+    (DoRA, arXiv 2402.09353), for W: (out, in) only.
 
     B A is Σ_k B_ik A_kj in the order of k, each product and sum rounded: a matrix product's own order would depend on
     the tile's shape, the library and its threads.
@@ -76,37 +64,36 @@ class LowRank:
     transposed: bool
     magnitude: TensorInfo | None = None
 
-    def fill(self, reader: Reader, info: TensorInfo, start: int, out: memoryview) -> None:
-        size = ITEMSIZE[info.dtype]
-        first = (info.begin - self.base.begin) // size + start
-        target = np.frombuffer(out, BITS[size])
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        dtype = self.base.dtype
+        target = np.frombuffer(out, bits_type(dtype))
         columns = self.base.shape[1]
-        right = _whole(reader, self.b).T if self.transposed else _whole(reader, self.a)
+        right = _whole(read, self.b).T if self.transposed else _whole(read, self.a)
         step = max(1, CHUNK // columns)
-        last = first + len(target)
-        for top in range(first // columns, math.ceil(last / columns), step):
+        stop = start + len(target)
+        for top in range(start // columns, math.ceil(stop / columns), step):
             bottom = min(top + step, self.base.shape[0])
-            rows = narrow(self._rows(reader, right, top, bottom), info.dtype).reshape(-1)
-            low, high = max(first, top * columns), min(last, bottom * columns)
-            target[low - first : high - first] = rows[low - top * columns : high - top * columns]
+            rows = narrow(self._rows(read, right, top, bottom), dtype).reshape(-1)
+            low, high = max(start, top * columns), min(stop, bottom * columns)
+            target[low - start : high - start] = rows[low - top * columns : high - top * columns]
 
-    def _rows(self, reader: Reader, right: Array, top: int, bottom: int) -> Array:
+    def _rows(self, read: Read, right: Array, top: int, bottom: int) -> Array:
         """Rows [top, bottom) of the updated weight in float32."""
         columns = self.base.shape[1]
-        weight = _floats(reader, self.base, top * columns, (bottom - top) * columns).reshape(-1, columns)
+        weight = _floats(read, self.base, top * columns, (bottom - top) * columns).reshape(-1, columns)
         if self.transposed:
             inner = self.a.shape[1]
-            left = np.stack([_floats(reader, self.a, k * inner + top, bottom - top) for k in range(self.a.shape[0])], 1)
+            left = np.stack([_floats(read, self.a, k * inner + top, bottom - top) for k in range(self.a.shape[0])], 1)
         else:
             rank = self.b.shape[1]
-            left = _floats(reader, self.b, top * rank, (bottom - top) * rank).reshape(-1, rank)
+            left = _floats(read, self.b, top * rank, (bottom - top) * rank).reshape(-1, rank)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             update = self._product(left, right)
             update *= np.float32(self.scale)
             update += weight
             if self.magnitude is not None:
                 norm = np.sqrt(np.square(update, dtype=np.float64).sum(axis=1)).astype(np.float32)
-                update *= (_floats(reader, self.magnitude, top, bottom - top) / norm)[:, None]
+                update *= (_floats(read, self.magnitude, top, bottom - top) / norm)[:, None]
         return np.asarray(update, np.float32)
 
     def _product(self, left: Array, right: Array) -> Array:
@@ -130,12 +117,12 @@ def ordered_product(left: Array, right: Array, out: Array) -> None:
         out += product
 
 
-def _whole(reader: Reader, info: TensorInfo) -> Array:
-    return _floats(reader, info, 0, math.prod(info.shape)).reshape(info.shape)
+def _whole(read: Read, info: TensorInfo) -> Array:
+    return _floats(read, info, 0, math.prod(info.shape)).reshape(info.shape)
 
 
-def _floats(reader: Reader, info: TensorInfo, start: int, count: int) -> Array:
+def _floats(read: Read, info: TensorInfo, start: int, count: int) -> Array:
     """Elements [start, start + count) in float32."""
-    bits = np.empty(count, BITS[ITEMSIZE[info.dtype]])
-    reader.read_into(info, start, bits)
+    bits = np.empty(count, bits_type(info.dtype))
+    read.read_into(info, start, bits)
     return widen(bits, info.dtype)

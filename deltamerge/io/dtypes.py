@@ -40,6 +40,11 @@ def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
 Array = npt.NDArray[Any]
 
 
+def bits_type(dtype: str) -> str:
+    """The unsigned numpy dtype of a safetensors dtype's bits."""
+    return f"<u{ITEMSIZE[dtype]}"
+
+
 def widen(bits: Array, dtype: str) -> Array:
     """Bit patterns (unsigned) of a safetensors floating `dtype` -> float32."""
     if dtype == "BF16":

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from deltamerge.errors import InputError
 
 if TYPE_CHECKING:
-    from deltamerge.io.safetensors_file import TensorInfo
+    from deltamerge.io.tensor import TensorInfo
 
 PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 KEYS = ("quantization_config", "quantization", "compression_config")

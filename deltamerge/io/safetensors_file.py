@@ -13,16 +13,14 @@ from dataclasses import dataclass
 from itertools import accumulate
 from operator import attrgetter, mul
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import ITEMSIZE, bits_of
 from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import parse_json
-
-if TYPE_CHECKING:
-    from deltamerge.io.computed import Computed
+from deltamerge.io.tensor import TensorInfo
 
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 200_000
@@ -33,27 +31,6 @@ PREFIX = 8
 
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _AGAIN = "download it again"
-
-
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
-    """Where a tensor lies: `dtype` is safetensors' code ("BF16"), `begin` counts from the start of the file.
-
-    The bytes of a `computed` tensor (an adapter's) are made when they are read; `begin` then counts as it says.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    path: Path
-    begin: int
-    nbytes: int
-    computed: Computed | None = None
-
-    def is_same(self, other: TensorInfo) -> bool:
-        """Whether both are the same bytes, as their places tell, whatever they are called."""
-        ours = (self.dtype, self.shape, self.path, self.begin, self.computed)
-        return ours == (other.dtype, other.shape, other.path, other.begin, other.computed)
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,8 +16,8 @@ import numpy.typing as npt
 from deltamerge.io.dtypes import FLOATING, ITEMSIZE, cast, widen
 
 if TYPE_CHECKING:
-    from deltamerge.io.checkpoint import Reader
-    from deltamerge.io.safetensors_file import TensorInfo
+    from deltamerge.io.reader import Reader
+    from deltamerge.io.tensor import TensorInfo
 
 Array = npt.NDArray[Any]
 

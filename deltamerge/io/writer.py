@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.io.audit import Audit, Findings, Stored
-from deltamerge.io.checkpoint import INDEX, SINGLE, Reader, TensorInfo
+from deltamerge.io.checkpoint import INDEX, SINGLE
 from deltamerge.io.dtypes import FLOATING, ITEMSIZE, nbytes_of
 from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, sync_path, write_at
 from deltamerge.io.journal import Journal
 from deltamerge.io.outbox import Outbox
+from deltamerge.io.reader import Reader
 from deltamerge.io.spans import Spans
+from deltamerge.io.tensor import TensorInfo
 
 # The order of tensors in a file that safetensors.torch.save_file makes: by dtype in this order, then by name.
 DTYPE_ORDER = (

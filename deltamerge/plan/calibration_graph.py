@@ -10,9 +10,9 @@ from pathlib import Path
 from deltamerge.calibrate.spec import Part, Pruned, Source, Spec, has_norm, mask_seeds, within
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.patterns import finds
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.plan.delta_graph import THRESHOLD, Deltas
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
@@ -149,7 +149,7 @@ class Preparation:
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
     """A stage runs the fine-tune with its own vocabulary, so what is pruned must have the rows of its files."""
     for tuned in tensors:
-        if isinstance(tuned.tensor, Gathered) or isinstance(tuned.merge.base, Gathered):
+        if any(info is not None and isinstance(info.made, Gathered) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
             raise InputError(message, hint=hint)
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.calibrate.spec import has_norm, is_transposed
+from deltamerge.delta.over_base import added
 from deltamerge.engine.graph import Graph, Node
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import TensorInfo, added
 from deltamerge.io.patterns import finds
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.prune import nodes
 from deltamerge.methods.prune.bits import Key, mask_key
 from deltamerge.methods.prune.della import check as check_della
@@ -56,7 +57,7 @@ class Deltas:
 
     def read(self, tensor: TensorInfo) -> Node:
         return self.graph.node(
-            "deltamerge.io.checkpoint:read", kind="read", shape=tensor.shape, dtype=tensor.dtype, tensor=tensor
+            "deltamerge.io.reader:read", kind="read", shape=tensor.shape, dtype=tensor.dtype, tensor=tensor
         )
 
     def prune_of(self, tuned: Tuned) -> Pruning:

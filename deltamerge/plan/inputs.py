@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
+from deltamerge.delta.file import DeltaFile
+from deltamerge.delta.over_base import over
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Checkpoint, TensorInfo, canonical, match_prefixes
+from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
 from deltamerge.io.names import layer_index
 from deltamerge.io.quantised import refuse_quantised
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Part, written
 from deltamerge.recipe.schema import Recipe, model_name
@@ -65,7 +68,7 @@ class Inputs:
     files; `vocabulary` is whose tokenizer the output's is or, for a union, starts from: it may be a model that is not
     merged, opened for its tokenizer alone. `untied`: a model has a head of its own, and in the models `stand_ins`,
     which tie theirs, the embedding stands in for it. `origin` is what a delta artifact that is written is a change of,
-    whether it is merged or not."""
+    whether it is merged or not; `deltas` are the open delta artifacts among the models, by reference."""
 
     groups: tuple[Group, ...]
     template: Input
@@ -73,6 +76,7 @@ class Inputs:
     stand_ins: tuple[str, ...] = ()
     untied: bool = False
     origin: Input | None = None
+    deltas: Mapping[str, DeltaFile] = field(default_factory=dict)
 
     @property
     def base(self) -> Input | None:
@@ -106,12 +110,13 @@ class Inputs:
 def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     """Open every model of the recipe once, match their names, choose the template."""
     opened: dict[str, Checkpoint] = {}
+    deltas: dict[str, DeltaFile] = {}
 
     def checkpoint(reference: str, place: str) -> Checkpoint:
         if reference not in opened:
             with errors.context(place):
                 found = opener(reference, folder)
-                if found.delta is not None:
+                if found.is_delta:
                     found = over_base(found)
                 opened[reference] = found
         return opened[reference]
@@ -124,15 +129,15 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         return found
 
     def over_base(delta: Checkpoint) -> Checkpoint:
-        from deltamerge.delta.over_base import over
-
-        assert delta.delta is not None
-        belongs = delta.delta.manifest.base
+        artifact = DeltaFile.open(delta.path)
+        belongs = artifact.manifest.base
         if recipe.base_model is None or recipe.base_model == delta.reference:
             what = "cannot be the base" if recipe.base_model else "needs base_model"
             raise InputError(f"{delta.reference} is a delta of {belongs}, and {what}", hint=f"base_model: {belongs}")
         with errors.context(delta.reference):
-            return over(delta, merged(recipe.base_model, "base_model"))
+            found = over(delta, artifact, merged(recipe.base_model, "base_model"))
+        deltas[delta.reference] = artifact
+        return found
 
     def apart(part: Part) -> bool:
         return recipe.method.base_apart(part.base)
@@ -164,7 +169,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     template = input_named(recipe.template, recipe, base, tunes) or _template(groups, tunes)
     vocabulary = _vocabulary(recipe, base, tunes, checkpoint)
     origin = base if recipe.output.kind == "delta" else None
-    return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin)
+    return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin, deltas)
 
 
 def _untie(models: list[Input]) -> tuple[list[Input], tuple[str, ...], bool]:

@@ -22,10 +22,11 @@ from statistics import median
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Reader, TensorInfo
 from deltamerge.io.dtypes import widen
 from deltamerge.io.front_matter import front_matter
+from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import read_json
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Group, Input, Inputs
 from deltamerge.recipe.effective_prune import TASK_HEAD
 

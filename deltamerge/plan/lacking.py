@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.dtypes import FLOATING
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.layer_config import layer_count
 

@@ -11,8 +11,8 @@ from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.io.adapter import factor_names
 from deltamerge.io.computed import LowRank, Zeros
-from deltamerge.io.safetensors_file import TensorInfo
 from deltamerge.io.strict_json import read_json
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.inputs import Input, Inputs
@@ -50,7 +50,7 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     _check(recipe, tune.index)
     names = {name: name for name in adapter.tensors}
     factors = factor_names(adapter)
-    nothing = {n: replace(i, begin=0, computed=Zeros()) if n in factors else i for n, i in adapter.tensors.items()}
+    nothing = {n: replace(i, begin=0, made=Zeros()) if n in factors else i for n, i in adapter.tensors.items()}
     own = replace(tune, tensors=dict(adapter.tensors), stored=names)
     group = replace(group, base=replace(base, tensors=nothing, stored=names), tunes=(own,))
     return Inputs((group,), own, inputs.vocabulary)
@@ -76,7 +76,7 @@ def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
     by_name = {tuned.name: tuned for tuned in pruned}
     products = []
     for weight in model.checkpoint.tensors.values():
-        if isinstance(update := weight.computed, LowRank):
+        if isinstance(update := weight.made, LowRank):
             if update.magnitude is not None:
                 raise InputError(f"{model.name}: q cannot be calibrated on DoRA", hint="give q a number")
             sides = (("a", update.a), ("b", update.b))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from deltamerge.io.checkpoint import TensorInfo
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input
 from deltamerge.recipe.parts import Part
 

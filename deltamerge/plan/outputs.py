@@ -12,10 +12,10 @@ from deltamerge.delta.positions import expected_bits
 from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Graph
-from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.dtypes import COPIED, FLOATING, ITEMSIZE, PACKED_BITS
 from deltamerge.io.gathered import Gathered, cut
 from deltamerge.io.names import layer_index
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import HEAD, Input, Inputs, has_tied_head
 from deltamerge.plan.lacking import Spares, named
 from deltamerge.plan.merged_tensor import Merge

@@ -18,9 +18,10 @@ from deltamerge.engine.execute import Task
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
 from deltamerge.io.adapter import WEIGHTS
-from deltamerge.io.checkpoint import Adapter, TensorInfo
+from deltamerge.io.checkpoint import Adapter
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.names import numbered_blocks
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.writer import Layout, plan_layout
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.names import layer_index, layer_position
 from deltamerge.io.quantised import keys_of, stated, without_keys
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import HEAD, Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer
 from deltamerge.plan.layer_config import Followed, count_keys, layer_count, repair

@@ -14,9 +14,9 @@ from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine.graph import Graph, Node
 from deltamerge.engine.graph import resolve as call
 from deltamerge.errors import RecipeError
-from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.gathered import Gathered
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.prune import nodes
 from deltamerge.methods.registry import MergeMethod
 from deltamerge.plan.calibration_graph import Preparation
@@ -215,7 +215,7 @@ class Builder:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
     def _cast(self, node: Node, dtype: str) -> Node:
-        if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor"), Gathered):
+        if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor").made, Gathered):
             return node
         return self.graph.node("deltamerge.methods.ops:cast", [node], shape=node.shape, dtype=dtype, to=dtype)
 

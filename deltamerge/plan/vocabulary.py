@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.io.checkpoint import TensorInfo, Tokens
+from deltamerge.io.checkpoint import Tokens
 from deltamerge.io.gathered import gather
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.tokenizer_files import TOKENIZER, Entry, fetched, plain_entry, read_tokens
 from deltamerge.plan.inputs import Input, Inputs, input_named
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows

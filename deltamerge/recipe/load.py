@@ -9,7 +9,8 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from deltamerge.errors import Problem, RecipeError
-from deltamerge.recipe import checks, documents, messages, yaml_source
+from deltamerge.io import patterns
+from deltamerge.recipe import bounds, checks, documents, messages, yaml_source
 from deltamerge.recipe.parts import Part
 from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
 from deltamerge.recipe.values import Value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,9 @@ import yaml
 
 from deltamerge.engine.execute import default_workers, execute
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
+from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import Read, TensorInfo
 from deltamerge.plan.planner import Plan, plan
 from deltamerge.recipe.load import loads
 from deltamerge.run.plans import make_plan
@@ -129,22 +130,21 @@ def prune(
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _InMemory:
-    """A tensor that is there already, as the reader asks for one that is computed."""
+    """A tensor that is there already: its bytes, of elements of `size` bytes."""
 
     data: memoryview
+    size: int
 
-    def fill(self, reader: Reader, info: TensorInfo, start: int, out: memoryview) -> None:
-        if not out:
-            return
-        begin = info.begin + start * (info.nbytes // max(1, math.prod(info.shape)))
-        out[:] = self.data[begin : begin + len(out)]
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        out[:] = self.data[start * self.size :][: len(out)]
 
 
 def _info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
     code = CODES.get(str(tensor.dtype).removeprefix("torch."))
     if code is None:
         raise InputError(f"{name}: {tensor.dtype} is not a dtype of safetensors")
-    return TensorInfo(name, code, tuple(tensor.shape), path, 0, tensor.nbytes, _InMemory(_bytes(tensor.detach().cpu())))
+    made = _InMemory(_bytes(tensor.detach().cpu()), tensor.element_size())
+    return TensorInfo(name, code, tuple(tensor.shape), path, 0, tensor.nbytes, made)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

@@ -6,7 +6,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from deltamerge.errors import InputError, VerifyError
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.blobs import check_blobs
-from deltamerge.io.checkpoint import Checkpoint, Reader, is_delta
+from deltamerge.io.checkpoint import Checkpoint, is_delta
 from deltamerge.io.markdown import code, plain
 from deltamerge.io.outbox import ROOM, SLAB
+from deltamerge.io.reader import Reader
 from deltamerge.io.seals import seal
 from deltamerge.io.workspace import refuse_inputs, workspace
 from deltamerge.io.writer import Writer, plan_layout
@@ -62,12 +63,13 @@ def apply(
     """
     here = Path.cwd()
     artifact, origin = (hub.resolve(reference, here, weights=True) for reference in (delta, base))
-    if artifact.delta is None:
+    if not artifact.is_delta:
         raise InputError(f"{delta}: is not a delta artifact", hint="deltamerge apply DELTA --base BASE --out DIR")
-    if origin.delta is not None:
+    if origin.is_delta:
         raise InputError(f"{base}: is a delta too", hint=f"apply it first: deltamerge apply {base}")
     tile = _tile(workers, memory)
-    opened = artifact.delta
+    opened = DeltaFile.open(artifact.path)
+    artifact = replace(artifact, files=opened.files)
     with errors.context(delta):
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
     layout = plan_layout([(s.name, s.dtype, s.shape) for s in planned], opened.manifest.shard_size)

@@ -28,13 +28,13 @@ import numpy.typing as npt
 from deltamerge import errors
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.delta.entry import TILE
-from deltamerge.delta.over_base import elements
+from deltamerge.delta.over_base import added, elements
 from deltamerge.delta.positions import expected_bits
 from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Reader, added
 from deltamerge.io.dtypes import ITEMSIZE, widen
+from deltamerge.io.reader import Reader
 from deltamerge.methods.table import PRUNE
 from deltamerge.methods.tiles import row_length
 from deltamerge.plan.planner import Budgeted, Plan

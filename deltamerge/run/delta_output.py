@@ -16,10 +16,12 @@ from deltamerge.delta.tensor_writer import BaseTensor, TensorWriter, is_related
 from deltamerge.delta.writer import DeltaWriter, Summary
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import Node
-from deltamerge.io.checkpoint import Checkpoint, Reader, TensorInfo
+from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import flat
 from deltamerge.io.journal import Journal
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.outputs import Output
 from deltamerge.plan.planner import Plan
 from deltamerge.run.budget import Choice, fit, given

@@ -17,7 +17,7 @@ from deltamerge.calibrate.spec import Source
 from deltamerge.engine.graph import depth_first
 from deltamerge.errors import InputError
 from deltamerge.io.blobs import sha256_of
-from deltamerge.io.checkpoint import Checkpoint, is_stored
+from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.files import flat, read_at
 from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn
 from deltamerge.io.seals import hash_output as hash_output
@@ -135,7 +135,7 @@ def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
     for task in plan.tasks if plan.recipe.output.kind == "model" else ():
         if task.backend == "fused" and task.root.kind != "read":
             infos = (node.parameter("tensor") for node in depth_first(task.root) if node.kind == "read")
-            for info in filter(is_stored, infos):
+            for info in (one for one in infos if one.made is None):
                 merged[info.path].append((info.begin, info.begin + info.nbytes))
     for _, files in _chosen(plan, mine):
         for path in files:

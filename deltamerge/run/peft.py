@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.adapter import CONFIG, PREFIX, WEIGHTS
-from deltamerge.io.checkpoint import Reader, TensorInfo
+from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.writer import Writer, plan_layout
 from deltamerge.plan.planner import Plan
 from deltamerge.run.assets import config as output_config

@@ -18,8 +18,9 @@ from deltamerge.inspect.pictures import Draw, drawing
 from deltamerge.io.atomic import refuse_taken
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.blobs import check_blobs
-from deltamerge.io.checkpoint import INDEX, Reader
+from deltamerge.io.checkpoint import INDEX
 from deltamerge.io.pieces import Pieces
+from deltamerge.io.reader import Reader
 from deltamerge.io.seals import seal
 from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.io.writer import write_index
@@ -298,17 +299,17 @@ def _places(planned: Plan) -> list[tuple[str, Path]]:
 def check_deltas(planned: Plan) -> None:
     """InputError unless every delta among the models was made from the base that it is put over, and makes of it what
     it was made for, by hash."""
-    deltas = [checkpoint for checkpoint in planned.inputs.checkpoints if checkpoint.delta is not None]
+    deltas = planned.inputs.deltas
     if not deltas:
         return
     from deltamerge.delta.over_base import check
 
     with Reader() as reader:
-        for delta in deltas:
-            assert delta.delta is not None
-            assert delta.base is not None
-            with errors.context(delta.reference):
-                check(delta.delta, delta.base, reader, planned.workers, planned.tile_elements)
+        for checkpoint in planned.inputs.checkpoints:
+            if checkpoint.base is not None:
+                with errors.context(checkpoint.reference):
+                    delta = deltas[checkpoint.reference]
+                    check(delta, checkpoint.base, reader, planned.workers, planned.tile_elements)
 
 
 def calibrate(

@@ -12,8 +12,8 @@ from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io.audit import Findings, NonFinite
-from deltamerge.io.checkpoint import Reader
 from deltamerge.io.pieces import Pieces
+from deltamerge.io.reader import Reader
 from deltamerge.io.seals import Seal, seal
 from deltamerge.io.work_folder import CALIBRATION
 from deltamerge.io.workspace import Workspace

@@ -20,7 +20,7 @@ from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect.recommend import CALIBRATED, Candidate, Question, Recommendation, decide
 from deltamerge.inspect.study import inspect, recommend
-from deltamerge.io.checkpoint import Reader
+from deltamerge.io.reader import Reader
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run
 

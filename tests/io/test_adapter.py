@@ -17,8 +17,8 @@ from tiny_models import make
 
 from deltamerge.errors import InputError
 from deltamerge.io import hub, patterns
-from deltamerge.io.checkpoint import Reader
 from deltamerge.io.computed import ordered_product
+from deltamerge.io.reader import Reader
 from deltamerge.methods.ops import torch_dtype
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run
@@ -219,7 +219,7 @@ def test_plan_reads_headers_only(llama: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[:-4] + b"\xff" * 4)
     planned = make_plan(llama / "r.yaml")
-    assert sum(p.computed is not None for p in planned.inputs.tunes[0].checkpoint.tensors.values()) == 6
+    assert sum(p.made is not None for p in planned.inputs.tunes[0].checkpoint.tensors.values()) == 6
 
 
 def edit(folder: Path, **changes: Any) -> None:

@@ -17,14 +17,9 @@ from safetensors.torch import save_file
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import files
-from deltamerge.io.checkpoint import (
-    Checkpoint,
-    Reader,
-    TensorInfo,
-    canonical,
-    match_prefixes,
-    open_checkpoint,
-)
+from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes, open_checkpoint
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import TensorInfo
 
 TENSORS = {f"t{i}": torch.arange(12.0).reshape(3, 4) + i for i in range(6)}
 

@@ -17,7 +17,8 @@ from small_hub import COMMIT, TOKEN, Hub
 
 from deltamerge.errors import InputError
 from deltamerge.io import hub, hub_answers, writer
-from deltamerge.io.checkpoint import Reader, open_checkpoint
+from deltamerge.io.checkpoint import open_checkpoint
+from deltamerge.io.reader import Reader
 from deltamerge.run.partition import Part
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run
@@ -95,7 +96,7 @@ def test_adapters(server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.
         assert lora is not None
         assert checkpoint.reference == reference
         assert (lora.hub_id, lora.revision) in (("org/lora", COMMIT), (None, None))
-        assert sum(info.computed is not None for info in checkpoint.tensors.values()) == 1
+        assert sum(info.made is not None for info in checkpoint.tensors.values()) == 1
     assert all(span for _, span in server.fetched("adapter_model.safetensors"))
     for reference in ("org/model+org/model", "org/model+org/nothing"):
         with pytest.raises(InputError, match=r"has no adapter_config.json|no such model on the hub"):

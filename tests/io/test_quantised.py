@@ -14,7 +14,7 @@ from conftest import load_tensors, make_checkpoint, tiny_llama, write_json
 from safetensors.torch import save_file
 
 from deltamerge.io.quantised import keys_of, scheme_of, without_keys
-from deltamerge.io.safetensors_file import TensorInfo
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run
 

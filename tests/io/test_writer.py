@@ -20,8 +20,9 @@ from safetensors.torch import save
 
 from deltamerge.errors import OutputError
 from deltamerge.io import files
-from deltamerge.io.checkpoint import Reader, open_checkpoint
+from deltamerge.io.checkpoint import open_checkpoint
 from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.writer import Layout, Writer, plan_layout
 

@@ -11,7 +11,8 @@ from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama, write_json
 
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Reader, open_checkpoint
+from deltamerge.io.checkpoint import open_checkpoint
+from deltamerge.io.reader import Reader
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.kinship import measured
 from deltamerge.run.plans import make_plan

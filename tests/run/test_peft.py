@@ -18,7 +18,7 @@ from tiny_models import batches, make
 from deltamerge.calibrate.subject import Memory
 from deltamerge.engine.execute import Task, execute
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
-from deltamerge.io.checkpoint import Reader
+from deltamerge.io.reader import Reader
 from deltamerge.io.shira import Candidate, choose_rank, difference
 from deltamerge.run.lock import verify
 from deltamerge.run.plans import make_plan

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.program import Operation, Place, Program
 from deltamerge.engine.graph import REDUCTIONS, Node
-from deltamerge.io.checkpoint import Reader
 from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.reader import Reader
 from deltamerge.methods.merge.arithmetic import divisor_of
 from deltamerge.methods.merge.span import pairs
 from deltamerge.methods.prune.bits import Key, guided, is_sparse, threshold
