@@ -11,7 +11,7 @@ import os
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
@@ -19,14 +19,21 @@ from blake3 import blake3
 from deltamerge import errors
 from deltamerge.delta.entry import Entry, Read, as_bits, digest, extend
 from deltamerge.delta.manifest import Record, stored_arrays
-from deltamerge.delta.positions import Array, Choice, Positions, choose, encode
-from deltamerge.delta.values import SCALED, VALUE_BITS, Coded, cheapest, encode_values, relative_error, scale_group
+from deltamerge.delta.positions import Array, Choice, Coding, Positions, choose, encode
+from deltamerge.delta.spool import Spool
+from deltamerge.delta.values import (
+    SCALED,
+    VALUE_BITS,
+    Coded,
+    Values,
+    cheapest,
+    encode_values,
+    relative_error,
+    scale_group,
+)
 from deltamerge.io.audit import NonFinite, count_nonfinite
 from deltamerge.io.dtypes import FLOATING, ITEMSIZE, bits_type, cast
 from deltamerge.io.files import flat, output_error, read_at, write_at
-
-if TYPE_CHECKING:
-    from deltamerge.delta.writer import DeltaWriter
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +57,27 @@ class Stored:
     offset: int
 
 
+@dataclass(frozen=True, slots=True)
+class Storing:
+    """How all tensors of an artifact are stored: the coding of `values` to add, the `codings` of positions to choose
+    from, and the `spool` where finished tensors wait."""
+
+    values: Values
+    codings: frozenset[Coding]
+    spool: Spool
+
+
 class TensorWriter:
     """One tensor of the result: by `write`, or in an artifact that adds by `add` and `finish`."""
 
     def __init__(
-        self, writer: DeltaWriter, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None, path: Path
+        self, storing: Storing, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None, path: Path
     ) -> None:
         self.path = path
         self.stored: list[Stored] = []
         self.squares = (0.0, 0.0)
         self.nonfinite = NonFinite(0, 0)
-        self._writer, self._name, self._dtype, self._shape = writer, name, dtype, shape
+        self._storing, self._name, self._dtype, self._shape = storing, name, dtype, shape
         is_change = base is not None and is_related(base.dtype, base.shape, dtype, shape)
         self._base = base if is_change else None
         self._size = math.prod(shape)
@@ -74,7 +91,7 @@ class TensorWriter:
         self._listed = Positions()
         self._values: list[Array] = []
         self._base_hash, self._result_hash = blake3(), blake3()
-        if self._restore(writer.spool.kept(name)):
+        if self._restore(storing.spool.kept(name)):
             return
         if not self._size:
             self._finish_write()
@@ -121,10 +138,10 @@ class TensorWriter:
                 return
             self._listed.add(positions)
             values = np.ascontiguousarray(values, np.float32)
-            if self._writer.values in SCALED:
+            if self._storing.values in SCALED:
                 self._values.append(values)
             else:
-                self._append_coded(encode_values(values, positions, 1, 1, self._writer.values))
+                self._append_coded(encode_values(values, positions, 1, 1, self._storing.values))
 
     def finish(self) -> None:
         """End a tensor of `add`, or one that is as in the base; reads the base for the hashes."""
@@ -194,7 +211,7 @@ class TensorWriter:
             if not self._size:
                 self._read_base(0, 0)
             bits = 8 * ITEMSIZE[self._dtype]
-            choice = choose(self._listed.gaps, self._size, bits, fill=self._whole, allowed=self._writer.codings)
+            choice = choose(self._listed.gaps, self._size, bits, fill=self._whole, allowed=self._storing.codings)
             if choice.coding != "dense" and self._whole:
                 self._thin()
         self._store(self._new_record(choice), None, self._index(choice))
@@ -204,7 +221,7 @@ class TensorWriter:
             raise ValueError("not every element was written")
         count, group = self._listed.count, scale_group(self._shape)
         groups = -(-self._size // group)
-        coding = cheapest(self._writer.values, count, groups)
+        coding = cheapest(self._storing.values, count, groups)
         added: dict[str, Any] = {"values": coding} if count else {}
         scales: Array | None = None
         if self._values:
@@ -217,7 +234,7 @@ class TensorWriter:
                 added |= {"group": group, "unit": coded.unit} | ({"ranks": coded.ranks} if coded.ranks else {})
         if count and coding != "float32":
             added["error"] = relative_error(*self.squares)
-        choice = choose(self._listed.gaps, self._size, VALUE_BITS[coding], fill=False, allowed=self._writer.codings)
+        choice = choose(self._listed.gaps, self._size, VALUE_BITS[coding], fill=False, allowed=self._storing.codings)
         index, stored = self._index(choice), np.empty(0, np.uint8)
         if count:
             stored = np.memmap(self.path, np.uint8, "r", 0, self._spooled).view(f"<u{max(1, VALUE_BITS[coding] // 8)}")
@@ -273,7 +290,7 @@ class TensorWriter:
             "nonfinite": self.nonfinite,
             "bytes": self._spooled,
         }
-        self._writer.spool.finished(self._name, self.path, state)
+        self._storing.spool.finished(self._name, self.path, state)
 
     def _restore(self, state: Any) -> bool:
         """Take what an earlier run has finished, if its file is still there."""

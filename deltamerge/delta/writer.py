@@ -17,7 +17,7 @@ from deltamerge.delta.folder import INDEX, MANIFEST
 from deltamerge.delta.manifest import SHARD_SIZE, Base, Manifest
 from deltamerge.delta.positions import CODINGS, Coding
 from deltamerge.delta.spool import Spool
-from deltamerge.delta.tensor_writer import BaseTensor, Stored, TensorWriter
+from deltamerge.delta.tensor_writer import BaseTensor, Stored, Storing, TensorWriter
 from deltamerge.delta.values import Values, relative_error
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.files import copy_at, output_error, write_at
@@ -60,8 +60,6 @@ class DeltaWriter:
         removed: Sequence[str] = (),
         journal: Journal | None = None,
     ) -> None:
-        self.values = values
-        self.codings: frozenset[Coding] = frozenset({*codings, "dense", "indices"})
         self._folder = folder
         self._manifest = Manifest(
             semantics=semantics, base=base, shard_size=shard_size, removed=list(removed), tensors={}
@@ -70,7 +68,8 @@ class DeltaWriter:
         self._tensors: dict[str, TensorWriter] = {}
         self._finished = False
         with errors.context(str(folder)):
-            self.spool = Spool(folder, journal)
+            spool = Spool(folder, journal)
+        self.storing = Storing(values, frozenset({*codings, "dense", "indices"}), spool)
 
     def __enter__(self) -> DeltaWriter:
         return self
@@ -79,7 +78,7 @@ class DeltaWriter:
         """Remove what waits, unless there is a journal; the artifact is there only after `finish`."""
         for tensor in self._tensors.values():
             tensor.close()
-        self.spool.close(done=self._finished)
+        self.storing.spool.close(done=self._finished)
 
     def tensor(self, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None) -> TensorWriter:
         """The next tensor of the result; `base` is None where the base has none.
@@ -88,8 +87,8 @@ class DeltaWriter:
         """
         if name in self._tensors:
             raise ValueError(f"two tensors have the name {name}")
-        path = self.spool.folder / f"{len(self._tensors):06d}"
-        self._tensors[name] = TensorWriter(self, name, dtype, shape, base, path)
+        path = self.storing.spool.folder / f"{len(self._tensors):06d}"
+        self._tensors[name] = TensorWriter(self.storing, name, dtype, shape, base, path)
         return self._tensors[name]
 
     def finish(self) -> Summary:

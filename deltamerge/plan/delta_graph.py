@@ -126,7 +126,7 @@ class Deltas:
             if prune.method == "della":
                 node = self._node(node.function, node.inputs, shape, **dict(node.parameters), weighted=False)
             columns, _ = self.protected(tuned)
-            node = nodes.matched(self.graph, self._cleared(whole, columns), node, prune.rescale)
+            node = nodes.matched(self.graph.node, self._cleared(whole, columns), node, prune.rescale)
             return self._restored(tuned, node, f" {prune.method} density={density:g} {prune.rescale}")
         if q != 1:
             value = self.graph.node(f"{RESCALE}:constant", kind="small", value=q)
@@ -157,18 +157,18 @@ class Deltas:
         if prune.method == "dare" and prune.sampling == "uniform":
             return self._cleared(self._node(f"{MASKS}:dare", pair, shape, key=key, density=density), columns)
         if prune.method in ("breadcrumbs", "magnitude_outliers"):
-            return nodes.between(self.graph, whole, density, number(prune.parameters["gamma"], merge) or 0.0)
+            return nodes.between(self.graph.node, whole, density, number(prune.parameters["gamma"], merge) or 0.0)
         if prune.method == "structured":
             a, b = (number(prune.parameters[side], merge) for side in "ab")
             return self._cleared(self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b), columns)
         if count:
             density *= 1 - count / shape[-1]
         if prune.sampling == "magnitude":
-            return self._cleared(nodes.sampled(self.graph, whole, pair, key, density), columns)
+            return self._cleared(nodes.sampled(self.graph.node, whole, pair, key, density), columns)
         if prune.method == "wanda" and has_norm(merge.name, shape):
             transposed = is_transposed(tuned.tensor.name, tuned.model.checkpoint.config.get("model_type"))
             measured = self.activations[tuned.index]
-            return nodes.best_scored(self.graph, whole, measured, tuned.tensor.name, transposed, density)
+            return nodes.best_scored(self.graph.node, whole, measured, tuned.tensor.name, transposed, density)
         if prune.method == "magnitude" and prune.group == "row" and len(shape) > 1:
             return self._node(f"{SELECT}:keep_largest_rows", [whole], shape, density=density)
         if prune.method not in ("magnitude", "wanda"):
@@ -176,8 +176,8 @@ class Deltas:
         if prune.group == "model":
             of_model = self.cuts[tuned.index]
             cut = self.graph.node(f"{THRESHOLD}:cut_of", [of_model], kind="small", name=merge.name)
-            return nodes.above(self.graph, whole, cut)
-        return nodes.largest(self.graph, whole, round(density * math.prod(shape)))
+            return nodes.above(self.graph.node, whole, cut)
+        return nodes.largest(self.graph.node, whole, round(density * math.prod(shape)))
 
     def _by_function(self, prune: Pruning, merge: Merge, whole: Node, key: Key, density: float) -> Node:
         """The mask of a method that is one function of a tile, with the parameters that it declares."""

@@ -184,9 +184,9 @@ class Builder:
             return whole, ""
         if density == 0:
             return self.deltas.nothing(tuned), " density=0"
-        kept = nodes.largest(self.graph, whole, max(1, int(density * math.prod(whole.shape))))
+        kept = nodes.largest(self.graph.node, whole, max(1, int(density * math.prod(whole.shape))))
         if "rescale" in method.parameters and self._value("rescale", tuned.merge, None):
-            return nodes.matched(self.graph, whole, kept, "l1"), f" density={density:g} l1"
+            return nodes.matched(self.graph.node, whole, kept, "l1"), f" density={density:g} l1"
         return kept, f" density={density:g}"
 
     def _merged_delta(self, merge: Merge, seed: int) -> Node:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -420,9 +421,10 @@ def _artifact(tmp_path: Path) -> Path:
     folder.mkdir()
     with DeltaWriter(folder, BASE, semantics="add", values="int8") as writer:
         for name, tensor in base.items():
-            out = writer.tensor(name, "F32", (64, 100), source(name, tensor))
             coding = {"i": "indices", "b": "bitmask", "g": "gaps", "r": "rice"}.get(name)
-            writer.codings = frozenset([coding] if coding else CODINGS)  # type: ignore[list-item]  # as above
+            codings = frozenset([coding] if coding else CODINGS)
+            writer.storing = replace(writer.storing, codings=codings)  # type: ignore[arg-type]  # as above
+            out = writer.tensor(name, "F32", (64, 100), source(name, tensor))
             if name == "q":
                 positions = np.arange(5, 6400, 10)
                 out.add(positions, np.linspace(-1, 1, len(positions), dtype=np.float32))

@@ -23,7 +23,7 @@ def keep(delta: np.ndarray, k: int, tile_blocks: int = 1) -> tuple[np.ndarray, s
     tiles = [Tile(i, min(flat.numel(), i + step), delta.shape) for i in range(0, flat.numel(), step)]
     source = graph.node("delta", kind="read", shape=delta.shape)
     values, taken = {source: flat}, set()
-    for node in depth_first(nodes.largest(graph, source, k)):
+    for node in depth_first(nodes.largest(graph.node, source, k)):
         call, inputs = node.function, [values.get(x) for x in node.inputs]
         needless = companion(call, "needless") if node.kind in REDUCTIONS else None
         if node is source or (needless and needless(*inputs[1:])):

@@ -1,11 +1,14 @@
-"""Masks and norms that need several passes over a tensor, as graph nodes: the largest entries, WANDA's, sampling's."""
+"""Masks and norms that need several passes over a tensor: the largest entries, WANDA's, sampling's.
+
+`make` makes a graph's node (`engine.graph.Graph.node`); a node is whatever it returns, with its `shape`.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeVar
 
-from deltamerge.engine.graph import Graph, Node
 from deltamerge.methods.prune.bits import Key
 
 COLUMNS = "deltamerge.methods.prune.columns"
@@ -14,32 +17,42 @@ SAMPLING = "deltamerge.methods.prune.sampling"
 SELECT = "deltamerge.methods.prune.select"
 
 
-def largest(graph: Graph, delta: Node, k: int) -> Node:
+class Shaped(Protocol):
+    """A node, as these functions know it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's."""
+
+
+N = TypeVar("N", bound=Shaped)
+
+
+def largest(make: Callable[..., N], delta: N, k: int) -> N:
     """Δ with only its k largest magnitudes: a sample, a pass over the tensor, rarely three more, then the mask."""
     if k >= math.prod(delta.shape):
         return delta
-    return graph.node(f"{SELECT}:keep_largest", [delta, *_end(graph, delta, k)], shape=delta.shape)
+    return make(f"{SELECT}:keep_largest", [delta, *_end(make, delta, k)], shape=delta.shape)
 
 
-def above(graph: Graph, delta: Node, cut: Node) -> Node:
+def above(make: Callable[..., N], delta: N, cut: N) -> N:
     """Δ above a cut, and of the entries equal to it the first ones in flat order."""
-    return graph.node(f"{SELECT}:keep_largest", [delta, cut, _ranks(graph, delta, cut)], shape=delta.shape)
+    return make(f"{SELECT}:keep_largest", [delta, cut, _ranks(make, delta, cut)], shape=delta.shape)
 
 
-def between(graph: Graph, delta: Node, density: float, gamma: float) -> Node:
+def between(make: Callable[..., N], delta: N, density: float, gamma: float) -> N:
     """The int(density · n) magnitudes of Δ that follow its int(γ · n) largest; γ yields where both exceed n."""
     size = math.prod(delta.shape)
     kept = int(density * size)
     top = min(int(gamma * size), size - kept)
     if not top:
-        return largest(graph, delta, kept)
-    cuts = [*_end(graph, delta, top + kept), *_end(graph, delta, top)]
-    return graph.node(f"{SELECT}:keep_between", [delta, *cuts], shape=delta.shape)
+        return largest(make, delta, kept)
+    cuts = [*_end(make, delta, top + kept), *_end(make, delta, top)]
+    return make(f"{SELECT}:keep_between", [delta, *cuts], shape=delta.shape)
 
 
-def _end(graph: Graph, delta: Node, k: int) -> tuple[Node, Node]:
+def _end(make: Callable[..., N], delta: N, k: int) -> tuple[N, N]:
     """Where the k largest magnitudes end: the cut, and the ranks of those equal to it."""
-    make = graph.node
     if k == 0:
         return make(f"{SELECT}:nothing", kind="small"), make(f"{SELECT}:no_ranks", kind="small")
     shape = delta.shape
@@ -56,24 +69,22 @@ def _end(graph: Graph, delta: Node, k: int) -> tuple[Node, Node]:
     return cut, make(f"{SELECT}:ranks_listed", [equal, listed, cut], kind="small")
 
 
-def _ranks(graph: Graph, delta: Node, cut: Node) -> Node:
-    equal = graph.node(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
-    return graph.node(f"{SELECT}:pick_ranks", [equal], kind="small")
+def _ranks(make: Callable[..., N], delta: N, cut: N) -> N:
+    equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
+    return make(f"{SELECT}:pick_ranks", [equal], kind="small")
 
 
-def matched(graph: Graph, whole: Node, kept: Node, norm: str) -> Node:
+def matched(make: Callable[..., N], whole: N, kept: N, norm: str) -> N:
     """mergekit's rescaling: kept · ‖Δ‖ / ‖kept‖, as a division by ‖kept‖ / ‖Δ‖."""
-    norms = [
-        graph.node(f"{RESCALE}:norm", [node], kind="concat", shape=node.shape, norm=norm) for node in (kept, whole)
-    ]
-    ratio = graph.node(f"{RESCALE}:ratio", norms, kind="small", norm=norm)
-    return graph.node(f"{RESCALE}:divide", [kept, ratio], shape=whole.shape)
+    norms = [make(f"{RESCALE}:norm", [node], kind="concat", shape=node.shape, norm=norm) for node in (kept, whole)]
+    ratio = make(f"{RESCALE}:ratio", norms, kind="small", norm=norm)
+    return make(f"{RESCALE}:divide", [kept, ratio], shape=whole.shape)
 
 
-def best_scored(graph: Graph, delta: Node, activations: Node, name: str, transposed: bool, density: float) -> Node:
+def best_scored(make: Callable[..., N], delta: N, activations: N, name: str, transposed: bool, density: float) -> N:
     """WANDA: the best of each output's inputs, which lie in a row, or in a column of a weight stored (in, out)."""
     shape = delta.shape
-    norms = graph.node(
+    norms = make(
         "deltamerge.calibrate.spec:norm",
         [activations],
         kind="small",
@@ -82,17 +93,17 @@ def best_scored(graph: Graph, delta: Node, activations: Node, name: str, transpo
         transposed=transposed,
     )
     if not transposed:
-        return graph.node(f"{SELECT}:keep_largest_rows_scored", [delta, norms], shape=shape, density=density)
-    best = graph.node(f"{COLUMNS}:best_of_columns", [delta, norms], kind="concat", shape=shape, density=density)
-    cut = graph.node(f"{COLUMNS}:pick_columns", [best], kind="small", density=density, rows=shape[0])
-    equal = graph.node(f"{COLUMNS}:equal_columns", [delta, norms, cut], kind="concat", shape=shape)
-    ranks = graph.node(f"{COLUMNS}:column_ranks", [equal], kind="small")
-    return graph.node(f"{COLUMNS}:keep_best_of_columns", [delta, norms, cut, ranks], shape=shape)
+        return make(f"{SELECT}:keep_largest_rows_scored", [delta, norms], shape=shape, density=density)
+    best = make(f"{COLUMNS}:best_of_columns", [delta, norms], kind="concat", shape=shape, density=density)
+    cut = make(f"{COLUMNS}:pick_columns", [best], kind="small", density=density, rows=shape[0])
+    equal = make(f"{COLUMNS}:equal_columns", [delta, norms, cut], kind="concat", shape=shape)
+    ranks = make(f"{COLUMNS}:column_ranks", [equal], kind="small")
+    return make(f"{COLUMNS}:keep_best_of_columns", [delta, norms, cut, ranks], shape=shape)
 
 
-def sampled(graph: Graph, delta: Node, pair: Sequence[Node], key: Key, density: float) -> Node:
+def sampled(make: Callable[..., N], delta: N, pair: Sequence[N], key: Key, density: float) -> N:
     """Importance sampling: two passes find c, a third draws."""
-    make, shape = graph.node, delta.shape
+    shape = delta.shape
     expected = density * math.prod(shape)
     sums = make(f"{SAMPLING}:sums", [delta], kind="sum", shape=shape)
     clip = make(f"{SAMPLING}:pick_clip", [sums], kind="small", expected=expected)
