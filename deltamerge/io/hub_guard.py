@@ -35,8 +35,8 @@ T = TypeVar("T")
 class Bounds:
     """What the answers to one question may be: `most` bytes (None: as many as the first answer says), the `commit`.
 
-    `size` is what an answer says of the file, `asked` when the question was; `over`: nobody waits any more, so that what
-    still comes is refused.
+    `size` is what an answer says of the file, `asked` the time of the question; `over`: nobody waits any more, so that
+    what still comes is refused.
     """
 
     most: int | None = None
