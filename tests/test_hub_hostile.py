@@ -232,7 +232,8 @@ NOT_HASHES = {
 @pytest.mark.parametrize("name", NOT_HASHES)
 @pytest.mark.parametrize("header", ["ETag", "X-Linked-ETag"])
 def test_etags_that_are_no_hashes(server: Hub, model: Path, tmp_path: Path, name: str, header: str) -> None:
-    server.headers |= {header: NOT_HASHES[name]} | ({"ETag": None} if header != "ETag" else {})
+    etag = NOT_HASHES[name].replace("/tmp/evil", str(tmp_path / "evil"))
+    server.headers |= {header: etag} | ({"ETag": None} if header != "ETag" else {})
     message = "lacks its commit, ETag or length|no SHA-1 or SHA-256, so that what arrives could not be compared"
     refused(f"config.json: .*{message}|{message}", tmp_path)
     assert not list(tmp_path.rglob("evil*"))
@@ -250,7 +251,7 @@ def test_what_arrives_is_compared_with_a_hash_of_any_form(server: Hub, model: Pa
     "commit", ["main", COMMIT[:39], COMMIT.upper(), "../../../../evil", "/tmp/evil", f"{COMMIT}/..", ""]
 )
 def test_commits_that_are_none(server: Hub, model: Path, tmp_path: Path, commit: str) -> None:
-    server.headers["X-Repo-Commit"] = commit
+    server.headers["X-Repo-Commit"] = commit.replace("/tmp/evil", str(tmp_path / "evil"))
     refused("answers with commit .*, which is none", tmp_path)
     assert not list(tmp_path.rglob("evil*"))
 
