@@ -40,7 +40,8 @@ fuzz: .venv/.installed-dev  ## arbitrary files against every reader, random reci
 	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_fuzz.py tests/run/test_random_recipes.py
 
 atheris: .venv/.installed-fuzz  ## the same readers, guided by coverage, for a night: an hour each; SECONDS=300 for less
-	@for name in $$($(BIN)/python -c 'import sys; sys.path[:0] = ["tests", "."]; import fuzz_targets; print(*fuzz_targets.NAMES)'); do \
+	@names=$$(PYTHONPATH=tests:. $(BIN)/python -c 'import fuzz_targets; print(*fuzz_targets.NAMES)') || exit 1; \
+	for name in $$names; do \
 	  nice -n 10 $(BIN)/python tests/fuzz_atheris.py $$name -max_total_time=$(or $(SECONDS),3600) || exit 1; done
 
 ray: .venv/.installed-ray  ## run --ray on real local clusters, a worker of one killed; 5 minutes

@@ -179,16 +179,16 @@ def _check_named(paths: Iterable[Path]) -> None:
             raise InputError(f"{path}: the cache has it without the hub's hash of it", hint=hint)
 
 
-def _file(hub_id: str, name: str, revision: str | None, commit: str | None, *, most: int | None = FILE_BYTES) -> Path:
-    """A file in the cache, downloaded if it is not there; `most` bytes, or None for weights, whose size is the hub's.
+def _file(hub_id: str, name: str, revision: str | None, commit: str | None, bounds: Bounds | None = None) -> Path:
+    """A file in the cache, downloaded within bounds if it is not there; those of weights have no `most`.
 
     With a `revision` that is no commit the cache learns that it is at `commit`.
     """
     from huggingface_hub import hf_hub_download
 
-    bounds = Bounds(most, commit)
+    bounds = bounds or Bounds(FILE_BYTES, commit)
     with errors.context(name):
-        found = within(bounds, lambda: hf_hub_download(hub_id, name, revision=revision), whole=most is not None)
+        found = within(bounds, lambda: hf_hub_download(hub_id, name, revision=revision), whole=bounds.most is not None)
         path = Path(found)
         if commit is not None and path.parent.name != commit:
             raise InputError(f"the cache has it at commit {path.parent.name}, the hub is at {commit}", hint="try again")
@@ -197,20 +197,19 @@ def _file(hub_id: str, name: str, revision: str | None, commit: str | None, *, m
 
 
 def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
-    """The snapshot in the cache with files `names` of a commit, eight at a time."""
-    small = [name for name in names if not name.endswith(".safetensors")]
-    if len(small) > MAX_SMALL:
-        raise InputError(
-            f"has {len(small):,} small files, more than {MAX_SMALL:,}", hint="download what you need of it"
-        )
-
-    def one(name: str) -> Path:
-        return _file(hub_id, name, commit, commit, most=FILE_BYTES if name in kept else None)
-
-    kept = set(small)
+    """The snapshot in the cache with files `names` of a commit, eight at a time; who interrupts it need not wait."""
+    weights = {name for name in names if name.endswith(".safetensors")}
+    if len(names) - len(weights) > MAX_SMALL:
+        hint = "download what you need of it, and name that folder"
+        raise InputError(f"has {len(names) - len(weights):,} small files, more than {MAX_SMALL:,}", hint=hint)
+    bounds = {name: Bounds(None if name in weights else FILE_BYTES, commit) for name in names}
     pool = ThreadPoolExecutor(8)
     try:
-        return list(pool.map(one, names))[-1].parent
+        return list(pool.map(lambda name: _file(hub_id, name, commit, commit, bounds[name]), names))[-1].parent
+    except BaseException:
+        for bound in bounds.values():
+            bound.over = True
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -332,7 +331,7 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, 
         )
     if isinstance(error.__cause__, hub.FileMetadataError):
         hint = "HF_ENDPOINT may name what is no hub"
-        return InputError("the hub's answer has no commit or no ETag, so that what arrives is not known", hint=hint)
+        return InputError("the hub's answer lacks its commit, ETag or length: what arrives is not known", hint=hint)
     network = type(error).__module__.partition(".")[0] in NETWORK
     if network or isinstance(error, hub.LocalEntryNotFoundError | ConnectionError):
         return UnreachableError(

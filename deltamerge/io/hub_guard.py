@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -35,14 +35,15 @@ T = TypeVar("T")
 class Bounds:
     """What the answers to one question may be: `most` bytes (None: as many as the first answer says), the `commit`.
 
-    `size` is what an answer says of the file; `over`: nobody waits any more, so that what still comes is refused.
+    `size` is what an answer says of the file, `asked` the time of the question; `over`: nobody waits any more, so that
+    what still comes is refused.
     """
 
     most: int | None = None
     commit: str | None = None
     size: int | None = None
     over: bool = False
-    asked: float = field(default_factory=time.monotonic)
+    asked: float = 0.0
 
     def limit(self) -> int | None:
         """The most bytes of a body; beside a file the client may ask for small things, such as where it is."""
@@ -64,6 +65,7 @@ def within(bounds: Bounds, call: Callable[[], T], *, whole: bool = True) -> T:
     InputError: an answer beyond the bounds, or one that the client stumbles over.
     """
     guard()
+    bounds.asked = time.monotonic()
     if not whole:
         token = _BOUNDS.set(bounds)
         try:
