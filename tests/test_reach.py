@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import load_tensors, write_tokenizer
 from test_stage import rows
 
+from deltamerge.errors import VerifyError
 from deltamerge.plans import make_plan
 from deltamerge.reach import is_linear, is_unscaled
 from deltamerge.runner import run
@@ -135,6 +137,20 @@ def test_in_other_scopes_and_from_the_lock(families: Path, tmp_path: Path, scope
     if "rows" not in result.lock["calibration"]["t"]:
         again = run(path, tmp_path / "again", device="cpu", workers=1, locked=True)
         assert (again.folder / "model.safetensors").read_bytes() == (result.folder / "model.safetensors").read_bytes()
+
+
+def test_a_lock_that_would_lose_the_experts_is_refused(families: Path, tmp_path: Path) -> None:
+    """What versions before this one wrote: no q for what they did not calibrate."""
+    folder = families / "granitemoe"
+    path = folder / "old.yaml"
+    path.write_text(RECIPE % ("dare", SCOPES["global"]))
+    lock = run(path, tmp_path / "out", device="cpu", workers=1).lock
+    found = lock["calibration"]["t"]
+    found["q"] = {name: q for name, q in found["q"].items() if "block_sparse_moe" not in name}
+    path.with_suffix(".lock").write_text(yaml.safe_dump(lock))
+    with pytest.raises(VerifyError, match=r"has no q for model\.layers\.0\.block_sparse_moe") as error:
+        run(path, tmp_path / "again", device="cpu", workers=1, locked=True)
+    assert "without --locked" in str(error.value.hint)
 
 
 @pytest.mark.slow
