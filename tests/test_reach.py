@@ -126,9 +126,9 @@ def test_calibrated_dare_keeps_the_mean_of_stacked_experts(families: Path, tmp_p
         assert pattern in card
 
 
-@pytest.mark.parametrize("scope", ["layer", "layer_mse"])
-def test_in_other_scopes_and_from_the_lock(families: Path, tmp_path: Path, scope: str) -> None:
-    folder = families / "granitemoe"
+@pytest.mark.parametrize(("family", "scope"), [("granitemoe", "layer"), ("qwen3_vl_moe", "layer_mse")])
+def test_in_other_scopes_and_from_the_lock(families: Path, tmp_path: Path, family: str, scope: str) -> None:
+    folder = families / family
     path = folder / f"{scope}.yaml"
     path.write_text(RECIPE % ("dare", SCOPES[scope]))
     result = run(path, tmp_path / "out", device="cpu", workers=1)
@@ -161,6 +161,17 @@ def test_every_family_in_every_scope(families: Path, tmp_path: Path, family: str
     path.write_text(RECIPE % ("dare", SCOPES[scope]))
     result = run(path, tmp_path / "out", device="cpu", workers=1)
     assert abs(kept(result.folder, families / family, ENDINGS) - 1) < 0.25
+
+
+def test_layers_that_no_row_reaches_are_divided_as_without_calibration(families: Path, tmp_path: Path) -> None:
+    """Texts alone: the vision tower's linear layers are not part of what the q was searched on."""
+    path = families / "qwen3_vl_moe" / "vision.yaml"
+    path.write_text(RECIPE % ("dare", SCOPES["global"]))
+    found = run(path, tmp_path / "out", device="cpu", workers=1).lock["calibration"]["t"]
+    unseen = [group for group in found["not_calibrated"] if group["why"] == "a linear layer that no row reached"]
+    assert {group["q"] for group in unseen} == {DENSITY}
+    assert all(group["tensors"].startswith("model.visual.") for group in unseen)
+    assert {"model.visual.blocks.*.attn.qkv.weight"} <= {group["tensors"] for group in unseen}
 
 
 def test_importance_masks_keep_q_1_where_calibration_does_not_reach(families: Path, tmp_path: Path) -> None:
