@@ -30,6 +30,7 @@ from deltamerge.calibrate.skeleton import (
     bodies,
     checkpoint_names,
     find_blocks,
+    ignored,
     is_linear,
     is_transposed,
     place_buffers,
@@ -100,6 +101,7 @@ class Model:
         self.checkpoint_name = checkpoint_names(self.module, names)  # state name -> checkpoint name
         place_buffers(self.module, self.device, set(self.checkpoint_name))
         self.blocks = find_blocks(self.module)
+        self._ignored = ignored(self.module)
         self.reached: set[str] = set()
         self._noting: list[RemovableHandle] = []
         self._chained = False  # until one forward has shown that each block is called once, after the one before
@@ -277,7 +279,7 @@ class Model:
         options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "use_cache": True, **options}
         made = []
         for inputs in prompts:
-            placed = {k: self._placed(v) for k, v in inputs.items()}
+            placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
             with running(self._cannot_run):
                 tokens = functional_call(_Generator(self.module), local, (), {**placed, **options})
             made.append(tokens[:, placed["input_ids"].shape[1] :].cpu())

@@ -21,7 +21,7 @@ ALWAYS = frozenset({"self", "attention_mask"})
 # of encoder-decoders: heads whose forward makes the decoder's inputs, or that have no decoder
 ALONE = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "EncoderModel")
 LONGEST = 80
-HINT = "give a number as q, or leave q out: method dare, density 0.1"
+HINT = "prune it without calibration: method dare or magnitude, with a number as q or none"
 
 
 @dataclass(frozen=True, slots=True)

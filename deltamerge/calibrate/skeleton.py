@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from torch.overrides import TorchFunctionMode
 from deltamerge.calibrate.foreign import running
 from deltamerge.errors import InputError
 from deltamerge.io.names import resolve_prefix
+
+UNASKED = frozenset({"token_type_ids"})
 
 
 class _OnMeta(TorchFunctionMode):
@@ -132,6 +135,14 @@ def bodies(model: Any) -> list[nn.Module]:
 
     inner: list[nn.Module] = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
     return [*inner, model] if model.base_model is model else inner
+
+
+def ignored(model: nn.Module) -> frozenset[str]:
+    """What tokenizers give unasked, and a model's forward does not take."""
+    taken = inspect.signature(model.forward).parameters.values()
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
+        return frozenset()
+    return UNASKED - {parameter.name for parameter in taken}
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -286,9 +286,22 @@ def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.fl
     q: dict[str, QValue] = {name: float(value) for name, value in record["q"].items()} | dict(rows)
     if unknown := sorted(q.keys() - names):
         raise VerifyError(f"{where}: has a q for {unknown[0]}, which the recipe does not prune")
+    if record.get("chosen") == "calibrated":
+        _refuse_unscaled(spec, q, where)
     for pruned in spec.pruned:
         shape = pruned.masked[0].shape
         found = np.shape(q.get(pruned.name, 1.0))
         if len(found) > len(shape) or any(a not in (1, b) for a, b in zip(found[::-1], shape[::-1], strict=False)):
             raise VerifyError(f"{where}: q of {pruned.name} has shape {list(found)}, the tensor {list(shape)}")
     return Calibrated(q, {key: value for key, value in record.items() if key not in ("q", "rows")})
+
+
+def _refuse_unscaled(spec: Spec, q: Mapping[str, QValue], where: str) -> None:
+    """VerifyError: a lock without the q's that random masks have where calibration does not reach, as old ones are."""
+    if spec.parts or spec.search == "gradient" or not spec.random:
+        return
+    for pruned in spec.pruned:
+        shape = pruned.masked[0].shape
+        if pruned.name not in q and not (is_linear(pruned.stored, shape) or is_unscaled(pruned.stored, shape)):
+            message = f"{where}: has no q for {pruned.name}, whose delta would be lost but for {pruned.density:g} of it"
+            raise VerifyError(message, hint="an earlier deltamerge made it: run without --locked")

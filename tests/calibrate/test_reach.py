@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+import yaml
 from conftest import load_tensors, write_tokenizer
 from test_stage import rows
 
@@ -15,6 +16,11 @@ from deltamerge.calibrate.reach import is_linear, is_unscaled
 from deltamerge.cli.tables import render_plan
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run
+from deltamerge.errors import VerifyError
+from deltamerge.plans import make_plan
+from deltamerge.reach import is_linear, is_unscaled
+from deltamerge.runner import run
+from deltamerge.show import render_plan
 
 TEXT = {
     "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,
@@ -124,9 +130,9 @@ def test_calibrated_dare_keeps_the_mean_of_stacked_experts(families: Path, tmp_p
         assert pattern in card
 
 
-@pytest.mark.parametrize("scope", ["layer", "layer_mse"])
-def test_in_other_scopes_and_from_the_lock(families: Path, tmp_path: Path, scope: str) -> None:
-    folder = families / "granitemoe"
+@pytest.mark.parametrize(("family", "scope"), [("granitemoe", "layer"), ("qwen3_vl_moe", "layer_mse")])
+def test_in_other_scopes_and_from_the_lock(families: Path, tmp_path: Path, family: str, scope: str) -> None:
+    folder = families / family
     path = folder / f"{scope}.yaml"
     path.write_text(RECIPE % ("dare", SCOPES[scope]))
     result = run(path, tmp_path / "out", device="cpu", workers=1)
@@ -137,6 +143,20 @@ def test_in_other_scopes_and_from_the_lock(families: Path, tmp_path: Path, scope
         assert (again.folder / "model.safetensors").read_bytes() == (result.folder / "model.safetensors").read_bytes()
 
 
+def test_a_lock_that_would_lose_the_experts_is_refused(families: Path, tmp_path: Path) -> None:
+    """What versions before this one wrote: no q for what they did not calibrate."""
+    folder = families / "granitemoe"
+    path = folder / "old.yaml"
+    path.write_text(RECIPE % ("dare", SCOPES["global"]))
+    lock = run(path, tmp_path / "out", device="cpu", workers=1).lock
+    found = lock["calibration"]["t"]
+    found["q"] = {name: q for name, q in found["q"].items() if "block_sparse_moe" not in name}
+    path.with_suffix(".lock").write_text(yaml.safe_dump(lock))
+    with pytest.raises(VerifyError, match=r"has no q for model\.layers\.0\.block_sparse_moe") as error:
+        run(path, tmp_path / "again", device="cpu", workers=1, locked=True)
+    assert "without --locked" in str(error.value.hint)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -145,6 +165,17 @@ def test_every_family_in_every_scope(families: Path, tmp_path: Path, family: str
     path.write_text(RECIPE % ("dare", SCOPES[scope]))
     result = run(path, tmp_path / "out", device="cpu", workers=1)
     assert abs(kept(result.folder, families / family, ENDINGS) - 1) < 0.25
+
+
+def test_layers_that_no_row_reaches_are_divided_as_without_calibration(families: Path, tmp_path: Path) -> None:
+    """Texts alone: the vision tower's linear layers are not part of what the q was searched on."""
+    path = families / "qwen3_vl_moe" / "vision.yaml"
+    path.write_text(RECIPE % ("dare", SCOPES["global"]))
+    found = run(path, tmp_path / "out", device="cpu", workers=1).lock["calibration"]["t"]
+    unseen = [group for group in found["not_calibrated"] if group["why"] == "a linear layer that no row reached"]
+    assert {group["q"] for group in unseen} == {DENSITY}
+    assert all(group["tensors"].startswith("model.visual.") for group in unseen)
+    assert {"model.visual.blocks.*.attn.qkv.weight"} <= {group["tensors"] for group in unseen}
 
 
 def test_importance_masks_keep_q_1_where_calibration_does_not_reach(families: Path, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_sce_after_sparse_masks(models: Path, tmp_path: Path, monkeypatch, name:
     assert made[0] == made[1]
 
 
-DEVICES = ["cuda", "cuda:127", "cuda:128", "cuda:9999", "cuda:999999999", "cuda:99999999999999999999"]
+DEVICES = ["cuda", "cuda:9999", "cuda:99999999999999999999"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
