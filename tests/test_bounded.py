@@ -31,7 +31,7 @@ def many(count: int, text: str) -> str:
 REFUSED = {
     "layers": (STACK + "slices: [{sources: [{model: ./a, layer_range: [0, 1000000000]}]}]\n", "layers"),
     "slices": (STACK + "slices:\n" + many(5000, "- {sources: [{model: ./a, layer_range: [0, 2]}]}\n"), "models"),
-    "sum of layers": (STACK + "slices:\n" + many(900, "- {sources: [{model: ./a, layer_range: [0, 9999]}]}\n"), "layers"),
+    "their sum": (STACK + "slices:\n" + many(900, "- {sources: [{model: ./a, layer_range: [0, 9999]}]}\n"), "layers"),
     "models": (BASED + "models:\n" + many(14000, "- {model: ./a, name: n#}\n"), "models"),
     "modules": (BASED + "modules:\n" + many(12000, "  m#: {models: [{model: ./a}]}\n"), "models"),
     "documents": ("---\n".join(f"name: d{i}\n" + BASED + "models:\n" + many(40, "- {model: ./a, name: n#}\n")
@@ -49,12 +49,14 @@ REFUSED = {
     "laughs": ("a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{b}: &{b} [{','.join([f'*{a}'] * 9)}]\n"
                                                      for a, b in zip("abcdefg", "bcdefgh", strict=True)), "aliases"),
     "itself": ("a: &a [*a]\n", "nested"),
-    "deep": ("a: " + "[" * 100_000, "nested"),
+    "deep": ("a: " + "[" * 100_000, "nest"),
     "infinite": (ONE.replace("0.5", "1e400"), "finite"),
     "digits": (ONE.replace("0.5", "9" * 5000), "number"),
     "a gradient": (ONE.replace("0.5", "[" + "0.5," * 90_000 + "]"), "more than 1000 items"),
     "filters": (ONE.replace("0.5", "[" + many(20_000, "{filter: x#, value: 1},") + "]"), "more than 1000 items"),
     "a seed": (ONE + f"seed: 1{'0' * 100}\n", "integer"),
+    "seeds": (CALIBRATED % "c.txt, seeds: 100000000000", "must be at most 64"),
+    "rows": (CALIBRATED % "c.txt, sequences: 100000000000", "must be at most 100,000"),
     "many documents": ("---\na: 1\n" * 100_000, "more than 64 documents"),
     "the disk": (CALIBRATED % "/", "holds"),
     "processes": (CALIBRATED % "/proc", "holds"),
@@ -65,7 +67,7 @@ PLANNED = {
     "models": BASED + "models:\n" + many(1000, "- {model: ./a, name: n#}\n"),
     "shards": ONE + "output: {shard_size: 1B}\n",
     "a huge shard": ONE + "output: {shard_size: 999999999999999TiB}\n",
-    "huge numbers": CALIBRATED % "c.txt, sequences: 100000000000, seeds: 100000000000",
+    "large numbers": CALIBRATED % "c.txt, sequences: 100000, seeds: 64",
     "columns": PRUNED % ("protect: {columns: {'.': [" + "9223372036854775806," * 40_000 + "]}}"),
 }
 
