@@ -11,6 +11,8 @@ from typing import Any, TypeVar, cast
 from numba import njit
 from numba.core.runtime.nrt import rtsys
 
+from deltamerge.ownership import trusted
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 LOCK = "deltamerge.run.lock"
@@ -23,11 +25,14 @@ def compiled(function: Function) -> Function:
     except RuntimeError:  # nowhere to keep a cache
         return cast(Function, njit(nogil=True, error_model="numpy")(function))
     kept = dispatcher._cache
+    folder = Path(kept.cache_path)
+    if not (_is_trusted(folder) and all(map(_is_trusted, folder.glob("*.nb?")))):
+        return cast(Function, njit(nogil=True, error_model="numpy")(function))
     # a loop holds the code of those it calls, which may stand in other files of its folder
     kept._cache_file._source_stamp = _stamp(Path(function.__code__.co_filename).parent)
     # two processes that each save a first signature give both the same file name: the one reads the other's code
-    kept.load_overload = _alone(_without_compiler(kept), Path(kept.cache_path))
-    kept.save_overload = _alone(kept.save_overload, Path(kept.cache_path))
+    kept.load_overload = _alone(_whole(_without_compiler(kept), kept), folder)
+    kept.save_overload = _alone(kept.save_overload, folder)
     return cast(Function, dispatcher)
 
 
@@ -47,6 +52,27 @@ def _without_compiler(kept: Any) -> Callable[..., Any]:
             return kept._load_overload(signature, target)
 
     return load
+
+
+def _whole(load: Callable[..., Any], kept: Any) -> Callable[..., Any]:
+    """`load`, which finds nothing where the files are damaged: they are made anew."""
+
+    def found(*arguments: Any) -> Any:
+        try:
+            return load(*arguments)
+        except Exception:  # whatever a pickle that is not whole, or LLVM, says of it
+            with suppress(OSError):
+                kept.flush()
+            return None
+
+    return found
+
+
+def _is_trusted(path: Path) -> bool:
+    try:
+        return trusted(path)
+    except OSError:  # another process has replaced it since
+        return True
 
 
 @cache

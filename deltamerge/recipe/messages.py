@@ -49,6 +49,10 @@ def problem_of(error: ErrorDetails, source: Source, root: type[BaseModel]) -> Pr
         hint = f"did you mean {close[0]!r}?" if close else None
     elif kind == "string_too_short":
         message, got = "must not be empty", ""
+    elif kind == "too_long":
+        message, got = f"has more than {context['max_length']} items", ""
+    elif kind == "less_than_equal":
+        message = f"must be at most {context['le']:,}"
     elif kind in ("greater_than_equal", "less_than"):
         message = f"must be {'at least' if 'ge' in context else 'less than'} {context.get('ge', context.get('lt'))}"
     else:

@@ -86,10 +86,10 @@ class Calibration(Keys):
     answer: Pattern | None = Field(
         None, description="exact_match: pattern of the answer in a text (its first group). Default: the whole text."
     )
-    new_tokens: Positive = Field(64, description="exact_match: tokens generated for an answer, at most.")
-    sequences: Positive = Field(50, description="How many sequences are used.")
-    length: Positive = Field(128, description="Tokens a sequence.")
-    seeds: Positive = Field(4, description="Mask seeds averaged by output_change.")
+    new_tokens: Positive = Field(64, le=100_000, description="exact_match: tokens generated for an answer, at most.")
+    sequences: Positive = Field(50, le=100_000, description="How many sequences are used.")
+    length: Positive = Field(128, le=1_000_000, description="Tokens a sequence.")
+    seeds: Positive = Field(4, le=64, description="Mask seeds averaged by output_change.")
     per: Literal["model", "merge"] = Field("model", description="Calibrate each fine-tune, or the merged model.")
 
 

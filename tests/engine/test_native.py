@@ -97,3 +97,32 @@ def test_code_is_made_anew_where_none_is_kept(tmp_path: Path) -> None:
             code.write_bytes(code.read_bytes()[:-1])
     outputs = {(tmp_path / f"out{turn}" / "model.safetensors").read_bytes() for turn in range(3)}
     assert len(outputs) == 1
+
+
+def test_damaged_code_is_deleted(tmp_path: Path) -> None:
+    (tmp_path / "x.code").write_bytes(b"y" * 100)
+    assert native._read(tmp_path / "x.code") is None
+    assert not (tmp_path / "x.code").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes")
+def test_code_that_others_may_have_written_is_not_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "kept"
+    places(monkeypatch, folder)
+    native._keep("x.code", b"machine code")
+    path = folder / "x.code"
+    for one, mode in ((path, 0o666), (path, 0o602), (folder, 0o777)):
+        kept = one.stat().st_mode
+        one.chmod(mode)
+        assert native._read(path) is None
+        one.chmod(kept)
+        assert native._read(path) == b"machine code"
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert native._read(path) is None
+    path.unlink()
+    (tmp_path / "elsewhere").rename(path)
+    if os.geteuid() == 0:
+        os.chown(path, 12345, -1)
+        assert native._read(path) is None
+    assert path.exists()

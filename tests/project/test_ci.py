@@ -43,17 +43,19 @@ def environment(repository: Path, **more: str) -> dict[str, str]:
     path = f"{program.parent}:{os.environ['PATH']}"
     python = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"
     git = {"GIT_CONFIG_GLOBAL": "/dev/null", "GIT_CEILING_DIRECTORIES": str(repository.parent)}
-    return {**os.environ, "PATH": path, "PYTHONPATH": python, **git, **more}
+    ours = {name: value for name, value in os.environ.items() if name != "GITHUB_ACTIONS"}
+    return {**ours, "PATH": path, "PYTHONPATH": python, **git, **more}
 
 
 def action(repository: Path, **inputs: str) -> tuple[int, str, str]:
     steps = yaml.safe_load((ROOT / "action.yml").read_text())["runs"]["steps"]
     command = steps[-1]["run"].replace("$GITHUB_ACTION_PATH", str(ROOT))
     summary = repository / "summary.md"
+    folder = repository / inputs.pop("cd", ".")
     summary.unlink(missing_ok=True)
     env = environment(repository, GITHUB_STEP_SUMMARY=str(summary), **{"RECIPES": "recipes/*.yaml", **inputs})
-    done = subprocess.run(command, shell=True, cwd=repository, env=env, capture_output=True, text=True, check=False)
-    return done.returncode, summary.read_text() if summary.exists() else "", done.stderr + done.stdout
+    done = subprocess.run(command, shell=True, cwd=folder, env=env, stdout=-1, stderr=-2, text=True, check=False)
+    return done.returncode, summary.read_text() if summary.exists() else "", done.stdout
 
 
 def test_the_action_posts_the_plan(repository):
@@ -85,6 +87,42 @@ def test_the_action_fails_with_line_and_column(repository, offline):
     assert code == 1
     assert "recipes/merge.yaml:6:14: parameters.densty" in said
     assert summary == ""
+
+
+HOSTILE = {
+    "a command": "$(touch pwned).yaml", "ticks": "`touch pwned`.yaml", "sed": "x|e touch pwned\n#.yaml",
+    "an option": "--help.yaml", "lines": "a\n::set-env name=A::b\n.yaml", "spaces": " a  b ;touch pwned; .yaml",
+    "markup": "![x](y)<img src=x>|@all.yaml", "escapes": "\x1b[2J\u202egnp.yaml",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("against", ["HEAD", pytest.param("", marks=pytest.mark.slow)])
+def test_names_of_files_are_data(repository, against):
+    folder = repository / "recipes"
+    (folder / "merge.yaml").rename(folder / "safe.yaml")
+    for name in HOSTILE.values():
+        (folder / name).write_text(RECIPE)
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@x", "-C", str(repository)]
+    for words in (["init", "-q"], ["add", "recipes"], ["commit", "-qm", "a"]):
+        subprocess.run([*git, *words], check=True, env=environment(repository))
+    for name in HOSTILE.values():
+        (folder / name).write_text(RECIPE.replace("ties", "dare_ties"))
+    bare = {"cd": "recipes", "RECIPES": "*.yaml", "AGAINST": against, "GITHUB_ACTIONS": "true"}
+    code, summary, said = action(repository, **bare)
+    assert code == 0, said
+    first, *log, last = said.strip().split("\n")
+    token = first.removeprefix("::stop-commands::")
+    assert (len(token), last) == (32, f"::{token}::")
+    headings = [line for line in summary.splitlines() if line.startswith("### ")]
+    assert len(headings) == len(HOSTILE) + (not against)
+    assert "### --help.yaml" in headings
+    assert r"### \!\[x\](y)\<img src=x\>\|\@all.yaml" in headings
+    for line in [*log, *summary.splitlines()]:
+        assert not line.lstrip().startswith("::"), line
+        assert "\x1b" not in line
+        assert "\u202e" not in line
+    assert not list(repository.rglob("pwned*"))
+    assert not [path for path in folder.iterdir() if path.name.startswith(".before")]
 
 
 def test_the_action_needs_a_recipe(repository):

@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.ownership import trusted
+
 Loop = Callable[[Sequence[NDArray[Any]]], bool]
 
 NAME = "run"
@@ -121,11 +123,18 @@ def _folders() -> Iterator[Path]:
 
 
 def _read(path: Path) -> bytes | None:
-    """The code in a file after its digest; None: there is none, or not all of it."""
+    """The code in a file after its digest; None: there is none, not all of it, or others may have written it.
+
+    What is not whole is deleted.
+    """
     with suppress(OSError):
+        if not (trusted(path.parent) and trusted(path)):
+            return None
         content = path.read_bytes()
         digest, code = content[:DIGEST_BYTES], content[DIGEST_BYTES:]
-        return code if code and digest == _digest(code) else None
+        if code and digest == _digest(code):
+            return code
+        path.unlink()
     return None
 
 
