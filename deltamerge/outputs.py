@@ -14,7 +14,7 @@ from deltamerge.inputs import HEAD, Input, Inputs, has_tied_head
 from deltamerge.io.checkpoint import TensorInfo
 from deltamerge.io.encodings import expected_bits
 from deltamerge.io.gathered import cut
-from deltamerge.lacking import Spares, named
+from deltamerge.lacking import Spares, is_buffer, named
 from deltamerge.merges import Merge
 from deltamerge.parameters import layer_index
 from deltamerge.recipe import Recipe
@@ -141,7 +141,7 @@ class Outputs:
         present = [(model, info) for model, info in found if info is not None]
         same = target.group is not None and target.group.base is not None
         same = same and all(info is not None and info.is_same(tensor) for _, info in found)
-        if lacking or same or target.group is None or tensor.dtype not in FLOATING:
+        if lacking or same or target.group is None or is_buffer(tensor):
             if owner.name == self.inputs.template.name:
                 copied.append(stored)
             lenders = present if any(model is owner for model, _ in present) else [*present, (owner, tensor)]

@@ -17,6 +17,7 @@ from deltamerge.footprint import Cost, cost, held_by_delta, held_by_files, tile_
 from deltamerge.graph import Node
 from deltamerge.inputs import Inputs, Opener, open_inputs
 from deltamerge.io.adapter import WEIGHTS
+from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Adapter, TensorInfo
 from deltamerge.io.writer import Layout, plan_layout
 from deltamerge.kinship import strangers, swapped
@@ -46,7 +47,10 @@ class Budgeted:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that a run does, as plain data; made without reading a weight."""
+    """Everything that a run does, as plain data; made without reading a weight.
+
+    `alike` counts, by tensor, what is not finite in all models alike: a run finds it, and keeps it from arithmetic.
+    """
 
     recipe: Recipe
     inputs: Inputs
@@ -68,6 +72,7 @@ class Plan:
     vocabulary: Vocabulary | None = None
     chat_template: ChatTemplate | None = None
     warnings: tuple[str, ...] = ()
+    alike: Mapping[str, NonFinite] = field(default_factory=dict)
 
     @property
     def remarks(self) -> tuple[str, ...]:
