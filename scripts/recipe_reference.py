@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from deltamerge.methods.table import MERGE, PRUNE, Param
+from deltamerge.methods.registry import Param
+from deltamerge.methods.table import MERGE, PRUNE
 from deltamerge.recipe.schema import schema
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "recipe.md"

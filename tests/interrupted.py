@@ -10,8 +10,7 @@ from pathlib import Path
 import torch
 from conftest import make_checkpoint
 
-from deltamerge.io.journal import read_journal
-from deltamerge.io.workspace import has_work
+from deltamerge.io.journal import has_work, read_journal
 from deltamerge.plan.planner import Plan
 
 RECIPE = """\

@@ -19,7 +19,8 @@ from deltamerge.errors import InputError, VerifyError
 from deltamerge.io.names import numbered_blocks
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
-from deltamerge.recipe.schema import CalibratedQ, Calibration
+from deltamerge.recipe.prune_keys import CalibratedQ
+from deltamerge.recipe.schema import Calibration
 
 EVALUATIONS = 20
 STEPS = 40

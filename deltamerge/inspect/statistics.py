@@ -22,6 +22,7 @@ from deltamerge.errors.shown import CELL, shown
 from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.inspect.activations import Activations, Influence
 from deltamerge.inspect.moments import Moments, together
+from deltamerge.io.alike import finite
 from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -173,7 +174,28 @@ def measure(
     tile_elements: int = 1 << 18,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Moments]:
-    """The moments of every pair's delta, by name: one pass over both files. InputError: entries that are not finite."""
+    """The moments of every pair's delta, by name: one pass over both files. Entries that are not finite but in both alike
+    count as zero. InputError: others that are not finite."""
+    found = _moments(pairs, device, workers, tile_elements, progress)
+    if odd := [pair for pair in pairs if not _is_finite(found[pair.name])]:
+        rest = []
+        for pair in odd:
+            models = (pair.base, pair.tune)
+            rest.append(replace(pair, base=finite(pair.base, models), tune=finite(pair.tune, models)))
+        found |= _moments(rest, device, workers, tile_elements, lambda _: None)
+    for name, moments in found.items():
+        if not _is_finite(moments):
+            raise InputError(f"{name}: has entries that are not finite")
+    return found
+
+
+def _is_finite(moments: Moments) -> bool:
+    return math.isfinite(moments.square + moments.base_square)
+
+
+def _moments(
+    pairs: Sequence[Pair], device: str, workers: int, tile_elements: int, progress: Callable[[int], None]
+) -> dict[str, Moments]:
     graph = Graph()
     roots = {pair.name: _root(graph, pair) for pair in pairs}
     tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots.items()]
@@ -181,11 +203,7 @@ def measure(
         values = execute(
             tasks, reader, _Nowhere(), device=device, workers=workers, tile_elements=tile_elements, progress=progress
         )
-    found = {name: values[root] for name, root in roots.items()}
-    for name, moments in found.items():
-        if not math.isfinite(moments.square + moments.base_square):
-            raise InputError(f"{name}: has entries that are not finite")
-    return found
+    return {name: values[root] for name, root in roots.items()}
 
 
 def _root(graph: Graph, pair: Pair) -> Node:

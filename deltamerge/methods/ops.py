@@ -43,6 +43,11 @@ def cast(value: Tensor | Patched, *, tile: Tile, to: str) -> Tensor:
     return result  # type: ignore[no-any-return]  # Patched holds arrays of either backend
 
 
+def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: str) -> Tensor:
+    """The value (in the output dtype), but what is stored where `where` is not 0: bit for bit if the dtypes are one."""
+    return stored.to(torch_dtype(to)).where(where.bool(), value)
+
+
 def _rounded(value: Tensor, target: torch.dtype) -> Tensor:
     """One rounding; a bfloat16 NaN is 0x7FC0 on every device."""
     import torch

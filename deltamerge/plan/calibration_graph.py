@@ -18,7 +18,7 @@ from deltamerge.plan.delta_graph import THRESHOLD, Deltas
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.effective_prune import Pruning
-from deltamerge.recipe.schema import CalibratedQ
+from deltamerge.recipe.prune_keys import CalibratedQ
 
 STAGE = "deltamerge.calibrate.stage"
 TOGETHER = "deltamerge.calibrate.joint_factor"

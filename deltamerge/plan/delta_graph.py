@@ -20,7 +20,8 @@ from deltamerge.methods.prune.della import check as check_della
 from deltamerge.methods.table import PRUNE
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
-from deltamerge.recipe.schema import CalibratedQ, Recipe
+from deltamerge.recipe.prune_keys import CalibratedQ
+from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import resolve
 
 MASKS = "deltamerge.methods.prune.masks"

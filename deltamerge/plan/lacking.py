@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from deltamerge.io.dtypes import FLOATING
+from deltamerge.io.dtypes import COPIED, FLOATING
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.layer_config import layer_count
@@ -71,7 +71,7 @@ class Spares:
 def is_buffer(tensor: TensorInfo) -> bool:
     """Whether a tensor of a layer is no weight: a mask, a table of frequencies."""
     name, shape = tensor.name, tensor.shape
-    if tensor.dtype not in FLOATING or BUFFERS.search(name):
+    if tensor.dtype not in FLOATING | COPIED or BUFFERS.search(name):
         return True
     return CAUSAL_MASK.search(name) is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
 

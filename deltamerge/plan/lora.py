@@ -18,7 +18,8 @@ from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.merged_tensor import Tuned
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
-from deltamerge.recipe.schema import CalibratedQ, Recipe
+from deltamerge.recipe.prune_keys import CalibratedQ
+from deltamerge.recipe.schema import Recipe
 
 ARITHMETIC = "deltamerge.methods.merge.arithmetic"
 FACTORS = "deltamerge.calibrate.adapter_masks"

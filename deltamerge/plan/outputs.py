@@ -17,7 +17,7 @@ from deltamerge.io.gathered import Gathered, cut
 from deltamerge.io.names import layer_index
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import HEAD, Input, Inputs, has_tied_head
-from deltamerge.plan.lacking import Spares, named
+from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
 from deltamerge.plan.tensor_graph import Builder, Built
@@ -144,7 +144,7 @@ class Outputs:
         same = target.group is not None and target.group.base is not None
         same = same and all(info is not None and info.is_same(tensor) for _, info in found)
         packed = tensor.dtype in PACKED_BITS and self.recipe.output.kind != "model"
-        if lacking or same or target.group is None or tensor.dtype not in FLOATING | COPIED:
+        if lacking or same or target.group is None or is_buffer(tensor):
             if owner.name == self.inputs.template.name:
                 copied.append(stored)
             lenders = present if any(model is owner for model, _ in present) else [*present, (owner, tensor)]

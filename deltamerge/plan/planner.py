@@ -18,6 +18,7 @@ from deltamerge.engine.execute import Task
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
 from deltamerge.io.adapter import WEIGHTS
+from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Adapter
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.names import numbered_blocks
@@ -49,7 +50,10 @@ class Budgeted:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything that a run does, as plain data; made without reading a weight."""
+    """Everything that a run does, as plain data; made without reading a weight.
+
+    `alike` counts, by tensor, what is not finite in all models alike: a run finds it, and keeps it from arithmetic.
+    """
 
     recipe: Recipe
     inputs: Inputs
@@ -71,6 +75,7 @@ class Plan:
     vocabulary: Vocabulary | None = None
     chat_template: ChatTemplate | None = None
     warnings: tuple[str, ...] = ()
+    alike: Mapping[str, NonFinite] = field(default_factory=dict)
 
     @property
     def remarks(self) -> tuple[str, ...]:

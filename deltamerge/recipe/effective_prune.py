@@ -10,7 +10,8 @@ from deltamerge.methods.table import MERGE, PRUNE
 from deltamerge.recipe.values import Value, chain
 
 if TYPE_CHECKING:
-    from deltamerge.recipe.schema import CalibratedQ, Protect, Prune, Recipe
+    from deltamerge.recipe.prune_keys import CalibratedQ, Protect, Prune
+    from deltamerge.recipe.schema import Recipe
 
 # The task head, which the base lacks or the authors of DAREx leave whole: sequence and token classifiers, answer spans,
 # and language-model heads by the names that transformers gives them, as a whole component of the tensor's name.

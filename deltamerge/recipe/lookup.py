@@ -14,7 +14,8 @@ from deltamerge.recipe.values import Value, leaves
 from deltamerge.recipe.yaml_source import Loc
 
 if TYPE_CHECKING:
-    from deltamerge.recipe.schema import Prune, Recipe
+    from deltamerge.recipe.prune_keys import Prune
+    from deltamerge.recipe.schema import Recipe
 
 # Built-in methods win where several have a parameter of one name.
 PRUNE_PARAMS = {name: param for method in reversed(list(PRUNE.values())) for name, param in method.parameters.items()}

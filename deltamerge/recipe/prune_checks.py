@@ -14,7 +14,8 @@ from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.yaml_source import Loc
 
 if TYPE_CHECKING:
-    from deltamerge.recipe.schema import Prune, Recipe
+    from deltamerge.recipe.prune_keys import Prune
+    from deltamerge.recipe.schema import Recipe
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:

@@ -21,9 +21,10 @@ from deltamerge.io.lock_file import ROWS as ROWS
 from deltamerge.io.lock_file import read_lock as read_lock
 from deltamerge.io.lock_file import unlisted
 from deltamerge.io.safetensors_file import read_header
+from deltamerge.io.seals import hash_output
 from deltamerge.plan.planner import Plan
 from deltamerge.run.calibration_record import Run, choices
-from deltamerge.run.hashes import DATA, describe_files, hash_output
+from deltamerge.run.hashes import DATA, describe_files
 
 if TYPE_CHECKING:
     from deltamerge.run.budget import Choice

@@ -13,8 +13,9 @@ from deltamerge import __version__, errors
 from deltamerge.errors import InputError, UsageError
 from deltamerge.inspect.plots import PICTURES
 from deltamerge.io import hub
+from deltamerge.io.lock_file import LOCK_NAME, read_lock
 from deltamerge.run.hashes import DATA
-from deltamerge.run.lock import CARD, LOCK_NAME, ROWS, read_lock, verify
+from deltamerge.run.lock import CARD, ROWS, verify
 
 SCHEME = "hf://"
 RECIPE_NAME = "recipe.yaml"

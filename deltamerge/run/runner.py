@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,6 +25,7 @@ from deltamerge.io.reader import Reader
 from deltamerge.io.seals import seal
 from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.io.writer import write_index
+from deltamerge.plan.finite import replanned, set_aside, unexpected
 from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import Document, documents
@@ -160,7 +162,7 @@ def _run(
     with workspace(target, force=force, resume=resume, part=part.name if part else None) as work:
         if _from_hub(planned):
             planned = make_plan(path, weights=True, upto=document.name, **options)
-        planned = _warned(planned)
+        planned = set_aside(_warned(planned))
         assets = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
         facts = hashes.facts(planned, document.text)
         work.begin(facts)
@@ -178,7 +180,18 @@ def _run(
         def replan(densities: Mapping[str, float]) -> Plan:
             return make_plan(path, **options, upto=document.name, weights=True, densities=densities)
 
-        made = make_weights(planned, work, watch, replan, part, lock, lock_path, facts, pieces)
+        make = partial(
+            make_weights, work=work, watch=watch, replan=replanned(replan), part=part, lock=lock,
+            lock_path=lock_path, facts=facts, pieces=pieces,
+        )  # fmt: skip
+        made = make(planned)
+        if part is None and budget_of(planned) is None:
+            again = set_aside(planned, made.nonfinite)
+            if again.tasks != planned.tasks:  # of large tensors what is not finite is seen only in the result
+                work.empty()
+                work.forget()
+                made = make(again)
+            made = replace(made, plan=again)
         planned = made.plan
         now = hashes.facts(planned, document.text)
         if changed := sorted(name for name in facts if now.get(name) != facts[name]):
@@ -189,6 +202,7 @@ def _run(
         except InputError:
             work.forget()
             raise
+        made = replace(made, nonfinite=unexpected(planned, made.nonfinite))
         check_finite(planned, made.nonfinite, allow=allow_nonfinite)
         hashing.result()
         inputs = hashes.describe_inputs(planned, planned.workers, takes, pieces)
@@ -231,7 +245,7 @@ def finish(
             locks.check_inputs(locks.read_lock(path.with_suffix(".lock")), inputs, path.with_suffix(".lock"))
         known = calibrated(planned, work, path.with_suffix(".lock") if locked else None, facts, alone=False)
         write_index(work.folder, planned.layout)
-        made = Made(planned, known, outputs, seals=seals)
+        made = Made(set_aside(planned), known, outputs, seals=seals)
         planned, lock = _complete(made, work, text, target.name, inputs, draw)
     return Result(target, planned, lock)
 

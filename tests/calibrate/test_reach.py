@@ -14,13 +14,9 @@ from test_stage import rows
 
 from deltamerge.calibrate.reach import is_linear, is_unscaled
 from deltamerge.cli.tables import render_plan
+from deltamerge.errors import VerifyError
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run
-from deltamerge.errors import VerifyError
-from deltamerge.plans import make_plan
-from deltamerge.reach import is_linear, is_unscaled
-from deltamerge.runner import run
-from deltamerge.show import render_plan
 
 TEXT = {
     "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,

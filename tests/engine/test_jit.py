@@ -45,8 +45,8 @@ def test_processes_that_compile_other_signatures_do_not_read_each_others_code(tm
 DAMAGED = """
 import sys
 import numpy as np
-from deltamerge.jit import compiled
-from deltamerge.fused import loops
+from deltamerge.io.jit import compiled
+from deltamerge.engine.fused import loops
 one = np.ones(8, np.float32)
 out = np.empty(8, np.float32)
 loops.subtract(one, one, out)

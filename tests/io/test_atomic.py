@@ -14,8 +14,8 @@ from test_resume import calibrated, call
 from deltamerge.errors import OutputError, VerifyError
 from deltamerge.io import atomic
 from deltamerge.io.atomic import replace_file
+from deltamerge.io.lock_file import read_lock
 from deltamerge.io.seals import hash_output
-from deltamerge.run.lock import read_lock
 from deltamerge.run.runner import calibrate, run
 
 CALLS = ("open", "pwrite", "fsync", "rename", "unlink", "link", "fchmod")

@@ -17,8 +17,7 @@ import pytest
 from interrupted import RECIPE, files, models
 from test_resume import calibrated, call
 
-from deltamerge.io.journal import read_journal
-from deltamerge.io.workspace import has_work
+from deltamerge.io.journal import has_work, read_journal
 from deltamerge.io.writer import done_spans
 from deltamerge.run.lock import verify
 from deltamerge.run.runner import run

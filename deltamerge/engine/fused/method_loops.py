@@ -11,7 +11,8 @@ import numpy as np
 from numba.np.numpy_support import carray
 
 from deltamerge.engine.fused.instructions import GROUP, compared, ones, pointer, trailing_zeros, wide
-from deltamerge.engine.fused.loops import CHUNK, compiled, philox
+from deltamerge.engine.fused.loops import CHUNK, philox
+from deltamerge.io.jit import compiled
 from deltamerge.methods.merge.sce import SMALLEST_WEIGHT
 from deltamerge.methods.prune.bits import HIGH, LOW
 

@@ -18,7 +18,6 @@ from deltamerge.engine.fused.loops import (
     add_agreeing,
     add_weighted,
     align,
-    compiled,
     count_high,
     count_low,
     draw_positions,
@@ -32,7 +31,7 @@ from deltamerge.engine.fused.loops import (
 from deltamerge.engine.fused.method_loops import append_between, copy_magnitudes
 from deltamerge.engine.fused.sums import add_by_halving, dot_of_run
 from deltamerge.engine.fused.xxh3 import mix_pieces
-from deltamerge.io.jit import uncalled
+from deltamerge.io.jit import compiled, uncalled
 from deltamerge.methods.prune.bits import SPARSE_BLOCK
 from deltamerge.methods.prune.select import GOLDEN
 from deltamerge.methods.tiles import RUN

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from conftest import tiny_llama
 
-from deltamerge import bounds, patterns
 from deltamerge.calibrate import rows
 from deltamerge.errors import DeltamergeError, InputError, UsageError
-from deltamerge.plans import make_plan
+from deltamerge.io import patterns
+from deltamerge.recipe import bounds
+from deltamerge.run.plans import make_plan
 
 BASED = "base_model: ./base\nmerge_method: ties\nparameters: {density: 0.5, weight: 1}\n"
 ONE = BASED + "models: [{model: ./a}]\n"
@@ -86,7 +87,7 @@ SCRIPT = """
 import resource, sys
 from pathlib import Path
 from deltamerge.cli import main
-from deltamerge import patterns
+from deltamerge.io import patterns
 patterns.SECONDS = 0.2
 for name in sys.stdin.read().split("\\n"):
     for command in sys.argv[1:]:

@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_cli import call
 
-from deltamerge import markdown
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.shown import LONGEST, printed, shown
+from deltamerge.errors.shown import LONGEST, printed, shown
+from deltamerge.io import markdown
 
 NASTY = {
     "escape": "\x1b]0;gone\x07\x1b[2J",

@@ -1,0 +1,83 @@
+"""Entries that are not finite and that all models hold alike: zero while they are merged, put back afterwards.
+
+∞ − ∞ is NaN, as are 0 · ∞ and a norm over it: what a base and its fine-tunes hold alike has to be kept from arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.io.audit import NonFinite
+from deltamerge.io.computed import CHUNK
+from deltamerge.io.dtypes import bits_type, widen
+from deltamerge.io.tensor import Read, TensorInfo
+
+Mask = NDArray[np.bool_]
+
+
+@dataclass(frozen=True, slots=True)
+class Finite:
+    """`source`, zero where it holds the same as all of `models` (of which it is one) and that is not finite."""
+
+    source: TensorInfo
+    models: tuple[TensorInfo, ...]
+
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        bits = np.frombuffer(out, bits_type(self.source.dtype))
+        read.read_into(self.source, start, bits)
+        bits[alike(read, self.models, start, len(bits))] = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """1 where all of `models` hold the same and that is not finite, else 0: uint8."""
+
+    models: tuple[TensorInfo, ...]
+
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        np.frombuffer(out, np.uint8)[:] = alike(read, self.models, start, len(out))
+
+
+def finite(source: TensorInfo, models: tuple[TensorInfo, ...]) -> TensorInfo:
+    """A tensor with zeros instead of what all models hold alike and is not finite."""
+    return replace(source, begin=0, made=Finite(source, models))
+
+
+def places(models: tuple[TensorInfo, ...]) -> TensorInfo:
+    """The tensor that says where that is."""
+    first = models[0]
+    return replace(first, dtype="U8", begin=0, nbytes=math.prod(first.shape), made=Places(models))
+
+
+def alike(read: Read, models: tuple[TensorInfo, ...], start: int, count: int) -> Mask:
+    """Where, from element `start`, all models hold the same bits (of float32) and those are not finite."""
+    first = _values(read, models[0], start, count)
+    mask: Mask = ~np.isfinite(first)
+    for info in models[1:] if mask.any() else ():
+        mask &= _values(read, info, start, count).view(np.uint32) == first.view(np.uint32)
+    return mask
+
+
+def count_alike(read: Read, models: tuple[TensorInfo, ...]) -> NonFinite:
+    """How many entries that all models hold alike are NaN, and how many infinite."""
+    nan = inf = 0
+    size = math.prod(models[0].shape)
+    for start in range(0, size, CHUNK):
+        count = min(CHUNK, size - start)
+        mask = alike(read, models, start, count)
+        if mask.any():
+            found = np.isnan(_values(read, models[0], start, count)[mask])
+            nan, inf = nan + int(found.sum()), inf + int((~found).sum())
+    return NonFinite(nan, inf)
+
+
+def _values(read: Read, info: TensorInfo, start: int, count: int) -> NDArray[Any]:
+    bits = np.empty(count, bits_type(info.dtype))
+    read.read_into(info, start, bits)
+    with np.errstate(all="ignore"):
+        return widen(bits, info.dtype)

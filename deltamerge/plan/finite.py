@@ -1,0 +1,118 @@
+"""Plans whose tensors hold what is not finite in all models alike: that is copied, and the rest is merged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
+
+from deltamerge.engine import backends
+from deltamerge.engine.graph import Node, depth_first
+from deltamerge.io.alike import count_alike, finite, places
+from deltamerge.io.audit import NonFinite
+from deltamerge.io.dtypes import FLOATING
+from deltamerge.io.gathered import Gathered
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import TensorInfo
+from deltamerge.plan.lacking import is_buffer
+from deltamerge.plan.outputs import Output, Piece
+from deltamerge.plan.planner import Plan
+
+SMALL = 1 << 16  # elements: tensors up to it are looked through before a run
+PUT_BACK = "deltamerge.methods.ops:put_back"
+
+
+def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
+    """The plan with entries kept from arithmetic that all models hold alike and that are not finite.
+
+    Looks through the small tensors, or those of `names` whatever their size: a limit of an activation, a mask.
+    """
+    outputs, counts, costs = [], dict(planned.alike), dict(planned.costs)
+    with Reader() as reader:
+        for output in planned.outputs:
+            wanted = output.elements <= SMALL if names is None else output.name in names
+            if wanted and output.name not in counts:
+                pieces, found = _pieces(output, reader, planned.device, costs)
+                if found.nan or found.inf:
+                    counts[output.name] = found
+                    output = replace(output, pieces=pieces)
+            outputs.append(output)
+    if len(counts) == len(planned.alike):
+        return planned
+    note = f"not finite in every model alike, copied: {', '.join(sorted(counts)[:4])}"
+    note += f" and {len(counts) - 4} more" if len(counts) > 4 else ""
+    notes = (*(n for n in planned.notes if not n.startswith("not finite in every model")), note)
+    return replace(planned, outputs=tuple(outputs), costs=costs, alike=counts, notes=notes)
+
+
+def unexpected(planned: Plan, nonfinite: Mapping[str, NonFinite]) -> dict[str, NonFinite]:
+    """What is not finite in the result beyond what all models hold alike."""
+    left = {}
+    for name, found in nonfinite.items():
+        known = planned.alike.get(name, NonFinite(0, 0))
+        rest = NonFinite(max(0, found.nan - known.nan), max(0, found.inf - known.inf))
+        if rest.nan or rest.inf:
+            left[name] = rest
+    return left
+
+
+def _pieces(
+    output: Output, reader: Reader, device: str, costs: dict[Node, object]
+) -> tuple[tuple[Piece, ...], NonFinite]:
+    made, nan, inf = [], 0, 0
+    for piece in output.pieces:
+        root = piece.built.root
+        models = _models(root)
+        found = count_alike(reader, models) if models else NonFinite(0, 0)
+        if len(models) > 1 and (found.nan or found.inf):
+            merged = _rewritten(root, {info: finite(info, models) for info in models})
+            read = Node(
+                "deltamerge.io.checkpoint:read", (), (("tensor", models[0]),), root.shape, models[0].dtype, "read"
+            )
+            where = places(models)
+            mask = Node("deltamerge.io.checkpoint:read", (), (("tensor", where),), root.shape, "U8", "read")
+            new = Node(PUT_BACK, (merged, read, mask), (("to", root.dtype),), root.shape, root.dtype, "map")
+            delta = piece.built.delta
+            if delta is not None:
+                delta = _rewritten(delta, {info: finite(info, models) for info in models})
+            for before, after in ((root, new), (piece.built.delta, delta)):
+                if before in costs and after is not None:
+                    costs[after] = costs[before]
+            built = replace(piece.built, root=new, delta=delta)
+            piece = replace(piece, built=built, backend=backends.choose(delta or new, device))
+        nan, inf = nan + found.nan, inf + found.inf
+        made.append(piece)
+    return tuple(made), NonFinite(nan, inf)
+
+
+def _models(root: Node) -> tuple[TensorInfo, ...]:
+    """The stored tensors that a merged one is made of, entry by entry; of a buffer that is copied, itself; none where it
+    is another copy, or made otherwise."""
+    if root.kind == "read" and is_buffer(root.parameter("tensor")) and root.dtype in FLOATING:
+        return (root.parameter("tensor"),)
+    if root.kind == "read" or (len(root.inputs) == 1 and root.inputs[0].kind == "read"):
+        return ()
+    found = [node.parameter("tensor") for node in depth_first(root) if node.kind == "read"]
+    plain = all(
+        type(info) is TensorInfo and info.shape == root.shape and info.dtype in FLOATING and math.prod(info.shape)
+        for info in found
+    )
+    return tuple(dict.fromkeys(found)) if plain and not any(isinstance(info, Gathered) for info in found) else ()
+
+
+def _rewritten(root: Node, tensors: Mapping[TensorInfo, TensorInfo]) -> Node:
+    """The graph with other tensors read; nodes that read none of them stay the same."""
+    done: dict[int, Node] = {}
+    for node in depth_first(root):
+        if node.kind == "read" and node.parameter("tensor") in tensors:
+            done[id(node)] = replace(node, parameters=(("tensor", tensors[node.parameter("tensor")]),))
+        else:
+            inputs = tuple(done[id(source)] for source in node.inputs)
+            same = all(a is b for a, b in zip(inputs, node.inputs, strict=True))
+            done[id(node)] = node if same else replace(node, inputs=inputs)
+    return done[id(root)]
+
+
+def replanned(replan: Callable[[Mapping[str, float]], Plan]) -> Callable[[Mapping[str, float]], Plan]:
+    """Plans made anew, with the same set aside."""
+    return lambda densities: set_aside(replan(densities))
