@@ -23,6 +23,9 @@ from deltamerge.registry import MergeMethod
 from deltamerge.stage_nodes import Preparation
 from deltamerge.tensors import ITEMSIZE, VALUE_BITS
 
+# A weight that is surely divided by itself: a sum of weights near 0 is not divided by.
+SMALLEST_WEIGHT = 1e-7
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
@@ -227,5 +230,7 @@ def _takes_whole(method: MergeMethod, values: dict[str, Any]) -> bool:
         return True
     if combine == "passthrough":
         return bool(values["scales"] == (1.0,))
-    weighted = combine in ("task_arithmetic", "ties") and values["lambda_"] == 1
-    return weighted and (values["normalize"] or values["weights"] == (1.0,))
+    if combine not in ("task_arithmetic", "ties") or values["lambda_"] != 1:
+        return False
+    (weight,) = values["weights"]
+    return bool(weight == 1 or (values["normalize"] and abs(weight) >= SMALLEST_WEIGHT))
