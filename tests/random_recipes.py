@@ -6,7 +6,9 @@ case makes it again, which is what a failing test prints, with the recipe as YAM
 
 from __future__ import annotations
 
+import random
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,28 @@ PROFILES = ["plain", "steps", "few", "same", "none", "scales", "tiny", "huge", "
 EPSILONS = {1.0: 0.15, 0.9: 0.1, 0.5: 0.15, 0.3: 0.2, 0.1: 0.05, 1 / 16: 0.03, 0.0624: 0.03, 0.05: 0.03, 0.01: 0.005,
             0.001: 0.0005}  # fmt: skip
 CALIBRATION = {"data": "rows.txt", "task": "causal-lm"}
-SPANS = ("nuslerp", "multislerp")
+SHARES = [0.5, 0.2, 1.0, 3.0]
+PARAMETERS: dict[str, list[Any]] = {
+    "lambda": [1.0, 0.7, -1.5, 0.0, 2.0],
+    "normalize": [True, False],
+    "density": [*DENSITIES, 0.0],
+    "gamma": [0.0, 0.1, 0.4],
+    "rescale": [True, False],
+    "scale": [0.3, 1.0, -2.0, 0.0],
+    "select_topk": [0.3, 0.0, 1.0, 0.9],
+    "r": [0.5, 0.0, -1.0],
+    "alpha": [1.5, 0.0],
+    "filter_wise": [True, False],
+    "nuslerp_flatten": [True, False],
+    "nuslerp_row_wise": [True, False],
+    "normalize_weights": [True, False],
+}
+FOR_ALL = ("rescale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise")
+RARELY = [False, False, False, True]
 DEFAULT_TILE, DEFAULT_JOB, DEFAULT_LISTED = 1 << 18, 1 << 21, 1 << 20
+
+
+Pick = Callable[[Sequence[Any]], Any]
 
 
 @dataclass(frozen=True)
@@ -173,183 +195,160 @@ def spoil(arrays: list[np.ndarray], rng: np.random.Generator) -> None:
             array.reshape(-1)[places] = rng.choice([np.nan, np.inf, -np.inf], places.size)
 
 
-def some() -> st.SearchStrategy[bool]:
-    """True once in a while."""
-    return st.sampled_from([False, False, False, True])
-
-
-@st.composite
-def valued(draw: st.DrawFn, numbers: list[float], whole: bool = True) -> Any:
+def valued(pick: Pick, numbers: list[Any], whole: bool = True) -> Any:
     """A number; at times a gradient, or filters, of which the last matches all if `whole`."""
-    kind = draw(st.sampled_from(["number"] * 4 + ["gradient", "filters"]))
-    number = st.sampled_from(numbers)
+    kind = pick(["number", "number", "number", "gradient", "filters"])
     if kind == "number":
-        return draw(number)
+        return pick(numbers)
     if kind == "gradient":
-        return draw(st.lists(number, min_size=1, max_size=3))
-    named = {"filter": draw(st.sampled_from(["q", "layers.1", "bias", "nowhere"])), "value": draw(number)}
-    return [named, *([{"value": draw(number)}] if whole or draw(st.booleans()) else [])]
+        return [pick(numbers) for _ in range(pick([1, 2, 3]))]
+    named = {"filter": pick(["q", "layers.1", "bias", "nowhere"]), "value": pick(numbers)}
+    return [named, *([{"value": pick(numbers)}] if whole or pick([True, False]) else [])]
 
 
-@st.composite
-def prunes(draw: st.DrawFn, sliced: bool) -> dict[str, Any]:
-    """A pruning with a method of its own."""
-    method = draw(st.sampled_from(["dare", "magnitude", "structured", "della", "breadcrumbs", "magnitude_outliers",
-                                   "dare", "magnitude", "wanda"][: 8 if sliced else 9]))  # fmt: skip
+def pruning(pick: Pick, sliced: bool, linear: list[str]) -> dict[str, Any]:
+    """A pruning with a method of its own; `linear` are patterns that find matrices whose columns it may protect."""
+    methods = ["dare", "dare", "magnitude", "magnitude", "structured", "della", "breadcrumbs", "magnitude_outliers"]
+    method = pick(methods if sliced else [*methods, "wanda"])
     made: dict[str, Any] = {"method": method}
     if method == "structured":
-        made |= {"a": draw(st.sampled_from([0.5, 1.0, 0.1, 0.3])), "b": draw(st.sampled_from([0.5, 1.0, 0.05, 0.2]))}
+        made |= {"a": valued(pick, [0.5, 1.0, 0.1, 0.3]), "b": valued(pick, [0.5, 1.0, 0.05, 0.2])}
     elif method == "della":
-        density = draw(st.sampled_from(DENSITIES))
+        density = pick(DENSITIES)
         made |= {"density": density, "epsilon": EPSILONS[density]}
     else:
-        made["density"] = draw(valued(DENSITIES, whole=False))
-    if method in ("breadcrumbs", "magnitude_outliers") and draw(st.booleans()):
-        made["gamma"] = draw(st.sampled_from([0.0, 0.1, 0.4, 1.0]))
-    if method == "dare" and draw(some()):
+        made["density"] = valued(pick, DENSITIES, whole=False)
+    if method in ("breadcrumbs", "magnitude_outliers") and pick([False, True]):
+        made["gamma"] = valued(pick, [0.0, 0.1, 0.4, 1.0])
+    if method == "dare" and pick(RARELY):
         made["sampling"] = "magnitude"
     if method == "magnitude":
-        made["group"] = draw(st.sampled_from(["tensor", "row", "model"]))
-    divide = draw(st.sampled_from(["none", "none", "q", "norm", "rows"]))
-    if divide == "rows" and not sliced and made.get("group") != "model":
+        made["group"] = pick(["tensor", "row", "model"])
+    divide = pick(["method", "method", "q", "norm", "rows"])
+    if divide == "rows" and not sliced:
         made["q"] = {"objective": "layer_mse", "scope": "row"}
     elif divide == "q":
-        made["q"] = draw(valued([0.25, 1.0, 0.03, 0.7]))
+        made["q"] = valued(pick, [0.25, 1.0, 0.03, 0.7])
     elif divide == "norm":
-        made["rescale"] = draw(st.sampled_from(["l1", "l2", "linf"]))
+        made["rescale"] = pick(["l1", "l2", "linf"])
     if made.get("group") == "model":
         made.pop("q", None)  # density 1 with a q: known, not yet mended
-    elif draw(some()):
-        made["protect"] = {"columns": {draw(st.sampled_from(["q", "weight"])): [0, *draw(st.sampled_from([[], [2]]))]}}
-    if draw(some()):
-        key = draw(st.sampled_from(["include", "exclude"]))
-        made[key] = [draw(st.sampled_from(["q", "bias", "layers.1", "lm_head"]))]
+    elif linear and pick(RARELY):
+        made["protect"] = {"columns": {pick(linear): pick([[0], [0, 2], [1]])}}
+    if pick(RARELY):
+        made[pick(["exclude", "include"])] = [pick(["bias", "q", "layers.1", "lm_head"])]
     return made
 
 
-@st.composite
-def parameters(draw: st.DrawFn, method: str) -> dict[str, Any]:
+def parameters(pick: Pick, method: str) -> dict[str, Any]:
     """Parameters of the merge for all its models."""
     known, made = MERGE[method].parameters, {}
     if method == "slerp":
-        made["t"] = draw(valued([0.3, 0.0, 1.0, 0.5]))
+        made["t"] = valued(pick, [0.3, 0.0, 1.0, 0.5])
     if method == "nearswap":
-        made["t"] = draw(valued([0.004, 0.0, 1.0, 1e-5]))
+        made["t"] = valued(pick, [0.004, 0.0, 1.0, 1e-5])
     if method == "karcher":
         made |= {"max_iter": 60, "tol": 1e-9}
-    choices: dict[str, Any] = {
-        "lambda": valued([1.0, 0.7, -1.5, 0.0, 2.0]),
-        "normalize": st.booleans(),
-        "density": valued([*DENSITIES, 0.0]),
-        "gamma": st.sampled_from([0.0, 0.1, 0.4]),
-        "rescale": st.booleans(),
-        "scale": valued([0.3, 1.0, -2.0, 0.0]),
-        "select_topk": st.sampled_from([0.3, 0.0, 1.0, 0.9]),
-        "r": st.sampled_from([0.5, 0.0, -1.0]),
-        "alpha": st.sampled_from([1.5, 0.0]),
-        "filter_wise": st.booleans(),
-        "nuslerp_flatten": st.booleans(),
-        "nuslerp_row_wise": st.booleans(),
-        "normalize_weights": st.booleans(),
-    }
-    if method.startswith("ram"):
-        choices["epsilon"] = st.sampled_from([0.003, 0.0, 2.0**-7])
     if method.startswith("della"):
-        density = draw(st.sampled_from(DENSITIES))
+        density = pick(DENSITIES)
         made |= {"density": density, "epsilon": EPSILONS[density]}
-    for key in choices.keys() & known.keys() - made.keys():
-        if draw(st.booleans()):
-            made[key] = draw(choices[key])
+    numbers = PARAMETERS | ({"epsilon": [0.003, 0.0, 2.0**-7]} if method.startswith("ram") else {})
+    for key in (key for key in numbers if key in known and key not in made):
+        if pick([False, True]):
+            made[key] = pick(numbers[key]) if key in FOR_ALL else valued(pick, numbers[key])
     return made
 
 
-@st.composite
-def shapes(draw: st.DrawFn, alike: bool) -> dict[str, tuple[int, ...]]:
-    """Tensors in and outside layers; `alike`: every layer has the same."""
-    shape, made = st.sampled_from(SHAPES), {}
-    layers = draw(st.integers(1, 3)) if not alike else 3
-    parts = {part: draw(shape) for part in draw(st.sampled_from([["q.weight"], ["q.weight", "bias"]]))}
-    for layer in range(layers):
+def tensors(pick: Pick, alike: bool) -> dict[str, tuple[int, ...]]:
+    """Shapes in and outside layers; `alike`: every layer has the same."""
+    parts = {part: pick(SHAPES) for part in pick([["q.weight"], ["q.weight", "bias"]])}
+    made = {}
+    for layer in range(3 if alike else pick([1, 2, 3])):
         for part, same in parts.items():
-            made[f"layers.{layer}.{part}"] = same if alike or draw(st.booleans()) else draw(shape)
-    if draw(some()):
-        made["embed.weight"] = made["lm_head.weight"] = draw(shape)
-    if draw(some()):
-        made["wide.weight"] = draw(st.sampled_from(WIDE))
+            made[f"layers.{layer}.{part}"] = same if alike or pick([True, False]) else pick(SHAPES)
+    if pick(RARELY):
+        made["embed.weight"] = made["lm_head.weight"] = pick(SHAPES)
+    if pick(RARELY):
+        made["wide.weight"] = pick(WIDE)
     return made
 
 
-def weight_of(method: str) -> st.SearchStrategy[Any]:
-    return valued([0.5, 0.2, 1.0, 3.0] if method in SPANS else WEIGHTS)
-
-
-@st.composite
-def model(draw: st.DrawFn, method: str, name: str, own: bool, sliced: bool) -> dict[str, Any]:
+def model(pick: Pick, method: str, name: str, sliced: bool) -> dict[str, Any]:
     made: dict[str, Any] = {"model": f"./{name}"}
-    known = MERGE[method].parameters
-    given: dict[str, Any] = {}
-    if "weight" in known:
-        given["weight"] = draw(weight_of(method))
-    if method in ("ties", "dare_linear", "dare_ties") and draw(some()):
-        given["density"] = draw(valued([*DENSITIES, 0.0]))
-    if given:
-        made["parameters"] = given
-    if own and draw(st.booleans()):
-        made["prune"] = draw(prunes(sliced))
-    return made
+    if not sliced and pick(RARELY):
+        made["name"] = name * 2
+    own: dict[str, Any] = {}
+    if "weight" in MERGE[method].parameters:
+        own["weight"] = valued(pick, SHARES if method in ("nuslerp", "multislerp") else WEIGHTS)
+    if method in ("ties", "dare_linear", "dare_ties") and pick(RARELY):
+        own["density"] = valued(pick, [*DENSITIES, 0.0])
+    return made | ({"parameters": own} if own else {})
 
 
-@st.composite
-def cases(draw: st.DrawFn, method: str) -> Case:
-    """A recipe of one merge method."""
+def models(pick: Pick, method: str, names: str, sliced: bool) -> dict[str, Any]:
+    """`models`, or `slices` of them."""
+    if not sliced:
+        return {"models": [model(pick, method, name, False) for name in names]}
+    slices = []
+    for _ in range(pick([1, 2])):
+        layers = pick([[0, 1], [1, 2], [0, 2], [1, 3], [0, 3]])
+        slices.append({"sources": [model(pick, method, n, True) | {"layer_range": layers} for n in names]})
+    return {"slices": slices}
+
+
+def case(pick: Pick, method: str) -> Case:
+    """A recipe of one merge method; every choice is made by `pick`, of options of which the first is the simplest."""
     merge = MERGE[method]
-    most = min(merge.maximum or 3, 3)
-    based = merge.needs_base or (merge.takes_base and draw(st.booleans()))
-    apart = based and merge.deltas
-    sliced = draw(some()) and method != "karcher"
-    tensors = draw(shapes(sliced))
-    where = draw(st.sampled_from(["none", "all", "own", "own"])) if apart else "none"
-    recipe: dict[str, Any] = {"merge_method": method, **({"base_model": "./base"} if based else {})}
-    names = MODELS[: draw(st.integers(merge.minimum, most))]
+    based = merge.needs_base or (merge.takes_base and pick([True, False]))
+    apart, sliced = based and merge.deltas, method != "karcher" and pick(RARELY)
+    shapes = tensors(pick, sliced)
+    linear = [n for n, shape in shapes.items() if len(shape) == 2 and shape[1] > 2 and n != "embed.weight"]
     if sliced:
-        recipe["slices"] = []
-        for _ in range(draw(st.integers(1, 2))):
-            first = draw(st.integers(0, 2))
-            layers = [first, draw(st.integers(first + 1, 3))]
-            sources = [draw(model(method, n, False, True)) | {"layer_range": layers} for n in names]
-            recipe["slices"].append({"sources": sources})
-        where = "all" if where == "own" else where
-    else:
-        recipe["models"] = [draw(model(method, n, where == "own", False)) for n in names]
-        if apart and draw(some()):
-            recipe["models"].append({"model": "./base"})
-    recipe["parameters"] = draw(parameters(method))
-    if where == "all":
-        recipe["prune"] = draw(prunes(sliced))
-    if draw(some()):
-        recipe["seed"] = draw(st.integers(0, 3))
-    dtype = draw(st.sampled_from(OUTPUTS[sliced:]))
+        linear = ["q.weight"] if "layers.0.q.weight" in linear else []
+    counts = range(merge.minimum, 1 + min(merge.maximum or 3, 3))
+    recipe: dict[str, Any] = {"merge_method": method, **({"base_model": "./base"} if based else {})}
+    recipe |= models(pick, method, MODELS[: pick(list(counts))], sliced)
+    recipe["parameters"] = parameters(pick, method)
+    pruned = pick(["nothing", "all", "all" if sliced else "some"]) if apart else "nothing"
+    holders = {"nothing": [], "all": [recipe], "some": recipe.get("models", [])}[pruned]
+    for holder in holders:
+        if pruned == "all" or pick([True, False]):
+            holder["prune"] = pruning(pick, sliced, linear)
+    if apart and not sliced and pick(RARELY):
+        recipe["models"].append({"model": "./base"})
+    if pick(RARELY):
+        recipe["seed"] = pick([1, 2, 3])
+    dtype = pick(OUTPUTS[sliced:])
     if dtype:
-        recipe[draw(st.sampled_from(["dtype", "out_dtype"]))] = dtype
-    prunings = [m["prune"] for m in (recipe, *recipe.get("models", [])) if "prune" in m]
+        recipe[pick(["dtype", "out_dtype"])] = dtype
+    prunings = [holder["prune"] for holder in holders if "prune" in holder]
     if any(p["method"] == "wanda" or isinstance(p.get("q"), dict) for p in prunings):
         recipe["calibration"] = CALIBRATION
     if any(p["method"] in ("dare", "structured") for p in prunings):
         recipe["parameters"].pop("select_topk", None)  # after a sparse prune, without compiled loops: known
-    alike = draw(st.booleans())
-    code = st.sampled_from(DTYPES)
-    first_code = draw(code)
-    dtypes = tuple(first_code if alike else draw(code) for _ in range(1 + len(MODELS)))
+    alike, code = pick([True, False]), pick(DTYPES)
     return Case(
         recipe,
-        tensors,
-        dtypes,
-        profile=draw(st.sampled_from(PROFILES)),
-        seed=draw(st.integers(0, 999)),
-        finite=draw(st.sampled_from([True, True, True, False])),
-        tied=draw(some()),
-        workers=draw(st.integers(1, 2)),
-        tile=draw(st.sampled_from([DEFAULT_TILE, 1 << 10, 1 << 16])),
-        job=draw(st.sampled_from([DEFAULT_JOB, 1 << 16])),
-        listed=draw(st.sampled_from([DEFAULT_LISTED, 0, 100])),
+        shapes,
+        tuple(code if alike else pick(DTYPES) for _ in range(1 + len(MODELS))),
+        profile=pick(PROFILES),
+        seed=pick(range(1000)),
+        finite=pick([True, True, True, False]),
+        tied=pick(RARELY),
+        workers=pick([1, 2]),
+        tile=pick([DEFAULT_TILE, 1 << 10, 1 << 16]),
+        job=pick([DEFAULT_JOB, 1 << 16]),
+        listed=pick([DEFAULT_LISTED, 0, 100]),
     )
+
+
+@st.composite
+def cases(draw: st.DrawFn, method: str) -> Case:
+    """Cases whose choices are those of a generator; hypothesis makes them the simplest, one by one, to shrink."""
+    rng, simple = random.Random(draw(st.integers(0, 2**64))), iter(draw(st.binary(min_size=300, max_size=300)))
+
+    def pick(options: Sequence[Any]) -> Any:
+        chosen = options[rng.randrange(len(options))]
+        return chosen if next(simple, 0) else options[0]
+
+    return case(pick, method)

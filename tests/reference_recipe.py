@@ -23,6 +23,7 @@ IMPLIED = {"dare_linear": "dare", "dare_ties": "dare", "della": "della", "della_
 RANDOM = ("dare", "structured", "della")
 TIES = ("ties", "dare_ties", "della", "breadcrumbs_ties")
 SUMS = ("task_arithmetic", "dare_linear", "della_linear", "breadcrumbs")
+BY_ENTRY = (*SUMS, *TIES, "nearswap", "ram")
 NORMALIZED = ("linear", "ties", "della")
 DEFAULTS = {"lambda": 1.0, "density": 1.0, "epsilon": 1e-5, "r": 0.1, "alpha": 0.2, "eps": 1e-8, "select_topk": 1.0,
             "scale": 1.0, "weight": 1.0}  # fmt: skip
@@ -120,7 +121,9 @@ class Recipe:
         unsure = np.zeros(base.shape, bool)
         for part in parts:
             unsure |= part.unsure
-        if unsure.any() and self.method not in SUMS + TIES + ("nearswap", "ram"):
+        if self.method not in BY_ENTRY and any((np.abs(part.values) >= MOST).any() for part in parts):
+            raise Unsure
+        if unsure.any() and self.method not in BY_ENTRY:
             raise Unsure
         with np.errstate(all="ignore"):
             wanted = MERGES[self.method](self, place, wide, values)
@@ -207,7 +210,7 @@ class Recipe:
     ) -> Part:  # fmt: skip
         """mask ∘ Δ, in float64; `weighted`: over the probability of each entry, times the density."""
         wide, shape = d.astype(np.float64), d.shape
-        key = bits.mask_key(self.recipe.get("seed", 0), model["model"], place.name)
+        key = bits.mask_key(self.recipe.get("seed", 0), model.get("name", model["model"]), place.name)
         sampling = next((level["sampling"] for level in levels if "sampling" in level), "uniform")
         group = next((level["group"] for level in levels if "group" in level), "tensor")
         if method == "dare" and sampling == "uniform":
@@ -274,13 +277,15 @@ def first(key: str, levels: Sequence[Mapping[str, Any]], place: Place) -> Any:
 
 
 def resolved(value: Any, place: Place) -> Any:
-    """A number, a gradient over the layers, or the first of the filters that is part of the name."""
+    """A number, a gradient over the layers (of booleans the last reached), or the first filter found in the name."""
     if isinstance(value, dict):
         value = [value]
     if not isinstance(value, list):
         return value
     if isinstance(value[0], dict):
         return next((resolved(v["value"], place) for v in value if v.get("filter", "") in place.name), None)
+    if isinstance(value[0], bool):
+        return value[int(place.position * (len(value) - 1))]
     return float(np.interp(place.position * (len(value) - 1), range(len(value)), value))
 
 

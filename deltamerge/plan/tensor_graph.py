@@ -25,6 +25,9 @@ from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import lookup
 
+# A weight that is surely divided by itself: a sum of weights near 0 is not divided by.
+SMALLEST_WEIGHT = 1e-7
+
 
 @dataclass(frozen=True, slots=True)
 class Built:
@@ -229,5 +232,7 @@ def _takes_whole(method: MergeMethod, values: dict[str, Any]) -> bool:
         return True
     if combine == "passthrough":
         return bool(values["scales"] == (1.0,))
-    weighted = combine in ("task_arithmetic", "ties") and values["lambda_"] == 1
-    return weighted and (values["normalize"] or values["weights"] == (1.0,))
+    if combine not in ("task_arithmetic", "ties") or values["lambda_"] != 1:
+        return False
+    (weight,) = values["weights"]
+    return bool(weight == 1 or (values["normalize"] and abs(weight) >= SMALLEST_WEIGHT))

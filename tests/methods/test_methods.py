@@ -175,6 +175,16 @@ def test_method_equals_the_float64_reference(models, tmp_path, method):
             np.testing.assert_array_less(error, allowed, err_msg=name)
 
 
+@pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
+def test_of_a_single_model_that_weighs_nothing_comes_the_base(models, tmp_path, method):
+    """A sum of weights that is 0 divides as 1, so nothing is added."""
+    merged = merge(models, tmp_path, text(method, "a", "weight: 0, normalize: true"))
+    base, tune = load_tensors(models / "base"), load_tensors(models / "a")
+    assert all(torch.equal(merged[name], tensor) for name, tensor in base.items())
+    merged = merge(models, tmp_path, text(method, "a", "weight: -0.25, normalize: true"))
+    assert all(torch.equal(merged[name], tensor) for name, tensor in tune.items())
+
+
 @pytest.mark.parametrize(("density", "epsilon"), [(0.5, 0.15), (0.05, 0.03)])
 @pytest.mark.parametrize("method", ["della", "della_linear"])
 def test_della_divides_each_entry_by_its_own_probability(models, tmp_path, method, density, epsilon):

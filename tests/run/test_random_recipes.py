@@ -67,9 +67,10 @@ def made(case: Case, path: Path, backend: str, *, plainly: bool) -> tuple[Any, d
                 return run_with_stages(path, out, stage_value, workers=workers), read_checkpoint(out)
             result = run(path, out, workers=workers, allow_nonfinite=True)
         except DeltamergeError as error:
-            if not any(reason in str(error) for reason in REFUSALS):
+            reason = next((reason for reason in REFUSALS if reason in str(error)), None)
+            if reason is None:
                 raise
-            return str(error), {}
+            return reason, {}
         return dict(result.nonfinite), read_checkpoint(out)
 
 
@@ -87,7 +88,7 @@ def difference(case: Case, folder: Path) -> str | None:
             found = [widened((code, x.reshape(-1)[where])).tolist() for x in (array, theirs[name][1])]
             return f"{name}: the backends differ at {where.tolist()}: {found[0]} and {found[1]}"
     if isinstance(nonfinite, str):
-        event(f"refused: {nonfinite.splitlines()[0][-40:]}")
+        event(f"refused: {nonfinite}")
         return None
     return beyond_rounding(case, ours) if case.finite else None
 
