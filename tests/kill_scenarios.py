@@ -25,6 +25,7 @@ class Scenario:
 RUN = "run merge.yaml -q --workers 1"
 DELTA = "extract ../models/a --base ../models/base --out a-delta -q --workers 1"
 APPLY = "apply a-delta --base ../models/base --out a-again -q --workers 1"
+LINKED = "run chain.yaml -q --workers 1"
 ROWS = "calibrate r.yaml --workers 1"
 PARTS = tuple(f"run shards.yaml -q --workers 1 {part}" for part in ("--part 1/2", "--part 2/2", "--finish"))
 SCENARIOS = (
@@ -34,7 +35,9 @@ SCENARIOS = (
     Scenario("part 1", PARTS, ("shards-merged",), killed=0),
     Scenario("part 2", PARTS, ("shards-merged",), killed=1),
     Scenario("finish", PARTS, ("shards-merged",), killed=2),
-    Scenario("chain", ("run chain.yaml -q --workers 1",), ("half", "chain-merged")),
+    Scenario("chain", (LINKED,), ("half", "chain-merged")),
+    Scenario("chain again", (LINKED, f"{LINKED} --force"), ("half", "chain-merged")),
+    Scenario("chain anew", (LINKED, "cp chain2.yaml chain.yaml", f"{LINKED} --force"), ("half", "chain-merged")),
     Scenario("delta", ("run delta.yaml -q --workers 1",), ("delta-merged",)),
     Scenario("peft", ("run peft.yaml -q --workers 1",), ("peft-merged",)),
     Scenario("extract", (DELTA,), ("a-delta",)),
@@ -80,6 +83,7 @@ FILES = {
     "older.yaml": MERGE.format(method="linear", more="output: {shard_size: 25KB}"),
     "shards.yaml": MERGE.format(method="dare_linear", more="parameters: {density: 0.5}\noutput: {shard_size: 25KB}"),
     "chain.yaml": CHAIN,
+    "chain2.yaml": CHAIN.replace("weight: 1}", "weight: 0.5}").replace("linear", "task_arithmetic"),
     "delta.yaml": PRUNED.format(prune="{method: dare, density: 0.5}", more="output: {kind: delta}"),
     "peft.yaml": PRUNED.format(prune="{method: magnitude, density: 0.02, q: 0.5}", more="output: {kind: peft}"),
     "q.yaml": PRUNED.format(prune="{method: dare, density: 0.5, q: output_change}", more=ON_ROWS),
