@@ -669,3 +669,22 @@ def test_load_delta_is_lazy_and_refuses_values_to_add(tmp_path: Path) -> None:
     run(tmp_path, "delta", RECIPES["dare"], kind="delta", values="bfloat16")
     with pytest.raises(deltamerge.errors.InputError, match="holds values to add"):
         deltamerge.load_delta(delta)
+
+
+@pytest.mark.parametrize("command", ["apply", "extract"])
+def test_force_keeps_what_no_run_made(tmp_path: Path, capsys: Any, command: str) -> None:
+    base = {"w": torch.randn(20, 30)}
+    make_checkpoint(tmp_path / "base", base)
+    make_checkpoint(tmp_path / "a", {"w": base["w"] + 0.01})
+    made = ("extract", tmp_path / "a", "--base", tmp_path / "base", "--density", "0.5")
+    succeed(*made, "--out", tmp_path / "delta", "-q")
+    arguments = made if command == "extract" else ("apply", tmp_path / "delta", "--base", tmp_path / "base")
+    out = tmp_path / "out"
+    succeed(*arguments, "--out", out, "-q")
+    succeed(*arguments, "--out", out, "--force", "-q")
+    (out / "thesis.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    code, _, err = call(capsys, *arguments, "--out", out, "--force")
+    assert (code, "would delete thesis.txt\nhint: " in err) == (1, True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not list(tmp_path.glob(".*"))

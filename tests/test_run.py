@@ -242,6 +242,26 @@ def test_a_target_that_is_not_empty_stays_as_it_is(models, tmp_path):
         run(recipe, models, force=True)
 
 
+def test_verify_names_what_the_lock_does_not_list(models, tmp_path):
+    """But for what git and the hub's clients keep in a folder, which is hidden; a push sends what is listed."""
+    recipe = models / "verified.yaml"
+    recipe.write_text("base_model: ./base\nmodels: [{model: ./a}]\n")
+    out = run(recipe, tmp_path / "out").folder
+    for name in (".git", ".cache"):
+        (out / name).mkdir()
+    (out / ".gitattributes").write_text("*.safetensors filter=lfs\n")
+    names = verify(out, 1)
+    (out / "model-00001-of-00001.safetensors").write_text("")
+    (out / "runs").mkdir()
+    with pytest.raises(VerifyError, match="verification failed") as caught:
+        verify(out, 1)
+    assert str(caught.value).splitlines()[1:] == [
+        "model-00001-of-00001.safetensors: not in the lock",
+        "runs: not in the lock",
+    ]
+    assert verify(out, 1, only_listed=True) == names
+
+
 def test_locked_refuses_inputs_that_differ(tmp_path):
     base = weights(0, torch.float32)
     make_checkpoint(tmp_path / "base", base)

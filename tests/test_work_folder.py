@@ -183,6 +183,20 @@ def test_every_file_that_runs_copy_may_be_in_a_work_folder() -> None:
     assert not any(map(written.fullmatch, ("thesis.txt", "notes.md", "a.py", ".bashrc", "data.csv")))
 
 
+def test_the_journal_that_says_that_all_is_done_goes_last(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between two of them, --finish --force would take the replaced model for what the parts have made."""
+    removed: list[str] = []
+    unlink = os.unlink
+    monkeypatch.setattr(os, "unlink", lambda path, **named: removed.append(Path(path).name) or unlink(path, **named))
+    (marked(place) / "out").mkdir()
+    for name in ("journal", "journal-1-of-2", "journal-2-of-2", "lock", "out/model.safetensors", "calibration.lock"):
+        (state_of(place) / name).write_text("")
+    work_folder.remove(state_of(place))
+    assert removed[:3] == ["journal-1-of-2", "journal-2-of-2", "journal"]
+    assert removed[-2:] == ["deltamerge", "lock"]
+    assert not state_of(place).exists()
+
+
 def run_apart(place: Path, *arguments: str, **options: object) -> tuple[int, str]:
     """Exit code and stderr of the command in a process of its own, which has 20 seconds."""
     command = [sys.executable, "-m", "deltamerge", "run", *arguments]

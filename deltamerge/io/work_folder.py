@@ -98,11 +98,12 @@ def open_file(path: Path, flags: int) -> int:
 
 
 def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
-    """Remove what runs write from the work folder `state`, journals first: they speak of the rest. OSError: not all."""
+    """Remove what runs write from the work folder `state`, journals first: they speak of the rest, and of those last
+    the one that says that all is done. OSError: not all."""
     folder = os.open(state, _FOLDER)
     try:
         modes = {name: mode for name, mode in _modes(folder).items() if _is_written(name, mode) and name not in but}
-        for name in sorted(modes, key=lambda name: not name.startswith(JOURNAL)):
+        for name in sorted(modes, key=lambda name: (not name.startswith(JOURNAL), name == JOURNAL)):
             if name in _WRITTEN:
                 _empty(folder, name)
                 os.rmdir(name, dir_fd=folder)

@@ -194,7 +194,7 @@ def workspace(
         raise OutputError(f"{target}: {output_error(error)}", hint="choose another folder with --out") from error
     begun = looked(state) is not None
     if begun:
-        _settle(state, target, shared=part is not None)
+        _settle(state, target, idle=part is None or (_filled(target) and not force))
         begun = looked(state) is not None
     if finish and not begun:
         raise OutputError(f"{target}: no parts of a run are there", hint="run the parts first, with --part I/N")
@@ -290,13 +290,13 @@ def _journals(state: Path) -> list[list[dict[str, Any]]]:
     return [read_journal(state / JOURNAL)[0], *part_journals(state).values()]
 
 
-def _settle(state: Path, target: Path, *, shared: bool = False) -> None:
+def _settle(state: Path, target: Path, *, idle: bool = True) -> None:
     """Put right what a killed run left, if none runs: a replaced target gets its name back while the new one has not
-    got it; once it has, or if no work is kept, the work folder goes.
+    got it; once it has, or if it is `idle`, without work that is kept, the work folder goes.
 
-    A part of a run (`shared`) leaves a folder without work alone: others may just begin in it.
+    A part of a run leaves a folder without work alone: others may just begin in it.
     """
-    if shared and not _has_ended(state, target):
+    if not idle and not _has_ended(state, target):
         return
     with suppress(OutputError), locked(state, LOCK, target):  # OutputError: somebody works in it
         resolved = Path(os.path.realpath(target))
