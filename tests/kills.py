@@ -30,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,16 +296,21 @@ class Kills:
             place += f" and before call {second} of the run after it"
             for what in self.wrong_amid(scenario, before, after):
                 find(f"then {what}")
-        for i, one in enumerate(scenario.steps[scenario.index :]):
-            ended = self.again(scenario, one) if i == 0 else self.server.run(self.root, one)
-            if ended.code not in (0, 1, 2, 130) or "Traceback" in ended.said or "bug in" in ended.said:
-                find(f"then `{one}` exits {ended.code}: {ended.said.strip()}")
-            elif ended.code and self.wrong_at_end(scenario, after if i == 0 else truth, done=True):
-                find(f"then `{one}` exits {ended.code}: {' | '.join(ended.said.splitlines())}")
+        self.go_on(scenario, after, truth, find)
         if wrong := differences(look(self.root), truth):
             find(f"at the end {wrong}")
         if look(self.root / MODELS) != self.models:
             raise RuntimeError(f"{place}: the models are changed")
+
+    def go_on(self, scenario: Scenario, after: Seen, truth: Seen, find: Callable[[str], None]) -> None:
+        """The command again, as it says, and those after it. Exit 1 is right where there is nothing left to do."""
+        for i, one in enumerate(scenario.steps[scenario.index :]):
+            ended = self.again(scenario, one) if i == 0 else self.server.run(self.root, one)
+            now, wanted = look(self.root), truth if i else after
+            done = all(below(now, f"{HOME}/{t}") == below(wanted, f"{HOME}/{t}") for t in scenario.targets)
+            crashed = ended.code not in (0, 1) or "Traceback" in ended.said or "bug in" in ended.said
+            if crashed or (ended.code and not done):
+                find(f"then `{one}` exits {ended.code}: {' | '.join(ended.said.splitlines())}")
 
     def wrong_amid(self, scenario: Scenario, before: Seen, after: Seen) -> Iterator[str]:
         """What must not be, whenever the process is killed."""
@@ -319,11 +324,6 @@ class Kills:
         users = {p: what for p, what in before.items() if not any(p == o or p.startswith(f"{o}/") for o in ours)}
         if lost := differences({p: what for p, what in now.items() if p in users}, users):
             yield lost
-
-    def wrong_at_end(self, scenario: Scenario, wanted: Seen, *, done: bool) -> bool:
-        """Whether some target is not what it is to be."""
-        now = look(self.root)
-        return any(below(now, t) != below(wanted, t) for t in (f"{HOME}/{target}" for target in scenario.targets))
 
 
 def chosen(names: Iterable[str]) -> list[Scenario]:
