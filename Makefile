@@ -32,9 +32,9 @@ bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour
 paper: .venv/.installed-dev  ## the DAREx paper's experiments, scaled down, and docs/results.md; .paper keeps what is done
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper all
 
-torture: .venv/.installed-dev  ## kills at every call of every command, faulty and full disks, two runs at once; 15 minutes
-	$(BIN)/python tests/kills.py --every $(or $(EVERY),1) --twice 20
+torture: .venv/.installed-dev  ## kills at every call of every command, bad disks, two runs at once; 20 minutes, EVERY=9 for less
 	$(BIN)/python benchmarks/torture.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --every $(or $(EVERY),1) --twice 20
 
 fuzz: .venv/.installed-dev  ## arbitrary files against every reader, random recipes against their formulas; FUZZ=1000 for less
 	FUZZ=$(or $(FUZZ),1000000) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/project/test_fuzz.py tests/run/test_random_recipes.py

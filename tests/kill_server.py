@@ -25,7 +25,7 @@ from typing import Any
 import deltamerge.io.writer as writer
 from deltamerge.cli import main
 
-SECONDS = 60  # after which a command is taken to hang
+SECONDS = 120  # after which a command is taken to hang
 warnings.simplefilter("ignore")
 
 

@@ -30,11 +30,13 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from kill_scenarios import FILES, RUN, SCENARIOS, Scenario
 
 HERE = Path(__file__).parent
 NEVER, BEFORE, AFTER, HALF, INTERRUPT = range(5)
@@ -57,99 +59,6 @@ class Ended(NamedTuple):
     code: int
     said: str
     calls: list[str]
-
-
-@dataclass(frozen=True)
-class Scenario:
-    """Commands, one after the other ("cp A B" copies a file); the `killed`-th is killed. The first is killed before it
-    changes a file whose path has `torn`. `targets` are what the commands make, below the user's folder."""
-
-    name: str
-    steps: tuple[str, ...]
-    targets: tuple[str, ...]
-    killed: int = -1
-    torn: str = ""
-    resumable: bool = True
-
-    @property
-    def index(self) -> int:
-        return self.killed % len(self.steps)
-
-
-RUN = "run merge.yaml -q --workers 1"
-DELTA = "extract ../models/a --base ../models/base --out a-delta -q --workers 1"
-APPLY = "apply a-delta --base ../models/base --out a-again -q --workers 1"
-ROWS = "calibrate r.yaml --workers 1"
-PARTS = tuple(f"run shards.yaml -q --workers 1 {part}" for part in ("--part 1/2", "--part 2/2", "--finish"))
-SCENARIOS = (
-    Scenario("run", (RUN,), ("merge-merged",)),
-    Scenario("resume", (RUN, f"{RUN} --resume"), ("merge-merged",), torn="README.md"),
-    Scenario("force", ("run older.yaml -q --workers 1 --out merge-merged", f"{RUN} --force"), ("merge-merged",)),
-    Scenario("part 1", PARTS, ("shards-merged",), killed=0),
-    Scenario("part 2", PARTS, ("shards-merged",), killed=1),
-    Scenario("finish", PARTS, ("shards-merged",), killed=2),
-    Scenario("chain", ("run chain.yaml -q --workers 1",), ("half", "chain-merged")),
-    Scenario("delta", ("run delta.yaml -q --workers 1",), ("delta-merged",)),
-    Scenario("peft", ("run peft.yaml -q --workers 1",), ("peft-merged",)),
-    Scenario("extract", (DELTA,), ("a-delta",)),
-    Scenario("extract --force", (f"{DELTA} --density 0.1", f"{DELTA} --force"), ("a-delta",)),
-    Scenario("apply", (DELTA, APPLY), ("a-delta", "a-again"), resumable=False),
-    Scenario("apply --force", (DELTA, RUN.replace("-q", "-q --out a-again"), f"{APPLY} --force"),
-             ("a-delta", "a-again"), resumable=False),
-    Scenario("calibrate", ("calibrate q.yaml --workers 1",), ("q.lock",), resumable=False),
-    Scenario("calibrate rows", ("cp r1.yaml r.yaml", ROWS, "cp r2.yaml r.yaml", ROWS), ("r.lock", "r.rows"),
-             resumable=False),
-    Scenario("locked", ("calibrate q.yaml --workers 1", "run q.yaml --locked -q --workers 1"), ("q.lock", "q-merged")),
-    Scenario("run calibrated", ("run q.yaml -q --workers 1",), ("q-merged",)),
-    Scenario("report", ("inspect ../models/a --base ../models/base --report page.html --workers 1",), ("page.html",),
-             resumable=False),
-    Scenario("init", ("init ../models/a ../models/b --base ../models/base --workers 1",), ("recipe.yaml",),
-             resumable=False),
-    Scenario("recommend", ("recommend ../models/a --base ../models/base --density 0.1 --workers 1 --out advice.yaml",),
-             ("advice.yaml",), resumable=False),
-)  # fmt: skip
-MERGE = """\
-base_model: ../models/base
-merge_method: {method}
-models: [{{model: ../models/a, parameters: {{weight: 0.5}}}}, {{model: ../models/b, parameters: {{weight: 0.4}}}}]
-{more}
-"""
-PRUNED = "base_model: ../models/base\nmodels: [{{model: ../models/a, prune: {prune}}}]\n{more}\n"
-CHAIN = """\
-base_model: ../models/base
-merge_method: task_arithmetic
-models: [{model: half, parameters: {weight: 0.5}}, {model: ../models/b, parameters: {weight: 0.5}}]
----
-name: half
-base_model: ../models/base
-merge_method: linear
-models: [{model: ../models/a}, {model: ../models/b}]
-parameters: {weight: 1}
-output: {path: ./half}
-"""
-ON_ROWS = "calibration: {data: rows.txt, sequences: 8, length: 8}"
-BY_ROW = "{method: dare, density: 0.5, q: {objective: layer_mse, scope: row}}"
-FILES = {
-    "merge.yaml": MERGE.format(method="task_arithmetic", more="output: {shard_size: 30KB}"),
-    "older.yaml": MERGE.format(method="linear", more="output: {shard_size: 25KB}"),
-    "shards.yaml": MERGE.format(method="dare_linear", more="parameters: {density: 0.5}\noutput: {shard_size: 25KB}"),
-    "chain.yaml": CHAIN,
-    "delta.yaml": PRUNED.format(prune="{method: dare, density: 0.5}", more="output: {kind: delta}"),
-    "peft.yaml": PRUNED.format(prune="{method: magnitude, density: 0.02, q: 0.5}", more="output: {kind: peft}"),
-    "q.yaml": PRUNED.format(prune="{method: dare, density: 0.5, q: output_change}", more=ON_ROWS),
-    "r1.yaml": PRUNED.format(prune=BY_ROW, more=f"{ON_ROWS}\nseed: 1"),
-    "r2.yaml": PRUNED.format(prune=BY_ROW, more=f"{ON_ROWS}\nseed: 2"),
-    "rows.txt": "\n".join(f"w{5 + i % 80} w{6 + i % 70} w{7 + i % 60}" for i in range(30)),
-    # what is the user's and has nothing to do with it
-    "thesis.txt": "ten years' work\n",
-    "photos/one.jpg": "a picture\n",
-    "merge/notes.txt": "beside merge-merged\n",
-    ".other.partial/lock": "mine\n",
-    ".other.partial/out/model.safetensors": "mine, too\n",
-    ".merge-merged.partial.bak/old/novel.txt": "chapter one\n",
-    "merge-merged.old/model.safetensors": "kept\n",
-    ".thesis.txt.swp": "an editor's\n",
-}
 
 
 class Server:
@@ -387,16 +296,21 @@ class Kills:
             place += f" and before call {second} of the run after it"
             for what in self.wrong_amid(scenario, before, after):
                 find(f"then {what}")
-        for i, one in enumerate(scenario.steps[scenario.index :]):
-            ended = self.again(scenario, one) if i == 0 else self.server.run(self.root, one)
-            if ended.code not in (0, 1, 2, 130) or "Traceback" in ended.said or "bug in" in ended.said:
-                find(f"then `{one}` exits {ended.code}: {ended.said.strip()}")
-            elif ended.code and self.wrong_at_end(scenario, after if i == 0 else truth, done=True):
-                find(f"then `{one}` exits {ended.code}: {' | '.join(ended.said.splitlines())}")
+        self.go_on(scenario, after, truth, find)
         if wrong := differences(look(self.root), truth):
             find(f"at the end {wrong}")
         if look(self.root / MODELS) != self.models:
             raise RuntimeError(f"{place}: the models are changed")
+
+    def go_on(self, scenario: Scenario, after: Seen, truth: Seen, find: Callable[[str], None]) -> None:
+        """The command again, as it says, and those after it. Exit 1 is right where there is nothing left to do."""
+        for i, one in enumerate(scenario.steps[scenario.index :]):
+            ended = self.again(scenario, one) if i == 0 else self.server.run(self.root, one)
+            now, wanted = look(self.root), truth if i else after
+            done = all(below(now, f"{HOME}/{t}") == below(wanted, f"{HOME}/{t}") for t in scenario.targets)
+            crashed = ended.code not in (0, 1) or "Traceback" in ended.said or "bug in" in ended.said
+            if crashed or (ended.code and not done):
+                find(f"then `{one}` exits {ended.code}: {' | '.join(ended.said.splitlines())}")
 
     def wrong_amid(self, scenario: Scenario, before: Seen, after: Seen) -> Iterator[str]:
         """What must not be, whenever the process is killed."""
@@ -410,11 +324,6 @@ class Kills:
         users = {p: what for p, what in before.items() if not any(p == o or p.startswith(f"{o}/") for o in ours)}
         if lost := differences({p: what for p, what in now.items() if p in users}, users):
             yield lost
-
-    def wrong_at_end(self, scenario: Scenario, wanted: Seen, *, done: bool) -> bool:
-        """Whether some target is not what it is to be."""
-        now = look(self.root)
-        return any(below(now, t) != below(wanted, t) for t in (f"{HOME}/{target}" for target in scenario.targets))
 
 
 def chosen(names: Iterable[str]) -> list[Scenario]:

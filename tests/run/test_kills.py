@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from kills import DELTA, RUN, SCENARIOS, Kills, Scenario, Server, Unable, grouped
+from kill_scenarios import DELTA, RUN, SCENARIOS, Scenario
+from kills import Kills, Server, Unable, grouped
 
 HERE = ("run", "resume", "force", "part 1", "finish", "chain", "delta", "extract", "apply", "apply --force", "init")
 FEW = 2  # kills of each
