@@ -11,7 +11,7 @@ from typing import Any, TypeVar, cast
 from numba import njit
 from numba.core.runtime.nrt import rtsys
 
-from deltamerge.ownership import trusted
+from deltamerge.io.ownership import trusted
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.ownership import trusted
+from deltamerge.io.ownership import trusted
 
 Loop = Callable[[Sequence[NDArray[Any]]], bool]
 
