@@ -22,7 +22,7 @@ from deltamerge.io.computed import Cast, LowRank
 from deltamerge.io.files import input_error
 from deltamerge.io.safetensors_file import TensorInfo, read_header
 from deltamerge.io.strict_json import read_json
-from deltamerge.patterns import finds
+from deltamerge.patterns import check, finds
 from deltamerge.tensors import ITEMSIZE
 
 CONFIG = "adapter_config.json"
@@ -112,8 +112,8 @@ def checked_config(config: dict[str, Any]) -> dict[str, Any]:
             for pattern, value in table.items():
                 _positive(value, f"{key}[{pattern[:80]!r}]")
                 try:
-                    re.compile(pattern)
-                except (re.error, RecursionError, OverflowError) as error:
+                    check(pattern)
+                except ValueError as error:
                     raise InputError(f"{key}: {pattern[:80]!r} is no regular expression: {error}") from error
         return config
 
