@@ -26,6 +26,8 @@ from deltamerge.io.quantised import refuse_quantised
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.patterns import check, finds
+from deltamerge.tensors import ITEMSIZE
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -114,8 +116,8 @@ def checked_config(config: dict[str, Any]) -> dict[str, Any]:
             for pattern, value in table.items():
                 _positive(value, f"{key}[{pattern[:80]!r}]")
                 try:
-                    re.compile(pattern)
-                except (re.error, RecursionError, OverflowError) as error:
+                    check(pattern)
+                except ValueError as error:
                     raise InputError(f"{key}: {pattern[:80]!r} is no regular expression: {error}") from error
         return config
 

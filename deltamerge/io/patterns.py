@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
 # What a search may take, and all patterns of a recipe over all names; an honest search takes a microsecond.
 SECONDS = 1.0
-SECONDS_IN_ALL = 5.0
+SECONDS_IN_ALL = 10.0
 LENGTH = 1000
 
 
@@ -39,14 +37,16 @@ def check(pattern: str) -> None:
         raise ValueError(f"more than {LENGTH} characters")
     if _spent.seconds >= SECONDS_IN_ALL:
         raise ValueError("these and those before take too long to read")
-    with _charged():  # of a thousand characters, a second at most
-        try:
-            re.compile(pattern)
-        except (re.error, RecursionError, OverflowError) as error:
-            raise ValueError(str(error)) from None
+    began = time.perf_counter()
+    try:
+        re.compile(pattern)  # of a thousand characters, a second at most
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(str(error)) from None
+    finally:
+        _spent.seconds += time.perf_counter() - began
 
 
-@lru_cache(1024)
+@lru_cache(1 << 14)  # an adapter may have one for each of its modules
 def _compiled(pattern: str) -> regex.Pattern[str]:
     import regex  # a fortieth of a second, for those who have patterns
 
@@ -58,23 +58,16 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
 
 def finds(pattern: str, name: str) -> bool:
     """Whether `pattern` matches somewhere in `name`, as `re.search`. InputError: it takes too long to tell."""
+    began = time.perf_counter()
     left = SECONDS_IN_ALL - _spent.seconds
-    with _charged():
-        try:
-            if left > 0:
-                return _compiled(pattern).search(name, timeout=min(SECONDS, left)) is not None
-        except TimeoutError:
-            left -= SECONDS
+    try:
+        if left > 0:
+            return _compiled(pattern).search(name, timeout=min(SECONDS, left)) is not None
+    except TimeoutError:
+        left -= SECONDS
+    finally:
+        _spent.seconds += time.perf_counter() - began
     what = f"takes more than {SECONDS:g} s to search {name[:200]}"
     if left <= 0:
         what = f"and those before take more than {SECONDS_IN_ALL:g} s to search all names"
     raise InputError(f"{pattern[:80]!r} {what}", hint="write it without nested repeats")
-
-
-@contextmanager
-def _charged() -> Iterator[None]:
-    began = time.perf_counter()
-    try:
-        yield
-    finally:
-        _spent.seconds += time.perf_counter() - began
