@@ -231,9 +231,9 @@ def pruning(pick: Pick, sliced: bool, linear: list[str]) -> dict[str, Any]:
         made["q"] = valued(pick, [0.25, 1.0, 0.03, 0.7])
     elif divide == "norm":
         made["rescale"] = pick(["l1", "l2", "linf"])
-    if made.get("group") == "model":
+    if made.get("group") == "model" or method == "wanda":
         made.pop("q", None)  # density 1 with a q: known, not yet mended
-    elif linear and pick(RARELY):
+    if made.get("group") != "model" and linear and pick(RARELY):
         made["protect"] = {"columns": {pick(linear): pick([[0], [0, 2], [1]])}}
     if pick(RARELY):
         made[pick(["exclude", "include"])] = [pick(["bias", "q", "layers.1", "lm_head"])]

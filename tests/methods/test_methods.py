@@ -175,6 +175,17 @@ def test_method_equals_the_float64_reference(models, tmp_path, method):
             np.testing.assert_array_less(error, allowed, err_msg=name)
 
 
+@pytest.mark.parametrize("method", ["karcher", "model_stock"])
+def test_infinities_of_either_sign_in_one_tensor_are_no_bug(tmp_path, method):
+    value = torch.ones(200_000)
+    for name in ("base", "a", "b"):
+        make_checkpoint(tmp_path / name, {"w": value.clone()})
+        value[[0, -1]] = torch.tensor([torch.inf, -torch.inf]) if name == "base" else torch.tensor([torch.inf] * 2)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text(method, "ab"))
+    assert run(recipe, tmp_path / "out", allow_nonfinite=True).nonfinite["w"].nan == 200_000
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_of_a_single_model_that_weighs_nothing_comes_the_base(models, tmp_path, method):
     """A sum of weights that is 0 divides as 1, so nothing is added."""

@@ -188,7 +188,8 @@ def gram(*models: Part, tile: Tile) -> Floats:
 
 def add_up(partials: Floats, *, count: int) -> Floats:
     """The Gram matrix (n, n) of all blocks, each entry summed exactly and rounded once."""
-    return square(np.array([math.fsum(column) for column in partials.T]), count)
+    sums = [math.fsum(column) if np.isfinite(column).all() else column.sum() for column in partials.T]
+    return square(np.array(sums), count)
 
 
 def row_grams(*models: Part, tile: Tile) -> Floats:
