@@ -45,7 +45,9 @@ NOTHING_LEFT = "nothing was left behind"
 WRITES = ("write", "pwrite", "sendfile", "copy_file_range")
 SAVE_SECONDS = 1e-3  # between saves of a run, so that those of tiny models have work to resume
 # Loaded once for all children; none of them leaves a thread.
-HEAVY = ("torch", "transformers", "peft", *(f"deltamerge.{name}" for name in ("apply", "extract", "study", "init")))
+HEAVY = (
+    "torch", "transformers", "peft", "deltamerge.apply", "deltamerge.extract", "deltamerge.study", "deltamerge.init",
+)  # fmt: skip
 HOME, TEMPORARY, MODELS = "home", "tmp", "models"
 
 
