@@ -174,8 +174,8 @@ def measure(
     tile_elements: int = 1 << 18,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Moments]:
-    """The moments of every pair's delta, by name: one pass over both files. Entries that are not finite but in both alike
-    count as zero. InputError: others that are not finite."""
+    """The moments of every pair's delta, by name: one pass over both files. Entries that are not finite, but in both
+    alike, count as zero. InputError: others that are not finite."""
     found = _moments(pairs, device, workers, tile_elements, progress)
     if odd := [pair for pair in pairs if not _is_finite(found[pair.name])]:
         rest = []

@@ -11,6 +11,8 @@ MATTER_BYTES = 1 << 16
 
 def front_matter(card: Path) -> dict[str, object]:
     """The front matter of the card at `card`; nothing where there is no card, or a stranger wrote nonsense."""
+    if not card.is_file():  # a pipe would be waited for
+        return {}
     try:
         with card.open("rb") as file:
             text = file.read(MATTER_BYTES).decode("utf-8", "replace")

@@ -88,8 +88,8 @@ _BITSANDBYTES = (
 def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Scheme | None:
     """The scheme that a checkpoint's weights are quantised by; None where all are stored as they are.
 
-    Its name is config.json's, or what the tensors' names tell. float8 weights without any scale are a plain cast, unless
-    config.json says that they are quantised.
+    Its name is config.json's, or what the tensors' names tell. float8 weights without any scale are a plain cast,
+    unless config.json says that they are quantised.
     """
     name, detail = stated(config) or ("", "")
     found = dict(_paired(tensors, named=bool(name)))

@@ -8,6 +8,9 @@ from dataclasses import replace
 
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Node, depth_first
+from deltamerge import backends
+from deltamerge.footprint import Cost
+from deltamerge.graph import Node, depth_first
 from deltamerge.io.alike import count_alike, finite, places
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.dtypes import FLOATING
@@ -57,7 +60,7 @@ def unexpected(planned: Plan, nonfinite: Mapping[str, NonFinite]) -> dict[str, N
 
 
 def _pieces(
-    output: Output, reader: Reader, device: str, costs: dict[Node, object]
+    output: Output, reader: Reader, device: str, costs: dict[Node, Cost]
 ) -> tuple[tuple[Piece, ...], NonFinite]:
     made, nan, inf = [], 0, 0
     for piece in output.pieces:
@@ -86,8 +89,8 @@ def _pieces(
 
 
 def _models(root: Node) -> tuple[TensorInfo, ...]:
-    """The stored tensors that a merged one is made of, entry by entry; of a buffer that is copied, itself; none where it
-    is another copy, or made otherwise."""
+    """The stored tensors that a merged one is made of, entry by entry; of a buffer that is copied, itself; none where
+    it is another copy, or made otherwise."""
     if root.kind == "read" and is_buffer(root.parameter("tensor")) and root.dtype in FLOATING:
         return (root.parameter("tensor"),)
     if root.kind == "read" or (len(root.inputs) == 1 and root.inputs[0].kind == "read"):

@@ -124,9 +124,10 @@ def _sample(first: Input, other: Input) -> list[tuple[TensorInfo, TensorInfo]]:
     pairs = []
     for name, tensor in other.tensors.items():
         twin = first.get(name)
-        if twin is not None and twin.shape == tensor.shape and len(tensor.shape) > 1:
-            if tensor.dtype in BITS and twin.dtype in BITS and math.prod(tensor.shape) >= LEAST:
-                pairs.append((twin, tensor))
+        if twin is None or twin.shape != tensor.shape or len(tensor.shape) < 2 or math.prod(tensor.shape) < LEAST:
+            continue
+        if tensor.dtype in BITS and twin.dtype in BITS:
+            pairs.append((twin, tensor))
     if not pairs:
         return []
     middle = median(math.prod(twin.shape) for twin, _ in pairs)

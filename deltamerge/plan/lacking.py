@@ -34,9 +34,9 @@ class Spares:
     """What some of `models` may lack of the numbered blocks of the others.
 
     A whole block that is beyond the count of layers in the config of whoever has it (layers that predict several
-    tokens: `model.layers.61` of 61 layers); every block of a container that a model does not have at all (`mtp.layers`,
-    a decoder, a vision tower), unless it has one of its own that the others lack, which may be the same by another name;
-    and buffers.
+    tokens: `model.layers.61` of 61 layers); every block of a container that a model does not have at all
+    (`mtp.layers`, a decoder, a vision tower), unless it has one of its own that the others lack, which may be the same
+    by another name; and buffers.
     """
 
     models: Sequence[Input]

@@ -52,9 +52,9 @@ def settle(stacked: Stacked, section: dict[str, Any]) -> list[str]:
     _check_phases(stacked, periods)
     notes += _ends(stacked, section)
     window = section.get("sliding_window")
-    if window and not periods and section.get("use_sliding_window") is not False and _shifted(stacked, 2):
-        if not any(TYPES.search(key) for key in stacked.followed):
-            notes.append(f"sliding_window: {window} and no list by layer: check which layers attend in windows")
+    attends = window and not periods and section.get("use_sliding_window") is not False
+    if attends and _shifted(stacked, 2) and not any(TYPES.search(key) for key in stacked.followed):
+        notes.append(f"sliding_window: {window} and no list by layer: check which layers attend in windows")
     return notes
 
 

@@ -44,11 +44,12 @@ def recipe(folder: Path, text: str) -> Path:
 
 
 TWO = "models: [{model: ./a}, {model: ./b}]\n"
+WEIGHTED = "models: [{{model: ./a, parameters: {{weight: {}}}}}, {{model: ./b, parameters: {{weight: {}}}}}]\n"
 SUM = "parameters: {weight: 0.5}\n"
 TEXTS = {
     "linear": f"merge_method: linear\n{TWO}{SUM}",
-    "linear of weight 0": "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: 0}}, {model: ./b, parameters: {weight: 1}}]\n",
-    "linear of negative weight": "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: -1}}, {model: ./b, parameters: {weight: 2}}]\n",
+    "linear of weight 0": f"merge_method: linear\n{WEIGHTED.format(0, 1)}",
+    "linear of negative weight": f"merge_method: linear\n{WEIGHTED.format(-1, 2)}",
     "slerp": "merge_method: slerp\nbase_model: ./base\nmodels: [{model: ./base}, {model: ./a}]\nparameters: {t: 0.3}\n",
     "multislerp": f"merge_method: multislerp\n{TWO}{SUM}",
     "karcher": f"merge_method: karcher\n{TWO}",
@@ -63,8 +64,8 @@ TEXTS = {
     **{
         name: f"merge_method: {name}\nbase_model: ./base\n{TWO}{parameters}"
         for name, parameters in (
-            ("task_arithmetic", SUM), ("model_stock", ""), ("sce", ""), ("ram", ""), ("nearswap", "parameters: {t: 0.01}\n"),
-            ("arcee_fusion", ""),
+            ("task_arithmetic", SUM), ("model_stock", ""), ("sce", ""), ("ram", ""),
+            ("nearswap", "parameters: {t: 0.01}\n"), ("arcee_fusion", ""),
         )
     },
 }  # fmt: skip

@@ -55,7 +55,8 @@ RECIPES = {
     "one": "base_model: ./base\nmodels: [{model: ./other}]\n",
     "several": "base_model: ./base\nmerge_method: ties\nmodels: [{model: ./tune}, {model: ./other}]\n"
     "parameters: {weight: 0.5, density: 0.5}\n",
-    "slerp": "base_model: ./base\nmerge_method: slerp\nmodels: [{model: ./base}, {model: ./other}]\nparameters: {t: 0.5}\n",
+    "slerp": "base_model: ./base\nmerge_method: slerp\nmodels: [{model: ./base}, {model: ./other}]\n"
+    "parameters: {t: 0.5}\n",
     "linear": "merge_method: linear\nmodels: [{model: ./base}, {model: ./other}]\nparameters: {weight: 0.5}\n",
     "slices": "merge_method: linear\nslices:\n- sources: [{model: ./base, layer_range: [0, 2]}, "
     "{model: ./other, layer_range: [0, 2]}]\nparameters: {weight: 0.5}\n",
@@ -191,7 +192,7 @@ def test_a_chat_template_that_only_the_base_has(two):
 
 
 def test_other_architectures_are_one_line(models, tmp_path, capsys):
-    base, tuned = tiny_bert_pair(tmp_path)
+    tiny_bert_pair(tmp_path)
     (tmp_path / "r.yaml").write_text(f"base_model: {models / 'base'}\nmodels: [{{model: ./tuned}}]\n")
     code, _, err = call(capsys, "check", tmp_path / "r.yaml")
     assert code == 1

@@ -57,7 +57,10 @@ def models(tmp_path_factory) -> Path:
 
 
 ONE = "base_model: ./{}\nmodels: [{{model: ./a}}]\n"
-TWO = "base_model: ./{}\nmerge_method: task_arithmetic\nmodels: [{{model: ./a}}, {{model: ./b}}]\nparameters: {{weight: 0.5}}\n"
+TWO = (
+    "base_model: ./{}\nmerge_method: task_arithmetic\nmodels: [{{model: ./a}}, {{model: ./b}}]\n"
+    "parameters: {{weight: 0.5}}\n"
+)
 
 
 @pytest.mark.parametrize("case", MORE)

@@ -59,7 +59,9 @@ FOLLOWS: dict[str, tuple[list[str], dict[str, Any], list[tuple[int, int]], dict[
     ),
     "another layer of the kind": (["d", "x"] * 2, {"expert_layer_period": 2}, [(0, 1), (3, 4), (2, 3)], {}),
     "a boundary that stays": (["d", "x", "x"], {"first_k_dense_replace": 1}, [(0, 3), (1, 3)], {}),
-    "a boundary that moves": (["d", "d", "x", "x"], {"first_k_dense_replace": 2}, [(1, 4)], {"first_k_dense_replace": 1}),
+    "a boundary that moves": (
+        ["d", "d", "x", "x"], {"first_k_dense_replace": 2}, [(1, 4)], {"first_k_dense_replace": 1},
+    ),
     "no layer before it": (["d", "x", "x"], {"first_k_dense_replace": 1}, [(1, 3)], {"first_k_dense_replace": 0}),
     "more before it": (["d", "x", "x"], {"first_k_dense_replace": 1}, [(0, 1), (0, 3)], {"first_k_dense_replace": 2}),
     "an end": (
@@ -71,7 +73,8 @@ FOLLOWS: dict[str, tuple[list[str], dict[str, Any], list[tuple[int, int]], dict[
         {"layer_types": ["m", "a", "m", "m", "a"]},
     ),
     "a table by layer": (
-        ["m", "a", "m", "a"], {"per_layer_config": {"1": {"head_dim": 2}, "3": {"head_dim": 3}}, "id2label": {"0": "x"}},
+        ["m", "a", "m", "a"],
+        {"per_layer_config": {"1": {"head_dim": 2}, "3": {"head_dim": 3}}, "id2label": {"0": "x"}},
         [(0, 2), (1, 4)], {"per_layer_config": {"1": {"head_dim": 2}, "2": {"head_dim": 2}, "4": {"head_dim": 3}}},
     ),
     "the first is special": (["da", "d", "d"], {}, [(0, 3), (1, 3)], {}),
@@ -79,7 +82,9 @@ FOLLOWS: dict[str, tuple[list[str], dict[str, Any], list[tuple[int, int]], dict[
         ["m", "d", "a"], {"layers_block_type": ["m", "d", "a"], "num_hidden_layers": None}, [(0, 3), (2, 3)],
         {"layers_block_type": ["m", "d", "a", "a"]},
     ),
-    "widths by layer": (["d"] * 3, {"intermediate_size": [2, 3, 4]}, [(0, 3), (1, 2)], {"intermediate_size": [2, 3, 4, 3]}),
+    "widths by layer": (
+        ["d"] * 3, {"intermediate_size": [2, 3, 4]}, [(0, 3), (1, 2)], {"intermediate_size": [2, 3, 4, 3]},
+    ),
     "a window with a list": (
         ["a"] * 4, {"sliding_window_pattern": 2, "layer_types": ["s", "f", "s", "f"]}, [(1, 4)],
         {"layer_types": ["f", "s", "f"]},
@@ -115,10 +120,12 @@ PERIODS = {"attn_layer_period": 4, "attn_layer_offset": 2, "expert_layer_period"
 REFUSED: dict[str, tuple[list[str], dict[str, Any], list[tuple[int, int]], str, str]] = {
     "a period": (
         ["m", "a", "m", "a"], {"full_attention_interval": 2}, [(1, 4)],
-        "./a: layer 1 would be layer 0 of the stack, where config.json builds another kind of layer", "full_attention_interval: 2",
+        "./a: layer 1 would be layer 0 of the stack, where config.json builds another kind of layer",
+        "full_attention_interval: 2",
     ),
     "periods": (
-        ["md", "mx", "ad", "mx"], PERIODS, [(0, 3), (2, 4)], "layer 2 would be layer 3", "attn_layer_period: 4, attn_layer_offset: 2",
+        ["md", "mx", "ad", "mx"], PERIODS, [(0, 3), (2, 4)], "layer 2 would be layer 3",
+        "attn_layer_period: 4, attn_layer_offset: 2",
     ),
     "behind all that are known": (
         ["d", "x"] * 2, {"decoder_sparse_step": 2}, [(0, 4), (1, 4)],
@@ -130,17 +137,20 @@ REFUSED: dict[str, tuple[list[str], dict[str, Any], list[tuple[int, int]], str, 
     ),
     "kinds that alternate": (["d", "x"] * 2, {}, [(1, 4)], "layer 1 would be layer 0", "choose ranges"),
     "dense ones inside": (
-        ["d", "x", "x"], {"first_k_dense_replace": 1}, [(0, 2), (0, 3)], "layer 0 would be layer 2", "first_k_dense_replace: 1",
+        ["d", "x", "x"], {"first_k_dense_replace": 1}, [(0, 2), (0, 3)], "layer 0 would be layer 2",
+        "first_k_dense_replace: 1",
     ),
     "two boundaries": (
-        ["d", "x", "x"], {"first_k_dense_replace": 1, "moe_layer_start_index": 1}, [(1, 3)], "layer 1 would be layer 0", "moe_layer_start_index: 1",
+        ["d", "x", "x"], {"first_k_dense_replace": 1, "moe_layer_start_index": 1}, [(1, 3)], "layer 1 would be layer 0",
+        "moe_layer_start_index: 1",
     ),
     "a window": (
         ["a"] * 4, {"sliding_window_pattern": 2}, [(1, 4)],
         "./a: layer 1 would be layer 0 of the stack, in another phase of sliding_window_pattern: 2", "multiples of 2",
     ),
     "a window and a list of something else": (
-        ["a"] * 4, {"sliding_window_pattern": 2, "flags": [1, 1, 1, 1]}, [(1, 4)], "another phase of sliding_window_pattern", "",
+        ["a"] * 4, {"sliding_window_pattern": 2, "flags": [1, 1, 1, 1]}, [(1, 4)],
+        "another phase of sliding_window_pattern", "",
     ),
     "rope that no list tells": (
         ["d", "x"] * 2, {"no_rope_layer_interval": 4, "interleave_moe_layer_step": 2}, [(0, 2), (0, 4)],
