@@ -116,12 +116,6 @@ class Case:
             return [Place(n, position(n, layers), models, own, [n] * len(models), n if base else None) for n in names]
         places, at = [], 0
         slices = self.recipe["slices"]
-        for name in names:
-            if not name.startswith("layers."):
-                part = slices[0 if "embed" in name else -1]
-                sources = part["sources"]
-                levels = [part.get("parameters", {}), *own]
-                places.append(Place(name, 0.0, sources, levels, [name] * len(sources), name if base else None))
         for part in slices:
             sources = part["sources"]
             first, end = sources[0]["layer_range"]
@@ -133,6 +127,12 @@ class Case:
                     of_base = f"layers.{first + i}.{rest}" if base else None
                     places.append(Place(f"layers.{at}.{rest}", t, sources, levels, there, of_base))
                 at += 1
+        for name in names:
+            if not name.startswith("layers."):
+                part = slices[0 if "embed" in name else -1]
+                sources = part["sources"]
+                levels = [part.get("parameters", {}), *own]
+                places.append(Place(name, 0.0, sources, levels, [name] * len(sources), name if base else None))
         return places
 
 

@@ -91,7 +91,7 @@ class Recipe:
     places: Sequence[Place]
     norms: Callable[[str, int], np.ndarray]
     row_q: Callable[[str, tuple[int, ...]], Any]
-    cuts: dict[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    cuts: dict[int, Mapping[str, np.ndarray]] = field(default_factory=dict)
 
     @property
     def method(self) -> str:
@@ -235,8 +235,8 @@ class Recipe:
         return Part(reference.magnitude(wide, density))
 
     def cut(self, model: Mapping[str, Any]) -> Mapping[str, np.ndarray]:
-        """Which entries of each tensor are among the largest of the model, the first of equals kept."""
-        if model["model"] not in self.cuts:
+        """Which entries of each tensor are among the largest of a model or of its layers in a slice."""
+        if id(model) not in self.cuts:
             mine = [(place, i) for place in self.places for i, m in enumerate(place.models) if m is model]
             pruned = [(p, i) for p, i in mine if self.is_pruned(p, model) and self.density(p, model) < 1]
             deltas = {}
@@ -251,11 +251,11 @@ class Recipe:
             kept = np.zeros(flat.size, bool)
             kept[np.argsort(-np.abs(flat), kind="stable")[:k]] = True
             ends = np.cumsum([d.size for d in deltas.values()])
-            self.cuts[model["model"]] = {
+            self.cuts[id(model)] = {
                 name: kept[end - d.size : end].reshape(d.shape)
                 for (name, d), end in zip(deltas.items(), ends, strict=True)
             }
-        return self.cuts[model["model"]]
+        return self.cuts[id(model)]
 
 
 def single(x: np.ndarray) -> np.ndarray:
