@@ -313,6 +313,13 @@ def test_a_shard_that_is_damaged_between_part_and_finish_is_named(
     assert files(out) == truth
 
 
+def test_what_was_just_hashed_is_not_read_again(
+    recipe: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deltamerge.io.seals.hash_output", lambda path: pytest.fail(f"{path} read again"))
+    assert verify(run(recipe("ties"), tmp_path / "out").folder, 1)
+
+
 def put_back(target: Path, records: list[dict[str, Any]]) -> Path:
     """The work folder of a run that is killed after its last rename, before it removes that."""
     state = target.parent / f".{target.name}.partial"
@@ -325,7 +332,7 @@ def put_back(target: Path, records: list[dict[str, Any]]) -> Path:
     return state
 
 
-@pytest.mark.parametrize("calibrates", [False, True])
+@pytest.mark.parametrize("calibrates", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_finish_that_was_killed_after_its_rename_is_done(
     recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], calibrates: bool
 ) -> None:

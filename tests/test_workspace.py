@@ -266,7 +266,7 @@ def again(target: Path, **options: bool) -> None:
         publish(space)
 
 
-@pytest.mark.parametrize("step", [9, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [19, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("replaced", [True, False], ids=["replaced", "new"])
 def test_killed_at_any_call_a_run_is_whole_or_goes_on(
     tmp_path: Path, can_exchange: bool, replaced: bool, step: int
