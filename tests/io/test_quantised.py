@@ -136,7 +136,8 @@ PLAIN: dict[str, tuple[dict[str, Any], Headers]] = {
     "a plain cast": ({}, {f"{W}.weight": ("F8_E4M3", (8, 8)), "norm.weight": ("BF16", (8,))}),
     "scales of models": (
         {}, {"norm.scale": ("BF16", (8,)), "ls1.lambda1": ("F32", (8,)), "logit_scale": ("F32", ()),
-             "logit": ("F32", ()), "a.weight": ("F32", (8, 8)), "a.weight_scale": ("F32", (8,)), "a.scale": ("F32", (8,)),
+             "logit": ("F32", ()), "a.weight": ("F32", (8, 8)), "a.weight_scale": ("F32", (8,)),
+             "a.scale": ("F32", (8,)),
              "a.scales": ("F32", (8,)), "a.biases": ("F32", (8,)), "b.relative_position_index": ("I64", (4, 4)),
              "b.logit_scale": ("F32", (2,))},
     ),
