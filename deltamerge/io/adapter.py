@@ -21,13 +21,11 @@ from deltamerge.io.checkpoint import Adapter, Checkpoint
 from deltamerge.io.computed import Cast, LowRank
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import input_error
-from deltamerge.io.patterns import finds
+from deltamerge.io.patterns import check, finds
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.patterns import check, finds
-from deltamerge.tensors import ITEMSIZE
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

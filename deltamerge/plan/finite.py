@@ -8,9 +8,6 @@ from dataclasses import replace
 
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Node, depth_first
-from deltamerge import backends
-from deltamerge.footprint import Cost
-from deltamerge.graph import Node, depth_first
 from deltamerge.io.alike import count_alike, finite, places
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.dtypes import FLOATING
@@ -18,6 +15,7 @@ from deltamerge.io.gathered import Gathered
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.lacking import is_buffer
+from deltamerge.plan.memory import Cost
 from deltamerge.plan.outputs import Output, Piece
 from deltamerge.plan.planner import Plan
 
