@@ -122,30 +122,30 @@ def _moved(stacked: Stacked, section: dict[str, Any]) -> list[str]:
         return []
     keys = {k: v for k, v in section.items() if type(v) is int and 0 < v < len(stacked.old) and BOUNDARY.search(k)}
     change = next((i for i, kind in enumerate(stacked.old) if kind != stacked.old[0]), 0)
-    known = {key: kinds for key, at in [*keys.items(), ("", change)] if (kinds := _sides(stacked, at)) is not None}
-    if any(_fits(stacked, kinds, keys.get(key, change)) for key, kinds in known.items()):
+    told = _told(stacked)
+    known = {k: kinds for k, at in [*keys.items(), ("", change)] if (kinds := _sides(stacked, told[0], at)) is not None}
+    if any(_fits(stacked, told[1], kinds, keys.get(key, change)) for key, kinds in known.items()):
         return []
     known.pop("", None)
     for key, kinds in known.items() if len(known) == 1 else ():
-        now = next((at for at in range(count + 1) if _fits(stacked, kinds, at)), None)
+        now = next((at for at in range(count + 1) if _fits(stacked, told[1], kinds, at)), None)
         if now is not None:
             section[key] = now
             return [f"{key} {keys[key]} → {now}"]
     raise _refusal(stacked, section, wrong)
 
 
-def _sides(stacked: Stacked, at: int) -> dict[tuple[str, bool], Kind] | None:
+def _sides(stacked: Stacked, told: Sequence[str], at: int) -> dict[tuple[str, bool], Kind] | None:
     """The kind of the template's layers by what is told of them and whether they stand before `at`; None where that
     does not tell them apart."""
     kinds: dict[tuple[str, bool], Kind] = {}
-    for i, (told, kind) in enumerate(zip(_told(stacked)[0], stacked.old, strict=True)):
-        if kinds.setdefault((told, i < at), kind) != kind:
+    for i, kind in enumerate(stacked.old):
+        if kinds.setdefault((told[i], i < at), kind) != kind:
             return None
     return kinds
 
 
-def _fits(stacked: Stacked, kinds: Mapping[tuple[str, bool], Kind], at: int) -> bool:
-    told = _told(stacked)[1]
+def _fits(stacked: Stacked, told: Sequence[str], kinds: Mapping[tuple[str, bool], Kind], at: int) -> bool:
     return all(kinds.get((told[i], i < at)) == kind for i, kind in enumerate(stacked.new))
 
 
