@@ -40,7 +40,7 @@ def cast(value: Tensor | Patched, *, tile: Tile, to: str) -> Tensor:
         return _rounded(value, target)
     result = value.base.clone() if value.base.dtype == target else _rounded(value.base, target)
     result[value.positions] = _rounded(value.values, target)
-    return result  # type: ignore[no-any-return]  # Patched holds arrays of either backend
+    return result
 
 
 def _rounded(value: Tensor, target: torch.dtype) -> Tensor:
