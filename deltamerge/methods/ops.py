@@ -38,9 +38,9 @@ def cast(value: Tensor | Patched, *, tile: Tile, to: str) -> Tensor:
     target = torch_dtype(to)
     if not isinstance(value, Patched):
         return _rounded(value, target)
-    result = value.base.to(target, copy=True)
+    result = value.base.clone() if value.base.dtype == target else _rounded(value.base, target)
     result[value.positions] = _rounded(value.values, target)
-    return result  # type: ignore[no-any-return]  # Patched holds arrays of either backend
+    return result
 
 
 def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: str) -> Tensor:

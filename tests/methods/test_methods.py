@@ -15,6 +15,11 @@ from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.methods.prune import bits
 from deltamerge.methods.registry import third_party
 from deltamerge.run.runner import run
+from deltamerge.ops import cast
+from deltamerge.pruners import bits
+from deltamerge.registry import third_party
+from deltamerge.runner import run
+from deltamerge.tensors import Patched, Tile
 
 SHAPES = {
     "embed.weight": (301, 24),
@@ -184,6 +189,13 @@ def test_infinities_of_either_sign_in_one_tensor_are_no_bug(tmp_path, method):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(text(method, "ab"))
     assert run(recipe, tmp_path / "out", allow_nonfinite=True).nonfinite["w"].nan == 200_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_nan_of_the_base_between_sparse_entries_is_the_one_of_bfloat16(dtype):
+    base, nothing = torch.full((40,), -torch.nan, dtype=dtype), torch.zeros(0)
+    result = cast(Patched(base, nothing.long(), nothing), tile=Tile(0, 40, (40,)), to="BF16")
+    assert set(result.view(torch.int16).tolist()) == {0x7FC0}
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
