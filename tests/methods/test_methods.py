@@ -12,14 +12,11 @@ from conftest import load_tensors, make_checkpoint
 
 from deltamerge.engine import backends
 from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.methods.ops import cast
 from deltamerge.methods.prune import bits
 from deltamerge.methods.registry import third_party
+from deltamerge.methods.tiles import Patched, Tile
 from deltamerge.run.runner import run
-from deltamerge.ops import cast
-from deltamerge.pruners import bits
-from deltamerge.registry import third_party
-from deltamerge.runner import run
-from deltamerge.tensors import Patched, Tile
 
 SHAPES = {
     "embed.weight": (301, 24),
