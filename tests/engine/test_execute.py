@@ -56,6 +56,17 @@ def test_what_is_not_finite_makes_no_warning_of_numpy(tmp_path, method):
     run(recipe, tmp_path / "out", allow_nonfinite=True)
 
 
+def test_a_delta_that_is_no_number_is_not_taken_for_one_that_hardly_matters(tmp_path):
+    from deltamerge.errors import OutputError
+
+    for name, value in (("base", 1.0), ("a", torch.nan)):
+        make_checkpoint(tmp_path / name, {"w": torch.full((3, 4), value)})
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("merge_method: arcee_fusion\nbase_model: ./base\nmodels: [{model: ./a}]\n")
+    with pytest.raises(OutputError, match="not finite in w"):
+        run(recipe, tmp_path / "out")
+
+
 def test_a_vanished_or_shortened_input_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch):
     from deltamerge.errors import InputError
     from deltamerge.run import weights as module

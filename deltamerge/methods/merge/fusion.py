@@ -21,11 +21,14 @@ FLOOR = 1e-8
 def arcee_fusion(
     base: torch.Tensor, delta: torch.Tensor | Kept, importance: torch.Tensor, threshold: float, *, tile: Tile
 ) -> torch.Tensor:
-    """base + Δ where the importance reaches the threshold, base elsewhere; float32 (https://arcee.ai)."""
+    """base + Δ where the importance reaches the threshold, base elsewhere; float32 (https://arcee.ai).
+
+    What is not a number reaches it too, so that it is seen in the result.
+    """
     import torch
 
     dense = densify(delta, tile.size)
-    return base.to(torch.float32) + dense.where(importance >= threshold, dense.new_zeros(()))
+    return base.to(torch.float32) + dense.where(~(importance < threshold), dense.new_zeros(()))
 
 
 def nodes(make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool) -> Any:
