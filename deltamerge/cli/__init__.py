@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = leaving.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as interruption:
         kept = str(interruption.__cause__ or interruption)  # click wraps a KeyboardInterrupt in its Abort
-        tell(f"interrupted: {kept or 'nothing was left behind; run the command again'}")
+        tell(f"interrupted: {kept or 'run the command again'}")
         code = 130
     except click.ClickException as error:
         code = _refuse(error, sys.argv[1:] if arguments is None else arguments)

@@ -138,15 +138,16 @@ class _Engine:
 
     def run(self, workers: int) -> None:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
-        for thread in threads:
-            thread.start()
         try:
             for thread in threads:
-                thread.join()
-        except BaseException as interruption:
-            self._fail(interruption)
+                thread.start()
             for thread in threads:
                 thread.join()
+        except BaseException as interruption:  # whoever called closes what the threads write to: first they end
+            self._fail(interruption)
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
         if self.failure is not None:
             raise self.failure
 

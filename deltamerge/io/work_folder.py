@@ -19,7 +19,7 @@ from deltamerge.io.atomic import PASSING, sweep
 OUT, OLD, SPOOL, LOCK, JOURNAL, MARK = "out", "old", "delta-spool", "lock", "journal", "deltamerge"
 CALIBRATION = "calibration.lock"
 MARK_TEXT = b"A deltamerge run works in this folder. It is removed when the run ends.\n"
-HOLDER = re.compile(rb"(process \d+ on [^\n]*\n)?")
+HOLDER = re.compile(rb"(process \d+ on [^\n]*\n?|process \d*( on?)?|process|p?|pr|pro|proc|proce|proces)")  # or its start
 PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -207,10 +207,11 @@ def _named(name: str, mode: int) -> str:
 
 
 def _is_marked(folder: int, names: Collection[str]) -> bool:
-    """Whether the folder has our mark; or nothing but the lock of one who was killed as it made the mark, or before."""
-    if _text(folder, MARK) == MARK_TEXT:
+    """Whether the folder has our mark; or nothing but the lock of one who was killed as it wrote the mark, or before."""
+    if (made := _text(folder, MARK)) == MARK_TEXT:
         return True
-    return {*names} <= {LOCK, MARK} and not _text(folder, MARK) and HOLDER.fullmatch(_text(folder, LOCK)) is not None
+    begun = MARK_TEXT.startswith(made) and HOLDER.fullmatch(_text(folder, LOCK)) is not None
+    return {*names} <= {LOCK, MARK} and begun
 
 
 def _text(folder: int, name: str) -> bytes:
