@@ -46,7 +46,8 @@ WRITES = ("write", "pwrite", "sendfile", "copy_file_range")
 SAVE_SECONDS = 1e-3  # between saves of a run, so that those of tiny models have work to resume
 # Loaded once for all children; none of them leaves a thread.
 HEAVY = (
-    "torch", "transformers", "peft", "deltamerge.run.apply", "deltamerge.run.extract", "deltamerge.inspect.study", "deltamerge.inspect.first_recipe",
+    "torch", "transformers", "peft",
+    "deltamerge.run.apply", "deltamerge.run.extract", "deltamerge.inspect.study", "deltamerge.inspect.first_recipe",
 )  # fmt: skip
 HOME, TEMPORARY, MODELS = "home", "tmp", "models"
 

@@ -19,7 +19,9 @@ from deltamerge.io.atomic import PASSING, sweep
 OUT, OLD, SPOOL, LOCK, JOURNAL, MARK = "out", "old", "delta-spool", "lock", "journal", "deltamerge"
 CALIBRATION = "calibration.lock"
 MARK_TEXT = b"A deltamerge run works in this folder. It is removed when the run ends.\n"
-HOLDER = re.compile(rb"(process \d+ on [^\n]*\n?|process \d*( on?)?|process|p?|pr|pro|proc|proce|proces)")  # or its start
+HOLDER = re.compile(
+    rb"(process \d+ on [^\n]*\n?|process \d*( on?)?|process|p?|pr|pro|proc|proce|proces)"
+)  # or its start
 PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
