@@ -209,7 +209,7 @@ def _named(name: str, mode: int) -> str:
 
 
 def _is_marked(folder: int, names: Collection[str]) -> bool:
-    """Whether the folder has our mark; or nothing but the lock of one who was killed as it wrote the mark, or before."""
+    """Whether the folder has our mark; or nothing but the lock of one who was killed before the mark was written."""
     if (made := _text(folder, MARK)) == MARK_TEXT:
         return True
     begun = MARK_TEXT.startswith(made) and HOLDER.fullmatch(_text(folder, LOCK)) is not None

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import call
 from conftest import load_tensors, make_checkpoint
-from test_cli import call
 
 from deltamerge.methods.table import MERGE
 from deltamerge.plan import finite
