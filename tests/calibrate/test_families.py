@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from calibration_rows import rows
 from conftest import write_json, write_tokenizer
-from test_stage import rows
 from tiny_models import image_processor
 
 from deltamerge.calibrate.families import check_family

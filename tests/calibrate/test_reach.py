@@ -9,8 +9,8 @@ import pytest
 import torch
 import transformers
 import yaml
+from calibration_rows import rows
 from conftest import load_tensors, write_tokenizer
-from test_stage import rows
 
 from deltamerge.calibrate.reach import is_linear, is_unscaled
 from deltamerge.cli.tables import render_plan

@@ -14,6 +14,7 @@ import pytest
 import reference
 import torch
 import yaml
+from calibration_rows import rows
 from conftest import load_tensors, tiny_bert_pair, tiny_llama, write_tokenizer
 from safetensors.numpy import load_file
 
@@ -27,15 +28,6 @@ from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import calibrate, run
 
 DATA = "calibration: {{data: calib.jsonl, sequences: 8, length: 12, seeds: 2{more}}}\n"
-
-
-def rows(path: Path, count: int = 20) -> None:
-    generator = np.random.Generator(np.random.PCG64(5))
-    lines = []
-    for i in range(count):
-        words = " ".join(f"w{n}" for n in generator.integers(4, 96, 4 + i % 6))
-        lines.append(json.dumps({"text": words, "label": int(generator.integers(2))}))
-    path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="module")

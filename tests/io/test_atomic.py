@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import calibrated, call
+from calls import call
+from interrupted import calibrated
 
 from deltamerge.errors import OutputError, VerifyError
 from deltamerge.io import atomic

@@ -16,6 +16,7 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupted import earlier
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import workspace as module
@@ -92,13 +93,6 @@ def lock(folder: Path) -> dict[str, dict[str, str | int]]:
 
 def publish(space: Workspace) -> None:
     space.publish(lock(space.folder), {})
-
-
-def earlier(target: Path) -> None:
-    """What an earlier run has made."""
-    target.mkdir()
-    (target / "model.safetensors").write_text("old")
-    lock(target)
 
 
 def work(target: Path, done: bool = True, **options: bool | str) -> None:

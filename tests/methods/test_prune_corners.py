@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from calibration_rows import rows
 from conftest import load_tensors, tiny_bert_pair
-from test_stage import rows
 
 from deltamerge.cli import main
 from deltamerge.errors import InputError

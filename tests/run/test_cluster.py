@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from interrupted import RECIPE, files, models
-from test_resume import calibrated, call
+from calls import call
+from interrupted import RECIPE, calibrated, files, models
 
 from deltamerge.io.journal import has_work, read_journal
 from deltamerge.io.writer import done_spans

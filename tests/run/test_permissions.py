@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from calls import call
 from interrupted import RECIPE, Stop, files, models
-from test_resume import call
 
 from deltamerge.errors import InputError
 from deltamerge.io import writer

@@ -14,11 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_checkpoint, tiny_llama
-from interrupted import RECIPE, Stop, files, models
-from test_workspace import earlier
+from calls import call
+from conftest import make_checkpoint
+from interrupted import RECIPE, Stop, calibrated, earlier, files, models
 
-from deltamerge.cli import main
 from deltamerge.delta import spool
 from deltamerge.delta.tensor_writer import TensorWriter
 from deltamerge.errors import InputError, OutputError, UsageError
@@ -351,18 +350,6 @@ def test_every_shard_is_one_parts_and_every_part_has_some(count: int, total: int
     assert list(chain.from_iterable(taken)) == list(range(total))
 
 
-def calibrated(tmp_path: Path) -> Path:
-    base = tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
-    tiny_llama(tmp_path / "a", seed=1, base=base, tokenizer=True)
-    (tmp_path / "rows.txt").write_text("\n".join(f"w{5 + i % 80} w{6 + i % 70} w{7 + i % 60}" for i in range(30)))
-    path = tmp_path / "r.yaml"
-    path.write_text(
-        "base_model: ./base\nmodels:\n  - {model: ./a, prune: {method: dare, density: 0.5, q: output_change}}\n"
-        "calibration: {data: rows.txt, sequences: 8, length: 8}\noutput: {shard_size: 20KB}\n"
-    )
-    return path
-
-
 def test_parts_of_a_calibrated_recipe_need_the_lock(tmp_path: Path) -> None:
     path = calibrated(tmp_path)
     truth = files(run(path, tmp_path / "truth" / "out").folder)
@@ -414,13 +401,6 @@ def test_what_is_not_finite_is_counted(dtype: str) -> None:
 
 def has_numba() -> bool:
     return importlib.util.find_spec("numba") is not None
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as leaving:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return int(leaving.value.code or 0), out, err
 
 
 def nonfinite_recipe(folder: Path, kind: str) -> Path:
