@@ -76,3 +76,13 @@ def earlier(target: Path) -> None:
     target.mkdir()
     (target / "model.safetensors").write_text("old")
     lock(target)
+
+
+def lock(folder: Path) -> dict[str, dict[str, str | int]]:
+    """Give `folder` the lock that a run leaves; what it lists."""
+    found = sorted(path for path in folder.iterdir() if path.name != "recipe.lock")
+    outputs: dict[str, dict[str, str | int]] = {
+        path.name: {"hash": hash_output(path), "size": path.stat().st_size} for path in found
+    }
+    (folder / "recipe.lock").write_text(yaml.safe_dump({"format": 1, "outputs": outputs}))
+    return outputs
