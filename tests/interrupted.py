@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import yaml
 from conftest import make_checkpoint, tiny_llama
 
 from deltamerge.io.journal import has_work, read_journal
 from deltamerge.plan.planner import Plan
+from deltamerge.run.hashes import hash_output
 
 RECIPE = """\
 base_model: ./base

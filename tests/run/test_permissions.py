@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from calls import call
+from conftest import write_json
 from interrupted import RECIPE, Stop, files, models
 
 from deltamerge.errors import InputError
@@ -49,6 +50,7 @@ def as_anybody() -> Iterator[None]:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     models(tmp_path)
+    write_json(tmp_path / "a" / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     (tmp_path / "r.yaml").write_text(RECIPE.format(method="ties", shard="250KB"))
     (tmp_path / "rows.txt").write_text("a b\n" * 50)
     (tmp_path / "q.yaml").write_text(
