@@ -43,30 +43,30 @@ def is_compiled(entry: Entry) -> bool:
 
 
 def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
-    from deltamerge.delta import kernels
+    from deltamerge.delta import compiled
 
     record, kind = entry.record, entry.record.values
     stored = cast("list[StoredArray | None]", [entry.values, entry.index, entry.scales])
     values, index, scales = scratch.read(stored)
     if kind is None:
-        ok = kernels.put(record.encoding, index, record.k, record.count, values.view(bits.dtype), bits)
+        ok = compiled.put(record.encoding, index, record.k, record.count, values.view(bits.dtype), bits)
     else:
         factors = _scales(record, scales)
         out = bits.view(np.float32) if record.dtype == "F32" else bits
         values, group = values.view(_TYPES[kind]), record.group
-        ok = kernels.add(record.encoding, index, record.k, record.count, values, kind, factors, group, out)
+        ok = compiled.add(record.encoding, index, record.k, record.count, values, kind, factors, group, out)
     if not ok:
         deque(entry.positions(), maxlen=0)  # says what is wrong
         raise InputError("positions are damaged")
 
 
 def _scales(record: Record, stored: Array) -> Array:
-    from deltamerge.delta import kernels
+    from deltamerge.delta import compiled
 
     if record.values not in SCALED:
         return np.empty(0, np.float32)
     if record.ranks is not None:
         out: Array = np.empty(groups(record), np.float32)
-        if kernels.ranked(stored, ranked_scales(record.unit, record.ranks), out):
+        if compiled.ranked(stored, ranked_scales(record.unit, record.ranks), out):
             return out
     return scale_values(stored[:-PADDING], groups(record), record.unit, record.ranks)

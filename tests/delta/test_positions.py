@@ -200,7 +200,7 @@ def test_damage_between_pieces_is_found() -> None:
 @pytest.mark.parametrize("kind", [None, *VALUE_BITS])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
 def test_kernel_is_numpy(coding: Any, density: float, kind: Any, dtype: str) -> None:
-    kernels = pytest.importorskip("deltamerge.delta.kernels")
+    kernels = pytest.importorskip("deltamerge.delta.compiled")
     generator = np.random.default_rng(3)
     size, group = 100_000, 100
     positions = np.arange(size) if coding == "dense" else draw(3, size, density)
