@@ -55,13 +55,14 @@ docs: .venv/.installed-docs  ## the documentation, in docs/_build/html
 clean:  ## remove what the targets made, the environment too
 	rm -rf .venv .demo .bench .paper .torture .scale .fuzz docs/_build
 
-# A stamp newer than pyproject.toml says that what it asks for is installed.
+# A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
+KERNELS := $(wildcard deltamerge/kernels/src/*.* deltamerge/kernels/src/vector/*)
 .venv/.installed: EXTRAS := fast
 .venv/.installed-dev: EXTRAS := fast,dev
 .venv/.installed-docs: EXTRAS := fast,docs
 .venv/.installed-fuzz: EXTRAS := fast,dev,fuzz
 .venv/.installed-ray: EXTRAS := fast,dev,ray
-.venv/.installed .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml
+.venv/.installed .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml setup.py $(KERNELS)
 	@test -x $(BIN)/python || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	@echo 'installing deltamerge [$(EXTRAS)] and what it needs into .venv' >&2
