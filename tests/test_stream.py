@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import make_checkpoint
 
-pytest.importorskip("numba")
 
 from deltamerge import backends
 from deltamerge.backends import FusedBackend

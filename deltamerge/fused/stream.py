@@ -1,153 +1,124 @@
-"""Assembles a pass of a tensor into the operations of `stream_loop`."""
+"""Assembles a pass of a tensor into the operations of the compiled loop, and says which tensors it can make whole."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import replace
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.fused import codes
-from deltamerge.fused.program import Operation, Place, Program
-from deltamerge.graph import REDUCTIONS, Node
+from deltamerge.fused.assembly import Assembly, Form, Kept
+from deltamerge.fused.program import Place, Program
+from deltamerge.graph import REDUCTIONS, Node, depth_first
 from deltamerge.io.checkpoint import Reader
 from deltamerge.merge.arithmetic import divisor_of
 from deltamerge.merge.span import pairs
-from deltamerge.pruners.bits import Key, guided, is_sparse, threshold
+from deltamerge.pruners.bits import SPARSE_BLOCK, Key, guided, is_sparse, threshold
+from deltamerge.pruners.della import probabilities
 from deltamerge.pruners.select import HIGH, LOW, sampled_run
-from deltamerge.tensors import ITEMSIZE, block_elements
+from deltamerge.tensors import RUN
 
-STORED = ("BF16", "F32")
-
-
-class _Foreign(Exception):
-    """The pass has a step that the loop cannot run."""
-
-
-@dataclass(slots=True)
-class Assembly:
-    """The operations so far; registers and lists of places by node."""
-
-    values: Mapping[int, Any]
-    reader: Reader
-    output: str
-    operations: list[Operation] = field(default_factory=list)
-    sources: list[Place] = field(default_factory=list)
-    source_of: dict[int, int] = field(default_factory=dict)
-    registers: dict[int, int] = field(default_factory=dict)
-    lists: dict[int, int] = field(default_factory=dict)
-    free: list[int] = field(default_factory=list)
-    count: int = 0
-    tables: list[tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]] = field(default_factory=list)
-    ranks: list[NDArray[np.int64]] = field(default_factory=list)
-    counted: int = 0
-    counters: dict[int, tuple[int, int]] = field(default_factory=dict)
-    summed: int = 0
-    sums: dict[int, tuple[int, int]] = field(default_factory=dict)
-    listed: dict[int, int] = field(default_factory=dict)
-    uses: Counter[int] = field(default_factory=Counter)
-    sparse: bool = False
-    sampled: int = 0
-
-    def add(self, code: int, to: int, *fields: int, **more: Any) -> None:
-        a, b, c, d = (*fields, -1, -1, -1, -1)[:4]
-        self.operations.append(Operation(code, to, (a, b, c, d), **more))
-
-    def new(self, count: int = 1) -> int:
-        if count == 1 and self.free:
-            return self.free.pop()
-        self.count += count
-        return self.count - count
-
-    def made(self, node: Node) -> int:
-        self.registers[id(node)] = self.new()
-        return self.registers[id(node)]
-
-    def list_of(self, node: Node) -> int:
-        """A list for what a reduction finds."""
-        return self.listed.setdefault(id(node), len(self.listed))
-
-    def register(self, node: Node) -> int:
-        """The register of a node's values; a stored tensor's is filled when it is first asked for."""
-        if id(node) not in self.registers:
-            source = self.source_of[id(node)]
-            self.add(codes.LOAD, self.made(node), source)
-        return self.registers[id(node)]
-
-    def operand(self, node: Node) -> int:
-        """What holds a node's values: its register, or a source that need not be put into one."""
-        source = self.source_of.get(id(node), -1)
-        if id(node) in self.registers or source < 0 or self.sources[source].itemsize != 2:
-            return self.register(node)
-        return codes.DIRECT + source
-
-    def pair(self, tune: Node, base: Node) -> tuple[int, int]:
-        """Two operands that are both direct or both registers."""
-        found = self.operand(tune), self.operand(base)
-        alike = (found[0] >= codes.DIRECT) == (found[1] >= codes.DIRECT)
-        return found if alike else (self.register(tune), self.register(base))
-
-    def release(self, nodes: Sequence[Node]) -> None:
-        for node in nodes:
-            if id(node) in self.registers:
-                self.free.append(self.registers.pop(id(node)))
+STORED = codes.DTYPES.keys()
 
 
 def _read(assembly: Assembly, node: Node) -> None:
     info = node.parameter("tensor")
-    file = assembly.reader.stored(info)
-    if file is None or node.dtype not in STORED:
-        raise _Foreign
     assembly.source_of[id(node)] = len(assembly.sources)
-    assembly.sources.append(Place(file, info.path, info.begin, ITEMSIZE[node.dtype]))
+    assembly.sources.append(Place(info, assembly.reader.stored(info)))
 
 
-def _subtract(assembly: Assembly, node: Node, dtypes: Any) -> None:
-    tune, base = assembly.pair(*node.inputs)
+def _subtract(assembly: Assembly, node: Node, dtypes: Any = None) -> None:
+    tune, base = map(assembly.operand, node.inputs)
     assembly.add(codes.SUBTRACT, assembly.made(node), tune, base)
+
+
+def _zeros(assembly: Assembly, node: Node) -> None:
+    assembly.add(codes.SCATTER, assembly.made(node), 0, -1)
 
 
 def _dare(assembly: Assembly, node: Node, key: Key, density: float) -> None:
     if is_sparse(density):
         tune, base = (assembly.source_of[id(x)] for x in node.inputs)
-        places = assembly.lists[id(node)] = len(assembly.lists)
-        assembly.add(codes.DRAW, places, len(assembly.tables), key=key)
+        kept = assembly.kept[id(node)] = Kept(assembly.new(), assembly.new_list())
+        assembly.add(codes.DRAW, kept.places, len(assembly.tables), key=key)
         assembly.tables.append(guided(density))
-        assembly.add(codes.DIFFER_AT, assembly.made(node), tune, base, places)
+        assembly.add(codes.DIFFER_AT, kept.register, tune, base, kept.places)
         return
     high, low = divmod(threshold(density), 1 << 16)
     if high >> 16:
-        _subtract(assembly, node, None)
+        _subtract(assembly, node)
         return
-    tune, base = assembly.pair(*node.inputs)
+    tune, base = map(assembly.operand, node.inputs)
     assembly.add(codes.DROP, assembly.made(node), tune, base, high, low, key=key)
 
 
 def _divide(assembly: Assembly, node: Node) -> None:
     delta, divisor = node.inputs
-    q, source, last = assembly.values[id(divisor)], assembly.register(delta), assembly.operations[-1]
+    q, sparse = assembly.values[id(divisor)], assembly.kept.get(id(delta))
+    if sparse is not None:
+        kept = assembly.kept[id(node)] = Kept(assembly.new(), sparse.places)
+        assembly.add(codes.DIVIDE, kept.register, sparse.register, sparse.places, scalars=(q, 1.0))
+        return
+    source, last = assembly.register(delta), assembly.operations[-1]
     undivided = (last.code, last.to, last.scalars[0]) == (codes.DROP, source, 1.0)
     if undivided and assembly.uses[id(delta)] == 1 and q > 0:  # a dropped entry stays +0
         assembly.operations[-1] = replace(last, scalars=(q, 1.0))
         assembly.registers[id(node)] = assembly.registers.pop(id(delta))
         return
-    places = assembly.lists.get(id(delta), -1)
-    if places >= 0:
-        assembly.lists[id(node)] = places
-    assembly.add(codes.DIVIDE, assembly.made(node), source, places, scalars=(q, 1.0))
+    assembly.add(codes.DIVIDE, assembly.made(node), source, scalars=(q, 1.0))
+
+
+def _keep(assembly: Assembly, to: int, score: int, values: int, cut: Any, before: NDArray[np.int64]) -> None:
+    """To a register the values whose score is among the largest."""
+    offset = sum(map(len, assembly.ranks)) if before.size else -1
+    assembly.ranks += [before, np.array([cut.equal_total])] if before.size else []
+    assembly.add(codes.KEEP, to, score, cut.threshold, cut.equal_kept, offset, models=(values,))
 
 
 def _keep_largest(assembly: Assembly, node: Node) -> None:
-    delta, cut, ranks = node.inputs
-    limits, before = assembly.values[id(cut)], assembly.values[id(ranks)]
-    offset = sum(map(len, assembly.ranks)) if before.size else -1
-    assembly.ranks += [before, np.array([limits.equal_total])] if before.size else []
-    source = assembly.register(delta)
-    assembly.add(codes.KEEP, assembly.made(node), source, limits.threshold, limits.equal_kept, offset)
+    delta = assembly.register(node.inputs[0])
+    _keep(assembly, assembly.made(node), delta, delta, *(assembly.values[id(x)] for x in node.inputs[1:]))
+
+
+def _keep_between(assembly: Assembly, node: Node) -> None:
+    delta, (outer, outer_ranks, inner, inner_ranks) = (
+        assembly.register(node.inputs[0]),
+        (assembly.values[id(x)] for x in node.inputs[1:]),
+    )
+    wide, narrow = assembly.new(), assembly.new()
+    _keep(assembly, wide, delta, delta, outer, outer_ranks)
+    _keep(assembly, narrow, delta, delta, inner, inner_ranks)
+    # an entry that the inner cut keeps as +0.0 is +0.0 anyway
+    assembly.add(codes.CLEAR, assembly.made(node), wide, narrow)
+    assembly.free += [wide, narrow]
+
+
+def _keep_where(assembly: Assembly, node: Node) -> None:
+    delta, score = map(assembly.register, node.inputs[:2])
+    _keep(assembly, assembly.made(node), score, delta, *(assembly.values[id(x)] for x in node.inputs[2:]))
+
+
+@lru_cache(maxsize=16)
+def _limits(columns: int, density: float, epsilon: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Of each rank: the bound of the words of the kept, π · 2**32, and π / density."""
+    probability = probabilities(columns, density, epsilon)
+    return np.round(probability * 2.0**32).astype(np.int64), (probability / density).astype(np.float32)
+
+
+def _della(
+    assembly: Assembly, node: Node, key: Key, density: float, epsilon: float, weighted: bool = True
+) -> None:
+    form, lengths = assembly.form, list[int]()
+    for length in form.row_lengths:
+        lengths += [length, sum(len(x) for x, _ in assembly.limits)]
+        assembly.limits.append(_limits(length, density, epsilon))
+    delta, count = assembly.register(node.inputs[0]), len(lengths) // 2
+    fields = (delta, form.columns, int(weighted))
+    assembly.add(codes.RANK, assembly.made(node), *fields, key=key, lists=tuple(lengths), count=count)
 
 
 def _weighted(
@@ -172,24 +143,29 @@ def _merge(
     based: bool = True,
 ) -> None:
     models = node.inputs[1:] if based else node.inputs
-    if not assembly.sparse:
-        base = assembly.operand(node.inputs[0]) if based else -1
-        registers = tuple(map(assembly.operand if code == codes.ADD else assembly.register, models))
-        to = assembly.made(node)
-        assembly.add(code, to, base, -1, int(normalize), scalars=scalars, weights=weights, models=registers)
+    if assembly.gathers:
+        _merge_places(assembly, node, models, code, int(normalize), scalars=scalars, weights=weights)
         return
-    registers, lists = tuple(assembly.registers[id(x)] for x in models), tuple(assembly.lists[id(x)] for x in models)
-    places = lists[0]
+    base = assembly.operand(node.inputs[0]) if based else -1
+    registers = tuple(map(assembly.operand if code == codes.ADD else assembly.register, models))
+    fields = (base, -1, int(normalize))
+    assembly.add(code, assembly.made(node), *fields, scalars=scalars, weights=weights, models=registers)
+
+
+def _merge_places(
+    assembly: Assembly, node: Node, models: Sequence[Node], code: int, normalize: int, **numbers: Any
+) -> None:
+    """A merge on the union of the models' places."""
+    sparse = [assembly.kept[id(x)] for x in models]
+    places, registers = sparse[0].places, [x.register for x in sparse]
     if len(models) > 1:
-        places, rows = len(assembly.lists), assembly.new(len(models))
-        assembly.add(codes.ALIGN, places, rows, models=registers, lists=lists)
-        registers = tuple(range(rows, rows + len(models)))
+        places, rows = assembly.new_list(), assembly.new(len(models))
+        assembly.add(codes.ALIGN, places, rows, models=tuple(registers), lists=tuple(x.places for x in sparse))
+        registers = list(range(rows, rows + len(models)))
     base = assembly.new()
     assembly.add(codes.BASE_AT, base, assembly.source_of[id(node.inputs[0])], places)
-    assembly.lists[id(node)] = places
-    assembly.add(
-        code, assembly.made(node), base, places, int(normalize), scalars=scalars, weights=weights, models=registers
-    )
+    kept = assembly.kept[id(node)] = Kept(assembly.new(), places)
+    assembly.add(code, kept.register, base, places, normalize, models=tuple(registers), **numbers)
 
 
 def _passthrough(assembly: Assembly, node: Node, scales: Sequence[float]) -> None:
@@ -197,34 +173,41 @@ def _passthrough(assembly: Assembly, node: Node, scales: Sequence[float]) -> Non
 
 
 def _combine(assembly: Assembly, node: Node, along: str, based: bool) -> None:
-    if along != "tensor":
-        raise _Foreign
-    coefficients = assembly.values[id(node.inputs[-1])]
-    _merge_first(assembly, node, tuple(np.asarray(coefficients).tolist()), based)
-
-
-def _merge_first(assembly: Assembly, node: Node, weights: tuple[float, ...], based: bool) -> None:
-    inputs = node.inputs[:-1]
+    inputs, weights = node.inputs[:-1], tuple(np.asarray(assembly.values[id(node.inputs[-1])]).tolist())
     base = assembly.operand(inputs[0]) if based else -1
     registers = tuple(map(assembly.operand, inputs[1:] if based else inputs))
     assembly.add(codes.ADD, assembly.made(node), base, weights=weights, models=registers)
 
 
+def _variance(assembly: Assembly, node: Node) -> None:
+    assembly.add(codes.VARIANCE, assembly.made(node), models=tuple(map(assembly.register, node.inputs)))
+
+
+def _sce(assembly: Assembly, node: Node) -> None:
+    base, *deltas, weights = node.inputs
+    start, registers = assembly.operand(base), tuple(map(assembly.register, deltas))
+    given = tuple(assembly.values[id(weights)])
+    assembly.add(codes.ELECT, assembly.made(node), start, models=registers, weights=given)
+
+
 def _cast(assembly: Assembly, node: Node, to: str) -> None:
-    (value,) = node.inputs
-    if to != assembly.output or to not in STORED:
-        raise _Foreign
-    if assembly.sparse:
-        base = assembly.source_of[id(value.inputs[0])]
-        assembly.add(codes.PATCH, -1, base, assembly.registers[id(value)], assembly.lists[id(value)])
+    _store(assembly, node.inputs[0])
+
+
+def _store(assembly: Assembly, node: Node) -> None:
+    """A node's values are the output."""
+    if assembly.gathers:
+        kept = assembly.kept[id(node)]
+        assembly.add(codes.PATCH, assembly.new(), assembly.source_of[id(node.inputs[0])], kept.register, kept.places)
     else:
-        assembly.add(codes.STORE, -1, assembly.register(value))
+        assembly.add(codes.STORE, -1, assembly.register(node))
 
 
 def _counted(assembly: Assembly, node: Node, code: int, size: int, wanted: int = 0) -> None:
     """`size` counters, or one for each block (0)."""
+    delta = assembly.register(node.inputs[0])
     assembly.counters[id(node)] = (len(assembly.operations), size)
-    assembly.add(code, -1, assembly.register(node.inputs[0]), wanted)
+    assembly.add(code, -1, delta, wanted)
 
 
 def _high(assembly: Assembly, node: Node) -> None:
@@ -239,6 +222,10 @@ def _equal(assembly: Assembly, node: Node) -> None:
     _counted(assembly, node, codes.EQUAL, 0, assembly.values[id(node.inputs[1])].threshold)
 
 
+def _nonzero(assembly: Assembly, node: Node) -> None:
+    _counted(assembly, node, codes.NONZERO, 1)
+
+
 def _bracketed(assembly: Assembly, node: Node) -> None:
     delta, bracket = node.inputs
     ends, row = assembly.values[id(bracket)], assembly.list_of(node)
@@ -246,47 +233,87 @@ def _bracketed(assembly: Assembly, node: Node) -> None:
 
 
 def _sample(assembly: Assembly, node: Node) -> None:
-    assembly.sampled = sampled_run(node.shape)
-    assembly.add(codes.SAMPLE, -1, assembly.register(node.inputs[0]), -1, assembly.list_of(node))
+    run = sampled_run(assembly.form.shape)
+    assembly.add(codes.SAMPLE, -1, assembly.register(node.inputs[0]), run, assembly.list_of(node))
 
 
 def _gram(assembly: Assembly, node: Node) -> None:
     registers = list(map(assembly.register, node.inputs))
-    assembly.sums[id(node)] = (assembly.summed, len(pairs(len(registers))))
-    for i, j in pairs(len(registers)):
-        assembly.add(codes.DOTS, -1, registers[i], registers[j], assembly.summed)
-        assembly.summed += 1
+    of = pairs(len(registers))
+    for row, (i, j) in enumerate(of, assembly.sums_of(node, len(of))):
+        assembly.add(codes.DOTS, -1, registers[i], registers[j], row)
+
+
+def _norm(assembly: Assembly, node: Node, norm: str) -> None:
+    delta, row = assembly.register(node.inputs[0]), assembly.sums_of(node, 0)
+    if norm == "l2":
+        assembly.add(codes.DOTS, -1, delta, delta, row)
+    else:
+        assembly.add(codes.NORM, -1, delta, int(norm == "l1"), row)
 
 
 CAST = "deltamerge.ops:cast"
+COMBINE = "deltamerge.merge.span:combine"
+GRAM, NORM = "deltamerge.merge.span:gram", "deltamerge.pruners.rescale:norm"
+SUMS = {GRAM, NORM}
+DARE = "deltamerge.pruners.masks:dare"
+DELLA = "deltamerge.pruners.della:della"
 SAMPLE = "deltamerge.pruners.select:sample"
 ASSEMBLERS: dict[str, Callable[..., None]] = {
     "deltamerge.ops:subtract": _subtract,
+    "deltamerge.ops:zeros": _zeros,
     CAST: _cast,
-    "deltamerge.pruners.masks:dare": _dare,
+    DARE: _dare,
+    DELLA: _della,
     "deltamerge.pruners.rescale:divide": _divide,
+    NORM: _norm,
     "deltamerge.pruners.select:high_histogram": _high,
     "deltamerge.pruners.select:high_counts": _high,
     "deltamerge.pruners.select:low_histogram": _low,
     "deltamerge.pruners.select:low_counts": _low,
+    "deltamerge.pruners.select:count_nonzero": _nonzero,
     "deltamerge.pruners.select:bracketed": _bracketed,
     SAMPLE: _sample,
     "deltamerge.pruners.select:equal_counts": _equal,
     "deltamerge.pruners.select:keep_largest": _keep_largest,
+    "deltamerge.pruners.select:keep_between": _keep_between,
+    "deltamerge.pruners.select:keep_where": _keep_where,
     "deltamerge.merge.arithmetic:passthrough": _passthrough,
     "deltamerge.merge.arithmetic:linear": partial(_weighted, based=False),
     "deltamerge.merge.arithmetic:task_arithmetic": _weighted,
     "deltamerge.merge.ties:ties": _ties,
-    "deltamerge.merge.span:gram": _gram,
-    "deltamerge.merge.span:combine": _combine,
+    GRAM: _gram,
+    COMBINE: _combine,
+    "deltamerge.merge.sce:variance": _variance,
+    "deltamerge.merge.sce:sce": _sce,
 }
+# What a pass that works on places alone is made of: its cost follows what is kept.
 SPARSE = frozenset({
     CAST,
-    "deltamerge.pruners.masks:dare",
+    DARE,
     "deltamerge.pruners.rescale:divide",
     "deltamerge.merge.arithmetic:task_arithmetic",
     "deltamerge.merge.ties:ties",
 })  # fmt: skip
+
+
+def covers(root: Node) -> bool:
+    """Whether the loop can run every pass of a tensor; whatever the values in between are."""
+    return (root.kind in ("small", *REDUCTIONS) or root.dtype in STORED) and all(
+        _is_known(node, root) for node in depth_first(root)
+    )
+
+
+def _is_known(node: Node, root: Node) -> bool:
+    if node.kind == "small":
+        return True
+    if node.kind == "read":
+        return node.dtype in STORED
+    if node.function == CAST:
+        return node is root and node.parameter("to") == root.dtype
+    if node.function == COMBINE:
+        return bool(node.parameter("along") == "tensor")
+    return node.function in ASSEMBLERS
 
 
 def assemble(
@@ -297,32 +324,35 @@ def assemble(
     output: str,
 ) -> Program | None:
     """The pass of `steps` (node, parameters, nodes used last there) on a tensor of `shape`; None: the loop has no
-    operation for some step, or a source is not stored as it is. `values` are the small ones so far, `output` is the
-    dtype to write."""
-    assembly = Assembly(values, reader, output)
-    assembly.uses.update(id(source) for node, _, _ in steps for source in node.inputs)
-    drawn = [is_sparse(p["density"]) for node, p, _ in steps if node.function.endswith("masks:dare")]
-    assembly.sparse = any(drawn)
-    stored = {node.dtype for node, _, _ in steps if node.kind == "read"} | {output}
-    if assembly.sparse and not (all(drawn) and stored == {"BF16"}):
-        return None
-    known, last = SPARSE if assembly.sparse else ASSEMBLERS.keys(), steps[-1][0]
+    operation for some step. `values` are the small ones so far, `output` is the dtype to write."""
     reductions = {node.function for node, _, _ in steps if node.kind in REDUCTIONS}
-    try:
-        for node, parameters, frees in steps:
-            if node.kind == "read":
-                _read(assembly, node)
-            elif node.function not in known or (node.function == CAST and node is not last):
-                return None
-            else:
-                ASSEMBLERS[node.function](assembly, node, **parameters)
-            assembly.release(frees)
-        if not reductions and last.function != CAST:
-            if assembly.sparse:
-                return None
-            assembly.add(codes.STORE, -1, assembly.register(last))
-    except _Foreign:
-        return None
-    if assembly.sampled and reductions != {SAMPLE}:
-        return None
-    return Program(assembly, block_elements(shape), None if reductions else reader.pieces)
+    drawn = [is_sparse(p["density"]) for node, p, _ in steps if node.function == DARE]
+    functions, last = {node.function for node, _, _ in steps if node.kind != "read"}, steps[-1][0]
+    gathers = bool(drawn) and all(drawn) and not reductions and functions <= SPARSE
+    assembly = Assembly(values, reader, Form(shape), output, gathers)
+    _cut(assembly, functions, any(drawn), reductions)
+    assembly.uses.update(id(source) for node, _, _ in steps for source in node.inputs)
+    for node, parameters, frees in steps:
+        if node.kind == "read":
+            _read(assembly, node)
+        elif node.function not in ASSEMBLERS:
+            return None
+        else:
+            ASSEMBLERS[node.function](assembly, node, **parameters)
+        assembly.release(frees)
+    if not reductions and last.function != CAST:
+        _store(assembly, last)
+    return Program(assembly, reader, hashed=not reductions)
+
+
+def _cut(assembly: Assembly, functions: set[str], drawn: bool, reductions: set[str]) -> None:
+    """Choose what a register holds: a run, whole rows, a block, or what a stream of gaps is for."""
+    form, ranked = assembly.form, DELLA in functions
+    if assembly.gathers:
+        assembly.chunk, assembly.aligned = SPARSE_BLOCK, True
+    elif ranked and form.pieces_are_rows and not drawn and not functions & SUMS:
+        assembly.chunk = form.columns * max(1, RUN // form.columns)
+    elif ranked or drawn:
+        assembly.chunk = form.block
+    if reductions == {SAMPLE} and not ranked and not drawn:
+        assembly.sampled = sampled_run(form.shape)

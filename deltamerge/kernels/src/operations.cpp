@@ -195,7 +195,12 @@ void Stream::align(const Operation& op) {
 void Stream::patch(const Operation& op) {
   i64 size = size_of(job_.dtype);
   u8* to = r_.out + (at_ + first_ - job_.start) * size;
-  std::memcpy(to, stored_of(op.a), std::size_t(n_ * size));
+  if (p_.sources[op.a].dtype == job_.dtype) {
+    std::memcpy(to, stored_of(op.a), std::size_t(n_ * size));
+  } else {
+    loops_.widen(stored_of(op.a), p_.sources[op.a].dtype, register_of(op.to), n_);
+    loops_.narrow(register_of(op.to), job_.dtype, to, n_);
+  }
   loops_.narrow_at(register_of(op.b), job_.dtype, places_of(op.c), to, sizes_[op.c]);
 }
 
@@ -213,16 +218,26 @@ void Stream::list(const Operation& op, i64 k) {
   if (op.d > op.b) used += found.count;
 }
 
+// What of the chunk lies in the run of b entries of its block that is looked at.
 void Stream::sample(const Operation& op) {
+  i64 begin = 0, end = n_;
+  if (job_.sampled == 0) {
+    i64 rest = job_.stop - number_ * job_.block, size = rest < job_.block ? rest : job_.block;
+    i64 run = op.b < size ? op.b : size, first = run_start(number_, size, run), here = inside_ + first_;
+    begin = first - here > 0 ? first - here : 0;
+    end = first + run - here < n_ ? first + run - here : n_;
+  }
+  if (begin >= end) return;
   i64& used = r_.used[op.c];
-  loops_.magnitudes(bits_of(op.a), r_.listed + op.c * r_.listed_row + used, n_);
-  used += n_;
+  loops_.magnitudes(bits_of(op.a) + begin, r_.listed + op.c * r_.listed_row + used, end - begin);
+  used += end - begin;
 }
 
 void Stream::scatter(const Operation& op) {
   float *out = register_of(op.to), *values = register_of(op.a);
-  const i64* places = places_of(op.b);
   std::memset(out, 0, std::size_t(4 * n_));
+  if (op.b < 0) return;
+  const i64* places = places_of(op.b);
   for (i64 i = 0; i < sizes_[op.b]; ++i) out[places[i]] = values[i];
 }
 

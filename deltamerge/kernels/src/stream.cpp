@@ -11,8 +11,6 @@ ReadAt read_at = pread;
 
 namespace {
 
-constexpr u64 kGolden = 0x9E3779B9;  // select.GOLDEN
-
 i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 
@@ -63,8 +61,7 @@ i64 Stream::next_piece(i64 at) {
     i64 here = smaller(rest, job_.block);
     piece_ = smaller(job_.sampled, here);
     after = at + here;
-    u64 spread = (u64(at / job_.block) * kGolden) & 0xFFFFFFFF;
-    at_ += i64(spread * u64(here - piece_ + 1) >> 32);
+    at_ += run_start(at / job_.block, here, piece_);
   } else if (job_.aligned != 0) {
     piece_ = smaller(rest, kSparseBlock - at % kSparseBlock);
     after = at + piece_;

@@ -30,6 +30,12 @@ class Array {
   T* data_ = nullptr;
 };
 
+// Where the run of block `number`, of `size` entries, begins in it (select.run_start).
+inline i64 run_start(i64 number, i64 size, i64 run) {
+  constexpr u64 kGolden = 0x9E3779B9;
+  return i64(((u64(number) * kGolden) & 0xFFFFFFFF) * u64(size - run + 1) >> 32);
+}
+
 class Stream {
  public:
   Stream(const Program& program, const Results& results)
