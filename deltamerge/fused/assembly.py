@@ -75,6 +75,7 @@ class Assembly:
     sources: list[Place] = field(default_factory=list)
     source_of: dict[int, int] = field(default_factory=dict)
     registers: dict[int, int] = field(default_factory=dict)
+    zeros: set[int] = field(default_factory=set)
     kept: dict[int, Kept] = field(default_factory=dict)
     lists: int = 0
     free: list[int] = field(default_factory=list)
@@ -122,7 +123,9 @@ class Assembly:
     def register(self, node: Node) -> int:
         """The register of a node's values; a stored tensor's and a sparse delta's is filled when it is first asked for."""
         if id(node) not in self.registers:
-            if id(node) in self.kept:
+            if id(node) in self.zeros:
+                self.add(codes.SCATTER, self.made(node), 0, -1)
+            elif id(node) in self.kept:
                 sparse = self.kept[id(node)]
                 self.add(codes.SCATTER, self.made(node), sparse.register, sparse.places)
             else:

@@ -37,16 +37,15 @@ def _subtract(assembly: Assembly, node: Node, dtypes: Any = None) -> None:
 
 
 def _zeros(assembly: Assembly, node: Node) -> None:
-    assembly.add(codes.SCATTER, assembly.made(node), 0, -1)
+    assembly.zeros.add(id(node))
 
 
 def _dare(assembly: Assembly, node: Node, key: Key, density: float) -> None:
     if is_sparse(density):
-        tune, base = (assembly.source_of[id(x)] for x in node.inputs)
         kept = assembly.kept[id(node)] = Kept(assembly.new(), assembly.new_list())
         assembly.add(codes.DRAW, kept.places, len(assembly.tables), key=key)
         assembly.tables.append(guided(density))
-        assembly.add(codes.DIFFER_AT, kept.register, tune, base, kept.places)
+        _differ_at(assembly, node, kept)
         return
     high, low = divmod(threshold(density), 1 << 16)
     if high >> 16:
@@ -54,6 +53,16 @@ def _dare(assembly: Assembly, node: Node, key: Key, density: float) -> None:
         return
     tune, base = map(assembly.operand, node.inputs)
     assembly.add(codes.DROP, assembly.made(node), tune, base, high, low, key=key)
+
+
+def _differ_at(assembly: Assembly, node: Node, kept: Kept) -> None:
+    """The difference of two stored tensors at the places that are kept; of one and zeros, the one."""
+    tune, base = node.inputs
+    sources = [assembly.source_of[id(x)] for x in (tune, base) if id(x) not in assembly.zeros]
+    if len(sources) == 2:
+        assembly.add(codes.DIFFER_AT, kept.register, *sources, kept.places)
+    else:
+        assembly.add(codes.BASE_AT, kept.register, *sources, kept.places)
 
 
 def _divide(assembly: Assembly, node: Node) -> None:
@@ -252,20 +261,21 @@ def _norm(assembly: Assembly, node: Node, norm: str) -> None:
         assembly.add(codes.NORM, -1, delta, int(norm == "l1"), row)
 
 
-CAST = "deltamerge.ops:cast"
+CAST, ZEROS = "deltamerge.ops:cast", "deltamerge.ops:zeros"
 COMBINE = "deltamerge.merge.span:combine"
 GRAM, NORM = "deltamerge.merge.span:gram", "deltamerge.pruners.rescale:norm"
 SUMS = {GRAM, NORM}
+DIVIDE = "deltamerge.pruners.rescale:divide"
 DARE = "deltamerge.pruners.masks:dare"
 DELLA = "deltamerge.pruners.della:della"
 SAMPLE = "deltamerge.pruners.select:sample"
 ASSEMBLERS: dict[str, Callable[..., None]] = {
     "deltamerge.ops:subtract": _subtract,
-    "deltamerge.ops:zeros": _zeros,
+    ZEROS: _zeros,
     CAST: _cast,
     DARE: _dare,
     DELLA: _della,
-    "deltamerge.pruners.rescale:divide": _divide,
+    DIVIDE: _divide,
     NORM: _norm,
     "deltamerge.pruners.select:high_histogram": _high,
     "deltamerge.pruners.select:high_counts": _high,
@@ -287,15 +297,8 @@ ASSEMBLERS: dict[str, Callable[..., None]] = {
     "deltamerge.merge.sce:variance": _variance,
     "deltamerge.merge.sce:sce": _sce,
 }
-# What a pass that works on places alone is made of: its cost follows what is kept.
-SPARSE = frozenset({
-    CAST,
-    DARE,
-    "deltamerge.pruners.rescale:divide",
-    "deltamerge.merge.arithmetic:task_arithmetic",
-    "deltamerge.merge.ties:ties",
-})  # fmt: skip
-
+# Merges whose result is the base but where a delta is kept, if all of them are sparse.
+PATCHES = frozenset({"deltamerge.merge.arithmetic:task_arithmetic", "deltamerge.merge.ties:ties"})
 
 def covers(root: Node) -> bool:
     """Whether the loop can run every pass of a tensor; whatever the values in between are."""
@@ -326,11 +329,10 @@ def assemble(
     """The pass of `steps` (node, parameters, nodes used last there) on a tensor of `shape`; None: the loop has no
     operation for some step. `values` are the small ones so far, `output` is the dtype to write."""
     reductions = {node.function for node, _, _ in steps if node.kind in REDUCTIONS}
-    drawn = [is_sparse(p["density"]) for node, p, _ in steps if node.function == DARE]
     functions, last = {node.function for node, _, _ in steps if node.kind != "read"}, steps[-1][0]
-    gathers = bool(drawn) and all(drawn) and not reductions and functions <= SPARSE
+    gathers = not reductions and _patches(last.inputs[0] if last.function == CAST else last)
     assembly = Assembly(values, reader, Form(shape), output, gathers)
-    _cut(assembly, functions, any(drawn), reductions)
+    _cut(assembly, functions, any(_is_sparse(node) for node, _, _ in steps), reductions)
     assembly.uses.update(id(source) for node, _, _ in steps for source in node.inputs)
     for node, parameters, frees in steps:
         if node.kind == "read":
@@ -343,6 +345,17 @@ def assemble(
     if not reductions and last.function != CAST:
         _store(assembly, last)
     return Program(assembly, reader, hashed=not reductions)
+
+
+def _patches(merge: Node) -> bool:
+    """Whether a merge works on places alone: its cost follows what is kept."""
+    return merge.function in PATCHES and all(map(_is_sparse, merge.inputs[1:]))
+
+
+def _is_sparse(node: Node) -> bool:
+    if node.function == DIVIDE:
+        return _is_sparse(node.inputs[0])
+    return node.function == DARE and is_sparse(node.parameter("density"))
 
 
 def _cut(assembly: Assembly, functions: set[str], drawn: bool, reductions: set[str]) -> None:
