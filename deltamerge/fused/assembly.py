@@ -82,7 +82,7 @@ class Assembly:
     count: int = 0
     tables: list[tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]] = field(default_factory=list)
     ranks: list[NDArray[np.int64]] = field(default_factory=list)
-    limits: list[tuple[NDArray[np.int64], NDArray[np.float32]]] = field(default_factory=list)
+    limits: list[tuple[NDArray[np.uint32], NDArray[np.float32]]] = field(default_factory=list)
     counters: dict[int, tuple[int, int]] = field(default_factory=dict)
     summed: int = 0
     sums: dict[int, tuple[int, int]] = field(default_factory=dict)

@@ -87,7 +87,7 @@ class Program:
         self.models, self.lists = np.array(models, np.int64), np.array(lists, np.int64)
         self.tables, self.guides, self.bounds = _joined(assembly.tables)
         self.ranks = np.concatenate([np.empty(0, np.int64), *assembly.ranks])
-        self.limits = np.concatenate([np.empty(0, np.int64), *(x for x, _ in assembly.limits)])
+        self.limits = np.concatenate([np.empty(0, np.uint32), *(x for x, _ in assembly.limits)])
         self.ratios = np.concatenate([np.empty(0, np.float32), *(x for _, x in assembly.limits)])
 
     def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:

@@ -112,10 +112,11 @@ def _keep_where(assembly: Assembly, node: Node) -> None:
 
 
 @lru_cache(maxsize=16)
-def _limits(columns: int, density: float, epsilon: float) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Of each rank: the bound of the words of the kept, π · 2**32, and π / density."""
+def _limits(columns: int, density: float, epsilon: float) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
+    """Of each rank: the bound of the words of the kept, π · 2**32 (upper parts, then the lower 16 bits), and π / density."""
     probability = probabilities(columns, density, epsilon)
-    return np.round(probability * 2.0**32).astype(np.int64), (probability / density).astype(np.float32)
+    bounds = np.round(probability * 2.0**32).astype(np.int64)
+    return np.concatenate([bounds >> 16, bounds & 0xFFFF]).astype(np.uint32), (probability / density).astype(np.float32)
 
 
 def _della(
@@ -123,7 +124,7 @@ def _della(
 ) -> None:
     form, lengths = assembly.form, list[int]()
     for length in form.row_lengths:
-        lengths += [length, sum(len(x) for x, _ in assembly.limits)]
+        lengths += [length, sum(len(x) for _, x in assembly.limits)]
         assembly.limits.append(_limits(length, density, epsilon))
     delta, count = assembly.register(node.inputs[0]), len(lengths) // 2
     fields = (delta, form.columns, int(weighted))

@@ -58,9 +58,11 @@ struct Models {
   i64 count;
 };
 
-// Of each rank in a row: the bound of the words of the kept, and the divisor of its entry (null: none).
+// Of each rank in a row: the bound of the words of the kept, upper * 2**16 + lower, and the divisor of its entry (null:
+// none).
 struct Ranks {
-  const i64* limits;
+  const u32* upper;
+  const u32* lower;
   const float* ratios;
 };
 
@@ -100,8 +102,8 @@ struct Loops {
   // Magnitudes from low to high to `out` (room for kSlack more), unless they are one value.
   Inside (*list_between)(const u32* bits, u32 low, u32 high, u32* out, i64 n);
   void (*magnitudes)(const u32* bits, u32* out, i64 n);
-  // Rows of `columns`: the entry of rank r by magnitude, equals from the left, where its word is below limits[r].
-  // `scratch` has room for 3 * columns + 16 words.
+  // Rows of `columns`: the entry of rank r by magnitude, equals from the left, where its word is below the
+  // bound of r. `scratch` has room for 3 * columns + 32 words.
   void (*keep_by_rank)(const float* x, i64 start, i64 columns, Key key, Ranks ranks, u64* scratch, float* out, i64 n);
 
   // Sum of x y (or of |x|, y null) of at most kRun entries in float64 by halving; `padded`: to a whole run.

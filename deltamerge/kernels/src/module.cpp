@@ -16,7 +16,7 @@ PyObject* run_stream(PyObject*, PyObject* arguments) {
   if (!b.take(arguments, 13)) return nullptr;
   const Program program = {b.at<Job>(0),       b.at<Operation>(1), b.count<Operation>(1), b.at<float>(2),
                            b.at<i64>(3),       b.at<i64>(4),       b.at<u64>(5),          b.at<u32>(6),
-                           b.at<TableBounds>(7), b.at<i64>(8),     b.at<i64>(9),          b.at<float>(10),
+                           b.at<TableBounds>(7), b.at<i64>(8),     b.at<u32>(9),          b.at<float>(10),
                            b.at<Source>(11),   b.count<Source>(11)};
   const i64 rows = b.count<i64>(17), sources = program.source_count;
   const Results results = {b.count<u8>(13) > 0 ? b.at<u8>(13) : nullptr,

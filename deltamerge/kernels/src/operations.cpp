@@ -248,7 +248,8 @@ void Stream::rank(const Operation& op) {
   for (i64 j = 0; j < op.models; ++j) {
     if (p_.lists[op.first + 2 * j] != columns) continue;
     i64 table = p_.lists[op.first + 2 * j + 1];
-    Ranks ranks = {p_.limits + table, op.c != 0 ? p_.ratios + table : nullptr};
+    const u32* upper = p_.limits + 2 * table;
+    Ranks ranks = {upper, upper + columns, op.c != 0 ? p_.ratios + table : nullptr};
     loops_.keep_by_rank(register_of(op.a), at_ + first_, columns, op.key, ranks, scratch_.get(), register_of(op.to),
                         n_);
   }

@@ -85,8 +85,8 @@ struct Program {
   const u32* guides;
   const TableBounds* bounds;
   const i64* ranks;     // equals before each block
-  const i64* limits;    // of ranks in rows
-  const float* ratios;  // likewise
+  const u32* limits;    // of ranks in rows: the upper halves of a length's, then the lower
+  const float* ratios;  // of ranks in rows
   const Source* sources;
   i64 source_count;
 };

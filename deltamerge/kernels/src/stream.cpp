@@ -35,7 +35,7 @@ bool Stream::allocate() {
   if (there && job_.lists > 0) there = marks_of_.allocate(marks_) && before_.allocate(marks_);
   bool ranked = false;
   for (i64 k = 0; k < p_.count; ++k) ranked |= p_.operations[k].code == kRank;
-  if (there && ranked) there = scratch_.allocate(3 * job_.chunk + 32);
+  if (there && ranked) there = scratch_.allocate(3 * job_.chunk + 64);
   return there;
 }
 

@@ -36,11 +36,12 @@ struct Counters {
 
 // High and low words of factor * c, by halves: there is no wider product of vectors.
 inline void multiply(u64 factor, Words c, Words& high, Words& low) {
-  Words above = all(factor >> 32), below = all(factor & 0xFFFFFFFF), c_above = c >> 32;
+  Words above = all(factor >> 32), below = all(factor & 0xFFFFFFFF);
+  Words c_above = Words(_mm512_shuffle_epi32(__m512i(c), _MM_PERM_DDBB));
   Words least = product_of_low(below, c), middle = product_of_low(below, c_above) + (least >> 32);
   Words other = product_of_low(above, c) + (middle & all(0xFFFFFFFF));
   high = product_of_low(above, c_above) + (middle >> 32) + (other >> 32);
-  low = Words(_mm512_mask_blend_epi32(0xAAAA, __m512i(least), _mm512_slli_epi64(__m512i(other), 32)));
+  low = Words(_mm512_mask_shuffle_epi32(__m512i(least), 0xAAAA, __m512i(other), _MM_PERM_CCAA));
 }
 
 inline void round_of(Counters& c, u64 key0, u64 key1) {
@@ -70,58 +71,68 @@ inline void store_blocks(u64* out, const Counters& c) {
   put(7, _mm512_alignr_epi64(odd0, odd0, 6), _mm512_alignr_epi64(odd1, odd1, 6));
 }
 
-// Blocks made at once: by vectors, and meanwhile by words, of which such a processor multiplies one a cycle besides.
-constexpr int kByVectors = 2 * kLanes, kByWords = 16;
-constexpr int kAtOnce = kByVectors + kByWords;
+// Two blocks of words, a round of each at a time.
+struct Pair {
+  Counter even, odd;
+  u64 index;
 
+  void round_at(int r, Key key) {
+    u64 key0 = key.word0 + u64(r) * kWeyl0, key1 = key.word1 + u64(r) * kWeyl1;
+    if (r == 0) {
+      even = {index, 0, kHigh, 0};
+      odd = {index + 1, 0, kHigh, 0};
+      index += 2;
+    }
+    round_of(even, key0, key1);
+    round_of(odd, key0, key1);
+  }
+};
+
+// kVectors vectors of blocks, and meanwhile kPairs pairs by words: such a processor multiplies both at one time.
+template <int kVectors, int kPairs>
 void philox_at_once(u64* out, u64 first, Key key) {
   const Words numbers = {0, 1, 2, 3, 4, 5, 6, 7};
-  Counters a = {all(first) + numbers, all(0), all(kHigh), all(0)};
-  Counters b = {all(first + kLanes) + numbers, all(0), all(kHigh), all(0)};
-  u64* words = out + 4 * kByVectors;
-  u64 index = first + kByVectors;
-  Counter even = {}, odd = {};
-  // sixteen blocks of ten rounds beside ten rounds of vectors: two blocks of words at a time, eight pairs
-  constexpr int kSteps = kByWords / 2 * kRounds;  // rounds of a pair
-  int done = 0;
-  for (u64 r = 0; r < kRounds; ++r) {
-    round_of(a, key.word0 + r * kWeyl0, key.word1 + r * kWeyl1);
-    round_of(b, key.word0 + r * kWeyl0, key.word1 + r * kWeyl1);
-    for (int until = done + kSteps / kRounds; done < until; ++done) {
-      u64 s = u64(done % kRounds);
-      if (s == 0) {
-        even = {index, 0, kHigh, 0};
-        odd = {index + 1, 0, kHigh, 0};
-        index += 2;
-      }
-      round_of(even, key.word0 + s * kWeyl0, key.word1 + s * kWeyl1);
-      round_of(odd, key.word0 + s * kWeyl0, key.word1 + s * kWeyl1);
+  Counters c[kVectors];
+  for (int v = 0; v < kVectors; ++v) c[v] = {all(first + u64(kLanes * v)) + numbers, all(0), all(kHigh), all(0)};
+  u64* words = out + 4 * kLanes * kVectors;
+  Pair pair = {{}, {}, first + kLanes * kVectors};
+#pragma GCC unroll 10
+  for (int r = 0; r < kRounds; ++r) {
+    u64 key0 = key.word0 + u64(r) * kWeyl0, key1 = key.word1 + u64(r) * kWeyl1;
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) round_of(c[v], key0, key1);
+#pragma GCC unroll 4
+    for (int p = 0; p < kPairs; ++p) {
+      int s = (r * kPairs + p) % kRounds;
+      pair.round_at(s, key);
       if (s == kRounds - 1) {
-        std::memcpy(words, &even, sizeof even);
-        std::memcpy(words + 4, &odd, sizeof odd);
+        std::memcpy(words, &pair.even, sizeof pair.even);
+        std::memcpy(words + 4, &pair.odd, sizeof pair.odd);
         words += 8;
       }
     }
   }
-  store_blocks(out, a);
-  store_blocks(out + 4 * kLanes, b);
+  for (int v = 0; v < kVectors; ++v) store_blocks(out + 4 * kLanes * v, c[v]);
+}
+
+// As many blocks as come at once; how many.
+inline i64 philox_some(u64* out, u64 first, i64 count, Key key) {
+  constexpr i64 kMost = 3 * kLanes + 4;
+  i64 done = 0;
+  for (; done + kMost <= count; done += kMost) philox_at_once<3, 2>(out + 4 * done, first + u64(done), key);
+  for (; done + 2 * kLanes <= count; done += 2 * kLanes) philox_at_once<2, 0>(out + 4 * done, first + u64(done), key);
+  return done;
 }
 
 #else
 
-constexpr int kAtOnce = 1;
-
-inline void philox_at_once(u64* out, u64 first, Key key) {
-  Counter c = philox(first, 0, kHigh, key);
-  std::memcpy(out, &c, sizeof c);
-}
+inline i64 philox_some(u64*, u64, i64, Key) { return 0; }
 
 #endif
 
 // The words of `count` blocks of the stream kHigh from block `first` on.
 void philox_blocks(u64* out, u64 first, i64 count, Key key) {
-  i64 done = 0;
-  for (; done + kAtOnce <= count; done += kAtOnce) philox_at_once(out + 4 * done, first + u64(done), key);
+  i64 done = philox_some(out, first, count, key);
   for (; done < count; ++done) {
     Counter c = philox(first + u64(done), 0, kHigh, key);
     std::memcpy(out + 4 * done, &c, sizeof c);

@@ -38,7 +38,8 @@ i64 count_equal(const u32* bits, u32 threshold, i64 n) {
   i64 total = 0;
   for (i64 first = 0; first < n; first += kRun) {
     u32 equal = 0;
-    for (i64 i = first; i < n && i < first + kRun; ++i) equal += (bits[i] & kMagnitude) == threshold;
+    i64 stop = n - first < kRun ? n : first + kRun;
+    for (i64 i = first; i < stop; ++i) equal += (bits[i] & kMagnitude) == threshold;
     total += equal;
   }
   return total;
