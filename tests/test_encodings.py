@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltamerge.errors import InputError
+from deltamerge.io import delta_kernels
 from deltamerge.io.encodings import CODINGS, Array, Choice, Gaps, Positions, choose, decode, encode
 from deltamerge.io.stored import PADDING
 from deltamerge.io.values import (
@@ -201,8 +202,7 @@ def test_damage_between_pieces_is_found() -> None:
 @pytest.mark.parametrize("density", [0.001, 0.1])
 @pytest.mark.parametrize("kind", [None, *VALUE_BITS])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_kernel_is_numpy(coding: Any, density: float, kind: Any, dtype: str) -> None:
-    kernels = pytest.importorskip("deltamerge.io.delta_kernels")
+def test_kernel_is_numpy(coding: Any, density: float, kind: Any, dtype: str, kernel_level: str) -> None:
     generator = np.random.default_rng(3)
     size, group = 100_000, 100
     positions = np.arange(size) if coding == "dense" else draw(3, size, density)
@@ -232,9 +232,9 @@ def test_kernel_is_numpy(coding: Any, density: float, kind: Any, dtype: str) -> 
     def apply(stored: Array, out: Array) -> bool:
         padded = np.append(stored, np.zeros(PADDING, np.uint8))
         if kind is None:
-            return bool(kernels.put(coding, padded, choice.k, count, final, out))
+            return bool(delta_kernels.put(coding, padded, choice.k, count, final, out))
         out = out.view(np.float32) if dtype == "F32" else out
-        return bool(kernels.add(coding, padded, choice.k, count, values, kind, scales, group, out))
+        return bool(delta_kernels.add(coding, padded, choice.k, count, values, kind, scales, group, out))
 
     out = bits.copy()
     assert apply(stored, out)

@@ -249,7 +249,7 @@ def test_an_existing_file_stays(tmp_path, capsys, monkeypatch, bert):
 
 
 def test_the_page_needs_no_torch():
-    code = "import sys, deltamerge.report\nassert not {'torch', 'numba', 'matplotlib', 'pydantic'} & sys.modules.keys()"
+    code = "import sys, deltamerge.report\nassert not {'torch', 'matplotlib', 'pydantic'} & sys.modules.keys()"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 

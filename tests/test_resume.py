@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -17,6 +16,7 @@ import pytest
 import torch
 from conftest import make_checkpoint, tiny_llama
 
+from deltamerge import kernels
 from deltamerge.cli import main
 from deltamerge.distribute import Part
 from deltamerge.errors import InputError, OutputError, UsageError
@@ -337,10 +337,6 @@ def test_what_is_not_finite_is_counted(dtype: str) -> None:
     assert count_nonfinite(raw[:0], dtype) == (0, 0)
 
 
-def has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
-
-
 def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
     with pytest.raises(SystemExit) as leaving:
         main([str(argument) for argument in arguments])
@@ -484,7 +480,7 @@ def test_two_commands_on_one_target(
 def test_overflow_on_the_cast_to_float16_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
-    monkeypatch.setattr("deltamerge.backends.fused_available", lambda: fused and has_numba())
+    monkeypatch.setattr("deltamerge.backends.fused_available", lambda: fused and kernels.available())
     make_checkpoint(tmp_path / "base", {"w": torch.full((4, 4), 60000.0)})
     make_checkpoint(tmp_path / "a", {"w": torch.full((4, 4), 65519.0).fill_diagonal_(65520.0)})
     path = tmp_path / "r.yaml"

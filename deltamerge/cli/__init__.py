@@ -12,13 +12,13 @@ from pathlib import Path
 import click
 from click.shell_completion import get_completion_class
 
-from deltamerge import __version__
+from deltamerge import __version__, kernels
 from deltamerge.cli import artifacts, habits, looking, running, sharing, writing
 from deltamerge.cli.output import complain
 from deltamerge.errors import DeltamergeError, InputError
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "numba", "peft")
+VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "peft")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -74,6 +74,7 @@ def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
             click.echo(f"{package} {version(package)}")
         except PackageNotFoundError:
             click.echo(f"{package} not installed")
+    click.echo(f"kernels {kernels.described()}")
     context.exit()
 
 

@@ -46,7 +46,10 @@ class Buffers {
   int taken_ = 0;
 };
 
-}  // namespace deltamerge
+// delta.cpp
+PyObject* delta_put(PyObject*, PyObject* arguments);
+PyObject* delta_add(PyObject*, PyObject* arguments);
+PyObject* delta_ranked(PyObject*, PyObject* arguments);
+PyObject* ordered_product(PyObject*, PyObject* arguments);
 
-// Entry points of other files, for the module's table.
-#define ENTRIES
+}  // namespace deltamerge

@@ -66,6 +66,31 @@ struct Ranks {
   const float* ratios;
 };
 
+// Stored positions (io/encodings.py), `size` bytes and 16 zeros: the way they are coded, rice's k (0: no remainders), how
+// many, the bytes of an index or where rice's packed bits begin, where its unary bits begin; whether about every cache
+// line of the tensor is touched.
+enum Way : i64 { kPlain = 0, kIndices = 1, kByteGaps = 2, kOnes = 3 };
+
+struct Coded {
+  const u8* stored;
+  i64 size;
+  i64 way;
+  u64 k;
+  i64 count, first, second;
+  bool dense;
+};
+
+// Values that are added at positions: float32, bfloat16, int8 codes or packed sign bits, the latter two times the scale
+// of their group of so many elements.
+enum ValueKind : i64 { kFloatValues = 0, kBfloatValues = 1, kInt8Values = 2, kSignValues = 3 };
+
+struct Added {
+  const void* values;
+  i64 kind;
+  const float* scales;
+  i64 group;
+};
+
 struct Inside {
   i64 count, above;
 };
@@ -126,6 +151,15 @@ struct Loops {
   // Hash bytes [begin, end) of a file, whole blocks of 1024; `at` has byte `begin`. Up to where it came. Digests of
   // whole pieces of 64 KiB, high half first, go to `digests`, whose first row is piece number `first`.
   i64 (*hash)(const u8* at, i64 begin, i64 end, i64 first, u64* accumulators, u64* digests);
+
+  // Put values of `itemsize` bytes, or add values rounded once, at stored positions of `size` elements. False: positions
+  // are damaged or outside, which may be found only when others were changed.
+  bool (*put)(const Coded& coded, const void* values, i64 itemsize, void* out, i64 size);
+  bool (*add_to)(const Coded& coded, const Added& added, bool is_bfloat, void* out, i64 size);
+  // Scales whose ranks are stored. False: they are damaged.
+  bool (*ranked)(const Coded& coded, const float* scales, i64 scale_count, float* out);
+  // out_ij = sum of left_ik right_kj in the order of k; left (rows, rank), right (rank, columns).
+  void (*ordered_product)(const float* left, const float* right, float* out, i64 rows, i64 rank, i64 columns);
 };
 
 extern const Loops kBaseline;

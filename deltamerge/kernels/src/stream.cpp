@@ -94,6 +94,7 @@ bool Stream::read_file(i64 s) {
   i64 size = size_of(source.dtype), done = 0, wanted = piece_ * size, offset = source.begin + at_ * size;
   u8* to = const_cast<u8*>(raw_of(s));
   while (done < wanted) {
+    errno = 0;
     ssize_t count = read_at(int(source.fd), to + done, std::size_t(wanted - done), off_t(offset + done));
     if (count < 0 && errno == EINTR) continue;
     if (count <= 0) return false;

@@ -11,6 +11,7 @@
 #include "select.h"
 //
 #include "hash.h"
+#include "positions.h"
 #include "rank.h"
 #include "sums.h"
 
@@ -22,7 +23,7 @@ const Loops DELTAMERGE_TABLE = {
     agree,           elect,        variance,      keep_from, keep_first_equals, clear_where, count_high,
     count_low,       count_equal,  count_nonzero, list_between, magnitudes, keep_by_rank, dot,
     sum_abs,         largest,      draw,          differ_at, widen_at,    narrow_at,     align,
-    hash,
+    hash, put, add_to, ranked, ordered_product,
 };
 
 }  // namespace deltamerge
