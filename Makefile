@@ -57,14 +57,13 @@ clean:  ## remove what the targets made, the environment too
 
 # A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
 KERNELS := $(wildcard deltamerge/kernels/src/*.* deltamerge/kernels/src/vector/*)
-.venv/.installed: EXTRAS := fast
-.venv/.installed-dev: EXTRAS := fast,dev
-.venv/.installed-docs: EXTRAS := fast,docs
-.venv/.installed-fuzz: EXTRAS := fast,dev,fuzz
-.venv/.installed-ray: EXTRAS := fast,dev,ray
+.venv/.installed-dev: EXTRAS := dev
+.venv/.installed-docs: EXTRAS := docs
+.venv/.installed-fuzz: EXTRAS := dev,fuzz
+.venv/.installed-ray: EXTRAS := dev,ray
 .venv/.installed .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml setup.py $(KERNELS)
 	@test -x $(BIN)/python || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
-	@echo 'installing deltamerge [$(EXTRAS)] and what it needs into .venv' >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@echo 'installing deltamerge $(if $(EXTRAS),[$(EXTRAS)] )and what it needs into .venv' >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch .venv/.installed $@

@@ -19,6 +19,7 @@ from deltamerge.graph import Node, resolve
 from deltamerge.io.checkpoint import Reader
 from deltamerge.tensors import ITEMSIZE, Tile
 
+
 class Lane(Protocol):
     """One worker's buffers (and, on a GPU, its stream)."""
 

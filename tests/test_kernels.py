@@ -97,7 +97,11 @@ class Models:
         sink = Memory()
         with Reader() as reader:
             found = execute([Task("w", root, backend)], reader, sink, known=self.known, workers=2)
-        return found[root] if root.kind in REDUCTIONS else np.frombuffer(sink.bits(), f"u{4 if root.dtype == 'F32' else 2}")
+        return (
+            found[root]
+            if root.kind in REDUCTIONS
+            else np.frombuffer(sink.bits(), f"u{4 if root.dtype == 'F32' else 2}")
+        )
 
 
 def floats_of(bits: np.ndarray[Any, Any], dtype: str) -> np.ndarray[Any, Any]:
@@ -174,7 +178,11 @@ def gram(m: Models) -> Node:
 
 def spanned(based: bool) -> Build:
     return lambda m: m.node(
-        "deltamerge.merge.span:combine", *m.reads, m.small(np.array([0.3, -1.2, 0.7][based:])), along="tensor", based=based
+        "deltamerge.merge.span:combine",
+        *m.reads,
+        m.small(np.array([0.3, -1.2, 0.7][based:])),
+        along="tensor",
+        based=based,
     )
 
 
@@ -275,10 +283,8 @@ def test_selection_by_a_cut_is_torch(
         check(models, root, monkeypatch)
 
 
-def test_ties_of_the_high_half_are_broken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_level: str
-) -> None:
-    """Densities whose low half is large: of 2**21 positions about 32 tie; in one row of ranks with nearly one bound 16."""
+def test_ties_of_the_high_half_are_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_level: str) -> None:
+    """A density whose low half is large: of 2**21 positions about 32 tie; rows of ranks whose bounds are nearly one."""
     models = Models(tmp_path, torch.zeros(2, 1 << 20).bfloat16(), torch.ones(2, 1 << 20).bfloat16())
     check(models, dare((30_000 * 65_536 + 50_000) / 2**32)(models), monkeypatch)
     check(models, pruned(DELLA, key=KEY, density=0.3, epsilon=1e-7)(models), monkeypatch)
@@ -357,6 +363,8 @@ def test_a_run_imports_no_torch(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "test"}))
         save_file({"w": torch.ones(300, 40).bfloat16()}, tmp_path / name / "model.safetensors", {"format": "pt"})
-    (tmp_path / "r.yaml").write_text("merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: ./a}, {model: ./b}]\n")
+    (tmp_path / "r.yaml").write_text(
+        "merge_method: linear\nparameters: {weight: 1}\nmodels: [{model: ./a}, {model: ./b}]\n"
+    )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     assert done.stdout == "\n"

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import needs_kernels, make_checkpoint
+from conftest import make_checkpoint, needs_kernels
 from xxhash import xxh3_128
 
 from deltamerge import hashes

@@ -9,7 +9,6 @@ import pytest
 import torch
 from conftest import make_checkpoint
 
-
 from deltamerge import backends
 from deltamerge.backends import FusedBackend
 from deltamerge.errors import OutputError
@@ -45,17 +44,20 @@ RECIPES = {
     "parameters: {density: 0.4, gamma: 0.05, rescale: true}\n" + BASED,
     "della": "merge_method: della\nparameters: {density: 0.5, epsilon: 0.2}\n" + BASED,
     "della_linear, not rescaled": "merge_method: della_linear\nparameters: {density: 0.3, rescale: false}\n" + BASED,
-    "sce": "merge_method: sce\nparameters: {select_topk: 0.2}\nbase_model: ./base\nmodels: [{model: ./a}, {model: ./b}]\n",
-    "sce of all": "merge_method: sce\nbase_model: ./base\nmodels: [{model: ./a}, {model: ./b}, {model: ./a, name: c}]\n",
+    "sce": "merge_method: sce\nparameters: {select_topk: 0.2}\nbase_model: ./base\n"
+    "models: [{model: ./a}, {model: ./b}]\n",
+    "sce of all": "merge_method: sce\nbase_model: ./base\n"
+    "models: [{model: ./a}, {model: ./b}, {model: ./a, name: c}]\n",
     "multislerp": "merge_method: multislerp\n" + BASED,
-    "dare, sparse, l1": "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.02, rescale: l1}}]\n",
-    "magnitude, l1": "base_model: ./base\nmodels: [{model: ./a, prune: {method: magnitude, density: 0.3, rescale: l1}}]\n",
-    "dare, sparse, l2": "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.02, rescale: l2}}]\n",
-    "magnitude, l2": "base_model: ./base\nmodels: [{model: ./a, prune: {method: magnitude, density: 0.3, rescale: l2}}]\n",
-    "dare, sparse, linf": "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.02, rescale: linf}}]\n",
-    "magnitude, linf": "base_model: ./base\nmodels: [{model: ./a, prune: {method: magnitude, density: 0.3, rescale: linf}}]\n",
     "passthrough": "merge_method: passthrough\nmodels: [{model: ./a, parameters: {scale: 0.3}}]\n",
 }
+for norm in ("l1", "l2", "linf"):
+    for name, prune in (
+        ("dare, sparse", "method: dare, density: 0.02"),
+        ("magnitude", "method: magnitude, density: 0.3"),
+    ):
+        text = f"base_model: ./base\nmodels: [{{model: ./a, prune: {{{prune}, rescale: {norm}}}}}]\n"
+        RECIPES[f"{name}, {norm}"] = text
 DTYPES = [
     (torch.bfloat16, torch.bfloat16, "bfloat16"),
     (torch.float32, torch.bfloat16, "float32"),

@@ -26,10 +26,6 @@ class Progress:
         self.total = self.done = 0
         self.last = 0.0
         self.lock = threading.Lock()
-        if shown:
-            from deltamerge.cli import notes
-
-            notes.show()
 
     @property
     def seconds(self) -> float:
@@ -55,9 +51,6 @@ class Progress:
 
     def stop(self) -> None:
         if self.shown:
-            from deltamerge.cli import notes
-
-            notes.hide()
             click.echo("\r\x1b[K", nl=False, err=True)
 
 

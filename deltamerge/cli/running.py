@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from deltamerge import kernels
 from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
@@ -92,6 +93,8 @@ def run(
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    elif line := kernels.missing():
+        click.echo(line, err=True)
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     published = None
     with TemporaryDirectory(prefix="deltamerge-") as scratch:

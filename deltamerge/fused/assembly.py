@@ -121,7 +121,7 @@ class Assembly:
         return first
 
     def register(self, node: Node) -> int:
-        """The register of a node's values; a stored tensor's and a sparse delta's is filled when it is first asked for."""
+        """The register of a node's values, filled when it is first asked for where they are stored or sparse."""
         if id(node) not in self.registers:
             if id(node) in self.zeros:
                 self.add(codes.SCATTER, self.made(node), 0, -1)

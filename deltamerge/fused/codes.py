@@ -1,4 +1,4 @@
-"""What the compiled loop can do with a piece of a tensor: the numbers that a program is made of (kernels/src/program.h)."""
+"""What the compiled loop can do with a piece of a tensor: the numbers of its operations (kernels/src/program.h)."""
 
 # Elements read and written at once: in bfloat16 small enough for a core's cache beside the registers.
 PIECE = 1 << 16

@@ -23,10 +23,16 @@ if TYPE_CHECKING:
     from deltamerge.io.safetensors_file import TensorInfo
 
 # The structures of kernels/src/program.h.
-OPERATION = np.dtype([
-    ("fields", np.int64, 6), ("key", np.uint64, 2), ("scalars", np.float32, 2), ("models", np.int64), ("first", np.int64),
-])  # fmt: skip
-OPEN = -1  # in place of a file: the elements are in memory
+OPERATION = np.dtype(
+    [
+        ("fields", np.int64, 6),
+        ("key", np.uint64, 2),
+        ("scalars", np.float32, 2),
+        ("models", np.int64),
+        ("first", np.int64),
+    ]
+)
+IN_MEMORY = -1  # in place of a file: the elements are in memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +88,7 @@ class Program:
             row["models"], row["first"] = x.count or len(x.models), first
             first += x.width
             for given, into in ((x.weights, weights), (x.models, models), (x.lists, lists)):
-                into += [*given, *[0] * (x.width - len(given))]  # type: ignore[misc]  # numbers of a kind
+                into += [*given, *[0] * (x.width - len(given))]
         self.weights = np.array(weights, np.float32)
         self.models, self.lists = np.array(models, np.int64), np.array(lists, np.int64)
         self.tables, self.guides, self.bounds = _joined(assembly.tables)
@@ -141,7 +147,7 @@ class Program:
     def _files(self, memory: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.int64]:
         rows = np.empty((len(self.sources), 4), np.int64)
         for row, place, made in zip(rows, self.sources, memory, strict=True):
-            fd, at = (OPEN, made.__array_interface__["data"][0]) if made is not None else (_fd(place), 0)
+            fd, at = (IN_MEMORY, made.__array_interface__["data"][0]) if made is not None else (_fd(place), 0)
             row[:] = fd, place.info.begin, codes.DTYPES[place.info.dtype], at
         return rows
 

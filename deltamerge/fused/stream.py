@@ -113,15 +113,13 @@ def _keep_where(assembly: Assembly, node: Node) -> None:
 
 @lru_cache(maxsize=16)
 def _limits(columns: int, density: float, epsilon: float) -> tuple[NDArray[np.uint32], NDArray[np.float32]]:
-    """Of each rank: the bound of the words of the kept, π · 2**32 (upper parts, then the lower 16 bits), and π / density."""
+    """Of each rank: the bound of the words of the kept, π · 2**32, and π / density; uppers come before lower halves."""
     probability = probabilities(columns, density, epsilon)
     bounds = np.round(probability * 2.0**32).astype(np.int64)
     return np.concatenate([bounds >> 16, bounds & 0xFFFF]).astype(np.uint32), (probability / density).astype(np.float32)
 
 
-def _della(
-    assembly: Assembly, node: Node, key: Key, density: float, epsilon: float, weighted: bool = True
-) -> None:
+def _della(assembly: Assembly, node: Node, key: Key, density: float, epsilon: float, weighted: bool = True) -> None:
     form, lengths = assembly.form, list[int]()
     for length in form.row_lengths:
         lengths += [length, sum(len(x) for _, x in assembly.limits)]
@@ -300,6 +298,7 @@ ASSEMBLERS: dict[str, Callable[..., None]] = {
 }
 # Merges whose result is the base but where a delta is kept, if all of them are sparse.
 PATCHES = frozenset({"deltamerge.merge.arithmetic:task_arithmetic", "deltamerge.merge.ties:ties"})
+
 
 def covers(root: Node) -> bool:
     """Whether the loop can run every pass of a tensor; whatever the values in between are."""

@@ -1,4 +1,4 @@
-"""Stored positions decoded and put to use in one compiled pass (kernels/src/vector/positions.h), where that is there."""
+"""Stored positions decoded and put to use in one compiled pass (kernels/src/vector/positions.h)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Loads the compiled kernels (`_native`, C++ in src/), and says whether they are there and for which processor.
 
-DELTAMERGE_KERNELS chooses: `off` leaves everything to torch and numpy; `baseline`, `avx2` and `avx512` ask for the loops
-of a lesser processor than this one. The bytes are the same.
+DELTAMERGE_KERNELS chooses: `off` leaves everything to torch and numpy; `baseline`, `avx2` or `avx512` asks for the loops
+of such a processor. The bytes are the same.
 """
 
 from __future__ import annotations
@@ -40,6 +40,11 @@ def native() -> Any | None:
 def available() -> bool:
     """Whether compiled kernels compute."""
     return native() is not None
+
+
+def missing() -> str | None:
+    """A line for someone whose installation has no kernels though nobody switched them off."""
+    return WITHOUT if native() is None and os.environ.get(SWITCH) != OFF else None
 
 
 def described() -> str:

@@ -6,7 +6,7 @@ namespace deltamerge {
 
 namespace {
 
-constexpr i64 kPadding = 16; // zeros after the stored bytes (io/stored.py)
+constexpr i64 kPadding = 16;  // zeros after the stored bytes (io/stored.py)
 
 PyObject* too_short() {
   PyErr_SetString(PyExc_ValueError, "an array is shorter than what is listed of it");
@@ -28,15 +28,17 @@ bool take_numbers(PyObject* arguments, Py_ssize_t from, i64* numbers, int count)
 
 // (way, k, count, first, second, dense) of a coding in a buffer that ends in padding.
 bool coded_of(const Buffers<4>& b, const i64* numbers, Coded& coded) {
-  coded = {b.at<u8>(0), b.count<u8>(0) - kPadding, numbers[0], u64(numbers[1]), numbers[2], numbers[3],
-           numbers[4],  numbers[5] != 0};
+  coded = {b.at<u8>(0),    b.count<u8>(0) - kPadding, numbers[0], u64(numbers[1]), numbers[2], numbers[3], numbers[4],
+           numbers[5] != 0};
   i64 least = coded.way == kIndices ? coded.count * coded.first : coded.k > 0 ? coded.second : 0;
   return coded.size >= least && coded.count >= 0 && coded.k <= 15 && coded.second >= 0;
 }
 
 i64 bytes_of(i64 kind, i64 count) {
-  return kind == kFloatValues ? 4 * count : kind == kBfloatValues ? 2 * count : kind == kInt8Values ? count
-                                                                                                    : (count + 7) / 8;
+  return kind == kFloatValues    ? 4 * count
+         : kind == kBfloatValues ? 2 * count
+         : kind == kInt8Values   ? count
+                                 : (count + 7) / 8;
 }
 
 }  // namespace
@@ -65,7 +67,8 @@ PyObject* delta_add(PyObject*, PyObject* arguments) {
   const Added added = {b.at<u8>(1), numbers[6], b.at<float>(2), numbers[7]};
   const bool is_bfloat = numbers[8] != 0;
   const i64 size = b.count<u8>(3) / (is_bfloat ? 2 : 4);
-  bool scaled = added.kind < kInt8Values || (added.group > 0 && b.count<float>(2) >= (size + added.group - 1) / added.group);
+  bool scaled =
+      added.kind < kInt8Values || (added.group > 0 && b.count<float>(2) >= (size + added.group - 1) / added.group);
   if (!coded_of(b, numbers, coded) || !scaled || b.count<u8>(1) < bytes_of(added.kind, coded.count)) return too_short();
   bool whole;
   Py_BEGIN_ALLOW_THREADS;

@@ -66,9 +66,9 @@ struct Ranks {
   const float* ratios;
 };
 
-// Stored positions (io/encodings.py), `size` bytes and 16 zeros: the way they are coded, rice's k (0: no remainders), how
-// many, the bytes of an index or where rice's packed bits begin, where its unary bits begin; whether about every cache
-// line of the tensor is touched.
+// Stored positions (io/encodings.py), `size` bytes and 16 zeros: the way they are coded, rice's k (0: no remainders),
+// how many, the bytes of an index or where rice's packed bits begin, where its unary bits begin; whether about every
+// cache line of the tensor is touched.
 enum Way : i64 { kPlain = 0, kIndices = 1, kByteGaps = 2, kOnes = 3 };
 
 struct Coded {
@@ -152,8 +152,8 @@ struct Loops {
   // whole pieces of 64 KiB, high half first, go to `digests`, whose first row is piece number `first`.
   i64 (*hash)(const u8* at, i64 begin, i64 end, i64 first, u64* accumulators, u64* digests);
 
-  // Put values of `itemsize` bytes, or add values rounded once, at stored positions of `size` elements. False: positions
-  // are damaged or outside, which may be found only when others were changed.
+  // Put values of `itemsize` bytes, or add values rounded once, at stored positions of `size` elements. False:
+  // positions are damaged or outside, which may be found only when others were changed.
   bool (*put)(const Coded& coded, const void* values, i64 itemsize, void* out, i64 size);
   bool (*add_to)(const Coded& coded, const Added& added, bool is_bfloat, void* out, i64 size);
   // Scales whose ranks are stored. False: they are damaged.

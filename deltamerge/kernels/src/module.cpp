@@ -14,10 +14,9 @@ using namespace deltamerge;
 PyObject* run_stream(PyObject*, PyObject* arguments) {
   Buffers<20> b;
   if (!b.take(arguments, 13)) return nullptr;
-  const Program program = {b.at<Job>(0),       b.at<Operation>(1), b.count<Operation>(1), b.at<float>(2),
-                           b.at<i64>(3),       b.at<i64>(4),       b.at<u64>(5),          b.at<u32>(6),
-                           b.at<TableBounds>(7), b.at<i64>(8),     b.at<u32>(9),          b.at<float>(10),
-                           b.at<Source>(11),   b.count<Source>(11)};
+  const Program program = {b.at<Job>(0), b.at<Operation>(1), b.count<Operation>(1), b.at<float>(2),       b.at<i64>(3),
+                           b.at<i64>(4), b.at<u64>(5),       b.at<u32>(6),          b.at<TableBounds>(7), b.at<i64>(8),
+                           b.at<u32>(9), b.at<float>(10),    b.at<Source>(11),      b.count<Source>(11)};
   const i64 rows = b.count<i64>(17), sources = program.source_count;
   const Results results = {b.count<u8>(13) > 0 ? b.at<u8>(13) : nullptr,
                            b.at<i64>(14),
@@ -74,8 +73,8 @@ PyMethodDef methods[] = {
     {"ordered_product", ordered_product, METH_VARARGS, "A matrix product, summed in order (io/computed.py)."},
     {nullptr, nullptr, 0, nullptr}};
 
-PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "The compiled kernels.", -1, methods, nullptr, nullptr,
-                          nullptr, nullptr};
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_native", "The compiled kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
 
 }  // namespace
 

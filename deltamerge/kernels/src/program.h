@@ -11,32 +11,33 @@ namespace deltamerge {
 
 // What an operation does (fused/codes.py); fields a, b, c, d are registers unless told otherwise.
 enum Code : i64 {
-  kLoad = 0,        // to = source a
-  kSubtract = 1,    // to = a - b, each direct or not
-  kDrop = 2,        // to = (a - b) / divisor where the word of the entry is below c * 2**16 + d, else 0
-  kDivide = 3,      // to = a / divisor; of a list, as many as there are places b (-1: a whole chunk)
-  kKeep = 4,        // to = value where score a is above the threshold b, and the first c of its equals; d: their ranks
-  kAdd = 5,         // to = base a + scaled weighted sum of the models (a = -1: no base), each direct or not; b: places
-  kAgree = 6,       // the same of the entries that agree on a sign, of registers; c: normalize
-  kStore = 7,       // the output = a
-  kHigh = 8,        // counts from d on: of a's high bits,
-  kLow = 9,         // of low bits inside bin b,
-  kEqual = 10,      // of equals of b per block
-  kDots = 11,       // row c of sums: per block the dot product of a and b
-  kDraw = 12,       // places to = kept by gaps, with table a
-  kDifferAt = 13,   // to = source a - source b at places c
-  kAlign = 14,      // places to = union of the lists of the models; a: register of the first of their rows
-  kBaseAt = 15,     // to = source a at places b
-  kPatch = 16,      // the output = source a, but register b at places c
-  kList = 17,       // row c of listed: per block what a has from b to d, after how many are above and inside
-  kSample = 18,     // row c of listed: the magnitudes of a
-  kScatter = 19,    // to = a at places b, else 0
-  kRank = 20,       // to = a kept by rank in rows of b (0: of a block); lists: (length, place of its table) of rows; c: ratios
-  kVariance = 21,   // to = variance of the models
-  kElect = 22,      // to = base a + mean of the models that have the elected sign
-  kClear = 23,      // to = a where b is 0 bits, else 0
-  kNonzero = 24,    // counts at d: of a's entries that are not 0
-  kNorm = 25,       // row c of sums: per block the largest (b = 0), the sum of |a| (1)
+  kLoad = 0,       // to = source a
+  kSubtract = 1,   // to = a - b, each direct or not
+  kDrop = 2,       // to = (a - b) / divisor where the word of the entry is below c * 2**16 + d, else 0
+  kDivide = 3,     // to = a / divisor; of a list, as many as there are places b (-1: a whole chunk)
+  kKeep = 4,       // to = value where score a is above the threshold b, and the first c of its equals; d: their ranks
+  kAdd = 5,        // to = base a + scaled weighted sum of the models (a = -1: no base), each direct or not; b: places
+  kAgree = 6,      // the same of the entries that agree on a sign, of registers; c: normalize
+  kStore = 7,      // the output = a
+  kHigh = 8,       // counts from d on: of a's high bits,
+  kLow = 9,        // of low bits inside bin b,
+  kEqual = 10,     // of equals of b per block
+  kDots = 11,      // row c of sums: per block the dot product of a and b
+  kDraw = 12,      // places to = kept by gaps, with table a
+  kDifferAt = 13,  // to = source a - source b at places c
+  kAlign = 14,     // places to = union of the lists of the models; a: register of the first of their rows
+  kBaseAt = 15,    // to = source a at places b
+  kPatch = 16,     // the output = source a, but register b at places c
+  kList = 17,      // row c of listed: per block what a has from b to d, after how many are above and inside
+  kSample = 18,    // row c of listed: the magnitudes of a
+  kScatter = 19,   // to = a at places b, else 0
+  kRank =
+      20,  // to = a kept by rank in rows of b (0: of a block); lists: (length, place of its table) of rows; c: ratios
+  kVariance = 21,  // to = variance of the models
+  kElect = 22,     // to = base a + mean of the models that have the elected sign
+  kClear = 23,     // to = a where b is 0 bits, else 0
+  kNonzero = 24,   // counts at d: of a's entries that are not 0
+  kNorm = 25,      // row c of sums: per block the largest (b = 0), the sum of |a| (1)
 };
 
 // Operands from this number on are bfloat16 as read from a source: operand - kDirect is which.

@@ -1,9 +1,9 @@
 // Runs a job piece by piece: reads every source, hashes what was read, and hands chunks to the operations.
 #include "stream.h"
 
+#include <unistd.h>
 #include <cerrno>
 #include <cstring>
-#include <unistd.h>
 
 namespace deltamerge {
 
@@ -111,8 +111,7 @@ void Stream::hash_piece(i64 s) {
   u8* raw = const_cast<u8*>(raw_of(s));
   const u8* unhashed = raw + (r_.hashed[s] - begin);
   u64* digests = r_.digests + 2 * s * r_.room;
-  r_.hashed[s] =
-      loops_.hash(unhashed, r_.hashed[s], end, r_.first_pieces[s], accumulators_.get() + 8 * s, digests);
+  r_.hashed[s] = loops_.hash(unhashed, r_.hashed[s], end, r_.first_pieces[s], accumulators_.get() + 8 * s, digests);
   i64 rest = end - r_.hashed[s];
   std::memcpy(raw - rest, raw + piece_ * size - rest, std::size_t(rest));
 }

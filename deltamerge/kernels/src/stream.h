@@ -91,13 +91,13 @@ class Stream {
   i64 at_ = 0, piece_ = 0, number_ = 0, inside_ = 0, first_ = 0, n_ = 0;
 
   i64 raw_row_ = 0, places_row_ = 0, part_row_ = 0, marks_ = 0;
-  Array<u8> raw_;           // (sources, raw_row_)
-  Array<float> registers_;  // (registers, chunk)
-  Array<i64> places_;       // (lists, places_row_)
-  Array<i64> sizes_;        // of each list of places
-  Array<double> part_;      // (sums, part_row_) sums of runs of a block
-  Array<i64> left_;         // of each operation, how many equals may still be kept (-1: all)
-  Array<i64> header_;       // of each operation, where the list of a block begins
+  Array<u8> raw_;            // (sources, raw_row_)
+  Array<float> registers_;   // (registers, chunk)
+  Array<i64> places_;        // (lists, places_row_)
+  Array<i64> sizes_;         // of each list of places
+  Array<double> part_;       // (sums, part_row_) sums of runs of a block
+  Array<i64> left_;          // of each operation, how many equals may still be kept (-1: all)
+  Array<i64> header_;        // of each operation, where the list of a block begins
   Array<u64> accumulators_;  // (sources, 8)
   Array<u64> marks_of_;
   Array<i64> before_;

@@ -1,6 +1,8 @@
 // Stored numbers to float32 and back, and the elementwise steps that need no more.
 #pragma once
 
+#include "headers.h"
+
 namespace deltamerge {
 namespace {
 
@@ -36,8 +38,8 @@ struct Half {
 
 inline float wide(Half x) {
   u32 sign = u32(x.bits & 0x8000) << 16, rest = x.bits & 0x7FFF;
-  float small = as_float((rest << 13) + (u32(112) << 23));              // normal: exponent rebiased
-  float tiny = float(rest) * as_float(u32(103) << 23);                  // subnormal: times 2**-24
+  float small = as_float((rest << 13) + (u32(112) << 23));  // normal: exponent rebiased
+  float tiny = float(rest) * as_float(u32(103) << 23);      // subnormal: times 2**-24
   u32 bits = rest >= 0x7C00 ? (rest << 13) | 0x7F800000 : rest < 0x400 ? as_bits(tiny) : as_bits(small);
   if (rest > 0x7C00) bits |= 0x400000;  // quiet
   return as_float(bits | sign);

@@ -1,6 +1,8 @@
 // Vectors of 64-bit words, as wide as the processor level has them.
 #pragma once
 
+#include "headers.h"
+
 namespace deltamerge {
 namespace {
 

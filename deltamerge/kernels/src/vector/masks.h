@@ -1,6 +1,9 @@
 // Random masks: entries dropped by their words (dense), and positions drawn by gaps (sparse).
 #pragma once
 
+#include "floats.h"
+#include "philox.h"
+
 namespace deltamerge {
 namespace {
 

@@ -1,6 +1,8 @@
 // Weighted sums of models, votes on signs, variances: chunk by chunk, models one after the other.
 #pragma once
 
+#include "floats.h"
+
 namespace deltamerge {
 namespace {
 

@@ -1,6 +1,8 @@
 // Philox4x64-10 (Salmon et al., SC 2011) of counters (index, block, lane, 0), as in pruners/bits.py.
 #pragma once
 
+#include "lanes.h"
+
 namespace deltamerge {
 namespace {
 

@@ -2,6 +2,8 @@
 // memory of the tensor. Every position is asked for as soon as it is known, a block before its use.
 #pragma once
 
+#include "merge.h"
+
 namespace deltamerge {
 namespace {
 

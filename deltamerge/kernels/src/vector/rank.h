@@ -1,6 +1,9 @@
 // Entries of a row kept by their rank (DELLA, arXiv 2406.11617): a radix sort of each row by magnitude.
 #pragma once
 
+#include "masks.h"
+#include "select.h"
+
 namespace deltamerge {
 namespace {
 

@@ -1,6 +1,8 @@
 // The largest entries by magnitude: kept, counted and listed. Bits of float32 without the sign order as magnitudes do.
 #pragma once
 
+#include "floats.h"
+
 namespace deltamerge {
 namespace {
 

@@ -1,6 +1,8 @@
 // Long sums in float64, in the order of ops.halved: halves are added to halves, so that every device adds alike.
 #pragma once
 
+#include "select.h"
+
 namespace deltamerge {
 namespace {
 
