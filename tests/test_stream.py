@@ -52,11 +52,8 @@ RECIPES = {
     "passthrough": "merge_method: passthrough\nmodels: [{model: ./a, parameters: {scale: 0.3}}]\n",
 }
 for norm in ("l1", "l2", "linf"):
-    for name, prune in (
-        ("dare, sparse", "method: dare, density: 0.02"),
-        ("magnitude", "method: magnitude, density: 0.3"),
-    ):
-        text = f"base_model: ./base\nmodels: [{{model: ./a, prune: {{{prune}, rescale: {norm}}}}}]\n"
+    for name, prune in {"dare, sparse": "dare, density: 0.02", "magnitude": "magnitude, density: 0.3"}.items():
+        text = f"base_model: ./base\nmodels: [{{model: ./a, prune: {{method: {prune}, rescale: {norm}}}}}]\n"
         RECIPES[f"{name}, {norm}"] = text
 DTYPES = [
     (torch.bfloat16, torch.bfloat16, "bfloat16"),

@@ -1,7 +1,7 @@
 """Loads the compiled kernels (`_native`, C++ in src/), and says whether they are there and for which processor.
 
-DELTAMERGE_KERNELS chooses: `off` leaves everything to torch and numpy; `baseline`, `avx2` or `avx512` asks for the loops
-of such a processor. The bytes are the same.
+DELTAMERGE_KERNELS chooses: `off` leaves everything to torch and numpy; `baseline`, `avx2` or `avx512` asks for the
+loops of such a processor. The bytes are the same.
 """
 
 from __future__ import annotations
