@@ -27,6 +27,7 @@ from deltamerge.io.safetensors_file import read_header
 from deltamerge.ops import torch_dtype
 from deltamerge.pruners.bits import mask_key
 from deltamerge.pruners.select import Bin, Bracket, Cut
+from deltamerge.tensors import row_length
 
 pytestmark = needs_kernels
 
@@ -199,6 +200,37 @@ def sce(m: Models) -> Node:
     return m.node("deltamerge.merge.sce:sce", m.reads[0], m.delta(1), m.delta(2), m.small(weights))
 
 
+def columns_of(m: Models) -> int:
+    return max(1, row_length(m.shape))
+
+
+def rows_of(m: Models) -> int:
+    return -(-int(np.prod(m.shape)) // columns_of(m))
+
+
+def line(count: int, seed: int) -> np.ndarray[Any, Any]:
+    return np.random.default_rng(seed).random(count).astype(np.float32)
+
+
+def q_of_columns(m: Models) -> np.ndarray[Any, Any]:
+    """One of each column; of a vector, whose rows are of one entry, one of each row."""
+    return line(columns_of(m), 5)[None] if columns_of(m) > 1 else line(rows_of(m), 5)[:, None]
+
+
+def divided(of: Build, q: Callable[[Models], Any]) -> Build:
+    return lambda m: m.node("deltamerge.pruners.rescale:divide_rows", of(m), m.small(q(m)))
+
+
+def protected(which: str) -> Build:
+    def build(m: Models) -> Node:
+        columns = m.small(np.unique(np.random.default_rng(6).integers(0, columns_of(m), 5)))
+        pair = m.reads[1:3] if which == "restore" else []
+        return m.node(f"deltamerge.pruners.protect:{which}", m.delta(), *pair, columns)
+
+    return build
+
+
+ONE: dict[str, Any] = {"weights": (0.6,), "normalize": False, "lambda_": 1.0}
 TASK, TIES, DELLA = f"{ARITHMETIC}:task_arithmetic", "deltamerge.merge.ties:ties", "deltamerge.pruners.della:della"
 SUMMED: dict[str, Any] = {"weights": (0.6, -0.4), "normalize": False, "lambda_": 1.0}
 SCALED: dict[str, Any] = {"weights": (0.6, 0.7), "normalize": True, "lambda_": 0.3}
@@ -232,6 +264,19 @@ STEPS: Mapping[str, Build] = {
     "della": pruned(DELLA, key=KEY, density=0.5, epsilon=0.2),
     "della, not rescaled": pruned(DELLA, key=KEY, density=0.2, epsilon=0.1, weighted=False),
     "norm of della": norm(pruned(DELLA, key=KEY, density=0.5, epsilon=0.2), "l2"),
+    "rows": pruned(f"{SELECT}:keep_largest_rows", density=0.3),
+    "rows, nearly all": pruned(f"{SELECT}:keep_largest_rows", density=0.98),
+    "rows, scored": lambda m: m.node(
+        f"{SELECT}:keep_largest_rows_scored", m.delta(), m.small(line(columns_of(m), 3)), density=0.4
+    ),
+    "norm of rows": norm(pruned(f"{SELECT}:keep_largest_rows", density=0.3), "l1"),
+    "divided by row": divided(delta(1), lambda m: line(rows_of(m), 4)[:, None]),
+    "divided by column": divided(delta(1), q_of_columns),
+    "divided by one number": divided(delta(1), lambda m: 0.3),
+    "sparse, divided by row": merged(TASK, divided(dare(0.03), lambda m: line(rows_of(m), 4)[:, None]), **ONE),
+    "sparse, divided by column": merged(TASK, divided(dare(0.03), q_of_columns), **ONE),
+    "cleared": protected("clear"),
+    "restored": protected("restore"),
     "high counts": select("high_histogram", kind="sum"),
     "low counts": select("low_histogram", Bin(0x3B80, 1), kind="sum"),
     "nonzero": select("count_nonzero", kind="sum"),

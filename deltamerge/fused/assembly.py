@@ -46,9 +46,14 @@ class Form:
         return tuple(sorted({self.columns, min(self.block, self.elements), last} - {0}))
 
     @property
+    def row(self) -> int:
+        """The length of an output row."""
+        return max(1, row_length(self.shape))
+
+    @property
     def pieces_are_rows(self) -> bool:
         """Whether what is read at once is made of whole rows."""
-        return self.row_lengths == (self.columns,) and (self.block <= codes.PIECE or self.columns == self.block)
+        return self.row <= self.block and (self.block <= codes.PIECE or self.row == self.block)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +87,8 @@ class Assembly:
     count: int = 0
     tables: list[tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]] = field(default_factory=list)
     ranks: list[NDArray[np.int64]] = field(default_factory=list)
-    limits: list[tuple[NDArray[np.uint32], NDArray[np.float32]]] = field(default_factory=list)
+    limits: list[NDArray[np.uint32]] = field(default_factory=list)
+    ratios: list[NDArray[np.float32]] = field(default_factory=list)
     counters: dict[int, tuple[int, int]] = field(default_factory=dict)
     summed: int = 0
     sums: dict[int, tuple[int, int]] = field(default_factory=dict)
@@ -108,6 +114,11 @@ class Assembly:
         """A list of places."""
         self.lists += 1
         return self.lists - 1
+
+    def table(self, numbers: NDArray[np.float32]) -> int:
+        """Where a table of numbers begins among all."""
+        self.ratios.append(numbers)
+        return sum(map(len, self.ratios[:-1]))
 
     def list_of(self, node: Node) -> int:
         """A list for what a reduction finds."""

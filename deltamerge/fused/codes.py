@@ -31,9 +31,14 @@ PATCH = 16  # the output = source a, but register b at places c; register to is 
 LIST = 17  # row c of listed: per block what a has from b to d, after how many are above and inside
 SAMPLE = 18  # row c of listed: the magnitudes of a in a run of b entries of each block
 SCATTER = 19  # to = a at places b, else 0; b = -1: no places
-RANK = 20  # to = a kept by rank in rows of b (0: a block is a row), c: divided; lists: (length, its table) of rows
+RANK = 20  # to = a kept by rank in rows of b (0: a block is a row), c: divided; lists: (length, limits, ratios) of rows
 VARIANCE = 21  # to = the variance of the models
 ELECT = 22  # to = base a + the weighted mean of the models that have the elected sign
 CLEAR = 23  # to = a where b is 0 bits, else 0
 NONZERO = 24  # count at d: of a's entries that are not 0
+ROWS = 26  # to = a where b is among the c largest of its row of d
+SPREAD = (
+    27  # to = a by a table at c, rows of b; d: ÷ that of its row (0) or column (1), its magnitude × that (2); lists
+)
+COLUMNS = 28  # to = a, but in the columns of lists b (-1: 0); rows of c
 NORM = 25  # row c of sums: per block the largest magnitude (b = 0) or the sum of them (1)

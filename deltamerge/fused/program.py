@@ -93,8 +93,8 @@ class Program:
         self.models, self.lists = np.array(models, np.int64), np.array(lists, np.int64)
         self.tables, self.guides, self.bounds = _joined(assembly.tables)
         self.ranks = np.concatenate([np.empty(0, np.int64), *assembly.ranks])
-        self.limits = np.concatenate([np.empty(0, np.uint32), *(x for x, _ in assembly.limits)])
-        self.ratios = np.concatenate([np.empty(0, np.float32), *(x for _, x in assembly.limits)])
+        self.limits = np.concatenate([np.empty(0, np.uint32), *assembly.limits])
+        self.ratios = np.concatenate([np.empty(0, np.float32), *assembly.ratios])
 
     def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
         """`backends.Pass.run`; `start` lies on a block of the tensor."""

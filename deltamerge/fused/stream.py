@@ -20,7 +20,7 @@ from deltamerge.merge.span import pairs
 from deltamerge.pruners.bits import SPARSE_BLOCK, Key, guided, is_sparse, threshold
 from deltamerge.pruners.della import probabilities
 from deltamerge.pruners.select import HIGH, LOW, sampled_run
-from deltamerge.tensors import RUN
+from deltamerge.tensors import LONGEST_ROW, RUN, row_length
 
 STORED = codes.DTYPES.keys()
 
@@ -122,11 +122,61 @@ def _limits(columns: int, density: float, epsilon: float) -> tuple[NDArray[np.ui
 def _della(assembly: Assembly, node: Node, key: Key, density: float, epsilon: float, weighted: bool = True) -> None:
     form, lengths = assembly.form, list[int]()
     for length in form.row_lengths:
-        lengths += [length, sum(len(x) for _, x in assembly.limits)]
-        assembly.limits.append(_limits(length, density, epsilon))
-    delta, count = assembly.register(node.inputs[0]), len(lengths) // 2
+        limits, ratios = _limits(length, density, epsilon)
+        lengths += [length, sum(map(len, assembly.limits)), assembly.table(ratios)]
+        assembly.limits.append(limits)
+    delta, count = assembly.register(node.inputs[0]), len(lengths) // 3
     fields = (delta, form.columns, int(weighted))
     assembly.add(codes.RANK, assembly.made(node), *fields, key=key, lists=tuple(lengths), count=count)
+
+
+def _spread(assembly: Assembly, to: int, source: int, table: NDArray[Any], how: int, lists: tuple[int, ...]) -> None:
+    row = assembly.form.row
+    assert table.size == (row if how else -(-assembly.form.elements // row))
+    at = assembly.table(table.astype(np.float32).reshape(-1))
+    assembly.add(codes.SPREAD, to, source, row, at, how, lists=lists, count=len(lists))
+
+
+def _divide_rows(assembly: Assembly, node: Node) -> None:
+    delta, divisor = node.inputs
+    q, sparse = assembly.values[id(divisor)], assembly.kept.get(id(delta))
+    if isinstance(q, float):
+        _divide(assembly, node)
+    elif sparse is not None:
+        kept = assembly.kept[id(node)] = Kept(assembly.new(), sparse.places)
+        _spread(assembly, kept.register, sparse.register, q, int(q.shape[-1] != 1), (sparse.places,))
+    else:
+        source = assembly.register(delta)
+        _spread(assembly, assembly.made(node), source, q, int(q.shape[-1] != 1), ())
+
+
+def _keep_largest_rows(assembly: Assembly, node: Node, density: float) -> None:
+    delta, row = assembly.register(node.inputs[0]), assembly.form.row
+    score, k = delta, round(density * row)
+    if len(node.inputs) > 1:
+        score = assembly.new()
+        _spread(assembly, score, delta, assembly.values[id(node.inputs[1])], 2, ())
+    assembly.add(codes.ROWS, assembly.made(node), delta, score, k, row)
+    if score != delta:
+        assembly.free.append(score)
+
+
+def _replace_columns(assembly: Assembly, node: Node, columns: Node, others: int) -> None:
+    delta, numbers = assembly.register(node.inputs[0]), tuple(assembly.values[id(columns)].tolist())
+    fields = (delta, others, assembly.form.row)
+    assembly.add(codes.COLUMNS, assembly.made(node), *fields, lists=numbers, count=len(numbers))
+
+
+def _clear(assembly: Assembly, node: Node) -> None:
+    _replace_columns(assembly, node, node.inputs[1], -1)
+
+
+def _restore(assembly: Assembly, node: Node) -> None:
+    _, tune, base, columns = node.inputs
+    whole = assembly.new()
+    assembly.add(codes.SUBTRACT, whole, assembly.operand(tune), assembly.operand(base))
+    _replace_columns(assembly, node, columns, whole)
+    assembly.free.append(whole)
 
 
 def _weighted(
@@ -265,6 +315,9 @@ COMBINE = "deltamerge.merge.span:combine"
 GRAM, NORM = "deltamerge.merge.span:gram", "deltamerge.pruners.rescale:norm"
 SUMS = {GRAM, NORM}
 DIVIDE = "deltamerge.pruners.rescale:divide"
+DIVIDE_ROWS = "deltamerge.pruners.rescale:divide_rows"
+CLEAR, RESTORE = "deltamerge.pruners.protect:clear", "deltamerge.pruners.protect:restore"
+BY_ROW = {"deltamerge.pruners.select:keep_largest_rows", "deltamerge.pruners.select:keep_largest_rows_scored"}
 DARE = "deltamerge.pruners.masks:dare"
 DELLA = "deltamerge.pruners.della:della"
 SAMPLE = "deltamerge.pruners.select:sample"
@@ -275,6 +328,10 @@ ASSEMBLERS: dict[str, Callable[..., None]] = {
     DARE: _dare,
     DELLA: _della,
     DIVIDE: _divide,
+    DIVIDE_ROWS: _divide_rows,
+    CLEAR: _clear,
+    RESTORE: _restore,
+    **dict.fromkeys(BY_ROW, _keep_largest_rows),
     NORM: _norm,
     "deltamerge.pruners.select:high_histogram": _high,
     "deltamerge.pruners.select:high_counts": _high,
@@ -316,6 +373,10 @@ def _is_known(node: Node, root: Node) -> bool:
         return node is root and node.parameter("to") == root.dtype
     if node.function == COMBINE:
         return bool(node.parameter("along") == "tensor")
+    if node.function in (CLEAR, RESTORE):  # of a sparse delta a sparse one
+        return not _is_sparse(node.inputs[0])
+    if node.function in BY_ROW:
+        return row_length(node.shape) <= LONGEST_ROW
     return node.function in ASSEMBLERS
 
 
@@ -353,19 +414,20 @@ def _patches(merge: Node) -> bool:
 
 
 def _is_sparse(node: Node) -> bool:
-    if node.function == DIVIDE:
+    if node.function in (DIVIDE, DIVIDE_ROWS, CLEAR, RESTORE):
         return _is_sparse(node.inputs[0])
     return node.function == DARE and is_sparse(node.parameter("density"))
 
 
 def _cut(assembly: Assembly, functions: set[str], drawn: bool, reductions: set[str]) -> None:
     """Choose what a register holds: a run, whole rows, a block, or what a stream of gaps is for."""
-    form, ranked = assembly.form, DELLA in functions
+    form, ranked = assembly.form, functions & {DELLA, *BY_ROW}
+    whole = functions & SUMS or (DELLA in functions and not form.columns) or not form.pieces_are_rows
     if assembly.gathers:
         assembly.chunk, assembly.aligned = SPARSE_BLOCK, True
-    elif ranked and form.pieces_are_rows and not drawn and not functions & SUMS:
-        assembly.chunk = form.columns * max(1, RUN // form.columns)
-    elif ranked or drawn:
+    elif drawn or (ranked and whole):
         assembly.chunk = form.block
+    elif ranked:
+        assembly.chunk = form.row * max(1, RUN // form.row)
     if reductions == {SAMPLE} and not ranked and not drawn:
         assembly.sampled = sampled_run(form.shape)

@@ -131,6 +131,13 @@ struct Loops {
   // bound of r. `scratch` has room for 3 * columns + 32 words.
   void (*keep_by_rank)(const float* x, i64 start, i64 columns, Key key, Ranks ranks, u64* scratch, float* out, i64 n);
 
+  // Rows of `columns`: the values whose scores are among the k largest magnitudes of their row, equals from the left.
+  void (*keep_largest_of_rows)(const float* values, const float* scores, i64 columns, i64 k, u64* scratch, float* out,
+                               i64 n);
+  // x / divisors, and |x| * norms, entry by entry.
+  void (*divide_each)(const float* x, const float* divisors, float* out, i64 n);
+  void (*score)(const float* x, const float* norms, float* out, i64 n);
+
   // Sum of x y (or of |x|, y null) of at most kRun entries in float64 by halving; `padded`: to a whole run.
   double (*dot)(const float* x, const float* y, i64 n, bool padded);
   double (*sum_abs)(const float* x, i64 n);

@@ -89,6 +89,15 @@ void Stream::operate(i64 k) {
     case kRank:
       rank(op);
       break;
+    case kRows:
+      keep_rows(op);
+      break;
+    case kSpread:
+      spread(op);
+      break;
+    case kColumns:
+      replace_columns(op);
+      break;
     case kClear:
       loops_.clear_where(bits_of(op.a), bits_of(op.b), bits_of(op.to), n_);
       break;
@@ -246,12 +255,62 @@ void Stream::rank(const Operation& op) {
   i64 rest = job_.elements - number_ * job_.block, size = rest < job_.block ? rest : job_.block;
   i64 columns = op.b > 0 && op.b <= size && size % op.b == 0 ? op.b : size;
   for (i64 j = 0; j < op.models; ++j) {
-    if (p_.lists[op.first + 2 * j] != columns) continue;
-    i64 table = p_.lists[op.first + 2 * j + 1];
-    const u32* upper = p_.limits + 2 * table;
-    Ranks ranks = {upper, upper + columns, op.c != 0 ? p_.ratios + table : nullptr};
+    const i64* row = p_.lists + op.first + 3 * j;  // its length, where its limits and its ratios begin
+    if (row[0] != columns) continue;
+    const u32* upper = p_.limits + row[1];
+    Ranks ranks = {upper, upper + columns, op.c != 0 ? p_.ratios + row[2] : nullptr};
     loops_.keep_by_rank(register_of(op.a), at_ + first_, columns, op.key, ranks, scratch_.get(), register_of(op.to),
                         n_);
+  }
+}
+
+void Stream::keep_rows(const Operation& op) {
+  const float *values = register_of(op.a), *scores = register_of(op.b);
+  loops_.keep_largest_of_rows(values, scores, op.d, op.c, scratch_.get(), register_of(op.to), n_);
+}
+
+// Row by row, of which the chunk may begin and end inside one.
+void Stream::spread(const Operation& op) {
+  if (op.models > 0) {
+    spread_places(op);
+    return;
+  }
+  const float *x = register_of(op.a), *table = p_.ratios + op.c;
+  float* out = register_of(op.to);
+  for (i64 i = 0; i < n_;) {
+    i64 flat = at_ + first_ + i, column = flat % op.b;
+    i64 count = op.b - column < n_ - i ? op.b - column : n_ - i;
+    if (op.d == 0) {
+      loops_.divide(x + i, table[flat / op.b], out + i, count);
+    } else if (op.d == 1) {
+      loops_.divide_each(x + i, table + column, out + i, count);
+    } else {
+      loops_.score(x + i, table + column, out + i, count);
+    }
+    i += count;
+  }
+}
+
+void Stream::spread_places(const Operation& op) {
+  const i64 list = p_.lists[op.first], *places = places_of(list);
+  const float *x = register_of(op.a), *table = p_.ratios + op.c;
+  float* out = register_of(op.to);
+  for (i64 i = 0; i < sizes_[list]; ++i) {
+    i64 flat = at_ + first_ + places[i];
+    out[i] = x[i] / table[op.d == 0 ? flat / op.b : flat % op.b];
+  }
+}
+
+void Stream::replace_columns(const Operation& op) {
+  const float* others = op.b < 0 ? nullptr : register_of(op.b);
+  float* out = register_of(op.to);
+  std::memcpy(out, register_of(op.a), std::size_t(4 * n_));
+  const i64 start = at_ + first_;
+  for (i64 row = start / op.c; row * op.c < start + n_; ++row) {
+    for (i64 j = 0; j < op.models; ++j) {
+      i64 at = row * op.c + p_.lists[op.first + j] - start;
+      if (at >= 0 && at < n_) out[at] = others == nullptr ? 0.0f : others[at];
+    }
   }
 }
 

@@ -31,13 +31,19 @@ enum Code : i64 {
   kList = 17,      // row c of listed: per block what a has from b to d, after how many are above and inside
   kSample = 18,    // row c of listed: the magnitudes of a
   kScatter = 19,   // to = a at places b, else 0
-  kRank =
-      20,  // to = a kept by rank in rows of b (0: of a block); lists: (length, place of its table) of rows; c: ratios
+  kRank = 20,  // to = a kept by rank in rows of b (0: of a block); lists: (length, limits, ratios) of rows; c: ratios
   kVariance = 21,  // to = variance of the models
   kElect = 22,     // to = base a + mean of the models that have the elected sign
   kClear = 23,     // to = a where b is 0 bits, else 0
   kNonzero = 24,   // counts at d: of a's entries that are not 0
   kNorm = 25,      // row c of sums: per block the largest (b = 0), the sum of |a| (1)
+  // to = a where register b is among the c largest of its row of d
+  kRows = 26,
+  // to = a by a table at c of ratios, rows of b; d: a / of its row (0), a / of its column (1), |a| * of its column (2);
+  // lists: the places of a, if it has some
+  kSpread = 27,
+  // to = a, but in the columns of lists register b (-1: 0); rows of c
+  kColumns = 28,
 };
 
 // Operands from this number on are bfloat16 as read from a source: operand - kDirect is which.

@@ -105,6 +105,14 @@ void divide(const float* x, float divisor, float* out, i64 n) {
   for (i64 i = 0; i < n; ++i) out[i] = x[i] / divisor;
 }
 
+void divide_each(const float* x, const float* divisors, float* out, i64 n) {
+  for (i64 i = 0; i < n; ++i) out[i] = x[i] / divisors[i];
+}
+
+void score(const float* x, const float* norms, float* out, i64 n) {
+  for (i64 i = 0; i < n; ++i) out[i] = std::fabs(x[i]) * norms[i];
+}
+
 // Calls `body` with stored elements of a dtype: u16 (bfloat16), Half or float.
 template <class Body>
 void stored(const void* x, i64 dtype, Body body) {

@@ -52,7 +52,9 @@ u32 differing(const float* row, i64 n) {
   return found & kMagnitude;
 }
 
-// The rank of each entry by magnitude, equals from the left. `here` and `other` have room for n keys.
+// The rank of each entry by magnitude (from the largest on if it descends), equals from the left. `here` and `other`
+// have room for n keys.
+template <bool kDescends>
 void rank_row(const float* row, i64 n, u64* here, u64* other, u32* ranks) {
   const u32 bits = differing(row, n);
   if (bits == 0) {
@@ -62,7 +64,8 @@ void rank_row(const float* row, i64 n, u64* here, u64* other, u32* ranks) {
   const int low = __builtin_ctz(bits), width = 32 - __builtin_clz(bits) - low;
   const int longest = n < kLongRow ? kShortDigit : kLongDigit, passes = (width + longest - 1) / longest;
   const int digit_bits = (width + passes - 1) / passes;
-  for (i64 i = 0; i < n; ++i) here[i] = u64((as_bits(row[i]) & kMagnitude) >> low) << 32 | u64(i);
+  for (i64 i = 0; i < n; ++i)
+    here[i] = u64(((kDescends ? ~as_bits(row[i]) : as_bits(row[i])) & kMagnitude) >> low) << 32 | u64(i);
   Digit digit;
   digit.mask = (u32(1) << digit_bits) - 1;
   for (int pass = 0; pass < passes; ++pass) {
@@ -102,7 +105,7 @@ void keep_by_rank(const float* x, i64 start, i64 columns, Key key, Ranks of, u64
     const i64 position = start + first;
     const float* row = x + first;
     const u16* halves = reinterpret_cast<u16*>(words) + draw_halves(key, position, columns, Bound{0, 0}, words);
-    rank_row(row, columns, here, other, ranks);
+    rank_row<false>(row, columns, here, other, ranks);
     bool tied = of.ratios != nullptr ? keep_ranked<true>(row, halves, ranks, of, out + first, columns)
                                      : keep_ranked<false>(row, halves, ranks, of, out + first, columns);
     for (i64 i = 0; tied && i < columns; ++i) {
@@ -110,6 +113,16 @@ void keep_by_rank(const float* x, i64 start, i64 columns, Key key, Ranks of, u64
       if (halves[i] != of.upper[rank] || low_half(position + i, key) >= of.lower[rank]) continue;
       out[first + i] = of.ratios != nullptr ? row[i] / of.ratios[rank] : row[i];
     }
+  }
+}
+
+void keep_largest_of_rows(const float* values, const float* scores, i64 columns, i64 k, u64* scratch, float* out,
+                          i64 n) {
+  u64 *here = scratch, *other = here + columns;
+  u32* ranks = reinterpret_cast<u32*>(other + columns);
+  for (i64 first = 0; first < n; first += columns) {
+    rank_row<true>(scores + first, columns, here, other, ranks);
+    for (i64 i = 0; i < columns; ++i) out[first + i] = ranks[i] < k ? values[first + i] : 0.0f;
   }
 }
 
