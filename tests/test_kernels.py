@@ -250,6 +250,9 @@ STEPS: Mapping[str, Build] = {
     "task_arithmetic, sparse": merged(TASK, dare(0.01, 0.01), dare(0.04, None, 2), **SUMMED),
     "task_arithmetic, two regimes": merged(TASK, dare(0.01, 0.01), dare(0.4, 0.4, 2), **SUMMED),
     "task_arithmetic, sparse and whole": merged(TASK, dare(1e-3, 0.01), delta(2), **SCALED),
+    "task_arithmetic, sparse, on zeros": lambda m: m.node(
+        TASK, m.node("deltamerge.ops:zeros", m.reads[0]), dare(0.01, 0.01)(m), dare(0.04, None, 2)(m), **SUMMED
+    ),
     "ties": merged(TIES, delta(1), delta(2), **SUMMED),
     "ties, normalized": merged(TIES, delta(1), delta(2), **SCALED),
     "ties, sparse": merged(TIES, dare(0.05, 0.05), dare(0.05, 0.05, 2), **SCALED),

@@ -137,8 +137,6 @@ def test_the_lock_of_a_run_has_the_hashes_of_its_inputs(
             total += len(data) // PIECE_BYTES
             assert file == {"hash": reference(data), "size": len(data)}
     others = {
-        ("rows", torch.bfloat16),
-        ("rows", torch.float32),
         ("passthrough", torch.bfloat16),
     }
     streamed = fused and (method, dtype) not in others
