@@ -232,6 +232,15 @@ def protected(which: str) -> Build:
 
 ONE: dict[str, Any] = {"weights": (0.6,), "normalize": False, "lambda_": 1.0}
 TASK, TIES, DELLA = f"{ARITHMETIC}:task_arithmetic", "deltamerge.merge.ties:ties", "deltamerge.pruners.della:della"
+
+
+def on_zeros(m: Models) -> Node:
+    """What a delta artifact stores of sparse deltas."""
+    parts = dare(0.01, 0.01)(m), dare(0.04, None, 2)(m)
+    value = m.node(TASK, m.node("deltamerge.ops:zeros", m.reads[0]), *parts, **SUMMED)
+    return m.node("deltamerge.ops:cast", value, to="F32")
+
+
 SUMMED: dict[str, Any] = {"weights": (0.6, -0.4), "normalize": False, "lambda_": 1.0}
 SCALED: dict[str, Any] = {"weights": (0.6, 0.7), "normalize": True, "lambda_": 0.3}
 EQUALS = Cut(int(np.float32(2**-8).view(np.uint32)), 0, 0)
@@ -250,9 +259,7 @@ STEPS: Mapping[str, Build] = {
     "task_arithmetic, sparse": merged(TASK, dare(0.01, 0.01), dare(0.04, None, 2), **SUMMED),
     "task_arithmetic, two regimes": merged(TASK, dare(0.01, 0.01), dare(0.4, 0.4, 2), **SUMMED),
     "task_arithmetic, sparse and whole": merged(TASK, dare(1e-3, 0.01), delta(2), **SCALED),
-    "task_arithmetic, sparse, on zeros": lambda m: m.node(
-        TASK, m.node("deltamerge.ops:zeros", m.reads[0]), dare(0.01, 0.01)(m), dare(0.04, None, 2)(m), **SUMMED
-    ),
+    "task_arithmetic, sparse, on zeros": on_zeros,
     "ties": merged(TIES, delta(1), delta(2), **SUMMED),
     "ties, normalized": merged(TIES, delta(1), delta(2), **SCALED),
     "ties, sparse": merged(TIES, dare(0.05, 0.05), dare(0.05, 0.05, 2), **SCALED),
