@@ -29,7 +29,7 @@ i64 draw_halves(Key key, i64 start, i64 count, Bound bound, u64* words) {
 template <bool kDivides, class T, class B>
 void drop_some(const T* tune, const B* base, const u16* halves, u16 high, float q, float* out, i64 n) {
   for (i64 i = 0; i < n; ++i) {
-    float delta = wide(tune[i]) - wide(base[i]);
+    float delta = difference(tune[i], base[i]);
     if (kDivides) delta /= q;
     out[i] = halves[i] < high ? delta : 0.0f;
   }
