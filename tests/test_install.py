@@ -86,3 +86,12 @@ def test_the_switch_leaves_everything_to_torch(work: Path) -> None:
         assert kernels.WITHOUT not in said or not kernels.available()
     assert merged(work, "compiled") == merged(work, "torch")
     assert f"kernels off ({kernels.SWITCH})" in deltamerge(sys.executable, work, "--version", switch="off")[0]
+
+
+@pytest.mark.slow
+def test_the_core_of_the_suite_passes_without_kernels() -> None:
+    names = ("run", "methods", "execute", "artifact", "delta", "encodings", "adapter", "pieces")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *(f"tests/test_{n}.py" for n in names)]
+    environment = {**os.environ, kernels.SWITCH: kernels.OFF}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-2000:]
