@@ -217,6 +217,10 @@ def q_of_columns(m: Models) -> np.ndarray[Any, Any]:
     return line(columns_of(m), 5)[None] if columns_of(m) > 1 else line(rows_of(m), 5)[:, None]
 
 
+def structured(a: float, b: float) -> Build:
+    return lambda m: m.node("deltamerge.pruners.masks:structured", m.reads[1], m.reads[0], key=KEY, a=a, b=b)
+
+
 def divided(of: Build, q: Callable[[Models], Any]) -> Build:
     return lambda m: m.node("deltamerge.pruners.rescale:divide_rows", of(m), m.small(q(m)))
 
@@ -274,6 +278,7 @@ STEPS: Mapping[str, Build] = {
     "della": pruned(DELLA, key=KEY, density=0.5, epsilon=0.2),
     "della, not rescaled": pruned(DELLA, key=KEY, density=0.2, epsilon=0.1, weighted=False),
     "norm of della": norm(pruned(DELLA, key=KEY, density=0.5, epsilon=0.2), "l2"),
+    **{f"structured {a:g} {b:g}": structured(a, b) for a, b in ((0.5, 0.5), (0.1, 1.0), (1.0, 0.3), (0.8, 0.0803))},
     "rows": pruned(f"{SELECT}:keep_largest_rows", density=0.3),
     "rows, nearly all": pruned(f"{SELECT}:keep_largest_rows", density=0.98),
     "rows, scored": lambda m: m.node(

@@ -40,5 +40,6 @@ ROWS = 26  # to = a where b is among the c largest of its row of d
 SPREAD = (
     27  # to = a by a table at c, rows of b; d: ÷ that of its row (0) or column (1), its magnitude × that (2); lists
 )
+STRUCTURED = 29  # to = a in the columns of lists (after a row's length) where the word is below c · 2**16 + d, else 0
 COLUMNS = 28  # to = a, but in the columns of lists b (-1: 0); rows of c
 NORM = 25  # row c of sums: per block the largest magnitude (b = 0) or the sum of them (1)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from deltamerge.fused import codes
 from deltamerge.fused.assembly import Assembly, Kept
 from deltamerge.graph import Node
-from deltamerge.pruners.bits import Key, guided, is_sparse
+from deltamerge.pruners.bits import Key, choose_columns, guided, is_sparse
 from deltamerge.pruners.bits import threshold as bound
 from deltamerge.pruners.della import probabilities
 
@@ -39,6 +39,19 @@ def dare(assembly: Assembly, node: Node, key: Key, density: float) -> None:
         return
     tune, base = map(assembly.operand, node.inputs)
     assembly.add(codes.DROP, assembly.made(node), tune, base, high, low, key=key)
+
+
+def structured(assembly: Assembly, node: Node, key: Key, a: float, b: float) -> None:
+    row = assembly.form.row
+    if len(node.shape) != 2:
+        dare(assembly, node, key, a * b)
+        return
+    columns = choose_columns(key, row, max(1, round(a * row)))
+    whole, listed = assembly.new(), (row, *columns.tolist())
+    assembly.add(codes.SUBTRACT, whole, *map(assembly.operand, node.inputs))
+    fields = (whole, -1, *divmod(bound(b), 1 << 16))
+    assembly.add(codes.STRUCTURED, assembly.made(node), *fields, key=key, lists=listed, count=len(listed))
+    assembly.free.append(whole)
 
 
 def _differ_at(assembly: Assembly, node: Node, kept: Kept) -> None:

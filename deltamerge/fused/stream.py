@@ -44,6 +44,7 @@ SUMS = {GRAM, NORM}
 DIVIDE = "deltamerge.pruners.rescale:divide"
 DIVIDE_ROWS = "deltamerge.pruners.rescale:divide_rows"
 CLEAR, RESTORE = "deltamerge.pruners.protect:clear", "deltamerge.pruners.protect:restore"
+STRUCTURED = "deltamerge.pruners.masks:structured"
 BY_ROW = {"deltamerge.pruners.select:keep_largest_rows", "deltamerge.pruners.select:keep_largest_rows_scored"}
 DARE = "deltamerge.pruners.masks:dare"
 DELLA = "deltamerge.pruners.della:della"
@@ -54,6 +55,7 @@ ASSEMBLERS: dict[str, Callable[..., None]] = {
     CAST: _cast,
     DARE: pruning.dare,
     DELLA: pruning.della,
+    STRUCTURED: pruning.structured,
     DIVIDE: pruning.divide,
     DIVIDE_ROWS: pruning.divide_rows,
     CLEAR: pruning.clear,
@@ -102,6 +104,8 @@ def _is_known(node: Node, root: Node) -> bool:
         return bool(node.parameter("along") == "tensor")
     if node.function in (CLEAR, RESTORE):  # of a sparse delta a sparse one
         return not _is_sparse(node.inputs[0])
+    if node.function == STRUCTURED:
+        return len(node.shape) != 2 or not _is_sparse(node)
     if node.function in BY_ROW:
         return row_length(node.shape) <= LONGEST_ROW
     return node.function in ASSEMBLERS
@@ -143,6 +147,8 @@ def _patches(merge: Node) -> bool:
 def _is_sparse(node: Node) -> bool:
     if node.function in (DIVIDE, DIVIDE_ROWS, CLEAR, RESTORE):
         return _is_sparse(node.inputs[0])
+    if node.function == STRUCTURED:
+        return is_sparse(node.parameter("a") * node.parameter("b"))
     return node.function == DARE and is_sparse(node.parameter("density"))
 
 

@@ -105,6 +105,9 @@ struct Loops {
   // (tune - base) / q where the word of position start + i is below the bound, else 0; a q of 1 does not divide.
   void (*drop)(Operand tune, Operand base, Key key, i64 start, Bound bound, float q, float* out, i64 n);
 
+  // kept[i] = whether the word of position start + i is below high * 2**16 + low; high may be 2**16.
+  void (*keep_mask)(Key key, i64 start, u32 high, u16 low, u8* kept, i64 n);
+
   // out = base + scale * (sum of weight * model) / divisor; a null base adds nothing.
   void (*add)(Operand base, Models models, float divisor, float scale, float* out, i64 n);
   // The same of the entries that agree on the sign of their sum, divided by the sum of their weights if `normalize`.

@@ -1,4 +1,5 @@
 // What each operation does to a chunk: registers in, registers, counts, sums or the output out.
+#include <algorithm>
 #include <cstring>
 
 #include "stream.h"
@@ -94,6 +95,9 @@ void Stream::operate(i64 k) {
       break;
     case kSpread:
       spread(op);
+      break;
+    case kStructured:
+      keep_columns(op);
       break;
     case kColumns:
       replace_columns(op);
@@ -310,6 +314,30 @@ void Stream::replace_columns(const Operation& op) {
     for (i64 j = 0; j < op.models; ++j) {
       i64 at = row * op.c + p_.lists[op.first + j] - start;
       if (at >= 0 && at < n_) out[at] = others == nullptr ? 0.0f : others[at];
+    }
+  }
+}
+
+void Stream::keep_columns(const Operation& op) {
+  const i64 row = p_.lists[op.first], count = op.models - 1, start = at_ + first_;
+  const i64* columns = p_.lists + op.first + 1;
+  // how many entries of chosen columns come before a place
+  auto before = [=](i64 place) {
+    return place / row * count + (std::lower_bound(columns, columns + count, place % row) - columns);
+  };
+  const i64 first = before(start), chosen = before(start + n_) - first;
+  u8* kept = reinterpret_cast<u8*>(scratch_.get());
+  loops_.keep_mask(op.key, first, u32(op.c), u16(op.d), kept, chosen);
+  const float* x = register_of(op.a);
+  float* out = register_of(op.to);
+  std::memset(out, 0, std::size_t(4 * n_));
+  i64 column = first % count, begin = first / count * row - start;
+  for (i64 i = 0; i < chosen; ++i) {
+    i64 at = begin + columns[column];
+    if (kept[i] != 0) out[at] = x[at];
+    if (++column == count) {
+      column = 0;
+      begin += row;
     }
   }
 }

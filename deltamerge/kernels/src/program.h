@@ -44,6 +44,9 @@ enum Code : i64 {
   kSpread = 27,
   // to = a, but in the columns of lists register b (-1: 0); rows of c
   kColumns = 28,
+  // to = a in the chosen columns (lists, after the length of a row) where the word of the index among them is below
+  // c * 2**16 + d, else 0
+  kStructured = 29,
 };
 
 // Operands from this number on are bfloat16 as read from a source: operand - kDirect is which.

@@ -34,7 +34,10 @@ bool Stream::allocate() {
                values_.allocate(most) && rows_.allocate(most) && lengths_.allocate(most);
   if (there && job_.lists > 0) there = marks_of_.allocate(marks_) && before_.allocate(marks_);
   bool ranked = false;
-  for (i64 k = 0; k < p_.count; ++k) ranked |= p_.operations[k].code == kRank || p_.operations[k].code == kRows;
+  for (i64 k = 0; k < p_.count; ++k) {
+    i64 code = p_.operations[k].code;
+    ranked |= code == kRank || code == kRows || code == kStructured;
+  }
   if (there && ranked) there = scratch_.allocate(3 * job_.chunk + 64);
   return there;
 }

@@ -71,6 +71,7 @@ class Stream {
   void spread(const Operation& op);
   void spread_places(const Operation& op);
   void replace_columns(const Operation& op);
+  void keep_columns(const Operation& op);
   void finish_sum(i64 row, bool largest);
 
   float* register_of(i64 number) const { return registers_.get() + number * job_.chunk; }

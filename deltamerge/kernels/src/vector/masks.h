@@ -52,6 +52,16 @@ void drop(Operand tune, Operand base, Key key, i64 start, Bound bound, float q, 
   }
 }
 
+void keep_mask(Key key, i64 start, u32 high, u16 low, u8* kept, i64 n) {
+  alignas(64) u64 words[kMasked / 4 + 8];
+  for (i64 done = 0; done < n; done += kMasked - 16) {
+    i64 count = n - done < kMasked - 16 ? n - done : kMasked - 16;
+    const u16* halves =
+        reinterpret_cast<u16*>(words) + draw_halves(key, start + done, count, Bound{u16(high), low}, words);
+    for (i64 i = 0; i < count; ++i) kept[done + i] = halves[i] < high;
+  }
+}
+
 i64 draw(Gaps gaps, Key key, i64 start, i64 stop, i64* out) {
   i64 count = 0;
   for (i64 block = start / kSparseBlock; block * kSparseBlock < stop; ++block) {

@@ -20,6 +20,7 @@ const Loops DELTAMERGE_TABLE = {
     subtract,
     divide,
     drop,
+    keep_mask,
     add,
     agree,
     elect,
