@@ -14,7 +14,7 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from deltamerge import __version__
+from deltamerge import __version__, kernels
 from deltamerge.cli import deltas, inspect, mergekit_flags, push, recipes, run, streams
 from deltamerge.cli.output import complain, tell
 from deltamerge.errors import DeltamergeError, InputError
@@ -22,7 +22,7 @@ from deltamerge.errors.shown import shown
 
 # what writing to stdout may end with
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
-VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "numba", "peft")
+VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "peft")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -110,6 +110,7 @@ def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
             click.echo(f"{package} {version(package)}")
         except PackageNotFoundError:
             click.echo(f"{package} not installed")
+    click.echo(f"kernels {kernels.described()}")
     context.exit()
 
 

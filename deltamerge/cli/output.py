@@ -69,10 +69,6 @@ class Progress:
         self.total = self.done = 0
         self.last = 0.0
         self.lock = threading.Lock()
-        if shown:
-            from deltamerge.cli import progress_notes
-
-            progress_notes.show()
 
     @property
     def seconds(self) -> float:
@@ -102,9 +98,6 @@ class Progress:
 
     def stop(self) -> None:
         if self.shown:
-            from deltamerge.cli import progress_notes
-
-            progress_notes.hide()
             self._draw("")
 
 

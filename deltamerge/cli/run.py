@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltamerge import kernels
 from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
@@ -96,6 +97,8 @@ def run(
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    elif line := kernels.missing():
+        tell(line)
     progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
 
     def watch(plan: Plan) -> Callable[[int], None]:

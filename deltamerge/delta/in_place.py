@@ -1,13 +1,14 @@
-"""An artifact's tensor applied to the base's in memory: in one compiled pass where numba is loaded, else by numpy."""
+"""An artifact's tensor applied to the base's in memory: in one compiled pass where kernels are there, else by numpy."""
 
 from __future__ import annotations
 
-import sys
 from collections import deque
 from typing import cast
 
 import numpy as np
 
+from deltamerge import kernels
+from deltamerge.delta import compiled
 from deltamerge.delta.entry import Entry, damage_told
 from deltamerge.delta.manifest import Record, groups
 from deltamerge.delta.positions import Array
@@ -36,15 +37,13 @@ def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
 
 
 def is_compiled(entry: Entry) -> bool:
-    """Whether one compiled pass does it. Importing numba takes longer than most artifacts do without."""
+    """Whether one compiled pass does it."""
     record = entry.record
     is_simple = record.k <= LARGEST_K and (record.values is None or record.dtype in ("F32", "BF16"))
-    return "numba" in sys.modules and is_simple
+    return is_simple and kernels.available()
 
 
 def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
-    from deltamerge.delta import compiled
-
     record, kind = entry.record, entry.record.values
     stored = cast("list[StoredArray | None]", [entry.values, entry.index, entry.scales])
     values, index, scales = scratch.read(stored)
@@ -61,8 +60,6 @@ def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
 
 
 def _scales(record: Record, stored: Array) -> Array:
-    from deltamerge.delta import compiled
-
     if record.values not in SCALED:
         return np.empty(0, np.float32)
     if record.ranks is not None:

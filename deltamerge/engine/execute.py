@@ -162,10 +162,7 @@ class _Engine:
                     if task.root.kind == "read":
                         self._copy(job)
                     else:
-                        lane = lanes.get(task.backend)
-                        if lane is None:
-                            lane = lanes[task.backend] = self._backend(task).lane(self.reader)
-                        self._compute(job, lane)
+                        self._compute(job, lanes)
                     self._complete(job)
         except BaseException as failure:
             self._fail(failure)
@@ -279,13 +276,14 @@ class _Engine:
         give(task.name, task.offset + start, memory)
         self.progress(len(memory))
 
-    def _compute(self, job: Job, lane: Lane) -> None:
+    def _compute(self, job: Job, lanes: dict[str, Lane]) -> None:
         running = job.running
         root = running.task.root
         step = self._tile_step(root)
         if running.whole is not None and self._compute_whole(running.whole, job):
             return
         backend = self._backend(running.task)
+        lane = lanes.get(running.task.backend) or lanes.setdefault(running.task.backend, backend.lane(self.reader))
         calls = [None if item.node.kind == "read" else backend.function(item.node) for item in running.steps]
         for node in (item.node for item in running.steps if item.node.kind == "read"):
             size = ITEMSIZE[node.dtype]

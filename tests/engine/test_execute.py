@@ -14,8 +14,6 @@ import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
 
-from deltamerge.engine import backends
-from deltamerge.engine.fused.kernels import KERNELS
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run
 
@@ -30,10 +28,6 @@ def pair(folder: Path, rows: int, count: int = 3) -> Path:
     recipe = folder / "r.yaml"
     recipe.write_text(RECIPE)
     return recipe
-
-
-def test_the_plan_knows_exactly_the_fused_functions():
-    assert KERNELS.keys() == backends.FUSED_FUNCTIONS
 
 
 def test_many_small_tensors_and_more_workers_than_tensors(tmp_path):

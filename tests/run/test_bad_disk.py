@@ -10,17 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import needs_kernels
 from interrupted import RECIPE, files, models
-
-pytest.importorskip("numba")
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import writer
 from deltamerge.plan.planner import Plan
 from deltamerge.run.runner import run
 
+pytestmark = needs_kernels
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-# Faults are bound to compiled loops before these are loaded: in a process of its own.
+# Python's own calls are replaced too: in a process of its own.
 CHILD = """\
 import shutil, sys
 from pathlib import Path

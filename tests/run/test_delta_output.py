@@ -139,7 +139,7 @@ def test_same_bytes_whatever_the_workers_and_tiles(tmp_path: Path, monkeypatch: 
             patch.setattr("deltamerge.engine.execute.JOB_ELEMENTS", 1 << 9)
             patch.setattr("deltamerge.engine.execute.default_workers", lambda: 4)
             assert content(run(tmp_path, "two", text, **output)) == first
-            patch.setattr("deltamerge.engine.backends.FUSED_FUNCTIONS", frozenset())
+            patch.setattr("deltamerge.engine.backends.fused_available", lambda: False)
             assert content(run(tmp_path, "three", text, **output)) == first
 
 

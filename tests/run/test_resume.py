@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -18,6 +17,7 @@ from calls import call
 from conftest import make_checkpoint
 from interrupted import RECIPE, Stop, calibrated, earlier, files, models
 
+from deltamerge import kernels
 from deltamerge.delta import spool
 from deltamerge.delta.tensor_writer import TensorWriter
 from deltamerge.errors import InputError, OutputError, UsageError
@@ -399,10 +399,6 @@ def test_what_is_not_finite_is_counted(dtype: str) -> None:
     assert count_nonfinite(raw[:0], dtype) == (0, 0)
 
 
-def has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
-
-
 def nonfinite_recipe(folder: Path, kind: str) -> Path:
     tune = {"w": torch.ones(300, 40), "copied": torch.zeros(3), "fine": torch.ones(2)}
     make_checkpoint(folder / "base", tune)
@@ -538,7 +534,7 @@ def test_two_commands_on_one_target(
 def test_overflow_on_the_cast_to_float16_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
-    monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: fused and has_numba())
+    monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: fused and kernels.available())
     make_checkpoint(tmp_path / "base", {"w": torch.full((4, 4), 60000.0)})
     make_checkpoint(tmp_path / "a", {"w": torch.full((4, 4), 65519.0).fill_diagonal_(65520.0)})
     path = tmp_path / "r.yaml"
