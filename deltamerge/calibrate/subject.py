@@ -27,9 +27,9 @@ from deltamerge.engine import backends
 from deltamerge.engine.backends import torch_device
 from deltamerge.engine.execute import Task, default_workers, execute, shared_values
 from deltamerge.engine.graph import Graph, Node
+from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.ops import torch_dtype
 from deltamerge.methods.tiles import Kept
 
 T = TypeVar("T")

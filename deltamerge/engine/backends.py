@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from deltamerge.engine.graph import Node, depth_first, resolve
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import Tile
 
@@ -243,8 +243,6 @@ class TorchLane:
             yield
 
     def read(self, node: Node, tile: Tile) -> Any:
-        from deltamerge.methods.ops import torch_dtype
-
         buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
         self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())
         return buffer.view(torch_dtype(node.dtype)).to(self.device, non_blocking=True)

@@ -19,7 +19,7 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Adapter, Checkpoint
 from deltamerge.io.computed import Cast, LowRank
-from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.dtypes import ITEMSIZE, PLAIN
 from deltamerge.io.files import input_error
 from deltamerge.io.patterns import check, finds
 from deltamerge.io.quantised import refuse_quantised
@@ -30,7 +30,6 @@ from deltamerge.io.tensor import TensorInfo
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
 HEAD = "lm_head"
 BY_PEFT = "merge it with peft first: merge_and_unload(), then save_pretrained()"
 
@@ -142,7 +141,7 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
         for name, info in names.items():
             full = name if untied and name == f"{HEAD}.weight" else added + name
             tensors[full] = replace(info, name=full)
-        usual = next((info.dtype for info in tensors.values() if info.dtype in DTYPES), "F32")
+        usual = next((info.dtype for info in tensors.values() if info.dtype in PLAIN), "F32")
         for name, info in whole.items():
             old = tensors.get(taken + name)
             if old is not None and old.shape != info.shape:
@@ -178,8 +177,8 @@ def parts(adapter: Adapter) -> tuple[dict[str, Factors], dict[str, TensorInfo]]:
             raise InputError(
                 f"{name[:80]!r} does not begin with {PREFIX}", hint="save it with peft's save_pretrained()"
             )
-        if info.dtype not in DTYPES:
-            raise InputError(f"{name}: dtype {info.dtype}, must be one of {', '.join(sorted(DTYPES))}")
+        if info.dtype not in PLAIN:
+            raise InputError(f"{name}: dtype {info.dtype}, must be one of {', '.join(sorted(PLAIN))}")
         if part := _PART.fullmatch(inner):
             module, linear, embedding, magnitude = part.groups()
             key = "magnitude" if magnitude else (linear or embedding) + ("_embedding" if embedding else "")
@@ -258,7 +257,7 @@ def _updated(info: TensorInfo, factors: Factors, scale: float, transposed: bool)
     shape = (b.shape[0], a.shape[1])
     if info.shape != (shape[::-1] if transposed else shape):
         raise InputError(f"B A gives {list(shape)}, the base's weight is {list(info.shape)}")
-    if info.dtype not in DTYPES:
+    if info.dtype not in PLAIN:
         raise InputError(f"the base's weight is {info.dtype}", hint="adapters are merged into unquantised weights")
     if magnitude is not None and transposed:
         raise InputError("DoRA is only supported for linear layers stored (out, in)", hint=BY_PEFT)
@@ -269,7 +268,7 @@ def _updated(info: TensorInfo, factors: Factors, scale: float, transposed: bool)
 
 def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
     """A whole tensor in the base's dtype, as PEFT loads it into the base's module."""
-    if info.dtype != dtype and dtype not in DTYPES:
+    if info.dtype != dtype and dtype not in PLAIN:
         raise InputError(f"{name}: the base's weight is {dtype}, the adapter's {info.dtype}")
     if info.dtype == dtype:
         return replace(info, name=name)

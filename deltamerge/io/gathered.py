@@ -12,14 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import ITEMSIZE, NUMPY, PLAIN, bits_type, widen
 from deltamerge.io.tensor import Read, TensorInfo
 
-NUMPY: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
 CHUNK_ELEMENTS = 1 << 20
 
 
@@ -39,7 +34,7 @@ class Gathered:
     picks: NDArray[np.int32] = field(compare=False, repr=False)
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
-        stop = start + len(out) // NUMPY[self.dtype].itemsize
+        stop = start + len(out) // ITEMSIZE[self.dtype]
         width = self.width
         first, last = start // width, -(-stop // width)
         rows = self._rows(read, first, min(last, len(self.picks)))
@@ -56,7 +51,9 @@ class Gathered:
             at = np.flatnonzero(column >= 0)
             if at.size:
                 values = _stored(read, source, column[at], self.width)
-                values = values if source.dtype == self.dtype else _wide(values, source.dtype)
+                values = (
+                    values if source.dtype == self.dtype else widen(values.view(bits_type(source.dtype)), source.dtype)
+                )
                 more = begun[at]
                 result[at[~more]] = values[~more]
                 result[at[more]] += values[more]
@@ -89,14 +86,14 @@ def gather(own: TensorInfo, sources: Sequence[TensorInfo], picks: NDArray[np.int
     taken = [sources[s] for s in used] or [own]
     picks = np.ascontiguousarray(picks[:, used] if used else np.full((len(picks), 1), -1, np.int32))
     dtypes = {source.dtype for source in taken}
-    if unreadable := sorted(dtypes - NUMPY.keys()):
+    if unreadable := sorted(dtypes - PLAIN):
         raise InputError(f"rows of {unreadable[0]} cannot be moved to another vocabulary")
     plain = len(dtypes) == 1 and not padding and int((picks >= 0).sum(1).max(initial=0)) <= 1
     dtype = dtypes.pop() if plain else "F32"
     shape = (len(picks) + padding, *own.shape[1:])
     digest = blake2b(picks.tobytes(), digest_size=16).hexdigest()
     made = Gathered(dtype, math.prod(own.shape[1:]), tuple(taken), padding, digest, picks)
-    nbytes = math.prod(shape) * NUMPY[dtype].itemsize
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
     return TensorInfo(own.name, dtype, shape, own.path, 0, nbytes, made)
 
 
@@ -118,11 +115,3 @@ def _stored(read: Read, source: TensorInfo, rows: NDArray[np.int32], width: int)
     firsts = np.concatenate([rows[:1], rows[ends[:-1]]]).astype(np.int64)
     read.read_runs(source, firsts * (width * out.itemsize), ends * (width * out.itemsize), out)
     return out
-
-
-def _wide(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype == "BF16":
-        bits: NDArray[np.uint32] = values.astype(np.uint32) << np.uint32(16)
-        return bits.view(np.float32)
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32)

@@ -13,11 +13,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import PLAIN
 
 if TYPE_CHECKING:
     from deltamerge.io.tensor import TensorInfo
 
-PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 KEYS = ("quantization_config", "quantization", "compression_config")
 HINT = (
     "merge the originals that are not quantised, or dequantise it with the library that made it "

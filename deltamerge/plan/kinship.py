@@ -22,7 +22,7 @@ from statistics import median
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import widen
+from deltamerge.io.dtypes import PLAIN, bits_type, widen
 from deltamerge.io.front_matter import front_matter
 from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import read_json
@@ -35,7 +35,6 @@ PLACES, RUN = 4, 1024  # runs of elements of each
 LEAST = 256  # elements of a tensor: the cosine of unrelated weights is then within 0.2 of zero
 RELATED = 0.5  # a cosine below it is that of a change larger than the weights
 NOTHING = 0.1
-BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16, "F64": np.uint64}
 HEADLESS = re.compile(r"(Model|ForMaskedLM|ForPreTraining|ForCausalLM|LMHeadModel)$")
 
 
@@ -126,7 +125,7 @@ def _sample(first: Input, other: Input) -> list[tuple[TensorInfo, TensorInfo]]:
         twin = first.get(name)
         if twin is None or twin.shape != tensor.shape or len(tensor.shape) < 2 or math.prod(tensor.shape) < LEAST:
             continue
-        if tensor.dtype in BITS and twin.dtype in BITS:
+        if {tensor.dtype, twin.dtype} <= PLAIN:
             pairs.append((twin, tensor))
     if not pairs:
         return []
@@ -148,7 +147,7 @@ def _of_tensor(first: TensorInfo, other: TensorInfo, reader: Reader) -> tuple[fl
 
 
 def _read(info: TensorInfo, start: int, count: int, reader: Reader) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    bits = np.empty(count, BITS[info.dtype])
+    bits = np.empty(count, bits_type(info.dtype))
     reader.read_into(info, start, bits)
     return widen(bits, info.dtype).astype(np.float64)
 

@@ -12,7 +12,7 @@ from deltamerge.delta.positions import expected_bits
 from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Graph
-from deltamerge.io.dtypes import COPIED, FLOATING, ITEMSIZE, PACKED_BITS
+from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED
 from deltamerge.io.gathered import Gathered, cut
 from deltamerge.io.names import layer_index
 from deltamerge.io.tensor import TensorInfo
@@ -85,9 +85,7 @@ class Outputs:
         self.problems: list[str] = []
         self.hint = ""
         self.notes: list[str] = []
-        self.out_dtype = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}.get(
-            str(recipe.out_dtype or recipe.dtype)
-        )
+        self.out_dtype = CODES.get(str(recipe.out_dtype or recipe.dtype))
         self.spares = Spares(inputs.all)
         self.targets, self.stacks = targets(recipe, inputs, self.spares)
         self.config, changes = repaired_config(inputs, self.stacks)
@@ -143,7 +141,7 @@ class Outputs:
         present = [(model, info) for model, info in found if info is not None]
         same = target.group is not None and target.group.base is not None
         same = same and all(info is not None and info.is_same(tensor) for _, info in found)
-        packed = tensor.dtype in PACKED_BITS and self.recipe.output.kind != "model"
+        packed = tensor.dtype in PACKED and self.recipe.output.kind != "model"
         if lacking or same or target.group is None or is_buffer(tensor):
             if owner.name == self.inputs.template.name:
                 copied.append(stored)
