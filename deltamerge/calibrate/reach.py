@@ -5,12 +5,11 @@ Names and shapes tell it before anything runs; a run, which sees what the data r
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
-EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe)\.|\.(shared|relative_attention_bias)\.")
-NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
+from deltamerge.io.names import EMBEDDING, numbers_as_stars
+
 UNSCALED = "vectors and embeddings are not rescaled"
 OTHER = "no weight of a linear layer"
 UNSEEN = "a linear layer that no row reached"
@@ -35,7 +34,7 @@ def grouped(left: Iterable[tuple[str, float, str]]) -> list[dict[str, Any]]:
     """(name, q, why) of tensors without a calibrated q, those that differ in their numbers alone as one pattern."""
     found: dict[tuple[str, float, str], int] = {}
     for name, q, why in left:
-        key = NUMBER.sub(r"\1*", name), q, why
+        key = numbers_as_stars(name), q, why
         found[key] = found.get(key, 0) + 1
     return [{"tensors": pattern, "count": n, "q": q, "why": why} for (pattern, q, why), n in found.items()]
 

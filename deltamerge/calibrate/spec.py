@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.reach import EMBEDDING, OTHER, UNSCALED, grouped, is_linear, is_unscaled
+from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_unscaled
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.io.names import numbered_blocks
+from deltamerge.io.names import EMBEDDING, numbered_blocks
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.recipe.prune_keys import CalibratedQ

@@ -21,6 +21,7 @@ from deltamerge.io.checkpoint import Adapter, Checkpoint
 from deltamerge.io.computed import Cast, LowRank
 from deltamerge.io.dtypes import ITEMSIZE, PLAIN
 from deltamerge.io.files import input_error
+from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING
 from deltamerge.io.patterns import check, finds
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.io.safetensors_file import read_header
@@ -30,7 +31,6 @@ from deltamerge.io.tensor import TensorInfo
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-HEAD = "lm_head"
 BY_PEFT = "merge it with peft first: merge_and_unload(), then save_pretrained()"
 
 _PART = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB])|lora_(magnitude)_vector(?:\.weight)?)")
@@ -139,7 +139,7 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
         added, taken = _prefix(names, wanted or list(whole))
         tensors = {}
         for name, info in names.items():
-            full = name if untied and name == f"{HEAD}.weight" else added + name
+            full = name if untied and name == LM_HEAD else added + name
             tensors[full] = replace(info, name=full)
         usual = next((info.dtype for info in tensors.values() if info.dtype in PLAIN), "F32")
         for name, info in whole.items():
@@ -283,18 +283,16 @@ def _untie(base: Checkpoint, adapter: Adapter, names: dict[str, TensorInfo], tou
     """
     architecture = str((base.config.get("architectures") or ["?"])[0])
     generates = re.search("ForCausalLM|LMHead", architecture) or adapter.config.get("task_type") == "CAUSAL_LM"
-    head = f"{HEAD}.weight"
-    if not generates or head in names or base.config.get("tie_word_embeddings") is False:
+    if not generates or LM_HEAD in names or base.config.get("tie_word_embeddings") is False:
         return False
-    embedding = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in)\.weight")
-    found = [name for name in names if embedding.fullmatch(name)]
+    found = [name for name in names if TOKEN_EMBEDDING.search(name)]
     ends = {name.rpartition(".")[0].rpartition(".")[2] for name in found}
-    if head not in touched and not any(name.split(".")[-2] in ends for name in touched if name.endswith(".weight")):
+    if LM_HEAD not in touched and not any(name.split(".")[-2] in ends for name in touched if name.endswith(".weight")):
         return False
     if len(found) != 1 or adapter.config.get("ensure_weight_tying"):
         message = "changes an embedding that is tied to the head"
         raise InputError(message, hint=BY_PEFT)
-    names[head] = names[found[0]]
+    names[LM_HEAD] = names[found[0]]
     return True
 
 

@@ -13,7 +13,7 @@ from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import over
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
-from deltamerge.io.names import layer_index
+from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.recipe import yaml_source
@@ -21,8 +21,6 @@ from deltamerge.recipe.parts import Part, written
 from deltamerge.recipe.schema import Recipe, model_name
 
 Opener = Callable[[str, Path], Checkpoint]
-HEAD = "lm_head.weight"
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|tok_embeddings|embed_in|wte|shared)\.weight$")
 LANGUAGE_MODEL = re.compile(r"LM|ForConditionalGeneration")
 
 
@@ -177,16 +175,18 @@ def _untie(models: list[Input]) -> tuple[list[Input], tuple[str, ...], bool]:
 
     Also the names of those whose embedding stands in, and whether any model has a head of its own.
     """
-    own = [m for m in models if HEAD in m.tensors and not ties(m.checkpoint.config, default=False)]
+    own = [m for m in models if LM_HEAD in m.tensors and not ties(m.checkpoint.config, default=False)]
     if not own:
         return models, (), False
     result, names = [], []
     for model in models:
-        twin = None if HEAD in model.tensors else _embedding_of(model, own[0].tensors[HEAD])
+        twin = None if LM_HEAD in model.tensors else _embedding_of(model, own[0].tensors[LM_HEAD])
         if twin is not None:
             names.append(model.name)
             model = replace(
-                model, tensors={**model.tensors, HEAD: twin}, stored={**model.stored, HEAD: own[0].stored[HEAD]}
+                model,
+                tensors={**model.tensors, LM_HEAD: twin},
+                stored={**model.stored, LM_HEAD: own[0].stored[LM_HEAD]},
             )
         result.append(model)
     return result, tuple(dict.fromkeys(names)), True
@@ -202,7 +202,7 @@ def ties(config: Mapping[str, Any], *, default: bool) -> bool:
 def has_tied_head(model: Input) -> bool:
     """Whether a language model's file leaves the head out because its config ties it to the embedding."""
     config = model.checkpoint.config
-    return HEAD not in model.tensors and ties(config, default=False) and _is_language_model(config)
+    return LM_HEAD not in model.tensors and ties(config, default=False) and _is_language_model(config)
 
 
 def _is_language_model(config: Mapping[str, Any]) -> bool:
@@ -214,13 +214,8 @@ def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
     config = model.checkpoint.config
     if not ties(config, default=True) or not _is_language_model(config):
         return None
-    twins = (t for n, t in model.tensors.items() if is_embedding(n) and t.shape[1:] == head.shape[1:])
+    twins = (t for n, t in model.tensors.items() if TOKEN_EMBEDDING.search(n) and t.shape[1:] == head.shape[1:])
     return next(twins, None)
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a tensor holds a row for each token."""
-    return EMBEDDING.search(name) is not None
 
 
 def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:

@@ -24,11 +24,11 @@ import numpy as np
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import PLAIN, bits_type, widen
 from deltamerge.io.front_matter import front_matter
+from deltamerge.io.names import TASK_HEAD
 from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Group, Input, Inputs
-from deltamerge.recipe.effective_prune import TASK_HEAD
 
 SAMPLED = 12  # tensors
 PLACES, RUN = 4, 1024  # runs of elements of each

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from deltamerge.io.dtypes import COPIED, FLOATING
+from deltamerge.io.names import block_of, blocks_of
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.layer_config import layer_count
@@ -18,15 +19,6 @@ BUFFERS = re.compile(
     r"|1\.EncDecAttention\.relative_attention_bias\.weight)$"
 )
 CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
-
-Blocks = Mapping[str, frozenset[int]]
-
-
-def block_of(name: str) -> tuple[str, int] | None:
-    """The numbered container that a tensor is in, by its first number, and that number."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)), None)
-    return None if at is None else (".".join(parts[:at]), int(parts[at]))
 
 
 @dataclass(frozen=True)
@@ -74,15 +66,6 @@ def is_buffer(tensor: TensorInfo) -> bool:
     if tensor.dtype not in FLOATING | COPIED or BUFFERS.search(name):
         return True
     return CAUSAL_MASK.search(name) is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
-
-
-def blocks_of(names: Iterable[str]) -> Blocks:
-    """The numbers of every numbered container."""
-    found: dict[str, set[int]] = {}
-    for name in names:
-        if (place := block_of(name)) is not None:
-            found.setdefault(place[0], set()).add(place[1])
-    return {prefix: frozenset(numbers) for prefix, numbers in found.items()}
 
 
 def named(names: Sequence[str], show: Callable[[Iterable[str]], str]) -> str:

@@ -14,9 +14,9 @@ from deltamerge.engine import backends
 from deltamerge.engine.graph import Graph
 from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED
 from deltamerge.io.gathered import Gathered, cut
-from deltamerge.io.names import layer_index
+from deltamerge.io.names import LM_HEAD, layer_index
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.plan.inputs import HEAD, Input, Inputs, has_tied_head
+from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
@@ -103,9 +103,9 @@ class Outputs:
         tied = self._tied_head()
         copied: list[str] = []
         if self.inputs.stand_ins:
-            self.notes.append(f"{HEAD}: untied; the embedding is the head of {', '.join(self.inputs.stand_ins)}")
+            self.notes.append(f"{LM_HEAD}: untied; the embedding is the head of {', '.join(self.inputs.stand_ins)}")
         elif has_tied_head(template):
-            self.notes.append(f"{HEAD}: stays tied to the embedding")
+            self.notes.append(f"{LM_HEAD}: stays tied to the embedding")
         for target in self.targets:
             if target.name == tied:
                 self.notes.append(f"{target.stored}: tied to the embedding, written once")
@@ -231,11 +231,11 @@ class Outputs:
     def _tied_head(self) -> str | None:
         """The head that the template's config ties to its embedding although its file holds both, if any."""
         template = self.inputs.template
-        head = template.tensors.get(HEAD)
+        head = template.tensors.get(LM_HEAD)
         if head is None or self.inputs.untied or template.checkpoint.config.get("tie_word_embeddings") is not True:
             return None
         twins = (n for n, t in template.tensors.items() if "embed" in n and t.shape == head.shape)
-        return HEAD if any(twins) else None
+        return LM_HEAD if any(twins) else None
 
     def _left_out(self) -> None:
         """Tensors that an input has and the output has not: an error inside a numbered block, else a note."""

@@ -8,17 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.io.names import layer_index, layer_position
+from deltamerge.io.names import BEFORE_LAYERS, LM_HEAD, block_of, layer_index, layer_position
 from deltamerge.io.quantised import keys_of, stated, without_keys
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.plan.inputs import HEAD, Group, Input, Inputs, ties
+from deltamerge.plan.inputs import Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer
 from deltamerge.plan.layer_config import Followed, count_keys, layer_count, repair
 from deltamerge.plan.layer_kinds import Kind, Stacked, settle
 from deltamerge.recipe.schema import Recipe
 
-# Outside layers these belong to the first slice; norms and heads belong to the last one.
-BEFORE_LAYERS = re.compile(r"embed|(^|\.)(wte|wpe|shared|tok_embeddings|project_in)\.")
 # Outside layers these have a part for each layer.
 PER_LAYER = re.compile(r"(^|[._])per_layer([._]|$)")
 # mergekit's names for the parts of a model that are not components of its tensors' names.
@@ -119,7 +117,7 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
 
         config, changes = repair(config, stack.prefix, stack.old, sources, alone, settled)
         notes += [f"config.json: {change}" for change in changes]
-    if inputs.untied and HEAD in inputs.template.tensors and ties(config, default=True):
+    if inputs.untied and LM_HEAD in inputs.template.tensors and ties(config, default=True):
         inner = config.get("text_config")
         if isinstance(inner, dict) and "tie_word_embeddings" in inner:
             config["text_config"] = {**inner, "tie_word_embeddings": False}
@@ -255,7 +253,7 @@ def _module_of(name: str, scopes: Mapping[str | None, object]) -> str | None:
     for component in name.split("."):
         if component in wanted:
             return wanted[component]
-    return next((module for module in LAST_MODULES if module in scopes), None) if name == HEAD else None
+    return next((module for module in LAST_MODULES if module in scopes), None) if name == LM_HEAD else None
 
 
 def _inside(name: str, prefix: str) -> bool:
@@ -293,10 +291,9 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
     """
     found: dict[str, set[int]] = {}
     for name in template.tensors:
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)), None)
-        if at is not None and at + 1 < len(parts) and _module_of(name, scopes) == module:
-            found.setdefault(".".join(parts[:at]), set()).add(int(parts[at]))
+        block = block_of(name.rpartition(".")[0])
+        if block is not None and _module_of(name, scopes) == module:
+            found.setdefault(block[0], set()).add(block[1])
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
     config, where = template.checkpoint.config, f"{template.name}: slices"
     counted = {p: n for p, n in whole.items() if count_keys(config, p, n, alone=_alone(template, p))}

@@ -6,14 +6,9 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deltamerge.io.names import layer_index
+from deltamerge.io.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 
-EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|shared|token_embedding)\.weight$"
-)
-HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|vocab_projector)\.(decoder\.)?(weight|bias)$|(^|\.)predictions\.(bias|decoder\.(weight|bias))$"
-)
+# What has no row for each token, whatever its size.
 OTHER = re.compile(r"position|token_type|segment|wpe|norm|classifier|score|qa_outputs|pooler")
 
 
@@ -36,7 +31,7 @@ def has_vocabulary_rows(name: str, shape: tuple[int, ...], rows: int, config: Ma
     or any name, if no other size of the model is that number."""
     if layer_index(name) is not None or not 1 <= len(shape) <= 2 or shape[0] != rows:
         return False
-    if EMBEDDING.search(name) or HEAD.search(name):
+    if TOKEN_EMBEDDING.search(name) or TOKEN_HEAD.search(name):
         return True
     return not OTHER.search(name) and rows not in _other_sizes(config)
 

@@ -6,16 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from deltamerge.io.names import TASK_HEAD
 from deltamerge.methods.table import MERGE, PRUNE
 from deltamerge.recipe.values import Value, chain
 
 if TYPE_CHECKING:
     from deltamerge.recipe.prune_keys import CalibratedQ, Protect, Prune
     from deltamerge.recipe.schema import Recipe
-
-# The task head, which the base lacks or the authors of DAREx leave whole: sequence and token classifiers, answer spans,
-# and language-model heads by the names that transformers gives them, as a whole component of the tensor's name.
-TASK_HEAD = r"(^|\.)(classifier|score|lm_head|qa_outputs|classification_head|embed_out|cls)(\.|$)"
 
 
 @dataclass(frozen=True, slots=True)
