@@ -151,17 +151,9 @@ def bound_layer(layer: LayerStatistics, density: float, eta: float) -> float:
     return float(bound_rows(layer, density, eta).mean())
 
 
-def cube_layer(layer: LayerStatistics, density: float, kappa: float) -> float:
-    """q = clamp(κ mean_i C2_i^(1/3), d, 1): what the authors' code settles at, without its float16 accident."""
-    return float(np.clip(kappa * np.cbrt(layer.c2).mean(), density, 1.0))
-
-
 Family = Callable[[LayerStatistics, float, float], float]
-FAMILIES: dict[str, Family] = {
-    "bound": bound_layer,
-    "cube": cube_layer,
-    "least_squares": lambda layer, density, eta: least_squares(layer, density, eta),
-}
+# The q of a layer as a function of η, by the rule that it comes from.
+FAMILIES: dict[str, Family] = {"bound": bound_layer, "least_squares": least_squares}
 
 
 def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float) -> tuple[float, float]:
