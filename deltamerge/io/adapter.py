@@ -1,8 +1,9 @@
-"""PEFT's LoRA adapters on a base, as if merged: headers and configs only, every weight is computed when it is read.
+"""PEFT's LoRA adapters on a base, read as if merged: only headers and configs are opened, weights are computed when
+read.
 
-The format is PEFT's: `adapter_config.json` and `adapter_model.safetensors`, whose names are `base_model.model.` and a
-module of the adapted model, then `lora_A.weight`, `lora_B.weight`, `lora_embedding_A`, `lora_embedding_B`,
-`lora_magnitude_vector`; all other tensors (`modules_to_save`, biases) are whole and replace the base's.
+The format is PEFT's: `adapter_config.json` and `adapter_model.safetensors`. Tensor names are `base_model.model.`, a
+module of the adapted model, and then `lora_A.weight`, `lora_B.weight`, `lora_embedding_A`, `lora_embedding_B` or
+`lora_magnitude_vector`. All other tensors (`modules_to_save`, biases) are whole and replace the base's.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ PREFIX = "base_model.model."
 BY_PEFT = "merge it with peft first: merge_and_unload(), then save_pretrained()"
 
 _PART = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB])|lora_(magnitude)_vector(?:\.weight)?)")
-# Settings that change what the adapter computes in ways that `LowRank` does not.
+# Settings that change the adapter's formula in ways that `LowRank` does not implement.
 _REFUSED = (
     "layer_replication", "trainable_token_indices", "target_parameters", "lora_bias", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "megatron_config",
@@ -48,7 +49,7 @@ _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class Factors(NamedTuple):
-    """The tensors of one adapted module."""
+    """The LoRA tensors of one adapted module."""
 
     a: TensorInfo
     b: TensorInfo
@@ -57,7 +58,9 @@ class Factors(NamedTuple):
 
 
 def open_adapter(path: Path, *, reference: str, revision: str | None = None, hub_id: str | None = None) -> Adapter:
-    """The adapter in the folder `path`. InputError: no folder, no LoRA, pickled, or settings that are not supported."""
+    """The adapter in the folder `path`. InputError: no such folder, not a LoRA adapter, pickled, or unsupported
+    settings.
+    """
     with errors.context(reference):
         if not path.is_dir():
             raise InputError("is a file, not an adapter's folder" if path.exists() else "no such folder")
@@ -72,7 +75,7 @@ def open_adapter(path: Path, *, reference: str, revision: str | None = None, hub
 
 
 def check_files(names: Collection[str]) -> None:
-    """InputError unless a folder with these files is an adapter's."""
+    """InputError unless a folder with files of these `names` is an adapter."""
     if CONFIG not in names:
         raise InputError(
             f"has no {CONFIG}: not a PEFT adapter", hint="after + stands the folder or hub id of an adapter"
@@ -88,9 +91,9 @@ def check_files(names: Collection[str]) -> None:
 
 
 def checked_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a LoRA adapter. InputError: another method, or settings that change the weights otherwise.
+    """The config of a LoRA adapter. InputError: another PEFT method, or settings that change the formula.
 
-    Keys that this version does not know are let pass, unless they turn on something (`use_…`, `…_config`).
+    Unknown keys are ignored, unless they turn something on (`use_…`, `…_config`).
     """
     with errors.context(CONFIG):
         kind = config.get("peft_type")
@@ -125,9 +128,9 @@ def _positive(value: Any, key: str) -> None:
 
 
 def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
-    """`base` with `adapter` merged, tensor by tensor; its tensors are named as in the model that was adapted.
+    """`base` with `adapter` merged into it, tensor by tensor; names are those of the model that was adapted.
 
-    InputError: a base that is quantised, a tensor of the adapter that it has no place for, or whose shape does not fit.
+    InputError: a quantised base, or a tensor of the adapter that the base has no place for or whose shape does not fit.
     """
     with errors.context(base.reference):
         refuse_quantised(base.config, base.tensors)
@@ -191,7 +194,7 @@ def parts(adapter: Adapter) -> tuple[dict[str, Factors], dict[str, TensorInfo]]:
 
 
 def factor_names(adapter: Adapter) -> frozenset[str]:
-    """The names of the adapter's A and B."""
+    """The names of the adapter's A and B tensors."""
     modules, _ = parts(adapter)
     return frozenset(info.name for f in modules.values() for info in (f.a, f.b))
 
@@ -211,9 +214,10 @@ def _factors(module: str, tensors: Mapping[str, TensorInfo]) -> Factors:
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / √r (rsLoRA); a pattern matches the end of the module's name, the first wins.
+    """The factor of B A for a module: alpha / r, or alpha / √r (rsLoRA).
 
-    InputError: the config gives the module another rank than its tensors have.
+    The first pattern that matches the end of the module's name wins. InputError: the config gives another rank than the
+    tensors have.
     """
 
     def setting(table: str, default: str) -> float:
@@ -229,7 +233,7 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _prefix(names: Collection[str], wanted: Collection[str]) -> tuple[str, str]:
-    """What is put before the base's names, and what before the adapter's, so that most of `wanted` are found.
+    """The prefixes to add to the base's names and to the adapter's, so that most of `wanted` are found.
 
     A base saved as BertModel has `encoder.…` where an adapted BertForSequenceClassification has `bert.encoder.…`, or
     the other way round.
@@ -243,7 +247,7 @@ def _prefix(names: Collection[str], wanted: Collection[str]) -> tuple[str, str]:
 def _transposed(
     adapter: Adapter, modules: Mapping[str, Factors], tensors: Mapping[str, TensorInfo], taken: str
 ) -> bool:
-    """Whether the base stores linear weights as (in, out): as shapes tell, else as the config says."""
+    """Whether the base stores linear weights as (in, out): told by shapes, else by the config."""
     for module, factors in modules.items():
         info = tensors.get(f"{taken}{module}.weight")
         straight = (factors.b.shape[0], factors.a.shape[1])
@@ -277,9 +281,9 @@ def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
 
 
 def _untie(base: Checkpoint, adapter: Adapter, names: dict[str, TensorInfo], touched: set[str]) -> bool:
-    """Give `names` the head's own weight if the adapter changes it or the embedding that it is tied to.
+    """Give `names` a head of its own if the adapter changes the head, or the embedding that it is tied to.
 
-    As PEFT's forward pass does; its merge changes both. Returns whether the result is untied.
+    This is what PEFT's forward pass computes; PEFT's merge changes both tensors. Returns whether the result is untied.
     """
     architecture = str((base.config.get("architectures") or ["?"])[0])
     generates = re.search("ForCausalLM|LMHead", architecture) or adapter.config.get("task_type") == "CAUSAL_LM"

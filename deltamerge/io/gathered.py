@@ -1,4 +1,4 @@
-"""Tensors whose rows are picked from stored tensors: what an embedding is under another vocabulary."""
+"""Tensors whose rows are gathered from stored tensors: embeddings under another vocabulary."""
 
 from __future__ import annotations
 
@@ -20,10 +20,14 @@ CHUNK_ELEMENTS = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Row r is the mean in float32 of row `picks[r, s]` of every `sources[s]` where that is not −1; zeros without any.
+    """A tensor (rows, width) gathered from `sources`.
 
-    Then come `padding` rows, each the mean of all rows before. A row has `width` elements. `picks` is (rows, sources)
-    int32, known to comparisons by its `digest`. `dtype` is the sources' own where no arithmetic is done, else F32.
+    picks     (rows, sources) int32; row r is the float32 mean of row `picks[r, s]` of every source s, without those
+              where that is −1; zeros if all are −1
+    padding   rows that follow, each the mean of all rows before
+    width     elements of a row
+    digest    of `picks`, by which two such tensors are compared
+    dtype     the sources' own where each row has one source, else F32
     """
 
     dtype: str
@@ -75,9 +79,10 @@ class Gathered:
 
 
 def gather(own: TensorInfo, sources: Sequence[TensorInfo], picks: NDArray[np.int32], padding: int) -> TensorInfo:
-    """`own` with the rows that `picks` takes from `sources`, and `padding` rows more; cut, where it only gets shorter.
+    """`own` with the rows that `picks` takes from `sources`, and `padding` more rows; a plain cut if it only gets
+    shorter.
 
-    InputError: a dtype whose rows cannot be read as numbers (float8, integers).
+    InputError: a dtype whose rows cannot be averaged (float8, integers).
     """
     used = [s for s in range(len(sources)) if (picks[:, s] >= 0).any()]
     alone = not padding and [sources[s] for s in used] == [own]
@@ -109,7 +114,7 @@ def cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
 
 
 def _stored(read: Read, source: TensorInfo, rows: NDArray[np.int32], width: int) -> NDArray[Any]:
-    """Rows of a stored tensor, in the order asked for."""
+    """Rows of a stored tensor, in the given order."""
     out: NDArray[Any] = np.empty((len(rows), width), NUMPY[source.dtype])
     ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, len(rows))
     firsts = np.concatenate([rows[:1], rows[ends[:-1]]]).astype(np.int64)
