@@ -1,4 +1,4 @@
-"""The tensors of the output: those of the template, each merged, copied or left out, and why it cannot be."""
+"""The tensors of the output: each tensor of the template is merged, copied or left out, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -50,7 +50,10 @@ class Output:
         return math.prod(self.shape)
 
     def delta_bytes(self, values: str | None) -> int:
-        """About what a delta artifact stores of it, were the changed entries at random: `values` are added, or None."""
+        """About the bytes of this tensor in a delta artifact, if changed entries are at random positions.
+
+        `values` is the coding of added values; None: final values.
+        """
         bits = 8 * ITEMSIZE[self.dtype] if values is None else VALUE_BITS[values]
         return math.ceil(self.elements * expected_bits(self.pieces[0].built.changed, bits) / 8)
 
@@ -67,7 +70,7 @@ class Merged:
 
 
 class Outputs:
-    """Goes through the template's tensors; collects problems and notes on the way."""
+    """Decides about each of the template's tensors; collects problems and notes."""
 
     def __init__(
         self,
@@ -92,6 +95,7 @@ class Outputs:
         self.notes += [*(stack.describe() for stack in self.stacks), *changes]
 
     def rows(self) -> list[Row]:
+        """What becomes of every tensor, in order; empty if there are problems."""
         parts = list(self._tensors())
         if self.problems:
             return []
@@ -119,7 +123,9 @@ class Outputs:
         self._left_out()
 
     def _check_vocabulary(self) -> None:
-        """Rows move only where there are any, and only in a whole model: a delta or an adapter has its base's rows."""
+        """Rows can move only if some tensor has rows per token, and only in a whole model: deltas and adapters have the
+        base's.
+        """
         kind, changes = self.recipe.output.kind, self.vocabulary is not None and self.vocabulary.changes
         if kind != "model" and (changes or self.resized):
             self.problems.append(f"output.kind {kind} cannot change the vocabulary of its base")
@@ -162,7 +168,7 @@ class Outputs:
         return Merged(Merge(stored, target.group.part, target.position, base, tunes, dtype), rest)
 
     def _remapped(self, target: Target, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
-        """The models' tensors under the output's vocabulary, if their rows are tokens."""
+        """The models' tensors with their rows moved to the output's vocabulary, if their rows are tokens."""
         if self.vocabulary is None or not self.vocabulary.holds(target.name, present):
             return present
         self.remapped = True
@@ -199,7 +205,7 @@ class Outputs:
     def _rows(
         self, target: Target, present: list[tuple[Input, TensorInfo]], like: TensorInfo | None
     ) -> tuple[list[tuple[Input, TensorInfo]] | None, TensorInfo | None]:
-        """The inputs cut to the rows that all have, and the rows beyond them that the vocabulary's model adds."""
+        """The inputs cut to the rows that all have, and the further rows that the vocabulary's model adds."""
         name, stored, template = target.name, target.stored, self.inputs.template
         compared = [*present, *([(template, like)] if like is not None else [])]
         shapes = {info.shape for _, info in compared}
@@ -229,7 +235,7 @@ class Outputs:
         return any(stack.holds(name) for stack in self.stacks)
 
     def _tied_head(self) -> str | None:
-        """The head that the template's config ties to its embedding although its file holds both, if any."""
+        """The head that the template's config ties to its embedding although its file holds both, if there is one."""
         template = self.inputs.template
         head = template.tensors.get(LM_HEAD)
         if head is None or self.inputs.untied or template.checkpoint.config.get("tie_word_embeddings") is not True:
@@ -238,7 +244,7 @@ class Outputs:
         return LM_HEAD if any(twins) else None
 
     def _left_out(self) -> None:
-        """Tensors that an input has and the output has not: an error inside a numbered block, else a note."""
+        """Report tensors that an input has and the output lacks: an error inside a numbered block, else a note."""
         template = self.inputs.template
         for model, names in behind(self.stacks, self.inputs.all):
             left = named([model.stored[name] for name in names], _some)
