@@ -12,8 +12,8 @@ import yaml
 from conftest import make_checkpoint, tiny_llama
 
 from deltamerge.io.journal import has_work, read_journal
+from deltamerge.io.seals import hash_output
 from deltamerge.plan.planner import Plan
-from deltamerge.run.hashes import hash_output
 
 RECIPE = """\
 base_model: ./base

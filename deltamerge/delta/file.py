@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,16 +23,11 @@ from deltamerge.delta.manifest import Base, Manifest
 from deltamerge.delta.positions import Array, index_itemsize
 from deltamerge.delta.stored import Scratch
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import code_of, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 THREADED = 1 << 15
 
 
@@ -182,18 +176,11 @@ def to_torch(bits: Array, dtype: str) -> torch.Tensor:
     """Flat bits as a torch tensor that shares their memory."""
     import torch
 
-    return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(getattr(torch, TORCH_NAMES[dtype]))
-
-
-@cache
-def _code(dtype: torch.dtype) -> str:
-    """safetensors' code of a torch dtype, or the dtype's own name."""
-    name = str(dtype).removeprefix("torch.")
-    return next((code for code, known in TORCH_NAMES.items() if known == name), name)
+    return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(torch_dtype(dtype))
 
 
 def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
-    return _code(tensor.dtype), tuple(tensor.shape)
+    return code_of(tensor.dtype) or str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
 
 
 def _target(entry: Entry, target: Any, base: Base) -> Any:

@@ -10,14 +10,14 @@ import numpy as np
 from deltamerge import kernels
 from deltamerge.delta import compiled
 from deltamerge.delta.entry import Entry, damage_told
-from deltamerge.delta.manifest import Record, groups
+from deltamerge.delta.manifest import STORED_VALUES, Record, groups
 from deltamerge.delta.positions import Array
 from deltamerge.delta.stored import PADDING, Scratch, StoredArray
 from deltamerge.delta.values import SCALED, ranked_scales, scale_values
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import NUMPY
 
 LARGEST_K = 15  # of rice that is decoded in the compiled pass
-_TYPES = {"float32": np.float32, "bfloat16": np.uint16, "int8": np.int8, "sign": np.uint8}
 
 
 def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
@@ -52,7 +52,7 @@ def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
     else:
         factors = _scales(record, scales)
         out = bits.view(np.float32) if record.dtype == "F32" else bits
-        values, group = values.view(_TYPES[kind]), record.group
+        values, group = values.view(NUMPY[STORED_VALUES[kind]]), record.group
         ok = compiled.add(record.encoding, index, record.k, record.count, values, kind, factors, group, out)
     if not ok:
         deque(entry.positions(), maxlen=0)  # says what is wrong

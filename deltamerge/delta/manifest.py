@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from deltamerge.delta.positions import LARGEST_K, Coding, index_itemsize
 from deltamerge.delta.values import SCALE_BITS, SCALED, UNITS, VALUE_BITS, Values
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import FLOATING, ITEMSIZE, PACKED_BITS
+from deltamerge.io.dtypes import FLOATING, ITEMSIZE, PACKED
 from deltamerge.io.safetensors_file import MAX_DIMENSIONS
 
 FORMAT = "deltamerge-delta"
@@ -116,7 +116,7 @@ def check_record(record: Record) -> None:
     base_dtype = record.base_dtype or record.dtype
     if record.dtype not in ITEMSIZE or base_dtype not in ITEMSIZE:
         raise InputError(f"unknown dtype {record.dtype if base_dtype in ITEMSIZE else base_dtype!r}")
-    if {record.dtype, base_dtype} & PACKED_BITS.keys():
+    if {record.dtype, base_dtype} & PACKED:
         raise InputError(f"{record.dtype} shares bytes between elements, which a delta cannot hold")
     if size >= LARGEST_SIZE or record.count > size:
         raise InputError(f"count is {record.count}, the tensor has {size} elements")

@@ -16,7 +16,7 @@ from deltamerge import kernels
 from deltamerge.engine.fused.stream import assemble, covers
 from deltamerge.engine.graph import Node, resolve
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import Tile
 
@@ -178,8 +178,6 @@ class TorchLane:
             yield
 
     def read(self, node: Node, tile: Tile) -> Any:
-        from deltamerge.methods.ops import torch_dtype
-
         buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
         self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())
         return buffer.view(torch_dtype(node.dtype)).to(self.device, non_blocking=True)

@@ -18,7 +18,7 @@ from deltamerge.delta.over_base import check, elements, over
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
-from deltamerge.io.dtypes import FLOATING, PACKED_BITS, widen
+from deltamerge.io.dtypes import FLOATING, PACKED, widen
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.run import lock as locks
@@ -105,7 +105,7 @@ def _ratio(squares: float, of_a: float) -> float | None:
 
 def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, float, float]:
     """How two tensors differ, Σ Δ² and Σ a²."""
-    if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED_BITS:  # byte by byte
+    if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED:  # byte by byte
         a, b = (replace(info, dtype="U8", shape=(info.nbytes,)) for info in (a, b))
     size = math.prod(b.shape)
     differ = (a.dtype, a.shape) != (b.dtype, b.shape)

@@ -12,6 +12,7 @@ import yaml
 from deltamerge.errors import OutputError
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
+from deltamerge.io.dtypes import TORCH_NAMES
 
 if TYPE_CHECKING:
     from deltamerge.inspect.recommend import Candidate, Recommendation
@@ -52,7 +53,7 @@ dtype: {dtype}    # of the output; arithmetic is float32
 seed: 0    # the same recipe gives the same bytes
 output: {{path: merged}}
 """
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPES = ("BF16", "F16", "F32")  # the first of those that most models have
 
 
 def first_recipe(
@@ -84,7 +85,7 @@ def first_recipe(
         text += ONE.format(model=named[0]) + UNCALIBRATED.format(density=density)
     else:
         text += SEVERAL + "".join(OF_SEVERAL.format(model=model, density=density) for model in named)
-    return text + TAIL.format(dtype=DTYPES[dtype])
+    return text + TAIL.format(dtype=TORCH_NAMES[dtype])
 
 
 def _chosen(advice: Recommendation) -> Candidate:

@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deltamerge.io.names import block_name, numbers_as_stars
+
 if TYPE_CHECKING:
     from deltamerge.inspect.statistics import Report, TensorStatistics
 
-BLOCK = re.compile(r"(.*?\.\d+)\.")
 NUMBERED = re.compile(r"(.+)\.(\d+)", re.DOTALL)
 VECTORS = "biases and norms"
 
@@ -73,13 +74,13 @@ def stacks(layers: Iterable[str]) -> dict[str, list[str]]:
 def module_of(name: str, layer: str) -> str:
     """What a weight is in its block: its name without the block, inner numbers (experts) as *, and `.weight`."""
     inner = name.removeprefix(f"{layer}.").removesuffix(".weight")
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
+    return numbers_as_stars(inner)
 
 
 def place(name: str) -> Place | None:
     """Block and module of a tensor; None outside of blocks."""
-    match = BLOCK.match(name)
-    return None if match is None else (match[1], module_of(name, match[1]))
+    block = block_name(name)
+    return None if block is None else (block, module_of(name, block))
 
 
 def grouped(

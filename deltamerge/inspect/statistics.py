@@ -13,7 +13,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltamerge.calibrate.reach import EMBEDDING
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import Graph, Node
@@ -24,17 +23,16 @@ from deltamerge.inspect.activations import Activations, Influence
 from deltamerge.inspect.moments import Moments, together
 from deltamerge.io.alike import finite
 from deltamerge.io.dtypes import FLOATING
+from deltamerge.io.names import EMBEDDING, TASK_HEAD, block_name
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Inputs
-from deltamerge.recipe.effective_prune import TASK_HEAD
 from deltamerge.recipe.load import loads
 from deltamerge.recipe.schema import Recipe
 from deltamerge.run.calibration_record import Run
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 DENSITIES = (0.1, 0.01, 0.001)
-LAYER = re.compile(r"(.*?\.\d+)\.")
 OUTSIDE = "outside"
 Kind = Literal["linear", "embedding", "vector", "head", "other"]
 
@@ -107,8 +105,7 @@ class Pair:
 
     @property
     def layer(self) -> str:
-        found = LAYER.match(self.name)
-        return found[1] if found else OUTSIDE
+        return block_name(self.name) or OUTSIDE
 
 
 def pair_recipe(model: str, base: str, prune: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -149,7 +146,7 @@ def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:
             lacking.append(tune.stored[name])
             continue
         rows = min(tensor.shape[0], twin.shape[0]) if tensor.shape and twin.shape else 0
-        if tensor.shape != twin.shape and (tensor.shape[1:] != twin.shape[1:] or LAYER.match(name) or not rows):
+        if tensor.shape != twin.shape and (tensor.shape[1:] != twin.shape[1:] or block_name(name) or not rows):
             shapes = f"{list(tensor.shape)}, in the base {list(twin.shape)}"
             raise InputError(f"{tune.name}: {tune.stored[name]} has the shape {shapes}")
         cut = tensor.shape != twin.shape

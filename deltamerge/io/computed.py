@@ -1,6 +1,6 @@
-"""Tensors whose bytes are made when they are read: a weight with its LoRA update, a cast, zeros.
+"""Tensors whose bytes are computed when they are read: a weight with its LoRA update, a cast, zeros.
 
-Whoever reads a tensor (`Reader`) gets these as if they were stored, tile by tile; no model is loaded.
+A `Reader` reads them like stored tensors, tile by tile; no model is loaded.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CHUNK = 1 << 18  # elements computed at once, in whole rows: they stay in cache
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
-    """Zeros: the base of an adapter's own weights."""
+    """Zeros, which stand for the base of an adapter's own weights."""
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         out[:] = bytes(len(out))
@@ -95,6 +95,7 @@ class LowRank:
         return np.asarray(update, np.float32)
 
     def _product(self, left: Array, right: Array) -> Array:
+        """B A by the compiled kernels, else by numpy; the bits are the same."""
         out = np.empty((len(left), right.shape[1]), np.float32)
         native = kernels.native()
         if native is None:

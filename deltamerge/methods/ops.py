@@ -5,25 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from deltamerge.io.dtypes import torch_dtype
 from deltamerge.methods.tiles import RUN, Kept, Patched, Tile, block_elements
 
 if TYPE_CHECKING:
     import torch
 
     Tensor = torch.Tensor
-
-
-def torch_dtype(code: str) -> torch.dtype:
-    """The torch dtype of a safetensors code such as "BF16"."""
-    import torch
-
-    names = {
-        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-        "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    }  # fmt: skip
-    return getattr(torch, names[code])  # type: ignore[no-any-return]  # every name above is a dtype
 
 
 def subtract(tune: Tensor, base: Tensor, *, tile: Tile, dtypes: tuple[str, str]) -> Tensor:

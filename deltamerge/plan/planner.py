@@ -1,4 +1,4 @@
-"""Recipe and headers -> what will be done: every output tensor, where its bytes go, passes and peak memory."""
+"""Makes a plan from a recipe and headers: every output tensor, where its bytes go, passes and peak memory."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHOWN_PROBLEMS = 8
 
 @dataclass(frozen=True, slots=True)
 class Budgeted:
-    """A tensor whose density a budget decides, the fine-tune's and the base's, of `size` elements."""
+    """A tensor of `size` elements whose density a budget decides: the fine-tune's and the base's."""
 
     name: str
     size: int
@@ -79,17 +79,17 @@ class Plan:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Everything that is to be said of it: `warnings`, which speak of models that may be the wrong ones, first."""
+        """All messages about the plan; first `warnings`, which say that a model may be the wrong one."""
         return (*self.warnings, *self.notes)
 
     @property
     def specs(self) -> dict[Node, Spec]:
-        """What each calibration stage is to do."""
+        """The specification of each calibration stage."""
         return {node: node.parameter("spec") for node in self.stages}
 
     @property
     def tasks(self) -> list[Task]:
-        """What the engine is to make: every piece of every output tensor."""
+        """The engine's tasks: every piece of every output tensor."""
         return [
             Task(output.name, piece.built.root, piece.backend, piece.offset)
             for output in self.outputs
@@ -98,21 +98,22 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the output's tensors."""
         return sum(output.nbytes for output in self.outputs)
 
     @property
     def delta_values(self) -> str | None:
-        """How a delta artifact stores what it adds; None: final values."""
+        """The coding of the values that a delta artifact adds; None: it holds final values."""
         return (self.recipe.output.values or "bfloat16") if self.recipe.output.adds else None
 
     @property
     def read_bytes(self) -> int:
-        """Bytes read from the inputs, counting every pass; not what calibration reads."""
+        """Bytes read from the inputs in all passes, without what calibration reads."""
         pieces = (piece for output in self.outputs for piece in output.pieces)
         return self.cut_bytes + sum(self.costs[piece.built.root].read_bytes for piece in pieces)
 
     def describe(self) -> dict[str, Any]:
-        """The plan for `--json`; a documented, stable shape."""
+        """The plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,
@@ -166,10 +167,19 @@ def plan(
     data: bool = True,
     densities: Mapping[str, float] | None = None,
 ) -> Plan:
-    """Resolve `recipe`; relative references start at `folder`, `opener` opens one by its headers.
+    """The plan of `recipe`. Only headers and configs are read and, with `data`, the calibration data of recipes that
+    need it.
 
-    Raises InputError naming every mismatch between the models; nothing but headers and configs is read, and with `data`
-    the calibration data of recipes that need it. `densities` are those of the tensors that a budget is for.
+        recipe      a loaded recipe
+        folder      where relative references start
+        opener      opens a reference by its headers, given the folder
+        device      "cpu" or a GPU
+        workers     threads
+        memory      cap in bytes
+        data        whether to check the calibration data
+        densities   of the tensors that a budget is for, by name
+
+    InputError naming every mismatch between the models.
     """
     inputs = open_inputs(recipe, folder, opener)
     bounds.check(inputs)
@@ -199,7 +209,7 @@ def plan(
     sources = _sources(builder, inputs)
     if data:
         _check_data(sources, inputs)
-    if sources:  # the stages come before the first tile, one after another
+    if sources:  # stages run one after another, before the first tile
         resident = [node.parameter("spec").memory for node in builder.stages]
         peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
     peak += vocabulary.memory if vocabulary is not None else 0
@@ -248,7 +258,7 @@ def plan(
 
 
 def _sources(builder: Builder, inputs: Inputs) -> dict[int, Source]:
-    """What the stages run, by the fine-tune's place in the recipe."""
+    """The data that stages run on, by the fine-tune's index in the recipe."""
     measured = builder.deltas.activations | builder.deltas.weighing
     sources = {i: node.parameter("source") for i, node in measured.items()}
     sources |= {i: node.parameter("spec").source for i, node in builder.deltas.calibrated.items()}
@@ -259,7 +269,7 @@ def _sources(builder: Builder, inputs: Inputs) -> dict[int, Source]:
 
 
 def _check_data(sources: Mapping[int, Source], inputs: Inputs) -> None:
-    """InputError unless the rows are there, with the fields and labels that the model's head needs."""
+    """InputError unless the rows exist, with the fields and labels that the model's head needs."""
     configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
     for index, source in sources.items():
         with errors.context(f"calibration of {source.model}"):
@@ -267,5 +277,5 @@ def _check_data(sources: Mapping[int, Source], inputs: Inputs) -> None:
 
 
 def _blocks(source: Source) -> int:
-    """How many blocks calibration goes through one by one, as the names tell; 0: the whole model is resident."""
+    """The number of blocks that calibration runs one by one, as names tell; 0: the whole model is resident."""
     return len(numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or ())

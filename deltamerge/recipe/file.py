@@ -1,4 +1,4 @@
-"""The documents of a recipe file, each after those that it needs."""
+"""The documents of a recipe file, ordered so that each follows those that it uses."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from deltamerge.recipe.schema import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One recipe of a file; `text` is what its result's recipe.yaml says: the documents that it needs, and itself."""
+    """One recipe of a file; `text` is the recipe.yaml of its result: the documents that it uses, and itself."""
 
     recipe: Recipe
     text: str
 
     @property
     def name(self) -> str:
-        """By which others use its result; "" of the one that is the output."""
+        """The name by which other documents use its result; "" for the output."""
         return self.recipe.name or ""
 
 
 def documents(path: Path, text: str | None = None, *, mergekit_exact: bool = False) -> tuple[Document, ...]:
-    """The documents of the file `path`, or the recipe `text` as if it stood there, each after those that it needs; the
-    output is the last. With `mergekit_exact` mergekit's defaults are written into them first.
+    """The documents of the file `path`, or of `text` as if it were that file, ordered by use; the output is the last.
 
-    The output is the document without a name; where all have one, the last of the file. RecipeError: any fault of any
-    document, or documents that need each other.
+    The output is the document without a name or, if all have one, the last of the file. `mergekit_exact` first writes
+    mergekit's defaults into them. RecipeError: a fault of any document, or documents that use each other.
     """
     if text is not None:
         return (Document(loads(text, str(path)), text),)

@@ -12,6 +12,7 @@ import yaml
 from deltamerge.engine.execute import default_workers, execute
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.dtypes import code_of, torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import Read, TensorInfo
 from deltamerge.plan.planner import Plan, plan
@@ -22,12 +23,6 @@ from deltamerge.run.runner import run as run_recipe
 
 if TYPE_CHECKING:
     import torch
-
-CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
-    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +99,6 @@ def prune(
     """
     import torch
 
-    from deltamerge.methods.ops import torch_dtype
-
     if not keys.get("method"):
         raise InputError("prune needs a method", hint='method="magnitude", density=0.1')
     models = [{"model": "fine-tune", "name": name, "prune": keys}]
@@ -140,7 +133,7 @@ class _InMemory:
 
 
 def _info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
-    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
+    code = code_of(tensor.dtype)
     if code is None:
         raise InputError(f"{name}: {tensor.dtype} is not a dtype of safetensors")
     made = _InMemory(_bytes(tensor.detach().cpu()), tensor.element_size())

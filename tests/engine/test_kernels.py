@@ -22,9 +22,9 @@ from deltamerge import kernels
 from deltamerge.engine.backends import FusedBackend, choose
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import REDUCTIONS, Graph, Node
+from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
-from deltamerge.methods.ops import torch_dtype
 from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.prune.select import Bin, Bracket, Cut
 from deltamerge.methods.tiles import row_length

@@ -19,8 +19,8 @@ from deltamerge import kernels
 from deltamerge.errors import InputError
 from deltamerge.io import hub, patterns
 from deltamerge.io.computed import ordered_product
+from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
-from deltamerge.methods.ops import torch_dtype
 from deltamerge.run.plans import make_plan
 from deltamerge.run.runner import run
 

@@ -23,10 +23,9 @@ from deltamerge.delta.tensor_writer import TensorWriter
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.io import writer
 from deltamerge.io.audit import INFINITY, count_nonfinite
-from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.io.journal import Journal, check_facts, read_journal
 from deltamerge.io.work_folder import mark
-from deltamerge.methods.ops import torch_dtype
 from deltamerge.plan.planner import Plan
 from deltamerge.run.lock import verify
 from deltamerge.run.partition import Part
