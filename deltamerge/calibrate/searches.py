@@ -20,14 +20,13 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import reach, search, statistics
 from deltamerge.calibrate.candidates import Q
 from deltamerge.calibrate.scales import learn, row_shape
-from deltamerge.calibrate.spec import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step
+from deltamerge.calibrate.spec import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step, rounded
 from deltamerge.calibrate.statistics import LayerStatistics, Vector
 from deltamerge.calibrate.subject import Subject
 from deltamerge.errors import InputError
 
 Qs = dict[str, Q]
 Path = list[list[Any]]
-ROUNDED = 6
 KAPPA = (0.25, 4.0)
 # q of a closed form or learned: above 1 where a row is better left out, and never without bound (algorithms.md 6.2)
 HIGHEST = 10.0
@@ -50,11 +49,6 @@ class Found:
     @property
     def label(self) -> str:
         return " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in self.numbers.items())
-
-
-def rounded(value: float) -> float:
-    """Six significant digits: what a lock says is what was used."""
-    return float(f"{value:.{ROUNDED}g}")
 
 
 def shortlist(found: search.Found, low: float, high: float) -> list[tuple[float, float, bool]]:

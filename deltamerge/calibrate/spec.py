@@ -24,6 +24,7 @@ from deltamerge.recipe.schema import Calibration
 
 EVALUATIONS = 20
 STEPS = 40
+ROUNDED = 6  # digits of what a lock says
 HELD_OUT = 200  # rows that decide, or as many as searched on if that is more
 SHORTLIST = 4  # minima of a search that are compared on them
 PASSED = 1 + EVALUATIONS  # the base, and points that are compared where a search found nothing better than it
@@ -172,6 +173,11 @@ def mask_seeds(source: Source, method: str, q: CalibratedQ) -> int:
     """Masks that a search averages over: further seeds, which only random masks have, are the recipe's + 1, + 2 …"""
     averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
     return source.calibration.seeds if averaged else 1
+
+
+def rounded(value: float) -> float:
+    """Six significant digits: what a lock says is what was used."""
+    return float(f"{value:.{ROUNDED}g}")
 
 
 def grid_step(low: float) -> float:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from deltamerge.errors import DeltamergeError
 
 GROUP = "deltamerge.methods"
+
+# A function at the top of its module, or its name "module:name", which is imported when it runs.
+Function: TypeAlias = str | Callable[..., Any]
+
+
+class Names:
+    """A module whose functions a table names: `Names("m").f` is "m:f", and `m` is not imported."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+
+    def __getattr__(self, name: str) -> str:
+        return f"{self.module}:{name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +72,7 @@ class Param:
 
 @dataclass(frozen=True, slots=True)
 class MergeMethod:
-    """How fine-tunes meet: `function` ("module:name") of tiles, or of what `nodes` makes of them.
+    """How fine-tunes meet: `function` of tiles, or of what `nodes` makes of them.
 
     `needs_base`: the base is given and stands apart from the models; `takes_base`: so it is where it is given.
     `deltas`: with a base it works on fine-tune − base, so pruning can come before it. `implies_prune` is the pruning
@@ -70,10 +83,12 @@ class MergeMethod:
     then a tile per model (with deltas: float32, or `Kept`). A parameter is passed by its name, `lambda` as `lambda_`;
     one that is `per_model` in the plural, as a tuple. `nodes`, for a method that needs more than one pass, is a
     function `(make, function, inputs, shape, *, based, **parameters) -> node`: see `methods.merge.span.nodes`.
+    `keeps_single(**parameters)` tells whether a single model that was not pruned comes out as it is, and need not be
+    computed; without it none does.
     """
 
     name: str
-    function: str
+    function: Function
     summary: str
     paper: str | None = None
     parameters: Mapping[str, Param] = field(default_factory=dict)
@@ -84,7 +99,8 @@ class MergeMethod:
     implies_prune: str | None = None
     minimum: int = 1
     maximum: int | None = None
-    nodes: str | None = None
+    nodes: Function | None = None
+    keeps_single: Function | None = None
 
     def base_apart(self, base_model: str | None) -> bool:
         """Whether a recipe with that `base_model` hands the base to the method apart from the models."""
@@ -104,7 +120,7 @@ class PruneMethod:
     """
 
     name: str
-    function: str | None
+    function: Function | None
     summary: str
     paper: str | None = None
     parameters: Mapping[str, Param] = field(default_factory=dict)

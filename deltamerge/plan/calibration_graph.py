@@ -7,21 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltamerge.calibrate import joint_factor, stage
 from deltamerge.calibrate.spec import Part, Pruned, Source, Spec, has_norm, mask_seeds, within
+from deltamerge.calibrate.threshold import model_cut
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.patterns import finds
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
-from deltamerge.plan.delta_graph import THRESHOLD, Deltas
+from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.recipe.prune_keys import CalibratedQ
-
-STAGE = "deltamerge.calibrate.stage"
-TOGETHER = "deltamerge.calibrate.joint_factor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,13 +61,13 @@ class Preparation:
                 continue
             source = self._source(seen[0], [(t.tensor, t.base) for t in seen])
             if weighed:
-                deltas.weighing[index] = deltas.graph.node(f"{STAGE}:activations", kind="small", source=source)
+                deltas.weighing[index] = deltas.graph.node(stage.activations, kind="small", source=source)
             if measured:
-                deltas.activations[index] = deltas.graph.node(f"{STAGE}:activations", kind="small", source=source)
+                deltas.activations[index] = deltas.graph.node(stage.activations, kind="small", source=source)
             if pruned and isinstance(prune.q, CalibratedQ) and calibrated:
                 shared = tuple(made[index] for made in (deltas.activations, deltas.cuts) if index in made)
                 spec = self._spec(source, prune, prune.q, pruned, shared)
-                deltas.calibrated[index] = deltas.graph.node(f"{STAGE}:calibrate", shared, kind="small", spec=spec)
+                deltas.calibrated[index] = deltas.graph.node(stage.calibrate, shared, kind="small", spec=spec)
 
     def together(self, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node]) -> Node:
         """The stage that finds the λ of the merge; `merged_delta` is what every fine-tune would get, of a mask seed."""
@@ -93,20 +92,20 @@ class Preparation:
         method, bounds = recipe.method.name, (low / 4.0, high * 2.0)
         source, pruned = parts[0].source, parts[0].pruned
         spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, shared, tuple(parts))
-        return deltas.graph.node(f"{TOGETHER}:calibrate", shared, kind="small", spec=spec)
+        return deltas.graph.node(joint_factor.calibrate, shared, kind="small", spec=spec)
 
     def _cut(self, pruned: Sequence[Tuned]) -> Node:
         """The one threshold of a model: as many entries as the tensors' densities add up to."""
         whole = tuple((t.name, self.deltas.whole(t)) for t in pruned)
         k = sum(round((self.deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
-        return self.deltas.graph.node(f"{THRESHOLD}:model_cut", kind="small", deltas=whole, k=k, device=self.device)
+        return self.deltas.graph.node(model_cut, kind="small", deltas=whole, k=k, device=self.device)
 
     def _calibrate_factors(self, index: int, prune: Pruning, q: CalibratedQ, products: Sequence[Product]) -> None:
         deltas = self.deltas
         first = next(iter(products[0].factors.values()))
         source = self._source(first, [(product.weight, product.update.base) for product in products])
         spec = factor_spec(products, source, prune, q, deltas)
-        deltas.calibrated[index] = deltas.graph.node(f"{STAGE}:calibrate", kind="small", spec=spec)
+        deltas.calibrated[index] = deltas.graph.node(stage.calibrate, kind="small", spec=spec)
         deltas.roots |= factor_roots(products)
 
     def _source(self, tuned: Tuned, pairs: Sequence[tuple[TensorInfo, TensorInfo]], share: int = 1) -> Source:

@@ -8,13 +8,16 @@ from types import MappingProxyType
 from typing import Any
 
 from deltamerge import errors
+from deltamerge.calibrate import spec
 from deltamerge.calibrate.spec import has_norm, is_transposed
+from deltamerge.calibrate.threshold import cut_of
 from deltamerge.delta.over_base import added
-from deltamerge.engine.graph import Graph, Node
+from deltamerge.engine.graph import Function, Graph, Node
 from deltamerge.errors import InputError
 from deltamerge.io.patterns import finds
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.prune import nodes
+from deltamerge.methods.ops import subtract, zeros
+from deltamerge.methods.prune import masks, nodes, protect, rescale, select
 from deltamerge.methods.prune.bits import Key, mask_key
 from deltamerge.methods.prune.della import check as check_della
 from deltamerge.methods.table import PRUNE
@@ -24,12 +27,6 @@ from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import resolve
 
-MASKS = "deltamerge.methods.prune.masks"
-PROTECT = "deltamerge.methods.prune.protect"
-RESCALE = "deltamerge.methods.prune.rescale"
-SELECT = "deltamerge.methods.prune.select"
-STAGES = "deltamerge.calibrate.spec"
-THRESHOLD = "deltamerge.calibrate.threshold"
 KINDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({"number": float, "integer": int, "bool": bool})
 
 
@@ -57,9 +54,7 @@ class Deltas:
         self.roots: dict[str, tuple[str, int]] = {}
 
     def read(self, tensor: TensorInfo) -> Node:
-        return self.graph.node(
-            "deltamerge.io.reader:read", kind="read", shape=tensor.shape, dtype=tensor.dtype, tensor=tensor
-        )
+        return self.graph.read(tensor)
 
     def prune_of(self, tuned: Tuned) -> Pruning:
         return self.prunes[tuned.index]
@@ -104,11 +99,11 @@ class Deltas:
         if pair[1].kind != "read":
             return pair[0]
         dtypes = (tuned.tensor.dtype, tuned.base.dtype)
-        return self._node("deltamerge.methods.ops:subtract", pair, tuned.base.shape, dtypes=dtypes)
+        return self._node(subtract, pair, tuned.base.shape, dtypes=dtypes)
 
     def nothing(self, tuned: Tuned) -> Node:
         """Zeros: what a density of 0, which mergekit's parameters may have, keeps."""
-        return self._node("deltamerge.methods.ops:zeros", self._pair(tuned)[:1], tuned.base.shape)
+        return self._node(zeros, self._pair(tuned)[:1], tuned.base.shape)
 
     def pruned(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
         """The pruned, rescaled delta, and its description ("" if it is whole)."""
@@ -130,8 +125,8 @@ class Deltas:
             node = nodes.matched(self.graph.node, self._cleared(whole, columns), node, prune.rescale)
             return self._restored(tuned, node, f" {prune.method} density={density:g} {prune.rescale}")
         if q != 1:
-            value = self.graph.node(f"{RESCALE}:constant", kind="small", value=q)
-            node = self._node(f"{RESCALE}:divide", [node, value], shape)
+            value = self.graph.node(rescale.constant, kind="small", value=q)
+            node = self._node(rescale.divide, [node, value], shape)
         return self._restored(tuned, node, f" {prune.method} density={density:g} q={q:g}")
 
     def _calibrated(self, tuned: Tuned, q: CalibratedQ, density: float) -> tuple[Node, str]:
@@ -140,9 +135,9 @@ class Deltas:
             return self.whole(tuned), ""
         node = self.masked(tuned, self.recipe.seed)
         name, root = self.roots.get(tuned.name, (tuned.name, 1))
-        value = self.graph.node(f"{STAGES}:pick", [self.calibrated[tuned.index]], kind="small", name=name, root=root)
-        divide = "divide_rows" if q.scope_or_default == "row" else "divide"
-        node = self._node(f"{RESCALE}:{divide}", [node, value], tuned.base.shape)
+        value = self.graph.node(spec.pick, [self.calibrated[tuned.index]], kind="small", name=name, root=root)
+        divide = rescale.divide_rows if q.scope_or_default == "row" else rescale.divide
+        node = self._node(divide, [node, value], tuned.base.shape)
         return self._restored(tuned, node, f" {self.prune_of(tuned).method} density={density:g} q={q.objective}")
 
     def masked(self, tuned: Tuned, seed: int) -> Node:
@@ -156,12 +151,12 @@ class Deltas:
         if density == 1:
             return whole
         if prune.method == "dare" and prune.sampling == "uniform":
-            return self._cleared(self._node(f"{MASKS}:dare", pair, shape, key=key, density=density), columns)
+            return self._cleared(self._node(masks.dare, pair, shape, key=key, density=density), columns)
         if prune.method in ("breadcrumbs", "magnitude_outliers"):
             return nodes.between(self.graph.node, whole, density, number(prune.parameters["gamma"], merge) or 0.0)
         if prune.method == "structured":
             a, b = (number(prune.parameters[side], merge) for side in "ab")
-            return self._cleared(self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b), columns)
+            return self._cleared(self._node(masks.structured, pair, shape, key=key, a=a, b=b), columns)
         if count:
             density *= 1 - count / shape[-1]
         if prune.sampling == "magnitude":
@@ -171,12 +166,12 @@ class Deltas:
             measured = self.activations[tuned.index]
             return nodes.best_scored(self.graph.node, whole, measured, tuned.tensor.name, transposed, density)
         if prune.method == "magnitude" and prune.group == "row" and len(shape) > 1:
-            return self._node(f"{SELECT}:keep_largest_rows", [whole], shape, density=density)
+            return self._node(select.keep_largest_rows, [whole], shape, density=density)
         if prune.method not in ("magnitude", "wanda"):
             return self._by_function(prune, merge, whole, key, density)
         if prune.group == "model":
             of_model = self.cuts[tuned.index]
-            cut = self.graph.node(f"{THRESHOLD}:cut_of", [of_model], kind="small", name=merge.name)
+            cut = self.graph.node(cut_of, [of_model], kind="small", name=merge.name)
             return nodes.above(self.graph.node, whole, cut)
         return nodes.largest(self.graph.node, whole, round(density * math.prod(shape)))
 
@@ -199,26 +194,26 @@ class Deltas:
 
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
         """The node of a linear weight's protected columns, and how many they are at most; None where there are none."""
-        protect = self.prune_of(tuned).protect
-        if protect is None or not has_norm(tuned.name, tuned.tensor.shape):
+        guarded = self.prune_of(tuned).protect
+        if guarded is None or not has_norm(tuned.name, tuned.tensor.shape):
             return None, 0
         width = tuned.tensor.shape[-1]
-        if protect.massive_activations is not None:
-            k = min(protect.massive_activations, width)
+        if guarded.massive_activations is not None:
+            k = min(guarded.massive_activations, width)
             measured = [self.activations[tuned.index]]
-            return self.graph.node(f"{STAGES}:massive", measured, kind="small", name=tuned.tensor.name, k=k), k
+            return self.graph.node(spec.massive, measured, kind="small", name=tuned.tensor.name, k=k), k
         numbers: set[int] = set()
-        for pattern, some in (protect.columns or {}).items():
+        for pattern, some in (guarded.columns or {}).items():
             if finds(pattern, tuned.name):
                 numbers.update(some)
         if not numbers:
             return None, 0
         if max(numbers) >= width:
             raise InputError(f"prune.protect.columns: {tuned.name} has {width} columns, {max(numbers)} is none of them")
-        return self.graph.node(f"{STAGES}:columns", kind="small", numbers=tuple(sorted(numbers))), len(numbers)
+        return self.graph.node(spec.columns, kind="small", numbers=tuple(sorted(numbers))), len(numbers)
 
     def _cleared(self, delta: Node, columns: Node | None) -> Node:
-        return delta if columns is None else self._node(f"{PROTECT}:clear", [delta, columns], delta.shape)
+        return delta if columns is None else self._node(protect.clear, [delta, columns], delta.shape)
 
     def _restored(self, tuned: Tuned, kept: Node, text: str) -> tuple[Node, str]:
         """The kept delta with its protected columns, and its description."""
@@ -226,7 +221,7 @@ class Deltas:
         if columns is None:
             return kept, text
         inputs = [kept, *self._pair(tuned), columns]
-        return self._node(f"{PROTECT}:restore", inputs, tuned.base.shape), f"{text} protect={count}"
+        return self._node(protect.restore, inputs, tuned.base.shape), f"{text} protect={count}"
 
     def _pair(self, tuned: Tuned) -> list[Node]:
         """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros."""
@@ -234,9 +229,9 @@ class Deltas:
         if values is None:
             return [self.read(tuned.tensor), self.read(tuned.base)]
         node = self.read(values)
-        return [node, self._node("deltamerge.methods.ops:zeros", [node], tuned.base.shape)]
+        return [node, self._node(zeros, [node], tuned.base.shape)]
 
-    def _node(self, function: str, inputs: Any, shape: tuple[int, ...], **parameters: Any) -> Node:
+    def _node(self, function: Function, inputs: Any, shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
 

@@ -9,24 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
+from deltamerge.calibrate.spec import pick
 from deltamerge.delta.positions import uniform_density
 from deltamerge.delta.values import VALUE_BITS
-from deltamerge.engine.graph import Graph, Node
+from deltamerge.engine.graph import Function, Graph, Node
 from deltamerge.engine.graph import resolve as call
 from deltamerge.errors import RecipeError
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune import nodes
-from deltamerge.methods.registry import MergeMethod
+from deltamerge.methods.prune.rescale import divide
 from deltamerge.plan.calibration_graph import Preparation
-from deltamerge.plan.delta_graph import KINDS, RESCALE, STAGES, Deltas
+from deltamerge.plan.delta_graph import KINDS, Deltas
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import lookup
-
-# A weight that is surely divided by itself: a sum of weights near 0 is not divided by.
-SMALLEST_WEIGHT = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,11 +107,8 @@ class Builder:
         else:
             pruned = [(self.deltas.read(tuned.tensor), "") for tuned in tunes]
         if self.together is not None and base is not None:
-            q = self.graph.node(f"{STAGES}:pick", [self.together], kind="small", name=merge.name)
-            pruned = [
-                (self._node(f"{RESCALE}:divide", [node, q], base.shape), f"{text} lambda calibrated")
-                for node, text in pruned
-            ]
+            q = self.graph.node(pick, [self.together], kind="small", name=merge.name)
+            pruned = [(self._node(divide, [node, q], base.shape), f"{text} lambda calibrated") for node, text in pruned]
         inputs = [node for node, _ in pruned]
         if base is not None:
             inputs.insert(0, self.deltas.read(base))
@@ -121,11 +117,16 @@ class Builder:
         delta = None
         if self.recipe.output.adds and base is not None and not self._left_whole(merge):
             if method.adds:
-                zeros = self._node("deltamerge.methods.ops:zeros", inputs[1:2], base.shape)
-                delta = self._cast(self._combined(merge, [zeros, *inputs[1:]], values), "F32")
+                nothing = self._node(zeros, inputs[1:2], base.shape)
+                delta = self._cast(self._combined(merge, [nothing, *inputs[1:]], values), "F32")
             else:
                 delta = self._difference(self._combined(merge, inputs, values), inputs[0])
-        if len(inputs) - apart == 1 and not pruned[0][1] and _takes_whole(method, values):
+        if (
+            len(inputs) - apart == 1
+            and not pruned[0][1]
+            and method.keeps_single is not None
+            and call(method.keeps_single)(**values)
+        ):
             return Built(self.copy(tunes[0].tensor, dtype), "copy", (tunes[0].model.name,), delta, changed)
         return Built(self._cast(self._combined(merge, inputs, values), dtype), method.name, details, delta, changed)
 
@@ -142,7 +143,7 @@ class Builder:
     def _difference(self, merged: Node, base: Node) -> Node:
         """What a merged tensor adds to the base, in float32."""
         pair = [self._cast(merged, "F32"), base]
-        return self._node("deltamerge.methods.ops:subtract", pair, base.shape, dtypes=("F32", base.dtype))
+        return self._node(subtract, pair, base.shape, dtypes=("F32", base.dtype))
 
     def _left_whole(self, merge: Merge) -> bool:
         """Whether pruning leaves this tensor whole in every model, though it was asked for: it is stored exactly."""
@@ -214,25 +215,10 @@ class Builder:
             raise RecipeError(self.recipe.source.path, [problem])
         return value
 
-    def _node(self, function: str, inputs: Sequence[Node], shape: tuple[int, ...], **parameters: Any) -> Node:
+    def _node(self, function: Function, inputs: Sequence[Node], shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
     def _cast(self, node: Node, dtype: str) -> Node:
         if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor").made, Gathered):
             return node
-        return self.graph.node("deltamerge.methods.ops:cast", [node], shape=node.shape, dtype=dtype, to=dtype)
-
-
-def _takes_whole(method: MergeMethod, values: dict[str, Any]) -> bool:
-    """Whether a single model that was not pruned comes out as it is."""
-    module, _, combine = method.function.rpartition(":")
-    if not module.startswith("deltamerge."):
-        return False  # a function of another package may do anything with a single model
-    if combine in ("multislerp", "karcher"):
-        return True
-    if combine == "passthrough":
-        return bool(values["scales"] == (1.0,))
-    if combine not in ("task_arithmetic", "ties") or values["lambda_"] != 1:
-        return False
-    (weight,) = values["weights"]
-    return bool(weight == 1 or (values["normalize"] and abs(weight) >= SMALLEST_WEIGHT))
+        return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)

@@ -9,12 +9,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
+from deltamerge.methods.prune import columns, rescale, sampling, select
 from deltamerge.methods.prune.bits import Key
-
-COLUMNS = "deltamerge.methods.prune.columns"
-RESCALE = "deltamerge.methods.prune.rescale"
-SAMPLING = "deltamerge.methods.prune.sampling"
-SELECT = "deltamerge.methods.prune.select"
 
 
 class Shaped(Protocol):
@@ -32,12 +28,12 @@ def largest(make: Callable[..., N], delta: N, k: int) -> N:
     """Δ with only its k largest magnitudes: a sample, a pass over the tensor, rarely three more, then the mask."""
     if k >= math.prod(delta.shape):
         return delta
-    return make(f"{SELECT}:keep_largest", [delta, *_end(make, delta, k)], shape=delta.shape)
+    return make(select.keep_largest, [delta, *_end(make, delta, k)], shape=delta.shape)
 
 
 def above(make: Callable[..., N], delta: N, cut: N) -> N:
     """Δ above a cut, and of the entries equal to it the first ones in flat order."""
-    return make(f"{SELECT}:keep_largest", [delta, cut, _ranks(make, delta, cut)], shape=delta.shape)
+    return make(select.keep_largest, [delta, cut, _ranks(make, delta, cut)], shape=delta.shape)
 
 
 def between(make: Callable[..., N], delta: N, density: float, gamma: float) -> N:
@@ -48,37 +44,37 @@ def between(make: Callable[..., N], delta: N, density: float, gamma: float) -> N
     if not top:
         return largest(make, delta, kept)
     cuts = [*_end(make, delta, top + kept), *_end(make, delta, top)]
-    return make(f"{SELECT}:keep_between", [delta, *cuts], shape=delta.shape)
+    return make(select.keep_between, [delta, *cuts], shape=delta.shape)
 
 
 def _end(make: Callable[..., N], delta: N, k: int) -> tuple[N, N]:
     """Where the k largest magnitudes end: the cut, and the ranks of those equal to it."""
     if k == 0:
-        return make(f"{SELECT}:nothing", kind="small"), make(f"{SELECT}:no_ranks", kind="small")
+        return make(select.nothing, kind="small"), make(select.no_ranks, kind="small")
     shape = delta.shape
-    sample = make(f"{SELECT}:sample", [delta], kind="concat", shape=shape)
-    bracket = make(f"{SELECT}:pick_bracket", [sample], kind="small", k=k, size=math.prod(shape))
-    inside = make(f"{SELECT}:bracketed", [delta, bracket], kind="concat", shape=shape)
-    listed = make(f"{SELECT}:gathered", [inside, bracket], kind="small")
-    near = make(f"{SELECT}:pick_listed", [listed], kind="small", k=k)
-    high = make(f"{SELECT}:high_counts", [delta, near], kind="sum", shape=shape)
-    found = make(f"{SELECT}:find_bin", [high], kind="small", k=k)
-    low = make(f"{SELECT}:low_counts", [delta, found], kind="sum", shape=shape)
-    cut = make(f"{SELECT}:pick_either", [near, low, found], kind="small")
-    equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=shape)
-    return cut, make(f"{SELECT}:ranks_listed", [equal, listed, cut], kind="small")
+    sample = make(select.sample, [delta], kind="concat", shape=shape)
+    bracket = make(select.pick_bracket, [sample], kind="small", k=k, size=math.prod(shape))
+    inside = make(select.bracketed, [delta, bracket], kind="concat", shape=shape)
+    listed = make(select.gathered, [inside, bracket], kind="small")
+    near = make(select.pick_listed, [listed], kind="small", k=k)
+    high = make(select.high_counts, [delta, near], kind="sum", shape=shape)
+    found = make(select.find_bin, [high], kind="small", k=k)
+    low = make(select.low_counts, [delta, found], kind="sum", shape=shape)
+    cut = make(select.pick_either, [near, low, found], kind="small")
+    equal = make(select.equal_counts, [delta, cut], kind="concat", shape=shape)
+    return cut, make(select.ranks_listed, [equal, listed, cut], kind="small")
 
 
 def _ranks(make: Callable[..., N], delta: N, cut: N) -> N:
-    equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
-    return make(f"{SELECT}:pick_ranks", [equal], kind="small")
+    equal = make(select.equal_counts, [delta, cut], kind="concat", shape=delta.shape)
+    return make(select.pick_ranks, [equal], kind="small")
 
 
 def matched(make: Callable[..., N], whole: N, kept: N, norm: str) -> N:
     """mergekit's rescaling: kept · ‖Δ‖ / ‖kept‖, as a division by ‖kept‖ / ‖Δ‖."""
-    norms = [make(f"{RESCALE}:norm", [node], kind="concat", shape=node.shape, norm=norm) for node in (kept, whole)]
-    ratio = make(f"{RESCALE}:ratio", norms, kind="small", norm=norm)
-    return make(f"{RESCALE}:divide", [kept, ratio], shape=whole.shape)
+    norms = [make(rescale.norm, [node], kind="concat", shape=node.shape, norm=norm) for node in (kept, whole)]
+    ratio = make(rescale.ratio, norms, kind="small", norm=norm)
+    return make(rescale.divide, [kept, ratio], shape=whole.shape)
 
 
 def best_scored(make: Callable[..., N], delta: N, activations: N, name: str, transposed: bool, density: float) -> N:
@@ -93,21 +89,21 @@ def best_scored(make: Callable[..., N], delta: N, activations: N, name: str, tra
         transposed=transposed,
     )
     if not transposed:
-        return make(f"{SELECT}:keep_largest_rows_scored", [delta, norms], shape=shape, density=density)
-    best = make(f"{COLUMNS}:best_of_columns", [delta, norms], kind="concat", shape=shape, density=density)
-    cut = make(f"{COLUMNS}:pick_columns", [best], kind="small", density=density, rows=shape[0])
-    equal = make(f"{COLUMNS}:equal_columns", [delta, norms, cut], kind="concat", shape=shape)
-    ranks = make(f"{COLUMNS}:column_ranks", [equal], kind="small")
-    return make(f"{COLUMNS}:keep_best_of_columns", [delta, norms, cut, ranks], shape=shape)
+        return make(select.keep_largest_rows_scored, [delta, norms], shape=shape, density=density)
+    best = make(columns.best_of_columns, [delta, norms], kind="concat", shape=shape, density=density)
+    cut = make(columns.pick_columns, [best], kind="small", density=density, rows=shape[0])
+    equal = make(columns.equal_columns, [delta, norms, cut], kind="concat", shape=shape)
+    ranks = make(columns.column_ranks, [equal], kind="small")
+    return make(columns.keep_best_of_columns, [delta, norms, cut, ranks], shape=shape)
 
 
 def sampled(make: Callable[..., N], delta: N, pair: Sequence[N], key: Key, density: float) -> N:
     """Importance sampling: two passes find c, a third draws."""
     shape = delta.shape
     expected = density * math.prod(shape)
-    sums = make(f"{SAMPLING}:sums", [delta], kind="sum", shape=shape)
-    clip = make(f"{SAMPLING}:pick_clip", [sums], kind="small", expected=expected)
-    inside = make(f"{SAMPLING}:clip_bin", [clip], kind="small")
-    low = make(f"{SELECT}:low_histogram", [delta, inside], kind="sum", shape=shape)
-    c = make(f"{SAMPLING}:factor", [low, clip], kind="small", expected=expected)
-    return make(f"{SAMPLING}:sampled", [*pair, c], shape=shape, key=key, density=density)
+    sums = make(sampling.sums, [delta], kind="sum", shape=shape)
+    clip = make(sampling.pick_clip, [sums], kind="small", expected=expected)
+    inside = make(sampling.clip_bin, [clip], kind="small")
+    low = make(select.low_histogram, [delta, inside], kind="sum", shape=shape)
+    c = make(sampling.factor, [low, clip], kind="small", expected=expected)
+    return make(sampling.sampled, [*pair, c], shape=shape, key=key, density=density)
