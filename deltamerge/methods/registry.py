@@ -60,6 +60,10 @@ class Param:
             return f"{whole}{'more than' if self.low_open else 'at least'} {self.low:g}"
         return "a whole number" if self.kind == "integer" else "a number"
 
+    def typed(self, value: float | bool) -> float | bool:
+        """The value as the number that a function is given."""
+        return bool(value) if self.kind == "bool" else int(value) if self.kind == "integer" else float(value)
+
     def accepts(self, value: float | bool) -> bool:
         if self.kind == "bool":
             return value in (0, 1)
@@ -108,15 +112,72 @@ class MergeMethod:
 
 
 @dataclass(frozen=True, slots=True)
+class Masking:
+    """A tensor's delta that a pruning method is to mask: what its `nodes` is given.
+
+    method      the method
+    make        makes a node: (function, inputs, *, kind, shape, **parameters), as `engine.graph.Graph.node`
+    delta       the node of Δ = fine-tune − base: flat float32 tiles, 0 in protected columns
+    pair        the nodes of the fine-tune and the base in their stored dtypes, to compute only what is kept
+    density     fraction kept of the entries that are not protected, in (0, 1)
+    share       the same entries as a fraction of all
+    key         what random bits are made from, with an entry's position: see `methods.prune.bits`
+    parameters  those that the method declares besides density and q, as numbers, of this tensor
+    group       where entries compete: one of the method's `groups`, None where it has none
+    sampling    "uniform", or "magnitude": with a probability in proportion to abs(Δ)
+    rescaled    whether what is kept is given a norm of Δ afterwards: entries are then not weighted here
+    norms       the node of ‖x_j‖₂ of the inputs of a linear layer, (n) float32; None for other tensors, and for methods
+                without `needs_activations`
+    transposed  whether such a weight is stored (in, out) and not (out, in)
+    cut         the node of the threshold (`methods.prune.select.Cut`) where the group is "model", else None
+    """
+
+    method: PruneMethod
+    make: Callable[..., Any]
+    delta: Any
+    pair: tuple[Any, Any]
+    density: float
+    share: float
+    key: tuple[int, int]
+    parameters: Mapping[str, float | bool]
+    group: str | None = None
+    sampling: str = "uniform"
+    rescaled: bool = False
+    norms: Any = None
+    transposed: bool = False
+    cut: Any = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """That of the tensor."""
+        shape: tuple[int, ...] = self.delta.shape
+        return shape
+
+    def masked(self, *inputs: Any, **parameters: Any) -> Any:
+        """The node of the method's function of a tile of `inputs`."""
+        return self.make(self.method.function, inputs, shape=self.shape, **parameters)
+
+
+def in_one_pass(masking: Masking) -> Any:
+    """The node of a method that needs nothing but a tile: `f(Δ, *, tile, density, **parameters)`, and key if random."""
+    key = {"key": masking.key} if masking.method.random else {}
+    return masking.masked(masking.delta, density=masking.share, **key, **masking.parameters)
+
+
+@dataclass(frozen=True, slots=True)
 class PruneMethod:
     """Which entries of a delta stay.
 
     `parameters` and `options` name the keys of `prune` that it knows, besides those of every method. `random` masks
     divide what is kept by the density (vanilla DARE), others by 1, unless q or rescale is given. `groups` are the
-    choices of `group`, the default first.
+    choices of `group`, the default first; "model" is one threshold for all tensors of a model. `factors` are
+    parameters whose product is the density, which is then not given. `needs_activations`: calibration data is run
+    through the fine-tune first, for `Masking.norms`.
 
     The function is called `f(delta, *, tile, density, …)` with the parameters other than q, and `key` where `random`:
     the bits of the mask (`methods.prune.bits`) are to come from it. It returns the kept entries, zeros elsewhere.
+    `nodes`, for a method that needs something else, such as a second pass, is a function `(masking) -> node` of what
+    is kept: see `Masking`, and `methods.prune.nodes`, where those of the methods here are.
     """
 
     name: str
@@ -127,6 +188,14 @@ class PruneMethod:
     options: frozenset[str] = frozenset()
     random: bool = False
     groups: tuple[str, ...] = ()
+    factors: tuple[str, ...] = ()
+    needs_activations: bool = False
+    nodes: Function = in_one_pass
+
+    @property
+    def own_parameters(self) -> tuple[str, ...]:
+        """The parameters that it declares besides density and q."""
+        return tuple(key for key in self.parameters if key not in ("density", "q"))
 
 
 def third_party(group: str = GROUP) -> Iterator[MergeMethod | PruneMethod]:

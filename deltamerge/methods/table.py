@@ -17,13 +17,15 @@ from deltamerge.methods.registry import MergeMethod, Names, Param, PruneMethod, 
 
 if TYPE_CHECKING:
     from deltamerge.methods.merge import arithmetic, elementwise, fusion, ram, sce, span, ties
-    from deltamerge.methods.prune import della, masks, select
+    from deltamerge.methods.prune import della, masks, nodes, select
 else:  # neither torch nor numpy is imported before a function runs
     arithmetic, elementwise, fusion, ram, sce, span, ties = (
         Names(f"deltamerge.methods.merge.{module}")
         for module in ("arithmetic", "elementwise", "fusion", "ram", "sce", "span", "ties")
     )
-    della, masks, select = (Names(f"deltamerge.methods.prune.{module}") for module in ("della", "masks", "select"))
+    della, masks, nodes, select = (
+        Names(f"deltamerge.methods.prune.{module}") for module in ("della", "masks", "nodes", "select")
+    )
 
 Method = TypeVar("Method", MergeMethod, PruneMethod)
 
@@ -314,6 +316,7 @@ _BREADCRUMBS_MASK = PruneMethod(
     "arXiv 2312.06795",
     {"density": _FRACTION, "q": _Q, "gamma": _GAMMA},
     frozenset({"rescale", "protect"}),
+    nodes=nodes.breadcrumbs,
 )
 
 _PRUNE = (
@@ -326,6 +329,7 @@ _PRUNE = (
         {"density": _FRACTION, "q": _Q},
         frozenset({"rescale", "sampling", "protect", "budget"}),
         random=True,
+        nodes=nodes.dare,
     ),
     PruneMethod(
         "magnitude",
@@ -335,6 +339,7 @@ _PRUNE = (
         {"density": _FRACTION, "q": _Q},
         frozenset({"rescale", "group", "protect", "budget"}),
         groups=("tensor", "row", "model"),
+        nodes=nodes.magnitude,
     ),
     PruneMethod(
         "wanda",
@@ -344,6 +349,8 @@ _PRUNE = (
         {"density": _FRACTION, "q": _Q},
         frozenset({"rescale", "group", "protect"}),
         groups=("row",),
+        needs_activations=True,
+        nodes=nodes.wanda,
     ),
     PruneMethod(
         "structured",
@@ -353,6 +360,8 @@ _PRUNE = (
         {"density": _FRACTION, "q": _Q, "a": _COLUMNS, "b": _INSIDE},
         frozenset({"rescale", "protect"}),
         random=True,
+        factors=("a", "b"),
+        nodes=nodes.structured,
     ),
     PruneMethod(
         "della",
@@ -362,6 +371,7 @@ _PRUNE = (
         {"density": _FRACTION, "q": _Q, "epsilon": _EPSILON},
         frozenset({"rescale", "protect"}),
         random=True,
+        nodes=nodes.della,
     ),
     _BREADCRUMBS_MASK,
     replace(_BREADCRUMBS_MASK, name="magnitude_outliers"),

@@ -37,7 +37,7 @@ class Preparation:
         deltas = self.deltas
         for index, prune in enumerate(deltas.prunes):
             massive = prune.protect is not None and prune.protect.columns is None
-            measured = prune.method == "wanda" or massive
+            measured = PRUNE[prune.method].needs_activations or massive
             calibrated = isinstance(prune.q, CalibratedQ) and not deltas.whole_merge
             weighed = prune.budget is not None and deltas.recipe.calibration is not None
             if not (measured or calibrated or weighed or prune.protect or prune.group == "model"):
@@ -76,7 +76,7 @@ class Preparation:
         searched = [prune.q for prune in deltas.prunes if isinstance(prune.q, CalibratedQ)]
         objective = searched[0].objective if searched else "output_change"
         assert recipe.calibration is not None
-        random = any(prune.method in PRUNE and PRUNE[prune.method].random for prune in deltas.prunes)
+        random = any(PRUNE[prune.method].random for prune in deltas.prunes)
         seeds = recipe.calibration.seeds if random and objective == "output_change" else 1
         masked = {m.name: tuple(merged_delta(m, recipe.seed + s) for s in range(seeds)) for m in merges}
         parts = []

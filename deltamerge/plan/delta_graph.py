@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
 from typing import Any
 
 from deltamerge import errors
@@ -12,22 +11,20 @@ from deltamerge.calibrate import spec
 from deltamerge.calibrate.spec import has_norm, is_transposed
 from deltamerge.calibrate.threshold import cut_of
 from deltamerge.delta.over_base import added
-from deltamerge.engine.graph import Function, Graph, Node
+from deltamerge.engine.graph import Function, Graph, Node, resolve
 from deltamerge.errors import InputError
 from deltamerge.io.patterns import finds
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.ops import subtract, zeros
-from deltamerge.methods.prune import masks, nodes, protect, rescale, select
-from deltamerge.methods.prune.bits import Key, mask_key
-from deltamerge.methods.prune.della import check as check_della
+from deltamerge.methods.prune import nodes, protect, rescale
+from deltamerge.methods.prune.bits import mask_key
+from deltamerge.methods.registry import Masking, PruneMethod
 from deltamerge.methods.table import PRUNE
 from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.recipe import values
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
 from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.values import resolve
-
-KINDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({"number": float, "integer": int, "bool": bool})
 
 
 class Deltas:
@@ -59,6 +56,9 @@ class Deltas:
     def prune_of(self, tuned: Tuned) -> Pruning:
         return self.prunes[tuned.index]
 
+    def method_of(self, tuned: Tuned) -> PruneMethod:
+        return PRUNE[self.prune_of(tuned).method]
+
     def prunes_by_name(self, tuned: Tuned) -> bool:
         """Whether the include and exclude lists of its model prune a tensor."""
         return self.patterns[tuned.index].prunes(tuned.name)
@@ -71,10 +71,9 @@ class Deltas:
         if prune.budget is not None:
             assert self.densities is not None
             return self.densities[merge.name]
-        if prune.method == "structured":
-            a, b = (number(prune.parameters[side], merge) for side in "ab")
-            if a is not None and b is not None:
-                return a * b
+        factors = [number(prune.parameters[key], merge) for key in self.method_of(tuned).factors]
+        if factors and None not in factors:
+            return math.prod(factor for factor in factors if factor is not None)
         return number(prune.density, merge)
 
     def is_masked(self, tuned: Tuned) -> bool:
@@ -89,7 +88,7 @@ class Deltas:
         """The q of a tensor whose own is not calibrated: the recipe's number, or the method's."""
         prune = self.prune_of(tuned)
         if isinstance(prune.q, CalibratedQ):
-            return density if PRUNE[prune.method].random else 1.0
+            return density if self.method_of(tuned).random else 1.0
         q = None if prune.rescale else number(prune.q, tuned.merge)
         return density if q is None else q
 
@@ -119,8 +118,6 @@ class Deltas:
         q = self.plain_q(tuned, density)
         node, shape = self.masked(tuned, seed), tuned.base.shape
         if prune.rescale:
-            if prune.method == "della":
-                node = self._node(node.function, node.inputs, shape, **dict(node.parameters), weighted=False)
             columns, _ = self.protected(tuned)
             node = nodes.matched(self.graph.node, self._cleared(whole, columns), node, prune.rescale)
             return self._restored(tuned, node, f" {prune.method} density={density:g} {prune.rescale}")
@@ -142,55 +139,66 @@ class Deltas:
 
     def masked(self, tuned: Tuned, seed: int) -> Node:
         """mask ∘ Δ, not rescaled, without protected columns, which no density counts; the seed keys random masks."""
-        prune, merge, shape = self.prune_of(tuned), tuned.merge, tuned.base.shape
         density = self.density(tuned)
         assert density is not None
-        key = mask_key(seed, tuned.model.name, merge.name)
         columns, count = self.protected(tuned)
-        whole, pair = self._cleared(self.whole(tuned), columns), self._pair(tuned)
+        whole = self._cleared(self.whole(tuned), columns)
         if density == 1:
             return whole
-        if prune.method == "dare" and prune.sampling == "uniform":
-            return self._cleared(self._node(masks.dare, pair, shape, key=key, density=density), columns)
-        if prune.method in ("breadcrumbs", "magnitude_outliers"):
-            return nodes.between(self.graph.node, whole, density, number(prune.parameters["gamma"], merge) or 0.0)
-        if prune.method == "structured":
-            a, b = (number(prune.parameters[side], merge) for side in "ab")
-            return self._cleared(self._node(masks.structured, pair, shape, key=key, a=a, b=b), columns)
-        if count:
-            density *= 1 - count / shape[-1]
-        if prune.sampling == "magnitude":
-            return self._cleared(nodes.sampled(self.graph.node, whole, pair, key, density), columns)
-        if prune.method == "wanda" and has_norm(merge.name, shape):
-            transposed = is_transposed(tuned.tensor.name, tuned.model.checkpoint.config.get("model_type"))
-            measured = self.activations[tuned.index]
-            return nodes.best_scored(self.graph.node, whole, measured, tuned.tensor.name, transposed, density)
-        if prune.method == "magnitude" and prune.group == "row" and len(shape) > 1:
-            return self._node(select.keep_largest_rows, [whole], shape, density=density)
-        if prune.method not in ("magnitude", "wanda"):
-            return self._by_function(prune, merge, whole, key, density)
-        if prune.group == "model":
-            of_model = self.cuts[tuned.index]
-            cut = self.graph.node(cut_of, [of_model], kind="small", name=merge.name)
-            return nodes.above(self.graph.node, whole, cut)
-        return nodes.largest(self.graph.node, whole, round(density * math.prod(shape)))
+        prune, method, shape = self.prune_of(tuned), self.method_of(tuned), tuned.base.shape
+        transposed = method.needs_activations and is_transposed(
+            tuned.tensor.name, tuned.model.checkpoint.config.get("model_type")
+        )
+        masking = Masking(
+            method=method,
+            make=self.graph.node,
+            delta=whole,
+            pair=self._pair(tuned),
+            density=density,
+            share=density * (1 - count / shape[-1]) if count else density,
+            key=mask_key(seed, tuned.model.name, tuned.name),
+            parameters=self._parameters(tuned),
+            group=prune.group,
+            sampling=prune.sampling,
+            rescaled=prune.rescale is not None,
+            norms=self._norms(tuned, transposed),
+            transposed=transposed,
+            cut=self._cut(tuned),
+        )
+        with errors.context(f"tensor {tuned.name}"):
+            return self._cleared(resolve(method.nodes)(masking), columns)
 
-    def _by_function(self, prune: Pruning, merge: Merge, whole: Node, key: Key, density: float) -> Node:
-        """The mask of a method that is one function of a tile, with the parameters that it declares."""
-        method = PRUNE[prune.method]
-        assert method.function is not None
-        given: dict[str, Any] = {"density": density} | ({"key": key} if method.random else {})
-        for name, value in prune.parameters.items():
-            resolved = number(value, merge)
-            if resolved is None:
+    def _parameters(self, tuned: Tuned) -> dict[str, float | bool]:
+        """What the parameters of a tensor's pruning method are for it."""
+        method, given = self.method_of(tuned), dict[str, float | bool]()
+        for name, value in self.prune_of(tuned).parameters.items():
+            found = number(value, tuned.merge)
+            if found is None:
                 raise InputError(
-                    f"tensor {merge.name}: {method.name}: no {name} for it", hint="add a value without filter"
+                    f"tensor {tuned.name}: {method.name}: no {name} for it", hint="add a value without filter"
                 )
-            given[name] = KINDS[method.parameters[name].kind](resolved)
-        if prune.method == "della":
-            with errors.context(f"tensor {merge.name}"):
-                check_della(density, given["epsilon"])
-        return self._node(method.function, [whole], whole.shape, **given)
+            given[name] = method.parameters[name].typed(found)
+        return given
+
+    def _norms(self, tuned: Tuned, transposed: bool) -> Node | None:
+        """‖x_j‖ of the inputs of a linear layer, of a method that needs them."""
+        shape = tuned.base.shape
+        if not self.method_of(tuned).needs_activations or not has_norm(tuned.name, shape):
+            return None
+        return self.graph.node(
+            spec.norm,
+            [self.activations[tuned.index]],
+            kind="small",
+            name=tuned.tensor.name,
+            count=shape[0] if transposed else shape[-1],
+            transposed=transposed,
+        )
+
+    def _cut(self, tuned: Tuned) -> Node | None:
+        """The tensor's part of the threshold of its model, where that is what entries compete for."""
+        if self.prune_of(tuned).group != "model":
+            return None
+        return self.graph.node(cut_of, [self.cuts[tuned.index]], kind="small", name=tuned.name)
 
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
         """The node of a linear weight's protected columns, and how many they are at most; None where there are none."""
@@ -223,13 +231,13 @@ class Deltas:
         inputs = [kept, *self._pair(tuned), columns]
         return self._node(protect.restore, inputs, tuned.base.shape), f"{text} protect={count}"
 
-    def _pair(self, tuned: Tuned) -> list[Node]:
+    def _pair(self, tuned: Tuned) -> tuple[Node, Node]:
         """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros."""
         values = added(tuned.tensor)
         if values is None:
-            return [self.read(tuned.tensor), self.read(tuned.base)]
+            return self.read(tuned.tensor), self.read(tuned.base)
         node = self.read(values)
-        return [node, self._node(zeros, [node], tuned.base.shape)]
+        return node, self._node(zeros, [node], tuned.base.shape)
 
     def _node(self, function: Function, inputs: Any, shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)
@@ -249,5 +257,5 @@ class _Patterns:
 
 def number(value: Any, merge: Merge) -> float | None:
     """What a value of the recipe is for a tensor; None where no filter matches it."""
-    found = None if value is None else resolve(value, merge.name, merge.position)
+    found = None if value is None else values.resolve(value, merge.name, merge.position)
     return None if found is None else float(found)

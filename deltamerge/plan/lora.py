@@ -1,4 +1,4 @@
-"""`output.kind: peft` of a LoRA adapter: its own weights are the deltas (algorithms.md 8)."""
+"""`output.kind: peft` of a LoRA adapter: its own weights are the deltas."""
 
 from __future__ import annotations
 
@@ -135,8 +135,9 @@ def _check(recipe: Recipe, index: int) -> None:
                 problems.append(recipe.problem((*loc, "parameters", key), message, hint))
     prune = effective_prune(recipe, index)
     q = prune.q if isinstance(prune.q, CalibratedQ) else None
-    if prune.method == "wanda" or (q is not None and (q.scope == "row" or q.objective == "layer_mse")):
-        what = "wanda" if prune.method == "wanda" else "layer_mse or a q per row"
+    measured = PRUNE[prune.method].needs_activations
+    if measured or (q is not None and (q.scope == "row" or q.objective == "layer_mse")):
+        what = prune.method if measured else "layer_mse or a q per row"
         hint = "objective: output_change or validation, scope: global or layer; or kind: model, on the expanded delta"
         problems.append(recipe.problem(("output", "kind"), f"peft cannot use {what} on an adapter's own A and B", hint))
     if prune.protect is not None:

@@ -22,7 +22,7 @@ from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune import nodes
 from deltamerge.methods.prune.rescale import divide
 from deltamerge.plan.calibration_graph import Preparation
-from deltamerge.plan.delta_graph import KINDS, Deltas
+from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import lookup
@@ -163,13 +163,12 @@ class Builder:
         for name, param in self.recipe.method.parameters.items():
             if param.prunes:
                 continue
-            kind = KINDS[param.kind]
             if param.per_model:
-                own = tuple(kind(self._value(name, merge, tuned)) for tuned in merge.tunes)
+                own = tuple(param.typed(self._value(name, merge, tuned)) for tuned in merge.tunes)
                 texts = [f"{text} {name}={value:g}" for text, value in zip(texts, own, strict=True)]
                 values[f"{name}s"] = own
             else:
-                values["lambda_" if name == "lambda" else name] = kind(self._value(name, merge, None))
+                values["lambda_" if name == "lambda" else name] = param.typed(self._value(name, merge, None))
         return values, texts
 
     def _delta(self, tuned: Tuned, seed: int) -> tuple[Node, str]:

@@ -22,9 +22,9 @@ TASK_HEAD = r"(^|\.)(classifier|score|lm_head|qa_outputs|classification_head|emb
 class Pruning:
     """What to do with one model's delta. Values are still to be resolved per tensor (`parameters.resolve`).
 
-    `density` and `q` are fractions in (0, 1]. `density` is None for method none, and for structured, where it is a · b
-    unless given. `parameters` are those that the method declares besides these two. A `q` of None, or one that resolves
-    to None, is the tensor's density; it is not used with `rescale`.
+    `density` and `q` are fractions in (0, 1]. `density` is None for method none, and unless given for methods whose
+    parameters multiply to it. `parameters` are those that the method declares besides these two. A `q` of None, or one
+    that resolves to None, is the tensor's density; it is not used with `rescale`.
     """
 
     method: str
@@ -70,9 +70,10 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
     if name == "none" or (apart and recipe.is_base(index)):
         return Pruning("none")
     own = model.prune
-    if name == "structured":
-        # a density meant for other models does not contradict a model's own a and b
-        alone = own is not None and (own.a is not None or own.b is not None)
+    method = PRUNE.get(name)
+    if method is not None and method.factors:
+        # a density meant for other models does not contradict a model's own factors of it
+        alone = own is not None and any(getattr(own, key) is not None for key in method.factors)
         density = own.density if own is not None and alone else value("density")
     else:
         density = value("density", *(level.get("density") for level in (model.parameters, *part.levels)))
@@ -87,22 +88,13 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         q=q,
         rescale=rescale,
         sampling=first("sampling") or "uniform",
-        group=first("group") or _default_group(name),
-        parameters={key: parameter(key) for key in own_parameters(name)},
+        group=first("group") or next(iter(method.groups if method else ()), None),
+        parameters={key: parameter(key) for key in (method.own_parameters if method else ())},
         protect=first("protect"),
         budget=first("budget"),
         include=first("include"),
         exclude=heads if exclude is None else exclude,
     )
-
-
-def own_parameters(name: str) -> list[str]:
-    """What a pruning method declares besides density and q; nothing for a method that is not known."""
-    return [key for key in PRUNE[name].parameters if key not in ("density", "q")] if name in PRUNE else []
-
-
-def _default_group(name: str) -> str | None:
-    return PRUNE[name].groups[0] if name in PRUNE and PRUNE[name].groups else None
 
 
 def _divisor(

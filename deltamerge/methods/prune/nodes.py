@@ -1,4 +1,4 @@
-"""Masks and norms that need several passes over a tensor: the largest entries, WANDA's, sampling's.
+"""How the pruning methods make their nodes, one function each, and masks and norms that need several passes.
 
 `make` makes a graph's node (`engine.graph.Graph.node`); a node is whatever it returns, with its `shape`.
 """
@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from deltamerge.methods.prune import columns, rescale, sampling, select
 from deltamerge.methods.prune.bits import Key
+from deltamerge.methods.prune.della import check as check_della
+from deltamerge.methods.registry import Masking
 
 
 class Shaped(Protocol):
@@ -22,6 +24,48 @@ class Shaped(Protocol):
 
 
 N = TypeVar("N", bound=Shaped)
+
+
+def dare(masking: Masking) -> Any:
+    """Each entry by itself, with one probability for all or in proportion to abs(Δ)."""
+    if masking.sampling == "magnitude":
+        return sampled(masking.make, masking.delta, masking.pair, masking.key, masking.share)
+    return masking.masked(*masking.pair, key=masking.key, density=masking.density)
+
+
+def structured(masking: Masking) -> Any:
+    """Columns that are drawn, and entries inside them."""
+    return masking.masked(*masking.pair, key=masking.key, **masking.parameters)
+
+
+def della(masking: Masking) -> Any:
+    """By rank in the row; weighted by 1/π, unless what is kept gets the norm of the whole."""
+    check_della(masking.share, masking.parameters["epsilon"])
+    weighted = {"weighted": False} if masking.rescaled else {}
+    return masking.masked(masking.delta, key=masking.key, density=masking.share, **masking.parameters, **weighted)
+
+
+def magnitude(masking: Masking) -> Any:
+    """The largest of each row, of the model, or of the tensor."""
+    if masking.group == "row" and len(masking.shape) > 1:
+        return masking.make(select.keep_largest_rows, [masking.delta], shape=masking.shape, density=masking.share)
+    if masking.group == "model":
+        return above(masking.make, masking.delta, masking.cut)
+    return largest(masking.make, masking.delta, round(masking.share * math.prod(masking.shape)))
+
+
+def wanda(masking: Masking) -> Any:
+    """The best scores of each output's inputs; the largest of a tensor that is no weight of a linear layer."""
+    if masking.norms is None:
+        return largest(masking.make, masking.delta, round(masking.share * math.prod(masking.shape)))
+    if masking.transposed:
+        return best_of_columns(masking.make, masking.delta, masking.norms, masking.share)
+    return masking.masked(masking.delta, masking.norms, density=masking.share)
+
+
+def breadcrumbs(masking: Masking) -> Any:
+    """What follows the largest."""
+    return between(masking.make, masking.delta, masking.density, masking.parameters["gamma"])
 
 
 def largest(make: Callable[..., N], delta: N, k: int) -> N:
@@ -77,19 +121,9 @@ def matched(make: Callable[..., N], whole: N, kept: N, norm: str) -> N:
     return make(rescale.divide, [kept, ratio], shape=whole.shape)
 
 
-def best_scored(make: Callable[..., N], delta: N, activations: N, name: str, transposed: bool, density: float) -> N:
-    """WANDA: the best of each output's inputs, which lie in a row, or in a column of a weight stored (in, out)."""
+def best_of_columns(make: Callable[..., N], delta: N, norms: N, density: float) -> N:
+    """WANDA of a weight stored (in, out): each output's inputs lie in a column, which tiles cut through."""
     shape = delta.shape
-    norms = make(
-        "deltamerge.calibrate.spec:norm",
-        [activations],
-        kind="small",
-        name=name,
-        count=shape[0] if transposed else shape[-1],
-        transposed=transposed,
-    )
-    if not transposed:
-        return make(select.keep_largest_rows_scored, [delta, norms], shape=shape, density=density)
     best = make(columns.best_of_columns, [delta, norms], kind="concat", shape=shape, density=density)
     cut = make(columns.pick_columns, [best], kind="small", density=density, rows=shape[0])
     equal = make(columns.equal_columns, [delta, norms, cut], kind="concat", shape=shape)
