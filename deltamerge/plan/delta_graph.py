@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from deltamerge import errors
@@ -22,33 +23,54 @@ from deltamerge.methods.registry import Masking, PruneMethod
 from deltamerge.methods.table import PRUNE
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe import values
-from deltamerge.recipe.effective_prune import Pruning, effective_prune
+from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Recipe
 
 
-class Deltas:
-    """Makes the nodes of pruned deltas; holds what is the same for all tensors of a recipe.
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What runs before the first tile, since it is of all tensors of a model: nodes by the model's place in the recipe.
 
-    By the model's place in the recipe: `calibrated` has the nodes that choose its q, `activations` those that measure
-    what WANDA and `protect` take, `weighing` those that a budget weighs its errors by, `cuts` the threshold of `group:
-    model`; `roots` names the weight whose q a factor of an adapter has a root of, and which. `stages.prepare` fills
-    them in: they depend on all tensors of a model.
-    `densities` are those of the tensors that a budget is for.
+    activations  measure what `Masking.norms` and `protect` take
+    weighing     measure what a budget weighs its errors by
+    cuts         find the threshold of `group: model`
+    calibrated   choose the q's
+    roots        a pruned factor of an adapter -> the weight whose q it has a root of, and which root
+    together     chooses the λ of a merge that is calibrated as a whole
     """
 
-    def __init__(self, recipe: Recipe, graph: Graph, densities: Mapping[str, float] | None = None) -> None:
-        self.recipe = recipe
-        self.graph = graph
-        self.densities = densities
-        self.prunes = [effective_prune(recipe, i) for i in range(len(recipe.models))]
-        self.patterns = [_Patterns(prune) for prune in self.prunes]
-        self.whole_merge = recipe.calibration is not None and recipe.calibration.per == "merge"
-        self.calibrated: dict[int, Node] = {}
-        self.activations: dict[int, Node] = {}
-        self.weighing: dict[int, Node] = {}
-        self.cuts: dict[int, Node] = {}
-        self.roots: dict[str, tuple[str, int]] = {}
+    activations: Mapping[int, Node] = field(default_factory=dict)
+    weighing: Mapping[int, Node] = field(default_factory=dict)
+    cuts: Mapping[int, Node] = field(default_factory=dict)
+    calibrated: Mapping[int, Node] = field(default_factory=dict)
+    roots: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    together: Node | None = None
+
+    @property
+    def calibrations(self) -> tuple[Node, ...]:
+        """Those that choose something: each model's q's, or the merge's λ."""
+        together = () if self.together is None else (self.together,)
+        return (*self.calibrated.values(), *together)
+
+
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """Makes the nodes of pruned deltas; has what is the same for all tensors of a recipe.
+
+    `prunes` are the models' prunings, `densities` those of the tensors that a budget is for.
+    """
+
+    recipe: Recipe
+    graph: Graph
+    prunes: tuple[Pruning, ...]
+    densities: Mapping[str, float] | None = None
+    stages: Stages = field(default_factory=Stages)
+
+    @property
+    def whole_merge(self) -> bool:
+        """Whether the merge is calibrated as a whole, and no q of a model is."""
+        return self.recipe.calibration is not None and self.recipe.calibration.per == "merge"
 
     def read(self, tensor: TensorInfo) -> Node:
         return self.graph.read(tensor)
@@ -61,7 +83,9 @@ class Deltas:
 
     def prunes_by_name(self, tuned: Tuned) -> bool:
         """Whether the include and exclude lists of its model prune a tensor."""
-        return self.patterns[tuned.index].prunes(tuned.name)
+        prune, name = self.prune_of(tuned), tuned.name
+        included = prune.include is None or any(finds(pattern, name) for pattern in prune.include)
+        return included and not any(finds(pattern, name) for pattern in prune.exclude)
 
     def density(self, tuned: Tuned) -> float | None:
         """The density of a tensor's mask, None if it is not pruned."""
@@ -131,8 +155,8 @@ class Deltas:
         if not self.is_masked(tuned):
             return self.whole(tuned), ""
         node = self.masked(tuned, self.recipe.seed)
-        name, root = self.roots.get(tuned.name, (tuned.name, 1))
-        value = self.graph.node(spec.pick, [self.calibrated[tuned.index]], kind="small", name=name, root=root)
+        name, root = self.stages.roots.get(tuned.name, (tuned.name, 1))
+        value = self.graph.node(spec.pick, [self.stages.calibrated[tuned.index]], kind="small", name=name, root=root)
         divide = rescale.divide_rows if q.scope_or_default == "row" else rescale.divide
         node = self._node(divide, [node, value], tuned.base.shape)
         return self._restored(tuned, node, f" {self.prune_of(tuned).method} density={density:g} q={q.objective}")
@@ -187,7 +211,7 @@ class Deltas:
             return None
         return self.graph.node(
             spec.norm,
-            [self.activations[tuned.index]],
+            [self.stages.activations[tuned.index]],
             kind="small",
             name=tuned.tensor.name,
             count=shape[0] if transposed else shape[-1],
@@ -198,7 +222,7 @@ class Deltas:
         """The tensor's part of the threshold of its model, where that is what entries compete for."""
         if self.prune_of(tuned).group != "model":
             return None
-        return self.graph.node(cut_of, [self.cuts[tuned.index]], kind="small", name=tuned.name)
+        return self.graph.node(cut_of, [self.stages.cuts[tuned.index]], kind="small", name=tuned.name)
 
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
         """The node of a linear weight's protected columns, and how many they are at most; None where there are none."""
@@ -208,7 +232,7 @@ class Deltas:
         width = tuned.tensor.shape[-1]
         if guarded.massive_activations is not None:
             k = min(guarded.massive_activations, width)
-            measured = [self.activations[tuned.index]]
+            measured = [self.stages.activations[tuned.index]]
             return self.graph.node(spec.massive, measured, kind="small", name=tuned.tensor.name, k=k), k
         numbers: set[int] = set()
         for pattern, some in (guarded.columns or {}).items():
@@ -241,18 +265,6 @@ class Deltas:
 
     def _node(self, function: Function, inputs: Any, shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)
-
-
-class _Patterns:
-    """Which tensors a model's include and exclude lists prune."""
-
-    def __init__(self, prune: Pruning) -> None:
-        self.include, self.exclude = prune.include, prune.exclude
-
-    def prunes(self, name: str) -> bool:
-        if self.include is not None and not any(finds(p, name) for p in self.include):
-            return False
-        return not any(finds(p, name) for p in self.exclude)
 
 
 def number(value: Any, merge: Merge) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,10 @@ from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune import nodes
 from deltamerge.methods.prune.rescale import divide
-from deltamerge.plan.calibration_graph import Preparation
+from deltamerge.plan.calibration_graph import StageMaker
 from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import lookup
 
@@ -43,54 +44,56 @@ class Built:
     changed: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
 class Builder:
-    """Makes the nodes of a recipe's tensors; `prepare` comes before `merge`: stages depend on all tensors of a model.
+    """Makes the nodes of a recipe's tensors. `merge` is of a builder that is `prepared`: stages are of whole models.
 
-    `together` is the stage of a merge that is calibrated as a whole, `budgeted` are the tensors that a budget is for.
+    `budgeted` are the tensors that a budget is for.
     """
 
-    def __init__(
-        self,
+    recipe: Recipe
+    graph: Graph
+    deltas: Deltas
+    maker: StageMaker
+    budgeted: tuple[Tuned, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
         recipe: Recipe,
         graph: Graph,
         folder: Path,
         device: str,
         memory: int | None = None,
         densities: Mapping[str, float] | None = None,
-    ) -> None:
-        self.recipe = recipe
-        self.graph = graph
-        self.deltas = Deltas(recipe, graph, densities)
-        self.preparation = Preparation(self.deltas, folder, device, memory)
-        self.together: Node | None = None
-        self.budgeted: list[Tuned] = []
+    ) -> Builder:
+        """The builder of a recipe; data of its calibration lies in `folder`."""
+        prunes = tuple(effective_prune(recipe, i) for i in range(len(recipe.models)))
+        return cls(recipe, graph, Deltas(recipe, graph, prunes, densities), StageMaker(folder, device, memory))
 
-    def prepare(self, merges: Sequence[Merge]) -> None:
-        """Make the stages, and share out a budget: until its densities are known, one for all that would about fit."""
-        pruned = (t for merge in merges for t in merge.tunes if t.model.index is not None)
-        self.budgeted = [
-            t for t in pruned if self.deltas.prune_of(t).budget is not None and self.deltas.prunes_by_name(t)
-        ]
-        if self.budgeted and self.deltas.densities is None:
-            density = self._affordable()
-            self.deltas.densities = {t.name: density for t in self.budgeted}
-        self.preparation.prepare(merges)
-        if self.deltas.whole_merge:
-            self.together = self.preparation.together([m for m in merges if m.base is not None], self._merged_delta)
+    def prepared(self, merges: Sequence[Merge]) -> Builder:
+        """This builder with the stages that `merges` need, and with densities that a budget is shared out in: until
+        they are known, one for all tensors that would about fit."""
+        tunes = [t for merge in merges for t in merge.tunes if t.model.index is not None]
+        deltas = self.deltas
+        budgeted = tuple(t for t in tunes if deltas.prune_of(t).budget is not None and deltas.prunes_by_name(t))
+        if budgeted and deltas.densities is None:
+            deltas = replace(deltas, densities=dict.fromkeys((t.name for t in budgeted), self._affordable(budgeted)))
+        deltas = replace(deltas, stages=self.maker.make(deltas, merges))
+        builder = replace(self, deltas=deltas, budgeted=budgeted)
+        if not deltas.whole_merge:
+            return builder
+        based = [merge for merge in merges if merge.base is not None]
+        together = self.maker.together(deltas, based, builder._merged_delta)
+        return replace(builder, deltas=replace(deltas, stages=replace(deltas.stages, together=together)))
 
-    def _affordable(self) -> float:
+    def _affordable(self, budgeted: Sequence[Tuned]) -> float:
         """The density at which all tensors of a budget together about fit."""
         budget = next(prune.budget for prune in self.deltas.prunes if prune.budget is not None)
-        size = sum(math.prod(t.base.shape) for t in self.budgeted)
+        size = sum(math.prod(t.base.shape) for t in budgeted)
         output = self.recipe.output
-        bits = VALUE_BITS[output.values or "bfloat16"] if output.adds else 8 * ITEMSIZE[self.budgeted[0].merge.dtype]
+        bits = VALUE_BITS[output.values or "bfloat16"] if output.adds else 8 * ITEMSIZE[budgeted[0].merge.dtype]
         return uniform_density(8 * budget / size, bits) if size else 1.0
-
-    @property
-    def stages(self) -> tuple[Node, ...]:
-        """The calibrations: of each model's q, or of the merge's λ."""
-        together = () if self.together is None else (self.together,)
-        return (*self.deltas.calibrated.values(), *together)
 
     def copy(self, tensor: TensorInfo, dtype: str) -> Node:
         """The stored tensor, cast only if its dtype differs."""
@@ -106,8 +109,9 @@ class Builder:
             pruned = [self._delta(tuned, self.recipe.seed) for tuned in tunes]
         else:
             pruned = [(self.deltas.read(tuned.tensor), "") for tuned in tunes]
-        if self.together is not None and base is not None:
-            q = self.graph.node(pick, [self.together], kind="small", name=merge.name)
+        together = self.deltas.stages.together
+        if together is not None and base is not None:
+            q = self.graph.node(pick, [together], kind="small", name=merge.name)
             pruned = [(self._node(divide, [node, q], base.shape), f"{text} lambda calibrated") for node, text in pruned]
         inputs = [node for node, _ in pruned]
         if base is not None:
