@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltamerge.calibrate.subject import Memory
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import Node
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 
 def whole(*, node: Node) -> Array:
     """The whole value of `node`, a small tensor: float32 on the CPU, in the node's shape."""
+    from deltamerge.calibrate.subject import Memory
+
     sink = Memory(math.prod(node.shape))
     with Reader() as reader:
         execute([Task("factor", node, backends.choose(node, "cpu"))], reader, sink)

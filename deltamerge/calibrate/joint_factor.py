@@ -1,23 +1,29 @@
 """Calibration `per: merge`: one factor of the merge's λ, chosen for all of its fine-tunes together.
 
 Every fine-tune runs with the merged weights and its own head on the same rows; the objective is the sum of theirs.
+A plan names `calibrate`, so torch is imported when it runs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deltamerge.calibrate import search
-from deltamerge.calibrate.searches import Found, Qs, rounded, shortlist
-from deltamerge.calibrate.spec import Calibrated, Spec
+from deltamerge.calibrate.spec import Calibrated, Spec, rounded
 from deltamerge.calibrate.stage import calibrating, decide
-from deltamerge.calibrate.subject import Judge, Subject
 from deltamerge.io.reader import Reader
+
+if TYPE_CHECKING:
+    from deltamerge.calibrate.searches import Qs
+    from deltamerge.calibrate.subject import Judge, Subject
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
     """1/factor of the recipe's λ, as the q of every merged tensor; 1 if the recipe's λ is as good on held-out rows."""
+    from deltamerge.calibrate import search
+    from deltamerge.calibrate.searches import Found, shortlist
+    from deltamerge.calibrate.subject import Subject
+
     with calibrating(spec.name), Reader() as reader:
         known = dict(zip(spec.shared, inputs, strict=True))
         subjects = [
@@ -68,6 +74,8 @@ def _q(subject: Subject, factor: float) -> Qs:
 
 def _mean(judges: Sequence[Judge]) -> Judge:
     """The name of the mean of the fine-tunes' measures."""
+    from deltamerge.calibrate.subject import Judge
+
     measures = list(dict.fromkeys(judge.measure for judge in judges))
     one, trusted = judges[0], all(judge.trusted for judge in judges)
     measure = f"mean {' and '.join(measures)} of {len(judges)} fine-tunes"

@@ -20,14 +20,13 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import reach, search, statistics
 from deltamerge.calibrate.candidates import Q
 from deltamerge.calibrate.scales import learn, row_shape
-from deltamerge.calibrate.spec import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step
+from deltamerge.calibrate.spec import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step, rounded
 from deltamerge.calibrate.statistics import LayerStatistics, Vector
 from deltamerge.calibrate.subject import Subject
 from deltamerge.errors import InputError
 
 Qs = dict[str, Q]
 Path = list[list[Any]]
-ROUNDED = 6
 KAPPA = (0.25, 4.0)
 # Bounds of q in closed forms and learned scales. A q above 1 shrinks a row that is better left out; without a bound
 # learned scales pass 100 on tensors that hardly matter.
@@ -51,11 +50,6 @@ class Found:
     @property
     def label(self) -> str:
         return " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in self.numbers.items())
-
-
-def rounded(value: float) -> float:
-    """`value` to six significant digits, so that a lock states exactly the number used."""
-    return float(f"{value:.{ROUNDED}g}")
 
 
 def shortlist(found: search.Found, low: float, high: float) -> list[tuple[float, float, bool]]:

@@ -24,6 +24,7 @@ from deltamerge.recipe.schema import Calibration
 
 EVALUATIONS = 20
 STEPS = 40
+ROUNDED = 6  # significant digits of a q in a lock
 HELD_OUT = 200  # held-out rows; more where more rows are searched on
 SHORTLIST = 4  # minima of a search that are compared on held-out rows
 PASSED = 1 + EVALUATIONS  # the base, and further points compared where a search found nothing better than the base
@@ -181,6 +182,11 @@ def mask_seeds(source: Source, method: str, q: CalibratedQ) -> int:
     """
     averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
     return source.calibration.seeds if averaged else 1
+
+
+def rounded(value: float) -> float:
+    """Six significant digits: what a lock says is what was used."""
+    return float(f"{value:.{ROUNDED}g}")
 
 
 def grid_step(low: float) -> float:

@@ -3,6 +3,8 @@
 The minima that a search found are compared with each other and with the plain choice, the method without calibration.
 This is done on rows that the search has not seen and, where the model has a head, by another measure (`Subject.judge`).
 Where all minima predict as the base does, other points that the search evaluated are compared too.
+
+A plan names these functions, so torch is imported when they run.
 """
 
 from __future__ import annotations
@@ -10,22 +12,24 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.searches import Found, Qs, Searches, rounded
-from deltamerge.calibrate.spec import Calibrated, QValue, Source, Spec
-from deltamerge.calibrate.statistics import LayerStatistics
-from deltamerge.calibrate.subject import Judge, Subject
+from deltamerge.calibrate.spec import Calibrated, QValue, Source, Spec, rounded
 from deltamerge.io.reader import Reader
+
+if TYPE_CHECKING:
+    from deltamerge.calibrate.searches import Found, Qs
+    from deltamerge.calibrate.statistics import LayerStatistics
+    from deltamerge.calibrate.subject import Judge
 
 LITTLE = 0.9  # share of the base's distance from the fine-tune; a candidate beyond it is hardly better than the base
 
 
 def activations(*, source: Source) -> dict[str, LayerStatistics]:
     """Statistics of the fine-tune's linear layers over the calibration rows, by the fine-tune's tensor names."""
+    from deltamerge.calibrate.subject import Subject
+
     with calibrating(source.model), Reader() as reader:
         subject = Subject(source, reader)
         found = subject.statistics(drawn=False)
@@ -38,6 +42,9 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 
     `inputs` are the values of `spec.shared`, small nodes that the masks depend on.
     """
+    from deltamerge.calibrate.searches import Searches
+    from deltamerge.calibrate.subject import Subject
+
     with calibrating(spec.name), Reader() as reader:
         masks = [{p.stored: p.masked[s] for p in spec.pruned} for s in range(spec.seeds)]
         protected = {p.stored: p.protected for p in spec.pruned if p.protected is not None}
@@ -133,6 +140,8 @@ def calibrating(name: str) -> Iterator[None]:
 
 
 def _output(q: Qs, names: dict[str, str]) -> dict[str, QValue]:
+    import torch
+
     chosen: dict[str, QValue] = {}
     for stored, value in q.items():
         if isinstance(value, torch.Tensor) and value.dim():

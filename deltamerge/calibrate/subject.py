@@ -30,6 +30,7 @@ from deltamerge.engine.graph import Graph, Node
 from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.methods.ops import dense
 from deltamerge.methods.tiles import Kept
 
 T = TypeVar("T")
@@ -256,7 +257,7 @@ class Subject:
         node = nodes.get(name)
         if node is None:
             return None
-        root = Graph().node("deltamerge.methods.ops:dense", [node], shape=node.shape)
+        root = Graph().node(dense, [node], shape=node.shape)
         sink = Memory(math.prod(node.shape))
         task = Task(name, root, backends.choose(root, self.source.device))
         execute([task], self.reader, sink, device=self.source.device, workers=default_workers(), known=self.known)

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, default_workers, execute
-from deltamerge.engine.graph import Graph, Node
+from deltamerge.engine.graph import Function, Graph, Node
 from deltamerge.io.reader import Reader
 from deltamerge.methods.prune import select
 
-SELECT = "deltamerge.methods.prune.select"
 TOGETHER = 32  # tensors whose histograms are kept before they are added
 
 
@@ -44,8 +43,8 @@ def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> M
         def total(make: Callable[[Graph, Node], Node], known: Mapping[str, Any]) -> Any:
             return sum(values for _, values in _reduced(deltas, make, known, reader, device))
 
-        high = select.pick_bin(total(lambda g, d: _sum(g, "high_histogram", d), {}), k=k)
-        low = total(lambda g, d: _sum(g, "low_histogram", d, _small(g, "bin")), {"bin": high})
+        high = select.pick_bin(total(lambda g, d: _sum(g, select.high_histogram, d), {}), k=k)
+        low = total(lambda g, d: _sum(g, select.low_histogram, d, _small(g, "bin")), {"bin": high})
         cut = select.pick_cut(low, high)
         if cut.equal_kept == cut.equal_total:
             return ModelCut(cut.threshold, dict.fromkeys(names, (0, 0)))
@@ -64,17 +63,17 @@ def cut_of(cut: ModelCut, *, name: str) -> select.Cut:
     return select.Cut(cut.threshold, kept, count)
 
 
-def _sum(graph: Graph, function: str, delta: Node, *more: Node) -> Node:
-    return graph.node(f"{SELECT}:{function}", [delta, *more], kind="sum", shape=delta.shape)
+def _sum(graph: Graph, function: Function, delta: Node, *more: Node) -> Node:
+    return graph.node(function, [delta, *more], kind="sum", shape=delta.shape)
 
 
 def _equals(graph: Graph, delta: Node) -> Node:
-    return graph.node(f"{SELECT}:equal_counts", [delta, _small(graph, "cut")], kind="concat", shape=delta.shape)
+    return graph.node(select.equal_counts, [delta, _small(graph, "cut")], kind="concat", shape=delta.shape)
 
 
 def _small(graph: Graph, name: str) -> Node:
     """A node for a value that is passed when the graph runs."""
-    return graph.node(f"deltamerge.calibrate.threshold:{name}", kind="small")
+    return graph.node(name, kind="small")
 
 
 def _reduced(

@@ -41,8 +41,8 @@ def _merge(method: MergeMethod) -> dict[str, Any]:
 
 def _prune(method: PruneMethod) -> dict[str, Any]:
     defaults: dict[str, Any] = {"q": "density" if method.random else 1.0}
-    if method.name == "structured":
-        defaults["density"] = "a · b"
+    if method.factors:
+        defaults["density"] = " · ".join(method.factors)
     parameters = {key: _parameter(p, defaults.get(key, p.default)) for key, p in method.parameters.items()}
     return {
         "name": method.name,

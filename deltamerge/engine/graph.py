@@ -1,4 +1,4 @@
-"""The lazy graph of a plan: interned, plain-data nodes whose functions are names, resolved when they run."""
+"""The lazy graph of a plan: interned, plain-data nodes whose functions are names, looked up when they run."""
 
 from __future__ import annotations
 
@@ -6,10 +6,16 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
+
+from deltamerge.io.tensor import TensorInfo
 
 Kind = Literal["read", "map", "sum", "concat", "small"]
 REDUCTIONS = frozenset({"sum", "concat"})
+READ = "read"  # the function of such nodes, which the backends read themselves
+
+# A function at the top of its module, or its name "module:name".
+Function: TypeAlias = str | Callable[..., Any]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,7 +54,7 @@ class Graph:
 
     def node(
         self,
-        function: str,
+        function: Function,
         inputs: Iterable[Node] = (),
         *,
         kind: Kind = "map",
@@ -56,7 +62,7 @@ class Graph:
         dtype: str = "F32",
         **parameters: Any,
     ) -> Node:
-        inputs = tuple(inputs)
+        inputs, function = tuple(inputs), name_of(function)
         plain = tuple(sorted(parameters.items()))
         key = (function, tuple(map(id, inputs)), plain, shape, dtype, kind)
         found = self.nodes.get(key)
@@ -64,10 +70,30 @@ class Graph:
             found = self.nodes[key] = Node(function, inputs, plain, shape, dtype, kind)
         return found
 
+    def read(self, tensor: TensorInfo) -> Node:
+        """The node that reads a stored tensor."""
+        return self.node(READ, kind="read", shape=tensor.shape, dtype=tensor.dtype, tensor=tensor)
+
+
+def name_of(function: Function) -> str:
+    """ "module:name" of a function, by which a node knows it; names stay as they are.
+
+    Raises ValueError for a function that its module does not have under a name: a lambda, or one inside another.
+    """
+    if isinstance(function, str):
+        return function
+    if not function.__qualname__.isidentifier():
+        raise ValueError(f"{function.__module__}: {function.__qualname__} is no function at the top of its module")
+    return f"{function.__module__}:{function.__qualname__}"
+
+
+def resolve(function: Function) -> Callable[..., Any]:
+    """The function that a name such as "deltamerge.methods.merge.ties:ties" stands for; functions are themselves."""
+    return _imported(function) if isinstance(function, str) else function
+
 
 @cache
-def resolve(function: str) -> Callable[..., Any]:
-    """The function that a name such as "deltamerge.methods.merge.ties:ties" stands for."""
+def _imported(function: str) -> Callable[..., Any]:
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), name)  # type: ignore[no-any-return]  # any callable by name
 

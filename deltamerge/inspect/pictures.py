@@ -62,9 +62,10 @@ def illustrate(planned: Plan, folder: Path, lock: Path, *, data: bool) -> dict[s
 
 def _activations(spec: Spec) -> Activations:
     """What the first fine-tune's linear layers do to the rows; with a random mask, its measured error."""
+    from deltamerge.calibrate.evidence import influence
     from deltamerge.inspect.activations import activations
 
     drawn = spec if spec.random and not spec.shared else None
-    node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source, spec=drawn)
+    node = Graph().node(influence, kind="small", source=spec.source, spec=drawn)
     density = min(pruned.density for pruned in spec.pruned)
     return activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)

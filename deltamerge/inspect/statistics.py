@@ -20,12 +20,14 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import CELL, shown
 from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.inspect.activations import Activations, Influence
-from deltamerge.inspect.moments import Moments, together
+from deltamerge.inspect.moments import Moments, gather, moments, together
 from deltamerge.io.alike import finite
 from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.names import EMBEDDING, TASK_HEAD, block_name
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.methods.ops import subtract
+from deltamerge.methods.prune.select import high_histogram
 from deltamerge.plan.inputs import Inputs
 from deltamerge.recipe.load import loads
 from deltamerge.recipe.schema import Recipe
@@ -180,8 +182,8 @@ def measure(
             models = (pair.base, pair.tune)
             rest.append(replace(pair, base=finite(pair.base, models), tune=finite(pair.tune, models)))
         found |= _moments(rest, device, workers, tile_elements, lambda _: None)
-    for name, moments in found.items():
-        if not _is_finite(moments):
+    for name, one in found.items():
+        if not _is_finite(one):
             raise InputError(f"{name}: has entries that are not finite")
     return found
 
@@ -204,16 +206,13 @@ def _moments(
 
 
 def _root(graph: Graph, pair: Pair) -> Node:
-    tune, base = (
-        graph.node("deltamerge.io.reader:read", kind="read", shape=info.shape, dtype=info.dtype, tensor=info)
-        for info in (pair.tune, pair.base)
-    )
+    tune, base = (graph.read(info) for info in (pair.tune, pair.base))
     shape, dtypes = pair.base.shape, (pair.tune.dtype, pair.base.dtype)
-    delta = graph.node("deltamerge.methods.ops:subtract", [tune, base], shape=shape, dtypes=dtypes)
-    partials = graph.node("deltamerge.inspect.moments:moments", [delta, base], kind="concat", shape=shape)
-    counts = graph.node("deltamerge.methods.prune.select:high_histogram", [delta], kind="sum", shape=shape)
+    delta = graph.node(subtract, [tune, base], shape=shape, dtypes=dtypes)
+    partials = graph.node(moments, [delta, base], kind="concat", shape=shape)
+    counts = graph.node(high_histogram, [delta], kind="sum", shape=shape)
     return graph.node(
-        "deltamerge.inspect.moments:gather",
+        gather,
         [partials, counts],
         kind="small",
         shape=shape,

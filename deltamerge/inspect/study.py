@@ -60,7 +60,9 @@ def inspect(
     if calibration is not None:
         prune = {"method": "dare", "density": density, "q": "output_change"}
         (spec,) = _specs(pairs, model, base, calibration, [prune], device)
-        node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source, spec=spec)
+        from deltamerge.calibrate.evidence import influence
+
+        node = Graph().node(influence, kind="small", source=spec.source, spec=spec)
         seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
     made = locks.chosen(inputs.tunes[0].checkpoint.path / locks.LOCK_NAME)
     warnings = [*swapped(inputs), *unrelated(inputs)]
@@ -98,7 +100,9 @@ def recommend(
     measured = None
     if calibration is not None:
         specs = _specs(pairs, model, base, calibration, recommendation.prunes(density), device)
-        node = Graph().node("deltamerge.calibrate.evidence:measure", kind="small", specs=tuple(specs))
+        from deltamerge.calibrate.evidence import measure as measure_on_data
+
+        node = Graph().node(measure_on_data, kind="small", specs=tuple(specs))
         measured = shared_values([node], {})[node]
     decoder = (config.get("architectures") or [""])[0].endswith(HEADS["causal-lm"])
     question = recommendation.Question(inputs.tunes[0].name, base, density, decoder, labelled)

@@ -1,7 +1,7 @@
-"""Every pruning and merge method: one entry each, its parameters beside its function's name. No torch here.
+"""Every pruning and merge method: one entry each, its parameters beside its function. No torch here.
 
-A new method is a pure tensor function in `merge/` or `pruners/` and one entry in MERGE or PRUNE; checks, the schema
-and the planner read these tables. Other packages add theirs by an entry point of
+A new method is a pure tensor function in `merge/` or `prune/` and one entry in MERGE or PRUNE; checks, the schema and
+the planner read these tables. Other packages add theirs by an entry point of
 the group `deltamerge.methods`.
 """
 
@@ -10,10 +10,22 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltamerge.errors import DeltamergeError
-from deltamerge.methods.registry import MergeMethod, Param, PruneMethod, third_party
+from deltamerge.methods.registry import MergeMethod, Names, Param, PruneMethod, third_party
+
+if TYPE_CHECKING:
+    from deltamerge.methods.merge import arithmetic, elementwise, fusion, ram, sce, span, ties
+    from deltamerge.methods.prune import della, masks, nodes, select
+else:  # neither torch nor numpy is imported before a function runs
+    arithmetic, elementwise, fusion, ram, sce, span, ties = (
+        Names(f"deltamerge.methods.merge.{module}")
+        for module in ("arithmetic", "elementwise", "fusion", "ram", "sce", "span", "ties")
+    )
+    della, masks, nodes, select = (
+        Names(f"deltamerge.methods.prune.{module}") for module in ("della", "masks", "nodes", "select")
+    )
 
 Method = TypeVar("Method", MergeMethod, PruneMethod)
 
@@ -49,11 +61,6 @@ _DARE = {**_SUM, "density": _DENSITY, "rescale": _RESCALE}
 _DELLA = {**_DARE, "epsilon": _EPSILON}
 _BREADCRUMBS = {**_SUM, "density": _DENSITY, "gamma": _GAMMA, "rescale": _MATCH}
 
-_ARITHMETIC = "deltamerge.methods.merge.arithmetic"
-_TIES = "deltamerge.methods.merge.ties:ties"
-_SPAN = "deltamerge.methods.merge.span"
-_SPAN_NODES = f"{_SPAN}:nodes"
-
 
 def _table(built_in: Iterable[Method], others: Iterable[Any], kind: type[Method]) -> Mapping[str, Method]:
     """By name; what another package registers may not take a name that is there."""
@@ -69,24 +76,24 @@ def _table(built_in: Iterable[Method], others: Iterable[Any], kind: type[Method]
 _MERGE = (
     MergeMethod(
         "linear",
-        f"{_ARITHMETIC}:linear",
+        arithmetic.linear,
         "Σ w_i x_i, ÷ Σ w_i if normalize; the base is an input like any other",
         "arXiv 2203.05482",
         {"weight": _WEIGHT, "normalize": _NORMALIZED},
     ),
     MergeMethod(
         "slerp",
-        f"{_SPAN}:slerp",
+        span.slerp,
         "from the base to one other along the arc between the flattened tensors",
         None,
         {"t": Param("0 is the base, 1 the other")},
         needs_base=True,
         maximum=1,
-        nodes=_SPAN_NODES,
+        nodes=span.nodes,
     ),
     MergeMethod(
         "nuslerp",
-        f"{_SPAN}:nuslerp",
+        span.nuslerp,
         "slerp of two models, or with a base of their deltas, at t = w_2 / Σ w",
         None,
         {
@@ -98,11 +105,11 @@ _MERGE = (
         deltas=True,
         minimum=2,
         maximum=2,
-        nodes=_SPAN_NODES,
+        nodes=span.nodes,
     ),
     MergeMethod(
         "multislerp",
-        f"{_SPAN}:multislerp",
+        span.multislerp,
         "barycentre of directions in the tangent space of their mean, × Σ w_i ‖x_i‖; with a base of deltas",
         "https://goddard.blog/posts/multislerp-wow-what-a-cool-idea",
         {
@@ -112,11 +119,12 @@ _MERGE = (
         },
         takes_base=True,
         deltas=True,
-        nodes=_SPAN_NODES,
+        nodes=span.nodes,
+        keeps_single=span.keeps_single,
     ),
     MergeMethod(
         "karcher",
-        f"{_SPAN}:karcher",
+        span.karcher,
         "Riemannian mean of the directions × mean norm; a base, listed or not, is one of the models",
         "arXiv 2603.04972",
         {
@@ -124,31 +132,34 @@ _MERGE = (
             "tol": Param("angles below this are none", 1e-5, low=0),
         },
         takes_base=True,
-        nodes=_SPAN_NODES,
+        nodes=span.nodes,
+        keeps_single=span.keeps_single,
     ),
     MergeMethod(
         "task_arithmetic",
-        f"{_ARITHMETIC}:task_arithmetic",
+        arithmetic.task_arithmetic,
         "base + λ Σ w_i Δ_i, ÷ Σ w_i if normalize",
         "arXiv 2212.04089",
         _SUM,
         needs_base=True,
         deltas=True,
         adds=True,
+        keeps_single=arithmetic.keeps_single,
     ),
     MergeMethod(
         "ties",
-        _TIES,
+        ties.ties,
         "keep the top int(density · n) of abs(Δ_i), elect a sign per entry, add the w_i Δ_i of that sign",
         "arXiv 2306.01708",
         {**_SUM, "normalize": _NORMALIZED, "density": _DENSITY, "rescale": _MATCH},
         needs_base=True,
         deltas=True,
         adds=True,
+        keeps_single=arithmetic.keeps_single,
     ),
     MergeMethod(
         "dare_linear",
-        f"{_ARITHMETIC}:task_arithmetic",
+        arithmetic.task_arithmetic,
         "task arithmetic of deltas pruned by DARE",
         "arXiv 2311.03099",
         _DARE,
@@ -156,10 +167,11 @@ _MERGE = (
         deltas=True,
         adds=True,
         implies_prune="dare",
+        keeps_single=arithmetic.keeps_single,
     ),
     MergeMethod(
         "dare_ties",
-        _TIES,
+        ties.ties,
         "ties consensus of deltas pruned by DARE",
         "arXiv 2311.03099",
         _DARE,
@@ -167,10 +179,11 @@ _MERGE = (
         deltas=True,
         adds=True,
         implies_prune="dare",
+        keeps_single=arithmetic.keeps_single,
     ),
     MergeMethod(
         "della",
-        _TIES,
+        ties.ties,
         "ties consensus of deltas pruned by DELLA",
         "arXiv 2406.11617",
         {**_DELLA, "normalize": _NORMALIZED},
@@ -178,10 +191,11 @@ _MERGE = (
         deltas=True,
         adds=True,
         implies_prune="della",
+        keeps_single=arithmetic.keeps_single,
     ),
     MergeMethod(
         "della_linear",
-        f"{_ARITHMETIC}:task_arithmetic",
+        arithmetic.task_arithmetic,
         "task arithmetic of deltas pruned by DELLA",
         "arXiv 2406.11617",
         _DELLA,
@@ -189,10 +203,11 @@ _MERGE = (
         deltas=True,
         adds=True,
         implies_prune="della",
+        keeps_single=arithmetic.keeps_single,
     ),
     MergeMethod(
         "breadcrumbs",
-        f"{_ARITHMETIC}:task_arithmetic",
+        arithmetic.task_arithmetic,
         "task arithmetic of deltas without their largest and smallest entries",
         "arXiv 2312.06795",
         _BREADCRUMBS,
@@ -200,10 +215,11 @@ _MERGE = (
         deltas=True,
         adds=True,
         implies_prune="breadcrumbs",
+        keeps_single=arithmetic.keeps_single,
     ),
     MergeMethod(
         "breadcrumbs_ties",
-        _TIES,
+        ties.ties,
         "ties consensus of deltas without their largest and smallest entries",
         "arXiv 2312.06795",
         _BREADCRUMBS,
@@ -211,21 +227,22 @@ _MERGE = (
         deltas=True,
         adds=True,
         implies_prune="breadcrumbs",
+        keeps_single=arithmetic.keeps_single,
     ),
     MergeMethod(
         "model_stock",
-        f"{_SPAN}:model_stock",
+        span.model_stock,
         "base + t · mean(Δ_i), t = N c / (1 + (N − 1) c), c the mean cosine between deltas",
         "arXiv 2403.19522",
         {"filter_wise": Param("t for each row", False, "bool", scalar=True)},
         needs_base=True,
         deltas=True,
         minimum=2,
-        nodes=_SPAN_NODES,
+        nodes=span.nodes,
     ),
     MergeMethod(
         "nearswap",
-        "deltamerge.methods.merge.elementwise:nearswap",
+        elementwise.nearswap,
         "base + w Δ, w = min(1, t / abs(Δ)): entries near the base's are taken from the model",
         "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
         {"t": Param("abs(Δ) up to which the model's entry is taken whole", low=0)},
@@ -235,17 +252,17 @@ _MERGE = (
     ),
     MergeMethod(
         "sce",
-        "deltamerge.methods.merge.sce:sce",
+        sce.sce,
         "entries of the largest variance over models, weighted by mean(Δ_i²), those of the minority's sign erased",
         "arXiv 2408.07990",
         {"select_topk": Param("fraction of the entries that vary, kept", 1.0, low=0, high=1)},
         needs_base=True,
         deltas=True,
-        nodes="deltamerge.methods.merge.sce:nodes",
+        nodes=sce.nodes,
     ),
     MergeMethod(
         "ram",
-        "deltamerge.methods.merge.ram:ram",
+        ram.ram,
         "entries that one model changed are kept, those that several changed averaged",
         "arXiv 2601.13572",
         {"epsilon": Param("abs(Δ) above this is a change", 1e-5, low=0)},
@@ -254,7 +271,7 @@ _MERGE = (
     ),
     MergeMethod(
         "ramplus_tl",
-        "deltamerge.methods.merge.ram:ramplus_tl",
+        ram.ramplus_tl,
         "ram, a model's own entries × (1 + r · min(shared / own, alpha))",
         "arXiv 2601.13572",
         {
@@ -264,25 +281,26 @@ _MERGE = (
         },
         needs_base=True,
         deltas=True,
-        nodes="deltamerge.methods.merge.ram:nodes",
+        nodes=ram.nodes,
     ),
     MergeMethod(
         "arcee_fusion",
-        "deltamerge.methods.merge.fusion:arcee_fusion",
+        fusion.arcee_fusion,
         "keep Δ where abs(Δ) · KL of the rows' softmaxes is at least median + 1.5 · IQR",
         "https://arcee.ai",
         needs_base=True,
         deltas=True,
         maximum=1,
-        nodes="deltamerge.methods.merge.fusion:nodes",
+        nodes=fusion.nodes,
     ),
     MergeMethod(
         "passthrough",
-        f"{_ARITHMETIC}:passthrough",
+        arithmetic.passthrough,
         "one model, × scale",
         None,
         {"scale": Param("factor of the model", 1.0, per_model=True)},
         maximum=1,
+        keeps_single=arithmetic.keeps_unscaled,
     ),
 )
 
@@ -293,59 +311,67 @@ _INSIDE = Param("fraction kept inside the picked columns", low=0, high=1, low_op
 
 _BREADCRUMBS_MASK = PruneMethod(
     "breadcrumbs",
-    "deltamerge.methods.prune.select:keep_between",
+    select.keep_between,
     "drop the int(gamma · n) entries of largest abs(Δ), keep the int(density · n) that follow",
     "arXiv 2312.06795",
     {"density": _FRACTION, "q": _Q, "gamma": _GAMMA},
     frozenset({"rescale", "protect"}),
+    nodes=nodes.breadcrumbs,
 )
 
 _PRUNE = (
     PruneMethod("none", None, "keep the whole delta"),
     PruneMethod(
         "dare",
-        "deltamerge.methods.prune.masks:dare",
+        masks.dare,
         "keep each entry with probability density, divide by q (default: density)",
         "arXiv 2311.03099, 2410.09344",
         {"density": _FRACTION, "q": _Q},
         frozenset({"rescale", "sampling", "protect", "budget"}),
         random=True,
+        nodes=nodes.dare,
     ),
     PruneMethod(
         "magnitude",
-        "deltamerge.methods.prune.select:keep_largest",
+        select.keep_largest,
         "keep the round(density · n) entries of largest abs(Δ) in each group",
         "arXiv 2410.09344",
         {"density": _FRACTION, "q": _Q},
         frozenset({"rescale", "group", "protect", "budget"}),
         groups=("tensor", "row", "model"),
+        nodes=nodes.magnitude,
     ),
     PruneMethod(
         "wanda",
-        "deltamerge.methods.prune.select:keep_largest_rows_scored",
+        select.keep_largest_rows_scored,
         "keep the round(density · n) entries of largest abs(Δ_ij) · ‖x_j‖ in each row, on calibration data",
         "arXiv 2306.11695, 2410.09344",
         {"density": _FRACTION, "q": _Q},
         frozenset({"rescale", "group", "protect"}),
         groups=("row",),
+        needs_activations=True,
+        nodes=nodes.wanda,
     ),
     PruneMethod(
         "structured",
-        "deltamerge.methods.prune.masks:structured",
+        masks.structured,
         "pick round(a · n) input columns, keep each entry inside with probability b; density = a · b",
         "arXiv 2410.09344, App. C.10",
         {"density": _FRACTION, "q": _Q, "a": _COLUMNS, "b": _INSIDE},
         frozenset({"rescale", "protect"}),
         random=True,
+        factors=("a", "b"),
+        nodes=nodes.structured,
     ),
     PruneMethod(
         "della",
-        "deltamerge.methods.prune.della:della",
+        della.della,
         "keep with a probability that grows with the rank of abs(Δ) in its row, divide by it, then by q / density",
         "arXiv 2406.11617",
         {"density": _FRACTION, "q": _Q, "epsilon": _EPSILON},
         frozenset({"rescale", "protect"}),
         random=True,
+        nodes=nodes.della,
     ),
     _BREADCRUMBS_MASK,
     replace(_BREADCRUMBS_MASK, name="magnitude_outliers"),

@@ -3,114 +3,129 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from deltamerge.calibrate import joint_factor, stage
 from deltamerge.calibrate.spec import Part, Pruned, Source, Spec, has_norm, mask_seeds, within
+from deltamerge.calibrate.threshold import model_cut
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.patterns import finds
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
-from deltamerge.plan.delta_graph import THRESHOLD, Deltas
+from deltamerge.plan.delta_graph import Deltas, Stages
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.recipe.prune_keys import CalibratedQ
 
-STAGE = "deltamerge.calibrate.stage"
-TOGETHER = "deltamerge.calibrate.joint_factor"
-
 
 @dataclass(frozen=True, slots=True)
-class Preparation:
-    """Makes the stages of a recipe's models and fills them into `deltas`; data of the calibration lies in `folder`."""
+class StageMaker:
+    """Makes the stages of a recipe's models: `folder` is where data of the calibration lies, `memory` the bytes they
+    may take."""
 
-    deltas: Deltas
     folder: Path
     device: str
     memory: int | None
 
-    def prepare(self, merges: Sequence[Merge]) -> None:
-        """Make the stages of the models whose q is calibrated or whose masks need activations or all their tensors."""
-        deltas = self.deltas
-        for index, prune in enumerate(deltas.prunes):
-            massive = prune.protect is not None and prune.protect.columns is None
-            measured = prune.method == "wanda" or massive
-            calibrated = isinstance(prune.q, CalibratedQ) and not deltas.whole_merge
-            weighed = prune.budget is not None and deltas.recipe.calibration is not None
-            if not (measured or calibrated or weighed or prune.protect or prune.group == "model"):
-                continue
-            of_model = (t for merge in merges for t in merge.tunes if t.index == index)
-            masked = [t for t in of_model if deltas.is_masked(t)]
-            pruned = [t for t in masked if deltas.density(t) not in (0.0, 1.0)]
-            guarded = [t for t in masked if prune.protect and has_norm(t.name, t.tensor.shape)]
-            _find_columns(prune, [t.name for t in guarded])
-            if pruned and prune.group == "model":
-                if prune.protect:
-                    raise InputError("prune.protect: does not go with group: model yet", hint="group: tensor")
-                deltas.cuts[index] = self._cut(pruned)
-            seen = [t for t in masked if t in pruned or (massive and t in guarded)]
-            if not seen or not (measured or calibrated or weighed):
-                continue
-            refuse_gathered(seen, "leave it out, prune: {exclude: [embed, lm_head]}, or use dare or magnitude")
-            products = factor_pairs(deltas.recipe, seen)
-            if products and isinstance(prune.q, CalibratedQ):
-                self._calibrate_factors(index, prune, prune.q, products)
-                continue
-            source = self._source(seen[0], [(t.tensor, t.base) for t in seen])
-            if weighed:
-                deltas.weighing[index] = deltas.graph.node(f"{STAGE}:activations", kind="small", source=source)
-            if measured:
-                deltas.activations[index] = deltas.graph.node(f"{STAGE}:activations", kind="small", source=source)
-            if pruned and isinstance(prune.q, CalibratedQ) and calibrated:
-                shared = tuple(made[index] for made in (deltas.activations, deltas.cuts) if index in made)
-                spec = self._spec(source, prune, prune.q, pruned, shared)
-                deltas.calibrated[index] = deltas.graph.node(f"{STAGE}:calibrate", shared, kind="small", spec=spec)
+    def make(self, deltas: Deltas, merges: Sequence[Merge]) -> Stages:
+        """The stages of the models whose q is calibrated or whose masks need activations or all their tensors."""
+        stages = Stages()
+        for index in range(len(deltas.prunes)):
+            tunes = (t for merge in merges for t in merge.tunes if t.index == index)
+            stages = self._of_model(replace(deltas, stages=stages), index, tunes)
+        return stages
 
-    def together(self, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node]) -> Node:
+    def _of_model(self, deltas: Deltas, index: int, tunes: Iterable[Tuned]) -> Stages:
+        """The stages that there are, and those of the model `index`, whose tensors are `tunes`."""
+        prune, stages = deltas.prunes[index], deltas.stages
+        massive = prune.protect is not None and prune.protect.columns is None
+        measured = PRUNE[prune.method].needs_activations or massive
+        q = prune.q if isinstance(prune.q, CalibratedQ) and not deltas.whole_merge else None
+        weighed = prune.budget is not None and deltas.recipe.calibration is not None
+        if not (measured or q or weighed or prune.protect or prune.group == "model"):
+            return stages
+        masked = [t for t in tunes if deltas.is_masked(t)]
+        pruned = [t for t in masked if deltas.density(t) not in (0.0, 1.0)]
+        guarded = [t for t in masked if prune.protect and has_norm(t.name, t.tensor.shape)]
+        _find_columns(prune, [t.name for t in guarded])
+        if pruned and prune.group == "model":
+            if prune.protect:
+                raise InputError("prune.protect: does not go with group: model yet", hint="group: tensor")
+            stages = replace(stages, cuts={**stages.cuts, index: self._cut(deltas, pruned)})
+        seen = [t for t in masked if t in pruned or (massive and t in guarded)]
+        if not seen or not (measured or q or weighed):
+            return stages
+        refuse_gathered(seen, "leave it out, prune: {exclude: [embed, lm_head]}, or use dare or magnitude")
+        products = factor_pairs(deltas.recipe, seen)
+        if products and q is not None:
+            return self._of_factors(replace(deltas, stages=stages), index, q, products)
+        source, node = self._source(deltas, seen[0], [(t.tensor, t.base) for t in seen]), deltas.graph.node
+        if weighed:
+            made = node(stage.activations, kind="small", source=source)
+            stages = replace(stages, weighing={**stages.weighing, index: made})
+        if measured:
+            made = node(stage.activations, kind="small", source=source)
+            stages = replace(stages, activations={**stages.activations, index: made})
+        if pruned and q is not None:
+            shared = tuple(known[index] for known in (stages.activations, stages.cuts) if index in known)
+            spec = _spec(replace(deltas, stages=stages), source, prune, q, pruned, shared)
+            made = node(stage.calibrate, shared, kind="small", spec=spec)
+            stages = replace(stages, calibrated={**stages.calibrated, index: made})
+        return stages
+
+    def together(self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node]) -> Node:
         """The stage that finds the λ of the merge; `merged_delta` is what every fine-tune would get, of a mask seed."""
-        deltas, recipe = self.deltas, self.deltas.recipe
+        recipe, stages = deltas.recipe, deltas.stages
         refuse_gathered([t for merge in merges for t in merge.tunes], "calibrate per: model")
         searched = [prune.q for prune in deltas.prunes if isinstance(prune.q, CalibratedQ)]
         objective = searched[0].objective if searched else "output_change"
         assert recipe.calibration is not None
-        random = any(prune.method in PRUNE and PRUNE[prune.method].random for prune in deltas.prunes)
+        random = any(PRUNE[prune.method].random for prune in deltas.prunes)
         seeds = recipe.calibration.seeds if random and objective == "output_change" else 1
         masked = {m.name: tuple(merged_delta(m, recipe.seed + s) for s in range(seeds)) for m in merges}
         parts = []
         for own in zip(*(merge.tunes for merge in merges), strict=True):
-            source = self._source(own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
+            source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
             parts.append(Part(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, masked[t.name]) for t in own)))
         low, high = 1.0, 1.0  # of the factor of λ
         for tuned in (t for merge in merges for t in merge.tunes):
             density = deltas.density(tuned) or 1.0
             plain = deltas.plain_q(tuned, density)
             low, high = min(low, plain), max(high, plain / density)
-        shared = (*deltas.activations.values(), *deltas.cuts.values())
+        shared = (*stages.activations.values(), *stages.cuts.values())
         method, bounds = recipe.method.name, (low / 4.0, high * 2.0)
         source, pruned = parts[0].source, parts[0].pruned
         spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, shared, tuple(parts))
-        return deltas.graph.node(f"{TOGETHER}:calibrate", shared, kind="small", spec=spec)
+        return deltas.graph.node(joint_factor.calibrate, shared, kind="small", spec=spec)
 
-    def _cut(self, pruned: Sequence[Tuned]) -> Node:
+    def _cut(self, deltas: Deltas, pruned: Sequence[Tuned]) -> Node:
         """The one threshold of a model: as many entries as the tensors' densities add up to."""
-        whole = tuple((t.name, self.deltas.whole(t)) for t in pruned)
-        k = sum(round((self.deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
-        return self.deltas.graph.node(f"{THRESHOLD}:model_cut", kind="small", deltas=whole, k=k, device=self.device)
+        whole = tuple((t.name, deltas.whole(t)) for t in pruned)
+        k = sum(round((deltas.density(t) or 0.0) * math.prod(t.base.shape)) for t in pruned)
+        return deltas.graph.node(model_cut, kind="small", deltas=whole, k=k, device=self.device)
 
-    def _calibrate_factors(self, index: int, prune: Pruning, q: CalibratedQ, products: Sequence[Product]) -> None:
-        deltas = self.deltas
-        first = next(iter(products[0].factors.values()))
-        source = self._source(first, [(product.weight, product.update.base) for product in products])
-        spec = factor_spec(products, source, prune, q, deltas)
-        deltas.calibrated[index] = deltas.graph.node(f"{STAGE}:calibrate", kind="small", spec=spec)
-        deltas.roots |= factor_roots(products)
+    def _of_factors(self, deltas: Deltas, index: int, q: CalibratedQ, products: Sequence[Product]) -> Stages:
+        """The stages that there are, and the calibration of an adapter's own A and B."""
+        stages, first = deltas.stages, next(iter(products[0].factors.values()))
+        source = self._source(deltas, first, [(product.weight, product.update.base) for product in products])
+        spec = factor_spec(products, source, deltas.prunes[index], q, deltas)
+        made = deltas.graph.node(stage.calibrate, kind="small", spec=spec)
+        return replace(
+            stages,
+            calibrated={**stages.calibrated, index: made},
+            roots={**stages.roots, **factor_roots(products)},
+        )
 
-    def _source(self, tuned: Tuned, pairs: Sequence[tuple[TensorInfo, TensorInfo]], share: int = 1) -> Source:
-        recipe, q = self.deltas.recipe, self.deltas.prune_of(tuned).q
+    def _source(
+        self, deltas: Deltas, tuned: Tuned, pairs: Sequence[tuple[TensorInfo, TensorInfo]], share: int = 1
+    ) -> Source:
+        """A fine-tune to be run on calibration data, with one of `share` parts of the memory."""
+        recipe, q = deltas.recipe, deltas.prune_of(tuned).q
         calibration = recipe.calibration
         assert calibration is not None
         labelled = isinstance(q, CalibratedQ) and (q.objective == "validation" or calibration.metric is not None)
@@ -129,21 +144,23 @@ class Preparation:
         )
         return within(source, self.memory, share)
 
-    def _spec(
-        self, source: Source, prune: Pruning, q: CalibratedQ, tensors: Sequence[Tuned], shared: tuple[Node, ...]
-    ) -> Spec:
-        deltas, random = self.deltas, PRUNE[prune.method].random
-        seeds = [deltas.recipe.seed + s for s in range(mask_seeds(source, prune.method, q))]
-        pruned = []
-        for t in tensors:
-            density = deltas.density(t)
-            assert density is not None
-            masked = tuple(deltas.masked(t, seed) for seed in seeds)
-            plain = density if random else 1.0
-            pruned.append(Pruned(t.name, t.tensor.name, density, plain, masked, deltas.protected(t)[0]))
-        return Spec(
-            source, prune.method, tuple(pruned), random, q.objective, q.scope_or_default, q.search, q.limits, shared
-        )
+
+def _spec(
+    deltas: Deltas, source: Source, prune: Pruning, q: CalibratedQ, tensors: Sequence[Tuned], shared: tuple[Node, ...]
+) -> Spec:
+    """The calibration of a model's q's, of its pruned `tensors`."""
+    random = PRUNE[prune.method].random
+    seeds = [deltas.recipe.seed + s for s in range(mask_seeds(source, prune.method, q))]
+    pruned = []
+    for t in tensors:
+        density = deltas.density(t)
+        assert density is not None
+        masked = tuple(deltas.masked(t, seed) for seed in seeds)
+        plain = density if random else 1.0
+        pruned.append(Pruned(t.name, t.tensor.name, density, plain, masked, deltas.protected(t)[0]))
+    return Spec(
+        source, prune.method, tuple(pruned), random, q.objective, q.scope_or_default, q.search, q.limits, shared
+    )
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:

@@ -3,70 +3,89 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from types import MappingProxyType
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from deltamerge import errors
+from deltamerge.calibrate import spec
 from deltamerge.calibrate.spec import has_norm, is_transposed
+from deltamerge.calibrate.threshold import cut_of
 from deltamerge.delta.over_base import added
-from deltamerge.engine.graph import Graph, Node
+from deltamerge.engine.graph import Function, Graph, Node, resolve
 from deltamerge.errors import InputError
 from deltamerge.io.patterns import finds
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.prune import nodes
-from deltamerge.methods.prune.bits import Key, mask_key
-from deltamerge.methods.prune.della import check as check_della
+from deltamerge.methods.ops import subtract, zeros
+from deltamerge.methods.prune import nodes, protect, rescale
+from deltamerge.methods.prune.bits import mask_key
+from deltamerge.methods.registry import Masking, PruneMethod
 from deltamerge.methods.table import PRUNE
 from deltamerge.plan.merged_tensor import Merge, Tuned
-from deltamerge.recipe.effective_prune import Pruning, effective_prune
+from deltamerge.recipe import values
+from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.values import resolve
-
-MASKS = "deltamerge.methods.prune.masks"
-PROTECT = "deltamerge.methods.prune.protect"
-RESCALE = "deltamerge.methods.prune.rescale"
-SELECT = "deltamerge.methods.prune.select"
-STAGES = "deltamerge.calibrate.spec"
-THRESHOLD = "deltamerge.calibrate.threshold"
-KINDS: Mapping[str, Callable[[Any], Any]] = MappingProxyType({"number": float, "integer": int, "bool": bool})
 
 
-class Deltas:
-    """Makes the nodes of pruned deltas; holds what is the same for all tensors of a recipe.
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What runs before the first tile, since it is of all tensors of a model: nodes by the model's place in the recipe.
 
-    By the model's place in the recipe: `calibrated` has the nodes that choose its q, `activations` those that measure
-    what WANDA and `protect` take, `weighing` those that a budget weighs its errors by, `cuts` the threshold of `group:
-    model`; `roots` names the weight whose q a factor of an adapter has a root of, and which. `stages.prepare` fills
-    them in: they depend on all tensors of a model.
-    `densities` are those of the tensors that a budget is for.
+    activations  measure what `Masking.norms` and `protect` take
+    weighing     measure what a budget weighs its errors by
+    cuts         find the threshold of `group: model`
+    calibrated   choose the q's
+    roots        a pruned factor of an adapter -> the weight whose q it has a root of, and which root
+    together     chooses the λ of a merge that is calibrated as a whole
     """
 
-    def __init__(self, recipe: Recipe, graph: Graph, densities: Mapping[str, float] | None = None) -> None:
-        self.recipe = recipe
-        self.graph = graph
-        self.densities = densities
-        self.prunes = [effective_prune(recipe, i) for i in range(len(recipe.models))]
-        self.patterns = [_Patterns(prune) for prune in self.prunes]
-        self.whole_merge = recipe.calibration is not None and recipe.calibration.per == "merge"
-        self.calibrated: dict[int, Node] = {}
-        self.activations: dict[int, Node] = {}
-        self.weighing: dict[int, Node] = {}
-        self.cuts: dict[int, Node] = {}
-        self.roots: dict[str, tuple[str, int]] = {}
+    activations: Mapping[int, Node] = field(default_factory=dict)
+    weighing: Mapping[int, Node] = field(default_factory=dict)
+    cuts: Mapping[int, Node] = field(default_factory=dict)
+    calibrated: Mapping[int, Node] = field(default_factory=dict)
+    roots: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    together: Node | None = None
+
+    @property
+    def calibrations(self) -> tuple[Node, ...]:
+        """Those that choose something: each model's q's, or the merge's λ."""
+        together = () if self.together is None else (self.together,)
+        return (*self.calibrated.values(), *together)
+
+
+@dataclass(frozen=True, slots=True)
+class Deltas:
+    """Makes the nodes of pruned deltas; has what is the same for all tensors of a recipe.
+
+    `prunes` are the models' prunings, `densities` those of the tensors that a budget is for.
+    """
+
+    recipe: Recipe
+    graph: Graph
+    prunes: tuple[Pruning, ...]
+    densities: Mapping[str, float] | None = None
+    stages: Stages = field(default_factory=Stages)
+
+    @property
+    def whole_merge(self) -> bool:
+        """Whether the merge is calibrated as a whole, and no q of a model is."""
+        return self.recipe.calibration is not None and self.recipe.calibration.per == "merge"
 
     def read(self, tensor: TensorInfo) -> Node:
-        return self.graph.node(
-            "deltamerge.io.reader:read", kind="read", shape=tensor.shape, dtype=tensor.dtype, tensor=tensor
-        )
+        return self.graph.read(tensor)
 
     def prune_of(self, tuned: Tuned) -> Pruning:
         return self.prunes[tuned.index]
 
+    def method_of(self, tuned: Tuned) -> PruneMethod:
+        return PRUNE[self.prune_of(tuned).method]
+
     def prunes_by_name(self, tuned: Tuned) -> bool:
         """Whether the include and exclude lists of its model prune a tensor."""
-        return self.patterns[tuned.index].prunes(tuned.name)
+        prune, name = self.prune_of(tuned), tuned.name
+        included = prune.include is None or any(finds(pattern, name) for pattern in prune.include)
+        return included and not any(finds(pattern, name) for pattern in prune.exclude)
 
     def density(self, tuned: Tuned) -> float | None:
         """The density of a tensor's mask, None if it is not pruned."""
@@ -76,10 +95,9 @@ class Deltas:
         if prune.budget is not None:
             assert self.densities is not None
             return self.densities[merge.name]
-        if prune.method == "structured":
-            a, b = (number(prune.parameters[side], merge) for side in "ab")
-            if a is not None and b is not None:
-                return a * b
+        factors = [number(prune.parameters[key], merge) for key in self.method_of(tuned).factors]
+        if factors and None not in factors:
+            return math.prod(factor for factor in factors if factor is not None)
         return number(prune.density, merge)
 
     def is_masked(self, tuned: Tuned) -> bool:
@@ -94,7 +112,7 @@ class Deltas:
         """The q of a tensor whose own is not calibrated: the recipe's number, or the method's."""
         prune = self.prune_of(tuned)
         if isinstance(prune.q, CalibratedQ):
-            return density if PRUNE[prune.method].random else 1.0
+            return density if self.method_of(tuned).random else 1.0
         q = None if prune.rescale else number(prune.q, tuned.merge)
         return density if q is None else q
 
@@ -104,11 +122,11 @@ class Deltas:
         if pair[1].kind != "read":
             return pair[0]
         dtypes = (tuned.tensor.dtype, tuned.base.dtype)
-        return self._node("deltamerge.methods.ops:subtract", pair, tuned.base.shape, dtypes=dtypes)
+        return self._node(subtract, pair, tuned.base.shape, dtypes=dtypes)
 
     def nothing(self, tuned: Tuned) -> Node:
         """Zeros: what a density of 0, which mergekit's parameters may have, keeps."""
-        return self._node("deltamerge.methods.ops:zeros", self._pair(tuned)[:1], tuned.base.shape)
+        return self._node(zeros, self._pair(tuned)[:1], tuned.base.shape)
 
     def pruned(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
         """The pruned, rescaled delta, and its description ("" if it is whole)."""
@@ -124,14 +142,12 @@ class Deltas:
         q = self.plain_q(tuned, density)
         node, shape = self.masked(tuned, seed), tuned.base.shape
         if prune.rescale:
-            if prune.method == "della":
-                node = self._node(node.function, node.inputs, shape, **dict(node.parameters), weighted=False)
             columns, _ = self.protected(tuned)
             node = nodes.matched(self.graph.node, self._cleared(whole, columns), node, prune.rescale)
             return self._restored(tuned, node, f" {prune.method} density={density:g} {prune.rescale}")
         if q != 1:
-            value = self.graph.node(f"{RESCALE}:constant", kind="small", value=q)
-            node = self._node(f"{RESCALE}:divide", [node, value], shape)
+            value = self.graph.node(rescale.constant, kind="small", value=q)
+            node = self._node(rescale.divide, [node, value], shape)
         return self._restored(tuned, node, f" {prune.method} density={density:g} q={q:g}")
 
     def _calibrated(self, tuned: Tuned, q: CalibratedQ, density: float) -> tuple[Node, str]:
@@ -139,86 +155,97 @@ class Deltas:
         if not self.is_masked(tuned):
             return self.whole(tuned), ""
         node = self.masked(tuned, self.recipe.seed)
-        name, root = self.roots.get(tuned.name, (tuned.name, 1))
-        value = self.graph.node(f"{STAGES}:pick", [self.calibrated[tuned.index]], kind="small", name=name, root=root)
-        divide = "divide_rows" if q.scope_or_default == "row" else "divide"
-        node = self._node(f"{RESCALE}:{divide}", [node, value], tuned.base.shape)
+        name, root = self.stages.roots.get(tuned.name, (tuned.name, 1))
+        value = self.graph.node(spec.pick, [self.stages.calibrated[tuned.index]], kind="small", name=name, root=root)
+        divide = rescale.divide_rows if q.scope_or_default == "row" else rescale.divide
+        node = self._node(divide, [node, value], tuned.base.shape)
         return self._restored(tuned, node, f" {self.prune_of(tuned).method} density={density:g} q={q.objective}")
 
     def masked(self, tuned: Tuned, seed: int) -> Node:
         """mask ∘ Δ, not rescaled, without protected columns, which no density counts; the seed keys random masks."""
-        prune, merge, shape = self.prune_of(tuned), tuned.merge, tuned.base.shape
         density = self.density(tuned)
         assert density is not None
-        key = mask_key(seed, tuned.model.name, merge.name)
         columns, count = self.protected(tuned)
-        whole, pair = self._cleared(self.whole(tuned), columns), self._pair(tuned)
+        whole = self._cleared(self.whole(tuned), columns)
         if density == 1:
             return whole
-        if prune.method == "dare" and prune.sampling == "uniform":
-            return self._cleared(self._node(f"{MASKS}:dare", pair, shape, key=key, density=density), columns)
-        if prune.method in ("breadcrumbs", "magnitude_outliers"):
-            return nodes.between(self.graph.node, whole, density, number(prune.parameters["gamma"], merge) or 0.0)
-        if prune.method == "structured":
-            a, b = (number(prune.parameters[side], merge) for side in "ab")
-            return self._cleared(self._node(f"{MASKS}:structured", pair, shape, key=key, a=a, b=b), columns)
-        if count:
-            density *= 1 - count / shape[-1]
-        if prune.sampling == "magnitude":
-            return self._cleared(nodes.sampled(self.graph.node, whole, pair, key, density), columns)
-        if prune.method == "wanda" and has_norm(merge.name, shape):
-            transposed = is_transposed(tuned.tensor.name, tuned.model.checkpoint.config.get("model_type"))
-            measured = self.activations[tuned.index]
-            return nodes.best_scored(self.graph.node, whole, measured, tuned.tensor.name, transposed, density)
-        if prune.method == "magnitude" and prune.group == "row" and len(shape) > 1:
-            return self._node(f"{SELECT}:keep_largest_rows", [whole], shape, density=density)
-        if prune.method not in ("magnitude", "wanda"):
-            return self._by_function(prune, merge, whole, key, density)
-        if prune.group == "model":
-            of_model = self.cuts[tuned.index]
-            cut = self.graph.node(f"{THRESHOLD}:cut_of", [of_model], kind="small", name=merge.name)
-            return nodes.above(self.graph.node, whole, cut)
-        return nodes.largest(self.graph.node, whole, round(density * math.prod(shape)))
+        prune, method, shape = self.prune_of(tuned), self.method_of(tuned), tuned.base.shape
+        transposed = method.needs_activations and is_transposed(
+            tuned.tensor.name, tuned.model.checkpoint.config.get("model_type")
+        )
+        masking = Masking(
+            method=method,
+            make=self.graph.node,
+            delta=whole,
+            pair=self._pair(tuned),
+            density=density,
+            share=density * (1 - count / shape[-1]) if count else density,
+            key=mask_key(seed, tuned.model.name, tuned.name),
+            parameters=self._parameters(tuned),
+            group=prune.group,
+            sampling=prune.sampling,
+            rescaled=prune.rescale is not None,
+            norms=self._norms(tuned, transposed),
+            transposed=transposed,
+            cut=self._cut(tuned),
+        )
+        with errors.context(f"tensor {tuned.name}"):
+            return self._cleared(resolve(method.nodes)(masking), columns)
 
-    def _by_function(self, prune: Pruning, merge: Merge, whole: Node, key: Key, density: float) -> Node:
-        """The mask of a method that is one function of a tile, with the parameters that it declares."""
-        method = PRUNE[prune.method]
-        assert method.function is not None
-        given: dict[str, Any] = {"density": density} | ({"key": key} if method.random else {})
-        for name, value in prune.parameters.items():
-            resolved = number(value, merge)
-            if resolved is None:
+    def _parameters(self, tuned: Tuned) -> dict[str, float | bool]:
+        """What the parameters of a tensor's pruning method are for it."""
+        method, given = self.method_of(tuned), dict[str, float | bool]()
+        for name, value in self.prune_of(tuned).parameters.items():
+            found = number(value, tuned.merge)
+            if found is None:
                 raise InputError(
-                    f"tensor {merge.name}: {method.name}: no {name} for it", hint="add a value without filter"
+                    f"tensor {tuned.name}: {method.name}: no {name} for it", hint="add a value without filter"
                 )
-            given[name] = KINDS[method.parameters[name].kind](resolved)
-        if prune.method == "della":
-            with errors.context(f"tensor {merge.name}"):
-                check_della(density, given["epsilon"])
-        return self._node(method.function, [whole], whole.shape, **given)
+            given[name] = method.parameters[name].typed(found)
+        return given
+
+    def _norms(self, tuned: Tuned, transposed: bool) -> Node | None:
+        """‖x_j‖ of the inputs of a linear layer, of a method that needs them."""
+        shape = tuned.base.shape
+        if not self.method_of(tuned).needs_activations or not has_norm(tuned.name, shape):
+            return None
+        return self.graph.node(
+            spec.norm,
+            [self.stages.activations[tuned.index]],
+            kind="small",
+            name=tuned.tensor.name,
+            count=shape[0] if transposed else shape[-1],
+            transposed=transposed,
+        )
+
+    def _cut(self, tuned: Tuned) -> Node | None:
+        """The tensor's part of the threshold of its model, where that is what entries compete for."""
+        if self.prune_of(tuned).group != "model":
+            return None
+        return self.graph.node(cut_of, [self.stages.cuts[tuned.index]], kind="small", name=tuned.name)
 
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
         """The node of a linear weight's protected columns, and how many they are at most; None where there are none."""
-        protect = self.prune_of(tuned).protect
-        if protect is None or not has_norm(tuned.name, tuned.tensor.shape):
+        guarded = self.prune_of(tuned).protect
+        if guarded is None or not has_norm(tuned.name, tuned.tensor.shape):
             return None, 0
         width = tuned.tensor.shape[-1]
-        if protect.massive_activations is not None:
-            k = min(protect.massive_activations, width)
-            measured = [self.activations[tuned.index]]
-            return self.graph.node(f"{STAGES}:massive", measured, kind="small", name=tuned.tensor.name, k=k), k
+        if guarded.massive_activations is not None:
+            k = min(guarded.massive_activations, width)
+            measured = [self.stages.activations[tuned.index]]
+            return self.graph.node(spec.massive, measured, kind="small", name=tuned.tensor.name, k=k), k
         numbers: set[int] = set()
-        for pattern, some in (protect.columns or {}).items():
+        for pattern, some in (guarded.columns or {}).items():
             if finds(pattern, tuned.name):
                 numbers.update(some)
         if not numbers:
             return None, 0
         if max(numbers) >= width:
             raise InputError(f"prune.protect.columns: {tuned.name} has {width} columns, {max(numbers)} is none of them")
-        return self.graph.node(f"{STAGES}:columns", kind="small", numbers=tuple(sorted(numbers))), len(numbers)
+        return self.graph.node(spec.columns, kind="small", numbers=tuple(sorted(numbers))), len(numbers)
 
     def _cleared(self, delta: Node, columns: Node | None) -> Node:
-        return delta if columns is None else self._node(f"{PROTECT}:clear", [delta, columns], delta.shape)
+        return delta if columns is None else self._node(protect.clear, [delta, columns], delta.shape)
 
     def _restored(self, tuned: Tuned, kept: Node, text: str) -> tuple[Node, str]:
         """The kept delta with its protected columns, and its description."""
@@ -226,33 +253,21 @@ class Deltas:
         if columns is None:
             return kept, text
         inputs = [kept, *self._pair(tuned), columns]
-        return self._node(f"{PROTECT}:restore", inputs, tuned.base.shape), f"{text} protect={count}"
+        return self._node(protect.restore, inputs, tuned.base.shape), f"{text} protect={count}"
 
-    def _pair(self, tuned: Tuned) -> list[Node]:
+    def _pair(self, tuned: Tuned) -> tuple[Node, Node]:
         """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros."""
         values = added(tuned.tensor)
         if values is None:
-            return [self.read(tuned.tensor), self.read(tuned.base)]
+            return self.read(tuned.tensor), self.read(tuned.base)
         node = self.read(values)
-        return [node, self._node("deltamerge.methods.ops:zeros", [node], tuned.base.shape)]
+        return node, self._node(zeros, [node], tuned.base.shape)
 
-    def _node(self, function: str, inputs: Any, shape: tuple[int, ...], **parameters: Any) -> Node:
+    def _node(self, function: Function, inputs: Any, shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)
-
-
-class _Patterns:
-    """Which tensors a model's include and exclude lists prune."""
-
-    def __init__(self, prune: Pruning) -> None:
-        self.include, self.exclude = prune.include, prune.exclude
-
-    def prunes(self, name: str) -> bool:
-        if self.include is not None and not any(finds(p, name) for p in self.include):
-            return False
-        return not any(finds(p, name) for p in self.exclude)
 
 
 def number(value: Any, merge: Merge) -> float | None:
     """What a value of the recipe is for a tensor; None where no filter matches it."""
-    found = None if value is None else resolve(value, merge.name, merge.position)
+    found = None if value is None else values.resolve(value, merge.name, merge.position)
     return None if found is None else float(found)

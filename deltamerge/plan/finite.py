@@ -7,20 +7,20 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 
 from deltamerge.engine import backends
-from deltamerge.engine.graph import Node, depth_first
+from deltamerge.engine.graph import READ, Node, depth_first, name_of
 from deltamerge.io.alike import count_alike, finite, places
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.methods.ops import put_back
 from deltamerge.plan.lacking import is_buffer
 from deltamerge.plan.memory import Cost
 from deltamerge.plan.outputs import Output, Piece
 from deltamerge.plan.planner import Plan
 
 SMALL = 1 << 16  # elements; tensors up to this size are searched before a run
-PUT_BACK = "deltamerge.methods.ops:put_back"
 
 
 def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
@@ -68,12 +68,10 @@ def _pieces(
         found = count_alike(reader, models) if models else NonFinite(0, 0)
         if len(models) > 1 and (found.nan or found.inf):
             merged = _rewritten(root, {info: finite(info, models) for info in models})
-            read = Node(
-                "deltamerge.io.checkpoint:read", (), (("tensor", models[0]),), root.shape, models[0].dtype, "read"
-            )
+            read = Node(READ, (), (("tensor", models[0]),), root.shape, models[0].dtype, "read")
             where = places(models)
-            mask = Node("deltamerge.io.checkpoint:read", (), (("tensor", where),), root.shape, "U8", "read")
-            new = Node(PUT_BACK, (merged, read, mask), (("to", root.dtype),), root.shape, root.dtype, "map")
+            mask = Node(READ, (), (("tensor", where),), root.shape, "U8", "read")
+            new = Node(name_of(put_back), (merged, read, mask), (("to", root.dtype),), root.shape, root.dtype, "map")
             delta = piece.built.delta
             if delta is not None:
                 delta = _rewritten(delta, {info: finite(info, models) for info in models})

@@ -1,4 +1,4 @@
-"""`output.kind: peft` of a LoRA adapter: its own weights are the deltas (algorithms.md 8)."""
+"""`output.kind: peft` of a LoRA adapter: its own weights are the deltas."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from deltamerge.calibrate import adapter_masks
 from deltamerge.calibrate.spec import Pruned, Source, Spec, mask_seeds
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, RecipeError
@@ -13,6 +14,8 @@ from deltamerge.io.adapter import factor_names
 from deltamerge.io.computed import LowRank, Zeros
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.methods.merge.arithmetic import passthrough
+from deltamerge.methods.ops import dense
 from deltamerge.methods.table import PRUNE
 from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.inputs import Input, Inputs
@@ -20,9 +23,6 @@ from deltamerge.plan.merged_tensor import Tuned
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
 from deltamerge.recipe.prune_keys import CalibratedQ
 from deltamerge.recipe.schema import Recipe
-
-ARITHMETIC = "deltamerge.methods.merge.arithmetic"
-FACTORS = "deltamerge.calibrate.adapter_masks"
 
 
 def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
@@ -101,12 +101,12 @@ def factor_spec(products: Sequence[Product], source: Source, prune: Pruning, q: 
         for side, info in (("a", update.a), ("b", update.b)):
             if side in product.factors:
                 stored = deltas.masked(product.factors[side], seed)
-                factor = node("deltamerge.methods.ops:dense", [stored], shape=info.shape)
+                factor = node(dense, [stored], shape=info.shape)
             else:
-                factor = node(f"{ARITHMETIC}:passthrough", [deltas.read(info)], shape=info.shape, scales=(1.0,))
-            factors.append(node(f"{FACTORS}:whole", kind="small", node=factor))
+                factor = node(passthrough, [deltas.read(info)], shape=info.shape, scales=(1.0,))
+            factors.append(node(adapter_masks.whole, kind="small", node=factor))
         shape, scale, transposed = product.weight.shape, update.scale, update.transposed
-        return node(f"{FACTORS}:product", factors, shape=shape, scale=scale, transposed=transposed)
+        return node(adapter_masks.product, factors, shape=shape, scale=scale, transposed=transposed)
 
     pruned = []
     for product in products:
@@ -135,8 +135,9 @@ def _check(recipe: Recipe, index: int) -> None:
                 problems.append(recipe.problem((*loc, "parameters", key), message, hint))
     prune = effective_prune(recipe, index)
     q = prune.q if isinstance(prune.q, CalibratedQ) else None
-    if prune.method == "wanda" or (q is not None and (q.scope == "row" or q.objective == "layer_mse")):
-        what = "wanda" if prune.method == "wanda" else "layer_mse or a q per row"
+    measured = PRUNE[prune.method].needs_activations
+    if measured or (q is not None and (q.scope == "row" or q.objective == "layer_mse")):
+        what = prune.method if measured else "layer_mse or a q per row"
         hint = "objective: output_change or validation, scope: global or layer; or kind: model, on the expanded delta"
         problems.append(recipe.problem(("output", "kind"), f"peft cannot use {what} on an adapter's own A and B", hint))
     if prune.protect is not None:

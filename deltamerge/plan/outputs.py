@@ -84,7 +84,7 @@ class Outputs:
     ) -> None:
         self.recipe, self.inputs, self.device = recipe, inputs, device
         self.vocabulary, self.remapped, self.resized = vocabulary, False, False
-        self.builder = Builder(recipe, Graph(), folder, device, memory, densities)
+        self.builder = Builder.of(recipe, Graph(), folder, device, memory, densities)
         self.problems: list[str] = []
         self.hint = ""
         self.notes: list[str] = []
@@ -99,7 +99,7 @@ class Outputs:
         parts = list(self._tensors())
         if self.problems:
             return []
-        self.builder.prepare([part.merge for part in parts if isinstance(part, Merged)])
+        self.builder = self.builder.prepared([part.merge for part in parts if isinstance(part, Merged)])
         return [self._built(part) if isinstance(part, Merged) else part for part in parts]
 
     def _tensors(self) -> Iterator[Row | Merged]:

@@ -25,12 +25,12 @@ from deltamerge.io.names import numbered_blocks
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.writer import Layout, plan_layout
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
+from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.memory import Cost, cost, held_by_delta, held_by_files, tile_and_peak
 from deltamerge.plan.outputs import Output, Outputs
-from deltamerge.plan.tensor_graph import Builder
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.recipe import bounds
 from deltamerge.recipe.schema import Recipe
@@ -205,15 +205,15 @@ def plan(
     roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
     costs = {root: cost(root) for root in roots}
     tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
-    builder = found.builder
-    sources = _sources(builder, inputs)
+    builder, stages = found.builder, found.builder.deltas.stages
+    sources = _sources(stages, inputs)
     if data:
         _check_data(sources, inputs)
     if sources:  # stages run one after another, before the first tile
-        resident = [node.parameter("spec").memory for node in builder.stages]
+        resident = [node.parameter("spec").memory for node in stages.calibrations]
         peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
     peak += vocabulary.memory if vocabulary is not None else 0
-    cuts = {recipe.names[i]: node.parameter("deltas") for i, node in builder.deltas.cuts.items()}
+    cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
     notes = [
         *found.notes,
         *(
@@ -221,7 +221,7 @@ def plan(
             for name, deltas in cuts.items()
         ),
     ]
-    specs = [node.parameter("spec") for node in builder.stages]
+    specs = [node.parameter("spec") for node in stages.calibrations]
     notes += [f"calibration of {s.name}: {words}" for s in specs if (words := in_words(s.not_calibrated))]
     if own is not None:
         notes.append("written as a LoRA adapter: the deltas are the adapter's own A and B")
@@ -244,10 +244,10 @@ def plan(
         tile,
         peak,
         costs,
-        builder.stages,
+        stages.calibrations,
         tuple(sources.values()),
         tuple(Budgeted(t.name, math.prod(t.base.shape), t.tensor, t.base) for t in builder.budgeted),
-        next(iter(builder.deltas.weighing.values()), None),
+        next(iter(stages.weighing.values()), None),
         cut_bytes,
         found.config,
         inputs.tunes[0].checkpoint.adapter if own else None,
@@ -257,13 +257,13 @@ def plan(
     )
 
 
-def _sources(builder: Builder, inputs: Inputs) -> dict[int, Source]:
+def _sources(stages: Stages, inputs: Inputs) -> dict[int, Source]:
     """The data that stages run on, by the fine-tune's index in the recipe."""
-    measured = builder.deltas.activations | builder.deltas.weighing
+    measured = {**stages.activations, **stages.weighing}
     sources = {i: node.parameter("source") for i, node in measured.items()}
-    sources |= {i: node.parameter("spec").source for i, node in builder.deltas.calibrated.items()}
-    if builder.together is not None:
-        parts = builder.together.parameter("spec").sources
+    sources |= {i: node.parameter("spec").source for i, node in stages.calibrated.items()}
+    if stages.together is not None:
+        parts = stages.together.parameter("spec").sources
         sources |= {t.index: s for t, s in zip(inputs.tunes, parts, strict=True) if t.index is not None}
     return sources
 

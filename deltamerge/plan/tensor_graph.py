@@ -4,29 +4,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
+from deltamerge.calibrate.spec import pick
 from deltamerge.delta.positions import uniform_density
 from deltamerge.delta.values import VALUE_BITS
-from deltamerge.engine.graph import Graph, Node
+from deltamerge.engine.graph import Function, Graph, Node
 from deltamerge.engine.graph import resolve as call
 from deltamerge.errors import RecipeError
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune import nodes
-from deltamerge.methods.registry import MergeMethod
-from deltamerge.plan.calibration_graph import Preparation
-from deltamerge.plan.delta_graph import KINDS, RESCALE, STAGES, Deltas
+from deltamerge.methods.prune.rescale import divide
+from deltamerge.plan.calibration_graph import StageMaker
+from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import lookup
-
-# A weight that is surely divided by itself: a sum of weights near 0 is not divided by.
-SMALLEST_WEIGHT = 1e-7
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,54 +44,56 @@ class Built:
     changed: float = 1.0
 
 
+@dataclass(frozen=True, slots=True)
 class Builder:
-    """Makes the nodes of a recipe's tensors; `prepare` comes before `merge`: stages depend on all tensors of a model.
+    """Makes the nodes of a recipe's tensors. `merge` is of a builder that is `prepared`: stages are of whole models.
 
-    `together` is the stage of a merge that is calibrated as a whole, `budgeted` are the tensors that a budget is for.
+    `budgeted` are the tensors that a budget is for.
     """
 
-    def __init__(
-        self,
+    recipe: Recipe
+    graph: Graph
+    deltas: Deltas
+    maker: StageMaker
+    budgeted: tuple[Tuned, ...] = ()
+
+    @classmethod
+    def of(
+        cls,
         recipe: Recipe,
         graph: Graph,
         folder: Path,
         device: str,
         memory: int | None = None,
         densities: Mapping[str, float] | None = None,
-    ) -> None:
-        self.recipe = recipe
-        self.graph = graph
-        self.deltas = Deltas(recipe, graph, densities)
-        self.preparation = Preparation(self.deltas, folder, device, memory)
-        self.together: Node | None = None
-        self.budgeted: list[Tuned] = []
+    ) -> Builder:
+        """The builder of a recipe; data of its calibration lies in `folder`."""
+        prunes = tuple(effective_prune(recipe, i) for i in range(len(recipe.models)))
+        return cls(recipe, graph, Deltas(recipe, graph, prunes, densities), StageMaker(folder, device, memory))
 
-    def prepare(self, merges: Sequence[Merge]) -> None:
-        """Make the stages, and share out a budget: until its densities are known, one for all that would about fit."""
-        pruned = (t for merge in merges for t in merge.tunes if t.model.index is not None)
-        self.budgeted = [
-            t for t in pruned if self.deltas.prune_of(t).budget is not None and self.deltas.prunes_by_name(t)
-        ]
-        if self.budgeted and self.deltas.densities is None:
-            density = self._affordable()
-            self.deltas.densities = {t.name: density for t in self.budgeted}
-        self.preparation.prepare(merges)
-        if self.deltas.whole_merge:
-            self.together = self.preparation.together([m for m in merges if m.base is not None], self._merged_delta)
+    def prepared(self, merges: Sequence[Merge]) -> Builder:
+        """This builder with the stages that `merges` need, and with densities that a budget is shared out in: until
+        they are known, one for all tensors that would about fit."""
+        tunes = [t for merge in merges for t in merge.tunes if t.model.index is not None]
+        deltas = self.deltas
+        budgeted = tuple(t for t in tunes if deltas.prune_of(t).budget is not None and deltas.prunes_by_name(t))
+        if budgeted and deltas.densities is None:
+            deltas = replace(deltas, densities=dict.fromkeys((t.name for t in budgeted), self._affordable(budgeted)))
+        deltas = replace(deltas, stages=self.maker.make(deltas, merges))
+        builder = replace(self, deltas=deltas, budgeted=budgeted)
+        if not deltas.whole_merge:
+            return builder
+        based = [merge for merge in merges if merge.base is not None]
+        together = self.maker.together(deltas, based, builder._merged_delta)
+        return replace(builder, deltas=replace(deltas, stages=replace(deltas.stages, together=together)))
 
-    def _affordable(self) -> float:
+    def _affordable(self, budgeted: Sequence[Tuned]) -> float:
         """The density at which all tensors of a budget together about fit."""
         budget = next(prune.budget for prune in self.deltas.prunes if prune.budget is not None)
-        size = sum(math.prod(t.base.shape) for t in self.budgeted)
+        size = sum(math.prod(t.base.shape) for t in budgeted)
         output = self.recipe.output
-        bits = VALUE_BITS[output.values or "bfloat16"] if output.adds else 8 * ITEMSIZE[self.budgeted[0].merge.dtype]
+        bits = VALUE_BITS[output.values or "bfloat16"] if output.adds else 8 * ITEMSIZE[budgeted[0].merge.dtype]
         return uniform_density(8 * budget / size, bits) if size else 1.0
-
-    @property
-    def stages(self) -> tuple[Node, ...]:
-        """The calibrations: of each model's q, or of the merge's λ."""
-        together = () if self.together is None else (self.together,)
-        return (*self.deltas.calibrated.values(), *together)
 
     def copy(self, tensor: TensorInfo, dtype: str) -> Node:
         """The stored tensor, cast only if its dtype differs."""
@@ -107,12 +109,10 @@ class Builder:
             pruned = [self._delta(tuned, self.recipe.seed) for tuned in tunes]
         else:
             pruned = [(self.deltas.read(tuned.tensor), "") for tuned in tunes]
-        if self.together is not None and base is not None:
-            q = self.graph.node(f"{STAGES}:pick", [self.together], kind="small", name=merge.name)
-            pruned = [
-                (self._node(f"{RESCALE}:divide", [node, q], base.shape), f"{text} lambda calibrated")
-                for node, text in pruned
-            ]
+        together = self.deltas.stages.together
+        if together is not None and base is not None:
+            q = self.graph.node(pick, [together], kind="small", name=merge.name)
+            pruned = [(self._node(divide, [node, q], base.shape), f"{text} lambda calibrated") for node, text in pruned]
         inputs = [node for node, _ in pruned]
         if base is not None:
             inputs.insert(0, self.deltas.read(base))
@@ -121,11 +121,16 @@ class Builder:
         delta = None
         if self.recipe.output.adds and base is not None and not self._left_whole(merge):
             if method.adds:
-                zeros = self._node("deltamerge.methods.ops:zeros", inputs[1:2], base.shape)
-                delta = self._cast(self._combined(merge, [zeros, *inputs[1:]], values), "F32")
+                nothing = self._node(zeros, inputs[1:2], base.shape)
+                delta = self._cast(self._combined(merge, [nothing, *inputs[1:]], values), "F32")
             else:
                 delta = self._difference(self._combined(merge, inputs, values), inputs[0])
-        if len(inputs) - apart == 1 and not pruned[0][1] and _takes_whole(method, values):
+        if (
+            len(inputs) - apart == 1
+            and not pruned[0][1]
+            and method.keeps_single is not None
+            and call(method.keeps_single)(**values)
+        ):
             return Built(self.copy(tunes[0].tensor, dtype), "copy", (tunes[0].model.name,), delta, changed)
         return Built(self._cast(self._combined(merge, inputs, values), dtype), method.name, details, delta, changed)
 
@@ -142,7 +147,7 @@ class Builder:
     def _difference(self, merged: Node, base: Node) -> Node:
         """What a merged tensor adds to the base, in float32."""
         pair = [self._cast(merged, "F32"), base]
-        return self._node("deltamerge.methods.ops:subtract", pair, base.shape, dtypes=("F32", base.dtype))
+        return self._node(subtract, pair, base.shape, dtypes=("F32", base.dtype))
 
     def _left_whole(self, merge: Merge) -> bool:
         """Whether pruning leaves this tensor whole in every model, though it was asked for: it is stored exactly."""
@@ -162,13 +167,12 @@ class Builder:
         for name, param in self.recipe.method.parameters.items():
             if param.prunes:
                 continue
-            kind = KINDS[param.kind]
             if param.per_model:
-                own = tuple(kind(self._value(name, merge, tuned)) for tuned in merge.tunes)
+                own = tuple(param.typed(self._value(name, merge, tuned)) for tuned in merge.tunes)
                 texts = [f"{text} {name}={value:g}" for text, value in zip(texts, own, strict=True)]
                 values[f"{name}s"] = own
             else:
-                values["lambda_" if name == "lambda" else name] = kind(self._value(name, merge, None))
+                values["lambda_" if name == "lambda" else name] = param.typed(self._value(name, merge, None))
         return values, texts
 
     def _delta(self, tuned: Tuned, seed: int) -> tuple[Node, str]:
@@ -214,25 +218,10 @@ class Builder:
             raise RecipeError(self.recipe.source.path, [problem])
         return value
 
-    def _node(self, function: str, inputs: Sequence[Node], shape: tuple[int, ...], **parameters: Any) -> Node:
+    def _node(self, function: Function, inputs: Sequence[Node], shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
     def _cast(self, node: Node, dtype: str) -> Node:
         if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor").made, Gathered):
             return node
-        return self.graph.node("deltamerge.methods.ops:cast", [node], shape=node.shape, dtype=dtype, to=dtype)
-
-
-def _takes_whole(method: MergeMethod, values: dict[str, Any]) -> bool:
-    """Whether a single model that was not pruned comes out as it is."""
-    module, _, combine = method.function.rpartition(":")
-    if not module.startswith("deltamerge."):
-        return False  # a function of another package may do anything with a single model
-    if combine in ("multislerp", "karcher"):
-        return True
-    if combine == "passthrough":
-        return bool(values["scales"] == (1.0,))
-    if combine not in ("task_arithmetic", "ties") or values["lambda_"] != 1:
-        return False
-    (weight,) = values["weights"]
-    return bool(weight == 1 or (values["normalize"] and abs(weight) >= SMALLEST_WEIGHT))
+        return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)

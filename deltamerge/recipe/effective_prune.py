@@ -19,10 +19,9 @@ if TYPE_CHECKING:
 class Pruning:
     """How one model's delta is pruned. Values are evaluated later, per tensor (`recipe.values.resolve`).
 
-    method       name in the table of pruning methods, or "none" density      fraction in (0, 1]; None for method none,
-    and for structured, where it is a · b unless given q            divisor in (0, 1]; None, or a value that evaluates
-    to None: the tensor's density. Unused with `rescale` parameters   the method's others include, exclude   patterns of
-    tensor names
+    `density` and `q` are fractions in (0, 1]. `density` is None for method none, and unless given for methods whose
+    parameters multiply to it. `parameters` are those that the method declares besides these two. A `q` of None, or one
+    that resolves to None, is the tensor's density; it is not used with `rescale`.
     """
 
     method: str
@@ -68,9 +67,10 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
     if name == "none" or (apart and recipe.is_base(index)):
         return Pruning("none")
     own = model.prune
-    if name == "structured":
-        # a density meant for other models does not contradict a model's own a and b
-        alone = own is not None and (own.a is not None or own.b is not None)
+    method = PRUNE.get(name)
+    if method is not None and method.factors:
+        # a density meant for other models does not contradict a model's own factors of it
+        alone = own is not None and any(getattr(own, key) is not None for key in method.factors)
         density = own.density if own is not None and alone else value("density")
     else:
         density = value("density", *(level.get("density") for level in (model.parameters, *part.levels)))
@@ -85,22 +85,13 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         q=q,
         rescale=rescale,
         sampling=first("sampling") or "uniform",
-        group=first("group") or _default_group(name),
-        parameters={key: parameter(key) for key in own_parameters(name)},
+        group=first("group") or next(iter(method.groups if method else ()), None),
+        parameters={key: parameter(key) for key in (method.own_parameters if method else ())},
         protect=first("protect"),
         budget=first("budget"),
         include=first("include"),
         exclude=heads if exclude is None else exclude,
     )
-
-
-def own_parameters(name: str) -> list[str]:
-    """The parameters of a pruning method besides density and q; none if the method is unknown."""
-    return [key for key in PRUNE[name].parameters if key not in ("density", "q")] if name in PRUNE else []
-
-
-def _default_group(name: str) -> str | None:
-    return PRUNE[name].groups[0] if name in PRUNE and PRUNE[name].groups else None
 
 
 def _divisor(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
@@ -71,22 +72,24 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
             continue
         if method.groups and effective.group not in method.groups:
             yield recipe.problem((*loc, "group"), f"must be one of {', '.join(method.groups)}")
-        if method.name == "structured":
-            yield from _columns(recipe, i, loc)
+        if method.factors:
+            yield from _factors(recipe, i, loc)
         elif effective.density is None and effective.budget is None and not _density_given(recipe, i):
             yield recipe.problem(loc, f"{method.name} needs a density", "density: 0.1 keeps a tenth of the delta")
-        if method.name != "structured":
-            for name in (key for key, value in effective.parameters.items() if value is None):
+        for name, value in effective.parameters.items():
+            if value is None and name not in method.factors:
                 yield recipe.problem(loc, f"{method.name} needs {name}", method.parameters[name].summary)
     if recipe.prune is not None and recipe.prune.method != "none" and methods:
         yield from _no_effect(recipe, ("prune",), recipe.prune, used, methods)
 
 
 def _calibrated(recipe: Recipe) -> Iterator[Problem]:
-    """A calibrated q and wanda need data, and the search must fit the objective and the scope."""
+    """A calibrated q and masks from activations need data, and the search must fit the objective and the scope."""
     for loc, prune in prunes(recipe):
         q = prune.calibrated_q
-        wanted = "a calibrated q" if q is not None else "wanda" if prune.method == "wanda" else None
+        method = PRUNE.get(prune.method or "")
+        measured = method.name if method is not None and method.needs_activations else None
+        wanted = "a calibrated q" if q is not None else measured
         if wanted is not None and not is_given(recipe, "calibration"):
             key = "q" if q is not None else "method"
             yield recipe.problem((*loc, key), f"{wanted} needs calibration", "calibration: {data: calib.jsonl}")
@@ -193,19 +196,23 @@ def _no_effect(recipe: Recipe, loc: Loc, prune: Prune, known: Iterable[str], met
         yield recipe.problem((*loc, key), message, hint, key=True)
 
 
-def _columns(recipe: Recipe, index: int, loc: Loc) -> Iterator[Problem]:
-    """structured needs a and b, and a density that is their product."""
+def _factors(recipe: Recipe, index: int, loc: Loc) -> Iterator[Problem]:
+    """Parameters that multiply to the density: all must be given, and a density be their product."""
     effective = effective_prune(recipe, index)
-    for name in ("a", "b"):
+    method = PRUNE[effective.method]
+    product, names = " · ".join(method.factors), " and ".join(method.factors)
+    for name in method.factors:
         if not is_given(recipe, "prune", name) and not is_given(recipe, "models", index, "prune", name):
-            yield recipe.problem(loc, f"structured needs {name}", "density = a · b: give a and b")
-    a, b, density = effective.parameters["a"], effective.parameters["b"], effective.density
-    if density is None or a is None or b is None:
+            yield recipe.problem(loc, f"{method.name} needs {name}", f"density = {product}: give {names}")
+    factors, density = [effective.parameters[name] for name in method.factors], effective.density
+    if density is None or None in factors:
         return
     where = ("models", index, "prune") if is_given(recipe, "models", index, "prune", "density") else ("prune",)
-    if not (isinstance(a, float | int) and isinstance(b, float | int) and isinstance(density, float | int)):
-        hint = "leave density out where a or b varies"
-        yield recipe.problem((*where, "density"), "of structured is a · b", hint)
-    elif abs(density - a * b) > 1e-6 * density:
-        message = f"must be a · b = {a * b:.6g}, got {density:g}"
-        yield recipe.problem((*where, "density"), message, "leave density out, or correct a or b")
+    either = " or ".join(method.factors)
+    numbers = [value for value in factors if isinstance(value, float | int)]
+    if len(numbers) < len(factors) or not isinstance(density, float | int):
+        hint = f"leave density out where {either} varies"
+        yield recipe.problem((*where, "density"), f"of {method.name} is {product}", hint)
+    elif abs(density - math.prod(numbers)) > 1e-6 * density:
+        message = f"must be {product} = {math.prod(numbers):.6g}, got {density:g}"
+        yield recipe.problem((*where, "density"), message, f"leave density out, or correct {either}")

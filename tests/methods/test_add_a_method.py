@@ -1,4 +1,4 @@
-"""docs/add-a-method.md, done as it says: a package with a merge method and a pruning method, installed and run."""
+"""docs/add-a-method.md, done as it says: a package with a merge method and two pruning methods, installed and run."""
 
 from __future__ import annotations
 
@@ -23,9 +23,12 @@ PAGE = (ROOT / "docs" / "add-a-method.md").read_text()
 SHAPES = {"a.weight": (40, 24), "b.weight": (3, 70_001), "c.bias": (24,), "d": ()}
 
 
-def block(language: str) -> str:
-    (found,) = re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    return found
+SPIKES = "prune: {method: spikes, density: 0.5, floor: 0.2, spread: 1.5}"
+DECLARED = 'nodes=nodes, needs_activations=True, factors=("floor", "spread")'
+
+
+def block(language: str, number: int = 0) -> str:
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)[number]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +43,8 @@ def folder(tmp_path_factory) -> Path:
     points = project["project"]["entry-points"]
     lines = [f"[{group}]\n" + "".join(f"{k} = {v}\n" for k, v in named.items()) for group, named in points.items()]
     (info / "entry_points.txt").write_text("".join(lines))
-    (folder / "site" / f"{project['tool']['setuptools']['py-modules'][0]}.py").write_text(block("python"))
+    for number, module in enumerate(project["tool"]["setuptools"]["py-modules"]):
+        (folder / "site" / f"{module}.py").write_text(block("python", number))
     generator = torch.Generator().manual_seed(0)
     base = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
     make_checkpoint(folder / "base", base)
@@ -103,3 +107,54 @@ def test_the_merge_is_the_formula_in_float64(folder, cut):
         spared = np.where(drawn | (abs(m - b) >= (cut or 0.05)), m - b, 0) / 0.5
         wanted = b + 1.5 * (0.7 * np.clip(spared, -0.06, 0.06) + 0.4 * np.clip(c - b, -0.06, 0.06))
         np.testing.assert_allclose(merged[name].double().numpy(), wanted, rtol=0, atol=1e-6)
+
+
+def test_a_pruning_method_of_several_passes_is_checked_planned_and_listed(folder):
+    text = block("yaml").replace("prune: {method: spare, density: 0.5, cut: 0.03}", SPIKES)
+    (folder / "spikes.yaml").write_text(text)
+    done = deltamerge(folder, "check", "spikes.yaml")
+    assert (done.returncode, done.stderr) == (0, "spikes.yaml: ok, 4 tensors, 844.0 kB\n")
+    planned = json.loads(deltamerge(folder, "plan", "spikes.yaml", "--json").stdout)
+    assert [tensor["passes"] for tensor in planned["tensors"]] == [2, 2, 2, 2]
+    assert "spikes density=0.5" in planned["tensors"][0]["sources"][0]
+    found = json.loads(deltamerge(folder, "methods", "spikes", "--json").stdout)
+    assert found["prune"][0]["parameters"]["spread"]["default"] == 2.0
+    for old, new, wanted in (
+        ("floor: 0.2", "floor: -1", "prune.floor: must be at least 0, got -1"),
+        ("density: 0.5, floor", "floor", "models[0].prune: spikes needs a density"),
+        ("spread: 1.5", "group: row", "prune.group: has no effect with method spikes"),
+    ):
+        (folder / "bad.yaml").write_text(text.replace(old, new))
+        done = deltamerge(folder, "check", "bad.yaml")
+        assert done.returncode == 1
+        assert wanted in done.stderr
+
+
+def test_a_pruning_method_of_several_passes_is_the_formula_in_float64(folder):
+    text = block("yaml").replace("prune: {method: spare, density: 0.5, cut: 0.03}", SPIKES)
+    (folder / "passes.yaml").write_text(text)
+    done = deltamerge(folder, "run", "passes.yaml", "--out", "out-passes", "--quiet")
+    assert done.returncode == 0, done.stderr
+    base, math, code, merged = (load_tensors(folder / name) for name in ("base", "math", "code", "out-passes"))
+    for name, shape in SHAPES.items():
+        b, m, c = (tensors[name].double().numpy() for tensors in (base, math, code))
+        drawn = bits.keep(bits.mask_key(0, "./math", name), 0, int(np.prod(shape)), 0.5).reshape(shape)
+        times = np.abs(m - b) / np.sqrt(np.mean((m - b) ** 2))
+        kept = np.where((times >= 1.5) | (drawn & (times >= 0.2)), m - b, 0) / 0.5
+        wanted = b + 1.5 * (0.7 * np.clip(kept, -0.06, 0.06) + 0.4 * np.clip(c - b, -0.06, 0.06))
+        np.testing.assert_allclose(merged[name].double().numpy(), wanted, rtol=0, atol=1e-6)
+
+
+def test_what_a_pruning_method_declares_is_asked_for(folder):
+    shutil.copytree(folder / "site", folder / "declared", dirs_exist_ok=True)
+    entry = block("python", 1).replace(
+        "nodes=nodes", 'nodes=nodes, needs_activations=True, factors=("floor", "spread")'
+    )
+    (folder / "declared" / "spikes.py").write_text(entry)
+    text = block("yaml").replace("prune: {method: spare, density: 0.5, cut: 0.03}", SPIKES)
+    (folder / "bad.yaml").write_text(text)
+    done = deltamerge(folder, "check", "bad.yaml", site="declared")
+    assert "models[0].prune.method: spikes needs calibration" in done.stderr
+    assert "models[0].prune.density: must be floor · spread = 0.3, got 0.5" in done.stderr
+    found = json.loads(deltamerge(folder, "methods", "spikes", "--json", site="declared").stdout)
+    assert found["prune"][0]["parameters"]["density"]["default"] == "floor · spread"

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from deltamerge.engine.fused import codes
+from deltamerge.engine.fused import codes, merging, pruning, reductions
 from deltamerge.engine.fused.assembly import Assembly, Form
 from deltamerge.engine.fused.program import Place, Program
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first
-from deltamerge.engine.fused import merging, pruning, reductions
 from deltamerge.io.reader import Reader
 from deltamerge.methods.prune.bits import SPARSE_BLOCK, is_sparse
 from deltamerge.methods.prune.select import sampled_run

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import torch
 
 SMALLEST_DIVISOR = 1e-8
+# A weight that is surely divided by itself: a sum of weights near 0 is not divided by.
+SMALLEST_WEIGHT = 1e-7
 
 
 def divisor_of(weights: tuple[float, ...]) -> float:
@@ -57,6 +59,12 @@ def task_arithmetic(
     return base.to(torch.float32) + _mixed(dense, weights, normalize, lambda_)
 
 
+def keeps_single(*, weights: tuple[float, ...], normalize: bool, lambda_: float) -> bool:
+    """Whether task arithmetic and ties give back a single model, base + Δ, exactly as it is."""
+    (weight,) = weights
+    return lambda_ == 1 and (weight == 1 or (normalize and abs(weight) >= SMALLEST_WEIGHT))
+
+
 def _mixed(deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bool, lambda_: float) -> torch.Tensor:
     total = weighted_sum(deltas, weights)
     if normalize:
@@ -69,3 +77,8 @@ def passthrough(x: torch.Tensor, *, tile: Tile, scales: tuple[float, ...]) -> to
     import torch
 
     return x.to(torch.float32) * float(np.float32(scales[0]))
+
+
+def keeps_unscaled(*, scales: tuple[float, ...]) -> bool:
+    """Whether passthrough gives back its model as it is."""
+    return scales == (1.0,)

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from deltamerge.methods.ops import densify, row_blocks
+from deltamerge.methods.prune import select
 from deltamerge.methods.tiles import Kept, Make, Tile
 
 if TYPE_CHECKING:
     import torch
 
-HERE = "deltamerge.methods.merge.fusion"
-SELECT = "deltamerge.methods.prune.select"
 FLOOR = 1e-8
 
 
@@ -33,17 +32,17 @@ def arcee_fusion(
 
 def nodes(make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool) -> Any:
     """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries."""
-    importance = make(f"{HERE}:importance", inputs, shape=shape)
+    score = make(importance, inputs, shape=shape)
     size = math.prod(shape)
-    high = make(f"{SELECT}:high_histogram", [importance], kind="sum", shape=shape)
+    high = make(select.high_histogram, [score], kind="sum", shape=shape)
     quartiles = []
     for quarter in (1, 2, 3) if size else ():
         # the ascending index floor(quarter / 4 · (n − 1)) is the k-th largest
-        found = make(f"{SELECT}:pick_bin", [high], kind="small", k=size - quarter * (size - 1) // 4)
-        low = make(f"{SELECT}:low_histogram", [importance, found], kind="sum", shape=shape)
-        quartiles.append(make(f"{SELECT}:pick_cut", [low, found], kind="small"))
-    threshold = make(f"{HERE}:threshold", quartiles, kind="small")
-    return make(function, [*inputs, importance, threshold], shape=shape)
+        found = make(select.pick_bin, [high], kind="small", k=size - quarter * (size - 1) // 4)
+        low = make(select.low_histogram, [score, found], kind="sum", shape=shape)
+        quartiles.append(make(select.pick_cut, [low, found], kind="small"))
+    least = make(threshold, quartiles, kind="small")
+    return make(function, [*inputs, score, least], shape=shape)
 
 
 def importance(base: torch.Tensor, delta: torch.Tensor | Kept, *, tile: Tile) -> torch.Tensor:

@@ -13,8 +13,6 @@ from deltamerge.methods.tiles import Kept, Make, Tile
 if TYPE_CHECKING:
     import torch
 
-HERE = "deltamerge.methods.merge.ram"
-
 
 def ram(base: torch.Tensor, *deltas: torch.Tensor | Kept, tile: Tile, epsilon: float) -> torch.Tensor:
     """base + the mean over the models with abs(Δ_i) > ε, entry by entry, 0 where there is none; float32."""
@@ -48,8 +46,8 @@ def nodes(
     alpha: float,
 ) -> Any:
     """The node of `ramplus_tl`: one pass counts each model's changes, a second adds."""
-    counts = make(f"{HERE}:counts", inputs[1:], kind="sum", shape=shape, epsilon=epsilon)
-    factor = make(f"{HERE}:factors", [counts], kind="small", r=r, alpha=alpha)
+    found = make(counts, inputs[1:], kind="sum", shape=shape, epsilon=epsilon)
+    factor = make(factors, [found], kind="small", r=r, alpha=alpha)
     return make(function, [*inputs, factor], shape=shape, epsilon=epsilon)
 
 

@@ -9,13 +9,13 @@ import numpy as np
 
 from deltamerge.methods.merge.arithmetic import weighted_sum
 from deltamerge.methods.ops import densify
+from deltamerge.methods.prune import select
+from deltamerge.methods.prune.rescale import norm
 from deltamerge.methods.tiles import Kept, Make, Tile
 
 if TYPE_CHECKING:
     import torch
 
-HERE = "deltamerge.methods.merge.sce"
-SELECT = "deltamerge.methods.prune.select"
 SMALLEST_WEIGHT = 1e-6
 
 
@@ -43,19 +43,18 @@ def nodes(
     """The node of `sce`: passes that find the int(select_topk · n) of the n entries that vary, one for the weights."""
     base, *deltas = inputs
     if select_topk < 1.0:
-        variance = make(f"{HERE}:variance", deltas, shape=shape)
-        high = make(f"{SELECT}:high_histogram", [variance], kind="sum", shape=shape)
-        nonzero = make(f"{SELECT}:count_nonzero", [variance], kind="sum", shape=shape)
-        found = make(f"{SELECT}:pick_share", [high, nonzero], kind="small", share=select_topk)
-        low = make(f"{SELECT}:low_histogram", [variance, found], kind="sum", shape=shape)
-        cut = make(f"{SELECT}:pick_cut", [low, found], kind="small")
-        equal = make(f"{SELECT}:equal_counts", [variance, cut], kind="concat", shape=shape)
-        ranks = make(f"{SELECT}:pick_ranks", [equal], kind="small")
-        deltas = [make(f"{SELECT}:keep_where", [delta, variance, cut, ranks], shape=shape) for delta in deltas]
-    norm = "deltamerge.methods.prune.rescale:norm"
+        spread = make(variance, deltas, shape=shape)
+        high = make(select.high_histogram, [spread], kind="sum", shape=shape)
+        nonzero = make(select.count_nonzero, [spread], kind="sum", shape=shape)
+        found = make(select.pick_share, [high, nonzero], kind="small", share=select_topk)
+        low = make(select.low_histogram, [spread, found], kind="sum", shape=shape)
+        cut = make(select.pick_cut, [low, found], kind="small")
+        equal = make(select.equal_counts, [spread, cut], kind="concat", shape=shape)
+        ranks = make(select.pick_ranks, [equal], kind="small")
+        deltas = [make(select.keep_where, [delta, spread, cut, ranks], shape=shape) for delta in deltas]
     squares = [make(norm, [x], kind="concat", shape=shape, norm="l2") for x in deltas]
-    weights = make(f"{HERE}:weights", squares, kind="small", size=math.prod(shape))
-    return make(function, [base, *deltas, weights], shape=shape)
+    shares = make(weights, squares, kind="small", size=math.prod(shape))
+    return make(function, [base, *deltas, shares], shape=shape)
 
 
 def variance(*deltas: torch.Tensor | Kept, tile: Tile) -> torch.Tensor:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.methods.ops import blocks, densify, halved
+from deltamerge.methods.prune.rescale import norm
 from deltamerge.methods.tiles import LONGEST_ROW, Kept, Make, Tile, row_length
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     Part = torch.Tensor | Kept
 
 Floats = NDArray[np.float64]
-HERE = "deltamerge.methods.merge.span"
 
 COLINEAR = 0.9995
 ZERO_SUM = 1e-6
@@ -128,6 +128,11 @@ def model_stock(gram: Floats, *, tile: Tile | None = None) -> Floats:
     return np.repeat(t[..., None] / count, count, axis=-1)
 
 
+def keeps_single(**parameters: Any) -> bool:
+    """multislerp and karcher give back a single model as it is."""
+    return True
+
+
 def nodes(
     make: Make,
     function: str,
@@ -144,21 +149,19 @@ def nodes(
     models = inputs[1:] if based else inputs
     along = _along(shape, rows=filter_wise or not nuslerp_flatten, columns=nuslerp_row_wise and not nuslerp_flatten)
     if along == "tensor":
-        partials = make(f"{HERE}:gram", models, kind="concat", shape=shape)
-        whole = make(f"{HERE}:add_up", [partials], kind="small", count=len(models))
+        partials = make(gram, models, kind="concat", shape=shape)
+        whole = make(add_up, [partials], kind="small", count=len(models))
         coefficients = make(function, [whole], kind="small", **parameters)
     elif along == "rows":
-        grams = make(f"{HERE}:row_grams", models, shape=shape)
+        grams = make(row_grams, models, shape=shape)
         coefficients = make(function, [grams], shape=shape, **parameters)
     else:
-        largest = [
-            make("deltamerge.methods.prune.rescale:norm", [x], kind="concat", shape=shape, norm="linf") for x in models
-        ]
-        scales = make(f"{HERE}:scales", largest, kind="small")
-        limbs = make(f"{HERE}:column_limbs", [*models, scales], kind="sum", shape=shape)
-        columns = make(f"{HERE}:from_limbs", [limbs, scales], kind="small", count=len(models))
+        largest = [make(norm, [x], kind="concat", shape=shape, norm="linf") for x in models]
+        powers = make(scales, largest, kind="small")
+        limbs = make(column_limbs, [*models, powers], kind="sum", shape=shape)
+        columns = make(from_limbs, [limbs, powers], kind="small", count=len(models))
         coefficients = make(function, [columns], kind="small", **parameters)
-    return make(f"{HERE}:combine", [*inputs, coefficients], shape=shape, along=along, based=based)
+    return make(combine, [*inputs, coefficients], shape=shape, along=along, based=based)
 
 
 def _along(shape: tuple[int, ...], *, rows: bool, columns: bool) -> str:

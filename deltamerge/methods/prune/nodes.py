@@ -1,4 +1,4 @@
-"""Masks and norms that need several passes over a tensor: the largest entries, WANDA's, sampling's.
+"""How the pruning methods make their nodes, one function each, and masks and norms that need several passes.
 
 `make` makes a graph's node (`engine.graph.Graph.node`); a node is whatever it returns, with its `shape`.
 """
@@ -7,14 +7,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
+from deltamerge.methods.prune import columns, rescale, sampling, select
 from deltamerge.methods.prune.bits import Key
-
-COLUMNS = "deltamerge.methods.prune.columns"
-RESCALE = "deltamerge.methods.prune.rescale"
-SAMPLING = "deltamerge.methods.prune.sampling"
-SELECT = "deltamerge.methods.prune.select"
+from deltamerge.methods.prune.della import check as check_della
+from deltamerge.methods.registry import Masking
 
 
 class Shaped(Protocol):
@@ -28,16 +26,58 @@ class Shaped(Protocol):
 N = TypeVar("N", bound=Shaped)
 
 
+def dare(masking: Masking) -> Any:
+    """Each entry by itself, with one probability for all or in proportion to abs(Δ)."""
+    if masking.sampling == "magnitude":
+        return sampled(masking.make, masking.delta, masking.pair, masking.key, masking.share)
+    return masking.masked(*masking.pair, key=masking.key, density=masking.density)
+
+
+def structured(masking: Masking) -> Any:
+    """Columns that are drawn, and entries inside them."""
+    return masking.masked(*masking.pair, key=masking.key, **masking.parameters)
+
+
+def della(masking: Masking) -> Any:
+    """By rank in the row; weighted by 1/π, unless what is kept gets the norm of the whole."""
+    check_della(masking.share, masking.parameters["epsilon"])
+    weighted = {"weighted": False} if masking.rescaled else {}
+    return masking.masked(masking.delta, key=masking.key, density=masking.share, **masking.parameters, **weighted)
+
+
+def magnitude(masking: Masking) -> Any:
+    """The largest of each row, of the model, or of the tensor."""
+    if masking.group == "row" and len(masking.shape) > 1:
+        return masking.make(select.keep_largest_rows, [masking.delta], shape=masking.shape, density=masking.share)
+    if masking.group == "model":
+        return above(masking.make, masking.delta, masking.cut)
+    return largest(masking.make, masking.delta, round(masking.share * math.prod(masking.shape)))
+
+
+def wanda(masking: Masking) -> Any:
+    """The best scores of each output's inputs; the largest of a tensor that is no weight of a linear layer."""
+    if masking.norms is None:
+        return largest(masking.make, masking.delta, round(masking.share * math.prod(masking.shape)))
+    if masking.transposed:
+        return best_of_columns(masking.make, masking.delta, masking.norms, masking.share)
+    return masking.masked(masking.delta, masking.norms, density=masking.share)
+
+
+def breadcrumbs(masking: Masking) -> Any:
+    """What follows the largest."""
+    return between(masking.make, masking.delta, masking.density, masking.parameters["gamma"])
+
+
 def largest(make: Callable[..., N], delta: N, k: int) -> N:
     """Δ with only its k largest magnitudes: a sample, a pass over the tensor, rarely three more, then the mask."""
     if k >= math.prod(delta.shape):
         return delta
-    return make(f"{SELECT}:keep_largest", [delta, *_end(make, delta, k)], shape=delta.shape)
+    return make(select.keep_largest, [delta, *_end(make, delta, k)], shape=delta.shape)
 
 
 def above(make: Callable[..., N], delta: N, cut: N) -> N:
     """Δ above a cut, and of the entries equal to it the first ones in flat order."""
-    return make(f"{SELECT}:keep_largest", [delta, cut, _ranks(make, delta, cut)], shape=delta.shape)
+    return make(select.keep_largest, [delta, cut, _ranks(make, delta, cut)], shape=delta.shape)
 
 
 def between(make: Callable[..., N], delta: N, density: float, gamma: float) -> N:
@@ -48,66 +88,56 @@ def between(make: Callable[..., N], delta: N, density: float, gamma: float) -> N
     if not top:
         return largest(make, delta, kept)
     cuts = [*_end(make, delta, top + kept), *_end(make, delta, top)]
-    return make(f"{SELECT}:keep_between", [delta, *cuts], shape=delta.shape)
+    return make(select.keep_between, [delta, *cuts], shape=delta.shape)
 
 
 def _end(make: Callable[..., N], delta: N, k: int) -> tuple[N, N]:
     """Where the k largest magnitudes end: the cut, and the ranks of those equal to it."""
     if k == 0:
-        return make(f"{SELECT}:nothing", kind="small"), make(f"{SELECT}:no_ranks", kind="small")
+        return make(select.nothing, kind="small"), make(select.no_ranks, kind="small")
     shape = delta.shape
-    sample = make(f"{SELECT}:sample", [delta], kind="concat", shape=shape)
-    bracket = make(f"{SELECT}:pick_bracket", [sample], kind="small", k=k, size=math.prod(shape))
-    inside = make(f"{SELECT}:bracketed", [delta, bracket], kind="concat", shape=shape)
-    listed = make(f"{SELECT}:gathered", [inside, bracket], kind="small")
-    near = make(f"{SELECT}:pick_listed", [listed], kind="small", k=k)
-    high = make(f"{SELECT}:high_counts", [delta, near], kind="sum", shape=shape)
-    found = make(f"{SELECT}:find_bin", [high], kind="small", k=k)
-    low = make(f"{SELECT}:low_counts", [delta, found], kind="sum", shape=shape)
-    cut = make(f"{SELECT}:pick_either", [near, low, found], kind="small")
-    equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=shape)
-    return cut, make(f"{SELECT}:ranks_listed", [equal, listed, cut], kind="small")
+    sample = make(select.sample, [delta], kind="concat", shape=shape)
+    bracket = make(select.pick_bracket, [sample], kind="small", k=k, size=math.prod(shape))
+    inside = make(select.bracketed, [delta, bracket], kind="concat", shape=shape)
+    listed = make(select.gathered, [inside, bracket], kind="small")
+    near = make(select.pick_listed, [listed], kind="small", k=k)
+    high = make(select.high_counts, [delta, near], kind="sum", shape=shape)
+    found = make(select.find_bin, [high], kind="small", k=k)
+    low = make(select.low_counts, [delta, found], kind="sum", shape=shape)
+    cut = make(select.pick_either, [near, low, found], kind="small")
+    equal = make(select.equal_counts, [delta, cut], kind="concat", shape=shape)
+    return cut, make(select.ranks_listed, [equal, listed, cut], kind="small")
 
 
 def _ranks(make: Callable[..., N], delta: N, cut: N) -> N:
-    equal = make(f"{SELECT}:equal_counts", [delta, cut], kind="concat", shape=delta.shape)
-    return make(f"{SELECT}:pick_ranks", [equal], kind="small")
+    equal = make(select.equal_counts, [delta, cut], kind="concat", shape=delta.shape)
+    return make(select.pick_ranks, [equal], kind="small")
 
 
 def matched(make: Callable[..., N], whole: N, kept: N, norm: str) -> N:
     """mergekit's rescaling: kept · ‖Δ‖ / ‖kept‖, as a division by ‖kept‖ / ‖Δ‖."""
-    norms = [make(f"{RESCALE}:norm", [node], kind="concat", shape=node.shape, norm=norm) for node in (kept, whole)]
-    ratio = make(f"{RESCALE}:ratio", norms, kind="small", norm=norm)
-    return make(f"{RESCALE}:divide", [kept, ratio], shape=whole.shape)
+    norms = [make(rescale.norm, [node], kind="concat", shape=node.shape, norm=norm) for node in (kept, whole)]
+    ratio = make(rescale.ratio, norms, kind="small", norm=norm)
+    return make(rescale.divide, [kept, ratio], shape=whole.shape)
 
 
-def best_scored(make: Callable[..., N], delta: N, activations: N, name: str, transposed: bool, density: float) -> N:
-    """WANDA: the best of each output's inputs, which lie in a row, or in a column of a weight stored (in, out)."""
+def best_of_columns(make: Callable[..., N], delta: N, norms: N, density: float) -> N:
+    """WANDA of a weight stored (in, out): each output's inputs lie in a column, which tiles cut through."""
     shape = delta.shape
-    norms = make(
-        "deltamerge.calibrate.spec:norm",
-        [activations],
-        kind="small",
-        name=name,
-        count=shape[0] if transposed else shape[-1],
-        transposed=transposed,
-    )
-    if not transposed:
-        return make(f"{SELECT}:keep_largest_rows_scored", [delta, norms], shape=shape, density=density)
-    best = make(f"{COLUMNS}:best_of_columns", [delta, norms], kind="concat", shape=shape, density=density)
-    cut = make(f"{COLUMNS}:pick_columns", [best], kind="small", density=density, rows=shape[0])
-    equal = make(f"{COLUMNS}:equal_columns", [delta, norms, cut], kind="concat", shape=shape)
-    ranks = make(f"{COLUMNS}:column_ranks", [equal], kind="small")
-    return make(f"{COLUMNS}:keep_best_of_columns", [delta, norms, cut, ranks], shape=shape)
+    best = make(columns.best_of_columns, [delta, norms], kind="concat", shape=shape, density=density)
+    cut = make(columns.pick_columns, [best], kind="small", density=density, rows=shape[0])
+    equal = make(columns.equal_columns, [delta, norms, cut], kind="concat", shape=shape)
+    ranks = make(columns.column_ranks, [equal], kind="small")
+    return make(columns.keep_best_of_columns, [delta, norms, cut, ranks], shape=shape)
 
 
 def sampled(make: Callable[..., N], delta: N, pair: Sequence[N], key: Key, density: float) -> N:
     """Importance sampling: two passes find c, a third draws."""
     shape = delta.shape
     expected = density * math.prod(shape)
-    sums = make(f"{SAMPLING}:sums", [delta], kind="sum", shape=shape)
-    clip = make(f"{SAMPLING}:pick_clip", [sums], kind="small", expected=expected)
-    inside = make(f"{SAMPLING}:clip_bin", [clip], kind="small")
-    low = make(f"{SELECT}:low_histogram", [delta, inside], kind="sum", shape=shape)
-    c = make(f"{SAMPLING}:factor", [low, clip], kind="small", expected=expected)
-    return make(f"{SAMPLING}:sampled", [*pair, c], shape=shape, key=key, density=density)
+    sums = make(sampling.sums, [delta], kind="sum", shape=shape)
+    clip = make(sampling.pick_clip, [sums], kind="small", expected=expected)
+    inside = make(sampling.clip_bin, [clip], kind="small")
+    low = make(select.low_histogram, [delta, inside], kind="sum", shape=shape)
+    c = make(sampling.factor, [low, clip], kind="small", expected=expected)
+    return make(sampling.sampled, [*pair, c], shape=shape, key=key, density=density)
