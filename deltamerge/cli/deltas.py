@@ -1,4 +1,4 @@
-"""The commands of delta artifacts and of what a lock says: extract, apply, verify."""
+"""The commands about delta artifacts and locks: extract, apply, verify."""
 
 from __future__ import annotations
 

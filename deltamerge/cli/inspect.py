@@ -1,4 +1,4 @@
-"""The commands that look and make no model: check, plan, inspect, recommend, diff."""
+"""The commands that examine and make no model: check, plan, inspect, recommend, diff."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> Non
 
 
 def check_size(plan: Plan) -> str:
-    """The bytes that a run will leave."""
+    """The bytes of a run's output."""
     delta = plan.describe()["delta"] if plan.recipe.output.kind == "delta" else None
     return human(plan.nbytes) if delta is None else f"a delta of about {human(delta['estimated_bytes'])}"
 

@@ -17,13 +17,15 @@ from deltamerge.delta.values import SCALED, ranked_scales, scale_values
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import NUMPY
 
-LARGEST_K = 15  # of rice that is decoded in the compiled pass
+LARGEST_K = 15  # the largest k of rice that the compiled pass decodes
 
 
 def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
-    """Turn the base tensor's flat `bits` into the result's, of the same dtype and size; something is stored of it.
+    """Turn the base tensor's flat `bits` into the result's, of the same dtype and size, for an entry with stored
+    values.
 
-    Hashes are not checked. InputError: the stored is damaged, or the file has become shorter; `bits` may have changed.
+    Hashes are not checked. InputError: stored arrays are damaged, or the file has become shorter; `bits` may have
+    changed.
     """
     record = entry.record
     if entry.index is None and record.values is None:
@@ -55,7 +57,7 @@ def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
         values, group = values.view(NUMPY[STORED_VALUES[kind]]), record.group
         ok = compiled.add(record.encoding, index, record.k, record.count, values, kind, factors, group, out)
     if not ok:
-        deque(entry.positions(), maxlen=0)  # says what is wrong
+        deque(entry.positions(), maxlen=0)  # raises the error that says what is wrong
         raise InputError("positions are damaged")
 
 

@@ -1,6 +1,6 @@
-"""What a delta artifact's manifest says of its tensors: its form, and records that contradict themselves.
+"""The manifest of a delta artifact: its form, and checks that records do not contradict themselves.
 
-docs/delta-format.md is its description.
+docs/delta-format.md describes it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Record(_Strict):
 
     shape, dtype   of the result; dtype is safetensors' code ("BF16")
     encoding, k    how positions are stored, and rice's k
-    count          entries listed; 0: nothing is stored, the tensor is the base's
+    count          number of entries; 0: nothing is stored, the tensor is the base's
     values         None: final values, in `dtype`; else the coding of float32 values to add
     group, unit    elements that share a scale, and the scales' unit (int8, sign)
     ranks          scale codes, the most common first, where scales are stored as ranks; None: as four bits each
@@ -74,7 +74,7 @@ class Record(_Strict):
 
 
 class Manifest(_Strict):
-    """delta.json. Tensors of the base that neither `tensors` nor `removed` names are in the result unchanged."""
+    """delta.json. Tensors of the base that are neither in `tensors` nor in `removed` are unchanged in the result."""
 
     format: Literal["deltamerge-delta"] = "deltamerge-delta"
     version: Literal[1] = 1
@@ -86,12 +86,12 @@ class Manifest(_Strict):
 
 
 def groups(record: Record) -> int:
-    """Scales of a tensor."""
+    """The number of scales of a tensor."""
     return -(-math.prod(record.shape) // record.group)
 
 
 def stored_arrays(record: Record) -> dict[str, tuple[str, int | None]]:
-    """What is stored of a tensor: suffix of the name -> (dtype, length; None where only decoding can tell)."""
+    """The stored arrays of a tensor: suffix of the name -> (dtype, length; None if only decoding determines it)."""
     count, size = record.count, math.prod(record.shape)
     if not count:
         return {}

@@ -1,4 +1,4 @@
-"""The pictures of a run's card: what it made is measured against its base and drawn."""
+"""The pictures of a run's model card: the result is measured against its base and drawn."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ Draw = Callable[[Plan, Path, Path], dict[str, str]]
 
 
 def drawing(planned: Plan, *, data: bool) -> Draw:
-    """What draws the pictures of a plan, once its weights are there.
+    """The function that draws a plan's pictures, once its weights exist.
 
-    With `data`, where q is calibrated, the calibration rows go through the fine-tune once more.
-    InputError: matplotlib is missing, or the recipe makes nothing that has a delta to draw.
+    With `data`, if q is calibrated, the calibration rows run through the fine-tune once more. InputError: matplotlib is
+    missing, or the recipe makes nothing that has a delta.
     """
     from deltamerge.inspect import plots
 
@@ -39,7 +39,7 @@ def drawing(planned: Plan, *, data: bool) -> Draw:
 
 
 def illustrate(planned: Plan, folder: Path, lock: Path, *, data: bool) -> dict[str, str]:
-    """Write the pictures of the finished weights in `folder`, whose q's are in `lock`; their names and captions."""
+    """Draw the finished weights in `folder`, whose q's are in `lock`; returns the files' names and captions."""
     from deltamerge.inspect import plots
     from deltamerge.inspect.statistics import measure, pair_recipe, pairs_of, parse, report
 
@@ -61,7 +61,7 @@ def illustrate(planned: Plan, folder: Path, lock: Path, *, data: bool) -> dict[s
 
 
 def _activations(spec: Spec) -> Activations:
-    """What the first fine-tune's linear layers do to the rows; with a random mask, its measured error."""
+    """The figures of the first fine-tune's linear layers on the rows; for a random mask with its measured error."""
     from deltamerge.calibrate.evidence import influence
     from deltamerge.inspect.activations import activations
 

@@ -1,4 +1,4 @@
-"""What a fine-tune's delta is and which pruning suits it: the models opened, measured, and reported on."""
+"""Studies a fine-tune's delta: opens and measures the models, and reports statistics or a recommended pruning."""
 
 from __future__ import annotations
 
@@ -45,9 +45,17 @@ def inspect(
     workers: int | None = None,
     watch: Watch = lambda _: lambda _: None,
 ) -> Report:
-    """Statistics of the delta of `model`, and with `calibration` (as in a recipe) of its layers' activations.
+    """Statistics of the delta of `model` and, with `calibration`, of its layers' activations.
 
-    `out` is an HTML page to draw them on. `watch` is given the bytes to go through and returns what is told of them.
+        model, base   folders or hub ids
+        calibration   as in a recipe
+        density       at which pruning is judged
+        out           an HTML page to draw on
+        force         replace it
+        device        "cpu" or a GPU
+        workers       threads
+        watch         called with the number of bytes to read; returns the function that is told of progress
+
     OutputError: `out` exists without `force`, or cannot be written.
     """
     if out is not None:
@@ -83,9 +91,17 @@ def recommend(
     workers: int | None = None,
     watch: Watch = lambda _: lambda _: None,
 ) -> Recommendation:
-    """Which pruning at `density`, and its recipe, written to `out` if given; `calibration` as in a recipe.
+    """The recommended pruning at `density`, and its recipe, which is written to `out` if given.
 
-    A `label` in it asks for the metric of the held-out rows. OutputError: `out` exists or cannot be written.
+        model, base   folders or hub ids
+        density       of the pruning
+        calibration   as in a recipe; a `label` in it asks for the metric of the held-out rows
+        out           a new file
+        device        "cpu" or a GPU
+        workers       threads
+        watch         as for `inspect`
+
+    OutputError: `out` exists, or cannot be written.
     """
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out}: exists", hint="choose another name with --out")
@@ -130,7 +146,7 @@ def _specs(
     prunes: Sequence[Mapping[str, Any]],
     device: str,
 ) -> list[Spec]:
-    """What the calibration stage of the recipe of each pruning would be."""
+    """The calibration stage of the recipe of each pruning."""
     more: dict[str, Any] = {"calibration": calibration}
     if any(pair.cut for pair in pairs):
         more["tokenizer_source"] = model
@@ -149,7 +165,7 @@ def _open(model: str, base: str) -> Inputs:
 
 
 def _opener(reference: str, folder: Path) -> Checkpoint:
-    """A model with its weights, which are not fetched where its headers say that they are of no use."""
+    """Open a model with its weights; these are not downloaded if its headers show that they are useless."""
     seen = hub.resolve(reference, folder, weights=False)
     with errors.context(reference):
         refuse_quantised(seen.config, seen.tensors)

@@ -1,4 +1,4 @@
-"""Elementwise steps on torch tiles that every method shares: widen, subtract, cast."""
+"""Elementwise steps on torch tiles, shared by all methods: subtract, cast, densify, sums in a fixed order."""
 
 from __future__ import annotations
 
@@ -32,12 +32,19 @@ def cast(value: Tensor | Patched, *, tile: Tile, to: str) -> Tensor:
 
 
 def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: str) -> Tensor:
-    """The value (in the output dtype), but what is stored where `where` is not 0: bit for bit if the dtypes are one."""
+    """The value, in the output dtype, with stored entries where `where` is not 0.
+
+    value    the merged tile
+    stored   the tile that entries are taken from, bit for bit if it has the output dtype
+    where    the mask
+    tile     the part of the tensor
+    to       the output dtype
+    """
     return stored.to(torch_dtype(to)).where(where.bool(), value)
 
 
 def _rounded(value: Tensor, target: torch.dtype) -> Tensor:
-    """One rounding; a bfloat16 NaN is 0x7FC0 on every device."""
+    """Round once; a bfloat16 NaN is 0x7FC0 on every device."""
     import torch
 
     result = value.to(target)
@@ -58,7 +65,9 @@ def dense(delta: Any, *, tile: Tile) -> Tensor:
 
 
 def over(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor in float32; the divisor is put on x's device, where a plain number would be made a reciprocal."""
+    """x / divisor in float32; the divisor becomes a tensor, since torch multiplies by the reciprocal of a
+    plain number.
+    """
     return x / x.new_tensor(divisor)
 
 
@@ -97,9 +106,10 @@ def block_rows(values: Tensor, tile: Tile) -> Tensor:
 
 
 def halved(rows: Tensor) -> Tensor:
-    """Σ of each row by halving, padded with zeros to a power of two, so that every device adds in the same order.
+    """The sum of each row by halving, padded with zeros to a power of two, so that every device adds in the same order.
 
-    More than `RUN` entries are cut into runs; the sums of the runs, each padded to its full length, are added so.
+    Rows of more than `RUN` entries are cut into runs; the sums of the runs, each padded to full length, are added
+    likewise.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Arcee fusion: only the entries that matter most, by their size and their row's shift, are taken from the model."""
+"""Arcee fusion: only the most important entries, by size and by their row's shift, are taken from the model."""
 
 from __future__ import annotations
 
@@ -31,7 +31,14 @@ def arcee_fusion(
 
 
 def nodes(make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool) -> Any:
-    """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries."""
+    """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries.
+
+    make       makes a graph's node
+    function   name of `arcee_fusion`
+    inputs     nodes of base and delta
+    shape      of the tensor
+    based      whether inputs[0] is the base
+    """
     score = make(importance, inputs, shape=shape)
     size = math.prod(shape)
     high = make(select.high_histogram, [score], kind="sum", shape=shape)
