@@ -15,6 +15,7 @@ from deltamerge.io.gathered import Gathered
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.lacking import is_buffer
+from deltamerge.plan.memory import Cost
 from deltamerge.plan.outputs import Output, Piece
 from deltamerge.plan.planner import Plan
 
@@ -57,7 +58,7 @@ def unexpected(planned: Plan, nonfinite: Mapping[str, NonFinite]) -> dict[str, N
 
 
 def _pieces(
-    output: Output, reader: Reader, device: str, costs: dict[Node, object]
+    output: Output, reader: Reader, device: str, costs: dict[Node, Cost]
 ) -> tuple[tuple[Piece, ...], NonFinite]:
     made, nan, inf = [], 0, 0
     for piece in output.pieces:
