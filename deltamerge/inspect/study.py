@@ -25,10 +25,10 @@ from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.plan.inputs import Inputs, open_inputs
 from deltamerge.plan.kinship import swapped, unrelated
-from deltamerge.plan.planner import plan
+from deltamerge.plan.planner import PlanOptions, plan
 from deltamerge.recipe.schema import Calibration
-from deltamerge.run import lock as locks
-from deltamerge.run.plans import choose_device
+from deltamerge.run.lock import LOCK_NAME, Lock
+from deltamerge.run.options import choose_device
 
 Watch = Callable[[int], Callable[[int], None]]
 
@@ -62,7 +62,8 @@ def inspect(
         (spec,) = _specs(pairs, model, base, calibration, [prune], device)
         node = Graph().node("deltamerge.calibrate.evidence:influence", kind="small", source=spec.source, spec=spec)
         seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
-    made = locks.chosen(inputs.tunes[0].checkpoint.path / locks.LOCK_NAME)
+    lock = inputs.tunes[0].checkpoint.path / LOCK_NAME
+    made = Lock.read(lock).figures if lock.is_file() else None
     warnings = [*swapped(inputs), *unrelated(inputs)]
     answer = report(inputs, pairs, lacking, found, activations=seen, run=made, warnings=warnings)
     if out is not None:
@@ -133,7 +134,7 @@ def _specs(
     specs = []
     for prune in prunes:
         recipe = parse(pair_recipe(model, base, prune, **more))
-        planned = plan(recipe, Path.cwd(), _opener, device=device)
+        planned = plan(recipe, Path.cwd(), _opener, PlanOptions(device=device))
         specs += list(planned.specs.values())
     if len(specs) < len(prunes):
         raise InputError(f"{model}: nothing of its delta is pruned", hint="choose a density below 1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from deltamerge.engine import backends
@@ -87,8 +87,9 @@ def _pieces(
 
 
 def _models(root: Node) -> tuple[TensorInfo, ...]:
-    """The stored tensors that a merged one is made of, entry by entry; of a buffer that is copied, itself; none where it
-    is another copy, or made otherwise."""
+    """The stored tensors that a merged one is made of, entry by entry; of a buffer that is copied, itself.
+
+    None where it is another copy, or made otherwise."""
     if root.kind == "read" and is_buffer(root.parameter("tensor")) and root.dtype in FLOATING:
         return (root.parameter("tensor"),)
     if root.kind == "read" or (len(root.inputs) == 1 and root.inputs[0].kind == "read"):
@@ -112,8 +113,3 @@ def _rewritten(root: Node, tensors: Mapping[TensorInfo, TensorInfo]) -> Node:
             same = all(a is b for a, b in zip(inputs, node.inputs, strict=True))
             done[id(node)] = node if same else replace(node, inputs=inputs)
     return done[id(root)]
-
-
-def replanned(replan: Callable[[Mapping[str, float]], Plan]) -> Callable[[Mapping[str, float]], Plan]:
-    """Plans made anew, with the same set aside."""
-    return lambda densities: set_aside(replan(densities))

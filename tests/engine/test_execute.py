@@ -13,11 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
+from running import make_plan, run
 
 from deltamerge.engine import backends
 from deltamerge.engine.fused.kernels import KERNELS
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 RECIPE = "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.3}}]\n"
 

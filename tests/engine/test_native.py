@@ -20,7 +20,7 @@ RECIPE = "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: ./a}
 SCRIPT = """
 import sys
 from pathlib import Path
-from deltamerge.run.runner import run
+from running import run
 run(Path(sys.argv[1]), Path(sys.argv[2]), workers=2)
 print([name for name in ("numba", "torch") if name in sys.modules])
 """

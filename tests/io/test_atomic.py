@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import calibrate, run
 from test_resume import calibrated, call
 
 from deltamerge.errors import OutputError, VerifyError
@@ -16,7 +17,6 @@ from deltamerge.io import atomic
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.lock_file import read_lock
 from deltamerge.io.seals import hash_output
-from deltamerge.run.runner import calibrate, run
 
 CALLS = ("open", "pwrite", "fsync", "rename", "unlink", "link", "fchmod")
 

@@ -9,12 +9,12 @@ import pytest
 import reference
 import torch
 from conftest import load_tensors, make_checkpoint
+from running import run
 
 from deltamerge.engine import backends
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.methods.prune import bits
 from deltamerge.methods.registry import third_party
-from deltamerge.run.runner import run
 
 SHAPES = {
     "embed.weight": (301, 24),

@@ -10,12 +10,11 @@ import pytest
 import torch
 import yaml
 from conftest import load_tensors, tiny_bert_pair
+from running import make_plan, run
 from test_stage import rows
 
 from deltamerge.cli import main
 from deltamerge.errors import InputError
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import make_checkpoint, tiny_llama
 from interrupted import RECIPE, Stop, files, models
+from running import finish, make_plan, run
 from test_workspace import earlier
 
 from deltamerge.cli import main
@@ -31,8 +32,6 @@ from deltamerge.methods.ops import torch_dtype
 from deltamerge.plan.planner import Plan
 from deltamerge.run.lock import verify
 from deltamerge.run.partition import Part
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import finish, run
 
 
 @pytest.fixture(scope="module")
