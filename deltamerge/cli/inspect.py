@@ -40,19 +40,20 @@ def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> Non
 
     Reads no weights; of hub models only the headers are fetched.
     """
-    from deltamerge.recipe.file import documents
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans
 
     worst = 0
     for recipe in recipes:
         try:
-            chain = documents(recipe, mergekit_exact=mergekit_exact)
-            plan = None if offline else make_plans(recipe, device="cpu", mergekit_exact=mergekit_exact)[-1]
+            file = read_recipe(recipe, mergekit_exact=mergekit_exact)
+            plan = None if offline else make_plans(file, options=Options(device="cpu"))[-1]
         except DeltamergeError as error:
             complain(error, str(recipe))
             worst = max(worst, error.exit_code)
         else:
-            several = f", {len(chain)} documents" if len(chain) > 1 else ""
+            several = f", {len(file.documents)} documents" if len(file.documents) > 1 else ""
             size = f", {len(plan.outputs)} tensors, {check_size(plan)}" if plan else ""
             tell(f"{recipe}: ok{several}{size}")
             for warning in plan.warnings if plan else ():
@@ -97,12 +98,13 @@ def plan(
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
     from deltamerge.plan import review
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans
 
     def describe(path: Path) -> dict[str, Any]:
-        *before, planned = make_plans(
-            path, device=device, workers=workers, memory=memory, mergekit_exact=mergekit_exact
-        )
+        file = read_recipe(path, mergekit_exact=mergekit_exact)
+        *before, planned = make_plans(file, options=Options(device=device, workers=workers, memory=memory))
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
         return planned.describe() | ({"intermediate": intermediate} if before else {})
 

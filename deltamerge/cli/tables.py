@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from deltamerge.errors.shown import CELL, shown
@@ -111,7 +112,7 @@ def _render_tokenizer(described: dict[str, Any]) -> list[str]:
     return [f"tokenizer      {'; '.join(parts)}", *missing, *notes, *chat]
 
 
-def render_calibration(found: dict[str, Any]) -> str:
+def render_calibration(found: Mapping[str, Any]) -> str:
     """For every model the chosen q, its search path, and the q of every tensor that has its own."""
     lines = []
     for model, entry in found.items():

@@ -12,12 +12,13 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect.layers import CHANGED, FIGURES, Grid, grids, matrices, placed
 from deltamerge.io.atomic import replace_file
 from deltamerge.run.calibration_record import Choice, Points, choices
+from deltamerge.run.lock import PICTURES
 
 if TYPE_CHECKING:
     from deltamerge.inspect.activations import Activations
     from deltamerge.inspect.statistics import Report
 
-DELTA, SEARCH, ACTIVATIONS = PICTURES = ("delta.png", "calibration.png", "activations.png")
+DELTA, SEARCH, ACTIVATIONS = PICTURES
 CAPTIONS = {
     DELTA: "The delta by layer and module, and the share of entries that differ from the base",
     SEARCH: "The objective over what was searched, and what was chosen",

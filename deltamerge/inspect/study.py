@@ -22,13 +22,14 @@ from deltamerge.inspect.statistics import Pair, Report, measure, pair_recipe, pa
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.plan.inputs import Inputs, open_inputs
 from deltamerge.plan.kinship import swapped, unrelated
-from deltamerge.plan.planner import plan
+from deltamerge.plan.planner import PlanOptions, plan
 from deltamerge.recipe.schema import Calibration
-from deltamerge.run import lock as locks
-from deltamerge.run.plans import choose_device
+from deltamerge.run.lock import Lock
+from deltamerge.run.options import choose_device
 
 Watch = Callable[[int], Callable[[int], None]]
 
@@ -72,7 +73,8 @@ def inspect(
 
         node = Graph().node(influence, kind="small", source=spec.source, spec=spec)
         seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
-    made = locks.chosen(inputs.tunes[0].checkpoint.path / locks.LOCK_NAME)
+    lock = inputs.tunes[0].checkpoint.path / LOCK_NAME
+    made = Lock.read(lock).figures if lock.is_file() else None
     warnings = [*swapped(inputs), *unrelated(inputs)]
     answer = report(inputs, pairs, lacking, found, activations=seen, run=made, warnings=warnings)
     if out is not None:
@@ -153,7 +155,7 @@ def _specs(
     specs = []
     for prune in prunes:
         recipe = parse(pair_recipe(model, base, prune, **more))
-        planned = plan(recipe, Path.cwd(), _opener, device=device)
+        planned = plan(recipe, Path.cwd(), _opener, PlanOptions(device=device))
         specs += list(planned.specs.values())
     if len(specs) < len(prunes):
         raise InputError(f"{model}: nothing of its delta is pruned", hint="choose a density below 1")

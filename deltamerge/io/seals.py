@@ -44,6 +44,13 @@ def hash_output(path: Path) -> str:
     return f"blake3:{hasher.hexdigest()}"
 
 
+def hash_bytes(data: bytes) -> str:
+    """What `hash_output` says of a file of these bytes."""
+    from blake3 import blake3
+
+    return f"blake3:{blake3(data).hexdigest()}"
+
+
 def damages(
     folder: Path, files: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int
 ) -> dict[str, str]:

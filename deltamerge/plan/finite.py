@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from deltamerge.engine import backends
@@ -112,8 +112,3 @@ def _rewritten(root: Node, tensors: Mapping[TensorInfo, TensorInfo]) -> Node:
             same = all(a is b for a, b in zip(inputs, node.inputs, strict=True))
             done[id(node)] = node if same else replace(node, inputs=inputs)
     return done[id(root)]
-
-
-def replanned(replan: Callable[[Mapping[str, float]], Plan]) -> Callable[[Mapping[str, float]], Plan]:
-    """`replan` whose plans have the same entries set aside."""
-    return lambda densities: set_aside(replan(densities))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,24 @@ from deltamerge.recipe.schema import Recipe
 SHOWN_PROBLEMS = 8
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """How a plan is to be run.
+
+    device   where tiles are computed: cpu, cuda or cuda:N
+    workers  threads
+    memory   a cap in bytes; None: none
+    data     whether the rows of calibrations are read, to check them
+    whole    whether hub models are there with their weights, not their headers alone
+    """
+
+    device: str = "cpu"
+    workers: int = 1
+    memory: int | None = None
+    data: bool = True
+    whole: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Budgeted:
     """A tensor of `size` elements whose density a budget decides: the fine-tune's and the base's."""
@@ -48,20 +66,21 @@ class Budgeted:
     base: TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that a run does, as plain data; made without reading a weight.
 
+    Relative references of the recipe start at `folder`.
     `alike` counts, by tensor, what is not finite in all models alike: a run finds it, and keeps it from arithmetic.
     """
 
     recipe: Recipe
     inputs: Inputs
+    folder: Path
+    options: PlanOptions
     outputs: tuple[Output, ...]
     layout: Layout
     notes: tuple[str, ...]
-    device: str
-    workers: int
     tile_elements: int
     peak_bytes: int
     costs: Mapping[Node, Cost]
@@ -76,6 +95,16 @@ class Plan:
     chat_template: ChatTemplate | None = None
     warnings: tuple[str, ...] = ()
     alike: Mapping[str, NonFinite] = field(default_factory=dict)
+
+    @property
+    def device(self) -> str:
+        """Where tiles are computed."""
+        return self.options.device
+
+    @property
+    def workers(self) -> int:
+        """Threads that compute them."""
+        return self.options.workers
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -156,36 +185,32 @@ class Plan:
         return {"delta": how | {"estimated_bytes": sum(sizes.values()), "estimated_tensor_bytes": sizes}}
 
 
-def plan(
-    recipe: Recipe,
-    folder: Path,
-    opener: Opener,
-    *,
-    device: str = "cpu",
-    workers: int = 1,
-    memory: int | None = None,
-    data: bool = True,
-    densities: Mapping[str, float] | None = None,
-) -> Plan:
-    """The plan of `recipe`. Only headers and configs are read and, with `data`, the calibration data of recipes that
-    need it.
+def plan(recipe: Recipe, folder: Path, opener: Opener, options: PlanOptions | None = None) -> Plan:
+    """Plan `recipe`; relative references start at `folder`, `opener` opens one by its headers.
 
-        recipe      a loaded recipe
-        folder      where relative references start
-        opener      opens a reference by its headers, given the folder
-        device      "cpu" or a GPU
-        workers     threads
-        memory      cap in bytes
-        data        whether to check the calibration data
-        densities   of the tensors that a budget is for, by name
-
-    InputError naming every mismatch between the models.
+    Raises InputError naming every mismatch between the models; nothing but headers, configs and calibration data is
+    read.
     """
+    options = options or PlanOptions()
     inputs = open_inputs(recipe, folder, opener)
     bounds.check(inputs)
+    return _plan(recipe, inputs, folder, options, None)
+
+
+def fit(planned: Plan, densities: Mapping[str, float]) -> Plan:
+    """The plan of the same models with `densities` for the tensors that a budget is for; nothing is opened again."""
+    made = _plan(planned.recipe, planned.inputs, planned.folder, planned.options, densities)
+    return replace(made, warnings=planned.warnings)
+
+
+def _plan(
+    recipe: Recipe, inputs: Inputs, folder: Path, options: PlanOptions, densities: Mapping[str, float] | None
+) -> Plan:
+    """`densities` are those of the tensors that a budget is for; without them each is planned with the same."""
     own = own_weights(recipe, inputs)
     inputs = own or inputs
     vocabulary = make_vocabulary(recipe, inputs)
+    device, workers, memory = options.device, options.workers, options.memory
     found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
     rows = found.rows()
     if found.problems:
@@ -207,7 +232,7 @@ def plan(
     tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
     builder, stages = found.builder, found.builder.deltas.stages
     sources = _sources(stages, inputs)
-    if data:
+    if options.data and densities is None:  # once: `fit` has the same sources
         _check_data(sources, inputs)
     if sources:  # stages run one after another, before the first tile
         resident = [node.parameter("spec").memory for node in stages.calibrations]
@@ -234,26 +259,26 @@ def plan(
         for read in delta.inputs
     )
     return Plan(
-        recipe,
-        inputs,
-        outputs,
-        layout,
-        tuple(notes),
-        device,
-        workers,
-        tile,
-        peak,
-        costs,
-        stages.calibrations,
-        tuple(sources.values()),
-        tuple(Budgeted(t.name, math.prod(t.base.shape), t.tensor, t.base) for t in builder.budgeted),
-        next(iter(stages.weighing.values()), None),
-        cut_bytes,
-        found.config,
-        inputs.tunes[0].checkpoint.adapter if own else None,
-        vocabulary,
-        choose_chat_template(recipe, inputs),
-        tuple(swapped(inputs)),
+        recipe=recipe,
+        inputs=inputs,
+        folder=folder,
+        options=options,
+        outputs=outputs,
+        layout=layout,
+        notes=tuple(notes),
+        tile_elements=tile,
+        peak_bytes=peak,
+        costs=costs,
+        stages=stages.calibrations,
+        sources=tuple(sources.values()),
+        budgeted=tuple(Budgeted(t.name, math.prod(t.base.shape), t.tensor, t.base) for t in builder.budgeted),
+        weighing=next(iter(stages.weighing.values()), None),
+        cut_bytes=cut_bytes,
+        config=found.config,
+        pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
+        vocabulary=vocabulary,
+        chat_template=choose_chat_template(recipe, inputs),
+        warnings=tuple(swapped(inputs)),
     )
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 from conftest import tiny_llama
+from running import make_plan
 
 from deltamerge.calibrate import rows
 from deltamerge.errors import DeltamergeError, InputError, UsageError
 from deltamerge.io import patterns
 from deltamerge.recipe import bounds
-from deltamerge.run.plans import make_plan
 
 BASED = "base_model: ./base\nmerge_method: ties\nparameters: {density: 0.5, weight: 1}\n"
 ONE = BASED + "models: [{model: ./a}]\n"

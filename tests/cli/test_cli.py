@@ -257,7 +257,7 @@ def test_a_bug_exits_3_and_says_what_to_report(folder, tmp_path, capsys, monkeyp
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("deltamerge.run.runner.make_plan", broken)
+    monkeypatch.setattr("deltamerge.run.plans.plan", broken)
     code, _, err = call(capsys, "run", folder / "good.yaml", "--out", tmp_path / "out")
     assert code == 3
     assert "ZeroDivisionError: oops" in err

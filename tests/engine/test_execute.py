@@ -13,9 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
-
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
+from running import make_plan, run
 
 RECIPE = "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.3}}]\n"
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_checkpoint, tiny_bert_pair, tiny_llama
+from running import run
 
 from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError
@@ -25,7 +26,6 @@ from deltamerge.inspect.report import check_target, page, write
 from deltamerge.inspect.statistics import Report
 from deltamerge.inspect.study import inspect
 from deltamerge.run.calibration_record import Run, choices
-from deltamerge.run.runner import run
 
 VOID = {"meta"}
 EVIL = '"><script>alert(1)</script><img src=x onerror=alert(2)>&lt;'

@@ -12,6 +12,7 @@ import pytest
 import torch
 from adapters import LLAMA, adapt, close, load
 from conftest import load_tensors, tiny_llama, write_json
+from running import make_plan, run
 from safetensors.torch import load_file, save_file
 from tiny_models import make
 
@@ -21,8 +22,6 @@ from deltamerge.io import hub, patterns
 from deltamerge.io.computed import ordered_product
 from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

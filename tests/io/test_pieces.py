@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_checkpoint, needs_kernels
+from running import run
 from xxhash import xxh3_128
 
 from deltamerge.io import pieces as module
 from deltamerge.io.pieces import PIECE_BYTES, Pieces, inside
 from deltamerge.run import hashes
-from deltamerge.run.runner import run
 
 SIZES = [0, 1, PIECE_BYTES - 1, PIECE_BYTES, PIECE_BYTES + 1, 200 * PIECE_BYTES + 5]
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from calls import call
 from conftest import make_checkpoint
+from running import run
 
 from deltamerge.io import work_folder
 from deltamerge.io.work_folder import MARK, MARK_TEXT
 from deltamerge.run import assets
 from deltamerge.run.lock import verify
-from deltamerge.run.runner import run
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import pytest
 import reference
 import torch
 from conftest import load_tensors, make_checkpoint
+from running import run
 
 from deltamerge.engine import backends
 from deltamerge.errors import DeltamergeError, InputError
@@ -16,7 +17,6 @@ from deltamerge.methods.ops import cast
 from deltamerge.methods.prune import bits
 from deltamerge.methods.registry import third_party
 from deltamerge.methods.tiles import Patched, Tile
-from deltamerge.run.runner import run
 
 SHAPES = {
     "embed.weight": (301, 24),

@@ -11,13 +11,12 @@ import pytest
 import reference
 import torch
 from conftest import load_tensors, tiny_bert_pair
+from running import make_plan, run
 from safetensors.numpy import load_file
 
 from deltamerge.errors import InputError
 from deltamerge.methods.prune import protect
 from deltamerge.methods.tiles import Kept, Tile
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 LINEAR = ("query.weight", "key.weight", "value.weight", "dense.weight")
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import needs_kernels
 from interrupted import RECIPE, files, models
+from running import run
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import writer
 from deltamerge.plan.planner import Plan
-from deltamerge.run.runner import run
 
 pytestmark = needs_kernels
 
@@ -29,7 +29,7 @@ from bad_disk import BadDisk
 disk = BadDisk(short=0.4)
 import deltamerge.io.writer as writer
 from deltamerge.errors import InputError, OutputError
-from deltamerge.run.runner import run
+from running import run
 writer.SAVE_SECONDS = 0.001
 
 recipe, out, truth = map(Path, sys.argv[1:])

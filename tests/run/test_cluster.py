@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from calls import call
 from interrupted import RECIPE, calibrated, files, models
+from running import run
 
 from deltamerge.io.journal import has_work, read_journal
 from deltamerge.io.writer import done_spans
 from deltamerge.run.lock import verify
-from deltamerge.run.runner import run
 
 # In every process of the test: saves are frequent, writes slow, and told to a log, so that there is an amid; after its
 # first large write each waits for `go`, however slow this machine is.

@@ -15,13 +15,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import running as runner
 import torch
 import yaml
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
 from deltamerge.methods.table import MERGE
-from deltamerge.run import runner
 
 OWN = {"README.md", "recipe.yaml", "recipe.lock"}
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -14,10 +14,10 @@ import pytest
 from calls import call
 from conftest import write_json
 from interrupted import RECIPE, Stop, files, models
+from running import run
 
 from deltamerge.errors import InputError
 from deltamerge.io import writer
-from deltamerge.run.runner import run
 
 PASSING = (1 << 1) | (1 << 2) | (1 << 3)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
 

@@ -16,6 +16,7 @@ import torch
 from calls import call
 from conftest import make_checkpoint
 from interrupted import RECIPE, Stop, calibrated, earlier, files, models
+from running import finish, make_plan, run
 
 from deltamerge import kernels
 from deltamerge.delta import spool
@@ -29,8 +30,6 @@ from deltamerge.io.work_folder import mark
 from deltamerge.plan.planner import Plan
 from deltamerge.run.lock import verify
 from deltamerge.run.partition import Part
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import finish, run
 
 
 @pytest.fixture(scope="module")

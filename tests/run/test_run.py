@@ -11,12 +11,12 @@ import reference
 import torch
 import yaml
 from conftest import load_tensors, make_checkpoint
+from running import run
 
 from deltamerge.engine import backends
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.methods.prune import bits
 from deltamerge.run.lock import verify
-from deltamerge.run.runner import run
 
 SHAPES = {
     "embed.weight": (301, 24),

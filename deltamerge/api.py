@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,13 +11,17 @@ import yaml
 
 from deltamerge.engine.execute import default_workers, execute
 from deltamerge.errors import InputError, RecipeError
+from deltamerge.inspect.pictures import drawing
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import code_of, torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import Read, TensorInfo
-from deltamerge.plan.planner import Plan, plan
+from deltamerge.plan.planner import Plan, PlanOptions, plan
+from deltamerge.recipe.file import RecipeFile, read_recipe
 from deltamerge.recipe.load import loads
-from deltamerge.run.plans import make_plan
+from deltamerge.run.lock import Lock
+from deltamerge.run.options import Options
+from deltamerge.run.plans import make_plans
 from deltamerge.run.runner import Result
 from deltamerge.run.runner import run as run_recipe
 
@@ -29,9 +33,14 @@ if TYPE_CHECKING:
 class Planned:
     """A recipe's plan, made from headers alone, which can be run."""
 
-    recipe: Path
+    file: RecipeFile
     plan: Plan
-    options: Mapping[str, Any]
+    options: Options
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe's path."""
+        return self.file.path
 
     def describe(self) -> dict[str, Any]:
         """What `deltamerge plan --json` prints."""
@@ -51,16 +60,15 @@ class Planned:
 
         DeltamergeError: whatever the command line would print and exit for.
         """
-        return run_recipe(
-            self.recipe,
-            None if out is None else Path(out),
+        options = replace(
+            self.options,
             force=force,
             resume=resume,
-            locked=locked,
+            lock=Lock.read(self.file.lock_path) if locked else None,
             allow_nonfinite=allow_nonfinite,
-            pictures=pictures,
-            **self.options,
+            drawing=drawing if pictures else None,
         )
+        return run_recipe(self.file, None if out is None else Path(out), options)
 
 
 def load_recipe(
@@ -76,10 +84,9 @@ def load_recipe(
 
     DeltamergeError: whatever `deltamerge plan` would print and exit for.
     """
-    options: dict[str, Any] = {
-        "device": device, "workers": workers, "memory": memory, "mergekit_exact": mergekit_exact,
-    }  # fmt: skip
-    return Planned(Path(recipe), make_plan(Path(recipe), **options), options)
+    file = read_recipe(Path(recipe), mergekit_exact=mergekit_exact)
+    options = Options(device=device, workers=workers, memory=memory)
+    return Planned(file, make_plans(file, options=options)[-1], options)
 
 
 def prune(
@@ -112,7 +119,7 @@ def prune(
         infos = {n: _info(n, tensor, Path(reference)) for n, tensor in tensors[reference].items()}
         return Checkpoint(reference, Path(reference), infos, (), {})
 
-    planned = plan(recipe, Path(), opener, workers=workers or default_workers())
+    planned = plan(recipe, Path(), opener, PlanOptions(workers=workers or default_workers()))
     if planned.stages or planned.sources:
         raise InputError("nothing can be calibrated in memory", hint="a number for q, or a recipe and deltamerge run")
     sink = _Results({o.name: torch.empty(o.shape, dtype=torch_dtype(o.dtype)) for o in planned.outputs})
