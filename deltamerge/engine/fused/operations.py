@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import Descriptor
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.prune.bits import Key
 
 
