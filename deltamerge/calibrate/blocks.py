@@ -113,6 +113,7 @@ class Model:
 
     @property
     def whole(self) -> bool:
+        """Whether blocks cannot be identified, so that the model is one part."""
         return not self.blocks
 
     @property

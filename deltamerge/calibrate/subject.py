@@ -148,6 +148,7 @@ class Subject:
         return O.Validation(self.batches[part].inputs, labels, self.metric)
 
     def distribution(self, inputs: Sequence[Inputs]) -> O.Distribution:
+        """The objective of learned scales on batches of the given rows."""
         self.count(inputs)
         return O.Distribution.of(self.model, self.tune, inputs, regression=self._regression)
 

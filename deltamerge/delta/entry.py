@@ -39,14 +39,17 @@ class Entry:
 
     @property
     def size(self) -> int:
+        """Elements of the result's tensor."""
         return math.prod(self.record.shape)
 
     @property
     def base_dtype(self) -> str:
+        """The dtype of the base's tensor."""
         return self.record.base_dtype or self.record.dtype
 
     @property
     def base_size(self) -> int:
+        """Elements of the base's tensor."""
         shape = self.record.base_shape
         return self.size if shape is None else math.prod(shape)
 

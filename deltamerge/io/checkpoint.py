@@ -44,11 +44,13 @@ class Tokens:
 class Checkpoint:
     """A model's tensors and where they lie, as its headers say.
 
-    `reference` is what the recipe calls it; `tensors` are in the order of transformers (files by name, each
-    file in the order of its header); `files` are the weight files; a local folder has no `hub_id` and no
-    `revision` (a commit). `is_delta`: the folder is a delta artifact, which has
-    no tensors and no files before it is put over `base` (`delta.over_base`).
-    `tokens`, `chat_template`: of a model that is yet to be made, what its files will say where they are not copies.
+    reference       what the recipe calls it
+    tensors         in transformers' order: files by name, each file in the order of its header
+    files           the weight files
+    revision        a commit; None for a local folder, as is `hub_id`
+    is_delta        the folder is a delta artifact, which has no tensors and no files until it is put over `base`
+                    (`delta.over_base`)
+    tokens, chat_template   of a model that is yet to be made: what its files will say, where they are not copies
     """
 
     reference: str

@@ -41,6 +41,7 @@ class Candidate(NamedTuple):
 
     @property
     def needed(self) -> int:
+        """The least rank whose entries hold the changes."""
         return math.ceil(self.changed / sum(self.shape))
 
 

@@ -46,10 +46,12 @@ class Tile:
 
     @property
     def size(self) -> int:
+        """Elements of the tile."""
         return self.stop - self.start
 
     @property
     def columns(self) -> int:
+        """Elements of a row of the tensor."""
         return max(1, row_length(self.shape))
 
 

@@ -156,6 +156,7 @@ class Listed:
 
     @property
     def one(self) -> bool:
+        """Whether one value stands for all that are inside the bracket."""
         return self.values.size == 1
 
 
