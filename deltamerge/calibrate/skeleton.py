@@ -149,8 +149,7 @@ def ignored(model: nn.Module) -> frozenset[str]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer (a router of experts included): its own parameters are a matrix, and maybe a
-    bias.
-    """
+    bias."""
     if isinstance(module, nn.Linear) or is_transposed(module):
         return True
     own = dict(module.named_parameters())

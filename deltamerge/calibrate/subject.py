@@ -238,8 +238,7 @@ class Subject:
 
     def _start(self, name: str) -> Tensor:
         """The tensor that the masked delta is added to: the base with protected columns' deltas, else the fine-tune's
-        own.
-        """
+        own."""
         if name not in self.pairs:
             return self._stored(self.infos[name])
         tune, base = self.pairs[name]

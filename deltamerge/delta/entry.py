@@ -162,8 +162,7 @@ def damage_told() -> Iterator[None]:
 
 def digest(hasher: Any) -> str:
     """The first 128 bits of a BLAKE3, in hex: enough against a chosen second preimage, and half the size in the
-    manifest.
-    """
+    manifest."""
     return str(hasher.hexdigest(length=16))
 
 

@@ -1,6 +1,5 @@
 """The lazy graph of a plan: interned nodes of plain data, whose functions are names that are looked up when
-they run.
-"""
+they run."""
 
 from __future__ import annotations
 

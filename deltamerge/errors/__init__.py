@@ -93,8 +93,7 @@ class RecipeError(DeltamergeError):
 
     def of(self, caller: str, within: str = "") -> RecipeError:
         """This error for a recipe that `caller` generated: without lines of a file, and with keys named relative to
-        `within`.
-        """
+        `within`."""
         problems = [
             replace(problem, line=None, column=None, location=problem.location.removeprefix(within).lstrip("."))
             for problem in self.problems

@@ -189,8 +189,7 @@ def _is_plain(name: str) -> bool:
 
 def join(headers: Mapping[str, Header], weight_map: Mapping[str, str] | None) -> dict[str, TensorInfo]:
     """The tensors of all shards, in order. InputError: a shard does not hold exactly what the index (`weight_map`)
-    says.
-    """
+    says."""
     tensors: dict[str, TensorInfo] = {}
     for shard, header in headers.items():
         for name, info in header.tensors.items():
@@ -233,8 +232,7 @@ def match_prefixes(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 def _fit(names: frozenset[str], frame: frozenset[str]) -> tuple[int, str]:
     """The number of `names` in `frame` once the best prefix is removed, and that prefix; it makes no two
-    names equal.
-    """
+    names equal."""
     gains: Counter[str] = Counter()
     clashes: set[str] = set()
     for name in names:

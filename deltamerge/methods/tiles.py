@@ -19,8 +19,7 @@ Make: TypeAlias = Callable[..., Any]
 
 def row_length(shape: tuple[int, ...]) -> int:
     """Elements of one output row: the last dimension of matrices (stacked ones too), all but the first of
-    convolutions.
-    """
+    convolutions."""
     if len(shape) < 2:
         return 1
     return shape[-1] if len(shape) < 4 else math.prod(shape[1:])

@@ -138,8 +138,7 @@ def _moved(stacked: Stacked, section: dict[str, Any]) -> list[str]:
 
 def _sides(stacked: Stacked, at: int) -> dict[tuple[str, bool], Kind] | None:
     """The kind of a template's layer by its values and by whether it comes before `at`; None if these do not determine
-    it.
-    """
+    it."""
     kinds: dict[tuple[str, bool], Kind] = {}
     for i, (told, kind) in enumerate(zip(_told(stacked)[0], stacked.old, strict=True)):
         if kinds.setdefault((told, i < at), kind) != kind:
@@ -154,8 +153,7 @@ def _fits(stacked: Stacked, kinds: Mapping[tuple[str, bool], Kind], at: int) -> 
 
 def _first_wrong(stacked: Stacked) -> int | None:
     """The first new layer whose kind is not that of its place. None: a layer has other shapes than any of the
-    template's, which is reported as an error of its tensors.
-    """
+    template's, which is reported as an error of its tensors."""
     names = [{name for name, _ in kind} for kind in stacked.old]
     known = set(stacked.old)
     if any(kind not in known and {name for name, _ in kind} in names for kind in stacked.new):

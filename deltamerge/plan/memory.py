@@ -22,8 +22,7 @@ BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
 @dataclass(frozen=True, slots=True)
 class Cost:
     """The cost of a tensor: passes over its tiles, bytes read from the inputs in all passes, and bytes per element of a
-    tile (stored reads and float32 values alive at once, and scratch inside a step).
-    """
+    tile (stored reads and float32 values alive at once, and scratch inside a step)."""
 
     passes: int
     read_bytes: int

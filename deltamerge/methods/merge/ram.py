@@ -23,8 +23,7 @@ def ram(base: torch.Tensor, *deltas: torch.Tensor | Kept, tile: Tile, epsilon: f
 
 def ramplus_tl(base: torch.Tensor, *inputs: Any, tile: Tile, epsilon: float) -> torch.Tensor:
     """`ram`, with the entries that only model i changed multiplied by its factor; inputs are the deltas and the
-    factors.
-    """
+    factors."""
     import torch
 
     *deltas, factor = inputs
