@@ -27,12 +27,13 @@ Scores = dict[str, float]
 class MaskLoss:
     """What one mask loses.
 
-    plain         its q without calibration q             the q of linear weights with the smallest output change path
-    [q, output change] on the search rows. q is its smallest; if that is the first or last point, where
+    plain         its q without calibration
+    q             the q of linear weights with the smallest output change
+    path          [q, output change] on the search rows. q is its smallest; if that is the first or last point, where
                   the output change prefers the base or a drowned delta, q is the point with the nearest predictions
-    layer_error   mean over linear layers of ‖Y − Ŷ/q‖²/‖Y‖²: at the plain q, at q, at each layer's own best lost
-    distance of held-out predictions from the fine-tune's (`Subject.agreement`): plain, calibrated metric        the
-    metric of the same rows, {} without labels
+    layer_error   mean over linear layers of ‖Y − Ŷ/q‖²/‖Y‖²: at the plain q, at q, at each layer's own best
+    lost          distance of held-out predictions from the fine-tune's (`Subject.agreement`): plain, calibrated
+    metric        the metric of the same rows, {} without labels
     """
 
     plain: float

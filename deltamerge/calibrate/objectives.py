@@ -149,11 +149,11 @@ class Generation:
 class Distribution:
     """The distance of the output distribution from the fine-tune's, differentiable: the loss of learned scales.
 
-    classes                KL(fine-tune ‖ pruned), mean over sequences next token             the same, mean over real
-    tokens; of a vocabulary above 64 tokens the fine-tune's 64 likeliest,
-                           and all others as one class, which bounds the full divergence from below
-    regression             mean squared error of the logits no head                mean squared error of the last hidden
-    state
+    classes      KL(fine-tune ‖ pruned), mean over sequences
+    next token   the same, mean over real tokens; of a vocabulary above 64 tokens the fine-tune's 64 likeliest, and all
+                 others as one class, which bounds the full divergence from below
+    regression   mean squared error of the logits
+    no head      mean squared error of the last hidden state
     """
 
     batches: Sequence[Inputs]

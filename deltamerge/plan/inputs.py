@@ -66,13 +66,14 @@ class Group:
 class Inputs:
     """All models of a recipe, opened.
 
-    groups       the inputs of each part of the output, in its order template     the model whose tensors, names and
-    files the output has vocabulary   the model whose tokenizer the output has or, for a union, extends; it may be
-    opened for its tokenizer
+    groups       the inputs of each part of the output, in its order
+    template     the model whose tensors, names and files the output has
+    vocabulary   the model whose tokenizer the output has or, for a union, extends; it may be opened for its tokenizer
                  alone
-    untied       whether some model has a head of its own stand_ins    names of models that tie their head, so that
-    their embedding serves as their head origin       the model that a written delta artifact is a change of, whether it
-    is merged or not deltas       the open delta artifacts among the models, by reference
+    untied       whether some model has a head of its own
+    stand_ins    names of models that tie their head, so that their embedding serves as their head
+    origin       the model that a written delta artifact is a change of, whether it is merged or not
+    deltas       the open delta artifacts among the models, by reference
     """
 
     groups: tuple[Group, ...]

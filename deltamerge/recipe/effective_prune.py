@@ -19,10 +19,11 @@ if TYPE_CHECKING:
 class Pruning:
     """How one model's delta is pruned. Values are evaluated later, per tensor (`recipe.values.resolve`).
 
-    method       name in the table of pruning methods, or "none" density      fraction in (0, 1]; None for method none,
-    and for structured, where it is a · b unless given q            divisor in (0, 1]; None, or a value that evaluates
-    to None: the tensor's density. Unused with `rescale` parameters   the method's others include, exclude   patterns of
-    tensor names
+    method       name in the table of pruning methods, or "none"
+    density      fraction in (0, 1]; None for method none, and for structured, where it is a · b unless given
+    q            divisor in (0, 1]; None, or a value that evaluates to None: the tensor's density. Unused with `rescale`
+    parameters   the method's others
+    include, exclude   patterns of tensor names
     """
 
     method: str

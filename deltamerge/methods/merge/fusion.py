@@ -21,7 +21,14 @@ FLOOR = 1e-8
 def arcee_fusion(
     base: torch.Tensor, delta: torch.Tensor | Kept, importance: torch.Tensor, threshold: float, *, tile: Tile
 ) -> torch.Tensor:
-    """base + Δ where the importance reaches the threshold, base elsewhere; float32 (https://arcee.ai)."""
+    """base + Δ where the importance reaches the threshold, base elsewhere; float32 (https://arcee.ai).
+
+    base         tile in its stored dtype
+    delta        float32 tile
+    importance   of each entry, float32
+    threshold    the least importance that is taken
+    tile         the part of the tensor
+    """
     import torch
 
     dense = densify(delta, tile.size)

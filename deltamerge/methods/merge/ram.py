@@ -48,7 +48,16 @@ def nodes(
     r: float,
     alpha: float,
 ) -> Any:
-    """The node of `ramplus_tl`: one pass counts each model's changes, a second adds."""
+    """The node of `ramplus_tl`: one pass counts each model's changes, a second adds.
+
+    make       makes a graph's node
+    function   name of `ramplus_tl`
+    inputs     nodes of the base and the deltas
+    shape      of the tensor
+    based      whether inputs[0] is the base
+    epsilon    entries up to it count as unchanged
+    r, alpha   of `factors`
+    """
     counts = make(f"{HERE}:counts", inputs[1:], kind="sum", shape=shape, epsilon=epsilon)
     factor = make(f"{HERE}:factors", [counts], kind="small", r=r, alpha=alpha)
     return make(function, [*inputs, factor], shape=shape, epsilon=epsilon)
