@@ -344,13 +344,8 @@ def keep_where(
     *,
     tile: Tile,
 ) -> torch.Tensor:
-    """Δ where the magnitude of its score is among the k largest of the tensor, else 0.
-
-    delta   a tile
-    score   of its entries
-    cut     of the scores
-    ranks   of entries equal to the cut
-    tile    the part of the tensor
+    """Δ where the magnitude of its score is among the k largest of the tensor (`cut`, `ranks` of equal
+    ones), else 0.
     """
     delta = densify(delta, tile.size)
     return delta.where(among_largest(score, cut, ranks, tile), delta.new_zeros(()))
