@@ -25,8 +25,7 @@ SOURCES = 2_000_000  # tensors of an output, each counted for every model that i
 @dataclass(frozen=True, slots=True)
 class Cost:
     """The cost of a tensor: passes over its tiles, bytes read from the inputs in all passes, and bytes per element of a
-    tile (stored reads and float32 values alive at once, and scratch inside a step).
-    """
+    tile (stored reads and float32 values alive at once, and scratch inside a step)."""
 
     passes: int
     read_bytes: int
