@@ -12,8 +12,15 @@ from deltamerge.recipe.parts import Part
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A tensor to merge: its name in the output, the part it belongs to, the position of its layer from 0 to 1, its
-    sources, its dtype."""
+    """A tensor to merge.
+
+    name      in the output
+    part      the slice or module of the recipe that it belongs to
+    position  of its layer, from 0 to 1, where gradients are read
+    base      the base's tensor, where the method has it apart
+    sources   the fine-tunes and their tensors, in the recipe's order
+    dtype     of the output
+    """
 
     name: str
     part: Part
