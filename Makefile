@@ -57,15 +57,15 @@ docs: .venv/.installed-docs  ## the documentation, in docs/_build/html
 clean:  ## remove what the targets made, the environment too
 	rm -rf .venv .demo .bench .paper .torture .scale .fuzz docs/_build
 
-# A stamp newer than pyproject.toml says that what it asks for is installed.
-.venv/.installed: EXTRAS := fast
-.venv/.installed-dev: EXTRAS := fast,dev
-.venv/.installed-docs: EXTRAS := fast,docs
-.venv/.installed-fuzz: EXTRAS := fast,dev,fuzz
-.venv/.installed-ray: EXTRAS := fast,dev,ray
-.venv/.installed .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml
+# A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
+KERNELS := $(wildcard deltamerge/kernels/src/*.* deltamerge/kernels/src/vector/*)
+.venv/.installed-dev: EXTRAS := dev
+.venv/.installed-docs: EXTRAS := docs
+.venv/.installed-fuzz: EXTRAS := dev,fuzz
+.venv/.installed-ray: EXTRAS := dev,ray
+.venv/.installed .venv/.installed-dev .venv/.installed-docs .venv/.installed-fuzz .venv/.installed-ray: pyproject.toml setup.py $(KERNELS)
 	@test -x $(BIN)/python || { $(PYTHON) -c $(NEW_ENOUGH) && $(PYTHON) -m venv --clear .venv; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
-	@echo 'installing deltamerge [$(EXTRAS)] and what it needs into .venv' >&2
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$(EXTRAS)]'
+	@echo 'installing deltamerge $(if $(EXTRAS),[$(EXTRAS)] )and what it needs into .venv' >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.$(if $(EXTRAS),[$(EXTRAS)])'
 	@touch .venv/.installed $@

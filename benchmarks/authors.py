@@ -18,7 +18,9 @@ import yaml
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel
 
 from deltamerge.calibrate.split import split
+from deltamerge.recipe.file import read_recipe
 from deltamerge.recipe.load import load
+from deltamerge.run.options import Options
 from deltamerge.run.runner import run
 
 PATIENCE = 4
@@ -82,7 +84,7 @@ def dropped(path: Path) -> PreTrainedModel:
     with tempfile.TemporaryDirectory() as work:
         recipe = Path(work) / "recipe.yaml"
         recipe.write_text(yaml.safe_dump(content), encoding="utf-8")
-        return _model(run(recipe, Path(work) / "out", workers=1, device="cpu").folder)
+        return _model(run(read_recipe(recipe), Path(work) / "out", Options(workers=1, device="cpu")).folder)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A bad disk for one process: reads, writes and syncs that fail, fall short or are slow; reads of compiled loops too.
 
-numba's loops call pread by symbol, and llvmlite gives a symbol another meaning if it is told so before the loops are
-loaded. So the code that meets the faults is what every run has, out of numba's cache.
+The compiled loop reads through a pointer to pread, which it lets be replaced: the code that meets the faults is what
+every run has.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import os
 import random
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
+
+from deltamerge import kernels
 
 SIGNATURE = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int64)
 CODES = {
@@ -43,8 +44,7 @@ class BadDisk:
         self._patch("fdatasync", "sync", lambda call, fd: call(fd))
         self._patch("rename", "rename", lambda call, a, b: call(a, b))
         self._kept: list[Any] = []  # functions whose addresses are in use
-        with suppress(ImportError):
-            self._bind("pread", "read")
+        self._bind("pread", "read")
 
     def turn(
         self, chance: float = 0.0, lasting: bool = False, short: float = 0.0, seed: int = 0, loops: bool = False
@@ -82,8 +82,9 @@ class BadDisk:
         setattr(os, name, patched)
 
     def _bind(self, name: str, kind: str) -> None:
-        from llvmlite.binding import add_symbol
-
+        native = kernels.native()
+        if native is None:
+            return
         call = SIGNATURE((name, ctypes.CDLL(None)))
 
         def bound(fd: int, address: int, count: int, at: int) -> int:
@@ -94,4 +95,4 @@ class BadDisk:
             return int(call(fd, address, self._some(count), at))
 
         self._kept.append(SIGNATURE(bound))
-        add_symbol(name, ctypes.cast(self._kept[-1], ctypes.c_void_p).value)
+        native.replace_read(ctypes.cast(self._kept[-1], ctypes.c_void_p).value)

@@ -13,10 +13,9 @@ Sizes are of everything in the folder, manifest and hashes included; MB = 10**6,
 from __future__ import annotations
 
 import argparse
-import importlib
-import importlib.util
 import json
 import math
+import os
 import statistics
 import tempfile
 import time
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
+from deltamerge import kernels
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.manifest import Base
 from deltamerge.delta.tensor_writer import BaseTensor
@@ -241,14 +241,14 @@ def main() -> None:
     parser.add_argument("--p", nargs="+", type=float, default=[0.9, 0.99, 0.999], help="drop rates")
     parser.add_argument("--repeat", type=int, default=9, help="0: only sizes")
     parser.add_argument("--threads", type=int, default=2, help="torch threads, for CSR as for deltas")
-    parser.add_argument("--numpy", action="store_true", help="without numba, though it is installed")
+    parser.add_argument("--numpy", action="store_true", help="without the compiled kernels")
     parser.add_argument("--real", type=Path, help="the folder of base, sentiment and intensity")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-    if not arguments.numpy and importlib.util.find_spec("numba"):
-        importlib.import_module("numba")  # deltas are applied by numba where it is loaded
+    if arguments.numpy:
+        os.environ[kernels.SWITCH] = kernels.OFF
     with tempfile.TemporaryDirectory() as folder:
         if arguments.real:
             report(real(arguments.real, Path(folder)), arguments.json)

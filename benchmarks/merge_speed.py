@@ -36,7 +36,7 @@ from synthetic import SIZES, agreement, make_checkpoints, many_tensors
 
 MERGEKIT = "mergekit==0.1.5"
 HERE = Path(__file__).resolve().parent
-PACKAGES = ("deltamerge", "mergekit", "torch", "transformers", "numpy", "numba", "safetensors")
+PACKAGES = ("deltamerge", "mergekit", "torch", "transformers", "numpy", "safetensors")
 # tool -> its program; "tuned" is mergekit with other flags
 TOOLS = {"deltamerge": "deltamerge", "mergekit": "mergekit", "tuned": "mergekit"}
 # method -> density; None: the method has none

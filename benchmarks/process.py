@@ -17,7 +17,7 @@ from pathlib import Path
 BUFFER = 1 << 22
 FIELD = re.compile(r"^(RssAnon|RssShmem|VmRSS|VmHWM):\s+(\d+) kB", re.MULTILINE)
 # settings of the shell that would decide how a tool runs; without bytecode, one run from its sources would compile them
-SETTINGS = re.compile(r"(OMP|MKL|OPENBLAS|NUMBA)_NUM_THREADS|MALLOC_.*|PYTHON(DONTWRITEBYTECODE|UNBUFFERED)")
+SETTINGS = re.compile(r"(OMP|MKL|OPENBLAS)_NUM_THREADS|MALLOC_.*|PYTHON(DONTWRITEBYTECODE|UNBUFFERED)")
 
 
 @dataclass(frozen=True, slots=True)

@@ -223,12 +223,14 @@ def recipe(setting: Setting, task: str, method: Method, density: float, seed: in
 
 def cell(setting: Setting, task: str, method: Method, density: float, seed: int) -> dict[str, Any]:
     """Run one recipe and score what it wrote; seconds are the processor's, of one thread, without start-up."""
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
     from deltamerge.run.runner import run
 
     path = setting.work / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe(setting, task, method, density, seed)), encoding="utf-8")
     start = time.process_time()
-    result = run(path, setting.work / "merged", force=True, workers=1, device="cpu")
+    result = run(read_recipe(path), setting.work / "merged", Options(force=True, workers=1, device="cpu"))
     seconds = time.process_time() - start
     record = result.lock.get("calibration", {}).get(task, {})
     return {

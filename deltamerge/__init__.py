@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deltamerge.api import load_recipe, prune
     from deltamerge.delta.file import load_delta
     from deltamerge.errors import DeltamergeError
-    from deltamerge.run.api import load_recipe, prune
 
 __version__ = "0.1.0"
 __all__ = ["DeltamergeError", "__version__", "load_delta", "load_recipe", "prune"]
@@ -15,8 +15,8 @@ __all__ = ["DeltamergeError", "__version__", "load_delta", "load_recipe", "prune
 _HOME = {
     "DeltamergeError": "deltamerge.errors",
     "load_delta": "deltamerge.delta.file",
-    "load_recipe": "deltamerge.run.api",
-    "prune": "deltamerge.run.api",
+    "load_recipe": "deltamerge.api",
+    "prune": "deltamerge.api",
 }
 
 

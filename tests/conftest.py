@@ -14,8 +14,13 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from small_hub import Hub, serve
 
+from deltamerge import kernels
+
 settings.register_profile("deltamerge", deadline=None, derandomize=True)
 settings.load_profile("deltamerge")
+
+needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no compiled kernels here")
+LEVELS = kernels.native().levels() if kernels.available() else []
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 32,
@@ -220,3 +225,15 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A small hub instead of huggingface.co."""
     with serve(tmp_path / "cache", monkeypatch) as state:
         yield state
+
+
+@pytest.fixture(params=[pytest.param(level, id=level) for level in LEVELS or ["none"]])
+def kernel_level(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each level of this processor's compiled kernels in turn."""
+    native = kernels.native()
+    if native is None:
+        pytest.skip("no compiled kernels here")
+    best = native.level()
+    native.choose(request.param)
+    yield request.param
+    native.choose(best)

@@ -18,6 +18,7 @@ from zlib import crc32
 import torch
 import yaml
 from conftest import make_checkpoint, write_json
+from running import make_plan, run
 from safetensors.torch import save, save_file
 
 from deltamerge.calibrate.rows import read as read_rows
@@ -29,12 +30,11 @@ from deltamerge.errors import DeltamergeError
 from deltamerge.io.checkpoint import INDEX, open_checkpoint, shards_of, weight_source
 from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
 from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
+from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.io.safetensors_file import read_header
-from deltamerge.recipe.file import documents
+from deltamerge.recipe.file import read_recipe
 from deltamerge.run import hashes
-from deltamerge.run import lock as locks
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
+from deltamerge.run.lock import Lock, verify
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 2)}
@@ -183,8 +183,8 @@ class Targets:
     def recipe(self, data: bytes) -> None:
         path = self.scratch / "r.yaml"
         path.write_bytes(data)
-        tolerates(lambda: documents(path))
-        tolerates(lambda: documents(path, mergekit_exact=True))
+        tolerates(lambda: read_recipe(path))
+        tolerates(lambda: read_recipe(path, mergekit_exact=True))
 
     def header(self, data: bytes) -> None:
         """A file; or the text of a header, its length put before it and its tensors behind."""
@@ -218,12 +218,12 @@ class Targets:
         self.delta(data, "delta.safetensors")
 
     def lock(self, data: bytes) -> None:
-        path = self._kept["out"] / locks.LOCK_NAME
+        path = self._kept["out"] / LOCK_NAME
         path.write_bytes(data)
         plan, inputs = self._planned
-        tolerates(lambda: locks.verify(path.parent, 1))
-        tolerates(lambda: locks.check_inputs(locks.read_lock(path), inputs, path))
-        tolerates(lambda: locks.locked_calibration(plan, locks.read_lock(path), path))
+        tolerates(lambda: verify(path.parent, 1))
+        tolerates(lambda: Lock.read(path).check_inputs(inputs))
+        tolerates(lambda: Lock.read(path).calibrated(plan))
 
     def rows(self, data: bytes) -> None:
         """Calibration rows; the first byte is the kind of file."""
@@ -326,7 +326,7 @@ class Targets:
 
     def seeds(self, name: str) -> list[bytes]:
         """Valid bytes for the target `name`."""
-        lock = yaml.safe_load((self.place / "out" / locks.LOCK_NAME).read_bytes())
+        lock = yaml.safe_load((self.place / "out" / LOCK_NAME).read_bytes())
         known: dict[str, Callable[[], list[bytes]]] = {
             "recipe": lambda: [path.read_bytes() for path in RECIPES],
             "header": lambda: [save(TENSORS), save(TENSORS)[8 : -len(BODY)]],

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from conftest import make_checkpoint
+import yaml
+from conftest import make_checkpoint, tiny_llama
 
 from deltamerge.io.journal import has_work, read_journal
+from deltamerge.io.seals import hash_output
 from deltamerge.plan.planner import Plan
 
 RECIPE = """\
@@ -57,3 +59,32 @@ class Stop:
         while not has_work(read_journal(self.journal)[0]):
             time.sleep(0.001)
         raise self.error
+
+
+def calibrated(tmp_path: Path) -> Path:
+    base = tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
+    tiny_llama(tmp_path / "a", seed=1, base=base, tokenizer=True)
+    (tmp_path / "rows.txt").write_text("\n".join(f"w{5 + i % 80} w{6 + i % 70} w{7 + i % 60}" for i in range(30)))
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "base_model: ./base\nmodels:\n  - {model: ./a, prune: {method: dare, density: 0.5, q: output_change}}\n"
+        "calibration: {data: rows.txt, sequences: 8, length: 8}\noutput: {shard_size: 20KB}\n"
+    )
+    return path
+
+
+def earlier(target: Path) -> None:
+    """What an earlier run has made."""
+    target.mkdir()
+    (target / "model.safetensors").write_text("old")
+    lock(target)
+
+
+def lock(folder: Path) -> dict[str, dict[str, str | int]]:
+    """Give `folder` the lock that a run leaves; what it lists."""
+    found = sorted(path for path in folder.iterdir() if path.name != "recipe.lock")
+    outputs: dict[str, dict[str, str | int]] = {
+        path.name: {"hash": hash_output(path), "size": path.stat().st_size} for path in found
+    }
+    (folder / "recipe.lock").write_text(yaml.safe_dump({"format": 1, "outputs": outputs}))
+    return outputs

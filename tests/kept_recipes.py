@@ -16,10 +16,10 @@ from types import SimpleNamespace
 import numpy as np
 from made_up_stages import run_with_stages
 from raw_tensors import Stored, read_checkpoint, stored, write_checkpoint
+from running import run
 
 from deltamerge.calibrate.spec import Calibrated
 from deltamerge.methods.table import MERGE
-from deltamerge.run.runner import run
 
 HASHES = Path(__file__).with_name("kept_hashes.json")
 # of the base and of the fine-tunes

@@ -46,7 +46,8 @@ WRITES = ("write", "pwrite", "sendfile", "copy_file_range")
 SAVE_SECONDS = 1e-3  # between saves of a run, so that those of tiny models have work to resume
 # Loaded once for all children; none of them leaves a thread.
 HEAVY = (
-    "torch", "transformers", "peft", "deltamerge.run.apply", "deltamerge.run.extract", "deltamerge.inspect.study", "deltamerge.inspect.first_recipe",
+    "torch", "transformers", "peft",
+    "deltamerge.run.apply", "deltamerge.run.extract", "deltamerge.inspect.study", "deltamerge.inspect.first_recipe",
 )  # fmt: skip
 HOME, TEMPORARY, MODELS = "home", "tmp", "models"
 
@@ -254,19 +255,19 @@ class Kills:
         return ended
 
     def torture(self, scenario: Scenario, *, every: int = 1, some: int = 0, twice: int = 0, draw: random.Random) -> int:
-        """Kill the scenario's command at every `every`-th of its calls, or at `some`, each of another kind; `twice`, at
-        random, also the run after that. How many calls it makes."""
+        """Kill, and interrupt, the scenario's command at every `every`-th of its calls; or kill it at `some`, each of
+        another kind. `twice`, at random, kill also the run after that. How many calls it makes."""
         calls, *seen = self.undisturbed(scenario)
         last = len(calls)
         places = [(k, BEFORE) for k in range(1, last + 1)]
         places += [(k, HALF) for k, call in enumerate(calls, start=1) if call.startswith(WRITES)]
         places.append((last, AFTER))
-        places += [(k, INTERRUPT) for k in range(1, last + 1)]
         if some:
             draw.shuffle(places)
             kinds = {(calls[k - 1].split()[0], when): (k, when) for k, when in places}
             picked = draw.sample(sorted(kinds.values()), min(some, len(kinds)))
         else:
+            places += [(k, INTERRUPT) for k in range(1, last + 1)]
             picked = places[draw.randrange(min(every, len(places))) :: every]
         for k, when in picked:
             self.kill(scenario, k, when, *seen)

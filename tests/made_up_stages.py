@@ -6,12 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from running import make_plan
+
 from deltamerge.engine.execute import execute
 from deltamerge.engine.graph import Node, depth_first
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.reader import Reader
 from deltamerge.io.writer import Writer
-from deltamerge.run.plans import make_plan
 
 STAGES = ("deltamerge.calibrate.stage:activations", "deltamerge.calibrate.stage:calibrate")
 

@@ -231,8 +231,6 @@ def pruning(pick: Pick, sliced: bool, linear: list[str]) -> dict[str, Any]:
         made["q"] = valued(pick, [0.25, 1.0, 0.03, 0.7])
     elif divide == "norm":
         made["rescale"] = pick(["l1", "l2", "linf"])
-    if made.get("group") == "model" or method == "wanda":
-        made.pop("q", None)  # density 1 with a q: known, not yet mended
     if made.get("group") != "model" and linear and pick(RARELY):
         made["protect"] = {"columns": {pick(linear): pick([[0], [0, 2], [1]])}}
     if pick(RARELY):
@@ -324,8 +322,6 @@ def case(pick: Pick, method: str) -> Case:
     prunings = [holder["prune"] for holder in holders if "prune" in holder]
     if any(p["method"] == "wanda" or isinstance(p.get("q"), dict) for p in prunings):
         recipe["calibration"] = CALIBRATION
-    if any(p["method"] in ("dare", "structured") for p in prunings):
-        recipe["parameters"].pop("select_topk", None)  # after a sparse prune, without compiled loops: known
     alike, code = pick([True, False]), pick(DTYPES)
     return Case(
         recipe,

@@ -440,7 +440,7 @@ def varying(d: np.ndarray, share: float) -> np.ndarray:
     k, down = int(np.count_nonzero(varies) * share), np.sort(variance[varies])[::-1]
     if k == 0:
         return np.zeros(varies.shape, bool)
-    if down[-1] < 1e-36 or (k < down.size and down[k - 1] - down[k] <= ROUNDING * down[k - 1]):
+    if down[-1] < 1e-36 or down[0] > 2.0**120 or (k < down.size and down[k - 1] - down[k] <= ROUNDING * down[k - 1]):
         raise Unsure
     return varies & (variance >= down[k - 1])
 

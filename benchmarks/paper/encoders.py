@@ -69,12 +69,14 @@ def cell(
 
 def prune(setting: Setting, task: str, tuned: Path, method: Method, density: float, work: Path) -> Path:
     """The checkpoint, in `work`, that the first mask of a method leaves of a fine-tune, in float32."""
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
     from deltamerge.run.runner import run
 
     spec = quality.recipe(quality_setting(setting, task, tuned, work), task, method, density, setting.seed)
     path = work / "recipe.yaml"
     path.write_text(yaml.safe_dump(spec | {"dtype": "float32"}), encoding="utf-8")
-    return run(path, work / "pruned", workers=1, device="cpu").folder
+    return run(read_recipe(path), work / "pruned", Options(workers=1, device="cpu")).folder
 
 
 def quality_setting(setting: Setting, task: str, tuned: Path, work: Path) -> quality.Setting:

@@ -60,6 +60,8 @@ def merged(
         parameters["density"] = TRIMMED if name == "unpruned" else 1.0
 
     def measure() -> dict[str, float]:
+        from deltamerge.recipe.file import read_recipe
+        from deltamerge.run.options import Options
         from deltamerge.run.runner import run
 
         with tempfile.TemporaryDirectory(dir=setting.work) as work:
@@ -72,7 +74,7 @@ def merged(
             }
             path = Path(work) / "recipe.yaml"
             path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-            run(path, Path(work) / "merged", workers=1, device="cpu")
+            run(read_recipe(path), Path(work) / "merged", Options(workers=1, device="cpu"))
             return {task: with_head(setting, task, Path(work) / "merged", part) for task in tasks}
 
     return setting.once(f"merge-{len(tasks)}-{method}", made_of, measure)

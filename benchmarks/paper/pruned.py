@@ -46,12 +46,14 @@ def prune(setting: Setting, subject: Subject, method: Method, density: float, se
     }
 
     def measure() -> dict[str, Any]:
+        from deltamerge.recipe.file import read_recipe
+        from deltamerge.run.options import Options
         from deltamerge.run.runner import run
 
         with tempfile.TemporaryDirectory() as work:
             path = Path(work) / "recipe.yaml"
             path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-            result = run(path, Path(work) / "merged", workers=1, device="cpu")
+            result = run(read_recipe(path), Path(work) / "merged", Options(workers=1, device="cpu"))
             lock = result.lock.get("calibration", {}).get(NAME, {})
             found = {"score": round(subject.score(result.folder), 2)}
             return found | {key: lock[key] for key in ("chosen", "searched") if key in lock}

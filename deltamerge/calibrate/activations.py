@@ -1,4 +1,6 @@
-"""One pass over the calibration batch with the fine-tune's weights: what the layers' inputs say about their deltas."""
+"""One pass over the calibration rows with the fine-tune's weights: statistics of every linear layer's
+inputs and delta.
+"""
 
 from __future__ import annotations
 
@@ -27,11 +29,14 @@ def collect(
 ) -> dict[str, LayerStatistics]:
     """Statistics of every linear layer that has a delta, by the checkpoint name of its weight.
 
-    weights  of the fine-tune;  batches  inputs with `attention_mask` (B, T) where there is padding, which is left out
-    delta    the tensor's delta in its stored layout, None where it has none (a head that the base lacks)
-    draw     the mask of a layer, drawn when its activations are known (WANDA needs their norms); the block then runs
-             once more for E[y ŷ] and E[ŷ²]
-    Activations in float32; sums over tokens in float64. Memory beside the pass: one block's deltas.
+        model     the fine-tune's architecture
+        weights   the fine-tune's
+        batches   model inputs, with `attention_mask` (B, T) where there is padding, which is not counted
+        delta     returns a tensor's delta in its stored layout; None: it has none (a head that the base lacks)
+        draw      returns the mask of a layer, once its activations are known (WANDA needs their norms); the block then
+                  runs once more for E[y ŷ] and E[ŷ²]
+
+    Activations are float32, sums over tokens float64. Memory beside the pass: one block's deltas.
     """
     watch = _Collector(delta, draw, [batch.get("attention_mask") for batch in batches], model.device)
     model.run(batches, [weights], lambda batch, output: None, watch=watch)

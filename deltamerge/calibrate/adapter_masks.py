@@ -1,4 +1,4 @@
-"""Masks of an adapter's own A and B as masks of the weight they update, so that a q is searched as for any weight."""
+"""Masks of an adapter's A and B as masks of the weight that they update, so that q is searched as for any weight."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def whole(*, node: Node) -> Array:
-    """A small tensor, made on the CPU: the float32 values of `node` in its shape."""
+    """The whole value of `node`, a small tensor: float32 on the CPU, in the node's shape."""
     from deltamerge.calibrate.subject import Memory
 
     sink = Memory(math.prod(node.shape))
@@ -29,7 +29,14 @@ def whole(*, node: Node) -> Array:
 
 
 def product(a: Array, b: Array, *, tile: Tile, scale: float, transposed: bool) -> torch.Tensor:
-    """s · B A of masked A: (r, in) and B: (out, r), or its transpose, on a tile of the weight; flat float32."""
+    """s · B A, or its transpose, of masked factors, on a tile of the weight: flat float32.
+
+    a            (r, in) masked
+    b            (out, r) masked
+    tile         the part of the weight
+    scale        s
+    transposed   whether the weight is stored (in, out)
+    """
     import torch
 
     left, right = (a.T, b.T) if transposed else (b, a)

@@ -1,8 +1,8 @@
-"""How well a pruned model's predictions agree with the fine-tune's, whatever the scale and shift of its logits.
+"""How well a pruned model's predictions agree with the fine-tune's, whatever the scale and shift of its logits. Numpy.
 
-Pruning shrinks logits and moves their mean, which no accuracy or correlation sees, and which can be larger than all
-else: on the intensity task at density 0.01 plain DARE has a smaller squared error to the fine-tune's predictions than
-DAREx-q (0.37 against 0.41), and a score of 35 against 65. So logits are fitted to the fine-tune's first. Numpy.
+Pruning shrinks logits and moves their mean. No accuracy or correlation sees this, but it can dominate a plain distance:
+on the intensity task at density 0.01 plain DARE has a smaller squared error to the fine-tune's predictions than DAREx-q
+(0.37 against 0.41), and a score of 35 against 65. So logits are first fitted to the fine-tune's.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ ROUNDS = 50
 def divergence(logits_NC: Matrix, target_NC: Matrix) -> float:
     """min over a ≥ 0, b of the mean KL(softmax(t) ‖ softmax(a z + b)), by Newton's method.
 
-    A ridge of one row's weight, (‖b‖² + (a − 1)²)/2N, keeps the fit of few rows and many classes sane.
+    A ridge with the weight of one row, (‖b‖² + (a − 1)²)/2N, keeps the fit stable where rows are few and classes many.
     """
     z = logits_NC - logits_NC.mean(1, keepdims=True)
     logs = _log_softmax(target_NC)
@@ -28,7 +28,7 @@ def divergence(logits_NC: Matrix, target_NC: Matrix) -> float:
 
 
 def discord(numbers_NK: Matrix, target_NK: Matrix) -> float:
-    """1 − Pearson's correlation of each output, their mean; an output that is constant counts as uncorrelated."""
+    """1 − Pearson's correlation, mean over outputs; a constant output counts as uncorrelated."""
     x, y = numbers_NK - numbers_NK.mean(0), target_NK - target_NK.mean(0)
     size = np.sqrt((x * x).sum(0) * (y * y).sum(0))
     return float(np.mean(1.0 - np.divide((x * y).sum(0), size, out=np.zeros_like(size), where=size > 0.0)))

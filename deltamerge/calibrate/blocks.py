@@ -1,14 +1,14 @@
-"""Run a transformers model block by block, its weights coming from the merge's own reader.
+"""Runs a transformers model block by block, with weights that come from the merge's own reader.
 
-The model is built without weights (parameters on the meta device, no remote code) and every call gets its tensors
-through `torch.func.functional_call`, so nothing is ever loaded into it. A pass has three steps:
+The model is built without weights (parameters on the meta device, no remote code). Every call gets its tensors through
+`torch.func.functional_call`, so nothing is ever loaded into it. A pass has three steps:
 
-    prologue   the model's own forward, with block 0 real and every other block a stub that notes how it was called
+    prologue   the model's own forward with the real block 0; every other block is a stub that records its call
     blocks     block after block, over all variants and batches: one block's weights are resident, and hidden states
-    epilogue   the model's own forward again, every block a stub that returns the last block's output
+    epilogue   the model's own forward again; every block is a stub that returns the last block's output
 
-so the result is that of the plain forward, whatever the architecture computes around its blocks. Where blocks cannot
-be told apart (`Model.whole`), or a model does something between them, the plain forward runs on all weights.
+The result is that of the plain forward, whatever the architecture computes around its blocks. Where blocks cannot be
+identified (`Model.whole`), or a model computes something between them, the plain forward runs with all weights.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ class Output:
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """A linear layer: checkpoint names of its weight and bias; `transposed` if stored (in, out), as Conv1D is."""
+    """A linear layer: checkpoint names of its weight and bias; `transposed` if the weight is stored (in, out), as
+    Conv1D's.
+    """
 
     name: str
     bias: str | None
@@ -63,7 +65,7 @@ class Linear:
 
 
 class Watch(Protocol):
-    """Sees the inputs of every linear layer, part by part; `leave` returns True to have the part run once more."""
+    """Observes the inputs of every linear layer, part by part."""
 
     def enter(self, layers: Sequence[Linear]) -> None: ...
     def see(self, layer: Linear, x: Tensor, batch: int) -> None: ...
@@ -71,17 +73,19 @@ class Watch(Protocol):
 
 
 def from_reader(read: Callable[[str], Tensor]) -> Weights:
-    """Weights from a function that reads one tensor."""
+    """Weights by name, from a function that reads one tensor."""
     return lambda names: {name: read(name) for name in names}
 
 
 class Model:
     """A model of `config.architectures[0]`, whose tensors have the names `names` in the checkpoint.
 
-    parts    checkpoint names needed together: parts[0] everything outside blocks, parts[1 + i] block i
-    layers   the linear layers of each part;  lookups  the weights of embeddings
-    reached  the linear layers that have seen an input, by the names of their weights
-    whole    True where blocks cannot be told apart: then there is one part
+        parts     checkpoint names needed together: parts[0] everything outside blocks, parts[1 + i] block i
+        layers    the linear layers of each part
+        lookups   the weights of embeddings
+        reached   names of the weights of linear layers that have had an input
+        whole     True where blocks cannot be identified: then there is one part
+
     Computes on `device` in `dtype`. InputError: unknown architecture, or a parameter that the checkpoint lacks.
     """
 
@@ -96,7 +100,7 @@ class Model:
     ) -> None:
         self.device, self.dtype = torch.device(device), dtype
         self.module = skeleton(config, pad_token_id)
-        # the last of these to return gives the last hidden state: a head may call an inner one (OPT's decoder)
+        # the last of these to return gives the last hidden state; one may call another (OPT's decoder)
         self._bodies = bodies(self.module)
         self.checkpoint_name = checkpoint_names(self.module, names)  # state name -> checkpoint name
         place_buffers(self.module, self.device, set(self.checkpoint_name))
@@ -104,7 +108,7 @@ class Model:
         self._ignored = ignored(self.module)
         self.reached: set[str] = set()
         self._noting: list[RemovableHandle] = []
-        self._chained = False  # until one forward has shown that each block is called once, after the one before
+        self._chained = False  # True once a forward has shown that each block is called once, after the block before it
         self._lay_out()
 
     @property
@@ -113,7 +117,7 @@ class Model:
 
     @property
     def headless(self) -> bool:
-        """Whether the model ends at its last hidden state."""
+        """Whether the model has no head: its output is its last hidden state."""
         return bool(self.module.base_model is self.module)
 
     @property
@@ -203,7 +207,7 @@ class Model:
     def _block(
         self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None
     ) -> None:
-        """Turn the previous block's output on every batch into block i's; the block's tensors die here."""
+        """Turn the previous block's output on every batch into block i's; the block's tensors are freed on return."""
         local, shell = self._local(weights, i), _Shell(self.blocks[i])
 
         def step(b: int) -> Any:
@@ -224,7 +228,7 @@ class Model:
         outputs: Sequence[Any] | None,
         watch: Watch | None,
     ) -> list[T]:
-        """The forward on every batch; the blocks, if there are any, return the last one's output."""
+        """Run the forward on every batch; blocks, if there are any, are stubs that return the last block's output."""
         tensors = self._tensors(weights, 0)
 
         def step(b: int) -> T:
@@ -244,7 +248,7 @@ class Model:
             except InputError:
                 if self._chained:
                     raise
-                raise NotAChain from None  # blocks that hand on what a stub does not
+                raise NotAChain from None  # blocks pass on something that a stub does not
             if len(trace.calls) != len(self.blocks):
                 raise NotAChain
             self._chained = True
@@ -252,7 +256,7 @@ class Model:
         return traces
 
     def differentiable(self, inputs: Inputs, weights: Weights) -> Output:
-        """The forward with gradients to whatever `weights` computes from; a block's tensors live only while it runs.
+        """The forward with gradients to whatever `weights` computes from; a block's tensors exist only while it runs.
 
         `weights` is called again in the backward pass (activation checkpointing, block by block).
         """
@@ -354,7 +358,9 @@ class Model:
 
 
 def _input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
-    """What a linear layer multiplies, as far as it has rows; None where it is called in a way of its own."""
+    """The matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
+    another way.
+    """
     x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
     return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None
 

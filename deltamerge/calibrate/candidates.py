@@ -1,4 +1,4 @@
-"""Pruned models that differ by their q's alone: base + masked delta / q, made a part at a time from cached tensors."""
+"""Pruned models that differ only in their q's: base + masked delta / q, computed part by part from cached tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 class Cache(Generic[T]):
-    """Remembers what `read` gave, the last `budget` bytes of it; what is larger is read again."""
+    """Caches the results of `read`, the last `budget` bytes of them; larger tensors are read again."""
 
     def __init__(self, read: Callable[[str], T], budget: int) -> None:
         self._read, self._budget, self._held = read, budget, 0
@@ -38,6 +38,7 @@ class Cache(Generic[T]):
         return value
 
     def clear(self) -> None:
+        """Free what is cached."""
         self._kept.clear()
         self._held = 0
 
@@ -45,9 +46,10 @@ class Cache(Generic[T]):
 def pruned(base: Callable[[str], Tensor], masked: Callable[[str], Masked | None], q: Mapping[str, Q]) -> Weights:
     """Weights of base + masked/q; a tensor without a q has q = 1.
 
-    base    the tensor that the delta is added to; for one that is not pruned (the head) the fine-tune's own
-    masked  its masked delta, None where there is none
-    Give both as `Cache`s, so that candidates of one mask share their reads.
+        base     reads the tensor that the delta is added to; of one that is not pruned (the head) the fine-tune's own
+        masked   reads its masked delta, None where there is none
+
+    With `Cache`s for both, candidates of one mask share their reads.
     """
     return lambda names: {name: apply(base(name), masked(name), q.get(name, 1.0)) for name in names}
 

@@ -1,4 +1,4 @@
-"""Calibration rows -> batches as a model takes them: tokenised, padded, or pictures processed."""
+"""Calibration rows as batches for a model: tokenised and padded texts, or processed pictures."""
 
 from __future__ import annotations
 
@@ -18,8 +18,11 @@ from deltamerge.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class Batches:
-    """`inputs[b]` go to the model's forward; `labels[b]` are class indices, floats or token ids (−100: not scored);
-    `texts[b]` are the reference answers of text generation.
+    """Batches of rows.
+
+    inputs   of batch b: arguments of the model's forward
+    labels   of batch b: class indices, floats or token ids (−100: not scored)
+    texts    of batch b: the reference answers of text generation
     """
 
     inputs: list[dict[str, Tensor]]
@@ -30,8 +33,10 @@ class Batches:
 class Reader:
     """Turns rows into batches with the tokenizer or image processor in `folder` (never remote code).
 
-    length  tokens a sequence, at most;  padding  "longest" of a batch, or all to `length` ("max_length")
-    InputError: no tokenizer, none with a pad token (decoders take their end-of-sequence token), too long a `length`.
+        length    tokens of a sequence at most
+        padding   to the "longest" of a batch, or always to `length` ("max_length")
+
+    InputError: no tokenizer, no pad token (decoders use their end-of-sequence token), or a `length` that is too large.
     """
 
     def __init__(
@@ -57,9 +62,9 @@ class Reader:
         return None if self.tokenizer is None else self.tokenizer.pad_token_id
 
     def batches(self, rows: Sequence[Row], *, size: int = 32, labelled: bool = False) -> Batches:
-        """Batches of `size` rows; with `labelled`, labels that fit the head (InputError where they do not).
+        """Batches of `size` rows; with `labelled`, labels in the form of the head. InputError: they do not fit it.
 
-        Texts are batched by length, so that little is padding. text-generation: a row's label is the answer that
+        Texts are batched by length, so that there is little padding. text-generation: a row's label is the answer that
         follows its text, and part of the sequence.
         """
         if self.processor is not None:
@@ -71,7 +76,7 @@ class Reader:
         return Batches(inputs, self._labels(groups, inputs) if labelled else None)
 
     def steps(self, rows: Sequence[Row], *, step: int = 64, size: int = 16) -> tuple[Batches, list[list[int]]]:
-        """Batches for learned scales, and which of them make up each step of `step` rows."""
+        """Batches for learned scales, and the batch indices of each step of `step` rows."""
         parts = [self.batches(group, size=size).inputs for group in _groups(rows, step)]
         starts = [sum(map(len, parts[:i])) for i in range(len(parts))]
         indices = [list(range(start, start + len(part))) for start, part in zip(starts, parts, strict=True)]
@@ -147,7 +152,7 @@ def _processor(folder: Path) -> Any:
     with running(f"{folder}: no usable image processor"):
         try:
             return load(folder, local_files_only=True, trust_remote_code=False)
-        except ImportError as error:  # transformers before 5.18 takes torchvision for any
+        except ImportError as error:  # transformers before 5.18 requires torchvision
             hint = "pip install torchvision pillow"
             raise InputError(f"{folder}: no usable image processor: {reason(error)}", hint=hint) from None
 
@@ -169,7 +174,7 @@ def _picture(row: Row) -> Any:
 
 
 def check_new_tokens(length: int, new_tokens: int, config: Any) -> None:
-    """InputError unless prompt and answer fit the model's positions."""
+    """InputError unless prompt and answer together fit the model's positions."""
     limit = min(_positions(config), default=length + new_tokens)
     if length + new_tokens > limit:
         raise InputError(

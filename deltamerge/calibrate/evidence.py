@@ -1,4 +1,6 @@
-"""What activations say of a fine-tune's layers, and what masks lose of it: measured, for inspect and recommend."""
+"""Measurements for inspect and recommend: statistics of a fine-tune's layers, and what masks lose of its
+predictions.
+"""
 
 from __future__ import annotations
 
@@ -24,13 +26,15 @@ Scores = dict[str, float]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MaskLoss:
-    """What one mask loses. `plain` is its q without calibration, `q` the one on linear weights of least output change.
+    """What one mask loses.
 
-    path         [q, output change] on the search rows; q is its smallest, or if that is the first or last point, where
-                 the output change prefers the base or a drowned delta, the one with the nearest predictions
-    layer_error  mean over linear layers of ‖Y − Ŷ/q‖²/‖Y‖²: at the plain q, at q, at each layer's own best
-    lost         how far predictions on held-out rows are from the fine-tune's (`Subject.agreement`): plain, calibrated
-    metric       the metric of the same rows, {} without labels
+    plain         its q without calibration
+    q             the q of linear weights with the smallest output change; if that is the first or last point, where the
+                  output change prefers the base or a drowned delta, the point with the nearest predictions
+    path          [q, output change] on the search rows
+    layer_error   mean over linear layers of ‖Y − Ŷ/q‖²/‖Y‖²: at the plain q, at q, at each layer's own best
+    lost          distance of held-out predictions from the fine-tune's (`Subject.agreement`): plain, calibrated
+    metric        the metric of the same rows, {} without labels
     """
 
     plain: float
@@ -43,10 +47,12 @@ class MaskLoss:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """Masks of one fine-tune's delta. `masks[i]` is None where WANDA has no norms: weights stored (in, out).
+    """Masks of one fine-tune's delta, measured.
 
-    `lost` is how far the base's predictions are, which keeps nothing of the delta; `measure` of what, in words;
-    `metric` the base's and the fine-tune's.
+    masks     one per spec; None where WANDA has no norms (weights stored (in, out))
+    lost      distance of the base's predictions, which keep nothing of the delta
+    measure   the name of that distance
+    metric    the base's and the fine-tune's
     """
 
     influence: dict[str, LayerStatistics]
@@ -62,7 +68,7 @@ class Measured:
 def influence(*, source: Source, spec: Spec | None = None) -> dict[str, LayerStatistics]:
     """Statistics of the fine-tune's linear layers over the search rows, by its tensor names.
 
-    With a `spec` of that source, whose masks need no activations, its first mask's too.
+    With a `spec` of that source, whose masks need no activations, they include its first mask.
     """
     masks = [] if spec is None else [{p.stored: p.masked[0] for p in spec.pruned}]
     with calibrating(source.model), Reader() as reader:
@@ -71,7 +77,7 @@ def influence(*, source: Source, spec: Spec | None = None) -> dict[str, LayerSta
 
 
 def measure(*, specs: Sequence[Spec]) -> Measured:
-    """What the masks of several specs with one source lose, the first mask seed of each."""
+    """The losses of the masks of several specs with one source, for the first mask seed of each."""
     source = specs[0].source
     with calibrating(source.model), Reader() as reader:
         found = influence(source=source)
@@ -103,7 +109,7 @@ class _Comparison:
 
     @cached_property
     def near(self) -> O.Objective | O.Generation:
-        """How far predictions on the search rows are."""
+        """The distance of predictions on the search rows."""
         return self.subject.agreement(self.subject.batches["search"].inputs).objective
 
     def losses(self) -> list[MaskLoss]:

@@ -1,6 +1,6 @@
-"""Which models calibration can run, told by config.json and by transformers' source, which is read and never run.
+"""Which models calibration can run, told by config.json and by transformers' source, which is read but never run.
 
-Calibration gives texts (`input_ids`) or pictures (`pixel_values`), and nothing else.
+Calibration feeds texts (`input_ids`) or pictures (`pixel_values`), and nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from deltamerge.errors import InputError
 
 GIVEN = {"text": ("input_ids", "texts"), "picture": ("pixel_values", "pictures")}
 ALWAYS = frozenset({"self", "attention_mask"})
-# of encoder-decoders: heads whose forward makes the decoder's inputs, or that have no decoder
+# heads of encoder-decoders whose forward makes the decoder's inputs, or that have no decoder
 ALONE = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "EncoderModel")
 LONGEST = 80
 HINT = "prune it without calibration: method dare or magnitude, with a number as q or none"
@@ -33,7 +33,7 @@ class Forward:
 
 
 def check_family(config: Mapping[str, Any], kind: str) -> None:
-    """InputError: a model that texts, or pictures, alone do not run; `kind` is "text" or "picture"."""
+    """InputError: a model that cannot run on texts, or pictures, alone. `kind` is "text" or "picture"."""
     architecture = (config.get("architectures") or [None])[0]
     if architecture is None:
         raise InputError("its config.json names no architecture", hint='"architectures": ["LlamaForCausalLM"]')
@@ -71,7 +71,9 @@ def _transformers() -> Path | None:
 
 @cache
 def _source(root: Path, architecture: str, model_type: str) -> str | None:
-    """The text of the module that defines a class: of the model's type, or of any; None where there is none."""
+    """The source of the module that defines a class, in the folder of the model's type or any other; None:
+    not found.
+    """
     wanted = re.compile(rf"^class {re.escape(architecture)}\(", re.MULTILINE)
     for path in _modules(root, model_type):
         text = path.read_text(encoding="utf-8")
@@ -81,7 +83,7 @@ def _source(root: Path, architecture: str, model_type: str) -> str | None:
 
 
 def _modules(root: Path, model_type: str) -> Iterator[Path]:
-    """Modules with models: first those of the type's own folder and of folders whose name it begins with."""
+    """Modules with models: first of the folder of the type, and of folders whose name the type begins with."""
     parts = re.sub(r"[^a-z0-9]+", "_", model_type.lower()).split("_")
     near = ["_".join(parts[:n]) for n in range(len(parts), 0, -1)]
     for name in near:
@@ -91,7 +93,7 @@ def _modules(root: Path, model_type: str) -> Iterator[Path]:
 
 @cache
 def _forward(source: str, architecture: str) -> Forward | None:
-    """What the forward of a class takes; None where it is inherited from another module."""
+    """The parameters of a class's forward; None if it is inherited from another module."""
     classes = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.ClassDef)}
     name: str | None = architecture
     seen: set[str] = set()

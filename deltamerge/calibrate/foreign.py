@@ -1,4 +1,4 @@
-"""Other people's code in a calibration: what it raises says that this model or its files cannot be used, and why."""
+"""Errors of other people's code during a calibration, turned into InputErrors: this model or its files are unusable."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ def running(what: str, hint: str | None = None) -> Iterator[None]:
 
 
 def is_own(error: Exception) -> bool:
-    """Whether an error was raised by deltamerge's own code, and not by what it called."""
+    """Whether an error was raised by deltamerge itself, not by code that it called."""
     frames = traceback.extract_tb(error.__traceback__)
     return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(OWN)
 
 
 def reason(error: Exception) -> str:
-    """An error in one line."""
+    """An error on one line."""
     first = (str(error).strip() or type(error).__name__).splitlines()[0]
     shown = first if isinstance(error, OSError | ValueError | ImportError) else f"{type(error).__name__}: {first}"
     return shown if len(shown) <= LONGEST else f"{shown[: LONGEST - 1]}…"

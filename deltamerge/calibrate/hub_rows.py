@@ -1,4 +1,4 @@
-"""Rows of a hub data set through `datasets` (extra `data`): pinned to a commit, read from the start, never its code."""
+"""Rows of a hub data set, read by `datasets` (extra `data`): pinned to a commit, from the start, without its code."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from deltamerge.errors import InputError
 from deltamerge.io.hub_answers import commit_of
 
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
-SHOWN = 200  # characters of an error that is not ours
+SHOWN = 200  # characters of a foreign error that are shown
 
 
 def is_hub_id(source: str) -> bool:
+    """Whether `source` has the form org/name or org/name@revision."""
     return HUB_ID.fullmatch(source) is not None
 
 
 @cache
 def commit(source: str) -> str | None:
-    """The commit that `org/name[@revision]` is at; offline what the source says itself, which may be nothing."""
+    """The commit of `org/name[@revision]`; offline the revision that the source states, or None."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
@@ -54,7 +55,7 @@ def commit(source: str) -> str | None:
 def read(source: str, *, config: str | None, split: str, limit: int) -> tuple[Mapping[str, Any], ...]:
     """The first `limit` rows; streamed, or offline from the cache of `datasets`.
 
-    InputError: `datasets` is missing, or cannot read it.
+    InputError: `datasets` is missing, or cannot read the data set.
     """
     try:
         import datasets

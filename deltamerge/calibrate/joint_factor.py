@@ -1,6 +1,6 @@
-"""`per: merge`: one λ for a merge, the factor of the merged delta, that suits all of its fine-tunes together.
+"""Calibration `per: merge`: one factor of the merge's λ, chosen for all of its fine-tunes together.
 
-Every fine-tune runs the merged weights with its own head on the same rows; the objective is the sum of theirs.
+Every fine-tune runs with the merged weights and its own head on the same rows; the objective is the sum of theirs.
 A plan names `calibrate`, so torch is imported when it runs.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
-    """1/factor of the recipe's λ, as the q of every merged tensor, or 1 if the recipe's is as good on held-out rows."""
+    """1/factor of the recipe's λ, as the q of every merged tensor; 1 if the recipe's λ is as good on held-out rows."""
     from deltamerge.calibrate import search
     from deltamerge.calibrate.searches import Found, shortlist
     from deltamerge.calibrate.subject import Subject
@@ -73,7 +73,7 @@ def _q(subject: Subject, factor: float) -> Qs:
 
 
 def _mean(judges: Sequence[Judge]) -> Judge:
-    """Words for the mean of what the fine-tunes are judged by."""
+    """The name of the mean of the fine-tunes' measures."""
     from deltamerge.calibrate.subject import Judge
 
     measures = list(dict.fromkeys(judge.measure for judge in judges))

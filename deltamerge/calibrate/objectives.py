@@ -1,7 +1,7 @@
-"""What calibration minimises. Each objective turns a forward pass into one number; smaller is better.
+"""The objectives that calibration minimises. Each turns a forward pass into one number; smaller is better.
 
-An objective is used in two steps: `reduce(batch, output)` for every batch of a pass, then `value` of the results.
-The unlabelled ones compare with the fine-tune, whose outputs `reference` collects once.
+An objective has two steps: `reduce(batch, output)` for every batch of a pass, then `value` of the results. Unlabelled
+objectives compare with the fine-tune, whose outputs `of` collects once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ CLASSES = 64
 
 
 class Objective(Protocol):
-    """`batches` are the inputs that it is a function of."""
+    """A function of a pass over `batches`."""
 
     batches: Sequence[Inputs]
 
@@ -48,7 +48,7 @@ def evaluate(
 
 
 def over_seeds(values: Sequence[float]) -> float:
-    """The mean over mask seeds, of three or more after dropping the one farthest from the mean (the paper's rule)."""
+    """The mean over mask seeds; of three or more, without the one farthest from the mean (as the paper does)."""
     some = np.asarray(values, dtype=np.float64)
     if len(some) > 2:
         some = np.delete(some, np.argmax(np.abs(some - some.mean())))
@@ -56,13 +56,13 @@ def over_seeds(values: Sequence[float]) -> float:
 
 
 def per_token(logits: Tensor | None) -> bool:
-    """Whether logits (B, T, V) score every token, as a language model's do."""
+    """Whether logits (B, T, V) score every token, as those of a language model do."""
     return logits is not None and logits.dim() == 3
 
 
 @dataclass
 class OutputChange:
-    """How far the pruned model's output is from the fine-tune's, unlabelled (the paper's q_e).
+    """The distance of the pruned model's output from the fine-tune's, unlabelled (the paper's q_e).
 
     encoders, ViT, classification heads   mean |h − h'| over real tokens and neurons of the last hidden state
     language models                       mean (z − z')² over real tokens and the fine-tune's top 5 logits
@@ -147,12 +147,13 @@ class Generation:
 
 @dataclass
 class Distribution:
-    """How far the output distribution is from the fine-tune's, differentiable: what learned scales are fitted to.
+    """The distance of the output distribution from the fine-tune's, differentiable: the loss of learned scales.
 
-    classes                KL(fine-tune ‖ pruned), mean over sequences
-    next token             the same, mean over real tokens; above 64 tokens of vocabulary over the fine-tune's 64
-                           likeliest and all others as one class, which bounds the full divergence from below
-    regression, no head    mean squared error of the logits, of the last hidden state
+    classes      KL(fine-tune ‖ pruned), mean over sequences
+    next token   the same, mean over real tokens; of a vocabulary above 64 tokens the fine-tune's 64 likeliest, and all
+                 others as one class, which bounds the full divergence from below
+    regression   mean squared error of the logits
+    no head      mean squared error of the last hidden state
     """
 
     batches: Sequence[Inputs]
@@ -181,7 +182,7 @@ class Distribution:
         return target.numel() if self.regression else len(target)
 
     def loss(self, batch: int, output: Output) -> tuple[Tensor, int]:
-        """(sum, count): a differentiable sum over sequences, tokens or elements, and how many."""
+        """(sum, count): a differentiable sum over sequences, tokens or elements, and their number."""
         target, index = self.targets[batch]
         if self.regression:
             return (_numbers(output, self.batches[batch]) - target).square().sum(), target.numel()
@@ -200,7 +201,7 @@ class Distribution:
 
 @dataclass
 class Agreement:
-    """How far predictions of a classifier or a regression are from the fine-tune's; see `agreement`."""
+    """The distance of a classifier's or regression's predictions from the fine-tune's; see `agreement`."""
 
     batches: Sequence[Inputs]
     targets: Sequence[Any]
@@ -253,13 +254,13 @@ def _numbers(output: Output, inputs: Inputs) -> Tensor:
 
 
 def _with_rest(logs: Tensor) -> Tensor:
-    """Log-probabilities (N, K) with one more class that holds what they leave of 1."""
+    """Log-probabilities (N, K) with one more class that holds the remaining probability."""
     rest = (1.0 - logs.exp().sum(-1, keepdim=True)).clamp_min(1e-9)
     return torch.cat([logs, rest.log()], -1)
 
 
 def _loss(logits: Tensor, labels: Tensor) -> tuple[float, int]:
-    """Sum of the task's own loss, and over how many: next token, squared error of one output, cross-entropy."""
+    """(sum, count) of the task's own loss: next token, squared error of one output, or cross-entropy."""
     if per_token(logits):
         logits, labels = logits[:, :-1], labels[:, 1:]
         total = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")

@@ -1,16 +1,15 @@
-"""Which pruned tensors a calibrated q divides: weights of linear layers. What the others are divided by, and who says.
+"""Which pruned tensors a calibrated q divides (weights of linear layers), and what the other tensors are divided by.
 
-Names and shapes tell it before anything runs; a run, which sees what the data reaches, has the last word.
+Names and shapes predict it before anything runs; a run, which sees what the data reaches, decides.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import Any
 
-EMBEDDING = re.compile(r"embed|(^|\.)(wte|wpe)\.|\.(shared|relative_attention_bias)\.")
-NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
+from deltamerge.io.names import EMBEDDING, numbers_as_stars
+
 UNSCALED = "vectors and embeddings are not rescaled"
 OTHER = "no weight of a linear layer"
 UNSEEN = "a linear layer that no row reached"
@@ -18,9 +17,10 @@ SHOWN = 8
 
 
 def is_unscaled(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor keeps q = 1 beside calibrated weights, which measures better: 1-D, or rows that are looked up.
+    """Whether a tensor keeps q = 1 beside calibrated weights, which measures better: vectors, and rows that are looked
+    up.
 
-    Sides of 1 do not count beyond matrices: a class token (1, 1, n) is a vector.
+    Sides of 1 do not count in tensors of three and more dimensions: a class token (1, 1, n) is a vector.
     """
     sides = len(shape) if len(shape) < 3 else sum(side != 1 for side in shape)
     return sides < 2 or (sides == 2 and EMBEDDING.search(name) is not None)
@@ -32,16 +32,16 @@ def is_linear(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def grouped(left: Iterable[tuple[str, float, str]]) -> list[dict[str, Any]]:
-    """(name, q, why) of tensors without a calibrated q, those that differ in their numbers alone as one pattern."""
+    """Tensors (name, q, why) without a calibrated q; those whose names differ only in their numbers are one pattern."""
     found: dict[tuple[str, float, str], int] = {}
     for name, q, why in left:
-        key = NUMBER.sub(r"\1*", name), q, why
+        key = numbers_as_stars(name), q, why
         found[key] = found.get(key, 0) + 1
     return [{"tensors": pattern, "count": n, "q": q, "why": why} for (pattern, q, why), n in found.items()]
 
 
 def in_words(groups: Iterable[dict[str, Any]]) -> str:
-    """Groups of tensors that are divided as without calibration, for people; "" where there are none."""
+    """A message about the tensors that are divided as without calibration; "" where there are none."""
     some = [group for group in groups if group["why"] != UNSCALED]
     shown = [f"{g['count']} × {g['tensors']} (q = {g['q']:.4g}: {g['why']})" for g in some[:SHOWN]]
     more = f", and {len(some) - SHOWN} more patterns" if len(some) > SHOWN else ""

@@ -24,7 +24,7 @@ HEADS: dict[str, tuple[str, ...]] = {
 }
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 MAX_BYTES = 1 << 30
-MAX_ENTRIES = 100_000  # of a folder of pictures
+MAX_ENTRIES = 100_000  # files in a folder of pictures
 FILES = frozenset({".jsonl", ".csv", ".txt"})
 
 
@@ -47,12 +47,17 @@ def read(
     split: str | None = None,
     limit: int = 1000,
 ) -> list[Row]:
-    """The rows of `source`, in their order.
+    """The rows of `source`, in order.
 
-    source  a .jsonl, .csv (with a header) or .txt (a text a line) file or a folder of pictures, relative to `folder`;
-            or a hub data set id, org/name or org/name@revision, of which the first `limit` rows of a split are read
-    text    the field of the text or picture; two fields make sentence pairs
-    label   the field to read as label; the folder's name for pictures in folders
+        source   a file .jsonl, .csv (with a header) or .txt (a text a line), or a folder of pictures, below `folder`;
+                 or a hub data set id, org/name or org/name@revision
+        folder   the recipe's
+        text     the field of the text or picture; two fields make sentence pairs
+        label    the field of the label; for pictures in folders, the folder's name
+        config   of a hub data set
+        split    of a hub data set
+        limit    rows that are read of a hub data set
+
     InputError: no such file, no rows, a row that lacks a field.
     """
     path = folder / source
@@ -77,12 +82,12 @@ def read(
 
 
 def is_of_hub(source: str, folder: Path) -> bool:
-    """Whether `source` is the id of a hub data set: what is beside the recipe comes first."""
+    """Whether `source` is the id of a hub data set; a file or folder beside the recipe takes precedence."""
     return not (folder / source).exists() and Path(source).suffix not in FILES and hub_rows.is_hub_id(source)
 
 
 def local_files(source: str, folder: Path) -> list[Path]:
-    """The local files of `source`: one, or a folder's pictures; none for a hub data set."""
+    """The local files of `source`: one file, or a folder's pictures; none for a hub data set."""
     path = folder / source
     if path.is_dir():
         return sorted(Path(name) for name in _below(path) if Path(name).suffix.lower() in PICTURES)
@@ -90,7 +95,7 @@ def local_files(source: str, folder: Path) -> list[Path]:
 
 
 def _below(folder: Path) -> Iterator[str]:
-    """All files of a folder and those in it; links to folders are not followed. InputError: more than one may list."""
+    """All files below a folder; links to folders are not followed. InputError: too many."""
     listed = 0
     pending = [str(folder)]
     while pending:
@@ -110,7 +115,7 @@ def _below(folder: Path) -> Iterator[str]:
 
 
 def select(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
-    """`count` of the rows, a function of the seed and the number of rows alone, in their order."""
+    """`count` of the rows, in order; the choice depends on the seed and the number of rows alone."""
 
     def rank(index: int) -> bytes:
         return hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
@@ -129,7 +134,7 @@ def check_head(config: Mapping[str, Any], task: str) -> None:
 
 
 def class_labels(rows: Iterable[Row], config: Mapping[str, Any]) -> list[float] | list[int]:
-    """Labels as the head counts them: floats for one output, else class indices; names are looked up in `label2id`."""
+    """Labels in the form of the head: floats for one output, else class indices; names are looked up in `label2id`."""
     names = {str(k): int(v) for k, v in (config.get("label2id") or {}).items()}
     outputs = int(config.get("num_labels") or len(config.get("id2label") or {}) or 2)
     if outputs == 1 or config.get("problem_type") == "regression":
@@ -207,7 +212,7 @@ def _object(number: int, line: str) -> Mapping[str, Any]:
         value = json.loads(line)
     except RecursionError:
         raise InputError(f"row {number}: nested too deeply") from None
-    except ValueError as error:  # not JSON, or a number of more digits than Python reads
+    except ValueError as error:  # not JSON, or a number with more digits than Python parses
         raise InputError(f"row {number}: not JSON: {error}") from None
     if not isinstance(value, dict):
         raise InputError(f"row {number}: not a JSON object")

@@ -1,8 +1,8 @@
 """Learned scales: the q of every tensor, or of every output row, of a drawn mask, fitted by gradient without labels.
 
-The pruned model base + masked/q is fitted to the fine-tune's output distribution (`objectives.Distribution`) by Adam
-on log q. Only the q's get gradients; a block's weights are made when it runs, forward and backward, and then dropped,
-so memory is that of one forward pass with checkpoints at the blocks.
+The pruned model base + masked/q is fitted to the fine-tune's output distribution (`objectives.Distribution`) by Adam on
+log q. Only q has gradients. A block's weights are computed when it runs, forward and backward, and then freed, so
+memory is that of one forward pass with checkpoints at the blocks.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from deltamerge.calibrate.objectives import Distribution
 
 @dataclass(frozen=True, slots=True)
 class Learned:
-    """The q's of the step with the smallest held-out loss (float32, shaped as those given to start from).
+    """The q's of the step with the smallest held-out loss: float32, in the shapes of the starting values.
 
-    path    (step, held-out loss) each time it was taken, step 0 being the start;  step  the one chosen
-    steps   how many were taken: each is three forward passes (forward, again from the checkpoints, backward)
-    reached   the tensors that the output depends on: the others keep what they started from
+    path      (step, held-out loss) at each evaluation; step 0 is the start
+    step      the step chosen
+    steps     the number of steps; each is three forward passes (forward, again from the checkpoints, backward)
+    reached   the tensors that the output depends on; others keep their starting values
     """
 
     q: dict[str, Tensor]
@@ -56,7 +57,7 @@ def learn(
     groups        batch indices of each step's data, used in turn, gradients summed over a group
     held_out      batch indices of the data that decides: looked at before the first step and after every turn through
                   `groups`; the search ends when `patience` looks in a row were no better, and the best look is kept
-    bounds        every q stays inside (algorithms.md 6.2: scales above 100 appear on tensors that hardly matter)
+    bounds        of every q: without them scales pass 100 on tensors that hardly matter
     """
     low, high = math.log(bounds[0]), math.log(bounds[1])
     logs = {name: _log(q, low, high, model.device) for name, q in start.items()}

@@ -1,4 +1,4 @@
-"""Minimise an objective over one number, q or η, deterministically and within a budget of evaluations. No torch.
+"""Minimises an objective over one number, q or η, deterministically and with a bounded number of evaluations. No torch.
 
 The objective takes several points at once, so that candidates can share one walk through a model's blocks.
 """
@@ -28,10 +28,10 @@ class Found:
 
     @property
     def minima(self) -> tuple[float, ...]:
-        """Every evaluated point that no neighbour on the axis is better than, best first.
+        """Every evaluated point that no neighbour on the axis betters, best first.
 
-        An unlabelled objective can have a second minimum where the delta is drowned or dropped (algorithms.md 6.3,
-        column R; magnitude at density 0.001): compare these, and the plain choice, by another measure on held-out rows.
+        An unlabelled objective can have a second minimum where the delta is drowned or dropped (magnitude at density
+        0.001 has): compare these, and the plain choice, by another measure on held-out rows.
         """
         points = sorted(self.path)
         lowest = [points[i] for i in _lowest([value for _, value in points])]
@@ -49,9 +49,14 @@ def minimise(
 ) -> Found:
     """The minimum over [low, high], 0 < low ≤ high: a coarse grid in log x in one call, then Brent's method.
 
-    Every local minimum of the grid is refined, the best first, as far as the budget goes. Stops when the bracket is
-    narrower than `tolerance` in log x, or after `budget` points. Among equal values the smallest point wins, so a flat
-    objective leaves q at `low`, vanilla DARE. `low` itself is always evaluated.
+        evaluate    returns the objective at several points
+        low, high   the bounds
+        coarse      points of the grid
+        budget      evaluations at most
+        tolerance   width of the bracket, in log x, at which to stop
+
+    Every local minimum of the grid is refined, the best first, as far as the budget goes. Among equal values the
+    smallest point wins, so a flat objective leaves q at `low`, vanilla DARE. `low` itself is always evaluated.
     """
     memo = _Memo(evaluate)
     if high <= low * (1.0 + tolerance):
@@ -72,10 +77,15 @@ def minimise(
 
 
 def grid(evaluate: Evaluate, low: float, high: float, *, step: float, patience: int = 4) -> Found:
-    """The authors' procedure: from `low` by `step` until `patience` values in a row are no better, then step/10.
+    """The DAREx authors' procedure: from `low` by `step` until `patience` values in a row are no better, then by
+    step/10.
 
-    The fine grid covers ± step around the best.
-    Points are evaluated one by one; their number has no bound but (high − low)/step + 20.
+        evaluate    returns the objective at several points; it is called with one
+        low, high   the bounds
+        step        of the coarse grid; the fine grid covers ± step around the best point
+        patience    values without improvement at which to stop
+
+    The number of evaluations is bounded only by (high − low)/step + 20.
     """
     memo = _Memo(evaluate)
     best, worse, i = low, 0, 0

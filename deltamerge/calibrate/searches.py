@@ -1,9 +1,9 @@
 """The ways to choose a fine-tune's q's: one number searched, one per layer or row, closed forms, learned scales.
 
-A calibrated q is applied to the weights of linear layers that the data reaches; 1-D tensors and embeddings keep q = 1,
-which measures better than to rescale them too (docs/calibration.md). Every other pruned tensor, such as experts stacked
-in three dimensions, is divided as its method divides without calibration. Learned scales are given to all pruned
-tensors that the output depends on.
+A calibrated q divides the weights of linear layers that the data reaches. 1-D tensors and embeddings keep q = 1, which
+measures better than rescaling them too (docs/calibration.md). Other pruned tensors, such as experts stacked in three
+dimensions, are divided as their method divides without calibration. Learned scales apply to all pruned tensors that the
+output depends on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from deltamerge.errors import InputError
 Qs = dict[str, Q]
 Path = list[list[Any]]
 KAPPA = (0.25, 4.0)
-# q of a closed form or learned: above 1 where a row is better left out, and never without bound (algorithms.md 6.2)
+# Bounds of q in closed forms and learned scales. A q above 1 shrinks a row that is better left out; without a bound
+# learned scales pass 100 on tensors that hardly matter.
 HIGHEST = 10.0
 LOWEST = 0.01
 
@@ -59,11 +60,11 @@ def shortlist(found: search.Found, low: float, high: float) -> list[tuple[float,
 
 
 def passed(found: search.Found, low: float, high: float) -> list[tuple[float, float]]:
-    """Points inside the bounds that a search has passed, no closer than a twentieth of the log axis.
+    """Points inside the bounds that a search has evaluated, no closer than a twentieth of the log axis.
 
     Where the winner predicts as the base does, the objective has preferred the base, or a drowned delta, to everything
-    in between: on sentiment at density 0.001 the output change of magnitude is smallest at q = 0.017, whose accuracy is
-    61, and the predictions are nearest at 0.028, with 74.
+    in between. On sentiment at density 0.001 the output change of magnitude is smallest at q = 0.017, whose accuracy is
+    61; the predictions are nearest at 0.028, with 74.
     """
     inside = [(x, value) for x, value in found.path if low * (1.0 + 1e-9) < x < high * (1.0 - 1e-9)]
     least, spread = (high / low) ** (1 / EVALUATIONS), sorted(inside)[:1]
@@ -74,10 +75,10 @@ def passed(found: search.Found, low: float, high: float) -> list[tuple[float, fl
 
 
 class Searches:
-    """What a spec asks to be searched, on a subject.
+    """Runs the search that a spec asks for, on a subject.
 
-    path     notes every point tried
-    passed   further candidates, for a judge that is not the objective, of a search of one q by output change
+    path     records every point evaluated
+    passed   more candidates for a judge other than the objective, from a search of one q by output change
     """
 
     def __init__(self, spec: Spec, subject: Subject) -> None:
@@ -99,7 +100,7 @@ class Searches:
         return [name for name in self.layers if name in found]
 
     def rest(self, own: Collection[str]) -> dict[str, tuple[float, str]]:
-        """Of the pruned tensors without a searched q theirs, and why: 1, or what their method divides by."""
+        """(q, why) of the pruned tensors without a searched q: 1, or what their method divides by."""
         found = {}
         for pruned in self.spec.pruned:
             name = pruned.stored
@@ -114,7 +115,7 @@ class Searches:
         return found
 
     def not_calibrated(self, found: Found) -> list[dict[str, Any]]:
-        """What a lock says of the tensors without a searched q."""
+        """The entry of the lock about tensors without a searched q."""
         names = {pruned.stored: pruned.name for pruned in self.spec.pruned}
         return reach.grouped((names[name], q, why) for name, (q, why) in self.rest(found.own).items())
 
@@ -125,7 +126,7 @@ class Searches:
         return Found(self._whole(own), value, numbers, edge, frozenset(own))
 
     def run(self) -> list[Found]:
-        """The candidates, the smallest objective first but for learned scales, which come before their start."""
+        """The candidates, the smallest objective first; learned scales come before their start."""
         if self.objective is None:
             return self._closed_form()
         if self.spec.search == "gradient":
@@ -155,7 +156,7 @@ class Searches:
     def _minimise(
         self, name: str, qs: Callable[[float], Qs], low: float, high: float, family: str | None = None
     ) -> list[Found]:
-        """Search one number that all q's follow from: its local minima."""
+        """The local minima over one number that all q's follow from."""
         objective = self.objective
         assert objective is not None
 
@@ -235,9 +236,10 @@ class Searches:
         return min(LOWEST, *self.density.values())
 
     def _learned(self) -> list[Found]:
-        """Scales of all pruned tensors fitted by gradient, from the best global q; rows of their own say when to stop.
+        """Scales of all pruned tensors, fitted by gradient from the best global q; rows of their own decide when to
+        stop.
 
-        Whether they are better than their start is not for the rows that stopped them to say: both are candidates.
+        Those rows cannot judge whether the scales are better than their start, so both are candidates.
         """
         subject = self.subject
         batches, groups, stop = subject.steps()

@@ -39,7 +39,7 @@ def skeleton(config: Any, pad_token_id: int | None) -> Any:
         )
     config = copy.deepcopy(config)
     for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))):
-        if part is not None:  # a cache that is kept would see a block's inputs twice
+        if part is not None:  # a key-value cache would see a block's inputs twice
             part.use_cache = False
     if pad_token_id is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id
@@ -49,7 +49,7 @@ def skeleton(config: Any, pad_token_id: int | None) -> Any:
 
 
 def checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
-    """State name -> checkpoint name, over parameters and the stored buffers; tied names count once."""
+    """State name -> checkpoint name, for parameters and stored buffers; tied weights appear once."""
     # transformers renames some checkpoints (ViT) as it loads them
     renamed = {_rename(name, transforms): name for transforms in [_renamings(model)] for name in names}
     prefix = model.base_model_prefix
@@ -85,7 +85,7 @@ def aliases(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _untie(model: nn.Module, stored: Callable[[str], bool]) -> None:
-    """A tied weight that the checkpoint stores under its own name too is a weight of its own."""
+    """Untie a tied weight that the checkpoint also stores under its own name."""
     for name, others in aliases(model).items():
         for alias in others:
             if stored(name) and stored(alias):
@@ -98,7 +98,7 @@ def _renamings(model: Any) -> list[Any]:
     try:
         from transformers.conversion_mapping import get_model_conversion_mapping
         from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # transformers 4 loads names as they are
+    except ImportError:  # transformers 4 does not rename
         return []
     return [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
 
@@ -130,7 +130,7 @@ def find_blocks(model: Any) -> tuple[nn.Module, ...]:
 
 
 def bodies(model: Any) -> list[nn.Module]:
-    """The models inside a model with a head, or the model itself if it has none."""
+    """The base models inside a model with a head; the model itself if it has none."""
     from transformers import PreTrainedModel
 
     inner: list[nn.Module] = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
@@ -138,7 +138,7 @@ def bodies(model: Any) -> list[nn.Module]:
 
 
 def ignored(model: nn.Module) -> frozenset[str]:
-    """What tokenizers give unasked, and a model's forward does not take."""
+    """Keys that tokenizers return unasked and that a model's forward does not accept."""
     taken = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
         return frozenset()
@@ -146,7 +146,9 @@ def ignored(model: nn.Module) -> frozenset[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer, a router of experts included: a matrix, and at most a bias, of its own."""
+    """Whether a module is a linear layer (a router of experts included): its own parameters are a matrix, and maybe a
+    bias.
+    """
     if isinstance(module, nn.Linear) or is_transposed(module):
         return True
     own = dict(module.named_parameters())

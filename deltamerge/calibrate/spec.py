@@ -1,4 +1,4 @@
-"""What the calibration stages of a graph take and give, as plain data; their functions are in `calibrate.stage`."""
+"""Inputs and results of the calibration stages of a graph, as plain data; `calibrate.stage` has the functions."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.reach import EMBEDDING, OTHER, UNSCALED, grouped, is_linear, is_unscaled
+from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_unscaled
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.io.names import numbered_blocks
+from deltamerge.io.names import EMBEDDING, numbered_blocks
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.recipe.prune_keys import CalibratedQ
@@ -24,16 +24,16 @@ from deltamerge.recipe.schema import Calibration
 
 EVALUATIONS = 20
 STEPS = 40
-ROUNDED = 6  # digits of what a lock says
-HELD_OUT = 200  # rows that decide, or as many as searched on if that is more
-SHORTLIST = 4  # minima of a search that are compared on them
-PASSED = 1 + EVALUATIONS  # the base, and points that are compared where a search found nothing better than it
-WALKED = 8  # candidates that share one walk through the blocks
-STEP_ROWS = 64  # of learned scales
-STOP_SHARE = 0.2  # of the rows searched on, which say when learning stops
-# held bytes of masks; what does not fit is drawn again
+ROUNDED = 6  # significant digits of a q in a lock
+HELD_OUT = 200  # held-out rows; more where more rows are searched on
+SHORTLIST = 4  # minima of a search that are compared on held-out rows
+PASSED = 1 + EVALUATIONS  # the base, and further points compared where a search found nothing better than the base
+WALKED = 8  # candidates in one walk through the blocks
+STEP_ROWS = 64  # rows of a step of learned scales
+STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
+# bytes of masks that are kept; masks beyond them are drawn again
 CACHE_BYTES = 1 << 31
-SPARSE_BELOW = 1 / 3  # of a tensor's entries: then their positions (int64) and values are smaller than the tensor
+SPARSE_BELOW = 1 / 3  # share of entries below which positions (int64) and values are smaller than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
@@ -44,9 +44,10 @@ QValue = float | NDArray[np.float32]
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A fine-tune and the data that it is run on.
+    """A fine-tune and the data that it runs on.
 
-    tensors  all of the fine-tune's;  pairs  of each pruned tensor the fine-tune's and the base's, cut to shared rows
+    tensors   all of the fine-tune's
+    pairs     the fine-tune's and the base's tensor of each pruned one, cut to the rows that both have
     """
 
     model: str
@@ -63,10 +64,14 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Pruned:
-    """A pruned tensor: its names in the output and in the fine-tune, and per mask seed the node of mask ∘ Δ, unscaled.
+    """A pruned tensor.
 
-    `plain` is the q that it has without calibration: the density for random masks, 1 for importance masks. `protected`
-    gives the input columns that are left out of the masks and stay whole.
+    name        in the output
+    stored      in the fine-tune
+    density     of its masks
+    plain       its q without calibration: the density for random masks, 1 for importance masks
+    masked      per mask seed the node of mask ∘ Δ, unscaled
+    protected   the node of the input columns that the masks leave out and that stay whole
     """
 
     name: str
@@ -79,7 +84,7 @@ class Pruned:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A fine-tune of a merge that is calibrated as a whole; `masked` of its tensors is the merged delta."""
+    """A fine-tune of a merge that is calibrated as a whole; its `masked` tensors are the merged delta."""
 
     source: Source
     pruned: tuple[Pruned, ...]
@@ -87,9 +92,10 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """One calibrated q: of which tensors, and how it is searched; `shared` are the stage's input nodes.
+    """A search for q: which tensors it divides, and how it is searched. `shared` are the stage's input nodes.
 
-    With `parts` it is the λ of a merge: q divides the merged delta, and the objective is the sum over the fine-tunes.
+    With `parts` it is the factor of a merge's λ: q divides the merged delta, and the objective is the sum over
+    fine-tunes.
     """
 
     source: Source
@@ -105,12 +111,12 @@ class Spec:
 
     @property
     def seeds(self) -> int:
-        """Masks that the search averages over."""
+        """The number of masks that the search averages over."""
         return len(self.pruned[0].masked)
 
     @property
     def passes(self) -> int:
-        """At most so many forward passes over the calibration rows (a backward pass counts as two)."""
+        """The most forward passes over the calibration rows; a backward pass counts as two."""
         # the fine-tune's outputs, statistics; on the held-out rows the candidates, the plain choice and the fine-tune
         rows = self.source.calibration.sequences
         besides = 6 + (SHORTLIST + PASSED + 3) * math.ceil(max(HELD_OUT, rows) / rows)
@@ -129,22 +135,23 @@ class Spec:
 
     @property
     def name(self) -> str:
-        """What a lock knows it by."""
+        """The stage's key in a lock."""
         return "merge" if self.parts else self.source.model
 
     @property
     def memory(self) -> int:
-        """About the bytes that the stage holds beside BASELINE_BYTES."""
+        """About the bytes that the stage takes beside BASELINE_BYTES."""
         parts = self.parts or (Part(self.source, self.pruned),)
         return sum(memory(part.source, part.pruned) for part in parts)
 
     @property
     def sources(self) -> tuple[Source, ...]:
+        """The fine-tunes that run."""
         return tuple(part.source for part in self.parts) or (self.source,)
 
     @property
     def not_calibrated(self) -> list[dict[str, Any]]:
-        """The tensors that the stage gives no q of their own, as names and shapes tell, by pattern, and their q."""
+        """The tensors without a q of their own, as names and shapes predict, by pattern, and their q."""
         if self.parts or self.search == "gradient":
             return []
         shapes = ((p, p.masked[0].shape) for p in self.pruned)
@@ -152,7 +159,7 @@ class Spec:
         return grouped((p.name, 1.0, UNSCALED) if unscaled else (p.name, p.plain, OTHER) for p, unscaled in others)
 
     def describe(self) -> dict[str, Any]:
-        """The stage for people and for `--json`."""
+        """The stage as `deltamerge plan --json` prints it."""
         calibration = self.source.calibration
         return {
             "model": self.name,
@@ -170,7 +177,9 @@ class Spec:
 
 
 def mask_seeds(source: Source, method: str, q: CalibratedQ) -> int:
-    """Masks that a search averages over: further seeds, which only random masks have, are the recipe's + 1, + 2 …"""
+    """The number of masks that a search averages over. Only random masks have further seeds: the recipe's +
+    1, + 2, …
+    """
     averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
     return source.calibration.seeds if averaged else 1
 
@@ -181,12 +190,12 @@ def rounded(value: float) -> float:
 
 
 def grid_step(low: float) -> float:
-    """Of the authors' coarse grid, which starts at `low`."""
+    """The step of the authors' coarse grid, which starts at `low`."""
     return min(low, 0.05)
 
 
 def memory(source: Source, pruned: Sequence[Pruned] = ()) -> int:
-    """About the bytes that a stage holds: masks up to the cache, one block stored and in float32, hidden states."""
+    """About the bytes that a stage takes: cached masks, one block both stored and in float32, hidden states."""
     sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in source.tensors}
     blocks = numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or {0: list(sizes)}
     inside = {number: sum(sizes[name] for name in names) for number, names in blocks.items()}
@@ -203,7 +212,9 @@ def memory(source: Source, pruned: Sequence[Pruned] = ()) -> int:
 
 
 def within(source: Source, limit: int | None, share: int = 1) -> Source:
-    """The source with the cache that `limit` bytes leave, one of `share` such; InputError: even none is too much."""
+    """The source with a cache that fits `limit` bytes, of which this is one of `share` users. InputError: no cache
+    fits.
+    """
     if limit is None:
         return replace(source, cache=CACHE_BYTES // share)
     least = memory(replace(source, cache=0))
@@ -218,9 +229,9 @@ def within(source: Source, limit: int | None, share: int = 1) -> Source:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Calibrated:
-    """The chosen q's by the tensor's name in the output, without those that are 1; and what a lock says of them.
+    """The chosen q's by the tensor's name in the output, without those that are 1; and the stage's record for the lock.
 
-    Those that calibration does not reach have the q of their method without it.
+    Tensors that calibration does not reach have the q of their method without it.
     """
 
     q: Mapping[str, QValue]
@@ -228,16 +239,17 @@ class Calibrated:
 
     @property
     def scalars(self) -> dict[str, float]:
+        """The q's that are single numbers."""
         return {name: value for name, value in self.q.items() if isinstance(value, float)}
 
     @property
     def rows(self) -> dict[str, NDArray[np.float32]]:
-        """q's of single output rows, as arrays that broadcast to the stored tensor."""
+        """The q's of output rows, as arrays that broadcast to the stored tensor."""
         return {name: value for name, value in self.q.items() if not isinstance(value, float)}
 
 
 def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
-    """The q of one tensor, 1 where the stage gave it none; or that of each of `root` factors whose product has it."""
+    """The q of one tensor, 1 if the stage gave it none. Of a product's `root` factors each has the root of its q."""
     value = calibrated.q.get(name, 1.0)
     return value if root == 1 else math.pow(float(value), 1 / root)
 
@@ -261,7 +273,7 @@ def is_transposed(name: str, model_type: str | None) -> bool:
 
 
 def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.int64]:
-    """The k input features of a layer that have the largest mean |x_j|, ascending; none for a weight without input."""
+    """The k input features of a layer with the largest mean |x_j|, ascending; none for a weight that saw no input."""
     if name in statistics and statistics[name].transposed:
         raise InputError(f"{name} is stored (in, out): massive_activations needs (out, in)", hint="leave protect out")
     found = statistics[name].massive(k) if name in statistics else []
@@ -269,17 +281,19 @@ def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.i
 
 
 def columns(*, numbers: tuple[int, ...]) -> NDArray[np.int64]:
-    """Columns that a recipe names, ascending."""
+    """The columns that a recipe lists, ascending."""
     return np.array(numbers, dtype=np.int64)
 
 
 def has_norm(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether WANDA scores a tensor by the norms of its inputs: matrices that are no embedding."""
+    """Whether WANDA scores a tensor by the norms of its inputs: a matrix that is no embedding."""
     return len(shape) == 2 and EMBEDDING.search(name) is None
 
 
 def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.float32]], where: str) -> Calibrated:
-    """The q's that a lock has for a stage. VerifyError: it has none, or was made with another objective or scope."""
+    """The q's of a stage, from a lock. VerifyError: it has none, or they belong to another objective, scope
+    or search.
+    """
     record = (lock.get("calibration") or {}).get(spec.name)
     if not isinstance(record, dict) or not isinstance(record.get("q"), dict):
         raise VerifyError(f"{where}: has no calibrated q for {spec.name}", hint="run without --locked")
@@ -304,7 +318,7 @@ def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.fl
 
 
 def _refuse_unscaled(spec: Spec, q: Mapping[str, QValue], where: str) -> None:
-    """VerifyError: a lock without the q's that random masks have where calibration does not reach, as old ones are."""
+    """VerifyError: an old lock, without the q's of random masks that calibration does not reach."""
     if spec.parts or spec.search == "gradient" or not spec.random:
         return
     for pruned in spec.pruned:

@@ -1,4 +1,4 @@
-"""Which rows of the calibration data are searched on and which are held out, and what is asked of them. No torch."""
+"""Which calibration rows are searched on and which are held out; task and metric. No torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError
 from deltamerge.recipe.schema import Calibration
 
-POSITIONS = ("max_position_embeddings", "n_positions")  # in config.json
+POSITIONS = ("max_position_embeddings", "n_positions")  # keys of config.json
 LANGUAGE = frozenset({"causal-lm", "text-generation"})
 
 
 def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
-    """calibration.task, else what the head says; without one, pictures if the config has an image size, else text."""
+    """calibration.task, else the head's task; without a head, pictures if the config has an image size, else text."""
     if calibration.task is not None:
         return calibration.task
     if calibration.metric == "exact_match":
@@ -33,7 +33,8 @@ def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
 def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
     """calibration.metric, else loss for language models, pearson_spearman for a regression head, accuracy for classes.
 
-    InputError: a metric of classes for a regression head, one of texts for what generates none, or the reverse.
+    InputError: a metric of classes for a regression head, a metric of texts for a model that generates none, or the
+    reverse.
     """
     task, outputs = (
         task_of(calibration, config),
@@ -57,10 +58,16 @@ def metric_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
 def split(
     calibration: Calibration, folder: Path, seed: int, config: Mapping[str, Any], *, labelled: bool
 ) -> tuple[list[Row], list[Row]]:
-    """`calibration.sequences` rows to search on, and as many others or 200, whichever is more; functions of the seed.
+    """(search rows, held-out rows): `calibration.sequences` rows, and as many others or 200, whichever is more.
 
-    Where the data has hardly any others, a third of the rows is held back. InputError: too few rows, fields that are
-    missing, a head that does not fit the task, labels that do not fit the head.
+        calibration   the recipe's section
+        folder        the recipe's
+        seed          with it, the split depends on the number of rows alone
+        config        the fine-tune's config.json
+        labelled      whether labels are needed
+
+    Where the data has hardly any other rows, a third is held out. InputError: too few rows, missing fields, a head that
+    does not fit the task, labels that do not fit the head.
     """
     wanted = calibration.sequences
     _check_model(calibration, config)
@@ -96,7 +103,7 @@ def split(
 
 
 def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
-    """InputError: a task that is not the head's, where there is one, or longer texts than the model has positions."""
+    """InputError: a task other than the head's, or texts longer than the model's positions."""
     architecture = (config.get("architectures") or ["none"])[0]
     heads = [head for some in HEADS.values() for head in some]
     if calibration.task is not None and any(map(architecture.endswith, heads)):

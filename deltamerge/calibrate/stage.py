@@ -1,8 +1,8 @@
-"""The calibration stages of a graph: one pass that measures activations, and the choice of a fine-tune's q's.
+"""The calibration stages of a graph: one measures activations, the other chooses a fine-tune's q's.
 
-The minima that a search found are compared with each other and with the plain choice, the method without calibration,
-on rows that it has not seen, by another measure than the search's where the model has a head (`Subject.judge`). Where
-all minima predict as the base does, other points that the search has passed are compared too.
+The minima that a search found are compared with each other and with the plain choice, the method without calibration.
+This is done on rows that the search has not seen and, where the model has a head, by another measure (`Subject.judge`).
+Where all minima predict as the base does, other points that the search evaluated are compared too.
 
 A plan names these functions, so torch is imported when they run.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.statistics import LayerStatistics
     from deltamerge.calibrate.subject import Judge
 
-LITTLE = 0.9  # of the base's distance from the fine-tune's predictions: more than that is hardly better than the base
+LITTLE = 0.9  # share of the base's distance from the fine-tune; a candidate beyond it is hardly better than the base
 
 
 def activations(*, source: Source) -> dict[str, LayerStatistics]:
@@ -38,9 +38,9 @@ def activations(*, source: Source) -> dict[str, LayerStatistics]:
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
-    """The q's that a fine-tune's objective is smallest for, or the plain choice if that is as good on held-out rows.
+    """The q's with the smallest objective, or the plain choice if that is as good on held-out rows.
 
-    `inputs` are the values of `spec.shared`, small nodes that the masks are made from.
+    `inputs` are the values of `spec.shared`, small nodes that the masks depend on.
     """
     from deltamerge.calibrate.searches import Searches
     from deltamerge.calibrate.subject import Subject
@@ -76,9 +76,14 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 def decide(
     spec: Spec, judge: Judge, found: Sequence[Found], some: Sequence[Found], held: Sequence[float], plain: float
 ) -> tuple[Found | None, dict[str, Any]]:
-    """The best candidate if it is better than the plain choice, else None; and what a lock says of it.
+    """The best candidate if it betters the plain choice, else None; and the record for the lock.
 
-    `held` are the held-out values of the candidates `some`, and of the plain choice last.
+    spec    the stage
+    judge   compares on held-out rows
+    found   all candidates of the search
+    some    the candidates that may be judged
+    held    their held-out values, and last that of the plain choice
+    plain   the plain choice's objective on the search rows
     """
     if some:
         best = min(range(len(some)), key=lambda i: (held[i], i))
@@ -123,7 +128,7 @@ def decide(
 
 @contextmanager
 def calibrating(name: str) -> Iterator[None]:
-    """Errors say which model's calibration failed; transformers' advice on lengths and padding stays unsaid."""
+    """Name the model in errors of its calibration; silence transformers' advice on lengths and padding."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

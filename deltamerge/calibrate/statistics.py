@@ -1,7 +1,7 @@
 """Closed forms on the statistics of one linear layer: bound, influence, coherence, q. Numpy in float64, no torch.
 
-Δ (m, n) is the layer's delta, x (n) its input, d the density, p = 1 − d, q what kept entries are divided by.
-Source: Deng et al., DAREx, arXiv 2410.09344, Theorem 3.1 and App. C.9; the least-squares forms are deltamerge's own.
+Δ (m, n) is the layer's delta, x (n) its input, d the density, p = 1 − d, and q divides the kept entries. Source: Deng
+et al., DAREx, arXiv 2410.09344, Theorem 3.1 and App. C.9; the least-squares forms are deltamerge's own.
 """
 
 from __future__ import annotations
@@ -61,11 +61,11 @@ class LayerStatistics:
 
     @property
     def coherence(self) -> float:
-        """D/A: near 0 plain DARE is right, near 1 rescaling only adds noise. 0 where the delta has no effect."""
+        """D/A: near 0 plain DARE is right, near 1 rescaling only adds noise. 0 if the delta has no effect."""
         return float(_ratio(self.diagonal.sum(), self.energy.sum()))
 
     def massive(self, k: int) -> list[int]:
-        """The k input features of largest E|x_j|, ascending; equal ones go to the lower index."""
+        """The k input features with the largest E|x_j|, ascending; of equal ones the lower index."""
         return sorted(np.argsort(-self.mean_abs, kind="stable")[:k].tolist())
 
 
@@ -79,7 +79,7 @@ def phi(p: float) -> float:
 
 
 def guaranteed(layer: LayerStatistics, density: float, gamma: float = 0.05) -> Vector:
-    """(m) What vanilla DARE changes output i by at most, with probability ≥ 1 − γ: sqrt(φ(p) log(2/γ) D_i) / d.
+    """(m) The bound on vanilla DARE's change of output i, with probability ≥ 1 − γ: sqrt(φ(p) log(2/γ) D_i) / d.
 
     Theorem 3.1, the root mean square of its bound over tokens.
     """
@@ -122,7 +122,7 @@ def drawn(layer: LayerStatistics) -> float | None:
 
 
 def drawn_rows(layer: LayerStatistics) -> Vector:
-    """(m) The same for each output row; rows without an answer of their own take the layer's (1 if it has none)."""
+    """(m) The same for each output row; rows without such a q take the layer's (1 if it has none)."""
     cross, power = _of_mask(layer)
     answered = (cross > 0.0) & (power > 0.0)
     return np.where(answered, power / np.where(answered, cross, 1.0), drawn(layer) or 1.0)
@@ -136,9 +136,11 @@ def drawn_error(layer: LayerStatistics, q: float | Vector) -> float:
 
 
 def bound_rows(layer: LayerStatistics, density: float, eta: float) -> Vector:
-    """(m) q_i(η) = clamp(η φ(p) C2_i / (2 d |C1_i|), d, 1), the minimiser of the bound with a general q (App. C.9).
+    """(m) q_i(η) = clamp(η φ(p) C2_i / (2 d |C1_i|), d, 1), the minimiser of the bound with a general q (App. C.9):
 
-    |1 − d/q| |C1_i| + η φ(p) C2_i / (4 q²) + log(2/γ)/η. A row without a delta has q_i = d.
+        |1 − d/q| |C1_i| + η φ(p) C2_i / (4 q²) + log(2/γ)/η
+
+    A row without a delta has q_i = d.
     """
     wanted = eta * phi(1.0 - density) * layer.c2
     allowed = 2.0 * density * np.abs(layer.c1)
@@ -147,25 +149,19 @@ def bound_rows(layer: LayerStatistics, density: float, eta: float) -> Vector:
 
 
 def bound_layer(layer: LayerStatistics, density: float, eta: float) -> float:
-    """A layer's q in the paper's rule: the mean of its rows' q_i(η)."""
+    """A layer's q by the paper's rule: the mean of its rows' q_i(η)."""
     return float(bound_rows(layer, density, eta).mean())
 
 
-def cube_layer(layer: LayerStatistics, density: float, kappa: float) -> float:
-    """q = clamp(κ mean_i C2_i^(1/3), d, 1): what the authors' code settles at, without its float16 accident."""
-    return float(np.clip(kappa * np.cbrt(layer.c2).mean(), density, 1.0))
-
-
 Family = Callable[[LayerStatistics, float, float], float]
-FAMILIES: dict[str, Family] = {
-    "bound": bound_layer,
-    "cube": cube_layer,
-    "least_squares": lambda layer, density, eta: least_squares(layer, density, eta),
-}
+# The q of a layer as a function of η, by the rule that it comes from.
+FAMILIES: dict[str, Family] = {"bound": bound_layer, "least_squares": least_squares}
 
 
 def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float) -> tuple[float, float]:
-    """Where to search η: from the largest power of 2^¼ where the layers' mean q is within 1 % of d, to a mean of ½."""
+    """The bounds of the search for η: from the largest power of 2^¼ at which the layers' mean q is within 1 % of d, to
+    a mean of ½.
+    """
     some = list(layers)
 
     def mean(eta: float) -> float:

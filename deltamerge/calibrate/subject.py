@@ -1,4 +1,4 @@
-"""The fine-tune that is calibrated: its weights, deltas and masks read through the merge's own nodes, and its data."""
+"""The fine-tune under calibration: its weights, deltas and masks, read through the merge's own nodes, and its rows."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ from deltamerge.engine import backends
 from deltamerge.engine.backends import torch_device
 from deltamerge.engine.execute import Task, default_workers, execute, shared_values
 from deltamerge.engine.graph import Graph, Node
+from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.ops import dense, torch_dtype
+from deltamerge.methods.ops import dense
 from deltamerge.methods.tiles import Kept
 
 T = TypeVar("T")
@@ -40,9 +41,11 @@ BATCH = 32
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """What compares candidates on held-out rows, smaller is better; `name` in words, `higher` if shown as 1 − value.
+    """Compares candidates on held-out rows; smaller is better.
 
-    `trusted`: not the objective that was searched, so that it can judge a minimum on the bound of the search.
+    measure   its name
+    higher    whether it is shown as 1 − value
+    trusted   whether it differs from the searched objective, so that it can judge a minimum on the search's bound
     """
 
     objective: O.Objective | O.Generation
@@ -52,18 +55,19 @@ class Judge:
     higher: bool = False
 
     def eligible(self, found: Sequence[T]) -> list[T]:
-        """The candidates that may be judged."""
+        """The candidates that this judge can compare."""
         return [one for one in found if self.trusted or not getattr(one, "edge", False)]
 
     def shown(self, value: float) -> float:
+        """A value as it is shown."""
         return 1.0 - value if self.higher else value
 
 
 class Subject:
-    """A fine-tune and its rows; `masks[s]` gives the masked deltas of mask seed s by the fine-tune's tensor names.
+    """A fine-tune and its rows; `masks[s]` has the masked deltas of mask seed s, by the fine-tune's tensor names.
 
-    inputs     batches of the rows that are searched on ("search"), and of those held out ("held")
-    sequences     how many sequences have gone through the model; a backward pass counts as two
+    inputs      batches of the search rows ("search") and of the held-out rows ("held")
+    sequences   sequences that have gone through the model so far; a backward pass counts as two
     """
 
     def __init__(
@@ -90,7 +94,7 @@ class Subject:
         self.batches = {part: self.reads.batches(r, size=BATCH, labelled=labelled) for part, r in self.rows.items()}
         self.model = Model(self.config, self.infos, device=self.device, pad_token_id=self.reads.pad_token_id)
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
-        # the variants of one walk share a part's weights; what was read before is in the system's page cache
+        # the variants of one walk share a part's weights; earlier reads are in the page cache
         self.start = Cache(self._start, max(self._part_bytes()))
         self.masks = [Cache(partial(self._masked, nodes), source.cache // len(masks)) for nodes in masks]
         columns = shared_values(list((protected or {}).values()), self.known)
@@ -105,12 +109,12 @@ class Subject:
 
     @property
     def layers(self) -> dict[str, Linear]:
-        """The linear layers with a pruned weight: what a calibrated q is applied to."""
+        """The linear layers with a pruned weight, which a calibrated q divides."""
         return {layer.name: layer for part in self.model.layers for layer in part if layer.name in self.pairs}
 
     @property
     def reached(self) -> set[str]:
-        """The linear layers that the rows reach in the fine-tune."""
+        """The linear layers of the fine-tune that have had an input."""
         if not self.model.reached:
             inputs = self.batches["search"].inputs
             self.count(inputs)
@@ -119,18 +123,21 @@ class Subject:
 
     @property
     def passes(self) -> int:
-        """Forward passes over the search rows that all sequences so far amount to."""
+        """Forward passes over the search rows so far, from the count of sequences."""
         return math.ceil(self.sequences / self.counts[0])
 
     def count(self, batches: Sequence[Inputs], models: int = 1) -> None:
+        """Count `models` passes over `batches`."""
         self.sequences += models * sum(map(_rows, batches))
 
     def output_change(self, part: Part) -> O.OutputChange:
+        """The objective of that name, on "search" or "held" rows."""
         inputs = self.batches[part].inputs
         self.count(inputs)
         return O.OutputChange.of(self.model, self.tune, inputs)
 
     def validation(self, part: Part) -> O.Validation | O.Generation:
+        """The objective of that name, on "search" or "held" rows."""
         assert self.metric is not None
         if self.metric == "exact_match":
             made, settings = self.reads.prompts(self.rows[part], size=BATCH), self.source.calibration
@@ -146,14 +153,14 @@ class Subject:
         return O.Distribution.of(self.model, self.tune, inputs, regression=self._regression)
 
     def judge(self) -> Judge:
-        """By the metric where there are labels; else by the predictions; without a head by the output change."""
+        """The judge: the metric where there are labels, else predictions; without a head the output change."""
         if self.metric is None:
             return self.agreement(self.batches["held"].inputs)
         objective = self.validation("held")
         return Judge(objective, self.metric, self.counts[1], trusted=True, higher=self.metric != "loss")
 
     def agreement(self, inputs: Sequence[Inputs]) -> Judge:
-        """How near predictions are to the fine-tune's, whatever the scale and shift of a classifier's logits."""
+        """The distance of predictions from the fine-tune's, whatever the scale and shift of a classifier's logits."""
         rows = sum(_rows(batch) for batch in inputs)
         if self.task in LANGUAGE and self._head(self.task):
             return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
@@ -173,7 +180,7 @@ class Subject:
         return architecture.endswith(HEADS[task])
 
     def steps(self) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
-        """Batches to learn scales on, which of them make up each step, and batches of rows that say when to stop."""
+        """Batches to learn scales on, the batch indices of each step, and batches that decide when to stop."""
         rows = self.rows["search"]
         stop = select(rows, max(1, round(STOP_SHARE * len(rows))), self.source.seed + 1)
         chosen = {row.number for row in stop}
@@ -183,7 +190,7 @@ class Subject:
     def values(
         self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], seeds: int | None = None
     ) -> list[float]:
-        """The objective of every choice of q's, over the first `seeds` masks (all of them)."""
+        """The objective of every choice of q's, over the first `seeds` masks (default: all)."""
         masks = self.masks[:seeds]
         variants = [pruned(self.start, mask, q) for q in qs for mask in masks]
         found = O.evaluate(self.model, objective, variants)
@@ -191,19 +198,19 @@ class Subject:
         return [O.over_seeds(found[i : i + len(masks)]) for i in range(0, len(found), len(masks))]
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
-        """The objective of the base with the fine-tune's head, which keeps nothing of the delta."""
+        """The objective of the base with the fine-tune's head, where nothing of the delta is kept."""
         self.count(objective.batches)
         return O.evaluate(self.model, objective, [pruned(self.start, lambda name: None, {})])[0]
 
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
-        """Of the layers that saw an input, over the search rows; with `drawn`, the first mask's too."""
+        """Statistics over the search rows of the layers that had an input; `drawn`: with those of the first mask."""
         draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
         inputs = self.batches["search"].inputs
         self.count(inputs, 2 if drawn else 1)
         return collect(self.model, self.tune, inputs, self.delta, draw=draw)
 
     def delta(self, name: str) -> Tensor | None:
-        """What is pruned of a tensor's delta: 0 in protected columns."""
+        """The part of a tensor's delta that is pruned: 0 in protected columns."""
         if name not in self.pairs:
             return None
         tune, base = self.pairs[name]
@@ -215,7 +222,7 @@ class Subject:
         return delta
 
     def _part_bytes(self) -> list[int]:
-        """Of the tensors outside the blocks alone, and with each block."""
+        """Bytes of the tensors outside the blocks alone, and with each block."""
         outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
         return [outside, *(outside + block for block in blocks)]
 
@@ -225,12 +232,14 @@ class Subject:
         return raw.view(torch_dtype(info.dtype)).view(info.shape).to(self.device)
 
     def _read(self, info: TensorInfo) -> Tensor:
-        """A stored tensor in float32; integers as they are."""
+        """A stored tensor in float32; integers unchanged."""
         tensor = self._stored(info)
         return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
     def _start(self, name: str) -> Tensor:
-        """What the masked delta is added to: the base, with protected columns' deltas; else the fine-tune's own."""
+        """The tensor that the masked delta is added to: the base with protected columns' deltas, else the fine-tune's
+        own.
+        """
         if name not in self.pairs:
             return self._stored(self.infos[name])
         tune, base = self.pairs[name]

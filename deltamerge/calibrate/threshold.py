@@ -1,7 +1,7 @@
-"""`group: model`: one threshold over all tensors of a model, exact, with one tile of a tensor in memory at a time.
+"""`group: model`: one exact threshold over all tensors of a model, with one tile of a tensor in memory at a time.
 
-The passes are those of `prune.select` for one tensor, their histograms summed over the tensors: high bits, low bits
-inside the bin found, and, where only some of the entries equal to the threshold are kept, how many each tensor has.
+The passes are those of `prune.select` for one tensor, with histograms summed over the tensors: the high bits, the low
+bits inside the bin found and, if only some of the entries equal to the threshold are kept, their number per tensor.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ from deltamerge.engine.graph import Function, Graph, Node
 from deltamerge.io.reader import Reader
 from deltamerge.methods.prune import select
 
-TOGETHER = 32  # tensors whose histograms are held before they are added up
+TOGETHER = 32  # tensors whose histograms are kept before they are added
 
 
 @dataclass(frozen=True, slots=True)
 class ModelCut:
-    """The threshold of a model; `equal` are the entries equal to it of every tensor, by name: (kept, all)."""
+    """The threshold of a model; `equal` has (kept, all) of the entries equal to it, by tensor."""
 
     threshold: int
     equal: Mapping[str, tuple[int, int]]
 
 
 def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> ModelCut:
-    """The cut that keeps the k largest magnitudes of all `deltas`; equals from the first tensor on, in flat order."""
+    """The cut that keeps the k largest magnitudes of all `deltas`; equal ones are kept from the first tensor on, in
+    flat order.
+    """
     names = [name for name, _ in deltas]
     if k == 0:
         nothing = select.nothing()
@@ -56,7 +58,7 @@ def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> M
 
 
 def cut_of(cut: ModelCut, *, name: str) -> select.Cut:
-    """One tensor's part of a model's cut."""
+    """One tensor's cut, from a model's."""
     kept, count = cut.equal[name]
     return select.Cut(cut.threshold, kept, count)
 
@@ -70,7 +72,7 @@ def _equals(graph: Graph, delta: Node) -> Node:
 
 
 def _small(graph: Graph, name: str) -> Node:
-    """A value that is given when the graph runs."""
+    """A node for a value that is passed when the graph runs."""
     return graph.node(name, kind="small")
 
 
@@ -81,7 +83,7 @@ def _reduced(
     reader: Reader,
     device: str,
 ) -> Iterator[tuple[str, NDArray[np.int64]]]:
-    """A reduction of every delta."""
+    """One reduction of every delta."""
     graph = Graph()
     given = {_small(graph, name): value for name, value in known.items()}
     for start in range(0, len(deltas), TOGETHER):

@@ -1,4 +1,4 @@
-"""How a model calls its blocks: one forward with stubs in their place, of which each notes its arguments."""
+"""How a model calls its blocks: found by one forward with stubs in their place, which record their arguments."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Stop(Exception):
-    """Every block has been noted."""
+    """Every block has been recorded."""
 
 
 class NotAChain(Exception):
@@ -19,13 +19,13 @@ class NotAChain(Exception):
 
 @dataclass(frozen=True, slots=True)
 class _Previous:
-    """Stands for element `index` of the previous block's output."""
+    """A placeholder for element `index` of the previous block's output."""
 
     index: int
 
 
 class Trace:
-    """How the blocks of one forward were called: arguments, with the previous block's output taken out."""
+    """The calls of the blocks in one forward: their arguments, with placeholders for the previous block's output."""
 
     def __init__(self, first: Callable[..., Any], stop_after: int | None) -> None:
         self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -57,13 +57,14 @@ class Trace:
         return forward
 
     def left(self, *, again: bool) -> Any:
-        """Block 0's output, which is forgotten here, and its input too unless the block is to run `again`."""
+        """Block 0's output; it is forgotten here, as is its input unless the block runs `again`."""
         outputs, self.outputs = self.outputs, None
         if not again:
             self.calls[0] = ((), {})
         return outputs
 
     def call(self, i: int, outputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of block i, given the previous block's `outputs`."""
         args, kwargs = self.calls[i]
         previous = _elements(outputs)
 

@@ -14,20 +14,20 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from deltamerge import __version__
+from deltamerge import __version__, kernels
 from deltamerge.cli import deltas, inspect, mergekit_flags, push, recipes, run, streams
 from deltamerge.cli.output import complain, tell
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import shown
 
-# what writing to stdout may end with
+# errors of writing to stdout
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
-VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "numba", "peft")
+VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "peft")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 unusable input, 2 usage, 3 a bug, 130 interrupted."""
-    gc.disable()  # a plan is many objects without cycles: collecting them over and over costs a third of planning
+    gc.disable()  # a plan is many objects without cycles; collections would take a third of planning
     streams.prepare()
     try:
         code = commands.main(arguments, prog_name="deltamerge", standalone_mode=False)
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> None:
         code = leaving.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt) as interruption:
         kept = str(interruption.__cause__ or interruption)  # click wraps a KeyboardInterrupt in its Abort
-        tell(f"interrupted: {kept or 'nothing was left behind; run the command again'}")
+        tell(f"interrupted: {kept or 'run the command again'}")
         code = 130
     except click.ClickException as error:
         code = _refuse(error, sys.argv[1:] if arguments is None else arguments)
@@ -46,13 +46,13 @@ def main(arguments: list[str] | None = None) -> None:
     unwritten = streams.finish()
     if unwritten is not None and not code:
         code = _explain(unwritten)
-    if "triton" not in sys.modules:  # which would report what is not collected as leaks
-        gc.freeze()  # the interpreter's last collections would look at every object there is, for a tenth of a second
+    if "triton" not in sys.modules:  # triton would report uncollected objects as leaks
+        gc.freeze()  # spares the interpreter's last collections, a tenth of a second
     sys.exit(code if isinstance(code, int) else 0)
 
 
 def _refuse(error: click.ClickException, arguments: list[str]) -> int:
-    """Say what is wrong with the arguments."""
+    """Print what is wrong with the arguments."""
     vars(error)["message"] = shown(error.message)
     said = io.StringIO()
     error.show(said)
@@ -64,8 +64,8 @@ def _refuse(error: click.ClickException, arguments: list[str]) -> int:
 
 
 def _explain(error: Exception) -> int:
-    """Say why a command failed; its exit code."""
-    if isinstance(error, BrokenPipeError):  # whoever read has enough
+    """Print why a command failed; returns its exit code."""
+    if isinstance(error, BrokenPipeError):  # the reader of a pipe has closed it
         return 1
     known = error if isinstance(error, DeltamergeError) else _of_system(error)
     if known is None:
@@ -75,7 +75,9 @@ def _explain(error: Exception) -> int:
 
 
 def _of_system(error: Exception) -> DeltamergeError | None:
-    """What the user can mend of what the system says: a folder, a disk behind stdout, memory, a name; else None."""
+    """The error for a fault of the system that the user can mend (a folder, a disk behind stdout, memory, a name), or
+    None.
+    """
     if isinstance(error, MemoryError):
         return InputError("there is not enough memory", hint="give a smaller --memory, or fewer --workers")
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
@@ -110,11 +112,12 @@ def _versions(context: click.Context, _: click.Parameter, asked: bool) -> None:
             click.echo(f"{package} {version(package)}")
         except PackageNotFoundError:
             click.echo(f"{package} not installed")
+    click.echo(f"kernels {kernels.described()}")
     context.exit()
 
 
 class _Failed(Exception):
-    """An error of a command that click would take for its own: for the end of what the user types, or a closed pipe."""
+    """Wraps an error of a command that click would take for its own: for end of input, or a closed pipe."""
 
     def __init__(self, error: Exception) -> None:
         super().__init__(str(error))
@@ -122,7 +125,7 @@ class _Failed(Exception):
 
 
 class Commands(click.Group):
-    """A group whose help lists commands by what they are for."""
+    """A group whose help lists commands by purpose."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -157,12 +160,12 @@ def completion(shell: str) -> None:
     deltamerge completion fish > ~/.config/fish/completions/deltamerge.fish
     """
     found = get_completion_class(shell)
-    assert found is not None  # click knows these three
+    assert found is not None  # click supports these three
     script = found(commands, {}, "deltamerge", "_DELTAMERGE_COMPLETE").source()
     click.echo(script.replace(*NO_SPACE[shell]) if shell in NO_SPACE else script)
 
 
-# After a folder more is to be typed: no space there. fish knows that by itself.
+# No space after a folder, since more will be typed; fish does this by itself.
 NO_SPACE = {
     "bash": ("COMPREPLY+=($value)", "COMPREPLY+=($value); [[ $value == */ ]] && compopt -o nospace"),
     "zsh": (

@@ -1,4 +1,4 @@
-"""The tables of methods as plain data, for people and for other programs."""
+"""The tables of methods as plain data, for printing and for other programs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from deltamerge.methods.table import MERGE, PRUNE
 def catalogue(name: str | None = None) -> dict[str, list[dict[str, Any]]]:
     """Every method of `merge` and `prune`, or those called `name`, in the order of the tables.
 
-    A parameter's `default` is a value, or "density" for the q of random masks; with `required` there is none.
-    Raises UsageError, with the nearest name, where no method has that name.
+    A parameter's `default` is a value, or "density" for the q of random masks; a `required` one has none. UsageError,
+    with the nearest name: no method has that name.
     """
     if name is not None and name not in MERGE and name not in PRUNE:
         from deltamerge.recipe.messages import suggest

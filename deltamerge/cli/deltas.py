@@ -1,4 +1,4 @@
-"""The commands of delta artifacts and of what a lock says: extract, apply, verify."""
+"""The commands about delta artifacts and locks: extract, apply, verify."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ def extract(
     It holds what changed, exactly, or with a density what is kept of it.
     """
     from deltamerge.run.extract import extract as extract_delta
+    from deltamerge.run.options import Options
     from deltamerge.run.weights import describe_nonfinite
 
     progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
@@ -80,9 +81,8 @@ def extract(
         return progress.start(plan.nbytes)
 
     result = extract_delta(
-        model, base, out, density=density, method=method, q=q, values=values,
-        watch=watch, **options,
-    )  # fmt: skip
+        model, base, out, density=density, method=method, q=q, values=values, options=Options(watch=watch, **options)
+    )
     warnings.say(result.plan)
     if result.nonfinite:
         tell(f"warning: {describe_nonfinite(result.nonfinite)}")

@@ -1,4 +1,4 @@
-"""The commands that look and make no model: check, plan, inspect, recommend, diff."""
+"""The commands that examine and make no model: check, plan, inspect, recommend, diff."""
 
 from __future__ import annotations
 
@@ -40,19 +40,20 @@ def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> Non
 
     Reads no weights; of hub models only the headers are fetched.
     """
-    from deltamerge.recipe.file import documents
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans
 
     worst = 0
     for recipe in recipes:
         try:
-            chain = documents(recipe, mergekit_exact=mergekit_exact)
-            plan = None if offline else make_plans(recipe, device="cpu", mergekit_exact=mergekit_exact)[-1]
+            file = read_recipe(recipe, mergekit_exact=mergekit_exact)
+            plan = None if offline else make_plans(file, options=Options(device="cpu"))[-1]
         except DeltamergeError as error:
             complain(error, str(recipe))
             worst = max(worst, error.exit_code)
         else:
-            several = f", {len(chain)} documents" if len(chain) > 1 else ""
+            several = f", {len(file.documents)} documents" if len(file.documents) > 1 else ""
             size = f", {len(plan.outputs)} tensors, {check_size(plan)}" if plan else ""
             tell(f"{recipe}: ok{several}{size}")
             for warning in plan.warnings if plan else ():
@@ -64,7 +65,7 @@ def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> Non
 
 
 def check_size(plan: Plan) -> str:
-    """The bytes that a run will leave."""
+    """The bytes of a run's output."""
     delta = plan.describe()["delta"] if plan.recipe.output.kind == "delta" else None
     return human(plan.nbytes) if delta is None else f"a delta of about {human(delta['estimated_bytes'])}"
 
@@ -97,12 +98,13 @@ def plan(
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
     from deltamerge.plan import review
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans
 
     def describe(path: Path) -> dict[str, Any]:
-        *before, planned = make_plans(
-            path, device=device, workers=workers, memory=memory, mergekit_exact=mergekit_exact
-        )
+        file = read_recipe(path, mergekit_exact=mergekit_exact)
+        *before, planned = make_plans(file, options=Options(device=device, workers=workers, memory=memory))
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
         return planned.describe() | ({"intermediate": intermediate} if before else {})
 

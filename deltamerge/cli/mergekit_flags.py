@@ -1,4 +1,4 @@
-"""What stands here for the flags of mergekit-yaml and mergekit-multi, for those who type them from habit."""
+"""Hints for users who type the flags of mergekit-yaml and mergekit-multi."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _DEVICE = "--device cuda[:N]; a GPU is found by itself"
 _STREAMED = "not needed: tensors are streamed in tiles; --memory 2GB is a cap"
 _THREADS = "--workers N"
 _INTERMEDIATE = "they lie in OUT-intermediate, or where output.path of each document says"
-# docs/from-mergekit.md has the same in a table
+# docs/from-mergekit.md has the same table
 FLAGS = {
     "--allow-crimes": "not needed: tensors must fit by name and shape, whatever architecture they are of",
     "--async-write": _STREAMED,
@@ -44,7 +44,7 @@ FLAGS = {
 
 
 def hints(error: click.ClickException, arguments: Sequence[str]) -> Iterator[str]:
-    """What to type instead, of every argument that is mergekit's, for an error in the arguments of a command."""
+    """For an error in a command's arguments, what to type instead of each argument that is mergekit's."""
     if not isinstance(error, click.UsageError) or error.ctx is None or error.ctx.command.name != "run":
         return
     extra = error.message.startswith("Got unexpected extra argument")

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands take."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Reference(click.types.StringParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
             str(value).encode()
-        except UnicodeEncodeError:  # recipes, locks and cards, which are UTF-8, will have to name it
+        except UnicodeEncodeError:  # recipes, locks and cards, which are UTF-8, must be able to name it
             self.fail(f"{shown(str(value))} is not UTF-8: rename it, or make a link to it", param, ctx)
         return super().convert(value, param, ctx)
 
@@ -60,12 +60,12 @@ class Reference(click.types.StringParamType):
 
 
 def some(*values: str) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """What completes an option that takes these values, and others."""
+    """A completion for an option that takes these values, among others."""
     return lambda context, option, incomplete: [value for value in values if value.startswith(incomplete)]
 
 
 def pruning_methods(context: click.Context, option: click.Parameter, incomplete: str) -> list[str]:
-    """The pruning methods that begin so, those of other packages too."""
+    """The pruning methods that begin with the typed text, including those of other packages."""
     from deltamerge.methods.table import PRUNE
 
     return sorted(name for name in PRUNE if name.startswith(incomplete))
@@ -111,14 +111,14 @@ ROWS = (
 
 
 def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that stand for a recipe's `calibration`."""
+    """Add the options that describe a recipe's `calibration`."""
     for option in reversed(ROWS):
         command = option(command)
     return command
 
 
 def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict[str, Any] | None:
-    """A recipe's `calibration` of those options and `more`, which may be None; None without data."""
+    """A recipe's `calibration` from these options and `more`, which may be None; None without data."""
     if data is None:
         if text or more.get("label"):
             raise click.UsageError("--text and --label need --calibration")

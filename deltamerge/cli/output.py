@@ -1,4 +1,4 @@
-"""What commands say on stdout and stderr while they work, when they are done and when they cannot go on."""
+"""What commands print on stdout and stderr: progress, results, errors."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ if TYPE_CHECKING:
 
 
 def say(text: str) -> None:
-    """The answer of a command on stdout."""
+    """Print a command's result on stdout."""
     click.echo(printed(text))
 
 
 def say_json(value: Any) -> None:
-    """The answer as one JSON object on stdout; in ASCII, so that nothing in it acts on a terminal or a CI log."""
+    """Print a result as one JSON object on stdout, in ASCII, so that nothing in it acts on a terminal or a CI log."""
     _say_ascii(json.dumps(value, sort_keys=True))
 
 
 def say_model(model: BaseModel) -> None:
-    """The fields of a report as one JSON object on stdout, in their order; a number that is none is null."""
+    """Print the fields of a report as one JSON object on stdout, in order; NaN becomes null."""
     _say_ascii(json.dumps(_finite(model.model_dump(mode="json")), separators=(",", ":")))
 
 
@@ -51,17 +51,17 @@ def _say_ascii(text: str) -> None:
 
 
 def tell(line: str) -> None:
-    """A line on stderr."""
+    """Print a line on stderr."""
     _to_stderr(printed(shown(line, LINE)))
 
 
 def _to_stderr(text: str) -> None:
-    with suppress(OSError):  # there is nobody to tell that nobody can be told; the exit code does
+    with suppress(OSError):  # stderr itself fails; only the exit code is left
         click.echo(text, err=True)
 
 
 class Progress:
-    """A line on stderr: bytes done, rate and time left; silent where nobody looks."""
+    """A line on stderr with bytes done, rate and time left; silent if stderr is no terminal."""
 
     def __init__(self, *, shown: bool) -> None:
         self.shown = shown
@@ -69,21 +69,20 @@ class Progress:
         self.total = self.done = 0
         self.last = 0.0
         self.lock = threading.Lock()
-        if shown:
-            from deltamerge.cli import progress_notes
-
-            progress_notes.show()
 
     @property
     def seconds(self) -> float:
+        """Seconds since the start."""
         return time.monotonic() - self.begun
 
     def start(self, total: int) -> Callable[[int], None]:
+        """Begin a line for `total` bytes."""
         self.total, self.done = total, 0
         self.started = time.monotonic()
         return self.add
 
     def add(self, nbytes: int) -> None:
+        """Count `nbytes` as done."""
         with self.lock:
             self.done += nbytes
             if not self.shown or time.monotonic() - self.last < 0.1:
@@ -101,20 +100,19 @@ class Progress:
             click.echo(f"\r\x1b[K{text}", nl=False, err=True)
 
     def stop(self) -> None:
+        """Remove the line."""
         if self.shown:
-            from deltamerge.cli import progress_notes
-
-            progress_notes.hide()
             self._draw("")
 
 
 class Warnings:
-    """Says each warning of a plan once, before the work, or after it where there was no plan before."""
+    """Prints each warning of a plan once: before the work, or after it if there was no plan before."""
 
     def __init__(self) -> None:
         self.said: set[str] = set()
 
     def say(self, plan: Plan) -> None:
+        """Print the warnings that have not been printed yet."""
         for warning in plan.warnings:
             if warning not in self.said:
                 self.said.add(warning)
@@ -122,7 +120,7 @@ class Warnings:
 
 
 def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool, **more: Any) -> None:
-    """What a finished run made; `more` is for the JSON object."""
+    """Print what a finished run made; `more` is added to the JSON object."""
     progress.stop()
     tensors, delta = len(result.plan.outputs), result.delta
     kind = result.plan.recipe.output.kind
@@ -156,7 +154,7 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
 
 
 def complain(error: DeltamergeError, where: str) -> None:
-    """One error on stderr, with its hint; a recipe's problems say where they are themselves."""
+    """Print one error on stderr with its hint; problems of a recipe carry their own places."""
     _to_stderr(printed(str(error) if isinstance(error, RecipeError) else f"{shown(where)}: {error}"))
     if error.hint:
         tell(f"hint: {shown(error.hint)}")

@@ -1,4 +1,4 @@
-"""What the work has to say to someone who waits, above the line of progress; imported where there is such a line."""
+"""Log messages of the package, shown above the progress line; imported only where there is such a line."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _LOGGER, _NOTES = logging.getLogger("deltamerge"), _Notes()
 
 
 def show() -> None:
-    """Show what the package logs from now on, each in a line on stderr."""
+    """Show further log messages of the package, each as a line on stderr."""
     _LOGGER.addHandler(_NOTES)
     _LOGGER.setLevel(logging.INFO)
 

@@ -6,11 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltamerge import kernels
 from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
@@ -81,8 +83,12 @@ def run(
 
     An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
     """
+    from deltamerge.inspect.pictures import drawing
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.lock import Lock
+    from deltamerge.run.options import Options
     from deltamerge.run.partition import Part
-    from deltamerge.run.publish import SCHEME
+    from deltamerge.run.publish import SCHEME, fetch
     from deltamerge.run.runner import finish as finish_parts
     from deltamerge.run.runner import run as run_recipe
     from deltamerge.run.weights import describe_nonfinite
@@ -96,46 +102,37 @@ def run(
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    elif line := kernels.missing():
+        tell(line)
     progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
 
     def watch(plan: Plan) -> Callable[[int], None]:
         warnings.say(plan)
         return progress.start(plan.nbytes)
 
+    options = Options(
+        device=device, workers=workers, memory=memory, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
+        watch=watch, drawing=drawing if pictures else None,
+    )  # fmt: skip
     published = None
     with ExitStack() as held:
         path = Path(recipe)
         if recipe.startswith(SCHEME):
-            from deltamerge.run.publish import fetch
-
             out = out or Path(f"{recipe.partition('@')[0].rpartition('/')[2]}-merged")
             published = fetch(recipe, held.enter_context(scratch(out.absolute().parent)))
-            path, locked = published.recipe, True
+            path = published.recipe
+            options = replace(options, lock=published.lock, pins=published.pins)
+        file = read_recipe(path, mergekit_exact=mergekit_exact)
+        if locked and published is None:
+            options = replace(options, lock=Lock.read(file.lock_path))
         if finish:
-            result = finish_parts(
-                path,
-                out,
-                workers=workers,
-                force=force,
-                locked=locked,
-                pictures=pictures,
-                pins=published.pins if published else None,
-                mergekit_exact=mergekit_exact,
-            )
-        else:
-            options: dict[str, Any] = {
-                "device": device, "workers": workers, "memory": memory, "resume": resume, "force": force,
-                "locked": locked, "allow_nonfinite": allow_nonfinite, "pictures": pictures,
-                "mergekit_exact": mergekit_exact,
-                "watch": watch,
-            }  # fmt: skip
-            if ray is not None:
-                from deltamerge.run.cluster import run_on_ray
+            result = finish_parts(file, out, options)
+        elif ray is not None:
+            from deltamerge.run.cluster import run_on_ray
 
-                result = run_on_ray(path, out, address=ray, **options)
-            else:
-                chosen = Part.parse(part) if part else None
-                result = run_recipe(path, out, part=chosen, pins=published.pins if published else None, **options)
+            result = run_on_ray(file, out, options, address=ray)
+        else:
+            result = run_recipe(file, out, options, part=Part.parse(part) if part else None)
     warnings.say(result.plan)
     if result.nonfinite:
         tell(f"warning: {describe_nonfinite(result.nonfinite)}")
@@ -167,12 +164,15 @@ def calibrate(
 
     Writes them to the lock beside RECIPE, for run --locked.
     """
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
     from deltamerge.run.runner import calibrate as calibrate_recipe
 
-    found = calibrate_recipe(recipe, device=device, workers=workers, memory=memory)
+    file = read_recipe(recipe)
+    found = calibrate_recipe(file, Options(device=device, workers=workers, memory=memory))
     if plot is not None:
         from deltamerge.inspect.plots import draw
 
         draw(found, plot)
     say_json(found) if as_json else say(render_calibration(found))
-    tell(f"{recipe.with_suffix('.lock')}: written")
+    tell(f"{file.lock_path}: written")

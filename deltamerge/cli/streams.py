@@ -1,4 +1,4 @@
-"""stdin, stdout and stderr as a shell may leave them: closed, full, a pipe that nobody reads, not UTF-8."""
+"""stdin, stdout and stderr as a shell may leave them: closed, full, a pipe without a reader, not UTF-8."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from contextlib import suppress
 
 
 def prepare() -> None:
-    """Give every closed stream a place, before a file of ours is opened in it; let no character stop what is said."""
+    """Open every closed stream, so that no file of ours takes its number; escape characters that a stream cannot
+    encode.
+    """
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)
-        except OSError:  # what is written to a closed stdout fails, as it must; stderr may be closed to be quiet
+        except OSError:  # writing to a closed stdout fails, as it must; stderr may be closed on purpose
             with suppress(OSError):
                 os.set_inheritable(os.open(os.devnull, mode), True)
     if sys.stdout is None:
@@ -27,7 +29,7 @@ def prepare() -> None:
 
 
 def finish() -> OSError | None:
-    """Write what is left; what cannot be written is dropped, or the interpreter would complain of it on leaving."""
+    """Flush the streams; unwritable text is dropped, or the interpreter would complain on exit."""
     failed = None
     for stream in (sys.stderr, sys.stdout):
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from deltamerge.errors.shown import CELL, shown
@@ -9,7 +10,7 @@ from deltamerge.errors.shown import lines as one_a_line
 
 
 def human(size: float) -> str:
-    """A number of bytes in decimal units, as shard_size and the hub count."""
+    """A number of bytes in decimal units, as shard_size and the hub use them."""
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
@@ -18,14 +19,14 @@ def human(size: float) -> str:
 
 
 def render_delta(delta: dict[str, Any]) -> str:
-    """What a delta artifact will be, in a line."""
+    """A planned delta artifact, on one line."""
     values = f"{delta['values']} values to add" if delta["values"] else "final values"
     size = human(delta["estimated_bytes"])
     return f"{values}, about {size}: an estimate, without tables, of positions at random; less if less has changed"
 
 
 def render_diff(found: dict[str, Any]) -> str:
-    """What differs, as an aligned table, or key by key."""
+    """Differences as an aligned table, or key by key."""
     if found["kind"] == "locks":
         lines = [f"{key}: {old} -> {new}" for key, (old, new) in found["changes"].items()]
         return one_a_line(lines or ["nothing differs"])
@@ -92,7 +93,7 @@ def render_plan(described: dict[str, Any]) -> str:
 
 
 def _render_tokenizer(described: dict[str, Any]) -> list[str]:
-    """What becomes of the vocabulary, and where tokens come from that a model lacks."""
+    """What becomes of the vocabulary, and the source of the rows of tokens that a model lacks."""
     chat = [f"chat template  {described['chat_template']}"] if described["chat_template"] else []
     found = described["tokenizer"]
     if found is None:
@@ -111,8 +112,8 @@ def _render_tokenizer(described: dict[str, Any]) -> list[str]:
     return [f"tokenizer      {'; '.join(parts)}", *missing, *notes, *chat]
 
 
-def render_calibration(found: dict[str, Any]) -> str:
-    """What was chosen for every model, its search path, and the q of every tensor that has one."""
+def render_calibration(found: Mapping[str, Any]) -> str:
+    """For every model the chosen q, its search path, and the q of every tensor that has its own."""
     lines = []
     for model, entry in found.items():
         path = [f"  {' '.join(f'{x:.4g}' if isinstance(x, float) else str(x) for x in step)}" for step in entry["path"]]
@@ -158,7 +159,7 @@ def _default(value: Any) -> str:
 
 
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows of a table as lines; a cell, which may be a stranger's, is cut where it is long."""
+    """Rows of a table as lines; long cells, which may be a stranger's text, are cut."""
     rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -1,4 +1,4 @@
-"""One tensor of a delta artifact: its entries decoded, and the result made of them and the base's tensor.
+"""One tensor of a delta artifact: decodes its entries, and applies them to the base's tensor.
 
 An array of *bits* is flat and unsigned: the stored bytes of a dtype. Decoding checks every position.
 """
@@ -29,7 +29,7 @@ Read = Callable[[int, int], Any]
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A tensor of an artifact: its record, and what is stored of it (bits; None where nothing is)."""
+    """A tensor of an artifact: its record, and its stored arrays (bits; None where nothing is stored)."""
 
     name: str
     record: Record
@@ -51,21 +51,21 @@ class Entry:
         return self.size if shape is None else math.prod(shape)
 
     def positions(self) -> Iterator[Array]:
-        """Flat int64 positions in ascending pieces. InputError: they are not what the record says."""
+        """Flat int64 positions in ascending pieces. InputError: they contradict the record."""
         if self.index is not None:
             return decode(self.record.encoding, self.index, self.record.count, self.size, self.record.k)
         stops = range(TILE, self.record.count + TILE, TILE)
         return (np.arange(stop - TILE, min(stop, self.record.count)) for stop in stops)
 
     def scale_values(self) -> Array:
-        """Float32 scales, one per group; none where values have no scales."""
+        """Float32 scales, one per group; empty if values have no scales."""
         record = self.record
         if self.scales is None or record.values is None:
             return np.empty(0, np.float32)
         return scale_values(self.scales[:], groups(record), record.unit, record.ranks)
 
     def codes(self, start: int, stop: int) -> Array:
-        """Values [start, stop) before scales: bits of final values, float32, int8, or int8 1 and -1 for signs."""
+        """Values [start, stop) before scaling: bits of final values, float32, int8, or int8 ±1 for signs."""
         coding = self.record.values
         if coding == "sign":
             bits = np.unpackbits(self.values[start >> 3 : -(-stop // 8)], bitorder="little").view(np.int8)
@@ -87,10 +87,10 @@ class Entry:
                 done += positions.size
 
     def tiles(self, read: Read | None, *, check: bool = True, tile: int = TILE) -> Iterator[Array]:
-        """The result as bits, tile by tile, from the base's tensor (None where the base has none).
+        """The result as bits, tile by tile, computed from the base's tensor (None if the base has none).
 
-        InputError: positions are damaged; or with `check` and after the last tile, the base's or the result's bytes
-        have not the hash of the record. It has no hint where the base is to blame.
+        InputError: positions are damaged; or, with `check` and after the last tile, the base's or the result's hash
+        differs from the record's. The error has no hint if the base is to blame.
         """
         record, dtype = self.record, self.record.dtype
         if (read is None) != (record.base is None):
@@ -130,18 +130,18 @@ class Entry:
             raise InputError("the result is not the tensor this delta was made for", hint=DAMAGED)
 
     def put(self, out: Array, base: Array, positions: Array, values: Array) -> None:
-        """Into `out`, which is `base` in the result's dtype (and may be `base` itself)."""
+        """Apply entries to `out`, which holds `base` in the result's dtype and may be `base` itself."""
         if self.record.values is None:
             out[positions] = values
             return
         with np.errstate(over="ignore", invalid="ignore"):
             if self.record.dtype == self.base_dtype == "F32":
-                np.add.at(out.view(np.float32), positions, values)  # one pass, where indexing takes two
+                np.add.at(out.view(np.float32), positions, values)  # one pass; indexing would take two
             else:
                 out[positions] = narrow(widen(base[positions], self.base_dtype) + values, self.record.dtype)
 
     def apply(self, base: Array | None) -> Array:
-        """The whole result as flat bits, from the base tensor's flat array; not checked by hash."""
+        """The whole result as flat bits, from the base tensor's flat bits; hashes are not checked."""
         read = None if base is None else lambda start, stop: base[start:stop]
         parts = list(self.tiles(read, check=False, tile=max(1, self.size)))
         return parts[0] if parts else np.empty(0, bits_type(self.record.dtype))
@@ -149,7 +149,7 @@ class Entry:
 
 @contextmanager
 def damage_told() -> Iterator[None]:
-    """Faults of what is decoded within have a hint."""
+    """Give errors of decoding a hint."""
     try:
         yield
     except InputError as error:
@@ -158,7 +158,9 @@ def damage_told() -> Iterator[None]:
 
 
 def digest(hasher: Any) -> str:
-    """The first 128 bits of a BLAKE3, in hex: enough against a chosen second text, and half the manifest."""
+    """The first 128 bits of a BLAKE3, in hex: enough against a chosen second preimage, and half the size in the
+    manifest.
+    """
     return str(hasher.hexdigest(length=16))
 
 
@@ -168,7 +170,7 @@ def as_bits(array: Any, dtype: str) -> Array:
 
 
 def extend(bits: Array, size: int) -> Array:
-    """`bits` and then zeros, `size` in all."""
+    """`bits` followed by zeros, `size` elements in all."""
     if bits.size == size:
         return bits
     out = np.zeros(size, bits.dtype)

@@ -1,6 +1,6 @@
-"""A delta artifact: what changed of a base checkpoint, in few bytes; opened, checked, and put to use.
+"""A delta artifact: the changes of a base checkpoint in few bytes; opened, checked and applied.
 
-docs/delta-format.md has the format; torch is imported where its tensors are asked for.
+docs/delta-format.md describes the format. torch is imported only where tensors are returned.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,16 +23,11 @@ from deltamerge.delta.manifest import Base, Manifest
 from deltamerge.delta.positions import Array, index_itemsize
 from deltamerge.delta.stored import Scratch
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import code_of, torch_dtype
 
 if TYPE_CHECKING:
     import torch
 
-TORCH_NAMES = {
-    "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-    "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-}  # fmt: skip
 THREADED = 1 << 15
 
 
@@ -53,7 +47,11 @@ class Patch(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A tensor of the result: what it is, the base's tensor it comes from (if any), and what changes (if anything)."""
+    """A tensor of the result.
+
+    base_name   the base's tensor that it comes from; None: the base has none
+    entry       its changes; None: it is unchanged
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -73,13 +71,13 @@ class DeltaFile:
 
     @classmethod
     def open(cls, path: str | Path) -> DeltaFile:
-        """Check the folder at `path`; arrays are read when used. InputError: anything is not as the format says."""
+        """Open and check the folder at `path`; arrays are read when used. InputError: it does not follow the format."""
         folder = Path(path)
         with errors.context(str(path)):
             return cls(folder, *open_folder(folder))
 
     def patches(self) -> Iterator[Patch]:
-        """Final values, tensor by tensor, unchanged ones left out; for an artifact that replaces."""
+        """Final values, tensor by tensor, without unchanged ones; for an artifact that replaces."""
         import torch
 
         for name, entry in self.entries.items():
@@ -94,7 +92,7 @@ class DeltaFile:
             yield Patch(name, tuple(record.shape), values.dtype, values, indices)
 
     def result(self, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Source]:
-        """The tensors of the result in order, from (dtype, shape) of the base's tensors by name.
+        """The tensors of the result in order; `base` maps the base's tensor names to (dtype, shape).
 
         InputError: the base lacks a tensor that the delta needs, or has it in another dtype or shape.
         """
@@ -120,12 +118,12 @@ class DeltaFile:
         return sources
 
     def apply_to(self, state: MutableMapping[str, Any]) -> None:
-        """Turn a state dict of the base (torch tensors on any device) into the result's, in place where it fits.
+        """Turn a state dict of the base (torch tensors on any device) into the result's, in place where possible.
 
-        A tensor is found by its name in the base, else by its name in the result. One that is new, or changes dtype
-        or shape, is made; a removed one is taken out. Hashes are not checked. On the CPU as many threads as torch has
-        work on large tensors. InputError: a tensor is missing or is not of the base's dtype and shape, and nothing
-        has been changed; or positions are damaged, or the file has become shorter.
+        A tensor is found by its name in the base, else by its name in the result. New tensors, and those whose dtype or
+        shape changes, are created; removed ones are deleted. Hashes are not checked. On the CPU large tensors use as
+        many threads as torch has. InputError: a tensor is missing or differs from the base's in dtype or shape (then
+        nothing has been changed); positions are damaged; or the file has become shorter.
         """
         import torch
 
@@ -137,7 +135,7 @@ class DeltaFile:
             target = _target(entry, state.get(key), self.manifest.base)
             targets[entry.name] = target.clone() if uses[key] > 1 and key != entry.name else target
 
-        own = threading.local()  # memory of each thread
+        own = threading.local()  # scratch memory of each thread
 
         def apply(entry: Entry) -> None:
             if not hasattr(own, "scratch"):
@@ -182,22 +180,15 @@ def to_torch(bits: Array, dtype: str) -> torch.Tensor:
     """Flat bits as a torch tensor that shares their memory."""
     import torch
 
-    return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(getattr(torch, TORCH_NAMES[dtype]))
-
-
-@cache
-def _code(dtype: torch.dtype) -> str:
-    """safetensors' code of a torch dtype, or the dtype's own name."""
-    name = str(dtype).removeprefix("torch.")
-    return next((code for code, known in TORCH_NAMES.items() if known == name), name)
+    return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(torch_dtype(dtype))
 
 
 def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
-    return _code(tensor.dtype), tuple(tensor.shape)
+    return code_of(tensor.dtype) or str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
 
 
 def _target(entry: Entry, target: Any, base: Base) -> Any:
-    """The tensor that an entry changes; None where the base has none, or one of another kind."""
+    """The tensor that an entry changes; None if the base has none, or has one of another kind."""
     record = entry.record
     if record.base is None:
         fits = target is not None and _described(target) == (record.dtype, tuple(record.shape))

@@ -1,4 +1,4 @@
-"""The folder of a delta artifact: its files checked against its manifest before any tensor is read."""
+"""The folder of a delta artifact: its files are checked against the manifest before any tensor is read."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NOTHING = np.empty(0, np.uint8)
 
 
 def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, ...]]:
-    """The manifest, the entries in its order, and the artifact's files. InputError: it is not as the format says."""
+    """The manifest, the entries in its order, and the artifact's files. InputError: it does not follow the format."""
     manifest = _manifest(folder)
     stored: dict[str, TensorInfo] = {}
     shards = _files(folder)

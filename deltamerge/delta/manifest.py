@@ -1,6 +1,6 @@
-"""What a delta artifact's manifest says of its tensors: its form, and records that contradict themselves.
+"""The manifest of a delta artifact: its form, and checks that records do not contradict themselves.
 
-docs/delta-format.md is its description.
+docs/delta-format.md describes it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from deltamerge.delta.positions import LARGEST_K, Coding, index_itemsize
 from deltamerge.delta.values import SCALE_BITS, SCALED, UNITS, VALUE_BITS, Values
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import FLOATING, ITEMSIZE, PACKED_BITS
+from deltamerge.io.dtypes import FLOATING, ITEMSIZE, PACKED
 from deltamerge.io.safetensors_file import MAX_DIMENSIONS
 
 FORMAT = "deltamerge-delta"
@@ -47,7 +47,7 @@ class Record(_Strict):
 
     shape, dtype   of the result; dtype is safetensors' code ("BF16")
     encoding, k    how positions are stored, and rice's k
-    count          entries listed; 0: nothing is stored, the tensor is the base's
+    count          number of entries; 0: nothing is stored, the tensor is the base's
     values         None: final values, in `dtype`; else the coding of float32 values to add
     group, unit    elements that share a scale, and the scales' unit (int8, sign)
     ranks          scale codes, the most common first, where scales are stored as ranks; None: as four bits each
@@ -74,7 +74,7 @@ class Record(_Strict):
 
 
 class Manifest(_Strict):
-    """delta.json. Tensors of the base that neither `tensors` nor `removed` names are in the result unchanged."""
+    """delta.json. Tensors of the base that are neither in `tensors` nor in `removed` are unchanged in the result."""
 
     format: Literal["deltamerge-delta"] = "deltamerge-delta"
     version: Literal[1] = 1
@@ -86,12 +86,12 @@ class Manifest(_Strict):
 
 
 def groups(record: Record) -> int:
-    """Scales of a tensor."""
+    """The number of scales of a tensor."""
     return -(-math.prod(record.shape) // record.group)
 
 
 def stored_arrays(record: Record) -> dict[str, tuple[str, int | None]]:
-    """What is stored of a tensor: suffix of the name -> (dtype, length; None where only decoding can tell)."""
+    """The stored arrays of a tensor: suffix of the name -> (dtype, length; None if only decoding determines it)."""
     count, size = record.count, math.prod(record.shape)
     if not count:
         return {}
@@ -116,7 +116,7 @@ def check_record(record: Record) -> None:
     base_dtype = record.base_dtype or record.dtype
     if record.dtype not in ITEMSIZE or base_dtype not in ITEMSIZE:
         raise InputError(f"unknown dtype {record.dtype if base_dtype in ITEMSIZE else base_dtype!r}")
-    if {record.dtype, base_dtype} & PACKED_BITS.keys():
+    if {record.dtype, base_dtype} & PACKED:
         raise InputError(f"{record.dtype} shares bytes between elements, which a delta cannot hold")
     if size >= LARGEST_SIZE or record.count > size:
         raise InputError(f"count is {record.count}, the tensor has {size} elements")

@@ -1,4 +1,4 @@
-"""A delta artifact over its base, read as if it were a checkpoint: any range of any tensor, from any thread."""
+"""A delta artifact over its base, read like a checkpoint: any range of any tensor, from any thread."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from deltamerge.delta.file import DeltaFile
     from deltamerge.io.checkpoint import Checkpoint
 
-HELD = 16  # tensors whose positions stay decoded, in at most an eighth of a byte an element
+HELD = 16  # tensors whose positions stay decoded, at most an eighth of a byte per element
 
 
 def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
-    """The checkpoint that `delta`, whose folder is `opened`, makes of `base`; its tensors are made when they are read.
+    """The checkpoint that `delta`, whose folder is `opened`, makes of `base`; its tensors are computed when read.
 
-    InputError: the base has not the tensors that the delta was made from (their content is not looked at).
+    InputError: the base lacks tensors that the delta was made from (their content is not checked).
     """
     if base.is_delta:
         raise InputError(f"its base {base.reference} is a delta too", hint="apply that first: deltamerge apply")
@@ -55,7 +55,7 @@ def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
 
 
 def added(info: TensorInfo) -> TensorInfo | None:
-    """The float32 values that make `info` of the base's tensor, where a delta artifact stores those; else None."""
+    """The float32 values that a delta artifact adds to the base's tensor to make `info`; None if it stores none."""
     layer = info.made
     if not isinstance(layer, _Layer) or layer.entry.record.values is None:
         return None
@@ -64,8 +64,14 @@ def added(info: TensorInfo) -> TensorInfo | None:
 
 
 def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile: int = TILE) -> None:
-    """InputError: a tensor of `base` has not the hash that the delta was made from, or what the delta makes of it not
-    the hash that it was made for. `base` has its tensors, by `DeltaFile.result`."""
+    """InputError: a base tensor, or a resulting tensor, does not have the hash that the delta records.
+
+    delta     the artifact
+    base      the base's tensors by name
+    reader    reads them
+    workers   threads
+    tile      elements of a tile
+    """
 
     def look(entry: Entry) -> None:
         record = entry.record
@@ -84,7 +90,7 @@ def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile
 
 
 def elements(reader: Reader, info: TensorInfo) -> ReadElements:
-    """What reads flat elements [start, stop) of a tensor, as bits."""
+    """A function that reads flat elements [start, stop) of a tensor as bits."""
 
     def read(start: int, stop: int) -> Array:
         out = np.empty(stop - start, bits_type(info.dtype))
@@ -96,7 +102,7 @@ def elements(reader: Reader, info: TensorInfo) -> ReadElements:
 
 @dataclass(slots=True)
 class _Index:
-    """A tensor's positions in pieces: the first of each, and how many entries come before it."""
+    """A tensor's positions in pieces: the first position of each, and the number of entries before it."""
 
     positions: Positions
     firsts: list[int]
@@ -114,7 +120,7 @@ class _Index:
 
 
 class _Held:
-    """The indices of the tensors used last."""
+    """The indices of the tensors last used."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -139,7 +145,7 @@ class _Held:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Layer:
-    """An entry of the delta at `path` over the base's tensor, `info` (None: the base has none)."""
+    """An entry of the delta at `path` over the base's tensor `info` (None: the base has none)."""
 
     entry: Entry
     info: TensorInfo | None
@@ -172,7 +178,7 @@ class _Layer:
                     target[where] = narrow(widen(base[where], self.info.dtype) + values, record.dtype)
 
     def entries(self, start: int, stop: int) -> Iterator[tuple[Array, Any]]:
-        """Positions counted from `start`, and bits of final values or float32 values to add."""
+        """Positions relative to `start`, with bits of final values or float32 values to add."""
         entry = self.entry
         if not entry.record.count:
             return
@@ -190,7 +196,7 @@ class _Layer:
 
 @dataclass(frozen=True, slots=True)
 class _Added:
-    """The float32 values that a layer adds, zero where it adds nothing."""
+    """The float32 values that a layer adds; zero where it adds nothing."""
 
     layer: _Layer
 

@@ -1,4 +1,4 @@
-"""Where the entries of a sparse tensor are, in few bytes; numpy only, no loop over entries.
+"""Codings of the positions of a sparse tensor's entries; numpy only, no loop over entries.
 
 Positions (flat, ascending, unique, in [0, size)) have four codings, and the smallest is chosen. With gap =
 distance to the position before, less 1 (the first is measured from -1):
@@ -31,15 +31,15 @@ Array = npt.NDArray[Any]
 Coding = Literal["dense", "indices", "bitmask", "gaps", "rice"]
 
 CODINGS: tuple[Coding, ...] = ("dense", "indices", "bitmask", "gaps", "rice")
-LARGEST_K = 40  # a piece's positions stay below 2**62
-SPAN = 1 << 17  # entries or bytes decoded at a time: temporaries stay in cache
+LARGEST_K = 40  # so that the positions of a piece stay below 2**62
+SPAN = 1 << 17  # entries or bytes decoded at once, so that temporaries stay in cache
 ESCAPE = 255
 _QUOTIENTS = np.arange(ESCAPE) >> np.arange(LARGEST_K + 1)[:, None]
 
 
 @dataclass(slots=True)
 class Gaps:
-    """What the sizes of the codings depend on, gathered from ascending positions, tile by tile."""
+    """What the sizes of the codings depend on, counted tile by tile over ascending positions."""
 
     count: int = 0
     last: int = -1
@@ -74,7 +74,7 @@ class Gaps:
 class Positions:
     """Ascending positions and their `gaps`, kept tile by tile in at most size / 8 bytes.
 
-    A tile is its first position and, counted from there, bits (uint8) or distances, whichever is smaller.
+    A tile is its first position and, relative to it, a bitmask (uint8) or distances, whichever is smaller.
     """
 
     gaps: Gaps = field(default_factory=Gaps)
@@ -99,7 +99,7 @@ class Positions:
             self.packed.append((first, distances.astype(np.uint32) if span < 1 << 32 else distances))
 
     def pieces(self) -> Iterator[Array]:
-        """The positions again, tile by tile."""
+        """The positions, tile by tile."""
         return map(self.piece, range(len(self.packed)))
 
     def piece(self, number: int) -> Array:
@@ -122,14 +122,14 @@ class Choice:
 
 
 def expected_bits(density: float, value_bits: int) -> float:
-    """Bits an element of a tensor of which `density` is stored, at random positions: p v + H(p), or v if dense."""
+    """Bits per element of a tensor of which `density` is stored at random positions: p v + H(p), or v if dense."""
     p = density
     entropy = -p * math.log2(p) - (1 - p) * math.log2(1 - p) if 0 < p < 1 else 0.0
     return min(p * value_bits + entropy, value_bits)
 
 
 def uniform_density(bits: float, value_bits: int) -> float:
-    """The density that takes `bits` an element."""
+    """The density that takes `bits` per element."""
     if expected_bits(1.0, value_bits) <= bits:
         return 1.0
     low, high = 1e-9, 1.0
@@ -158,11 +158,13 @@ def most_bytes(coding: Coding, count: int, size: int, k: int) -> int:
 
 
 def choose(gaps: Gaps, size: int, value_bits: int, *, fill: bool, allowed: Collection[Coding] = CODINGS) -> Choice:
-    """The coding of fewest bytes, values included; the plainest of equals.
+    """The coding that takes the fewest bytes, values included; of equals the simplest.
 
-    size        elements of the tensor
-    value_bits  bits of one stored value
-    fill        whether dense may be chosen though entries are missing (their values are known: the base's)
+    gaps         of the positions
+    size         elements of the tensor
+    value_bits   bits of one stored value
+    fill         whether dense may be chosen though entries are missing (their values are the base's)
+    allowed      codings to choose from
     """
     count = gaps.count
     choices = [
@@ -218,7 +220,7 @@ def encode(choice: Choice, positions: Iterable[Array], count: int, size: int) ->
 
 
 class Sliced(Protocol):
-    """Elements that are got by slices: a numpy array, or what reads one."""
+    """Elements that can be sliced: a numpy array, or an object that reads one."""
 
     @property
     def size(self) -> int: ...
@@ -227,7 +229,14 @@ class Sliced(Protocol):
 
 
 def decode(coding: Coding, stored: Sliced, count: int, size: int, k: int = 0) -> Iterator[Array]:
-    """Ascending int64 positions in pieces of about 2**17; every fault of `stored` raises InputError."""
+    """Ascending int64 positions in pieces of about 2**17. InputError: any fault of `stored`.
+
+    coding   name of the coding
+    stored   the array
+    count    number of positions
+    size     elements of the tensor
+    k        rice's
+    """
     if coding == "rice" and count:
         pieces = _decode_rice(stored, count, k)
     elif coding == "bitmask":
@@ -355,7 +364,7 @@ _STEPS = [_steps(b) for b in range(8)]
 
 
 def _fields(packed: Array, start: int, stop: int, b: int) -> Array:
-    """The inverted b-bit fields [start, stop) as uint8, from the packed groups of eight that they are in."""
+    """The inverted b-bit fields [start, stop) as uint8, from the packed groups of eight that contain them."""
     first, last = start >> 3, -(-stop // 8)
     groups = np.zeros((last - first, 8), np.uint8)
     groups[:, :b] = packed.reshape(-1, b)
@@ -370,7 +379,7 @@ def _fields(packed: Array, start: int, stop: int, b: int) -> Array:
 
 
 def _set_fields(packed: Array, start: int, fields: Array, b: int) -> None:
-    """Put b-bit `fields` at place `start` and on; what lies there is zero."""
+    """Store b-bit `fields` from field number `start` on, where the packed groups are zero."""
     if not b:
         return
     first, last = start >> 3, -(-(start + fields.size) // 8)

@@ -1,4 +1,4 @@
-"""Where an artifact's finished tensors wait for its last one; with a journal they outlast a crash."""
+"""Keeps an artifact's finished tensors in files until the last is finished; with a journal they survive a crash."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from deltamerge.io.files import output_error, sync
 from deltamerge.io.journal import Journal
 
 SPOOL = "delta-spool"
-SECONDS = 2.0  # between two entries in the journal: putting each tensor on the disk alone would cost more than it saves
+SECONDS = 2.0  # between two entries in the journal: syncing each tensor alone would cost more than it saves
 
 
 class Spool:
-    """A folder of one file a tensor: beside the journal, or where there is none in `folder`. OutputError: the disk."""
+    """A folder with a file for each tensor, beside the journal, or in `folder` without one. OutputError: the disk."""
 
     def __init__(self, folder: Path, journal: Journal | None) -> None:
         self.folder = (folder if journal is None else journal.path.parent) / SPOOL
@@ -37,11 +37,13 @@ class Spool:
             raise output_error(error) from error
 
     def kept(self, name: str) -> Any:
-        """What an earlier run said of the tensor when it had finished it; None: it had not."""
+        """The state of a tensor that an earlier run had finished; None if it had not."""
         return self._kept.get(name)
 
     def finished(self, name: str, path: Path, state: Any) -> None:
-        """A tensor is in its file (which is not there if nothing is stored), and `state` is all else of it."""
+        """Record that a tensor is in its file (which is missing if nothing is stored); `state` is everything else about
+        it.
+        """
         if self._journal is None:
             return
         with self._lock:
@@ -50,11 +52,13 @@ class Spool:
                 self._save()
 
     def close(self, *, done: bool) -> None:
-        """Remove the folder, or with a journal, whose run may go on even if the artifact is `done`, keep what waits."""
+        """Remove the folder. With a journal keep it, even if the artifact is `done`, since the run may still be
+        resumed.
+        """
         if self._journal is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         elif not done:
-            with self._lock, suppress(OutputError):  # there is an error already
+            with self._lock, suppress(OutputError):  # another error is being raised
                 self._save()
 
     def _save(self) -> None:

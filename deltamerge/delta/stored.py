@@ -1,4 +1,4 @@
-"""Arrays that stay in their files until they are sliced: a file truncated meanwhile is an error, not a map's SIGBUS."""
+"""Arrays that are read from their files when sliced: a truncated file is an error, where a memory map would SIGBUS."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredFiles:
-    """Files of known `sizes` in bytes. One of at most 4 MiB is read once, whole: hundreds of small reads cost more."""
+    """Files of known `sizes` in bytes. A file of at most 4 MiB is read at once, since hundreds of small reads cost
+    more.
+    """
 
     sizes: dict[Path, int]
     _opened: Descriptors = field(default_factory=lambda: Descriptors(os.O_RDONLY, input_error))
@@ -48,7 +50,7 @@ class StoredFiles:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredArray:
-    """`size` elements of `dtype` (numpy's) from byte `begin` of the file at `path`; sliced like a numpy array."""
+    """`size` elements of a numpy `dtype` from byte `begin` of the file at `path`; sliced like a numpy array."""
 
     files: StoredFiles
     path: Path
@@ -61,7 +63,7 @@ class StoredArray:
         return self.size * np.dtype(self.dtype).itemsize
 
     def read_into(self, out: Array) -> None:
-        """Its bytes into `out`. InputError: the file is gone, or has become too short."""
+        """Read its bytes into `out`. InputError: the file is gone, or has become too short."""
         self.files.read(self.path, self.begin, flat(out))
 
     def __getitem__(self, part: slice) -> Array:
@@ -74,13 +76,13 @@ class StoredArray:
 
 
 class Scratch:
-    """Memory that the arrays of one tensor after another are read into: fresh memory costs more than the reading."""
+    """Memory that is reused for the arrays of one tensor after another: fresh memory costs more than the reading."""
 
     def __init__(self) -> None:
         self._bytes: Array = np.empty(0, np.uint8)
 
     def read(self, arrays: Sequence[StoredArray | None]) -> list[Array]:
-        """The bytes of the arrays (None: no bytes), each with PADDING zeros behind it, until the next call."""
+        """The bytes of the arrays (None: no bytes), each followed by PADDING zeros; valid until the next call."""
         sizes = [0 if array is None else array.nbytes for array in arrays]
         ends = list(accumulate(-(-(size + PADDING) // ALIGNMENT) * ALIGNMENT for size in sizes))
         if self._bytes.size < ends[-1]:

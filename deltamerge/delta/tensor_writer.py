@@ -1,7 +1,7 @@
-"""One tensor of a delta artifact as it is written: its pieces compared with the base's, coded, kept until the end.
+"""Writes one tensor of a delta artifact: its pieces are compared with the base's, coded, and kept until the end.
 
-In memory are at most the open tensors' positions, size / 8 bytes each, pieces that came too early, and the values of
-tensors that int8 or sign codes are made of.
+Memory holds at most the open tensors' positions (size / 8 bytes each), pieces that came too early, and the values of
+tensors that become int8 or sign codes.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from deltamerge.io.files import flat, output_error, read_at, write_at
 
 @dataclass(frozen=True, slots=True)
 class BaseTensor:
-    """The base's tensor that one of the result comes from; `read` gives flat elements [start, stop) of it."""
+    """The base's tensor that a tensor of the result comes from; `read` returns its flat elements [start, stop)."""
 
     name: str
     dtype: str
@@ -48,7 +48,7 @@ class BaseTensor:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """An array that waits in the file at `path` from byte `offset`."""
+    """An array in the spool: from byte `offset` of the file at `path`."""
 
     name: str
     dtype: str
@@ -59,8 +59,9 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Storing:
-    """How all tensors of an artifact are stored: the coding of `values` to add, the `codings` of positions to choose
-    from, and the `spool` where finished tensors wait."""
+    """How the tensors of an artifact are stored: coding of `values` to add, allowed `codings` of positions, and the
+    `spool`.
+    """
 
     values: Values
     codings: frozenset[Coding]
@@ -68,7 +69,7 @@ class Storing:
 
 
 class TensorWriter:
-    """One tensor of the result: by `write`, or in an artifact that adds by `add` and `finish`."""
+    """One tensor of the result, written with `write`, or in an artifact that adds with `add` and `finish`."""
 
     def __init__(
         self, storing: Storing, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None, path: Path
@@ -85,7 +86,7 @@ class TensorWriter:
         self._lock = threading.Lock()
         self._early: dict[int, Array] = {}
         self._done = 0
-        self._whole = True  # every value so far is in the spool, not only those that differ from the base's
+        self._whole = True  # whether the spool has every value so far, not only those that differ from the base's
         self._fd = -1
         self._spooled = 0
         self._listed = Positions()
@@ -98,12 +99,12 @@ class TensorWriter:
 
     @property
     def is_done(self) -> bool:
-        """Whether it is finished, in this run or in one before."""
+        """Whether it is finished, in this run or an earlier one."""
         return self._record is not None
 
     @property
     def record(self) -> Record:
-        """RuntimeError: not every element was written (a bug)."""
+        """The record for the manifest. RuntimeError: some elements are not written (a bug)."""
         if self._record is None:
             raise RuntimeError(f"{self._done} of {self._size} elements of {self._name} were written")
         return self._record
@@ -144,7 +145,7 @@ class TensorWriter:
                 self._append_coded(encode_values(values, positions, 1, 1, self._storing.values))
 
     def finish(self) -> None:
-        """End a tensor of `add`, or one that is as in the base; reads the base for the hashes."""
+        """Finish a tensor written with `add`, or one that equals the base's; reads the base for the hashes."""
         with self._lock, errors.context(self._name):
             if self._record is None:
                 self._finish_add()
@@ -163,13 +164,13 @@ class TensorWriter:
             if not self._whole:
                 bits = bits[positions]
         self._append(bits)
-        # a bitmask is smaller than the unchanged values from here on
+        # from here on a bitmask is smaller than the unchanged values
         unchanged = stop - self._listed.count
         if self._base is not None and self._whole and unchanged * ITEMSIZE[self._dtype] > -(-self._size // 8):
             self._thin()
 
     def _saw(self, bits: Array) -> None:
-        """The next bits of the result: into its hash, and looked at for what is not finite."""
+        """Hash the next bits of the result, and count what is not finite."""
         self._result_hash.update(flat(bits))
         nan, inf = count_nonfinite(bits.view(np.uint8), self._dtype)
         self.nonfinite = NonFinite(self.nonfinite.nan + nan, self.nonfinite.inf + inf)
@@ -182,7 +183,7 @@ class TensorWriter:
         return base
 
     def _thin(self) -> None:
-        """Keep of the spooled values those that differ from the base's."""
+        """Keep only the spooled values that differ from the base's."""
         dtype = np.dtype(bits_type(self._dtype))
         self._whole, self._spooled = False, 0
         for positions in self._listed.pieces():
@@ -268,7 +269,7 @@ class TensorWriter:
         )
 
     def _store(self, record: Record, scales: Array | None, index: Array | None) -> None:
-        """Put scales and positions behind the values in the spool, and list all three."""
+        """Append scales and positions to the values in the spool, and list all three."""
         offset = 0
         behind = {".scales": scales, f".{record.encoding}": index}
         for array in behind.values():
@@ -293,7 +294,7 @@ class TensorWriter:
         self._storing.spool.finished(self._name, self.path, state)
 
     def _restore(self, state: Any) -> bool:
-        """Take what an earlier run has finished, if its file is still there."""
+        """Take over what an earlier run has finished, if its file still exists."""
         if state is None or (self.path.stat().st_size if self.path.exists() else 0) < state["bytes"]:
             return False
         self.stored = [Stored(name, dtype, length, self.path, at) for name, dtype, length, at in state["stored"]]
@@ -304,7 +305,7 @@ class TensorWriter:
 
 
 def is_related(base_dtype: str, old: tuple[int, ...], dtype: str, shape: tuple[int, ...]) -> bool:
-    """Whether a result's tensor can be told as a change of the base's: cast, and with rows added."""
+    """Whether a tensor can be stored as a change of the base's: after a cast, and with rows added."""
     casts = base_dtype == dtype or {base_dtype, dtype} <= FLOATING
     grows = len(old) == len(shape) > 0 and old[1:] == shape[1:] and old[0] <= shape[0]
     return casts and (old == shape or grows)

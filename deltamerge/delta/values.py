@@ -1,4 +1,4 @@
-"""Bit patterns of tensors as numbers, and the codings of an additive delta's values; torch only for float8.
+"""The codings of the values that an additive delta stores; torch only for float8.
 
 An array of *bits* is flat and unsigned (uint8 … uint64): the stored bytes of a safetensors dtype.
 
@@ -29,9 +29,9 @@ Values = Literal["float32", "bfloat16", "int8", "sign"]
 
 SCALED = frozenset({"int8", "sign"})
 SCALE_BITS = 4
-ARRAY_BYTES = 128  # of one more stored array in a header
-RANKS_BYTES = 20  # of ranks in the manifest
-UNITS = (-149, 119)  # all scales are float32 numbers
+ARRAY_BYTES = 128  # bytes in a header for one more stored array
+RANKS_BYTES = 20  # bytes of ranks in the manifest
+UNITS = (-149, 119)  # the range in which all scales are float32 numbers
 
 
 def scale_group(shape: tuple[int, ...]) -> int:
@@ -42,7 +42,7 @@ def scale_group(shape: tuple[int, ...]) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Coded:
-    """Stored values (uint32, uint16, int8, packed uint8) and scales, their unit, ranks; Σ(v − decoded)², Σv²."""
+    """Stored values (uint32, uint16, int8, packed uint8) and scales, their unit and ranks; Σ(v − decoded)² and Σv²."""
 
     values: Array
     scales: Array
@@ -53,10 +53,16 @@ class Coded:
 
 
 def encode_values(values: Array, positions: Array, groups: int, group: int, coding: Values) -> Coded:
-    """Store float32 `values` at ascending flat `positions` of a tensor of `groups` times `group` elements.
+    """Encode float32 values to add.
 
-    A sign's scale is the nearest to its group's mean abs(v), the least-squares level; an int8's is the least
-    that is not below max abs(v) / 127. Of values that are not finite, all but float32 raise InputError.
+        values      float32
+        positions   of them, flat and ascending
+        groups      number of groups of the tensor
+        group       elements of a group
+        coding      "float32", "bfloat16", "int8" or "sign"
+
+    A sign's scale is the nearest to its group's mean abs(v), the least-squares level; an int8's is the least that is
+    not below max abs(v) / 127. InputError: values that are not finite, in every coding but float32.
     """
     nothing = np.empty(0, np.uint8)
     if coding == "float32":
@@ -85,7 +91,7 @@ def encode_values(values: Array, positions: Array, groups: int, group: int, codi
 
 
 def cheapest(coding: Values, count: int, groups: int) -> Values:
-    """`coding`, or bfloat16 where that takes no more bytes: few entries a group, or few in all."""
+    """`coding`, or bfloat16 if that takes no more bytes: with few entries per group, or few in all."""
     if coding not in SCALED:
         return coding
     scaled = count * VALUE_BITS[coding] // 8 + groups * SCALE_BITS // 8 + ARRAY_BYTES
@@ -93,7 +99,7 @@ def cheapest(coding: Values, count: int, groups: int) -> Values:
 
 
 def _pack_scales(codes: Array) -> tuple[Array, str | None]:
-    """Scale codes as stored, and their ranks (a hex digit each); None: as four bits each, which is no more bytes."""
+    """Scale codes as stored, and their ranks (a hex digit each); ranks of None: four bits each take no more bytes."""
     counts = np.bincount(codes, minlength=1 << SCALE_BITS)
     order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
     lengths = np.zeros_like(counts)  # bits of each code
@@ -108,7 +114,9 @@ def _pack_scales(codes: Array) -> tuple[Array, str | None]:
 
 
 def scale_values(stored: Array, groups: int, unit: int, ranks: str | None) -> Array:
-    """Scales as stored -> float32, one per group. InputError: ranked ones are not `groups`, or of no rank."""
+    """Stored scales as float32, one per group. InputError: ranked scales that are not `groups`, or of an
+    unknown rank.
+    """
     if ranks is None:
         codes = np.empty(2 * stored.size, np.uint8)
         codes[::2], codes[1::2] = stored & 0xF, stored >> 4
@@ -122,12 +130,12 @@ def scale_values(stored: Array, groups: int, unit: int, ranks: str | None) -> Ar
 
 
 def ranked_scales(unit: int, ranks: str) -> Array:
-    """Every rank's scale, float32."""
+    """The float32 scale of every rank."""
     return _table(unit)[np.frombuffer(bytes.fromhex("0".join(("", *ranks))), np.uint8)]
 
 
 def relative_error(squared_error: float, squared: float) -> float:
-    """The root of their quotient, to three digits."""
+    """The root of the quotient, to three digits."""
     return float(f"{math.sqrt(squared_error / squared):.3g}") if squared_error else 0.0
 
 
@@ -149,7 +157,7 @@ def _int8_scales(values: Array, ids: Array, groups: int) -> Array:
 
 
 def _unit(largest: float) -> int:
-    """The least unit whose largest scale is not below `largest`, as far as float32 goes."""
+    """The least unit whose largest scale is not below `largest`, within float32."""
     fraction, exponent = math.frexp(largest)
     exponent -= 2 - (fraction * 4 > 3)
     lowest, highest = UNITS
@@ -158,12 +166,12 @@ def _unit(largest: float) -> int:
 
 @cache
 def _table(unit: int) -> Array:
-    """Every code's scale, float32, ascending."""
+    """The float32 scale of every code, ascending."""
     return (_UNIT_SCALES * 2.0**unit).astype(np.float32)
 
 
 _UNIT_SCALES = np.array([0.0, *((2 + code % 2) * 2.0 ** (code // 2) for code in range(1, 1 << SCALE_BITS))])
 
 
-# values that a delta artifact adds -> bits of each
+# coding of added values -> bits of a value
 VALUE_BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "sign": 1}

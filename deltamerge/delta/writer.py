@@ -1,7 +1,7 @@
-"""Writes a delta artifact: tensors arrive in pieces, in any order, from any thread; sizes are known at the end.
+"""Writes a delta artifact: tensors arrive in pieces, in any order, from any thread; sizes are known only at the end.
 
-What is stored of a tensor waits in a file of its own until the last tensor is there; then headers are known, and
-the files are put together.
+The stored arrays of a tensor wait in a file of its own. When the last tensor is finished, headers are known and the
+files are joined.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ from deltamerge.io.writer import FileLayout, Layout, plan_layout
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What was written: bytes of the folder's delta files, entries, and ‖v − stored v‖ / ‖v‖ over all that is added;
-    and the results' values that are not finite."""
+    """What was written: bytes of the delta's files, number of entries, ‖v − stored v‖ / ‖v‖ over all added values, and
+    the counts of the result's values that are not finite.
+    """
 
     nbytes: int
     entries: int
@@ -37,15 +38,15 @@ class Summary:
 
 
 class DeltaWriter:
-    """Makes `delta.json` and `delta.safetensors` (or shards) in `folder`.
+    """Writes `delta.json` and `delta.safetensors` (or shards) into `folder`.
 
-    semantics   "replace": final values; "add": tensors may also have float32 values to add, coded as `values`
-    codings     of positions, to choose from; dense and indices always are
-    removed     tensors of the base that the result lacks
-    shard_size  of the artifact's own files, and of the checkpoint that is made of it
-    journal     names the finished tensors, which are kept beside it, for a run that goes on after a crash
+        semantics    "replace": final values; "add": tensors may also have float32 values to add, coded as `values`
+        codings      of positions, to choose from; dense and indices are always allowed
+        removed      tensors of the base that the result lacks
+        shard_size   of the artifact's own files, and of the checkpoint that is made from it
+        journal      lists the finished tensors, which are kept beside it, so that a run can be resumed after a crash
 
-    The bytes depend on what is written and on the order of the calls of `tensor` alone. OutputError: the disk.
+    The bytes depend only on what is written and on the order of the calls of `tensor`. OutputError: the disk.
     """
 
     def __init__(
@@ -75,13 +76,13 @@ class DeltaWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Remove what waits, unless there is a journal; the artifact is there only after `finish`."""
+        """Remove the spool, unless there is a journal; the artifact exists only after `finish`."""
         for tensor in self._tensors.values():
             tensor.close()
         self.storing.spool.close(done=self._finished)
 
     def tensor(self, name: str, dtype: str, shape: tuple[int, ...], base: BaseTensor | None) -> TensorWriter:
-        """The next tensor of the result; `base` is None where the base has none.
+        """The writer of the next tensor of the result; `base` is None if the base has none.
 
         A base tensor with fewer rows counts as one whose further rows are zero; one of another shape as none.
         """
@@ -136,7 +137,9 @@ def _renamed(file: str) -> str:
 
 
 def _manifest_text(manifest: Manifest) -> str:
-    """One line a field and a tensor, so that artifacts can be compared by line; defaults are left out."""
+    """The manifest with a line for each field and tensor, so that artifacts can be compared by line;
+    without defaults.
+    """
     fields = manifest.model_dump(exclude_defaults=True, exclude={"tensors"})
     fields = {"format": manifest.format, "version": manifest.version} | fields
     lines = [f"{_compact(key)}: {_compact(value)}" for key, value in fields.items()]

@@ -1,65 +1,27 @@
-"""The two ways to run a tile: torch on any device, and fused kernels (extra `fast`) on the CPU."""
+"""The two ways to make a tensor: the compiled loop on the CPU, pass by pass, and torch on any device, tile by tile."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.util
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.engine.graph import Node, depth_first, resolve
+from deltamerge import kernels
+from deltamerge.engine.fused.stream import assemble, covers
+from deltamerge.engine.graph import Node, resolve
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import Tile
 
 if TYPE_CHECKING:
     import torch
-
-# What `fused.kernels.KERNELS` has; listed here so that planning needs no numba (a test compares the two).
-FUSED_FUNCTIONS = frozenset({
-    "deltamerge.methods.ops:subtract",
-    "deltamerge.methods.ops:cast",
-    "deltamerge.methods.ops:zeros",
-    "deltamerge.methods.prune.masks:dare",
-    "deltamerge.methods.prune.masks:structured",
-    "deltamerge.methods.prune.protect:clear",
-    "deltamerge.methods.prune.protect:restore",
-    "deltamerge.methods.prune.rescale:divide",
-    "deltamerge.methods.prune.select:high_histogram",
-    "deltamerge.methods.prune.select:low_histogram",
-    "deltamerge.methods.prune.select:high_counts",
-    "deltamerge.methods.prune.select:low_counts",
-    "deltamerge.methods.prune.select:sample",
-    "deltamerge.methods.prune.select:bracketed",
-    "deltamerge.methods.prune.select:equal_counts",
-    "deltamerge.methods.prune.select:keep_largest",
-    "deltamerge.methods.prune.select:keep_largest_rows",
-    "deltamerge.methods.prune.select:keep_largest_rows_scored",
-    "deltamerge.methods.prune.rescale:norm",
-    "deltamerge.methods.prune.rescale:divide_rows",
-    "deltamerge.methods.merge.arithmetic:passthrough",
-    "deltamerge.methods.merge.arithmetic:linear",
-    "deltamerge.methods.merge.arithmetic:task_arithmetic",
-    "deltamerge.methods.merge.ties:ties",
-    "deltamerge.methods.merge.span:gram",
-    "deltamerge.methods.merge.span:row_grams",
-    "deltamerge.methods.merge.span:combine",
-    "deltamerge.methods.prune.della:della",
-    "deltamerge.methods.prune.select:keep_between",
-    "deltamerge.methods.prune.select:keep_where",
-    "deltamerge.methods.prune.select:count_nonzero",
-    "deltamerge.methods.merge.sce:variance",
-    "deltamerge.methods.merge.sce:sce",
-})  # fmt: skip
-FUSED_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-NUMPY_DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 
 
 class Lane(Protocol):
@@ -100,23 +62,15 @@ class Step:
     frees: tuple[Node, ...]
 
 
-@cache
 def fused_available() -> bool:
-    """Whether numba (extra `fast`) is installed; it is not imported to find out."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether the compiled kernels are there."""
+    return kernels.available()
 
 
 def choose(root: Node, device: str, *, fused: bool | None = None) -> str:
-    """ "fused" if its kernels cover every step of a tensor on this device and numba is there, else "torch"."""
+    """ "fused" if the compiled loop can make a tensor on this device and is there, else "torch"."""
     available = fused_available() if fused is None else fused
-    if device != "cpu" or not available:
-        return "torch"
-    for node in depth_first(root):
-        if node.kind == "read" and node.dtype not in FUSED_DTYPES:
-            return "torch"
-        if node.kind not in ("read", "small") and node.function not in FUSED_FUNCTIONS:
-            return "torch"
-    return "fused" if root.dtype in FUSED_DTYPES else "torch"
+    return "fused" if device == "cpu" and available and covers(root) else "torch"
 
 
 def open_backend(name: str, device: str) -> Backend:
@@ -140,19 +94,19 @@ def single_threaded(names: Collection[str]) -> Iterator[None]:
 
 
 class FusedBackend:
-    """numpy tiles through the kernels of `deltamerge.fused`; bit-equal to torch."""
+    """Passes that run whole in the compiled loop; bit-equal to torch, which tells what a pass failed at."""
+
+    @cached_property
+    def torch(self) -> TorchBackend:
+        return TorchBackend("cpu")
 
     def lane(self, reader: Reader) -> Lane:
-        return FusedLane(reader)
+        return self.torch.lane(reader)
 
     def function(self, node: Node) -> Callable[..., Any]:
-        from deltamerge.engine.fused.kernels import KERNELS
-
-        return KERNELS.get(node.function) or resolve(node.function)
+        return self.torch.function(node)
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
-        from deltamerge.engine.fused.stream import assemble
-
         listed = [(step.node, step.parameters, step.frees) for step in steps]
         return assemble(listed, values, reader, root.shape, root.dtype)
 
@@ -172,25 +126,6 @@ class _Slots:
             self.buffers[self.used] = self.allocate(nbytes)
         self.used += 1
         return self.buffers[self.used - 1][:nbytes]
-
-
-class FusedLane:
-    def __init__(self, reader: Reader) -> None:
-        self.reader = reader
-        self.slots = _Slots(lambda nbytes: np.empty(nbytes, np.uint8))
-
-    @contextmanager
-    def tile(self) -> Iterator[None]:
-        self.slots.used = 0
-        yield
-
-    def read(self, node: Node, tile: Tile) -> Any:
-        buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
-        self.reader.read_into(node.parameter("tensor"), tile.start, buffer)
-        return buffer.view(NUMPY_DTYPES[node.dtype])
-
-    def emit(self, value: Any) -> np.ndarray[Any, Any]:
-        return value  # type: ignore[no-any-return]  # kernels give host arrays
 
 
 def torch_device(device: str) -> torch.device:
@@ -243,8 +178,6 @@ class TorchLane:
             yield
 
     def read(self, node: Node, tile: Tile) -> Any:
-        from deltamerge.methods.ops import torch_dtype
-
         buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
         self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())
         return buffer.view(torch_dtype(node.dtype)).to(self.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""Runs a graph: tensors stream through it tile by tile, on any number of workers; knows no method."""
+"""Runs a graph: tensors stream through it tile by tile, on any number of workers. It knows no method."""
 
 from __future__ import annotations
 
@@ -26,27 +26,32 @@ COPY_BYTES = 1 << 22
 
 
 class Sink(Protocol):
-    """Where finished tiles go; called from any worker, each byte of a tensor once."""
+    """Receives finished tiles; called from any worker, once for each byte of a tensor."""
 
     def write(self, name: str, offset: int, data: Any) -> None:
-        """Bytes of tensor `name` from byte `offset`."""
+        """Take `data`, the bytes of tensor `name` from byte `offset`."""
 
 
 @runtime_checkable
 class Lender(Sink, Protocol):
-    """A sink that lends the memory in which it wants the bytes of a tensor."""
+    """A sink that lends the memory into which it wants the bytes written."""
 
     def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Memory for bytes of tensor `name` from byte `offset`; may wait for earlier ones to be written."""
 
     def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
-        """Lent memory, filled."""
+        """Take back lent memory, now filled."""
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One output tensor, or some of its rows: its name, the node that makes it, the backend the plan chose ("fused" or
-    "torch"), and the byte of the tensor that the node's first element goes to."""
+    """One output tensor, or some of its rows.
+
+    name      of the tensor
+    root      the node that computes it
+    backend   "fused" or "torch", as planned
+    offset    byte of the tensor at which the node's first element goes
+    """
 
     name: str
     root: Node
@@ -56,9 +61,9 @@ class Task:
 
 @dataclass(eq=False)
 class Running:
-    """A task in flight: the small values so far, the partials of the pass that runs, and how many jobs it waits for.
+    """A task in progress: small values so far, partials of the running pass, and the number of jobs it waits for.
 
-    `whole` runs the pass without going through its steps, where that can be done.
+    `whole` runs the pass in one call instead of step by step, where possible.
     """
 
     task: Task
@@ -92,16 +97,23 @@ def execute(
     known: Mapping[Node, Any] | None = None,
     done: Callable[[str, int, int], bool] = lambda *_: False,
 ) -> dict[Node, Any]:
-    """Make every task's tensor and hand its tiles to `sink`; the values of shared small nodes are returned.
+    """Compute every task's tensor and pass its tiles to `sink`; returns the values of shared small nodes.
 
-    A task whose root is a small node makes no tensor: its value is returned, and `progress` is told of its bytes. So is
-    that of a reduction. Without a sink all roots are such.
+        tasks           what to compute
+        reader          reads the inputs
+        sink            None: all roots are small or reductions
+        device          "cpu" or a GPU
+        workers         threads
+        tile_elements   of a tile
+        progress        called with the number of bytes done
+        known           values of small nodes that are not computed again
+        done            done(name, offset, nbytes): whether the sink has these bytes already (from an interrupted run)
 
-    `known` are values of small nodes that are not computed again; done(name, offset, nbytes) says which bytes of a
-    tensor the sink has already (an interrupted run's).
+    A task whose root is a small node or a reduction makes no tensor; its value is returned, and its bytes count as
+    progress.
 
-    At most `workers` + 1 tensors are in flight, each worker holds one tile of each value alive; the result does not
-    depend on `workers`, `tile_elements` or the device.
+    At most `workers` + 1 tensors are in progress, and each worker holds one tile of each live value. The result does
+    not depend on `workers`, `tile_elements` or the device.
     """
     engine = _Engine(tasks, reader, sink, device, tile_elements, progress, known or {}, done)
     with quiet_allocator(), single_threaded({task.backend for task in tasks if task.root.kind != "read"}):
@@ -110,7 +122,7 @@ def execute(
 
 
 class _Engine:
-    """A queue of jobs in planned order; a pass of a tensor starts when its last one is complete."""
+    """A queue of jobs in planned order; a pass of a tensor starts when the previous one is complete."""
 
     def __init__(
         self,
@@ -138,21 +150,22 @@ class _Engine:
 
     def run(self, workers: int) -> None:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
-        for thread in threads:
-            thread.start()
         try:
             for thread in threads:
-                thread.join()
-        except BaseException as interruption:
-            self._fail(interruption)
+                thread.start()
             for thread in threads:
                 thread.join()
+        except BaseException as interruption:  # whoever called closes what the threads write to: first they end
+            self._fail(interruption)
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
         if self.failure is not None:
             raise self.failure
 
     @np.errstate(all="ignore")
     def _work(self) -> None:
-        """What one thread does. numpy does not warn of what is not finite: that is counted where it is written."""
+        """The loop of one thread. numpy's warnings about NaN are off: they are counted when the result is written."""
         lanes: dict[str, Lane] = {}
         try:
             while (job := self._take()) is not None:
@@ -161,10 +174,7 @@ class _Engine:
                     if task.root.kind == "read":
                         self._copy(job)
                     else:
-                        lane = lanes.get(task.backend)
-                        if lane is None:
-                            lane = lanes[task.backend] = self._backend(task).lane(self.reader)
-                        self._compute(job, lane)
+                        self._compute(job, lanes)
                     self._complete(job)
         except BaseException as failure:
             self._fail(failure)
@@ -198,14 +208,14 @@ class _Engine:
         self.ready.extend(jobs)
 
     def _backend(self, task: Task) -> Backend:
-        """The backend that a task is computed with, opened for the first one: what is only copied needs none."""
+        """The backend of a task, opened on first use: copies need none."""
         with self.changed:
             if task.backend not in self.backends:
                 self.backends[task.backend] = open_backend(task.backend, self.device)
             return self.backends[task.backend]
 
     def _next_pass(self, running: Running) -> list[Job]:
-        """The jobs of the next pass that has to be run; reductions known to be needless are skipped."""
+        """The jobs of the next pass that must run; needless reductions are skipped."""
         for index in range(running.index + 1, len(running.schedule.passes)):
             running.index = index
             for node in running.schedule.small[index]:
@@ -249,7 +259,7 @@ class _Engine:
         return self._is_done(job.running.task, job.start // size, job.stop // size)
 
     def _is_done(self, task: Task, start: int, stop: int) -> bool:
-        """Whether the sink has the elements [start, stop) of a task; they count as progress at once."""
+        """Whether the sink has the elements [start, stop) of a task; they then count as progress."""
         size = ITEMSIZE[task.root.dtype]
         done = self.done(task.name, task.offset + start * size, (stop - start) * size)
         if done:
@@ -267,7 +277,7 @@ class _Engine:
         self._give(job.running.task, job.start, memory)
 
     def _lend(self, task: Task, start: int, nbytes: int) -> NDArray[np.uint8]:
-        """Memory for bytes of a task's node from byte `start`."""
+        """Lent memory for a task's bytes from byte `start` of its node."""
         if self.lender is None:
             return np.empty(nbytes, np.uint8)
         return self.lender.lend(task.name, task.offset + start, nbytes)
@@ -278,13 +288,14 @@ class _Engine:
         give(task.name, task.offset + start, memory)
         self.progress(len(memory))
 
-    def _compute(self, job: Job, lane: Lane) -> None:
+    def _compute(self, job: Job, lanes: dict[str, Lane]) -> None:
         running = job.running
         root = running.task.root
         step = self._tile_step(root)
         if running.whole is not None and self._compute_whole(running.whole, job):
             return
         backend = self._backend(running.task)
+        lane = lanes.get(running.task.backend) or lanes.setdefault(running.task.backend, backend.lane(self.reader))
         calls = [None if item.node.kind == "read" else backend.function(item.node) for item in running.steps]
         for node in (item.node for item in running.steps if item.node.kind == "read"):
             size = ITEMSIZE[node.dtype]
@@ -337,7 +348,7 @@ class _Engine:
         return True
 
     def _reduce(self, running: Running, node: Node, start: int, value: Any) -> None:
-        """Sums are added up as they come (integers: any order), what is concatenated waits under its tile's start."""
+        """Add a sum at once (integers, so in any order); keep a concatenated partial under its tile's start."""
         with self.changed:
             parts = running.partials[id(node)]
             if node.kind == "sum":
@@ -381,5 +392,5 @@ def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node
 
 
 def default_workers() -> int:
-    """The cores this process may use."""
+    """The number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

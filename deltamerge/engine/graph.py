@@ -20,19 +20,19 @@ Function: TypeAlias = str | Callable[..., Any]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
-    """One step: `function` ("module:name") of the values of `inputs` and plain `parameters`.
+    """One step: `function` ("module:name") of the values of `inputs` and of plain `parameters`.
 
-    read     a tile of a stored tensor; `parameters["tensor"]` says where its bytes are
-    map      f(*inputs, tile, **parameters) -> the tile's value
-    sum      f(*inputs, tile, **parameters) -> a partial per tile; the partials are summed (integers only)
-    concat   the same, but the partials are concatenated in tile order
-    small    f(*inputs, **parameters) -> a value that fits in memory (a threshold, norms, q)
+        read     a tile of a stored tensor; `parameters["tensor"]` says where its bytes are
+        map      f(*inputs, tile, **parameters) -> the tile's value
+        sum      f(*inputs, tile, **parameters) -> a partial per tile; the partials are added (integers only)
+        concat   the same, but the partials are concatenated in tile order
+        small    f(*inputs, **parameters) -> a value that fits in memory (a threshold, norms, q)
 
-    A reduction `f` may have a companion `f_needless(*small inputs) -> bool` in its module: where it is true the value
-    is None and no pass over the tensor is spent on it.
+    A reduction f may have a companion `f_needless(*small inputs) -> bool` in its module. If that returns True, the
+    reduction's value is None and no pass over the tensor is made for it.
 
-    Nodes are interned by `Graph`, so identity is equality; inputs exist before the node, so no cycle can be written.
-    `shape` and `dtype` (a safetensors code) promise what a tile's value belongs to.
+    Nodes are interned by `Graph`, so identity is equality. A node's inputs exist before it, so graphs have no cycles.
+    `shape` and `dtype` (a safetensors code) are those of the tensor whose tiles the node computes.
     """
 
     function: str
@@ -43,12 +43,13 @@ class Node:
     kind: Kind
 
     def parameter(self, name: str) -> Any:
+        """The parameter of that name."""
         return dict(self.parameters)[name]
 
 
 @dataclass
 class Graph:
-    """Makes nodes, each distinct one once."""
+    """Makes nodes; equal nodes are one object."""
 
     nodes: dict[tuple[Any, ...], Node] = field(default_factory=dict)
 
@@ -62,6 +63,15 @@ class Graph:
         dtype: str = "F32",
         **parameters: Any,
     ) -> Node:
+        """The node with these fields.
+
+        function   what makes the value, or its "module:name"
+        inputs     nodes
+        kind       of the node, see `Node`
+        shape      of the tensor; () for small values
+        dtype      safetensors code
+        others     keyword arguments of the function
+        """
         inputs, function = tuple(inputs), name_of(function)
         plain = tuple(sorted(parameters.items()))
         key = (function, tuple(map(id, inputs)), plain, shape, dtype, kind)
@@ -100,7 +110,7 @@ def _imported(function: str) -> Callable[..., Any]:
 
 @cache
 def companion(function: str, suffix: str) -> Callable[..., Any] | None:
-    """The function `function`_`suffix` of the same module, if there is one."""
+    """The function `function`_`suffix` of the same module, or None."""
     module, _, name = function.partition(":")
     return getattr(importlib.import_module(module), f"{name}_{suffix}", None)
 
@@ -126,12 +136,12 @@ def depth_first(root: Node) -> list[Node]:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How one output tensor is made: passes over its tiles, with small values between them.
+    """How one output tensor is computed: passes over its tiles, with small values between them.
 
-    `passes[i]` lists, in order, the nodes that pass i runs on every tile to make its reductions; the last pass makes
-    the root, and has no nodes where that is a small one, whose shape is that of the tensor it tells about. `small[i]`
-    are the small nodes computable before pass i. `frees[i]` maps a position in `passes[i]` to the nodes whose tile
-    values are last used there.
+    passes   of pass i the nodes, in order, that run on every tile to make its reductions. The last pass makes the root;
+             it is empty if the root is a small node, whose shape is that of the tensor it describes
+    small    of pass i the small nodes that can be computed before it frees    of pass i: position in `passes[i]` ->
+    nodes whose tile values are last used there
     """
 
     root: Node
@@ -157,14 +167,14 @@ def schedule(root: Node) -> Schedule:
     )
 
 
-# A node as its kind and the places of its inputs, which stand before it: tensors of a model are made in few ways.
+# A node as its kind and the indices of its inputs. Tensors of a model are made in few ways, so schedules are cached.
 _Shape = tuple[tuple[Kind, tuple[int, ...]], ...]
 _Places = tuple[int, ...]
 
 
 @lru_cache(maxsize=256)
 def _arrange(nodes: _Shape) -> tuple[list[_Places], list[_Places], list[dict[int, _Places]]]:
-    """A schedule's passes, small nodes and frees, by place; the last node is the root."""
+    """A schedule's passes, small nodes and frees, as indices; the last node is the root."""
     level: list[int] = []
     for _, inputs in nodes:
         level.append(max((level[i] + (nodes[i][0] in REDUCTIONS) for i in inputs), default=0))
@@ -182,7 +192,7 @@ def _arrange(nodes: _Shape) -> tuple[list[_Places], list[_Places], list[dict[int
 
 
 def _tile_nodes(nodes: _Shape, targets: list[int]) -> _Places:
-    """The read, map and reduce nodes of one pass: what `targets` need, not looking behind small values."""
+    """The read, map and reduction nodes of one pass: those that `targets` need, without the inputs of small values."""
     wanted = set(targets)
     for i in range(len(nodes) - 1, -1, -1):
         if i in wanted:
@@ -191,7 +201,7 @@ def _tile_nodes(nodes: _Shape, targets: list[int]) -> _Places:
 
 
 def _last_uses(nodes: _Shape, needed: _Places, keep: list[int]) -> dict[int, _Places]:
-    """Position among the `needed` -> those that are last used there, but for those to keep."""
+    """Position among the `needed` nodes -> the nodes that are last used there, without those in `keep`."""
     inside, kept, last = set(needed), set(keep), dict[int, int]()
     for position, i in enumerate(needed):
         last |= {source: position for source in nodes[i][1] if source in inside}

@@ -1,4 +1,4 @@
-"""The steps of a pass, without its needless reductions."""
+"""The steps of a pass without its needless reductions."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ def steps(
     root: Node,
     needless: Collection[int],
 ) -> list[Step]:
-    """What a pass runs, less its needless reductions (by id) and what only they asked for; what those that are left
-    out free, the step before frees."""
+    """The nodes of a pass with what to free after each, without needless reductions (by id) and what only these need.
+
+    What a left-out node would free is freed by the step before it.
+    """
     ends = [n for n in nodes if n.kind in REDUCTIONS and id(n) not in needless]
     wanted = {id(root), *map(id, ends)}
     for node in reversed(nodes):
@@ -34,6 +36,6 @@ def steps(
 
 
 def is_needless(node: Node, values: Mapping[int, Any]) -> bool:
-    """Whether a reduction's companion says so, of the small values that are there."""
+    """Whether a reduction's companion declares it needless, given the small values known."""
     needless = companion(node.function, "needless")
     return needless is not None and bool(needless(*(values[id(s)] for s in node.inputs if id(s) in values)))

@@ -1,4 +1,4 @@
-"""One tree of errors; each class has the exit code of the command line, each error one line and a hint.
+"""The errors that deltamerge raises: one tree, an exit code for each class, one line and a hint for each error.
 
 DeltamergeError      1
 ├─ RecipeError       1   the recipe is wrong (carries every problem found)
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from deltamerge.errors import shown as text
 
-MOST = 50  # lines of one error that are printed
+MOST = 50  # printed lines of one error
 
 
 class DeltamergeError(Exception):
@@ -84,14 +84,16 @@ class RecipeError(DeltamergeError):
         self.problems = tuple(problems)
 
     def __reduce__(self) -> tuple[type[RecipeError], tuple[str, Sequence[Problem]]]:
-        return type(self), (self.path, self.problems)  # an error may come from another machine
+        return type(self), (self.path, self.problems)  # Ray pickles errors to send them between machines
 
     def __str__(self) -> str:
         more = [f"{self.path}: … and {len(self.problems) - MOST} more problems"] * (len(self.problems) > MOST)
         return "\n".join([*(problem.render(self.path) for problem in self.problems[:MOST]), *map(text.shown, more)])
 
     def of(self, caller: str, within: str = "") -> RecipeError:
-        """The same of a recipe that `caller` made up: no file has its lines, and keys are told from `within` on."""
+        """This error for a recipe that `caller` generated: without lines of a file, and with keys named relative to
+        `within`.
+        """
         problems = [
             replace(problem, line=None, column=None, location=problem.location.removeprefix(within).lstrip("."))
             for problem in self.problems

@@ -1,4 +1,4 @@
-"""Text that others wrote, made fit for a line that people or a CI log read: nothing in it acts, hides or breaks out."""
+"""Foreign text made safe for a terminal or a CI log: no control characters, no workflow commands, bounded length."""
 
 from __future__ import annotations
 
@@ -6,28 +6,32 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-LONGEST = 800  # characters of a line of ours that has foreign text in it
-LINE = 4000  # of a line of a table or a report
-CELL = 400  # of a table's cell, which all cells of its column are padded to
+LONGEST = 800  # characters of a message that quotes foreign text
+LINE = 4000  # characters of a line of a table or a report
+CELL = 400  # characters of a table's cell; all cells of a column are padded to the longest
 # Controls, formats (direction, zero width), surrogates, private and unassigned characters, separators of lines.
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-_COMMAND = re.compile(r"\s*::")  # of a GitHub workflow; the older form, ##[name], may stand anywhere in a line
+_COMMAND = re.compile(r"\s*::")  # a GitHub workflow command; the older form, ##[name], may stand anywhere in a line
 
 
 def shown(text: str, most: int = LONGEST) -> str:
-    """`text` on one line: what is not seen is written as an escape, and the middle of what is too long left out."""
+    """`text` on one line: invisible characters are written as escapes, and the middle of a text longer than `most` is
+    cut.
+    """
     if len(text) > most:
         text = f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
     return text if text.isprintable() else "".join(map(_escaped, text))
 
 
 def lines(several: Iterable[str], most: int = LINE) -> str:
-    """Lines of ours, each of which may hold foreign text, as one text."""
+    """Several messages joined by line breaks; each may quote foreign text."""
     return "\n".join(shown(line, most) for line in several)
 
 
 def printed(text: str) -> str:
-    """A whole text as it may be printed where CI reads along: no controls, and no line is a workflow command."""
+    """A text of several lines as it may be printed in CI: control characters are escaped, no line is a workflow
+    command.
+    """
     return "\n".join(map(_inert, text.split("\n")))
 
 

@@ -1,4 +1,6 @@
-"""Activations of a fine-tune beside its delta: influence, coherence, and the bound of Theorem 3.1, layer by layer."""
+"""A fine-tune's activations and delta, layer by layer: influence, coherence, and the bound of Theorem 3.1 (DAREx, arXiv
+2410.09344).
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs between two checkpoints, tensor by tensor, or between two locks; everything streams."""
+"""The differences between two checkpoints, tensor by tensor, or between two locks; weights are streamed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deltamerge.delta.over_base import check, elements, over
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
-from deltamerge.io.dtypes import FLOATING, PACKED_BITS, widen
+from deltamerge.io.dtypes import FLOATING, PACKED, widen
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.run import lock as locks
@@ -26,11 +26,14 @@ from deltamerge.run import lock as locks
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """How a tensor of B differs from A's: Δ = b − a in float32, where both are floating.
+    """How a tensor of B differs from A's: Δ = b − a in float32, if both are floating.
 
-    changed  entries whose bits differ, or whose values do where the dtypes do
-    max_abs, mean_abs  of Δ, over all entries; norm: ‖Δ‖ / ‖a‖. None for other dtypes, and where shapes differ
-    a, b     dtype and shape, where those differ
+        changed   entries whose bits differ; if the dtypes differ, whose values do
+        max_abs, mean_abs   of Δ, over all entries
+        norm      ‖Δ‖ / ‖a‖
+        a, b      dtype and shape, where they differ
+
+    Figures of Δ are None for dtypes that are not floating, and where shapes differ.
     """
 
     name: str
@@ -44,7 +47,7 @@ class Change:
 
 
 def diff(a: str, b: str, workers: int) -> dict[str, Any]:
-    """What differs between two checkpoints (folders, hub ids) or two locks (files).
+    """The differences between two checkpoints (folders, hub ids) or two locks (files).
 
     UsageError: a checkpoint and a lock.
     """
@@ -57,9 +60,10 @@ def diff(a: str, b: str, workers: int) -> dict[str, Any]:
 
 
 def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
-    """`tensors` that differ, most by norm first; `added`, `removed`: only in B, only in A; counts; relative norm.
+    """The differences between two checkpoints, one of which may be a delta of the other.
 
-    One may be a delta of the other, which is then read over it.
+    `tensors` that differ, the largest norm first; `added`, `removed`: names that only B, or only A, has; counts; the
+    relative norm.
     """
     here = Path.cwd()
     first, second = (hub.resolve(reference, here, weights=True) for reference in (a, b))
@@ -99,13 +103,13 @@ def _canonical(checkpoint: Checkpoint, prefix: str) -> dict[str, TensorInfo]:
 
 
 def _ratio(squares: float, of_a: float) -> float | None:
-    """Of two norms; None where a is all zeros and b is not."""
+    """The ratio of two norms, from their squares; None if A is all zeros and B is not."""
     return math.sqrt(squares / of_a) if of_a else (None if squares else 0.0)
 
 
 def _compare(reader: Reader, a: TensorInfo, b: TensorInfo) -> tuple[Change, float, float]:
-    """How two tensors differ, Σ Δ² and Σ a²."""
-    if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED_BITS:  # byte by byte
+    """The difference of two tensors, Σ Δ² and Σ a²."""
+    if a.dtype == b.dtype and a.shape == b.shape and b.dtype in PACKED:  # compared byte by byte
         a, b = (replace(info, dtype="U8", shape=(info.nbytes,)) for info in (a, b))
     size = math.prod(b.shape)
     differ = (a.dtype, a.shape) != (b.dtype, b.shape)
@@ -140,7 +144,7 @@ def _tiles(reader: Reader, a: TensorInfo, b: TensorInfo) -> Iterator[tuple[Any, 
 
 
 def diff_locks(a: Path, b: Path) -> dict[str, Any]:
-    """`changes`: key path -> [in A, in B], None where it is absent; files by their hashes, q's by their values."""
+    """`changes`: key path -> [in A, in B], None where absent; files are compared by hash, q's by value."""
     first, second = (dict(_flat(locks.read_lock(path))) for path in (a, b))
     if first.keys().isdisjoint(second):
         raise InputError(f"{a} and {b} have nothing in common")
@@ -150,7 +154,7 @@ def diff_locks(a: Path, b: Path) -> dict[str, Any]:
 
 
 def _flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves by their path; a file's hash and size are one leaf, and so is a list."""
+    """Leaves by their path; a file's hash and size are one leaf, and a list is one."""
     if isinstance(value, dict) and value.keys() == {"hash", "size"}:
         yield path, value["hash"]
     elif isinstance(value, dict):

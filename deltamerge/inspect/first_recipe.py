@@ -1,4 +1,4 @@
-"""A first recipe for the models someone has: commented, checked against their headers before it is written."""
+"""A commented first recipe for the user's models, checked against their headers before it is written."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 from deltamerge.errors import OutputError
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
+from deltamerge.io.dtypes import TORCH_NAMES
 
 if TYPE_CHECKING:
     from deltamerge.inspect.recommend import Candidate, Recommendation
@@ -52,7 +53,7 @@ dtype: {dtype}    # of the output; arithmetic is float32
 seed: 0    # the same recipe gives the same bytes
 output: {{path: merged}}
 """
-DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+DTYPES = ("BF16", "F16", "F32")  # the most common of them is the output's; of equals the first
 
 
 def first_recipe(
@@ -64,11 +65,17 @@ def first_recipe(
     calibration: Mapping[str, Any] | None = None,
     advice: Sequence[Recommendation] = (),
 ) -> str:
-    """The text of a recipe at `path` that merges `models` on `base`, each a folder or a hub id.
+    """The text of a recipe that merges `models` on `base`. InputError: a model that cannot be opened.
 
-    One is pruned, several are merged by ties; or, with `advice` on each of them, which `calibration` rows gave, added
-    up after the pruning that it recommends. Folders are named as seen from the recipe.
-    InputError: a model that cannot be opened; only headers are read.
+        base          folder or hub id
+        models        folders or hub ids
+        path          of the recipe; folders are written relative to it
+        density       of the pruning
+        calibration   the recipe's section, whose rows gave the advice
+        advice        the recommended pruning of each model
+
+    One model is pruned, several are merged by ties; with `advice`, the models are pruned as recommended and added up.
+    Only headers are read.
     """
     checkpoints = [hub.resolve(reference, Path(), weights=False) for reference in (base, *models)]
     dtypes = [tensor.dtype for tensor in checkpoints[0].tensors.values()]
@@ -84,7 +91,7 @@ def first_recipe(
         text += ONE.format(model=named[0]) + UNCALIBRATED.format(density=density)
     else:
         text += SEVERAL + "".join(OF_SEVERAL.format(model=model, density=density) for model in named)
-    return text + TAIL.format(dtype=DTYPES[dtype])
+    return text + TAIL.format(dtype=TORCH_NAMES[dtype])
 
 
 def _chosen(advice: Recommendation) -> Candidate:
@@ -92,7 +99,7 @@ def _chosen(advice: Recommendation) -> Candidate:
 
 
 def _advised(model: str, advice: Recommendation) -> str:
-    """A model of the recipe, its pruning, and above that what was measured of every candidate."""
+    """A model of the recipe with its pruning, and above it the measurements of every candidate."""
     lines = [f"{advice.method}, by `deltamerge recommend`:", *advice.why, ""]
     rows = [f"{'':24}{'loses':>8}{'layer':>9}{'q':>9}"]
     for one in advice.candidates:
@@ -117,7 +124,7 @@ def _flow(value: Mapping[str, Any]) -> str:
 
 
 def _seen_from(path: Path, reference: str) -> str:
-    """A local path relative to the recipe's folder; a hub id as it is."""
+    """A local path relative to the recipe's folder; a hub id unchanged."""
     expanded = Path(reference).expanduser()
     if not expanded.exists() or expanded.is_absolute():
         return reference
@@ -126,16 +133,16 @@ def _seen_from(path: Path, reference: str) -> str:
 
 
 def _scalar(text: str) -> str:
-    """`text` as a YAML scalar, quoted where it must be."""
+    """`text` as a YAML scalar, quoted where necessary."""
     return yaml.safe_dump(text, width=10**6, allow_unicode=text.isprintable()).removesuffix("\n...\n").strip()
 
 
 def check_new(path: Path) -> None:
-    """OutputError: there is a file at `path` already."""
+    """OutputError: a file exists at `path`."""
     if os.path.lexists(path):
         raise OutputError(f"{path}: is there already", hint="another name with --out, or - for stdout")
 
 
 def write_new(path: Path, text: str) -> None:
-    """Write `text` to a file that must not exist. OutputError: it does, or it cannot be made."""
+    """Write `text` to a new file. OutputError: it exists, or cannot be created."""
     replace_file(path, text, new=True)

@@ -1,4 +1,4 @@
-"""Tensors by numbered block and module, as pages and pictures draw them."""
+"""Tensors grouped by numbered block and module, for pages and pictures."""
 
 from __future__ import annotations
 
@@ -8,17 +8,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from deltamerge.io.names import block_name, numbers_as_stars
+
 if TYPE_CHECKING:
     from deltamerge.inspect.statistics import Report, TensorStatistics
 
-BLOCK = re.compile(r"(.*?\.\d+)\.")
 NUMBERED = re.compile(r"(.+)\.(\d+)", re.DOTALL)
 VECTORS = "biases and norms"
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Tensors together: entries, mean |Δ|, ‖Δ‖/‖W‖ (None where the base is zero), shares changed, of energy."""
+    """Figures of several tensors: entries, mean |Δ|, ‖Δ‖/‖W‖ (None if the base is zero), share changed, share of
+    energy.
+    """
 
     count: int
     mean_abs: float
@@ -28,6 +31,7 @@ class Group:
 
     @classmethod
     def of(cls, tensors: Sequence[TensorStatistics]) -> Group:
+        """The figures of these tensors together."""
         count = sum(t.count for t in tensors)
         norm, base = (math.hypot(*values) for values in ([t.norm for t in tensors], [t.base_norm for t in tensors]))
         mean = math.fsum(t.mean_abs * t.count for t in tensors) / count if count else 0.0
@@ -38,7 +42,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """A figure of a group, and the format that shows it."""
+    """A figure of a group, and its format."""
 
     of: Callable[[Group], float | None]
     form: str = ".3g"
@@ -54,7 +58,7 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class Grid:
-    """Figures of one stack of numbered blocks: a row a module, a column a block."""
+    """Figures of one stack of numbered blocks: a row for each module, a column for each block."""
 
     stack: str
     layers: list[str]
@@ -62,7 +66,7 @@ class Grid:
 
 
 def stacks(layers: Iterable[str]) -> dict[str, list[str]]:
-    """The numbers of numbered blocks, ascending, by what they are numbers of."""
+    """The numbers of numbered blocks, ascending, by container."""
     found: dict[str, list[str]] = {}
     for layer in dict.fromkeys(layers):
         if match := NUMBERED.fullmatch(layer):
@@ -71,21 +75,23 @@ def stacks(layers: Iterable[str]) -> dict[str, list[str]]:
 
 
 def module_of(name: str, layer: str) -> str:
-    """What a weight is in its block: its name without the block, inner numbers (experts) as *, and `.weight`."""
+    """The module of a weight inside its block: its name without the block and `.weight`, with numbers
+    (experts) as *.
+    """
     inner = name.removeprefix(f"{layer}.").removesuffix(".weight")
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", inner)
+    return numbers_as_stars(inner)
 
 
 def place(name: str) -> Place | None:
-    """Block and module of a tensor; None outside of blocks."""
-    match = BLOCK.match(name)
-    return None if match is None else (match[1], module_of(name, match[1]))
+    """Block and module of a tensor; None outside blocks."""
+    block = block_name(name)
+    return None if block is None else (block, module_of(name, block))
 
 
 def grouped(
     tensors: Iterable[TensorStatistics], key: Callable[[TensorStatistics], Place] = lambda t: _place(t)
 ) -> dict[Place, Group]:
-    """The tensors that have one key, together; by block and module, where vectors are one."""
+    """Tensors grouped by a key; by default by block and module, with all vectors of a block as one module."""
     groups: dict[Place, list[TensorStatistics]] = {}
     for tensor in tensors:
         groups.setdefault(key(tensor), []).append(tensor)
@@ -102,7 +108,7 @@ def matrices(found: Report) -> dict[Place, Group]:
 
 
 def grids(cells: Mapping[Place, float | None]) -> list[Grid]:
-    """The cells of each stack as a grid."""
+    """A grid for each stack."""
     made = []
     for stack, numbers in stacks(layer for layer, _ in cells).items():
         modules = dict.fromkeys(module for layer, module in cells if layer.rpartition(".")[0] == stack)
@@ -112,7 +118,7 @@ def grids(cells: Mapping[Place, float | None]) -> list[Grid]:
 
 
 def placed(values: Mapping[str, float | None]) -> dict[Place, float | None]:
-    """Figures by the names of weights in blocks, by block and module; several experts by their mean."""
+    """Figures by block and module, from figures by weight; of several experts the mean."""
     together: dict[Place, list[float]] = {}
     for name, value in values.items():
         if (where := place(name)) is not None:

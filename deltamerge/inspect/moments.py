@@ -1,8 +1,8 @@
-"""What is known of a delta's entries after one pass: sums of powers and a histogram of magnitudes.
+"""Moments of a delta's entries from one pass: sums of powers and a histogram of magnitudes.
 
-A tensor's tiles leave float64 partials per block, added by `math.fsum`, and integer counts, so no figure depends on
-tiles, threads or the device. What follows from the histogram (quantiles, the energy that a density keeps) takes every
-magnitude for the middle of its bin, which is at most 0.4 % away.
+Tiles yield float64 partials per block, added by `math.fsum`, and integer counts, so no figure depends on tiles, threads
+or the device. Figures from the histogram (quantiles, the energy that a density keeps) take every magnitude as the
+middle of its bin, which is at most 0.4 % away.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ BINS = 1 << 15
 
 
 def moments(delta: Any, base: torch.Tensor, *, tile: Tile) -> NDArray[np.float64]:
-    """(blocks, 8) of Δ: Σ Δ, Σ |Δ|, Σ Δ², Σ Δ³, Σ Δ⁴, how many are 0, max |Δ|; and Σ W² of the base."""
+    """(blocks, 8) of Δ: Σ Δ, Σ |Δ|, Σ Δ², Σ Δ³, Σ Δ⁴, the number of zeros, max |Δ|; and Σ W² of the base."""
     import torch
 
     x = densify(delta, tile.size).to(torch.float64)
@@ -38,7 +38,7 @@ def moments(delta: Any, base: torch.Tensor, *, tile: Tile) -> NDArray[np.float64
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Moments:
-    """Sums over the entries of one delta or of several; `bins` are the high 16 bits of |Δ|, `counts` how many."""
+    """Sums over the entries of one or more deltas; `bins` are high 16 bits of |Δ|, `counts` their frequencies."""
 
     count: int
     total: float
@@ -80,7 +80,7 @@ class Moments:
 
     @property
     def magnitudes(self) -> NDArray[np.float64]:
-        """The middle of each bin, 0 for the one of zero, none above the largest."""
+        """The middle of each bin; 0 for the bin of zero, and none above the largest magnitude."""
         middle = ((self.bins << 16) | 0x8000).astype(np.uint32).view(np.float32).astype(np.float64)
         return np.minimum(np.where(self.bins == 0, 0.0, middle), self.largest)
 
@@ -106,9 +106,9 @@ class Moments:
         wanted = density * self.count
         if not whole or wanted >= counts[size > 0].sum():
             return 0.0
-        suffix = np.concatenate([np.cumsum(counts[::-1])[::-1], [0.0]])  # entries in bin i and above
+        suffix = np.concatenate([np.cumsum(counts[::-1])[::-1], [0.0]])  # number of entries in bin i and above
         below = np.cumsum(size * counts)
-        # bins from i on have π = 1: the first i for which the bin below it stays under 1
+        # bins from i on have π = 1; i is the first for which the bin below stays under 1
         for i in range(len(size), 0, -1):
             if below[i - 1] <= 0.0:
                 return 0.0

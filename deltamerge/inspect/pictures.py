@@ -1,8 +1,7 @@
-"""The pictures of a run's card: what it made is measured against its base and drawn."""
+"""The pictures of a run's model card: the result is measured against its base and drawn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,20 +14,20 @@ from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.plan.inputs import open_inputs
 from deltamerge.plan.planner import Plan
-from deltamerge.run.lock import chosen
+from deltamerge.run.calibration_record import Run
+from deltamerge.run.options import Draw
 
 if TYPE_CHECKING:
     from deltamerge.inspect.activations import Activations
 
 BASE = "base"
-Draw = Callable[[Plan, Path, Path], dict[str, str]]
 
 
-def drawing(planned: Plan, *, data: bool) -> Draw:
-    """What draws the pictures of a plan, once its weights are there.
+def drawing(planned: Plan, data: bool) -> Draw:
+    """What draws the pictures of a plan, once its weights are there: `Options.drawing` of a run.
 
-    With `data`, where q is calibrated, the calibration rows go through the fine-tune once more.
-    InputError: matplotlib is missing, or the recipe makes nothing that has a delta to draw.
+    With `data`, if q is calibrated, the calibration rows run through the fine-tune once more. InputError: matplotlib is
+    missing, or the recipe makes nothing that has a delta.
     """
     from deltamerge.inspect import plots
 
@@ -38,8 +37,8 @@ def drawing(planned: Plan, *, data: bool) -> Draw:
     return partial(illustrate, data=data)
 
 
-def illustrate(planned: Plan, folder: Path, lock: Path, *, data: bool) -> dict[str, str]:
-    """Write the pictures of the finished weights in `folder`, whose q's are in `lock`; their names and captions."""
+def illustrate(planned: Plan, folder: Path, made: Run, *, data: bool) -> dict[str, str]:
+    """Draw the finished weights in `folder`, whose q's were `made` so; returns the files' names and captions."""
     from deltamerge.inspect import plots
     from deltamerge.inspect.statistics import measure, pair_recipe, pairs_of, parse, report
 
@@ -54,14 +53,14 @@ def illustrate(planned: Plan, folder: Path, lock: Path, *, data: bool) -> dict[s
     found = measure(pairs, device=planned.device, workers=planned.workers, tile_elements=planned.tile_elements)
     specs = [spec for spec in planned.specs.values() if not spec.parts] if data else []
     seen = _activations(specs[0]) if specs else None
-    drawn = plots.pictures(report(inputs, pairs, lacking, found, activations=seen, run=chosen(lock)))
+    drawn = plots.pictures(report(inputs, pairs, lacking, found, activations=seen, run=made))
     for name, picture in drawn.items():
         (folder / name).write_bytes(picture)
     return {name: plots.CAPTIONS[name] for name in drawn}
 
 
 def _activations(spec: Spec) -> Activations:
-    """What the first fine-tune's linear layers do to the rows; with a random mask, its measured error."""
+    """The figures of the first fine-tune's linear layers on the rows; for a random mask with its measured error."""
     from deltamerge.calibrate.evidence import influence
     from deltamerge.inspect.activations import activations
 

@@ -1,4 +1,4 @@
-"""Pictures with matplotlib (extra `plot`): a calibration's search, and what a report draws, for model cards."""
+"""Pictures with matplotlib (extra `plot`) for model cards: the search of a calibration, and the figures of a report."""
 
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect.layers import CHANGED, FIGURES, Grid, grids, matrices, placed
 from deltamerge.io.atomic import replace_file
 from deltamerge.run.calibration_record import Choice, Points, choices
+from deltamerge.run.lock import PICTURES
 
 if TYPE_CHECKING:
     from deltamerge.inspect.activations import Activations
     from deltamerge.inspect.statistics import Report
 
-DELTA, SEARCH, ACTIVATIONS = PICTURES = ("delta.png", "calibration.png", "activations.png")
+DELTA, SEARCH, ACTIVATIONS = PICTURES
 CAPTIONS = {
     DELTA: "The delta by layer and module, and the share of entries that differ from the base",
     SEARCH: "The objective over what was searched, and what was chosen",
@@ -27,7 +28,7 @@ FIRST, SECOND = "#2268c0", "#d9541e"
 
 
 def figure_of(option: str) -> Any:
-    """matplotlib's Figure, which draws without a screen. InputError: it is not installed, `option` needs it."""
+    """matplotlib's Figure, which draws without a screen. InputError: matplotlib is missing and `option` needs it."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -36,7 +37,7 @@ def figure_of(option: str) -> Any:
 
 
 def draw(calibration: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Draw every search of a lock's `calibration`, a panel each, into a file of the kind that its suffix names.
+    """Draw every search of a lock's `calibration`, a panel each, into a file; its suffix determines the format.
 
     InputError: matplotlib is missing, or nothing was searched. OutputError: the file cannot be written.
     """
@@ -57,7 +58,7 @@ def draw(calibration: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 
 def pictures(found: Report) -> dict[str, bytes]:
-    """What a report has to draw, by file name, as PNG; a stack of layers is a row."""
+    """The pictures of a report, as PNG by file name; each stack of layers is a row."""
     made = {}
     cells = matrices(found)
     named = {**FIGURES, "entries changed": CHANGED}
@@ -73,7 +74,7 @@ def pictures(found: Report) -> dict[str, bytes]:
 
 
 def _rows(rows: Sequence[Sequence[tuple[Any, ...]]]) -> bytes:
-    """Panels, each a function of axes and its arguments, in rows, as PNG without a date or a version."""
+    """Panels in rows, as PNG without a date or a version. A panel is a function of axes, and its arguments."""
     if not rows:
         return b""
     across = max(map(len, rows))
@@ -90,7 +91,7 @@ def _rows(rows: Sequence[Sequence[tuple[Any, ...]]]) -> bytes:
 
 
 def _choice(one: Choice, names: set[str]) -> list[tuple[Any, ...]]:
-    """The searches of a choice, and its q's by layer and module where they differ."""
+    """The searches for q, and the q's by layer and module where they differ."""
     panels: list[tuple[Any, ...]] = [(_search, one, variable, series) for variable, series in one.panels]
     q = {name: value for name, value in one.q.items() if name in names}
     if len(set(q.values())) > 1:
@@ -119,7 +120,7 @@ def _heat(axes: Any, name: str, grid: Grid) -> None:
 
 
 def _errors(axes: Any, found: Activations) -> None:
-    """Measured over predicted error, a point a layer, and the line on which they are equal."""
+    """Measured over predicted error, a point for each layer, with the line of equality."""
     series = (
         ("DARE, q = density", FIRST, [(one.dare_error, one.dare_measured) for one in found.layers]),
         ("q of least squares", SECOND, [(one.least_squares_error, one.least_squares_measured) for one in found.layers]),
@@ -163,6 +164,6 @@ def _short(name: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """A stranger's name as text: dollars begin no formula, what does not print is �."""
+    """A stranger's name as plain text: dollars start no formula, unprintable characters become �."""
     printed = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in name)
     return printed.replace("$", r"\$")

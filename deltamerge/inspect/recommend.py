@@ -1,8 +1,8 @@
-"""Which pruning for a fine-tune at a density, and why: the paper's decision procedure beside what was measured.
+"""Recommends a pruning for a fine-tune at a density: the paper's decision procedure, beside measurements.
 
 Without data the delta's own statistics decide. With calibration rows every candidate's mask is drawn, and its outputs
-are compared with the fine-tune's on rows that chose nothing, by the measure that calibration decides by; `lost` is
-their distance over that of the base.
+are compared with the fine-tune's on held-out rows, by the measure that calibration uses; `lost` is their distance
+divided by the base's.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.evidence import MaskLoss, Measured
 
 # ‖Δ‖/‖W‖ · sqrt(p/d): the noise of DARE beside the weights. Real fine-tunes are within 3 points of the unpruned up to
-# 0.5 (algorithms.md 6.3: A, B and C at density 0.05 and above, S at 0.01) and lose 15 and more at 0.8 to 1.
+# 0.5 (three measured at density 0.05 and above, one at 0.01) and lose 15 and more at 0.8 to 1.
 LARGE_NOISE = 0.5
-# `lost` up to which the plainest method is good enough. On the intensity task at density 0.01 importance sampling loses
-# 13 % and keeps 81 % of the score, calibrated magnitude 10 % and 96 %.
+# The largest `lost` at which the simplest method is good enough. On the intensity task at density 0.01 importance
+# sampling loses 13 % and keeps 81 % of the score, calibrated magnitude 10 % and 96 %.
 GOOD = 0.1
 MASKS: dict[str, dict[str, Any]] = {
     "dare": {"method": "dare"},
@@ -124,7 +124,7 @@ def prunes(density: float) -> list[dict[str, Any]]:
 def recommend(
     question: Question, pairs: Sequence[Pair], found: Mapping[str, Moments], measured: Measured | None
 ) -> Recommendation:
-    """The candidates, their predicted errors, and the answer; the recipe is left to `written`."""
+    """The candidates, their predicted errors, and the recommendation; `written` adds the recipe."""
     pruned = {pair.name: pair for pair in pairs if pair.kind != "head"}
     evidence = _evidence(question.density, [(pruned[n], m) for n, m in found.items() if n in pruned], measured)
     candidates = _candidates(question.density, [m for n, m in found.items() if n in pruned], measured)
@@ -179,10 +179,10 @@ def _evidence(density: float, parts: Sequence[tuple[Pair, Moments]], measured: M
 
 
 def _candidates(density: float, parts: Sequence[Moments], measured: Measured | None) -> list[Candidate]:
-    """Every mask, plain and with q calibrated.
+    """Every mask, both plain and with a calibrated q.
 
     From the delta alone the error of DARE is p/d, of importance sampling v = Σ Δ²(1/π − 1)/Σ Δ², of magnitude the
-    energy it drops; at the best q an unbiased mask's v becomes v/(1 + v).
+    energy that it drops. At the best q an unbiased mask's v becomes v/(1 + v).
     """
     energy = math.fsum(m.square for m in parts)
 
@@ -200,7 +200,7 @@ def _candidates(density: float, parts: Sequence[Moments], measured: Measured | N
     made = []
     for (mask, keys), loss in zip(MASKS.items(), losses, strict=True):
         if measured is not None and loss is None:
-            continue  # WANDA of weights stored (in, out)
+            continue  # WANDA has no norms for weights stored (in, out)
         prune = {**keys, "density": density}
         for calibrated in (False, True):
             made.append(
@@ -228,7 +228,7 @@ def _measured(loss: MaskLoss | None, measured: Measured | None, calibrated: bool
 
 
 def decide(evidence: Evidence, candidates: Sequence[Candidate]) -> tuple[str, list[str]]:
-    """The plainest method whose predicted loss is small, else the one of the smallest."""
+    """The simplest method whose predicted loss is small, else the method with the smallest."""
     lost = {one.name: one.lost for one in candidates if one.lost is not None}
     noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"
     if not lost:
@@ -278,14 +278,14 @@ def paper(question: Question, evidence: Evidence) -> Paper:
 
 
 def written(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
-    """The answer with its recipe as YAML, under what it is recommended for."""
+    """The recommendation with its recipe as YAML, named for what it was recommended for."""
     head = [f"{answer.method} at density {answer.density:g}, by `deltamerge recommend`:", *answer.why]
     text = "".join(f"# {line}\n" for line in head)
     return answer.model_copy(update={"recipe": text + yaml.safe_dump(dict(recipe), sort_keys=False, width=1000)})
 
 
 def render(answer: Recommendation) -> str:
-    """The evidence, the candidates and the answer for people."""
+    """The evidence, the candidates and the recommendation as text."""
     seen = answer.evidence
     rows: list[tuple[str, ...]] = [("", "delta error", "layer error", "lost", seen.metric or "", "q")]
     for one in answer.candidates:

@@ -1,6 +1,6 @@
-"""What `inspect` found as one HTML page: pictures in SVG and their figures, nothing fetched, no scripts.
+"""The results of `inspect` as one HTML page: SVG pictures and their figures, without scripts or external content.
 
-Names come from strangers: every word goes through `svg.text`, and the page's policy forbids all but its own style.
+Names come from strangers: every word passes through `svg.text`, and the page's policy allows only its own style.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: l
 
 
 def check_target(path: Path, *, force: bool) -> None:
-    """OutputError: `path` is no .html file, is there already and not to be replaced, or its folder is missing."""
+    """OutputError: `path` is no .html file, exists and must not be replaced, or its folder is missing."""
     if path.suffix.lower() not in (".html", ".htm"):
         raise OutputError(f"{path}: a report is a page", hint="name a .html file")
     if os.path.lexists(path) and not force:
@@ -100,7 +100,7 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def write(found: Report, path: Path, *, force: bool = False) -> None:
-    """Write the page to `path`, which must be new unless `force`. OutputError: it is not, or it cannot be written."""
+    """Write the page to `path`, which must be new unless `force`. OutputError: it exists, or cannot be written."""
     check_target(path, force=force)
     replace_file(path, page(found), new=not force)
 
@@ -200,13 +200,13 @@ def _by_module(found: Report) -> Markup:
 
 
 def _modules_of(found: Report) -> list[tuple[str, Group]]:
-    """The modules of all layers together, by share of energy."""
+    """The modules, each over all layers, by share of energy."""
     groups = grouped(found.tensors, lambda t: ("", VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
     return sorted(((module, group) for (_, module), group in groups.items()), key=lambda pair: -pair[1].energy)
 
 
 def _heat(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> list[Markup]:
-    """A heat map a stack, of one scale."""
+    """A heat map for each stack, all on one scale."""
     top = max((v for v in cells.values() if v is not None and math.isfinite(v)), default=0.0)
     cards = []
     for grid in grids(cells):
@@ -248,7 +248,7 @@ def _modules(found: Report) -> list[Markup]:
 
 
 def _key(first: str, second: str) -> Markup:
-    """Which colour is what."""
+    """The legend of two colours."""
     one, two = element("span", element("i"), text(first)), element("span", element("i", class_="second"), text(second))
     return element("div", one, two, class_="key")
 
@@ -311,7 +311,7 @@ def _activations(found: Activations) -> list[Markup]:
 
 
 def _run(found: Run, drawn: Set[str]) -> list[Markup]:
-    """What the lock says of the run that made the model: every search, and the q's of the `drawn` tensors."""
+    """What the lock records about the run that made the model: every search, and the q's of the `drawn` tensors."""
     blocks = []
     for one in found.choices:
         blocks += [_heading(f"How q of {one.model} was chosen"), _words(f"{one.chosen}: {one.why}.")]
@@ -349,7 +349,7 @@ def _choice_tiles(one: Choice) -> Markup:
 
 
 def _search(one: Choice, variable: str) -> list[Markup]:
-    """The objective over what was searched, with what was chosen and where the method without calibration stands."""
+    """The objective over the searched number, with the chosen point and the one without calibration."""
     series, reference, best = dict(one.panels)[variable], one.reference(variable), one.best(variable)
     keys = [] if best is None else [element("span", element("i", class_="best"), text(best[2]))]
     if reference is not None:
@@ -371,7 +371,7 @@ def _search(one: Choice, variable: str) -> list[Markup]:
 
 
 def _table(found: Report) -> Markup:
-    """The figures that are drawn, in numbers."""
+    """The drawn figures as numbers."""
     groups = grouped(found.tensors)
     names = ("layer", "module", "entries", *FIGURES, "changed", "energy")
     rows = [element("tr", *(element("th", text(name)) for name in names))]

@@ -1,4 +1,4 @@
-"""Statistics of a delta: of every tensor, every layer, every kind of tensor, and in all; and their JSON."""
+"""Statistics of a delta, by tensor, by layer, by kind of tensor, and in all; and their JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field
 
-from deltamerge.calibrate.reach import EMBEDDING
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import Graph, Node
@@ -24,19 +23,18 @@ from deltamerge.inspect.activations import Activations, Influence
 from deltamerge.inspect.moments import Moments, gather, moments, together
 from deltamerge.io.alike import finite
 from deltamerge.io.dtypes import FLOATING
+from deltamerge.io.names import EMBEDDING, TASK_HEAD, block_name
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.ops import subtract
 from deltamerge.methods.prune.select import high_histogram
 from deltamerge.plan.inputs import Inputs
-from deltamerge.recipe.effective_prune import TASK_HEAD
 from deltamerge.recipe.load import loads
 from deltamerge.recipe.schema import Recipe
 from deltamerge.run.calibration_record import Run
 
 QUANTILES = (0.5, 0.9, 0.99, 0.999)
 DENSITIES = (0.1, 0.01, 0.001)
-LAYER = re.compile(r"(.*?\.\d+)\.")
 OUTSIDE = "outside"
 Kind = Literal["linear", "embedding", "vector", "head", "other"]
 
@@ -90,7 +88,7 @@ class Report(_Figures):
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A tensor of both models, cut to the rows that they share."""
+    """A tensor of both models, cut to the rows that both have."""
 
     name: str
     tune: TensorInfo
@@ -99,6 +97,7 @@ class Pair:
 
     @property
     def kind(self) -> Kind:
+        """The kind of the tensor, told by its name and shape."""
         if re.search(TASK_HEAD, self.name):
             return "head"
         if len(self.base.shape) < 2:
@@ -109,12 +108,12 @@ class Pair:
 
     @property
     def layer(self) -> str:
-        found = LAYER.match(self.name)
-        return found[1] if found else OUTSIDE
+        """The layer that the tensor is in, or "outside"."""
+        return block_name(self.name) or OUTSIDE
 
 
 def pair_recipe(model: str, base: str, prune: Mapping[str, Any] | None = None, **more: Any) -> dict[str, Any]:
-    """The recipe of one fine-tune, known by the last part of its name, and its base, with `more` keys.
+    """The recipe of one fine-tune, named by the last part of its path, and its base; `more` are further keys.
 
     InputError: they are the same model.
     """
@@ -125,7 +124,7 @@ def pair_recipe(model: str, base: str, prune: Mapping[str, Any] | None = None, *
 
 
 def seen_from(folder: Path, reference: str) -> str:
-    """A local reference as a recipe in `folder` writes it; one that is absolute, or of the hub, as it is."""
+    """A local reference as a recipe in `folder` writes it; absolute paths and hub ids are unchanged."""
     path = Path(reference)
     if path.is_absolute() or not path.exists():
         return reference
@@ -134,12 +133,14 @@ def seen_from(folder: Path, reference: str) -> str:
 
 
 def parse(recipe: Mapping[str, Any]) -> Recipe:
-    """A recipe made here, read as any other. RecipeError: an option of the command line that does not fit."""
+    """Validate a generated recipe like any other. RecipeError: an option of the command line that does not fit."""
     return loads(yaml.safe_dump(dict(recipe), sort_keys=False), "(command line)")
 
 
 def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:
-    """The tensors that have a delta, and the names of floating ones that the base lacks. InputError: shapes differ."""
+    """The tensors that have a delta, and the names of floating tensors that the base lacks. InputError:
+    shapes differ.
+    """
     base, (tune,) = inputs.base, inputs.tunes
     assert base is not None
     pairs, lacking = [], []
@@ -151,7 +152,7 @@ def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:
             lacking.append(tune.stored[name])
             continue
         rows = min(tensor.shape[0], twin.shape[0]) if tensor.shape and twin.shape else 0
-        if tensor.shape != twin.shape and (tensor.shape[1:] != twin.shape[1:] or LAYER.match(name) or not rows):
+        if tensor.shape != twin.shape and (tensor.shape[1:] != twin.shape[1:] or block_name(name) or not rows):
             shapes = f"{list(tensor.shape)}, in the base {list(twin.shape)}"
             raise InputError(f"{tune.name}: {tune.stored[name]} has the shape {shapes}")
         cut = tensor.shape != twin.shape
@@ -176,8 +177,16 @@ def measure(
     tile_elements: int = 1 << 18,
     progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Moments]:
-    """The moments of every pair's delta, by name: one pass over both files. Entries that are not finite, but in both
-    alike, count as zero. InputError: others that are not finite."""
+    """The moments of every pair's delta, by name, from one pass over both files.
+
+        pairs           the tensors
+        device          "cpu" or a GPU
+        workers         threads
+        tile_elements   of a tile
+        progress        called with the number of bytes done
+
+    Infinities and NaNs that both hold alike count as zero. InputError: others.
+    """
     found = _moments(pairs, device, workers, tile_elements, progress)
     if odd := [pair for pair in pairs if not _is_finite(found[pair.name])]:
         rest = []
@@ -225,14 +234,14 @@ def _root(graph: Graph, pair: Pair) -> Node:
 
 
 class _Nowhere:
-    """The sink of tasks that make no tensor."""
+    """A sink for tasks that make no tensor."""
 
     def write(self, name: str, offset: int, data: Any) -> None:
         raise AssertionError("statistics are returned, not written")
 
 
 def statistics(parts: Sequence[Moments], whole: float) -> dict[str, Any]:
-    """The fields of `Statistics` of some tensors together; `whole` is Σ Δ² of the whole delta."""
+    """The fields of `Statistics` of several tensors together; `whole` is Σ Δ² of the whole delta."""
     m = parts[0] if len(parts) == 1 else together(parts)
     return {
         "count": m.count,
@@ -251,7 +260,7 @@ def statistics(parts: Sequence[Moments], whole: float) -> dict[str, Any]:
 
 
 def kept_energy(parts: Sequence[Moments], density: float) -> float:
-    """The share of Σ Δ² that magnitude pruning keeps, each tensor its own largest entries."""
+    """The share of Σ Δ² that magnitude pruning keeps, with each tensor's own largest entries."""
     whole = math.fsum(part.square for part in parts)
     return math.fsum(part.square * part.kept_energy(density) for part in parts) / whole if whole else 0.0
 
@@ -259,7 +268,7 @@ def kept_energy(parts: Sequence[Moments], density: float) -> float:
 def report(
     inputs: Inputs, pairs: Sequence[Pair], lacking: Sequence[str], found: Mapping[str, Moments], **more: Any
 ) -> Report:
-    """Everything together, from what `measure` found."""
+    """The report on what `measure` found."""
     assert inputs.base is not None
     whole = math.fsum(moments.square for moments in found.values())
 
@@ -294,7 +303,7 @@ HEADER = ("", "entries", "mean |Δ|", "max |Δ|", "‖Δ‖/‖W‖", "energy", 
 
 
 def render(found: Report, *, tensors: bool = False) -> str:
-    """The report as aligned tables: in all, by kind, by layer, and with `tensors` each."""
+    """The report as aligned tables: in all, by kind, by layer, and with `tensors` by tensor."""
     blocks = [[("in all", found.total)], list(found.kinds.items()), list(found.layers.items())]
     if tensors:
         blocks.append([(tensor.name, tensor) for tensor in found.tensors])
@@ -312,7 +321,7 @@ def render(found: Report, *, tensors: bool = False) -> str:
 
 
 def _activation_lines(found: Activations) -> list[str]:
-    """The layers' activations: mean |c|, coherence, what DARE is expected to lose, the bound against the change."""
+    """The layers' activations: mean |c|, coherence, DARE's expected loss, and the bound beside the change."""
     header = (
         "",
         "mean |Δ|",
@@ -350,7 +359,7 @@ def _cells(one: Statistics) -> tuple[str, ...]:
 
 
 def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Rows of cells as lines: the first column to the left, the others to the right."""
+    """Rows of cells as lines: the first column left-aligned, the others right-aligned."""
     rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
     count = max(map(len, rows))
     widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(count)]

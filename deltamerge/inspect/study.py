@@ -1,4 +1,4 @@
-"""What a fine-tune's delta is and which pruning suits it: the models opened, measured, and reported on."""
+"""Studies a fine-tune's delta: opens and measures the models, and reports statistics or a recommended pruning."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from deltamerge.inspect.statistics import Pair, Report, measure, pair_recipe, pa
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.plan.inputs import Inputs, open_inputs
 from deltamerge.plan.kinship import swapped, unrelated
-from deltamerge.plan.planner import plan
+from deltamerge.plan.planner import PlanOptions, plan
 from deltamerge.recipe.schema import Calibration
-from deltamerge.run import lock as locks
-from deltamerge.run.plans import choose_device
+from deltamerge.run.lock import Lock
+from deltamerge.run.options import choose_device
 
 Watch = Callable[[int], Callable[[int], None]]
 
@@ -45,9 +46,17 @@ def inspect(
     workers: int | None = None,
     watch: Watch = lambda _: lambda _: None,
 ) -> Report:
-    """Statistics of the delta of `model`, and with `calibration` (as in a recipe) of its layers' activations.
+    """Statistics of the delta of `model` and, with `calibration`, of its layers' activations.
 
-    `out` is an HTML page to draw them on. `watch` is given the bytes to go through and returns what is told of them.
+        model, base   folders or hub ids
+        calibration   as in a recipe
+        density       at which pruning is judged
+        out           an HTML page to draw on
+        force         replace it
+        device        "cpu" or a GPU
+        workers       threads
+        watch         called with the number of bytes to read; returns the function that is told of progress
+
     OutputError: `out` exists without `force`, or cannot be written.
     """
     if out is not None:
@@ -64,7 +73,8 @@ def inspect(
 
         node = Graph().node(influence, kind="small", source=spec.source, spec=spec)
         seen = activations(shared_values([node], {})[node], density, spec.source.calibration.sequences)
-    made = locks.chosen(inputs.tunes[0].checkpoint.path / locks.LOCK_NAME)
+    lock = inputs.tunes[0].checkpoint.path / LOCK_NAME
+    made = Lock.read(lock).figures if lock.is_file() else None
     warnings = [*swapped(inputs), *unrelated(inputs)]
     answer = report(inputs, pairs, lacking, found, activations=seen, run=made, warnings=warnings)
     if out is not None:
@@ -83,9 +93,17 @@ def recommend(
     workers: int | None = None,
     watch: Watch = lambda _: lambda _: None,
 ) -> Recommendation:
-    """Which pruning at `density`, and its recipe, written to `out` if given; `calibration` as in a recipe.
+    """The recommended pruning at `density`, and its recipe, which is written to `out` if given.
 
-    A `label` in it asks for the metric of the held-out rows. OutputError: `out` exists or cannot be written.
+        model, base   folders or hub ids
+        density       of the pruning
+        calibration   as in a recipe; a `label` in it asks for the metric of the held-out rows
+        out           a new file
+        device        "cpu" or a GPU
+        workers       threads
+        watch         as for `inspect`
+
+    OutputError: `out` exists, or cannot be written.
     """
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out}: exists", hint="choose another name with --out")
@@ -130,14 +148,14 @@ def _specs(
     prunes: Sequence[Mapping[str, Any]],
     device: str,
 ) -> list[Spec]:
-    """What the calibration stage of the recipe of each pruning would be."""
+    """The calibration stage of the recipe of each pruning."""
     more: dict[str, Any] = {"calibration": calibration}
     if any(pair.cut for pair in pairs):
         more["tokenizer_source"] = model
     specs = []
     for prune in prunes:
         recipe = parse(pair_recipe(model, base, prune, **more))
-        planned = plan(recipe, Path.cwd(), _opener, device=device)
+        planned = plan(recipe, Path.cwd(), _opener, PlanOptions(device=device))
         specs += list(planned.specs.values())
     if len(specs) < len(prunes):
         raise InputError(f"{model}: nothing of its delta is pruned", hint="choose a density below 1")
@@ -149,7 +167,7 @@ def _open(model: str, base: str) -> Inputs:
 
 
 def _opener(reference: str, folder: Path) -> Checkpoint:
-    """A model with its weights, which are not fetched where its headers say that they are of no use."""
+    """Open a model with its weights; these are not downloaded if its headers show that they are useless."""
     seen = hub.resolve(reference, folder, weights=False)
     with errors.context(reference):
         refuse_quantised(seen.config, seen.tensors)

@@ -1,7 +1,7 @@
-"""Markup for one page: elements with escaped text, and charts in SVG that stretch to any width while letters do not.
+"""Markup for one page: elements with escaped text, and SVG charts that stretch to any width without stretching text.
 
-Charts have no viewBox: across, everything is placed in percent, down in pixels. Colours are the page's CSS. Every shape
-has its figure in `data-value` and its words in `<title>`. A figure that is None or not finite is a dash.
+Charts have no viewBox: horizontal places are percent, vertical ones pixels. Colours are the page's CSS. Every shape has
+its figure in `data-value` and its description in `<title>`. A figure that is None or not finite is a dash.
 """
 
 from __future__ import annotations
@@ -17,22 +17,24 @@ Markup = NewType("Markup", str)
 Attributes = dict[str, str | float]
 SHOWN = 34
 FAINT = 0.08
-EXTREME = 1e100  # figures beyond it come from no model
+EXTREME = 1e100  # larger than any figure of a model
 
 
 def text(words: str) -> Markup:
-    """`words` escaped for text and attributes; what does not print (controls, lone surrogates, direction) becomes �."""
+    """`words` escaped for text and attributes; unprintable characters (controls, lone surrogates,
+    direction) become �.
+    """
     return Markup(html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)))
 
 
 def element(tag: str, *children: Markup, **attributes: str | float) -> Markup:
-    """`<tag …>children</tag>`; the attribute `class_` is class, `data_value` data-value."""
+    """`<tag …>children</tag>`; the attribute `class_` becomes class, `data_value` data-value."""
     given = "".join(f' {name.rstrip("_").replace("_", "-")}="{text(str(v))}"' for name, v in attributes.items())
     return Markup(f"<{tag}{given}>{''.join(children)}</{tag}>")
 
 
 def short(name: str) -> str:
-    """A name that fits a narrow page: its middle left out if it is long."""
+    """A name that fits a narrow page: the middle of a long one is left out."""
     return name if len(name) <= SHOWN else f"{name[:6]}…{name[7 - SHOWN :]}"
 
 
@@ -43,7 +45,7 @@ def figure(value: float | None, form: str = ".3g") -> str:
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """A figure and what it is of; `mark`, of the same unit, is compared with it; `note` stands for the number."""
+    """A figure with its name. `mark`, of the same unit, is compared with it; `note` replaces the number."""
 
     name: str
     value: float | None
@@ -61,7 +63,7 @@ def _finite(*values: float | None) -> list[float]:
 
 @dataclass(frozen=True, slots=True)
 class Axis:
-    """Where values are on an axis from 0 to 1; logarithmic or linear, with ticks at round numbers."""
+    """Places of values on an axis, from 0 to 1; logarithmic or linear, with ticks at round numbers."""
 
     low: float
     high: float
@@ -70,7 +72,7 @@ class Axis:
 
     @classmethod
     def log(cls, values: Sequence[float], *, whole: bool = True) -> Axis:
-        """Of positive values (others are at its start); `whole`: from a power of ten to a power of ten."""
+        """A logarithmic axis for positive values (others are at its start); `whole`: between powers of ten."""
         found = [v for v in _finite(*values) if 1 / EXTREME < v < EXTREME] or [1.0]
         low, high = math.log10(min(found)), math.log10(max(found))
         first, last = math.floor(low + 1e-9), math.ceil(high - 1e-9)
@@ -86,7 +88,7 @@ class Axis:
 
     @classmethod
     def linear(cls, values: Sequence[float]) -> Axis:
-        """Of any values, with a little room at both ends."""
+        """A linear axis, with a little room at both ends."""
         found = [v for v in _finite(*values) if abs(v) < EXTREME] or [0.0]
         low, high = min(found), max(found)
         room = 0.06 * (high - low) or abs(high) * 0.1 or 1.0
@@ -97,6 +99,7 @@ class Axis:
         return cls(low, high, tuple(ticks), False)
 
     def place(self, value: float) -> float:
+        """The place of a value, from 0 to 1."""
         if self.logarithmic:
             value = math.log10(value) if value > 0 else self.low
         return min(1.0, max(0.0, (value - self.low) / (self.high - self.low)))
@@ -115,7 +118,7 @@ def _title(words: str) -> Markup:
 
 
 def columns(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup:
-    """Upright bars from 0 to the largest, one a layer, named below as often as there is room."""
+    """Vertical bars from 0 to the largest, one for each layer, labelled as often as there is room."""
     top = max(_finite(*(p.value for p in points)), default=0.0) or 1.0
     count, space, floor = len(points), 110.0, 130.0
     width = min(0.7 / count, 0.12)
@@ -139,7 +142,9 @@ def columns(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup
 
 
 def bars(label: str, points: Sequence[Point], *, form: str = ".3g", whole: float | None = None) -> Markup:
-    """Bars from 0 to the largest, or of a `whole`, each below its name and number; `mark` is a tick across it."""
+    """Horizontal bars from 0 to the largest, or to `whole`, each below its name and number; `mark` is a
+    tick across it.
+    """
     top = whole or max(_finite(*(p.value for p in points), *(p.mark for p in points)), default=0.0) or 1.0
     shapes = []
     for i, point in enumerate(points):
@@ -169,7 +174,14 @@ def heat(
     *,
     form: str = ".3g",
 ) -> Markup:
-    """A strip of cells a row, one a layer, below the row's name: from faint at 0 to full at `top`."""
+    """Rows of cells below their names, a cell for each layer.
+
+    label   describes the chart
+    heads   of the columns
+    rows    (name, values)
+    top     value of the full colour; 0 is faint
+    form    format of the values
+    """
     count, high = len(heads), 46
     edge = 1.5 if count <= 24 else 0.4
     every = math.ceil(count / 12)
@@ -194,7 +206,7 @@ def heat(
 
 
 def pairs(label: str, points: Sequence[Point]) -> Markup:
-    """A row a point, below its name: `value` and `mark` on one logarithmic axis, joined."""
+    """A row for each point, below its name: `value` and `mark` on one logarithmic axis, joined by a line."""
     axis = Axis.log([v for p in points for v in _finite(p.value, p.mark)])
     bottom = 42 * len(points)
 
@@ -230,19 +242,21 @@ LEFT, RIGHT, TALL = 0.12, 0.97, 200.0
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """The plane of a chart with two axes: places in percent across and in pixels down."""
+    """The plane of a chart with two axes: horizontal places in percent, vertical ones in pixels."""
 
     x: Axis
     y: Axis
 
     def across(self, value: float) -> float:
+        """The horizontal place of a value."""
         return LEFT + (RIGHT - LEFT) * self.x.place(value)
 
     def down(self, value: float) -> float:
+        """The vertical place of a value."""
         return 10 + TALL * (1 - self.y.place(value))
 
     def rules(self, name: str) -> list[Markup]:
-        """Both axes' ticks, and below them what the horizontal one is."""
+        """Both axes' ticks, and the name of the horizontal axis below them."""
         shapes = []
         for tick in self.y.ticks:
             y = self.down(tick)
@@ -254,6 +268,7 @@ class Frame:
         return [*shapes, _words((LEFT + RIGHT) / 2, floor + 34, name, anchor="middle")]
 
     def dot(self, x: float, y: float, words: str, kind: str, radius: float = 4) -> Markup:
+        """A point with a description."""
         where: Attributes = {"cx": _percent(self.across(x)), "cy": f"{self.down(y):.6g}", "r": radius}
         return element("circle", _title(words), **where, class_=kind, data_x=x, data_value=y)
 
@@ -267,8 +282,15 @@ def curve(
     reference: float | None = None,
     best: tuple[float, float] | None = None,
 ) -> Markup:
-    """Points of two numbers, joined in order of the first: its axis is called `name`; a dashed line at `reference`,
-    and the `best` point marked. The second series, if there is one, has the second colour."""
+    """Points joined by a line, in order of their first number.
+
+    label         describes the chart
+    name          of the horizontal axis
+    series        of points; a second one has the second colour
+    logarithmic   whether the horizontal axis is
+    reference     value of a dashed line
+    best          the point that is marked
+    """
     points = [(x, y) for one in series for x, y in one if _finite(x, y)]
     xs = [x for x, _ in points] + _finite(reference)
     frame = Frame(Axis.log(xs, whole=False) if logarithmic else Axis.linear(xs), Axis.linear([y for _, y in points]))
@@ -289,8 +311,9 @@ def curve(
 
 
 def scatter(label: str, name: str, series: Sequence[Sequence[tuple[str, float | None, float | None]]]) -> Markup:
-    """Two figures of the same unit for each name, on logarithmic axes, with the line on which they are equal; the first
-    stands across, and its axis is called `name`."""
+    """Two figures of one unit for each name, on logarithmic axes, with the line of equality; the first is horizontal,
+    on the axis called `name`.
+    """
     values = [v for one in series for _, x, y in one for v in _finite(x, y)]
     axis = Axis.log(values, whole=False)
     frame = Frame(axis, axis)

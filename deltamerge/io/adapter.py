@@ -1,8 +1,9 @@
-"""PEFT's LoRA adapters on a base, as if merged: headers and configs only, every weight is computed when it is read.
+"""PEFT's LoRA adapters on a base, read as if merged: only headers and configs are opened, weights are computed when
+read.
 
-The format is PEFT's: `adapter_config.json` and `adapter_model.safetensors`, whose names are `base_model.model.` and a
-module of the adapted model, then `lora_A.weight`, `lora_B.weight`, `lora_embedding_A`, `lora_embedding_B`,
-`lora_magnitude_vector`; all other tensors (`modules_to_save`, biases) are whole and replace the base's.
+The format is PEFT's: `adapter_config.json` and `adapter_model.safetensors`. Tensor names are `base_model.model.`, a
+module of the adapted model, and then `lora_A.weight`, `lora_B.weight`, `lora_embedding_A`, `lora_embedding_B` or
+`lora_magnitude_vector`. All other tensors (`modules_to_save`, biases) are whole and replace the base's.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Adapter, Checkpoint
 from deltamerge.io.computed import Cast, LowRank
-from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.dtypes import ITEMSIZE, PLAIN
 from deltamerge.io.files import input_error
+from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING
 from deltamerge.io.patterns import check, finds
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.io.safetensors_file import read_header
@@ -30,12 +32,10 @@ from deltamerge.io.tensor import TensorInfo
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
-DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
-HEAD = "lm_head"
 BY_PEFT = "merge it with peft first: merge_and_unload(), then save_pretrained()"
 
 _PART = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB])|lora_(magnitude)_vector(?:\.weight)?)")
-# Settings that change what the adapter computes in ways that `LowRank` does not.
+# Settings that change the adapter's formula in ways that `LowRank` does not implement.
 _REFUSED = (
     "layer_replication", "trainable_token_indices", "target_parameters", "lora_bias", "use_qalora", "use_bdlora",
     "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "megatron_config",
@@ -49,7 +49,7 @@ _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class Factors(NamedTuple):
-    """The tensors of one adapted module."""
+    """The LoRA tensors of one adapted module."""
 
     a: TensorInfo
     b: TensorInfo
@@ -58,7 +58,9 @@ class Factors(NamedTuple):
 
 
 def open_adapter(path: Path, *, reference: str, revision: str | None = None, hub_id: str | None = None) -> Adapter:
-    """The adapter in the folder `path`. InputError: no folder, no LoRA, pickled, or settings that are not supported."""
+    """The adapter in the folder `path`. InputError: no such folder, not a LoRA adapter, pickled, or unsupported
+    settings.
+    """
     with errors.context(reference):
         if not path.is_dir():
             raise InputError("is a file, not an adapter's folder" if path.exists() else "no such folder")
@@ -73,7 +75,7 @@ def open_adapter(path: Path, *, reference: str, revision: str | None = None, hub
 
 
 def check_files(names: Collection[str]) -> None:
-    """InputError unless a folder with these files is an adapter's."""
+    """InputError unless a folder with files of these `names` is an adapter."""
     if CONFIG not in names:
         raise InputError(
             f"has no {CONFIG}: not a PEFT adapter", hint="after + stands the folder or hub id of an adapter"
@@ -89,9 +91,9 @@ def check_files(names: Collection[str]) -> None:
 
 
 def checked_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a LoRA adapter. InputError: another method, or settings that change the weights otherwise.
+    """The config of a LoRA adapter. InputError: another PEFT method, or settings that change the formula.
 
-    Keys that this version does not know are let pass, unless they turn on something (`use_…`, `…_config`).
+    Unknown keys are ignored, unless they turn something on (`use_…`, `…_config`).
     """
     with errors.context(CONFIG):
         kind = config.get("peft_type")
@@ -126,9 +128,9 @@ def _positive(value: Any, key: str) -> None:
 
 
 def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
-    """`base` with `adapter` merged, tensor by tensor; its tensors are named as in the model that was adapted.
+    """`base` with `adapter` merged into it, tensor by tensor; names are those of the model that was adapted.
 
-    InputError: a base that is quantised, a tensor of the adapter that it has no place for, or whose shape does not fit.
+    InputError: a quantised base, or a tensor of the adapter that the base has no place for or whose shape does not fit.
     """
     with errors.context(base.reference):
         refuse_quantised(base.config, base.tensors)
@@ -140,9 +142,9 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
         added, taken = _prefix(names, wanted or list(whole))
         tensors = {}
         for name, info in names.items():
-            full = name if untied and name == f"{HEAD}.weight" else added + name
+            full = name if untied and name == LM_HEAD else added + name
             tensors[full] = replace(info, name=full)
-        usual = next((info.dtype for info in tensors.values() if info.dtype in DTYPES), "F32")
+        usual = next((info.dtype for info in tensors.values() if info.dtype in PLAIN), "F32")
         for name, info in whole.items():
             old = tensors.get(taken + name)
             if old is not None and old.shape != info.shape:
@@ -178,8 +180,8 @@ def parts(adapter: Adapter) -> tuple[dict[str, Factors], dict[str, TensorInfo]]:
             raise InputError(
                 f"{name[:80]!r} does not begin with {PREFIX}", hint="save it with peft's save_pretrained()"
             )
-        if info.dtype not in DTYPES:
-            raise InputError(f"{name}: dtype {info.dtype}, must be one of {', '.join(sorted(DTYPES))}")
+        if info.dtype not in PLAIN:
+            raise InputError(f"{name}: dtype {info.dtype}, must be one of {', '.join(sorted(PLAIN))}")
         if part := _PART.fullmatch(inner):
             module, linear, embedding, magnitude = part.groups()
             key = "magnitude" if magnitude else (linear or embedding) + ("_embedding" if embedding else "")
@@ -192,7 +194,7 @@ def parts(adapter: Adapter) -> tuple[dict[str, Factors], dict[str, TensorInfo]]:
 
 
 def factor_names(adapter: Adapter) -> frozenset[str]:
-    """The names of the adapter's A and B."""
+    """The names of the adapter's A and B tensors."""
     modules, _ = parts(adapter)
     return frozenset(info.name for f in modules.values() for info in (f.a, f.b))
 
@@ -212,9 +214,10 @@ def _factors(module: str, tensors: Mapping[str, TensorInfo]) -> Factors:
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """alpha / r, or alpha / √r (rsLoRA); a pattern matches the end of the module's name, the first wins.
+    """The factor of B A for a module: alpha / r, or alpha / √r (rsLoRA).
 
-    InputError: the config gives the module another rank than its tensors have.
+    The first pattern that matches the end of the module's name wins. InputError: the config gives another rank than the
+    tensors have.
     """
 
     def setting(table: str, default: str) -> float:
@@ -230,7 +233,7 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
 
 
 def _prefix(names: Collection[str], wanted: Collection[str]) -> tuple[str, str]:
-    """What is put before the base's names, and what before the adapter's, so that most of `wanted` are found.
+    """The prefixes to add to the base's names and to the adapter's, so that most of `wanted` are found.
 
     A base saved as BertModel has `encoder.…` where an adapted BertForSequenceClassification has `bert.encoder.…`, or
     the other way round.
@@ -244,7 +247,7 @@ def _prefix(names: Collection[str], wanted: Collection[str]) -> tuple[str, str]:
 def _transposed(
     adapter: Adapter, modules: Mapping[str, Factors], tensors: Mapping[str, TensorInfo], taken: str
 ) -> bool:
-    """Whether the base stores linear weights as (in, out): as shapes tell, else as the config says."""
+    """Whether the base stores linear weights as (in, out): told by shapes, else by the config."""
     for module, factors in modules.items():
         info = tensors.get(f"{taken}{module}.weight")
         straight = (factors.b.shape[0], factors.a.shape[1])
@@ -258,7 +261,7 @@ def _updated(info: TensorInfo, factors: Factors, scale: float, transposed: bool)
     shape = (b.shape[0], a.shape[1])
     if info.shape != (shape[::-1] if transposed else shape):
         raise InputError(f"B A gives {list(shape)}, the base's weight is {list(info.shape)}")
-    if info.dtype not in DTYPES:
+    if info.dtype not in PLAIN:
         raise InputError(f"the base's weight is {info.dtype}", hint="adapters are merged into unquantised weights")
     if magnitude is not None and transposed:
         raise InputError("DoRA is only supported for linear layers stored (out, in)", hint=BY_PEFT)
@@ -269,7 +272,7 @@ def _updated(info: TensorInfo, factors: Factors, scale: float, transposed: bool)
 
 def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
     """A whole tensor in the base's dtype, as PEFT loads it into the base's module."""
-    if info.dtype != dtype and dtype not in DTYPES:
+    if info.dtype != dtype and dtype not in PLAIN:
         raise InputError(f"{name}: the base's weight is {dtype}, the adapter's {info.dtype}")
     if info.dtype == dtype:
         return replace(info, name=name)
@@ -278,24 +281,22 @@ def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
 
 
 def _untie(base: Checkpoint, adapter: Adapter, names: dict[str, TensorInfo], touched: set[str]) -> bool:
-    """Give `names` the head's own weight if the adapter changes it or the embedding that it is tied to.
+    """Give `names` a head of its own if the adapter changes the head, or the embedding that it is tied to.
 
-    As PEFT's forward pass does; its merge changes both. Returns whether the result is untied.
+    This is what PEFT's forward pass computes; PEFT's merge changes both tensors. Returns whether the result is untied.
     """
     architecture = str((base.config.get("architectures") or ["?"])[0])
     generates = re.search("ForCausalLM|LMHead", architecture) or adapter.config.get("task_type") == "CAUSAL_LM"
-    head = f"{HEAD}.weight"
-    if not generates or head in names or base.config.get("tie_word_embeddings") is False:
+    if not generates or LM_HEAD in names or base.config.get("tie_word_embeddings") is False:
         return False
-    embedding = re.compile(r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in)\.weight")
-    found = [name for name in names if embedding.fullmatch(name)]
+    found = [name for name in names if TOKEN_EMBEDDING.search(name)]
     ends = {name.rpartition(".")[0].rpartition(".")[2] for name in found}
-    if head not in touched and not any(name.split(".")[-2] in ends for name in touched if name.endswith(".weight")):
+    if LM_HEAD not in touched and not any(name.split(".")[-2] in ends for name in touched if name.endswith(".weight")):
         return False
     if len(found) != 1 or adapter.config.get("ensure_weight_tying"):
         message = "changes an embedding that is tied to the head"
         raise InputError(message, hint=BY_PEFT)
-    names[head] = names[found[0]]
+    names[LM_HEAD] = names[found[0]]
     return True
 
 

@@ -1,6 +1,7 @@
-"""Entries that are not finite and that all models hold alike: zero while they are merged, put back afterwards.
+"""Infinities and NaNs that all models hold alike: zero during the merge, put back afterwards.
 
-∞ − ∞ is NaN, as are 0 · ∞ and a norm over it: what a base and its fine-tunes hold alike has to be kept from arithmetic.
+∞ − ∞ is NaN, as are 0 · ∞ and a norm over ∞. Where a base and its fine-tunes agree, such values are no fault of the
+merge, so they are kept out of its arithmetic.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Finite:
-    """`source`, zero where it holds the same as all of `models` (of which it is one) and that is not finite."""
+    """`source`, one of `models`, with zeros where all models hold the same infinity or NaN."""
 
     source: TensorInfo
     models: tuple[TensorInfo, ...]
@@ -35,7 +36,7 @@ class Finite:
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """1 where all of `models` hold the same and that is not finite, else 0: uint8."""
+    """A uint8 tensor: 1 where all of `models` hold the same infinity or NaN, else 0."""
 
     models: tuple[TensorInfo, ...]
 
@@ -44,18 +45,20 @@ class Places:
 
 
 def finite(source: TensorInfo, models: tuple[TensorInfo, ...]) -> TensorInfo:
-    """A tensor with zeros instead of what all models hold alike and is not finite."""
+    """`source` as a tensor with zeros where all models hold the same infinity or NaN."""
     return replace(source, begin=0, made=Finite(source, models))
 
 
 def places(models: tuple[TensorInfo, ...]) -> TensorInfo:
-    """The tensor that says where that is."""
+    """The tensor that marks where all models hold the same infinity or NaN."""
     first = models[0]
     return replace(first, dtype="U8", begin=0, nbytes=math.prod(first.shape), made=Places(models))
 
 
 def alike(read: Read, models: tuple[TensorInfo, ...], start: int, count: int) -> Mask:
-    """Where, from element `start`, all models hold the same bits (of float32) and those are not finite."""
+    """A bool array of `count` elements from element `start`: all models hold the same float32 bits, and these are not
+    finite.
+    """
     first = _values(read, models[0], start, count)
     mask: Mask = ~np.isfinite(first)
     for info in models[1:] if mask.any() else ():
@@ -64,7 +67,7 @@ def alike(read: Read, models: tuple[TensorInfo, ...], start: int, count: int) ->
 
 
 def count_alike(read: Read, models: tuple[TensorInfo, ...]) -> NonFinite:
-    """How many entries that all models hold alike are NaN, and how many infinite."""
+    """The number of NaNs, and of infinities, that all models hold alike."""
     nan = inf = 0
     size = math.prod(models[0].shape)
     for start in range(0, size, CHUNK):

@@ -1,4 +1,4 @@
-"""A name that gets other content in one step: files that are whole or as they were, folders that change places."""
+"""Atomic changes of names: a file is replaced whole or not at all, two folders exchange their names in one step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltamerge import errors
 from deltamerge.errors import OutputError
 from deltamerge.io.files import output_error, system, write_at
 
-# What a file is called until it is whole; a lock on it says that whoever writes it lives.
+# The name of a file until it is complete; a lock on it says that its writer is alive.
 PASSING = re.compile(r"\..{1,48}\.[0-9a-f]{16}\.deltamerge", re.DOTALL)
 NOREPLACE, EXCHANGE = 1, 2
 UNABLE = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP, errno.EPERM)
@@ -24,9 +24,9 @@ TRIES = 3
 
 
 def replace_file(path: Path, data: bytes | str, *, new: bool = False) -> None:
-    """Put `data` on the disk under the name `path`, which has its old content until it has all of the new.
+    """Write `data` to the disk under the name `path`, which keeps its old content until all of the new is there.
 
-    OutputError: the name is a link, a folder or no plain file, or, if it must be `new`, is there; or it cannot be
+    OutputError: the name is a link, a folder or no plain file; it exists although it must be `new`; or it cannot be
     written.
     """
     raw = data.encode() if isinstance(data, str) else data
@@ -47,8 +47,7 @@ def replace_file(path: Path, data: bytes | str, *, new: bool = False) -> None:
 
 
 def refuse_taken(path: Path, *, new: bool = False) -> None:
-    """OutputError: nothing may be put under the name `path`, as what is there is a link, a folder or no plain file; or,
-    if it must be `new`, is there at all."""
+    """OutputError: `path` is a link, a folder or no plain file; or it exists although it must be `new`."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:
@@ -68,7 +67,7 @@ def refuse_taken(path: Path, *, new: bool = False) -> None:
 
 
 def sweep(folder: int, name: str = "") -> None:
-    """Remove from an open folder what writers of the file `name`, or of any, left when they were killed."""
+    """Remove what killed writers of the file `name` left in an open folder; of every file if no name is given."""
     start = f".{name[:48]}." if name else "."
     for entry in os.listdir(folder):
         if not (entry.startswith(start) and PASSING.fullmatch(entry)):
@@ -114,7 +113,7 @@ def _replace(folder: int, path: Path, raw: bytes, *, new: bool) -> None:
 
 
 def _take_name(folder: int, passing: str, name: str) -> None:
-    """Give a file a name that is free. FileExistsError: it is not."""
+    """Give a file a free name. FileExistsError: the name is taken."""
     if _renameat2(folder, os.fsencode(passing), folder, os.fsencode(name), NOREPLACE):
         return
     os.link(passing, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -122,13 +121,15 @@ def _take_name(folder: int, passing: str, name: str) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Let two folders of one file system change their names in one step; whether the system can. OSError: it failed."""
+    """Exchange the names of two folders of one file system in one step; False where the system cannot. OSError: it
+    failed.
+    """
     here = -100  # AT_FDCWD
     return _renameat2(here, os.fsencode(first), here, os.fsencode(second), EXCHANGE)
 
 
 def _renameat2(old_folder: int, old: bytes, new_folder: int, new: bytes, flags: int) -> bool:
-    """Whether the system, and the file system, know these flags. OSError: they do, and it failed."""
+    """Call renameat2; False where the system or the file system lacks its flags. OSError: it failed."""
     call = getattr(system(), "renameat2", None)
     if call is None:
         return False

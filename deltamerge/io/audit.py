@@ -1,4 +1,4 @@
-"""Reads what is written to weight files while it is written: their hashes, and what in them is not finite."""
+"""Hashes weight files and counts their NaNs and infinities while they are written."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import flat, input_error, read_at
 from deltamerge.io.outbox import Outbox
 
-PIECE = 1 << 20  # stays in a core's cache between reading and hashing
+PIECE = 1 << 20  # bytes; a piece stays in a core's cache between reading and hashing
 
-# The bits of +inf; larger ones, less the sign, are NaN. F8_E4M3 has no infinity: its one NaN is what follows 0x7E.
+# The bits of +inf; larger magnitudes are NaN. F8_E4M3 has no infinity: its one NaN follows 0x7E.
 INFINITY = {
     "F64": 0x7FF0_0000_0000_0000, "F32": 0x7F80_0000, "F16": 0x7C00, "BF16": 0x7F80,
     "F8_E5M2": 0x7C, "F8_E4M3": 0x7F,
@@ -27,17 +27,17 @@ INFINITY = {
 
 
 class NonFinite(NamedTuple):
-    """How many elements are NaN, and how many infinite."""
+    """Numbers of NaNs and of infinities."""
 
     nan: int
     inf: int
 
 
 def count_nonfinite(raw: NDArray[np.uint8], dtype: str) -> NonFinite:
-    """What is not finite among the elements of safetensors dtype `dtype` whose bytes are `raw`.
+    """NaNs and infinities among the elements whose bytes are `raw`, of the safetensors dtype `dtype`.
 
-    Two integer maxima settle the usual case: as signed numbers the bits of positive values are in order, as unsigned
-    ones those of negative values.
+    Two integer maxima settle the usual case: the bits of positive values are ordered as signed integers, those of
+    negative values as unsigned ones.
     """
     if dtype not in INFINITY or not raw.size:
         return NonFinite(0, 0)
@@ -52,7 +52,7 @@ def count_nonfinite(raw: NDArray[np.uint8], dtype: str) -> NonFinite:
 
 
 class Stored(NamedTuple):
-    """A tensor in a file: bytes [begin, begin + nbytes)."""
+    """A tensor's place in a file: bytes [begin, begin + nbytes)."""
 
     name: str
     dtype: str
@@ -62,17 +62,18 @@ class Stored(NamedTuple):
 
 @dataclass
 class Findings:
-    """ "blake3:<hex>" of every file, and the tensors that have elements that are not finite."""
+    """The hash of every file ("blake3:<hex>"), and the counts of the tensors that are not finite."""
 
     hashes: dict[str, str] = field(default_factory=dict)
     nonfinite: dict[str, NonFinite] = field(default_factory=dict)
 
 
 class Audit:
-    """A thread that follows the writing of `files` ((name, size, its tensors in order of place)) in `folder`.
+    """A thread that hashes `files` of `folder` as they are written; a file is (name, size, its tensors in order of
+    place).
 
-    It reads the memory that is on its way through `outbox`, and from the file what was written before (an earlier run's
-    part), or long before its turn.
+    It reads the memory that is on its way through `outbox`. What an earlier run wrote, or what was written long before
+    its turn, it reads from the file.
     """
 
     def __init__(self, folder: Path, files: Iterable[tuple[str, int, Sequence[Stored]]], outbox: Outbox) -> None:
@@ -131,7 +132,7 @@ class Audit:
         self._found.hashes[name] = f"blake3:{hasher.hexdigest()}"
 
     def _count(self, tensors: Sequence[Stored], index: int, position: int, piece: NDArray[np.uint8]) -> int:
-        """Look at the elements in a piece of a file; the first tensor that goes on behind it."""
+        """Count in a piece of a file; returns the index of the first tensor that continues behind the piece."""
         stop = position + len(piece)
         while index < len(tensors) and tensors[index].begin < stop:
             name, dtype, begin, nbytes = tensors[index]

@@ -1,4 +1,4 @@
-"""Files of the hub's cache: links to blobs that are named by the hub's own hash of what is in them."""
+"""Files of the hub's cache: links to blobs whose names are the hub's hashes of their content."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from pathlib import Path
 from deltamerge.errors import InputError
 from deltamerge.io.files import input_error
 
-# Of a large file the SHA-256, of a small one git's SHA-1.
+# The hash is the SHA-256 of a large file (64 digits), git's SHA-1 of a small one (40).
 NAMES = {64: re.compile(r"[0-9a-f]{64}"), 40: re.compile(r"[0-9a-f]{40}")}
 
 
 def blob_of(path: Path) -> Path | None:
-    """The blob that `path` of a snapshot leads to; None: it is no such link.
+    """The blob that `path` in a snapshot links to; None if it is no such link.
 
-    The blob may be a link in turn, to where the cache keeps what several repositories have.
+    The blob may be a link itself, to where the cache keeps files that several repositories share.
     """
     try:
         blob = Path(os.path.normpath(os.path.join(os.path.realpath(path.parent), os.readlink(path))))
@@ -30,13 +30,13 @@ def blob_of(path: Path) -> Path | None:
 
 
 def sha256_of(path: Path) -> str | None:
-    """The SHA-256 that the hub gives for `path`; None: it gives none. The file is not read."""
+    """The SHA-256 that the hub states for `path`, or None. The file is not read."""
     blob = blob_of(path)
     return blob.name if blob is not None and len(blob.name) == 64 else None
 
 
 def check_blobs(paths: Iterable[Path], workers: int) -> None:
-    """InputError: one of the files is of the hub's cache and is not what the hub has."""
+    """Hash the files of the hub's cache among `paths`. InputError: one differs from what the hub has."""
     blobs = {blob: path for path in paths if (blob := blob_of(path)) is not None}
     with ThreadPoolExecutor(workers) as pool:
         for (blob, path), digest in zip(blobs.items(), pool.map(_digest, blobs), strict=True):

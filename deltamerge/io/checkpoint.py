@@ -1,4 +1,4 @@
-"""Checkpoints: headers first, bytes on demand, names matched between models."""
+"""Checkpoints: headers are read first and bytes on demand; names are matched between models."""
 
 from __future__ import annotations
 
@@ -29,8 +29,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """A tokenizer's vocabulary: `ids` by token, in the order of ids; `added` are those matched before the model sees
-    the text, as tokenizer.json lists them (without the id); `plain` counts the tokens of the model itself."""
+    """A tokenizer's vocabulary.
+
+    `ids` maps tokens to ids, in the order of ids; `added` has the tokens that are matched before the model sees the
+    text, as tokenizer.json lists them (without the id); `plain` is the number of the model's own tokens.
+    """
 
     ids: dict[str, int]
     added: dict[str, dict[str, Any]]
@@ -63,12 +66,12 @@ class Checkpoint:
 
     @property
     def base_reference(self) -> str:
-        """`reference` without the adapter."""
+        """`reference` without its adapter."""
         return self.reference if self.adapter is None else self.reference.removesuffix(f"+{self.adapter.reference}")
 
     @property
     def sources(self) -> tuple[Checkpoint | Adapter, ...]:
-        """The model's folder and its adapter's."""
+        """The model's folder, and its adapter's."""
         return (self,) if self.adapter is None else (self, self.adapter)
 
 
@@ -150,12 +153,12 @@ def weight_source(names: Collection[str]) -> str:
 
 
 def adapter_error() -> InputError:
-    """For a reference to an adapter alone."""
+    """The error for a reference that names an adapter without its base."""
     return InputError("is an adapter, not a model", hint="name its base before it: base+adapter")
 
 
 def read_index(path: Path) -> dict[str, str]:
-    """A shard index's tensor name -> shard. InputError: no index, or a shard that is no plain file name."""
+    """A shard index: tensor name -> shard. InputError: no valid index, or a shard that is no plain file name."""
     index = read_json(path)
     with errors.context(path.name):
         weight_map = index.get("weight_map")
@@ -183,7 +186,9 @@ def _is_plain(name: str) -> bool:
 
 
 def join(headers: Mapping[str, Header], weight_map: Mapping[str, str] | None) -> dict[str, TensorInfo]:
-    """The tensors of all shards, in order; each holds exactly what the index (`weight_map`) says."""
+    """The tensors of all shards, in order. InputError: a shard does not hold exactly what the index (`weight_map`)
+    says.
+    """
     tensors: dict[str, TensorInfo] = {}
     for shard, header in headers.items():
         for name, info in header.tensors.items():
@@ -208,9 +213,9 @@ def canonical(name: str, prefix: str) -> str:
 def match_prefixes(checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Every model's base-model prefix ("bert.", "model.", ""), found from the names of all models.
 
-    One model is the frame and has the prefix ""; each other model has the first component whose removal gives
-    it the most names in common with the frame, "" if nothing gains. The frame is the model that suits the
-    worst of the others best, then all of them together, the first of equals.
+    One model is the frame and has the prefix "". The prefix of another model is its first component whose removal gives
+    it the most names in common with the frame, "" if none gains. The frame is the model that suits the worst of the
+    others best, then all of them together; the first of equals.
     """
     kinds = dict.fromkeys(frozenset(c.tensors) for c in checkpoints)
     prefixes: dict[frozenset[str], str] = {}
@@ -225,7 +230,9 @@ def match_prefixes(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 
 def _fit(names: frozenset[str], frame: frozenset[str]) -> tuple[int, str]:
-    """How many of `names` are in `frame` without the best prefix, and that; it makes no two names one."""
+    """The number of `names` in `frame` once the best prefix is removed, and that prefix; it makes no two
+    names equal.
+    """
     gains: Counter[str] = Counter()
     clashes: set[str] = set()
     for name in names:

@@ -1,31 +1,29 @@
-"""Tensors whose bytes are made when they are read: a weight with its LoRA update, a cast, zeros.
+"""Tensors whose bytes are computed when they are read: a weight with its LoRA update, a cast, zeros.
 
-Whoever reads a tensor (`Reader`) gets these as if they were stored, tile by tile; no model is loaded.
+A `Reader` reads them like stored tensors, tile by tile; no model is loaded.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from deltamerge import kernels
 from deltamerge.io.dtypes import bits_type, narrow, widen
 from deltamerge.io.tensor import Read, TensorInfo
 
 Array = npt.NDArray[Any]
 
-WORTH_NUMBA = 1 << 22  # elements
 CHUNK = 1 << 18  # elements computed at once, in whole rows: they stay in cache
 
 
 @dataclass(frozen=True, slots=True)
 class Zeros:
-    """Zeros: the base of an adapter's own weights."""
+    """Zeros, which stand for the base of an adapter's own weights."""
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         out[:] = bytes(len(out))
@@ -97,14 +95,14 @@ class LowRank:
         return np.asarray(update, np.float32)
 
     def _product(self, left: Array, right: Array) -> Array:
-        """By numba where a run has loaded it, or where there is enough to do to load it."""
+        """B A by the compiled kernels, else by numpy; the bits are the same."""
         out = np.empty((len(left), right.shape[1]), np.float32)
-        if "numba" in sys.modules or (math.prod(self.base.shape) >= WORTH_NUMBA and find_spec("numba")):
-            from deltamerge.io import low_rank_kernel
-
-            low_rank_kernel.ordered_product(np.ascontiguousarray(left), np.ascontiguousarray(right), out)
-        else:
+        native = kernels.native()
+        if native is None:
             ordered_product(left, right, out)
+        else:
+            shape = (len(left), len(right), right.shape[1])
+            native.ordered_product(np.ascontiguousarray(left), np.ascontiguousarray(right), out, *shape)
         return out
 
 

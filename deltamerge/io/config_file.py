@@ -1,4 +1,4 @@
-"""config.json as deltamerge reads it: the keys that it looks at have the types that transformers writes."""
+"""config.json, read and checked: the keys that deltamerge uses have the types that transformers writes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LONGEST = 80
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json in `folder`. InputError: none, no JSON, or a key of another type."""
+    """The config.json in `folder`. InputError: no such file, not JSON, or a key of another type."""
     config = read_json(folder / CONFIG)
     with context(CONFIG):
         check_config(config)
@@ -22,7 +22,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any]) -> None:
-    """InputError: a key that is looked at has a value of another type; null stands for a key that is not there."""
+    """InputError: a key that deltamerge uses has a value of another type. null counts as an absent key."""
     for key, (is_right, wanted) in KEYS.items():
         value = config.get(key)
         if value is not None and not is_right(value):
@@ -56,7 +56,7 @@ def _texts(value: Any) -> bool:
 
 
 def _counts(value: Any) -> bool:
-    """Whether a value counts something: an integer, or its digits."""
+    """Whether a value is an integer, or a string of its digits."""
     if isinstance(value, str):
         return value.isdecimal() and len(value) < 10
     return isinstance(value, int) and not isinstance(value, bool)

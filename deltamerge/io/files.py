@@ -1,4 +1,4 @@
-"""Bytes at offsets of files: whole reads, writes and copies from any thread; a bounded set of open files."""
+"""Reads, writes and copies at offsets of files, from any thread; the number of open files is bounded."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from deltamerge.errors import DeltamergeError, InputError, OutputError
 
 MAX_OPEN = 64
 COPY_PIECE = 4 << 20
-# Opens a file for writing past the page cache, which wants offsets and memory on pages; 0 where there is no such flag.
+# Opens a file for writing past the page cache; offsets and memory must be page-aligned. 0: the system has no such flag.
 DIRECT = getattr(os, "O_DIRECT", 0)
 PAGE = 4096
 
@@ -42,21 +42,22 @@ _REASONS = {
 
 
 def input_error(error: OSError) -> InputError:
-    """Why a source could not be read."""
+    """The InputError for an OSError on a source."""
     reason = "it vanished" if error.errno == errno.ENOENT else error.strerror
     return InputError(f"cannot be read: {reason}")
 
 
 def output_error(error: OSError) -> OutputError:
-    """Why a target could not be written, with what to do."""
+    """The OutputError for an OSError on a target, with what to do."""
     reason, hint = _REASONS.get(error.errno or 0, (error.strerror, None))
     return OutputError(f"cannot be written: {reason}", hint=hint)
 
 
 def refuse_link(path: Path) -> None:
-    """InputError: `path`, a file of a model, is a link that leaves the model's folder: a stranger's model must not name
-    the user's own files. The links of the hub's cache, from snapshots to blobs, stay in theirs, and may go on to the
-    blobs that its repositories share.
+    """InputError: `path`, a file of a model, is a link that leaves the model's folder.
+
+    A stranger's model must not name the user's own files. Links of the hub's cache may lead from snapshots to blobs,
+    and on to blobs that repositories share.
     """
     if not path.is_symlink():
         return
@@ -71,7 +72,7 @@ def refuse_link(path: Path) -> None:
 
 
 class Descriptor:
-    """An open file that closes with its last user; `fd` is valid while this object is held."""
+    """An open file that is closed with its last user; `fd` is valid while this object is held."""
 
     __slots__ = ("fd",)
 
@@ -85,7 +86,7 @@ class Descriptor:
 
 
 class Descriptors:
-    """Files opened with `flags` on first use; the `MAX_OPEN` last used stay open. For many threads."""
+    """Files opened with `flags` on first use; the last `MAX_OPEN` used stay open. Thread-safe."""
 
     def __init__(self, flags: int, fault: Callable[[OSError], DeltamergeError]) -> None:
         self._flags = flags
@@ -94,6 +95,7 @@ class Descriptors:
         self._lock = threading.Lock()
 
     def get(self, path: Path) -> Descriptor:
+        """The open file at `path`. OSError: it cannot be opened."""
         with self._lock:
             held = self._open.get(path)
             if held is None:
@@ -150,7 +152,8 @@ def takes_direct(path: Path) -> bool:
 
 
 def write_direct(fd: int, offset: int, data: memoryview) -> int:
-    """Write whole pages of `data` to a file opened with DIRECT; how many bytes, all unless the system takes no more so.
+    """Write whole pages of `data` to a file opened with DIRECT; the number of bytes written, less than all only if the
+    system takes no more past its cache.
 
     OutputError: no space, no permission, or another failure.
     """
@@ -166,7 +169,7 @@ def write_direct(fd: int, offset: int, data: memoryview) -> int:
 
 
 def reserve(fd: int, size: int) -> None:
-    """Give an open file its size and, where the file system can, its space on the disk. OSError as the system says."""
+    """Give an open file its size and, where the file system can, reserve its space. OSError: the system's."""
     if os.fstat(fd).st_size != size:
         os.ftruncate(fd, size)
     # not os.posix_fallocate: where the file system cannot, glibc touches every block instead
@@ -181,7 +184,7 @@ def reserve(fd: int, size: int) -> None:
 
 
 def sync(fd: int) -> None:
-    """Put the data of an open file on the disk. OutputError: some of it could not be written."""
+    """Sync the data of an open file to the disk. OutputError: some of it could not be written."""
     try:
         getattr(os, "fdatasync", os.fsync)(fd)
     except OSError as error:
@@ -189,7 +192,7 @@ def sync(fd: int) -> None:
 
 
 def sync_path(path: Path) -> None:
-    """Put a file's data, or the names in a folder, on the disk. OutputError: it could not be done."""
+    """Sync a file's data, or a folder's entries, to the disk. OutputError: it failed."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
@@ -201,7 +204,9 @@ def sync_path(path: Path) -> None:
 
 
 def start_writing(fd: int, offset: int, nbytes: int) -> None:
-    """Let the system begin to put a range on the disk, if it can be told so; `sync` waits for it and meets errors."""
+    """Ask the system to start writing a range to the disk, where it can be asked; `sync` waits for it and reports
+    errors.
+    """
     call = getattr(system(), "sync_file_range", None)
     if call is not None:
         call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -210,13 +215,13 @@ def start_writing(fd: int, offset: int, nbytes: int) -> None:
 
 @cache
 def system() -> ctypes.CDLL:
-    """The C library, for calls that Python does not have."""
+    """The C library, for calls that Python lacks."""
     return ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
 def scratch(beside: Path) -> Iterator[Path]:
-    """A folder for a while: where the system has such, else in `beside`. OutputError: it can be made in neither."""
+    """A temporary folder: the system's, else one in `beside`. OutputError: neither can be made."""
     try:
         folder = TemporaryDirectory(prefix="deltamerge-")
     except OSError:
@@ -232,7 +237,16 @@ def scratch(beside: Path) -> Iterator[Path]:
 
 
 def copy_at(source: int, offset: int, nbytes: int, target: int, target_offset: int) -> None:
-    """Copy bytes between files, inside the kernel (shared extents, where it can) or through a buffer."""
+    """Copy bytes between files: inside the kernel (sharing extents where it can), else through a buffer.
+
+        source          open file
+        offset          first byte in it
+        nbytes          number of bytes
+        target          open file
+        target_offset   where they go
+
+    InputError, OutputError: as of `read_at` and `write_at`.
+    """
     done = 0
     if hasattr(os, "copy_file_range"):
         try:

@@ -1,4 +1,4 @@
-"""What a model card says of its model between two lines of ---."""
+"""The front matter of a model card: the YAML between two lines of ---."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ MATTER_BYTES = 1 << 16
 
 
 def front_matter(card: Path) -> dict[str, object]:
-    """The front matter of the card at `card`; nothing where there is no card, or a stranger wrote nonsense."""
-    if not card.is_file():  # a pipe would be waited for
+    """The front matter of the file `card`; empty where there is no card or no valid YAML mapping."""
+    if not card.is_file():  # reading a pipe would wait
         return {}
     try:
         with card.open("rb") as file:
@@ -22,6 +22,6 @@ def front_matter(card: Path) -> dict[str, object]:
         return {}
     try:
         content = yaml.safe_load(text[4:].partition("\n---")[0])
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that is none
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date
         return {}
     return content if isinstance(content, dict) else {}

@@ -1,4 +1,4 @@
-"""Tensors whose rows are picked from stored tensors: what an embedding is under another vocabulary."""
+"""Tensors whose rows are gathered from stored tensors: embeddings under another vocabulary."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import ITEMSIZE, NUMPY, PLAIN, bits_type, widen
 from deltamerge.io.tensor import Read, TensorInfo
 
-NUMPY: dict[str, np.dtype[Any]] = {
-    "F64": np.dtype("<f8"),
-    "F32": np.dtype("<f4"),
-    "F16": np.dtype("<f2"),
-    "BF16": np.dtype("<u2"),
-}
 CHUNK_ELEMENTS = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Row r is the mean in float32 of row `picks[r, s]` of every `sources[s]` where that is not −1; zeros without any.
+    """A tensor (rows, width) gathered from `sources`.
 
-    Then come `padding` rows, each the mean of all rows before. A row has `width` elements. `picks` is (rows, sources)
-    int32, known to comparisons by its `digest`. `dtype` is the sources' own where no arithmetic is done, else F32.
+    picks     (rows, sources) int32; row r is the float32 mean of row `picks[r, s]` of every source s, without those
+              where that is −1; zeros if all are −1
+    padding   rows that follow, each the mean of all rows before
+    width     elements of a row
+    digest    of `picks`, by which two such tensors are compared
+    dtype     the sources' own where each row has one source, else F32
     """
 
     dtype: str
@@ -39,7 +38,7 @@ class Gathered:
     picks: NDArray[np.int32] = field(compare=False, repr=False)
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
-        stop = start + len(out) // NUMPY[self.dtype].itemsize
+        stop = start + len(out) // ITEMSIZE[self.dtype]
         width = self.width
         first, last = start // width, -(-stop // width)
         rows = self._rows(read, first, min(last, len(self.picks)))
@@ -56,7 +55,9 @@ class Gathered:
             at = np.flatnonzero(column >= 0)
             if at.size:
                 values = _stored(read, source, column[at], self.width)
-                values = values if source.dtype == self.dtype else _wide(values, source.dtype)
+                values = (
+                    values if source.dtype == self.dtype else widen(values.view(bits_type(source.dtype)), source.dtype)
+                )
                 more = begun[at]
                 result[at[~more]] = values[~more]
                 result[at[more]] += values[more]
@@ -78,9 +79,10 @@ class Gathered:
 
 
 def gather(own: TensorInfo, sources: Sequence[TensorInfo], picks: NDArray[np.int32], padding: int) -> TensorInfo:
-    """`own` with the rows that `picks` takes from `sources`, and `padding` rows more; cut, where it only gets shorter.
+    """`own` with the rows that `picks` takes from `sources`, and `padding` more rows; a plain cut if it only gets
+    shorter.
 
-    InputError: a dtype whose rows cannot be read as numbers (float8, integers).
+    InputError: a dtype whose rows cannot be averaged (float8, integers).
     """
     used = [s for s in range(len(sources)) if (picks[:, s] >= 0).any()]
     alone = not padding and [sources[s] for s in used] == [own]
@@ -89,14 +91,14 @@ def gather(own: TensorInfo, sources: Sequence[TensorInfo], picks: NDArray[np.int
     taken = [sources[s] for s in used] or [own]
     picks = np.ascontiguousarray(picks[:, used] if used else np.full((len(picks), 1), -1, np.int32))
     dtypes = {source.dtype for source in taken}
-    if unreadable := sorted(dtypes - NUMPY.keys()):
+    if unreadable := sorted(dtypes - PLAIN):
         raise InputError(f"rows of {unreadable[0]} cannot be moved to another vocabulary")
     plain = len(dtypes) == 1 and not padding and int((picks >= 0).sum(1).max(initial=0)) <= 1
     dtype = dtypes.pop() if plain else "F32"
     shape = (len(picks) + padding, *own.shape[1:])
     digest = blake2b(picks.tobytes(), digest_size=16).hexdigest()
     made = Gathered(dtype, math.prod(own.shape[1:]), tuple(taken), padding, digest, picks)
-    nbytes = math.prod(shape) * NUMPY[dtype].itemsize
+    nbytes = math.prod(shape) * ITEMSIZE[dtype]
     return TensorInfo(own.name, dtype, shape, own.path, 0, nbytes, made)
 
 
@@ -112,17 +114,9 @@ def cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
 
 
 def _stored(read: Read, source: TensorInfo, rows: NDArray[np.int32], width: int) -> NDArray[Any]:
-    """Rows of a stored tensor, in the order asked for."""
+    """Rows of a stored tensor, in the given order."""
     out: NDArray[Any] = np.empty((len(rows), width), NUMPY[source.dtype])
     ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, len(rows))
     firsts = np.concatenate([rows[:1], rows[ends[:-1]]]).astype(np.int64)
     read.read_runs(source, firsts * (width * out.itemsize), ends * (width * out.itemsize), out)
     return out
-
-
-def _wide(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    if dtype == "BF16":
-        bits: NDArray[np.uint32] = values.astype(np.uint32) << np.uint32(16)
-        return bits.view(np.float32)
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32)

@@ -31,8 +31,8 @@ from deltamerge.io.hub_guard import COMMIT, NETWORK, Bounds, within
 from deltamerge.io.strict_json import read_json
 
 HUB_ID = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
-FILE_BYTES = 1_000_000_000  # of a file that is no weights
-MAX_SMALL = 1_000  # files that are no weights
+FILE_BYTES = 1_000_000_000  # of a file other than weights
+MAX_SMALL = 1_000  # files other than weights
 AGAIN = "push again: what has arrived is not sent again"
 
 # What a run may need beside the weights, from the root of a repository.
@@ -40,18 +40,19 @@ ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
 
 
 class UnreachableError(InputError):
-    """The hub cannot be reached, and its cache does not have what was asked for."""
+    """The hub cannot be reached, and its cache lacks what is needed."""
 
 
 def resolve(reference: str, folder: Path, *, weights: bool) -> Checkpoint:
-    """The checkpoint that a recipe in `folder` calls `reference`: a local folder if there is one, a hub id, or one of
-    them, "+" and a LoRA adapter (a folder or a hub id), which is merged as it is read.
+    """The checkpoint that a recipe in `folder` calls `reference`.
 
-    `weights=True` downloads the weights, tokenizer and other files of a hub id into huggingface_hub's cache;
-    `weights=False` only config, index and headers (by range requests), so `files` need not exist.
+    A reference is a local folder, else a hub id; or one of them, "+" and a LoRA adapter (a folder or a hub id), which
+    is merged as it is read. `weights=True` downloads weights, tokenizer and other files of a hub id into
+    huggingface_hub's cache. `weights=False` downloads only config, index and headers (by range requests), so `files`
+    need not exist.
 
-    InputError: neither a folder nor a hub id, an adapter, not found, gated, no such revision, offline and not
-    in the cache, or anything that `open_checkpoint` refuses.
+    InputError: neither a folder nor a hub id, an adapter without a base, not found, gated, no such revision, offline
+    and not in the cache, or anything that `open_checkpoint` refuses.
     """
     if (path := _local(reference, folder)) is not None:
         return open_checkpoint(path, reference=reference)
@@ -76,7 +77,7 @@ def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
 
 
 def _split(reference: str, folder: Path) -> tuple[str, str]:
-    """base+adapter -> its two parts; a folder's own name may hold a "+"."""
+    """Split base+adapter into its two parts; a folder's own name may contain "+"."""
     pieces = reference.split("+")
     pairs = [("+".join(pieces[:i]), "+".join(pieces[i:])) for i in range(1, len(pieces))]
     local = [pair for pair in pairs if all("+" not in part or _local(part, folder) for part in pair)]
@@ -105,7 +106,7 @@ def _adapter(reference: str, folder: Path, weights: bool) -> Adapter:
 
 
 def _describe_adapter(reference: str, hub_id: str, revision: str | None, weights: bool) -> Adapter:
-    """The adapter that its config and header on the hub describe; `weights` downloads the file too."""
+    """The adapter on the hub, from its config and header; `weights` downloads its tensors too."""
     commit, names = listing(f"models/{hub_id}", revision)
     check_files(names)
     snapshot = _file(hub_id, CONFIG, revision, commit).parent
@@ -118,9 +119,9 @@ def _describe_adapter(reference: str, hub_id: str, revision: str | None, weights
 
 
 def fetch(checkpoint: Checkpoint, first: str, *others: str) -> None:
-    """Bring small files of a hub model into its snapshot; names that the repository lacks are left out.
+    """Download small files of a hub model into its snapshot; names that the repository lacks are skipped.
 
-    Without the hub `first` must be in the cache; of `others`, which only add to it, what is there is taken.
+    Offline, `first` must be in the cache; `others` are optional.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -153,7 +154,7 @@ def _from_hub(reference: str, hub_id: str, revision: str | None, folder: Path, w
 
 
 def _from_cache(reference: str, hub_id: str, revision: str | None) -> Checkpoint | None:
-    """What the cache holds of the revision, if that is a whole checkpoint."""
+    """The cached checkpoint of a revision, or None if it is incomplete."""
     from huggingface_hub import try_to_load_from_cache
 
     config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
@@ -170,7 +171,7 @@ def _open(reference: str, hub_id: str, snapshot: Path) -> Checkpoint:
 
 
 def _check_named(paths: Iterable[Path]) -> None:
-    """InputError: without the hub's hash for one of these files of the cache `check_blobs` could not compare it."""
+    """InputError: a cached file without the hub's hash in its name, so that `check_blobs` could not check it."""
     for path in paths:
         if not COMMIT.fullmatch(path.parent.name):
             raise InputError(f"{path.parent}: is no commit", hint="remove it, to have it downloaded again")
@@ -180,9 +181,9 @@ def _check_named(paths: Iterable[Path]) -> None:
 
 
 def _file(hub_id: str, name: str, revision: str | None, commit: str | None, bounds: Bounds | None = None) -> Path:
-    """A file in the cache, downloaded within bounds if it is not there; those of weights have no `most`.
+    """A file in the cache, downloaded within bounds if it is missing; weights have no bound `most`.
 
-    With a `revision` that is no commit the cache learns that it is at `commit`.
+    With a `revision` that is no commit the cache records that it is at `commit`.
     """
     from huggingface_hub import hf_hub_download
 
@@ -197,7 +198,9 @@ def _file(hub_id: str, name: str, revision: str | None, commit: str | None, boun
 
 
 def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
-    """The snapshot in the cache with files `names` of a commit, eight at a time; who interrupts it need not wait."""
+    """The cached snapshot with the files `names` of a commit, downloaded eight at a time; an interruption does not
+    wait.
+    """
     weights = {name for name in names if name.endswith(".safetensors")}
     if len(names) - len(weights) > MAX_SMALL:
         hint = "download what you need of it, and name that folder"
@@ -215,10 +218,10 @@ def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
 
 
 def _describe(reference: str, hub_id: str, revision: str | None, weights: bool) -> Checkpoint:
-    """The checkpoint that the headers of the hub's files describe; `weights` downloads the files too."""
-    # first, because it fails at once where there is no network, while a download tries again and again
+    """The checkpoint on the hub, from its headers; `weights` downloads all files too."""
+    # first: it fails at once without a network, while a download retries for long
     commit, names = listing(f"models/{hub_id}", revision)
-    if is_delta(names):  # megabytes, whose manifest is the header
+    if is_delta(names):  # a delta artifact is small, and its manifest is what would be the header
         wanted = [name for name in names if name.endswith((*ASSETS, ".safetensors"))]
         _file(hub_id, DELTA, revision, commit)
         return _open(reference, hub_id, _files(hub_id, commit, wanted))
@@ -239,9 +242,9 @@ def _describe(reference: str, hub_id: str, revision: str | None, weights: bool) 
 
 
 def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = ()) -> Path:
-    """The folder of huggingface_hub's cache with files `names` of a repository; its name is the commit.
+    """The folder of huggingface_hub's cache that holds the files `names` of a repository; its name is the commit.
 
-    InputError: not a hub id, or what `resolve` says of one; a file that is not there, unless it is `optional`.
+    InputError: not a hub id, what `resolve` refuses, or a missing file that is not `optional`.
     """
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
@@ -267,7 +270,7 @@ def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = 
 
 @contextmanager
 def explained_upload() -> Iterator[None]:
-    """Turn what huggingface_hub raises while it writes into one line and a hint; the token is in none of it."""
+    """Turn what huggingface_hub raises during an upload into one line and a hint, which never hold the token."""
     from huggingface_hub import constants
     from huggingface_hub import errors as hub
 
@@ -276,7 +279,7 @@ def explained_upload() -> Iterator[None]:
     except DeltamergeError:
         raise
     except Exception as raised:
-        # an upload that fails in one of the client's threads is wrapped
+        # the client wraps failures of its threads
         error = raised.__cause__ if type(raised) is RuntimeError and raised.__cause__ else raised
         if isinstance(error, hub.HfHubHTTPError):
             status = error.response.status_code if error.response is not None else 0

@@ -1,4 +1,4 @@
-"""What the hub says of a repository: its commit and files by a listing, headers of weight files by range requests."""
+"""The hub's answers about a repository: commit and files from a listing, headers of weight files by range requests."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
 def listing(repository: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit that "models/org/name" or "datasets/org/name" is at, and the names of the files at its top.
+    """The commit of "models/org/name" or "datasets/org/name", and the names of the files at its top level.
 
-    InputError: an answer that is no such listing, or too long; a file name that is none. What the client raises else.
+    InputError: not a listing, too long, or an invalid file name. Other errors are the client's.
     """
     raw = within(Bounds(LISTING_BYTES), partial(_ask, repository, revision))
     with errors.context("the hub's listing"):
@@ -34,7 +34,7 @@ def listing(repository: str, revision: str | None) -> tuple[str, list[str]]:
 
 
 def commit_of(repository: str, revision: str | None) -> str:
-    """The commit alone."""
+    """The commit of a repository."""
     raw = within(Bounds(LISTING_BYTES), partial(_ask, repository, revision))
     with errors.context("the hub's listing"):
         return _commit(parse_json(raw), revision)
@@ -65,7 +65,7 @@ def _get(url: str, headers: dict[str, str]) -> tuple[bytes, Any]:
 
 
 def read_listing(raw: bytes, revision: str | None) -> tuple[str, list[str]]:
-    """The commit, and the plain names among the files, of the answer `raw`. InputError: it is none."""
+    """The commit, and the plain names among the files, of the answer `raw`. InputError: it is no listing."""
     answer = parse_json(raw)
     commit, files = _commit(answer, revision), answer.get("siblings")
     if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
@@ -85,7 +85,7 @@ def _commit(answer: dict[str, Any], revision: str | None) -> str:
 
 
 def _is_at_top(name: Any) -> bool:
-    """Whether a file's name is plain; False: it is in a folder. InputError: no system should have such a file."""
+    """Whether a file lies at the top level. InputError: a name that no system should store."""
     if not isinstance(name, str):
         raise InputError(f"has a file without a name: {str(name)[:80]!r}")
     parts = re.split(r"[/\\]", name)
@@ -100,7 +100,7 @@ def _is_at_top(name: Any) -> bool:
 
 
 def range_header(hub_id: str, commit: str, path: Path) -> Header:
-    """The header of the weight file that is or would be at `path`: of it if it is there, else by range requests."""
+    """The header of the weight file at `path`: from the file if it exists, else by range requests."""
     if path.exists():
         return read_header(path)
     with errors.context(path.name):

@@ -1,7 +1,7 @@
-"""Bounds on what the hub may answer, for huggingface_hub's own requests too: bytes, seconds, hashes, waits.
+"""Bounds on the hub's answers, also to huggingface_hub's own requests: bytes, seconds, hashes, waits.
 
-Whoever answers need not be the hub: a mirror, a proxy, or a stranger at either end. A hook on huggingface_hub's HTTP
-client sees every answer to a question that is asked `within` bounds before anything of it is read or believed.
+The other end need not be the hub: it may be a mirror, a proxy or a stranger. A hook on huggingface_hub's HTTP client
+checks every answer to a request made `within` bounds before any of it is read or believed.
 """
 
 from __future__ import annotations
@@ -19,24 +19,27 @@ from urllib.parse import urljoin, urlsplit
 
 from deltamerge.errors import DeltamergeError, InputError
 
-ANSWER_SECONDS = 120.0  # until a whole answer is there, tries again included, but for what its size takes
-SLOWEST = 16_000  # bytes a second
-ERROR_BYTES = 64_000  # of the body of a redirect or of an error
-WAIT_SECONDS = 300  # that an answer may ask to wait before the next try
+ANSWER_SECONDS = 120.0  # for a whole answer with retries, beside the time that its size takes
+SLOWEST = 16_000  # bytes a second that an answer must bring
+ERROR_BYTES = 64_000  # in the body of a redirect or an error
+WAIT_SECONDS = 300  # the longest wait that an answer may ask for
 COMMIT = re.compile("[0-9a-f]{40}")
 HASH = re.compile("[0-9a-f]{40}|[0-9a-f]{64}")  # git's SHA-1 of a small file, the SHA-256 of a large one
 
-NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # whose errors mean that there was no answer
+NETWORK = ("httpx", "httpx2", "requests", "urllib3")  # errors of these libraries mean that no answer came
 
 T = TypeVar("T")
 
 
 @dataclass
 class Bounds:
-    """What the answers to one question may be: `most` bytes (None: as many as the first answer says), the `commit`.
+    """The bounds of the answers to one question.
 
-    `size` is what an answer says of the file, `asked` the time of the question; `over`: nobody waits any more, so that
-    what still comes is refused.
+    most     bytes; None: as many as the first answer states
+    commit   that the answers must name
+    size     of the file, as an answer stated it
+    asked    when the question was asked
+    over     nobody waits any more: what still arrives is refused
     """
 
     most: int | None = None
@@ -46,7 +49,7 @@ class Bounds:
     asked: float = 0.0
 
     def limit(self) -> int | None:
-        """The most bytes of a body; beside a file the client may ask for small things, such as where it is."""
+        """The most bytes of a body. Beside a file the client may ask for small things, such as where the file is."""
         sized = None if self.size is None else max(self.size, ERROR_BYTES)
         return min((n for n in (self.most, sized) if n is not None), default=None)
 
@@ -60,9 +63,10 @@ _LOCK = threading.Lock()
 
 
 def within(bounds: Bounds, call: Callable[[], T], *, whole: bool = True) -> T:
-    """The result of `call`, whose requests are bounded; `whole`: its time is too, in a thread that is left behind.
+    """The result of `call`, whose requests are bounded. With `whole` its total time is bounded too; a thread that is
+    late is left behind.
 
-    InputError: an answer beyond the bounds, or one that the client stumbles over.
+    InputError: an answer beyond the bounds, or one that the client cannot read.
     """
     guard()
     bounds.asked = time.monotonic()
@@ -111,7 +115,7 @@ def _understood(call: Callable[[], T]) -> T:
 
 
 def guard() -> None:
-    """Have huggingface_hub's client, the one that is there and those that follow it, ask and answer within bounds."""
+    """Install the bounds on huggingface_hub's HTTP client, the present one and later ones."""
     from huggingface_hub.utils import _http, get_session  # type: ignore[attr-defined]  # public, without __all__
 
     with _LOCK:
@@ -123,7 +127,9 @@ def guard() -> None:
 
 @dataclass(frozen=True)
 class _Guarded:
-    """Makes guarded clients; set_client_factory of huggingface_hub would close the client that others may be using."""
+    """A factory of guarded clients; huggingface_hub's set_client_factory would close a client that others
+    may be using.
+    """
 
     factory: Callable[[], Any]
 
@@ -144,11 +150,11 @@ def _prepare(request: Any) -> None:
         return
     if bounds.over:
         raise InputError("nobody waits for the answer any more")
-    request.headers["Accept-Encoding"] = "identity"  # so that bytes that are counted are bytes that are kept
+    request.headers["Accept-Encoding"] = "identity"  # uncompressed, so that the bytes counted are the bytes stored
 
 
 def check(response: Any) -> None:
-    """InputError: the head of an answer says what is not understood, or too much; else its body is bounded."""
+    """InputError: the head of an answer is not understood, or states too much. Otherwise bound the answer's body."""
     bounds = _BOUNDS.get()
     if bounds is None:
         return
@@ -174,7 +180,7 @@ def check(response: Any) -> None:
 
 
 def _check_file(bounds: Bounds, headers: Any, plain: bool) -> None:
-    """What the client takes for a file's hash, which names it in the cache, and for its size."""
+    """Check the file hash, which becomes its name in the cache, and the file's size."""
     etag = headers.get("X-Linked-ETag") or headers.get("ETag")
     if etag is not None:
         name = etag.lstrip("W/").strip('"')
@@ -199,7 +205,7 @@ def _check_length(size: int, limit: int) -> None:
 
 
 def _is_followed(response: Any) -> bool:
-    """Whether the client goes on to where a redirect leads, so that it takes nothing from this answer."""
+    """Whether the client follows a redirect, and so takes nothing from this answer."""
     from huggingface_hub.utils import _http
 
     location = response.headers.get("Location")
@@ -213,7 +219,7 @@ def _is_followed(response: Any) -> bool:
 
 
 def _check_wait(status: int, headers: Any) -> None:
-    """The client sleeps as long as it is told to."""
+    """Refuse an answer that asks for too long a wait: the client sleeps as long as it is told."""
     if status not in (408, 429) and status < 500:
         return
     asked = [headers.get("Retry-After", "").strip(), *re.findall(r"\bt\s*=\s*(\d+)", headers.get("ratelimit", ""))]
@@ -226,7 +232,7 @@ def _check_wait(status: int, headers: Any) -> None:
 
 @cache
 def _class_of(module: str) -> Any:
-    """A body of the HTTP library `module` (huggingface_hub has used two) that is bounded."""
+    """A class of bounded bodies for the HTTP library `module`; huggingface_hub has used two."""
 
     class Body(sys.modules[module].SyncByteStream):  # type: ignore[misc]
         def __init__(self, inner: Any, bounds: Bounds, limit: int | None, refuses: bool) -> None:
@@ -250,7 +256,7 @@ def _stream_class(response: Any) -> Any:
 
 
 def _bounded(inner: Any, bounds: Bounds, limit: int | None, refuses: bool) -> Iterator[bytes]:
-    """The pieces of a body, up to its limit: beyond it is an error, or where the body tells of one, the end."""
+    """The pieces of a body up to its limit. Beyond it: an error, or, in the body of an error, the end."""
     received, started = 0, time.monotonic()
     for piece in inner:
         received += len(piece)

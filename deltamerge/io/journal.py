@@ -1,4 +1,4 @@
-"""An append-only file of records, each with a checksum: what a crash tears at its end is dropped when it is read."""
+"""An append-only file of records with checksums; a record torn by a crash is dropped when the file is read."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ KINDS: dict[str, type] = {
 
 
 def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
-    """The records of the journal at `path` up to the first that is not whole, and the bytes they take. InputError: it
-    cannot be read. OutputError: it is a link or no plain file."""
+    """The records of the journal at `path` up to the first torn one, and the bytes they take.
+
+    InputError: it cannot be read. OutputError: it is a link or no plain file.
+    """
     try:
         with os.fdopen(open_file(path, os.O_RDONLY), "rb") as file:
             raw = file.read(MAX_BYTES)
@@ -43,7 +45,7 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
             break
         try:
             record = json.loads(text)
-        except (ValueError, RecursionError):  # no run wrote that
+        except (ValueError, RecursionError):  # not written by a run
             break
         if not _is_record(record):
             break
@@ -53,7 +55,7 @@ def read_journal(path: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def _is_record(record: Any) -> bool:
-    """Whether a record has the form that runs write; the first one, without "run", makes the journal empty."""
+    """Whether a record has the form that runs write. A first record without "run" makes the journal empty."""
     if not isinstance(record, dict) or any(not isinstance(v, KINDS.get(k, ())) for k, v in record.items()):
         return False
     part, inode = record.get("part"), record.get("publish", {"inode": 0}).get("inode")
@@ -76,17 +78,17 @@ def _is_file(entry: Any) -> bool:
 
 
 def has_work(records: list[dict[str, Any]]) -> bool:
-    """Whether there is work that --resume would not do again."""
+    """Whether there is work that --resume would keep."""
     return any({"done", "tensors", "calibrated", "part"} & record.keys() for record in records)
 
 
 def named_inode(records: list[dict[str, Any]]) -> int | None:
-    """The inode of the folder that the run was about to give the target's name."""
+    """The inode of the folder that the run was about to rename to the target."""
     return next((record["publish"]["inode"] for record in reversed(records) if "publish" in record), None)
 
 
 def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """OutputError naming every fact that is not what it was when the unfinished work was begun."""
+    """OutputError naming every fact that has changed since the unfinished work began."""
     if wrong := sorted(name for name in then.keys() | now.keys() if not _same(then.get(name), now.get(name))):
         raise OutputError(
             f"{target}: the unfinished work was begun with other inputs; different now: {', '.join(wrong)}",
@@ -95,20 +97,22 @@ def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
 
 
 def _same(then: Any, now: Any) -> bool:
-    """Whether two facts agree; of a file on two machines, which may each have a copy, size and time of writing."""
+    """Whether two facts agree. Files on two machines, which may each have a copy, are compared by size and modification
+    time.
+    """
     if isinstance(then, list) and isinstance(now, list) and then[-1:] != now[-1:]:
         return then[:2] == now[:2]
     return bool(then == now)
 
 
 def part_journals(state: Path) -> dict[str, list[dict[str, Any]]]:
-    """ "2-of-8" -> the records of every part's journal in a work folder."""
+    """The records of every part's journal in a work folder, by part ("2-of-8")."""
     names = sorted(path.name for path in state.glob(f"{JOURNAL}-*") if PART_JOURNAL.fullmatch(path.name))
     return {name.removeprefix(f"{JOURNAL}-"): read_journal(state / name)[0] for name in names}
 
 
 class Journal:
-    """The journal at `path`, open to append after its last whole record. OutputError: it cannot be written."""
+    """The journal at `path`, opened to append after its last valid record. OutputError: it cannot be written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -122,7 +126,7 @@ class Journal:
                 raise output_error(error) from error
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a record and have it on the disk before this returns."""
+        """Add a record; it is on the disk when this returns."""
         text = json.dumps(record, separators=(",", ":")).encode() + b"\n"
         line = xxh3_64_hexdigest(text).encode() + b" " + text
         with self._lock, errors.context(str(self.path)):

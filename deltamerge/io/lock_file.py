@@ -1,4 +1,4 @@
-"""recipe.lock as a file: what every lock must say, and which files of a folder the lock in it does not list."""
+"""recipe.lock as a file: its required form, and the files of a folder that its lock does not list."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ ROWS = ".rows"
 MAX_BYTES = 1 << 26
 MAX_DEPTH = 64
 MAX_EVENTS = 1_000_000
-# Of tools that keep folders (git, the hub's clients, macOS); no loader takes a hidden file for a part of a model.
+# Hidden files belong to tools (git, the hub's clients, macOS); no loader takes them for a part of a model.
 HIDDEN = frozenset({".git", ".gitattributes", ".gitignore", ".cache", ".huggingface", ".DS_Store"})
 
 
 class _Part(BaseModel):
-    """What must be so in a part of a lock; what is besides is kept as it is."""
+    """The required keys of a part of a lock; other keys are kept as they are."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -53,7 +53,7 @@ class _Lock(_Part):
 
 
 def read_lock(path: Path) -> dict[str, Any]:
-    """A lock's content; InputError if it is none, is larger than 64 MB, or nested as no lock is."""
+    """The content of a lock. InputError: not a lock, larger than 64 MB, or nested too deep."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
         with path.open("rb") as file:
@@ -62,7 +62,7 @@ def read_lock(path: Path) -> dict[str, Any]:
             raise InputError(f"{path}: larger than {MAX_BYTES:,} bytes")
         text = raw.decode("utf-8")
         depth = 0
-        for count, event in enumerate(yaml.parse(text, loader)):  # first: nodes take much, and are composed recursively
+        for count, event in enumerate(yaml.parse(text, loader)):  # before composing, which recurses and takes memory
             if count > MAX_EVENTS:
                 raise InputError(f"{path}: holds more than {MAX_EVENTS:,} values")
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -73,7 +73,7 @@ def read_lock(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: no such lock", hint="a finished `deltamerge run` leaves one") from error
     except OSError as error:
         raise InputError(f"{path}: {input_error(error)}") from error
-    except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or a date that is none
+    except (ValueError, yaml.YAMLError) as error:  # ValueError: not UTF-8, or an impossible date
         raise InputError(f"{path}: not a readable lock") from error
     if not isinstance(content, dict) or "outputs" not in content:
         raise InputError(f"{path}: not a deltamerge lock")
@@ -91,13 +91,14 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 
 def unlisted(folder: Path, lock: Mapping[str, Any]) -> list[str]:
-    """What is in `folder` and not in its lock, but the lock itself and what tools hide there."""
+    """The entries of `folder` that its lock does not list, without the lock itself and hidden files of tools."""
     return sorted({path.name for path in folder.iterdir()} - {*lock["outputs"], LOCK_NAME} - HIDDEN)
 
 
 def not_made(folder: Path) -> list[str]:
-    """What in `folder` no run made, and would be lost with it: what its lock does not list as a plain file; all of it
-    without a lock. OSError: it cannot be looked at."""
+    """The entries of `folder` that no run made and that replacing it would lose: what its lock does not list as a plain
+    file; everything if there is no lock. OSError: the folder cannot be read.
+    """
     modes = {path.name: path.lstat().st_mode for path in folder.iterdir()}
     listed: set[str] = set()
     if stat.S_ISREG(modes.get(LOCK_NAME, 0)):

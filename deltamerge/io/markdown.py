@@ -1,4 +1,4 @@
-"""Foreign text in Markdown and Mermaid: it stays text, whatever it is written like."""
+"""Foreign text escaped for Markdown and Mermaid, so that it stays plain text."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _MERMAID = {'"': "#quot;", "#": "#35;", "<": "#lt;", ">": "#gt;", "`": "#96;", "
 
 
 def plain(text: str) -> str:
-    """Words as they are read, in a paragraph, a heading or a table's cell."""
+    """Text escaped for a paragraph, a heading or a table's cell."""
     return _IN_WORD.sub("_", _SPECIAL.sub(r"\\\1", shown(text))).replace("://", ":&#47;/").replace("@", "&#64;")
 
 
 def code(text: str) -> str:
-    """A name as code, in a paragraph or a table's cell."""
+    """A name as inline code, for a paragraph or a table's cell."""
     text = shown(text)
     if "`" not in text and "|" not in text:
         return f"`{text}`"
@@ -25,7 +25,7 @@ def code(text: str) -> str:
 
 
 def fenced(text: str, language: str = "") -> list[str]:
-    """The lines of a block of code, whose fence the text cannot close."""
+    """A fenced block of code, whose fence the text cannot close."""
     longest = max((len(run) for run in re.findall("`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     body = ("\t".join(shown(part, len(part) + 1) for part in line.split("\t")) for line in text.split("\n"))
@@ -33,7 +33,7 @@ def fenced(text: str, language: str = "") -> list[str]:
 
 
 def label(text: str) -> str:
-    """Words in the quotes of a Mermaid node."""
+    """Text for the quotes of a Mermaid node."""
     return "".join(_MERMAID.get(character, character) for character in shown(text))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint names: the repeated blocks that they spell out. No torch: a plan says how calibration will run."""
+"""What the names of a checkpoint's tensors say: layers, embeddings, heads. There is no table of architectures."""
 
 from __future__ import annotations
 
@@ -6,13 +6,88 @@ import re
 from collections.abc import Iterable, Mapping
 from math import prod
 
+# The language model's head in transformers; files of models that tie it to the embedding leave it out.
+LM_HEAD = "lm_head.weight"
+
+# Tensors with a row for each token: they move where tokens do.
+TOKEN_EMBEDDING = re.compile(
+    r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|shared|token_embedding)\.weight$"
+)
+TOKEN_HEAD = re.compile(
+    r"(^|\.)(lm_head|embed_out|vocab_projector)\.(decoder\.)?(weight|bias)$|(^|\.)predictions\.(bias|decoder\.(weight|bias))$"
+)
+
+# Tables of every kind (tokens, positions, types), whose rows are looked up. This finds too much rather than too little:
+# a `q` or an input's norm has no meaning for any of them.
+_TABLE = r"embed|(^|\.)(wte|wpe|shared)\."
+EMBEDDING = re.compile(rf"{_TABLE}|\.relative_attention_bias\.")
+# Outside layers these belong to the first slice of a stack; norms and heads belong to the last one. Not the relative
+# bias by distance, which layers read.
+BEFORE_LAYERS = re.compile(rf"{_TABLE}|(^|\.)project_in\.")
+
+# The task head, which the base lacks or the authors of DAREx leave whole: sequence and token classifiers, answer spans,
+# and language-model heads by the names that transformers gives them, as a whole component of the tensor's name. The
+# default of a recipe's `exclude`, so a pattern for `re.search`. Wider than `TOKEN_HEAD`: classifiers have no tokens.
+TASK_HEAD = r"(^|\.)(classifier|score|lm_head|qa_outputs|classification_head|embed_out|cls)(\.|$)"
+
+_NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
+_INSIDE = re.compile(r"(.*?\.\d+)\.")
+# Not inside a container whose own name ends in a digit, as `layer1.0.conv1`: a model has several of them.
 _NUMBERED = re.compile(r"(?<!\d)\.(\d+)\.")
 
 
-def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str]] | None:
-    """Names of the tensors in each repeated block, by number: the numbered container that holds most elements.
+def block_of(name: str) -> tuple[str, int] | None:
+    """The container and number of a tensor's layer, from the first component that is a number.
 
-    None where no container is numbered 0 … L−1: the whole model must then be resident while it is calibrated.
+    ("model.layers", 7) for `model.layers.7.mlp.up_proj.weight`; None outside layers.
+    """
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)), None)
+    return None if at is None else (".".join(parts[:at]), int(parts[at]))
+
+
+def layer_index(name: str) -> int | None:
+    """The number of a tensor's layer: 7 for `model.layers.7.mlp.up_proj.weight`; None outside layers."""
+    block = block_of(name)
+    return None if block is None else block[1]
+
+
+def layer_position(name: str, layers: int) -> float:
+    """t = index / (layers − 1) of the tensor's layer; 1 for a single layer, 0 outside layers (embeddings, head)."""
+    index = layer_index(name)
+    if index is None:
+        return 0.0
+    return 1.0 if layers <= 1 else min(1.0, index / (layers - 1))
+
+
+def blocks_of(names: Iterable[str]) -> dict[str, frozenset[int]]:
+    """The numbers of the layers of every container."""
+    found: dict[str, set[int]] = {}
+    for name in names:
+        if (block := block_of(name)) is not None:
+            found.setdefault(block[0], set()).add(block[1])
+    return {container: frozenset(numbers) for container, numbers in found.items()}
+
+
+def block_name(name: str) -> str | None:
+    """The module that is a tensor's layer: `model.layers.7` for `model.layers.7.mlp.up_proj.weight`.
+
+    None outside layers, and where the name begins with its number (`0.weight` of a plain sequence of modules).
+    """
+    found = _INSIDE.match(name)
+    return None if found is None else found[1]
+
+
+def numbers_as_stars(name: str) -> str:
+    """A name with every component that is a number as `*`: one pattern for the same tensor of every layer."""
+    return _NUMBER.sub(r"\1*", name)
+
+
+def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str]] | None:
+    """The names of the tensors in each repeated block, by number, from the shapes of all tensors by name.
+
+    Blocks are those of the container that holds most elements. None where no container is numbered 0 … L−1: the whole
+    model must then be resident while it is calibrated.
     """
     containers: dict[str, dict[int, list[str]]] = {}
     elements: dict[str, int] = {}
@@ -38,16 +113,3 @@ def resolve_prefix(wanted: Iterable[str], present: Iterable[str], prefix: str) -
         spellings = (name, bare, dotted + bare) if prefix else (name,)
         found[name] = next((s for s in spellings if s in there), None)
     return found
-
-
-def layer_index(name: str) -> int | None:
-    """The first dotted component that is a number: 7 for `model.layers.7.mlp.up_proj.weight`."""
-    return next((int(part) for part in name.split(".") if re.fullmatch("[0-9]{1,9}", part)), None)
-
-
-def layer_position(name: str, layers: int) -> float:
-    """t = index / (layers − 1) of the tensor's layer; 1 for a single layer, 0 outside layers (embeddings, head)."""
-    index = layer_index(name)
-    if index is None:
-        return 0.0
-    return 1.0 if layers <= 1 else min(1.0, index / (layers - 1))

@@ -1,4 +1,4 @@
-"""Buffers on their way to files: written by threads of their own, past the page cache, kept until they are hashed."""
+"""Buffers on their way to files: threads write them past the page cache and keep them until they are hashed."""
 
 from __future__ import annotations
 
@@ -25,19 +25,19 @@ from deltamerge.io.files import (
     write_direct,
 )
 
-# Smaller pieces are written at once, by whoever made them.
+# Smaller pieces are written at once, by the thread that made them.
 LEAST = 1 << 18
-# Bytes on their way, beyond which who makes more has to wait.
+# Bytes on their way; beyond this `lend` waits.
 ROOM = 1 << 24
 SLAB = 1 << 22
 WRITERS = 2
-# What is read back from a file is read in pieces no smaller, unless it ends.
+# The smallest piece that is read back from a file, unless the file ends.
 READ = 1 << 20
 
 
 @dataclass(eq=False, slots=True)
 class Sent:
-    """Bytes for a file from `position` on; its memory is free again once they are written and read."""
+    """Bytes for a file from `position` on; their memory is free again once they are written and hashed."""
 
     file: str
     position: int
@@ -47,12 +47,14 @@ class Sent:
 
 
 class Outbox:
-    """Writes to the files of `folder`, which are there and have their size, from any number of threads.
+    """Writes to existing files of full size in `folder`, from any number of threads.
 
-    The disk reads the memory of a buffer itself, so no copy is made in the page cache, which on a machine of little
-    memory costs more time than the merge; where that cannot be (a file system in memory, a system other than Linux, the
-    pages at a buffer's ends) the page cache is used. wrote(file, position, nbytes) is told of what is written, and
-    reach(file, position) says up to where the bytes that follow are.
+    The disk reads a buffer's memory itself, so nothing is copied into the page cache, which on a machine with little
+    memory would cost more time than the merge. Where that is impossible (a file system in memory, a system other than
+    Linux, the partial pages at a buffer's ends) the page cache is used.
+
+        wrote(file, position, nbytes)   is called with what has been written
+        reach(file, position)           returns up to where the bytes that follow have been written
     """
 
     def __init__(
@@ -68,7 +70,7 @@ class Outbox:
         self._takes_direct = sample is not None and takes_direct(sample)
         self._queue: deque[Sent] = deque()
         self._held: defaultdict[str, dict[int, Sent]] = defaultdict(dict)
-        # Up to where each file is read: what a resumed run sends again of the bytes before is not waited for.
+        # Up to where each file has been hashed; bytes before that, which a resumed run sends again, are not waited for.
         self._claimed: defaultdict[str, int] = defaultdict(int)
         self._free: list[NDArray[np.uint8]] = []
         self._bytes = self._busy = 0
@@ -91,11 +93,13 @@ class Outbox:
             slab = self._free.pop() if self._free else None
         if slab is None or len(slab) < nbytes + PAGE:
             slab = np.empty(max(nbytes, SLAB) + PAGE, np.uint8)
-        begin = (position - slab.ctypes.data) % PAGE  # so that pages of memory are pages of the file
+        begin = (position - slab.ctypes.data) % PAGE  # aligns pages of memory with pages of the file
         return slab[begin : begin + nbytes]
 
     def send(self, file: str, position: int, data: NDArray[np.uint8]) -> None:
-        """Write lent memory to a file; it belongs to the outbox from now on. OutputError: an earlier piece failed."""
+        """Write lent memory to a file; the memory belongs to the outbox from now on. OutputError: an earlier piece
+        failed.
+        """
         if len(data) < LEAST:
             self._write_cached(file, position, flat(data))
             self._tell(file, position, len(data))
@@ -114,8 +118,8 @@ class Outbox:
             self._changed.notify_all()
 
     def follow(self, file: str, position: int, size: int) -> NDArray[np.uint8] | int | None:
-        """What comes at `position` of a file of `size` bytes: the memory sent for it, given back with `finished`, or up
-        to where the file can be read. Waits for either; None: the outbox is closed.
+        """The bytes at `position` of a file of `size` bytes, for hashing: the memory sent for it, to be released with
+        `finished`, or up to where the file can be read. Waits for either; None: the outbox is closed.
         """
         held = self._held[file]
         with self._changed:
@@ -135,27 +139,27 @@ class Outbox:
         return None
 
     def finished(self, file: str, position: int) -> None:
-        """The memory that `follow` gave for `position` is read."""
+        """Release the memory that `follow` gave for `position`."""
         with self._changed:
             sent = self._held[file].pop(position)
             sent.read = True
             self._release(sent)
 
     def fail(self, failure: BaseException) -> None:
-        """Nobody reads on: who lends, sends or drains meets `failure`."""
+        """Record that hashing failed: whoever lends, sends or drains gets `failure`."""
         with self._changed:
             self._failure = self._failure or failure
             self._changed.notify_all()
 
     def drain(self) -> None:
-        """Wait until what was sent is written. OutputError: something could not be."""
+        """Wait until everything sent is written. OutputError: some of it could not be."""
         with self._changed:
             while (self._queue or self._busy) and self._failure is None:
                 self._changed.wait()
             self._raise_failure()
 
     def close(self) -> None:
-        """End; what was sent and is not yet begun is dropped."""
+        """Stop; pieces that were sent and not yet begun are dropped."""
         with self._changed:
             self._closed = True
             self._queue.clear()
@@ -170,7 +174,7 @@ class Outbox:
             raise self._failure
 
     def _forget(self) -> None:
-        """Let go of the memory of the piece that will be read last; it is in the file."""
+        """Release the piece that will be hashed last; it can be read back from the file."""
         sent = max((s for held in self._held.values() for s in held.values()), key=lambda s: (s.file, s.position))
         del self._held[sent.file][sent.position]
         sent.read = True

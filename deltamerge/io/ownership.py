@@ -1,4 +1,4 @@
-"""Whose a file is: code that is kept between runs is loaded only from where nobody else can put it."""
+"""Who can write a file: code kept between runs is loaded only from where nobody else can put it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def trusted(path: Path) -> bool:
-    """Whether only this user, root, or whoever owns this package can write `path`. OSError: there is no such file."""
+    """Whether only this user, root or the owner of this package can write `path`. OSError: no such file."""
     if os.name != "posix":
         return True
     found = path.lstat()

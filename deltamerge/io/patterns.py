@@ -1,4 +1,4 @@
-"""Regular expressions of recipes and adapters, which may come from strangers: none searches a name for ever."""
+"""Regular expressions of recipes and adapters, which may be hostile: searches are limited in time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltamerge.errors import InputError
 if TYPE_CHECKING:
     import regex
 
-# What a search may take, and all patterns of a recipe over all names; an honest search takes a microsecond.
+# Seconds for one search, and for all searches of a recipe; an ordinary search takes a microsecond.
 SECONDS = 1.0
 SECONDS_IN_ALL = 10.0
 LENGTH = 1000
@@ -27,37 +27,37 @@ _spent = _Spent()
 
 
 def start_anew() -> None:
-    """Another recipe: none of its time is spent."""
+    """Reset the time that a recipe has spent."""
     _spent.seconds = 0.0
 
 
 def check(pattern: str) -> None:
-    """Raise ValueError unless `pattern` is a regular expression that one may search with."""
+    """Raise ValueError unless `pattern` is a regular expression that `finds` can search with."""
     if len(pattern) > LENGTH:
         raise ValueError(f"more than {LENGTH} characters")
     if _spent.seconds >= SECONDS_IN_ALL:
         raise ValueError("these and those before take too long to read")
     began = time.perf_counter()
     try:
-        re.compile(pattern)  # of a thousand characters, a second at most
+        re.compile(pattern)  # takes a second at most: patterns have a thousand characters
     except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(str(error)) from None
     finally:
         _spent.seconds += time.perf_counter() - began
 
 
-@lru_cache(1 << 14)  # an adapter may have one for each of its modules
+@lru_cache(1 << 14)  # an adapter may have a pattern for each of its modules
 def _compiled(pattern: str) -> regex.Pattern[str]:
-    import regex  # a fortieth of a second, for those who have patterns
+    import regex  # takes 25 ms; only recipes with patterns pay
 
     try:
         return regex.compile(pattern)
-    except regex.error as error:  # what `re` takes and regex does not
+    except regex.error as error:  # a pattern that only `re` accepts
         raise InputError(f"{pattern[:80]!r} is no regular expression: {error}") from error
 
 
 def finds(pattern: str, name: str) -> bool:
-    """Whether `pattern` matches somewhere in `name`, as `re.search`. InputError: it takes too long to tell."""
+    """Whether `pattern` matches somewhere in `name`, like `re.search`. InputError: the search takes too long."""
     began = time.perf_counter()
     left = SECONDS_IN_ALL - _spent.seconds
     try:

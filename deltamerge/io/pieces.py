@@ -1,6 +1,6 @@
-"""The hash of a file from the hashes of its pieces, which may be known from whoever read them for something else.
+"""The hash of a file, computed from the hashes of its pieces, which a merge computes while it reads the file anyway.
 
-XXH3-128 of the XXH3-128 digests, in canonical form, of pieces of 64 KiB, of which the last may be shorter.
+It is XXH3-128 over the XXH3-128 digests (in canonical form) of pieces of 64 KiB; the last piece may be shorter.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 PIECE_BYTES = 1 << 16
 DIGEST_BYTES = 16
-# Pieces that are read at once where they are not known.
+# Pieces per read, of those that must still be read.
 AT_ONCE = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """Of a file of `size` bytes the digests of its pieces (pieces, 16), and which of them are known."""
+    """The digests (pieces, 16) of a file of `size` bytes, and which of them are known."""
 
     size: int
     digests: NDArray[np.uint8]
@@ -30,14 +30,14 @@ class Known:
 
 
 class Pieces:
-    """What is known of files so far; any thread may give, of pieces of its own."""
+    """The digests known of files so far. Thread-safe; a thread adds the digests of the pieces that it reads."""
 
     def __init__(self) -> None:
         self._known: dict[Path, Known] = {}
         self._changed = threading.Lock()
 
     def of(self, path: Path) -> Known:
-        """What is known of a file. OSError: it cannot be looked at."""
+        """What is known of the file `path`. OSError: it cannot be examined."""
         with self._changed:
             if path not in self._known:
                 size = path.stat().st_size
@@ -46,14 +46,16 @@ class Pieces:
             return self._known[path]
 
     def give(self, path: Path, first: int, halves: NDArray[np.uint64]) -> None:
-        """The digests (pieces, 2: high and low half) of whole pieces of a file, from number `first` on."""
+        """Add the digests of whole pieces of a file, from number `first` on: `halves` (pieces, 2) has their high and
+        low words.
+        """
         known, stop = self.of(path), first + len(halves)
         known.digests[first:stop] = halves.astype(">u8").view(np.uint8).reshape(-1, DIGEST_BYTES)
         known.there[first:stop] = True
 
 
 def learn(known: Known, wanted: NDArray[np.bool_], read: Callable[[int, Any], None]) -> None:
-    """Hash the `wanted` pieces of a file; read(offset, buffer) fills a buffer from a place in it."""
+    """Hash the `wanted` pieces of a file; read(offset, buffer) fills a buffer from an offset of it."""
     from xxhash import xxh3_128_digest
 
     buffer = np.empty(min(AT_ONCE * PIECE_BYTES, known.size), np.uint8)
@@ -67,7 +69,7 @@ def learn(known: Known, wanted: NDArray[np.bool_], read: Callable[[int, Any], No
 
 
 def inside(known: Known, ranges: Iterable[tuple[int, int]]) -> NDArray[np.bool_]:
-    """Which pieces of a file lie within one of the ranges [begin, end) of its bytes."""
+    """Which pieces of a file lie within one of the byte ranges [begin, end)."""
     found = np.zeros(len(known.there), np.bool_)
     for begin, end in ranges:
         found[-(-begin // PIECE_BYTES) : end // PIECE_BYTES] = True
@@ -75,7 +77,7 @@ def inside(known: Known, ranges: Iterable[tuple[int, int]]) -> NDArray[np.bool_]
 
 
 def _runs(wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
-    """Where runs of at most `AT_ONCE` wanted pieces begin and end."""
+    """Begin and end of runs of at most `AT_ONCE` wanted pieces."""
     edges = np.flatnonzero(np.diff(wanted, prepend=False, append=False)).tolist()
     for begin, end in zip(edges[::2], edges[1::2], strict=True):
         for first in range(begin, end, AT_ONCE):
@@ -83,7 +85,7 @@ def _runs(wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 
 
 def hash_whole(known: Known) -> str:
-    """The hash of a file of which every piece is known, in hex."""
+    """The hash, in hex, of a file whose pieces are all known."""
     from xxhash import xxh3_128_hexdigest
 
     assert known.there.all()

@@ -1,8 +1,8 @@
-"""Quantised checkpoints: which scheme stores which weights as codes, as names, dtypes and config.json tell.
+"""Quantised checkpoints: which scheme stores which weights as codes, told by names, dtypes and config.json.
 
-A quantised weight is one tensor stored as several: codes and their companions (scales, zeros, shapes). Merged one by
-one they make nonsense, so that whoever does not decode them has to know them. A config alone proves nothing: a
-checkpoint that was dequantised may have kept its key.
+A quantised weight is one tensor stored as several: codes and their companions (scales, zeros, shapes). Merging these
+one by one gives nonsense, so a merge that does not decode them must recognise them. A config alone proves nothing: a
+dequantised checkpoint may have kept its key.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import PLAIN
 
 if TYPE_CHECKING:
     from deltamerge.io.tensor import TensorInfo
 
-PLAIN = frozenset({"F64", "F32", "F16", "BF16"})
 KEYS = ("quantization_config", "quantization", "compression_config")
 HINT = (
     "merge the originals that are not quantised, or dequantise it with the library that made it "
@@ -25,14 +25,18 @@ HINT = (
 )
 UNNAMED = "a scheme that config.json does not name"
 DEEPEST = 6
-# Integers that are no codes whatever config.json says: masks, positions.
+# Integers that are never codes: masks, positions.
 BUFFERS = frozenset({"I64", "U64", "BOOL"})
 
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """`name` is the scheme's (`fp8`, `gptq`), `detail` its blocks or bits where config.json has them; `weights` has for
-    each quantised weight, by the name that it would have unquantised, the tensors that store it, the codes first."""
+    """How a checkpoint's weights are quantised.
+
+    name      of the scheme (`fp8`, `gptq`)
+    detail    its blocks or bits, where config.json states them
+    weights   for each quantised weight, by its unquantised name, the tensors that store it, codes first
+    """
 
     name: str
     detail: str = ""
@@ -44,9 +48,9 @@ class Scheme:
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
-    """Codes called `codes` in a module beside tensors `needs` (all of them) and perhaps `more`.
+    """How a scheme names its tensors: `codes` in a module beside `needs` (all of them) and perhaps `more`.
 
-    `coded`: only if they are no plain floats, since a module may have a parameter of the companion's name.
+    `coded`: the codes must not be plain floats, since a module may have a parameter of the companion's name.
     """
 
     scheme: str
@@ -73,7 +77,7 @@ _RULES = (
     _Rule("quanto", "_data", ("_scale",), ("_shift",), coded=True),
     _Rule(UNNAMED, "weight", ("scale",), ("zero_point", *_ACTIVATIONS), coded=True),
 )
-# What follows the name of codes of any name.
+# Suffixes of companions, whatever the codes are called.
 _SUFFIXES = (
     ("fp8", "_scale_inv", False),
     ("bitsandbytes", ".absmax", False),
@@ -86,10 +90,10 @@ _BITSANDBYTES = (
 
 
 def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Scheme | None:
-    """The scheme that a checkpoint's weights are quantised by; None where all are stored as they are.
+    """The scheme of a checkpoint's quantised weights; None if nothing is quantised.
 
-    Its name is config.json's, or what the tensors' names tell. float8 weights without any scale are a plain cast,
-    unless config.json says that they are quantised.
+    Its name comes from config.json, else from the tensors' names. float8 weights without scales are a plain cast unless
+    config.json says that they are quantised.
     """
     name, detail = stated(config) or ("", "")
     found = dict(_paired(tensors, named=bool(name)))
@@ -103,14 +107,14 @@ def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> S
 
 
 def stated(config: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The scheme that a config names, at the top or in a part's own config, and its details; None: it names none."""
+    """The scheme that a config names (at its top level or in a part's config) and its details, or None."""
     for _, settings in keys_of(config):
         return _name(settings), _detail(settings)
     return None
 
 
 def keys_of(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Where a config speaks of quantisation: the path of each such key, and its value."""
+    """The path and value of each key of a config that speaks of quantisation."""
     for key in KEYS:
         if config.get(key):
             yield (key,), config[key]
@@ -120,7 +124,7 @@ def keys_of(config: Mapping[str, Any], depth: int = 0) -> Iterator[tuple[tuple[s
 
 
 def without_keys(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
-    """A config that no longer speaks of quantisation."""
+    """A config without its keys about quantisation."""
     result = {key: value for key, value in config.items() if key not in KEYS}
     return {
         key: without_keys(value, depth + 1) if isinstance(value, Mapping) and depth < DEEPEST else value
@@ -138,7 +142,7 @@ def refuse_quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo
 
 
 def gguf_error(name: str) -> InputError:
-    """For a model that is a GGUF file."""
+    """The error for a model that is a GGUF file."""
     hint = "merge the safetensors that it was made of, or convert it: transformers' from_pretrained(gguf_file=…)"
     return InputError(f"is quantised (gguf): {name} is no safetensors file", hint=hint)
 
@@ -166,14 +170,14 @@ def _detail(settings: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """What a stranger's config calls a scheme, in a line."""
+    """The name that a stranger's config gives a scheme, on one line."""
     return "".join(c if c.isprintable() else "?" for c in str(value)[:40])
 
 
 def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple[str, tuple[str, tuple[str, ...]]]]:
-    """Each quantised weight, the scheme that its tensors' names tell, and those tensors.
+    """Each quantised weight, its scheme as told by its tensors' names, and those tensors.
 
-    `named`: a config speaks of quantisation, so that scales beside plain floats are companions too.
+    `named`: a config speaks of quantisation, so that scales beside plain floats count as companions too.
     """
     for name, info in tensors.items():
         stem, _, last = name.rpartition(".")
@@ -195,7 +199,7 @@ def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple
 
 
 def _weight(stem: str, name: str, last: str) -> str:
-    """The unquantised weight's name, of codes."""
+    """The name of the unquantised weight that codes store."""
     if last == "_data":
         return stem
     return name if last == "weight" else f"{stem}.weight" if stem else "weight"
@@ -214,7 +218,7 @@ def _suffixed(
 
 
 def _lone_codes(tensors: Mapping[str, TensorInfo], known: set[str]) -> Iterator[str]:
-    """Weights that are no plain floats and have no companion that is known."""
+    """Weights that are not plain floats and have no known companion."""
     for name, info in tensors.items():
         last = name.rpartition(".")[2]
         codes = info.dtype not in PLAIN | BUFFERS and len(info.shape) > 1 and "bias" not in last

@@ -1,4 +1,4 @@
-"""Reads byte ranges of tensors, stored or made, into buffers."""
+"""Reads byte ranges of tensors into buffers, whether the bytes are stored or computed."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from deltamerge.io.tensor import TensorInfo
 
 
 class Reader:
-    """Reads byte ranges of tensors into buffers, from any number of threads; keeps few files open.
+    """Reads byte ranges of tensors into buffers. Thread-safe; few files are kept open.
 
-    Who reads files through `stored` may tell `pieces` the hashes of what was read.
+    Code that reads files through `stored` may report the hashes of what it read to `pieces`.
     """
 
     def __init__(self, pieces: Pieces | None = None) -> None:
@@ -53,7 +53,9 @@ class Reader:
             read_at(file.fd, info.begin + offset, view)
 
     def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
-        """Fill `out` with runs of the tensor's bytes: run i is from `offsets[i]` on, and ends at `ends[i]` of `out`."""
+        """Fill `out` with runs of the tensor's bytes: run i begins at byte `offsets[i]` and ends at
+        `ends[i]` of `out`.
+        """
         view = flat(out)
         if info.made is not None:
             begin = 0
@@ -72,7 +74,7 @@ class Reader:
                 begin = end
 
     def stored(self, info: TensorInfo) -> Descriptor | None:
-        """The open file that holds the tensor's bytes from `info.begin` on; None where they are made when read."""
+        """The open file that holds the tensor's bytes from `info.begin` on; None if the bytes are computed."""
         return self._files.get(info.path) if info.made is None else None
 
     def advise(self, info: TensorInfo, start: int, nbytes: int) -> None:

@@ -1,7 +1,7 @@
 """Headers of safetensors files, checked before anything in them is believed.
 
-A file is 8 bytes (little-endian length n), n bytes of JSON, then the tensors' bytes without overlap or hole:
-https://huggingface.co/docs/safetensors#format. No weight byte is read here.
+A file is 8 bytes (little-endian length n), n bytes of JSON, and the tensors' bytes without overlap or gap:
+https://huggingface.co/docs/safetensors#format. No byte of a weight is read here.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from deltamerge.io.tensor import TensorInfo
 MAX_HEADER = 100_000_000
 MAX_TENSORS = 200_000
 MAX_DIMENSIONS = 64
-LARGEST = 1 << 63  # what no size or offset reaches
+LARGEST = 1 << 63  # sizes and offsets are smaller
 MOST_BITS = 1 << 64
 PREFIX = 8
 
@@ -35,7 +35,9 @@ _AGAIN = "download it again"
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """A file's tensors in the order of its header; `data_begin` and `size` (of the file) are in bytes."""
+    """A file's tensors in the order of its header. `data_begin` (of the first tensor) and `size` (of the file) are
+    bytes.
+    """
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -65,7 +67,7 @@ def read_header(path: Path) -> Header:
 
 
 def header_length(first: bytes, size: int) -> int:
-    """Bytes of JSON that the first 8 bytes of a file of `size` bytes promise. InputError: it cannot be so."""
+    """Bytes of JSON that the `first` 8 bytes of a file of `size` bytes announce. InputError: an impossible length."""
     if first == b"version ":
         raise InputError("is a git-lfs pointer, not the weights", hint="fetch the weights with `git lfs pull`")
     if size < PREFIX or len(first) < PREFIX:
@@ -135,7 +137,9 @@ def _naturals(values: Any) -> bool:
 
 
 def _overflows(dtype: str, shape: list[int]) -> bool:
-    """Whether a size goes beyond 64 bits before a 0 makes it nothing: readers that multiply in 64 bits refuse it."""
+    """Whether a size exceeds 64 bits before a 0 makes it nothing: readers that multiply in 64 bits refuse
+    such shapes.
+    """
     if math.prod(shape) and bits_of(dtype, tuple(shape)) < MOST_BITS:
         return False
     elements = list(accumulate(shape, mul, initial=1))
@@ -153,7 +157,7 @@ def _wrong(name: str, what: str, hint: str | None = None) -> InputError:
 
 
 def _check_places(tensors: dict[str, TensorInfo], data_begin: int, size: int) -> None:
-    """The tensors' bytes follow each other from the header to the end of the file, as safetensors demands."""
+    """InputError unless the tensors' bytes follow each other from the header to the end of the file."""
     end = data_begin
     for tensor in sorted(tensors.values(), key=attrgetter("begin", "nbytes")):
         if gap := tensor.begin - end:

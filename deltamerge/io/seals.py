@@ -1,4 +1,4 @@
-"""Whether a file is still what it was when it was hashed: by its seal, which every change breaks, else by its hash."""
+"""Whether a file has changed since it was hashed: told by its seal, which every change breaks, else by its hash."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ HASH_BYTES = 1 << 23
 
 
 class Seal(NamedTuple):
-    """What the system changes with a file: nobody can put the time of change back."""
+    """What the system updates with every change of a file; `changed` cannot be set back by anybody. Times in ns."""
 
     size: int
     modified: int
@@ -24,14 +24,13 @@ class Seal(NamedTuple):
 
 
 def seal(path: Path) -> Seal:
-    """The seal of the file at `path`, to be taken before it is hashed, or when its writer has ended. OSError: it cannot
-    be looked at."""
+    """The seal of the file at `path`; take it before hashing, or when its writer has ended. OSError: no access."""
     status = path.stat()
     return Seal(status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
 
 
 def hash_output(path: Path) -> str:
-    """ "blake3:<hex>" of a file's bytes, as `b3sum` prints it: what others get is known by a cryptographic hash."""
+    """ "blake3:<hex>" of a file, as `b3sum` prints it: published files are identified by a cryptographic hash."""
     from blake3 import blake3
 
     hasher = blake3(max_threads=blake3.AUTO)
@@ -45,11 +44,20 @@ def hash_output(path: Path) -> str:
     return f"blake3:{hasher.hexdigest()}"
 
 
+def hash_bytes(data: bytes) -> str:
+    """What `hash_output` says of a file of these bytes."""
+    from blake3 import blake3
+
+    return f"blake3:{blake3(data).hexdigest()}"
+
+
 def damages(
     folder: Path, files: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int
 ) -> dict[str, str]:
-    """What is wrong with which of the `files` (name -> {hash, size}) of `folder`: one that is missing, has another size
-    or other content. Those whose seal is unbroken are not read."""
+    """What is wrong with the `files` (name -> {hash, size}) of `folder`: missing, of another size, or of other content.
+
+    Files whose seal is unbroken are not read.
+    """
 
     def look(name: str) -> str:
         path, entry = folder / name, files[name]

@@ -1,7 +1,7 @@
-"""SHiRA, PEFT's sparse high rank adapter: a linear weight's changed entries as `shira_weight` and `shira_indices`.
+"""SHiRA, PEFT's sparse high-rank adapter: the changed entries of a linear weight as `shira_weight` and `shira_indices`.
 
-Bhardwaj et al., arXiv 2406.13175; as peft 0.16 and later store it. Of a weight (out, in) an adapter of rank r holds
-exactly r · (in + out) entries, one r for all layers: float32 values and (2, entries) int32 rows and columns.
+Bhardwaj et al., arXiv 2406.13175, as peft 0.16 and later store it. For a weight (out, in) an adapter of rank r holds
+exactly r · (in + out) entries, with one r for all layers: float32 values and (2, entries) int32 rows and columns.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ ENTRY_BYTES = 12  # a float32 and two int32
 
 
 class Candidate(NamedTuple):
-    """A linear weight: its shape (out, in), how many entries differ from the base's, and its bytes if stored whole."""
+    """A linear weight: its shape (out, in), how many entries differ from the base, and its bytes if stored whole."""
 
     shape: tuple[int, int]
     changed: int
     nbytes: int
 
     def holds(self, r: int) -> bool:
-        """Whether an adapter of rank `r` has room for the changes, and the weight room for the adapter."""
+        """Whether an adapter of rank `r` has room for the changed entries, and the weight has as many entries as the
+        adapter.
+        """
         out, columns = self.shape
         return self.changed <= r * (out + columns) <= out * columns
 
@@ -43,7 +45,9 @@ class Candidate(NamedTuple):
 
 
 def choose_rank(candidates: Mapping[str, Candidate]) -> tuple[int, tuple[str, ...]]:
-    """The rank that takes the fewest bytes, and the weights that are stored sparse under it; the others go whole."""
+    """The rank that takes the fewest bytes, and the weights that are stored sparse at that rank; others are stored
+    whole.
+    """
 
     def total(r: int) -> int:
         return sum(r * sum(c.shape) * ENTRY_BYTES if c.holds(r) else c.nbytes for c in candidates.values())
@@ -56,17 +60,19 @@ def choose_rank(candidates: Mapping[str, Candidate]) -> tuple[int, tuple[str, ..
 
 
 def count_changed(reader: Reader, base: TensorInfo, result: TensorInfo) -> int:
-    """How many entries of `result` are not the base's, in the result's dtype; all, where one is no floating dtype."""
+    """How many entries of `result` differ from the base in the result's dtype; all of them if a dtype is
+    not floating.
+    """
     if base.dtype != result.dtype and not {base.dtype, result.dtype} <= FLOATING:
         return math.prod(result.shape)
     return sum(int(np.count_nonzero(old != new)) for _, old, new in _pairs(reader, base, result))
 
 
 def entries(reader: Reader, base: TensorInfo, result: TensorInfo, size: int) -> tuple[Array, Array]:
-    """`size` entries that make `base` into `result`: (2, size) int32 indices in ascending order, (size) float32 values.
+    """`size` entries that turn `base` into `result`: (2, size) int32 indices, ascending, and (size) float32 values.
 
-    A value v is the number for which fl(W + v) is the result, where one of the three floats around result − W is, else
-    the nearest. Where fewer than `size` entries differ, zeros at the first other places fill up.
+    A value v satisfies fl(W + v) = result where one of the three floats around result − W does, else it is the nearest.
+    Where fewer than `size` entries differ, zeros at the first other places fill up.
     """
     positions: list[Array] = []
     values: list[Array] = []
@@ -84,7 +90,7 @@ def entries(reader: Reader, base: TensorInfo, result: TensorInfo, size: int) -> 
 
 
 def difference(old: Array, new: Array) -> Array:
-    """v with fl(old + v) = new in float32, or as near as there is."""
+    """v with fl(old + v) = new in float32, or as near as possible."""
     with np.errstate(over="ignore", invalid="ignore"):
         best = new - old
         for direction in (np.float32(-np.inf), np.float32(np.inf)):

@@ -1,4 +1,4 @@
-"""Byte ranges of a file, kept apart and ascending."""
+"""Disjoint, ascending byte ranges of a file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 
 class Spans:
-    """A set of bytes as ranges [start, stop); ranges that touch become one."""
+    """A set of bytes as ranges [start, stop); adjacent ranges are joined."""
 
     __slots__ = ("_starts", "_stops")
 
@@ -26,6 +26,7 @@ class Spans:
         return self._stops[-1] if self._stops else 0
 
     def add(self, start: int, stop: int) -> None:
+        """Add the bytes [start, stop)."""
         if start >= stop:
             return
         first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)
@@ -35,10 +36,10 @@ class Spans:
         self._stops[first:last] = [stop]
 
     def reach(self, position: int) -> int:
-        """Where the bytes that follow `position` without a hole end; `position` if its byte is not there."""
+        """The end of the gapless run of bytes that begins at `position`; `position` itself if its byte is missing."""
         index = bisect_right(self._starts, position) - 1
         return max(position, self._stops[index]) if index >= 0 else position
 
     def count(self, start: int, stop: int) -> int:
-        """How many of the bytes [start, stop) are there."""
+        """How many of the bytes [start, stop) are in the set."""
         return sum(max(0, min(stop, b) - max(start, a)) for a, b in self)

@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded before memory is spent, no duplicate keys, an object at the top."""
+"""JSON from strangers: bounded in size and depth, no duplicate keys, an object at the top level."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
 def parse_json(raw: bytes, parse_int: Callable[[str], int] | None = None) -> dict[str, Any]:
-    """The JSON object in `raw`, its integers made by `parse_int`, where there is one.
+    """The JSON object in `raw`; `parse_int`, if given, converts its integers.
 
-    InputError: not UTF-8, no object, a key twice, half a surrogate pair, too deep, too many values.
+    InputError: not UTF-8, not an object, a duplicate key, half a surrogate pair, too deep, too many values.
     """
     if sum(map(raw.count, (b"{", b"[", b","))) > MAX_VALUES:
         raise InputError(f"holds more than {MAX_VALUES:,} values")
@@ -57,7 +57,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _refuse_halves(table: dict[str, Any]) -> None:
-    """InputError: half a surrogate pair in a text or a key, which no file in UTF-8 can hold."""
+    """InputError: a text or key holds half a surrogate pair, which UTF-8 cannot encode."""
     left: list[tuple[str, Any]] = list(table.items())
     while left:
         key, value = left.pop()

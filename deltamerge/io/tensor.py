@@ -1,4 +1,4 @@
-"""A tensor as plans know it: its name, dtype, shape, and where its bytes lie or what makes them."""
+"""A tensor as plans know it: name, dtype, shape, and where its bytes lie or how they are computed."""
 
 from __future__ import annotations
 
@@ -12,30 +12,34 @@ from numpy.typing import NDArray
 
 
 class Read(Protocol):
-    """What makes a tensor's bytes reads other tensors by this; `io.reader.Reader` is one."""
+    """The interface by which a computed tensor reads other tensors; `io.reader.Reader` implements it."""
 
     def read_into(self, info: TensorInfo, start_elem: int, out: Any) -> None:
         """Fill the contiguous buffer `out` with the tensor's bytes from element `start_elem`."""
 
     def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
-        """Fill `out` with runs of the tensor's bytes: run i is from `offsets[i]` on, and ends at `ends[i]` of `out`."""
+        """Fill `out` with runs of the tensor's bytes: run i begins at byte `offsets[i]` and ends at
+        `ends[i]` of `out`.
+        """
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """The value of `compute` for `key`, computed by the first thread that asks."""
 
 
 class Made(Protocol):
-    """What makes the bytes of a tensor that is not stored as it is; plain data, so that a plan stays plain."""
+    """Computes the bytes of a tensor that is not stored as it is. Implementations are plain data, as plans are."""
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
-        """Fill `out` with the bytes from element `start` of what is made."""
+        """Fill `out` with the tensor's bytes from element `start` on."""
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies: `dtype` is safetensors' code ("BF16"), `begin` counts from the start of the file.
+    """A tensor and where its bytes lie.
 
-    Where the bytes are `made` as they are read (an adapter's, a delta's), `begin` counts from the first that is made.
+    dtype   safetensors' code ("BF16")
+    begin   offset of the first byte from the start of the file, or from the first computed byte
+    made    computes the bytes (an adapter's, a delta's); None: they are stored
     """
 
     name: str
@@ -47,6 +51,6 @@ class TensorInfo:
     made: Made | None = None
 
     def is_same(self, other: TensorInfo) -> bool:
-        """Whether both are the same bytes, as their places tell, whatever they are called."""
+        """Whether both are the same bytes of the same file, whatever their names."""
         ours = (self.dtype, self.shape, self.path, self.begin, self.made)
         return ours == (other.dtype, other.shape, other.path, other.begin, other.made)

@@ -1,4 +1,4 @@
-"""What a model's tokenizer files say: its tokens with their ids, how added ones are matched, its chat template."""
+"""A model's tokenizer files: its tokens with their ids, the added tokens, and its chat template."""
 
 from __future__ import annotations
 
@@ -21,20 +21,22 @@ OTHERS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", *SLOW)
 MATCHING = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 Entry = dict[str, Any]
-MOST_TOKENS = 1 << 24  # arrays of a vocabulary are as long as its largest id
+MOST_TOKENS = 1 << 24  # arrays over a vocabulary have its largest id + 1 entries
 
 
 def fetched(checkpoint: Checkpoint, *, whole: bool = False) -> Path:
-    """The model's folder, in it those tokenizer files of a hub model that say what it is; `whole`: all of them."""
+    """The model's folder; the tokenizer files of a hub model are downloaded into it: those read here, or all if
+    `whole`.
+    """
     if checkpoint.hub_id is not None:
         fetch(checkpoint, TOKENIZER, CONFIG, JINJA, *(OTHERS if whole else ()))
     return checkpoint.path
 
 
 def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
-    """The vocabulary in tokenizer.json, and tokens that only tokenizer_config.json adds; None: no tokenizer at all.
+    """The vocabulary of tokenizer.json, with tokens that only tokenizer_config.json adds; None without a tokenizer.
 
-    InputError: only files of a slow tokenizer, or a vocabulary that is none.
+    InputError: only the files of a slow tokenizer, or an invalid vocabulary.
     """
     if checkpoint.tokens is not None:
         return checkpoint.tokens
@@ -65,7 +67,7 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
 
 
 def _plain(whole: dict[str, Any]) -> dict[str, int]:
-    """The tokens of the model itself: token -> id, or a list of [token, score]."""
+    """The model's own tokens: token -> id, or a list of [token, score]."""
     model = whole.get("model")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(vocab, list):
@@ -96,7 +98,7 @@ def _id(value: Any, token: str) -> int:
 
 
 def _next(plain: int, ids: dict[str, int], added: dict[str, Entry]) -> int:
-    """The id that the tokenizers library gives to one more token."""
+    """The id that the tokenizers library gives the next added token."""
     return max([plain, *(ids[token] + 1 for token in added)])
 
 
@@ -121,19 +123,19 @@ def _declared(config: dict[str, Any]) -> Iterator[tuple[str, Entry]]:
 
 
 def _strict(entry: Entry) -> Entry:
-    """An entry with exactly the keys that tokenizer.json needs, in its order."""
+    """An entry with exactly the keys that tokenizer.json requires, in their order."""
     special = bool(entry.get("special", False))
     known = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": not special, "special": special}
     return {"content": entry.get("content"), **{key: bool(entry.get(key, known[key])) for key in MATCHING}}
 
 
 def plain_entry(token: str) -> Entry:
-    """A token added without being special, as `add_tokens` of transformers does with text."""
+    """The entry of a token that is added without being special, as transformers' `add_tokens` makes it."""
     return _strict({"content": token})
 
 
 def tokenizer_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, empty where there is none."""
+    """The content of tokenizer_config.json; empty if there is none."""
     return read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
 
 

@@ -1,7 +1,7 @@
-"""`.NAME.partial`, the folder that a run works in: known by a mark as ours, opened through no link, cleared of nothing
-but what runs write.
+"""`.NAME.partial`, the folder that a run works in: marked as ours, opened through no link, cleared only of run files.
 
-A repository may bring a link of that name, or a folder with links in it; users may have one, or keep things in ours.
+A cloned repository may contain a link of that name, or a folder with links in it; users may have such a folder, or keep
+files in ours.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ from deltamerge.io.atomic import PASSING, sweep
 OUT, OLD, SPOOL, LOCK, JOURNAL, MARK = "out", "old", "delta-spool", "lock", "journal", "deltamerge"
 CALIBRATION = "calibration.lock"
 MARK_TEXT = b"A deltamerge run works in this folder. It is removed when the run ends.\n"
-HOLDER = re.compile(rb"(process \d+ on [^\n]*\n)?")
+HOLDER = re.compile(
+    rb"(process \d+ on [^\n]*\n?|process \d*( on?)?|process|p?|pr|pro|proc|proce|proces)"
+)  # or its start
 PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a pipe is refused, not waited for
-_GONE = r"\.nfs[0-9a-f]+"  # what network file systems call a file that is removed while it is open
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a pipe is refused instead of blocking
+_GONE = r"\.nfs[0-9a-f]+"  # NFS gives this name to a file that is removed while open
 _FILES = re.compile(
     rf"{MARK}|{LOCK}|{JOURNAL}(-\d+-of-\d+)?|part-\d+-of-\d+\.lock|calibration\.(lock|rows)|{PASSING.pattern}|{_GONE}",
     re.DOTALL,
 )
-# By folder the files that runs write into it, which may be more than they do: the names of tokenizers differ.
+# Names of the files that runs write into each folder; generous, since names of tokenizer files vary.
 _WRITTEN = {
     OUT: re.compile(
         r".+\.(safetensors|json|jinja|model|tiktoken|png|rows)|recipe\.(yaml|lock)|README\.md|merges\.txt"
@@ -42,8 +44,10 @@ _WRITTEN = {
 
 
 def look(state: Path) -> frozenset[str] | None:
-    """The names in the work folder `state`; None: there is none. OutputError: what is there is not a run's, or holds
-    what no run wrote; nothing was touched. OSError: it cannot be looked at."""
+    """The names in the work folder `state`; None if it does not exist. Nothing is changed.
+
+    OutputError: it is not a run's folder, or holds files that no run wrote. OSError: no access.
+    """
     try:
         if not stat.S_ISDIR(os.lstat(state).st_mode):
             kind = "a link" if state.is_symlink() else "no folder"
@@ -60,7 +64,7 @@ def look(state: Path) -> frozenset[str] | None:
         for name in sorted(modes.keys() & _WRITTEN.keys()):
             if stat.S_ISDIR(modes[name]):
                 wrong += _foreign(folder, name)
-        if not _is_marked(folder, modes):  # looked at after the names: who wrote those had written the mark
+        if not _is_marked(folder, modes):  # checked after the names: their writer wrote the mark first
             wrong = [_named(name, mode) for name, mode in modes.items()]
     finally:
         os.close(folder)
@@ -73,7 +77,7 @@ def look(state: Path) -> frozenset[str] | None:
 
 
 def mark(state: Path) -> None:
-    """Say of the folder `state`, which `look` found to be empty or ours, that it is. OSError: it cannot be written."""
+    """Mark the folder `state`, which `look` found empty or ours, as ours. OSError: it cannot be written."""
     fd = os.open(state / MARK, os.O_RDWR | os.O_CREAT | _FILE, 0o666)
     try:
         if os.pread(fd, len(MARK_TEXT) + 1, 0) != MARK_TEXT:
@@ -84,7 +88,7 @@ def mark(state: Path) -> None:
 
 
 def open_file(path: Path, flags: int) -> int:
-    """Open a file of the work folder, making it if `flags` say so. OutputError: it is a link or no plain file."""
+    """Open a file of the work folder, creating it if `flags` say so. OutputError: it is a link or no plain file."""
     try:
         fd = os.open(path, flags | _FILE, 0o666)
     except OSError as error:
@@ -98,8 +102,10 @@ def open_file(path: Path, flags: int) -> int:
 
 
 def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
-    """Remove what runs write from the work folder `state`, journals first: they speak of the rest, and of those last
-    the one that says that all is done. OSError: not all."""
+    """Remove run files from the work folder `state`. OSError: some could not be removed.
+
+    Journals go first, since they describe the other files; of these the one that says that all is done goes last.
+    """
     folder = os.open(state, _FOLDER)
     try:
         modes = {name: mode for name, mode in _modes(folder).items() if _is_written(name, mode) and name not in but}
@@ -114,8 +120,10 @@ def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
 
 
 def remove(state: Path) -> None:
-    """Remove the work folder, as far as it is ours, by who holds its lock: last the mark and the lock, so that what is
-    left by one who is killed is still ours."""
+    """Remove the work folder as far as it is ours; the caller holds its lock.
+
+    The mark and the lock go last, so that what a killed process leaves is still recognised as ours.
+    """
     with suppress(OSError):
         clear(state)
         for name in (MARK, LOCK):
@@ -124,7 +132,7 @@ def remove(state: Path) -> None:
 
 
 def empty(state: Path, name: str) -> None:
-    """Remove what runs write from the folder `name` of the work folder. OSError: not all of it."""
+    """Remove run files from the folder `name` of the work folder. OSError: some could not be removed."""
     folder = os.open(state, _FOLDER)
     try:
         _empty(folder, name)
@@ -133,7 +141,7 @@ def empty(state: Path, name: str) -> None:
 
 
 def sweep_files(state: Path) -> None:
-    """Remove what was not whole when its writer was killed."""
+    """Remove incomplete files of killed writers."""
     for path in (state, state / OUT):
         with suppress(FileNotFoundError):
             folder = os.open(path, _FOLDER)
@@ -144,7 +152,7 @@ def sweep_files(state: Path) -> None:
 
 
 def some(names: Iterable[str]) -> str:
-    """A few of the names, and how many more there are."""
+    """The first of several names, and the number of the others."""
     listed = sorted(names)
     return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
@@ -166,7 +174,7 @@ def _is_file_of(name: str, mode: int, inside: str) -> bool:
 
 
 def _foreign(folder: int, name: str) -> list[str]:
-    """What in a folder of the work folder no run wrote; a budget's artifact has its spool in OUT."""
+    """The names in a folder of the work folder that no run wrote; the artifact of a budget keeps its spool in OUT."""
     try:
         inner = os.open(name, _FOLDER, dir_fd=folder)
     except FileNotFoundError:
@@ -207,10 +215,11 @@ def _named(name: str, mode: int) -> str:
 
 
 def _is_marked(folder: int, names: Collection[str]) -> bool:
-    """Whether the folder has our mark; or nothing but the lock of one who was killed as it made the mark, or before."""
-    if _text(folder, MARK) == MARK_TEXT:
+    """Whether the folder has our mark, or only the lock of a process that was killed before it had written the mark."""
+    if (made := _text(folder, MARK)) == MARK_TEXT:
         return True
-    return {*names} <= {LOCK, MARK} and not _text(folder, MARK) and HOLDER.fullmatch(_text(folder, LOCK)) is not None
+    begun = MARK_TEXT.startswith(made) and HOLDER.fullmatch(_text(folder, LOCK)) is not None
+    return {*names} <= {LOCK, MARK} and begun
 
 
 def _text(folder: int, name: str) -> bytes:

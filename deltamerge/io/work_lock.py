@@ -1,4 +1,4 @@
-"""The lock of a work folder: one run at a time, or the parts of one; the system lets go of it when a process dies."""
+"""The lock of a work folder: for one run, or for the parts of one. The system releases it when a process dies."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltamerge.io.files import output_error
 
 
 def looked(state: Path) -> frozenset[str] | None:
-    """The names in the work folder `state`; None: there is none. OutputError: it is not ours, or cannot be read."""
+    """The names in the work folder `state`; None if it does not exist. OutputError: not ours, or unreadable."""
     try:
         return work_folder.look(state)
     except OSError as error:

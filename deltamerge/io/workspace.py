@@ -46,7 +46,9 @@ SYNCS = 8
 
 @dataclass
 class Workspace:
-    """A locked work folder: files go to `folder`, what must outlast a crash to `state`; `journal` remembers."""
+    """A locked work folder: outputs go to `folder`, what must survive a crash to `state`; `journal` records
+    progress.
+    """
 
     target: Path
     state: Path
@@ -55,11 +57,13 @@ class Workspace:
 
     @property
     def folder(self) -> Path:
+        """Where the outputs are written."""
         return self.state / OUT
 
     def begin(self, facts: Mapping[str, Any]) -> None:
-        """Write into the journal what the run is made of, name by name; OutputError naming what differs if it goes on
-        with a run that was made of something else."""
+        """Write the facts that the run depends on into the journal, by name. OutputError: a resumed run had other
+        facts.
+        """
         if not self.journal.records:
             self.journal.append({"run": facts, "force": self.force})
             return
@@ -72,27 +76,28 @@ class Workspace:
         work_folder.empty(self.state, OUT)
 
     def forget(self) -> None:
-        """Nothing that was written is worth to be kept."""
+        """Declare that nothing written so far is worth keeping."""
         self.journal.records.clear()
 
     def publish(self, outputs: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int = 1) -> None:
-        """Give `folder` the target's name if it holds its lock and the `outputs` (name -> {hash, size}), just those and
-        as they say, and all of it is on the disk; an old target stays whole until the new is there. A file whose seal
-        is unbroken is not read again.
+        """Rename `folder` to the target.
 
-        OutputError: a file is not what it should be, and is removed so that --resume makes it again; the target has got
-        files since the run began, or it is to be replaced and holds what no run made.
+        It must hold its lock and exactly the `outputs` (name -> {hash, size}), unchanged; all of it is synced first. An
+        old target stays whole until the new one is there. A file whose seal is unbroken is not read again.
+
+        OutputError: a file differs, and is removed so that --resume makes it again; the target has got files since the
+        run began; or the target is to be replaced and holds files that no run made.
         """
         check_replaced(self.target, force=self.force, changed=True)
         self._check(outputs, seals, workers)
-        with ThreadPoolExecutor(SYNCS) as pool:  # side by side: one commit of the file system's journal serves several
+        with ThreadPoolExecutor(SYNCS) as pool:  # one commit of the file system's journal serves several files
             list(pool.map(sync_path, self.folder.iterdir()))
         sync_path(self.folder)
         back = self._put()
         try:
             sync_path(self.target.parent)
             sync_path(self.state)
-        except OutputError:  # the name may not outlast a crash: it is taken back, --resume gives it again
+        except OutputError:  # the rename may be lost in a crash: undo it, --resume repeats it
             back()
             raise
         self.journal.close()
@@ -110,9 +115,9 @@ class Workspace:
             raise OutputError(f"{self.target}: not made, as of its files {named}", hint="run it again")
 
     def _put(self) -> Callable[[], object]:
-        """Rename the folder to the target; what takes that back."""
+        """Rename the folder to the target; returns the function that undoes it."""
         if not _filled(self.target):
-            os.rename(self.folder, self.target)  # over a folder that is empty, too
+            os.rename(self.folder, self.target)  # also over an empty folder
             return lambda: os.rename(self.target, self.folder)
         if not self.journal.records:
             self.journal.append({"run": {}, "force": self.force})
@@ -135,8 +140,10 @@ class Workspace:
 
 
 def check_replaced(target: Path, *, force: bool, changed: bool = False) -> None:
-    """OutputError: the target is not empty (any more, if it has `changed` since the run began), and is not to be
-    replaced by `force`, or holds what no run made."""
+    """OutputError: the target is not empty and may not be replaced (no `force`), or holds files that no run made.
+
+    `changed`: it has got its files since the run began.
+    """
     if not _filled(target):
         return
     lost = not_made(target)
@@ -160,7 +167,7 @@ def state_of(target: Path) -> Path:
 
 
 def is_begun(target: Path) -> bool:
-    """Whether work on `target` can be resumed, or none may look; if there is none, the work folder goes."""
+    """Whether work on `target` can be resumed, or may not be examined; a work folder without work is removed."""
     state = state_of(target)
     try:
         if looked(state) is None:
@@ -175,12 +182,17 @@ def is_begun(target: Path) -> bool:
 def workspace(
     target: Path, *, force: bool = False, resume: bool = False, part: str | None = None, finish: bool = False
 ) -> Iterator[Workspace]:
-    """Lock the work folder of `target` and hold it; `publish` makes it the target.
+    """Lock the work folder of `target` and hold it; `publish` turns it into the target.
 
-    `part` ("2-of-8") shares the folder with other parts; `finish` takes over what the parts left. When the work ends
-    otherwise, the folder stays if there is work to resume and goes if not. OutputError: the target is a file or not
-    empty (and not `force`) or holds what no run made, the work folder is not ours, another run uses it, or an earlier
-    run left work (and not `resume` or `force`).
+        target   the output folder
+        force    replace a target, and discard the work of an earlier run
+        resume   continue the work of an earlier run
+        part     "2-of-8": share the folder with other parts
+        finish   take over what the parts left
+
+    When the work ends without `publish`, the folder stays if there is work to resume, else it is removed. OutputError:
+    the target is a file, or not empty (without `force`), or holds files that no run made; the work folder is not ours;
+    another run uses it; or an earlier run left work (without `resume` or `force`).
     """
     resolved, state = Path(os.path.realpath(target)), state_of(target)
     _check_name(resolved)
@@ -230,10 +242,10 @@ def workspace(
 
 @contextmanager
 def parts_workspace(target: Path, *, force: bool, resume: bool) -> Iterator[int | None]:
-    """Around all parts of a run, which lock the work folder themselves: how many parts the run that is resumed has.
+    """Surround all parts of a run, which lock the work folder themselves; yields the number of parts of a resumed run.
 
-    None: there is none. When they end otherwise than well, the folder stays if there is work to resume and goes if not.
-    OutputError: as of `workspace`, or what was left has parts of two counts.
+    None: no run to resume. If the parts fail, the folder stays if there is work to resume, else it is removed.
+    OutputError: as for `workspace`, or the earlier run had parts of two counts.
     """
     state = state_of(target)
 
@@ -291,14 +303,15 @@ def _journals(state: Path) -> list[list[dict[str, Any]]]:
 
 
 def _settle(state: Path, target: Path, *, idle: bool = True) -> None:
-    """Put right what a killed run left, if none runs: a replaced target gets its name back while the new one has not
-    got it; once it has, or if it is `idle`, without work that is kept, the work folder goes.
+    """Repair what a killed run left, if no run is active.
 
-    A part of a run leaves a folder without work alone: others may just begin in it.
+    A replaced target gets its name back if the new one has not got it yet; the work folder is removed if the new one
+    has, or if the folder is `idle` and without work. A part of a run leaves a folder without work alone: other parts
+    may be starting in it.
     """
     if not idle and not _has_ended(state, target):
         return
-    with suppress(OutputError), locked(state, LOCK, target):  # OutputError: somebody works in it
+    with suppress(OutputError), locked(state, LOCK, target):  # OutputError: another run uses it
         resolved = Path(os.path.realpath(target))
         if (state / OLD).is_dir() and not resolved.exists():
             os.rename(state / OLD, resolved)
@@ -318,7 +331,7 @@ def _has_ended(state: Path, target: Path) -> bool:
 
 
 def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: bool, part: str | None) -> None:
-    """Deal with what an earlier run left: keep it for --resume, refuse, or clear it away."""
+    """Deal with the work of an earlier run: keep it for --resume, refuse, or remove it."""
     if (state / OLD).is_dir():
         raise OutputError(
             f"{target}: {state / OLD} holds the folder that was to be replaced, and there is another in its place",
@@ -358,7 +371,7 @@ def _unfinished(target: Path, state: Path) -> OutputError:
 
 
 def _discard(state: Path, part: str | None) -> None:
-    """Remove the folder, or what a part has in it."""
+    """Remove the folder, or a part's files in it."""
     if part is None:
         work_folder.remove(state)
         return
@@ -367,7 +380,7 @@ def _discard(state: Path, part: str | None) -> None:
 
 
 def _explained(error: BaseException, target: Path, *, kept: bool) -> BaseException:
-    """The error as the user should see it: what the system refused in our words, and what was kept."""
+    """The error for the user: the system's refusal in our words, and what was kept."""
     if isinstance(error, FileNotFoundError):
         error = InputError(f"{error.filename}: vanished during the run")
     elif isinstance(error, OSError):

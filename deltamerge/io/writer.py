@@ -1,4 +1,4 @@
-"""Weight files whose every name, offset and shard is known before the first byte: header first, tensors in place."""
+"""Weight files whose names, offsets and shards are all known before the first byte: header first, tensors in place."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ DTYPE_ORDER = (
     "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
     "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
 )  # fmt: skip
-# What a crash may lose: after so many seconds, what was written is synced and the journal says so.
+# The work that a crash may lose: after so many seconds written data is synced and recorded in the journal.
 SAVE_SECONDS = 2.0
 PIECE = 1 << 22
 
@@ -50,7 +50,7 @@ class Meta(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a tensor goes: `offset` counts from the start of the file."""
+    """Where a tensor goes; `offset` counts from the start of the file."""
 
     file: str
     offset: int
@@ -60,7 +60,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class FileLayout:
-    """A weight file: `header` is everything before the first tensor, `size` the whole in bytes."""
+    """A weight file: `header` is everything before the first tensor, `size` the whole file in bytes."""
 
     name: str
     header: bytes
@@ -69,7 +69,7 @@ class FileLayout:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All weight files of a checkpoint, the place of each tensor, and the text of the index if there are shards."""
+    """All weight files of a checkpoint, each tensor's place, and the text of the index if there are shards."""
 
     files: tuple[FileLayout, ...]
     tensors: dict[str, Place]
@@ -80,12 +80,14 @@ class Layout:
 def plan_layout(
     tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard_size: int | None, single: str = SINGLE
 ) -> Layout:
-    """Where each (name, dtype, shape) goes, in files that have the bytes that transformers would write.
+    """The place of each (name, dtype, shape), in files with the bytes that transformers would write.
 
-    Shards as in huggingface_hub.split_torch_state_dict_into_shards: filled in the given order up to
-    `shard_size` bytes; a larger tensor has a shard of its own. Files as in
-    safetensors.torch.save_file(metadata={"format": "pt"}). `total_parameters` counts the floating tensors. With a
-    `shard_size` of None there is one file; `single` is its name where there is only one.
+        tensors      in the order in which shards are filled
+        shard_size   bytes of a shard at most, a larger tensor has one of its own; None: one file
+        single       name of the file where there is only one
+
+    Shards are those of huggingface_hub.split_torch_state_dict_into_shards, files those of
+    safetensors.torch.save_file(metadata={"format": "pt"}). `total_parameters` counts the floating tensors.
     """
     metas = [Meta(name, dtype, shape, nbytes_of(dtype, shape)) for name, dtype, shape in tensors]
     shards = [metas] if shard_size is None else _shards(metas, shard_size)
@@ -142,11 +144,11 @@ def _index(total_size: int, total_parameters: int, weight_map: dict[str, str]) -
 class Writer:
     """Writes the tensors of a layout into `folder`, each byte once, from any number of threads.
 
-    The files are made at once, with their headers, at their full size, their space reserved where the file system can.
-    `files` are those to write (default: all). With a `journal`, what was written is synced every few seconds and then
-    recorded; what its records say is done is kept, if the file is there, and need not be written again (`has`).
-    OutputError: a file that is there and not in the journal, too little free space, no permission, a read-only or full
-    disk.
+    Files are created at once, with headers and full size; space is reserved where the file system can. `files` selects
+    some of them (default: all). With a `journal`, written data is synced every few seconds and then recorded; what its
+    records list, of files that still exist, is kept and need not be written again (`has`).
+
+    OutputError: a file exists and is not in the journal, too little space, no permission, a read-only or full disk.
     """
 
     def __init__(
@@ -177,10 +179,10 @@ class Writer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        with self._saving:  # a save under way decides whether there is work to keep
+        with self._saving:  # a save in progress decides whether there is work to keep
             lasted = self._saved
         self._outbox.close()
-        if kind is not None and lasted:  # keep its last seconds too
+        if kind is not None and lasted:  # save the last seconds too
             with suppress(DeltamergeError):
                 self.save()
         self.close()
@@ -200,7 +202,7 @@ class Writer:
             return self._written[place.file].reach(start) >= start + nbytes
 
     def where(self, name: str, offset: int) -> tuple[str, int]:
-        """The file, and its byte, that byte `offset` of tensor `name` goes to; files are read in this order."""
+        """The file and offset that byte `offset` of tensor `name` goes to; tasks are done in this order."""
         place = self._layout.tensors[name]
         return place.file, place.offset + offset
 
@@ -222,17 +224,17 @@ class Writer:
             self.give(name, start, buffer)
 
     def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Memory for the bytes of tensor `name` from byte `offset`; the writer has it back with `give`."""
+        """Memory for the bytes of tensor `name` from byte `offset`; return it with `give`."""
         return self._outbox.lend(self._place(name, offset, nbytes).offset + offset, nbytes)
 
     def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
-        """Write lent memory to the bytes of tensor `name` from byte `offset`, soon."""
+        """Write lent memory to the bytes of tensor `name` from byte `offset`, in the background."""
         place = self._place(name, offset, len(buffer))
         self._raise_failure()
         self._outbox.send(place.file, place.offset + offset, buffer)
 
     def save(self) -> None:
-        """Make what is written until now outlast a crash: sync the data, then tell the journal that it is there."""
+        """Make everything written so far survive a crash: sync the data, then record it in the journal."""
         if self._journal is None:
             return
         with self._saving:
@@ -241,7 +243,7 @@ class Writer:
             for name in fresh:
                 with errors.context(name):
                     sync(self._files.get(self._folder / name).fd)
-            if fresh and not self._saved:  # the files' names, and the journal's
+            if fresh and not self._saved:  # the entries of the files, and of the journal
                 for path in (self._folder, self._journal.path.parent, self._journal.path.parent.parent):
                     sync_path(path)
             if fresh:
@@ -249,10 +251,10 @@ class Writer:
                 self._saved = True
 
     def finish(self, *, keep: bool = False) -> Findings:
-        """The hashes of the files, once every byte is written; writes the index, unless other parts write some files.
+        """The hashes of the files, once every byte is written; writes the index unless other parts write some of the
+        files.
 
-        What a short run wrote is saved only if it is to `keep`: others will finish it. RuntimeError: a byte is not
-        written (a bug).
+        `keep`: save even what a short run wrote, since others will finish it. RuntimeError: a byte is missing (a bug).
         """
         self._outbox.drain()
         for name, place in self._layout.tensors.items():
@@ -305,7 +307,7 @@ class Writer:
         return [(file.name, file.size, sorted(stored[file.name], key=attrgetter("begin"))) for file in self._own]
 
     def _resume(self) -> None:
-        """Take over what the journal says is done, of files that have their size."""
+        """Take over what the journal lists as done, of files that have their full size."""
         sizes = {file.name: file.size for file in self._own}
         done = done_spans(self._journal.records) if self._journal is not None else {}
         needed = 0
@@ -353,7 +355,7 @@ class Writer:
 
 
 def done_spans(records: Iterable[Mapping[str, Any]]) -> dict[str, Spans]:
-    """What the records of a journal say is written, file by file."""
+    """The byte ranges that a journal's records list as written, by file."""
     done: dict[str, Spans] = {}
     for record in records:
         for name, spans in record.get("done", {}).items():
@@ -363,7 +365,7 @@ def done_spans(records: Iterable[Mapping[str, Any]]) -> dict[str, Spans]:
 
 
 def write_index(folder: Path, layout: Layout) -> None:
-    """The index of a layout that has one."""
+    """Write the index of a layout, if it has one."""
     if layout.index is not None:
         with errors.context(INDEX):
             try:

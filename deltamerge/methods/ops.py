@@ -1,29 +1,17 @@
-"""Elementwise steps on torch tiles that every method shares: widen, subtract, cast."""
+"""Elementwise steps on torch tiles, shared by all methods: subtract, cast, densify, sums in a fixed order."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from deltamerge.io.dtypes import torch_dtype
 from deltamerge.methods.tiles import RUN, Kept, Patched, Tile, block_elements
 
 if TYPE_CHECKING:
     import torch
 
     Tensor = torch.Tensor
-
-
-def torch_dtype(code: str) -> torch.dtype:
-    """The torch dtype of a safetensors code such as "BF16"."""
-    import torch
-
-    names = {
-        "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16",
-        "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-        "I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8",
-        "U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool",
-    }  # fmt: skip
-    return getattr(torch, names[code])  # type: ignore[no-any-return]  # every name above is a dtype
 
 
 def subtract(tune: Tensor, base: Tensor, *, tile: Tile, dtypes: tuple[str, str]) -> Tensor:
@@ -38,18 +26,25 @@ def cast(value: Tensor | Patched, *, tile: Tile, to: str) -> Tensor:
     target = torch_dtype(to)
     if not isinstance(value, Patched):
         return _rounded(value, target)
-    result = value.base.to(target, copy=True)
+    result = value.base.clone() if value.base.dtype == target else _rounded(value.base, target)
     result[value.positions] = _rounded(value.values, target)
-    return result  # type: ignore[no-any-return]  # Patched holds arrays of either backend
+    return result
 
 
 def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: str) -> Tensor:
-    """The value (in the output dtype), but what is stored where `where` is not 0: bit for bit if the dtypes are one."""
+    """The value, in the output dtype, with stored entries where `where` is not 0.
+
+    value    the merged tile
+    stored   the tile that entries are taken from, bit for bit if it has the output dtype
+    where    the mask
+    tile     the part of the tensor
+    to       the output dtype
+    """
     return stored.to(torch_dtype(to)).where(where.bool(), value)
 
 
 def _rounded(value: Tensor, target: torch.dtype) -> Tensor:
-    """One rounding; a bfloat16 NaN is 0x7FC0 on every device."""
+    """Round once; a bfloat16 NaN is 0x7FC0 on every device."""
     import torch
 
     result = value.to(target)
@@ -70,7 +65,9 @@ def dense(delta: Any, *, tile: Tile) -> Tensor:
 
 
 def over(x: Tensor, divisor: float) -> Tensor:
-    """x / divisor in float32; the divisor is put on x's device, where a plain number would be made a reciprocal."""
+    """x / divisor in float32; the divisor becomes a tensor, since torch multiplies by the reciprocal of a
+    plain number.
+    """
     return x / x.new_tensor(divisor)
 
 
@@ -109,9 +106,10 @@ def block_rows(values: Tensor, tile: Tile) -> Tensor:
 
 
 def halved(rows: Tensor) -> Tensor:
-    """Σ of each row by halving, padded with zeros to a power of two, so that every device adds in the same order.
+    """The sum of each row by halving, padded with zeros to a power of two, so that every device adds in the same order.
 
-    More than `RUN` entries are cut into runs; the sums of the runs, each padded to its full length, are added so.
+    Rows of more than `RUN` entries are cut into runs; the sums of the runs, each padded to full length, are added
+    likewise.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""Tiles of a tensor, and the forms that a tile's value takes; no torch is imported until a value is touched."""
+"""Tiles of a tensor, and the forms of a tile's value; torch is imported only when a value is touched."""
 
 from __future__ import annotations
 
@@ -9,16 +9,18 @@ from typing import Any, TypeAlias
 
 BLOCK = 1 << 16
 LONGEST_ROW = 1 << 20
-# Long sums are sums of the sums of so many entries, which stay in a core's first cache. Bytes depend on it, and code
-# that is kept has it compiled in: it never changes.
+# Long sums are sums of sums over so many entries, which fit in a core's first cache. Results depend on it, and compiled
+# code contains it: it never changes.
 RUN = 1 << 11
 
-# What makes a graph's node: (function, inputs, *, kind, shape, dtype, **parameters), as `graph.Graph.node`.
+# Makes a graph's node: (function, inputs, *, kind, shape, dtype, **parameters), like `graph.Graph.node`.
 Make: TypeAlias = Callable[..., Any]
 
 
 def row_length(shape: tuple[int, ...]) -> int:
-    """Elements of one output row: the last dimension of matrices (stacked too), all but the first of convolutions."""
+    """Elements of one output row: the last dimension of matrices (stacked ones too), all but the first of
+    convolutions.
+    """
     if len(shape) < 2:
         return 1
     return shape[-1] if len(shape) < 4 else math.prod(shape[1:])

@@ -1,4 +1,4 @@
-"""The output's chat template: the most common of the models', one model's, a built-in one, or the recipe's own text."""
+"""The output's chat template: the models' most common one, one model's, a built-in one, or a text in the recipe."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from deltamerge.recipe.schema import Recipe
 
 @dataclass(frozen=True, slots=True)
 class ChatTemplate:
-    """A Jinja text and, for people, where it is from."""
+    """A Jinja text, and a description of its origin."""
 
     text: str
     origin: str
 
 
 def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
-    """None where the recipe asks for none, or `auto` finds none: then the tokenizer keeps its own.
+    """The template that the recipe asks for. None: it asks for none, or `auto` finds none, and the tokenizer keeps its
+    own.
 
-    InputError: the model that it names has none.
+    InputError: the model that the recipe names has none.
     """
     wanted = recipe.chat_template
     if wanted is None:
@@ -47,7 +48,7 @@ def read_chat_template_of(model: Input) -> str | None:
 
 
 def _most_common(models: list[Input], read: Callable[[Input], str | None]) -> ChatTemplate | None:
-    """The template that most models have, of equals the first; surrounding white space does not tell them apart."""
+    """The template that most models have, the first of equals; surrounding white space is ignored."""
     found = [(text.strip(), model.name) for model in models if (text := read(model)) is not None and text.strip()]
     if not found:
         return None

@@ -1,9 +1,9 @@
-"""Plans whose tensors hold what is not finite in all models alike: that is copied, and the rest is merged."""
+"""Plans for models that share infinities or NaNs: those entries are copied, the rest of the tensor is merged."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 from deltamerge.engine import backends
@@ -20,13 +20,14 @@ from deltamerge.plan.memory import Cost
 from deltamerge.plan.outputs import Output, Piece
 from deltamerge.plan.planner import Plan
 
-SMALL = 1 << 16  # elements: tensors up to it are looked through before a run
+SMALL = 1 << 16  # elements; tensors up to this size are searched before a run
 
 
 def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
-    """The plan with entries kept from arithmetic that all models hold alike and that are not finite.
+    """The plan with infinities and NaNs that all models hold alike kept out of the arithmetic.
 
-    Looks through the small tensors, or those of `names` whatever their size: a limit of an activation, a mask.
+    It searches the small tensors, or those of `names` whatever their size. Such entries are limits of activations or
+    masks.
     """
     outputs, counts, costs = [], dict(planned.alike), dict(planned.costs)
     with Reader() as reader:
@@ -47,7 +48,7 @@ def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
 
 
 def unexpected(planned: Plan, nonfinite: Mapping[str, NonFinite]) -> dict[str, NonFinite]:
-    """What is not finite in the result beyond what all models hold alike."""
+    """The counts of what is not finite in the result beyond what all models hold alike."""
     left = {}
     for name, found in nonfinite.items():
         known = planned.alike.get(name, NonFinite(0, 0))
@@ -85,8 +86,9 @@ def _pieces(
 
 
 def _models(root: Node) -> tuple[TensorInfo, ...]:
-    """The stored tensors that a merged one is made of, entry by entry; of a buffer that is copied, itself; none where
-    it is another copy, or made otherwise."""
+    """The stored tensors that a merged tensor is computed from entry by entry, or a copied buffer itself; empty for
+    other tensors.
+    """
     if root.kind == "read" and is_buffer(root.parameter("tensor")) and root.dtype in FLOATING:
         return (root.parameter("tensor"),)
     if root.kind == "read" or (len(root.inputs) == 1 and root.inputs[0].kind == "read"):
@@ -100,7 +102,7 @@ def _models(root: Node) -> tuple[TensorInfo, ...]:
 
 
 def _rewritten(root: Node, tensors: Mapping[TensorInfo, TensorInfo]) -> Node:
-    """The graph with other tensors read; nodes that read none of them stay the same."""
+    """The graph with `tensors` exchanged; nodes that read none of them stay the same."""
     done: dict[int, Node] = {}
     for node in depth_first(root):
         if node.kind == "read" and node.parameter("tensor") in tensors:
@@ -110,8 +112,3 @@ def _rewritten(root: Node, tensors: Mapping[TensorInfo, TensorInfo]) -> Node:
             same = all(a is b for a, b in zip(inputs, node.inputs, strict=True))
             done[id(node)] = node if same else replace(node, inputs=inputs)
     return done[id(root)]
-
-
-def replanned(replan: Callable[[Mapping[str, float]], Plan]) -> Callable[[Mapping[str, float]], Plan]:
-    """Plans made anew, with the same set aside."""
-    return lambda densities: set_aside(replan(densities))

@@ -1,4 +1,4 @@
-"""The models that a recipe names, opened (headers only) and matched tensor by tensor."""
+"""The models that a recipe names, opened by their headers and matched tensor by tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import over
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
-from deltamerge.io.names import layer_index
+from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.recipe import yaml_source
@@ -21,14 +21,12 @@ from deltamerge.recipe.parts import Part, written
 from deltamerge.recipe.schema import Recipe, model_name
 
 Opener = Callable[[str, Path], Checkpoint]
-HEAD = "lm_head.weight"
-EMBEDDING = re.compile(r"(^|\.)(embed_tokens|word_embeddings|tok_embeddings|embed_in|wte|shared)\.weight$")
 LANGUAGE_MODEL = re.compile(r"LM|ForConditionalGeneration")
 
 
 @dataclass(frozen=True, slots=True)
 class Input:
-    """One model of the recipe: its name, its place in the recipe (None: the base), its tensors by canonical name."""
+    """One model of the recipe: its name, its index in the recipe (None: the base), its tensors by canonical name."""
 
     name: str
     index: int | None
@@ -37,14 +35,15 @@ class Input:
     stored: dict[str, str]
 
     def get(self, canonical_name: str) -> TensorInfo | None:
+        """The tensor of a canonical name, or None."""
         return self.tensors.get(canonical_name)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """The inputs of one part of the output: its base (None: it has none, or has no use for it) and what is merged.
+    """The inputs of one part of the output: its base (None: no base, or no use for one) and the models that are merged.
 
-    `base_member` is the base's place among the part's members; 0 where it is not listed, as all ranges are then equal.
+    `base_member` is the base's index among the part's members; 0 if it is not listed, as all ranges are then equal.
     """
 
     part: Part
@@ -54,21 +53,27 @@ class Group:
 
     @property
     def all(self) -> tuple[Input, ...]:
+        """The base, if there is one, and the models."""
         return self.tunes if self.base is None else (self.base, *self.tunes)
 
     def range_of(self, model: Input) -> tuple[int, int]:
-        """The layers [first, end) that a model lends to a slice."""
+        """The layers [first, end) that a model contributes to a slice."""
         assert self.part.ranges is not None
         return self.part.ranges[self.base_member if model.index is None else self.part.members.index(model.index)]
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """`groups` are the parts of the output in its order; `template` gives the output its tensors, their names, and its
-    files; `vocabulary` is whose tokenizer the output's is or, for a union, starts from: it may be a model that is not
-    merged, opened for its tokenizer alone. `untied`: a model has a head of its own, and in the models `stand_ins`,
-    which tie theirs, the embedding stands in for it. `origin` is what a delta artifact that is written is a change of,
-    whether it is merged or not; `deltas` are the open delta artifacts among the models, by reference."""
+    """All models of a recipe, opened.
+
+    groups       the inputs of each part of the output, in its order
+    template     the model whose tensors, names and files the output has
+    vocabulary   the model whose tokenizer the output has or, for a union, extends; it may be opened for that alone
+    stand_ins    names of models that tie their head, so that their embedding serves as their head
+    untied       whether some model has a head of its own
+    origin       the model that a written delta artifact is a change of, whether it is merged or not
+    deltas       the open delta artifacts among the models, by reference
+    """
 
     groups: tuple[Group, ...]
     template: Input
@@ -85,7 +90,7 @@ class Inputs:
 
     @property
     def tunes(self) -> tuple[Input, ...]:
-        """What is merged, once for each place where the recipe has it."""
+        """The merged models, one for each place in the recipe."""
         return tuple(tune for group in self.groups for tune in group.tunes)
 
     @property
@@ -96,12 +101,12 @@ class Inputs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of what is merged, each once."""
+        """The names of the merged models, without repetition."""
         return tuple(dict.fromkeys(tune.name for tune in self.tunes))
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
-        """Every checkpoint that is read, once: of the models, of a delta artifact's base, and under delta artifacts."""
+        """Every checkpoint that is read, once: the models, and the bases of delta artifacts."""
         models = self.all if self.origin is None else (self.origin, *self.all)
         found = [c for m in models for c in (m.checkpoint.base, m.checkpoint) if c is not None]
         return tuple({checkpoint.reference: checkpoint for checkpoint in found}.values())
@@ -122,7 +127,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         return opened[reference]
 
     def merged(reference: str, place: str) -> Checkpoint:
-        """As `checkpoint`, of a model whose weights are read."""
+        """Like `checkpoint`, for a model whose weights are read."""
         found = checkpoint(reference, place)
         with errors.context(place), errors.context(reference):
             refuse_quantised(found.config, found.tensors)
@@ -173,36 +178,38 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
 
 
 def _untie(models: list[Input]) -> tuple[list[Input], tuple[str, ...], bool]:
-    """Where a model has a head of its own, the head of a model that ties it is its embedding.
+    """Give models that tie their head the embedding as a head, where some model has a head of its own.
 
-    Also the names of those whose embedding stands in, and whether any model has a head of its own.
+    Also returns the names of those models, and whether any model has a head of its own.
     """
-    own = [m for m in models if HEAD in m.tensors and not ties(m.checkpoint.config, default=False)]
+    own = [m for m in models if LM_HEAD in m.tensors and not ties(m.checkpoint.config, default=False)]
     if not own:
         return models, (), False
     result, names = [], []
     for model in models:
-        twin = None if HEAD in model.tensors else _embedding_of(model, own[0].tensors[HEAD])
+        twin = None if LM_HEAD in model.tensors else _embedding_of(model, own[0].tensors[LM_HEAD])
         if twin is not None:
             names.append(model.name)
             model = replace(
-                model, tensors={**model.tensors, HEAD: twin}, stored={**model.stored, HEAD: own[0].stored[HEAD]}
+                model,
+                tensors={**model.tensors, LM_HEAD: twin},
+                stored={**model.stored, LM_HEAD: own[0].stored[LM_HEAD]},
             )
         result.append(model)
     return result, tuple(dict.fromkeys(names)), True
 
 
 def ties(config: Mapping[str, Any], *, default: bool) -> bool:
-    """Whether a config says that the head is the embedding; `default` where it says nothing."""
+    """Whether a config ties the head to the embedding; `default` if it does not say."""
     inner = config.get("text_config")
     said = config.get("tie_word_embeddings", inner.get("tie_word_embeddings") if isinstance(inner, dict) else None)
     return default if said is None else said is True
 
 
 def has_tied_head(model: Input) -> bool:
-    """Whether a language model's file leaves the head out because its config ties it to the embedding."""
+    """Whether a language model's file omits the head because its config ties it to the embedding."""
     config = model.checkpoint.config
-    return HEAD not in model.tensors and ties(config, default=False) and _is_language_model(config)
+    return LM_HEAD not in model.tensors and ties(config, default=False) and _is_language_model(config)
 
 
 def _is_language_model(config: Mapping[str, Any]) -> bool:
@@ -210,17 +217,12 @@ def _is_language_model(config: Mapping[str, Any]) -> bool:
 
 
 def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
-    """The embedding that a model without a head of its own ties its head to; None if it is no language model."""
+    """The embedding to which a model without a head of its own ties its head; None if it is no language model."""
     config = model.checkpoint.config
     if not ties(config, default=True) or not _is_language_model(config):
         return None
-    twins = (t for n, t in model.tensors.items() if is_embedding(n) and t.shape[1:] == head.shape[1:])
+    twins = (t for n, t in model.tensors.items() if TOKEN_EMBEDDING.search(n) and t.shape[1:] == head.shape[1:])
     return next(twins, None)
-
-
-def is_embedding(name: str) -> bool:
-    """Whether a tensor holds a row for each token."""
-    return EMBEDDING.search(name) is not None
 
 
 def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
@@ -234,7 +236,9 @@ def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
 
 
 def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
-    """The input that `template` or a token's source means: by name, reference, or "base"; None if it names none."""
+    """The input that `template` or a token's source names: by name, by reference, or as "base"; None if
+    there is none.
+    """
     if name is None:
         return None
     if base is not None and name in ("base", base.name):
@@ -245,7 +249,7 @@ def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tup
 def _vocabulary(
     recipe: Recipe, base: Input | None, tunes: tuple[Input, ...], checkpoint: Callable[[str, str], Checkpoint]
 ) -> Input | None:
-    """The model that `tokenizer_source` means; for a union the base, without one the first model."""
+    """The model that `tokenizer_source` names; for a union the base, or the first model without one."""
     wanted = recipe.tokenizer_of
     if wanted is None:
         return None
@@ -256,8 +260,9 @@ def _vocabulary(
 
 
 def _template(groups: Sequence[Group], tunes: tuple[Input, ...]) -> Input:
-    """The only fine-tune; else the base, or the first fine-tune if some have tensors (a task head) that the base lacks;
-    without a base the first model. In stacks only tensors outside layers count."""
+    """The template: the only fine-tune; else the base, or the first fine-tune if some have tensors (a task head) that
+    the base lacks; without a base the first model. In stacks only tensors outside layers count.
+    """
     base = groups[0].base
     if base is None or len({tune.name for tune in tunes}) == 1:
         return tunes[0]

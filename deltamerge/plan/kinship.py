@@ -1,12 +1,12 @@
-"""Whether the models of a merge were trained from one another: by a sample of their weights, by what their files say.
+"""Whether the models of a merge were trained from one another, told by a sample of their weights and by their files.
 
-A fine-tune's weights are nearly its base's: ‖Δ‖/‖W‖ is far below 1. Two models that were trained apart have nothing in
-common: ‖Δ‖/‖W‖ is √2 where their norms agree, and the cosine of their weights 0. One tensor proves nothing (a new head,
-or one that began at zero), so the median of several decides.
+A fine-tune's weights are near its base's: ‖Δ‖/‖W‖ is far below 1. Two models that were trained apart are unrelated:
+‖Δ‖/‖W‖ is √2 if their norms agree, and the cosine of their weights 0. One tensor proves nothing (a new head, or one
+that began at zero), so the median of several decides.
 
-Which of two related models is the base cannot be seen in weights: Δ and −Δ are alike. Only what cards and configs say,
-a task head and a chat template speak of it, and they may be missing. Nor can a wrong base of the same family be told
-from a right one: two checkpoints of one training are near each other.
+Weights do not show which of two related models is the base: Δ and −Δ are alike. Only cards and configs, a task head or
+a chat template tell, and they may be missing. Nor does a wrong base of the same family look different from the right
+one: two checkpoints of one training are near each other.
 """
 
 from __future__ import annotations
@@ -22,26 +22,25 @@ from statistics import median
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import widen
+from deltamerge.io.dtypes import PLAIN, bits_type, widen
 from deltamerge.io.front_matter import front_matter
+from deltamerge.io.names import TASK_HEAD
 from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Group, Input, Inputs
-from deltamerge.recipe.effective_prune import TASK_HEAD
 
-SAMPLED = 12  # tensors
-PLACES, RUN = 4, 1024  # runs of elements of each
-LEAST = 256  # elements of a tensor: the cosine of unrelated weights is then within 0.2 of zero
-RELATED = 0.5  # a cosine below it is that of a change larger than the weights
+SAMPLED = 12  # tensors that are compared
+PLACES, RUN = 4, 1024  # runs per tensor, and elements of a run
+LEAST = 256  # elements of a tensor that is compared: the cosine of unrelated weights is then within 0.2 of zero
+RELATED = 0.5  # the least cosine of related models; below it the change is larger than the weights
 NOTHING = 0.1
-BITS = {"F32": np.uint32, "F16": np.uint16, "BF16": np.uint16, "F64": np.uint64}
 HEADLESS = re.compile(r"(Model|ForMaskedLM|ForPreTraining|ForCausalLM|LMHeadModel)$")
 
 
 @dataclass(frozen=True, slots=True)
 class Kin:
-    """Two models' weights: the medians of ‖Δ‖/‖W‖ and of the cosine over `count` tensors."""
+    """How two models' weights relate: the medians of ‖Δ‖/‖W‖ and of the cosine over `count` tensors."""
 
     relative: float
     cosine: float
@@ -49,7 +48,7 @@ class Kin:
 
 
 def unrelated(inputs: Inputs) -> Iterator[str]:
-    """A line for every model whose weights have little in common with the base's, or without a base with the first's.
+    """A message for every model whose weights have little in common with the base's (without a base: with the first's).
 
     Reads some thousand elements of a few tensors; always the same ones.
     """
@@ -68,7 +67,7 @@ def unrelated(inputs: Inputs) -> Iterator[str]:
 
 
 def measured(first: Input, other: Input, reader: Reader) -> Kin | None:
-    """How two models' weights relate; None where too little can be compared, or one is made of the other."""
+    """How two models' weights relate; None if too little can be compared, or if one is an adapter or delta."""
     made = any(model.checkpoint.base is not None for model in (first, other))
     if made or any((twin := first.get(n)) is not None and twin.is_same(t) for n, t in other.tensors.items()):
         return None
@@ -79,7 +78,7 @@ def measured(first: Input, other: Input, reader: Reader) -> Kin | None:
 
 
 def swapped(inputs: Inputs) -> Iterator[str]:
-    """A line where files say that a model that is merged was the base of its base. No weight is read."""
+    """A message for every merged model that its files call the base of its base. No weight is read."""
     pairs = [(group.base, tune) for group in inputs.groups if group.base is not None for tune in group.tunes]
     by_name = {(base.checkpoint.reference, tune.checkpoint.reference): (base, tune) for base, tune in pairs}
     for base, tune in by_name.values():
@@ -93,7 +92,7 @@ def swapped(inputs: Inputs) -> Iterator[str]:
 
 
 def strangers(models: Sequence[Input]) -> str | None:
-    """That two models are of different architectures, as their configs say; None where they agree or do not say."""
+    """A message that models have different architectures, as their configs say; None if they agree or do not say."""
     kinds: dict[str, str] = {}
     for model in models:
         config = model.checkpoint.config
@@ -126,7 +125,7 @@ def _sample(first: Input, other: Input) -> list[tuple[TensorInfo, TensorInfo]]:
         twin = first.get(name)
         if twin is None or twin.shape != tensor.shape or len(tensor.shape) < 2 or math.prod(tensor.shape) < LEAST:
             continue
-        if tensor.dtype in BITS and twin.dtype in BITS:
+        if {tensor.dtype, twin.dtype} <= PLAIN:
             pairs.append((twin, tensor))
     if not pairs:
         return []
@@ -148,13 +147,13 @@ def _of_tensor(first: TensorInfo, other: TensorInfo, reader: Reader) -> tuple[fl
 
 
 def _read(info: TensorInfo, start: int, count: int, reader: Reader) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    bits = np.empty(count, BITS[info.dtype])
+    bits = np.empty(count, bits_type(info.dtype))
     reader.read_into(info, start, bits)
     return widen(bits, info.dtype).astype(np.float64)
 
 
 def _has_files(model: Input) -> bool:
-    """Whether a model's card and config are its own: not those of what an adapter or a delta is put over."""
+    """Whether a model's card and config are its own, not those of the base of an adapter or a delta."""
     checkpoint = model.checkpoint
     return bool(checkpoint.files) and checkpoint.adapter is None and checkpoint.base is None
 
@@ -181,7 +180,7 @@ def _why_swapped(base: Input, tune: Input) -> str | None:
 
 
 def _names(model: Input) -> set[str]:
-    """What others may call a model, in small letters, and the last part of it."""
+    """The names by which others may refer to a model, in small letters, and their last parts."""
     checkpoint = model.checkpoint
     known = {checkpoint.hub_id or "", checkpoint.reference.partition("@")[0], model.name, checkpoint.path.name}
     known = {name.rstrip("/").lower() for name in known}
@@ -189,7 +188,7 @@ def _names(model: Input) -> set[str]:
 
 
 def _origins(model: Input) -> set[str]:
-    """What a model's card and config say that it was made of; whole ids and their last parts."""
+    """The models that a model's card and config name as its origin: whole ids and their last parts."""
     said = front_matter(model.checkpoint.path / "README.md").get("base_model")
     listed = said if isinstance(said, list) else [said]
     stated = [*listed, model.checkpoint.config.get("_name_or_path")]

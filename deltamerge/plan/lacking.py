@@ -1,42 +1,37 @@
-"""Tensors inside numbered blocks that not all models of a merge have, and need not."""
+"""Tensors inside numbered blocks that only some models of a merge have, and that may be copied or left out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from deltamerge.io.dtypes import COPIED, FLOATING
+from deltamerge.io.names import block_of, blocks_of
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.layer_config import layer_count
 
-# Floating-point buffers that old versions of transformers wrote into every layer: none is read any more.
+# Floating-point buffers that old versions of transformers wrote into every layer; newer ones do not read them.
 BUFFERS = re.compile(
     r"(^|\.)(rotary_emb(eddings)?\.(inv_freq|cos_cached|sin_cached)|(attn|attention|self_attn)\.masked_bias"
     r"|1\.EncDecAttention\.relative_attention_bias\.weight)$"
 )
 CAUSAL_MASK = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
 
-Blocks = Mapping[str, frozenset[int]]
-
-
-def block_of(name: str) -> tuple[str, int] | None:
-    """The numbered container that a tensor is in, by its first number, and that number."""
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)), None)
-    return None if at is None else (".".join(parts[:at]), int(parts[at]))
-
 
 @dataclass(frozen=True)
 class Spares:
-    """What some of `models` may lack of the numbered blocks of the others.
+    """The tensors of numbered blocks that some of `models` may lack.
 
-    A whole block that is beyond the count of layers in the config of whoever has it (layers that predict several
-    tokens: `model.layers.61` of 61 layers); every block of a container that a model does not have at all
-    (`mtp.layers`, a decoder, a vision tower), unless it has one of its own that the others lack, which may be the same
-    by another name; and buffers.
+    - a whole block beyond the count of layers in its model's config (layers for multi-token prediction:
+    `model.layers.61` of 61 layers)
+
+    - every block of a container that a model lacks altogether (`mtp.layers`, a decoder, a vision tower), unless it has
+    a container that the others lack, which may be the same under another name
+
+    - buffers
     """
 
     models: Sequence[Input]
@@ -69,24 +64,15 @@ class Spares:
 
 
 def is_buffer(tensor: TensorInfo) -> bool:
-    """Whether a tensor of a layer is no weight: a mask, a table of frequencies."""
+    """Whether a tensor of a layer is a buffer rather than a weight: a mask, a table of frequencies."""
     name, shape = tensor.name, tensor.shape
     if tensor.dtype not in FLOATING | COPIED or BUFFERS.search(name):
         return True
     return CAUSAL_MASK.search(name) is not None and len(shape) == 4 and shape[:2] == (1, 1) and shape[2] == shape[3]
 
 
-def blocks_of(names: Iterable[str]) -> Blocks:
-    """The numbers of every numbered container."""
-    found: dict[str, set[int]] = {}
-    for name in names:
-        if (place := block_of(name)) is not None:
-            found.setdefault(place[0], set()).add(place[1])
-    return {prefix: frozenset(numbers) for prefix, numbers in found.items()}
-
-
 def named(names: Sequence[str], show: Callable[[Iterable[str]], str]) -> str:
-    """Tensors for people, those of numbered blocks by their block."""
+    """Tensors in a message; those of numbered blocks by their block."""
     blocks: dict[str, int] = {}
     for name in names:
         place = block_of(name)

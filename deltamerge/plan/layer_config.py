@@ -1,4 +1,4 @@
-"""What config.json says of layers (their count, a value for each, numbers of some), repaired for stacked layers."""
+"""What config.json says about layers (their count, lists by layer, layer numbers), repaired for stacked layers."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import Any
 from deltamerge.errors import InputError
 
 COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-BEHIND = 8  # blocks at most that stand behind the layers that a config counts
+BEHIND = 8  # the most blocks that may follow the layers that a config counts
 SIDES = ("encoder", "decoder")
-# Lists that are as long as a model is deep by chance only.
+# Keys of lists whose length may equal the number of layers only by chance.
 UNRELATED = re.compile(
     r"^(architectures|keys_to_ignore_at_inference|(begin_)?suppress_tokens)$|_(token|id|ids)$"
     r"|(?<!intermediate)(?<!ffn)_(size|sizes)$"
 )
-NUMBERS = re.compile(r"layers?_(ind(ex|ices|exes)|idx|ids|numbers)$|_layers$")  # names of lists of layer numbers
-KINDS = re.compile(r"^layers?(_block)?_types?$")  # names of lists of the kind of each layer
-PATTERN = re.compile(r"^(?!mtp).*(pattern|layer)")  # names of strings of a letter a layer
+NUMBERS = re.compile(r"layers?_(ind(ex|ices|exes)|idx|ids|numbers)$|_layers$")  # keys of lists of layer numbers
+KINDS = re.compile(r"^layers?(_block)?_types?$")  # keys of lists of the kind of each layer
+PATTERN = re.compile(r"^(?!mtp).*(pattern|layer)")  # keys of strings with a letter for each layer
 
 Place = tuple[str | None, str]
 
 
 def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: bool = True) -> list[Place]:
-    """The (section, key) of `config` that say how many layers the numbered container `prefix` has.
+    """The (section, key) of `config` that state the number of layers of the numbered container `prefix`.
 
-    A section is a nested `*_config` (None: the top); one that the prefix names is the only one asked. Of an encoder or
-    decoder the keys that name it count (`encoder_layers`, `num_decoder_layers`), and the usual ones, except for a
-    decoder that is not `alone`, since those are the encoder's. Without any of them a list of every layer's kind counts.
+    A section is a nested `*_config` (None: the top level); if the prefix names one, only that one counts. For an
+    encoder or decoder these are the keys that name it (`encoder_layers`, `num_decoder_layers`) and the usual ones,
+    except for a decoder that is not `alone`, since the usual ones are then the encoder's. Without any of them a list of
+    every layer's kind counts.
     """
     words = set(re.split(r"[._]", prefix.replace("language", "text")))
     sections = {k: v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict)}
@@ -51,8 +52,11 @@ def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: boo
 
 
 def layer_count(config: Mapping[str, Any], prefix: str, numbers: Collection[int], *, alone: bool = True) -> int | None:
-    """How many layers a container of blocks with these numbers has, as the config says: all of them, or fewer where
-    blocks stand behind the layers (for the prediction of several tokens). None: numbers with holes, or no count."""
+    """The number of layers, by the config, of a container of blocks with these numbers. None: gaps in them, or no
+    count.
+
+    It is all of them, or fewer if blocks follow the layers (for multi-token prediction).
+    """
     count = len(numbers)
     if max(numbers, default=-1) != count - 1:
         return None
@@ -71,13 +75,18 @@ def repair(
     alone: bool,
     settle: Callable[[dict[str, Any], Followed], list[str]] = lambda *_: [],
 ) -> tuple[dict[str, Any], list[str]]:
-    """`config` for a stack of new layers, and a line for each change.
+    """`config` for a stack of new layers, and a message for each change.
 
-    `sources` has of every new layer the model that it stands for: its name, its config, the number of the layer there.
-    Lists and strings as long as `old` become the values of the new layers, each from its own model's config; lists of
-    layer numbers (`mlp_only_layers`) name the layers' new places. `settle` is given each section that counts the layers
-    and, by key, what follows them: the values by layer, old and new; it changes what else has to follow, and says what.
-    InputError: a model has no such list for its layer.
+        config    the template's
+        prefix    of the numbered container
+        old       its number of layers in the template
+        sources   per new layer its model's name, that model's config, and the layer's number there
+        alone     as for `count_keys`
+        settle    called with each section that counts layers and, by key, the values by layer, old and new; it changes
+                  whatever else must follow, and returns messages
+
+    Lists and strings as long as `old` get the values of the new layers, each from its own model's config. Lists of
+    layer numbers (`mlp_only_layers`) get the layers' new numbers. InputError: a model has no such list for its layer.
     """
     result, notes = deepcopy(dict(config)), []
     places = count_keys(config, prefix, old, alone=alone)
@@ -114,7 +123,7 @@ def repair(
 
 
 def _numbers_layers(key: str, value: Any, old: int) -> bool:
-    """Whether a list has the numbers of some layers, or of all, and not a value for each."""
+    """Whether a list holds numbers of layers, rather than a value for each layer."""
     if not isinstance(value, list) or not value or not NUMBERS.search(key):
         return False
     if not all(type(v) is int and 0 <= v < old for v in value):
@@ -123,7 +132,7 @@ def _numbers_layers(key: str, value: Any, old: int) -> bool:
 
 
 def _is_keyed_by_layer(key: str, value: Any, old: int) -> bool:
-    """Whether a table has something for some layers, by their numbers."""
+    """Whether a table's keys are numbers of layers."""
     if "layer" not in key and key != "pruned_heads":
         return False
     return isinstance(value, dict) and bool(value) and value.keys() <= {str(i) for i in range(old)}
@@ -137,7 +146,7 @@ def _is_by_layer(key: str, value: Any, old: int) -> bool:
 
 
 def _kept(values: Mapping[str, Any], counts: set[str]) -> Iterator[str]:
-    """Numbers that speak of layers and cannot be renumbered, being a period or a boundary."""
+    """Numbers about layers that cannot be renumbered, because they are a period or a boundary."""
     for key, value in values.items():
         if "layer" in key and key not in counts and type(value) is int:
             yield f"{key}: {value} is kept: check it"

@@ -1,8 +1,9 @@
 """Whether the layers of a stack are those that its config.json builds: kinds of layer, periods, boundaries.
 
-Of most models every layer is alike. Of others a config says which layer is which: by a list or a string by layer, which
-follows a stack (`layer_config`); by a number, a period or a boundary, which need not. A stack whose layers are of
-another kind than the config builds loads with random weights; one whose layers attend otherwise computes otherwise.
+In most models all layers are alike. In others a config says which layer is which: by a list or a string by layer, which
+is adapted to a stack (`layer_config`); or by a number, a period or a boundary, which may not fit a stack. A stack whose
+layers differ in kind from what the config builds loads with random weights; one whose layers attend differently
+computes something else.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 from deltamerge.errors import InputError
 
-# The relative names of a layer's tensors, and their shapes.
+# The kind of a layer: the relative names of its tensors, and their shapes.
 Kind = frozenset[tuple[str, tuple[int, ...]]]
 
 PERIOD = re.compile(r"(interval|period|pattern|sparse_step|layer_step|_freq)$|every_n")
@@ -28,9 +29,10 @@ SPEAKS = re.compile(r"^(?!num_hidden|max_|num_nextn).*(layer|interval|period|off
 
 @dataclass(frozen=True, slots=True)
 class Stacked:
-    """A stack for this module: the kinds of the template's layers and of the new ones, and where each comes from.
+    """A stack as this module sees it: the kinds of the template's layers and of the new ones, and where each comes
+    from.
 
-    `followed` has of every key that follows the layers its values by layer, the template's and the new ones.
+    `followed` has, for every key with a value by layer, the template's values and the new ones.
     """
 
     template: str
@@ -41,10 +43,10 @@ class Stacked:
 
 
 def settle(stacked: Stacked, section: dict[str, Any]) -> list[str]:
-    """Move the boundaries in a config's `section` to where the new layers have them, and a line for each change.
+    """Move the boundaries in a config's `section` to where the new layers have them; returns a message for each change.
 
     InputError: layers of another kind than the config builds at their place, or in another phase of a period that no
-    list by layer stands for.
+    list by layer replaces.
     """
     periods, notes = _periods(stacked, section), []
     if not _is_explained(stacked) and not _is_periodic(stacked, periods):
@@ -59,7 +61,7 @@ def settle(stacked: Stacked, section: dict[str, Any]) -> list[str]:
 
 
 def _ends(stacked: Stacked, section: dict[str, Any]) -> Iterator[str]:
-    """The number of the last layer, or the one behind it, stays that."""
+    """Keep keys that hold the number of the last layer, or the number behind it, at that."""
     old, new = len(stacked.old), len(stacked.new)
     for key, value in section.items():
         if type(value) is int and END.search(key) and value in (old - 1, old) and "layer" in key and new != old:
@@ -68,7 +70,7 @@ def _ends(stacked: Stacked, section: dict[str, Any]) -> Iterator[str]:
 
 
 def _periods(stacked: Stacked, section: Mapping[str, Any]) -> dict[str, int]:
-    """The periods of a config that no list by layer stands for."""
+    """The periods of a config that no list by layer replaces."""
     found = {}
     for key, value in section.items():
         if type(value) is int and value > 1 and PERIOD.search(key):
@@ -79,7 +81,7 @@ def _periods(stacked: Stacked, section: Mapping[str, Any]) -> dict[str, int]:
 
 
 def _stands_for(name: str, values: Sequence[Any], key: str, period: int) -> bool:
-    """Whether values by layer say what a period says: they repeat with it, or speak of the same."""
+    """Whether values by layer express a period: they repeat with it, or are about the same thing."""
     if TYPES.search(name) and ATTENTION.search(key):
         return True
     varied = any(value != values[0] for value in values)
@@ -87,14 +89,14 @@ def _stands_for(name: str, values: Sequence[Any], key: str, period: int) -> bool
 
 
 def _told(stacked: Stacked) -> tuple[list[str], list[str]]:
-    """What the values that follow the layers say of each, the template's and the new ones."""
+    """What the values by layer say of each layer: the template's layers, and the new ones."""
     columns = list(stacked.followed.values())
     old = [repr([values[i] for values, _ in columns]) for i in range(len(stacked.old))]
     return old, [repr([values[i] for _, values in columns]) for i in range(len(stacked.new))]
 
 
 def _is_explained(stacked: Stacked) -> bool:
-    """Whether all layers are of one kind, or the values that follow them tell the kinds apart."""
+    """Whether all layers are of one kind, or the values by layer tell the kinds apart."""
     kinds: dict[str, Kind] = {}
     old, new = _told(stacked)
     pairs = zip([*old, *new], [*stacked.old, *stacked.new], strict=True)
@@ -102,7 +104,7 @@ def _is_explained(stacked: Stacked) -> bool:
 
 
 def _is_periodic(stacked: Stacked, periods: Mapping[str, int]) -> bool:
-    """Whether every new layer is of the kind that stands at its place in the template, whose periods go on."""
+    """Whether every new layer has the kind of its place in the template, extended by its periods."""
     old, new = stacked.old, stacked.new
     if list(new) == list(old[: len(new)]):
         return True
@@ -113,45 +115,47 @@ def _is_periodic(stacked: Stacked, periods: Mapping[str, int]) -> bool:
 
 
 def _moved(stacked: Stacked, section: dict[str, Any]) -> list[str]:
-    """Set the number of the first layer that is otherwise than those before it, where config.json has such a number.
+    """Set the boundary (the number of the first layer that differs from those before it), if config.json has one.
 
-    InputError: it has none and one has to change, or no number makes the new layers what they are.
+    InputError: a boundary must move and there is none, or no number makes the new layers what they are.
     """
     wrong, count = _first_wrong(stacked), len(stacked.new)
     if wrong is None:
         return []
     keys = {k: v for k, v in section.items() if type(v) is int and 0 < v < len(stacked.old) and BOUNDARY.search(k)}
     change = next((i for i, kind in enumerate(stacked.old) if kind != stacked.old[0]), 0)
-    known = {key: kinds for key, at in [*keys.items(), ("", change)] if (kinds := _sides(stacked, at)) is not None}
-    if any(_fits(stacked, kinds, keys.get(key, change)) for key, kinds in known.items()):
+    told = _told(stacked)
+    known = {k: kinds for k, at in [*keys.items(), ("", change)] if (kinds := _sides(stacked, told[0], at)) is not None}
+    if any(_fits(stacked, told[1], kinds, keys.get(key, change)) for key, kinds in known.items()):
         return []
     known.pop("", None)
     for key, kinds in known.items() if len(known) == 1 else ():
-        now = next((at for at in range(count + 1) if _fits(stacked, kinds, at)), None)
+        now = next((at for at in range(count + 1) if _fits(stacked, told[1], kinds, at)), None)
         if now is not None:
             section[key] = now
             return [f"{key} {keys[key]} → {now}"]
     raise _refusal(stacked, section, wrong)
 
 
-def _sides(stacked: Stacked, at: int) -> dict[tuple[str, bool], Kind] | None:
-    """The kind of the template's layers by what is told of them and whether they stand before `at`; None where that
-    does not tell them apart."""
+def _sides(stacked: Stacked, told: Sequence[str], at: int) -> dict[tuple[str, bool], Kind] | None:
+    """The kind of a template's layer by what is told of it and by whether it comes before `at`; None if these do not
+    determine it.
+    """
     kinds: dict[tuple[str, bool], Kind] = {}
-    for i, (told, kind) in enumerate(zip(_told(stacked)[0], stacked.old, strict=True)):
-        if kinds.setdefault((told, i < at), kind) != kind:
+    for i, kind in enumerate(stacked.old):
+        if kinds.setdefault((told[i], i < at), kind) != kind:
             return None
     return kinds
 
 
-def _fits(stacked: Stacked, kinds: Mapping[tuple[str, bool], Kind], at: int) -> bool:
-    told = _told(stacked)[1]
+def _fits(stacked: Stacked, told: Sequence[str], kinds: Mapping[tuple[str, bool], Kind], at: int) -> bool:
     return all(kinds.get((told[i], i < at)) == kind for i, kind in enumerate(stacked.new))
 
 
 def _first_wrong(stacked: Stacked) -> int | None:
-    """The first new layer that is not what stands at its place; None if there is one of other shapes than all of the
-    template's, which is an error of the tensors."""
+    """The first new layer whose kind is not that of its place. None: a layer has other shapes than any of the
+    template's, which is reported as an error of its tensors.
+    """
     names = [{name for name, _ in kind} for kind in stacked.old]
     known = set(stacked.old)
     if any(kind not in known and {name for name, _ in kind} in names for kind in stacked.new):
@@ -183,7 +187,7 @@ def _hint(section: Mapping[str, Any]) -> str:
 
 
 def _check_phases(stacked: Stacked, periods: Mapping[str, int]) -> None:
-    """InputError: a period that does not show in the kinds, and a layer that stood elsewhere in it."""
+    """InputError: a period that the kinds do not show, and a layer that had another phase in its model."""
     for key, period in periods.items():
         wrong = next((i for i, (_, layer) in enumerate(stacked.sources) if (layer - i) % period), None)
         if wrong is not None and not _shows(stacked.old, period):
@@ -195,7 +199,7 @@ def _check_phases(stacked: Stacked, periods: Mapping[str, int]) -> None:
 
 
 def _shows(kinds: Sequence[Kind], period: int) -> bool:
-    """Whether the layers of some phase of a period are of kinds that no others are of."""
+    """Whether some phase of a period has layers of kinds that no other phase has."""
     for phase in range(min(period, len(kinds))):
         inside = {kind for i, kind in enumerate(kinds) if i % period == phase}
         outside = {kind for i, kind in enumerate(kinds) if i % period != phase}

@@ -1,4 +1,4 @@
-"""How much anonymous memory a run takes, and the tile that keeps it under a cap."""
+"""The anonymous memory that a run takes, and the tile size that keeps it under a cap."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from dataclasses import dataclass
 from deltamerge.engine.graph import Node, peak_tiles, schedule
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.names import layer_index
 from deltamerge.io.outbox import ROOM, SLAB
 from deltamerge.methods.tiles import block_elements
+from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.outputs import Output
 
 TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
-# anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
+# bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
+SOURCES = 2_000_000  # tensors of an output, each counted for every model that it comes from
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What it takes to make a tensor: passes over its tiles, bytes read from the inputs in all of them, and bytes that
-    a tile holds per element: stored reads and float32 values alive at once, and scratch inside a step."""
+    """The cost of a tensor: passes over its tiles, bytes read from the inputs in all passes, and bytes per element of a
+    tile (stored reads and float32 values alive at once, and scratch inside a step).
+    """
 
     passes: int
     read_bytes: int
@@ -30,7 +34,7 @@ class Cost:
 
 
 def cost(root: Node) -> Cost:
-    """What the tensor that `root` makes takes, from its schedule."""
+    """The cost of the tensor that `root` makes, from its schedule."""
     plan = schedule(root)
     reads = [[node for node in nodes if node.kind == "read"] for nodes in plan.passes]
     stored = max(sum(ITEMSIZE[node.dtype] for node in nodes) for nodes in reads)
@@ -42,13 +46,13 @@ def cost(root: Node) -> Cost:
 
 
 def held_by_delta(outputs: tuple[Output, ...], workers: int) -> int:
-    """Bytes of positions and of values to be coded, of the tensors that a delta's sink has open."""
+    """Bytes of positions, and of values to be coded, of the tensors that are open in a delta's sink."""
     largest = sorted((o.elements * (0.125 + 4 * o.pieces[0].built.changed) for o in outputs), reverse=True)
     return math.ceil(sum(largest[: workers + 1]))
 
 
 def held_by_files(outputs: tuple[Output, ...], workers: int) -> int:
-    """Bytes on their way to the files of a checkpoint, and those that are being made."""
+    """Bytes on their way to the files of a checkpoint, and those being computed."""
     return min(sum(o.nbytes for o in outputs), ROOM + (workers + 1) * 2 * SLAB)
 
 
@@ -60,7 +64,15 @@ def tile_and_peak(
     memory: int | None,
     held: int = 0,
 ) -> tuple[int, int]:
-    """Elements of a tile, and the peak of anonymous memory; the tile shrinks until `memory` holds."""
+    """(elements of a tile, bytes of anonymous memory at the peak); the tile shrinks until the peak fits `memory`.
+
+    outputs   the output's tensors
+    costs     of them
+    device    "cpu" or a GPU
+    workers   threads
+    memory    the cap in bytes; None: no cap
+    held      bytes that the sink holds
+    """
     roots = {(piece.built.root, piece.backend) for output in outputs for piece in output.pieces}
     computed = [(root, backend) for root, backend in roots if root.kind != "read"]
     baseline = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"] + held
@@ -77,3 +89,16 @@ def tile_and_peak(
                 hint=f"give at least {peak}, or fewer --workers",
             )
         tile //= 2
+
+
+def check_size(inputs: Inputs) -> None:
+    """InputError: the output's tensors, each counted once per source, are more than a plan can hold."""
+    tensors = len(inputs.template.tensors)
+    stored = 1 + max((layer_index(name) or 0 for name in inputs.template.tensors), default=0)
+    count = 0
+    for group in inputs.groups:
+        share = tensors if group.part.ranges is None else tensors * group.part.layers // max(1, min(stored, tensors))
+        count += share * len(group.all)
+    if count > SOURCES:
+        message = f"the output would have about {count:,} tensors, counted for each model they come from"
+        raise InputError(f"{message}: more than {SOURCES:,}", hint="merge fewer models, or fewer layers, at a time")

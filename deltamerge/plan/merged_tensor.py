@@ -1,4 +1,4 @@
-"""What is merged: a tensor of the output, and each fine-tune's of it."""
+"""A tensor to be merged, and each fine-tune's tensor of it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from deltamerge.recipe.parts import Part
 class Merge:
     """A tensor to merge.
 
-    name      in the output
-    part      the slice or module of the recipe that it belongs to
-    position  of its layer, from 0 to 1, where gradients are read
-    base      the base's tensor, where the method has it apart
-    sources   the fine-tunes and their tensors, in the recipe's order
-    dtype     of the output
+    name       in the output
+    part       of the recipe that it belongs to
+    position   of its layer, from 0 to 1
+    base       the base's tensor, if the merge has a base
+    sources    the models and their tensors
+    dtype      of the result
     """
 
     name: str
@@ -31,7 +31,7 @@ class Merge:
 
     @property
     def tunes(self) -> tuple[Tuned, ...]:
-        """Each fine-tune's, in the recipe's order."""
+        """The fine-tunes' tensors, in the recipe's order."""
         return tuple(Tuned(self, model, tensor) for model, tensor in self.sources)
 
     @property
@@ -41,7 +41,7 @@ class Merge:
 
 @dataclass(frozen=True, slots=True)
 class Tuned:
-    """One fine-tune's tensor of a merge."""
+    """One fine-tune's tensor in a merge."""
 
     merge: Merge
     model: Input
@@ -53,12 +53,12 @@ class Tuned:
 
     @property
     def base(self) -> TensorInfo:
-        """The tensor that its delta is taken from, which a merge of deltas has."""
+        """The base's tensor, from which the delta is taken; a merge of deltas has one."""
         assert self.merge.base is not None
         return self.merge.base
 
     @property
     def index(self) -> int:
-        """The fine-tune's place in the recipe."""
+        """The fine-tune's index in the recipe."""
         assert self.model.index is not None
         return self.model.index

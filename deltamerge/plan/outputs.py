@@ -1,4 +1,4 @@
-"""The tensors of the output: those of the template, each merged, copied or left out, and why it cannot be."""
+"""The tensors of the output: each tensor of the template is merged, copied or left out, or refused with a reason."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from deltamerge.delta.positions import expected_bits
 from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Graph
-from deltamerge.io.dtypes import COPIED, FLOATING, ITEMSIZE, PACKED_BITS
+from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED
 from deltamerge.io.gathered import Gathered, cut
-from deltamerge.io.names import layer_index
+from deltamerge.io.names import LM_HEAD, layer_index
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.plan.inputs import HEAD, Input, Inputs, has_tied_head
+from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
@@ -50,7 +50,10 @@ class Output:
         return math.prod(self.shape)
 
     def delta_bytes(self, values: str | None) -> int:
-        """About what a delta artifact stores of it, were the changed entries at random: `values` are added, or None."""
+        """About the bytes of this tensor in a delta artifact, if changed entries are at random positions.
+
+        `values` is the coding of added values; None: final values.
+        """
         bits = 8 * ITEMSIZE[self.dtype] if values is None else VALUE_BITS[values]
         return math.ceil(self.elements * expected_bits(self.pieces[0].built.changed, bits) / 8)
 
@@ -67,7 +70,7 @@ class Merged:
 
 
 class Outputs:
-    """Goes through the template's tensors; collects problems and notes on the way."""
+    """Decides about each of the template's tensors; collects problems and notes."""
 
     def __init__(
         self,
@@ -85,15 +88,14 @@ class Outputs:
         self.problems: list[str] = []
         self.hint = ""
         self.notes: list[str] = []
-        self.out_dtype = {"float16": "F16", "bfloat16": "BF16", "float32": "F32", "float64": "F64"}.get(
-            str(recipe.out_dtype or recipe.dtype)
-        )
+        self.out_dtype = CODES.get(str(recipe.out_dtype or recipe.dtype))
         self.spares = Spares(inputs.all)
         self.targets, self.stacks = targets(recipe, inputs, self.spares)
         self.config, changes = repaired_config(inputs, self.stacks)
         self.notes += [*(stack.describe() for stack in self.stacks), *changes]
 
     def rows(self) -> list[Row]:
+        """What becomes of every tensor, in order; empty if there are problems."""
         parts = list(self._tensors())
         if self.problems:
             return []
@@ -105,9 +107,9 @@ class Outputs:
         tied = self._tied_head()
         copied: list[str] = []
         if self.inputs.stand_ins:
-            self.notes.append(f"{HEAD}: untied; the embedding is the head of {', '.join(self.inputs.stand_ins)}")
+            self.notes.append(f"{LM_HEAD}: untied; the embedding is the head of {', '.join(self.inputs.stand_ins)}")
         elif has_tied_head(template):
-            self.notes.append(f"{HEAD}: stays tied to the embedding")
+            self.notes.append(f"{LM_HEAD}: stays tied to the embedding")
         for target in self.targets:
             if target.name == tied:
                 self.notes.append(f"{target.stored}: tied to the embedding, written once")
@@ -121,7 +123,9 @@ class Outputs:
         self._left_out()
 
     def _check_vocabulary(self) -> None:
-        """Rows move only where there are any, and only in a whole model: a delta or an adapter has its base's rows."""
+        """Rows can move only if some tensor has rows per token, and only in a whole model: deltas and adapters have the
+        base's.
+        """
         kind, changes = self.recipe.output.kind, self.vocabulary is not None and self.vocabulary.changes
         if kind != "model" and (changes or self.resized):
             self.problems.append(f"output.kind {kind} cannot change the vocabulary of its base")
@@ -143,7 +147,7 @@ class Outputs:
         present = [(model, info) for model, info in found if info is not None]
         same = target.group is not None and target.group.base is not None
         same = same and all(info is not None and info.is_same(tensor) for _, info in found)
-        packed = tensor.dtype in PACKED_BITS and self.recipe.output.kind != "model"
+        packed = tensor.dtype in PACKED and self.recipe.output.kind != "model"
         if lacking or same or target.group is None or is_buffer(tensor):
             if owner.name == self.inputs.template.name:
                 copied.append(stored)
@@ -164,7 +168,7 @@ class Outputs:
         return Merged(Merge(stored, target.group.part, target.position, base, tunes, dtype), rest)
 
     def _remapped(self, target: Target, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
-        """The models' tensors under the output's vocabulary, if their rows are tokens."""
+        """The models' tensors with their rows moved to the output's vocabulary, if their rows are tokens."""
         if self.vocabulary is None or not self.vocabulary.holds(target.name, present):
             return present
         self.remapped = True
@@ -201,7 +205,7 @@ class Outputs:
     def _rows(
         self, target: Target, present: list[tuple[Input, TensorInfo]], like: TensorInfo | None
     ) -> tuple[list[tuple[Input, TensorInfo]] | None, TensorInfo | None]:
-        """The inputs cut to the rows that all have, and the rows beyond them that the vocabulary's model adds."""
+        """The inputs cut to the rows that all have, and the further rows that the vocabulary's model adds."""
         name, stored, template = target.name, target.stored, self.inputs.template
         compared = [*present, *([(template, like)] if like is not None else [])]
         shapes = {info.shape for _, info in compared}
@@ -231,16 +235,16 @@ class Outputs:
         return any(stack.holds(name) for stack in self.stacks)
 
     def _tied_head(self) -> str | None:
-        """The head that the template's config ties to its embedding although its file holds both, if any."""
+        """The head that the template's config ties to its embedding although its file holds both, if there is one."""
         template = self.inputs.template
-        head = template.tensors.get(HEAD)
+        head = template.tensors.get(LM_HEAD)
         if head is None or self.inputs.untied or template.checkpoint.config.get("tie_word_embeddings") is not True:
             return None
         twins = (n for n, t in template.tensors.items() if "embed" in n and t.shape == head.shape)
-        return HEAD if any(twins) else None
+        return LM_HEAD if any(twins) else None
 
     def _left_out(self) -> None:
-        """Tensors that an input has and the output has not: an error inside a numbered block, else a note."""
+        """Report tensors that an input has and the output lacks: an error inside a numbered block, else a note."""
         template = self.inputs.template
         for model, names in behind(self.stacks, self.inputs.all):
             left = named([model.stored[name] for name in names], _some)

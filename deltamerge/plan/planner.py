@@ -1,10 +1,10 @@
-"""Recipe and headers -> what will be done: every output tensor, where its bytes go, passes and peak memory."""
+"""Makes a plan from a recipe and headers: every output tensor, where its bytes go, passes and peak memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,18 +29,35 @@ from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
-from deltamerge.plan.memory import Cost, cost, held_by_delta, held_by_files, tile_and_peak
+from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, tile_and_peak
 from deltamerge.plan.outputs import Output, Outputs
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
-from deltamerge.recipe import bounds
 from deltamerge.recipe.schema import Recipe
 
 SHOWN_PROBLEMS = 8
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanOptions:
+    """How a plan is to be run.
+
+    device   where tiles are computed: cpu, cuda or cuda:N
+    workers  threads
+    memory   a cap in bytes; None: none
+    data     whether the rows of calibrations are read, to check them
+    whole    whether hub models are there with their weights, not their headers alone
+    """
+
+    device: str = "cpu"
+    workers: int = 1
+    memory: int | None = None
+    data: bool = True
+    whole: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Budgeted:
-    """A tensor whose density a budget decides, the fine-tune's and the base's, of `size` elements."""
+    """A tensor of `size` elements whose density a budget decides: the fine-tune's and the base's."""
 
     name: str
     size: int
@@ -48,20 +65,21 @@ class Budgeted:
     base: TensorInfo
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that a run does, as plain data; made without reading a weight.
 
+    Relative references of the recipe start at `folder`.
     `alike` counts, by tensor, what is not finite in all models alike: a run finds it, and keeps it from arithmetic.
     """
 
     recipe: Recipe
     inputs: Inputs
+    folder: Path
+    options: PlanOptions
     outputs: tuple[Output, ...]
     layout: Layout
     notes: tuple[str, ...]
-    device: str
-    workers: int
     tile_elements: int
     peak_bytes: int
     costs: Mapping[Node, Cost]
@@ -78,18 +96,28 @@ class Plan:
     alike: Mapping[str, NonFinite] = field(default_factory=dict)
 
     @property
+    def device(self) -> str:
+        """Where tiles are computed."""
+        return self.options.device
+
+    @property
+    def workers(self) -> int:
+        """Threads that compute them."""
+        return self.options.workers
+
+    @property
     def remarks(self) -> tuple[str, ...]:
-        """Everything that is to be said of it: `warnings`, which speak of models that may be the wrong ones, first."""
+        """All messages about the plan; first `warnings`, which say that a model may be the wrong one."""
         return (*self.warnings, *self.notes)
 
     @property
     def specs(self) -> dict[Node, Spec]:
-        """What each calibration stage is to do."""
+        """The specification of each calibration stage."""
         return {node: node.parameter("spec") for node in self.stages}
 
     @property
     def tasks(self) -> list[Task]:
-        """What the engine is to make: every piece of every output tensor."""
+        """The engine's tasks: every piece of every output tensor."""
         return [
             Task(output.name, piece.built.root, piece.backend, piece.offset)
             for output in self.outputs
@@ -98,21 +126,22 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
+        """Bytes of the output's tensors."""
         return sum(output.nbytes for output in self.outputs)
 
     @property
     def delta_values(self) -> str | None:
-        """How a delta artifact stores what it adds; None: final values."""
+        """The coding of the values that a delta artifact adds; None: it holds final values."""
         return (self.recipe.output.values or "bfloat16") if self.recipe.output.adds else None
 
     @property
     def read_bytes(self) -> int:
-        """Bytes read from the inputs, counting every pass; not what calibration reads."""
+        """Bytes read from the inputs in all passes, without what calibration reads."""
         pieces = (piece for output in self.outputs for piece in output.pieces)
         return self.cut_bytes + sum(self.costs[piece.built.root].read_bytes for piece in pieces)
 
     def describe(self) -> dict[str, Any]:
-        """The plan for `--json`; a documented, stable shape."""
+        """The plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
         return {
             "merge_method": self.recipe.method.name,
             "base_model": self.inputs.base.name if self.inputs.base else None,
@@ -155,27 +184,32 @@ class Plan:
         return {"delta": how | {"estimated_bytes": sum(sizes.values()), "estimated_tensor_bytes": sizes}}
 
 
-def plan(
-    recipe: Recipe,
-    folder: Path,
-    opener: Opener,
-    *,
-    device: str = "cpu",
-    workers: int = 1,
-    memory: int | None = None,
-    data: bool = True,
-    densities: Mapping[str, float] | None = None,
-) -> Plan:
-    """Resolve `recipe`; relative references start at `folder`, `opener` opens one by its headers.
+def plan(recipe: Recipe, folder: Path, opener: Opener, options: PlanOptions | None = None) -> Plan:
+    """Plan `recipe`; relative references start at `folder`, `opener` opens one by its headers.
 
-    Raises InputError naming every mismatch between the models; nothing but headers and configs is read, and with `data`
-    the calibration data of recipes that need it. `densities` are those of the tensors that a budget is for.
+    Raises InputError naming every mismatch between the models; nothing but headers, configs and calibration data is
+    read.
     """
+    options = options or PlanOptions()
     inputs = open_inputs(recipe, folder, opener)
-    bounds.check(inputs)
+    check_size(inputs)
+    return _plan(recipe, inputs, folder, options, None)
+
+
+def fit(planned: Plan, densities: Mapping[str, float]) -> Plan:
+    """The plan of the same models with `densities` for the tensors that a budget is for; nothing is opened again."""
+    made = _plan(planned.recipe, planned.inputs, planned.folder, planned.options, densities)
+    return replace(made, warnings=planned.warnings)
+
+
+def _plan(
+    recipe: Recipe, inputs: Inputs, folder: Path, options: PlanOptions, densities: Mapping[str, float] | None
+) -> Plan:
+    """`densities` are those of the tensors that a budget is for; without them each is planned with the same."""
     own = own_weights(recipe, inputs)
     inputs = own or inputs
     vocabulary = make_vocabulary(recipe, inputs)
+    device, workers, memory = options.device, options.workers, options.memory
     found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
     rows = found.rows()
     if found.problems:
@@ -197,9 +231,9 @@ def plan(
     tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
     builder, stages = found.builder, found.builder.deltas.stages
     sources = _sources(stages, inputs)
-    if data:
+    if options.data and densities is None:  # once: `fit` has the same sources
         _check_data(sources, inputs)
-    if sources:  # the stages come before the first tile, one after another
+    if sources:  # stages run one after another, before the first tile
         resident = [node.parameter("spec").memory for node in stages.calibrations]
         peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
     peak += vocabulary.memory if vocabulary is not None else 0
@@ -224,31 +258,31 @@ def plan(
         for read in delta.inputs
     )
     return Plan(
-        recipe,
-        inputs,
-        outputs,
-        layout,
-        tuple(notes),
-        device,
-        workers,
-        tile,
-        peak,
-        costs,
-        stages.calibrations,
-        tuple(sources.values()),
-        tuple(Budgeted(t.name, math.prod(t.base.shape), t.tensor, t.base) for t in builder.budgeted),
-        next(iter(stages.weighing.values()), None),
-        cut_bytes,
-        found.config,
-        inputs.tunes[0].checkpoint.adapter if own else None,
-        vocabulary,
-        choose_chat_template(recipe, inputs),
-        tuple(swapped(inputs)),
+        recipe=recipe,
+        inputs=inputs,
+        folder=folder,
+        options=options,
+        outputs=outputs,
+        layout=layout,
+        notes=tuple(notes),
+        tile_elements=tile,
+        peak_bytes=peak,
+        costs=costs,
+        stages=stages.calibrations,
+        sources=tuple(sources.values()),
+        budgeted=tuple(Budgeted(t.name, math.prod(t.base.shape), t.tensor, t.base) for t in builder.budgeted),
+        weighing=next(iter(stages.weighing.values()), None),
+        cut_bytes=cut_bytes,
+        config=found.config,
+        pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
+        vocabulary=vocabulary,
+        chat_template=choose_chat_template(recipe, inputs),
+        warnings=tuple(swapped(inputs)),
     )
 
 
 def _sources(stages: Stages, inputs: Inputs) -> dict[int, Source]:
-    """What the stages run, by the fine-tune's place in the recipe."""
+    """The data that stages run on, by the fine-tune's index in the recipe."""
     measured = {**stages.activations, **stages.weighing}
     sources = {i: node.parameter("source") for i, node in measured.items()}
     sources |= {i: node.parameter("spec").source for i, node in stages.calibrated.items()}
@@ -259,7 +293,7 @@ def _sources(stages: Stages, inputs: Inputs) -> dict[int, Source]:
 
 
 def _check_data(sources: Mapping[int, Source], inputs: Inputs) -> None:
-    """InputError unless the rows are there, with the fields and labels that the model's head needs."""
+    """InputError unless the rows exist, with the fields and labels that the model's head needs."""
     configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
     for index, source in sources.items():
         with errors.context(f"calibration of {source.model}"):
@@ -267,5 +301,5 @@ def _check_data(sources: Mapping[int, Source], inputs: Inputs) -> None:
 
 
 def _blocks(source: Source) -> int:
-    """How many blocks calibration goes through one by one, as the names tell; 0: the whole model is resident."""
+    """The number of blocks that calibration runs one by one, as names tell; 0: the whole model is resident."""
     return len(numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or ())

@@ -1,4 +1,4 @@
-"""Two plans side by side, and a plan as a picture: what the reviewers of a recipe read."""
+"""Two plans compared, and a plan as a diagram, for reviewers of a recipe."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from deltamerge.io.markdown import code, label, plain
 
 Described = Mapping[str, Any]
 
-# what of a tensor is compared; its file and its backend say nothing about the result
+# the keys of a tensor that are compared; its file and backend do not affect the result
 TENSOR_KEYS = ("method", "sources", "dtype", "shape", "bytes")
 PLAN_KEYS = (
     "merge_method", "base_model", "models", "template", "output_bytes", "read_bytes", "peak_bytes", "shards", "notes",
@@ -20,11 +20,12 @@ NUMBER = re.compile(r"\d+")
 
 
 def difference(old: Described, new: Described) -> dict[str, Any]:
-    """What `new` does otherwise than `old`.
+    """How the plan `new` differs from `old`, both as described.
 
-    `plan`: the plan's own values that differ, [old, new] each; `stages`: calibration stages that differ, likewise, by
-    model; `added`, `removed`: tensor names; `changed`: groups of tensors that change alike, each with its `tensors` and
-    the [old, new] of every value that differs.
+    plan      the plan's own values that differ: key -> [old, new]
+    stages    calibration stages that differ: model -> [old, new]
+    added, removed   names of tensors
+    changed   groups of tensors that change alike: `tensors`, and key -> [old, new]
     """
     before, after = ({tensor["name"]: tensor for tensor in plan["tensors"]} for plan in (old, new))
     groups: dict[str, dict[str, Any]] = {}
@@ -47,7 +48,7 @@ def _values(old: Mapping[str, Any], new: Mapping[str, Any], keys: Iterable[str])
 
 
 def markdown(found: Mapping[str, Any], old: str, new: str) -> str:
-    """A `difference` for a pull request."""
+    """A `difference` as Markdown for a pull request."""
     lines = [f"### {plain(old)} → {plain(new)}", ""]
     if not any(found.values()):
         return "\n".join([*lines, "Nothing changes."])
@@ -88,7 +89,9 @@ def _cell(value: Any) -> str:
 
 
 def _names(names: Iterable[str]) -> str:
-    """Names that differ only in their numbers as one pattern: `layers.{0–23}.mlp.up_proj.weight`."""
+    """Names in a message; those that differ only in their numbers as one pattern:
+    `layers.{0–23}.mlp.up_proj.weight`.
+    """
     families: dict[str, list[str]] = defaultdict(list)
     for name in names:
         families[NUMBER.sub("*", name)].append(name)

@@ -1,4 +1,4 @@
-"""Which tensors the output has and where each comes from: names as they are, or layers stacked and renumbered."""
+"""The tensors of the output and their sources: names as they are, or layers stacked and renumbered."""
 
 from __future__ import annotations
 
@@ -8,20 +8,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
-from deltamerge.io.names import layer_index, layer_position
+from deltamerge.io.names import BEFORE_LAYERS, LM_HEAD, block_of, layer_index, layer_position
 from deltamerge.io.quantised import keys_of, stated, without_keys
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.plan.inputs import HEAD, Group, Input, Inputs, ties
+from deltamerge.plan.inputs import Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer
 from deltamerge.plan.layer_config import Followed, count_keys, layer_count, repair
 from deltamerge.plan.layer_kinds import Kind, Stacked, settle
 from deltamerge.recipe.schema import Recipe
 
-# Outside layers these belong to the first slice; norms and heads belong to the last one.
-BEFORE_LAYERS = re.compile(r"embed|(^|\.)(wte|wpe|shared|tok_embeddings|project_in)\.")
-# Outside layers these have a part for each layer.
+# Tensors outside layers that hold a part for each layer.
 PER_LAYER = re.compile(r"(^|[._])per_layer([._]|$)")
-# mergekit's names for the parts of a model that are not components of its tensors' names.
+# Names that mergekit gives parts of a model, where they are not components of tensor names.
 SPELLINGS = {"text_decoder": "language_model", "default": ""}
 LAST_MODULES = ("decoder", "text_decoder", "language_model", "default")
 
@@ -30,11 +28,12 @@ LAST_MODULES = ("decoder", "text_decoder", "language_model", "default")
 class Target:
     """A tensor of the output.
 
-    name      canonical;  `stored` in the output's files
-    group     the inputs it is made of, None where it comes from the template alone
-    position  of its layer, from 0 to 1
-    tensor    of the model `owner`: what it is where it is not merged, and its dtype
-    sources   every input of the group and the canonical name of the tensor there
+    name       canonical name
+    stored     name in the output's files
+    group      the inputs it is merged from; None: it is the template's
+    position   of its layer, from 0 to 1
+    owner      the model whose `tensor` it is if it is not merged, and whose dtype it has
+    sources    every input of the group, and the canonical name of the tensor there
     """
 
     name: str
@@ -48,31 +47,32 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A layer of the output: the inputs that make it and where, the number of the layer in the first of them."""
+    """A layer of the output: its inputs, and its number relative to their ranges."""
 
     group: Group
     offset: int
     position: float
 
     def source(self, model: Input) -> int:
+        """The layer's number in a model."""
         return self.group.range_of(model)[0] + self.offset
 
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """Layers stacked into the numbered container `prefix` ("layers", "encoder.block"), which had `old` of them."""
+    """Layers stacked into the numbered container `prefix` ("layers", "encoder.block"), which had `old` layers."""
 
     prefix: str
     old: int
     layers: tuple[Layer, ...]
 
     def owner(self, layer: Layer, template: Input) -> Input:
-        """The model whose layer stands for the merged one: the template if it is among them, else the first."""
+        """The model that determines the tensors of a merged layer: the template if it contributes, else the first."""
         known = (m for m in layer.group.all if m.checkpoint.reference == template.checkpoint.reference)
         return next(known, layer.group.tunes[0])
 
     def extra(self, model: Input, template: Input) -> list[str]:
-        """Tensors of the layers that a model lends whose kind the layer's owner has not."""
+        """Tensors of a model's layers that the layers' owners do not have."""
         found = []
         for layer in self.layers:
             lent = next((m for m in layer.group.all if m.name == model.name), None)
@@ -89,7 +89,7 @@ class Stack:
         return _inside(name, self.prefix)
 
     def describe(self) -> str:
-        """ "6 layers: ./a 0-3, ./b 2-3"."""
+        """The stack in words: "6 layers: ./a 0-3, ./b 2-3"."""
         groups = dict.fromkeys(layer.group for layer in self.layers)
         texts = []
         for group in groups:
@@ -99,7 +99,7 @@ class Stack:
 
 
 def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, Any], list[str]]:
-    """The template's config for the output's layers and head, and what that changed."""
+    """The template's config for the output's layers and head, and messages about the changes."""
     config, notes = dict(inputs.template.checkpoint.config), []
     for stack in stacks:
         sources = []
@@ -119,7 +119,7 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
 
         config, changes = repair(config, stack.prefix, stack.old, sources, alone, settled)
         notes += [f"config.json: {change}" for change in changes]
-    if inputs.untied and HEAD in inputs.template.tensors and ties(config, default=True):
+    if inputs.untied and LM_HEAD in inputs.template.tensors and ties(config, default=True):
         inner = config.get("text_config")
         if isinstance(inner, dict) and "tie_word_embeddings" in inner:
             config["text_config"] = {**inner, "tie_word_embeddings": False}
@@ -151,10 +151,10 @@ def _kinds_of(model: Input, prefix: str) -> dict[int, Kind]:
 
 
 def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target], list[Stack]]:
-    """The tensors of the output in their order, and its stacks; `spares`, which stand beside the layers, do not count.
+    """The tensors of the output in order, and its stacks. `spares` are no layers and do not count.
 
-    RecipeError: a range beyond a model's layers, a module that no tensor belongs to. InputError: layers that cannot be
-    stacked because their numbering is not plain.
+    RecipeError: a range beyond a model's layers, or a module without tensors. InputError: layers that cannot be stacked
+    because they are not numbered plainly.
     """
     scopes = _scopes(recipe, inputs)
     stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in scopes.items() if _sliced(groups)}
@@ -178,7 +178,7 @@ def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target
 
 
 def behind(stacks: Sequence[Stack], models: Sequence[Input]) -> Iterator[tuple[Input, list[str]]]:
-    """The tensors of blocks that stand behind each model's layers, which no stack has a place for."""
+    """The tensors of blocks that follow each model's layers, which a stack has no place for."""
     for stack in stacks:
         for model in models:
             count = _count(model, stack.prefix, _numbers(model.tensors, stack.prefix))
@@ -189,9 +189,10 @@ def behind(stacks: Sequence[Stack], models: Sequence[Input]) -> Iterator[tuple[I
 
 
 def like_template(target: Target, stacks: Sequence[Stack], template: Input) -> TensorInfo | None:
-    """The template's tensor that one of a stack must be like: outside layers the same, inside one of its kind.
+    """The template's tensor whose shape a target must have: outside layers the same tensor, inside a layer one of its
+    kind.
 
-    Layers of one model may differ in shape (of some MoE models they do), so a shape that any layer has is right.
+    Layers of one model may differ in shape (in some MoE models they do), so the shape of any layer is accepted.
     """
     if not stacks:
         return None
@@ -214,7 +215,7 @@ def _plain(name: str, template: Input, group: Group | None, position: float) -> 
 
 
 def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
-    """The tensors of every layer: those of its owner, under the new number and the template's spelling."""
+    """The tensors of every layer: its owner's, with the new number and the template's names."""
     first = next(name for name in template.tensors if _inside(name, stack.prefix))
     stored = template.stored[first].removesuffix(first) + stack.prefix
     for number, layer in enumerate(stack.layers):
@@ -248,14 +249,14 @@ def _sliced(groups: Sequence[Group]) -> bool:
 
 
 def _module_of(name: str, scopes: Mapping[str | None, object]) -> str | None:
-    """The module whose name is the first such component of the tensor's name; the head belongs to the decoder."""
+    """The module of a tensor: the first component of its name that is a module. The head belongs to the decoder."""
     if None in scopes or "default" in scopes:
         return None if None in scopes else "default"
     wanted = {SPELLINGS.get(module or "", module or ""): module for module in scopes}
     for component in name.split("."):
         if component in wanted:
             return wanted[component]
-    return next((module for module in LAST_MODULES if module in scopes), None) if name == HEAD else None
+    return next((module for module in LAST_MODULES if module in scopes), None) if name == LM_HEAD else None
 
 
 def _inside(name: str, prefix: str) -> bool:
@@ -286,17 +287,16 @@ def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[Group], module: str 
 
 
 def _container(template: Input, module: str | None, scopes: Mapping[str | None, object]) -> tuple[str, int]:
-    """The prefix of the numbered layers that slices stack, and how many there are.
+    """The prefix of the numbered layers that slices stack, and their number.
 
-    The number is the first in a tensor's name: experts and blocks inside a layer go with it. InputError: no such
+    The first number in a tensor's name counts: experts and blocks inside a layer belong to it. InputError: no such
     numbering, two of them (an encoder and a decoder, two towers), or stages of different width.
     """
     found: dict[str, set[int]] = {}
     for name in template.tensors:
-        parts = name.split(".")
-        at = next((i for i, part in enumerate(parts) if re.fullmatch("[0-9]{1,9}", part)), None)
-        if at is not None and at + 1 < len(parts) and _module_of(name, scopes) == module:
-            found.setdefault(".".join(parts[:at]), set()).add(int(parts[at]))
+        block = block_of(name.rpartition(".")[0])
+        if block is not None and _module_of(name, scopes) == module:
+            found.setdefault(block[0], set()).add(block[1])
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
     config, where = template.checkpoint.config, f"{template.name}: slices"
     counted = {p: n for p, n in whole.items() if count_keys(config, p, n, alone=_alone(template, p))}
@@ -314,7 +314,7 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
 
 
 def _check_outside(template: Input, stack: Stack) -> None:
-    """InputError where a tensor outside the layers has a part for each of them, and they are not as they were."""
+    """InputError: a tensor outside the layers has a part for each of them, and the layers have changed."""
     moved = [layer.source(stack.owner(layer, template)) for layer in stack.layers] != list(range(stack.old))
     for name, tensor in template.tensors.items() if moved and stack.old > 1 else ():
         parts = any(size % stack.old == 0 for size in tensor.shape)
@@ -324,13 +324,14 @@ def _check_outside(template: Input, stack: Stack) -> None:
 
 
 def _alone(template: Input, prefix: str) -> bool:
-    """Whether a decoder's layers are the model's only ones."""
+    """Whether a decoder's layers are the model's only layers."""
     return not any("encoder" in name.split(".") for name in template.tensors) or "encoder" in prefix.split(".")
 
 
 def _check_width(template: Input, prefix: str) -> None:
-    """InputError for stages, all of whose norms differ in width: one cannot follow another. Norms of heads may differ,
-    where layers have heads of several sizes."""
+    """InputError: layers are stages, whose norms all differ in width, so that one cannot follow another. Norms of heads
+    may differ, where layers have heads of several sizes.
+    """
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in template.tensors.items():
         if _inside(name, prefix) and len(tensor.shape) == 1 and "norm" in name.lower():
@@ -349,6 +350,6 @@ def _numbers(names: Mapping[str, object], prefix: str) -> set[int]:
 
 
 def _count(model: Input, prefix: str, numbers: Collection[int]) -> int:
-    """The layers among numbered blocks: without those that stand behind them, as the config counts."""
+    """The number of layers among numbered blocks, without blocks that follow them, by the config."""
     count = layer_count(model.checkpoint.config, prefix, numbers, alone=_alone(model, prefix))
     return len(numbers) if count is None else count

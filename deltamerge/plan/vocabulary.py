@@ -1,4 +1,4 @@
-"""The output's vocabulary: its ids, where each model has each token, and which rows an embedding is gathered from."""
+"""The output's vocabulary: its ids, each model's ids of its tokens, and the rows that embeddings are gathered from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Rows = NDArray[np.int32]
 
 @dataclass(frozen=True, slots=True)
 class Given:
-    """A row that the recipe gives a token: row `row` of the tensor of `model`, zeros where `row` is −1."""
+    """A row that the recipe assigns to a token: row `row` of the tensor of `model`; zeros if `row` is −1."""
 
     model: str
     row: int
@@ -36,18 +36,21 @@ class Given:
 
 @dataclass(frozen=True, slots=True)
 class Vocabulary:
-    """The output's tokens and how every model's rows become theirs; no array here is larger than tokens × models.
+    """The output's tokens and how every model's rows map to them; no array is larger than tokens × models.
 
-    Models are known by their references.
-
-    start     the model whose tokenizer files the output's begin with;  first  its tokens
-    ids       token -> id in the output; `entries` are what tokenizer.json adds to the list of added tokens of `start`,
-              `appended` of them are tokens that `start` lacks
+    start     reference of the model whose tokenizer files the output extends
+    first     that model's tokens
+    ids       token -> id in the output
+    entries   of the list of added tokens in tokenizer.json, beyond those of `start`
+    appended  the number of entries that are new tokens
     dropped   tokens of `start` beyond its embedding, whose ids the appended ones take
-    size      rows that tokens need;  padding  rows after them
-    columns   per model the model's id of every output id, −1 where it lacks the token;  base  which of them is the base
-    given     output id -> the row that the recipe names
-    template_ids  the template's own ids;  rows  of each model's embedding
+    size      rows that tokens need
+    padding   rows after them
+    columns   per model (by reference) the model's id of every output id, −1 if it lacks the token
+    base      the key of the base in `columns`
+    given     output id -> the row that the recipe assigns
+    template_ids   the template's own ids
+    rows      of each model's embedding
     """
 
     kind: str
@@ -69,13 +72,13 @@ class Vocabulary:
 
     @property
     def changes(self) -> bool:
-        """Whether a model's rows move, or others are added or given: then an embedding must be found."""
+        """Whether rows of a model move, are added or are assigned; if so, an embedding must be found."""
         moved = any(not np.array_equal(column, np.arange(self.size)) for column in self.columns.values())
         return moved or bool(self.padding or self.given)
 
     @property
     def tokens(self) -> Tokens:
-        """What the output's tokenizer says, once it is written."""
+        """The content of the output's tokenizer."""
         added = {token: entry for token, entry in self.first.added.items() if token in self.ids}
         for entry in self.entries:
             added[str(entry["content"])] = {key: value for key, value in entry.items() if key != "id"}
@@ -83,7 +86,7 @@ class Vocabulary:
 
     @property
     def memory(self) -> int:
-        """About the bytes that reading the tokenizers takes."""
+        """About the bytes of memory that reading the tokenizers takes."""
         return BYTES_PER_TOKEN * sum(self.rows.values())
 
     @property
@@ -92,7 +95,7 @@ class Vocabulary:
         return self.size + self.padding
 
     def holds(self, name: str, present: Sequence[tuple[Input, TensorInfo]]) -> bool:
-        """Whether a tensor's rows are the vocabulary's, in every model that has it."""
+        """Whether a tensor has a row per token in every model that has it."""
         configs = [model.checkpoint.config for model, _ in present]
         return all(
             has_vocabulary_rows(name, info.shape, self.rows[_reference(model)], config)
@@ -100,10 +103,10 @@ class Vocabulary:
         )
 
     def remap(self, model: Input, present: Sequence[tuple[Input, TensorInfo]]) -> TensorInfo:
-        """The model's tensor under the output's vocabulary; `present` are all models that have it, with theirs.
+        """The model's tensor under the output's vocabulary; `present` maps all models that have it to theirs.
 
-        A token that the model lacks, or that the recipe forces, takes the row that the recipe names; else the base's;
-        else the mean of the models that have it; else zeros.
+        The row of a token that the model lacks, or that the recipe forces, is the one that the recipe assigns; else the
+        base's; else the mean over the models that have the token; else zeros.
         """
         if len({info.shape[1:] for _, info in present}) > 1:
             shapes = ", ".join(f"{other.name} {list(info.shape)}" for other, info in present)
@@ -127,7 +130,7 @@ class Vocabulary:
         return self._picked[key]
 
     def _defaults(self, where: Rows, base: int | None, present: tuple[str, ...]) -> Rows:
-        """(tokens, models) the rows whose mean a model takes that lacks a token."""
+        """(tokens, models) rows whose mean is used for tokens that a model lacks."""
         picks = where.copy()
         if base is not None:
             known = where[:, base] >= 0
@@ -142,7 +145,7 @@ class Vocabulary:
         return picks
 
     def describe(self) -> dict[str, Any]:
-        """The vocabulary for people and for `--json`."""
+        """The vocabulary as `deltamerge plan --json` prints it."""
         where = np.stack(list(self.columns.values()), axis=1)
         lacking = np.flatnonzero((where < 0).any(1))
         plain = np.setdiff1d(lacking, np.fromiter(self.given, np.int64, len(self.given)))
@@ -168,13 +171,13 @@ class Vocabulary:
 
 
 def make_vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
-    """The output's vocabulary; None where the recipe leaves it to the template, or its source has no tokenizer.json
-    and needs none: rows are then matched by their number.
+    """The output's vocabulary. None: rows are matched by number, because the recipe leaves the vocabulary to the
+    template, or because its source has no tokenizer.json and needs none.
 
-    Ids: those of the model that the output's tokenizer starts from; then, for a union, what it lacks: the tokens of the
-    other models in their order, each by id, then their added tokens; then what only the recipe names.
+    Ids are those of the model whose tokenizer the output extends. A union appends what it lacks: the tokens of the
+    other models in their order, each by id, then their added tokens; then tokens that only the recipe names.
 
-    RecipeError, InputError: a tokenizer that cannot be read, a source that lacks its token, ids that leave gaps where
+    RecipeError, InputError: a tokenizer that cannot be read, a source that lacks its token, or ids with gaps where
     tokens must be appended.
     """
     kind, start, whole = recipe.tokenizer_of, inputs.vocabulary, recipe.tokenizer
@@ -245,9 +248,9 @@ def _end(ids: Mapping[str, int]) -> int:
 def _missing(
     first: Tokens, ids: Mapping[str, int], others: Sequence[tuple[Tokens, int]], named: Mapping[str, Token]
 ) -> tuple[dict[str, Entry], list[str]]:
-    """What the output's tokenizer adds to the first one's, and which of it are new tokens, in the order of their ids.
+    """The entries that the output's tokenizer adds to the first one's, and those of them that are new tokens, by id.
 
-    A token that the first has as a plain one and another as an added one becomes an added one under its id.
+    A plain token of the first that is an added token of another becomes an added one under its id.
     """
     added: dict[str, Entry] = {}
     plain: dict[str, Entry] = {}
@@ -266,7 +269,7 @@ def _missing(
 
 
 def _column(ids: Mapping[str, int], size: int, tokens: Tokens, rows: int) -> Rows:
-    """A model's id of every output id; an id that names no token on either side is one row."""
+    """A model's id of every output id; an id without a token on either side keeps its number."""
     column = np.full(size, -1, np.int32)
     there = np.fromiter(ids.values(), np.int64, len(ids))
     own = np.fromiter(map(tokens.ids.get, ids, repeat(-1)), np.int32, len(ids))
@@ -280,7 +283,7 @@ def _column(ids: Mapping[str, int], size: int, tokens: Tokens, rows: int) -> Row
 
 
 def _resized(own: Mapping[str, int], ids: Mapping[str, int], column: Rows, rows: int, total: int) -> str:
-    """What becomes of a model's rows, for people; "" where all of them stay and no other comes."""
+    """A message about a model's moved rows; "" if all stay and none is added."""
     lost = sum(i < rows and token not in ids for token, i in own.items())
     padding = rows - len(np.unique(column[column >= 0])) - lost
     left_out = [f"{padding} that no token names (padding)"] if padding > 0 else []
@@ -298,7 +301,7 @@ def _given(
     tokens: Mapping[str, Tokens],
     rows: Mapping[str, int],
 ) -> dict[int, Given]:
-    """The rows that the recipe's `tokenizer.tokens` names."""
+    """The rows that the recipe's `tokenizer.tokens` assigns."""
     given: dict[int, Given] = {}
     problems: list[Problem] = []
     for token, wanted in (recipe.tokenizer.tokens if recipe.tokenizer else {}).items():

@@ -1,4 +1,4 @@
-"""What a new vocabulary changes in config.json and generation_config.json: its size, and ids of tokens that moved."""
+"""Changes of config.json and generation_config.json under a new vocabulary: its size, and ids of tokens that moved."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ID_KEYS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 
 
 def edit_config(config: Mapping[str, Any], vocabulary: Vocabulary, template: Input) -> dict[str, Any]:
-    """A config of `template` under the output's vocabulary; equal to the given one where nothing moved.
+    """A config of `template` under the output's vocabulary; equal to the given one if nothing moved.
 
-    An id follows its token; the id of a token that the output lacks is what the vocabulary's own model says, or null.
+    An id follows its token. For a token that the output lacks, the id is that of the vocabulary's own model, or null.
     """
     result = copy.deepcopy(dict(config))
     for holder, key in sizes(result):

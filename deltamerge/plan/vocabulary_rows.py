@@ -1,4 +1,4 @@
-"""Which tensors have one row per token, found by names and numbers of rows: there is no table of architectures."""
+"""Tensors with one row per token, recognised by name and number of rows."""
 
 from __future__ import annotations
 
@@ -6,19 +6,14 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from deltamerge.io.names import layer_index
+from deltamerge.io.names import TOKEN_EMBEDDING, TOKEN_HEAD, layer_index
 
-EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|shared|token_embedding)\.weight$"
-)
-HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|vocab_projector)\.(decoder\.)?(weight|bias)$|(^|\.)predictions\.(bias|decoder\.(weight|bias))$"
-)
+# Tensors that never have a row per token, whatever their size.
 OTHER = re.compile(r"position|token_type|segment|wpe|norm|classifier|score|qa_outputs|pooler")
 
 
 def sizes(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every place of a config that says the vocabulary's size: (mapping, key), the outermost first."""
+    """Every place of a config that states the vocabulary's size, as (mapping, key); the outermost first."""
     if isinstance(config, dict) and isinstance(config.get("vocab_size"), int):
         yield config, "vocab_size"
     for value in config.values():
@@ -27,16 +22,19 @@ def sizes(config: Mapping[str, Any]) -> Iterator[tuple[dict[str, Any], str]]:
 
 
 def config_rows(config: Mapping[str, Any]) -> int | None:
-    """The vocabulary's size as config.json states it, of a multimodal model its text part's."""
+    """The vocabulary's size in config.json; for a multimodal model its text part's."""
     return next((holder[key] for holder, key in sizes(config)), None)
 
 
 def has_vocabulary_rows(name: str, shape: tuple[int, ...], rows: int, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor has a row per token: outside numbered blocks, `rows` rows, and the name of an embedding or head;
-    or any name, if no other size of the model is that number."""
+    """Whether a tensor has a row per token.
+
+    It is outside numbered blocks and has `rows` rows. It has the name of an embedding or a head; or any name, if no
+    other size in the config is that number.
+    """
     if layer_index(name) is not None or not 1 <= len(shape) <= 2 or shape[0] != rows:
         return False
-    if EMBEDDING.search(name) or HEAD.search(name):
+    if TOKEN_EMBEDDING.search(name) or TOKEN_HEAD.search(name):
         return True
     return not OTHER.search(name) and rows not in _other_sizes(config)
 

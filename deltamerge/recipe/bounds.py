@@ -1,25 +1,22 @@
-"""How large a recipe may be: far above any that someone wrote by hand, and such that checking and planning it ends."""
+"""Bounds on the size of a recipe: far above any written by hand, so that checking and planning always end."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from deltamerge.errors import InputError, Problem
-from deltamerge.io.names import layer_index
+from deltamerge.errors import Problem
 
 if TYPE_CHECKING:
-    from deltamerge.plan.inputs import Inputs
     from deltamerge.recipe.schema import Recipe
 
-MODELS = 1_000  # of all documents, slices and modules, counted where they stand
-LAYERS = 10_000  # that slices take from their sources, counted once for each source
-NAME = 1_000  # characters of a reference or a name
-SOURCES = 2_000_000  # of all tensors of an output
+MODELS = 1_000  # in all documents, slices and modules, with repetitions
+LAYERS = 10_000  # that slices take, counted once for each source
+NAME = 1_000  # characters in a reference or a name
 
 
 def problems(recipes: Sequence[Recipe]) -> Iterator[Problem]:
-    """What of the documents of a file is too large to be looked at further: one problem at most."""
+    """The first bound that the documents of a file exceed; they are then not checked further."""
     models = layers = 0
     for recipe in recipes:
         if len(recipe.base_model or "") > NAME:
@@ -39,16 +36,3 @@ def problems(recipes: Sequence[Recipe]) -> Iterator[Problem]:
             if len(model.model) > NAME or len(model.name or "") > NAME:
                 yield recipe.problem(("models", i), f"a name longer than {NAME:,} characters", "a path or a hub id")
                 return
-
-
-def check(inputs: Inputs) -> None:
-    """InputError: the output has more tensors, counted once for each of their sources, than a plan has room for."""
-    tensors = len(inputs.template.tensors)
-    stored = 1 + max((layer_index(name) or 0 for name in inputs.template.tensors), default=0)
-    count = 0
-    for group in inputs.groups:
-        share = tensors if group.part.ranges is None else tensors * group.part.layers // max(1, min(stored, tensors))
-        count += share * len(group.all)
-    if count > SOURCES:
-        message = f"the output would have about {count:,} tensors, counted for each model they come from"
-        raise InputError(f"{message}: more than {SOURCES:,}", hint="merge fewer models, or fewer layers, at a time")

@@ -1,4 +1,4 @@
-"""Chat templates that a recipe may name, in Jinja: our own texts of the formats that the models' makers document."""
+"""Built-in chat templates in Jinja, written by us from the formats that the models' makers document."""
 
 from __future__ import annotations
 
@@ -46,5 +46,5 @@ BUILT_IN = {
 
 
 def is_literal(text: str) -> bool:
-    """Whether a recipe's `chat_template` is a Jinja text rather than a name."""
+    """Whether a recipe's `chat_template` is a Jinja text and not a name."""
     return "{" in text

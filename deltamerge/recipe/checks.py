@@ -1,4 +1,4 @@
-"""What a recipe must be beyond its types: methods and their parameters, names."""
+"""Checks of a recipe beyond its types: methods and their parameters, names."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every fault that the types of the keys do not show."""
+    """Every fault that the types of the keys cannot express."""
     checks = (
         _inputs, _slices, _merge_method, _parameters, _required, _template, _tokens,
         prune_checks.problems, _output, _adapter,
@@ -56,7 +56,7 @@ def _inputs(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _slices(recipe: Recipe) -> Iterator[Problem]:
-    """The sources of a slice lend the same number of layers; a base that is not among them has the same range."""
+    """All sources of a slice have the same number of layers; a base that is not a source has the same range in each."""
     for part in recipe.parts:
         if part.ranges is None:
             continue
@@ -88,7 +88,7 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
     if method.needs_base and not based and not is_given(recipe, "base_model"):
         yield recipe.problem(loc, f"{name} needs base_model", "name what the models were fine-tuned from")
     for part in recipe.parts:
-        if not part.members:  # which has been said
+        if not part.members:  # reported before
             continue
         loc = part.places[0][:-1]
         apart = method.base_apart(part.base)
@@ -103,7 +103,7 @@ def _merge_method(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _parameters(recipe: Recipe) -> Iterator[Problem]:
-    """Every parameter is one of the method's, at a level where it means something, and in its range."""
+    """Every parameter belongs to the method, stands at a level where it has a meaning, and is in its range."""
     method = known_method(recipe)
     if method is None:
         yield from _unknown_anywhere(recipe)
@@ -129,7 +129,7 @@ def _parameters(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
-    """Parameters that no method has, for a recipe whose method is not known."""
+    """Parameters that no method has, for a recipe whose method is unknown."""
     known = NO_EFFECT.keys() | {name for method in MERGE.values() for name in method.parameters}
     for loc, _, parameters in levels(recipe):
         for name in parameters.keys() - known:
@@ -137,7 +137,7 @@ def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _required(recipe: Recipe) -> Iterator[Problem]:
-    """Parameters without a default are given for each model, or for all."""
+    """Parameters without a default are given, for each model or for all."""
     method = known_method(recipe)
     if method is None:
         return
@@ -176,7 +176,7 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _tokens(recipe: Recipe) -> Iterator[Problem]:
-    """A forced token has a source, and a chat template is a name that is known, or a text."""
+    """A forced token has a source, and a chat template is a known name or a text."""
     for token, wanted in (recipe.tokenizer.tokens if recipe.tokenizer is not None else {}).items():
         if wanted.force and not is_given(recipe, "tokenizer", "tokens", token, "source"):
             yield recipe.problem(("tokenizer", "tokens", token, "force"), "needs a source", "source: MODEL", key=True)
@@ -189,7 +189,7 @@ def _tokens(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _output(recipe: Recipe) -> Iterator[Problem]:
-    """A delta has a base, and one that adds comes from a method that adds to it."""
+    """A delta has a base, and a delta that adds comes from a method that adds to the base."""
     output, method = recipe.output, known_method(recipe)
     if output.kind != "delta":
         for key in ("semantics", "values"):
@@ -207,7 +207,7 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _adapter(recipe: Recipe) -> Iterator[Problem]:
-    """What an adapter is made from: deltas of a base."""
+    """An adapter is made from deltas of a base."""
     method = known_method(recipe)
     if recipe.output.kind == "peft" and method is not None and not method.deltas:
         hint = "merge_method: task_arithmetic, or another that works on deltas"

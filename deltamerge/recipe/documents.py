@@ -1,4 +1,4 @@
-"""What the documents of one recipe file must be for each other, and which models each may open."""
+"""Checks across the documents of one recipe file, and the models that each may open."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ FOLDER_NAME = re.compile(r"\w[\w.-]*", re.ASCII)
 
 
 def references(recipe: Recipe) -> frozenset[str]:
-    """Every model that a recipe may open, as written; other documents are among them by name."""
+    """Every model that a recipe may open, as written; names of other documents are among them."""
     tokens = recipe.tokenizer.tokens.values() if recipe.tokenizer is not None else ()
     sources = (getattr(token.source, "model", token.source) for token in tokens)
     bases = (recipe.base_model, *(part.base for part in recipe.parts))
@@ -25,7 +25,7 @@ def references(recipe: Recipe) -> frozenset[str]:
 
 
 def problems(recipes: Sequence[Recipe]) -> Iterator[Problem]:
-    """What documents of one file must be for each other: named, each once, all but the one that is the output."""
+    """Faults across documents: each has a unique name, except for the one that is the output."""
     if len(recipes) == 1:
         return
     named: set[str] = set()

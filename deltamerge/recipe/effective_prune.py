@@ -1,4 +1,4 @@
-"""The pruning of one model: its own keys, the recipe's defaults, what the merge method implies."""
+"""The effective pruning of one model: its own keys, the recipe's defaults, and what the merge method implies."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from deltamerge.io.names import TASK_HEAD
 from deltamerge.methods.table import MERGE, PRUNE
 from deltamerge.recipe.values import Value, chain
 
@@ -13,14 +14,10 @@ if TYPE_CHECKING:
     from deltamerge.recipe.prune_keys import CalibratedQ, Protect, Prune
     from deltamerge.recipe.schema import Recipe
 
-# The task head, which the base lacks or the authors of DAREx leave whole: sequence and token classifiers, answer spans,
-# and language-model heads by the names that transformers gives them, as a whole component of the tensor's name.
-TASK_HEAD = r"(^|\.)(classifier|score|lm_head|qa_outputs|classification_head|embed_out|cls)(\.|$)"
-
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """What to do with one model's delta. Values are still to be resolved per tensor (`parameters.resolve`).
+    """How one model's delta is pruned. Values are evaluated later, per tensor (`recipe.values.resolve`).
 
     `density` and `q` are fractions in (0, 1]. `density` is None for method none, and unless given for methods whose
     parameters multiply to it. `parameters` are those that the method declares besides these two. A `q` of None, or one
@@ -41,12 +38,12 @@ class Pruning:
 
 
 def effective_prune(recipe: Recipe, index: int) -> Pruning:
-    """The pruning of `recipe.models[index]`: key by key, the model's own wins over the recipe's.
+    """The pruning of `recipe.models[index]`; for each key the model's own value comes before the recipe's.
 
-    The method defaults to what merge_method implies, the density to mergekit's `parameters.density` (the model's, the
-    slice's, then the recipe's), which then no longer trims inside ties; tensors that no filter of a density matches are
-    kept whole.
-    Pruning that is only implied prunes every tensor, the task head too, as in mergekit.
+    The method defaults to the one that merge_method implies. The density defaults to mergekit's `parameters.density`
+    (the model's, the slice's, then the recipe's), which then no longer trims inside ties; tensors that no filter of a
+    density matches are kept whole. Pruning that is only implied applies to every tensor, the task head too, as in
+    mergekit.
     """
     model, part, merge = recipe.models[index], recipe.part_of[index], MERGE.get(recipe.method_name or "")
     levels = [prune for prune in (model.prune, recipe.prune) if prune is not None]
@@ -58,7 +55,7 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
         return chain(*(getattr(prune, key) for prune in levels), *fallbacks)
 
     def parameter(key: str) -> Value | None:
-        """A key that mergekit has among the merge's parameters; else the pruning method's default."""
+        """A parameter that mergekit keeps among the merge's; else the pruning method's default."""
         default = PRUNE[name].parameters[key].default
         if merge is None or key not in merge.parameters or not merge.parameters[key].prunes:
             return value(key, default)
@@ -100,9 +97,9 @@ def effective_prune(recipe: Recipe, index: int) -> Pruning:
 def _divisor(
     parameters: Sequence[Mapping[str, Value]], levels: list[Prune], name: str
 ) -> tuple[Value | CalibratedQ | None, str | None]:
-    """q and rescale, of the first level that has either; filters of a numeric q fall through to the next level.
+    """q and rescale, from the first level that has either; filters of a numeric q fall through to the next level.
 
-    mergekit's `parameters.rescale` comes last: false is a q of 1, true its own rescaling where masks are not random.
+    mergekit's `parameters.rescale` comes last: false is q = 1, true is mergekit's rescaling where masks are not random.
     """
     numbers: list[Value] = []
     for prune in levels:

@@ -1,4 +1,4 @@
-"""The documents of a recipe file, each after those that it needs."""
+"""The documents of a recipe file, ordered so that each follows those that it uses."""
 
 from __future__ import annotations
 
@@ -17,32 +17,56 @@ from deltamerge.recipe.schema import Recipe
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """One recipe of a file; `text` is what its result's recipe.yaml says: the documents that it needs, and itself."""
+    """One recipe of a file; `text` is the recipe.yaml of its result: the documents that it uses, and itself."""
 
     recipe: Recipe
     text: str
 
     @property
     def name(self) -> str:
-        """By which others use its result; "" of the one that is the output."""
+        """The name by which other documents use its result; "" for the output."""
         return self.recipe.name or ""
 
 
-def documents(path: Path, text: str | None = None, *, mergekit_exact: bool = False) -> tuple[Document, ...]:
-    """The documents of the file `path`, or the recipe `text` as if it stood there, each after those that it needs; the
-    output is the last. With `mergekit_exact` mergekit's defaults are written into them first.
+@dataclass(frozen=True, slots=True)
+class RecipeFile:
+    """A recipe file that was read: its path, and its documents, each after those that it needs; the output is the last.
 
-    The output is the document without a name; where all have one, the last of the file. RecipeError: any fault of any
-    document, or documents that need each other.
+    `path` is where relative references start, what the output is named after and what the lock lies beside; of a recipe
+    that is no file it says where one would be.
     """
-    if text is not None:
-        return (Document(loads(text, str(path)), text),)
+
+    path: Path
+    documents: tuple[Document, ...]
+
+    @property
+    def output(self) -> Document:
+        """The document whose result is the file's."""
+        return self.documents[-1]
+
+    @property
+    def folder(self) -> Path:
+        """Where relative references start."""
+        return self.path.resolve().parent
+
+    @property
+    def lock_path(self) -> Path:
+        """Of the lock beside the recipe, which `deltamerge calibrate` writes and `--locked` goes by."""
+        return self.path.with_suffix(".lock")
+
+
+def read_recipe(path: Path, *, mergekit_exact: bool = False) -> RecipeFile:
+    """Read the recipe file at `path`; with `mergekit_exact` mergekit's defaults are written into its documents first.
+
+    The output is the document without a name or, if all have one, the last of the file. `mergekit_exact` first writes
+    mergekit's defaults into them. RecipeError: a fault of any document, or documents that use each other.
+    """
     whole = yaml_source.read(path)
     recipes = load_all(yaml_source.loads_all(whole, str(path)))
     if mergekit_exact:
         whole, recipes = mergekit.written_out(whole, recipes)
     if len(recipes) == 1:
-        return (Document(recipes[0], whole),)
+        return RecipeFile(path, (Document(recipes[0], whole),))
     output = next((recipe for recipe in recipes if recipe.name is None), recipes[-1])
     by_name = {recipe.name: recipe for recipe in recipes}
     needs = {name: [n for n in by_name if n in references(recipe) and n != name] for name, recipe in by_name.items()}
@@ -53,7 +77,13 @@ def documents(path: Path, text: str | None = None, *, mergekit_exact: bool = Fal
         problem = by_name[circle[0]].problem(("name",), f"documents need each other: {' → '.join(circle)}")
         raise RecipeError(str(path), [problem]) from None
     order = [*(name for name in order if name != output.name), output.name]
-    return tuple(Document(by_name[n], whole if n == output.name else _text(n, needs, by_name)) for n in order)
+    texts = {name: whole if name == output.name else _text(name, needs, by_name) for name in order}
+    return RecipeFile(path, tuple(Document(by_name[name], text) for name, text in texts.items()))
+
+
+def read_text(text: str, path: Path) -> RecipeFile:
+    """The recipe `text`, of one document, as if it stood at `path`. RecipeError: any fault of it."""
+    return RecipeFile(path, (Document(loads(text, str(path)), text),))
 
 
 def _text(name: str | None, needs: Mapping[Any, list[Any]], by_name: Mapping[Any, Recipe]) -> str:

@@ -1,4 +1,4 @@
-"""Reads recipes: every problem of the text at once, or recipes that this version can run."""
+"""Loads recipes: returns recipes that this version can run, or reports every problem of the text at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
 from deltamerge.recipe.values import Value
 from deltamerge.recipe.yaml_source import Loc, Source
 
-MAX_PROBLEMS = 200  # shown of one recipe; whoever has more has another problem
+MAX_PROBLEMS = 200  # shown for one recipe
 
 
 def load(path: Path) -> Recipe:
@@ -30,14 +30,16 @@ def loads(text: str, path: str = "recipe.yaml") -> Recipe:
 
 
 def parse(read: Source, problems: list[Problem]) -> Recipe:
-    """The recipe of a YAML source; problems of its structure are added to `problems`, and what has them left out."""
+    """The recipe of a YAML source. Problems of its structure are added to `problems`, and the values at
+    fault left out.
+    """
     data = read.data
     while True:
         try:
             recipe = Recipe.model_validate(data)
         except ValidationError as error:
             errors = error.errors(include_url=False)
-            if data is read.data:  # later rounds only complain of what the first left out
+            if data is read.data:  # later rounds report only what the first left out
                 problems += [messages.problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
             data = messages.without(data, map(messages.place_of, errors))
         else:
@@ -64,7 +66,7 @@ def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
 
 
 def flatten(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Part, ...]]:
-    """Every model of the recipe in order, once for each place where it stands, and the parts that they make."""
+    """Every model of the recipe in order, once for each place, and the parts that they form."""
     models: list[Model] = []
     parts: list[Part] = []
 
@@ -92,7 +94,7 @@ def flatten(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Part, ...]]:
 def _holders(
     recipe: Recipe,
 ) -> Iterator[tuple[Loc, str | None, Sequence[Model], Sequence[Slice], tuple[Mapping[str, Value], ...]]]:
-    """Whatever holds models or slices: its place, module, models, slices and own parameters."""
+    """Everything that holds models or slices: its place, module, models, slices and own parameters."""
     if recipe.models or recipe.slices:
         yield (), None, recipe.models, () if recipe.models else recipe.slices, ()
     for name, module in () if recipe.models or recipe.slices else recipe.modules.items():

@@ -1,4 +1,4 @@
-"""What every check asks of a recipe: its method, what the text gives, where numbers and prunings stand."""
+"""Lookups that all checks of a recipe share: its method, raw values, places of numbers and of `prune`."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from deltamerge.recipe.prune_keys import Prune
     from deltamerge.recipe.schema import Recipe
 
-# Built-in methods win where several have a parameter of one name.
+# Where several methods have a parameter of one name, a built-in one wins.
 PRUNE_PARAMS = {name: param for method in reversed(list(PRUNE.values())) for name, param in method.parameters.items()}
 
 
 def prunes(recipe: Recipe) -> Iterator[tuple[Loc, Prune]]:
-    """Every `prune` of the recipe and where it stands, the recipe's own first."""
+    """Every `prune` of the recipe and its place, the recipe's own first."""
     if recipe.prune is not None:
         yield ("prune",), recipe.prune
     for i, model in enumerate(recipe.models):
@@ -34,7 +34,7 @@ Level = Literal["merge", "model"]
 
 
 def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
-    """Every `parameters` of the recipe: where it stands, and whether it is for one model or for the merge."""
+    """Every `parameters` of the recipe: its place, and whether it is for one model or for the merge."""
     yield ("parameters",), "merge", recipe.parameters
     for name, module in recipe.modules.items():
         yield ("modules", name, "parameters"), "merge", module.parameters
@@ -46,7 +46,7 @@ def levels(recipe: Recipe) -> Iterator[tuple[Loc, Level, Mapping[str, Value]]]:
 
 
 def raw(recipe: Recipe, *loc: str | int) -> Any:
-    """What the text has there, sound or not; None: nothing."""
+    """The value in the text at a place, valid or not; None if there is none."""
     value = recipe.source.data
     for part in written(recipe.parts, loc):
         if isinstance(part, int):
@@ -57,20 +57,22 @@ def raw(recipe: Recipe, *loc: str | int) -> Any:
 
 
 def is_given(recipe: Recipe, *loc: str | int) -> bool:
-    """Whether the text has a value there, sound or not: what is broken has been reported, and is not missing."""
+    """Whether the text has a value at a place, valid or not; an invalid one has been reported and is not missing."""
     return raw(recipe, *loc) is not None
 
 
 def known_method(recipe: Recipe) -> MergeMethod | None:
+    """The recipe's merge method, or None if it is unknown."""
     return MERGE.get(recipe.method_name or "")
 
 
 def out_of_range(recipe: Recipe, loc: Loc, param: Param, value: Value) -> Iterator[Problem]:
+    """The problems of a parameter's value that lies outside its range."""
     if param.scalar and not isinstance(value, bool | int | float):
         yield recipe.problem(loc, f"must be {param.wanted()}, the same for every tensor, got {show(value)}")
         return
     for inner, scalar in leaves(value):
         in_gradient = bool(inner) and inner[-1] != "value"
-        # mergekit reads 0 and 1 as booleans; as points of a gradient they would be ambiguous
+        # mergekit reads 0 and 1 as booleans; in a gradient they would be ambiguous
         if not param.accepts(scalar) or (param.kind == "bool" and in_gradient and not isinstance(scalar, bool)):
             yield recipe.problem((*loc, *inner), f"must be {param.wanted()}, got {show(scalar)}")

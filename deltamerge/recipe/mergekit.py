@@ -1,4 +1,4 @@
-"""What a mergekit recipe leaves to mergekit's defaults, written into its text where ours differ: `--mergekit-exact`."""
+"""`--mergekit-exact`: writes mergekit's defaults into a recipe where deltamerge's differ."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ L1 = {"rescale": "l1"}
 
 
 def written_out(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe, ...]]:
-    """The recipes of `text` with mergekit's defaults as keys, and the text that says so; errors name lines of `text`.
+    """The recipes of `text` with mergekit's defaults as keys, and the text that has them; errors name lines of `text`.
 
     Written are `prune: {rescale: l1}` where dare and della leave their divisor open, an unlisted base among the models
-    of linear, and `template: base`. RecipeError: one of them cannot be written where it belongs.
+    of linear, and `template: base`. RecipeError: one of them cannot be inserted.
     """
     path = recipes[0].source.path
     wanted = [recipe.source.data for recipe in recipes]
@@ -51,14 +51,14 @@ def written_out(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe
         reads = yaml_source.loads_all(result, path)
     except RecipeError:
         reads = ()
-    if [read.data for read in reads] != wanted:  # an anchor before the place, or an alias that is used twice
+    if [read.data for read in reads] != wanted:  # an anchor before the place, or an alias used twice
         problem = recipes[0].problem((), "mergekit's defaults cannot be written into this text")
         raise RecipeError(path, [replace(problem, hint="write anchors and aliases out, or leave --mergekit-exact out")])
     return result, load_all([_as_before(read, added) for read in reads])
 
 
 def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
-    """Where the recipe lacks what, as a key of a mapping or an item of a list that comes first there."""
+    """The defaults that a recipe lacks: the place, and a key of the mapping or the first item of the list there."""
     method, base = recipe.method, recipe.base_model
     listed = base is not None and any(map(recipe.is_base, range(len(recipe.models))))
     for part in recipe.parts if method.name == "linear" else ():
@@ -77,7 +77,7 @@ def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
 
 
 def _leaves_divisor_open(recipe: Recipe, index: int) -> bool:
-    """Whether a model is pruned at random as the merge method implies, with neither q nor rescale."""
+    """Whether the merge method implies random pruning of a model that has neither q nor rescale."""
     implied, prune = recipe.method.implies_prune, effective_prune(recipe, index)
     return prune.method == implied and PRUNE[prune.method].random and prune.q is None and prune.rescale is None
 
@@ -95,7 +95,7 @@ def _inserted(data: Any, loc: Loc, value: dict[str, Any]) -> Any:
 
 
 def _as_before(read: Source, added: Sequence[int]) -> Source:
-    """The same with the lines that it had before the lines `added` were put in."""
+    """The source with the line numbers that it had before the lines `added` were inserted."""
 
     def before(at: Position) -> Position:
         return at[0] - bisect_left(added, at[0]), at[1]

@@ -1,4 +1,4 @@
-"""pydantic's complaints about a recipe in the recipe's words: one problem per fault, with its place and a hint."""
+"""pydantic's errors in the terms of the recipe: one problem per fault, with its place and a hint."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _WANTED = {
 
 
 def place_of(error: ErrorDetails) -> Loc:
-    """Where in the YAML an error is, without the union branches that pydantic adds."""
+    """The place of an error in the YAML, without the union branches that pydantic adds."""
     return tuple(part for part in error["loc"] if part not in BRANCHES)
 
 
 def problem_of(error: ErrorDetails, source: Source, root: type[BaseModel]) -> Problem:
-    """The problem that an error of validating `source.data` as `root` stands for."""
+    """The problem for an error of validating `source.data` as `root`."""
     loc, kind, value, context = place_of(error), error["type"], error["input"], error.get("ctx", {})
     at_key = error["loc"][-1] == "[key]"
     got, hint = f", got {show(value)}", None
@@ -62,7 +62,7 @@ def problem_of(error: ErrorDetails, source: Source, root: type[BaseModel]) -> Pr
 
 
 def without(data: Any, places: Iterable[Loc]) -> Any:
-    """A copy of the data less the keys that hold these places, so that the rest can still be judged."""
+    """A copy of the data without the values at `places`, so that the rest can still be checked."""
     rest = copy.deepcopy(data)
     for loc in places:
         holders: list[tuple[dict[str, Any], str]] = []
@@ -80,7 +80,7 @@ def without(data: Any, places: Iterable[Loc]) -> Any:
 
 
 def suggest(word: str, known: Iterable[str]) -> str:
-    """A hint for a word that is none of the known ones."""
+    """A hint for an unknown word: the most similar known one, or the known ones."""
     return _suggest(word.lower(), tuple(sorted(known)))
 
 
@@ -91,7 +91,7 @@ def _suggest(word: str, options: tuple[str, ...]) -> str:
 
 
 def show(value: Any) -> str:
-    """A value of the recipe as a message names it."""
+    """A value of the recipe as messages quote it."""
     match value:
         case None:
             return "nothing"
@@ -112,7 +112,7 @@ def _keys(root: type[BaseModel], loc: Loc) -> set[str]:
     for part in loc:
         inner = [found for model in models if part in model.model_fields
                  for found in _models(model.model_fields[str(part)].annotation)]  # fmt: skip
-        models = inner or models  # a list index, or the free key of a mapping
+        models = inner or models  # a list index, or a key chosen by the user
     return {key for model in models for key in model.model_fields}
 
 

@@ -1,4 +1,4 @@
-"""What `models`, `slices` and `modules` have in common: parts of the output, each merged from its own models."""
+"""Parts of the output, each merged from its own models: what `models`, `slices` and `modules` have in common."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ if TYPE_CHECKING:
 class Part:
     """A part of the output that one set of models makes: a slice's layers, a module, or everything.
 
-    loc       where the recipe describes it, () for the recipe itself
-    module    its module, None without `modules`
-    members   its models, as indices of `recipe.models`; `places` say where the recipe has them
-    ranges    of each member the layers [first, end) that it lends; None: all tensors under their own names
+    loc       its place in the recipe, () for the recipe itself
+    module    its module; None without `modules`
+    members   its models, as indices of `recipe.models`
+    places    where the recipe has them
+    ranges    for each member the layers [first, end) that it contributes; None: all tensors under their own names
     base      the base of its deltas, as written
-    levels    parameters of the slice, the module and the recipe: the most specific first (mergekit's precedence)
+    levels    parameters of the slice, the module and the recipe, the most specific first (mergekit's precedence)
     """
 
     loc: Loc
@@ -35,13 +36,13 @@ class Part:
 
     @property
     def layers(self) -> int:
-        """How many layers of the output a slice makes."""
+        """The number of layers of the output that a slice makes."""
         assert self.ranges is not None
         return self.ranges[0][1] - self.ranges[0][0]
 
 
 def written(parts: Sequence[Part], loc: Loc) -> Loc:
-    """Where the text has what `loc` names: the models of slices and modules stand elsewhere than at models[i]."""
+    """The place in the text of what `loc` names: models of slices and modules are not at models[i]."""
     if loc[:1] != ("models",) or len(loc) == 1 or not parts:
         return loc
     places = [place for part in parts for place in part.places]

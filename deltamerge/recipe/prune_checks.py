@@ -1,4 +1,4 @@
-"""What pruning must be beyond the types of its keys: methods, densities, q, budgets and calibration."""
+"""Checks of pruning beyond the types of its keys: methods, densities, q, budgets and calibration."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
-    """Every fault of the recipe's prunings that the types of the keys do not show."""
+    """Every fault of the recipe's pruning that the types of the keys cannot express."""
     checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget)
     return (problem for check in checks for problem in check(recipe))
 
 
 def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
-    """What can be said of one `prune` by itself."""
+    """Faults of one `prune` by itself."""
     for loc, prune in prunes(recipe):
         if prune.method is not None and prune.method not in PRUNE:
             message = f"unknown pruning method {show(prune.method)}"
@@ -41,7 +41,7 @@ def _prune_keys(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _pruning(recipe: Recipe) -> Iterator[Problem]:
-    """What each model's pruning, defaults and all, lacks or has too much."""
+    """Faults of each model's effective pruning: keys that are missing or superfluous."""
     merge = known_method(recipe)
     if merge is None:
         return
@@ -53,7 +53,7 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
         own = model.prune
         loc: Loc = ("models", i, "prune") if own is not None and own.method is not None else ("prune",)
         if method is None or _lost(recipe, ("prune",), recipe.prune) or _lost(recipe, ("models", i, "prune"), own):
-            return  # reported, and which keys it knows is not clear
+            return  # an unknown method, reported before; its keys are unknown
         apart = merge.base_apart(recipe.part_of[i].base)
         if apart and recipe.is_base(i):
             if own is not None:
@@ -84,7 +84,7 @@ def _pruning(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _calibrated(recipe: Recipe) -> Iterator[Problem]:
-    """What a calibrated q and masks from activations need: data, and a search that fits the objective and the scope."""
+    """A calibrated q and masks from activations need data, and the search must fit the objective and the scope."""
     for loc, prune in prunes(recipe):
         q = prune.calibrated_q
         method = PRUNE.get(prune.method or "")
@@ -105,7 +105,7 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _names(recipe: Recipe) -> Iterator[Problem]:
-    """The lock has a model's q's under its name: one that two slices or modules calibrate needs two names."""
+    """A lock stores a model's q's under its name, so a model that two slices or modules calibrate needs two names."""
     known: set[str] = set()
     for i in recipe.fine_tunes:
         name = recipe.names[i]
@@ -117,7 +117,7 @@ def _names(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
-    """protect names columns or counts massive activations, which are measured on calibration data."""
+    """`protect` names columns, or counts massive activations, which are measured on calibration data."""
     if prune.protect is None:
         return
     given = [key for key in ("massive_activations", "columns") if is_given(recipe, *loc, "protect", key)]
@@ -130,7 +130,7 @@ def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
 
 
 def _budget(recipe: Recipe) -> Iterator[Problem]:
-    """A budget is the size of an artifact of one fine-tune, and takes the place of its density."""
+    """A budget is the size of a delta artifact of one fine-tune, and replaces its density."""
     for loc, prune in prunes(recipe):
         if prune.budget is None:
             continue
@@ -148,7 +148,7 @@ def _budget(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
-    """per: merge calibrates one λ, so what single q's are searched by must be one objective and nothing else."""
+    """`per: merge` calibrates one λ, so all q's must agree in their objective and state nothing else."""
     calibration, method = recipe.calibration, known_method(recipe)
     if calibration is None:
         return
@@ -173,7 +173,7 @@ def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
 
 
 def _lost(recipe: Recipe, loc: Loc, prune: Prune | None) -> bool:
-    """Whether the text has a `prune` there, or a method in it, that was too broken to keep."""
+    """Whether the text has a `prune` there, or a method in it, that was invalid and left out."""
     return is_given(recipe, *loc) and (prune is None or (prune.method is None and is_given(recipe, *loc, "method")))
 
 

@@ -21,7 +21,7 @@ from deltamerge.recipe.values import Items
 
 DTYPES = ("bfloat16", "float16", "float32", "float64")
 _DTYPE_ALIASES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32", "fp64": "float64"}
-LAYERS = 10_000  # of a model
+LAYERS = 10_000  # the most layers of a model
 _UNITS = {
     "": 1,
     "K": 10**3,
@@ -90,7 +90,9 @@ def _columns(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 
 def _reference(value: Any) -> Any:
-    """mergekit's long form of a reference, {model, lora, override_architecture}, as text; the last has no use here."""
+    """mergekit's long form of a reference, {model, lora, override_architecture}, as text; the last is not
+    needed here.
+    """
     if not isinstance(value, dict):
         return value
     model, lora = value.get("model"), value.get("lora")

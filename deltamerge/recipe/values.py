@@ -25,9 +25,9 @@ Scalar: TypeAlias = float | bool
 T = TypeVar("T")
 Items = Annotated[tuple[T, ...], Strict(False)]  # a YAML list, kept as a tuple so that a recipe cannot change
 
-MOST = 1000  # numbers of a gradient, or filters: each is tried on each tensor
+MOST = 1000  # numbers of a gradient, or filters; each filter is tried on each tensor
 
-# What pydantic adds to an error's place for the branch of a union it took, or for a key instead of its value.
+# Components that pydantic adds to an error's place: the branch of a union, or that a key is meant.
 BRANCHES = frozenset(
     {
         "(scalar)", "(gradient)", "(filter)", "(filters)", "(value)", "(objective)", "(search)", "(text)", "(list)",
@@ -35,7 +35,7 @@ BRANCHES = frozenset(
     }
 )  # fmt: skip
 
-# YAML 1.1 booleans, which mergekit reads and our loader leaves as text.
+# YAML 1.1 booleans, which mergekit accepts and our loader keeps as text.
 _WORDS = {"yes": True, "on": True, "no": False, "off": False}
 _QUOTED = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})(\.[0-9]{0,18})?([eE][-+]?[0-9]{1,3})?")
 
@@ -99,7 +99,7 @@ Value = TypeAliasType(
 
 
 def filters(value: Value) -> tuple[Filter, ...]:
-    """A value as filters: what is none becomes one that matches every tensor."""
+    """A value as filters; one without filters becomes a filter that matches every tensor."""
     if isinstance(value, Filter):
         return (value,)
     if isinstance(value, tuple):
@@ -111,8 +111,8 @@ def filters(value: Value) -> tuple[Filter, ...]:
 def resolve(value: Value, tensor: str, t: float) -> Scalar | None:
     """The scalar for a tensor at `t` in [0, 1]; None if no filter matches its name.
 
-    A gradient of n numbers has them at t = 0, 1/(n−1), …, 1 and is linear in between; of booleans it takes the one
-    at or before t. The first filter that matches wins.
+    A gradient of n numbers has them at t = 0, 1/(n−1), …, 1 and is linear in between; of booleans it takes the one at
+    or before t. The first filter that matches wins.
     """
     for item in filters(value):
         if item.matches(tensor):
@@ -132,7 +132,7 @@ def _interpolate(points: tuple[Scalar, ...], t: float) -> Scalar:
 def lookup(
     key: str, tensor: str, t: float, *levels: Mapping[str, Value], default: Scalar | None = None
 ) -> Scalar | None:
-    """The scalar of `key` at the first level (most specific first) that has one for this tensor, or `default`."""
+    """The scalar of `key` at the first level (the most specific first) that has one for this tensor, else `default`."""
     for level in levels:
         if key in level and (found := resolve(level[key], tensor, t)) is not None:
             return found
@@ -150,7 +150,7 @@ def chain(*values: Value | None) -> Value | None:
 
 
 def leaves(value: Value) -> Iterator[tuple[tuple[str | int, ...], Scalar]]:
-    """Every scalar of a value and where it stands in it: ((1, "value", 0), 0.5)."""
+    """Every scalar of a value, with its place in it: ((1, "value", 0), 0.5)."""
     match value:
         case Filter():
             yield from ((("value", *loc), scalar) for loc, scalar in leaves(value.value))

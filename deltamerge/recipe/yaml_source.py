@@ -1,4 +1,4 @@
-"""YAML text -> values with line and column: the YAML 1.2 core schema, less what a recipe has no use for."""
+"""Reads YAML into values with line and column: the YAML 1.2 core schema, without what recipes do not need."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MAX_BYTES = 1 << 20
 MAX_NODES = 100_000  # after aliases are expanded
 MAX_DEPTH = 64
 MAX_DOCUMENTS = 64
-MAX_PROBLEMS = 200  # of one document; whoever has more has another problem
+MAX_PROBLEMS = 200  # reported for one document
 
 _PREFIX = "tag:yaml.org,2002:"
 _MERGE = _PREFIX + "merge"
@@ -42,13 +42,13 @@ class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[mi
 
 
 def place(loc: Loc) -> str:
-    """("models", 0, "prune") -> "models[0].prune"."""
+    """A key path as text: ("models", 0, "prune") -> "models[0].prune"."""
     return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in loc).removeprefix(".")
 
 
 @dataclass(frozen=True)
 class Source:
-    """A YAML file: its text, its value, and where each part of the value stands."""
+    """A YAML document: its text, its value, and the position of each part of the value."""
 
     path: str
     text: str
@@ -56,7 +56,9 @@ class Source:
     positions: Mapping[Loc, tuple[Position, Position]] = field(repr=False)  # of the value, of its key
 
     def locate(self, loc: Loc, *, key: bool = False) -> Position:
-        """Line and column (from 1) of the value at `loc` or of its `key`, or of the nearest ancestor there is."""
+        """Line and column (from 1) of the value at `loc` or of its `key`; of the nearest ancestor if it
+        does not exist.
+        """
         if loc in self.positions:
             return self.positions[loc][key]
         while loc not in self.positions:
@@ -64,7 +66,7 @@ class Source:
         return self.positions[loc][0]
 
     def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
-        """A fault of the value at `loc`, or of its `key`."""
+        """A problem at the value at `loc`, or at its `key`."""
         line, column = self.locate(loc, key=key)
         return Problem(message, place(loc), line, column, hint)
 
@@ -80,7 +82,7 @@ def load_all(path: Path) -> tuple[Source, ...]:
 
 
 def read(path: Path) -> str:
-    """The text of a recipe file. RecipeError: no file, not UTF-8, or larger than a recipe is."""
+    """The text of a recipe file. RecipeError: no file, not UTF-8, or too large for a recipe."""
 
     def refuse(message: str, hint: str, line: int | None = None, column: int | None = None) -> NoReturn:
         raise RecipeError(str(path), [Problem(message, line=line, column=column, hint=hint)])
@@ -107,7 +109,7 @@ def loads(text: str, path: str) -> Source:
 
 
 def loads_all(text: str, path: str) -> tuple[Source, ...]:
-    """The documents of YAML text, each with its own text; empty ones are left out. Raises RecipeError as `load`."""
+    """The documents of YAML text, each with its own text; empty ones are skipped. RecipeError as for `load`."""
     return _compose(text, path, MAX_DOCUMENTS)
 
 
@@ -145,7 +147,7 @@ def _is_empty(node: yaml.Node) -> bool:
 
 
 def _malformed(text: str, most: int) -> Problem | None:
-    """What must be refused before nodes are built: not text, not YAML, too deep, too many documents."""
+    """The first reason to refuse a text before nodes are built: not text, not YAML, too deep, too many documents."""
     if len(text) > MAX_BYTES:
         return Problem("larger than 1 MiB", line=1, column=1, hint="a recipe is a short text file; is this one?")
     found = yaml.reader.Reader.NON_PRINTABLE.search(text)
@@ -155,7 +157,7 @@ def _malformed(text: str, most: int) -> Problem | None:
         return Problem(message, line=line, column=column, hint="a recipe is plain text; remove it")
     depth = documents = 0
     try:
-        # PyYAML composes recursively in C, where depth is the stack's; events are read one by one
+        # PyYAML composes recursively in C and could exhaust the stack; reading events does not recurse
         for event in yaml.parse(text, _Loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             documents += isinstance(event, yaml.DocumentStartEvent)
@@ -200,11 +202,11 @@ def _at(node: yaml.Node | yaml.Event | None, message: str, hint: str | None = No
 
 
 class _Stop(Exception):
-    """The rest of the file is not worth reading."""
+    """Stop reading the file."""
 
 
 class _Builder:
-    """Nodes -> plain values, within bounds; collects positions and problems."""
+    """Converts nodes to plain values within bounds; collects positions and problems."""
 
     def __init__(self) -> None:
         self.nodes = 0
@@ -212,11 +214,12 @@ class _Builder:
         self.problems: list[Problem] = []
 
     def stop(self, node: yaml.Node | None, message: str, hint: str) -> NoReturn:
+        """Report a problem at `node` and stop."""
         self.problems.append(_at(node, message, hint))
         raise _Stop
 
     def value(self, node: yaml.Node, loc: Loc, key: yaml.Node, depth: int) -> Any:
-        """The value of `node`; `key` is the node to point at when its key is wrong."""
+        """The value of `node`; `key` is the node to report if its key is wrong."""
         start, key_start = node.start_mark, key.start_mark
         self.positions[loc] = (start.line + 1, start.column + 1), (key_start.line + 1, key_start.column + 1)
         if len(self.problems) > MAX_PROBLEMS:
@@ -234,7 +237,7 @@ class _Builder:
         return self.scalar(node, loc)
 
     def spend(self, node: yaml.Node, nodes: int, depth: int) -> None:
-        """Aliases make small files large, or endless where one contains itself."""
+        """Count nodes and depth: aliases make small files large, or endless if one contains itself."""
         self.nodes += nodes
         if self.nodes > MAX_NODES:
             self.stop(node, f"more than {MAX_NODES} values once aliases are expanded", "write them out")
@@ -242,7 +245,7 @@ class _Builder:
             self.stop(node, f"nested more than {MAX_DEPTH} deep", "does an alias contain itself?")
 
     def pairs(self, node: yaml.MappingNode, loc: Loc, depth: int) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """Key and value nodes by the key's text; `<<` is expanded: own keys win, then the mapping named first."""
+        """Key and value nodes by the key's text. `<<` is expanded: own keys win, then the mapping named first."""
         self.spend(node, 1 + len(node.value), depth)
         own: dict[str, tuple[yaml.Node, yaml.Node]] = {}
         inherited: dict[str, tuple[yaml.Node, yaml.Node]] = {}
@@ -267,6 +270,7 @@ class _Builder:
         return inherited | own
 
     def scalar(self, node: yaml.Node, loc: Loc) -> Any:
+        """The value of a scalar node."""
         tag, text = node.tag, node.value
         if tag not in _PLAIN or tag == _MERGE:
             return text

@@ -10,6 +10,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.dtypes import PLAIN, TORCH_NAMES
 from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import read_json
 from deltamerge.plan.planner import Plan
@@ -24,7 +25,6 @@ MODEL = (
     "generation_config.json", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
     "video_processor*.json", "feature_extractor*.json",
 )  # fmt: skip
-TORCH_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 def asset_files(plan: Plan) -> dict[str, Path]:
@@ -57,7 +57,7 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 def config(plan: Plan) -> dict[str, Any]:
     """The template's config with the output's dtype and vocabulary size."""
     result = dict(plan.config)
-    dtypes = {output.dtype for output in plan.outputs if output.dtype in TORCH_NAMES}
+    dtypes = {output.dtype for output in plan.outputs if output.dtype in PLAIN}
     wanted = TORCH_NAMES[dtypes.pop()] if len(dtypes) == 1 else None
     stated = result.get("dtype", result.get("torch_dtype"))
     if wanted is not None and stated != wanted:

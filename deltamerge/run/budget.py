@@ -216,7 +216,7 @@ def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> Ch
     return Choice(dict(densities), None)
 
 
-def fit(planned: Plan, attempt: Attempt) -> Choice:
+def search(planned: Plan, attempt: Attempt) -> Choice:
     """Densities of which `attempt` has made an artifact that fits.
 
     It is called until the artifact takes nearly all of the budget, a few times at most, and last with what is returned.

@@ -105,9 +105,12 @@ class Run(_Figures):
 
 
 def choices(calibration: Mapping[str, Any], rows: Mapping[str, Any], where: str) -> list[Choice]:
-    """A lock's `calibration`, with the q's of rows by "model:tensor". InputError: it is not what a run writes."""
+    """A lock's `calibration`, with the q's of rows by "model:tensor", in the order of names.
+
+    InputError: it is not what a run writes.
+    """
     try:
-        return [_choice(model, record, rows) for model, record in calibration.items()]
+        return [_choice(model, record, rows) for model, record in sorted(calibration.items())]
     except (KeyError, TypeError, ValueError, ValidationError) as error:
         lines = str(error).splitlines()
         raise InputError(f"{where}: calibration: {' '.join(line.strip() for line in lines[1:3]) or lines[0]}") from None
@@ -116,6 +119,9 @@ def choices(calibration: Mapping[str, Any], rows: Mapping[str, Any], where: str)
 def _choice(model: str, record: Mapping[str, Any], rows: Mapping[str, Any]) -> Choice:
     prefix = f"{model}:"
     own = {name.removeprefix(prefix): np.asarray(v) for name, v in rows.items() if name.startswith(prefix) and v.size}
-    q = {**record["q"], **{name: float(value.mean(dtype=np.float64)) for name, value in own.items()}}
+    q = {
+        **dict(sorted({**record["q"]}.items())),
+        **{name: float(value.mean(dtype=np.float64)) for name, value in own.items()},
+    }
     ranges = {name: (float(value.min()), float(value.max())) for name, value in own.items()}
     return Choice.model_validate({**record, "model": model, "plain": record["plain"]["value"], "q": q, "rows": ranges})

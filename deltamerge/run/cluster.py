@@ -10,18 +10,19 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError, OutputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.workspace import parts_workspace
-from deltamerge.plan.planner import Plan
-from deltamerge.recipe.file import documents
-from deltamerge.run.partition import Part, check_recipes
-from deltamerge.run.plans import make_plan, target_of
+from deltamerge.recipe.file import RecipeFile
+from deltamerge.run.options import Options, unwatched
+from deltamerge.run.partition import Part, check_recipe
+from deltamerge.run.plans import make_plans, target_of
 from deltamerge.run.runner import Result, finish, run
 
 RETRIES = 3
@@ -29,47 +30,32 @@ LOCAL = "local"
 HOST_AND_PORT = re.compile(r"(ray://)?(?P<host>[^:/]+):(?P<port>\d+)")
 
 
-def run_on_ray(
-    path: Path,
-    out: Path | None = None,
-    *,
-    address: str = LOCAL,
-    device: str = "auto",
-    workers: int | None = None,
-    memory: int | None = None,
-    resume: bool = False,
-    force: bool = False,
-    locked: bool = False,
-    allow_nonfinite: bool = False,
-    pictures: bool = False,
-    mergekit_exact: bool = False,
-    watch: Callable[[Plan], Callable[[int], None]] = lambda _: lambda _: None,
-) -> Result:
+def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address: str = LOCAL) -> Result:
     """`runner.run`, its parts side by side on the Ray cluster at `address` (by default one of this machine's cores).
 
     There are as many parts as shards, but no more than tasks of `workers` cores (default 1) have room in the cluster;
     `memory` is each task's. q's are calibrated once, by a task that all parts wait for. Every machine must see the
-    recipe, the models and the target under the same paths. InputError: several documents, or an output that is no
+    recipe's models and the target under the same paths. InputError: several documents, or an output that is no
     model. OutputError: a part's worker died again and again.
     """
-    check_recipes(path, [document.recipe for document in documents(path)], "--ray")
-    planned = make_plan(path, device="cpu", data=not locked, mergekit_exact=mergekit_exact)
-    target = target_of(path, planned.recipe, out).resolve()
-    options = {"device": device, "workers": workers or 1, "memory": memory, "force": force, "locked": locked,
-               "allow_nonfinite": allow_nonfinite, "mergekit_exact": mergekit_exact, "resume": True}  # fmt: skip
+    check_recipe(file, "--ray")
+    planned = make_plans(file, out, replace(options, device="cpu"))[-1]
+    file, target = replace(file, path=file.path.resolve()), target_of(file, out).resolve()
+    workers = options.workers or 1
+    asked = replace(options, workers=workers, resume=True, watch=unwatched, drawing=None)
     nonfinite: dict[str, NonFinite] = {}
     with (
-        parts_workspace(target, force=force, resume=resume) as begun,
+        parts_workspace(target, force=options.force, resume=options.resume) as begun,
         _cluster(address) as ray,
         _interrupts() as interrupted,
     ):
         cores = int(ray.cluster_resources().get("CPU", 1))
-        count = begun or max(1, min(len(planned.layout.files), cores // (workers or 1)))
-        needs = {"num_cpus": workers or 1, "num_gpus": int(device.startswith("cuda"))}
+        count = begun or max(1, min(len(planned.layout.files), cores // workers))
+        needs = {"num_cpus": workers, "num_gpus": int(options.device.startswith("cuda"))}
         task = ray.remote(max_retries=RETRIES, scheduling_strategy="SPREAD", **needs)(_run_part)
 
         def start(part: Part) -> Any:
-            return task.options(name=f"deltamerge {part.name}").remote(path.resolve(), target, part, options)
+            return task.options(name=f"deltamerge {part.name}").remote(file, target, part, asked)
 
         def ended(references: list[Any]) -> list[Any]:
             while not (done := ray.wait(references, timeout=1)[0]) and not interrupted.is_set():
@@ -78,26 +64,25 @@ def run_on_ray(
                 raise KeyboardInterrupt
             return done  # type: ignore[no-any-return]  # ray has no stub for it
 
-        if planned.stages and not locked:
+        if planned.stages and options.lock is None:
             first = start(Part(0, count))
             ended([first])
             _result(ray, first, Part(0, count))
-        progress = watch(planned)
+        progress = options.watch(planned)
         running = {start(part): part for part in (Part(i, count) for i in range(1, count + 1))}
         while running:
             for reference in ended(list(running)):
                 nbytes, found = _result(ray, reference, running.pop(reference))
                 progress(nbytes)
                 nonfinite |= found
-    done = finish(path, out, workers=workers, force=force, locked=locked, pictures=pictures,
-                  mergekit_exact=mergekit_exact)  # fmt: skip
+    done = finish(file, out, options)
     return Result(done.folder, done.plan, done.lock, nonfinite=nonfinite)
 
 
-def _run_part(path: Path, target: Path, part: Part, options: dict[str, Any]) -> Any:
+def _run_part(file: RecipeFile, target: Path, part: Part, options: Options) -> Any:
     """On a worker: the bytes of the part and what of them is not finite, or the error that the user is to see."""
     try:
-        done = run(path, target, part=part, **options)
+        done = run(file, target, options, part=part)
     except DeltamergeError as error:
         return error
     return done.plan.nbytes, dict(done.nonfinite)

@@ -14,7 +14,7 @@ from deltamerge.delta.manifest import Base
 from deltamerge.delta.over_base import elements
 from deltamerge.delta.tensor_writer import BaseTensor, TensorWriter, is_related
 from deltamerge.delta.writer import DeltaWriter, Summary
-from deltamerge.engine.execute import Task, execute
+from deltamerge.engine.execute import Task, execute, shared_values
 from deltamerge.engine.graph import Node
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import ITEMSIZE
@@ -22,9 +22,12 @@ from deltamerge.io.files import flat
 from deltamerge.io.journal import Journal
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.plan.finite import set_aside
 from deltamerge.plan.outputs import Output
-from deltamerge.plan.planner import Plan
-from deltamerge.run.budget import Choice, fit, given
+from deltamerge.plan.planner import Plan, fit
+from deltamerge.run.budget import Choice, given, search
+from deltamerge.run.lock import Lock
+from deltamerge.run.options import Watch
 
 
 def write_delta(
@@ -86,17 +89,12 @@ def write_delta(
 
 
 def write_within_budget(
-    planned: Plan,
-    folder: Path,
-    watch: Callable[[Plan], Callable[[int], None]],
-    remake: Callable[[Mapping[str, float]], Plan],
-    calibrate: Callable[[Plan], Mapping[Node, Any]],
-    densities: Mapping[str, float] | None = None,
+    planned: Plan, folder: Path, watch: Watch, lock: Lock | None
 ) -> tuple[Plan, dict[Node, Any], Summary, Choice]:
     """As `write_delta`, with the densities of a lock or those that the budget allows; the plan that has them, too.
 
-    `remake` plans again with densities, `calibrate` gives its stages' values: a costly call, so that sizes are tried
-    out with the first q's, and only what is kept has its own. InputError: the budget is too small for any.
+    Sizes are tried out with the first q's, as calibrating is costly; only what is kept has its own. InputError: the
+    budget is too small for any.
     """
     made: list[tuple[Plan, dict[Node, Any], Summary]] = []
     first: list[Any] = []
@@ -104,9 +102,9 @@ def write_within_budget(
     def attempt(densities: Mapping[str, float], own: bool) -> int:
         for file in folder.glob("delta*"):
             file.unlink()
-        plan = remake(densities)
+        plan = set_aside(fit(planned, densities))
         if own or not first:
-            known = calibrate(plan)
+            known: Mapping[Node, Any] = lock.calibrated(plan) if lock else shared_values(plan.stages, {})
             first[:] = [known[node] for node in plan.stages]
         else:
             known = dict(zip(plan.stages, first, strict=False))
@@ -114,7 +112,7 @@ def write_within_budget(
         made[:] = [(plan, values, written)]
         return written.nbytes
 
-    choice = fit(planned, attempt) if densities is None else given(planned, densities, attempt)
+    choice = search(planned, attempt) if lock is None else given(planned, lock.densities, attempt)
     return *made[0], choice
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import yaml
 
 from deltamerge.errors import RecipeError, UsageError
+from deltamerge.recipe.file import read_text
+from deltamerge.run.options import Options
 from deltamerge.run.runner import Result, run
 
 
@@ -20,7 +22,7 @@ def extract(
     method: str | None = None,
     q: float | None = None,
     values: str | None = None,
-    **options: Any,
+    options: Options | None = None,
 ) -> Result:
     """Run the recipe of one fine-tune (`model`, of `base`; folders or hub ids) whose output is a delta.
 
@@ -37,7 +39,7 @@ def extract(
     text = yaml.safe_dump(recipe, sort_keys=False)
     name = Path(model.partition("@")[0]).name or "model"
     try:
-        return run(Path.cwd() / "extract", out or Path(f"{name}-delta"), text=text, **options)
+        return run(read_text(text, Path.cwd() / "extract"), out or Path(f"{name}-delta"), options)
     except RecipeError as error:
         raise error.of("extract") from None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from pathlib import Path
 
 from deltamerge import __version__
@@ -13,7 +12,7 @@ from deltamerge.io.files import scratch
 from deltamerge.io.lock_file import not_made
 from deltamerge.io.safetensors_file import PREFIX, parse_header
 from deltamerge.plan.planner import Plan
-from deltamerge.recipe.file import Document, documents
+from deltamerge.recipe.file import Document, RecipeFile, read_recipe
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
 from deltamerge.run.assets import config, write_assets
@@ -30,21 +29,21 @@ def folder_of(document: Document, target: Path, beside: Path, *, published: bool
     return resolved.parent / f"{resolved.name}-intermediate" / document.name
 
 
-def check_places(path: Path, chain: Sequence[Document], beside: Path) -> None:
+def check_places(file: RecipeFile) -> None:
     """RecipeError: a document that others need names a folder, by `output.path`, that is not below the recipe's."""
-    home = beside.resolve()
+    home = file.folder.resolve()
     problems = [
         document.recipe.problem(
             ("output", "path"),
             f"leaves the recipe's folder, to {folder}",
             "a path below it; or --force, which replaces there only what a run made",
         )
-        for document in chain[:-1]
+        for document in file.documents[:-1]
         if (given := document.recipe.output.path) is not None
-        and home not in (folder := Path(os.path.realpath(beside / given))).parents
+        and home not in (folder := Path(os.path.realpath(home / given))).parents
     ]
     if problems:
-        raise RecipeError(str(path), problems)
+        raise RecipeError(str(file.path), problems)
 
 
 def is_result(document: Document, folder: Path) -> bool:
@@ -52,7 +51,7 @@ def is_result(document: Document, folder: Path) -> bool:
     try:
         if not folder.is_dir() or not_made(folder):
             return False
-        return documents(folder / RECIPE)[-1].name == document.name
+        return read_recipe(folder / RECIPE).output.name == document.name
     except (DeltamergeError, OSError):
         return False
 
@@ -83,7 +82,7 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
     """Whether `folder` holds what the document would make: recipe, version, inputs and outputs the same by content."""
     try:
         lock = locks.read_lock(folder / locks.LOCK_NAME)
-        before = documents(folder / RECIPE)[-1].recipe.source.data
+        before = read_recipe(folder / RECIPE).output.recipe.source.data
         if before != document.recipe.source.data or lock.get("deltamerge") != __version__:
             return False
         if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):

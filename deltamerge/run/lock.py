@@ -1,8 +1,9 @@
-"""recipe.lock: what a run read and wrote, by content; sorted YAML, made to be diffed and verified."""
+"""recipe.lock: what a run read, chose and wrote, by content; sorted YAML, made to be diffed and verified."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ from deltamerge.io.lock_file import ROWS as ROWS
 from deltamerge.io.lock_file import read_lock as read_lock
 from deltamerge.io.lock_file import unlisted
 from deltamerge.io.safetensors_file import read_header
-from deltamerge.io.seals import hash_output
+from deltamerge.io.seals import hash_bytes, hash_output
 from deltamerge.plan.planner import Plan
 from deltamerge.run.calibration_record import Run, choices
 from deltamerge.run.hashes import DATA, describe_files
@@ -30,127 +31,146 @@ if TYPE_CHECKING:
     from deltamerge.run.budget import Choice
 
 CARD = "README.md"
+PICTURES = ("delta.png", "calibration.png", "activations.png")  # of the card
+
+Rows = Mapping[str, NDArray[np.float32]]
+"""The q's of rows, by "model:tensor"."""
 
 
-def write_lock(
-    plan: Plan,
-    path: Path,
-    inputs: dict[str, Any],
-    outputs: dict[str, Any],
-    calibration: dict[str, Any] | None = None,
-    choice: Choice | None = None,
-) -> dict[str, Any]:
-    """Write the lock `path`; returns what it says. `choice` are the densities that a budget allowed."""
-    content = {
-        "deltamerge": __version__,
-        "format": FORMAT,
-        "seed": plan.recipe.seed,
-        "inputs": inputs,
-        "outputs": outputs,
-        **({"calibration": calibration} if calibration else {}),
-        **({"densities": choice.densities} if choice is not None else {}),
-    }
-    replace_file(path, yaml.safe_dump(content, sort_keys=True))
-    return content
+@dataclass(frozen=True, slots=True)
+class Lock:
+    """A lock as a value: made of what a run chose or read from `path`, whose file says `content`.
 
-
-def write_calibration(plan: Plan, found: Mapping[Node, Calibrated], path: Path) -> dict[str, Any]:
-    """What the lock `path` says of every calibrated model; q's of rows go to a safetensors file beside it, NAME.rows.
-
-    Not named .safetensors: loaders that take every such file of a folder would take it for weights.
+    `rows` are in a safetensors file beside it, NAME.rows: loaders that take every .safetensors file of a folder would
+    take it for weights. None: there is none.
     """
-    calibration: dict[str, Any] = {}
-    rows: dict[str, NDArray[np.float32]] = {}
-    for node, spec in plan.specs.items():
-        calibrated = found[node]
-        calibration[spec.name] = entry = {**calibrated.record, "q": calibrated.scalars}
-        if calibrated.rows:
-            entry["rows"] = path.with_suffix(ROWS).name
-            rows |= {f"{spec.name}:{name}": value for name, value in sorted(calibrated.rows.items())}
-    if rows:
-        from safetensors.numpy import save
 
-        replace_file(path.with_suffix(ROWS), save(rows))
-        digest = hash_output(path.with_suffix(ROWS))
-        calibration = {
-            name: entry | ({"rows_hash": digest} if "rows" in entry else {}) for name, entry in calibration.items()
+    path: Path
+    content: Mapping[str, Any]
+    rows: Rows | None = None
+
+    @classmethod
+    def of(
+        cls,
+        path: Path,
+        plan: Plan,
+        inputs: Mapping[str, Any],
+        found: Mapping[Node, Calibrated],
+        choice: Choice | None = None,
+    ) -> Lock:
+        """The lock, not yet written, of what a run read and chose: the q's of stages, the densities of a budget."""
+        rows = {
+            f"{spec.name}:{name}": value
+            for node, spec in plan.specs.items()
+            for name, value in sorted(found[node].rows.items())
         }
-    return calibration
+        beside = {"rows": path.with_suffix(ROWS).name, "rows_hash": hash_bytes(_safetensors(rows))} if rows else {}
+        calibration = {
+            spec.name: {**found[node].record, "q": found[node].scalars, **(beside if found[node].rows else {})}
+            for node, spec in plan.specs.items()
+        }
+        content = {
+            "deltamerge": __version__,
+            "format": FORMAT,
+            "seed": plan.recipe.seed,
+            "inputs": inputs,
+            "outputs": {},
+            **({"calibration": calibration} if calibration else {}),
+            **({"densities": choice.densities} if choice is not None else {}),
+        }
+        return cls(path, content, rows or None)
+
+    @classmethod
+    def read(cls, path: Path) -> Lock:
+        """The lock at `path`, with the rows beside it if it names them. InputError: no lock, or rows that are none;
+        VerifyError: rows of another lock."""
+        content, file = read_lock(path), path.with_suffix(ROWS)
+        named = [entry for entry in (content.get("calibration") or {}).values() if entry.get("rows")]
+        if not named or not file.is_file():
+            return cls(path, content)
+        if {entry.get("rows_hash") for entry in named} - {None, hash_output(file)}:
+            raise VerifyError(
+                f"{file}: holds other q's of rows than the lock beside it was written with",
+                hint="run `deltamerge calibrate` again, or copy the file that belongs to the lock",
+            )
+        from safetensors.numpy import load_file
+
+        read_header(file)  # ours names what is wrong with it
+        return cls(path, content, load_file(file))
+
+    @property
+    def calibration(self) -> Mapping[str, Any]:
+        """What it says of every calibrated model."""
+        return self.content.get("calibration") or {}
+
+    def write_rows(self) -> None:
+        """Write the file beside it, if there is to be one; before the lock, which has its hash."""
+        if self.rows:
+            replace_file(self.path.with_suffix(ROWS), _safetensors(self.rows))
+
+    def write(self, outputs: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Write it with the `outputs` of the run; returns what it says."""
+        content = {**self.content, "outputs": outputs or {}}
+        replace_file(self.path, yaml.safe_dump(content, sort_keys=True))
+        return content
+
+    def calibrated(self, plan: Plan) -> dict[Node, Calibrated]:
+        """The q's that it has for a plan's stages; VerifyError where it has none that fit."""
+        found: dict[Node, Calibrated] = {}
+        for node, spec in plan.specs.items():
+            rows: Rows = {}
+            if (self.calibration.get(spec.name) or {}).get("rows"):
+                if self.rows is None:
+                    missing = self.path.with_suffix(ROWS)
+                    raise VerifyError(f"{missing}: missing, it holds the q's of rows", hint="copy it beside the lock")
+                prefix = f"{spec.name}:"
+                rows = {n.removeprefix(prefix): v for n, v in self.rows.items() if n.startswith(prefix)}
+            found[node] = locked(self.content, spec, rows, str(self.path))
+        return found
+
+    @property
+    def densities(self) -> dict[str, float]:
+        """The densities that a budget allowed. VerifyError: it has none."""
+        found = self.content.get("densities")
+        if not isinstance(found, dict) or not all(isinstance(p, float | int) and 0 < p <= 1 for p in found.values()):
+            raise VerifyError(f"{self.path}: has no densities", hint="run without --locked")
+        return {str(name): float(p) for name, p in found.items()}
+
+    @property
+    def figures(self) -> Run:
+        """How q was chosen, for reports and pictures. InputError: it does not say it as a run does."""
+        seed = self.content.get("seed")
+        return Run(
+            deltamerge=str(self.content.get("deltamerge", "unknown")),
+            seed=seed if isinstance(seed, int) else 0,
+            choices=choices(self.calibration, self.rows or {}, str(self.path)),
+            densities=self.densities if self.content.get("densities") else {},
+        )
+
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse inputs that are not the ones that it was made from, naming each file that differs."""
+        wrong: list[str] = []
+        known = self.content.get("inputs") or {}
+        for reference in sorted(known.keys() | inputs.keys()):
+            then, now = known.get(reference), inputs.get(reference)
+            if reference == DATA and now is None:  # the q's are in the lock: the data is not needed
+                continue
+            if then is None or now is None:
+                wrong.append(f"{reference}: {'not in the lock' if then is None else 'in the lock, not in the recipe'}")
+                continue
+            for name in sorted(then["files"].keys() | now["files"].keys()):
+                if apart := _apart(then["files"].get(name), now["files"].get(name)):
+                    wrong.append(f"{reference}: {name} {apart}")
+            if reference == DATA and then.get("commit") != now.get("commit"):
+                wrong.append(f"{reference}: commit {now.get('commit')}, the lock has {then.get('commit')}")
+        if wrong:
+            raise VerifyError(f"{self.path}: the inputs are not those of the lock", also=wrong)
 
 
-def locked_calibration(plan: Plan, lock: dict[str, Any], path: Path) -> dict[Node, Calibrated]:
-    """The q's that a lock has for a plan's stages; VerifyError where it has none that fit."""
-    found: dict[Node, Calibrated] = {}
-    file = path.with_suffix(ROWS)
-    for node, spec in plan.specs.items():
-        entry = (lock.get("calibration") or {}).get(spec.name) or {}
-        rows: dict[str, NDArray[np.float32]] = {}
-        if entry.get("rows"):
-            if not file.is_file():
-                raise VerifyError(f"{file}: missing, it holds the q's of rows", hint="copy it beside the lock")
-            prefix = f"{spec.name}:"
-            stated = entry.get("rows_hash")
-            if stated is not None and stated != hash_output(file):
-                raise VerifyError(
-                    f"{file}: holds other q's of rows than the lock beside it was written with",
-                    hint="run `deltamerge calibrate` again, or copy the file that belongs to the lock",
-                )
-            rows = {n.removeprefix(prefix): v for n, v in read_rows(path).items() if n.startswith(prefix)}
-        found[node] = locked(lock, spec, rows, str(path))
-    return found
+def _safetensors(rows: Rows) -> bytes:
+    from safetensors.numpy import save
 
-
-def read_rows(path: Path) -> dict[str, NDArray[np.float32]]:
-    """The q's of rows beside the lock `path`, by "model:tensor"; none where there is no such file."""
-    from safetensors.numpy import load_file
-
-    file = path.with_suffix(ROWS)
-    if not file.is_file():
-        return {}
-    read_header(file)  # ours names what is wrong with it
-    return dict(load_file(file))
-
-
-def chosen(path: Path) -> Run | None:
-    """How the run that left the lock `path` chose q; None where there is none. InputError: the lock is none."""
-    if not path.is_file():
-        return None
-    lock = read_lock(path)
-    densities = locked_densities(lock, path) if lock.get("densities") else {}
-    return Run(
-        deltamerge=str(lock.get("deltamerge", "unknown")),
-        seed=lock["seed"] if isinstance(lock.get("seed"), int) else 0,
-        choices=choices(lock.get("calibration") or {}, read_rows(path), str(path)),
-        densities=densities,
-    )
-
-
-def locked_densities(lock: dict[str, Any], path: Path) -> dict[str, float]:
-    """The densities that a budget allowed. VerifyError: the lock has none."""
-    found = lock.get("densities")
-    if not isinstance(found, dict) or not all(isinstance(p, float | int) and 0 < p <= 1 for p in found.values()):
-        raise VerifyError(f"{path}: has no densities", hint="run without --locked")
-    return {str(name): float(p) for name, p in found.items()}
-
-
-def check_inputs(lock: dict[str, Any], inputs: dict[str, Any], path: Path) -> None:
-    """Refuse inputs that are not the ones the lock was made from, naming each file that differs."""
-    wrong: list[str] = []
-    known = lock.get("inputs") or {}
-    for reference in sorted(known.keys() | inputs.keys()):
-        then, now = known.get(reference), inputs.get(reference)
-        if reference == DATA and now is None:  # the q's are in the lock: the data is not needed
-            continue
-        if then is None or now is None:
-            wrong.append(f"{reference}: {'not in the lock' if then is None else 'in the lock, not in the recipe'}")
-            continue
-        for name in sorted(then["files"].keys() | now["files"].keys()):
-            if apart := _apart(then["files"].get(name), now["files"].get(name)):
-                wrong.append(f"{reference}: {name} {apart}")
-        if reference == DATA and then.get("commit") != now.get("commit"):
-            wrong.append(f"{reference}: commit {now.get('commit')}, the lock has {then.get('commit')}")
-    if wrong:
-        raise VerifyError(f"{path}: the inputs are not those of the lock", also=wrong)
+    return save(dict(rows))
 
 
 def _apart(then: dict[str, Any] | None, now: dict[str, Any] | None) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import InputError, OutputError, UsageError
@@ -14,7 +13,7 @@ from deltamerge.io.seals import Seal, damages, seal
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Layout
 from deltamerge.plan.planner import Plan
-from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.file import RecipeFile
 
 FORM = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 
@@ -58,13 +57,16 @@ class Part:
         return replace(plan, outputs=tuple(output for output in plan.outputs if output.file in files))
 
 
-def check_recipes(path: Path, recipes: Sequence[Recipe], option: str) -> None:
-    """InputError: the file at `path` has several documents, or makes no model, which `option` cannot do in parts."""
-    if len(recipes) > 1:
-        raise InputError(f"{path}: has several documents, {option} takes one", hint="give each document its own file")
-    if recipes[0].output.kind != "model":
+def check_recipe(file: RecipeFile, option: str) -> None:
+    """InputError: the file has several documents, or makes no model, which `option` cannot do in parts."""
+    if len(file.documents) > 1:
+        raise InputError(
+            f"{file.path}: has several documents, {option} takes one", hint="give each document its own file"
+        )
+    kind = file.output.recipe.output.kind
+    if kind != "model":
         hint = f"run without {option}; or with output.kind model, then deltamerge extract of what that makes"
-        raise InputError(f"{path}: output.kind is {recipes[0].output.kind}, {option} writes models only", hint=hint)
+        raise InputError(f"{file.path}: output.kind is {kind}, {option} writes models only", hint=hint)
 
 
 def shared_calibration(work: Workspace, facts: Mapping[str, Any]) -> bool:

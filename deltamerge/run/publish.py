@@ -11,11 +11,10 @@ from typing import Any
 
 from deltamerge import __version__, errors
 from deltamerge.errors import InputError, UsageError
-from deltamerge.inspect.plots import PICTURES
 from deltamerge.io import hub
-from deltamerge.io.lock_file import LOCK_NAME, read_lock
+from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.run.hashes import DATA
-from deltamerge.run.lock import CARD, ROWS, verify
+from deltamerge.run.lock import CARD, PICTURES, ROWS, Lock, verify
 
 SCHEME = "hf://"
 RECIPE_NAME = "recipe.yaml"
@@ -53,16 +52,16 @@ class Published:
 
     recipe: Path
     commit: str
-    lock: dict[str, Any]
+    lock: Lock
 
     @property
     def pins(self) -> dict[str, str]:
         """The commit of every input, as the lock has it."""
-        return {name: entry["commit"] for name, entry in self.lock["inputs"].items() if "commit" in entry}
+        return {name: entry["commit"] for name, entry in self.lock.content["inputs"].items() if "commit" in entry}
 
     def differences(self, outputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
         """The files whose bytes are not the published ones; the card, which names its folder, and pictures aside."""
-        then = self.lock["outputs"]
+        then = self.lock.content["outputs"]
         compared = {*then, *outputs} - {CARD, *PICTURES}
         return sorted(name for name in compared if then.get(name) != outputs.get(name))
 
@@ -75,14 +74,14 @@ def fetch(reference: str, folder: Path) -> Published:
     name = reference.removeprefix(SCHEME)
     with errors.context(reference):
         snapshot = hub.download(name, [RECIPE_NAME, LOCK_NAME], optional=[str(Path(LOCK_NAME).with_suffix(ROWS))])
-        lock = read_lock(snapshot / LOCK_NAME)
-        local = [name for name, entry in lock["inputs"].items() if name != DATA and "commit" not in entry]
+        for path in snapshot.iterdir():
+            if path.name in (RECIPE_NAME, LOCK_NAME) or path.suffix == ROWS:
+                shutil.copyfile(path, folder / path.name)
+        lock = Lock.read(folder / LOCK_NAME)
+        local = [name for name, entry in lock.content["inputs"].items() if name != DATA and "commit" not in entry]
         if local:
             raise InputError(
                 f"was made from folders of its publisher: {', '.join(local)}",
                 hint=f"download {RECIPE_NAME}, write your own paths, and run that",
             )
-        for path in snapshot.iterdir():
-            if path.name in (RECIPE_NAME, LOCK_NAME) or path.suffix == ROWS:
-                shutil.copyfile(path, folder / path.name)
     return Published(folder / RECIPE_NAME, snapshot.name, lock)

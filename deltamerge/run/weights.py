@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from deltamerge.delta.writer import Summary
@@ -18,10 +17,12 @@ from deltamerge.io.seals import Seal, seal
 from deltamerge.io.work_folder import CALIBRATION
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Writer
+from deltamerge.plan.finite import set_aside
 from deltamerge.plan.planner import Plan
-from deltamerge.run import lock as locks
 from deltamerge.run.budget import Choice, budget_of
 from deltamerge.run.delta_output import write_delta, write_within_budget
+from deltamerge.run.lock import Lock
+from deltamerge.run.options import Options
 from deltamerge.run.partition import Part, shared_calibration
 
 
@@ -41,39 +42,40 @@ class Made:
 
 
 def make_weights(
-    planned: Plan,
-    work: Workspace,
-    watch: Callable[[Plan], Callable[[int], None]],
-    replan: Callable[[Mapping[str, float]], Plan],
-    part: Part | None,
-    lock: dict[str, Any],
-    lock_path: Path | None,
-    facts: Mapping[str, Any],
-    pieces: Pieces,
+    planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any], pieces: Pieces
 ) -> Made:
     """Write the weights of `planned`, or those of one `part` of its shards, to the work folder; `pieces` are told the
     hashes of what is read.
 
-    What an interrupted run finished is kept, but for a budget, which tries sizes. `replan` plans anew for the densities
-    that a budget allows; calibrated q's and densities come from `lock`, read from `lock_path`, where there is one.
+    What an interrupted run finished is kept, but for a budget, which tries sizes. Calibrated q's and the densities of a
+    budget are those of the lock in `options`, if there is one.
     """
     if budget_of(planned) is not None:
-
-        def settle(plan: Plan) -> Mapping[Node, Any]:
-            return locks.locked_calibration(plan, lock, lock_path) if lock_path else shared_values(plan.stages, {})
-
         work.empty()
-        densities = locks.locked_densities(lock, lock_path) if lock_path else None
-        planned, values, delta, choice = write_within_budget(planned, work.folder, watch, replan, settle, densities)
+        planned, values, delta, choice = write_within_budget(planned, work.folder, options.watch, options.lock)
         return Made(planned, values, {}, delta.nonfinite, delta, choice)
+    made = _make(planned, work, options, part, facts, pieces)
+    if part is not None:
+        return made
+    again = set_aside(planned, made.nonfinite)
+    if again.tasks != planned.tasks:  # of large tensors what is not finite is seen only in the result
+        work.empty()
+        work.forget()
+        made = _make(again, work, options, part, facts, pieces)
+    return replace(made, plan=again)
+
+
+def _make(
+    planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any], pieces: Pieces
+) -> Made:
     if planned.recipe.output.kind == "delta":
         work.empty()
-        values = calibrated(planned, work, lock_path, facts, alone=True)
-        values, delta = write_delta(planned, work.folder, watch(planned), values, work.journal)
+        values = calibrated(planned, work, options.lock, facts, alone=True)
+        values, delta = write_delta(planned, work.folder, options.watch(planned), values, work.journal)
         return Made(planned, values, {}, delta.nonfinite, delta)
-    values = calibrated(planned, work, lock_path, facts, alone=part is None or part.index == 0)
+    values = calibrated(planned, work, options.lock, facts, alone=part is None or part.index == 0)
     mine = part.of(planned) if part else planned
-    found = _write_shards(mine, work, watch(mine), values, part, pieces)
+    found = _write_shards(mine, work, options.watch(mine), values, part, pieces)
     sizes = {file.name: file.size for file in planned.layout.files}
     hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
     seals = {name: seal(work.folder / name) for name in hashed}
@@ -81,24 +83,25 @@ def make_weights(
 
 
 def calibrated(
-    planned: Plan, work: Workspace, lock_path: Path | None, facts: Mapping[str, Any], *, alone: bool
+    planned: Plan, work: Workspace, lock: Lock | None, facts: Mapping[str, Any], *, alone: bool
 ) -> dict[Node, Any]:
     """The calibrated q's: an interrupted run's own, or part 0's, or the lock's, or, if `alone`, found now and kept."""
     if not planned.stages:
         return {}
     own = work.state / CALIBRATION
     if any("calibrated" in record for record in work.journal.records) or shared_calibration(work, facts):
-        lock_path = own
-    if lock_path is not None:
-        return dict(locks.locked_calibration(planned, locks.read_lock(lock_path), lock_path))
+        lock = Lock.read(own)
+    if lock is not None:
+        return dict(lock.calibrated(planned))
     if not alone:
         raise InputError(
             "--part: the recipe calibrates q, which all parts must share",
             hint="run `deltamerge calibrate RECIPE` once, then every part and --finish with --locked",
         )
     found = shared_values(planned.stages, {})
-    q = {node: found[node] for node in planned.stages}
-    locks.write_lock(planned, own, {}, {}, locks.write_calibration(planned, q, own))
+    kept = Lock.of(own, planned, {}, found)
+    kept.write_rows()
+    kept.write()
     work.journal.append({"calibrated": True})
     return found
 

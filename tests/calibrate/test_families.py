@@ -14,14 +14,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from calibration_rows import rows
 from conftest import write_json, write_tokenizer
-from test_stage import rows
+from running import calibrate, make_plan
 from tiny_models import image_processor
 
 from deltamerge.calibrate.families import check_family
 from deltamerge.errors import DeltamergeError, InputError
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import calibrate
 
 REFUSED = {
     "T5ForConditionalGeneration": ("t5", "is an encoder-decoder"),

@@ -82,7 +82,7 @@ def test_one_line_says_what_is_wrong(hub: tuple[Hub, Path, Command]) -> None:
     paths = [recipe(folder, name, **calibration) for name, (calibration, _, _) in WRONG.items()]
     done = command("-m", "deltamerge", "check", *paths, recipe(folder, "good"))
     assert done.returncode == 1
-    *lines, good = done.stderr.splitlines()
+    *lines, good = (line for line in done.stderr.splitlines() if ": note: " not in line)
     assert "good.yaml: ok" in good
     assert len(lines) == 2 * len(WRONG)
     for (_, message, hint), first, second in zip(WRONG.values(), lines[::2], lines[1::2], strict=True):

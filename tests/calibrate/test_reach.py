@@ -9,14 +9,13 @@ import pytest
 import torch
 import transformers
 import yaml
+from calibration_rows import rows
 from conftest import load_tensors, write_tokenizer
-from test_stage import rows
+from running import make_plan, run
 
 from deltamerge.calibrate.reach import is_linear, is_unscaled
 from deltamerge.cli.tables import render_plan
 from deltamerge.errors import VerifyError
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 TEXT = {
     "vocab_size": 96, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2,

@@ -14,7 +14,9 @@ import pytest
 import reference
 import torch
 import yaml
+from calibration_rows import rows
 from conftest import load_tensors, tiny_bert_pair, tiny_llama, write_tokenizer
+from running import calibrate, make_plan, run
 from safetensors.numpy import load_file
 
 from deltamerge.calibrate.stage import activations
@@ -23,19 +25,8 @@ from deltamerge.errors import InputError, RecipeError, VerifyError
 from deltamerge.methods.prune import columns, rescale, select
 from deltamerge.methods.tiles import Kept, Tile
 from deltamerge.run.lock import verify
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import calibrate, run
 
 DATA = "calibration: {{data: calib.jsonl, sequences: 8, length: 12, seeds: 2{more}}}\n"
-
-
-def rows(path: Path, count: int = 20) -> None:
-    generator = np.random.Generator(np.random.PCG64(5))
-    lines = []
-    for i in range(count):
-        words = " ".join(f"w{n}" for n in generator.integers(4, 96, 4 + i % 6))
-        lines.append(json.dumps({"text": words, "label": int(generator.integers(2))}))
-    path.write_text("\n".join(lines) + "\n")
 
 
 @pytest.fixture(scope="module")
@@ -414,8 +405,8 @@ def test_the_best_of_columns_whatever_the_tiles(density: float, ties: bool, tile
 def test_plan_and_check_import_no_torch(models: Path) -> None:
     path = recipe(models / "bert", "light", RUNS["wanda"])
     code = (
-        "import sys; from deltamerge.run.plans import make_plan; from pathlib import Path\n"
-        f"plan = make_plan(Path({str(path)!r}), device='cpu')\n"
+        "import sys; from deltamerge import load_recipe\n"
+        f"plan = load_recipe({str(path)!r}, device='cpu')\n"
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
         "print(plan.describe()['stages'][0]['model'])"
     )

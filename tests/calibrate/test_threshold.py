@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tensors, tiny_llama
+from running import make_plan, run
 
 from deltamerge.calibrate import threshold
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 HEAD = "lm_head.weight"
 

@@ -148,7 +148,7 @@ def test_no_torch_is_imported_to_look(folder, arguments):
     script = (
         "import sys\nfrom deltamerge.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
-        "heavy = {'torch', 'transformers', 'numba', 'huggingface_hub', 'scipy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'scipy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
@@ -257,7 +257,7 @@ def test_a_bug_exits_3_and_says_what_to_report(folder, tmp_path, capsys, monkeyp
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr("deltamerge.run.runner.make_plan", broken)
+    monkeypatch.setattr("deltamerge.run.plans.plan", broken)
     code, _, err = call(capsys, "run", folder / "good.yaml", "--out", tmp_path / "out")
     assert code == 3
     assert "ZeroDivisionError: oops" in err

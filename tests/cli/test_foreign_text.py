@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from calls import call
 from conftest import make_checkpoint
 from hypothesis import given
 from hypothesis import strategies as st
-from test_cli import call
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.errors.shown import LONGEST, printed, shown

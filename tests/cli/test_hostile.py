@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_checkpoint, write_tokenizer
+from running import make_plan, run
 from safetensors.numpy import save_file
 from xxhash import xxh3_64_hexdigest
 
@@ -24,8 +25,6 @@ from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.journal import read_journal
 from deltamerge.run import lock as locks
 from deltamerge.run.card import front_matter
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 
 @pytest.fixture
@@ -229,7 +228,7 @@ def test_rows_of_q_must_fit_and_be_safetensors(recipe: Path, tmp_path: Path) -> 
         else:
             save_file({"./a:layers.0.w": content}, tmp_path / "r.rows")
         with pytest.raises(DeltamergeError, match=message):
-            locks.locked_calibration(plan, locks.read_lock(path), path)
+            locks.Lock.read(path).calibrated(plan)
 
 
 def test_shapes_of_empty_tensors_do_not_overflow(recipe: Path, tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import call
 from conftest import make_checkpoint
-from test_cli import call
 
 from deltamerge.cli import commands, streams
 

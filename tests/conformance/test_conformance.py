@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_tensors
-
-from deltamerge.run.runner import run
+from running import run
 
 from .cases import CASES, ELSEWHERE
 

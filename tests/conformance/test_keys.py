@@ -15,9 +15,8 @@ import pytest
 import tiny_models
 import torch
 from conftest import load_tensors, make_checkpoint, tiny_llama
+from running import run
 from safetensors.torch import save_file
-
-from deltamerge.run.runner import run
 
 ROOT = Path(__file__).parents[2]
 DIFFERENCES = ROOT / "docs" / "from-mergekit.md"

@@ -15,10 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_tensors, tiny_llama
+from running import run
 from transformers import AutoTokenizer
 from vocabularies import TEMPLATE, WORDS, three_models, vocab_of, word_tokenizer
-
-from deltamerge.run.runner import run
 
 pytestmark = [pytest.mark.conformance, pytest.mark.filterwarnings("default")]
 

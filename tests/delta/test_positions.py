@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deltamerge.delta import compiled
 from deltamerge.delta.positions import CODINGS, Array, Choice, Gaps, Positions, choose, decode, encode
 from deltamerge.delta.stored import PADDING
 from deltamerge.delta.values import (
@@ -199,8 +200,7 @@ def test_damage_between_pieces_is_found() -> None:
 @pytest.mark.parametrize("density", [0.001, 0.1])
 @pytest.mark.parametrize("kind", [None, *VALUE_BITS])
 @pytest.mark.parametrize("dtype", ["F32", "BF16"])
-def test_kernel_is_numpy(coding: Any, density: float, kind: Any, dtype: str) -> None:
-    kernels = pytest.importorskip("deltamerge.delta.kernels")
+def test_kernel_is_numpy(coding: Any, density: float, kind: Any, dtype: str, kernel_level: str) -> None:
     generator = np.random.default_rng(3)
     size, group = 100_000, 100
     positions = np.arange(size) if coding == "dense" else draw(3, size, density)
@@ -230,9 +230,9 @@ def test_kernel_is_numpy(coding: Any, density: float, kind: Any, dtype: str) -> 
     def apply(stored: Array, out: Array) -> bool:
         padded = np.append(stored, np.zeros(PADDING, np.uint8))
         if kind is None:
-            return bool(kernels.put(coding, padded, choice.k, count, final, out))
+            return bool(compiled.put(coding, padded, choice.k, count, final, out))
         out = out.view(np.float32) if dtype == "F32" else out
-        return bool(kernels.add(coding, padded, choice.k, count, values, kind, scales, group, out))
+        return bool(compiled.add(coding, padded, choice.k, count, values, kind, scales, group, out))
 
     out = bits.copy()
     assert apply(stored, out)

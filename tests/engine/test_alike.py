@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from calls import call
 from conftest import load_tensors, make_checkpoint
-from test_cli import call
+from running import make_plan, run
 
 from deltamerge.methods.table import MERGE
 from deltamerge.plan import finite
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 INF = float("inf")
 ODD = [(0, INF), (3, -INF), (7, float("nan"))]
@@ -138,8 +137,9 @@ def test_deltas_leave_them_as_the_base_has_them(tmp_path, capsys, values):
 
 
 def test_parts_and_their_finish_say_the_same(tmp_path):
+    from running import finish
+
     from deltamerge.run.partition import Part
-    from deltamerge.run.runner import finish
 
     models(tmp_path, torch.float32)
     path = recipe(tmp_path, TEXTS["ties"] + "output: {shard_size: 200}\n")

@@ -13,11 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
-
-from deltamerge.engine import backends
-from deltamerge.engine.fused.kernels import KERNELS
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
+from running import make_plan, run
 
 RECIPE = "base_model: ./base\nmodels: [{model: ./a, prune: {method: dare, density: 0.3}}]\n"
 
@@ -30,10 +26,6 @@ def pair(folder: Path, rows: int, count: int = 3) -> Path:
     recipe = folder / "r.yaml"
     recipe.write_text(RECIPE)
     return recipe
-
-
-def test_the_plan_knows_exactly_the_fused_functions():
-    assert KERNELS.keys() == backends.FUSED_FUNCTIONS
 
 
 def test_many_small_tensors_and_more_workers_than_tensors(tmp_path):
@@ -54,6 +46,17 @@ def test_what_is_not_finite_makes_no_warning_of_numpy(tmp_path, method):
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"merge_method: {method}\nbase_model: ./base\nmodels: [{models}]\n")
     run(recipe, tmp_path / "out", allow_nonfinite=True)
+
+
+def test_a_delta_that_is_no_number_is_not_taken_for_one_that_hardly_matters(tmp_path):
+    from deltamerge.errors import OutputError
+
+    for name, value in (("base", 1.0), ("a", torch.nan)):
+        make_checkpoint(tmp_path / name, {"w": torch.full((3, 4), value)})
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("merge_method: arcee_fusion\nbase_model: ./base\nmodels: [{model: ./a}]\n")
+    with pytest.raises(OutputError, match="not finite in w"):
+        run(recipe, tmp_path / "out")
 
 
 def test_a_vanished_or_shortened_input_stops_the_run_and_leaves_nothing(tmp_path, monkeypatch):

@@ -14,13 +14,13 @@ from conftest import make_checkpoint
 pytest.importorskip("numba")
 
 from deltamerge.cli.output import Progress
-from deltamerge.engine.fused import native
+from deltamerge.kernels import native
 
 RECIPE = "merge_method: linear\nparameters: {weight: 0.5}\nmodels: [{model: ./a}, {model: ./b}]\n"
 SCRIPT = """
 import sys
 from pathlib import Path
-from deltamerge.run.runner import run
+from running import run
 run(Path(sys.argv[1]), Path(sys.argv[2]), workers=2)
 print([name for name in ("numba", "torch") if name in sys.modules])
 """

@@ -8,14 +8,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import make_checkpoint
-
-pytest.importorskip("numba")
+from running import run
 
 from deltamerge.engine import backends
 from deltamerge.engine.backends import FusedBackend
 from deltamerge.errors import OutputError
 from deltamerge.methods.prune import select
-from deltamerge.run.runner import run
 
 # vectors, rows that no block is made of whole, more than one block, more than one piece of a block
 SHAPES = [(7,), (100_003,), (300, 333), (3, 5, 7), (2, 70_000), (1, 1)]
@@ -33,9 +31,36 @@ RECIPES = {
     "magnitude": "base_model: ./base\nmodels: [{model: ./a, prune: {method: magnitude, density: 0.3, q: 0.5}}]\n",
     "slerp": "merge_method: slerp\nparameters: {t: 0.3}\nbase_model: ./base\nmodels: [{model: ./a}]\n",
     "model_stock": "merge_method: model_stock\nbase_model: ./base\nmodels: [{model: ./a}, {model: ./b}]\n",
+    "task_arithmetic, one pruned to nothing": "merge_method: dare_linear\nbase_model: ./base\nmodels: [{model: ./a, "
+    "parameters: {density: 0, weight: 0.5}}, {model: ./b, parameters: {weight: 0.4}}]\n",
+    "dare of two regimes": "merge_method: dare_ties\nbase_model: ./base\nmodels: [{model: ./a, "
+    "parameters: {density: 0.01, weight: 0.5}}, {model: ./b, parameters: {density: 0.5, weight: 0.4}}]\n",
+    "linear of three": "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: 1}}, "
+    "{model: ./b, parameters: {weight: 2}}, {model: ./base, parameters: {weight: -0.5}}]\n",
+    "ties of three": "merge_method: ties\nparameters: {density: 0.4, weight: 1, normalize: true}\nbase_model: ./base\n"
+    "models: [{model: ./a}, {model: ./b}, {model: ./a, name: c, parameters: {weight: -0.3}}]\n",
+    "breadcrumbs": "merge_method: breadcrumbs\nparameters: {density: 0.4, gamma: 0.05}\n" + BASED,
+    "breadcrumbs, matched": "merge_method: breadcrumbs_ties\n"
+    "parameters: {density: 0.4, gamma: 0.05, rescale: true}\n" + BASED,
+    "della": "merge_method: della\nparameters: {density: 0.5, epsilon: 0.2}\n" + BASED,
+    "della_linear, not rescaled": "merge_method: della_linear\nparameters: {density: 0.3, rescale: false}\n" + BASED,
+    "sce": "merge_method: sce\nparameters: {select_topk: 0.2}\nbase_model: ./base\n"
+    "models: [{model: ./a}, {model: ./b}]\n",
+    "sce of all": "merge_method: sce\nbase_model: ./base\n"
+    "models: [{model: ./a}, {model: ./b}, {model: ./a, name: c}]\n",
+    "multislerp": "merge_method: multislerp\n" + BASED,
     "passthrough": "merge_method: passthrough\nmodels: [{model: ./a, parameters: {scale: 0.3}}]\n",
 }
-DTYPES = [(torch.bfloat16, torch.bfloat16, "bfloat16"), (torch.float32, torch.bfloat16, "float32")]
+for norm in ("l1", "l2", "linf"):
+    for name, prune in {"dare, sparse": "dare, density: 0.02", "magnitude": "magnitude, density: 0.3"}.items():
+        text = f"base_model: ./base\nmodels: [{{model: ./a, prune: {{method: {prune}, rescale: {norm}}}}}]\n"
+        RECIPES[f"{name}, {norm}"] = text
+DTYPES = [
+    (torch.bfloat16, torch.bfloat16, "bfloat16"),
+    (torch.float32, torch.bfloat16, "float32"),
+    (torch.float16, torch.float32, "float16"),
+    (torch.bfloat16, torch.float16, "float32"),
+]
 
 
 def models(folder: Path, base_dtype: torch.dtype, dtype: torch.dtype) -> None:
@@ -51,7 +76,7 @@ def models(folder: Path, base_dtype: torch.dtype, dtype: torch.dtype) -> None:
         make_checkpoint(folder / name, {n: (t.float() + steps[n]).to(dtype) for n, t in base.items()})
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: d[2])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(map(str, d)).replace("torch.", ""))
 @pytest.mark.parametrize("name", RECIPES)
 def test_bytes_are_those_of_torch(
     name: str, dtypes: tuple[torch.dtype, torch.dtype, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -69,8 +94,7 @@ def test_bytes_are_those_of_torch(
     monkeypatch.setattr(FusedBackend, "whole", seen)
     ours = run(recipe, tmp_path / "fused")
     assert made
-    if not ("sparse" in name and dtypes[2] == "float32"):  # those gather from bfloat16 alone
-        assert None not in made
+    assert None not in made
     count = len(made)
     monkeypatch.setattr(backends, "fused_available", lambda: False)
     theirs = run(recipe, tmp_path / "torch", workers=1)
@@ -125,14 +149,13 @@ def test_a_pass_that_only_one_model_needs(names: str, tmp_path: Path, monkeypatc
 def test_what_is_not_finite_is_counted_behind_compiled_passes(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """NaN and an infinity of the inputs, and a sum too large for bfloat16."""
+    """NaN and an infinity that not all models hold, and a sum too large for bfloat16."""
     base = {"fine": torch.ones(300, 40), "nan": torch.ones(300, 300), "sum": torch.zeros(3, 5)}
     tunes = [{n: t + 1 for n, t in base.items()} for _ in "ab"]
-    base["nan"][299, 299] = torch.nan
-    base["nan"][0, 1] = -torch.inf
+    for model in (base, tunes[1]):
+        model["nan"][299, 299] = torch.nan
+        model["nan"][0, 1] = -torch.inf
     for tune in tunes:
-        tune["nan"][299, 299] = torch.nan
-        tune["nan"][0, 1] = -torch.inf
         tune["sum"][:] = 3.3e38
     for folder, tensors in zip(("base", "a", "b"), (base, *tunes), strict=True):
         make_checkpoint(tmp_path / folder, {n: t.bfloat16() for n, t in tensors.items()})

@@ -13,6 +13,7 @@ import tiny_models
 import torch
 import transformers
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama, write_tokenizer
+from running import make_plan, run
 
 from deltamerge.calibrate.agreement import divergence as fitted
 from deltamerge.calibrate.subject import Subject
@@ -21,8 +22,6 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect.recommend import CALIBRATED, Candidate, Question, Recommendation, decide
 from deltamerge.inspect.study import inspect, recommend
 from deltamerge.io.reader import Reader
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 ROWS: dict[str, Any] = {"data": "calib.jsonl", "sequences": 8, "length": 12}
 

@@ -12,16 +12,16 @@ import pytest
 import torch
 from adapters import LLAMA, adapt, close, load
 from conftest import load_tensors, tiny_llama, write_json
+from running import make_plan, run
 from safetensors.torch import load_file, save_file
 from tiny_models import make
 
+from deltamerge import kernels
 from deltamerge.errors import InputError
 from deltamerge.io import hub, patterns
 from deltamerge.io.computed import ordered_product
+from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
-from deltamerge.methods.ops import torch_dtype
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -145,14 +145,14 @@ def test_the_same_bytes_whatever_the_tiles(llama: Path) -> None:
                 assert torch.equal(piece, flat[start : start + 37]), (name, start, size)
 
 
-def test_numba_and_numpy_give_the_same_bits() -> None:
-    kernel = pytest.importorskip("deltamerge.io.low_rank_kernel")
+def test_kernels_and_numpy_give_the_same_bits() -> None:
+    native = kernels.native() or pytest.skip("no compiled kernels here")
     generator = torch.Generator().manual_seed(0)
     for rows, rank, columns in ((1, 1, 1), (5, 3, 7), (33, 16, 257), (64, 64, 1000)):
         left, right = (torch.randn(*shape, generator=generator).numpy() for shape in ((rows, rank), (rank, columns)))
         one, two = np.empty((rows, columns), np.float32), np.empty((rows, columns), np.float32)
         ordered_product(left, right, one)
-        kernel.ordered_product(left, right, two)
+        native.ordered_product(left, right, two, rows, rank, columns)
         assert one.tobytes() == two.tobytes()
         np.testing.assert_allclose(one, left.astype(np.float64) @ right.astype(np.float64), rtol=1e-4, atol=1e-4)
 

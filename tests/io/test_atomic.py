@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_resume import calibrated, call
+from calls import call
+from interrupted import calibrated
+from running import calibrate, run
 
 from deltamerge.errors import OutputError, VerifyError
 from deltamerge.io import atomic
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.lock_file import read_lock
 from deltamerge.io.seals import hash_output
-from deltamerge.run.runner import calibrate, run
 
 CALLS = ("open", "pwrite", "fsync", "rename", "unlink", "link", "fchmod")
 

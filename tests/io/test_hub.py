@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import load_tensors, tiny_llama, write_json
+from running import make_plan, run
 from safetensors.torch import save_file
 from small_hub import COMMIT, TOKEN, Hub
 
@@ -20,8 +21,6 @@ from deltamerge.io import hub, hub_answers, writer
 from deltamerge.io.checkpoint import open_checkpoint
 from deltamerge.io.reader import Reader
 from deltamerge.run.partition import Part
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 LAST = "model-00003-of-00003.safetensors"
 

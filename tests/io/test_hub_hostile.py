@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from conftest import tiny_llama
+from running import make_plan
 from small_hub import COMMIT, TOKEN, Hub
 
 from deltamerge.errors import InputError
 from deltamerge.io import hub, hub_guard
 from deltamerge.io.blobs import check_blobs
-from deltamerge.run.plans import make_plan
 
 Handler = BaseHTTPRequestHandler
 WEIGHTS = "model.safetensors"

@@ -11,12 +11,11 @@ import pytest
 import torch
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_llama, write_json
+from running import make_plan, run
 from safetensors.torch import save_file
 
 from deltamerge.io.quantised import keys_of, scheme_of, without_keys
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 W = "model.layers.0.mlp.up_proj"
 Headers = dict[str, tuple[str, tuple[int, ...]]]

@@ -11,14 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import call
 from conftest import make_checkpoint
-from test_resume import call
+from running import run
 
 from deltamerge.io import work_folder
 from deltamerge.io.work_folder import MARK, MARK_TEXT
 from deltamerge.run import assets
 from deltamerge.run.lock import verify
-from deltamerge.run.runner import run
 
 
 @pytest.fixture
@@ -229,7 +229,7 @@ def test_a_current_folder_that_is_gone(place: Path) -> None:
     recipe = str(place / "repo" / "merge.yaml")
     code, err = run_apart(place, recipe, "--out", "x", cwd=gone, preexec_fn=gone.rmdir)
     assert code == 1
-    assert err.startswith("error: the current folder was removed\nhint: ")
+    assert err.startswith("error: the current folder is not there any more\nhint: ")
 
 
 def test_without_a_folder_for_temporary_files(

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from interrupted import earlier, lock
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import workspace as module
 from deltamerge.io.journal import Journal, read_journal
-from deltamerge.io.seals import hash_output
 from deltamerge.io.spans import Spans
 from deltamerge.io.workspace import Workspace, is_begun, workspace
 
@@ -80,25 +79,8 @@ def test_a_changed_byte_ends_the_journal_before_it(
     assert len(records) <= bytes(raw[:place]).count(b"\n")
 
 
-def lock(folder: Path) -> dict[str, dict[str, str | int]]:
-    """Give `folder` the lock that a run leaves; what it lists."""
-    found = sorted(path for path in folder.iterdir() if path.name != "recipe.lock")
-    outputs: dict[str, dict[str, str | int]] = {
-        path.name: {"hash": hash_output(path), "size": path.stat().st_size} for path in found
-    }
-    (folder / "recipe.lock").write_text(yaml.safe_dump({"format": 1, "outputs": outputs}))
-    return outputs
-
-
 def publish(space: Workspace) -> None:
     space.publish(lock(space.folder), {})
-
-
-def earlier(target: Path) -> None:
-    """What an earlier run has made."""
-    target.mkdir()
-    (target / "model.safetensors").write_text("old")
-    lock(target)
 
 
 def work(target: Path, done: bool = True, **options: bool | str) -> None:

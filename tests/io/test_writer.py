@@ -209,7 +209,7 @@ def test_free_space_is_checked_before_the_first_byte(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_vanished(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be written: No such file"):
+    with pytest.raises(OutputError, match="cannot be written: no such folder"):
         Writer(tmp_path / "nowhere", plan_layout([("a", "U8", (2,))], 10**9))
 
 

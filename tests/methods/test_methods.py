@@ -9,12 +9,14 @@ import pytest
 import reference
 import torch
 from conftest import load_tensors, make_checkpoint
+from running import run
 
 from deltamerge.engine import backends
 from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.methods.ops import cast
 from deltamerge.methods.prune import bits
 from deltamerge.methods.registry import third_party
-from deltamerge.run.runner import run
+from deltamerge.methods.tiles import Patched, Tile
 
 SHAPES = {
     "embed.weight": (301, 24),
@@ -186,6 +188,13 @@ def test_infinities_of_either_sign_in_one_tensor_are_no_bug(tmp_path, method):
     assert run(recipe, tmp_path / "out", allow_nonfinite=True).nonfinite["w"].nan == 200_000
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+def test_a_nan_of_the_base_between_sparse_entries_is_the_one_of_bfloat16(dtype):
+    base, nothing = torch.full((40,), -torch.nan, dtype=dtype), torch.zeros(0)
+    result = cast(Patched(base, nothing.long(), nothing), tile=Tile(0, 40, (40,)), to="BF16")
+    assert set(result.view(torch.int16).tolist()) == {0x7FC0}
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "ties"])
 def test_of_a_single_model_that_weighs_nothing_comes_the_base(models, tmp_path, method):
     """A sum of weights that is 0 divides as 1, so nothing is added."""
@@ -246,7 +255,7 @@ def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch
     assert made("workers", workers=3) == first
     monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 10)
     assert made("tiles") == first
-    monkeypatch.setattr(backends, "FUSED_FUNCTIONS", frozenset())
+    monkeypatch.setattr(backends, "fused_available", lambda: False)
     assert made("torch", workers=2) == first
 
 

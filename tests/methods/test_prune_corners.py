@@ -9,13 +9,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from calibration_rows import rows
 from conftest import load_tensors, tiny_bert_pair
-from test_stage import rows
+from running import make_plan, run
 
 from deltamerge.cli import main
 from deltamerge.errors import InputError
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 
 @pytest.fixture(scope="module")

@@ -7,14 +7,13 @@ import random
 from pathlib import Path
 
 import pytest
+from running import make_plan, run
 
 from deltamerge.errors import DeltamergeError
 from deltamerge.inspect.diff import diff_checkpoints
 from deltamerge.io.dtypes import COPIED, nbytes_of
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.run.extract import extract
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 SHAPE = (4, 6)
 

@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from running import make_plan, run
 from vocabularies import three_models
 
 from deltamerge.errors import InputError
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 RECIPE = """\
 base_model: ./base

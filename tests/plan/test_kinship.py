@@ -9,14 +9,13 @@ import pytest
 import torch
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama, write_json
+from running import make_plan, run
 
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import open_checkpoint
 from deltamerge.io.reader import Reader
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.kinship import measured
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +78,9 @@ def test_a_wrong_base_is_said(models, tmp_path, capsys, case):
 
 
 def test_parts_say_the_same(models, tmp_path):
+    from running import finish
+
     from deltamerge.run.partition import Part
-    from deltamerge.run.runner import finish
 
     text = RECIPES["one"] + "output: {shard_size: 20KB}\n"
     (models / "parts.yaml").write_text(text)

@@ -9,10 +9,9 @@ import pytest
 import torch
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_llama
+from running import make_plan, run
 
 from deltamerge.errors import InputError
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 
 def block(number: int) -> dict[str, torch.Tensor]:

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
+from running import make_plan, run
 
 from deltamerge.errors import InputError
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 TENSORS = {"a": "attn.q.weight", "m": "mamba.in.weight", "d": "mlp.up.weight", "x": "experts.up.weight"}
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from calls import call
 from conftest import tiny_llama
+from running import make_plan
 
 from deltamerge.plan.review import difference, markdown, mermaid
-from deltamerge.run.plans import make_plan
 
 OLD = """\
 base_model: ./base

@@ -13,10 +13,9 @@ import tiny_models
 import torch
 import transformers
 from conftest import load_tensors, make_checkpoint, tiny_llama
+from running import make_plan, run
 
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 LAYERS = {"LlamaForCausalLM": "model.layers", "GPT2LMHeadModel": "transformer.h", "Gemma2ForCausalLM": "model.layers"}
 

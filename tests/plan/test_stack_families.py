@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from running import run
 
 from deltamerge.errors import InputError
-from deltamerge.run.runner import run
 
 pytestmark = pytest.mark.slow
 

@@ -11,6 +11,7 @@ import torch
 import transformers
 import yaml
 from conftest import load_tensors, make_checkpoint, tiny_llama, write_json
+from running import make_plan, run
 from tokenizers import Tokenizer
 from tokenizers.models import BPE, WordPiece
 from tokenizers.pre_tokenizers import ByteLevel, Whitespace
@@ -27,8 +28,6 @@ from deltamerge.io.tokenizer_files import read_chat_template, read_tokens
 from deltamerge.plan.vocabulary_rows import has_vocabulary_rows
 from deltamerge.recipe import load
 from deltamerge.recipe.chat_templates import BUILT_IN
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DELTAS = """\

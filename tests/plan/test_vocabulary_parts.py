@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tensors, tiny_llama
+from running import make_plan, make_plans, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from vocabularies import WORDS, embedding_of, rows64, three_models, vocab_of, word_tokenizer
 
 from deltamerge.errors import InputError, OutputError
-from deltamerge.run.plans import make_plan, make_plans
-from deltamerge.run.runner import run
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 DELTAS = """\

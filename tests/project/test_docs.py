@@ -25,7 +25,7 @@ from deltamerge.cli import commands, main
 from deltamerge.recipe.load import loads
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = sorted(p for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"])
+PAGES = sorted(p for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 FENCE = re.compile(
     r"(?:^<!-- (?P<mark>not run here|file): (?P<said>.*?) -->\n)?^```(?P<kind>\w*)\n(?P<text>.*?)^```",
     re.MULTILINE | re.DOTALL,
@@ -219,6 +219,15 @@ def test_links_lead_to_files_and_headings(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}, target
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/how-it-works.md"])
+def test_files_that_a_page_names_are_there(page: str) -> None:
+    text = (ROOT / page).read_text()
+    named = re.findall(r"`([\w/-]+/(?:[\w-]+\.(?:py|c|json))?)`", text)
+    assert len(named) > 10
+    for path in named:
+        assert any((folder / path).exists() for folder in (ROOT, ROOT / "deltamerge")), path
 
 
 def test_the_recipe_reference_is_current() -> None:

@@ -18,6 +18,7 @@ import yaml
 from fuzz_targets import JSON, NAMES, Targets, make_valid_files, tolerates
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from running import make_plan, run
 
 from deltamerge.delta.file import DeltaFile
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
@@ -26,8 +27,6 @@ from deltamerge.io.work_folder import mark
 from deltamerge.io.workspace import workspace
 from deltamerge.io.writer import Writer, plan_layout
 from deltamerge.run.card import front_matter
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 LONG = "FUZZ" in os.environ
 fuzz = settings(

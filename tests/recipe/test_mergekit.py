@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import load_tensors, tiny_llama, write_json
+from running import finish, make_plan, run
 
 from deltamerge.cli import commands, main
 from deltamerge.cli.mergekit_flags import FLAGS
@@ -16,8 +17,6 @@ from deltamerge.errors import RecipeError
 from deltamerge.methods.table import NO_EFFECT_KEYS
 from deltamerge.recipe import mergekit, yaml_source
 from deltamerge.recipe.load import load_all
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import finish, run
 
 DOCUMENTATION = Path(__file__).parents[2] / "docs" / "from-mergekit.md"
 

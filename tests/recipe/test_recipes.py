@@ -10,10 +10,9 @@ import pytest
 import torch
 from adapters import write_adapter
 from conftest import load_tensors, tiny_llama
+from running import make_plan, run
 
 from deltamerge.run.apply import apply
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 

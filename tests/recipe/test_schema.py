@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltamerge.errors import Problem, RecipeError
+from deltamerge.io.names import TASK_HEAD
 from deltamerge.methods.table import MERGE, PRUNE
 from deltamerge.recipe import checks, load, yaml_source
 from deltamerge.recipe import schema as recipes
-from deltamerge.recipe.effective_prune import TASK_HEAD, Pruning, effective_prune
+from deltamerge.recipe.effective_prune import Pruning, effective_prune
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import resolve
 

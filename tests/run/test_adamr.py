@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -297,6 +298,11 @@ def test_hub_id_is_read_from_the_cache(tmp_path: Path, monkeypatch: pytest.Monke
     base = Net(1)
     repo = tmp_path / "models--someone--net"
     make_checkpoint(repo / "snapshots" / commit, {name: p.detach() for name, p in base.named_parameters()})
+    (repo / "blobs").mkdir()
+    for path in (repo / "snapshots" / commit).iterdir():  # as huggingface_hub keeps them
+        blob = repo / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.rename(blob)
+        path.symlink_to(Path("..", "..", "blobs", blob.name))
     (repo / "refs").mkdir()
     (repo / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))

@@ -10,17 +10,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from conftest import needs_kernels
 from interrupted import RECIPE, files, models
-
-pytest.importorskip("numba")
+from running import run
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import writer
 from deltamerge.plan.planner import Plan
-from deltamerge.run.runner import run
+
+pytestmark = needs_kernels
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-# Faults are bound to compiled loops before these are loaded: in a process of its own.
+# Python's own calls are replaced too: in a process of its own.
 CHILD = """\
 import shutil, sys
 from pathlib import Path
@@ -28,7 +29,7 @@ from bad_disk import BadDisk
 disk = BadDisk(short=0.4)
 import deltamerge.io.writer as writer
 from deltamerge.errors import InputError, OutputError
-from deltamerge.run.runner import run
+from running import run
 writer.SAVE_SECONDS = 0.001
 
 recipe, out, truth = map(Path, sys.argv[1:])

@@ -12,13 +12,13 @@ import pytest
 import torch
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_bert_pair
+from running import make_plan
 
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.delta.positions import expected_bits, uniform_density
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
 from deltamerge.run.budget import BINS, Spectrum, choose, measure
-from deltamerge.run.plans import make_plan
 
 SCALES = (1.0, 0.2, 3.0, 0.01)
 
@@ -184,7 +184,7 @@ def budgeted(folder: Path, name: str, prune: str, *, calibration: bool = True) -
 
 def test_calibration_weighs_entries_by_their_inputs(bert: Path) -> None:
     """Σ w Δ² of every tensor in float64, from the statistics themselves."""
-    planned = make_plan(budgeted(bert, "weights.yaml", "method: magnitude, budget: 20000"), weights=True)
+    planned = make_plan(budgeted(bert, "weights.yaml", "method: magnitude, budget: 20000"))
     assert planned.weighing is not None
     statistics: dict[str, LayerStatistics] = shared_values([planned.weighing], {})[planned.weighing]
     base, tuned = (load_tensors(bert / name) for name in ("base", "tuned"))

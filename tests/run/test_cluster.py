@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from interrupted import RECIPE, files, models
-from test_resume import calibrated, call
+from calls import call
+from interrupted import RECIPE, calibrated, files, models
+from running import run
 
 from deltamerge.io.journal import has_work, read_journal
 from deltamerge.io.writer import done_spans
 from deltamerge.run.lock import verify
-from deltamerge.run.runner import run
 
 # In every process of the test: saves are frequent, writes slow, and told to a log, so that there is an amid; after its
 # first large write each waits for `go`, however slow this machine is.
 SLOW = """\
 import os, sys, time
-sys.modules["numba"] = None  # compiled loops write by themselves, unseen; the bytes are the same
+os.environ["DELTAMERGE_KERNELS"] = "off"  # fewer, larger writes would be too soon done; the bytes are the same
 write, written = os.pwrite, []
 def slow(fd, data, at):
     writer = sys.modules.get("deltamerge.io.writer")

@@ -18,12 +18,12 @@ import pytest
 import torch
 from conftest import make_checkpoint
 from interrupted import files
+from running import run
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import writer
 from deltamerge.io.journal import read_journal
 from deltamerge.io.writer import done_spans
-from deltamerge.run.runner import run
 
 CHANGES = ("open", "pwrite", "ftruncate", "fdatasync", "fsync", "rename", "unlink", "mkdir", "rmdir", "copy_file_range")
 

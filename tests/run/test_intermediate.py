@@ -10,15 +10,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from conftest import load_tensors, tiny_llama
+from running import calibrate, make_plans, run
 
 from deltamerge import cli
 from deltamerge.errors import DeltamergeError, OutputError, RecipeError, VerifyError
 from deltamerge.io.journal import Journal
 from deltamerge.io.work_folder import mark
-from deltamerge.recipe.file import documents
+from deltamerge.recipe.file import read_recipe
 from deltamerge.run.lock import verify
-from deltamerge.run.plans import make_plans
-from deltamerge.run.runner import calibrate, run
 
 CHAIN = """\
 # the output's parts come after it
@@ -64,7 +63,7 @@ def test_documents_are_made_in_the_order_of_need(folder):
     assert list(result.intermediate) == [beside / "first", beside / "second"]
     assert all(verify(path, 1) for path in (*result.intermediate, result.folder))
     assert (result.folder / "recipe.yaml").read_text() == CHAIN
-    again = documents(beside / "second" / "recipe.yaml")
+    again = read_recipe(beside / "second" / "recipe.yaml").documents
     assert [document.name for document in again] == ["first", "second"]
     assert "é" in again[1].recipe.source.text
     assert set(result.lock["inputs"]) == {"second", "first"}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from adapters import LLAMA, adapt, close, load
 from conftest import load_tensors, tiny_llama
+from running import make_plan, run
 from safetensors.torch import load_file
 from tiny_models import batches, make
 
@@ -21,8 +22,6 @@ from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.io.reader import Reader
 from deltamerge.io.shira import Candidate, choose_rank, difference
 from deltamerge.run.lock import verify
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import run
 
 peft = pytest.importorskip("peft")
 

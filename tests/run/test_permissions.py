@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from calls import call
+from conftest import write_json
 from interrupted import RECIPE, Stop, files, models
-from test_resume import call
+from running import run
 
 from deltamerge.errors import InputError
 from deltamerge.io import writer
-from deltamerge.run.runner import run
 
 PASSING = (1 << 1) | (1 << 2) | (1 << 3)  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH, CAP_FOWNER
 
@@ -49,6 +50,7 @@ def as_anybody() -> Iterator[None]:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     models(tmp_path)
+    write_json(tmp_path / "a" / "config.json", {"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
     (tmp_path / "r.yaml").write_text(RECIPE.format(method="ties", shard="250KB"))
     (tmp_path / "rows.txt").write_text("a b\n" * 50)
     (tmp_path / "q.yaml").write_text(

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 from calls import call
 from conftest import tiny_llama
+from running import run
 from small_hub import COMMIT, TOKEN, Hub
-
-from deltamerge.run.runner import run
 
 # huggingface_hub's own way of calling its http client
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")

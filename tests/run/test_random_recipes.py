@@ -24,11 +24,11 @@ from made_up_stages import run_with_stages
 from random_recipes import Case, case, cases, norms, row_q
 from raw_tensors import DIGITS, LARGEST, LEAST, Stored, read_checkpoint, stored, widened
 from reference_recipe import Unsure
+from running import run
 
 from deltamerge.calibrate.spec import Calibrated
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.table import MERGE
-from deltamerge.run.runner import run
 
 LONG = "FUZZ" in os.environ
 fuzz = settings(

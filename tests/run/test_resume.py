@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -14,25 +13,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import make_checkpoint, tiny_llama
-from interrupted import RECIPE, Stop, files, models
-from test_workspace import earlier
+from calls import call
+from conftest import make_checkpoint
+from interrupted import RECIPE, Stop, calibrated, earlier, files, models
+from running import finish, make_plan, run
 
-from deltamerge.cli import main
+from deltamerge import kernels
 from deltamerge.delta import spool
 from deltamerge.delta.tensor_writer import TensorWriter
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.io import writer
 from deltamerge.io.audit import INFINITY, count_nonfinite
-from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.io.journal import Journal, check_facts, read_journal
 from deltamerge.io.work_folder import mark
-from deltamerge.methods.ops import torch_dtype
 from deltamerge.plan.planner import Plan
 from deltamerge.run.lock import verify
 from deltamerge.run.partition import Part
-from deltamerge.run.plans import make_plan
-from deltamerge.run.runner import finish, run
 
 
 @pytest.fixture(scope="module")
@@ -351,18 +348,6 @@ def test_every_shard_is_one_parts_and_every_part_has_some(count: int, total: int
     assert list(chain.from_iterable(taken)) == list(range(total))
 
 
-def calibrated(tmp_path: Path) -> Path:
-    base = tiny_llama(tmp_path / "base", seed=0, tokenizer=True)
-    tiny_llama(tmp_path / "a", seed=1, base=base, tokenizer=True)
-    (tmp_path / "rows.txt").write_text("\n".join(f"w{5 + i % 80} w{6 + i % 70} w{7 + i % 60}" for i in range(30)))
-    path = tmp_path / "r.yaml"
-    path.write_text(
-        "base_model: ./base\nmodels:\n  - {model: ./a, prune: {method: dare, density: 0.5, q: output_change}}\n"
-        "calibration: {data: rows.txt, sequences: 8, length: 8}\noutput: {shard_size: 20KB}\n"
-    )
-    return path
-
-
 def test_parts_of_a_calibrated_recipe_need_the_lock(tmp_path: Path) -> None:
     path = calibrated(tmp_path)
     truth = files(run(path, tmp_path / "truth" / "out").folder)
@@ -410,17 +395,6 @@ def test_what_is_not_finite_is_counted(dtype: str) -> None:
     finite = torch.where(values.isfinite(), values, 0).to(torch_dtype(dtype))
     assert count_nonfinite(finite.view(torch.uint8).numpy(), dtype) == (0, 0)
     assert count_nonfinite(raw[:0], dtype) == (0, 0)
-
-
-def has_numba() -> bool:
-    return importlib.util.find_spec("numba") is not None
-
-
-def call(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> tuple[int, str, str]:
-    with pytest.raises(SystemExit) as leaving:
-        main([str(argument) for argument in arguments])
-    out, err = capsys.readouterr()
-    return int(leaving.value.code or 0), out, err
 
 
 def nonfinite_recipe(folder: Path, kind: str) -> Path:
@@ -558,7 +532,7 @@ def test_two_commands_on_one_target(
 def test_overflow_on_the_cast_to_float16_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, fused: bool
 ) -> None:
-    monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: fused and has_numba())
+    monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: fused and kernels.available())
     make_checkpoint(tmp_path / "base", {"w": torch.full((4, 4), 60000.0)})
     make_checkpoint(tmp_path / "a", {"w": torch.full((4, 4), 65519.0).fill_diagonal_(65520.0)})
     path = tmp_path / "r.yaml"

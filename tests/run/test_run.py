@@ -11,12 +11,12 @@ import reference
 import torch
 import yaml
 from conftest import load_tensors, make_checkpoint
+from running import run
 
 from deltamerge.engine import backends
 from deltamerge.errors import InputError, OutputError, VerifyError
 from deltamerge.methods.prune import bits
 from deltamerge.run.lock import verify
-from deltamerge.run.runner import run
 
 SHAPES = {
     "embed.weight": (301, 24),
@@ -126,7 +126,7 @@ METHODS = {
 @pytest.mark.parametrize("method", METHODS)
 def test_method_equals_the_float64_reference(models, tmp_path, monkeypatch, method, fused):
     if not fused:
-        monkeypatch.setattr(backends, "FUSED_FUNCTIONS", frozenset())
+        monkeypatch.setattr(backends, "fused_available", lambda: False)
     text, formula = METHODS[method]
     merged = merge(models, tmp_path, text)
     base, inputs = load64(models / "base"), [load64(models / m) for m in "abc"]
@@ -173,7 +173,7 @@ def test_same_bytes_whatever_the_workers_tiles_backend_and_order(models, tmp_pat
     assert run_bytes(models, tmp_path, RECIPES[recipe], "workers", workers=3) == first
     monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 10)
     assert run_bytes(models, tmp_path, RECIPES[recipe], "tiles") == first
-    monkeypatch.setattr(backends, "FUSED_FUNCTIONS", frozenset())
+    monkeypatch.setattr(backends, "fused_available", lambda: False)
     assert run_bytes(models, tmp_path, RECIPES[recipe], "torch", workers=2) == first
 
 

@@ -1,129 +1,133 @@
-"""A pass made ready for `stream_loop.run`: its operations as arrays, run on ranges of elements from file to memory."""
+"""A pass made ready for the compiled loop: its operations as arrays, run on ranges of elements from file to memory."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.engine.fused import codes, native
-from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.files import Descriptor
+from deltamerge import kernels
+from deltamerge.engine.fused import codes
+from deltamerge.engine.fused.operations import Place
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
-from deltamerge.methods.prune.bits import SPARSE_BLOCK, Key
-from deltamerge.methods.tiles import RUN
 
 if TYPE_CHECKING:
-    from deltamerge.engine.fused.stream import Assembly
+    from deltamerge.engine.fused.assembly import Assembly
+    from deltamerge.io.reader import Reader
 
-# Values of a chunk in float32: a few of them fill a core's first cache. The runs of a sum are such chunks.
-CHUNK = RUN
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """An open file and its path, the byte in it of a tensor's first element, and the bytes of an element."""
-
-    file: Descriptor
-    path: Path
-    begin: int
-    itemsize: int
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One of `stream_loop`, and what does not fit in its numbers."""
-
-    code: int
-    to: int
-    fields: tuple[int, int, int, int] = (-1, -1, -1, -1)
-    key: Key = (0, 0)
-    scalars: tuple[float, float] = (1.0, 1.0)
-    weights: tuple[float, ...] = ()
-    models: tuple[int, ...] = ()
-    lists: tuple[int, ...] = ()
+# The structures of kernels/src/program.h.
+OPERATION = np.dtype(
+    [
+        ("fields", np.int64, 6),
+        ("key", np.uint64, 2),
+        ("scalars", np.float32, 2),
+        ("models", np.int64),
+        ("first", np.int64),
+    ]
+)
+IN_MEMORY = -1  # in place of a file: the elements are in memory
 
 
 class Program:
     """A pass, ready to run on any range of elements, from any number of threads."""
 
-    def __init__(self, assembly: Assembly, block: int, pieces: Pieces | None) -> None:
-        """`pieces` are told the hashes of what is read."""
-        done, self.pieces = assembly.operations, pieces
-        self.loop = native.loop()
-        self.block, self.sources, self.sparse = block, assembly.sources, assembly.sparse
-        self.counters, self.sums, self.itemsize = assembly.counters, assembly.sums, ITEMSIZE[assembly.output]
-        self.chunk = SPARSE_BLOCK if self.sparse else CHUNK
-        self.listed, self.sampled = assembly.listed, assembly.sampled
-        self.rows, self.lists, self.summed = assembly.count, len(assembly.lists), assembly.summed
-        width = max([1, *(len(x.models) for x in done)])
-        self.operations = np.array([(x.code, x.to, *x.fields) for x in done], np.int64)
-        self.keys = np.array([x.key for x in done], np.uint64)
-        self.scalars = np.array([x.scalars for x in done], np.float32)
-        self.weights = np.array([_padded(x.weights, width) for x in done], np.float32)
-        self.models = np.array([len(x.models) for x in done], np.int64)
-        self.operands_of = np.array([_padded(x.models, width) for x in done], np.int64)
-        self.lists_of = np.array([_padded(x.lists, width) for x in done], np.int64)
+    def __init__(self, assembly: Assembly, reader: Reader, *, hashed: bool) -> None:
+        """`hashed`: the reader's pieces are told the hashes of what is read."""
+        done, shape = assembly.operations, assembly.form
+        self.assembly, self.reader = assembly, reader
+        self.pieces: Pieces | None = reader.pieces if hashed else None
+        self.block, self.sources = shape.block, assembly.sources
+        self.counters, self.sums, self.listed = assembly.counters, assembly.sums, assembly.listed
+        self.summed = assembly.summed
+        self.operations = np.zeros(len(done), OPERATION)
+        first, weights, models, lists = 0, list[float](), list[int](), list[int]()
+        for row, x in zip(self.operations, done, strict=True):
+            row["fields"], row["key"], row["scalars"] = (x.code, x.to, *x.fields), x.key, x.scalars
+            row["models"], row["first"] = x.count or len(x.models), first
+            first += x.width
+            for given, into in ((x.weights, weights), (x.models, models), (x.lists, lists)):
+                into += [*given, *[0] * (x.width - len(given))]
+        self.weights = np.array(weights, np.float32)
+        self.models, self.lists = np.array(models, np.int64), np.array(lists, np.int64)
         self.tables, self.guides, self.bounds = _joined(assembly.tables)
         self.ranks = np.concatenate([np.empty(0, np.int64), *assembly.ranks])
+        self.limits = np.concatenate([np.empty(0, np.uint32), *assembly.limits])
+        self.ratios = np.concatenate([np.empty(0, np.float32), *assembly.ratios])
 
     def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
         """`backends.Pass.run`; `start` lies on a block of the tensor."""
         operations, blocks = self.operations.copy(), -(-(stop - start) // self.block)
         counts = self._place_counters(operations, blocks)
         sums = np.empty((self.summed, blocks), np.float64)
-        listed = np.empty((len(self.listed), stop - start + 2 * blocks + 1), np.uint32)
+        listed = np.empty((len(self.listed), stop - start + 2 * blocks + codes.SLACK), np.uint32)
         used = np.zeros(len(self.listed), np.int64)
-        files = [(place.file.fd, place.begin, place.itemsize) for place in self.sources]
-        memory = np.empty(0, np.uint8) if out is None else out
-        raw = np.empty((len(files), codes.MARGIN + 4 * max(codes.PIECE, self.chunk, self.sampled)), np.uint8)
-        registers = np.empty((max(1, self.rows), self.chunk), np.float32)
-        places = np.empty((self.lists, SPARSE_BLOCK + 1), np.int64)
-        job = np.array([start, stop, self.block, self.sparse, self.sampled, self.itemsize], np.int64)
-        first_pieces = np.array([-(-(x.begin + start * x.itemsize) // PIECE_BYTES) for x in self.sources], np.int64)
-        hashed = first_pieces * PIECE_BYTES
-        longest = (stop - start) * max((x.itemsize for x in self.sources), default=0)
-        room = longest // PIECE_BYTES if self.pieces else 0
-        digests = np.empty((len(files) * room, 2), np.uint64)
-        width = max(len(operations), self.lists, self.weights.shape[1])
-        went = self.loop([
-            job, operations, self.keys, self.scalars, self.weights, self.models, self.operands_of, self.lists_of,
-            self.tables, self.guides, self.bounds, self.ranks, np.array(files, np.int64).reshape(-1, 3), memory, raw,
-            registers, places, counts, sums, listed, used,
-            np.empty((self.summed, 1 << (-(-self.block // RUN) - 1).bit_length()), np.float64),
-            np.zeros((6, width), np.int64), np.zeros(width, np.bool_), digests, hashed, first_pieces,
-            np.empty((len(files), 8), np.uint64),
-        ])  # fmt: skip
+        memory = [self._made(place, start, stop) if place.file is None else None for place in self.sources]
+        first_pieces, room = self._room(start, stop)
+        digests, hashed = np.empty((len(self.sources), room, 2), np.uint64), first_pieces * PIECE_BYTES
+        native = kernels.native()
+        assert native is not None
+        went = native.run(
+            self._job(start, stop), operations, self.weights, self.models, self.lists, self.tables, self.guides,
+            self.bounds, self.ranks, self.limits, self.ratios, self._files(memory), first_pieces,
+            np.empty(0, np.uint8) if out is None else out, counts, sums, listed, used, digests, hashed,
+        )  # fmt: skip
         if not went:
             return None
-        if self.pieces:
+        if self.pieces and room:
             for source, place in enumerate(self.sources):
-                mine = digests[room * source :][: hashed[source] // PIECE_BYTES - first_pieces[source]]
-                self.pieces.give(place.path, int(first_pieces[source]), mine)
+                if place.file is not None:
+                    count = hashed[source] // PIECE_BYTES - first_pieces[source]
+                    self.pieces.give(place.path, int(first_pieces[source]), digests[source, :count])
         found: dict[int, Any] = {}
         for node, (row, size) in self.counters.items():
-            first = operations[row, 5]
+            first = operations["fields"][row, 5]
             found[node] = counts[first : first + (size or blocks)]
         for node, (row, count) in self.sums.items():
-            found[node] = sums[row : row + count].T
+            found[node] = sums[row : row + count].T if count else sums[row]
         for node, row in self.listed.items():
             found[node] = listed[row, : used[row]].copy()
         return found
 
-    def _place_counters(self, operations: NDArray[np.int64], blocks: int) -> NDArray[np.int64]:
+    def _job(self, start: int, stop: int) -> NDArray[np.int64]:
+        made, form = self.assembly, self.assembly.form
+        numbers = (
+            start, stop, form.block, form.elements, made.aligned, made.sampled, codes.DTYPES.get(made.output, 0),
+            made.chunk, made.count, made.lists, made.summed,
+        )  # fmt: skip
+        return np.array(numbers, np.int64)
+
+    def _made(self, place: Place, start: int, stop: int) -> NDArray[np.uint8]:
+        """The elements of a tensor whose bytes are made when they are read."""
+        buffer = np.empty((stop - start) * place.itemsize, np.uint8)
+        self.reader.read_into(place.info, start, buffer)
+        return buffer
+
+    def _files(self, memory: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.int64]:
+        rows = np.empty((len(self.sources), 4), np.int64)
+        for row, place, made in zip(rows, self.sources, memory, strict=True):
+            fd, at = (IN_MEMORY, made.__array_interface__["data"][0]) if made is not None else (_fd(place), 0)
+            row[:] = fd, place.info.begin, codes.DTYPES[place.info.dtype], at
+        return rows
+
+    def _room(self, start: int, stop: int) -> tuple[NDArray[np.int64], int]:
+        """The number of the first piece of each source's file, and how many pieces any of them may have."""
+        begins = (place.info.begin + start * place.itemsize for place in self.sources)
+        longest = (stop - start) * max((place.itemsize for place in self.sources), default=0)
+        return np.array([-(-x // PIECE_BYTES) for x in begins], np.int64), longest // PIECE_BYTES if self.pieces else 0
+
+    def _place_counters(self, operations: NDArray[Any], blocks: int) -> NDArray[np.int64]:
         total = 0
         for row, size in self.counters.values():
-            operations[row, 5] = total
+            operations["fields"][row, 5] = total
             total += size or blocks
         return np.zeros(total, np.int64)
 
 
-def _padded(values: Sequence[Any], width: int) -> tuple[Any, ...]:
-    return (*values, *[0] * (width - len(values)))
+def _fd(place: Place) -> int:
+    assert place.file is not None
+    return place.file.fd
 
 
 def _joined(

@@ -18,7 +18,7 @@ SMALLEST_WEIGHT = 1e-7
 
 
 def divisor_of(weights: tuple[float, ...]) -> float:
-    """Σ w in float32, 1 where it is too close to zero to divide by."""
+    """Σ w in float32; 1 if it is too close to zero to divide by."""
     total = np.float32(0)
     for weight in weights:
         total = np.float32(total + np.float32(weight))

@@ -16,7 +16,7 @@ SMALLEST_DIFFERENCE = 1e-6
 
 
 def nearswap(base: torch.Tensor, delta: torch.Tensor | Kept, *, tile: Tile, t: float) -> torch.Tensor:
-    """base + w Δ, w = min(1, t / max(abs(Δ), 1e-6)), in float32: an entry moves by t at most.
+    """base + w Δ, w = min(1, t / max(abs(Δ), 1e-6)), in float32: no entry moves by more than t.
 
     https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
     """

@@ -1,4 +1,4 @@
-"""Arcee fusion: only the entries that matter most, by their size and their row's shift, are taken from the model."""
+"""Arcee fusion: only the most important entries, by size and by their row's shift, are taken from the model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,25 @@ FLOOR = 1e-8
 def arcee_fusion(
     base: torch.Tensor, delta: torch.Tensor | Kept, importance: torch.Tensor, threshold: float, *, tile: Tile
 ) -> torch.Tensor:
-    """base + Δ where the importance reaches the threshold, base elsewhere; float32 (https://arcee.ai)."""
+    """base + Δ where the importance reaches the threshold, base elsewhere; float32 (https://arcee.ai).
+
+    What is not a number reaches it too, so that it is seen in the result.
+    """
     import torch
 
     dense = densify(delta, tile.size)
-    return base.to(torch.float32) + dense.where(importance >= threshold, dense.new_zeros(()))
+    return base.to(torch.float32) + dense.where(~(importance < threshold), dense.new_zeros(()))
 
 
 def nodes(make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool) -> Any:
-    """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries."""
+    """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries.
+
+    make       makes a graph's node
+    function   name of `arcee_fusion`
+    inputs     nodes of base and delta
+    shape      of the tensor
+    based      whether inputs[0] is the base
+    """
     score = make(importance, inputs, shape=shape)
     size = math.prod(shape)
     high = make(select.high_histogram, [score], kind="sum", shape=shape)

@@ -1,4 +1,4 @@
-"""RAM: what only one model changed is kept as it is, what several changed is averaged (arXiv 2601.13572)."""
+"""RAM: entries that only one model changed are kept, entries that several changed are averaged (arXiv 2601.13572)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ def ram(base: torch.Tensor, *deltas: torch.Tensor | Kept, tile: Tile, epsilon: f
 
 
 def ramplus_tl(base: torch.Tensor, *inputs: Any, tile: Tile, epsilon: float) -> torch.Tensor:
-    """`ram`, the entries that only model i changed multiplied by its factor: inputs are the deltas and the factors."""
+    """`ram`, with the entries that only model i changed multiplied by its factor; inputs are the deltas and the
+    factors.
+    """
     import torch
 
     *deltas, factor = inputs
@@ -52,7 +54,7 @@ def nodes(
 
 
 def counts(*deltas: torch.Tensor | Kept, tile: Tile, epsilon: float) -> NDArray[np.int64]:
-    """int64 (n, 2): how many entries each model alone changed, and how many with others."""
+    """int64 (n, 2): the number of entries that each model changed alone, and that it changed together with others."""
     import torch
 
     dense = [densify(delta, tile.size) for delta in deltas]
@@ -70,7 +72,7 @@ def factors(counts: NDArray[np.int64], *, r: float, alpha: float) -> tuple[float
 
 
 def changes(deltas: list[torch.Tensor], epsilon: float) -> torch.Tensor:
-    """How many models changed each entry."""
+    """The number of models that changed each entry."""
     import torch
 
     count = torch.zeros(deltas[0].shape, dtype=torch.int32, device=deltas[0].device)

@@ -1,9 +1,9 @@
-"""Merges whose result is a weighted sum of their inputs with weights found from the inputs' dot products alone.
+"""Merges whose result is a weighted sum of their inputs, with weights found from the inputs' dot products alone.
 
-slerp, nuslerp, multislerp, karcher and model_stock never leave the span of the flattened inputs x_i. One pass over
-the tensor makes their Gram matrix G_ij = ⟨x_i, x_j⟩ in float64, the method turns it into coefficients c_i, a second
-pass adds the c_i x_i in float32. Each method is a function of Gram matrices (…, n, n), float64, to coefficients (…, n):
-one for the whole tensor, or one per row or column.
+slerp, nuslerp, multislerp, karcher and model_stock stay in the span of the flattened inputs x_i. One pass over the
+tensor computes their Gram matrix G_ij = ⟨x_i, x_j⟩ in float64, the method turns it into coefficients c_i, and a second
+pass adds the c_i x_i in float32. Each method is a function from Gram matrices (…, n, n), float64, to coefficients (…,
+n): one for the whole tensor, or one per row or column.
 """
 
 from __future__ import annotations
@@ -145,7 +145,15 @@ def nodes(
     filter_wise: bool = False,
     **parameters: Any,
 ) -> Any:
-    """The node of Σ c_i x_i, + base if `based`: then inputs[0] is the base, and the x_i are the deltas that follow."""
+    """The node of Σ c_i x_i, + base if `based`.
+
+    make         makes a graph's node
+    function     name of the method
+    inputs       nodes of the models; if `based`, the base and then the deltas
+    shape        of the tensor
+    based        whether inputs[0] is a base that is added
+    nuslerp_flatten, nuslerp_row_wise, filter_wise   whether vectors are the tensor, its rows or its columns
+    """
     models = inputs[1:] if based else inputs
     along = _along(shape, rows=filter_wise or not nuslerp_flatten, columns=nuslerp_row_wise and not nuslerp_flatten)
     if along == "tensor":

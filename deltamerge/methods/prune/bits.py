@@ -9,7 +9,7 @@ first, so streams of different lanes and blocks never meet:
     lane 2      gaps between kept positions, one stream for each block of 2**16 positions
     lane 3      one 64-bit draw for each column, block 0
 
-Which regime draws a mask depends on its density d alone. From `SPARSE_BELOW` up, position p is kept iff its word
+The way a mask is drawn depends on its density d alone. From `SPARSE_BELOW` up, position p is kept iff its word
 is below round(d * 2**32); the low half is only looked at when the high half ties. Below, the number g of dropped
 positions before the next kept one has P(g >= k) = (1-d)**k and is drawn by table from 63 bits; a gap off the
 table's end skips the table's length and draws again (the law has no memory, so this is exact). Everything is
@@ -82,7 +82,7 @@ def gap_table(density: float) -> NDArray[np.uint64]:
 
 @lru_cache(maxsize=64)
 def guided(density: float) -> tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]:
-    """The gap table with a sentinel, and for each value of a draw's leading bits the least gap it can give."""
+    """The gap table with a sentinel, and for each value of a draw's leading bits the least gap that it can give."""
     table = gap_table(density)
     leading = min(len(table).bit_length() + 2, 14)
     starts = np.arange(1 << leading, dtype=np.uint64) << np.uint64(63 - leading)
@@ -109,7 +109,7 @@ def words(key: Key, start: int, stop: int) -> NDArray[np.uint32]:
 
 
 def keep(key: Key, start: int, stop: int, density: float) -> NDArray[np.bool_]:
-    """words(key, start, stop) < round(density * 2**32), mostly at half the price."""
+    """words(key, start, stop) < round(density * 2**32), as bool, at about half the price."""
     high, low = divmod(threshold(density), 1 << 16)
     if high >> 16:
         return np.ones(stop - start, np.bool_)
@@ -123,7 +123,7 @@ def keep(key: Key, start: int, stop: int, density: float) -> NDArray[np.bool_]:
 
 
 def positions(key: Key, start: int, stop: int, density: float) -> NDArray[np.int64]:
-    """The kept ones of positions [start, stop), ascending, relative to start."""
+    """The kept positions among [start, stop), ascending, relative to start."""
     if not is_sparse(density):
         return np.flatnonzero(keep(key, start, stop, density)).astype(np.int64, copy=False)
     table, parts = gap_table(density), [np.empty(0, np.int64)]
@@ -145,14 +145,16 @@ def _inside(found: NDArray[np.int64], origin: int, start: int, stop: int) -> NDA
 
 
 def _draws(density: float) -> int:
-    """Draws to make at once: enough for nearly every block, a multiple of 4; how many has no effect on the mask."""
+    """The number of draws to make at once: enough for nearly every block, a multiple of 4; it does not
+    affect the mask.
+    """
     mean = density * SPARSE_BLOCK * 1.02
     return 4 * math.ceil((mean + 5 * math.sqrt(mean) + 4) / 4)
 
 
 @lru_cache(maxsize=64)
 def choose_columns(key: Key, n: int, count: int) -> NDArray[np.int64]:
-    """`count` of n columns, ascending: those of the smallest 64-bit draws (of equal ones, the first)."""
+    """`count` of n columns, ascending: those with the smallest 64-bit draws (of equal ones the first)."""
     draws = _generator(key, 0, 0, COLUMNS).random_raw(n)
     columns = np.sort(np.argsort(draws, kind="stable")[:count]).astype(np.int64, copy=False)
     columns.setflags(write=False)
@@ -169,7 +171,13 @@ def words_torch(key: Key, start: int, stop: int, device: Any = "cpu") -> torch.T
 
 
 def keep_torch(key: Key, start: int, stop: int, density: float, device: Any = "cpu") -> torch.Tensor:
-    """`keep` as bool on any device."""
+    """`keep` on any device.
+
+    key           the mask's
+    start, stop   positions
+    density       share of positions that are kept
+    device        of the result, a bool tensor (stop − start)
+    """
     import torch
 
     if torch.device(device).type == "cpu":
@@ -178,7 +186,13 @@ def keep_torch(key: Key, start: int, stop: int, density: float, device: Any = "c
 
 
 def positions_torch(key: Key, start: int, stop: int, density: float, device: Any = "cpu") -> torch.Tensor:
-    """`positions` as int64 on any device."""
+    """`positions` on any device.
+
+    key           the mask's
+    start, stop   positions
+    density       share of positions that are kept
+    device        of the result, an ascending int64 tensor
+    """
     import torch
 
     if torch.device(device).type == "cpu":
@@ -212,7 +226,9 @@ def _keep_device(key: Key, start: int, stop: int, density: float, device: Any) -
 
 
 def _positions_device(key: Key, start: int, stop: int, density: float, device: Any) -> torch.Tensor:
-    """All blocks of [start, stop) at once: draws_BD, gaps by table, places by a cumulative sum along D."""
+    """`positions_torch` for all blocks of [start, stop) at once: draws (B, D), gaps by table, places by a cumulative
+    sum along D.
+    """
     import torch
 
     table = torch.from_numpy(gap_table(density).astype(np.int64)).to(device)

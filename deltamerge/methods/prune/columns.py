@@ -1,8 +1,8 @@
-"""WANDA on weights stored (in, out), as GPT-2's are: each output's inputs lie in a column, which tiles cut through.
+"""WANDA on weights stored (in, out), as GPT-2's are: each output's inputs lie in a column, which tiles cut.
 
-Every tile gives the k + 1 best scores of each column, which hold the column's k best and tell whether one equal to the
-k-th is left over; where some are, a second pass counts them, and the first rows are kept. Memory: 4 (k + 1) bytes a
-column and tile, at most one float32 copy of the weight.
+Every tile gives the k + 1 best scores of each column: they contain the column's k best, and tell whether an entry equal
+to the k-th is left over. Where some are, a second pass counts them, and the first rows are kept. Memory: 4 (k + 1)
+bytes per column and tile, at most one float32 copy of the weight.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ColumnCut:
-    """Per column (m) the score bits of the k-th best, how many equal to it are kept, and whether more are equal."""
+    """Per column (m): the score bits of the k-th best, how many entries equal to it are kept, and whether more are
+    equal.
+    """
 
     threshold: NDArray[np.int32]
     equal_kept: NDArray[np.int64]
@@ -61,19 +63,26 @@ def equal_columns(delta: torch.Tensor, norms: NDArray[np.float32], cut: ColumnCu
 
 
 def equal_columns_needless(norms: NDArray[np.float32], cut: ColumnCut) -> bool:
-    """Whether every equal is kept."""
+    """Whether all equal entries are kept."""
     return not cut.more.any()
 
 
 def column_ranks(counts: NDArray[np.int64] | None) -> NDArray[np.int64]:
-    """How many equals lie before each block, per column; empty if ranks do not matter."""
+    """Per column the number of equal entries before each block; empty if it does not matter."""
     return np.zeros((0, 0), np.int64) if counts is None else np.cumsum(counts, 0) - counts
 
 
 def keep_best_of_columns(
     delta: torch.Tensor, norms: NDArray[np.float32], cut: ColumnCut, ranks: NDArray[np.int64], *, tile: Tile
 ) -> torch.Tensor:
-    """Δ where its score is among the round(density · n) largest of its column, else 0; equals from the top."""
+    """Δ where its score is among the round(density · n) largest of its column, else 0; equal scores from the top.
+
+    delta   (in, out) tile
+    norms   (in) of the input features
+    cut     of every column
+    ranks   of `column_ranks`
+    tile    the part of the weight
+    """
     import torch
 
     bits = _bits(delta, norms, tile)
@@ -87,7 +96,7 @@ def keep_best_of_columns(
 
 
 def _bits(delta: torch.Tensor, norms: NDArray[np.float32], tile: Tile) -> torch.Tensor:
-    """(rows of the tile, m) the bits of the scores, which order as the scores do."""
+    """(rows of the tile, m) the bits of the scores, which sort like the scores."""
     import torch
 
     rows = delta.view(-1, tile.columns)

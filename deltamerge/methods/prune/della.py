@@ -1,4 +1,4 @@
-"""DELLA: the larger an entry in its row, the likelier it is kept."""
+"""DELLA: the larger an entry within its row, the more likely it is kept."""
 
 from __future__ import annotations
 
@@ -20,11 +20,17 @@ if TYPE_CHECKING:
 def della(
     delta: torch.Tensor | Kept, *, tile: Tile, key: Key, density: float, epsilon: float, weighted: bool = True
 ) -> torch.Tensor:
-    """δ ∘ Δ · density / π, δ ~ Bernoulli(π): over q = density it is unbiased; δ ∘ Δ if not `weighted`. float32.
+    """δ ∘ Δ · density / π, δ ~ Bernoulli(π); float32 (arXiv 2406.11617). Divided by q = density it is unbiased.
 
-    π = density − ε + 2ε · rank / (n − 1), rank from 0 by abs(Δ) in a row of n, equals from the left (arXiv 2406.11617).
-    A row is the last dimension (`ops.row_blocks`); π = density for a row of one. Kept where the position's 32-bit word
-    is below π · 2**32.
+        delta      float32 or `Kept`
+        tile       the part of the tensor
+        key        the mask's
+        density    the mean of π
+        epsilon    ε of π = density − ε + 2ε · rank / (n − 1), rank from 0 by abs(Δ) in a row of n, equals from the left
+        weighted   False: δ ∘ Δ alone
+
+    A row is the last dimension (`ops.row_blocks`); π = density for a row of one. An entry is kept if the position's
+    32-bit word is below π · 2**32.
     """
     import torch
 
@@ -43,7 +49,7 @@ def della(
 
 
 def check(density: float, epsilon: float) -> None:
-    """Raises InputError unless every π is a probability, and none is 0."""
+    """InputError unless every π is a probability above 0."""
     if density < 1.0 and not 0.0 < density - epsilon <= density + epsilon <= 1.0:
         message = f"della: density {density:g} ± epsilon {epsilon:g} must lie in (0, 1]"
         raise InputError(message, hint="choose a smaller epsilon")
@@ -57,7 +63,7 @@ def probabilities(count: int, density: float, epsilon: float) -> NDArray[np.floa
 
 
 def _ranks(rows: torch.Tensor) -> torch.Tensor:
-    """int64 (rows, n): how many of the row are smaller, or equal and further left."""
+    """int64 (rows, n): the number of entries in the row that are smaller, or equal and further left."""
     import torch
 
     order = magnitude_bits(rows).sort(dim=1, stable=True).indices

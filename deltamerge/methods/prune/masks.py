@@ -1,4 +1,4 @@
-"""Random masks: which entries of a delta stay. Torch on any device; the bits come from `pruners.bits`."""
+"""Random masks: which entries of a delta are kept. Torch on any device; the bits come from `prune.bits`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, density: float) -> torch.Tensor | Kept:
     """δ ∘ Δ, δ ~ Bernoulli(density) for each entry, not rescaled (DARE, arXiv 2311.03099).
 
-    Flat float32 with zeros where dropped; `Kept` below density `SPARSE_BELOW`, at a cost that follows what is kept.
+        tune      flat tile in its stored dtype
+        base      flat tile in its stored dtype
+        tile      the part of the tensor
+        key       the mask's
+        density   share of entries that are kept
+
+    Returns flat float32 with zeros where dropped; `Kept` below density `SPARSE_BELOW`, whose cost grows with what is
+    kept.
     """
     import torch
 
@@ -28,9 +35,14 @@ def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, densit
 def structured(
     tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, a: float, b: float
 ) -> torch.Tensor | Kept:
-    """δ ∘ Δ of a matrix: max(1, round(a · n)) of n input columns are drawn, entries inside stay with probability b.
+    """δ ∘ Δ of a matrix, not rescaled (DAREx, arXiv 2410.09344, App. C.10); other tensors as `dare` with density a · b.
 
-    Tensors that are not 2-D: `dare` with density a · b (DAREx, arXiv 2410.09344, App. C.10). Not rescaled.
+    tune   flat tile in its stored dtype
+    base   flat tile in its stored dtype
+    tile   the part of the tensor
+    key    the mask's
+    a      share of the n input columns that are drawn: max(1, round(a · n))
+    b      probability with which an entry of a drawn column is kept
     """
     import torch
 
@@ -63,7 +75,7 @@ def reduced_range(tile: Tile, columns: Any) -> tuple[int, int]:
 
 
 def unreduced(tile: Tile, columns: Any, reduced: Any) -> Any:
-    """Positions from the tile's start of reduced indices; numpy arrays or torch tensors."""
+    """Positions, relative to the tile's start, of reduced indices; numpy arrays or torch tensors."""
     rows = reduced // len(columns)
     return rows * tile.columns + columns[reduced - rows * len(columns)] - tile.start
 

@@ -19,7 +19,7 @@ Columns = NDArray[np.int64]
 
 
 def clear(delta: torch.Tensor | Kept, columns: Columns, *, tile: Tile) -> torch.Tensor | Kept:
-    """Δ_ij, 0 in the given columns j of a matrix (out, in); columns are ascending."""
+    """Δ of a matrix (out, in) with 0 in the given columns, which are ascending."""
     import torch
 
     if isinstance(delta, Kept):
@@ -34,7 +34,14 @@ def clear(delta: torch.Tensor | Kept, columns: Columns, *, tile: Tile) -> torch.
 def restore(
     delta: torch.Tensor | Kept, tune: torch.Tensor, base: torch.Tensor, columns: Columns, *, tile: Tile
 ) -> torch.Tensor | Kept:
-    """What is kept of a delta that `clear` took the columns out of, with fine-tune − base there."""
+    """The kept entries of a delta, with fine-tune − base in the columns that `clear` took out.
+
+    delta     the kept entries
+    tune      tile in its stored dtype
+    base      tile in its stored dtype
+    columns   ascending
+    tile      the part of the tensor
+    """
     import torch
 
     at = torch.from_numpy(places(columns, tile)).to(tune.device)
@@ -55,7 +62,7 @@ def is_among(columns: Columns, tile: Tile) -> NDArray[np.bool_]:
 
 
 def places(columns: Columns, tile: Tile) -> Columns:
-    """The positions from the tile's start that lie in the columns, ascending; a tile may begin and end inside a row."""
+    """The positions, relative to the tile's start, that lie in the columns; a tile may begin and end inside a row."""
     rows = np.arange(tile.start // tile.columns, -(-tile.stop // tile.columns), dtype=np.int64)
     flat = (rows[:, None] * tile.columns + columns).reshape(-1)
     return flat[(flat >= tile.start) & (flat < tile.stop)] - tile.start

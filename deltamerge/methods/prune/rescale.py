@@ -1,4 +1,4 @@
-"""What the survivors of a mask are divided by: q, or mergekit's ratio of norms."""
+"""The divisor of a mask's kept entries: q, or mergekit's ratio of norms."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """Importance sampling: keep entry i with probability π_i = min(1, c · abs(Δ_i)), the mean of π being the density.
 
 With x = abs(Δ) of N entries, Σ min(1, c x) = density · N has one solution: the m largest entries are clipped to 1, and
-c = (density · N − m) / Σ x over the others. One pass counts entries and adds up mantissas by the high 16 bits of x,
-which gives the bin that 1/c lies in; a second counts the values inside that bin, so c is exact. All of it is sums of
-integers: the same for any tiles, threads and device.
+c = (density · N − m) / Σ x over the others. One pass counts entries and adds mantissas by the high 16 bits of x, which
+gives the bin that contains 1/c. A second pass counts the values inside that bin, so c is exact. All sums are of
+integers, so c is the same for any tiles, threads and device.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Integers = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """The bin that 1/c lies in, how many entries lie above it, and Σ x of those below it."""
+    """The bin that contains 1/c, the number of entries above it, and Σ x of those below it."""
 
     high: int
     above: int
@@ -45,7 +45,7 @@ def sums(delta: torch.Tensor, *, tile: Tile) -> Integers:
 
 
 def pick_clip(found: Integers, *, expected: float) -> Clip:
-    """The highest bin whose lower edge as 1/c keeps `expected` = density · N entries or more."""
+    """The highest bin whose lower edge, as 1/c, keeps at least `expected` = density · N entries."""
     counts, lows = found.astype(np.float64)
     edges = _values(np.arange(HIGH) << 16)
     finite = np.isfinite(edges)
@@ -61,12 +61,12 @@ def pick_clip(found: Integers, *, expected: float) -> Clip:
 
 
 def clip_bin(clip: Clip) -> Bin:
-    """The bin as `select.low_histogram` takes it."""
+    """The bin in the form of `select.low_histogram`."""
     return Bin(clip.high, 1)
 
 
 def factor(low: Integers, clip: Clip, *, expected: float) -> float:
-    """c; the largest float32 where even all entries that are not 0 are fewer than `expected`."""
+    """c; the largest float32 if even all non-zero entries are fewer than `expected`."""
     values = _values((clip.high << 16) + np.arange(LOW))[::-1]
     counts = low.astype(np.float64)[::-1]
     clipped = clip.above + np.concatenate([[0.0], np.cumsum(counts)])
@@ -78,9 +78,16 @@ def factor(low: Integers, clip: Clip, *, expected: float) -> float:
 
 
 def sampled(tune: torch.Tensor, base: torch.Tensor, c: float, *, tile: Tile, key: Key, density: float) -> torch.Tensor:
-    """Δ_i · density / π_i where kept, else 0: over q = density it is unbiased. π in float32; Δ = 0 is never kept.
+    """Δ_i · density / π_i where kept, else 0: divided by q = density it is unbiased. Δ = 0 is never kept.
 
-    Kept where the position's 32-bit word is below π · 2**32.
+        tune      flat tile in its stored dtype
+        base      flat tile in its stored dtype
+        c         of π_i = min(1, c · abs(Δ_i)), in float32
+        tile      the part of the tensor
+        key       the mask's
+        density   the mean of π
+
+    An entry is kept if the position's 32-bit word is below π · 2**32.
     """
     import torch
 

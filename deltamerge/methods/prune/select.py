@@ -1,10 +1,10 @@
 """The k largest entries of a delta by magnitude, exactly, without sorting and without holding the tensor.
 
-The bits of abs(Δ) in float32, read as an integer, order as the magnitudes do. A sample of them tells between which two
-the k-th largest is all but surely found. One pass over the tensor counts what is above them and lists what is between,
-which tells the k-th largest itself and where its equals are, of which the first in flat order are kept. Where too many
-lie between to be listed, or the sample deceived, passes that count follow: one the high 16 bits, which finds the bin of
-the k-th largest, one the low 16 bits of what is in that bin, and one the equals per block.
+The bits of abs(Δ) in float32, read as an integer, sort like the magnitudes. A sample gives a bracket of two values that
+almost surely contains the k-th largest. One pass over the tensor counts the entries above the bracket and lists those
+inside it; this gives the k-th largest and the places of entries equal to it, of which the first in flat order are kept.
+If too many lie inside to be listed, or the bracket missed, counting passes follow: over the high 16 bits, which finds
+the bin of the k-th largest; over the low 16 bits inside that bin; and over equal entries per block.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ HIGH = 1 << 15
 LOW = 1 << 16
 MAGNITUDE = 0x7FFFFFFF
 GOLDEN = 0x9E3779B9
-# Entries that are listed at most: 4 bytes each, held between two passes of a tensor.
+# The most entries that are listed: 4 bytes each, kept between two passes of a tensor.
 MOST = 1 << 20
-# Entries of a sample: all of a small tensor, one of 128 up to 2**18.
+# Entries of a sample: all of a small tensor, else one of 128, up to 2**18.
 SAMPLE_LEAST, SAMPLE_MOST, SAMPLE_SHARE = 1 << 15, 1 << 18, 128
-# The ends of the bracket lie so many standard deviations of the sample's rank away from it.
+# The distance of the bracket's ends, in standard deviations of the sample's rank.
 DEVIATIONS = 4.0
 
 Counts: TypeAlias = "NDArray[np.int64]"
@@ -47,7 +47,7 @@ class Bin:
 
 @dataclass(frozen=True, slots=True)
 class Bracket:
-    """The k-th largest magnitude has bits from `low` to `high`, unless the sample deceived."""
+    """The k-th largest magnitude has bits from `low` to `high`, unless the sample misled."""
 
     low: int
     high: int
@@ -55,9 +55,9 @@ class Bracket:
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """Entries whose bits exceed `threshold` are kept, and the first `equal_kept` of the `equal_total` that equal it.
+    """Entries whose bits exceed `threshold` are kept, and the first `equal_kept` of the `equal_total` equal to it.
 
-    `listed`: where those are is known from `bracketed`, and need not be counted.
+    `listed`: the places of the equal ones are known from `bracketed` and need not be counted.
     """
 
     threshold: int
@@ -67,24 +67,24 @@ class Cut:
 
 
 def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
-    """abs(Δ) as int32: the bits of float32 without the sign, which order as the magnitudes do."""
+    """abs(Δ) as int32: the bits of float32 without the sign, which sort like the magnitudes."""
     import torch
 
     return delta.contiguous().view(torch.int32) & MAGNITUDE
 
 
 def sampled_run(shape: tuple[int, ...]) -> int:
-    """Entries of each block that are in the sample of a tensor: one run of so many."""
+    """The length of the run of entries that the sample takes from each block."""
     size, block = math.prod(shape), block_elements(shape)
     wanted = min(size, max(SAMPLE_LEAST, min(SAMPLE_MOST, size // SAMPLE_SHARE)))
     return min(block, -(-wanted // max(1, -(-size // block))))
 
 
 def run_start(number: int, size: int, run: int) -> int:
-    """Where the run of block `number`, of `size` entries, begins in it.
+    """Where the sampled run of block `number`, of `size` entries, begins in it.
 
-    Another place from block to block, by the golden ratio: blocks begin where rows do, and the columns that a run
-    takes from one row are not those of the next.
+    It moves from block to block by the golden ratio: blocks begin at rows, and otherwise all runs would take the same
+    columns.
     """
     return ((number * GOLDEN) & 0xFFFFFFFF) * max(0, size - run + 1) >> 32
 
@@ -101,10 +101,10 @@ def sample(delta: torch.Tensor, *, tile: Tile) -> Magnitudes:
 
 
 def pick_bracket(sample: Magnitudes, *, k: int, size: int) -> Bracket | None:
-    """Where to look for the k-th largest (k ≥ 1) of `size` magnitudes; None: among too many to list them.
+    """The bracket of the k-th largest (k ≥ 1) of `size` magnitudes; None: too many would lie inside.
 
-    Differences of bfloat16 take few values: where the one at the sample's rank has so many equals that the rank is
-    hardly outside them, it is the bracket, of which nothing is listed.
+    Differences of bfloat16 take few values. If the value at the sample's rank has so many equals that the true rank
+    almost surely falls among them, the bracket is that one value, and nothing is listed.
     """
     n, rank = sample.size, sample.size * k / size
     deviation = 0.0 if n == size else math.sqrt(rank * (1 - k / size))
@@ -120,8 +120,9 @@ def pick_bracket(sample: Magnitudes, *, k: int, size: int) -> Bracket | None:
 
 
 def bracketed(delta: torch.Tensor, bracket: Bracket, *, tile: Tile) -> Magnitudes:
-    """Per block how many magnitudes are above the bracket, how many inside it, and the bits of these, in flat order;
-    without the bits where the bracket is one value."""
+    """Per block the numbers of magnitudes above and inside the bracket, and the bits of those inside in flat order;
+    without the bits if the bracket is one value.
+    """
     step, bits = block_elements(tile.shape), magnitude_bits(delta)
     parts = [np.empty(0, np.uint32)]
     for start in range(0, tile.size, step):
@@ -135,7 +136,7 @@ def bracketed(delta: torch.Tensor, bracket: Bracket, *, tile: Tile) -> Magnitude
 
 
 def bracketed_needless(bracket: Bracket | None) -> bool:
-    """Whether too many entries are in the bracket."""
+    """Whether there is no bracket, because too many entries would lie inside."""
     return bracket is None
 
 
@@ -145,8 +146,9 @@ def _words(bits: torch.Tensor) -> Magnitudes:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """What `bracketed` found: how many are above the bracket, how many inside it per block, and the bits of these (one
-    for all where the bracket is one value)."""
+    """The result of `bracketed`: the number above the bracket, the numbers inside per block, and the bits of those
+    inside (one for all if the bracket is one value).
+    """
 
     above: int
     counts: Counts
@@ -158,7 +160,7 @@ class Listed:
 
 
 def gathered(found: Magnitudes | None, bracket: Bracket | None) -> Listed | None:
-    """The blocks of `bracketed`."""
+    """The blocks of `bracketed`, joined."""
     if found is None or bracket is None:
         return None
     if bracket.low == bracket.high:
@@ -174,7 +176,7 @@ def gathered(found: Magnitudes | None, bracket: Bracket | None) -> Listed | None
 
 
 def pick_listed(listed: Listed | None, *, k: int) -> Cut | None:
-    """The exact k-th largest magnitude, and how many of its equals are kept; None: it is not among the listed."""
+    """The cut of the k-th largest magnitude; None if it is not among those listed."""
     if listed is None:
         return None
     rank, inside = k - listed.above, int(listed.counts.sum())
@@ -195,11 +197,12 @@ def high_histogram(delta: torch.Tensor, *, tile: Tile) -> Counts:
 
 
 def high_counts(delta: torch.Tensor, listed: Cut | None, *, tile: Tile) -> Counts:
-    """`high_histogram` where the k-th largest was not among the listed."""
+    """`high_histogram`, if the k-th largest was not listed."""
     return high_histogram(delta, tile=tile)
 
 
 def high_counts_needless(listed: Cut | None) -> bool:
+    """Whether the k-th largest was listed."""
     return listed is not None
 
 
@@ -217,7 +220,7 @@ def count_nonzero(x: torch.Tensor, *, tile: Tile) -> Counts:
 
 
 def pick_share(counts: Counts, nonzero: Counts, *, share: float) -> Bin:
-    """The bin of the k-th largest, k = int(share · nonzero); for k = 0 the last bin, of whose entries none is kept."""
+    """The bin of the k-th largest, k = int(share · nonzero); for k = 0 the last bin, with nothing of it kept."""
     k = int(share * int(nonzero[0]))
     return pick_bin(counts, k=k) if k else Bin(HIGH - 1, 0)
 
@@ -232,22 +235,23 @@ def low_histogram(delta: torch.Tensor, high: Bin, *, tile: Tile) -> Counts:
 
 
 def low_counts(delta: torch.Tensor, high: Bin | None, *, tile: Tile) -> Counts:
-    """`low_histogram` of the bin that was found, if one was looked for."""
+    """`low_histogram` of the bin found, if one was needed."""
     assert high is not None
     return low_histogram(delta, high, tile=tile)
 
 
 def low_counts_needless(high: Bin | None) -> bool:
+    """Whether no bin was needed."""
     return high is None
 
 
 def find_bin(counts: Counts | None, *, k: int) -> Bin | None:
-    """`pick_bin` of the counts, if there are any."""
+    """`pick_bin` of the counts, if they were made."""
     return None if counts is None else pick_bin(counts, k=k)
 
 
 def pick_either(listed: Cut | None, counts: Counts | None, high: Bin | None) -> Cut:
-    """The cut among the listed, or else from the counts of the low bits."""
+    """The cut from the listed magnitudes, else from the counts of low bits."""
     if listed is not None:
         return listed
     assert counts is not None
@@ -256,7 +260,7 @@ def pick_either(listed: Cut | None, counts: Counts | None, high: Bin | None) -> 
 
 
 def ranks_listed(counts: Counts | None, listed: Listed | None, cut: Cut) -> Counts:
-    """`pick_ranks` of the counts of equals per block, or of what is listed."""
+    """`pick_ranks` of the counts of equal entries per block, or of the list."""
     if listed is None or not cut.listed or cut.equal_kept == cut.equal_total:
         return pick_ranks(counts)
     before = pick_ranks(listed.counts)
@@ -266,7 +270,7 @@ def ranks_listed(counts: Counts | None, listed: Listed | None, cut: Cut) -> Coun
 
 
 def pick_cut(counts: Counts, high: Bin) -> Cut:
-    """The exact k-th largest magnitude, and how many of its equals are kept."""
+    """The exact k-th largest magnitude, and how many entries equal to it are kept."""
     above = np.cumsum(counts[::-1])
     index = int(np.searchsorted(above, high.rank))
     low = LOW - 1 - index
@@ -285,12 +289,12 @@ def equal_counts(delta: torch.Tensor, cut: Cut, *, tile: Tile) -> Counts:
 
 
 def equal_counts_needless(cut: Cut) -> bool:
-    """Whether every equal is kept, or where they are is known: no pass to count them is needed."""
+    """Whether all equal entries are kept, or their places are known, so that no pass need count them."""
     return cut.listed or cut.equal_kept == cut.equal_total
 
 
 def pick_ranks(counts: Counts | None) -> Counts:
-    """How many equals lie before each block: exclusive prefix sums, int64 per block; empty if ranks do not matter."""
+    """The number of equal entries before each block: exclusive prefix sums, int64; empty if it does not matter."""
     if counts is None:
         return np.zeros(0, np.int64)
     return np.cumsum(counts) - counts
@@ -302,7 +306,7 @@ def nothing() -> Cut:
 
 
 def no_ranks() -> Counts:
-    """The ranks of a cut whose equals are all kept."""
+    """The ranks for a cut that keeps all equal entries."""
     return np.zeros(0, np.int64)
 
 
@@ -320,7 +324,12 @@ def keep_between(
     *,
     tile: Tile,
 ) -> torch.Tensor:
-    """Δ where it is among the largest magnitudes that `outer` keeps and not among those of `inner`, else 0.
+    """Δ where it is among the largest magnitudes of `outer` and not among those of `inner`, else 0.
+
+        delta                  a tile
+        outer, outer_ranks     the cut of the larger set, and ranks of its equal entries
+        inner, inner_ranks     the cut of the smaller set
+        tile                   the part of the tensor
 
     Model breadcrumbs (arXiv 2312.06795): the very largest are outliers, the smallest noise.
     """
@@ -336,7 +345,14 @@ def keep_where(
     *,
     tile: Tile,
 ) -> torch.Tensor:
-    """Δ where the magnitude of its score is among the k largest of the tensor, else 0."""
+    """Δ where the magnitude of its score is among the k largest of the tensor, else 0.
+
+    delta   a tile
+    score   of its entries
+    cut     of the scores
+    ranks   of entries equal to the cut
+    tile    the part of the tensor
+    """
     delta = densify(delta, tile.size)
     return delta.where(among_largest(score, cut, ranks, tile), delta.new_zeros(()))
 
@@ -355,16 +371,19 @@ def among_largest(score: torch.Tensor, cut: Cut, ranks: Counts, tile: Tile) -> t
 
 
 def keep_largest_rows(delta: torch.Tensor, *, tile: Tile, density: float) -> torch.Tensor:
-    """Δ where it is among the round(density · n) largest magnitudes of its row of n, else 0; equals from the left."""
+    """Δ where it is among the round(density · n) largest magnitudes of its row of n, else 0; equal ones
+    from the left.
+    """
     return _largest_of_rows(delta, delta.view(-1, tile.columns), density)
 
 
 def keep_largest_rows_scored(
     delta: torch.Tensor, norms: np.ndarray[tuple[int], np.dtype[np.float32]], *, tile: Tile, density: float
 ) -> torch.Tensor:
-    """Δ where abs(Δ_ij) · ‖x_j‖, in float32, is among the round(density · n) largest of row i; equals from the left.
+    """Δ where abs(Δ_ij) · ‖x_j‖, in float32, is among the round(density · n) largest of row i; equal ones from the
+    left.
 
-    norms (n) of the input features (WANDA, arXiv 2306.11695, on deltas: arXiv 2410.09344).
+    `norms` (n) of the input features (WANDA, arXiv 2306.11695; on deltas: arXiv 2410.09344).
     """
     import torch
 

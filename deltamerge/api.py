@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,32 +11,36 @@ import yaml
 
 from deltamerge.engine.execute import default_workers, execute
 from deltamerge.errors import InputError, RecipeError
+from deltamerge.inspect.pictures import drawing
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.dtypes import code_of, torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import Read, TensorInfo
-from deltamerge.plan.planner import Plan, plan
+from deltamerge.plan.planner import Plan, PlanOptions, plan
+from deltamerge.recipe.file import RecipeFile, read_recipe
 from deltamerge.recipe.load import loads
-from deltamerge.run.plans import make_plan
+from deltamerge.run.lock import Lock
+from deltamerge.run.options import Options
+from deltamerge.run.plans import make_plans
 from deltamerge.run.runner import Result
 from deltamerge.run.runner import run as run_recipe
 
 if TYPE_CHECKING:
     import torch
 
-CODES = {
-    "float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3",
-    "float8_e5m2": "F8_E5M2", "int64": "I64", "int32": "I32", "int16": "I16", "int8": "I8", "uint64": "U64",
-    "uint32": "U32", "uint16": "U16", "uint8": "U8", "bool": "BOOL",
-}  # fmt: skip
-
 
 @dataclass(frozen=True, slots=True)
 class Planned:
     """A recipe's plan, made from headers alone, which can be run."""
 
-    recipe: Path
+    file: RecipeFile
     plan: Plan
-    options: Mapping[str, Any]
+    options: Options
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe's path."""
+        return self.file.path
 
     def describe(self) -> dict[str, Any]:
         """What `deltamerge plan --json` prints."""
@@ -56,16 +60,15 @@ class Planned:
 
         DeltamergeError: whatever the command line would print and exit for.
         """
-        return run_recipe(
-            self.recipe,
-            None if out is None else Path(out),
+        options = replace(
+            self.options,
             force=force,
             resume=resume,
-            locked=locked,
+            lock=Lock.read(self.file.lock_path) if locked else None,
             allow_nonfinite=allow_nonfinite,
-            pictures=pictures,
-            **self.options,
+            drawing=drawing if pictures else None,
         )
+        return run_recipe(self.file, None if out is None else Path(out), options)
 
 
 def load_recipe(
@@ -81,10 +84,9 @@ def load_recipe(
 
     DeltamergeError: whatever `deltamerge plan` would print and exit for.
     """
-    options: dict[str, Any] = {
-        "device": device, "workers": workers, "memory": memory, "mergekit_exact": mergekit_exact,
-    }  # fmt: skip
-    return Planned(Path(recipe), make_plan(Path(recipe), **options), options)
+    file = read_recipe(Path(recipe), mergekit_exact=mergekit_exact)
+    options = Options(device=device, workers=workers, memory=memory)
+    return Planned(file, make_plans(file, options=options)[-1], options)
 
 
 def prune(
@@ -104,8 +106,6 @@ def prune(
     """
     import torch
 
-    from deltamerge.methods.ops import torch_dtype
-
     if not keys.get("method"):
         raise InputError("prune needs a method", hint='method="magnitude", density=0.1')
     models = [{"model": "fine-tune", "name": name, "prune": keys}]
@@ -119,7 +119,7 @@ def prune(
         infos = {n: _info(n, tensor, Path(reference)) for n, tensor in tensors[reference].items()}
         return Checkpoint(reference, Path(reference), infos, (), {})
 
-    planned = plan(recipe, Path(), opener, workers=workers or default_workers())
+    planned = plan(recipe, Path(), opener, PlanOptions(workers=workers or default_workers()))
     if planned.stages or planned.sources:
         raise InputError("nothing can be calibrated in memory", hint="a number for q, or a recipe and deltamerge run")
     sink = _Results({o.name: torch.empty(o.shape, dtype=torch_dtype(o.dtype)) for o in planned.outputs})
@@ -140,7 +140,7 @@ class _InMemory:
 
 
 def _info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
-    code = CODES.get(str(tensor.dtype).removeprefix("torch."))
+    code = code_of(tensor.dtype)
     if code is None:
         raise InputError(f"{name}: {tensor.dtype} is not a dtype of safetensors")
     made = _InMemory(_bytes(tensor.detach().cpu()), tensor.element_size())

@@ -12,8 +12,8 @@ import torch
 import yaml
 from conftest import load_tensors, make_checkpoint, tiny_llama
 
+from deltamerge import api
 from deltamerge.errors import DeltamergeError
-from deltamerge.run import api
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_the_package_is_light_and_says_what_it_has() -> None:
         "assert sorted(dm.__all__) == names, dm.__all__\n"
         "assert not {'torch', 'pydantic', 'numpy'} & sys.modules.keys()\n"
         "assert callable(dm.load_recipe) and callable(dm.prune) and callable(dm.load_delta)\n"
-        "import deltamerge.cli, deltamerge.run.api\n"
+        "import deltamerge.cli, deltamerge.api\n"
         "assert callable(dm.load_recipe) and callable(dm.prune)\n"
         "assert 'torch' not in sys.modules\n"
     )

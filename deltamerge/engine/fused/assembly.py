@@ -1,0 +1,160 @@
+"""The operations of a pass as they are put together: its sources, registers, lists of places, and what it finds."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.engine.fused import codes
+from deltamerge.engine.fused.operations import Operation, Place
+from deltamerge.engine.graph import Node
+from deltamerge.io.reader import Reader
+from deltamerge.methods.tiles import RUN, block_elements, row_length
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """A tensor's shape, elements, and elements of a block."""
+
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def block(self) -> int:
+        return block_elements(self.shape)
+
+    @property
+    def columns(self) -> int:
+        """The length of a row as `ops.row_blocks` has it; 0 where a block is one row."""
+        return self.shape[-1] if len(self.shape) > 1 else 0
+
+    @property
+    def row_lengths(self) -> tuple[int, ...]:
+        """The lengths that rows can have."""
+        if self.columns and row_length(self.shape) <= self.block:
+            return (self.columns,)
+        last = self.elements % self.block or self.block
+        return tuple(sorted({self.columns, min(self.block, self.elements), last} - {0}))
+
+    @property
+    def row(self) -> int:
+        """The length of an output row."""
+        return max(1, row_length(self.shape))
+
+    @property
+    def pieces_are_rows(self) -> bool:
+        """Whether what is read at once is made of whole rows."""
+        return self.row <= self.block and (self.block <= codes.PIECE or self.row == self.block)
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """A sparse delta: the register of its values, and the list of their places."""
+
+    register: int
+    places: int
+
+
+@dataclass(slots=True)
+class Assembly:
+    """The operations so far; registers and sparse deltas by node. `gathers`: the pass works on places alone."""
+
+    values: Mapping[int, Any]
+    reader: Reader
+    form: Form
+    output: str
+    gathers: bool
+    chunk: int = RUN
+    aligned: bool = False
+    sampled: int = 0
+    operations: list[Operation] = field(default_factory=list)
+    sources: list[Place] = field(default_factory=list)
+    source_of: dict[int, int] = field(default_factory=dict)
+    registers: dict[int, int] = field(default_factory=dict)
+    zeros: set[int] = field(default_factory=set)
+    kept: dict[int, Kept] = field(default_factory=dict)
+    lists: int = 0
+    free: list[int] = field(default_factory=list)
+    count: int = 0
+    tables: list[tuple[NDArray[np.uint64], NDArray[np.uint32], np.uint64]] = field(default_factory=list)
+    ranks: list[NDArray[np.int64]] = field(default_factory=list)
+    limits: list[NDArray[np.uint32]] = field(default_factory=list)
+    ratios: list[NDArray[np.float32]] = field(default_factory=list)
+    counters: dict[int, tuple[int, int]] = field(default_factory=dict)
+    summed: int = 0
+    sums: dict[int, tuple[int, int]] = field(default_factory=dict)
+    listed: dict[int, int] = field(default_factory=dict)
+    uses: Counter[int] = field(default_factory=Counter)
+
+    def add(self, code: int, to: int, *fields: int, **more: Any) -> None:
+        a, b, c, d = (*fields, -1, -1, -1, -1)[:4]
+        self.operations.append(Operation(code, to, (a, b, c, d), **more))
+
+    def new(self, count: int = 1) -> int:
+        """A register, or several in a row."""
+        if count == 1 and self.free:
+            return self.free.pop()
+        self.count += count
+        return self.count - count
+
+    def made(self, node: Node) -> int:
+        self.registers[id(node)] = self.new()
+        return self.registers[id(node)]
+
+    def new_list(self) -> int:
+        """A list of places."""
+        self.lists += 1
+        return self.lists - 1
+
+    def table(self, numbers: NDArray[np.float32]) -> int:
+        """Where a table of numbers begins among all."""
+        self.ratios.append(numbers)
+        return sum(map(len, self.ratios[:-1]))
+
+    def list_of(self, node: Node) -> int:
+        """A list for what a reduction finds."""
+        return self.listed.setdefault(id(node), len(self.listed))
+
+    def sums_of(self, node: Node, count: int) -> int:
+        """The first of `count` rows of sums for what a reduction finds; one row for itself (0)."""
+        first = self.summed
+        self.sums[id(node)] = (first, count)
+        self.summed += count or 1
+        return first
+
+    def register(self, node: Node) -> int:
+        """The register of a node's values, filled when it is first asked for where they are stored or sparse."""
+        if id(node) not in self.registers:
+            if id(node) in self.zeros:
+                self.add(codes.SCATTER, self.made(node), 0, -1)
+            elif id(node) in self.kept:
+                sparse = self.kept[id(node)]
+                self.add(codes.SCATTER, self.made(node), sparse.register, sparse.places)
+            else:
+                self.add(codes.LOAD, self.made(node), self.source_of[id(node)])
+        return self.registers[id(node)]
+
+    def operand(self, node: Node) -> int:
+        """What holds a node's values: its register, or a source that need not be put into one."""
+        source = self.source_of.get(id(node), -1)
+        if id(node) in self.registers or source < 0 or self.sources[source].info.dtype != "BF16":
+            return self.register(node)
+        return codes.DIRECT + source
+
+    def release(self, nodes: Sequence[Node]) -> None:
+        """Nodes that are not used any more leave their registers."""
+        for node in nodes:
+            if id(node) in self.registers:
+                self.free.append(self.registers.pop(id(node)))
+            sparse = self.kept.pop(id(node), None)
+            if sparse is not None:
+                self.free.append(sparse.register)

@@ -1,0 +1,81 @@
+// The module `_native`: the entry points that Python calls, with numpy's arrays as buffers. They release the GIL.
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include "entries.h"
+#include "program.h"
+
+namespace {
+
+using namespace deltamerge;
+
+// (job, operations, weights, operands, lists, tables, guides, bounds, ranks, limits, ratios, sources, first_pieces,
+//  out, counts, sums, listed, used, digests, hashed) -> whether everything could be read
+PyObject* run_stream(PyObject*, PyObject* arguments) {
+  Buffers<20> b;
+  if (!b.take(arguments, 13)) return nullptr;
+  const Program program = {b.at<Job>(0), b.at<Operation>(1), b.count<Operation>(1), b.at<float>(2),       b.at<i64>(3),
+                           b.at<i64>(4), b.at<u64>(5),       b.at<u32>(6),          b.at<TableBounds>(7), b.at<i64>(8),
+                           b.at<u32>(9), b.at<float>(10),    b.at<Source>(11),      b.count<Source>(11)};
+  const i64 rows = b.count<i64>(17), sources = program.source_count;
+  const Results results = {b.count<u8>(13) > 0 ? b.at<u8>(13) : nullptr,
+                           b.at<i64>(14),
+                           b.at<double>(15),
+                           b.at<u32>(16),
+                           rows > 0 ? b.count<u32>(16) / rows : 0,
+                           b.at<i64>(17),
+                           b.at<u64>(18),
+                           sources > 0 ? b.count<u64>(18) / 2 / sources : 0,
+                           b.at<i64>(19),
+                           b.at<i64>(12)};
+  Outcome outcome;
+  Py_BEGIN_ALLOW_THREADS;
+  outcome = run(program, results);
+  Py_END_ALLOW_THREADS;
+  if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
+  return PyBool_FromLong(outcome == Outcome::kDone);
+}
+
+PyObject* levels_of(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  for (const Loops* const* level = levels(); names != nullptr && *level != nullptr; ++level) {
+    PyObject* name = PyUnicode_FromString((*level)->name);
+    if (name == nullptr || PyList_Append(names, name) != 0) Py_CLEAR(names);
+    Py_XDECREF(name);
+  }
+  return names;
+}
+
+PyObject* level_of(PyObject*, PyObject*) { return PyUnicode_FromString(loops().name); }
+
+PyObject* choose_level(PyObject*, PyObject* arguments) {
+  const char* name;
+  if (!PyArg_ParseTuple(arguments, "s", &name)) return nullptr;
+  return PyBool_FromLong(choose(name));
+}
+
+PyObject* replace_read(PyObject*, PyObject* arguments) {
+  unsigned long long address;
+  if (!PyArg_ParseTuple(arguments, "K", &address)) return nullptr;
+  read_at = reinterpret_cast<ReadAt>(address);
+  Py_RETURN_NONE;
+}
+
+PyMethodDef methods[] = {
+    {"run", run_stream, METH_VARARGS, "Run a pass of a tensor (fused/program.py); whether everything could be read."},
+    {"levels", levels_of, METH_NOARGS, "The names of this processor's levels, the best first."},
+    {"level", level_of, METH_NOARGS, "The level whose loops are used."},
+    {"choose", choose_level, METH_VARARGS, "Use the loops of the level of this name; whether there is one."},
+    {"replace_read", replace_read, METH_VARARGS, "Read files by the function at an address, which has pread's type."},
+    {"put", delta_put, METH_VARARGS, "Put values at stored positions (delta/compiled.py)."},
+    {"add", delta_add, METH_VARARGS, "Add values at stored positions."},
+    {"ranked", delta_ranked, METH_VARARGS, "Scales of their stored ranks."},
+    {"ordered_product", ordered_product, METH_VARARGS, "A matrix product, summed in order (io/computed.py)."},
+    {nullptr, nullptr, 0, nullptr}};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT, "_native", "The compiled kernels.", -1, methods, nullptr, nullptr, nullptr, nullptr};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() { return PyModule_Create(&definition); }

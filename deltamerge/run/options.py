@@ -1,0 +1,84 @@
+"""What a run is told beside its recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from deltamerge.engine.execute import default_workers
+from deltamerge.errors import UsageError
+from deltamerge.plan.planner import Plan, PlanOptions
+from deltamerge.run.calibration_record import Run
+from deltamerge.run.lock import Lock
+
+MOST_WORKERS = 1024
+DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,9})?")
+
+Watch = Callable[[Plan], Callable[[int], None]]
+"""Is given the plan before the first byte; what it returns is told the bytes done."""
+
+Draw = Callable[[Plan, Path, Run], dict[str, str]]
+"""Writes pictures of the finished weights in a folder, whose q's were chosen so; their names and captions."""
+
+Drawing = Callable[[Plan, bool], Draw]
+"""What draws the pictures of a plan; with True calibration rows may be read. InputError: it cannot draw them."""
+
+
+def unwatched(_: Plan) -> Callable[[int], None]:
+    return lambda _: None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """How a recipe is planned and run.
+
+    device           where tiles are computed: auto (the first GPU, if there is one), cpu, cuda or cuda:N
+    workers          threads; None: as many as there are cores
+    memory           a cap in bytes; None: none
+    resume           go on where an interrupted run stopped; done at once where one had ended
+    force            replace a target that is not empty, forget an interrupted run
+    lock             inputs must be those of this lock, and q's and densities are taken from it
+    allow_nonfinite  keep NaN and infinities in the result
+    pins             a stranger's recipe: the commits of hub models that it names without a revision; the
+                     `output.path` of its documents is not followed
+    watch            sees the plan and how far the work is
+    drawing          draws the pictures of the card; None: it has none
+    """
+
+    device: str = "auto"
+    workers: int | None = None
+    memory: int | None = None
+    resume: bool = False
+    force: bool = False
+    lock: Lock | None = None
+    allow_nonfinite: bool = False
+    pins: Mapping[str, str] | None = None
+    watch: Watch = unwatched
+    drawing: Drawing | None = None
+
+    @property
+    def planning(self) -> PlanOptions:
+        """What of it the plan depends on. UsageError: no such device, or too many workers."""
+        if self.workers is not None and self.workers > MOST_WORKERS:
+            raise UsageError(f"{self.workers} workers: more than {MOST_WORKERS}", hint="as many as there are cores")
+        return PlanOptions(
+            device=choose_device(self.device),
+            workers=self.workers or default_workers(),
+            memory=self.memory,
+            data=self.lock is None,
+        )
+
+
+def choose_device(device: str) -> str:
+    """ "auto" is the first GPU where there is one; torch is asked only if the machine shows an NVIDIA device."""
+    if not DEVICES.fullmatch(device):
+        raise UsageError(f"--device {device}: no such device", hint="auto, cpu, cuda or cuda:N")
+    if device != "auto":
+        return device
+    if not any(Path("/dev").glob("nvidia[0-9]*")):
+        return "cpu"
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
