@@ -425,8 +425,8 @@ def test_the_loop_releases_the_gil(tmp_path: Path) -> None:
 
 def test_a_run_imports_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from deltamerge.run.runner import run\n"
-        "run(Path('r.yaml'), Path('out'), workers=2); print(*{'torch', 'numba'} & set(sys.modules))"
+        "import sys; from deltamerge import load_recipe\n"
+        "load_recipe('r.yaml', workers=2).run('out'); print(*{'torch', 'numba'} & set(sys.modules))"
     )
     for name in "ab":
         (tmp_path / name).mkdir()

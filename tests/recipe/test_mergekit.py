@@ -11,6 +11,7 @@ import yaml
 from conftest import load_tensors, tiny_llama, write_json
 from running import finish, make_plan, run
 
+from deltamerge import load_recipe
 from deltamerge.cli import commands, main
 from deltamerge.cli.mergekit_flags import FLAGS
 from deltamerge.errors import RecipeError
@@ -216,4 +217,4 @@ def test_every_flag_is_named_in_the_documentation_and_every_key_has_one():
     own = {option for parameter in commands.commands["run"].params for option in parameter.opts}
     assert {f"--{key.replace('_', '-')}" for key in NO_EFFECT_KEYS} - own <= FLAGS.keys()
     assert not FLAGS.keys() & own
-    assert "mergekit_exact" in inspect.signature(run).parameters
+    assert "mergekit_exact" in inspect.signature(load_recipe).parameters
