@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -15,14 +14,15 @@ from deltamerge.io.files import refuse_link
 from deltamerge.io.strict_json import read_json
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.vocabulary_config import edit_config
-from deltamerge.run.tokenizer import write_tokenizer
+from deltamerge.run.tokenizer import Files, as_json, content_of, edit_tokenizer
 
 TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
     "chat_template*", "spiece*", "sentencepiece*",
 )  # fmt: skip
+GENERATION = "generation_config.json"
 MODEL = (
-    "generation_config.json", "preprocessor_config.json", "processor_config.json", "image_processor*.json",
+    GENERATION, "preprocessor_config.json", "processor_config.json", "image_processor*.json",
     "video_processor*.json", "feature_extractor*.json",
 )  # fmt: skip
 
@@ -71,23 +71,28 @@ def config(plan: Plan) -> dict[str, Any]:
     return result
 
 
-def write_assets(plan: Plan, folder: Path) -> None:
-    """Put every file but weights, card, recipe and lock into `folder`."""
-    for name, source in asset_files(plan).items():
+def assets(plan: Plan) -> Files:
+    """Every output file but weights, card, recipe and lock: copied, or written where the merge changes it."""
+    files: Files = dict(asset_files(plan))
+    source = plan.inputs.template.checkpoint.path / "config.json"
+    merged = config(plan)
+    files["config.json"] = source if merged == read_json(source) else as_json(merged, ascii=True)
+    if plan.vocabulary is not None and GENERATION in files:
+        stated = content_of(files, GENERATION)
+        edited = edit_config(stated, plan.vocabulary, plan.inputs.template)
+        if edited != stated:
+            files[GENERATION] = as_json(edited, ascii=True)
+    edit_tokenizer(files, plan.vocabulary, plan.chat_template)
+    return files
+
+
+def write_files(files: Files, folder: Path) -> None:
+    """Put `files` into `folder`. InputError: one that is copied has vanished."""
+    for name, source in files.items():
+        if isinstance(source, bytes):
+            (folder / name).write_bytes(source)
+            continue
         try:
             shutil.copyfile(source, folder / name)
         except FileNotFoundError as error:
             raise InputError(f"{source}: vanished during the run") from error
-    source_config = plan.inputs.template.checkpoint.path / "config.json"
-    merged = config(plan)
-    if merged == read_json(source_config):
-        shutil.copyfile(source_config, folder / "config.json")
-    else:
-        (folder / "config.json").write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
-    generation = folder / "generation_config.json"
-    if plan.vocabulary is not None and generation.is_file():
-        stated = read_json(generation)
-        edited = edit_config(stated, plan.vocabulary, plan.inputs.template)
-        if edited != stated:
-            generation.write_text(json.dumps(edited, indent=2) + "\n", encoding="utf-8")
-    write_tokenizer(folder, plan.vocabulary, plan.chat_template)

@@ -8,14 +8,13 @@ from pathlib import Path
 from deltamerge import __version__
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, join, open_checkpoint
-from deltamerge.io.files import scratch
 from deltamerge.io.lock_file import not_made
 from deltamerge.io.safetensors_file import PREFIX, parse_header
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import Document, RecipeFile, read_recipe
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
-from deltamerge.run.assets import config, write_assets
+from deltamerge.run.assets import assets, config
 
 RECIPE = "recipe.yaml"
 
@@ -78,6 +77,11 @@ def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat)
 
 
+def _hash(content: Path | bytes) -> str:
+    """As of an output: of a file, or of what would be written."""
+    return hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
+
+
 def is_current(document: Document, planned: Plan, folder: Path) -> bool:
     """Whether `folder` holds what the document would make: recipe, version, inputs and outputs the same by content."""
     try:
@@ -88,9 +92,7 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
         if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
             return False
         locks.verify(folder, planned.workers)
-        with scratch(folder.resolve().parent) as made:
-            write_assets(planned, made)
-            found = {path.name: hashes.hash_output(path) for path in made.iterdir()}
-        return all(lock["outputs"].get(name, {}).get("hash") == digest for name, digest in found.items())
+        wanted = {name: _hash(content) for name, content in assets(planned).items()}
+        return all(lock["outputs"].get(name, {}).get("hash") == digest for name, digest in wanted.items())
     except DeltamergeError:
         return False

@@ -24,8 +24,8 @@ from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.writer import Writer, plan_layout
 from deltamerge.plan.planner import Plan
 from deltamerge.run.assets import config as output_config
-from deltamerge.run.assets import tokenizer_files
-from deltamerge.run.tokenizer import write_tokenizer
+from deltamerge.run.assets import tokenizer_files, write_files
+from deltamerge.run.tokenizer import Files, edit_tokenizer
 
 
 class Entry(NamedTuple):
@@ -48,9 +48,9 @@ def write_adapter(planned: Plan, folder: Path) -> tuple[str, ...]:
         shutil.copyfile(planned.pruned_adapter.path / CONFIG, folder / CONFIG)
     else:
         notes = _write_shira(planned, folder)
-    for name, source in tokenizer_files(planned).items():
-        shutil.copyfile(source, folder / name)
-    write_tokenizer(folder, planned.vocabulary, planned.chat_template)
+    files: Files = dict(tokenizer_files(planned))
+    edit_tokenizer(files, planned.vocabulary, planned.chat_template)
+    write_files(files, folder)
     return notes
 
 

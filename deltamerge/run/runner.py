@@ -23,7 +23,7 @@ from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import Document, RecipeFile
 from deltamerge.run import hashes
-from deltamerge.run.assets import asset_files, write_assets
+from deltamerge.run.assets import asset_files, assets, write_files
 from deltamerge.run.budget import budget_of
 from deltamerge.run.card import render
 from deltamerge.run.intermediate import check_places, is_current, is_result
@@ -119,12 +119,12 @@ def _make(
         part.files(planned.layout)
     with workspace(target, force=options.force, resume=options.resume, part=part.name if part else None) as work:
         planned = set_aside(_warned(planner.fetched(document, planned, results)))
-        assets = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
+        copied = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
         facts = hashes.facts(planned, document.text)
         work.begin(facts)
         if part:
             drop_damaged(work, planned.workers)
-        reading = Reading.begin(planned, part, assets.values(), options.lock)
+        reading = Reading.begin(planned, part, copied.values(), options.lock)
         check_deltas(planned)
         made = make_weights(planned, work, options, part, facts, reading.pieces)
         made = _checked(made, work, document.text, facts, reading, options)
@@ -196,7 +196,7 @@ def _complete(
     if planned.recipe.output.kind == "peft":
         planned, outputs = replace(planned, notes=planned.notes + write_adapter(planned, folder)), {}
     else:
-        write_assets(planned, folder)
+        write_files(assets(planned), folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     found = {node: made.values[node] for node in planned.stages}
     lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice)
