@@ -1,6 +1,6 @@
 """What a whole recipe makes, in float64 numpy, written from the formulas; with how far float32 may be from it.
 
-Nothing here computes with the package's code. Only the draws are its own (`pruners.bits`): a mask is a contract, not a
+Nothing here computes with the package's code. Only the draws are its own (`prune.bits`): a mask is a contract, not a
 number to be rounded. What is in float32 by contract is float32 here too: inputs widened, Δ = fine-tune − base, sums of
 weights, scores that entries are ranked by.
 """

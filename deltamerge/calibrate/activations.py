@@ -1,6 +1,5 @@
 """One pass over the calibration rows with the fine-tune's weights: statistics of every linear layer's
-inputs and delta.
-"""
+inputs and delta."""
 
 from __future__ import annotations
 

@@ -56,8 +56,7 @@ class Output:
 @dataclass(frozen=True, slots=True)
 class Linear:
     """A linear layer: checkpoint names of its weight and bias; `transposed` if the weight is stored (in, out), as
-    Conv1D's.
-    """
+    Conv1D's."""
 
     name: str
     bias: str | None
@@ -113,6 +112,7 @@ class Model:
 
     @property
     def whole(self) -> bool:
+        """Whether blocks cannot be identified, so that the model is one part."""
         return not self.blocks
 
     @property
@@ -359,8 +359,7 @@ class Model:
 
 def _input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
     """The matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
-    another way.
-    """
+    another way."""
     x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
     return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None
 

@@ -59,6 +59,7 @@ class Reader:
 
     @property
     def pad_token_id(self) -> int | None:
+        """The id that pads sequences; None for pictures."""
         return None if self.tokenizer is None else self.tokenizer.pad_token_id
 
     def batches(self, rows: Sequence[Row], *, size: int = 32, labelled: bool = False) -> Batches:

@@ -1,6 +1,5 @@
 """Measurements for inspect and recommend: statistics of a fine-tune's layers, and what masks lose of its
-predictions.
-"""
+predictions."""
 
 from __future__ import annotations
 

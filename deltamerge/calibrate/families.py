@@ -72,8 +72,7 @@ def _transformers() -> Path | None:
 @cache
 def _source(root: Path, architecture: str, model_type: str) -> str | None:
     """The source of the module that defines a class, in the folder of the model's type or any other; None:
-    not found.
-    """
+    not found."""
     wanted = re.compile(rf"^class {re.escape(architecture)}\(", re.MULTILINE)
     for path in _modules(root, model_type):
         text = path.read_text(encoding="utf-8")

@@ -24,6 +24,7 @@ class Found:
 
     @property
     def evaluations(self) -> int:
+        """The number of points evaluated."""
         return len(self.path)
 
     @property

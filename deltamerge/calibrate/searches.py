@@ -49,6 +49,7 @@ class Found:
 
     @property
     def label(self) -> str:
+        """The searched numbers in words."""
         return " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in self.numbers.items())
 
 
@@ -137,6 +138,7 @@ class Searches:
 
     @cached_property
     def objective(self) -> O.Objective | O.Generation | None:
+        """The spec's objective; None for layer_mse, which has a closed form."""
         if self.spec.objective == "layer_mse":
             return None
         if self.spec.objective == "validation":

@@ -29,6 +29,7 @@ class _OnMeta(TorchFunctionMode):
 
 
 def skeleton(config: Any, pad_token_id: int | None) -> Any:
+    """The model of a config, built without weights. InputError: its architecture is unknown to transformers."""
     import transformers
 
     name = (config.architectures or ["?"])[0]
@@ -110,6 +111,7 @@ def _rename(name: str, transforms: Sequence[Any]) -> str:
 
 
 def place_buffers(model: nn.Module, device: torch.device, stored: Collection[str]) -> None:
+    """Move computed buffers to the device; stored ones stay on the meta device."""
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             key = f"{path}.{name}" if path else name
@@ -147,8 +149,7 @@ def ignored(model: nn.Module) -> frozenset[str]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether a module is a linear layer (a router of experts included): its own parameters are a matrix, and maybe a
-    bias.
-    """
+    bias."""
     if isinstance(module, nn.Linear) or is_transposed(module):
         return True
     own = dict(module.named_parameters())

@@ -178,8 +178,7 @@ class Spec:
 
 def mask_seeds(source: Source, method: str, q: CalibratedQ) -> int:
     """The number of masks that a search averages over. Only random masks have further seeds: the recipe's +
-    1, + 2, …
-    """
+    1, + 2, …"""
     averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
     return source.calibration.seeds if averaged else 1
 
@@ -213,8 +212,7 @@ def memory(source: Source, pruned: Sequence[Pruned] = ()) -> int:
 
 def within(source: Source, limit: int | None, share: int = 1) -> Source:
     """The source with a cache that fits `limit` bytes, of which this is one of `share` users. InputError: no cache
-    fits.
-    """
+    fits."""
     if limit is None:
         return replace(source, cache=CACHE_BYTES // share)
     least = memory(replace(source, cache=0))
@@ -292,8 +290,7 @@ def has_norm(name: str, shape: tuple[int, ...]) -> bool:
 
 def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.float32]], where: str) -> Calibrated:
     """The q's of a stage, from a lock. VerifyError: it has none, or they belong to another objective, scope
-    or search.
-    """
+    or search."""
     record = (lock.get("calibration") or {}).get(spec.name)
     if not isinstance(record, dict) or not isinstance(record.get("q"), dict):
         raise VerifyError(f"{where}: has no calibrated q for {spec.name}", hint="run without --locked")

@@ -115,6 +115,7 @@ def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:
 
 
 def check_length(length: int, positions: int) -> None:
+    """InputError: calibration.length exceeds the model's positions."""
     if length > positions:
         raise InputError(
             f"calibration.length is {length}, but the model has {positions} positions",

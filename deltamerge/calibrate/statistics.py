@@ -160,8 +160,7 @@ FAMILIES: dict[str, Family] = {"bound": bound_layer, "least_squares": least_squa
 
 def eta_range(family: Family, layers: Iterable[LayerStatistics], density: float) -> tuple[float, float]:
     """The bounds of the search for η: from the largest power of 2^¼ at which the layers' mean q is within 1 % of d, to
-    a mean of ½.
-    """
+    a mean of ½."""
     some = list(layers)
 
     def mean(eta: float) -> float:

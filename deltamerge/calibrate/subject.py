@@ -149,6 +149,7 @@ class Subject:
         return O.Validation(self.batches[part].inputs, labels, self.metric)
 
     def distribution(self, inputs: Sequence[Inputs]) -> O.Distribution:
+        """The objective of learned scales on batches of the given rows."""
         self.count(inputs)
         return O.Distribution.of(self.model, self.tune, inputs, regression=self._regression)
 
@@ -238,8 +239,7 @@ class Subject:
 
     def _start(self, name: str) -> Tensor:
         """The tensor that the masked delta is added to: the base with protected columns' deltas, else the fine-tune's
-        own.
-        """
+        own."""
         if name not in self.pairs:
             return self._stored(self.infos[name])
         tune, base = self.pairs[name]

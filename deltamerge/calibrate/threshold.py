@@ -32,8 +32,7 @@ class ModelCut:
 
 def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> ModelCut:
     """The cut that keeps the k largest magnitudes of all `deltas`; equal ones are kept from the first tensor on, in
-    flat order.
-    """
+    flat order."""
     names = [name for name, _ in deltas]
     if k == 0:
         nothing = select.nothing()

@@ -76,8 +76,7 @@ def _explain(error: Exception) -> int:
 
 def _of_system(error: Exception) -> DeltamergeError | None:
     """The error for a fault of the system that the user can mend (a folder, a disk behind stdout, memory, a name), or
-    None.
-    """
+    None."""
     if isinstance(error, MemoryError):
         return InputError("there is not enough memory", hint="give a smaller --memory, or fewer --workers")
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":

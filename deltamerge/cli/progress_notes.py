@@ -26,4 +26,5 @@ def show() -> None:
 
 
 def hide() -> None:
+    """Stop showing them."""
     _LOGGER.removeHandler(_NOTES)

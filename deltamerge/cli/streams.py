@@ -10,8 +10,7 @@ from contextlib import suppress
 
 def prepare() -> None:
     """Open every closed stream, so that no file of ours takes its number; escape characters that a stream cannot
-    encode.
-    """
+    encode."""
     for number, mode in enumerate((os.O_RDONLY, os.O_RDONLY, os.O_WRONLY)):
         try:
             os.fstat(number)

@@ -166,4 +166,5 @@ def aligned(rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def figure(number: float | None) -> str:
+    """A number to three digits, or a dash."""
     return "-" if number is None else f"{number:.3g}"

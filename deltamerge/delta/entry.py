@@ -39,14 +39,17 @@ class Entry:
 
     @property
     def size(self) -> int:
+        """Elements of the result's tensor."""
         return math.prod(self.record.shape)
 
     @property
     def base_dtype(self) -> str:
+        """The dtype of the base's tensor."""
         return self.record.base_dtype or self.record.dtype
 
     @property
     def base_size(self) -> int:
+        """Elements of the base's tensor."""
         shape = self.record.base_shape
         return self.size if shape is None else math.prod(shape)
 
@@ -159,8 +162,7 @@ def damage_told() -> Iterator[None]:
 
 def digest(hasher: Any) -> str:
     """The first 128 bits of a BLAKE3, in hex: enough against a chosen second preimage, and half the size in the
-    manifest.
-    """
+    manifest."""
     return str(hasher.hexdigest(length=16))
 
 

@@ -42,8 +42,7 @@ class Spool:
 
     def finished(self, name: str, path: Path, state: Any) -> None:
         """Record that a tensor is in its file (which is missing if nothing is stored); `state` is everything else about
-        it.
-        """
+        it."""
         if self._journal is None:
             return
         with self._lock:
@@ -53,8 +52,7 @@ class Spool:
 
     def close(self, *, done: bool) -> None:
         """Remove the folder. With a journal keep it, even if the artifact is `done`, since the run may still be
-        resumed.
-        """
+        resumed."""
         if self._journal is None:
             shutil.rmtree(self.folder, ignore_errors=True)
         elif not done:

@@ -22,8 +22,7 @@ ALIGNMENT = 64
 @dataclass(frozen=True, slots=True, eq=False)
 class StoredFiles:
     """Files of known `sizes` in bytes. A file of at most 4 MiB is read at once, since hundreds of small reads cost
-    more.
-    """
+    more."""
 
     sizes: dict[Path, int]
     _opened: Descriptors = field(default_factory=lambda: Descriptors(os.O_RDONLY, input_error))

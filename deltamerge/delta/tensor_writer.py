@@ -60,8 +60,7 @@ class Stored:
 @dataclass(frozen=True, slots=True)
 class Storing:
     """How the tensors of an artifact are stored: coding of `values` to add, allowed `codings` of positions, and the
-    `spool`.
-    """
+    `spool`."""
 
     values: Values
     codings: frozenset[Coding]

@@ -115,8 +115,7 @@ def _pack_scales(codes: Array) -> tuple[Array, str | None]:
 
 def scale_values(stored: Array, groups: int, unit: int, ranks: str | None) -> Array:
     """Stored scales as float32, one per group. InputError: ranked scales that are not `groups`, or of an
-    unknown rank.
-    """
+    unknown rank."""
     if ranks is None:
         codes = np.empty(2 * stored.size, np.uint8)
         codes[::2], codes[1::2] = stored & 0xF, stored >> 4

@@ -28,8 +28,7 @@ from deltamerge.io.writer import FileLayout, Layout, plan_layout
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What was written: bytes of the delta's files, number of entries, ‖v − stored v‖ / ‖v‖ over all added values, and
-    the counts of the result's values that are not finite.
-    """
+    the counts of the result's values that are not finite."""
 
     nbytes: int
     entries: int
@@ -138,8 +137,7 @@ def _renamed(file: str) -> str:
 
 def _manifest_text(manifest: Manifest) -> str:
     """The manifest with a line for each field and tensor, so that artifacts can be compared by line;
-    without defaults.
-    """
+    without defaults."""
     fields = manifest.model_dump(exclude_defaults=True, exclude={"tensors"})
     fields = {"format": manifest.format, "version": manifest.version} | fields
     lines = [f"{_compact(key)}: {_compact(value)}" for key, value in fields.items()]

@@ -140,8 +140,8 @@ class Schedule:
 
     passes   of pass i the nodes, in order, that run on every tile to make its reductions. The last pass makes the root;
              it is empty if the root is a small node, whose shape is that of the tensor it describes
-    small    of pass i the small nodes that can be computed before it frees    of pass i: position in `passes[i]` ->
-    nodes whose tile values are last used there
+    small    of pass i the small nodes that can be computed before it
+    frees    of pass i: position in `passes[i]` -> nodes whose tile values are last used there
     """
 
     root: Node

@@ -70,6 +70,7 @@ class Problem:
     hint: str | None = None
 
     def render(self, path: str) -> str:
+        """The problem as text: file, line, column, key path and message, with its hint below."""
         place = path if self.line is None else f"{path}:{self.line}:{self.column}"
         said = ": ".join(text.shown(part, 400) for part in (place, self.location, self.message) if part)
         return said if self.hint is None else f"{said}\nhint: {text.shown(self.hint, 400)}"
@@ -92,8 +93,7 @@ class RecipeError(DeltamergeError):
 
     def of(self, caller: str, within: str = "") -> RecipeError:
         """This error for a recipe that `caller` generated: without lines of a file, and with keys named relative to
-        `within`.
-        """
+        `within`."""
         problems = [
             replace(problem, line=None, column=None, location=problem.location.removeprefix(within).lstrip("."))
             for problem in self.problems

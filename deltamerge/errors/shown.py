@@ -16,8 +16,7 @@ _COMMAND = re.compile(r"\s*::")  # a GitHub workflow command; the older form, ##
 
 def shown(text: str, most: int = LONGEST) -> str:
     """`text` on one line: invisible characters are written as escapes, and the middle of a text longer than `most` is
-    cut.
-    """
+    cut."""
     if len(text) > most:
         text = f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
     return text if text.isprintable() else "".join(map(_escaped, text))
@@ -30,8 +29,7 @@ def lines(several: Iterable[str], most: int = LINE) -> str:
 
 def printed(text: str) -> str:
     """A text of several lines as it may be printed in CI: control characters are escaped, no line is a workflow
-    command.
-    """
+    command."""
     return "\n".join(map(_inert, text.split("\n")))
 
 

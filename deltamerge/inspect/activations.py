@@ -1,6 +1,5 @@
 """A fine-tune's activations and delta, layer by layer: influence, coherence, and the bound of Theorem 3.1 (DAREx, arXiv
-2410.09344).
-"""
+2410.09344)."""
 
 from __future__ import annotations
 

@@ -20,8 +20,7 @@ VECTORS = "biases and norms"
 @dataclass(frozen=True, slots=True)
 class Group:
     """Figures of several tensors: entries, mean |Δ|, ‖Δ‖/‖W‖ (None if the base is zero), share changed, share of
-    energy.
-    """
+    energy."""
 
     count: int
     mean_abs: float
@@ -76,8 +75,7 @@ def stacks(layers: Iterable[str]) -> dict[str, list[str]]:
 
 def module_of(name: str, layer: str) -> str:
     """The module of a weight inside its block: its name without the block and `.weight`, with numbers
-    (experts) as *.
-    """
+    (experts) as *."""
     inner = name.removeprefix(f"{layer}.").removesuffix(".weight")
     return numbers_as_stars(inner)
 

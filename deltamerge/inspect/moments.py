@@ -54,6 +54,7 @@ class Moments:
 
     @property
     def mean_abs(self) -> float:
+        """E|Δ|."""
         return self.absolute / self.count if self.count else 0.0
 
     @property

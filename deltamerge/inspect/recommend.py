@@ -265,6 +265,7 @@ def _warned(why: list[str], lost: float) -> list[str]:
 
 
 def paper(question: Question, evidence: Evidence) -> Paper:
+    """What the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3) answers."""
     tuning = "; if you can fine-tune again, AdamR-L2 and then DAREx-q"
     if evidence.large:
         prune: dict[str, Any] = {"method": "wanda", "density": question.density}

@@ -139,8 +139,7 @@ def parse(recipe: Mapping[str, Any]) -> Recipe:
 
 def pairs_of(inputs: Inputs) -> tuple[list[Pair], list[str]]:
     """The tensors that have a delta, and the names of floating tensors that the base lacks. InputError:
-    shapes differ.
-    """
+    shapes differ."""
     base, (tune,) = inputs.base, inputs.tunes
     assert base is not None
     pairs, lacking = [], []

@@ -22,8 +22,7 @@ EXTREME = 1e100  # larger than any figure of a model
 
 def text(words: str) -> Markup:
     """`words` escaped for text and attributes; unprintable characters (controls, lone surrogates,
-    direction) become �.
-    """
+    direction) become �."""
     return Markup(html.escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)))
 
 
@@ -143,8 +142,7 @@ def columns(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup
 
 def bars(label: str, points: Sequence[Point], *, form: str = ".3g", whole: float | None = None) -> Markup:
     """Horizontal bars from 0 to the largest, or to `whole`, each below its name and number; `mark` is a
-    tick across it.
-    """
+    tick across it."""
     top = whole or max(_finite(*(p.value for p in points), *(p.mark for p in points)), default=0.0) or 1.0
     shapes = []
     for i, point in enumerate(points):
@@ -312,8 +310,7 @@ def curve(
 
 def scatter(label: str, name: str, series: Sequence[Sequence[tuple[str, float | None, float | None]]]) -> Markup:
     """Two figures of one unit for each name, on logarithmic axes, with the line of equality; the first is horizontal,
-    on the axis called `name`.
-    """
+    on the axis called `name`."""
     values = [v for one in series for _, x, y in one for v in _finite(x, y)]
     axis = Axis.log(values, whole=False)
     frame = Frame(axis, axis)

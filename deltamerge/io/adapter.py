@@ -59,8 +59,7 @@ class Factors(NamedTuple):
 
 def open_adapter(path: Path, *, reference: str, revision: str | None = None, hub_id: str | None = None) -> Adapter:
     """The adapter in the folder `path`. InputError: no such folder, not a LoRA adapter, pickled, or unsupported
-    settings.
-    """
+    settings."""
     with errors.context(reference):
         if not path.is_dir():
             raise InputError("is a file, not an adapter's folder" if path.exists() else "no such folder")

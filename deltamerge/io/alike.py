@@ -57,8 +57,7 @@ def places(models: tuple[TensorInfo, ...]) -> TensorInfo:
 
 def alike(read: Read, models: tuple[TensorInfo, ...], start: int, count: int) -> Mask:
     """A bool array of `count` elements from element `start`: all models hold the same float32 bits, and these are not
-    finite.
-    """
+    finite."""
     first = _values(read, models[0], start, count)
     mask: Mask = ~np.isfinite(first)
     for info in models[1:] if mask.any() else ():

@@ -122,8 +122,7 @@ def _take_name(folder: int, passing: str, name: str) -> None:
 
 def exchange(first: Path, second: Path) -> bool:
     """Exchange the names of two folders of one file system in one step; False where the system cannot. OSError: it
-    failed.
-    """
+    failed."""
     here = -100  # AT_FDCWD
     return _renameat2(here, os.fsencode(first), here, os.fsencode(second), EXCHANGE)
 

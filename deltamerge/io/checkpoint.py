@@ -44,11 +44,13 @@ class Tokens:
 class Checkpoint:
     """A model's tensors and where they lie, as its headers say.
 
-    `reference` is what the recipe calls it; `tensors` are in the order of transformers (files by name, each
-    file in the order of its header); `files` are the weight files; a local folder has no `hub_id` and no
-    `revision` (a commit). `is_delta`: the folder is a delta artifact, which has
-    no tensors and no files before it is put over `base` (`delta.over_base`).
-    `tokens`, `chat_template`: of a model that is yet to be made, what its files will say where they are not copies.
+    reference       what the recipe calls it
+    tensors         in transformers' order: files by name, each file in the order of its header
+    files           the weight files
+    revision        a commit; None for a local folder, as is `hub_id`
+    is_delta        the folder is a delta artifact, which has no tensors and no files until it is put over `base`
+                    (`delta.over_base`)
+    tokens, chat_template   of a model that is yet to be made: what its files will say, where they are not copies
     """
 
     reference: str
@@ -187,8 +189,7 @@ def _is_plain(name: str) -> bool:
 
 def join(headers: Mapping[str, Header], weight_map: Mapping[str, str] | None) -> dict[str, TensorInfo]:
     """The tensors of all shards, in order. InputError: a shard does not hold exactly what the index (`weight_map`)
-    says.
-    """
+    says."""
     tensors: dict[str, TensorInfo] = {}
     for shard, header in headers.items():
         for name, info in header.tensors.items():
@@ -231,8 +232,7 @@ def match_prefixes(checkpoints: Sequence[Checkpoint]) -> list[str]:
 
 def _fit(names: frozenset[str], frame: frozenset[str]) -> tuple[int, str]:
     """The number of `names` in `frame` once the best prefix is removed, and that prefix; it makes no two
-    names equal.
-    """
+    names equal."""
     gains: Counter[str] = Counter()
     clashes: set[str] = set()
     for name in names:

@@ -97,7 +97,7 @@ def widen(bits: Array, dtype: str) -> Array:
     if dtype == "F32":
         return bits.view(np.float32)
     if dtype in PLAIN:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return bits.view(NUMPY[dtype]).astype(np.float32)
     return _torch_cast(bits, dtype, "F32").view(np.float32)
 
@@ -112,7 +112,7 @@ def narrow(values: Array, dtype: str) -> Array:
     if dtype == "F32":
         return values.view(np.uint32)
     if dtype in PLAIN:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             return values.astype(NUMPY[dtype]).view(bits_type(dtype))
     return _torch_cast(values.view(np.uint32), "F32", dtype)
 

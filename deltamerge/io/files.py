@@ -205,8 +205,7 @@ def sync_path(path: Path) -> None:
 
 def start_writing(fd: int, offset: int, nbytes: int) -> None:
     """Ask the system to start writing a range to the disk, where it can be asked; `sync` waits for it and reports
-    errors.
-    """
+    errors."""
     call = getattr(system(), "sync_file_range", None)
     if call is not None:
         call.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)

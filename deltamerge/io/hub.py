@@ -199,8 +199,7 @@ def _file(hub_id: str, name: str, revision: str | None, commit: str | None, boun
 
 def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
     """The cached snapshot with the files `names` of a commit, downloaded eight at a time; an interruption does not
-    wait.
-    """
+    wait."""
     weights = {name for name in names if name.endswith(".safetensors")}
     if len(names) - len(weights) > MAX_SMALL:
         hint = "download what you need of it, and name that folder"

@@ -130,7 +130,8 @@ def _range(hub_id: str, commit: str, name: str, first: int, last: int) -> tuple[
 
 
 def check_range(raw: bytes, said: str, first: int, last: int) -> tuple[bytes, int]:
-    """Bytes that an answer with the Content-Range `said` has, and the file's size. InputError: not those asked for."""
+    """The bytes of an answer with the Content-Range `said`, and the file's size. InputError: other bytes than
+    requested."""
     found = RANGE.fullmatch(said)
     if found is None:
         raise InputError(f"the hub answers with the range {said[:80]!r}, which is none")

@@ -128,8 +128,7 @@ def guard() -> None:
 @dataclass(frozen=True)
 class _Guarded:
     """A factory of guarded clients; huggingface_hub's set_client_factory would close a client that others
-    may be using.
-    """
+    may be using."""
 
     factory: Callable[[], Any]
 

@@ -98,8 +98,7 @@ def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
 
 def _same(then: Any, now: Any) -> bool:
     """Whether two facts agree. Files on two machines, which may each have a copy, are compared by size and modification
-    time.
-    """
+    time."""
     if isinstance(then, list) and isinstance(now, list) and then[-1:] != now[-1:]:
         return then[:2] == now[:2]
     return bool(then == now)

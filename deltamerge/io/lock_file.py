@@ -97,8 +97,7 @@ def unlisted(folder: Path, lock: Mapping[str, Any]) -> list[str]:
 
 def not_made(folder: Path) -> list[str]:
     """The entries of `folder` that no run made and that replacing it would lose: what its lock does not list as a plain
-    file; everything if there is no lock. OSError: the folder cannot be read.
-    """
+    file; everything if there is no lock. OSError: the folder cannot be read."""
     modes = {path.name: path.lstat().st_mode for path in folder.iterdir()}
     listed: set[str] = set()
     if stat.S_ISREG(modes.get(LOCK_NAME, 0)):

@@ -98,8 +98,7 @@ class Outbox:
 
     def send(self, file: str, position: int, data: NDArray[np.uint8]) -> None:
         """Write lent memory to a file; the memory belongs to the outbox from now on. OutputError: an earlier piece
-        failed.
-        """
+        failed."""
         if len(data) < LEAST:
             self._write_cached(file, position, flat(data))
             self._tell(file, position, len(data))
@@ -119,8 +118,7 @@ class Outbox:
 
     def follow(self, file: str, position: int, size: int) -> NDArray[np.uint8] | int | None:
         """The bytes at `position` of a file of `size` bytes, for hashing: the memory sent for it, to be released with
-        `finished`, or up to where the file can be read. Waits for either; None: the outbox is closed.
-        """
+        `finished`, or up to where the file can be read. Waits for either; None: the outbox is closed."""
         held = self._held[file]
         with self._changed:
             while not self._closed:

@@ -47,8 +47,7 @@ class Pieces:
 
     def give(self, path: Path, first: int, halves: NDArray[np.uint64]) -> None:
         """Add the digests of whole pieces of a file, from number `first` on: `halves` (pieces, 2) has their high and
-        low words.
-        """
+        low words."""
         known, stop = self.of(path), first + len(halves)
         known.digests[first:stop] = halves.astype(">u8").view(np.uint8).reshape(-1, DIGEST_BYTES)
         known.there[first:stop] = True

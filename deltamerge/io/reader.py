@@ -54,8 +54,7 @@ class Reader:
 
     def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
         """Fill `out` with runs of the tensor's bytes: run i begins at byte `offsets[i]` and ends at
-        `ends[i]` of `out`.
-        """
+        `ends[i]` of `out`."""
         view = flat(out)
         if info.made is not None:
             begin = 0

@@ -36,8 +36,7 @@ _AGAIN = "download it again"
 @dataclass(frozen=True, slots=True)
 class Header:
     """A file's tensors in the order of its header. `data_begin` (of the first tensor) and `size` (of the file) are
-    bytes.
-    """
+    bytes."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
@@ -138,8 +137,7 @@ def _naturals(values: Any) -> bool:
 
 def _overflows(dtype: str, shape: list[int]) -> bool:
     """Whether a size exceeds 64 bits before a 0 makes it nothing: readers that multiply in 64 bits refuse
-    such shapes.
-    """
+    such shapes."""
     if math.prod(shape) and bits_of(dtype, tuple(shape)) < MOST_BITS:
         return False
     elements = list(accumulate(shape, mul, initial=1))

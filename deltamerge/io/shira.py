@@ -34,20 +34,19 @@ class Candidate(NamedTuple):
 
     def holds(self, r: int) -> bool:
         """Whether an adapter of rank `r` has room for the changed entries, and the weight has as many entries as the
-        adapter.
-        """
+        adapter."""
         out, columns = self.shape
         return self.changed <= r * (out + columns) <= out * columns
 
     @property
     def needed(self) -> int:
+        """The least rank whose entries hold the changes."""
         return math.ceil(self.changed / sum(self.shape))
 
 
 def choose_rank(candidates: Mapping[str, Candidate]) -> tuple[int, tuple[str, ...]]:
     """The rank that takes the fewest bytes, and the weights that are stored sparse at that rank; others are stored
-    whole.
-    """
+    whole."""
 
     def total(r: int) -> int:
         return sum(r * sum(c.shape) * ENTRY_BYTES if c.holds(r) else c.nbytes for c in candidates.values())
@@ -61,8 +60,7 @@ def choose_rank(candidates: Mapping[str, Candidate]) -> tuple[int, tuple[str, ..
 
 def count_changed(reader: Reader, base: TensorInfo, result: TensorInfo) -> int:
     """How many entries of `result` differ from the base in the result's dtype; all of them if a dtype is
-    not floating.
-    """
+    not floating."""
     if base.dtype != result.dtype and not {base.dtype, result.dtype} <= FLOATING:
         return math.prod(result.shape)
     return sum(int(np.count_nonzero(old != new)) for _, old, new in _pairs(reader, base, result))

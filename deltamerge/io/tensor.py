@@ -19,8 +19,7 @@ class Read(Protocol):
 
     def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
         """Fill `out` with runs of the tensor's bytes: run i begins at byte `offsets[i]` and ends at
-        `ends[i]` of `out`.
-        """
+        `ends[i]` of `out`."""
 
     def once(self, key: Any, compute: Callable[[], Any]) -> Any:
         """The value of `compute` for `key`, computed by the first thread that asks."""

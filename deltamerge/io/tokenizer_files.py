@@ -26,8 +26,7 @@ MOST_TOKENS = 1 << 24  # arrays over a vocabulary have its largest id + 1 entrie
 
 def fetched(checkpoint: Checkpoint, *, whole: bool = False) -> Path:
     """The model's folder; the tokenizer files of a hub model are downloaded into it: those read here, or all if
-    `whole`.
-    """
+    `whole`."""
     if checkpoint.hub_id is not None:
         fetch(checkpoint, TOKENIZER, CONFIG, JINJA, *(OTHERS if whole else ()))
     return checkpoint.path

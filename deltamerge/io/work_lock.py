@@ -26,7 +26,11 @@ def looked(state: Path) -> frozenset[str] | None:
 
 @contextmanager
 def locked(state: Path, name: str, target: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock file `name` of the work folder `state`, which is made, and marked, if it is not there."""
+    """Hold the lock file `name` of the work folder `state`, which is created and marked if it does not exist.
+
+    `target` is named in errors; `shared`: for the parts of a run. OutputError: another run holds it, the folder is not
+    ours, or it cannot be created.
+    """
     path = state / name
     while True:
         try:
@@ -39,7 +43,7 @@ def locked(state: Path, name: str, target: Path, *, shared: bool = False) -> Ite
             fd = work_folder.open_file(path, os.O_RDWR | os.O_CREAT)
         except FileNotFoundError:
             time.sleep(0.001)
-            continue  # a run that ended has just removed the folder
+            continue  # a run that has just ended removed the folder
         except OSError as error:
             cause = output_error(error)
             raise OutputError(f"{state if state.is_dir() else state.parent}: {cause}", hint=cause.hint) from error
@@ -60,7 +64,7 @@ def locked(state: Path, name: str, target: Path, *, shared: bool = False) -> Ite
         os.close(fd)
     try:
         if not shared:
-            with suppress(OSError):  # who holds it is for people; a full disk is met, and told, by what needs it
+            with suppress(OSError):  # the holder is only shown in messages; a full disk is reported by what needs it
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
         try:

@@ -47,8 +47,7 @@ SYNCS = 8
 @dataclass
 class Workspace:
     """A locked work folder: outputs go to `folder`, what must survive a crash to `state`; `journal` records
-    progress.
-    """
+    progress."""
 
     target: Path
     state: Path
@@ -62,8 +61,7 @@ class Workspace:
 
     def begin(self, facts: Mapping[str, Any]) -> None:
         """Write the facts that the run depends on into the journal, by name. OutputError: a resumed run had other
-        facts.
-        """
+        facts."""
         if not self.journal.records:
             self.journal.append({"run": facts, "force": self.force})
             return

@@ -66,8 +66,7 @@ def dense(delta: Any, *, tile: Tile) -> Tensor:
 
 def over(x: Tensor, divisor: float) -> Tensor:
     """x / divisor in float32; the divisor becomes a tensor, since torch multiplies by the reciprocal of a
-    plain number.
-    """
+    plain number."""
     return x / x.new_tensor(divisor)
 
 

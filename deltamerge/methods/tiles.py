@@ -19,8 +19,7 @@ Make: TypeAlias = Callable[..., Any]
 
 def row_length(shape: tuple[int, ...]) -> int:
     """Elements of one output row: the last dimension of matrices (stacked ones too), all but the first of
-    convolutions.
-    """
+    convolutions."""
     if len(shape) < 2:
         return 1
     return shape[-1] if len(shape) < 4 else math.prod(shape[1:])
@@ -46,10 +45,12 @@ class Tile:
 
     @property
     def size(self) -> int:
+        """Elements of the tile."""
         return self.stop - self.start
 
     @property
     def columns(self) -> int:
+        """Elements of a row of the tensor."""
         return max(1, row_length(self.shape))
 
 

@@ -1,4 +1,4 @@
-"""What comes before the first tile, as graph nodes: activations measured, q calibrated, one threshold for a model."""
+"""The stages that come before the first tile, as nodes: activations, calibrated q's, the threshold of a model."""
 
 from __future__ import annotations
 
@@ -25,8 +25,10 @@ from deltamerge.recipe.prune_keys import CalibratedQ
 
 @dataclass(frozen=True, slots=True)
 class StageMaker:
-    """Makes the stages of a recipe's models: `folder` is where data of the calibration lies, `memory` the bytes they
-    may take."""
+    """Makes the stages of a recipe's models.
+
+    Calibration data lies in `folder`; a stage computes on `device` and takes `memory` bytes at most.
+    """
 
     folder: Path
     device: str
@@ -164,7 +166,7 @@ def _spec(
 
 
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
-    """A stage runs the fine-tune with its own vocabulary, so what is pruned must have the rows of its files."""
+    """InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own vocabulary."""
     for tuned in tensors:
         if any(info is not None and isinstance(info.made, Gathered) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"

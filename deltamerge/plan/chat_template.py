@@ -44,6 +44,7 @@ def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
 
 
 def read_chat_template_of(model: Input) -> str | None:
+    """The model's own chat template, or None."""
     return read_chat_template(model.checkpoint)
 
 

@@ -15,7 +15,6 @@ from deltamerge.delta.over_base import added
 from deltamerge.engine.graph import Function, Graph, Node, resolve
 from deltamerge.errors import InputError
 from deltamerge.io.patterns import finds
-from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.ops import subtract, zeros
 from deltamerge.methods.prune import nodes, protect, rescale
 from deltamerge.methods.prune.bits import mask_key
@@ -71,9 +70,6 @@ class Deltas:
     def whole_merge(self) -> bool:
         """Whether the merge is calibrated as a whole, and no q of a model is."""
         return self.recipe.calibration is not None and self.recipe.calibration.per == "merge"
-
-    def read(self, tensor: TensorInfo) -> Node:
-        return self.graph.read(tensor)
 
     def prune_of(self, tuned: Tuned) -> Pruning:
         return self.prunes[tuned.index]
@@ -259,8 +255,8 @@ class Deltas:
         """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros."""
         values = added(tuned.tensor)
         if values is None:
-            return self.read(tuned.tensor), self.read(tuned.base)
-        node = self.read(values)
+            return self.graph.read(tuned.tensor), self.graph.read(tuned.base)
+        node = self.graph.read(values)
         return node, self._node(zeros, [node], tuned.base.shape)
 
     def _node(self, function: Function, inputs: Any, shape: tuple[int, ...], **parameters: Any) -> Node:

@@ -87,8 +87,7 @@ def _pieces(
 
 def _models(root: Node) -> tuple[TensorInfo, ...]:
     """The stored tensors that a merged tensor is computed from entry by entry, or a copied buffer itself; empty for
-    other tensors.
-    """
+    other tensors."""
     if root.kind == "read" and is_buffer(root.parameter("tensor")) and root.dtype in FLOATING:
         return (root.parameter("tensor"),)
     if root.kind == "read" or (len(root.inputs) == 1 and root.inputs[0].kind == "read"):

@@ -237,8 +237,7 @@ def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
 
 def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:
     """The input that `template` or a token's source names: by name, by reference, or as "base"; None if
-    there is none.
-    """
+    there is none."""
     if name is None:
         return None
     if base is not None and name in ("base", base.name):
@@ -261,8 +260,7 @@ def _vocabulary(
 
 def _template(groups: Sequence[Group], tunes: tuple[Input, ...]) -> Input:
     """The template: the only fine-tune; else the base, or the first fine-tune if some have tensors (a task head) that
-    the base lacks; without a base the first model. In stacks only tensors outside layers count.
-    """
+    the base lacks; without a base the first model. In stacks only tensors outside layers count."""
     base = groups[0].base
     if base is None or len({tune.name for tune in tunes}) == 1:
         return tunes[0]

@@ -154,8 +154,7 @@ def _fits(stacked: Stacked, told: Sequence[str], kinds: Mapping[tuple[str, bool]
 
 def _first_wrong(stacked: Stacked) -> int | None:
     """The first new layer whose kind is not that of its place. None: a layer has other shapes than any of the
-    template's, which is reported as an error of its tensors.
-    """
+    template's, which is reported as an error of its tensors."""
     names = [{name for name, _ in kind} for kind in stacked.old]
     known = set(stacked.old)
     if any(kind not in known and {name for name, _ in kind} in names for kind in stacked.new):

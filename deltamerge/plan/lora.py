@@ -103,7 +103,7 @@ def factor_spec(products: Sequence[Product], source: Source, prune: Pruning, q: 
                 stored = deltas.masked(product.factors[side], seed)
                 factor = node(dense, [stored], shape=info.shape)
             else:
-                factor = node(passthrough, [deltas.read(info)], shape=info.shape, scales=(1.0,))
+                factor = node(passthrough, [deltas.graph.read(info)], shape=info.shape, scales=(1.0,))
             factors.append(node(adapter_masks.whole, kind="small", node=factor))
         shape, scale, transposed = product.weight.shape, update.scale, update.transposed
         return node(adapter_masks.product, factors, shape=shape, scale=scale, transposed=transposed)

@@ -9,21 +9,23 @@ from dataclasses import dataclass
 from deltamerge.engine.graph import Node, peak_tiles, schedule
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.names import layer_index
 from deltamerge.io.outbox import ROOM, SLAB
 from deltamerge.methods.tiles import block_elements
+from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.outputs import Output
 
 TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
 # bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
+SOURCES = 2_000_000  # tensors of an output, each counted for every model that it comes from
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
     """The cost of a tensor: passes over its tiles, bytes read from the inputs in all passes, and bytes per element of a
-    tile (stored reads and float32 values alive at once, and scratch inside a step).
-    """
+    tile (stored reads and float32 values alive at once, and scratch inside a step)."""
 
     passes: int
     read_bytes: int
@@ -86,3 +88,16 @@ def tile_and_peak(
                 hint=f"give at least {peak}, or fewer --workers",
             )
         tile //= 2
+
+
+def check_size(inputs: Inputs) -> None:
+    """InputError: the output's tensors, each counted once per source, are more than a plan can hold."""
+    tensors = len(inputs.template.tensors)
+    stored = 1 + max((layer_index(name) or 0 for name in inputs.template.tensors), default=0)
+    count = 0
+    for group in inputs.groups:
+        share = tensors if group.part.ranges is None else tensors * group.part.layers // max(1, min(stored, tensors))
+        count += share * len(group.all)
+    if count > SOURCES:
+        message = f"the output would have about {count:,} tensors, counted for each model they come from"
+        raise InputError(f"{message}: more than {SOURCES:,}", hint="merge fewer models, or fewer layers, at a time")

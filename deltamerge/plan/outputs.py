@@ -124,8 +124,7 @@ class Outputs:
 
     def _check_vocabulary(self) -> None:
         """Rows can move only if some tensor has rows per token, and only in a whole model: deltas and adapters have the
-        base's.
-        """
+        base's."""
         kind, changes = self.recipe.output.kind, self.vocabulary is not None and self.vocabulary.changes
         if kind != "model" and (changes or self.resized):
             self.problems.append(f"output.kind {kind} cannot change the vocabulary of its base")

@@ -29,10 +29,9 @@ from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
-from deltamerge.plan.memory import Cost, cost, held_by_delta, held_by_files, tile_and_peak
+from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, tile_and_peak
 from deltamerge.plan.outputs import Output, Outputs
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
-from deltamerge.recipe import bounds
 from deltamerge.recipe.schema import Recipe
 
 SHOWN_PROBLEMS = 8
@@ -193,7 +192,7 @@ def plan(recipe: Recipe, folder: Path, opener: Opener, options: PlanOptions | No
     """
     options = options or PlanOptions()
     inputs = open_inputs(recipe, folder, opener)
-    bounds.check(inputs)
+    check_size(inputs)
     return _plan(recipe, inputs, folder, options, None)
 
 

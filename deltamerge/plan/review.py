@@ -90,8 +90,7 @@ def _cell(value: Any) -> str:
 
 def _names(names: Iterable[str]) -> str:
     """Names in a message; those that differ only in their numbers as one pattern:
-    `layers.{0–23}.mlp.up_proj.weight`.
-    """
+    `layers.{0–23}.mlp.up_proj.weight`."""
     families: dict[str, list[str]] = defaultdict(list)
     for name in names:
         families[NUMBER.sub("*", name)].append(name)

@@ -330,8 +330,7 @@ def _alone(template: Input, prefix: str) -> bool:
 
 def _check_width(template: Input, prefix: str) -> None:
     """InputError: layers are stages, whose norms all differ in width, so that one cannot follow another. Norms of heads
-    may differ, where layers have heads of several sizes.
-    """
+    may differ, where layers have heads of several sizes."""
     layers: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, tensor in template.tensors.items():
         if _inside(name, prefix) and len(tensor.shape) == 1 and "norm" in name.lower():

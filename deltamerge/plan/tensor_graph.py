@@ -97,7 +97,7 @@ class Builder:
 
     def copy(self, tensor: TensorInfo, dtype: str) -> Node:
         """The stored tensor, cast only if its dtype differs."""
-        return self._cast(self.deltas.read(tensor), dtype)
+        return self._cast(self.graph.read(tensor), dtype)
 
     def merge(self, merge: Merge) -> Built:
         """The merged tensor."""
@@ -108,14 +108,14 @@ class Builder:
         if apart:
             pruned = [self._delta(tuned, self.recipe.seed) for tuned in tunes]
         else:
-            pruned = [(self.deltas.read(tuned.tensor), "") for tuned in tunes]
+            pruned = [(self.graph.read(tuned.tensor), "") for tuned in tunes]
         together = self.deltas.stages.together
         if together is not None and base is not None:
             q = self.graph.node(pick, [together], kind="small", name=merge.name)
             pruned = [(self._node(divide, [node, q], base.shape), f"{text} lambda calibrated") for node, text in pruned]
         inputs = [node for node, _ in pruned]
         if base is not None:
-            inputs.insert(0, self.deltas.read(base))
+            inputs.insert(0, self.graph.read(base))
         details = tuple(f"{t.model.name}{own}{text}" for t, own, (_, text) in zip(tunes, texts, pruned, strict=True))
         changed = 1 - math.prod(1 - self._kept(tuned) for tuned in tunes)
         delta = None
@@ -199,7 +199,7 @@ class Builder:
     def _merged_delta(self, merge: Merge, seed: int) -> Node:
         """What the merge adds to the base, in float32."""
         assert merge.base is not None
-        base = self.deltas.read(merge.base)
+        base = self.graph.read(merge.base)
         inputs = [base, *(self._delta(tuned, seed)[0] for tuned in merge.tunes)]
         merged = self._combined(merge, inputs, self._parameters(merge)[0])
         return self._difference(merged, base)

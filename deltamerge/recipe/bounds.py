@@ -5,17 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from deltamerge.errors import InputError, Problem
-from deltamerge.io.names import layer_index
+from deltamerge.errors import Problem
 
 if TYPE_CHECKING:
-    from deltamerge.plan.inputs import Inputs
     from deltamerge.recipe.schema import Recipe
 
 MODELS = 1_000  # in all documents, slices and modules, with repetitions
 LAYERS = 10_000  # that slices take, counted once for each source
 NAME = 1_000  # characters in a reference or a name
-SOURCES = 2_000_000  # of all tensors of an output together
 
 
 def problems(recipes: Sequence[Recipe]) -> Iterator[Problem]:
@@ -39,16 +36,3 @@ def problems(recipes: Sequence[Recipe]) -> Iterator[Problem]:
             if len(model.model) > NAME or len(model.name or "") > NAME:
                 yield recipe.problem(("models", i), f"a name longer than {NAME:,} characters", "a path or a hub id")
                 return
-
-
-def check(inputs: Inputs) -> None:
-    """InputError: the output's tensors, each counted once per source, are more than a plan can hold."""
-    tensors = len(inputs.template.tensors)
-    stored = 1 + max((layer_index(name) or 0 for name in inputs.template.tensors), default=0)
-    count = 0
-    for group in inputs.groups:
-        share = tensors if group.part.ranges is None else tensors * group.part.layers // max(1, min(stored, tensors))
-        count += share * len(group.all)
-    if count > SOURCES:
-        message = f"the output would have about {count:,} tensors, counted for each model they come from"
-        raise InputError(f"{message}: more than {SOURCES:,}", hint="merge fewer models, or fewer layers, at a time")

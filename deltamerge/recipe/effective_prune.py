@@ -19,9 +19,11 @@ if TYPE_CHECKING:
 class Pruning:
     """How one model's delta is pruned. Values are evaluated later, per tensor (`recipe.values.resolve`).
 
-    `density` and `q` are fractions in (0, 1]. `density` is None for method none, and unless given for methods whose
-    parameters multiply to it. `parameters` are those that the method declares besides these two. A `q` of None, or one
-    that resolves to None, is the tensor's density; it is not used with `rescale`.
+    method       name in the table of pruning methods, or "none"
+    density      fraction in (0, 1]; None for method none, and where the method's parameters multiply to it unless given
+    q            divisor in (0, 1]; None, or a value that evaluates to None: the tensor's density. Unused with `rescale`
+    parameters   the method's others
+    include, exclude   patterns of tensor names
     """
 
     method: str

@@ -31,8 +31,7 @@ def loads(text: str, path: str = "recipe.yaml") -> Recipe:
 
 def parse(read: Source, problems: list[Problem]) -> Recipe:
     """The recipe of a YAML source. Problems of its structure are added to `problems`, and the values at
-    fault left out.
-    """
+    fault left out."""
     data = read.data
     while True:
         try:

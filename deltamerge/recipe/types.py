@@ -91,8 +91,7 @@ def _columns(value: str | tuple[str, ...]) -> str | tuple[str, ...]:
 
 def _reference(value: Any) -> Any:
     """mergekit's long form of a reference, {model, lora, override_architecture}, as text; the last is not
-    needed here.
-    """
+    needed here."""
     if not isinstance(value, dict):
         return value
     model, lora = value.get("model"), value.get("lora")

@@ -82,6 +82,7 @@ class Filter(BaseModel):
     value: _Plain = Field(description="A number, or a gradient over layers.")
 
     def matches(self, tensor: str) -> bool:
+        """Whether the filter applies to a tensor of this name."""
         return self.filter in (None, "*") or str(self.filter) in tensor
 
 

@@ -57,8 +57,7 @@ class Source:
 
     def locate(self, loc: Loc, *, key: bool = False) -> Position:
         """Line and column (from 1) of the value at `loc` or of its `key`; of the nearest ancestor if it
-        does not exist.
-        """
+        does not exist."""
         if loc in self.positions:
             return self.positions[loc][key]
         while loc not in self.positions:

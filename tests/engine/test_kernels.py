@@ -316,6 +316,14 @@ def test_steps_are_torch(name: str, values: Any, tmp_path: Path, monkeypatch: py
     kernels.native().choose(LEVELS[0])
 
 
+@pytest.mark.parametrize("size", [1, 100, 1500, 2048, 2049, 3100, 4096])
+def test_sums_of_negative_zeros_are_torchs(
+    size: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kernel_level: str
+) -> None:
+    models = Models(tmp_path, torch.full((size,), -0.0), torch.ones(size))
+    check(models, gram(models), monkeypatch)
+
+
 def counted(models: Models, score: Node, threshold: float, wanted: int) -> tuple[Cut, Any]:
     """A cut and its ranks, as the graph finds them."""
     bits = int(np.float32(threshold).view(np.uint32))

@@ -158,3 +158,32 @@ def test_what_a_pruning_method_declares_is_asked_for(folder):
     assert "models[0].prune.density: must be floor · spread = 0.3, got 0.5" in done.stderr
     found = json.loads(deltamerge(folder, "methods", "spikes", "--json", site="declared").stdout)
     assert found["prune"][0]["parameters"]["density"]["default"] == "floor · spread"
+
+
+TALLEST = """
+from deltamerge.methods.prune.nodes import above
+from deltamerge.methods.registry import Param, PruneMethod
+
+
+def nodes(masking):
+    return above(masking.make, masking.delta, masking.cut)
+
+
+METHODS = PruneMethod(
+    "tallest", "deltamerge.methods.prune.select:keep_largest", "the largest of all tensors",
+    parameters={"density": Param("fraction kept", low=0, high=1)},
+    groups=("model",), nodes="spikes:nodes",
+)
+"""
+
+
+def test_functions_may_be_named_and_a_threshold_of_the_model_is_given_to_who_asks(folder):
+    shutil.copytree(folder / "site", folder / "named", dirs_exist_ok=True)
+    (folder / "named" / "spikes.py").write_text(TALLEST)
+    for name, prune in (("tallest", "method: tallest"), ("magnitude", "method: magnitude, group: model")):
+        text = block("yaml").replace("method: spare, density: 0.5, cut: 0.03", f"{prune}, density: 0.1")
+        (folder / f"{name}.yaml").write_text(text)
+        done = deltamerge(folder, "run", f"{name}.yaml", "--out", f"out-{name}", "--quiet", site="named")
+        assert done.returncode == 0, done.stderr
+    ours, theirs = (load_tensors(folder / f"out-{name}") for name in ("tallest", "magnitude"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in SHAPES)

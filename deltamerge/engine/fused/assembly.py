@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.program import Operation, Place
+from deltamerge.engine.fused.operations import Operation, Place
 from deltamerge.engine.graph import Node
 from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import RUN, block_elements, row_length

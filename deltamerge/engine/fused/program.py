@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,15 +10,12 @@ from numpy.typing import NDArray
 
 from deltamerge import kernels
 from deltamerge.engine.fused import codes
-from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.files import Descriptor
+from deltamerge.engine.fused.operations import Place
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
-from deltamerge.methods.prune.bits import Key
 
 if TYPE_CHECKING:
     from deltamerge.engine.fused.assembly import Assembly
     from deltamerge.io.reader import Reader
-    from deltamerge.io.tensor import TensorInfo
 
 # The structures of kernels/src/program.h.
 OPERATION = np.dtype(
@@ -33,41 +28,6 @@ OPERATION = np.dtype(
     ]
 )
 IN_MEMORY = -1  # in place of a file: the elements are in memory
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A stored tensor: its open file, or None where its bytes are made when they are read."""
-
-    info: TensorInfo
-    file: Descriptor | None
-
-    @property
-    def path(self) -> Path:
-        return self.info.path
-
-    @property
-    def itemsize(self) -> int:
-        return ITEMSIZE[self.info.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One of `codes`, and what does not fit in its numbers."""
-
-    code: int
-    to: int
-    fields: tuple[int, int, int, int] = (-1, -1, -1, -1)
-    key: Key = (0, 0)
-    scalars: tuple[float, float] = (1.0, 1.0)
-    weights: tuple[float, ...] = ()
-    models: tuple[int, ...] = ()
-    lists: tuple[int, ...] = ()
-    count: int = 0
-
-    @property
-    def width(self) -> int:
-        return max(len(self.weights), len(self.models), len(self.lists))
 
 
 class Program:

@@ -8,7 +8,8 @@ from typing import Any
 
 from deltamerge.engine.fused import codes, merging, pruning, reductions
 from deltamerge.engine.fused.assembly import Assembly, Form
-from deltamerge.engine.fused.program import Place, Program
+from deltamerge.engine.fused.operations import Place
+from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first
 from deltamerge.io.reader import Reader
 from deltamerge.methods.prune.bits import SPARSE_BLOCK, is_sparse

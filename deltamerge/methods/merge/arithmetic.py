@@ -49,7 +49,15 @@ def task_arithmetic(
     normalize: bool,
     lambda_: float,
 ) -> torch.Tensor | Patched:
-    """base + λ Σ w_i Δ_i, the sum divided by Σ w_i if `normalize` (Ilharco et al., arXiv 2212.04089)."""
+    """base + λ Σ w_i Δ_i in float32 (Ilharco et al., arXiv 2212.04089).
+
+    base        tile in its stored dtype
+    deltas      Δ_i: float32 tiles or `Kept`
+    tile        the part of the tensor
+    weights     w_i
+    normalize   whether to divide the sum by Σ w_i
+    lambda_     λ
+    """
     import torch
 
     if all(isinstance(delta, Kept) for delta in deltas):

@@ -22,7 +22,13 @@ def arcee_fusion(
 ) -> torch.Tensor:
     """base + Δ where the importance reaches the threshold, base elsewhere; float32 (https://arcee.ai).
 
-    What is not a number reaches it too, so that it is seen in the result.
+    base         tile in its stored dtype
+    delta        float32 tile
+    importance   of each entry, float32
+    threshold    the least importance that is taken
+    tile         the part of the tensor
+
+    What is not a number reaches the threshold too, so that it is seen in the result.
     """
     import torch
 

@@ -21,8 +21,7 @@ def ram(base: torch.Tensor, *deltas: torch.Tensor | Kept, tile: Tile, epsilon: f
 
 def ramplus_tl(base: torch.Tensor, *inputs: Any, tile: Tile, epsilon: float) -> torch.Tensor:
     """`ram`, with the entries that only model i changed multiplied by its factor; inputs are the deltas and the
-    factors.
-    """
+    factors."""
     import torch
 
     *deltas, factor = inputs
@@ -47,7 +46,16 @@ def nodes(
     r: float,
     alpha: float,
 ) -> Any:
-    """The node of `ramplus_tl`: one pass counts each model's changes, a second adds."""
+    """The node of `ramplus_tl`: one pass counts each model's changes, a second adds.
+
+    make       makes a graph's node
+    function   name of `ramplus_tl`
+    inputs     nodes of the base and the deltas
+    shape      of the tensor
+    based      whether inputs[0] is the base
+    epsilon    entries up to it count as unchanged
+    r, alpha   of `factors`
+    """
     found = make(counts, inputs[1:], kind="sum", shape=shape, epsilon=epsilon)
     factor = make(factors, [found], kind="small", r=r, alpha=alpha)
     return make(function, [*inputs, factor], shape=shape, epsilon=epsilon)

@@ -55,10 +55,17 @@ def nuslerp(gram: Floats, *, weights: tuple[float, ...], tile: Tile | None = Non
 def multislerp(
     gram: Floats, *, weights: tuple[float, ...], normalize_weights: bool, eps: float, tile: Tile | None = None
 ) -> Floats:
-    """Directions u_i = x_i / (‖x_i‖ + ε), seen from their normalised mean m in its tangent space, averaged there:
+    """Directions u_i = x_i / (‖x_i‖ + ε), averaged in the tangent space of their normalised mean m.
+
+        gram                of the models
+        weights             w_i
+        normalize_weights   whether to divide them by their sum
+        eps                 ε
+        tile                the part of the tensor
 
     v = Σ w_i (u_i − ⟨u_i, m⟩ m); back on the sphere m cos‖v‖ + v sin‖v‖/‖v‖; times Σ w_i ‖x_i‖. Two opposite models are
-    interpolated linearly; InputError where more of them add up to 0.
+    interpolated linearly; InputError if more of them add up to 0.
+
     https://goddard.blog/posts/multislerp-wow-what-a-cool-idea
     """
     count = gram.shape[-1]

@@ -22,10 +22,16 @@ def ties(
     normalize: bool,
     lambda_: float,
 ) -> torch.Tensor | Patched:
-    """base + λ · consensus(Δ_i), Δ_i already trimmed (Yadav et al., arXiv 2306.01708); float32.
+    """base + λ · consensus(Δ_i), Δ_i already trimmed; float32 (Yadav et al., arXiv 2306.01708).
 
-    e_i = w_i Δ_i; the sign of Σ e_i (0 counts as +) is elected; the e_i of that sign are added, and divided by the sum
-    of their w_i if `normalize` (a sum near 0 divides by 1).
+        base        tile in its stored dtype
+        deltas      Δ_i: float32 tiles or `Kept`
+        tile        the part of the tensor
+        weights     w_i
+        normalize   whether to divide by the sum of the agreeing w_i (a sum near 0 divides by 1)
+        lambda_     λ
+
+    With e_i = w_i Δ_i the sign of Σ e_i (0 counts as +) is elected; the e_i of that sign are added.
     """
     import torch
 

@@ -146,8 +146,7 @@ def _inside(found: NDArray[np.int64], origin: int, start: int, stop: int) -> NDA
 
 def _draws(density: float) -> int:
     """The number of draws to make at once: enough for nearly every block, a multiple of 4; it does not
-    affect the mask.
-    """
+    affect the mask."""
     mean = density * SPARSE_BLOCK * 1.02
     return 4 * math.ceil((mean + 5 * math.sqrt(mean) + 4) / 4)
 
@@ -227,8 +226,7 @@ def _keep_device(key: Key, start: int, stop: int, density: float, device: Any) -
 
 def _positions_device(key: Key, start: int, stop: int, density: float, device: Any) -> torch.Tensor:
     """`positions_torch` for all blocks of [start, stop) at once: draws (B, D), gaps by table, places by a cumulative
-    sum along D.
-    """
+    sum along D."""
     import torch
 
     table = torch.from_numpy(gap_table(density).astype(np.int64)).to(device)

@@ -23,8 +23,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True, eq=False)
 class ColumnCut:
     """Per column (m): the score bits of the k-th best, how many entries equal to it are kept, and whether more are
-    equal.
-    """
+    equal."""
 
     threshold: NDArray[np.int32]
     equal_kept: NDArray[np.int64]

@@ -121,8 +121,7 @@ def pick_bracket(sample: Magnitudes, *, k: int, size: int) -> Bracket | None:
 
 def bracketed(delta: torch.Tensor, bracket: Bracket, *, tile: Tile) -> Magnitudes:
     """Per block the numbers of magnitudes above and inside the bracket, and the bits of those inside in flat order;
-    without the bits if the bracket is one value.
-    """
+    without the bits if the bracket is one value."""
     step, bits = block_elements(tile.shape), magnitude_bits(delta)
     parts = [np.empty(0, np.uint32)]
     for start in range(0, tile.size, step):
@@ -147,8 +146,7 @@ def _words(bits: torch.Tensor) -> Magnitudes:
 @dataclass(frozen=True, slots=True)
 class Listed:
     """The result of `bracketed`: the number above the bracket, the numbers inside per block, and the bits of those
-    inside (one for all if the bracket is one value).
-    """
+    inside (one for all if the bracket is one value)."""
 
     above: int
     counts: Counts
@@ -156,6 +154,7 @@ class Listed:
 
     @property
     def one(self) -> bool:
+        """Whether one value stands for all that are inside the bracket."""
         return self.values.size == 1
 
 
@@ -345,13 +344,8 @@ def keep_where(
     *,
     tile: Tile,
 ) -> torch.Tensor:
-    """Δ where the magnitude of its score is among the k largest of the tensor, else 0.
-
-    delta   a tile
-    score   of its entries
-    cut     of the scores
-    ranks   of entries equal to the cut
-    tile    the part of the tensor
+    """Δ where the magnitude of its score is among the k largest of the tensor (`cut`, `ranks` of equal
+    ones), else 0.
     """
     delta = densify(delta, tile.size)
     return delta.where(among_largest(score, cut, ranks, tile), delta.new_zeros(()))
@@ -372,8 +366,7 @@ def among_largest(score: torch.Tensor, cut: Cut, ranks: Counts, tile: Tile) -> t
 
 def keep_largest_rows(delta: torch.Tensor, *, tile: Tile, density: float) -> torch.Tensor:
     """Δ where it is among the round(density · n) largest magnitudes of its row of n, else 0; equal ones
-    from the left.
-    """
+    from the left."""
     return _largest_of_rows(delta, delta.view(-1, tile.columns), density)
 
 

@@ -27,10 +27,6 @@ inline u16 narrow(u32 x) {
   return (x & 0x7FFFFFFF) > 0x7F800000 ? u16(0x7FC0) : u16(rounded);
 }
 
-// A sum in the type of the elements at `like`.
-inline float rounded(float x, const float*) { return x; }
-inline u16 rounded(float x, const u16*) { return narrow(as_bits(x)); }
-
 // The bits of binary16, a stored number of its own type so that loops can be written over types.
 struct Half {
   u16 bits;

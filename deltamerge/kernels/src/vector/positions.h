@@ -186,22 +186,35 @@ struct Scales {
   }
 };
 
-// Values [start, start + n) in float32, of which scaled ones have been filled with their scales.
-void decode_values(const Added& added, i64 start, i64 n, float* out) {
-  if (added.kind == kFloatValues) {
-    std::memcpy(out, static_cast<const float*>(added.values) + start, std::size_t(4 * n));
-  } else if (added.kind == kBfloatValues) {
-    widen_all(static_cast<const u16*>(added.values) + start, out, n);
+// Values [start, start + n) in float32: where they are, or in `room`, which of scaled ones has their scales.
+const float* decode_values(const Added& added, i64 start, i64 n, float* room) {
+  if (added.kind == kFloatValues) return static_cast<const float*>(added.values) + start;
+  if (added.kind == kBfloatValues) {
+    widen_all(static_cast<const u16*>(added.values) + start, room, n);
   } else if (added.kind == kInt8Values) {
     const signed char* codes = static_cast<const signed char*>(added.values) + start;
-    for (i64 i = 0; i < n; ++i) out[i] *= float(codes[i]);
+    for (i64 i = 0; i < n; ++i) room[i] *= float(codes[i]);
   } else {
-    const u8* signs = static_cast<const u8*>(added.values);
+    const u8* signs = static_cast<const u8*>(added.values) + (start >> 3);
     for (i64 i = 0; i < n; ++i) {
-      u32 negative = u32(signs[(start + i) >> 3]) >> (i & 7);
-      out[i] = as_float(as_bits(out[i]) ^ negative << 31);
+      u32 negative = u32(signs[i >> 3]) >> (i & 7);
+      room[i] = as_float(as_bits(room[i]) ^ negative << 31);
     }
   }
+  return room;
+}
+
+inline void add_block(const u64* positions, const float* values, float* out, i64 n) {
+  for (i64 i = 0; i < n; ++i) out[positions[i]] += values[i];
+}
+
+// In three loops, of which the middle one is done by vectors.
+inline void add_block(const u64* positions, const float* values, u16* out, i64 n) {
+  float sums[kBlock];
+  u16 results[kBlock];
+  for (i64 i = 0; i < n; ++i) sums[i] = wide(out[positions[i]]);
+  for (i64 i = 0; i < n; ++i) results[i] = narrow(as_bits(sums[i] + values[i]));
+  for (i64 i = 0; i < n; ++i) out[positions[i]] = results[i];
 }
 
 template <class T>
@@ -209,15 +222,12 @@ bool add_values(const Coded& c, const Added& added, T* out, i64 size) {
   Cursor cursor = {u64(c.second), 0, 0, 0};
   Scales scales = {added.scales, u64(added.group), 0, 0.0f};
   u64 positions[kBlock];
-  float values[kBlock], sums[kBlock];
+  float room[kBlock];
   for (i64 start = 0; start < c.count; start += kBlock) {
     i64 n = block_of(start, c.count);
     if (!next_block(c, cursor, start, n, positions, out, size)) return false;
-    if (added.kind >= kInt8Values) scales.fill(positions, values, n);
-    decode_values(added, start, n, values);
-    for (i64 i = 0; i < n; ++i) sums[i] = wide(out[positions[i]]);
-    for (i64 i = 0; i < n; ++i) sums[i] += values[i];
-    for (i64 i = 0; i < n; ++i) out[positions[i]] = rounded(sums[i], out);
+    if (added.kind >= kInt8Values) scales.fill(positions, room, n);
+    add_block(positions, decode_values(added, start, n, room), out, n);
   }
   return is_read(c, cursor);
 }
