@@ -15,7 +15,7 @@ from deltamerge.errors.shown import shown
 MOST_WORKERS = 1024
 
 
-class RecipeFile(click.Path):
+class RecipePath(click.Path):
     """A path; the shell completes recipes and folders."""
 
     def shell_complete(self, context: click.Context, option: click.Parameter, incomplete: str) -> list[CompletionItem]:
@@ -71,7 +71,7 @@ def pruning_methods(context: click.Context, option: click.Parameter, incomplete:
     return sorted(name for name in PRUNE if name.startswith(incomplete))
 
 
-RECIPE = RecipeFile(path_type=Path)
+RECIPE = RecipePath(path_type=Path)
 FOLDER = Folder(path_type=Path)
 MODEL = Reference()
 FILE = Reference(files=True)

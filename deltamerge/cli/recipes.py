@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, WORKERS, RecipeFile, calibration_of, rows_of_text
+from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, WORKERS, RecipePath, calibration_of, rows_of_text
 from deltamerge.cli.output import say, say_json, tell
 from deltamerge.cli.tables import render_methods
 
@@ -21,7 +21,7 @@ from deltamerge.cli.tables import render_methods
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     help="Fraction of each delta to keep.  [default: 0.05 of one model, 0.2 of several]",
 )
-@click.option("--out", type=RecipeFile(), default="recipe.yaml", show_default=True, help="To write; - is stdout.")
+@click.option("--out", type=RecipePath(), default="recipe.yaml", show_default=True, help="To write; - is stdout.")
 @DEVICE
 @WORKERS
 def init(

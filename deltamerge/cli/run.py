@@ -24,7 +24,7 @@ from deltamerge.cli.options import (
     RECIPE,
     RESUME,
     WORKERS,
-    RecipeFile,
+    RecipePath,
 )
 from deltamerge.cli.output import Progress, Warnings, report_run, say, say_json, tell
 from deltamerge.cli.tables import render_calibration
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("recipe", type=RecipeFile())
+@click.argument("recipe", type=RecipePath())
 @click.option("--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it.")
 @DEVICE
 @WORKERS
