@@ -46,7 +46,7 @@ Inputs = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Output:
+class BlockOutput:
     """`hidden` (B, T, H): last hidden state of the base model; `logits` (B, C) or (B, T, V), None without a head."""
 
     hidden: Tensor
@@ -163,7 +163,7 @@ class Model:
         self,
         batches: Sequence[Inputs],
         variants: Sequence[Weights],
-        reduce: Callable[[int, Output], T],
+        reduce: Callable[[int, BlockOutput], T],
         *,
         watch: Watch | None = None,
     ) -> list[list[T]]:
@@ -187,7 +187,7 @@ class Model:
         self,
         batches: Sequence[Inputs],
         variants: Sequence[Weights],
-        reduce: Callable[[int, Output], T],
+        reduce: Callable[[int, BlockOutput], T],
         watch: Watch | None,
     ) -> list[list[T]]:
         traces, outputs = [], []
@@ -224,7 +224,7 @@ class Model:
         self,
         weights: Weights,
         batches: Sequence[Inputs],
-        reduce: Callable[[int, Output], T],
+        reduce: Callable[[int, BlockOutput], T],
         outputs: Sequence[Any] | None,
         watch: Watch | None,
     ) -> list[T]:
@@ -255,7 +255,7 @@ class Model:
             traces.append(trace)
         return traces
 
-    def differentiable(self, inputs: Inputs, weights: Weights) -> Output:
+    def differentiable(self, inputs: Inputs, weights: Weights) -> BlockOutput:
         """The forward with gradients to whatever `weights` computes from; a block's tensors exist only while it runs.
 
         `weights` is called again in the backward pass (activation checkpointing, block by block).
@@ -301,7 +301,7 @@ class Model:
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
 
-    def _forward(self, tensors: dict[str, Tensor], inputs: Inputs) -> Output:
+    def _forward(self, tensors: dict[str, Tensor], inputs: Inputs) -> BlockOutput:
         hidden: list[Tensor] = []
 
         def keep(module: nn.Module, args: Any, output: Any) -> None:
@@ -319,7 +319,7 @@ class Model:
                 hook.remove()
         if not hidden:
             raise InputError(f"{type(self.module).__name__} gives no hidden state", hint="give a number as q")
-        return Output(hidden[-1], getattr(result, "logits", None))
+        return BlockOutput(hidden[-1], getattr(result, "logits", None))
 
     def _watched(self, part: int, watch: Watch | None, step: Callable[[int], T], count: int) -> list[T]:
         if watch is None:

@@ -30,7 +30,7 @@ class Batches:
     texts: list[list[str]] | None = None
 
 
-class Reader:
+class RowReader:
     """Turns rows into batches with the tokenizer or image processor in `folder` (never remote code).
 
         length    tokens of a sequence at most

@@ -13,7 +13,7 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import statistics
 from deltamerge.calibrate.activations import collect
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
-from deltamerge.calibrate.spec import Source, Spec
+from deltamerge.calibrate.spec import CalibrationInput, Spec
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.calibrate.subject import Subject
@@ -57,14 +57,14 @@ class Measured:
     influence: dict[str, LayerStatistics]
     masks: list[MaskLoss | None]
     lost: float
-    measure: str
+    measure_influence: str
     metric_name: str | None
     metric: Scores
     held_out: int
     forward_passes: int
 
 
-def influence(*, source: Source, spec: Spec | None = None) -> dict[str, LayerStatistics]:
+def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str, LayerStatistics]:
     """Statistics of the fine-tune's linear layers over the search rows, by its tensor names.
 
     With a `spec` of that source, whose masks need no activations, they include its first mask.
@@ -75,7 +75,7 @@ def influence(*, source: Source, spec: Spec | None = None) -> dict[str, LayerSta
         return {name: layer for name, layer in found.items() if spec is None or layer.power is not None}
 
 
-def measure(*, specs: Sequence[Spec]) -> Measured:
+def measure_influence(*, specs: Sequence[Spec]) -> Measured:
     """The losses of the masks of several specs with one source, for the first mask seed of each."""
     source = specs[0].source
     with calibrating(source.model), Reader() as reader:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamerge.calibrate import agreement
-from deltamerge.calibrate.blocks import Inputs, Model, Output, Weights
+from deltamerge.calibrate.blocks import BlockOutput, Inputs, Model, Weights
 from deltamerge.calibrate.metrics import METRICS, exact_match
 from deltamerge.calibrate.spec import WALKED
 from deltamerge.errors import InputError
@@ -30,7 +30,7 @@ class Objective(Protocol):
 
     batches: Sequence[Inputs]
 
-    def reduce(self, batch: int, output: Output) -> Any: ...
+    def reduce(self, batch: int, output: BlockOutput) -> Any: ...
     def value(self, parts: Sequence[Any]) -> float: ...
 
 
@@ -75,7 +75,7 @@ class OutputChange:
     def of(cls, model: Model, tune: Weights, batches: Sequence[Inputs]) -> OutputChange:
         """Collect the fine-tune's outputs: hidden states (tokens × H float32), or 5 logits a token."""
 
-        def keep(b: int, output: Output) -> tuple[Tensor, Tensor | None]:
+        def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
             if per_token(output.logits):
                 scores = _scores(output, batches[b])
                 top = scores.topk(min(TOP, scores.shape[-1]))
@@ -84,7 +84,7 @@ class OutputChange:
 
         return cls(batches, model.run(batches, [tune], keep)[0])
 
-    def reduce(self, batch: int, output: Output) -> tuple[float, int]:
+    def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
         target, index = self.targets[batch]
         if index is not None:
             change = _scores(output, self.batches[batch]).gather(-1, index) - target
@@ -107,7 +107,7 @@ class Validation:
     labels: Sequence[Tensor]
     metric: str
 
-    def reduce(self, batch: int, output: Output) -> tuple[Any, Any]:
+    def reduce(self, batch: int, output: BlockOutput) -> tuple[Any, Any]:
         if output.logits is None:
             raise InputError("validation needs a model with a head", hint="objective: output_change")
         labels = self.labels[batch].to(output.logits.device)
@@ -164,7 +164,7 @@ class Distribution:
     def of(cls, model: Model, tune: Weights, batches: Sequence[Inputs], *, regression: bool = False) -> Distribution:
         """Collect the fine-tune's outputs: logits, or log-probabilities and indices of the likeliest tokens."""
 
-        def keep(b: int, output: Output) -> tuple[Tensor, Tensor | None]:
+        def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
             if regression:
                 return _numbers(output, batches[b]), None
             logs = _scores(output, batches[b]).log_softmax(-1)
@@ -181,7 +181,7 @@ class Distribution:
         target, _ = self.targets[batch]
         return target.numel() if self.regression else len(target)
 
-    def loss(self, batch: int, output: Output) -> tuple[Tensor, int]:
+    def loss(self, batch: int, output: BlockOutput) -> tuple[Tensor, int]:
         """(sum, count): a differentiable sum over sequences, tokens or elements, and their number."""
         target, index = self.targets[batch]
         if self.regression:
@@ -191,7 +191,7 @@ class Distribution:
             logs = _with_rest(logs.gather(-1, index))
         return F.kl_div(logs, target, reduction="sum", log_target=True), len(target)
 
-    def reduce(self, batch: int, output: Output) -> tuple[float, int]:
+    def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
         total, count = self.loss(batch, output)
         return float(total), count
 
@@ -212,7 +212,7 @@ class Agreement:
         """Collect the fine-tune's logits (B, C)."""
         return cls(batches, model.run(batches, [tune], lambda b, output: _logits(output))[0], regression)
 
-    def reduce(self, batch: int, output: Output) -> Any:
+    def reduce(self, batch: int, output: BlockOutput) -> Any:
         return _logits(output)
 
     def value(self, parts: Sequence[Any]) -> float:
@@ -235,21 +235,21 @@ def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
     return flat[mask.reshape(-1).to(flat.device, torch.bool)]
 
 
-def _scores(output: Output, inputs: Inputs) -> Tensor:
+def _scores(output: BlockOutput, inputs: Inputs) -> Tensor:
     """Logits (sequences, C), or (real tokens, V) of a language model."""
     if output.logits is None:
         raise InputError("the model gives no logits", hint="give a number as q")
     return _tokens(output.logits, inputs) if per_token(output.logits) else output.logits
 
 
-def _logits(output: Output) -> Any:
+def _logits(output: BlockOutput) -> Any:
     """(B, C) float64 on the host."""
     if output.logits is None:
         raise InputError("the model gives no logits", hint="give a number as q")
     return output.logits.detach().to("cpu", torch.float64).numpy()
 
 
-def _numbers(output: Output, inputs: Inputs) -> Tensor:
+def _numbers(output: BlockOutput, inputs: Inputs) -> Tensor:
     return _tokens(output.hidden, inputs) if output.logits is None else output.logits
 
 

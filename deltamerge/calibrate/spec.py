@@ -43,7 +43,7 @@ QValue = float | NDArray[np.float32]
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class CalibrationInput:
     """A fine-tune and the data that it runs on.
 
     tensors   all of the fine-tune's
@@ -83,10 +83,10 @@ class Pruned:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Share:
     """A fine-tune of a merge that is calibrated as a whole; its `masked` tensors are the merged delta."""
 
-    source: Source
+    source: CalibrationInput
     pruned: tuple[Pruned, ...]
 
 
@@ -98,7 +98,7 @@ class Spec:
     fine-tunes.
     """
 
-    source: Source
+    source: CalibrationInput
     method: str
     pruned: tuple[Pruned, ...]
     random: bool
@@ -107,7 +107,7 @@ class Spec:
     search: str
     bounds: tuple[float, float] | None
     shared: tuple[Node, ...] = ()
-    parts: tuple[Part, ...] = ()
+    parts: tuple[Share, ...] = ()
 
     @property
     def seeds(self) -> int:
@@ -141,11 +141,11 @@ class Spec:
     @property
     def memory(self) -> int:
         """About the bytes that the stage takes beside BASELINE_BYTES."""
-        parts = self.parts or (Part(self.source, self.pruned),)
+        parts = self.parts or (Share(self.source, self.pruned),)
         return sum(memory(part.source, part.pruned) for part in parts)
 
     @property
-    def sources(self) -> tuple[Source, ...]:
+    def sources(self) -> tuple[CalibrationInput, ...]:
         """The fine-tunes that run."""
         return tuple(part.source for part in self.parts) or (self.source,)
 
@@ -176,7 +176,7 @@ class Spec:
         }
 
 
-def mask_seeds(source: Source, method: str, q: CalibratedQ) -> int:
+def mask_seeds(source: CalibrationInput, method: str, q: CalibratedQ) -> int:
     """The number of masks that a search averages over. Only random masks have further seeds: the recipe's +
     1, + 2, …"""
     averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
@@ -193,7 +193,7 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
-def memory(source: Source, pruned: Sequence[Pruned] = ()) -> int:
+def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
     """About the bytes that a stage takes: cached masks, one block both stored and in float32, hidden states."""
     sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in source.tensors}
     blocks = numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or {0: list(sizes)}
@@ -210,7 +210,7 @@ def memory(source: Source, pruned: Sequence[Pruned] = ()) -> int:
     return min(math.ceil(masks), source.cache) + 2 * resident + hidden
 
 
-def within(source: Source, limit: int | None, share: int = 1) -> Source:
+def within(source: CalibrationInput, limit: int | None, share: int = 1) -> CalibrationInput:
     """The source with a cache that fits `limit` bytes, of which this is one of `share` users. InputError: no cache
     fits."""
     if limit is None:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.spec import Calibrated, QValue, Source, Spec, rounded
+from deltamerge.calibrate.spec import Calibrated, CalibrationInput, QValue, Spec, rounded
 from deltamerge.io.reader import Reader
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 LITTLE = 0.9  # share of the base's distance from the fine-tune; a candidate beyond it is hardly better than the base
 
 
-def activations(*, source: Source) -> dict[str, LayerStatistics]:
+def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
     """Statistics of the fine-tune's linear layers over the calibration rows, by the fine-tune's tensor names."""
     from deltamerge.calibrate.subject import Subject
 

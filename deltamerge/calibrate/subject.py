@@ -16,11 +16,11 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
 from deltamerge.calibrate.blocks import Inputs, Linear, Model, from_reader
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
-from deltamerge.calibrate.data import Reader as Rows
+from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.data import check_new_tokens
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.rows import HEADS, Row, select
-from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, Source
+from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.engine import backends
@@ -72,7 +72,7 @@ class Subject:
 
     def __init__(
         self,
-        source: Source,
+        source: CalibrationInput,
         reader: Reader,
         masks: Sequence[Mapping[str, Node]] = (),
         known: Mapping[Node, Any] | None = None,
@@ -284,7 +284,7 @@ class Memory:
         self.values.view(np.uint8)[offset : offset + data.nbytes] = data.view(np.uint8)
 
 
-def _config(source: Source) -> Any:
+def _config(source: CalibrationInput) -> Any:
     from transformers import AutoConfig
 
     with running("transformers cannot read its config.json"):

@@ -46,7 +46,7 @@ class Patch(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ResultTensor:
     """A tensor of the result.
 
     base_name   the base's tensor that it comes from; None: the base has none
@@ -91,7 +91,7 @@ class DeltaFile:
             values = to_torch(entry.values[:], record.dtype)
             yield Patch(name, tuple(record.shape), values.dtype, values, indices)
 
-    def result(self, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[Source]:
+    def result(self, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[ResultTensor]:
         """The tensors of the result in order; `base` maps the base's tensor names to (dtype, shape).
 
         InputError: the base lacks a tensor that the delta needs, or has it in another dtype or shape.
@@ -111,10 +111,10 @@ class DeltaFile:
                         hint=f"this delta belongs to {self.manifest.base}",
                     )
                 used.add(base_name)
-            sources.append(Source(name, tuple(record.shape), record.dtype, base_name, entry))
+            sources.append(ResultTensor(name, tuple(record.shape), record.dtype, base_name, entry))
         for name, (dtype, shape) in base.items():
             if name not in used and name not in self.entries:
-                sources.append(Source(name, shape, dtype, name, None))
+                sources.append(ResultTensor(name, shape, dtype, name, None))
         return sources
 
     def apply_to(self, state: MutableMapping[str, Any]) -> None:

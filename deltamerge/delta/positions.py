@@ -113,7 +113,7 @@ class Positions:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenCoding:
     """A coding, the bytes of its positions, and rice's k."""
 
     coding: Coding
@@ -157,7 +157,9 @@ def most_bytes(coding: Coding, count: int, size: int, k: int) -> int:
     return -(-size // 8) if coding == "bitmask" else index_itemsize(size) * count
 
 
-def choose(gaps: Gaps, size: int, value_bits: int, *, fill: bool, allowed: Collection[Coding] = CODINGS) -> Choice:
+def choose(
+    gaps: Gaps, size: int, value_bits: int, *, fill: bool, allowed: Collection[Coding] = CODINGS
+) -> ChosenCoding:
     """The coding that takes the fewest bytes, values included; of equals the simplest.
 
     gaps         of the positions
@@ -168,21 +170,21 @@ def choose(gaps: Gaps, size: int, value_bits: int, *, fill: bool, allowed: Colle
     """
     count = gaps.count
     choices = [
-        Choice("indices", index_itemsize(size) * count),
-        Choice("bitmask", -(-size // 8)),
-        Choice("gaps", count + gaps.escapes),
+        ChosenCoding("indices", index_itemsize(size) * count),
+        ChosenCoding("bitmask", -(-size // 8)),
+        ChosenCoding("gaps", count + gaps.escapes),
     ]
     if "rice" in allowed:
-        ks = [Choice("rice", _rice_bytes(count, k, bits), k) for k, bits in enumerate(gaps.unary_bits())]
+        ks = [ChosenCoding("rice", _rice_bytes(count, k, bits), k) for k, bits in enumerate(gaps.unary_bits())]
         choices.append(min(ks, key=lambda choice: choice.nbytes))
     if fill or count == size:
         missing = -(-size * value_bits // 8) - -(-count * value_bits // 8)
-        choices.insert(0, Choice("dense", missing))
+        choices.insert(0, ChosenCoding("dense", missing))
     best = min((c for c in choices if c.coding in allowed), key=lambda choice: choice.nbytes)
-    return Choice("dense", 0) if best.coding == "dense" else best
+    return ChosenCoding("dense", 0) if best.coding == "dense" else best
 
 
-def encode(choice: Choice, positions: Iterable[Array], count: int, size: int) -> Array:
+def encode(choice: ChosenCoding, positions: Iterable[Array], count: int, size: int) -> Array:
     """Store ascending int64 `positions`, given in pieces; int32 or int64 for indices, else uint8."""
     done, last = 0, -1
     k = choice.k

@@ -19,7 +19,7 @@ from blake3 import blake3
 from deltamerge import errors
 from deltamerge.delta.entry import Entry, Read, as_bits, digest, extend
 from deltamerge.delta.manifest import Record, stored_arrays
-from deltamerge.delta.positions import Array, Choice, Coding, Positions, choose, encode
+from deltamerge.delta.positions import Array, ChosenCoding, Coding, Positions, choose, encode
 from deltamerge.delta.spool import Spool
 from deltamerge.delta.values import (
     SCALED,
@@ -206,7 +206,7 @@ class TensorWriter:
         self._append(coded.values)
 
     def _finish_write(self) -> None:
-        choice = Choice("dense", 0)
+        choice = ChosenCoding("dense", 0)
         if self._base is not None:
             if not self._size:
                 self._read_base(0, 0)
@@ -243,12 +243,12 @@ class TensorWriter:
             self._saw(bits)
         self._store(self._new_record(choice, **added), scales, index)
 
-    def _index(self, choice: Choice) -> Array | None:
+    def _index(self, choice: ChosenCoding) -> Array | None:
         if choice.coding == "dense" or not self._listed.count:
             return None
         return encode(choice, self._listed.pieces(), self._listed.count, self._size)
 
-    def _new_record(self, choice: Choice, **added: Any) -> Record:
+    def _new_record(self, choice: ChosenCoding, **added: Any) -> Record:
         base = self._base
         fields: dict[str, Any] = {}
         if base is not None:

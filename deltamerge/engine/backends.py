@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deltamerge import kernels
 from deltamerge.engine.fused.stream import assemble, covers
-from deltamerge.engine.graph import Node, resolve
+from deltamerge.engine.graph import Node, function_of
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.io.reader import Reader
@@ -148,7 +148,7 @@ class TorchBackend:
         return TorchLane(reader, self.device)
 
     def function(self, node: Node) -> Callable[..., Any]:
-        return resolve(node.function)
+        return function_of(node.function)
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
         return None

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.engine.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
-from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, resolve, schedule
+from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, function_of, schedule
 from deltamerge.engine.steps import is_needless, steps
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.reader import Reader
@@ -221,7 +221,7 @@ class _Engine:
             for node in running.schedule.small[index]:
                 if id(node) not in running.values:
                     inputs = [running.values[id(s)] for s in node.inputs]
-                    running.values[id(node)] = resolve(node.function)(*inputs, **dict(node.parameters))
+                    running.values[id(node)] = function_of(node.function)(*inputs, **dict(node.parameters))
             nodes = running.schedule.passes[index]
             if not nodes:
                 self.shared[running.task.root] = running.values[id(running.task.root)]
@@ -387,7 +387,7 @@ def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node
                 tiled.add(node)
             elif node not in values:
                 inputs = [values[source] for source in node.inputs]
-                values[node] = resolve(node.function)(*inputs, **dict(node.parameters))
+                values[node] = function_of(node.function)(*inputs, **dict(node.parameters))
     return values
 
 

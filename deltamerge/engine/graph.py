@@ -97,7 +97,7 @@ def name_of(function: Function) -> str:
     return f"{function.__module__}:{function.__qualname__}"
 
 
-def resolve(function: Function) -> Callable[..., Any]:
+def function_of(function: Function) -> Callable[..., Any]:
     """The function that a name such as "deltamerge.methods.merge.ties:ties" stands for; functions are themselves."""
     return _imported(function) if isinstance(function, str) else function
 

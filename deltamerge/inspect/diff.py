@@ -66,7 +66,7 @@ def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
     relative norm.
     """
     here = Path.cwd()
-    first, second = (hub.resolve(reference, here, weights=True) for reference in (a, b))
+    first, second = (hub.open_model(reference, here, weights=True) for reference in (a, b))
     opened = None
     if second.is_delta:
         opened = DeltaFile.open(second.path)

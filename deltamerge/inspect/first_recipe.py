@@ -77,7 +77,7 @@ def first_recipe(
     One model is pruned, several are merged by ties; with `advice`, the models are pruned as recommended and added up.
     Only headers are read.
     """
-    checkpoints = [hub.resolve(reference, Path(), weights=False) for reference in (base, *models)]
+    checkpoints = [hub.open_model(reference, Path(), weights=False) for reference in (base, *models)]
     dtypes = [tensor.dtype for tensor in checkpoints[0].tensors.values()]
     dtype = max(DTYPES, key=dtypes.count)
     first, *named = [_scalar(_seen_from(path, reference)) for reference in (base, *models)]

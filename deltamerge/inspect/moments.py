@@ -122,7 +122,7 @@ class Moments:
 SUMS = tuple(f.name for f in fields(Moments) if f.name not in ("count", "largest", "bins", "counts"))
 
 
-def gather(partials: NDArray[np.float64], counts: NDArray[np.int64], *, size: int) -> Moments:
+def join_moments(partials: NDArray[np.float64], counts: NDArray[np.int64], *, size: int) -> Moments:
     """The moments of one tensor of `size` entries from `moments` of its blocks and its `high_histogram`."""
     total, absolute, square, cube, fourth, zeros, _, base = (math.fsum(column) for column in partials.T)
     largest = float(partials[:, 6].max(initial=0.0))

@@ -40,17 +40,17 @@ def drawing(planned: Plan, data: bool) -> Draw:
 def illustrate(planned: Plan, folder: Path, made: Run, *, data: bool) -> dict[str, str]:
     """Draw the finished weights in `folder`, whose q's were `made` so; returns the files' names and captions."""
     from deltamerge.inspect import plots
-    from deltamerge.inspect.statistics import measure, pair_recipe, pairs_of, parse, report
+    from deltamerge.inspect.statistics import measure_deltas, pair_recipe, pairs_of, parse, report
 
     assert planned.inputs.base is not None
     base = planned.inputs.base.checkpoint
 
     def opener(reference: str, here: Path) -> Checkpoint:
-        return base if reference == BASE else hub.resolve(reference, here, weights=True)
+        return base if reference == BASE else hub.open_model(reference, here, weights=True)
 
     inputs = open_inputs(parse(pair_recipe(str(folder), BASE)), folder, opener)
     pairs, lacking = pairs_of(inputs)
-    found = measure(pairs, device=planned.device, workers=planned.workers, tile_elements=planned.tile_elements)
+    found = measure_deltas(pairs, device=planned.device, workers=planned.workers, tile_elements=planned.tile_elements)
     specs = [spec for spec in planned.specs.values() if not spec.parts] if data else []
     seen = _activations(specs[0]) if specs else None
     drawn = plots.pictures(report(inputs, pairs, lacking, found, activations=seen, run=made))

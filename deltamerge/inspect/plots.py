@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect.layers import CHANGED, FIGURES, Grid, grids, matrices, placed
 from deltamerge.io.atomic import replace_file
-from deltamerge.run.calibration_record import Choice, Points, choices
+from deltamerge.run.calibration_record import ChosenQ, Points, choices
 from deltamerge.run.lock import PICTURES
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def _rows(rows: Sequence[Sequence[tuple[Any, ...]]]) -> bytes:
     return file.getvalue()
 
 
-def _choice(one: Choice, names: set[str]) -> list[tuple[Any, ...]]:
+def _choice(one: ChosenQ, names: set[str]) -> list[tuple[Any, ...]]:
     """The searches for q, and the q's by layer and module where they differ."""
     panels: list[tuple[Any, ...]] = [(_search, one, variable, series) for variable, series in one.panels]
     q = {name: value for name, value in one.q.items() if name in names}
@@ -137,7 +137,7 @@ def _errors(axes: Any, found: Activations) -> None:
     axes.legend(fontsize=8)
 
 
-def _search(axes: Any, one: Choice, variable: str, series: Mapping[str, Points]) -> None:
+def _search(axes: Any, one: ChosenQ, variable: str, series: Mapping[str, Points]) -> None:
     for family, points in series.items():
         x, y = zip(*sorted(points), strict=True)
         axes.plot(x, y, "o-", markersize=4, linewidth=1, label=_plain(family) or None)

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from deltamerge.inspect.activations import Activations
     from deltamerge.inspect.layers import Group
     from deltamerge.inspect.statistics import Report
-    from deltamerge.run.calibration_record import Choice, Run
+    from deltamerge.run.calibration_record import ChosenQ, Run
 
 ROWS = 48
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -332,7 +332,7 @@ def _only(values: Mapping[str, float], names: Set[str]) -> dict[str, float | Non
     return {name: value for name, value in values.items() if name in names}
 
 
-def _choice_tiles(one: Choice) -> Markup:
+def _choice_tiles(one: ChosenQ) -> Markup:
     values = [end for ends in one.rows.values() for end in ends] + [v for n, v in one.q.items() if n not in one.rows]
     low, high = min(values, default=1.0), max(values, default=1.0)
     density = one.density if isinstance(one.density, list) else [one.density]
@@ -348,7 +348,7 @@ def _choice_tiles(one: Choice) -> Markup:
     )
 
 
-def _search(one: Choice, variable: str) -> list[Markup]:
+def _search(one: ChosenQ, variable: str) -> list[Markup]:
     """The objective over the searched number, with the chosen point and the one without calibration."""
     series, reference, best = dict(one.panels)[variable], one.reference(variable), one.best(variable)
     keys = [] if best is None else [element("span", element("i", class_="best"), text(best[2]))]

@@ -20,7 +20,7 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import CELL, shown
 from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.inspect.activations import Activations, Influence
-from deltamerge.inspect.moments import Moments, gather, moments, together
+from deltamerge.inspect.moments import Moments, join_moments, moments, together
 from deltamerge.io.alike import finite
 from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.names import EMBEDDING, TASK_HEAD, block_name
@@ -168,7 +168,7 @@ def _rows(tensor: TensorInfo, count: int) -> TensorInfo:
     return replace(tensor, shape=(count, *tensor.shape[1:]), nbytes=size)
 
 
-def measure(
+def measure_deltas(
     pairs: Sequence[Pair],
     *,
     device: str = "cpu",
@@ -223,7 +223,7 @@ def _root(graph: Graph, pair: Pair) -> Node:
     partials = graph.node(moments, [delta, base], kind="concat", shape=shape)
     counts = graph.node(high_histogram, [delta], kind="sum", shape=shape)
     return graph.node(
-        gather,
+        join_moments,
         [partials, counts],
         kind="small",
         shape=shape,

@@ -18,7 +18,7 @@ from deltamerge.inspect import recommend as recommendation
 from deltamerge.inspect import report as pages
 from deltamerge.inspect.activations import activations
 from deltamerge.inspect.recommend import Recommendation
-from deltamerge.inspect.statistics import Pair, Report, measure, pair_recipe, pairs_of, parse, report, seen_from
+from deltamerge.inspect.statistics import Pair, Report, measure_deltas, pair_recipe, pairs_of, parse, report, seen_from
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
@@ -64,7 +64,9 @@ def inspect(
     inputs = _open(model, base)
     pairs, lacking = pairs_of(inputs)
     device, workers = choose_device(device), workers or default_workers()
-    found = measure(pairs, device=device, workers=workers, progress=watch(sum(pair.tune.nbytes for pair in pairs)))
+    found = measure_deltas(
+        pairs, device=device, workers=workers, progress=watch(sum(pair.tune.nbytes for pair in pairs))
+    )
     seen = None
     if calibration is not None:
         prune = {"method": "dare", "density": density, "q": "output_change"}
@@ -114,11 +116,13 @@ def recommend(
     labelled = calibration is not None and "label" in calibration
     if calibration is not None and labelled:
         calibration = calibration | {"metric": metric_of(Calibration.model_validate(calibration), config)}
-    found = measure(pairs, device=device, workers=workers, progress=watch(sum(pair.tune.nbytes for pair in pairs)))
+    found = measure_deltas(
+        pairs, device=device, workers=workers, progress=watch(sum(pair.tune.nbytes for pair in pairs))
+    )
     measured = None
     if calibration is not None:
         specs = _specs(pairs, model, base, calibration, recommendation.prunes(density), device)
-        from deltamerge.calibrate.evidence import measure as measure_on_data
+        from deltamerge.calibrate.evidence import measure_influence as measure_on_data
 
         node = Graph().node(measure_on_data, kind="small", specs=tuple(specs))
         measured = shared_values([node], {})[node]
@@ -168,7 +172,7 @@ def _open(model: str, base: str) -> Inputs:
 
 def _opener(reference: str, folder: Path) -> Checkpoint:
     """Open a model with its weights; these are not downloaded if its headers show that they are useless."""
-    seen = hub.resolve(reference, folder, weights=False)
+    seen = hub.open_model(reference, folder, weights=False)
     with errors.context(reference):
         refuse_quantised(seen.config, seen.tensors)
-    return hub.resolve(reference, folder, weights=True)
+    return hub.open_model(reference, folder, weights=True)

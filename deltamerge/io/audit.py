@@ -51,7 +51,7 @@ def count_nonfinite(raw: NDArray[np.uint8], dtype: str) -> NonFinite:
     return NonFinite(beyond, 0) if dtype == "F8_E4M3" else NonFinite(beyond - infinite, infinite)
 
 
-class Stored(NamedTuple):
+class TensorSpan(NamedTuple):
     """A tensor's place in a file: bytes [begin, begin + nbytes)."""
 
     name: str
@@ -76,7 +76,7 @@ class Audit:
     its turn, it reads from the file.
     """
 
-    def __init__(self, folder: Path, files: Iterable[tuple[str, int, Sequence[Stored]]], outbox: Outbox) -> None:
+    def __init__(self, folder: Path, files: Iterable[tuple[str, int, Sequence[TensorSpan]]], outbox: Outbox) -> None:
         self._folder, self._files, self._outbox = folder, list(files), outbox
         self._found = Findings()
         self._failure: BaseException | None = None
@@ -100,7 +100,7 @@ class Audit:
             self._failure = failure
             self._outbox.fail(failure)
 
-    def _follow(self, name: str, size: int, tensors: Sequence[Stored], buffer: NDArray[np.uint8]) -> None:
+    def _follow(self, name: str, size: int, tensors: Sequence[TensorSpan], buffer: NDArray[np.uint8]) -> None:
         from blake3 import blake3
 
         hasher: Any = blake3()
@@ -131,7 +131,7 @@ class Audit:
             os.close(fd)
         self._found.hashes[name] = f"blake3:{hasher.hexdigest()}"
 
-    def _count(self, tensors: Sequence[Stored], index: int, position: int, piece: NDArray[np.uint8]) -> int:
+    def _count(self, tensors: Sequence[TensorSpan], index: int, position: int, piece: NDArray[np.uint8]) -> int:
         """Count in a piece of a file; returns the index of the first tensor that continues behind the piece."""
         stop = position + len(piece)
         while index < len(tensors) and tensors[index].begin < stop:

@@ -43,7 +43,7 @@ class UnreachableError(InputError):
     """The hub cannot be reached, and its cache lacks what is needed."""
 
 
-def resolve(reference: str, folder: Path, *, weights: bool) -> Checkpoint:
+def open_model(reference: str, folder: Path, *, weights: bool) -> Checkpoint:
     """The checkpoint that a recipe in `folder` calls `reference`.
 
     A reference is a local folder, else a hub id; or one of them, "+" and a LoRA adapter (a folder or a hub id), which
@@ -58,7 +58,7 @@ def resolve(reference: str, folder: Path, *, weights: bool) -> Checkpoint:
         return open_checkpoint(path, reference=reference)
     if "+" in reference:
         name, adapter = _split(reference, folder)
-        return expand(resolve(name, folder, weights=weights), _adapter(adapter, folder, weights), reference)
+        return expand(open_model(name, folder, weights=weights), _adapter(adapter, folder, weights), reference)
     hub_id, revision = _hub_id(reference, folder)
     return _from_hub(reference, hub_id, revision, folder, weights)
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, OutputError
-from deltamerge.io.audit import Audit, Findings, Stored
+from deltamerge.io.audit import Audit, Findings, TensorSpan
 from deltamerge.io.checkpoint import INDEX, SINGLE
 from deltamerge.io.dtypes import FLOATING, ITEMSIZE, nbytes_of
 from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, sync_path, write_at
@@ -299,11 +299,11 @@ class Writer:
         with self._lock:
             return self._written[file].reach(position)
 
-    def _contents(self) -> Iterable[tuple[str, int, list[Stored]]]:
-        stored: dict[str, list[Stored]] = {file.name: [] for file in self._own}
+    def _contents(self) -> Iterable[tuple[str, int, list[TensorSpan]]]:
+        stored: dict[str, list[TensorSpan]] = {file.name: [] for file in self._own}
         for name, place in self._layout.tensors.items():
             if place.file in stored:
-                stored[place.file].append(Stored(name, place.dtype, place.offset, place.nbytes))
+                stored[place.file].append(TensorSpan(name, place.dtype, place.offset, place.nbytes))
         return [(file.name, file.size, sorted(stored[file.name], key=attrgetter("begin"))) for file in self._own]
 
     def _resume(self) -> None:

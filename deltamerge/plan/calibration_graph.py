@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge.calibrate import joint_factor, stage
-from deltamerge.calibrate.spec import Part, Pruned, Source, Spec, has_norm, mask_seeds, within
+from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_norm, mask_seeds, within
 from deltamerge.calibrate.threshold import model_cut
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
@@ -93,7 +93,7 @@ class StageMaker:
         parts = []
         for own in zip(*(merge.tunes for merge in merges), strict=True):
             source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
-            parts.append(Part(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, masked[t.name]) for t in own)))
+            parts.append(Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, masked[t.name]) for t in own)))
         low, high = 1.0, 1.0  # of the factor of λ
         for tuned in (t for merge in merges for t in merge.tunes):
             density = deltas.density(tuned) or 1.0
@@ -125,7 +125,7 @@ class StageMaker:
 
     def _source(
         self, deltas: Deltas, tuned: Tuned, pairs: Sequence[tuple[TensorInfo, TensorInfo]], share: int = 1
-    ) -> Source:
+    ) -> CalibrationInput:
         """A fine-tune to be run on calibration data, with one of `share` parts of the memory."""
         recipe, q = deltas.recipe, deltas.prune_of(tuned).q
         calibration = recipe.calibration
@@ -133,7 +133,7 @@ class StageMaker:
         labelled = isinstance(q, CalibratedQ) and (q.objective == "validation" or calibration.metric is not None)
         refuse_changed_config(tuned.model)
         checkpoint = tuned.model.checkpoint
-        source = Source(
+        source = CalibrationInput(
             tuned.model.name,
             checkpoint.path,
             tuple(checkpoint.tensors.values()),
@@ -148,7 +148,12 @@ class StageMaker:
 
 
 def _spec(
-    deltas: Deltas, source: Source, prune: Pruning, q: CalibratedQ, tensors: Sequence[Tuned], shared: tuple[Node, ...]
+    deltas: Deltas,
+    source: CalibrationInput,
+    prune: Pruning,
+    q: CalibratedQ,
+    tensors: Sequence[Tuned],
+    shared: tuple[Node, ...],
 ) -> Spec:
     """The calibration of a model's q's, of its pruned `tensors`."""
     random = PRUNE[prune.method].random

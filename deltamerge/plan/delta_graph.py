@@ -12,7 +12,7 @@ from deltamerge.calibrate import spec
 from deltamerge.calibrate.spec import has_norm, is_transposed
 from deltamerge.calibrate.threshold import cut_of
 from deltamerge.delta.over_base import added
-from deltamerge.engine.graph import Function, Graph, Node, resolve
+from deltamerge.engine.graph import Function, Graph, Node, function_of
 from deltamerge.errors import InputError
 from deltamerge.io.patterns import finds
 from deltamerge.methods.ops import subtract, zeros
@@ -186,7 +186,7 @@ class Deltas:
             cut=self._cut(tuned),
         )
         with errors.context(f"tensor {tuned.name}"):
-            return self._cleared(resolve(method.nodes)(masking), columns)
+            return self._cleared(function_of(method.nodes)(masking), columns)
 
     def _parameters(self, tuned: Tuned) -> dict[str, float | bool]:
         """What the parameters of a tensor's pruning method are for it."""
@@ -265,5 +265,5 @@ class Deltas:
 
 def number(value: Any, merge: Merge) -> float | None:
     """What a value of the recipe is for a tensor; None where no filter matches it."""
-    found = None if value is None else values.resolve(value, merge.name, merge.position)
+    found = None if value is None else values.value_for(value, merge.name, merge.position)
     return None if found is None else float(found)

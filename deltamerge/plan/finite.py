@@ -17,7 +17,7 @@ from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.ops import put_back
 from deltamerge.plan.lacking import is_buffer
 from deltamerge.plan.memory import Cost
-from deltamerge.plan.outputs import Output, Piece
+from deltamerge.plan.outputs import OutputTensor, Piece
 from deltamerge.plan.planner import Plan
 
 SMALL = 1 << 16  # elements; tensors up to this size are searched before a run
@@ -59,7 +59,7 @@ def unexpected(planned: Plan, nonfinite: Mapping[str, NonFinite]) -> dict[str, N
 
 
 def _pieces(
-    output: Output, reader: Reader, device: str, costs: dict[Node, Cost]
+    output: OutputTensor, reader: Reader, device: str, costs: dict[Node, Cost]
 ) -> tuple[tuple[Piece, ...], NonFinite]:
     made, nan, inf = [], 0, 0
     for piece in output.pieces:

@@ -17,7 +17,7 @@ from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.parts import Part, written
+from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.schema import Recipe, model_name
 
 Opener = Callable[[str, Path], Checkpoint]
@@ -46,7 +46,7 @@ class Group:
     `base_member` is the base's index among the part's members; 0 if it is not listed, as all ranges are then equal.
     """
 
-    part: Part
+    part: Section
     base: Input | None
     tunes: tuple[Input, ...]
     base_member: int = 0
@@ -144,7 +144,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         deltas[delta.reference] = artifact
         return found
 
-    def apart(part: Part) -> bool:
+    def apart(part: Section) -> bool:
         return recipe.method.base_apart(part.base)
 
     named: list[tuple[str, int | None, Checkpoint]] = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from deltamerge.calibrate import adapter_masks
-from deltamerge.calibrate.spec import Pruned, Source, Spec, mask_seeds
+from deltamerge.calibrate.spec import CalibrationInput, Pruned, Spec, mask_seeds
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.io.adapter import factor_names
@@ -92,7 +92,9 @@ def factor_roots(products: Sequence[Product]) -> dict[str, tuple[str, int]]:
     return {t.name: (p.weight.name, len(p.factors)) for p in products for t in p.factors.values()}
 
 
-def factor_spec(products: Sequence[Product], source: Source, prune: Pruning, q: CalibratedQ, deltas: Deltas) -> Spec:
+def factor_spec(
+    products: Sequence[Product], source: CalibrationInput, prune: Pruning, q: CalibratedQ, deltas: Deltas
+) -> Spec:
     """The calibration of an adapter's own A and B: masks and q are those of their product, the update of the weight."""
     random, node = PRUNE[prune.method].random, deltas.graph.node
 

@@ -13,7 +13,7 @@ from deltamerge.io.names import layer_index
 from deltamerge.io.outbox import ROOM, SLAB
 from deltamerge.methods.tiles import block_elements
 from deltamerge.plan.inputs import Inputs
-from deltamerge.plan.outputs import Output
+from deltamerge.plan.outputs import OutputTensor
 
 TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
@@ -44,19 +44,19 @@ def cost(root: Node) -> Cost:
     )
 
 
-def held_by_delta(outputs: tuple[Output, ...], workers: int) -> int:
+def held_by_delta(outputs: tuple[OutputTensor, ...], workers: int) -> int:
     """Bytes of positions, and of values to be coded, of the tensors that are open in a delta's sink."""
     largest = sorted((o.elements * (0.125 + 4 * o.pieces[0].built.changed) for o in outputs), reverse=True)
     return math.ceil(sum(largest[: workers + 1]))
 
 
-def held_by_files(outputs: tuple[Output, ...], workers: int) -> int:
+def held_by_files(outputs: tuple[OutputTensor, ...], workers: int) -> int:
     """Bytes on their way to the files of a checkpoint, and those being computed."""
     return min(sum(o.nbytes for o in outputs), ROOM + (workers + 1) * 2 * SLAB)
 
 
 def tile_and_peak(
-    outputs: tuple[Output, ...],
+    outputs: tuple[OutputTensor, ...],
     costs: Mapping[Node, Cost],
     device: str,
     workers: int,

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input
-from deltamerge.recipe.parts import Part
+from deltamerge.recipe.parts import Section
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Merge:
     """
 
     name: str
-    part: Part
+    part: Section
     position: float
     base: TensorInfo | None
     sources: Sequence[tuple[Input, TensorInfo]]

@@ -11,7 +11,7 @@ from typing import Any
 from deltamerge import errors
 from deltamerge.calibrate.reach import in_words
 from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
-from deltamerge.calibrate.spec import Source, Spec
+from deltamerge.calibrate.spec import CalibrationInput, Spec
 from deltamerge.calibrate.spec import memory as stage_memory
 from deltamerge.calibrate.split import split
 from deltamerge.engine.execute import Task
@@ -30,7 +30,7 @@ from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, tile_and_peak
-from deltamerge.plan.outputs import Output, Outputs
+from deltamerge.plan.outputs import Outputs, OutputTensor
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.recipe.schema import Recipe
 
@@ -77,14 +77,14 @@ class Plan:
     inputs: Inputs
     folder: Path
     options: PlanOptions
-    outputs: tuple[Output, ...]
+    outputs: tuple[OutputTensor, ...]
     layout: Layout
     notes: tuple[str, ...]
     tile_elements: int
     peak_bytes: int
     costs: Mapping[Node, Cost]
     stages: tuple[Node, ...] = ()
-    sources: tuple[Source, ...] = ()
+    sources: tuple[CalibrationInput, ...] = ()
     budgeted: tuple[Budgeted, ...] = ()
     weighing: Node | None = None
     cut_bytes: int = 0
@@ -222,7 +222,7 @@ def _plan(
     metas = [(name, dtype, shape) for name, shape, dtype, _ in rows]
     layout = plan_layout(metas, None, WEIGHTS) if own else plan_layout(metas, recipe.output.shard_size)
     outputs = tuple(
-        Output(name, shape, dtype, nbytes_of(dtype, shape), pieces, layout.tensors[name].file)
+        OutputTensor(name, shape, dtype, nbytes_of(dtype, shape), pieces, layout.tensors[name].file)
         for name, shape, dtype, pieces in rows
     )
     held = (held_by_delta if recipe.output.kind == "delta" else held_by_files)(outputs, workers)
@@ -281,7 +281,7 @@ def _plan(
     )
 
 
-def _sources(stages: Stages, inputs: Inputs) -> dict[int, Source]:
+def _sources(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
     """The data that stages run on, by the fine-tune's index in the recipe."""
     measured = {**stages.activations, **stages.weighing}
     sources = {i: node.parameter("source") for i, node in measured.items()}
@@ -292,7 +292,7 @@ def _sources(stages: Stages, inputs: Inputs) -> dict[int, Source]:
     return sources
 
 
-def _check_data(sources: Mapping[int, Source], inputs: Inputs) -> None:
+def _check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:
     """InputError unless the rows exist, with the fields and labels that the model's head needs."""
     configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
     for index, source in sources.items():
@@ -300,6 +300,6 @@ def _check_data(sources: Mapping[int, Source], inputs: Inputs) -> None:
             split(source.calibration, source.folder, source.seed, configs[index], labelled=source.labelled)
 
 
-def _blocks(source: Source) -> int:
+def _blocks(source: CalibrationInput) -> int:
     """The number of blocks that calibration runs one by one, as names tell; 0: the whole model is resident."""
     return len(numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or ())

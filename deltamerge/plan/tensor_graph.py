@@ -13,7 +13,7 @@ from deltamerge.calibrate.spec import pick
 from deltamerge.delta.positions import uniform_density
 from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine.graph import Function, Graph, Node
-from deltamerge.engine.graph import resolve as call
+from deltamerge.engine.graph import function_of as call
 from deltamerge.errors import RecipeError
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.gathered import Gathered

@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.io import patterns
 from deltamerge.recipe import bounds, checks, documents, messages, yaml_source
-from deltamerge.recipe.parts import Part
+from deltamerge.recipe.parts import Section
 from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
 from deltamerge.recipe.values import Value
-from deltamerge.recipe.yaml_source import Loc, Source
+from deltamerge.recipe.yaml_source import Loc, YamlSource
 
 MAX_PROBLEMS = 200  # shown for one recipe
 
@@ -29,7 +29,7 @@ def loads(text: str, path: str = "recipe.yaml") -> Recipe:
     return load_all([yaml_source.loads(text, path)])[0]
 
 
-def parse(read: Source, problems: list[Problem]) -> Recipe:
+def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
     """The recipe of a YAML source. Problems of its structure are added to `problems`, and the values at
     fault left out."""
     data = read.data
@@ -48,7 +48,7 @@ def parse(read: Source, problems: list[Problem]) -> Recipe:
             return recipe
 
 
-def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
+def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
     """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
     patterns.start_anew()
     problems: list[Problem] = []
@@ -64,10 +64,10 @@ def load_all(reads: Sequence[Source]) -> tuple[Recipe, ...]:
     return tuple(recipes)
 
 
-def flatten(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Part, ...]]:
+def flatten(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...]]:
     """Every model of the recipe in order, once for each place, and the parts that they form."""
     models: list[Model] = []
-    parts: list[Part] = []
+    parts: list[Section] = []
 
     def add(
         loc: Loc, module: str | None, key: str, found: Sequence[Model], base: str | None,
@@ -76,7 +76,7 @@ def flatten(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Part, ...]]:
         members = tuple(range(len(models), len(models) + len(found)))
         places = tuple((*loc, key, i) for i in range(len(found)))
         models.extend(found)
-        parts.append(Part(loc, module, members, places, ranges, base, levels))
+        parts.append(Section(loc, module, members, places, ranges, base, levels))
 
     for loc, name, whole, slices, parameters in _holders(recipe):
         levels = (*parameters, recipe.parameters)

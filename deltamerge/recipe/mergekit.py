@@ -17,7 +17,7 @@ from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.load import load_all
 from deltamerge.recipe.parts import written
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.yaml_source import Loc, Position, Source
+from deltamerge.recipe.yaml_source import Loc, Position, YamlSource
 
 L1 = {"rescale": "l1"}
 
@@ -94,7 +94,7 @@ def _inserted(data: Any, loc: Loc, value: dict[str, Any]) -> Any:
     return result
 
 
-def _as_before(read: Source, added: Sequence[int]) -> Source:
+def _as_before(read: YamlSource, added: Sequence[int]) -> YamlSource:
     """The source with the line numbers that it had before the lines `added` were inserted."""
 
     def before(at: Position) -> Position:

@@ -14,7 +14,7 @@ from pydantic_core import ErrorDetails
 
 from deltamerge.errors import Problem
 from deltamerge.recipe.values import BRANCHES
-from deltamerge.recipe.yaml_source import Loc, Source
+from deltamerge.recipe.yaml_source import Loc, YamlSource
 
 _WANTED = {
     "string_type": "text", "int_type": "an integer", "int_from_float": "an integer", "float_type": "a number",
@@ -29,7 +29,7 @@ def place_of(error: ErrorDetails) -> Loc:
     return tuple(part for part in error["loc"] if part not in BRANCHES)
 
 
-def problem_of(error: ErrorDetails, source: Source, root: type[BaseModel]) -> Problem:
+def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -> Problem:
     """The problem for an error of validating `source.data` as `root`."""
     loc, kind, value, context = place_of(error), error["type"], error["input"], error.get("ctx", {})
     at_key = error["loc"][-1] == "[key]"

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Section:
     """A part of the output that one set of models makes: a slice's layers, a module, or everything.
 
     loc       its place in the recipe, () for the recipe itself
@@ -41,7 +41,7 @@ class Part:
         return self.ranges[0][1] - self.ranges[0][0]
 
 
-def written(parts: Sequence[Part], loc: Loc) -> Loc:
+def written(parts: Sequence[Section], loc: Loc) -> Loc:
     """The place in the text of what `loc` names: models of slices and modules are not at models[i]."""
     if loc[:1] != ("models",) or len(loc) == 1 or not parts:
         return loc

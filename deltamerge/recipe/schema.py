@@ -12,7 +12,7 @@ from typing_extensions import TypeAliasType
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
 from deltamerge.methods.table import MERGE, NO_EFFECT, NO_EFFECT_KEYS
-from deltamerge.recipe.parts import Part, written
+from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
 from deltamerge.recipe.prune_keys import Keys
 from deltamerge.recipe.prune_keys import Protect as Protect
@@ -20,7 +20,7 @@ from deltamerge.recipe.prune_keys import Prune as Prune
 from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Size, Text
 from deltamerge.recipe.types import parse_size as parse_size
 from deltamerge.recipe.values import Items, Value
-from deltamerge.recipe.yaml_source import Loc, Source
+from deltamerge.recipe.yaml_source import Loc, YamlSource
 
 Parameters = TypeAliasType("Parameters", dict[str, Value])
 
@@ -186,8 +186,8 @@ class Recipe(Keys):
     seed: Natural = Field(0, description="Of the random masks.")
     output: Output = Field(Output.model_validate({}), description="What is written, and where.")
 
-    _source: Source = PrivateAttr()
-    _parts: tuple[Part, ...] = PrivateAttr(())
+    _source: YamlSource = PrivateAttr()
+    _parts: tuple[Section, ...] = PrivateAttr(())
 
     @model_validator(mode="before")
     @classmethod
@@ -197,16 +197,16 @@ class Recipe(Keys):
         return {key: value for key, value in data.items() if key not in NO_EFFECT_KEYS}
 
     @property
-    def source(self) -> Source:
+    def source(self) -> YamlSource:
         return self._source
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Section, ...]:
         """What the output is put together from; `models` has the models of all parts, in this order."""
         return self._parts
 
     @cached_property
-    def part_of(self) -> tuple[Part, ...]:
+    def part_of(self) -> tuple[Section, ...]:
         """The part that each model belongs to."""
         return tuple(part for part in self._parts for _ in part.members)
 

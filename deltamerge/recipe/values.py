@@ -109,7 +109,7 @@ def filters(value: Value) -> tuple[Filter, ...]:
     return (Filter(filter=None, value=value),)
 
 
-def resolve(value: Value, tensor: str, t: float) -> Scalar | None:
+def value_for(value: Value, tensor: str, t: float) -> Scalar | None:
     """The scalar for a tensor at `t` in [0, 1]; None if no filter matches its name.
 
     A gradient of n numbers has them at t = 0, 1/(n−1), …, 1 and is linear in between; of booleans it takes the one at
@@ -135,7 +135,7 @@ def lookup(
 ) -> Scalar | None:
     """The scalar of `key` at the first level (the most specific first) that has one for this tensor, else `default`."""
     for level in levels:
-        if key in level and (found := resolve(level[key], tensor, t)) is not None:
+        if key in level and (found := value_for(level[key], tensor, t)) is not None:
             return found
     return default
 

@@ -47,7 +47,7 @@ def place(loc: Loc) -> str:
 
 
 @dataclass(frozen=True)
-class Source:
+class YamlSource:
     """A YAML document: its text, its value, and the position of each part of the value."""
 
     path: str
@@ -70,12 +70,12 @@ class Source:
         return Problem(message, place(loc), line, column, hint)
 
 
-def load(path: Path) -> Source:
+def load(path: Path) -> YamlSource:
     """Read a YAML file. Raises RecipeError with every problem found if it is not one plain UTF-8 document."""
     return loads(read(path), str(path))
 
 
-def load_all(path: Path) -> tuple[Source, ...]:
+def load_all(path: Path) -> tuple[YamlSource, ...]:
     """Read a YAML file of one or more documents; positions count from the start of the file. RecipeError as `load`."""
     return loads_all(read(path), str(path))
 
@@ -102,22 +102,22 @@ def read(path: Path) -> str:
         refuse(f"not UTF-8: byte 0x{raw[error.start]:02x}", "save the file as UTF-8", line, column)
 
 
-def loads(text: str, path: str) -> Source:
+def loads(text: str, path: str) -> YamlSource:
     """Read YAML text; `path` is its name in messages. Raises RecipeError as `load` does."""
     return _compose(text, path, 1)[0]
 
 
-def loads_all(text: str, path: str) -> tuple[Source, ...]:
+def loads_all(text: str, path: str) -> tuple[YamlSource, ...]:
     """The documents of YAML text, each with its own text; empty ones are skipped. RecipeError as for `load`."""
     return _compose(text, path, MAX_DOCUMENTS)
 
 
-def _compose(text: str, path: str, most: int) -> tuple[Source, ...]:
+def _compose(text: str, path: str, most: int) -> tuple[YamlSource, ...]:
     problem = _malformed(text, most)
     if problem is not None:
         raise RecipeError(path, [problem])
     problems: list[Problem] = []
-    sources: list[Source] = []
+    sources: list[YamlSource] = []
     try:
         roots = list(yaml.compose_all(text, _Loader))
     except yaml.YAMLError as error:
@@ -132,7 +132,7 @@ def _compose(text: str, path: str, most: int) -> tuple[Source, ...]:
                 builder.stop(root, "must be a mapping of keys to values", "start with base_model: …")
             start, end = root.start_mark, root.end_mark
             own = text if len(present) == 1 else " " * start.column + text[start.index : end.index]
-            sources.append(Source(path, own, builder.value(root, (), root, 0), builder.positions))
+            sources.append(YamlSource(path, own, builder.value(root, (), root, 0), builder.positions))
         except _Stop:
             pass
         problems += builder.problems

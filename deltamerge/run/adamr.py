@@ -352,7 +352,7 @@ def _readers(pretrained: Pretrained) -> Readers:
         return {_clean(name): tensor.detach for name, tensor in pretrained.items()}
     from safetensors import safe_open
 
-    tensors = hub.resolve(os.fspath(pretrained), Path(), weights=True).tensors
+    tensors = hub.open_model(os.fspath(pretrained), Path(), weights=True).tensors
     files: dict[Path, Any] = {}
     for info in tensors.values():
         if info.made is not None:

@@ -14,7 +14,7 @@ import yaml
 
 from deltamerge import __version__, errors
 from deltamerge.delta.entry import TILE
-from deltamerge.delta.file import DeltaFile, Source
+from deltamerge.delta.file import DeltaFile, ResultTensor
 from deltamerge.delta.over_base import check, elements
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.io import hub
@@ -62,7 +62,7 @@ def apply(
     base, damaged.
     """
     here = Path.cwd()
-    artifact, origin = (hub.resolve(reference, here, weights=True) for reference in (delta, base))
+    artifact, origin = (hub.open_model(reference, here, weights=True) for reference in (delta, base))
     if not artifact.is_delta:
         raise InputError(f"{delta}: is not a delta artifact", hint="deltamerge apply DELTA --base BASE --out DIR")
     if origin.is_delta:
@@ -101,7 +101,7 @@ def verify_base(folder: Path, base: str, workers: int) -> str:
     """What was checked of `base`: that the delta in `folder` makes of it what it says, tensor by tensor; of another
     folder, that its lock has the files of `base` among its inputs. InputError, VerifyError: it is not so.
     """
-    origin = hub.resolve(base, Path.cwd(), weights=True)
+    origin = hub.open_model(base, Path.cwd(), weights=True)
     if not is_delta([file.name for file in folder.iterdir()]):
         files = hashes.describe_input(origin, workers)["files"]
         known = locks.read_lock(folder / locks.LOCK_NAME).get("inputs") or {}
@@ -132,7 +132,7 @@ def _tile(workers: int, memory: int | None) -> int:
 
 def _write(
     opened: DeltaFile,
-    planned: list[Source],
+    planned: list[ResultTensor],
     origin: Checkpoint,
     reader: Reader,
     writer: Writer,
@@ -143,7 +143,7 @@ def _write(
     """All tensors, `workers` at a time, each checked. After a failure no further tile."""
     stopped = threading.Event()
 
-    def write(source: Source) -> None:
+    def write(source: ResultTensor) -> None:
         info = None if source.base_name is None else origin.tensors[source.base_name]
         if source.entry is None:
             assert info is not None

@@ -63,7 +63,7 @@ class Spectrum:
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class ChosenDensities:
     """A density for every tensor, and the predicted ‖lost‖ / ‖Δ‖ over all of them; None: not predicted."""
 
     densities: dict[str, float]
@@ -91,7 +91,7 @@ def _value_bits(planned: Plan) -> int:
     return 8 * ITEMSIZE[next(o.dtype for o in planned.outputs if o.name == planned.budgeted[0].name)]
 
 
-def measure(planned: Plan) -> list[Spectrum]:
+def measure_spectra(planned: Plan) -> list[Spectrum]:
     """The magnitudes of every delta that the budget is for; reads the tensors once, after the calibration's pass."""
     node = planned.weighing
     statistics = None if node is None else shared_values([node], {})[node]
@@ -131,7 +131,7 @@ def _spectrum(reader: Reader, tensor: Budgeted, weights: Callable[[Positions], F
     return Spectrum(tensor.name, tensor.size, counts[filled], energies[filled])
 
 
-def choose(spectra: Sequence[Spectrum], nbytes: float, value_bits: int, *, random: bool) -> Choice:
+def choose(spectra: Sequence[Spectrum], nbytes: float, value_bits: int, *, random: bool) -> ChosenDensities:
     """Densities whose predicted bytes are at most `nbytes`. InputError: not even an entry of each tensor fits."""
     curves = [_curve(s, value_bits, random=random) for s in spectra]
     room = nbytes - sum(float(curve.prices[0]) for curve in curves)
@@ -159,7 +159,7 @@ def choose(spectra: Sequence[Spectrum], nbytes: float, value_bits: int, *, rando
         densities[s.name] = float(f"{max(1, kept) / s.size:.6g}")
         lost += float(np.interp(place, numbers, curve.lost))
     whole = sum(float(s.energies.sum()) for s in spectra)
-    return Choice(densities, math.sqrt(max(0.0, lost) / whole) if whole else 0.0)
+    return ChosenDensities(densities, math.sqrt(max(0.0, lost) / whole) if whole else 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,7 @@ def _steps(i: int, curve: _Curve) -> Iterator[tuple[float, int, int, int]]:
         yield (y[b] - y[a]) / (x[b] - x[a]), i, a, b
 
 
-def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> Choice:
+def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> ChosenDensities:
     """Known densities, of a lock. InputError: they are not of the tensors that are pruned, or do not fit."""
     budget = budget_of(planned)
     assert budget is not None
@@ -213,10 +213,10 @@ def given(planned: Plan, densities: Mapping[str, float], attempt: Attempt) -> Ch
         nbytes = attempt(densities, True)
         if nbytes > budget:
             raise InputError(f"the artifact takes {nbytes} bytes", hint="give a larger budget")
-    return Choice(dict(densities), None)
+    return ChosenDensities(dict(densities), None)
 
 
-def search(planned: Plan, attempt: Attempt) -> Choice:
+def search(planned: Plan, attempt: Attempt) -> ChosenDensities:
     """Densities of which `attempt` has made an artifact that fits.
 
     It is called until the artifact takes nearly all of the budget, a few times at most, and last with what is returned.
@@ -232,9 +232,9 @@ def search(planned: Plan, attempt: Attempt) -> Choice:
     names = {tensor.name for tensor in planned.budgeted}
     rest = sum(o.delta_bytes(planned.delta_values) for o in planned.outputs if o.name not in names)
     fixed = rest + TENSOR_BYTES * len(planned.outputs)
-    spectra, random = measure(planned), PRUNE[prune.method].random
-    best: tuple[int, float, Choice] | None = None
-    last: Choice | None = None
+    spectra, random = measure_spectra(planned), PRUNE[prune.method].random
+    best: tuple[int, float, ChosenDensities] | None = None
+    last: ChosenDensities | None = None
     room: float = budget - fixed
     with errors.context(f"prune.budget {budget}"):
         if room <= 0:

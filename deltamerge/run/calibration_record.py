@@ -30,7 +30,7 @@ class _Figures(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Choice(_Figures):
+class ChosenQ(_Figures):
     """The q of one fine-tune, or of the merge: what was searched, what was found, what was taken."""
 
     model: str
@@ -100,11 +100,11 @@ class Run(_Figures):
 
     deltamerge: str = Field(description="The version that made it.")
     seed: int
-    choices: list[Choice] = Field(description="The calibrated q's.")
+    choices: list[ChosenQ] = Field(description="The calibrated q's.")
     densities: dict[str, Positive] = Field(description="Of every tensor, where a budget chose them.")
 
 
-def choices(calibration: Mapping[str, Any], rows: Mapping[str, Any], where: str) -> list[Choice]:
+def choices(calibration: Mapping[str, Any], rows: Mapping[str, Any], where: str) -> list[ChosenQ]:
     """A lock's `calibration`, with the q's of rows by "model:tensor", in the order of names.
 
     InputError: it is not what a run writes.
@@ -116,7 +116,7 @@ def choices(calibration: Mapping[str, Any], rows: Mapping[str, Any], where: str)
         raise InputError(f"{where}: calibration: {' '.join(line.strip() for line in lines[1:3]) or lines[0]}") from None
 
 
-def _choice(model: str, record: Mapping[str, Any], rows: Mapping[str, Any]) -> Choice:
+def _choice(model: str, record: Mapping[str, Any], rows: Mapping[str, Any]) -> ChosenQ:
     prefix = f"{model}:"
     own = {name.removeprefix(prefix): np.asarray(v) for name, v in rows.items() if name.startswith(prefix) and v.size}
     q = {
@@ -124,4 +124,4 @@ def _choice(model: str, record: Mapping[str, Any], rows: Mapping[str, Any]) -> C
         **{name: float(value.mean(dtype=np.float64)) for name, value in own.items()},
     }
     ranges = {name: (float(value.min()), float(value.max())) for name, value in own.items()}
-    return Choice.model_validate({**record, "model": model, "plain": record["plain"]["value"], "q": q, "rows": ranges})
+    return ChosenQ.model_validate({**record, "model": model, "plain": record["plain"]["value"], "q": q, "rows": ranges})

@@ -17,7 +17,7 @@ from deltamerge.engine.graph import Node
 from deltamerge.io.front_matter import front_matter as read_front_matter
 from deltamerge.io.markdown import code, fenced, plain
 from deltamerge.plan.planner import Plan
-from deltamerge.run.budget import Choice, budget_of
+from deltamerge.run.budget import ChosenDensities, budget_of
 
 
 def _license(plan: Plan) -> str | None:
@@ -92,7 +92,7 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
     return ["## Calibration", "", *calibration_table(found), "", explained, ""]
 
 
-def _delta(plan: Plan, written: Summary | None, choice: Choice | None) -> list[str]:
+def _delta(plan: Plan, written: Summary | None, choice: ChosenDensities | None) -> list[str]:
     """What a delta artifact holds, what its coding loses, and how it is used."""
     if written is None:
         return []
@@ -133,7 +133,7 @@ def render(
     title: str,
     calibrated: Mapping[Node, Calibrated],
     written: Summary | None = None,
-    choice: Choice | None = None,
+    choice: ChosenDensities | None = None,
     pictures: Mapping[str, str] | None = None,
 ) -> str:
     """The whole card; the same plan gives the same text. `written` is what a delta artifact takes, `choice` what a

@@ -23,9 +23,9 @@ from deltamerge.io.journal import Journal
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.finite import set_aside
-from deltamerge.plan.outputs import Output
+from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan, fit
-from deltamerge.run.budget import Choice, given, search
+from deltamerge.run.budget import ChosenDensities, given, search
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import Watch
 
@@ -90,7 +90,7 @@ def write_delta(
 
 def write_within_budget(
     planned: Plan, folder: Path, watch: Watch, lock: Lock | None
-) -> tuple[Plan, dict[Node, Any], Summary, Choice]:
+) -> tuple[Plan, dict[Node, Any], Summary, ChosenDensities]:
     """As `write_delta`, with the densities of a lock or those that the budget allows; the plan that has them, too.
 
     Sizes are tried out with the first q's, as calibrating is costly; only what is kept has its own. InputError: the
@@ -121,7 +121,7 @@ def base_of(checkpoint: Checkpoint) -> Base:
     return Base(id=checkpoint.hub_id or checkpoint.reference, commit=checkpoint.revision)
 
 
-def _delta(out: Output, info: TensorInfo | None) -> Node | None:
+def _delta(out: OutputTensor, info: TensorInfo | None) -> Node | None:
     """What makes the values to add; None where final values are stored."""
     same = info is not None and info.shape == out.shape
     return out.pieces[0].built.delta if same and len(out.pieces) == 1 else None

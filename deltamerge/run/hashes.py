@@ -13,7 +13,7 @@ from typing import Any
 from deltamerge import __version__, errors
 from deltamerge.calibrate.hub_rows import commit
 from deltamerge.calibrate.rows import is_of_hub, local_files
-from deltamerge.calibrate.spec import Source
+from deltamerge.calibrate.spec import CalibrationInput
 from deltamerge.engine.graph import depth_first
 from deltamerge.errors import InputError
 from deltamerge.io.blobs import sha256_of
@@ -144,7 +144,7 @@ def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
                 learn_pieces(path, pieces, merged[path])
 
 
-def _describe_data(source: Source, workers: int) -> dict[str, Any]:
+def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:
     data = source.calibration.data
     root = source.folder / data
     found = describe_files(

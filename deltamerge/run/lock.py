@@ -28,7 +28,7 @@ from deltamerge.run.calibration_record import Run, choices
 from deltamerge.run.hashes import DATA, describe_files
 
 if TYPE_CHECKING:
-    from deltamerge.run.budget import Choice
+    from deltamerge.run.budget import ChosenDensities
 
 CARD = "README.md"
 PICTURES = ("delta.png", "calibration.png", "activations.png")  # of the card
@@ -56,7 +56,7 @@ class Lock:
         plan: Plan,
         inputs: Mapping[str, Any],
         found: Mapping[Node, Calibrated],
-        choice: Choice | None = None,
+        choice: ChosenDensities | None = None,
     ) -> Lock:
         """The lock, not yet written, of what a run read and chose: the q's of stages, the densities of a budget."""
         rows = {

@@ -78,7 +78,7 @@ def shared_calibration(work: Workspace, facts: Mapping[str, Any]) -> bool:
     return False
 
 
-def gather(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
+def gather_parts(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, Any]]:
     """What every part left in its journal when it was complete.
 
     OutputError: parts of two different counts, a part that is missing or unfinished, one made of other inputs.

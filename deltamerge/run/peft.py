@@ -28,7 +28,7 @@ from deltamerge.run.assets import tokenizer_files, write_files
 from deltamerge.run.tokenizer import Files, edit_tokenizer
 
 
-class Entry(NamedTuple):
+class ChangedTensor(NamedTuple):
     """A tensor of the merged model that is not the base's: its name in the model, what was written, the base's."""
 
     name: str
@@ -114,7 +114,9 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _changed(planned: Plan, reader: Reader, modules: _Modules, results: dict[str, TensorInfo]) -> Iterable[Entry]:
+def _changed(
+    planned: Plan, reader: Reader, modules: _Modules, results: dict[str, TensorInfo]
+) -> Iterable[ChangedTensor]:
     base, template = planned.inputs.base, planned.inputs.template
     assert base is not None
     canonical = {stored: name for name, stored in template.stored.items()}
@@ -122,16 +124,16 @@ def _changed(planned: Plan, reader: Reader, modules: _Modules, results: dict[str
         result = results[stored]
         old = base.get(canonical[stored])
         if old is None:
-            yield Entry(name, result, None, 0)
+            yield ChangedTensor(name, result, None, 0)
         elif count := count_changed(reader, old, result):
-            yield Entry(name, result, old, count)
+            yield ChangedTensor(name, result, old, count)
 
 
 def _write(
     planned: Plan,
     reader: Reader,
     folder: Path,
-    changed: Iterable[Entry],
+    changed: Iterable[ChangedTensor],
     sparse: Iterable[str],
     rank: int,
     whole: dict[str, TensorInfo],
@@ -182,7 +184,7 @@ class _Modules:
         return cls(model, type(model).__name__, checkpoint_names(model, list(results)), results)
 
     def share_out(
-        self, rest: Iterable[Entry], targets: list[str]
+        self, rest: Iterable[ChangedTensor], targets: list[str]
     ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
         """Tensors stored whole: of modules for `modules_to_save`, and those that are loaded into the base itself.
 

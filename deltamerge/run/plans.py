@@ -66,8 +66,8 @@ class Planner:
             if reference in pins:
                 pairs = zip(reference.split("+"), pins[reference].split("+"), strict=True)
                 pinned = "+".join(part if "@" in part else f"{part}@{commit}" for part, commit in pairs)
-                return replace(hub.resolve(pinned, folder, weights=whole), reference=reference)
-            return hub.resolve(reference, folder, weights=whole)
+                return replace(hub.open_model(pinned, folder, weights=whole), reference=reference)
+            return hub.open_model(reference, folder, weights=whole)
 
         return plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
 

@@ -69,7 +69,7 @@ class Published:
 def fetch(reference: str, folder: Path) -> Published:
     """Recipe and lock of `reference` ("hf://org/name", "hf://org/name@revision"), copied to `folder`.
 
-    InputError: what `hub.resolve` refuses, no recipe or lock there, or inputs that only the publisher has.
+    InputError: what `hub.open_model` refuses, no recipe or lock there, or inputs that only the publisher has.
     """
     name = reference.removeprefix(SCHEME)
     with errors.context(reference):

@@ -29,11 +29,11 @@ from deltamerge.run.card import render
 from deltamerge.run.intermediate import check_places, is_current, is_result
 from deltamerge.run.lock import CARD, ROWS, Lock
 from deltamerge.run.options import Draw, Options
-from deltamerge.run.partition import Part, check_recipe, check_shards, drop_damaged, gather
+from deltamerge.run.partition import Part, check_recipe, check_shards, drop_damaged, gather_parts
 from deltamerge.run.peft import write_adapter
 from deltamerge.run.plans import Planner, target_of
 from deltamerge.run.reading import Reading, check_deltas, places
-from deltamerge.run.weights import Made, calibrated, check_finite, make_weights
+from deltamerge.run.weights import Weights, calibrated, check_finite, make_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,8 +137,8 @@ def _make(
 
 
 def _checked(
-    made: Made, work: Workspace, text: str, facts: Mapping[str, Any], reading: Reading, options: Options
-) -> Made:
+    made: Weights, work: Workspace, text: str, facts: Mapping[str, Any], reading: Reading, options: Options
+) -> Weights:
     """Weights that may be kept, with what in them is not finite beyond what all models hold alike.
 
     InputError: inputs have changed during the run, or are not what the hub says. OutputError: values that are not
@@ -168,7 +168,7 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
     draw = options.drawing(planned, False) if options.drawing else None
     with workspace(target, force=options.force, finish=True) as work:
         facts = hashes.facts(planned, text)
-        parts = gather(work, facts)
+        parts = gather_parts(work, facts)
         outputs, seals = check_shards(work, planned.layout, parts, planned.workers)
         inputs: dict[str, Any] = {}
         for part in parts:
@@ -178,13 +178,13 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
             options.lock.check_inputs(inputs)
         found = calibrated(planned, work, options.lock, facts, alone=False)
         write_index(work.folder, planned.layout)
-        made = Made(set_aside(_warned(planned)), found, outputs, seals=seals)
+        made = Weights(set_aside(_warned(planned)), found, outputs, seals=seals)
         planned, lock = _complete(made, work, text, target.name, inputs, draw)
     return Result(target, planned, lock)
 
 
 def _complete(
-    made: Made, work: Workspace, text: str, title: str, inputs: dict[str, Any], draw: Draw | None
+    made: Weights, work: Workspace, text: str, title: str, inputs: dict[str, Any], draw: Draw | None
 ) -> tuple[Plan, dict[str, Any]]:
     """Write all that is no weight and give the folder its name; the plan, with what there is to say, and the lock."""
     folder, planned, outputs = work.folder, made.plan, made.hashed

@@ -19,7 +19,7 @@ from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Writer
 from deltamerge.plan.finite import set_aside
 from deltamerge.plan.planner import Plan
-from deltamerge.run.budget import Choice, budget_of
+from deltamerge.run.budget import ChosenDensities, budget_of
 from deltamerge.run.delta_output import write_delta, write_within_budget
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import Options
@@ -27,7 +27,7 @@ from deltamerge.run.partition import Part, shared_calibration
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
+class Weights:
     """Weights that are written: by which plan, the values of its shared nodes, hash and size of the files whose hash is
     known, what is not finite in them, what an artifact takes, the densities that fit a budget, and the seals of the
     files as they were when they were hashed."""
@@ -37,13 +37,13 @@ class Made:
     hashed: dict[str, Any] = field(default_factory=dict)
     nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
     delta: Summary | None = None
-    choice: Choice | None = None
+    choice: ChosenDensities | None = None
     seals: Mapping[str, Seal] = field(default_factory=dict)
 
 
 def make_weights(
     planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any], pieces: Pieces
-) -> Made:
+) -> Weights:
     """Write the weights of `planned`, or those of one `part` of its shards, to the work folder; `pieces` are told the
     hashes of what is read.
 
@@ -53,7 +53,7 @@ def make_weights(
     if budget_of(planned) is not None:
         work.empty()
         planned, values, delta, choice = write_within_budget(planned, work.folder, options.watch, options.lock)
-        return Made(planned, values, {}, delta.nonfinite, delta, choice)
+        return Weights(planned, values, {}, delta.nonfinite, delta, choice)
     made = _make(planned, work, options, part, facts, pieces)
     if part is not None:
         return made
@@ -67,19 +67,19 @@ def make_weights(
 
 def _make(
     planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any], pieces: Pieces
-) -> Made:
+) -> Weights:
     if planned.recipe.output.kind == "delta":
         work.empty()
         values = calibrated(planned, work, options.lock, facts, alone=True)
         values, delta = write_delta(planned, work.folder, options.watch(planned), values, work.journal)
-        return Made(planned, values, {}, delta.nonfinite, delta)
+        return Weights(planned, values, {}, delta.nonfinite, delta)
     values = calibrated(planned, work, options.lock, facts, alone=part is None or part.index == 0)
     mine = part.of(planned) if part else planned
     found = _write_shards(mine, work, options.watch(mine), values, part, pieces)
     sizes = {file.name: file.size for file in planned.layout.files}
     hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
     seals = {name: seal(work.folder / name) for name in hashed}
-    return Made(planned, values, hashed, found.nonfinite, seals=seals)
+    return Weights(planned, values, hashed, found.nonfinite, seals=seals)
 
 
 def calibrated(

@@ -202,11 +202,11 @@ def tokenizer(folder: Path, **special: str) -> Path:
 def reader(folder: Path, architecture: str, task: str, length: int = 8, **settings: Any) -> Any:
     import transformers
 
-    from deltamerge.calibrate.data import Reader
+    from deltamerge.calibrate.data import RowReader
 
     family = getattr(transformers, architecture.partition("For")[0] + "Config")
     config = family(architectures=[architecture], max_position_embeddings=16, **settings)
-    return Reader(folder, config, task=task, length=length)
+    return RowReader(folder, config, task=task, length=length)
 
 
 def test_batches_of_texts(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deltamerge.delta import compiled
-from deltamerge.delta.positions import CODINGS, Array, Choice, Gaps, Positions, choose, decode, encode
+from deltamerge.delta.positions import CODINGS, Array, ChosenCoding, Gaps, Positions, choose, decode, encode
 from deltamerge.delta.stored import PADDING
 from deltamerge.delta.values import (
     VALUE_BITS,
@@ -143,7 +143,7 @@ def test_more_elements_than_memory(size: int) -> None:
     """Only sizes are large: positions and choices are 64-bit throughout."""
     positions = np.array([0, 1, size // 2, size - 2, size - 1])
     listed = gather(positions)
-    indices = Choice("indices", (4 if size < 2**31 else 8) * 5)
+    indices = ChosenCoding("indices", (4 if size < 2**31 else 8) * 5)
     assert choose(listed.gaps, size, 16, fill=True, allowed={"indices"}) == indices
     stored = encode(indices, listed.pieces(), 5, size)
     assert stored.dtype == (np.int32 if size < 2**31 else np.int64)
@@ -155,7 +155,7 @@ def test_more_elements_than_memory(size: int) -> None:
         assert np.array_equal(read(best.coding, stored, 5, size, best.k), positions)
     dense = Gaps(count=size, last=size - 1)
     dense.small[0] = size
-    assert choose(dense, size, 16, fill=True) == Choice("dense", 0)
+    assert choose(dense, size, 16, fill=True) == ChosenCoding("dense", 0)
 
 
 def u8(*values: int) -> np.ndarray[Any, Any]:

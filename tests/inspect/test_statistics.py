@@ -15,7 +15,7 @@ from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 
 from deltamerge.cli import main
 from deltamerge.errors import InputError
-from deltamerge.inspect.statistics import Report, measure, pair_recipe, pairs_of, parse
+from deltamerge.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse
 from deltamerge.inspect.study import inspect
 from deltamerge.io import hub
 from deltamerge.plan.inputs import open_inputs
@@ -110,8 +110,12 @@ def test_nothing_depends_on_tiles_or_workers(tmp_path):
     make_checkpoint(tmp_path / "base", base)
     make_checkpoint(tmp_path / "tune", tune)
     recipe = parse(pair_recipe("./tune", "./base"))
-    pairs, _ = pairs_of(open_inputs(recipe, tmp_path, lambda r, f: hub.resolve(r, f, weights=True)))
-    ways = [measure(pairs, workers=workers, tile_elements=tile) for workers in (1, 3) for tile in (1, 70_000, 1 << 20)]
+    pairs, _ = pairs_of(open_inputs(recipe, tmp_path, lambda r, f: hub.open_model(r, f, weights=True)))
+    ways = [
+        measure_deltas(pairs, workers=workers, tile_elements=tile)
+        for workers in (1, 3)
+        for tile in (1, 70_000, 1 << 20)
+    ]
     for way in ways[1:]:
         for name, one in ways[0].items():
             other = way[name]
@@ -134,12 +138,12 @@ def test_the_error_of_importance_sampling(tmp_path, density):
     make_checkpoint(tmp_path / "base", {"a.weight": torch.zeros(96, 80)})
     make_checkpoint(tmp_path / "tune", {"a.weight": torch.from_numpy(delta)})
     recipe = parse(pair_recipe("./tune", "./base"))
-    pairs, _ = pairs_of(open_inputs(recipe, tmp_path, lambda r, f: hub.resolve(r, f, weights=True)))
+    pairs, _ = pairs_of(open_inputs(recipe, tmp_path, lambda r, f: hub.open_model(r, f, weights=True)))
     d = delta.astype(np.float64)
     pi = formulas.keep_probability(d, density)
     kept = d != 0
     exact = float(np.sum(d[kept] ** 2 * (1 / pi[kept] - 1)) / np.sum(d**2))
-    assert measure(pairs)["a.weight"].sampling_error(density) == pytest.approx(exact, rel=1e-2, abs=1e-3)
+    assert measure_deltas(pairs)["a.weight"].sampling_error(density) == pytest.approx(exact, rel=1e-2, abs=1e-3)
 
 
 def test_what_cannot_be_inspected_is_said(tmp_path):

@@ -37,7 +37,7 @@ def merged(architecture: str, base: Path, adapter: Path, **settings: Any) -> dic
 
 def expanded(reference: str, folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of base+adapter, as the readers of deltamerge see it."""
-    checkpoint = hub.resolve(reference, folder, weights=False)
+    checkpoint = hub.open_model(reference, folder, weights=False)
     tensors = {}
     with Reader() as reader:
         for name, info in checkpoint.tensors.items():
@@ -134,7 +134,7 @@ def llama(tmp_path: Path) -> Path:
 
 
 def test_the_same_bytes_whatever_the_tiles(llama: Path) -> None:
-    checkpoint = hub.resolve("base+adapter", llama, weights=False)
+    checkpoint = hub.open_model("base+adapter", llama, weights=False)
     whole = expanded("base+adapter", llama)
     with Reader() as reader:
         for name, info in checkpoint.tensors.items():
@@ -250,7 +250,7 @@ def test_settings_that_are_refused(
     monkeypatch.setattr(patterns, "SECONDS", 0.05)
     edit(llama / "adapter", **changes)
     with pytest.raises(InputError, match=message) as caught:
-        hub.resolve("base+adapter", llama, weights=False)
+        hub.open_model("base+adapter", llama, weights=False)
     assert str(caught.value).startswith("adapter: ")
     assert "\n" not in str(caught.value)
 
@@ -287,17 +287,17 @@ B = A.replace("lora_A", "lora_B")
 def test_tensors_that_are_refused(llama: Path, tensors: dict[str, torch.Tensor | None], message: str) -> None:
     broken(llama / "adapter", **tensors)
     with pytest.raises(InputError, match=message):
-        hub.resolve("base+adapter", llama, weights=False)
+        hub.open_model("base+adapter", llama, weights=False)
 
 
 def test_pickles_and_folders_that_are_no_adapters(llama: Path) -> None:
     (llama / "adapter" / "adapter_model.safetensors").rename(llama / "adapter" / "adapter_model.bin")
     with pytest.raises(InputError, match="never unpickles") as caught:
-        hub.resolve("base+adapter", llama, weights=False)
+        hub.open_model("base+adapter", llama, weights=False)
     assert "weights_only=True" in (caught.value.hint or "")
     with pytest.raises(InputError, match="not a PEFT adapter"):
-        hub.resolve("base+base", llama, weights=False)
+        hub.open_model("base+base", llama, weights=False)
     with pytest.raises(InputError, match="base\\+adapter\\+adapter: more than one adapter"):
-        hub.resolve("base+adapter+adapter", llama, weights=False)
+        hub.open_model("base+adapter+adapter", llama, weights=False)
     with pytest.raises(InputError, match="adapter: is an adapter, not a model"):
-        hub.resolve("adapter", llama, weights=False)
+        hub.open_model("adapter", llama, weights=False)

@@ -46,7 +46,7 @@ def model(server: Hub, tmp_path: Path) -> Path:
 
 def refused(reference: str, folder: Path, message: str, hint: str = "", *, weights: bool = False) -> None:
     with pytest.raises(InputError, match=message) as caught:
-        hub.resolve(reference, folder, weights=weights)
+        hub.open_model(reference, folder, weights=weights)
     assert str(caught.value).startswith(f"{reference}: ")
     assert "\n" not in str(caught.value)
     assert hint in (caught.value.hint or "")
@@ -56,10 +56,10 @@ def refused(reference: str, folder: Path, message: str, hint: str = "", *, weigh
 def test_local_folders_come_first(tmp_path: Path) -> None:
     for name in ("org/model", "org/model@v1", "a+b"):
         tiny_llama(tmp_path / name, seed=1)
-        checkpoint = hub.resolve(name, tmp_path, weights=False)
+        checkpoint = hub.open_model(name, tmp_path, weights=False)
         assert (checkpoint.reference, checkpoint.path) == (name, tmp_path / name)
         assert (checkpoint.hub_id, checkpoint.revision) == (None, None)
-    assert hub.resolve(str(tmp_path / "a+b"), Path("/nowhere"), weights=True).path == tmp_path / "a+b"
+    assert hub.open_model(str(tmp_path / "a+b"), Path("/nowhere"), weights=True).path == tmp_path / "a+b"
 
 
 @pytest.mark.parametrize("reference", ["./org/model", "../model", "/org/model", "~/model", "a/b/c", "a b", "a@b@c"])
@@ -70,7 +70,7 @@ def test_what_is_neither_folder_nor_hub_id(tmp_path: Path, reference: str) -> No
 def test_hub_ids_cannot_leave_the_cache(tmp_path: Path, server: Hub) -> None:
     for reference in ("org/model@../../x", "org/model@a/../../x", "org/model@/etc", "org/..@x", "org/--x"):
         with pytest.raises(InputError, match="no such"):
-            hub.resolve(reference, tmp_path, weights=False)
+            hub.open_model(reference, tmp_path, weights=False)
     assert not server.requests
 
 
@@ -90,7 +90,7 @@ def test_adapters(server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.
     folder = adapter(server, tmp_path)
     refused("org/lora", tmp_path, "is an adapter, not a model")
     for reference in ("org/model+org/lora", "org/model@v1+org/lora@v1", f"{model}+org/lora", f"org/model+{folder}"):
-        checkpoint = hub.resolve(reference, tmp_path, weights=False)
+        checkpoint = hub.open_model(reference, tmp_path, weights=False)
         lora = checkpoint.adapter
         assert lora is not None
         assert checkpoint.reference == reference
@@ -99,7 +99,7 @@ def test_adapters(server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.
     assert all(span for _, span in server.fetched("adapter_model.safetensors"))
     for reference in ("org/model+org/model", "org/model+org/nothing"):
         with pytest.raises(InputError, match=r"has no adapter_config.json|no such model on the hub"):
-            hub.resolve(reference, tmp_path, weights=False)
+            hub.open_model(reference, tmp_path, weights=False)
     (tmp_path / "r.yaml").write_text("base_model: org/model\nmodels: [{model: org/model+org/lora}]\n")
     lock = run(tmp_path / "r.yaml").lock
     assert lock["inputs"]["org/model+org/lora"]["commit"] == f"{COMMIT}+{COMMIT}"
@@ -113,12 +113,12 @@ def test_adapters(server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.
     changed = {name for name in old if not torch.equal(old[name], new[name])}
     assert changed == {"model.layers.0.self_attn.q_proj.weight"}
     offline(monkeypatch)
-    assert hub.resolve("org/model+org/lora", tmp_path, weights=True).adapter is not None
+    assert hub.open_model("org/model+org/lora", tmp_path, weights=True).adapter is not None
 
 
 @pytest.mark.parametrize("revision", ["", "@main", "@v1", f"@{COMMIT}"])
 def test_headers_without_weights(server: Hub, model: Path, tmp_path: Path, revision: str) -> None:
-    checkpoint = hub.resolve(f"org/model{revision}", tmp_path, weights=False)
+    checkpoint = hub.open_model(f"org/model{revision}", tmp_path, weights=False)
     truth = open_checkpoint(model)
     assert checkpoint.reference == f"org/model{revision}"
     assert (checkpoint.hub_id, checkpoint.revision) == ("org/model", COMMIT)
@@ -143,13 +143,13 @@ def test_a_long_header_takes_a_second_request(
     server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hub_answers, "FIRST_BYTES", 100)
-    checkpoint = hub.resolve("org/model", tmp_path, weights=False)
+    checkpoint = hub.open_model("org/model", tmp_path, weights=False)
     assert checkpoint.tensors.keys() == open_checkpoint(model).tensors.keys()
     assert len(server.fetched(".safetensors")) == 6
 
 
 def test_weights_are_downloaded_once_and_only_what_is_needed(server: Hub, model: Path, tmp_path: Path) -> None:
-    checkpoint = hub.resolve("org/model", tmp_path, weights=True)
+    checkpoint = hub.open_model("org/model", tmp_path, weights=True)
     truth = open_checkpoint(model)
     assert (checkpoint.hub_id, checkpoint.revision) == ("org/model", COMMIT)
     have = {str(p.relative_to(checkpoint.path)) for p in checkpoint.path.rglob("*") if p.is_file()}
@@ -162,11 +162,11 @@ def test_weights_are_downloaded_once_and_only_what_is_needed(server: Hub, model:
             reader.read_into(info, 0, theirs)
             assert ours == theirs
     server.requests.clear()
-    assert hub.resolve("org/model", tmp_path, weights=True).path == checkpoint.path
-    assert hub.resolve("org/model", tmp_path, weights=False).path == checkpoint.path
+    assert hub.open_model("org/model", tmp_path, weights=True).path == checkpoint.path
+    assert hub.open_model("org/model", tmp_path, weights=False).path == checkpoint.path
     assert not [path for method, path, _, _ in server.requests if method == "GET" and "/resolve/" in path]
     server.requests.clear()
-    assert hub.resolve(f"org/model@{COMMIT}", tmp_path, weights=False).path == checkpoint.path
+    assert hub.open_model(f"org/model@{COMMIT}", tmp_path, weights=False).path == checkpoint.path
     assert not server.requests
 
 
@@ -174,12 +174,12 @@ def test_weights_are_downloaded_once_and_only_what_is_needed(server: Hub, model:
 def test_offline_uses_the_cache(
     server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool
 ) -> None:
-    hub.resolve("org/model", tmp_path, weights=True)
-    hub.resolve("org/model@v1", tmp_path, weights=False)
+    hub.open_model("org/model", tmp_path, weights=True)
+    hub.open_model("org/model@v1", tmp_path, weights=False)
     offline(monkeypatch)
     server.requests.clear()
     for revision in ("", "@main", "@v1", f"@{COMMIT}"):
-        checkpoint = hub.resolve(f"org/model{revision}", tmp_path, weights=weights)
+        checkpoint = hub.open_model(f"org/model{revision}", tmp_path, weights=weights)
         assert (checkpoint.hub_id, checkpoint.revision) == ("org/model", COMMIT)
     assert not server.requests
 
@@ -195,7 +195,7 @@ def test_offline_and_not_in_the_cache(
 
 
 def test_offline_with_headers_only(server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    hub.resolve("org/model", tmp_path, weights=False)
+    hub.open_model("org/model", tmp_path, weights=False)
     offline(monkeypatch)
     for weights in (False, True):
         refused("org/model", tmp_path, "not .wholly. in the hub's cache", "unset", weights=weights)
@@ -256,12 +256,12 @@ def test_an_unreachable_hub_leaves_the_cache(
 ) -> None:
     from huggingface_hub import constants
 
-    hub.resolve("org/model", tmp_path, weights=True)
+    hub.open_model("org/model", tmp_path, weights=True)
     nobody = "http://127.0.0.1:9"
     monkeypatch.setattr(constants, "ENDPOINT", nobody)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", nobody + "/{repo_id}/resolve/{revision}/{filename}")
     for weights in (False, True):
-        assert hub.resolve("org/model", tmp_path, weights=weights).revision == COMMIT
+        assert hub.open_model("org/model", tmp_path, weights=weights).revision == COMMIT
     refused(
         "org/other",
         tmp_path,
@@ -271,8 +271,8 @@ def test_an_unreachable_hub_leaves_the_cache(
 
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(server: Hub, model: Path, tmp_path: Path) -> None:
-    hub.resolve("org/model", tmp_path, weights=False)
-    hub.resolve("org/model", tmp_path, weights=True)
+    hub.open_model("org/model", tmp_path, weights=False)
+    hub.open_model("org/model", tmp_path, weights=True)
     assert {token for _, path, _, token in server.requests if "org/model" in path} == {f"Bearer {TOKEN}"}
     stored = [path for path in tmp_path.rglob("*") if path.is_file() and TOKEN.encode() in path.read_bytes()]
     assert stored == []

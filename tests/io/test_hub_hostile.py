@@ -50,7 +50,7 @@ def refused(message: str, folder: Path, reference: str = "org/model", *, weights
     before = {path for path in folder.rglob("*") if "cache" not in path.parts}
     began = time.monotonic()
     with pytest.raises(InputError, match=message) as caught:
-        hub.resolve(reference, folder, weights=weights)
+        hub.open_model(reference, folder, weights=weights)
     assert time.monotonic() - began < 10
     assert str(caught.value).startswith(f"{reference}: ")
     assert str(caught.value).isprintable()
@@ -138,7 +138,7 @@ HEADER_ANSWERS: dict[str, tuple[Callable[[Handler], None], str]] = {
 def test_answers_for_a_header(
     server: Hub, model: Path, tmp_path: Path, hurry: Callable[[str], None], name: str
 ) -> None:
-    hub.resolve("org/model", tmp_path, weights=False)
+    hub.open_model("org/model", tmp_path, weights=False)
     hurry(name)
     server.instead[WEIGHTS], message = HEADER_ANSWERS[name]
     error = refused(f"{WEIGHTS}: .*({message})|{message}", tmp_path)
@@ -212,7 +212,7 @@ def test_a_listing_of_another_commit(server: Hub, model: Path, tmp_path: Path) -
 
 def test_names_in_folders_are_left_alone(server: Hub, model: Path, tmp_path: Path) -> None:
     server.instead["/api/models/org/model"] = say(files("onnx/config.json", "old\\config.json", ".gitattributes"))
-    assert hub.resolve("org/model", tmp_path, weights=True).revision == COMMIT
+    assert hub.open_model("org/model", tmp_path, weights=True).revision == COMMIT
 
 
 def test_more_small_files_than_a_model_has(
@@ -242,7 +242,7 @@ def test_etags_that_are_no_hashes(server: Hub, model: Path, tmp_path: Path, name
 @pytest.mark.parametrize("etag", [f'W/"{hashlib.sha1(b"x").hexdigest()}"', f'"{hashlib.sha256(b"x").hexdigest()}"'])
 def test_what_arrives_is_compared_with_a_hash_of_any_form(server: Hub, model: Path, tmp_path: Path, etag: str) -> None:
     server.headers["ETag"] = etag
-    checkpoint = hub.resolve("org/model", tmp_path, weights=False)
+    checkpoint = hub.open_model("org/model", tmp_path, weights=False)
     with pytest.raises(InputError, match="is not what the hub has"):
         check_blobs([checkpoint.path / "config.json"], 1)
 
@@ -302,7 +302,7 @@ def test_weights_longer_than_was_said(server: Hub, model: Path, tmp_path: Path) 
 
 
 def test_a_cache_without_the_hubs_hashes(server: Hub, model: Path, tmp_path: Path) -> None:
-    path = hub.resolve("org/model", tmp_path, weights=True).path / WEIGHTS
+    path = hub.open_model("org/model", tmp_path, weights=True).path / WEIGHTS
     raw = path.read_bytes()
     path.unlink()
     path.write_bytes(raw)
@@ -313,13 +313,13 @@ def test_a_cache_without_the_hubs_hashes(server: Hub, model: Path, tmp_path: Pat
 
 def test_blobs_that_repositories_share(server: Hub, model: Path, tmp_path: Path) -> None:
     """As huggingface_hub keeps them from 2.4 on: a blob is a link to a file that is named by another hash."""
-    checkpoint = hub.resolve("org/model", tmp_path, weights=True)
+    checkpoint = hub.open_model("org/model", tmp_path, weights=True)
     path = checkpoint.path / WEIGHTS
     blob, store = path.resolve(), server.cache / "blobs" / "ab" / ("ab" * 32)
     store.parent.mkdir(parents=True)
     blob.rename(store)
     blob.symlink_to(store)
-    again = hub.resolve("org/model", tmp_path, weights=True)
+    again = hub.open_model("org/model", tmp_path, weights=True)
     assert again.tensors == checkpoint.tensors
     check_blobs([path], 1)
     raw = bytearray(store.read_bytes())

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deltamerge.engine.graph import REDUCTIONS, Graph, companion, depth_first, resolve
+from deltamerge.engine.graph import REDUCTIONS, Graph, companion, depth_first, function_of
 from deltamerge.methods.prune import nodes, select
 from deltamerge.methods.tiles import Tile, block_elements
 
@@ -30,9 +30,9 @@ def keep(delta: np.ndarray, k: int, tile_blocks: int = 1) -> tuple[np.ndarray, s
             continue
         taken.add(call.partition(":")[2])
         if node.kind == "small":
-            values[node] = resolve(call)(*inputs, **dict(node.parameters))
+            values[node] = function_of(call)(*inputs, **dict(node.parameters))
             continue
-        parts = [resolve(call)(flat[t.start : t.stop], *inputs[1:], tile=t) for t in tiles]
+        parts = [function_of(call)(flat[t.start : t.stop], *inputs[1:], tile=t) for t in tiles]
         values[node] = sum(parts) if node.kind == "sum" else np.concatenate(parts)
     return (values[node] if taken else flat.numpy()).reshape(delta.shape), taken
 

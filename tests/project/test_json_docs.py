@@ -16,7 +16,7 @@ from deltamerge.inspect.activations import Activations, Influence, LayerInfluenc
 from deltamerge.inspect.recommend import Candidate, Evidence, Paper, Recommendation
 from deltamerge.inspect.statistics import Report, Statistics, TensorStatistics
 from deltamerge.plan.review import TENSOR_KEYS
-from deltamerge.run.calibration_record import Choice, Run
+from deltamerge.run.calibration_record import ChosenQ, Run
 
 PAGE = Path(__file__).parents[2] / "docs" / "inspect.md"
 MODELS: tuple[type[BaseModel], ...] = (
@@ -28,7 +28,7 @@ MODELS: tuple[type[BaseModel], ...] = (
     LayerInfluence,
     Massive,
     Run,
-    Choice,
+    ChosenQ,
     Recommendation,
     Evidence,
     Candidate,

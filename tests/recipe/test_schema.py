@@ -21,7 +21,7 @@ from deltamerge.recipe import checks, load, yaml_source
 from deltamerge.recipe import schema as recipes
 from deltamerge.recipe.effective_prune import Pruning, effective_prune
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.values import resolve
+from deltamerge.recipe.values import value_for
 
 SCHEMA = Path(__file__).parents[2] / "recipes" / "recipe.schema.json"
 
@@ -724,12 +724,12 @@ def test_filters_fall_through_to_the_next_level() -> None:
     ).replace("{weight: 0.5}", "{weight: 0.5}, prune: {method: none}")
     prune = prune_of(text + "prune: {method: dare, q: [{filter: mlp, value: 0.5}]}")
     assert prune.density is not None
-    assert [resolve(prune.density, name, 0.0) for name in ("mlp", "attn", "norm")] == [0.1, 0.3, 1.0]
+    assert [value_for(prune.density, name, 0.0) for name in ("mlp", "attn", "norm")] == [0.1, 0.3, 1.0]
     assert isinstance(prune.q, tuple)
-    assert [resolve(prune.q, name, 0.0) for name in ("mlp", "norm")] == [0.5, None]
+    assert [value_for(prune.q, name, 0.0) for name in ("mlp", "norm")] == [0.5, None]
     magnitude = prune_of(text + "prune: {method: magnitude, q: [{filter: mlp, value: 0.5}]}")
     assert isinstance(magnitude.q, tuple)
-    assert [resolve(magnitude.q, name, 0.0) for name in ("mlp", "norm")] == [0.5, 1.0]
+    assert [value_for(magnitude.q, name, 0.0) for name in ("mlp", "norm")] == [0.5, 1.0]
 
 
 @pytest.mark.parametrize(

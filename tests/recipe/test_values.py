@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from deltamerge.io.names import layer_index, layer_position
-from deltamerge.recipe.values import Filter, Scalar, Value, chain, leaves, lookup, resolve
+from deltamerge.recipe.values import Filter, Scalar, Value, chain, leaves, lookup, value_for
 
 ADAPTER: TypeAdapter[Value] = TypeAdapter(Value)
 MLP = "model.layers.3.mlp.up_proj.weight"
@@ -55,7 +55,7 @@ SLERP_T = [
     ],
 )
 def test_resolve(plain: object, tensor: str, t: float, wanted: Scalar | None) -> None:
-    assert resolve(value(plain), tensor, t) == (wanted if wanted is None else pytest.approx(wanted, abs=1e-15))
+    assert value_for(value(plain), tensor, t) == (wanted if wanted is None else pytest.approx(wanted, abs=1e-15))
 
 
 @pytest.mark.parametrize("plain", ["abc", None, [], [1, "x"], [1, None], [[1]], [{"value": "x"}], [1, {"value": 2}],
@@ -70,7 +70,7 @@ def test_what_is_no_value(plain: object) -> None:
 @given(st.lists(st.floats(-10, 10), min_size=1, max_size=8), st.floats(0, 1))
 def test_gradients_are_piecewise_linear(points: list[float], t: float) -> None:
     wanted = np.interp(t * (len(points) - 1), np.arange(len(points)), points)
-    assert resolve(tuple(points), "x", t) == pytest.approx(wanted, abs=1e-12)
+    assert value_for(tuple(points), "x", t) == pytest.approx(wanted, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ VALUES = st.one_of(
 def test_a_chain_resolves_as_a_lookup(values: list[Value | None], tensor: str, t: float) -> None:
     chained = chain(*values)
     levels = [{} if one is None else {"a": one} for one in values]
-    assert (None if chained is None else resolve(chained, tensor, t)) == lookup("a", tensor, t, *levels)
+    assert (None if chained is None else value_for(chained, tensor, t)) == lookup("a", tensor, t, *levels)
 
 
 def test_leaves_say_where_they_stand() -> None:

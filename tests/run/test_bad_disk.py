@@ -69,7 +69,10 @@ def test_faults_below_compiled_loops(tmp_path: Path, method: str) -> None:
     recipe.write_text(RECIPE.format(method=method, shard="250KB"))
     truth = run(recipe, tmp_path / "truth" / "out").folder
     (tmp_path / "work").mkdir()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(BENCHMARKS), str(BENCHMARKS.parent)])}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(map(str, (BENCHMARKS, BENCHMARKS.parent, Path(__file__).parents[1]))),
+    }
     command = [sys.executable, "-c", CHILD, str(recipe), str(tmp_path / "work" / "out"), str(truth)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

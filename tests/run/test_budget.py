@@ -18,7 +18,7 @@ from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.delta.positions import expected_bits, uniform_density
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
-from deltamerge.run.budget import BINS, Spectrum, choose, measure
+from deltamerge.run.budget import BINS, Spectrum, choose, measure_spectra
 
 SCALES = (1.0, 0.2, 3.0, 0.01)
 
@@ -189,7 +189,7 @@ def test_calibration_weighs_entries_by_their_inputs(bert: Path) -> None:
     statistics: dict[str, LayerStatistics] = shared_values([planned.weighing], {})[planned.weighing]
     base, tuned = (load_tensors(bert / name) for name in ("base", "tuned"))
     kinds = set()
-    for s in measure(planned):
+    for s in measure_spectra(planned):
         delta = (tuned[s.name].double() - base[s.name.removeprefix("bert.")].double()).numpy()
         if s.name in statistics:
             kinds.add("linear")
