@@ -58,7 +58,7 @@ clean:  ## remove what the targets made, the environment too
 	rm -rf .venv .demo .bench .paper .torture .scale .fuzz docs/_build
 
 # A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
-KERNELS := $(wildcard deltamerge/kernels/src/*.* deltamerge/kernels/src/vector/*)
+KERNELS := $(wildcard deltamerge/io/kernels/src/*.* deltamerge/io/kernels/src/vector/*)
 .venv/.installed-dev: EXTRAS := dev
 .venv/.installed-docs: EXTRAS := docs
 .venv/.installed-fuzz: EXTRAS := dev,fuzz

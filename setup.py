@@ -1,11 +1,11 @@
-"""The compiled kernels (deltamerge/kernels/src); what else there is to build stands in pyproject.toml."""
+"""The compiled kernels (deltamerge/io/kernels/src); what else there is to build stands in pyproject.toml."""
 
 from pathlib import Path
 
 from setuptools import Extension, setup
 
 HERE = Path(__file__).parent
-SOURCES = Path("deltamerge/kernels/src")
+SOURCES = Path("deltamerge/io/kernels/src")
 # Each product and sum is rounded by itself, as torch does, and no result depends on the processor: no contraction, no
 # fast math, no -march.
 FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden"]
@@ -19,7 +19,7 @@ def found(pattern: str) -> list[str]:
 setup(
     ext_modules=[
         Extension(
-            "deltamerge.kernels._native",
+            "deltamerge.io.kernels._native",
             sources=found("*.cpp"),
             depends=found("**/*.h"),
             extra_compile_args=FLAGS,

@@ -29,11 +29,11 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from deltamerge import kernels
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.manifest import Base
 from deltamerge.delta.tensor_writer import BaseTensor
 from deltamerge.delta.writer import DeltaWriter
+from deltamerge.io import kernels
 
 KINDS = ("replace", "float32", "bfloat16", "int8", "sign")
 State = dict[str, torch.Tensor]

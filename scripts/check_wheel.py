@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from deltamerge import kernels
+from deltamerge.io import kernels
 
 
 def main() -> None:

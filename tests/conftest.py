@@ -14,7 +14,7 @@ from hypothesis import settings
 from safetensors.torch import load_file, save_file
 from small_hub import Hub, serve
 
-from deltamerge import kernels
+from deltamerge.io import kernels
 
 settings.register_profile("deltamerge", deadline=None, derandomize=True)
 settings.load_profile("deltamerge")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import make_checkpoint
 
-from deltamerge import kernels
+from deltamerge.io import kernels
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPE = """\

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deltamerge.calibrate.blocks import Inputs, Linear, Model, Weights
+from deltamerge.calibrate.blocks import BlockModel, Inputs, Linear, Weights
 from deltamerge.calibrate.candidates import Masked, dense
 from deltamerge.calibrate.statistics import LayerStatistics, Vector
 
@@ -19,7 +19,7 @@ Draw = Callable[[str, LayerStatistics], Masked | None]
 
 
 def collect(
-    model: Model,
+    model: BlockModel,
     weights: Weights,
     batches: Sequence[Inputs],
     delta: Callable[[str], Tensor | None],

@@ -76,7 +76,7 @@ def from_reader(read: Callable[[str], Tensor]) -> Weights:
     return lambda names: {name: read(name) for name in names}
 
 
-class Model:
+class BlockModel:
     """A model of `config.architectures[0]`, whose tensors have the names `names` in the checkpoint.
 
         parts     checkpoint names needed together: parts[0] everything outside blocks, parts[1 + i] block i

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deltamerge.calibrate import agreement
-from deltamerge.calibrate.blocks import BlockOutput, Inputs, Model, Weights
+from deltamerge.calibrate.blocks import BlockModel, BlockOutput, Inputs, Weights
 from deltamerge.calibrate.metrics import METRICS, exact_match
 from deltamerge.calibrate.spec import WALKED
 from deltamerge.errors import InputError
@@ -35,7 +35,7 @@ class Objective(Protocol):
 
 
 def evaluate(
-    model: Model, objective: Objective | Generation, variants: Sequence[Weights], group: int = WALKED
+    model: BlockModel, objective: Objective | Generation, variants: Sequence[Weights], group: int = WALKED
 ) -> list[float]:
     """The objective of every variant; `group` of them share one walk through the blocks."""
     if isinstance(objective, Generation):
@@ -72,7 +72,7 @@ class OutputChange:
     targets: Sequence[tuple[Tensor, Tensor | None]]
 
     @classmethod
-    def of(cls, model: Model, tune: Weights, batches: Sequence[Inputs]) -> OutputChange:
+    def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs]) -> OutputChange:
         """Collect the fine-tune's outputs: hidden states (tokens × H float32), or 5 logits a token."""
 
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
@@ -138,7 +138,7 @@ class Generation:
     pattern: str | None = None
     new_tokens: int = 64
 
-    def measure(self, model: Model, weights: Weights) -> float:
+    def measure(self, model: BlockModel, weights: Weights) -> float:
         """One variant's 1 − exact match."""
         made = model.generate(self.batches, weights, new_tokens=self.new_tokens)
         texts = [text for tokens in made for text in self.decode(tokens)]
@@ -161,7 +161,9 @@ class Distribution:
     regression: bool
 
     @classmethod
-    def of(cls, model: Model, tune: Weights, batches: Sequence[Inputs], *, regression: bool = False) -> Distribution:
+    def of(
+        cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool = False
+    ) -> Distribution:
         """Collect the fine-tune's outputs: logits, or log-probabilities and indices of the likeliest tokens."""
 
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
@@ -208,7 +210,7 @@ class Agreement:
     regression: bool
 
     @classmethod
-    def of(cls, model: Model, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> Agreement:
+    def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> Agreement:
         """Collect the fine-tune's logits (B, C)."""
         return cls(batches, model.run(batches, [tune], lambda b, output: _logits(output))[0], regression)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamerge.calibrate.blocks import Linear, Model
+from deltamerge.calibrate.blocks import BlockModel, Linear
 from deltamerge.calibrate.candidates import Masked, Q, pruned
 from deltamerge.calibrate.objectives import Distribution
 
@@ -37,7 +37,7 @@ class Learned:
 
 
 def learn(
-    model: Model,
+    model: BlockModel,
     objective: Distribution,
     base: Callable[[str], Tensor],
     masked: Callable[[str], Masked | None],

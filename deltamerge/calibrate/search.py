@@ -15,7 +15,7 @@ BUDGET = 20
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Minima:
     """The best point, its objective, and every point evaluated, in order."""
 
     point: float
@@ -47,7 +47,7 @@ def minimise(
     coarse: int = COARSE,
     budget: int = BUDGET,
     tolerance: float = 0.01,
-) -> Found:
+) -> Minima:
     """The minimum over [low, high], 0 < low ≤ high: a coarse grid in log x in one call, then Brent's method.
 
         evaluate    returns the objective at several points
@@ -77,7 +77,7 @@ def minimise(
     return memo.found()
 
 
-def grid(evaluate: Evaluate, low: float, high: float, *, step: float, patience: int = 4) -> Found:
+def grid(evaluate: Evaluate, low: float, high: float, *, step: float, patience: int = 4) -> Minima:
     """The DAREx authors' procedure: from `low` by `step` until `patience` values in a row are no better, then by
     step/10.
 
@@ -115,9 +115,9 @@ class _Memo:
             self.values |= zip(new, map(_ordered, self.evaluate(new)), strict=True)
         return [self.values[x] for x in points]
 
-    def found(self) -> Found:
+    def found(self) -> Minima:
         point = min(self.values, key=lambda x: (self.values[x], x))
-        return Found(point, self.values[point], tuple(self.values.items()))
+        return Minima(point, self.values[point], tuple(self.values.items()))
 
 
 def _lowest(values: Sequence[float]) -> list[int]:

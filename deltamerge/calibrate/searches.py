@@ -53,14 +53,14 @@ class Found:
         return " ".join(f"{name} {x:.4g}" if isinstance(x, float) else f"{x}" for name, x in self.numbers.items())
 
 
-def shortlist(found: search.Found, low: float, high: float) -> list[tuple[float, float, bool]]:
+def shortlist(found: search.Minima, low: float, high: float) -> list[tuple[float, float, bool]]:
     """(point, value, whether it lies on a bound) of the best local minima."""
     values = dict(found.path)
     points = found.minima[:SHORTLIST] or (found.point,)
     return [(x, values[x], x <= low * (1.0 + 1e-9) or x >= high * (1.0 - 1e-9)) for x in points]
 
 
-def passed(found: search.Found, low: float, high: float) -> list[tuple[float, float]]:
+def passed(found: search.Minima, low: float, high: float) -> list[tuple[float, float]]:
     """Points inside the bounds that a search has evaluated, no closer than a twentieth of the log axis.
 
     Where the winner predicts as the base does, the objective has preferred the base, or a drowned delta, to everything

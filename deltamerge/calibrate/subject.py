@@ -14,7 +14,7 @@ from torch import Tensor
 
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
-from deltamerge.calibrate.blocks import Inputs, Linear, Model, from_reader
+from deltamerge.calibrate.blocks import BlockModel, Inputs, Linear, from_reader
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
 from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.data import check_new_tokens
@@ -92,7 +92,7 @@ class Subject:
         self.counts = len(search), len(held)
         labelled = source.labelled and self.metric != "exact_match"
         self.batches = {part: self.reads.batches(r, size=BATCH, labelled=labelled) for part, r in self.rows.items()}
-        self.model = Model(self.config, self.infos, device=self.device, pad_token_id=self.reads.pad_token_id)
+        self.model = BlockModel(self.config, self.infos, device=self.device, pad_token_id=self.reads.pad_token_id)
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
         # the variants of one walk share a part's weights; earlier reads are in the page cache
         self.start = Cache(self._start, max(self._part_bytes()))

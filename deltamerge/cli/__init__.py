@@ -14,11 +14,12 @@ from typing import Any
 import click
 from click.shell_completion import get_completion_class
 
-from deltamerge import __version__, kernels
+from deltamerge import __version__
 from deltamerge.cli import deltas, inspect, mergekit_flags, push, recipes, run, streams
 from deltamerge.cli.output import complain, tell
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import shown
+from deltamerge.io import kernels
 
 # errors of writing to stdout
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)

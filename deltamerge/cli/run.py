@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from deltamerge import kernels
 from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
@@ -28,6 +27,7 @@ from deltamerge.cli.options import (
 )
 from deltamerge.cli.output import Progress, Warnings, report_run, say, say_json, tell
 from deltamerge.cli.tables import render_calibration
+from deltamerge.io import kernels
 from deltamerge.io.files import scratch
 
 if TYPE_CHECKING:

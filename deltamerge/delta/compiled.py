@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from deltamerge import kernels
 from deltamerge.delta.positions import Array, Coding, index_itemsize, rice_offsets
 from deltamerge.delta.stored import PADDING
 from deltamerge.delta.values import VALUE_BITS, Values
 from deltamerge.errors import InputError
+from deltamerge.io import kernels
 
 LINE = 64
 

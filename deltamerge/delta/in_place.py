@@ -7,7 +7,6 @@ from typing import cast
 
 import numpy as np
 
-from deltamerge import kernels
 from deltamerge.delta import compiled
 from deltamerge.delta.entry import Entry, damage_told
 from deltamerge.delta.manifest import STORED_VALUES, Record, groups
@@ -15,6 +14,7 @@ from deltamerge.delta.positions import Array
 from deltamerge.delta.stored import PADDING, Scratch, StoredArray
 from deltamerge.delta.values import SCALED, ranked_scales, scale_values
 from deltamerge.errors import InputError
+from deltamerge.io import kernels
 from deltamerge.io.dtypes import NUMPY
 
 LARGEST_K = 15  # the largest k of rice that the compiled pass decodes

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge import kernels
 from deltamerge.engine.fused.stream import assemble, covers
 from deltamerge.engine.graph import Node, function_of
 from deltamerge.errors import InputError
+from deltamerge.io import kernels
 from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import Tile

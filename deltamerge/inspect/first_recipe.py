@@ -15,7 +15,7 @@ from deltamerge.io.atomic import replace_file
 from deltamerge.io.dtypes import TORCH_NAMES
 
 if TYPE_CHECKING:
-    from deltamerge.inspect.recommend import Candidate, Recommendation
+    from deltamerge.inspect.recommend import PruneCandidate, Recommendation
 
 HEAD = """\
 # deltamerge check {name}    the headers of every model, no weights read
@@ -94,7 +94,7 @@ def first_recipe(
     return text + TAIL.format(dtype=TORCH_NAMES[dtype])
 
 
-def _chosen(advice: Recommendation) -> Candidate:
+def _chosen(advice: Recommendation) -> PruneCandidate:
     return next(one for one in advice.candidates if one.name == advice.method)
 
 

@@ -18,7 +18,7 @@ VECTORS = "biases and norms"
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class TensorGroup:
     """Figures of several tensors: entries, mean |Δ|, ‖Δ‖/‖W‖ (None if the base is zero), share changed, share of
     energy."""
 
@@ -29,7 +29,7 @@ class Group:
     energy: float
 
     @classmethod
-    def of(cls, tensors: Sequence[TensorStatistics]) -> Group:
+    def of(cls, tensors: Sequence[TensorStatistics]) -> TensorGroup:
         """The figures of these tensors together."""
         count = sum(t.count for t in tensors)
         norm, base = (math.hypot(*values) for values in ([t.norm for t in tensors], [t.base_norm for t in tensors]))
@@ -43,7 +43,7 @@ class Group:
 class Figure:
     """A figure of a group, and its format."""
 
-    of: Callable[[Group], float | None]
+    of: Callable[[TensorGroup], float | None]
     form: str = ".3g"
 
 
@@ -88,19 +88,19 @@ def place(name: str) -> Place | None:
 
 def grouped(
     tensors: Iterable[TensorStatistics], key: Callable[[TensorStatistics], Place] = lambda t: _place(t)
-) -> dict[Place, Group]:
+) -> dict[Place, TensorGroup]:
     """Tensors grouped by a key; by default by block and module, with all vectors of a block as one module."""
     groups: dict[Place, list[TensorStatistics]] = {}
     for tensor in tensors:
         groups.setdefault(key(tensor), []).append(tensor)
-    return {name: Group.of(parts) for name, parts in groups.items()}
+    return {name: TensorGroup.of(parts) for name, parts in groups.items()}
 
 
 def _place(tensor: TensorStatistics) -> Place:
     return tensor.layer, VECTORS if tensor.kind == "vector" else module_of(tensor.name, tensor.layer)
 
 
-def matrices(found: Report) -> dict[Place, Group]:
+def matrices(found: Report) -> dict[Place, TensorGroup]:
     """The matrices of every block, by block and module."""
     return grouped(t for t in found.tensors if t.kind != "vector" and NUMBERED.fullmatch(t.layer))
 

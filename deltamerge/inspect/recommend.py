@@ -46,7 +46,7 @@ class _Figures(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Candidate(_Figures):
+class PruneCandidate(_Figures):
     """A method with its predicted errors; null where there is no data to tell."""
 
     name: str
@@ -100,7 +100,7 @@ class Recommendation(_Figures):
     why: list[str]
     paper: Paper
     evidence: Evidence
-    candidates: list[Candidate]
+    candidates: list[PruneCandidate]
     recipe: str = Field(description="YAML, ready for `deltamerge run` in the current folder, or in that of --out.")
     warnings: list[str] = Field([], description="Signs that the base is not MODEL's, or that the two are swapped.")
 
@@ -178,7 +178,7 @@ def _evidence(density: float, parts: Sequence[tuple[Pair, Moments]], measured: M
     )
 
 
-def _candidates(density: float, parts: Sequence[Moments], measured: Measured | None) -> list[Candidate]:
+def _candidates(density: float, parts: Sequence[Moments], measured: Measured | None) -> list[PruneCandidate]:
     """Every mask, both plain and with a calibrated q.
 
     From the delta alone the error of DARE is p/d, of importance sampling v = Σ Δ²(1/π − 1)/Σ Δ², of magnitude the
@@ -204,7 +204,7 @@ def _candidates(density: float, parts: Sequence[Moments], measured: Measured | N
         prune = {**keys, "density": density}
         for calibrated in (False, True):
             made.append(
-                Candidate(
+                PruneCandidate(
                     name=CALIBRATED[mask] if calibrated else mask,
                     prune=prune | ({"q": "output_change"} if calibrated else {}),
                     needs_calibration=calibrated or mask == "wanda",
@@ -227,7 +227,7 @@ def _measured(loss: MaskLoss | None, measured: Measured | None, calibrated: bool
     }
 
 
-def decide(evidence: Evidence, candidates: Sequence[Candidate]) -> tuple[str, list[str]]:
+def decide(evidence: Evidence, candidates: Sequence[PruneCandidate]) -> tuple[str, list[str]]:
     """The simplest method whose predicted loss is small, else the method with the smallest."""
     lost = {one.name: one.lost for one in candidates if one.lost is not None}
     noise = "none" if evidence.noise is None else f"{evidence.noise:.2g}"

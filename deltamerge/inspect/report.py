@@ -30,7 +30,7 @@ from deltamerge.io.atomic import refuse_taken, replace_file
 
 if TYPE_CHECKING:
     from deltamerge.inspect.activations import Activations
-    from deltamerge.inspect.layers import Group
+    from deltamerge.inspect.layers import TensorGroup
     from deltamerge.inspect.statistics import Report
     from deltamerge.run.calibration_record import ChosenQ, Run
 
@@ -199,7 +199,7 @@ def _by_module(found: Report) -> Markup:
     return bars("entries changed by module", [Point(m, v) for m, v in named], form=CHANGED.form)
 
 
-def _modules_of(found: Report) -> list[tuple[str, Group]]:
+def _modules_of(found: Report) -> list[tuple[str, TensorGroup]]:
     """The modules, each over all layers, by share of energy."""
     groups = grouped(found.tensors, lambda t: ("", VECTORS if t.kind == "vector" else module_of(t.name, t.layer)))
     return sorted(((module, group) for (_, module), group in groups.items()), key=lambda pair: -pair[1].energy)

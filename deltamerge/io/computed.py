@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from deltamerge import kernels
+from deltamerge.io import kernels
 from deltamerge.io.dtypes import bits_type, narrow, widen
 from deltamerge.io.tensor import Read, TensorInfo
 

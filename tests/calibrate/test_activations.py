@@ -12,7 +12,7 @@ import transformers
 from tiny_models import batches, make
 
 from deltamerge.calibrate.activations import collect
-from deltamerge.calibrate.blocks import Model, from_reader
+from deltamerge.calibrate.blocks import BlockModel, from_reader
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.methods.tiles import Kept
 
@@ -46,7 +46,7 @@ def caught(
 @pytest.mark.parametrize("sparse", [False, True])
 def test_equals_float64(architecture: str, sparse: bool, tmp_path: Path) -> None:
     reference, tensors = make(architecture, tmp_path)
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
     generator = torch.Generator().manual_seed(2)
     deltas = {n: torch.randn(t.shape, generator=generator) * 0.1 for n, t in tensors.items()}
     layers = {layer.name: layer for part in model.layers for layer in part}
@@ -94,7 +94,7 @@ def test_equals_float64(architecture: str, sparse: bool, tmp_path: Path) -> None
 
 def test_without_a_mask_each_block_runs_once(tmp_path: Path) -> None:
     _, tensors = make("BertModel", tmp_path)
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
     asked: list[str] = []
 
     def delta(name: str) -> torch.Tensor:

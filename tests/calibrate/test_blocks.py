@@ -14,7 +14,7 @@ import transformers
 from safetensors.torch import load_file
 from tiny_models import ARCHITECTURES, SMALL, batches, make
 
-from deltamerge.calibrate.blocks import Linear, Model, from_reader
+from deltamerge.calibrate.blocks import BlockModel, Linear, from_reader
 from deltamerge.errors import InputError
 from deltamerge.io.names import numbered_blocks
 
@@ -30,7 +30,7 @@ def test_equals_the_plain_forward(architecture: str, tmp_path: Path) -> None:
     reference, tensors = make(architecture, tmp_path)
     other = {name: tensor * 0.9 for name, tensor in tensors.items()}
     config = transformers.AutoConfig.from_pretrained(tmp_path)
-    model = Model(config, tensors)
+    model = BlockModel(config, tensors)
     assert len(model.blocks) == 3
     assert not model.whole
     assert sorted(n for part in model.parts for n in part) == sorted(tensors)
@@ -56,7 +56,7 @@ def test_equals_the_plain_forward(architecture: str, tmp_path: Path) -> None:
 def test_prefix_on_either_side(tmp_path: Path) -> None:
     reference, tensors = make("BertForSequenceClassification", tmp_path)
     bare = {name.removeprefix("bert."): t for name, t in tensors.items()}
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), bare)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), bare)
     data = batches("Bert")
     out = model.run(data, [from_reader(bare.__getitem__)], lambda b, out: out)[0][0]
     assert out.logits is not None
@@ -65,7 +65,7 @@ def test_prefix_on_either_side(tmp_path: Path) -> None:
 
 def test_one_part_is_asked_for_at_a_time_and_let_go(tmp_path: Path) -> None:
     _, tensors = make("LlamaForCausalLM", tmp_path)
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
     asked: list[list[str]] = []
     resident: list[int] = []
     alive: list[weakref.ref[torch.Tensor]] = []
@@ -93,7 +93,7 @@ def test_what_cannot_be_told_apart_runs_whole(tmp_path: Path) -> None:
         reference: Any = transformers.AlbertModel(config).train(False)
     reference.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
     data = batches("Albert")
     seen = Seen()
     rows = model.run(data, [from_reader(tensors.__getitem__)], lambda b, out: out.hidden, watch=seen)
@@ -126,7 +126,7 @@ class Seen:
 @pytest.mark.parametrize("architecture", ["BertForSequenceClassification", "GPT2LMHeadModel", "Gemma2ForCausalLM"])
 def test_watch_sees_each_input_once_a_round(architecture: str, tmp_path: Path) -> None:
     reference, tensors = make(architecture, tmp_path)
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
     data = batches(architecture)
     truth: dict[tuple[str, int], torch.Tensor] = {}
     modules = dict(reference.named_modules())
@@ -157,7 +157,7 @@ def test_watch_sees_each_input_once_a_round(architecture: str, tmp_path: Path) -
 )
 def test_gradients_are_those_of_the_plain_forward(architecture: str, tmp_path: Path) -> None:
     reference, tensors = make(architecture, tmp_path)
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
     inputs = batches(architecture)[0]
     scales = {name: torch.ones((), requires_grad=True) for name in tensors}
     out = model.differentiable(inputs, lambda names: {n: tensors[n] * scales[n] for n in names})
@@ -178,7 +178,7 @@ def test_gradients_are_those_of_the_plain_forward(architecture: str, tmp_path: P
 def test_a_step_of_learned_scales_holds_one_block(tmp_path: Path) -> None:
     """Forward and backward, no block's weights outlive the block."""
     _, tensors = make("LlamaForCausalLM", tmp_path)
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
     scale = torch.ones((), requires_grad=True)
     asked: list[int] = []
     alive: list[list[weakref.ref[torch.Tensor]]] = []
@@ -201,7 +201,7 @@ def test_a_step_of_learned_scales_holds_one_block(tmp_path: Path) -> None:
 
 def test_generates_greedily(tmp_path: Path) -> None:
     reference, tensors = make("LlamaForCausalLM", tmp_path)
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors, pad_token_id=0)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors, pad_token_id=0)
     inputs = {
         "input_ids": torch.tensor([[0, 0, 5, 6], [7, 8, 9, 10]]),
         "attention_mask": torch.tensor([[0, 0, 1, 1], [1] * 4]),
@@ -214,7 +214,7 @@ def test_generates_greedily(tmp_path: Path) -> None:
 def test_building_touches_no_random_state_and_allocates_no_weights(tmp_path: Path) -> None:
     _, tensors = make("ViTForImageClassification", tmp_path)
     before = torch.random.get_rng_state()
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
     assert torch.equal(before, torch.random.get_rng_state())
     linear = [module.weight for module in model.module.modules() if isinstance(module, torch.nn.Linear)]
     assert linear
@@ -224,10 +224,10 @@ def test_building_touches_no_random_state_and_allocates_no_weights(tmp_path: Pat
 def test_a_stored_head_is_not_tied(tmp_path: Path) -> None:
     _, tensors = make("LlamaForCausalLM", tmp_path)
     tensors = {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"] * 2.0}
-    model = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
+    model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)
     assert "lm_head.weight" in model.parts[0]
     data = batches("Llama")[:1]
-    tied = Model(transformers.AutoConfig.from_pretrained(tmp_path), tensors.keys() - {"lm_head.weight"})
+    tied = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors.keys() - {"lm_head.weight"})
     read = from_reader(tensors.__getitem__)
     twice, once = (m.run(data, [read], lambda b, out: out.logits)[0][0] for m in (model, tied))
     assert twice is not None
@@ -239,7 +239,7 @@ def test_errors(tmp_path: Path) -> None:
     _, tensors = make("BertModel", tmp_path)
     config = transformers.AutoConfig.from_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"needs encoder\.layer\.1\.output\.dense\.weight, which the checkpoint lacks"):
-        Model(config, tensors.keys() - {"encoder.layer.1.output.dense.weight"})
+        BlockModel(config, tensors.keys() - {"encoder.layer.1.output.dense.weight"})
     config.architectures = ["RemoteModel"]
     with pytest.raises(InputError, match="no model class 'RemoteModel'"):
-        Model(config, tensors)
+        BlockModel(config, tensors)

@@ -11,7 +11,7 @@ import torch
 import transformers
 from tiny_models import batches, make
 
-from deltamerge.calibrate.blocks import Model, from_reader
+from deltamerge.calibrate.blocks import BlockModel, from_reader
 from deltamerge.calibrate.candidates import Cache, apply, pruned
 from deltamerge.calibrate.objectives import (
     Distribution,
@@ -31,7 +31,7 @@ class Pair:
     def __init__(self, architecture: str, folder: Path, **changes: Any) -> None:
         self.reference, self.tune = make(architecture, folder, **changes)
         self.config: Any = transformers.AutoConfig.from_pretrained(folder)
-        self.model = Model(self.config, self.tune)
+        self.model = BlockModel(self.config, self.tune)
         generator = torch.Generator().manual_seed(3)
         self.delta = {n: torch.randn(t.shape, generator=generator) * 0.05 for n, t in self.tune.items()}
         self.base = {n: t - self.delta[n] for n, t in self.tune.items()}

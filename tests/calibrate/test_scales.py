@@ -10,7 +10,7 @@ import torch
 import transformers
 from tiny_models import batches, make
 
-from deltamerge.calibrate.blocks import Model
+from deltamerge.calibrate.blocks import BlockModel
 from deltamerge.calibrate.candidates import pruned
 from deltamerge.calibrate.objectives import Distribution, evaluate
 from deltamerge.calibrate.scales import Learned, learn, row_shape
@@ -25,7 +25,7 @@ class Problem:
         self, folder: Path, architecture: str = "BertForSequenceClassification", *, rows: bool = False
     ) -> None:
         _, self.base = make(architecture, folder)
-        self.model = Model(transformers.AutoConfig.from_pretrained(folder), self.base)
+        self.model = BlockModel(transformers.AutoConfig.from_pretrained(folder), self.base)
         self.layers = {layer.name: layer for part in self.model.layers[1:] for layer in part}
         generator = torch.Generator().manual_seed(5)
         drawn = {n: torch.randn(self.base[n].shape, generator=generator) for n in self.layers}

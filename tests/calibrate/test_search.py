@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from deltamerge.calibrate.search import BUDGET, Found, grid, minimise
+from deltamerge.calibrate.search import BUDGET, Minima, grid, minimise
 from deltamerge.calibrate.searches import passed
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
@@ -86,12 +86,12 @@ def test_the_authors_grid_stops_after_four_values_without_improvement() -> None:
 
 def test_minima_are_listed_best_first() -> None:
     path = ((1.0, 5.0), (2.0, 3.0), (4.0, 4.0), (8.0, 1.0), (16.0, 6.0), (3.0, 3.0), (32.0, 5.5))
-    assert Found(8.0, 1.0, path).minima == (8.0, 2.0, 32.0)
-    assert Found(1.0, 0.0, ((1.0, 0.0),)).minima == (1.0,)
+    assert Minima(8.0, 1.0, path).minima == (8.0, 2.0, 32.0)
+    assert Minima(1.0, 0.0, ((1.0, 0.0),)).minima == (1.0,)
 
 
 def test_a_flat_path_has_one_minimum_its_lower_end() -> None:
-    assert Found(1.0, 2.0, tuple((q, 2.0) for q in (1.0, 2.0, 3.0))).minima == (1.0,)
+    assert Minima(1.0, 2.0, tuple((q, 2.0) for q in (1.0, 2.0, 3.0))).minima == (1.0,)
 
 
 @pytest.mark.parametrize("slope", [1.0, -1.0, 0.0])

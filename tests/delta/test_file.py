@@ -23,13 +23,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deltamerge import kernels
 from deltamerge.delta.file import DeltaFile, load_delta, to_torch
 from deltamerge.delta.manifest import Base
 from deltamerge.delta.positions import CODINGS
 from deltamerge.delta.tensor_writer import BaseTensor
 from deltamerge.delta.writer import DeltaWriter, Summary
 from deltamerge.errors import InputError
+from deltamerge.io import kernels
 from deltamerge.io.dtypes import TORCH_NAMES
 
 DTYPES = ["F32", "BF16", "F16", "F8_E4M3", "F8_E5M2", "I64", "BOOL"]

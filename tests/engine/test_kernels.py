@@ -18,10 +18,10 @@ import torch
 from conftest import LEVELS, needs_kernels
 from safetensors.torch import save_file
 
-from deltamerge import kernels
 from deltamerge.engine.backends import FusedBackend, choose
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import REDUCTIONS, Graph, Node
+from deltamerge.io import kernels
 from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
@@ -378,7 +378,7 @@ def test_every_half_widens_like_torch(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("asked", ["off", "baseline", "nonsense"])
 def test_the_switch(asked: str) -> None:
     """What an environment variable asks for, or a line."""
-    code = "from deltamerge import kernels; print(kernels.described())"
+    code = "from deltamerge.io import kernels; print(kernels.described())"
     environment = {**os.environ, kernels.SWITCH: asked}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     if asked == "nonsense":

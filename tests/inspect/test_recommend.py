@@ -19,7 +19,7 @@ from deltamerge.calibrate.agreement import divergence as fitted
 from deltamerge.calibrate.subject import Subject
 from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError
-from deltamerge.inspect.recommend import CALIBRATED, Candidate, Question, Recommendation, decide
+from deltamerge.inspect.recommend import CALIBRATED, PruneCandidate, Question, Recommendation, decide
 from deltamerge.inspect.study import inspect, recommend
 from deltamerge.io.reader import Reader
 
@@ -262,11 +262,11 @@ def test_the_recommended_recipe_runs_where_it_was_written(models, monkeypatch, c
     assert "the paper" in out
 
 
-def candidates(**lost: float) -> list[Candidate]:
+def candidates(**lost: float) -> list[PruneCandidate]:
     names = [name for mask, calibrated in CALIBRATED.items() for name in (mask, calibrated)]
     values = dict.fromkeys(names, 0.9) | lost
     fields = {"delta_error": None, "layer_error": None, "metric": None, "q": None}
-    return [Candidate(name=n, prune={}, needs_calibration=False, lost=v, **fields) for n, v in values.items()]
+    return [PruneCandidate(name=n, prune={}, needs_calibration=False, lost=v, **fields) for n, v in values.items()]
 
 
 @pytest.mark.parametrize(

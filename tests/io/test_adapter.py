@@ -16,9 +16,8 @@ from running import make_plan, run
 from safetensors.torch import load_file, save_file
 from tiny_models import make
 
-from deltamerge import kernels
 from deltamerge.errors import InputError
-from deltamerge.io import hub, patterns
+from deltamerge.io import hub, kernels, patterns
 from deltamerge.io.computed import ordered_product
 from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader

@@ -13,7 +13,7 @@ from conftest import tiny_llama
 from pydantic import BaseModel
 
 from deltamerge.inspect.activations import Activations, Influence, LayerInfluence, Massive
-from deltamerge.inspect.recommend import Candidate, Evidence, Paper, Recommendation
+from deltamerge.inspect.recommend import Evidence, Paper, PruneCandidate, Recommendation
 from deltamerge.inspect.statistics import Report, Statistics, TensorStatistics
 from deltamerge.plan.review import TENSOR_KEYS
 from deltamerge.run.calibration_record import ChosenQ, Run
@@ -31,7 +31,7 @@ MODELS: tuple[type[BaseModel], ...] = (
     ChosenQ,
     Recommendation,
     Evidence,
-    Candidate,
+    PruneCandidate,
     Paper,
 )
 

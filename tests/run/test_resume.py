@@ -18,11 +18,10 @@ from conftest import make_checkpoint
 from interrupted import RECIPE, Stop, calibrated, earlier, files, models
 from running import finish, make_plan, run
 
-from deltamerge import kernels
 from deltamerge.delta import spool
 from deltamerge.delta.tensor_writer import TensorWriter
 from deltamerge.errors import InputError, OutputError, UsageError
-from deltamerge.io import writer
+from deltamerge.io import kernels, writer
 from deltamerge.io.audit import INFINITY, count_nonfinite
 from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.io.journal import Journal, check_facts, read_journal

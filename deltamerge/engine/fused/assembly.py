@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.operations import Operation, Place
+from deltamerge.engine.fused.operations import Operation, StoredSource
 from deltamerge.engine.graph import Node
 from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import RUN, block_elements, row_length
@@ -57,7 +57,7 @@ class Form:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class KeptRegisters:
     """A sparse delta: the register of its values, and the list of their places."""
 
     register: int
@@ -77,11 +77,11 @@ class Assembly:
     aligned: bool = False
     sampled: int = 0
     operations: list[Operation] = field(default_factory=list)
-    sources: list[Place] = field(default_factory=list)
+    sources: list[StoredSource] = field(default_factory=list)
     source_of: dict[int, int] = field(default_factory=dict)
     registers: dict[int, int] = field(default_factory=dict)
     zeros: set[int] = field(default_factory=set)
-    kept: dict[int, Kept] = field(default_factory=dict)
+    kept: dict[int, KeptRegisters] = field(default_factory=dict)
     lists: int = 0
     free: list[int] = field(default_factory=list)
     count: int = 0

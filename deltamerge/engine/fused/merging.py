@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.assembly import Assembly, Kept
+from deltamerge.engine.fused.assembly import Assembly, KeptRegisters
 from deltamerge.engine.graph import Node
 from deltamerge.methods.merge.arithmetic import divisor_of
 
@@ -56,7 +56,7 @@ def _merge_places(
         registers = list(range(rows, rows + len(models)))
     base = assembly.new()
     assembly.add(codes.BASE_AT, base, assembly.source_of[id(node.inputs[0])], places)
-    kept = assembly.kept[id(node)] = Kept(assembly.new(), places)
+    kept = assembly.kept[id(node)] = KeptRegisters(assembly.new(), places)
     assembly.add(code, kept.register, base, places, normalize, models=tuple(registers), **numbers)
 
 

@@ -12,7 +12,7 @@ from deltamerge.methods.prune.bits import Key
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class StoredSource:
     """A stored tensor: its open file, or None where its bytes are made when they are read."""
 
     info: TensorInfo

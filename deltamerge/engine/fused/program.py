@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge import kernels
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.operations import Place
+from deltamerge.engine.fused.operations import StoredSource
+from deltamerge.io import kernels
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Program:
         )  # fmt: skip
         return np.array(numbers, np.int64)
 
-    def _made(self, place: Place, start: int, stop: int) -> NDArray[np.uint8]:
+    def _made(self, place: StoredSource, start: int, stop: int) -> NDArray[np.uint8]:
         """The elements of a tensor whose bytes are made when they are read."""
         buffer = np.empty((stop - start) * place.itemsize, np.uint8)
         self.reader.read_into(place.info, start, buffer)
@@ -125,7 +125,7 @@ class Program:
         return np.zeros(total, np.int64)
 
 
-def _fd(place: Place) -> int:
+def _fd(place: StoredSource) -> int:
     assert place.file is not None
     return place.file.fd
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.assembly import Assembly, Kept
+from deltamerge.engine.fused.assembly import Assembly, KeptRegisters
 from deltamerge.engine.graph import Node
 from deltamerge.methods.prune.bits import Key, guided, is_sparse
 from deltamerge.methods.prune.bits import threshold as bound
@@ -28,7 +28,7 @@ def zeros(assembly: Assembly, node: Node) -> None:
 
 def dare(assembly: Assembly, node: Node, key: Key, density: float) -> None:
     if is_sparse(density):
-        kept = assembly.kept[id(node)] = Kept(assembly.new(), assembly.new_list())
+        kept = assembly.kept[id(node)] = KeptRegisters(assembly.new(), assembly.new_list())
         assembly.add(codes.DRAW, kept.places, len(assembly.tables), key=key)
         assembly.tables.append(guided(density))
         _differ_at(assembly, node, kept)
@@ -41,7 +41,7 @@ def dare(assembly: Assembly, node: Node, key: Key, density: float) -> None:
     assembly.add(codes.DROP, assembly.made(node), tune, base, high, low, key=key)
 
 
-def _differ_at(assembly: Assembly, node: Node, kept: Kept) -> None:
+def _differ_at(assembly: Assembly, node: Node, kept: KeptRegisters) -> None:
     """The difference of two stored tensors at the places that are kept; of one and zeros, the one."""
     tune, base = node.inputs
     sources = [assembly.source_of[id(x)] for x in (tune, base) if id(x) not in assembly.zeros]
@@ -55,7 +55,7 @@ def divide(assembly: Assembly, node: Node) -> None:
     delta, divisor = node.inputs
     q, sparse = assembly.values[id(divisor)], assembly.kept.get(id(delta))
     if sparse is not None:
-        kept = assembly.kept[id(node)] = Kept(assembly.new(), sparse.places)
+        kept = assembly.kept[id(node)] = KeptRegisters(assembly.new(), sparse.places)
         assembly.add(codes.DIVIDE, kept.register, sparse.register, sparse.places, scalars=(q, 1.0))
         return
     source, last = assembly.register(delta), assembly.operations[-1]
@@ -129,7 +129,7 @@ def divide_rows(assembly: Assembly, node: Node) -> None:
     if isinstance(q, float):
         divide(assembly, node)
     elif sparse is not None:
-        kept = assembly.kept[id(node)] = Kept(assembly.new(), sparse.places)
+        kept = assembly.kept[id(node)] = KeptRegisters(assembly.new(), sparse.places)
         _spread(assembly, kept.register, sparse.register, q, int(q.shape[-1] != 1), (sparse.places,))
     else:
         source = assembly.register(delta)

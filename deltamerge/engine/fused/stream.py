@@ -8,7 +8,7 @@ from typing import Any
 
 from deltamerge.engine.fused import codes, merging, pruning, reductions
 from deltamerge.engine.fused.assembly import Assembly, Form
-from deltamerge.engine.fused.operations import Place
+from deltamerge.engine.fused.operations import StoredSource
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first
 from deltamerge.io.reader import Reader
@@ -22,7 +22,7 @@ STORED = codes.DTYPES.keys()
 def _read(assembly: Assembly, node: Node) -> None:
     info = node.parameter("tensor")
     assembly.source_of[id(node)] = len(assembly.sources)
-    assembly.sources.append(Place(info, assembly.reader.stored(info)))
+    assembly.sources.append(StoredSource(info, assembly.reader.stored(info)))
 
 
 def _cast(assembly: Assembly, node: Node, to: str) -> None:

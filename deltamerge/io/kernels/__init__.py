@@ -28,7 +28,7 @@ def native() -> Any | None:
     if asked == OFF:
         return None
     try:
-        module = importlib.import_module("deltamerge.kernels._native")
+        module = importlib.import_module("deltamerge.io.kernels._native")
     except ImportError:
         return None
     if asked and not module.choose(asked):
