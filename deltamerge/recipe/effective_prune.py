@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Pruning:
-    """How one model's delta is pruned. Values are evaluated later, per tensor (`recipe.values.resolve`).
+    """How one model's delta is pruned. Values are evaluated later, per tensor (`recipe.values.value_for`).
 
     method       name in the table of pruning methods, or "none"
     density      fraction in (0, 1]; None for method none, and where the method's parameters multiply to it unless given

@@ -71,7 +71,7 @@ CASES = {
     "bytes: an option": ("$D plan r.yaml $'--\\xff'", 2, "\\udcff"),
     "ascii": ("LC_ALL=C PYTHONCOERCECLOCALE=0 PYTHONUTF8=0 PYTHONIOENCODING=ascii $D plan r.yaml", 0, "600 tensors"),
 }
-QUICK = ("closed stderr", "closed stdout", "full stdout", "a reader that has enough", "a deleted folder",
+QUICK = ("closed stderr", "closed stdout", "full stdout", "a deleted folder",
          "bytes: no recipe", "all closed, a run", "full stderr")  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from conftest import make_checkpoint
 
 from deltamerge.io import kernels
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RECIPE = """\
 merge_method: ties
 parameters: {weight: 1, density: 0.3}
