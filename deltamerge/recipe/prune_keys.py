@@ -34,7 +34,10 @@ class Keys(BaseModel):
 
 
 class CalibratedQ(Keys):
-    """A q that is searched on calibration data, for the weights of linear layers; other tensors have q = 1."""
+    """A q that is searched on calibration data, for the weights of linear layers that the rows reach.
+
+    1-D tensors and embeddings have q = 1, all other tensors the q that they have without calibration.
+    """
 
     objective: Objective = Field(description="What the search makes best.")
     scope: Literal["global", "layer", "row"] = Field("global", description="One q for all, per layer, or per row.")
