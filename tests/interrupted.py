@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -88,3 +90,25 @@ def lock(folder: Path) -> dict[str, dict[str, str | int]]:
     }
     (folder / "recipe.lock").write_text(yaml.safe_dump({"format": 1, "outputs": outputs}))
     return outputs
+
+
+def killed(work: Callable[[], object], after: int, calls: Sequence[str], *others: tuple[Any, str]) -> bool:
+    """Whether a process that does `work` was killed before its call number `after`: of the functions `calls` of os, and
+    of `others` (module, name)."""
+    pid = os.fork()
+    if pid == 0:
+        left = iter(range(after))
+
+        def dying(call: Callable[..., Any]) -> Callable[..., Any]:
+            def made(*arguments: Any, **named: Any) -> Any:
+                if next(left, None) is None:
+                    os._exit(9)
+                return call(*arguments, **named)
+
+            return made
+
+        for module, name in [*((os, name) for name in calls), *others]:
+            setattr(module, name, dying(getattr(module, name)))
+        work()
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9

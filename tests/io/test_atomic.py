@@ -6,11 +6,10 @@ import itertools
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 from calls import call
-from interrupted import calibrated
+from interrupted import calibrated, killed
 from running import calibrate, run
 
 from deltamerge.errors import OutputError, VerifyError
@@ -22,28 +21,6 @@ from deltamerge.io.seals import hash_output
 CALLS = ("open", "pwrite", "fsync", "rename", "unlink", "link", "fchmod")
 
 
-def killed(work: Callable[[], object], after: int) -> bool:
-    """Whether a process that does `work` was killed before its call number `after` of the system."""
-    pid = os.fork()
-    if pid == 0:
-        calls = iter(range(after))
-
-        def dying(call: Callable[..., Any]) -> Callable[..., Any]:
-            def made(*arguments: Any, **named: Any) -> Any:
-                if next(calls, None) is None:
-                    os._exit(9)
-                return call(*arguments, **named)
-
-            return made
-
-        for name in CALLS:
-            setattr(os, name, dying(getattr(os, name)))
-        atomic._renameat2 = dying(atomic._renameat2)
-        work()
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-
-
 @pytest.mark.parametrize("new", [False, True])
 def test_killed_at_any_call_a_file_is_whole_or_as_it_was(tmp_path: Path, new: bool) -> None:
     path = tmp_path / "r.lock"
@@ -51,7 +28,7 @@ def test_killed_at_any_call_a_file_is_whole_or_as_it_was(tmp_path: Path, new: bo
         path.unlink(missing_ok=True)
         if not new:
             path.write_text("old")
-        if not killed(lambda: replace_file(path, "new", new=new), after):
+        if not killed(lambda: replace_file(path, "new", new=new), after, CALLS, (atomic, "_renameat2")):
             break
         assert (path.read_text() if path.exists() else "") in ("" if new else "old", "new")
         path.unlink(missing_ok=True)

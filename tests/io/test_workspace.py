@@ -7,15 +7,14 @@ import itertools
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from interrupted import earlier, lock
+from interrupted import earlier, killed, lock
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import workspace as module
@@ -217,28 +216,6 @@ def test_a_target_is_replaced_whole_or_not_at_all(
 CALLS = ("rename", "unlink", "rmdir", "mkdir", "open", "fdatasync", "fsync", "pwrite", "ftruncate")
 
 
-def killed(target: Path, after: int, force: bool) -> bool:
-    """Whether a process that saves work and publishes was killed before its call number `after` of the system."""
-    pid = os.fork()
-    if pid == 0:
-        calls = iter(range(after))
-
-        def dying(call: Callable[..., Any]) -> Callable[..., Any]:
-            def made(*arguments: Any, **named: Any) -> Any:
-                if next(calls, None) is None:
-                    os._exit(9)
-                return call(*arguments, **named)
-
-            return made
-
-        for name in CALLS:
-            setattr(os, name, dying(getattr(os, name)))
-        module.exchange = dying(module.exchange)
-        end(target, force=force)
-        os._exit(0)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 9
-
-
 def again(target: Path, **options: bool) -> None:
     """The same run, which makes again what was not saved."""
     with workspace(target, **options) as space:
@@ -260,7 +237,7 @@ def test_killed_at_any_call_a_run_is_whole_or_goes_on(
             target, weights = home / "out", home / "out" / "model.safetensors"
             if replaced:
                 earlier(target)
-            if not killed(target, after, replaced):
+            if not killed(partial(end, target, force=replaced), after, CALLS, (module, "exchange")):
                 break
             if replaced and can_exchange:
                 assert weights.read_text() in ("old", "new")
