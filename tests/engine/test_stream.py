@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import make_checkpoint
+from conftest import make_checkpoint, needs_kernels
 from running import run
 
 from deltamerge.engine import backends
 from deltamerge.engine.backends import FusedBackend
 from deltamerge.errors import OutputError
 from deltamerge.methods.prune import select
+
+pytestmark = needs_kernels
 
 # vectors, rows that no block is made of whole, more than one block, more than one piece of a block
 SHAPES = [(7,), (100_003,), (300, 333), (3, 5, 7), (2, 70_000), (1, 1)]
