@@ -133,8 +133,12 @@ def test_each_module_has_its_own_q(models: Path, tmp_path: Path) -> None:
         make_plan(path)
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
-@pytest.mark.parametrize("name", RUNS)
+EACH = [(name, family) for name in RUNS for family in ("bert", "llama")]
+# every day each on one of the two
+TURNS = [pytest.param(*one, marks=[pytest.mark.slow] if i % 4 in (1, 2) else []) for i, one in enumerate(EACH)]
+
+
+@pytest.mark.parametrize(("name", "family"), TURNS)
 def test_runs_and_repeats_from_the_lock(models: Path, tmp_path: Path, family: str, name: str) -> None:
     path = recipe(models / family, name, RUNS[name])
     result = run(path, tmp_path / "out")

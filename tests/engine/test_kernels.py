@@ -309,7 +309,7 @@ def test_steps_are_torch(name: str, values: Any, tmp_path: Path, monkeypatch: py
         folder.mkdir()
         dtypes = [torch.bfloat16, torch.bfloat16, torch.float32 if number % 2 else torch.float16]
         tensors = [values(shape, seed).to(dtype) for seed, dtype in enumerate(dtypes)]
-        for level in LEVELS:
+        for level in LEVELS if number % 3 == 0 else LEVELS[:1]:
             kernels.native().choose(level)
             models = Models(folder, *tensors)
             check(models, STEPS[name](models), monkeypatch)

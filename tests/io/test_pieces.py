@@ -73,24 +73,6 @@ def test_pieces_inside_ranges(tmp_path: Path) -> None:
     assert np.flatnonzero(found).tolist() == [1, 4, 5]
 
 
-@pytest.mark.parametrize("begin", [0, 1024, PIECE_BYTES - 1024, 5 * PIECE_BYTES])
-@pytest.mark.parametrize("size", [0, 1023, 1024, PIECE_BYTES, 3 * PIECE_BYTES + 2000])
-def test_the_compiled_hash_is_the_library_s(begin: int, size: int) -> None:
-    xxh3 = pytest.importorskip("deltamerge.fused.xxh3")
-    data = np.random.default_rng(size).integers(0, 256, begin % PIECE_BYTES + size, np.uint8)
-    start, end = begin - begin % PIECE_BYTES, begin + size  # as two calls, of which the second goes on
-    first = start // PIECE_BYTES
-    digests = np.zeros((end // PIECE_BYTES - first, 2), np.uint64)
-    state = np.zeros(8, np.uint64)
-    for stop in (begin, end):
-        at = data.ctypes.data + (0 if stop == begin else begin - start)
-        came = xxh3.mix_pieces(at, np.int64(start if stop == begin else begin), np.int64(stop), first, state, digests)
-        assert came == stop - stop % 1024
-    for number, digest in enumerate(digests):
-        piece = data[number * PIECE_BYTES : (number + 1) * PIECE_BYTES]
-        assert digest.astype(">u8").tobytes() == xxh3_128(piece.tobytes()).digest()
-
-
 METHODS = {
     "linear": "merge_method: linear\nparameters: {weight: 0.5}\n",
     "dare_linear": "merge_method: dare_linear\nparameters: {density: 0.3}\n",
