@@ -61,10 +61,7 @@ class Task:
 
 @dataclass(eq=False)
 class Running:
-    """A task in progress: small values so far, partials of the running pass, and the number of jobs it waits for.
-
-    `whole` runs the pass in one call instead of step by step, where possible.
-    """
+    """A task in progress: small values so far, the running pass (`whole` runs it in one call), jobs it waits for."""
 
     task: Task
     schedule: Schedule
@@ -102,8 +99,7 @@ def execute(
         tasks           what to compute
         reader          reads the inputs
         sink            None: all roots are small or reductions
-        device          "cpu" or a GPU
-        workers         threads
+        device          "cpu" or a GPU;  workers   threads
         tile_elements   of a tile
         progress        called with the number of bytes done
         known           values of small nodes that are not computed again
@@ -145,6 +141,7 @@ class _Engine:
         self.upcoming = iter(tasks)
         self.ready: deque[Job] = deque()
         self.in_flight = 0
+        self.working = 0
         self.failure: BaseException | None = None
         self.changed = threading.Condition()
 
@@ -157,9 +154,9 @@ class _Engine:
                 thread.join()
         except BaseException as interruption:  # whoever called closes what the threads write to: first they end
             self._fail(interruption)
-            for thread in threads:
-                if thread.ident is not None:
-                    thread.join()
+            with self.changed:  # not by join: after an interrupted one Python 3.11 takes the thread for ended
+                while self.working:
+                    self.changed.wait()
         if self.failure is not None:
             raise self.failure
 
@@ -167,6 +164,8 @@ class _Engine:
     def _work(self) -> None:
         """The loop of one thread. numpy's warnings about NaN are off: they are counted when the result is written."""
         lanes: dict[str, Lane] = {}
+        with self.changed:
+            self.working += 1
         try:
             while (job := self._take()) is not None:
                 task = job.running.task
@@ -178,6 +177,10 @@ class _Engine:
                     self._complete(job)
         except BaseException as failure:
             self._fail(failure)
+        finally:
+            with self.changed:
+                self.working -= 1
+                self.changed.notify_all()
 
     def _fail(self, failure: BaseException) -> None:
         with self.changed:

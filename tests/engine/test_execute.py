@@ -139,3 +139,35 @@ def test_a_gpu_makes_the_same_bytes(tmp_path):
     cpu = run(recipe, tmp_path / "cpu", device="cpu").folder / "model.safetensors"
     gpu = run(recipe, tmp_path / "gpu", device="cuda", workers=3).folder / "model.safetensors"
     assert cpu.read_bytes() == gpu.read_bytes()
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time
+from deltamerge.api import load_recipe
+from deltamerge.engine.execute import _Engine
+signal.signal(signal.SIGINT, signal.default_int_handler)
+running, ended, compute = threading.Event(), [], _Engine._compute
+
+def slowly(*arguments):
+    running.set()
+    time.sleep(0.4)
+    compute(*arguments)
+    ended.append(time.monotonic())
+
+_Engine._compute = slowly
+planned = load_recipe("r.yaml", workers=1)
+threading.Thread(target=lambda: (running.wait(30), time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT))).start()
+try:
+    planned.run("out")
+except KeyboardInterrupt:
+    left = time.monotonic()
+time.sleep(0.8)
+print(len(ended), max(ended) < left)
+"""
+
+
+def test_workers_have_ended_when_an_interrupted_run_is_left(tmp_path):
+    """Whoever is interrupted closes what the workers write to."""
+    pair(tmp_path, rows=512, count=8)
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout == "1 True\n", done.stderr
