@@ -10,8 +10,8 @@ from deltamerge.engine import backends
 from deltamerge.engine.graph import READ, Node, depth_first, name_of
 from deltamerge.io.alike import count_alike, finite, places
 from deltamerge.io.audit import NonFinite
+from deltamerge.io.computed import Cast, LowRank, Zeros
 from deltamerge.io.dtypes import FLOATING
-from deltamerge.io.gathered import Gathered
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.ops import put_back
@@ -94,10 +94,13 @@ def _models(root: Node) -> tuple[TensorInfo, ...]:
         return ()
     found = [node.parameter("tensor") for node in depth_first(root) if node.kind == "read"]
     plain = all(
-        type(info) is TensorInfo and info.shape == root.shape and info.dtype in FLOATING and math.prod(info.shape)
+        isinstance(info.made, Cast | LowRank | Zeros | None)  # neither rows of several models nor a delta artifact's
+        and info.shape == root.shape
+        and info.dtype in FLOATING
+        and math.prod(info.shape)
         for info in found
     )
-    return tuple(dict.fromkeys(found)) if plain and not any(isinstance(info, Gathered) for info in found) else ()
+    return tuple(dict.fromkeys(found)) if plain else ()
 
 
 def _rewritten(root: Node, tensors: Mapping[TensorInfo, TensorInfo]) -> Node:

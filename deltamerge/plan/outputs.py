@@ -152,7 +152,7 @@ class Outputs:
                 copied.append(stored)
             lenders = present if any(model is owner for model, _ in present) else [*present, (owner, tensor)]
             tensor = next(info for model, info in self._remapped(target, lenders) if model is owner)
-            if packed or (tensor.dtype in COPIED and isinstance(tensor, Gathered)):
+            if packed or (tensor.dtype in COPIED and isinstance(tensor.made, Gathered)):
                 self._refuse_dtype(stored, tensor.dtype)
                 return None
             return self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (owner.name,)))
