@@ -1,0 +1,410 @@
+"""What the package makes of every family of the installed transformers: merged, stacked, as a delta, calibrated.
+
+Each is judged from the files alone, in float64. A family has a process of its own, with a limit of time and memory.
+
+    python tests/families/walk.py [--only FAMILY …]     walks, and writes results.json and docs/families.md
+    python tests/families/walk.py --table               writes docs/families.md from results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import re
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
+
+import numpy as np
+import torch
+import transformers
+import yaml
+from calibration_rows import rows
+from conftest import write_tokenizer
+from raw_tensors import ARRAYS, DIGITS, LARGEST, LEAST, Stored, read_checkpoint, widened
+from reference_recipe import Place, Recipe, Unsure
+from running import make_plan, run
+from small_models import VOCABULARY, Unbuilt, build, families, save, shaken
+
+from deltamerge.errors import DeltamergeError
+from deltamerge.io.names import EMBEDDING, TASK_HEAD
+from deltamerge.run.apply import apply
+from deltamerge.run.extract import extract
+
+RESULTS = HERE / "results.json"
+SECONDS = 120
+BYTES = 6 << 30
+SIDE = 32
+DENSITY = 0.3
+MERGES: dict[str, dict[str, Any]] = {
+    "task_arithmetic": {
+        "models": [
+            {"model": "./a", "parameters": {"weight": 0.6}},
+            {"model": "./b", "parameters": {"weight": 0.7}},
+        ],
+    },
+    "dare_ties": {
+        "models": [
+            {"model": "./a", "parameters": {"weight": 0.6, "density": 0.4}},
+            {"model": "./b", "parameters": {"weight": 0.7, "density": 0.6}},
+        ],
+    },
+    "slerp": {"models": [{"model": "./base"}, {"model": "./a"}], "parameters": {"t": 0.3}},
+}
+RANGES = [[(0, 2), (0, 2)], [(0, 1), (0, 1)], [(1, 2), (0, 1)]]
+
+
+class Wrong(Exception):  # no error of the package: what it made is not what it has to be
+    """A result that differs from its reference."""
+
+
+class Made:
+    """A family's folders `base`, `a` and `b`: two fine-tunes of a base; and what transformers says of loading them."""
+
+    def __init__(self, family: str, folder: Path) -> None:
+        model = build(family)
+        self.folder, self.kind = folder, type(model)
+        self.count = sum(p.numel() for p in model.parameters())
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        save(model, folder / "base")
+        for seed, name in enumerate("ab", 2):
+            model.load_state_dict(state)
+            save(shaken(model, 0.02, seed), folder / name)
+            write_tokenizer(folder / name, VOCABULARY)
+        write_tokenizer(folder / "base", VOCABULARY)
+        self.tables = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
+        self.files = {name: read_checkpoint(folder / name) for name in ("base", "a", "b")}
+        self.own = self.faults("base")
+
+    def recipe(self, name: str, content: Mapping[str, Any]) -> Path:
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(dict(content), sort_keys=False))
+        return path
+
+    def faults(self, name: str) -> dict[str, list[str]]:
+        """The keys that transformers misses, does not expect or cannot fit in a folder."""
+        with torch.random.fork_rng(devices=[]):
+            _, info = self.kind.from_pretrained(self.folder / name, output_loading_info=True, dtype=torch.bfloat16)
+        return {key: sorted(map(str, value)) for key, value in info.items() if value}
+
+    def check_loads(self, name: str) -> None:
+        if (found := self.faults(name)) != self.own:
+            raise Wrong(f"transformers loads it with {shown(found)}, and the base with {shown(self.own)}")
+
+
+def shown(faults: Mapping[str, list[str]]) -> str:
+    return ", ".join(f"{key}: {', '.join(names[:3])} ({len(names)})" for key, names in faults.items()) or "nothing amiss"
+
+
+def merged(made: Made) -> str:
+    """Three merges, each tensor the reference's to within a rounding, and one of them loaded."""
+    for method, settings in MERGES.items():
+        content = {"merge_method": method, "base_model": "./base", **settings}
+        path = made.recipe(method, content)
+        run(path, made.folder / method, workers=1)
+        out = read_checkpoint(made.folder / method)
+        if out.keys() != made.files["base"].keys():
+            raise Wrong(f"{method}: tensors {sorted(out.keys() ^ made.files['base'].keys())[:3]}")
+        inputs = {f"./{name}": {n: wide(t) for n, t in files.items()} for name, files in made.files.items()}
+        models = [m for m in settings["models"] if m["model"] != "./base"]
+        judge = Recipe(content, inputs, [], None, None)  # type: ignore[arg-type]
+        for name, tensor in out.items():
+            place = Place(name, 0.0, models, [settings.get("parameters", {})], [name] * len(models), name)
+            check(judge, place, method, tensor, [files[name] for files in made.files.values()])
+    made.check_loads("task_arithmetic")
+    return "ok"
+
+
+def wide(tensor: Stored) -> np.ndarray[Any, Any]:
+    return widened(tensor) if tensor[0] in ARRAYS else tensor[1]
+
+
+def check(judge: Recipe, place: Place, method: str, tensor: Stored, sources: list[Stored]) -> None:
+    code, array = tensor
+    if code != sources[0][0]:
+        raise Wrong(f"{method}: {place.name} is {code}, not {sources[0][0]}")
+    same = all(s[1].tobytes() == sources[0][1].tobytes() for s in sources)
+    if same or code not in ARRAYS:
+        if not any(array.tobytes() == s[1].tobytes() for s in sources[: 1 if same else None]):
+            raise Wrong(f"{method}: {place.name}, {'the same in all models' if same else code}, is not copied")
+        return
+    try:
+        with np.errstate(all="ignore"):
+            wanted = judge.made(place)
+    except Unsure:
+        return
+    got = widened(tensor)
+    if got.shape != wanted.size.shape:
+        raise Wrong(f"{method}: {place.name} has shape {got.shape}, not {wanted.size.shape}")
+    if (wrong := np.argwhere(wanted.misses(got, DIGITS[code], LEAST[code], LARGEST[code]))).size:
+        at = tuple(wrong[0])
+        raise Wrong(f"{method}: {place.name}{[*map(int, at)]} is {got[at]!r}, not {wanted.either[0][at]!r}")
+
+
+def stacked(made: Made) -> str:
+    """Stacks of RANGES: each loads and holds what its layers held, or is refused."""
+    told: dict[str, None] = {}
+    done = 0
+    for i, ranges in enumerate(RANGES):
+        for module in modules(made, i, ranges, told):
+            slices = layers(ranges)
+            content = {"slices": slices} if module is None else {"modules": {module: {"slices": slices}}}
+            name = f"stack-{i}-{module}"
+            try:
+                run(made.recipe(name, {"merge_method": "passthrough", **content}), made.folder / name, workers=1)
+            except DeltamergeError as error:
+                told[line(error)] = None
+                continue
+            held(made, name)
+            made.check_loads(name)
+            done += 1
+    if not done:
+        return f"refused: {next(iter(told))}"
+    return "ok" if not told else f"ok, and refused: {next(iter(told))}"
+
+
+def layers(ranges: list[tuple[int, int]]) -> list[dict[str, Any]]:
+    sources = zip(ranges, ("./base", "./a", "./b"), strict=False)
+    return [{"sources": [{"model": model, "layer_range": list(pair)}]} for pair, model in sources]
+
+
+def modules(made: Made, i: int, ranges: list[tuple[int, int]], told: dict[str, None]) -> Iterator[str | None]:
+    """None, for a model with one container of layers; else a name for each of them; nothing where all is refused."""
+    path = made.recipe(f"plan-{i}", {"merge_method": "passthrough", "slices": layers(ranges)})
+    try:
+        make_plan(path, workers=1)
+    except DeltamergeError as error:
+        if (found := re.search(r"could stack (.*?)(\.|$)(?!\w)", str(error))) is None:
+            told[line(error)] = None
+            return
+        containers = [container.split(".") for container in found[1].split(" or ")]
+        for container in containers:
+            others = {part for other in containers if other is not container for part in other}
+            own = [part for part in container if part not in others and not part.isdigit()]
+            yield from own[:1]
+        return
+    yield None
+
+
+def held(made: Made, name: str) -> None:
+    """Each tensor of a stack is one that a model has at a place of that name."""
+    homes: dict[str, set[bytes]] = {}
+    for files in made.files.values():
+        for there, (_, array) in files.items():
+            homes.setdefault(re.sub(r"\d+", "*", there), set()).add(array.tobytes())
+    for there, (_, array) in read_checkpoint(made.folder / name).items():
+        if array.tobytes() not in homes.get(re.sub(r"\d+", "*", there), ()):
+            raise Wrong(f"{name}: {there} is no tensor of a layer")
+
+
+def as_delta(made: Made) -> str:
+    """A fine-tune as a delta, put back on its base: byte for byte the fine-tune."""
+    base, delta, back = (str(made.folder / name) for name in ("base", "delta", "back"))
+    extract(str(made.folder / "a"), base, Path(delta))
+    apply(delta, base, Path(back), workers=1)
+    got, wanted = read_checkpoint(Path(back)), made.files["a"]
+    if got.keys() != wanted.keys():
+        raise Wrong(f"tensors {sorted(got.keys() ^ wanted.keys())[:3]}")
+    for name, (code, array) in wanted.items():
+        if code != got[name][0] or array.tobytes() != got[name][1].tobytes():
+            raise Wrong(f"{name} is not the fine-tune's")
+    return "ok"
+
+
+def calibrated(made: Made) -> str:
+    """One q, searched on rows; every pruned delta keeps its mean, or is divided by the q that was chosen for it."""
+    names = inspect.signature(made.kind.forward).parameters
+    picture = "pixel_values" in names and "input_ids" not in names
+    (pictures if picture else texts)(made.folder)
+    content = {
+        "base_model": "./base",
+        "models": [
+            {"model": "./a", "name": "a", "prune": {"method": "dare", "density": DENSITY, "q": "output_change"}}
+        ],
+        "calibration": {"data": "pictures" if picture else "rows.jsonl", "sequences": 4, "length": 12, "seeds": 1},
+        "dtype": "float32",
+    }
+    path = made.recipe("calibrated", content)
+    try:
+        make_plan(path, workers=1, device="cpu")
+    except DeltamergeError as error:
+        return f"refused: {line(error)}"
+    try:
+        run(path, made.folder / "calibrated", workers=1, device="cpu")
+    except DeltamergeError as error:
+        return f"late: {line(error)}"
+    lock = yaml.safe_load((made.folder / "calibrated" / "recipe.lock").read_text())
+    record = lock["calibration"]["a"]
+    out = read_checkpoint(made.folder / "calibrated")
+    for name, tensor in out.items():
+        vector = sum(side != 1 for side in tensor[1].shape) < 2 or EMBEDDING.search(name) is not None
+        vector |= name.removesuffix(".weight") in made.tables
+        check_scale(name, vector, wide(tensor), *(wide(made.files[model][name]) for model in ("base", "a")), record)
+    return "ok"
+
+
+def check_scale(name: str, vector: bool, out: Any, base: Any, tune: Any, record: Mapping[str, Any]) -> None:
+    """Wrong: kept entries of a delta that are not divided by the tensor's q, or are too many or too few."""
+    delta = tune - base
+    there = np.abs(delta) > 1e-3
+    if out.dtype != np.float64 or there.sum() < 64:
+        return
+    ratio = ((out - base)[there] / delta[there]).reshape(-1)
+    kept = np.abs(ratio) > 1e-4
+    share, slack = kept.mean(), 6 * (DENSITY * (1 - DENSITY) / kept.size) ** 0.5
+    if share == 1 and np.allclose(ratio, 1, atol=1e-3) and re.search(TASK_HEAD, name):
+        return
+    if abs(share - DENSITY) > slack:
+        raise Wrong(f"{name}: {share:.3f} of its delta is kept, not {DENSITY}")
+    factor = np.median(ratio[kept])
+    if not np.allclose(ratio[kept], factor, rtol=0.02):
+        raise Wrong(f"{name}: its kept entries are not all divided by one q")
+    if not np.isclose(factor * (wanted := expected(name, vector, record)), 1, rtol=0.02):
+        raise Wrong(f"{name}: divided by {1 / factor:.3f}, not {wanted:.3f}")
+
+
+def expected(name: str, vector: bool, record: Mapping[str, Any]) -> float:
+    """The q of a tensor, by the lock, which is 1 for vectors and embeddings only, or where 1 was searched."""
+    if name in record["q"]:
+        return float(record["q"][name])
+    star = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", name)
+    listed = next((group for group in record.get("not_calibrated", ()) if group["tensors"] == star), None)
+    searched = any(candidate["q"] == 1 for candidate in record.get("candidates", ()))
+    if (listed is None and searched) or (listed is not None and (listed["q"] != 1 or vector)):
+        return 1.0 if listed is None else float(listed["q"])
+    return 1.0 if vector else DENSITY
+
+
+def texts(folder: Path) -> None:
+    rows(folder / "rows.jsonl", 12)
+
+
+def pictures(folder: Path) -> None:
+    from PIL import Image
+
+    transformers.ViTImageProcessor(size={"height": SIDE, "width": SIDE}).save_pretrained(folder / "a")
+    (folder / "pictures").mkdir()
+    for i in range(12):
+        values = np.random.Generator(np.random.PCG64(i)).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
+        Image.fromarray(values).save(folder / "pictures" / f"{i}.png")
+
+
+CELLS: dict[str, Callable[[Made], str]] = {
+    "merge": merged, "stack": stacked, "delta": as_delta, "calibrate": calibrated,
+}  # fmt: skip
+
+
+def line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def outcome(cell: Callable[[Made], str], made: Made) -> str:
+    """What becomes of one cell: "ok", "refused: …", "wrong: …" or "crashed: …"."""
+    try:
+        said = cell(made)
+    except DeltamergeError as error:
+        said = f"refused: {line(error)}"
+    except Wrong as error:
+        said = f"wrong: {line(error)}"
+    except Exception as error:
+        said = f"crashed: {type(error).__name__}: {line(error)}"
+    return said.replace(f"{made.folder}/", "")[:400]
+
+
+def examine(family: str, folder: Path, cells: Mapping[str, Any] = CELLS, keep: Callable[[Any], object] = id) -> Any:
+    """A family's row of the table; `keep` is given it as far as it is known, after each cell."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    try:
+        made = Made(family, folder)
+    except Unbuilt as error:
+        return {"unbuilt": str(error)[:300]}
+    except Exception as error:
+        return {"unbuilt": f"not saved and loaded by transformers: {type(error).__name__}: {line(error)[:200]}"}
+    found: dict[str, Any] = {"class": made.kind.__name__, "parameters": made.count}
+    for name, cell in cells.items():
+        found[name] = outcome(cell, made)
+        keep(found)
+    return found
+
+
+def alone(family: str, cells: Mapping[str, Any] = CELLS) -> Any:
+    """`examine` in a process of its own; a cell that it did not reach has run out of time or memory."""
+    folder = Path(tempfile.mkdtemp(prefix="family-"))
+    note = folder / "row.json"
+    pid = os.fork()
+    if pid == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
+            signal.alarm(SECONDS)
+            log = os.open(os.environ.get("FAMILY_LOG", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            warnings.simplefilter("ignore")
+            os.chdir(folder)
+            write = lambda found: note.write_text(json.dumps(found))  # noqa: E731
+            write(examine(family, folder / "models", cells, write))
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    try:
+        found = json.loads(note.read_text()) if note.exists() else {"unbuilt": "out of time or memory"}
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    ended = "unbuilt" in found
+    return found if ended else found | {c: "crashed: out of time or memory" for c in cells if c not in found}
+
+
+def preload() -> None:
+    """Import what every family needs, once for all processes."""
+    from transformers import (  # noqa: F401
+        AutoModel,
+        AutoTokenizer,
+        BertModel,
+        CLIPModel,
+        LlamaForCausalLM,
+        MixtralForCausalLM,
+        Qwen2VLForConditionalGeneration,
+        T5Model,
+        ViTImageProcessor,
+        WhisperModel,
+    )
+
+    import deltamerge.calibrate.stage  # noqa: F401
+
+
+def walk(only: list[str], cells: list[str], path: Path = RESULTS) -> None:
+    preload()
+    results = json.loads(path.read_text())["families"] if only and path.exists() else {}
+    for family in only or families():
+        started = time.monotonic()
+        row = results[family] = results.get(family, {}) | alone(family, {cell: CELLS[cell] for cell in cells})
+        bad = {k: v for k, v in row.items() if not (isinstance(v, int) or v.startswith("ok") or k == "class")}
+        print(f"{family}: {time.monotonic() - started:.1f} s {bad}", flush=True)
+        path.write_text(json.dumps({"transformers": transformers.__version__, "families": results}, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--cells", nargs="*", default=list(CELLS))
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    asked = parser.parse_args()
+    walk(asked.only, asked.cells, asked.results)
+
+
+if __name__ == "__main__":
+    main()
