@@ -313,7 +313,7 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
     if len(counted) > 1 and len(shared) < len(counted):
         hint = "name one: modules: {encoder: {slices: …}}; a module is a component of the tensors' names"
         raise InputError(f"{where} could stack {' or '.join(sorted(counted))}", hint=hint)
-    prefix, count = next(iter(counted.items()))
+    prefix, count = min(counted.items())
     if prefix in shared:
         other, key = shared[prefix]
         message = f"{where} of {prefix} would change {key} of config.json, which counts {other} too"

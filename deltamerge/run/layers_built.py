@@ -1,7 +1,7 @@
 """Whether transformers builds, from the config of a stack, the layers that are stacked.
 
-A config says by counts, lists, periods and boundaries which layer is which, and its class may read more into it (that the
-last layer is of another kind, that a head has a weight for each layer). Only the class knows: it is built without
+A config says by counts, lists, periods and boundaries which layer is which, and its class may read more into it (that
+the last layer is of another kind, that a head has a weight for each layer). Only the class knows: it is built without
 weights, at home and for the stack, and compared. A model that transformers has no class for is taken as it is.
 """
 

@@ -32,7 +32,7 @@ class Reading:
     plan: Plan
     takes: hashes.Mine
     pieces: Pieces
-    checked: Future[object]
+    checked: Future[None]
     hashed: Future[None]
 
     @classmethod
@@ -40,7 +40,7 @@ class Reading:
         """Check and hash them, and the files that are `copied`, from now on. VerifyError: the lock has others, of which
         a part, that reads some, cannot tell."""
         paths, takes, pieces = _files_read(planned, part, copied), (part or Part(1, 1)).takes, Pieces()
-        checked = _beside(lambda: (check_blobs(paths, planned.workers), check_layers_built(planned)))
+        checked = _beside(lambda: _check(paths, planned))
         if lock is not None and part is None:
             lock.check_inputs(hashes.describe_inputs(planned, planned.workers, takes, pieces))
         hashed = _beside(lambda: hashes.hash_ahead(planned, takes, pieces))
@@ -50,6 +50,11 @@ class Reading:
         """What a lock says of them, once all are hashed."""
         self.hashed.result()
         return hashes.describe_inputs(self.plan, self.plan.workers, self.takes, self.pieces)
+
+
+def _check(paths: list[Path], planned: Plan) -> None:
+    check_blobs(paths, planned.workers)
+    check_layers_built(planned)
 
 
 def check_deltas(planned: Plan) -> None:

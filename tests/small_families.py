@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import importlib
 import re
+import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,8 @@ LARGEST = 8_000_000  # parameters of a model that counts as small
 VOCABULARY = 96
 TASKS = (
     "CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "MASKED_LM",
-    "IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "SEMANTIC_SEGMENTATION", "DEPTH_ESTIMATION", "SEQUENCE_CLASSIFICATION", "CTC", "AUDIO_CLASSIFICATION", "TEXT_TO_WAVEFORM", "PRETRAINING",
-    "",
+    "IMAGE_CLASSIFICATION", "OBJECT_DETECTION", "SEMANTIC_SEGMENTATION", "DEPTH_ESTIMATION", "SEQUENCE_CLASSIFICATION",
+    "CTC", "AUDIO_CLASSIFICATION", "TEXT_TO_WAVEFORM", "PRETRAINING", "",
 )  # fmt: skip
 
 # The first pattern that finds a key says its size.
@@ -55,9 +57,7 @@ SIZES = {
     r"codebook_size|num_embeddings|num_code": 32,
 }  # fmt: skip
 
-LAYERS = re.compile(
-    r"^(num|n)_(hidden_)?(layers?|blocks|stages)$|(^|_)(layers|depth|num_blocks|n_layers?|num_loops)$"
-)
+LAYERS = re.compile(r"^(num|n)_(hidden_)?(layers?|blocks|stages)$|(^|_)(layers|depth|num_blocks|n_layers?|num_loops)$")
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 TOWER = re.compile("vision|audio|visual|speech|image|encoder")
 KEPT = re.compile("feat_extract_layers")
@@ -74,17 +74,19 @@ LISTS = {
 }  # fmt: skip
 NULLS: dict[str, Any] = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
 
+ROPE = ("rope_parameters", "rope_scaling")
+MROPE = {"rope_type": "default", "rope_theta": 10000.0}
+SECTIONS = {"partial_rotary_factor": 1.0, "mrope_section": [2, 1, 1]}  # half of a head
+
 # What no rule fits, by family: settings over those of the rules, in sections as the config has them.
 RESNET = {
     "backbone_config": {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 8, 8, 8],
                         "depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"]},
     "use_timm_backbone": False, "backbone": None,
 }  # fmt: skip
-MROPE = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 FORECAST = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), RESNET),
-    "colqwen2": {"vlm_config": {"text_config": {"rope_parameters": MROPE}}},
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), FORECAST),
 }
 
@@ -119,14 +121,15 @@ def classes(family: str) -> Iterator[type[Any]]:
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """How numbers are shrunk: what widths become, whether lists shrink too, whether what is null gets a number, and
-    whether only counts (layers, experts, tokens) do.
+    """How numbers are shrunk: what widths become, whether lists shrink too, whether what is null gets a number, whether
+    only counts (layers, experts, tokens) do, and whether rotary embeddings have sections (time, height, width).
     """
 
     width: int = 32
     lists: bool = True
     nulls: bool = False
     counts: bool = False
+    mrope: bool = False
 
 
 WAYS = (
@@ -160,16 +163,16 @@ def shrunk(settings: Mapping[str, Any], way: Way, part: str = "") -> dict[str, A
             made[key] = shrunk(value, way, key)
             if "model_type" in value:
                 made[key]["model_type"] = value["model_type"]
-        elif isinstance(value, dict) and "mrope_section" in value:
-            made[key] = {**value, "mrope_section": [2, 1, 1]}
+        elif key in ROPE and (isinstance(value, dict) or value is None) and way.mrope:
+            made[key] = MROPE | {k: v for k, v in (value or {}).items() if isinstance(v, str | float)} | SECTIONS
         elif isinstance(value, list) and len(value) == old > layers and not way.counts:
             made[key] = value[:layers]
         elif isinstance(value, list) and value and all(type(v) is int for v in value):
             made |= {} if (new := listed(key, value, way)) is None else {key: new}
         elif type(value) is int or (value is None and (way.nulls or key.endswith("_token_id"))):
             size = layers if LAYERS.search(key) else size_of(key, way)
-            if "key_value" in key and value is not None and value == settings.get(key.replace("key_value", "attention")):
-                size = size_of("num_attention_heads", way)
+            if value is not None and value == settings.get(re.sub("(key_value|kv)_heads", "attention_heads", key)):
+                size = size_of("num_attention_heads", way) if "heads" in key else size
             if size is not None and (value is None or key.endswith("_id") or size < value) and not KEPT.search(key):
                 made[key] = size
         elif value is None and way.nulls and key in NULLS:
@@ -186,9 +189,18 @@ def over(settings: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]
     return made
 
 
+@cache
+def has_sections(kind: type[Any]) -> bool:
+    """Whether the models of a config have rotary embeddings in sections."""
+    module = sys.modules[kind.__module__]
+    paths = Path(str(module.__file__)).parent.glob("modeling_*.py")
+    return any("mrope_section" in path.read_text() for path in paths)
+
+
 def config_of(family: str, way: Way) -> Any:
     """The small config of a family."""
     kind = configuration_auto.CONFIG_MAPPING[family]
+    way = replace(way, mrope=has_sections(kind))
     return kind(**over(shrunk(kind().to_dict(), way), SPECIAL.get(family, {})))
 
 
@@ -216,7 +228,7 @@ def build(family: str) -> Any:
             except Exception as error:
                 text = " ".join(str(error).split()).replace("Class validation error for validator ", "")
                 tried.setdefault(kind.__name__, f"{type(error).__name__}: {text[:160]}")
-    raise Unbuilt("; ".join(f"{name}: {why}" for name, why in tried.items()) or "transformers has no model class for it")
+    raise Unbuilt("; ".join(f"{name}: {why}" for name, why in tried.items()) or "no model class")
 
 
 def shaken(model: Any, deviation: float, seed: int) -> Any:
@@ -228,8 +240,3 @@ def shaken(model: Any, deviation: float, seed: int) -> Any:
                 noise = torch.randn(parameter.shape, generator=generator) * deviation
                 parameter.copy_((parameter.float() + noise).to(parameter.dtype))
     return model
-
-
-def save(model: Any, folder: Path) -> Path:
-    model.save_pretrained(folder)
-    return folder

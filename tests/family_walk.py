@@ -2,8 +2,9 @@
 
 Each is judged from the files alone, in float64. A family has a process of its own, with a limit of time and memory.
 
-    python tests/families/walk.py [--only FAMILY …]     walks, and writes results.json and docs/families.md
-    python tests/families/walk.py --table               writes docs/families.md from results.json
+    python tests/family_walk.py                         walks all, and writes family_results.json and docs/families.md
+    python tests/family_walk.py --only llama t5         walks these again
+    python tests/family_walk.py --only                  writes docs/families.md anew
 """
 
 from __future__ import annotations
@@ -16,16 +17,12 @@ import re
 import resource
 import shutil
 import signal
-import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 
 import numpy as np
 import torch
@@ -36,14 +33,16 @@ from conftest import write_tokenizer
 from raw_tensors import ARRAYS, DIGITS, LARGEST, LEAST, Stored, read_checkpoint, widened
 from reference_recipe import Place, Recipe, Unsure
 from running import make_plan, run
-from small_models import VOCABULARY, Unbuilt, build, families, save, shaken
+from small_families import VOCABULARY, Unbuilt, build, families, shaken
 
 from deltamerge.errors import DeltamergeError
 from deltamerge.io.names import EMBEDDING, TASK_HEAD
 from deltamerge.run.apply import apply
 from deltamerge.run.extract import extract
 
-RESULTS = HERE / "results.json"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "family_results.json"
+PAGE = HERE.parent / "docs" / "families.md"
 SECONDS = 120
 BYTES = 6 << 30
 SIDE = 32
@@ -63,7 +62,7 @@ MERGES: dict[str, dict[str, Any]] = {
     },
     "slerp": {"models": [{"model": "./base"}, {"model": "./a"}], "parameters": {"t": 0.3}},
 }
-RANGES = [[(0, 2), (0, 2)], [(0, 1), (0, 1)], [(1, 2), (0, 1)]]
+RANGES = [[(0, 2), (0, 2)], [(1, 2), (0, 1)]]
 
 
 class Wrong(Exception):  # no error of the package: what it made is not what it has to be
@@ -78,10 +77,10 @@ class Made:
         self.folder, self.kind = folder, type(model)
         self.count = sum(p.numel() for p in model.parameters())
         state = {name: value.clone() for name, value in model.state_dict().items()}
-        save(model, folder / "base")
+        model.save_pretrained(folder / "base")
         for seed, name in enumerate("ab", 2):
             model.load_state_dict(state)
-            save(shaken(model, 0.02, seed), folder / name)
+            shaken(model, 0.02, seed).save_pretrained(folder / name)
             write_tokenizer(folder / name, VOCABULARY)
         write_tokenizer(folder / "base", VOCABULARY)
         self.tables = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Embedding)}
@@ -105,7 +104,9 @@ class Made:
 
 
 def shown(faults: Mapping[str, list[str]]) -> str:
-    return ", ".join(f"{key}: {', '.join(names[:3])} ({len(names)})" for key, names in faults.items()) or "nothing amiss"
+    return (
+        ", ".join(f"{key}: {', '.join(names[:3])} ({len(names)})" for key, names in faults.items()) or "nothing amiss"
+    )
 
 
 def merged(made: Made) -> str:
@@ -387,23 +388,89 @@ def preload() -> None:
 
 
 def walk(only: list[str], cells: list[str], path: Path = RESULTS) -> None:
+    """Write the rows of the families `only`, or of all, to the results."""
     preload()
-    results = json.loads(path.read_text())["families"] if only and path.exists() else {}
-    for family in only or families():
+    kept = json.loads(path.read_text())["families"] if path.exists() else {}
+    for family in only:
         started = time.monotonic()
-        row = results[family] = results.get(family, {}) | alone(family, {cell: CELLS[cell] for cell in cells})
-        bad = {k: v for k, v in row.items() if not (isinstance(v, int) or v.startswith("ok") or k == "class")}
-        print(f"{family}: {time.monotonic() - started:.1f} s {bad}", flush=True)
-        path.write_text(json.dumps({"transformers": transformers.__version__, "families": results}, indent=1) + "\n")
+        kept[family] = kept.get(family, {}) | alone(family, {cell: CELLS[cell] for cell in cells})
+        if "unbuilt" in kept[family]:
+            kept[family] = {"unbuilt": kept[family]["unbuilt"]}
+        said = {cell: kept[family][cell] for cell in cells if not kept[family].get(cell, "ok").startswith("ok")}
+        print(f"{family}: {time.monotonic() - started:.1f} s {said}", flush=True)
+        rows = dict(sorted(kept.items()))
+        path.write_text(json.dumps({"transformers": transformers.__version__, "families": rows}, indent=1) + "\n")
+
+
+MEANS = {
+    "merge": "`task_arithmetic`, `dare_ties` and `slerp` give the reference's value in every entry, and transformers "
+    "loads the result without a missing or an unexpected key",
+    "stack": "slices of its layers load in the same way, and hold what the layers held; each of several towers",
+    "delta": "a fine-tune, extracted and applied to its base, is the fine-tune byte for byte",
+    "calibrate": "a `q` is searched, and every pruned tensor is divided by its own",
+}
+INTRODUCTION = """\
+# Families
+
+What deltamerge makes of every architecture that transformers {version} can build small: {built} of its {all} config
+classes. `make families` generates this page: it builds a tiny model of each with random weights, and two fine-tunes of
+it, and judges the files alone, in float64. The package has no table of architectures.
+
+| | ✓ says that | of {built} |
+|---|---|---|
+{means}
+Anything else is refused, with the reason: by `check`, or (*run*) by the run, which asks transformers.
+
+| family | class | parameters | merge | stack | delta | calibrate |
+|---|---|---|---|---|---|---|
+"""
+LEFT = """
+## Not built
+
+| family | reason |
+|---|---|
+"""
+
+
+def page(results: Mapping[str, Any]) -> str:
+    """docs/families.md of the results."""
+    rows = results["families"]
+    built = {family: row for family, row in rows.items() if "unbuilt" not in row}
+    counts = {cell: sum(row[cell].startswith("ok") for row in built.values()) for cell in CELLS}
+    means = "".join(f"| {cell} | {MEANS[cell]} | {count} |\n" for cell, count in counts.items())
+    text = INTRODUCTION.format(version=results["transformers"], built=len(built), all=len(rows), means=means)
+    for family, row in built.items():
+        said = " | ".join(in_words(row[cell], row["class"]) for cell in CELLS)
+        text += f"| {family} | {row['class']} | {row['parameters']:,} | {said} |\n"
+    return text + LEFT + "".join(f"| {f} | {plain(row['unbuilt'])} |\n" for f, row in rows.items() if "unbuilt" in row)
+
+
+def in_words(said: str, name: str) -> str:
+    """One cell of the page."""
+    if said.startswith("ok"):
+        return "✓"
+    kind, _, reason = said.partition(": ")
+    reason = (
+        reason.removeprefix("calibration of a: ").replace(f"{name} ", "").replace("./base: ", "").replace("./a: ", "")
+    )
+    return plain({"refused": reason, "late": f"*run*: {reason}"}.get(kind, f"**{kind}**: {reason}"))
+
+
+def plain(text: str) -> str:
+    """Text for a cell of a table: one line of bounded length, without what Markdown would read."""
+    cut = text if len(text) <= 140 else f"{text[:139].rpartition(' ')[0]} …"
+    return re.sub(r"([|<>_`\[\]])", r"\\\1", cut)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--cells", nargs="*", default=list(CELLS))
+    parser.add_argument("--only", nargs="*", default=families())
+    parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS))
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
     walk(asked.only, asked.cells, asked.results)
+    if asked.results == RESULTS:
+        PAGE.write_text(page(json.loads(RESULTS.read_text())))
 
 
 if __name__ == "__main__":
