@@ -21,7 +21,7 @@ check: .venv/.installed-dev  ## ruff, format, mypy --strict, import contracts, t
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check.sh
 
 families: .venv/.installed-dev  ## a tiny model of every family of transformers, and docs/families.md; half an hour
-	OMP_NUM_THREADS=1 $(BIN)/python tests/family_walk.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/family_walk.py --jobs 2
 
 # mergekit has its own environment; MERGEKIT_PYTHON names one that is there already.
 conformance: export MERGEKIT_PYTHON ?= $(CURDIR)/.bench/mergekit/bin/python

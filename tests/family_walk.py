@@ -18,9 +18,9 @@ import resource
 import shutil
 import signal
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -342,31 +342,58 @@ def examine(family: str, folder: Path, cells: Mapping[str, Any] = CELLS, keep: C
     return found
 
 
-def alone(family: str, cells: Mapping[str, Any] = CELLS) -> Any:
-    """`examine` in a process of its own; a cell that it did not reach has run out of time or memory."""
-    folder = Path(tempfile.mkdtemp(prefix="family-"))
-    note = folder / "row.json"
-    pid = os.fork()
-    if pid == 0:
+@dataclass(frozen=True)
+class Started:
+    """A family that a process of its own examines, in a temporary folder."""
+
+    family: str
+    cells: Mapping[str, Any]
+    folder: Path
+    pid: int
+
+    @classmethod
+    def of(cls, family: str, cells: Mapping[str, Any] = CELLS) -> Started:
+        folder = Path(tempfile.mkdtemp(prefix="family-"))
+        if pid := os.fork():
+            return cls(family, cells, folder, pid)
         try:
             resource.setrlimit(resource.RLIMIT_DATA, (BYTES, BYTES))
             signal.alarm(SECONDS)
-            log = os.open(os.environ.get("FAMILY_LOG", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            log = os.open(os.environ.get("FAMILY_LOG", os.devnull), os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
             os.dup2(log, 1)
             os.dup2(log, 2)
             warnings.simplefilter("ignore")
             os.chdir(folder)
-            write = lambda found: note.write_text(json.dumps(found))  # noqa: E731
-            write(examine(family, folder / "models", cells, write))
+            note = folder / "row.json"
+            note.write_text(
+                json.dumps(examine(family, folder / "models", cells, lambda r: note.write_text(json.dumps(r))))
+            )
         finally:
             os._exit(0)
-    os.waitpid(pid, 0)
-    try:
-        found = json.loads(note.read_text()) if note.exists() else {"unbuilt": "out of time or memory"}
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    ended = "unbuilt" in found
-    return found if ended else found | {c: "crashed: out of time or memory" for c in cells if c not in found}
+
+    def row(self) -> Any:
+        """What it found; a cell that it did not reach has run out of time or memory."""
+        note = self.folder / "row.json"
+        try:
+            found = json.loads(note.read_text()) if note.exists() else {"unbuilt": "out of time or memory"}
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        if "unbuilt" in found:
+            return found
+        return found | {cell: "crashed: out of time or memory" for cell in self.cells if cell not in found}
+
+
+def each(wanted: Sequence[str], cells: Mapping[str, Any] = CELLS, jobs: int = 1) -> Iterator[tuple[str, Any]]:
+    """The rows of families, as they are done, `jobs` at a time."""
+    preload()
+    todo, running = list(reversed(wanted)), {}
+    while todo or running:
+        while todo and len(running) < jobs:
+            started = Started.of(todo.pop(), cells)
+            running[started.pid] = started
+        pid, _ = os.waitpid(-1, 0)
+        if (done := running.pop(pid, None)) is not None:
+            yield done.family, done.row()
 
 
 def preload() -> None:
@@ -387,17 +414,13 @@ def preload() -> None:
     import deltamerge.calibrate.stage  # noqa: F401
 
 
-def walk(only: list[str], cells: list[str], path: Path = RESULTS) -> None:
-    """Write the rows of the families `only`, or of all, to the results."""
-    preload()
+def walk(only: list[str], cells: list[str], jobs: int, path: Path = RESULTS) -> None:
+    """Write the rows of the families `only` to the results."""
     kept = json.loads(path.read_text())["families"] if path.exists() else {}
-    for family in only:
-        started = time.monotonic()
-        kept[family] = kept.get(family, {}) | alone(family, {cell: CELLS[cell] for cell in cells})
-        if "unbuilt" in kept[family]:
-            kept[family] = {"unbuilt": kept[family]["unbuilt"]}
-        said = {cell: kept[family][cell] for cell in cells if not kept[family].get(cell, "ok").startswith("ok")}
-        print(f"{family}: {time.monotonic() - started:.1f} s {said}", flush=True)
+    for family, row in each(only, {cell: CELLS[cell] for cell in cells}, jobs):
+        kept[family] = row if "unbuilt" in row else {k: v for k, v in kept.get(family, {}).items() if k in CELLS} | row
+        kept[family] = {k: kept[family][k] for k in ("unbuilt", "class", "parameters", *CELLS) if k in kept[family]}
+        print(family, {k: v for k, v in row.items() if k in cells and not v.startswith("ok")}, flush=True)
         rows = dict(sorted(kept.items()))
         path.write_text(json.dumps({"transformers": transformers.__version__, "families": rows}, indent=1) + "\n")
 
@@ -466,9 +489,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--only", nargs="*", default=families())
     parser.add_argument("--cells", nargs="*", default=list(CELLS), choices=list(CELLS))
+    parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--results", type=Path, default=RESULTS)
     asked = parser.parse_args()
-    walk(asked.only, asked.cells, asked.results)
+    walk(asked.only, asked.cells, asked.jobs, asked.results)
     if asked.results == RESULTS:
         PAGE.write_text(page(json.loads(RESULTS.read_text())))
 
