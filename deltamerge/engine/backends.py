@@ -6,7 +6,6 @@ import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,33 +23,12 @@ if TYPE_CHECKING:
     import torch
 
 
-class Lane(Protocol):
-    """One worker's buffers (and, on a GPU, its stream)."""
-
-    @contextmanager
-    def tile(self) -> Iterator[None]:
-        """Everything between reading a tile's inputs and writing its output."""
-
-    def read(self, node: Node, tile: Tile) -> Any:
-        """The stored values of a read node on a tile, valid until the next tile."""
-
-    def emit(self, value: Any) -> np.ndarray[Any, Any]:
-        """A finished tile as bytes on the host, valid until the next tile."""
-
-
 class Pass(Protocol):
     """One pass over a tensor that runs by itself, from the files that it reads to memory."""
 
     def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
         """Elements [start, stop) of the tensor, put into `out` if there is one; the partials of the pass's reductions
         by the id of their node. None: it failed, and the ordinary way will tell why."""
-
-
-class Backend(Protocol):
-    def lane(self, reader: Reader) -> Lane: ...
-    def function(self, node: Node) -> Callable[..., Any]: ...
-    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
-        """The steps of a pass as one, if this backend can run them so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +51,7 @@ def choose(root: Node, device: str, *, fused: bool | None = None) -> str:
     return "fused" if device == "cpu" and available and covers(root) else "torch"
 
 
-def open_backend(name: str, device: str) -> Backend:
+def open_backend(name: str, device: str) -> TorchBackend:
     return FusedBackend() if name == "fused" else TorchBackend(device)
 
 
@@ -91,24 +69,6 @@ def single_threaded(names: Collection[str]) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class FusedBackend:
-    """Passes that run whole in the compiled loop; bit-equal to torch, which tells what a pass failed at."""
-
-    @cached_property
-    def torch(self) -> TorchBackend:
-        return TorchBackend("cpu")
-
-    def lane(self, reader: Reader) -> Lane:
-        return self.torch.lane(reader)
-
-    def function(self, node: Node) -> Callable[..., Any]:
-        return self.torch.function(node)
-
-    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
-        listed = [(step.node, step.parameters, step.frees) for step in steps]
-        return assemble(listed, values, reader, root.shape, root.dtype)
 
 
 class _Slots:
@@ -145,16 +105,33 @@ class TorchBackend:
         self.device = torch_device(device)
 
     def lane(self, reader: Reader) -> Lane:
-        return TorchLane(reader, self.device)
+        return Lane(reader, self.device)
 
     def function(self, node: Node) -> Callable[..., Any]:
         return function_of(node.function)
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
+        """The steps of a pass as one, if this backend can run them so."""
         return None
 
 
-class TorchLane:
+class FusedBackend(TorchBackend):
+    """Passes that run whole in the compiled loop; bit-equal to torch, which tells what a pass failed at."""
+
+    def __init__(self) -> None:
+        """Without a device: torch is imported by the first lane, which most passes do not need."""
+
+    def lane(self, reader: Reader) -> Lane:
+        return Lane(reader, torch_device("cpu"))
+
+    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
+        listed = [(step.node, step.parameters, step.frees) for step in steps]
+        return assemble(listed, values, reader, root.shape, root.dtype)
+
+
+class Lane:
+    """One worker's buffers (and, on a GPU, its stream)."""
+
     def __init__(self, reader: Reader, device: Any) -> None:
         import torch
 
@@ -171,6 +148,7 @@ class TorchLane:
 
     @contextmanager
     def tile(self) -> Iterator[None]:
+        """Everything between reading a tile's inputs and writing its output."""
         import torch
 
         self.slots.used = self.results.used = 0
@@ -178,11 +156,13 @@ class TorchLane:
             yield
 
     def read(self, node: Node, tile: Tile) -> Any:
+        """The stored values of a read node on a tile, valid until the next tile."""
         buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
         self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())
         return buffer.view(torch_dtype(node.dtype)).to(self.device, non_blocking=True)
 
     def emit(self, value: Any) -> np.ndarray[Any, Any]:
+        """A finished tile as bytes on the host, valid until the next tile."""
         import torch
 
         flat = value.contiguous().view(torch.uint8)

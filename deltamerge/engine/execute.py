@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.engine.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
+from deltamerge.engine.backends import Lane, Pass, Step, TorchBackend, open_backend, quiet_allocator, single_threaded
 from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, function_of, schedule
 from deltamerge.engine.steps import is_needless, steps
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
@@ -135,7 +135,7 @@ class _Engine:
         self.lender = sink if isinstance(sink, Lender) else None
         self.tile_elements = tile_elements
         self.device = device
-        self.backends: dict[str, Backend] = {}
+        self.backends: dict[str, TorchBackend] = {}
         self.shared = shared_values([task.root for task in tasks], known)
         self.shared_by_id = {id(node): value for node, value in self.shared.items()}
         self.upcoming = iter(tasks)
@@ -210,7 +210,7 @@ class _Engine:
         self.in_flight += bool(jobs)
         self.ready.extend(jobs)
 
-    def _backend(self, task: Task) -> Backend:
+    def _backend(self, task: Task) -> TorchBackend:
         """The backend of a task, opened on first use: copies need none."""
         with self.changed:
             if task.backend not in self.backends:

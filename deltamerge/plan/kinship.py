@@ -28,7 +28,7 @@ from deltamerge.io.names import TASK_HEAD
 from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.plan.inputs import Group, Input, Inputs
+from deltamerge.plan.inputs import Input, Inputs
 
 SAMPLED = 12  # tensors that are compared
 PLACES, RUN = 4, 1024  # runs per tensor, and elements of a run
@@ -55,7 +55,7 @@ def unrelated(inputs: Inputs) -> Iterator[str]:
     seen = set()
     with Reader() as reader:
         for group in inputs.groups:
-            first, others = _compared(group)
+            first, *others = group.all
             for other in others:
                 pair = first.checkpoint.reference, other.checkpoint.reference
                 if pair in seen:
@@ -103,10 +103,6 @@ def strangers(models: Sequence[Input]) -> str | None:
     if len(kinds) < 2:
         return None
     return f"{', '.join(list(kinds.values())[:4])}: models of different architectures cannot be merged"
-
-
-def _compared(group: Group) -> tuple[Input, tuple[Input, ...]]:
-    return (group.base, group.tunes) if group.base is not None else (group.tunes[0], group.tunes[1:])
 
 
 def _unrelated(first: Input, other: Input, kin: Kin, *, is_base: bool) -> str:
@@ -174,7 +170,7 @@ def _why_swapped(base: Input, tune: Input) -> str | None:
     has_head = isinstance(classes, list) and bool(classes) and HEADLESS.search(str(classes[0])) is None
     if heads and is_headless and has_head:
         return f"as {base.name} has a task head ({heads[0]}) that {tune.name} lacks"
-    if _chats(base) and _has_tokenizer(tune) and not _chats(tune):
+    if _chats(base) and _tokenizer_config(tune.checkpoint.path) and not _chats(tune):
         return f"as {base.name} has a chat template and {tune.name} none"
     return None
 
@@ -201,10 +197,6 @@ def _chats(model: Input) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     return bool(_tokenizer_config(folder).get("chat_template"))
-
-
-def _has_tokenizer(model: Input) -> bool:
-    return bool(_tokenizer_config(model.checkpoint.path))
 
 
 def _tokenizer_config(folder: Path) -> dict[str, object]:
