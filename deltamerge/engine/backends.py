@@ -6,11 +6,11 @@ import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from deltamerge.engine.fused.program import Program
 from deltamerge.engine.fused.stream import assemble, covers
 from deltamerge.engine.graph import Node, function_of
 from deltamerge.errors import InputError
@@ -21,14 +21,6 @@ from deltamerge.methods.tiles import Tile
 
 if TYPE_CHECKING:
     import torch
-
-
-class Pass(Protocol):
-    """One pass over a tensor that runs by itself, from the files that it reads to memory."""
-
-    def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
-        """Elements [start, stop) of the tensor, put into `out` if there is one; the partials of the pass's reductions
-        by the id of their node. None: it failed, and the ordinary way will tell why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +102,7 @@ class TorchBackend:
     def function(self, node: Node) -> Callable[..., Any]:
         return function_of(node.function)
 
-    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
+    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Program | None:
         """The steps of a pass as one, if this backend can run them so."""
         return None
 
@@ -124,7 +116,7 @@ class FusedBackend(TorchBackend):
     def lane(self, reader: Reader) -> Lane:
         return Lane(reader, torch_device("cpu"))
 
-    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
+    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Program | None:
         listed = [(step.node, step.parameters, step.frees) for step in steps]
         return assemble(listed, values, reader, root.shape, root.dtype)
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.engine.backends import Lane, Pass, Step, TorchBackend, open_backend, quiet_allocator, single_threaded
+from deltamerge.engine.backends import Lane, Step, TorchBackend, open_backend, quiet_allocator, single_threaded
+from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, function_of, schedule
 from deltamerge.engine.steps import is_needless, steps
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
@@ -68,7 +69,7 @@ class Running:
     values: MutableMapping[int, Any]
     index: int = -1
     steps: list[Step] = field(default_factory=list)
-    whole: Pass | None = None
+    whole: Program | None = None
     partials: dict[int, dict[int, Any]] = field(default_factory=dict)
     waiting: int = 0
 
@@ -331,7 +332,7 @@ class _Engine:
                     self.sink.write(running.task.name, offset, data)
                     self.progress(data.nbytes)
 
-    def _compute_whole(self, whole: Pass, job: Job) -> bool:
+    def _compute_whole(self, whole: Program, job: Job) -> bool:
         running = job.running
         task, root = running.task, running.task.root
         size = ITEMSIZE[root.dtype]

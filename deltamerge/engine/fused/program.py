@@ -57,7 +57,8 @@ class Program:
         self.ratios = np.concatenate([np.empty(0, np.float32), *assembly.ratios])
 
     def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
-        """`backends.Pass.run`; `start` lies on a block of the tensor."""
+        """Elements [start, stop) of the tensor, from the start of a block, put into `out` if there is one; the partials
+        of the pass's reductions by the id of their node. None: it failed, and torch tells why."""
         operations, blocks = self.operations.copy(), -(-(stop - start) // self.block)
         counts = self._place_counters(operations, blocks)
         sums = np.empty((self.summed, blocks), np.float64)

@@ -48,7 +48,7 @@ def structured(
 
     if len(tile.shape) != 2:
         return dare(tune, base, tile=tile, key=key, density=a * b)
-    columns = column_choice(tile, key, a)
+    columns = choose_columns(key, tile.columns, max(1, round(a * tile.columns)))
     start, stop = reduced_range(tile, columns)
     reduced = positions_torch(key, start, stop, b, tune.device) + start
     positions = unreduced(tile, torch.tensor(columns, device=tune.device), reduced)
@@ -58,11 +58,6 @@ def structured(
     delta = torch.zeros(tile.size, dtype=torch.float32, device=tune.device)
     delta[positions] = kept.values
     return delta
-
-
-def column_choice(tile: Tile, key: Key, a: float) -> Any:
-    """The columns that `structured` keeps: ascending int64 array of max(1, round(a · n))."""
-    return choose_columns(key, tile.columns, max(1, round(a * tile.columns)))
 
 
 def reduced_range(tile: Tile, columns: Any) -> tuple[int, int]:

@@ -188,19 +188,14 @@ def pick_listed(listed: Listed | None, *, k: int) -> Cut | None:
     return replace(pick_cut(np.bincount(low, minlength=LOW), high), listed=True)
 
 
-def high_histogram(delta: torch.Tensor, *, tile: Tile) -> Counts:
+def high_histogram(delta: torch.Tensor, listed: Cut | None = None, *, tile: Tile) -> Counts:
     """Counts of the high 16 bits of abs(Δ): int64[32768]."""
     import torch
 
     return torch.bincount(magnitude_bits(delta) >> 16, minlength=HIGH).cpu().numpy()
 
 
-def high_counts(delta: torch.Tensor, listed: Cut | None, *, tile: Tile) -> Counts:
-    """`high_histogram`, if the k-th largest was not listed."""
-    return high_histogram(delta, tile=tile)
-
-
-def high_counts_needless(listed: Cut | None) -> bool:
+def high_histogram_needless(listed: Cut | None = None) -> bool:
     """Whether the k-th largest was listed."""
     return listed is not None
 
@@ -224,22 +219,17 @@ def pick_share(counts: Counts, nonzero: Counts, *, share: float) -> Bin:
     return pick_bin(counts, k=k) if k else Bin(HIGH - 1, 0)
 
 
-def low_histogram(delta: torch.Tensor, high: Bin, *, tile: Tile) -> Counts:
+def low_histogram(delta: torch.Tensor, high: Bin | None, *, tile: Tile) -> Counts:
     """Counts of the low 16 bits of abs(Δ) among entries with the bin's high bits: int64[65536]."""
     import torch
 
+    assert high is not None
     bits = magnitude_bits(delta)
     inside = bits[(bits >> 16) == high.high]
     return torch.bincount(inside & 0xFFFF, minlength=LOW).cpu().numpy()
 
 
-def low_counts(delta: torch.Tensor, high: Bin | None, *, tile: Tile) -> Counts:
-    """`low_histogram` of the bin found, if one was needed."""
-    assert high is not None
-    return low_histogram(delta, high, tile=tile)
-
-
-def low_counts_needless(high: Bin | None) -> bool:
+def low_histogram_needless(high: Bin | None) -> bool:
     """Whether no bin was needed."""
     return high is None
 
