@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
 @MERGEKIT_EXACT
 @NONFINITE
-@click.option("--pictures", is_flag=True, help="Draw delta and search for the model card (extra `plot`).")
+@click.option("--pictures", is_flag=True, help="Draw delta and search for the model card.")
 @AS_JSON
 @QUIET
 def run(
@@ -155,7 +155,7 @@ def run(
 @DEVICE
 @WORKERS
 @MEMORY
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the search (extra `plot`).")
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the search.")
 @AS_JSON
 def calibrate(
     recipe: Path, device: str, workers: int | None, memory: int | None, plot: Path | None, as_json: bool
@@ -169,10 +169,12 @@ def calibrate(
     from deltamerge.run.runner import calibrate as calibrate_recipe
 
     file = read_recipe(recipe)
+    if plot is not None:
+        from deltamerge.inspect.pictures import check_plot, draw
+
+        check_plot(plot)
     found = calibrate_recipe(file, Options(device=device, workers=workers, memory=memory))
     if plot is not None:
-        from deltamerge.inspect.plots import draw
-
         draw(found, plot)
     say_json(found) if as_json else say(render_calibration(found))
     tell(f"{file.lock_path}: written")

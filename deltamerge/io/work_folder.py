@@ -35,7 +35,7 @@ _FILES = re.compile(
 # Names of the files that runs write into each folder; generous, since names of tokenizer files vary.
 _WRITTEN = {
     OUT: re.compile(
-        r".+\.(safetensors|json|jinja|model|tiktoken|png|rows)|recipe\.(yaml|lock)|README\.md|merges\.txt"
+        r".+\.(safetensors|json|jinja|model|tiktoken|svg|rows)|recipe\.(yaml|lock)|README\.md|merges\.txt"
         rf"|(tokenizer|vocab|chat_template|spiece|sentencepiece).*|{PASSING.pattern}|{_GONE}",
         re.DOTALL,
     ),

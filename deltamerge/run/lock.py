@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from deltamerge.run.budget import ChosenDensities
 
 CARD = "README.md"
-PICTURES = ("delta.png", "calibration.png", "activations.png")  # of the card
+PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
 
 Rows = Mapping[str, NDArray[np.float32]]
 """The q's of rows, by "model:tensor"."""
