@@ -140,11 +140,8 @@ class DeltaFile:
         def apply(entry: Entry) -> None:
             if not hasattr(own, "scratch"):
                 own.scratch = Scratch()
-            try:
+            with errors.context(f"{self.path}: {entry.name}"):
                 targets[entry.name] = _apply_to(entry, targets[entry.name], own.scratch)
-            except InputError as error:
-                error.where.insert(0, f"{self.path}: {entry.name}")
-                raise
 
         entries.sort(key=lambda entry: -entry.record.count)
         large = sum(entry.record.count > THREADED for entry in entries)

@@ -13,7 +13,7 @@ from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect.layers import CHANGED, FIGURES, Place, matrices, placed
 from deltamerge.inspect.report import STYLE, heat_maps, legend, measured_errors, search_curve
-from deltamerge.inspect.svg import Panel, picture
+from deltamerge.inspect.svg import Panel, picture, short
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
@@ -96,7 +96,7 @@ def pictures(found: Report) -> dict[str, str]:
         names = {tensor.name for tensor in found.tensors if tensor.kind != "vector"}
         for one in found.run.choices:
             q = {name: value for name, value in one.q.items() if name in names}
-            maps = _maps(f"q of {one.model}", placed(q)) if len(set(q.values())) > 1 else []
+            maps = _maps(f"q of {short(one.model)}", placed(q)) if len(set(q.values())) > 1 else []
             rows[SEARCH] += [[*_searches(one), *maps]]
     if (seen := found.activations) is not None:
         panels = _maps("coherence D/A", placed({one.name: one.coherence for one in seen.layers}))
@@ -115,7 +115,7 @@ def _maps(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> 
 
 def _searches(one: ChosenQ) -> list[Panel]:
     """The searches for q."""
-    title = f"{one.model}: {one.method}, {one.objective} (smaller is better)"
+    title = f"{short(one.model)}: {one.method}, {one.objective} (smaller is better)"
     return [Panel(title, "; ".join(legend(one, v).values()), search_curve(one, v)) for v, _ in one.panels]
 
 

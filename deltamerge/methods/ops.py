@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.io.dtypes import torch_dtype
@@ -81,6 +81,16 @@ def union(base: Any, deltas: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tens
         dense[torch.searchsorted(positions, delta.positions)] = delta.values
         there.append(dense)
     return positions, base[positions].to(torch.float32), there
+
+
+def onto(base: Tensor, deltas: tuple[Any, ...], tile: Tile, mix: Callable[[list[Tensor]], Tensor]) -> Tensor | Patched:
+    """base + mix(deltas) in float32; `Patched` on the union of their positions where all deltas are `Kept`."""
+    import torch
+
+    if all(isinstance(delta, Kept) for delta in deltas):
+        positions, base_there, there = union(base, deltas)
+        return Patched(base, positions, base_there + mix(there))
+    return base.to(torch.float32) + mix([densify(delta, tile.size) for delta in deltas])
 
 
 def densify(delta: Any, size: int) -> Tensor:

@@ -75,11 +75,6 @@ def load(path: Path) -> YamlSource:
     return loads(read(path), str(path))
 
 
-def load_all(path: Path) -> tuple[YamlSource, ...]:
-    """Read a YAML file of one or more documents; positions count from the start of the file. RecipeError as `load`."""
-    return loads_all(read(path), str(path))
-
-
 def read(path: Path) -> str:
     """The text of a recipe file. RecipeError: no file, not UTF-8, or too large for a recipe."""
 

@@ -78,7 +78,7 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
         targets = [name.rpartition(".")[0] for name in sparse]
         rest = [e for e in changed if e.name not in sparse]
         saved, loose = modules.share_out(rest, targets)
-        _write(planned, reader, folder, changed, sparse, rank, {**saved, **loose})
+        _write(reader, folder, changed, sparse, rank, {**saved, **loose})
     settings = {
         "peft_type": "SHIRA",
         "auto_mapping": None,
@@ -130,7 +130,6 @@ def _changed(
 
 
 def _write(
-    planned: Plan,
     reader: Reader,
     folder: Path,
     changed: Iterable[ChangedTensor],

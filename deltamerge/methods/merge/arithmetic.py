@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltamerge.methods.ops import densify, over, union
+from deltamerge.methods.ops import onto, over
 from deltamerge.methods.tiles import Kept, Patched, Tile
 
 if TYPE_CHECKING:
@@ -58,26 +58,20 @@ def task_arithmetic(
     normalize   whether to divide the sum by Σ w_i
     lambda_     λ
     """
-    import torch
 
-    if all(isinstance(delta, Kept) for delta in deltas):
-        positions, base_there, there = union(base, deltas)
-        return Patched(base, positions, base_there + _mixed(there, weights, normalize, lambda_))
-    dense = [densify(delta, tile.size) for delta in deltas]
-    return base.to(torch.float32) + _mixed(dense, weights, normalize, lambda_)
+    def mixed(deltas: list[torch.Tensor]) -> torch.Tensor:
+        total = weighted_sum(deltas, weights)
+        if normalize:
+            total = over(total, divisor_of(weights))
+        return total if lambda_ == 1 else total * float(np.float32(lambda_))
+
+    return onto(base, deltas, tile, mixed)
 
 
 def keeps_single(*, weights: tuple[float, ...], normalize: bool, lambda_: float) -> bool:
     """Whether task arithmetic and ties give back a single model, base + Δ, exactly as it is."""
     (weight,) = weights
     return lambda_ == 1 and (weight == 1 or (normalize and abs(weight) >= SMALLEST_WEIGHT))
-
-
-def _mixed(deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bool, lambda_: float) -> torch.Tensor:
-    total = weighted_sum(deltas, weights)
-    if normalize:
-        total = over(total, divisor_of(weights))
-    return total if lambda_ == 1 else total * float(np.float32(lambda_))
 
 
 def passthrough(x: torch.Tensor, *, tile: Tile, scales: tuple[float, ...]) -> torch.Tensor:
