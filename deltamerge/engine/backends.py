@@ -6,7 +6,7 @@ import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +16,9 @@ from deltamerge.engine.graph import Node, function_of
 from deltamerge.errors import InputError
 from deltamerge.io import kernels
 from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
+from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import Tile
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +51,6 @@ def single_threaded(names: Collection[str]) -> Iterator[None]:
     if "torch" not in names:
         yield
         return
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -82,8 +78,6 @@ class _Slots:
 
 def torch_device(device: str) -> torch.device:
     """torch's device of that name. InputError: torch sees no such device."""
-    import torch
-
     kind, _, number = device.partition(":")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices", hint="--device cpu")
@@ -125,8 +119,6 @@ class Lane:
     """One worker's buffers (and, on a GPU, its stream)."""
 
     def __init__(self, reader: Reader, device: Any) -> None:
-        import torch
-
         self.reader, self.device = reader, device
         self.on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]  # torch
@@ -134,15 +126,11 @@ class Lane:
         self.results = _Slots(self._host)
 
     def _host(self, nbytes: int) -> Any:
-        import torch
-
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.on_gpu)
 
     @contextmanager
     def tile(self) -> Iterator[None]:
         """Everything between reading a tile's inputs and writing its output."""
-        import torch
-
         self.slots.used = self.results.used = 0
         with torch.inference_mode(), torch.cuda.stream(self.stream):
             yield
@@ -155,8 +143,6 @@ class Lane:
 
     def emit(self, value: Any) -> np.ndarray[Any, Any]:
         """A finished tile as bytes on the host, valid until the next tile."""
-        import torch
-
         flat = value.contiguous().view(torch.uint8)
         if self.stream is not None:
             host = self.results.take(flat.numel())

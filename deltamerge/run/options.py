@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import UsageError
+from deltamerge.io.lazy import torch
 from deltamerge.plan.planner import Plan, PlanOptions
 from deltamerge.run.calibration_record import Run
 from deltamerge.run.lock import Lock
@@ -79,6 +80,4 @@ def choose_device(device: str) -> str:
         return device
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return "cpu"
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import onto, over
 from deltamerge.methods.tiles import Kept, Patched, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 SMALLEST_DIVISOR = 1e-8
 # A weight that is surely divided by itself: a sum of weights near 0 is not divided by.
@@ -35,8 +31,6 @@ def weighted_sum(parts: list[torch.Tensor], weights: tuple[float, ...]) -> torch
 
 def linear(*tensors: torch.Tensor, tile: Tile, weights: tuple[float, ...], normalize: bool) -> torch.Tensor:
     """Σ w_i x_i, divided by Σ w_i if `normalize`; float32 (Wortsman et al., "Model soups", arXiv 2203.05482)."""
-    import torch
-
     total = weighted_sum([x.to(torch.float32) for x in tensors], weights)
     return over(total, divisor_of(weights)) if normalize else total
 
@@ -76,8 +70,6 @@ def keeps_single(*, weights: tuple[float, ...], normalize: bool, lambda_: float)
 
 def passthrough(x: torch.Tensor, *, tile: Tile, scales: tuple[float, ...]) -> torch.Tensor:
     """scale · x in float32."""
-    import torch
-
     return x.to(torch.float32) * float(np.float32(scales[0]))
 
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import densify, row_blocks
 from deltamerge.methods.prune import select
 from deltamerge.methods.tiles import Kept, Make, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 FLOOR = 1e-8
 
@@ -30,8 +28,6 @@ def arcee_fusion(
 
     What is not a number reaches the threshold too, so that it is seen in the result.
     """
-    import torch
-
     dense = densify(delta, tile.size)
     return base.to(torch.float32) + dense.where(~(importance < threshold), dense.new_zeros(()))
 
@@ -64,8 +60,6 @@ def importance(base: torch.Tensor, delta: torch.Tensor | Kept, *, tile: Tile) ->
     Computed in float64 by numpy, since exponentials differ in their last bit from device to device; float32. A row is
     the last dimension (`ops.row_blocks`).
     """
-    import torch
-
     dense = densify(delta, tile.size)
     old, change = (x.to(torch.float64).cpu().numpy() for x in (base, dense))
     found = np.empty(tile.size, np.float32)

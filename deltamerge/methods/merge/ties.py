@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.arithmetic import SMALLEST_DIVISOR, weighted_sum
 from deltamerge.methods.ops import onto
 from deltamerge.methods.tiles import Kept, Patched, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 
 def ties(
@@ -33,7 +29,6 @@ def ties(
 
     With e_i = w_i Δ_i the sign of Σ e_i (0 counts as +) is elected; the e_i of that sign are added.
     """
-    import torch
 
     def consensus(deltas: list[torch.Tensor]) -> torch.Tensor:
         positive = weighted_sum(deltas, weights) >= 0

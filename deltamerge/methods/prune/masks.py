@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.prune.bits import Key, choose_columns, is_sparse, keep_torch, positions_torch
 from deltamerge.methods.tiles import Kept, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 
 def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, density: float) -> torch.Tensor | Kept:
@@ -23,8 +21,6 @@ def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, densit
     Returns flat float32 with zeros where dropped; `Kept` below density `SPARSE_BELOW`, whose cost grows with what is
     kept.
     """
-    import torch
-
     if is_sparse(density):
         return _kept(tune, base, positions_torch(key, tile.start, tile.stop, density, tune.device))
     delta = tune.to(torch.float32) - base.to(torch.float32)
@@ -44,8 +40,6 @@ def structured(
     a      share of the n input columns that are drawn: max(1, round(a · n))
     b      probability with which an entry of a drawn column is kept
     """
-    import torch
-
     if len(tile.shape) != 2:
         return dare(tune, base, tile=tile, key=key, density=a * b)
     columns = choose_columns(key, tile.columns, max(1, round(a * tile.columns)))
@@ -76,6 +70,4 @@ def unreduced(tile: Tile, columns: Any, reduced: Any) -> Any:
 
 
 def _kept(tune: torch.Tensor, base: torch.Tensor, positions: torch.Tensor) -> Kept:
-    import torch
-
     return Kept(positions, tune[positions].to(torch.float32) - base[positions].to(torch.float32))

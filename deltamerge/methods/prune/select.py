@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import densify
 from deltamerge.methods.tiles import Kept, Tile, block_elements
-
-if TYPE_CHECKING:
-    import torch
 
 HIGH = 1 << 15
 LOW = 1 << 16
@@ -68,8 +66,6 @@ class Cut:
 
 def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
     """abs(Δ) as int32: the bits of float32 without the sign, which sort like the magnitudes."""
-    import torch
-
     return delta.contiguous().view(torch.int32) & MAGNITUDE
 
 
@@ -190,8 +186,6 @@ def pick_listed(listed: Listed | None, *, k: int) -> Cut | None:
 
 def high_histogram(delta: torch.Tensor, listed: Cut | None = None, *, tile: Tile) -> Counts:
     """Counts of the high 16 bits of abs(Δ): int64[32768]."""
-    import torch
-
     return torch.bincount(magnitude_bits(delta) >> 16, minlength=HIGH).cpu().numpy()
 
 
@@ -221,8 +215,6 @@ def pick_share(counts: Counts, nonzero: Counts, *, share: float) -> Bin:
 
 def low_histogram(delta: torch.Tensor, high: Bin | None, *, tile: Tile) -> Counts:
     """Counts of the low 16 bits of abs(Δ) among entries with the bin's high bits: int64[65536]."""
-    import torch
-
     assert high is not None
     bits = magnitude_bits(delta)
     inside = bits[(bits >> 16) == high.high]
@@ -269,8 +261,6 @@ def pick_cut(counts: Counts, high: Bin) -> Cut:
 
 def equal_counts(delta: torch.Tensor, cut: Cut, *, tile: Tile) -> Counts:
     """How many entries of each block equal the threshold: int64 per block."""
-    import torch
-
     equal = magnitude_bits(delta) == cut.threshold
     step = block_elements(tile.shape)
     blocks = torch.arange(tile.size, device=delta.device) // step
@@ -368,8 +358,6 @@ def keep_largest_rows_scored(
 
     `norms` (n) of the input features (WANDA, arXiv 2306.11695; on deltas: arXiv 2410.09344).
     """
-    import torch
-
     rows = delta.view(-1, tile.columns)
     return _largest_of_rows(delta, rows.abs() * torch.from_numpy(norms).to(delta.device), density)
 
