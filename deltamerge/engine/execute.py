@@ -13,10 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.engine.backends import Lane, Step, TorchBackend, open_backend, quiet_allocator, single_threaded
+from deltamerge.engine.backends import (
+    Lane,
+    Step,
+    TorchBackend,
+    is_needless,
+    open_backend,
+    quiet_allocator,
+    single_threaded,
+    steps,
+)
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, function_of, schedule
-from deltamerge.engine.steps import is_needless, steps
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo

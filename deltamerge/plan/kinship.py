@@ -22,7 +22,8 @@ from statistics import median
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import PLAIN, bits_type, widen
+from deltamerge.io.computed import floats
+from deltamerge.io.dtypes import PLAIN
 from deltamerge.io.front_matter import front_matter
 from deltamerge.io.names import TASK_HEAD
 from deltamerge.io.reader import Reader
@@ -135,17 +136,12 @@ def _of_tensor(first: TensorInfo, other: TensorInfo, reader: Reader) -> tuple[fl
     size = math.prod(first.shape)
     count = min(RUN, size // PLACES)
     starts = [i * (size - count) // (PLACES - 1) for i in range(PLACES)]
-    x, y = (np.concatenate([_read(info, start, count, reader) for start in starts]) for info in (first, other))
+    found = ([floats(reader, info, start, count) for start in starts] for info in (first, other))
+    x, y = (np.concatenate(parts).astype(np.float64) for parts in found)
     if not (np.isfinite(x).all() and np.isfinite(y).all() and x.any() and y.any()):
         return None
     norm = float(np.linalg.norm(x))
     return float(np.linalg.norm(y - x)) / norm, float(x @ y) / (norm * float(np.linalg.norm(y)))
-
-
-def _read(info: TensorInfo, start: int, count: int, reader: Reader) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    bits = np.empty(count, bits_type(info.dtype))
-    reader.read_into(info, start, bits)
-    return widen(bits, info.dtype).astype(np.float64)
 
 
 def _has_files(model: Input) -> bool:

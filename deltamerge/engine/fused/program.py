@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.operations import StoredSource
+from deltamerge.engine.fused.assembly import Assembly, StoredSource
 from deltamerge.io import kernels
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
-
-if TYPE_CHECKING:
-    from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.io.reader import Reader
+from deltamerge.io.reader import Reader
 
 # The structures of kernels/src/program.h.
 OPERATION = np.dtype(

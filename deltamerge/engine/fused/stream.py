@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 from deltamerge.engine.fused import codes, merging, pruning, reductions
-from deltamerge.engine.fused.assembly import Assembly, Form
-from deltamerge.engine.fused.operations import StoredSource
+from deltamerge.engine.fused.assembly import Assembly, Form, StoredSource
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first
 from deltamerge.io.reader import Reader
