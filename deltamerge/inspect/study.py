@@ -25,7 +25,7 @@ from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME
-from deltamerge.io.quantised import refuse_quantised
+from deltamerge.io.quantised.decode import decoded
 from deltamerge.plan.inputs import Inputs, open_inputs
 from deltamerge.plan.kinship import swapped, unrelated
 from deltamerge.plan.planner import PlanOptions, plan
@@ -177,5 +177,5 @@ def _opener(reference: str, folder: Path) -> Checkpoint:
     """Open a model with its weights; these are not downloaded if its headers show that they are useless."""
     seen = hub.open_model(reference, folder, weights=False)
     with errors.context(reference):
-        refuse_quantised(seen.config, seen.tensors)
+        decoded(seen)
     return hub.open_model(reference, folder, weights=True)

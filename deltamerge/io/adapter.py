@@ -24,7 +24,7 @@ from deltamerge.io.dtypes import ITEMSIZE, PLAIN
 from deltamerge.io.files import input_error
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING
 from deltamerge.io.patterns import check, finds
-from deltamerge.io.quantised import refuse_quantised
+from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
@@ -132,7 +132,7 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
     InputError: a quantised base, or a tensor of the adapter that the base has no place for or whose shape does not fit.
     """
     with errors.context(base.reference):
-        refuse_quantised(base.config, base.tensors)
+        base = decoded(base)
     with errors.context(adapter.reference):
         modules, whole = parts(adapter)
         names = dict(base.tensors)

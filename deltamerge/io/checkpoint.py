@@ -15,7 +15,7 @@ from deltamerge.io.config_file import read_config
 from deltamerge.io.files import (
     input_error,
 )
-from deltamerge.io.quantised import gguf_error
+from deltamerge.io.quantised.detect import Scheme, gguf_error
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo as TensorInfo
@@ -50,6 +50,7 @@ class Checkpoint:
     revision        a commit; None for a local folder, as is `hub_id`
     is_delta        the folder is a delta artifact, which has no tensors and no files until it is put over `base`
                     (`delta.over_base`)
+    quantised       how its weights were stored, where they are decoded (`io.quantised.decode`)
     tokens, chat_template   of a model that is yet to be made: what its files will say, where they are not copies
     """
 
@@ -63,6 +64,7 @@ class Checkpoint:
     is_delta: bool = False
     base: Checkpoint | None = field(default=None, compare=False, repr=False)
     adapter: Adapter | None = None
+    quantised: Scheme | None = field(default=None, compare=False, repr=False)
     tokens: Tokens | None = field(default=None, compare=False, repr=False)
     chat_template: str | None = field(default=None, compare=False, repr=False)
 

@@ -14,7 +14,7 @@ from deltamerge.delta.over_base import over
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
-from deltamerge.io.quantised import refuse_quantised
+from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Section, written
@@ -127,11 +127,10 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         return opened[reference]
 
     def merged(reference: str, place: str) -> Checkpoint:
-        """Like `checkpoint`, for a model whose weights are read."""
-        found = checkpoint(reference, place)
+        """Like `checkpoint`, for a model whose weights are read: quantised ones are decoded."""
         with errors.context(place), errors.context(reference):
-            refuse_quantised(found.config, found.tensors)
-        return found
+            opened[reference] = decoded(checkpoint(reference, place))
+        return opened[reference]
 
     def over_base(delta: Checkpoint) -> Checkpoint:
         artifact = DeltaFile.open(delta.path)

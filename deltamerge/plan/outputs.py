@@ -135,7 +135,7 @@ class Outputs:
     def _row(self, target: Target, copied: list[str]) -> Row | Merged | None:
         name, stored, tensor, owner = target.name, target.stored, target.tensor, target.owner
         like = like_template(target, self.stacks, self.inputs.template)
-        dtype = tensor.dtype if like is None or tensor.dtype not in FLOATING else like.dtype
+        dtype = (tensor if like is None or tensor.dtype not in FLOATING else like).output_dtype
         dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else dtype
         found = [(model, model.get(source)) for model, source in target.sources]
         lacking = [model.name for model, info in found if info is None]

@@ -9,7 +9,7 @@ from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.io.names import BEFORE_LAYERS, LM_HEAD, block_of, layer_index, layer_position
-from deltamerge.io.quantised import keys_of, stated, without_keys
+from deltamerge.io.quantised.detect import keys_of, stated, without_keys
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer

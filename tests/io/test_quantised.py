@@ -14,7 +14,7 @@ from conftest import load_tensors, make_checkpoint, tiny_llama, write_json
 from running import make_plan, run
 from safetensors.torch import save_file
 
-from deltamerge.io.quantised import keys_of, scheme_of, without_keys
+from deltamerge.io.quantised.detect import keys_of, scheme_of, without_keys
 from deltamerge.io.tensor import TensorInfo
 
 W = "model.layers.0.mlp.up_proj"

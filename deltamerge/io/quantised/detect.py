@@ -132,15 +132,6 @@ def without_keys(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     }
 
 
-def refuse_quantised(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
-    """InputError naming the scheme, if the weights are quantised."""
-    scheme = scheme_of(config, tensors)
-    if scheme is not None:
-        count, first = len(scheme.weights), next(iter(scheme.weights))
-        some = f"{count} tensors such as {first} are" if count > 1 else f"{first} is"
-        raise InputError(f"is quantised ({scheme}): {some} stored as codes, which cannot be merged", hint=HINT)
-
-
 def gguf_error(name: str) -> InputError:
     """The error for a model that is a GGUF file."""
     hint = "merge the safetensors that it was made of, or convert it: transformers' from_pretrained(gguf_file=…)"
