@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from deltamerge.errors import OutputError
+from deltamerge.errors.shown import some
 from deltamerge.io.atomic import PASSING, sweep
 from deltamerge.io.files import opened
 
@@ -68,7 +69,7 @@ def look(state: Path) -> frozenset[str] | None:
         return None
     if wrong:
         raise OutputError(
-            f"{state}: holds what no run wrote there: {some(wrong)}",
+            f"{state}: holds what no run wrote there: {some(sorted(wrong))}",
             hint="move that away, or choose another folder with --out",
         )
     return frozenset(modes)
@@ -134,12 +135,6 @@ def sweep_files(state: Path) -> None:
     for path in (state, state / OUT):
         with suppress(FileNotFoundError), opened(path, _FOLDER) as folder:
             sweep(folder)
-
-
-def some(names: Iterable[str]) -> str:
-    """The first of several names, and the number of the others."""
-    listed = sorted(names)
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
 
 
 def _modes(folder: int) -> dict[str, int]:

@@ -34,7 +34,6 @@ def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: st
     value    the merged tile
     stored   the tile that entries are taken from, bit for bit if it has the output dtype
     where    the mask
-    tile     the part of the tensor
     to       the output dtype
     """
     return stored.to(torch_dtype(to)).where(where.bool(), value)

@@ -77,11 +77,6 @@ def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat)
 
 
-def _hash(content: Path | bytes) -> str:
-    """As of an output: of a file, or of what would be written."""
-    return hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
-
-
 def is_current(document: Document, planned: Plan, folder: Path) -> bool:
     """Whether `folder` holds what the document would make: recipe, version, inputs and outputs the same by content."""
     try:
@@ -92,7 +87,10 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
         if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
             return False
         locks.verify(folder, planned.workers)
-        wanted = {name: _hash(content) for name, content in assets(planned).items()}
-        return all(lock["outputs"].get(name, {}).get("hash") == digest for name, digest in wanted.items())
+        for name, content in assets(planned).items():
+            hashed = hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
+            if lock["outputs"].get(name, {}).get("hash") != hashed:
+                return False
+        return True
     except DeltamergeError:
         return False

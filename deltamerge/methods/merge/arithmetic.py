@@ -47,7 +47,6 @@ def task_arithmetic(
 
     base        tile in its stored dtype
     deltas      Δ_i: float32 tiles or `Kept`
-    tile        the part of the tensor
     weights     w_i
     normalize   whether to divide the sum by Σ w_i
     lambda_     λ

@@ -24,7 +24,6 @@ def arcee_fusion(
     delta        float32 tile
     importance   of each entry, float32
     threshold    the least importance that is taken
-    tile         the part of the tensor
 
     What is not a number reaches the threshold too, so that it is seen in the result.
     """
@@ -33,14 +32,7 @@ def arcee_fusion(
 
 
 def nodes(make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool) -> Any:
-    """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries.
-
-    make       makes a graph's node
-    function   name of `arcee_fusion`
-    inputs     nodes of base and delta
-    shape      of the tensor
-    based      whether inputs[0] is the base
-    """
+    """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries."""
     score = make(importance, inputs, shape=shape)
     size = math.prod(shape)
     high = make(select.high_histogram, [score], kind="sum", shape=shape)

@@ -44,11 +44,6 @@ def nodes(
 ) -> Any:
     """The node of `ramplus_tl`: one pass counts each model's changes, a second adds.
 
-    make       makes a graph's node
-    function   name of `ramplus_tl`
-    inputs     nodes of the base and the deltas
-    shape      of the tensor
-    based      whether inputs[0] is the base
     epsilon    entries up to it count as unchanged
     r, alpha   of `factors`
     """

@@ -36,15 +36,8 @@ def sce(base: torch.Tensor, *inputs: Any, tile: Tile) -> torch.Tensor:
 def nodes(
     make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool, select_topk: float
 ) -> Any:
-    """The node of `sce`: passes that find the most varying entries, and one for the weights.
-
-    make          makes a graph's node
-    function      name of `sce`
-    inputs        nodes of the base and the deltas
-    shape         of the tensor
-    based         whether inputs[0] is the base
-    select_topk   int(select_topk · n) of the n entries that vary are kept
-    """
+    """The node of `sce`: passes that find the int(select_topk · n) most varying of the n entries that vary, and one for
+    the weights."""
     base, *deltas = inputs
     if select_topk < 1.0:
         spread = make(variance, deltas, shape=shape)

@@ -60,7 +60,6 @@ def multislerp(
         weights             w_i
         normalize_weights   whether to divide them by their sum
         eps                 ε
-        tile                the part of the tensor
 
     v = Σ w_i (u_i − ⟨u_i, m⟩ m); back on the sphere m cos‖v‖ + v sin‖v‖/‖v‖; times Σ w_i ‖x_i‖. Two opposite models are
     interpolated linearly; InputError if more of them add up to 0.

@@ -22,7 +22,6 @@ def ties(
 
         base        tile in its stored dtype
         deltas      Δ_i: float32 tiles or `Kept`
-        tile        the part of the tensor
         weights     w_i
         normalize   whether to divide by the sum of the agreeing w_i (a sum near 0 divides by 1)
         lambda_     λ

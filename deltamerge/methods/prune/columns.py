@@ -75,7 +75,6 @@ def keep_best_of_columns(
     norms   (in) of the input features
     cut     of every column
     ranks   of `column_ranks`
-    tile    the part of the weight
     """
     bits = _bits(delta, norms, tile)
     threshold = torch.from_numpy(cut.threshold).to(delta.device)

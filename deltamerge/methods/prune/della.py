@@ -21,7 +21,6 @@ def della(
     """δ ∘ Δ · density / π, δ ~ Bernoulli(π); float32 (arXiv 2406.11617). Divided by q = density it is unbiased.
 
         delta      float32 or `Kept`
-        tile       the part of the tensor
         key        the mask's
         density    the mean of π
         epsilon    ε of π = density − ε + 2ε · rank / (n − 1), rank from 0 by abs(Δ) in a row of n, equals from the left

@@ -14,7 +14,6 @@ def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, densit
 
         tune      flat tile in its stored dtype
         base      flat tile in its stored dtype
-        tile      the part of the tensor
         key       the mask's
         density   share of entries that are kept
 
@@ -35,7 +34,6 @@ def structured(
 
     tune   flat tile in its stored dtype
     base   flat tile in its stored dtype
-    tile   the part of the tensor
     key    the mask's
     a      share of the n input columns that are drawn: max(1, round(a · n))
     b      probability with which an entry of a drawn column is kept

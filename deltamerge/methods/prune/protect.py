@@ -34,7 +34,6 @@ def restore(
     tune      tile in its stored dtype
     base      tile in its stored dtype
     columns   ascending
-    tile      the part of the tensor
     """
     at = torch.from_numpy(places(columns, tile)).to(tune.device)
     values = tune[at].to(torch.float32) - base[at].to(torch.float32)

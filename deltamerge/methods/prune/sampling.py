@@ -78,7 +78,6 @@ def sampled(tune: torch.Tensor, base: torch.Tensor, c: float, *, tile: Tile, key
         tune      flat tile in its stored dtype
         base      flat tile in its stored dtype
         c         of π_i = min(1, c · abs(Δ_i)), in float32
-        tile      the part of the tensor
         key       the mask's
         density   the mean of π
 

@@ -308,7 +308,6 @@ def keep_between(
         delta                  a tile
         outer, outer_ranks     the cut of the larger set, and ranks of its equal entries
         inner, inner_ranks     the cut of the smaller set
-        tile                   the part of the tensor
 
     Model breadcrumbs (arXiv 2312.06795): the very largest are outliers, the smallest noise.
     """
