@@ -186,8 +186,7 @@ def _target(entry: Entry, target: Any, base: Base) -> Any:
     if target is None or _described(target) != expected:
         found = "is not there" if target is None else "is {} {}".format(*_described(target))
         raise InputError(
-            f"{entry.name} {found}, the delta was made from {expected[0]} {expected[1]}",
-            hint=f"it belongs to {base}",
+            f"{entry.name} {found}, the delta was made from {expected[0]} {expected[1]}", hint=f"it belongs to {base}"
         )
     return target
 

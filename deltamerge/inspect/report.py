@@ -180,10 +180,7 @@ def _layers(found: Report) -> list[Markup]:
         for name, one in FIGURES.items()
         for card in _heat(name, {key: one.of(group) for key, group in cells.items()}, one.form)
     ]
-    blocks += [
-        _heading("Layers and modules"),
-        _words("Weights of the blocks, without biases and norms."),
-    ]
+    blocks += [_heading("Layers and modules"), _words("Weights of the blocks, without biases and norms.")]
     changed = {key: CHANGED.of(group) for key, group in cells.items()}
     return [
         *blocks,
@@ -297,11 +294,7 @@ def _activations(found: Activations) -> list[Markup]:
             ),
             element(
                 "div",
-                _card(
-                    "measured error over predicted, a point a layer",
-                    key,
-                    measured_errors(rows),
-                ),
+                _card("measured error over predicted, a point a layer", key, measured_errors(rows)),
                 _card("massive activations", bars("massive activations", strongest)),
                 class_="stack",
             ),

@@ -208,12 +208,7 @@ def _root(graph: Graph, pair: Pair) -> Node:
     partials = graph.node(moments, [delta, base], kind="concat", shape=shape)
     counts = graph.node(high_histogram, [delta], kind="sum", shape=shape)
     return graph.node(
-        join_moments,
-        [partials, counts],
-        kind="small",
-        shape=shape,
-        dtype=pair.tune.dtype,
-        size=math.prod(shape),
+        join_moments, [partials, counts], kind="small", shape=shape, dtype=pair.tune.dtype, size=math.prod(shape)
     )
 
 

@@ -27,10 +27,7 @@ _OTHER = "choose another folder with --out"
 _REASONS = {
     errno.ENOSPC: ("no space left on the device", _FREE),
     errno.EDQUOT: ("the disk quota is exceeded", _FREE),
-    errno.EFBIG: (
-        "the file would be larger than the file system or `ulimit -f` allows",
-        "use a smaller shard_size",
-    ),
+    errno.EFBIG: ("the file would be larger than the file system or `ulimit -f` allows", "use a smaller shard_size"),
     errno.EACCES: ("permission denied", _OTHER),
     errno.EPERM: ("not permitted", _OTHER),
     errno.ENOENT: ("no such folder", _OTHER),

@@ -76,11 +76,7 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
     if not calibrated:
         return []
     found = [
-        (
-            spec.name,
-            calibrated[node].record,
-            [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)],
-        )
+        (spec.name, calibrated[node].record, [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)])
         for node, spec in plan.specs.items()
     ]
     explained = "Kept entries of the weights of linear layers are divided by q; 1-D tensors and embeddings have q = 1."

@@ -295,13 +295,7 @@ def keep_largest(delta: torch.Tensor, cut: Cut, ranks: Counts, *, tile: Tile) ->
 
 
 def keep_between(
-    delta: torch.Tensor,
-    outer: Cut,
-    outer_ranks: Counts,
-    inner: Cut,
-    inner_ranks: Counts,
-    *,
-    tile: Tile,
+    delta: torch.Tensor, outer: Cut, outer_ranks: Counts, inner: Cut, inner_ranks: Counts, *, tile: Tile
 ) -> torch.Tensor:
     """Δ where it is among the largest magnitudes of `outer` and not among those of `inner`, else 0.
 
@@ -315,14 +309,7 @@ def keep_between(
     return delta.where(keep, delta.new_zeros(()))
 
 
-def keep_where(
-    delta: torch.Tensor | Kept,
-    score: torch.Tensor,
-    cut: Cut,
-    ranks: Counts,
-    *,
-    tile: Tile,
-) -> torch.Tensor:
+def keep_where(delta: torch.Tensor | Kept, score: torch.Tensor, cut: Cut, ranks: Counts, *, tile: Tile) -> torch.Tensor:
     """Δ where the magnitude of its score is among the k largest of the tensor (`cut`, `ranks` of equal
     ones), else 0.
     """
