@@ -13,6 +13,7 @@ from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect.layers import CHANGED, FIGURES, Place, matrices, placed
 from deltamerge.inspect.report import STYLE, heat_maps, legend, measured_errors, search_curve
+from deltamerge.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse, report
 from deltamerge.inspect.svg import Panel, picture, short
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
@@ -25,7 +26,6 @@ from deltamerge.run.options import Draw
 
 if TYPE_CHECKING:
     from deltamerge.inspect.activations import Activations
-    from deltamerge.inspect.statistics import Report
 
 BASE = "base"
 DELTA, SEARCH, ACTIVATIONS = PICTURES
@@ -49,8 +49,6 @@ def drawing(planned: Plan, data: bool) -> Draw:
 
 def illustrate(planned: Plan, folder: Path, made: Run, *, data: bool) -> dict[str, str]:
     """Draw the finished weights in `folder`, whose q's were `made` so; returns the files' names and captions."""
-    from deltamerge.inspect.statistics import measure_deltas, pair_recipe, pairs_of, parse, report
-
     assert planned.inputs.base is not None
     base = planned.inputs.base.checkpoint
 

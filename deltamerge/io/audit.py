@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from deltamerge import errors
@@ -100,8 +101,6 @@ class Audit:
             self._outbox.fail(failure)
 
     def _follow(self, name: str, size: int, tensors: Sequence[TensorSpan], buffer: NDArray[np.uint8]) -> None:
-        from blake3 import blake3
-
         hasher: Any = blake3()
         index = position = 0
         with reading(), opened(self._folder / name) as fd:

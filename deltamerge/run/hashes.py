@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128
+
 from deltamerge import __version__, errors
 from deltamerge.calibrate.hub_rows import commit
 from deltamerge.calibrate.rows import is_of_hub, local_files
@@ -156,8 +158,6 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
 
     Cheap: no file is read. An unfinished run goes on only if all of it is as it was.
     """
-    from xxhash import xxh3_128
-
     layout = xxh3_128()
     for file in plan.layout.files:
         layout.update(file.header)
