@@ -129,7 +129,10 @@ def fetch(checkpoint: Checkpoint, first: str, *others: str) -> None:
     for name in (first, *others):
         if (checkpoint.path / name).exists():
             continue
-        with errors.context(checkpoint.reference), _explained(checkpoint.hub_id, checkpoint.revision, checkpoint.path):
+        with (
+            errors.context(checkpoint.reference),
+            _explained(checkpoint.hub_id, checkpoint.revision, checkpoint.path),
+        ):
             try:
                 _file(checkpoint.hub_id, name, checkpoint.revision, checkpoint.revision)
             except EntryNotFoundError as error:

@@ -14,7 +14,6 @@ from contextlib import suppress
 from pathlib import Path
 
 from deltamerge.errors import OutputError
-from deltamerge.errors.shown import some
 from deltamerge.io.atomic import PASSING, sweep
 from deltamerge.io.files import opened
 
@@ -26,7 +25,7 @@ HOLDER = re.compile(
 )  # or its start
 PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a pipe is refused instead of blocking
 _GONE = r"\.nfs[0-9a-f]+"  # NFS gives this name to a file that is removed while open
 _FILES = re.compile(
@@ -69,7 +68,7 @@ def look(state: Path) -> frozenset[str] | None:
         return None
     if wrong:
         raise OutputError(
-            f"{state}: holds what no run wrote there: {some(sorted(wrong))}",
+            f"{state}: holds what no run wrote there: {some(wrong)}",
             hint="move that away, or choose another folder with --out",
         )
     return frozenset(modes)
@@ -137,6 +136,12 @@ def sweep_files(state: Path) -> None:
             sweep(folder)
 
 
+def some(names: Iterable[str]) -> str:
+    """The first of several names, and the number of the others."""
+    listed = sorted(names)
+    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
+
+
 def _modes(folder: int) -> dict[str, int]:
     modes = {}
     for name in os.listdir(folder):
@@ -155,24 +160,33 @@ def _is_file_of(name: str, mode: int, inside: str) -> bool:
 
 def _foreign(folder: int, name: str) -> list[str]:
     """The names in a folder of the work folder that no run wrote; the artifact of a budget keeps its spool in OUT."""
-    wrong: list[str] = []
-    with suppress(FileNotFoundError), opened(name, _FOLDER, folder) as inner:
+    try:
+        inner = os.open(name, _FOLDER, dir_fd=folder)
+    except FileNotFoundError:
+        return []
+    try:
         modes = _modes(inner)
+        wrong: list[str] = []
         if name == OUT and stat.S_ISDIR(modes.get(SPOOL, 0)):
             del modes[SPOOL]
             wrong = _foreign(inner, SPOOL)
         wrong += [_named(n, mode) for n, mode in modes.items() if not _is_file_of(n, mode, name)]
+    finally:
+        os.close(inner)
     return [f"{name}/{one}" for one in wrong]
 
 
 def _empty(folder: int, name: str) -> None:
-    with opened(name, _FOLDER, folder) as inner:
+    inner = os.open(name, _FOLDER, dir_fd=folder)
+    try:
         for one, mode in _modes(inner).items():
             if one == SPOOL and name == OUT and stat.S_ISDIR(mode):
                 _empty(inner, SPOOL)
                 os.rmdir(SPOOL, dir_fd=inner)
             elif _is_file_of(one, mode, name):
                 _unlink(one, inner)
+    finally:
+        os.close(inner)
 
 
 def _unlink(name: str, folder: int) -> None:

@@ -31,14 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError, OutputError
-from deltamerge.errors.shown import some
 from deltamerge.io import work_folder
 from deltamerge.io.atomic import exchange
 from deltamerge.io.files import output_error, sync_path
 from deltamerge.io.journal import Journal, check_facts, has_work, named_inode, part_journals, read_journal
 from deltamerge.io.lock_file import LOCK_NAME, not_made
 from deltamerge.io.seals import Seal, damages
-from deltamerge.io.work_folder import JOURNAL, LOCK, OLD, OUT
+from deltamerge.io.work_folder import JOURNAL, LOCK, OLD, OUT, some
 from deltamerge.io.work_lock import locked, looked
 
 KEPT = "what is done is kept: continue with --resume"
@@ -105,12 +104,12 @@ class Workspace:
     def _check(self, outputs: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int) -> None:
         names = {path.name for path in self.folder.iterdir()}
         if strange := (names - {*outputs}) ^ {LOCK_NAME}:
-            raise OutputError(f"{self.folder}: holds what no run wrote, or has no lock: {some(sorted(strange))}")
+            raise OutputError(f"{self.folder}: holds what no run wrote, or has no lock: {some(strange)}")
         if wrong := damages(self.folder, outputs, seals, workers):
             for name in wrong:
                 with suppress(OSError):
                     (self.folder / name).unlink()
-            named = some(sorted(f"{name} {what}" for name, what in wrong.items()))
+            named = some(f"{name} {what}" for name, what in wrong.items())
             raise OutputError(f"{self.target}: not made, as of its files {named}", hint="run it again")
 
     def _put(self) -> Callable[[], object]:
@@ -148,7 +147,7 @@ def check_replaced(target: Path, *, force: bool, changed: bool = False) -> None:
     lost = not_made(target)
     if lost and force:
         raise OutputError(
-            f"{target}: --force replaces only what a run made, and would delete {some(sorted(lost))}",
+            f"{target}: --force replaces only what a run made, and would delete {some(lost)}",
             hint="move that away or remove the folder yourself, or choose another with --out",
         )
     if not force:

@@ -22,7 +22,7 @@ from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.io.audit import Audit, Findings, TensorSpan
 from deltamerge.io.checkpoint import INDEX, SINGLE
 from deltamerge.io.dtypes import FLOATING, ITEMSIZE, nbytes_of
-from deltamerge.io.files import Descriptors, flat, opened, output_error, reserve, sync, sync_path, write_at, writing
+from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, sync_path, write_at, writing
 from deltamerge.io.journal import Journal
 from deltamerge.io.outbox import Outbox
 from deltamerge.io.reader import Reader
@@ -336,10 +336,19 @@ class Writer:
 
     def _create(self, file: FileLayout) -> None:
         there = any(self._written[file.name])
-        flags = os.O_WRONLY | (0 if there else os.O_CREAT | os.O_EXCL)
-        with errors.context(file.name), writing(), opened(self._folder / file.name, flags) as fd:
-            reserve(fd, file.size)
-            write_at(fd, 0, memoryview(file.header))
+        flags = os.O_WRONLY | os.O_CLOEXEC | (0 if there else os.O_CREAT | os.O_EXCL)
+        with errors.context(file.name):
+            try:
+                fd = os.open(self._folder / file.name, flags, 0o666)
+            except OSError as error:
+                raise output_error(error) from error
+            try:
+                reserve(fd, file.size)
+                write_at(fd, 0, memoryview(file.header))
+            except OSError as error:
+                raise output_error(error) from error
+            finally:
+                os.close(fd)
         self._written[file.name].add(0, len(file.header))
 
 
@@ -356,5 +365,8 @@ def done_spans(records: Iterable[Mapping[str, Any]]) -> dict[str, Spans]:
 def write_index(folder: Path, layout: Layout) -> None:
     """Write the index of a layout, if it has one."""
     if layout.index is not None:
-        with errors.context(INDEX), writing():
-            (folder / INDEX).write_text(layout.index, encoding="utf-8")
+        with errors.context(INDEX):
+            try:
+                (folder / INDEX).write_text(layout.index, encoding="utf-8")
+            except OSError as error:
+                raise output_error(error) from error

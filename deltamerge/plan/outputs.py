@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -12,7 +12,6 @@ from deltamerge.delta.positions import expected_bits
 from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Graph
-from deltamerge.errors.shown import some
 from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED
 from deltamerge.io.gathered import Gathered, cut
 from deltamerge.io.names import LM_HEAD, layer_index
@@ -120,7 +119,7 @@ class Outputs:
                 yield row
         self._check_vocabulary()
         if copied:
-            self.notes.append(f"copied from {template.name}, not merged: {named(copied, some)}")
+            self.notes.append(f"copied from {template.name}, not merged: {named(copied, _some)}")
         self._left_out()
 
     def _check_vocabulary(self) -> None:
@@ -247,7 +246,7 @@ class Outputs:
         """Report tensors that an input has and the output lacks: an error inside a numbered block, else a note."""
         template = self.inputs.template
         for model, names in behind(self.stacks, self.inputs.all):
-            left = named([model.stored[name] for name in names], some)
+            left = named([model.stored[name] for name in names], _some)
             self.notes.append(f"left out, behind the layers of {model.name}: {left}")
         for model in self.inputs.all:
             extra = [n for n in model.tensors if n not in template.tensors]
@@ -258,7 +257,12 @@ class Outputs:
                 model.stored[n] for n in extra if layer_index(n) is None or (n in inside and self.spares.holds(n))
             ]
             if layers:
-                self.problems.append(f"{some(layers)}: in {model.name}, missing in {template.name}")
+                self.problems.append(f"{_some(layers)}: in {model.name}, missing in {template.name}")
                 self.hint = "models that are merged must have the same layers"
             if others:
-                self.notes.append(f"left out, only in {model.name}: {named(others, some)}")
+                self.notes.append(f"left out, only in {model.name}: {named(others, _some)}")
+
+
+def _some(names: Iterable[str], most: int = 4) -> str:
+    names = list(names)
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

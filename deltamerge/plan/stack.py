@@ -157,8 +157,7 @@ def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target
     because they are not numbered plainly.
     """
     scopes = _scopes(recipe, inputs)
-    sliced = {module: groups for module, groups in scopes.items() if groups[0].part.ranges is not None}
-    stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in sliced.items()}
+    stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in scopes.items() if _sliced(groups)}
     modules = {name: _module_of(name, scopes) for name in inputs.template.tensors}
     counts: dict[str | None, int] = {}
     for name, module in modules.items():
@@ -243,6 +242,10 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
             problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
             raise RecipeError(recipe.source.path, [problem])
     return scopes
+
+
+def _sliced(groups: Sequence[Group]) -> bool:
+    return groups[0].part.ranges is not None
 
 
 def _module_of(name: str, scopes: Mapping[str | None, object]) -> str | None:

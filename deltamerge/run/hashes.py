@@ -63,8 +63,11 @@ def describe_files(
 ) -> dict[str, dict[str, Any]]:
     """File name, or path below `root`, -> {hash, size}, hashed side by side, the largest first."""
     ordered = sorted(paths, key=lambda path: -path.stat().st_size)
-    with ThreadPoolExecutor(workers) as pool:
-        hashes = list(pool.map(hash_file, ordered))
+    if workers == 1:
+        hashes = list(map(hash_file, ordered))
+    else:
+        with ThreadPoolExecutor(workers) as pool:
+            hashes = list(pool.map(hash_file, ordered))
     names = [path.relative_to(root).as_posix() if root else path.name for path in ordered]
     sizes = [path.stat().st_size for path in ordered]
     return {n: {"hash": h, "size": size} for n, h, size in zip(names, hashes, sizes, strict=True)}

@@ -24,8 +24,9 @@ from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.writer import Writer, plan_layout
 from deltamerge.plan.planner import Plan
-from deltamerge.run.assets import Files, edit_tokenizer, tokenizer_files, write_files
 from deltamerge.run.assets import config as output_config
+from deltamerge.run.assets import tokenizer_files, write_files
+from deltamerge.run.tokenizer import Files, edit_tokenizer
 
 
 class ChangedTensor(NamedTuple):
