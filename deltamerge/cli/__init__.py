@@ -15,7 +15,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from deltamerge import __version__
-from deltamerge.cli import deltas, inspect, mergekit_flags, push, recipes, run, streams
+from deltamerge.cli import deltas, inspect, push, recipes, run, streams
 from deltamerge.cli.output import complain, tell
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import shown
@@ -59,8 +59,6 @@ def _refuse(error: click.ClickException, arguments: list[str]) -> int:
     error.show(said)
     for line in said.getvalue().splitlines():
         tell(line)
-    for hint in mergekit_flags.hints(error, arguments):
-        tell(f"hint: {hint}")
     return 2
 
 

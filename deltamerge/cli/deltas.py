@@ -62,6 +62,8 @@ def extract(
     method: str | None,
     q: float | None,
     values: str | None,
+    resume: bool,
+    force: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -81,8 +83,9 @@ def extract(
         return progress.start(plan.nbytes)
 
     result = extract_delta(
-        model, base, out, density=density, method=method, q=q, values=values, options=Options(watch=watch, **options)
-    )
+        model, base, out, density=density, method=method, q=q, values=values,
+        options=Options(watch=watch, force=force, resume=resume or None, **options),
+    )  # fmt: skip
     warnings.say(result.plan)
     if result.nonfinite:
         tell(f"warning: {describe_nonfinite(result.nonfinite)}")

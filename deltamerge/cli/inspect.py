@@ -18,6 +18,7 @@ from deltamerge.cli.options import (
     MERGEKIT_EXACT,
     MODEL,
     RECIPE,
+    SET,
     WORKERS,
     calibration_of,
     rows_of_text,
@@ -29,13 +30,15 @@ from deltamerge.errors.shown import shown
 
 if TYPE_CHECKING:
     from deltamerge.plan.planner import Plan
+    from deltamerge.recipe.yaml_source import Loc
 
 
 @click.command()
 @click.argument("recipes", type=RECIPE, nargs=-1, required=True)
 @click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
 @MERGEKIT_EXACT
-def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> None:
+@SET
+def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool, settings: dict[Loc, str]) -> None:
     """Validate RECIPES and the headers of their models.
 
     Reads no weights; of hub models only the headers are fetched.
@@ -47,7 +50,7 @@ def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> Non
     worst = 0
     for recipe in recipes:
         try:
-            file = read_recipe(recipe, mergekit_exact=mergekit_exact)
+            file = read_recipe(recipe, mergekit_exact=mergekit_exact, settings=settings)
             plan = None if offline else make_plans(file, options=Options(device="cpu"))[-1]
         except DeltamergeError as error:
             complain(error, str(recipe))
@@ -78,6 +81,7 @@ def check_size(plan: Plan) -> str:
 @click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
 @click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
 @MERGEKIT_EXACT
+@SET
 @AS_JSON
 def plan(
     recipe: Path,
@@ -87,6 +91,7 @@ def plan(
     old: Path | None,
     graph: bool,
     mergekit_exact: bool,
+    settings: dict[Loc, str],
     as_json: bool,
 ) -> None:
     """Show what a run of RECIPE would do, tensor by tensor.
@@ -102,18 +107,18 @@ def plan(
     from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans
 
-    def describe(path: Path) -> dict[str, Any]:
-        file = read_recipe(path, mergekit_exact=mergekit_exact)
+    def describe(path: Path, settings: dict[Loc, str]) -> dict[str, Any]:
+        file = read_recipe(path, mergekit_exact=mergekit_exact, settings=settings)
         *before, planned = make_plans(file, options=Options(device=device, workers=workers, memory=memory))
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
         return planned.describe() | ({"intermediate": intermediate} if before else {})
 
     if graph and (old or as_json):
         raise click.UsageError("--graph stands alone")
-    described = describe(recipe)
+    described = describe(recipe, settings)
     if old is not None:
         with errors.context(str(old)):
-            found = review.difference(describe(old), described)
+            found = review.difference(describe(old, {}), described)
         say_json(found) if as_json else say(review.markdown(found, str(old), str(recipe)))
     elif graph:
         say(review.mermaid(described))

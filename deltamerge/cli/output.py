@@ -133,6 +133,7 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
             "tensors": tensors,
             "seconds": round(progress.seconds, 3),
             "lock": result.lock,
+            "up_to_date": not result.made,
             "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
             "warnings": list(result.plan.warnings),
             **({} if delta is None else {"entries": delta.entries, "relative_error": delta.error}),
@@ -143,6 +144,9 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
         lost = ""
         for folder, made in result.intermediate.items():
             tell(f"{folder}: {'made' if made else 'as it would be made, kept'}")
+        if not result.made:
+            tell(f"{result.folder}: up to date")
+            return
         if delta is not None:
             values = result.plan.delta_values
             how = "final values, exact" if values is None else f"{values} values, relative error {delta.error:.3g}"

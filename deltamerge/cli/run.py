@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltamerge.cli.mergekit_flags import mergekit_flags, taken
 from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
@@ -22,6 +23,7 @@ from deltamerge.cli.options import (
     QUIET,
     RECIPE,
     RESUME,
+    SET,
     WORKERS,
     RecipePath,
 )
@@ -32,10 +34,12 @@ from deltamerge.io.files import scratch
 
 if TYPE_CHECKING:
     from deltamerge.plan.planner import Plan
+    from deltamerge.recipe.yaml_source import Loc
 
 
 @click.command()
 @click.argument("recipe", type=RecipePath())
+@click.argument("target", metavar="[OUT]", type=FOLDER, required=False)
 @click.option("--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it.")
 @DEVICE
 @WORKERS
@@ -47,15 +51,21 @@ if TYPE_CHECKING:
     help="Run all parts on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
 )  # fmt: skip
 @RESUME
-@click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
+@click.option("--force", is_flag=True, help="Make it again, over a result that was changed; forget an interrupted run.")
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
 @MERGEKIT_EXACT
 @NONFINITE
+@SET
 @click.option("--pictures", is_flag=True, help="Draw delta and search for the model card (extra `plot`).")
 @AS_JSON
 @QUIET
+@click.option("-v", "--verbose", "--verbosity", count=True, help="Say what `plan` notes, too.")
+@mergekit_flags
+@click.pass_context
 def run(
+    context: click.Context,
     recipe: str,
+    target: Path | None,
     out: Path | None,
     device: str,
     workers: int | None,
@@ -68,9 +78,11 @@ def run(
     locked: bool,
     mergekit_exact: bool,
     allow_nonfinite: bool,
+    settings: dict[Loc, str],
     pictures: bool,
     as_json: bool,
     quiet: bool,
+    verbose: int,
 ) -> None:
     """Merge the models of RECIPE into one that transformers loads.
 
@@ -78,10 +90,12 @@ def run(
 
     \b
     deltamerge run recipe.yaml --memory 2GB
+    deltamerge run recipe.yaml ./merged --set seed=1    # OUT may stand alone, as mergekit's
     deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
     deltamerge run recipe.yaml --ray 10.0.0.1:6379    # its parts on a cluster
 
-    An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
+    Run again, a finished recipe is up to date; a changed one replaces its own result; an interrupted one goes on where
+    it stopped, from .NAME.partial beside its target, or is forgotten by --force.
     """
     from deltamerge.inspect.pictures import drawing
     from deltamerge.recipe.file import read_recipe
@@ -99,11 +113,22 @@ def run(
         raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
     if pictures and part is not None:
         raise click.UsageError("--pictures is for --finish, when every part is done")
+    theirs = taken(context)
+    if target is not None and out is not None:
+        raise click.UsageError("OUT and --out name the output twice")
+    out = out or target or (None if theirs.out is None else Path(theirs.out))
+    device = theirs.device or device if device == "auto" else device
+    workers = workers or theirs.workers
+    settings = {**(theirs.settings or {}), **settings}
+    if settings and recipe.startswith(SCHEME):
+        raise click.UsageError("hf:// makes what was pushed: keys of its recipe cannot be set")
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     elif line := kernels.missing():
         tell(line)
+    if theirs.warning and not quiet:
+        tell(f"warning: {theirs.warning}")
     progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
 
     def watch(plan: Plan) -> Callable[[int], None]:
@@ -111,7 +136,8 @@ def run(
         return progress.start(plan.nbytes)
 
     options = Options(
-        device=device, workers=workers, memory=memory, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
+        device=device, workers=workers, memory=memory, resume=resume or None, force=force,
+        allow_nonfinite=allow_nonfinite,
         watch=watch, drawing=drawing if pictures else None,
     )  # fmt: skip
     published = None
@@ -122,7 +148,7 @@ def run(
             published = fetch(recipe, held.enter_context(scratch(out.absolute().parent)))
             path = published.recipe
             options = replace(options, lock=published.lock, pins=published.pins)
-        file = read_recipe(path, mergekit_exact=mergekit_exact)
+        file = read_recipe(path, mergekit_exact=mergekit_exact, settings=settings)
         if locked and published is None:
             options = replace(options, lock=Lock.read(file.lock_path))
         if finish:
@@ -140,6 +166,8 @@ def run(
     found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
     if published:
         found["published"] = {"commit": published.commit, "differs": differing}
+    for note in result.plan.notes if verbose and not (quiet or as_json) else ():
+        tell(f"note: {note}")
     report_run(result, progress, as_json=as_json, quiet=quiet, **found)
     if part and not (quiet or as_json):
         tell("hint: when every part is done, run the same command with --finish")
@@ -155,10 +183,17 @@ def run(
 @DEVICE
 @WORKERS
 @MEMORY
+@SET
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the search (extra `plot`).")
 @AS_JSON
 def calibrate(
-    recipe: Path, device: str, workers: int | None, memory: int | None, plot: Path | None, as_json: bool
+    recipe: Path,
+    device: str,
+    workers: int | None,
+    memory: int | None,
+    settings: dict[Loc, str],
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """Choose the q's of RECIPE on its calibration data, no more.
 
@@ -168,7 +203,7 @@ def calibrate(
     from deltamerge.run.options import Options
     from deltamerge.run.runner import calibrate as calibrate_recipe
 
-    file = read_recipe(recipe)
+    file = read_recipe(recipe, settings=settings)
     found = calibrate_recipe(file, Options(device=device, workers=workers, memory=memory))
     if plot is not None:
         from deltamerge.inspect.plots import draw

@@ -35,7 +35,7 @@ _PLAIN = {
 _KNOWN_TAGS = {*_PLAIN, _PREFIX + "str", _PREFIX + "seq", _PREFIX + "map"}
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # chosen at run time
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # chosen at run time
     yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML's own way to replace the table
         None: [(tag, re.compile(f"(?:{pattern.pattern})$")) for tag, pattern in _PLAIN.items()]
     }
@@ -119,7 +119,7 @@ def _compose(text: str, path: str, most: int) -> tuple[YamlSource, ...]:
     problems: list[Problem] = []
     sources: list[YamlSource] = []
     try:
-        roots = list(yaml.compose_all(text, _Loader))
+        roots = list(yaml.compose_all(text, Loader))
     except yaml.YAMLError as error:
         raise RecipeError(path, [_syntax(error, text)]) from None
     present: list[yaml.Node | None] = [root for root in roots if not _is_empty(root)]
@@ -157,7 +157,7 @@ def _malformed(text: str, most: int) -> Problem | None:
     depth = documents = 0
     try:
         # PyYAML composes recursively in C and could exhaust the stack; reading events does not recurse
-        for event in yaml.parse(text, _Loader):
+        for event in yaml.parse(text, Loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             documents += isinstance(event, yaml.DocumentStartEvent)
             if depth > MAX_DEPTH:
