@@ -103,6 +103,7 @@ MEMORY = click.option(
 FORCE = click.option("--force", is_flag=True, help="Replace a target that a run made.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+AS_CSV = click.option("--csv", "as_csv", is_flag=True, help="Its table as CSV on stdout, numbers in full.")
 BASE = click.option("--base", required=True, type=MODEL, help="What MODEL was fine-tuned from.")
 ROWS = (
     click.option(

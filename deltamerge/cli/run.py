@@ -16,6 +16,7 @@ from deltamerge.cli.mergekit_flags import mergekit_flags, taken
 from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
+    FILE,
     FOLDER,
     MEMORY,
     MERGEKIT_EXACT,
@@ -52,7 +53,8 @@ if TYPE_CHECKING:
 )  # fmt: skip
 @RESUME
 @click.option("--force", is_flag=True, help="Make it again, over a result that was changed; forget an interrupted run.")
-@click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
+@click.option("--locked", is_flag=True, help="Refuse a recipe or inputs that differ from the lock beside the recipe.")
+@click.option("--lock", "lock_path", type=FILE, metavar="PATH", help="The same, by this lock or a run's folder.")
 @MERGEKIT_EXACT
 @NONFINITE
 @SET
@@ -76,6 +78,7 @@ def run(
     resume: bool,
     force: bool,
     locked: bool,
+    lock_path: str | None,
     mergekit_exact: bool,
     allow_nonfinite: bool,
     settings: dict[Loc, str],
@@ -102,6 +105,7 @@ def run(
     from deltamerge.run.lock import Lock
     from deltamerge.run.options import Options
     from deltamerge.run.partition import Part
+    from deltamerge.run.plans import lock_for
     from deltamerge.run.publish import SCHEME, fetch
     from deltamerge.run.runner import finish as finish_parts
     from deltamerge.run.runner import run as run_recipe
@@ -149,8 +153,8 @@ def run(
             path = published.recipe
             options = replace(options, lock=published.lock, pins=published.pins)
         file = read_recipe(path, mergekit_exact=mergekit_exact, settings=settings)
-        if locked and published is None:
-            options = replace(options, lock=Lock.read(file.lock_path))
+        if (locked or lock_path) and published is None:
+            options = replace(options, lock=Lock.read(lock_for(file, out, lock_path)))
         if finish:
             result = finish_parts(file, out, options)
         elif ray is not None:
@@ -162,7 +166,8 @@ def run(
     warnings.say(result.plan)
     if result.nonfinite:
         tell(f"warning: {describe_nonfinite(result.nonfinite)}")
-    differing = published.differences(result.lock["outputs"]) if published and not part else []
+    lock = options.lock if not part else None
+    differing = lock.differences(result.lock["outputs"]) if lock is not None and lock.content["outputs"] else []
     found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
     if published:
         found["published"] = {"commit": published.commit, "differs": differing}
@@ -171,9 +176,10 @@ def run(
     report_run(result, progress, as_json=as_json, quiet=quiet, **found)
     if part and not (quiet or as_json):
         tell("hint: when every part is done, run the same command with --finish")
-    if published is not None and not part:
-        agreed = f"not the bytes of {recipe}: {', '.join(differing)}" if differing else f"the same bytes as {recipe}"
-        tell(f"{result.folder}: {agreed} at {published.commit[:12]}")
+    if lock is not None and lock.content["outputs"] and not (quiet and not differing):
+        whose = f"{recipe} at {published.commit[:12]}" if published else str(lock.path)
+        agreed = f"not the bytes of {whose}: {', '.join(differing)}" if differing else f"the same bytes as {whose}"
+        tell(f"{result.folder}: {agreed}")
     if differing:
         raise click.exceptions.Exit(1)
 
@@ -211,3 +217,33 @@ def calibrate(
         draw(found, plot)
     say_json(found) if as_json else say(render_calibration(found))
     tell(f"{file.lock_path}: written")
+
+
+@click.command()
+@click.argument("recipe", type=RECIPE)
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 where RECIPE or inputs differ from the lock.")
+@DEVICE
+@WORKERS
+@MEMORY
+def lock(recipe: Path, check: bool, device: str, workers: int | None, memory: int | None) -> None:
+    """Write the lock of RECIPE beside it: its inputs by content, and its q's.
+
+    For run --locked, on this machine or another: it refuses a recipe or inputs that are not those of the lock.
+
+    \b
+    deltamerge lock recipe.yaml            # writes recipe.lock, to be kept in git
+    deltamerge lock recipe.yaml --check    # in CI
+    """
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
+    from deltamerge.run.runner import check_lock
+    from deltamerge.run.runner import lock as lock_recipe
+
+    file, options = read_recipe(recipe), Options(device=device, workers=workers, memory=memory)
+    if check:
+        check_lock(file, options)
+        tell(f"{file.lock_path}: is that of {recipe} and its inputs")
+        return
+    written = lock_recipe(file, options)
+    chosen = f", the q's of {len(written.calibration)} models" if written.calibration else ""
+    tell(f"{file.lock_path}: written; {len(written.content['inputs'])} inputs{chosen}")

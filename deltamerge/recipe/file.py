@@ -58,13 +58,15 @@ class RecipeFile:
 
 
 def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[Loc, str] | None = None) -> RecipeFile:
-    """Read the recipe file at `path`, with the `settings` (place -> YAML value) written into each of its documents.
+    """Read the recipe file at `path` (`-`: stdin), with `settings` (place -> YAML value) written into each document.
 
     The output is the document without a name or, if all have one, the last of the file. `mergekit_exact` sets
     `mergekit: true`, which has mergekit's defaults written out. RecipeError: a fault of any document, or documents that
     use each other. InputError: a setting that cannot be written there.
     """
     whole, settings = yaml_source.read(path), dict(settings or {})
+    if path == yaml_source.STDIN:  # as if it lay in the current folder
+        path = Path("recipe.yaml")
     if mergekit_exact:
         settings[("mergekit",)] = "true"
     if settings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from deltamerge.errors import Problem, RecipeError
 Loc: TypeAlias = tuple[str | int, ...]
 Position: TypeAlias = tuple[int, int]
 
+STDIN = Path("-")
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000  # after aliases are expanded
 MAX_DEPTH = 64
@@ -81,13 +83,13 @@ def load_all(path: Path) -> tuple[YamlSource, ...]:
 
 
 def read(path: Path) -> str:
-    """The text of a recipe file. RecipeError: no file, not UTF-8, or too large for a recipe."""
+    """The text of a recipe file; `-` is stdin. RecipeError: no file, not UTF-8, or too large for a recipe."""
 
     def refuse(message: str, hint: str, line: int | None = None, column: int | None = None) -> NoReturn:
         raise RecipeError(str(path), [Problem(message, line=line, column=column, hint=hint)])
 
     try:
-        with path.open("rb") as file:
+        with sys.stdin.buffer if path == STDIN else path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         refuse("no such file", f"looked in {path.parent.absolute()}")

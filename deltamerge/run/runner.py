@@ -77,6 +77,8 @@ def run(
         check_places(file)
     if part:
         check_recipe(file, "--part")
+    if options.lock is not None:
+        options.lock.check_recipe(file.output.recipe)
     planner = Planner(file, target_of(file, out), options)
     *before, planned = planner.plans()  # a fault of any document ends the run before the first is made
     results: dict[str, Checkpoint] = {}
@@ -94,7 +96,7 @@ def run(
 
 def _current(output: Document, planned: Plan, target: Path, options: Options) -> dict[str, Any] | None:
     """The lock of a target that is just what would be made; None where it is not, or is to be made again."""
-    if not options.goes_on or is_begun(target) or not is_current(output, planned, target):
+    if not target.is_dir() or not options.goes_on or is_begun(target) or not is_current(output, planned, target):
         return None
     lock = read_lock(target / LOCK_NAME)
     if options.lock is not None:
@@ -238,27 +240,52 @@ def calibrate(file: RecipeFile, options: Options | None = None) -> Mapping[str, 
 
     Returns the lock's `calibration`. InputError: the recipe has no calibrated q.
     """
-    path, lock_path = file.path, file.lock_path
+    planner, planned = _alone(file, options)
+    if not planned.stages:
+        raise InputError(
+            f"{file.path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
+        )
+    return _lock(planner, planned).calibration
+
+
+def lock(file: RecipeFile, options: Options | None = None) -> Lock:
+    """Write the lock beside a recipe: its inputs by content, and its q's, which are calibrated for it."""
+    return _lock(*_alone(file, options))
+
+
+def check_lock(file: RecipeFile, options: Options | None = None) -> None:
+    """VerifyError: the lock beside a recipe is of another recipe, or of other inputs."""
+    found = Lock.read(file.lock_path)
+    found.check_recipe(file.output.recipe)
+    planner, planned = _alone(file, options)
+    planned = planner.fetched(file.output, planned, {})
+    found.check_inputs(hashes.describe_inputs(planned, planned.workers))
+    found.calibrated(planned)
+
+
+def _alone(file: RecipeFile, options: Options | None) -> tuple[Planner, Plan]:
+    """The plan of a recipe whose lock can be known before it is run."""
     if len(file.documents) > 1:
-        raise InputError(f"{path}: has several documents", hint="`deltamerge run` calibrates each as it makes it")
+        raise InputError(f"{file.path}: has several documents", hint="`deltamerge run` locks each as it makes it")
     planner = Planner(file, target_of(file, None), options or Options())
     (planned,) = planner.plans()
     if budget_of(planned) is not None:
         raise InputError(
-            f"{path}: a budget's densities are chosen as the artifact is written, and q for them",
-            hint=f"deltamerge run {path}",
+            f"{file.path}: a budget's densities are chosen as the artifact is written, and q for them",
+            hint=f"deltamerge run {file.path}",
         )
-    if not planned.stages:
-        raise InputError(
-            f"{path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
-        )
-    for written in (lock_path, lock_path.with_suffix(ROWS)):
+    return planner, planned
+
+
+def _lock(planner: Planner, planned: Plan) -> Lock:
+    path = planner.file.lock_path
+    for written in (path, path.with_suffix(ROWS)):
         with errors.context(str(written)):
             refuse_taken(written)
-    planned = planner.fetched(file.output, planned, {})
+    planned = planner.fetched(planner.file.output, planned, {})
     check_deltas(planned)
     found = shared_values(planned.stages, {})
-    lock = Lock.of(lock_path, planned, hashes.describe_inputs(planned, planned.workers), found)
+    lock = Lock.of(path, planned, hashes.describe_inputs(planned, planned.workers), found)
     lock.write_rows()
     lock.write()
-    return lock.calibration
+    return lock
