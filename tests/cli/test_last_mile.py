@@ -46,7 +46,7 @@ def test_a_recipe_comes_from_stdin(capsys, monkeypatch, tmp_path):
     assert weights[0] == weights[1]
     type_in(WRONG)
     code, _, err = call(capsys, "plan", "-")
-    assert (code, f"-:2:{COLUMN}: models[0].prune.includ: unknown key" in err) == (1, True)
+    assert (code, f"recipe.yaml:2:{COLUMN}: models[0].prune.includ: unknown key" in err) == (1, True)
 
 
 def test_check_speaks_json_and_to_github(capsys, tmp_path):
