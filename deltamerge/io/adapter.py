@@ -129,7 +129,8 @@ def _positive(value: Any, key: str) -> None:
 def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
     """`base` with `adapter` merged into it, tensor by tensor; names are those of the model that was adapted.
 
-    A quantised base is decoded. InputError: it cannot be, or a tensor of the adapter that the base has no place for or whose shape does not fit.
+    A quantised base is decoded. InputError: it cannot be, or a tensor of the adapter that the base has no place for or
+    whose shape does not fit.
     """
     with errors.context(base.reference):
         base = decoded(base)

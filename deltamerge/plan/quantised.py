@@ -22,7 +22,8 @@ def remarks(inputs: Inputs, dtypes: Mapping[str, str]) -> Iterator[str]:
             yield f"{model.name}: quantised ({scheme}), read as float32, written as {written}"
         if scheme.dropped:
             more = f" and {len(scheme.dropped) - SHOWN} more" if len(scheme.dropped) > SHOWN else ""
-            yield f"{model.name}: left out, scales of a cache or of activations: {', '.join(scheme.dropped[:SHOWN])}{more}"
+            names = ", ".join(scheme.dropped[:SHOWN])
+            yield f"{model.name}: left out, scales of a cache or of activations: {names}{more}"
 
 
 def _written(model: Input, inputs: Inputs, dtypes: Mapping[str, str]) -> list[str]:
