@@ -14,7 +14,7 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import CODES, PLAIN
-from deltamerge.io.quantised import fp8
+from deltamerge.io.quantised import blockwise, columnwise, fp4, fp8, mlx
 from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, scheme_of
 from deltamerge.io.quantised.weight import Stored
 from deltamerge.io.tensor import TensorInfo
@@ -23,6 +23,14 @@ Decoder = Callable[[Stored], TensorInfo]
 
 DECODERS: Mapping[str, Decoder] = {
     "fp8": fp8.decoded,
+    "mxfp4": fp4.experts,
+    "modelopt": fp4.modelopt,
+    "nvfp4": fp4.modelopt,
+    "gptq": columnwise.gptq,
+    "awq": columnwise.awq,
+    "bitsandbytes": blockwise.decoded,
+    "mlx": mlx.decoded,
+    "metal": mlx.decoded,
 }
 
 

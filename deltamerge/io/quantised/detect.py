@@ -71,6 +71,7 @@ _RULES = (
     _Rule("awq", "qweight", ("scales",), ("qzeros",)),
     _Rule("bitsandbytes", "weight", ("SCB",), ("weight_format",)),
     _Rule("mlx", "weight", ("scales", "biases"), coded=True),
+    _Rule("metal", "weight", ("scales", "qbiases"), coded=True),
     _Rule("mlx", "weight", ("scales",), coded=True),
     _Rule("hqq", "W_q", ("scale",), ("zero",)),
     _Rule("aqlm", "codes", ("codebooks",), ("scales",)),
