@@ -1,6 +1,8 @@
 """Quantised checkpoints read as plain ones: each weight is one float32 tensor, computed from its codes when it is read.
 
-A scheme is one function, from the tensors that store a weight to the tensor that is read; `DECODERS` has them all.
+A scheme is one function, from the tensors that store a weight to the tensor that is read; `DECODERS` has them all, by
+the kind that the tensors' names and dtypes tell (`detect.Scheme.kinds`). config.json calls schemes by more names; `KINDS`
+says which kinds each of them has.
 """
 
 from __future__ import annotations
@@ -32,6 +34,14 @@ DECODERS: Mapping[str, Decoder] = {
     "mlx": mlx.decoded,
     "metal": mlx.decoded,
 }
+# The kinds of weights in a scheme that config.json names; what is not listed has the kind of its own name.
+KINDS: Mapping[str, frozenset[str]] = {
+    "fbgemm_fp8": frozenset({"fp8"}),
+    "FP8": frozenset({"fp8"}),
+    "quark": frozenset({"fp8"}),
+    "modelopt": frozenset({"fp8", "nvfp4"}),
+    "compressed-tensors": frozenset({"compressed-tensors", "fp8"}),
+}
 
 
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
@@ -43,9 +53,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     scheme = scheme_of(checkpoint.config, checkpoint.tensors)
     if scheme is None:
         return checkpoint
-    decoder = DECODERS.get(scheme.name)
-    if decoder is None:
-        raise _unknown(scheme)
+    decoders = {name: _decoder(scheme, name) for name in scheme.weights}
     settings = next((value for _, value in keys_of(checkpoint.config) if isinstance(value, Mapping)), {})
     dtype = plain_dtype(checkpoint)
     weight_of = {parts[0]: name for name, parts in scheme.weights.items()}
@@ -60,7 +68,7 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         name = weight_of[stored]
         parts = tuple(checkpoint.tensors[part] for part in scheme.weights[name])
         with errors.context(name), errors.context(str(scheme)):
-            made = decoder(Stored(name, parts, settings))
+            made = decoders[name](Stored(name, parts, settings))
         tensors[name] = replace(made, saved_as=dtype)
     return replace(checkpoint, tensors=tensors, quantised=scheme)
 
@@ -78,7 +86,15 @@ def plain_dtype(checkpoint: Checkpoint) -> str:
     return usual.most_common(1)[0][0] if usual else "BF16"
 
 
-def _unknown(scheme: Scheme) -> InputError:
-    count, first = len(scheme.weights), next(iter(scheme.weights))
+def _decoder(scheme: Scheme, weight: str) -> Decoder:
+    """The decoder of one weight. InputError: none reads it, or config.json names a scheme of other kinds."""
+    kind = scheme.kinds[weight]
+    if kind not in DECODERS or kind not in KINDS.get(scheme.name, {scheme.name}):
+        raise _unknown(scheme, weight)
+    return DECODERS[kind]
+
+
+def _unknown(scheme: Scheme, first: str) -> InputError:
+    count = sum(kind == scheme.kinds[first] for kind in scheme.kinds.values())
     some = f"{count} tensors such as {first} are" if count > 1 else f"{first} is"
     return InputError(f"is quantised ({scheme}): {some} stored as codes, which cannot be merged", hint=HINT)

@@ -33,14 +33,19 @@ BUFFERS = frozenset({"I64", "U64", "BOOL"})
 class Scheme:
     """How a checkpoint's weights are quantised.
 
-    name      of the scheme (`fp8`, `gptq`)
+    name      of the scheme, as config.json calls it (`fp8`, `modelopt`)
     detail    its blocks or bits, where config.json states them
     weights   for each quantised weight, by its unquantised name, the tensors that store it, codes first
+    kinds     how each of them is stored, as the names and dtypes of its tensors tell, the same in schemes of several
+              names: a key of `decode.DECODERS`, or "" where they tell nothing
+    dropped   tensors that belong to no weight but to the quantisation of keys, values and activations
     """
 
     name: str
     detail: str = ""
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name + (f", {self.detail}" if self.detail else "")
@@ -103,8 +108,10 @@ def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> S
         found |= {weight: ("", (weight,)) for weight in _lone_codes(tensors, known)}
     if not found:
         return None
-    told = next((scheme for scheme, _ in found.values() if scheme), UNNAMED)
-    return Scheme(name or told, detail, MappingProxyType({weight: parts for weight, (_, parts) in found.items()}))
+    told = next((kind for kind, _ in found.values() if kind), UNNAMED)
+    weights = {weight: parts for weight, (_, parts) in found.items()}
+    kinds = {weight: kind for weight, (kind, _) in found.items()}
+    return Scheme(name or told, detail, MappingProxyType(weights), MappingProxyType(kinds))
 
 
 def stated(config: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -183,11 +190,11 @@ def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple
                 continue
             if all(start + part in tensors for part in rule.needs):
                 parts = [start + part for part in (*rule.needs, *rule.more) if start + part in tensors]
-                scheme = "fp8" if info.dtype.startswith("F8") and last == "weight" else rule.scheme
-                yield _weight(stem, name, last), (scheme, (name, *parts))
+                kind = "fp8" if info.dtype.startswith("F8") and last == "weight" else rule.scheme
+                yield _weight(stem, name, last), (kind, (name, *parts))
                 break
         else:
-            yield from _suffixed(name, coded, tensors)
+            yield from _suffixed(name, info, tensors)
 
 
 def _weight(stem: str, name: str, last: str) -> str:
@@ -198,14 +205,16 @@ def _weight(stem: str, name: str, last: str) -> str:
 
 
 def _suffixed(
-    name: str, coded: bool, tensors: Mapping[str, TensorInfo]
+    name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]
 ) -> Iterator[tuple[str, tuple[str, tuple[str, ...]]]]:
+    coded = info.dtype not in PLAIN | BUFFERS
     for scheme, suffix, only_coded in _SUFFIXES:
         if name + suffix in tensors and (coded or not only_coded):
             more: list[str] = []
             if scheme == "bitsandbytes":
                 more = [name + part for part in _BITSANDBYTES if name + part in tensors]
-            yield name, (scheme, (name, name + suffix, *more))
+            kind = "fp8" if info.dtype.startswith("F8") else scheme
+            yield name, (kind, (name, name + suffix, *more))
             return
 
 
