@@ -26,8 +26,8 @@ Decoder = Callable[[Stored], TensorInfo]
 DECODERS: Mapping[str, Decoder] = {
     "fp8": fp8.decoded,
     "mxfp4": fp4.experts,
-    "modelopt": fp4.modelopt,
-    "nvfp4": fp4.modelopt,
+    "nvfp4": fp4.nvfp4,
+    "packed-fp4": fp4.compressed,
     "gptq": columnwise.gptq,
     "awq": columnwise.awq,
     "bitsandbytes": blockwise.decoded,
@@ -40,7 +40,7 @@ KINDS: Mapping[str, frozenset[str]] = {
     "FP8": frozenset({"fp8"}),
     "quark": frozenset({"fp8"}),
     "modelopt": frozenset({"fp8", "nvfp4"}),
-    "compressed-tensors": frozenset({"compressed-tensors", "fp8"}),
+    "compressed-tensors": frozenset({"compressed-tensors", "fp8", "packed-fp4"}),
 }
 
 

@@ -190,11 +190,20 @@ def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple
                 continue
             if all(start + part in tensors for part in rule.needs):
                 parts = [start + part for part in (*rule.needs, *rule.more) if start + part in tensors]
-                kind = "fp8" if info.dtype.startswith("F8") and last == "weight" else rule.scheme
-                yield _weight(stem, name, last), (kind, (name, *parts))
+                yield _weight(stem, name, last), (_kind(rule, info, tensors[parts[0]]), (name, *parts))
                 break
         else:
             yield from _suffixed(name, info, tensors)
+
+
+def _kind(rule: _Rule, codes: TensorInfo, scales: TensorInfo) -> str:
+    """The kind of a weight whose names are those of `rule`, as dtypes and shapes tell it."""
+    if codes.dtype.startswith("F8") and rule.codes == "weight":
+        return "fp8"
+    if codes.dtype in ("U8", "F4") and rule.codes == "weight_packed":
+        return "packed-fp4"
+    unordered = rule.scheme == "awq" and codes.shape[-1:] == scales.shape[-1:]
+    return "gptq" if unordered else rule.scheme
 
 
 def _weight(stem: str, name: str, last: str) -> str:

@@ -17,7 +17,6 @@ from typing import Literal
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.quantised import fp8
 from deltamerge.io.quantised.fp8 import scales_of
 from deltamerge.io.quantised.packing import AGAIN, columns_of, expect, fill_bands, finite, floats, whole
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, fill_rows, weight
@@ -108,11 +107,9 @@ def experts(stored: Stored) -> TensorInfo:
     return weight(stored, (count, groups * MX_GROUP, rows), Experts(blocks, scales))
 
 
-def modelopt(stored: Stored) -> TensorInfo:
-    """The weight that modelopt stores: NVFP4 where codes are bytes, else FP8."""
+def nvfp4(stored: Stored) -> TensorInfo:
+    """The weight that modelopt stores as NVFP4."""
     codes = stored.codes
-    if codes.dtype.startswith("F8"):
-        return fp8.decoded(stored)
     columns = _columns(codes)
     scales = expect(stored.need("weight_scale"), (*codes.shape[:-1], whole(columns, NV_GROUP, "groups")), {"F8_E4M3"})
     factor = _single(stored.need("weight_scale_2"))
