@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.quantised.packing import AGAIN, expect, finite, floats
 from deltamerge.io.quantised.weight import Floats, Stored, bits, fill_rows, weight
@@ -163,5 +164,5 @@ def _state(info: TensorInfo) -> dict[str, Any]:
         raise InputError(f"{info.name}: is {info.dtype} of {info.nbytes:,} bytes")
     with Reader() as reader:
         raw = bits(reader, info, 0, info.nbytes).tobytes()
-    with_name: dict[str, Any] = parse_json(raw)
-    return with_name
+    with errors.context(info.name):
+        return parse_json(raw)

@@ -8,7 +8,7 @@ says which kinds each of them has.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +16,8 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import CODES, PLAIN
-from deltamerge.io.quantised import blockwise, columnwise, fp4, fp8, mlx
-from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, scheme_of
+from deltamerge.io.quantised import blockwise, columnwise, compressed, fp4, fp8, mlx
+from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, orphans, scheme_of
 from deltamerge.io.quantised.weight import Stored
 from deltamerge.io.tensor import TensorInfo
 
@@ -25,6 +25,7 @@ Decoder = Callable[[Stored], TensorInfo]
 
 DECODERS: Mapping[str, Decoder] = {
     "fp8": fp8.decoded,
+    "compressed-tensors": compressed.decoded,
     "mxfp4": fp4.experts,
     "nvfp4": fp4.nvfp4,
     "packed-fp4": fp4.compressed,
@@ -53,11 +54,13 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     scheme = scheme_of(checkpoint.config, checkpoint.tensors)
     if scheme is None:
         return checkpoint
+    if lone := orphans(scheme, checkpoint.tensors):
+        raise InputError(f"is quantised ({scheme}): {lone[0]} belongs to no weight", hint="download the model again")
     decoders = {name: _decoder(scheme, name) for name in scheme.weights}
     settings = next((value for _, value in keys_of(checkpoint.config) if isinstance(value, Mapping)), {})
-    dtype = plain_dtype(checkpoint)
     weight_of = {parts[0]: name for name, parts in scheme.weights.items()}
-    companions = {part for parts in scheme.weights.values() for part in parts[1:]}
+    companions = {*scheme.dropped, *(part for parts in scheme.weights.values() for part in parts[1:])}
+    dtype = plain_dtype(checkpoint, companions)
     tensors: dict[str, TensorInfo] = {}
     for stored, info in checkpoint.tensors.items():
         if stored in companions:
@@ -73,22 +76,27 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=tensors, quantised=scheme)
 
 
-def plain_dtype(checkpoint: Checkpoint) -> str:
+def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str:
     """The dtype that a quantised model's weights have when they are not quantised: its config's, else that of most of
-    its plain tensors, else bfloat16."""
+    its plain tensors but `companions`, else bfloat16."""
     config: Mapping[str, Any] = checkpoint.config
     inner = config.get("text_config")
     for settings in (config, inner if isinstance(inner, Mapping) else {}):
         said = CODES.get(str(settings.get("dtype") or settings.get("torch_dtype")))
         if said in PLAIN:
             return str(said)
-    usual = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in PLAIN and len(info.shape) > 1)
+    others = (info for name, info in checkpoint.tensors.items() if name not in companions)
+    usual = Counter(info.dtype for info in others if info.dtype in PLAIN and len(info.shape) > 1)
     return usual.most_common(1)[0][0] if usual else "BF16"
 
 
 def _decoder(scheme: Scheme, weight: str) -> Decoder:
     """The decoder of one weight. InputError: none reads it, or config.json names a scheme of other kinds."""
     kind = scheme.kinds[weight]
+    if not kind and scheme.name in {*DECODERS, *KINDS}:
+        raise InputError(
+            f"is quantised ({scheme}): the scales of {weight} are missing", hint="download the model again"
+        )
     if kind not in DECODERS or kind not in KINDS.get(scheme.name, {scheme.name}):
         raise _unknown(scheme, weight)
     return DECODERS[kind]

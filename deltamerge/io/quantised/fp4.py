@@ -17,7 +17,7 @@ from typing import Literal
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.quantised.fp8 import scales_of
+from deltamerge.io.quantised.scaled import values_of as table_of
 from deltamerge.io.quantised.packing import AGAIN, columns_of, expect, fill_bands, finite, floats, whole
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, fill_rows, weight
 from deltamerge.io.tensor import Read, TensorInfo
@@ -26,6 +26,7 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 _BYTES = np.arange(256)
 PAIRS = np.stack([E2M1[_BYTES & 15], E2M1[_BYTES >> 4]], 1).view(np.complex64)[:, 0]  # both values of a byte
 MX_GROUP, NV_GROUP = 32, 16
+EXPONENTS = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan)).astype(np.float32)
 E8M0 = frozenset({"U8", "F8_E8M0"})
 
 
@@ -60,7 +61,7 @@ class GroupScaled:
         stored = bits(read, self.scales, start, count)
         if self.whole is None:
             return finite(exponents(stored), self.scales)
-        scales, factor = finite(scales_of(stored, self.scales.dtype), self.scales), floats(read, self.whole, 0, 1)
+        scales, factor = finite(table_of("F8_E4M3")[stored], self.scales), floats(read, self.whole, 0, 1)
         if self.apply == "times":
             return scales * factor
         if not factor.all():
@@ -94,7 +95,8 @@ class Experts:
 
 def exponents(stored: Array) -> Floats:
     """2^(code − 127); 255 is NaN."""
-    return scales_of(stored, "F8_E8M0")
+    scales: Floats = EXPONENTS[stored]
+    return scales
 
 
 def experts(stored: Stored) -> TensorInfo:

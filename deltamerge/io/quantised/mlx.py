@@ -20,9 +20,8 @@ import numpy as np
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import PLAIN
 from deltamerge.io.quantised.fp4 import exponents, values_of
-from deltamerge.io.quantised.fp8 import scales_of
-from deltamerge.io.quantised.fp8 import values_of as float8_of
 from deltamerge.io.quantised.packing import expect, finite, floats, unpack, whole
+from deltamerge.io.quantised.scaled import values_of as table_of
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, fill_rows, weight
 from deltamerge.io.tensor import Read, TensorInfo
 
@@ -58,22 +57,22 @@ class Packed:
     def _values(self, stored: Array) -> Floats:
         if self.mode == "affine":
             return unpack(stored, self.width).astype(np.float32)
-        return float8_of("F8_E4M3")[stored] if self.mode == "mxfp8" else values_of(stored)
+        return table_of("F8_E4M3")[stored] if self.mode == "mxfp8" else values_of(stored)
 
     def _scales(self, read: Read, start: int, count: int) -> Floats:
         if self.mode == "affine":
             return floats(read, self.scales, start, count)
         stored = bits(read, self.scales, start, count)
-        return finite(scales_of(stored, "F8_E4M3") if self.mode == "nvfp4" else exponents(stored), self.scales)
+        return finite(table_of("F8_E4M3")[stored] if self.mode == "nvfp4" else exponents(stored), self.scales)
 
 
 def decoded(stored: Stored) -> TensorInfo:
     """The weight that MLX stores. InputError: settings that MLX does not have, or shapes that they do not give."""
     codes, settings = stored.codes, layer_settings(stored.settings, stored.name)
-    mode, width, group = (settings.get(key, default) for key, default in (("mode", "affine"), ("bits", 0), ("group_size", 0)))
+    mode, width, group = settings.get("mode", "affine"), settings.get("bits"), settings.get("group_size")
     if mode not in MODES:
         raise InputError(f"its mode is {str(mode)[:40]!r}, must be {', '.join(MODES)}")
-    if width not in MODES[mode] or type(group) is not int or group < 1 or FLOAT_GROUPS.get(mode, group) != group:
+    if width not in MODES[mode] or not _fits(mode, group):
         raise InputError(f"config.json says {str(width)[:40]} bits and groups of {str(group)[:40]} for mode {mode}")
     if codes.dtype != "U32" or len(codes.shape) < 2:
         raise InputError(f"its codes are {codes.dtype} {list(codes.shape)}, must be a matrix of U32")
@@ -87,6 +86,10 @@ def decoded(stored: Stored) -> TensorInfo:
         scales = expect(stored.need(".scales"), shape, {"U8"})
     made = Packed(codes, scales, biases, columns, group, width, mode)
     return weight(stored, (*codes.shape[:-1], columns), made)
+
+
+def _fits(mode: str, group: Any) -> bool:
+    return type(group) is int and group > 0 and FLOAT_GROUPS.get(mode, group) == group
 
 
 def layer_settings(settings: Mapping[str, Any], name: str) -> Mapping[str, Any]:
