@@ -17,6 +17,7 @@ from deltamerge.cli.options import (
     MEMORY,
     MERGEKIT_EXACT,
     MODEL,
+    PICKLES,
     RECIPE,
     WORKERS,
     calibration_of,
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 @click.argument("recipes", type=RECIPE, nargs=-1, required=True)
 @click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
 @MERGEKIT_EXACT
-def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> None:
+@PICKLES
+def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool, pickles: bool) -> None:
     """Validate RECIPES and the headers of their models.
 
     Reads no weights; of hub models only the headers are fetched.
@@ -48,7 +50,8 @@ def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> Non
     for recipe in recipes:
         try:
             file = read_recipe(recipe, mergekit_exact=mergekit_exact)
-            plan = None if offline else make_plans(file, options=Options(device="cpu"))[-1]
+            options = Options(device="cpu", pickles=pickles)
+            plan = None if offline else make_plans(file, options=options)[-1]
         except DeltamergeError as error:
             complain(error, str(recipe))
             worst = max(worst, error.exit_code)
@@ -78,6 +81,7 @@ def check_size(plan: Plan) -> str:
 @click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
 @click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
 @MERGEKIT_EXACT
+@PICKLES
 @AS_JSON
 def plan(
     recipe: Path,
@@ -87,6 +91,7 @@ def plan(
     old: Path | None,
     graph: bool,
     mergekit_exact: bool,
+    pickles: bool,
     as_json: bool,
 ) -> None:
     """Show what a run of RECIPE would do, tensor by tensor.
@@ -104,7 +109,8 @@ def plan(
 
     def describe(path: Path) -> dict[str, Any]:
         file = read_recipe(path, mergekit_exact=mergekit_exact)
-        *before, planned = make_plans(file, options=Options(device=device, workers=workers, memory=memory))
+        options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
+        *before, planned = make_plans(file, options=options)
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
         return planned.describe() | ({"intermediate": intermediate} if before else {})
 

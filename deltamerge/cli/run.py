@@ -19,6 +19,7 @@ from deltamerge.cli.options import (
     MEMORY,
     MERGEKIT_EXACT,
     NONFINITE,
+    PICKLES,
     QUIET,
     RECIPE,
     RESUME,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 @click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
 @MERGEKIT_EXACT
 @NONFINITE
+@PICKLES
 @click.option("--pictures", is_flag=True, help="Draw delta and search for the model card (extra `plot`).")
 @AS_JSON
 @QUIET
@@ -68,6 +70,7 @@ def run(
     locked: bool,
     mergekit_exact: bool,
     allow_nonfinite: bool,
+    pickles: bool,
     pictures: bool,
     as_json: bool,
     quiet: bool,
@@ -112,7 +115,7 @@ def run(
 
     options = Options(
         device=device, workers=workers, memory=memory, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
-        watch=watch, drawing=drawing if pictures else None,
+        pickles=pickles, watch=watch, drawing=drawing if pictures else None,
     )  # fmt: skip
     published = None
     with ExitStack() as held:
