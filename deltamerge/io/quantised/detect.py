@@ -175,12 +175,6 @@ def without_keys(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     }
 
 
-def gguf_error(name: str) -> InputError:
-    """The error for a model that is a GGUF file."""
-    hint = "merge the safetensors that it was made of, or convert it: transformers' from_pretrained(gguf_file=…)"
-    return InputError(f"is quantised (gguf): {name} is no safetensors file", hint=hint)
-
-
 def _name(settings: Any) -> str:
     if not isinstance(settings, Mapping):
         return _shown(settings)
