@@ -26,7 +26,7 @@ MORE_OF: Mapping[str, Mapping[str, str]] = {
         "attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping",
     },
     "gpt2": {"context_length": "n_positions", "feed_forward_length": "n_inner"},
-    "lfm2": {"shortconv.l_cache": "conv_L_cache"},
+    "lfm2": {"attention.layer_norm_rms_epsilon": "norm_eps"},
     "nemotron": {"attention.layer_norm_epsilon": "norm_eps"},
     "phi3": {"attention.sliding_window": "sliding_window"},
     "qwen2_moe": {
