@@ -62,7 +62,6 @@ MERGES: dict[str, dict[str, Any]] = {
     },
     "slerp": {"models": [{"model": "./base"}, {"model": "./a"}], "parameters": {"t": 0.3}},
 }
-RANGES = [[(0, 2), (0, 2)], [(1, 2), (0, 1)]]
 
 
 class Wrong(Exception):  # no error of the package: what it made is not what it has to be
@@ -155,18 +154,21 @@ def check(judge: Recipe, place: Place, method: str, tensor: Stored, sources: lis
 
 
 def stacked(made: Made) -> str:
-    """Stacks of RANGES: each loads and holds what its layers held, or is refused."""
+    """Stacks of layers, of each tower alone: each loads and holds what its layers held, or is refused.
+
+    What is said of a tower is what is said of its layers in order, with one or all of them twice; layers out of order,
+    which a config of several kinds of layer seldom follows, are tried besides.
+    """
     told: dict[str, None] = {}
     done = 0
-    for i, ranges in enumerate(RANGES):
-        for module in modules(made, i, ranges, told):
-            slices = layers(ranges)
-            content = {"slices": slices} if module is None else {"modules": {module: {"slices": slices}}}
-            name = f"stack-{i}-{module}"
+    for number, (module, count) in enumerate(towers(made, told)):
+        order = [(0, count - 1), (1, count)] if count > 2 else [(0, count)] * 2
+        for which, ranges in enumerate((order, [(count - 1, count), (0, 1)])):
+            name = f"stack-{number}-{which}"
             try:
-                run(made.recipe(name, {"merge_method": "passthrough", **content}), made.folder / name, workers=1)
+                run(made.recipe(name, layers(ranges, module)), made.folder / name, workers=1)
             except DeltamergeError as error:
-                told[line(error)] = None
+                told |= {} if which else {line(error): None}
                 continue
             held(made, name)
             made.check_loads(name)
@@ -176,27 +178,35 @@ def stacked(made: Made) -> str:
     return "ok" if not told else f"ok, and refused: {next(iter(told))}"
 
 
-def layers(ranges: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    sources = zip(ranges, ("./base", "./a", "./b"), strict=False)
-    return [{"sources": [{"model": model, "layer_range": list(pair)}]} for pair, model in sources]
+def layers(ranges: list[tuple[int, int]], module: str | None) -> dict[str, Any]:
+    """The recipe of a stack."""
+    pairs = zip(ranges, ("./base", "./a"), strict=True)
+    slices = {"slices": [{"sources": [{"model": model, "layer_range": list(pair)}]} for pair, model in pairs]}
+    return {"merge_method": "passthrough", **(slices if module is None else {"modules": {module: slices}})}
 
 
-def modules(made: Made, i: int, ranges: list[tuple[int, int]], told: dict[str, None]) -> Iterator[str | None]:
-    """None, for a model with one container of layers; else a name for each of them; nothing where all is refused."""
-    path = made.recipe(f"plan-{i}", {"merge_method": "passthrough", "slices": layers(ranges)})
+def towers(made: Made, told: dict[str, None]) -> Iterator[tuple[str | None, int]]:
+    """The module of each container of layers that can be stacked, and its number of layers; None: there is one."""
+    path = made.recipe("towers", layers([(0, 1), (0, 1)], None))
     try:
-        make_plan(path, workers=1)
+        yield None, make_plan(path, workers=1).stacks[0].old
     except DeltamergeError as error:
-        if (found := re.search(r"could stack (.*?)(\.|$)(?!\w)", str(error))) is None:
+        if (found := re.search(r"could stack (\S+(?: or \S+)*)", str(error))) is None:
             told[line(error)] = None
             return
-        containers = [container.split(".") for container in found[1].split(" or ")]
-        for container in containers:
-            others = {part for other in containers if other is not container for part in other}
-            own = [part for part in container if part not in others and not part.isdigit()]
-            yield from own[:1]
+    else:
         return
-    yield None
+    containers = found[1].split(" or ")
+    for container in containers:
+        others = {part for other in containers if other != container for part in other.split(".")}
+        own = [part for part in container.split(".") if part not in others and not part.isdigit()]
+        numbers = {
+            name.removeprefix(f"{container}.").split(".")[0]
+            for name in made.files["base"]
+            if name.startswith(container)
+        }
+        if own:
+            yield own[0], len({number for number in numbers if number.isdigit()})
 
 
 def held(made: Made, name: str) -> None:
