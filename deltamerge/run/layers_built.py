@@ -13,6 +13,7 @@ from typing import Any
 
 from deltamerge.errors import InputError
 from deltamerge.io.names import resolve_prefix
+from deltamerge.io.quantised.detect import without_keys
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.layer_kinds import which_layers
 from deltamerge.plan.planner import Plan
@@ -112,7 +113,7 @@ def _at_home(model: Input) -> Built | None:
 def _built(config: Mapping[str, Any]) -> Built | None:
     """The model that transformers builds from a config. None: it has no class for it. InputError: it cannot."""
     kind = config.get("model_type")
-    if not config.get("architectures") or not isinstance(kind, str) or "quantization_config" in config:
+    if not config.get("architectures") or not isinstance(kind, str):
         return None
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -122,5 +123,5 @@ def _built(config: Mapping[str, Any]) -> Built | None:
     if kind not in CONFIG_MAPPING:
         return None
     with running("transformers does not read the config.json of the stack"):
-        model = skeleton(CONFIG_MAPPING[kind].from_dict(dict(config)), None)
+        model = skeleton(CONFIG_MAPPING[kind].from_dict(without_keys(config)), None)
     return Built({n: tuple(t.shape) for n, t in model.state_dict().items()}, model.base_model_prefix)
