@@ -10,16 +10,17 @@ from typing import Any
 import family_walk
 import pytest
 import transformers
+from running import make_plan, run
 from small_families import families
 
+from deltamerge.errors import InputError
+
 RESULTS = json.loads(family_walk.RESULTS.read_text())
-# experts and towers; a head apart from the embedding that its config ties it to; a tensor and a kind of layer that only
-# the class knows about
+# experts and towers; a head apart from the embedding that its config ties it to; a tensor with a part for each layer
 EVERYDAY = {
-    "qwen3_vl_moe": ["merge", "stack", "delta", "calibrate"],
+    "qwen3_vl_moe": ["merge", "stack", "delta"],
     "bigbird_pegasus": ["merge", "delta"],
     "esm": ["stack"],
-    "diffusion_gemma_text": ["stack"],
 }
 GOOD = {"merge": ("ok",), "delta": ("ok",), "stack": ("ok", "refused: "), "calibrate": ("ok", "refused: ", "late: ")}
 
@@ -43,6 +44,19 @@ def test_a_family(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str) 
         assert {c: row[c].split(":")[0] for c in EVERYDAY[family]} == {
             c: kept[c].split(":")[0] for c in EVERYDAY[family]
         }
+
+
+def test_a_layer_that_the_class_builds_otherwise_is_refused(tmp_path: Path) -> None:
+    """The last layer of some models is of one kind whatever their config says, so that no other can be the last."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        made = family_walk.Made("diffusion_gemma_text", tmp_path)
+    path = made.recipe("stack", family_walk.layers([(0, 2), (0, 2)], None))
+    make_plan(path)
+    with pytest.raises(
+        InputError, match=r"layer 1 of ./a would be layer 3 of layers, which transformers builds otherwise"
+    ):
+        run(path, tmp_path / "out")
 
 
 def test_the_results_have_no_fault_and_are_the_page() -> None:
