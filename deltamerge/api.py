@@ -49,7 +49,7 @@ class Planned:
         out: str | Path | None = None,
         *,
         force: bool = False,
-        resume: bool = False,
+        resume: bool | None = None,
         locked: bool = False,
         allow_nonfinite: bool = False,
         pictures: bool = False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -71,9 +72,20 @@ def _local(reference: str, folder: Path) -> Path | None:
 def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
     found = HUB_ID.fullmatch(reference)
     if found is None:
-        hint = "hub ids are written org/name or org/name@revision"
+        hint = _near(reference, folder) or "hub ids are written org/name or org/name@revision"
         raise InputError(f"no such folder in {folder}", hint=hint, where=reference)
     return found["id"], found["revision"]
+
+
+def _near(reference: str, folder: Path) -> str | None:
+    """A hint that names the folder that was probably meant, or None."""
+    parent, name = os.path.split(os.path.expanduser(reference).rstrip("/"))
+    try:
+        names = [entry.name for entry in os.scandir(folder / parent) if entry.is_dir()]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {os.path.join(os.path.split(reference.rstrip('/'))[0], found[0])}?" if found else None
 
 
 def _split(reference: str, folder: Path) -> tuple[str, str]:
@@ -317,7 +329,7 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, 
     if isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
         return InputError(
             f"{here}, and no such model on the hub",
-            hint="write the path of a local folder; for a private model `hf auth login`",
+            hint=_near(hub_id, folder) or "write the path of a local folder; for a private model `hf auth login`",
         )
     if isinstance(error, hub.RevisionNotFoundError):
         return InputError(f"has no revision {revision}", hint=f"see its branches, tags and commits at {page}/tree/main")
@@ -329,7 +341,7 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, 
     if constants.HF_HUB_OFFLINE:
         return UnreachableError(
             f"{here}, not (wholly) in the hub's cache, and HF_HUB_OFFLINE is set",
-            hint="unset HF_HUB_OFFLINE, or write the path of a local folder",
+            hint=_near(hub_id, folder) or "unset HF_HUB_OFFLINE, or write the path of a local folder",
         )
     if isinstance(error.__cause__, hub.FileMetadataError):
         hint = "HF_ENDPOINT may name what is no hub"
@@ -338,7 +350,7 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, 
     if network or isinstance(error, hub.LocalEntryNotFoundError | ConnectionError):
         return UnreachableError(
             f"{here}, not (wholly) in the hub's cache, and {constants.ENDPOINT} cannot be reached",
-            hint="see the connection and HF_ENDPOINT, or write the path of a local folder",
+            hint=_near(hub_id, folder) or "see the connection and HF_ENDPOINT, or write the path of a local folder",
         )
     if isinstance(error, OSError):
         return InputError(f"cannot be downloaded: {error.strerror or type(error).__name__}")

@@ -78,7 +78,7 @@ def _is_file(entry: Any) -> bool:
 
 
 def has_work(records: list[dict[str, Any]]) -> bool:
-    """Whether there is work that --resume would keep."""
+    """Whether there is work that the next run would keep."""
     return any({"done", "tensors", "calibrated", "part"} & record.keys() for record in records)
 
 
@@ -92,7 +92,7 @@ def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
     if wrong := sorted(name for name in then.keys() | now.keys() if not _same(then.get(name), now.get(name))):
         raise OutputError(
             f"{target}: the unfinished work was begun with other inputs; different now: {', '.join(wrong)}",
-            hint="put them back, files as they were and not copies of them, and --resume; or start over with --force",
+            hint="put them back, files as they were and not copies of them; or start over with --force",
         )
 
 

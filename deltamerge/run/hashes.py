@@ -85,6 +85,8 @@ def describe_input(
     """An input's commit (if from the hub) and its files, or some of them."""
     chosen = input_files(model) if files is None else files
     entry: dict[str, Any] = {"files": describe_files(chosen, workers, partial(hash_input, pieces=pieces))}
+    if model.quantised is not None and model.quantised.weights:
+        entry["quantised"] = str(model.quantised)
     commits = [source.revision or "" for source in model.sources]
     if all(commits):
         entry["commit"] = "+".join(commits)

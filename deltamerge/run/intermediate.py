@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from deltamerge import __version__
+from deltamerge.engine.execute import default_workers
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, join, open_checkpoint
 from deltamerge.io.lock_file import not_made
@@ -51,6 +52,16 @@ def is_result(document: Document, folder: Path) -> bool:
         if not folder.is_dir() or not_made(folder):
             return False
         return read_recipe(folder / RECIPE).output.name == document.name
+    except (DeltamergeError, OSError):
+        return False
+
+
+def is_unchanged(folder: Path) -> bool:
+    """Whether `folder` holds the result of a run, just as its lock says, and nothing else."""
+    try:
+        if not folder.is_dir() or not_made(folder):
+            return False
+        return bool(locks.verify(folder, default_workers()))
     except (DeltamergeError, OSError):
         return False
 

@@ -38,8 +38,8 @@ class Options:
     device           where tiles are computed: auto (the first GPU, if there is one), cpu, cuda or cuda:N
     workers          threads; None: as many as there are cores
     memory           a cap in bytes; None: none
-    resume           go on where an interrupted run stopped; done at once where one had ended
-    force            replace a target that is not empty, forget an interrupted run
+    resume           go on where an interrupted run with the same inputs stopped; by default unless `force`
+    force            make it again where it is up to date; replace a target that a run made and someone changed
     lock             inputs must be those of this lock, and q's and densities are taken from it
     allow_nonfinite  keep NaN and infinities in the result
     pins             a stranger's recipe: the commits of hub models that it names without a revision; the
@@ -51,13 +51,18 @@ class Options:
     device: str = "auto"
     workers: int | None = None
     memory: int | None = None
-    resume: bool = False
+    resume: bool | None = None
     force: bool = False
     lock: Lock | None = None
     allow_nonfinite: bool = False
     pins: Mapping[str, str] | None = None
     watch: Watch = unwatched
     drawing: Drawing | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the work of an interrupted run is taken up."""
+        return not self.force if self.resume is None else self.resume
 
     @property
     def planning(self) -> PlanOptions:
