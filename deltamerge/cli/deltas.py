@@ -17,6 +17,7 @@ from deltamerge.cli.options import (
     MEMORY,
     MODEL,
     NONFINITE,
+    PICKLES,
     QUIET,
     RESUME,
     WORKERS,
@@ -53,6 +54,7 @@ if TYPE_CHECKING:
 @RESUME
 @FORCE
 @NONFINITE
+@PICKLES
 @AS_JSON
 @QUIET
 def extract(
@@ -106,6 +108,7 @@ def extract(
 @WORKERS
 @MEMORY
 @FORCE
+@PICKLES
 @AS_JSON
 @QUIET
 def apply(
@@ -115,6 +118,7 @@ def apply(
     workers: int | None,
     memory: int | None,
     force: bool,
+    pickles: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -127,8 +131,9 @@ def apply(
 
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     done = apply_delta(
-        delta, base, out, workers=workers or default_workers(), memory=memory, force=force, watch=progress.start
-    )
+        delta, base, out, workers=workers or default_workers(), memory=memory, force=force, pickles=pickles,
+        watch=progress.start,
+    )  # fmt: skip
     progress.stop()
     if as_json:
         summary = {

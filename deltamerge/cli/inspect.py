@@ -18,6 +18,7 @@ from deltamerge.cli.options import (
     MEMORY,
     MERGEKIT_EXACT,
     MODEL,
+    PICKLES,
     RECIPE,
     SET,
     WORKERS,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 @click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
 @MERGEKIT_EXACT
 @SET
+@PICKLES
 @click.option(
     "--output-format", type=click.Choice(["text", "json", "github"]), default="text", show_default=True,
     help="json: one object on stdout; github: annotations of a workflow's run.",
@@ -59,6 +61,7 @@ def check(
     offline: bool,
     mergekit_exact: bool,
     settings: dict[Loc, str],
+    pickles: bool,
     output_format: str,
     as_json: bool,
 ) -> None:
@@ -67,11 +70,19 @@ def check(
     Reads no weights; of hub models only the headers are fetched. Of a folder all recipes in it are checked; - is stdin.
     """
     from deltamerge.inspect.check import check_recipe, recipes_in
+    from deltamerge.run.options import Options
 
     say_one = None if as_json else {"text": _say_checked, "github": _annotate_checked}.get(output_format)
     checked = []
     for recipe in recipes_in(recipes):
-        checked.append(check_recipe(recipe, offline=offline, mergekit_exact=mergekit_exact, settings=settings))
+        found = check_recipe(
+            recipe,
+            Options(device="cpu", pickles=pickles),
+            offline=offline,
+            mergekit_exact=mergekit_exact,
+            settings=settings,
+        )
+        checked.append(found)
         if say_one is not None:
             say_one(checked[-1])
     if say_one is None:
@@ -114,6 +125,7 @@ def _annotate_checked(found: Checked) -> None:
 @click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
 @MERGEKIT_EXACT
 @SET
+@PICKLES
 @AS_JSON
 def plan(
     recipe: Path,
@@ -124,6 +136,7 @@ def plan(
     graph: bool,
     mergekit_exact: bool,
     settings: dict[Loc, str],
+    pickles: bool,
     as_json: bool,
 ) -> None:
     """Show what a run of RECIPE would do, tensor by tensor.
@@ -141,7 +154,8 @@ def plan(
 
     def describe(path: Path, settings: dict[Loc, str]) -> dict[str, Any]:
         file = read_recipe(path, mergekit_exact=mergekit_exact, settings=settings)
-        *before, planned = make_plans(file, options=Options(device=device, workers=workers, memory=memory))
+        options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
+        *before, planned = make_plans(file, options=options)
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
         return planned.describe() | ({"intermediate": intermediate} if before else {})
 

@@ -136,6 +136,10 @@ RESUME = click.option("--resume", is_flag=True, help="Go on where an interrupted
 MERGEKIT_EXACT = click.option(
     "--mergekit-exact", is_flag=True, help="Take mergekit's defaults where ours differ (docs/from-mergekit.md)."
 )
+PICKLES = click.option(
+    "--allow-pickles", "pickles", is_flag=True,
+    help="Read pytorch_model.bin where there are no safetensors; nothing in it is run.",
+)  # fmt: skip
 NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
 
 

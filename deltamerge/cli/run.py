@@ -21,6 +21,7 @@ from deltamerge.cli.options import (
     MEMORY,
     MERGEKIT_EXACT,
     NONFINITE,
+    PICKLES,
     QUIET,
     RECIPE,
     RESUME,
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
 @MERGEKIT_EXACT
 @NONFINITE
 @SET
+@PICKLES
 @click.option("--pictures", is_flag=True, help="Draw delta and search for the model card.")
 @AS_JSON
 @QUIET
@@ -82,6 +84,7 @@ def run(
     mergekit_exact: bool,
     allow_nonfinite: bool,
     settings: dict[Loc, str],
+    pickles: bool,
     pictures: bool,
     as_json: bool,
     quiet: bool,
@@ -142,7 +145,7 @@ def run(
     options = Options(
         device=device, workers=workers, memory=memory, resume=resume or None, force=force,
         allow_nonfinite=allow_nonfinite,
-        watch=watch, drawing=drawing if pictures else None,
+        pickles=pickles, watch=watch, drawing=drawing if pictures else None,
     )  # fmt: skip
     published = None
     with ExitStack() as held:

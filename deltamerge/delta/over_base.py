@@ -24,7 +24,7 @@ from deltamerge.io.tensor import Read, TensorInfo
 
 if TYPE_CHECKING:
     from deltamerge.delta.file import DeltaFile
-    from deltamerge.io.checkpoint import Checkpoint
+    from deltamerge.io.checkpoint import Checkpoint, with_configs
 
 HELD = 16  # tensors whose positions stay decoded, at most an eighth of a byte per element
 
@@ -51,7 +51,8 @@ def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
         path = opened.path / "delta.json"
         made = _Layer(entry, info, held, path)
         tensors[source.name] = TensorInfo(source.name, source.dtype, source.shape, path, 0, nbytes, made)
-    return replace(delta, tensors=tensors, files=opened.files, base=base)
+    components = with_configs(opened.manifest.as_components(), delta.path)
+    return replace(delta, tensors=tensors, files=opened.files, base=base, components=components)
 
 
 def added(info: TensorInfo) -> TensorInfo | None:

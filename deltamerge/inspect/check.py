@@ -45,12 +45,17 @@ class Checked:
 
 
 def check_recipe(
-    path: Path, *, offline: bool = False, mergekit_exact: bool = False, settings: Mapping[Loc, str] | None = None
+    path: Path,
+    options: Options,
+    *,
+    offline: bool = False,
+    mergekit_exact: bool = False,
+    settings: Mapping[Loc, str] | None = None,
 ) -> Checked:
     """Read the recipe at `path` and, unless `offline`, the headers of its models."""
     try:
         file = read_recipe(path, mergekit_exact=mergekit_exact, settings=settings)
-        plan = None if offline else make_plans(file, options=Options(device="cpu"))[-1]
+        plan = None if offline else make_plans(file, options=options)[-1]
     except DeltamergeError as error:
         return Checked(str(path), error)
     if plan is None:
@@ -82,6 +87,6 @@ def _is_hidden(path: Path, root: Path) -> bool:
 def _is_recipe(path: Path) -> bool:
     """Whether a file looks like a recipe; one that is not YAML at all does, so that its fault is said."""
     try:
-        return any(KEYS & one.data.keys() for one in yaml_source.load_all(path))
+        return any(KEYS & one.data.keys() for one in yaml_source.loads_all(yaml_source.read(path), str(path)))
     except DeltamergeError:
         return True

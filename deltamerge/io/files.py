@@ -90,9 +90,12 @@ def refuse_link(path: Path) -> None:
         return
     home = path.parent.resolve()
     homes = [home]
-    if home.parent.name == "snapshots":
-        repository = home.parent.parent
-        homes = [repository, *([repository.parent / "blobs"] if repository.name.startswith("models--") else [])]
+    for snapshot in (home, *home.parents):
+        repository = snapshot.parent.parent
+        cached = repository.name.startswith("models--")
+        if snapshot.parent.name == "snapshots" and (cached or snapshot == home):
+            homes = [repository, *([repository.parent / "blobs"] if cached else [])]
+            break
     target = Path(os.path.realpath(path))  # Path.resolve raises where links go round
     if not any(map(target.is_relative_to, homes)):
         raise InputError(f"{path.name} is a link that leaves the folder", hint="put the file itself there")

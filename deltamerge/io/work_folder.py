@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deltamerge.errors import OutputError
 from deltamerge.io.atomic import PASSING, sweep
+from deltamerge.io.component import DEEPEST, is_plain_folder
 from deltamerge.io.files import opened
 
 OUT, OLD, SPOOL, LOCK, JOURNAL, MARK = "out", "old", "delta-spool", "lock", "journal", "deltamerge"
@@ -35,7 +36,7 @@ _FILES = re.compile(
 # Names of the files that runs write into each folder; generous, since names of tokenizer files vary.
 _WRITTEN = {
     OUT: re.compile(
-        r".+\.(safetensors|json|jinja|model|tiktoken|svg|rows)|recipe\.(yaml|lock)|README\.md|merges\.txt"
+        r".+\.(safetensors|json|jinja|model|tiktoken|spm|txt|py|svg|rows)|recipe\.(yaml|lock)|README\.md"
         rf"|(tokenizer|vocab|chat_template|spiece|sentencepiece).*|{PASSING.pattern}|{_GONE}",
         re.DOTALL,
     ),
@@ -158,8 +159,10 @@ def _is_file_of(name: str, mode: int, inside: str) -> bool:
     return stat.S_ISREG(mode) and _WRITTEN[inside].fullmatch(name) is not None
 
 
-def _foreign(folder: int, name: str) -> list[str]:
-    """The names in a folder of the work folder that no run wrote; the artifact of a budget keeps its spool in OUT."""
+def _foreign(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> list[str]:
+    """The names in a folder of the work folder that no run wrote; the artifact of a budget keeps its spool in OUT, and
+    a model of several components has folders for them (`inside` OUT or OLD)."""
+    inside = inside or name
     try:
         inner = os.open(name, _FOLDER, dir_fd=folder)
     except FileNotFoundError:
@@ -170,20 +173,32 @@ def _foreign(folder: int, name: str) -> list[str]:
         if name == OUT and stat.S_ISDIR(modes.get(SPOOL, 0)):
             del modes[SPOOL]
             wrong = _foreign(inner, SPOOL)
-        wrong += [_named(n, mode) for n, mode in modes.items() if not _is_file_of(n, mode, name)]
+        for part in [n for n, mode in modes.items() if depth and _is_part(n, mode, inside)]:
+            del modes[part]
+            wrong += _foreign(inner, part, inside, depth - 1)
+        wrong += [_named(n, mode) for n, mode in modes.items() if not _is_file_of(n, mode, inside)]
     finally:
         os.close(inner)
     return [f"{name}/{one}" for one in wrong]
 
 
-def _empty(folder: int, name: str) -> None:
+def _is_part(name: str, mode: int, inside: str) -> bool:
+    """Whether an entry is the folder of a component of what was made."""
+    return inside in (OUT, OLD) and stat.S_ISDIR(mode) and is_plain_folder(name)
+
+
+def _empty(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> None:
+    inside = inside or name
     inner = os.open(name, _FOLDER, dir_fd=folder)
     try:
         for one, mode in _modes(inner).items():
             if one == SPOOL and name == OUT and stat.S_ISDIR(mode):
                 _empty(inner, SPOOL)
                 os.rmdir(SPOOL, dir_fd=inner)
-            elif _is_file_of(one, mode, name):
+            elif depth and _is_part(one, mode, inside):
+                _empty(inner, one, inside, depth - 1)
+                os.rmdir(one, dir_fd=inner)
+            elif _is_file_of(one, mode, inside):
                 _unlink(one, inner)
     finally:
         os.close(inner)

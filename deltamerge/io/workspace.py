@@ -37,6 +37,7 @@ from deltamerge.io.files import output_error, sync_path
 from deltamerge.io.journal import Journal, check_facts, has_work, named_inode, part_journals, read_journal
 from deltamerge.io.lock_file import LOCK_NAME, not_made
 from deltamerge.io.seals import Seal, damages
+from deltamerge.io.tree import files_of, folders_in
 from deltamerge.io.work_folder import JOURNAL, LOCK, OLD, OUT, some
 from deltamerge.io.work_lock import locked, looked
 
@@ -89,8 +90,9 @@ class Workspace:
         check_replaced(self.target, force=self.force, changed=True)
         self._check(outputs, seals, workers)
         with ThreadPoolExecutor(SYNCS) as pool:  # one commit of the file system's journal serves several files
-            list(pool.map(sync_path, self.folder.iterdir()))
-        sync_path(self.folder)
+            list(pool.map(sync_path, files_of(self.folder).values()))
+        for folder in folders_in(self.folder):
+            sync_path(folder)
         back = self._put()
         try:
             sync_path(self.target.parent)
@@ -102,7 +104,7 @@ class Workspace:
         work_folder.remove(self.state)
 
     def _check(self, outputs: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int) -> None:
-        names = {path.name for path in self.folder.iterdir()}
+        names = files_of(self.folder).keys()
         if strange := (names - {*outputs}) ^ {LOCK_NAME}:
             raise OutputError(f"{self.folder}: holds what no run wrote, or has no lock: {some(strange)}")
         if wrong := damages(self.folder, outputs, seals, workers):

@@ -97,7 +97,7 @@ def strangers(models: Sequence[Input]) -> str | None:
     kinds: dict[str, str] = {}
     for model in models:
         config = model.checkpoint.config
-        if (kind := config.get("model_type")) is not None:
+        if (kind := config.get("model_type") or config.get("_class_name")) is not None:
             names = config.get("architectures")
             shown = f" ({names[0]})" if isinstance(names, list) and names else ""
             kinds.setdefault(str(kind), f"{model.name} is {kind}{shown}")

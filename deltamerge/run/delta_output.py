@@ -52,13 +52,18 @@ def write_delta(
             infos[out.name] = info
     used, names = {info.name for info in infos.values()}, {out.name for out in planned.outputs}
     removed = [n for n in origin.checkpoint.tensors if n not in used and n not in names]
-    options: dict[str, Any] = {"semantics": "replace", "journal": journal}
+    components = planned.inputs.template.checkpoint.components
+    options: dict[str, Any] = {"semantics": "replace", "journal": journal, "components": components}
     if output.adds:
         options |= {"semantics": "add", "values": output.values or "bfloat16"}
     with (
         Reader() as reader,
         DeltaWriter(
-            folder, base_of(origin.checkpoint), shard_size=output.shard_size, removed=removed, **options
+            folder,
+            base_of(origin.checkpoint),
+            shard_size=output.shard_size,
+            removed=removed,
+            **options,
         ) as writer,
     ):
         tasks, targets = [], {}

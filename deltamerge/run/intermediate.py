@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from deltamerge import __version__
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.io.checkpoint import Checkpoint, join, open_checkpoint
+from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.lock_file import not_made
 from deltamerge.io.safetensors_file import PREFIX, parse_header
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import Document, RecipeFile, read_recipe
 from deltamerge.run import hashes
@@ -74,7 +76,11 @@ def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     headers = {
         file.name: parse_header(file.header[PREFIX:], folder / file.name, file.size) for file in plan.layout.files
     }
-    tensors = join(headers, None)
+    template = plan.inputs.template.checkpoint
+    tensors: dict[str, TensorInfo] = {}
+    for file, header in headers.items():
+        start = f"{file.rpartition('/')[0]}/" if "/" in file else ""
+        tensors |= {start + n: replace(info, name=start + n) for n, info in header.tensors.items()}
     files = tuple(folder / file for file in headers)
     try:
         made = open_checkpoint(folder, reference=name)
@@ -85,7 +91,8 @@ def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     copied = (plan.inputs.vocabulary or plan.inputs.template).checkpoint.path
     tokens = plan.vocabulary.tokens if plan.vocabulary is not None else None
     chat = plan.chat_template.text if plan.chat_template is not None else None
-    return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat)
+    return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat,
+                      components=template.components, config_file=template.config_file)  # fmt: skip
 
 
 def is_current(document: Document, planned: Plan, folder: Path) -> bool:

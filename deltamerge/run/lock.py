@@ -24,6 +24,7 @@ from deltamerge.io.lock_file import read_lock as read_lock
 from deltamerge.io.lock_file import unlisted
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.seals import hash_bytes, hash_output
+from deltamerge.io.tree import is_inside, leads_out
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.schema import Recipe
 from deltamerge.run.calibration_record import Run, choices
@@ -237,15 +238,17 @@ def verify(folder: Path, workers: int, *, only_listed: bool = False) -> list[str
     present: list[Path] = []
     for name, entry in sorted(lock["outputs"].items()):
         path = folder / name
-        if Path(name).name != name:
+        if not is_inside(name):
             wrong.append(f"{name}: not a file name")
+        elif leads_out(folder, name):
+            wrong.append(f"{name}: lies behind a link")
         elif not path.is_file():
             wrong.append(f"{name}: missing")
         elif path.stat().st_size != entry.get("size"):
             wrong.append(f"{name}: {path.stat().st_size} bytes, the lock says {entry.get('size')}")
         else:
             present.append(path)
-    for name, found in describe_files(present, workers).items():
+    for name, found in describe_files(present, workers, root=folder).items():
         if found["hash"] != lock["outputs"][name].get("hash"):
             wrong.append(f"{name}: content differs from the lock")
     if not only_listed:

@@ -42,6 +42,7 @@ class Options:
     force            make it again where it is up to date; replace a target that a run made and someone changed
     lock             inputs must be those of this lock, and q's and densities are taken from it
     allow_nonfinite  keep NaN and infinities in the result
+    pickles          read torch's own files where there are no safetensors, as a recipe with `pickles: true` does
     pins             a stranger's recipe: the commits of hub models that it names without a revision; the
                      `output.path` of its documents is not followed
     watch            sees the plan and how far the work is
@@ -55,6 +56,7 @@ class Options:
     force: bool = False
     lock: Lock | None = None
     allow_nonfinite: bool = False
+    pickles: bool = False
     pins: Mapping[str, str] | None = None
     watch: Watch = unwatched
     drawing: Drawing | None = None

@@ -17,13 +17,13 @@ from typing import Any, NamedTuple
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
-from deltamerge.io.adapter import CONFIG, PREFIX, WEIGHTS
+from deltamerge.io.adapter import CONFIG, PREFIX
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.writer import Writer, plan_layout
-from deltamerge.plan.planner import Plan
+from deltamerge.plan.planner import ADAPTER, Plan
 from deltamerge.run.assets import config as output_config
 from deltamerge.run.assets import tokenizer_files, write_files
 from deltamerge.run.tokenizer import Files, edit_tokenizer
@@ -142,7 +142,7 @@ def _write(
     for name, size in sizes.items():
         stem = PREFIX + kept[name].module
         metas += [(f"{stem}.shira_weight", "F32", (size,)), (f"{stem}.shira_indices", "I32", (2, size))]
-    with Writer(folder, plan_layout(metas, None, WEIGHTS)) as writer:
+    with Writer(folder, plan_layout(metas, None, (ADAPTER,))) as writer:
         for name, size in sizes.items():
             entry = kept[name]
             assert entry.base is not None

@@ -60,6 +60,7 @@ class Planner:
 
     def _plan(self, document: Document, made: Mapping[str, Checkpoint], *, whole: bool) -> Plan:
         pins = self.options.pins or {}
+        pickles = document.recipe.pickles or self.options.pickles
 
         def opener(reference: str, folder: Path) -> Checkpoint:
             if reference in made:
@@ -67,8 +68,8 @@ class Planner:
             if reference in pins:
                 pairs = zip(reference.split("+"), pins[reference].split("+"), strict=True)
                 pinned = "+".join(part if "@" in part else f"{part}@{commit}" for part, commit in pairs)
-                return replace(hub.open_model(pinned, folder, weights=whole), reference=reference)
-            return hub.open_model(reference, folder, weights=whole)
+                return replace(hub.open_model(pinned, folder, weights=whole, pickles=pickles), reference=reference)
+            return hub.open_model(reference, folder, weights=whole, pickles=pickles)
 
         return plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
 

@@ -13,9 +13,10 @@ from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
 from deltamerge.io.atomic import refuse_taken
 from deltamerge.io.audit import NonFinite
-from deltamerge.io.checkpoint import INDEX, Checkpoint
+from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME, read_lock
 from deltamerge.io.seals import seal
+from deltamerge.io.tree import files_of
 from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.io.writer import write_index
 from deltamerge.plan.finite import set_aside, unexpected
@@ -207,8 +208,8 @@ def _complete(
     """Write all that is no weight and give the folder its name; the plan, with what there is to say, and the lock."""
     folder, planned, outputs = work.folder, made.plan, made.hashed
     if planned.recipe.output.kind != "delta":
-        for path in folder.iterdir():  # of an attempt that was killed, or of what had been there before
-            if path.name not in outputs and path.name != INDEX:
+        for name, path in files_of(folder).items():  # of an attempt that was killed, or of what had been there before
+            if name not in outputs and name not in planned.layout.indexes:
                 path.unlink()
     (folder / LOCK_NAME).unlink(missing_ok=True)
     if planned.recipe.output.kind == "peft":
@@ -222,9 +223,9 @@ def _complete(
     pictures = draw(planned, folder, lock.figures) if draw is not None else {}
     card = render(planned, text, title, found, made.delta, made.choice, pictures)
     (folder / CARD).write_text(card, encoding="utf-8")
-    others = [path for path in folder.iterdir() if path.name not in outputs]
-    seals = {**made.seals, **{path.name: seal(path) for path in others}}
-    outputs = outputs | hashes.describe_files(others, planned.workers)
+    others = {name: path for name, path in files_of(folder).items() if name not in outputs}
+    seals = {**made.seals, **{name: seal(path) for name, path in others.items()}}
+    outputs = outputs | hashes.describe_files(others.values(), planned.workers, root=folder)
     said = lock.write(outputs)
     work.publish(outputs, seals, planned.workers)
     return planned, said

@@ -107,7 +107,9 @@ MIXED = {
 @pytest.mark.parametrize("case", MIXED)
 def test_mixed_recipes_are_right_by_the_formula(models, tmp_path, case):
     base, *tunes = MIXED[case]
-    values = {name: load_tensors(models / "plain" / name)[W].double().numpy() for name in "base a b c".split() if name}
+    values = {
+        name: load_tensors(models / "plain" / name)[W].double().numpy() for name in ["base", "a", "b", "c"] if name
+    }
     deltas = [values[name].astype(np.float32) - values[base].astype(np.float32) for name in tunes]
     listed = ", ".join(f"{{model: ./{name}}}" for name in tunes)
     for method, wanted in (
