@@ -26,7 +26,7 @@ merge      ties of ./math, ./code on ./base
            --tensors)
 output     21 tensors, 43.3 kB in 3 files; files of ./base
 disk       43.3 kB needed, 5.0 GB free
-memory     106.8 MB at the peak; --memory SIZE is a cap
+memory     108.9 MB at the peak; --memory SIZE is a cap
 work       read → select in up to 5 passes → merge → write; reads 260.0 kB; cpu,
            2 workers, fused
 time       about 1 s with the inputs in memory
@@ -37,7 +37,7 @@ merge      ties of ./math, ./code on ./base
            ./code: weight=0.25 density=0.25 … weight=0.75 density=0.25 (2 kinds: --tensors)
 output     21 tensors, 43.3 kB in 3 files; files of ./base
 disk       43.3 kB needed, 5.0 GB free
-memory     106.8 MB at the peak; --memory SIZE is a cap
+memory     108.9 MB at the peak; --memory SIZE is a cap
 work       read → select in up to 5 passes → merge → write; reads 260.0 kB; cpu, 2 workers, fused
 time       about 1 s with the inputs in memory
 """,
