@@ -35,6 +35,7 @@ SIZES = {
     r"(image|video|audio|boi|eoi|vision|soi|img)\w*_(token_id|token_index)$": 5,
     r"(max_position|n_positions|max_\w*_positions|n_ctx|context_length|max_seq_len|max_sequence_length|n_embd_per)": 64,
     r"q_lora_rank|kv_lora_rank|qk_rope_head_dim|qk_nope_head_dim|v_head_dim|qk_head_dim": 8,
+    r"kv_shared_layers$": 0,
     r"rotary_dim$": 4,
     r"head_dim$|^d_kv$|head_size$|_key_dim$|_value_dim$": 8,
     r"(key_value_heads|kv_heads)$|multi_query_group_num": 2,
@@ -57,7 +58,9 @@ SIZES = {
     r"codebook_size|num_embeddings|num_code": 32,
 }  # fmt: skip
 
-LAYERS = re.compile(r"^(num|n)_(hidden_)?(layers?|blocks|stages)$|(^|_)(layers|depth|num_blocks|n_layers?|num_loops)$")
+LAYERS = re.compile(
+    r"^(num|n)_(hidden_)?(layers?|blocks|stages)$|^(?!num_kv_shared)(.*_)?(layers|depth|num_blocks|n_layers?|num_loops)$"
+)
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "depth")
 TOWER = re.compile("vision|audio|visual|speech|image|encoder")
 KEPT = re.compile("feat_extract_layers")
@@ -84,9 +87,14 @@ RESNET = {
                         "depths": [1, 1, 1, 1], "out_features": ["stage1", "stage2", "stage3", "stage4"]},
     "use_timm_backbone": False, "backbone": None,
 }  # fmt: skip
+BY_KIND = {"rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), MROPE)}
 FORECAST = {"prediction_length": 4, "context_length": 8, "lags_sequence": [1, 2]}
 SPECIAL: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("conditional_detr", "dab-detr", "deformable_detr", "detr", "table-transformer"), RESNET),
+    "cohere_compass": {"text_config": BY_KIND},
+    "cohere_compass_text": BY_KIND,
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
+    "mamba2": {"num_heads": 8, "head_dim": 8},
     **dict.fromkeys(("autoformer", "informer", "time_series_transformer"), FORECAST),
 }
 
@@ -153,6 +161,12 @@ def listed(key: str, values: list[int], way: Way) -> list[int] | None:
     return [min(value, found[min(i, len(found) - 1)] * way.width // 32) for i, value in enumerate(values)]
 
 
+def shorter(values: list[Any], count: int) -> list[Any]:
+    """The first values of a list that has one for each layer; the last is of another kind, if there is another."""
+    first = values[: count - 1]
+    return [*first, next((v for v in values if isinstance(v, str) and v not in first), values[len(values[:count]) - 1])]
+
+
 def shrunk(settings: Mapping[str, Any], way: Way, part: str = "") -> dict[str, Any]:
     """The settings of a config, or of its section `part`, that make it small, sections inside it too."""
     made: dict[str, Any] = {}
@@ -163,12 +177,12 @@ def shrunk(settings: Mapping[str, Any], way: Way, part: str = "") -> dict[str, A
             made[key] = shrunk(value, way, key)
             if "model_type" in value:
                 made[key]["model_type"] = value["model_type"]
-        elif key in ROPE and (isinstance(value, dict) or value is None) and way.mrope:
+        elif key in ROPE and way.mrope and not any(isinstance(v, dict) for v in (value or {}).values()):
             made[key] = MROPE | {k: v for k, v in (value or {}).items() if isinstance(v, str | float)} | SECTIONS
-        elif isinstance(value, list) and len(value) == old > layers and not way.counts:
-            made[key] = value[:layers]
-        elif isinstance(value, list) and value and all(type(v) is int for v in value):
-            made |= {} if (new := listed(key, value, way)) is None else {key: new}
+        elif isinstance(value, list) and value and (way.lists or not isinstance(value[0], int)):
+            cut = shorter(value, layers) if len(value) == old and not way.counts else value
+            new = listed(key, cut, way) if all(type(v) is int for v in value) else None
+            made |= {key: cut if new is None else new} if new is not None or cut is not value else {}
         elif type(value) is int or (value is None and (way.nulls or key.endswith("_token_id"))):
             size = layers if LAYERS.search(key) else size_of(key, way)
             if value is not None and value == settings.get(re.sub("(key_value|kv)_heads", "attention_heads", key)):

@@ -14,7 +14,7 @@ BEHIND = 8  # the most blocks that may follow the layers that a config counts
 SIDES = ("encoder", "decoder")
 # Keys of lists whose length may equal the number of layers only by chance.
 UNRELATED = re.compile(
-    r"^(architectures|keys_to_ignore_at_inference|(begin_)?suppress_tokens)$|_(token|id|ids)$"
+    r"^(architectures|keys_to_ignore_at_inference|(begin_)?suppress_tokens)$|_(token|id|ids|mean|std)$"
     r"|(?<!intermediate)(?<!ffn)_(size|sizes)$"
 )
 NUMBERS = re.compile(r"layers?_(ind(ex|ices|exes)|idx|ids|numbers)$|_layers$")  # keys of lists of layer numbers

@@ -42,7 +42,7 @@ class Built:
         if stored in whole:
             return stored
         inside = [c for c in whole if c.endswith(f".{stored}") or stored.endswith(f".{c}")]
-        inside = inside or [c for c in whole if c.split(".")[-1] == stored.split(".")[-1]]
+        inside = inside or [c for c in whole if c.split(".")[-1] == stored.split(".")[-1]] or whole
         return inside[0] if len(inside) == 1 else None
 
     def layer(self, container: str, number: int) -> Shapes:

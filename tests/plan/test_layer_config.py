@@ -49,6 +49,7 @@ def test_the_keys_that_count_layers(config: dict[str, Any], prefix: str, alone: 
 A = {
     "num_hidden_layers": 3, "architectures": ["X", "Y", "Z"], "eos_token_id": [1, 2, 3], "layer_types": ["f", "s", "f"],
     "no_rope_layers": [1, 0, 1], "mlp_only_layers": [0], "max_window_layers": 2, "hidden_size": 3,
+    "norm_mean": [0.5, 0.5, 0.5], "image_std": [1, 1, 1],
 }  # fmt: skip
 B = {"num_hidden_layers": 2, "layer_types": ["x", "y"], "no_rope_layers": [5, 6], "mlp_only_layers": [0, 1]}
 
