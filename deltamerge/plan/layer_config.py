@@ -184,7 +184,7 @@ def _stages(key: str, value: Any, old: int, new: int) -> list[Any] | None:
     last = [f"stage{new}" if isinstance(v, str) else new for v in value]
     if numbers == [old]:
         return last
-    if max(numbers, default=0) <= new:
+    if not new < max(numbers, default=0) <= old:
         return None
     raise InputError(f"config.json: {key} names layer {max(numbers)}, and the stack has {new}", hint=f"correct {key}")
 
