@@ -1,4 +1,4 @@
-"""Writes docs/terminal.svg: what check, plan and run print of a merge of two synthetic 0.5 B models; --models keeps them."""
+"""Writes docs/terminal.svg: what check, plan and run print of a merge of two synthetic 0.5 B models."""
 
 from __future__ import annotations
 
