@@ -19,8 +19,8 @@ from deltamerge.errors import InputError
 from deltamerge.io.blobs import sha256_of
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.files import flat, read_at
-from deltamerge.io.quantised.scaled import Scaled
 from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn
+from deltamerge.io.quantised.scaled import Scaled
 from deltamerge.io.seals import hash_bytes as hash_bytes
 from deltamerge.io.seals import hash_output as hash_output
 from deltamerge.io.seals import seal

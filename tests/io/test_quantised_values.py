@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import LEVELS, make_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from quantised_models import fp8
 
-from deltamerge.errors import InputError
+from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.io import kernels
-from deltamerge.io.checkpoint import open_checkpoint
+from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -104,12 +106,12 @@ def test_scales_of_caches_and_activations_belong_to_no_weight(tmp_path):
     plain = {"a.self_attn.k_proj.weight": drawn(4, 4), "b.k_scale": torch.ones(4)}
     tensors, _ = fp8(W, drawn(8, 16), (4, 8))
     said = {"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8}}
-    for settings, more, kept in (
+    for stated, more, kept in (
         (BLOCK, tensors, {W, *plain, "a.self_attn.q_scale"}),  # no word of a cache, and no single numbers
         (said, {}, {"a.self_attn.k_proj.weight"}),
         (None, {}, {*plain, *cache}),
     ):
-        model = opened(tmp_path, plain | cache | more, settings)
+        model = opened(tmp_path, plain | cache | more, stated)
         assert set(model.tensors) == kept
         dropped = () if model.quantised is None else model.quantised.dropped
         assert set(dropped) == {*plain, *cache} - kept
@@ -352,3 +354,50 @@ def test_a_group_that_the_grid_lacks(level, tmp_path):
     info = opened(tmp_path, _packed(weight_g_idx=torch.full((64,), 4, dtype=torch.int32)), INT4).tensors[W]
     with pytest.raises(InputError, match="has group 4, of 4"):
         read(info)
+
+
+NASTY = st.sampled_from([None, True, 0, -1, 3, 4, 8, 2**70, 0.5, "", "x", "4x8", [], [4], [4, 8], [0, 8], {}, {"a": 1}])
+GROUPS = st.fixed_dictionaries(
+    {},
+    optional={
+        "targets": st.one_of(NASTY, st.lists(st.sampled_from(["Linear", "re:.*up", "re:(", W, 3]))),
+        "weights": st.one_of(
+            NASTY,
+            st.fixed_dictionaries(
+                {}, optional=dict.fromkeys(["num_bits", "group_size", "block_structure", "strategy"], NASTY)
+            ),
+        ),
+    },
+)
+SETTINGS = st.fixed_dictionaries(
+    {"quant_method": st.sampled_from(["fp8", "compressed-tensors", "modelopt", "x\n", 3, None])},
+    optional={
+        "weight_block_size": NASTY,
+        "config_groups": st.one_of(NASTY, st.dictionaries(st.text(max_size=3), GROUPS)),
+    },
+)
+PARTS = st.dictionaries(
+    st.sampled_from(["", "_scale_inv", "_scale", "_packed", "_shape", "_zero_point", "_g_idx", "_global_scale"]),
+    st.tuples(
+        st.sampled_from(["F8_E4M3", "F8_E5M2", "F8_E8M0", "F32", "BF16", "I8", "U8", "I32", "I64", "F4", "BOOL"]),
+        st.lists(st.sampled_from([0, 1, 2, 3, 4, 8, 16]), max_size=3).map(tuple),
+    ),
+    min_size=1,
+)
+
+
+@settings(max_examples=60)
+@given(said=SETTINGS, parts=PARTS)
+def test_any_header_and_config_is_read_or_refused(said, parts):
+    """What is read fits in its codes: its shape is at most as many integers as its words have bits."""
+    tensors = {
+        W + name: TensorInfo(W + name, dtype, shape, Path("nowhere"), 0, 0) for name, (dtype, shape) in parts.items()
+    }
+    try:
+        found = decoded(Checkpoint("x", Path("x"), tensors, (), {"quantization_config": said}))
+    except DeltamergeError:
+        return
+    for info in found.tensors.values():
+        if info.made is not None:
+            assert info.dtype == "F32"
+            assert info.nbytes == 4 * np.prod(info.shape, dtype=np.int64)

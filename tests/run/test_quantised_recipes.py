@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 
 W, NORM = "layers.0.q.weight", "layers.0.norm.weight"
 SHAPE = (37, 40)
+MODELS = ("base", "a", "b", "c")
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [16, 16]}
 
 
@@ -107,7 +108,7 @@ MIXED = {
 @pytest.mark.parametrize("case", MIXED)
 def test_mixed_recipes_are_right_by_the_formula(models, tmp_path, case):
     base, *tunes = MIXED[case]
-    values = {name: load_tensors(models / "plain" / name)[W].double().numpy() for name in "base a b c".split() if name}
+    values = {name: load_tensors(models / "plain" / name)[W].double().numpy() for name in MODELS}
     deltas = [values[name].astype(np.float32) - values[base].astype(np.float32) for name in tunes]
     listed = ", ".join(f"{{model: ./{name}}}" for name in tunes)
     for method, wanted in (
@@ -125,7 +126,7 @@ def test_mixed_recipes_are_right_by_the_formula(models, tmp_path, case):
 
 @pytest.fixture(scope="module")
 def llamas(tmp_path_factory) -> Path:
-    """`base`, `tune` and `fp8`, the base in FP8; `values` is the base as FP8 has it, in float32, and `lora` an adapter."""
+    """`base`, `tune` and `fp8`, the base in FP8; `values`, the base as FP8 has it in float32; `lora`, an adapter."""
     folder = tmp_path_factory.mktemp("llamas")
     base = tiny_llama(folder / "base", seed=0)
     tiny_llama(folder / "tune", seed=1, base=base)
@@ -197,8 +198,8 @@ def test_commands_over_a_quantised_base(llamas, tmp_path, capsys, monkeypatch):
     for more in ([], ["--values", "float32"]):
         delta, full = tmp_path / f"delta{len(more)}", tmp_path / f"full{len(more)}"
         for command in (
-            ["extract", "tune", "--base", "fp8", "--out", delta, *more], ["apply", delta, "--base", "fp8", "--out", full],
-            ["verify", delta, "--base", "fp8"], ["verify", full],
+            ["extract", "tune", "--base", "fp8", "--out", delta, *more],
+            ["apply", delta, "--base", "fp8", "--out", full], ["verify", delta, "--base", "fp8"], ["verify", full],
         ):  # fmt: skip
             code, _, err = call(capsys, *command)
             assert (code, command[0]) == (0, command[0]), err

@@ -146,7 +146,7 @@ class Assembly:
     def operand(self, node: Node) -> int:
         """What holds a node's values: its register, or a source that need not be put into one."""
         source = self.source_of.get(id(node), -1)
-        if id(node) in self.registers or source < 0 or self.sources[source].info.dtype != "BF16":
+        if id(node) in self.registers or source < 0 or self.sources[source].info.dtype == "F16":
             return self.register(node)
         return codes.DIRECT + source
 
