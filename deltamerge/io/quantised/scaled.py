@@ -79,7 +79,7 @@ class Scaled:
         return bool(self.columns) and self.order is None and (self.dense or WORD % self.width == 0)
 
     def part(self, read: Read, start: int, stop: int) -> Part | None:
-        """What the compiled loop needs for elements [start, stop); None: a scale there is 0, for `fill` to look into."""
+        """What the compiled loop needs for elements [start, stop); None: a scale there is 0; `fill` looks into it."""
         blocks = self.scales.grid.rows_of(start // self.columns, -(-stop // self.columns))
         first, last = int(blocks[0]), int(blocks[-1]) + 1
         scales = self.scales.read(read, first, last)
