@@ -14,9 +14,9 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.checkpoint import Checkpoint, by_component, recombined
 from deltamerge.io.dtypes import CODES, PLAIN
-from deltamerge.io.quantised import compressed, fp8
+from deltamerge.io.quantised import blockwise, columnwise, compressed, fp4, fp8, mlx
 from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, orphans, scheme_of
 from deltamerge.io.quantised.weight import Stored
 from deltamerge.io.tensor import TensorInfo
@@ -26,6 +26,14 @@ Decoder = Callable[[Stored], TensorInfo]
 DECODERS: Mapping[str, Decoder] = {
     "fp8": fp8.decoded,
     "compressed-tensors": compressed.decoded,
+    "mxfp4": fp4.experts,
+    "nvfp4": fp4.nvfp4,
+    "packed-fp4": fp4.compressed,
+    "gptq": columnwise.gptq,
+    "awq": columnwise.awq,
+    "bitsandbytes": blockwise.decoded,
+    "mlx": mlx.decoded,
+    "metal": mlx.decoded,
 }
 # The kinds of weights in a scheme that config.json names; what is not listed has the kind of its own name.
 KINDS: Mapping[str, frozenset[str]] = {
@@ -33,7 +41,7 @@ KINDS: Mapping[str, frozenset[str]] = {
     "FP8": frozenset({"fp8"}),
     "quark": frozenset({"fp8"}),
     "modelopt": frozenset({"fp8", "nvfp4"}),
-    "compressed-tensors": frozenset({"compressed-tensors", "fp8"}),
+    "compressed-tensors": frozenset({"compressed-tensors", "fp8", "packed-fp4"}),
 }
 
 
@@ -43,6 +51,10 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     The tensors' order is that of their codes. `quantised` says how they were stored; the config is left as it is.
     InputError, naming scheme and tensor: a scheme without a decoder, or parts that do not fit one another.
     """
+    if not checkpoint.is_simple:
+        inner = {folder: decoded(part) for folder, (part,) in by_component([checkpoint]) if part is not None}
+        found = next((part.quantised for part in inner.values() if part.quantised is not None), None)
+        return replace(checkpoint, tensors=recombined(checkpoint, inner), quantised=found)
     scheme = scheme_of(checkpoint.config, checkpoint.tensors)
     if scheme is None:
         return checkpoint

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.errors import InputError
 from deltamerge.io.dtypes import PLAIN
 
 if TYPE_CHECKING:
@@ -85,6 +84,7 @@ _RULES = (
     _Rule("awq", "qweight", ("scales",), ("qzeros",)),
     _Rule("bitsandbytes", "weight", ("SCB",), ("weight_format",)),
     _Rule("mlx", "weight", ("scales", "biases"), coded=True),
+    _Rule("metal", "weight", ("scales", "qbiases"), coded=True),
     _Rule("mlx", "weight", ("scales",), coded=True),
     _Rule("hqq", "W_q", ("scale",), ("zero",)),
     _Rule("aqlm", "codes", ("codebooks",), ("scales",)),
@@ -171,12 +171,6 @@ def without_keys(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
     }
 
 
-def gguf_error(name: str) -> InputError:
-    """The error for a model that is a GGUF file."""
-    hint = "merge the safetensors that it was made of, or convert it: transformers' from_pretrained(gguf_file=…)"
-    return InputError(f"is quantised (gguf): {name} is no safetensors file", hint=hint)
-
-
 def _name(settings: Any) -> str:
     if not isinstance(settings, Mapping):
         return _shown(settings)
@@ -236,11 +230,20 @@ def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple
                 continue
             if all(start + part in tensors for part in rule.needs):
                 parts = [start + part for part in (*rule.needs, *rule.more) if start + part in tensors]
-                kind = "fp8" if info.dtype.startswith("F8") and last == "weight" else rule.scheme
-                yield _weight(stem, name, last), (kind, (name, *parts))
+                yield _weight(stem, name, last), (_kind(rule, info, tensors[parts[0]]), (name, *parts))
                 break
         else:
             yield from _suffixed(name, info, tensors)
+
+
+def _kind(rule: _Rule, codes: TensorInfo, scales: TensorInfo) -> str:
+    """The kind of a weight whose names are those of `rule`, as dtypes and shapes tell it."""
+    if codes.dtype.startswith("F8") and rule.codes == "weight":
+        return "fp8"
+    if codes.dtype in ("U8", "F4") and rule.codes == "weight_packed":
+        return "packed-fp4"
+    unordered = rule.scheme == "awq" and codes.shape[-1:] == scales.shape[-1:]
+    return "gptq" if unordered else rule.scheme
 
 
 def _weight(stem: str, name: str, last: str) -> str:
