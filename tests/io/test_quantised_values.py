@@ -4,6 +4,7 @@ bit, and files at fault, each refused in a line."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +202,26 @@ def test_compressed_tensors_bit_for_bit(case, dtype, level, tmp_path):
     else:  # the library rounds each step to its scales' dtype, we once
         exact = torch.from_numpy(found).reshape(values.shape)
         assert torch.equal(exact.bfloat16(), values)
+
+
+def test_blocks_of_compressed_tensors_that_do_not_divide(level, tmp_path):
+    stored, _, values, form = compressed("fp8 by block", drawn(10, 70, seed=8), torch.float32)
+    model = opened(tmp_path, named(stored), settings_of(form, SCHEMES["fp8 by block"][0]))
+    assert read(model.tensors[W]).tobytes() == values.numpy().tobytes()
+
+
+def test_of_the_hub_the_words_tell_the_shape(tmp_path):
+    """Where headers alone are there: what `weight_shape` says is not, and rows that fill their words need it not."""
+    stored, _, _, form = compressed("4 bits by row", drawn(16, 64, seed=9), torch.float32)
+    opened(tmp_path, named(stored), None)
+    seen = open_checkpoint(tmp_path)
+    away = {name: replace(info, path=tmp_path / "away") for name, info in seen.tensors.items()}
+    for config, fits in ({"quantization_config": settings_of(form, SCHEMES["4 bits by row"][0])}, True), ({}, False):
+        if fits:
+            assert decoded(replace(seen, tensors=away, config=config)).tensors[W].shape == (16, 64)
+        else:
+            with pytest.raises(InputError, match="bits are stated neither"):
+                decoded(replace(seen, tensors=away, config=config))
 
 
 def test_packed_rows_that_end_within_a_word(level, tmp_path):
