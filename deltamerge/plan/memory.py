@@ -39,7 +39,7 @@ def cost(root: Node) -> Cost:
     stored = max(sum(ITEMSIZE[node.dtype] for node in nodes) for nodes in reads)
     return Cost(
         len(plan.passes),
-        sum(math.prod(node.shape) * ITEMSIZE[node.dtype] for nodes in reads for node in nodes),
+        sum(node.parameter("tensor").read_nbytes for nodes in reads for node in nodes),
         stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype],
     )
 
