@@ -3,7 +3,7 @@ bit, and files at fault, each refused in a line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,15 +42,25 @@ def read(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarra
     return out
 
 
-@pytest.fixture(params=[*LEVELS, kernels.OFF])
-def level(request, monkeypatch):
-    """Every level of the kernels, and numpy."""
-    monkeypatch.setenv(kernels.SWITCH, request.param)
+def computed_at(asked: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv(kernels.SWITCH, asked)
     kernels.native.cache_clear()
-    yield request.param
+    yield asked
     monkeypatch.undo()
     kernels.native.cache_clear()
     kernels.native()
+
+
+@pytest.fixture(params=[*LEVELS[:1], kernels.OFF])
+def level(request, monkeypatch):
+    """The kernels, and numpy."""
+    yield from computed_at(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[*LEVELS, kernels.OFF])
+def every_level(request, monkeypatch):
+    """The kernels of each level of processors, and numpy."""
+    yield from computed_at(request.param, monkeypatch)
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -119,7 +129,7 @@ def test_scales_of_caches_and_activations_belong_to_no_weight(tmp_path):
 
 
 @pytest.mark.parametrize("codes", [E4, E5])
-def test_every_code(codes, level, tmp_path):
+def test_every_code(codes, every_level, tmp_path):
     stored = torch.arange(256, dtype=torch.uint8).view(codes).reshape(16, 16)
     model = opened(tmp_path, {W: stored, W + "_scale_inv": torch.tensor(0.37)}, None)
     expected = stored.float() * torch.tensor(0.37)
@@ -224,7 +234,7 @@ def test_of_the_hub_the_words_tell_the_shape(tmp_path):
                 decoded(replace(seen, tensors=away, config=config))
 
 
-def test_packed_rows_that_end_within_a_word(level, tmp_path):
+def test_packed_rows_that_end_within_a_word(every_level, tmp_path):
     for columns in (61, 62, 63):
         weight = drawn(5, columns, seed=columns)
         pytest.importorskip("compressed_tensors")
