@@ -75,10 +75,13 @@ BLOCK = {"quant_method": "fp8", "weight_block_size": [4, 8]}
 FP8: dict[str, tuple[tuple[int, ...], tuple[int, int], torch.dtype, torch.dtype, str, dict[str, Any] | None]] = {
     "blocks": ((8, 16), (4, 8), E4, torch.float32, "_scale_inv", BLOCK),
     "blocks that do not divide": ((11, 21), (4, 8), E4, torch.float32, "_scale_inv", BLOCK),
-    "e5m2": ((11, 21), (4, 8), E5, torch.float32, "_scale_inv", BLOCK),
-    "bfloat16 scales": ((11, 21), (4, 8), E4, torch.bfloat16, "_scale_inv", BLOCK),
-    "exponents": ((11, 21), (4, 8), E4, E8M0, "_scale_inv", BLOCK),
-    "experts": ((3, 11, 21), (4, 8), E4, torch.float32, "_scale_inv", BLOCK),
+    "e5m2": ((12, 24), (4, 8), E5, torch.float32, "_scale_inv", BLOCK),
+    "bfloat16 scales": ((12, 24), (4, 8), E4, torch.bfloat16, "_scale_inv", BLOCK),
+    "exponents": ((12, 24), (4, 8), E4, E8M0, "_scale_inv", BLOCK),
+    "exponents of blocks that do not divide": ((11, 21), (4, 8), E4, E8M0, "_scale_inv", BLOCK),
+    "as DeepSeek names them": ((12, 24), (4, 8), E4, E8M0, ".scale", BLOCK),
+    "experts": ((3, 12, 24), (4, 8), E4, torch.float32, "_scale_inv", BLOCK),
+    "experts whose blocks do not divide": ((3, 11, 21), (4, 8), E4, torch.float32, "_scale_inv", BLOCK),
     "blocks unsaid": ((8, 16), (4, 8), E4, torch.float32, "_scale_inv", None),
     "rows": ((8, 16), (1, 16), E4, torch.float32, "_scale", {"quant_method": "fbgemm_fp8"}),
     "columns of experts": ((3, 8, 6), (8, 1), E4, torch.float32, "_scale", {"quant_method": "fbgemm_fp8"}),
@@ -102,7 +105,7 @@ def test_fp8_is_its_codes_times_their_scales(case, level, tmp_path):
     if all(side % by == 0 for side, by in zip(shape[-2:], block, strict=True)):
         from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-        judged = Fp8Dequantize(None)._dequantize_one(tensors[W], tensors[W + suffix], torch.float32)
+        judged = Fp8Dequantize(None)._dequantize_one(*tensors.values(), torch.float32)
         assert judged.numpy().tobytes() == wanted.tobytes()
 
 
@@ -145,6 +148,10 @@ SCHEMES: dict[str, tuple[dict[str, Any], tuple[int, int], str]] = {
     "fp8 by block": (
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [4, 32]}, (4, 32), "float-quantized",
     ),
+    "fp8 by exponents": (
+        {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}, (1, 32),
+        "mxfp8-quantized",
+    ),
     "fp8 by row": ({"num_bits": 8, "type": "float", "strategy": "channel"}, (1, 64), "float-quantized"),
     **{
         f"{bits} bits by group": (
@@ -177,6 +184,8 @@ def compressed(case: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[dic
     largest = blocks_of(weight, block if said["strategy"] != "tensor" else tuple(weight.shape))
     half = 448.0 if said.get("type") == "float" else 2.0 ** (bits - 1) - (bits > 1) * 0.5
     scale = (largest / half).clamp_min(1e-6).to(dtype)
+    if form == "mxfp8-quantized":
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
     if said["strategy"] == "tensor":
         scale = scale.reshape(1)
     state = {"weight": weight.to(dtype), "weight_scale": scale}
@@ -195,7 +204,8 @@ def named(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def settings_of(form: str, *weights: Mapping[str, Any]) -> dict[str, Any]:
-    groups = {f"group_{i}": {"targets": ["Linear"], "weights": dict(one)} for i, one in enumerate(weights)}
+    said = [{key: value for key, value in one.items() if key != "scale_dtype"} for one in weights]
+    groups = {f"group_{i}": {"targets": ["Linear"], "weights": one} for i, one in enumerate(said)}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
 
 
@@ -206,7 +216,7 @@ def test_compressed_tensors_bit_for_bit(case, dtype, level, tmp_path):
     model = opened(tmp_path, named(stored), settings_of(form, SCHEMES[case][0]))
     assert list(model.tensors) == [W]
     found = read(model.tensors[W])
-    if dtype is torch.float32:
+    if values.dtype is torch.float32:
         assert found.tobytes() == values.numpy().tobytes()
         assert read(model.tensors[W], 3, 700).tobytes() == found[3:700].tobytes()
     else:  # the library rounds each step to its scales' dtype, we once
@@ -345,6 +355,7 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         _packed(), {**INT4, "config_groups": {"a": {"targets": ["re:("], "weights": {"num_bits": 4}}}},
         "no regular expression",
     ),
+    "an unknown format": (_packed(), INT4 | {"format": "marlin-24"}, "its format 'marlin-24' is not known"),
     "int32 as codes": (
         named({"weight": torch.zeros(4, 4, dtype=torch.int32), "weight_scale": torch.ones(4, 1)}), INT4,
         "is stored as I32 beside scales",
