@@ -105,7 +105,7 @@ def test_every_method_makes_of_codes_what_it_makes_of_values(models, tmp_path, b
 def test_many_pieces_by_either_backend_and_hashed_as_they_are_read(tmp_path):
     """Tensors of several pieces, some of which begin within a byte or a row; the lock's hashes are the files' own."""
     made, generator = {}, torch.Generator().manual_seed(7)
-    for name, shape in {"a": (900, 333), "b": (1, 150_001), "c": (40_001, 7)}.items():
+    for name, shape in {"a": (900, 333), "b": (1, 150_001), "c": (40_001, 7), "d": (600, 512)}.items():
         base = 0.05 * torch.randn(shape, generator=generator)
         made[name] = base, base + 0.01 * torch.randn(shape, generator=generator)
     fp8s = {k: v for name, (base, _) in made.items() for k, v in fp8(f"{name}.weight", base, (64, 96))[0].items()}
