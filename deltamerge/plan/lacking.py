@@ -49,7 +49,7 @@ class Spares:
     def _spare(self) -> frozenset[tuple[str, int]]:
         blocks = [blocks_of(model.tensors) for model in self.models]
         counts = [
-            {prefix: layer_count(model.checkpoint.config, prefix, numbers) for prefix, numbers in own.items()}
+            {p: layer_count(model.checkpoint.config, model.container(p), numbers) for p, numbers in own.items()}
             for model, own in zip(self.models, blocks, strict=True)
         ]
         spare = set()
