@@ -77,9 +77,8 @@ def match(models: Sequence[Mapping[str, Shape]], labels: Sequence[str]) -> list[
     owner = labels[0]
     for model, label in zip(models[1:], labels[1:], strict=True):
         if (key := frozenset(model)) not in done:
-            found = match_one(model, known, label, owner)
-            done[key] = found
-            known |= {new: model[old] for old, new in found.canonical.items() if new not in known}
+            done[key] = own = match_one(model, known, label, owner)
+            known |= {new: model[old] for old, new in own.canonical.items() if new not in known}
     found = [done[frozenset(model)] for model in models]
     heads = {new for names in found for new in names.canonical.values() if f".{new}".endswith(f".{LM_HEAD}")}
     return found if heads == {LM_HEAD} or len(heads) != 1 else [names.shortened(LM_HEAD) for names in found]
@@ -106,10 +105,9 @@ class _Pattern:
 
 
 def split(name: str) -> tuple[Parts, Parts]:
-    """A name's components, those that are numbers (but not the first) as STAR, and these numbers."""
+    """A name's components, those that are numbers as STAR, and these numbers."""
     parts = name.split(".")
-    stars = tuple(STAR if i and part.isdigit() else part for i, part in enumerate(parts))
-    return stars, tuple(part for i, part in enumerate(parts) if i and part.isdigit())
+    return tuple(STAR if part.isdigit() else part for part in parts), tuple(part for part in parts if part.isdigit())
 
 
 def _patterns(shapes: Mapping[str, Shape]) -> dict[Parts, _Pattern]:
@@ -215,7 +213,7 @@ class _Search:
         for rule in self.rules:
             own = [ours for ours, theirs in self.pairs.items() if rule.exchanges(ours, theirs)]
             heads = dict.fromkeys(ours[len(rule.old)] for ours in own)
-            if rule.old and rule.new or len(heads) > FEW:
+            if (rule.old and rule.new) or len(heads) > FEW:
                 yield rule
             else:
                 yield from (Rule((*rule.old, h), (*rule.new, h)) for h in heads if h != LM_HEAD.partition(".")[0])
@@ -250,8 +248,8 @@ def join(parts: Parts, numbers: Parts) -> str:
 def _candidates(ours: Iterable[_Pattern], theirs: Iterable[_Pattern]) -> Iterator[tuple[Rule, _Pair]]:
     """Every pair of patterns that end alike, by the rule that exchanges what stands before.
 
-    The common end is as long as can be. It has two components, or is all of one name; it begins no later than with the
-    name of the first container of numbered blocks, and either side has as many numbers before it.
+    The common end is as long as can be. It is all of one name, or has two components and begins no later than with the
+    name of the first container of numbered blocks; either side has as many numbers before it.
     """
     for one, other in _alike(list(ours), list(theirs), 1):
         for pattern in one:
@@ -259,7 +257,7 @@ def _candidates(ours: Iterable[_Pattern], theirs: Iterable[_Pattern]) -> Iterato
                 count = _common(pattern.parts, twin.parts)
                 old, new = pattern.parts[:-count], twin.parts[:-count]
                 end = pattern.parts[len(old) :]
-                if (count < 2 and old and new) or not (old or new) or end[0] == STAR:
+                if (old and new and (count < 2 or end[0] == STAR)) or not (old or new):
                     continue
                 if old.count(STAR) == new.count(STAR):
                     yield Rule(old, new), (pattern, twin)

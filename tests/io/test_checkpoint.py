@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import random
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np

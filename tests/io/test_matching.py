@@ -41,6 +41,7 @@ HEADS = {
     "model": (LLAMA, ["lm_head.weight"]),
     "deberta": (BERT, ["classifier.0.weight", "classifier.0.bias", "classifier.2.weight"]),
     "net": (FLAT, ["head.weight"]),
+    "body": (["0.weight", "0.bias", "2.weight"], ["head.weight"]),
 }
 
 
@@ -99,7 +100,8 @@ TEXT = {
     **{f"model.layers.{i}.input_layernorm.weight": (4,) for i in range(3)},
 }  # fmt: skip
 TOWER = {
-    "vision_tower.patch.weight": (8, 3, 2, 2), "vision_tower.norm.weight": (8,), "multi_modal_projector.linear.weight": (4, 8),
+    "vision_tower.patch.weight": (8, 3, 2, 2), "vision_tower.norm.weight": (8,),
+    "multi_modal_projector.linear.weight": (4, 8),
     **{f"vision_tower.layers.{i}.{p}.weight": (8, 8) for i in range(4) for p in ("self_attn.q_proj", "mlp.up_proj")},
 }  # fmt: skip
 VISUAL = {name.replace("vision_tower", "visual"): s for name, s in TOWER.items() if name.startswith("vision_tower")}
