@@ -13,6 +13,7 @@ from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import over
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.experts import Joined, Turned
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.io.quantised import refuse_quantised
 from deltamerge.io.tensor import TensorInfo
@@ -49,10 +50,11 @@ class Input:
                 return ".".join(parts[: numbers[depth]]) if len(numbers) > depth else prefix
         return prefix
 
-    def has_own(self, tensor: TensorInfo) -> bool:
-        """Whether a tensor of this model is one of its checkpoint, and not experts that were fused or taken apart."""
-        own = self.checkpoint.tensors.get(tensor.name)
-        return own is not None and own.is_same(tensor)
+    def regroups(self, tensor: TensorInfo) -> bool:
+        """Whether a tensor of this model is of experts that its files store otherwise: fused, apart or transposed."""
+        adapter = self.checkpoint.adapter
+        known = tensor.name in self.checkpoint.tensors or (adapter is not None and tensor.name in adapter.tensors)
+        return isinstance(tensor.made, Joined | Turned) or not known
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -277,7 +279,7 @@ def _regrouped(model: Input, form: Form) -> Input:
 
 def _regrouping(model: Input) -> str:
     """What was done to a model's experts, in words; "" if nothing."""
-    changed = next((tensor.name for tensor in model.tensors.values() if not model.has_own(tensor)), None)
+    changed = next((tensor.name for tensor in model.tensors.values() if model.regroups(tensor)), None)
     return f"experts are read as the output stores them: {changed}, …" if changed else ""
 
 

@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.adapter import CONFIG, PREFIX, WEIGHTS
+from deltamerge.io.adapter import WEIGHTS
+from deltamerge.io.adapter_config import CONFIG
+from deltamerge.io.adapter_parts import PREFIX
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
