@@ -17,7 +17,9 @@ from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import check, elements, over
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
+from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import FLOATING, PACKED, widen
+from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.regroup import form_of, regrouped, shared_names
@@ -66,7 +68,7 @@ def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
     relative norm.
     """
     here = Path.cwd()
-    first, second = (hub.open_model(reference, here, weights=True) for reference in (a, b))
+    first, second = (_plain(hub.open_model(reference, here, weights=True)) for reference in (a, b))
     opened = None
     if second.is_delta:
         opened = DeltaFile.open(second.path)
@@ -100,6 +102,14 @@ def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
         "changed": sum(change.changed for change, _, _ in found),
         "norm": _ratio(squares, math.fsum(of_a for _, _, of_a in found)),
     }
+
+
+def _plain(checkpoint: Checkpoint) -> Checkpoint:
+    """A quantised checkpoint decoded, so that values are compared; its codes and scales where nothing decodes them."""
+    try:
+        return decoded(checkpoint)
+    except InputError:
+        return checkpoint
 
 
 def _ratio(squares: float, of_a: float) -> float | None:

@@ -12,11 +12,12 @@ from deltamerge import errors
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import over
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.checkpoint import Checkpoint, by_component
 from deltamerge.io.experts import Joined, Turned
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
-from deltamerge.io.quantised import refuse_quantised
+from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.plan.folders import refuse_apart, refuse_vocabulary
 from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_names
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Section, written
@@ -54,7 +55,7 @@ class Input:
         """Whether a tensor of this model is of experts that its files store otherwise: fused, apart or transposed."""
         adapter = self.checkpoint.adapter
         known = tensor.name in self.checkpoint.tensors or (adapter is not None and tensor.name in adapter.tensors)
-        return isinstance(tensor.made, Joined | Turned) or not known
+        return isinstance(tensor.made, Joined | Turned) or (".experts." in tensor.name and not known)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,11 +148,10 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         return opened[reference]
 
     def merged(reference: str, place: str) -> Checkpoint:
-        """Like `checkpoint`, for a model whose weights are read."""
-        found = checkpoint(reference, place)
+        """Like `checkpoint`, for a model whose weights are read: quantised ones are decoded."""
         with errors.context(place), errors.context(reference):
-            refuse_quantised(found.config, found.tensors)
-        return found
+            opened[reference] = decoded(checkpoint(reference, place))
+        return opened[reference]
 
     def over_base(delta: Checkpoint) -> Checkpoint:
         artifact = DeltaFile.open(delta.path)
@@ -181,6 +181,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         if not (apart(recipe.part_of[index]) and recipe.is_base(index)):
             at = written(recipe.parts, ("models", index))
             named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
+    refuse_apart(named)
     matched, notes = _match(named)
     matched, stand_ins, untied = _untie(matched)
     base, tunes, groups = _grouped(recipe, bases, matched, apart)
@@ -193,6 +194,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     template = next(m for m in matched if (m.name, m.index) == (template.name, template.index))
     vocabulary = _vocabulary(recipe, base, tunes, checkpoint)
     origin = base if recipe.output.kind == "delta" else None
+    refuse_vocabulary(recipe, template.name, template.checkpoint)
     return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin, deltas, tuple(dict.fromkeys(notes)))
 
 
@@ -260,7 +262,23 @@ def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
 
 
 def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> tuple[list[Input], tuple[str, ...]]:
-    """The models by canonical names, and a note for each whose names differ."""
+    """The inputs of models, whose names are matched component by component, and a note for each that differs."""
+    if all(checkpoint.is_simple for _, _, checkpoint in named):
+        return _match_part(named)
+    inputs = [Input(name, index, checkpoint, {}, {}) for name, index, checkpoint in named]
+    notes: tuple[str, ...] = ()
+    for folder, parts in by_component([checkpoint for _, _, checkpoint in named]):
+        start = f"{folder}/" if folder else ""
+        there = [(i, part) for i, part in enumerate(parts) if part is not None and part.tensors]
+        matched, own_notes = _match_part([(inputs[i].name, inputs[i].index, part) for i, part in there])
+        notes += own_notes
+        for (i, _), own in zip(there, matched, strict=True):
+            inputs[i].tensors.update({start + name: info for name, info in own.tensors.items()})
+            inputs[i].stored.update({start + name: start + stored for name, stored in own.stored.items()})
+    return inputs, notes
+
+
+def _match_part(named: Sequence[tuple[str, int | None, Checkpoint]]) -> tuple[list[Input], tuple[str, ...]]:
     tensors, names = shared_names([checkpoint.tensors for _, _, checkpoint in named], [name for name, _, _ in named])
     inputs = []
     for (name, index, checkpoint), own, known in zip(named, tensors, names, strict=True):

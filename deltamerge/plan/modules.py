@@ -15,6 +15,7 @@ LAST_MODULES = ("decoder", "text_decoder", "language_model", "text_model", "defa
 LANGUAGE = ("language_model", "text_model", "llm", "language_backbone")
 VISION = ("vision_tower", "visual", "vision_model", "vision_encoder", "image_tower", "vision_backbone", "vit")
 PROJECTOR = ("multi_modal_projector", "connector", "mm_projector", "aligner", "projector", "merger")
+COMPONENT = re.compile(r"[./]")  # what stands between a name's components
 ROWS = (LANGUAGE, VISION, PROJECTOR)
 _OTHER = re.compile(r"vision|visual|image|audio|video|speech|projector|connector")
 
@@ -33,7 +34,7 @@ class Modules:
         self.components = {SPELLINGS.get(m, m): m for m in self.wanted if m is not None}
         self.stem: tuple[str, str] | None = None
         self.found: dict[str, str] = {}
-        present = {part for name in names for part in name.split(".")}
+        present = {part for name in names for part in COMPONENT.split(name)}
         for module in [m for m in self.components if m and m not in present]:
             row = next((row for row in ROWS if module in row), ())
             other = next((one for one in row if one in present and one not in self.components), None)
@@ -52,7 +53,7 @@ class Modules:
         """The module of a tensor, by its name in the files."""
         if None in self.wanted or "default" in self.wanted:
             return None if None in self.wanted else "default"
-        parts = name.split(".")
+        parts = COMPONENT.split(name)
         known = next((self.components[part] for part in parts if part in self.components), None)
         if known is not None:
             return known
