@@ -91,6 +91,7 @@ def match_one(model: Mapping[str, Shape], frame: Mapping[str, Shape], label: str
     search = _Search.of(_patterns(model), _patterns(frame), f"{label} and {owner}")
     search.claim_same(_fits)
     search.claim_rules(_fits)
+    search.claim_mixtures()
     search.claim_same(_any)
     search.claim_rules(_any)
     return Names(search.canonical(model, frame), tuple(search.told()))
@@ -134,6 +135,12 @@ def _fit(ours: Shape, theirs: Shape, rows: bool) -> bool:
     if len(ours) != len(theirs) or not ours:
         return False
     return (rows and ours[1:] == theirs[1:]) or (len(ours) == 3 and ours == (theirs[0], theirs[2], theirs[1]))
+
+
+def _shape(pattern: _Pattern) -> Shape:
+    """The shape that all tensors of a pattern have; None if they differ."""
+    shapes = set(pattern.members.values())
+    return shapes.pop() if len(shapes) == 1 else None
 
 
 def _any(ours: _Pattern, theirs: _Pattern) -> bool:
@@ -192,6 +199,23 @@ class _Search:
             if best not in self.rules:
                 self.rules.append(best)
 
+    def claim_mixtures(self) -> None:
+        """Pair what is left in numbered blocks by shape, where that leaves nothing over: the router and the fused
+        experts of a mixture, whose names have no common end in some families (`input_linear`, `experts.fc1`)."""
+        taken = set(self.pairs.values())
+        left = _by_block((p for n, p in self.ours.items() if n not in self.pairs), self._longest_rules())
+        theirs = _by_block((p for n, p in self.theirs.items() if n not in taken), [])
+        for place, patterns in left.items():
+            shapes = [Counter(map(_shape, side)) for side in (patterns, theirs.get(place, ()))]
+            stacked = any(shape is not None and len(shape) == 3 for shape in shapes[0])
+            if shapes[0] == shapes[1] and stacked and None not in shapes[0] and set(shapes[0].values()) == {1}:
+                by_shape = {_shape(pattern): pattern.parts for pattern in theirs[place]}
+                self.pairs |= {pattern.parts: by_shape[_shape(pattern)] for pattern in patterns}
+
+    def _longest_rules(self) -> list[Rule]:
+        """The rules that tensors which fit none follow, that of the longest prefix first."""
+        return sorted((r for r in self.rules if STAR not in r.new[:1]), key=lambda rule: -len(rule.old))
+
     def _sound(self, rule: Rule, pairs: Sequence[_Pair]) -> list[_Pair]:
         """The pairs of a rule that make up most of a module on either side."""
         if STAR in rule.old:
@@ -230,13 +254,28 @@ class _Search:
             else:
                 found[name] = join(twin, numbers)
         taken = {*found.values(), *frame}
-        rules = sorted((r for r in self.rules if STAR not in r.new[:1]), key=lambda rule: -len(rule.old))
+        rules = self._longest_rules()
         for name, parts, numbers in rest:
-            rule = next((r for r in rules if parts[: len(r.old)] == r.old), None)
-            new = name if rule is None else join((*rule.new, *parts[len(rule.old) :]), numbers)
+            new = join(_follow(parts, rules), numbers)
             found[name] = name if new in taken else new
             taken.add(found[name])
         return found
+
+
+def _follow(parts: Parts, rules: Sequence[Rule]) -> Parts:
+    """A name by the first rule whose prefix it has."""
+    rule = next((r for r in rules if parts[: len(r.old)] == r.old), None)
+    return parts if rule is None else (*rule.new, *parts[len(rule.old) :])
+
+
+def _by_block(patterns: Iterable[_Pattern], rules: Sequence[Rule]) -> dict[Parts, list[_Pattern]]:
+    """The patterns of every container of numbered blocks, by its canonical name."""
+    found: dict[Parts, list[_Pattern]] = defaultdict(list)
+    for pattern in patterns:
+        if STAR in pattern.parts:
+            parts = _follow(pattern.parts, rules)
+            found[parts[: parts.index(STAR)]].append(pattern)
+    return found
 
 
 def join(parts: Parts, numbers: Parts) -> str:

@@ -185,6 +185,22 @@ def test_a_module_inside_blocks_under_another_name() -> None:
     assert all(a == b for a, b in names_of(new, part)[1].canonical.items())
 
 
+def test_mixtures_whose_names_have_no_common_end() -> None:
+    """GraniteMoe and Aria, as saved and in memory: by shape, where nothing is left over and no two are alike."""
+    saved = {"input_linear.weight": (3, 12, 4), "output_linear.weight": (3, 4, 6), "router.layer.weight": (3, 4)}
+    memory = {"experts.gate_up_proj": (3, 12, 4), "experts.down_proj": (3, 4, 6), "router.weight": (3, 4)}
+    old, new = (
+        {f"model.layers.{i}.moe.{p}": s for i in range(2) for p, s in parts.items()} for parts in (saved, memory)
+    )
+    want = {f"model.layers.{i}.moe.{b}": f"model.layers.{i}.moe.{a}" for i in range(2) for a, b in zip(saved, memory)}
+    assert names_of(old | TEXT, new | TEXT)[1].canonical == {n: want.get(n, n) for n in (*new, *TEXT)}
+    for extra in ({"model.layers.0.moe.x.weight": (7,)}, {f"model.layers.{i}.moe.x.weight": (3, 4) for i in range(2)}):
+        assert all(a == b for a, b in names_of(old, new | extra)[1].canonical.items())
+    flat = {"a.weight": (3, 4)}, {"b.weight": (3, 4)}
+    one, other = ({f"layers.{i}.{p}": s for i in range(2) for p, s in parts.items()} for parts in flat)
+    assert all(a == b for a, b in names_of(one, other)[1].canonical.items())
+
+
 def test_many_and_hostile_names_take_linear_time() -> None:
     many = {f"model.layers.{i}.mlp.experts.{e}.{p}.weight": (2, 3) for i in range(4) for e in range(256) for p in "abc"}
     hostile = {f"{'a' * (i % 50)}{i}.{i}.x": (1,) for i in range(5_000)}
