@@ -31,6 +31,7 @@ from deltamerge.io.weight_files import ALLOW, read_weights
 
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
+MOST_PARAMETERS = 6  # of one module; which factors are whose is told by shapes
 Tensors = dict[str, TensorInfo]
 
 
@@ -252,6 +253,8 @@ def _update_experts(
 ) -> None:
     """Put the updates of a module's parameters, the innermost wrapper's first, on those that they fit; PEFT wraps them
     in the order of the module, the gate first."""
+    if len(targets) > MOST_PARAMETERS:
+        raise InputError(f"target_parameters names {len(targets)} parameters of it", hint=BY_PEFT)
     infos = {target: _place(f"{root}.{target}", tensors, places) for target in sorted(targets, reverse=True)}
     matching = next(
         (

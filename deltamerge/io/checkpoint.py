@@ -302,5 +302,3 @@ def _split(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
 def is_delta(names: Collection[str]) -> bool:
     """Whether a model's file names are those of a delta artifact."""
     return DELTA in names and SINGLE not in names and INDEX not in names
-
-

@@ -137,7 +137,9 @@ def _fused(name: str, parts: Mapping[str, Mapping[int, TensorInfo]], own: tuple[
     if any(len(m.shape) != 2 or (m.shape, m.dtype) != (first.shape, first.dtype) for m in members):
         return None
     shape = (len(experts), len(own) * first.shape[0], first.shape[1])
-    return TensorInfo(name, first.dtype, shape, first.path, 0, sum(m.nbytes for m in members), Joined(members), first.saved_as)
+    return TensorInfo(
+        name, first.dtype, shape, first.path, 0, sum(m.nbytes for m in members), Joined(members), first.saved_as
+    )
 
 
 def layout_of(names: Iterable[str]) -> Layout | None:

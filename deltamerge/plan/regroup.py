@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from deltamerge.io import experts
 from deltamerge.io.matching import Names, match
+from deltamerge.io.names import numbers_as_stars
 from deltamerge.io.tensor import TensorInfo
 
 Tensors = Mapping[str, TensorInfo]
@@ -14,8 +15,8 @@ Tensors = Mapping[str, TensorInfo]
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a model stores its experts: the shapes of the fused tensors of each container, by canonical names, and the
-    layout of those that are stored one by one."""
+    """How a model stores its experts: the shapes of the fused tensors of a container, which of them are stored one by
+    one, and their layout. Containers are canonical names with a star for every number: all layers are alike."""
 
     shapes: Mapping[str, Mapping[str, tuple[int, ...]]]
     apart: frozenset[str]
@@ -31,9 +32,12 @@ def shared_names(models: Sequence[Tensors], labels: Sequence[str]) -> tuple[list
 
 def form_of(tensors: Tensors, stored: Tensors) -> Form:
     """The form of a model: its tensors by canonical names, and as its files have them."""
-    found = experts.by_container(tensors)
-    apart = {c for c, own in found.items() if any(isinstance(info.made, experts.Joined) for info in own.values())}
-    shapes = {c: {key: info.shape for key, info in own.items()} for c, own in found.items()}
+    apart, shapes = set(), {}
+    for container, own in experts.by_container(tensors).items():
+        place = numbers_as_stars(container)
+        shapes.setdefault(place, {key: info.shape for key, info in own.items()})
+        if any(isinstance(info.made, experts.Joined) for info in own.values()):
+            apart.add(place)
     return Form(shapes, frozenset(apart), experts.layout_of(stored))
 
 
@@ -45,7 +49,9 @@ def regrouped(tensors: Tensors, stored: Mapping[str, str], form: Form) -> tuple[
     swapped = {
         container
         for container, own in found.items()
-        if experts.is_turned({key: info.shape for key, info in own.items()}, form.shapes.get(container, {}))
+        if experts.is_turned(
+            {key: info.shape for key, info in own.items()}, form.shapes.get(numbers_as_stars(container), {})
+        )
     }
     for name, info in tensors.items():
         container, _, key = name.rpartition(".")
@@ -54,7 +60,7 @@ def regrouped(tensors: Tensors, stored: Mapping[str, str], form: Form) -> tuple[
             continue
         if container in swapped:
             info = experts.turned(info)
-        own = (form.layout or {}).get(key) if container in form.apart else None
+        own = (form.layout or {}).get(key) if numbers_as_stars(container) in form.apart else None
         if own is None or info.shape[1] % len(own):
             result[name], names[name] = info, stored[name]
             continue
