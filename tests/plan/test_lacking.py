@@ -185,7 +185,7 @@ def test_deltas_adapters_and_peft_do_without_them(models, tmp_path, capsys, case
 
 
 def test_a_block_of_another_kind_behind_the_layers_that_no_config_counts(models, tmp_path):
-    """The config tells nothing: a last block is spare if it holds what no layer has, a layer of the usual kind is not."""
+    """The config tells nothing: a last block is spare if it holds what no layer has, a usual layer is not."""
     more = load_tensors(models / "base") | block(2)
     usual = {n.replace("layers.1.", "layers.2."): t for n, t in more.items() if "layers.1." in n}
     for name, tensors in (("odd", more), ("longer", load_tensors(models / "base") | usual)):
