@@ -15,13 +15,17 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltamerge.io.dtypes import ITEMSIZE, bits_type
 from deltamerge.io.tensor import Read, TensorInfo
 
 Layout = Mapping[str, tuple[str, ...]]
+
+WHOLE = 1 << 24  # bytes of a matrix that is read whole to be transposed
 
 # A fused tensor, and the parts of one expert that it has, in order.
 LAYOUTS: tuple[Layout, ...] = (
@@ -64,20 +68,43 @@ class Turned:
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         _, columns, rows = self.source.shape
         target = np.frombuffer(out, bits_type(self.source.dtype))
-        stop, size = start + len(target), target.itemsize
+        stop = start + len(target)
         at = start
         while at < stop:
             expert, row = divmod(at // columns, rows)
             last = min(rows, -(-(stop - expert * rows * columns) // columns))
-            firsts = (expert * columns + np.arange(columns, dtype=np.int64)) * rows + row
-            block = np.empty((columns, last - row), target.dtype)
-            ends = np.arange(1, columns + 1, dtype=np.int64) * ((last - row) * size)
-            read.read_runs(self.source, firsts * size, ends, block)
-            flat = block.T.reshape(-1)
+            flat = self._columns(read, expert, row, last).T.reshape(-1)
             low = (expert * rows + row) * columns
             end = min(stop, low + flat.size)
             target[at - start : end - start] = flat[at - low : end - low]
             at = end
+
+    def _columns(self, read: Read, expert: int, first: int, last: int) -> NDArray[Any]:
+        """Columns [first, last) of one matrix of the source: of the whole matrix if it is small, else run by run."""
+        _, rows, columns = self.source.shape
+        dtype = bits_type(self.source.dtype)
+        if rows * columns * ITEMSIZE[self.source.dtype] <= WHOLE:
+            matrix = np.empty((rows, columns), dtype)
+            read.read_into(self.source, expert * rows * columns, matrix)
+            return matrix[:, first:last]
+        block = np.empty((rows, last - first), dtype)
+        done = 0
+        while done < rows:
+            info, row, count = self._part(expert * rows + done, rows - done)
+            firsts = (np.arange(row, row + count, dtype=np.int64) * columns + first) * block.itemsize
+            ends = np.arange(1, count + 1, dtype=np.int64) * ((last - first) * block.itemsize)
+            read.read_runs(info, firsts, ends, block[done : done + count])
+            done += count
+        return block
+
+    def _part(self, row: int, most: int) -> tuple[TensorInfo, int, int]:
+        """The tensor that stores a row of the source, its number there, and how many of `most` rows follow it."""
+        made, columns = self.source.made, self.source.shape[2]
+        if not isinstance(made, Joined) or self.source.begin:
+            return self.source, row, most
+        at = bisect_right(made.ends, row * columns)
+        stop, count = made.ends[at] // columns, made.parts[at].shape[0]
+        return made.parts[at], row - (stop - count), min(most, stop - row)
 
 
 def turned(info: TensorInfo) -> TensorInfo:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from raw_tensors import Stored, stored, widened, write_checkpoint
 
+from deltamerge.io import experts as experts_module
 from deltamerge.io.computed import LowRank
 from deltamerge.io.experts import Joined, turned, unfold
 from deltamerge.io.reader import Reader
@@ -160,16 +161,20 @@ def test_as_the_formula(tensors: tuple[Infos, Values], case: str) -> None:
         np.testing.assert_array_equal(read(info, step), got)
 
 
-def test_stacks_joined_turned_and_taken_apart(tensors: tuple[Infos, Values]) -> None:
+@pytest.mark.parametrize("whole", [0, 1 << 24])
+def test_stacks_joined_turned_and_taken_apart(tensors: tuple[Infos, Values], monkeypatch, whole: int) -> None:
+    monkeypatch.setattr(experts_module, "WHOLE", whole)
     infos, values = tensors
     rows = [TensorInfo("w", infos["w"].dtype, (3, 8), infos["w"].path, infos["w"].begin, infos["w"].nbytes // 2)]
     pair = [*rows, infos["w"]]
     joined = TensorInfo("j", infos["w"].dtype, (9, 8), Path("x"), 0, 9 * rows[0].nbytes // 3, Joined(tuple(pair)))
-    whole = np.concatenate([values["w"][:3], values["w"]])
+    rows_of_both = np.concatenate([values["w"][:3], values["w"]])
+    stack = TensorInfo("s", infos["w"].dtype, (3, 3, 8), Path("x"), 0, joined.nbytes, joined.made)
     swapped = turned(infos["stack"])
     twice = turned(swapped)
     for step in (10**6, 1, 5, 11, 50):
-        np.testing.assert_array_equal(read(joined, step), whole)
+        np.testing.assert_array_equal(read(joined, step), rows_of_both)
+        np.testing.assert_array_equal(read(turned(stack), step), rows_of_both.reshape(3, 3, 8).swapaxes(1, 2))
         np.testing.assert_array_equal(read(swapped, step), values["stack"].swapaxes(1, 2))
         np.testing.assert_array_equal(read(twice, step), values["stack"])
     for name, part in unfold(swapped, ("gate_proj", "up_proj")).items():
