@@ -32,7 +32,8 @@ def shared_names(models: Sequence[Tensors], labels: Sequence[str]) -> tuple[list
 
 def form_of(tensors: Tensors, stored: Tensors) -> Form:
     """The form of a model: its tensors by canonical names, and as its files have them."""
-    apart, shapes = set(), {}
+    apart: set[str] = set()
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for container, own in experts.by_container(tensors).items():
         place = numbers_as_stars(container)
         shapes.setdefault(place, {key: info.shape for key, info in own.items()})
