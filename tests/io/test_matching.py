@@ -192,7 +192,11 @@ def test_mixtures_whose_names_have_no_common_end() -> None:
     old, new = (
         {f"model.layers.{i}.moe.{p}": s for i in range(2) for p, s in parts.items()} for parts in (saved, memory)
     )
-    want = {f"model.layers.{i}.moe.{b}": f"model.layers.{i}.moe.{a}" for i in range(2) for a, b in zip(saved, memory)}
+    want = {
+        f"model.layers.{i}.moe.{b}": f"model.layers.{i}.moe.{a}"
+        for i in range(2)
+        for a, b in zip(saved, memory, strict=True)
+    }
     assert names_of(old | TEXT, new | TEXT)[1].canonical == {n: want.get(n, n) for n in (*new, *TEXT)}
     for extra in ({"model.layers.0.moe.x.weight": (7,)}, {f"model.layers.{i}.moe.x.weight": (3, 4) for i in range(2)}):
         assert all(a == b for a, b in names_of(old, new | extra)[1].canonical.items())
