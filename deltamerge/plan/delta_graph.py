@@ -153,7 +153,8 @@ class Deltas:
         node = self.masked(tuned, self.recipe.seed)
         name, root = self.stages.roots.get(tuned.name, (tuned.name, 1))
         value = self.graph.node(spec.pick, [self.stages.calibrated[tuned.index]], kind="small", name=name, root=root)
-        divide = rescale.divide_rows if q.scope_or_default == "row" else rescale.divide
+        apart = q.scope_or_default == "row" or (q.scope_or_default == "layer" and len(tuned.base.shape) > 2)
+        divide = rescale.divide_rows if apart else rescale.divide  # stacked matrices have a q each
         node = self._node(divide, [node, value], tuned.base.shape)
         return self._restored(tuned, node, f" {self.prune_of(tuned).method} density={density:g} q={q.objective}")
 
