@@ -135,9 +135,9 @@ class _Collector:
                     self.found[layer.name] = joined(parts, tuple(delta.shape))
                 stacks.setdefault(layer.stack, []).append(self.found[layer.name])
         for layer in layers:
-            if layer.stack in stacks and layer.stack and layer.name not in self.sums:
-                if self._delta(layer.name) is not None:
-                    self.found[layer.name] = pooled(stacks[layer.stack])
+            unseen = layer.stack and layer.stack in stacks and layer.name not in self.sums
+            if unseen and self._delta(layer.name) is not None:
+                self.found[layer.name] = pooled(stacks[layer.stack])
 
     def _delta(self, name: str) -> Tensor | None:
         """A tensor's delta, as stored; read when it is first needed."""

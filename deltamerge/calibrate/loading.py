@@ -320,11 +320,11 @@ def _cut(
     """The pieces of one matrix, whose rows (columns, where `turned`) have these places in the files."""
     bounds = torch.tensor(starts)
     of_file = torch.bucketize(rows, bounds, right=True) - 1
-    for k in of_file.unique().tolist():
+    for k in torch.unique(of_file).tolist():
         at = (of_file == k).nonzero()[:, 0]
         high = shapes[k][-2]
         own = rows[at] - starts[k]
-        for lead in (own // high).unique().tolist():
+        for lead in torch.unique(own // high).tolist():
             chosen = own // high == lead
             yield k, Piece("", lead, simple(at[chosen]), simple(own[chosen] % high), simple(columns), turned)
 

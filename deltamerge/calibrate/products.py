@@ -1,7 +1,7 @@
 """Which matrices of parameters a forward multiplies with what, seen from outside: experts stacked in one parameter.
 
-A module of experts takes one matrix of its parameter, or some of its rows, and calls torch's matrix product. The operand
-is a view of the parameter, so its address and strides say which entries it has, whatever the module is called.
+A module of experts takes one matrix of its parameter, or some of its rows, and calls torch's matrix product. The
+operand is a view of the parameter, so its address and strides say which entries it has, whatever the module is called.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ class Products(TorchFunctionMode):
 def _box(state: str, parameter: Tensor, matrix: Tensor) -> Box | None:
     """Where a matrix (in, out) lies in a contiguous parameter; None: it is no view of rows and columns of it."""
     high, wide = parameter.shape[-2:]
-    start = matrix.storage_offset() - parameter.storage_offset()
+    start = int(matrix.storage_offset() - parameter.storage_offset())
     if not 0 <= start < parameter.numel() or wide == 1 or 0 in matrix.shape:
         return None
     inputs, outputs = matrix.shape

@@ -90,7 +90,7 @@ class Part:
 def joined(parts: Sequence[Part], shape: tuple[int, ...]) -> LayerStatistics:
     """Those of a whole tensor of `shape`: averages over the tokens of each part."""
     transposed = parts[0].layer.transposed
-    sides = shape[-2:][::-1] if transposed else shape[-2:]
+    sides = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
     if len(shape) == 2:
         return _averaged(parts, sides)
     whole = _averaged(parts, sides)

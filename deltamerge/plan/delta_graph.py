@@ -9,7 +9,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.calibrate import spec
-from deltamerge.calibrate.spec import has_norm, is_transposed
+from deltamerge.calibrate.spec import has_columns, has_norm, is_transposed
 from deltamerge.calibrate.threshold import cut_of
 from deltamerge.delta.over_base import added
 from deltamerge.engine.graph import Function, Graph, Node, function_of
@@ -167,9 +167,7 @@ class Deltas:
         if density == 1:
             return whole
         prune, method, shape = self.prune_of(tuned), self.method_of(tuned), tuned.base.shape
-        transposed = method.needs_activations and is_transposed(
-            tuned.tensor.name, tuned.model.checkpoint.config.get("model_type")
-        )
+        transposed = method.needs_activations and self._transposed(tuned)
         masking = Masking(
             method=method,
             make=self.graph.node,
@@ -211,9 +209,16 @@ class Deltas:
             [self.stages.activations[tuned.index]],
             kind="small",
             name=tuned.tensor.name,
-            count=shape[0] if transposed else shape[-1],
+            count=shape[-2] if transposed else shape[-1],
             transposed=transposed,
+            **({"stacked": shape[0]} if len(shape) == 3 else {}),
         )
+
+    def _transposed(self, tuned: Tuned) -> bool:
+        """Whether a weight is stored (in, out)."""
+        name, checkpoint = tuned.tensor.name, tuned.model.checkpoint
+        tensors = checkpoint.tensors if name in checkpoint.tensors else {name: tuned.tensor}
+        return is_transposed(name, checkpoint.config, tensors)
 
     def _cut(self, tuned: Tuned) -> Node | None:
         """The tensor's part of the threshold of its model, where that is what entries compete for."""
@@ -224,7 +229,7 @@ class Deltas:
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
         """The node of a linear weight's protected columns, and how many they are at most; None where there are none."""
         guarded = self.prune_of(tuned).protect
-        if guarded is None or not has_norm(tuned.name, tuned.tensor.shape):
+        if guarded is None or not has_columns(tuned.name, tuned.tensor.shape):
             return None, 0
         width = tuned.tensor.shape[-1]
         if guarded.massive_activations is not None:

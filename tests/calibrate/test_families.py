@@ -17,9 +17,8 @@ import transformers
 from calibration_rows import rows
 from conftest import write_json, write_tokenizer
 from running import calibrate, make_plan
-from tiny_models import image_processor
-
 from safetensors.torch import load_file
+from tiny_models import image_processor
 
 from deltamerge.calibrate.blocks import BlockModel, from_reader
 from deltamerge.calibrate.data import RowReader

@@ -128,7 +128,8 @@ def divide_rows(assembly: Assembly, node: Node) -> None:
     delta, divisor = node.inputs
     q, sparse = assembly.values[id(divisor)], assembly.kept.get(id(delta))
     if isinstance(q, float):
-        return divide(assembly, node)
+        divide(assembly, node)
+        return
     how = int(q.shape[-1] != 1)
     if not how:
         q = row_divisors(q, node.shape)

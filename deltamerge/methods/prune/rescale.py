@@ -41,7 +41,8 @@ def divide_rows(delta: torch.Tensor | Kept, q: float | np.ndarray[Any, Any], *, 
 
 def row_divisors(q: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
     """q (…, 1) for every row of a tensor: of matrices that are stacked each row has its matrix's."""
-    return np.broadcast_to(q[..., 0], shape[:-1]) if len(shape) > 2 else q
+    stacked = len(shape) == 3 and q.size != shape[0] * shape[1]
+    return np.broadcast_to(q[..., 0], shape[:-1]) if stacked else q
 
 
 def constant(*, value: float) -> float:
