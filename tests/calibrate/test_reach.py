@@ -165,5 +165,13 @@ RULES = {
 
 @pytest.mark.parametrize(("name", "shape"), RULES)
 def test_names_and_shapes_tell_what_a_q_divides(name: str, shape: tuple[int, ...]) -> None:
-    found = "stacked" if is_stacked(name, shape) else "linear" if is_linear(name, shape) else "unscaled" if is_unscaled(name, shape) else "other"
+    found = (
+        "stacked"
+        if is_stacked(name, shape)
+        else "linear"
+        if is_linear(name, shape)
+        else "unscaled"
+        if is_unscaled(name, shape)
+        else "other"
+    )
     assert found == RULES[name, shape]
