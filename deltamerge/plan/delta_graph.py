@@ -204,6 +204,7 @@ class Deltas:
         shape = tuned.base.shape
         if not self.method_of(tuned).needs_activations or not has_norm(tuned.name, shape):
             return None
+        stacked: dict[str, Any] = {"stacked": shape[0]} if len(shape) == 3 else {}
         return self.graph.node(
             spec.norm,
             [self.stages.activations[tuned.index]],
@@ -211,7 +212,7 @@ class Deltas:
             name=tuned.tensor.name,
             count=shape[-2] if transposed else shape[-1],
             transposed=transposed,
-            **({"stacked": shape[0]} if len(shape) == 3 else {}),
+            **stacked,
         )
 
     def _transposed(self, tuned: Tuned) -> bool:

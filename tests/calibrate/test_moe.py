@@ -27,7 +27,7 @@ from deltamerge.calibrate.layers import Cut
 from deltamerge.calibrate.reach import stacked_transposed
 from deltamerge.calibrate.rows import LANGUAGE_HEADS
 from deltamerge.calibrate.stage import activations
-from deltamerge.calibrate.statistics import LayerStatistics
+from deltamerge.calibrate.statistics import LayerStatistics, drawn
 from deltamerge.io.names import numbers_as_stars
 
 DENSITY = 0.3
@@ -68,8 +68,8 @@ MORE: dict[str, dict[str, Any]] = {
 FAMILIES = """
     afmoe aria axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1
     ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoe_swa
-    granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2 inkling2_loop jamba jetmoe kimi_linear kolibri1
-    laguna lara_mini lfm2_moe llama4_text mellum minimax minimax_m2 minimax_m3_vl mistral_large4 mixtral olmoe
+    granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2 inkling2_loop jamba jetmoe kimi_linear
+    kolibri1 laguna lara_mini lfm2_moe llama4_text mellum minimax minimax_m2 minimax_m3_vl mistral_large4 mixtral olmoe
     openai_privacy_filter phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_vl_moe solar_open
     switch_transformers
 """
@@ -136,18 +136,27 @@ class Caught:
         return False
 
 
-def check_statistics(found: dict[str, LayerStatistics], caught: Caught, delta: dict[str, torch.Tensor]) -> None:
-    """Each expert's sums equal those in float64 over its own tokens; one without tokens has those of all."""
+def check_statistics(
+    found: dict[str, LayerStatistics],
+    caught: Caught,
+    delta: dict[str, torch.Tensor],
+    masked: dict[str, torch.Tensor],
+) -> None:
+    """Each expert's sums, and its q of the drawn mask, equal those in float64 over its own tokens; one without tokens
+    has those of all."""
     for (name, lead), parts in caught.inputs.items():
         cut, x = caught.cuts[name, lead], torch.cat(parts)
         own = delta[name].double()
-        matrix = (own[lead] if own.dim() == 3 else own)[cut.rows][:, cut.columns]
-        y = x @ (matrix if cut.transposed else matrix.T)
+        matrix, mask = (
+            (t[lead] if t.dim() == 3 else t)[cut.rows][:, cut.columns] for t in (own, masked[name].double())
+        )
+        y, kept = (x @ (t if cut.transposed else t.T) for t in (matrix, mask))
         got = found[name].parts[lead] if own.dim() == 3 else found[name]
         if own.dim() == 3 or matrix.shape == own.shape:
             assert got.tokens == len(x)
             assert got.transposed == cut.transposed
             np.testing.assert_allclose(got.energy[cut.outputs], y.square().mean(0), rtol=1e-4, atol=1e-9)
+            assert drawn(got) == pytest.approx(float(kept.square().sum() / (y * kept).sum()), rel=1e-3)
             np.testing.assert_allclose(got.norm[cut.inputs], x.norm(dim=0), rtol=1e-4)
     for layer in found.values():
         unseen = [part for part in layer.parts if part.tokens == layer.tokens and len(layer.parts) > 1]
@@ -178,7 +187,9 @@ def check_loading(folder: Path, reference: Any, config: Any) -> None:
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     delta = {name: torch.sin(torch.arange(t.numel()) * 0.1).view(t.shape) for name, t in tensors.items()}
     assert any(is_expert(name, tensors[name]) for name, _ in caught.inputs), "no expert has had an input"
-    check_statistics(collect(model, from_reader(tensors.__getitem__), data, delta.get), caught, delta)
+    masked = {name: d * (torch.arange(d.numel()).view(d.shape) % 3 == 0) for name, d in delta.items()}
+    found = collect(model, from_reader(tensors.__getitem__), data, delta.get, draw=lambda name, _: masked[name])
+    check_statistics(found, caught, delta, masked)
     hidden = config.get_text_config().hidden_size
     for name, turned in model.turned.items():
         if tensors[name].dim() == 3 and len({*tensors[name].shape[-2:], hidden}) > 1:
