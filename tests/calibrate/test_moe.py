@@ -196,6 +196,18 @@ def check_loading(folder: Path, reference: Any, config: Any) -> None:
             assert stacked_transposed(name, tensors, hidden) == turned, name
 
 
+def check_gradients(folder: Path, config: Any) -> None:
+    """Learned scales reach the tensors of the file through the conversion."""
+    tensors = load_file(folder / "tuned" / "model.safetensors")
+    model = BlockModel(config, tensors, pad_token_id=0)
+    scales = {name: torch.ones((), requires_grad=True) for name in tensors}
+    out = model.differentiable(text()[0], lambda names: {n: tensors[n] * scales[n] for n in names})
+    assert out.logits is not None
+    torch.autograd.backward(out.logits.square().sum())
+    experts = [name for name, tensor in tensors.items() if is_expert(name, tensor)]
+    assert sum(scales[name].grad is not None for name in experts) > len(experts) / 2
+
+
 def check_q(folder: Path, out: Path, lock: Any, scope: str) -> None:
     """⟨merged − base, Δ⟩ is what the q of each expert makes of ‖Δ‖²: in the mean density/q is kept, and every tensor is
     either calibrated or named with the q that it is divided by."""
@@ -225,6 +237,7 @@ def check_q(folder: Path, out: Path, lock: Any, scope: str) -> None:
 def test_experts_are_calibrated(tmp_path: Path, kind: str) -> None:
     reference, config = built(tmp_path, kind)
     check_loading(tmp_path, reference, config)
+    check_gradients(tmp_path, config)
     path = tmp_path / "recipe.yaml"
     path.write_text(RECIPE % ("dare", SCOPES["layer"]))
     (stage,) = make_plan(path, device="cpu", workers=1).describe()["stages"]
