@@ -38,7 +38,8 @@ class TensorInfo:
 
     dtype   safetensors' code ("BF16")
     begin   offset of the first byte from the start of the file, or from the first computed byte
-    made    computes the bytes (an adapter's, a delta's); None: they are stored
+    made    computes the bytes (an adapter's, a delta's, a quantised weight's); None: they are stored
+    saved_as   the dtype that outputs take from it, where that is not `dtype`: a quantised weight is computed in float32
     """
 
     name: str
@@ -48,6 +49,12 @@ class TensorInfo:
     begin: int
     nbytes: int
     made: Made | None = None
+    saved_as: str | None = None
+
+    @property
+    def output_dtype(self) -> str:
+        """The dtype of an output that is like this tensor."""
+        return self.saved_as or self.dtype
 
     def is_same(self, other: TensorInfo) -> bool:
         """Whether both are the same bytes of the same file, whatever their names."""

@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.io.audit import Audit, Findings, TensorSpan
-from deltamerge.io.checkpoint import INDEX, SINGLE
+from deltamerge.io.component import Component, folders_of, split
 from deltamerge.io.dtypes import FLOATING, ITEMSIZE, nbytes_of
-from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, sync_path, write_at
+from deltamerge.io.files import Descriptors, flat, opened, output_error, reserve, sync, sync_path, write_at, writing
 from deltamerge.io.journal import Journal
 from deltamerge.io.outbox import Outbox
 from deltamerge.io.reader import Reader
@@ -69,46 +69,71 @@ class FileLayout:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """All weight files of a checkpoint, each tensor's place, and the text of the index if there are shards."""
+    """All weight files of a checkpoint, each tensor's place, and the texts of indexes by their paths, where there are
+    shards."""
 
     files: tuple[FileLayout, ...]
     tensors: dict[str, Place]
-    index: str | None
+    indexes: dict[str, str]
     total_size: int
 
 
 def plan_layout(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard_size: int | None, single: str = SINGLE
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    shard_size: int | None,
+    components: Sequence[Component] = (Component(),),
 ) -> Layout:
     """The place of each (name, dtype, shape), in files with the bytes that transformers would write.
 
         tensors      in the order in which shards are filled
         shard_size   bytes of a shard at most, a larger tensor has one of its own; None: one file
-        single       name of the file where there is only one
+        components   the folders that the tensors are of, and how their files are called
 
     Shards are those of huggingface_hub.split_torch_state_dict_into_shards, files those of
     safetensors.torch.save_file(metadata={"format": "pt"}). `total_parameters` counts the floating tensors.
     """
-    metas = [Meta(name, dtype, shape, nbytes_of(dtype, shape)) for name, dtype, shape in tensors]
-    shards = [metas] if shard_size is None else _shards(metas, shard_size)
-    files = []
-    places = dict.fromkeys((meta.name for meta in metas), Place("", 0, 0, ""))
-    if len(places) != len(metas):
+    folders = folders_of(components)
+    parts: dict[str, list[Meta]] = {component.folder: [] for component in components}
+    places: dict[str, Place] = {}
+    for name, dtype, shape in tensors:
+        folder, own = split(name, folders)
+        parts.setdefault(folder, []).append(Meta(own, dtype, shape, nbytes_of(dtype, shape)))
+        places[name] = Place("", 0, 0, "")
+    if len(places) != len(tensors):
         raise ValueError("two tensors have one name")
+    known = {component.folder: component for component in components}
+    files: list[FileLayout] = []
+    indexes: dict[str, str] = {}
+    for folder, metas in parts.items():
+        if metas or len(parts) == 1:
+            _lay_out(known.get(folder, Component(folder)), metas, shard_size, files, places, indexes)
+    return Layout(tuple(files), places, indexes, sum(place.nbytes for place in places.values()))
+
+
+def _lay_out(
+    component: Component,
+    metas: Sequence[Meta],
+    shard_size: int | None,
+    files: list[FileLayout],
+    places: dict[str, Place],
+    indexes: dict[str, str],
+) -> None:
+    """Add the files, places and index of one component."""
+    shards = [metas] if shard_size is None else _shards(metas, shard_size)
+    own = {meta.name: "" for meta in metas}  # in the order of the tensors
     for number, shard in enumerate(shards, start=1):
-        file = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        file = component.single if len(shards) == 1 else component.shard(number, len(shards))
         ordered = sorted(shard, key=lambda meta: (DTYPE_ORDER.index(meta.dtype), meta.name))
         ends = list(accumulate((meta.nbytes for meta in ordered), initial=0))
         header = _header(ordered, ends)
         files.append(FileLayout(file, header, len(header) + ends[-1]))
         for meta, begin in zip(ordered, ends, strict=False):
-            places[meta.name] = Place(file, len(header) + begin, meta.nbytes, meta.dtype)
-    total = sum(meta.nbytes for meta in metas)
-    index = None
-    if len(files) > 1:
+            places[component.at(meta.name)] = Place(file, len(header) + begin, meta.nbytes, meta.dtype)
+            own[meta.name] = file.rpartition("/")[2]
+    if len(shards) > 1:
+        total = sum(meta.nbytes for meta in metas)
         parameters = sum(math.prod(meta.shape) for meta in metas if meta.dtype in FLOATING)
-        index = _index(total, parameters, {name: place.file for name, place in places.items()})
-    return Layout(tuple(files), places, index, total)
+        indexes[component.index] = _index(total, parameters, own)
 
 
 def _shards(metas: Sequence[Meta], shard_size: int) -> list[Sequence[Meta]]:
@@ -244,7 +269,8 @@ class Writer:
                 with errors.context(name):
                     sync(self._files.get(self._folder / name).fd)
             if fresh and not self._saved:  # the entries of the files, and of the journal
-                for path in (self._folder, self._journal.path.parent, self._journal.path.parent.parent):
+                inner = {(self._folder / file.name).parent for file in self._own}
+                for path in (*inner, self._folder, self._journal.path.parent, self._journal.path.parent.parent):
                     sync_path(path)
             if fresh:
                 self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}})
@@ -325,10 +351,8 @@ class Writer:
 
     def _check_space(self, needed: int) -> None:
         with errors.context(str(self._folder)):
-            try:
+            with writing():
                 disk = os.statvfs(self._folder)
-            except OSError as error:
-                raise output_error(error) from error
             free = disk.f_bavail * disk.f_frsize
             if needed > free:
                 raise OutputError(
@@ -338,19 +362,13 @@ class Writer:
 
     def _create(self, file: FileLayout) -> None:
         there = any(self._written[file.name])
-        flags = os.O_WRONLY | os.O_CLOEXEC | (0 if there else os.O_CREAT | os.O_EXCL)
-        with errors.context(file.name):
-            try:
-                fd = os.open(self._folder / file.name, flags, 0o666)
-            except OSError as error:
-                raise output_error(error) from error
-            try:
+        flags = os.O_WRONLY | (0 if there else os.O_CREAT | os.O_EXCL)
+        path = self._folder / file.name
+        with errors.context(file.name), writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with opened(path, flags) as fd:
                 reserve(fd, file.size)
                 write_at(fd, 0, memoryview(file.header))
-            except OSError as error:
-                raise output_error(error) from error
-            finally:
-                os.close(fd)
         self._written[file.name].add(0, len(file.header))
 
 
@@ -365,10 +383,7 @@ def done_spans(records: Iterable[Mapping[str, Any]]) -> dict[str, Spans]:
 
 
 def write_index(folder: Path, layout: Layout) -> None:
-    """Write the index of a layout, if it has one."""
-    if layout.index is not None:
-        with errors.context(INDEX):
-            try:
-                (folder / INDEX).write_text(layout.index, encoding="utf-8")
-            except OSError as error:
-                raise output_error(error) from error
+    """Write the indexes of a layout, where it has shards."""
+    for name, text in layout.indexes.items():
+        with errors.context(name), writing():
+            (folder / name).write_text(text, encoding="utf-8")

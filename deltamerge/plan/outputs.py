@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from deltamerge.delta.positions import expected_bits
 from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Graph
+from deltamerge.io.component import folders_of, split
 from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED
 from deltamerge.io.gathered import Gathered, cut
 from deltamerge.io.names import LM_HEAD, layer_index
@@ -19,6 +21,7 @@ from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
+from deltamerge.plan.quantised import remarks
 from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
@@ -100,7 +103,9 @@ class Outputs:
         if self.problems:
             return []
         self.builder = self.builder.prepared([part.merge for part in parts if isinstance(part, Merged)])
-        return [self._built(part) if isinstance(part, Merged) else part for part in parts]
+        rows = [self._built(part) if isinstance(part, Merged) else part for part in parts]
+        self.notes += remarks(self.inputs, {name: dtype for name, _, dtype, _ in rows})
+        return rows
 
     def _tensors(self) -> Iterator[Row | Merged]:
         template = self.inputs.template
@@ -119,8 +124,17 @@ class Outputs:
                 yield row
         self._check_vocabulary()
         if copied:
-            self.notes.append(f"copied from {template.name}, not merged: {named(copied, _some)}")
+            self.notes.append(f"copied from {template.name}, not merged: {named(self._by_folder(copied), _some)}")
         self._left_out()
+
+    def _by_folder(self, copied: list[str]) -> list[str]:
+        """Copied tensors, those of components that are copied whole by their folder."""
+        folders = folders_of(self.inputs.template.checkpoint.components)
+        counts = Counter(split(target.stored, folders)[0] for target in self.targets)
+        ours = Counter(split(name, folders)[0] for name in copied)
+        whole = [folder for folder in folders if ours[folder] and ours[folder] == counts[folder]]
+        shown = [f"{folder}/ (all of its {counts[folder]} tensors)" for folder in whole]
+        return shown + [name for name in copied if split(name, folders)[0] not in whole]
 
     def _check_vocabulary(self) -> None:
         """Rows can move only if some tensor has rows per token, and only in a whole model: deltas and adapters have the
@@ -135,7 +149,7 @@ class Outputs:
     def _row(self, target: Target, copied: list[str]) -> Row | Merged | None:
         name, stored, tensor, owner = target.name, target.stored, target.tensor, target.owner
         like = like_template(target, self.stacks, self.inputs.template)
-        dtype = tensor.dtype if like is None or tensor.dtype not in FLOATING else like.dtype
+        dtype = (tensor if like is None or tensor.dtype not in FLOATING else like).output_dtype
         dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else dtype
         found = [(model, model.get(source)) for model, source in target.sources]
         lacking = [model.name for model, info in found if info is None]

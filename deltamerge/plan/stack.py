@@ -9,7 +9,7 @@ from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.io.names import BEFORE_LAYERS, LM_HEAD, block_of, layer_index, layer_position
-from deltamerge.io.quantised import keys_of, stated, without_keys
+from deltamerge.io.quantised.detect import keys_of, stated, without_keys
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer
@@ -127,7 +127,9 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
         notes.append("config.json: tie_word_embeddings → false")
     for path, _ in keys_of(config):
         name, _ = stated(config) or ("", "")
-        notes.append(f"config.json: {'.'.join(path)} ({name}) is dropped: no weight is quantised")
+        quantised = inputs.template.checkpoint.quantised
+        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
+        notes.append(f"config.json: {'.'.join(path)} ({name}) is dropped: {why}")
     return without_keys(config), notes
 
 
@@ -159,17 +161,20 @@ def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target
     scopes = _scopes(recipe, inputs)
     stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in scopes.items() if _sliced(groups)}
     modules = {name: _module_of(name, scopes) for name in inputs.template.tensors}
-    counts: dict[str | None, int] = {}
+    counts: dict[tuple[str | None, str], int] = {}  # a component's layers are its own
     for name, module in modules.items():
         if not spares.holds(name):
-            counts[module] = max(counts.get(module, 1), 1 + (layer_index(name) or 0))
+            place = module, name.rpartition("/")[0]
+            counts[place] = max(counts.get(place, 1), 1 + (layer_index(name) or 0))
     found: list[Target] = []
     done: set[str | None] = set()
     for name, module in modules.items():
         groups, stack = scopes.get(module, []), stacks.get(module)
         if stack is None or not _inside(name, stack.prefix):
             group = groups[0 if BEFORE_LAYERS.search(name) else -1] if groups else None
-            position = 0.0 if stack is not None else layer_position(name, counts.get(module, 1))
+            position = (
+                0.0 if stack is not None else layer_position(name, counts.get((module, name.rpartition("/")[0]), 1))
+            )
             found.append(_plain(name, inputs.template, group, position))
         elif module not in done:
             done.add(module)
@@ -237,7 +242,7 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
         scopes.setdefault(group.part.module, []).append(group)
     for module in scopes:
         if module is not None and not any(_module_of(name, scopes) == module for name in inputs.template.tensors):
-            present = dict.fromkeys(part for n in inputs.template.tensors for part in n.split(".")[:2])
+            present = dict.fromkeys(part for n in inputs.template.tensors for part in re.split(r"[./]", n)[:2])
             hint = f"default is the whole model; names here: {', '.join([p for p in present if not p.isdigit()][:8])}"
             problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
             raise RecipeError(recipe.source.path, [problem])
@@ -253,7 +258,7 @@ def _module_of(name: str, scopes: Mapping[str | None, object]) -> str | None:
     if None in scopes or "default" in scopes:
         return None if None in scopes else "default"
     wanted = {SPELLINGS.get(module or "", module or ""): module for module in scopes}
-    for component in name.split("."):
+    for component in re.split(r"[./]", name):
         if component in wanted:
             return wanted[component]
     return next((module for module in LAST_MODULES if module in scopes), None) if name == LM_HEAD else None

@@ -16,7 +16,7 @@ from running import make_plan, run
 from safetensors.numpy import load_file
 
 from deltamerge.calibrate.reach import is_linear, is_stacked, is_unscaled
-from deltamerge.cli.tables import render_plan
+from deltamerge.cli.plan_view import render_plan
 from deltamerge.errors import VerifyError
 
 TEXT = {
@@ -85,7 +85,7 @@ def test_what_is_not_calibrated_is_divided_as_without_and_named(families: Path, 
     (stage,) = planned.describe()["stages"]
     groups = {group["tensors"]: group for group in stage["not_calibrated"]}
     listed = {group["tensors"]: group["q"] for group in found["not_calibrated"]}
-    text, card = render_plan(planned.describe()), (result.folder / "README.md").read_text()
+    text, card = render_plan(planned.describe(), width=1000), (result.folder / "README.md").read_text()
     for part in ("down_proj", "gate_up_proj"):
         bias = f"model.layers.*.mlp.experts.{part}_bias"
         assert groups[bias] == {"tensors": bias, "count": 2, "q": DENSITY, "why": "no weight of a linear layer"}
