@@ -288,6 +288,8 @@ def test_every_family_is_calibrated_or_refused(tmp_path: Path, part: int) -> Non
             calibrate(path, device="cpu", workers=1)
             where = "calibrated"
         except DeltamergeError as error:
+            if where == "refused later":
+                print(f"{architecture}: {error}")
             crashes += [f"{architecture}: {error}"] if "\n" in str(error) else []
         except Exception as error:
             crashes.append(f"{architecture}: {error!r}")

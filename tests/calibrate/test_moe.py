@@ -49,6 +49,12 @@ HEADS: dict[str, Any] = {"head_dim": 16}
 MORE: dict[str, dict[str, Any]] = {
     "afmoe": {"num_dense_layers": 0},
     "axk1": DENSE | {"qk_nope_head_dim": 16, "v_head_dim": 16},
+    "bailing_hybrid": DENSE | {"mlp_layer_types": ["sparse", "sparse"]},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2},
+        "max_seq_len": 64,
+    },
     "beam": DENSE | {"mlp_layer_types": ["sparse", "sparse"]},
     "deepseek_v2": DENSE | {"num_experts_per_tok": 2},
     "deepseek_v3": DENSE,
@@ -63,14 +69,13 @@ MORE: dict[str, dict[str, Any]] = {
     "longcat_flash": {"qk_nope_head_dim": 16, "v_head_dim": 16},
     "mistral4": DENSE,
     "switch_transformers": {"decoder_start_token_id": 0},
-    "qwen3_5_moe_text": {"moe_intermediate_size": 32, "shared_expert_intermediate_size": 32},
 }
 FAMILIES = """
-    afmoe aria axk2 bailing_hybrid beam cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 dots1
-    ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe granitemoe_swa
-    granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2 inkling2_loop jamba jetmoe kimi_linear
-    kolibri1 laguna lara_mini lfm2_moe llama4_text mellum minimax minimax_m2 minimax_m3_vl mistral_large4 mixtral olmoe
-    openai_privacy_filter phimoe qwen2_moe qwen3_5_moe_text qwen3_moe qwen3_next qwen3_vl_moe solar_open
+    afmoe aria axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4
+    dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe
+    granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2 inkling2_loop jamba jetmoe
+    kimi_linear kolibri1 laguna lara_mini lfm2_moe llama4_text mellum minimax minimax_m2 minimax_m3_vl mistral_large4 mixtral olmoe
+    openai_privacy_filter phimoe qwen2_moe qwen3_moe qwen3_next qwen3_vl_moe solar_open
     switch_transformers
 """
 EVERY_DAY = {"mixtral": "experts.0.w1.weight", "gpt_oss": "experts.gate_up_proj"}  # one stored apart, one fused
@@ -123,6 +128,7 @@ class Caught:
     def __init__(self) -> None:
         self.inputs: dict[tuple[str, int], list[torch.Tensor]] = {}
         self.cuts: dict[tuple[str, int], Cut] = {}
+        self.whole: set[str] = set()
 
     def enter(self, layers: Any) -> None: ...
 
@@ -131,6 +137,8 @@ class Caught:
             key = layer.layer.name, layer.lead
             self.cuts[key] = layer
             self.inputs.setdefault(key, []).append(x[:, layer.features].double())
+        else:
+            self.whole.add(layer.name)
 
     def leave(self, layers: Any) -> bool:
         return False
@@ -186,7 +194,8 @@ def check_loading(folder: Path, reference: Any, config: Any) -> None:
                           strict=True):  # fmt: skip
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
     delta = {name: torch.sin(torch.arange(t.numel()) * 0.1).view(t.shape) for name, t in tensors.items()}
-    assert any(is_expert(name, tensors[name]) for name, _ in caught.inputs), "no expert has had an input"
+    seen = {name for name, _ in caught.inputs} | caught.whole
+    assert any(is_expert(name, tensors[name]) and "shared" not in name for name in seen), "no expert has had an input"
     masked = {name: d * (torch.arange(d.numel()).view(d.shape) % 3 == 0) for name, d in delta.items()}
     found = collect(model, from_reader(tensors.__getitem__), data, delta.get, draw=lambda name, _: masked[name])
     check_statistics(found, caught, delta, masked)
