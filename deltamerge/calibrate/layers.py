@@ -83,8 +83,9 @@ def stacks(model: nn.Module, loading: Loading) -> dict[str, tuple[list[Linear], 
     parameters = {name for name, _ in model.named_parameters()}
     found: dict[str, tuple[list[Linear], list[list[Piece]]]] = {}
     for group in loading.groups:
-        for state, pieces in loading.pieces(group).items():
-            if state in known or state not in parameters or len(loading.shape(state)) > 3:
+        wanted = {n for n in group.states if n in parameters and n not in known and len(loading.shape(n)) in (2, 3)}
+        for state, pieces in loading.pieces(group).items() if wanted else ():
+            if state not in wanted:
                 continue
             files = list(dict.fromkeys(piece.file for matrix in pieces for piece in matrix))
             alone = group.converter is None

@@ -22,6 +22,8 @@ from deltamerge.errors import InputError
 Index = slice | Tensor
 """Rows or columns of a matrix: a slice, or their numbers (int64)."""
 
+HINT = "calibration needs a checkpoint whose tensors this version of transformers loads"
+
 
 class Shaped(Protocol):
     """A tensor, or the header's entry of one."""
@@ -87,13 +89,13 @@ class Loading:
             file = next((single[n] for n in (name, *tied.get(name, ())) if n in single), None)
             if file is not None:
                 self.groups.append(Group((name,), (file,)))
-            elif name not in made and name in parameters and not _computed(model, name):
+            elif made.isdisjoint((name, *tied.get(name, ()))) and name in parameters and not _computed(model, name):
                 missing.append(name)
         if missing:
             more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
             raise InputError(
                 f"{type(model).__name__} needs {missing[0]}{more}, which the checkpoint lacks under that name",
-                hint="calibration needs a checkpoint whose tensors this version of transformers loads",
+                hint=HINT,
             )
         self.groups += converted
 
@@ -127,9 +129,9 @@ class Loading:
             return {group.states[0]: [[Piece(group.files[0], e, *whole)] for e in range(math.prod(shape[:-2]))]}
         shapes = tuple(tuple(self.tensors[file].shape) for file in group.files)
         sizes = tuple(self._sizes[state] for state in group.states)
-        key = group.patterns, shapes, sizes, tuple(map(repr, group.converter.operations))
+        key = id(group.converter), group.patterns, shapes, sizes
         if key not in self._known:
-            placed = _placed(replace(group, files=tuple(map(str, range(len(shapes))))), shapes, self.model)
+            placed = _placed(group, shapes, self.model)
             self._known[key] = {str(group.states.index(state)): found for state, found in placed.items()}
         return {
             group.states[int(number)]: [
@@ -241,7 +243,8 @@ def _checked(group: Group, tensors: Mapping[str, Shaped], model: Any) -> Group:
     """The group with all states that its converter makes. InputError: they do not have the model's shapes."""
     shapes = [tuple(tensors[file].shape) for file in group.files]
     if any(isinstance(tensors[file], _Nothing) for file in group.files):
-        raise InputError(f"{group.files[0]}: is only a part of {type(model).__name__}'s {group.states[0]}")
+        message = f"{group.files[0]} is only a part of {type(model).__name__}'s {group.states[0]}"
+        raise InputError(message, hint="its tensors are not the model's one to one")
     made = _convert(group, [torch.empty(shape, device="meta") for shape in shapes], model)
     wanted = model.state_dict()
     for state, tensor in made.items():
@@ -250,7 +253,7 @@ def _checked(group: Group, tensors: Mapping[str, Shaped], model: Any) -> Group:
             raise InputError(
                 f"{group.files[0]} and what is loaded with it make {state} of {list(tensor.shape)}, "
                 f"and {type(model).__name__} has {'none' if there is None else list(there)}",
-                hint="calibration needs a checkpoint whose tensors this version of transformers loads",
+                hint=HINT,
             )
     return replace(group, states=tuple(made))
 
@@ -261,7 +264,7 @@ def _convert(group: Group, tensors: Sequence[Tensor], model: Any) -> dict[str, T
     for pattern, tensor in zip(group.patterns, tensors, strict=True):
         collected.setdefault(pattern, []).append(tensor)
     first = group.states[0]
-    with running(f"transformers cannot make {first} of {group.files[0]}"):
+    with running(f"transformers cannot make {first} of {group.files[0]}", HINT):
         for operation in group.converter.operations:
             convert = inspect.unwrap(type(operation).convert)  # without its no_grad
             collected = convert(

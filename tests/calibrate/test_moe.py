@@ -6,7 +6,9 @@ tests/calibrate/test_moe.py` walks them all.
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from calibration_rows import rows
 from conftest import load_tensors, write_tokenizer
 from running import make_plan, run
 from safetensors.numpy import load_file as load_rows
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_families import small
 
 from deltamerge.calibrate.activations import collect
@@ -28,6 +30,7 @@ from deltamerge.calibrate.reach import stacked_transposed
 from deltamerge.calibrate.rows import LANGUAGE_HEADS
 from deltamerge.calibrate.stage import activations
 from deltamerge.calibrate.statistics import LayerStatistics, drawn
+from deltamerge.errors import InputError
 from deltamerge.io.names import numbers_as_stars
 
 DENSITY = 0.3
@@ -74,7 +77,8 @@ FAMILIES = """
     afmoe aria axk2 bailing_hybrid beam cohere2_moe dbrx deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4
     dots1 ernie4_5_moe exaone_moe flex_olmo glm4_moe glm4_moe_lite glm_moe_dsa gpt_oss granitemoe
     granitemoe_swa granitemoehybrid granitemoeshared hunyuan_v1_moe hy_v3 hy_v4 inkling2 inkling2_loop jamba jetmoe
-    kimi_linear kolibri1 laguna lara_mini lfm2_moe llama4_text mellum minimax minimax_m2 minimax_m3_vl mistral_large4 mixtral olmoe
+    kimi_linear kolibri1 laguna lara_mini lfm2_moe llama4_text mellum minimax minimax_m2 minimax_m3_vl mistral_large4
+    mixtral olmoe
     openai_privacy_filter phimoe qwen2_moe qwen3_moe qwen3_next qwen3_vl_moe solar_open
     switch_transformers
 """
@@ -303,6 +307,71 @@ def test_wanda_takes_each_experts_own_inputs(tmp_path: Path, kind: str) -> None:
         wanted = base[name].double() + keep * delta
         same = torch.isclose(merged[name].double(), wanted, rtol=1e-5, atol=1e-6).double().mean()
         assert float(same) > 0.999, name
+
+
+FAULTS = {
+    "more experts for a token than there are": ({"num_experts_per_tok": 9}, None, "transformers cannot run Mixtral"),
+    "an expert that the file lacks": (
+        {},
+        "model.layers.1.block_sparse_moe.experts.3.w1.weight",
+        "transformers cannot make model.layers.1.mlp",
+    ),
+    "another number of experts": ({"num_local_experts": 5}, None, "and MixtralForCausalLM has [5, 64, 32]"),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_experts_that_do_not_fit_are_refused_in_a_line(tmp_path: Path) -> None:
+    _, config = built(tmp_path, "mixtral")
+    tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+    for changes, lacking, said in FAULTS.values():
+        some = {name: tensor for name, tensor in tensors.items() if name != lacking}
+        other = type(config)(**(config.to_dict() | changes))
+        with pytest.raises(InputError, match=re.escape(said)) as error:
+            BlockModel(other, some).run(text(), [from_reader(tensors.__getitem__)], lambda b, out: None)
+        assert "\n" not in str(error.value)
+
+
+MXFP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def as_mxfp4(stored: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Experts (E, in, out) as blocks (E, out, in/32, 16) of two codes a byte, scales 2^(s − 127), and their values."""
+    blocks = stored.mT.reshape(*stored.mT.shape[:-1], -1, 32)
+    exponent = blocks.abs().amax(-1).log2().floor() - 2
+    values = torch.cat([MXFP4, -MXFP4])
+    codes = (blocks / 2 ** exponent[..., None])[..., None].sub(values).abs().argmin(-1)
+    exact = (values[codes] * 2 ** exponent[..., None]).reshape(stored.mT.shape).mT.contiguous()
+    bits = codes.to(torch.uint8)
+    return bits[..., ::2] | bits[..., 1::2] << 4, (exponent + 127).to(torch.uint8), exact
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_experts_are_calibrated_as_their_values_are(tmp_path: Path) -> None:
+    built(tmp_path / "plain", "gpt_oss")
+    for name in ("base", "tuned"):
+        shutil.copytree(tmp_path / "plain" / name, tmp_path / "packed" / name)
+        file = tmp_path / "plain" / name / "model.safetensors"
+        exact, packed = load_file(file), {}
+        for key, tensor in list(exact.items()):
+            if key.endswith("_proj") and "experts" in key:
+                packed[f"{key}_blocks"], packed[f"{key}_scales"], exact[key] = as_mxfp4(tensor)
+            else:
+                packed[key] = tensor
+        save_file(exact, file, metadata={"format": "pt"})
+        save_file(packed, tmp_path / "packed" / name / "model.safetensors", metadata={"format": "pt"})
+        config = tmp_path / "packed" / name / "config.json"
+        scheme = {"quant_method": "mxfp4", "modules_to_not_convert": []}
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": scheme}))
+    found = []
+    for folder in (tmp_path / "plain", tmp_path / "packed"):
+        shutil.copy(tmp_path / "plain" / "calib.jsonl", folder / "copy.jsonl")
+        (folder / "recipe.yaml").write_text((RECIPE % ("dare", "layer_mse")).replace("calib.jsonl", "copy.jsonl"))
+        run(folder / "recipe.yaml", folder / "out", device="cpu", workers=1)
+        found.append(load_rows(folder / "out" / "recipe.rows"))
+    assert len(found[0]) == 4
+    for name, q in found[0].items():
+        np.testing.assert_allclose(found[1][name], q, rtol=1e-4)
 
 
 @pytest.mark.slow
