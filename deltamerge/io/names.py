@@ -21,6 +21,10 @@ TOKEN_HEAD = re.compile(
 # a `q` or an input's norm has no meaning for any of them.
 _TABLE = r"embed|(^|[./])(wte|wpe|shared)\."
 EMBEDDING = re.compile(rf"{_TABLE}|\.relative_attention_bias\.")
+# Experts stacked in one tensor of three dimensions, which no other weights of modules are beside convolutions; and the
+# one of them that leads back to the hidden size.
+EXPERTS = re.compile(r"expert|moe|(^|\.)(input|output)_linear\.")
+EXPERTS_OUT = re.compile(r"down|output_linear|(^|\.)w2(\.|$)")
 # Outside layers these belong to the first slice of a stack; norms and heads belong to the last one. Not the relative
 # bias by distance, which layers read.
 BEFORE_LAYERS = re.compile(rf"{_TABLE}|(^|[./])project_in\.")
@@ -101,15 +105,3 @@ def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str
         if set(containers[prefix]) == set(range(len(containers[prefix]))):
             return dict(sorted(containers[prefix].items()))
     return None
-
-
-def resolve_prefix(wanted: Iterable[str], present: Iterable[str], prefix: str) -> dict[str, str | None]:
-    """For each wanted name the present one that is the same after `prefix.` is taken off either side, or None."""
-    there = set(present)
-    dotted = f"{prefix}."
-    found: dict[str, str | None] = {}
-    for name in wanted:
-        bare = name.removeprefix(dotted) if prefix else name
-        spellings = (name, bare, dotted + bare) if prefix else (name,)
-        found[name] = next((s for s in spellings if s in there), None)
-    return found
