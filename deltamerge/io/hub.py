@@ -29,8 +29,8 @@ from deltamerge.io.weight_files import PICKLES, is_index, is_weights, read_weigh
 
 _REVISION = r"(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?"
 HUB_ID = re.compile(rf"(?P<id>\w[\w.-]*(/\w[\w.-]*)?){_REVISION}", re.ASCII)
-# org/name/unet: a folder of a repository
-IN_HUB = re.compile(rf"(?P<id>\w[\w.-]*/\w[\w.-]*)/(?P<inside>\w[\w.-]*(/\w[\w.-]*){{0,3}}){_REVISION}", re.ASCII)
+# org/name:unet and org/name@revision:unet: a folder of a repository
+IN_HUB = re.compile(rf"{HUB_ID.pattern}:(?P<inside>\w[\w.-]*(/\w[\w.-]*){{0,3}})", re.ASCII)
 FILE_BYTES = 1_000_000_000  # of a file other than weights
 MAX_SMALL = 1_000  # files other than weights
 
@@ -87,7 +87,7 @@ def _local(reference: str, folder: Path) -> Path | None:
 def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
     found = HUB_ID.fullmatch(reference)
     if found is None:
-        hint = "hub ids are written org/name or org/name@revision"
+        hint = "hub ids are written org/name or org/name@revision, a folder in one org/name:folder"
         raise InputError(f"no such folder in {folder}", hint=hint, where=reference)
     return found["id"], found["revision"]
 
