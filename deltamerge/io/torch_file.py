@@ -55,9 +55,11 @@ def read_torch_header(path: Path) -> Header:
                 raise InputError("is not a regular file")
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                start = file.read(4)
+                start = file.read(8)
                 file.seek(0)
-                table, places = _zipped(file, size) if start == b"PK\x03\x04" else _legacy(file, size)
+                if start == b"version ":
+                    raise InputError("is a git-lfs pointer, not the weights", hint="fetch them with `git lfs pull`")
+                table, places = _zipped(file, size) if start[:4] == b"PK\x03\x04" else _legacy(file, size)
         except FileNotFoundError as error:
             raise InputError("no such file") from error
         except OSError as error:
@@ -190,7 +192,7 @@ def _legacy(file: BinaryIO, size: int) -> tuple[Any, Places]:
         magic = read_pickle(file)
     except InputError as error:
         hint = f"name a file that torch.save wrote, {CONVERT}"
-        raise InputError("is no file of torch.save", hint=hint, also=[str(error)]) from error
+        raise InputError("is no file of torch.save", hint=hint) from error
     if magic != MAGIC or read_pickle(file) != PROTOCOL:
         raise InputError("is no file of torch.save that holds a table of tensors", hint=CONVERT[3:])
     system = read_pickle(file)
