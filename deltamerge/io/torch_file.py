@@ -30,6 +30,7 @@ from deltamerge.io.tensor import TensorInfo
 MAGIC = 0x1950A86A20F9469CFC6C  # of files before torch 1.6
 PROTOCOL = 1001
 LOCAL_HEADER = 30  # bytes, before the name and the extra field of a zip's member
+FOLDER = 0x10  # of a zip member's attributes
 END, END_BYTES = b"PK\x05\x06", 22
 CONVERT = "or convert it: load it with torch where you trust it, and save_file of safetensors.torch"
 
@@ -167,6 +168,8 @@ def _place(file: BinaryIO, member: zipfile.ZipInfo, size: int) -> int:
     """The offset of a member's first byte."""
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size or member.flag_bits & 1:
         raise InputError(f"{member.filename[:80]} is compressed or encrypted, which torch never writes")
+    if member.is_dir() or member.external_attr & FOLDER:  # torch would take it for empty
+        raise InputError(f"{member.filename[:80]} is a folder of the archive, not data")
     file.seek(member.header_offset)
     header = file.read(LOCAL_HEADER)
     if len(header) < LOCAL_HEADER or header[:4] != b"PK\x03\x04":
