@@ -209,8 +209,7 @@ def test_what_is_accepted_is_what_torch_makes_of_it(kind: str, at: int, new: byt
     path.write_bytes(data[:at] + new + data[at + len(new) :])
     try:
         found = read_torch_header(path).tensors
-    except DeltamergeError as error:
-        assert "\n" not in str(error)
+    except DeltamergeError:
         return
     try:
         wanted = loaded(path)
@@ -264,5 +263,5 @@ def test_models_and_adapters_in_torchs_files_merge_as_their_safetensors(tmp_path
         found = merged("base+./lora-bin", second, "pickles: true\n")
         assert found.keys() == wanted.keys()
         assert all(torch.equal(found[n], wanted[n]) for n in wanted)
-    with pytest.raises(InputError, match="2 .safetensors|only PyTorch"):
+    with pytest.raises(InputError, match="only PyTorch pickle files"):
         open_checkpoint(tmp_path / "sharded")
