@@ -65,8 +65,8 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     ),
     "deepseek v3": (
         "DeepseekV3ForCausalLM", "DeepseekV3Config",
-        ROUTED | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
-                  "num_key_value_heads": 2}, 4,
+        ROUTED | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
+                  "head_dim": 4, "num_key_value_heads": 2}, 4,
     ),
     "glm 4 moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", ROUTED, 4),
     "lfm 2 moe": (
