@@ -32,7 +32,7 @@ FLAGS = {
     "--out-shard-size": "output: {shard_size: 5GB} in the recipe",
     "--random-seed": "seed: N in the recipe",
     "--read-to-gpu": _DEVICE,
-    "--safe-serialization": "always done: no pickle is read or written",
+    "--safe-serialization": "always done; --allow-pickles reads torch's files, and runs nothing in them",
     "--transformers-cache": "the environment variable HF_HOME",
     "--trust-remote-code": "never: no code of a model is run",
     "--unsafe-truncate-embeddings": "tokenizer_source in the recipe: rows are matched token by token",
