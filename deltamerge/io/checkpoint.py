@@ -24,10 +24,23 @@ from deltamerge.io.component import (
 )
 from deltamerge.io.config_file import read_config
 from deltamerge.io.files import input_error
-from deltamerge.io.quantised.detect import Scheme, gguf_error
+from deltamerge.io.gguf.header import GgufHeader, read_gguf_header
+from deltamerge.io.gguf.model import open_model
+from deltamerge.io.gguf.parts import SUFFIX as GGUF
+from deltamerge.io.gguf.parts import parts_of
+from deltamerge.io.quantised.detect import Scheme
 from deltamerge.io.safetensors_file import Header
 from deltamerge.io.tensor import TensorInfo as TensorInfo
-from deltamerge.io.weight_files import ALLOW, GGUF, MISTRAL, PICKLES, is_weights, join, open_weights, read_weights
+from deltamerge.io.weight_files import (
+    ALLOW,
+    MISTRAL,
+    PICKLES,
+    is_weights,
+    join,
+    open_weights,
+    read_weights,
+    weight_source,
+)
 from deltamerge.io.weight_files import INDEX as INDEX
 from deltamerge.io.weight_files import SINGLE as SINGLE
 
@@ -143,6 +156,9 @@ class Folder(Protocol):
     def read(self, paths: Sequence[Path]) -> list[Header]:
         """The headers of weight files."""
 
+    def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
+        """The headers of GGUF files."""
+
 
 @dataclass(frozen=True, slots=True)
 class LocalFolder:
@@ -159,6 +175,9 @@ class LocalFolder:
     def read(self, paths: Sequence[Path]) -> list[Header]:
         return [read_weights(path) for path in paths]
 
+    def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
+        return [read_gguf_header(path) for path in paths]
+
 
 def open_folder(
     folder: Folder, reference: str, revision: str | None, hub_id: str | None, *, pickles: bool
@@ -170,6 +189,9 @@ def open_folder(
         config = read_config(path, file)
         return Checkpoint(reference, path, {}, (), config, revision, hub_id, is_delta=True, config_file=file)
     if not is_composed(names):
+        source = weight_source(names, pickles=pickles)
+        if source.endswith(GGUF):
+            return _gguf(folder, source, reference, revision, hub_id)
         source, tensors, files = open_weights(path, names, folder.read, pickles=pickles)
         file = config_file_of(names, source)
         config = read_config(path, file) if file else {}
@@ -198,6 +220,19 @@ def open_folder(
     )
 
 
+def _gguf(folder: Folder, name: str, reference: str, revision: str | None, hub_id: str | None) -> Checkpoint:
+    """The checkpoint in the GGUF file `name` of a folder, whose config.json counts where there is one."""
+    names = folder.names()
+    files = tuple(folder.path / part for part in parts_of(name, names))
+    is_there = CONFIG in names
+    model = open_model(folder.read_gguf(files), with_config=not is_there)
+    config = read_config(folder.path) if is_there else model.config
+    file = CONFIG if is_there else ""
+    return Checkpoint(
+        reference, folder.path, model.tensors, files, config, revision, hub_id, quantised=model.scheme, config_file=file
+    )
+
+
 def config_file_of(names: Collection[str], source: str = "") -> str:
     """The file that holds a model's config; "" for Mistral's own files, which have none."""
     if PIPELINE in names:
@@ -207,10 +242,11 @@ def config_file_of(names: Collection[str], source: str = "") -> str:
 
 def _lone(path: Path, reference: str, *, pickles: bool) -> Checkpoint:
     """The checkpoint that is one weight file, without a config or any other file."""
-    if path.suffix == GGUF and path.exists():
-        raise gguf_error(path.name)
     if not path.exists():
         raise InputError("no such folder")
+    if path.suffix == GGUF:
+        found = _gguf(LocalFolder(path.parent), path.name, reference, None, None)
+        return found if found.config_file else replace(found, path=path)
     if path.suffix in PICKLES and not pickles:
         raise InputError("is a PyTorch pickle file; deltamerge never unpickles", hint=ALLOW)
     if path.suffix not in (".safetensors", *PICKLES):

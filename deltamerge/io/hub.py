@@ -18,9 +18,11 @@ from deltamerge.io.checkpoint import DELTA, Adapter, Checkpoint, config_file_of,
 from deltamerge.io.component import CONFIG as MODEL_CONFIG
 from deltamerge.io.component import DEEPEST, MODULES, PIPELINE, is_composed, listed_folders
 from deltamerge.io.config_file import code_of
+from deltamerge.io.gguf.header import GgufHeader, read_gguf_header
+from deltamerge.io.gguf.parts import SUFFIX as GGUF
 from deltamerge.io.hub_answers import listing, range_header
 from deltamerge.io.hub_errors import UnreachableError as UnreachableError
-from deltamerge.io.hub_errors import explained
+from deltamerge.io.hub_errors import explained, near
 from deltamerge.io.hub_errors import explained_upload as explained_upload
 from deltamerge.io.hub_guard import COMMIT, Bounds, within
 from deltamerge.io.safetensors_file import Header
@@ -89,7 +91,8 @@ def _local(reference: str, folder: Path) -> Path | None:
 def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
     found = HUB_ID.fullmatch(reference)
     if found is None:
-        hint = "hub ids are written org/name or org/name@revision, a folder in one org/name:folder"
+        forms = "hub ids are written org/name or org/name@revision, a folder in one org/name:folder"
+        hint = near(reference, folder) or forms
         raise InputError(f"no such folder in {folder}", hint=hint, where=reference)
     return found["id"], found["revision"]
 
@@ -240,7 +243,7 @@ def _file(hub_id: str, name: str, revision: str | None, commit: str | None, boun
 def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
     """The cached snapshot with the files `names` of a commit, downloaded eight at a time; an interruption does not
     wait."""
-    weights = {name for name in names if name.endswith((".safetensors", *PICKLES))}
+    weights = {name for name in names if name.endswith((".safetensors", GGUF, *PICKLES))}
     if len(names) - len(weights) > MAX_SMALL:
         hint = "download what you need of it, and name that folder"
         raise InputError(f"has {len(names) - len(weights):,} small files, more than {MAX_SMALL:,}", hint=hint)
@@ -268,8 +271,9 @@ def _describe(asked: _Asked) -> Checkpoint:
         raise InputError(f"has no folder {asked.inside} on the hub")
     folders, first = [""], next((name for name in (DELTA, PIPELINE, MODULES) if name in top), "")
     if not first:  # says what is wrong before anything is downloaded, or has the hub say so
-        small = [name for name in top if not is_weights(name)]
-        first = config_file_of(top, weight_source(top, pickles=asked.pickles)) or next(iter(small), MODEL_CONFIG)
+        source, small = weight_source(top, pickles=asked.pickles), [name for name in top if not is_weights(name)]
+        has_none = source.endswith(GGUF) and MODEL_CONFIG not in top
+        first = ("" if has_none else config_file_of(top, source)) or next(iter(small), MODEL_CONFIG)
     snapshot = _snapshot(_file(asked.hub_id, asked.at(first), asked.revision, commit), asked.at(first))
     if is_composed(top):
         lists = [asked.at(name) for name in (PIPELINE, MODULES) if name in top]
@@ -326,6 +330,10 @@ class _HubFolder:
         _check_named(paths)
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(self._header, paths))
+
+    def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
+        _files(self.asked.hub_id, self.commit, [path.relative_to(self.snapshot).as_posix() for path in paths])
+        return [read_gguf_header(path) for path in paths]
 
     def _header(self, path: Path) -> Header:
         name = path.relative_to(self.snapshot).as_posix()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.quantised.detect import gguf_error
+from deltamerge.io.gguf.parts import SUFFIX as GGUF
+from deltamerge.io.gguf.parts import the_model
 from deltamerge.io.safetensors_file import Header, read_header
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
@@ -15,7 +16,6 @@ from deltamerge.io.torch_file import read_torch_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-GGUF = ".gguf"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # In the order of choice: transformers' names, then diffusers'.
 NAMES = (SINGLE, INDEX, "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json")
@@ -49,8 +49,8 @@ def weight_source(names: Collection[str], *, pickles: bool = False) -> str:
     if weights:
         hint = f"download {INDEX} too, or keep one file"
         raise InputError(f"{len(weights)} .safetensors files but no {INDEX}", hint=hint)
-    if quantised := sorted(name for name in names if name.endswith(GGUF)):
-        raise gguf_error(quantised[0])
+    if (model := the_model(names)) is not None:
+        return model
     if pickled := sorted(name for name in names if name.endswith(PICKLES)):
         chosen = [name for name in PICKLED if name in names] or [name for name in pickled if name.endswith(".bin")]
         if pickles and (len(chosen) == 1 or chosen[:1] == [PICKLED[0]]):

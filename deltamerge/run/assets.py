@@ -151,6 +151,8 @@ def assets(plan: Plan) -> Files:
     if template.config_file:
         source, merged = template.path / template.config_file, config(plan)
         files[template.config_file] = source if merged == read_json(source) else as_json(merged, ascii=True)
+    elif template.config:  # made of the pairs of a GGUF file
+        files[CONFIG] = as_json(config(plan), ascii=True)
     for component in template.components:
         own = _component_config(plan, component) if component.folder else {}
         if component.folder and own != component.config:

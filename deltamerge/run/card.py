@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import yaml
 
 from deltamerge import __version__
 from deltamerge.calibrate.reach import in_words
@@ -15,6 +14,7 @@ from deltamerge.calibrate.spec import Calibrated
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.graph import Node
 from deltamerge.io.component import PIPELINE
+from deltamerge.io.front_matter import card
 from deltamerge.io.front_matter import front_matter as read_front_matter
 from deltamerge.io.markdown import code, fenced, plain
 from deltamerge.plan.planner import Plan
@@ -24,8 +24,8 @@ from deltamerge.run.budget import ChosenDensities, budget_of
 def _license(plan: Plan) -> str | None:
     """The licence that all inputs state in their cards, if they agree."""
     found = set()
-    for card in [source.path / "README.md" for model in plan.inputs.all for source in model.checkpoint.sources]:
-        stated = read_front_matter(card).get("license")
+    for file in [source.path / "README.md" for model in plan.inputs.all for source in model.checkpoint.sources]:
+        stated = read_front_matter(file).get("license")
         found.add(stated if isinstance(stated, str) else None)
     return found.pop() if len(found) == 1 else None
 
@@ -39,30 +39,54 @@ def _library(plan: Plan) -> str:
 
 
 def front_matter(plan: Plan) -> dict[str, object]:
-    """`base_model` lists what the output was made of; one fine-tune is a `finetune` of it, several are a `merge`."""
-    sources: list[str] = []
+    """`base_model` lists the hub's models that the output was made of; one fine-tune is a `finetune`, several are a
+    `merge`. Folders of this machine, which nobody else finds, are not listed."""
+    sources: list[str | None] = []
     models = [model for model in (plan.inputs.origin, *plan.inputs.all) if model is not None]
     for model in models:
         checkpoint, adapter = model.checkpoint, model.checkpoint.adapter
         if adapter is None:
-            sources.append(checkpoint.hub_id or model.name)
+            sources.append(checkpoint.hub_id)
         else:
-            sources += [checkpoint.hub_id or checkpoint.base_reference, adapter.hub_id or adapter.reference]
-    sources = list(dict.fromkeys(sources))
+            sources += [checkpoint.hub_id, adapter.hub_id]
     merged = len(plan.inputs.tunes) > 1
     matter: dict[str, object] = {
-        "base_model": sources,
+        "base_model": [source for source in dict.fromkeys(sources) if source],
         "base_model_relation": "merge" if merged else "finetune",
         "library_name": "deltamerge" if plan.recipe.output.kind == "delta" else _library(plan),
         "tags": ["deltamerge", "merge"] if merged else ["deltamerge"],
     }
     if plan.recipe.output.kind == "peft" and plan.inputs.base is not None:
-        matter["base_model"] = [plan.inputs.base.checkpoint.hub_id or plan.inputs.base.name]
+        matter["base_model"] = [name for name in [plan.inputs.base.checkpoint.hub_id] if name]
         matter |= {"base_model_relation": "adapter", "library_name": "peft"}
+    if not matter["base_model"]:
+        del matter["base_model"]
+    if tag := pipeline_tag(plan.config):
+        matter["pipeline_tag"] = tag
     licence = _license(plan)
     if licence is not None:
         matter["license"] = licence
     return matter
+
+
+# What the hub calls the tasks of the heads that transformers names.
+TASKS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForImageTextToText": "image-text-to-text",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+}
+
+
+def pipeline_tag(config: Mapping[str, Any]) -> str | None:
+    """The hub's name for what a model's head does; None where its class does not say."""
+    architecture = str((config.get("architectures") or [""])[0])
+    return next((task for head, task in TASKS.items() if architecture.endswith(head)), None)
 
 
 def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[float]]]) -> list[str]:
@@ -85,11 +109,7 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
     if not calibrated:
         return []
     found = [
-        (
-            spec.name,
-            calibrated[node].record,
-            [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)],
-        )
+        (spec.name, calibrated[node].record, [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)])
         for node, spec in plan.specs.items()
     ]
     explained = "Kept entries of the weights of linear layers are divided by q; 1-D tensors and embeddings have q = 1."
@@ -155,14 +175,8 @@ def render(
     base = f" on top of {code(plan.inputs.base.name)}" if plan.inputs.base else ""
     models = ", ".join(map(code, plan.inputs.names))
     lines = [
-        "---",
-        yaml.safe_dump(front_matter(plan), sort_keys=False).rstrip(),
-        "---",
-        "",
-        f"# {plain(title)}",
-        "",
-        f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: "
-        f"`{plan.recipe.method.name}` of {models}{base}.",
+        *card(front_matter(plan), plain(title)),
+        f"Made with deltamerge {__version__}: `{plan.recipe.method.name}` of {models}{base}.",
         "",
         "| tensors | method | sources |",
         "|---|---|---|",
@@ -178,8 +192,8 @@ def render(
         "",
         *fenced(recipe_text.rstrip(), "yaml"),
         "",
-        f"Reproduce it with `deltamerge run recipe.yaml{' --pictures' * bool(pictures)}`; check it with "
-        "`deltamerge verify .`.",
+        f"Reproduce it with `deltamerge run recipe.yaml{' --pictures' * bool(pictures)} --lock recipe.lock`, where the "
+        "recipe's paths lead to the models; check it with `deltamerge verify .`.",
         "",
     ]
     return "\n".join(lines)

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128
+
 from deltamerge import __version__, errors
 from deltamerge.calibrate.hub_rows import commit
 from deltamerge.calibrate.rows import is_of_hub, local_files
@@ -99,6 +101,8 @@ def describe_input(
     chosen = input_files(model) if files is None else files
     hash_file = partial(hash_input, pieces=pieces)
     entry: dict[str, Any] = {"files": describe_files(chosen, workers, hash_file, name=partial(input_name, model))}
+    if model.quantised is not None and model.quantised.weights:
+        entry["quantised"] = str(model.quantised)
     commits = [source.revision or "" for source in model.sources]
     if all(commits):
         entry["commit"] = "+".join(commits)
@@ -175,8 +179,6 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
 
     Cheap: no file is read. An unfinished run goes on only if all of it is as it was.
     """
-    from xxhash import xxh3_128
-
     layout = xxh3_128()
     for file in plan.layout.files:
         layout.update(file.header)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deltamerge.errors import InputError, OutputError, UsageError
+from deltamerge.errors.shown import some
 from deltamerge.io.journal import check_facts, part_journals
 from deltamerge.io.seals import Seal, damages, seal
 from deltamerge.io.workspace import Workspace
@@ -94,7 +95,7 @@ def gather_parts(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, An
     if missing:
         raise OutputError(
             f"{work.target}: unfinished parts: {', '.join(f'{i}/{count}' for i in missing)}",
-            hint="run them with --part I/N --resume, then --finish",
+            hint="run them with --part I/N, then --finish",
         )
     for records in journals.values():
         check_facts(work.target, records[0]["run"], facts)
@@ -124,11 +125,10 @@ def check_shards(
     known = {file.name: outputs[file.name] for file in layout.files if file.name not in wrong}
     wrong |= damages(work.folder, known, {}, workers)
     if wrong:
-        named = ", ".join(f"{name} {what}" for name, what in sorted(wrong.items())[:4])
         again = sorted({of.get(name, "I/N") for name in wrong})
         raise OutputError(
-            f"{work.target}: {named}{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}",
-            hint=f"make it again with {', '.join(f'--part {part}' for part in again[:4])} --resume, then --finish",
+            f"{work.target}: {some(f'{name} {what}' for name, what in sorted(wrong.items()))}",
+            hint=f"make it again with {', '.join(f'--part {part}' for part in again[:4])}, then --finish",
         )
     return outputs, seals
 

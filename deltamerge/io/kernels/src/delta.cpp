@@ -1,4 +1,4 @@
-// Entry points of the delta codec and of low-rank products (delta/compiled.py, io/computed.py).
+// Entry points of the delta codec and of low-rank products (delta/in_place.py, io/computed.py).
 #define PY_SSIZE_T_CLEAN
 #include "entries.h"
 
@@ -7,24 +7,6 @@ namespace deltamerge {
 namespace {
 
 constexpr i64 kPadding = 16;  // zeros after the stored bytes (io/stored.py)
-
-PyObject* too_short() {
-  PyErr_SetString(PyExc_ValueError, "an array is shorter than what is listed of it");
-  return nullptr;
-}
-
-// The numbers that follow the arrays of a call.
-bool take_numbers(PyObject* arguments, Py_ssize_t from, i64* numbers, int count) {
-  if (PyTuple_Size(arguments) != from + count) {
-    PyErr_Format(PyExc_TypeError, "%d arguments are wanted", int(from) + count);
-    return false;
-  }
-  for (int i = 0; i < count; ++i) {
-    numbers[i] = PyLong_AsLongLong(PyTuple_GetItem(arguments, from + i));
-    if (numbers[i] == -1 && PyErr_Occurred() != nullptr) return false;
-  }
-  return true;
-}
 
 // (way, k, count, first, second, dense) of a coding in a buffer that ends in padding.
 bool coded_of(const Buffers<4>& b, const i64* numbers, Coded& coded) {
