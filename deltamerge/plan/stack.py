@@ -250,7 +250,7 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
     found = set(map(finder.of, stored))
     for module in scopes:
         if module is not None and module not in found:
-            present = dict.fromkeys(part for name in stored for part in re.split(r"[./]", name)[:2])
+            present = dict.fromkeys(part for n in stored for part in re.split(r"[./]", n)[: 1 if "/" in n else 2])
             hint = f"default is the whole model; names here: {', '.join([p for p in present if not p.isdigit()][:8])}"
             problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
             raise RecipeError(recipe.source.path, [problem])

@@ -23,11 +23,12 @@ from deltamerge.io.component import (
     listed_folders,
     split,
 )
+from deltamerge.io.config_file import code_of
 from deltamerge.io.dtypes import PLAIN, TORCH_NAMES
 from deltamerge.io.files import refuse_link
 from deltamerge.io.quantised.detect import without_keys
 from deltamerge.io.strict_json import read_json
-from deltamerge.plan.folders import TOKENIZER_CONFIG, code_of
+from deltamerge.plan.folders import TOKENIZER_CONFIG
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.vocabulary_config import edit_config
 from deltamerge.run.tokenizer import Files, as_json, content_of, edit_tokenizer
@@ -150,7 +151,7 @@ def assets(plan: Plan) -> Files:
     if template.config_file:
         source, merged = template.path / template.config_file, config(plan)
         files[template.config_file] = source if merged == read_json(source) else as_json(merged, ascii=True)
-    elif template.config:  # made of the pairs of a GGUF file
+    elif plan.config or template.config:  # of a GGUF file, whose config is told by its metadata
         files[CONFIG] = as_json(config(plan), ascii=True)
     for component in template.components:
         own = _component_config(plan, component) if component.folder else {}

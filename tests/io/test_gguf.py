@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
 import pytest
 import transformers
 from gguf_files import MODELS, write
+from running import make_plan, run
 
 from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.dtypes import ITEMSIZE, bits_type, widen
@@ -69,3 +71,18 @@ def test_a_file_is_what_transformers_loads(arch, tmp_path):
 
 def test_every_architecture_is_tested():
     assert {*MODELS, "t5encoder"} == set(ARCHITECTURES)
+
+
+def test_a_merge_of_files_writes_their_config(tmp_path):
+    for name in ("base", "a"):
+        write(tmp_path / f"{name}.gguf", "llama")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("base_model: ./base.gguf\nmodels: [{model: ./a.gguf, parameters: {weight: 0.5}}]\n")
+    assert any("what its metadata tell" in note for note in make_plan(recipe).notes)
+    out = run(recipe, tmp_path / "out").folder
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in config
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
