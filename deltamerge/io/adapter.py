@@ -133,7 +133,8 @@ def _positive(value: Any, key: str) -> None:
 def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
     """`base` with `adapter` merged into it, tensor by tensor; names are those of the model that was adapted.
 
-    InputError: a quantised base, or a tensor of the adapter that the base has no place for or whose shape does not fit.
+    A quantised base is decoded. InputError: it cannot be, or a tensor of the adapter that the base has no place for or
+    whose shape does not fit.
     """
     with errors.context(base.reference):
         base = decoded(base)
@@ -147,14 +148,14 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
         for name, info in names.items():
             full = name if untied and name == LM_HEAD else added + name
             tensors[full] = replace(info, name=full)
-        usual = next((info.dtype for info in tensors.values() if info.dtype in PLAIN), "F32")
+        usual = next((info.output_dtype for info in tensors.values() if info.dtype in PLAIN), "F32")
         for name, info in whole.items():
             old = tensors.get(taken + name)
             if old is not None and old.shape != info.shape:
                 message = f"{name} has the shape {list(info.shape)}, in the base {list(old.shape)}"
                 raise InputError(message, hint="give the base added tokens first: resize_token_embeddings()")
             kept = taken + name if old is not None else name
-            tensors[kept] = _cast(info, kept, usual if old is None else old.dtype)
+            tensors[kept] = _cast(info, kept, usual if old is None else old.output_dtype)
         transposed = _transposed(adapter, modules, tensors, taken)
         for module, factors in modules.items():
             name = f"{taken}{module}.weight"
@@ -168,7 +169,7 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
                 tensors[name] = _updated(tensors[name], factors, scale, flip)
         config = _config(base.config, adapter, {n: i.shape for n, i in whole.items() if n not in names}, untied)
     files = (*base.files, *adapter.files)
-    return Checkpoint(reference, base.path, tensors, files, config, base.revision, base.hub_id, adapter=adapter)
+    return replace(base, reference=reference, tensors=tensors, files=files, config=config, adapter=adapter)
 
 
 def parts(adapter: Adapter) -> tuple[dict[str, Factors], dict[str, TensorInfo]]:

@@ -21,6 +21,7 @@ from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
+from deltamerge.plan.quantised import remarks
 from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
@@ -102,7 +103,9 @@ class Outputs:
         if self.problems:
             return []
         self.builder = self.builder.prepared([part.merge for part in parts if isinstance(part, Merged)])
-        return [self._built(part) if isinstance(part, Merged) else part for part in parts]
+        rows = [self._built(part) if isinstance(part, Merged) else part for part in parts]
+        self.notes += remarks(self.inputs, {name: dtype for name, _, dtype, _ in rows})
+        return rows
 
     def _tensors(self) -> Iterator[Row | Merged]:
         template = self.inputs.template

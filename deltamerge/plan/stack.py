@@ -127,7 +127,9 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
         notes.append("config.json: tie_word_embeddings → false")
     for path, _ in keys_of(config):
         name, _ = stated(config) or ("", "")
-        notes.append(f"config.json: {'.'.join(path)} ({name}) is dropped: no weight is quantised")
+        quantised = inputs.template.checkpoint.quantised
+        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
+        notes.append(f"config.json: {'.'.join(path)} ({name}) is dropped: {why}")
     return without_keys(config), notes
 
 

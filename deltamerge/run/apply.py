@@ -22,6 +22,7 @@ from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, is_delta
 from deltamerge.io.markdown import code, plain
 from deltamerge.io.outbox import ROOM, SLAB
+from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.seals import seal
 from deltamerge.io.tree import files_of
@@ -63,7 +64,7 @@ def apply(
     torch's own files. InputError: no delta, not its base, damaged.
     """
     here = Path.cwd()
-    artifact, origin = (hub.open_model(reference, here, weights=True, pickles=pickles) for reference in (delta, base))
+    artifact, origin = hub.open_model(delta, here, weights=True), _base(base, here, pickles=pickles)
     if not artifact.is_delta:
         raise InputError(f"{delta}: is not a delta artifact", hint="deltamerge apply DELTA --base BASE --out DIR")
     if origin.is_delta:
@@ -102,7 +103,7 @@ def verify_base(folder: Path, base: str, workers: int) -> str:
     """What was checked of `base`: that the delta in `folder` makes of it what it says, tensor by tensor; of another
     folder, that its lock has the files of `base` among its inputs. InputError, VerifyError: it is not so.
     """
-    origin = hub.open_model(base, Path.cwd(), weights=True)
+    origin = _base(base, Path.cwd())
     if not is_delta([file.name for file in folder.iterdir()]):
         files = hashes.describe_input(origin, workers)["files"]
         known = locks.read_lock(folder / locks.LOCK_NAME).get("inputs") or {}
@@ -117,6 +118,13 @@ def verify_base(folder: Path, base: str, workers: int) -> str:
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
         check(opened, origin, reader, workers)
     return f"{len(planned)} tensors, from {base}, as the delta says"
+
+
+def _base(reference: str, folder: Path, *, pickles: bool = False) -> Checkpoint:
+    """The base of a delta; a quantised one decoded, as the delta was made from it."""
+    origin = hub.open_model(reference, folder, weights=True, pickles=pickles)
+    with errors.context(reference):
+        return decoded(origin)
 
 
 def _tile(workers: int, memory: int | None) -> int:

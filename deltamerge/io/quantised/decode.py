@@ -1,8 +1,8 @@
 """Quantised checkpoints read as plain ones: each weight is one float32 tensor, computed from its codes when it is read.
 
 A scheme is one function, from the tensors that store a weight to the tensor that is read; `DECODERS` has them all, by
-the kind that the tensors' names and dtypes tell (`detect.Scheme.kinds`). config.json calls schemes by more names; `KINDS`
-says which kinds each of them has.
+the kind that the tensors' names and dtypes tell (`detect.Scheme.kinds`). config.json calls schemes by more names, and
+`KINDS` says which kinds each of them has.
 """
 
 from __future__ import annotations

@@ -137,11 +137,8 @@ def _dropped(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], parts
     such names, which config.json then says nothing about and which are no single numbers."""
     said = any("kv_cache" in str(key) and value for _, part in keys_of(config) for key, value in _items(part))
     for name, info in tensors.items():
-        if name in parts:
-            continue
-        if name.rpartition(".")[2] in _ACTIVATIONS:
-            yield name
-        elif _CACHE.search(name) and (said or math.prod(info.shape) == 1):
+        of_cache = _CACHE.search(name) and (said or math.prod(info.shape) == 1)
+        if name not in parts and (of_cache or name.rpartition(".")[2] in _ACTIVATIONS):
             yield name
 
 
