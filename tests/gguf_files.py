@@ -128,7 +128,9 @@ def stored_shape(arch: str, name: str, shape: tuple[int, ...]) -> tuple[int, ...
     return shape
 
 
-def add_tensor(writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], rng: np.random.Generator, kinds: Any) -> None:
+def add_tensor(
+    writer: gguf.GGUFWriter, name: str, shape: tuple[int, ...], rng: np.random.Generator, kinds: Any
+) -> None:
     values = rng.standard_normal(shape).astype(np.float32) * np.float32(0.1)
     if "ssm_a" in name:
         values = -np.abs(values) - np.float32(0.01)

@@ -31,7 +31,16 @@ from deltamerge.io.gguf.parts import parts_of
 from deltamerge.io.quantised.detect import Scheme
 from deltamerge.io.safetensors_file import Header
 from deltamerge.io.tensor import TensorInfo as TensorInfo
-from deltamerge.io.weight_files import ALLOW, MISTRAL, PICKLES, is_weights, join, open_weights, read_weights, weight_source
+from deltamerge.io.weight_files import (
+    ALLOW,
+    MISTRAL,
+    PICKLES,
+    is_weights,
+    join,
+    open_weights,
+    read_weights,
+    weight_source,
+)
 from deltamerge.io.weight_files import INDEX as INDEX
 from deltamerge.io.weight_files import SINGLE as SINGLE
 
@@ -131,7 +140,7 @@ def open_checkpoint(
     reference = reference or str(path)
     with errors.context(reference):
         if not path.is_dir():
-            return _lone(path, reference, pickles=pickles)
+            return replace(_lone(path, reference, pickles=pickles), revision=revision, hub_id=hub_id)
         return open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles)
 
 

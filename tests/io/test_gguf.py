@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,13 @@ from conftest import write_json
 from gguf_files import MODELS, add, write
 
 from deltamerge.errors import InputError
+from deltamerge.io import hub_answers
 from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.dtypes import ITEMSIZE, bits_type, widen
 from deltamerge.io.gguf.blocks import tensor_of
 from deltamerge.io.gguf.header import read_gguf_header
 from deltamerge.io.gguf.names import ARCHITECTURES
+from deltamerge.io.hub import open_model
 from deltamerge.io.reader import Reader
 
 # What transformers' loader leaves at its class's default although the file says it.
@@ -39,7 +42,7 @@ def values_of(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
             whole = np.empty(info.nbytes // ITEMSIZE[info.dtype], bits_type(info.dtype))
             reader.read_into(info, 0, whole)
             cuts = sorted({0, whole.size, *rng.integers(0, whole.size, 3).tolist()})
-            for low, high in zip(cuts, cuts[1:], strict=False):
+            for low, high in pairwise(cuts):
                 piece = np.empty(high - low, whole.dtype)
                 reader.read_into(info, low, piece)
                 assert piece.tobytes() == whole[low:high].tobytes(), name
@@ -142,7 +145,7 @@ CORRUPT: dict[str, tuple[dict[str, Any], Callable[[Path], None], str]] = {
     "weights that end early": ({}, cut(0.9), "do not lie in the file"),
     "a name twice": ({}, replaced(b"blk.1.attn_q.weight", b"blk.1.attn_k.weight"), "two tensors of one name"),
     "an unknown tensor": (
-        {}, replaced(b"blk.1.attn_q.weight", b"blk.1.attn_z.weight"), "transformers has no blk.1.attn_z.weight in a llama",
+        {}, replaced(b"blk.1.attn_q.weight", b"blk.1.attn_z.weight"), "transformers has no blk.1.attn_z.weight in a",
     ),
     "an unknown architecture": (
         {}, replaced(b"llama", b"mamma"), "is GGUF of the architecture 'mamma', which is not read",
@@ -213,5 +216,37 @@ def test_a_model_in_parts(tmp_path):
     expected, found = values_of(one), values_of(two)
     assert {name: value.tobytes() for name, value in found.items()} == {n: v.tobytes() for n, v in expected.items()}
     two.files[1].unlink()
-    with pytest.raises(InputError, match="missing part m-00002-of-00002.gguf"):
+    with pytest.raises(InputError, match=r"missing part m-00002-of-00002\.gguf"):
         open_checkpoint(tmp_path / "parts")
+
+
+def test_a_file_on_the_hub(server, tmp_path, monkeypatch):
+    repository = tmp_path / "r"
+    repository.mkdir()
+    monkeypatch.setattr(hub_answers, "FIRST_BYTES", 300)
+    monkeypatch.setattr(hub_answers, "PIECE_BYTES", 500)
+    write(repository / "a.gguf", "llama")
+    (repository / "README.md").write_text("a model")
+    server.repositories["org/m"] = repository
+    described = open_model("org/m", tmp_path, weights=False)
+    local = open_checkpoint(repository)
+    assert {n: (i.dtype, i.shape) for n, i in described.tensors.items()} == {
+        n: (i.dtype, i.shape) for n, i in local.tensors.items()
+    }
+    assert described.config == local.config
+    assert len(server.fetched(".gguf")) > 3
+    assert all(span for _, span in server.fetched(".gguf"))
+    write(repository / "b.gguf", "llama", seed=1)
+    with pytest.raises(InputError, match="2 GGUF models"):
+        open_model("org/m", tmp_path, weights=False)
+    with pytest.raises(InputError, match=r"has no file c\.gguf on the hub"):
+        open_model("org/m/c.gguf", tmp_path, weights=False)
+    found = open_model("org/m/b.gguf", tmp_path, weights=True)
+    assert [path.name for path in found.files] == ["b.gguf"]
+    assert not [path for path in tmp_path.rglob("a.gguf") if "snapshots" in str(path)]
+    expected, there = values_of(open_checkpoint(repository / "b.gguf")), values_of(found)
+    assert all(there[name].tobytes() == value.tobytes() for name, value in expected.items())
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    server.status = 503
+    again = open_model(f"org/m/b.gguf@{found.revision}", tmp_path, weights=False)
+    assert again.tensors.keys() == found.tensors.keys()

@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.errors import InputError
 from deltamerge.io.dtypes import PLAIN
 
 if TYPE_CHECKING:
@@ -98,10 +97,9 @@ _SUFFIXES = (
     ("bitsandbytes", ".absmax", False),
     (UNNAMED, "_scale", True),
 )
-_BITSANDBYTES = (
-    ".quant_map", ".nested_absmax", ".nested_quant_map", ".nested_offset", ".quant_state.bitsandbytes__nf4",
-    ".quant_state.bitsandbytes__fp4",
-)  # fmt: skip
+_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+MOST_STATE = 100_000  # bytes
+_BITSANDBYTES = (".quant_map", ".nested_absmax", ".nested_quant_map", ".nested_offset", *_STATES)
 
 
 def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Scheme | None:
@@ -144,6 +142,11 @@ def _dropped(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], parts
 
 def _items(settings: Any) -> Iterable[tuple[Any, Any]]:
     return settings.items() if isinstance(settings, Mapping) else ()
+
+
+def states_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The tensors whose bytes say what shape a weight has: bitsandbytes' quantisation states."""
+    return [name for name, info in tensors.items() if name.endswith(_STATES) and info.nbytes <= MOST_STATE]
 
 
 def stated(config: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -89,9 +89,7 @@ def fill_bands(
         row = matrix * height + bottom
 
 
-def columns_of(
-    read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0
-) -> Array:
+def columns_of(read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0) -> Array:
     """Columns [first, last) of the bit patterns of a stored matrix of `rows` × `width`, number `matrix` in `info`.
 
     A matrix of up to `SLAB` bytes is read once and kept for the next columns; of a larger one only they are read.
