@@ -210,12 +210,12 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 FLAGS = {
     "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked "
-    "--mergekit-exact --allow-nonfinite --pictures --json --quiet --help",
-    "check": "--offline --mergekit-exact --help",
-    "plan": "--device --workers --memory --diff --graph --mergekit-exact --json --help",
-    "apply": "--base --out --workers --memory --force --json --quiet --help",
+    "--mergekit-exact --allow-nonfinite --allow-pickles --pictures --json --quiet --help",
+    "check": "--offline --mergekit-exact --allow-pickles --help",
+    "plan": "--device --workers --memory --diff --graph --mergekit-exact --allow-pickles --json --help",
+    "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
-    "--allow-nonfinite --json --quiet --help",
+    "--allow-nonfinite --allow-pickles --json --quiet --help",
     "diff": "--workers --json --help",
     "verify": "--base --workers --help",
     "schema": "--help",
