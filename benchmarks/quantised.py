@@ -1,11 +1,11 @@
 """Merges over a quantised base beside the same merge over the same base in bfloat16: time, CPU and peak memory.
 
-    python benchmarks/quantised.py [--layers 2] [--schemes fp8 int4] [--methods task_arithmetic ties dare_ties] [--rounds 3]
+    python benchmarks/quantised.py [--layers 2] [--schemes bf16 fp8 int4] [--methods task_arithmetic ties] [--rounds 3]
     python benchmarks/quantised.py --layers 32 --sparse --schemes fp8 --methods dare_ties --memory 1GB
 
-Models have Llama 7B's shapes, cut to some layers: a base, its FP8 and 4-bit forms, and two fine-tunes in bfloat16. With
-`--sparse` weights are holes in their files that read as zeros and take no disk; only scales are real, so that a merge of
-all 32 layers takes the room of its output.
+Models have Llama 7B's shapes, cut to some layers: a base, its FP8 and 4-bit forms, and two fine-tunes in bfloat16.
+With `--sparse` weights are holes in their files that read as zeros and take no disk; only scales are real, so that a
+merge of all 32 layers takes the room of its output.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ BLOCK, GROUP = 128, 128
 SHARD = 5_000_000_000
 LARGEST = 448.0
 METHODS = {
-    "task_arithmetic": "{weight: 0.5}", "ties": "{weight: 0.5, density: 0.1}", "dare_ties": "{weight: 0.5, density: 0.1}",
-    "linear": "{weight: 0.5}",
+    "task_arithmetic": "{weight: 0.5}", "ties": "{weight: 0.5, density: 0.1}", "linear": "{weight: 0.5}",
+    "dare_ties": "{weight: 0.5, density: 0.1}",
 }  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {
     "bf16": {},
@@ -37,7 +37,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "int4": {
         "quant_method": "compressed-tensors", "format": "pack-quantized",
         "config_groups": {"group_0": {
-            "targets": ["Linear"], "weights": {"num_bits": 4, "group_size": GROUP, "strategy": "group", "symmetric": True},
+            "targets": ["Linear"],
+            "weights": {"num_bits": 4, "group_size": GROUP, "strategy": "group", "symmetric": True},
         }},
     },
 }  # fmt: skip
@@ -154,7 +155,9 @@ def report(method: str, runs: Mapping[str, list[Run]], read: Mapping[str, int], 
     for scheme, found in runs.items():
         wall = statistics.median(run.wall for run in found)
         anonymous = max(run.anonymous for run in found)
-        line = f"{method:<16} {scheme:<5} wall {wall:6.2f} s  CPU {cpu[scheme]:6.2f} s  {anonymous:5.0f} MB of its own  "
+        line = (
+            f"{method:<16} {scheme:<5} wall {wall:6.2f} s  CPU {cpu[scheme]:6.2f} s  {anonymous:5.0f} MB of its own  "
+        )
         line += f"{read[scheme] / 1e9:5.1f} GB read  {1e9 * cpu[scheme] / parameters:5.2f} ns a parameter"
         if "bf16" in runs and scheme != "bf16":
             ratio = cpu[scheme] / cpu["bf16"]
@@ -181,7 +184,11 @@ def main() -> None:
             write_model(folder / scheme, size, scheme, 0, options.sparse)
         for number, name in enumerate(("tune-a", "tune-b"), 1):
             write_model(folder / name, size, "bf16", number, options.sparse)
-    sizes = {name.name: sum(f.stat().st_size for f in name.glob("*.safetensors")) for name in folder.iterdir() if name.is_dir()}
+    sizes = {
+        name.name: sum(f.stat().st_size for f in name.glob("*.safetensors"))
+        for name in folder.iterdir()
+        if name.is_dir()
+    }
     read = {scheme: sizes[scheme] + sizes["tune-a"] + sizes["tune-b"] for scheme in options.schemes}
     for method in options.methods:
         runs: dict[str, list[Run]] = {scheme: [] for scheme in options.schemes}

@@ -19,7 +19,7 @@ from deltamerge.delta.entry import Read as ReadElements
 from deltamerge.delta.positions import Array, Positions
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import with_configs
-from deltamerge.io.dtypes import ITEMSIZE, bits_type, cast, narrow, widen
+from deltamerge.io.dtypes import ITEMSIZE, bits_type, cast
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import Read, TensorInfo
 
@@ -173,11 +173,7 @@ class _Layer:
         base = extend(base, target.size)
         target[:] = cast(base, self.info.dtype, record.dtype)
         for where, values in self.entries(start, stop):
-            if record.values is None:
-                target[where] = values
-            else:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    target[where] = narrow(widen(base[where], self.info.dtype) + values, record.dtype)
+            self.entry.put(target, base, where, values)
 
     def entries(self, start: int, stop: int) -> Iterator[tuple[Array, Any]]:
         """Positions relative to `start`, with bits of final values or float32 values to add."""
@@ -190,10 +186,7 @@ class _Layer:
         else:
             pieces = self.held.get(entry).between(start, stop)
         for positions, first in pieces:
-            values = entry.codes(first, first + positions.size)
-            if scales.size:
-                values = scales[positions // entry.record.group] * values
-            yield positions - start, values
+            yield positions - start, entry.values_at(positions, first, scales)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from deltamerge.io.gguf.parts import SUFFIX as GGUF
 from deltamerge.io.gguf.parts import parts_of
 from deltamerge.io.hub_answers import listing, range_bytes, range_gguf, range_header
 from deltamerge.io.hub_errors import UnreachableError as UnreachableError
-from deltamerge.io.hub_errors import explained
+from deltamerge.io.hub_errors import explained, near
 from deltamerge.io.hub_errors import explained_upload as explained_upload
 from deltamerge.io.hub_guard import COMMIT, Bounds, within
 from deltamerge.io.quantised.detect import states_of
@@ -98,7 +98,8 @@ def _local(reference: str, folder: Path) -> Path | None:
 def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
     found = HUB_ID.fullmatch(reference)
     if found is None:
-        hint = "hub ids are written org/name or org/name@revision, a folder in one org/name:folder"
+        forms = "hub ids are written org/name or org/name@revision, a folder in one org/name:folder"
+        hint = near(reference, folder) or forms
         raise InputError(f"no such folder in {folder}", hint=hint, where=reference)
     return found["id"], found["revision"]
 

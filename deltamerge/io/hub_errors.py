@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,7 +68,7 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, 
     if isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
         return InputError(
             f"{here}, and no such model on the hub",
-            hint="write the path of a local folder; for a private model `hf auth login`",
+            hint=near(hub_id, folder) or "write the path of a local folder; for a private model `hf auth login`",
         )
     if isinstance(error, hub.RevisionNotFoundError):
         return InputError(f"has no revision {revision}", hint=f"see its branches, tags and commits at {page}/tree/main")
@@ -78,7 +80,7 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, 
     if constants.HF_HUB_OFFLINE:
         return UnreachableError(
             f"{here}, not (wholly) in the hub's cache, and HF_HUB_OFFLINE is set",
-            hint="unset HF_HUB_OFFLINE, or write the path of a local folder",
+            hint=near(hub_id, folder) or "unset HF_HUB_OFFLINE, or write the path of a local folder",
         )
     if isinstance(error.__cause__, hub.FileMetadataError):
         hint = "HF_ENDPOINT may name what is no hub"
@@ -87,8 +89,19 @@ def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, 
     if network or isinstance(error, hub.LocalEntryNotFoundError | ConnectionError):
         return UnreachableError(
             f"{here}, not (wholly) in the hub's cache, and {constants.ENDPOINT} cannot be reached",
-            hint="see the connection and HF_ENDPOINT, or write the path of a local folder",
+            hint=near(hub_id, folder) or "see the connection and HF_ENDPOINT, or write the path of a local folder",
         )
     if isinstance(error, OSError):
         return InputError(f"cannot be downloaded: {error.strerror or type(error).__name__}")
     return None
+
+
+def near(reference: str, folder: Path) -> str | None:
+    """A hint that names the folder that was probably meant, or None."""
+    parent, name = os.path.split(os.path.expanduser(reference).rstrip("/"))
+    try:
+        names = [entry.name for entry in os.scandir(folder / parent) if entry.is_dir()]
+    except OSError:
+        return None
+    found = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {os.path.join(os.path.split(reference.rstrip('/'))[0], found[0])}?" if found else None

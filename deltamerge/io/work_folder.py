@@ -16,6 +16,7 @@ from pathlib import Path
 from deltamerge.errors import OutputError
 from deltamerge.io.atomic import PASSING, sweep
 from deltamerge.io.component import DEEPEST, is_plain_folder
+from deltamerge.io.files import opened
 
 OUT, OLD, SPOOL, LOCK, JOURNAL, MARK = "out", "old", "delta-spool", "lock", "journal", "deltamerge"
 CALIBRATION = "calibration.lock"
@@ -26,7 +27,7 @@ HOLDER = re.compile(
 PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a pipe is refused instead of blocking
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a pipe is refused instead of blocking
 _GONE = r"\.nfs[0-9a-f]+"  # NFS gives this name to a file that is removed while open
 _FILES = re.compile(
     rf"{MARK}|{LOCK}|{JOURNAL}(-\d+-of-\d+)?|part-\d+-of-\d+\.lock|calibration\.(lock|rows)|{PASSING.pattern}|{_GONE}",
@@ -35,7 +36,7 @@ _FILES = re.compile(
 # Names of the files that runs write into each folder; generous, since names of tokenizer files vary.
 _WRITTEN = {
     OUT: re.compile(
-        r".+\.(safetensors|json|jinja|model|tiktoken|spm|txt|py|png|rows)|recipe\.(yaml|lock)|README\.md"
+        r".+\.(safetensors|json|jinja|model|tiktoken|spm|txt|py|svg|rows)|recipe\.(yaml|lock)|README\.md"
         rf"|(tokenizer|vocab|chat_template|spiece|sentencepiece).*|{PASSING.pattern}|{_GONE}",
         re.DOTALL,
     ),
@@ -56,19 +57,16 @@ def look(state: Path) -> frozenset[str] | None:
                 f"{state}: is {kind}, and runs work in a folder of that name",
                 hint="remove it, or choose another folder with --out",
             )
-        folder = os.open(state, _FOLDER)
+        with opened(state, _FOLDER) as folder:
+            modes = _modes(folder)
+            wrong = [_named(name, mode) for name, mode in modes.items() if not _is_written(name, mode)]
+            for name in sorted(modes.keys() & _WRITTEN.keys()):
+                if stat.S_ISDIR(modes[name]):
+                    wrong += _foreign(folder, name)
+            if not _is_marked(folder, modes):  # checked after the names: their writer wrote the mark first
+                wrong = [_named(name, mode) for name, mode in modes.items()]
     except FileNotFoundError:
         return None
-    try:
-        modes = _modes(folder)
-        wrong = [_named(name, mode) for name, mode in modes.items() if not _is_written(name, mode)]
-        for name in sorted(modes.keys() & _WRITTEN.keys()):
-            if stat.S_ISDIR(modes[name]):
-                wrong += _foreign(folder, name)
-        if not _is_marked(folder, modes):  # checked after the names: their writer wrote the mark first
-            wrong = [_named(name, mode) for name, mode in modes.items()]
-    finally:
-        os.close(folder)
     if wrong:
         raise OutputError(
             f"{state}: holds what no run wrote there: {some(wrong)}",
@@ -79,19 +77,16 @@ def look(state: Path) -> frozenset[str] | None:
 
 def mark(state: Path) -> None:
     """Mark the folder `state`, which `look` found empty or ours, as ours. OSError: it cannot be written."""
-    fd = os.open(state / MARK, os.O_RDWR | os.O_CREAT | _FILE, 0o666)
-    try:
+    with opened(state / MARK, os.O_RDWR | os.O_CREAT | _FILE) as fd:
         if os.pread(fd, len(MARK_TEXT) + 1, 0) != MARK_TEXT:
             os.pwrite(fd, MARK_TEXT, 0)
             os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def open_file(path: Path, flags: int) -> int:
     """Open a file of the work folder, creating it if `flags` say so. OutputError: it is a link or no plain file."""
     try:
-        fd = os.open(path, flags | _FILE, 0o666)
+        fd = os.open(path, flags | _FILE | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if path.is_symlink():
             raise OutputError(f"{path}: is a link, which no run wrote", hint="remove it") from error
@@ -107,8 +102,7 @@ def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
 
     Journals go first, since they describe the other files; of these the one that says that all is done goes last.
     """
-    folder = os.open(state, _FOLDER)
-    try:
+    with opened(state, _FOLDER) as folder:
         modes = {name: mode for name, mode in _modes(folder).items() if _is_written(name, mode) and name not in but}
         for name in sorted(modes, key=lambda name: (not name.startswith(JOURNAL), name == JOURNAL)):
             if name in _WRITTEN:
@@ -116,8 +110,6 @@ def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
                 os.rmdir(name, dir_fd=folder)
             else:
                 _unlink(name, folder)
-    finally:
-        os.close(folder)
 
 
 def remove(state: Path) -> None:
@@ -134,22 +126,15 @@ def remove(state: Path) -> None:
 
 def empty(state: Path, name: str) -> None:
     """Remove run files from the folder `name` of the work folder. OSError: some could not be removed."""
-    folder = os.open(state, _FOLDER)
-    try:
+    with opened(state, _FOLDER) as folder:
         _empty(folder, name)
-    finally:
-        os.close(folder)
 
 
 def sweep_files(state: Path) -> None:
     """Remove incomplete files of killed writers."""
     for path in (state, state / OUT):
-        with suppress(FileNotFoundError):
-            folder = os.open(path, _FOLDER)
-            try:
-                sweep(folder)
-            finally:
-                os.close(folder)
+        with suppress(FileNotFoundError), opened(path, _FOLDER) as folder:
+            sweep(folder)
 
 
 def some(names: Iterable[str]) -> str:
@@ -238,11 +223,6 @@ def _is_marked(folder: int, names: Collection[str]) -> bool:
 
 
 def _text(folder: int, name: str) -> bytes:
-    try:
-        fd = os.open(name, os.O_RDONLY | _FILE, dir_fd=folder)
-    except OSError:
-        return b""
-    try:
+    with suppress(OSError), opened(name, os.O_RDONLY | _FILE, folder) as fd:
         return os.pread(fd, 300, 0)
-    finally:
-        os.close(fd)
+    return b""

@@ -22,7 +22,7 @@ from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.io.audit import Audit, Findings, TensorSpan
 from deltamerge.io.component import Component, folders_of, split
 from deltamerge.io.dtypes import FLOATING, ITEMSIZE, nbytes_of
-from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, sync_path, write_at
+from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, sync_path, write_at, writing
 from deltamerge.io.journal import Journal
 from deltamerge.io.outbox import Outbox
 from deltamerge.io.reader import Reader
@@ -351,10 +351,8 @@ class Writer:
 
     def _check_space(self, needed: int) -> None:
         with errors.context(str(self._folder)):
-            try:
+            with writing():
                 disk = os.statvfs(self._folder)
-            except OSError as error:
-                raise output_error(error) from error
             free = disk.f_bavail * disk.f_frsize
             if needed > free:
                 raise OutputError(

@@ -119,9 +119,7 @@ class StageMaker:
         spec = factor_spec(products, source, deltas.prunes[index], q, deltas)
         made = deltas.graph.node(stage.calibrate, kind="small", spec=spec)
         return replace(
-            stages,
-            calibrated={**stages.calibrated, index: made},
-            roots={**stages.roots, **factor_roots(products)},
+            stages, calibrated={**stages.calibrated, index: made}, roots={**stages.roots, **factor_roots(products)}
         )
 
     def _source(

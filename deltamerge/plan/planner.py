@@ -33,6 +33,7 @@ from deltamerge.plan.lora import own_weights
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, tile_and_peak
 from deltamerge.plan.outputs import Outputs, OutputTensor
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
+from deltamerge.recipe import checks
 from deltamerge.recipe.schema import Recipe
 
 SHOWN_PROBLEMS = 8
@@ -287,7 +288,7 @@ def _plan(
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
-        warnings=tuple(swapped(inputs)),
+        warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs)),
     )
 
 

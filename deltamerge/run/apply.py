@@ -20,6 +20,7 @@ from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, is_delta
+from deltamerge.io.front_matter import card
 from deltamerge.io.markdown import code, plain
 from deltamerge.io.outbox import ROOM, SLAB
 from deltamerge.io.quantised.decode import decoded
@@ -189,12 +190,7 @@ def _card(opened: DeltaFile, delta: str, base: str, title: str) -> str:
         "tags": ["deltamerge"],
     }
     lines = [
-        "---",
-        yaml.safe_dump(matter, sort_keys=False).rstrip(),
-        "---",
-        "",
-        f"# {plain(title)}",
-        "",
+        *card(matter, plain(title)),
         f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: the delta {code(delta)} applied "
         f"to {code(base)}; every tensor of the base and of the result has the hash that the delta names.",
         "",

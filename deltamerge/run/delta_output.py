@@ -75,10 +75,11 @@ def write_delta(
                 progress(out.nbytes)
                 continue
             delta = _delta(out, info)
-            targets[out.name] = target = _Target(tensor, out.dtype, delta is not None, out.elements)
+            targets[out.name] = _Target(tensor, out.dtype, delta is not None, out.elements)
             if delta is not None:
                 tasks.append(Task(out.name, delta, out.pieces[0].backend))
-                target.finish_if_empty()
+                if not out.elements:
+                    tensor.finish()
             else:
                 tasks += [Task(out.name, p.built.root, p.backend, p.offset) for p in out.pieces]
         values = execute(
@@ -158,10 +159,6 @@ class _Target:
                 if self.done == self.size:
                     self.tensor.finish()
                     return
-
-    def finish_if_empty(self) -> None:
-        if not self.size:
-            self.tensor.finish()
 
 
 @dataclass(frozen=True, slots=True)

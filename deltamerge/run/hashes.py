@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128
+
 from deltamerge import __version__, errors
 from deltamerge.calibrate.hub_rows import commit
 from deltamerge.calibrate.rows import is_of_hub, local_files
@@ -20,8 +22,8 @@ from deltamerge.io.blobs import sha256_of
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.component import CONFIG as CONFIG_FILE
 from deltamerge.io.files import flat, read_at
-from deltamerge.io.quantised.scaled import Scaled
 from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn
+from deltamerge.io.quantised.scaled import Scaled
 from deltamerge.io.seals import hash_bytes as hash_bytes
 from deltamerge.io.seals import hash_output as hash_output
 from deltamerge.io.seals import seal
@@ -186,8 +188,6 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
 
     Cheap: no file is read. An unfinished run goes on only if all of it is as it was.
     """
-    from xxhash import xxh3_128
-
     layout = xxh3_128()
     for file in plan.layout.files:
         layout.update(file.header)

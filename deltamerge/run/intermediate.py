@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from deltamerge import __version__
+from deltamerge.engine.execute import default_workers
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.component import CONFIG
@@ -58,6 +59,16 @@ def is_result(document: Document, folder: Path) -> bool:
         return False
 
 
+def is_unchanged(folder: Path) -> bool:
+    """Whether `folder` holds the result of a run, just as its lock says, and nothing else."""
+    try:
+        if not folder.is_dir() or not_made(folder):
+            return False
+        return bool(locks.verify(folder, default_workers()))
+    except (DeltamergeError, OSError):
+        return False
+
+
 def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     """The checkpoint that a run of `plan` to `folder` leaves, known before it is there.
 
@@ -86,11 +97,6 @@ def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
                       components=template.components, config_file=file)  # fmt: skip
 
 
-def _hash(content: Path | bytes) -> str:
-    """As of an output: of a file, or of what would be written."""
-    return hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
-
-
 def is_current(document: Document, planned: Plan, folder: Path) -> bool:
     """Whether `folder` holds what the document would make: recipe, version, inputs and outputs the same by content."""
     try:
@@ -101,7 +107,10 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
         if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
             return False
         locks.verify(folder, planned.workers)
-        wanted = {name: _hash(content) for name, content in assets(planned).items()}
-        return all(lock["outputs"].get(name, {}).get("hash") == digest for name, digest in wanted.items())
+        for name, content in assets(planned).items():
+            hashed = hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
+            if lock["outputs"].get(name, {}).get("hash") != hashed:
+                return False
+        return True
     except DeltamergeError:
         return False

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.errors.shown import some
 from deltamerge.io.adapter import CONFIG, PREFIX
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
@@ -78,7 +79,7 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
         targets = [name.rpartition(".")[0] for name in sparse]
         rest = [e for e in changed if e.name not in sparse]
         saved, loose = modules.share_out(rest, targets)
-        _write(planned, reader, folder, changed, sparse, rank, {**saved, **loose})
+        _write(reader, folder, changed, sparse, rank, {**saved, **loose})
     settings = {
         "peft_type": "SHIRA",
         "auto_mapping": None,
@@ -103,14 +104,12 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
         f"SHiRA adapter of r {rank}: {len(sparse)} linear layers, {rank} · (in + out) entries in each",
         f"made for {modules.architecture} of the base, loaded in {dtype}: PeftModel.from_pretrained(model, folder)",
     ]
-    if saved:
-        size = sum(info.nbytes for info in saved.values())
-        notes.append(f"stored whole, as modules_to_save, {size} bytes: {_some(saved)}")
-    if loose:
-        size = sum(info.nbytes for info in loose.values())
-        notes.append(
-            f"stored whole, loaded into the base model itself (as LoRA's bias: all), {size} bytes: {_some(loose)}"
-        )
+    base = "loaded into the base model itself (as LoRA's bias: all)"
+    for how, stored in (("as modules_to_save", saved), (base, loose)):
+        if stored:
+            size = sum(info.nbytes for info in stored.values())
+            names = some(name.removeprefix(PREFIX) for name in stored)
+            notes.append(f"stored whole, {how}, {size} bytes: {names}")
     return tuple(notes)
 
 
@@ -130,7 +129,6 @@ def _changed(
 
 
 def _write(
-    planned: Plan,
     reader: Reader,
     folder: Path,
     changed: Iterable[ChangedTensor],
@@ -205,8 +203,3 @@ class _Modules:
                 own = [name for name in self.stored if name.rpartition(".")[0] == module]
                 saved |= {PREFIX + name: self.results[self.stored[name]] for name in own}
         return saved, loose
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    shown = [name.removeprefix(PREFIX) for name in names]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -209,15 +209,16 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 
 FLAGS = {
-    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked "
-    "--mergekit-exact --allow-nonfinite --allow-pickles --pictures --json --quiet --help",
-    "check": "--offline --mergekit-exact --allow-pickles --help",
-    "plan": "--device --workers --memory --diff --graph --mergekit-exact --allow-pickles --json --help",
+    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
+    "--mergekit-exact --allow-nonfinite --allow-pickles --set --pictures --json --quiet --verbose, --verbosity --help",
+    "check": "--offline --mergekit-exact --allow-pickles --set --output-format --json --help",
+    "plan": "--device --workers --memory --diff --graph --mergekit-exact --allow-pickles --set --json --help",
+    "lock": "--check --device --workers --memory --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
     "--allow-nonfinite --allow-pickles --json --quiet --help",
     "diff": "--workers --json --help",
-    "verify": "--base --workers --help",
+    "verify": "--base --workers --json --help",
     "schema": "--help",
 }
 

@@ -79,7 +79,7 @@ class Scaled:
         return bool(self.columns) and self.order is None and (self.dense or WORD % self.width == 0)
 
     def part(self, read: Read, start: int, stop: int) -> Part | None:
-        """What the compiled loop needs for elements [start, stop); None: a scale there is 0, which `fill` looks into."""
+        """What the compiled loop needs for elements [start, stop); None: a scale there is 0; `fill` looks into it."""
         blocks = self.scales.grid.rows_of(start // self.columns, -(-stop // self.columns))
         first, last = int(blocks[0]), int(blocks[-1]) + 1
         scales = self.scales.read(read, first, last)
@@ -164,7 +164,9 @@ class Part:
     def numbers(self) -> tuple[int, ...]:
         """The fields of `CodedSource` (kernels/src/program.h); the arrays must live as long as they are used."""
         weight, grid = self.weight, self.weight.scales.grid
-        addresses = (0 if array is None else array.__array_interface__["data"][0] for array in (self.scales, self.zeros))
+        addresses = (
+            0 if array is None else array.__array_interface__["data"][0] for array in (self.scales, self.zeros)
+        )
         codes = weight.codes
         width = weight.width if weight.form == "packed" else 8
         form = FORMS.get(weight.form, PACKED)

@@ -46,7 +46,7 @@ enum Code : i64 {
   kColumns = 28,
 };
 
-// Operands from this number on are bfloat16 as read from a source: operand - kDirect is which.
+// Operands from this number on are bfloat16 or float32 as read from a source: operand - kDirect is which.
 constexpr i64 kDirect = i64(1) << 32;
 // Elements read at once, and bytes before those of a piece, where the end of the piece before waits to be hashed.
 constexpr i64 kPiece = 1 << 16;

@@ -24,8 +24,8 @@ i64 widest_codes(const Program& program, i64 elements) {
   i64 most = 0;
   for (i64 k = 0; k < program.coded_count; ++k) {
     const CodedSource& codes = program.coded[k];
-    most = larger(most, (elements / codes.columns + 2) * codes.stride);
-    most = larger(most, elements * codes.width / 8 + 2 * codes.stride);
+    i64 between = codes.stride - codes.columns * codes.width / 8;
+    most = larger(most, elements * codes.width / 8 + 2 + (elements / codes.columns + 2) * between);
   }
   return most;
 }
