@@ -344,8 +344,10 @@ class _HubFolder:
             return list(pool.map(self._header, paths))
 
     def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
-        _check_named(paths)
         names = [path.relative_to(self.snapshot).as_posix() for path in paths]
+        if self.asked.weights:
+            _files(self.asked.hub_id, self.commit, names)
+        _check_named(paths)
         return [range_gguf(self.asked.hub_id, self.commit, path, n) for path, n in zip(paths, names, strict=True)]
 
     def _header(self, path: Path) -> Header:
@@ -354,7 +356,7 @@ class _HubFolder:
             _files(self.asked.hub_id, self.commit, [name])
             return read_weights(path)
         header = range_header(self.asked.hub_id, self.commit, path, name)
-        if self.asked.weights or path.exists():
+        if path.exists():
             return header
         fetch = partial(range_bytes, self.asked.hub_id, self.commit, name)
         with ThreadPoolExecutor(8) as pool:  # shapes that stand in a weight's own bytes
