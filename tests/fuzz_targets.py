@@ -383,8 +383,8 @@ class Targets:
 
 
 NAMES = (
-    "recipe", "header", "gguf", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config", "special_tokens",
-    "generation", "config", "adapter", "listing", "ranges", "head",
+    "recipe", "header", "gguf", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config",
+    "special_tokens", "generation", "config", "adapter", "listing", "ranges", "head",
 )  # fmt: skip
 JSON = (
     "tokenizer", "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing",

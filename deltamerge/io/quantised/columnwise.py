@@ -54,6 +54,11 @@ class Gptq:
         values = unpack(_bytes(words.T), self.width)[:, : self.inputs].astype(np.float32)
         scales, zeros = self._scales(read, top, bottom), self._zeros(read, top, bottom)
         groups = self._groups(read)
+        if groups is None:
+            cut = values.reshape(bottom - top, -1, self.group)
+            cut -= zeros[:, :, None]
+            cut *= scales[:, :, None]
+            return values
         values -= np.take(zeros, groups, axis=1)
         values *= np.take(scales, groups, axis=1)
         return values
@@ -76,14 +81,16 @@ class Gptq:
         skip = top % WORD
         return zeros[:, skip : skip + bottom - top].T.astype(np.float32)
 
-    def _groups(self, read: Read) -> Array:
+    def _groups(self, read: Read) -> Array | None:
+        """The group of each input; None where they are equal and in order."""
+        in_order = np.arange(self.inputs) // self.group
         if self.order is None:
-            return np.arange(self.inputs) // self.group
+            return in_order if self.inputs % self.group else None
         groups = bits(read, self.order, 0, self.inputs).view(np.int32)
         if groups.min() < 0 or groups.max() >= self.scales.shape[0]:
             message = f"names group {groups.max() if groups.max() > 0 else groups.min()} of {self.scales.shape[0]}"
             raise InputError(f"{self.order.name}: {message}", hint=AGAIN)
-        return groups
+        return None if not self.inputs % self.group and np.array_equal(groups, in_order) else groups
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +111,9 @@ class Awq:
         values = self._unpacked(read, self.codes, top, bottom)
         scales = columns_of(read, self.scales, groups, outputs, top, bottom)
         scales = finite(widen(np.ascontiguousarray(scales), self.scales.dtype), self.scales)
-        values -= np.repeat(self._unpacked(read, self.zeros, top, bottom), self.group, axis=0)
-        values *= np.repeat(scales, self.group, axis=0)
+        cut = values.reshape(groups, self.group, -1)
+        cut -= self._unpacked(read, self.zeros, top, bottom)[:, None]
+        cut *= scales[:, None]
         return np.ascontiguousarray(values.T)
 
     def _unpacked(self, read: Read, info: TensorInfo, top: int, bottom: int) -> Floats:
