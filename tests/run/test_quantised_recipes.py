@@ -191,7 +191,7 @@ def llamas(tmp_path_factory) -> Path:
 
 
 def test_what_a_plan_says_from_headers_alone(llamas, tmp_path, capsys):
-    (llamas / "r.yaml").write_text("base_model: ./fp8\nmodels: [{model: ./tune}]\n")
+    (llamas / "r.yaml").write_text("base_model: ./fp8\nmodels: [{model: ./tune, parameters: {weight: 0.5}}]\n")
     planned = make_plan(llamas / "r.yaml")
     said = "./fp8: quantised (fp8, blocks of 16×16), read as float32, written as bfloat16"
     dropped = "config.json: quantization_config (fp8) is dropped: the output is not quantised"
@@ -200,7 +200,7 @@ def test_what_a_plan_says_from_headers_alone(llamas, tmp_path, capsys):
         sum(t.numel() * t.element_size() for t in load_tensors(llamas / name).values()) for name in ("base", "fp8")
     ]
     assert planned.nbytes == sizes[0]
-    assert planned.read_bytes <= sum(sizes)
+    assert sum(sizes) - 4000 < planned.read_bytes <= sum(sizes)  # not the scales
     code, _, err = call(capsys, "check", llamas / "r.yaml")
     assert code == 0
     assert said in err
