@@ -12,7 +12,7 @@ AWQ      words hold codes of eight outputs, output (0, 2, 4, 6, 1, 3, 5, 7)_k in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class Gptq:
     """Codes of `width` bits, inputs × outputs packed along inputs; `plus` is added to zeros; without `order` input i is
     in group i // `group`."""
 
+    keeps: ClassVar[bool] = True
     codes: TensorInfo
     zeros: TensorInfo
     scales: TensorInfo
@@ -97,6 +98,7 @@ class Gptq:
 class Awq:
     """Codes of four bits, inputs × outputs packed along outputs, `group` inputs a group."""
 
+    keeps: ClassVar[bool] = True
     codes: TensorInfo
     zeros: TensorInfo
     scales: TensorInfo
@@ -108,21 +110,22 @@ class Awq:
 
     def _band(self, read: Read, top: int, bottom: int) -> Floats:
         groups, outputs = self.scales.shape
-        values = self._unpacked(read, self.codes, top, bottom)
-        scales = columns_of(read, self.scales, groups, outputs, top, bottom)
-        scales = finite(widen(np.ascontiguousarray(scales), self.scales.dtype), self.scales)
-        cut = values.reshape(groups, self.group, -1)
-        cut -= self._unpacked(read, self.zeros, top, bottom)[:, None]
-        cut *= scales[:, None]
-        return np.ascontiguousarray(values.T)
+        stored = np.ascontiguousarray(columns_of(read, self.scales, groups, outputs, top, bottom).T)
+        scales = finite(widen(stored, self.scales.dtype), self.scales)
+        zeros = self._unpacked(read, self.zeros, top, bottom).astype(np.float32)
+        values = self._unpacked(read, self.codes, top, bottom).astype(np.float32)
+        cut = values.reshape(bottom - top, groups, self.group)
+        cut -= zeros[:, :, None]
+        cut *= scales[:, :, None]
+        return values
 
-    def _unpacked(self, read: Read, info: TensorInfo, top: int, bottom: int) -> Floats:
-        """Columns [top, bottom) of a packed matrix."""
+    def _unpacked(self, read: Read, info: TensorInfo, top: int, bottom: int) -> Array:
+        """Columns [top, bottom) of a packed matrix, as rows."""
         rows, words = info.shape
         first = top // 8
         found = columns_of(read, info, rows, words, first, -(-bottom // 8))
         codes = unpack(_bytes(found), AWQ_BITS).reshape(rows, -1, 8)[:, :, AWQ_PLACES].reshape(rows, -1)
-        return codes[:, top - first * 8 : bottom - first * 8].astype(np.float32)
+        return np.ascontiguousarray(codes[:, top - first * 8 : bottom - first * 8].T)
 
 
 def _bytes(words: Array) -> Array:
