@@ -70,7 +70,8 @@ def seconds(described: Mapping[str, Any]) -> float:
     rate = copy_rate()
     slow = any(tensor["backend"] == "torch" for tensor in described["tensors"] if tensor["method"] != "copy")
     read = described["read_bytes"] / (rate * READING * (TORCH if slow else 1) * min(described["workers"], 8) / 2)
-    return STARTING + described["output_bytes"] / (rate * WRITING) + read
+    taken: float = STARTING + described["output_bytes"] / (rate * WRITING) + read
+    return taken
 
 
 def copy_rate() -> float:
