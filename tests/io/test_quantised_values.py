@@ -322,7 +322,7 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "blocks of no size": (_blocks(), BLOCK | {"weight_block_size": [0, 8]}, "two positive integers, is [0, 8]"),
     "blocks of three sides": (_blocks(), BLOCK | {"weight_block_size": [4, 8, 2]}, "two positive integers"),
     "blocks of words": (_blocks(), BLOCK | {"weight_block_size": "4"}, "two positive integers, is 4"),
-    "floats beside scales": (_blocks() | {W: torch.ones(8, 16).bfloat16()}, BLOCK, "is BF16 and not float8"),
+    "floats beside scales": (_blocks() | {W: torch.ones(8, 16).bfloat16()}, BLOCK, "is BF16 beside scales, must be F8_E4M3 or F8_E5M2"),
     "scales without a weight": (
         {W + "_scale_inv": torch.ones(2, 2), **fp8("b.weight", drawn(8, 16), (4, 8))[0]}, BLOCK,
         f"{W}_scale_inv belongs to no weight",
