@@ -1,5 +1,5 @@
-"""Writes tests/io/mlx.safetensors by MLX itself (pip install 'mlx[cpu]', which the tests do not need): weights in each of
-its modes, and MLX's own float32 values of them.
+"""Writes tests/io/mlx.safetensors by MLX itself (pip install 'mlx[cpu]', which the tests do not need): weights in each
+of its modes, and MLX's own float32 values of them.
 
     python tests/mlx_values.py tests/io/mlx.safetensors
 """

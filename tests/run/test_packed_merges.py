@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from conftest import load_tensors, make_checkpoint
+from adapters import write_adapter
+from conftest import load_tensors, make_checkpoint, tiny_llama
 from running import run
 
 from deltamerge.inspect.diff import diff
@@ -119,3 +120,30 @@ def test_a_merge_over_a_gguf_base_loads(tmp_path):
     assert (differ["kind"], differ["changed"]) == ("checkpoints", 0)
     _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+
+
+def test_an_adapter_over_four_bits_is_merged_into_their_values(tmp_path):
+    from bitsandbytes import functional
+
+    base = tiny_llama(tmp_path / "base", seed=0)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, tensor in load_tensors(base).items():
+        tensors[name] = tensor
+        if "proj" in name:
+            tensors[name], state = functional.quantize_4bit(tensor.float(), quant_type="nf4", compress_statistics=True)
+            tensors |= {f"{name}.{key}": part for key, part in state.as_dict(packed=True).items()}
+    config = json.loads((base / "config.json").read_text())
+    said = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    make_checkpoint(tmp_path / "nf4", tensors, config=config | {"quantization_config": said})
+    plain(tmp_path / "nf4", tmp_path / "values")
+    write_adapter(tmp_path / "lora", 3)
+    for name in ("nf4", "values"):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"merge_method: passthrough\nmodels: [{{model: ./{name}+./lora}}]\ndtype: bfloat16\n"
+        )
+        run(tmp_path / f"{name}.yaml", tmp_path / f"{name}-out")
+    merged, expected = load_tensors(tmp_path / "nf4-out"), load_tensors(tmp_path / "values-out")
+    assert merged.keys() == expected.keys()
+    assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(merged[name], load_tensors(base)[name])
