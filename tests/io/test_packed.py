@@ -226,6 +226,8 @@ CORRUPT: dict[str, tuple[str, Callable[[Packed], None], str]] = {
         "nf4", change("a.weight.absmax", lambda t: t[:95]), "absmax has the shape [95], must be [96]"
     ),
     "nf4: an infinite absmax": ("nf4", change("a.weight.absmax", holed(float("inf"))), "a.weight.absmax: holds NaN or"),
+    "nf4: no absmax": ("nf4", change("a.weight.absmax", lambda t: t * 0), "a.weight.absmax: is 0 where the weight is"),
+    "int8: a scale of 0": ("int8", change("a.SCB", holed(0)), "a.SCB: is 0 where the weight is not"),
     "nf4: no nested table": (
         "nf4 nested", change("a.weight.nested_quant_map", None), "its nested_quant_map is missing"
     ),

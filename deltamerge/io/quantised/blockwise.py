@@ -18,7 +18,7 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.quantised.detect import MOST_STATE
-from deltamerge.io.quantised.packing import AGAIN, expect, floats
+from deltamerge.io.quantised.packing import AGAIN, damaged, expect, floats
 from deltamerge.io.quantised.weight import Floats, Stored, bits, fill_rows, weight
 from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import parse_json
@@ -63,7 +63,10 @@ class Tabled:
         values = np.zeros(((last - first) * self.block // 2, 2), np.float32)
         np.take(pairs, stored, axis=0, out=values[: len(stored)])
         values = values.reshape(last - first, self.block)
-        values *= self._scales(read, first, last - first)[:, None]
+        scales = self._scales(read, first, last - first)
+        if self.nested is None:
+            greatest(scales, values, self.scales)
+        values *= scales[:, None]
         skip = begin - first * self.block
         return values.reshape(-1)[skip : skip + end - begin]
 
@@ -93,9 +96,17 @@ class RowScaled:
         columns = self.codes.shape[1]
         codes = bits(read, self.codes, top * columns, (bottom - top) * columns).view(np.int8)
         values = codes.reshape(-1, columns).astype(np.float32)
-        values *= floats(read, self.scales, top, bottom - top)[:, None]
+        scales = floats(read, self.scales, top, bottom - top)
+        greatest(scales, values, self.scales)
+        values *= scales[:, None]
         values *= PER_127
         return values
+
+
+def greatest(scales: Floats, values: Floats, info: TensorInfo) -> None:
+    """InputError: the greatest magnitude of a row of `values` is stored as 0, and the row is not."""
+    if not scales.all() and values[scales == 0].any():
+        raise damaged(info, "is 0 where the weight is not")
 
 
 def bits_as_bytes(read: Read, info: TensorInfo, low: int, high: int) -> Any:

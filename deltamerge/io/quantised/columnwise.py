@@ -18,7 +18,7 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import PLAIN, widen
-from deltamerge.io.quantised.packing import AGAIN, columns_of, expect, fill_bands, finite, unpack, whole
+from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, unpack, whole
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, weight
 from deltamerge.io.tensor import Read, TensorInfo
 
@@ -90,7 +90,7 @@ class Gptq:
         groups = bits(read, self.order, 0, self.inputs).view(np.int32)
         if groups.min() < 0 or groups.max() >= self.scales.shape[0]:
             message = f"names group {groups.max() if groups.max() > 0 else groups.min()} of {self.scales.shape[0]}"
-            raise InputError(f"{self.order.name}: {message}", hint=AGAIN)
+            raise damaged(self.order, message)
         return None if not self.inputs % self.group and np.array_equal(groups, in_order) else groups
 
 

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.quantised.packing import AGAIN, columns_of, expect, fill_bands, finite, floats, whole
+from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, floats, whole
 from deltamerge.io.quantised.scaled import values_of as table_of
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, fill_rows, weight
 from deltamerge.io.tensor import Read, TensorInfo
@@ -66,7 +66,7 @@ class GroupScaled:
         if self.apply == "times":
             return scales * factor
         if not factor.all():
-            raise InputError(f"{self.whole.name}: is 0", hint=AGAIN)
+            raise damaged(self.whole, "is 0")
         return scales / factor
 
 

@@ -44,8 +44,13 @@ def floats(read: Read, info: TensorInfo, start: int, count: int) -> Floats:
 def finite(values: Floats, info: TensorInfo) -> Floats:
     """`values` of a part. InputError: one is NaN or infinite."""
     if not np.isfinite(values).all():
-        raise InputError(f"{info.name}: holds NaN or infinity", hint=AGAIN)
+        raise damaged(info, "holds NaN or infinity")
     return values
+
+
+def damaged(info: TensorInfo, what: str) -> InputError:
+    """The error for a part whose values cannot be."""
+    return InputError(f"{info.path.name}: {info.name}: {what}", hint=AGAIN)
 
 
 def unpack(stored: Array, width: int) -> Array:
