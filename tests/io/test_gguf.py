@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import pytest
 import transformers
 from conftest import write_json
 from gguf_files import MODELS, add, write
+from running import make_plan, run
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deltamerge.errors import InputError
@@ -329,3 +331,18 @@ def test_keys_without_effect_are_no_loss(tmp_path):
     assert open_checkpoint(write(tmp_path / "m.gguf", "mamba", pairs=pairs)).tensors
     with pytest.raises(InputError, match=r"its mamba\.ssm\.dt_b_c_rms would be lost"):
         open_checkpoint(write(tmp_path / "n.gguf", "mamba", pairs={"mamba.ssm.dt_b_c_rms": True}))
+
+
+def test_a_merge_of_files_writes_their_config(tmp_path):
+    for name in ("base", "a"):
+        write(tmp_path / f"{name}.gguf", "llama")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("base_model: ./base.gguf\nmodels: [{model: ./a.gguf, parameters: {weight: 0.5}}]\n")
+    assert any("config.json is made of what it says" in note for note in make_plan(recipe).notes)
+    out = run(recipe, tmp_path / "out").folder
+    config = json.loads((out / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert "quantization_config" not in config
+    _, info = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]

@@ -225,6 +225,20 @@ def test_repositories_without_a_usable_model(server: Hub, tmp_path: Path, weight
     refused("org/pickled", tmp_path, "only PyTorch pickle files", "pickles: true", weights=weights)
 
 
+def test_torchs_files_on_the_hub_are_downloaded_where_they_are_allowed(server: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / "old"
+    folder.mkdir(parents=True)
+    tensors = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2).bfloat16()}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    write_json(folder / "config.json", {"model_type": "test"})
+    server.repositories["org/old"] = folder
+    found = hub.open_model("org/old", tmp_path, weights=False, pickles=True)
+    assert {name: info.shape for name, info in found.tensors.items()} == {"w": (2, 3), "b": (2,)}
+    (tmp_path / "r.yaml").write_text("merge_method: passthrough\nmodels: [{model: org/old}]\npickles: true\n")
+    merged = load_tensors(run(tmp_path / "r.yaml").folder)
+    assert all(torch.equal(merged[name], tensors[name]) for name in tensors)
+
+
 def test_a_lying_index_on_the_hub(server: Hub, model: Path, tmp_path: Path) -> None:
     path = model / "model.safetensors.index.json"
     index = json.loads(path.read_text())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from interrupted import Stop
 from raw_tensors import Stored, stored, widened, write_checkpoint, write_weights
-from running import make_plan, run
+from running import finish, make_plan, run
 
 from deltamerge.cli import main
 from deltamerge.errors import DeltamergeError
@@ -21,6 +21,7 @@ from deltamerge.io import writer
 from deltamerge.run.apply import apply
 from deltamerge.run.extract import extract
 from deltamerge.run.lock import verify
+from deltamerge.run.partition import Part
 
 WEIGHTS = {"a": 0.3, "b": 0.5}
 MERGE = "merge_method: task_arithmetic\nbase_model: ./base\nmodels:\n" + "".join(
@@ -155,6 +156,9 @@ def test_a_pipeline_is_merged_component_by_component(three: Path) -> None:
     small = files(run(three / "r.yaml", three / "small").folder)
     same(tensors_of(three / "small"), expected(three))
     assert "unet/diffusion_pytorch_model-00001-of-00004.safetensors" in small
+    for number in (1, 2):
+        run(three / "r.yaml", three / "parts", part=Part(number, 2))
+    assert files(finish(three / "r.yaml", three / "parts").folder) == small
     index = json.loads(small["unet/diffusion_pytorch_model.safetensors.index.json"])
     assert index["weight_map"]["conv_in.bias"].startswith("diffusion_pytorch_model-0000")
     assert not any(name.startswith("unet/unet") or (name.endswith("model.safetensors.index.json") and "/" not in name)
