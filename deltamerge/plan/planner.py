@@ -22,6 +22,7 @@ from deltamerge.io.checkpoint import Adapter
 from deltamerge.io.component import Component
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.names import numbered_blocks
+from deltamerge.io.quantised.packing import kept_bytes
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.writer import Layout, plan_layout
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
@@ -235,6 +236,7 @@ def _plan(
         for name, shape, dtype, pieces in rows
     )
     held = (held_by_delta if recipe.output.kind == "delta" else held_by_files)(outputs, workers)
+    held += kept_bytes(info for model in inputs.all for info in model.tensors.values())
     roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
     costs = {root: cost(root) for root in roots}
     tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
