@@ -19,6 +19,7 @@ from deltamerge.io.gathered import cut
 from deltamerge.io.names import LM_HEAD, layer_index
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
+from deltamerge.plan.kinship import seem_equal
 from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.modules import Modules
@@ -261,13 +262,16 @@ class Outputs:
         return any(stack.holds(name) for stack in self.stacks)
 
     def _tied_head(self) -> str | None:
-        """The head that the template's config ties to its embedding although its file holds both, if there is one."""
+        """The head that the template's config ties to its embedding although its file holds both, if there is one.
+
+        Not one with other values than the embedding: not every class of transformers ties where the config says so.
+        """
         template = self.inputs.template
         head = template.tensors.get(LM_HEAD)
         if head is None or self.inputs.untied or template.checkpoint.config.get("tie_word_embeddings") is not True:
             return None
-        twins = (n for n, t in template.tensors.items() if "embed" in n and t.shape == head.shape)
-        return LM_HEAD if any(twins) else None
+        twins = (t for n, t in template.tensors.items() if "embed" in n and t.shape == head.shape)
+        return LM_HEAD if any(seem_equal(head, twin) for twin in twins) else None
 
     def _left_out(self) -> None:
         """Report tensors that an input has and the output lacks: an error inside a numbered block, else a note."""

@@ -33,6 +33,7 @@ from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, tile_and_peak
 from deltamerge.plan.outputs import Outputs, OutputTensor
+from deltamerge.plan.stack import Stack
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.recipe import checks
 from deltamerge.recipe.schema import Recipe
@@ -98,6 +99,7 @@ class Plan:
     chat_template: ChatTemplate | None = None
     warnings: tuple[str, ...] = ()
     alike: Mapping[str, NonFinite] = field(default_factory=dict)
+    stacks: tuple[Stack, ...] = ()
 
     @property
     def device(self) -> str:
@@ -291,6 +293,7 @@ def _plan(
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
         warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs)),
+        stacks=tuple(found.stacks),
     )
 
 
