@@ -108,7 +108,7 @@ def run(
 
     def watch(plan: Plan) -> Callable[[int], None]:
         warnings.say(plan)
-        return progress.start(plan.nbytes)
+        return progress.start(plan.made_bytes)
 
     options = Options(
         device=device, workers=workers, memory=memory, resume=resume, force=force, allow_nonfinite=allow_nonfinite,

@@ -6,10 +6,10 @@ import json
 import math
 import os
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import accumulate, groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -78,19 +78,25 @@ class Layout:
 
 
 def plan_layout(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]], shard_size: int | None, single: str = SINGLE
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
+    shard_size: int | None,
+    single: str = SINGLE,
+    weights: Mapping[str, str] | None = None,
 ) -> Layout:
     """The place of each (name, dtype, shape), in files with the bytes that transformers would write.
 
         tensors      in the order in which shards are filled
         shard_size   bytes of a shard at most, a larger tensor has one of its own; None: one file
         single       name of the file where there is only one
+        weights      of tensors that together store one weight, its name: they follow one another, and share a shard
 
     Shards are those of huggingface_hub.split_torch_state_dict_into_shards, files those of
     safetensors.torch.save_file(metadata={"format": "pt"}). `total_parameters` counts the floating tensors.
     """
     metas = [Meta(name, dtype, shape, nbytes_of(dtype, shape)) for name, dtype, shape in tensors]
-    shards = [metas] if shard_size is None else _shards(metas, shard_size)
+    whole = weights or {}
+    together = [tuple(group) for _, group in groupby(metas, lambda meta: whole.get(meta.name, meta.name))]
+    shards = [metas] if shard_size is None else _shards(together, shard_size)
     files = []
     places = dict.fromkeys((meta.name for meta in metas), Place("", 0, 0, ""))
     if len(places) != len(metas):
@@ -111,19 +117,20 @@ def plan_layout(
     return Layout(tuple(files), places, index, total)
 
 
-def _shards(metas: Sequence[Meta], shard_size: int) -> list[Sequence[Meta]]:
+def _shards(groups: Sequence[Sequence[Meta]], shard_size: int) -> list[Sequence[Meta]]:
     shards: list[Sequence[Meta]] = []
     current: list[Meta] = []
     filled = 0
-    for meta in metas:
-        if meta.nbytes > shard_size:
-            shards.append([meta])
+    for group in groups:
+        nbytes = sum(meta.nbytes for meta in group)
+        if nbytes > shard_size:
+            shards.append(group)
             continue
-        if filled + meta.nbytes > shard_size:
+        if filled + nbytes > shard_size:
             shards.append(current)
             current, filled = [], 0
-        current.append(meta)
-        filled += meta.nbytes
+        current += group
+        filled += nbytes
     return [*shards, current] if current or not shards else shards
 
 
@@ -146,7 +153,8 @@ class Writer:
 
     Files are created at once, with headers and full size; space is reserved where the file system can. `files` selects
     some of them (default: all). With a `journal`, written data is synced every few seconds and then recorded; what its
-    records list, of files that still exist, is kept and need not be written again (`has`).
+    records list, of files that still exist, is kept and need not be written again (`has`). What `notes` returns is
+    recorded with it.
 
     OutputError: a file exists and is not in the journal, too little space, no permission, a read-only or full disk.
     """
@@ -163,6 +171,7 @@ class Writer:
         self._fresh: dict[str, Spans] = {}
         self._saved = False
         self._failure: DeltamergeError | None = None
+        self.notes: Callable[[], dict[str, Any]] = dict
         self._lock, self._saving = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
         self._resume()
@@ -193,6 +202,11 @@ class Writer:
             self._saver.join()
         self._outbox.close()
         self._files.close()
+
+    @property
+    def records(self) -> Sequence[Mapping[str, Any]]:
+        """The journal's."""
+        return () if self._journal is None else self._journal.records
 
     def has(self, name: str, offset: int, nbytes: int) -> bool:
         """Whether bytes [offset, offset + nbytes) of tensor `name` are written already."""
@@ -247,7 +261,7 @@ class Writer:
                 for path in (self._folder, self._journal.path.parent, self._journal.path.parent.parent):
                     sync_path(path)
             if fresh:
-                self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}})
+                self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}, **self.notes()})
                 self._saved = True
 
     def finish(self, *, keep: bool = False) -> Findings:

@@ -54,6 +54,9 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         with errors.context(name), errors.context(str(scheme)):
             made = decoder(Stored(name, parts, settings))
         tensors[name] = replace(made, saved_as=dtype)
+    known = {part: checkpoint.tensors[part] for parts in scheme.weights.values() for part in parts}
+    plain = {name: tensors[name] for name in scheme.weights}
+    scheme = replace(scheme, stored=known, plain=plain, settings=settings)
     return replace(checkpoint, tensors=tensors, quantised=scheme)
 
 

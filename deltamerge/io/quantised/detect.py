@@ -36,11 +36,16 @@ class Scheme:
     name      of the scheme (`fp8`, `gptq`)
     detail    its blocks or bits, where config.json states them
     weights   for each quantised weight, by its unquantised name, the tensors that store it, codes first
+    stored, plain   those tensors, and the weights that they make, by name, once the checkpoint is decoded
+    settings  of the config's key
     """
 
     name: str
     detail: str = ""
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict, compare=False, repr=False)
+    plain: Mapping[str, TensorInfo] = field(default_factory=dict, compare=False, repr=False)
+    settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name + (f", {self.detail}" if self.detail else "")

@@ -1,0 +1,283 @@
+"""Which weights of the output are quantised, in which form, and what its config says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from deltamerge.calibrate.spec import is_transposed
+from deltamerge.engine.graph import Node
+from deltamerge.errors import InputError, RecipeError
+from deltamerge.io.dtypes import FLOATING
+from deltamerge.io.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index
+from deltamerge.io.quantised.coding import Coding
+from deltamerge.io.quantised.detect import Scheme, keys_of, stated
+from deltamerge.io.quantised.encode import channels, fp8_blocks, int4_groups, kept
+from deltamerge.io.quantised.weight import Stored
+from deltamerge.io.tensor import TensorInfo
+from deltamerge.plan.inputs import Input, Inputs
+from deltamerge.plan.stack import Target
+from deltamerge.recipe.output_keys import Quantization
+from deltamerge.recipe.schema import Recipe
+
+KEY = "quantization_config"
+PLAIN = "write plain weights: quantization: none"
+# Weights inside layers that published FP8 checkpoints leave plain: what decides which expert is asked, and the towers
+# that see and hear.
+LEFT = re.compile(r"(^|\.)(gate|router|shared_expert_gate|[a-z_]*(vision|visual|audio)[a-z_]*)(\.|$)")
+EXPERTS = re.compile(r"(^|\.)experts\.[^.]+$")
+# Keys of a config's settings that list modules whose weights are plain.
+LISTS = ("modules_to_not_convert", "ignore", "ignored_layers")
+NUMBER = re.compile(r"\.\d+(\.|$)")
+
+
+class Quantising(Protocol):
+    """How the output is quantised."""
+
+    def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
+        """How a weight of the output is stored that would be a tensor of `dtype`; None: as that."""
+
+    def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
+        """The config (without its key about quantisation) of an output whose matrices `plain` are not coded."""
+
+    def notes(self) -> list[str]:
+        """What is to be said, once every weight has been asked for."""
+
+
+def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
+    """How a recipe's output is quantised. RecipeError: it asks to keep what no model has."""
+    wanted = recipe.output.scheme
+    if wanted == "none":
+        return Plainly(inputs.template)
+    if isinstance(wanted, Quantization):
+        return Afresh(wanted, inputs.template)
+    models = [inputs.template, inputs.base, inputs.origin]
+    for model in models:
+        if model is not None and model.checkpoint.quantised is not None:
+            return Kept(model, model.checkpoint.quantised, stacked)
+    named = " nor ".join(dict.fromkeys(model.name for model in models if model is not None))
+    message = f"nothing to keep: no weight of {named} is quantised"
+    raise RecipeError(
+        recipe.source.path, [recipe.problem(("output", "quantization"), message, "quantization: fp8, or none")]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plainly:
+    """Every tensor has its plain dtype."""
+
+    template: Input
+
+    def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
+        return None
+
+    def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
+        return dict(config)
+
+    def notes(self) -> list[str]:
+        config = self.template.checkpoint.config
+        name, _ = stated(config) or ("", "")
+        return [
+            f"config.json: {'.'.join(path)} ({name}) is dropped: no weight is quantised" for path, _ in keys_of(config)
+        ]
+
+
+@dataclass(slots=True)
+class Kept:
+    """The weights that `model` stores coded are coded as there."""
+
+    model: Input
+    scheme: Scheme
+    stacked: bool
+    count: int = 0
+
+    def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
+        name = self._name(target)
+        if name is None or name not in self.scheme.weights:
+            return None
+        weight = self.scheme.plain[name]
+        if weight.shape != shape:
+            message = f"has the shape {list(weight.shape)} in {self.model.name}, {list(shape)} in the output"
+            raise InputError(f"{target.stored}: {message}, and cannot keep its quantisation", hint=PLAIN)
+        try:
+            coding = self._coding(name, weight, target.stored)
+        except InputError as error:
+            raise InputError(f"{self.model.name}: {target.stored}: {error}", hint=PLAIN) from None
+        self.count += 1
+        return coding
+
+    def _coding(self, name: str, weight: TensorInfo, output: str) -> Coding:
+        return kept(self.scheme.name, _stored(self.scheme, name), weight, output)
+
+    def _name(self, target: Target) -> str | None:
+        """The name in `model` of the weight that is merged into a target, or of what stands in its place there."""
+        reference = self.model.checkpoint.reference
+        for model, source in ((target.owner, None), *target.sources):
+            if model.checkpoint.reference == reference:
+                info = target.tensor if source is None else model.get(source)
+                if info is not None:
+                    return info.name
+        return self.model.stored.get(target.name)
+
+    def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
+        found = dict(config)
+        names = [_module(name) for name in plain if layer_index(name) is not None]
+        for path, settings in keys_of(self.model.checkpoint.config):
+            if self.stacked and isinstance(settings, Mapping):  # lists that name layers follow the layers
+                lists = {key: settings[key] for key in LISTS if isinstance(settings.get(key), list)}
+                settings = {**settings, **{key: _renumbered(value, names) for key, value in lists.items()}}
+            _put(found, path, settings)
+        return found
+
+    def notes(self) -> list[str]:
+        return [f"quantised as in {self.model.name} ({self.scheme}): {self.count} weights"]
+
+
+@dataclass(slots=True)
+class Afresh:
+    """The weights of linear layers are coded in the scheme that the recipe asks for."""
+
+    wanted: Quantization
+    template: Input
+    count: int = 0
+    unfit: list[str] = field(default_factory=list)
+
+    def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
+        if dtype not in FLOATING or not self._is_linear(target, shape):
+            return None
+        name, wanted = target.stored, self.wanted
+        if wanted.by == "block":
+            block = self._block
+            if any(size % side for size, side in zip(shape, block, strict=True)):
+                self.unfit.append(name)
+                return None
+            coding = fp8_blocks(name, shape, block)
+        elif wanted.by == "group":
+            group = wanted.group or 128
+            if shape[1] % group:
+                self.unfit.append(name)
+                return None
+            coding = int4_groups(name, shape, group, _scale(dtype), self.template.checkpoint.files[0])
+        else:
+            coding = channels(name, shape, {"fp8": "F8_E4M3", "int8": "I8"}[wanted.scheme], _scale(dtype))
+        self.count += 1
+        return coding
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        given = self.wanted.block or (128, 128)
+        return given[0], given[1]
+
+    def _is_linear(self, target: Target, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor is the weight of a linear layer that published checkpoints quantise, by its name."""
+        name = target.stored
+        if len(shape) != 2 or not name.endswith(".weight") or layer_index(name) is None or "norm" in name:
+            return False
+        if any(pattern.search(name) for pattern in (EMBEDDING, TOKEN_HEAD, LEFT)) or re.search(TASK_HEAD, name):
+            return False
+        model_type = self.template.checkpoint.config.get("model_type")
+        return not is_transposed(name, model_type if isinstance(model_type, str) else None)
+
+    def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
+        modules = list(dict.fromkeys([_module(LM_HEAD), *map(_module, plain)]))
+        settings = self._fp8(modules) if self.wanted.by == "block" else self._compressed(modules)
+        return {**config, KEY: settings}
+
+    def _fp8(self, plain: Sequence[str]) -> dict[str, Any]:
+        """As Qwen3-FP8 and DeepSeek-V3 say it."""
+        return {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "modules_to_not_convert": list(plain),
+            "quant_method": "fp8",
+            "weight_block_size": list(self._block),
+        }
+
+    def _compressed(self, plain: Sequence[str]) -> dict[str, Any]:
+        """As compressed-tensors says it: 8 bits with activations rounded token by token, 4 bits with plain ones."""
+        kind = "float" if self.wanted.scheme == "fp8" else "int"
+        bits = 4 if self.wanted.scheme == "int4" else 8
+        common = {"num_bits": bits, "type": kind, "symmetric": True}
+        weights = {**common, "dynamic": False, "strategy": self.wanted.by, "observer": "minmax"}
+        if self.wanted.by == "group":
+            weights["group_size"] = self.wanted.group or 128
+        tokens = {**common, "dynamic": True, "strategy": "token"} if bits == 8 else None
+        form = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}[self.wanted.scheme]
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens, "output_activations": None}
+        return {
+            "config_groups": {"group_0": {**group, "format": form}},
+            "format": form,
+            "ignore": list(plain),
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+        }
+
+    def notes(self) -> list[str]:
+        way = {
+            "block": f"blocks of {'×'.join(map(str, self._block))}",
+            "group": f"groups of {self.wanted.group or 128}",
+        }.get(self.wanted.by, f"a scale a {self.wanted.by}")
+        found = [f"quantised to {self.wanted.scheme}, {way}: {self.count} weights of linear layers in numbered blocks"]
+        if self.unfit:
+            more = f" and {len(self.unfit) - 1} more" if len(self.unfit) > 1 else ""
+            found.append(f"left plain, as {way} do not fit: {self.unfit[0]}{more}")
+        if not self.count:
+            raise InputError(f"{self.template.name}: no weight can be quantised: {found[-1]}", hint=PLAIN)
+        return found
+
+
+def copies(inputs: Inputs) -> dict[TensorInfo, tuple[Scheme, str]]:
+    """The scheme and name of every weight that some model stores coded."""
+    schemes = [c.quantised for c in inputs.checkpoints if c.quantised is not None]
+    return {info: (scheme, name) for scheme in schemes for name, info in scheme.plain.items()}
+
+
+def copied(root: Node, coding: Coding, known: Mapping[TensorInfo, tuple[Scheme, str]], output: str) -> Coding | None:
+    """The coding whose stored tensors are copied, where `root` reads a weight that is stored in that form already."""
+    if root.kind != "read" or root.parameter("tensor") not in known:
+        return None
+    scheme, name = known[root.parameter("tensor")]
+    try:
+        other = kept(scheme.name, _stored(scheme, name), scheme.plain[name], output)
+    except InputError:
+        return None
+    same = (other.parts, other.coder) == (coding.parts, coding.coder)
+    return other if same and [c.name for c in other.copied] == [c.name for c in coding.copied] else None
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a plain tensor is named among those that a quantised model leaves plain."""
+    return (len(shape) == 2 and name.endswith(".weight")) or (len(shape) == 3 and EXPERTS.search(name) is not None)
+
+
+def _stored(scheme: Scheme, name: str) -> Stored:
+    return Stored(name, tuple(scheme.stored[part] for part in scheme.weights[name]), scheme.settings)
+
+
+def _module(name: str) -> str:
+    """The module of a weight: of fused experts, all of them."""
+    return name.rpartition(".")[0]
+
+
+def _scale(dtype: str) -> str:
+    return dtype if dtype in ("BF16", "F16", "F32") else "F32"
+
+
+def _renumbered(listed: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    rest = [entry for entry in listed if not (isinstance(entry, str) and NUMBER.search(entry))]
+    return list(dict.fromkeys([*rest, *names])) if len(rest) < len(listed) else rest
+
+
+def _put(config: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a key of a config's section, or of the config where it has no such section."""
+    inner = config
+    for key in path[:-1]:
+        section = inner.get(key)
+        if not isinstance(section, dict):
+            config[path[-1]] = value
+            return
+        inner[key] = dict(section)
+        inner = inner[key]
+    inner[path[-1]] = value
