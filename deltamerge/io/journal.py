@@ -64,12 +64,8 @@ def _is_record(record: Any) -> bool:
     part, inode = record.get("part"), record.get("publish", {"inode": 0}).get("inode")
     if type(inode) is not int or (part is not None and not _is_part(part)):
         return False
-    sums = [
-        unit
-        for units in record.get("coded", {}).values()
-        for unit in (units if type(units) is dict else {0: ""}).items()
-    ]
-    if not all(_is_sums(*unit) for unit in sums):
+    coded = record.get("coded", {}).values()
+    if not all(type(units) is dict and all(_is_sums(*unit) for unit in units.items()) for units in coded):
         return False
     spans = [span for spans in record.get("done", {}).values() for span in (spans if type(spans) is list else [None])]
     return all(type(span) is list and len(span) == 2 and all(type(x) is int and x >= 0 for x in span) for span in spans)
