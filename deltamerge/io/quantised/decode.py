@@ -1,12 +1,14 @@
 """Quantised checkpoints read as plain ones: each weight is one float32 tensor, computed from its codes when it is read.
 
-A scheme is one function, from the tensors that store a weight to the tensor that is read; `DECODERS` has them all.
+A scheme is one function, from the tensors that store a weight to the tensor that is read; `DECODERS` has them all, by
+the kind that the tensors' names and dtypes tell (`detect.Scheme.kinds`). config.json calls schemes by more names; `KINDS`
+says which kinds each of them has.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -14,8 +16,8 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import CODES, PLAIN
-from deltamerge.io.quantised import fp8
-from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, scheme_of
+from deltamerge.io.quantised import blockwise, columnwise, compressed, fp4, fp8, mlx
+from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, orphans, scheme_of
 from deltamerge.io.quantised.weight import Stored
 from deltamerge.io.tensor import TensorInfo
 
@@ -23,6 +25,23 @@ Decoder = Callable[[Stored], TensorInfo]
 
 DECODERS: Mapping[str, Decoder] = {
     "fp8": fp8.decoded,
+    "compressed-tensors": compressed.decoded,
+    "mxfp4": fp4.experts,
+    "nvfp4": fp4.nvfp4,
+    "packed-fp4": fp4.compressed,
+    "gptq": columnwise.gptq,
+    "awq": columnwise.awq,
+    "bitsandbytes": blockwise.decoded,
+    "mlx": mlx.decoded,
+    "metal": mlx.decoded,
+}
+# The kinds of weights in a scheme that config.json names; what is not listed has the kind of its own name.
+KINDS: Mapping[str, frozenset[str]] = {
+    "fbgemm_fp8": frozenset({"fp8"}),
+    "FP8": frozenset({"fp8"}),
+    "quark": frozenset({"fp8"}),
+    "modelopt": frozenset({"fp8", "nvfp4"}),
+    "compressed-tensors": frozenset({"compressed-tensors", "fp8", "packed-fp4"}),
 }
 
 
@@ -35,13 +54,13 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     scheme = scheme_of(checkpoint.config, checkpoint.tensors)
     if scheme is None:
         return checkpoint
-    decoder = DECODERS.get(scheme.name)
-    if decoder is None:
-        raise _unknown(scheme)
+    if lone := orphans(scheme, checkpoint.tensors):
+        raise InputError(f"is quantised ({scheme}): {lone[0]} belongs to no weight", hint="download the model again")
+    decoders = {name: _decoder(scheme, name) for name in scheme.weights}
     settings = next((value for _, value in keys_of(checkpoint.config) if isinstance(value, Mapping)), {})
-    dtype = plain_dtype(checkpoint)
     weight_of = {parts[0]: name for name, parts in scheme.weights.items()}
-    companions = {part for parts in scheme.weights.values() for part in parts[1:]}
+    companions = {*scheme.dropped, *(part for parts in scheme.weights.values() for part in parts[1:])}
+    dtype = plain_dtype(checkpoint, companions)
     tensors: dict[str, TensorInfo] = {}
     for stored, info in checkpoint.tensors.items():
         if stored in companions:
@@ -52,28 +71,40 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         name = weight_of[stored]
         parts = tuple(checkpoint.tensors[part] for part in scheme.weights[name])
         with errors.context(name), errors.context(str(scheme)):
-            made = decoder(Stored(name, parts, settings))
+            made = decoders[name](Stored(name, parts, settings))
         tensors[name] = replace(made, saved_as=dtype)
-    known = {part: checkpoint.tensors[part] for parts in scheme.weights.values() for part in parts}
+    known = {part: checkpoint.tensors[part] for part in (*weight_of, *companions)}
     plain = {name: tensors[name] for name in scheme.weights}
-    scheme = replace(scheme, stored=known, plain=plain, settings=settings)
-    return replace(checkpoint, tensors=tensors, quantised=scheme)
+    return replace(checkpoint, tensors=tensors, quantised=replace(scheme, stored=known, plain=plain))
 
 
-def plain_dtype(checkpoint: Checkpoint) -> str:
+def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str:
     """The dtype that a quantised model's weights have when they are not quantised: its config's, else that of most of
-    its plain tensors, else bfloat16."""
+    its plain tensors but `companions`, else bfloat16."""
     config: Mapping[str, Any] = checkpoint.config
     inner = config.get("text_config")
     for settings in (config, inner if isinstance(inner, Mapping) else {}):
         said = CODES.get(str(settings.get("dtype") or settings.get("torch_dtype")))
         if said in PLAIN:
             return str(said)
-    usual = Counter(info.dtype for info in checkpoint.tensors.values() if info.dtype in PLAIN and len(info.shape) > 1)
+    others = (info for name, info in checkpoint.tensors.items() if name not in companions)
+    usual = Counter(info.dtype for info in others if info.dtype in PLAIN and len(info.shape) > 1)
     return usual.most_common(1)[0][0] if usual else "BF16"
 
 
-def _unknown(scheme: Scheme) -> InputError:
-    count, first = len(scheme.weights), next(iter(scheme.weights))
+def _decoder(scheme: Scheme, weight: str) -> Decoder:
+    """The decoder of one weight. InputError: none reads it, or config.json names a scheme of other kinds."""
+    kind = scheme.kinds[weight]
+    if not kind and scheme.name in {*DECODERS, *KINDS}:
+        raise InputError(
+            f"is quantised ({scheme}): the scales of {weight} are missing", hint="download the model again"
+        )
+    if kind not in DECODERS or kind not in KINDS.get(scheme.name, {scheme.name}):
+        raise _unknown(scheme, weight)
+    return DECODERS[kind]
+
+
+def _unknown(scheme: Scheme, first: str) -> InputError:
+    count = sum(kind == scheme.kinds[first] for kind in scheme.kinds.values())
     some = f"{count} tensors such as {first} are" if count > 1 else f"{first} is"
     return InputError(f"is quantised ({scheme}): {some} stored as codes, which cannot be merged", hint=HINT)

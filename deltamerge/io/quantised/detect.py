@@ -7,7 +7,9 @@ dequantised checkpoint may have kept its key.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -33,19 +35,22 @@ BUFFERS = frozenset({"I64", "U64", "BOOL"})
 class Scheme:
     """How a checkpoint's weights are quantised.
 
-    name      of the scheme (`fp8`, `gptq`)
+    name      of the scheme, as config.json calls it (`fp8`, `modelopt`)
     detail    its blocks or bits, where config.json states them
     weights   for each quantised weight, by its unquantised name, the tensors that store it, codes first
-    stored, plain   those tensors, and the weights that they make, by name, once the checkpoint is decoded
-    settings  of the config's key
+    kinds     how each of them is stored, as the names and dtypes of its tensors tell, the same in schemes of several
+              names: a key of `decode.DECODERS`, or "" where they tell nothing
+    dropped   tensors that belong to no weight but to the quantisation of keys, values and activations
+    stored, plain   all those tensors, and the weights that they make, by name, once the checkpoint is decoded
     """
 
     name: str
     detail: str = ""
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    kinds: Mapping[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
     stored: Mapping[str, TensorInfo] = field(default_factory=dict, compare=False, repr=False)
     plain: Mapping[str, TensorInfo] = field(default_factory=dict, compare=False, repr=False)
-    settings: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name + (f", {self.detail}" if self.detail else "")
@@ -65,8 +70,15 @@ class _Rule:
     coded: bool = False
 
 
-_ACTIVATIONS = ("input_scale", "activation_scale", "activation_scale_inv", "input_zero_point", "output_scale")
-_COMPRESSED = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale", "input_global_scale")
+_ACTIVATIONS = (
+    "input_scale", "activation_scale", "activation_scale_inv", "input_zero_point", "output_scale", "output_zero_point",
+    "input_global_scale", "output_global_scale",
+)  # fmt: skip
+# Of cached keys and values, and of queries and probabilities beside them.
+_CACHE = re.compile(r"(?:^|[._])(?:[qkv]|kv|prob_output)_(?:scale|zero_point|global_scale)$")
+_COMPRESSED = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")
+# Names that only companions have.
+_ORPHANS = re.compile(r"_scale_inv$|(?:^|\.)(?:weight_(?:packed|scale|scale_2|zero_point|g_idx|shape)|qweight|qzeros)$")
 _RULES = (
     _Rule("fp8", "weight", ("weight_scale_inv",), _ACTIVATIONS),
     _Rule("nvfp4", "weight", ("weight_scale", "weight_scale_2"), _ACTIVATIONS, coded=True),
@@ -76,6 +88,7 @@ _RULES = (
     _Rule("awq", "qweight", ("scales",), ("qzeros",)),
     _Rule("bitsandbytes", "weight", ("SCB",), ("weight_format",)),
     _Rule("mlx", "weight", ("scales", "biases"), coded=True),
+    _Rule("metal", "weight", ("scales", "qbiases"), coded=True),
     _Rule("mlx", "weight", ("scales",), coded=True),
     _Rule("hqq", "W_q", ("scale",), ("zero",)),
     _Rule("aqlm", "codes", ("codebooks",), ("scales",)),
@@ -105,10 +118,38 @@ def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> S
     if name:
         known = {part for _, parts in found.values() for part in parts}
         found |= {weight: ("", (weight,)) for weight in _lone_codes(tensors, known)}
-    if not found:
+    parts = {part for _, parts in found.values() for part in parts}
+    dropped = tuple(_dropped(config, tensors, parts)) if name or found else ()
+    if not found and not dropped:
         return None
-    told = next((scheme for scheme, _ in found.values() if scheme), UNNAMED)
-    return Scheme(name or told, detail, MappingProxyType({weight: parts for weight, (_, parts) in found.items()}))
+    told = next((kind for kind, _ in found.values() if kind), UNNAMED)
+    weights = {weight: parts for weight, (_, parts) in found.items()}
+    kinds = {weight: kind for weight, (kind, _) in found.items()}
+    name = told if name in ("", UNNAMED) else name
+    return Scheme(name, detail, MappingProxyType(weights), MappingProxyType(kinds), dropped)
+
+
+def orphans(scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """Names of companions of weights that are not there."""
+    known = {part for parts in scheme.weights.values() for part in parts}
+    return [name for name in tensors if _ORPHANS.search(name) and name not in known]
+
+
+def _dropped(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], parts: set[str]) -> Iterator[str]:
+    """Names of scales that belong to activations, or to the cache of keys and values; a model may have parameters of
+    such names, which config.json then says nothing about and which are no single numbers."""
+    said = any("kv_cache" in str(key) and value for _, part in keys_of(config) for key, value in _items(part))
+    for name, info in tensors.items():
+        if name in parts:
+            continue
+        if name.rpartition(".")[2] in _ACTIVATIONS:
+            yield name
+        elif _CACHE.search(name) and (said or math.prod(info.shape) == 1):
+            yield name
+
+
+def _items(settings: Any) -> Iterable[tuple[Any, Any]]:
+    return settings.items() if isinstance(settings, Mapping) else ()
 
 
 def stated(config: Mapping[str, Any]) -> tuple[str, str] | None:
@@ -158,11 +199,26 @@ def _detail(settings: Any) -> str:
     if not isinstance(settings, Mapping):
         return ""
     block, bits, algorithm = (settings.get(key) for key in ("weight_block_size", "bits", "quant_algo"))
+    if isinstance(settings.get("config_groups"), Mapping):
+        return _grouped(settings)
     if isinstance(block, list) and block:
         return f"blocks of {'×'.join(map(_shown, block[:4]))}"
     if algorithm and settings.get("quant_method"):
         return _shown(algorithm)
     return f"{bits} bits" if type(bits) is int else ""
+
+
+def _grouped(settings: Mapping[str, Any]) -> str:
+    """The format of compressed-tensors, and the bits and blocks of its groups."""
+    words = [_shown(settings["format"])] if settings.get("format") else []
+    for group in settings["config_groups"].values():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        if isinstance(weights, Mapping):
+            size, block = weights.get("group_size"), weights.get("block_structure")
+            by = f"groups of {size}" if type(size) is int and size > 0 else _shown(weights.get("strategy") or "tensor")
+            by = f"blocks of {'×'.join(map(_shown, block[:4]))}" if isinstance(block, list) and block else by
+            words.append(f"{_shown(weights.get('num_bits', 8))} bits by {by}")
+    return ", ".join(dict.fromkeys(words[:5]))
 
 
 def _shown(value: Any) -> str:
@@ -187,11 +243,20 @@ def _paired(tensors: Mapping[str, TensorInfo], *, named: bool) -> Iterator[tuple
                 continue
             if all(start + part in tensors for part in rule.needs):
                 parts = [start + part for part in (*rule.needs, *rule.more) if start + part in tensors]
-                scheme = "fp8" if info.dtype.startswith("F8") and last == "weight" else rule.scheme
-                yield _weight(stem, name, last), (scheme, (name, *parts))
+                yield _weight(stem, name, last), (_kind(rule, info, tensors[parts[0]]), (name, *parts))
                 break
         else:
-            yield from _suffixed(name, coded, tensors)
+            yield from _suffixed(name, info, tensors)
+
+
+def _kind(rule: _Rule, codes: TensorInfo, scales: TensorInfo) -> str:
+    """The kind of a weight whose names are those of `rule`, as dtypes and shapes tell it."""
+    if codes.dtype.startswith("F8") and rule.codes == "weight":
+        return "fp8"
+    if codes.dtype in ("U8", "F4") and rule.codes == "weight_packed":
+        return "packed-fp4"
+    unordered = rule.scheme == "awq" and codes.shape[-1:] == scales.shape[-1:]
+    return "gptq" if unordered else rule.scheme
 
 
 def _weight(stem: str, name: str, last: str) -> str:
@@ -202,14 +267,16 @@ def _weight(stem: str, name: str, last: str) -> str:
 
 
 def _suffixed(
-    name: str, coded: bool, tensors: Mapping[str, TensorInfo]
+    name: str, info: TensorInfo, tensors: Mapping[str, TensorInfo]
 ) -> Iterator[tuple[str, tuple[str, tuple[str, ...]]]]:
+    coded = info.dtype not in PLAIN | BUFFERS
     for scheme, suffix, only_coded in _SUFFIXES:
         if name + suffix in tensors and (coded or not only_coded):
             more: list[str] = []
             if scheme == "bitsandbytes":
                 more = [name + part for part in _BITSANDBYTES if name + part in tensors]
-            yield name, (scheme, (name, name + suffix, *more))
+            kind = "fp8" if info.dtype.startswith("F8") else scheme
+            yield name, (kind, (name, name + suffix, *more))
             return
 
 

@@ -8,24 +8,6 @@ namespace {
 
 constexpr i64 kPadding = 16;  // zeros after the stored bytes (io/stored.py)
 
-PyObject* too_short() {
-  PyErr_SetString(PyExc_ValueError, "an array is shorter than what is listed of it");
-  return nullptr;
-}
-
-// The numbers that follow the arrays of a call.
-bool take_numbers(PyObject* arguments, Py_ssize_t from, i64* numbers, int count) {
-  if (PyTuple_Size(arguments) != from + count) {
-    PyErr_Format(PyExc_TypeError, "%d arguments are wanted", int(from) + count);
-    return false;
-  }
-  for (int i = 0; i < count; ++i) {
-    numbers[i] = PyLong_AsLongLong(PyTuple_GetItem(arguments, from + i));
-    if (numbers[i] == -1 && PyErr_Occurred() != nullptr) return false;
-  }
-  return true;
-}
-
 // (way, k, count, first, second, dense) of a coding in a buffer that ends in padding.
 bool coded_of(const Buffers<4>& b, const i64* numbers, Coded& coded) {
   coded = {b.at<u8>(0),    b.count<u8>(0) - kPadding, numbers[0], u64(numbers[1]), numbers[2], numbers[3], numbers[4],

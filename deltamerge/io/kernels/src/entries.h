@@ -46,10 +46,17 @@ class Buffers {
   int taken_ = 0;
 };
 
+// The numbers that follow the arrays of a call. False: a Python error is set.
+bool take_numbers(PyObject* arguments, Py_ssize_t from, i64* numbers, int count);
+// Raises ValueError: an array is shorter than what is listed of it.
+PyObject* too_short();
+
 // delta.cpp
 PyObject* delta_put(PyObject*, PyObject* arguments);
 PyObject* delta_add(PyObject*, PyObject* arguments);
 PyObject* delta_ranked(PyObject*, PyObject* arguments);
 PyObject* ordered_product(PyObject*, PyObject* arguments);
+// quantised.cpp
+PyObject* scaled(PyObject*, PyObject* arguments);
 
 }  // namespace deltamerge

@@ -91,6 +91,19 @@ struct Added {
   i64 group;
 };
 
+// Rows of codes: float8, int8, or unsigned integers of `width` bits from the lowest on in 32-bit words, less half their
+// range. A row has `columns`, in `stride` bytes; n columns share a scale, of which a row of the grid has `across`; `zeros`
+// (null: none) lie as the scales do.
+enum Form : i64 { kE4m3 = 0, kE5m2 = 1, kInt8 = 2, kPackedBits = 3 };
+
+struct ScaledRows {
+  const u8* codes;
+  i64 form, width, columns, stride;
+  const float* scales;
+  const float* zeros;
+  i64 across, n;
+};
+
 struct Inside {
   i64 count, above;
 };
@@ -165,6 +178,8 @@ struct Loops {
   bool (*add_to)(const Coded& coded, const Added& added, bool is_bfloat, void* out, i64 size);
   // Scales whose ranks are stored. False: they are damaged.
   bool (*ranked)(const Coded& coded, const float* scales, i64 scale_count, float* out);
+  // out = (code - zero) * scale, of rows each of which has its row of the grid.
+  void (*scale_rows)(const ScaledRows& rows, const i64* grid_rows, i64 count, float* out);
   // out_ij = sum of left_ik right_kj in the order of k; left (rows, rank), right (rank, columns).
   void (*ordered_product)(const float* left, const float* right, float* out, i64 rows, i64 rank, i64 columns);
 };

@@ -70,6 +70,7 @@ PyMethodDef methods[] = {
     {"put", delta_put, METH_VARARGS, "Put values at stored positions (delta/compiled.py)."},
     {"add", delta_add, METH_VARARGS, "Add values at stored positions."},
     {"ranked", delta_ranked, METH_VARARGS, "Scales of their stored ranks."},
+    {"scaled", scaled, METH_VARARGS, "Codes times scales (io/quantised/scaled.py)."},
     {"ordered_product", ordered_product, METH_VARARGS, "A matrix product, summed in order (io/computed.py)."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -7,6 +7,7 @@
 #include "merge.h"
 #include "positions.h"
 #include "rank.h"
+#include "scaled.h"
 #include "select.h"
 #include "sums.h"
 
@@ -49,6 +50,7 @@ const Loops DELTAMERGE_TABLE = {
     put,
     add_to,
     ranked,
+    scale_rows,
     ordered_product,
 };
 

@@ -1,0 +1,93 @@
+// Quantised weights: codes less their zero, times their scale (io/quantised/scaled.py).
+#pragma once
+
+#include "floats.h"
+
+namespace deltamerge {
+namespace {
+
+// The number of a float8 code: its bits where a float32 has them, times the power of two between the exponents' biases;
+// exact, subnormals too.
+struct E4m3 {
+  float operator()(u8 code) const {
+    float x = as_float(u32(code & 0x7F) << 20) * as_float(u32(247) << 23);
+    u32 bits = (code & 0x7F) == 0x7F ? 0x7FC00000 : as_bits(x);
+    return as_float(bits | u32(code & 0x80) << 24);
+  }
+};
+
+struct E5m2 {
+  float operator()(u8 code) const {
+    float x = as_float(u32(code & 0x7F) << 21) * as_float(u32(239) << 23);
+    u32 rest = code & 0x7F, bits = rest == 0x7C ? 0x7F800000 : rest > 0x7C ? 0x7FC00000 : as_bits(x);
+    return as_float(bits | u32(code & 0x80) << 24);
+  }
+};
+
+struct Int8 {
+  float operator()(u8 code) const { return float(std::int8_t(code)); }
+};
+
+// out = (number - zero) * scale of `count` codes that share both.
+template <class Number>
+void scale_codes(const u8* codes, Number number, float zero, float scale, bool shifted, float* out, i64 count) {
+  if (shifted) {
+    for (i64 i = 0; i < count; ++i) out[i] = (number(codes[i]) - zero) * scale;
+  } else {
+    for (i64 i = 0; i < count; ++i) out[i] = number(codes[i]) * scale;
+  }
+}
+
+// Two codes a byte, the lower bits first.
+void scale_nibbles(const u8* codes, float zero, float scale, float* out, i64 count) {
+  for (i64 i = 0; i < count / 2; ++i) {
+    out[2 * i] = (float(codes[i] & 15) - zero) * scale;
+    out[2 * i + 1] = (float(codes[i] >> 4) - zero) * scale;
+  }
+  if (count % 2 != 0) out[count - 1] = (float(codes[count / 2] & 15) - zero) * scale;
+}
+
+// Codes from number `first` of a row on, each of `width` bits.
+void scale_bits(const u8* row, i64 stride, i64 width, i64 first, float zero, float scale, float* out, i64 count) {
+  const u32 mask = (u32(1) << width) - 1;
+  for (i64 i = 0; i < count; ++i) {
+    i64 bit = (first + i) * width, byte = bit / 8;
+    u32 pair = row[byte] | (byte + 1 < stride ? u32(row[byte + 1]) << 8 : 0);
+    out[i] = (float(pair >> (bit % 8) & mask) - zero) * scale;
+  }
+}
+
+// One block of a row, of `count` codes from column `first` on.
+void scale_block(const ScaledRows& rows, const u8* row, i64 first, float zero, float scale, float* out, i64 count) {
+  const bool shifted = rows.zeros != nullptr;
+  if (rows.form == kE4m3) {
+    scale_codes(row + first, E4m3(), zero, scale, shifted, out, count);
+  } else if (rows.form == kE5m2) {
+    scale_codes(row + first, E5m2(), zero, scale, shifted, out, count);
+  } else if (rows.form == kInt8) {
+    scale_codes(row + first, Int8(), zero, scale, shifted, out, count);
+  } else {
+    const float middle = zero + float(u32(1) << (rows.width - 1));
+    if (rows.width == 4 && first % 2 == 0) {
+      scale_nibbles(row + first / 2, middle, scale, out, count);
+    } else {
+      scale_bits(row, rows.stride, rows.width, first, middle, scale, out, count);
+    }
+  }
+}
+
+void scale_rows(const ScaledRows& rows, const i64* grid_rows, i64 count, float* out) {
+  for (i64 i = 0; i < count; ++i) {
+    const u8* row = rows.codes + i * rows.stride;
+    const float* scales = rows.scales + grid_rows[i] * rows.across;
+    const float* zeros = rows.zeros == nullptr ? nullptr : rows.zeros + grid_rows[i] * rows.across;
+    for (i64 j = 0; j < rows.across; ++j) {
+      const i64 first = j * rows.n, rest = rows.columns - first, here = rest < rows.n ? rest : rows.n;
+      const float zero = zeros == nullptr ? 0.0f : zeros[j];
+      scale_block(rows, row, first, zero, scales[j], out + i * rows.columns + first, here);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace deltamerge

@@ -1,0 +1,168 @@
+"""bitsandbytes: codes of a table (nf4, fp4) with the greatest magnitude of their block, and int8 rows.
+
+nf4, fp4   W_k = table[code_k] · absmax_⌊k/blocksize⌋ over the flat weight, two codes a byte, the high nibble first. A
+           nested absmax is table₂[code] · absmax₂ + offset, in blocks of its own. Blocks, shape and offset stand as JSON
+           in the bytes of `quant_state.bitsandbytes__…` (Dettmers et al. 2023; bitsandbytes/functional.py)
+int8       W_ij = code_ij · SCB_i · (1/127 in float32) (Dettmers et al. 2022)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from deltamerge import errors
+from deltamerge.errors import InputError
+from deltamerge.io.quantised.packing import AGAIN, expect, finite, floats
+from deltamerge.io.quantised.weight import Floats, Stored, bits, fill_rows, weight
+from deltamerge.io.reader import Reader
+from deltamerge.io.strict_json import parse_json
+from deltamerge.io.tensor import Read, TensorInfo
+
+STATE = "quant_state.bitsandbytes__"
+MOST_STATE = 100_000
+PER_127 = np.float32(7.874015718698502e-3)  # bitsandbytes' constant
+
+
+@dataclass(frozen=True, slots=True)
+class Nested:
+    """Blocks' greatest magnitudes stored as codes of `table`, with blocks of their own."""
+
+    scales: TensorInfo
+    table: TensorInfo
+    block: int
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tabled:
+    """Codes of four bits that `table` (16) turns into values, times their block's `scales`."""
+
+    codes: TensorInfo
+    scales: TensorInfo
+    table: TensorInfo
+    columns: int
+    block: int
+    nested: Nested | None
+
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        fill_rows(self.columns, start, out, lambda top, bottom: self._rows(read, top, bottom))
+
+    def _rows(self, read: Read, top: int, bottom: int) -> Floats:
+        begin, end = top * self.columns, bottom * self.columns
+        first, last = begin // self.block, -(-end // self.block)
+        table = floats(read, self.table, 0, 16)
+        low = first * self.block // 2
+        high = min(last * self.block // 2, self.codes.nbytes)
+        stored = bits_as_bytes(read, self.codes, low, high)
+        pairs = np.stack([table[np.arange(256) >> 4], table[np.arange(256) & 15]], 1)
+        values = np.zeros(((last - first) * self.block // 2, 2), np.float32)
+        np.take(pairs, stored, axis=0, out=values[: len(stored)])
+        values = values.reshape(last - first, self.block)
+        values *= self._scales(read, first, last - first)[:, None]
+        skip = begin - first * self.block
+        return values.reshape(-1)[skip : skip + end - begin]
+
+    def _scales(self, read: Read, start: int, count: int) -> Floats:
+        if self.nested is None:
+            return floats(read, self.scales, start, count)
+        nested = self.nested
+        blocks = (start + np.arange(count)) // nested.block
+        outer = floats(read, nested.scales, int(blocks[0]), int(blocks[-1] - blocks[0]) + 1)
+        table = floats(read, nested.table, 0, 256)
+        scales = table[bits(read, self.scales, start, count)] * outer[blocks - blocks[0]]
+        scales += np.float32(nested.offset)
+        return scales
+
+
+@dataclass(frozen=True, slots=True)
+class RowScaled:
+    """int8 codes times their row's greatest magnitude / 127."""
+
+    codes: TensorInfo
+    scales: TensorInfo
+
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        fill_rows(self.codes.shape[1], start, out, lambda top, bottom: self._rows(read, top, bottom))
+
+    def _rows(self, read: Read, top: int, bottom: int) -> Floats:
+        columns = self.codes.shape[1]
+        codes = bits(read, self.codes, top * columns, (bottom - top) * columns).view(np.int8)
+        values = codes.reshape(-1, columns).astype(np.float32)
+        values *= floats(read, self.scales, top, bottom - top)[:, None]
+        values *= PER_127
+        return values
+
+
+def bits_as_bytes(read: Read, info: TensorInfo, low: int, high: int) -> Any:
+    """Bytes [low, high) of a tensor, whatever its dtype."""
+    size = info.nbytes // max(1, math.prod(info.shape))
+    first, last = low // size, -(-high // size)
+    return bits(read, info, first, last - first).view(np.uint8)[low - first * size :][: high - low]
+
+
+def decoded(stored: Stored) -> TensorInfo:
+    """The weight that bitsandbytes stores. InputError: a format or shape that is not bitsandbytes'."""
+    scales = stored.part(".SCB")
+    return _int8(stored, scales) if scales is not None else _four_bits(stored)
+
+
+def _int8(stored: Stored, scales: TensorInfo) -> TensorInfo:
+    codes, layout = stored.codes, stored.part("weight_format")
+    if len(codes.shape) != 2 or codes.dtype != "I8":
+        raise InputError(f"its codes are {codes.dtype} {list(codes.shape)}, must be a matrix of I8")
+    expect(scales, codes.shape[:1], {"F32"})
+    if layout is not None and layout.path.exists():
+        with Reader() as reader:
+            code = int(bits(reader, expect(layout, (), {"U8"}), 0, 1)[0])
+        if code:
+            raise InputError(f"its weight_format is {code}, must be 0 (rows)")
+    return weight(stored, codes.shape, RowScaled(codes, scales))
+
+
+def _four_bits(stored: Stored) -> TensorInfo:
+    state = stored.part(f"{STATE}nf4", f"{STATE}fp4")
+    if state is None:
+        raise InputError(f"its {STATE}… is missing", hint=AGAIN)
+    said = _state(state)
+    shape, block = said.get("shape"), said.get("blocksize")
+    if not isinstance(shape, list) or not shape or not all(type(n) is int and n > 0 for n in shape):
+        raise InputError(f"{state.name}: its shape is {str(shape)[:80]}")
+    if type(block) is not int or block < 2 or block % 2:
+        raise InputError(f"{state.name}: its blocksize is {str(block)[:40]}")
+    size = math.prod(shape)
+    blocks = -(-size // block)
+    codes = stored.codes
+    if codes.nbytes != -(-size // 2):
+        raise InputError(f"its codes take {codes.nbytes:,} bytes, must be {-(-size // 2):,} for {shape}")
+    table, scales = expect(stored.need(".quant_map"), (16,), {"F32"}), stored.need("weight.absmax", ".absmax")
+    nested = None
+    if stored.part(".nested_absmax") is not None:
+        nested = _nested(stored, said, blocks)
+        expect(scales, (blocks,), {"U8"})
+    else:
+        expect(scales, (blocks,), {"F32", "BF16", "F16"})
+    return weight(stored, tuple(shape), Tabled(codes, scales, table, shape[-1], block, nested))
+
+
+def _nested(stored: Stored, said: Mapping[str, Any], blocks: int) -> Nested:
+    block, offset = said.get("nested_blocksize"), said.get("nested_offset")
+    if type(block) is not int or block < 1 or not isinstance(offset, float | int) or not math.isfinite(offset):
+        raise InputError(f"its nested_blocksize is {str(block)[:40]}, its nested_offset {str(offset)[:40]}")
+    scales = expect(stored.need(".nested_absmax"), (-(-blocks // block),), {"F32"})
+    table = expect(stored.need(".nested_quant_map"), (256,), {"F32"})
+    return Nested(scales, table, block, float(offset))
+
+
+def _state(info: TensorInfo) -> dict[str, Any]:
+    """The JSON that a quant_state holds; its file must be there."""
+    if info.dtype != "U8" or info.nbytes > MOST_STATE:
+        raise InputError(f"{info.name}: is {info.dtype} of {info.nbytes:,} bytes")
+    with Reader() as reader:
+        raw = bits(reader, info, 0, info.nbytes).tobytes()
+    with errors.context(info.name):
+        return parse_json(raw)
