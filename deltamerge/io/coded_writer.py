@@ -148,7 +148,7 @@ class CodedWriter:
             if not np.isfinite(values).all():
                 count = len(values) - int(np.isfinite(values).sum())
                 raise OutputError(f"{count} values are not finite, and cannot be quantised", hint=NOT_FINITE)
-            arrays, lost = coding.coder.encode(values.reshape(-1, coding.matrix[1]))
+            arrays, lost = coding.coder.encode(values.reshape(-1, coding.matrix[1]), self.reader)
             self._note(name, unit, (lost, _square(values)))
             for (part, begin, end), array in zip(coding.places(unit), arrays, strict=True):
                 if array.nbytes != end - begin:

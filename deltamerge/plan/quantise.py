@@ -10,12 +10,12 @@ from typing import Any, Protocol
 from deltamerge.calibrate.spec import is_transposed
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, RecipeError
+from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index
 from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.quantised.detect import Scheme, keys_of, stated
 from deltamerge.io.quantised.encode import channels, fp8_blocks, int4_groups, kept
-from deltamerge.io.quantised.weight import Stored
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.stack import Target
@@ -102,14 +102,11 @@ class Kept:
             message = f"has the shape {list(weight.shape)} in {self.model.name}, {list(shape)} in the output"
             raise InputError(f"{target.stored}: {message}, and cannot keep its quantisation", hint=PLAIN)
         try:
-            coding = self._coding(name, weight, target.stored)
+            coding = _kept(self.scheme, self.model.checkpoint, name, target.stored)
         except InputError as error:
             raise InputError(f"{self.model.name}: {target.stored}: {error}", hint=PLAIN) from None
         self.count += 1
         return coding
-
-    def _coding(self, name: str, weight: TensorInfo, output: str) -> Coding:
-        return kept(self.scheme.name, _stored(self.scheme, name), weight, output)
 
     def _name(self, target: Target) -> str | None:
         """The name in `model` of the weight that is merged into a target, or of what stands in its place there."""
@@ -228,23 +225,26 @@ class Afresh:
         return found
 
 
-def copies(inputs: Inputs) -> dict[TensorInfo, tuple[Scheme, str]]:
-    """The scheme and name of every weight that some model stores coded."""
-    schemes = [c.quantised for c in inputs.checkpoints if c.quantised is not None]
-    return {info: (scheme, name) for scheme in schemes for name, info in scheme.plain.items()}
+def copies(inputs: Inputs) -> dict[TensorInfo, tuple[Checkpoint, str]]:
+    """The model and name of every weight that some model stores coded."""
+    models = [model for model in inputs.checkpoints if model.quantised is not None]
+    return {info: (m, name) for m in models if m.quantised for name, info in m.quantised.plain.items()}
 
 
-def copied(root: Node, coding: Coding, known: Mapping[TensorInfo, tuple[Scheme, str]], output: str) -> Coding | None:
+def copied(
+    root: Node, coding: Coding, known: Mapping[TensorInfo, tuple[Checkpoint, str]], output: str
+) -> Coding | None:
     """The coding whose stored tensors are copied, where `root` reads a weight that is stored in that form already."""
     if root.kind != "read" or root.parameter("tensor") not in known:
         return None
-    scheme, name = known[root.parameter("tensor")]
+    model, name = known[root.parameter("tensor")]
+    assert model.quantised is not None
     try:
-        other = kept(scheme.name, _stored(scheme, name), scheme.plain[name], output)
+        other = _kept(model.quantised, model, name, output)
     except InputError:
         return None
-    same = (other.parts, other.coder) == (coding.parts, coding.coder)
-    return other if same and [c.name for c in other.copied] == [c.name for c in coding.copied] else None
+    same = other.parts == coding.parts and [c.name for c in other.copied] == [c.name for c in coding.copied]
+    return other if same and type(other.coder) is type(coding.coder) else None
 
 
 def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
@@ -252,8 +252,9 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return (len(shape) == 2 and name.endswith(".weight")) or (len(shape) == 3 and EXPERTS.search(name) is not None)
 
 
-def _stored(scheme: Scheme, name: str) -> Stored:
-    return Stored(name, tuple(scheme.stored[part] for part in scheme.weights[name]), scheme.settings)
+def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
+    settings = next((value for _, value in keys_of(model.config) if isinstance(value, Mapping)), {})
+    return kept(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)
 
 
 def _module(name: str) -> str:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from deltamerge.io.dtypes import bits_type
 from deltamerge.io.quantised.numbers import Integers, Numbers, scales_in
 from deltamerge.io.quantised.weight import CHUNK, Array, Floats
+from deltamerge.io.tensor import Read
 
 MARGIN = 1 - 1e-9  # of a sum of squares: less is no difference, since the order of a sum is the machine's
 WIDE = 4 * CHUNK  # elements; a larger block is coded a few rows at a time
 # Of the range of a block with few numbers: what is cut off at its ends may cost less than coarser steps.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+EXPONENTS = frozenset({"F8_E8M0", "U8"})
+Packing = Literal["bytes", "nibbles", "words"]
 
 
 class Coded(NamedTuple):
@@ -28,8 +32,73 @@ class Coded(NamedTuple):
 class Coder(Protocol):
     """Codes rows of a weight. Implementations are plain data."""
 
-    def encode(self, values: Floats) -> Coded:
+    def encode(self, values: Floats, read: Read) -> Coded:
         """What stores `values` (rows, columns), which are finite."""
+
+
+class Choice(NamedTuple):
+    """Scales (a, b) of blocks as codes are divided by them, what is stored of them, and what codes are shifted by:
+    whole `zeros` after rounding, or a `bias` before (in float32, and as stored)."""
+
+    scales: Floats
+    stored: Array
+    zeros: Array | None = None
+    bias: tuple[Floats, Array] | None = None
+
+
+class Found(NamedTuple):
+    """Coded blocks: codes (a, m, b, n), scales, zeros and biases as stored (a, b), and what is lost of each."""
+
+    codes: Array
+    scales: Array
+    zeros: Array | None
+    biases: Array | None
+    lost: Array
+
+
+def best(blocks: Floats, numbers: Numbers, choices: Iterable[Choice]) -> Found:
+    """Blocks (a, m, b, n) coded, each with the choice that loses least, the first of equals."""
+    found: Found | None = None
+    for choice in choices:
+        made = coded(blocks, numbers, choice)
+        if found is None:
+            found = made
+        elif (better := made.lost < found.lost * MARGIN).any():
+            found = _either(better, made, found)
+    assert found is not None
+    return found
+
+
+def coded(blocks: Floats, numbers: Numbers, choice: Choice) -> Found:
+    """Blocks (a, m, b, n) coded: code = round((x − bias) / scale) + zero."""
+    over = choice.scales[:, None, :, None]
+    bias = None if choice.bias is None else choice.bias[0][:, None, :, None]
+    quotient = blocks / over if bias is None else (blocks - bias) / over
+    shift = None
+    if choice.zeros is not None:
+        shift = choice.zeros.astype(np.float32)[:, None, :, None]
+        np.rint(quotient, out=quotient)
+        quotient += shift
+    codes = numbers.codes(quotient)
+    back = numbers.values(codes)
+    if shift is not None:
+        back -= shift
+    back *= over
+    if bias is not None:
+        back += bias
+    back -= blocks
+    lost = np.einsum("ambn,ambn->ab", back, back, dtype=np.float64, casting="safe")
+    return Found(codes, choice.stored, choice.zeros, None if choice.bias is None else choice.bias[1], lost)
+
+
+def _either(better: Array, made: Found, old: Found) -> Found:
+    """`made` where it is better, else `old`."""
+    small = [None if a is None or b is None else np.where(better, a, b) for a, b in zip(made[1:], old[1:], strict=True)]
+    codes = np.where(better[:, None, :, None], made.codes, old.codes)
+    scales, zeros, biases, lost = small
+    assert scales is not None
+    assert lost is not None
+    return Found(codes, scales, zeros, biases, lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,136 +111,85 @@ class BlockCoder:
     stay in cache).
 
     scale     dtype in which s is stored, and rounded to before codes are made
-    packing   bytes: one code a byte; nibbles: two, low first; words: 32 bits, the lowest first, offset to be unsigned
+    zeros     how z is stored, if there is one: as codes are, down the columns
+    packing   of codes. bytes: one a byte; nibbles: two, low first; words: 32 bits, the lowest first, made unsigned
     """
 
     numbers: Numbers
     block: tuple[int, int]
     scale: str
-    zeros: bool = False
+    zeros: Literal["bytes", "words"] | None = None
     search: bool = False
-    packing: Literal["bytes", "nibbles", "words"] = "bytes"
+    packing: Packing = "bytes"
 
-    def encode(self, values: Floats) -> Coded:
+    def encode(self, values: Floats, read: Read) -> Coded:
+        codes, scales, zeros, lost = self.whole(values)
+        arrays = [packed(codes, self.numbers, self.packing), scales]
+        if zeros is not None:
+            stored = zeros.view(np.uint8)
+            if self.zeros == "words":
+                stored = np.ascontiguousarray(packed(np.ascontiguousarray(stored.T), self.numbers, "words").T)
+            arrays.append(stored)
+        return Coded(tuple(arrays), lost)
+
+    def whole(self, values: Floats) -> tuple[Array, Array, Array | None, float]:
+        """Codes of a byte (rows, columns), scales as stored and zeros of the grid, and what is lost."""
         rows, columns = values.shape
         m, n = self.block[0], min(self.block[1], columns)
         down, across = -(-rows // m), -(-columns // n)
         codes = np.empty((rows, columns), np.uint8)
-        scales = np.empty((down, across), self._scale_type)
+        scales = np.empty((down, across), bits_type(self.scale))
         zeros = np.empty((down, across), np.int8) if self.zeros else None
         lost = 0.0
-        wide = m * n > WIDE
-        for top, bottom, left, right in self._chunks(rows, columns):
+        for top, bottom, left, right in chunks(rows, columns, m, n):
             at = slice(top // m, -(-bottom // m)), slice(left // n, -(-right // n))
             chunk, into = values[top:bottom, left:right], codes[top:bottom, left:right]
-            if wide:
+            if m * n > WIDE:
                 found = self._wide(chunk, into)
             else:
-                found = self._blocks(_padded(chunk, m, n))
-                into[...] = _flat(found.codes)[: bottom - top, : right - left]
+                blocks = blocks_of(chunk, m, n)
+                found = best(blocks, self.numbers, self._choices(blocks.min(axis=(1, 3)), blocks.max(axis=(1, 3))))
+                into[...] = flat_of(found.codes)[: bottom - top, : right - left]
             scales[at] = found.scales
             if zeros is not None:
                 zeros[at] = found.zeros
             lost += float(found.lost.sum())
-        arrays = [self._packed(codes), scales]
-        if zeros is not None:
-            arrays.append(zeros if self.packing == "bytes" else self._packed(zeros.T.view(np.uint8)).T.copy())
-        return Coded(tuple(arrays), lost)
+        return codes, scales, zeros, lost
 
-    @property
-    def _scale_type(self) -> str:
-        from deltamerge.io.dtypes import bits_type
-
-        return bits_type(self.scale)
-
-    def _chunks(self, rows: int, columns: int) -> Iterator[tuple[int, int, int, int]]:
-        """Whole blocks of a matrix that together stay in cache: [top, bottom), [left, right)."""
-        m, n = self.block[0], min(self.block[1], columns)
-        if m * n > WIDE:
-            for top, left in product(range(0, rows, m), range(0, columns, n)):
-                yield top, min(rows, top + m), left, min(columns, left + n)
-            return
-        height = min(rows, m if m * n >= CHUNK else max(1, CHUNK // max(1, m * columns)) * m)
-        width = max(1, CHUNK // (height * n)) * n
-        for top in range(0, rows, height):
-            for left in range(0, columns, width):
-                yield top, min(rows, top + height), left, min(columns, left + width)
-
-    def _blocks(self, blocks: Floats) -> _Found:
-        """Code blocks (a, m, b, n) with the scales that lose least."""
-        best: _Found | None = None
-        for scales, stored, zeros in self._candidates(blocks.min(axis=(1, 3)), blocks.max(axis=(1, 3))):
-            made = self._with(blocks, scales, stored, zeros)
-            if best is None:
-                best = made
-                continue
-            better = made.lost < best.lost * MARGIN
-            if better.any():
-                best = _chosen(better, made, best)
-        assert best is not None
-        return best
-
-    def _wide(self, block: Floats, into: Array) -> _Found:
+    def _wide(self, block: Floats, into: Array) -> Found:
         """Code one block, too large for the cache, a few rows at a time."""
         low, high = (np.full((1, 1), value, np.float32) for value in (block.min(), block.max()))
-        scales, stored, zeros = next(self._candidates(low, high))
+        choice = next(self._choices(low, high))
         lost = np.zeros((1, 1))
         step = max(1, CHUNK // block.shape[1])
         for top in range(0, len(block), step):
             rows = np.ascontiguousarray(block[top : top + step])[None, :, None, :]
-            made = self._with(rows, scales, stored, zeros)
+            made = coded(rows, self.numbers, choice)
             into[top : top + step] = made.codes[0, :, 0, :]
             lost += made.lost
-        return _Found(into, stored, zeros, lost)
+        return Found(into, choice.stored, choice.zeros, None, lost)
 
-    def _candidates(self, low: Floats, high: Floats) -> Iterator[tuple[Floats, Array, Array | None]]:
-        """Scales (a, b) in float32 and as stored, and zeros, for blocks with these extremes."""
+    def _choices(self, low: Floats, high: Floats) -> Iterator[Choice]:
+        """Scales for blocks with these extremes."""
         shares = SHARES if self.search else (1.0,)
         if self.zeros:
             assert isinstance(self.numbers, Integers)
             low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
             steps, least = np.float32(2**self.numbers.bits - 1), np.float32(self.numbers.least)
             for share in shares:
-                stored, scales = scales_in(_float32((high - low) * np.float32(share) / steps), self.scale)
+                stored, scales = scales_in(float32((high - low) * np.float32(share) / steps), self.scale)
                 zeros = np.clip(np.rint(least - low * np.float32(share) / scales), least, self.numbers.largest)
-                yield scales, stored, zeros.astype(np.int8)
+                yield Choice(scales, stored, zeros.astype(self.numbers.dtype))
             return
-        most = _float32(np.maximum(high, -low) / np.float32(self.numbers.largest))
-        if self.scale in ("F8_E8M0", "U8"):
+        most = float32(np.maximum(high, -low) / np.float32(self.numbers.largest))
+        if self.scale in EXPONENTS:
             for down in (False, True)[: 1 + self.search]:
                 stored, scales = scales_in(most, self.scale, down=down)
-                yield scales, stored, None
+                yield Choice(scales, stored)
             return
         for share in shares:
-            stored, scales = scales_in(_float32(most * np.float32(share)), self.scale)
-            yield scales, stored, None
-
-    def _with(self, blocks: Floats, scales: Floats, stored: Array, zeros: Array | None) -> _Found:
-        over = scales[:, None, :, None]
-        quotient = blocks / over
-        if zeros is not None:
-            shift = zeros.astype(np.float32)[:, None, :, None]
-            np.rint(quotient, out=quotient)
-            quotient += shift
-            codes = self.numbers.codes(quotient)
-            back = self.numbers.values(codes)
-            back -= shift
-        else:
-            codes = self.numbers.codes(quotient)
-            back = self.numbers.values(codes)
-        back *= over
-        back -= blocks
-        lost = np.einsum("ambn,ambn->ab", back, back, dtype=np.float64, casting="safe")
-        return _Found(codes, stored, zeros, lost)
-
-    def _packed(self, codes: Array) -> Array:
-        """Codes (rows, columns) of a byte each as they are stored."""
-        if self.packing == "bytes":
-            return codes
-        if self.packing == "nibbles":
-            return np.asarray(codes[:, 0::2] | codes[:, 1::2] << np.uint8(4), np.uint8)
-        assert isinstance(self.numbers, Integers)
-        return pack_words(codes.view(np.int8).astype(np.int64) - self.numbers.least, self.numbers.bits)
+            stored, scales = scales_in(float32(most * np.float32(share)), self.scale)
+            yield Choice(scales, stored)
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,35 +198,24 @@ class Transposed:
 
     coder: Coder
 
-    def encode(self, values: Floats) -> Coded:
-        return self.coder.encode(np.ascontiguousarray(values.T))
+    def encode(self, values: Floats, read: Read) -> Coded:
+        return self.coder.encode(np.ascontiguousarray(values.T), read)
 
 
-class _Found(NamedTuple):
-    """Coded blocks: codes (a, m, b, n), stored scales and zeros (a, b), and what is lost of each."""
-
-    codes: Array
-    scales: Array
-    zeros: Array | None
-    lost: Array
-
-
-def _chosen(better: Array, made: _Found, best: _Found) -> _Found:
-    """`made` where it is better, else `best`."""
-    zeros = None if made.zeros is None or best.zeros is None else np.where(better, made.zeros, best.zeros)
-    return _Found(
-        np.where(better[:, None, :, None], made.codes, best.codes),
-        np.where(better, made.scales, best.scales),
-        zeros,
-        np.where(better, made.lost, best.lost),
-    )
+def chunks(rows: int, columns: int, m: int, n: int) -> Iterator[tuple[int, int, int, int]]:
+    """Whole blocks of a matrix that together stay in cache: [top, bottom), [left, right); large ones one by one."""
+    if m * n > WIDE:
+        for top, left in product(range(0, rows, m), range(0, columns, n)):
+            yield top, min(rows, top + m), left, min(columns, left + n)
+        return
+    height = min(rows, m if m * n >= CHUNK else max(1, CHUNK // max(1, m * columns)) * m)
+    width = max(1, CHUNK // (height * n)) * n
+    for top in range(0, rows, height):
+        for left in range(0, columns, width):
+            yield top, min(rows, top + height), left, min(columns, left + width)
 
 
-def _float32(values: Array) -> Floats:
-    return np.asarray(values, np.float32)
-
-
-def _padded(values: Floats, m: int, n: int) -> Floats:
+def blocks_of(values: Floats, m: int, n: int) -> Floats:
     """A matrix as blocks (a, m, b, n), with zeros to full blocks."""
     rows, columns = values.shape
     m = min(m, rows)
@@ -218,21 +225,35 @@ def _padded(values: Floats, m: int, n: int) -> Floats:
     return np.ascontiguousarray(values).reshape(-1, m, values.shape[1] // n, n)
 
 
-def _flat(blocks: Array) -> Array:
+def flat_of(blocks: Array) -> Array:
+    """Blocks (a, m, b, n) as a matrix."""
     a, m, b, n = blocks.shape
     return blocks.reshape(a * m, b * n)
+
+
+def packed(codes: Array, numbers: Numbers, packing: Packing) -> Array:
+    """Codes (rows, columns) of a byte each as they are stored."""
+    if packing == "bytes":
+        return codes
+    if packing == "nibbles":
+        return np.asarray(codes[:, 0::2] | codes[:, 1::2] << np.uint8(4), np.uint8)
+    assert isinstance(numbers, Integers)
+    return pack_words(codes.view(numbers.dtype).astype(np.int16) - numbers.least, numbers.bits)
 
 
 def pack_words(codes: Array, bits: int) -> Array:
     """Rows of unsigned integers of `bits` bits in words of 32, without gaps, the first in the lowest bits; int32."""
     rows, columns = codes.shape
     words = -(-columns * bits // 32)
-    shifts = np.arange(columns) * bits
-    packed = np.zeros((rows, words + 1), np.uint64)
-    for first in range(0, 32):  # codes of one residue never share a word with another
+    sent = np.zeros((rows, words + 1), np.uint64)
+    place = np.arange(columns) * bits // 32
+    for first in range(32):  # codes of one residue never share a word with another
         at = slice(first, None, 32)
-        place, shift = shifts[at] // 32, np.uint64(int(first * bits % 32))
-        parts = codes[:, at].astype(np.uint64) << shift
-        packed[:, place] |= parts & np.uint64(0xFFFFFFFF)
-        packed[:, place + 1] |= parts >> np.uint64(32)
-    return packed[:, :words].astype(np.uint32).view(np.int32)
+        parts = codes[:, at].astype(np.uint64) << np.uint64(first * bits % 32)
+        sent[:, place[at]] |= parts & np.uint64(0xFFFFFFFF)
+        sent[:, place[at] + 1] |= parts >> np.uint64(32)
+    return sent[:, :words].astype(np.uint32).view(np.int32)
+
+
+def float32(values: Array) -> Floats:
+    return np.asarray(values, np.float32)

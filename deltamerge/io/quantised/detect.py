@@ -142,9 +142,7 @@ def _dropped(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], parts
     for name, info in tensors.items():
         if name in parts:
             continue
-        if name.rpartition(".")[2] in _ACTIVATIONS:
-            yield name
-        elif _CACHE.search(name) and (said or math.prod(info.shape) == 1):
+        if name.rpartition(".")[2] in _ACTIVATIONS or (_CACHE.search(name) and (said or math.prod(info.shape) == 1)):
             yield name
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from deltamerge.io.dtypes import narrow
+from deltamerge.io.dtypes import narrow, widen
 from deltamerge.io.quantised.weight import Array, Floats
 
 LEAST_EXPONENT = -127  # of E8M0
@@ -87,25 +87,51 @@ def _table(exponent: int, mantissa: int, bias: int) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Integers:
-    """Signed integers of `bits` bits, as two's complement in a byte."""
+    """Integers of `bits` bits in a byte, as two's complement where they are `signed`."""
 
     bits: int
+    signed: bool = True
 
     @property
     def least(self) -> int:
-        return -(1 << self.bits - 1)
+        return -(1 << self.bits - 1) if self.signed else 0
 
     @property
     def largest(self) -> float:
-        return float(-self.least - 1)
+        return float(self.least + (1 << self.bits) - 1)
+
+    @property
+    def dtype(self) -> str:
+        """numpy's, of a byte."""
+        return "i1" if self.signed else "u1"
 
     def codes(self, values: Floats) -> Array:
         np.rint(values, out=values)
         np.clip(values, np.float32(self.least), np.float32(self.largest), out=values)
-        return values.astype(np.int8).view(np.uint8)
+        return values.astype(self.dtype).view(np.uint8)
 
     def values(self, codes: Array) -> Floats:
-        return codes.view(np.int8).astype(np.float32)
+        return codes.view(self.dtype).astype(np.float32)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The numbers of a table; a code is a place in it. Halfway between two the larger one is taken."""
+
+    numbers: tuple[float, ...]
+
+    @property
+    def largest(self) -> float:
+        return max(self.numbers)
+
+    def codes(self, values: Floats) -> Array:
+        order = np.argsort(np.asarray(self.numbers, np.float32), kind="stable")
+        ordered = np.asarray(self.numbers, np.float32)[order]
+        between = (ordered[1:].astype(np.float64) + ordered[:-1]) / 2
+        return order.astype(np.uint8)[np.searchsorted(between, values, side="right")]
+
+    def values(self, codes: Array) -> Floats:
+        return np.asarray(self.numbers, np.float32)[codes]
 
 
 E4M3 = SmallFloats(4, 3, 7, 0x7E)
@@ -120,8 +146,6 @@ def scales_in(wanted: Floats, dtype: str, *, down: bool = False) -> tuple[Array,
     dtype   a plain float's, to the nearest; or F8_E8M0 (U8: the same in bytes), the next power of two, or with `down`
             the one before
     """
-    from deltamerge.io.dtypes import widen
-
     safe = np.where(wanted > 0, wanted, np.float32(1)).astype(np.float32)
     if dtype not in ("F8_E8M0", "U8"):
         stored = narrow(np.ascontiguousarray(safe), dtype)
