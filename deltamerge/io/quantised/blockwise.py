@@ -17,7 +17,7 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.quantised.packing import AGAIN, expect, finite, floats
+from deltamerge.io.quantised.packing import AGAIN, expect, floats
 from deltamerge.io.quantised.weight import Floats, Stored, bits, fill_rows, weight
 from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import parse_json

@@ -18,6 +18,7 @@ MARGIN = 1 - 1e-9  # of a sum of squares: less is no difference, since the order
 WIDE = 4 * CHUNK  # elements; a larger block is coded a few rows at a time
 # Of the range of a block with few numbers: what is cut off at its ends may cost less than coarser steps.
 SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75)
+MORE_SHARES = (*SHARES, 0.7, 0.65, 0.6, 0.55, 0.5)  # of integers of up to 3 bits
 EXPONENTS = frozenset({"F8_E8M0", "U8"})
 Packing = Literal["bytes", "nibbles", "words"]
 
@@ -113,6 +114,7 @@ class BlockCoder:
     scale     dtype in which s is stored, and rounded to before codes are made
     zeros     how z is stored, if there is one: as codes are, down the columns
     packing   of codes. bytes: one a byte; nibbles: two, low first; words: 32 bits, the lowest first, made unsigned
+    least_zero   of z, where not all codes can be
     """
 
     numbers: Numbers
@@ -121,6 +123,7 @@ class BlockCoder:
     zeros: Literal["bytes", "words"] | None = None
     search: bool = False
     packing: Packing = "bytes"
+    least_zero: int | None = None
 
     def encode(self, values: Floats, read: Read) -> Coded:
         codes, scales, zeros, lost = self.whole(values)
@@ -171,14 +174,15 @@ class BlockCoder:
 
     def _choices(self, low: Floats, high: Floats) -> Iterator[Choice]:
         """Scales for blocks with these extremes."""
-        shares = SHARES if self.search else (1.0,)
+        shares = shares_of(self.numbers) if self.search else (1.0,)
         if self.zeros:
             assert isinstance(self.numbers, Integers)
             low, high = np.minimum(low, np.float32(0)), np.maximum(high, np.float32(0))
             steps, least = np.float32(2**self.numbers.bits - 1), np.float32(self.numbers.least)
             for share in shares:
                 stored, scales = scales_in(float32((high - low) * np.float32(share) / steps), self.scale)
-                zeros = np.clip(np.rint(least - low * np.float32(share) / scales), least, self.numbers.largest)
+                first = least if self.least_zero is None else np.float32(self.least_zero)
+                zeros = np.clip(np.rint(least - low * np.float32(share) / scales), first, self.numbers.largest)
                 yield Choice(scales, stored, zeros.astype(self.numbers.dtype))
             return
         most = float32(np.maximum(high, -low) / np.float32(self.numbers.largest))
@@ -200,6 +204,11 @@ class Transposed:
 
     def encode(self, values: Floats, read: Read) -> Coded:
         return self.coder.encode(np.ascontiguousarray(values.T), read)
+
+
+def shares_of(numbers: Numbers) -> tuple[float, ...]:
+    """What is tried of the range of a block."""
+    return MORE_SHARES if isinstance(numbers, Integers) and numbers.bits <= 3 else SHARES
 
 
 def chunks(rows: int, columns: int, m: int, n: int) -> Iterator[tuple[int, int, int, int]]:

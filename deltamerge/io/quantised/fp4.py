@@ -17,8 +17,8 @@ from typing import Literal
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.quantised.scaled import values_of as table_of
 from deltamerge.io.quantised.packing import AGAIN, columns_of, expect, fill_bands, finite, floats, whole
+from deltamerge.io.quantised.scaled import values_of as table_of
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, fill_rows, weight
 from deltamerge.io.tensor import Read, TensorInfo
 

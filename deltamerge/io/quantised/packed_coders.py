@@ -25,7 +25,7 @@ from deltamerge.io.quantised.coder import (
     packed,
 )
 from deltamerge.io.quantised.columnwise import AWQ_PLACES, Awq, Gptq
-from deltamerge.io.quantised.numbers import E2M1, E4M3, Integers, Numbers, Table, scales_in
+from deltamerge.io.quantised.numbers import E2M1, E4M3, Integers, Table, scales_in
 from deltamerge.io.quantised.packing import floats
 from deltamerge.io.quantised.weight import CHUNK, Array, Floats
 from deltamerge.io.tensor import Read
@@ -113,7 +113,7 @@ class Affine:
 class GptqCoder:
     """GPTQ: codes, zeros and scales of a whole weight, its inputs in the groups that `like` has them in.
 
-    Where all zeros of `like` are the middle of the range (`sym`), they stay so.
+    With `sym` all zeros are the middle of the range. No zero is 0 where zero − 1 is stored.
     """
 
     like: Gptq
@@ -126,7 +126,7 @@ class GptqCoder:
         if len(set(sizes.tolist())) != 1:
             raise InputError(f"{like.codes.name}: its groups differ in size, and cannot be written")
         sorted_by = np.argsort(order, kind="stable")
-        coder = _integers(like.width, int(sizes[0]), like.scales.dtype, sym=self.sym)
+        coder = _integers(like.width, int(sizes[0]), like.scales.dtype, sym=self.sym, least_zero=like.plus)
         outputs, inputs = values.shape
         step = max(32, CHUNK // inputs // 32 * 32)
         codes = np.empty((inputs * like.width // 32, outputs), np.int32)
@@ -146,8 +146,7 @@ class GptqCoder:
             if shifts is not None:
                 zeros[:, at] = shifts.T.view(np.uint8)
             lost += less
-        zeros -= like.plus
-        return Coded((codes, scales, pack_words(zeros & (1 << like.width) - 1, like.width)), lost)
+        return Coded((codes, scales, pack_words(zeros - like.plus, like.width)), lost)
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,9 +233,10 @@ def _nested(most: Floats, nested: Nested, read: Read) -> tuple[Floats, tuple[Arr
     return float32(back.reshape(-1)[: len(most)]), (codes.reshape(-1)[: len(most)], outer)
 
 
-def _integers(width: int, group: int, scale: str, *, sym: bool) -> BlockCoder:
-    numbers: Numbers = Integers(width, signed=sym)
-    return BlockCoder(numbers, (1, group), scale, None if sym else "words", search=width < 8)
+def _integers(width: int, group: int, scale: str, *, sym: bool, least_zero: int = 0) -> BlockCoder:
+    numbers = Integers(width, signed=sym)
+    zeros: Literal["words"] | None = None if sym else "words"
+    return BlockCoder(numbers, (1, group), scale, zeros, search=width < 8, least_zero=least_zero)
 
 
 def _interleaved(codes: Array) -> Array:
