@@ -34,7 +34,6 @@ class _Open:
 
     values: NDArray[np.float32]
     missing: int
-    file: Any = None
 
 
 @dataclass
@@ -127,10 +126,9 @@ class CodedWriter:
         if 4 * count <= LARGE:
             return _Open(np.empty(count, np.float32), count)
         try:
-            file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115  (it lives as long as its memory)
-            reserve(file.fileno(), 4 * count)
-            file.truncate(4 * count)
-            return _Open(np.memmap(file, np.float32, "r+", shape=(count,)), count, file)
+            with tempfile.TemporaryFile(dir=self.folder) as file:  # its memory outlives it
+                reserve(file.fileno(), 4 * count)
+                return _Open(np.memmap(file, np.float32, "r+", shape=(count,)), count)
         except OSError as error:
             raise output_error(error) from error
 

@@ -132,6 +132,7 @@ class Outputs:
         self.builder = self.builder.prepared([part.merge for part in parts if isinstance(part, Merged)])
         built = [self._built(part) if isinstance(part, Merged) else part for part in parts]
         rows = [stored for row in built for stored in self._stored(row)]
+        rows += [self._copied(info) for info in self.quantising.more()]
         plain = [row.name for row in built if row.coding is None and is_matrix(row.name, row.shape)]
         self.config = self.quantising.config(self.config, plain)
         self.notes += self.quantising.notes()
@@ -150,7 +151,10 @@ class Outputs:
         for part, source in made:
             yield self._whole(part.name, Built(self.builder.graph.read(source), "copy", row.pieces[0].built.details))
         for info in (same or coding).copied:
-            yield self._whole(info.name, Built(self.builder.graph.read(info), "copy", ()))
+            yield self._copied(info)
+
+    def _copied(self, info: TensorInfo) -> Row:
+        return self._whole(info.name, Built(self.builder.graph.read(info), "copy", ()))
 
     def _tensors(self) -> Iterator[Row | Merged]:
         template = self.inputs.template

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from deltamerge.calibrate.spec import is_transposed
@@ -39,6 +39,9 @@ class Quantising(Protocol):
     def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
         """How a weight of the output is stored that would be a tensor of `dtype`; None: as that."""
 
+    def more(self) -> list[TensorInfo]:
+        """Further tensors of the output, which are copied."""
+
     def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
         """The config (without its key about quantisation) of an output whose matrices `plain` are not coded."""
 
@@ -56,7 +59,7 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
     models = [inputs.template, inputs.base, inputs.origin]
     for model in models:
         if model is not None and model.checkpoint.quantised is not None:
-            return Kept(model, model.checkpoint.quantised, stacked)
+            return Kept(model, inputs.template, model.checkpoint.quantised, stacked)
     named = " nor ".join(dict.fromkeys(model.name for model in models if model is not None))
     message = f"nothing to keep: no weight of {named} is quantised"
     raise RecipeError(
@@ -72,6 +75,9 @@ class Plainly:
 
     def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
         return None
+
+    def more(self) -> list[TensorInfo]:
+        return []
 
     def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
         return dict(config)
@@ -89,6 +95,7 @@ class Kept:
     """The weights that `model` stores coded are coded as there."""
 
     model: Input
+    template: Input
     scheme: Scheme
     stacked: bool
     count: int = 0
@@ -117,6 +124,17 @@ class Kept:
                 if info is not None:
                     return info.name
         return self.model.stored.get(target.name)
+
+    def more(self) -> list[TensorInfo]:
+        """Scales of keys, values and activations, which belong to no weight, under the template's names.
+
+        InputError: layers are stacked, which they would have to follow.
+        """
+        names = self.scheme.dropped
+        if names and self.stacked:
+            raise InputError(f"{self.model.name}: {names[0]} cannot follow slices", hint=PLAIN)
+        old, new = _prefix(self.model), _prefix(self.template)
+        return [replace(self.scheme.stored[name], name=new + name.removeprefix(old)) for name in names]
 
     def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
         found = dict(config)
@@ -176,6 +194,9 @@ class Afresh:
             return False
         model_type = self.template.checkpoint.config.get("model_type")
         return not is_transposed(name, model_type if isinstance(model_type, str) else None)
+
+    def more(self) -> list[TensorInfo]:
+        return []
 
     def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
         modules = list(dict.fromkeys([_module(LM_HEAD), *map(_module, plain)]))
@@ -255,6 +276,12 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
     settings = next((value for _, value in keys_of(model.config) if isinstance(value, Mapping)), {})
     return kept(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)
+
+
+def _prefix(model: Input) -> str:
+    """What a model's stored names begin with before their canonical ones."""
+    canonical, stored = next(iter(model.stored.items()))
+    return stored.removesuffix(canonical)
 
 
 def _module(name: str) -> str:

@@ -23,6 +23,7 @@ from deltamerge.io.quantised.coder import (
     float32,
     pack_words,
     packed,
+    shares_of,
 )
 from deltamerge.io.quantised.columnwise import AWQ_PLACES, Awq, Gptq
 from deltamerge.io.quantised.numbers import E2M1, E4M3, Integers, Table, scales_in
@@ -101,7 +102,7 @@ class Affine:
     def _choices(self, blocks: Floats) -> Iterator[Choice]:
         low, high = blocks.min(axis=(1, 3)), blocks.max(axis=(1, 3))
         steps = np.float32(2**self.width - 1)
-        for share in SHARES if self.width < 8 else (1.0,):
+        for share in shares_of(Integers(self.width)) if self.width < 8 else (1.0,):
             cut = np.float32((1 - share) / 2)
             span = high - low
             stored, scales = scales_in(float32(span * np.float32(share) / steps), self.scale)
