@@ -174,7 +174,7 @@ class Afresh:
             if shape[1] % group:
                 self.unfit.append(name)
                 return None
-            coding = int4_groups(name, shape, group, _scale(dtype), self.template.checkpoint.files[0])
+            coding = int4_groups(name, shape, group, _scale(dtype), self.template.checkpoint.path)
         else:
             coding = channels(name, shape, {"fp8": "F8_E4M3", "int8": "I8"}[wanted.scheme], _scale(dtype))
         self.count += 1

@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
-from typing_extensions import TypeAliasType
 
 from deltamerge.recipe.prune_keys import Keys
 from deltamerge.recipe.types import Positive
@@ -44,10 +43,7 @@ def _shape(value: Any) -> str:
 
 
 Named = Literal["none", "keep", "fp8", "int8", "int4"]
-Quantized = TypeAliasType(
-    "Quantized",
-    Annotated[
-        Annotated[Named, Tag("(name)")] | Annotated[Quantization, Tag("(scheme)")],
-        Discriminator(_shape),
-    ],
-)
+Quantized = Annotated[
+    Annotated[Named, Tag("(name)")] | Annotated[Quantization, Tag("(scheme)")],
+    Discriminator(_shape),
+]
