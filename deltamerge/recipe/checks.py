@@ -214,6 +214,8 @@ def _quantization(recipe: Recipe) -> Iterator[Problem]:
     if wanted != "none" and kind != "model":
         message = f"a {kind} is not quantised" + (": its values have codings of their own" if kind == "delta" else "")
         yield recipe.problem(("output", "quantization"), message, "output: {kind: model}", key=True)
+    if recipe.output.gguf is not None and kind != "model":
+        yield recipe.problem(("output", "gguf"), f"a {kind} is no GGUF file", "output: {kind: model}", key=True)
     if not isinstance(wanted, Quantization):
         return
     ways = {"fp8": ("block", "channel"), "int8": ("channel",), "int4": ("group",)}[wanted.scheme]

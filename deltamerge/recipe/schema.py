@@ -159,6 +159,9 @@ class Output(Keys):
         description="model: weights are written plain (none), in the form that the template or the base has (keep), or "
         "in that of a scheme.",
     )
+    gguf: Literal["q8_0", "f16", "bf16"] | None = Field(
+        None, description="model: a GGUF file for llama.cpp beside the checkpoint, with matrices of this type."
+    )
 
     @property
     def scheme(self) -> Quantization | Literal["none", "keep"]:

@@ -10,6 +10,7 @@ from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.plan.planner import Plan, plan
 from deltamerge.recipe.file import Document, RecipeFile
+from deltamerge.run import gguf
 from deltamerge.run.intermediate import folder_of, result
 from deltamerge.run.options import Options
 
@@ -69,7 +70,9 @@ class Planner:
                 return replace(hub.open_model(pinned, folder, weights=whole), reference=reference)
             return hub.open_model(reference, folder, weights=whole)
 
-        return plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
+        planned = plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
+        gguf.check(planned)
+        return planned
 
 
 def make_plans(file: RecipeFile, out: Path | None = None, options: Options | None = None) -> tuple[Plan, ...]:

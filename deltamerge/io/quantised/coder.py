@@ -151,7 +151,7 @@ class BlockCoder:
                 found = self._wide(chunk, into)
             else:
                 blocks = blocks_of(chunk, m, n)
-                found = best(blocks, self.numbers, self._choices(blocks.min(axis=(1, 3)), blocks.max(axis=(1, 3))))
+                found = best(blocks, self.numbers, self._choices(*extremes(blocks)))
                 into[...] = flat_of(found.codes)[: bottom - top, : right - left]
             scales[at] = found.scales
             if zeros is not None:
@@ -232,6 +232,11 @@ def blocks_of(values: Floats, m: int, n: int) -> Floats:
     if below or beside:
         values = np.pad(values, ((0, below), (0, beside)))
     return np.ascontiguousarray(values).reshape(-1, m, values.shape[1] // n, n)
+
+
+def extremes(blocks: Floats) -> tuple[Floats, Floats]:
+    """The least and the greatest number of each block (a, m, b, n)."""
+    return blocks.min(axis=1).min(axis=2), blocks.max(axis=1).max(axis=2)
 
 
 def flat_of(blocks: Array) -> Array:

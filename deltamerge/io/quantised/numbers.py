@@ -66,7 +66,8 @@ class SmallFloats:
         return codes
 
     def values(self, codes: Array) -> Floats:
-        return self.table[codes]
+        found: Floats = np.take(self.table, codes)
+        return found
 
     @property
     def table(self) -> Floats:

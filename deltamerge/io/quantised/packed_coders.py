@@ -19,6 +19,7 @@ from deltamerge.io.quantised.coder import (
     best,
     blocks_of,
     chunks,
+    extremes,
     flat_of,
     float32,
     pack_words,
@@ -100,7 +101,7 @@ class Affine:
         return Coded((packed(codes, numbers, "words"), scales, biases), lost)
 
     def _choices(self, blocks: Floats) -> Iterator[Choice]:
-        low, high = blocks.min(axis=(1, 3)), blocks.max(axis=(1, 3))
+        low, high = extremes(blocks)
         steps = np.float32(2**self.width - 1)
         for share in shares_of(Integers(self.width)) if self.width < 8 else (1.0,):
             cut = np.float32((1 - share) / 2)
