@@ -200,3 +200,5 @@ def _describe(
     words.add_to(header)
     special = package().SpecialVocab(folder, load_merges=words.kind == "gpt2", n_vocab=rows)
     special.add_to_gguf(header, quiet=True)
+    if "bos" not in special.add_special_token:  # llama.cpp would guess by the kind of vocabulary
+        header.add_add_bos_token(False)
