@@ -20,6 +20,10 @@ _HOME = {
 }
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 def __getattr__(name: str) -> Any:
     """What Python users call, imported when it is asked for."""
     if name not in _HOME:

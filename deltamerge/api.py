@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -14,6 +14,7 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.inspect.pictures import drawing
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import code_of, torch_dtype
+from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import Read, TensorInfo
 from deltamerge.plan.planner import Plan, PlanOptions, plan
@@ -24,9 +25,6 @@ from deltamerge.run.options import Options
 from deltamerge.run.plans import make_plans
 from deltamerge.run.runner import Result
 from deltamerge.run.runner import run as run_recipe
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +49,7 @@ class Planned:
         out: str | Path | None = None,
         *,
         force: bool = False,
-        resume: bool = False,
+        resume: bool | None = None,
         locked: bool = False,
         allow_nonfinite: bool = False,
         pictures: bool = False,
@@ -104,8 +102,6 @@ def prune(
     with them, this `seed`, and a model of this `name`, bit for bit. Nothing calibrated: that needs a model's folder.
     RecipeError, InputError: what the recipe would be refused for.
     """
-    import torch
-
     if not keys.get("method"):
         raise InputError("prune needs a method", hint='method="magnitude", density=0.1')
     models = [{"model": "fine-tune", "name": name, "prune": keys}]
@@ -148,8 +144,6 @@ def _info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
-    import torch
-
     return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 

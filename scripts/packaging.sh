@@ -37,7 +37,7 @@ try() { # label, package, resolution of the dependencies that pyproject.toml nam
     install=("$scratch/tools/bin/uv" pip install --quiet --python "$env/bin/python" --constraint "${CONSTRAINTS:-/dev/null}"
         ${PIP_FIND_LINKS:+--find-links "$PIP_FIND_LINKS"})
     if [ "$3" = lowest-direct ]; then
-        "${install[@]}" --resolution lowest-direct --only-binary :all: --extra plot -r pyproject.toml
+        "${install[@]}" --resolution lowest-direct --only-binary :all: -r pyproject.toml
     fi
     "${install[@]}" "$2"
     (
@@ -46,18 +46,16 @@ try() { # label, package, resolution of the dependencies that pyproject.toml nam
         "$env/bin/deltamerge" check "$1.yaml"
         "$env/bin/deltamerge" run "$1.yaml" --out "$1-merged" --quiet
         "$env/bin/deltamerge" verify "$1-merged"
-        if "$env/bin/python" -c 'import matplotlib' 2>/dev/null; then
-            "$env/bin/deltamerge" run "$1.yaml" --out "$1-drawn" --pictures --quiet
-            "$env/bin/deltamerge" inspect "$1-drawn" --base base --report "$1.html" >/dev/null
-        fi
+        "$env/bin/deltamerge" run "$1.yaml" --out "$1-drawn" --pictures --quiet
+        "$env/bin/deltamerge" inspect "$1-drawn" --base base --report "$1.html" >/dev/null
         "$env/bin/deltamerge" --version | tee "$1.version"
         grep -E '^kernels (baseline|avx2|avx512)$' "$1.version" >/dev/null || { echo "the kernels are not there"; exit 1; }
     )
     echo "$1: works"
 }
 wheel="$(echo "$scratch"/dist/*.whl)" sdist="$(echo "$scratch"/dist/*.tar.gz)"
-try wheel-newest "${wheel}[plot]" highest
-try wheel-lowest "${wheel}[plot]" lowest-direct
+try wheel-newest "$wheel" highest
+try wheel-lowest "$wheel" lowest-direct
 try sdist-newest "$sdist" highest
 # without installing it: what pipx run and uvx do
 "$scratch/tools/bin/uv" tool run --quiet --python "$python" --constraint "${CONSTRAINTS:-/dev/null}" --from "$wheel" deltamerge methods ties

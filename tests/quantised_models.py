@@ -62,3 +62,22 @@ def fp8_checkpoint(
     said = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
     make_checkpoint(folder, written, config={**config, "quantization_config": said})
     return values
+
+
+def packed(name: str, weight: torch.Tensor, group: int) -> tuple[Tensors, torch.Tensor]:
+    """A weight in 4 bits as compressed-tensors packs it, a scale a group, and its values in float64."""
+    scales = (blocks_of(weight.float(), (1, group)) / 7.5).clamp_min(1e-6).bfloat16()
+    wide = spread(scales.double(), weight.shape, (1, group))
+    codes = torch.clamp(torch.round(weight.double() / wide), -8, 7).to(torch.int64)
+    nibbles = (codes + 8).reshape(len(weight), -1, 8) << (4 * torch.arange(8))
+    words = nibbles.sum(-1).to(torch.int32)  # the upper half wraps to negative words
+    shape = torch.tensor(weight.shape)
+    start = name.removesuffix("weight")
+    stored = {start + "weight_packed": words, start + "weight_scale": scales, start + "weight_shape": shape}
+    return stored, codes.double() * wide
+
+
+PACKED = {
+    "quant_method": "compressed-tensors", "format": "pack-quantized",
+    "config_groups": {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "group_size": 8, "strategy": "group"}}},
+}  # fmt: skip

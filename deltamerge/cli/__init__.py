@@ -15,19 +15,21 @@ import click
 from click.shell_completion import get_completion_class
 
 from deltamerge import __version__
-from deltamerge.cli import deltas, inspect, mergekit_flags, push, recipes, run, streams
-from deltamerge.cli.output import complain, tell
+from deltamerge.cli import deltas, inspect, push, recipes, run, streams
+from deltamerge.cli.output import complain, error_as_json, say_json, tell
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import shown
 from deltamerge.io import kernels
 
 # errors of writing to stdout
+AS_JSON_FLAG = "--json"
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 VERSIONS = ("torch", "transformers", "safetensors", "huggingface_hub", "pydantic", "numpy", "peft")
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and exit: 0 done, 1 unusable input, 2 usage, 3 a bug, 130 interrupted."""
+    machine = AS_JSON_FLAG in (sys.argv[1:] if arguments is None else arguments)
     gc.disable()  # a plan is many objects without cycles; collections would take a third of planning
     streams.prepare()
     try:
@@ -41,9 +43,9 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         code = _refuse(error, sys.argv[1:] if arguments is None else arguments)
     except _Failed as failed:
-        code = _explain(failed.error)
+        code = _explain(failed.error, machine=machine)
     except Exception as error:
-        code = _explain(error)
+        code = _explain(error, machine=machine)
     unwritten = streams.finish()
     if unwritten is not None and not code:
         code = _explain(unwritten)
@@ -59,19 +61,19 @@ def _refuse(error: click.ClickException, arguments: list[str]) -> int:
     error.show(said)
     for line in said.getvalue().splitlines():
         tell(line)
-    for hint in mergekit_flags.hints(error, arguments):
-        tell(f"hint: {hint}")
     return 2
 
 
-def _explain(error: Exception) -> int:
-    """Print why a command failed; returns its exit code."""
+def _explain(error: Exception, *, machine: bool = False) -> int:
+    """Print why a command failed, for a `machine` as JSON on stdout too; returns its exit code."""
     if isinstance(error, BrokenPipeError):  # the reader of a pipe has closed it
         return 1
     known = error if isinstance(error, DeltamergeError) else _of_system(error)
     if known is None:
         return _report_bug(error)
     complain(known, "error")
+    if machine:
+        say_json({"error": error_as_json(known, "")})
     return known.exit_code
 
 
@@ -175,7 +177,7 @@ NO_SPACE = {
 }
 SECTIONS = {
     "Write a recipe": [recipes.init, inspect.recommend, recipes.methods, recipes.schema],
-    "Before a run": [inspect.check, inspect.plan, inspect.inspect, run.calibrate],
+    "Before a run": [inspect.check, inspect.plan, inspect.inspect, run.calibrate, run.lock],
     "Run": [run.run, deltas.verify, inspect.diff, push.push],
     "Deltas": [deltas.extract, deltas.apply],
     "Shell": [completion],

@@ -17,6 +17,7 @@ from deltamerge.cli.options import (
     MEMORY,
     MODEL,
     NONFINITE,
+    PICKLES,
     QUIET,
     RESUME,
     WORKERS,
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("model", type=MODEL)
-@click.option("--base", required=True, type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id.")
+@click.argument("origin", type=MODEL, required=False, metavar="[BASE]")
+@click.option("--base", type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id; or as BASE.")
 @click.option("--out", type=FOLDER, help="Folder to make; default: NAME-delta here.")
 @click.option("--density", type=float, help="Fraction of the delta kept; default: all that changed, exactly.")
 @click.option(
@@ -52,16 +54,20 @@ if TYPE_CHECKING:
 @RESUME
 @FORCE
 @NONFINITE
+@PICKLES
 @AS_JSON
 @QUIET
 def extract(
     model: str,
-    base: str,
+    origin: str | None,
+    base: str | None,
     out: Path | None,
     density: float | None,
     method: str | None,
     q: float | None,
     values: str | None,
+    resume: bool,
+    force: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
@@ -74,6 +80,9 @@ def extract(
     from deltamerge.run.options import Options
     from deltamerge.run.weights import describe_nonfinite
 
+    if (base is None) == (origin is None):
+        raise click.UsageError("name the base once: as BASE, or with --base")
+    base = base or origin or ""
     progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
 
     def watch(plan: Plan) -> Callable[[int], None]:
@@ -81,8 +90,9 @@ def extract(
         return progress.start(plan.nbytes)
 
     result = extract_delta(
-        model, base, out, density=density, method=method, q=q, values=values, options=Options(watch=watch, **options)
-    )
+        model, base, out, density=density, method=method, q=q, values=values,
+        options=Options(watch=watch, force=force, resume=resume or None, **options),
+    )  # fmt: skip
     warnings.say(result.plan)
     if result.nonfinite:
         tell(f"warning: {describe_nonfinite(result.nonfinite)}")
@@ -98,6 +108,7 @@ def extract(
 @WORKERS
 @MEMORY
 @FORCE
+@PICKLES
 @AS_JSON
 @QUIET
 def apply(
@@ -107,6 +118,7 @@ def apply(
     workers: int | None,
     memory: int | None,
     force: bool,
+    pickles: bool,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -119,8 +131,9 @@ def apply(
 
     progress = Progress(shown=not quiet and sys.stderr.isatty())
     done = apply_delta(
-        delta, base, out, workers=workers or default_workers(), memory=memory, force=force, watch=progress.start
-    )
+        delta, base, out, workers=workers or default_workers(), memory=memory, force=force, pickles=pickles,
+        watch=progress.start,
+    )  # fmt: skip
     progress.stop()
     if as_json:
         summary = {
@@ -142,15 +155,22 @@ def apply(
     "--base", type=MODEL, help="Check the base too: what a delta makes of it, or that the lock has its files."
 )
 @WORKERS
-def verify(folder: Path, base: str | None, workers: int | None) -> None:
+@AS_JSON
+def verify(folder: Path, base: str | None, workers: int | None, as_json: bool) -> None:
     """Check FOLDER, which a run made, against the hashes in its lock."""
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.lock import verify as verify_folder
 
     workers = workers or default_workers()
     names = verify_folder(folder, workers)
-    tell(f"{folder}: {len(names)} files as the lock says")
+    about_base = None
     if base is not None:
         from deltamerge.run.apply import verify_base
 
-        tell(f"{folder}: {verify_base(folder, base, workers)}")
+        about_base = verify_base(folder, base, workers)
+    if as_json:
+        say_json({"folder": str(folder), "files": names, "base": about_base})
+        return
+    tell(f"{folder}: {len(names)} files as the lock says")
+    if about_base is not None:
+        tell(f"{folder}: {about_base}")

@@ -10,6 +10,7 @@ import click
 
 from deltamerge import errors
 from deltamerge.cli.options import (
+    AS_CSV,
     AS_JSON,
     BASE,
     DEVICE,
@@ -17,57 +18,102 @@ from deltamerge.cli.options import (
     MEMORY,
     MERGEKIT_EXACT,
     MODEL,
+    PICKLES,
     RECIPE,
+    SET,
     WORKERS,
     calibration_of,
     rows_of_text,
 )
-from deltamerge.cli.output import Progress, complain, say, say_json, say_model, tell
+from deltamerge.cli.output import (
+    Progress,
+    annotate,
+    complain,
+    error_as_json,
+    say,
+    say_json,
+    say_model,
+    say_table,
+    tell,
+)
 from deltamerge.cli.tables import human, render_diff, render_plan
-from deltamerge.errors import DeltamergeError
+from deltamerge.errors import RecipeError
 from deltamerge.errors.shown import shown
 
 if TYPE_CHECKING:
-    from deltamerge.plan.planner import Plan
+    from deltamerge.inspect.check import Checked
+    from deltamerge.recipe.yaml_source import Loc
 
 
 @click.command()
 @click.argument("recipes", type=RECIPE, nargs=-1, required=True)
 @click.option("--offline", is_flag=True, help="Only the recipes themselves; opens no model and no network.")
 @MERGEKIT_EXACT
-def check(recipes: tuple[Path, ...], offline: bool, mergekit_exact: bool) -> None:
+@SET
+@PICKLES
+@click.option(
+    "--output-format", type=click.Choice(["text", "json", "github"]), default="text", show_default=True,
+    help="json: one object on stdout; github: annotations of a workflow's run.",
+)  # fmt: skip
+@AS_JSON
+def check(
+    recipes: tuple[Path, ...],
+    offline: bool,
+    mergekit_exact: bool,
+    settings: dict[Loc, str],
+    pickles: bool,
+    output_format: str,
+    as_json: bool,
+) -> None:
     """Validate RECIPES and the headers of their models.
 
-    Reads no weights; of hub models only the headers are fetched.
+    Reads no weights; of hub models only the headers are fetched. Of a folder all recipes in it are checked; - is stdin.
     """
-    from deltamerge.recipe.file import read_recipe
+    from deltamerge.inspect.check import check_recipe, recipes_in
     from deltamerge.run.options import Options
-    from deltamerge.run.plans import make_plans
 
-    worst = 0
-    for recipe in recipes:
-        try:
-            file = read_recipe(recipe, mergekit_exact=mergekit_exact)
-            plan = None if offline else make_plans(file, options=Options(device="cpu"))[-1]
-        except DeltamergeError as error:
-            complain(error, str(recipe))
-            worst = max(worst, error.exit_code)
-        else:
-            several = f", {len(file.documents)} documents" if len(file.documents) > 1 else ""
-            size = f", {len(plan.outputs)} tensors, {check_size(plan)}" if plan else ""
-            tell(f"{recipe}: ok{several}{size}")
-            for warning in plan.warnings if plan else ():
-                tell(f"{recipe}: warning: {warning}")
-            for note in plan.notes if plan else ():
-                tell(f"{recipe}: note: {note}")
-    if worst:
+    say_one = None if as_json else {"text": _say_checked, "github": _annotate_checked}.get(output_format)
+    checked = []
+    for recipe in recipes_in(recipes):
+        found = check_recipe(
+            recipe,
+            Options(device="cpu", pickles=pickles),
+            offline=offline,
+            mergekit_exact=mergekit_exact,
+            settings=settings,
+        )
+        checked.append(found)
+        if say_one is not None:
+            say_one(checked[-1])
+    if say_one is None:
+        errors = ({} if one.error is None else {"error": error_as_json(one.error, one.name)} for one in checked)
+        say_json({"recipes": [one.describe() | error for one, error in zip(checked, errors, strict=True)]})
+    if worst := max((one.error.exit_code for one in checked if one.error), default=0):
         raise click.exceptions.Exit(worst)
 
 
-def check_size(plan: Plan) -> str:
-    """The bytes of a run's output."""
-    delta = plan.describe()["delta"] if plan.recipe.output.kind == "delta" else None
-    return human(plan.nbytes) if delta is None else f"a delta of about {human(delta['estimated_bytes'])}"
+def _say_checked(found: Checked) -> None:
+    if found.error is not None:
+        complain(found.error, found.name)
+        return
+    several = f", {found.documents} documents" if found.documents > 1 else ""
+    about = "a delta of about " if found.is_delta else ""
+    size = f", {found.tensors} tensors, {about}{human(found.nbytes)}" if found.nbytes is not None else ""
+    tell(f"{found.name}: ok{several}{size}")
+    for kind, several_lines in (("warning", found.warnings), ("note", found.notes)):
+        for line in several_lines:
+            tell(f"{found.name}: {kind}: {line}")
+
+
+def _annotate_checked(found: Checked) -> None:
+    error = found.error
+    for problem in error.problems if isinstance(error, RecipeError) else ():
+        said = ": ".join(part for part in (problem.location, problem.message, problem.hint) if part)
+        annotate("error", said, found.name, problem.line, problem.column)
+    if error is not None and not isinstance(error, RecipeError):
+        annotate("error", ": ".join(part for part in (str(error), error.hint) if part), found.name)
+    for warning in found.warnings:
+        annotate("warning", warning, found.name)
 
 
 @click.command()
@@ -78,6 +124,8 @@ def check_size(plan: Plan) -> str:
 @click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
 @click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
 @MERGEKIT_EXACT
+@SET
+@PICKLES
 @AS_JSON
 def plan(
     recipe: Path,
@@ -87,6 +135,8 @@ def plan(
     old: Path | None,
     graph: bool,
     mergekit_exact: bool,
+    settings: dict[Loc, str],
+    pickles: bool,
     as_json: bool,
 ) -> None:
     """Show what a run of RECIPE would do, tensor by tensor.
@@ -102,18 +152,19 @@ def plan(
     from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans
 
-    def describe(path: Path) -> dict[str, Any]:
-        file = read_recipe(path, mergekit_exact=mergekit_exact)
-        *before, planned = make_plans(file, options=Options(device=device, workers=workers, memory=memory))
+    def describe(path: Path, settings: dict[Loc, str]) -> dict[str, Any]:
+        file = read_recipe(path, mergekit_exact=mergekit_exact, settings=settings)
+        options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
+        *before, planned = make_plans(file, options=options)
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
         return planned.describe() | ({"intermediate": intermediate} if before else {})
 
     if graph and (old or as_json):
         raise click.UsageError("--graph stands alone")
-    described = describe(recipe)
+    described = describe(recipe, settings)
     if old is not None:
         with errors.context(str(old)):
-            found = review.difference(describe(old), described)
+            found = review.difference(describe(old, {}), described)
         say_json(found) if as_json else say(review.markdown(found, str(old), str(recipe)))
     elif graph:
         say(review.mermaid(described))
@@ -142,6 +193,7 @@ def plan(
 @DEVICE
 @WORKERS
 @AS_JSON
+@AS_CSV
 def inspect(
     model: str,
     base: str,
@@ -156,6 +208,7 @@ def inspect(
     device: str,
     workers: int | None,
     as_json: bool,
+    as_csv: bool,
 ) -> None:
     """Measure the delta of MODEL: how large it is, and where.
 
@@ -175,7 +228,10 @@ def inspect(
         device=device, workers=workers, watch=progress.start,
     )  # fmt: skip
     progress.stop()
-    say_model(report) if as_json else say(render(report, tensors=tensors))
+    if as_csv:
+        say_table(report.tensors)
+    else:
+        say_model(report) if as_json else say(render(report, tensors=tensors))
     if page is not None:
         tell(f"{page}: written")
 
@@ -194,6 +250,7 @@ def inspect(
 @DEVICE
 @WORKERS
 @AS_JSON
+@AS_CSV
 def recommend(
     model: str,
     base: str,
@@ -207,6 +264,7 @@ def recommend(
     device: str,
     workers: int | None,
     as_json: bool,
+    as_csv: bool,
 ) -> None:
     """Say which pruning suits the delta of MODEL at a density.
 
@@ -223,7 +281,10 @@ def recommend(
         model, base, density, calibration=rows, out=out, device=device, workers=workers, watch=progress.start
     )
     progress.stop()
-    say_model(answer) if as_json else say(render(answer))
+    if as_csv:
+        say_table(answer.candidates)
+    else:
+        say_model(answer) if as_json else say(render(answer))
     if out is not None:
         tell(f"{out}: written")
 

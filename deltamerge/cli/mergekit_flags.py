@@ -1,57 +1,109 @@
-"""Hints for users who type the flags of mergekit-yaml and mergekit-multi."""
+"""The command line of mergekit-yaml and mergekit-multi: what its flags are here, and a word about those without use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import click
 
-_DEVICE = "--device cuda[:N]; a GPU is found by itself"
-_STREAMED = "not needed: tensors are streamed in tiles; --memory 2GB is a cap"
-_THREADS = "--workers N"
-_INTERMEDIATE = "they lie in OUT-intermediate, or where output.path of each document says"
-# docs/from-mergekit.md has the same table
-FLAGS = {
-    "--allow-crimes": "not needed: tensors must fit by name and shape, whatever architecture they are of",
-    "--async-write": _STREAMED,
-    "--clone-tensors": _STREAMED,
-    "--copy-tokenizer": "always done; tokenizer_source in the recipe chooses whose",
-    "--cuda": _DEVICE,
-    "--gpu-rich": _DEVICE,
-    "--intermediate-dir": _INTERMEDIATE,
-    "-I": _INTERMEDIATE,
-    "--lazy": "always so: a document is made again only if its result would differ",
-    "--lazy-unpickle": _STREAMED,
-    "--lora-merge-cache": "not needed: adapters are added as tensors are read",
-    "--lora-merge-dtype": "not needed: adapters are added in float32",
-    "--low-cpu-memory": _STREAMED,
-    "--multi-gpu": "one GPU a process: --part I/N --device cuda:N, then --finish",
-    "--num-threads": _THREADS,
-    "-j": _THREADS,
-    "--out-path": "--out FOLDER",
-    "--out-shard-size": "output: {shard_size: 5GB} in the recipe",
-    "--random-seed": "seed: N in the recipe",
-    "--read-to-gpu": _DEVICE,
-    "--safe-serialization": "always done: no pickle is read or written",
-    "--transformers-cache": "the environment variable HF_HOME",
-    "--trust-remote-code": "never: no code of a model is run",
-    "--unsafe-truncate-embeddings": "tokenizer_source in the recipe: rows are matched token by token",
-    "--verbosity": "deltamerge plan RECIPE tells everything before a run",
-    "-v": "deltamerge plan RECIPE tells everything before a run",
-    "--write-model-card": "always done",
-    "--write-threads": _THREADS,
+if TYPE_CHECKING:
+    from deltamerge.recipe.yaml_source import Loc
+
+META = "deltamerge.mergekit_flags"
+_STREAMED = "tensors are streamed in tiles, and --memory caps them"
+# Flags without a meaning here, and why; docs/from-mergekit.md has the same table. "--x/--no-x": both.
+WITHOUT_USE = {
+    "--allow-crimes/--no-allow-crimes": "tensors fit by name and shape, whatever architecture they are of",
+    "--async-write/--no-async-write": _STREAMED,
+    "--clone-tensors/--no-clone-tensors": _STREAMED,
+    "--copy-tokenizer/--no-copy-tokenizer": "always copied; tokenizer_source in the recipe chooses whose",
+    "--lazy/--no-lazy": "a document is made again only if its result would differ",
+    "--lazy-unpickle/--no-lazy-unpickle": _STREAMED,
+    "--low-cpu-memory/--no-low-cpu-memory": _STREAMED,
+    "--multi-gpu/--no-multi-gpu": "one GPU a process: --part I/N --device cuda:N, then --finish",
+    "--safe-serialization/--no-safe-serialization": "always safetensors",
+    "--trust-remote-code/--no-trust-remote-code": "no code of a model is run",
+    "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings": "rows are matched token by token: "
+    "tokenizer_source in the recipe",
+    "--write-model-card/--no-write-model-card": "always written",
 }
+# Those that take a value.
+VALUES_WITHOUT_USE = {
+    "--intermediate-dir": "intermediate results lie in OUT-intermediate, or where output.path of each document says",
+    "--lora-merge-cache": "adapters are added as tensors are read",
+    "--lora-merge-dtype": "adapters are added in float32",
+    "--write-threads": "--workers is the number of threads",
+}
+SHORT = {"--intermediate-dir": "-I", "--num-threads": "-j"}
+_GPU = "--cuda", "--gpu-rich", "--read-to-gpu"
+_COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMbB]?)")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
 
-def hints(error: click.ClickException, arguments: Sequence[str]) -> Iterator[str]:
-    """For an error in a command's arguments, what to type instead of each argument that is mergekit's."""
-    if not isinstance(error, click.UsageError) or error.ctx is None or error.ctx.command.name != "run":
-        return
-    extra = error.message.startswith("Got unexpected extra argument")
-    if not extra and not isinstance(error, click.NoSuchOption):
-        return
-    names = (argument.partition("=")[0].replace("--no-", "--", 1) for argument in arguments)
-    known = [name for name in dict.fromkeys(names) if name in FLAGS]
-    if extra or known:
-        yield "mergekit-yaml RECIPE OUT is here: deltamerge run RECIPE --out OUT"
-    yield from (f"{name}: {FLAGS[name]}" for name in known)
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What mergekit's flags ask for: a folder, a device and threads where ours say nothing, and keys of the recipe."""
+
+    out: str | None = None
+    device: str | None = None
+    workers: int | None = None
+    settings: Mapping[Loc, str] | None = None
+    without_use: tuple[str, ...] = ()
+
+    @property
+    def warning(self) -> str | None:
+        """A line about the flags that have no use."""
+        return f"no effect here: {'; '.join(self.without_use)}" if self.without_use else None
+
+
+def taken(context: click.Context) -> Taken:
+    """The flags of mergekit's that a command was given. UsageError: a value of one is none."""
+    given: dict[str, Any] = context.meta.get(META, {})
+    settings: dict[Loc, str] = {}
+    if "--random-seed" in given:
+        settings[("seed",)] = str(given["--random-seed"])
+    if "--out-shard-size" in given:
+        settings[("output", "shard_size")] = str(_bytes(given["--out-shard-size"]))
+    if "--transformers-cache" in given and "huggingface_hub" not in sys.modules:
+        os.environ["HF_HUB_CACHE"] = given["--transformers-cache"]
+    known = {**{names.partition("/")[0]: why for names, why in WITHOUT_USE.items()}, **VALUES_WITHOUT_USE}
+    useless = tuple(f"{name} ({known[name]})" for name in given if name in known)
+    gpu = any(given.get(name) for name in _GPU)
+    return Taken(given.get("--out-path"), "cuda" if gpu else None, given.get("--num-threads"), settings, useless)
+
+
+def mergekit_flags(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Let a command take mergekit's flags; they are not in its help."""
+    for name in reversed([*_GPU]):
+        command = _option(f"{name}/{name.replace('--', '--no-', 1)}", default=None)(command)
+    for names in WITHOUT_USE:
+        command = _option(names, default=None)(command)
+    for name in (*VALUES_WITHOUT_USE, "--out-path", "--out-shard-size", "--transformers-cache"):
+        command = _option(name)(command)
+    for name, type_ in {"--random-seed": click.IntRange(0), "--num-threads": click.IntRange(1)}.items():
+        command = _option(name, type=type_)(command)
+    return command
+
+
+def _option(names: str, **more: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    name = names.partition("/")[0]
+    short = [SHORT[name]] if name in SHORT else []
+
+    def keep(context: click.Context, option: click.Parameter, value: Any) -> None:
+        if value is not None:
+            context.meta.setdefault(META, {})[name] = value
+
+    return click.option(names, *short, hidden=True, expose_value=False, callback=keep, **more)
+
+
+def _bytes(text: str) -> int:
+    """mergekit's size of a shard: it says parameters, and counts bytes ("5B" is 5 · 10⁹)."""
+    found = _COUNT.fullmatch(text.strip())
+    if found is None:
+        raise click.UsageError(f"--out-shard-size {text}: not a size such as 5B or 500M")
+    return max(1, int(float(found[1]) * _UNITS[found[2].lower()]))

@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.shell_completion import CompletionItem
 
+from deltamerge.errors import InputError
 from deltamerge.errors.shown import shown
+
+if TYPE_CHECKING:
+    from deltamerge.recipe.yaml_source import Loc
 
 MOST_WORKERS = 1024
 
@@ -96,9 +100,10 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
 MEMORY = click.option(
     "--memory", metavar="SIZE", callback=_size, help="Cap on memory, such as 2GB; tiles shrink to keep it."
 )
-FORCE = click.option("--force", is_flag=True, help="Replace a target that is not empty.")
+FORCE = click.option("--force", is_flag=True, help="Replace a target that a run made.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
+AS_CSV = click.option("--csv", "as_csv", is_flag=True, help="Its table as CSV on stdout, numbers in full.")
 BASE = click.option("--base", required=True, type=MODEL, help="What MODEL was fine-tuned from.")
 ROWS = (
     click.option(
@@ -127,8 +132,27 @@ def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict
     return {"data": data, **fields, **{key: value for key, value in more.items() if value is not None}}
 
 
-RESUME = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped; the same bytes result.")
+RESUME = click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped, even with --force.")
 MERGEKIT_EXACT = click.option(
     "--mergekit-exact", is_flag=True, help="Take mergekit's defaults where ours differ (docs/from-mergekit.md)."
 )
+PICKLES = click.option(
+    "--allow-pickles", "pickles", is_flag=True,
+    help="Read pytorch_model.bin where there are no safetensors; nothing in it is run.",
+)  # fmt: skip
 NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
+
+
+def _settings(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
+    from deltamerge.recipe.overrides import parse_setting
+
+    try:
+        return dict(map(parse_setting, texts))
+    except InputError as error:
+        raise click.BadParameter(str(error)) from error
+
+
+SET = click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_settings,
+    help="Set a key of the recipe: models.0.prune.density=0.01.",
+)  # fmt: skip

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,6 +47,45 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def say_table(rows: Iterable[BaseModel]) -> None:
+    """Print records as CSV on stdout: a column for each field, and for each key of a field that is a mapping."""
+    flat = [dict(_columns(row.model_dump(mode="json"))) for row in rows]
+    text = io.StringIO()
+    table = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(flat)
+    say(text.getvalue().removesuffix("\n"))
+
+
+def _columns(value: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield from ((f"{name}.{key}", one) for key, one in _columns(inner))
+        else:
+            yield name, "x".join(map(str, inner)) if isinstance(inner, list) else inner
+
+
+def error_as_json(error: DeltamergeError, where: str) -> dict[str, Any]:
+    """What `--json` prints for an error: its line, hint and exit code, and each problem of a recipe with its place."""
+    problems = error.problems if isinstance(error, RecipeError) else ()
+    return {
+        "message": str(error) if isinstance(error, RecipeError) else f"{where}: {error}" if where else str(error),
+        "hint": error.hint,
+        "exit_code": error.exit_code,
+        "problems": [asdict(problem) | {"path": getattr(error, "path", where)} for problem in problems],
+    }
+
+
+def annotate(level: str, message: str, path: str, line: int | None = None, column: int | None = None) -> None:
+    """Print a line that GitHub shows beside a line of a file: an error, a warning or a notice."""
+
+    def escaped(text: str, also: str = "") -> str:
+        return "".join(f"%{ord(c):02X}" if c in "%\r\n" + also else c for c in shown(text))
+
+    place = f"file={escaped(path, ',:')}" + (f",line={line},col={column}" if line else "")
+    click.echo(f"::{level} {place},title=deltamerge::{escaped(message)}")
 
 
 def _say_ascii(text: str) -> None:
@@ -134,6 +176,7 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
             "tensors": tensors,
             "seconds": round(progress.seconds, 3),
             "lock": result.lock,
+            "up_to_date": not result.made,
             "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
             "warnings": list(result.plan.warnings),
             **({} if quantised is None else {"quantization_error": quantised["relative_error"]}),
@@ -145,6 +188,9 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
         lost = ""
         for folder, made in result.intermediate.items():
             tell(f"{folder}: {'made' if made else 'as it would be made, kept'}")
+        if not result.made:
+            tell(f"{result.folder}: up to date")
+            return
         if delta is not None:
             values = result.plan.delta_values
             how = "final values, exact" if values is None else f"{values} values, relative error {delta.error:.3g}"

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import click
 
-from deltamerge.cli.options import FOLDER, WORKERS
-from deltamerge.cli.output import tell
+from deltamerge.cli.options import AS_JSON, FOLDER, WORKERS
+from deltamerge.cli.output import say_json, tell
 
 
 @click.command()
@@ -15,7 +15,8 @@ from deltamerge.cli.output import tell
 @click.argument("repository")
 @click.option("--public", is_flag=True, help="For everyone to see; without it the repository is private.")
 @WORKERS
-def push(folder: Path, repository: str, public: bool, workers: int | None) -> None:
+@AS_JSON
+def push(folder: Path, repository: str, public: bool, workers: int | None, as_json: bool) -> None:
     """Publish FOLDER, which a run made, as REPOSITORY on the hub.
 
     Weights, card, recipe and lock. Logged in with `hf auth login`, or with HF_TOKEN set. Run again after an
@@ -24,4 +25,5 @@ def push(folder: Path, repository: str, public: bool, workers: int | None) -> No
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.publish import push as push_folder
 
-    tell(push_folder(folder, repository, public=public, workers=workers or default_workers()))
+    url = push_folder(folder, repository, public=public, workers=workers or default_workers())
+    say_json({"folder": str(folder), "repository": repository, "url": url}) if as_json else tell(url)

@@ -24,6 +24,7 @@ from deltamerge.cli.tables import render_methods
 @click.option("--out", type=RecipePath(), default="recipe.yaml", show_default=True, help="To write; - is stdout.")
 @DEVICE
 @WORKERS
+@AS_JSON
 def init(
     models: tuple[str, ...],
     base: str,
@@ -35,6 +36,7 @@ def init(
     out: str,
     device: str,
     workers: int | None,
+    as_json: bool,
 ) -> None:
     """Write a commented first recipe for MODELS and their base.
 
@@ -58,6 +60,11 @@ def init(
 
         advice = [recommend(m, base, density, calibration=rows, device=device, workers=workers) for m in models]
     written = first_recipe(base, models, path, density=density, calibration=rows, advice=advice)
+    if as_json:
+        if out != "-":
+            write_new(path, written)
+        say_json({"out": None if out == "-" else str(path), "recipe": written})
+        return
     if out == "-":
         say(written.removesuffix("\n"))
         return

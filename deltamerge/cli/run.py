@@ -12,16 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltamerge.cli.mergekit_flags import mergekit_flags, taken
 from deltamerge.cli.options import (
     AS_JSON,
     DEVICE,
+    FILE,
     FOLDER,
     MEMORY,
     MERGEKIT_EXACT,
     NONFINITE,
+    PICKLES,
     QUIET,
     RECIPE,
     RESUME,
+    SET,
     WORKERS,
     RecipePath,
 )
@@ -32,10 +36,12 @@ from deltamerge.io.files import scratch
 
 if TYPE_CHECKING:
     from deltamerge.plan.planner import Plan
+    from deltamerge.recipe.yaml_source import Loc
 
 
 @click.command()
 @click.argument("recipe", type=RecipePath())
+@click.argument("target", metavar="[OUT]", type=FOLDER, required=False)
 @click.option("--out", type=FOLDER, help="Folder to make; default: the recipe's output.path, or NAME-merged beside it.")
 @DEVICE
 @WORKERS
@@ -47,15 +53,23 @@ if TYPE_CHECKING:
     help="Run all parts on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
 )  # fmt: skip
 @RESUME
-@click.option("--force", is_flag=True, help="Replace a target that is not empty; forget an interrupted run.")
-@click.option("--locked", is_flag=True, help="Refuse inputs that differ from the lock beside the recipe.")
+@click.option("--force", is_flag=True, help="Make it again, over a result that was changed; forget an interrupted run.")
+@click.option("--locked", is_flag=True, help="Refuse a recipe or inputs that differ from the lock beside the recipe.")
+@click.option("--lock", "lock_path", type=FILE, metavar="PATH", help="The same, by this lock or a run's folder.")
 @MERGEKIT_EXACT
 @NONFINITE
-@click.option("--pictures", is_flag=True, help="Draw delta and search for the model card (extra `plot`).")
+@SET
+@PICKLES
+@click.option("--pictures", is_flag=True, help="Draw delta and search for the model card.")
 @AS_JSON
 @QUIET
+@click.option("-v", "--verbose", "--verbosity", count=True, help="Say what `plan` notes, too.")
+@mergekit_flags
+@click.pass_context
 def run(
+    context: click.Context,
     recipe: str,
+    target: Path | None,
     out: Path | None,
     device: str,
     workers: int | None,
@@ -66,11 +80,15 @@ def run(
     resume: bool,
     force: bool,
     locked: bool,
+    lock_path: str | None,
     mergekit_exact: bool,
     allow_nonfinite: bool,
+    settings: dict[Loc, str],
+    pickles: bool,
     pictures: bool,
     as_json: bool,
     quiet: bool,
+    verbose: int,
 ) -> None:
     """Merge the models of RECIPE into one that transformers loads.
 
@@ -78,16 +96,19 @@ def run(
 
     \b
     deltamerge run recipe.yaml --memory 2GB
+    deltamerge run recipe.yaml ./merged --set seed=1    # OUT may stand alone, as mergekit's
     deltamerge run hf://org/name    # again, what someone pushed; says whether the bytes agree
     deltamerge run recipe.yaml --ray 10.0.0.1:6379    # its parts on a cluster
 
-    An interrupted run leaves .NAME.partial beside its target, to be resumed, or forgotten by force.
+    Run again, a finished recipe is up to date; a changed one replaces its own result; an interrupted one goes on where
+    it stopped, from .NAME.partial beside its target, or is forgotten by --force.
     """
     from deltamerge.inspect.pictures import drawing
     from deltamerge.recipe.file import read_recipe
     from deltamerge.run.lock import Lock
     from deltamerge.run.options import Options
     from deltamerge.run.partition import Part
+    from deltamerge.run.plans import lock_for
     from deltamerge.run.publish import SCHEME, fetch
     from deltamerge.run.runner import finish as finish_parts
     from deltamerge.run.runner import run as run_recipe
@@ -99,11 +120,22 @@ def run(
         raise click.UsageError("--ray takes a recipe that every machine of the cluster sees, not hf://")
     if pictures and part is not None:
         raise click.UsageError("--pictures is for --finish, when every part is done")
+    theirs = taken(context)
+    if target is not None and out is not None:
+        raise click.UsageError("OUT and --out name the output twice")
+    out = out or target or (None if theirs.out is None else Path(theirs.out))
+    device = theirs.device or device if device == "auto" else device
+    workers = workers or theirs.workers
+    settings = {**(theirs.settings or {}), **settings}
+    if settings and recipe.startswith(SCHEME):
+        raise click.UsageError("hf:// makes what was pushed: keys of its recipe cannot be set")
 
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     elif line := kernels.missing():
         tell(line)
+    if theirs.warning and not quiet:
+        tell(f"warning: {theirs.warning}")
     progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
 
     def watch(plan: Plan) -> Callable[[int], None]:
@@ -111,8 +143,9 @@ def run(
         return progress.start(plan.made_bytes)
 
     options = Options(
-        device=device, workers=workers, memory=memory, resume=resume, force=force, allow_nonfinite=allow_nonfinite,
-        watch=watch, drawing=drawing if pictures else None,
+        device=device, workers=workers, memory=memory, resume=resume or None, force=force,
+        allow_nonfinite=allow_nonfinite,
+        pickles=pickles, watch=watch, drawing=drawing if pictures else None,
     )  # fmt: skip
     published = None
     with ExitStack() as held:
@@ -122,9 +155,9 @@ def run(
             published = fetch(recipe, held.enter_context(scratch(out.absolute().parent)))
             path = published.recipe
             options = replace(options, lock=published.lock, pins=published.pins)
-        file = read_recipe(path, mergekit_exact=mergekit_exact)
-        if locked and published is None:
-            options = replace(options, lock=Lock.read(file.lock_path))
+        file = read_recipe(path, mergekit_exact=mergekit_exact, settings=settings)
+        if (locked or lock_path) and published is None:
+            options = replace(options, lock=Lock.read(lock_for(file, out, lock_path)))
         if finish:
             result = finish_parts(file, out, options)
         elif ray is not None:
@@ -136,16 +169,20 @@ def run(
     warnings.say(result.plan)
     if result.nonfinite:
         tell(f"warning: {describe_nonfinite(result.nonfinite)}")
-    differing = published.differences(result.lock["outputs"]) if published and not part else []
+    lock = options.lock if not part else None
+    differing = lock.differences(result.lock["outputs"]) if lock is not None and lock.content["outputs"] else []
     found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
     if published:
         found["published"] = {"commit": published.commit, "differs": differing}
+    for note in result.plan.notes if verbose and not (quiet or as_json) else ():
+        tell(f"note: {note}")
     report_run(result, progress, as_json=as_json, quiet=quiet, **found)
     if part and not (quiet or as_json):
         tell("hint: when every part is done, run the same command with --finish")
-    if published is not None and not part:
-        agreed = f"not the bytes of {recipe}: {', '.join(differing)}" if differing else f"the same bytes as {recipe}"
-        tell(f"{result.folder}: {agreed} at {published.commit[:12]}")
+    if lock is not None and lock.content["outputs"] and not (quiet and not differing):
+        whose = f"{recipe} at {published.commit[:12]}" if published else str(lock.path)
+        agreed = f"not the bytes of {whose}: {', '.join(differing)}" if differing else f"the same bytes as {whose}"
+        tell(f"{result.folder}: {agreed}")
     if differing:
         raise click.exceptions.Exit(1)
 
@@ -155,10 +192,17 @@ def run(
 @DEVICE
 @WORKERS
 @MEMORY
-@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE", help="Draw the search (extra `plot`).")
+@SET
+@click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the search.")
 @AS_JSON
 def calibrate(
-    recipe: Path, device: str, workers: int | None, memory: int | None, plot: Path | None, as_json: bool
+    recipe: Path,
+    device: str,
+    workers: int | None,
+    memory: int | None,
+    settings: dict[Loc, str],
+    plot: Path | None,
+    as_json: bool,
 ) -> None:
     """Choose the q's of RECIPE on its calibration data, no more.
 
@@ -168,11 +212,43 @@ def calibrate(
     from deltamerge.run.options import Options
     from deltamerge.run.runner import calibrate as calibrate_recipe
 
-    file = read_recipe(recipe)
+    file = read_recipe(recipe, settings=settings)
+    if plot is not None:
+        from deltamerge.inspect.pictures import check_plot, draw
+
+        check_plot(plot)
     found = calibrate_recipe(file, Options(device=device, workers=workers, memory=memory))
     if plot is not None:
-        from deltamerge.inspect.plots import draw
-
         draw(found, plot)
     say_json(found) if as_json else say(render_calibration(found))
     tell(f"{file.lock_path}: written")
+
+
+@click.command()
+@click.argument("recipe", type=RECIPE)
+@click.option("--check", is_flag=True, help="Write nothing; exit 1 where RECIPE or inputs differ from the lock.")
+@DEVICE
+@WORKERS
+@MEMORY
+def lock(recipe: Path, check: bool, device: str, workers: int | None, memory: int | None) -> None:
+    """Write the lock of RECIPE beside it: its inputs by content, and its q's.
+
+    For run --locked, on this machine or another: it refuses a recipe or inputs that are not those of the lock.
+
+    \b
+    deltamerge lock recipe.yaml            # writes recipe.lock, to be kept in git
+    deltamerge lock recipe.yaml --check    # in CI
+    """
+    from deltamerge.recipe.file import read_recipe
+    from deltamerge.run.options import Options
+    from deltamerge.run.runner import check_lock
+    from deltamerge.run.runner import lock as lock_recipe
+
+    file, options = read_recipe(recipe), Options(device=device, workers=workers, memory=memory)
+    if check:
+        check_lock(file, options)
+        tell(f"{file.lock_path}: is that of {recipe} and its inputs")
+        return
+    written = lock_recipe(file, options)
+    chosen = f", the q's of {len(written.calibration)} models" if written.calibration else ""
+    tell(f"{file.lock_path}: written; {len(written.content['inputs'])} inputs{chosen}")

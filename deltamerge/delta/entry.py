@@ -78,15 +78,17 @@ class Entry:
             return widen(values, "BF16")
         return values if coding is None else values.view(np.int8 if coding == "int8" else np.float32)
 
+    def values_at(self, positions: Array, first: int, scales: Array) -> Array:
+        """Bits of final values, or float32 values to add, of the entries from number `first` on at `positions`."""
+        values = self.codes(first, first + positions.size)
+        return scales[positions // self.record.group] * values if scales.size else values
+
     def pieces(self) -> Iterator[tuple[Array, Array]]:
         """Positions, with bits of final values, or float32 values to add. InputError: damaged."""
         with damage_told():
             scales, done = self.scale_values(), 0
             for positions in self.positions():
-                values = self.codes(done, done + positions.size)
-                if scales.size:
-                    values = scales[positions // self.record.group] * values
-                yield positions, values
+                yield positions, self.values_at(positions, done, scales)
                 done += positions.size
 
     def tiles(self, read: Read | None, *, check: bool = True, tile: int = TILE) -> Iterator[Array]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,9 +24,7 @@ from deltamerge.delta.positions import Array, index_itemsize
 from deltamerge.delta.stored import Scratch
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import code_of, torch_dtype
-
-if TYPE_CHECKING:
-    import torch
+from deltamerge.io.lazy import torch
 
 THREADED = 1 << 15
 
@@ -78,8 +76,6 @@ class DeltaFile:
 
     def patches(self) -> Iterator[Patch]:
         """Final values, tensor by tensor, without unchanged ones; for an artifact that replaces."""
-        import torch
-
         for name, entry in self.entries.items():
             record = entry.record
             if not record.count:
@@ -125,8 +121,6 @@ class DeltaFile:
         many threads as torch has. InputError: a tensor is missing or differs from the base's in dtype or shape (then
         nothing has been changed); positions are damaged; or the file has become shorter.
         """
-        import torch
-
         entries = list(self.entries.values())
         keys = [name if (name := e.record.base_name) is not None and name in state else e.name for e in entries]
         uses = Counter(keys)
@@ -140,11 +134,8 @@ class DeltaFile:
         def apply(entry: Entry) -> None:
             if not hasattr(own, "scratch"):
                 own.scratch = Scratch()
-            try:
+            with errors.context(f"{self.path}: {entry.name}"):
                 targets[entry.name] = _apply_to(entry, targets[entry.name], own.scratch)
-            except InputError as error:
-                error.where.insert(0, f"{self.path}: {entry.name}")
-                raise
 
         entries.sort(key=lambda entry: -entry.record.count)
         large = sum(entry.record.count > THREADED for entry in entries)
@@ -178,8 +169,6 @@ def load_delta(path: str | Path) -> Iterator[Patch]:
 
 def to_torch(bits: Array, dtype: str) -> torch.Tensor:
     """Flat bits as a torch tensor that shares their memory."""
-    import torch
-
     return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(torch_dtype(dtype))
 
 
@@ -197,8 +186,7 @@ def _target(entry: Entry, target: Any, base: Base) -> Any:
     if target is None or _described(target) != expected:
         found = "is not there" if target is None else "is {} {}".format(*_described(target))
         raise InputError(
-            f"{entry.name} {found}, the delta was made from {expected[0]} {expected[1]}",
-            hint=f"it belongs to {base}",
+            f"{entry.name} {found}, the delta was made from {expected[0]} {expected[1]}", hint=f"it belongs to {base}"
         )
     return target
 
@@ -229,8 +217,6 @@ def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
 
 
 def _host_bits(tensor: Any) -> Array:
-    import torch
-
     width = tensor.element_size()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
     bits: Array = tensor.view(integers).numpy().reshape(-1).view(f"<u{width}")

@@ -40,7 +40,7 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, .
         opened.sizes[folder / file] = header.size
     entries = {}
     for name, record in manifest.tensors.items():
-        try:
+        with errors.context(f"{MANIFEST}: {name}"):
             check_record(record)
             arrays: dict[str, Sliced] = {
                 suffix: _array(name + suffix, expected, stored.pop(name + suffix, None), opened)
@@ -53,9 +53,6 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, .
                 raise InputError(f"{record.encoding} of {index.size} bytes, at most {most} can be needed")
             if scales is not None and scales.size > (most := -(-groups(record) * len(record.ranks or "0000") // 8)):
                 raise InputError(f"scales of {scales.size} bytes, at most {most} can be needed")
-        except InputError as error:
-            error.where.insert(0, f"{MANIFEST}: {name}")
-            raise
         entries[name] = Entry(name, record, values, index, scales)
     if stored:
         raise InputError(f"{MANIFEST} does not describe the stored tensor {min(stored)!r}")

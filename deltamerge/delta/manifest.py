@@ -6,6 +6,7 @@ docs/delta-format.md describes it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from deltamerge.delta.positions import LARGEST_K, Coding, index_itemsize
 from deltamerge.delta.values import SCALE_BITS, SCALED, UNITS, VALUE_BITS, Values
 from deltamerge.errors import InputError
+from deltamerge.io.component import MAX_COMPONENTS, Component, is_plain_folder
 from deltamerge.io.dtypes import FLOATING, ITEMSIZE, PACKED
 from deltamerge.io.safetensors_file import MAX_DIMENSIONS
 
@@ -73,8 +75,19 @@ class Record(_Strict):
     result: Digest
 
 
+class Part(_Strict):
+    """A folder of the result's weights, and how its weight files are called: `io.component.Component`."""
+
+    folder: Annotated[str, StringConstraints(max_length=400)]
+    stem: Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,40}$")] = "model"
+    variant: Annotated[str, StringConstraints(pattern=r"^[\w-]{0,40}$")] = ""
+
+
 class Manifest(_Strict):
-    """delta.json. Tensors of the base that are neither in `tensors` nor in `removed` are unchanged in the result."""
+    """delta.json. Tensors of the base that are neither in `tensors` nor in `removed` are unchanged in the result.
+
+    `components` are the folders of a result that has several; none: it is one model of transformers.
+    """
 
     format: Literal["deltamerge-delta"] = "deltamerge-delta"
     version: Literal[1] = 1
@@ -82,7 +95,22 @@ class Manifest(_Strict):
     base: Base
     shard_size: Annotated[int, Field(ge=1, lt=LARGEST_SIZE)] = SHARD_SIZE
     removed: list[Name] = []
+    components: Annotated[list[Part], Field(max_length=MAX_COMPONENTS)] = []
     tensors: dict[Name, Record]
+
+    def as_components(self) -> tuple[Component, ...]:
+        """The folders of the result's weights. InputError: one that does not lie below the result's."""
+        for part in self.components:
+            if part.folder and not is_plain_folder(part.folder):
+                raise InputError(f"{part.folder[:80]!r} is no folder of a component")
+        return tuple(Component(p.folder, p.stem, p.variant) for p in self.components) or (Component(),)
+
+
+def parts_of(components: Sequence[Component]) -> list[Part]:
+    """How a manifest names components; a plain model's are none."""
+    if tuple(components) == (Component(),):
+        return []
+    return [Part(folder=c.folder, stem=c.stem, variant=c.variant) for c in components]
 
 
 def groups(record: Record) -> int:

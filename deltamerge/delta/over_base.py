@@ -18,13 +18,13 @@ from deltamerge.delta.entry import TILE, Entry, as_bits, extend
 from deltamerge.delta.entry import Read as ReadElements
 from deltamerge.delta.positions import Array, Positions
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import ITEMSIZE, bits_type, cast, narrow, widen
+from deltamerge.io.dtypes import ITEMSIZE, bits_type, cast
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import Read, TensorInfo
 
 if TYPE_CHECKING:
     from deltamerge.delta.file import DeltaFile
-    from deltamerge.io.checkpoint import Checkpoint
+    from deltamerge.io.checkpoint import Checkpoint, with_configs
 
 HELD = 16  # tensors whose positions stay decoded, at most an eighth of a byte per element
 
@@ -51,7 +51,8 @@ def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
         path = opened.path / "delta.json"
         made = _Layer(entry, info, held, path)
         tensors[source.name] = TensorInfo(source.name, source.dtype, source.shape, path, 0, nbytes, made)
-    return replace(delta, tensors=tensors, files=opened.files, base=base)
+    components = with_configs(opened.manifest.as_components(), delta.path)
+    return replace(delta, tensors=tensors, files=opened.files, base=base, components=components)
 
 
 def added(info: TensorInfo) -> TensorInfo | None:
@@ -171,11 +172,7 @@ class _Layer:
         base = extend(base, target.size)
         target[:] = cast(base, self.info.dtype, record.dtype)
         for where, values in self.entries(start, stop):
-            if record.values is None:
-                target[where] = values
-            else:
-                with np.errstate(over="ignore", invalid="ignore"):
-                    target[where] = narrow(widen(base[where], self.info.dtype) + values, record.dtype)
+            self.entry.put(target, base, where, values)
 
     def entries(self, start: int, stop: int) -> Iterator[tuple[Array, Any]]:
         """Positions relative to `start`, with bits of final values or float32 values to add."""
@@ -188,10 +185,7 @@ class _Layer:
         else:
             pieces = self.held.get(entry).between(start, stop)
         for positions, first in pieces:
-            values = entry.codes(first, first + positions.size)
-            if scales.size:
-                values = scales[positions // entry.record.group] * values
-            yield positions - start, values
+            yield positions - start, entry.values_at(positions, first, scales)
 
 
 @dataclass(frozen=True, slots=True)

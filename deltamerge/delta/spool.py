@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import threading
 import time
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import OutputError
-from deltamerge.io.files import output_error, sync
+from deltamerge.io.files import sync_path, writing
 from deltamerge.io.journal import Journal
 
 SPOOL = "delta-spool"
@@ -31,10 +30,8 @@ class Spool:
         self._lock = threading.Lock()
         self._waiting: dict[str, tuple[Path, Any]] = {}
         self._saved = time.monotonic()
-        try:
+        with writing():
             self.folder.mkdir(exist_ok=journal is not None)
-        except OSError as error:
-            raise output_error(error) from error
 
     def kept(self, name: str) -> Any:
         """The state of a tensor that an earlier run had finished; None if it had not."""
@@ -65,11 +62,7 @@ class Spool:
             return
         for path in (*(path for path, _ in self._waiting.values()), self.folder):
             if path.exists():
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                try:
-                    sync(fd)
-                finally:
-                    os.close(fd)
+                sync_path(path)
         self._journal.append({"tensors": {name: state for name, (_, state) in self._waiting.items()}})
         self._waiting.clear()
         self._saved = time.monotonic()

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
+from deltamerge import errors
 from deltamerge.delta.positions import Array
-from deltamerge.errors import InputError
 from deltamerge.io.files import Descriptors, flat, input_error, read_at
 
 SMALL = 4 << 20
@@ -32,7 +32,7 @@ class StoredFiles:
         """Fill `out` from byte `begin`. InputError: the file is gone, or has become too short."""
         whole = self._whole.get(path)
         if whole is None:
-            try:
+            with errors.context(path.name):
                 file = self._opened.get(path)
                 if self.sizes[path] > SMALL:
                     read_at(file.fd, begin, out)
@@ -40,9 +40,6 @@ class StoredFiles:
                 whole = memoryview(bytearray(self.sizes[path]))
                 read_at(file.fd, 0, whole)
                 self._whole[path] = whole
-            except InputError as error:
-                error.where.insert(0, path.name)
-                raise
         if out:
             out[:] = whole[begin : begin + len(out)]
 

@@ -33,7 +33,7 @@ from deltamerge.delta.values import (
 )
 from deltamerge.io.audit import NonFinite, count_nonfinite
 from deltamerge.io.dtypes import FLOATING, ITEMSIZE, bits_type, cast
-from deltamerge.io.files import flat, output_error, read_at, write_at
+from deltamerge.io.files import flat, read_at, write_at, writing
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,10 +193,8 @@ class TensorWriter:
 
     def _append(self, array: Array) -> None:
         if self._fd < 0:
-            try:
+            with writing():
                 self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            except OSError as error:
-                raise output_error(error) from error
         view = flat(array)
         write_at(self._fd, self._spooled, view)
         self._spooled += len(view)

@@ -14,15 +14,16 @@ from typing import Any, Literal
 
 from deltamerge import errors
 from deltamerge.delta.folder import INDEX, MANIFEST
-from deltamerge.delta.manifest import SHARD_SIZE, Base, Manifest
+from deltamerge.delta.manifest import SHARD_SIZE, Base, Manifest, parts_of
 from deltamerge.delta.positions import CODINGS, Coding
 from deltamerge.delta.spool import Spool
 from deltamerge.delta.tensor_writer import BaseTensor, Stored, Storing, TensorWriter
 from deltamerge.delta.values import Values, relative_error
 from deltamerge.io.audit import NonFinite
+from deltamerge.io.component import Component
 from deltamerge.io.files import copy_at, output_error, write_at
 from deltamerge.io.journal import Journal
-from deltamerge.io.writer import FileLayout, Layout, plan_layout
+from deltamerge.io.layout import FileLayout, Layout, plan_layout
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ class DeltaWriter:
         codings      of positions, to choose from; dense and indices are always allowed
         removed      tensors of the base that the result lacks
         shard_size   of the artifact's own files, and of the checkpoint that is made from it
+        components   the folders of the checkpoint that is made from it
         journal      lists the finished tensors, which are kept beside it, so that a run can be resumed after a crash
 
     The bytes depend only on what is written and on the order of the calls of `tensor`. OutputError: the disk.
@@ -58,11 +60,17 @@ class DeltaWriter:
         codings: Collection[Coding] = CODINGS,
         shard_size: int = SHARD_SIZE,
         removed: Sequence[str] = (),
+        components: Sequence[Component] = (Component(),),
         journal: Journal | None = None,
     ) -> None:
         self._folder = folder
         self._manifest = Manifest(
-            semantics=semantics, base=base, shard_size=shard_size, removed=list(removed), tensors={}
+            semantics=semantics,
+            base=base,
+            shard_size=shard_size,
+            removed=list(removed),
+            components=parts_of(components),
+            tensors={},
         )
         self._shard_size = shard_size
         self._tensors: dict[str, TensorWriter] = {}
@@ -100,7 +108,7 @@ class DeltaWriter:
         with errors.context(str(self._folder)):
             try:
                 files = [self._write_file(file, layout, stored) for file in layout.files]
-                if layout.index is not None:
+                if layout.indexes:
                     index = {
                         "metadata": {"total_size": layout.total_size},
                         "weight_map": {name: _renamed(place.file) for name, place in layout.tensors.items()},

@@ -5,52 +5,20 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from deltamerge.engine.fused.program import Program
 from deltamerge.engine.fused.stream import assemble, covers
-from deltamerge.engine.graph import Node, function_of
+from deltamerge.engine.graph import REDUCTIONS, Node, companion, function_of
 from deltamerge.errors import InputError
 from deltamerge.io import kernels
 from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
+from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import Tile
-
-if TYPE_CHECKING:
-    import torch
-
-
-class Lane(Protocol):
-    """One worker's buffers (and, on a GPU, its stream)."""
-
-    @contextmanager
-    def tile(self) -> Iterator[None]:
-        """Everything between reading a tile's inputs and writing its output."""
-
-    def read(self, node: Node, tile: Tile) -> Any:
-        """The stored values of a read node on a tile, valid until the next tile."""
-
-    def emit(self, value: Any) -> np.ndarray[Any, Any]:
-        """A finished tile as bytes on the host, valid until the next tile."""
-
-
-class Pass(Protocol):
-    """One pass over a tensor that runs by itself, from the files that it reads to memory."""
-
-    def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
-        """Elements [start, stop) of the tensor, put into `out` if there is one; the partials of the pass's reductions
-        by the id of their node. None: it failed, and the ordinary way will tell why."""
-
-
-class Backend(Protocol):
-    def lane(self, reader: Reader) -> Lane: ...
-    def function(self, node: Node) -> Callable[..., Any]: ...
-    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
-        """The steps of a pass as one, if this backend can run them so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +28,34 @@ class Step:
     node: Node
     parameters: dict[str, Any]
     frees: tuple[Node, ...]
+
+
+def steps(
+    nodes: Sequence[Node], frees: Mapping[int, tuple[Node, ...]], root: Node, needless: Collection[int]
+) -> list[Step]:
+    """The nodes of a pass with what to free after each, without needless reductions (by id) and what only these need.
+
+    What a left-out node would free is freed by the step before it.
+    """
+    ends = [n for n in nodes if n.kind in REDUCTIONS and id(n) not in needless]
+    wanted = {id(root), *map(id, ends)}
+    for node in reversed(nodes):
+        if id(node) in wanted:
+            wanted |= {id(source) for source in node.inputs}
+    made: list[Step] = []
+    for i, node in enumerate(nodes):
+        freed = tuple(n for n in frees.get(i, ()) if id(n) in wanted)
+        if id(node) in wanted:
+            made.append(Step(node, dict(node.parameters), freed))
+        elif freed:
+            made[-1] = replace(made[-1], frees=made[-1].frees + freed)
+    return made
+
+
+def is_needless(node: Node, values: Mapping[int, Any]) -> bool:
+    """Whether a reduction's companion declares it needless, given the small values known."""
+    needless = companion(node.function, "needless")
+    return needless is not None and bool(needless(*(values[id(s)] for s in node.inputs if id(s) in values)))
 
 
 def fused_available() -> bool:
@@ -73,7 +69,7 @@ def choose(root: Node, device: str, *, fused: bool | None = None) -> str:
     return "fused" if device == "cpu" and available and covers(root) else "torch"
 
 
-def open_backend(name: str, device: str) -> Backend:
+def open_backend(name: str, device: str) -> TorchBackend:
     return FusedBackend() if name == "fused" else TorchBackend(device)
 
 
@@ -83,32 +79,12 @@ def single_threaded(names: Collection[str]) -> Iterator[None]:
     if "torch" not in names:
         yield
         return
-    import torch
-
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-class FusedBackend:
-    """Passes that run whole in the compiled loop; bit-equal to torch, which tells what a pass failed at."""
-
-    @cached_property
-    def torch(self) -> TorchBackend:
-        return TorchBackend("cpu")
-
-    def lane(self, reader: Reader) -> Lane:
-        return self.torch.lane(reader)
-
-    def function(self, node: Node) -> Callable[..., Any]:
-        return self.torch.function(node)
-
-    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
-        listed = [(step.node, step.parameters, step.frees) for step in steps]
-        return assemble(listed, values, reader, root.shape, root.dtype)
 
 
 class _Slots:
@@ -130,8 +106,6 @@ class _Slots:
 
 def torch_device(device: str) -> torch.device:
     """torch's device of that name. InputError: torch sees no such device."""
-    import torch
-
     kind, _, number = device.partition(":")
     if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
         raise InputError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices", hint="--device cpu")
@@ -145,19 +119,34 @@ class TorchBackend:
         self.device = torch_device(device)
 
     def lane(self, reader: Reader) -> Lane:
-        return TorchLane(reader, self.device)
+        return Lane(reader, self.device)
 
     def function(self, node: Node) -> Callable[..., Any]:
         return function_of(node.function)
 
-    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Pass | None:
+    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Program | None:
+        """The steps of a pass as one, if this backend can run them so."""
         return None
 
 
-class TorchLane:
-    def __init__(self, reader: Reader, device: Any) -> None:
-        import torch
+class FusedBackend(TorchBackend):
+    """Passes that run whole in the compiled loop; bit-equal to torch, which tells what a pass failed at."""
 
+    def __init__(self) -> None:
+        """Without a device: torch is imported by the first lane, which most passes do not need."""
+
+    def lane(self, reader: Reader) -> Lane:
+        return Lane(reader, torch_device("cpu"))
+
+    def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Program | None:
+        listed = [(step.node, step.parameters, step.frees) for step in steps]
+        return assemble(listed, values, reader, root.shape, root.dtype)
+
+
+class Lane:
+    """One worker's buffers (and, on a GPU, its stream)."""
+
+    def __init__(self, reader: Reader, device: Any) -> None:
         self.reader, self.device = reader, device
         self.on_gpu = device.type == "cuda"
         self.stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]  # torch
@@ -165,26 +154,23 @@ class TorchLane:
         self.results = _Slots(self._host)
 
     def _host(self, nbytes: int) -> Any:
-        import torch
-
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.on_gpu)
 
     @contextmanager
     def tile(self) -> Iterator[None]:
-        import torch
-
+        """Everything between reading a tile's inputs and writing its output."""
         self.slots.used = self.results.used = 0
         with torch.inference_mode(), torch.cuda.stream(self.stream):
             yield
 
     def read(self, node: Node, tile: Tile) -> Any:
+        """The stored values of a read node on a tile, valid until the next tile."""
         buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
         self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())
         return buffer.view(torch_dtype(node.dtype)).to(self.device, non_blocking=True)
 
     def emit(self, value: Any) -> np.ndarray[Any, Any]:
-        import torch
-
+        """A finished tile as bytes on the host, valid until the next tile."""
         flat = value.contiguous().view(torch.uint8)
         if self.stream is not None:
             host = self.results.take(flat.numel())

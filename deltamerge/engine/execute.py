@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.engine.backends import Backend, Lane, Pass, Step, open_backend, quiet_allocator, single_threaded
+from deltamerge.engine import backends
+from deltamerge.engine.backends import Lane, Step, TorchBackend
+from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, function_of, schedule
-from deltamerge.engine.steps import is_needless, steps
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -68,7 +69,7 @@ class Running:
     values: MutableMapping[int, Any]
     index: int = -1
     steps: list[Step] = field(default_factory=list)
-    whole: Pass | None = None
+    whole: Program | None = None
     partials: dict[int, dict[int, Any]] = field(default_factory=dict)
     waiting: int = 0
 
@@ -111,39 +112,38 @@ def execute(
     At most `workers` + 1 tensors are in progress, and each worker holds one tile of each live value. The result does
     not depend on `workers`, `tile_elements` or the device.
     """
-    engine = _Engine(tasks, reader, sink, device, tile_elements, progress, known or {}, done)
-    with quiet_allocator(), single_threaded({task.backend for task in tasks if task.root.kind != "read"}):
+    shared = shared_values([task.root for task in tasks], known or {})
+    engine = _Engine(iter(tasks), reader, sink, device, tile_elements, progress, done, shared)
+    with (
+        backends.quiet_allocator(),
+        backends.single_threaded({task.backend for task in tasks if task.root.kind != "read"}),
+    ):
         engine.run(workers)
     return engine.shared
 
 
+@dataclass(eq=False)
 class _Engine:
     """A queue of jobs in planned order; a pass of a tensor starts when the previous one is complete."""
 
-    def __init__(
-        self,
-        tasks: Sequence[Task],
-        reader: Reader,
-        sink: Sink | None,
-        device: str,
-        tile_elements: int,
-        progress: Callable[[int], None],
-        known: Mapping[Node, Any],
-        done: Callable[[str, int, int], bool],
-    ) -> None:
-        self.reader, self.sink, self.progress, self.done = reader, sink, progress, done
-        self.lender = sink if isinstance(sink, Lender) else None
-        self.tile_elements = tile_elements
-        self.device = device
-        self.backends: dict[str, Backend] = {}
-        self.shared = shared_values([task.root for task in tasks], known)
+    upcoming: Iterator[Task]
+    reader: Reader
+    sink: Sink | None
+    device: str
+    tile_elements: int
+    progress: Callable[[int], None]
+    done: Callable[[str, int, int], bool]
+    shared: dict[Node, Any]
+    backends: dict[str, TorchBackend] = field(default_factory=dict)
+    ready: deque[Job] = field(default_factory=deque)
+    in_flight: int = 0
+    working: int = 0
+    failure: BaseException | None = None
+    changed: threading.Condition = field(default_factory=threading.Condition)
+
+    def __post_init__(self) -> None:
+        self.lender = self.sink if isinstance(self.sink, Lender) else None
         self.shared_by_id = {id(node): value for node, value in self.shared.items()}
-        self.upcoming = iter(tasks)
-        self.ready: deque[Job] = deque()
-        self.in_flight = 0
-        self.working = 0
-        self.failure: BaseException | None = None
-        self.changed = threading.Condition()
 
     def run(self, workers: int) -> None:
         threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
@@ -210,11 +210,11 @@ class _Engine:
         self.in_flight += bool(jobs)
         self.ready.extend(jobs)
 
-    def _backend(self, task: Task) -> Backend:
+    def _backend(self, task: Task) -> TorchBackend:
         """The backend of a task, opened on first use: copies need none."""
         with self.changed:
             if task.backend not in self.backends:
-                self.backends[task.backend] = open_backend(task.backend, self.device)
+                self.backends[task.backend] = backends.open_backend(task.backend, self.device)
             return self.backends[task.backend]
 
     def _next_pass(self, running: Running) -> list[Job]:
@@ -231,14 +231,14 @@ class _Engine:
                 return []
             reductions = [n for n in nodes if n.kind in REDUCTIONS]
             last = index == len(running.schedule.passes) - 1
-            needless = {id(n) for n in reductions if not last and is_needless(n, running.values)}
+            needless = {id(n) for n in reductions if not last and backends.is_needless(n, running.values)}
             running.values.update(dict.fromkeys(needless))
             reductions = [n for n in reductions if id(n) not in needless]
             if not (last or reductions):
                 continue
             root = running.task.root
             backend = None if root.kind == "read" else self._backend(running.task)
-            running.steps = steps(nodes, running.schedule.frees[index], root, needless)
+            running.steps = backends.steps(nodes, running.schedule.frees[index], root, needless)
             running.whole = backend.whole(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [job for job in self._jobs(running) if not (last and self._is_done_job(job))]
@@ -331,7 +331,7 @@ class _Engine:
                     self.sink.write(running.task.name, offset, data)
                     self.progress(data.nbytes)
 
-    def _compute_whole(self, whole: Pass, job: Job) -> bool:
+    def _compute_whole(self, whole: Program, job: Job) -> bool:
         running = job.running
         task, root = running.task, running.task.root
         size = ITEMSIZE[root.dtype]

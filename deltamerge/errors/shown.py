@@ -27,6 +27,12 @@ def lines(several: Iterable[str], most: int = LINE) -> str:
     return "\n".join(shown(line, most) for line in several)
 
 
+def some(names: Iterable[str], most: int = 4) -> str:
+    """The first of several names, and the number of the others."""
+    listed = list(names)
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
 def printed(text: str) -> str:
     """A text of several lines as it may be printed in CI: control characters are escaped, no line is a workflow
     command."""

@@ -16,20 +16,22 @@ GAMMA = 0.05
 SHOWN = 3
 
 
-class Massive(BaseModel):
-    """An input feature of large activations."""
+class Figures(BaseModel):
+    """Figures that are printed as JSON."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Massive(Figures):
+    """An input feature of large activations."""
 
     feature: int
     mean_abs: float = Field(description="Mean of |x_j| over the tokens.")
     ratio: float | None = Field(description="mean_abs over the median of all features; null where that is 0.")
 
 
-class Influence(BaseModel):
+class Influence(Figures):
     """Of one linear layer y = W x + b over the calibration tokens; c_ij = Δ_ij x_j, d the density, p = 1 − d."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     mean_abs_delta: float = Field(description="Mean of |Δ_ij|.")
     mean_abs_influence: float = Field(description="Mean of |c_ij| over outputs, inputs and tokens.")
@@ -56,10 +58,8 @@ class LayerInfluence(Influence):
     massive: list[Massive] = Field(description="The input features of largest mean |x_j|, ascending by number.")
 
 
-class Activations(BaseModel):
+class Activations(Figures):
     """What `inspect --calibration` adds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     density: float
     gamma: float

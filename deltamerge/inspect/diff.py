@@ -19,6 +19,7 @@ from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
 from deltamerge.io.dtypes import FLOATING, PACKED, widen
+from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.run import lock as locks
@@ -66,7 +67,7 @@ def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
     relative norm.
     """
     here = Path.cwd()
-    first, second = (hub.open_model(reference, here, weights=True) for reference in (a, b))
+    first, second = (_plain(hub.open_model(reference, here, weights=True)) for reference in (a, b))
     opened = None
     if second.is_delta:
         opened = DeltaFile.open(second.path)
@@ -96,6 +97,14 @@ def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
         "changed": sum(change.changed for change, _, _ in found),
         "norm": _ratio(squares, math.fsum(of_a for _, _, of_a in found)),
     }
+
+
+def _plain(checkpoint: Checkpoint) -> Checkpoint:
+    """A quantised checkpoint decoded, so that values are compared; its codes and scales where nothing decodes them."""
+    try:
+        return decoded(checkpoint)
+    except InputError:
+        return checkpoint
 
 
 def _canonical(checkpoint: Checkpoint, prefix: str) -> dict[str, TensorInfo]:

@@ -80,12 +80,12 @@ def first_recipe(
     checkpoints = [hub.open_model(reference, Path(), weights=False) for reference in (base, *models)]
     dtypes = [tensor.dtype for tensor in checkpoints[0].tensors.values()]
     dtype = max(DTYPES, key=dtypes.count)
-    first, *named = [_scalar(_seen_from(path, reference)) for reference in (base, *models)]
+    first, *named = [_scalar(seen_from(path.parent, reference)) for reference in (base, *models)]
     text = HEAD.format(name=path.name, base=first)
     if advice:
         text += ADVISED + "".join(_advised(model, one) for model, one in zip(named, advice, strict=True))
         if calibration and any(_chosen(one).needs_calibration for one in advice):
-            rows = {**calibration, "data": _seen_from(path, str(calibration["data"]))}
+            rows = {**calibration, "data": seen_from(path.parent, str(calibration["data"]))}
             text += CALIBRATION.format(rows=_flow(rows))
     elif len(models) == 1:
         text += ONE.format(model=named[0]) + UNCALIBRATED.format(density=density)
@@ -123,12 +123,12 @@ def _flow(value: Mapping[str, Any]) -> str:
     ).strip()
 
 
-def _seen_from(path: Path, reference: str) -> str:
-    """A local path relative to the recipe's folder; a hub id unchanged."""
+def seen_from(folder: Path, reference: str) -> str:
+    """A local reference as a recipe in `folder` writes it; absolute paths and hub ids are unchanged."""
     expanded = Path(reference).expanduser()
     if not expanded.exists() or expanded.is_absolute():
         return reference
-    relative = os.path.relpath(expanded, path.parent)
+    relative = os.path.relpath(expanded, folder)
     return relative if relative.startswith("..") else f"./{relative}"
 
 

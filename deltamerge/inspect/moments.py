@@ -10,24 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import block_rows, densify, halved
 from deltamerge.methods.tiles import Tile
-
-if TYPE_CHECKING:
-    import torch
 
 BINS = 1 << 15
 
 
 def moments(delta: Any, base: torch.Tensor, *, tile: Tile) -> NDArray[np.float64]:
     """(blocks, 8) of Δ: Σ Δ, Σ |Δ|, Σ Δ², Σ Δ³, Σ Δ⁴, the number of zeros, max |Δ|; and Σ W² of the base."""
-    import torch
-
     x = densify(delta, tile.size).to(torch.float64)
     square, w = x * x, base.to(torch.float64)
     summed = (x, x.abs(), square, square * x, square * square, (x == 0).to(torch.float64))

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from deltamerge.errors.shown import lines as one_a_line
+from deltamerge.inspect.activations import Figures, activations
 from deltamerge.inspect.moments import Moments, together
 from deltamerge.inspect.statistics import Pair, aligned
 
@@ -42,11 +43,7 @@ CALIBRATED = {
 }
 
 
-class _Figures(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class PruneCandidate(_Figures):
+class PruneCandidate(Figures):
     """A method with its predicted errors; null where there is no data to tell."""
 
     name: str
@@ -63,7 +60,7 @@ class PruneCandidate(_Figures):
     q: float | None = Field(description="What the linear weights' entries were divided by, measured with.")
 
 
-class Paper(_Figures):
+class Paper(Figures):
     """What the decision procedure of arXiv 2410.09344 (Fig. 4, App. C.3) answers."""
 
     method: str
@@ -71,7 +68,7 @@ class Paper(_Figures):
     why: str
 
 
-class Evidence(_Figures):
+class Evidence(Figures):
     """The statistics that were looked at, of the tensors that are pruned."""
 
     mean_abs_delta: float
@@ -90,7 +87,7 @@ class Evidence(_Figures):
     forward_passes: int | None = Field(description="That all of this took, over the search rows.")
 
 
-class Recommendation(_Figures):
+class Recommendation(Figures):
     """What `deltamerge recommend --json` prints."""
 
     model: str
@@ -152,8 +149,6 @@ def _evidence(density: float, parts: Sequence[tuple[Pair, Moments]], measured: M
          "metric_base", "held_out", "forward_passes")
     )  # fmt: skip
     if measured is not None:
-        from deltamerge.inspect.activations import activations
-
         total = activations(measured.influence, density, 0).total
         seen |= {
             "mean_abs_influence": total.mean_abs_influence,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,7 @@ from deltamerge.inspect.svg import Markup, Point, bars, columns, curve, element,
 from deltamerge.io.atomic import refuse_taken, replace_file
 
 if TYPE_CHECKING:
-    from deltamerge.inspect.activations import Activations
+    from deltamerge.inspect.activations import Activations, LayerInfluence
     from deltamerge.inspect.layers import TensorGroup
     from deltamerge.inspect.statistics import Report
     from deltamerge.run.calibration_record import ChosenQ, Run
@@ -67,7 +67,7 @@ p { margin: 0 0 .8rem; max-width: 46rem; color: var(--quiet); overflow-wrap: any
 .key i.best { background: var(--card); border: 2px solid var(--two); }
 .key i.dashed { border-radius: 0; width: 16px; height: 0; margin-bottom: .25rem; background: none;
   border-top: 2px dashed var(--quiet); }
-svg { display: block; overflow: visible; font-size: 12px; }
+svg { display: block; overflow: visible; font-size: 12px; } svg .page { fill: var(--page); }
 svg text { fill: var(--ink); } svg .quiet { fill: var(--quiet); font-size: 11px; } svg .on { fill: var(--on); }
 svg .mid { fill: var(--mid); } svg .name, svg .value { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
 svg .value, svg .in, svg .mid, svg .on { font-variant-numeric: tabular-nums; }
@@ -180,10 +180,7 @@ def _layers(found: Report) -> list[Markup]:
         for name, one in FIGURES.items()
         for card in _heat(name, {key: one.of(group) for key, group in cells.items()}, one.form)
     ]
-    blocks += [
-        _heading("Layers and modules"),
-        _words("Weights of the blocks, without biases and norms."),
-    ]
+    blocks += [_heading("Layers and modules"), _words("Weights of the blocks, without biases and norms.")]
     changed = {key: CHANGED.of(group) for key, group in cells.items()}
     return [
         *blocks,
@@ -205,15 +202,19 @@ def _modules_of(found: Report) -> list[tuple[str, TensorGroup]]:
     return sorted(((module, group) for (_, module), group in groups.items()), key=lambda pair: -pair[1].energy)
 
 
-def _heat(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> list[Markup]:
-    """A heat map for each stack, all on one scale."""
+def heat_maps(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> Iterator[tuple[str, Markup, str]]:
+    """A heat map for each stack, all on one scale: its title, the drawing, and the figure of the full colour."""
     top = max((v for v in cells.values() if v is not None and math.isfinite(v)), default=0.0)
-    cards = []
     for grid in grids(cells):
-        scale = element("div", text("0"), element("i"), text(figure(top, form)), class_="scale")
         drawn = heat(f"{name} of {grid.stack}", grid.layers, grid.rows, top, form=form)
-        cards.append(_card(f"{name} · {grid.stack}", drawn, scale))
-    return cards
+        yield f"{name} · {grid.stack}", drawn, figure(top, form)
+
+
+def _heat(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> list[Markup]:
+    return [
+        _card(title, drawn, element("div", text("0"), element("i"), text(top), class_="scale"))
+        for title, drawn, top in heat_maps(name, cells, form)
+    ]
 
 
 def _modules(found: Report) -> list[Markup]:
@@ -266,10 +267,6 @@ def _activations(found: Activations) -> list[Markup]:
     chosen = sorted(errors, key=lambda p: -(p.value or 0.0))[:ROWS]
     strongest = [point for _, point in sorted(largest, key=lambda pair: -pair[0])[:12]]
     key = _key("DARE, q = density", "at the q of least squares")
-    measured = [
-        [(name, one.dare_error, one.dare_measured) for name, one in rows],
-        [(name, one.least_squares_error, one.least_squares_measured) for name, one in rows],
-    ]
     total = found.total
     return [
         _heading("Activations"),
@@ -297,17 +294,20 @@ def _activations(found: Activations) -> list[Markup]:
             ),
             element(
                 "div",
-                _card(
-                    "measured error over predicted, a point a layer",
-                    key,
-                    scatter("measured error over predicted error", "predicted", measured),
-                ),
+                _card("measured error over predicted, a point a layer", key, measured_errors(rows)),
                 _card("massive activations", bars("massive activations", strongest)),
                 class_="stack",
             ),
             wide=True,
         ),
     ]
+
+
+def measured_errors(rows: Sequence[tuple[str, LayerInfluence]]) -> Markup:
+    """The error of a drawn mask over the expected one, a point for each layer, of DARE and at the best q."""
+    dare = [(name, one.dare_error, one.dare_measured) for name, one in rows]
+    best = [(name, one.least_squares_error, one.least_squares_measured) for name, one in rows]
+    return scatter("measured error over predicted error", "predicted", [dare, best])
 
 
 def _run(found: Run, drawn: Set[str]) -> list[Markup]:
@@ -349,25 +349,31 @@ def _choice_tiles(one: ChosenQ) -> Markup:
 
 
 def _search(one: ChosenQ, variable: str) -> list[Markup]:
-    """The objective over the searched number, with the chosen point and the one without calibration."""
+    """The objective over the searched number, below its legend."""
+    keys = [element("span", element("i", class_=kind), text(words)) for kind, words in legend(one, variable).items()]
+    return [element("div", *keys, class_="key"), search_curve(one, variable)]
+
+
+def legend(one: ChosenQ, variable: str) -> dict[str, str]:
+    """What a search's points and lines stand for, by their look: chosen, without calibration, families if several."""
     series, reference, best = dict(one.panels)[variable], one.reference(variable), one.best(variable)
-    keys = [] if best is None else [element("span", element("i", class_="best"), text(best[2]))]
+    words = {} if best is None else {"best": best[2]}
     if reference is not None:
-        keys.append(element("span", element("i", class_="dashed"), text(reference[1])))
-    if len(series) > 1:
-        keys += [
-            element("span", element("i", class_=kind), text(family))
-            for kind, family in zip(("first", "second"), series, strict=False)
-        ]
-    drawn = curve(
+        words["dashed"] = reference[1]
+    return words | (dict(zip(("first", "second"), series, strict=False)) if len(series) > 1 else {})
+
+
+def search_curve(one: ChosenQ, variable: str) -> Markup:
+    """The objective over the searched number, with the chosen point and the one without calibration."""
+    reference, best = one.reference(variable), one.best(variable)
+    return curve(
         f"{one.measure(variable)} over {variable}",
         one.axis(variable),
-        list(series.values()),
+        list(dict(one.panels)[variable].values()),
         logarithmic=variable != "step",
         reference=reference and reference[0],
         best=best and best[:2],
     )
-    return [element("div", *keys, class_="key"), drawn]
 
 
 def _table(found: Report) -> Markup:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
@@ -19,7 +17,7 @@ from deltamerge.engine.graph import Graph, Node
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import CELL, shown
 from deltamerge.errors.shown import lines as one_a_line
-from deltamerge.inspect.activations import Activations, Influence
+from deltamerge.inspect.activations import Activations, Figures, Influence
 from deltamerge.inspect.moments import Moments, join_moments, moments, together
 from deltamerge.io.alike import finite
 from deltamerge.io.dtypes import FLOATING
@@ -39,11 +37,7 @@ OUTSIDE = "outside"
 Kind = Literal["linear", "embedding", "vector", "head", "other"]
 
 
-class _Figures(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Statistics(_Figures):
+class Statistics(Figures):
     """Of the entries of a delta Δ = fine-tune − base, computed in float32 and summed in float64."""
 
     count: int = Field(description="Entries.")
@@ -71,7 +65,7 @@ class TensorStatistics(Statistics):
     shape: list[int]
 
 
-class Report(_Figures):
+class Report(Figures):
     """What `deltamerge inspect --json` prints."""
 
     model: str
@@ -121,15 +115,6 @@ def pair_recipe(model: str, base: str, prune: Mapping[str, Any] | None = None, *
         raise InputError(f"{model}: is the base itself", hint="name a fine-tune, and its base with --base")
     one = {"model": model, "name": model.rstrip("/").rpartition("/")[2] or model}
     return {"base_model": base, "models": [one | ({"prune": dict(prune)} if prune else {})], **more}
-
-
-def seen_from(folder: Path, reference: str) -> str:
-    """A local reference as a recipe in `folder` writes it; absolute paths and hub ids are unchanged."""
-    path = Path(reference)
-    if path.is_absolute() or not path.exists():
-        return reference
-    relative = os.path.relpath(path, folder)
-    return relative if relative.startswith("..") else f"./{relative}"
 
 
 def parse(recipe: Mapping[str, Any]) -> Recipe:
@@ -211,7 +196,7 @@ def _moments(
     tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots.items()]
     with Reader() as reader:
         values = execute(
-            tasks, reader, _Nowhere(), device=device, workers=workers, tile_elements=tile_elements, progress=progress
+            tasks, reader, None, device=device, workers=workers, tile_elements=tile_elements, progress=progress
         )
     return {name: values[root] for name, root in roots.items()}
 
@@ -223,20 +208,8 @@ def _root(graph: Graph, pair: Pair) -> Node:
     partials = graph.node(moments, [delta, base], kind="concat", shape=shape)
     counts = graph.node(high_histogram, [delta], kind="sum", shape=shape)
     return graph.node(
-        join_moments,
-        [partials, counts],
-        kind="small",
-        shape=shape,
-        dtype=pair.tune.dtype,
-        size=math.prod(shape),
+        join_moments, [partials, counts], kind="small", shape=shape, dtype=pair.tune.dtype, size=math.prod(shape)
     )
-
-
-class _Nowhere:
-    """A sink for tasks that make no tensor."""
-
-    def write(self, name: str, offset: int, data: Any) -> None:
-        raise AssertionError("statistics are returned, not written")
 
 
 def statistics(parts: Sequence[Moments], whole: float) -> dict[str, Any]:

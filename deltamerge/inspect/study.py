@@ -17,8 +17,10 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect import recommend as recommendation
 from deltamerge.inspect import report as pages
 from deltamerge.inspect.activations import activations
+from deltamerge.inspect.first_recipe import seen_from
+from deltamerge.inspect.moments import Moments
 from deltamerge.inspect.recommend import Recommendation
-from deltamerge.inspect.statistics import Pair, Report, measure_deltas, pair_recipe, pairs_of, parse, report, seen_from
+from deltamerge.inspect.statistics import Pair, Report, measure_deltas, pair_recipe, pairs_of, parse, report
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
@@ -63,10 +65,8 @@ def inspect(
         pages.check_target(out, force=force)
     inputs = _open(model, base)
     pairs, lacking = pairs_of(inputs)
-    device, workers = choose_device(device), workers or default_workers()
-    found = measure_deltas(
-        pairs, device=device, workers=workers, progress=watch(sum(pair.tune.nbytes for pair in pairs))
-    )
+    device = choose_device(device)
+    found = _measured(pairs, device, workers, watch)
     seen = None
     if calibration is not None:
         prune = {"method": "dare", "density": density, "q": "output_change"}
@@ -112,13 +112,11 @@ def recommend(
     inputs = _open(model, base)
     pairs, _ = pairs_of(inputs)
     config = inputs.tunes[0].checkpoint.config
-    device, workers = choose_device(device), workers or default_workers()
+    device = choose_device(device)
     labelled = calibration is not None and "label" in calibration
     if calibration is not None and labelled:
         calibration = calibration | {"metric": metric_of(Calibration.model_validate(calibration), config)}
-    found = measure_deltas(
-        pairs, device=device, workers=workers, progress=watch(sum(pair.tune.nbytes for pair in pairs))
-    )
+    found = _measured(pairs, device, workers, watch)
     measured = None
     if calibration is not None:
         specs = _specs(pairs, model, base, calibration, recommendation.prunes(density), device)
@@ -142,6 +140,11 @@ def recommend(
     if out is not None:
         replace_file(out, answer.recipe, new=True)
     return answer
+
+
+def _measured(pairs: Sequence[Pair], device: str, workers: int | None, watch: Watch) -> dict[str, Moments]:
+    progress = watch(sum(pair.tune.nbytes for pair in pairs))
+    return measure_deltas(pairs, device=device, workers=workers or default_workers(), progress=progress)
 
 
 def _specs(

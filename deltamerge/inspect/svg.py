@@ -323,3 +323,35 @@ def scatter(label: str, name: str, series: Sequence[Sequence[tuple[str, float | 
             if x is not None and y is not None and min(_finite(x, y), default=0.0) > 0 and len(_finite(x, y)) == 2:
                 shapes.append(frame.dot(x, y, f"{words}: {figure(x)}, {figure(y)}", kind))
     return _svg(TALL + 50, label, shapes)
+
+
+WIDTH, HEAD, MARGIN = 440, 44, 0.03
+
+
+@dataclass(frozen=True, slots=True)
+class Panel:
+    """A chart of a picture, below a title and a line of words."""
+
+    title: str
+    words: str
+    chart: Markup
+
+    @property
+    def height(self) -> float:
+        """Pixels, as the chart states them, with the head."""
+        return HEAD + float(self.chart.partition(' height="')[2].partition('"')[0])
+
+
+def picture(rows: Sequence[Sequence[Panel]], style: str) -> Markup:
+    """Rows of panels as one SVG file, coloured by the page's `style`."""
+    across, y, shapes = max(map(len, rows)), 10.0, [element("rect", width="100%", height="100%", class_="page")]
+    for row in rows:
+        for i, panel in enumerate(row):
+            head = [_words(0, 14, panel.title, kind="name"), _words(0, 30, panel.words)]
+            chart = element("g", panel.chart, transform=f"translate(0 {HEAD})")
+            where: Attributes = {"x": _percent((i + MARGIN) / across), "width": _percent((1 - 2 * MARGIN) / across)}
+            shapes.append(element("svg", *head, chart, **where, y=y, height=panel.height))
+        y += max(panel.height for panel in row) + 10
+    root: Attributes = {"xmlns": "http://www.w3.org/2000/svg", "font_family": "system-ui, sans-serif"}
+    root |= {"width": WIDTH * across, "height": f"{y:g}", "role": "img"}
+    return element("svg", element("style", Markup(style)), *shapes, **root)

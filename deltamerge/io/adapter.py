@@ -25,12 +25,13 @@ from deltamerge.io.files import input_error
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING
 from deltamerge.io.patterns import check, finds
 from deltamerge.io.quantised.decode import decoded
-from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.io.weight_files import ALLOW, read_weights
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
 PREFIX = "base_model.model."
 BY_PEFT = "merge it with peft first: merge_and_unload(), then save_pretrained()"
 
@@ -57,9 +58,11 @@ class Factors(NamedTuple):
     embedding: bool
 
 
-def open_adapter(path: Path, *, reference: str, revision: str | None = None, hub_id: str | None = None) -> Adapter:
-    """The adapter in the folder `path`. InputError: no such folder, not a LoRA adapter, pickled, or unsupported
-    settings."""
+def open_adapter(
+    path: Path, *, reference: str, revision: str | None = None, hub_id: str | None = None, pickles: bool = False
+) -> Adapter:
+    """The adapter in the folder `path`. InputError: no such folder, not a LoRA adapter, pickled (unless `pickles` are
+    allowed), or unsupported settings."""
     with errors.context(reference):
         if not path.is_dir():
             raise InputError("is a file, not an adapter's folder" if path.exists() else "no such folder")
@@ -67,26 +70,27 @@ def open_adapter(path: Path, *, reference: str, revision: str | None = None, hub
             names = os.listdir(path)
         except OSError as error:
             raise input_error(error) from error
-        check_files(names)
+        file = check_files(names, pickles=pickles)
         config = checked_config(read_json(path / CONFIG))
-        tensors = read_header(path / WEIGHTS).tensors
-        return Adapter(reference, path, tensors, (path / WEIGHTS, path / CONFIG), config, revision, hub_id)
+        tensors = read_weights(path / file).tensors
+        return Adapter(reference, path, tensors, (path / file, path / CONFIG), config, revision, hub_id)
 
 
-def check_files(names: Collection[str]) -> None:
-    """InputError unless a folder with files of these `names` is an adapter."""
+def check_files(names: Collection[str], *, pickles: bool = False) -> str:
+    """The weight file of an adapter's folder with files of these `names`. InputError: it is none, or only pickled."""
     if CONFIG not in names:
         raise InputError(
             f"has no {CONFIG}: not a PEFT adapter", hint="after + stands the folder or hub id of an adapter"
         )
-    if WEIGHTS not in names and "adapter_model.bin" in names:
+    if WEIGHTS not in names and PICKLED in names:
+        if pickles:
+            return PICKLED
         raise InputError(
-            "only adapter_model.bin, a PyTorch pickle; deltamerge reads safetensors and never unpickles",
-            hint='if you trust it, convert it: python -c "import torch; from safetensors.torch import save_file; '
-            "save_file(torch.load('adapter_model.bin', weights_only=True), 'adapter_model.safetensors')\"",
+            f"only {PICKLED}, a PyTorch pickle; deltamerge reads safetensors and never unpickles", hint=ALLOW
         )
     if WEIGHTS not in names:
         raise InputError(f"has no {WEIGHTS}", hint="save the adapter with peft's save_pretrained()")
+    return WEIGHTS
 
 
 def checked_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -129,7 +133,8 @@ def _positive(value: Any, key: str) -> None:
 def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
     """`base` with `adapter` merged into it, tensor by tensor; names are those of the model that was adapted.
 
-    InputError: a quantised base, or a tensor of the adapter that the base has no place for or whose shape does not fit.
+    A quantised base is decoded. InputError: it cannot be, or a tensor of the adapter that the base has no place for or
+    whose shape does not fit.
     """
     with errors.context(base.reference):
         base = decoded(base)
@@ -143,14 +148,14 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
         for name, info in names.items():
             full = name if untied and name == LM_HEAD else added + name
             tensors[full] = replace(info, name=full)
-        usual = next((info.dtype for info in tensors.values() if info.dtype in PLAIN), "F32")
+        usual = next((info.output_dtype for info in tensors.values() if info.dtype in PLAIN), "F32")
         for name, info in whole.items():
             old = tensors.get(taken + name)
             if old is not None and old.shape != info.shape:
                 message = f"{name} has the shape {list(info.shape)}, in the base {list(old.shape)}"
                 raise InputError(message, hint="give the base added tokens first: resize_token_embeddings()")
             kept = taken + name if old is not None else name
-            tensors[kept] = _cast(info, kept, usual if old is None else old.dtype)
+            tensors[kept] = _cast(info, kept, usual if old is None else old.output_dtype)
         transposed = _transposed(adapter, modules, tensors, taken)
         for module, factors in modules.items():
             name = f"{taken}{module}.weight"
@@ -164,7 +169,7 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
                 tensors[name] = _updated(tensors[name], factors, scale, flip)
         config = _config(base.config, adapter, {n: i.shape for n, i in whole.items() if n not in names}, untied)
     files = (*base.files, *adapter.files)
-    return Checkpoint(reference, base.path, tensors, files, config, base.revision, base.hub_id, adapter=adapter)
+    return replace(base, reference=reference, tensors=tensors, files=files, config=config, adapter=adapter)
 
 
 def parts(adapter: Adapter) -> tuple[dict[str, Factors], dict[str, TensorInfo]]:

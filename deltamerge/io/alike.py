@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.io.audit import NonFinite
-from deltamerge.io.computed import CHUNK
-from deltamerge.io.dtypes import bits_type, widen
+from deltamerge.io.computed import CHUNK, floats
+from deltamerge.io.dtypes import bits_type
 from deltamerge.io.tensor import Read, TensorInfo
 
 Mask = NDArray[np.bool_]
@@ -58,10 +57,10 @@ def places(models: tuple[TensorInfo, ...]) -> TensorInfo:
 def alike(read: Read, models: tuple[TensorInfo, ...], start: int, count: int) -> Mask:
     """A bool array of `count` elements from element `start`: all models hold the same float32 bits, and these are not
     finite."""
-    first = _values(read, models[0], start, count)
+    first = floats(read, models[0], start, count)
     mask: Mask = ~np.isfinite(first)
     for info in models[1:] if mask.any() else ():
-        mask &= _values(read, info, start, count).view(np.uint32) == first.view(np.uint32)
+        mask &= floats(read, info, start, count).view(np.uint32) == first.view(np.uint32)
     return mask
 
 
@@ -73,13 +72,6 @@ def count_alike(read: Read, models: tuple[TensorInfo, ...]) -> NonFinite:
         count = min(CHUNK, size - start)
         mask = alike(read, models, start, count)
         if mask.any():
-            found = np.isnan(_values(read, models[0], start, count)[mask])
+            found = np.isnan(floats(read, models[0], start, count)[mask])
             nan, inf = nan + int(found.sum()), inf + int((~found).sum())
     return NonFinite(nan, inf)
-
-
-def _values(read: Read, info: TensorInfo, start: int, count: int) -> NDArray[Any]:
-    bits = np.empty(count, bits_type(info.dtype))
-    read.read_into(info, start, bits)
-    with np.errstate(all="ignore"):
-        return widen(bits, info.dtype)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.errors import OutputError
-from deltamerge.io.files import output_error, system, write_at
+from deltamerge.io.files import opened, output_error, system, write_at, writing
 
 # The name of a file until it is complete; a lock on it says that its writer is alive.
 PASSING = re.compile(r"\..{1,48}\.[0-9a-f]{16}\.deltamerge", re.DOTALL)
@@ -32,18 +32,11 @@ def replace_file(path: Path, data: bytes | str, *, new: bool = False) -> None:
     raw = data.encode() if isinstance(data, str) else data
     with errors.context(str(path)):
         refuse_taken(path, new=new)
-        try:
-            folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise output_error(error) from error
-        try:
-            _replace(folder, path, raw, new=new)
-        except FileExistsError:
-            raise OutputError("is there already", hint="choose another name") from None
-        except OSError as error:
-            raise output_error(error) from error
-        finally:
-            os.close(folder)
+        with writing(), opened(path.parent, os.O_RDONLY | os.O_DIRECTORY) as folder:
+            try:
+                _replace(folder, path, raw, new=new)
+            except FileExistsError:
+                raise OutputError("is there already", hint="choose another name") from None
 
 
 def refuse_taken(path: Path, *, new: bool = False) -> None:
@@ -72,13 +65,9 @@ def sweep(folder: int, name: str = "") -> None:
     for entry in os.listdir(folder):
         if not (entry.startswith(start) and PASSING.fullmatch(entry)):
             continue
-        with suppress(OSError):
-            fd = os.open(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                os.unlink(entry, dir_fd=folder)
-            finally:
-                os.close(fd)
+        with suppress(OSError), opened(entry, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK, folder) as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.unlink(entry, dir_fd=folder)
 
 
 def _replace(folder: int, path: Path, raw: bytes, *, new: bool) -> None:

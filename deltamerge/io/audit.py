@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -10,11 +9,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from blake3 import blake3
 from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.files import flat, input_error, read_at
+from deltamerge.io.files import flat, opened, read_at, reading
 from deltamerge.io.outbox import Outbox
 
 PIECE = 1 << 20  # bytes; a piece stays in a core's cache between reading and hashing
@@ -101,15 +101,9 @@ class Audit:
             self._outbox.fail(failure)
 
     def _follow(self, name: str, size: int, tensors: Sequence[TensorSpan], buffer: NDArray[np.uint8]) -> None:
-        from blake3 import blake3
-
         hasher: Any = blake3()
         index = position = 0
-        try:
-            fd = os.open(self._folder / name, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise input_error(error) from error
-        try:
+        with reading(), opened(self._folder / name) as fd:
             while position < size:
                 found = self._outbox.follow(name, position, size)
                 if found is None:
@@ -127,8 +121,6 @@ class Audit:
                     position += count
                 if not isinstance(found, int):
                     self._outbox.finished(name, begin)
-        finally:
-            os.close(fd)
         self._found.hashes[name] = f"blake3:{hasher.hexdigest()}"
 
     def _count(self, tensors: Sequence[TensorSpan], index: int, position: int, piece: NDArray[np.uint8]) -> int:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deltamerge.errors import InputError
-from deltamerge.io.files import input_error
+from deltamerge.io.files import reading
 
 # The hash is the SHA-256 of a large file (64 digits), git's SHA-1 of a small one (40).
 NAMES = {64: re.compile(r"[0-9a-f]{64}"), 40: re.compile(r"[0-9a-f]{40}")}
@@ -48,11 +48,8 @@ def check_blobs(paths: Iterable[Path], workers: int) -> None:
 
 
 def _digest(blob: Path) -> str:
-    try:
-        with blob.open("rb", buffering=0) as file:
-            if len(blob.name) == 64:
-                return hashlib.file_digest(file, "sha256").hexdigest()
-            start = f"blob {blob.stat().st_size}\0".encode()
-            return hashlib.file_digest(file, lambda: hashlib.sha1(start, usedforsecurity=False)).hexdigest()
-    except OSError as error:
-        raise input_error(error) from error
+    with reading(), blob.open("rb", buffering=0) as file:
+        if len(blob.name) == 64:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        start = f"blob {blob.stat().st_size}\0".encode()
+        return hashlib.file_digest(file, lambda: hashlib.sha1(start, usedforsecurity=False)).hexdigest()

@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.config_file import read_config
-from deltamerge.io.files import (
-    input_error,
+from deltamerge.io.component import (
+    CONFIG,
+    PIPELINE,
+    Component,
+    check_folder,
+    folders_of,
+    is_composed,
+    listed_folders,
+    named_by,
+    split,
 )
-from deltamerge.io.quantised.detect import Scheme, gguf_error
-from deltamerge.io.safetensors_file import Header, read_header
-from deltamerge.io.strict_json import read_json
+from deltamerge.io.config_file import read_config
+from deltamerge.io.files import input_error
+from deltamerge.io.gguf.header import GgufHeader, read_gguf_header
+from deltamerge.io.gguf.model import open_model
+from deltamerge.io.gguf.parts import SUFFIX as GGUF
+from deltamerge.io.gguf.parts import parts_of
+from deltamerge.io.quantised.detect import Scheme
+from deltamerge.io.safetensors_file import Header
 from deltamerge.io.tensor import TensorInfo as TensorInfo
+from deltamerge.io.weight_files import (
+    ALLOW,
+    MISTRAL,
+    PICKLES,
+    is_weights,
+    join,
+    open_weights,
+    read_weights,
+    weight_source,
+)
+from deltamerge.io.weight_files import INDEX as INDEX
+from deltamerge.io.weight_files import SINGLE as SINGLE
 
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
 DELTA = "delta.json"
-GGUF = ".gguf"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +71,8 @@ class Checkpoint:
     is_delta        the folder is a delta artifact, which has no tensors and no files until it is put over `base`
                     (`delta.over_base`)
     quantised       how its weights were stored, where they are decoded (`io.quantised.decode`)
+    components      the folders that hold its weights; a plain model is one, whose folder is ""
+    config_file     the name of the file that `config` was read from; "" where there is none
     tokens, chat_template   of a model that is yet to be made: what its files will say, where they are not copies
     """
 
@@ -65,6 +87,8 @@ class Checkpoint:
     base: Checkpoint | None = field(default=None, compare=False, repr=False)
     adapter: Adapter | None = None
     quantised: Scheme | None = field(default=None, compare=False, repr=False)
+    components: tuple[Component, ...] = (Component(),)
+    config_file: str = CONFIG
     tokens: Tokens | None = field(default=None, compare=False, repr=False)
     chat_template: str | None = field(default=None, compare=False, repr=False)
 
@@ -72,6 +96,11 @@ class Checkpoint:
     def base_reference(self) -> str:
         """`reference` without its adapter."""
         return self.reference if self.adapter is None else self.reference.removesuffix(f"+{self.adapter.reference}")
+
+    @property
+    def is_simple(self) -> bool:
+        """Whether all weights lie in the model's own folder, so that tensors have the names of its files."""
+        return all(not component.folder for component in self.components)
 
     @property
     def sources(self) -> tuple[Checkpoint | Adapter, ...]:
@@ -93,119 +122,187 @@ class Adapter:
 
 
 def open_checkpoint(
-    path: Path, *, reference: str | None = None, revision: str | None = None, hub_id: str | None = None
+    path: Path,
+    *,
+    reference: str | None = None,
+    revision: str | None = None,
+    hub_id: str | None = None,
+    pickles: bool = False,
 ) -> Checkpoint:
     """The checkpoint in the folder `path`, from its config, index and headers; no weight is read.
 
     It is `model.safetensors`, else an index and its shards, else a delta artifact, else the only other
-    `.safetensors` file.
+    `.safetensors` file; or the components of a diffusers pipeline or a sentence-transformers model; or `path` is itself
+    a weight file, which has no config. `pickles`: torch's files are read where there are no safetensors.
     InputError: no such folder, no (valid) config.json, no safetensors weights, an adapter, a shard that is
     missing or does not hold what the index says, or a header at fault.
     """
     reference = reference or str(path)
     with errors.context(reference):
         if not path.is_dir():
-            if path.suffix == GGUF and path.exists():
-                raise gguf_error(path.name)
-            raise InputError("is a file, not a model's folder" if path.exists() else "no such folder")
+            return _lone(path, reference, pickles=pickles)
+        return open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles)
+
+
+class Folder(Protocol):
+    """A model's folder: a local one, or the hub's, of which files are fetched when they are asked for."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def names(self, inner: str = "") -> list[str]:
+        """The names of what lies in a folder in it; none where that is not there."""
+
+    def read(self, paths: Sequence[Path]) -> list[Header]:
+        """The headers of weight files."""
+
+    def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
+        """The headers of GGUF files."""
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFolder:
+    path: Path
+
+    def names(self, inner: str = "") -> list[str]:
+        if inner and not check_folder(self.path, inner):
+            return []
         try:
-            names = os.listdir(path)
+            return os.listdir(self.path / inner)
         except OSError as error:
             raise input_error(error) from error
-        if is_delta(names):
-            return Checkpoint(reference, path, {}, (), read_config(path), revision, hub_id, is_delta=True)
-        source = weight_source(names)
-        config = read_config(path)
-        weight_map = read_index(path / INDEX) if source == INDEX else None
-        shards = [source] if weight_map is None else shards_of(weight_map, names)
-        tensors = join({shard: read_header(path / shard) for shard in shards}, weight_map)
-        files = tuple(path / shard for shard in shards)
-        return Checkpoint(reference, path, tensors, files, config, revision, hub_id)
+
+    def read(self, paths: Sequence[Path]) -> list[Header]:
+        return [read_weights(path) for path in paths]
+
+    def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
+        return [read_gguf_header(path) for path in paths]
+
+
+def open_folder(
+    folder: Folder, reference: str, revision: str | None, hub_id: str | None, *, pickles: bool
+) -> Checkpoint:
+    """The checkpoint in a folder whose configs, lists and indexes are there. InputError: as `open_checkpoint`."""
+    path, names = folder.path, folder.names()
+    file = config_file_of(names)
+    if is_delta(names):
+        config = read_config(path, file)
+        return Checkpoint(reference, path, {}, (), config, revision, hub_id, is_delta=True, config_file=file)
+    if not is_composed(names):
+        source = weight_source(names, pickles=pickles)
+        if source.endswith(GGUF):
+            return _gguf(folder, source, reference, revision, hub_id)
+        source, tensors, files = open_weights(path, names, folder.read, pickles=pickles)
+        file = config_file_of(names, source)
+        config = read_config(path, file) if file else {}
+        component = replace(named_by(source), config=config)
+        return Checkpoint(
+            reference, path, tensors, files, config, revision, hub_id, components=(component,), config_file=file
+        )
+    tensors, files, components = {}, (), []
+    for inner in listed_folders(path):
+        there = folder.names(inner)
+        if not any(map(is_weights, there)):
+            continue
+        with errors.context(inner):
+            source, found, shards = open_weights(path / inner, there, folder.read, pickles=pickles)
+            config = read_config(path / inner) if CONFIG in there else {}
+        component = replace(named_by(source, inner), config=config)
+        tensors |= {component.at(name): replace(info, name=component.at(name)) for name, info in found.items()}
+        files += shards
+        components.append(component)
+    if not components:
+        raise InputError("no component has weights", hint="download the folders that its list names")
+    file = file if file in names else ""
+    config = read_config(path, file) if file else {}
+    return Checkpoint(
+        reference, path, tensors, files, config, revision, hub_id, components=tuple(components), config_file=file
+    )
+
+
+def _gguf(folder: Folder, name: str, reference: str, revision: str | None, hub_id: str | None) -> Checkpoint:
+    """The checkpoint in the GGUF file `name` of a folder, whose config.json counts where there is one."""
+    names = folder.names()
+    files = tuple(folder.path / part for part in parts_of(name, names))
+    is_there = CONFIG in names
+    model = open_model(folder.read_gguf(files), with_config=not is_there)
+    config = read_config(folder.path) if is_there else model.config
+    file = CONFIG if is_there else ""
+    return Checkpoint(
+        reference, folder.path, model.tensors, files, config, revision, hub_id, quantised=model.scheme, config_file=file
+    )
+
+
+def config_file_of(names: Collection[str], source: str = "") -> str:
+    """The file that holds a model's config; "" for Mistral's own files, which have none."""
+    if PIPELINE in names:
+        return PIPELINE
+    return "" if source.startswith(MISTRAL) and CONFIG not in names else CONFIG
+
+
+def _lone(path: Path, reference: str, *, pickles: bool) -> Checkpoint:
+    """The checkpoint that is one weight file, without a config or any other file."""
+    if not path.exists():
+        raise InputError("no such folder")
+    if path.suffix == GGUF:
+        found = _gguf(LocalFolder(path.parent), path.name, reference, None, None)
+        return found if found.config_file else replace(found, path=path)
+    if path.suffix in PICKLES and not pickles:
+        raise InputError("is a PyTorch pickle file; deltamerge never unpickles", hint=ALLOW)
+    if path.suffix not in (".safetensors", *PICKLES):
+        raise InputError("is a file, not a model's folder")
+    tensors = join({path.name: read_weights(path)}, None)
+    return Checkpoint(reference, path, tensors, (path,), {}, config_file="")
+
+
+def with_configs(components: Sequence[Component], path: Path) -> tuple[Component, ...]:
+    """Components with the configs that their folders below `path` have."""
+    found = []
+    for component in components:
+        there = not component.folder or check_folder(path, component.folder)
+        is_config = there and (path / component.at(CONFIG)).is_file()
+        config = read_config(path / component.folder) if is_config else {}
+        found.append(replace(component, config=config))
+    return tuple(found)
+
+
+def by_component(checkpoints: Sequence[Checkpoint]) -> Iterator[tuple[str, list[Checkpoint | None]]]:
+    """The folders of all components, in order, and each model's tensors there as a checkpoint of its own, under the
+    names and with the config that they have there; None for a model that has none."""
+    split_up = [_split(checkpoint) for checkpoint in checkpoints]
+    for folder in dict.fromkeys(folder for parts in split_up for folder in parts):
+        yield folder, [parts.get(folder) for parts in split_up]
+
+
+def recombined(checkpoint: Checkpoint, parts: Mapping[str, Checkpoint]) -> dict[str, TensorInfo]:
+    """The tensors of a model's components, as `by_component` gives them, under the names that they have in it."""
+    of = {component.folder: component for component in checkpoint.components}
+    named = {}
+    for folder, part in parts.items():
+        for own, info in part.tensors.items():
+            name = of.get(folder, Component(folder)).at(own)
+            named[name] = info if info.name == name else replace(info, name=name)
+    return named
+
+
+def _split(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
+    if checkpoint.is_simple:
+        return {"": checkpoint}
+    folders = folders_of(checkpoint.components)
+    tensors: dict[str, dict[str, TensorInfo]] = {component.folder: {} for component in checkpoint.components}
+    for name, info in checkpoint.tensors.items():
+        folder, own = split(name, folders)
+        tensors.setdefault(folder, {})[own] = info
+    configs = {component.folder: dict(component.config) for component in checkpoint.components}
+    return {
+        folder: replace(checkpoint, tensors=own, config=configs.get(folder, {}), components=(Component(),))
+        for folder, own in tensors.items()
+    }
 
 
 def is_delta(names: Collection[str]) -> bool:
     """Whether a model's file names are those of a delta artifact."""
     return DELTA in names and SINGLE not in names and INDEX not in names
-
-
-def weight_source(names: Collection[str]) -> str:
-    """The single weight file or the index among a model's file names, chosen as transformers does."""
-    if SINGLE in names:
-        return SINGLE
-    if INDEX in names:
-        return INDEX
-    if "adapter_config.json" in names:
-        raise adapter_error()
-    if not names:
-        raise InputError("the folder is empty")
-    weights = sorted(name for name in names if name.endswith(".safetensors"))
-    if len(weights) == 1:
-        return weights[0]
-    if weights:
-        hint = f"download {INDEX} too, or keep one file"
-        raise InputError(f"{len(weights)} .safetensors files but no {INDEX}", hint=hint)
-    if quantised := sorted(name for name in names if name.endswith(GGUF)):
-        raise gguf_error(quantised[0])
-    if pickles := sorted(name for name in names if name.endswith(PICKLES)):
-        raise InputError(
-            f"only PyTorch pickle files ({pickles[0]}); deltamerge reads safetensors and never unpickles",
-            hint="if you trust it, convert it: python -c \"import transformers as t; m = 'MODEL'; "
-            "getattr(t, t.AutoConfig.from_pretrained(m).architectures[0]).from_pretrained(m)"
-            ".save_pretrained('OUT')\" or https://huggingface.co/spaces/safetensors/convert",
-        )
-    raise InputError("no safetensors weights", hint=f"a model's folder has {SINGLE}, or {INDEX} and its shards")
-
-
-def adapter_error() -> InputError:
-    """The error for a reference that names an adapter without its base."""
-    return InputError("is an adapter, not a model", hint="name its base before it: base+adapter")
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """A shard index: tensor name -> shard. InputError: no valid index, or a shard that is no plain file name."""
-    index = read_json(path)
-    with errors.context(path.name):
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise InputError("has no weight_map")
-        for shard in {str(shard): shard for shard in weight_map.values()}.values():
-            if not isinstance(shard, str) or not _is_plain(shard):
-                hint = "shards lie beside their index, under plain names"
-                raise InputError(f"shard {str(shard)[:80]!r} is not a plain .safetensors file name", hint=hint)
-        return weight_map
-
-
-def shards_of(weight_map: Mapping[str, str], names: Collection[str]) -> list[str]:
-    """The shards of an index, in order. InputError: one is not among `names`, the files of the folder."""
-    shards = sorted(set(weight_map.values()))
-    if missing := [shard for shard in shards if shard not in names]:
-        many = f", {len(missing)} of {len(shards)} shards are missing" if len(missing) > 1 else ""
-        raise InputError(f"missing shard {missing[0]}{many}", hint="download it, or the whole model again")
-    return shards
-
-
-def _is_plain(name: str) -> bool:
-    plain = name.isprintable() and "/" not in name and "\\" not in name and len(name) < 256
-    return plain and name.endswith(".safetensors") and not name.startswith(".")
-
-
-def join(headers: Mapping[str, Header], weight_map: Mapping[str, str] | None) -> dict[str, TensorInfo]:
-    """The tensors of all shards, in order. InputError: a shard does not hold exactly what the index (`weight_map`)
-    says."""
-    tensors: dict[str, TensorInfo] = {}
-    for shard, header in headers.items():
-        for name, info in header.tensors.items():
-            if weight_map is not None and weight_map.get(name) != shard:
-                listed = f"lists it in {weight_map[name]}" if name in weight_map else "does not list it"
-                raise InputError(f"{shard} holds {name}, the index {listed}", hint="download the model again")
-            tensors[name] = info
-    for name in weight_map or ():
-        if name not in tensors:
-            shard = "" if weight_map is None else weight_map[name]
-            raise InputError(f"{name} is missing in {shard}, where the index lists it", hint="download the model again")
-    if not tensors:
-        raise InputError("has no tensors")
-    return tensors
 
 
 def canonical(name: str, prefix: str) -> str:

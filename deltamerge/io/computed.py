@@ -40,7 +40,7 @@ class Cast:
         target = np.frombuffer(out, bits_type(self.dtype))
         for low in range(0, len(target), CHUNK):
             high = min(low + CHUNK, len(target))
-            target[low:high] = narrow(_floats(read, self.source, start + low, high - low), self.dtype)
+            target[low:high] = narrow(floats(read, self.source, start + low, high - low), self.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +78,20 @@ class LowRank:
     def _rows(self, read: Read, right: Array, top: int, bottom: int) -> Array:
         """Rows [top, bottom) of the updated weight in float32."""
         columns = self.base.shape[1]
-        weight = _floats(read, self.base, top * columns, (bottom - top) * columns).reshape(-1, columns)
+        weight = floats(read, self.base, top * columns, (bottom - top) * columns).reshape(-1, columns)
         if self.transposed:
             inner = self.a.shape[1]
-            left = np.stack([_floats(read, self.a, k * inner + top, bottom - top) for k in range(self.a.shape[0])], 1)
+            left = np.stack([floats(read, self.a, k * inner + top, bottom - top) for k in range(self.a.shape[0])], 1)
         else:
             rank = self.b.shape[1]
-            left = _floats(read, self.b, top * rank, (bottom - top) * rank).reshape(-1, rank)
+            left = floats(read, self.b, top * rank, (bottom - top) * rank).reshape(-1, rank)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             update = self._product(left, right)
             update *= np.float32(self.scale)
             update += weight
             if self.magnitude is not None:
                 norm = np.sqrt(np.square(update, dtype=np.float64).sum(axis=1)).astype(np.float32)
-                update *= (_floats(read, self.magnitude, top, bottom - top) / norm)[:, None]
+                update *= (floats(read, self.magnitude, top, bottom - top) / norm)[:, None]
         return np.asarray(update, np.float32)
 
     def _product(self, left: Array, right: Array) -> Array:
@@ -116,11 +116,11 @@ def ordered_product(left: Array, right: Array, out: Array) -> None:
 
 
 def _whole(read: Read, info: TensorInfo) -> Array:
-    return _floats(read, info, 0, math.prod(info.shape)).reshape(info.shape)
+    return floats(read, info, 0, math.prod(info.shape)).reshape(info.shape)
 
 
-def _floats(read: Read, info: TensorInfo, start: int, count: int) -> Array:
-    """Elements [start, start + count) in float32."""
+def floats(read: Read, info: TensorInfo, start: int, count: int) -> Array:
+    """Elements [start, start + count) of a tensor in float32."""
     bits = np.empty(count, bits_type(info.dtype))
     read.read_into(info, start, bits)
     return widen(bits, info.dtype)

@@ -13,10 +13,10 @@ CONFIG = "config.json"
 LONGEST = 80
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The config.json in `folder`. InputError: no such file, not JSON, or a key of another type."""
-    config = read_json(folder / CONFIG)
-    with context(CONFIG):
+def read_config(folder: Path, name: str = CONFIG) -> dict[str, Any]:
+    """The config in `folder`, by its file's `name`. InputError: no such file, not JSON, or a key of another type."""
+    config = read_json(folder / name)
+    with context(name):
         check_config(config)
     return config
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-if TYPE_CHECKING:
-    import torch
+from deltamerge.io.lazy import torch
 
 Array = npt.NDArray[Any]
 
@@ -78,8 +77,6 @@ def bits_type(dtype: str) -> str:
 
 def torch_dtype(code: str) -> torch.dtype:
     """The torch dtype of a safetensors code such as "BF16"."""
-    import torch
-
     return getattr(torch, TORCH_NAMES[code])  # type: ignore[no-any-return]  # every name in the table is a dtype
 
 
@@ -124,8 +121,6 @@ def cast(bits: Array, source: str, target: str) -> Array:
 
 def _torch_cast(bits: Array, source: str, target: str) -> Array:
     """Bit patterns of float8 to or from those of float32, by torch."""
-    import torch
-
     signed = np.array(bits).view(f"<i{ITEMSIZE[source]}")
     result = torch.from_numpy(signed).view(torch_dtype(source)).to(torch_dtype(target))
     stored: Array = result.view(getattr(torch, f"int{DTYPES[target].bits}")).numpy()

@@ -27,10 +27,7 @@ _OTHER = "choose another folder with --out"
 _REASONS = {
     errno.ENOSPC: ("no space left on the device", _FREE),
     errno.EDQUOT: ("the disk quota is exceeded", _FREE),
-    errno.EFBIG: (
-        "the file would be larger than the file system or `ulimit -f` allows",
-        "use a smaller shard_size",
-    ),
+    errno.EFBIG: ("the file would be larger than the file system or `ulimit -f` allows", "use a smaller shard_size"),
     errno.EACCES: ("permission denied", _OTHER),
     errno.EPERM: ("not permitted", _OTHER),
     errno.ENOENT: ("no such folder", _OTHER),
@@ -53,6 +50,36 @@ def output_error(error: OSError) -> OutputError:
     return OutputError(f"cannot be written: {reason}", hint=hint)
 
 
+@contextmanager
+def reading() -> Iterator[None]:
+    """Turn an OSError on a source into the InputError for it."""
+    try:
+        yield
+    except OSError as error:
+        raise input_error(error) from error
+
+
+@contextmanager
+def writing(where: Path | None = None) -> Iterator[None]:
+    """Turn an OSError on a target into the OutputError for it; `where` is named in front of it."""
+    try:
+        yield
+    except OSError as error:
+        found = output_error(error)
+        found.where = [] if where is None else [str(where)]
+        raise found from error
+
+
+@contextmanager
+def opened(path: str | Path, flags: int = os.O_RDONLY, folder: int | None = None) -> Iterator[int]:
+    """An open file or folder (of an open `folder`), closed at the end. OSError: it cannot be opened."""
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o666, dir_fd=folder)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def refuse_link(path: Path) -> None:
     """InputError: `path`, a file of a model, is a link that leaves the model's folder.
 
@@ -63,9 +90,12 @@ def refuse_link(path: Path) -> None:
         return
     home = path.parent.resolve()
     homes = [home]
-    if home.parent.name == "snapshots":
-        repository = home.parent.parent
-        homes = [repository, *([repository.parent / "blobs"] if repository.name.startswith("models--") else [])]
+    for snapshot in (home, *home.parents):
+        repository = snapshot.parent.parent
+        cached = repository.name.startswith("models--")
+        if snapshot.parent.name == "snapshots" and (cached or snapshot == home):
+            homes = [repository, *([repository.parent / "blobs"] if cached else [])]
+            break
     target = Path(os.path.realpath(path))  # Path.resolve raises where links go round
     if not any(map(target.is_relative_to, homes)):
         raise InputError(f"{path.name} is a link that leaves the folder", hint="put the file itself there")
@@ -135,11 +165,9 @@ def read_at(fd: int, offset: int, out: memoryview) -> None:
 def write_at(fd: int, offset: int, data: memoryview) -> None:
     """Write all of `data` from `offset`. OutputError: no space, no permission, or another failure."""
     done = 0
-    while done < len(data):
-        try:
+    with writing():
+        while done < len(data):
             done += os.pwrite(fd, data[done:], offset + done)
-        except OSError as error:
-            raise output_error(error) from error
 
 
 def takes_direct(path: Path) -> bool:
@@ -185,22 +213,14 @@ def reserve(fd: int, size: int) -> None:
 
 def sync(fd: int) -> None:
     """Sync the data of an open file to the disk. OutputError: some of it could not be written."""
-    try:
+    with writing():
         getattr(os, "fdatasync", os.fsync)(fd)
-    except OSError as error:
-        raise output_error(error) from error
 
 
 def sync_path(path: Path) -> None:
     """Sync a file's data, or a folder's entries, to the disk. OutputError: it failed."""
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError as error:
-        raise output_error(error) from error
-    try:
+    with writing(), opened(path) as fd:
         sync(fd)
-    finally:
-        os.close(fd)
 
 
 def start_writing(fd: int, offset: int, nbytes: int) -> None:

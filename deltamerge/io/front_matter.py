@@ -1,7 +1,8 @@
-"""The front matter of a model card: the YAML between two lines of ---."""
+"""The front matter of a model card: the YAML between two lines of ---, read and written."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -25,3 +26,8 @@ def front_matter(card: Path) -> dict[str, object]:
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date
         return {}
     return content if isinstance(content, dict) else {}
+
+
+def card(matter: Mapping[str, object], title: str) -> list[str]:
+    """The first lines of a card: its front matter, and `title`, in Markdown, as its heading."""
+    return ["---", yaml.safe_dump(dict(matter), sort_keys=False).rstrip(), "---", "", f"# {title}", ""]

@@ -106,10 +106,7 @@ def cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
     """Rows [start, stop) of a stored tensor."""
     row = tensor.nbytes // tensor.shape[0]
     return replace(
-        tensor,
-        shape=(stop - start, *tensor.shape[1:]),
-        begin=tensor.begin + start * row,
-        nbytes=(stop - start) * row,
+        tensor, shape=(stop - start, *tensor.shape[1:]), begin=tensor.begin + start * row, nbytes=(stop - start) * row
     )
 
 

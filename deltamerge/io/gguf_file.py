@@ -60,7 +60,7 @@ class GgufTensor:
 
 
 def type_of(name: str, shape: Sequence[int], wanted: str) -> str:
-    """The type that llama.cpp's converter gives a tensor: F32 to vectors and norms, F16 to rows that 32 does not divide."""
+    """The type that llama.cpp's converter gives a tensor: vectors and norms F32, rows that 32 does not divide F16."""
     if len(shape) <= 1 or name.endswith("_norm.weight"):
         return "F32"
     return "F16" if wanted == "q8_0" and shape[-1] % ALIGN else TYPES[wanted]

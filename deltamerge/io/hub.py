@@ -4,63 +4,79 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from deltamerge import errors
-from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.errors import InputError
 from deltamerge.io.adapter import CONFIG, WEIGHTS, check_files, checked_config, expand, open_adapter
 from deltamerge.io.blobs import blob_of, check_blobs
-from deltamerge.io.checkpoint import (
-    DELTA,
-    INDEX,
-    Adapter,
-    Checkpoint,
-    is_delta,
-    join,
-    open_checkpoint,
-    read_index,
-    shards_of,
-    weight_source,
-)
-from deltamerge.io.config_file import read_config
+from deltamerge.io.checkpoint import DELTA, Adapter, Checkpoint, is_delta, open_checkpoint, open_folder
+from deltamerge.io.component import CONFIG as MODEL_CONFIG
+from deltamerge.io.component import DEEPEST, MODULES, PIPELINE, is_composed, listed_folders
 from deltamerge.io.hub_answers import listing, range_header
-from deltamerge.io.hub_guard import COMMIT, NETWORK, Bounds, within
+from deltamerge.io.hub_errors import UnreachableError as UnreachableError
+from deltamerge.io.hub_errors import explained, near
+from deltamerge.io.hub_errors import explained_upload as explained_upload
+from deltamerge.io.hub_guard import COMMIT, Bounds, within
+from deltamerge.io.safetensors_file import Header
 from deltamerge.io.strict_json import read_json
+from deltamerge.io.tree import files_of
+from deltamerge.io.weight_files import PICKLES, is_index, is_weights, read_weights, weight_source
 
-HUB_ID = re.compile(r"(?P<id>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?", re.ASCII)
+_REVISION = r"(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?"
+HUB_ID = re.compile(rf"(?P<id>\w[\w.-]*(/\w[\w.-]*)?){_REVISION}", re.ASCII)
+# org/name/unet: a folder of a repository
+IN_HUB = re.compile(rf"(?P<id>\w[\w.-]*/\w[\w.-]*)/(?P<inside>\w[\w.-]*(/\w[\w.-]*){{0,3}}){_REVISION}", re.ASCII)
 FILE_BYTES = 1_000_000_000  # of a file other than weights
 MAX_SMALL = 1_000  # files other than weights
-AGAIN = "push again: what has arrived is not sent again"
 
 # What a run may need beside the weights, from the root of a repository.
-ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken")
+ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".py")
 
 
-class UnreachableError(InputError):
-    """The hub cannot be reached, and its cache lacks what is needed."""
-
-
-def open_model(reference: str, folder: Path, *, weights: bool) -> Checkpoint:
+def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = False) -> Checkpoint:
     """The checkpoint that a recipe in `folder` calls `reference`.
 
-    A reference is a local folder, else a hub id; or one of them, "+" and a LoRA adapter (a folder or a hub id), which
-    is merged as it is read. `weights=True` downloads weights, tokenizer and other files of a hub id into
-    huggingface_hub's cache. `weights=False` downloads only config, index and headers (by range requests), so `files`
-    need not exist.
+    A reference is a local folder or weight file, else a hub id, perhaps with a folder of its repository behind it; or
+    one of them, "+" and a LoRA adapter (a folder or a hub id), which is merged as it is read. `weights=True` downloads
+    weights, tokenizer and other files of a hub id into huggingface_hub's cache. `weights=False` downloads only config,
+    index and headers (by range requests), so `files` need not exist; torch's own files, where `pickles` allows them,
+    are downloaded to be read.
 
     InputError: neither a folder nor a hub id, an adapter without a base, not found, gated, no such revision, offline
     and not in the cache, or anything that `open_checkpoint` refuses.
     """
     if (path := _local(reference, folder)) is not None:
-        return open_checkpoint(path, reference=reference)
+        return open_checkpoint(path, reference=reference, pickles=pickles)
     if "+" in reference:
         name, adapter = _split(reference, folder)
-        return expand(open_model(name, folder, weights=weights), _adapter(adapter, folder, weights), reference)
-    hub_id, revision = _hub_id(reference, folder)
-    return _from_hub(reference, hub_id, revision, folder, weights)
+        base = open_model(name, folder, weights=weights, pickles=pickles)
+        return expand(base, _adapter(adapter, folder, weights, pickles), reference)
+    if inner := IN_HUB.fullmatch(reference):
+        asked = _Asked(reference, inner["id"], inner["revision"], inner["inside"], weights, pickles)
+    else:
+        asked = _Asked(reference, *_hub_id(reference, folder), "", weights, pickles)
+    return _from_hub(asked, folder)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """A model of the hub: `inside` is a folder of its repository, or ""."""
+
+    reference: str
+    hub_id: str
+    revision: str | None
+    inside: str
+    weights: bool
+    pickles: bool
+
+    def at(self, name: str) -> str:
+        """The path in the repository of a file of the model."""
+        return f"{self.inside}/{name}" if self.inside else name
 
 
 def _local(reference: str, folder: Path) -> Path | None:
@@ -71,7 +87,7 @@ def _local(reference: str, folder: Path) -> Path | None:
 def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
     found = HUB_ID.fullmatch(reference)
     if found is None:
-        hint = "hub ids are written org/name or org/name@revision"
+        hint = near(reference, folder) or "hub ids are written org/name or org/name@revision"
         raise InputError(f"no such folder in {folder}", hint=hint, where=reference)
     return found["id"], found["revision"]
 
@@ -87,13 +103,13 @@ def _split(reference: str, folder: Path) -> tuple[str, str]:
     return local[0]
 
 
-def _adapter(reference: str, folder: Path, weights: bool) -> Adapter:
+def _adapter(reference: str, folder: Path, weights: bool, pickles: bool) -> Adapter:
     if (path := _local(reference, folder)) is not None:
-        return open_adapter(path, reference=reference)
+        return open_adapter(path, reference=reference, pickles=pickles)
     hub_id, revision = _hub_id(reference, folder)
     try:
-        with errors.context(reference), _explained(hub_id, revision, folder, CONFIG):
-            return _describe_adapter(reference, hub_id, revision, weights)
+        with errors.context(reference), explained(hub_id, revision, folder, CONFIG):
+            return _describe_adapter(reference, hub_id, revision, weights, pickles)
     except UnreachableError:
         from huggingface_hub import try_to_load_from_cache
 
@@ -105,17 +121,19 @@ def _adapter(reference: str, folder: Path, weights: bool) -> Adapter:
         return open_adapter(snapshot, reference=reference, revision=snapshot.name, hub_id=hub_id)
 
 
-def _describe_adapter(reference: str, hub_id: str, revision: str | None, weights: bool) -> Adapter:
+def _describe_adapter(reference: str, hub_id: str, revision: str | None, weights: bool, pickles: bool) -> Adapter:
     """The adapter on the hub, from its config and header; `weights` downloads its tensors too."""
     commit, names = listing(f"models/{hub_id}", revision)
-    check_files(names)
+    file = check_files(names, pickles=pickles)
     snapshot = _file(hub_id, CONFIG, revision, commit).parent
     config = checked_config(read_json(snapshot / CONFIG))
-    if weights:
-        _files(hub_id, commit, [WEIGHTS])
-    _check_named([snapshot / WEIGHTS])
-    tensors = range_header(hub_id, commit, snapshot / WEIGHTS).tensors
-    return Adapter(reference, snapshot, tensors, (snapshot / WEIGHTS, snapshot / CONFIG), config, commit, hub_id)
+    if weights or file != WEIGHTS:
+        _files(hub_id, commit, [file])
+    _check_named([snapshot / file])
+    tensors = (
+        range_header(hub_id, commit, snapshot / file) if file == WEIGHTS else read_weights(snapshot / file)
+    ).tensors
+    return Adapter(reference, snapshot, tensors, (snapshot / file, snapshot / CONFIG), config, commit, hub_id)
 
 
 def fetch(checkpoint: Checkpoint, first: str, *others: str) -> None:
@@ -126,54 +144,73 @@ def fetch(checkpoint: Checkpoint, first: str, *others: str) -> None:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     assert checkpoint.hub_id is not None
+    start = _inside(checkpoint)
     for name in (first, *others):
         if (checkpoint.path / name).exists():
             continue
         with (
             errors.context(checkpoint.reference),
-            _explained(checkpoint.hub_id, checkpoint.revision, checkpoint.path),
+            explained(checkpoint.hub_id, checkpoint.revision, checkpoint.path),
         ):
             try:
-                _file(checkpoint.hub_id, name, checkpoint.revision, checkpoint.revision)
+                _file(checkpoint.hub_id, start + name, checkpoint.revision, checkpoint.revision)
             except EntryNotFoundError as error:
                 if name == first and isinstance(error, LocalEntryNotFoundError):
                     raise
 
 
-def _from_hub(reference: str, hub_id: str, revision: str | None, folder: Path, weights: bool) -> Checkpoint:
-    pinned = revision is not None and re.fullmatch("[0-9a-f]{40}", revision)
-    if pinned and not weights and (cached := _from_cache(reference, hub_id, revision)):
+def _inside(checkpoint: Checkpoint) -> str:
+    """What stands before a model's file names in its repository: "unet/"."""
+    parts = checkpoint.path.parts
+    at = max((i for i, part in enumerate(parts) if part == checkpoint.revision), default=len(parts) - 1)
+    return "".join(f"{part}/" for part in parts[at + 1 :])
+
+
+def _from_hub(asked: _Asked, folder: Path) -> Checkpoint:
+    pinned = asked.revision is not None and re.fullmatch("[0-9a-f]{40}", asked.revision)
+    if pinned and not asked.weights and (cached := _from_cache(asked)):
         return cached
     try:
-        with errors.context(reference), _explained(hub_id, revision, folder):
-            return _describe(reference, hub_id, revision, weights)
+        with errors.context(asked.reference), explained(asked.hub_id, asked.revision, folder):
+            return _describe(asked)
     except UnreachableError:
-        if cached := _from_cache(reference, hub_id, revision):
+        if cached := _from_cache(asked):
             return cached
         raise
 
 
-def _from_cache(reference: str, hub_id: str, revision: str | None) -> Checkpoint | None:
+def _from_cache(asked: _Asked) -> Checkpoint | None:
     """The cached checkpoint of a revision, or None if it is incomplete."""
     from huggingface_hub import try_to_load_from_cache
 
-    config = try_to_load_from_cache(hub_id, "config.json", revision=revision)
-    with suppress(InputError):
-        return _open(reference, hub_id, Path(config).parent) if isinstance(config, str) else None
+    for name in (PIPELINE, MODULES, MODEL_CONFIG):
+        found = try_to_load_from_cache(asked.hub_id, asked.at(name), revision=asked.revision)
+        if isinstance(found, str):
+            with suppress(InputError):
+                return _open(asked, _snapshot(Path(found), asked.at(name)))
+            return None
     return None
 
 
-def _open(reference: str, hub_id: str, snapshot: Path) -> Checkpoint:
+def _open(asked: _Asked, snapshot: Path) -> Checkpoint:
     """The checkpoint in a snapshot of the cache, whose files have the hub's own hashes for names."""
-    with errors.context(reference):
-        _check_named(path for path in snapshot.iterdir() if path.name.endswith((*ASSETS, ".safetensors")))
-    return open_checkpoint(snapshot, reference=reference, revision=snapshot.name, hub_id=hub_id)
+    path = snapshot / asked.inside
+    with errors.context(asked.reference):
+        _check_named(file for name, file in files_of(path).items() if name.endswith((*ASSETS, ".safetensors")))
+    return open_checkpoint(
+        path, reference=asked.reference, revision=snapshot.name, hub_id=asked.hub_id, pickles=asked.pickles
+    )
+
+
+def _snapshot(path: Path, name: str) -> Path:
+    """The snapshot of the cache that has the file `name` at `path`."""
+    return path.parents[name.count("/")]
 
 
 def _check_named(paths: Iterable[Path]) -> None:
     """InputError: a cached file without the hub's hash in its name, so that `check_blobs` could not check it."""
     for path in paths:
-        if not COMMIT.fullmatch(path.parent.name):
+        if not any(COMMIT.fullmatch(parent.name) for parent in [*path.parents][: DEEPEST + 2]):
             raise InputError(f"{path.parent}: is no commit", hint="remove it, to have it downloaded again")
         if path.exists() and blob_of(path) is None:
             hint = "remove it, unset HF_HUB_DISABLE_SYMLINKS, and have the hub itself answer, not a mirror"
@@ -191,8 +228,9 @@ def _file(hub_id: str, name: str, revision: str | None, commit: str | None, boun
     with errors.context(name):
         found = within(bounds, lambda: hf_hub_download(hub_id, name, revision=revision), whole=bounds.most is not None)
         path = Path(found)
-        if commit is not None and path.parent.name != commit:
-            raise InputError(f"the cache has it at commit {path.parent.name}, the hub is at {commit}", hint="try again")
+        there = _snapshot(path, name).name
+        if commit is not None and there != commit:
+            raise InputError(f"the cache has it at commit {there}, the hub is at {commit}", hint="try again")
         _check_named([path])
     return path
 
@@ -200,14 +238,15 @@ def _file(hub_id: str, name: str, revision: str | None, commit: str | None, boun
 def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
     """The cached snapshot with the files `names` of a commit, downloaded eight at a time; an interruption does not
     wait."""
-    weights = {name for name in names if name.endswith(".safetensors")}
+    weights = {name for name in names if name.endswith((".safetensors", *PICKLES))}
     if len(names) - len(weights) > MAX_SMALL:
         hint = "download what you need of it, and name that folder"
         raise InputError(f"has {len(names) - len(weights):,} small files, more than {MAX_SMALL:,}", hint=hint)
     bounds = {name: Bounds(None if name in weights else FILE_BYTES, commit) for name in names}
     pool = ThreadPoolExecutor(8)
     try:
-        return list(pool.map(lambda name: _file(hub_id, name, commit, commit, bounds[name]), names))[-1].parent
+        found = list(pool.map(lambda name: _file(hub_id, name, commit, commit, bounds[name]), names))
+        return _snapshot(found[-1], names[-1])
     except BaseException:
         for bound in bounds.values():
             bound.over = True
@@ -216,28 +255,80 @@ def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
         pool.shutdown(cancel_futures=True)
 
 
-def _describe(reference: str, hub_id: str, revision: str | None, weights: bool) -> Checkpoint:
+def _describe(asked: _Asked) -> Checkpoint:
     """The checkpoint on the hub, from its headers; `weights` downloads all files too."""
     # first: it fails at once without a network, while a download retries for long
-    commit, names = listing(f"models/{hub_id}", revision)
-    if is_delta(names):  # a delta artifact is small, and its manifest is what would be the header
-        wanted = [name for name in names if name.endswith((*ASSETS, ".safetensors"))]
-        _file(hub_id, DELTA, revision, commit)
-        return _open(reference, hub_id, _files(hub_id, commit, wanted))
-    source = weight_source(names)
-    snapshot = _file(hub_id, "config.json", revision, commit).parent
-    weight_map = None
-    if source == INDEX:
-        weight_map = read_index(_file(hub_id, INDEX, commit, commit))
-    shards = [source] if weight_map is None else shards_of(weight_map, names)
-    if weights:
-        _files(hub_id, commit, [name for name in names if name in shards or name.endswith(ASSETS)])
-    _check_named(snapshot / shard for shard in shards)
-    with ThreadPoolExecutor(8) as pool:
-        headers = pool.map(lambda shard: range_header(hub_id, commit, snapshot / shard), shards)
-    tensors = join(dict(zip(shards, headers, strict=True)), weight_map)
-    files = tuple(snapshot / shard for shard in shards)
-    return Checkpoint(reference, snapshot, tensors, files, read_config(snapshot), commit, hub_id)
+    commit, listed = listing(f"models/{asked.hub_id}", asked.revision, below=True)
+    start = asked.at("")
+    names = [name.removeprefix(start) for name in listed if name.startswith(start)]
+    top = [name for name in names if "/" not in name]
+    if asked.inside and not names:
+        raise InputError(f"has no folder {asked.inside} on the hub")
+    if not (is_delta(top) or is_composed(top)):
+        weight_source(top, pickles=asked.pickles)  # says what is wrong before anything is downloaded
+    folders, first = [""], next((n for n in (DELTA, PIPELINE, MODULES, MODEL_CONFIG, *top) if n in top), MODEL_CONFIG)
+    snapshot = _snapshot(_file(asked.hub_id, asked.at(first), asked.revision, commit), asked.at(first))
+    if is_composed(top):
+        lists = [asked.at(name) for name in (PIPELINE, MODULES) if name in top]
+        _files(asked.hub_id, commit, lists)
+        folders = listed_folders(snapshot / asked.inside)
+    folder = _HubFolder(asked, commit, snapshot, names)
+    # a delta artifact is small, and its manifest is what would be the header
+    wanted = [name for name in names if name in top or any(name.startswith(f"{inner}/") for inner in folders if inner)]
+    if is_delta(top):
+        small = [name for name in wanted if name.endswith((*ASSETS, ".safetensors"))]
+    elif asked.weights:
+        small = [name for name in wanted if name.endswith(ASSETS)]
+    else:
+        small = [name for inner in folders for name in _first(folder.names(inner), inner, pickles=asked.pickles)]
+    if small:
+        _files(asked.hub_id, commit, [asked.at(name) for name in small])
+    if is_delta(top):
+        return _open(asked, snapshot)
+    made = open_folder(folder, asked.reference, commit, asked.hub_id, pickles=asked.pickles)
+    if asked.weights:
+        _files(asked.hub_id, commit, [path.relative_to(snapshot).as_posix() for path in made.files])
+    return made
+
+
+def _first(names: Sequence[str], inner: str, *, pickles: bool) -> list[str]:
+    """The files of a folder that must be there before its weights are opened: its config, and their index."""
+    if not any(map(is_weights, names)):
+        return []
+    source = weight_source(names, pickles=pickles)
+    wanted = [MODEL_CONFIG] * (MODEL_CONFIG in names) + [source] * is_index(source)
+    return [f"{inner}/{name}" if inner else name for name in wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class _HubFolder:
+    """A folder on the hub, whose files `listed` names; headers come by range requests."""
+
+    asked: _Asked
+    commit: str
+    snapshot: Path
+    listed: Sequence[str]
+
+    @property
+    def path(self) -> Path:
+        return self.snapshot / self.asked.inside
+
+    def names(self, inner: str = "") -> list[str]:
+        start = f"{inner}/" if inner else ""
+        below = (name.removeprefix(start) for name in self.listed if name.startswith(start))
+        return [name for name in below if "/" not in name]
+
+    def read(self, paths: Sequence[Path]) -> list[Header]:
+        _check_named(paths)
+        with ThreadPoolExecutor(8) as pool:
+            return list(pool.map(self._header, paths))
+
+    def _header(self, path: Path) -> Header:
+        name = path.relative_to(self.snapshot).as_posix()
+        if path.name.endswith(PICKLES):
+            _files(self.asked.hub_id, self.commit, [name])
+            return read_weights(path)
+        return range_header(self.asked.hub_id, self.commit, path, name)
 
 
 def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = ()) -> Path:
@@ -251,7 +342,7 @@ def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = 
     if found is None:
         raise InputError("not a hub id", hint="org/name or org/name@revision")
     revision, folder, commit = found["revision"], Path(), None
-    with _explained(found["id"], revision, Path()):
+    with explained(found["id"], revision, Path()):
         for name in (*names, *optional):
             try:
                 path = _file(found["id"], name, revision, commit)
@@ -265,81 +356,3 @@ def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = 
             folder = path.parent
             revision = commit = folder.name
     return folder
-
-
-@contextmanager
-def explained_upload() -> Iterator[None]:
-    """Turn what huggingface_hub raises during an upload into one line and a hint, which never hold the token."""
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
-    try:
-        yield
-    except DeltamergeError:
-        raise
-    except Exception as raised:
-        # the client wraps failures of its threads
-        error = raised.__cause__ if type(raised) is RuntimeError and raised.__cause__ else raised
-        if isinstance(error, hub.HfHubHTTPError):
-            status = error.response.status_code if error.response is not None else 0
-            if status in (401, 403, 404):
-                hint = "`hf auth login` with a token that may write"
-                raise InputError("may not be written", hint=hint) from raised
-            raise InputError(f"{constants.ENDPOINT} answered {status or 'an error'}", hint=AGAIN) from raised
-        if constants.HF_HUB_OFFLINE:
-            raise InputError("HF_HUB_OFFLINE is set", hint="unset HF_HUB_OFFLINE") from raised
-        if type(error).__module__.partition(".")[0] in NETWORK or isinstance(error, ConnectionError):
-            raise InputError(f"{constants.ENDPOINT} cannot be reached", hint=AGAIN) from raised
-        raise
-
-
-@contextmanager
-def _explained(hub_id: str, revision: str | None, folder: Path, config: str = "config.json") -> Iterator[None]:
-    """Turn what huggingface_hub raises into one line and a hint."""
-    try:
-        yield
-    except DeltamergeError:
-        raise
-    except Exception as error:
-        explained = _explain(error, hub_id, revision, folder, config)
-        if explained is None:
-            raise
-        raise explained from error
-
-
-def _explain(error: Exception, hub_id: str, revision: str | None, folder: Path, config: str) -> InputError | None:
-    from huggingface_hub import constants
-    from huggingface_hub import errors as hub
-
-    here, page = f"no such folder in {folder}", f"{constants.ENDPOINT}/{hub_id}"
-    if isinstance(error, hub.GatedRepoError):
-        return InputError("is gated on the hub", hint=f"accept its terms at {page}, then `hf auth login`")
-    if isinstance(error, hub.RepositoryNotFoundError | hub.HFValidationError):
-        return InputError(
-            f"{here}, and no such model on the hub",
-            hint="write the path of a local folder; for a private model `hf auth login`",
-        )
-    if isinstance(error, hub.RevisionNotFoundError):
-        return InputError(f"has no revision {revision}", hint=f"see its branches, tags and commits at {page}/tree/main")
-    if isinstance(error, hub.HfHubHTTPError) and not isinstance(error, hub.EntryNotFoundError):
-        status = error.response.status_code if error.response is not None else "an error"
-        return InputError(f"{constants.ENDPOINT} answered {status}", hint="try again; HF_HUB_OFFLINE=1 uses the cache")
-    if isinstance(error, hub.EntryNotFoundError) and not isinstance(error, hub.LocalEntryNotFoundError):
-        return InputError(f"has no {config} on the hub", hint=f"see {page}/tree/main")
-    if constants.HF_HUB_OFFLINE:
-        return UnreachableError(
-            f"{here}, not (wholly) in the hub's cache, and HF_HUB_OFFLINE is set",
-            hint="unset HF_HUB_OFFLINE, or write the path of a local folder",
-        )
-    if isinstance(error.__cause__, hub.FileMetadataError):
-        hint = "HF_ENDPOINT may name what is no hub"
-        return InputError("the hub's answer lacks its commit, ETag or length: what arrives is not known", hint=hint)
-    network = type(error).__module__.partition(".")[0] in NETWORK
-    if network or isinstance(error, hub.LocalEntryNotFoundError | ConnectionError):
-        return UnreachableError(
-            f"{here}, not (wholly) in the hub's cache, and {constants.ENDPOINT} cannot be reached",
-            hint="see the connection and HF_ENDPOINT, or write the path of a local folder",
-        )
-    if isinstance(error, OSError):
-        return InputError(f"cannot be downloaded: {error.strerror or type(error).__name__}")
-    return None

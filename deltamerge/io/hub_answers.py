@@ -23,14 +23,15 @@ RANGE = re.compile(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})")
 DEVICES = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
 
 
-def listing(repository: str, revision: str | None) -> tuple[str, list[str]]:
-    """The commit of "models/org/name" or "datasets/org/name", and the names of the files at its top level.
+def listing(repository: str, revision: str | None, *, below: bool = False) -> tuple[str, list[str]]:
+    """The commit of "models/org/name" or "datasets/org/name", and the names of the files at its top level; `below`:
+    and the paths of those in its folders.
 
     InputError: not a listing, too long, or an invalid file name. Other errors are the client's.
     """
     raw = within(Bounds(LISTING_BYTES), partial(_ask, repository, revision))
     with errors.context("the hub's listing"):
-        return read_listing(raw, revision)
+        return read_listing(raw, revision, below=below)
 
 
 def commit_of(repository: str, revision: str | None) -> str:
@@ -64,15 +65,16 @@ def _get(url: str, headers: dict[str, str]) -> tuple[bytes, Any]:
         return response.read(), response.headers
 
 
-def read_listing(raw: bytes, revision: str | None) -> tuple[str, list[str]]:
-    """The commit, and the plain names among the files, of the answer `raw`. InputError: it is no listing."""
+def read_listing(raw: bytes, revision: str | None, *, below: bool = False) -> tuple[str, list[str]]:
+    """The commit, and the plain names among the files (`below`: and paths), of the answer `raw`. InputError: it is no
+    listing."""
     answer = parse_json(raw)
     commit, files = _commit(answer, revision), answer.get("siblings")
     if not isinstance(files, list) or not all(isinstance(file, dict) for file in files):
         raise InputError("has no list of files")
     if len(files) > MAX_FILES:
         raise InputError(f"has {len(files):,} files, more than {MAX_FILES:,}")
-    return commit, [name for file in files if _is_at_top(name := file.get("rfilename"))]
+    return commit, [name for file in files if _is_at_top(name := file.get("rfilename")) or below]
 
 
 def _commit(answer: dict[str, Any], revision: str | None) -> str:
@@ -99,12 +101,12 @@ def _is_at_top(name: Any) -> bool:
     return len(parts) == 1
 
 
-def range_header(hub_id: str, commit: str, path: Path) -> Header:
-    """The header of the weight file at `path`: from the file if it exists, else by range requests."""
+def range_header(hub_id: str, commit: str, path: Path, name: str | None = None) -> Header:
+    """The header of the weight file at `path`: from the file if it exists, else by range requests of `name`."""
     if path.exists():
         return read_header(path)
     with errors.context(path.name):
-        return header_by_ranges(partial(_range, hub_id, commit, path.name), path)
+        return header_by_ranges(partial(_range, hub_id, commit, name or path.name), path)
 
 
 def header_by_ranges(fetch: Callable[[int, int], tuple[bytes, int]], path: Path) -> Header:

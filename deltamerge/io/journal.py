@@ -14,7 +14,7 @@ from xxhash import xxh3_64_hexdigest
 
 from deltamerge import errors
 from deltamerge.errors import OutputError
-from deltamerge.io.files import input_error, output_error, sync, write_at
+from deltamerge.io.files import input_error, sync, write_at, writing
 from deltamerge.io.work_folder import JOURNAL, PART_JOURNAL, open_file
 
 MAX_BYTES = 1 << 28
@@ -93,7 +93,7 @@ def _is_file(entry: Any) -> bool:
 
 
 def has_work(records: list[dict[str, Any]]) -> bool:
-    """Whether there is work that --resume would keep."""
+    """Whether there is work that the next run would keep."""
     return any({"done", "tensors", "calibrated", "part"} & record.keys() for record in records)
 
 
@@ -107,7 +107,7 @@ def check_facts(target: Path, then: Mapping[str, Any], now: Mapping[str, Any]) -
     if wrong := sorted(name for name in then.keys() | now.keys() if not _same(then.get(name), now.get(name))):
         raise OutputError(
             f"{target}: the unfinished work was begun with other inputs; different now: {', '.join(wrong)}",
-            hint="put them back, files as they were and not copies of them, and --resume; or start over with --force",
+            hint="put them back, files as they were and not copies of them; or start over with --force",
         )
 
 
@@ -132,12 +132,9 @@ class Journal:
         self.path = path
         self._lock = threading.Lock()
         self.records, self._end = read_journal(path)
-        with errors.context(str(path)):
-            try:
-                self._fd = open_file(path, os.O_WRONLY | os.O_CREAT)
-                os.ftruncate(self._fd, self._end)
-            except OSError as error:
-                raise output_error(error) from error
+        with errors.context(str(path)), writing():
+            self._fd = open_file(path, os.O_WRONLY | os.O_CREAT)
+            os.ftruncate(self._fd, self._end)
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a record; it is on the disk when this returns."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deltamerge.errors import InputError
 from deltamerge.io.files import input_error
+from deltamerge.io.tree import entries
 
 FORMAT = 1
 LOCK_NAME = "recipe.lock"
@@ -92,17 +93,17 @@ def read_lock(path: Path) -> dict[str, Any]:
 
 def unlisted(folder: Path, lock: Mapping[str, Any]) -> list[str]:
     """The entries of `folder` that its lock does not list, without the lock itself and hidden files of tools."""
-    return sorted({path.name for path in folder.iterdir()} - {*lock["outputs"], LOCK_NAME} - HIDDEN)
+    return sorted(entries(folder, lock["outputs"]).keys() - {*lock["outputs"], LOCK_NAME} - HIDDEN)
 
 
 def not_made(folder: Path) -> list[str]:
     """The entries of `folder` that no run made and that replacing it would lose: what its lock does not list as a plain
     file; everything if there is no lock. OSError: the folder cannot be read."""
-    modes = {path.name: path.lstat().st_mode for path in folder.iterdir()}
-    listed: set[str] = set()
-    if stat.S_ISREG(modes.get(LOCK_NAME, 0)):
+    lock, listed = folder / LOCK_NAME, set[str]()
+    if lock.is_file() and not lock.is_symlink():
         try:
-            listed = {LOCK_NAME, *read_lock(folder / LOCK_NAME)["outputs"]}
+            listed = {LOCK_NAME, *read_lock(lock)["outputs"]}
         except InputError:
             listed = set()
+    modes = entries(folder, listed)
     return sorted(name for name, mode in modes.items() if name not in listed or not stat.S_ISREG(mode))

@@ -11,24 +11,24 @@ LM_HEAD = "lm_head.weight"
 
 # Tensors with a row for each token: they move where tokens do.
 TOKEN_EMBEDDING = re.compile(
-    r"(^|\.)(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|shared|token_embedding)\.weight$"
+    r"(^|[./])(embed_tokens|word_embeddings|wte|tok_embeddings|embed_in|shared|token_embedding)\.weight$"
 )
 TOKEN_HEAD = re.compile(
-    r"(^|\.)(lm_head|embed_out|vocab_projector)\.(decoder\.)?(weight|bias)$|(^|\.)predictions\.(bias|decoder\.(weight|bias))$"
+    r"(^|[./])(lm_head|embed_out|vocab_projector)\.(decoder\.)?(weight|bias)$|(^|[./])predictions\.(bias|decoder\.(weight|bias))$"
 )
 
 # Tables of every kind (tokens, positions, types), whose rows are looked up. This finds too much rather than too little:
 # a `q` or an input's norm has no meaning for any of them.
-_TABLE = r"embed|(^|\.)(wte|wpe|shared)\."
+_TABLE = r"embed|(^|[./])(wte|wpe|shared)\."
 EMBEDDING = re.compile(rf"{_TABLE}|\.relative_attention_bias\.")
 # Outside layers these belong to the first slice of a stack; norms and heads belong to the last one. Not the relative
 # bias by distance, which layers read.
-BEFORE_LAYERS = re.compile(rf"{_TABLE}|(^|\.)project_in\.")
+BEFORE_LAYERS = re.compile(rf"{_TABLE}|(^|[./])project_in\.")
 
 # The task head, which the base lacks or the authors of DAREx leave whole: sequence and token classifiers, answer spans,
 # and language-model heads by the names that transformers gives them, as a whole component of the tensor's name. The
 # default of a recipe's `exclude`, so a pattern for `re.search`. Wider than `TOKEN_HEAD`: classifiers have no tokens.
-TASK_HEAD = r"(^|\.)(classifier|score|lm_head|qa_outputs|classification_head|embed_out|cls)(\.|$)"
+TASK_HEAD = r"(^|[./])(classifier|score|lm_head|qa_outputs|classification_head|embed_out|cls)(\.|$)"
 
 _NUMBER = re.compile(r"(^|\.)\d+(?=\.|$)")
 _INSIDE = re.compile(r"(.*?\.\d+)\.")

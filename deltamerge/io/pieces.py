@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
 PIECE_BYTES = 1 << 16
 DIGEST_BYTES = 16
@@ -55,8 +56,6 @@ class Pieces:
 
 def learn(known: Known, wanted: NDArray[np.bool_], read: Callable[[int, Any], None]) -> None:
     """Hash the `wanted` pieces of a file; read(offset, buffer) fills a buffer from an offset of it."""
-    from xxhash import xxh3_128_digest
-
     buffer = np.empty(min(AT_ONCE * PIECE_BYTES, known.size), np.uint8)
     for first, stop in _runs(wanted):
         begin = first * PIECE_BYTES
@@ -85,7 +84,5 @@ def _runs(wanted: NDArray[np.bool_]) -> Iterator[tuple[int, int]]:
 
 def hash_whole(known: Known) -> str:
     """The hash, in hex, of a file whose pieces are all known."""
-    from xxhash import xxh3_128_hexdigest
-
     assert known.there.all()
     return str(xxh3_128_hexdigest(known.digests.data))

@@ -36,12 +36,13 @@ _AGAIN = "download it again"
 @dataclass(frozen=True, slots=True)
 class Header:
     """A file's tensors in the order of its header. `data_begin` (of the first tensor) and `size` (of the file) are
-    bytes."""
+    bytes; `aliases` are further names of the same tensors."""
 
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     data_begin: int
     size: int
+    aliases: frozenset[str] = frozenset()
 
 
 def read_header(path: Path) -> Header:

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from blake3 import blake3
+
 from deltamerge.errors import InputError
 
 HASH_BYTES = 1 << 23
@@ -31,8 +33,6 @@ def seal(path: Path) -> Seal:
 
 def hash_output(path: Path) -> str:
     """ "blake3:<hex>" of a file, as `b3sum` prints it: published files are identified by a cryptographic hash."""
-    from blake3 import blake3
-
     hasher = blake3(max_threads=blake3.AUTO)
     try:
         with path.open("rb", buffering=0) as file:
@@ -46,8 +46,6 @@ def hash_output(path: Path) -> str:
 
 def hash_bytes(data: bytes) -> str:
     """What `hash_output` says of a file of these bytes."""
-    from blake3 import blake3
-
     return f"blake3:{blake3(data).hexdigest()}"
 
 

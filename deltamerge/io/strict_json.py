@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.files import refuse_link
 
 MAX_BYTES = 100_000_000
+T = TypeVar("T")
 MAX_VALUES = 4_000_000
 SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
@@ -41,6 +42,22 @@ def parse_json(raw: bytes, parse_int: Callable[[str], int] | None = None) -> dic
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in the file at `path`, at most 100 MB and no link out of its folder; errors name the file."""
+    return _read(path, parse_json)
+
+
+def read_list(path: Path) -> list[Any]:
+    """The JSON list in the file at `path`, under the bounds of `read_json`."""
+
+    def parse(raw: bytes) -> list[Any]:
+        if not raw.lstrip().startswith(b"["):
+            raise InputError("is not a JSON list")
+        found: list[Any] = parse_json(b'{"":' + raw + b"}")[""]
+        return found
+
+    return _read(path, parse)
+
+
+def _read(path: Path, parse: Callable[[bytes], T]) -> T:
     refuse_link(path)
     with errors.context(path.name):
         try:
@@ -53,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
             raise InputError(f"cannot be read: {error.strerror}") from error
         if raw.startswith(b"version https://git-lfs"):
             raise InputError("is a git-lfs pointer, not the file", hint="fetch the files with `git lfs pull`")
-        return parse_json(raw)
+        return parse(raw)
 
 
 def _refuse_halves(table: dict[str, Any]) -> None:

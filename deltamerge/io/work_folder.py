@@ -15,6 +15,8 @@ from pathlib import Path
 
 from deltamerge.errors import OutputError
 from deltamerge.io.atomic import PASSING, sweep
+from deltamerge.io.component import DEEPEST, is_plain_folder
+from deltamerge.io.files import opened
 
 OUT, OLD, SPOOL, LOCK, JOURNAL, MARK = "out", "old", "delta-spool", "lock", "journal", "deltamerge"
 CALIBRATION = "calibration.lock"
@@ -25,7 +27,7 @@ HOLDER = re.compile(
 PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC  # O_NONBLOCK: a pipe is refused instead of blocking
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a pipe is refused instead of blocking
 _GONE = r"\.nfs[0-9a-f]+"  # NFS gives this name to a file that is removed while open
 _FILES = re.compile(
     rf"{MARK}|{LOCK}|{JOURNAL}(-\d+-of-\d+)?|part-\d+-of-\d+\.lock|calibration\.(lock|rows)|{PASSING.pattern}|{_GONE}",
@@ -34,7 +36,7 @@ _FILES = re.compile(
 # Names of the files that runs write into each folder; generous, since names of tokenizer files vary.
 _WRITTEN = {
     OUT: re.compile(
-        r".+\.(safetensors|json|jinja|model|tiktoken|png|rows)|recipe\.(yaml|lock)|README\.md|merges\.txt"
+        r".+\.(safetensors|json|jinja|model|tiktoken|spm|txt|py|svg|rows)|recipe\.(yaml|lock)|README\.md"
         rf"|(tokenizer|vocab|chat_template|spiece|sentencepiece).*|{PASSING.pattern}|{_GONE}",
         re.DOTALL,
     ),
@@ -55,19 +57,16 @@ def look(state: Path) -> frozenset[str] | None:
                 f"{state}: is {kind}, and runs work in a folder of that name",
                 hint="remove it, or choose another folder with --out",
             )
-        folder = os.open(state, _FOLDER)
+        with opened(state, _FOLDER) as folder:
+            modes = _modes(folder)
+            wrong = [_named(name, mode) for name, mode in modes.items() if not _is_written(name, mode)]
+            for name in sorted(modes.keys() & _WRITTEN.keys()):
+                if stat.S_ISDIR(modes[name]):
+                    wrong += _foreign(folder, name)
+            if not _is_marked(folder, modes):  # checked after the names: their writer wrote the mark first
+                wrong = [_named(name, mode) for name, mode in modes.items()]
     except FileNotFoundError:
         return None
-    try:
-        modes = _modes(folder)
-        wrong = [_named(name, mode) for name, mode in modes.items() if not _is_written(name, mode)]
-        for name in sorted(modes.keys() & _WRITTEN.keys()):
-            if stat.S_ISDIR(modes[name]):
-                wrong += _foreign(folder, name)
-        if not _is_marked(folder, modes):  # checked after the names: their writer wrote the mark first
-            wrong = [_named(name, mode) for name, mode in modes.items()]
-    finally:
-        os.close(folder)
     if wrong:
         raise OutputError(
             f"{state}: holds what no run wrote there: {some(wrong)}",
@@ -78,19 +77,16 @@ def look(state: Path) -> frozenset[str] | None:
 
 def mark(state: Path) -> None:
     """Mark the folder `state`, which `look` found empty or ours, as ours. OSError: it cannot be written."""
-    fd = os.open(state / MARK, os.O_RDWR | os.O_CREAT | _FILE, 0o666)
-    try:
+    with opened(state / MARK, os.O_RDWR | os.O_CREAT | _FILE) as fd:
         if os.pread(fd, len(MARK_TEXT) + 1, 0) != MARK_TEXT:
             os.pwrite(fd, MARK_TEXT, 0)
             os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def open_file(path: Path, flags: int) -> int:
     """Open a file of the work folder, creating it if `flags` say so. OutputError: it is a link or no plain file."""
     try:
-        fd = os.open(path, flags | _FILE, 0o666)
+        fd = os.open(path, flags | _FILE | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if path.is_symlink():
             raise OutputError(f"{path}: is a link, which no run wrote", hint="remove it") from error
@@ -106,8 +102,7 @@ def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
 
     Journals go first, since they describe the other files; of these the one that says that all is done goes last.
     """
-    folder = os.open(state, _FOLDER)
-    try:
+    with opened(state, _FOLDER) as folder:
         modes = {name: mode for name, mode in _modes(folder).items() if _is_written(name, mode) and name not in but}
         for name in sorted(modes, key=lambda name: (not name.startswith(JOURNAL), name == JOURNAL)):
             if name in _WRITTEN:
@@ -115,8 +110,6 @@ def clear(state: Path, *, but: Collection[str] = (MARK, LOCK)) -> None:
                 os.rmdir(name, dir_fd=folder)
             else:
                 _unlink(name, folder)
-    finally:
-        os.close(folder)
 
 
 def remove(state: Path) -> None:
@@ -133,22 +126,15 @@ def remove(state: Path) -> None:
 
 def empty(state: Path, name: str) -> None:
     """Remove run files from the folder `name` of the work folder. OSError: some could not be removed."""
-    folder = os.open(state, _FOLDER)
-    try:
+    with opened(state, _FOLDER) as folder:
         _empty(folder, name)
-    finally:
-        os.close(folder)
 
 
 def sweep_files(state: Path) -> None:
     """Remove incomplete files of killed writers."""
     for path in (state, state / OUT):
-        with suppress(FileNotFoundError):
-            folder = os.open(path, _FOLDER)
-            try:
-                sweep(folder)
-            finally:
-                os.close(folder)
+        with suppress(FileNotFoundError), opened(path, _FOLDER) as folder:
+            sweep(folder)
 
 
 def some(names: Iterable[str]) -> str:
@@ -173,8 +159,10 @@ def _is_file_of(name: str, mode: int, inside: str) -> bool:
     return stat.S_ISREG(mode) and _WRITTEN[inside].fullmatch(name) is not None
 
 
-def _foreign(folder: int, name: str) -> list[str]:
-    """The names in a folder of the work folder that no run wrote; the artifact of a budget keeps its spool in OUT."""
+def _foreign(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> list[str]:
+    """The names in a folder of the work folder that no run wrote; the artifact of a budget keeps its spool in OUT, and
+    a model of several components has folders for them (`inside` OUT or OLD)."""
+    inside = inside or name
     try:
         inner = os.open(name, _FOLDER, dir_fd=folder)
     except FileNotFoundError:
@@ -185,20 +173,32 @@ def _foreign(folder: int, name: str) -> list[str]:
         if name == OUT and stat.S_ISDIR(modes.get(SPOOL, 0)):
             del modes[SPOOL]
             wrong = _foreign(inner, SPOOL)
-        wrong += [_named(n, mode) for n, mode in modes.items() if not _is_file_of(n, mode, name)]
+        for part in [n for n, mode in modes.items() if depth and _is_part(n, mode, inside)]:
+            del modes[part]
+            wrong += _foreign(inner, part, inside, depth - 1)
+        wrong += [_named(n, mode) for n, mode in modes.items() if not _is_file_of(n, mode, inside)]
     finally:
         os.close(inner)
     return [f"{name}/{one}" for one in wrong]
 
 
-def _empty(folder: int, name: str) -> None:
+def _is_part(name: str, mode: int, inside: str) -> bool:
+    """Whether an entry is the folder of a component of what was made."""
+    return inside in (OUT, OLD) and stat.S_ISDIR(mode) and is_plain_folder(name)
+
+
+def _empty(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> None:
+    inside = inside or name
     inner = os.open(name, _FOLDER, dir_fd=folder)
     try:
         for one, mode in _modes(inner).items():
             if one == SPOOL and name == OUT and stat.S_ISDIR(mode):
                 _empty(inner, SPOOL)
                 os.rmdir(SPOOL, dir_fd=inner)
-            elif _is_file_of(one, mode, name):
+            elif depth and _is_part(one, mode, inside):
+                _empty(inner, one, inside, depth - 1)
+                os.rmdir(one, dir_fd=inner)
+            elif _is_file_of(one, mode, inside):
                 _unlink(one, inner)
     finally:
         os.close(inner)
@@ -223,11 +223,6 @@ def _is_marked(folder: int, names: Collection[str]) -> bool:
 
 
 def _text(folder: int, name: str) -> bytes:
-    try:
-        fd = os.open(name, os.O_RDONLY | _FILE, dir_fd=folder)
-    except OSError:
-        return b""
-    try:
+    with suppress(OSError), opened(name, os.O_RDONLY | _FILE, folder) as fd:
         return os.pread(fd, 300, 0)
-    finally:
-        os.close(fd)
+    return b""

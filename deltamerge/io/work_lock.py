@@ -12,16 +12,13 @@ from pathlib import Path
 
 from deltamerge.errors import OutputError
 from deltamerge.io import work_folder
-from deltamerge.io.files import output_error
+from deltamerge.io.files import output_error, writing
 
 
 def looked(state: Path) -> frozenset[str] | None:
     """The names in the work folder `state`; None if it does not exist. OutputError: not ours, or unreadable."""
-    try:
+    with writing(state):
         return work_folder.look(state)
-    except OSError as error:
-        cause = output_error(error)
-        raise OutputError(f"{state}: {cause}", hint=cause.hint) from error
 
 
 @contextmanager
@@ -67,11 +64,8 @@ def locked(state: Path, name: str, target: Path, *, shared: bool = False) -> Ite
             with suppress(OSError):  # the holder is only shown in messages; a full disk is reported by what needs it
                 os.ftruncate(fd, 0)
                 os.pwrite(fd, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        try:
+        with writing(state):
             work_folder.mark(state)
-        except OSError as error:
-            cause = output_error(error)
-            raise OutputError(f"{state}: {cause}", hint=cause.hint) from error
         yield
     finally:
         os.close(fd)

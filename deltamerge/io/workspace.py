@@ -1,4 +1,4 @@
-"""The folder that a run works in: locked, kept for --resume if the run dies, renamed to the target when complete.
+"""The folder that a run works in: locked, kept if the run dies, renamed to the target when complete.
 
 Beside the target NAME there is `.NAME.partial`:
 
@@ -14,7 +14,7 @@ Beside the target NAME there is `.NAME.partial`:
 A run that is killed leaves one of these, and whatever command comes next puts it right:
 
     no journal says that work is done: there is nothing to keep
-    out/ is there: the work goes on with --resume, or with --finish
+    out/ is there: the next run goes on with the work, or --finish
     out/ is not there, or is the folder that was the target when the journal's last record named the new one: the target
     is complete, and only the work folder has to go
     old/ is there and the target is not: it is put back
@@ -37,10 +37,11 @@ from deltamerge.io.files import output_error, sync_path
 from deltamerge.io.journal import Journal, check_facts, has_work, named_inode, part_journals, read_journal
 from deltamerge.io.lock_file import LOCK_NAME, not_made
 from deltamerge.io.seals import Seal, damages
+from deltamerge.io.tree import files_of, folders_in
 from deltamerge.io.work_folder import JOURNAL, LOCK, OLD, OUT, some
 from deltamerge.io.work_lock import locked, looked
 
-KEPT = "what is done is kept: continue with --resume"
+KEPT = "what is done is kept: run the same command again"
 SYNCS = 8
 
 
@@ -83,26 +84,27 @@ class Workspace:
         It must hold its lock and exactly the `outputs` (name -> {hash, size}), unchanged; all of it is synced first. An
         old target stays whole until the new one is there. A file whose seal is unbroken is not read again.
 
-        OutputError: a file differs, and is removed so that --resume makes it again; the target has got files since the
-        run began; or the target is to be replaced and holds files that no run made.
+        OutputError: a file differs, and is removed so that the next run makes it again; the target has got files since
+        the run began; or the target is to be replaced and holds files that no run made.
         """
         check_replaced(self.target, force=self.force, changed=True)
         self._check(outputs, seals, workers)
         with ThreadPoolExecutor(SYNCS) as pool:  # one commit of the file system's journal serves several files
-            list(pool.map(sync_path, self.folder.iterdir()))
-        sync_path(self.folder)
+            list(pool.map(sync_path, files_of(self.folder).values()))
+        for folder in folders_in(self.folder):
+            sync_path(folder)
         back = self._put()
         try:
             sync_path(self.target.parent)
             sync_path(self.state)
-        except OutputError:  # the rename may be lost in a crash: undo it, --resume repeats it
+        except OutputError:  # the rename may be lost in a crash: undo it, the next run repeats it
             back()
             raise
         self.journal.close()
         work_folder.remove(self.state)
 
     def _check(self, outputs: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int) -> None:
-        names = {path.name for path in self.folder.iterdir()}
+        names = files_of(self.folder).keys()
         if strange := (names - {*outputs}) ^ {LOCK_NAME}:
             raise OutputError(f"{self.folder}: holds what no run wrote, or has no lock: {some(strange)}")
         if wrong := damages(self.folder, outputs, seals, workers):
@@ -329,7 +331,7 @@ def _has_ended(state: Path, target: Path) -> bool:
 
 
 def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: bool, part: str | None) -> None:
-    """Deal with the work of an earlier run: keep it for --resume, refuse, or remove it."""
+    """Deal with the work of an earlier run: keep it, refuse, or remove it."""
     if (state / OLD).is_dir():
         raise OutputError(
             f"{target}: {state / OLD} holds the folder that was to be replaced, and there is another in its place",
@@ -341,7 +343,7 @@ def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: 
         raise OutputError(
             f"{target}: a run without --part left unfinished work in {state}", hint="continue it, or remove that folder"
         )
-    if part is None and in_parts and not force:
+    if part is None and in_parts and (resume or not force):
         raise OutputError(
             f"{target}: parts of a run are in {state}", hint="end it with --finish, or start over with --force"
         )
@@ -364,7 +366,7 @@ def _prepare(target: Path, resolved: Path, state: Path, *, force: bool, resume: 
 def _unfinished(target: Path, state: Path) -> OutputError:
     return OutputError(
         f"{target}: an earlier run left unfinished work in {state}",
-        hint="continue it with --resume, or start over with --force",
+        hint="run again to go on with it, or start over with --force",
     )
 
 
@@ -386,6 +388,6 @@ def _explained(error: BaseException, target: Path, *, kept: bool) -> BaseExcepti
         error = OutputError(f"{target}: {cause}", hint=cause.hint)
     if isinstance(error, KeyboardInterrupt):
         return KeyboardInterrupt(KEPT if kept else "")
-    if kept and isinstance(error, DeltamergeError) and "--resume" not in (error.hint or ""):
+    if kept and isinstance(error, DeltamergeError) and KEPT not in (error.hint or ""):
         error.hint = "; ".join(filter(None, (error.hint, KEPT)))
     return error

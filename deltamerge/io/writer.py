@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import accumulate, groupby, pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,132 +16,18 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.io.audit import Audit, Findings, TensorSpan
-from deltamerge.io.checkpoint import INDEX, SINGLE
-from deltamerge.io.dtypes import FLOATING, ITEMSIZE, nbytes_of
-from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, sync_path, write_at
+from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, sync_path, write_at, writing
 from deltamerge.io.journal import Journal
+from deltamerge.io.layout import FileLayout, Layout, Place
 from deltamerge.io.outbox import Outbox
 from deltamerge.io.reader import Reader
 from deltamerge.io.spans import Spans
 from deltamerge.io.tensor import TensorInfo
 
-# The order of tensors in a file that safetensors.torch.save_file makes: by dtype in this order, then by name.
-DTYPE_ORDER = (
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
-    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
-)  # fmt: skip
 # The work that a crash may lose: after so many seconds written data is synced and recorded in the journal.
 SAVE_SECONDS = 2.0
 PIECE = 1 << 22
-
-
-class Meta(NamedTuple):
-    """A tensor to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor goes; `offset` counts from the start of the file."""
-
-    file: str
-    offset: int
-    nbytes: int
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class FileLayout:
-    """A weight file: `header` is everything before the first tensor, `size` the whole file in bytes."""
-
-    name: str
-    header: bytes
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """All weight files of a checkpoint, each tensor's place, and the text of the index if there are shards."""
-
-    files: tuple[FileLayout, ...]
-    tensors: dict[str, Place]
-    index: str | None
-    total_size: int
-
-
-def plan_layout(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-    shard_size: int | None,
-    single: str = SINGLE,
-    weights: Mapping[str, str] | None = None,
-) -> Layout:
-    """The place of each (name, dtype, shape), in files with the bytes that transformers would write.
-
-        tensors      in the order in which shards are filled
-        shard_size   bytes of a shard at most, a larger tensor has one of its own; None: one file
-        single       name of the file where there is only one
-        weights      of tensors that together store one weight, its name: they follow one another, and share a shard
-
-    Shards are those of huggingface_hub.split_torch_state_dict_into_shards, files those of
-    safetensors.torch.save_file(metadata={"format": "pt"}). `total_parameters` counts the floating tensors.
-    """
-    metas = [Meta(name, dtype, shape, nbytes_of(dtype, shape)) for name, dtype, shape in tensors]
-    whole = weights or {}
-    together = [tuple(group) for _, group in groupby(metas, lambda meta: whole.get(meta.name, meta.name))]
-    shards = [metas] if shard_size is None else _shards(together, shard_size)
-    files = []
-    places = dict.fromkeys((meta.name for meta in metas), Place("", 0, 0, ""))
-    if len(places) != len(metas):
-        raise ValueError("two tensors have one name")
-    for number, shard in enumerate(shards, start=1):
-        file = single if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        ordered = sorted(shard, key=lambda meta: (DTYPE_ORDER.index(meta.dtype), meta.name))
-        ends = list(accumulate((meta.nbytes for meta in ordered), initial=0))
-        header = _header(ordered, ends)
-        files.append(FileLayout(file, header, len(header) + ends[-1]))
-        for meta, begin in zip(ordered, ends, strict=False):
-            places[meta.name] = Place(file, len(header) + begin, meta.nbytes, meta.dtype)
-    total = sum(meta.nbytes for meta in metas)
-    index = None
-    if len(files) > 1:
-        parameters = sum(math.prod(meta.shape) for meta in metas if meta.dtype in FLOATING)
-        index = _index(total, parameters, {name: place.file for name, place in places.items()})
-    return Layout(tuple(files), places, index, total)
-
-
-def _shards(groups: Sequence[Sequence[Meta]], shard_size: int) -> list[Sequence[Meta]]:
-    shards: list[Sequence[Meta]] = []
-    current: list[Meta] = []
-    filled = 0
-    for group in groups:
-        nbytes = sum(meta.nbytes for meta in group)
-        if nbytes > shard_size:
-            shards.append(group)
-            continue
-        if filled + nbytes > shard_size:
-            shards.append(current)
-            current, filled = [], 0
-        current += group
-        filled += nbytes
-    return [*shards, current] if current or not shards else shards
-
-
-def _header(metas: Sequence[Meta], ends: Sequence[int]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for meta, offsets in zip(metas, pairwise(ends), strict=True):
-        entries[meta.name] = {"dtype": meta.dtype, "shape": meta.shape, "data_offsets": offsets}
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _index(total_size: int, total_parameters: int, weight_map: dict[str, str]) -> str:
-    metadata = {"total_parameters": total_parameters, "total_size": total_size}
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
 
 class Writer:
@@ -258,7 +140,8 @@ class Writer:
                 with errors.context(name):
                     sync(self._files.get(self._folder / name).fd)
             if fresh and not self._saved:  # the entries of the files, and of the journal
-                for path in (self._folder, self._journal.path.parent, self._journal.path.parent.parent):
+                inner = {(self._folder / file.name).parent for file in self._own}
+                for path in (*inner, self._folder, self._journal.path.parent, self._journal.path.parent.parent):
                     sync_path(path)
             if fresh:
                 self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}, **self.notes()})
@@ -339,10 +222,8 @@ class Writer:
 
     def _check_space(self, needed: int) -> None:
         with errors.context(str(self._folder)):
-            try:
+            with writing():
                 disk = os.statvfs(self._folder)
-            except OSError as error:
-                raise output_error(error) from error
             free = disk.f_bavail * disk.f_frsize
             if needed > free:
                 raise OutputError(
@@ -355,6 +236,7 @@ class Writer:
         flags = os.O_WRONLY | os.O_CLOEXEC | (0 if there else os.O_CREAT | os.O_EXCL)
         with errors.context(file.name):
             try:
+                (self._folder / file.name).parent.mkdir(parents=True, exist_ok=True)
                 fd = os.open(self._folder / file.name, flags, 0o666)
             except OSError as error:
                 raise output_error(error) from error
@@ -379,10 +261,10 @@ def done_spans(records: Iterable[Mapping[str, Any]]) -> dict[str, Spans]:
 
 
 def write_index(folder: Path, layout: Layout) -> None:
-    """Write the index of a layout, if it has one."""
-    if layout.index is not None:
-        with errors.context(INDEX):
+    """Write the indexes of a layout, where it has shards."""
+    for name, text in layout.indexes.items():
+        with errors.context(name):
             try:
-                (folder / INDEX).write_text(layout.index, encoding="utf-8")
+                (folder / name).write_text(text, encoding="utf-8")
             except OSError as error:
                 raise output_error(error) from error

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.io.dtypes import torch_dtype
+from deltamerge.io.lazy import torch
 from deltamerge.methods.tiles import RUN, Kept, Patched, Tile, block_elements
 
 if TYPE_CHECKING:
-    import torch
-
     Tensor = torch.Tensor
 
 
 def subtract(tune: Tensor, base: Tensor, *, tile: Tile, dtypes: tuple[str, str]) -> Tensor:
     """Δ = fine-tune − base in float32; `dtypes` are the stored ones of the two."""
-    import torch
-
     return tune.to(torch.float32) - base.to(torch.float32)
 
 
@@ -37,7 +34,6 @@ def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: st
     value    the merged tile
     stored   the tile that entries are taken from, bit for bit if it has the output dtype
     where    the mask
-    tile     the part of the tensor
     to       the output dtype
     """
     return stored.to(torch_dtype(to)).where(where.bool(), value)
@@ -45,16 +41,12 @@ def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: st
 
 def _rounded(value: Tensor, target: torch.dtype) -> Tensor:
     """Round once; a bfloat16 NaN is 0x7FC0 on every device."""
-    import torch
-
     result = value.to(target)
     return result.masked_fill_(value.isnan(), torch.nan) if target == torch.bfloat16 else result
 
 
 def zeros(like: Tensor | Kept, *, tile: Tile) -> Tensor:
     """A tile of float32 zeros, on the device of `like`."""
-    import torch
-
     values = like.values if isinstance(like, Kept) else like
     return torch.zeros(tile.size, dtype=torch.float32, device=values.device)
 
@@ -72,8 +64,6 @@ def over(x: Tensor, divisor: float) -> Tensor:
 
 def union(base: Any, deltas: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Sparse deltas (`Kept`) on the union of their positions: (positions, base there in float32, each delta there)."""
-    import torch
-
     positions = torch.unique(torch.cat([d.positions for d in deltas]))
     there = []
     for delta in deltas:
@@ -83,10 +73,16 @@ def union(base: Any, deltas: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tens
     return positions, base[positions].to(torch.float32), there
 
 
+def onto(base: Tensor, deltas: tuple[Any, ...], tile: Tile, mix: Callable[[list[Tensor]], Tensor]) -> Tensor | Patched:
+    """base + mix(deltas) in float32; `Patched` on the union of their positions where all deltas are `Kept`."""
+    if all(isinstance(delta, Kept) for delta in deltas):
+        positions, base_there, there = union(base, deltas)
+        return Patched(base, positions, base_there + mix(there))
+    return base.to(torch.float32) + mix([densify(delta, tile.size) for delta in deltas])
+
+
 def densify(delta: Any, size: int) -> Tensor:
     """A delta as a flat float32 tensor, zero where `Kept` has no entry."""
-    import torch
-
     if not isinstance(delta, Kept):
         return delta  # type: ignore[no-any-return]  # a dense tile already
     dense = torch.zeros(size, dtype=torch.float32, device=delta.values.device)
@@ -96,8 +92,6 @@ def densify(delta: Any, size: int) -> Tensor:
 
 def block_rows(values: Tensor, tile: Tile) -> Tensor:
     """(blocks, width) the blocks of a flat tile, each padded with zeros to a power of two."""
-    import torch
-
     step = block_elements(tile.shape)
     blocks = -(-tile.size // step)
     rows = torch.nn.functional.pad(values, (0, blocks * step - tile.size)).view(blocks, step)
@@ -110,8 +104,6 @@ def halved(rows: Tensor) -> Tensor:
     Rows of more than `RUN` entries are cut into runs; the sums of the runs, each padded to full length, are added
     likewise.
     """
-    import torch
-
     size = rows.shape[-1]
     if size > RUN:
         runs = -(-size // RUN)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -73,6 +74,10 @@ def _table(built_in: Iterable[Method], others: Iterable[Any], kind: type[Method]
     return MappingProxyType(table)
 
 
+# Methods that work on deltas, which need a base; and those that add up such deltas.
+_on_deltas = partial(MergeMethod, needs_base=True, deltas=True)
+_added = partial(_on_deltas, adds=True, keeps_single=arithmetic.keeps_single)
+
 _MERGE = (
     MergeMethod(
         "linear",
@@ -135,141 +140,101 @@ _MERGE = (
         nodes=span.nodes,
         keeps_single=span.keeps_single,
     ),
-    MergeMethod(
+    _added(
         "task_arithmetic",
         arithmetic.task_arithmetic,
         "base + λ Σ w_i Δ_i, ÷ Σ w_i if normalize",
         "arXiv 2212.04089",
         _SUM,
-        needs_base=True,
-        deltas=True,
-        adds=True,
-        keeps_single=arithmetic.keeps_single,
     ),
-    MergeMethod(
+    _added(
         "ties",
         ties.ties,
         "keep the top int(density · n) of abs(Δ_i), elect a sign per entry, add the w_i Δ_i of that sign",
         "arXiv 2306.01708",
         {**_SUM, "normalize": _NORMALIZED, "density": _DENSITY, "rescale": _MATCH},
-        needs_base=True,
-        deltas=True,
-        adds=True,
-        keeps_single=arithmetic.keeps_single,
     ),
-    MergeMethod(
+    _added(
         "dare_linear",
         arithmetic.task_arithmetic,
         "task arithmetic of deltas pruned by DARE",
         "arXiv 2311.03099",
         _DARE,
-        needs_base=True,
-        deltas=True,
-        adds=True,
         implies_prune="dare",
-        keeps_single=arithmetic.keeps_single,
     ),
-    MergeMethod(
+    _added(
         "dare_ties",
         ties.ties,
         "ties consensus of deltas pruned by DARE",
         "arXiv 2311.03099",
         _DARE,
-        needs_base=True,
-        deltas=True,
-        adds=True,
         implies_prune="dare",
-        keeps_single=arithmetic.keeps_single,
     ),
-    MergeMethod(
+    _added(
         "della",
         ties.ties,
         "ties consensus of deltas pruned by DELLA",
         "arXiv 2406.11617",
         {**_DELLA, "normalize": _NORMALIZED},
-        needs_base=True,
-        deltas=True,
-        adds=True,
         implies_prune="della",
-        keeps_single=arithmetic.keeps_single,
     ),
-    MergeMethod(
+    _added(
         "della_linear",
         arithmetic.task_arithmetic,
         "task arithmetic of deltas pruned by DELLA",
         "arXiv 2406.11617",
         _DELLA,
-        needs_base=True,
-        deltas=True,
-        adds=True,
         implies_prune="della",
-        keeps_single=arithmetic.keeps_single,
     ),
-    MergeMethod(
+    _added(
         "breadcrumbs",
         arithmetic.task_arithmetic,
         "task arithmetic of deltas without their largest and smallest entries",
         "arXiv 2312.06795",
         _BREADCRUMBS,
-        needs_base=True,
-        deltas=True,
-        adds=True,
         implies_prune="breadcrumbs",
-        keeps_single=arithmetic.keeps_single,
     ),
-    MergeMethod(
+    _added(
         "breadcrumbs_ties",
         ties.ties,
         "ties consensus of deltas without their largest and smallest entries",
         "arXiv 2312.06795",
         _BREADCRUMBS,
-        needs_base=True,
-        deltas=True,
-        adds=True,
         implies_prune="breadcrumbs",
-        keeps_single=arithmetic.keeps_single,
     ),
-    MergeMethod(
+    _on_deltas(
         "model_stock",
         span.model_stock,
         "base + t · mean(Δ_i), t = N c / (1 + (N − 1) c), c the mean cosine between deltas",
         "arXiv 2403.19522",
         {"filter_wise": Param("t for each row", False, "bool", scalar=True)},
-        needs_base=True,
-        deltas=True,
         minimum=2,
         nodes=span.nodes,
     ),
-    MergeMethod(
+    _on_deltas(
         "nearswap",
         elementwise.nearswap,
         "base + w Δ, w = min(1, t / abs(Δ)): entries near the base's are taken from the model",
         "https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001",
         {"t": Param("abs(Δ) up to which the model's entry is taken whole", low=0)},
-        needs_base=True,
-        deltas=True,
         maximum=1,
     ),
-    MergeMethod(
+    _on_deltas(
         "sce",
         sce.sce,
         "entries of the largest variance over models, weighted by mean(Δ_i²), those of the minority's sign erased",
         "arXiv 2408.07990",
         {"select_topk": Param("fraction of the entries that vary, kept", 1.0, low=0, high=1)},
-        needs_base=True,
-        deltas=True,
         nodes=sce.nodes,
     ),
-    MergeMethod(
+    _on_deltas(
         "ram",
         ram.ram,
         "entries that one model changed are kept, those that several changed averaged",
         "arXiv 2601.13572",
         {"epsilon": Param("abs(Δ) above this is a change", 1e-5, low=0)},
-        needs_base=True,
-        deltas=True,
     ),
-    MergeMethod(
+    _on_deltas(
         "ramplus_tl",
         ram.ramplus_tl,
         "ram, a model's own entries × (1 + r · min(shared / own, alpha))",
@@ -279,17 +244,13 @@ _MERGE = (
             "r": Param("how much a model's own entries are amplified", 0.1),
             "alpha": Param("cap on shared / own", 0.2, low=0),
         },
-        needs_base=True,
-        deltas=True,
         nodes=ram.nodes,
     ),
-    MergeMethod(
+    _on_deltas(
         "arcee_fusion",
         fusion.arcee_fusion,
         "keep Δ where abs(Δ) · KL of the rows' softmaxes is at least median + 1.5 · IQR",
         "https://arcee.ai",
-        needs_base=True,
-        deltas=True,
         maximum=1,
         nodes=fusion.nodes,
     ),

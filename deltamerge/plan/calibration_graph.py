@@ -17,6 +17,7 @@ from deltamerge.io.patterns import finds
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
+from deltamerge.plan.folders import refuse_unrunnable
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.effective_prune import Pruning
@@ -118,9 +119,7 @@ class StageMaker:
         spec = factor_spec(products, source, deltas.prunes[index], q, deltas)
         made = deltas.graph.node(stage.calibrate, kind="small", spec=spec)
         return replace(
-            stages,
-            calibrated={**stages.calibrated, index: made},
-            roots={**stages.roots, **factor_roots(products)},
+            stages, calibrated={**stages.calibrated, index: made}, roots={**stages.roots, **factor_roots(products)}
         )
 
     def _source(
@@ -131,6 +130,7 @@ class StageMaker:
         calibration = recipe.calibration
         assert calibration is not None
         labelled = isinstance(q, CalibratedQ) and (q.objective == "validation" or calibration.metric is not None)
+        refuse_unrunnable(tuned.model.name, tuned.model.checkpoint)
         refuse_changed_config(tuned.model)
         checkpoint = tuned.model.checkpoint
         source = CalibrationInput(

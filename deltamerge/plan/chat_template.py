@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deltamerge.errors import InputError
@@ -31,10 +31,10 @@ def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
     if wanted is None:
         return None
     if wanted == "auto":
-        return _most_common([*inputs.all], read_chat_template_of)
+        return _most_common(inputs.all)
     model = input_named(wanted, recipe, inputs.base, inputs.tunes)
     if model is not None:
-        text = read_chat_template_of(model)
+        text = read_chat_template(model.checkpoint)
         if text is None:
             raise InputError("has no chat template", where=model.name)
         return ChatTemplate(text, model.name)
@@ -43,14 +43,10 @@ def choose_chat_template(recipe: Recipe, inputs: Inputs) -> ChatTemplate | None:
     return ChatTemplate(BUILT_IN[wanted], f"built-in {wanted}")
 
 
-def read_chat_template_of(model: Input) -> str | None:
-    """The model's own chat template, or None."""
-    return read_chat_template(model.checkpoint)
-
-
-def _most_common(models: list[Input], read: Callable[[Input], str | None]) -> ChatTemplate | None:
+def _most_common(models: Sequence[Input]) -> ChatTemplate | None:
     """The template that most models have, the first of equals; surrounding white space is ignored."""
-    found = [(text.strip(), model.name) for model in models if (text := read(model)) is not None and text.strip()]
+    read = ((model.name, (read_chat_template(model.checkpoint) or "").strip()) for model in models)
+    found = [(text, name) for name, text in read if text]
     if not found:
         return None
     best = Counter(text for text, _ in found).most_common(1)[0][0]

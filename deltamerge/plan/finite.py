@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from deltamerge.engine import backends
 from deltamerge.engine.graph import READ, Node, depth_first, name_of
+from deltamerge.errors.shown import some
 from deltamerge.io.alike import count_alike, finite, places
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.computed import Cast, LowRank, Zeros
@@ -41,8 +42,7 @@ def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
             outputs.append(output)
     if len(counts) == len(planned.alike):
         return planned
-    note = f"not finite in every model alike, copied: {', '.join(sorted(counts)[:4])}"
-    note += f" and {len(counts) - 4} more" if len(counts) > 4 else ""
+    note = f"not finite in every model alike, copied: {some(sorted(counts))}"
     notes = (*(n for n in planned.notes if not n.startswith("not finite in every model")), note)
     return replace(planned, outputs=tuple(outputs), costs=costs, alike=counts, notes=notes)
 

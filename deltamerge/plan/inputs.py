@@ -12,10 +12,11 @@ from deltamerge import errors
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import over
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
+from deltamerge.io.checkpoint import Checkpoint, by_component, canonical, match_prefixes
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.plan.folders import refuse_apart, refuse_vocabulary
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.schema import Recipe, model_name
@@ -160,6 +161,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         if not (apart(recipe.part_of[index]) and recipe.is_base(index)):
             at = written(recipe.parts, ("models", index))
             named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
+    refuse_apart(named)
     matched, stand_ins, untied = _untie(_match(named))
     by_index = {model.index: model for model in matched if model.index is not None}
     by_base = dict(zip(bases, matched, strict=False))
@@ -173,6 +175,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     template = input_named(recipe.template, recipe, base, tunes) or _template(groups, tunes)
     vocabulary = _vocabulary(recipe, base, tunes, checkpoint)
     origin = base if recipe.output.kind == "delta" else None
+    refuse_vocabulary(recipe, template.name, template.checkpoint)
     return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin, deltas)
 
 
@@ -225,6 +228,21 @@ def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
 
 
 def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
+    """The inputs of models, whose names are matched component by component."""
+    if all(checkpoint.is_simple for _, _, checkpoint in named):
+        return _match_part(named)
+    inputs = [Input(name, index, checkpoint, {}, {}) for name, index, checkpoint in named]
+    for folder, parts in by_component([checkpoint for _, _, checkpoint in named]):
+        start = f"{folder}/" if folder else ""
+        there = [(i, part) for i, part in enumerate(parts) if part is not None and part.tensors]
+        matched = _match_part([(inputs[i].name, inputs[i].index, part) for i, part in there])
+        for (i, _), own in zip(there, matched, strict=True):
+            inputs[i].tensors.update({start + name: info for name, info in own.tensors.items()})
+            inputs[i].stored.update({start + name: start + stored for name, stored in own.stored.items()})
+    return inputs
+
+
+def _match_part(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
     prefixes = match_prefixes([c for _, _, c in named])
     inputs = []
     for (name, index, checkpoint), prefix in zip(named, prefixes, strict=True):

@@ -22,13 +22,14 @@ from statistics import median
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import PLAIN, bits_type, widen
+from deltamerge.io.computed import floats
+from deltamerge.io.dtypes import PLAIN
 from deltamerge.io.front_matter import front_matter
 from deltamerge.io.names import TASK_HEAD
 from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.plan.inputs import Group, Input, Inputs
+from deltamerge.plan.inputs import Input, Inputs
 
 SAMPLED = 12  # tensors that are compared
 PLACES, RUN = 4, 1024  # runs per tensor, and elements of a run
@@ -55,7 +56,7 @@ def unrelated(inputs: Inputs) -> Iterator[str]:
     seen = set()
     with Reader() as reader:
         for group in inputs.groups:
-            first, others = _compared(group)
+            first, *others = group.all
             for other in others:
                 pair = first.checkpoint.reference, other.checkpoint.reference
                 if pair in seen:
@@ -96,17 +97,13 @@ def strangers(models: Sequence[Input]) -> str | None:
     kinds: dict[str, str] = {}
     for model in models:
         config = model.checkpoint.config
-        if (kind := config.get("model_type")) is not None:
+        if (kind := config.get("model_type") or config.get("_class_name")) is not None:
             names = config.get("architectures")
             shown = f" ({names[0]})" if isinstance(names, list) and names else ""
             kinds.setdefault(str(kind), f"{model.name} is {kind}{shown}")
     if len(kinds) < 2:
         return None
     return f"{', '.join(list(kinds.values())[:4])}: models of different architectures cannot be merged"
-
-
-def _compared(group: Group) -> tuple[Input, tuple[Input, ...]]:
-    return (group.base, group.tunes) if group.base is not None else (group.tunes[0], group.tunes[1:])
 
 
 def _unrelated(first: Input, other: Input, kin: Kin, *, is_base: bool) -> str:
@@ -139,17 +136,12 @@ def _of_tensor(first: TensorInfo, other: TensorInfo, reader: Reader) -> tuple[fl
     size = math.prod(first.shape)
     count = min(RUN, size // PLACES)
     starts = [i * (size - count) // (PLACES - 1) for i in range(PLACES)]
-    x, y = (np.concatenate([_read(info, start, count, reader) for start in starts]) for info in (first, other))
+    found = ([floats(reader, info, start, count) for start in starts] for info in (first, other))
+    x, y = (np.concatenate(parts).astype(np.float64) for parts in found)
     if not (np.isfinite(x).all() and np.isfinite(y).all() and x.any() and y.any()):
         return None
     norm = float(np.linalg.norm(x))
     return float(np.linalg.norm(y - x)) / norm, float(x @ y) / (norm * float(np.linalg.norm(y)))
-
-
-def _read(info: TensorInfo, start: int, count: int, reader: Reader) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
-    bits = np.empty(count, bits_type(info.dtype))
-    reader.read_into(info, start, bits)
-    return widen(bits, info.dtype).astype(np.float64)
 
 
 def _has_files(model: Input) -> bool:
@@ -174,7 +166,7 @@ def _why_swapped(base: Input, tune: Input) -> str | None:
     has_head = isinstance(classes, list) and bool(classes) and HEADLESS.search(str(classes[0])) is None
     if heads and is_headless and has_head:
         return f"as {base.name} has a task head ({heads[0]}) that {tune.name} lacks"
-    if _chats(base) and _has_tokenizer(tune) and not _chats(tune):
+    if _chats(base) and _tokenizer_config(tune.checkpoint.path) and not _chats(tune):
         return f"as {base.name} has a chat template and {tune.name} none"
     return None
 
@@ -201,10 +193,6 @@ def _chats(model: Input) -> bool:
     if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
         return True
     return bool(_tokenizer_config(folder).get("chat_template"))
-
-
-def _has_tokenizer(model: Input) -> bool:
-    return bool(_tokenizer_config(model.checkpoint.path))
 
 
 def _tokenizer_config(folder: Path) -> dict[str, object]:

@@ -55,7 +55,8 @@ def settle(stacked: Stacked, section: dict[str, Any]) -> list[str]:
     notes += _ends(stacked, section)
     window = section.get("sliding_window")
     attends = window and not periods and section.get("use_sliding_window") is not False
-    if attends and _shifted(stacked, 2) and not any(TYPES.search(key) for key in stacked.followed):
+    shifted = any((layer - i) % 2 for i, (_, layer) in enumerate(stacked.sources))
+    if attends and shifted and not any(TYPES.search(key) for key in stacked.followed):
         notes.append(f"sliding_window: {window} and no list by layer: check which layers attend in windows")
     return notes
 
@@ -205,7 +206,3 @@ def _shows(kinds: Sequence[Kind], period: int) -> bool:
         if outside and not inside & outside:
             return True
     return False
-
-
-def _shifted(stacked: Stacked, period: int) -> bool:
-    return any((layer - i) % period for i, (_, layer) in enumerate(stacked.sources))

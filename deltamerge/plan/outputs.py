@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,17 +13,19 @@ from deltamerge.delta.positions import expected_bits
 from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Graph
+from deltamerge.io.component import folders_of, split
 from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, nbytes_of
 from deltamerge.io.gathered import Gathered, cut
+from deltamerge.io.layout import Layout
 from deltamerge.io.names import LM_HEAD, layer_index
 from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.writer import Layout
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
 from deltamerge.plan.quantise import copied as copied_as
 from deltamerge.plan.quantise import copies, is_matrix, quantising
+from deltamerge.plan.quantised import remarks
 from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
 from deltamerge.plan.tensor_graph import Builder, Built
 from deltamerge.plan.vocabulary import Vocabulary
@@ -136,6 +139,8 @@ class Outputs:
         plain = [row.name for row in built if row.coding is None and is_matrix(row.name, row.shape)]
         self.config = self.quantising.config(self.config, plain)
         self.notes += self.quantising.notes()
+        if self.recipe.output.scheme == "none":
+            self.notes += remarks(self.inputs, {row.name: row.dtype for row in rows})
         return rows
 
     def _stored(self, row: Row) -> Iterator[Row]:
@@ -173,8 +178,17 @@ class Outputs:
                 yield row
         self._check_vocabulary()
         if copied:
-            self.notes.append(f"copied from {template.name}, not merged: {named(copied, _some)}")
+            self.notes.append(f"copied from {template.name}, not merged: {named(self._by_folder(copied), _some)}")
         self._left_out()
+
+    def _by_folder(self, copied: list[str]) -> list[str]:
+        """Copied tensors, those of components that are copied whole by their folder."""
+        folders = folders_of(self.inputs.template.checkpoint.components)
+        counts = Counter(split(target.stored, folders)[0] for target in self.targets)
+        ours = Counter(split(name, folders)[0] for name in copied)
+        whole = [folder for folder in folders if ours[folder] and ours[folder] == counts[folder]]
+        shown = [f"{folder}/ (all of its {counts[folder]} tensors)" for folder in whole]
+        return shown + [name for name in copied if split(name, folders)[0] not in whole]
 
     def _check_vocabulary(self) -> None:
         """Rows can move only if some tensor has rows per token, and only in a whole model: deltas and adapters have the

@@ -17,25 +17,28 @@ from deltamerge.calibrate.split import split
 from deltamerge.engine.execute import Task
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
-from deltamerge.io.adapter import WEIGHTS
 from deltamerge.io.audit import NonFinite
-from deltamerge.io.checkpoint import SINGLE, Adapter
+from deltamerge.io.checkpoint import Adapter
+from deltamerge.io.component import Component
 from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.layout import Layout, plan_layout
 from deltamerge.io.names import numbered_blocks
 from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.writer import Layout, plan_layout
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
 from deltamerge.plan.delta_graph import Stages
+from deltamerge.plan.folders import refuse_adapter, remarks
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
 from deltamerge.plan.outputs import Outputs, OutputTensor
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
+from deltamerge.recipe import checks
 from deltamerge.recipe.schema import Recipe
 
 SHOWN_PROBLEMS = 8
+ADAPTER = Component(stem="adapter_model")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,6 +220,8 @@ def _plan(
     recipe: Recipe, inputs: Inputs, folder: Path, options: PlanOptions, densities: Mapping[str, float] | None
 ) -> Plan:
     """`densities` are those of the tensors that a budget is for; without them each is planned with the same."""
+    if recipe.output.kind == "peft":
+        refuse_adapter(inputs.template.name, inputs.template.checkpoint)
     own = own_weights(recipe, inputs)
     inputs = own or inputs
     vocabulary = make_vocabulary(recipe, inputs)
@@ -232,8 +237,10 @@ def _plan(
         raise InputError(first, also=also + [f"… and {more} more"] * (more > 0), hint=found.hint or None)
     metas = [stored for row in rows for stored in row.stored]
     weights = {name: row.name for row in rows if row.coding is not None for name, _, _ in row.stored}
-    shard = None if own else recipe.output.shard_size
-    layout = plan_layout(metas, shard, WEIGHTS if own else SINGLE, weights)
+    if own:
+        layout = plan_layout(metas, None, (ADAPTER,))
+    else:
+        layout = plan_layout(metas, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
     outputs = tuple(row.output(layout) for row in rows)
     held = (held_by_delta if recipe.output.kind == "delta" else held_by_files)(outputs, workers)
     roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
@@ -249,8 +256,10 @@ def _plan(
         peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
     peak += vocabulary.memory if vocabulary is not None else 0
     cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
+    models = [(model.name, model.checkpoint) for model in inputs.all]
     notes = [
         *found.notes,
+        *remarks(inputs.template.name, inputs.template.checkpoint, models),
         *(
             f"group: model: one threshold over {len(deltas)} tensors of {name}, found in two or three passes before"
             for name, deltas in cuts.items()
@@ -288,7 +297,7 @@ def _plan(
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
-        warnings=tuple(swapped(inputs)),
+        warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs)),
     )
 
 

@@ -54,11 +54,14 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
     wanted = recipe.output.scheme
     if wanted == "none":
         return Plainly(inputs.template)
+    if any(component.folder for component in inputs.template.checkpoint.components):
+        message = f"{inputs.template.name} has several components, which are not quantised together"
+        raise RecipeError(recipe.source.path, [recipe.problem(("output", "quantization"), message, PLAIN)])
     if isinstance(wanted, Quantization):
         return Afresh(wanted, inputs.template)
     models = [inputs.template, inputs.base, inputs.origin]
     for model in models:
-        if model is not None and model.checkpoint.quantised is not None:
+        if model is not None and model.checkpoint.quantised is not None and model.checkpoint.quantised.weights:
             return Kept(model, inputs.template, model.checkpoint.quantised, stacked)
     named = " nor ".join(dict.fromkeys(model.name for model in models if model is not None))
     message = f"nothing to keep: no weight of {named} is quantised"
@@ -85,9 +88,9 @@ class Plainly:
     def notes(self) -> list[str]:
         config = self.template.checkpoint.config
         name, _ = stated(config) or ("", "")
-        return [
-            f"config.json: {'.'.join(path)} ({name}) is dropped: no weight is quantised" for path, _ in keys_of(config)
-        ]
+        quantised = self.template.checkpoint.quantised
+        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
+        return [f"config.json: {'.'.join(path)} ({name}) is dropped: {why}" for path, _ in keys_of(config)]
 
 
 @dataclass(slots=True)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from deltamerge.errors.shown import some
 from deltamerge.io.markdown import code, label, plain
 
 Described = Mapping[str, Any]
@@ -95,8 +96,7 @@ def _names(names: Iterable[str]) -> str:
     for name in names:
         families[NUMBER.sub("*", name)].append(name)
     shown = [code(_family(members)) for members in families.values()]
-    most = 12
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")
+    return some(shown, 12)
 
 
 def _family(members: list[str]) -> str:

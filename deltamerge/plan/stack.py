@@ -156,17 +156,20 @@ def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target
     scopes = _scopes(recipe, inputs)
     stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in scopes.items() if _sliced(groups)}
     modules = {name: _module_of(name, scopes) for name in inputs.template.tensors}
-    counts: dict[str | None, int] = {}
+    counts: dict[tuple[str | None, str], int] = {}  # a component's layers are its own
     for name, module in modules.items():
         if not spares.holds(name):
-            counts[module] = max(counts.get(module, 1), 1 + (layer_index(name) or 0))
+            place = module, name.rpartition("/")[0]
+            counts[place] = max(counts.get(place, 1), 1 + (layer_index(name) or 0))
     found: list[Target] = []
     done: set[str | None] = set()
     for name, module in modules.items():
         groups, stack = scopes.get(module, []), stacks.get(module)
         if stack is None or not _inside(name, stack.prefix):
             group = groups[0 if BEFORE_LAYERS.search(name) else -1] if groups else None
-            position = 0.0 if stack is not None else layer_position(name, counts.get(module, 1))
+            position = (
+                0.0 if stack is not None else layer_position(name, counts.get((module, name.rpartition("/")[0]), 1))
+            )
             found.append(_plain(name, inputs.template, group, position))
         elif module not in done:
             done.add(module)
@@ -234,7 +237,7 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
         scopes.setdefault(group.part.module, []).append(group)
     for module in scopes:
         if module is not None and not any(_module_of(name, scopes) == module for name in inputs.template.tensors):
-            present = dict.fromkeys(part for n in inputs.template.tensors for part in n.split(".")[:2])
+            present = dict.fromkeys(part for n in inputs.template.tensors for part in re.split(r"[./]", n)[:2])
             hint = f"default is the whole model; names here: {', '.join([p for p in present if not p.isdigit()][:8])}"
             problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
             raise RecipeError(recipe.source.path, [problem])
@@ -250,7 +253,7 @@ def _module_of(name: str, scopes: Mapping[str | None, object]) -> str | None:
     if None in scopes or "default" in scopes:
         return None if None in scopes else "default"
     wanted = {SPELLINGS.get(module or "", module or ""): module for module in scopes}
-    for component in name.split("."):
+    for component in re.split(r"[./]", name):
         if component in wanted:
             return wanted[component]
     return next((module for module in LAST_MODULES if module in scopes), None) if name == LM_HEAD else None

@@ -16,7 +16,12 @@ from deltamerge.recipe.output_keys import Quantization
 from deltamerge.recipe.yaml_source import Loc, place
 
 if TYPE_CHECKING:
+    from deltamerge.methods.registry import MergeMethod
     from deltamerge.recipe.schema import Recipe
+
+
+_UNKNOWN, _WHOLE = "unknown parameter of", "is for the whole merge"
+_NO_EFFECT = (_UNKNOWN, _WHOLE)
 
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
@@ -109,6 +114,27 @@ def _parameters(recipe: Recipe) -> Iterator[Problem]:
     if method is None:
         yield from _unknown_anywhere(recipe)
         return
+    without = {at for at, _ in ignored(recipe)} if recipe.mergekit else set()
+    yield from (problem for at, problem in _parameters_of(recipe, method) if at not in without)
+
+
+def ignored(recipe: Recipe) -> Iterator[tuple[Loc, Problem]]:
+    """Parameters without an effect, which mergekit passes over: where each stands, and the fault that it is else."""
+    method = known_method(recipe)
+    for at, problem in () if method is None else _parameters_of(recipe, method):
+        if problem.message.startswith(_NO_EFFECT):
+            yield at, problem
+
+
+def warnings(recipe: Recipe) -> tuple[str, ...]:
+    """What is to be said of a recipe that is read as mergekit reads it."""
+    return tuple(
+        f"{place(at)}: no effect under {recipe.method_name}, ignored as mergekit does" for at, _ in ignored(recipe)
+    )
+
+
+def _parameters_of(recipe: Recipe, method: MergeMethod) -> Iterator[tuple[Loc, Problem]]:
+    """The faults of every parameter, and where it stands."""
     pruned = {i for i in range(len(recipe.models)) if effective_prune(recipe, i).method != "none"}
     for loc, level, parameters in levels(recipe):
         known = {**method.parameters, **NO_EFFECT}
@@ -122,11 +148,11 @@ def _parameters(recipe: Recipe) -> Iterator[Problem]:
                     hint = "it prunes: set prune.method, or merge_method to ties, dare_ties or dare_linear"
                 elif name in PRUNE_PARAMS:
                     hint = "it belongs under prune"
-                yield recipe.problem(at, f"unknown parameter of {method.name}", hint, key=True)
+                yield at, recipe.problem(at, f"{_UNKNOWN} {method.name}", hint, key=True)
             elif level == "model" and name in method.parameters and not method.parameters[name].per_model:
-                yield recipe.problem(at, "is for the whole merge", "move it to the recipe's parameters", key=True)
+                yield at, recipe.problem(at, _WHOLE, "move it to the recipe's parameters", key=True)
             else:
-                yield from out_of_range(recipe, at, known[name], value)
+                yield from ((at, problem) for problem in out_of_range(recipe, at, known[name], value))
 
 
 def _unknown_anywhere(recipe: Recipe) -> Iterator[Problem]:

@@ -12,7 +12,9 @@ from deltamerge.errors import RecipeError
 from deltamerge.recipe import mergekit, yaml_source
 from deltamerge.recipe.documents import references
 from deltamerge.recipe.load import load_all, loads
+from deltamerge.recipe.overrides import overridden
 from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.yaml_source import Loc
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,15 +57,22 @@ class RecipeFile:
         return self.path.with_suffix(".lock")
 
 
-def read_recipe(path: Path, *, mergekit_exact: bool = False) -> RecipeFile:
-    """Read the recipe file at `path`; with `mergekit_exact` mergekit's defaults are written into its documents first.
+def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[Loc, str] | None = None) -> RecipeFile:
+    """Read the recipe file at `path` (`-`: stdin), with `settings` (place -> YAML value) written into each document.
 
-    The output is the document without a name or, if all have one, the last of the file. `mergekit_exact` first writes
-    mergekit's defaults into them. RecipeError: a fault of any document, or documents that use each other.
+    The output is the document without a name or, if all have one, the last of the file. `mergekit_exact` sets
+    `mergekit: true`, which has mergekit's defaults written out. RecipeError: a fault of any document, or documents that
+    use each other. InputError: a setting that cannot be written there.
     """
-    whole = yaml_source.read(path)
-    recipes = load_all(yaml_source.loads_all(whole, str(path)))
+    whole, settings = yaml_source.read(path), dict(settings or {})
+    if path == yaml_source.STDIN:  # as if it lay in the current folder
+        path = Path("recipe.yaml")
     if mergekit_exact:
+        settings[("mergekit",)] = "true"
+    if settings:
+        whole = overridden(whole, settings, str(path))
+    recipes = load_all(yaml_source.loads_all(whole, str(path)))
+    if any(recipe.mergekit for recipe in recipes):
         whole, recipes = mergekit.written_out(whole, recipes)
     if len(recipes) == 1:
         return RecipeFile(path, (Document(recipes[0], whole),))

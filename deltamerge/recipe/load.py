@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.io import patterns
-from deltamerge.recipe import bounds, checks, documents, messages, yaml_source
+from deltamerge.recipe import checks, documents, messages, yaml_source
 from deltamerge.recipe.parts import Section
 from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
 from deltamerge.recipe.values import Value
@@ -53,7 +53,7 @@ def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
     patterns.start_anew()
     problems: list[Problem] = []
     recipes = [parse(read, problems) for read in reads]
-    beyond = list(bounds.problems(recipes))
+    beyond = list(documents.beyond_bounds(recipes))
     problems += beyond
     for recipe in () if beyond else recipes:
         problems += islice(checks.problems(recipe), MAX_PROBLEMS)

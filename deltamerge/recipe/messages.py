@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from pydantic_core import ErrorDetails
 
 from deltamerge.errors import Problem
+from deltamerge.methods.table import MERGE, PRUNE
 from deltamerge.recipe.values import BRANCHES
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
@@ -22,6 +23,9 @@ _WANTED = {
     "model_attributes_type": "a mapping of keys to values", "dict_type": "a mapping of keys to values",
     "tuple_type": "a list",
 }  # fmt: skip
+_OF_MODELS = ("models", "sources")  # lists whose items name a model
+PARAMETERS = frozenset(name for method in MERGE.values() for name in method.parameters)
+PRUNING = frozenset(name for method in PRUNE.values() for name in method.parameters) | {"method", "q", "density"}
 
 
 def place_of(error: ErrorDetails) -> Loc:
@@ -37,9 +41,11 @@ def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -
     if kind == "missing":
         return source.problem(loc[:-1], f"needs {loc[-1]}")
     if kind == "extra_forbidden":
-        return source.problem(loc, "unknown key", suggest(str(loc[-1]), _keys(root, loc[:-1])), key=True)
+        return source.problem(loc, "unknown key", _home(loc) or suggest(str(loc[-1]), _keys(root, loc[:-1])), key=True)
     if kind in _WANTED:
         message = f"must be {_WANTED[kind]}"
+        if isinstance(value, str) and len(loc) > 1 and loc[-2] in _OF_MODELS:
+            hint = f"{{model: {value}}}"
         if kind == "string_type" and isinstance(value, bool | int | float):
             hint = "put it in quotes"
     elif kind == "literal_error":
@@ -59,6 +65,15 @@ def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -
         message = error["msg"]
         got = "" if isinstance(value, dict) else got
     return source.problem(loc, message + got, hint, key=at_key)
+
+
+def _home(loc: Loc) -> str | None:
+    """A hint for a key beside `model` that belongs under it, or None."""
+    if len(loc) < 3 or loc[-3] not in _OF_MODELS:
+        return None
+    if loc[-1] in PARAMETERS:
+        return f"it belongs under parameters: {{{loc[-1]}: …}}"
+    return f"it belongs under prune: {{{loc[-1]}: …}}" if loc[-1] in PRUNING else None
 
 
 def without(data: Any, places: Iterable[Loc]) -> Any:

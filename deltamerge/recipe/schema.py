@@ -200,7 +200,14 @@ class Recipe(Keys):
     )
     tokenizer: Tokenizer | None = Field(None, description="Instead of tokenizer_source, with token sources.")
     chat_template: Text | None = Field(None, description="auto, a model, a built-in name, or a Jinja template.")
+    pickles: bool = Field(
+        False,
+        description="Read torch's own files (pytorch_model.bin) where a model has no safetensors; nothing is run.",
+    )
     seed: Natural = Field(0, description="Of the random masks.")
+    mergekit: bool = Field(
+        False, description="Read it as mergekit does: its defaults where ours differ; unknown parameters are ignored."
+    )
     output: Output = Field(Output.model_validate({}), description="What is written, and where.")
 
     _source: YamlSource = PrivateAttr()

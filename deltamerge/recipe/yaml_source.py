@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,7 @@ from deltamerge.errors import Problem, RecipeError
 Loc: TypeAlias = tuple[str | int, ...]
 Position: TypeAlias = tuple[int, int]
 
+STDIN = Path("-")
 MAX_BYTES = 1 << 20
 MAX_NODES = 100_000  # after aliases are expanded
 MAX_DEPTH = 64
@@ -35,7 +37,7 @@ _PLAIN = {
 _KNOWN_TAGS = {*_PLAIN, _PREFIX + "str", _PREFIX + "seq", _PREFIX + "map"}
 
 
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # chosen at run time
+class Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # chosen at run time
     yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML's own way to replace the table
         None: [(tag, re.compile(f"(?:{pattern.pattern})$")) for tag, pattern in _PLAIN.items()]
     }
@@ -75,19 +77,14 @@ def load(path: Path) -> YamlSource:
     return loads(read(path), str(path))
 
 
-def load_all(path: Path) -> tuple[YamlSource, ...]:
-    """Read a YAML file of one or more documents; positions count from the start of the file. RecipeError as `load`."""
-    return loads_all(read(path), str(path))
-
-
 def read(path: Path) -> str:
-    """The text of a recipe file. RecipeError: no file, not UTF-8, or too large for a recipe."""
+    """The text of a recipe file; `-` is stdin. RecipeError: no file, not UTF-8, or too large for a recipe."""
 
     def refuse(message: str, hint: str, line: int | None = None, column: int | None = None) -> NoReturn:
         raise RecipeError(str(path), [Problem(message, line=line, column=column, hint=hint)])
 
     try:
-        with path.open("rb") as file:
+        with sys.stdin.buffer if path == STDIN else path.open("rb") as file:
             raw = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
         refuse("no such file", f"looked in {path.parent.absolute()}")
@@ -119,7 +116,7 @@ def _compose(text: str, path: str, most: int) -> tuple[YamlSource, ...]:
     problems: list[Problem] = []
     sources: list[YamlSource] = []
     try:
-        roots = list(yaml.compose_all(text, _Loader))
+        roots = list(yaml.compose_all(text, Loader))
     except yaml.YAMLError as error:
         raise RecipeError(path, [_syntax(error, text)]) from None
     present: list[yaml.Node | None] = [root for root in roots if not _is_empty(root)]
@@ -157,7 +154,7 @@ def _malformed(text: str, most: int) -> Problem | None:
     depth = documents = 0
     try:
         # PyYAML composes recursively in C and could exhaust the stack; reading events does not recurse
-        for event in yaml.parse(text, _Loader):
+        for event in yaml.parse(text, Loader):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             documents += isinstance(event, yaml.DocumentStartEvent)
             if depth > MAX_DEPTH:

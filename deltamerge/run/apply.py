@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -21,15 +20,19 @@ from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, is_delta
+from deltamerge.io.front_matter import card
+from deltamerge.io.layout import plan_layout
 from deltamerge.io.markdown import code, plain
 from deltamerge.io.outbox import ROOM, SLAB
+from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.seals import seal
+from deltamerge.io.tree import files_of
 from deltamerge.io.workspace import refuse_inputs, workspace
-from deltamerge.io.writer import Writer, plan_layout
+from deltamerge.io.writer import Writer
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
-from deltamerge.run.assets import copied_files
+from deltamerge.run.assets import copied_files, write_files
 
 BASELINE_BYTES = 60_000_000 + ROOM + 2 * SLAB  # of the process before the first tile, and what is on its way out
 ELEMENT_BYTES = 32  # of a tile at its widest: base, float32, positions, values, result
@@ -53,16 +56,17 @@ def apply(
     workers: int,
     memory: int | None = None,
     force: bool = False,
+    pickles: bool = False,
     watch: Callable[[int], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Applied:
     """Write the checkpoint that `delta` makes of `base` (folders, or hub ids) to `out`, tile by tile.
 
     Every tensor of the base is checked before the first file is there under its name, and every result too.
-    `watch` is given the bytes of the result and returns what is told the bytes done. InputError: no delta, not its
-    base, damaged.
+    `watch` is given the bytes of the result and returns what is told the bytes done; `pickles`: the base may be in
+    torch's own files. InputError: no delta, not its base, damaged.
     """
     here = Path.cwd()
-    artifact, origin = (hub.open_model(reference, here, weights=True) for reference in (delta, base))
+    artifact, origin = hub.open_model(delta, here, weights=True), _base(base, here, pickles=pickles)
     if not artifact.is_delta:
         raise InputError(f"{delta}: is not a delta artifact", hint="deltamerge apply DELTA --base BASE --out DIR")
     if origin.is_delta:
@@ -72,7 +76,8 @@ def apply(
     artifact = replace(artifact, files=opened.files)
     with errors.context(delta):
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
-    layout = plan_layout([(s.name, s.dtype, s.shape) for s in planned], opened.manifest.shard_size)
+    components = opened.manifest.as_components()
+    layout = plan_layout([(s.name, s.dtype, s.shape) for s in planned], opened.manifest.shard_size, components)
     refuse_inputs(out, [(delta, artifact.path), (base, origin.path)])
     with workspace(out, force=force) as work:
         folder = work.folder
@@ -83,14 +88,13 @@ def apply(
         seals = {file.name: seal(folder / file.name) for file in layout.files}
         copied = copied_files(artifact.path)
         check_blobs([*hashes.input_files(artifact), *hashes.input_files(origin), *copied.values()], workers)
-        for name, file in copied.items():
-            shutil.copyfile(file, folder / name)
+        write_files({**copied}, folder)
         (folder / "README.md").write_text(_card(opened, delta, base, out.name), encoding="utf-8")
         inputs = {name: hashes.describe_input(model, workers) for name, model in ((delta, artifact), (base, origin))}
-        others = [path for path in folder.iterdir() if path.name not in found.hashes]
-        seals |= {path.name: seal(path) for path in others}
+        others = {name: path for name, path in files_of(folder).items() if name not in found.hashes}
+        seals |= {name: seal(path) for name, path in others.items()}
         hashed = {file.name: {"hash": found.hashes[file.name], "size": file.size} for file in layout.files}
-        outputs = hashed | hashes.describe_files(others, workers)
+        outputs = hashed | hashes.describe_files(others.values(), workers, root=folder)
         lock = {"deltamerge": __version__, "format": locks.FORMAT, "inputs": inputs, "outputs": outputs}
         replace_file(folder / locks.LOCK_NAME, yaml.safe_dump(lock, sort_keys=True))
         work.publish(outputs, seals, workers)
@@ -101,7 +105,7 @@ def verify_base(folder: Path, base: str, workers: int) -> str:
     """What was checked of `base`: that the delta in `folder` makes of it what it says, tensor by tensor; of another
     folder, that its lock has the files of `base` among its inputs. InputError, VerifyError: it is not so.
     """
-    origin = hub.open_model(base, Path.cwd(), weights=True)
+    origin = _base(base, Path.cwd())
     if not is_delta([file.name for file in folder.iterdir()]):
         files = hashes.describe_input(origin, workers)["files"]
         known = locks.read_lock(folder / locks.LOCK_NAME).get("inputs") or {}
@@ -116,6 +120,13 @@ def verify_base(folder: Path, base: str, workers: int) -> str:
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
         check(opened, origin, reader, workers)
     return f"{len(planned)} tensors, from {base}, as the delta says"
+
+
+def _base(reference: str, folder: Path, *, pickles: bool = False) -> Checkpoint:
+    """The base of a delta; a quantised one decoded, as the delta was made from it."""
+    origin = hub.open_model(reference, folder, weights=True, pickles=pickles)
+    with errors.context(reference):
+        return decoded(origin)
 
 
 def _tile(workers: int, memory: int | None) -> int:
@@ -180,12 +191,7 @@ def _card(opened: DeltaFile, delta: str, base: str, title: str) -> str:
         "tags": ["deltamerge"],
     }
     lines = [
-        "---",
-        yaml.safe_dump(matter, sort_keys=False).rstrip(),
-        "---",
-        "",
-        f"# {plain(title)}",
-        "",
+        *card(matter, plain(title)),
         f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: the delta {code(delta)} applied "
         f"to {code(base)}; every tensor of the base and of the result has the hash that the delta names.",
         "",

@@ -2,49 +2,105 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.component import (
+    CONFIG,
+    DEEPEST,
+    MODULES,
+    PIPELINE,
+    Component,
+    check_folder,
+    folders_of,
+    is_plain_folder,
+    listed_folders,
+    split,
+)
 from deltamerge.io.dtypes import PLAIN, TORCH_NAMES
 from deltamerge.io.files import refuse_link
+from deltamerge.io.quantised.detect import without_keys
 from deltamerge.io.strict_json import read_json
+from deltamerge.plan.folders import TOKENIZER_CONFIG, code_of
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.vocabulary_config import edit_config
 from deltamerge.run.tokenizer import Files, as_json, content_of, edit_tokenizer
 
 TOKENIZER = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "*.tiktoken",
-    "chat_template*", "spiece*", "sentencepiece*",
+    "chat_template*", "spiece*", "sentencepiece*", "tekken*.json",
 )  # fmt: skip
 GENERATION = "generation_config.json"
 MODEL = (
     GENERATION, "preprocessor_config.json", "processor_config.json", "image_processor*.json",
     "video_processor*.json", "feature_extractor*.json",
 )  # fmt: skip
+# Beside those, where the model has them: lists of components, sentence-transformers' settings, Mistral's own config.
+LISTS = (PIPELINE, MODULES, "config_sentence_transformers.json", "sentence_*_config.json")
+MISTRAL = "params.json"
+CODE = "*.py"
+# Of folders of components everything with these endings but weights and their indexes.
+KEPT = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".spm", ".py")
+INDEXES = re.compile(r".*\.index(\.[\w-]+)?\.json")
 
 
 def asset_files(plan: Plan) -> dict[str, Path]:
     """Output name -> source of every file copied as it is; config.json is written by `config`."""
-    template = plan.inputs.template.checkpoint.path
-    return {**_matching(template, MODEL), **tokenizer_files(plan)}
+    template = plan.inputs.template.checkpoint
+    own = [MISTRAL] * (template.config_file == "")
+    return {**_matching(template.path, (*MODEL, *own)), **_of_components(template.path), **tokenizer_files(plan)}
 
 
 def tokenizer_files(plan: Plan) -> dict[str, Path]:
-    """Output name -> source of the tokenizer's files; those of an adapter that is pruned itself lie beside it."""
+    """Output name -> source of the tokenizer's files, and of the code that they name; those of an adapter that is
+    pruned itself lie beside it."""
     source = plan.pruned_adapter or (plan.inputs.vocabulary or plan.inputs.template).checkpoint
-    return _matching(source.path, TOKENIZER)
+    config = source.path / TOKENIZER_CONFIG
+    code = code_of(read_json(config)) if config.is_file() else []
+    return _matching(source.path, (*TOKENIZER, *[name for name in code if "/" not in name]))
 
 
 def copied_files(folder: Path) -> dict[str, Path]:
     """What goes with the weights of a finished run in `folder`: config, tokenizer, processor files, recipe."""
-    return _matching(folder, (*MODEL, *TOKENIZER, "config.json", "recipe.yaml"))
+    return _matching(folder, (*MODEL, *TOKENIZER, MISTRAL, "config.json", "recipe.yaml")) | _of_components(folder)
+
+
+def _of_components(folder: Path) -> dict[str, Path]:
+    """The files of a model's components but weights, and its own code, by their paths below it."""
+    if not folder.is_dir():
+        return {}
+    found: dict[str, Path] = {}
+    if any((folder / name).is_file() for name in (PIPELINE, MODULES)):
+        found = _matching(folder, (*LISTS, CODE))
+        for inner in listed_folders(folder):
+            if inner and check_folder(folder, inner):
+                found |= {name: path for name, path in _below(folder, inner) if not INDEXES.fullmatch(path.name)}
+    elif (folder / CONFIG).is_file() and code_of(read_json(folder / CONFIG)):
+        found = _matching(folder, (CODE,))
+    return found
+
+
+def _below(folder: Path, inner: str, depth: int = DEEPEST) -> Iterator[tuple[str, Path]]:
+    """The kept files in a component's folder and in the folders there. InputError: a link that leaves them."""
+    for path in sorted((folder / inner).iterdir()):
+        name = f"{inner}/{path.name}"
+        with errors.context(str(folder)):
+            refuse_link(path)
+        if path.is_dir() and is_plain_folder(name) and depth:
+            yield from _below(folder, name, depth - 1)
+        elif path.is_file() and path.name.endswith(KEPT):
+            yield name, path
 
 
 def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
+    if not folder.is_dir():  # a lone weight file
+        return {}
     names = sorted(p.name for p in folder.iterdir() if p.is_file())
     found = {n: folder / n for n in names if any(fnmatchcase(n, p) for p in patterns)}
     found = {n: p for n, p in found.items() if not n.endswith((".safetensors", ".index.json"))}
@@ -55,13 +111,10 @@ def _matching(folder: Path, patterns: tuple[str, ...]) -> dict[str, Path]:
 
 
 def config(plan: Plan) -> dict[str, Any]:
-    """The template's config with the output's dtype and vocabulary size."""
-    result = dict(plan.config)
-    dtypes = {output.dtype for output in plan.outputs if output.dtype in PLAIN}
-    wanted = TORCH_NAMES[dtypes.pop()] if len(dtypes) == 1 else None
-    stated = result.get("dtype", result.get("torch_dtype"))
-    if wanted is not None and stated != wanted:
-        result["dtype"] = result["torch_dtype"] = wanted
+    """The template's config with the output's dtype and vocabulary size; a pipeline's list of components as it is."""
+    if plan.inputs.template.checkpoint.config_file == PIPELINE:
+        return dict(plan.config)
+    result = _with_dtype(plan, "", plan.config)
     if plan.vocabulary is not None:
         result = edit_config(result, plan.vocabulary, plan.inputs.template)
     elif plan.inputs.vocabulary is not None:
@@ -71,12 +124,38 @@ def config(plan: Plan) -> dict[str, Any]:
     return result
 
 
+def _with_dtype(plan: Plan, folder: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a component with the dtype of its output; diffusers' configs do not have one."""
+    result, folders = dict(config), folders_of(plan.inputs.template.checkpoint.components)
+    own = [output for output in plan.outputs if split(output.name, folders)[0] == folder]
+    dtypes = {output.dtype for output in own if output.dtype in PLAIN}
+    wanted = TORCH_NAMES[dtypes.pop()] if len(dtypes) == 1 else None
+    stated = result.get("dtype", result.get("torch_dtype"))
+    if wanted is not None and stated != wanted and not (stated is None and "_class_name" in result):
+        result["dtype"] = result["torch_dtype"] = wanted
+    return result
+
+
+def _component_config(plan: Plan, component: Component) -> dict[str, Any]:
+    """The config of a component that lies in a folder. Modules of sentence-transformers have no dtype either."""
+    config = without_keys(component.config)
+    described = {"architectures", "model_type", "dtype", "torch_dtype"} & config.keys()
+    return _with_dtype(plan, component.folder, config) if described else config
+
+
 def assets(plan: Plan) -> Files:
     """Every output file but weights, card, recipe and lock: copied, or written where the merge changes it."""
     files: Files = dict(asset_files(plan))
-    source = plan.inputs.template.checkpoint.path / "config.json"
-    merged = config(plan)
-    files["config.json"] = source if merged == read_json(source) else as_json(merged, ascii=True)
+    template = plan.inputs.template.checkpoint
+    if template.config_file:
+        source, merged = template.path / template.config_file, config(plan)
+        files[template.config_file] = source if merged == read_json(source) else as_json(merged, ascii=True)
+    elif template.config:  # made of the pairs of a GGUF file
+        files[CONFIG] = as_json(config(plan), ascii=True)
+    for component in template.components:
+        own = _component_config(plan, component) if component.folder else {}
+        if component.folder and own != component.config:
+            files[component.at(CONFIG)] = as_json(own, ascii=True)
     if plan.vocabulary is not None and GENERATION in files:
         stated = content_of(files, GENERATION)
         edited = edit_config(stated, plan.vocabulary, plan.inputs.template)
@@ -89,6 +168,7 @@ def assets(plan: Plan) -> Files:
 def write_files(files: Files, folder: Path) -> None:
     """Put `files` into `folder`. InputError: one that is copied has vanished."""
     for name, source in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if isinstance(source, bytes):
             (folder / name).write_bytes(source)
             continue

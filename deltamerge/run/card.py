@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
-import yaml
 
 from deltamerge import __version__
 from deltamerge.calibrate.reach import in_words
@@ -15,6 +14,7 @@ from deltamerge.calibrate.spec import Calibrated
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.graph import Node
 from deltamerge.io.coded_writer import Losses
+from deltamerge.io.front_matter import card
 from deltamerge.io.front_matter import front_matter as read_front_matter
 from deltamerge.io.markdown import code, fenced, plain
 from deltamerge.plan.planner import Plan
@@ -25,8 +25,8 @@ from deltamerge.run.lock import errors_of
 def _license(plan: Plan) -> str | None:
     """The licence that all inputs state in their cards, if they agree."""
     found = set()
-    for card in [source.path / "README.md" for model in plan.inputs.all for source in model.checkpoint.sources]:
-        stated = read_front_matter(card).get("license")
+    for file in [source.path / "README.md" for model in plan.inputs.all for source in model.checkpoint.sources]:
+        stated = read_front_matter(file).get("license")
         found.add(stated if isinstance(stated, str) else None)
     return found.pop() if len(found) == 1 else None
 
@@ -78,11 +78,7 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
     if not calibrated:
         return []
     found = [
-        (
-            spec.name,
-            calibrated[node].record,
-            [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)],
-        )
+        (spec.name, calibrated[node].record, [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)])
         for node, spec in plan.specs.items()
     ]
     explained = "Kept entries of the weights of linear layers are divided by q; 1-D tensors and embeddings have q = 1."
@@ -159,12 +155,7 @@ def render(
     base = f" on top of {code(plan.inputs.base.name)}" if plan.inputs.base else ""
     models = ", ".join(map(code, plan.inputs.names))
     lines = [
-        "---",
-        yaml.safe_dump(front_matter(plan), sort_keys=False).rstrip(),
-        "---",
-        "",
-        f"# {plain(title)}",
-        "",
+        *card(front_matter(plan), plain(title)),
         f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: "
         f"`{plan.recipe.method.name}` of {models}{base}.",
         "",

@@ -45,7 +45,7 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
     asked = replace(options, workers=workers, resume=True, watch=unwatched, drawing=None)
     nonfinite: dict[str, NonFinite] = {}
     with (
-        parts_workspace(target, force=options.force, resume=options.resume) as begun,
+        parts_workspace(target, force=options.force, resume=options.goes_on) as begun,
         _cluster(address) as ray,
         _interrupts() as interrupted,
     ):

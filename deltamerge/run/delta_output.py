@@ -52,13 +52,18 @@ def write_delta(
             infos[out.name] = info
     used, names = {info.name for info in infos.values()}, {out.name for out in planned.outputs}
     removed = [n for n in origin.checkpoint.tensors if n not in used and n not in names]
-    options: dict[str, Any] = {"semantics": "replace", "journal": journal}
+    components = planned.inputs.template.checkpoint.components
+    options: dict[str, Any] = {"semantics": "replace", "journal": journal, "components": components}
     if output.adds:
         options |= {"semantics": "add", "values": output.values or "bfloat16"}
     with (
         Reader() as reader,
         DeltaWriter(
-            folder, base_of(origin.checkpoint), shard_size=output.shard_size, removed=removed, **options
+            folder,
+            base_of(origin.checkpoint),
+            shard_size=output.shard_size,
+            removed=removed,
+            **options,
         ) as writer,
     ):
         tasks, targets = [], {}
@@ -70,10 +75,11 @@ def write_delta(
                 progress(out.nbytes)
                 continue
             delta = _delta(out, info)
-            targets[out.name] = target = _Target(tensor, out.dtype, delta is not None, out.elements)
+            targets[out.name] = _Target(tensor, out.dtype, delta is not None, out.elements)
             if delta is not None:
                 tasks.append(Task(out.name, delta, out.pieces[0].backend))
-                target.finish_if_empty()
+                if not out.elements:
+                    tensor.finish()
             else:
                 tasks += [Task(out.name, p.built.root, p.backend, p.offset) for p in out.pieces]
         values = execute(
@@ -153,10 +159,6 @@ class _Target:
                 if self.done == self.size:
                     self.tensor.finish()
                     return
-
-    def finish_if_empty(self) -> None:
-        if not self.size:
-            self.tensor.finish()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from xxhash import xxh3_128
+
 from deltamerge import __version__, errors
 from deltamerge.calibrate.hub_rows import commit
 from deltamerge.calibrate.rows import is_of_hub, local_files
@@ -18,6 +20,7 @@ from deltamerge.engine.graph import depth_first
 from deltamerge.errors import InputError
 from deltamerge.io.blobs import sha256_of
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.component import CONFIG as CONFIG_FILE
 from deltamerge.io.files import flat, read_at
 from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn
 from deltamerge.io.seals import hash_bytes as hash_bytes
@@ -57,24 +60,38 @@ def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()
 
 
 def describe_files(
-    paths: Iterable[Path], workers: int, hash_file: Callable[[Path], str] = hash_output, root: Path | None = None
+    paths: Iterable[Path],
+    workers: int,
+    hash_file: Callable[[Path], str] = hash_output,
+    root: Path | None = None,
+    name: Callable[[Path], str] | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """File name, or path below `root`, -> {hash, size}, hashed side by side, the largest first."""
+    """File name, or path below `root`, or what `name` makes of it, -> {hash, size}, hashed side by side, the largest
+    first."""
     ordered = sorted(paths, key=lambda path: -path.stat().st_size)
     if workers == 1:
         hashes = list(map(hash_file, ordered))
     else:
         with ThreadPoolExecutor(workers) as pool:
             hashes = list(pool.map(hash_file, ordered))
-    names = [path.relative_to(root).as_posix() if root else path.name for path in ordered]
+    name = name or (lambda path: path.relative_to(root).as_posix() if root else path.name)
+    names = [name(path) for path in ordered]
     sizes = [path.stat().st_size for path in ordered]
     return {n: {"hash": h, "size": size} for n, h, size in zip(names, hashes, sizes, strict=True)}
 
 
 def input_files(model: Checkpoint) -> list[Path]:
     """The files of an input that a run depends on: its weights and config."""
-    config = model.path / "config.json"
-    return [*model.files, *([config] if config.is_file() else [])]
+    named = [CONFIG_FILE if model.config_file == "" else model.config_file]
+    named += [component.at(CONFIG_FILE) for component in model.components if component.folder]
+    configs = [path for name in dict.fromkeys(named) if (path := model.path / name).is_file()]
+    return [*model.files, *configs]
+
+
+def input_name(model: Checkpoint, path: Path) -> str:
+    """What a lock calls a file of an input: its path below the model's folder where it lies in a component's."""
+    inside = not model.is_simple and path.is_relative_to(model.path)
+    return path.relative_to(model.path).as_posix() if inside else path.name
 
 
 def describe_input(
@@ -82,7 +99,10 @@ def describe_input(
 ) -> dict[str, Any]:
     """An input's commit (if from the hub) and its files, or some of them."""
     chosen = input_files(model) if files is None else files
-    entry: dict[str, Any] = {"files": describe_files(chosen, workers, partial(hash_input, pieces=pieces))}
+    hash_file = partial(hash_input, pieces=pieces)
+    entry: dict[str, Any] = {"files": describe_files(chosen, workers, hash_file, name=partial(input_name, model))}
+    if model.quantised is not None and model.quantised.weights:
+        entry["quantised"] = str(model.quantised)
     commits = [source.revision or "" for source in model.sources]
     if all(commits):
         entry["commit"] = "+".join(commits)
@@ -159,8 +179,6 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
 
     Cheap: no file is read. An unfinished run goes on only if all of it is as it was.
     """
-    from xxhash import xxh3_128
-
     layout = xxh3_128()
     for file in plan.layout.files:
         layout.update(file.header)
@@ -171,7 +189,7 @@ def facts(plan: Plan, recipe_text: str) -> dict[str, Any]:
     }
     for model, files in files_read(plan):
         for path in files:
-            found[f"{model.reference}: {path.name}"] = _identity(path)
+            found[f"{model.reference}: {input_name(model, path)}"] = _identity(path)
     for source in plan.sources:
         data = source.calibration.data
         found |= {f"{DATA}: {path.name}": _identity(path) for path in local_files(data, source.folder)}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from deltamerge import __version__
+from deltamerge.engine.execute import default_workers
 from deltamerge.errors import DeltamergeError, RecipeError
-from deltamerge.io.checkpoint import Checkpoint, join, open_checkpoint
+from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.lock_file import not_made
 from deltamerge.io.safetensors_file import PREFIX, parse_header
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import Document, RecipeFile, read_recipe
 from deltamerge.run import hashes
@@ -55,6 +58,16 @@ def is_result(document: Document, folder: Path) -> bool:
         return False
 
 
+def is_unchanged(folder: Path) -> bool:
+    """Whether `folder` holds the result of a run, just as its lock says, and nothing else."""
+    try:
+        if not folder.is_dir() or not_made(folder):
+            return False
+        return bool(locks.verify(folder, default_workers()))
+    except (DeltamergeError, OSError):
+        return False
+
+
 def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     """The checkpoint that a run of `plan` to `folder` leaves, known before it is there.
 
@@ -63,7 +76,11 @@ def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     headers = {
         file.name: parse_header(file.header[PREFIX:], folder / file.name, file.size) for file in plan.layout.files
     }
-    tensors = join(headers, None)
+    template = plan.inputs.template.checkpoint
+    tensors: dict[str, TensorInfo] = {}
+    for file, header in headers.items():
+        start = f"{file.rpartition('/')[0]}/" if "/" in file else ""
+        tensors |= {start + n: replace(info, name=start + n) for n, info in header.tensors.items()}
     files = tuple(folder / file for file in headers)
     try:
         made = open_checkpoint(folder, reference=name)
@@ -74,12 +91,8 @@ def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     copied = (plan.inputs.vocabulary or plan.inputs.template).checkpoint.path
     tokens = plan.vocabulary.tokens if plan.vocabulary is not None else None
     chat = plan.chat_template.text if plan.chat_template is not None else None
-    return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat)
-
-
-def _hash(content: Path | bytes) -> str:
-    """As of an output: of a file, or of what would be written."""
-    return hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
+    return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat,
+                      components=template.components, config_file=template.config_file)  # fmt: skip
 
 
 def is_current(document: Document, planned: Plan, folder: Path) -> bool:
@@ -92,7 +105,10 @@ def is_current(document: Document, planned: Plan, folder: Path) -> bool:
         if lock.get("inputs") != hashes.describe_inputs(planned, planned.workers):
             return False
         locks.verify(folder, planned.workers)
-        wanted = {name: _hash(content) for name, content in assets(planned).items()}
-        return all(lock["outputs"].get(name, {}).get("hash") == digest for name, digest in wanted.items())
+        for name, content in assets(planned).items():
+            hashed = hashes.hash_output(content) if isinstance(content, Path) else hashes.hash_bytes(content)
+            if lock["outputs"].get(name, {}).get("hash") != hashed:
+                return False
+        return True
     except DeltamergeError:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,9 @@ from deltamerge.io.lock_file import read_lock as read_lock
 from deltamerge.io.lock_file import unlisted
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.seals import hash_bytes, hash_output
+from deltamerge.io.tree import is_inside, leads_out
 from deltamerge.plan.planner import Plan
+from deltamerge.recipe.schema import Recipe
 from deltamerge.run.calibration_record import Run, choices
 from deltamerge.run.hashes import DATA, describe_files
 
@@ -32,7 +35,7 @@ if TYPE_CHECKING:
     from deltamerge.run.budget import ChosenDensities
 
 CARD = "README.md"
-PICTURES = ("delta.png", "calibration.png", "activations.png")  # of the card
+PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
 
 Rows = Mapping[str, NDArray[np.float32]]
 """The q's of rows, by "model:tensor"."""
@@ -75,6 +78,7 @@ class Lock:
         content = {
             "deltamerge": __version__,
             "format": FORMAT,
+            "recipe": fingerprint(plan.recipe),
             "seed": plan.recipe.seed,
             "inputs": inputs,
             "outputs": {},
@@ -151,10 +155,32 @@ class Lock:
             densities=self.densities if self.content.get("densities") else {},
         )
 
+    def check_recipe(self, recipe: Recipe) -> None:
+        """VerifyError: it is of a recipe that says something else; comments, and where named models lie, aside."""
+        if self.content.get("recipe") not in (None, fingerprint(recipe)):
+            raise VerifyError(
+                f"{self.path}: the recipe is not that of the lock",
+                hint="deltamerge lock RECIPE writes it anew",
+            )
+
+    def differences(self, outputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+        """The files whose bytes are not those of its outputs; the card, which names its folder, pictures and the
+        recipe's text aside."""
+        then = self.content["outputs"]
+        compared = {*then, *outputs} - {CARD, *PICTURES, "recipe.yaml"}
+        return sorted(name for name in compared if then.get(name) != outputs.get(name))
+
     def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Refuse inputs that are not the ones that it was made from, naming each file that differs."""
+        """Refuse inputs that are not the ones that it was made from, naming each file that differs.
+
+        An input of another reference is taken for the one of the lock that has the same content.
+        """
         wrong: list[str] = []
-        known = self.content.get("inputs") or {}
+        known, inputs = self.content.get("inputs") or {}, dict(inputs)
+        for reference in [name for name in inputs if name not in known]:
+            same = (n for n, one in known.items() if n not in inputs and one["files"] == inputs[reference]["files"])
+            if (moved := next(same, None)) is not None:
+                inputs[moved] = inputs.pop(reference)
         for reference in sorted(known.keys() | inputs.keys()):
             then, now = known.get(reference), inputs.get(reference)
             if reference == DATA and now is None:  # the q's are in the lock: the data is not needed
@@ -182,6 +208,26 @@ def _rounded(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def fingerprint(recipe: Recipe) -> str:
+    """A hash of what a recipe says, whatever its comments and the order of its keys, wherever its base, its data, its
+    output and the models that have a name lie."""
+    names = {model.model: model.name for model in recipe.models if model.name is not None}
+    names |= {recipe.base_model: "base"} if recipe.base_model is not None else {}
+    data = _renamed(recipe.source.data, names)
+    for section, key in (("output", "path"), ("calibration", "data")):
+        if isinstance(data.get(section), dict):
+            data[section].pop(key, None)
+    return hash_bytes(json.dumps({key: value for key, value in data.items() if value != {}}, sort_keys=True).encode())
+
+
+def _renamed(value: Any, names: Mapping[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {key: _renamed(inner, names) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_renamed(inner, names) for inner in value]
+    return names.get(value, value) if isinstance(value, str) else value
+
+
 def _safetensors(rows: Rows) -> bytes:
     from safetensors.numpy import save
 
@@ -207,15 +253,17 @@ def verify(folder: Path, workers: int, *, only_listed: bool = False) -> list[str
     present: list[Path] = []
     for name, entry in sorted(lock["outputs"].items()):
         path = folder / name
-        if Path(name).name != name:
+        if not is_inside(name):
             wrong.append(f"{name}: not a file name")
+        elif leads_out(folder, name):
+            wrong.append(f"{name}: lies behind a link")
         elif not path.is_file():
             wrong.append(f"{name}: missing")
         elif path.stat().st_size != entry.get("size"):
             wrong.append(f"{name}: {path.stat().st_size} bytes, the lock says {entry.get('size')}")
         else:
             present.append(path)
-    for name, found in describe_files(present, workers).items():
+    for name, found in describe_files(present, workers, root=folder).items():
         if found["hash"] != lock["outputs"][name].get("hash"):
             wrong.append(f"{name}: content differs from the lock")
     if not only_listed:

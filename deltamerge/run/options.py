@@ -9,6 +9,7 @@ from pathlib import Path
 
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import UsageError
+from deltamerge.io.lazy import torch
 from deltamerge.plan.planner import Plan, PlanOptions
 from deltamerge.run.calibration_record import Run
 from deltamerge.run.lock import Lock
@@ -37,10 +38,11 @@ class Options:
     device           where tiles are computed: auto (the first GPU, if there is one), cpu, cuda or cuda:N
     workers          threads; None: as many as there are cores
     memory           a cap in bytes; None: none
-    resume           go on where an interrupted run stopped; done at once where one had ended
-    force            replace a target that is not empty, forget an interrupted run
+    resume           go on where an interrupted run with the same inputs stopped; by default unless `force`
+    force            make it again where it is up to date; replace a target that a run made and someone changed
     lock             inputs must be those of this lock, and q's and densities are taken from it
     allow_nonfinite  keep NaN and infinities in the result
+    pickles          read torch's own files where there are no safetensors, as a recipe with `pickles: true` does
     pins             a stranger's recipe: the commits of hub models that it names without a revision; the
                      `output.path` of its documents is not followed
     watch            sees the plan and how far the work is
@@ -50,13 +52,19 @@ class Options:
     device: str = "auto"
     workers: int | None = None
     memory: int | None = None
-    resume: bool = False
+    resume: bool | None = None
     force: bool = False
     lock: Lock | None = None
     allow_nonfinite: bool = False
+    pickles: bool = False
     pins: Mapping[str, str] | None = None
     watch: Watch = unwatched
     drawing: Drawing | None = None
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the work of an interrupted run is taken up."""
+        return not self.force if self.resume is None else self.resume
 
     @property
     def planning(self) -> PlanOptions:
@@ -79,6 +87,4 @@ def choose_device(device: str) -> str:
         return device
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         return "cpu"
-    import torch
-
     return "cuda" if torch.cuda.is_available() else "cpu"

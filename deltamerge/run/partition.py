@@ -9,9 +9,9 @@ from typing import Any
 
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.io.journal import check_facts, part_journals
+from deltamerge.io.layout import Layout
 from deltamerge.io.seals import Seal, damages, seal
 from deltamerge.io.workspace import Workspace
-from deltamerge.io.writer import Layout
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import RecipeFile
 
@@ -94,7 +94,7 @@ def gather_parts(work: Workspace, facts: Mapping[str, Any]) -> list[dict[str, An
     if missing:
         raise OutputError(
             f"{work.target}: unfinished parts: {', '.join(f'{i}/{count}' for i in missing)}",
-            hint="run them with --part I/N --resume, then --finish",
+            hint="run them with --part I/N, then --finish",
         )
     for records in journals.values():
         check_facts(work.target, records[0]["run"], facts)
@@ -128,7 +128,7 @@ def check_shards(
         again = sorted({of.get(name, "I/N") for name in wrong})
         raise OutputError(
             f"{work.target}: {named}{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}",
-            hint=f"make it again with {', '.join(f'--part {part}' for part in again[:4])} --resume, then --finish",
+            hint=f"make it again with {', '.join(f'--part {part}' for part in again[:4])}, then --finish",
         )
     return outputs, seals
 

@@ -16,13 +16,15 @@ from typing import Any, NamedTuple
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.adapter import CONFIG, PREFIX, WEIGHTS
+from deltamerge.errors.shown import some
+from deltamerge.io.adapter import CONFIG, PREFIX
+from deltamerge.io.layout import plan_layout
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.writer import Writer, plan_layout
-from deltamerge.plan.planner import Plan
+from deltamerge.io.writer import Writer
+from deltamerge.plan.planner import ADAPTER, Plan
 from deltamerge.run.assets import config as output_config
 from deltamerge.run.assets import tokenizer_files, write_files
 from deltamerge.run.tokenizer import Files, edit_tokenizer
@@ -78,7 +80,7 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
         targets = [name.rpartition(".")[0] for name in sparse]
         rest = [e for e in changed if e.name not in sparse]
         saved, loose = modules.share_out(rest, targets)
-        _write(planned, reader, folder, changed, sparse, rank, {**saved, **loose})
+        _write(reader, folder, changed, sparse, rank, {**saved, **loose})
     settings = {
         "peft_type": "SHIRA",
         "auto_mapping": None,
@@ -103,14 +105,12 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
         f"SHiRA adapter of r {rank}: {len(sparse)} linear layers, {rank} · (in + out) entries in each",
         f"made for {modules.architecture} of the base, loaded in {dtype}: PeftModel.from_pretrained(model, folder)",
     ]
-    if saved:
-        size = sum(info.nbytes for info in saved.values())
-        notes.append(f"stored whole, as modules_to_save, {size} bytes: {_some(saved)}")
-    if loose:
-        size = sum(info.nbytes for info in loose.values())
-        notes.append(
-            f"stored whole, loaded into the base model itself (as LoRA's bias: all), {size} bytes: {_some(loose)}"
-        )
+    base = "loaded into the base model itself (as LoRA's bias: all)"
+    for how, stored in (("as modules_to_save", saved), (base, loose)):
+        if stored:
+            size = sum(info.nbytes for info in stored.values())
+            names = some(name.removeprefix(PREFIX) for name in stored)
+            notes.append(f"stored whole, {how}, {size} bytes: {names}")
     return tuple(notes)
 
 
@@ -130,7 +130,6 @@ def _changed(
 
 
 def _write(
-    planned: Plan,
     reader: Reader,
     folder: Path,
     changed: Iterable[ChangedTensor],
@@ -144,7 +143,7 @@ def _write(
     for name, size in sizes.items():
         stem = PREFIX + kept[name].module
         metas += [(f"{stem}.shira_weight", "F32", (size,)), (f"{stem}.shira_indices", "I32", (2, size))]
-    with Writer(folder, plan_layout(metas, None, WEIGHTS)) as writer:
+    with Writer(folder, plan_layout(metas, None, (ADAPTER,))) as writer:
         for name, size in sizes.items():
             entry = kept[name]
             assert entry.base is not None
@@ -205,8 +204,3 @@ class _Modules:
                 own = [name for name in self.stored if name.rpartition(".")[0] == module]
                 saved |= {PREFIX + name: self.results[self.stored[name]] for name in own}
         return saved, loose
-
-
-def _some(names: Iterable[str], most: int = 4) -> str:
-    shown = [name.removeprefix(PREFIX) for name in names]
-    return ", ".join(shown[:most]) + (f" and {len(shown) - most} more" if len(shown) > most else "")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.plan.planner import Plan, plan
 from deltamerge.recipe.file import Document, RecipeFile
 from deltamerge.run import gguf
@@ -60,6 +61,7 @@ class Planner:
 
     def _plan(self, document: Document, made: Mapping[str, Checkpoint], *, whole: bool) -> Plan:
         pins = self.options.pins or {}
+        pickles = document.recipe.pickles or self.options.pickles
 
         def opener(reference: str, folder: Path) -> Checkpoint:
             if reference in made:
@@ -67,8 +69,8 @@ class Planner:
             if reference in pins:
                 pairs = zip(reference.split("+"), pins[reference].split("+"), strict=True)
                 pinned = "+".join(part if "@" in part else f"{part}@{commit}" for part, commit in pairs)
-                return replace(hub.open_model(pinned, folder, weights=whole), reference=reference)
-            return hub.open_model(reference, folder, weights=whole)
+                return replace(hub.open_model(pinned, folder, weights=whole, pickles=pickles), reference=reference)
+            return hub.open_model(reference, folder, weights=whole, pickles=pickles)
 
         planned = plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
         gguf.check(planned)
@@ -85,3 +87,12 @@ def target_of(file: RecipeFile, out: Path | None) -> Path:
     if out is not None:
         return out
     return file.folder / (file.output.recipe.output.path or f"{file.path.stem}-merged")
+
+
+def lock_for(file: RecipeFile, out: Path | None, given: str | None = None) -> Path:
+    """The lock that a run goes by: the one `given`, or of the folder given; else the one beside the recipe; else, where
+    there is none, the one in the target."""
+    if given is not None:
+        return Path(given) / LOCK_NAME if Path(given).is_dir() else Path(given)
+    there = target_of(file, out) / LOCK_NAME
+    return there if there.is_file() and not file.lock_path.exists() else file.lock_path

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import glob
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from deltamerge import __version__, errors
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub
 from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.run.hashes import DATA
-from deltamerge.run.lock import CARD, PICTURES, ROWS, Lock, verify
+from deltamerge.run.lock import ROWS, Lock, verify
 
 SCHEME = "hf://"
 RECIPE_NAME = "recipe.yaml"
@@ -58,12 +56,6 @@ class Published:
     def pins(self) -> dict[str, str]:
         """The commit of every input, as the lock has it."""
         return {name: entry["commit"] for name, entry in self.lock.content["inputs"].items() if "commit" in entry}
-
-    def differences(self, outputs: Mapping[str, Mapping[str, Any]]) -> list[str]:
-        """The files whose bytes are not the published ones; the card, which names its folder, and pictures aside."""
-        then = self.lock.content["outputs"]
-        compared = {*then, *outputs} - {CARD, *PICTURES}
-        return sorted(name for name in compared if then.get(name) != outputs.get(name))
 
 
 def fetch(reference: str, folder: Path) -> Published:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deltamerge import errors
+from deltamerge.delta.over_base import check
 from deltamerge.engine.graph import depth_first
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.pieces import Pieces
@@ -56,8 +57,6 @@ def check_deltas(planned: Plan) -> None:
     deltas = planned.inputs.deltas
     if not deltas:
         return
-    from deltamerge.delta.over_base import check
-
     with Reader() as reader:
         for checkpoint in planned.inputs.checkpoints:
             if checkpoint.base is not None:

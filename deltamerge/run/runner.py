@@ -13,9 +13,10 @@ from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
 from deltamerge.io.atomic import refuse_taken
 from deltamerge.io.audit import NonFinite
-from deltamerge.io.checkpoint import INDEX, Checkpoint
+from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME, read_lock
 from deltamerge.io.seals import seal
+from deltamerge.io.tree import files_of
 from deltamerge.io.workspace import Workspace, is_begun, refuse_inputs, workspace
 from deltamerge.io.writer import write_index
 from deltamerge.plan.finite import set_aside, unexpected
@@ -26,7 +27,7 @@ from deltamerge.run import gguf, hashes
 from deltamerge.run.assets import asset_files, assets, write_files
 from deltamerge.run.budget import budget_of
 from deltamerge.run.card import render
-from deltamerge.run.intermediate import check_places, is_current, is_result
+from deltamerge.run.intermediate import check_places, is_current, is_result, is_unchanged
 from deltamerge.run.lock import CARD, ROWS, Lock
 from deltamerge.run.options import Draw, Options
 from deltamerge.run.partition import Part, check_recipe, check_shards, drop_damaged, gather_parts
@@ -42,6 +43,7 @@ class Result:
     a file of several documents the output's.
 
     `intermediate` are the folders of the other documents, and whether each was made now or was there and current.
+    `made` is False where the folder was there and current itself.
     """
 
     folder: Path
@@ -50,6 +52,7 @@ class Result:
     delta: Summary | None = None
     nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
     intermediate: Mapping[Path, bool] = field(default_factory=dict)
+    made: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -64,6 +67,9 @@ def run(
 ) -> Result:
     """Run a recipe file; the target, `out` if given, appears under its name only when complete.
 
+    Nothing is done where the target holds just what would be made. An earlier result that is as its lock says is
+    replaced; one that someone changed, or a folder that no run made, only as `force` allows.
+
     Of several documents those that others need are made first, unless their folders hold just what would be made. With
     `part` only that part's shards are written, to the work folder, for `finish`.
     """
@@ -72,6 +78,8 @@ def run(
         check_places(file)
     if part:
         check_recipe(file, "--part")
+    if options.lock is not None:
+        options.lock.check_recipe(file.output.recipe)
     planner = Planner(file, target_of(file, out), options)
     *before, planned = planner.plans()  # a fault of any document ends the run before the first is made
     results: dict[str, Checkpoint] = {}
@@ -80,11 +88,21 @@ def run(
         made_now |= _make_result(planner, document, its_plan, results)
     output, target = file.output, planner.target
     planned = planner.settled(output, planned, results)
-    if options.resume and not (part or is_begun(target)) and is_current(output, planned, target):
-        lock = read_lock(target / LOCK_NAME)  # killed after its last rename, and started again
-        return Result(target, planned, lock, intermediate=made_now)
+    if not (part or options.drawing) and (lock := _current(output, planned, target, options)) is not None:
+        return Result(target, planned, lock, intermediate=made_now, made=False)
+    options = replace(options, resume=options.goes_on, force=options.force or is_unchanged(target))
     done = _make(planner, output, planned, target, results, options, part)
     return replace(done, intermediate=made_now)
+
+
+def _current(output: Document, planned: Plan, target: Path, options: Options) -> dict[str, Any] | None:
+    """The lock of a target that is just what would be made; None where it is not, or is to be made again."""
+    if not target.is_dir() or not options.goes_on or is_begun(target) or not is_current(output, planned, target):
+        return None
+    lock = read_lock(target / LOCK_NAME)
+    if options.lock is not None:
+        options.lock.check_inputs(lock["inputs"])
+    return lock
 
 
 def _make_result(
@@ -97,7 +115,8 @@ def _make_result(
     missing = not is_current(document, planned, folder)
     if missing:
         ours = planner.options.force or is_result(document, folder)
-        options = replace(planner.options, force=ours, lock=None, drawing=None)
+        asked = planner.options
+        options = replace(asked, resume=asked.goes_on, force=ours, lock=None, drawing=None)
         planned = _make(planner, document, planned, folder, results, options).plan
     results[document.name] = planner.result(document, planned)
     return {folder: missing}
@@ -117,7 +136,7 @@ def _make(
     refuse_inputs(target, places(planned))
     if part:
         part.files(planned.layout)
-    with workspace(target, force=options.force, resume=options.resume, part=part.name if part else None) as work:
+    with workspace(target, force=options.force, resume=options.goes_on, part=part.name if part else None) as work:
         planned = set_aside(_warned(planner.fetched(document, planned, results)))
         copied = asset_files(planned)  # links that leave a model's folder are refused before the work, not after
         facts = hashes.facts(planned, document.text)
@@ -165,9 +184,9 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
     planner = Planner(file, target_of(file, out), replace(options, device="cpu", memory=None))
     (planned,), target, text = planner.plans(), planner.target, file.output.text
     if not is_begun(target) and is_current(file.output, planned, target):  # killed after its last rename, and again
-        return Result(target, planned, read_lock(target / LOCK_NAME))
+        return Result(target, planned, read_lock(target / LOCK_NAME), made=False)
     draw = options.drawing(planned, False) if options.drawing else None
-    with workspace(target, force=options.force, finish=True) as work:
+    with workspace(target, force=options.force or is_unchanged(target), finish=True) as work:
         facts = hashes.facts(planned, text)
         parts = gather_parts(work, facts)
         outputs, seals = check_shards(work, planned.layout, parts, planned.workers)
@@ -191,8 +210,8 @@ def _complete(
     """Write all that is no weight and give the folder its name; the plan, with what there is to say, and the lock."""
     folder, planned, outputs = work.folder, made.plan, made.hashed
     if planned.recipe.output.kind != "delta":
-        for path in folder.iterdir():  # of an attempt that was killed, or of what had been there before
-            if path.name not in outputs and path.name != INDEX:
+        for name, path in files_of(folder).items():  # of an attempt that was killed, or of what had been there before
+            if name not in outputs and name not in planned.layout.indexes:
                 path.unlink()
     (folder / LOCK_NAME).unlink(missing_ok=True)
     if planned.recipe.output.kind == "peft":
@@ -208,9 +227,9 @@ def _complete(
     pictures = draw(planned, folder, lock.figures) if draw is not None else {}
     card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses)
     (folder / CARD).write_text(card, encoding="utf-8")
-    others = [path for path in folder.iterdir() if path.name not in outputs]
-    seals = {**made.seals, **{path.name: seal(path) for path in others}}
-    outputs = outputs | hashes.describe_files(others, planned.workers)
+    others = {name: path for name, path in files_of(folder).items() if name not in outputs}
+    seals = {**made.seals, **{name: seal(path) for name, path in others.items()}}
+    outputs = outputs | hashes.describe_files(others.values(), planned.workers, root=folder)
     said = lock.write(outputs)
     work.publish(outputs, seals, planned.workers)
     return planned, said
@@ -226,27 +245,52 @@ def calibrate(file: RecipeFile, options: Options | None = None) -> Mapping[str, 
 
     Returns the lock's `calibration`. InputError: the recipe has no calibrated q.
     """
-    path, lock_path = file.path, file.lock_path
+    planner, planned = _alone(file, options)
+    if not planned.stages:
+        raise InputError(
+            f"{file.path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
+        )
+    return _lock(planner, planned).calibration
+
+
+def lock(file: RecipeFile, options: Options | None = None) -> Lock:
+    """Write the lock beside a recipe: its inputs by content, and its q's, which are calibrated for it."""
+    return _lock(*_alone(file, options))
+
+
+def check_lock(file: RecipeFile, options: Options | None = None) -> None:
+    """VerifyError: the lock beside a recipe is of another recipe, or of other inputs."""
+    found = Lock.read(file.lock_path)
+    found.check_recipe(file.output.recipe)
+    planner, planned = _alone(file, options)
+    planned = planner.fetched(file.output, planned, {})
+    found.check_inputs(hashes.describe_inputs(planned, planned.workers))
+    found.calibrated(planned)
+
+
+def _alone(file: RecipeFile, options: Options | None) -> tuple[Planner, Plan]:
+    """The plan of a recipe whose lock can be known before it is run."""
     if len(file.documents) > 1:
-        raise InputError(f"{path}: has several documents", hint="`deltamerge run` calibrates each as it makes it")
+        raise InputError(f"{file.path}: has several documents", hint="`deltamerge run` locks each as it makes it")
     planner = Planner(file, target_of(file, None), options or Options())
     (planned,) = planner.plans()
     if budget_of(planned) is not None:
         raise InputError(
-            f"{path}: a budget's densities are chosen as the artifact is written, and q for them",
-            hint=f"deltamerge run {path}",
+            f"{file.path}: a budget's densities are chosen as the artifact is written, and q for them",
+            hint=f"deltamerge run {file.path}",
         )
-    if not planned.stages:
-        raise InputError(
-            f"{path}: no q is calibrated", hint="prune: {method: magnitude, density: 0.01, q: output_change}"
-        )
-    for written in (lock_path, lock_path.with_suffix(ROWS)):
+    return planner, planned
+
+
+def _lock(planner: Planner, planned: Plan) -> Lock:
+    path = planner.file.lock_path
+    for written in (path, path.with_suffix(ROWS)):
         with errors.context(str(written)):
             refuse_taken(written)
-    planned = planner.fetched(file.output, planned, {})
+    planned = planner.fetched(planner.file.output, planned, {})
     check_deltas(planned)
     found = shared_values(planned.stages, {})
-    lock = Lock.of(lock_path, planned, hashes.describe_inputs(planned, planned.workers), found)
+    lock = Lock.of(path, planned, hashes.describe_inputs(planned, planned.workers), found)
     lock.write_rows()
     lock.write()
-    return lock.calibration
+    return lock

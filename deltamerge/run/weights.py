@@ -10,6 +10,7 @@ from deltamerge.delta.writer import Summary
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, OutputError
+from deltamerge.errors.shown import some
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.coded_writer import CodedWriter, Losses
 from deltamerge.io.pieces import Pieces
@@ -122,8 +123,7 @@ def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
     """Which tensors hold how much that is not finite, in a line."""
     named = [f"{n} ({', '.join(f'{x} {k}' for k, x in (('NaN', c.nan), ('inf', c.inf)) if x)})"
              for n, c in sorted(nonfinite.items())]  # fmt: skip
-    more = f" and {len(named) - 8} more" if len(named) > 8 else ""
-    return f"values that are not finite in {', '.join(named[:8])}{more}"
+    return f"values that are not finite in {some(named, 8)}"
 
 
 def _write_shards(

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from deltamerge.calibrate.agreement import discord, divergence
-from deltamerge.errors import InputError
-from deltamerge.inspect.plots import draw
+from deltamerge.errors import InputError, OutputError
+from deltamerge.inspect.pictures import draw
 
 
 @pytest.mark.parametrize("classes", [2, 5])
@@ -34,7 +34,6 @@ def test_discord_is_one_minus_the_correlation() -> None:
 
 
 def test_a_search_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     record = {
         "method": "dare",
         "mask": "random",
@@ -50,7 +49,9 @@ def test_a_search_is_drawn(tmp_path: Path) -> None:
         "value": 0.4,
         "path": [["q", 0.01, 0.6], ["q", 0.03, 0.4], ["q", 1.0, 0.5]],
     }
-    draw({"t": record}, tmp_path / "a.png")
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    draw({"t": record}, tmp_path / "a.svg")
+    assert "vanilla DARE: q = density" in (tmp_path / "a.svg").read_text()
+    with pytest.raises(OutputError, match=r"a\.png: cannot be drawn"):
+        draw({"t": record}, tmp_path / "a.png")
     with pytest.raises(InputError, match="nothing was searched"):
-        draw({"t": {**record, "path": []}}, tmp_path / "b.png")
+        draw({"t": {**record, "path": []}}, tmp_path / "b.svg")

@@ -209,15 +209,16 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 
 FLAGS = {
-    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked "
-    "--mergekit-exact --allow-nonfinite --pictures --json --quiet --help",
-    "check": "--offline --mergekit-exact --help",
-    "plan": "--device --workers --memory --diff --graph --mergekit-exact --json --help",
+    "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
+    "--mergekit-exact --allow-nonfinite --set --pictures --json --quiet --verbose, --verbosity --help",
+    "check": "--offline --mergekit-exact --set --output-format --json --help",
+    "plan": "--device --workers --memory --diff --graph --mergekit-exact --set --json --help",
+    "lock": "--check --device --workers --memory --help",
     "apply": "--base --out --workers --memory --force --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
     "--allow-nonfinite --json --quiet --help",
     "diff": "--workers --json --help",
-    "verify": "--base --workers --help",
+    "verify": "--base --workers --json --help",
     "schema": "--help",
 }
 

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deltamerge.delta import compiled
+from deltamerge.delta import in_place
 from deltamerge.delta.positions import CODINGS, Array, ChosenCoding, Gaps, Positions, choose, decode, encode
 from deltamerge.delta.stored import PADDING
 from deltamerge.delta.values import (
@@ -230,9 +230,9 @@ def test_kernel_is_numpy(coding: Any, density: float, kind: Any, dtype: str, ker
     def apply(stored: Array, out: Array) -> bool:
         padded = np.append(stored, np.zeros(PADDING, np.uint8))
         if kind is None:
-            return bool(compiled.put(coding, padded, choice.k, count, final, out))
+            return bool(in_place.put(coding, padded, choice.k, count, final, out))
         out = out.view(np.float32) if dtype == "F32" else out
-        return bool(compiled.add(coding, padded, choice.k, count, values, kind, scales, group, out))
+        return bool(in_place.add(coding, padded, choice.k, count, values, kind, scales, group, out))
 
     out = bits.copy()
     assert apply(stored, out)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from running import run
 
 from deltamerge.cli import main
 from deltamerge.errors import InputError, OutputError
-from deltamerge.inspect import plots, svg
+from deltamerge.inspect import pictures, svg
 from deltamerge.inspect.activations import Activations, Influence, LayerInfluence, Massive
 from deltamerge.inspect.layers import module_of
 from deltamerge.inspect.report import check_target, page, write
@@ -352,13 +353,19 @@ def test_measured_errors_are_those_of_the_drawn_mask(bert):
 
 def test_pictures_depend_on_the_figures_alone(bert):
     found = with_run(with_activations(bert))
-    made = plots.pictures(found)
-    assert list(made) == list(plots.PICTURES)
-    assert made == plots.pictures(found)
-    assert all(b"Software" not in data for data in made.values())
+    made = pictures.pictures(found)
+    assert list(made) == list(pictures.PICTURES)
+    assert made == pictures.pictures(found)
+    for text in made.values():
+        root = ElementTree.fromstring(text)
+        panels = root.findall("{http://www.w3.org/2000/svg}svg")
+        assert panels
+        assert all(float(panel.get("y")) + float(panel.get("height")) <= float(root.get("height")) for panel in panels)
+    hostile = pictures.pictures(with_run(found, RECORD | HOSTILE["names"]))
+    assert not re.search("<(script|img)", "".join(hostile.values()))
 
 
-def test_pictures_of_a_run(tmp_path, monkeypatch, capsys):
+def test_pictures_of_a_run(tmp_path):
     base, tune = tiny_bert_pair(tmp_path, tokenizer=True)
     rows = [json.dumps({"text": " ".join(f"w{(7 * i + j) % 90 + 4}" for j in range(6))}) for i in range(40)]
     (tmp_path / "rows.jsonl").write_text("\n".join(rows))
@@ -367,16 +374,10 @@ def test_pictures_of_a_run(tmp_path, monkeypatch, capsys):
         "calibration: {data: rows.jsonl, length: 8, sequences: 8, seeds: 1}\n"
     )
     plain, drawn = (run(tmp_path / "r.yaml", tmp_path / n, pictures=n == "drawn").folder for n in ("plain", "drawn"))
-    assert {p.name for p in drawn.iterdir()} - {p.name for p in plain.iterdir()} == set(plots.PICTURES)
-    for name in plots.PICTURES:
-        assert (drawn / name).read_bytes().startswith(b"\x89PNG")
+    assert {p.name for p in drawn.iterdir()} - {p.name for p in plain.iterdir()} == set(pictures.PICTURES)
+    for name in pictures.PICTURES:
+        assert (drawn / name).read_text().startswith("<svg ")
         assert f"]({name})" in (drawn / "README.md").read_text()
         assert name in (drawn / "recipe.lock").read_text()
     same = {p.name for p in plain.iterdir()} - {"README.md", "recipe.lock"}
     assert all((plain / name).read_bytes() == (drawn / name).read_bytes() for name in same)
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(SystemExit) as leaving:
-        main(["run", str(tmp_path / "r.yaml"), "--out", str(tmp_path / "none"), "--pictures"])
-    assert leaving.value.code == 1
-    assert capsys.readouterr().err.startswith("error: --pictures needs matplotlib\nhint: pip install")
-    assert not list(tmp_path.glob("*none*"))

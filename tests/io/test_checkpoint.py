@@ -77,7 +77,7 @@ def test_folders_that_are_no_models(tmp_path: Path) -> None:
     refused(tmp_path, "no safetensors weights", "model.safetensors")
     refused(tmp_path / "config.json", "is a file")
     (tmp_path / "pytorch_model.bin").touch()
-    refused(tmp_path, r"only PyTorch pickle files \(pytorch_model.bin\)", "save_pretrained")
+    refused(tmp_path, r"only PyTorch pickle files \(pytorch_model.bin\)", "pickles: true")
     write_json(tmp_path / "adapter_config.json", {})
     refused(tmp_path, "is an adapter, not a model", "base+adapter")
 

@@ -158,7 +158,7 @@ def test_keys_are_found_and_taken_out_wherever_they_are():
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> Path:
-    """`base` and `tune`, and `fp8`, whose linear weights are stored in blocks."""
+    """`base` and `tune`; `fp8`, whose linear weights are stored in blocks, and `aqlm`, which nothing decodes."""
     folder = tmp_path_factory.mktemp("quantised")
     base = tiny_llama(folder / "base", seed=0)
     tiny_llama(folder / "tune", seed=1, base=base)
@@ -170,14 +170,24 @@ def models(tmp_path_factory) -> Path:
             tensors[name] = tensor.to(torch.float8_e4m3fn)
             tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
     make_checkpoint(folder / "fp8", tensors, config=config)
+    codes = {}
+    for name, tensor in load_tensors(base).items():
+        start = name.removesuffix("weight")
+        stored = {
+            f"{start}codes": torch.zeros(4, 4, 1, dtype=torch.int8),
+            f"{start}codebooks": torch.zeros(1, 256, 1, 8),
+        }
+        codes |= stored if "proj" in name else {name: tensor}
+    aqlm = {"quant_method": "aqlm", "nbits_per_codebook": 8}
+    make_checkpoint(folder / "aqlm", codes, config={"model_type": "llama", "quantization_config": aqlm})
     return folder
 
 
 RECIPES = {
-    "base": "base_model: ./fp8\nmodels: [{model: ./tune}]\n",
-    "model": "base_model: ./base\nmodels: [{model: ./fp8}]\n",
-    "linear": "merge_method: linear\nmodels: [{model: ./base}, {model: ./fp8}]\nparameters: {weight: 1}\n",
-    "base of an adapter": "base_model: ./base\nmodels: [{model: ./fp8+./lora}]\n",
+    "base": "base_model: ./aqlm\nmodels: [{model: ./tune}]\n",
+    "model": "base_model: ./base\nmodels: [{model: ./aqlm}]\n",
+    "linear": "merge_method: linear\nmodels: [{model: ./base}, {model: ./aqlm}]\nparameters: {weight: 1}\n",
+    "base of an adapter": "base_model: ./base\nmodels: [{model: ./aqlm+./lora}]\n",
 }
 
 
@@ -193,16 +203,16 @@ def test_check_refuses_by_name(models, capsys, case):
     code, out, err = call(capsys, "check", models / "r.yaml")
     assert code == 1
     assert not out
-    assert "./fp8: is quantised (fp8, blocks of 128×128): 14 tensors such as model.layers.0.mlp.down_proj.weight" in err
+    assert "./aqlm: is quantised (aqlm): 14 tensors such as model.layers.0.mlp.down_proj.weight" in err
     assert "hint: merge the originals that are not quantised" in err
 
 
 @pytest.mark.parametrize("command", ["inspect", "recommend", "extract"])
 def test_other_commands_refuse_it_too(models, capsys, tmp_path, command):
     more = {"recommend": ["--density", "0.1"], "extract": ["--out", tmp_path / "out"], "inspect": []}[command]
-    code, _, err = call(capsys, command, models / "tune", "--base", models / "fp8", *more)
+    code, _, err = call(capsys, command, models / "tune", "--base", models / "aqlm", *more)
     assert code == 1
-    assert "is quantised (fp8" in err
+    assert "is quantised (aqlm" in err
 
 
 def test_a_quantised_model_may_lend_its_tokenizer(models, tmp_path):
@@ -251,10 +261,10 @@ def test_a_plain_cast_is_merged(models, tmp_path):
 
 @pytest.mark.parametrize("command", ["run", "inspect"])
 def test_no_weight_of_the_hub_is_fetched(server, models, capsys, tmp_path, command):
-    server.repositories["org/fp8"] = models / "fp8"
-    (tmp_path / "r.yaml").write_text(f"base_model: org/fp8\nmodels: [{{model: {models / 'tune'}}}]\n")
-    arguments = {"run": [tmp_path / "r.yaml"], "inspect": [models / "tune", "--base", "org/fp8"]}[command]
+    server.repositories["org/aqlm"] = models / "aqlm"
+    (tmp_path / "r.yaml").write_text(f"base_model: org/aqlm\nmodels: [{{model: {models / 'tune'}}}]\n")
+    arguments = {"run": [tmp_path / "r.yaml"], "inspect": [models / "tune", "--base", "org/aqlm"]}[command]
     code, _, err = call(capsys, command, *arguments)
     assert code == 1
-    assert "org/fp8: is quantised (fp8" in err
+    assert "org/aqlm: is quantised (aqlm" in err
     assert all(span for _, span in server.fetched(".safetensors"))

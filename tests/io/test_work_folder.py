@@ -176,7 +176,7 @@ def test_what_a_killed_run_leaves_at_its_start_is_ours(
 def test_every_file_that_runs_copy_may_be_in_a_work_folder() -> None:
     names = [pattern.replace("*", "x") for pattern in (*assets.TOKENIZER, *assets.MODEL)]
     names += ["model-00001-of-00002.safetensors", "model.safetensors.index.json", "delta.json", "recipe.yaml"]
-    names += ["recipe.lock", "recipe.rows", "README.md", "adapter_config.json", "search.png", "added_tokens.json"]
+    names += ["recipe.lock", "recipe.rows", "README.md", "adapter_config.json", "delta.svg", "added_tokens.json"]
     written = work_folder._WRITTEN[work_folder.OUT]
     assert all(any(fnmatchcase(n, p) for p in assets.TOKENIZER) or written.fullmatch(n) for n in names)
     assert [name for name in names if not written.fullmatch(name)] == []

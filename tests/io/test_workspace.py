@@ -108,10 +108,10 @@ def test_what_is_saved_is_kept_and_offered(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(OutputError, match="no space left") as caught:
         work(target)
-    assert "--resume" in (caught.value.hint or "")
+    assert "run" in (caught.value.hint or "")
     with pytest.raises(OutputError, match="unfinished work") as caught, workspace(target):
         pass
-    assert "--resume" in (caught.value.hint or "")
+    assert "run" in (caught.value.hint or "")
     assert "--force" in (caught.value.hint or "")
     with workspace(target, resume=True) as space:
         assert (space.folder / "model.safetensors").read_text() == "half"
@@ -272,7 +272,7 @@ def test_a_name_that_is_not_on_the_disk_is_taken_back(
         patch.setattr("deltamerge.io.workspace.sync_path", fail)
         with pytest.raises(OutputError, match="Input/output error") as caught:
             end(target, force=replaced)
-    assert "--resume" in (caught.value.hint or "")
+    assert "run" in (caught.value.hint or "")
     assert weights.read_text() == "old" if replaced else not target.exists()
     with workspace(target, resume=True, force=replaced) as space:
         space.begin({})
@@ -295,7 +295,7 @@ def test_a_damaged_file_is_not_published_and_made_again(tmp_path: Path) -> None:
 
     with pytest.raises(OutputError, match=r"its files model\.safetensors has 3 bytes, not 4") as caught:
         publish_cut()
-    assert "--resume" in (caught.value.hint or "")
+    assert "run" in (caught.value.hint or "")
     assert not (tmp_path / ".out.partial" / "out" / "model.safetensors").exists()
 
 
@@ -351,9 +351,9 @@ def test_a_target_that_fills_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     target = tmp_path / "out"
     with pytest.raises(OutputError, match="not empty any more") as caught:
         end(target, meanwhile="precious")
-    assert caught.value.hint == "choose another folder with --out; what is done is kept: continue with --resume"
+    assert caught.value.hint == "choose another folder with --out; what is done is kept: run the same command again"
     assert (target / "mine").read_text() == "precious"
     with pytest.raises(InputError, match="vanished during the run"), workspace(target, resume=True):
         raise FileNotFoundError(errno.ENOENT, "gone", "weights")
-    with pytest.raises(KeyboardInterrupt, match="--resume"), workspace(target, resume=True):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again"), workspace(target, resume=True):
         raise KeyboardInterrupt

@@ -52,7 +52,7 @@ def test_the_k_largest_are_kept_and_the_first_among_equals(data):
     np.testing.assert_array_equal(kept, reference.keep_top(delta, k))
 
 
-LISTED, COUNTED = {"sample", "bracketed"}, {"high_counts", "low_counts"}
+LISTED, COUNTED = {"sample", "bracketed"}, {"high_histogram", "low_histogram"}
 
 
 @pytest.mark.parametrize(

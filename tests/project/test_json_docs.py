@@ -77,7 +77,7 @@ def test_the_page_has_the_schema() -> None:
 
 
 KINDS: dict[str, tuple[type, ...]] = {
-    "str": (str,), "int": (int,), "float": (float, int), "object": (dict,), "list of str": (list,),
+    "str": (str,), "bool": (bool,), "int": (int,), "float": (float, int), "object": (dict,), "list of str": (list,),
     "list of int": (list,), "list of object": (list,), "null": (type(None),),
 }  # fmt: skip
 

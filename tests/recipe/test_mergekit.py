@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -13,7 +15,7 @@ from running import finish, make_plan, run
 
 from deltamerge import load_recipe
 from deltamerge.cli import commands, main
-from deltamerge.cli.mergekit_flags import FLAGS
+from deltamerge.cli.mergekit_flags import VALUES_WITHOUT_USE, WITHOUT_USE
 from deltamerge.errors import RecipeError
 from deltamerge.methods.table import NO_EFFECT_KEYS
 from deltamerge.recipe import mergekit, yaml_source
@@ -186,35 +188,99 @@ def test_plan_and_check_show_what_the_run_will_do(models, capsys):
 # ---- mergekit's flags
 
 
-HABITS = {
-    "./out": [],
-    "./out --cuda --lazy-unpickle": ["--cuda", "--lazy-unpickle"],
-    "--no-copy-tokenizer --out-shard-size=1B -j 4": ["--copy-tokenizer", "--out-shard-size", "-j"],
-    "--out-path x -I y": ["--out-path", "-I"],
-}
+# What is typed after the recipe, keys that are then in recipe.yaml, and flags that the warning names.
+TYPED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "OUT": ({}, []),
+    "OUT --no-cuda --lazy-unpickle": ({}, ["--lazy-unpickle"]),
+    "OUT --copy-tokenizer --out-shard-size 2M -j 4 --random-seed 1": (
+        {"seed": 1, "output": {"shard_size": 2_000_000}}, ["--copy-tokenizer"],
+    ),
+    "--out-path OUT -I x --lazy --lora-merge-dtype float16 -v": (
+        {}, ["--intermediate-dir", "--lazy", "--lora-merge-dtype"],
+    ),
+    "OUT --no-write-model-card --allow-crimes --trust-remote-code --async-write --write-threads 3 --clone-tensors "
+    "--low-cpu-memory --no-multi-gpu --quiet --safe-serialization --unsafe-truncate-embeddings": ({}, []),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("typed", HABITS)
-def test_a_flag_of_mergekit_is_answered_with_ours(capsys, typed):
+@pytest.mark.parametrize("typed", TYPED)
+def test_the_command_line_of_mergekit_works(models, tmp_path, capsys, typed):
+    keys, named = TYPED[typed]
+    out = tmp_path / "out"
+    (models / "flags.yaml").write_text(DARE)
     with pytest.raises(SystemExit) as leaving:
-        main(["run", "recipe.yaml", *typed.split()])
-    hints = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hint: ")]
-    assert leaving.value.code == 2
-    assert hints[0] == "hint: mergekit-yaml RECIPE OUT is here: deltamerge run RECIPE --out OUT"
-    assert hints[1:] == [f"hint: {flag}: {FLAGS[flag]}" for flag in HABITS[typed]]
+        main(["run", str(models / "flags.yaml"), *typed.replace("OUT", str(out)).split()])
+    err = capsys.readouterr().err
+    assert (leaving.value.code, err if leaving.value.code else "") == (0, "")
+    said = yaml.safe_load((out / "recipe.yaml").read_text())
+    assert said == yaml.safe_load(DARE) | keys
+    warnings = [line for line in err.splitlines() if line.startswith("warning: no effect here: ")]
+    assert len(warnings) == bool(named)
+    assert all(f"{flag} (" in warnings[0] for flag in named)
 
 
-def test_other_mistakes_are_not_taken_for_mergekit_s(capsys):
-    for arguments in (["run", "recipe.yaml", "--ot", "x"], ["plan", "a.yaml", "b.yaml"], ["run"]):
-        with pytest.raises(SystemExit):
-            main(arguments)
-        assert "mergekit-yaml" not in capsys.readouterr().err
+def test_a_gpu_that_is_asked_for_and_missing_is_said(models, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    (models / "flags.yaml").write_text(DARE)
+    for flag in ("--cuda", "--gpu-rich", "--read-to-gpu"):
+        with pytest.raises(SystemExit) as leaving:
+            main(["run", str(models / "flags.yaml"), str(tmp_path / "out"), flag])
+        assert leaving.value.code == 1
+        assert "error: --device cuda: torch sees 0 CUDA devices" in capsys.readouterr().err
 
 
 def test_every_flag_is_named_in_the_documentation_and_every_key_has_one():
     text = DOCUMENTATION.read_text(encoding="utf-8")
-    assert [flag for flag in FLAGS if f"`{flag}" not in text] == []
+    flags = {name.partition("/")[0] for name in (*WITHOUT_USE, *VALUES_WITHOUT_USE)}
+    assert [flag for flag in flags if f"`{flag}" not in text] == []
     own = {option for parameter in commands.commands["run"].params for option in parameter.opts}
-    assert {f"--{key.replace('_', '-')}" for key in NO_EFFECT_KEYS} - own <= FLAGS.keys()
-    assert not FLAGS.keys() & own
+    assert {f"--{key.replace('_', '-')}" for key in NO_EFFECT_KEYS} | flags <= own
     assert "mergekit_exact" in inspect.signature(load_recipe).parameters
+
+
+# ---- parameters that mergekit ignores
+
+IGNORED = {
+    "density of a method that prunes nothing": (
+        "merge_method: task_arithmetic\nbase_model: ./base\n"
+        "models: [{model: ./a, parameters: {weight: 1, density: 0.5}}]\n",
+        "models[0].parameters.density",
+    ),
+    "normalize of slerp": (
+        "merge_method: slerp\nbase_model: ./base\nmodels: [{model: ./base}, {model: ./a}]\n"
+        "parameters: {t: 0.5, normalize: true}\n",
+        "parameters.normalize",
+    ),
+    "what is for the whole merge, of one model": (
+        "merge_method: slerp\nbase_model: ./base\nmodels: [{model: ./base}, {model: ./a, parameters: {t: 1}}]\n"
+        "parameters: {t: 0.5}\n",
+        "models[1].parameters.t",
+    ),
+    "a slip of the pen": (
+        "merge_method: linear\nmodels: [{model: ./a, parameters: {weight: 1, densty: 2}}]\n",
+        "models[0].parameters.densty",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IGNORED)
+def test_a_parameter_that_mergekit_ignores_is_a_warning_under_its_rules_and_a_fault_under_ours(models, tmp_path, case):
+    text, place = IGNORED[case]
+    recipe, plain = models / "ignored.yaml", models / "plain.yaml"
+    recipe.write_text(text)
+    with pytest.raises(RecipeError, match=re.escape(place)):
+        make_plan(recipe)
+    data = yaml.safe_load(text)
+    node, *path, last = re.findall(r"\w+", place)
+    inner = data[node]
+    for part in path:
+        inner = inner[int(part) if part.isdigit() else part]
+    del inner[last]
+    plain.write_text(yaml.safe_dump(data))
+    expected = run(plain, tmp_path / "plain", mergekit_exact=True)
+    recipe.write_text(f"{text}mergekit: true\n")
+    for more in ({}, {"mergekit_exact": True}):
+        made = run(recipe, tmp_path / f"out{len(more)}", **more)
+        assert made.plan.warnings[0].startswith(f"{place}: no effect under ")
+        assert made.lock["outputs"]["model.safetensors"] == expected.lock["outputs"]["model.safetensors"]

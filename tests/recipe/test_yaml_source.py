@@ -164,11 +164,11 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 
 def test_pure_python_yaml_reads_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     class Pure(yaml.SafeLoader):
-        yaml_implicit_resolvers = yaml_source._Loader.yaml_implicit_resolvers
+        yaml_implicit_resolvers = yaml_source.Loader.yaml_implicit_resolvers
 
     text = TEXT + "c: {no: 010, x: 1e-3}\nd: 1:30\n"
     compiled = yaml_source.loads(text, "r.yaml")
-    monkeypatch.setattr(yaml_source, "_Loader", Pure)
+    monkeypatch.setattr(yaml_source, "Loader", Pure)
     assert yaml_source.loads(text, "r.yaml") == compiled
     assert "duplicate key" in refused("a: 1\na: 2")
 

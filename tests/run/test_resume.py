@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from itertools import chain
@@ -52,22 +53,19 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(
     monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
     path, out = recipe(method), tmp_path / "out"
     truth = files(run(path, tmp_path / "truth" / "out").folder)
-    with pytest.raises(KeyboardInterrupt, match="--resume"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again"):
         run(path, out, watch=Stop(out, after, KeyboardInterrupt()))
     assert not out.exists()
-    with pytest.raises(OutputError, match="unfinished work"):
-        run(path, out)
     with pytest.raises(InputError, match="no luck"):  # and once more, with other tiles
         run(
             path,
             out,
-            resume=True,
             memory=10**8 if kernels.available() else 4 * 10**8,
             workers=1,
             watch=Stop(out, 700_000, InputError("no luck")),
         )
     done = []
-    run(path, out, resume=True, watch=lambda plan: done.append)
+    run(path, out, watch=lambda plan: done.append)
     assert files(out) == truth
     assert sum(done) == make_plan(path).nbytes  # what was there already counts as progress
     assert verify(out, 1)
@@ -85,7 +83,7 @@ def test_work_that_is_saved_is_not_done_again(
     written = []
     pwrite = os.pwrite
     monkeypatch.setattr(os, "pwrite", lambda fd, data, at: written.append(len(data)) or pwrite(fd, data, at))
-    run(path, out, resume=True)
+    run(path, out)
     assert sum(written) < nbytes / 4
 
 
@@ -101,7 +99,7 @@ def test_a_delta_keeps_the_tensors_that_are_finished(
     path = recipe("dare_ties").with_name(f"delta-{name}.yaml")
     path.write_text(RECIPE.format(method="dare_ties", shard="250KB").replace("{shard", f"{{{DELTAS[name]}, shard"))
     truth, out = files(run(path, tmp_path / "truth" / "out").folder), tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt, match="--resume"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again"):
         run(path, out, workers=2, watch=Stop(out, after, KeyboardInterrupt()))
     journal = tmp_path / ".out.partial" / "journal"
     kept = {name for record in read_journal(journal)[0] for name in record.get("tensors", {})}
@@ -112,7 +110,7 @@ def test_a_delta_keeps_the_tensors_that_are_finished(
     write = TensorWriter._append
     monkeypatch.setattr(TensorWriter, "_append", lambda self, bits: (again.add(self._name), write(self, bits)))
     done: list[int] = []
-    result = run(path, out, resume=True, workers=1, watch=lambda plan: done.append)
+    result = run(path, out, workers=1, watch=lambda plan: done.append)
     assert files(out) == truth
     assert name == "signs" or sum(done) == make_plan(path).nbytes
     assert result.delta is not None
@@ -152,7 +150,7 @@ def test_resume_refuses_what_differs_and_names_it(
         run(path, out, watch=Stop(out, 1, InputError("stop")))
     change(path)
     with pytest.raises(OutputError, match=f"different now: {CHANGES[change]}") as caught:
-        run(path, out, resume=True)
+        run(path, out)
     assert "--force" in (caught.value.hint or "")
     run(path, out, force=True)
     assert verify(out, 1)
@@ -169,7 +167,7 @@ def test_a_damaged_work_folder_is_done_again(
     shards = sorted((tmp_path / ".out.partial" / "out").glob("*.safetensors"))
     shards[0].unlink()
     os.truncate(shards[1], 100)
-    run(path, out, resume=True)
+    run(path, out)
     assert files(out) == truth
 
 
@@ -264,9 +262,9 @@ def test_a_shard_that_is_damaged_between_part_and_finish_is_named(
     code, _, err = call(capsys, "run", path, "--out", out, "--finish")
     assert code == 1
     assert f"{shard.name} {DAMAGES[damage]}" in err
-    assert "hint: make it again with --part 2/2 --resume, then --finish" in err
+    assert "hint: make it again with --part 2/2, then --finish" in err
     assert not out.exists()
-    run(path, out, part=Part(2, 2), resume=True)
+    run(path, out, part=Part(2, 2))
     assert call(capsys, "run", path, "--out", out, "--finish")[0] == 0
     assert files(out) == truth
 
@@ -331,7 +329,7 @@ def test_a_part_resumes_by_itself_and_all_must_be_of_one_run(
     with pytest.raises(InputError):
         run(path, out, part=Part(1, 2), watch=Stop(out, 300_000, InputError("stop"), "-1-of-2"))
     run(path, out, part=Part(2, 2))
-    run(path, out, part=Part(1, 2), resume=True)
+    run(path, out, part=Part(1, 2))
     other = recipe("dare_ties")
     with pytest.raises(OutputError, match="different now: the recipe"):
         finish(other, out)
@@ -372,14 +370,14 @@ def test_what_calibration_found_is_kept(tmp_path: Path, monkeypatch: pytest.Monk
     path = calibrated(tmp_path)
     truth = files(run(path, tmp_path / "truth" / "out").folder)
     out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt, match="--resume"):
+    with pytest.raises(KeyboardInterrupt, match="run the same command again"):
         run(path, out, watch=Stop(out, 1, KeyboardInterrupt()))
 
     def again(*_: object) -> None:
         raise AssertionError("calibrated again")
 
     monkeypatch.setattr("deltamerge.run.weights.shared_values", again)
-    run(path, out, resume=True)
+    run(path, out)
     assert files(out) == truth
 
 
@@ -427,7 +425,7 @@ def test_nan_and_inf_exit_1_with_names_unless_allowed(
     assert (code, out) == (1, "")
     assert "values that are not finite in copied (1 inf), w (2 NaN, 1 inf)\n" in err
     assert "--allow-nonfinite" in err
-    assert "--resume" not in err
+    assert "what is done is kept" not in err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "base", "r.yaml"]
     code, out, err = call(capsys, "run", path, "--json", "--allow-nonfinite")
     assert code == 0
@@ -443,20 +441,20 @@ def test_a_delta_refused_for_nan_keeps_what_resume_is_promised(
     path, out, truth = nonfinite_recipe(tmp_path, kind), tmp_path / "out", tmp_path / "truth" / "out"
     assert call(capsys, "run", path, "--out", truth, "--allow-nonfinite")[0] == 0
     code, _, err = call(capsys, "run", path, "--out", out)
-    assert (code, "--resume" in err, out.exists()) == (1, True, False)
+    assert (code, "what is done is kept" in err, out.exists()) == (1, True, False)
     again: set[str] = set()
     write = TensorWriter._append
     monkeypatch.setattr(TensorWriter, "_append", lambda self, bits: (again.add(self._name), write(self, bits)))
-    assert call(capsys, "run", path, "--out", out, "--resume", "--allow-nonfinite")[0] == 0
+    assert call(capsys, "run", path, "--out", out, "--allow-nonfinite")[0] == 0
     assert not again
     assert files(out) == files(truth)
     assert not (tmp_path / ".out.partial").exists()
 
 
-def test_leftovers_are_offered_and_resume_may_replace_a_target(
+def test_leftovers_go_on_and_may_still_replace_a_target(
     recipe: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a run that dies beside a target leaves is offered, resumed with --force, or cleared away by it."""
+    """What a run with --force that dies beside a target leaves is taken up by the next, or cleared away by --force."""
     monkeypatch.setattr(writer, "SAVE_SECONDS", 0.001)
     path, out, left = recipe("ties"), tmp_path / "out", tmp_path / ".out.partial"
     truth = files(run(path, tmp_path / "truth" / "out").folder)
@@ -468,50 +466,66 @@ def test_leftovers_are_offered_and_resume_may_replace_a_target(
             run(path, out, force=True, watch=Stop(out, 600_000, InputError("stop")))
         assert (out / "model.safetensors").read_text() == "old"
 
-    die()
-    code, _, err = call(capsys, "run", path, "--out", out)
-    assert code == 1
-    assert "not empty" in err
-    assert "--force" in err
-    shutil.move(out, tmp_path / "aside")
-    code, _, err = call(capsys, "run", path, "--out", out)
-    assert code == 1
-    assert f"left unfinished work in {left}" in err
-    assert "--resume" in err
-    assert "--force" in err
-    shutil.move(tmp_path / "aside", out)
-    written: list[int] = []
     pwrite = os.pwrite
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "pwrite", lambda fd, data, at: written.append(len(data)) or pwrite(fd, data, at))
-        assert call(capsys, "run", path, "--out", out, "--resume", "--force")[0] == 0
-    assert sum(written) < make_plan(path).nbytes  # what was saved is not written again
-    assert files(out) == truth
-    die()
-    assert call(capsys, "run", path, "--out", out, "--force")[0] == 0
-    assert files(out) == truth
-    assert not left.exists()
+    for flags, saved in (((), True), (("--resume",), True), (("--resume", "--force"), True), (("--force",), False)):
+        die()
+        written: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", lambda fd, data, at, to=written: to.append(len(data)) or pwrite(fd, data, at))
+            assert call(capsys, "run", path, "--out", out, *flags)[0] == 0
+        assert (sum(written) < make_plan(path).nbytes) == saved  # what was saved is not written again
+        assert files(out) == truth
+        assert not left.exists()
 
 
 @pytest.mark.parametrize("kind", ["model", "delta"])
-def test_a_run_that_had_ended_is_done_when_it_is_resumed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str
-) -> None:
-    """A job that was killed after its last rename, and queued again, finds its target; another's target it refuses."""
+def test_running_again_is_natural(tmp_path: Path, capsys: pytest.CaptureFixture[str], kind: str) -> None:
+    """The same recipe is up to date, a changed one replaces its result, and what someone changed is left alone."""
     models(tmp_path)
     path, out = tmp_path / "r.yaml", tmp_path / "out"
     text = RECIPE.format(method="ties", shard=f"250KB, kind: {kind}")
+
+    def times() -> dict[str, int]:
+        return {name: (out / name).stat().st_mtime_ns for name in files(out)}
+
     path.write_text(text)
     assert call(capsys, "run", path, "--out", out)[0] == 0
-    before = {name: (out / name).stat().st_mtime_ns for name in files(out)}
-    code, said, _ = call(capsys, "run", path, "--out", out, "--resume", "--json")
-    assert code == 0
-    assert json.loads(said)["lock"]["outputs"]
-    assert {name: (out / name).stat().st_mtime_ns for name in files(out)} == before
+    before, first = times(), files(out)
+    code, said, err = call(capsys, "run", path, "--out", out)
+    assert (code, said, err) == (0, "", f"{out}: up to date\n")
+    code, said, _ = call(capsys, "run", path, "--out", out, "--json")
+    assert (code, json.loads(said)["up_to_date"], bool(json.loads(said)["lock"]["outputs"])) == (0, True, True)
+    assert times() == before
+    assert call(capsys, "run", path, "--out", out, "--force")[0] == 0
+    assert times() != before
+    assert files(out) == first
     path.write_text(text.replace("0.4", "0.3", 1))
-    code, _, err = call(capsys, "run", path, "--out", out, "--resume")
-    assert code == 1
-    assert "not empty" in err
+    code, said, _ = call(capsys, "run", path, "--out", out, "--json")
+    assert (code, json.loads(said)["up_to_date"]) == (0, False)
+    second = files(out)
+    assert second == files(run(path, tmp_path / "fresh" / "out").folder) != first
+    path.write_text(text)
+    for spoil in (lambda: (out / "notes.txt").write_text("mine"), lambda: (out / "README.md").write_text("mine")):
+        spoil()
+        kept = {file.name: file.read_bytes() for file in out.iterdir()}
+        code, _, err = call(capsys, "run", path, "--out", out)
+        assert (code, "not empty" in err) == (1, True)
+        assert {file.name: file.read_bytes() for file in out.iterdir()} == kept
+        (out / "notes.txt").unlink(missing_ok=True)
+
+
+def test_a_finished_target_is_checked_against_the_lock(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models(tmp_path)
+    path, out = tmp_path / "r.yaml", tmp_path / "out"
+    path.write_text(RECIPE.format(method="ties", shard="5GB"))
+    assert call(capsys, "run", path, "--out", out)[0] == 0
+    lock = (out / "recipe.lock").read_text()
+    (tmp_path / "r.lock").write_text(lock)
+    assert call(capsys, "run", path, "--out", out, "--locked") == (0, "", f"{out}: up to date\n")
+    digest = re.search(r"hash: (\S+)", lock[lock.index("inputs:") :])[1]
+    (tmp_path / "r.lock").write_text(lock.replace(digest, digest[:-2] + ("00" if digest[-2:] != "00" else "11")))
+    code, _, err = call(capsys, "run", path, "--out", out, "--locked")
+    assert (code, "the inputs are not those of the lock" in err) == (1, True)
 
 
 def test_two_commands_on_one_target(

@@ -6,16 +6,55 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.operations import Operation, StoredSource
 from deltamerge.engine.graph import Node
+from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.files import Descriptor
 from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import TensorInfo
+from deltamerge.methods.prune.bits import Key
 from deltamerge.methods.tiles import RUN, block_elements, row_length
+
+
+@dataclass(frozen=True, slots=True)
+class StoredSource:
+    """A stored tensor: its open file, or None where its bytes are made when they are read."""
+
+    info: TensorInfo
+    file: Descriptor | None
+
+    @property
+    def path(self) -> Path:
+        return self.info.path
+
+    @property
+    def itemsize(self) -> int:
+        return ITEMSIZE[self.info.dtype]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One of `codes`, and what does not fit in its numbers."""
+
+    code: int
+    to: int
+    fields: tuple[int, int, int, int] = (-1, -1, -1, -1)
+    key: Key = (0, 0)
+    scalars: tuple[float, float] = (1.0, 1.0)
+    weights: tuple[float, ...] = ()
+    models: tuple[int, ...] = ()
+    lists: tuple[int, ...] = ()
+    count: int = 0
+
+    @property
+    def width(self) -> int:
+        return max(len(self.weights), len(self.models), len(self.lists))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.engine.fused import codes
-from deltamerge.engine.fused.operations import StoredSource
+from deltamerge.engine.fused.assembly import Assembly, StoredSource
 from deltamerge.io import kernels
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
-
-if TYPE_CHECKING:
-    from deltamerge.engine.fused.assembly import Assembly
-    from deltamerge.io.reader import Reader
+from deltamerge.io.reader import Reader
 
 # The structures of kernels/src/program.h.
 OPERATION = np.dtype(
@@ -57,7 +54,8 @@ class Program:
         self.ratios = np.concatenate([np.empty(0, np.float32), *assembly.ratios])
 
     def run(self, start: int, stop: int, out: NDArray[np.uint8] | None) -> dict[int, Any] | None:
-        """`backends.Pass.run`; `start` lies on a block of the tensor."""
+        """Elements [start, stop) of the tensor, from the start of a block, put into `out` if there is one; the partials
+        of the pass's reductions by the id of their node. None: it failed, and torch tells why."""
         operations, blocks = self.operations.copy(), -(-(stop - start) // self.block)
         counts = self._place_counters(operations, blocks)
         sums = np.empty((self.summed, blocks), np.float64)

@@ -7,8 +7,7 @@ from functools import partial
 from typing import Any
 
 from deltamerge.engine.fused import codes, merging, pruning, reductions
-from deltamerge.engine.fused.assembly import Assembly, Form
-from deltamerge.engine.fused.operations import StoredSource
+from deltamerge.engine.fused.assembly import Assembly, Form, StoredSource
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first
 from deltamerge.io.reader import Reader
@@ -65,9 +64,7 @@ ASSEMBLERS: dict[str, Callable[..., None]] = {
     **dict.fromkeys(BY_ROW, pruning.keep_largest_rows),
     NORM: reductions.norm,
     "deltamerge.methods.prune.select:high_histogram": reductions.high,
-    "deltamerge.methods.prune.select:high_counts": reductions.high,
     "deltamerge.methods.prune.select:low_histogram": reductions.low,
-    "deltamerge.methods.prune.select:low_counts": reductions.low,
     "deltamerge.methods.prune.select:count_nonzero": reductions.nonzero,
     "deltamerge.methods.prune.select:bracketed": reductions.bracketed,
     SAMPLE: reductions.sample,

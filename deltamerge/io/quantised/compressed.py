@@ -57,9 +57,8 @@ def scaled_by(stored: Stored, block: Block | None, *, whole: bool = False) -> Te
     check_dtype(scales)
     laid = grid(codes.shape, scales.shape, block, whole=whole)
     zeros = stored.part("weight_zero_point")
-    if zeros is not None:
-        if zeros.shape != scales.shape or zeros.dtype not in ("I8", "U8", "F8_E4M3", "F8_E5M2"):
-            raise _unfit(zeros, f"{list(scales.shape)} of 8 bits")
+    if zeros is not None and (zeros.shape != scales.shape or zeros.dtype not in ("I8", "U8", "F8_E4M3", "F8_E5M2")):
+        raise _unfit(zeros, f"{list(scales.shape)} of 8 bits")
     columns = codes.shape[-1] if codes.shape else 1
     made = Scaled(
         codes,

@@ -1,8 +1,8 @@
 """Quantised checkpoints read as plain ones: each weight is one float32 tensor, computed from its codes when it is read.
 
 A scheme is one function, from the tensors that store a weight to the tensor that is read; `DECODERS` has them all, by
-the kind that the tensors' names and dtypes tell (`detect.Scheme.kinds`). config.json calls schemes by more names; `KINDS`
-says which kinds each of them has.
+the kind that the tensors' names and dtypes tell (`detect.Scheme.kinds`). config.json calls schemes by more names, and
+`KINDS` says which kinds each of them has.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.checkpoint import Checkpoint, by_component, recombined
 from deltamerge.io.dtypes import CODES, PLAIN
 from deltamerge.io.quantised import blockwise, columnwise, compressed, fp4, fp8, mlx
 from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, orphans, scheme_of
@@ -51,6 +51,10 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     The tensors' order is that of their codes. `quantised` says how they were stored; the config is left as it is.
     InputError, naming scheme and tensor: a scheme without a decoder, or parts that do not fit one another.
     """
+    if not checkpoint.is_simple:
+        inner = {folder: decoded(part) for folder, (part,) in by_component([checkpoint]) if part is not None}
+        found = next((part.quantised for part in inner.values() if part.quantised is not None), None)
+        return replace(checkpoint, tensors=recombined(checkpoint, inner), quantised=found)
     scheme = scheme_of(checkpoint.config, checkpoint.tensors)
     if scheme is None:
         return checkpoint

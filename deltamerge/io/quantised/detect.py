@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from deltamerge.errors import InputError
 from deltamerge.io.dtypes import PLAIN
 
 if TYPE_CHECKING:
@@ -140,9 +139,8 @@ def _dropped(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], parts
     such names, which config.json then says nothing about and which are no single numbers."""
     said = any("kv_cache" in str(key) and value for _, part in keys_of(config) for key, value in _items(part))
     for name, info in tensors.items():
-        if name in parts:
-            continue
-        if name.rpartition(".")[2] in _ACTIVATIONS or (_CACHE.search(name) and (said or math.prod(info.shape) == 1)):
+        of_cache = _CACHE.search(name) and (said or math.prod(info.shape) == 1)
+        if name not in parts and (of_cache or name.rpartition(".")[2] in _ACTIVATIONS):
             yield name
 
 
@@ -174,12 +172,6 @@ def without_keys(config: Mapping[str, Any], depth: int = 0) -> dict[str, Any]:
         key: without_keys(value, depth + 1) if isinstance(value, Mapping) and depth < DEEPEST else value
         for key, value in result.items()
     }
-
-
-def gguf_error(name: str) -> InputError:
-    """The error for a model that is a GGUF file."""
-    hint = "merge the safetensors that it was made of, or convert it: transformers' from_pretrained(gguf_file=…)"
-    return InputError(f"is quantised (gguf): {name} is no safetensors file", hint=hint)
 
 
 def _name(settings: Any) -> str:

@@ -104,7 +104,8 @@ class Scales:
             row, column = (int(x) for x in np.argwhere(wrong)[0])
             value = scales[row, column]
             what = f"{self.info.name}: the scale at row {first + row}, column {column} is {value}"
-            raise InputError(what, hint="the file is damaged: download the model again, or quantise it again")
+            hint = "the file is damaged: download the model again, or quantise it again"
+            raise InputError(what, hint=hint, where=str(self.info.path))
         return scales
 
 

@@ -89,18 +89,15 @@ def fill_bands(
         row = matrix * height + bottom
 
 
-def columns_of(
-    read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0
-) -> Array:
+def columns_of(read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0) -> Array:
     """Columns [first, last) of the bit patterns of a stored matrix of `rows` × `width`, number `matrix` in `info`.
 
     A matrix of up to `SLAB` bytes is read once and kept for the next columns; of a larger one only they are read.
     """
     size = ITEMSIZE[info.dtype]
     if rows * width * size <= SLAB:
-        slabs: _Slabs = read.once("slabs of quantised matrices", _Slabs)
-        kept = slabs.get((info, matrix), lambda: bits(read, info, matrix * rows * width, rows * width))
-        return kept.reshape(rows, width)[:, first:last]
+        slab = kept(read, (info, matrix), lambda: bits(read, info, matrix * rows * width, rows * width))
+        return slab.reshape(rows, width)[:, first:last]
     found = np.empty((rows, last - first), bits_type(info.dtype))
     offsets = ((matrix * rows + np.arange(rows)) * width + first) * size
     ends = np.arange(1, rows + 1) * (last - first) * size
@@ -108,12 +105,18 @@ def columns_of(
     return found
 
 
+def kept(read: Read, key: object, make: Callable[[], Array]) -> Array:
+    """What `make` reads for `key`, which the next reads are likely to ask for again."""
+    slabs: _Slabs = read.once("slabs of quantised matrices", _Slabs)
+    return slabs.get(key, make)
+
+
 @dataclass(slots=True)
 class _Slabs:
     """The stored matrices read last, up to `KEPT` bytes."""
 
     kept: OrderedDict[object, Array] = field(default_factory=OrderedDict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
+    lock: threading.RLock = field(default_factory=threading.RLock)  # a slab may be made of another
 
     def get(self, key: object, make: Callable[[], Array]) -> Array:
         with self.lock:
@@ -122,6 +125,6 @@ class _Slabs:
                 return self.kept[key]
             made = make()
             self.kept[key] = made
-            while sum(slab.nbytes for slab in self.kept.values()) > KEPT:
+            while sum(slab.nbytes for slab in self.kept.values()) > KEPT and len(self.kept) > 1:
                 self.kept.popitem(last=False)
             return made

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from deltamerge.methods.ops import densify, over, union
+from deltamerge.io.lazy import torch
+from deltamerge.methods.ops import onto, over
 from deltamerge.methods.tiles import Kept, Patched, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 SMALLEST_DIVISOR = 1e-8
 # A weight that is surely divided by itself: a sum of weights near 0 is not divided by.
@@ -35,8 +31,6 @@ def weighted_sum(parts: list[torch.Tensor], weights: tuple[float, ...]) -> torch
 
 def linear(*tensors: torch.Tensor, tile: Tile, weights: tuple[float, ...], normalize: bool) -> torch.Tensor:
     """Σ w_i x_i, divided by Σ w_i if `normalize`; float32 (Wortsman et al., "Model soups", arXiv 2203.05482)."""
-    import torch
-
     total = weighted_sum([x.to(torch.float32) for x in tensors], weights)
     return over(total, divisor_of(weights)) if normalize else total
 
@@ -53,18 +47,18 @@ def task_arithmetic(
 
     base        tile in its stored dtype
     deltas      Δ_i: float32 tiles or `Kept`
-    tile        the part of the tensor
     weights     w_i
     normalize   whether to divide the sum by Σ w_i
     lambda_     λ
     """
-    import torch
 
-    if all(isinstance(delta, Kept) for delta in deltas):
-        positions, base_there, there = union(base, deltas)
-        return Patched(base, positions, base_there + _mixed(there, weights, normalize, lambda_))
-    dense = [densify(delta, tile.size) for delta in deltas]
-    return base.to(torch.float32) + _mixed(dense, weights, normalize, lambda_)
+    def mixed(deltas: list[torch.Tensor]) -> torch.Tensor:
+        total = weighted_sum(deltas, weights)
+        if normalize:
+            total = over(total, divisor_of(weights))
+        return total if lambda_ == 1 else total * float(np.float32(lambda_))
+
+    return onto(base, deltas, tile, mixed)
 
 
 def keeps_single(*, weights: tuple[float, ...], normalize: bool, lambda_: float) -> bool:
@@ -73,17 +67,8 @@ def keeps_single(*, weights: tuple[float, ...], normalize: bool, lambda_: float)
     return lambda_ == 1 and (weight == 1 or (normalize and abs(weight) >= SMALLEST_WEIGHT))
 
 
-def _mixed(deltas: list[torch.Tensor], weights: tuple[float, ...], normalize: bool, lambda_: float) -> torch.Tensor:
-    total = weighted_sum(deltas, weights)
-    if normalize:
-        total = over(total, divisor_of(weights))
-    return total if lambda_ == 1 else total * float(np.float32(lambda_))
-
-
 def passthrough(x: torch.Tensor, *, tile: Tile, scales: tuple[float, ...]) -> torch.Tensor:
     """scale · x in float32."""
-    import torch
-
     return x.to(torch.float32) * float(np.float32(scales[0]))
 
 

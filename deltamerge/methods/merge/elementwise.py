@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import densify
 from deltamerge.methods.tiles import Kept, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 SMALLEST_DIFFERENCE = 1e-6
 
@@ -20,8 +16,6 @@ def nearswap(base: torch.Tensor, delta: torch.Tensor | Kept, *, tile: Tile, t: f
 
     https://huggingface.co/alchemonaut/QuartetAnemoi-70B-t0.0001
     """
-    import torch
-
     dense = densify(delta, tile.size)
     size = dense.abs().clamp(min=float(np.float32(SMALLEST_DIFFERENCE)))
     weight = (torch.full_like(size, float(np.float32(t))) / size).clamp(max=1.0)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import densify, row_blocks
 from deltamerge.methods.prune import select
 from deltamerge.methods.tiles import Kept, Make, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 FLOOR = 1e-8
 
@@ -26,25 +24,15 @@ def arcee_fusion(
     delta        float32 tile
     importance   of each entry, float32
     threshold    the least importance that is taken
-    tile         the part of the tensor
 
     What is not a number reaches the threshold too, so that it is seen in the result.
     """
-    import torch
-
     dense = densify(delta, tile.size)
     return base.to(torch.float32) + dense.where(~(importance < threshold), dense.new_zeros(()))
 
 
 def nodes(make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool) -> Any:
-    """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries.
-
-    make       makes a graph's node
-    function   name of `arcee_fusion`
-    inputs     nodes of base and delta
-    shape      of the tensor
-    based      whether inputs[0] is the base
-    """
+    """The node of `arcee_fusion`: two passes find the exact quartiles of the importance, a third takes the entries."""
     score = make(importance, inputs, shape=shape)
     size = math.prod(shape)
     high = make(select.high_histogram, [score], kind="sum", shape=shape)
@@ -64,8 +52,6 @@ def importance(base: torch.Tensor, delta: torch.Tensor | Kept, *, tile: Tile) ->
     Computed in float64 by numpy, since exponentials differ in their last bit from device to device; float32. A row is
     the last dimension (`ops.row_blocks`).
     """
-    import torch
-
     dense = densify(delta, tile.size)
     old, change = (x.to(torch.float64).cpu().numpy() for x in (base, dense))
     found = np.empty(tile.size, np.float32)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import densify
 from deltamerge.methods.tiles import Kept, Make, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 
 def ram(base: torch.Tensor, *deltas: torch.Tensor | Kept, tile: Tile, epsilon: float) -> torch.Tensor:
@@ -22,8 +20,6 @@ def ram(base: torch.Tensor, *deltas: torch.Tensor | Kept, tile: Tile, epsilon: f
 def ramplus_tl(base: torch.Tensor, *inputs: Any, tile: Tile, epsilon: float) -> torch.Tensor:
     """`ram`, with the entries that only model i changed multiplied by its factor; inputs are the deltas and the
     factors."""
-    import torch
-
     *deltas, factor = inputs
     dense = [densify(delta, tile.size) for delta in deltas]
     count = changes(dense, epsilon)
@@ -48,11 +44,6 @@ def nodes(
 ) -> Any:
     """The node of `ramplus_tl`: one pass counts each model's changes, a second adds.
 
-    make       makes a graph's node
-    function   name of `ramplus_tl`
-    inputs     nodes of the base and the deltas
-    shape      of the tensor
-    based      whether inputs[0] is the base
     epsilon    entries up to it count as unchanged
     r, alpha   of `factors`
     """
@@ -63,8 +54,6 @@ def nodes(
 
 def counts(*deltas: torch.Tensor | Kept, tile: Tile, epsilon: float) -> NDArray[np.int64]:
     """int64 (n, 2): the number of entries that each model changed alone, and that it changed together with others."""
-    import torch
-
     dense = [densify(delta, tile.size) for delta in deltas]
     count = changes(dense, epsilon)
     rows = []
@@ -81,8 +70,6 @@ def factors(counts: NDArray[np.int64], *, r: float, alpha: float) -> tuple[float
 
 def changes(deltas: list[torch.Tensor], epsilon: float) -> torch.Tensor:
     """The number of models that changed each entry."""
-    import torch
-
     count = torch.zeros(deltas[0].shape, dtype=torch.int32, device=deltas[0].device)
     for delta in deltas:
         count += delta.abs() > epsilon

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.arithmetic import weighted_sum
 from deltamerge.methods.ops import densify
 from deltamerge.methods.prune import select
 from deltamerge.methods.prune.rescale import norm
 from deltamerge.methods.tiles import Kept, Make, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 SMALLEST_WEIGHT = 1e-6
 
@@ -24,8 +22,6 @@ def sce(base: torch.Tensor, *inputs: Any, tile: Tile) -> torch.Tensor:
 
     inputs are the selected deltas and the weights, which add up to 1; a sum of weights below 1e-6 divides as 1e-6.
     """
-    import torch
-
     *deltas, weights = inputs
     dense = [densify(delta, tile.size) for delta in deltas]
     positive = weighted_sum(dense, (1.0,) * len(dense)) >= 0
@@ -40,15 +36,8 @@ def sce(base: torch.Tensor, *inputs: Any, tile: Tile) -> torch.Tensor:
 def nodes(
     make: Make, function: str, inputs: list[Any], shape: tuple[int, ...], *, based: bool, select_topk: float
 ) -> Any:
-    """The node of `sce`: passes that find the most varying entries, and one for the weights.
-
-    make          makes a graph's node
-    function      name of `sce`
-    inputs        nodes of the base and the deltas
-    shape         of the tensor
-    based         whether inputs[0] is the base
-    select_topk   int(select_topk · n) of the n entries that vary are kept
-    """
+    """The node of `sce`: passes that find the int(select_topk · n) most varying of the n entries that vary, and one for
+    the weights."""
     base, *deltas = inputs
     if select_topk < 1.0:
         spread = make(variance, deltas, shape=shape)
@@ -67,8 +56,6 @@ def nodes(
 
 def variance(*deltas: torch.Tensor | Kept, tile: Tile) -> torch.Tensor:
     """The variance over models of each entry, 0 where they are equal: of the differences to the first, in float32."""
-    import torch
-
     first, *others = (densify(delta, tile.size) for delta in deltas)
     count = float(len(deltas))
     apart = [torch.zeros_like(first), *(other - first for other in others)]

@@ -15,13 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import blocks, densify, halved
 from deltamerge.methods.prune.rescale import norm
 from deltamerge.methods.tiles import LONGEST_ROW, Kept, Make, Tile, row_length
 
 if TYPE_CHECKING:
-    import torch
-
     Part = torch.Tensor | Kept
 
 Floats = NDArray[np.float64]
@@ -61,7 +60,6 @@ def multislerp(
         weights             w_i
         normalize_weights   whether to divide them by their sum
         eps                 ε
-        tile                the part of the tensor
 
     v = Σ w_i (u_i − ⟨u_i, m⟩ m); back on the sphere m cos‖v‖ + v sin‖v‖/‖v‖; times Σ w_i ‖x_i‖. Two opposite models are
     interpolated linearly; InputError if more of them add up to 0.
@@ -192,8 +190,6 @@ def _along(shape: tuple[int, ...], *, rows: bool, columns: bool) -> str:
 
 def gram(*models: Part, tile: Tile) -> Floats:
     """Per block the upper triangle of ⟨x_i, x_j⟩: float64 (blocks, n(n+1)/2); products of float32 are exact in it."""
-    import torch
-
     dense = [densify(x, tile.size) for x in models]
     rows = []
     for part in blocks(tile):
@@ -212,8 +208,6 @@ def add_up(partials: Floats, *, count: int) -> Floats:
 
 def row_grams(*models: Part, tile: Tile) -> Floats:
     """(rows, n, n): ⟨x_i, x_j⟩ for each row, the last dimension, of a tile."""
-    import torch
-
     dense = [densify(x, tile.size) for x in models]
     upper = []
     for part in blocks(tile):
@@ -233,8 +227,6 @@ def column_limbs(*inputs: Any, tile: Tile) -> NDArray[np.int64]:
 
     int64 (3, columns, n(n+1)/2): products over their scales, cut into three limbs of 30 bits; up to 2**31 rows.
     """
-    import torch
-
     *models, scale = inputs
     columns = math.prod(tile.shape[1:])
     wide = [densify(x, tile.size).to(torch.float64) / s for x, s in zip(models, scale, strict=True)]
@@ -259,8 +251,6 @@ def from_limbs(limbs: NDArray[np.int64], scale: list[float], *, count: int) -> F
 
 def combine(*inputs: Any, tile: Tile, along: str, based: bool) -> torch.Tensor:
     """Σ c_i x_i in float32, added to the base if `based`; c (n), or (rows, n) of the tile, or (columns, n)."""
-    import torch
-
     *parts, coefficients = inputs
     models = parts[1:] if based else parts
     total: torch.Tensor | None = None
@@ -273,8 +263,6 @@ def combine(*inputs: Any, tile: Tile, along: str, based: bool) -> torch.Tensor:
 
 def _spread(coefficient: Floats, tile: Tile, along: str, part: Any) -> Any:
     """One model's coefficient for every entry of a tile: a number, or a flat tensor."""
-    import torch
-
     if along == "tensor":
         return float(np.float32(coefficient))
     device = (part.values if isinstance(part, Kept) else part).device

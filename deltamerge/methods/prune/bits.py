@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deltamerge.io.lazy import torch
+
 if TYPE_CHECKING:
-    import torch
     from numpy.typing import NDArray
 
 Key = tuple[int, int]
@@ -162,8 +163,6 @@ def choose_columns(key: Key, n: int, count: int) -> NDArray[np.int64]:
 
 def words_torch(key: Key, start: int, stop: int, device: Any = "cpu") -> torch.Tensor:
     """`words` as int64 on any device."""
-    import torch
-
     if torch.device(device).type == "cpu":
         return torch.from_numpy(words(key, start, stop).astype(np.int64))
     return _words_device(key, start, stop, device)
@@ -177,8 +176,6 @@ def keep_torch(key: Key, start: int, stop: int, density: float, device: Any = "c
     density       share of positions that are kept
     device        of the result, a bool tensor (stop − start)
     """
-    import torch
-
     if torch.device(device).type == "cpu":
         return torch.from_numpy(keep(key, start, stop, density))
     return _keep_device(key, start, stop, density, device)
@@ -192,8 +189,6 @@ def positions_torch(key: Key, start: int, stop: int, density: float, device: Any
     density       share of positions that are kept
     device        of the result, an ascending int64 tensor
     """
-    import torch
-
     if torch.device(device).type == "cpu":
         return torch.from_numpy(positions(key, start, stop, density))
     if is_sparse(density):
@@ -207,8 +202,6 @@ def _words_device(key: Key, start: int, stop: int, device: Any) -> torch.Tensor:
 
 
 def _keep_device(key: Key, start: int, stop: int, density: float, device: Any) -> torch.Tensor:
-    import torch
-
     high, low = divmod(threshold(density), 1 << 16)
     if high >> 16:
         return torch.ones(stop - start, dtype=torch.bool, device=device)
@@ -227,8 +220,6 @@ def _keep_device(key: Key, start: int, stop: int, density: float, device: Any) -
 def _positions_device(key: Key, start: int, stop: int, density: float, device: Any) -> torch.Tensor:
     """`positions_torch` for all blocks of [start, stop) at once: draws (B, D), gaps by table, places by a cumulative
     sum along D."""
-    import torch
-
     table = torch.from_numpy(gap_table(density).astype(np.int64)).to(device)
     block_B1 = torch.arange(start // SPARSE_BLOCK, -(-stop // SPARSE_BLOCK), device=device)[:, None]
     place_B1 = torch.zeros_like(block_B1)
@@ -248,8 +239,6 @@ def _positions_device(key: Key, start: int, stop: int, density: float, device: A
 
 
 def _halves_device(key: Key, lane: int, start: int, stop: int, device: Any) -> torch.Tensor:
-    import torch
-
     first = start // 16
     index = torch.arange(first, -(-stop // 16), device=device)
     halves = _philox_device(key, index, torch.zeros_like(index), lane).view(torch.int16).flatten()
@@ -258,8 +247,6 @@ def _halves_device(key: Key, lane: int, start: int, stop: int, device: Any) -> t
 
 def _philox_device(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int) -> torch.Tensor:
     """Philox4x64-10 of counters (index, block, lane, 0): int64 in two's complement, a new last axis of 4 words."""
-    import torch
-
     index, block = index + torch.zeros_like(block), block + torch.zeros_like(index)
     c = [index, block, torch.full_like(index, lane), torch.zeros_like(index)]
     for r in range(ROUNDS):

@@ -8,16 +8,13 @@ bytes per column and tile, at most one float32 copy of the weight.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.prune.select import magnitude_bits
 from deltamerge.methods.tiles import Tile, block_elements
-
-if TYPE_CHECKING:
-    import torch
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,8 +50,6 @@ def pick_columns(best: NDArray[np.int32], *, density: float, rows: int) -> Colum
 
 def equal_columns(delta: torch.Tensor, norms: NDArray[np.float32], cut: ColumnCut, *, tile: Tile) -> NDArray[np.int64]:
     """int64 (blocks, m): how many entries of each block and column equal the threshold."""
-    import torch
-
     equal = _bits(delta, norms, tile) == torch.from_numpy(cut.threshold).to(delta.device)
     step = block_elements(tile.shape) // tile.columns
     starts = range(0, len(equal), step)
@@ -80,10 +75,7 @@ def keep_best_of_columns(
     norms   (in) of the input features
     cut     of every column
     ranks   of `column_ranks`
-    tile    the part of the weight
     """
-    import torch
-
     bits = _bits(delta, norms, tile)
     threshold = torch.from_numpy(cut.threshold).to(delta.device)
     keep, equal = bits > threshold, bits == threshold
@@ -96,8 +88,6 @@ def keep_best_of_columns(
 
 def _bits(delta: torch.Tensor, norms: NDArray[np.float32], tile: Tile) -> torch.Tensor:
     """(rows of the tile, m) the bits of the scores, which sort like the scores."""
-    import torch
-
     rows = delta.view(-1, tile.columns)
     first = tile.start // tile.columns
     some = torch.from_numpy(norms[first : first + len(rows)]).to(delta.device)

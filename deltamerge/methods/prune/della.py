@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import densify, row_blocks
 from deltamerge.methods.prune.bits import Key, words_torch
 from deltamerge.methods.prune.select import magnitude_bits
 from deltamerge.methods.tiles import Kept, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 
 def della(
@@ -23,7 +21,6 @@ def della(
     """δ ∘ Δ · density / π, δ ~ Bernoulli(π); float32 (arXiv 2406.11617). Divided by q = density it is unbiased.
 
         delta      float32 or `Kept`
-        tile       the part of the tensor
         key        the mask's
         density    the mean of π
         epsilon    ε of π = density − ε + 2ε · rank / (n − 1), rank from 0 by abs(Δ) in a row of n, equals from the left
@@ -32,8 +29,6 @@ def della(
     A row is the last dimension (`ops.row_blocks`); π = density for a row of one. An entry is kept if the position's
     32-bit word is below π · 2**32.
     """
-    import torch
-
     dense = densify(delta, tile.size)
     words = words_torch(key, tile.start, tile.stop, dense.device)
     kept = torch.empty_like(dense)
@@ -64,14 +59,10 @@ def probabilities(count: int, density: float, epsilon: float) -> NDArray[np.floa
 
 def _ranks(rows: torch.Tensor) -> torch.Tensor:
     """int64 (rows, n): the number of entries in the row that are smaller, or equal and further left."""
-    import torch
-
     order = magnitude_bits(rows).sort(dim=1, stable=True).indices
     ranks = torch.arange(rows.shape[1], device=rows.device).expand(rows.shape)
     return torch.empty_like(order).scatter_(1, order, ranks)
 
 
 def _at(rank: torch.Tensor, table: NDArray[Any]) -> torch.Tensor:
-    import torch
-
     return torch.from_numpy(table).to(rank.device)[rank]

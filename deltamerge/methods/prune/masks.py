@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.prune.bits import Key, choose_columns, is_sparse, keep_torch, positions_torch
 from deltamerge.methods.tiles import Kept, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 
 def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, density: float) -> torch.Tensor | Kept:
@@ -16,15 +14,12 @@ def dare(tune: torch.Tensor, base: torch.Tensor, *, tile: Tile, key: Key, densit
 
         tune      flat tile in its stored dtype
         base      flat tile in its stored dtype
-        tile      the part of the tensor
         key       the mask's
         density   share of entries that are kept
 
     Returns flat float32 with zeros where dropped; `Kept` below density `SPARSE_BELOW`, whose cost grows with what is
     kept.
     """
-    import torch
-
     if is_sparse(density):
         return _kept(tune, base, positions_torch(key, tile.start, tile.stop, density, tune.device))
     delta = tune.to(torch.float32) - base.to(torch.float32)
@@ -39,16 +34,13 @@ def structured(
 
     tune   flat tile in its stored dtype
     base   flat tile in its stored dtype
-    tile   the part of the tensor
     key    the mask's
     a      share of the n input columns that are drawn: max(1, round(a · n))
     b      probability with which an entry of a drawn column is kept
     """
-    import torch
-
     if len(tile.shape) != 2:
         return dare(tune, base, tile=tile, key=key, density=a * b)
-    columns = column_choice(tile, key, a)
+    columns = choose_columns(key, tile.columns, max(1, round(a * tile.columns)))
     start, stop = reduced_range(tile, columns)
     reduced = positions_torch(key, start, stop, b, tune.device) + start
     positions = unreduced(tile, torch.tensor(columns, device=tune.device), reduced)
@@ -58,11 +50,6 @@ def structured(
     delta = torch.zeros(tile.size, dtype=torch.float32, device=tune.device)
     delta[positions] = kept.values
     return delta
-
-
-def column_choice(tile: Tile, key: Key, a: float) -> Any:
-    """The columns that `structured` keeps: ascending int64 array of max(1, round(a · n))."""
-    return choose_columns(key, tile.columns, max(1, round(a * tile.columns)))
 
 
 def reduced_range(tile: Tile, columns: Any) -> tuple[int, int]:
@@ -81,6 +68,4 @@ def unreduced(tile: Tile, columns: Any, reduced: Any) -> Any:
 
 
 def _kept(tune: torch.Tensor, base: torch.Tensor, positions: torch.Tensor) -> Kept:
-    import torch
-
     return Kept(positions, tune[positions].to(torch.float32) - base[positions].to(torch.float32))

@@ -6,24 +6,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 from deltamerge.methods.prune import columns, rescale, sampling, select
 from deltamerge.methods.prune.bits import Key
 from deltamerge.methods.prune.della import check as check_della
 from deltamerge.methods.registry import Masking
-
-
-class Shaped(Protocol):
-    """A node, as these functions know it."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's."""
-
-
-N = TypeVar("N", bound=Shaped)
+from deltamerge.methods.tiles import Make
 
 
 def dare(masking: Masking) -> Any:
@@ -68,19 +58,19 @@ def breadcrumbs(masking: Masking) -> Any:
     return between(masking.make, masking.delta, masking.density, masking.parameters["gamma"])
 
 
-def largest(make: Callable[..., N], delta: N, k: int) -> N:
+def largest(make: Make, delta: Any, k: int) -> Any:
     """Δ with only its k largest magnitudes: a sample, a pass over the tensor, rarely three more, then the mask."""
     if k >= math.prod(delta.shape):
         return delta
     return make(select.keep_largest, [delta, *_end(make, delta, k)], shape=delta.shape)
 
 
-def above(make: Callable[..., N], delta: N, cut: N) -> N:
+def above(make: Make, delta: Any, cut: Any) -> Any:
     """Δ above a cut, and of the entries equal to it the first ones in flat order."""
     return make(select.keep_largest, [delta, cut, _ranks(make, delta, cut)], shape=delta.shape)
 
 
-def between(make: Callable[..., N], delta: N, density: float, gamma: float) -> N:
+def between(make: Make, delta: Any, density: float, gamma: float) -> Any:
     """The int(density · n) magnitudes of Δ that follow its int(γ · n) largest; γ yields where both exceed n."""
     size = math.prod(delta.shape)
     kept = int(density * size)
@@ -91,7 +81,7 @@ def between(make: Callable[..., N], delta: N, density: float, gamma: float) -> N
     return make(select.keep_between, [delta, *cuts], shape=delta.shape)
 
 
-def _end(make: Callable[..., N], delta: N, k: int) -> tuple[N, N]:
+def _end(make: Make, delta: Any, k: int) -> tuple[Any, Any]:
     """Where the k largest magnitudes end: the cut, and the ranks of those equal to it."""
     if k == 0:
         return make(select.nothing, kind="small"), make(select.no_ranks, kind="small")
@@ -101,27 +91,27 @@ def _end(make: Callable[..., N], delta: N, k: int) -> tuple[N, N]:
     inside = make(select.bracketed, [delta, bracket], kind="concat", shape=shape)
     listed = make(select.gathered, [inside, bracket], kind="small")
     near = make(select.pick_listed, [listed], kind="small", k=k)
-    high = make(select.high_counts, [delta, near], kind="sum", shape=shape)
+    high = make(select.high_histogram, [delta, near], kind="sum", shape=shape)
     found = make(select.find_bin, [high], kind="small", k=k)
-    low = make(select.low_counts, [delta, found], kind="sum", shape=shape)
+    low = make(select.low_histogram, [delta, found], kind="sum", shape=shape)
     cut = make(select.pick_either, [near, low, found], kind="small")
     equal = make(select.equal_counts, [delta, cut], kind="concat", shape=shape)
     return cut, make(select.ranks_listed, [equal, listed, cut], kind="small")
 
 
-def _ranks(make: Callable[..., N], delta: N, cut: N) -> N:
+def _ranks(make: Make, delta: Any, cut: Any) -> Any:
     equal = make(select.equal_counts, [delta, cut], kind="concat", shape=delta.shape)
     return make(select.pick_ranks, [equal], kind="small")
 
 
-def matched(make: Callable[..., N], whole: N, kept: N, norm: str) -> N:
+def matched(make: Make, whole: Any, kept: Any, norm: str) -> Any:
     """mergekit's rescaling: kept · ‖Δ‖ / ‖kept‖, as a division by ‖kept‖ / ‖Δ‖."""
     norms = [make(rescale.norm, [node], kind="concat", shape=node.shape, norm=norm) for node in (kept, whole)]
     ratio = make(rescale.ratio, norms, kind="small", norm=norm)
     return make(rescale.divide, [kept, ratio], shape=whole.shape)
 
 
-def best_of_columns(make: Callable[..., N], delta: N, norms: N, density: float) -> N:
+def best_of_columns(make: Make, delta: Any, norms: Any, density: float) -> Any:
     """WANDA of a weight stored (in, out): each output's inputs lie in a column, which tiles cut through."""
     shape = delta.shape
     best = make(columns.best_of_columns, [delta, norms], kind="concat", shape=shape, density=density)
@@ -131,7 +121,7 @@ def best_of_columns(make: Callable[..., N], delta: N, norms: N, density: float) 
     return make(columns.keep_best_of_columns, [delta, norms, cut, ranks], shape=shape)
 
 
-def sampled(make: Callable[..., N], delta: N, pair: Sequence[N], key: Key, density: float) -> N:
+def sampled(make: Make, delta: Any, pair: Sequence[Any], key: Key, density: float) -> Any:
     """Importance sampling: two passes find c, a third draws."""
     shape = delta.shape
     expected = density * math.prod(shape)

@@ -5,23 +5,17 @@ Source: arXiv 2410.09344, App. D.2 (massive activations).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.tiles import Kept, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 Columns = NDArray[np.int64]
 
 
 def clear(delta: torch.Tensor | Kept, columns: Columns, *, tile: Tile) -> torch.Tensor | Kept:
     """Δ of a matrix (out, in) with 0 in the given columns, which are ascending."""
-    import torch
-
     if isinstance(delta, Kept):
         inside = torch.from_numpy(is_among(columns, tile)).to(delta.positions.device)
         stays = ~inside[(delta.positions + tile.start) % tile.columns]
@@ -40,10 +34,7 @@ def restore(
     tune      tile in its stored dtype
     base      tile in its stored dtype
     columns   ascending
-    tile      the part of the tensor
     """
-    import torch
-
     at = torch.from_numpy(places(columns, tile)).to(tune.device)
     values = tune[at].to(torch.float32) - base[at].to(torch.float32)
     if isinstance(delta, Kept):

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import block_rows, densify, halved, over
 from deltamerge.methods.tiles import Kept, Tile
-
-if TYPE_CHECKING:
-    import torch
 
 
 def divide(delta: torch.Tensor | Kept, q: float, *, tile: Tile) -> torch.Tensor | Kept:
@@ -23,8 +21,6 @@ def divide(delta: torch.Tensor | Kept, q: float, *, tile: Tile) -> torch.Tensor 
 
 def divide_rows(delta: torch.Tensor | Kept, q: float | np.ndarray[Any, Any], *, tile: Tile) -> torch.Tensor | Kept:
     """kept_ij / q_i in float32: q is (m, 1) for a matrix stored (out, in), (1, n) for (in, out), or one number."""
-    import torch
-
     if isinstance(q, float):
         return divide(delta, q, tile=tile)
     values = delta.values if isinstance(delta, Kept) else delta
@@ -45,8 +41,6 @@ def norm(delta: torch.Tensor | Kept, *, tile: Tile, norm: str) -> np.ndarray[Any
 
     A block is summed by halving, so every device adds in the same order.
     """
-    import torch
-
     rows = block_rows(densify(delta, tile.size).abs().to(torch.float64), tile)
     if norm == "linf":
         return rows.amax(1).cpu().numpy()

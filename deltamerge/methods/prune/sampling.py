@@ -9,17 +9,14 @@ integers, so c is the same for any tiles, threads and device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.prune.bits import Key, words_torch
 from deltamerge.methods.prune.select import HIGH, LOW, Bin, magnitude_bits
 from deltamerge.methods.tiles import Tile
-
-if TYPE_CHECKING:
-    import torch
 
 FAR = 1e200
 Integers = NDArray[np.int64]
@@ -36,8 +33,6 @@ class Clip:
 
 def sums(delta: torch.Tensor, *, tile: Tile) -> Integers:
     """int64 (2, 32768): for each value of the high 16 bits of abs(Δ) its count and the sum of low bits."""
-    import torch
-
     bits = magnitude_bits(delta)
     high, low = bits >> 16, (bits & 0xFFFF).to(torch.float64)  # sums stay below 2**53: exact
     counts = torch.bincount(high, minlength=HIGH)
@@ -83,14 +78,11 @@ def sampled(tune: torch.Tensor, base: torch.Tensor, c: float, *, tile: Tile, key
         tune      flat tile in its stored dtype
         base      flat tile in its stored dtype
         c         of π_i = min(1, c · abs(Δ_i)), in float32
-        tile      the part of the tensor
         key       the mask's
         density   the mean of π
 
     An entry is kept if the position's 32-bit word is below π · 2**32.
     """
-    import torch
-
     delta = tune.to(torch.float32) - base.to(torch.float32)
     size = delta.abs()
     probability = (size * float(np.float32(c))).clamp(max=1.0)

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.io.lazy import torch
 from deltamerge.methods.ops import densify
 from deltamerge.methods.tiles import Kept, Tile, block_elements
-
-if TYPE_CHECKING:
-    import torch
 
 HIGH = 1 << 15
 LOW = 1 << 16
@@ -68,8 +66,6 @@ class Cut:
 
 def magnitude_bits(delta: torch.Tensor) -> torch.Tensor:
     """abs(Δ) as int32: the bits of float32 without the sign, which sort like the magnitudes."""
-    import torch
-
     return delta.contiguous().view(torch.int32) & MAGNITUDE
 
 
@@ -188,19 +184,12 @@ def pick_listed(listed: Listed | None, *, k: int) -> Cut | None:
     return replace(pick_cut(np.bincount(low, minlength=LOW), high), listed=True)
 
 
-def high_histogram(delta: torch.Tensor, *, tile: Tile) -> Counts:
+def high_histogram(delta: torch.Tensor, listed: Cut | None = None, *, tile: Tile) -> Counts:
     """Counts of the high 16 bits of abs(Δ): int64[32768]."""
-    import torch
-
     return torch.bincount(magnitude_bits(delta) >> 16, minlength=HIGH).cpu().numpy()
 
 
-def high_counts(delta: torch.Tensor, listed: Cut | None, *, tile: Tile) -> Counts:
-    """`high_histogram`, if the k-th largest was not listed."""
-    return high_histogram(delta, tile=tile)
-
-
-def high_counts_needless(listed: Cut | None) -> bool:
+def high_histogram_needless(listed: Cut | None = None) -> bool:
     """Whether the k-th largest was listed."""
     return listed is not None
 
@@ -224,22 +213,15 @@ def pick_share(counts: Counts, nonzero: Counts, *, share: float) -> Bin:
     return pick_bin(counts, k=k) if k else Bin(HIGH - 1, 0)
 
 
-def low_histogram(delta: torch.Tensor, high: Bin, *, tile: Tile) -> Counts:
+def low_histogram(delta: torch.Tensor, high: Bin | None, *, tile: Tile) -> Counts:
     """Counts of the low 16 bits of abs(Δ) among entries with the bin's high bits: int64[65536]."""
-    import torch
-
+    assert high is not None
     bits = magnitude_bits(delta)
     inside = bits[(bits >> 16) == high.high]
     return torch.bincount(inside & 0xFFFF, minlength=LOW).cpu().numpy()
 
 
-def low_counts(delta: torch.Tensor, high: Bin | None, *, tile: Tile) -> Counts:
-    """`low_histogram` of the bin found, if one was needed."""
-    assert high is not None
-    return low_histogram(delta, high, tile=tile)
-
-
-def low_counts_needless(high: Bin | None) -> bool:
+def low_histogram_needless(high: Bin | None) -> bool:
     """Whether no bin was needed."""
     return high is None
 
@@ -279,8 +261,6 @@ def pick_cut(counts: Counts, high: Bin) -> Cut:
 
 def equal_counts(delta: torch.Tensor, cut: Cut, *, tile: Tile) -> Counts:
     """How many entries of each block equal the threshold: int64 per block."""
-    import torch
-
     equal = magnitude_bits(delta) == cut.threshold
     step = block_elements(tile.shape)
     blocks = torch.arange(tile.size, device=delta.device) // step
@@ -315,20 +295,13 @@ def keep_largest(delta: torch.Tensor, cut: Cut, ranks: Counts, *, tile: Tile) ->
 
 
 def keep_between(
-    delta: torch.Tensor,
-    outer: Cut,
-    outer_ranks: Counts,
-    inner: Cut,
-    inner_ranks: Counts,
-    *,
-    tile: Tile,
+    delta: torch.Tensor, outer: Cut, outer_ranks: Counts, inner: Cut, inner_ranks: Counts, *, tile: Tile
 ) -> torch.Tensor:
     """Δ where it is among the largest magnitudes of `outer` and not among those of `inner`, else 0.
 
         delta                  a tile
         outer, outer_ranks     the cut of the larger set, and ranks of its equal entries
         inner, inner_ranks     the cut of the smaller set
-        tile                   the part of the tensor
 
     Model breadcrumbs (arXiv 2312.06795): the very largest are outliers, the smallest noise.
     """
@@ -336,14 +309,7 @@ def keep_between(
     return delta.where(keep, delta.new_zeros(()))
 
 
-def keep_where(
-    delta: torch.Tensor | Kept,
-    score: torch.Tensor,
-    cut: Cut,
-    ranks: Counts,
-    *,
-    tile: Tile,
-) -> torch.Tensor:
+def keep_where(delta: torch.Tensor | Kept, score: torch.Tensor, cut: Cut, ranks: Counts, *, tile: Tile) -> torch.Tensor:
     """Δ where the magnitude of its score is among the k largest of the tensor (`cut`, `ranks` of equal
     ones), else 0.
     """
@@ -378,8 +344,6 @@ def keep_largest_rows_scored(
 
     `norms` (n) of the input features (WANDA, arXiv 2306.11695; on deltas: arXiv 2410.09344).
     """
-    import torch
-
     rows = delta.view(-1, tile.columns)
     return _largest_of_rows(delta, rows.abs() * torch.from_numpy(norms).to(delta.device), density)
 

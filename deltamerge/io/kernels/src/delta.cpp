@@ -1,4 +1,4 @@
-// Entry points of the delta codec and of low-rank products (delta/compiled.py, io/computed.py).
+// Entry points of the delta codec and of low-rank products (delta/in_place.py, io/computed.py).
 #define PY_SSIZE_T_CLEAN
 #include "entries.h"
 

@@ -67,7 +67,7 @@ PyMethodDef methods[] = {
     {"level", level_of, METH_NOARGS, "The level whose loops are used."},
     {"choose", choose_level, METH_VARARGS, "Use the loops of the level of this name; whether there is one."},
     {"replace_read", replace_read, METH_VARARGS, "Read files by the function at an address, which has pread's type."},
-    {"put", delta_put, METH_VARARGS, "Put values at stored positions (delta/compiled.py)."},
+    {"put", delta_put, METH_VARARGS, "Put values at stored positions (delta/in_place.py)."},
     {"add", delta_add, METH_VARARGS, "Add values at stored positions."},
     {"ranked", delta_ranked, METH_VARARGS, "Scales of their stored ranks."},
     {"scaled", scaled, METH_VARARGS, "Codes times scales (io/quantised/scaled.py)."},

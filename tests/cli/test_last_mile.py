@@ -1,0 +1,162 @@
+"""What scripts, CI and people in a hurry type: stdin, folders, JSON, annotations, CSV; and slips of the first day."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+from calls import call
+from conftest import tiny_llama
+
+import deltamerge
+
+RECIPE = "base_model: ./base\nmodels: [{model: ./math, prune: {method: dare, density: 0.2}}]\n"
+WRONG = "base_model: ./base\nmodels: [{model: ./math, prune: {method: dare, density: 0.2, includ: [a]}}]\nsed: 1\n"
+
+COLUMN = WRONG.splitlines()[1].index("includ") + 1
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("mile")
+    base = tiny_llama(root / "base", seed=0)
+    tiny_llama(root / "math", seed=1, base=base)
+    (root / "good.yaml").write_text(RECIPE)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+
+
+def test_a_recipe_comes_from_stdin(capsys, monkeypatch, tmp_path):
+    def type_in(text: str) -> None:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+    type_in(RECIPE)
+    assert call(capsys, "check", "-") == (0, "", "-: ok, 21 tensors, 43.3 kB\n")
+    type_in(RECIPE)
+    assert call(capsys, "run", "-", "--out", tmp_path / "a", "-q")[0] == 0
+    assert call(capsys, "run", "good.yaml", "--out", tmp_path / "b", "-q")[0] == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in "ab"]
+    assert weights[0] == weights[1]
+    type_in(WRONG)
+    code, _, err = call(capsys, "plan", "-")
+    assert (code, f"recipe.yaml:2:{COLUMN}: models[0].prune.includ: unknown key" in err) == (1, True)
+
+
+def test_check_speaks_json_and_to_github(capsys, tmp_path):
+    (tmp_path / "bad, 100%.yaml").write_text(WRONG)
+    (tmp_path / "lost.yaml").write_text("base_model: ./base\nmodels: [{model: ./maths}]\n")
+    paths = ["good.yaml", tmp_path / "bad, 100%.yaml", tmp_path / "lost.yaml"]
+    for flags in (["--json"], ["--output-format", "json"]):
+        code, out, err = call(capsys, "check", *paths, *flags)
+        good, bad, lost = json.loads(out)["recipes"]
+        assert (code, err) == (1, "")
+        assert (good["ok"], good["tensors"], good["bytes"], good["notes"]) == (True, 21, 43328, [])
+        assert not bad["ok"]
+        places = [(problem["line"], problem["location"]) for problem in bad["error"]["problems"]]
+        assert places == [(2, "models[0].prune.includ"), (3, "sed")]
+        assert bad["error"]["problems"][1]["hint"] == "did you mean 'seed'?"
+        assert lost["error"]["message"].endswith("no such folder in " + str(tmp_path))
+        assert (lost["error"]["exit_code"], lost["error"]["problems"]) == (1, [])
+    code, out, err = call(capsys, "check", *paths, "--output-format", "github")
+    lines = out.splitlines()
+    assert (code, err, len(lines)) == (1, "", 3)
+    where = f"file={tmp_path}/bad%2C 100%25.yaml,line=2,col={COLUMN},title=deltamerge"
+    assert lines[0] == f"::error {where}::models[0].prune.includ: unknown key: did you mean 'include'?"
+    assert lines[2].startswith(f"::error file={tmp_path}/lost.yaml,title=deltamerge::")
+
+
+def test_a_folder_s_recipes_are_checked(capsys, tmp_path):
+    code, _, err = call(capsys, "check", tmp_path)
+    assert (code, f"{tmp_path}: no recipe in this folder" in err) == (1, True)
+    for name, text in {
+        "b.yml": RECIPE, "deep/a.yaml": RECIPE, ".git/c.yaml": WRONG, "compose.yaml": "services: {}\n",
+        "x.yaml": "a: [\n",
+    }.items():  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    code, _, err = call(capsys, "check", tmp_path, "--offline")
+    assert code == 1
+    assert err.startswith(f"{tmp_path}/b.yml: ok\n{tmp_path}/deep/a.yaml: ok\n{tmp_path}/x.yaml:2:1: not YAML")
+
+
+def test_other_commands_speak_json_and_so_do_errors(capsys, tmp_path):
+    made = tmp_path / "made"
+    assert call(capsys, "run", "good.yaml", "--out", made, "-q")[0] == 0
+    code, out, err = call(capsys, "verify", made, "--base", "base", "--json")
+    found = json.loads(out)
+    assert (code, err, "model.safetensors" in found["files"], bool(found["base"])) == (0, "", True, True)
+    (made / "model.safetensors").write_bytes(b"")
+    code, out, err = call(capsys, "verify", made, "--json")
+    assert (code, json.loads(out)["error"]["message"] in err) == (1, True)
+    code, out, err = call(capsys, "run", "good.yaml", "--device", "tpu", "--json")
+    assert (code, json.loads(out)["error"]["exit_code"], "tpu" in err) == (2, 2, True)
+    code, out, _ = call(capsys, "init", "math", "--base", "base", "--out", "-", "--json")
+    assert (code, "base_model" in json.loads(out)["recipe"]) == (0, True)
+    (tmp_path / "wrong.yaml").write_text(WRONG)
+    code, out, err = call(capsys, "plan", tmp_path / "wrong.yaml", "--json")
+    assert (code, len(json.loads(out)["error"]["problems"]), "unknown key" in err) == (1, 2, True)
+
+
+def test_numbers_are_there_as_csv(capsys):
+    code, out, _ = call(capsys, "inspect", "math", "--base", "base", "--csv")
+    rows = list(csv.DictReader(io.StringIO(out)))
+    _, said, _ = call(capsys, "inspect", "math", "--base", "base", "--json")
+    tensors = json.loads(said)["tensors"]
+    assert (code, [row["name"] for row in rows]) == (0, [one["name"] for one in tensors])
+    for row, one in zip(rows, tensors, strict=True):
+        assert float(row["norm"]) == one["norm"]
+        assert float(row["quantiles.0.99"]) == one["quantiles"]["0.99"]
+        assert row["shape"] == "x".join(map(str, one["shape"]))
+    code, out, _ = call(capsys, "recommend", "math", "--base", "base", "--density", "0.1", "--csv")
+    assert (code, out.splitlines()[0].startswith("name,prune.method")) == (0, True)
+
+
+def test_extract_takes_the_base_behind_the_model(capsys, tmp_path):
+    assert call(capsys, "extract", "math", "base", "--out", tmp_path / "a", "-q")[0] == 0
+    assert call(capsys, "extract", "math", "--base", "base", "--out", tmp_path / "b", "-q")[0] == 0
+    files = [(tmp_path / name / "delta.safetensors").read_bytes() for name in "ab"]
+    assert files[0] == files[1]
+    for arguments in (["math"], ["math", "base", "--base", "base"]):
+        code, _, err = call(capsys, "extract", *arguments)
+        assert (code, "name the base once" in err) == (2, True)
+
+
+SLIPS = {
+    "a model without its key": ("models: [./math]", "hint: {model: ./math}"),
+    "a weight beside the model": (
+        "models: [{model: ./math, weight: 0.5}]", "hint: it belongs under parameters: {weight: …}",
+    ),
+    "a method beside the model": ("models: [{model: ./math, q: 0.5}]", "hint: it belongs under prune: {q: …}"),
+    "a density in percent": (
+        "models: [{model: ./math, prune: {method: dare, density: 20}}]", "must be in (0, 1], got 20\nhint: 20 % is 0.2",
+    ),
+    "a path that is nearly right": ("models: [{model: ./maht}]", "hint: did you mean ./math?"),
+    "the base's path": ("models: [{model: ./math}]\nbase_model: ./bsae", "hint: did you mean ./base?"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("slip", SLIPS)
+def test_slips_of_the_first_day_get_a_hint(capsys, folder, slip):
+    text, wanted = SLIPS[slip]
+    (folder / "slip.yaml").write_text(text + ("" if "base_model" in text else "\nbase_model: ./base") + "\n")
+    code, _, err = call(capsys, "check", "slip.yaml")
+    assert (code, wanted in err) == (1, True), err
+
+
+def test_a_home_folder_is_found(capsys, folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder))
+    (folder / "home.yaml").write_text("base_model: ~/base\nmodels: [{model: ~/math}]\n")
+    assert call(capsys, "check", "home.yaml")[0] == 0
+    (folder / "home.yaml").write_text("base_model: ~/base\nmodels: [{model: ~/meth}]\n")
+    assert "hint: did you mean ~/math?" in call(capsys, "check", "home.yaml")[2]
+
+
+def test_dir_shows_the_interface():
+    assert dir(deltamerge) == sorted(deltamerge.__all__)
