@@ -4,6 +4,7 @@ bit, and files at fault, each refused in a line."""
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import LEVELS, make_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from quantised_models import fp8
 
-from deltamerge.errors import InputError
+from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.io import kernels
-from deltamerge.io.checkpoint import open_checkpoint
+from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -104,12 +107,12 @@ def test_scales_of_caches_and_activations_belong_to_no_weight(tmp_path):
     plain = {"a.self_attn.k_proj.weight": drawn(4, 4), "b.k_scale": torch.ones(4)}
     tensors, _ = fp8(W, drawn(8, 16), (4, 8))
     said = {"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8}}
-    for settings, more, kept in (
+    for stated, more, kept in (
         (BLOCK, tensors, {W, *plain, "a.self_attn.q_scale"}),  # no word of a cache, and no single numbers
         (said, {}, {"a.self_attn.k_proj.weight"}),
         (None, {}, {*plain, *cache}),
     ):
-        model = opened(tmp_path, plain | cache | more, settings)
+        model = opened(tmp_path, plain | cache | more, stated)
         assert set(model.tensors) == kept
         dropped = () if model.quantised is None else model.quantised.dropped
         assert set(dropped) == {*plain, *cache} - kept
@@ -199,6 +202,26 @@ def test_compressed_tensors_bit_for_bit(case, dtype, level, tmp_path):
     else:  # the library rounds each step to its scales' dtype, we once
         exact = torch.from_numpy(found).reshape(values.shape)
         assert torch.equal(exact.bfloat16(), values)
+
+
+def test_blocks_of_compressed_tensors_that_do_not_divide(level, tmp_path):
+    stored, _, values, form = compressed("fp8 by block", drawn(10, 70, seed=8), torch.float32)
+    model = opened(tmp_path, named(stored), settings_of(form, SCHEMES["fp8 by block"][0]))
+    assert read(model.tensors[W]).tobytes() == values.numpy().tobytes()
+
+
+def test_of_the_hub_the_words_tell_the_shape(tmp_path):
+    """Where headers alone are there: what `weight_shape` says is not, and rows that fill their words need it not."""
+    stored, _, _, form = compressed("4 bits by row", drawn(16, 64, seed=9), torch.float32)
+    opened(tmp_path, named(stored), None)
+    seen = open_checkpoint(tmp_path)
+    away = {name: replace(info, path=tmp_path / "away") for name, info in seen.tensors.items()}
+    for config, fits in ({"quantization_config": settings_of(form, SCHEMES["4 bits by row"][0])}, True), ({}, False):
+        if fits:
+            assert decoded(replace(seen, tensors=away, config=config)).tensors[W].shape == (16, 64)
+        else:
+            with pytest.raises(InputError, match="bits are stated neither"):
+                decoded(replace(seen, tensors=away, config=config))
 
 
 def test_packed_rows_that_end_within_a_word(level, tmp_path):
@@ -352,3 +375,50 @@ def test_a_group_that_the_grid_lacks(level, tmp_path):
     info = opened(tmp_path, _packed(weight_g_idx=torch.full((64,), 4, dtype=torch.int32)), INT4).tensors[W]
     with pytest.raises(InputError, match="has group 4, of 4"):
         read(info)
+
+
+NASTY = st.sampled_from([None, True, 0, -1, 3, 4, 8, 2**70, 0.5, "", "x", "4x8", [], [4], [4, 8], [0, 8], {}, {"a": 1}])
+GROUPS = st.fixed_dictionaries(
+    {},
+    optional={
+        "targets": st.one_of(NASTY, st.lists(st.sampled_from(["Linear", "re:.*up", "re:(", W, 3]))),
+        "weights": st.one_of(
+            NASTY,
+            st.fixed_dictionaries(
+                {}, optional=dict.fromkeys(["num_bits", "group_size", "block_structure", "strategy"], NASTY)
+            ),
+        ),
+    },
+)
+SETTINGS = st.fixed_dictionaries(
+    {"quant_method": st.sampled_from(["fp8", "compressed-tensors", "modelopt", "x\n", 3, None])},
+    optional={
+        "weight_block_size": NASTY,
+        "config_groups": st.one_of(NASTY, st.dictionaries(st.text(max_size=3), GROUPS)),
+    },
+)
+PARTS = st.dictionaries(
+    st.sampled_from(["", "_scale_inv", "_scale", "_packed", "_shape", "_zero_point", "_g_idx", "_global_scale"]),
+    st.tuples(
+        st.sampled_from(["F8_E4M3", "F8_E5M2", "F8_E8M0", "F32", "BF16", "I8", "U8", "I32", "I64", "F4", "BOOL"]),
+        st.lists(st.sampled_from([0, 1, 2, 3, 4, 8, 16]), max_size=3).map(tuple),
+    ),
+    min_size=1,
+)
+
+
+@settings(max_examples=60)
+@given(said=SETTINGS, parts=PARTS)
+def test_any_header_and_config_is_read_or_refused(said, parts):
+    """What is read fits in its codes: its shape is at most as many integers as its words have bits."""
+    tensors = {
+        W + name: TensorInfo(W + name, dtype, shape, Path("nowhere"), 0, 0) for name, (dtype, shape) in parts.items()
+    }
+    try:
+        found = decoded(Checkpoint("x", Path("x"), tensors, (), {"quantization_config": said}))
+    except DeltamergeError:
+        return
+    for info in found.tensors.values():
+        if info.made is not None:
+            assert info.dtype == "F32"
+            assert info.nbytes == 4 * np.prod(info.shape, dtype=np.int64)

@@ -53,7 +53,7 @@ def decoded(stored: Stored) -> TensorInfo:
 
 def scaled_by(stored: Stored, block: Block | None, *, whole: bool = False) -> TensorInfo:
     """The weight of codes that are stored one by one."""
-    codes, scales = stored.codes, stored.need("_scale_inv", "_scale")
+    codes, scales = stored.codes, stored.need("_scale_inv", "_scale", ".scale")
     check_dtype(scales)
     laid = grid(codes.shape, scales.shape, block, whole=whole)
     zeros = stored.part("weight_zero_point")
