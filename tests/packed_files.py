@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-MLX = Path(__file__).parent / "io" / "mlx.safetensors"  # written by mlx 0.32.4: mx.quantize, and `truth` by mx.dequantize
+MLX = (
+    Path(__file__).parent / "io" / "mlx.safetensors"
+)  # written by mlx 0.32.4: mx.quantize, and `truth` by mx.dequantize
 
 
 class Packed(NamedTuple):

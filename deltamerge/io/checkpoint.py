@@ -140,7 +140,7 @@ def open_checkpoint(
     reference = reference or str(path)
     with errors.context(reference):
         if not path.is_dir():
-            return _lone(path, reference, pickles=pickles)
+            return replace(_lone(path, reference, pickles=pickles), revision=revision, hub_id=hub_id)
         return open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles)
 
 

@@ -23,8 +23,8 @@ from deltamerge.plan.finite import set_aside, unexpected
 from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import Document, RecipeFile
-from deltamerge.run import gguf, hashes
-from deltamerge.run.assets import asset_files, assets, write_files
+from deltamerge.run import gguf_output, hashes
+from deltamerge.run.assets import asset_files, assets, left_out, write_files
 from deltamerge.run.budget import budget_of
 from deltamerge.run.card import render
 from deltamerge.run.intermediate import check_places, is_current, is_result, is_unchanged
@@ -217,10 +217,12 @@ def _complete(
     if planned.recipe.output.kind == "peft":
         planned, outputs = replace(planned, notes=planned.notes + write_adapter(planned, folder)), {}
     else:
-        write_files(assets(planned), folder)
+        files = assets(planned)
+        planned = replace(planned, notes=(*planned.notes, *left_out(planned, files)))
+        write_files(files, folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     if planned.recipe.output.gguf is not None:
-        planned = replace(planned, notes=(*planned.notes, gguf.write_gguf(planned, folder)))
+        planned = replace(planned, notes=(*planned.notes, gguf_output.write_gguf(planned, folder)))
     found = {node: made.values[node] for node in planned.stages}
     lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses)
     lock.write_rows()

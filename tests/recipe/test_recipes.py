@@ -15,6 +15,7 @@ from running import make_plan, run
 from deltamerge.run.apply import apply
 
 RECIPES = Path(__file__).parents[2] / "recipes"
+ELSEWHERE = {"mxfp4.yaml"}  # of other models: tests/run/test_packed_merges.py
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml") if path.name not in ELSEWHERE))
 def test_recipe_runs_as_written(folder, name):
     text = (RECIPES / name).read_text()
     assert "sequences: 256" in text or "sequences" not in text

@@ -59,7 +59,8 @@ def config_of(header: GgufHeader, known: Architecture, names: Collection[str], r
     arch, pairs = header.architecture, header.pairs
     umt5 = known.model_type == "t5" and "umt5" in str(pairs.get("general.name")).lower()
     table_name = "umt5" if umt5 else TABLES.get(arch, arch)
-    table: Mapping[str, str | None] = MORE | GGUF_CONFIG_MAPPING[table_name] | MORE_OF.get(table_name, {})
+    theirs: Mapping[str, Mapping[str, str | None]] = GGUF_CONFIG_MAPPING
+    table: Mapping[str, str | None] = {**MORE, **theirs[table_name], **MORE_OF.get(table_name, {})}
     config: dict[str, Any] = {
         "architectures": [known.model.replace("T5", "UMT5") if umt5 else known.model],
         "model_type": "umt5" if umt5 else known.model_type,
@@ -74,8 +75,8 @@ def config_of(header: GgufHeader, known: Architecture, names: Collection[str], r
     for key, value in own.items():
         if (renamed := table.get(key)) is not None:
             config[renamed] = _plain(value)
-    for key, renamed in GGUF_CONFIG_MAPPING["tokenizer"].items():
-        if f"tokenizer.{key}" in pairs:
+    for key, renamed in theirs["tokenizer"].items():
+        if renamed is not None and f"tokenizer.{key}" in pairs:
             config[renamed] = pairs[f"tokenizer.{key}"]
     config["vocab_size"] = rows
     config |= _by_family(known.model_type, own, names, config)
@@ -88,7 +89,7 @@ def _is_said(key: str, value: Any, table: Mapping[str, str | None], own: Mapping
     if table.get(key) is not None or key in SILENT:
         return True
     if key.startswith("rope.scaling."):
-        return own.get("rope.scaling.type", "none") == "none"
+        return str(own.get("rope.scaling.type", "none")) == "none"
     return key in table and not value
 
 

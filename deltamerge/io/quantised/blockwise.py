@@ -1,8 +1,8 @@
 """bitsandbytes: codes of a table (nf4, fp4) with the greatest magnitude of their block, and int8 rows.
 
 nf4, fp4   W_k = table[code_k] · absmax_⌊k/blocksize⌋ over the flat weight, two codes a byte, the high nibble first. A
-           nested absmax is table₂[code] · absmax₂ + offset, in blocks of its own. Blocks, shape and offset stand as JSON
-           in the bytes of `quant_state.bitsandbytes__…` (Dettmers et al. 2023; bitsandbytes/functional.py)
+           nested absmax is table₂[code] · absmax₂ + offset, in blocks of its own. Blocks, shape and offset stand as
+           JSON in the bytes of `quant_state.bitsandbytes__…` (Dettmers et al. 2023; bitsandbytes/functional.py)
 int8       W_ij = code_ij · SCB_i · (1/127 in float32) (Dettmers et al. 2022)
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.quantised.detect import MOST_STATE
 from deltamerge.io.quantised.packing import AGAIN, expect, floats
 from deltamerge.io.quantised.weight import Floats, Stored, bits, fill_rows, weight
 from deltamerge.io.reader import Reader
@@ -24,7 +25,6 @@ from deltamerge.io.strict_json import parse_json
 from deltamerge.io.tensor import Read, TensorInfo
 
 STATE = "quant_state.bitsandbytes__"
-MOST_STATE = 100_000
 PER_127 = np.float32(7.874015718698502e-3)  # bitsandbytes' constant
 
 
@@ -74,7 +74,7 @@ class Tabled:
         blocks = (start + np.arange(count)) // nested.block
         outer = floats(read, nested.scales, int(blocks[0]), int(blocks[-1] - blocks[0]) + 1)
         table = floats(read, nested.table, 0, 256)
-        scales = table[bits(read, self.scales, start, count)] * outer[blocks - blocks[0]]
+        scales: Floats = table[bits(read, self.scales, start, count)] * outer[blocks - blocks[0]]
         scales += np.float32(nested.offset)
         return scales
 
@@ -116,7 +116,7 @@ def _int8(stored: Stored, scales: TensorInfo) -> TensorInfo:
     if len(codes.shape) != 2 or codes.dtype != "I8":
         raise InputError(f"its codes are {codes.dtype} {list(codes.shape)}, must be a matrix of I8")
     expect(scales, codes.shape[:1], {"F32"})
-    if layout is not None and layout.path.exists():
+    if layout is not None and layout.path.exists():  # on the hub it is looked at when the file is there
         with Reader() as reader:
             code = int(bits(reader, expect(layout, (), {"U8"}), 0, 1)[0])
         if code:

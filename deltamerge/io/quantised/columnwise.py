@@ -1,5 +1,5 @@
-"""GPTQ and AWQ: integer codes with a scale and a zero a group of inputs, stored transposed as (inputs, outputs) in int32
-words; W_oi = scale_go · (code_io − zero_go), g the group of input i, in float32.
+"""GPTQ and AWQ: integer codes with a scale and a zero a group of inputs, stored transposed, as (inputs, outputs), in
+int32 words; W_oi = scale_go · (code_io − zero_go), g the group of input i, in float32.
 
 GPTQ     words hold codes of 32/bits inputs one after the other, from the lowest bit (3 bits: 32 codes in 3 words);
          `g_idx` gives each input's group (act order). Zeros are packed along outputs: version 1 (`checkpoint_format:

@@ -100,10 +100,9 @@ _SUFFIXES = (
     ("bitsandbytes", ".absmax", False),
     (UNNAMED, "_scale", True),
 )
-_BITSANDBYTES = (
-    ".quant_map", ".nested_absmax", ".nested_quant_map", ".nested_offset", ".quant_state.bitsandbytes__nf4",
-    ".quant_state.bitsandbytes__fp4",
-)  # fmt: skip
+_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+MOST_STATE = 100_000  # bytes
+_BITSANDBYTES = (".quant_map", ".nested_absmax", ".nested_quant_map", ".nested_offset", *_STATES)
 
 
 def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Scheme | None:
@@ -146,6 +145,11 @@ def _dropped(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], parts
 
 def _items(settings: Any) -> Iterable[tuple[Any, Any]]:
     return settings.items() if isinstance(settings, Mapping) else ()
+
+
+def states_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The tensors whose bytes say what shape a weight has: bitsandbytes' quantisation states."""
+    return [name for name, info in tensors.items() if name.endswith(_STATES) and info.nbytes <= MOST_STATE]
 
 
 def stated(config: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def decoded(stored: Stored) -> TensorInfo:
     mode, width, group = settings.get("mode", "affine"), settings.get("bits"), settings.get("group_size")
     if mode not in MODES:
         raise InputError(f"its mode is {str(mode)[:40]!r}, must be {', '.join(MODES)}")
-    if width not in MODES[mode] or not _fits(mode, group):
+    if type(width) is not int or width not in MODES[mode] or not _fits(mode, group):
         raise InputError(f"config.json says {str(width)[:40]} bits and groups of {str(group)[:40]} for mode {mode}")
     if codes.dtype != "U32" or len(codes.shape) < 2:
         raise InputError(f"its codes are {codes.dtype} {list(codes.shape)}, must be a matrix of U32")
@@ -88,7 +88,7 @@ def decoded(stored: Stored) -> TensorInfo:
     return weight(stored, (*codes.shape[:-1], columns), made)
 
 
-def _fits(mode: str, group: Any) -> bool:
+def _fits(mode: str, group: Any) -> TypeGuard[int]:
     return type(group) is int and group > 0 and FLOAT_GROUPS.get(mode, group) == group
 
 

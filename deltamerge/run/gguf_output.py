@@ -15,13 +15,13 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import open_checkpoint
-from deltamerge.io.gguf_file import FILE_TYPES, GgufTensor, Rows, package, type_of, write
+from deltamerge.io.gguf.write import FILE_TYPES, GgufTensor, Rows, package, type_of, write
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.quantised.weight import Constant
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.planner import Plan
-from deltamerge.run.gguf_tokenizer import Vocabulary, vocabulary
+from deltamerge.run.gguf_vocabulary import Vocabulary, vocabulary
 
 if TYPE_CHECKING:
     import gguf
