@@ -55,7 +55,9 @@ def same_bytes(a: Path, b: Path) -> bool:
 
 def merge(folder: Path, tune: str, quantization: str, *, base: str = "base", out: str = "", **options: Any) -> Any:
     recipe = folder / f"{tune}-{quantization[:4].strip('{')}.yaml"
-    recipe.write_text(f"base_model: ./{base}\nmodels: [{{model: ./{tune}}}]\noutput: {{quantization: {quantization}}}\n")
+    recipe.write_text(
+        f"base_model: ./{base}\nmodels: [{{model: ./{tune}}}]\noutput: {{quantization: {quantization}}}\n"
+    )
     return run(recipe, folder / (out or f"{tune}-out"), **options)
 
 
@@ -203,7 +205,9 @@ def test_a_form_is_kept(form, tmp_path):
         if how:
             assert error <= 1.02 * floor(exact, block, how)
     # what equals the base, though it is another's and plain, gets the base's bytes
-    make_checkpoint(tmp_path / "twin", {n: torch.from_numpy(x) for n, x in plain.items()}, config={"model_type": "test"})
+    make_checkpoint(
+        tmp_path / "twin", {n: torch.from_numpy(x) for n, x in plain.items()}, config={"model_type": "test"}
+    )
     made = merge(tmp_path, "twin", "keep")
     assert same_bytes(made.folder, tmp_path / "base")
     assert made.lock["quantization"]["relative_error"] == 0
@@ -431,7 +435,9 @@ def test_a_form_that_cannot_be_written_is_named(llamas, tmp_path):
     tensors[W.removesuffix("weight") + "weight_g_idx"] = order
     make_checkpoint(tmp_path / "base", tensors, config={"model_type": "test", "quantization_config": settings})
     make_checkpoint(tmp_path / "tune", {W: drawn(64, 96)}, config={"model_type": "test"})
-    with pytest.raises(InputError, match="has columns in the order of .*weight_g_idx, which cannot be written") as found:
+    with pytest.raises(
+        InputError, match="has columns in the order of .*weight_g_idx, which cannot be written"
+    ) as found:
         merge(tmp_path, "tune", "keep")
     assert "quantization: none" in str(found.value.hint)
     assert isinstance(found.value, DeltamergeError)
