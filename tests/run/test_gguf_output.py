@@ -1,5 +1,5 @@
-"""A GGUF file beside the checkpoint: transformers reads the same model and tokenizer from it, its numbers are those of llama.cpp's
-formats, and what is not known is refused."""
+"""A GGUF file beside the checkpoint: transformers reads the same model and tokenizer from it, its numbers are those of
+llama.cpp's formats, and what is not known is refused."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def test_transformers_reads_the_same_model_from_it(case, tmp_path):
         exact = load_tensors(out)["model.layers.1.mlp.up_proj.weight"].double().numpy().reshape(-1, 32)
         scale = (np.abs(exact).max(1, keepdims=True) / 127).astype(np.float16).astype(np.float64)
         got = values["blk.1.ffn_up.weight"].reshape(-1, 32)
-        assert (np.abs(got - exact).max(1, keepdims=True) <= 0.51 * scale + 1e-9).all()
+        assert (np.abs(got - exact) <= (0.5 + 127 / 2**11) * scale).all()  # a step of codes, and one of the scale
         assert {t.name: t.tensor_type.name for t in reader.tensors}["blk.0.attn_norm.weight"] == "F32"
 
 
@@ -184,8 +184,8 @@ def test_what_is_not_known_is_refused(tmp_path, capsys):
     assert "output.gguf: a delta is no GGUF file" in said()
     (tmp_path / "r.yaml").write_text(recipe.replace("q8_0", "q4_k"))
     assert "output.gguf: must be one of q8_0, f16, bf16" in said()
-    with pytest.raises(InputError, match="the tokenizer has .* tokens, the embedding 96 rows"):
-        (tmp_path / "r.yaml").write_text(recipe)
+    (tmp_path / "r.yaml").write_text(recipe)
+    with pytest.raises(InputError, match=r"the tokenizer has .* tokens, the embedding 96 rows"):
         run(tmp_path / "r.yaml", tmp_path / "out")
 
 

@@ -1,5 +1,5 @@
-"""Merges written in quantised form: every form against a float64 quantiser, unchanged weights byte for byte, the same bytes
-however it is run, and loaded by the libraries that defined the forms."""
+"""Merges written in quantised form: every form against a float64 quantiser, unchanged weights byte for byte, the same
+bytes however it is run, and loaded by the libraries that defined the forms."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ from packed_files import CASES
 from quantised_models import fp8, fp8_checkpoint
 from running import finish, make_plan, run
 
-from deltamerge.errors import DeltamergeError, InputError, OutputError
+from deltamerge.errors import InputError, OutputError
 from deltamerge.io import coded_writer, kernels, writer
 from deltamerge.io.checkpoint import open_checkpoint
-from deltamerge.io.dtypes import narrow
 from deltamerge.io.quantised import coding as codings
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.quantised.numbers import E2M1, E4M3, E5M2
@@ -88,8 +87,8 @@ def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
 def floor(values: np.ndarray, block: tuple[int, int], how: str) -> float:
     """‖x − q(x)‖ / ‖x‖ of quantising matrices once, each block with the scale of its greatest magnitude.
 
-    how   a table of `LEVELS`, with " e8m0" for scales that are powers of two; or "2 to the power of bits" steps from the
-          least to the greatest ("steps4"), with 0 among them ("zeros4")
+    how   a table of `LEVELS`, with " e8m0" for scales that are powers of two; or as many steps as bits have numbers,
+          from the least to the greatest ("steps4"), with 0 among them ("zeros4")
     """
     name, _, scale = how.partition(" ")
     lost = 0.0
@@ -359,7 +358,8 @@ def test_the_config_names_what_stays_plain(llamas, tmp_path):
 def test_gates_and_weights_that_do_not_fit_stay_plain(tmp_path):
     shapes = {"model.layers.0.mlp.gate.weight": (8, 16), "model.layers.0.mlp.experts.1.up_proj.weight": (16, 32),
               "model.layers.0.mlp.experts.1.down_proj.weight": (32, 24), "model.layers.0.q_norm.weight": (16,),
-              "vision_tower.layers.0.fc1.weight": (16, 16), "model.layers.0.mlp.experts.up_proj": (2, 16, 16)}  # fmt: skip
+              "vision_tower.layers.0.fc1.weight": (16, 16),
+              "model.layers.0.mlp.experts.up_proj": (2, 16, 16)}  # fmt: skip
     make_checkpoint(tmp_path / "base", {name: drawn(*shape) for name, shape in shapes.items()})
     make_checkpoint(tmp_path / "tune", {name: drawn(*shape, seed=1) for name, shape in shapes.items()})
     made = merge(tmp_path, "tune", "{scheme: fp8, block: [16, 16]}")
@@ -435,10 +435,6 @@ def test_a_form_that_cannot_be_written_is_named(llamas, tmp_path):
     tensors[W.removesuffix("weight") + "weight_g_idx"] = order
     make_checkpoint(tmp_path / "base", tensors, config={"model_type": "test", "quantization_config": settings})
     make_checkpoint(tmp_path / "tune", {W: drawn(64, 96)}, config={"model_type": "test"})
-    with pytest.raises(
-        InputError, match="has columns in the order of .*weight_g_idx, which cannot be written"
-    ) as found:
+    with pytest.raises(InputError, match=r"has columns in the order of .*weight_g_idx, which cannot be w") as found:
         merge(tmp_path, "tune", "keep")
     assert "quantization: none" in str(found.value.hint)
-    assert isinstance(found.value, DeltamergeError)
-    assert narrow(np.float32([1]), "BF16")[0] == 0x3F80
