@@ -15,9 +15,10 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.adapter import CONFIG, WEIGHTS, check_files, checked_config, expand, open_adapter
 from deltamerge.io.blobs import blob_of, check_blobs
-from deltamerge.io.checkpoint import DELTA, Adapter, Checkpoint, is_delta, open_checkpoint, open_folder
+from deltamerge.io.checkpoint import DELTA, Adapter, Checkpoint, config_file_of, is_delta, open_checkpoint, open_folder
 from deltamerge.io.component import CONFIG as MODEL_CONFIG
 from deltamerge.io.component import DEEPEST, MODULES, PIPELINE, is_composed, listed_folders
+from deltamerge.io.config_file import code_of
 from deltamerge.io.gguf.header import GgufHeader
 from deltamerge.io.gguf.parts import SUFFIX as GGUF
 from deltamerge.io.gguf.parts import parts_of
@@ -34,13 +35,14 @@ from deltamerge.io.weight_files import PICKLES, is_index, is_weights, read_weigh
 
 _REVISION = r"(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?"
 HUB_ID = re.compile(rf"(?P<id>\w[\w.-]*(/\w[\w.-]*)?){_REVISION}", re.ASCII)
-# org/name/unet: a folder of a repository
-IN_HUB = re.compile(rf"(?P<id>\w[\w.-]*/\w[\w.-]*)/(?P<inside>\w[\w.-]*(/\w[\w.-]*){{0,3}}){_REVISION}", re.ASCII)
+# org/name:unet and org/name@revision:unet: a folder of a repository
+IN_HUB = re.compile(rf"{HUB_ID.pattern}:(?P<inside>\w[\w.-]*(/\w[\w.-]*){{0,3}})", re.ASCII)
 FILE_BYTES = 1_000_000_000  # of a file other than weights
 MAX_SMALL = 1_000  # files other than weights
 
 # What a run may need beside the weights, from the root of a repository.
-ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".py")
+ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm")
+CODE = ".py"  # of models that bring their own; it is copied and never run
 
 
 def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = False) -> Checkpoint:
@@ -96,7 +98,8 @@ def _local(reference: str, folder: Path) -> Path | None:
 def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
     found = HUB_ID.fullmatch(reference)
     if found is None:
-        hint = near(reference, folder) or "hub ids are written org/name or org/name@revision"
+        forms = "hub ids are written org/name or org/name@revision, a folder in one org/name:folder"
+        hint = near(reference, folder) or forms
         raise InputError(f"no such folder in {folder}", hint=hint, where=reference)
     return found["id"], found["revision"]
 
@@ -266,11 +269,11 @@ def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
 
 
 def _describe(asked: _Asked) -> Checkpoint:
-    """The checkpoint on the hub, from its headers; `weights` downloads all files too."""
+    """The checkpoint on the hub, from its headers; `weights` downloads all its files too."""
     # first: it fails at once without a network, while a download retries for long
     commit, listed = listing(f"models/{asked.hub_id}", asked.revision, below=True)
     start = asked.at("")
-    names = [name.removeprefix(start) for name in listed if name.startswith(start)]
+    names = [name.removeprefix(start) for name in listed if name.startswith(start) and "\\" not in name]
     if asked.file:
         others = {name for name in names if is_weights(name)} - {*parts_of(asked.file, names)}
         names = [name for name in names if name not in others]
@@ -279,32 +282,31 @@ def _describe(asked: _Asked) -> Checkpoint:
         raise InputError(f"has no file {asked.file} on the hub")
     if asked.inside and not names:
         raise InputError(f"has no folder {asked.inside} on the hub")
-    if not (is_delta(top) or is_composed(top)):
-        weight_source(top, pickles=asked.pickles)  # says what is wrong before anything is downloaded
-    small = sorted(top, key=is_weights)
-    folders, first = [""], next((n for n in (DELTA, PIPELINE, MODULES, MODEL_CONFIG, *small) if n in top), MODEL_CONFIG)
+    folders, first = [""], next((name for name in (DELTA, PIPELINE, MODULES) if name in top), "")
+    if not first:  # says what is wrong before anything is downloaded, or has the hub say so
+        small = [name for name in top if not is_weights(name)]
+        first = config_file_of(top, weight_source(top, pickles=asked.pickles)) or next(iter(small), MODEL_CONFIG)
     snapshot = _snapshot(_file(asked.hub_id, asked.at(first), asked.revision, commit), asked.at(first))
     if is_composed(top):
         lists = [asked.at(name) for name in (PIPELINE, MODULES) if name in top]
         _files(asked.hub_id, commit, lists)
         folders = listed_folders(snapshot / asked.inside)
     folder = _HubFolder(asked, commit, snapshot, names)
+    own = is_composed(top) or (first == MODEL_CONFIG and code_of(read_json(snapshot / asked.at(first))))
+    kept = (*ASSETS, CODE) if own else ASSETS
     # a delta artifact is small, and its manifest is what would be the header
     wanted = [name for name in names if name in top or any(name.startswith(f"{inner}/") for inner in folders if inner)]
     if is_delta(top):
-        small = [name for name in wanted if name.endswith((*ASSETS, ".safetensors"))]
+        small = [name for name in wanted if name.endswith((*kept, ".safetensors"))]
     elif asked.weights:
-        small = [name for name in wanted if name.endswith(ASSETS)]
+        small = [name for name in wanted if name.endswith(kept)]
     else:
         small = [name for inner in folders for name in _first(folder.names(inner), inner, pickles=asked.pickles)]
     if small:
         _files(asked.hub_id, commit, [asked.at(name) for name in small])
     if is_delta(top):
         return _open(asked, snapshot)
-    made = open_folder(folder, asked.reference, commit, asked.hub_id, pickles=asked.pickles)
-    if asked.weights:
-        _files(asked.hub_id, commit, [path.relative_to(snapshot).as_posix() for path in made.files])
-    return made
+    return open_folder(folder, asked.reference, commit, asked.hub_id, pickles=asked.pickles)
 
 
 def _first(names: Sequence[str], inner: str, *, pickles: bool) -> list[str]:
@@ -335,13 +337,17 @@ class _HubFolder:
         return [name for name in below if "/" not in name]
 
     def read(self, paths: Sequence[Path]) -> list[Header]:
+        if self.asked.weights:
+            _files(self.asked.hub_id, self.commit, [path.relative_to(self.snapshot).as_posix() for path in paths])
         _check_named(paths)
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(self._header, paths))
 
     def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
-        _check_named(paths)
         names = [path.relative_to(self.snapshot).as_posix() for path in paths]
+        if self.asked.weights:
+            _files(self.asked.hub_id, self.commit, names)
+        _check_named(paths)
         return [range_gguf(self.asked.hub_id, self.commit, path, n) for path, n in zip(paths, names, strict=True)]
 
     def _header(self, path: Path) -> Header:
@@ -350,7 +356,7 @@ class _HubFolder:
             _files(self.asked.hub_id, self.commit, [name])
             return read_weights(path)
         header = range_header(self.asked.hub_id, self.commit, path, name)
-        if self.asked.weights or path.exists():
+        if path.exists():
             return header
         fetch = partial(range_bytes, self.asked.hub_id, self.commit, name)
         with ThreadPoolExecutor(8) as pool:  # shapes that stand in a weight's own bytes

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.component import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
+from deltamerge.io.config_file import code_of as code_of
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.weight_files import PICKLES
 from deltamerge.recipe.schema import Recipe
@@ -88,14 +88,3 @@ def _code(checkpoint: Checkpoint) -> Iterator[str]:
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
     file = checkpoint.path / TOKENIZER_CONFIG
     return read_json(file) if file.is_file() else {}
-
-
-def code_of(config: Mapping[str, Any]) -> list[str]:
-    """The modules that a config's `auto_map` names, as files; one of another repository with its name."""
-    found = []
-    table = config.get("auto_map")
-    for value in table.values() if isinstance(table, dict) else ():
-        for name in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(name, str) and re.fullmatch(r"[\w./-]+(--[\w.-]+)?", name):
-                found.append(name.rpartition(".")[0] + ".py")
-    return list(dict.fromkeys(found))

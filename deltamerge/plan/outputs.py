@@ -14,8 +14,8 @@ from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Graph
 from deltamerge.io.component import folders_of, split
-from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, nbytes_of
-from deltamerge.io.gathered import Gathered, cut
+from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
+from deltamerge.io.gathered import cut
 from deltamerge.io.layout import Layout
 from deltamerge.io.names import LM_HEAD, layer_index
 from deltamerge.io.quantised.coding import Coding
@@ -204,6 +204,7 @@ class Outputs:
         name, stored, tensor, owner = target.name, target.stored, target.tensor, target.owner
         like = like_template(target, self.stacks, self.inputs.template)
         dtype = (tensor if like is None or tensor.dtype not in FLOATING else like).output_dtype
+        dtype = self._own_dtype(target, dtype)
         dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else dtype
         found = [(model, model.get(source)) for model, source in target.sources]
         lacking = [model.name for model, info in found if info is None]
@@ -222,7 +223,7 @@ class Outputs:
                 copied.append(stored)
             lenders = present if any(model is owner for model, _ in present) else [*present, (owner, tensor)]
             tensor = next(info for model, info in self._remapped(target, lenders) if model is owner)
-            if packed or (tensor.dtype in COPIED and isinstance(tensor.made, Gathered)):
+            if packed:
                 self._refuse_dtype(stored, tensor.dtype)
                 return None
             row = self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (owner.name,)))
@@ -240,6 +241,15 @@ class Outputs:
             self.hint = "quantization: none, or without tokenizer_source"
             return None
         return Merged(Merge(stored, target.group.part, target.position, base, tunes, dtype), rest, coding)
+
+    @staticmethod
+    def _own_dtype(target: Target, dtype: str) -> str:
+        """The dtype of an output where none is asked for: float8 without scales is how a fine-tune was stored, so that
+        it takes the base's."""
+        if dtype not in FLOATING - PLAIN:
+            return dtype
+        base = next((info for model, name in target.sources if model.index is None and (info := model.get(name))), None)
+        return base.output_dtype if base is not None and base.output_dtype in PLAIN else dtype
 
     def _remapped(self, target: Target, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
         """The models' tensors with their rows moved to the output's vocabulary, if their rows are tokens."""

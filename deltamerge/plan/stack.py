@@ -237,7 +237,9 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
         scopes.setdefault(group.part.module, []).append(group)
     for module in scopes:
         if module is not None and not any(_module_of(name, scopes) == module for name in inputs.template.tensors):
-            present = dict.fromkeys(part for n in inputs.template.tensors for part in re.split(r"[./]", n)[:2])
+            present = dict.fromkeys(
+                part for n in inputs.template.tensors for part in re.split(r"[./]", n)[: 1 if "/" in n else 2]
+            )
             hint = f"default is the whole model; names here: {', '.join([p for p in present if not p.isdigit()][:8])}"
             problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
             raise RecipeError(recipe.source.path, [problem])

@@ -24,12 +24,13 @@ from deltamerge.io.component import (
     listed_folders,
     split,
 )
+from deltamerge.io.config_file import code_of
 from deltamerge.io.dtypes import PLAIN, TORCH_NAMES
 from deltamerge.io.files import refuse_link
 from deltamerge.io.quantised.detect import without_keys
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tokenizer_files import TOKENIZER as TOKENIZER_JSON
-from deltamerge.plan.folders import TOKENIZER_CONFIG, code_of
+from deltamerge.plan.folders import TOKENIZER_CONFIG
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.vocabulary_config import edit_config
 from deltamerge.run.gguf_tokenizer import described, is_described

@@ -14,6 +14,7 @@ from deltamerge.calibrate.spec import Calibrated
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.graph import Node
 from deltamerge.io.coded_writer import Losses
+from deltamerge.io.component import PIPELINE
 from deltamerge.io.front_matter import card
 from deltamerge.io.front_matter import front_matter as read_front_matter
 from deltamerge.io.markdown import code, fenced, plain
@@ -31,6 +32,14 @@ def _license(plan: Plan) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _library(plan: Plan) -> str:
+    """The library that loads the output, as the hub calls it."""
+    template = plan.inputs.template.checkpoint
+    if template.config_file == PIPELINE or "_class_name" in template.config:
+        return "diffusers"
+    return "transformers" if template.is_simple else "sentence-transformers"
+
+
 def front_matter(plan: Plan) -> dict[str, object]:
     """`base_model` lists what the output was made of; one fine-tune is a `finetune` of it, several are a `merge`."""
     sources: list[str] = []
@@ -46,7 +55,7 @@ def front_matter(plan: Plan) -> dict[str, object]:
     matter: dict[str, object] = {
         "base_model": sources,
         "base_model_relation": "merge" if merged else "finetune",
-        "library_name": "deltamerge" if plan.recipe.output.kind == "delta" else "transformers",
+        "library_name": "deltamerge" if plan.recipe.output.kind == "delta" else _library(plan),
         "tags": ["deltamerge", "merge"] if merged else ["deltamerge"],
     }
     if plan.recipe.output.kind == "peft" and plan.inputs.base is not None:

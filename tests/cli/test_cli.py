@@ -210,13 +210,13 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 FLAGS = {
     "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
-    "--mergekit-exact --allow-nonfinite --set --pictures --json --quiet --verbose, --verbosity --help",
-    "check": "--offline --mergekit-exact --set --output-format --json --help",
-    "plan": "--device --workers --memory --diff --graph --mergekit-exact --set --json --help",
+    "--mergekit-exact --allow-nonfinite --allow-pickles --set --pictures --json --quiet --verbose, --verbosity --help",
+    "check": "--offline --mergekit-exact --allow-pickles --set --output-format --json --help",
+    "plan": "--device --workers --memory --diff --graph --mergekit-exact --allow-pickles --set --json --help",
     "lock": "--check --device --workers --memory --help",
-    "apply": "--base --out --workers --memory --force --json --quiet --help",
+    "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
-    "--allow-nonfinite --json --quiet --help",
+    "--allow-nonfinite --allow-pickles --json --quiet --help",
     "diff": "--workers --json --help",
     "verify": "--base --workers --json --help",
     "schema": "--help",

@@ -192,7 +192,7 @@ def test_the_model_of_a_folder(tmp_path):
     write(tmp_path / "b.gguf", "llama")
     with pytest.raises(InputError, match="2 GGUF models") as raised:
         open_checkpoint(tmp_path)
-    assert "FOLDER/a.gguf, or org/name/a.gguf" in str(raised.value.hint)
+    assert "FOLDER/a.gguf, or org/name:a.gguf" in str(raised.value.hint)
 
 
 def test_a_model_in_parts(tmp_path):
@@ -240,13 +240,13 @@ def test_a_file_on_the_hub(server, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="2 GGUF models"):
         open_model("org/m", tmp_path, weights=False)
     with pytest.raises(InputError, match=r"has no file c\.gguf on the hub"):
-        open_model("org/m/c.gguf", tmp_path, weights=False)
-    found = open_model("org/m/b.gguf", tmp_path, weights=True)
+        open_model("org/m:c.gguf", tmp_path, weights=False)
+    found = open_model("org/m:b.gguf", tmp_path, weights=True)
     assert [path.name for path in found.files] == ["b.gguf"]
     assert not [path for path in tmp_path.rglob("a.gguf") if "snapshots" in str(path)]
     expected, there = values_of(open_checkpoint(repository / "b.gguf")), values_of(found)
     assert all(there[name].tobytes() == value.tobytes() for name, value in expected.items())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     server.status = 503
-    again = open_model(f"org/m/b.gguf@{found.revision}", tmp_path, weights=False)
+    again = open_model(f"org/m@{found.revision}:b.gguf", tmp_path, weights=False)
     assert again.tensors.keys() == found.tensors.keys()

@@ -252,6 +252,31 @@ def test_corrupt_files_are_refused(case, tmp_path):
     assert "\n" not in str(raised.value)
 
 
+MOVED: dict[str, tuple[str, Callable[[Packed], None], str]] = {
+    "inputs scaled by modelopt": (
+        "nvfp4 of modelopt", lambda p: p.tensors.update({"a.pre_quant_scale": torch.ones(48)}), "_quant_scale scales",
+    ),
+    "activations scaled by AWQ": (
+        "awq", lambda p: p.tensors.update({"mlp.act.scales": torch.ones(48)}), "mlp.act.scales scales the inputs",
+    ),
+    "rotated": (
+        "nvfp4 of compressed-tensors", say(transform_config={"config_groups": {"R1": {}}}), "transform_config rotates",
+    ),
+    "rotated by gptqmodel": ("gptq of 4 bits", say(rotation="hadamard"), "rotation rotates its weights"),
+    "scales of nothing": ("awq", lambda p: p.tensors.update({"b.scales": torch.ones(1)}), "b.scales belongs to no"),
+    "int8 scales of nothing": ("int8", lambda p: p.tensors.update({"b.SCB": torch.ones(1)}), "b.SCB belongs to no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_weights_that_are_not_the_models_own_are_refused(case, tmp_path):
+    scheme, spoil, message = MOVED[case]
+    packed = CASES[scheme]()
+    spoil(packed)
+    with pytest.raises(InputError, match=message):
+        read(packed, tmp_path)
+
+
 def test_the_shape_of_four_bits_is_fetched_from_the_hub(server, tmp_path):
     packed = CASES["nf4 nested"]()
     make_checkpoint(tmp_path / "m", packed.tensors, config={"quantization_config": packed.config})

@@ -17,7 +17,7 @@ from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, by_component, recombined
 from deltamerge.io.dtypes import CODES, PLAIN
 from deltamerge.io.quantised import blockwise, columnwise, compressed, fp4, fp8, mlx
-from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, orphans, scheme_of
+from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, moved, orphans, scheme_of
 from deltamerge.io.quantised.weight import Stored
 from deltamerge.io.tensor import TensorInfo
 
@@ -58,6 +58,8 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     scheme = scheme_of(checkpoint.config, checkpoint.tensors)
     if scheme is None:
         return checkpoint
+    if why := moved(checkpoint.config, checkpoint.tensors):
+        raise InputError(f"is quantised ({scheme}), and {why}: they are not the model's own", hint=HINT)
     if lone := orphans(scheme, checkpoint.tensors):
         raise InputError(f"is quantised ({scheme}): {lone[0]} belongs to no weight", hint="download the model again")
     decoders = {name: _decoder(scheme, name) for name in scheme.weights}

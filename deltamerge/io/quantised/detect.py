@@ -77,7 +77,11 @@ _ACTIVATIONS = (
 _CACHE = re.compile(r"(?:^|[._])(?:[qkv]|kv|prob_output)_(?:scale|zero_point|global_scale)$")
 _COMPRESSED = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")
 # Names that only companions have.
-_ORPHANS = re.compile(r"_scale_inv$|(?:^|\.)(?:weight_(?:packed|scale|scale_2|zero_point|g_idx|shape)|qweight|qzeros)$")
+_ORPHANS = re.compile(
+    r"_scale_inv$|\.absmax$|(?:^|\.)(?:weight_(?:packed|scale|scale_2|zero_point|g_idx|shape)|qweight|qzeros|scales|SCB)$"
+)
+# What inputs are multiplied by, and was divided out of the weights, which are then not the model's own.
+_MOVED = re.compile(r"(?:^|\.)(?:pre_quant_scale|act\.scales)$")
 _RULES = (
     _Rule("fp8", "weight", ("weight_scale_inv",), _ACTIVATIONS),
     _Rule("nvfp4", "weight", ("weight_scale", "weight_scale_2"), _ACTIVATIONS, coded=True),
@@ -125,6 +129,18 @@ def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> S
     kinds = {weight: kind for weight, (kind, _) in found.items()}
     name = told if name in ("", UNNAMED) else name
     return Scheme(name, detail, MappingProxyType(weights), MappingProxyType(kinds), dropped)
+
+
+def moved(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """What says that quantised weights are not those of the model, but scaled or rotated against its activations."""
+    found = next((name for name in tensors if _MOVED.search(name)), None)
+    if found is not None:
+        return f"{found} scales the inputs of its weights"
+    for _, part in keys_of(config):
+        for key in ("transform_config", "rotation"):  # compressed-tensors, gptqmodel
+            if isinstance(part, Mapping) and part.get(key):
+                return f"{key} rotates its weights"
+    return None
 
 
 def orphans(scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> list[str]:

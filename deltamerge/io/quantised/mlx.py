@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 import numpy as np
 
@@ -69,7 +69,9 @@ class Packed:
 def decoded(stored: Stored) -> TensorInfo:
     """The weight that MLX stores. InputError: settings that MLX does not have, or shapes that they do not give."""
     codes, settings = stored.codes, layer_settings(stored.settings, stored.name)
-    mode, width, group = settings.get("mode", "affine"), settings.get("bits"), settings.get("group_size")
+    mode = settings.get("mode", "affine")
+    width: Any = settings.get("bits")
+    group: Any = settings.get("group_size")
     if mode not in MODES:
         raise InputError(f"its mode is {str(mode)[:40]!r}, must be {', '.join(MODES)}")
     if type(width) is not int or width not in MODES[mode] or not _fits(mode, group):
@@ -88,7 +90,7 @@ def decoded(stored: Stored) -> TensorInfo:
     return weight(stored, (*codes.shape[:-1], columns), made)
 
 
-def _fits(mode: str, group: Any) -> TypeGuard[int]:
+def _fits(mode: str, group: Any) -> bool:
     return type(group) is int and group > 0 and FLOAT_GROUPS.get(mode, group) == group
 
 
