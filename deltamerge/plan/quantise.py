@@ -161,8 +161,11 @@ class Afresh:
     template: Input
     count: int = 0
     unfit: list[str] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
 
     def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
+        if len(shape) == 3 and EXPERTS.search(target.stored):
+            self.fused.append(target.stored)
         if dtype not in FLOATING or not self._is_linear(target, shape):
             return None
         name, wanted = target.stored, self.wanted
@@ -241,9 +244,9 @@ class Afresh:
             "group": f"groups of {self.wanted.group or 128}",
         }.get(self.wanted.by, f"a scale a {self.wanted.by}")
         found = [f"quantised to {self.wanted.scheme}, {way}: {self.count} weights of linear layers in numbered blocks"]
-        if self.unfit:
-            more = f" and {len(self.unfit) - 1} more" if len(self.unfit) > 1 else ""
-            found.append(f"left plain, as {way} do not fit: {self.unfit[0]}{more}")
+        for why, names in ((f"as {way} do not fit", self.unfit), ("experts fused in one tensor", self.fused)):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            found += [f"left plain, {why}: {names[0]}{more}"] if names else []
         if not self.count:
             raise InputError(f"{self.template.name}: no weight can be quantised: {found[-1]}", hint=PLAIN)
         return found

@@ -27,6 +27,7 @@ from deltamerge.io.quantised import coding as codings
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.quantised.numbers import E2M1, E4M3, E5M2
 from deltamerge.io.reader import Reader
+from deltamerge.plan.quantise import _renumbered
 from deltamerge.run.partition import Part
 
 W = "model.layers.0.mlp.up_proj.weight"
@@ -217,7 +218,7 @@ def test_small_floats_are_the_nearest_ties_to_even(numbers, dtype):
     table = numbers.table[: numbers.last + 1].astype(np.float64)
     ties = (table[1:] + table[:-1]) / 2
     near = [np.nextafter(ties.astype(np.float32), np.float32(way)) for way in (-1e9, 1e9)]
-    some = np.random.default_rng(0).standard_normal(20_000) * numbers.largest / 3
+    some = np.random.default_rng(0).standard_normal(3000) * numbers.largest / 3
     values = np.concatenate([table, ties, *near, some, [1e-30, numbers.largest * 3, 0.0]]).astype(np.float32)
     values = np.concatenate([values, -values])
     distance = np.abs(np.abs(values.astype(np.float64))[:, None] - table)
@@ -342,6 +343,50 @@ def test_transformers_loads_what_a_scheme_writes(llamas, tmp_path, how):
     assert (wide - narrow_).abs().max() < 0.05 * wide.abs().max()
 
 
+def test_transformers_loads_experts(tmp_path):
+    """Experts one by one in FP8, and gpt-oss's in MXFP4."""
+    import transformers
+
+    shape = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
+             "head_dim": 16, "num_key_value_heads": 2, "num_experts_per_tok": 2, "vocab_size": 96, "pad_token_id": 0}  # fmt: skip
+    moe = transformers.Qwen3MoeConfig(**shape, moe_intermediate_size=32, num_experts=4)
+    oss = transformers.GptOssConfig(**shape, num_local_experts=2, layer_types=["full_attention"])
+    for seed, name in enumerate(("base", "tune")):
+        for kind, config in (("moe", moe), ("oss", oss)):
+            torch.manual_seed(seed)
+            model = transformers.AutoModelForCausalLM.from_config(config)
+            model.bfloat16().save_pretrained(tmp_path / kind / name)
+    stored: dict[str, torch.Tensor] = {}
+    for name, tensor in load_tensors(tmp_path / "oss" / "base").items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            count, rows, columns = tensor.shape
+            stored[f"{name}_blocks"] = torch.randint(0, 256, (count, columns, rows // 32, 16), dtype=torch.uint8)
+            stored[f"{name}_scales"] = torch.full((count, columns, rows // 32), 118, dtype=torch.uint8)
+        else:
+            stored[name] = tensor
+    said = json.loads((tmp_path / "oss" / "base" / "config.json").read_text())
+    make_checkpoint(tmp_path / "oss" / "mx", stored, config=said | {"quantization_config": {"quant_method": "mxfp4"}})
+    for kind, base, how, settings in (
+        ("moe", "base", "{scheme: fp8, block: [16, 16]}", transformers.FineGrainedFP8Config(dequantize=True)),
+        ("oss", "mx", "keep", transformers.Mxfp4Config(dequantize=True)),
+    ):
+        made = merge(tmp_path / kind, "tune", how, base=base)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            made.folder, dtype=torch.float32, quantization_config=settings, output_loading_info=True
+        )
+        assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+        exact = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / kind / "tune", dtype=torch.float32)
+        found = model.state_dict()
+        lost = {n: float((found[n] - p).norm() / p.norm()) for n, p in exact.state_dict().items() if "proj" in n}
+        assert 0.01 < max(lost.values()) < (0.03 if kind == "moe" else 0.13), lost
+
+
+def test_lists_of_layers_follow_a_stack():
+    listed = ["lm_head", "model.layers.3.mlp.gate", "re:.*norm"]
+    assert _renumbered(listed, ["model.layers.0.mlp.gate"]) == ["lm_head", "re:.*norm", "model.layers.0.mlp.gate"]
+    assert _renumbered(["lm_head"], ["model.layers.0.mlp.gate"]) == ["lm_head"]
+
+
 def test_the_config_names_what_stays_plain(llamas, tmp_path):
     made = merge(llamas, "tune", "{scheme: fp8, block: [16, 16]}", out=str(tmp_path / "out"))
     said = json.loads((made.folder / "config.json").read_text())
@@ -370,7 +415,9 @@ def test_gates_and_weights_that_do_not_fit_stay_plain(tmp_path):
     listed = json.loads((made.folder / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
     assert set(listed) == {"lm_head", "model.layers.0.mlp.gate", "model.layers.0.mlp.experts.1.down_proj",
                            "vision_tower.layers.0.fc1", "model.layers.0.mlp.experts"}  # fmt: skip
-    assert any("do not fit: model.layers.0.mlp.experts.1.down_proj.weight" in note for note in made.plan.notes)
+    said = "\n".join(made.plan.notes)
+    assert "do not fit: model.layers.0.mlp.experts.1.down_proj.weight" in said
+    assert "experts fused in one tensor: model.layers.0.mlp.experts.up_proj" in said
 
 
 def test_a_weight_that_is_only_copied_is_copied_as_it_is_stored(llamas, tmp_path):

@@ -188,27 +188,33 @@ class TableCoder:
     def encode(self, values: Floats, read: Read) -> Coded:
         like = self.like
         numbers = Table(tuple(floats(read, like.table, 0, 16).tolist()))
-        flat = values.reshape(-1)
-        short = -len(flat) % like.block
-        blocks = np.pad(flat, (0, short)).reshape(-1, 1, 1, like.block)
-        most = np.abs(blocks).max(axis=(1, 3))
+        flat, block = values.reshape(-1), like.block
+        count = -(-len(flat) // block)
+        most = np.concatenate([np.abs(part).max(axis=1) for _, part in _parts(flat, block)])
         if like.nested is None:
-            arrays: tuple[Array, ...] = scales_in(most, like.scales.dtype)[:1]
-            scales = scales_in(most, like.scales.dtype)[1]
+            stored, scales = scales_in(most, like.scales.dtype)
+            arrays: tuple[Array, ...] = (stored,)
         else:
-            scales, arrays = _nested(most[:, 0], like.nested, read)
-            scales = scales[:, None]
-        codes = np.empty((len(blocks), like.block), np.uint8)
+            scales, arrays = _nested(most, like.nested, read)
+        codes = np.empty((count, block), np.uint8)
         lost = 0.0
-        for top in range(0, len(blocks), max(1, CHUNK // like.block)):
-            at = slice(top, top + max(1, CHUNK // like.block))
-            safe = np.where(scales[at] > 0, scales[at], np.float32(1))
-            found = numbers.codes(float32(blocks[at] / safe[:, None, :, None]))
-            back = numbers.values(found) * scales[at][:, None, :, None] - blocks[at]
-            codes[at] = found[:, 0, 0, :]
-            lost += float(np.einsum("ambn,ambn->", back, back, dtype=np.float64, casting="safe"))
+        for top, part in _parts(flat, block):
+            own = scales[top : top + len(part), None]
+            found = numbers.codes(float32(part / np.where(own > 0, own, np.float32(1))))
+            back = numbers.values(found) * own
+            back -= part
+            codes[top : top + len(part)] = found
+            lost += float(np.einsum("ab,ab->", back, back, dtype=np.float64, casting="safe"))
         line = codes.reshape(-1)[: len(flat) + len(flat) % 2]
         return Coded((line[0::2] << np.uint8(4) | line[1::2], *arrays), lost)
+
+
+def _parts(flat: Floats, block: int) -> Iterator[tuple[int, Floats]]:
+    """Blocks (n, block) of a flat weight that together stay in cache, and the number of the first; zeros at the end."""
+    step = max(1, CHUNK // block) * block
+    for start in range(0, len(flat), step):
+        part = flat[start : start + step]
+        yield start // block, np.pad(part, (0, -len(part) % block)).reshape(-1, block)
 
 
 @dataclass(frozen=True, slots=True)
