@@ -199,5 +199,5 @@ def _summed(units: Mapping[int, tuple[float, float]]) -> tuple[float, float]:
 def _square(values: NDArray[np.float32]) -> float:
     """Σ x² in float64."""
     step = 1 << 18
-    parts = (values[at : at + step].astype(np.float64) for at in range(0, len(values), step))
-    return fsum(float(np.dot(part, part)) for part in parts)
+    parts = (values[at : at + step] for at in range(0, len(values), step))
+    return fsum(float(np.einsum("i,i->", part, part, dtype=np.float64, casting="safe")) for part in parts)

@@ -20,7 +20,7 @@ TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
 # bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
-CODING_BYTES = 16_000_000  # of what one thread makes on the way from values to codes
+CODING_BYTES = 32_000_000  # of what one thread makes on the way from values to codes
 SOURCES = 2_000_000  # tensors of an output, each counted for every model that it comes from
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from backend_choice import TORCH, computed_by
 from calls import call
-from conftest import load_tensors, make_checkpoint, tiny_llama
+from conftest import LEVELS, load_tensors, make_checkpoint, needs_kernels, tiny_llama
 from interrupted import Stop, files
 from packed_files import CASES
 from quantised_models import fp8, fp8_checkpoint
@@ -24,8 +24,9 @@ from deltamerge.errors import InputError, OutputError
 from deltamerge.io import coded_writer, kernels, writer
 from deltamerge.io.checkpoint import open_checkpoint
 from deltamerge.io.quantised import coding as codings
+from deltamerge.io.quantised.coder import Choice, _coded, coded
 from deltamerge.io.quantised.decode import decoded
-from deltamerge.io.quantised.numbers import E2M1, E4M3, E5M2
+from deltamerge.io.quantised.numbers import E2M1, E4M3, E5M2, Integers
 from deltamerge.io.reader import Reader
 from deltamerge.plan.quantise import _renumbered
 from deltamerge.run.partition import Part
@@ -74,7 +75,7 @@ def levels(exponent: int, mantissa: int, bias: int, largest: float) -> np.ndarra
     return np.array(sorted({-x for x in kept} | set(kept)))
 
 
-LEVELS = {
+NUMBERS = {
     "e4m3": levels(4, 3, 7, 448), "e5m2": levels(5, 2, 15, 57344), "e2m1": levels(2, 1, 1, 6),
     **{f"int{bits}": np.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)) * 1.0 for bits in range(2, 9)},
 }  # fmt: skip
@@ -88,7 +89,7 @@ def nearest(values: np.ndarray, table: np.ndarray) -> np.ndarray:
 def floor(values: np.ndarray, block: tuple[int, int], how: str) -> float:
     """‖x − q(x)‖ / ‖x‖ of quantising matrices once, each block with the scale of its greatest magnitude.
 
-    how   a table of `LEVELS`, with " e8m0" for scales that are powers of two; or as many steps as bits have numbers,
+    how   a table of `NUMBERS`, with " e8m0" for scales that are powers of two; or as many steps as bits have numbers,
           from the least to the greatest ("steps4"), with 0 among them ("zeros4")
     """
     name, _, scale = how.partition(" ")
@@ -107,9 +108,9 @@ def floor(values: np.ndarray, block: tuple[int, int], how: str) -> float:
                     start = low if name[:5] == "steps" else np.rint(low / step) * step
                     back = start + np.clip(np.rint((x - start) / step), 0, 2 ** int(name[5:]) - 1) * step
                 else:
-                    s = np.abs(x).max() / LEVELS[name].max() or 1.0
+                    s = np.abs(x).max() / NUMBERS[name].max() or 1.0
                     s = 2 ** np.ceil(np.log2(s)) if scale == "e8m0" else s
-                    back = nearest(x / s, LEVELS[name]) * s
+                    back = nearest(x / s, NUMBERS[name]) * s
                 lost += float(np.square(x - back).sum())
     return float(np.sqrt(lost / np.square(matrices).sum()))
 
@@ -233,6 +234,32 @@ def test_small_floats_are_the_nearest_ties_to_even(numbers, dtype):
         assert np.array_equal(found, clipped.to(dtype).view(torch.uint8).numpy())
 
 
+@needs_kernels
+@pytest.mark.parametrize("level", LEVELS)
+def test_kernels_make_the_codes_that_numpy_makes(level):
+    native, rng = kernels.native(), np.random.default_rng(0)
+    try:
+        assert native.choose(level)
+        for numbers in (E4M3, E5M2, E2M1, Integers(8), Integers(4), Integers(3), Integers(4, signed=False)):
+            for shape in ((2, 3, 5, 7), (1, 40, 3, 128), (16, 1, 9, 32), (1, 1, 3, 1000)):
+                blocks = (rng.standard_normal(shape) * np.exp(rng.uniform(-8, 2, shape))).astype(np.float32)
+                blocks.reshape(-1)[::5] = 0.0
+                blocks.reshape(-1)[1::7] *= -0.0
+                scales = np.abs(blocks).max(axis=(1, 3)) / numbers.largest * rng.uniform(0.4, 1.1, shape[::2]) + 1e-30
+                whole = isinstance(numbers, Integers)
+                for zeros in (None, rng.integers(0, 8, shape[::2]).astype(numbers.dtype) if whole else None):
+                    choice = Choice(scales.astype(np.float32), scales, zeros)
+                    found, expected = coded(blocks, numbers, choice), _coded(blocks, numbers, choice)
+                    assert np.array_equal(found.codes, expected.codes), (numbers, shape)
+                    np.testing.assert_allclose(found.lost, expected.lost, rtol=1e-12)
+        few, many = np.zeros(4, np.float32), np.zeros(8, np.float32)
+        for sizes in ((2, 1, 1, 4), (1, 1, 1, 5), (0, 1, 1, 4), (1, -1, -1, 4), (1, 1 << 40, 1 << 40, 1)):
+            with pytest.raises(ValueError, match="shorter"):
+                native.coded(few, many, many[:0], few.view(np.uint8), many.view(np.float64), *sizes, *E4M3.form)
+    finally:
+        native.choose(LEVELS[0])
+
+
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An FP8 base and two plain fine-tunes, of weights that take several units, tiles and shards."""
@@ -348,7 +375,8 @@ def test_transformers_loads_experts(tmp_path):
     import transformers
 
     shape = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4,
-             "head_dim": 16, "num_key_value_heads": 2, "num_experts_per_tok": 2, "vocab_size": 96, "pad_token_id": 0}  # fmt: skip
+             "head_dim": 16, "num_key_value_heads": 2, "num_experts_per_tok": 2, "vocab_size": 96,
+             "pad_token_id": 0}  # fmt: skip
     moe = transformers.Qwen3MoeConfig(**shape, moe_intermediate_size=32, num_experts=4)
     oss = transformers.GptOssConfig(**shape, num_local_experts=2, layer_types=["full_attention"])
     for seed, name in enumerate(("base", "tune")):

@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
+from deltamerge.io import kernels
 from deltamerge.io.dtypes import bits_type
 from deltamerge.io.quantised.numbers import Integers, Numbers, scales_in
 from deltamerge.io.quantised.weight import CHUNK, Array, Floats
@@ -71,7 +72,18 @@ def best(blocks: Floats, numbers: Numbers, choices: Iterable[Choice]) -> Found:
 
 
 def coded(blocks: Floats, numbers: Numbers, choice: Choice) -> Found:
-    """Blocks (a, m, b, n) coded: code = round((x − bias) / scale) + zero."""
+    """Blocks (a, m, b, n) coded: code = round((x − bias) / scale) + zero; by the compiled kernels, else by numpy."""
+    form = numbers.form if choice.bias is None else None
+    native = kernels.native()
+    if native is not None and form is not None:
+        codes, lost = np.empty(blocks.shape, np.uint8), np.zeros(choice.scales.shape)
+        shifts = np.zeros(0, np.float32) if choice.zeros is None else choice.zeros.astype(np.float32)
+        native.coded(blocks, np.ascontiguousarray(choice.scales), shifts, codes, lost, *blocks.shape, *form)
+        return Found(codes, choice.stored, choice.zeros, None, lost)
+    return _coded(blocks, numbers, choice)
+
+
+def _coded(blocks: Floats, numbers: Numbers, choice: Choice) -> Found:
     over = choice.scales[:, None, :, None]
     bias = None if choice.bias is None else choice.bias[0][:, None, :, None]
     quotient = blocks / over if bias is None else (blocks - bias) / over
@@ -252,13 +264,23 @@ def packed(codes: Array, numbers: Numbers, packing: Packing) -> Array:
     if packing == "nibbles":
         return np.asarray(codes[:, 0::2] | codes[:, 1::2] << np.uint8(4), np.uint8)
     assert isinstance(numbers, Integers)
-    return pack_words(codes.view(numbers.dtype).astype(np.int16) - numbers.least, numbers.bits)
+    return pack_words(codes + np.uint8(-numbers.least), numbers.bits)
 
 
 def pack_words(codes: Array, bits: int) -> Array:
-    """Rows of unsigned integers of `bits` bits in words of 32, without gaps, the first in the lowest bits; int32."""
+    """Rows of integers in words of 32, without gaps, the first in the lowest bits; int32. Of an integer the lowest
+    `bits` bits are taken."""
     rows, columns = codes.shape
     words = -(-columns * bits // 32)
+    codes = codes & (1 << bits) - 1
+    if 8 % bits == 0:  # bytes hold whole codes
+        full = np.zeros((rows, words * 32 // bits), np.uint8)
+        full[:, :columns] = codes
+        parts = full.reshape(rows, -1, 8 // bits)
+        filled = parts[:, :, 0].copy()
+        for k in range(1, 8 // bits):
+            filled |= parts[:, :, k] << np.uint8(k * bits)
+        return filled.view("<i4")
     sent = np.zeros((rows, words + 1), np.uint64)
     place = np.arange(columns) * bits // 32
     for first in range(32):  # codes of one residue never share a word with another

@@ -22,6 +22,10 @@ class Numbers(Protocol):
     def largest(self) -> float:
         """The largest number."""
 
+    @property
+    def form(self) -> tuple[int, ...] | None:
+        """How the kernels know them (kernels/src/loops.h, CodeForm); None: they do not."""
+
     def codes(self, values: Floats) -> Array:
         """The code (uint8) of the number nearest to each finite value; `values` may be changed."""
 
@@ -41,6 +45,10 @@ class SmallFloats:
     @property
     def largest(self) -> float:
         return float(self.table[self.last])
+
+    @property
+    def form(self) -> tuple[int, ...]:
+        return self.exponent, self.mantissa, self.bias, self.last, 0, 0
 
     def codes(self, values: Floats) -> Array:
         """Round the bits of a normal number by adding half of what is cut off; below the normal numbers, by adding a
@@ -102,6 +110,10 @@ class Integers:
         return float(self.least + (1 << self.bits) - 1)
 
     @property
+    def form(self) -> tuple[int, ...]:
+        return 0, 0, 0, 0, self.least, int(self.largest)
+
+    @property
     def dtype(self) -> str:
         """numpy's, of a byte."""
         return "i1" if self.signed else "u1"
@@ -124,6 +136,10 @@ class Table:
     @property
     def largest(self) -> float:
         return max(self.numbers)
+
+    @property
+    def form(self) -> None:
+        return None
 
     def codes(self, values: Floats) -> Array:
         order = np.argsort(np.asarray(self.numbers, np.float32), kind="stable")
