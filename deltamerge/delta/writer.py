@@ -21,7 +21,7 @@ from deltamerge.delta.tensor_writer import BaseTensor, Stored, Storing, TensorWr
 from deltamerge.delta.values import Values, relative_error
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.component import Component
-from deltamerge.io.files import copy_at, output_error, write_at
+from deltamerge.io.files import copy_at, write_at, writing
 from deltamerge.io.journal import Journal
 from deltamerge.io.layout import FileLayout, Layout, plan_layout
 
@@ -105,20 +105,17 @@ class DeltaWriter:
         manifest = self._manifest.model_copy(update={"tensors": {n: t.record for n, t in self._tensors.items()}})
         stored = [array for tensor in tensors for array in tensor.stored]
         layout = plan_layout([(a.name, a.dtype, (a.length,)) for a in stored], self._shard_size)
-        with errors.context(str(self._folder)):
-            try:
-                files = [self._write_file(file, layout, stored) for file in layout.files]
-                if layout.indexes:
-                    index = {
-                        "metadata": {"total_size": layout.total_size},
-                        "weight_map": {name: _renamed(place.file) for name, place in layout.tensors.items()},
-                    }
-                    files.append(self._folder / INDEX)
-                    files[-1].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-                files.append(self._folder / MANIFEST)
-                files[-1].write_text(_manifest_text(manifest), encoding="utf-8")
-            except OSError as error:
-                raise output_error(error) from error
+        with errors.context(str(self._folder)), writing():
+            files = [self._write_file(file, layout, stored) for file in layout.files]
+            if layout.indexes:
+                index = {
+                    "metadata": {"total_size": layout.total_size},
+                    "weight_map": {name: _renamed(place.file) for name, place in layout.tensors.items()},
+                }
+                files.append(self._folder / INDEX)
+                files[-1].write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+            files.append(self._folder / MANIFEST)
+            files[-1].write_text(_manifest_text(manifest), encoding="utf-8")
         self._finished = True
         return Summary(
             sum(file.stat().st_size for file in files),

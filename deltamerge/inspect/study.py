@@ -95,16 +95,9 @@ def recommend(
     workers: int | None = None,
     watch: Watch = lambda _: lambda _: None,
 ) -> Recommendation:
-    """The recommended pruning at `density`, and its recipe, which is written to `out` if given.
+    """The recommended pruning at `density`, and its recipe, which is written to `out`, a new file, if given.
 
-        model, base   folders or hub ids
-        density       of the pruning
-        calibration   as in a recipe; a `label` in it asks for the metric of the held-out rows
-        out           a new file
-        device        "cpu" or a GPU
-        workers       threads
-        watch         as for `inspect`
-
+    The other arguments are those of `inspect`; a `label` in `calibration` asks for the metric of the held-out rows.
     OutputError: `out` exists, or cannot be written.
     """
     if out is not None and os.path.lexists(out):

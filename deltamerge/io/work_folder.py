@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import re
 import stat
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 
 from deltamerge.errors import OutputError
+from deltamerge.errors.shown import some
 from deltamerge.io.atomic import PASSING, sweep
 from deltamerge.io.component import DEEPEST, is_plain_folder
 from deltamerge.io.files import opened
@@ -26,7 +27,7 @@ HOLDER = re.compile(
 )  # or its start
 PART_JOURNAL = re.compile(r"journal-(\d+)-of-(\d+)")
 
-_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK  # O_NONBLOCK: a pipe is refused instead of blocking
 _GONE = r"\.nfs[0-9a-f]+"  # NFS gives this name to a file that is removed while open
 _FILES = re.compile(
@@ -69,7 +70,7 @@ def look(state: Path) -> frozenset[str] | None:
         return None
     if wrong:
         raise OutputError(
-            f"{state}: holds what no run wrote there: {some(wrong)}",
+            f"{state}: holds what no run wrote there: {some(sorted(wrong))}",
             hint="move that away, or choose another folder with --out",
         )
     return frozenset(modes)
@@ -137,12 +138,6 @@ def sweep_files(state: Path) -> None:
             sweep(folder)
 
 
-def some(names: Iterable[str]) -> str:
-    """The first of several names, and the number of the others."""
-    listed = sorted(names)
-    return ", ".join(listed[:4]) + (f" and {len(listed) - 4} more" if len(listed) > 4 else "")
-
-
 def _modes(folder: int) -> dict[str, int]:
     modes = {}
     for name in os.listdir(folder):
@@ -163,13 +158,9 @@ def _foreign(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> 
     """The names in a folder of the work folder that no run wrote; the artifact of a budget keeps its spool in OUT, and
     a model of several components has folders for them (`inside` OUT or OLD)."""
     inside = inside or name
-    try:
-        inner = os.open(name, _FOLDER, dir_fd=folder)
-    except FileNotFoundError:
-        return []
-    try:
+    wrong: list[str] = []
+    with suppress(FileNotFoundError), opened(name, _FOLDER, folder) as inner:
         modes = _modes(inner)
-        wrong: list[str] = []
         if name == OUT and stat.S_ISDIR(modes.get(SPOOL, 0)):
             del modes[SPOOL]
             wrong = _foreign(inner, SPOOL)
@@ -177,8 +168,6 @@ def _foreign(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> 
             del modes[part]
             wrong += _foreign(inner, part, inside, depth - 1)
         wrong += [_named(n, mode) for n, mode in modes.items() if not _is_file_of(n, mode, inside)]
-    finally:
-        os.close(inner)
     return [f"{name}/{one}" for one in wrong]
 
 
@@ -189,8 +178,7 @@ def _is_part(name: str, mode: int, inside: str) -> bool:
 
 def _empty(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> None:
     inside = inside or name
-    inner = os.open(name, _FOLDER, dir_fd=folder)
-    try:
+    with opened(name, _FOLDER, folder) as inner:
         for one, mode in _modes(inner).items():
             if one == SPOOL and name == OUT and stat.S_ISDIR(mode):
                 _empty(inner, SPOOL)
@@ -200,8 +188,6 @@ def _empty(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> No
                 os.rmdir(one, dir_fd=inner)
             elif _is_file_of(one, mode, inside):
                 _unlink(one, inner)
-    finally:
-        os.close(inner)
 
 
 def _unlink(name: str, folder: int) -> None:

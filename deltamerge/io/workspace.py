@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError, OutputError
+from deltamerge.errors.shown import some
 from deltamerge.io import work_folder
 from deltamerge.io.atomic import exchange
 from deltamerge.io.files import output_error, sync_path
@@ -38,7 +39,7 @@ from deltamerge.io.journal import Journal, check_facts, has_work, named_inode, p
 from deltamerge.io.lock_file import LOCK_NAME, not_made
 from deltamerge.io.seals import Seal, damages
 from deltamerge.io.tree import files_of, folders_in
-from deltamerge.io.work_folder import JOURNAL, LOCK, OLD, OUT, some
+from deltamerge.io.work_folder import JOURNAL, LOCK, OLD, OUT
 from deltamerge.io.work_lock import locked, looked
 
 KEPT = "what is done is kept: run the same command again"
@@ -106,12 +107,12 @@ class Workspace:
     def _check(self, outputs: Mapping[str, Mapping[str, Any]], seals: Mapping[str, Seal], workers: int) -> None:
         names = files_of(self.folder).keys()
         if strange := (names - {*outputs}) ^ {LOCK_NAME}:
-            raise OutputError(f"{self.folder}: holds what no run wrote, or has no lock: {some(strange)}")
+            raise OutputError(f"{self.folder}: holds what no run wrote, or has no lock: {some(sorted(strange))}")
         if wrong := damages(self.folder, outputs, seals, workers):
             for name in wrong:
                 with suppress(OSError):
                     (self.folder / name).unlink()
-            named = some(f"{name} {what}" for name, what in wrong.items())
+            named = some(sorted(f"{name} {what}" for name, what in wrong.items()))
             raise OutputError(f"{self.target}: not made, as of its files {named}", hint="run it again")
 
     def _put(self) -> Callable[[], object]:
@@ -149,7 +150,7 @@ def check_replaced(target: Path, *, force: bool, changed: bool = False) -> None:
     lost = not_made(target)
     if lost and force:
         raise OutputError(
-            f"{target}: --force replaces only what a run made, and would delete {some(lost)}",
+            f"{target}: --force replaces only what a run made, and would delete {some(sorted(lost))}",
             hint="move that away or remove the folder yourself, or choose another with --out",
         )
     if not force:

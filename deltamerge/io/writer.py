@@ -17,7 +17,7 @@ from deltamerge import errors
 from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.io.audit import Audit, Findings, TensorSpan
 from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.files import Descriptors, flat, output_error, reserve, sync, sync_path, write_at, writing
+from deltamerge.io.files import Descriptors, flat, opened, output_error, reserve, sync, sync_path, write_at, writing
 from deltamerge.io.journal import Journal
 from deltamerge.io.layout import FileLayout, Layout, Place
 from deltamerge.io.outbox import Outbox
@@ -233,20 +233,13 @@ class Writer:
 
     def _create(self, file: FileLayout) -> None:
         there = any(self._written[file.name])
-        flags = os.O_WRONLY | os.O_CLOEXEC | (0 if there else os.O_CREAT | os.O_EXCL)
-        with errors.context(file.name):
-            try:
-                (self._folder / file.name).parent.mkdir(parents=True, exist_ok=True)
-                fd = os.open(self._folder / file.name, flags, 0o666)
-            except OSError as error:
-                raise output_error(error) from error
-            try:
+        flags = os.O_WRONLY | (0 if there else os.O_CREAT | os.O_EXCL)
+        path = self._folder / file.name
+        with errors.context(file.name), writing():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with opened(path, flags) as fd:
                 reserve(fd, file.size)
                 write_at(fd, 0, memoryview(file.header))
-            except OSError as error:
-                raise output_error(error) from error
-            finally:
-                os.close(fd)
         self._written[file.name].add(0, len(file.header))
 
 
@@ -263,8 +256,5 @@ def done_spans(records: Iterable[Mapping[str, Any]]) -> dict[str, Spans]:
 def write_index(folder: Path, layout: Layout) -> None:
     """Write the indexes of a layout, where it has shards."""
     for name, text in layout.indexes.items():
-        with errors.context(name):
-            try:
-                (folder / name).write_text(text, encoding="utf-8")
-            except OSError as error:
-                raise output_error(error) from error
+        with errors.context(name), writing():
+            (folder / name).write_text(text, encoding="utf-8")

@@ -7,6 +7,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.errors.shown import some
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.component import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
 from deltamerge.io.config_file import code_of as code_of
@@ -69,8 +70,7 @@ def remarks(name: str, template: Checkpoint, models: Sequence[tuple[str, Checkpo
             yield f"{other} is read from torch's own files: tables of tensors alone, nothing in them is run"
     code = sorted(dict.fromkeys(_code(template)))
     if code:
-        shown = ", ".join(code[:4]) + (f" and {len(code) - 4} more" if len(code) > 4 else "")
-        yield f"{name} brings its own code ({shown}): copied, never run; whoever loads the output must trust it"
+        yield f"{name} brings its own code ({some(code)}): copied, never run; whoever loads the output must trust it"
 
 
 def _code(checkpoint: Checkpoint) -> Iterator[str]:

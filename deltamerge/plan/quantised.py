@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from deltamerge.errors.shown import some
 from deltamerge.io.dtypes import TORCH_NAMES
 from deltamerge.plan.inputs import Input, Inputs
 
@@ -21,9 +22,7 @@ def remarks(inputs: Inputs, dtypes: Mapping[str, str]) -> Iterator[str]:
             written = " and ".join(TORCH_NAMES[dtype] for dtype in _written(model, inputs, dtypes))
             yield f"{model.name}: quantised ({scheme}), read as float32, written as {written}"
         if scheme.dropped:
-            more = f" and {len(scheme.dropped) - SHOWN} more" if len(scheme.dropped) > SHOWN else ""
-            names = ", ".join(scheme.dropped[:SHOWN])
-            yield f"{model.name}: left out, scales of a cache or of activations: {names}{more}"
+            yield f"{model.name}: left out, scales of a cache or of activations: {some(scheme.dropped, SHOWN)}"
 
 
 def _written(model: Input, inputs: Inputs, dtypes: Mapping[str, str]) -> list[str]:

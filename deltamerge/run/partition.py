@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from deltamerge.errors import InputError, OutputError, UsageError
+from deltamerge.errors.shown import some
 from deltamerge.io.journal import check_facts, part_journals
 from deltamerge.io.layout import Layout
 from deltamerge.io.seals import Seal, damages, seal
@@ -124,10 +125,9 @@ def check_shards(
     known = {file.name: outputs[file.name] for file in layout.files if file.name not in wrong}
     wrong |= damages(work.folder, known, {}, workers)
     if wrong:
-        named = ", ".join(f"{name} {what}" for name, what in sorted(wrong.items())[:4])
         again = sorted({of.get(name, "I/N") for name in wrong})
         raise OutputError(
-            f"{work.target}: {named}{f' and {len(wrong) - 4} more' if len(wrong) > 4 else ''}",
+            f"{work.target}: {some(f'{name} {what}' for name, what in sorted(wrong.items()))}",
             hint=f"make it again with {', '.join(f'--part {part}' for part in again[:4])}, then --finish",
         )
     return outputs, seals

@@ -120,7 +120,7 @@ def test_plan_names_every_tensor(folder, capsys):
     assert plan["peak_bytes"] > 0
     code, out, _ = call(capsys, "plan", folder / "good.yaml")
     assert "dare_ties" in out
-    assert "./a weight=0.5 dare density=0.5 q=0.5" in out
+    assert "./a: weight=0.5 dare density=0.5 q=0.5" in out
 
 
 def test_memory_is_a_cap(folder, tmp_path, capsys):
@@ -210,9 +210,9 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 FLAGS = {
     "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
-    "--mergekit-exact --allow-nonfinite --allow-pickles --set --pictures --json --quiet --verbose, --verbosity --help",
-    "check": "--offline --mergekit-exact --allow-pickles --set --output-format --json --help",
-    "plan": "--device --workers --memory --diff --graph --mergekit-exact --allow-pickles --set --json --help",
+    "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --json --quiet --verbose, --verbosity --help",
+    "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --help",
+    "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
