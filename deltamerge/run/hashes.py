@@ -155,7 +155,7 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
 def hashed_as_read(info: TensorInfo) -> TensorInfo | None:
     """The stored tensor whose bytes the compiled loop hashes as it reads `info`; None: those are made another way."""
     if isinstance(info.made, Scaled):
-        return info.made.codes if info.made.is_plain and info.made.form != "packed" and not info.begin else None
+        return info.made.codes if info.made.is_plain and info.made.bits and not info.begin else None
     return info if info.made is None else None
 
 

@@ -53,10 +53,9 @@ class StoredSource:
         return self.info.begin if self.coded is None else self.coded.codes.begin
 
     @property
-    def hashed_itemsize(self) -> int:
-        """The bytes of an element in the file; 0 where codes are smaller than bytes and are not hashed as they are
-        read."""
-        return self.itemsize if self.coded is None else int(self.coded.form != "packed")
+    def bits(self) -> int:
+        """The bits of an element in the file; 0: its elements do not follow each other there."""
+        return 8 * self.itemsize if self.coded is None else self.coded.bits
 
 
 @dataclass(frozen=True, slots=True)

@@ -81,7 +81,7 @@ class Program:
             return None
         if self.pieces and room:
             for source, place in enumerate(self.sources):
-                if place.hashed_itemsize and memory[source] is None:
+                if self._hashed_bits(place) and memory[source] is None:
                     count = hashed[source] // PIECE_BYTES - first_pieces[source]
                     self.pieces.give(place.path, int(first_pieces[source]), digests[source, :count])
         found: dict[int, Any] = {}
@@ -116,14 +116,20 @@ class Program:
         for row, place, made, part in zip(rows, self.sources, memory, coded, strict=True):
             fd, at = (IN_MEMORY, _address(made)) if made is not None else (_fd(place), 0)
             row[:] = fd, place.begin, codes.DTYPES[place.info.dtype], at, NOT_CODED if part is None else len(described)
-            described += [] if part is None else [part.numbers()]
+            described += [] if part is None else [part.numbers(self._hashed_bits(place) > 0)]
         return rows, np.array(described, np.int64)
 
     def _room(self, start: int, stop: int) -> tuple[NDArray[np.int64], int]:
         """The number of the first piece of each source's file, and how many pieces any of them may have."""
-        begins = (place.begin + start * place.hashed_itemsize for place in self.sources)
-        longest = (stop - start) * max((place.hashed_itemsize for place in self.sources), default=0)
+        bits = [self._hashed_bits(place) for place in self.sources]
+        begins = (place.begin + start * width // 8 for place, width in zip(self.sources, bits, strict=True))
+        longest = (stop - start) * max(bits, default=0) // 8
         return np.array([-(-x // PIECE_BYTES) for x in begins], np.int64), longest // PIECE_BYTES if self.pieces else 0
+
+    def _hashed_bits(self, place: StoredSource) -> int:
+        """The bits of an element in a source's file; 0 where pieces may begin within a byte: they are not hashed."""
+        begins = (self.block, max(codes.PIECE, self.assembly.chunk))
+        return 0 if any(begin * place.bits % 8 for begin in begins) else place.bits
 
     def _place_counters(self, operations: NDArray[Any], blocks: int) -> NDArray[np.int64]:
         total = 0

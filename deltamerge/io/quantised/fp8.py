@@ -25,7 +25,7 @@ def decoded(stored: Stored) -> TensorInfo:
     that do not fit."""
     codes = stored.codes
     if codes.dtype not in ("F8_E4M3", "F8_E5M2"):
-        raise InputError(f"is {codes.dtype} and not float8, beside scales", hint=AGAIN)
+        raise InputError(f"is {codes.dtype} beside scales, must be F8_E4M3 or F8_E5M2", hint=AGAIN)
     if "config_groups" in stored.settings:
         return compressed.decoded(stored)
     return compressed.scaled_by(stored, block_size(stored.settings))

@@ -78,6 +78,13 @@ class Scaled:
         """Whether the kernels can make numbers of its codes."""
         return bool(self.columns) and self.order is None and (self.dense or WORD % self.width == 0)
 
+    @property
+    def bits(self) -> int:
+        """The bits of an element in the file; 0 where rows end within a word."""
+        width = self.width if self.form == "packed" else 8
+        stride = 8 * ITEMSIZE[self.codes.dtype] * (self.codes.shape[-1] if self.codes.shape else 1)
+        return width if stride == self.columns * width else 0
+
     def part(self, read: Read, start: int, stop: int) -> Part | None:
         """What the compiled loop needs for elements [start, stop); None: a scale there is 0; `fill` looks into it."""
         blocks = self.scales.grid.rows_of(start // self.columns, -(-stop // self.columns))
@@ -161,7 +168,7 @@ class Part:
     zeros: Floats | None
     line: int
 
-    def numbers(self) -> tuple[int, ...]:
+    def numbers(self, hashed: bool) -> tuple[int, ...]:
         """The fields of `CodedSource` (kernels/src/program.h); the arrays must live as long as they are used."""
         weight, grid = self.weight, self.weight.scales.grid
         addresses = (
@@ -173,7 +180,7 @@ class Part:
         stride = codes.shape[-1] * ITEMSIZE[codes.dtype] if codes.shape else 1
         return (
             form, width, weight.columns, stride, *addresses, grid.height, grid.m, grid.n, grid.down, grid.across,
-            self.line,
+            self.line, hashed,
         )  # fmt: skip
 
 

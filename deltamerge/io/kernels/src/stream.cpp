@@ -115,8 +115,7 @@ bool Stream::read_file(i64 s) {
   return true;
 }
 
-// Reads the piece's codes, and puts their numbers where a float32 source has its elements. Codes of whole bytes are
-// hashed; others may share their first byte with the piece before.
+// Reads the piece's codes, and puts their numbers where a float32 source has its elements.
 bool Stream::read_codes(i64 s) {
   const Source& source = p_.sources[s];
   const CodedSource& codes = p_.coded[source.coded];
@@ -139,7 +138,7 @@ bool Stream::read_codes(i64 s) {
     loops_.scale_row(rows, raw + (row * codes.stride - first_byte), line, first, count, out + (at - at_));
     at += count;
   }
-  if (r_.room > 0 && codes.width == 8 && codes.stride == codes.columns) {
+  if (r_.room > 0 && codes.hashed != 0) {
     hash_piece(s, source.begin + first_byte, source.begin + end_byte, raw);
   }
   return true;

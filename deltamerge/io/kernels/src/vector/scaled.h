@@ -28,6 +28,10 @@ struct Int8 {
   float operator()(u8 code) const { return float(std::int8_t(code)); }
 };
 
+struct Uint8 {
+  float operator()(u8 code) const { return float(code); }
+};
+
 // out = (number - zero) * scale of `count` codes that share both.
 template <class Number>
 void scale_codes(const u8* codes, Number number, float zero, float scale, bool shifted, float* out, i64 count) {
@@ -68,7 +72,9 @@ void scale_block(const ScaledRows& rows, const u8* row, i64 first, float zero, f
     scale_codes(row + first, Int8(), zero, scale, shifted, out, count);
   } else {
     const float middle = zero + float(u32(1) << (rows.width - 1));
-    if (rows.width == 4 && first % 2 == 0) {
+    if (rows.width == 8) {
+      scale_codes(row + first, Uint8(), middle, scale, true, out, count);
+    } else if (rows.width == 4 && first % 2 == 0) {
       scale_nibbles(row + first / 2, middle, scale, out, count);
     } else {
       scale_bits(row, rows.width, first, middle, scale, out, count);
