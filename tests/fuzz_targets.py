@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import gguf
+import numpy as np
 import torch
 import yaml
 from conftest import make_checkpoint, write_json
@@ -27,11 +29,13 @@ from deltamerge.delta.manifest import Base
 from deltamerge.delta.tensor_writer import BaseTensor
 from deltamerge.delta.writer import DeltaWriter
 from deltamerge.errors import DeltamergeError
-from deltamerge.io.checkpoint import INDEX, open_checkpoint, shards_of, weight_source
+from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
 from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
 from deltamerge.io.lock_file import LOCK_NAME
+from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
+from deltamerge.io.weight_files import shards_of, weight_source
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run import hashes
 from deltamerge.run.lock import Lock, verify
@@ -91,6 +95,22 @@ def make_valid_files(folder: Path) -> None:
 
     make_vocabularies(folder)
     make_adapter(folder / "lora")
+    make_gguf(folder / "tiny.gguf")
+
+
+def make_gguf(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {"block_count": 1, "attention.head_count": 2, "embedding_length": 32}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name in ("token_embd", "blk.0.attn_q", "blk.0.attn_k"):
+        writer.add_tensor(f"{name}.weight", gguf.quantize(np.ones((4, 32), np.float32), kind), raw_dtype=kind)
+    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def make_vocabularies(folder: Path) -> None:
@@ -193,6 +213,19 @@ class Targets:
         path = self.scratch / "x.safetensors"
         path.write_bytes(data)
         tolerates(lambda: read_header(path))
+
+    def gguf(self, data: bytes) -> None:
+        path = self.scratch / "x.gguf"
+        path.write_bytes(data)
+
+        def read() -> None:
+            with Reader() as reader:
+                for info in open_checkpoint(path).tensors.values():
+                    if info.nbytes < 1 << 16:
+                        reader.read_into(info, 0, bytearray(info.nbytes))
+
+        with np.errstate(all="ignore"):
+            tolerates(read)
 
     def index(self, data: bytes) -> None:
         (self._kept["a"] / INDEX).write_bytes(data)
@@ -330,6 +363,7 @@ class Targets:
         known: dict[str, Callable[[], list[bytes]]] = {
             "recipe": lambda: [path.read_bytes() for path in RECIPES],
             "header": lambda: [save(TENSORS), save(TENSORS)[8 : -len(BODY)]],
+            "gguf": lambda: [(self.place / "tiny.gguf").read_bytes()],
             "index": lambda: [(self.place / "a" / INDEX).read_bytes()],
             "delta": lambda: [(self.place / "delta" / "delta.json").read_bytes()],
             "arrays": lambda: [(self.place / "delta" / "delta.safetensors").read_bytes()],
@@ -349,8 +383,8 @@ class Targets:
 
 
 NAMES = (
-    "recipe", "header", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config", "special_tokens",
-    "generation", "config", "adapter", "listing", "ranges", "head",
+    "recipe", "header", "gguf", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config",
+    "special_tokens", "generation", "config", "adapter", "listing", "ranges", "head",
 )  # fmt: skip
 JSON = (
     "tokenizer", "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing",

@@ -24,6 +24,7 @@ from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.layout import Layout, plan_layout
 from deltamerge.io.names import numbered_blocks
 from deltamerge.io.quantised.coding import Coding
+from deltamerge.io.quantised.packing import kept_bytes
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
 from deltamerge.plan.delta_graph import Stages
@@ -243,6 +244,7 @@ def _plan(
         layout = plan_layout(metas, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
     outputs = tuple(row.output(layout) for row in rows)
     held = (held_by_delta if recipe.output.kind == "delta" else held_by_files)(outputs, workers)
+    held += kept_bytes(info for model in inputs.all for info in model.tensors.values())
     roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
     costs = {root: cost(root) for root in roots}
     held += held_coded(outputs, workers)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import struct
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -20,6 +22,7 @@ from deltamerge.errors import InputError
 from deltamerge.io import hub_answers
 from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.dtypes import ITEMSIZE, bits_type, widen
+from deltamerge.io.gguf import blocks
 from deltamerge.io.gguf.blocks import tensor_of
 from deltamerge.io.gguf.header import read_gguf_header
 from deltamerge.io.gguf.names import ARCHITECTURES
@@ -250,3 +253,22 @@ def test_a_file_on_the_hub(server, tmp_path, monkeypatch):
     server.status = 503
     again = open_model(f"org/m@{found.revision}:b.gguf", tmp_path, weights=False)
     assert again.tensors.keys() == found.tensors.keys()
+
+
+def test_a_file_is_opened_without_torch(tmp_path):
+    write(tmp_path / "m.gguf", "llama")
+    code = (
+        "import sys; from pathlib import Path; from deltamerge.io.checkpoint import open_checkpoint; "
+        f"open_checkpoint(Path({str(tmp_path / 'm.gguf')!r})); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_package_is_asked_for(tmp_path, monkeypatch):
+    write(tmp_path / "m.gguf", "llama")
+    for cached in (blocks.package, blocks.block_of):
+        cached.cache_clear()
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(InputError, match="GGUF files need gguf") as raised:
+        open_checkpoint(tmp_path / "m.gguf")
+    assert raised.value.hint == "pip install 'deltamerge[gguf]'"

@@ -15,7 +15,7 @@ from running import make_plan, run
 from deltamerge.run.apply import apply
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-ELSEWHERE = {"fp8.yaml", "mxfp4.yaml"}  # of quantised models: tests/run/test_quantised_recipes.py, test_packed_merges.py
+ELSEWHERE = {"fp8.yaml", "mxfp4.yaml"}  # tests/run/test_quantised_recipes.py, tests/run/test_packed_merges.py
 
 
 @pytest.fixture(scope="module")

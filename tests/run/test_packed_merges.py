@@ -11,6 +11,7 @@ import transformers
 from conftest import load_tensors, make_checkpoint
 from running import run
 
+from deltamerge.inspect.diff import diff
 from deltamerge.io.checkpoint import open_checkpoint
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
@@ -112,5 +113,7 @@ def test_a_merge_over_a_gguf_base_loads(tmp_path):
     assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
     assert any("config.json is made of what it says" in note for note in said)
     assert any("a tokenizer that transformers cannot make" in note for note in said)
+    differ = diff(str(tmp_path / "base.gguf"), str(tmp_path / "plain"), 1)
+    assert (differ["kind"], differ["changed"]) == ("checkpoints", 0)
     _, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))

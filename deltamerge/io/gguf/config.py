@@ -60,6 +60,8 @@ def config_of(header: GgufHeader, known: Architecture, names: Collection[str], r
     umt5 = known.model_type == "t5" and "umt5" in str(pairs.get("general.name")).lower()
     table_name = "umt5" if umt5 else TABLES.get(arch, arch)
     theirs: Mapping[str, Any] = GGUF_CONFIG_MAPPING
+    if table_name not in theirs:
+        raise InputError(f"this transformers has no config for {arch}", hint=f"upgrade transformers, or {HINT}")
     table: Mapping[str, str | None] = {**MORE, **theirs[table_name], **MORE_OF.get(table_name, {})}
     config: dict[str, Any] = {
         "architectures": [known.model.replace("T5", "UMT5") if umt5 else known.model],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,6 +103,11 @@ def columns_of(read: Read, info: TensorInfo, rows: int, width: int, first: int, 
     ends = np.arange(1, rows + 1) * (last - first) * size
     read.read_runs(info, offsets, ends, found)
     return found
+
+
+def kept_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """The memory that slabs of these tensors take while they are read: those whose `made` says that it `keeps` some."""
+    return KEPT if any(getattr(info.made, "keeps", False) for info in tensors) else 0
 
 
 def kept(read: Read, key: object, make: Callable[[], Array]) -> Array:
