@@ -117,6 +117,8 @@ def _mlx(made: Packed, shape: Shape, settings: Mapping[str, Any]) -> Coding:
 
 
 def _gptq(made: Gptq, shape: Shape, settings: Mapping[str, Any]) -> Coding:
+    if made.order is None and made.inputs % made.group:
+        raise InputError(f"has groups of {made.group} that do not divide {made.inputs} inputs, which cannot be written")
     parts = (_part(made.codes, shape[0]), _part(made.scales, shape[0]), _part(made.zeros, shape[0]))
     return Coding(shape, GptqCoder(made, settings.get("sym") is True), (shape[0], shape[1]), shape[0], parts)
 

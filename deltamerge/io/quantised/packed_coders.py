@@ -123,7 +123,8 @@ class GptqCoder:
 
     def encode(self, values: Floats, read: Read) -> Coded:
         like = self.like
-        order = like._groups(read)
+        groups = like.groups(read)
+        order = np.arange(like.inputs) // like.group if groups is None else groups
         sizes = np.bincount(order, minlength=like.scales.shape[0])
         if len(set(sizes.tolist())) != 1:
             raise InputError(f"{like.codes.name}: its groups differ in size, and cannot be written")
