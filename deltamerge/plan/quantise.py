@@ -231,7 +231,7 @@ class Afresh:
         form = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}[self.wanted.scheme]
         group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens, "output_activations": None}
         return {
-            "config_groups": {"group_0": {**group, "format": form}},
+            "config_groups": {"group_0": group},
             "format": form,
             "ignore": list(plain),
             "quant_method": "compressed-tensors",

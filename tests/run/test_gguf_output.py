@@ -18,6 +18,9 @@ from running import run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from deltamerge.errors import InputError, OutputError
+from deltamerge.io.checkpoint import open_checkpoint
+from deltamerge.io.quantised.decode import decoded
+from deltamerge.io.reader import Reader
 from deltamerge.run.gguf_vocabulary import CONTROL, SPLITS, UNUSED, USER_DEFINED, sentences, vocabulary
 
 gguf = pytest.importorskip("gguf")
@@ -90,6 +93,16 @@ def test_transformers_reads_the_same_model_from_it(case, tmp_path):
     with torch.no_grad():
         expected, found = one(torch.tensor([ids])).logits, two(torch.tensor([ids])).logits
     assert (expected - found).abs().max() <= (0.03 if kind == "q8_0" else 0) * expected.abs().max()
+    tensors = load_tensors(out)
+    ours = decoded(open_checkpoint(out / name)).tensors  # by our own reader
+    assert {n: info.shape for n, info in ours.items()} == {n: tuple(t.shape) for n, t in tensors.items()}
+    with Reader() as read_by:
+        for tensor, info in ours.items():
+            values = np.empty(info.nbytes, np.uint8)
+            read_by.read_into(info, 0, values)
+            numbers = {"F32": np.float32, "F16": np.float16}.get(info.dtype)
+            if numbers is not None and kind != "q8_0":
+                assert np.array_equal(values.view(numbers).reshape(info.shape), tensors[tensor].float().numpy()), tensor
     reader = gguf.GGUFReader(out / name)
     stated = {field.name: field.contents() for field in reader.fields.values()}
     assert stated["tokenizer.ggml.pre"] == pre
@@ -101,7 +114,7 @@ def test_transformers_reads_the_same_model_from_it(case, tmp_path):
     ]  # fmt: skip
     if kind == "q8_0":
         values = {t.name: gguf.quants.dequantize(t.data, t.tensor_type) for t in reader.tensors}
-        exact = load_tensors(out)["model.layers.1.mlp.up_proj.weight"].double().numpy().reshape(-1, 32)
+        exact = tensors["model.layers.1.mlp.up_proj.weight"].double().numpy().reshape(-1, 32)
         scale = (np.abs(exact).max(1, keepdims=True) / 127).astype(np.float16).astype(np.float64)
         got = values["blk.1.ffn_up.weight"].reshape(-1, 32)
         assert (np.abs(got - exact) <= (0.5 + 127 / 2**11) * scale).all()  # a step of codes, and one of the scale
