@@ -12,7 +12,7 @@ from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import FLOATING
-from deltamerge.io.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index
+from deltamerge.io.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
 from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.quantised.detect import Scheme, keys_of, stated
 from deltamerge.io.quantised.encode import channels, fp8_blocks, int4_groups, kept
@@ -102,6 +102,12 @@ class Kept:
     scheme: Scheme
     stacked: bool
     count: int = 0
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.stacked:  # what a weight is in some layer, for layers that the model has not
+            prefix = _prefix(self.model)
+            self.kinds = {numbers_as_stars(name.removeprefix(prefix)): name for name in self.scheme.weights}
 
     def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
         name = self._name(target)
@@ -126,7 +132,9 @@ class Kept:
                 info = target.tensor if source is None else model.get(source)
                 if info is not None:
                     return info.name
-        return self.model.stored.get(target.name)
+        if (name := self.model.stored.get(target.name)) is not None or not self.stacked:
+            return name
+        return self.kinds.get(numbers_as_stars(target.name))
 
     def more(self) -> list[TensorInfo]:
         """Scales of keys, values and activations, which belong to no weight, under the template's names.

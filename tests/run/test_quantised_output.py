@@ -464,6 +464,20 @@ def test_a_weight_that_is_only_copied_is_copied_as_it_is_stored(llamas, tmp_path
     assert "quantization" not in made.lock
 
 
+def test_layers_of_a_plain_model_are_coded_as_the_others(llamas, tmp_path):
+    (tmp_path / "r.yaml").write_text(
+        f"merge_method: passthrough\nslices:\n- sources: [{{model: {llamas}/fp8, layer_range: [0, 2]}}]\n"
+        f"- sources: [{{model: {llamas}/tune, layer_range: [0, 2]}}]\noutput: {{quantization: keep}}\n"
+    )
+    made = run(tmp_path / "r.yaml", tmp_path / "out")
+    names = [f"model.layers.{number}.mlp.up_proj.weight" for number in range(4)]
+    stored, plain = load_tensors(made.folder), load_tensors(llamas / "tune")
+    assert [stored[name].dtype for name in names] == [torch.float8_e4m3fn] * 4
+    assert next(iter(made.lock["quantization"]["tensors"])).startswith("model.layers.2.")
+    found = values_of(made.folder)[names[3]]
+    assert np.abs(found - plain[names[1]].float().numpy()).max() < 0.05 * np.abs(found).max()
+
+
 def test_scales_of_caches_and_companions_stay(llamas, tmp_path):
     tensors = load_tensors(llamas / "fp8")
     tensors["model.layers.0.self_attn.k_scale"] = torch.tensor(0.5)
