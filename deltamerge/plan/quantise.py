@@ -62,6 +62,11 @@ def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
     models = [inputs.template, inputs.base, inputs.origin]
     for model in models:
         if model is not None and model.checkpoint.quantised is not None and model.checkpoint.quantised.weights:
+            if not model.checkpoint.quantised.plain:  # a GGUF file's
+                message = f"{model.name} ({model.checkpoint.quantised}) is in a form that cannot be written, only read"
+                raise RecipeError(
+                    recipe.source.path, [recipe.problem(("output", "quantization"), message, f"{PLAIN}, or fp8")]
+                )
             return Kept(model, inputs.template, model.checkpoint.quantised, stacked)
     named = " nor ".join(dict.fromkeys(model.name for model in models if model is not None))
     message = f"nothing to keep: no weight of {named} is quantised"

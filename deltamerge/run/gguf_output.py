@@ -6,7 +6,7 @@ k in its order of rotary pairs, frequencies of Llama 3's long contexts) stands h
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("qwen2"),
     "qwen3": Architecture("qwen3"),
 }
-KNOWN_ROPES = ("default", "linear", "llama3")
+COUNTS = ("num_hidden_layers", "max_position_embeddings", "hidden_size", "intermediate_size", "num_attention_heads")
+# What rotary positions of each kind need.
+ROPES: Mapping[str, tuple[str, ...]] = {
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": (
+        "rope_theta", "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings",
+    ),
+}  # fmt: skip
 
 
 def file_name(plan: Plan) -> str:
@@ -60,7 +68,8 @@ def check(plan: Plan) -> None:
     config = plan.config
     name = plan.inputs.template.name
     architecture = _architecture(config, name)
-    _rope(config, name)
+    _check_numbers(config, COUNTS, name)
+    _check_numbers({**config, **_rope(config, name)}, ("rms_norm_eps", "rope_theta"), name)
     for output in plan.outputs:
         _renamed(architecture, config, output.name, name)
     source = (plan.inputs.vocabulary or plan.inputs.template).checkpoint
@@ -114,10 +123,20 @@ def _rope(config: Mapping[str, Any], name: str) -> dict[str, Any]:
     if not isinstance(said, Mapping) or any(isinstance(value, Mapping) for value in said.values()):
         raise InputError(f"{name}: rotary positions that differ by layer are not written as GGUF", hint=PLAIN)
     kind = str(said.get("rope_type") or said.get("type") or "default")
-    if kind not in KNOWN_ROPES:
+    if kind not in ROPES:
         raise InputError(f"{name}: rope_type {kind[:40]} is not written as GGUF", hint=PLAIN)
     theta = said.get("rope_theta") or config.get("rope_theta") or 10000.0
-    return {**said, "rope_type": kind, "rope_theta": float(theta)}
+    found = {**said, "rope_type": kind, "rope_theta": theta}
+    _check_numbers(found, ROPES[kind], name)
+    return found
+
+
+def _check_numbers(config: Mapping[str, Any], keys: Iterable[str], name: str) -> None:
+    """InputError: a config lacks one of `keys`, or it is no number above 0."""
+    for key in keys:
+        value = config.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 1e12:
+            raise InputError(f"{name}: config.json has no {key} that is a number, which GGUF files state", hint=PLAIN)
 
 
 def _renamed(architecture: Architecture, config: Mapping[str, Any], name: str, model: str) -> str:
@@ -184,7 +203,7 @@ def _describe(
     header.add_feed_forward_length(int(config["intermediate_size"]))
     header.add_head_count(queries)
     header.add_head_count_kv(keys)
-    header.add_rope_freq_base(rope["rope_theta"])
+    header.add_rope_freq_base(float(rope["rope_theta"]))
     header.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
     if "head_dim" in config:
         header.add_key_length(size)

@@ -28,6 +28,8 @@ SPLITS = {
 }
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # llama.cpp's types of tokens
 ADDED_SCORE = -1000.0
+MOST = 10_000_000  # tokens
+LARGEST = 1 << 28  # bytes of a SentencePiece model
 SPACE = "\u2581"
 
 
@@ -64,12 +66,23 @@ def vocabulary(folder: Path, rows: int) -> Vocabulary:
     if not isinstance(model, Mapping) or model.get("type", "BPE") != "BPE" or not isinstance(model.get("vocab"), dict):
         kind = model.get("type") if isinstance(model, Mapping) else model
         raise InputError(f"{path}: a tokenizer of type {str(kind)[:40]} is not written as GGUF", hint=PLAIN)
-    added = [token for token in said.get("added_tokens") or [] if isinstance(token, Mapping)]
+    added = _checked(path, model["vocab"], said.get("added_tokens") or [])
     if _has(said.get("pre_tokenizer"), "ByteLevel"):
         return _bytes(path, said, model["vocab"], added, rows)
     if model.get("byte_fallback") is True:
         return _pieces(folder, said, added, rows)
     raise InputError(f"{path}: neither byte-level BPE nor SentencePiece, and is not written as GGUF", hint=PLAIN)
+
+
+def _checked(path: Path, vocab: Mapping[str, Any], added: Any) -> list[Mapping[str, Any]]:
+    """The added tokens. InputError: one is none, or an id is none."""
+    whole = isinstance(added, list) and all(isinstance(token, Mapping) for token in added)
+    ids = [*vocab.values(), *(token.get("id") for token in added)] if whole else [None]
+    if not whole or not all(type(i) is int and 0 <= i < MOST for i in ids):
+        raise InputError(f"{path}: has tokens without a number below {MOST:,}", hint="download the model again")
+    if not all(isinstance(token.get("content"), str) for token in added):
+        raise InputError(f"{path}: has added tokens without a text", hint="download the model again")
+    return list(added)
 
 
 def _bytes(
@@ -84,7 +97,7 @@ def _bytes(
     else:
         raise InputError(f"{path}: splits text in a way that is not known here: {patterns[0][:60]}", hint=PLAIN)
     by_id = {i: (token, NORMAL) for token, i in vocab.items()}
-    by_id |= {int(token["id"]): _added(token) for token in added}
+    by_id |= {token["id"]: _added(token) for token in added}
     tokens, types = _filled(by_id, rows)
     return Vocabulary("gpt2", pre, tokens, types)
 
@@ -94,11 +107,13 @@ def _pieces(folder: Path, said: Mapping[str, Any], added: list[Mapping[str, Any]
     path = folder / "tokenizer.model"
     if not path.is_file():
         raise InputError(f"{folder}: has no tokenizer.model, whose scores a GGUF of SentencePiece has", hint=PLAIN)
+    if path.stat().st_size > LARGEST:
+        raise InputError(f"{path}: is larger than any SentencePiece model", hint="download the model again")
     pieces = list(sentences(path.read_bytes(), path))
     by_id = {i: (piece, kind) for i, (piece, _, kind) in enumerate(pieces)}
     scores = {i: score for i, (_, score, _) in enumerate(pieces)}
     for token in added:
-        i, (text, kind) = int(token["id"]), _added(token)
+        i, (text, kind) = token["id"], _added(token)
         if i not in by_id or by_id[i][0] != text:
             by_id[i], scores[i] = (text, kind), ADDED_SCORE
         elif token.get("special") and by_id[i][1] == NORMAL:
@@ -157,6 +172,8 @@ def _fields(data: bytes) -> Iterator[tuple[int, bytes | int]]:
             if byte < 0x80:
                 return value
             shift += 7
+            if shift > 63:
+                raise ValueError("no protocol buffer")
 
     while at < len(data):
         key = number()

@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from calls import call
-from conftest import load_tensors, tiny_llama
+from conftest import load_tensors, make_checkpoint, tiny_llama
 from running import run
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -163,7 +163,7 @@ def test_sentencepiece(tmp_path):
     (tmp_path / "tune" / "tokenizer.model").unlink()
     with pytest.raises(InputError, match=r"has no tokenizer.model"):
         vocabulary(tmp_path / "tune", 0)
-    for broken in (pieces[:-1], b"\x0a\xff", b"\x0b", b"\x0a\x05\x0a\x03\xff\xff\xff"):
+    for broken in (b"\x80" * 50, pieces[:-1], b"\x0a\xff", b"\x0b", b"\x0a\x05\x0a\x03\xff\xff\xff"):
         with pytest.raises(InputError, match="is no SentencePiece model"):
             list(sentences(broken, Path("tokenizer.model")))
 
@@ -189,6 +189,15 @@ def test_what_is_not_known_is_refused(tmp_path, capsys):
     assert "rope_type yarn is not written as GGUF" in said()
     path.write_text(json.dumps(config | {"model_type": "gpt_neox"}))
     assert "gpt_neox is not written as GGUF, only llama, mistral, qwen2, qwen3" in said()
+    path.write_text(json.dumps({key: value for key, value in config.items() if key != "rms_norm_eps"}))
+    assert "config.json has no rms_norm_eps that is a number" in said()
+    path.write_text(json.dumps(config))
+    tokens = tmp_path / "tune" / "tokenizer.json"
+    kept = json.loads(tokens.read_text())
+    for broken in ({"id": 10**12, "content": "x"}, {"content": "x"}, {"id": 3}, "x"):
+        tokens.write_text(json.dumps(kept | {"added_tokens": [broken]}))
+        assert "tokenizer.json: has" in said()
+    tokens.write_text(json.dumps(kept))
     path.write_text(json.dumps(config | {"num_hidden_layers": 1}))
     assert "model.layers.1." in said()
     path.write_text(json.dumps(config))
@@ -200,6 +209,22 @@ def test_what_is_not_known_is_refused(tmp_path, capsys):
     (tmp_path / "r.yaml").write_text(recipe)
     with pytest.raises(InputError, match=r"the tokenizer has .* tokens, the embedding 96 rows"):
         run(tmp_path / "r.yaml", tmp_path / "out")
+
+
+def test_a_gguf_base_cannot_be_kept(tmp_path, capsys):
+    from gguf_files import write
+
+    write(tmp_path / "base.gguf", "llama", types=("Q8_0",))
+    base = decoded(open_checkpoint(tmp_path / "base.gguf"))
+    tensors = {name: torch.zeros(info.shape) for name, info in base.tensors.items()}
+    make_checkpoint(tmp_path / "tune", tensors, config=base.config)
+    path = tmp_path / "r.yaml"
+    path.write_text("base_model: ./base.gguf\nmodels: [{model: ./tune}]\noutput: {quantization: keep}\n")
+    code, _, err = call(capsys, "check", path)
+    assert code == 1
+    assert "output.quantization: ./base.gguf (gguf" in err
+    assert "is in a form that cannot be written, only read" in err
+    assert "hint: write plain weights: quantization: none" in err
 
 
 def test_numbers_that_float16_does_not_hold(tmp_path):
