@@ -268,7 +268,7 @@ def test_columns_out_of_order(level, tmp_path):
 
 
 def test_words_of_whole_integers(level, tmp_path):
-    """3 bits as they were packed before 0.16: ten integers a word."""
+    """3 bits as older versions of the library packed them: ten integers a word."""
     codes = np.random.default_rng(5).integers(-4, 4, (6, 50))
     words = np.zeros((6, 5), np.uint32)
     for j in range(50):
@@ -322,7 +322,9 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "blocks of no size": (_blocks(), BLOCK | {"weight_block_size": [0, 8]}, "two positive integers, is [0, 8]"),
     "blocks of three sides": (_blocks(), BLOCK | {"weight_block_size": [4, 8, 2]}, "two positive integers"),
     "blocks of words": (_blocks(), BLOCK | {"weight_block_size": "4"}, "two positive integers, is 4"),
-    "floats beside scales": (_blocks() | {W: torch.ones(8, 16).bfloat16()}, BLOCK, "is BF16 beside scales, must be F8_E4M3 or F8_E5M2"),
+    "floats beside scales": (
+        _blocks() | {W: torch.ones(8, 16).bfloat16()}, BLOCK, "is BF16 beside scales, must be F8_E4M3 or F8_E5M2",
+    ),
     "scales without a weight": (
         {W + "_scale_inv": torch.ones(2, 2), **fp8("b.weight", drawn(8, 16), (4, 8))[0]}, BLOCK,
         f"{W}_scale_inv belongs to no weight",

@@ -113,7 +113,7 @@ def _of_group(stored: Stored, shape: tuple[int, ...] | None, group: Group) -> Te
 
 def _packing(columns: int, words: int, width: int | None) -> tuple[int, bool]:
     """The bits of an integer of which `columns` take so many words, and whether it may lie across two of them, as the
-    library packs since 0.16; before, words held whole integers. InputError: none takes so many."""
+    library packs now; older versions put whole integers into words. InputError: none takes so many."""
     for dense in (True, False):
         fitting = [b for b in ([width] if width else WIDTHS) if words_of(columns, b, dense) == words]
         if len(fitting) == 1:

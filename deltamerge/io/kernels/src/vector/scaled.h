@@ -16,6 +16,20 @@ struct E4m3 {
   }
 };
 
+// The same of codes none of which is NaN.
+struct FiniteE4m3 {
+  float operator()(u8 code) const {
+    u32 bits = u32(std::int32_t(std::int8_t(code))) << 20 & 0x87F00000;
+    return as_float(bits) * as_float(u32(247) << 23);
+  }
+};
+
+bool has_nan(const u8* codes, i64 count) {
+  u8 found = 0;
+  for (i64 i = 0; i < count; ++i) found |= u8((codes[i] & 0x7F) + 1);
+  return (found & 0x80) != 0;
+}
+
 struct E5m2 {
   float operator()(u8 code) const {
     float x = as_float(u32(code & 0x7F) << 21) * as_float(u32(239) << 23);
@@ -64,7 +78,9 @@ void scale_bits(const u8* row, i64 width, i64 first, float zero, float scale, fl
 // One block of a row, of `count` codes from column `first` on.
 void scale_block(const ScaledRows& rows, const u8* row, i64 first, float zero, float scale, float* out, i64 count) {
   const bool shifted = rows.zeros != nullptr;
-  if (rows.form == kE4m3) {
+  if (rows.form == kE4m3 && !has_nan(row + first, count)) {
+    scale_codes(row + first, FiniteE4m3(), zero, scale, shifted, out, count);
+  } else if (rows.form == kE4m3) {
     scale_codes(row + first, E4m3(), zero, scale, shifted, out, count);
   } else if (rows.form == kE5m2) {
     scale_codes(row + first, E5m2(), zero, scale, shifted, out, count);
