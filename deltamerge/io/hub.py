@@ -284,8 +284,9 @@ def _describe(asked: _Asked) -> Checkpoint:
         raise InputError(f"has no folder {asked.inside} on the hub")
     folders, first = [""], next((name for name in (DELTA, PIPELINE, MODULES) if name in top), "")
     if not first:  # says what is wrong before anything is downloaded, or has the hub say so
-        small = [name for name in top if not is_weights(name)]
-        first = config_file_of(top, weight_source(top, pickles=asked.pickles)) or next(iter(small), MODEL_CONFIG)
+        source, small = weight_source(top, pickles=asked.pickles), [name for name in top if not is_weights(name)]
+        has_none = source.endswith(GGUF) and MODEL_CONFIG not in top
+        first = ("" if has_none else config_file_of(top, source)) or next(iter(small), MODEL_CONFIG)
     snapshot = _snapshot(_file(asked.hub_id, asked.at(first), asked.revision, commit), asked.at(first))
     if is_composed(top):
         lists = [asked.at(name) for name in (PIPELINE, MODULES) if name in top]

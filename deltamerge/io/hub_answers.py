@@ -13,7 +13,7 @@ from urllib.parse import quote
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.computed import Held
-from deltamerge.io.gguf.header import GgufHeader, parse_gguf_header, read_gguf_header
+from deltamerge.io.gguf.header import GgufHeader, parse_gguf_header, read_gguf_header, with_factors
 from deltamerge.io.hub_guard import COMMIT, Bounds, within
 from deltamerge.io.safetensors_file import PREFIX, Header, header_length, parse_header, read_header
 from deltamerge.io.strict_json import parse_json
@@ -130,8 +130,9 @@ def range_gguf(hub_id: str, commit: str, path: Path, name: str) -> GgufHeader:
     """The header of the GGUF file at `path`: from the file if it exists, else by range requests of `name`."""
     if path.exists():
         return read_gguf_header(path)
+    fetch = partial(_range, hub_id, commit, name)
     with errors.context(path.name):
-        return gguf_by_ranges(partial(_range, hub_id, commit, name), path)
+        return with_factors(gguf_by_ranges(fetch, path), lambda begin, count: fetch(begin, begin + count - 1)[0])
 
 
 def gguf_by_ranges(fetch: Callable[[int, int], tuple[bytes, int]], path: Path) -> GgufHeader:

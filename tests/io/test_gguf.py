@@ -17,6 +17,7 @@ import pytest
 import transformers
 from conftest import write_json
 from gguf_files import MODELS, add, write
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from deltamerge.errors import InputError
 from deltamerge.io import hub_answers
@@ -158,7 +159,7 @@ CORRUPT: dict[str, tuple[dict[str, Any], Callable[[Path], None], str]] = {
     ),
     "no heads": ({"llama.attention.head_count": "four"}, nothing, "its llama.attention.head_count is four"),
     "a scaled rotary embedding": (
-        {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, nothing,
+        {"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, nothing,
         "its llama.rope.scaling.type, llama.rope.scaling.factor would be lost: transformers has no config for it",
     ),
     "an unknown key": ({"llama.residual_scale": 0.5}, nothing, "its llama.residual_scale would be lost"),
@@ -180,7 +181,7 @@ def test_what_is_corrupt_or_would_be_lost_is_refused(case, tmp_path):
 
 
 def test_the_original_config_beside_a_file_is_taken(tmp_path):
-    write(tmp_path / "m.gguf", "llama", pairs={"llama.rope.scaling.type": "yarn"})
+    write(tmp_path / "m.gguf", "llama", pairs={"llama.rope.scaling.type": "longrope"})
     write_json(tmp_path / "config.json", {"model_type": "llama", "rope_scaling": {"type": "yarn"}})
     for path in (tmp_path, tmp_path / "m.gguf"):
         found = open_checkpoint(path)
@@ -228,7 +229,12 @@ def test_a_file_on_the_hub(server, tmp_path, monkeypatch):
     repository.mkdir()
     monkeypatch.setattr(hub_answers, "FIRST_BYTES", 300)
     monkeypatch.setattr(hub_answers, "PIECE_BYTES", 500)
-    write(repository / "a.gguf", "llama")
+    write(
+        repository / "a.gguf",
+        "llama",
+        pairs={"llama.rope.freq_base": 5e5},
+        more={"rope_freqs.weight": llama3_factors()},
+    )
     (repository / "README.md").write_text("a model")
     server.repositories["org/m"] = repository
     described = open_model("org/m", tmp_path, weights=False)
@@ -237,6 +243,7 @@ def test_a_file_on_the_hub(server, tmp_path, monkeypatch):
         n: (i.dtype, i.shape) for n, i in local.tensors.items()
     }
     assert described.config == local.config
+    assert local.config["rope_scaling"] == LLAMA3
     assert len(server.fetched(".gguf")) > 3
     assert all(span for _, span in server.fetched(".gguf"))
     write(repository / "b.gguf", "llama", seed=1)
@@ -272,3 +279,46 @@ def test_the_package_is_asked_for(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="GGUF files need gguf") as raised:
         open_checkpoint(tmp_path / "m.gguf")
     assert raised.value.hint == "pip install 'deltamerge[gguf]'"
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 8192}  # fmt: skip
+ROPES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "linear": ({"type": "linear", "factor": 8.0}, {"rope_type": "linear", "factor": 8.0}),
+    "yarn": (
+        {"type": "yarn", "factor": 4.0, "original_context_length": 32, "finetuned": True},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32},
+    ),
+    "llama3": ({}, LLAMA3),
+}  # fmt: skip
+
+
+def llama3_factors() -> np.ndarray:
+    """By what transformers divides the frequencies of heads of 16 for `LLAMA3`, as llama.cpp stores them."""
+    config = transformers.LlamaConfig(
+        **MODELS["llama"][1] | {"rope_theta": 5e5, "head_dim": 16}, rope_scaling=dict(LLAMA3)
+    )
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    return (5e5 ** -(np.arange(0, 16, 2) / 16) / scaled.numpy()).astype(np.float32)
+
+
+@pytest.mark.parametrize("case", ROPES)
+def test_scaled_rotary_embeddings_that_a_config_can_tell(case, tmp_path):
+    """The frequencies that transformers computes from the config are those that the file's factors were made of."""
+    said, expected = ROPES[case]
+    factors = llama3_factors()
+    more = {"rope_freqs.weight": factors} if case == "llama3" else {}
+    pairs = {f"llama.rope.scaling.{key}": value for key, value in said.items()} | {"llama.rope.freq_base": 5e5}
+    write(tmp_path / "m.gguf", "llama", pairs=pairs, more=more)
+    assert open_checkpoint(tmp_path / "m.gguf").config["rope_scaling"] == expected
+    if more:
+        write(tmp_path / "m.gguf", "llama", pairs=pairs, more={"rope_freqs.weight": factors * 1.01})
+        with pytest.raises(InputError, match=r"its rope_freqs\.weight would be lost"):
+            open_checkpoint(tmp_path / "m.gguf")
+
+
+def test_keys_without_effect_are_no_loss(tmp_path):
+    pairs = {"mamba.attention.head_count": 0, "mamba.feed_forward_length": 0, "mamba.ssm.dt_b_c_rms": False}
+    assert open_checkpoint(write(tmp_path / "m.gguf", "mamba", pairs=pairs)).tensors
+    with pytest.raises(InputError, match=r"its mamba\.ssm\.dt_b_c_rms would be lost"):
+        open_checkpoint(write(tmp_path / "n.gguf", "mamba", pairs={"mamba.ssm.dt_b_c_rms": True}))

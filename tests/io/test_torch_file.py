@@ -199,7 +199,7 @@ for _name, _how in (("zip", {}), ("old", LEGACY)):
     VALID[_name] = _buffer.getvalue()
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(kind=st.sampled_from([*VALID]), at=st.integers(0, 1 << 16), new=st.binary(min_size=1, max_size=8))
 def test_what_is_accepted_is_what_torch_makes_of_it(kind: str, at: int, new: bytes, tmp_path_factory: Any) -> None:
     """Bytes changed anywhere: refused, or the tensors that torch reads, where it reads the file at all."""

@@ -20,7 +20,6 @@ HERE = (
     "part 1",
     "finish",
     "chain",
-    "pipeline --force",
     "delta",
     "extract",
     "apply",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from pathlib import Path
 
@@ -28,7 +27,7 @@ def checkpoint(folder: Path, dtype: str, seed: int) -> np.ndarray:
     return np.asarray(value.double().numpy())
 
 
-@pytest.mark.parametrize(("pair", "asked"), [*itertools.product(PAIRS, ("", "F16", "F32"))])
+@pytest.mark.parametrize(("pair", "asked"), [*((pair, "") for pair in PAIRS), (PAIRS[0], "F32"), (PAIRS[2], "F16")])
 def test_arithmetic_is_float32_and_the_dtype_is_the_bases_or_the_one_asked_for(
     tmp_path: Path, pair: tuple[str, str], asked: str
 ) -> None:

@@ -14,8 +14,8 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.gguf.blocks import PLAIN, Blocks, Joined, Mapped, Reordered, Transposed, made, tensor_of, type_name
 from deltamerge.io.gguf.config import config_of
-from deltamerge.io.gguf.header import Block, GgufHeader
-from deltamerge.io.gguf.names import ARCHITECTURES, FACTORS, Architecture
+from deltamerge.io.gguf.header import FACTORS, Block, GgufHeader
+from deltamerge.io.gguf.names import ARCHITECTURES, Architecture
 from deltamerge.io.quantised.detect import Scheme
 from deltamerge.io.tensor import TensorInfo
 
