@@ -4,6 +4,7 @@ bytes however it is run, and loaded by the libraries that defined the forms."""
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -413,6 +414,15 @@ def test_lists_of_layers_follow_a_stack():
     listed = ["lm_head", "model.layers.3.mlp.gate", "re:.*norm"]
     assert _renumbered(listed, ["model.layers.0.mlp.gate"]) == ["lm_head", "re:.*norm", "model.layers.0.mlp.gate"]
     assert _renumbered(["lm_head"], ["model.layers.0.mlp.gate"]) == ["lm_head"]
+
+
+def test_the_recipe_runs_as_written(llamas, tmp_path):
+    for name, source in (("base-fp8", "fp8"), ("math", "tune"), ("code", "base")):
+        shutil.copytree(llamas / source, tmp_path / "models" / name)
+    shutil.copy(Path(__file__).parents[2] / "recipes" / "fp8-keep.yaml", tmp_path)
+    made = run(tmp_path / "fp8-keep.yaml")
+    assert load_tensors(made.folder).keys() == load_tensors(llamas / "fp8").keys()
+    assert 0 < made.lock["quantization"]["relative_error"] < 0.03
 
 
 def test_the_config_names_what_stays_plain(llamas, tmp_path):
