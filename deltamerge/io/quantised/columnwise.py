@@ -54,7 +54,7 @@ class Gptq:
         words = columns_of(read, self.codes, self.codes.shape[0], outputs, top, bottom)
         values = unpack(_bytes(words.T), self.width)[:, : self.inputs].astype(np.float32)
         scales, zeros = self._scales(read, top, bottom), self._zeros(read, top, bottom)
-        groups = self._groups(read)
+        groups = self.groups(read)
         if groups is None:
             cut = values.reshape(bottom - top, -1, self.group)
             cut -= zeros[:, :, None]
@@ -82,7 +82,7 @@ class Gptq:
         skip = top % WORD
         return zeros[:, skip : skip + bottom - top].T.astype(np.float32)
 
-    def _groups(self, read: Read) -> Array | None:
+    def groups(self, read: Read) -> Array | None:
         """The group of each input; None where they are equal and in order."""
         in_order = np.arange(self.inputs) // self.group
         if self.order is None:

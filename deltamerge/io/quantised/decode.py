@@ -79,7 +79,9 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         with errors.context(name), errors.context(str(scheme)):
             made = decoders[name](Stored(name, parts, settings))
         tensors[name] = replace(made, saved_as=dtype)
-    return replace(checkpoint, tensors=tensors, quantised=scheme)
+    known = {part: checkpoint.tensors[part] for part in (*weight_of, *companions)}
+    plain = {name: tensors[name] for name in scheme.weights}
+    return replace(checkpoint, tensors=tensors, quantised=replace(scheme, stored=known, plain=plain))
 
 
 def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str:

@@ -40,6 +40,7 @@ class Scheme:
     kinds     how each of them is stored, as the names and dtypes of its tensors tell, the same in schemes of several
               names: a key of `decode.DECODERS`, or "" where they tell nothing
     dropped   tensors that belong to no weight but to the quantisation of keys, values and activations
+    stored, plain   all those tensors, and the weights that they make, by name, once the checkpoint is decoded
     """
 
     name: str
@@ -47,6 +48,8 @@ class Scheme:
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict, compare=False, repr=False)
+    plain: Mapping[str, TensorInfo] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name + (f", {self.detail}" if self.detail else "")
