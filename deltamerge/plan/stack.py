@@ -304,9 +304,7 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
             inside[block[0]] = inside.get(block[0], False) or modules.of(stored) == module
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
     config, where = template.checkpoint.config, f"{template.name}: slices"
-    places = {
-        p: set(count_keys(config, template.container(p), n, alone=_alone(template, p))) for p, n in whole.items()
-    }
+    places = {p: set(count_keys(config, template.container(p), n, alone=_alone(template, p))) for p, n in whole.items()}
     counted = {p: n for p, n in whole.items() if places[p] and inside[p]}
     behind = {p: n for p in found if inside[p] and (n := _count(template, p, found[p])) < len(found[p])}
     counted = counted or behind
