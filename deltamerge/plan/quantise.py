@@ -211,8 +211,7 @@ class Afresh:
             return False
         if any(pattern.search(name) for pattern in (EMBEDDING, TOKEN_HEAD, LEFT)) or re.search(TASK_HEAD, name):
             return False
-        model_type = self.template.checkpoint.config.get("model_type")
-        return not is_transposed(name, model_type if isinstance(model_type, str) else None)
+        return not is_transposed(name, self.template.checkpoint.config, {name: target.tensor})
 
     def more(self) -> list[TensorInfo]:
         return []
