@@ -12,7 +12,8 @@ from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.adapter import CONFIG, WEIGHTS, check_files, checked_config, expand, open_adapter
+from deltamerge.io.adapter import WEIGHTS, check_files, expand, open_adapter
+from deltamerge.io.adapter_config import CONFIG, checked_config
 from deltamerge.io.blobs import blob_of, check_blobs
 from deltamerge.io.checkpoint import DELTA, Adapter, Checkpoint, config_file_of, is_delta, open_checkpoint, open_folder
 from deltamerge.io.component import CONFIG as MODEL_CONFIG

@@ -176,6 +176,9 @@ def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
         if any(info is not None and isinstance(info.made, Gathered) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
             raise InputError(message, hint=hint)
+        if tuned.model.regroups(tuned.tensor):
+            message = f"{tuned.name}: {tuned.model.name} stores its experts otherwise than the output"
+            raise InputError(f"{message}, and calibration runs it as it is", hint=f"template: {tuned.model.name}")
 
 
 def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:

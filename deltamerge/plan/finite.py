@@ -13,14 +13,18 @@ from deltamerge.io.alike import count_alike, finite, places
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.computed import Cast, LowRank, Zeros
 from deltamerge.io.dtypes import FLOATING
+from deltamerge.io.experts import Joined, Turned
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.io.updates import Experts, Hadamard, Kronecker, Residual, Rows, Shifted
 from deltamerge.methods.ops import put_back
 from deltamerge.plan.lacking import is_buffer
 from deltamerge.plan.memory import Cost
 from deltamerge.plan.outputs import OutputTensor, Piece
 from deltamerge.plan.planner import Plan
 
+# Tensors that are computed entry by entry from a model's own; not rows of several models nor a delta artifact's.
+ENTRYWISE = Cast | LowRank | Zeros | Joined | Turned | Experts | Hadamard | Kronecker | Residual | Rows | Shifted
 SMALL = 1 << 16  # elements; tensors up to this size are searched before a run
 
 
@@ -94,7 +98,7 @@ def _models(root: Node) -> tuple[TensorInfo, ...]:
         return ()
     found = [node.parameter("tensor") for node in depth_first(root) if node.kind == "read"]
     plain = all(
-        isinstance(info.made, Cast | LowRank | Zeros | None)  # neither rows of several models nor a delta artifact's
+        isinstance(info.made, ENTRYWISE | None)
         and info.shape == root.shape
         and info.dtype in FLOATING
         and math.prod(info.shape)

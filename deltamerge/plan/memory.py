@@ -43,7 +43,7 @@ def cost(root: Node) -> Cost:
     ]
     return Cost(
         len(plan.passes),
-        sum(math.prod(node.shape) * ITEMSIZE[node.dtype] for nodes in usual for node in nodes),
+        sum(node.parameter("tensor").read_nbytes for nodes in usual for node in nodes),
         stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype],
     )
 

@@ -21,6 +21,7 @@ from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
 from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
+from deltamerge.plan.modules import Modules
 from deltamerge.plan.quantised import remarks
 from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
 from deltamerge.plan.tensor_graph import Builder, Built
@@ -95,6 +96,8 @@ class Outputs:
         self.spares = Spares(inputs.all)
         self.targets, self.stacks = targets(recipe, inputs, self.spares)
         self.config, changes = repaired_config(inputs, self.stacks)
+        scopes = {group.part.module for group in inputs.groups}
+        self.notes += [*inputs.notes, *Modules(scopes, inputs.template.stored.values()).describe()]
         self.notes += [*(stack.describe() for stack in self.stacks), *changes]
 
     def rows(self) -> list[Row]:

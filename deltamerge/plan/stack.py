@@ -15,13 +15,11 @@ from deltamerge.plan.inputs import Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer
 from deltamerge.plan.layer_config import Followed, count_keys, layer_count, repair
 from deltamerge.plan.layer_kinds import Kind, Stacked, settle
+from deltamerge.plan.modules import Modules
 from deltamerge.recipe.schema import Recipe
 
 # Tensors outside layers that hold a part for each layer.
 PER_LAYER = re.compile(r"(^|[._])per_layer([._]|$)")
-# Names that mergekit gives parts of a model, where they are not components of tensor names.
-SPELLINGS = {"text_decoder": "language_model", "default": ""}
-LAST_MODULES = ("decoder", "text_decoder", "language_model", "default")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +115,8 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
         ) -> list[str]:
             return settle(Stacked(inputs.template.name, *kinds, places, followed), section)
 
-        config, changes = repair(config, stack.prefix, stack.old, sources, alone, settled)
+        container = inputs.template.container(stack.prefix)
+        config, changes = repair(config, container, stack.old, sources, alone, settled)
         notes += [f"config.json: {change}" for change in changes]
     if inputs.untied and LM_HEAD in inputs.template.tensors and ties(config, default=True):
         inner = config.get("text_config")
@@ -160,7 +159,8 @@ def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target
     """
     scopes = _scopes(recipe, inputs)
     stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in scopes.items() if _sliced(groups)}
-    modules = {name: _module_of(name, scopes) for name in inputs.template.tensors}
+    finder = Modules(scopes, inputs.template.stored.values())
+    modules = {name: finder.of(stored) for name, stored in inputs.template.stored.items()}
     counts: dict[tuple[str | None, str], int] = {}  # a component's layers are its own
     for name, module in modules.items():
         if not spares.holds(name):
@@ -221,8 +221,12 @@ def _plain(name: str, template: Input, group: Group | None, position: float) -> 
 
 def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
     """The tensors of every layer: its owner's, with the new number and the template's names."""
-    first = next(name for name in template.tensors if _inside(name, stack.prefix))
-    stored = template.stored[first].removesuffix(first) + stack.prefix
+    container = template.container(stack.prefix)
+    spelled = {  # what follows the number, in canonical names and in the template's own
+        _behind(name, stack.prefix): _behind(stored, container)
+        for name, stored in template.stored.items()
+        if _inside(name, stack.prefix)
+    }
     for number, layer in enumerate(stack.layers):
         owner = stack.owner(layer, template)
         start = f"{stack.prefix}.{layer.source(owner)}."
@@ -232,7 +236,8 @@ def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
             rest = name.removeprefix(start)
             sources = tuple((m, f"{stack.prefix}.{layer.source(m)}.{rest}") for m in layer.group.all)
             new = f"{stack.prefix}.{number}.{rest}"
-            yield Target(new, f"{stored}.{number}.{rest}", layer.group, layer.position, owner, tensor, sources)
+            stored = f"{container}.{number}.{spelled.get(rest, rest)}"
+            yield Target(new, stored, layer.group, layer.position, owner, tensor, sources)
 
 
 def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
@@ -240,11 +245,13 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
     scopes: dict[str | None, list[Group]] = {}
     for group in inputs.groups:
         scopes.setdefault(group.part.module, []).append(group)
+    stored = list(inputs.template.stored.values())
+    finder = Modules(scopes, stored)
+    found = set(map(finder.of, stored))
     for module in scopes:
-        if module is not None and not any(_module_of(name, scopes) == module for name in inputs.template.tensors):
-            present = dict.fromkeys(
-                part for n in inputs.template.tensors for part in re.split(r"[./]", n)[: 1 if "/" in n else 2]
-            )
+        if module is not None and module not in found:
+            parts = (name.split("/")[:1] if "/" in name else name.split(".")[:2] for name in stored)
+            present = dict.fromkeys(part for some in parts for part in some)
             hint = f"default is the whole model; names here: {', '.join([p for p in present if not p.isdigit()][:8])}"
             problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
             raise RecipeError(recipe.source.path, [problem])
@@ -255,20 +262,14 @@ def _sliced(groups: Sequence[Group]) -> bool:
     return groups[0].part.ranges is not None
 
 
-def _module_of(name: str, scopes: Mapping[str | None, object]) -> str | None:
-    """The module of a tensor: the first component of its name that is a module. The head belongs to the decoder."""
-    if None in scopes or "default" in scopes:
-        return None if None in scopes else "default"
-    wanted = {SPELLINGS.get(module or "", module or ""): module for module in scopes}
-    for component in re.split(r"[./]", name):
-        if component in wanted:
-            return wanted[component]
-    return next((module for module in LAST_MODULES if module in scopes), None) if name == LM_HEAD else None
-
-
 def _inside(name: str, prefix: str) -> bool:
     rest = name.removeprefix(prefix + ".")
     return rest != name and rest.partition(".")[0].isdigit()
+
+
+def _behind(name: str, prefix: str) -> str:
+    """What follows the number of a layer in the name of one of its tensors."""
+    return name.removeprefix(prefix + ".").partition(".")[2]
 
 
 def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[Group], module: str | None) -> Stack:
@@ -300,13 +301,16 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
     numbering, two of them (an encoder and a decoder, two towers), or stages of different width.
     """
     found: dict[str, set[int]] = {}
-    for name in template.tensors:
+    modules = Modules(scopes, template.stored.values())
+    for name, stored in template.stored.items():
         block = block_of(name.rpartition(".")[0])
-        if block is not None and _module_of(name, scopes) == module:
+        if block is not None and modules.of(stored) == module:
             found.setdefault(block[0], set()).add(block[1])
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
     config, where = template.checkpoint.config, f"{template.name}: slices"
-    counted = {p: n for p, n in whole.items() if count_keys(config, p, n, alone=_alone(template, p))}
+    counted = {
+        p: n for p, n in whole.items() if count_keys(config, template.container(p), n, alone=_alone(template, p))
+    }
     counted = counted or {p: n for p, numbers in found.items() if (n := _count(template, p, numbers)) < len(numbers)}
     if not counted:
         names = ", ".join(f"{prefix} (0-{count - 1})" for prefix, count in whole.items()) or "none"
@@ -357,5 +361,6 @@ def _numbers(names: Mapping[str, object], prefix: str) -> set[int]:
 
 def _count(model: Input, prefix: str, numbers: Collection[int]) -> int:
     """The number of layers among numbered blocks, without blocks that follow them, by the config."""
-    count = layer_count(model.checkpoint.config, prefix, numbers, alone=_alone(model, prefix))
+    config, alone = model.checkpoint.config, _alone(model, prefix)
+    count = layer_count(config, model.container(prefix), numbers, alone=alone)
     return len(numbers) if count is None else count

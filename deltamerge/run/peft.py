@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
-from deltamerge.io.adapter import CONFIG, PREFIX
+from deltamerge.io.adapter_config import CONFIG
+from deltamerge.io.adapter_parts import PREFIX
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from adapters import write_adapter
-from conftest import load_tensors, tiny_llama, tiny_pipeline
+from conftest import load_tensors, tiny_llama, tiny_pipeline, tiny_vlm
 from running import make_plan, run
 
 from deltamerge.run.apply import apply
@@ -23,6 +23,7 @@ def folder(tmp_path_factory) -> Path:
     base = tiny_llama(folder / "models" / "base", seed=0, tokenizer=True)
     for seed, name in enumerate(("math", "code", "chat"), 1):
         tiny_llama(folder / "models" / name, seed=seed, base=base, tokenizer=True)
+    tiny_vlm(folder / "models" / "vlm", base)
     deep = tiny_llama(folder / "models" / "base40", seed=4, layers=40)
     for seed, name in enumerate(("orca", "platypus"), 5):
         tiny_llama(folder / "models" / name, seed=seed, layers=40, base=deep)
@@ -61,7 +62,8 @@ def test_recipe_runs_as_written(folder, name):
     if plan.recipe.output.kind == "peft":
         assert {"adapter_config.json", "adapter_model.safetensors"} <= {path.name for path in out.iterdir()}
         return
-    merged, base = load_tensors(out), load_tensors(folder / "models" / ("base40" if "orca" in text else "base"))
+    like = "base40" if "orca" in text else "vlm" if name == "vlm.yaml" else "base"  # the model whose names it has
+    merged, base = load_tensors(out), load_tensors(folder / "models" / like)
     assert merged.keys() == {output.name for output in plan.outputs}
     stacked = r"model\.layers\.4[0-3]\." if name == "layer-stack.yaml" else "(?!)"
     assert {n for n in merged if not re.match(stacked, n)} == base.keys()

@@ -50,7 +50,7 @@ const Loops DELTAMERGE_TABLE = {
     put,
     add_to,
     ranked,
-    scale_rows,
+    scale_row,
     ordered_product,
 };
 
