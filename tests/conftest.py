@@ -156,16 +156,6 @@ def tiny_llama(
     return folder
 
 
-def tiny_pipeline(folder: Path, seed: int, base: Path | None) -> None:
-    """A pipeline whose components are tiny models under diffusers' names."""
-    for part in ("unet", "text_encoder", "vae"):
-        tiny_llama(folder / part, seed=seed, base=base and base / part)
-        if part != "text_encoder":
-            (folder / part / "model.safetensors").rename(folder / part / "diffusion_pytorch_model.safetensors")
-    parts = {part: ["diffusers", "X"] for part in ("unet", "text_encoder", "vae")}
-    write_json(folder / "model_index.json", {"_class_name": "Pipeline", **parts})
-
-
 def tiny_vlm(folder: Path, base: Path, *, seed: int = 7, sigma: float = 7e-4) -> Path:
     """A Llava as transformers saves it, its language model a fine-tune of `base`."""
     shapes = {f"language_model.{name}": tuple(tensor.shape) for name, tensor in load_tensors(base).items()}
@@ -178,6 +168,16 @@ def tiny_vlm(folder: Path, base: Path, *, seed: int = 7, sigma: float = 7e-4) ->
     make_checkpoint(folder, _fill(shapes, seed, torch.bfloat16, known, sigma), config=config)
     write_tokenizer(folder, text["vocab_size"])
     return folder
+
+
+def tiny_pipeline(folder: Path, seed: int, base: Path | None) -> None:
+    """A pipeline whose components are tiny models under diffusers' names."""
+    for part in ("unet", "text_encoder", "vae"):
+        tiny_llama(folder / part, seed=seed, base=base and base / part)
+        if part != "text_encoder":
+            (folder / part / "model.safetensors").rename(folder / part / "diffusion_pytorch_model.safetensors")
+    parts = {part: ["diffusers", "X"] for part in ("unet", "text_encoder", "vae")}
+    write_json(folder / "model_index.json", {"_class_name": "Pipeline", **parts})
 
 
 def tiny_bert_pair(

@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import gguf
+import numpy as np
 import torch
 import yaml
 from conftest import make_checkpoint, write_json
@@ -33,6 +35,7 @@ from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
 from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
 from deltamerge.io.lock_file import LOCK_NAME
+from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.torch_file import read_torch_header
 from deltamerge.io.weight_files import shards_of, weight_source
@@ -105,6 +108,22 @@ def make_valid_files(folder: Path) -> None:
     make_components(folder)
     make_vocabularies(folder)
     make_adapter(folder / "lora")
+    make_gguf(folder / "tiny.gguf")
+
+
+def make_gguf(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {"block_count": 1, "attention.head_count": 2, "embedding_length": 32}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name in ("token_embd", "blk.0.attn_q", "blk.0.attn_k"):
+        writer.add_tensor(f"{name}.weight", gguf.quantize(np.ones((4, 32), np.float32), kind), raw_dtype=kind)
+    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def make_components(folder: Path) -> None:
@@ -215,6 +234,19 @@ class Targets:
         path = self.scratch / "x.safetensors"
         path.write_bytes(data)
         tolerates(lambda: read_header(path))
+
+    def gguf(self, data: bytes) -> None:
+        path = self.scratch / "x.gguf"
+        path.write_bytes(data)
+
+        def read() -> None:
+            with Reader() as reader:
+                for info in open_checkpoint(path).tensors.values():
+                    if info.nbytes < 1 << 16:
+                        reader.read_into(info, 0, bytearray(info.nbytes))
+
+        with np.errstate(all="ignore"):
+            tolerates(read)
 
     def torch_file(self, data: bytes) -> None:
         """A file of torch; or the pickle in one, whose archive is put around it. What is read lies in the file."""
@@ -385,6 +417,7 @@ class Targets:
         known: dict[str, Callable[[], list[bytes]]] = {
             "recipe": lambda: [path.read_bytes() for path in RECIPES],
             "header": lambda: [save(TENSORS), save(TENSORS)[8 : -len(BODY)]],
+            "gguf": lambda: [(self.place / "tiny.gguf").read_bytes()],
             "index": lambda: [(self.place / "a" / INDEX).read_bytes()],
             "delta": lambda: [(self.place / "delta" / "delta.json").read_bytes()],
             "arrays": lambda: [(self.place / "delta" / "delta.safetensors").read_bytes()],
@@ -406,8 +439,8 @@ class Targets:
 
 
 NAMES = (
-    "recipe", "header", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config", "special_tokens",
-    "generation", "config", "adapter", "listing", "ranges", "head", "torch_file", "model_index",
+    "recipe", "header", "gguf", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config",
+    "special_tokens", "generation", "config", "adapter", "listing", "ranges", "head", "torch_file", "model_index",
 )  # fmt: skip
 JSON = (
     "tokenizer", "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing",

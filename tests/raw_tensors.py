@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 ARRAYS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+OTHERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.uint8,
+          "C64": np.complex64}  # fmt: skip
 # of each dtype: bits after the point of a number from 1 to 2, exponent of the smallest normal number, largest number
 DIGITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 LEAST = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
@@ -72,6 +74,6 @@ def read_checkpoint(folder: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             first, end = entry["data_offsets"]
-            array = np.frombuffer(data[begin + first : begin + end], ARRAYS[entry["dtype"]])
+            array = np.frombuffer(data[begin + first : begin + end], (ARRAYS | OTHERS)[entry["dtype"]])
             found[name] = entry["dtype"], array.reshape(entry["shape"])
     return found

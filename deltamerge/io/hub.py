@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from deltamerge import errors
@@ -19,13 +20,15 @@ from deltamerge.io.checkpoint import DELTA, Adapter, Checkpoint, config_file_of,
 from deltamerge.io.component import CONFIG as MODEL_CONFIG
 from deltamerge.io.component import DEEPEST, MODULES, PIPELINE, is_composed, listed_folders
 from deltamerge.io.config_file import code_of
-from deltamerge.io.gguf.header import GgufHeader, read_gguf_header
+from deltamerge.io.gguf.header import GgufHeader
 from deltamerge.io.gguf.parts import SUFFIX as GGUF
-from deltamerge.io.hub_answers import listing, range_header
+from deltamerge.io.gguf.parts import parts_of
+from deltamerge.io.hub_answers import listing, range_bytes, range_gguf, range_header
 from deltamerge.io.hub_errors import UnreachableError as UnreachableError
 from deltamerge.io.hub_errors import explained, near
 from deltamerge.io.hub_errors import explained_upload as explained_upload
 from deltamerge.io.hub_guard import COMMIT, Bounds, within
+from deltamerge.io.quantised.detect import states_of
 from deltamerge.io.safetensors_file import Header
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tree import files_of
@@ -62,7 +65,10 @@ def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = F
         base = open_model(name, folder, weights=weights, pickles=pickles)
         return expand(base, _adapter(adapter, folder, weights, pickles), reference)
     if inner := IN_HUB.fullmatch(reference):
-        asked = _Asked(reference, inner["id"], inner["revision"], inner["inside"], weights, pickles)
+        inside, file = inner["inside"], ""
+        if inside.endswith(GGUF):
+            inside, _, file = inside.rpartition("/")
+        asked = _Asked(reference, inner["id"], inner["revision"], inside, weights, pickles, file)
     else:
         asked = _Asked(reference, *_hub_id(reference, folder), "", weights, pickles)
     return _from_hub(asked, folder)
@@ -70,7 +76,7 @@ def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = F
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A model of the hub: `inside` is a folder of its repository, or ""."""
+    """A model of the hub: `inside` is a folder of its repository, or ""; `file` a GGUF file in it, or ""."""
 
     reference: str
     hub_id: str
@@ -78,6 +84,7 @@ class _Asked:
     inside: str
     weights: bool
     pickles: bool
+    file: str = ""
 
     def at(self, name: str) -> str:
         """The path in the repository of a file of the model."""
@@ -189,7 +196,7 @@ def _from_cache(asked: _Asked) -> Checkpoint | None:
     """The cached checkpoint of a revision, or None if it is incomplete."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in (PIPELINE, MODULES, MODEL_CONFIG):
+    for name in (asked.file,) if asked.file else (PIPELINE, MODULES, MODEL_CONFIG):
         found = try_to_load_from_cache(asked.hub_id, asked.at(name), revision=asked.revision)
         if isinstance(found, str):
             with suppress(InputError):
@@ -200,9 +207,10 @@ def _from_cache(asked: _Asked) -> Checkpoint | None:
 
 def _open(asked: _Asked, snapshot: Path) -> Checkpoint:
     """The checkpoint in a snapshot of the cache, whose files have the hub's own hashes for names."""
-    path = snapshot / asked.inside
+    path = snapshot / asked.at(asked.file)
     with errors.context(asked.reference):
-        _check_named(file for name, file in files_of(path).items() if name.endswith((*ASSETS, ".safetensors")))
+        found = {path.name: path} if asked.file else files_of(path)
+        _check_named(file for name, file in found.items() if name.endswith((*ASSETS, ".safetensors", GGUF)))
     return open_checkpoint(
         path, reference=asked.reference, revision=snapshot.name, hub_id=asked.hub_id, pickles=asked.pickles
     )
@@ -244,7 +252,7 @@ def _file(hub_id: str, name: str, revision: str | None, commit: str | None, boun
 def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
     """The cached snapshot with the files `names` of a commit, downloaded eight at a time; an interruption does not
     wait."""
-    weights = {name for name in names if name.endswith((".safetensors", GGUF, *PICKLES))}
+    weights = {name for name in names if is_weights(name)}
     if len(names) - len(weights) > MAX_SMALL:
         hint = "download what you need of it, and name that folder"
         raise InputError(f"has {len(names) - len(weights):,} small files, more than {MAX_SMALL:,}", hint=hint)
@@ -267,7 +275,12 @@ def _describe(asked: _Asked) -> Checkpoint:
     commit, listed = listing(f"models/{asked.hub_id}", asked.revision, below=True)
     start = asked.at("")
     names = [name.removeprefix(start) for name in listed if name.startswith(start) and "\\" not in name]
+    if asked.file:
+        others = {name for name in names if is_weights(name)} - {*parts_of(asked.file, names)}
+        names = [name for name in names if name not in others]
     top = [name for name in names if "/" not in name]
+    if asked.file and asked.file not in top:
+        raise InputError(f"has no file {asked.file} on the hub")
     if asked.inside and not names:
         raise InputError(f"has no folder {asked.inside} on the hub")
     folders, first = [""], next((name for name in (DELTA, PIPELINE, MODULES) if name in top), "")
@@ -333,15 +346,24 @@ class _HubFolder:
             return list(pool.map(self._header, paths))
 
     def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
-        _files(self.asked.hub_id, self.commit, [path.relative_to(self.snapshot).as_posix() for path in paths])
-        return [read_gguf_header(path) for path in paths]
+        names = [path.relative_to(self.snapshot).as_posix() for path in paths]
+        if self.asked.weights:
+            _files(self.asked.hub_id, self.commit, names)
+        _check_named(paths)
+        return [range_gguf(self.asked.hub_id, self.commit, path, n) for path, n in zip(paths, names, strict=True)]
 
     def _header(self, path: Path) -> Header:
         name = path.relative_to(self.snapshot).as_posix()
         if path.name.endswith(PICKLES):
             _files(self.asked.hub_id, self.commit, [name])
             return read_weights(path)
-        return range_header(self.asked.hub_id, self.commit, path, name)
+        header = range_header(self.asked.hub_id, self.commit, path, name)
+        if path.exists():
+            return header
+        fetch = partial(range_bytes, self.asked.hub_id, self.commit, name)
+        with ThreadPoolExecutor(8) as pool:  # shapes that stand in a weight's own bytes
+            stated = dict(pool.map(lambda n: (n, fetch(header.tensors[n])), states_of(header.tensors)))
+        return replace(header, tensors=header.tensors | stated)
 
 
 def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = ()) -> Path:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge.calibrate import joint_factor, stage
-from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_norm, mask_seeds, within
+from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_columns, mask_seeds, within
 from deltamerge.calibrate.threshold import model_cut
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
@@ -54,7 +54,7 @@ class StageMaker:
             return stages
         masked = [t for t in tunes if deltas.is_masked(t)]
         pruned = [t for t in masked if deltas.density(t) not in (0.0, 1.0)]
-        guarded = [t for t in masked if prune.protect and has_norm(t.name, t.tensor.shape)]
+        guarded = [t for t in masked if prune.protect and has_columns(t.name, t.tensor.shape)]
         _find_columns(prune, [t.name for t in guarded])
         if pruned and prune.group == "model":
             if prune.protect:

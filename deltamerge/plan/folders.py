@@ -62,7 +62,7 @@ def remarks(name: str, template: Checkpoint, models: Sequence[tuple[str, Checkpo
         parts = ", ".join(component.folder or "its own folder" for component in template.components)
         yield f"{name} is a {kind}, merged component by component: {parts}"
     elif not template.config_file and template.config:
-        yield f"{name} has no config.json: the output's is what its metadata tell; a tokenizer is not written"
+        yield f"{name} is a GGUF file: config.json is made of what it says, and so is the tokenizer, by transformers"
     elif not template.config_file:
         yield f"{name} has no config.json, so the output has none: its weights alone are written"
     for other, checkpoint in models:

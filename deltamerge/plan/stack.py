@@ -9,11 +9,11 @@ from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.io.names import BEFORE_LAYERS, LM_HEAD, block_of, layer_index, layer_position
-from deltamerge.io.quantised.detect import keys_of, stated, without_keys
+from deltamerge.io.quantised.detect import without_keys
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer
-from deltamerge.plan.layer_config import Followed, count_keys, layer_count, repair
+from deltamerge.plan.layer_config import Followed, Place, count_keys, layer_count, repair
 from deltamerge.plan.layer_kinds import Kind, Stacked, settle
 from deltamerge.plan.modules import Modules
 from deltamerge.recipe.schema import Recipe
@@ -97,7 +97,7 @@ class Stack:
 
 
 def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, Any], list[str]]:
-    """The template's config for the output's layers and head, and messages about the changes."""
+    """The template's config for the output's layers and head, with plain weights, and messages about the changes."""
     config, notes = dict(inputs.template.checkpoint.config), []
     for stack in stacks:
         sources = []
@@ -124,11 +124,6 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
             config["text_config"] = {**inner, "tie_word_embeddings": False}
         config["tie_word_embeddings"] = False
         notes.append("config.json: tie_word_embeddings → false")
-    for path, _ in keys_of(config):
-        name, _ = stated(config) or ("", "")
-        quantised = inputs.template.checkpoint.quantised
-        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
-        notes.append(f"config.json: {'.'.join(path)} ({name}) is dropped: {why}")
     return without_keys(config), notes
 
 
@@ -250,8 +245,7 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
     found = set(map(finder.of, stored))
     for module in scopes:
         if module is not None and module not in found:
-            parts = (name.split("/")[:1] if "/" in name else name.split(".")[:2] for name in stored)
-            present = dict.fromkeys(part for some in parts for part in some)
+            present = dict.fromkeys(part for n in stored for part in re.split(r"[./]", n)[: 1 if "/" in n else 2])
             hint = f"default is the whole model; names here: {', '.join([p for p in present if not p.isdigit()][:8])}"
             problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
             raise RecipeError(recipe.source.path, [problem])
@@ -302,26 +296,42 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
     """
     found: dict[str, set[int]] = {}
     modules = Modules(scopes, template.stored.values())
+    inside: dict[str, bool] = {}
     for name, stored in template.stored.items():
         block = block_of(name.rpartition(".")[0])
-        if block is not None and modules.of(stored) == module:
+        if block is not None:
             found.setdefault(block[0], set()).add(block[1])
+            inside[block[0]] = inside.get(block[0], False) or modules.of(stored) == module
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
     config, where = template.checkpoint.config, f"{template.name}: slices"
-    counted = {
-        p: n for p, n in whole.items() if count_keys(config, template.container(p), n, alone=_alone(template, p))
-    }
-    counted = counted or {p: n for p, numbers in found.items() if (n := _count(template, p, numbers)) < len(numbers)}
+    places = {p: set(count_keys(config, template.container(p), n, alone=_alone(template, p))) for p, n in whole.items()}
+    counted = {p: n for p, n in whole.items() if places[p] and inside[p]}
+    behind = {p: n for p in found if inside[p] and (n := _count(template, p, found[p])) < len(found[p])}
+    counted = counted or behind
     if not counted:
-        names = ", ".join(f"{prefix} (0-{count - 1})" for prefix, count in whole.items()) or "none"
+        names = ", ".join(f"{prefix} (0-{count - 1})" for prefix, count in whole.items() if inside[prefix]) or "none"
         hint = "without modules, merge whole models with `models`"
         raise InputError(f"{where} need numbered layers whose count config.json has; found {names}", hint=hint)
-    if len(counted) > 1:
+    shared = {p: both for p in counted if (both := _shared(p, places)) is not None}
+    if len(counted) > 1 and len(shared) < len(counted):
         hint = "name one: modules: {encoder: {slices: …}}; a module is a component of the tensors' names"
         raise InputError(f"{where} could stack {' or '.join(sorted(counted))}", hint=hint)
-    ((prefix, count),) = counted.items()
+    prefix, count = min(counted.items())
+    if prefix in shared:
+        other, key = shared[prefix]
+        message = f"{where} of {prefix} would change {key} of config.json, which counts {other} too"
+        raise InputError(message, hint="merge whole models with `models`")
     _check_width(template, prefix)
     return prefix, count
+
+
+def _shared(prefix: str, places: Mapping[str, Collection[Place]]) -> tuple[str, str] | None:
+    """Another container whose count the config states by a key of `prefix`, and that key."""
+    for other, keys in places.items():
+        common = [] if other == prefix else sorted(set(keys) & set(places.get(prefix, ())))
+        if common:
+            return other, ".".join((*common[0][0], common[0][1]))
+    return None
 
 
 def _check_outside(template: Input, stack: Stack) -> None:
