@@ -328,7 +328,7 @@ REFUSED: dict[str, list[str]] = {
     ],
     "base_model: b\nmodels: [{name: x}]": ["r.yaml:2:10: models[0]: needs model"],
     "base_model: b\nmodels: [{model: ''}]": ["r.yaml:2:18: models[0].model: must not be empty"],
-    "base_model: b\nmodels: [x]": ["r.yaml:2:10: models[0]: must be a mapping of keys to values, got 'x'"],
+    "base_model: b\nmodels: [x]": ["r.yaml:2:10: models[0]: must be a mapping of keys to values, got 'x'\nhint: {model: x}"],
     "base_model: b\nmodels: {model: x}": ["r.yaml:2:9: models: must be a list, got a mapping"],
     "base_model: b\nmodels: x": ["r.yaml:2:9: models: must be a list, got 'x'"],
     ONE + "prune: dare": ["r.yaml:4:8: prune: must be a mapping of keys to values, got 'dare'"],
