@@ -170,6 +170,16 @@ def tiny_vlm(folder: Path, base: Path, *, seed: int = 7, sigma: float = 7e-4) ->
     return folder
 
 
+def tiny_pipeline(folder: Path, seed: int, base: Path | None) -> None:
+    """A pipeline whose components are tiny models under diffusers' names."""
+    for part in ("unet", "text_encoder", "vae"):
+        tiny_llama(folder / part, seed=seed, base=base and base / part)
+        if part != "text_encoder":
+            (folder / part / "model.safetensors").rename(folder / part / "diffusion_pytorch_model.safetensors")
+    parts = {part: ["diffusers", "X"] for part in ("unet", "text_encoder", "vae")}
+    write_json(folder / "model_index.json", {"_class_name": "Pipeline", **parts})
+
+
 def tiny_bert_pair(
     folder: Path,
     *,

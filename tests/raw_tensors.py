@@ -47,6 +47,12 @@ def widened(tensor: Stored) -> np.ndarray[Any, Any]:
 def write_checkpoint(folder: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config or {"model_type": "test"}))
+    write_weights(folder / "model.safetensors", tensors)
+    return folder
+
+
+def write_weights(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """One safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     parts, at = [b""], 0
     for name, (code, array) in tensors.items():
@@ -55,8 +61,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Stored], config: Mappin
         at += len(parts[-1])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
-    return folder
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
 
 
 def read_checkpoint(folder: Path) -> dict[str, Stored]:

@@ -140,7 +140,7 @@ def run(
 
     def watch(plan: Plan) -> Callable[[int], None]:
         warnings.say(plan)
-        return progress.start(plan.nbytes)
+        return progress.start(plan.made_bytes)
 
     options = Options(
         device=device, workers=workers, memory=memory, resume=resume or None, force=force,

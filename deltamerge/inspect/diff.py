@@ -22,6 +22,7 @@ from deltamerge.io.dtypes import FLOATING, PACKED, widen
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.io.weight_files import is_weights
 from deltamerge.plan.regroup import form_of, regrouped, shared_names
 from deltamerge.run import lock as locks
 
@@ -49,11 +50,11 @@ class Change:
 
 
 def diff(a: str, b: str, workers: int) -> dict[str, Any]:
-    """The differences between two checkpoints (folders, hub ids) or two locks (files).
+    """The differences between two checkpoints (folders, weight files, hub ids) or two locks (other files).
 
     UsageError: a checkpoint and a lock.
     """
-    are_files = [Path(reference).is_file() for reference in (a, b)]
+    are_files = [Path(reference).is_file() and not is_weights(reference) for reference in (a, b)]
     if any(are_files):
         if not all(are_files):
             raise UsageError("one is a lock, the other a checkpoint", hint="give two locks, or two folders")

@@ -139,7 +139,7 @@ def open_checkpoint(
     reference = reference or str(path)
     with errors.context(reference):
         if not path.is_dir():
-            return _lone(path, reference, pickles=pickles)
+            return replace(_lone(path, reference, pickles=pickles), revision=revision, hub_id=hub_id)
         return open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles)
 
 
@@ -233,10 +233,11 @@ def _gguf(folder: Folder, name: str, reference: str, revision: str | None, hub_i
 
 
 def config_file_of(names: Collection[str], source: str = "") -> str:
-    """The file that holds a model's config; "" for Mistral's own files, which have none."""
+    """The file that holds a model's config; "" for Mistral's own files and GGUF, which have none."""
     if PIPELINE in names:
         return PIPELINE
-    return "" if source.startswith(MISTRAL) and CONFIG not in names else CONFIG
+    has_own = source.startswith(MISTRAL) or source.endswith(GGUF)
+    return "" if has_own and CONFIG not in names else CONFIG
 
 
 def _lone(path: Path, reference: str, *, pickles: bool) -> Checkpoint:

@@ -31,6 +31,16 @@ class Zeros:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """The bytes of a small tensor of bytes, which are here before its file is."""
+
+    data: bytes
+
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        out[:] = self.data[start : start + len(out)]
+
+
+@dataclass(frozen=True, slots=True)
 class Cast:
     """`source` in another `dtype`, rounded to nearest, ties to even."""
 

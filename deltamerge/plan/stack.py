@@ -10,7 +10,7 @@ from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.io.names import BEFORE_LAYERS, LM_HEAD, block_of, layer_index, layer_position
-from deltamerge.io.quantised.detect import keys_of, stated, without_keys
+from deltamerge.io.quantised.detect import without_keys
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer
@@ -98,7 +98,7 @@ class Stack:
 
 
 def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, Any], list[str]]:
-    """The template's config for the output's layers and head, and messages about the changes."""
+    """The template's config for the output's layers and head, with plain weights, and messages about the changes."""
     config, notes = dict(inputs.template.checkpoint.config), []
     for stack in stacks:
         sources = []
@@ -125,11 +125,6 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
             config["text_config"] = {**inner, "tie_word_embeddings": False}
         config["tie_word_embeddings"] = False
         notes.append("config.json: tie_word_embeddings → false")
-    for path, _ in keys_of(config):
-        name, _ = stated(config) or ("", "")
-        quantised = inputs.template.checkpoint.quantised
-        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
-        notes.append(f"config.json: {'.'.join(path)} ({name}) is dropped: {why}")
     return without_keys(config), notes
 
 
@@ -251,7 +246,7 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
     found = set(map(finder.of, stored))
     for module in scopes:
         if module is not None and module not in found:
-            present = dict.fromkeys(part for name in stored for part in re.split(r"[./]", name)[:2])
+            present = dict.fromkeys(part for n in stored for part in re.split(r"[./]", n)[: 1 if "/" in n else 2])
             hint = f"default is the whole model; names here: {', '.join([p for p in present if not p.isdigit()][:8])}"
             problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
             raise RecipeError(recipe.source.path, [problem])

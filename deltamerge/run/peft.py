@@ -19,11 +19,12 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
 from deltamerge.io.adapter_config import CONFIG
 from deltamerge.io.adapter_parts import PREFIX
+from deltamerge.io.layout import plan_layout
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.writer import Writer, plan_layout
+from deltamerge.io.writer import Writer
 from deltamerge.plan.planner import ADAPTER, Plan
 from deltamerge.run.assets import config as output_config
 from deltamerge.run.assets import tokenizer_files, write_files

@@ -206,3 +206,27 @@ def test_masks_and_tables_of_layers_are_copied(tmp_path, monkeypatch):
     assert torch.equal(load_tensors(tmp_path / "out")["h.0.attn.bias"], mask)
     methods = {output.name: output.pieces[0].built.method for output in planned.outputs}
     assert methods["h.0.attn.bias"] == methods["h.0.rotary_emb.inv_freq"] == "copy"
+
+
+def test_rows_of_several_models_and_deltas_are_not_searched(tmp_path):
+    """Rows that a union gathers, and what a delta makes of its base, are no stored values of one model: what is not
+    finite there is met by arithmetic, and refused."""
+    from conftest import write_tokenizer
+
+    torch.manual_seed(0)
+    for name, rows in (("base", 6), ("a", 7), ("b", 6)):
+        table = torch.randn(rows, 4)
+        table[5, 1] = INF
+        config = {"model_type": "test", "vocab_size": rows}
+        make_checkpoint(tmp_path / name, {"model.embed_tokens.weight": table, "w": torch.randn(4)}, config=config)
+        write_tokenizer(tmp_path / name, rows)
+    union = recipe(tmp_path, f"merge_method: linear\nbase_model: ./base\n{TWO}{SUM}tokenizer_source: union\n")
+    (embedding,) = (o for o in make_plan(union).outputs if "embed" in o.name)
+    assert finite._models(embedding.pieces[0].built.root) == ()
+    with pytest.raises(OutputError, match=r"not finite in model\.embed_tokens\.weight"):
+        run(union, tmp_path / "united")
+    make_checkpoint(tmp_path / "a", {"w": torch.randn(4), "model.embed_tokens.weight": torch.randn(6, 4)})
+    run(recipe(tmp_path, "base_model: ./base\nmodels: [{model: ./a}]\noutput: {kind: delta}\n"), tmp_path / "delta")
+    over = recipe(tmp_path, f"merge_method: linear\nbase_model: ./base\n{TWO.replace('./a', './delta')}{SUM}")
+    for output in make_plan(over).outputs:
+        assert finite._models(output.pieces[0].built.root) == ()

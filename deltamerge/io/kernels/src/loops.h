@@ -103,6 +103,13 @@ struct ScaledRows {
   i64 across, n;
 };
 
+// The numbers that codes stand for (io/quantised/numbers.py): small floats up to the code `last`, or, where `exponent` is
+// 0, the integers from `least` to `largest`.
+struct CodeForm {
+  i64 exponent, mantissa, bias, last;
+  float least, largest;
+};
+
 struct Inside {
   i64 count, above;
 };
@@ -180,6 +187,8 @@ struct Loops {
   // out = (code - zero) * scale of `count` columns of a row from `first` on; `row` is where its codes begin (of which only
   // those of these columns are read), `line` its row of the grid.
   void (*scale_row)(const ScaledRows& rows, const u8* row, i64 line, i64 first, i64 count, float* out);
+  // Codes of values that share a scale and a zero; the sum of squares of what is lost.
+  double (*code_values)(const CodeForm& form, const float* x, float scale, float zero, u8* codes, i64 count);
   // out_ij = sum of left_ik right_kj in the order of k; left (rows, rank), right (rank, columns).
   void (*ordered_product)(const float* left, const float* right, float* out, i64 rows, i64 rank, i64 columns);
 };

@@ -72,6 +72,7 @@ PyMethodDef methods[] = {
     {"add", delta_add, METH_VARARGS, "Add values at stored positions."},
     {"ranked", delta_ranked, METH_VARARGS, "Scales of their stored ranks."},
     {"scaled", scaled, METH_VARARGS, "Codes times scales (io/quantised/scaled.py)."},
+    {"coded", coded, METH_VARARGS, "Blocks of values as codes (io/quantised/coder.py)."},
     {"ordered_product", ordered_product, METH_VARARGS, "A matrix product, summed in order (io/computed.py)."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -56,4 +56,35 @@ PyObject* scaled(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
+// (values, scales, zeros or empty, codes, lost, blocks down, their rows, blocks across, their columns, exponent, mantissa,
+// bias, last, least, largest): values (a, m, b, n), scales and zeros (a, b); `lost` (a, b) is added to.
+PyObject* coded(PyObject*, PyObject* arguments) {
+  Buffers<5> b;
+  i64 n[10];
+  if (!b.take(arguments, 3) || !take_numbers(arguments, 5, n, 10)) return nullptr;
+  const CodeForm form = {n[4], n[5], n[6], n[7], float(n[8]), float(n[9])};
+  const i64 down = n[0], rows = n[1], across = n[2], columns = n[3];
+  const bool shifted = b.count<float>(2) > 0;
+  for (int i = 0; i < 4; ++i) {
+    if (n[i] < 1 || n[i] > (i64(1) << 31)) return too_short();
+  }
+  const bool small = form.exponent == 0 || (form.exponent + form.mantissa < 8 && form.exponent > 1 && form.mantissa > 0);
+  const i64 blocks = down * across;
+  if (!small || form.exponent < 0 || b.count<float>(0) / rows / columns < blocks || b.count<float>(1) < blocks ||
+      (shifted && b.count<float>(2) < blocks) || b.count<u8>(3) / rows / columns < blocks || b.count<double>(4) < blocks) {
+    return too_short();
+  }
+  Py_BEGIN_ALLOW_THREADS;
+  for (i64 line = 0; line < down * rows; ++line) {
+    for (i64 j = 0; j < across; ++j) {
+      const i64 at = line * across + j, block = line / rows * across + j;
+      b.at<double>(4)[block] += loops().code_values(form, b.at<float>(0) + at * columns, b.at<float>(1)[block],
+                                                    shifted ? b.at<float>(2)[block] : 0.0f,
+                                                    b.at<u8>(3) + at * columns, columns);
+    }
+  }
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
 }  // namespace deltamerge

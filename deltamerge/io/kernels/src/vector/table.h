@@ -1,6 +1,7 @@
 // The table of the loops of one processor level; includes every loop, which is compiled for it.
 #pragma once
 
+#include "coded.h"
 #include "floats.h"
 #include "hash.h"
 #include "masks.h"
@@ -51,6 +52,7 @@ const Loops DELTAMERGE_TABLE = {
     add_to,
     ranked,
     scale_row,
+    code_values,
     ordered_product,
 };
 
