@@ -8,6 +8,7 @@ import io
 import platform
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,8 @@ def _explain(error: Exception, *, machine: bool = False) -> int:
         return _report_bug(error)
     complain(known, "error")
     if machine:
-        say_json({"error": error_as_json(known, "")})
+        with suppress(OSError):  # stdout itself may be what failed
+            say_json({"error": error_as_json(known, "")})
     return known.exit_code
 
 
