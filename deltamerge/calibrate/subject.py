@@ -27,6 +27,7 @@ from deltamerge.engine import backends
 from deltamerge.engine.backends import torch_device
 from deltamerge.engine.execute import Task, default_workers, execute, shared_values
 from deltamerge.engine.graph import Graph, Node
+from deltamerge.io import progress
 from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -128,7 +129,9 @@ class Subject:
 
     def count(self, batches: Sequence[Inputs], models: int = 1) -> None:
         """Count `models` passes over `batches`."""
-        self.sequences += models * sum(map(_rows, batches))
+        sequences = models * sum(map(_rows, batches))
+        self.sequences += sequences
+        progress.here(progress.PASSES).step(sequences / self.counts[0])
 
     def output_change(self, part: Part) -> O.OutputChange:
         """The objective of that name, on "search" or "held" rows."""
@@ -194,8 +197,7 @@ class Subject:
         """The objective of every choice of q's, over the first `seeds` masks (default: all)."""
         masks = self.masks[:seeds]
         variants = [pruned(self.start, mask, q) for q in qs for mask in masks]
-        found = O.evaluate(self.model, objective, variants)
-        self.count(objective.batches, len(variants))
+        found = O.evaluate(self.model, objective, variants, counted=partial(self.count, objective.batches))
         return [O.over_seeds(found[i : i + len(masks)]) for i in range(0, len(found), len(masks))]
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
@@ -207,8 +209,9 @@ class Subject:
         """Statistics over the search rows of the layers that had an input; `drawn`: with those of the first mask."""
         draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
         inputs = self.batches["search"].inputs
+        found = collect(self.model, self.tune, inputs, self.delta, draw=draw)
         self.count(inputs, 2 if drawn else 1)
-        return collect(self.model, self.tune, inputs, self.delta, draw=draw)
+        return found
 
     def delta(self, name: str) -> Tensor | None:
         """The part of a tensor's delta that is pruned: 0 in protected columns."""

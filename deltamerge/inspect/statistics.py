@@ -19,6 +19,7 @@ from deltamerge.errors.shown import CELL, shown
 from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.inspect.activations import Activations, Figures, Influence
 from deltamerge.inspect.moments import Moments, join_moments, moments, together
+from deltamerge.io import progress
 from deltamerge.io.alike import finite
 from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.names import EMBEDDING, TASK_HEAD, block_name
@@ -159,7 +160,6 @@ def measure_deltas(
     device: str = "cpu",
     workers: int = 1,
     tile_elements: int = 1 << 18,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Moments]:
     """The moments of every pair's delta, by name, from one pass over both files.
 
@@ -167,11 +167,11 @@ def measure_deltas(
         device          "cpu" or a GPU
         workers         threads
         tile_elements   of a tile
-        progress        called with the number of bytes done
 
     Infinities and NaNs that both hold alike count as zero. InputError: others.
     """
-    found = _moments(pairs, device, workers, tile_elements, progress)
+    with progress.phase("measuring", sum(pair.tune.nbytes for pair in pairs)) as one:
+        found = _moments(pairs, device, workers, tile_elements, one.step)
     if odd := [pair for pair in pairs if not _is_finite(found[pair.name])]:
         rest = []
         for pair in odd:
@@ -189,14 +189,14 @@ def _is_finite(moments: Moments) -> bool:
 
 
 def _moments(
-    pairs: Sequence[Pair], device: str, workers: int, tile_elements: int, progress: Callable[[int], None]
+    pairs: Sequence[Pair], device: str, workers: int, tile_elements: int, told: Callable[[int], None]
 ) -> dict[str, Moments]:
     graph = Graph()
     roots = {pair.name: _root(graph, pair) for pair in pairs}
     tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots.items()]
     with Reader() as reader:
         values = execute(
-            tasks, reader, None, device=device, workers=workers, tile_elements=tile_elements, progress=progress
+            tasks, reader, None, device=device, workers=workers, tile_elements=tile_elements, progress=told
         )
     return {name: values[root] for name, root in roots.items()}
 

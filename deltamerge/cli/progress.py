@@ -1,0 +1,246 @@
+"""How far the work is, on stderr: bars on a terminal, elsewhere a line every ten seconds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltamerge.cli import streams
+from deltamerge.cli.tables import human
+from deltamerge.io.progress import BYTES, Phase, heard
+
+EVERY = 10.0  # seconds between lines
+TICK = 0.125  # seconds between drawings
+SLOW = 0.5  # seconds before a phase is shown
+SURE_SECONDS, SURE_SHARE = 2.0, 0.02  # what must have passed before the time left is estimated
+RECENT = 20.0  # seconds that a rate is measured over, or half of the time so far, if that is longer
+NARROW, BAR = 72, 24  # columns of a terminal below which there is no bar, and of a bar
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A phase in words: its name, the share that is done (None where only a bound is known), how much of what, how
+    fast, how long still; "" where that is not known."""
+
+    name: str
+    share: float | None
+    amount: str
+    rate: str
+    left: str
+
+
+@dataclass(slots=True)
+class Seen:
+    """A phase, and when it had done how much."""
+
+    phase: Phase
+    samples: deque[tuple[float, float]] = field(default_factory=deque)
+
+    def look(self, now: float) -> State:
+        """What there is to say at a time."""
+        phase, done, total = self.phase, self.phase.done, self.phase.total
+        if not self.samples:
+            self.samples.append((phase.begun, 0.0))
+        if now - self.samples[-1][0] > TICK / 2:
+            self.samples.append((now, done))
+        span = max(RECENT, (now - phase.begun) / 2)
+        while len(self.samples) > 2 and self.samples[1][0] <= now - span:
+            self.samples.popleft()
+        since, had = self.samples[0]
+        rate = (done - had) / max(now - since, 1e-3)
+        share = min(1.0, done / total) if total > 0 else None
+        sure = share is not None and now - phase.begun >= SURE_SECONDS and share >= SURE_SHARE and rate > 0
+        left = lasting(max(total - done, 0.0) / rate) if sure and share != 1.0 else ""
+        most = "at most" if phase.bound else "about"
+        return State(
+            phase.name,
+            None if phase.bound else share,
+            amount(phase),
+            f"{human(rate)}/s" if phase.unit == BYTES and now - phase.begun >= SURE_SECONDS else "",
+            f"{most} {left} left" if left else "",
+        )
+
+
+def amount(phase: Phase) -> str:
+    """How much is done, of how much."""
+    of = "of ≤" if phase.bound else "of"
+    if phase.unit == BYTES:
+        return f"{human(phase.done)} {of} {human(max(phase.total, phase.done))}"
+    return f"{int(phase.done + 1e-6):,} {of} {int(max(phase.total, phase.done)):,} {phase.unit}"
+
+
+def lasting(seconds: float) -> str:
+    """A time in the units that people use, to about a tenth."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(round(seconds / 300) * 5, 60)
+    return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{hours} h"
+
+
+def line(state: State) -> str:
+    """A phase on one line of a log."""
+    share = "" if state.share is None else f"{int(100 * state.share)} %"
+    return f"{state.name}: " + ", ".join(part for part in (share, state.amount, state.rate, state.left) if part)
+
+
+class Display:
+    """Shows every phase that lasts: a listener of phases, with a thread that prints."""
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+        self._changed = threading.Lock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begun(self, phase: Phase) -> None:
+        with self._changed:
+            self.seen.append(Seen(phase))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._go, daemon=True)
+                self._thread.start()
+
+    def ended(self, phase: Phase) -> None:
+        with self._changed:
+            self.seen = [one for one in self.seen if one.phase is not phase]
+            if not self.seen:
+                self.clear()
+
+    def aside(self, say: Callable[[], None]) -> None:
+        """Let `say` write to stderr between two drawings."""
+        with self._changed:
+            self.clear()
+            say()
+
+    def close(self) -> None:
+        """Stop, and leave nothing behind."""
+        self._ended.set()
+        with self._changed:
+            self.clear()
+
+    def _go(self) -> None:
+        while not self._ended.wait(self.every):
+            with self._changed:
+                now = time.monotonic()
+                states = [one.look(now) for one in self.seen if now - one.phase.begun >= SLOW]
+                if states and not self._ended.is_set():
+                    self.show(states)
+
+    @property
+    def every(self) -> float:
+        """Seconds between two looks."""
+        raise NotImplementedError
+
+    def show(self, states: list[State]) -> None:
+        """Print what phases are at."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        """Remove what does not stay."""
+
+
+class Lines(Display):
+    """A line for each phase now and then, for logs, and for terminals that cannot move a cursor."""
+
+    @property
+    def every(self) -> float:
+        return EVERY
+
+    def show(self, states: list[State]) -> None:
+        streams.to_stderr("\n".join(map(line, states)) + "\n")
+
+
+class Bars(Display):
+    """A line for each phase at the bottom of a terminal, drawn again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn = 0
+        self._console: Any = None
+
+    @property
+    def every(self) -> float:
+        return TICK
+
+    def show(self, states: list[State]) -> None:
+        drawn = bars(states, self._consoled())
+        above = self._erasing()
+        self._drawn = len(drawn)
+        streams.to_stderr(above + "\n".join(drawn))
+
+    def clear(self) -> None:
+        if self._drawn:
+            streams.to_stderr(self._erasing())
+            self._drawn = 0
+
+    def _consoled(self) -> Any:
+        if self._console is None:
+            self._console = streams.console()
+        return self._console
+
+    def _erasing(self) -> str:
+        """Moves to the first line drawn, and erases all."""
+        return "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (self._drawn - 1) if self._drawn else ""
+
+
+def bars(states: list[State], console: Any) -> list[str]:
+    """The phases as lines that fit the terminal: name, bar and share, amount, rate, time left."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    width = console.width - 1
+    rows = []
+    for state in states:
+        cells: list[Any] = [Text(state.name, "bold", no_wrap=True, overflow="ellipsis")]
+        if width >= NARROW:
+            cells.append("" if state.share is None else ProgressBar(1.0, state.share, BAR))
+        share = "" if state.share is None else f"{int(100 * state.share)} %"
+        words = [part for part in (share, state.amount, state.left) if part]
+        if width >= NARROW:
+            words.insert(-1 if state.left else len(words), state.rate)
+        cells.append(Text("  ".join(filter(None, words)), no_wrap=True, overflow="ellipsis"))
+        rows.append(cells)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for _ in rows[0]:
+        table.add_column(no_wrap=True, overflow="ellipsis")
+    for cells in rows:
+        table.add_row(*cells)
+    with console.capture() as captured:
+        console.print(table, width=width, end="", crop=True)
+    return [text.rstrip() for text in captured.get().rstrip("\n").split("\n")]
+
+
+_displays: list[Display] = []
+
+
+def aside(say: Callable[[], None]) -> None:
+    """Let `say` write to stderr where progress may be shown."""
+    if _displays:
+        _displays[-1].aside(say)
+    else:
+        say()
+
+
+@contextmanager
+def shown(*, quiet: bool, machine: bool) -> Iterator[None]:
+    """Show phases on stderr while the block runs: not where it is `quiet`; for a `machine`, whose results go to stdout
+    as data, only on a terminal."""
+    if quiet or (machine and not streams.is_terminal()):
+        yield
+        return
+    display: Display = Bars() if streams.moves() else Lines()
+    _displays.append(display)
+    try:
+        with heard(display):
+            yield
+    finally:
+        _displays.remove(display)
+        display.close()
