@@ -132,7 +132,8 @@ def decide(
 
 @contextmanager
 def calibrating(name: str, passes: int, what: str = "calibrating") -> Iterator[None]:
-    """A phase of at most so many forward passes over the rows. Name the model in errors; silence transformers' advice on lengths and padding."""
+    """Name the model in errors of its calibration, and in a phase of at most so many forward passes over the rows;
+    silence transformers' advice on lengths and padding."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from deltamerge.cli import streams
 from deltamerge.cli.tables import human
@@ -19,7 +19,6 @@ TICK = 0.125  # seconds between drawings
 SLOW = 0.5  # seconds before a phase is shown
 SURE_SECONDS, SURE_SHARE = 2.0, 0.02  # what must have passed before the time left is estimated
 RECENT = 20.0  # seconds that a rate is measured over, or half of the time so far, if that is longer
-NARROW, BAR = 72, 24  # columns of a terminal below which there is no bar, and of a bar
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +60,7 @@ class Seen:
             phase.name,
             None if phase.bound else share,
             amount(phase),
-            f"{human(rate)}/s" if phase.unit == BYTES and now - phase.begun >= SURE_SECONDS else "",
+            f"{human(rate)}/s" if phase.unit == BYTES and rate > 0 and now - phase.begun >= SURE_SECONDS else "",
             f"{most} {left} left" if left else "",
         )
 
@@ -191,31 +190,47 @@ class Bars(Display):
 
 
 def bars(states: list[State], console: Any) -> list[str]:
-    """The phases as lines that fit the terminal: name, bar and share, amount, rate, time left."""
+    """The phases as lines that fit the terminal; where it is narrow the rate goes first, then bar, then time left."""
     from rich.progress_bar import ProgressBar
     from rich.table import Table
     from rich.text import Text
 
     width = console.width - 1
-    rows = []
-    for state in states:
-        cells: list[Any] = [Text(state.name, "bold", no_wrap=True, overflow="ellipsis")]
-        if width >= NARROW:
-            cells.append("" if state.share is None else ProgressBar(1.0, state.share, BAR))
-        share = "" if state.share is None else f"{int(100 * state.share)} %"
-        words = [part for part in (share, state.amount, state.left) if part]
-        if width >= NARROW:
-            words.insert(-1 if state.left else len(words), state.rate)
-        cells.append(Text("  ".join(filter(None, words)), no_wrap=True, overflow="ellipsis"))
-        rows.append(cells)
+    name = min(max(len(state.name) for state in states), max(12, width // 3))
+    room = width - name - 2
+    fits = (one for one in LAYOUTS if room >= one.bar + 2 + max(len(_words(state, one)) for state in states))
+    layout = next(fits, LAYOUTS[-1])
     table = Table.grid(padding=(0, 2, 0, 0))
-    for _ in rows[0]:
+    table.add_column(no_wrap=True, overflow="ellipsis", width=name)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    if layout.bar:
         table.add_column(no_wrap=True, overflow="ellipsis")
-    for cells in rows:
-        table.add_row(*cells)
+    for state in states:
+        bar = "" if state.share is None else ProgressBar(1.0, state.share, layout.bar, complete_style="cyan")
+        table.add_row(Text(state.name, "bold"), *([bar] if layout.bar else []), Text(_words(state, layout)))
     with console.capture() as captured:
-        console.print(table, width=width, end="", crop=True)
+        console.print(table, width=width, end="", crop=True, soft_wrap=False)
     return [text.rstrip() for text in captured.get().rstrip("\n").split("\n")]
+
+
+class Layout(NamedTuple):
+    """What of a phase is shown: columns of its bar, its rate, the time left."""
+
+    bar: int
+    rate: bool
+    left: bool
+
+
+LAYOUTS = (
+    Layout(24, True, True), Layout(12, True, True), Layout(12, False, True), Layout(0, False, True),
+    Layout(0, False, False),
+)  # fmt: skip
+
+
+def _words(state: State, layout: Layout) -> str:
+    share = "" if state.share is None else f"{int(100 * state.share):>2} %"
+    parts = (share, state.amount, state.rate * layout.rate, state.left * layout.left)
+    return "  ".join(part for part in parts if part)
 
 
 _displays: list[Display] = []

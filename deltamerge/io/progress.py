@@ -42,7 +42,6 @@ class Phase:
         with self._changed:
             self.done += count
 
-
     def skip(self, count: float) -> None:
         """Take `count` off the total: so much need not be done."""
         with self._changed:

@@ -78,7 +78,12 @@ def apply(
     refuse_inputs(out, [(delta, artifact.path), (base, origin.path)])
     with workspace(out, force=force) as work:
         folder = work.folder
-        with progress.phase("applying", layout.total_size) as one, Reader() as reader, Writer(folder, layout) as writer, errors.context(delta):
+        with (
+            progress.phase("applying", layout.total_size) as one,
+            Reader() as reader,
+            Writer(folder, layout) as writer,
+            errors.context(delta),
+        ):
             _write(opened, planned, origin, reader, writer, workers, tile, one.step)
             found = writer.finish()
         seals = {file.name: seal(folder / file.name) for file in layout.files}
