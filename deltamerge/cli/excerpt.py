@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import re
 from typing import TYPE_CHECKING
 
 from deltamerge.errors import MOST, DeltamergeError, Problem, RecipeError
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.text import Text
 
-MOST_BYTES = 1 << 22  # of a file that lines are shown of
+BREAKS = re.compile("\r\n|[\n\r\x85\u2028\u2029]")  # YAML's
 PLACE, MESSAGE, HINT, QUIET = "bold", "red", "cyan", "dim"
 
 
@@ -21,9 +21,8 @@ def show(error: DeltamergeError, where: str, console: Console) -> None:
     from rich.text import Text
 
     if isinstance(error, RecipeError):
-        source = lines_of(error.path)
         for problem in error.problems[:MOST]:
-            _print(console, _problem(problem, error.path, source, console.width))
+            _print(console, _problem(problem, error.path, console.width))
         if len(error.problems) > MOST:
             _print(console, Text(f"{error.path}: … and {len(error.problems) - MOST} more problems"))
     else:
@@ -39,7 +38,7 @@ def _print(console: Console, text: Text) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _problem(problem: Problem, path: str, source: list[str], width: int) -> Text:
+def _problem(problem: Problem, path: str, width: int) -> Text:
     from rich.text import Text
 
     place = shown(path) if problem.line is None else f"{shown(path)}:{problem.line}:{problem.column}"
@@ -47,7 +46,8 @@ def _problem(problem: Problem, path: str, source: list[str], width: int) -> Text
     if problem.location:
         text.append(f"{shown(problem.location, 400)}: ")
     text.append(shown(problem.message, 400), MESSAGE)
-    if problem.line is not None and problem.column is not None and problem.line <= len(source):
+    source = BREAKS.split(problem.text or "")
+    if problem.line is not None and problem.column is not None and problem.text and problem.line <= len(source):
         gutter = f"{problem.line:>4} | "
         line, column = excerpt(source[problem.line - 1], problem.column, width - len(gutter) - 1)
         text.append(f"\n{gutter}", QUIET).append(line)
@@ -58,8 +58,8 @@ def _problem(problem: Problem, path: str, source: list[str], width: int) -> Text
 
 
 def excerpt(line: str, column: int, width: int) -> tuple[str, int]:
-    """The part of a line of a recipe around a column, which counts from 1, as at most `width` columns of a terminal; and
-    the columns before that place."""
+    """The part of a line around a column (from 1) that fits `width` columns of a terminal, and how many of these are
+    before that place."""
     from rich.cells import cell_len, set_cell_size
 
     before, after = shown(line[: column - 1].expandtabs(4), 1 << 20), shown(line[column - 1 :].expandtabs(4), 1 << 20)
@@ -72,14 +72,3 @@ def excerpt(line: str, column: int, width: int) -> tuple[str, int]:
     if cell_len(after) > rest:
         after = f"{set_cell_size(after, max(1, rest - 1)).rstrip()}…"
     return f"{before}{after}".rstrip(), cell_len(before)
-
-
-def lines_of(path: str) -> list[str]:
-    """The lines of a recipe's file; none if it cannot be read (again)."""
-    try:
-        file = Path(path)
-        if not file.is_file() or file.stat().st_size > MOST_BYTES:
-            return []
-        return file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, ValueError):
-        return []

@@ -17,7 +17,7 @@ import click
 
 from deltamerge.cli import progress, streams
 from deltamerge.cli.tables import human
-from deltamerge.errors import DeltamergeError, RecipeError
+from deltamerge.errors import DeltamergeError, Problem, RecipeError
 from deltamerge.errors.shown import LINE, printed, shown
 
 if TYPE_CHECKING:
@@ -75,8 +75,12 @@ def error_as_json(error: DeltamergeError, where: str) -> dict[str, Any]:
         "message": str(error) if isinstance(error, RecipeError) else f"{where}: {error}" if where else str(error),
         "hint": error.hint,
         "exit_code": error.exit_code,
-        "problems": [asdict(problem) | {"path": getattr(error, "path", where)} for problem in problems],
+        "problems": [_problem(problem) | {"path": getattr(error, "path", where)} for problem in problems],
     }
+
+
+def _problem(problem: Problem) -> dict[str, Any]:
+    return {key: value for key, value in asdict(problem).items() if key != "text"}
 
 
 def annotate(level: str, message: str, path: str, line: int | None = None, column: int | None = None) -> None:
@@ -155,8 +159,10 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
 
 
 def complain(error: DeltamergeError, where: str) -> None:
-    """Print one error on stderr with its hint; problems of a recipe carry their own places. On a terminal in colour, with
-    the recipe's lines."""
+    """Print one error on stderr with its hint; problems of a recipe carry their own places.
+
+    On a terminal this is in colour, with the recipe's lines.
+    """
     if streams.is_terminal():
         progress.aside(partial(_show, error, where))
         return
