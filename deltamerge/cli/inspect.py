@@ -35,12 +35,14 @@ from deltamerge.cli.output import (
     say_table,
     tell,
 )
-from deltamerge.cli.tables import human, render_diff, render_plan
+from deltamerge.cli.plan_view import render_plan
+from deltamerge.cli.tables import human, render_diff
 from deltamerge.errors import RecipeError
 from deltamerge.errors.shown import shown
 
 if TYPE_CHECKING:
     from deltamerge.inspect.check import Checked
+    from deltamerge.recipe.file import RecipeFile
     from deltamerge.recipe.yaml_source import Loc
 
 
@@ -122,6 +124,7 @@ def _annotate_checked(found: Checked) -> None:
 @MEMORY
 @click.option("--diff", "old", type=RECIPE, help="Only what RECIPE does otherwise than this one, in Markdown.")
 @click.option("--graph", is_flag=True, help="The stages as a Mermaid flowchart.")
+@click.option("--tensors", is_flag=True, help="List every tensor, with its sources and file.")
 @MERGEKIT_EXACT
 @SET
 @PICKLES
@@ -133,26 +136,26 @@ def plan(
     memory: int | None,
     old: Path | None,
     graph: bool,
+    tensors: bool,
     mergekit_exact: bool,
     settings: dict[Loc, str],
     pickles: bool,
     as_json: bool,
 ) -> None:
-    """Show what a run of RECIPE would do, tensor by tensor.
+    """Show what a run of RECIPE would do, and what it takes.
 
-    The dry run: sources, method, bytes and file of every output tensor, and the memory; reads no weights.
+    The dry run: output, disk, memory, about how long, and the tensors by kind; reads no weights.
 
     \b
-    deltamerge plan recipe.yaml --json
+    deltamerge plan recipe.yaml --tensors       # each with its sources and file; --json for machines
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
     from deltamerge.plan import review
     from deltamerge.recipe.file import read_recipe
     from deltamerge.run.options import Options
-    from deltamerge.run.plans import make_plans
+    from deltamerge.run.plans import make_plans, target_of
 
-    def describe(path: Path, settings: dict[Loc, str]) -> dict[str, Any]:
-        file = read_recipe(path, mergekit_exact=mergekit_exact, settings=settings)
+    def describe(file: RecipeFile) -> dict[str, Any]:
         options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
         *before, planned = make_plans(file, options=options)
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
@@ -160,19 +163,22 @@ def plan(
 
     if graph and (old or as_json):
         raise click.UsageError("--graph stands alone")
-    described = describe(recipe, settings)
+    file = read_recipe(recipe, mergekit_exact=mergekit_exact, settings=settings)
+    described = describe(file)
     if old is not None:
         with errors.context(str(old)):
-            found = review.difference(describe(old, {}), described)
+            before = describe(read_recipe(old, mergekit_exact=mergekit_exact))
+            found = review.difference(before, described)
         say_json(found) if as_json else say(review.markdown(found, str(old), str(recipe)))
     elif graph:
         say(review.mermaid(described))
     elif as_json:
         say_json(described)
     else:
+        width = streams.columns()
         for name, one in described.get("intermediate", {}).items():
-            say(f"document {shown(name)}\n{render_plan(one)}\n")
-        say(render_plan(described))
+            say(f"document {shown(name)}\n{render_plan(one, width=width, tensors=tensors)}\n")
+        say(render_plan(described, width=width, target=target_of(file, None), tensors=tensors))
 
 
 @click.command(epilog="Example: deltamerge inspect ./models/math --base ./models/base --calibration calib.jsonl")

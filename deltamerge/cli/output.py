@@ -154,6 +154,11 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
             lost = f", {delta.entries:,} entries: {how}"
         what = "an adapter" if adapter else f"{tensors} tensors"
         tell(f"{result.folder}: {what}, {human(size)} in {seconds:.1f} s{lost}")
+        if result.lock:  # a part of a run has none
+            from deltamerge.run.usage import next_steps
+
+            for line in next_steps(result.plan, result.folder):
+                tell(line)
         for note in result.plan.notes if adapter else ():
             tell(f"note: {note}")
 

@@ -19,13 +19,13 @@ from deltamerge.delta.entry import Read as ReadElements
 from deltamerge.delta.positions import Array, Positions
 from deltamerge.errors import InputError
 from deltamerge.io import progress
+from deltamerge.io.checkpoint import Checkpoint, with_configs
 from deltamerge.io.dtypes import ITEMSIZE, bits_type, cast
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import Read, TensorInfo
 
 if TYPE_CHECKING:
     from deltamerge.delta.file import DeltaFile
-    from deltamerge.io.checkpoint import Checkpoint, with_configs
 
 HELD = 16  # tensors whose positions stay decoded, at most an eighth of a byte per element
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deltamerge.engine.graph import Node, peak_tiles, schedule
+from deltamerge.engine.graph import REDUCTIONS, Node, peak_tiles, schedule
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.names import layer_index
 from deltamerge.io.outbox import ROOM, SLAB
+from deltamerge.methods.prune.nodes import RARE
 from deltamerge.methods.tiles import block_elements
 from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.outputs import OutputTensor
@@ -24,8 +25,8 @@ SOURCES = 2_000_000  # tensors of an output, each counted for every model that i
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The cost of a tensor: passes over its tiles, bytes read from the inputs in all passes, and bytes per element of a
-    tile (stored reads and float32 values alive at once, and scratch inside a step)."""
+    """The cost of a tensor: passes over its tiles at most, bytes read from the inputs in the passes that are usual, and
+    bytes per element of a tile (stored reads and float32 values alive at once, and scratch inside a step)."""
 
     passes: int
     read_bytes: int
@@ -37,11 +38,19 @@ def cost(root: Node) -> Cost:
     plan = schedule(root)
     reads = [[node for node in nodes if node.kind == "read"] for nodes in plan.passes]
     stored = max(sum(ITEMSIZE[node.dtype] for node in nodes) for nodes in reads)
+    usual = [
+        nodes for nodes, steps in zip(reads, plan.passes, strict=True) if steps is plan.passes[-1] or _is_usual(steps)
+    ]
     return Cost(
         len(plan.passes),
-        sum(math.prod(node.shape) * ITEMSIZE[node.dtype] for nodes in reads for node in nodes),
+        sum(math.prod(node.shape) * ITEMSIZE[node.dtype] for nodes in usual for node in nodes),
         stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype],
     )
+
+
+def _is_usual(steps: Sequence[Node]) -> bool:
+    """Whether a pass that ends in reductions is made for nearly every tensor, and reads it all."""
+    return any(step.kind in REDUCTIONS and step.function not in RARE for step in steps)
 
 
 def held_by_delta(outputs: tuple[OutputTensor, ...], workers: int) -> int:

@@ -193,7 +193,7 @@ def _card(opened: DeltaFile, delta: str, base: str, title: str) -> str:
     }
     lines = [
         *card(matter, plain(title)),
-        f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: the delta {code(delta)} applied "
+        f"Made with deltamerge {__version__}: the delta {code(delta)} applied "
         f"to {code(base)}; every tensor of the base and of the result has the hash that the delta names.",
         "",
         "Check it with `deltamerge verify .`.",

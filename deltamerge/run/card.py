@@ -30,30 +30,54 @@ def _license(plan: Plan) -> str | None:
 
 
 def front_matter(plan: Plan) -> dict[str, object]:
-    """`base_model` lists what the output was made of; one fine-tune is a `finetune` of it, several are a `merge`."""
-    sources: list[str] = []
+    """`base_model` lists the hub's models that the output was made of; one fine-tune is a `finetune`, several are a
+    `merge`. Folders of this machine, which nobody else finds, are not listed."""
+    sources: list[str | None] = []
     models = [model for model in (plan.inputs.origin, *plan.inputs.all) if model is not None]
     for model in models:
         checkpoint, adapter = model.checkpoint, model.checkpoint.adapter
         if adapter is None:
-            sources.append(checkpoint.hub_id or model.name)
+            sources.append(checkpoint.hub_id)
         else:
-            sources += [checkpoint.hub_id or checkpoint.base_reference, adapter.hub_id or adapter.reference]
-    sources = list(dict.fromkeys(sources))
+            sources += [checkpoint.hub_id, adapter.hub_id]
     merged = len(plan.inputs.tunes) > 1
     matter: dict[str, object] = {
-        "base_model": sources,
+        "base_model": [source for source in dict.fromkeys(sources) if source],
         "base_model_relation": "merge" if merged else "finetune",
         "library_name": "deltamerge" if plan.recipe.output.kind == "delta" else "transformers",
         "tags": ["deltamerge", "merge"] if merged else ["deltamerge"],
     }
     if plan.recipe.output.kind == "peft" and plan.inputs.base is not None:
-        matter["base_model"] = [plan.inputs.base.checkpoint.hub_id or plan.inputs.base.name]
+        matter["base_model"] = [name for name in [plan.inputs.base.checkpoint.hub_id] if name]
         matter |= {"base_model_relation": "adapter", "library_name": "peft"}
+    if not matter["base_model"]:
+        del matter["base_model"]
+    if tag := pipeline_tag(plan.config):
+        matter["pipeline_tag"] = tag
     licence = _license(plan)
     if licence is not None:
         matter["license"] = licence
     return matter
+
+
+# What the hub calls the tasks of the heads that transformers names.
+TASKS = {
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForQuestionAnswering": "question-answering",
+    "ForMaskedLM": "fill-mask",
+    "ForImageClassification": "image-classification",
+    "ForImageTextToText": "image-text-to-text",
+    "ForSpeechSeq2Seq": "automatic-speech-recognition",
+}
+
+
+def pipeline_tag(config: Mapping[str, Any]) -> str | None:
+    """The hub's name for what a model's head does; None where its class does not say."""
+    architecture = str((config.get("architectures") or [""])[0])
+    return next((task for head, task in TASKS.items() if architecture.endswith(head)), None)
 
 
 def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[float]]]) -> list[str]:
@@ -143,8 +167,7 @@ def render(
     models = ", ".join(map(code, plan.inputs.names))
     lines = [
         *card(front_matter(plan), plain(title)),
-        f"Made with [deltamerge](https://pypi.org/project/deltamerge/) {__version__}: "
-        f"`{plan.recipe.method.name}` of {models}{base}.",
+        f"Made with deltamerge {__version__}: `{plan.recipe.method.name}` of {models}{base}.",
         "",
         "| tensors | method | sources |",
         "|---|---|---|",
@@ -160,8 +183,8 @@ def render(
         "",
         *fenced(recipe_text.rstrip(), "yaml"),
         "",
-        f"Reproduce it with `deltamerge run recipe.yaml{' --pictures' * bool(pictures)}`; check it with "
-        "`deltamerge verify .`.",
+        f"Reproduce it with `deltamerge run recipe.yaml{' --pictures' * bool(pictures)} --lock recipe.lock`, where the "
+        "recipe's paths lead to the models; check it with `deltamerge verify .`.",
         "",
     ]
     return "\n".join(lines)

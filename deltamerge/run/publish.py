@@ -3,31 +3,42 @@
 from __future__ import annotations
 
 import glob
+import re
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from deltamerge import __version__, errors
 from deltamerge.errors import InputError, UsageError
+from deltamerge.errors.shown import some
 from deltamerge.io import hub
 from deltamerge.io.lock_file import LOCK_NAME
+from deltamerge.recipe import yaml_source
 from deltamerge.run.hashes import DATA
 from deltamerge.run.lock import ROWS, Lock, verify
 
 SCHEME = "hf://"
 RECIPE_NAME = "recipe.yaml"
+PRIVATE = re.compile(r"~?/\S|[A-Za-z]:\\")
 
 
 def push(folder: Path, repository: str, *, public: bool, workers: int) -> str:
     """Upload what `folder`'s lock names, and the lock, to the hub; returns the commit's address.
 
     The repository is made if there is none, private unless `public`. Files that an interrupted push left on the hub are
-    not sent again. InputError: no token, no right to write, an unreachable hub; VerifyError: the folder is not what its
-    lock says; UsageError: the repository is public and `public` was not said.
+    not sent again. InputError: a recipe that names absolute paths of this machine, no token, no right to write, an
+    unreachable hub; VerifyError: the folder is not what its lock says; UsageError: the repository is public and
+    `public` was not said.
     """
     from huggingface_hub import HfApi
 
     names = [*verify(folder, workers, only_listed=True), LOCK_NAME]
+    if private := sorted(set(_private_paths(folder))):
+        raise InputError(
+            f"{folder}: its recipe names paths of this machine: {some(private)}",
+            hint="write hub ids, or paths relative to the recipe, and run it again",
+        )
     if hub.HUB_ID.fullmatch(repository) is None or "@" in repository:
         raise UsageError(f"{repository}: no repository's name", hint="org/name")
     api = HfApi()
@@ -42,6 +53,18 @@ def push(folder: Path, repository: str, *, public: bool, workers: int) -> str:
             commit_message=f"Upload {folder.resolve().name}, made with deltamerge {__version__}",
         )
     return str(done.commit_url)
+
+
+def _private_paths(folder: Path) -> Iterator[str]:
+    """Absolute paths, and paths in a home folder, among the values of the recipe that a folder was made of."""
+    file = folder / RECIPE_NAME
+    pending = [one.data for one in yaml_source.loads_all(yaml_source.read(file), str(file))] if file.exists() else []
+    while pending:
+        value = pending.pop()
+        if isinstance(value, dict | list):
+            pending += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and PRIVATE.match(value):
+            yield value
 
 
 @dataclass(frozen=True, slots=True)

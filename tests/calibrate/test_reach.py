@@ -14,7 +14,7 @@ from conftest import load_tensors, write_tokenizer
 from running import make_plan, run
 
 from deltamerge.calibrate.reach import is_linear, is_unscaled
-from deltamerge.cli.tables import render_plan
+from deltamerge.cli.plan_view import render_plan
 from deltamerge.errors import VerifyError
 
 TEXT = {
@@ -116,7 +116,7 @@ def test_calibrated_dare_keeps_the_mean_of_stacked_experts(families: Path, tmp_p
     planned = make_plan(path, device="cpu", workers=1)
     (stage,) = planned.describe()["stages"]
     groups = {group["tensors"]: group for group in stage["not_calibrated"]}
-    text, card = render_plan(planned.describe()), (result.folder / "README.md").read_text()
+    text, card = render_plan(planned.describe(), width=1000), (result.folder / "README.md").read_text()
     for pattern in STACKED[family]:
         assert groups[pattern] == {
             "tensors": pattern, "count": 2, "q": DENSITY, "why": "no weight of a linear layer"

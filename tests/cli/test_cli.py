@@ -120,7 +120,7 @@ def test_plan_names_every_tensor(folder, capsys):
     assert plan["peak_bytes"] > 0
     code, out, _ = call(capsys, "plan", folder / "good.yaml")
     assert "dare_ties" in out
-    assert "./a weight=0.5 dare density=0.5 q=0.5" in out
+    assert "./a: weight=0.5 dare density=0.5 q=0.5" in out
 
 
 def test_memory_is_a_cap(folder, tmp_path, capsys):
@@ -209,13 +209,13 @@ def test_planning_reads_no_weights(folder, capsys, monkeypatch):
 
 FLAGS = {
     "run": "--out --device --workers --memory --part --finish --ray --resume --force --locked --lock "
-    "--mergekit-exact --allow-nonfinite --set --pictures --json --quiet --verbose, --verbosity --help",
-    "check": "--offline --mergekit-exact --set --output-format --json --help",
-    "plan": "--device --workers --memory --diff --graph --mergekit-exact --set --json --help",
+    "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --json --quiet --verbose, --verbosity --help",
+    "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --help",
+    "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --help",
-    "apply": "--base --out --workers --memory --force --json --quiet --help",
+    "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
-    "--allow-nonfinite --json --quiet --help",
+    "--allow-nonfinite --allow-pickles --json --quiet --help",
     "diff": "--workers --json --help",
     "verify": "--base --workers --json --help",
     "schema": "--help",

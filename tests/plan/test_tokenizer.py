@@ -19,7 +19,7 @@ from tokenizers.trainers import BpeTrainer, WordPieceTrainer
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from vocabularies import TEMPLATE, WORDS, embedding_of, rows64, three_models, vocab_of, word_tokenizer
 
-from deltamerge.cli.tables import render_plan
+from deltamerge.cli.plan_view import render_plan
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.io.checkpoint import open_checkpoint
 from deltamerge.io.gathered import Gathered, gather
@@ -375,7 +375,7 @@ ROWS = {
 def test_the_plan_says_what_becomes_of_padding_and_of_each_model_s_rows(models, tmp_path, keys):
     plan = planned(models, tmp_path, DELTAS + keys + "\n")
     assert plan["tokenizer"]["notes"] == ROWS[keys]
-    assert all(note in render_plan(plan) for note in ROWS[keys])
+    assert all(note in render_plan(plan, width=1000) for note in ROWS[keys])
 
 
 def test_the_plan_says_that_a_tied_head_stays_tied(tmp_path):

@@ -519,7 +519,7 @@ def test_plan_estimates_the_size(tmp_path: Path, capsys: Any) -> None:
         estimate = json.loads(out)["delta"]["estimated_bytes"]
         succeed("run", recipe, "--out", tmp_path / "out", "--force", "-q")
         assert estimate == pytest.approx((tmp_path / "out" / "delta.safetensors").stat().st_size, rel=0.1)
-    assert "as a delta     bfloat16 values to add, about" in call(capsys, "plan", recipe)[1]
+    assert "as a delta bfloat16 values to add, about" in call(capsys, "plan", recipe)[1]
     assert "a delta of about" in call(capsys, "check", recipe)[2]
 
 

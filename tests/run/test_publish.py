@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
+import yaml
 from calls import call
 from conftest import tiny_llama
 from running import run
 from small_hub import COMMIT, TOKEN, Hub
+
+from deltamerge.io.seals import hash_output
 
 # huggingface_hub's own way of calling its http client
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -42,6 +46,25 @@ def test_a_pushed_merge_is_private_and_complete(server: Hub, merged: Path, capsy
         p.name: p.read_bytes() for p in merged.iterdir() if p.name != "notes.txt"
     }
     assert TOKEN not in out + err
+
+
+def test_no_path_of_this_machine_is_published(server: Hub, merged: Path, capsys, tmp_path: Path) -> None:
+    base = tmp_path / "hub" / "base"
+    for reference in (str(base), f"{base}@main", "~/base"):
+        (tmp_path / "private.yaml").write_text(RECIPE.replace("base_model: org/base", f"base_model: {base}"))
+        folder = run(tmp_path / "private.yaml", tmp_path / "private").folder
+        text = (folder / "recipe.yaml").read_text().replace(f"base_model: {base}", f"base_model: {reference}")
+        (folder / "recipe.yaml").write_text(text)
+        lock = folder / "recipe.lock"
+        entry = hash_output(folder / "recipe.yaml")
+        said = yaml.safe_load(lock.read_text())
+        said["outputs"]["recipe.yaml"] = {"hash": entry, "size": len(text.encode())}
+        lock.write_text(yaml.safe_dump(said))
+        before = len(server.requests)
+        code, _, err = call(capsys, "push", folder, "me/private")
+        assert (code, f"its recipe names paths of this machine: {reference}" in err) == (1, True)
+        assert len(server.requests) == before
+        shutil.rmtree(folder)
 
 
 def test_public_must_be_said(server: Hub, merged: Path, capsys) -> None:
@@ -115,7 +138,7 @@ def test_other_bytes_are_named(server: Hub, merged: Path, capsys) -> None:
     lock.write_text(re.sub(r"(model.safetensors:\n\s+hash: blake3:)\w{6}", r"\g<1>000000", lock.read_text()))
     code, _, err = call(capsys, "run", "hf://me/merged", "--out", "again")
     assert code == 1
-    assert "not the bytes of hf://me/merged: model.safetensors at " in err
+    assert f"not the bytes of hf://me/merged at {COMMIT[:12]}: model.safetensors" in err
 
 
 def test_inputs_that_changed_are_refused(server: Hub, merged: Path, tmp_path: Path, capsys) -> None:

@@ -220,7 +220,7 @@ def test_shards_index_and_files(models, tmp_path):
     assert json.loads((folder / "config.json").read_text())["dtype"] == "float16"
     card = (folder / "README.md").read_text()
     matter = yaml.safe_load(card.split("---")[1])
-    assert matter["base_model"] == ["./base", "./a"]
+    assert "base_model" not in matter  # folders of this machine, which nobody else finds
     assert matter["base_model_relation"] == "finetune"
     assert verify(folder, 1)
     with (folder / "config.json").open("a") as file:

@@ -58,6 +58,13 @@ def breadcrumbs(masking: Masking) -> Any:
     return between(masking.make, masking.delta, masking.density, masking.parameters["gamma"])
 
 
+# Steps that read little of a tensor, or nearly never any: what `largest` is for is known after one pass.
+RARE = frozenset(
+    f"{step.__module__}:{step.__name__}"
+    for step in (select.sample, select.high_histogram, select.low_histogram, select.equal_counts)
+)
+
+
 def largest(make: Make, delta: Any, k: int) -> Any:
     """Δ with only its k largest magnitudes: a sample, a pass over the tensor, rarely three more, then the mask."""
     if k >= math.prod(delta.shape):

@@ -1,0 +1,38 @@
+"""How a finished folder is used: what loads it, and what checks it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from deltamerge.plan.planner import Plan
+
+# The class of transformers that loads a model by its head, by the end of its architecture's name.
+LOADERS = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForSequenceClassification": "AutoModelForSequenceClassification",
+    "ForTokenClassification": "AutoModelForTokenClassification",
+    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
+    "ForMaskedLM": "AutoModelForMaskedLM",
+    "ForImageClassification": "AutoModelForImageClassification",
+}
+
+
+def next_steps(plan: Plan, folder: Path) -> tuple[str, str]:
+    """The line that loads the result in `folder`, and the one that checks it."""
+    return f"load    {_load(plan, folder)}", f"verify  deltamerge verify {folder}"
+
+
+def _load(plan: Plan, folder: Path) -> str:
+    base = None if plan.inputs.origin is None else plan.inputs.origin.checkpoint.base_reference
+    if plan.recipe.output.kind == "delta":
+        return f"deltamerge apply {folder} --base {base} --out DIR"
+    if plan.recipe.output.kind == "peft":
+        return f'PeftModel.from_pretrained(base, "{folder}")'
+    if (folder / "model_index.json").exists():
+        return f'DiffusionPipeline.from_pretrained("{folder}")'
+    if (folder / "modules.json").exists():
+        return f'SentenceTransformer("{folder}")'
+    architecture = str((plan.config.get("architectures") or [""])[0])
+    loader = next((name for head, name in LOADERS.items() if architecture.endswith(head)), "AutoModel")
+    return f'{loader}.from_pretrained("{folder}")'
