@@ -121,7 +121,8 @@ def test_what_is_drawn_is_what_json_says(tmp_path, capsys, monkeypatch):
         assert sorted(names) == sorted(truth)
         for name, cell in zip(names, cells, strict=True):
             assert float(cell["data-value"]) == pytest.approx(truth[name], rel=1e-12)
-            part = svg.FAINT + (1 - svg.FAINT) * truth[name] / max(truth.values())
+            low, top = min(truth.values()), max(truth.values())
+            part = svg.FAINT + (1 - svg.FAINT) * (truth[name] - low) / (top - low)
             assert float(cell["fill-opacity"]) == pytest.approx(part, abs=1e-4)
     energy = drawn.shapes("share of energy, and of entries (tick)", "bar")
     kinds = [shape for shape in energy if shape["data-name"] in said["kinds"]]
