@@ -81,7 +81,7 @@ def lasting(seconds: float) -> str:
     if minutes < 90:
         return f"{minutes} min"
     hours, minutes = divmod(round(seconds / 300) * 5, 60)
-    return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{hours} h"
+    return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{seconds / 3600:.0f} h"
 
 
 def line(state: State) -> str:

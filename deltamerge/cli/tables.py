@@ -84,7 +84,7 @@ def render_methods(found: dict[str, list[dict[str, Any]]], width: int) -> str:
             *(f"  {m['name']:<{name}}  {ended(m['summary'], width - name - 4)}" for m in found[key]),
             "",
         ]
-    return one_a_line([*lines, "deltamerge methods NAME: its parameters, defaults, ranges, and where it comes from"])
+    return one_a_line([*lines, "deltamerge methods NAME: its parameters and its source"])
 
 
 def render_method(found: dict[str, list[dict[str, Any]]], width: int) -> str:

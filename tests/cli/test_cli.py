@@ -148,7 +148,7 @@ def test_no_torch_is_imported_to_look(folder, arguments):
     script = (
         "import sys\nfrom deltamerge.cli import main\n"
         f"try:\n    main({arguments!r})\nexcept SystemExit as e:\n    assert not e.code, e.code\n"
-        "heavy = {'torch', 'transformers', 'huggingface_hub', 'scipy'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'scipy', 'rich'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=folder, capture_output=True, text=True, check=False)
