@@ -33,8 +33,8 @@ LONG = "model.layers.{}.self_attn.query_key_value_projection.weight"
 def statistics(count: int, scale: float, **more: Any) -> dict[str, Any]:
     return {
         "count": count, "mean_abs": scale, "variance": scale, "kurtosis": None, "max_abs": 10 * scale,
-        "unchanged": 0.25, "norm": 1.0, "base_norm": 2.0, "relative_norm": 0.5 * scale, "energy_share": 0.5, "quantiles": {},
-        "kept_energy": {"0.1": 0.9, "0.01": 0.105}, **more,
+        "unchanged": 0.25, "norm": 1.0, "base_norm": 2.0, "relative_norm": 0.5 * scale, "energy_share": 0.5,
+        "quantiles": {}, "kept_energy": {"0.1": 0.9, "0.01": 0.105}, **more,
     }  # fmt: skip
 
 
