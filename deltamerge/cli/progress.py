@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from deltamerge.cli import streams
 from deltamerge.cli.tables import human
+from deltamerge.errors.shown import printed
 from deltamerge.io.progress import BYTES, Phase, heard
 
 EVERY = 10.0  # seconds between lines
@@ -153,7 +154,7 @@ class Lines(Display):
         return EVERY
 
     def show(self, states: list[State]) -> None:
-        streams.to_stderr("\n".join(map(line, states)) + "\n")
+        streams.to_stderr(printed("\n".join(map(line, states))) + "\n")
 
 
 class Bars(Display):

@@ -156,6 +156,9 @@ def test_a_file_gets_a_line_now_and_then_unless_it_is_not_wanted(capsys, quick, 
         with progress.shown(quiet=quiet, machine=machine):
             some_work()
         assert capsys.readouterr().err == ""
+    with progress.shown(quiet=False, machine=False), phase("calibrating ##[error]", 3, PASSES):
+        time.sleep(0.1)
+    assert "##[" not in capsys.readouterr().err
     monkeypatch.setattr(progress, "EVERY", 10.0)
     with progress.shown(quiet=False, machine=False):
         some_work()
