@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check conformance bench paper torture fuzz atheris ray scale pictures docs clean
+.PHONY: help demo test check families conformance bench paper torture fuzz atheris ray scale pictures docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -19,6 +19,9 @@ test: .venv/.installed-dev  ## the tests
 
 check: .venv/.installed-dev  ## ruff, format, mypy --strict, import contracts, tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check.sh
+
+families: .venv/.installed-dev  ## a tiny model of every family of transformers, and docs/families.md; half an hour
+	OMP_NUM_THREADS=1 $(BIN)/python tests/family_walk.py --jobs 2
 
 # mergekit has its own environment; MERGEKIT_PYTHON names one that is there already.
 conformance: export MERGEKIT_PYTHON ?= $(CURDIR)/.bench/mergekit/bin/python

@@ -156,6 +156,30 @@ def tiny_llama(
     return folder
 
 
+def tiny_vlm(folder: Path, base: Path, *, seed: int = 7, sigma: float = 7e-4) -> Path:
+    """A Llava as transformers saves it, its language model a fine-tune of `base`."""
+    shapes = {f"language_model.{name}": tuple(tensor.shape) for name, tensor in load_tensors(base).items()}
+    shapes |= {f"vision_tower.encoder.layers.{i}.mlp.fc1.weight": (16, 16) for i in range(3)}
+    shapes["multi_modal_projector.linear_1.weight"] = (32, 16)
+    known = {f"language_model.{name}": tensor for name, tensor in load_tensors(base).items()}
+    text = json.loads((base / "config.json").read_text())
+    config = {"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava", "text_config": text,
+              "tie_word_embeddings": False, "vision_config": {"num_hidden_layers": 3}}  # fmt: skip
+    make_checkpoint(folder, _fill(shapes, seed, torch.bfloat16, known, sigma), config=config)
+    write_tokenizer(folder, text["vocab_size"])
+    return folder
+
+
+def tiny_pipeline(folder: Path, seed: int, base: Path | None) -> None:
+    """A pipeline whose components are tiny models under diffusers' names."""
+    for part in ("unet", "text_encoder", "vae"):
+        tiny_llama(folder / part, seed=seed, base=base and base / part)
+        if part != "text_encoder":
+            (folder / part / "model.safetensors").rename(folder / part / "diffusion_pytorch_model.safetensors")
+    parts = {part: ["diffusers", "X"] for part in ("unet", "text_encoder", "vae")}
+    write_json(folder / "model_index.json", {"_class_name": "Pipeline", **parts})
+
+
 def tiny_bert_pair(
     folder: Path,
     *,

@@ -5,9 +5,11 @@ test_fuzz.py feeds the targets with hypothesis, fuzz_atheris.py with bytes that 
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +17,8 @@ from pathlib import Path
 from typing import Any
 from zlib import crc32
 
+import gguf
+import numpy as np
 import torch
 import yaml
 from conftest import make_checkpoint, write_json
@@ -27,11 +31,14 @@ from deltamerge.delta.manifest import Base
 from deltamerge.delta.tensor_writer import BaseTensor
 from deltamerge.delta.writer import DeltaWriter
 from deltamerge.errors import DeltamergeError
-from deltamerge.io.checkpoint import INDEX, open_checkpoint, shards_of, weight_source
+from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
 from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
 from deltamerge.io.lock_file import LOCK_NAME
+from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
+from deltamerge.io.torch_file import read_torch_header
+from deltamerge.io.weight_files import shards_of, weight_source
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run import hashes
 from deltamerge.run.lock import Lock, verify
@@ -41,6 +48,15 @@ TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 2)}
 WORDS = ("<pad>", "<s>", "</s>", "w0", "w1")
 BODY = bytes(sum(tensor.nbytes for tensor in TENSORS.values()))
 WEIGHTS = save(TENSORS)
+
+
+def saved(**how: Any) -> bytes:
+    made = io.BytesIO()
+    torch.save(TENSORS, made, **how)
+    return made.getvalue()
+
+
+TORCH = (saved(), saved(_use_new_zipfile_serialization=False))
 LISTING = {
     "id": "org/model",
     "sha": "0" * 40,
@@ -89,8 +105,33 @@ def make_valid_files(folder: Path) -> None:
             out.write(0, new)
         writer.finish()
 
+    make_components(folder)
     make_vocabularies(folder)
     make_adapter(folder / "lora")
+    make_gguf(folder / "tiny.gguf")
+
+
+def make_gguf(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "llama")
+    for key, value in {"block_count": 1, "attention.head_count": 2, "embedding_length": 32}.items():
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_array("tokenizer.ggml.tokens", ["a", "b"])
+    kind = gguf.GGMLQuantizationType.Q8_0
+    for name in ("token_embd", "blk.0.attn_q", "blk.0.attn_k"):
+        writer.add_tensor(f"{name}.weight", gguf.quantize(np.ones((4, 32), np.float32), kind), raw_dtype=kind)
+    writer.add_tensor("output_norm.weight", np.ones(32, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def make_components(folder: Path) -> None:
+    """A pipeline of two components."""
+    for part in ("unet", "vae"):
+        make_checkpoint(folder / "pipeline" / part, {"w.weight": torch.ones(2, 3)})
+    listed = {part: ["diffusers", "X"] for part in ("unet", "vae", "scheduler")}
+    write_json(folder / "pipeline" / "model_index.json", {"_class_name": "P", "safety_checker": [None, None], **listed})
 
 
 def make_vocabularies(folder: Path) -> None:
@@ -193,6 +234,52 @@ class Targets:
         path = self.scratch / "x.safetensors"
         path.write_bytes(data)
         tolerates(lambda: read_header(path))
+
+    def gguf(self, data: bytes) -> None:
+        path = self.scratch / "x.gguf"
+        path.write_bytes(data)
+
+        def read() -> None:
+            with Reader() as reader:
+                for info in open_checkpoint(path).tensors.values():
+                    if info.nbytes < 1 << 16:
+                        reader.read_into(info, 0, bytearray(info.nbytes))
+
+        with np.errstate(all="ignore"):
+            tolerates(read)
+
+    def torch_file(self, data: bytes) -> None:
+        """A file of torch; or the pickle in one, whose archive is put around it. What is read lies in the file."""
+        if data.startswith(b"\x80\x02}"):
+            made = io.BytesIO()
+            with zipfile.ZipFile(made, "w") as archive:
+                archive.writestr("archive/data.pkl", data)
+                for key, tensor in enumerate(TENSORS.values()):
+                    archive.writestr(f"archive/data/{key}", bytes(tensor.nbytes))
+            data = made.getvalue()
+        path = self.scratch / "x.bin"
+        path.write_bytes(data)
+
+        def read() -> None:
+            for info in read_torch_header(path).tensors.values():
+                assert 0 <= info.begin <= info.begin + info.nbytes <= len(data)
+
+        tolerates(read)
+
+    def model_index(self, data: bytes) -> None:
+        """The list of a pipeline's components, merged to the end: nothing is written outside of the output."""
+        (self._pipeline / "model_index.json").write_bytes(data)
+        out = self.scratch / "listed"
+        (self.scratch / "listed.yaml").write_text("merge_method: passthrough\nmodels: [{model: ./pipeline}]\n")
+        tolerates(lambda: make_plan(self.scratch / "listed.yaml"))
+        if self._runs(data):
+            before = {path for path in self.scratch.rglob("*") if not path.is_relative_to(out)}
+            tolerates(lambda: run(self.scratch / "listed.yaml", out, force=True, workers=1))
+            assert {path for path in self.scratch.rglob("*") if not path.is_relative_to(out)} == before
+
+    @cached_property
+    def _pipeline(self) -> Path:
+        return self.fresh("pipeline")
 
     def index(self, data: bytes) -> None:
         (self._kept["a"] / INDEX).write_bytes(data)
@@ -330,6 +417,7 @@ class Targets:
         known: dict[str, Callable[[], list[bytes]]] = {
             "recipe": lambda: [path.read_bytes() for path in RECIPES],
             "header": lambda: [save(TENSORS), save(TENSORS)[8 : -len(BODY)]],
+            "gguf": lambda: [(self.place / "tiny.gguf").read_bytes()],
             "index": lambda: [(self.place / "a" / INDEX).read_bytes()],
             "delta": lambda: [(self.place / "delta" / "delta.json").read_bytes()],
             "arrays": lambda: [(self.place / "delta" / "delta.safetensors").read_bytes()],
@@ -343,14 +431,16 @@ class Targets:
             "listing": lambda: [json.dumps(LISTING).encode()],
             "ranges": lambda: [b"bytes 0-%d/%d\n%b" % (len(WEIGHTS) - 1, len(WEIGHTS), WEIGHTS)],
             "head": lambda: [HEAD, HEAD.replace(b"200", b"302") + b"\nLocation: https://cdn.example/x"],
+            "torch_file": lambda: [*TORCH, zipfile.ZipFile(io.BytesIO(TORCH[0])).read("archive/data.pkl")],
+            "model_index": lambda: [(self.place / "pipeline" / "model_index.json").read_bytes()],
             "rows": lambda: [bytes([i]) + data for i, data in enumerate(ROWS.values())],
         }
         return known[name]()
 
 
 NAMES = (
-    "recipe", "header", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config", "special_tokens",
-    "generation", "config", "adapter", "listing", "ranges", "head",
+    "recipe", "header", "gguf", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config",
+    "special_tokens", "generation", "config", "adapter", "listing", "ranges", "head", "torch_file", "model_index",
 )  # fmt: skip
 JSON = (
     "tokenizer", "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing",

@@ -38,6 +38,9 @@ SCENARIOS = (
     Scenario("chain", (LINKED,), ("half", "chain-merged")),
     Scenario("chain again", (LINKED, f"{LINKED} --force"), ("half", "chain-merged")),
     Scenario("chain anew", (LINKED, "cp chain2.yaml chain.yaml", f"{LINKED} --force"), ("half", "chain-merged")),
+    Scenario("pipeline", ("run pipeline.yaml -q --workers 1",), ("pipeline-merged",)),
+    Scenario("pipeline --force", ("run older-pipeline.yaml -q --workers 1 --out pipeline-merged",
+             "run pipeline.yaml -q --workers 1 --force"), ("pipeline-merged",)),
     Scenario("delta", ("run delta.yaml -q --workers 1",), ("delta-merged",)),
     Scenario("peft", ("run peft.yaml -q --workers 1",), ("peft-merged",)),
     Scenario("extract", (DELTA,), ("a-delta",)),
@@ -78,7 +81,11 @@ output: {path: ./half}
 """
 ON_ROWS = "calibration: {data: rows.txt, sequences: 8, length: 8}"
 BY_ROW = "{method: dare, density: 0.5, q: {objective: layer_mse, scope: row}}"
+PIPELINE = '{"_class_name": "P", "unet": ["diffusers", "U"], "text_encoder": ["transformers", "L"]}'
+PIPELINES = MERGE.replace("/base", "/base-pipeline").replace("/a,", "/a-pipeline,").replace("/b,", "/b-pipeline,")
 FILES = {
+    "pipeline.yaml": PIPELINES.format(method="task_arithmetic", more="output: {shard_size: 30KB}"),
+    "older-pipeline.yaml": PIPELINES.format(method="linear", more="output: {shard_size: 1MB}"),
     "merge.yaml": MERGE.format(method="task_arithmetic", more="output: {shard_size: 30KB}"),
     "older.yaml": MERGE.format(method="linear", more="output: {shard_size: 25KB}"),
     "shards.yaml": MERGE.format(method="dare_linear", more="parameters: {density: 0.5}\noutput: {shard_size: 25KB}"),

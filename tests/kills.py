@@ -36,7 +36,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kill_scenarios import FILES, RUN, SCENARIOS, Scenario
+from kill_scenarios import FILES, PIPELINE, RUN, SCENARIOS, Scenario
 
 HERE = Path(__file__).parent
 NEVER, BEFORE, AFTER, HALF, INTERRUPT = range(5)
@@ -199,6 +199,12 @@ class Kills:
         base = tiny_llama(self.root / MODELS / "base", seed=0, tokenizer=True)
         for seed, name in enumerate("ab", start=1):
             tiny_llama(self.root / MODELS / name, seed=seed, base=base, tokenizer=True, sigma=0.01)
+        for name in ("base", "a", "b"):  # each as a component of a pipeline, beside one that is only copied
+            whole, part = self.root / MODELS / f"{name}-pipeline", self.root / MODELS / name
+            shutil.copytree(part, whole / "text_encoder")
+            shutil.copytree(part, whole / "unet", ignore=shutil.ignore_patterns("tokenizer*"))
+            (whole / "unet" / "model.safetensors").rename(whole / "unet" / "diffusion_pytorch_model.safetensors")
+            (whole / "model_index.json").write_text(PIPELINE)
         self.models = look(self.root / MODELS)
         self.reset()
         self.server.warm(self.root, RUN, modules)

@@ -45,7 +45,8 @@ def fp8(
     found = found.to(scales)
     wide = spread(found.float(), weight.shape, block)
     stored = (weight.float() / wide).to(codes)
-    return {name: stored, name + suffix: found}, stored.double() * wide.double()
+    scales_name = name.removesuffix("weight") + "scale" if suffix == ".scale" else name + suffix
+    return {name: stored, scales_name: found}, stored.double() * wide.double()
 
 
 def fp8_checkpoint(

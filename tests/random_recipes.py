@@ -90,6 +90,9 @@ class Case:
                 spoil(arrays, np.random.default_rng((self.seed, number, 1)))
             for tensors, array, code in zip(made.values(), arrays, self.dtypes, strict=True):
                 tensors[name] = stored(array, code)
+        if self.tied and {"lm_head.weight", "embed.weight"} <= self.shapes.keys():
+            for tensors in made.values():
+                tensors["lm_head.weight"] = tensors["embed.weight"]
         return made
 
     def write(self, folder: Path) -> Path:

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 
 ARRAYS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+OTHERS = {"I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.uint8,
+          "C64": np.complex64}  # fmt: skip
 # of each dtype: bits after the point of a number from 1 to 2, exponent of the smallest normal number, largest number
 DIGITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
 LEAST = {"F64": -1022, "F32": -126, "F16": -14, "BF16": -126}
@@ -45,6 +47,12 @@ def widened(tensor: Stored) -> np.ndarray[Any, Any]:
 def write_checkpoint(folder: Path, tensors: Mapping[str, Stored], config: Mapping[str, Any] | None = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config or {"model_type": "test"}))
+    write_weights(folder / "model.safetensors", tensors)
+    return folder
+
+
+def write_weights(path: Path, tensors: Mapping[str, Stored]) -> None:
+    """One safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     parts, at = [b""], 0
     for name, (code, array) in tensors.items():
@@ -53,8 +61,7 @@ def write_checkpoint(folder: Path, tensors: Mapping[str, Stored], config: Mappin
         at += len(parts[-1])
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
-    return folder
+    path.write_bytes(len(text).to_bytes(8, "little") + text + b"".join(parts))
 
 
 def read_checkpoint(folder: Path) -> dict[str, Stored]:
@@ -67,6 +74,6 @@ def read_checkpoint(folder: Path) -> dict[str, Stored]:
         header.pop("__metadata__", None)
         for name, entry in header.items():
             first, end = entry["data_offsets"]
-            array = np.frombuffer(data[begin + first : begin + end], ARRAYS[entry["dtype"]])
+            array = np.frombuffer(data[begin + first : begin + end], (ARRAYS | OTHERS)[entry["dtype"]])
             found[name] = entry["dtype"], array.reshape(entry["shape"])
     return found

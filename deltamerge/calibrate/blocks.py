@@ -13,8 +13,8 @@ identified (`Model.whole`), or a model computes something between them, the plai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -26,17 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from deltamerge.calibrate.foreign import running
-from deltamerge.calibrate.skeleton import (
-    bodies,
-    checkpoint_names,
-    find_blocks,
-    ignored,
-    is_linear,
-    is_transposed,
-    place_buffers,
-    skeleton,
-)
-from deltamerge.calibrate.trace import NotAChain, Stop, Trace
+from deltamerge.calibrate.layers import Cut, Linear, cuts, modules, stacks
+from deltamerge.calibrate.loading import Group, Loading, Shaped
+from deltamerge.calibrate.products import Box, Products
+from deltamerge.calibrate.skeleton import bodies, find_blocks, ignored, place_buffers, shifted, skeleton
+from deltamerge.calibrate.trace import Generator, NotAChain, Shell, Stop, Trace
 from deltamerge.errors import InputError
 
 T = TypeVar("T")
@@ -53,21 +47,11 @@ class BlockOutput:
     logits: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
-class Linear:
-    """A linear layer: checkpoint names of its weight and bias; `transposed` if the weight is stored (in, out), as
-    Conv1D's."""
-
-    name: str
-    bias: str | None
-    transposed: bool
-
-
 class Watch(Protocol):
-    """Observes the inputs of every linear layer, part by part."""
+    """Observes the inputs of every linear layer, part by part: of the whole layer, or of a cut of stacked ones."""
 
     def enter(self, layers: Sequence[Linear]) -> None: ...
-    def see(self, layer: Linear, x: Tensor, batch: int) -> None: ...
+    def see(self, layer: Linear | Cut, x: Tensor, batch: int) -> None: ...
     def leave(self, layers: Sequence[Linear]) -> bool: ...
 
 
@@ -77,12 +61,15 @@ def from_reader(read: Callable[[str], Tensor]) -> Weights:
 
 
 class BlockModel:
-    """A model of `config.architectures[0]`, whose tensors have the names `names` in the checkpoint.
+    """A model of `config.architectures[0]`, of the checkpoint's `tensors`, whose shapes are asked.
 
         parts     checkpoint names needed together: parts[0] everything outside blocks, parts[1 + i] block i
         layers    the linear layers of each part
+        stacked   of each part the other tensors that may hold linear layers, such as experts stacked in one
         lookups   the weights of embeddings
-        reached   names of the weights of linear layers that have had an input
+        reached   names of the weights of linear layers that have had an input; of experts of one layer that are stored
+                  one by one, all where one has had one
+        turned    of the reached of `stacked`, whether they are stored (in, out)
         whole     True where blocks cannot be identified: then there is one part
 
     Computes on `device` in `dtype`. InputError: unknown architecture, or a parameter that the checkpoint lacks.
@@ -91,7 +78,7 @@ class BlockModel:
     def __init__(
         self,
         config: Any,
-        names: Collection[str],
+        tensors: Mapping[str, Shaped],
         *,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
@@ -101,11 +88,15 @@ class BlockModel:
         self.module = skeleton(config, pad_token_id)
         # the last of these to return gives the last hidden state; one may call another (OPT's decoder)
         self._bodies = bodies(self.module)
-        self.checkpoint_name = checkpoint_names(self.module, names)  # state name -> checkpoint name
-        place_buffers(self.module, self.device, set(self.checkpoint_name))
+        self.loading = Loading(self.module, tensors)
+        self.checkpoint_name = self.loading.checkpoint_name  # state name -> checkpoint name
+        place_buffers(self.module, self.device, self.loading.states)
         self.blocks = find_blocks(self.module)
         self._ignored = ignored(self.module)
         self.reached: set[str] = set()
+        self.turned: dict[str, bool] = {}
+        self._cuts: dict[Box, list[Cut]] = {}
+        self._seen: Callable[[Cut, Tensor], None] | None = None
         self._noting: list[RemovableHandle] = []
         self._chained = False  # True once a forward has shown that each block is called once, after the block before it
         self._lay_out()
@@ -127,26 +118,29 @@ class BlockModel:
     def _lay_out(self) -> None:
         path = {module: name for name, module in self.module.named_modules()}
         prefixes = [path[block] + "." for block in self.blocks]
-        owner = {n: 1 + i for n in self.checkpoint_name for i, p in enumerate(prefixes) if n.startswith(p)}
-        states: list[list[str]] = [[] for _ in range(1 + len(prefixes))]
-        for name in self.checkpoint_name:
-            states[owner.get(name, 0)].append(name)
-        self._states = states
+        groups: list[list[Group]] = [[] for _ in range(1 + len(prefixes))]
+        owner: dict[str, int] = {}
+        for group in self.loading.groups:
+            part = next((1 + i for i, p in enumerate(prefixes) if group.states[0].startswith(p)), 0)
+            owner |= dict.fromkeys(group.states, part)
+            groups[part].append(group)
+        self._groups = groups
         self._prefixes = prefixes
-        self.parts = [[self.checkpoint_name[n] for n in part] for part in states]
-        self._linears: list[list[tuple[nn.Module, Linear]]] = [[] for _ in states]
+        self.parts = [[file for group in part for file in group.files] for part in groups]
         self.lookups = {
             self.checkpoint_name[f"{name}.weight"]
             for name, module in self.module.named_modules()
             if isinstance(module, nn.Embedding) and f"{name}.weight" in self.checkpoint_name
         }
-        for name, module in self.module.named_modules():
-            weight = f"{name}.weight"
-            if is_linear(module) and weight in self.checkpoint_name:  # a tied head is its embedding
-                bias = self.checkpoint_name.get(f"{name}.bias")
-                layer = Linear(self.checkpoint_name[weight], bias, is_transposed(module))
-                self._linears[owner.get(weight, 0)].append((module, layer))
+        self._linears: list[list[tuple[nn.Module, Linear]]] = [[] for _ in groups]
+        for weight, module, layer in modules(self.module, self.loading):
+            self._linears[owner[weight]].append((module, layer))
         self.layers = [[layer for _, layer in part] for part in self._linears]
+        self._stacks = stacks(self.module, self.loading)
+        self.stacked: list[list[Linear]] = [[] for _ in groups]
+        for state, (some, _) in self._stacks.items():
+            self.stacked[owner[state]] += [one for one in some if one not in self.stacked[owner[state]]]
+        self._cuts.clear()
         for handle in self._noting:
             handle.remove()
         self._noting = [m.register_forward_pre_hook(self._note(layer)) for part in self._linears for m, layer in part]
@@ -157,6 +151,30 @@ class BlockModel:
                 self.reached.add(layer.name)
 
         return note
+
+    def _products(self, tensors: Mapping[str, Tensor]) -> AbstractContextManager[Any]:
+        """Sees the products with stacked parameters among `tensors`."""
+        watched = {n: tensors[n] for n in self._stacks if n in tensors}
+        return Products(watched, self._product) if watched else nullcontext()
+
+    def _product(self, box: Box, x: Tensor) -> None:
+        if box in self._cuts and self._seen is None:
+            return
+        x = x[x.detach().any(1)]  # a router's zeros are no tokens
+        if not len(x):
+            return
+        if box not in self._cuts:
+            some, pieces = self._stacks[box.state]
+            named, shape = {layer.name: layer for layer in some}, self.loading.shape(box.state)
+            found = cuts(box, pieces[box.matrix], named, shape)
+            self._cuts[box] = found
+            for layer in some:
+                self.reached.add(layer.name)
+                self.turned.setdefault(layer.name, any(cut.transposed for cut in found))
+            self.turned |= {cut.layer.name: cut.transposed for cut in found}
+        if self._seen is not None:
+            for cut in self._cuts[box]:
+                self._seen(cut, x)
 
     @torch.no_grad()
     def run(
@@ -169,7 +187,8 @@ class BlockModel:
     ) -> list[list[T]]:
         """[variant][batch] of reduce(batch index, output); all variants share one walk through the blocks.
 
-        Batches are input tensors as the model's forward takes them. Memory: one part's weights, and the hidden states
+        Batches are input tensors as the model's forward takes them, but for `decoder_input_ids`, which are what the
+        decoder is to say. Memory: one part's weights, and the hidden states
         of every variant and batch. `watch` sees the linear layers of the first variant.
         """
         if self.blocks:
@@ -208,10 +227,11 @@ class BlockModel:
         self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None
     ) -> None:
         """Turn the previous block's output on every batch into block i's; the block's tensors are freed on return."""
-        local, shell = self._local(weights, i), _Shell(self.blocks[i])
+        tensors, shell = self._tensors(weights, 1 + i), Shell(self.blocks[i])
+        local = self._local(tensors, i)
 
         def step(b: int) -> Any:
-            with running(self._cannot_run):
+            with running(self._cannot_run), self._products(tensors):
                 return functional_call(shell, local, *traces[b].call(i, outputs[b]))
 
         if watch is None:
@@ -262,10 +282,10 @@ class BlockModel:
         """
 
         def wrap(i: int) -> Callable[..., Any]:
-            shell = _Shell(self.blocks[i])
+            shell = Shell(self.blocks[i])
 
             def inner(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(shell, self._local(weights, i), args, kwargs)
+                return functional_call(shell, self._local(self._tensors(weights, 1 + i), i), args, kwargs)
 
             return partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
 
@@ -285,18 +305,23 @@ class BlockModel:
         for inputs in prompts:
             placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
             with running(self._cannot_run):
-                tokens = functional_call(_Generator(self.module), local, (), {**placed, **options})
-            made.append(tokens[:, placed["input_ids"].shape[1] :].cpu())
+                tokens = functional_call(Generator(self.module), local, (), {**placed, **options})
+            start = 1 if self.module.config.is_encoder_decoder else placed["input_ids"].shape[1]
+            made.append(tokens[:, start:].cpu())
         return made
 
     def _tensors(self, weights: Weights, part: int) -> dict[str, Tensor]:
-        found = weights(self.parts[part])
-        return {n: self._placed(found[self.checkpoint_name[n]]) for n in self._states[part]}
+        """The states of a part."""
+        found, made = dict(weights(self.parts[part])), dict[str, Tensor]()
+        for group in self._groups[part]:
+            own = {file: found.pop(file) for file in group.files}
+            made |= {n: self._placed(t) for n, t in self.loading.made(group, own).items()}
+        return made
 
-    def _local(self, weights: Weights, i: int) -> dict[str, Tensor]:
-        """Block i's tensors, named as in `_Shell`."""
+    def _local(self, tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
+        """Block i's tensors, named as in `Shell`."""
         prefix = self._prefixes[i]
-        return {f"block.{n.removeprefix(prefix)}": t for n, t in self._tensors(weights, 1 + i).items()}
+        return {f"block.{n.removeprefix(prefix)}": t for n, t in tensors.items()}
 
     def _placed(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
@@ -311,8 +336,10 @@ class BlockModel:
 
         hooks = [body.register_forward_hook(keep) for body in self._bodies]
         try:
-            placed = {k: self._placed(v) for k, v in inputs.items()}
-            with running(self._cannot_run):
+            placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
+            if (said := placed.get("decoder_input_ids")) is not None:
+                placed["decoder_input_ids"] = shifted(self.module, said)
+            with running(self._cannot_run), self._products(tensors):
                 result = functional_call(self.module, tensors, (), placed)
         finally:
             for hook in hooks:
@@ -333,16 +360,19 @@ class BlockModel:
                     watch.see(layer, x, batch)
 
             hooks.append(module.register_forward_pre_hook(see))
+        layers = [*self.layers[part], *self.stacked[part]]
         try:
-            watch.enter(self.layers[part])
+            self._seen = lambda cut, x: watch.see(cut, x, batch)
+            watch.enter(layers)
             again = True
             while again:
                 values = []
                 for batch in range(count):
                     values.append(step(batch))
-                again = watch.leave(self.layers[part])
+                again = watch.leave(layers)
             return values
         finally:
+            self._seen = None
             for hook in hooks:
                 hook.remove()
 
@@ -362,23 +392,3 @@ def _input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | Non
     another way."""
     x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
     return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None
-
-
-class _Shell(nn.Module):
-    """Calls a block's own forward, even while `block.forward` is patched."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.block).forward(self.block, *args, **kwargs)
-
-
-class _Generator(nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: Any) -> Any:
-        return self.model.generate(**inputs)

@@ -15,7 +15,8 @@ from deltamerge.methods.tiles import Kept
 Masked = Tensor | Kept
 """A tensor's masked, unscaled delta: dense, or `Kept` with flat positions and float32 values."""
 Q = float | Tensor
-"""One number, or a tensor that broadcasts to the weight: (m, 1) for rows of (out, in), (1, m) for Conv1D."""
+"""One number, or a tensor that broadcasts to the weight: (m, 1) for rows of (out, in), (1, m) for Conv1D, and (E, 1, 1)
+or (E, m, 1) for stacked experts."""
 T = TypeVar("T")
 
 
@@ -76,10 +77,14 @@ def dense(masked: Masked, shape: Sequence[int]) -> Tensor:
 
 
 def _at(q: Q, positions: Tensor, shape: Sequence[int]) -> Q:
+    """q at flat positions of a tensor of `shape`, to which it broadcasts."""
     if not isinstance(q, Tensor) or q.dim() == 0:
         return q
-    rows, columns = positions // shape[-1], positions % shape[-1]
-    return q[rows, 0] if q.shape[1] == 1 else q[0, columns]
+    index, left = [], positions
+    for size, own in zip(reversed(shape), reversed(q.shape), strict=False):
+        index.append(left % size if own > 1 else torch.zeros_like(left))
+        left = left // size
+    return q[tuple(reversed(index))]
 
 
 def _bytes(value: object) -> int:

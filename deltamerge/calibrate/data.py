@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from deltamerge.calibrate.families import has_decoder_inputs
 from deltamerge.calibrate.foreign import reason, running
 from deltamerge.calibrate.rows import Row, class_labels
 from deltamerge.calibrate.split import POSITIONS, check_length
@@ -49,6 +50,7 @@ class RowReader:
         padding: Literal["longest", "max_length"] = "longest",
     ) -> None:
         self.config, self.task, self.length, self.padding = config, task, length, padding
+        self.decoder = has_decoder_inputs(config.to_dict())
         self.tokenizer: Any = None
         self.processor: Any = None
         if task == "image-classification":
@@ -98,19 +100,32 @@ class RowReader:
             kind = "a picture" if isinstance(row.content, Path) else type(row.content).__name__
             hint = "see calibration.text and task"
             raise InputError(f"row {row.number}: {kind}, but texts are needed", hint=hint)
-        if self.task == "text-generation" and row.label is not None and isinstance(row.content, str):
-            return f"{row.content} {row.label}"
-        return row.content
+        if not isinstance(row.content, str):
+            return row.content
+        answered = self.task == "text-generation" and row.label is not None
+        if self.decoder:
+            return row.content, str(row.label) if answered else row.content
+        return f"{row.content} {row.label}" if answered else row.content
 
     def _pictures(self, images: Sequence[Any]) -> dict[str, Tensor]:
         with running("its image processor cannot take the pictures"):
             return dict(self.processor(images=images, return_tensors="pt"))
 
     def _by_length(self, rows: Sequence[Row]) -> list[Row]:
-        tokens = self._tokenise([self._content(row) for row in rows])["input_ids"]
+        contents = [self._content(row) for row in rows]
+        first = [content[0] for content in contents] if self.decoder else contents
+        tokens = self._tokenise(first)["input_ids"]
         return [rows[i] for i in sorted(range(len(rows)), key=lambda i: len(tokens[i]))]
 
     def _encode(self, contents: Sequence[Any], side: str = "right") -> dict[str, Tensor]:
+        """Inputs of a forward; of an encoder-decoder with the decoder's, which are what it is to say."""
+        if self.decoder and isinstance(contents[0], tuple):
+            sources, targets = ([content[i] for content in contents] for i in (0, 1))
+            encoded, said = self._padded(sources, side), self._padded(targets, side)
+            return encoded | {"decoder_input_ids": said["input_ids"], "decoder_attention_mask": said["attention_mask"]}
+        return self._padded(contents, side)
+
+    def _padded(self, contents: Sequence[Any], side: str) -> dict[str, Tensor]:
         encoded = dict(self._tokenise(contents, padding=self.padding, padding_side=side, return_tensors="pt"))
         if not encoded["input_ids"].numel():
             raise InputError(f"{len(contents)} rows make no token", hint="take empty texts out of the calibration data")
@@ -124,9 +139,17 @@ class RowReader:
 
     def _labels(self, groups: Sequence[Sequence[Row]], inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
         if self.task in ("causal-lm", "text-generation"):
-            return [b["input_ids"].masked_fill(b["attention_mask"] == 0, -100) for b in inputs]
+            return [_said(b) for b in inputs]
         settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         return [torch.tensor(class_labels(group, settings)) for group in groups]
+
+
+def _said(batch: dict[str, Tensor]) -> Tensor:
+    """(B, T) the tokens that a language model's logits are scored by, each by those of the place before it."""
+    if "decoder_input_ids" not in batch:
+        return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    said = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, -100)
+    return torch.nn.functional.pad(said[:, :-1], (1, 0), value=-100)  # the decoder's inputs are shifted
 
 
 def _groups(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:

@@ -1,6 +1,7 @@
 """Which models calibration can run, told by config.json and by transformers' source, which is read but never run.
 
-Calibration feeds texts (`input_ids`) or pictures (`pixel_values`), and nothing else.
+Calibration feeds texts (`input_ids`, and `decoder_input_ids` of an encoder-decoder) or pictures (`pixel_values`), and
+nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from deltamerge.errors import InputError
 
 GIVEN = {"text": ("input_ids", "texts"), "picture": ("pixel_values", "pictures")}
 ALWAYS = frozenset({"self", "attention_mask"})
+# what a decoder is given beside an encoder: the text itself, or the second of a pair of texts
+DECODER = frozenset({"decoder_input_ids", "decoder_attention_mask"})
 # heads of encoder-decoders whose forward makes the decoder's inputs, or that have no decoder
 ALONE = ("ForSequenceClassification", "ForQuestionAnswering", "ForTokenClassification", "EncoderModel")
 LONGEST = 80
@@ -32,6 +35,12 @@ class Forward:
     needed: frozenset[str]
 
 
+def has_decoder_inputs(config: Mapping[str, Any]) -> bool:
+    """Whether a model's decoder is to be given texts beside its encoder."""
+    architecture = (config.get("architectures") or ["none"])[0]
+    return config.get("is_encoder_decoder") is True and not architecture.endswith(ALONE)
+
+
 def check_family(config: Mapping[str, Any], kind: str) -> None:
     """InputError: a model that cannot run on texts, or pictures, alone. `kind` is "text" or "picture"."""
     architecture = (config.get("architectures") or [None])[0]
@@ -42,8 +51,6 @@ def check_family(config: Mapping[str, Any], kind: str) -> None:
     root = _transformers()
     if root is None:
         return
-    if config.get("is_encoder_decoder") is True and not architecture.endswith(ALONE):
-        raise InputError(f"{architecture} is an encoder-decoder, and calibration has no decoder inputs", hint=HINT)
     source = _source(root, architecture, str(config.get("model_type"))[:LONGEST])
     if source is None:
         raise InputError(f"transformers has no model class {architecture!r}", hint="remote code is never run")
@@ -57,7 +64,7 @@ def check_family(config: Mapping[str, Any], kind: str) -> None:
         takes = next((name for name in forward.names if name not in ALWAYS), "nothing")
         other = "set calibration.task: image-classification, and give pictures" if takes == "pixel_values" else HINT
         raise InputError(f"{architecture} takes {takes}, and calibration gives {word}", hint=other)
-    if lacking := sorted(forward.needed - ALWAYS - {given}):
+    if lacking := sorted(forward.needed - ALWAYS - {given, *DECODER}):
         raise InputError(f"{architecture} needs {', '.join(lacking)}, and calibration gives {word} alone", hint=HINT)
 
 

@@ -27,8 +27,13 @@ def running(what: str, hint: str | None = None) -> Iterator[None]:
 
 
 def is_own(error: Exception) -> bool:
-    """Whether an error was raised by deltamerge itself, not by code that it called."""
+    """Whether an error was raised by deltamerge itself, not by code that it called.
+
+    Torch's own functions are called through the modes that watch them.
+    """
     frames = traceback.extract_tb(error.__traceback__)
+    while frames and frames[-1].name == "__torch_function__":
+        frames.pop()
     return bool(frames) and Path(frames[-1].filename).resolve().is_relative_to(OWN)
 
 

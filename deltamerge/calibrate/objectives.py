@@ -240,7 +240,7 @@ def is_regression(config: Any) -> bool:
 def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
     """(tokens, K) the rows of (B, T, K) that are not padding."""
     flat = values.reshape(-1, values.shape[-1])
-    mask = inputs.get("attention_mask")
+    mask = inputs.get("decoder_attention_mask", inputs.get("attention_mask"))
     if mask is None or mask.numel() != len(flat):
         return flat
     return flat[mask.reshape(-1).to(flat.device, torch.bool)]

@@ -1,14 +1,15 @@
-"""Which pruned tensors a calibrated q divides (weights of linear layers), and what the other tensors are divided by.
+"""Which pruned tensors a calibrated q divides (weights of linear layers, experts among them), and what the other
+tensors are divided by.
 
 Names and shapes predict it before anything runs; a run, which sees what the data reaches, decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, Protocol
 
-from deltamerge.io.names import EMBEDDING, numbers_as_stars
+from deltamerge.io.names import EMBEDDING, EXPERTS, EXPERTS_OUT, numbers_as_stars
 
 UNSCALED = "vectors and embeddings are not rescaled"
 OTHER = "no weight of a linear layer"
@@ -29,6 +30,33 @@ def is_unscaled(name: str, shape: tuple[int, ...]) -> bool:
 def is_linear(name: str, shape: tuple[int, ...]) -> bool:
     """Whether name and shape are those of a linear layer's weight."""
     return len(shape) == 2 and name.endswith("weight") and not is_unscaled(name, shape)
+
+
+def is_stacked(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether name and shape are those of experts' weights, stacked in one tensor."""
+    return len(shape) == 3 and 1 not in shape and EXPERTS.search(name) is not None
+
+
+class Shaped(Protocol):
+    """A tensor of a checkpoint."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def stacked_transposed(name: str, tensors: Mapping[str, Shaped], hidden: int | None) -> bool:
+    """Whether stacked experts are stored (in, out), told by which side is the hidden size.
+
+    A square one is stored as another of `tensors`, the checkpoint's, of the same module.
+    """
+    parent = name.removesuffix(".weight").rpartition(".")[0]
+    beside = [n for n in tensors if n.startswith(parent) and n.removesuffix(".weight").rpartition(".")[0] == parent]
+    for one in (name, *beside):
+        shape = tensors[one].shape
+        if hidden is not None and len(shape) == 3 and (shape[-2] == hidden) != (shape[-1] == hidden):
+            out = EXPERTS_OUT.search(one.removeprefix(parent)) is not None
+            return shape[-1 if out else -2] == hidden
+    return False
 
 
 def grouped(left: Iterable[tuple[str, float, str]]) -> list[dict[str, Any]]:

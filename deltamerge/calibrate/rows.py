@@ -16,11 +16,12 @@ from deltamerge.errors import InputError, context
 from deltamerge.io.files import input_error
 
 Task = Literal["text-classification", "text-generation", "image-classification", "causal-lm"]
+LANGUAGE_HEADS = "ForCausalLM", "LMHeadModel", "ForConditionalGeneration"
 HEADS: dict[str, tuple[str, ...]] = {
     "text-classification": ("ForSequenceClassification",),
     "image-classification": ("ForImageClassification",),
-    "text-generation": ("ForCausalLM", "LMHeadModel"),
-    "causal-lm": ("ForCausalLM", "LMHeadModel"),
+    "text-generation": LANGUAGE_HEADS,
+    "causal-lm": LANGUAGE_HEADS,
 }
 PICTURES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp"})
 MAX_BYTES = 1 << 30

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from deltamerge.calibrate.blocks import BlockModel, Linear
+from deltamerge.calibrate.blocks import BlockModel
 from deltamerge.calibrate.candidates import Masked, Q, pruned
 from deltamerge.calibrate.objectives import Distribution
 
@@ -99,9 +99,14 @@ def learn(
     return Learned(kept, best, tuple(path), taken, frozenset(reached))
 
 
-def row_shape(layer: Linear, shape: Sequence[int]) -> tuple[int, int]:
-    """Shape of one q per output row that broadcasts to the stored weight: (m, 1), or (1, m) for Conv1D."""
-    return (1, shape[1]) if layer.transposed else (shape[0], 1)
+def row_shape(transposed: bool, shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of one q per output row that broadcasts to the stored weight: (m, 1), or (1, m) of one stored (in, out).
+
+    Of stacked matrices (E, m, 1); of those stored (in, out) one per matrix, (E, 1, 1).
+    """
+    if len(shape) > 2:
+        return (*shape[:-2], 1, 1) if transposed else (*shape[:-1], 1)
+    return (1, shape[1]) if transposed else (shape[0], 1)
 
 
 def _log(q: Q, low: float, high: float, device: torch.device) -> Tensor:

@@ -1,13 +1,15 @@
 """The ways to choose a fine-tune's q's: one number searched, one per layer or row, closed forms, learned scales.
 
 A calibrated q divides the weights of linear layers that the data reaches. 1-D tensors and embeddings keep q = 1, which
-measures better than rescaling them too (docs/calibration.md). Other pruned tensors, such as experts stacked in three
-dimensions, are divided as their method divides without calibration. Learned scales apply to all pruned tensors that the
-output depends on.
+measures better than rescaling them too (docs/calibration.md). Experts are linear layers, stacked in one tensor or not:
+each has a q of its own, but in the scope global; one that no token reached has that of its layer. Other pruned tensors
+are divided as their method divides without calibration. Learned scales apply to all pruned tensors that the output
+depends on.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,6 +21,7 @@ import torch
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import reach, search, statistics
 from deltamerge.calibrate.candidates import Q
+from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.scales import learn, row_shape
 from deltamerge.calibrate.spec import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step, rounded
 from deltamerge.calibrate.statistics import LayerStatistics, Vector
@@ -84,17 +87,31 @@ class Searches:
 
     def __init__(self, spec: Spec, subject: Subject) -> None:
         self.spec, self.subject = spec, subject
-        self.layers = subject.layers
-        if not self.layers:
+        if not subject.may_have_layers:
             raise InputError("no weight of a linear layer is pruned", hint="give a number as q, or change include")
-        self.density = {p.stored: p.density for p in spec.pruned if p.stored in self.layers}
         self.path: Path = []
         self.passed: list[Found] = []
 
     @cached_property
+    def layers(self) -> dict[str, Linear]:
+        """The pruned linear layers, stacked experts that the rows reach among them."""
+        _ = self.objective  # a pass shows which they are
+        _ = self.subject.reached
+        return self.subject.layers
+
+    @cached_property
+    def plain(self) -> dict[str, float]:
+        """The q's without calibration."""
+        return {p.stored: p.plain for p in self.spec.pruned}
+
+    @cached_property
+    def density(self) -> dict[str, float]:
+        """Of the layers."""
+        return {p.stored: p.density for p in self.spec.pruned if p.stored in self.layers}
+
+    @cached_property
     def reached(self) -> list[str]:
         """The layers that the rows reach."""
-        _ = self.objective
         found = self.subject.reached & self.layers.keys()
         if not found:
             raise InputError("no pruned linear layer was reached by the calibration data")
@@ -197,8 +214,17 @@ class Searches:
             of_layer = statistics.FAMILIES[family]
 
             def qs(eta: float, of_rows: Any = of_rows, of_layer: Any = of_layer) -> Qs:
-                of = of_rows if self.spec.scope == "row" else of_layer
-                return {n: self._shaped(n, np.clip(of(s, self.density[n], eta), low, high)) for n, s in layers.items()}
+                def own(name: str, layer: LayerStatistics) -> Q:
+                    density = self.density[name]
+                    return self._own(
+                        name,
+                        layer,
+                        lambda s: of_layer(s, density, eta),
+                        lambda s: of_rows(s, density, eta),
+                        (low, high),
+                    )
+
+                return {name: own(name, layer) for name, layer in layers.items()}
 
             found += self._minimise(
                 "eta", qs, *statistics.eta_range(of_layer, layers.values(), mean_density), family=family
@@ -208,10 +234,10 @@ class Searches:
     def _scaled(self) -> list[Found]:
         """Importance masks: the closed-form q of the drawn mask, all of them times one κ that is searched."""
         layers, (low, high) = self._drawn, self._bounds(self._lowest(), HIGHEST)
-        exact = {name: self._exact(layer) for name, layer in layers.items()}
+        exact = {name: self._exact(name, layer) for name, layer in layers.items()}
 
         def qs(kappa: float) -> Qs:
-            return {name: self._shaped(name, np.clip(kappa * q, low, high)) for name, q in exact.items()}
+            return {name: self._clipped(kappa * q, low, high) for name, q in exact.items()}
 
         return self._minimise("kappa", qs, *KAPPA)
 
@@ -228,11 +254,19 @@ class Searches:
             q = power / cross if cross > 0.0 and power > 0.0 else 1.0
             qs: Qs = dict.fromkeys(self.reached, rounded(float(np.clip(q, low, high))))
         else:
-            qs = {name: self._shaped(name, np.clip(self._exact(s), low, high)) for name, s in layers.items()}
+            qs = {name: self._clipped(self._exact(name, s), low, high) for name, s in layers.items()}
         return [self._found(qs, _layer_error(layers, qs), {"family": "closed form"})]
 
-    def _exact(self, layer: LayerStatistics) -> float | Vector:
-        return statistics.drawn_rows(layer) if self.spec.scope == "row" else statistics.drawn(layer) or 1.0
+    def _exact(self, name: str, layer: LayerStatistics) -> Q:
+        """The closed-form q; of a mask without one the plain q of its layer."""
+        none = self.plain[name]
+        return self._own(
+            name,
+            layer,
+            lambda s: statistics.drawn(s) or none,
+            lambda s: statistics.drawn_rows(s, none),
+            (0.0, math.inf),
+        )
 
     def _lowest(self) -> float:
         return min(LOWEST, *self.density.values())
@@ -253,7 +287,7 @@ class Searches:
         first: Qs = {}
         for name in (pruned.stored for pruned in self.spec.pruned):
             begin = others.get(name, q)
-            shape = row_shape(rows[name], subject.infos[name].shape) if name in rows else ()
+            shape = row_shape(rows[name].transposed, subject.infos[name].shape) if name in rows else ()
             first[name] = torch.full(shape, begin) if name in rows else begin
         learned = learn(
             subject.model,
@@ -292,18 +326,36 @@ class Searches:
             raise InputError("no pruned linear layer was reached by the calibration data")
         return found
 
-    def _shaped(self, name: str, q: Any) -> Q:
-        """One number, or one per output row in the shape that broadcasts to the stored weight."""
-        if np.ndim(q) == 0:
-            return rounded(float(q))
-        shape = row_shape(self.layers[name], self.subject.infos[name].shape)
-        return torch.from_numpy(np.asarray(q, dtype=np.float32)).view(shape)
+    def _own(
+        self,
+        name: str,
+        layer: LayerStatistics,
+        of_layer: Callable[[LayerStatistics], float],
+        of_rows: Callable[[LayerStatistics], Vector],
+        bounds: tuple[float, float],
+    ) -> Q:
+        """A layer's q: one number, or of every output row by the scope, and of every matrix that it stacks."""
+        shape, parts = self.subject.infos[name].shape, layer.parts or (layer,)
+        if self.spec.scope == "row" and not (layer.parts and layer.transposed):
+            values = np.concatenate([of_rows(part) for part in parts])
+            to = row_shape(layer.transposed, shape)
+        elif layer.parts:
+            values, to = np.array([of_layer(part) for part in parts]), (*shape[:-2], 1, 1)
+        else:
+            return rounded(float(np.clip(of_layer(layer), *bounds)))
+        return torch.from_numpy(np.clip(values, *bounds).astype(np.float32)).view(to)
+
+    @staticmethod
+    def _clipped(q: Q, low: float, high: float) -> Q:
+        return q.clamp(low, high) if isinstance(q, torch.Tensor) else rounded(float(np.clip(q, low, high)))
 
 
 def _layer_error(layers: Mapping[str, LayerStatistics], q: Mapping[str, Q]) -> float:
-    """Mean over layers of ‖Y − Ŷ/q‖² / ‖Y‖²."""
-    errors = [
-        statistics.drawn_error(layer, np.asarray(q.get(name, 1.0), dtype=np.float64).reshape(-1))
-        for name, layer in layers.items()
-    ]
+    """Mean over layers of ‖Y − Ŷ/q‖² / ‖Y‖²; matrices that a layer stacks count as layers."""
+    errors = []
+    for name, layer in layers.items():
+        own = np.asarray(q.get(name, 1.0), dtype=np.float64)
+        parts = layer.parts or (layer,)
+        each = own.reshape(len(parts), -1) if own.ndim and layer.parts else [own.reshape(-1)] * len(parts)
+        errors += [statistics.drawn_error(part, value) for part, value in zip(parts, each, strict=True)]
     return float(np.mean(errors))

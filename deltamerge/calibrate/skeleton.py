@@ -1,21 +1,21 @@
-"""A transformers model without weights, and the names that its tensors have in a checkpoint."""
+"""A transformers model without weights."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection
+from contextlib import suppress
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from deltamerge.calibrate.foreign import running
 from deltamerge.errors import InputError
-from deltamerge.io.names import resolve_prefix
 
-UNASKED = frozenset({"token_type_ids"})
+UNASKED = frozenset({"token_type_ids", "decoder_attention_mask"})
 
 
 class _OnMeta(TorchFunctionMode):
@@ -42,72 +42,14 @@ def skeleton(config: Any, pad_token_id: int | None) -> Any:
     for part in (config, *(getattr(config, key, None) for key in getattr(config, "sub_configs", ()))):
         if part is not None:  # a key-value cache would see a block's inputs twice
             part.use_cache = False
+            part.__dict__.pop("quantization_config", None)  # weights are read as numbers
+    # one matrix product per expert, which `products` sees
+    config._experts_implementation = "eager"
     if pad_token_id is not None and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = pad_token_id
     with running(f"transformers cannot build {name}"), torch.random.fork_rng(devices=[]), _OnMeta():
         model = cls(config)
     return model.requires_grad_(False).train(False)
-
-
-def checkpoint_names(model: Any, names: Collection[str]) -> dict[str, str]:
-    """State name -> checkpoint name, for parameters and stored buffers; tied weights appear once."""
-    # transformers renames some checkpoints (ViT) as it loads them
-    renamed = {_rename(name, transforms): name for transforms in [_renamings(model)] for name in names}
-    prefix = model.base_model_prefix
-    _untie(model, lambda name: resolve_prefix([name], renamed, prefix)[name] is not None)
-    parameters = [name for name, _ in model.named_parameters()]
-    buffers = [name for name, _ in model.named_buffers() if name in model.state_dict()]
-    found = resolve_prefix([*parameters, *buffers], renamed, prefix)
-    tied = aliases(model)
-    for name in parameters:
-        alias = next((a for a in tied.get(name, ()) if resolve_prefix([a], renamed, prefix)[a] is not None), None)
-        if found[name] is None and alias is not None:
-            found[name] = resolve_prefix([alias], renamed, prefix)[alias]
-    missing = [name for name in parameters if found[name] is None]
-    if missing:
-        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise InputError(
-            f"{type(model).__name__} needs {missing[0]}{more}, which the checkpoint lacks under that name",
-            hint="calibration needs a checkpoint whose tensors transformers loads one to one",
-        )
-    return {name: renamed[key] for name, key in found.items() if key is not None}
-
-
-def aliases(model: nn.Module) -> dict[str, list[str]]:
-    """First name of every parameter -> its other names (tied weights)."""
-    first: dict[nn.Parameter, str] = {}
-    others: dict[str, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if parameter in first:
-            others.setdefault(first[parameter], []).append(name)
-        else:
-            first[parameter] = name
-    return others
-
-
-def _untie(model: nn.Module, stored: Callable[[str], bool]) -> None:
-    """Untie a tied weight that the checkpoint also stores under its own name."""
-    for name, others in aliases(model).items():
-        for alias in others:
-            if stored(name) and stored(alias):
-                path, _, leaf = alias.rpartition(".")
-                parent = model.get_submodule(path)
-                setattr(parent, leaf, nn.Parameter(torch.empty_like(getattr(parent, leaf)), requires_grad=False))
-
-
-def _renamings(model: Any) -> list[Any]:
-    try:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightRenaming
-    except ImportError:  # transformers 4 does not rename
-        return []
-    return [t for t in get_model_conversion_mapping(model) if isinstance(t, WeightRenaming)]
-
-
-def _rename(name: str, transforms: Sequence[Any]) -> str:
-    for transform in transforms:
-        name = transform.rename_source_key(name)[0]
-    return name
 
 
 def place_buffers(model: nn.Module, device: torch.device, stored: Collection[str]) -> None:
@@ -140,7 +82,7 @@ def bodies(model: Any) -> list[nn.Module]:
 
 
 def ignored(model: nn.Module) -> frozenset[str]:
-    """Keys that tokenizers return unasked and that a model's forward does not accept."""
+    """Keys that rows have unasked and that a model's forward does not accept."""
     taken = inspect.signature(model.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken):
         return frozenset()
@@ -164,3 +106,19 @@ def is_transposed(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, Conv1D)
+
+
+def shifted(model: Any, ids: Tensor) -> Tensor:
+    """(B, T) the inputs of a decoder that is to say `ids`: after its start token, by the model's own function if it has
+    one. InputError: neither that nor a start token is known."""
+    prepare = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if prepare is not None:
+        with suppress(Exception):  # where it needs a start token that the config lacks
+            made: Tensor = prepare(labels=ids)
+            return made
+    config = model.config.get_text_config(decoder=True)
+    known = (getattr(config, key, None) for key in ("decoder_start_token_id", "bos_token_id", "pad_token_id"))
+    start = next((token for token in known if token is not None), None)
+    if start is None:
+        raise InputError(f"{type(model).__name__} has no decoder_start_token_id", hint="set it in config.json")
+    return torch.cat([torch.full_like(ids[:, :1], start), ids[:, :-1]], 1)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_unscaled
+from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, stacked_transposed
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.io.names import EMBEDDING, numbered_blocks
@@ -155,7 +155,7 @@ class Spec:
         if self.parts or self.search == "gradient":
             return []
         shapes = ((p, p.masked[0].shape) for p in self.pruned)
-        others = ((p, is_unscaled(p.stored, shape)) for p, shape in shapes if not is_linear(p.stored, shape))
+        others = ((p, is_unscaled(p.stored, shape)) for p, shape in shapes if not _is_layer(p.stored, shape))
         return grouped((p.name, 1.0, UNSCALED) if unscaled else (p.name, p.plain, OTHER) for p, unscaled in others)
 
     def describe(self) -> dict[str, Any]:
@@ -181,6 +181,10 @@ def mask_seeds(source: CalibrationInput, method: str, q: CalibratedQ) -> int:
     1, + 2, …"""
     averaged = PRUNE[method].random and q.objective == "output_change" and q.search != "gradient"
     return source.calibration.seeds if averaged else 1
+
+
+def _is_layer(name: str, shape: tuple[int, ...]) -> bool:
+    return is_linear(name, shape) or is_stacked(name, shape)
 
 
 def rounded(value: float) -> float:
@@ -252,22 +256,30 @@ def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
     return value if root == 1 else math.pow(float(value), 1 / root)
 
 
-def norm(statistics: Mapping[str, Any], *, name: str, count: int, transposed: bool) -> NDArray[np.float32]:
-    """(n) ‖x_j‖₂ of a layer's input; ones, which make it magnitude per output, for a weight that saw no input.
+def norm(
+    statistics: Mapping[str, Any], *, name: str, count: int, transposed: bool, stacked: int = 0
+) -> NDArray[np.float32]:
+    """(n) ‖x_j‖₂ of a layer's input, (E, n) of `stacked` experts; ones, which make it magnitude per output, for a
+    weight that saw no input.
 
     InputError: the weight is not stored (in, out) where `transposed`, or (out, in) where not.
     """
     if name not in statistics:
-        return np.ones(count, np.float32)
+        return np.ones((stacked, count) if stacked else count, np.float32)
     if statistics[name].transposed != transposed:
         stored, taken = ("(in, out)", "(out, in)")[:: 1 if statistics[name].transposed else -1]
         raise InputError(f"{name} is stored {stored}, but was taken for {taken}", hint="use method magnitude")
     return np.asarray(statistics[name].norm, dtype=np.float32)
 
 
-def is_transposed(name: str, model_type: str | None) -> bool:
-    """Whether a weight is stored (in, out): transformers' Conv1D, which GPT and GPT-2 are made of."""
-    return model_type in CONV1D_MODELS and CONV1D.search(name) is not None
+def is_transposed(name: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
+    """Whether one of a checkpoint's tensors is a weight stored (in, out): transformers' Conv1D, which GPT and GPT-2 are
+    made of, and the experts of some models."""
+    if is_stacked(name, tensors[name].shape):
+        parts = (config, *(part for key in ("text_config", "llm_config") if isinstance(part := config.get(key), dict)))
+        widths = (part.get(key) for part in parts for key in ("hidden_size", "d_model"))
+        return stacked_transposed(name, tensors, next((n for n in widths if isinstance(n, int)), None))
+    return config.get("model_type") in CONV1D_MODELS and CONV1D.search(name) is not None
 
 
 def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.int64]:
@@ -284,8 +296,13 @@ def columns(*, numbers: tuple[int, ...]) -> NDArray[np.int64]:
 
 
 def has_norm(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether WANDA scores a tensor by the norms of its inputs: a matrix that is no embedding."""
-    return len(shape) == 2 and EMBEDDING.search(name) is None
+    """Whether WANDA scores a tensor by the norms of its inputs: a matrix that is no embedding, or stacked experts."""
+    return (len(shape) == 2 and EMBEDDING.search(name) is None) or is_stacked(name, shape)
+
+
+def has_columns(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether columns of a tensor can be protected: it is a matrix that is no embedding."""
+    return len(shape) == 2 and has_norm(name, shape)
 
 
 def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.float32]], where: str) -> Calibrated:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,6 +32,8 @@ class LayerStatistics:
     mean_delta       mean of |Δ_ij|
     cross, power     (m) E[y_i ŷ_i] and E[ŷ_i²], y = Δ x, ŷ = (mask ∘ Δ) x; None without a drawn mask
     transposed       whether the weight is stored (in, out)
+    parts            of a tensor that stacks several matrices (experts) those of each; the others are over all tokens of
+                     all of them, and a matrix that no token reached has these too
     """
 
     tokens: int
@@ -48,10 +50,13 @@ class LayerStatistics:
     cross: Vector | None = None
     power: Vector | None = None
     transposed: bool = False
+    parts: tuple[LayerStatistics, ...] = ()
 
     @property
     def norm(self) -> Vector:
-        """(n) ‖x_j‖₂ over the calibration tokens: WANDA's weight of input feature j."""
+        """(n) ‖x_j‖₂ over the calibration tokens: WANDA's weight of input feature j; (E, n) of stacked matrices."""
+        if self.parts:
+            return np.stack([part.norm for part in self.parts])
         return np.sqrt(self.tokens * self.square)
 
     @property
@@ -67,6 +72,76 @@ class LayerStatistics:
     def massive(self, k: int) -> list[int]:
         """The k input features with the largest E|x_j|, ascending; of equal ones the lower index."""
         return sorted(np.argsort(-self.mean_abs, kind="stable")[:k].tolist())
+
+
+Place = slice | NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Statistics of a part of a tensor: of which of its matrices, and at which outputs and inputs of it."""
+
+    layer: LayerStatistics
+    matrix: int
+    outputs: Place
+    inputs: Place
+
+
+def joined(parts: Sequence[Part], shape: tuple[int, ...]) -> LayerStatistics:
+    """Those of a whole tensor of `shape`: averages over the tokens of each part."""
+    transposed = parts[0].layer.transposed
+    sides = (shape[-1], shape[-2]) if transposed else (shape[-2], shape[-1])
+    if len(shape) == 2:
+        return _averaged(parts, sides)
+    whole = _averaged(parts, sides)
+    own: dict[int, list[Part]] = {}
+    for part in parts:
+        own.setdefault(part.matrix, []).append(part)
+    count = math.prod(shape[:-2])
+    each = tuple(_averaged(own[e], sides) if e in own else whole for e in range(count))
+    return replace(whole, parts=each)
+
+
+def pooled(layers: Sequence[LayerStatistics]) -> LayerStatistics:
+    """Over all tokens of several layers of one shape."""
+    sides = len(layers[0].energy), len(layers[0].mean)
+    return _averaged([Part(layer, 0, slice(None), slice(None)) for layer in layers], sides)
+
+
+def _averaged(parts: Sequence[Part], sides: tuple[int, int]) -> LayerStatistics:
+    """Of a matrix (m, n): each output's and input's averages over the tokens of the parts that have it."""
+    drawn = all(part.layer.power is not None for part in parts)
+    weights = [part.layer.tokens for part in parts]
+    counts = np.zeros(sides[0]), np.zeros(sides[1])
+    for part, weight in zip(parts, weights, strict=True):
+        counts[0][part.outputs] += weight
+        counts[1][part.inputs] += weight
+
+    def average(name: str, side: int) -> Vector:
+        total = np.zeros(sides[side])
+        for part, weight in zip(parts, weights, strict=True):
+            total[(part.outputs, part.inputs)[side]] += weight * getattr(part.layer, name)
+        return _ratio(total, counts[side])
+
+    def mean(name: str) -> float:
+        return float(np.average([getattr(part.layer, name) for part in parts], weights=weights))
+
+    return LayerStatistics(
+        tokens=int(max(counts[0].max(), counts[1].max())),
+        mean=average("mean", 1),
+        mean_abs=average("mean_abs", 1),
+        square=average("square", 1),
+        energy=average("energy", 0),
+        diagonal=average("diagonal", 0),
+        c1=average("c1", 0),
+        c2=average("c2", 0),
+        influence=average("influence", 0),
+        mean_influence=mean("mean_influence"),
+        mean_delta=mean("mean_delta"),
+        cross=average("cross", 0) if drawn else None,
+        power=average("power", 0) if drawn else None,
+        transposed=parts[0].layer.transposed,
+    )
 
 
 def phi(p: float) -> float:
@@ -121,11 +196,11 @@ def drawn(layer: LayerStatistics) -> float | None:
     return float(power.sum() / cross.sum()) if cross.sum() > 0.0 and power.sum() > 0.0 else None
 
 
-def drawn_rows(layer: LayerStatistics) -> Vector:
-    """(m) The same for each output row; rows without such a q take the layer's (1 if it has none)."""
+def drawn_rows(layer: LayerStatistics, none: float = 1.0) -> Vector:
+    """(m) The same for each output row; rows without such a q take the layer's (`none` if it has none)."""
     cross, power = _of_mask(layer)
     answered = (cross > 0.0) & (power > 0.0)
-    return np.where(answered, power / np.where(answered, cross, 1.0), drawn(layer) or 1.0)
+    return np.where(answered, power / np.where(answered, cross, 1.0), drawn(layer) or none)
 
 
 def drawn_error(layer: LayerStatistics, q: float | Vector) -> float:

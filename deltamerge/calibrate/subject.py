@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, TypeVar
 
@@ -14,11 +14,12 @@ from torch import Tensor
 
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
-from deltamerge.calibrate.blocks import BlockModel, Inputs, Linear, from_reader
+from deltamerge.calibrate.blocks import BlockModel, Inputs, from_reader
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
 from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.data import check_new_tokens
 from deltamerge.calibrate.foreign import running
+from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.rows import HEADS, Row, select
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
@@ -110,8 +111,19 @@ class Subject:
 
     @property
     def layers(self) -> dict[str, Linear]:
-        """The linear layers with a pruned weight, which a calibrated q divides."""
-        return {layer.name: layer for part in self.model.layers for layer in part if layer.name in self.pairs}
+        """The linear layers with a pruned weight, which a calibrated q divides; of stacked experts those that a pass
+        has reached."""
+        model = self.model
+        found = [layer for part in model.layers for layer in part]
+        stacked = [layer for part in model.stacked for layer in part if layer.name in model.turned]
+        found += [replace(layer, transposed=model.turned[layer.name]) for layer in stacked]
+        return {layer.name: layer for layer in found if layer.name in self.pairs}
+
+    @property
+    def may_have_layers(self) -> bool:
+        """Whether a pruned tensor may be a linear layer's."""
+        some = (layer for part in (*self.model.layers, *self.model.stacked) for layer in part)
+        return any(layer.name in self.pairs for layer in some)
 
     @property
     def reached(self) -> set[str]:

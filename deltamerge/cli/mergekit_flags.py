@@ -26,7 +26,7 @@ WITHOUT_USE = {
     "--lazy-unpickle/--no-lazy-unpickle": _STREAMED,
     "--low-cpu-memory/--no-low-cpu-memory": _STREAMED,
     "--multi-gpu/--no-multi-gpu": "one GPU a process: --part I/N --device cuda:N, then --finish",
-    "--safe-serialization/--no-safe-serialization": "always safetensors",
+    "--safe-serialization/--no-safe-serialization": "always safetensors; --allow-pickles reads torch's files",
     "--trust-remote-code/--no-trust-remote-code": "no code of a model is run",
     "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings": "rows are matched token by token: "
     "tokenizer_source in the recipe",

@@ -126,6 +126,7 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
     tensors, delta = len(result.plan.outputs), result.delta
     kind = result.plan.recipe.output.kind
     adapter = kind == "peft"
+    quantised = result.lock.get("quantization")
     size = delta.nbytes if delta else result.plan.nbytes if kind == "model" else result.nbytes
     if as_json:
         summary = {
@@ -137,6 +138,7 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
             "up_to_date": not result.made,
             "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
             "warnings": list(result.plan.warnings),
+            **({} if quantised is None else {"quantization_error": quantised["relative_error"]}),
             **({} if delta is None else {"entries": delta.entries, "relative_error": delta.error}),
             **more,
         }
@@ -152,6 +154,8 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
             values = result.plan.delta_values
             how = "final values, exact" if values is None else f"{values} values, relative error {delta.error:.3g}"
             lost = f", {delta.entries:,} entries: {how}"
+        if quantised is not None:
+            lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"
         what = "an adapter" if adapter else f"{tensors} tensors"
         tell(f"{result.folder}: {what}, {human(size)} in {seconds:.1f} s{lost}")
         if result.lock:  # a part of a run has none

@@ -23,7 +23,7 @@ from deltamerge.io.audit import NonFinite
 from deltamerge.io.component import Component
 from deltamerge.io.files import copy_at, write_at, writing
 from deltamerge.io.journal import Journal
-from deltamerge.io.writer import FileLayout, Layout, plan_layout
+from deltamerge.io.layout import FileLayout, Layout, plan_layout
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,11 +17,13 @@ from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import check, elements, over
 from deltamerge.errors import InputError, UsageError
 from deltamerge.io import hub, progress
-from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
+from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import FLOATING, PACKED, widen
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.io.weight_files import is_weights
+from deltamerge.plan.regroup import form_of, regrouped, shared_names
 from deltamerge.run import lock as locks
 
 
@@ -48,11 +50,11 @@ class Change:
 
 
 def diff(a: str, b: str, workers: int) -> dict[str, Any]:
-    """The differences between two checkpoints (folders, hub ids) or two locks (files).
+    """The differences between two checkpoints (folders, weight files, hub ids) or two locks (other files).
 
     UsageError: a checkpoint and a lock.
     """
-    are_files = [Path(reference).is_file() for reference in (a, b)]
+    are_files = [Path(reference).is_file() and not is_weights(reference) for reference in (a, b)]
     if any(are_files):
         if not all(are_files):
             raise UsageError("one is a lock, the other a checkpoint", hint="give two locks, or two folders")
@@ -75,7 +77,11 @@ def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
     elif first.is_delta:
         opened = DeltaFile.open(first.path)
         first = over(first, opened, second)
-    named = [_canonical(c, p) for c, p in zip((first, second), match_prefixes([first, second]), strict=True)]
+    tensors, names = shared_names([first.tensors, second.tensors], [a, b])
+    named = [{n.canonical[t]: own[t] for t in own} for own, n in zip(tensors, names, strict=True)]
+    form = form_of(named[0], first.tensors)
+    named[1], _ = regrouped(named[1], {name: name for name in named[1]}, form)
+    named[0], _ = regrouped(named[0], {name: name for name in named[0]}, form)
     shared = [name for name in named[1] if name in named[0]]
     with Reader() as reader, ThreadPoolExecutor(workers) as pool:
         for checkpoint in (first, second):
@@ -112,10 +118,6 @@ def _plain(checkpoint: Checkpoint) -> Checkpoint:
         return decoded(checkpoint)
     except InputError:
         return checkpoint
-
-
-def _canonical(checkpoint: Checkpoint, prefix: str) -> dict[str, TensorInfo]:
-    return {canonical(name, prefix): info for name, info in checkpoint.tensors.items()}
 
 
 def _ratio(squares: float, of_a: float) -> float | None:

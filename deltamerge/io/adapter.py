@@ -1,68 +1,45 @@
-"""PEFT's LoRA adapters on a base, read as if merged: only headers and configs are opened, weights are computed when
-read.
+"""PEFT's adapters on a base, read as if merged: only headers and configs are opened, weights are computed when read.
 
-The format is PEFT's: `adapter_config.json` and `adapter_model.safetensors`. Tensor names are `base_model.model.`, a
-module of the adapted model, and then `lora_A.weight`, `lora_B.weight`, `lora_embedding_A`, `lora_embedding_B` or
-`lora_magnitude_vector`. All other tensors (`modules_to_save`, biases) are whole and replace the base's.
+The format is PEFT's: `adapter_config.json` and `adapter_model.safetensors`; `adapter_parts` says what its tensors are.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from itertools import permutations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io import adapted, experts
+from deltamerge.io.adapter_config import BY_PEFT, CONFIG, checked_config, parameters_of
+from deltamerge.io.adapter_parts import Parts, parts
 from deltamerge.io.checkpoint import Adapter, Checkpoint
-from deltamerge.io.computed import Cast, LowRank
+from deltamerge.io.computed import Cast
 from deltamerge.io.dtypes import ITEMSIZE, PLAIN
 from deltamerge.io.files import input_error
-from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING
-from deltamerge.io.patterns import check, finds
+from deltamerge.io.matching import Shape, match_one
+from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, block_name
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.weight_files import ALLOW, read_weights
 
-CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-PREFIX = "base_model.model."
-BY_PEFT = "merge it with peft first: merge_and_unload(), then save_pretrained()"
-
-_PART = re.compile(r"(.+)\.(?:lora_([AB])\.weight|lora_embedding_([AB])|lora_(magnitude)_vector(?:\.weight)?)")
-# Settings that change the adapter's formula in ways that `LowRank` does not implement.
-_REFUSED = (
-    "layer_replication", "trainable_token_indices", "target_parameters", "lora_bias", "use_qalora", "use_bdlora",
-    "alora_invocation_tokens", "arrow_config", "kasa_config", "monteclora_config", "megatron_config",
-)  # fmt: skip
-_KNOWN = frozenset({
-    "use_dora", "use_rslora", "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "velora_config",
-})  # fmt: skip
-# Other initialisations (pissa, olora, corda, lora_ga, loftq) change the base's weights too.
-_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
-
-
-class Factors(NamedTuple):
-    """The LoRA tensors of one adapted module."""
-
-    a: TensorInfo
-    b: TensorInfo
-    magnitude: TensorInfo | None
-    embedding: bool
+MOST_PARAMETERS = 6  # of one module; which factors are whose is told by shapes
+Tensors = dict[str, TensorInfo]
 
 
 def open_adapter(
     path: Path, *, reference: str, revision: str | None = None, hub_id: str | None = None, pickles: bool = False
 ) -> Adapter:
-    """The adapter in the folder `path`. InputError: no such folder, not a LoRA adapter, pickled (unless `pickles` are
-    allowed), or unsupported settings."""
+    """The adapter in the folder `path`. InputError: no such folder, not an adapter that can be read, pickled (unless
+    `pickles` are allowed), or unsupported settings."""
     with errors.context(reference):
         if not path.is_dir():
             raise InputError("is a file, not an adapter's folder" if path.exists() else "no such folder")
@@ -93,45 +70,9 @@ def check_files(names: Collection[str], *, pickles: bool = False) -> str:
     return WEIGHTS
 
 
-def checked_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a LoRA adapter. InputError: another PEFT method, or settings that change the formula.
-
-    Unknown keys are ignored, unless they turn something on (`use_…`, `…_config`).
-    """
-    with errors.context(CONFIG):
-        kind = config.get("peft_type")
-        if kind != "LORA":
-            raise InputError(f"peft_type {kind!r}: only LORA adapters can be read", hint=BY_PEFT)
-        unknown = [k for k in config if re.match("use_", k) or k.endswith("_config")]
-        for key in (*_REFUSED, *(k for k in unknown if k not in _KNOWN)):
-            if config.get(key) not in (None, False, [], {}):
-                raise InputError(f"{key} is not supported", hint=BY_PEFT)
-        start = config.get("init_lora_weights")
-        if not isinstance(start, str | bool | None) or start not in _INITIALISATIONS:
-            hint = "save it as plain LoRA: peft's save_pretrained(…, path_initial_model_for_weight_conversion=…)"
-            raise InputError(f"init_lora_weights {start!r} changes the base's own weights", hint=hint)
-        for key in ("r", "lora_alpha"):
-            _positive(config.get(key), key)
-        for key in ("rank_pattern", "alpha_pattern"):
-            table = config.get(key) or {}
-            if not isinstance(table, dict):
-                raise InputError(f"{key} is not a table")
-            for pattern, value in table.items():
-                _positive(value, f"{key}[{pattern[:80]!r}]")
-                try:
-                    check(pattern)
-                except ValueError as error:
-                    raise InputError(f"{key}: {pattern[:80]!r} is no regular expression: {error}") from error
-        return config
-
-
-def _positive(value: Any, key: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-        raise InputError(f"{key} must be a positive number, got {str(value)[:80]!r}")
-
-
 def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
-    """`base` with `adapter` merged into it, tensor by tensor; names are those of the model that was adapted.
+    """`base` with `adapter` merged into it, tensor by tensor; names are the base's, or those of the adapted model where
+    it has a head that the base lacks.
 
     A quantised base is decoded. InputError: it cannot be, or a tensor of the adapter that the base has no place for or
     whose shape does not fit.
@@ -139,139 +80,231 @@ def expand(base: Checkpoint, adapter: Adapter, reference: str) -> Checkpoint:
     with errors.context(base.reference):
         base = decoded(base)
     with errors.context(adapter.reference):
-        modules, whole = parts(adapter)
-        names = dict(base.tensors)
-        wanted = [f"{module}.weight" for module in modules]
-        untied = _untie(base, adapter, names, {*wanted, *whole})
-        added, taken = _prefix(names, wanted or list(whole))
-        tensors = {}
+        found = parts(adapter)
+        names = _in_form(base.tensors, found)
+        targets = _targets(found, adapter.config, names)
+        wanted = dict(_wanted(found, targets))
+        untied = _untie(base, adapter, names, {*wanted, *found.whole} - {f"{module}.weight" for module in found.rows})
+        added, places = _places(names, wanted, found)
+        tensors: Tensors = {}
         for name, info in names.items():
             full = name if untied and name == LM_HEAD else added + name
             tensors[full] = replace(info, name=full)
         usual = next((info.output_dtype for info in tensors.values() if info.dtype in PLAIN), "F32")
-        for name, info in whole.items():
-            old = tensors.get(taken + name)
+        for name, info in found.whole.items():
+            kept = places.get(name, name)
+            old = tensors.get(kept)
             if old is not None and old.shape != info.shape:
                 message = f"{name} has the shape {list(info.shape)}, in the base {list(old.shape)}"
                 raise InputError(message, hint="give the base added tokens first: resize_token_embeddings()")
-            kept = taken + name if old is not None else name
             tensors[kept] = _cast(info, kept, usual if old is None else old.output_dtype)
-        transposed = _transposed(adapter, modules, tensors, taken)
-        for module, factors in modules.items():
-            name = f"{taken}{module}.weight"
-            with errors.context(module):
-                if name not in tensors:
-                    raise InputError(
-                        f"the base has no {name}", hint="is this the base that the adapter was trained on?"
-                    )
-                scale = scale_of(adapter.config, module, factors.a.shape[0])
-                flip = factors.embedding or transposed
-                tensors[name] = _updated(tensors[name], factors, scale, flip)
-        config = _config(base.config, adapter, {n: i.shape for n, i in whole.items() if n not in names}, untied)
+        _update(tensors, places, found, targets, adapter.config)
+        _replace_rows(tensors, places, found, adapter.config, tied=LM_HEAD not in base.tensors)
+        config = _config(base.config, adapter, {n: i.shape for n, i in found.whole.items() if n not in names}, untied)
+        tensors = _in_own_form(tensors, base.tensors, added)
     files = (*base.files, *adapter.files)
     return replace(base, reference=reference, tensors=tensors, files=files, config=config, adapter=adapter)
 
 
-def parts(adapter: Adapter) -> tuple[dict[str, Factors], dict[str, TensorInfo]]:
-    """The factors of every adapted module, and the whole tensors, by names without PEFT's prefix."""
-    found: dict[str, dict[str, TensorInfo]] = {}
-    whole: dict[str, TensorInfo] = {}
-    if not adapter.tensors:
-        raise InputError("has no tensors", hint="save the adapter with peft's save_pretrained()")
-    for name, info in adapter.tensors.items():
-        inner = name.removeprefix(PREFIX)
-        if inner == name:
-            raise InputError(
-                f"{name[:80]!r} does not begin with {PREFIX}", hint="save it with peft's save_pretrained()"
-            )
-        if info.dtype not in PLAIN:
-            raise InputError(f"{name}: dtype {info.dtype}, must be one of {', '.join(sorted(PLAIN))}")
-        if part := _PART.fullmatch(inner):
-            module, linear, embedding, magnitude = part.groups()
-            key = "magnitude" if magnitude else (linear or embedding) + ("_embedding" if embedding else "")
-            found.setdefault(module, {})[key] = info
-        elif "lora_" in inner or "token_adapter" in inner:
-            raise InputError(f"{name}: not a tensor of plain LoRA", hint=BY_PEFT)
+def _in_form(tensors: Tensors, found: Parts) -> Tensors:
+    """The base's tensors, with experts fused or taken apart where the adapter was trained on the other."""
+    apart, fused = experts.containers(tensors)
+    one_by_one = experts.layout_of(f"{module}.weight" for module in found.modules)
+    if apart and not fused and any(root.endswith("experts") for root in found.nested()):
+        return experts.fold(tensors)
+    if fused and not apart and (layout := one_by_one) is not None:
+        return {n: replace(i, name=n) for n, i in _apart(tensors, layout)}
+    return dict(tensors)
+
+
+def _apart(tensors: Tensors, layout: experts.Layout) -> Iterator[tuple[str, TensorInfo]]:
+    """The tensors with fused experts as views of one expert's part each."""
+    found = experts.by_container(tensors)
+    for name, info in tensors.items():
+        container, _, key = name.rpartition(".")
+        own = layout.get(key) if key in found.get(container, {}) else None
+        if own is None:
+            yield name, info
+            continue
+        pair = (found[container].get(which) for which in ("gate_up_proj", "down_proj"))
+        if adapted.stored_transposed(*pair):
+            info = experts.turned(info)
+        yield from ((f"{container}.{rest}", part) for rest, part in experts.unfold(info, own).items())
+
+
+def _in_own_form(tensors: Tensors, stored: Tensors, added: str) -> Tensors:
+    """The updated tensors as the base stores its experts."""
+    own_apart, own_fused = experts.containers(stored)
+    apart, fused = experts.containers(tensors)
+    if own_apart and fused and not own_fused and (layout := experts.layout_of(stored)) is not None:
+        parts = {name: replace(info, name=name) for name, info in _apart(tensors, layout)}
+    elif own_fused and apart and not own_apart:
+        parts = {n: _as_stored(i, stored.get(n.removeprefix(added))) for n, i in experts.fold(tensors).items()}
+    else:
+        return tensors
+    order = {added + name: i for i, name in enumerate(stored)}
+    return dict(sorted(parts.items(), key=lambda item: order.get(item[0], len(order))))
+
+
+def _as_stored(info: TensorInfo, old: TensorInfo | None) -> TensorInfo:
+    """Fused experts in the orientation of the base's, or the base's own where nothing changed them."""
+    if old is None or not isinstance(info.made, experts.Joined):
+        return info
+    if all(part.made is old.made or isinstance(part.made, experts.Turned) for part in info.made.parts):
+        return replace(old, name=info.name)
+    return replace(experts.turned(info), name=info.name) if info.shape != old.shape else info
+
+
+def _targets(found: Parts, config: Mapping[str, Any], names: Tensors) -> dict[str, list[str]]:
+    """The parameters of each adapted module that factors can be for: those of `target_parameters` that a module of this
+    name has in the base, else its weight. InputError: fewer than there are factors."""
+    ends = {tuple(name.split(".")[-2:]) for name in names}
+    result = {}
+    for root, levels in found.nested().items():
+        named = [p for p in parameters_of(config, root) if (root.rpartition(".")[2], p) in ends]
+        result[root] = named if named and (len(levels) > 1 or named != ["weight"]) else ["weight"]
+        if len(levels) > len(result[root]):
+            message = f"{root}: has factors for {len(levels)} parameters, target_parameters names {len(named)}"
+            raise InputError(message, hint="the config and the weights are not of one adapter")
+    places = [f".{root}.{target}" for root, named in result.items() for target in named]
+    for target in config.get("target_parameters") or ():
+        if not any(place.endswith(f".{target}") for place in places):
+            message = f"target_parameters names {target}, which the adapter has no factors for"
+            raise InputError(message, hint="the config and the weights are not of one adapter")
+    return result
+
+
+def _wanted(found: Parts, targets: Mapping[str, list[str]]) -> Iterator[tuple[str, Shape]]:
+    """The names, in the adapted model, of the weights that the adapter changes, and their shapes where known."""
+    for root, levels in found.nested().items():
+        if targets[root] == ["weight"]:
+            with errors.context(root):
+                yield f"{root}.weight", adapted.expected(levels[0])
+                if "B.bias" in levels[0]:
+                    yield f"{root}.bias", levels[0]["B.bias"].shape
         else:
-            whole[inner.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = info
-    return {module: _factors(module, tensors) for module, tensors in found.items()}, whole
+            yield from ((f"{root}.{target}", None) for target in targets[root])
+    yield from ((f"{module}.weight", None) for module in found.rows)
 
 
-def factor_names(adapter: Adapter) -> frozenset[str]:
-    """The names of the adapter's A and B tensors."""
-    modules, _ = parts(adapter)
-    return frozenset(info.name for f in modules.values() for info in (f.a, f.b))
-
-
-def _factors(module: str, tensors: Mapping[str, TensorInfo]) -> Factors:
-    with errors.context(module):
-        embedding = "A_embedding" in tensors or "B_embedding" in tensors
-        tail = "_embedding" if embedding else ""
-        a, b = tensors.get("A" + tail), tensors.get("B" + tail)
-        if a is None or b is None or len(tensors) > 2 + ("magnitude" in tensors):
-            raise InputError(f"needs one A and one B, has {', '.join(sorted(tensors))}", hint="download it again")
-        if len(a.shape) != 2 or len(b.shape) != 2:
-            raise InputError(f"A {list(a.shape)} and B {list(b.shape)} are no matrices (a convolution?)", hint=BY_PEFT)
-        if a.shape[0] != b.shape[1] or not a.shape[0]:
-            raise InputError(f"the ranks of A {list(a.shape)} and B {list(b.shape)} differ", hint="download it again")
-        return Factors(a, b, tensors.get("magnitude"), embedding)
-
-
-def scale_of(config: Mapping[str, Any], module: str, rank: int) -> float:
-    """The factor of B A for a module: alpha / r, or alpha / √r (rsLoRA).
-
-    The first pattern that matches the end of the module's name wins. InputError: the config gives another rank than the
-    tensors have.
-    """
-
-    def setting(table: str, default: str) -> float:
-        for pattern, value in (config.get(table) or {}).items():
-            if finds(rf"\A(.*\.)?({pattern})$", module):
-                return float(value)
-        return float(config[default])
-
-    if setting("rank_pattern", "r") != rank:
-        message = f"rank {rank}, {CONFIG} says {setting('rank_pattern', 'r'):g}"
-        raise InputError(message, hint="the config and the weights are not of one adapter")
-    return setting("alpha_pattern", "lora_alpha") / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _prefix(names: Collection[str], wanted: Collection[str]) -> tuple[str, str]:
-    """The prefixes to add to the base's names and to the adapter's, so that most of `wanted` are found.
+def _places(names: Tensors, wanted: Mapping[str, Shape], found: Parts) -> tuple[str, dict[str, str]]:
+    """What to put before the base's names, and the name there of each tensor that the adapter changes.
 
     A base saved as BertModel has `encoder.…` where an adapted BertForSequenceClassification has `bert.encoder.…`, or
-    the other way round.
+    the other way round; all other differences are matched as those of two models are.
     """
-    first = next(iter(wanted), "").partition(".")[0] + "."
+    asked = [*wanted, *found.whole]
+    first = next(iter(wanted or found.whole), "").partition(".")[0] + "."
     heads = dict.fromkeys(name.partition(".")[0] + "." for name in names)
     choices = [("", ""), (first, ""), *(("", head) for head in heads)]
-    return max(choices, key=lambda c: sum((c[1] + w).removeprefix(c[0]) in names for w in wanted))
+    main = list(wanted) or asked
+    added, taken = max(choices, key=lambda c: sum((c[1] + w).removeprefix(c[0]) in names for w in main))
+    places = {name: taken + name for name in asked if (taken + name).removeprefix(added) in names}
+    if len(places) < len(asked) and not all(name in places for name in main):
+        shapes = {**{name: info.shape for name, info in found.whole.items()}, **wanted}
+        known = {name: info.shape for name, info in names.items()}
+        matched = match_one(shapes, known, "the adapter", "the base").canonical
+        better = {name: place for name in asked if (place := _inside(matched[name], names)) is not None}
+        if len(better) > len(places):
+            return "", better
+    return added, places
 
 
-def _transposed(
-    adapter: Adapter, modules: Mapping[str, Factors], tensors: Mapping[str, TensorInfo], taken: str
+def _inside(name: str, names: Tensors) -> str | None:
+    """A name that the base has; for experts, of the same layer and whatever module they are in."""
+    if name in names or name.split(".")[-2:-1] != ["experts"]:
+        return name if name in names else None
+    end, block = "." + ".".join(name.split(".")[-2:]), block_name(name)
+    found = [other for other in names if other.endswith(end) and block_name(other) == block]
+    return found[0] if len(found) == 1 else None
+
+
+def _update(
+    tensors: Tensors,
+    places: Mapping[str, str],
+    found: Parts,
+    targets: Mapping[str, list[str]],
+    config: Mapping[str, Any],
+) -> None:
+    """Put the update of every adapted module on its weight."""
+    nested = found.nested()
+    flips = _flips(nested, tensors, places, config)
+    for root, levels in nested.items():
+        with errors.context(root):
+            if targets[root] != ["weight"]:
+                _update_experts(root, targets[root], levels, tensors, places, config)
+                continue
+            info = _place(f"{root}.weight", tensors, places)
+            key = f"{root}.weight" if "weight" in parameters_of(config, root) else root
+            tensors[info.name] = adapted.updated(info, levels[0], key, config, flips)
+            if "B.bias" in levels[0]:
+                bias = tensors.get(places.get(f"{root}.bias", ""))
+                shifted = adapted.shifted(bias, levels[0], root, config)
+                tensors[shifted.name] = shifted
+
+
+def _update_experts(
+    root: str,
+    targets: list[str],
+    levels: list[dict[str, TensorInfo]],
+    tensors: Tensors,
+    places: Mapping[str, str],
+    config: Mapping[str, Any],
+) -> None:
+    """Put the updates of a module's parameters, the innermost wrapper's first, on those that they fit; PEFT wraps them
+    in the order of the module, the gate first."""
+    if len(targets) > MOST_PARAMETERS:
+        raise InputError(f"target_parameters names {len(targets)} parameters of it", hint=BY_PEFT)
+    infos = {target: _place(f"{root}.{target}", tensors, places) for target in sorted(targets, reverse=True)}
+    matching = next(
+        (
+            order
+            for order in permutations(sorted(infos, key=lambda target: "gate" not in target), len(levels))
+            if all(adapted.fits(infos[t], factors) for t, factors in zip(order, levels, strict=True))
+        ),
+        None,
+    )
+    if matching is None:
+        raise InputError(f"its factors do not fit {', '.join(infos)}", hint="is this the base that it was trained on?")
+    stem = infos[matching[0]].name.rpartition(".")[0]
+    turned = adapted.stored_transposed(tensors.get(f"{stem}.gate_up_proj"), tensors.get(f"{stem}.down_proj"))
+    for target, factors in zip(matching, levels, strict=True):
+        info = infos[target]
+        tensors[info.name] = adapted.experts(info, factors, f"{root}.{target}", config, turned)
+
+
+def _replace_rows(
+    tensors: Tensors, places: Mapping[str, str], found: Parts, config: Mapping[str, Any], *, tied: bool
+) -> None:
+    """Put the rows of trainable tokens into embeddings; a head that is tied to one has them too."""
+    for module, values in found.rows.items():
+        name = f"{module}.weight"
+        if tied and len(found.rows) > 1 and name not in places and name.endswith(LM_HEAD):
+            continue
+        with errors.context(module):
+            info = _place(name, tensors, places)
+            tensors[info.name] = adapted.with_rows(info, module, values, config)
+
+
+def _place(name: str, tensors: Tensors, places: Mapping[str, str]) -> TensorInfo:
+    found = tensors.get(places.get(name, ""))
+    if found is None:
+        raise InputError(f"the base has no {name}", hint="is this the base that the adapter was trained on?")
+    return found
+
+
+def _flips(
+    nested: Mapping[str, list[dict[str, TensorInfo]]],
+    tensors: Tensors,
+    places: Mapping[str, str],
+    config: Mapping[str, Any],
 ) -> bool:
-    """Whether the base stores linear weights as (in, out): told by shapes, else by the config."""
-    for module, factors in modules.items():
-        info = tensors.get(f"{taken}{module}.weight")
-        straight = (factors.b.shape[0], factors.a.shape[1])
-        if info is not None and not factors.embedding and straight[0] != straight[1]:
-            return info.shape == straight[::-1]
-    return bool(adapter.config.get("fan_in_fan_out"))
-
-
-def _updated(info: TensorInfo, factors: Factors, scale: float, transposed: bool) -> TensorInfo:
-    a, b, magnitude = factors.a, factors.b, factors.magnitude
-    shape = (b.shape[0], a.shape[1])
-    if info.shape != (shape[::-1] if transposed else shape):
-        raise InputError(f"B A gives {list(shape)}, the base's weight is {list(info.shape)}")
-    if info.dtype not in PLAIN:
-        raise InputError(f"the base's weight is {info.dtype}", hint="adapters are merged into unquantised weights")
-    if magnitude is not None and transposed:
-        raise InputError("DoRA is only supported for linear layers stored (out, in)", hint=BY_PEFT)
-    if magnitude is not None and magnitude.shape != shape[:1]:
-        raise InputError(f"lora_magnitude_vector must have the shape {list(shape[:1])}, has {list(magnitude.shape)}")
-    return replace(info, begin=0, made=LowRank(info, a, b, scale, transposed, magnitude))
+    """Whether the base stores linear weights as (in, out): told by the first that is not square, else by the config."""
+    for root, levels in nested.items():
+        info, shape = tensors.get(places.get(f"{root}.weight", "")), adapted.expected(levels[0])
+        if info is not None and shape is not None and len(shape) == 2 and shape[0] != shape[1]:
+            return info.shape == shape[::-1]
+    return bool(config.get("fan_in_fan_out"))
 
 
 def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
@@ -280,7 +313,7 @@ def _cast(info: TensorInfo, name: str, dtype: str) -> TensorInfo:
         raise InputError(f"{name}: the base's weight is {dtype}, the adapter's {info.dtype}")
     if info.dtype == dtype:
         return replace(info, name=name)
-    nbytes = math.prod(info.shape) * ITEMSIZE[dtype]
+    nbytes = info.nbytes // ITEMSIZE[info.dtype] * ITEMSIZE[dtype]
     return replace(info, name=name, dtype=dtype, begin=0, nbytes=nbytes, made=Cast(info, dtype))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -140,7 +139,7 @@ def open_checkpoint(
     reference = reference or str(path)
     with errors.context(reference):
         if not path.is_dir():
-            return _lone(path, reference, pickles=pickles)
+            return replace(_lone(path, reference, pickles=pickles), revision=revision, hub_id=hub_id)
         return open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles)
 
 
@@ -234,10 +233,11 @@ def _gguf(folder: Folder, name: str, reference: str, revision: str | None, hub_i
 
 
 def config_file_of(names: Collection[str], source: str = "") -> str:
-    """The file that holds a model's config; "" for Mistral's own files, which have none."""
+    """The file that holds a model's config; "" for Mistral's own files and GGUF, which have none."""
     if PIPELINE in names:
         return PIPELINE
-    return "" if source.startswith(MISTRAL) and CONFIG not in names else CONFIG
+    has_own = source.startswith(MISTRAL) or source.endswith(GGUF)
+    return "" if has_own and CONFIG not in names else CONFIG
 
 
 def _lone(path: Path, reference: str, *, pickles: bool) -> Checkpoint:
@@ -303,42 +303,3 @@ def _split(checkpoint: Checkpoint) -> dict[str, Checkpoint]:
 def is_delta(names: Collection[str]) -> bool:
     """Whether a model's file names are those of a delta artifact."""
     return DELTA in names and SINGLE not in names and INDEX not in names
-
-
-def canonical(name: str, prefix: str) -> str:
-    """A tensor's name without its model's prefix, the same in every model of a recipe."""
-    return name.removeprefix(prefix)
-
-
-def match_prefixes(checkpoints: Sequence[Checkpoint]) -> list[str]:
-    """Every model's base-model prefix ("bert.", "model.", ""), found from the names of all models.
-
-    One model is the frame and has the prefix "". The prefix of another model is its first component whose removal gives
-    it the most names in common with the frame, "" if none gains. The frame is the model that suits the worst of the
-    others best, then all of them together; the first of equals.
-    """
-    kinds = dict.fromkeys(frozenset(c.tensors) for c in checkpoints)
-    prefixes: dict[frozenset[str], str] = {}
-    best = (-1, -1)
-    for frame in kinds:
-        fits = {names: _fit(names, frame) for names in kinds if names is not frame}
-        common = [count for count, _ in fits.values()]
-        if (score := (min(common, default=0), sum(common))) > best:
-            best = score
-            prefixes = {names: prefix for names, (_, prefix) in fits.items()} | {frame: ""}
-    return [prefixes[frozenset(c.tensors)] for c in checkpoints]
-
-
-def _fit(names: frozenset[str], frame: frozenset[str]) -> tuple[int, str]:
-    """The number of `names` in `frame` once the best prefix is removed, and that prefix; it makes no two
-    names equal."""
-    gains: Counter[str] = Counter()
-    clashes: set[str] = set()
-    for name in names:
-        head, dot, tail = name.partition(".")
-        if dot:
-            gains[head + "."] += (tail in frame) - (name in frame)
-            if tail in names and not tail.startswith(head + "."):
-                clashes.add(head + ".")
-    best = max((gain, head) for head, gain in [*gains.items(), ("", 0)] if head not in clashes)
-    return len(names & frame) + best[0], best[1] if best[0] > 0 else ""

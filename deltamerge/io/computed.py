@@ -6,6 +6,7 @@ A `Reader` reads them like stored tensors, tile by tile; no model is loaded.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,16 @@ class Zeros:
 
 
 @dataclass(frozen=True, slots=True)
+class Held:
+    """The bytes of a small tensor of bytes, which are here before its file is."""
+
+    data: bytes
+
+    def fill(self, read: Read, start: int, out: memoryview) -> None:
+        out[:] = self.data[start : start + len(out)]
+
+
+@dataclass(frozen=True, slots=True)
 class Cast:
     """`source` in another `dtype`, rounded to nearest, ties to even."""
 
@@ -48,8 +59,9 @@ class LowRank:
     """W + s · B A, as PEFT merges a LoRA adapter (Hu et al., arXiv 2106.09685), in float32, rounded once to W's dtype.
 
     `base` W: (out, in), or (in, out) if `transposed` (GPT-2's Conv1D, embeddings), where (B A)ᵀ is added;
-    `a` A: (r, in); `b` B: (out, r). With `magnitude` m: (out), row i of W + s · B A is multiplied by m_i / ‖row i‖₂
-    (DoRA, arXiv 2402.09353), for W: (out, in) only.
+    `a` A: (r, in); `b` B: (out, r). A convolution's W: (out, in, …) is (out, in · …), as are A: (r, in, …) and
+    B: (out, r, 1, …). With `magnitude` m: (out), the part of W + s · B A that makes output i is multiplied by
+    m_i / ‖that part‖₂ (DoRA, arXiv 2402.09353).
 
     B A is Σ_k B_ik A_kj in the order of k, each product and sum rounded: a matrix product's own order would depend on
     the tile's shape, the library and its threads.
@@ -63,47 +75,74 @@ class LowRank:
     magnitude: TensorInfo | None = None
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
-        dtype = self.base.dtype
-        target = np.frombuffer(out, bits_type(dtype))
-        columns = self.base.shape[1]
-        right = _whole(read, self.b).T if self.transposed else _whole(read, self.a)
-        step = max(1, CHUNK // columns)
-        stop = start + len(target)
-        for top in range(start // columns, math.ceil(stop / columns), step):
-            bottom = min(top + step, self.base.shape[0])
-            rows = narrow(self._rows(read, right, top, bottom), dtype).reshape(-1)
-            low, high = max(start, top * columns), min(stop, bottom * columns)
-            target[low - start : high - start] = rows[low - top * columns : high - top * columns]
+        right = flat_rows(read, self.b).T if self.transposed else flat_rows(read, self.a)
+        norms = None
+        if self.magnitude is not None and self.transposed:
+            norms = read.once(("norms of columns", self), lambda: self._norms(read, right))
 
-    def _rows(self, read: Read, right: Array, top: int, bottom: int) -> Array:
-        """Rows [top, bottom) of the updated weight in float32."""
-        columns = self.base.shape[1]
-        weight = floats(read, self.base, top * columns, (bottom - top) * columns).reshape(-1, columns)
+        def rows(top: int, bottom: int) -> Array:
+            update = self._sum(read, right, top, bottom)
+            return update if self.magnitude is None else self._scaled(read, update, norms, top, bottom)
+
+        fill_rows(self.base, start, out, rows)
+
+    def _sum(self, read: Read, right: Array, top: int, bottom: int) -> Array:
+        """Rows [top, bottom) of W + s · B A in float32."""
         if self.transposed:
-            inner = self.a.shape[1]
+            inner = math.prod(self.a.shape[1:])
             left = np.stack([floats(read, self.a, k * inner + top, bottom - top) for k in range(self.a.shape[0])], 1)
         else:
             rank = self.b.shape[1]
             left = floats(read, self.b, top * rank, (bottom - top) * rank).reshape(-1, rank)
-        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            update = self._product(left, right)
+        with np.errstate(over="ignore", invalid="ignore"):
+            update = product(left, right)
             update *= np.float32(self.scale)
-            update += weight
-            if self.magnitude is not None:
+            update += base_rows(read, self.base, top, bottom)
+        return update
+
+    def _scaled(self, read: Read, update: Array, norms: Array | None, top: int, bottom: int) -> Array:
+        assert self.magnitude is not None
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+            if norms is not None:
+                update *= floats(read, self.magnitude, 0, len(norms)) / norms
+            else:
                 norm = np.sqrt(np.square(update, dtype=np.float64).sum(axis=1)).astype(np.float32)
                 update *= (floats(read, self.magnitude, top, bottom - top) / norm)[:, None]
         return np.asarray(update, np.float32)
 
-    def _product(self, left: Array, right: Array) -> Array:
-        """B A by the compiled kernels, else by numpy; the bits are the same."""
-        out = np.empty((len(left), right.shape[1]), np.float32)
-        native = kernels.native()
-        if native is None:
-            ordered_product(left, right, out)
-        else:
-            shape = (len(left), len(right), right.shape[1])
-            native.ordered_product(np.ascontiguousarray(left), np.ascontiguousarray(right), out, *shape)
-        return out
+    def _norms(self, read: Read, right: Array) -> Array:
+        """The norm of each column of W + s · B A, which the whole weight is read for, piece by piece."""
+        rows, columns = self.base.shape[0], math.prod(self.base.shape[1:])
+        step, squares = max(1, CHUNK // columns), np.zeros(columns, np.float64)
+        for top in range(0, rows, step):
+            part = self._sum(read, right, top, min(rows, top + step))
+            squares += np.square(part, dtype=np.float64).sum(axis=0)
+        return np.asarray(np.sqrt(squares).astype(np.float32))
+
+
+def fill_rows(base: TensorInfo, start: int, out: memoryview, rows: Callable[[int, int], Array]) -> None:
+    """Fill `out` from element `start` with whole rows computed in float32, `base` being (rows, all that follows)."""
+    target = np.frombuffer(out, bits_type(base.dtype))
+    columns = math.prod(base.shape[1:])
+    step = max(1, CHUNK // columns)
+    stop = start + len(target)
+    for top in range(start // columns, math.ceil(stop / columns), step):
+        bottom = min(top + step, math.prod(base.shape) // columns)
+        made = narrow(np.ascontiguousarray(rows(top, bottom)), base.dtype).reshape(-1)
+        low, high = max(start, top * columns), min(stop, bottom * columns)
+        target[low - start : high - start] = made[low - top * columns : high - top * columns]
+
+
+def product(left: Array, right: Array) -> Array:
+    """left · right in float32 by the compiled kernels, else by numpy; the bits are the same."""
+    out = np.empty((len(left), right.shape[1]), np.float32)
+    native = kernels.native()
+    if native is None:
+        ordered_product(left, right, out)
+    else:
+        shape = (len(left), len(right), right.shape[1])
+        native.ordered_product(np.ascontiguousarray(left), np.ascontiguousarray(right), out, *shape)
+    return out
 
 
 def ordered_product(left: Array, right: Array, out: Array) -> None:
@@ -115,12 +154,19 @@ def ordered_product(left: Array, right: Array, out: Array) -> None:
         out += product
 
 
-def _whole(read: Read, info: TensorInfo) -> Array:
-    return floats(read, info, 0, math.prod(info.shape)).reshape(info.shape)
+def flat_rows(read: Read, info: TensorInfo) -> Array:
+    """A whole tensor in float32, as (rows, all that follows)."""
+    return floats(read, info, 0, math.prod(info.shape)).reshape(info.shape[0], -1)
+
+
+def base_rows(read: Read, info: TensorInfo, top: int, bottom: int) -> Array:
+    """Rows [top, bottom) in float32, as (rows, all that follows)."""
+    columns = math.prod(info.shape[1:])
+    return floats(read, info, top * columns, (bottom - top) * columns).reshape(-1, columns)
 
 
 def floats(read: Read, info: TensorInfo, start: int, count: int) -> Array:
-    """Elements [start, start + count) of a tensor in float32."""
+    """Elements [start, start + count) in float32."""
     bits = np.empty(count, bits_type(info.dtype))
     read.read_into(info, start, bits)
     return widen(bits, info.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,17 @@ def check_config(config: Mapping[str, Any]) -> None:
                     is_right, wanted = KEYS[inner]
                     if value.get(inner) is not None and not is_right(value[inner]):
                         raise InputError(f"{inner} must be {wanted}, got {kind(value[inner])}")
+
+
+def code_of(config: Mapping[str, Any]) -> list[str]:
+    """The modules that a config's `auto_map` names, as files; one of another repository with its name."""
+    found = []
+    table = config.get("auto_map")
+    for value in table.values() if isinstance(table, dict) else ():
+        for name in value if isinstance(value, list | tuple) else [value]:
+            if isinstance(name, str) and re.fullmatch(r"[\w./-]+(--[\w.-]+)?", name):
+                found.append(name.rpartition(".")[0] + ".py")
+    return list(dict.fromkeys(found))
 
 
 def kind(value: Any) -> str:

@@ -7,21 +7,28 @@ import re
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.adapter import CONFIG, WEIGHTS, check_files, checked_config, expand, open_adapter
+from deltamerge.io.adapter import WEIGHTS, check_files, expand, open_adapter
+from deltamerge.io.adapter_config import CONFIG, checked_config
 from deltamerge.io.blobs import blob_of, check_blobs
-from deltamerge.io.checkpoint import DELTA, Adapter, Checkpoint, is_delta, open_checkpoint, open_folder
+from deltamerge.io.checkpoint import DELTA, Adapter, Checkpoint, config_file_of, is_delta, open_checkpoint, open_folder
 from deltamerge.io.component import CONFIG as MODEL_CONFIG
 from deltamerge.io.component import DEEPEST, MODULES, PIPELINE, is_composed, listed_folders
-from deltamerge.io.hub_answers import listing, range_header
+from deltamerge.io.config_file import code_of
+from deltamerge.io.gguf.header import GgufHeader
+from deltamerge.io.gguf.parts import SUFFIX as GGUF
+from deltamerge.io.gguf.parts import parts_of
+from deltamerge.io.hub_answers import listing, range_bytes, range_gguf, range_header
 from deltamerge.io.hub_errors import UnreachableError as UnreachableError
 from deltamerge.io.hub_errors import explained, near
 from deltamerge.io.hub_errors import explained_upload as explained_upload
 from deltamerge.io.hub_guard import COMMIT, Bounds, within
+from deltamerge.io.quantised.detect import states_of
 from deltamerge.io.safetensors_file import Header
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tree import files_of
@@ -29,13 +36,14 @@ from deltamerge.io.weight_files import PICKLES, is_index, is_weights, read_weigh
 
 _REVISION = r"(@(?P<revision>(?!.*\.\.)\w[\w./-]*))?"
 HUB_ID = re.compile(rf"(?P<id>\w[\w.-]*(/\w[\w.-]*)?){_REVISION}", re.ASCII)
-# org/name/unet: a folder of a repository
-IN_HUB = re.compile(rf"(?P<id>\w[\w.-]*/\w[\w.-]*)/(?P<inside>\w[\w.-]*(/\w[\w.-]*){{0,3}}){_REVISION}", re.ASCII)
+# org/name:unet and org/name@revision:unet: a folder of a repository
+IN_HUB = re.compile(rf"{HUB_ID.pattern}:(?P<inside>\w[\w.-]*(/\w[\w.-]*){{0,3}})", re.ASCII)
 FILE_BYTES = 1_000_000_000  # of a file other than weights
 MAX_SMALL = 1_000  # files other than weights
 
 # What a run may need beside the weights, from the root of a repository.
-ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm", ".py")
+ASSETS = (".json", ".txt", ".model", ".jinja", ".md", ".tiktoken", ".spm")
+CODE = ".py"  # of models that bring their own; it is copied and never run
 
 
 def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = False) -> Checkpoint:
@@ -57,7 +65,10 @@ def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = F
         base = open_model(name, folder, weights=weights, pickles=pickles)
         return expand(base, _adapter(adapter, folder, weights, pickles), reference)
     if inner := IN_HUB.fullmatch(reference):
-        asked = _Asked(reference, inner["id"], inner["revision"], inner["inside"], weights, pickles)
+        inside, file = inner["inside"], ""
+        if inside.endswith(GGUF):
+            inside, _, file = inside.rpartition("/")
+        asked = _Asked(reference, inner["id"], inner["revision"], inside, weights, pickles, file)
     else:
         asked = _Asked(reference, *_hub_id(reference, folder), "", weights, pickles)
     return _from_hub(asked, folder)
@@ -65,7 +76,7 @@ def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = F
 
 @dataclass(frozen=True, slots=True)
 class _Asked:
-    """A model of the hub: `inside` is a folder of its repository, or ""."""
+    """A model of the hub: `inside` is a folder of its repository, or ""; `file` a GGUF file in it, or ""."""
 
     reference: str
     hub_id: str
@@ -73,6 +84,7 @@ class _Asked:
     inside: str
     weights: bool
     pickles: bool
+    file: str = ""
 
     def at(self, name: str) -> str:
         """The path in the repository of a file of the model."""
@@ -87,7 +99,8 @@ def _local(reference: str, folder: Path) -> Path | None:
 def _hub_id(reference: str, folder: Path) -> tuple[str, str | None]:
     found = HUB_ID.fullmatch(reference)
     if found is None:
-        hint = near(reference, folder) or "hub ids are written org/name or org/name@revision"
+        forms = "hub ids are written org/name or org/name@revision, a folder in one org/name:folder"
+        hint = near(reference, folder) or forms
         raise InputError(f"no such folder in {folder}", hint=hint, where=reference)
     return found["id"], found["revision"]
 
@@ -183,7 +196,7 @@ def _from_cache(asked: _Asked) -> Checkpoint | None:
     """The cached checkpoint of a revision, or None if it is incomplete."""
     from huggingface_hub import try_to_load_from_cache
 
-    for name in (PIPELINE, MODULES, MODEL_CONFIG):
+    for name in (asked.file,) if asked.file else (PIPELINE, MODULES, MODEL_CONFIG):
         found = try_to_load_from_cache(asked.hub_id, asked.at(name), revision=asked.revision)
         if isinstance(found, str):
             with suppress(InputError):
@@ -194,9 +207,10 @@ def _from_cache(asked: _Asked) -> Checkpoint | None:
 
 def _open(asked: _Asked, snapshot: Path) -> Checkpoint:
     """The checkpoint in a snapshot of the cache, whose files have the hub's own hashes for names."""
-    path = snapshot / asked.inside
+    path = snapshot / asked.at(asked.file)
     with errors.context(asked.reference):
-        _check_named(file for name, file in files_of(path).items() if name.endswith((*ASSETS, ".safetensors")))
+        found = {path.name: path} if asked.file else files_of(path)
+        _check_named(file for name, file in found.items() if name.endswith((*ASSETS, ".safetensors", GGUF)))
     return open_checkpoint(
         path, reference=asked.reference, revision=snapshot.name, hub_id=asked.hub_id, pickles=asked.pickles
     )
@@ -238,7 +252,7 @@ def _file(hub_id: str, name: str, revision: str | None, commit: str | None, boun
 def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
     """The cached snapshot with the files `names` of a commit, downloaded eight at a time; an interruption does not
     wait."""
-    weights = {name for name in names if name.endswith((".safetensors", *PICKLES))}
+    weights = {name for name in names if is_weights(name)}
     if len(names) - len(weights) > MAX_SMALL:
         hint = "download what you need of it, and name that folder"
         raise InputError(f"has {len(names) - len(weights):,} small files, more than {MAX_SMALL:,}", hint=hint)
@@ -256,39 +270,45 @@ def _files(hub_id: str, commit: str, names: Sequence[str]) -> Path:
 
 
 def _describe(asked: _Asked) -> Checkpoint:
-    """The checkpoint on the hub, from its headers; `weights` downloads all files too."""
+    """The checkpoint on the hub, from its headers; `weights` downloads all its files too."""
     # first: it fails at once without a network, while a download retries for long
     commit, listed = listing(f"models/{asked.hub_id}", asked.revision, below=True)
     start = asked.at("")
-    names = [name.removeprefix(start) for name in listed if name.startswith(start)]
+    names = [name.removeprefix(start) for name in listed if name.startswith(start) and "\\" not in name]
+    if asked.file:
+        others = {name for name in names if is_weights(name)} - {*parts_of(asked.file, names)}
+        names = [name for name in names if name not in others]
     top = [name for name in names if "/" not in name]
+    if asked.file and asked.file not in top:
+        raise InputError(f"has no file {asked.file} on the hub")
     if asked.inside and not names:
         raise InputError(f"has no folder {asked.inside} on the hub")
-    if not (is_delta(top) or is_composed(top)):
-        weight_source(top, pickles=asked.pickles)  # says what is wrong before anything is downloaded
-    folders, first = [""], next((n for n in (DELTA, PIPELINE, MODULES, MODEL_CONFIG, *top) if n in top), MODEL_CONFIG)
+    folders, first = [""], next((name for name in (DELTA, PIPELINE, MODULES) if name in top), "")
+    if not first:  # says what is wrong before anything is downloaded, or has the hub say so
+        source, small = weight_source(top, pickles=asked.pickles), [name for name in top if not is_weights(name)]
+        has_none = source.endswith(GGUF) and MODEL_CONFIG not in top
+        first = ("" if has_none else config_file_of(top, source)) or next(iter(small), MODEL_CONFIG)
     snapshot = _snapshot(_file(asked.hub_id, asked.at(first), asked.revision, commit), asked.at(first))
     if is_composed(top):
         lists = [asked.at(name) for name in (PIPELINE, MODULES) if name in top]
         _files(asked.hub_id, commit, lists)
         folders = listed_folders(snapshot / asked.inside)
     folder = _HubFolder(asked, commit, snapshot, names)
+    own = is_composed(top) or (first == MODEL_CONFIG and code_of(read_json(snapshot / asked.at(first))))
+    kept = (*ASSETS, CODE) if own else ASSETS
     # a delta artifact is small, and its manifest is what would be the header
     wanted = [name for name in names if name in top or any(name.startswith(f"{inner}/") for inner in folders if inner)]
     if is_delta(top):
-        small = [name for name in wanted if name.endswith((*ASSETS, ".safetensors"))]
+        small = [name for name in wanted if name.endswith((*kept, ".safetensors"))]
     elif asked.weights:
-        small = [name for name in wanted if name.endswith(ASSETS)]
+        small = [name for name in wanted if name.endswith(kept)]
     else:
         small = [name for inner in folders for name in _first(folder.names(inner), inner, pickles=asked.pickles)]
     if small:
         _files(asked.hub_id, commit, [asked.at(name) for name in small])
     if is_delta(top):
         return _open(asked, snapshot)
-    made = open_folder(folder, asked.reference, commit, asked.hub_id, pickles=asked.pickles)
-    if asked.weights:
-        _files(asked.hub_id, commit, [path.relative_to(snapshot).as_posix() for path in made.files])
-    return made
+    return open_folder(folder, asked.reference, commit, asked.hub_id, pickles=asked.pickles)
 
 
 def _first(names: Sequence[str], inner: str, *, pickles: bool) -> list[str]:
@@ -319,16 +339,31 @@ class _HubFolder:
         return [name for name in below if "/" not in name]
 
     def read(self, paths: Sequence[Path]) -> list[Header]:
+        if self.asked.weights:
+            _files(self.asked.hub_id, self.commit, [path.relative_to(self.snapshot).as_posix() for path in paths])
         _check_named(paths)
         with ThreadPoolExecutor(8) as pool:
             return list(pool.map(self._header, paths))
+
+    def read_gguf(self, paths: Sequence[Path]) -> list[GgufHeader]:
+        names = [path.relative_to(self.snapshot).as_posix() for path in paths]
+        if self.asked.weights:
+            _files(self.asked.hub_id, self.commit, names)
+        _check_named(paths)
+        return [range_gguf(self.asked.hub_id, self.commit, path, n) for path, n in zip(paths, names, strict=True)]
 
     def _header(self, path: Path) -> Header:
         name = path.relative_to(self.snapshot).as_posix()
         if path.name.endswith(PICKLES):
             _files(self.asked.hub_id, self.commit, [name])
             return read_weights(path)
-        return range_header(self.asked.hub_id, self.commit, path, name)
+        header = range_header(self.asked.hub_id, self.commit, path, name)
+        if path.exists():
+            return header
+        fetch = partial(range_bytes, self.asked.hub_id, self.commit, name)
+        with ThreadPoolExecutor(8) as pool:  # shapes that stand in a weight's own bytes
+            stated = dict(pool.map(lambda n: (n, fetch(header.tensors[n])), states_of(header.tensors)))
+        return replace(header, tensors=header.tensors | stated)
 
 
 def download(reference: str, names: Sequence[str], *, optional: Sequence[str] = ()) -> Path:

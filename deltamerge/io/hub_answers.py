@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,15 @@ from urllib.parse import quote
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.computed import Held
+from deltamerge.io.gguf.header import GgufHeader, parse_gguf_header, read_gguf_header, with_factors
 from deltamerge.io.hub_guard import COMMIT, Bounds, within
 from deltamerge.io.safetensors_file import PREFIX, Header, header_length, parse_header, read_header
 from deltamerge.io.strict_json import parse_json
+from deltamerge.io.tensor import TensorInfo
 
 FIRST_BYTES = 100_000
+PIECE_BYTES = 1_000_000
 LISTING_BYTES = 64_000_000
 MAX_FILES = 100_000
 TIMEOUT_SECONDS = 30
@@ -119,6 +124,40 @@ def header_by_ranges(fetch: Callable[[int, int], tuple[bytes, int]], path: Path)
             raise InputError(f"the hub says that it has {size:,} bytes, and then {again:,}")
         text += more
     return parse_header(text[PREFIX:end], path, size)
+
+
+def range_gguf(hub_id: str, commit: str, path: Path, name: str) -> GgufHeader:
+    """The header of the GGUF file at `path`: from the file if it exists, else by range requests of `name`."""
+    if path.exists():
+        return read_gguf_header(path)
+    fetch = partial(_range, hub_id, commit, name)
+    with errors.context(path.name):
+        return with_factors(gguf_by_ranges(fetch, path), lambda begin, count: fetch(begin, begin + count - 1)[0])
+
+
+def gguf_by_ranges(fetch: Callable[[int, int], tuple[bytes, int]], path: Path) -> GgufHeader:
+    """A GGUF header of which `fetch` gets bytes [first, last], and the size of the whole file. It does not say its own
+    length, and has the whole vocabulary in it: it is fetched a piece at a time."""
+    text, size = fetch(0, FIRST_BYTES - 1)
+    end = len(text)
+
+    def read(count: int) -> bytes:
+        nonlocal text, end
+        if len(text) < count and end < size:
+            more, again = fetch(end, end + max(count - len(text), PIECE_BYTES) - 1)
+            if again != size:
+                raise InputError(f"the hub says that it has {size:,} bytes, and then {again:,}")
+            text, end = text + more, end + len(more)
+        taken, text = text[:count], text[count:]
+        return taken
+
+    return parse_gguf_header(read, path, size)
+
+
+def range_bytes(hub_id: str, commit: str, name: str, info: TensorInfo) -> TensorInfo:
+    """A small tensor of bytes that lies in the file `name`, with its bytes, which are fetched."""
+    raw, _ = _range(hub_id, commit, name, info.begin, info.begin + info.nbytes - 1)
+    return replace(info, begin=0, made=Held(raw))
 
 
 def _range(hub_id: str, commit: str, name: str, first: int, last: int) -> tuple[bytes, int]:

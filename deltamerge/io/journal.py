@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 from collections.abc import Mapping
@@ -17,10 +18,12 @@ from deltamerge.io.files import input_error, sync, write_at, writing
 from deltamerge.io.work_folder import JOURNAL, PART_JOURNAL, open_file
 
 MAX_BYTES = 1 << 28
-# run, force: what a run is, in the first record; done: spans of files; tensors: finished, of a delta; calibrated: q's
-# are kept; part: one is complete; publish: the folder that is about to get the target's name
+# run, force: what a run is, in the first record; done: spans of files; tensors: finished, of a delta; coded: what
+# quantisation lost; calibrated: q's are kept; part: one is complete; publish: the folder that is about to get the
+# target's name
 KINDS: dict[str, type] = {
-    "run": dict, "force": bool, "done": dict, "tensors": dict, "calibrated": bool, "part": dict, "publish": dict,
+    "run": dict, "force": bool, "done": dict, "tensors": dict, "coded": dict, "calibrated": bool, "part": dict,
+    "publish": dict,
 }  # fmt: skip
 
 
@@ -61,12 +64,24 @@ def _is_record(record: Any) -> bool:
     part, inode = record.get("part"), record.get("publish", {"inode": 0}).get("inode")
     if type(inode) is not int or (part is not None and not _is_part(part)):
         return False
+    coded = record.get("coded", {}).values()
+    if not all(type(units) is dict and all(_is_sums(*unit) for unit in units.items()) for units in coded):
+        return False
     spans = [span for spans in record.get("done", {}).values() for span in (spans if type(spans) is list else [None])]
     return all(type(span) is list and len(span) == 2 and all(type(x) is int and x >= 0 for x in span) for span in spans)
 
 
+def _is_sums(start: Any, sums: Any) -> bool:
+    """Whether a unit of a coded weight has its start, and two sums."""
+    whole = type(start) is str and start.isdecimal() and len(start) < 20
+    return whole and type(sums) is list and len(sums) == 2 and all(type(x) is float and 0 <= x < math.inf for x in sums)
+
+
 def _is_part(part: dict[str, Any]) -> bool:
-    if part.keys() != {"inputs", "outputs"} or not all(isinstance(entries, dict) for entries in part.values()):
+    keys, losses = part.keys(), part.get("losses", {})
+    if keys - {"losses"} != {"inputs", "outputs"} or not all(isinstance(entries, dict) for entries in part.values()):
+        return False
+    if not all(_is_sums("0", sums) for sums in losses.values()):
         return False
     inputs = [entry.get("files") if isinstance(entry, dict) else None for entry in part["inputs"].values()]
     files = [part["outputs"], *inputs]

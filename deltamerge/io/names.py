@@ -21,6 +21,10 @@ TOKEN_HEAD = re.compile(
 # a `q` or an input's norm has no meaning for any of them.
 _TABLE = r"embed|(^|[./])(wte|wpe|shared)\."
 EMBEDDING = re.compile(rf"{_TABLE}|\.relative_attention_bias\.")
+# Experts stacked in one tensor of three dimensions, which no other weights of modules are beside convolutions; and the
+# one of them that leads back to the hidden size.
+EXPERTS = re.compile(r"expert|moe|(^|\.)(input|output)_linear\.")
+EXPERTS_OUT = re.compile(r"down|output_linear|(^|\.)w2(\.|$)")
 # Outside layers these belong to the first slice of a stack; norms and heads belong to the last one. Not the relative
 # bias by distance, which layers read.
 BEFORE_LAYERS = re.compile(rf"{_TABLE}|(^|[./])project_in\.")

@@ -27,7 +27,7 @@ class Reader:
         self.pieces = pieces
         self._files = Descriptors(os.O_RDONLY, input_error)
         self._known: dict[Any, Any] = {}
-        self._knowing = threading.Lock()
+        self._knowing = threading.RLock()  # one computed tensor may be read from another
 
     def __enter__(self) -> Reader:
         return self

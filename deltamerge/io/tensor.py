@@ -56,6 +56,12 @@ class TensorInfo:
         """The dtype of an output that is like this tensor."""
         return self.saved_as or self.dtype
 
+    @property
+    def read_nbytes(self) -> int:
+        """The bytes of files that are read for its elements: of a quantised weight its codes."""
+        codes = getattr(self.made, "codes", None)
+        return codes.nbytes if isinstance(codes, TensorInfo) else self.nbytes
+
     def is_same(self, other: TensorInfo) -> bool:
         """Whether both are the same bytes of the same file, whatever their names."""
         ours = (self.dtype, self.shape, self.path, self.begin, self.made)

@@ -30,6 +30,7 @@ from deltamerge.io.tensor import TensorInfo
 MAGIC = 0x1950A86A20F9469CFC6C  # of files before torch 1.6
 PROTOCOL = 1001
 LOCAL_HEADER = 30  # bytes, before the name and the extra field of a zip's member
+FOLDER = 0x10  # of a zip member's attributes
 END, END_BYTES = b"PK\x05\x06", 22
 CONVERT = "or convert it: load it with torch where you trust it, and save_file of safetensors.torch"
 
@@ -55,9 +56,11 @@ def read_torch_header(path: Path) -> Header:
                 raise InputError("is not a regular file")
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
-                start = file.read(4)
+                start = file.read(8)
                 file.seek(0)
-                table, places = _zipped(file, size) if start == b"PK\x03\x04" else _legacy(file, size)
+                if start == b"version ":
+                    raise InputError("is a git-lfs pointer, not the weights", hint="fetch them with `git lfs pull`")
+                table, places = _zipped(file, size) if start[:4] == b"PK\x03\x04" else _legacy(file, size)
         except FileNotFoundError as error:
             raise InputError("no such file") from error
         except OSError as error:
@@ -165,6 +168,8 @@ def _place(file: BinaryIO, member: zipfile.ZipInfo, size: int) -> int:
     """The offset of a member's first byte."""
     if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size or member.flag_bits & 1:
         raise InputError(f"{member.filename[:80]} is compressed or encrypted, which torch never writes")
+    if member.is_dir() or member.external_attr & FOLDER:  # torch would take it for empty
+        raise InputError(f"{member.filename[:80]} is a folder of the archive, not data")
     file.seek(member.header_offset)
     header = file.read(LOCAL_HEADER)
     if len(header) < LOCAL_HEADER or header[:4] != b"PK\x03\x04":
@@ -190,7 +195,7 @@ def _legacy(file: BinaryIO, size: int) -> tuple[Any, Places]:
         magic = read_pickle(file)
     except InputError as error:
         hint = f"name a file that torch.save wrote, {CONVERT}"
-        raise InputError("is no file of torch.save", hint=hint, also=[str(error)]) from error
+        raise InputError("is no file of torch.save", hint=hint) from error
     if magic != MAGIC or read_pickle(file) != PROTOCOL:
         raise InputError("is no file of torch.save that holds a table of tensors", hint=CONVERT[3:])
     system = read_pickle(file)

@@ -34,10 +34,11 @@ _FILES = re.compile(
     rf"{MARK}|{LOCK}|{JOURNAL}(-\d+-of-\d+)?|part-\d+-of-\d+\.lock|calibration\.(lock|rows)|{PASSING.pattern}|{_GONE}",
     re.DOTALL,
 )
+INNER = ".txt"  # of files that only folders of components have
 # Names of the files that runs write into each folder; generous, since names of tokenizer files vary.
 _WRITTEN = {
     OUT: re.compile(
-        r".+\.(safetensors|json|jinja|model|tiktoken|spm|txt|py|svg|rows)|recipe\.(yaml|lock)|README\.md"
+        r".+\.(safetensors|json|jinja|model|tiktoken|spm|py|svg|rows)|recipe\.(yaml|lock)|README\.md|merges\.txt"
         rf"|(tokenizer|vocab|chat_template|spiece|sentencepiece).*|{PASSING.pattern}|{_GONE}",
         re.DOTALL,
     ),
@@ -150,8 +151,9 @@ def _is_written(name: str, mode: int) -> bool:
     return stat.S_ISDIR(mode) if name in _WRITTEN else stat.S_ISREG(mode) and _FILES.fullmatch(name) is not None
 
 
-def _is_file_of(name: str, mode: int, inside: str) -> bool:
-    return stat.S_ISREG(mode) and _WRITTEN[inside].fullmatch(name) is not None
+def _is_file_of(name: str, mode: int, inside: str, depth: int = DEEPEST) -> bool:
+    is_inner = inside == OUT and depth < DEEPEST and name.endswith(INNER)
+    return stat.S_ISREG(mode) and (is_inner or _WRITTEN[inside].fullmatch(name) is not None)
 
 
 def _foreign(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> list[str]:
@@ -167,7 +169,7 @@ def _foreign(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> 
         for part in [n for n, mode in modes.items() if depth and _is_part(n, mode, inside)]:
             del modes[part]
             wrong += _foreign(inner, part, inside, depth - 1)
-        wrong += [_named(n, mode) for n, mode in modes.items() if not _is_file_of(n, mode, inside)]
+        wrong += [_named(n, mode) for n, mode in modes.items() if not _is_file_of(n, mode, inside, depth)]
     return [f"{name}/{one}" for one in wrong]
 
 
@@ -186,7 +188,7 @@ def _empty(folder: int, name: str, inside: str = "", depth: int = DEEPEST) -> No
             elif depth and _is_part(one, mode, inside):
                 _empty(inner, one, inside, depth - 1)
                 os.rmdir(one, dir_fd=inner)
-            elif _is_file_of(one, mode, inside):
+            elif _is_file_of(one, mode, inside, depth):
                 _unlink(one, inner)
 
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import threading
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,150 +16,18 @@ from numpy.typing import NDArray
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.io.audit import Audit, Findings, TensorSpan
-from deltamerge.io.component import Component, folders_of, split
-from deltamerge.io.dtypes import FLOATING, ITEMSIZE, nbytes_of
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import Descriptors, flat, opened, output_error, reserve, sync, sync_path, write_at, writing
 from deltamerge.io.journal import Journal
+from deltamerge.io.layout import FileLayout, Layout, Place
 from deltamerge.io.outbox import Outbox
 from deltamerge.io.reader import Reader
 from deltamerge.io.spans import Spans
 from deltamerge.io.tensor import TensorInfo
 
-# The order of tensors in a file that safetensors.torch.save_file makes: by dtype in this order, then by name.
-DTYPE_ORDER = (
-    "U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16", "F8_E5M2FNUZ", "F8_E4M3FNUZ",
-    "F8_E8M0", "F8_E4M3", "F8_E5M2", "I8", "U8", "F6_E3M2", "F6_E2M3", "F4", "BOOL",
-)  # fmt: skip
 # The work that a crash may lose: after so many seconds written data is synced and recorded in the journal.
 SAVE_SECONDS = 2.0
 PIECE = 1 << 22
-
-
-class Meta(NamedTuple):
-    """A tensor to be written."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Where a tensor goes; `offset` counts from the start of the file."""
-
-    file: str
-    offset: int
-    nbytes: int
-    dtype: str
-
-
-@dataclass(frozen=True, slots=True)
-class FileLayout:
-    """A weight file: `header` is everything before the first tensor, `size` the whole file in bytes."""
-
-    name: str
-    header: bytes
-    size: int
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """All weight files of a checkpoint, each tensor's place, and the texts of indexes by their paths, where there are
-    shards."""
-
-    files: tuple[FileLayout, ...]
-    tensors: dict[str, Place]
-    indexes: dict[str, str]
-    total_size: int
-
-
-def plan_layout(
-    tensors: Sequence[tuple[str, str, tuple[int, ...]]],
-    shard_size: int | None,
-    components: Sequence[Component] = (Component(),),
-) -> Layout:
-    """The place of each (name, dtype, shape), in files with the bytes that transformers would write.
-
-        tensors      in the order in which shards are filled
-        shard_size   bytes of a shard at most, a larger tensor has one of its own; None: one file
-        components   the folders that the tensors are of, and how their files are called
-
-    Shards are those of huggingface_hub.split_torch_state_dict_into_shards, files those of
-    safetensors.torch.save_file(metadata={"format": "pt"}). `total_parameters` counts the floating tensors.
-    """
-    folders = folders_of(components)
-    parts: dict[str, list[Meta]] = {component.folder: [] for component in components}
-    places: dict[str, Place] = {}
-    for name, dtype, shape in tensors:
-        folder, own = split(name, folders)
-        parts.setdefault(folder, []).append(Meta(own, dtype, shape, nbytes_of(dtype, shape)))
-        places[name] = Place("", 0, 0, "")
-    if len(places) != len(tensors):
-        raise ValueError("two tensors have one name")
-    known = {component.folder: component for component in components}
-    files: list[FileLayout] = []
-    indexes: dict[str, str] = {}
-    for folder, metas in parts.items():
-        if metas or len(parts) == 1:
-            _lay_out(known.get(folder, Component(folder)), metas, shard_size, files, places, indexes)
-    return Layout(tuple(files), places, indexes, sum(place.nbytes for place in places.values()))
-
-
-def _lay_out(
-    component: Component,
-    metas: Sequence[Meta],
-    shard_size: int | None,
-    files: list[FileLayout],
-    places: dict[str, Place],
-    indexes: dict[str, str],
-) -> None:
-    """Add the files, places and index of one component."""
-    shards = [metas] if shard_size is None else _shards(metas, shard_size)
-    own = {meta.name: "" for meta in metas}  # in the order of the tensors
-    for number, shard in enumerate(shards, start=1):
-        file = component.single if len(shards) == 1 else component.shard(number, len(shards))
-        ordered = sorted(shard, key=lambda meta: (DTYPE_ORDER.index(meta.dtype), meta.name))
-        ends = list(accumulate((meta.nbytes for meta in ordered), initial=0))
-        header = _header(ordered, ends)
-        files.append(FileLayout(file, header, len(header) + ends[-1]))
-        for meta, begin in zip(ordered, ends, strict=False):
-            places[component.at(meta.name)] = Place(file, len(header) + begin, meta.nbytes, meta.dtype)
-            own[meta.name] = file.rpartition("/")[2]
-    if len(shards) > 1:
-        total = sum(meta.nbytes for meta in metas)
-        parameters = sum(math.prod(meta.shape) for meta in metas if meta.dtype in FLOATING)
-        indexes[component.index] = _index(total, parameters, own)
-
-
-def _shards(metas: Sequence[Meta], shard_size: int) -> list[Sequence[Meta]]:
-    shards: list[Sequence[Meta]] = []
-    current: list[Meta] = []
-    filled = 0
-    for meta in metas:
-        if meta.nbytes > shard_size:
-            shards.append([meta])
-            continue
-        if filled + meta.nbytes > shard_size:
-            shards.append(current)
-            current, filled = [], 0
-        current.append(meta)
-        filled += meta.nbytes
-    return [*shards, current] if current or not shards else shards
-
-
-def _header(metas: Sequence[Meta], ends: Sequence[int]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    for meta, offsets in zip(metas, pairwise(ends), strict=True):
-        entries[meta.name] = {"dtype": meta.dtype, "shape": meta.shape, "data_offsets": offsets}
-    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
-
-def _index(total_size: int, total_parameters: int, weight_map: dict[str, str]) -> str:
-    metadata = {"total_parameters": total_parameters, "total_size": total_size}
-    return json.dumps({"metadata": metadata, "weight_map": weight_map}, indent=2, sort_keys=True) + "\n"
 
 
 class Writer:
@@ -171,7 +35,8 @@ class Writer:
 
     Files are created at once, with headers and full size; space is reserved where the file system can. `files` selects
     some of them (default: all). With a `journal`, written data is synced every few seconds and then recorded; what its
-    records list, of files that still exist, is kept and need not be written again (`has`).
+    records list, of files that still exist, is kept and need not be written again (`has`). What `notes` returns is
+    recorded with it.
 
     OutputError: a file exists and is not in the journal, too little space, no permission, a read-only or full disk.
     """
@@ -188,6 +53,7 @@ class Writer:
         self._fresh: dict[str, Spans] = {}
         self._saved = False
         self._failure: DeltamergeError | None = None
+        self.notes: Callable[[], dict[str, Any]] = dict
         self._lock, self._saving = threading.Lock(), threading.Lock()
         self._closed = threading.Event()
         self._resume()
@@ -218,6 +84,11 @@ class Writer:
             self._saver.join()
         self._outbox.close()
         self._files.close()
+
+    @property
+    def records(self) -> Sequence[Mapping[str, Any]]:
+        """The journal's."""
+        return () if self._journal is None else self._journal.records
 
     def has(self, name: str, offset: int, nbytes: int) -> bool:
         """Whether bytes [offset, offset + nbytes) of tensor `name` are written already."""
@@ -273,7 +144,7 @@ class Writer:
                 for path in (*inner, self._folder, self._journal.path.parent, self._journal.path.parent.parent):
                     sync_path(path)
             if fresh:
-                self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}})
+                self._journal.append({"done": {name: list(spans) for name, spans in fresh.items()}, **self.notes()})
                 self._saved = True
 
     def finish(self, *, keep: bool = False) -> Findings:

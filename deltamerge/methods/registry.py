@@ -126,8 +126,8 @@ class Masking:
     group       where entries compete: one of the method's `groups`, None where it has none
     sampling    "uniform", or "magnitude": with a probability in proportion to abs(Δ)
     rescaled    whether what is kept is given a norm of Δ afterwards: entries are then not weighted here
-    norms       the node of ‖x_j‖₂ of the inputs of a linear layer, (n) float32; None for other tensors, and for methods
-                without `needs_activations`
+    norms       the node of ‖x_j‖₂ of the inputs of a linear layer, (n) float32, or (E, n) of stacked experts; None for
+                other tensors, and for methods without `needs_activations`
     transposed  whether such a weight is stored (in, out) and not (out, in)
     cut         the node of the threshold (`methods.prune.select.Cut`) where the group is "model", else None
     """

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge.calibrate import joint_factor, stage
-from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_norm, mask_seeds, within
+from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_columns, mask_seeds, within
 from deltamerge.calibrate.threshold import model_cut
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
@@ -54,7 +54,7 @@ class StageMaker:
             return stages
         masked = [t for t in tunes if deltas.is_masked(t)]
         pruned = [t for t in masked if deltas.density(t) not in (0.0, 1.0)]
-        guarded = [t for t in masked if prune.protect and has_norm(t.name, t.tensor.shape)]
+        guarded = [t for t in masked if prune.protect and has_columns(t.name, t.tensor.shape)]
         _find_columns(prune, [t.name for t in guarded])
         if pruned and prune.group == "model":
             if prune.protect:
@@ -176,6 +176,9 @@ def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
         if any(info is not None and isinstance(info.made, Gathered) for info in (tuned.tensor, tuned.merge.base)):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
             raise InputError(message, hint=hint)
+        if tuned.model.regroups(tuned.tensor):
+            message = f"{tuned.name}: {tuned.model.name} stores its experts otherwise than the output"
+            raise InputError(f"{message}, and calibration runs it as it is", hint=f"template: {tuned.model.name}")
 
 
 def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:

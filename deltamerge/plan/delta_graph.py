@@ -9,7 +9,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.calibrate import spec
-from deltamerge.calibrate.spec import has_norm, is_transposed
+from deltamerge.calibrate.spec import has_columns, has_norm, is_transposed
 from deltamerge.calibrate.threshold import cut_of
 from deltamerge.delta.over_base import added
 from deltamerge.engine.graph import Function, Graph, Node, function_of
@@ -153,7 +153,8 @@ class Deltas:
         node = self.masked(tuned, self.recipe.seed)
         name, root = self.stages.roots.get(tuned.name, (tuned.name, 1))
         value = self.graph.node(spec.pick, [self.stages.calibrated[tuned.index]], kind="small", name=name, root=root)
-        divide = rescale.divide_rows if q.scope_or_default == "row" else rescale.divide
+        apart = q.scope_or_default == "row" or (q.scope_or_default == "layer" and len(tuned.base.shape) > 2)
+        divide = rescale.divide_rows if apart else rescale.divide  # stacked matrices have a q each
         node = self._node(divide, [node, value], tuned.base.shape)
         return self._restored(tuned, node, f" {self.prune_of(tuned).method} density={density:g} q={q.objective}")
 
@@ -166,9 +167,7 @@ class Deltas:
         if density == 1:
             return whole
         prune, method, shape = self.prune_of(tuned), self.method_of(tuned), tuned.base.shape
-        transposed = method.needs_activations and is_transposed(
-            tuned.tensor.name, tuned.model.checkpoint.config.get("model_type")
-        )
+        transposed = method.needs_activations and self._transposed(tuned)
         masking = Masking(
             method=method,
             make=self.graph.node,
@@ -205,14 +204,22 @@ class Deltas:
         shape = tuned.base.shape
         if not self.method_of(tuned).needs_activations or not has_norm(tuned.name, shape):
             return None
+        stacked: dict[str, Any] = {"stacked": shape[0]} if len(shape) == 3 else {}
         return self.graph.node(
             spec.norm,
             [self.stages.activations[tuned.index]],
             kind="small",
             name=tuned.tensor.name,
-            count=shape[0] if transposed else shape[-1],
+            count=shape[-2] if transposed else shape[-1],
             transposed=transposed,
+            **stacked,
         )
+
+    def _transposed(self, tuned: Tuned) -> bool:
+        """Whether a weight is stored (in, out)."""
+        name, checkpoint = tuned.tensor.name, tuned.model.checkpoint
+        tensors = checkpoint.tensors if name in checkpoint.tensors else {name: tuned.tensor}
+        return is_transposed(name, checkpoint.config, tensors)
 
     def _cut(self, tuned: Tuned) -> Node | None:
         """The tensor's part of the threshold of its model, where that is what entries compete for."""
@@ -223,7 +230,7 @@ class Deltas:
     def protected(self, tuned: Tuned) -> tuple[Node | None, int]:
         """The node of a linear weight's protected columns, and how many they are at most; None where there are none."""
         guarded = self.prune_of(tuned).protect
-        if guarded is None or not has_norm(tuned.name, tuned.tensor.shape):
+        if guarded is None or not has_columns(tuned.name, tuned.tensor.shape):
             return None, 0
         width = tuned.tensor.shape[-1]
         if guarded.massive_activations is not None:

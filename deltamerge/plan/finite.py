@@ -13,14 +13,18 @@ from deltamerge.io.alike import count_alike, finite, places
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.computed import Cast, LowRank, Zeros
 from deltamerge.io.dtypes import FLOATING
+from deltamerge.io.experts import Joined, Turned
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.io.updates import Experts, Hadamard, Kronecker, Residual, Rows, Shifted
 from deltamerge.methods.ops import put_back
 from deltamerge.plan.lacking import is_buffer
 from deltamerge.plan.memory import Cost
 from deltamerge.plan.outputs import OutputTensor, Piece
 from deltamerge.plan.planner import Plan
 
+# Tensors that are computed entry by entry from a model's own; not rows of several models nor a delta artifact's.
+ENTRYWISE = Cast | LowRank | Zeros | Joined | Turned | Experts | Hadamard | Kronecker | Residual | Rows | Shifted
 SMALL = 1 << 16  # elements; tensors up to this size are searched before a run
 
 
@@ -28,14 +32,17 @@ def set_aside(planned: Plan, names: Collection[str] | None = None) -> Plan:
     """The plan with infinities and NaNs that all models hold alike kept out of the arithmetic.
 
     It searches the small tensors, or those of `names` whatever their size. Such entries are limits of activations or
-    masks.
+    masks. Of a copied tensor they are those that the base of a delta has too, or without one a buffer's or a single
+    number's.
     """
     outputs, counts, costs = [], dict(planned.alike), dict(planned.costs)
+    origin = planned.inputs.origin
+    bases = {} if origin is None else {origin.stored[name]: tensor for name, tensor in origin.tensors.items()}
     with Reader() as reader:
         for output in planned.outputs:
             wanted = output.elements <= SMALL if names is None else output.name in names
             if wanted and output.name not in counts:
-                pieces, found = _pieces(output, reader, planned.device, costs)
+                pieces, found = _pieces(output, reader, planned.device, costs, bases)
                 if found.nan or found.inf:
                     counts[output.name] = found
                     output = replace(output, pieces=pieces)
@@ -59,19 +66,19 @@ def unexpected(planned: Plan, nonfinite: Mapping[str, NonFinite]) -> dict[str, N
 
 
 def _pieces(
-    output: OutputTensor, reader: Reader, device: str, costs: dict[Node, Cost]
+    output: OutputTensor,
+    reader: Reader,
+    device: str,
+    costs: dict[Node, Cost],
+    bases: Mapping[str, TensorInfo],
 ) -> tuple[tuple[Piece, ...], NonFinite]:
     made, nan, inf = [], 0, 0
     for piece in output.pieces:
         root = piece.built.root
-        models = _models(root)
+        models = _copied(root, bases.get(output.name)) if root.kind == "read" else _models(root)
         found = count_alike(reader, models) if models else NonFinite(0, 0)
         if len(models) > 1 and (found.nan or found.inf):
-            merged = _rewritten(root, {info: finite(info, models) for info in models})
-            read = Node(READ, (), (("tensor", models[0]),), root.shape, models[0].dtype, "read")
-            where = places(models)
-            mask = Node(READ, (), (("tensor", where),), root.shape, "U8", "read")
-            new = Node(name_of(put_back), (merged, read, mask), (("to", root.dtype),), root.shape, root.dtype, "map")
+            new = root if root.kind == "read" else _put_back(root, models)
             delta = piece.built.delta
             if delta is not None:
                 delta = _rewritten(delta, {info: finite(info, models) for info in models})
@@ -85,16 +92,32 @@ def _pieces(
     return tuple(made), NonFinite(nan, inf)
 
 
+def _put_back(root: Node, models: tuple[TensorInfo, ...]) -> Node:
+    """A merged tensor of finite numbers, in which what is not finite is put back where all models have it."""
+    merged = _rewritten(root, {info: finite(info, models) for info in models})
+    read = Node(READ, (), (("tensor", models[0]),), root.shape, models[0].dtype, "read")
+    where = places(models)
+    mask = Node(READ, (), (("tensor", where),), root.shape, "U8", "read")
+    return Node(name_of(put_back), (merged, read, mask), (("to", root.dtype),), root.shape, root.dtype, "map")
+
+
+def _copied(root: Node, base: TensorInfo | None) -> tuple[TensorInfo, ...]:
+    """The tensors that have to agree in what is not finite in a copied one; empty: it is a fault."""
+    info: TensorInfo = root.parameter("tensor")
+    if info.dtype not in FLOATING:
+        return ()
+    if base is not None and base.shape == info.shape and base.dtype in FLOATING:
+        return info, base
+    return (info,) if is_buffer(info) or math.prod(info.shape) == 1 else ()
+
+
 def _models(root: Node) -> tuple[TensorInfo, ...]:
-    """The stored tensors that a merged tensor is computed from entry by entry, or a copied buffer itself; empty for
-    other tensors."""
-    if root.kind == "read" and is_buffer(root.parameter("tensor")) and root.dtype in FLOATING:
-        return (root.parameter("tensor"),)
-    if root.kind == "read" or (len(root.inputs) == 1 and root.inputs[0].kind == "read"):
+    """The stored tensors that a merged tensor is computed from entry by entry; empty for other tensors."""
+    if len(root.inputs) == 1 and root.inputs[0].kind == "read":
         return ()
     found = [node.parameter("tensor") for node in depth_first(root) if node.kind == "read"]
     plain = all(
-        isinstance(info.made, Cast | LowRank | Zeros | None)  # neither rows of several models nor a delta artifact's
+        isinstance(info.made, ENTRYWISE | None)
         and info.shape == root.shape
         and info.dtype in FLOATING
         and math.prod(info.shape)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from deltamerge import errors
@@ -11,6 +10,7 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.component import CONFIG, MODULES, PIPELINE, check_folder, listed_folders
+from deltamerge.io.config_file import code_of as code_of
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.weight_files import PICKLES
 from deltamerge.recipe.schema import Recipe
@@ -61,6 +61,8 @@ def remarks(name: str, template: Checkpoint, models: Sequence[tuple[str, Checkpo
         kind = "diffusers pipeline" if template.config_file == PIPELINE else "sentence-transformers model"
         parts = ", ".join(component.folder or "its own folder" for component in template.components)
         yield f"{name} is a {kind}, merged component by component: {parts}"
+    elif not template.config_file and template.config:
+        yield f"{name} is a GGUF file: config.json is made of what it says, and so is the tokenizer, by transformers"
     elif not template.config_file:
         yield f"{name} has no config.json, so the output has none: its weights alone are written"
     for other, checkpoint in models:
@@ -86,14 +88,3 @@ def _code(checkpoint: Checkpoint) -> Iterator[str]:
 def _tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
     file = checkpoint.path / TOKENIZER_CONFIG
     return read_json(file) if file.is_file() else {}
-
-
-def code_of(config: Mapping[str, Any]) -> list[str]:
-    """The modules that a config's `auto_map` names, as files; one of another repository with its name."""
-    found = []
-    table = config.get("auto_map")
-    for value in table.values() if isinstance(table, dict) else ():
-        for name in value if isinstance(value, list | tuple) else [value]:
-            if isinstance(name, str) and re.fullmatch(r"[\w./-]+(--[\w.-]+)?", name):
-                found.append(name.rpartition(".")[0] + ".py")
-    return list(dict.fromkeys(found))

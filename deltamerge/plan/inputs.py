@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,11 +12,13 @@ from deltamerge import errors
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import over
 from deltamerge.errors import InputError
-from deltamerge.io.checkpoint import Checkpoint, by_component, canonical, match_prefixes
+from deltamerge.io.checkpoint import Checkpoint, by_component
+from deltamerge.io.experts import Joined, Turned
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.folders import refuse_apart, refuse_vocabulary
+from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_names
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.schema import Recipe, model_name
@@ -38,6 +40,22 @@ class Input:
     def get(self, canonical_name: str) -> TensorInfo | None:
         """The tensor of a canonical name, or None."""
         return self.tensors.get(canonical_name)
+
+    def container(self, prefix: str) -> str:
+        """The name in the model's files of the numbered container `prefix`; `prefix` if the model has none."""
+        depth = sum(part.isdigit() for part in prefix.split(".")[1:])
+        for name, stored in self.stored.items():
+            if name.startswith(prefix + ".") and name[len(prefix) + 1 :].partition(".")[0].isdigit():
+                parts = stored.split(".")
+                numbers = [i for i, part in enumerate(parts) if i and part.isdigit()]
+                return ".".join(parts[: numbers[depth]]) if len(numbers) > depth else prefix
+        return prefix
+
+    def regroups(self, tensor: TensorInfo) -> bool:
+        """Whether a tensor of this model is of experts that its files store otherwise: fused, apart or transposed."""
+        adapter = self.checkpoint.adapter
+        known = tensor.name in self.checkpoint.tensors or (adapter is not None and tensor.name in adapter.tensors)
+        return isinstance(tensor.made, Joined | Turned) or (".experts." in tensor.name and not known)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,6 +92,7 @@ class Inputs:
     untied       whether some model has a head of its own
     origin       the model that a written delta artifact is a change of, whether it is merged or not
     deltas       the open delta artifacts among the models, by reference
+    notes        how the models' names were matched, where they differ
     """
 
     groups: tuple[Group, ...]
@@ -83,6 +102,7 @@ class Inputs:
     untied: bool = False
     origin: Input | None = None
     deltas: Mapping[str, DeltaFile] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def base(self) -> Input | None:
@@ -162,7 +182,26 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
             at = written(recipe.parts, ("models", index))
             named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
     refuse_apart(named)
-    matched, stand_ins, untied = _untie(_match(named))
+    matched, notes = _match(named)
+    matched, stand_ins, untied = _untie(matched)
+    base, tunes, groups = _grouped(recipe, bases, matched, apart)
+    template = input_named(recipe.template, recipe, base, tunes) or _template(groups, tunes)
+    like = base if base is not None and recipe.output.kind != "model" else template
+    form = form_of(like.tensors, like.checkpoint.tensors)
+    matched = [_regrouped(model, form) for model in matched]
+    notes += tuple(f"{model.name}: {note}" for model in matched if (note := _regrouping(model)))
+    base, tunes, groups = _grouped(recipe, bases, matched, apart)
+    template = next(m for m in matched if (m.name, m.index) == (template.name, template.index))
+    vocabulary = _vocabulary(recipe, base, tunes, checkpoint)
+    origin = base if recipe.output.kind == "delta" else None
+    refuse_vocabulary(recipe, template.name, template.checkpoint)
+    return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin, deltas, tuple(dict.fromkeys(notes)))
+
+
+def _grouped(
+    recipe: Recipe, bases: Collection[str], matched: Sequence[Input], apart: Callable[[Section], bool]
+) -> tuple[Input | None, tuple[Input, ...], list[Group]]:
+    """The base, the merged models, and the inputs of each part of the output."""
     by_index = {model.index: model for model in matched if model.index is not None}
     by_base = dict(zip(bases, matched, strict=False))
     groups = []
@@ -171,12 +210,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         listed = next((n for n, i in enumerate(part.members) if recipe.is_base(i)), 0)
         groups.append(Group(part, base, tuple(by_index[i] for i in part.members if i in by_index), listed))
     base = None if recipe.base_model is None else by_base.get(recipe.base_model)
-    tunes = tuple(by_index.values())
-    template = input_named(recipe.template, recipe, base, tunes) or _template(groups, tunes)
-    vocabulary = _vocabulary(recipe, base, tunes, checkpoint)
-    origin = base if recipe.output.kind == "delta" else None
-    refuse_vocabulary(recipe, template.name, template.checkpoint)
-    return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin, deltas)
+    return base, tuple(by_index.values()), groups
 
 
 def _untie(models: list[Input]) -> tuple[list[Input], tuple[str, ...], bool]:
@@ -227,29 +261,44 @@ def _embedding_of(model: Input, head: TensorInfo) -> TensorInfo | None:
     return next(twins, None)
 
 
-def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
-    """The inputs of models, whose names are matched component by component."""
+def _match(named: Sequence[tuple[str, int | None, Checkpoint]]) -> tuple[list[Input], tuple[str, ...]]:
+    """The inputs of models, whose names are matched component by component, and a note for each that differs."""
     if all(checkpoint.is_simple for _, _, checkpoint in named):
         return _match_part(named)
     inputs = [Input(name, index, checkpoint, {}, {}) for name, index, checkpoint in named]
+    notes: tuple[str, ...] = ()
     for folder, parts in by_component([checkpoint for _, _, checkpoint in named]):
         start = f"{folder}/" if folder else ""
         there = [(i, part) for i, part in enumerate(parts) if part is not None and part.tensors]
-        matched = _match_part([(inputs[i].name, inputs[i].index, part) for i, part in there])
+        matched, own_notes = _match_part([(inputs[i].name, inputs[i].index, part) for i, part in there])
+        notes += own_notes
         for (i, _), own in zip(there, matched, strict=True):
             inputs[i].tensors.update({start + name: info for name, info in own.tensors.items()})
             inputs[i].stored.update({start + name: start + stored for name, stored in own.stored.items()})
-    return inputs
+    return inputs, notes
 
 
-def _match_part(named: Sequence[tuple[str, int | None, Checkpoint]]) -> list[Input]:
-    prefixes = match_prefixes([c for _, _, c in named])
+def _match_part(named: Sequence[tuple[str, int | None, Checkpoint]]) -> tuple[list[Input], tuple[str, ...]]:
+    tensors, names = shared_names([checkpoint.tensors for _, _, checkpoint in named], [name for name, _, _ in named])
     inputs = []
-    for (name, index, checkpoint), prefix in zip(named, prefixes, strict=True):
-        stored = {canonical(tensor, prefix): tensor for tensor in checkpoint.tensors}
-        tensors = {c: checkpoint.tensors[tensor] for c, tensor in stored.items()}
-        inputs.append(Input(name, index, checkpoint, tensors, stored))
-    return inputs
+    for (name, index, checkpoint), own, known in zip(named, tensors, names, strict=True):
+        stored = {known.canonical[tensor]: tensor for tensor in own}
+        inputs.append(Input(name, index, checkpoint, {c: own[tensor] for c, tensor in stored.items()}, stored))
+    told = ((name, known.describe()) for (name, _, _), known in zip(named, names, strict=True))
+    return inputs, tuple(f"{name}: names are matched: {rules}" for name, rules in told if rules)
+
+
+def _regrouped(model: Input, form: Form) -> Input:
+    """A model with its experts in another form, in the order of its own files."""
+    tensors, stored = regrouped(model.tensors, model.stored, form)
+    stored = in_order(stored, model.checkpoint.tensors)
+    return replace(model, tensors={name: tensors[name] for name in stored}, stored=stored)
+
+
+def _regrouping(model: Input) -> str:
+    """What was done to a model's experts, in words; "" if nothing."""
+    changed = next((tensor.name for tensor in model.tensors.values() if model.regroups(tensor)), None)
+    return f"experts are read as the output stores them: {changed}, …" if changed else ""
 
 
 def input_named(name: str | None, recipe: Recipe, base: Input | None, tunes: tuple[Input, ...]) -> Input | None:

@@ -23,7 +23,7 @@ import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.io.computed import floats
-from deltamerge.io.dtypes import PLAIN
+from deltamerge.io.dtypes import ITEMSIZE, PLAIN, bits_type
 from deltamerge.io.front_matter import front_matter
 from deltamerge.io.names import TASK_HEAD
 from deltamerge.io.reader import Reader
@@ -90,6 +90,23 @@ def swapped(inputs: Inputs) -> Iterator[str]:
             and (why := _why_swapped(base, tune)) is not None
         ):
             yield f"{base.name} and {tune.name} look swapped, {why}; base_model is what the others were trained from"
+
+
+def seem_equal(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors of a model have the same values, told by a few runs of each; what cannot be read yet may."""
+    if one.is_same(other) or one.made is not None or other.made is not None:
+        return True
+    if (one.dtype, one.shape) != (other.dtype, other.shape):
+        return False
+    count = one.nbytes // ITEMSIZE[one.dtype]
+    buffers = np.empty((2, min(RUN, count)), bits_type(one.dtype))
+    with Reader() as reader, suppress(InputError):
+        for start in {(count - buffers.shape[1]) * i // (PLACES - 1) for i in range(PLACES)}:
+            for tensor, buffer in zip((one, other), buffers, strict=True):
+                reader.read_into(tensor, start, buffer)
+            if not np.array_equal(*buffers):
+                return False
+    return True
 
 
 def strangers(models: Sequence[Input]) -> str | None:

@@ -26,7 +26,8 @@ class Spares:
     """The tensors of numbered blocks that some of `models` may lack.
 
     - a whole block beyond the count of layers in its model's config (layers for multi-token prediction:
-    `model.layers.61` of 61 layers)
+    `model.layers.61` of 61 layers); where no config counts them, a whole last block with a tensor that no layer of all
+    models has
 
     - every block of a container that a model lacks altogether (`mtp.layers`, a decoder, a vision tower), unless it has
     a container that the others lack, which may be the same under another name
@@ -49,18 +50,33 @@ class Spares:
     def _spare(self) -> frozenset[tuple[str, int]]:
         blocks = [blocks_of(model.tensors) for model in self.models]
         counts = [
-            {prefix: layer_count(model.checkpoint.config, prefix, numbers) for prefix, numbers in own.items()}
+            {p: layer_count(model.checkpoint.config, model.container(p), numbers) for p, numbers in own.items()}
             for model, own in zip(self.models, blocks, strict=True)
         ]
         spare = set()
         for prefix, number in {(prefix, n) for own in blocks for prefix, numbers in own.items() for n in numbers}:
             owners = [i for i, own in enumerate(blocks) if number in own.get(prefix, ())]
             lackers = [own for own in blocks if number not in own.get(prefix, ())]
-            beyond = all((count := counts[i][prefix]) is not None and number >= count for i in owners)
+            known = [counts[i][prefix] for i in owners]
+            beyond = all(count is not None and number >= count for count in known)
+            beyond |= all(count is None for count in known) and self._is_odd(prefix, number)
             theirs = {other for i in owners for other in blocks[i]}
             if lackers and all(beyond or (prefix not in own and own and own.keys() <= theirs) for own in lackers):
                 spare.add((prefix, number))
         return frozenset(spare)
+
+    def _is_odd(self, prefix: str, number: int) -> bool:
+        """Whether a block behind all blocks that every model has holds a tensor that none of these has."""
+        kinds: list[dict[int, set[str]]] = []
+        for model in self.models:
+            own: dict[int, set[str]] = {}
+            for name in model.tensors:
+                if (place := block_of(name)) is not None and place[0] == prefix:
+                    own.setdefault(place[1], set()).add(name[len(prefix) :].split(".", 2)[-1])
+            kinds.append(own)
+        shared = set.intersection(*(set(own) for own in kinds))
+        usual = {rest for own in kinds for n in shared for rest in own[n]}
+        return bool(shared) and number > max(shared) and all(own[number] - usual for own in kinds if number in own)
 
 
 def is_buffer(tensor: TensorInfo) -> bool:

@@ -9,38 +9,46 @@ from typing import Any
 
 from deltamerge.errors import InputError
 
-COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "depth")
 BEHIND = 8  # the most blocks that may follow the layers that a config counts
 SIDES = ("encoder", "decoder")
 # Keys of lists whose length may equal the number of layers only by chance.
 UNRELATED = re.compile(
-    r"^(architectures|keys_to_ignore_at_inference|(begin_)?suppress_tokens)$|_(token|id|ids)$"
+    r"^(architectures|keys_to_ignore_at_inference|(begin_)?suppress_tokens)$|_(token|id|ids|mean|std)$"
     r"|(?<!intermediate)(?<!ffn)_(size|sizes)$"
 )
 NUMBERS = re.compile(r"layers?_(ind(ex|ices|exes)|idx|ids|numbers)$|_layers$")  # keys of lists of layer numbers
+STAGES = ("stage_names", "out_features", "out_indices")  # keys of a backbone's layers by name, and of its outputs
 KINDS = re.compile(r"^layers?(_block)?_types?$")  # keys of lists of the kind of each layer
 PATTERN = re.compile(r"^(?!mtp).*(pattern|layer)")  # keys of strings with a letter for each layer
 
-Place = tuple[str | None, str]
+# Names of parts of a model in tensors' names, and in the config's sections about them.
+SPELLINGS = (("language", "text"), ("visual", "vision"))
+STAGE = re.compile(r"^stage(\d+)$")
+
+Section = tuple[str, ...]
+"""The keys that lead to a part of a config; (): the config itself."""
+
+Place = tuple[Section, str]
 
 
 def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: bool = True) -> list[Place]:
     """The (section, key) of `config` that state the number of layers of the numbered container `prefix`.
 
-    A section is a nested `*_config` (None: the top level); if the prefix names one, only that one counts. For an
-    encoder or decoder these are the keys that name it (`encoder_layers`, `num_decoder_layers`) and the usual ones,
-    except for a decoder that is not `alone`, since the usual ones are then the encoder's. Without any of them a list of
-    every layer's kind counts.
+    A section is a nested config; if the prefix names one, only that one counts, and those inside it. For an encoder or
+    decoder these are the keys that name it (`encoder_layers`, `num_decoder_layers`) and the usual ones, except for a
+    decoder that is not `alone`, since the usual ones are then the encoder's. Without any of them a list of every
+    layer's kind counts.
     """
-    words = set(re.split(r"[._]", prefix.replace("language", "text")))
-    sections = {k: v for k, v in config.items() if k.endswith("_config") and isinstance(v, dict)}
-    named = [k for k in sections if k.removesuffix("_config") in words]
-    asked: dict[str | None, Mapping[str, Any]] = {} if named else {None: config}
-    asked.update({k: v for k, v in sections.items() if k in named or not named})
-    side = next((side for side in SIDES if side in words), "")
+    words = _words(prefix)
+    sections = dict(_sections(config))
+    named = [at for at in sections if at and at[-1].removesuffix("_config") in words]
+    best = max(named, key=lambda at: (len(at), -words.index(at[-1].removesuffix("_config"))), default=())
+    asked = {at: values for at, values in sections.items() if at[: len(best)] == best}
+    side = next((word for word in words if word in SIDES), "")
     own = (f"{side}_layers", f"num_{side}_layers", f"n_{side}_layers", f"{side}_num_layers") if side else ()
     found = [(s, k) for s, values in asked.items() for k in own if _is(values.get(k), count)]
-    if side == "decoder" and (found or not alone):
+    if side == "decoder" and (found or not (alone or named)):
         return found
     found += [(s, k) for s, values in asked.items() for k in COUNTS if _is(values.get(k), count)]
     return found or [
@@ -49,6 +57,20 @@ def count_keys(config: Mapping[str, Any], prefix: str, count: int, *, alone: boo
         for k, v in values.items()
         if KINDS.search(k) and isinstance(v, list) and len(v) == count and not any(k in values for k in COUNTS)
     ]
+
+
+def _words(prefix: str) -> list[str]:
+    for there, here in SPELLINGS:
+        prefix = prefix.replace(there, here)
+    return re.split(r"[._]", prefix)
+
+
+def _sections(config: Mapping[str, Any], at: Section = ()) -> Iterator[tuple[Section, Mapping[str, Any]]]:
+    """A config and the configs nested in it."""
+    yield at, config
+    for key, value in config.items():
+        if isinstance(value, Mapping) and (key.endswith("_config") or "model_type" in value):
+            yield from _sections(value, (*at, key))
 
 
 def layer_count(config: Mapping[str, Any], prefix: str, numbers: Collection[int], *, alone: bool = True) -> int | None:
@@ -91,7 +113,9 @@ def repair(
     result, notes = deepcopy(dict(config)), []
     places = count_keys(config, prefix, old, alone=alone)
     for section in dict.fromkeys(section for section, _ in places):
-        values = result if section is None else result[section]
+        values: dict[str, Any] = result
+        for key in section:
+            values = values[key]
         for key in (key for s, key in places if s == section and type(values[key]) is int):
             if values[key] != len(sources):
                 notes.append(f"{key} {values[key]} → {len(sources)}")
@@ -110,6 +134,8 @@ def repair(
                 inner = [(_section(c, section).get(key) or {}).get(str(layer)) for _, c, layer in sources]
                 followed[key] = [value.get(str(i)) for i in range(old)], inner
                 new = {str(i): entry for i, entry in enumerate(inner) if entry is not None}
+            elif (stages := _stages(key, value, old, len(sources))) is not None:
+                new = stages
             else:
                 continue
             if new != value:
@@ -145,6 +171,24 @@ def _is_by_layer(key: str, value: Any, old: int) -> bool:
     return isinstance(value, list) and len(value) == old and not UNRELATED.search(key) and (old > 1 or "layer" in key)
 
 
+def _stages(key: str, value: Any, old: int, new: int) -> list[Any] | None:
+    """The names of every layer of a backbone (stem, stage1, …), and its outputs: the last layer, or numbers of layers.
+
+    None: the key is about something else. InputError: a layer is an output whose number the stack has not.
+    """
+    if key not in STAGES or not isinstance(value, list):
+        return None
+    numbers = [int(m[1]) if (m := STAGE.match(str(v))) else v if type(v) is int else 0 for v in value]
+    if key == "stage_names":
+        return [*value[:1], *(f"stage{i + 1}" for i in range(new))] if numbers == list(range(old + 1)) else None
+    last = [f"stage{new}" if isinstance(v, str) else new for v in value]
+    if numbers == [old]:
+        return last
+    if not new < max(numbers, default=0) <= old:
+        return None
+    raise InputError(f"config.json: {key} names layer {max(numbers)}, and the stack has {new}", hint=f"correct {key}")
+
+
 def _kept(values: Mapping[str, Any], counts: set[str]) -> Iterator[str]:
     """Numbers about layers that cannot be renumbered, because they are a period or a boundary."""
     for key, value in values.items():
@@ -152,16 +196,18 @@ def _kept(values: Mapping[str, Any], counts: set[str]) -> Iterator[str]:
             yield f"{key}: {value} is kept: check it"
 
 
-def _entry(name: str, config: Mapping[str, Any], section: str | None, key: str, layer: int) -> Any:
+def _entry(name: str, config: Mapping[str, Any], section: Section, key: str, layer: int) -> Any:
     values = _section(config, section).get(key)
     if not isinstance(values, list | str) or layer >= len(values):
         raise InputError(f"{name}: its config.json has no {key} for layer {layer}", hint="add the list to it")
     return values[layer]
 
 
-def _section(config: Mapping[str, Any], section: str | None) -> Mapping[str, Any]:
-    inner = config if section is None else config.get(section)
-    return inner if isinstance(inner, Mapping) else {}
+def _section(config: Mapping[str, Any], section: Section) -> Mapping[str, Any]:
+    for key in section:
+        inner = config.get(key)
+        config = inner if isinstance(inner, Mapping) else {}
+    return config
 
 
 def _is(value: Any, count: int) -> bool:

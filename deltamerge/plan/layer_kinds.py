@@ -173,10 +173,11 @@ def _refusal(stacked: Stacked, section: Mapping[str, Any], at: int) -> InputErro
         what = f"where config.json builds another kind of layer ({has[0]} differs)"
     else:
         what = f"of which config.json has {count}, of several kinds, and no list that says the kind of a new one"
-    return InputError(f"{place}, {what}", hint=_hint(section))
+    return InputError(f"{place}, {what}", hint=which_layers(section))
 
 
-def _hint(section: Mapping[str, Any]) -> str:
+def which_layers(section: Mapping[str, Any]) -> str:
+    """The hint of a refusal: the keys of a config that say which layer is which."""
     keys = [
         f"{key}: {value}"
         for key, value in section.items()

@@ -10,7 +10,8 @@ from deltamerge.calibrate import adapter_masks
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Spec, mask_seeds
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, RecipeError
-from deltamerge.io.adapter import factor_names
+from deltamerge.io.adapter_config import DERIVED
+from deltamerge.io.adapter_parts import factor_names
 from deltamerge.io.computed import LowRank, Zeros
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tensor import TensorInfo
@@ -48,6 +49,11 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
         message = f"{tune.name}: not an adapter on base_model, {base.name}"
         raise InputError(message, hint=f"base_model: {tune.checkpoint.base_reference}")
     assert tune.index is not None
+    if (kind := adapter.config.get("peft_type")) != "LORA":
+        raise InputError(f"{tune.name}: only LoRA's own A and B can be pruned, not {kind}", hint="write kind: model")
+    if (start := adapter.config.get("init_lora_weights")) in DERIVED:
+        message = f"{tune.name}: init_lora_weights {start!r} begins with a part of the base, which pruning would cut"
+        raise InputError(message, hint="write kind: model, or save it as plain LoRA with peft")
     _check(recipe, tune.index)
     names = {name: name for name in adapter.tensors}
     factors = factor_names(adapter)
@@ -69,7 +75,7 @@ class Product:
 def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
     """The adapted weights whose factors are `pruned`; none where whole weights are.
 
-    InputError: a DoRA adapter, whose rows are scaled by their norms.
+    InputError: a DoRA adapter, whose rows are scaled by their norms; experts or convolutions.
     """
     model = pruned[0].model
     if recipe.output.kind != "peft" or model.checkpoint.adapter is None:
@@ -77,13 +83,17 @@ def factor_pairs(recipe: Recipe, pruned: Sequence[Tuned]) -> list[Product]:
     by_name = {tuned.name: tuned for tuned in pruned}
     products = []
     for weight in model.checkpoint.tensors.values():
-        if isinstance(update := weight.made, LowRank):
+        if isinstance(update := weight.made, LowRank) and len(weight.shape) == 2:
             if update.magnitude is not None:
                 raise InputError(f"{model.name}: q cannot be calibrated on DoRA", hint="give q a number")
             sides = (("a", update.a), ("b", update.b))
             factors = {side: by_name[info.name] for side, info in sides if info.name in by_name}
             if factors:
                 products.append(Product(weight, update, factors))
+    paired = {tuned.name for product in products for tuned in product.factors.values()}
+    if alone := next((name for name in by_name if name not in paired), None):
+        message = f"{model.name}: q can be calibrated on A and B of linear layers alone, not {alone}"
+        raise InputError(message, hint="give q a number, or exclude it")
     return products
 
 

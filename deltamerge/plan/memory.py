@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from deltamerge.engine.graph import REDUCTIONS, Node, peak_tiles, schedule
 from deltamerge.errors import InputError
+from deltamerge.io.coded_writer import LARGE
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.names import layer_index
 from deltamerge.io.outbox import ROOM, SLAB
@@ -20,6 +21,7 @@ TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
 # bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
+CODING_BYTES = 32_000_000  # of what one thread makes on the way from values to codes
 SOURCES = 2_000_000  # tensors of an output, each counted for every model that it comes from
 
 
@@ -43,7 +45,7 @@ def cost(root: Node) -> Cost:
     ]
     return Cost(
         len(plan.passes),
-        sum(math.prod(node.shape) * ITEMSIZE[node.dtype] for nodes in usual for node in nodes),
+        sum(node.parameter("tensor").read_nbytes for nodes in usual for node in nodes),
         stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype],
     )
 
@@ -62,6 +64,14 @@ def held_by_delta(outputs: tuple[OutputTensor, ...], workers: int) -> int:
 def held_by_files(outputs: tuple[OutputTensor, ...], workers: int) -> int:
     """Bytes on their way to the files of a checkpoint, and those being computed."""
     return min(sum(o.nbytes for o in outputs), ROOM + (workers + 1) * 2 * SLAB)
+
+
+def held_coded(outputs: tuple[OutputTensor, ...], workers: int) -> int:
+    """Bytes of the coded weights whose rows are being collected, and of what is made of them."""
+    units = [output.coding.unit_bytes for output in outputs if output.coding is not None]
+    if not units:
+        return 0
+    return 2 * (workers + 1) * min(max(units), LARGE) + workers * (max(units) // 2 + CODING_BYTES)
 
 
 def tile_and_peak(

@@ -14,13 +14,19 @@ from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine import backends
 from deltamerge.engine.graph import Graph
 from deltamerge.io.component import folders_of, split
-from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED
-from deltamerge.io.gathered import Gathered, cut
+from deltamerge.io.dtypes import CODES, COPIED, FLOATING, ITEMSIZE, PACKED, PLAIN, nbytes_of
+from deltamerge.io.gathered import cut
+from deltamerge.io.layout import Layout
 from deltamerge.io.names import LM_HEAD, layer_index
+from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input, Inputs, has_tied_head
+from deltamerge.plan.kinship import seem_equal
 from deltamerge.plan.lacking import Spares, is_buffer, named
 from deltamerge.plan.merged_tensor import Merge
+from deltamerge.plan.modules import Modules
+from deltamerge.plan.quantise import copied as copied_as
+from deltamerge.plan.quantise import copies, is_matrix, quantising
 from deltamerge.plan.quantised import remarks
 from deltamerge.plan.stack import Target, behind, like_template, repaired_config, targets
 from deltamerge.plan.tensor_graph import Builder, Built
@@ -39,7 +45,8 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class OutputTensor:
-    """One tensor of the output."""
+    """One tensor of the output; with a `coding` a weight, made in float32, that its files store as several tensors, of
+    which the first has the dtype."""
 
     name: str
     shape: tuple[int, ...]
@@ -47,6 +54,7 @@ class OutputTensor:
     nbytes: int
     pieces: tuple[Piece, ...]
     file: str
+    coding: Coding | None = None
 
     @property
     def elements(self) -> int:
@@ -61,7 +69,28 @@ class OutputTensor:
         return math.ceil(self.elements * expected_bits(self.pieces[0].built.changed, bits) / 8)
 
 
-Row = tuple[str, tuple[int, ...], str, tuple[Piece, ...]]
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A tensor of the output that has no file yet."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    pieces: tuple[Piece, ...]
+    coding: Coding | None = None
+
+    @property
+    def stored(self) -> tuple[tuple[str, str, tuple[int, ...]], ...]:
+        """Name, dtype and shape of the tensors that store it."""
+        if self.coding is None:
+            return ((self.name, self.dtype, self.shape),)
+        return tuple((part.name, part.dtype, part.shape) for part in self.coding.parts)
+
+    def output(self, layout: Layout) -> OutputTensor:
+        """The tensor with its file."""
+        nbytes = sum(nbytes_of(dtype, shape) for _, dtype, shape in self.stored)
+        first, dtype, _ = self.stored[0]
+        return OutputTensor(self.name, self.shape, dtype, nbytes, self.pieces, layout.tensors[first].file, self.coding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +99,7 @@ class Merged:
 
     merge: Merge
     rest: TensorInfo | None
+    coding: Coding | None = None
 
 
 class Outputs:
@@ -95,7 +125,11 @@ class Outputs:
         self.spares = Spares(inputs.all)
         self.targets, self.stacks = targets(recipe, inputs, self.spares)
         self.config, changes = repaired_config(inputs, self.stacks)
+        scopes = {group.part.module for group in inputs.groups}
+        self.notes += [*inputs.notes, *Modules(scopes, inputs.template.stored.values()).describe()]
         self.notes += [*(stack.describe() for stack in self.stacks), *changes]
+        self.quantising = quantising(recipe, inputs, stacked=bool(self.stacks))
+        self.coded = copies(inputs)
 
     def rows(self) -> list[Row]:
         """What becomes of every tensor, in order; empty if there are problems."""
@@ -103,9 +137,33 @@ class Outputs:
         if self.problems:
             return []
         self.builder = self.builder.prepared([part.merge for part in parts if isinstance(part, Merged)])
-        rows = [self._built(part) if isinstance(part, Merged) else part for part in parts]
-        self.notes += remarks(self.inputs, {name: dtype for name, _, dtype, _ in rows})
+        built = [self._built(part) if isinstance(part, Merged) else part for part in parts]
+        rows = [stored for row in built for stored in self._stored(row)]
+        rows += [self._copied(info) for info in self.quantising.more()]
+        plain = [row.name for row in built if row.coding is None and is_matrix(row.name, row.shape)]
+        self.config = self.quantising.config(self.config, plain)
+        self.notes += self.quantising.notes()
+        if self.recipe.output.scheme == "none":
+            self.notes += remarks(self.inputs, {row.name: row.dtype for row in rows})
         return rows
+
+    def _stored(self, row: Row) -> Iterator[Row]:
+        """A row, or the rows of what stores it and is copied."""
+        coding = row.coding
+        if coding is None:
+            yield row
+            return
+        same = copied_as(row.pieces[0].built.root, coding, self.coded, row.name) if len(row.pieces) == 1 else None
+        if same is None:
+            yield row
+        made = () if same is None else zip(same.parts, same.like_parts, strict=True)
+        for part, source in made:
+            yield self._whole(part.name, Built(self.builder.graph.read(source), "copy", row.pieces[0].built.details))
+        for info in (same or coding).copied:
+            yield self._copied(info)
+
+    def _copied(self, info: TensorInfo) -> Row:
+        return self._whole(info.name, Built(self.builder.graph.read(info), "copy", ()))
 
     def _tensors(self) -> Iterator[Row | Merged]:
         template = self.inputs.template
@@ -150,6 +208,7 @@ class Outputs:
         name, stored, tensor, owner = target.name, target.stored, target.tensor, target.owner
         like = like_template(target, self.stacks, self.inputs.template)
         dtype = (tensor if like is None or tensor.dtype not in FLOATING else like).output_dtype
+        dtype = self._own_dtype(target, dtype)
         dtype = self.out_dtype if self.out_dtype and tensor.dtype in FLOATING else dtype
         found = [(model, model.get(source)) for model, source in target.sources]
         lacking = [model.name for model, info in found if info is None]
@@ -158,6 +217,8 @@ class Outputs:
             self.hint = "models that are merged must have the same layers"
             return None
         present = [(model, info) for model, info in found if info is not None]
+        coding = self.quantising.coding(target, tensor.shape, dtype)
+        dtype = "F32" if coding is not None else dtype
         same = target.group is not None and target.group.base is not None
         same = same and all(info is not None and info.is_same(tensor) for _, info in found)
         packed = tensor.dtype in PACKED and self.recipe.output.kind != "model"
@@ -166,10 +227,11 @@ class Outputs:
                 copied.append(stored)
             lenders = present if any(model is owner for model, _ in present) else [*present, (owner, tensor)]
             tensor = next(info for model, info in self._remapped(target, lenders) if model is owner)
-            if packed or (tensor.dtype in COPIED and isinstance(tensor.made, Gathered)):
+            if packed:
                 self._refuse_dtype(stored, tensor.dtype)
                 return None
-            return self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (owner.name,)))
+            row = self._whole(stored, Built(self.builder.copy(tensor, dtype), "copy", (owner.name,)))
+            return replace(row, coding=coding)
         remapped = self._remapped(target, present)
         if like is not None and remapped is not present:
             like = replace(like, shape=(remapped[0][1].shape[0], *like.shape[1:]))
@@ -178,7 +240,20 @@ class Outputs:
             return None
         base = next((info for model, info in shared if model.index is None), None)
         tunes = [(model, info) for model, info in shared if model.index is not None]
-        return Merged(Merge(stored, target.group.part, target.position, base, tunes, dtype), rest)
+        if coding is not None and (rest is not None or shared[0][1].shape != coding.shape):
+            self.problems.append(f"{stored}: a quantised weight cannot get rows of another vocabulary")
+            self.hint = "quantization: none, or without tokenizer_source"
+            return None
+        return Merged(Merge(stored, target.group.part, target.position, base, tunes, dtype), rest, coding)
+
+    @staticmethod
+    def _own_dtype(target: Target, dtype: str) -> str:
+        """The dtype of an output where none is asked for: float8 without scales is how a fine-tune was stored, so that
+        it takes the base's."""
+        if dtype not in FLOATING - PLAIN:
+            return dtype
+        base = next((info for model, name in target.sources if model.index is None and (info := model.get(name))), None)
+        return base.output_dtype if base is not None and base.output_dtype in PLAIN else dtype
 
     def _remapped(self, target: Target, present: list[tuple[Input, TensorInfo]]) -> list[tuple[Input, TensorInfo]]:
         """The models' tensors with their rows moved to the output's vocabulary, if their rows are tokens."""
@@ -198,19 +273,19 @@ class Outputs:
         if uncomputed and (built.method != "copy" or rest is not None or self.recipe.output.kind != "model"):
             self._refuse_dtype(merge.name, uncomputed)
         if rest is None:
-            return self._whole(merge.name, built)
+            return replace(self._whole(merge.name, built), coding=part.coding)
         tail = Built(self.builder.copy(rest, merge.dtype), "copy", ())
         first = self._piece(built, 0)
         second = self._piece(tail, math.prod(built.root.shape) * ITEMSIZE[merge.dtype])
         shape = (built.root.shape[0] + rest.shape[0], *rest.shape[1:])
-        return merge.name, shape, merge.dtype, (first, second)
+        return Row(merge.name, shape, merge.dtype, (first, second))
 
     def _refuse_dtype(self, name: str, dtype: str) -> None:
         self.problems.append(f"{name}: {dtype} is only copied, and this recipe would compute with it")
         self.hint = "merge checkpoints in float32, bfloat16, float16 or float8"
 
     def _whole(self, name: str, built: Built) -> Row:
-        return name, built.root.shape, built.root.dtype, (self._piece(built, 0),)
+        return Row(name, built.root.shape, built.root.dtype, (self._piece(built, 0),))
 
     def _piece(self, built: Built, offset: int) -> Piece:
         return Piece(built, offset, backends.choose(built.delta or built.root, self.device))
@@ -248,13 +323,16 @@ class Outputs:
         return any(stack.holds(name) for stack in self.stacks)
 
     def _tied_head(self) -> str | None:
-        """The head that the template's config ties to its embedding although its file holds both, if there is one."""
+        """The head that the template's config ties to its embedding although its file holds both, if there is one.
+
+        Not one with other values than the embedding: not every class of transformers ties where the config says so.
+        """
         template = self.inputs.template
         head = template.tensors.get(LM_HEAD)
         if head is None or self.inputs.untied or template.checkpoint.config.get("tie_word_embeddings") is not True:
             return None
-        twins = (n for n, t in template.tensors.items() if "embed" in n and t.shape == head.shape)
-        return LM_HEAD if any(twins) else None
+        twins = (t for n, t in template.tensors.items() if "embed" in n and t.shape == head.shape)
+        return LM_HEAD if any(seem_equal(head, twin) for twin in twins) else None
 
     def _left_out(self) -> None:
         """Report tensors that an input has and the output lacks: an error inside a numbered block, else a note."""

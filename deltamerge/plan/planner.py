@@ -20,18 +20,21 @@ from deltamerge.errors import InputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Adapter
 from deltamerge.io.component import Component
-from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
+from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.layout import Layout, plan_layout
 from deltamerge.io.names import numbered_blocks
+from deltamerge.io.quantised.coding import Coding
+from deltamerge.io.quantised.packing import kept_bytes
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.writer import Layout, plan_layout
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
 from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.folders import refuse_adapter, remarks
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
-from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, tile_and_peak
+from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
 from deltamerge.plan.outputs import Outputs, OutputTensor
+from deltamerge.plan.stack import Stack
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.recipe import checks
 from deltamerge.recipe.schema import Recipe
@@ -97,6 +100,7 @@ class Plan:
     chat_template: ChatTemplate | None = None
     warnings: tuple[str, ...] = ()
     alike: Mapping[str, NonFinite] = field(default_factory=dict)
+    stacks: tuple[Stack, ...] = ()
 
     @property
     def device(self) -> str:
@@ -131,6 +135,16 @@ class Plan:
     def nbytes(self) -> int:
         """Bytes of the output's tensors."""
         return sum(output.nbytes for output in self.outputs)
+
+    @property
+    def made_bytes(self) -> int:
+        """Bytes that the engine makes, which it counts as it goes: those, but of coded weights what is coded."""
+        return sum(4 * output.elements if output.coding is not None else output.nbytes for output in self.outputs)
+
+    @property
+    def codings(self) -> dict[str, Coding]:
+        """How the output's coded weights are stored."""
+        return {output.name: output.coding for output in self.outputs if output.coding is not None}
 
     @property
     def delta_values(self) -> str | None:
@@ -224,19 +238,18 @@ def _plan(
         first, *also = found.problems[:SHOWN_PROBLEMS]
         more = len(found.problems) - SHOWN_PROBLEMS
         raise InputError(first, also=also + [f"… and {more} more"] * (more > 0), hint=found.hint or None)
-    metas = [(name, dtype, shape) for name, shape, dtype, _ in rows]
-    template = inputs.template.checkpoint
+    metas = [stored for row in rows for stored in row.stored]
+    weights = {name: row.name for row in rows if row.coding is not None for name, _, _ in row.stored}
     if own:
         layout = plan_layout(metas, None, (ADAPTER,))
     else:
-        layout = plan_layout(metas, recipe.output.shard_size, template.components)
-    outputs = tuple(
-        OutputTensor(name, shape, dtype, nbytes_of(dtype, shape), pieces, layout.tensors[name].file)
-        for name, shape, dtype, pieces in rows
-    )
+        layout = plan_layout(metas, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
+    outputs = tuple(row.output(layout) for row in rows)
     held = (held_by_delta if recipe.output.kind == "delta" else held_by_files)(outputs, workers)
+    held += kept_bytes(info for model in inputs.all for info in model.tensors.values())
     roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
     costs = {root: cost(root) for root in roots}
+    held += held_coded(outputs, workers)
     tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
     builder, stages = found.builder, found.builder.deltas.stages
     sources = _sources(stages, inputs)
@@ -250,7 +263,7 @@ def _plan(
     models = [(model.name, model.checkpoint) for model in inputs.all]
     notes = [
         *found.notes,
-        *remarks(inputs.template.name, template, models),
+        *remarks(inputs.template.name, inputs.template.checkpoint, models),
         *(
             f"group: model: one threshold over {len(deltas)} tensors of {name}, found in two or three passes before"
             for name, deltas in cuts.items()
@@ -289,6 +302,7 @@ def _plan(
         vocabulary=vocabulary,
         chat_template=choose_chat_template(recipe, inputs),
         warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs)),
+        stacks=tuple(found.stacks),
     )
 
 

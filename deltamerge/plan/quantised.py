@@ -29,5 +29,5 @@ def _written(model: Input, inputs: Inputs, dtypes: Mapping[str, str]) -> list[st
     """The dtypes of the output's tensors that quantised weights of a model become; of all tensors, where layers of a
     stack have other names."""
     stored = (inputs.template.stored.get(name) for name, info in model.tensors.items() if info.saved_as)
-    found = {dtypes[name] for name in stored if name in dtypes}
+    found = {dtypes[name] for name in stored if name is not None and name in dtypes}
     return sorted(found or dtypes.values(), key=list(TORCH_NAMES).index)[: len(found) or 1]

@@ -9,19 +9,17 @@ from typing import Any
 
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.io.names import BEFORE_LAYERS, LM_HEAD, block_of, layer_index, layer_position
-from deltamerge.io.quantised.detect import keys_of, stated, without_keys
+from deltamerge.io.quantised.detect import without_keys
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Group, Input, Inputs, ties
 from deltamerge.plan.lacking import Spares, is_buffer
-from deltamerge.plan.layer_config import Followed, count_keys, layer_count, repair
+from deltamerge.plan.layer_config import Followed, Place, count_keys, layer_count, repair
 from deltamerge.plan.layer_kinds import Kind, Stacked, settle
+from deltamerge.plan.modules import Modules
 from deltamerge.recipe.schema import Recipe
 
 # Tensors outside layers that hold a part for each layer.
 PER_LAYER = re.compile(r"(^|[._])per_layer([._]|$)")
-# Names that mergekit gives parts of a model, where they are not components of tensor names.
-SPELLINGS = {"text_decoder": "language_model", "default": ""}
-LAST_MODULES = ("decoder", "text_decoder", "language_model", "default")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +97,7 @@ class Stack:
 
 
 def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, Any], list[str]]:
-    """The template's config for the output's layers and head, and messages about the changes."""
+    """The template's config for the output's layers and head, with plain weights, and messages about the changes."""
     config, notes = dict(inputs.template.checkpoint.config), []
     for stack in stacks:
         sources = []
@@ -117,7 +115,8 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
         ) -> list[str]:
             return settle(Stacked(inputs.template.name, *kinds, places, followed), section)
 
-        config, changes = repair(config, stack.prefix, stack.old, sources, alone, settled)
+        container = inputs.template.container(stack.prefix)
+        config, changes = repair(config, container, stack.old, sources, alone, settled)
         notes += [f"config.json: {change}" for change in changes]
     if inputs.untied and LM_HEAD in inputs.template.tensors and ties(config, default=True):
         inner = config.get("text_config")
@@ -125,11 +124,6 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
             config["text_config"] = {**inner, "tie_word_embeddings": False}
         config["tie_word_embeddings"] = False
         notes.append("config.json: tie_word_embeddings → false")
-    for path, _ in keys_of(config):
-        name, _ = stated(config) or ("", "")
-        quantised = inputs.template.checkpoint.quantised
-        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
-        notes.append(f"config.json: {'.'.join(path)} ({name}) is dropped: {why}")
     return without_keys(config), notes
 
 
@@ -160,7 +154,8 @@ def targets(recipe: Recipe, inputs: Inputs, spares: Spares) -> tuple[list[Target
     """
     scopes = _scopes(recipe, inputs)
     stacks = {module: _stack(recipe, inputs, groups, module) for module, groups in scopes.items() if _sliced(groups)}
-    modules = {name: _module_of(name, scopes) for name in inputs.template.tensors}
+    finder = Modules(scopes, inputs.template.stored.values())
+    modules = {name: finder.of(stored) for name, stored in inputs.template.stored.items()}
     counts: dict[tuple[str | None, str], int] = {}  # a component's layers are its own
     for name, module in modules.items():
         if not spares.holds(name):
@@ -221,8 +216,12 @@ def _plain(name: str, template: Input, group: Group | None, position: float) -> 
 
 def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
     """The tensors of every layer: its owner's, with the new number and the template's names."""
-    first = next(name for name in template.tensors if _inside(name, stack.prefix))
-    stored = template.stored[first].removesuffix(first) + stack.prefix
+    container = template.container(stack.prefix)
+    spelled = {  # what follows the number, in canonical names and in the template's own
+        _behind(name, stack.prefix): _behind(stored, container)
+        for name, stored in template.stored.items()
+        if _inside(name, stack.prefix)
+    }
     for number, layer in enumerate(stack.layers):
         owner = stack.owner(layer, template)
         start = f"{stack.prefix}.{layer.source(owner)}."
@@ -232,7 +231,8 @@ def _stacked(stack: Stack, template: Input) -> Iterator[Target]:
             rest = name.removeprefix(start)
             sources = tuple((m, f"{stack.prefix}.{layer.source(m)}.{rest}") for m in layer.group.all)
             new = f"{stack.prefix}.{number}.{rest}"
-            yield Target(new, f"{stored}.{number}.{rest}", layer.group, layer.position, owner, tensor, sources)
+            stored = f"{container}.{number}.{spelled.get(rest, rest)}"
+            yield Target(new, stored, layer.group, layer.position, owner, tensor, sources)
 
 
 def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
@@ -240,9 +240,12 @@ def _scopes(recipe: Recipe, inputs: Inputs) -> dict[str | None, list[Group]]:
     scopes: dict[str | None, list[Group]] = {}
     for group in inputs.groups:
         scopes.setdefault(group.part.module, []).append(group)
+    stored = list(inputs.template.stored.values())
+    finder = Modules(scopes, stored)
+    found = set(map(finder.of, stored))
     for module in scopes:
-        if module is not None and not any(_module_of(name, scopes) == module for name in inputs.template.tensors):
-            present = dict.fromkeys(part for n in inputs.template.tensors for part in re.split(r"[./]", n)[:2])
+        if module is not None and module not in found:
+            present = dict.fromkeys(part for n in stored for part in re.split(r"[./]", n)[: 1 if "/" in n else 2])
             hint = f"default is the whole model; names here: {', '.join([p for p in present if not p.isdigit()][:8])}"
             problem = recipe.problem(("modules", module), f"no tensor of {inputs.template.name} belongs to it", hint)
             raise RecipeError(recipe.source.path, [problem])
@@ -253,20 +256,14 @@ def _sliced(groups: Sequence[Group]) -> bool:
     return groups[0].part.ranges is not None
 
 
-def _module_of(name: str, scopes: Mapping[str | None, object]) -> str | None:
-    """The module of a tensor: the first component of its name that is a module. The head belongs to the decoder."""
-    if None in scopes or "default" in scopes:
-        return None if None in scopes else "default"
-    wanted = {SPELLINGS.get(module or "", module or ""): module for module in scopes}
-    for component in re.split(r"[./]", name):
-        if component in wanted:
-            return wanted[component]
-    return next((module for module in LAST_MODULES if module in scopes), None) if name == LM_HEAD else None
-
-
 def _inside(name: str, prefix: str) -> bool:
     rest = name.removeprefix(prefix + ".")
     return rest != name and rest.partition(".")[0].isdigit()
+
+
+def _behind(name: str, prefix: str) -> str:
+    """What follows the number of a layer in the name of one of its tensors."""
+    return name.removeprefix(prefix + ".").partition(".")[2]
 
 
 def _stack(recipe: Recipe, inputs: Inputs, groups: Sequence[Group], module: str | None) -> Stack:
@@ -298,24 +295,43 @@ def _container(template: Input, module: str | None, scopes: Mapping[str | None, 
     numbering, two of them (an encoder and a decoder, two towers), or stages of different width.
     """
     found: dict[str, set[int]] = {}
-    for name in template.tensors:
+    modules = Modules(scopes, template.stored.values())
+    inside: dict[str, bool] = {}
+    for name, stored in template.stored.items():
         block = block_of(name.rpartition(".")[0])
-        if block is not None and _module_of(name, scopes) == module:
+        if block is not None:
             found.setdefault(block[0], set()).add(block[1])
+            inside[block[0]] = inside.get(block[0], False) or modules.of(stored) == module
     whole = {prefix: len(numbers) for prefix, numbers in found.items() if numbers == set(range(len(numbers)))}
     config, where = template.checkpoint.config, f"{template.name}: slices"
-    counted = {p: n for p, n in whole.items() if count_keys(config, p, n, alone=_alone(template, p))}
-    counted = counted or {p: n for p, numbers in found.items() if (n := _count(template, p, numbers)) < len(numbers)}
+    places = {p: set(count_keys(config, template.container(p), n, alone=_alone(template, p))) for p, n in whole.items()}
+    counted = {p: n for p, n in whole.items() if places[p] and inside[p]}
+    behind = {p: n for p in found if inside[p] and (n := _count(template, p, found[p])) < len(found[p])}
+    counted = counted or behind
     if not counted:
-        names = ", ".join(f"{prefix} (0-{count - 1})" for prefix, count in whole.items()) or "none"
+        names = ", ".join(f"{prefix} (0-{count - 1})" for prefix, count in whole.items() if inside[prefix]) or "none"
         hint = "without modules, merge whole models with `models`"
         raise InputError(f"{where} need numbered layers whose count config.json has; found {names}", hint=hint)
-    if len(counted) > 1:
+    shared = {p: both for p in counted if (both := _shared(p, places)) is not None}
+    if len(counted) > 1 and len(shared) < len(counted):
         hint = "name one: modules: {encoder: {slices: …}}; a module is a component of the tensors' names"
         raise InputError(f"{where} could stack {' or '.join(sorted(counted))}", hint=hint)
-    ((prefix, count),) = counted.items()
+    prefix, count = min(counted.items())
+    if prefix in shared:
+        other, key = shared[prefix]
+        message = f"{where} of {prefix} would change {key} of config.json, which counts {other} too"
+        raise InputError(message, hint="merge whole models with `models`")
     _check_width(template, prefix)
     return prefix, count
+
+
+def _shared(prefix: str, places: Mapping[str, Collection[Place]]) -> tuple[str, str] | None:
+    """Another container whose count the config states by a key of `prefix`, and that key."""
+    for other, keys in places.items():
+        common = [] if other == prefix else sorted(set(keys) & set(places.get(prefix, ())))
+        if common:
+            return other, ".".join((*common[0][0], common[0][1]))
+    return None
 
 
 def _check_outside(template: Input, stack: Stack) -> None:
@@ -355,5 +371,6 @@ def _numbers(names: Mapping[str, object], prefix: str) -> set[int]:
 
 def _count(model: Input, prefix: str, numbers: Collection[int]) -> int:
     """The number of layers among numbered blocks, without blocks that follow them, by the config."""
-    count = layer_count(model.checkpoint.config, prefix, numbers, alone=_alone(model, prefix))
+    config, alone = model.checkpoint.config, _alone(model, prefix)
+    count = layer_count(config, model.container(prefix), numbers, alone=alone)
     return len(numbers) if count is None else count

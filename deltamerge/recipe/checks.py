@@ -12,6 +12,7 @@ from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
 from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.lookup import PRUNE_PARAMS, is_given, known_method, levels, out_of_range, raw
 from deltamerge.recipe.messages import show, suggest
+from deltamerge.recipe.output_keys import Quantization
 from deltamerge.recipe.yaml_source import Loc, place
 
 if TYPE_CHECKING:
@@ -217,6 +218,7 @@ def _tokens(recipe: Recipe) -> Iterator[Problem]:
 def _output(recipe: Recipe) -> Iterator[Problem]:
     """A delta has a base, and a delta that adds comes from a method that adds to the base."""
     output, method = recipe.output, known_method(recipe)
+    yield from _quantization(recipe)
     if output.kind != "delta":
         for key in ("semantics", "values"):
             if getattr(output, key) is not None:
@@ -230,6 +232,26 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
     elif output.adds and method is not None and not method.deltas:
         loc: Loc = ("output", "semantics" if output.semantics else "values")
         yield recipe.problem(loc, f"{method.name} adds nothing to the base", "semantics: replace")
+
+
+def _quantization(recipe: Recipe) -> Iterator[Problem]:
+    """Models alone are quantised, and a scheme has no keys of another."""
+    wanted, kind = recipe.output.scheme, recipe.output.kind
+    if wanted != "none" and kind != "model":
+        message = f"a {kind} is not quantised" + (": its values have codings of their own" if kind == "delta" else "")
+        yield recipe.problem(("output", "quantization"), message, "output: {kind: model}", key=True)
+    if recipe.output.gguf is not None and kind != "model":
+        yield recipe.problem(("output", "gguf"), f"a {kind} is no GGUF file", "output: {kind: model}", key=True)
+    if not isinstance(wanted, Quantization):
+        return
+    ways = {"fp8": ("block", "channel"), "int8": ("channel",), "int4": ("group",)}[wanted.scheme]
+    if wanted.by not in ways:
+        message = f"{wanted.scheme} has a scale a {' or '.join(ways)}, got {show(wanted.strategy)}"
+        yield recipe.problem(("output", "quantization", "strategy"), message)
+    for key, way in (("block", "block"), ("group", "group")):
+        if getattr(wanted, key) is not None and (wanted.by != way or way not in ways):
+            message = f"is not for {wanted.scheme} with a scale a {wanted.by}"
+            yield recipe.problem(("output", "quantization", key), message, key=True)
 
 
 def _adapter(recipe: Recipe) -> Iterator[Problem]:

@@ -75,6 +75,6 @@ def out_of_range(recipe: Recipe, loc: Loc, param: Param, value: Value) -> Iterat
         in_gradient = bool(inner) and inner[-1] != "value"
         # mergekit reads 0 and 1 as booleans; in a gradient they would be ambiguous
         if not param.accepts(scalar) or (param.kind == "bool" and in_gradient and not isinstance(scalar, bool)):
-            share = param.high == 1 and isinstance(scalar, int | float) and 1 < scalar <= 100
+            share = param.high == 1 and isinstance(scalar, int | float) and 5 <= scalar <= 100
             hint = f"{scalar:g} % is {scalar / 100:g}" if share else None
             yield recipe.problem((*loc, *inner), f"must be {param.wanted()}, got {show(scalar)}", hint)

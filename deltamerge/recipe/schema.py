@@ -12,6 +12,7 @@ from typing_extensions import TypeAliasType
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
 from deltamerge.methods.table import MERGE, NO_EFFECT, NO_EFFECT_KEYS
+from deltamerge.recipe.output_keys import Quantization, Quantized
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
 from deltamerge.recipe.prune_keys import Keys
@@ -153,6 +154,22 @@ class Output(Keys):
     values: Literal["float32", "bfloat16", "int8", "sign"] | None = Field(
         None, description="delta: how values to add are stored. Default: bfloat16."
     )
+    quantization: Quantized = Field(
+        "none",
+        description="model: weights are written plain (none), in the form that the template or the base has (keep), or "
+        "in that of a scheme.",
+    )
+    gguf: Literal["q8_0", "f16", "bf16"] | None = Field(
+        None, description="model: a GGUF file for llama.cpp beside the checkpoint, with matrices of this type."
+    )
+
+    @property
+    def scheme(self) -> Quantization | Literal["none", "keep"]:
+        """How weights are written: plain, as they were, or in a scheme with all its defaults."""
+        wanted = self.quantization
+        if isinstance(wanted, Quantization) or wanted == "none" or wanted == "keep":
+            return wanted
+        return Quantization.model_validate({"scheme": wanted})
 
     @property
     def adds(self) -> bool:

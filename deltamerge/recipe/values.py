@@ -22,7 +22,7 @@ MOST = 1000  # numbers of a gradient, or filters; each filter is tried on each t
 BRANCHES = frozenset(
     {
         "(scalar)", "(gradient)", "(filter)", "(filters)", "(value)", "(objective)", "(search)", "(text)", "(list)",
-        "(zero)", "(model_token)", "[key]",
+        "(zero)", "(model_token)", "(name)", "(scheme)", "[key]",
     }
 )  # fmt: skip
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from deltamerge.errors import InputError
 from deltamerge.io import hub
-from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes
+from deltamerge.io.matching import match
 
 Regularizer = Literal["l2", "l1"]
 Parameters = Iterable[Tensor] | Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]]
@@ -363,11 +363,10 @@ def _readers(pretrained: Pretrained) -> Readers:
 
 
 def _match(ours: Iterable[str], theirs: Iterable[str]) -> dict[str, str]:
-    """Our name -> theirs, the base-model prefix taken off either side."""
-    models = [Checkpoint("", Path(), cast(Any, dict.fromkeys(names)), (), {}) for names in (ours, theirs)]
-    our_prefix, their_prefix = match_prefixes(models)
-    stored = {canonical(name, their_prefix): name for name in theirs}
-    found = {name: stored.get(canonical(name, our_prefix)) for name in ours}
+    """Our name -> theirs, matched as the models of a recipe are."""
+    our_names, their_names = match([dict.fromkeys(names) for names in (ours, theirs)], ["the model", "pretrained"])
+    stored = {canonical: name for name, canonical in their_names.canonical.items()}
+    found = {name: stored.get(canonical) for name, canonical in our_names.canonical.items()}
     return {name: their_name for name, their_name in found.items() if their_name is not None}
 
 

@@ -21,6 +21,7 @@ from deltamerge.io.atomic import replace_file
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, is_delta
 from deltamerge.io.front_matter import card
+from deltamerge.io.layout import plan_layout
 from deltamerge.io.markdown import code, plain
 from deltamerge.io.outbox import ROOM, SLAB
 from deltamerge.io.quantised.decode import decoded
@@ -28,7 +29,7 @@ from deltamerge.io.reader import Reader
 from deltamerge.io.seals import seal
 from deltamerge.io.tree import files_of
 from deltamerge.io.workspace import refuse_inputs, workspace
-from deltamerge.io.writer import Writer, plan_layout
+from deltamerge.io.writer import Writer
 from deltamerge.run import hashes
 from deltamerge.run import lock as locks
 from deltamerge.run.assets import copied_files, write_files

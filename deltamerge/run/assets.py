@@ -11,6 +11,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.component import (
     CONFIG,
     DEEPEST,
@@ -23,13 +24,16 @@ from deltamerge.io.component import (
     listed_folders,
     split,
 )
+from deltamerge.io.config_file import code_of
 from deltamerge.io.dtypes import PLAIN, TORCH_NAMES
 from deltamerge.io.files import refuse_link
 from deltamerge.io.quantised.detect import without_keys
 from deltamerge.io.strict_json import read_json
-from deltamerge.plan.folders import TOKENIZER_CONFIG, code_of
+from deltamerge.io.tokenizer_files import TOKENIZER as TOKENIZER_JSON
+from deltamerge.plan.folders import TOKENIZER_CONFIG
 from deltamerge.plan.planner import Plan
 from deltamerge.plan.vocabulary_config import edit_config
+from deltamerge.run.gguf_tokenizer import described, is_described
 from deltamerge.run.tokenizer import Files, as_json, content_of, edit_tokenizer
 
 TOKENIZER = (
@@ -60,10 +64,22 @@ def asset_files(plan: Plan) -> dict[str, Path]:
 def tokenizer_files(plan: Plan) -> dict[str, Path]:
     """Output name -> source of the tokenizer's files, and of the code that they name; those of an adapter that is
     pruned itself lie beside it."""
-    source = plan.pruned_adapter or (plan.inputs.vocabulary or plan.inputs.template).checkpoint
+    source = plan.pruned_adapter or _vocabulary(plan)
     config = source.path / TOKENIZER_CONFIG
     code = code_of(read_json(config)) if config.is_file() else []
     return _matching(source.path, (*TOKENIZER, *[name for name in code if "/" not in name]))
+
+
+def _vocabulary(plan: Plan) -> Checkpoint:
+    """The model whose tokenizer the output has."""
+    return (plan.inputs.vocabulary or plan.inputs.template).checkpoint
+
+
+def left_out(plan: Plan, files: Files) -> Iterator[str]:
+    """Notes on what the output should have beside its weights and does not."""
+    source = _vocabulary(plan)
+    if is_described(source) and TOKENIZER_JSON not in files:
+        yield f"{source.reference} describes a tokenizer that transformers cannot make: none is written"
 
 
 def copied_files(folder: Path) -> dict[str, Path]:
@@ -150,8 +166,11 @@ def assets(plan: Plan) -> Files:
     if template.config_file:
         source, merged = template.path / template.config_file, config(plan)
         files[template.config_file] = source if merged == read_json(source) else as_json(merged, ascii=True)
-    elif template.config:  # made of the pairs of a GGUF file
+    elif plan.config or template.config:  # of a GGUF file, whose config is told by its metadata
         files[CONFIG] = as_json(config(plan), ascii=True)
+    source_of_words = _vocabulary(plan)
+    if is_described(source_of_words):
+        files |= described(source_of_words)
     for component in template.components:
         own = _component_config(plan, component) if component.folder else {}
         if component.folder and own != component.config:

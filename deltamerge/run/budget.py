@@ -103,6 +103,11 @@ def _weights(tensor: Budgeted, statistics: Mapping[str, LayerStatistics] | None)
     """The weights of entries by their flat position."""
     columns = row_length(tensor.base.shape)
     layer = None if statistics is None else statistics.get(tensor.tune.name)
+    if layer is not None and layer.parts:  # stacked experts
+        rows, transposed, squares = tensor.base.shape[-2], layer.transposed, np.stack([p.square for p in layer.parts])
+        return lambda where: squares[
+            where // columns // rows, where // columns % rows if transposed else where % columns
+        ]
     if layer is not None:
         square, transposed = layer.square, layer.transposed
         return lambda where: square[where // columns if transposed else where % columns]

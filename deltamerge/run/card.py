@@ -13,11 +13,14 @@ from deltamerge.calibrate.reach import in_words
 from deltamerge.calibrate.spec import Calibrated
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.graph import Node
+from deltamerge.io.coded_writer import Losses
+from deltamerge.io.component import PIPELINE
 from deltamerge.io.front_matter import card
 from deltamerge.io.front_matter import front_matter as read_front_matter
 from deltamerge.io.markdown import code, fenced, plain
 from deltamerge.plan.planner import Plan
 from deltamerge.run.budget import ChosenDensities, budget_of
+from deltamerge.run.lock import errors_of
 
 
 def _license(plan: Plan) -> str | None:
@@ -27,6 +30,14 @@ def _license(plan: Plan) -> str | None:
         stated = read_front_matter(file).get("license")
         found.add(stated if isinstance(stated, str) else None)
     return found.pop() if len(found) == 1 else None
+
+
+def _library(plan: Plan) -> str:
+    """The library that loads the output, as the hub calls it."""
+    template = plan.inputs.template.checkpoint
+    if template.config_file == PIPELINE or "_class_name" in template.config:
+        return "diffusers"
+    return "transformers" if template.is_simple else "sentence-transformers"
 
 
 def front_matter(plan: Plan) -> dict[str, object]:
@@ -44,7 +55,7 @@ def front_matter(plan: Plan) -> dict[str, object]:
     matter: dict[str, object] = {
         "base_model": [source for source in dict.fromkeys(sources) if source],
         "base_model_relation": "merge" if merged else "finetune",
-        "library_name": "deltamerge" if plan.recipe.output.kind == "delta" else "transformers",
+        "library_name": "deltamerge" if plan.recipe.output.kind == "delta" else _library(plan),
         "tags": ["deltamerge", "merge"] if merged else ["deltamerge"],
     }
     if plan.recipe.output.kind == "peft" and plan.inputs.base is not None:
@@ -140,6 +151,16 @@ def _delta(plan: Plan, written: Summary | None, choice: ChosenDensities | None) 
     ]
 
 
+def _quantised(losses: Losses | None) -> list[str]:
+    """How far quantised weights are from the merge."""
+    if not losses:
+        return []
+    found = errors_of(losses)
+    worst = max(found["tensors"], key=lambda name: found["tensors"][name])
+    said = f"{len(losses)} weights are quantised: relative error {found['relative_error']:.3g} of the merge in float32"
+    return ["## Quantisation", "", f"{said}, at most {found['tensors'][worst]:.3g} ({code(worst)}).", ""]
+
+
 def _pictures(named: Mapping[str, str]) -> list[str]:
     if not named:
         return []
@@ -155,9 +176,10 @@ def render(
     written: Summary | None = None,
     choice: ChosenDensities | None = None,
     pictures: Mapping[str, str] | None = None,
+    losses: Losses | None = None,
 ) -> str:
     """The whole card; the same plan gives the same text. `written` is what a delta artifact takes, `choice` what a
-    budget allowed, `pictures` files and their captions."""
+    budget allowed, `pictures` files and their captions, `losses` what quantisation lost."""
     what = Counter((p.built.method, p.built.details) for o in plan.outputs for p in o.pieces)
     rows = [
         f"| {count} | {plain(method)} | {'<br>'.join(map(plain, details))} |"
@@ -178,6 +200,7 @@ def render(
         *([""] if plan.remarks else []),
         *_calibration(plan, calibrated),
         *_delta(plan, written, choice),
+        *_quantised(losses),
         *_pictures(pictures or {}),
         "## Recipe",
         "",

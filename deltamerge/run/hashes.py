@@ -24,9 +24,11 @@ from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.component import CONFIG as CONFIG_FILE
 from deltamerge.io.files import flat, read_at
 from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn, size_of
+from deltamerge.io.quantised.scaled import Scaled
 from deltamerge.io.seals import hash_bytes as hash_bytes
 from deltamerge.io.seals import hash_output as hash_output
 from deltamerge.io.seals import seal
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.tokenizer_files import CONFIG, JINJA, TOKENIZER
 from deltamerge.plan.planner import Plan
 
@@ -159,13 +161,20 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
         position += len(files)
 
 
+def hashed_as_read(info: TensorInfo) -> TensorInfo | None:
+    """The stored tensor whose bytes the compiled loop hashes as it reads `info`; None: those are made another way."""
+    if isinstance(info.made, Scaled):
+        return info.made.codes if info.made.is_plain and info.made.bits and not info.begin else None
+    return info if info.made is None else None
+
+
 def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
     """Tell `pieces` of what a run will not hash as it reads it, while it does."""
     merged: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
     for task in plan.tasks if plan.recipe.output.kind == "model" else ():
         if task.backend == "fused" and task.root.kind != "read":
             infos = (node.parameter("tensor") for node in depth_first(task.root) if node.kind == "read")
-            for info in (one for one in infos if one.made is None):
+            for info in (one for info in infos if (one := hashed_as_read(info)) is not None):
                 merged[info.path].append((info.begin, info.begin + info.nbytes))
     paths = [path for _, files in _chosen(plan, mine) for path in files if not sha256_of(path)]
     with progress.phase("hashing inputs", sum(path.stat().st_size for path in paths if path.exists())):

@@ -10,6 +10,7 @@ from deltamerge import __version__
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import DeltamergeError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
+from deltamerge.io.component import CONFIG
 from deltamerge.io.lock_file import not_made
 from deltamerge.io.safetensors_file import PREFIX, parse_header
 from deltamerge.io.tensor import TensorInfo
@@ -91,8 +92,9 @@ def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
     copied = (plan.inputs.vocabulary or plan.inputs.template).checkpoint.path
     tokens = plan.vocabulary.tokens if plan.vocabulary is not None else None
     chat = plan.chat_template.text if plan.chat_template is not None else None
+    file = template.config_file or (CONFIG if template.config else "")
     return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat,
-                      components=template.components, config_file=template.config_file)  # fmt: skip
+                      components=template.components, config_file=file)  # fmt: skip
 
 
 def is_current(document: Document, planned: Plan, folder: Path) -> bool:

@@ -17,6 +17,7 @@ from deltamerge.calibrate.spec import Calibrated, locked
 from deltamerge.engine.graph import Node
 from deltamerge.errors import VerifyError
 from deltamerge.io.atomic import replace_file
+from deltamerge.io.coded_writer import Losses, relative_error
 from deltamerge.io.lock_file import FORMAT as FORMAT
 from deltamerge.io.lock_file import LOCK_NAME as LOCK_NAME
 from deltamerge.io.lock_file import ROWS as ROWS
@@ -60,8 +61,10 @@ class Lock:
         inputs: Mapping[str, Any],
         found: Mapping[Node, Calibrated],
         choice: ChosenDensities | None = None,
+        losses: Losses | None = None,
     ) -> Lock:
-        """The lock, not yet written, of what a run read and chose: the q's of stages, the densities of a budget."""
+        """The lock, not yet written, of what a run read, chose and lost: the q's of stages, the densities of a budget,
+        the errors of quantised weights."""
         rows = {
             f"{spec.name}:{name}": value
             for node, spec in plan.specs.items()
@@ -81,6 +84,7 @@ class Lock:
             "outputs": {},
             **({"calibration": calibration} if calibration else {}),
             **({"densities": choice.densities} if choice is not None else {}),
+            **({"quantization": errors_of(losses)} if losses else {}),
         }
         return cls(path, content, rows or None)
 
@@ -191,6 +195,17 @@ class Lock:
                 wrong.append(f"{reference}: commit {now.get('commit')}, the lock has {then.get('commit')}")
         if wrong:
             raise VerifyError(f"{self.path}: the inputs are not those of the lock", also=wrong)
+
+
+def errors_of(losses: Losses) -> dict[str, Any]:
+    """‖x − stored‖ / ‖x‖ of all quantised weights together and of each, where x is the merge in float32; four digits,
+    which do not depend on the machine."""
+    tensors = {name: _rounded(relative_error([sums])) for name, sums in losses.items()}
+    return {"relative_error": _rounded(relative_error(losses.values())), "tensors": tensors}
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def fingerprint(recipe: Recipe) -> str:

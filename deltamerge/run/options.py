@@ -84,7 +84,7 @@ class Options:
     def merging(self, plan: Plan) -> Iterator[Callable[[int], None]]:
         """A phase in which the result of a plan is written; yields what is to be told the bytes done."""
         told = self.watch(plan)
-        with progress.phase("merging", plan.nbytes) as one:
+        with progress.phase("merging", plan.made_bytes) as one:
 
             def tell(nbytes: int) -> None:
                 one.step(nbytes)

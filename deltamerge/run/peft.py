@@ -17,12 +17,14 @@ from typing import Any, NamedTuple
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
-from deltamerge.io.adapter import CONFIG, PREFIX
+from deltamerge.io.adapter_config import CONFIG
+from deltamerge.io.adapter_parts import PREFIX
+from deltamerge.io.layout import plan_layout
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
 from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.writer import Writer, plan_layout
+from deltamerge.io.writer import Writer
 from deltamerge.plan.planner import ADAPTER, Plan
 from deltamerge.run.assets import config as output_config
 from deltamerge.run.assets import tokenizer_files, write_files
@@ -160,7 +162,7 @@ class _Modules:
     def __init__(self, model: Any, architecture: str, stored: dict[str, str], results: dict[str, TensorInfo]) -> None:
         from torch import nn
 
-        from deltamerge.calibrate.skeleton import aliases
+        from deltamerge.calibrate.loading import aliases
 
         self.architecture, self.stored, self.results = architecture, stored, results
         self.names = [name for name, _ in model.named_modules()]
@@ -172,7 +174,8 @@ class _Modules:
     def of(cls, config: dict[str, Any], results: dict[str, TensorInfo]) -> _Modules:
         from transformers import AutoConfig
 
-        from deltamerge.calibrate.skeleton import checkpoint_names, skeleton
+        from deltamerge.calibrate.loading import checkpoint_names
+        from deltamerge.calibrate.skeleton import skeleton
 
         try:
             made = AutoConfig.for_model(**config)

@@ -11,6 +11,7 @@ from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.plan.planner import Plan, plan
 from deltamerge.recipe.file import Document, RecipeFile
+from deltamerge.run import gguf_output
 from deltamerge.run.intermediate import folder_of, result
 from deltamerge.run.options import Options
 
@@ -71,7 +72,9 @@ class Planner:
                 return replace(hub.open_model(pinned, folder, weights=whole, pickles=pickles), reference=reference)
             return hub.open_model(reference, folder, weights=whole, pickles=pickles)
 
-        return plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
+        planned = plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
+        gguf_output.check(planned)
+        return planned
 
 
 def make_plans(file: RecipeFile, out: Path | None = None, options: Options | None = None) -> tuple[Plan, ...]:

@@ -17,6 +17,7 @@ from deltamerge.io.pieces import Pieces
 from deltamerge.io.reader import Reader
 from deltamerge.plan.planner import Plan
 from deltamerge.run import hashes
+from deltamerge.run.layers_built import check_layers_built
 from deltamerge.run.lock import Lock
 from deltamerge.run.partition import Part
 
@@ -26,7 +27,8 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Reading:
     """The files that a run of `plan`, or of one part of it, reads. `pieces` are the hashes of what has been read;
-    `checked` ends when files of the hub's cache are found to be what the hub says, `hashed` when the rest is hashed."""
+    `checked` ends when files of the hub's cache are found to be what the hub says and transformers builds the layers
+    that are stacked, `hashed` when the rest is hashed."""
 
     plan: Plan
     takes: hashes.Mine
@@ -39,7 +41,7 @@ class Reading:
         """Check and hash them, and the files that are `copied`, from now on. VerifyError: the lock has others, of which
         a part, that reads some, cannot tell."""
         paths, takes, pieces = _files_read(planned, part, copied), (part or Part(1, 1)).takes, Pieces()
-        checked = _beside(lambda: check_blobs(paths, planned.workers))
+        checked = _beside(lambda: _check(paths, planned))
         if lock is not None and part is None:
             lock.check_inputs(hashes.describe_inputs(planned, planned.workers, takes, pieces))
         hashed = _beside(lambda: hashes.hash_ahead(planned, takes, pieces))
@@ -49,6 +51,11 @@ class Reading:
         """What a lock says of them, once all are hashed."""
         self.hashed.result()
         return hashes.describe_inputs(self.plan, self.plan.workers, self.takes, self.pieces)
+
+
+def _check(paths: list[Path], planned: Plan) -> None:
+    check_blobs(paths, planned.workers)
+    check_layers_built(planned)
 
 
 def check_deltas(planned: Plan) -> None:

@@ -23,8 +23,8 @@ from deltamerge.plan.finite import set_aside, unexpected
 from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import Document, RecipeFile
-from deltamerge.run import hashes
-from deltamerge.run.assets import asset_files, assets, write_files
+from deltamerge.run import gguf_output, hashes
+from deltamerge.run.assets import asset_files, assets, left_out, write_files
 from deltamerge.run.budget import budget_of
 from deltamerge.run.card import render
 from deltamerge.run.intermediate import check_places, is_current, is_result, is_unchanged
@@ -149,7 +149,8 @@ def _make(
         made = _checked(made, work, document.text, facts, reading, options)
         inputs = reading.describe()
         if part:
-            work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed}})
+            losses = {"losses": made.losses} if made.losses else {}
+            work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed, **losses}})
             return Result(work.folder, part.of(made.plan), {}, None, made.nonfinite)
         planned, lock = _complete(made, work, document.text, target.name, inputs, draw)
     return Result(target, planned, lock, made.delta, made.nonfinite)
@@ -197,7 +198,8 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
             options.lock.check_inputs(inputs)
         found = calibrated(planned, work, options.lock, facts, alone=False)
         write_index(work.folder, planned.layout)
-        made = Weights(set_aside(_warned(planned)), found, outputs, seals=seals)
+        losses = {name: (sums[0], sums[1]) for part in parts for name, sums in part.get("losses", {}).items()}
+        made = Weights(set_aside(_warned(planned)), found, outputs, seals=seals, losses=losses)
         planned, lock = _complete(made, work, text, target.name, inputs, draw)
     return Result(target, planned, lock)
 
@@ -215,13 +217,17 @@ def _complete(
     if planned.recipe.output.kind == "peft":
         planned, outputs = replace(planned, notes=planned.notes + write_adapter(planned, folder)), {}
     else:
-        write_files(assets(planned), folder)
+        files = assets(planned)
+        planned = replace(planned, notes=(*planned.notes, *left_out(planned, files)))
+        write_files(files, folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
+    if planned.recipe.output.gguf is not None:
+        planned = replace(planned, notes=(*planned.notes, gguf_output.write_gguf(planned, folder)))
     found = {node: made.values[node] for node in planned.stages}
-    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice)
+    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses)
     lock.write_rows()
     pictures = draw(planned, folder, lock.figures) if draw is not None else {}
-    card = render(planned, text, title, found, made.delta, made.choice, pictures)
+    card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses)
     (folder / CARD).write_text(card, encoding="utf-8")
     others = {name: path for name, path in files_of(folder).items() if name not in outputs}
     seals = {**made.seals, **{name: seal(path) for name, path in others.items()}}

@@ -12,6 +12,7 @@ from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, OutputError
 from deltamerge.errors.shown import some
 from deltamerge.io.audit import Findings, NonFinite
+from deltamerge.io.coded_writer import CodedWriter, Losses
 from deltamerge.io.pieces import Pieces
 from deltamerge.io.reader import Reader
 from deltamerge.io.seals import Seal, seal
@@ -30,8 +31,8 @@ from deltamerge.run.partition import Part, shared_calibration
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Weights that are written: by which plan, the values of its shared nodes, hash and size of the files whose hash is
-    known, what is not finite in them, what an artifact takes, the densities that fit a budget, and the seals of the
-    files as they were when they were hashed."""
+    known, what is not finite in them, what an artifact takes, the densities that fit a budget, the seals of the files
+    as they were when they were hashed, and what quantisation lost."""
 
     plan: Plan
     values: Mapping[Node, Any]
@@ -40,6 +41,7 @@ class Weights:
     delta: Summary | None = None
     choice: ChosenDensities | None = None
     seals: Mapping[str, Seal] = field(default_factory=dict)
+    losses: Losses = field(default_factory=dict)
 
 
 def make_weights(
@@ -78,11 +80,11 @@ def _make(
     values = calibrated(planned, work, options.lock, facts, alone=part is None or part.index == 0)
     mine = part.of(planned) if part else planned
     with options.merging(mine) as told:
-        found = _write_shards(mine, work, told, values, part, pieces)
+        found, losses = _write_shards(mine, work, told, values, part, pieces)
     sizes = {file.name: file.size for file in planned.layout.files}
     hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
     seals = {name: seal(work.folder / name) for name in hashed}
-    return Weights(planned, values, hashed, found.nonfinite, seals=seals)
+    return Weights(planned, values, hashed, found.nonfinite, seals=seals, losses=losses)
 
 
 def calibrated(
@@ -133,18 +135,22 @@ def _write_shards(
     known: dict[Node, Any],
     part: Part | None,
     pieces: Pieces,
-) -> Findings:
+) -> tuple[Findings, Losses]:
     files = part.files(planned.layout) if part else None
     with Reader(pieces) as reader, Writer(work.folder, planned.layout, files=files, journal=work.journal) as writer:
+        sink = CodedWriter(writer, planned.codings, reader, work.folder)
         execute(
-            sorted(planned.tasks, key=lambda task: writer.where(task.name, task.offset)),
+            sorted(planned.tasks, key=lambda task: sink.where(task.name, task.offset)),
             reader,
-            writer,
+            sink,
             device=planned.device,
             workers=planned.workers,
             tile_elements=planned.tile_elements,
             progress=progress,
             known=known,
-            done=writer.has,
+            done=sink.has,
         )
-        return writer.finish(keep=part is not None)
+        found = writer.finish(keep=part is not None)
+        parts = {part.name for coding in planned.codings.values() for part in coding.parts}
+        counts = {name: count for name, count in found.nonfinite.items() if name not in parts}
+        return replace(found, nonfinite=counts), sink.losses()

@@ -17,19 +17,17 @@ import transformers
 from calibration_rows import rows
 from conftest import write_json, write_tokenizer
 from running import calibrate, make_plan
+from safetensors.torch import load_file
 from tiny_models import image_processor
 
+from deltamerge.calibrate.blocks import BlockModel, from_reader
+from deltamerge.calibrate.data import RowReader
 from deltamerge.calibrate.families import check_family
+from deltamerge.calibrate.rows import Row
 from deltamerge.errors import DeltamergeError, InputError
 
 REFUSED = {
-    "T5ForConditionalGeneration": ("t5", "is an encoder-decoder"),
-    "UMT5ForConditionalGeneration": ("umt5", "is an encoder-decoder"),
-    "SwitchTransformersForConditionalGeneration": ("switch_transformers", "is an encoder-decoder"),
-    "M2M100ForConditionalGeneration": ("m2m_100", "is an encoder-decoder"),
-    "PegasusForConditionalGeneration": ("pegasus", "is an encoder-decoder"),
-    "BartForConditionalGeneration": ("bart", "is an encoder-decoder"),
-    "WhisperForConditionalGeneration": ("whisper", "is an encoder-decoder"),
+    "WhisperForConditionalGeneration": ("whisper", "takes input_features"),
     "CLIPModel": ("clip", "has two towers"),
     "SiglipModel": ("siglip", "has two towers"),
     "ClapModel": ("clap", "has two towers"),
@@ -41,6 +39,14 @@ REFUSED = {
     "LaserModel": ("laser", "transformers has no model class 'LaserModel'"),
 }
 PASS = {
+    "T5ForConditionalGeneration": "t5",
+    "T5Model": "t5",
+    "UMT5ForConditionalGeneration": "umt5",
+    "SwitchTransformersForConditionalGeneration": "switch_transformers",
+    "M2M100ForConditionalGeneration": "m2m_100",
+    "PegasusForConditionalGeneration": "pegasus",
+    "BartForConditionalGeneration": "bart",
+    "MarianMTModel": "marian",
     "T5EncoderModel": "t5",
     "T5ForSequenceClassification": "t5",
     "BartForSequenceClassification": "bart",
@@ -90,6 +96,9 @@ def test_neither_torch_nor_transformers_is_imported_for_it() -> None:
 
 TEXT = {"vocab_size": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 T5 = TEXT | {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2, "decoder_start_token_id": 0}
+BART = TEXT | {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24,
+               "encoder_attention_heads": 2, "decoder_attention_heads": 2, "decoder_start_token_id": 2,
+               "max_position_embeddings": 40}  # fmt: skip
 CONVNEXT = {"hidden_sizes": [8, 16, 16, 16], "depths": [1, 1, 1, 1], "image_size": 32, "num_labels": 3}
 SWIN = {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "image_size": 16, "patch_size": 2, "window_size": 2}
 VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -101,7 +110,9 @@ RUN: dict[str, tuple[str, dict[str, Any], str]] = {
     "XLNetForSequenceClassification": ("XLNetConfig", XLNET, ""),
     "ConvNextForImageClassification": ("ConvNextConfig", CONVNEXT, ""),
     "SwinForImageClassification": ("SwinConfig", SWIN | {"num_labels": 3}, ""),
-    "T5ForConditionalGeneration": ("T5Config", T5, "is an encoder-decoder"),
+    "T5ForConditionalGeneration": ("T5Config", T5, ""),
+    "T5Model": ("T5Config", T5, ""),
+    "BartForConditionalGeneration": ("BartConfig", BART, ""),
     "CLIPModel": ("CLIPConfig", {"text_config": TOWER, "vision_config": VISION}, "has two towers"),
 }
 RECIPE = """\
@@ -151,6 +162,39 @@ def test_what_passes_check_is_calibrated(tmp_path: Path, architecture: str) -> N
     else:
         make_plan(path, device="cpu", workers=1)
         assert calibrate(path, device="cpu", workers=1)["t"]["q"]
+
+
+SAYING = {"T5ForConditionalGeneration": ("T5Config", T5), "BartForConditionalGeneration": ("BartConfig", BART),
+          "PegasusForConditionalGeneration": ("PegasusConfig", BART), "MarianMTModel": ("MarianConfig", BART),
+          "M2M100ForConditionalGeneration": ("M2M100Config", BART)}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", SAYING)
+def test_a_decoder_is_given_what_it_is_to_say(tmp_path: Path, architecture: str) -> None:
+    """Logits, losses and labels are those of the model's own forward with `labels`."""
+    name, settings = SAYING[architecture]
+    config = getattr(transformers, name)(**settings)
+    pair(tmp_path, architecture, config)
+    model = getattr(transformers, architecture).from_pretrained(tmp_path / "tuned").eval()
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "tuned")
+    reads = RowReader(tmp_path / "tuned", config, task="causal-lm", length=12)
+    pairs = [Row(("w5 w6 w7", "w9 w8 w7 w6 w5"), None, 1), Row(("w8 w9", "w7"), None, 2)]
+    for some in ([Row("w5 w6 w7 w8", None, 1), Row("w9 w8", None, 2)], pairs):
+        batches = reads.batches(some, labelled=True)
+        (batch,), (said,) = batches.inputs, batches.labels or []
+        labels = batch["decoder_input_ids"].masked_fill(batch["decoder_attention_mask"] == 0, -100)
+        given = {k: batch[k] for k in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            wanted = model(**given, labels=labels, decoder_attention_mask=batch["decoder_attention_mask"])
+        tensors = load_file(tmp_path / "tuned" / "model.safetensors")
+        block = BlockModel(config, tensors, pad_token_id=reads.pad_token_id)
+        ((logits,),) = block.run([batch], [from_reader(tensors.__getitem__)], lambda b, out: out.logits)
+        assert logits is not None
+        real = batch["decoder_attention_mask"].bool()
+        torch.testing.assert_close(logits[real], wanted.logits[real], rtol=1e-4, atol=1e-4)
+        left = (said[:, 1:] != -100) & (labels[:, :-1] != -100)
+        assert torch.equal(said[:, 1:][left], labels[:, :-1][left])
+        assert (said[:, 0] == -100).all()
 
 
 SIZES = {
@@ -244,6 +288,8 @@ def test_every_family_is_calibrated_or_refused(tmp_path: Path, part: int) -> Non
             calibrate(path, device="cpu", workers=1)
             where = "calibrated"
         except DeltamergeError as error:
+            if where == "refused later":
+                print(f"{architecture}: {error}")
             crashes += [f"{architecture}: {error}"] if "\n" in str(error) else []
         except Exception as error:
             crashes.append(f"{architecture}: {error!r}")

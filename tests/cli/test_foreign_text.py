@@ -118,7 +118,7 @@ def test_every_command(
         ["verify", out],
         ["verify", out, "--base", base],
         ["run", nasty],
-        ["run", recipe, nasty],
+        ["run", recipe, f"more{file_name(nasty)}"],
         ["plan", recipe, "--memory", nasty],
         ["plan", recipe, f"--{nasty}"],
         [nasty],
@@ -132,7 +132,7 @@ def test_every_command(
         assert code != 3, texts
         failing += [(arguments[0], texts[1])] if code else []
         assert_harmless(*texts)
-    assert [command for command, _ in failing] == ["check", "methods", "run", "run", "plan", "plan", nasty], failing
+    assert [command for command, _ in failing] == ["check", "methods", "run", "plan", "plan", nasty], failing
     for arguments in (["plan", recipe], ["inspect", tune, "--base", base], ["diff", base, tune]):
         code, text, _ = call(capsys, *arguments, "--json")
         assert_harmless(text)

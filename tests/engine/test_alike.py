@@ -12,6 +12,7 @@ from calls import call
 from conftest import load_tensors, make_checkpoint
 from running import make_plan, run
 
+from deltamerge.errors import OutputError
 from deltamerge.methods.table import MERGE
 from deltamerge.plan import finite
 
@@ -121,12 +122,14 @@ def test_large_tensors_too(tmp_path, monkeypatch, case):
     assert late == early
 
 
+@pytest.mark.parametrize("weight", [0.5, 1])
 @pytest.mark.parametrize("values", ["", ", semantics: add, values: float32"])
-def test_deltas_leave_them_as_the_base_has_them(tmp_path, capsys, values):
+def test_deltas_leave_them_as_the_base_has_them(tmp_path, capsys, values, weight):
     models(tmp_path, torch.float32)
-    text = (
-        f"base_model: ./base\nmodels: [{{model: ./a}}]\nparameters: {{weight: 0.5}}\noutput: {{kind: delta{values}}}\n"
+    models_are = (
+        f"models: [{{model: ./a}}]\nparameters: {{weight: {weight}}}\n" if weight != 1 else "models: [{model: ./a}]\n"
     )
+    text = f"base_model: ./base\n{models_are}output: {{kind: delta{values}}}\n"
     run(recipe(tmp_path, text), tmp_path / "delta")
     code, _, err = call(capsys, "apply", tmp_path / "delta", "--base", tmp_path / "base", "--out", tmp_path / "out")
     assert (code, "Traceback" in err) == (0, False)
@@ -152,6 +155,22 @@ def test_parts_and_their_finish_say_the_same(tmp_path):
     for name in files:
         parts, whole = ((tmp_path / folder / name).read_bytes() for folder in ("parts", "whole"))
         assert parts.replace(b"# parts", b"# whole") == whole
+
+
+def test_a_single_number_is_copied_by_a_stack(tmp_path):
+    for odd in (False, True):
+        models(tmp_path, torch.float32, odd=odd, name="layers.0.w")
+        for name in ("a", "b"):
+            made = load_tensors(tmp_path / name)
+            more = {"layers.0.min": made.pop("min"), "layers.0.max": made.pop("max")}
+            make_checkpoint(tmp_path / name, made | more, config={"num_layers": 1})
+        text = "".join(f"- sources: [{{model: ./{name}, layer_range: [0, 1]}}]\n" for name in ("a", "b"))
+        path = recipe(tmp_path, f"merge_method: passthrough\nslices:\n{text}")
+        if not odd:
+            run(path, tmp_path / "out", force=True)
+            continue
+        with pytest.raises(OutputError, match=r"in layers.0.w \(1 NaN, 2 inf\), layers.1.w \(1 NaN, 2 inf\)$"):
+            run(path, tmp_path / "out", force=True)
 
 
 def test_what_only_some_hold_is_refused_as_before(tmp_path, capsys):
@@ -187,3 +206,27 @@ def test_masks_and_tables_of_layers_are_copied(tmp_path, monkeypatch):
     assert torch.equal(load_tensors(tmp_path / "out")["h.0.attn.bias"], mask)
     methods = {output.name: output.pieces[0].built.method for output in planned.outputs}
     assert methods["h.0.attn.bias"] == methods["h.0.rotary_emb.inv_freq"] == "copy"
+
+
+def test_rows_of_several_models_and_deltas_are_not_searched(tmp_path):
+    """Rows that a union gathers, and what a delta makes of its base, are no stored values of one model: what is not
+    finite there is met by arithmetic, and refused."""
+    from conftest import write_tokenizer
+
+    torch.manual_seed(0)
+    for name, rows in (("base", 6), ("a", 7), ("b", 6)):
+        table = torch.randn(rows, 4)
+        table[5, 1] = INF
+        config = {"model_type": "test", "vocab_size": rows}
+        make_checkpoint(tmp_path / name, {"model.embed_tokens.weight": table, "w": torch.randn(4)}, config=config)
+        write_tokenizer(tmp_path / name, rows)
+    union = recipe(tmp_path, f"merge_method: linear\nbase_model: ./base\n{TWO}{SUM}tokenizer_source: union\n")
+    (embedding,) = (o for o in make_plan(union).outputs if "embed" in o.name)
+    assert finite._models(embedding.pieces[0].built.root) == ()
+    with pytest.raises(OutputError, match=r"not finite in model\.embed_tokens\.weight"):
+        run(union, tmp_path / "united")
+    make_checkpoint(tmp_path / "a", {"w": torch.randn(4), "model.embed_tokens.weight": torch.randn(6, 4)})
+    run(recipe(tmp_path, "base_model: ./base\nmodels: [{model: ./a}]\noutput: {kind: delta}\n"), tmp_path / "delta")
+    over = recipe(tmp_path, f"merge_method: linear\nbase_model: ./base\n{TWO.replace('./a', './delta')}{SUM}")
+    for output in make_plan(over).outputs:
+        assert finite._models(output.pieces[0].built.root) == ()

@@ -217,6 +217,11 @@ def q_of_columns(m: Models) -> np.ndarray[Any, Any]:
     return line(columns_of(m), 5)[None] if columns_of(m) > 1 else line(rows_of(m), 5)[:, None]
 
 
+def q_of_matrices(m: Models) -> np.ndarray[Any, Any]:
+    """One of each stacked matrix; of other tensors one of each row."""
+    return line(m.shape[0], 5)[:, None, None] if len(m.shape) == 3 else line(rows_of(m), 5)[:, None]
+
+
 def divided(of: Build, q: Callable[[Models], Any]) -> Build:
     return lambda m: m.node("deltamerge.methods.prune.rescale:divide_rows", of(m), m.small(q(m)))
 
@@ -286,9 +291,11 @@ STEPS: Mapping[str, Build] = {
     "norm of rows": norm(pruned(f"{SELECT}:keep_largest_rows", density=0.3), "l1"),
     "divided by row": divided(delta(1), lambda m: line(rows_of(m), 4)[:, None]),
     "divided by column": divided(delta(1), q_of_columns),
+    "divided by matrix": divided(delta(1), q_of_matrices),
     "divided by one number": divided(delta(1), lambda m: 0.3),
     "sparse, divided by row": merged(TASK, divided(dare(0.03), lambda m: line(rows_of(m), 4)[:, None]), **ONE),
     "sparse, divided by column": merged(TASK, divided(dare(0.03), q_of_columns), **ONE),
+    "sparse, divided by matrix": merged(TASK, divided(dare(0.03), q_of_matrices), **ONE),
     "cleared": protected("clear"),
     "restored": protected("restore"),
     "high counts": select("high_histogram", kind="sum"),
@@ -393,7 +400,7 @@ def test_arrays_that_are_too_short_are_refused() -> None:
         native.ordered_product(some, some, some, 2, 2, 3)
     with pytest.raises(ValueError, match="shorter"):
         native.put(np.zeros(20, np.uint8), some, some, np.zeros(9, np.uint32), 1, 0, 5, 4, 0, False, 4)
-    with pytest.raises(TypeError, match="20 arrays"):
+    with pytest.raises(TypeError, match="21 arrays"):
         native.run(some)
 
 

@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import errno
-import itertools
 import json
 import os
 import random
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +15,9 @@ from safetensors.torch import save_file
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import files
-from deltamerge.io.checkpoint import Checkpoint, canonical, match_prefixes, open_checkpoint
+from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
+from deltamerge.io.matching import match
 from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
 
 TENSORS = {f"t{i}": torch.arange(12.0).reshape(3, 4) + i for i in range(6)}
 
@@ -224,97 +222,18 @@ def test_copies_in_the_kernel_or_through_a_buffer(
     assert (tmp_path / "out").read_bytes()[:16_005] == b"-" * 5 + text[80:16_080]
 
 
-def checkpoint_of(names: Iterable[str]) -> Checkpoint:
-    tensors = {name: TensorInfo(name, "F32", (1,), Path("x"), 0, 4) for name in names}
-    return Checkpoint("x", Path("x"), tensors, (), {})
+def renamings(*models: Checkpoint) -> list[dict[str, str]]:
+    shapes = [{name: info.shape for name, info in model.tensors.items()} for model in models]
+    return [names.canonical for names in match(shapes, [model.reference for model in models])]
 
 
-def family(inner: list[str], block: str, parts: list[str], layers: int = 3) -> list[str]:
-    return [*inner, *(f"{block}.{i}.{part}" for i in range(layers) for part in parts)]
+def test_names_of_real_files(shared_data: Path) -> None:
+    base, *tuned = renamings(*(open_checkpoint(shared_data / name) for name in ("base", "sentiment", "intensity")))
+    for names in tuned:
+        assert all(new == old.removeprefix("bert.") for old, new in names.items())
+        assert names.values() - base.keys() == {"classifier.weight", "classifier.bias"}
 
 
-BERT = family(["embeddings.word_embeddings.weight", "pooler.dense.bias"], "encoder.layer",
-              ["attention.self.query.weight", "output.LayerNorm.bias"])  # fmt: skip
-DISTILBERT = family(["embeddings.LayerNorm.bias"], "transformer.layer", ["attention.q_lin.weight", "ffn.lin1.bias"])
-VIT = family(["embeddings.cls_token", "layernorm.weight"], "encoder.layer", ["attention.attention.query.weight"])
-GPT2 = family(["wte.weight", "wpe.weight", "ln_f.bias"], "h", ["attn.c_attn.weight", "mlp.c_fc.bias"])
-LLAMA = family(["embed_tokens.weight", "norm.weight"], "layers", ["self_attn.q_proj.weight", "mlp.up_proj.weight"])
-BART = [*family(["shared.weight"], "encoder.layers", ["fc1.weight"]), *family([], "decoder.layers", ["fc1.weight"])]
-T5 = [*family(["shared.weight"], "encoder.block", ["layer.0.SelfAttention.q.weight"]),
-      *family(["encoder.final_layer_norm.weight"], "decoder.block", ["layer.1.EncDecAttention.q.weight"])]  # fmt: skip
-FLAT = ["first.weight", "second.weight", "third.bias"]
-
-HEADS = {
-    "bert": (BERT, ["classifier.weight", "classifier.bias"]),
-    "roberta": (BERT, ["classifier.dense.weight", "classifier.out_proj.weight"]),
-    "distilbert": (DISTILBERT, ["pre_classifier.weight", "classifier.weight"]),
-    "vit": (VIT, ["classifier.weight"]),
-    "transformer": (GPT2, ["lm_head.weight"]),
-    "model": (LLAMA, ["lm_head.weight"]),
-    "deberta": (BERT, ["classifier.0.weight", "classifier.0.bias", "classifier.2.weight"]),
-    "net": (FLAT, ["head.weight"]),
-}
-
-
-@pytest.mark.parametrize("prefix", HEADS)
-@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
-def test_prefix_of_headed_models(prefix: str, order: tuple[int, ...]) -> None:
-    base, head = HEADS[prefix]
-    tuned = [f"{prefix}.{name}" for name in base] + head
-    models = [(base, ""), (tuned, f"{prefix}."), ([*tuned, "score.weight"], f"{prefix}.")]
-    found = match_prefixes([checkpoint_of(models[i][0]) for i in order])
-    assert found == [models[i][1] for i in order]
-    assert {canonical(name, f"{prefix}.") for name in tuned} == {*base, *head}
-
-
-def test_prefixes_of_two_containers() -> None:
-    conditional = [f"model.{name}" for name in BART] + ["final_logits_bias"]
-    assert match_prefixes([checkpoint_of(BART), checkpoint_of(conditional)]) == ["", "model."]
-    sequence = [f"transformer.{name}" for name in T5] + ["classification_head.dense.weight"]
-    encoder = [name for name in T5 if not name.startswith("decoder")]
-    assert match_prefixes([checkpoint_of(m) for m in (T5, sequence, [*T5, "lm_head.weight"], encoder)]) == [
-        "", "transformer.", "", "",
-    ]  # fmt: skip
-
-
-def test_equal_or_unrelated_models_have_no_prefix() -> None:
-    headed = [f"model.{name}" for name in LLAMA] + ["lm_head.weight"]
-    assert match_prefixes([checkpoint_of(headed)] * 3) == ["", "", ""]
-    assert match_prefixes([checkpoint_of(headed), checkpoint_of(headed[:-1])]) == ["", ""]
-    assert match_prefixes([checkpoint_of(GPT2), checkpoint_of(BERT)]) == ["", ""]
-    assert match_prefixes([checkpoint_of(["a"])]) == [""]
-    assert match_prefixes([]) == []
-
-
-def test_different_depths_still_match() -> None:
-    deep = [f"model.{name}" for name in family(["norm.weight"], "layers", ["up.weight"], layers=5)]
-    shallow = family(["norm.weight"], "layers", ["up.weight"], layers=3)
-    assert match_prefixes([checkpoint_of(deep), checkpoint_of(shallow)]) == ["model.", ""]
-
-
-def test_a_text_model_inside_a_larger_one() -> None:
-    text = [f"model.{name}" for name in LLAMA]
-    whole = [f"language_model.{name}" for name in text] + [f"vision_tower.{name}" for name in VIT * 1]
-    assert match_prefixes([checkpoint_of(text), checkpoint_of(whole)]) == ["", "language_model."]
-
-
-def test_a_prefix_never_makes_two_names_one() -> None:
-    frame = ["a.x", "b.x", "c.x"]
-    assert match_prefixes([checkpoint_of(frame), checkpoint_of(["p.a.x", "a.x", "p.b.x", "p.c.x"])]) == ["", ""]
-
-
-def test_hostile_names_take_linear_time() -> None:
-    names = [f"{'a' * (i % 50)}{i}.{i}.x" for i in range(20_000)]
-    assert match_prefixes([checkpoint_of(names), checkpoint_of(names[1:])]) == ["", ""]
-
-
-def test_prefixes_of_real_files(tmp_path: Path, shared_data: Path) -> None:
-    real = [open_checkpoint(shared_data / name) for name in ("base", "sentiment", "intensity")]
-    assert match_prefixes(real) == ["", "bert.", "bert."]
-    missing = {canonical(name, "bert.") for name in real[1].tensors} - real[0].tensors.keys()
-    assert missing == {"classifier.weight", "classifier.bias"}
-
-
-def test_prefixes_of_tiny_files(tmp_path: Path) -> None:
-    pair = [open_checkpoint(folder) for folder in tiny_bert_pair(tmp_path)]
-    assert match_prefixes(pair) == ["", "bert."]
+def test_names_of_tiny_files(tmp_path: Path) -> None:
+    names = renamings(*(open_checkpoint(folder) for folder in tiny_bert_pair(tmp_path)))[1]
+    assert all(new == old.removeprefix("bert.") for old, new in names.items())

@@ -21,7 +21,7 @@ from deltamerge.io.dtypes import (
     torch_dtype,
     widen,
 )
-from deltamerge.io.writer import DTYPE_ORDER
+from deltamerge.io.layout import DTYPE_ORDER
 
 
 def test_other_tables_have_the_same_codes() -> None:

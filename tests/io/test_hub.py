@@ -219,10 +219,24 @@ def test_repositories_without_a_usable_model(server: Hub, tmp_path: Path, weight
         (folder / file).write_text("{}")
         server.repositories[f"org/{name}"] = folder
     refused("org/adapter", tmp_path, "is an adapter, not a model", weights=weights)
-    refused("org/pickled", tmp_path, "only PyTorch pickle files", "save_pretrained", weights=weights)
+    refused("org/pickled", tmp_path, "only PyTorch pickle files", "pickles: true", weights=weights)
     refused("org/empty", tmp_path, "no safetensors weights", weights=weights)
     write_json(server.repositories["org/pickled"] / "config.json", {})
-    refused("org/pickled", tmp_path, "only PyTorch pickle files", "save_pretrained", weights=weights)
+    refused("org/pickled", tmp_path, "only PyTorch pickle files", "pickles: true", weights=weights)
+
+
+def test_torchs_files_on_the_hub_are_downloaded_where_they_are_allowed(server: Hub, tmp_path: Path) -> None:
+    folder = tmp_path / "hub" / "old"
+    folder.mkdir(parents=True)
+    tensors = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2).bfloat16()}
+    torch.save(tensors, folder / "pytorch_model.bin")
+    write_json(folder / "config.json", {"model_type": "test"})
+    server.repositories["org/old"] = folder
+    found = hub.open_model("org/old", tmp_path, weights=False, pickles=True)
+    assert {name: info.shape for name, info in found.tensors.items()} == {"w": (2, 3), "b": (2,)}
+    (tmp_path / "r.yaml").write_text("merge_method: passthrough\nmodels: [{model: org/old}]\npickles: true\n")
+    merged = load_tensors(run(tmp_path / "r.yaml").folder)
+    assert all(torch.equal(merged[name], tensors[name]) for name in tensors)
 
 
 def test_a_lying_index_on_the_hub(server: Hub, model: Path, tmp_path: Path) -> None:
@@ -372,3 +386,47 @@ def test_a_delta_on_the_hub_is_named_and_applied(server: Hub, tmp_path: Path) ->
     again.write_text("base_model: org/base\nmodels: [{model: org/delta}]\n")
     assert len(make_plan(again).outputs) == applied.tensors
     assert (run(again, tmp_path / "again").folder / "model.safetensors").read_bytes() == wanted
+
+
+def test_pipelines_and_folders_of_repositories(
+    server: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline is planned from its headers; `org/name:folder` is one component; offline both come from the cache."""
+    for seed, name in enumerate(("base", "tuned")):
+        whole = tmp_path / "hub" / name
+        for part, file in (("unet", "diffusion_pytorch_model"), ("text_encoder", "model.fp16")):
+            folder = tiny_llama(whole / part, seed=seed, base=None if not seed else tmp_path / "hub" / "base" / part)
+            (folder / "model.safetensors").rename(folder / f"{file}.safetensors")
+        (whole / "tokenizer").mkdir()
+        (whole / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
+        (whole / "unet" / "own.py").write_text("raise SystemExit")
+        (whole / "onnx").mkdir()
+        (whole / "onnx" / "config.json").write_text("{}")
+        parts = {part: ["diffusers", "X"] for part in ("unet", "text_encoder", "tokenizer", "vae")}
+        write_json(whole / "model_index.json", {"_class_name": "P", **parts})
+        server.repositories[f"org/{name}"] = whole
+    recipe = "base_model: org/base{}\nmodels: [{{model: org/tuned{}}}]\noutput: {{kind: {}}}\n"
+    (tmp_path / "r.yaml").write_text(recipe.format("", "@v1", "model"))
+    planned = make_plan(tmp_path / "r.yaml")
+    spans = server.fetched("diffusion_pytorch_model.safetensors")
+    assert spans
+    assert all(span for _, span in spans)
+    assert not any(server.fetched(name) for name in ("merges.txt", "own.py", "onnx/config.json"))
+    files = {"text_encoder/model.fp16.safetensors", "unet/diffusion_pytorch_model.safetensors"}
+    assert {output.file for output in planned.outputs} == files
+    done = run(tmp_path / "r.yaml")
+    assert done.lock["inputs"]["org/base"]["commit"] == COMMIT
+    assert {*files, "model_index.json"} <= done.lock["inputs"]["org/base"]["files"].keys()
+    assert {*files, "tokenizer/merges.txt", "unet/own.py", "unet/config.json"} <= done.lock["outputs"].keys()
+    assert not server.fetched("onnx/config.json")
+    (tmp_path / "one.yaml").write_text(recipe.format(":unet", "@v1:unet", "model"))
+    alone = run(tmp_path / "one.yaml").folder
+    whole = load_tensors(done.folder / "unet")
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in load_tensors(alone).items())
+    for reference in ("org/base:nothing", "org/base:unet/x"):
+        refused(reference, tmp_path, "has no folder")
+    for reference in ("org/base:../x", "org/base:", "org/base:/unet", "org/base:.git"):
+        refused(reference, tmp_path, "no such folder in")
+    offline(monkeypatch)
+    for reference in ("org/base", "org/tuned@v1:unet"):
+        assert hub.open_model(reference, tmp_path, weights=True).revision == COMMIT

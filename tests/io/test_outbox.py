@@ -16,9 +16,10 @@ import pytest
 
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io import audit, outbox, writer
+from deltamerge.io.layout import Layout, plan_layout
 from deltamerge.io.outbox import LEAST, READ, Outbox
 from deltamerge.io.spans import Spans
-from deltamerge.io.writer import Layout, Writer, plan_layout
+from deltamerge.io.writer import Writer
 
 ELEMENTS = 3_000_001
 PIECE = LEAST + 4

@@ -1,5 +1,5 @@
-"""Packed schemes: every decoder against its formula in float64, and bit for bit against the library that defines it; what
-is corrupt is refused in one line.
+"""Packed schemes: every decoder against its formula in float64, and bit for bit against the library that defines it;
+what is corrupt is refused in one line.
 
 GPTQ and AWQ have no library here: their reference is written from the packing that gptqmodel and AutoAWQ publish. MLX's
 values come from mlx itself (tests/io/mlx.safetensors).
@@ -8,6 +8,7 @@ values come from mlx itself (tests/io/mlx.safetensors).
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,11 @@ import pytest
 import torch
 from conftest import make_checkpoint
 from packed_files import CASES, Packed
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import open_checkpoint
+from deltamerge.io.hub import open_model
 from deltamerge.io.quantised import packing
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
@@ -37,7 +40,7 @@ def read(packed: Packed, folder: Path, *, pieces: bool = True) -> dict[str, np.n
             reader.read_into(info, 0, found[name])
             flat = found[name].reshape(-1)
             cuts = sorted({0, flat.size, *rng.integers(0, flat.size, 5).tolist()}) if pieces else []
-            for low, high in zip(cuts, cuts[1:], strict=False):
+            for low, high in pairwise(cuts):
                 piece = np.empty(high - low, np.float32)
                 reader.read_into(info, low, piece)
                 assert piece.tobytes() == flat[low:high].tobytes()
@@ -173,7 +176,7 @@ CORRUPT: dict[str, tuple[str, Callable[[Packed], None], str]] = {
         "mxfp4", change("e.gate_up_proj_blocks", lambda t: t[..., :8]), "its blocks are U8 [3, 10, 5, 8], must be"
     ),
     "mxfp4: scales that are no exponents": (
-        "mxfp4", change("e.gate_up_proj_scales", lambda t: t.float()), "gate_up_proj_scales is F32, must be F8_E8M0 or U8"
+        "mxfp4", change("e.gate_up_proj_scales", lambda t: t.float()), "_scales is F32, must be F8_E8M0 or U8"
     ),
     "mxfp4: a NaN scale": ("mxfp4", change("e.gate_up_proj_scales", holed(255)), "_scales: holds NaN or infinity"),
     "nvfp4: scales for groups of 24": (
@@ -205,7 +208,7 @@ CORRUPT: dict[str, tuple[str, Callable[[Packed], None], str]] = {
     "gptq: groups of another size": (
         "gptq of 4 bits, version 2, no order", say(group_size=64), "has 3 groups, config.json says one for 64 of 96"
     ),
-    "gptq: an infinite scale": ("gptq of 4 bits", change("a.scales", holed(float("inf"))), "a.scales: holds NaN or inf"),
+    "gptq: an infinite scale": ("gptq of 4 bits", change("a.scales", holed(float("inf"))), "a.scales: holds NaN or"),
     "awq: another version": ("awq", say(version="GEMV"), "its version is 'gemv', must be gemm"),
     "awq: other bits": ("awq", say(bits=3), "its codes are of 3 bits, must be 4"),
     "awq: no zeros": ("awq", change("a.qzeros", None), "its qzeros is missing"),
@@ -223,6 +226,8 @@ CORRUPT: dict[str, tuple[str, Callable[[Packed], None], str]] = {
         "nf4", change("a.weight.absmax", lambda t: t[:95]), "absmax has the shape [95], must be [96]"
     ),
     "nf4: an infinite absmax": ("nf4", change("a.weight.absmax", holed(float("inf"))), "a.weight.absmax: holds NaN or"),
+    "nf4: no absmax": ("nf4", change("a.weight.absmax", lambda t: t * 0), "a.weight.absmax: is 0 where the weight is"),
+    "int8: a scale of 0": ("int8", change("a.SCB", holed(0)), "a.SCB: is 0 where the weight is not"),
     "nf4: no nested table": (
         "nf4 nested", change("a.weight.nested_quant_map", None), "its nested_quant_map is missing"
     ),
@@ -247,3 +252,51 @@ def test_corrupt_files_are_refused(case, tmp_path):
         read(packed, tmp_path)
     assert message in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+MOVED: dict[str, tuple[str, Callable[[Packed], None], str]] = {
+    "inputs scaled by modelopt": (
+        "nvfp4 of modelopt", lambda p: p.tensors.update({"a.pre_quant_scale": torch.ones(48)}), "_quant_scale scales",
+    ),
+    "activations scaled by AWQ": (
+        "awq", lambda p: p.tensors.update({"mlp.act.scales": torch.ones(48)}), "mlp.act.scales scales the inputs",
+    ),
+    "rotated": (
+        "nvfp4 of compressed-tensors", say(transform_config={"config_groups": {"R1": {}}}), "transform_config rotates",
+    ),
+    "rotated by gptqmodel": ("gptq of 4 bits", say(rotation="hadamard"), "rotation rotates its weights"),
+    "scales of nothing": ("awq", lambda p: p.tensors.update({"b.scales": torch.ones(1)}), "b.scales belongs to no"),
+    "int8 scales of nothing": ("int8", lambda p: p.tensors.update({"b.SCB": torch.ones(1)}), "b.SCB belongs to no"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", MOVED)
+def test_weights_that_are_not_the_models_own_are_refused(case, tmp_path):
+    scheme, spoil, message = MOVED[case]
+    packed = CASES[scheme]()
+    spoil(packed)
+    with pytest.raises(InputError, match=message):
+        read(packed, tmp_path)
+
+
+def test_the_shape_of_four_bits_is_fetched_from_the_hub(server, tmp_path):
+    packed = CASES["nf4 nested"]()
+    make_checkpoint(tmp_path / "m", packed.tensors, config={"quantization_config": packed.config})
+    server.repositories["org/nf4"] = tmp_path / "m"
+    described = decoded(open_model("org/nf4", tmp_path, weights=False))
+    assert {n: i.shape for n, i in described.tensors.items()} == {"a.weight": (48, 128)}
+    assert all(span for _, span in server.fetched(".safetensors"))
+    found = decoded(open_model("org/nf4", tmp_path, weights=True)).tensors["a.weight"]
+    with Reader() as reader:
+        values = np.empty(found.shape, np.float32)
+        reader.read_into(found, 0, values)
+    assert values.tobytes() == read(packed, tmp_path / "local")["a.weight"].tobytes()
+
+
+@pytest.mark.parametrize("method", sorted({*AUTO_QUANTIZATION_CONFIG_MAPPING, "quip", "exl2", "marlin", "brand-new"}))
+def test_every_scheme_of_transformers_is_read_or_refused_by_name(method, tmp_path):
+    tensors = {"a.weight": torch.ones(8, 8, dtype=torch.int8), "a.weight_scales": torch.ones(8), "b": torch.ones(2)}
+    method = method.removesuffix("_4bit").removesuffix("_8bit")
+    make_checkpoint(tmp_path, tensors, config={"quantization_config": {"quant_method": method}})
+    with pytest.raises(InputError, match=rf"is quantised \({method}\): .*a\.weight"):
+        decoded(open_checkpoint(tmp_path))

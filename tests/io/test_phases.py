@@ -120,7 +120,7 @@ def test_a_run_says_how_far_each_of_its_phases_is(said, models, tmp_path):
     (stage,), (record,) = done.plan.describe()["stages"], done.lock["calibration"].values()
     assert (calibrating.unit, calibrating.bound, calibrating.total) == (PASSES, True, stage["forward_passes"])
     assert record["forward_passes"] - 1 < calibrating.done <= record["forward_passes"] <= calibrating.total
-    assert merging.done == merging.total == done.plan.nbytes
+    assert merging.done == merging.total == done.plan.made_bytes
     assert inputs.done == inputs.total
     verify(done.folder, 2)
     assert said.all[-1].name == "hashing"

@@ -228,17 +228,6 @@ def test_a_quantised_model_may_lend_its_tokenizer(models, tmp_path):
         assert make_plan(tmp_path / "r.yaml").outputs
 
 
-def test_gguf_files_are_named(models, capsys, tmp_path):
-    (tmp_path / "gguf").mkdir()
-    write_json(tmp_path / "gguf" / "config.json", {})
-    (tmp_path / "gguf" / "m-Q4_K.gguf").write_bytes(b"GGUF")
-    for reference in ("gguf", "gguf/m-Q4_K.gguf"):
-        (models / "r.yaml").write_text(f"base_model: ./base\nmodels: [{{model: {tmp_path / reference}}}]\n")
-        code, _, err = call(capsys, "check", models / "r.yaml")
-        assert code == 1
-        assert "is quantised (gguf): m-Q4_K.gguf is no safetensors file" in err
-
-
 def test_a_key_that_stayed_is_dropped_with_a_note(models, tmp_path):
     tune = models / "tune"
     config = json.loads((tune / "config.json").read_text())

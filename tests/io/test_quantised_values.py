@@ -3,7 +3,8 @@ bit, and files at fault, each refused in a line."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import LEVELS, make_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from quantised_models import fp8
 
-from deltamerge.errors import InputError
+from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.io import kernels
-from deltamerge.io.checkpoint import open_checkpoint
+from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -39,15 +42,25 @@ def read(info: TensorInfo, start: int = 0, stop: int | None = None) -> np.ndarra
     return out
 
 
-@pytest.fixture(params=[*LEVELS, kernels.OFF])
-def level(request, monkeypatch):
-    """Every level of the kernels, and numpy."""
-    monkeypatch.setenv(kernels.SWITCH, request.param)
+def computed_at(asked: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv(kernels.SWITCH, asked)
     kernels.native.cache_clear()
-    yield request.param
+    yield asked
     monkeypatch.undo()
     kernels.native.cache_clear()
     kernels.native()
+
+
+@pytest.fixture(params=[*LEVELS[:1], kernels.OFF])
+def level(request, monkeypatch):
+    """The kernels, and numpy."""
+    yield from computed_at(request.param, monkeypatch)
+
+
+@pytest.fixture(params=[*LEVELS, kernels.OFF])
+def every_level(request, monkeypatch):
+    """The kernels of each level of processors, and numpy."""
+    yield from computed_at(request.param, monkeypatch)
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -62,10 +75,13 @@ BLOCK = {"quant_method": "fp8", "weight_block_size": [4, 8]}
 FP8: dict[str, tuple[tuple[int, ...], tuple[int, int], torch.dtype, torch.dtype, str, dict[str, Any] | None]] = {
     "blocks": ((8, 16), (4, 8), E4, torch.float32, "_scale_inv", BLOCK),
     "blocks that do not divide": ((11, 21), (4, 8), E4, torch.float32, "_scale_inv", BLOCK),
-    "e5m2": ((11, 21), (4, 8), E5, torch.float32, "_scale_inv", BLOCK),
-    "bfloat16 scales": ((11, 21), (4, 8), E4, torch.bfloat16, "_scale_inv", BLOCK),
-    "exponents": ((11, 21), (4, 8), E4, E8M0, "_scale_inv", BLOCK),
-    "experts": ((3, 11, 21), (4, 8), E4, torch.float32, "_scale_inv", BLOCK),
+    "e5m2": ((12, 24), (4, 8), E5, torch.float32, "_scale_inv", BLOCK),
+    "bfloat16 scales": ((12, 24), (4, 8), E4, torch.bfloat16, "_scale_inv", BLOCK),
+    "exponents": ((12, 24), (4, 8), E4, E8M0, "_scale_inv", BLOCK),
+    "exponents of blocks that do not divide": ((11, 21), (4, 8), E4, E8M0, "_scale_inv", BLOCK),
+    "as DeepSeek names them": ((12, 24), (4, 8), E4, E8M0, ".scale", BLOCK),
+    "experts": ((3, 12, 24), (4, 8), E4, torch.float32, "_scale_inv", BLOCK),
+    "experts whose blocks do not divide": ((3, 11, 21), (4, 8), E4, torch.float32, "_scale_inv", BLOCK),
     "blocks unsaid": ((8, 16), (4, 8), E4, torch.float32, "_scale_inv", None),
     "rows": ((8, 16), (1, 16), E4, torch.float32, "_scale", {"quant_method": "fbgemm_fp8"}),
     "columns of experts": ((3, 8, 6), (8, 1), E4, torch.float32, "_scale", {"quant_method": "fbgemm_fp8"}),
@@ -89,7 +105,7 @@ def test_fp8_is_its_codes_times_their_scales(case, level, tmp_path):
     if all(side % by == 0 for side, by in zip(shape[-2:], block, strict=True)):
         from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
-        judged = Fp8Dequantize(None)._dequantize_one(tensors[W], tensors[W + suffix], torch.float32)
+        judged = Fp8Dequantize(None)._dequantize_one(*tensors.values(), torch.float32)
         assert judged.numpy().tobytes() == wanted.tobytes()
 
 
@@ -104,19 +120,19 @@ def test_scales_of_caches_and_activations_belong_to_no_weight(tmp_path):
     plain = {"a.self_attn.k_proj.weight": drawn(4, 4), "b.k_scale": torch.ones(4)}
     tensors, _ = fp8(W, drawn(8, 16), (4, 8))
     said = {"quant_method": "modelopt", "kv_cache_scheme": {"num_bits": 8}}
-    for settings, more, kept in (
+    for stated, more, kept in (
         (BLOCK, tensors, {W, *plain, "a.self_attn.q_scale"}),  # no word of a cache, and no single numbers
         (said, {}, {"a.self_attn.k_proj.weight"}),
         (None, {}, {*plain, *cache}),
     ):
-        model = opened(tmp_path, plain | cache | more, settings)
+        model = opened(tmp_path, plain | cache | more, stated)
         assert set(model.tensors) == kept
         dropped = () if model.quantised is None else model.quantised.dropped
         assert set(dropped) == {*plain, *cache} - kept
 
 
 @pytest.mark.parametrize("codes", [E4, E5])
-def test_every_code(codes, level, tmp_path):
+def test_every_code(codes, every_level, tmp_path):
     stored = torch.arange(256, dtype=torch.uint8).view(codes).reshape(16, 16)
     model = opened(tmp_path, {W: stored, W + "_scale_inv": torch.tensor(0.37)}, None)
     expected = stored.float() * torch.tensor(0.37)
@@ -131,6 +147,10 @@ SCHEMES: dict[str, tuple[dict[str, Any], tuple[int, int], str]] = {
     "int8 by row, asymmetric": ({"num_bits": 8, "strategy": "channel", "symmetric": False}, (1, 64), "int-quantized"),
     "fp8 by block": (
         {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [4, 32]}, (4, 32), "float-quantized",
+    ),
+    "fp8 by exponents": (
+        {"num_bits": 8, "type": "float", "strategy": "group", "group_size": 32, "scale_dtype": torch.uint8}, (1, 32),
+        "mxfp8-quantized",
     ),
     "fp8 by row": ({"num_bits": 8, "type": "float", "strategy": "channel"}, (1, 64), "float-quantized"),
     **{
@@ -164,6 +184,8 @@ def compressed(case: str, weight: torch.Tensor, dtype: torch.dtype) -> tuple[dic
     largest = blocks_of(weight, block if said["strategy"] != "tensor" else tuple(weight.shape))
     half = 448.0 if said.get("type") == "float" else 2.0 ** (bits - 1) - (bits > 1) * 0.5
     scale = (largest / half).clamp_min(1e-6).to(dtype)
+    if form == "mxfp8-quantized":
+        scale = torch.exp2(torch.ceil(torch.log2(scale)))
     if said["strategy"] == "tensor":
         scale = scale.reshape(1)
     state = {"weight": weight.to(dtype), "weight_scale": scale}
@@ -182,7 +204,8 @@ def named(stored: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def settings_of(form: str, *weights: Mapping[str, Any]) -> dict[str, Any]:
-    groups = {f"group_{i}": {"targets": ["Linear"], "weights": dict(one)} for i, one in enumerate(weights)}
+    said = [{key: value for key, value in one.items() if key != "scale_dtype"} for one in weights]
+    groups = {f"group_{i}": {"targets": ["Linear"], "weights": one} for i, one in enumerate(said)}
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups}
 
 
@@ -193,7 +216,7 @@ def test_compressed_tensors_bit_for_bit(case, dtype, level, tmp_path):
     model = opened(tmp_path, named(stored), settings_of(form, SCHEMES[case][0]))
     assert list(model.tensors) == [W]
     found = read(model.tensors[W])
-    if dtype is torch.float32:
+    if values.dtype is torch.float32:
         assert found.tobytes() == values.numpy().tobytes()
         assert read(model.tensors[W], 3, 700).tobytes() == found[3:700].tobytes()
     else:  # the library rounds each step to its scales' dtype, we once
@@ -201,7 +224,27 @@ def test_compressed_tensors_bit_for_bit(case, dtype, level, tmp_path):
         assert torch.equal(exact.bfloat16(), values)
 
 
-def test_packed_rows_that_end_within_a_word(level, tmp_path):
+def test_blocks_of_compressed_tensors_that_do_not_divide(level, tmp_path):
+    stored, _, values, form = compressed("fp8 by block", drawn(10, 70, seed=8), torch.float32)
+    model = opened(tmp_path, named(stored), settings_of(form, SCHEMES["fp8 by block"][0]))
+    assert read(model.tensors[W]).tobytes() == values.numpy().tobytes()
+
+
+def test_of_the_hub_the_words_tell_the_shape(tmp_path):
+    """Where headers alone are there: what `weight_shape` says is not, and rows that fill their words need it not."""
+    stored, _, _, form = compressed("4 bits by row", drawn(16, 64, seed=9), torch.float32)
+    opened(tmp_path, named(stored), None)
+    seen = open_checkpoint(tmp_path)
+    away = {name: replace(info, path=tmp_path / "away") for name, info in seen.tensors.items()}
+    for config, fits in ({"quantization_config": settings_of(form, SCHEMES["4 bits by row"][0])}, True), ({}, False):
+        if fits:
+            assert decoded(replace(seen, tensors=away, config=config)).tensors[W].shape == (16, 64)
+        else:
+            with pytest.raises(InputError, match="bits are stated neither"):
+                decoded(replace(seen, tensors=away, config=config))
+
+
+def test_packed_rows_that_end_within_a_word(every_level, tmp_path):
     for columns in (61, 62, 63):
         weight = drawn(5, columns, seed=columns)
         pytest.importorskip("compressed_tensors")
@@ -225,7 +268,7 @@ def test_columns_out_of_order(level, tmp_path):
 
 
 def test_words_of_whole_integers(level, tmp_path):
-    """3 bits as they were packed before 0.16: ten integers a word."""
+    """3 bits as older versions of the library packed them: ten integers a word."""
     codes = np.random.default_rng(5).integers(-4, 4, (6, 50))
     words = np.zeros((6, 5), np.uint32)
     for j in range(50):
@@ -279,7 +322,9 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "blocks of no size": (_blocks(), BLOCK | {"weight_block_size": [0, 8]}, "two positive integers, is [0, 8]"),
     "blocks of three sides": (_blocks(), BLOCK | {"weight_block_size": [4, 8, 2]}, "two positive integers"),
     "blocks of words": (_blocks(), BLOCK | {"weight_block_size": "4"}, "two positive integers, is 4"),
-    "floats beside scales": (_blocks() | {W: torch.ones(8, 16).bfloat16()}, BLOCK, "is BF16 and not float8"),
+    "floats beside scales": (
+        _blocks() | {W: torch.ones(8, 16).bfloat16()}, BLOCK, "is BF16 beside scales, must be F8_E4M3 or F8_E5M2",
+    ),
     "scales without a weight": (
         {W + "_scale_inv": torch.ones(2, 2), **fp8("b.weight", drawn(8, 16), (4, 8))[0]}, BLOCK,
         f"{W}_scale_inv belongs to no weight",
@@ -312,6 +357,7 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         _packed(), {**INT4, "config_groups": {"a": {"targets": ["re:("], "weights": {"num_bits": 4}}}},
         "no regular expression",
     ),
+    "an unknown format": (_packed(), INT4 | {"format": "marlin-24"}, "its format 'marlin-24' is not known"),
     "int32 as codes": (
         named({"weight": torch.zeros(4, 4, dtype=torch.int32), "weight_scale": torch.ones(4, 1)}), INT4,
         "is stored as I32 beside scales",
@@ -352,3 +398,50 @@ def test_a_group_that_the_grid_lacks(level, tmp_path):
     info = opened(tmp_path, _packed(weight_g_idx=torch.full((64,), 4, dtype=torch.int32)), INT4).tensors[W]
     with pytest.raises(InputError, match="has group 4, of 4"):
         read(info)
+
+
+NASTY = st.sampled_from([None, True, 0, -1, 3, 4, 8, 2**70, 0.5, "", "x", "4x8", [], [4], [4, 8], [0, 8], {}, {"a": 1}])
+GROUPS = st.fixed_dictionaries(
+    {},
+    optional={
+        "targets": st.one_of(NASTY, st.lists(st.sampled_from(["Linear", "re:.*up", "re:(", W, 3]))),
+        "weights": st.one_of(
+            NASTY,
+            st.fixed_dictionaries(
+                {}, optional=dict.fromkeys(["num_bits", "group_size", "block_structure", "strategy"], NASTY)
+            ),
+        ),
+    },
+)
+SETTINGS = st.fixed_dictionaries(
+    {"quant_method": st.sampled_from(["fp8", "compressed-tensors", "modelopt", "x\n", 3, None])},
+    optional={
+        "weight_block_size": NASTY,
+        "config_groups": st.one_of(NASTY, st.dictionaries(st.text(max_size=3), GROUPS)),
+    },
+)
+PARTS = st.dictionaries(
+    st.sampled_from(["", "_scale_inv", "_scale", "_packed", "_shape", "_zero_point", "_g_idx", "_global_scale"]),
+    st.tuples(
+        st.sampled_from(["F8_E4M3", "F8_E5M2", "F8_E8M0", "F32", "BF16", "I8", "U8", "I32", "I64", "F4", "BOOL"]),
+        st.lists(st.sampled_from([0, 1, 2, 3, 4, 8, 16]), max_size=3).map(tuple),
+    ),
+    min_size=1,
+)
+
+
+@settings(max_examples=60)
+@given(said=SETTINGS, parts=PARTS)
+def test_any_header_and_config_is_read_or_refused(said, parts):
+    """What is read fits in its codes: its shape is at most as many integers as its words have bits."""
+    tensors = {
+        W + name: TensorInfo(W + name, dtype, shape, Path("nowhere"), 0, 0) for name, (dtype, shape) in parts.items()
+    }
+    try:
+        found = decoded(Checkpoint("x", Path("x"), tensors, (), {"quantization_config": said}))
+    except DeltamergeError:
+        return
+    for info in found.tensors.values():
+        if info.made is not None:
+            assert info.dtype == "F32"
+            assert info.nbytes == 4 * np.prod(info.shape, dtype=np.int64)

@@ -22,9 +22,10 @@ from deltamerge.errors import OutputError
 from deltamerge.io import files
 from deltamerge.io.checkpoint import open_checkpoint
 from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.layout import Layout, plan_layout
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
-from deltamerge.io.writer import Layout, Writer, plan_layout
+from deltamerge.io.writer import Writer
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

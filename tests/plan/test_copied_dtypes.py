@@ -7,6 +7,7 @@ import random
 from pathlib import Path
 
 import pytest
+from conftest import write_tokenizer
 from running import make_plan, run
 
 from deltamerge.errors import DeltamergeError
@@ -67,3 +68,25 @@ def test_a_delta_of_a_packed_dtype_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DeltamergeError, match="odd: F4 is only copied"):
         extract(str(tmp_path / "tuned"), str(tmp_path / "base"), tmp_path / "delta")
     assert not (tmp_path / "delta").exists()
+
+
+@pytest.mark.parametrize("dtype", ["C64", "F8_E8M0"])
+def test_rows_of_such_a_dtype_are_not_gathered(tmp_path: Path, dtype: str) -> None:
+    """A table that only the template has is copied, unless its rows move with the tokens: that would read elements."""
+    for name, rows in (("base", 6), ("a", 7)):
+        size = nbytes_of(dtype, (rows, 4))
+        header = {"model.embed_tokens.weight": {"dtype": "F32", "shape": [rows, 4], "data_offsets": [0, 16 * rows]}}
+        if name == "base":
+            places = [16 * rows, 16 * rows + size]
+            header["lm_head.weight"] = {"dtype": dtype, "shape": [rows, 4], "data_offsets": places}
+        text = json.dumps(header).encode()
+        data = bytes(16 * rows + (size if name == "base" else 0))
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + data)
+        (tmp_path / name / "config.json").write_text(json.dumps({"model_type": "test", "vocab_size": rows}))
+        write_tokenizer(tmp_path / name, rows)
+    recipe = tmp_path / "r.yaml"
+    models = "models: [{model: ./base, parameters: {weight: 0.5}}, {model: ./a, parameters: {weight: 0.5}}]"
+    recipe.write_text(f"merge_method: linear\nbase_model: ./base\n{models}\ntemplate: base\ntokenizer_source: union\n")
+    with pytest.raises(DeltamergeError, match=rf"lm_head\.weight: rows of {dtype} cannot be moved"):
+        make_plan(recipe)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from adapters import write_adapter
 from calls import call
 from conftest import load_tensors, make_checkpoint, tiny_llama
 from running import make_plan, run
@@ -144,3 +145,54 @@ def test_what_models_must_share_is_still_an_error(models, tmp_path, case):
         (tmp_path / "r.yaml").write_text(text)
         with pytest.raises(InputError, match=r"missing in"):
             make_plan(tmp_path / "r.yaml")
+
+
+def adapter_of(folder: Path) -> Path:
+    if not folder.exists():
+        write_adapter(folder, 5)
+    return folder
+
+
+@pytest.mark.parametrize("case", MORE)
+@pytest.mark.parametrize("owner", ["base", "fine-tune"])
+def test_deltas_adapters_and_peft_do_without_them(models, tmp_path, capsys, case, owner):
+    """extract, apply and an adapter, where the base has them and where the fine-tune has."""
+    tuned = tmp_path / "tuned"
+    more = MORE[case] if owner == "fine-tune" else {}
+    config = json.loads((models / case / "config.json").read_text())
+    make_checkpoint(tuned, load_tensors(models / "a") | more, config=config)
+    base = models / (case if owner == "base" else "base")
+    assert call(capsys, "extract", tuned, "--base", base, "--out", tmp_path / "delta")[0] == 0
+    assert call(capsys, "apply", tmp_path / "delta", "--base", base, "--out", tmp_path / "back")[0] == 0
+    back, want = load_tensors(tmp_path / "back"), load_tensors(tuned)
+    assert back.keys() == want.keys()
+    assert all(torch.equal(back[name], tensor) for name, tensor in want.items())
+    if owner == "base":
+        recipe = tmp_path / "r.yaml"
+        adapter = adapter_of(models / "adapter")
+        recipe.write_text(
+            f"base_model: {base}\nmerge_method: task_arithmetic\nmodels: [{{model: {base}+{adapter}}}]\n"
+            "parameters: {weight: 1.0}\n"
+        )
+        run(recipe, tmp_path / "adapted")
+        adapted = load_tensors(tmp_path / "adapted")
+        assert adapted.keys() == load_tensors(base).keys()
+        assert all(torch.equal(adapted[name], tensor) for name, tensor in MORE[case].items())
+        pruned = f"base_model: {base}\nmodels: [{{model: {tuned}, prune: {{method: magnitude, density: 0.02}}}}]\n"
+        recipe.write_text(pruned + "output: {kind: peft}\n")
+        assert call(capsys, "check", recipe)[0] == 0
+        assert call(capsys, "run", recipe, "--out", tmp_path / "peft")[0] == 0
+
+
+def test_a_block_of_another_kind_behind_the_layers_that_no_config_counts(models, tmp_path):
+    """The config tells nothing: a last block is spare if it holds what no layer has, a usual layer is not."""
+    more = load_tensors(models / "base") | block(2)
+    usual = {n.replace("layers.1.", "layers.2."): t for n, t in more.items() if "layers.1." in n}
+    for name, tensors in (("odd", more), ("longer", load_tensors(models / "base") | usual)):
+        make_checkpoint(tmp_path / name, tensors, config={"model_type": "llama", "architectures": ["LlamaForCausalLM"]})
+    (tmp_path / "a").symlink_to(models / "a")
+    (tmp_path / "r.yaml").write_text(ONE.format("odd"))
+    assert "left out, only in ./odd: model.layers.2 (2 tensors)" in make_plan(tmp_path / "r.yaml").notes
+    (tmp_path / "r.yaml").write_text(ONE.format("longer"))
+    with pytest.raises(InputError, match="missing in"):
+        make_plan(tmp_path / "r.yaml")

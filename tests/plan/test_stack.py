@@ -256,6 +256,11 @@ WRONG = {
         "stages are stages of different width",
     ),
     "no count": ({f"layers.{i}.w": (4, 4) for i in range(3)}, {}, "whose count config.json has; found layers"),
+    "one count of two": (
+        {f"{c}.{i}.w": (4, 4) for c in ("layers", "cross_layers") for i in range(3)},
+        {"num_layers": 3},
+        "slices of cross_layers would change num_layers of config.json, which counts layers too",
+    ),
     "no layers": ({"w": (4, 4)}, {"num_layers": 3}, "found none"),
 }
 

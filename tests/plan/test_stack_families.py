@@ -1,10 +1,10 @@
 """Layer stacks of real architectures of several kinds of layer: each loads in transformers without a missing or an
-unexpected tensor and attends as it did at home, or is refused."""
+unexpected tensor, and each layer does with its states what it did at home; or it is refused."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], int]] = {
     "deepseek v3": (
         "DeepseekV3ForCausalLM", "DeepseekV3Config",
         ROUTED | {"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8,
-                  "num_key_value_heads": 2}, 4,
+                  "head_dim": 4, "num_key_value_heads": 2}, 4,
     ),
     "glm 4 moe": ("Glm4MoeForCausalLM", "Glm4MoeConfig", ROUTED, 4),
     "lfm 2 moe": (
@@ -121,8 +121,35 @@ def build(family: str, folder: Path) -> Any:
     return model
 
 
-def loads(folder: Path, family: str, home: Any, ranges: list[tuple[int, int]]) -> bool:
-    """Whether a stack is made; then it loads, and each layer attends as at home."""
+def layers_of(model: Any) -> Any:
+    return model.model.layers
+
+
+def first_of(output: Any) -> torch.Tensor:
+    """The hidden states that a layer returns."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def at_home(home: Any) -> list[tuple[Any, dict[str, Any], torch.Tensor]]:
+    """What each layer of a model is called with on some tokens (states, masks, positions), and what it returns."""
+    calls: dict[int, tuple[Any, dict[str, Any], torch.Tensor]] = {}
+    held = []
+    for number, layer in enumerate(layers_of(home)):
+
+        def note(_: Any, arguments: Any, keywords: Any, output: Any, number: int = number) -> None:
+            calls[number] = arguments, keywords, first_of(output).clone()
+
+        held.append(layer.register_forward_hook(note, with_kwargs=True))
+    tokens = torch.randint(3, 60, (2, 20), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        home.eval()(input_ids=tokens, use_cache=False)
+    for hook in held:
+        hook.remove()
+    return [calls[number] for number in range(len(calls))]
+
+
+def loads(folder: Path, family: str, home: Any, ranges: list[tuple[int, int]], calls: Sequence[Any]) -> bool:
+    """Whether a stack is made; then it loads, and each layer does with its states what it did at home."""
     slices = "".join(f"- sources: [{{model: ./a, layer_range: [{a}, {b}]}}]\n" for a, b in ranges)
     (folder / "r.yaml").write_text(f"merge_method: passthrough\nslices:\n{slices}")
     try:
@@ -131,6 +158,11 @@ def loads(folder: Path, family: str, home: Any, ranges: list[tuple[int, int]]) -
         return False
     model, info = getattr(transformers, FAMILIES[family][0]).from_pretrained(folder / "out", output_loading_info=True)
     assert not any(info.values()), (ranges, info)
+    for number, source in enumerate(i for a, b in ranges for i in range(a, b)):
+        arguments, keywords, wanted = calls[source]
+        with torch.no_grad():
+            found = first_of(layers_of(model)[number](*arguments, **keywords))
+        assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-6), (ranges, number, source)
     types = getattr(home.config, "layer_types", None)
     if types is not None:
         assert list(model.config.layer_types) == [types[i] for a, b in ranges for i in range(a, b)], ranges
@@ -140,13 +172,15 @@ def loads(folder: Path, family: str, home: Any, ranges: list[tuple[int, int]]) -
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stacks_load_or_are_refused(tmp_path, family):
     home = build(family, tmp_path / "a")
-    assert sum(loads(tmp_path, family, home, ranges) for ranges in RANGES) == FAMILIES[family][3]
+    calls = at_home(home)
+    assert sum(loads(tmp_path, family, home, ranges, calls) for ranges in RANGES) == FAMILIES[family][3]
 
 
 @pytest.mark.parametrize("family", HUB)
 def test_so_do_those_of_the_hub_s_configs(tmp_path, family):
     home = build(family, tmp_path / "a")
+    calls = at_home(home)
     rewrite, count = HUB[family]
     path = tmp_path / "a" / "config.json"
     path.write_text(json.dumps(rewrite(json.loads(path.read_text()))))
-    assert sum(loads(tmp_path, family, home, ranges) for ranges in RANGES) == count
+    assert sum(loads(tmp_path, family, home, ranges, calls) for ranges in RANGES) == count

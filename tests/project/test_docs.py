@@ -19,7 +19,7 @@ from typing import Any
 import click
 import pytest
 from adapters import write_adapter
-from conftest import tiny_llama
+from conftest import tiny_llama, tiny_pipeline, tiny_vlm
 
 from deltamerge.cli import commands, main
 from deltamerge.recipe.load import loads
@@ -91,6 +91,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tiny_llama(models / "base", seed=0, tokenizer=True)
     for seed, name in enumerate(("math", "code", "chat"), 1):
         tiny_llama(models / name, seed=seed, base=base, sigma=0.05, tokenizer=True)
+    tiny_vlm(models / "vlm", base)
+    for seed, name in enumerate(("pipeline", "pipeline-anime", "pipeline-ink")):
+        tiny_pipeline(models / name, seed, models / "pipeline" if seed else None)
     for path in models.glob("*/*config.json"):
         limits = {"max_position_embeddings": 256, "model_max_length": 256}
         config = json.loads(path.read_text())
@@ -108,7 +111,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipes").mkdir()
     for name in ("models", "adapters"):
         shutil.copytree(folder / name, folder / "recipes" / name)
-    for name in ("lora-merge", "lora-darex-q", "shira"):
+    for name in ("lora-merge", "lora-darex-q", "shira", "vlm", "diffusers"):
         text = (ROOT / "recipes" / f"{name}.yaml").read_text()
         (folder / "recipes" / f"{name}.yaml").write_text(text)
     (folder / "recipes" / "calib.jsonl").write_text(rows)

@@ -23,9 +23,10 @@ from running import make_plan, run
 from deltamerge.delta.file import DeltaFile
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.journal import Journal, read_journal
+from deltamerge.io.layout import plan_layout
 from deltamerge.io.work_folder import mark
 from deltamerge.io.workspace import workspace
-from deltamerge.io.writer import Writer, plan_layout
+from deltamerge.io.writer import Writer
 from deltamerge.run.card import front_matter
 
 LONG = "FUZZ" in os.environ

@@ -13,7 +13,19 @@ import pytest
 from kill_scenarios import DELTA, RUN, SCENARIOS, Scenario
 from kills import Kills, Server, Unable, grouped
 
-HERE = ("run", "resume", "force", "part 1", "finish", "chain", "delta", "extract", "apply", "apply --force", "init")
+HERE = (
+    "run",
+    "resume",
+    "force",
+    "part 1",
+    "finish",
+    "chain",
+    "delta",
+    "extract",
+    "apply",
+    "apply --force",
+    "init",
+)
 FEW = 2  # kills of each
 
 

@@ -16,6 +16,7 @@ from deltamerge.engine.fused import codes
 from deltamerge.engine.graph import Node
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import Descriptor
+from deltamerge.io.quantised.scaled import Scaled
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.prune.bits import Key
@@ -24,10 +25,19 @@ from deltamerge.methods.tiles import RUN, block_elements, row_length
 
 @dataclass(frozen=True, slots=True)
 class StoredSource:
-    """A stored tensor: its open file, or None where its bytes are made when they are read."""
+    """A stored tensor: its open file, or None where its bytes are made when they are read.
+
+    `coded`: the file holds its codes, which the loop itself makes numbers of.
+    """
 
     info: TensorInfo
     file: Descriptor | None
+    coded: Scaled | None = None
+
+    @classmethod
+    def of(cls, info: TensorInfo, reader: Reader) -> StoredSource:
+        coded = info.made if isinstance(info.made, Scaled) and info.made.is_plain and not info.begin else None
+        return cls(info, reader.stored(info if coded is None else coded.codes), coded)
 
     @property
     def path(self) -> Path:
@@ -36,6 +46,16 @@ class StoredSource:
     @property
     def itemsize(self) -> int:
         return ITEMSIZE[self.info.dtype]
+
+    @property
+    def begin(self) -> int:
+        """The byte of its file where its elements, or its codes, begin."""
+        return self.info.begin if self.coded is None else self.coded.codes.begin
+
+    @property
+    def bits(self) -> int:
+        """The bits of an element in the file; 0: its elements do not follow each other there."""
+        return 8 * self.itemsize if self.coded is None else self.coded.bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +205,7 @@ class Assembly:
     def operand(self, node: Node) -> int:
         """What holds a node's values: its register, or a source that need not be put into one."""
         source = self.source_of.get(id(node), -1)
-        if id(node) in self.registers or source < 0 or self.sources[source].info.dtype != "BF16":
+        if id(node) in self.registers or source < 0 or self.sources[source].info.dtype == "F16":
             return self.register(node)
         return codes.DIRECT + source
 

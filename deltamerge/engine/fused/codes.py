@@ -3,7 +3,7 @@
 # Elements read and written at once: in bfloat16 small enough for a core's cache beside the registers.
 PIECE = 1 << 16
 
-# Operands from this number on are bfloat16 as read from a source: operand - DIRECT is which.
+# Operands from this number on are bfloat16 or float32 as read from a source: operand - DIRECT is which.
 DIRECT = 1 << 32
 
 # Values beyond the end of a list of magnitudes that the loop may write.

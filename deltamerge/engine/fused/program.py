@@ -12,6 +12,7 @@ from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.assembly import Assembly, StoredSource
 from deltamerge.io import kernels
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
+from deltamerge.io.quantised.scaled import Part
 from deltamerge.io.reader import Reader
 
 # The structures of kernels/src/program.h.
@@ -25,6 +26,7 @@ OPERATION = np.dtype(
     ]
 )
 IN_MEMORY = -1  # in place of a file: the elements are in memory
+NOT_CODED = -1
 
 
 class Program:
@@ -61,21 +63,25 @@ class Program:
         sums = np.empty((self.summed, blocks), np.float64)
         listed = np.empty((len(self.listed), stop - start + 2 * blocks + codes.SLACK), np.uint32)
         used = np.zeros(len(self.listed), np.int64)
-        memory = [self._made(place, start, stop) if place.file is None else None for place in self.sources]
+        coded = [None if place.coded is None else place.coded.part(self.reader, start, stop) for place in self.sources]
+        memory = [
+            self._made(place, start, stop) if place.file is None or (place.coded and part is None) else None
+            for place, part in zip(self.sources, coded, strict=True)
+        ]
         first_pieces, room = self._room(start, stop)
         digests, hashed = np.empty((len(self.sources), room, 2), np.uint64), first_pieces * PIECE_BYTES
         native = kernels.native()
         assert native is not None
         went = native.run(
             self._job(start, stop), operations, self.weights, self.models, self.lists, self.tables, self.guides,
-            self.bounds, self.ranks, self.limits, self.ratios, self._files(memory), first_pieces,
+            self.bounds, self.ranks, self.limits, self.ratios, *self._files(memory, coded), first_pieces,
             np.empty(0, np.uint8) if out is None else out, counts, sums, listed, used, digests, hashed,
         )  # fmt: skip
         if not went:
             return None
         if self.pieces and room:
             for source, place in enumerate(self.sources):
-                if place.file is not None:
+                if self._hashed_bits(place) and memory[source] is None:
                     count = hashed[source] // PIECE_BYTES - first_pieces[source]
                     self.pieces.give(place.path, int(first_pieces[source]), digests[source, :count])
         found: dict[int, Any] = {}
@@ -102,18 +108,28 @@ class Program:
         self.reader.read_into(place.info, start, buffer)
         return buffer
 
-    def _files(self, memory: Sequence[NDArray[np.uint8] | None]) -> NDArray[np.int64]:
-        rows = np.empty((len(self.sources), 4), np.int64)
-        for row, place, made in zip(rows, self.sources, memory, strict=True):
-            fd, at = (IN_MEMORY, made.__array_interface__["data"][0]) if made is not None else (_fd(place), 0)
-            row[:] = fd, place.info.begin, codes.DTYPES[place.info.dtype], at
-        return rows
+    def _files(
+        self, memory: Sequence[NDArray[np.uint8] | None], coded: Sequence[Part | None]
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Where each source lies, and of those that are codes what they are; `coded` keeps the scales alive."""
+        rows, described = np.empty((len(self.sources), 5), np.int64), list[tuple[int, ...]]()
+        for row, place, made, part in zip(rows, self.sources, memory, coded, strict=True):
+            fd, at = (IN_MEMORY, _address(made)) if made is not None else (_fd(place), 0)
+            row[:] = fd, place.begin, codes.DTYPES[place.info.dtype], at, NOT_CODED if part is None else len(described)
+            described += [] if part is None else [part.numbers(self._hashed_bits(place) > 0)]
+        return rows, np.array(described, np.int64)
 
     def _room(self, start: int, stop: int) -> tuple[NDArray[np.int64], int]:
         """The number of the first piece of each source's file, and how many pieces any of them may have."""
-        begins = (place.info.begin + start * place.itemsize for place in self.sources)
-        longest = (stop - start) * max((place.itemsize for place in self.sources), default=0)
+        bits = [self._hashed_bits(place) for place in self.sources]
+        begins = (place.begin + start * width // 8 for place, width in zip(self.sources, bits, strict=True))
+        longest = (stop - start) * max(bits, default=0) // 8
         return np.array([-(-x // PIECE_BYTES) for x in begins], np.int64), longest // PIECE_BYTES if self.pieces else 0
+
+    def _hashed_bits(self, place: StoredSource) -> int:
+        """The bits of an element in a source's file; 0 where pieces may begin within a byte: they are not hashed."""
+        begins = (self.block, max(codes.PIECE, self.assembly.chunk))
+        return 0 if any(begin * place.bits % 8 for begin in begins) else place.bits
 
     def _place_counters(self, operations: NDArray[Any], blocks: int) -> NDArray[np.int64]:
         total = 0
@@ -121,6 +137,10 @@ class Program:
             operations["fields"][row, 5] = total
             total += size or blocks
         return np.zeros(total, np.int64)
+
+
+def _address(array: NDArray[Any]) -> int:
+    return int(array.__array_interface__["data"][0])
 
 
 def _fd(place: StoredSource) -> int:

@@ -15,6 +15,7 @@ from deltamerge.engine.graph import Node
 from deltamerge.methods.prune.bits import Key, guided, is_sparse
 from deltamerge.methods.prune.bits import threshold as bound
 from deltamerge.methods.prune.della import probabilities
+from deltamerge.methods.prune.rescale import row_divisors
 
 
 def subtract(assembly: Assembly, node: Node, dtypes: Any = None) -> None:
@@ -128,12 +129,16 @@ def divide_rows(assembly: Assembly, node: Node) -> None:
     q, sparse = assembly.values[id(divisor)], assembly.kept.get(id(delta))
     if isinstance(q, float):
         divide(assembly, node)
-    elif sparse is not None:
+        return
+    how = int(q.shape[-1] != 1)
+    if not how:
+        q = row_divisors(q, node.shape)
+    if sparse is not None:
         kept = assembly.kept[id(node)] = KeptRegisters(assembly.new(), sparse.places)
-        _spread(assembly, kept.register, sparse.register, q, int(q.shape[-1] != 1), (sparse.places,))
+        _spread(assembly, kept.register, sparse.register, q, how, (sparse.places,))
     else:
         source = assembly.register(delta)
-        _spread(assembly, assembly.made(node), source, q, int(q.shape[-1] != 1), ())
+        _spread(assembly, assembly.made(node), source, q, how, ())
 
 
 def keep_largest_rows(assembly: Assembly, node: Node, density: float) -> None:

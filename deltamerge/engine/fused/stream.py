@@ -21,7 +21,7 @@ STORED = codes.DTYPES.keys()
 def _read(assembly: Assembly, node: Node) -> None:
     info = node.parameter("tensor")
     assembly.source_of[id(node)] = len(assembly.sources)
-    assembly.sources.append(StoredSource(info, assembly.reader.stored(info)))
+    assembly.sources.append(StoredSource.of(info, assembly.reader))
 
 
 def _cast(assembly: Assembly, node: Node, to: str) -> None:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -134,6 +134,7 @@ class Mapped:
 class Transposed:
     """`source` (rows, columns) transposed, as GPT-2's Conv1D has its weights."""
 
+    keeps: ClassVar[bool] = True
     source: TensorInfo
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:

@@ -10,11 +10,12 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.io.config_file import check_config
 from deltamerge.io.gguf.header import GgufHeader
-from deltamerge.io.gguf.names import FACTORS, Architecture
+from deltamerge.io.gguf.names import Architecture
 
 HINT = "put the original model's config.json beside it, which is then taken"
 # transformers' tables have other names for these.
@@ -43,8 +44,12 @@ PARTIAL = frozenset({"nemotron", "phi3", "stablelm"})  # of which a part of each
 SILENT = frozenset({
     "attention.key_length", "attention.value_length", "attention.causal", "tensor_data_layout", "vocab_size",
     "use_parallel_residual", "feed_forward_length", "expert_feed_forward_length", "attention.max_alibi_bias",
-    "rope.scaling.finetuned", "ssm.dt_b_c_rms", "context_length", "rope.dimension_count",
+    "context_length", "rope.dimension_count", "attention.layer_norm_rms_epsilon",
 })  # fmt: skip
+SCALING = {"type", "factor", "original_context_length", "finetuned"}
+LLAMA3 = {
+    "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+}  # fmt: skip
 GATES = {0: "none", 1: "softmax", 2: "sigmoid"}
 TIED = frozenset({"falcon", "bloom"})
 
@@ -59,7 +64,10 @@ def config_of(header: GgufHeader, known: Architecture, names: Collection[str], r
     arch, pairs = header.architecture, header.pairs
     umt5 = known.model_type == "t5" and "umt5" in str(pairs.get("general.name")).lower()
     table_name = "umt5" if umt5 else TABLES.get(arch, arch)
-    table: Mapping[str, str | None] = MORE | GGUF_CONFIG_MAPPING[table_name] | MORE_OF.get(table_name, {})
+    theirs: Mapping[str, Any] = GGUF_CONFIG_MAPPING
+    if table_name not in theirs:
+        raise InputError(f"this transformers has no config for {arch}", hint=f"upgrade transformers, or {HINT}")
+    table: Mapping[str, str | None] = {**MORE, **theirs[table_name], **MORE_OF.get(table_name, {})}
     config: dict[str, Any] = {
         "architectures": [known.model.replace("T5", "UMT5") if umt5 else known.model],
         "model_type": "umt5" if umt5 else known.model_type,
@@ -68,16 +76,22 @@ def config_of(header: GgufHeader, known: Architecture, names: Collection[str], r
     }
     own = {key.removeprefix(f"{arch}."): value for key, value in pairs.items() if key.startswith(f"{arch}.")}
     unsaid = [f"{arch}.{key}" for key, value in own.items() if not _is_said(key, value, table, own)]
-    unsaid += sorted(FACTORS & set(names))
+    rope = _rope(own, header.factors)
+    if rope is None:
+        unsaid += [*sorted(header.factors), *(f"{arch}.{key}" for key in own if key.startswith("rope.scaling."))]
     if unsaid:
         raise InputError(f"its {', '.join(unsaid[:4])} would be lost: transformers has no config for it", hint=HINT)
     for key, value in own.items():
         if (renamed := table.get(key)) is not None:
             config[renamed] = _plain(value)
-    for key, renamed in GGUF_CONFIG_MAPPING["tokenizer"].items():
-        if f"tokenizer.{key}" in pairs:
+    for key, renamed in theirs["tokenizer"].items():
+        if renamed is not None and f"tokenizer.{key}" in pairs:
             config[renamed] = pairs[f"tokenizer.{key}"]
     config["vocab_size"] = rows
+    if rope:
+        config["rope_scaling"] = rope
+    if config.get("sliding_window") == 0:
+        config["sliding_window"] = None
     config |= _by_family(known.model_type, own, names, config)
     check_config(config)
     return config
@@ -87,9 +101,45 @@ def _is_said(key: str, value: Any, table: Mapping[str, str | None], own: Mapping
     """Whether a key's value comes into the config, or need not."""
     if table.get(key) is not None or key in SILENT:
         return True
-    if key.startswith("rope.scaling."):
-        return own.get("rope.scaling.type", "none") == "none"
-    return key in table and not value
+    if key == "attention.head_count_kv":
+        return bool(value == own.get("attention.head_count"))
+    return key.startswith("rope.scaling.") or not value
+
+
+def _rope(own: Mapping[str, Any], factors: Mapping[str, bytes]) -> dict[str, Any] | None:
+    """The `rope_scaling` of a config; {} where there is none, None where it cannot be told.
+
+    Llama 3.1's is told by its factors, which are those of one set of numbers and no other (`llama3_factors`).
+    """
+    said = {key.removeprefix("rope.scaling."): value for key, value in own.items() if key.startswith("rope.scaling.")}
+    kind = said.get("type", "none")
+    if "rope_freqs.weight" in factors:
+        stored = np.frombuffer(factors["rope_freqs.weight"], "<f4")
+        size, theta = own.get("rope.dimension_count"), own.get("rope.freq_base", 10000.0)
+        if len(factors) > 1 or kind != "none" or size != 2 * len(stored) or not np.isfinite(stored).all():
+            return None
+        rope = LLAMA3 | {"factor": float(stored.max())}
+        return rope if np.allclose(llama3_factors(rope, size, theta), stored, rtol=1e-5, atol=0) else None
+    if factors:
+        return None
+    if kind == "none":
+        return {}
+    rope = {"rope_type": kind, "factor": said.get("factor")}
+    if kind == "yarn":
+        rope["original_max_position_embeddings"] = said.get("original_context_length")
+    is_known = kind in ("linear", "yarn") and said.keys() <= SCALING and all(rope.values())
+    return {key: _plain(value) for key, value in rope.items()} if is_known else None
+
+
+def llama3_factors(rope: Mapping[str, Any], size: int, theta: float) -> NDArray[np.float64]:
+    """By what Llama 3.1 divides the frequencies of a head of `size`: 1 for wavelengths below a quarter of the original
+    context, the factor above all of it, between them by a straight line of the inverse (transformers,
+    modeling_rope_utils.py)."""
+    wavelengths = 2 * np.pi * theta ** (np.arange(0, size, 2) / size)
+    old, low, high = rope["original_max_position_embeddings"], rope["low_freq_factor"], rope["high_freq_factor"]
+    smooth = np.clip((old / wavelengths - low) / (high - low), 0, 1)
+    found: NDArray[np.float64] = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return found
 
 
 def _plain(value: Any) -> Any:

@@ -11,7 +11,7 @@ import os
 import stat
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,9 @@ NUMBERS = {
     0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d",
 }  # fmt: skip
 TEXT, ARRAY = 8, 9
+# Factors of a rotary embedding.
+FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
+MAX_FACTORS = 1 << 16
 ALIGNMENT = 32
 AGAIN = "download it again"
 Take = Callable[[int], bytes]
@@ -45,13 +48,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class GgufHeader:
-    """A file's key-value pairs and tensors. Of the tokenizer's arrays only the number of items is kept, unless asked
-    for."""
+    """A file's key-value pairs and tensors; of arrays of texts only the number of items. `factors` are the bytes of the
+    small tensors that belong to the config (`FACTORS`)."""
 
     path: Path
     pairs: Mapping[str, Any]
     blocks: tuple[Block, ...]
     size: int
+    factors: Mapping[str, bytes] = field(default_factory=dict)
 
     @property
     def architecture(self) -> str:
@@ -67,7 +71,8 @@ def read_gguf_header(path: Path) -> GgufHeader:
             if not stat.S_ISREG(path.stat().st_mode):
                 raise InputError("is not a regular file")
             with path.open("rb") as file:
-                return parse_gguf_header(file.read, path, os.fstat(file.fileno()).st_size)
+                header = parse_gguf_header(file.read, path, os.fstat(file.fileno()).st_size)
+                return with_factors(header, lambda begin, count: os.pread(file.fileno(), count, begin))
         except OSError as error:
             raise input_error(error) from error
 
@@ -103,6 +108,15 @@ def parse_gguf_header(read: Callable[[int], bytes], path: Path, size: int) -> Gg
     if len({block.name for block in blocks}) < len(blocks):
         raise InputError("has two tensors of one name", hint=AGAIN)
     return GgufHeader(path, pairs, blocks, size)
+
+
+def with_factors(header: GgufHeader, read: Callable[[int, int], bytes]) -> GgufHeader:
+    """The header with its factors, of which `read` returns bytes (first, count)."""
+    found = [block for block in header.blocks if block.name in FACTORS]
+    for block in found:
+        if block.kind or block.nbytes > MAX_FACTORS:
+            raise InputError(f"{block.name}: is no short vector of float32")
+    return replace(header, factors={block.name: read(block.begin, block.nbytes) for block in found})
 
 
 @dataclass(slots=True)

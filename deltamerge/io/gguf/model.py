@@ -14,8 +14,8 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.gguf.blocks import PLAIN, Blocks, Joined, Mapped, Reordered, Transposed, made, tensor_of, type_name
 from deltamerge.io.gguf.config import config_of
-from deltamerge.io.gguf.header import Block, GgufHeader
-from deltamerge.io.gguf.names import ARCHITECTURES, FACTORS, Architecture
+from deltamerge.io.gguf.header import FACTORS, Block, GgufHeader
+from deltamerge.io.gguf.names import ARCHITECTURES, Architecture
 from deltamerge.io.quantised.detect import Scheme
 from deltamerge.io.tensor import TensorInfo
 
@@ -25,11 +25,11 @@ SQUEEZED = {"ssm_conv1d.weight": 1, "shortconv.conv.weight": 1, "ffn_gate_inp_sh
 
 @dataclass(frozen=True, slots=True)
 class GgufModel:
-    """`tensors` under transformers' names; `config` is {} where the folder has one."""
+    """`tensors` under transformers' names; `config` is {} where the folder has one, `scheme` None of plain floats."""
 
     tensors: dict[str, TensorInfo]
     config: dict[str, Any]
-    scheme: Scheme
+    scheme: Scheme | None
 
 
 def open_model(headers: Sequence[GgufHeader], *, with_config: bool) -> GgufModel:
@@ -62,11 +62,11 @@ def open_model(headers: Sequence[GgufHeader], *, with_config: bool) -> GgufModel
     _check_experts(tensors, stored)
     dtype = _dtype(blocks)
     kinds = Counter(type_name(block.kind) for block in blocks if block.kind not in PLAIN)
-    scheme = Scheme(
-        "gguf", kinds.most_common(1)[0][0] if kinds else "not quantised",
-        MappingProxyType({name: (block.name,) for name, block in stored.items()}),
-        MappingProxyType({name: type_name(block.kind) for name, block in stored.items()}),
-    )  # fmt: skip
+    scheme = None
+    if kinds:
+        weights = MappingProxyType({name: (block.name,) for name, block in stored.items()})
+        types = MappingProxyType({name: type_name(block.kind) for name, block in stored.items()})
+        scheme = Scheme("gguf", kinds.most_common(1)[0][0], weights, types)
     embeddings = next((b.shape[0] for b in blocks if b.name == "token_embd.weight"), 0)
     config = config_of(header, known, {block.name for block in blocks}, embeddings) if with_config else {}
     found = {name: _saved(info, stored[name], dtype) for name, info in tensors.items()}

@@ -13,8 +13,6 @@ from types import MappingProxyType
 
 Names = Mapping[str, str]
 BLOCK = re.compile(r"(?P<side>(?:enc\.|dec\.)?)blk\.(?P<number>\d+)\.(?P<rest>.+)")
-# What a file may have beside weights: factors of a rotary embedding, which belong to the config.
-FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"})
 
 _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ATTENTION = {

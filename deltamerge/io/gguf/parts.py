@@ -38,6 +38,6 @@ def the_model(names: Collection[str]) -> str | None:
     """
     found = first_parts(names)
     if len(found) > 1:
-        hint = f"name one: FOLDER/{found[0]}, or org/name/{found[0]} on the hub"
+        hint = f"name one: FOLDER/{found[0]}, or org/name:{found[0]} on the hub"
         raise InputError(f"{len(found)} GGUF models", hint=hint)
     return found[0] if found else None

@@ -1,8 +1,8 @@
 """bitsandbytes: codes of a table (nf4, fp4) with the greatest magnitude of their block, and int8 rows.
 
 nf4, fp4   W_k = table[code_k] · absmax_⌊k/blocksize⌋ over the flat weight, two codes a byte, the high nibble first. A
-           nested absmax is table₂[code] · absmax₂ + offset, in blocks of its own. Blocks, shape and offset stand as JSON
-           in the bytes of `quant_state.bitsandbytes__…` (Dettmers et al. 2023; bitsandbytes/functional.py)
+           nested absmax is table₂[code] · absmax₂ + offset, in blocks of its own. Blocks, shape and offset stand as
+           JSON in the bytes of `quant_state.bitsandbytes__…` (Dettmers et al. 2023; bitsandbytes/functional.py)
 int8       W_ij = code_ij · SCB_i · (1/127 in float32) (Dettmers et al. 2022)
 """
 
@@ -17,14 +17,14 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.quantised.packing import AGAIN, expect, floats
+from deltamerge.io.quantised.detect import MOST_STATE
+from deltamerge.io.quantised.packing import AGAIN, damaged, expect, floats
 from deltamerge.io.quantised.weight import Floats, Stored, bits, fill_rows, weight
 from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import parse_json
 from deltamerge.io.tensor import Read, TensorInfo
 
 STATE = "quant_state.bitsandbytes__"
-MOST_STATE = 100_000
 PER_127 = np.float32(7.874015718698502e-3)  # bitsandbytes' constant
 
 
@@ -63,7 +63,10 @@ class Tabled:
         values = np.zeros(((last - first) * self.block // 2, 2), np.float32)
         np.take(pairs, stored, axis=0, out=values[: len(stored)])
         values = values.reshape(last - first, self.block)
-        values *= self._scales(read, first, last - first)[:, None]
+        scales = self._scales(read, first, last - first)
+        if self.nested is None:
+            greatest(scales, values, self.scales)
+        values *= scales[:, None]
         skip = begin - first * self.block
         return values.reshape(-1)[skip : skip + end - begin]
 
@@ -74,7 +77,7 @@ class Tabled:
         blocks = (start + np.arange(count)) // nested.block
         outer = floats(read, nested.scales, int(blocks[0]), int(blocks[-1] - blocks[0]) + 1)
         table = floats(read, nested.table, 0, 256)
-        scales = table[bits(read, self.scales, start, count)] * outer[blocks - blocks[0]]
+        scales: Floats = table[bits(read, self.scales, start, count)] * outer[blocks - blocks[0]]
         scales += np.float32(nested.offset)
         return scales
 
@@ -93,9 +96,17 @@ class RowScaled:
         columns = self.codes.shape[1]
         codes = bits(read, self.codes, top * columns, (bottom - top) * columns).view(np.int8)
         values = codes.reshape(-1, columns).astype(np.float32)
-        values *= floats(read, self.scales, top, bottom - top)[:, None]
+        scales = floats(read, self.scales, top, bottom - top)
+        greatest(scales, values, self.scales)
+        values *= scales[:, None]
         values *= PER_127
         return values
+
+
+def greatest(scales: Floats, values: Floats, info: TensorInfo) -> None:
+    """InputError: the greatest magnitude of a row of `values` is stored as 0, and the row is not."""
+    if not scales.all() and values[scales == 0].any():
+        raise damaged(info, "is 0 where the weight is not")
 
 
 def bits_as_bytes(read: Read, info: TensorInfo, low: int, high: int) -> Any:
@@ -116,7 +127,7 @@ def _int8(stored: Stored, scales: TensorInfo) -> TensorInfo:
     if len(codes.shape) != 2 or codes.dtype != "I8":
         raise InputError(f"its codes are {codes.dtype} {list(codes.shape)}, must be a matrix of I8")
     expect(scales, codes.shape[:1], {"F32"})
-    if layout is not None and layout.path.exists():
+    if layout is not None and layout.path.exists():  # on the hub it is looked at when the file is there
         with Reader() as reader:
             code = int(bits(reader, expect(layout, (), {"U8"}), 0, 1)[0])
         if code:

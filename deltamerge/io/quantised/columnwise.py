@@ -1,5 +1,5 @@
-"""GPTQ and AWQ: integer codes with a scale and a zero a group of inputs, stored transposed as (inputs, outputs) in int32
-words; W_oi = scale_go · (code_io − zero_go), g the group of input i, in float32.
+"""GPTQ and AWQ: integer codes with a scale and a zero a group of inputs, stored transposed, as (inputs, outputs), in
+int32 words; W_oi = scale_go · (code_io − zero_go), g the group of input i, in float32.
 
 GPTQ     words hold codes of 32/bits inputs one after the other, from the lowest bit (3 bits: 32 codes in 3 words);
          `g_idx` gives each input's group (act order). Zeros are packed along outputs: version 1 (`checkpoint_format:
@@ -12,13 +12,13 @@ AWQ      words hold codes of eight outputs, output (0, 2, 4, 6, 1, 3, 5, 7)_k in
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import PLAIN, widen
-from deltamerge.io.quantised.packing import AGAIN, columns_of, expect, fill_bands, finite, unpack, whole
+from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, unpack, whole
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, weight
 from deltamerge.io.tensor import Read, TensorInfo
 
@@ -35,6 +35,7 @@ class Gptq:
     """Codes of `width` bits, inputs × outputs packed along inputs; `plus` is added to zeros; without `order` input i is
     in group i // `group`."""
 
+    keeps: ClassVar[bool] = True
     codes: TensorInfo
     zeros: TensorInfo
     scales: TensorInfo
@@ -53,7 +54,12 @@ class Gptq:
         words = columns_of(read, self.codes, self.codes.shape[0], outputs, top, bottom)
         values = unpack(_bytes(words.T), self.width)[:, : self.inputs].astype(np.float32)
         scales, zeros = self._scales(read, top, bottom), self._zeros(read, top, bottom)
-        groups = self._groups(read)
+        groups = self.groups(read)
+        if groups is None:
+            cut = values.reshape(bottom - top, -1, self.group)
+            cut -= zeros[:, :, None]
+            cut *= scales[:, :, None]
+            return values
         values -= np.take(zeros, groups, axis=1)
         values *= np.take(scales, groups, axis=1)
         return values
@@ -76,20 +82,23 @@ class Gptq:
         skip = top % WORD
         return zeros[:, skip : skip + bottom - top].T.astype(np.float32)
 
-    def _groups(self, read: Read) -> Array:
+    def groups(self, read: Read) -> Array | None:
+        """The group of each input; None where they are equal and in order."""
+        in_order = np.arange(self.inputs) // self.group
         if self.order is None:
-            return np.arange(self.inputs) // self.group
+            return in_order if self.inputs % self.group else None
         groups = bits(read, self.order, 0, self.inputs).view(np.int32)
         if groups.min() < 0 or groups.max() >= self.scales.shape[0]:
             message = f"names group {groups.max() if groups.max() > 0 else groups.min()} of {self.scales.shape[0]}"
-            raise InputError(f"{self.order.name}: {message}", hint=AGAIN)
-        return groups
+            raise damaged(self.order, message)
+        return None if not self.inputs % self.group and np.array_equal(groups, in_order) else groups
 
 
 @dataclass(frozen=True, slots=True)
 class Awq:
     """Codes of four bits, inputs × outputs packed along outputs, `group` inputs a group."""
 
+    keeps: ClassVar[bool] = True
     codes: TensorInfo
     zeros: TensorInfo
     scales: TensorInfo
@@ -101,20 +110,22 @@ class Awq:
 
     def _band(self, read: Read, top: int, bottom: int) -> Floats:
         groups, outputs = self.scales.shape
-        values = self._unpacked(read, self.codes, top, bottom)
-        scales = columns_of(read, self.scales, groups, outputs, top, bottom)
-        scales = finite(widen(np.ascontiguousarray(scales), self.scales.dtype), self.scales)
-        values -= np.repeat(self._unpacked(read, self.zeros, top, bottom), self.group, axis=0)
-        values *= np.repeat(scales, self.group, axis=0)
-        return np.ascontiguousarray(values.T)
+        stored = np.ascontiguousarray(columns_of(read, self.scales, groups, outputs, top, bottom).T)
+        scales = finite(widen(stored, self.scales.dtype), self.scales)
+        zeros = self._unpacked(read, self.zeros, top, bottom).astype(np.float32)
+        values = self._unpacked(read, self.codes, top, bottom).astype(np.float32)
+        cut = values.reshape(bottom - top, groups, self.group)
+        cut -= zeros[:, :, None]
+        cut *= scales[:, :, None]
+        return values
 
-    def _unpacked(self, read: Read, info: TensorInfo, top: int, bottom: int) -> Floats:
-        """Columns [top, bottom) of a packed matrix."""
+    def _unpacked(self, read: Read, info: TensorInfo, top: int, bottom: int) -> Array:
+        """Columns [top, bottom) of a packed matrix, as rows."""
         rows, words = info.shape
         first = top // 8
         found = columns_of(read, info, rows, words, first, -(-bottom // 8))
         codes = unpack(_bytes(found), AWQ_BITS).reshape(rows, -1, 8)[:, :, AWQ_PLACES].reshape(rows, -1)
-        return codes[:, top - first * 8 : bottom - first * 8].astype(np.float32)
+        return np.ascontiguousarray(codes[:, top - first * 8 : bottom - first * 8].T)
 
 
 def _bytes(words: Array) -> Array:

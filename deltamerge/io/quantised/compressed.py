@@ -17,6 +17,7 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.patterns import check, finds
+from deltamerge.io.quantised.detect import HINT
 from deltamerge.io.quantised.grid import EXPONENTS, Block, Grid, Scales, check_dtype, grid
 from deltamerge.io.quantised.scaled import Scaled, Zeros, words_of
 from deltamerge.io.quantised.weight import Stored, weight
@@ -24,6 +25,12 @@ from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 
 WIDTHS = range(1, 9)
+# Formats whose codes lie as `decoded` takes them; what is only named is read by other decoders, or is not there.
+FORMATS = frozenset({
+    "naive-quantized", "int-quantized", "float-quantized", "pack-quantized", "mxfp8-quantized", "mixed-precision",
+    "nvfp4-pack-quantized", "mxfp4-pack-quantized", "dense", "fakequant",
+})  # fmt: skip
+STRATEGIES = ("tensor", "channel", "group", "tensor_group", "block")
 AGAIN = "download the model again, or quantise it again"
 
 
@@ -43,6 +50,9 @@ def decoded(stored: Stored) -> TensorInfo:
     InputError: codes that the library does not write so, or companions whose shapes and dtypes do not fit.
     """
     codes = stored.codes
+    form = stored.settings.get("format") or "dense"
+    if stored.settings.get("quant_method") == "compressed-tensors" and form not in FORMATS:
+        raise InputError(f"its format {str(form)[:80]!r} is not known", hint=HINT)
     groups = list(_groups(stored))
     if codes.name.endswith("weight_packed"):
         return _packed(stored, groups)
@@ -53,7 +63,7 @@ def decoded(stored: Stored) -> TensorInfo:
 
 def scaled_by(stored: Stored, block: Block | None, *, whole: bool = False) -> TensorInfo:
     """The weight of codes that are stored one by one."""
-    codes, scales = stored.codes, stored.need("_scale_inv", "_scale")
+    codes, scales = stored.codes, stored.need("_scale_inv", "_scale", ".scale")
     check_dtype(scales)
     laid = grid(codes.shape, scales.shape, block, whole=whole)
     zeros = stored.part("weight_zero_point")
@@ -103,7 +113,7 @@ def _of_group(stored: Stored, shape: tuple[int, ...] | None, group: Group) -> Te
 
 def _packing(columns: int, words: int, width: int | None) -> tuple[int, bool]:
     """The bits of an integer of which `columns` take so many words, and whether it may lie across two of them, as the
-    library packs since 0.16; before, words held whole integers. InputError: none takes so many."""
+    library packs now; older versions put whole integers into words. InputError: none takes so many."""
     for dense in (True, False):
         fitting = [b for b in ([width] if width else WIDTHS) if words_of(columns, b, dense) == words]
         if len(fitting) == 1:
@@ -225,7 +235,7 @@ def _group(weights: Mapping[str, Any]) -> Group:
         not isinstance(block, list) or len(block) != 2 or not all(type(x) is int and x > 0 for x in block)
     ):
         raise InputError(f"block_structure must be two positive integers, is {str(block)[:80]}")
-    if strategy not in (None, "tensor", "channel", "group", "block"):
+    if strategy is not None and strategy not in STRATEGIES:
         raise InputError(f"strategy {str(strategy)[:80]!r} of weights is not known")
     if block is not None:
         return Group(width, (block[0], block[1]))

@@ -17,7 +17,7 @@ from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, by_component, recombined
 from deltamerge.io.dtypes import CODES, PLAIN
 from deltamerge.io.quantised import blockwise, columnwise, compressed, fp4, fp8, mlx
-from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, orphans, scheme_of
+from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, moved, orphans, scheme_of
 from deltamerge.io.quantised.weight import Stored
 from deltamerge.io.tensor import TensorInfo
 
@@ -58,6 +58,8 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
     scheme = scheme_of(checkpoint.config, checkpoint.tensors)
     if scheme is None:
         return checkpoint
+    if why := moved(checkpoint.config, checkpoint.tensors):
+        raise InputError(f"is quantised ({scheme}), and {why}: they are not the model's own", hint=HINT)
     if lone := orphans(scheme, checkpoint.tensors):
         raise InputError(f"is quantised ({scheme}): {lone[0]} belongs to no weight", hint="download the model again")
     decoders = {name: _decoder(scheme, name) for name in scheme.weights}
@@ -77,7 +79,9 @@ def decoded(checkpoint: Checkpoint) -> Checkpoint:
         with errors.context(name), errors.context(str(scheme)):
             made = decoders[name](Stored(name, parts, settings))
         tensors[name] = replace(made, saved_as=dtype)
-    return replace(checkpoint, tensors=tensors, quantised=scheme)
+    known = {part: checkpoint.tensors[part] for part in (*weight_of, *companions)}
+    plain = {name: tensors[name] for name in scheme.weights}
+    return replace(checkpoint, tensors=tensors, quantised=replace(scheme, stored=known, plain=plain))
 
 
 def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str:

@@ -40,6 +40,7 @@ class Scheme:
     kinds     how each of them is stored, as the names and dtypes of its tensors tell, the same in schemes of several
               names: a key of `decode.DECODERS`, or "" where they tell nothing
     dropped   tensors that belong to no weight but to the quantisation of keys, values and activations
+    stored, plain   all those tensors, and the weights that they make, by name, once the checkpoint is decoded
     """
 
     name: str
@@ -47,6 +48,8 @@ class Scheme:
     weights: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     kinds: Mapping[str, str] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    stored: Mapping[str, TensorInfo] = field(default_factory=dict, compare=False, repr=False)
+    plain: Mapping[str, TensorInfo] = field(default_factory=dict, compare=False, repr=False)
 
     def __str__(self) -> str:
         return self.name + (f", {self.detail}" if self.detail else "")
@@ -74,7 +77,11 @@ _ACTIVATIONS = (
 _CACHE = re.compile(r"(?:^|[._])(?:[qkv]|kv|prob_output)_(?:scale|zero_point|global_scale)$")
 _COMPRESSED = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")
 # Names that only companions have.
-_ORPHANS = re.compile(r"_scale_inv$|(?:^|\.)(?:weight_(?:packed|scale|scale_2|zero_point|g_idx|shape)|qweight|qzeros)$")
+_ORPHANS = re.compile(
+    r"_scale_inv$|\.absmax$|(?:^|\.)(?:weight_(?:packed|scale|scale_2|zero_point|g_idx|shape)|qweight|qzeros|scales|SCB)$"
+)
+# What inputs are multiplied by, and was divided out of the weights, which are then not the model's own.
+_MOVED = re.compile(r"(?:^|\.)(?:pre_quant_scale|act\.scales)$")
 _RULES = (
     _Rule("fp8", "weight", ("weight_scale_inv",), _ACTIVATIONS),
     _Rule("nvfp4", "weight", ("weight_scale", "weight_scale_2"), _ACTIVATIONS, coded=True),
@@ -97,10 +104,9 @@ _SUFFIXES = (
     ("bitsandbytes", ".absmax", False),
     (UNNAMED, "_scale", True),
 )
-_BITSANDBYTES = (
-    ".quant_map", ".nested_absmax", ".nested_quant_map", ".nested_offset", ".quant_state.bitsandbytes__nf4",
-    ".quant_state.bitsandbytes__fp4",
-)  # fmt: skip
+_STATES = (".quant_state.bitsandbytes__nf4", ".quant_state.bitsandbytes__fp4")
+MOST_STATE = 100_000  # bytes
+_BITSANDBYTES = (".quant_map", ".nested_absmax", ".nested_quant_map", ".nested_offset", *_STATES)
 
 
 def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Scheme | None:
@@ -125,6 +131,18 @@ def scheme_of(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> S
     return Scheme(name, detail, MappingProxyType(weights), MappingProxyType(kinds), dropped)
 
 
+def moved(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str | None:
+    """What says that quantised weights are not those of the model, but scaled or rotated against its activations."""
+    found = next((name for name in tensors if _MOVED.search(name)), None)
+    if found is not None:
+        return f"{found} scales the inputs of its weights"
+    for _, part in keys_of(config):
+        for key in ("transform_config", "rotation"):  # compressed-tensors, gptqmodel
+            if isinstance(part, Mapping) and part.get(key):
+                return f"{key} rotates its weights"
+    return None
+
+
 def orphans(scheme: Scheme, tensors: Mapping[str, TensorInfo]) -> list[str]:
     """Names of companions of weights that are not there."""
     known = {part for parts in scheme.weights.values() for part in parts}
@@ -143,6 +161,11 @@ def _dropped(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], parts
 
 def _items(settings: Any) -> Iterable[tuple[Any, Any]]:
     return settings.items() if isinstance(settings, Mapping) else ()
+
+
+def states_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
+    """The tensors whose bytes say what shape a weight has: bitsandbytes' quantisation states."""
+    return [name for name, info in tensors.items() if name.endswith(_STATES) and info.nbytes <= MOST_STATE]
 
 
 def stated(config: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -12,19 +12,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.quantised.packing import AGAIN, columns_of, expect, fill_bands, finite, floats, whole
+from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, floats, whole
 from deltamerge.io.quantised.scaled import values_of as table_of
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, fill_rows, weight
 from deltamerge.io.tensor import Read, TensorInfo
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 _BYTES = np.arange(256)
-PAIRS = np.stack([E2M1[_BYTES & 15], E2M1[_BYTES >> 4]], 1).view(np.complex64)[:, 0]  # both values of a byte
+LOW, HIGH = E2M1[_BYTES & 15], E2M1[_BYTES >> 4]
+PAIRS = np.stack([LOW, HIGH], 1).view(np.complex64)[:, 0]  # both values of a byte
 MX_GROUP, NV_GROUP = 32, 16
 EXPONENTS = np.append(np.ldexp(np.float32(1), np.arange(-127, 128)), np.float32(np.nan)).astype(np.float32)
 E8M0 = frozenset({"U8", "F8_E8M0"})
@@ -65,7 +66,7 @@ class GroupScaled:
         if self.apply == "times":
             return scales * factor
         if not factor.all():
-            raise InputError(f"{self.whole.name}: is 0", hint=AGAIN)
+            raise damaged(self.whole, "is 0")
         return scales / factor
 
 
@@ -73,6 +74,7 @@ class GroupScaled:
 class Experts:
     """MXFP4 experts (E, 32 groups, rows), stored transposed."""
 
+    keeps: ClassVar[bool] = True
     blocks: TensorInfo
     scales: TensorInfo
 
@@ -87,10 +89,12 @@ class Experts:
         first, last = top // MX_GROUP, -(-bottom // MX_GROUP)
         codes = columns_of(read, self.blocks, rows, groups * half, first * half, last * half, expert)
         stored = columns_of(read, self.scales, rows, groups, first, last, expert)
-        values = values_of(codes).reshape(rows, last - first, MX_GROUP)
-        values *= finite(exponents(stored), self.scales)[:, :, None]
-        columns = values.reshape(rows, -1)[:, top - first * MX_GROUP : bottom - first * MX_GROUP]
-        return np.ascontiguousarray(columns.T)
+        values = np.empty((last - first, half, 2, rows), np.float32)
+        turned = np.ascontiguousarray(codes.T).reshape(last - first, half, rows)  # while they are bytes
+        for part, table in enumerate((LOW, HIGH)):
+            np.take(table, turned, out=values[:, :, part], mode="clip")
+        values *= finite(exponents(np.ascontiguousarray(stored.T)), self.scales)[:, None, None]
+        return values.reshape(-1, rows)[top - first * MX_GROUP : bottom - first * MX_GROUP]
 
 
 def exponents(stored: Array) -> Floats:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltamerge.errors import InputError
-from deltamerge.io.quantised.compressed import scaled_by
+from deltamerge.io.quantised import compressed
 from deltamerge.io.quantised.grid import Block
 from deltamerge.io.quantised.grid import scales_of as scales_of
 from deltamerge.io.quantised.scaled import values_of as values_of
@@ -25,8 +25,10 @@ def decoded(stored: Stored) -> TensorInfo:
     that do not fit."""
     codes = stored.codes
     if codes.dtype not in ("F8_E4M3", "F8_E5M2"):
-        raise InputError(f"is {codes.dtype} and not float8, beside scales", hint=AGAIN)
-    return scaled_by(stored, block_size(stored.settings))
+        raise InputError(f"is {codes.dtype} beside scales, must be F8_E4M3 or F8_E5M2", hint=AGAIN)
+    if "config_groups" in stored.settings:
+        return compressed.decoded(stored)
+    return compressed.scaled_by(stored, block_size(stored.settings))
 
 
 def block_size(settings: Any) -> Block | None:

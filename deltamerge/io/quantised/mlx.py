@@ -69,10 +69,12 @@ class Packed:
 def decoded(stored: Stored) -> TensorInfo:
     """The weight that MLX stores. InputError: settings that MLX does not have, or shapes that they do not give."""
     codes, settings = stored.codes, layer_settings(stored.settings, stored.name)
-    mode, width, group = settings.get("mode", "affine"), settings.get("bits"), settings.get("group_size")
+    mode = settings.get("mode", "affine")
+    width: Any = settings.get("bits")
+    group: Any = settings.get("group_size")
     if mode not in MODES:
         raise InputError(f"its mode is {str(mode)[:40]!r}, must be {', '.join(MODES)}")
-    if width not in MODES[mode] or not _fits(mode, group):
+    if type(width) is not int or width not in MODES[mode] or not _fits(mode, group):
         raise InputError(f"config.json says {str(width)[:40]} bits and groups of {str(group)[:40]} for mode {mode}")
     if codes.dtype != "U32" or len(codes.shape) < 2:
         raise InputError(f"its codes are {codes.dtype} {list(codes.shape)}, must be a matrix of U32")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,8 +44,13 @@ def floats(read: Read, info: TensorInfo, start: int, count: int) -> Floats:
 def finite(values: Floats, info: TensorInfo) -> Floats:
     """`values` of a part. InputError: one is NaN or infinite."""
     if not np.isfinite(values).all():
-        raise InputError(f"{info.name}: holds NaN or infinity", hint=AGAIN)
+        raise damaged(info, "holds NaN or infinity")
     return values
+
+
+def damaged(info: TensorInfo, what: str) -> InputError:
+    """The error for a part whose values cannot be."""
+    return InputError(f"{info.path.name}: {info.name}: {what}", hint=AGAIN)
 
 
 def unpack(stored: Array, width: int) -> Array:
@@ -103,6 +108,11 @@ def columns_of(read: Read, info: TensorInfo, rows: int, width: int, first: int, 
     ends = np.arange(1, rows + 1) * (last - first) * size
     read.read_runs(info, offsets, ends, found)
     return found
+
+
+def kept_bytes(tensors: Iterable[TensorInfo]) -> int:
+    """The memory that slabs of these tensors take while they are read: those whose `made` says that it `keeps` some."""
+    return KEPT if any(getattr(info.made, "keeps", False) for info in tensors) else 0
 
 
 def kept(read: Read, key: object, make: Callable[[], Array]) -> Array:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.io import kernels
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.quantised.grid import Scales
 from deltamerge.io.quantised.weight import Array, Floats, bits, fill_rows, row_bits
 from deltamerge.io.tensor import Read, TensorInfo
@@ -72,6 +73,28 @@ class Scaled:
         if self.columns:
             fill_rows(self.columns, start, out, lambda top, bottom: self._rows(read, top, bottom))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes."""
+        return bool(self.columns) and self.order is None and (self.dense or WORD % self.width == 0)
+
+    @property
+    def bits(self) -> int:
+        """The bits of an element in the file; 0 where rows end within a word."""
+        width = self.width if self.form == "packed" else 8
+        stride = 8 * ITEMSIZE[self.codes.dtype] * (self.codes.shape[-1] if self.codes.shape else 1)
+        return width if stride == self.columns * width else 0
+
+    def part(self, read: Read, start: int, stop: int) -> Part | None:
+        """What the compiled loop needs for elements [start, stop); None: a scale there is 0; `fill` looks into it."""
+        blocks = self.scales.grid.rows_of(start // self.columns, -(-stop // self.columns))
+        first, last = int(blocks[0]), int(blocks[-1]) + 1
+        scales = self.scales.read(read, first, last)
+        if not scales.all():
+            return None
+        zeros = None if self.zeros is None else self.zeros.read(read, first, last, self.scales.grid.across)
+        return Part(self, self.scales.checked(scales, first), zeros, first)
+
     def _rows(self, read: Read, top: int, bottom: int) -> Floats:
         """Rows [top, bottom) of the weight."""
         grid = self.scales.grid
@@ -84,7 +107,7 @@ class Scaled:
             used = self._used(codes, blocks - first, len(scales))
         self.scales.checked(scales, first, used)
         order = self._order(read)
-        native = kernels.native() if order is None and (self.dense or WORD % self.width == 0) else None
+        native = kernels.native() if self.is_plain else None
         if native is None:
             values = self._numbers(codes)
             if zeros is not None:
@@ -134,6 +157,31 @@ class Scaled:
             wrong = int(found[(found < 0) | (found >= across)][0])
             raise InputError(f"{info.name}: has group {wrong}, of {across}", hint="download the model again")
         return found
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A range of a weight as the compiled loop is given it: scales, zeros and the first row of the grid."""
+
+    weight: Scaled
+    scales: Floats
+    zeros: Floats | None
+    line: int
+
+    def numbers(self, hashed: bool) -> tuple[int, ...]:
+        """The fields of `CodedSource` (kernels/src/program.h); the arrays must live as long as they are used."""
+        weight, grid = self.weight, self.weight.scales.grid
+        addresses = (
+            0 if array is None else array.__array_interface__["data"][0] for array in (self.scales, self.zeros)
+        )
+        codes = weight.codes
+        width = weight.width if weight.form == "packed" else 8
+        form = FORMS.get(weight.form, PACKED)
+        stride = codes.shape[-1] * ITEMSIZE[codes.dtype] if codes.shape else 1
+        return (
+            form, width, weight.columns, stride, *addresses, grid.height, grid.m, grid.n, grid.down, grid.across,
+            self.line, hashed,
+        )  # fmt: skip
 
 
 def word_of(element: int, width: int, dense: bool) -> int:

@@ -45,9 +45,19 @@ def magnitude(masking: Masking) -> Any:
 
 
 def wanda(masking: Masking) -> Any:
-    """The best scores of each output's inputs; the largest of a tensor that is no weight of a linear layer."""
+    """The best scores of each output's inputs; the largest of a tensor that is no weight of a linear layer.
+
+    Of stacked experts that are stored (in, out) all scores compete, since tiles cut through an output's.
+    """
+    make, k = masking.make, round(masking.share * math.prod(masking.shape))
     if masking.norms is None:
-        return largest(masking.make, masking.delta, round(masking.share * math.prod(masking.shape)))
+        return largest(make, masking.delta, k)
+    if len(masking.shape) == 3:
+        inputs = [masking.delta, masking.norms]
+        if not masking.transposed:
+            return make(select.keep_largest_rows_stacked, inputs, shape=masking.shape, density=masking.share)
+        score = make(select.scored_stacked, inputs, shape=masking.shape)
+        return make(select.keep_where, [masking.delta, score, *_end(make, score, k)], shape=masking.shape)
     if masking.transposed:
         return best_of_columns(masking.make, masking.delta, masking.norms, masking.share)
     return masking.masked(masking.delta, masking.norms, density=masking.share)

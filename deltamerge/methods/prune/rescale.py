@@ -20,15 +20,25 @@ def divide(delta: torch.Tensor | Kept, q: float, *, tile: Tile) -> torch.Tensor 
 
 
 def divide_rows(delta: torch.Tensor | Kept, q: float | np.ndarray[Any, Any], *, tile: Tile) -> torch.Tensor | Kept:
-    """kept_ij / q_i in float32: q is (m, 1) for a matrix stored (out, in), (1, n) for (in, out), or one number."""
+    """kept_ij / q_i in float32: q is (m, 1) for a matrix stored (out, in), (1, n) for (in, out), or one number; of
+    stacked matrices (E, m, 1), or (E, 1, 1) with one for each."""
     if isinstance(q, float):
         return divide(delta, q, tile=tile)
     values = delta.values if isinstance(delta, Kept) else delta
     places = delta.positions if isinstance(delta, Kept) else torch.arange(tile.size, device=values.device)
     flat = places + tile.start
-    of_entry = flat // tile.columns if q.shape[-1] == 1 else flat % tile.columns
+    if q.shape[-1] == 1:
+        q, of_entry = row_divisors(q, tile.shape), flat // tile.columns
+    else:
+        of_entry = flat % tile.columns
     quotient = values / torch.from_numpy(q.astype(np.float32).reshape(-1)).to(values.device)[of_entry]
     return Kept(delta.positions, quotient) if isinstance(delta, Kept) else quotient
+
+
+def row_divisors(q: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
+    """q (…, 1) for every row of a tensor: of matrices that are stacked each row has its matrix's."""
+    stacked = len(shape) == 3 and q.size != shape[0] * shape[1]
+    return np.broadcast_to(q[..., 0], shape[:-1]) if stacked else q
 
 
 def constant(*, value: float) -> float:

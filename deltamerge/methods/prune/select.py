@@ -348,6 +348,24 @@ def keep_largest_rows_scored(
     return _largest_of_rows(delta, rows.abs() * torch.from_numpy(norms).to(delta.device), density)
 
 
+def keep_largest_rows_stacked(
+    delta: torch.Tensor, norms: np.ndarray[tuple[int, int], np.dtype[np.float32]], *, tile: Tile, density: float
+) -> torch.Tensor:
+    """The same of stacked matrices (E, m, n) with `norms` (E, n) of their inputs."""
+    rows = delta.view(-1, tile.columns)
+    numbers = (tile.start // tile.columns + torch.arange(len(rows))) // tile.shape[-2]
+    return _largest_of_rows(delta, rows.abs() * torch.from_numpy(norms)[numbers].to(delta.device), density)
+
+
+def scored_stacked(
+    delta: torch.Tensor | Kept, norms: np.ndarray[tuple[int, int], np.dtype[np.float32]], *, tile: Tile
+) -> torch.Tensor:
+    """abs(Δ_ji) · ‖x_j‖ in float32 of stacked matrices (E, n, m), stored (in, out), with `norms` (E, n)."""
+    rows = densify(delta, tile.size).view(-1, tile.columns)
+    numbers = tile.start // tile.columns + torch.arange(len(rows))
+    return (rows.abs() * torch.from_numpy(norms).reshape(-1)[numbers].to(rows.device)[:, None]).view(-1)
+
+
 def _largest_of_rows(delta: torch.Tensor, score: torch.Tensor, density: float) -> torch.Tensor:
     """Δ where abs(score) (rows, n) is among the round(density · n) largest of its row."""
     columns = score.shape[1]

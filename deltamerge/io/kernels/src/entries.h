@@ -58,5 +58,6 @@ PyObject* delta_ranked(PyObject*, PyObject* arguments);
 PyObject* ordered_product(PyObject*, PyObject* arguments);
 // quantised.cpp
 PyObject* scaled(PyObject*, PyObject* arguments);
+PyObject* coded(PyObject*, PyObject* arguments);
 
 }  // namespace deltamerge

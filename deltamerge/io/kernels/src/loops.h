@@ -97,11 +97,17 @@ struct Added {
 enum Form : i64 { kE4m3 = 0, kE5m2 = 1, kInt8 = 2, kPackedBits = 3 };
 
 struct ScaledRows {
-  const u8* codes;
   i64 form, width, columns, stride;
   const float* scales;
   const float* zeros;
   i64 across, n;
+};
+
+// The numbers that codes stand for (io/quantised/numbers.py): small floats up to the code `last`, or, where `exponent` is
+// 0, the integers from `least` to `largest`.
+struct CodeForm {
+  i64 exponent, mantissa, bias, last;
+  float least, largest;
 };
 
 struct Inside {
@@ -178,8 +184,11 @@ struct Loops {
   bool (*add_to)(const Coded& coded, const Added& added, bool is_bfloat, void* out, i64 size);
   // Scales whose ranks are stored. False: they are damaged.
   bool (*ranked)(const Coded& coded, const float* scales, i64 scale_count, float* out);
-  // out = (code - zero) * scale, of rows each of which has its row of the grid.
-  void (*scale_rows)(const ScaledRows& rows, const i64* grid_rows, i64 count, float* out);
+  // out = (code - zero) * scale of `count` columns of a row from `first` on; `row` is where its codes begin (of which only
+  // those of these columns are read), `line` its row of the grid.
+  void (*scale_row)(const ScaledRows& rows, const u8* row, i64 line, i64 first, i64 count, float* out);
+  // Codes of values that share a scale and a zero; the sum of squares of what is lost.
+  double (*code_values)(const CodeForm& form, const float* x, float scale, float zero, u8* codes, i64 count);
   // out_ij = sum of left_ik right_kj in the order of k; left (rows, rank), right (rank, columns).
   void (*ordered_product)(const float* left, const float* right, float* out, i64 rows, i64 rank, i64 columns);
 };

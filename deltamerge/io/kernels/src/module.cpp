@@ -9,25 +9,26 @@ namespace {
 
 using namespace deltamerge;
 
-// (job, operations, weights, operands, lists, tables, guides, bounds, ranks, limits, ratios, sources, first_pieces,
-//  out, counts, sums, listed, used, digests, hashed) -> whether everything could be read
+// (job, operations, weights, operands, lists, tables, guides, bounds, ranks, limits, ratios, sources, coded,
+//  first_pieces, out, counts, sums, listed, used, digests, hashed) -> whether everything could be read
 PyObject* run_stream(PyObject*, PyObject* arguments) {
-  Buffers<20> b;
-  if (!b.take(arguments, 13)) return nullptr;
+  Buffers<21> b;
+  if (!b.take(arguments, 14)) return nullptr;
   const Program program = {b.at<Job>(0), b.at<Operation>(1), b.count<Operation>(1), b.at<float>(2),       b.at<i64>(3),
                            b.at<i64>(4), b.at<u64>(5),       b.at<u32>(6),          b.at<TableBounds>(7), b.at<i64>(8),
-                           b.at<u32>(9), b.at<float>(10),    b.at<Source>(11),      b.count<Source>(11)};
-  const i64 rows = b.count<i64>(17), sources = program.source_count;
-  const Results results = {b.count<u8>(13) > 0 ? b.at<u8>(13) : nullptr,
-                           b.at<i64>(14),
-                           b.at<double>(15),
-                           b.at<u32>(16),
-                           rows > 0 ? b.count<u32>(16) / rows : 0,
-                           b.at<i64>(17),
-                           b.at<u64>(18),
-                           sources > 0 ? b.count<u64>(18) / 2 / sources : 0,
-                           b.at<i64>(19),
-                           b.at<i64>(12)};
+                           b.at<u32>(9), b.at<float>(10),    b.at<Source>(11),      b.count<Source>(11),
+                           b.at<CodedSource>(12), b.count<CodedSource>(12)};
+  const i64 rows = b.count<i64>(18), sources = program.source_count;
+  const Results results = {b.count<u8>(14) > 0 ? b.at<u8>(14) : nullptr,
+                           b.at<i64>(15),
+                           b.at<double>(16),
+                           b.at<u32>(17),
+                           rows > 0 ? b.count<u32>(17) / rows : 0,
+                           b.at<i64>(18),
+                           b.at<u64>(19),
+                           sources > 0 ? b.count<u64>(19) / 2 / sources : 0,
+                           b.at<i64>(20),
+                           b.at<i64>(13)};
   Outcome outcome;
   Py_BEGIN_ALLOW_THREADS;
   outcome = run(program, results);
@@ -71,6 +72,7 @@ PyMethodDef methods[] = {
     {"add", delta_add, METH_VARARGS, "Add values at stored positions."},
     {"ranked", delta_ranked, METH_VARARGS, "Scales of their stored ranks."},
     {"scaled", scaled, METH_VARARGS, "Codes times scales (io/quantised/scaled.py)."},
+    {"coded", coded, METH_VARARGS, "Blocks of values as codes (io/quantised/coder.py)."},
     {"ordered_product", ordered_product, METH_VARARGS, "A matrix product, summed in order (io/computed.py)."},
     {nullptr, nullptr, 0, nullptr}};
 

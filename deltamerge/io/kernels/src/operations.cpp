@@ -7,7 +7,7 @@ namespace deltamerge {
 
 Operand Stream::operand(i64 number) const {
   if (number < 0) return {nullptr, false};
-  if (number >= kDirect) return {stored_of(number - kDirect), true};
+  if (number >= kDirect) return {stored_of(number - kDirect), p_.sources[number - kDirect].dtype == kBfloat16};
   return {register_of(number), false};
 }
 

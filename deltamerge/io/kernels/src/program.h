@@ -46,7 +46,7 @@ enum Code : i64 {
   kColumns = 28,
 };
 
-// Operands from this number on are bfloat16 as read from a source: operand - kDirect is which.
+// Operands from this number on are bfloat16 or float32 as read from a source: operand - kDirect is which.
 constexpr i64 kDirect = i64(1) << 32;
 // Elements read at once, and bytes before those of a piece, where the end of the piece before waits to be hashed.
 constexpr i64 kPiece = 1 << 16;
@@ -61,9 +61,16 @@ struct Operation {
 };
 
 // Where elements come from: an open file and the byte in it of the tensor's first, or (fd -1) the address of the job's
-// first element.
+// first element. `coded`: the file holds codes, and these are their number in Program::coded; -1: elements of `dtype`.
 struct Source {
-  i64 fd, begin, dtype, memory;
+  i64 fd, begin, dtype, memory, coded;
+};
+
+// Codes and the scales of a job (io/quantised/scaled.py): of matrices of `height` rows in blocks of m x n, with down x
+// across blocks each; scales and zeros (0: none) are addresses, from row `line` of the grid on. `hashed`: its bytes are
+// hashed, as rows fill them and pieces of the job begin with a byte.
+struct CodedSource {
+  i64 form, width, columns, stride, scales, zeros, height, m, n, down, across, line, hashed;
 };
 
 // Gap table: [begin, end) in tables and in guides, and the shift of a draw.
@@ -96,6 +103,8 @@ struct Program {
   const float* ratios;  // of ranks in rows
   const Source* sources;
   i64 source_count;
+  const CodedSource* coded;
+  i64 coded_count;
 };
 
 struct Results {

@@ -14,6 +14,22 @@ namespace {
 i64 smaller(i64 a, i64 b) { return a < b ? a : b; }
 i64 larger(i64 a, i64 b) { return a > b ? a : b; }
 
+// The byte of a tensor's codes in which element `at` begins.
+i64 byte_of(const CodedSource& codes, i64 at) {
+  return at / codes.columns * codes.stride + at % codes.columns * codes.width / 8;
+}
+
+// The most bytes of codes that `elements` in a row may lie in, with those between rows.
+i64 widest_codes(const Program& program, i64 elements) {
+  i64 most = 0;
+  for (i64 k = 0; k < program.coded_count; ++k) {
+    const CodedSource& codes = program.coded[k];
+    i64 between = codes.stride - codes.columns * codes.width / 8;
+    most = larger(most, elements * codes.width / 8 + 2 + (elements / codes.columns + 2) * between);
+  }
+  return most;
+}
+
 }  // namespace
 
 Outcome run(const Program& program, const Results& results) { return Stream(program, results).run(); }
@@ -23,11 +39,12 @@ bool Stream::allocate() {
   for (i64 k = 0; k < p_.count; ++k) most = larger(most, p_.operations[k].models);
   i64 longest = larger(larger(kPiece, job_.chunk), job_.sampled);
   raw_row_ = (kMargin + 4 * longest + 63) / 64 * 64;
+  codes_row_ = (kMargin + widest_codes(p_, longest) + 63) / 64 * 64;
   places_row_ = longest + 8;
   part_row_ = 1;
   while (part_row_ * kRun < job_.block) part_row_ *= 2;
   marks_ = (longest + 63) / 64;
-  bool there = raw_.allocate(p_.source_count * raw_row_) && registers_.allocate((job_.registers + 1) * job_.chunk) &&
+  bool there = raw_.allocate(p_.source_count * raw_row_) && codes_.allocate(p_.coded_count * codes_row_) && registers_.allocate((job_.registers + 1) * job_.chunk) &&
                places_.allocate(job_.lists * places_row_) && sizes_.allocate(job_.lists) &&
                part_.allocate(job_.sums * part_row_) && left_.allocate(widest) && header_.allocate(widest) &&
                accumulators_.allocate(8 * p_.source_count) && operands_.allocate(most) && lists_.allocate(most) &&
@@ -81,9 +98,8 @@ bool Stream::read_piece() {
     if (source.fd < 0) {
       const u8* from = reinterpret_cast<const u8*>(source.memory) + (at_ - job_.start) * size;
       std::memcpy(const_cast<u8*>(raw_of(s)), from, std::size_t(piece_ * size));
-    } else {
-      if (!read_file(s)) return false;
-      if (r_.room > 0) hash_piece(s);
+    } else if (!(source.coded < 0 ? read_file(s) : read_codes(s))) {
+      return false;
     }
   }
   return true;
@@ -91,29 +107,64 @@ bool Stream::read_piece() {
 
 bool Stream::read_file(i64 s) {
   const Source& source = p_.sources[s];
-  i64 size = size_of(source.dtype), done = 0, wanted = piece_ * size, offset = source.begin + at_ * size;
-  u8* to = const_cast<u8*>(raw_of(s));
-  while (done < wanted) {
+  i64 size = size_of(source.dtype);
+  u8* raw = const_cast<u8*>(raw_of(s));
+  i64 begin = source.begin + at_ * size, end = begin + piece_ * size;
+  if (!read_bytes(s, begin, end, raw)) return false;
+  if (r_.room > 0) hash_piece(s, begin, end, raw);
+  return true;
+}
+
+// Reads the piece's codes, and puts their numbers where a float32 source has its elements.
+bool Stream::read_codes(i64 s) {
+  const Source& source = p_.sources[s];
+  const CodedSource& codes = p_.coded[source.coded];
+  i64 last = at_ + piece_ - 1, first_byte = byte_of(codes, at_);
+  i64 end_byte = last / codes.columns * codes.stride + (last % codes.columns * codes.width + codes.width + 7) / 8;
+  u8* raw = codes_.get() + source.coded * codes_row_ + kMargin;
+  if (!read_bytes(s, source.begin + first_byte, source.begin + end_byte, raw)) return false;
+  const ScaledRows rows = {codes.form,
+                           codes.width,
+                           codes.columns,
+                           codes.stride,
+                           reinterpret_cast<const float*>(codes.scales),
+                           reinterpret_cast<const float*>(codes.zeros),
+                           codes.across,
+                           codes.n};
+  float* out = reinterpret_cast<float*>(const_cast<u8*>(raw_of(s)));
+  for (i64 at = at_; at <= last;) {
+    i64 row = at / codes.columns, first = at % codes.columns, count = smaller(codes.columns - first, last + 1 - at);
+    i64 line = row / codes.height * codes.down + row % codes.height / codes.m - codes.line;
+    loops_.scale_row(rows, raw + (row * codes.stride - first_byte), line, first, count, out + (at - at_));
+    at += count;
+  }
+  if (r_.room > 0 && codes.hashed != 0) {
+    hash_piece(s, source.begin + first_byte, source.begin + end_byte, raw);
+  }
+  return true;
+}
+
+// Bytes [begin, end) of a source's file.
+bool Stream::read_bytes(i64 s, i64 begin, i64 end, u8* to) {
+  while (begin < end) {
     errno = 0;
-    ssize_t count = read_at(int(source.fd), to + done, std::size_t(wanted - done), off_t(offset + done));
+    ssize_t count = read_at(int(p_.sources[s].fd), to, std::size_t(end - begin), off_t(begin));
     if (count < 0 && errno == EINTR) continue;
     if (count <= 0) return false;
-    done += count;
+    begin += count;
+    to += count;
   }
   return true;
 }
 
 // Hash whole blocks of what lies between `hashed` and the end of the piece; what is left waits before the next piece.
-void Stream::hash_piece(i64 s) {
-  const Source& source = p_.sources[s];
-  i64 size = size_of(source.dtype), begin = source.begin + at_ * size, end = begin + piece_ * size;
+void Stream::hash_piece(i64 s, i64 begin, i64 end, u8* raw) {
   if (r_.hashed[s] >= end) return;
-  u8* raw = const_cast<u8*>(raw_of(s));
   const u8* unhashed = raw + (r_.hashed[s] - begin);
   u64* digests = r_.digests + 2 * s * r_.room;
   r_.hashed[s] = loops_.hash(unhashed, r_.hashed[s], end, r_.first_pieces[s], accumulators_.get() + 8 * s, digests);
   i64 rest = end - r_.hashed[s];
-  std::memcpy(raw - rest, raw + piece_ * size - rest, std::size_t(rest));
+  std::memcpy(raw - rest, raw + (end - begin) - rest, std::size_t(rest));
 }
 
 }  // namespace deltamerge

@@ -49,7 +49,9 @@ class Stream {
   i64 next_piece(i64 after);
   bool read_piece();
   bool read_file(i64 source);
-  void hash_piece(i64 source);
+  bool read_codes(i64 source);
+  bool read_bytes(i64 source, i64 begin, i64 end, u8* to);
+  void hash_piece(i64 source, i64 begin, i64 end, u8* raw);
 
   // operations.cpp: chunks
   void operate(i64 k);
@@ -94,8 +96,9 @@ class Stream {
   // where it is: a piece of `piece_` elements from `at_` on, `inside_` of block `number_`; a chunk of n_ from first_ on
   i64 at_ = 0, piece_ = 0, number_ = 0, inside_ = 0, first_ = 0, n_ = 0;
 
-  i64 raw_row_ = 0, places_row_ = 0, part_row_ = 0, marks_ = 0;
+  i64 raw_row_ = 0, codes_row_ = 0, places_row_ = 0, part_row_ = 0, marks_ = 0;
   Array<u8> raw_;            // (sources, raw_row_)
+  Array<u8> codes_;          // (coded sources, codes_row_)
   Array<float> registers_;   // (registers, chunk)
   Array<i64> places_;        // (lists, places_row_)
   Array<i64> sizes_;         // of each list of places

@@ -16,6 +16,20 @@ struct E4m3 {
   }
 };
 
+// The same of codes none of which is NaN.
+struct FiniteE4m3 {
+  float operator()(u8 code) const {
+    u32 bits = u32(std::int32_t(std::int8_t(code))) << 20 & 0x87F00000;
+    return as_float(bits) * as_float(u32(247) << 23);
+  }
+};
+
+bool has_nan(const u8* codes, i64 count) {
+  u8 found = 0;
+  for (i64 i = 0; i < count; ++i) found |= u8((codes[i] & 0x7F) + 1);
+  return (found & 0x80) != 0;
+}
+
 struct E5m2 {
   float operator()(u8 code) const {
     float x = as_float(u32(code & 0x7F) << 21) * as_float(u32(239) << 23);
@@ -26,6 +40,10 @@ struct E5m2 {
 
 struct Int8 {
   float operator()(u8 code) const { return float(std::int8_t(code)); }
+};
+
+struct Uint8 {
+  float operator()(u8 code) const { return float(code); }
 };
 
 // out = (number - zero) * scale of `count` codes that share both.
@@ -48,11 +66,11 @@ void scale_nibbles(const u8* codes, float zero, float scale, float* out, i64 cou
 }
 
 // Codes from number `first` of a row on, each of `width` bits.
-void scale_bits(const u8* row, i64 stride, i64 width, i64 first, float zero, float scale, float* out, i64 count) {
+void scale_bits(const u8* row, i64 width, i64 first, float zero, float scale, float* out, i64 count) {
   const u32 mask = (u32(1) << width) - 1;
   for (i64 i = 0; i < count; ++i) {
     i64 bit = (first + i) * width, byte = bit / 8;
-    u32 pair = row[byte] | (byte + 1 < stride ? u32(row[byte + 1]) << 8 : 0);
+    u32 pair = row[byte] | (bit % 8 + width > 8 ? u32(row[byte + 1]) << 8 : 0);
     out[i] = (float(pair >> (bit % 8) & mask) - zero) * scale;
   }
 }
@@ -60,7 +78,9 @@ void scale_bits(const u8* row, i64 stride, i64 width, i64 first, float zero, flo
 // One block of a row, of `count` codes from column `first` on.
 void scale_block(const ScaledRows& rows, const u8* row, i64 first, float zero, float scale, float* out, i64 count) {
   const bool shifted = rows.zeros != nullptr;
-  if (rows.form == kE4m3) {
+  if (rows.form == kE4m3 && !has_nan(row + first, count)) {
+    scale_codes(row + first, FiniteE4m3(), zero, scale, shifted, out, count);
+  } else if (rows.form == kE4m3) {
     scale_codes(row + first, E4m3(), zero, scale, shifted, out, count);
   } else if (rows.form == kE5m2) {
     scale_codes(row + first, E5m2(), zero, scale, shifted, out, count);
@@ -68,24 +88,23 @@ void scale_block(const ScaledRows& rows, const u8* row, i64 first, float zero, f
     scale_codes(row + first, Int8(), zero, scale, shifted, out, count);
   } else {
     const float middle = zero + float(u32(1) << (rows.width - 1));
-    if (rows.width == 4 && first % 2 == 0) {
+    if (rows.width == 8) {
+      scale_codes(row + first, Uint8(), middle, scale, true, out, count);
+    } else if (rows.width == 4 && first % 2 == 0) {
       scale_nibbles(row + first / 2, middle, scale, out, count);
     } else {
-      scale_bits(row, rows.stride, rows.width, first, middle, scale, out, count);
+      scale_bits(row, rows.width, first, middle, scale, out, count);
     }
   }
 }
 
-void scale_rows(const ScaledRows& rows, const i64* grid_rows, i64 count, float* out) {
-  for (i64 i = 0; i < count; ++i) {
-    const u8* row = rows.codes + i * rows.stride;
-    const float* scales = rows.scales + grid_rows[i] * rows.across;
-    const float* zeros = rows.zeros == nullptr ? nullptr : rows.zeros + grid_rows[i] * rows.across;
-    for (i64 j = 0; j < rows.across; ++j) {
-      const i64 first = j * rows.n, rest = rows.columns - first, here = rest < rows.n ? rest : rows.n;
-      const float zero = zeros == nullptr ? 0.0f : zeros[j];
-      scale_block(rows, row, first, zero, scales[j], out + i * rows.columns + first, here);
-    }
+void scale_row(const ScaledRows& rows, const u8* row, i64 line, i64 first, i64 count, float* out) {
+  const float* scales = rows.scales + line * rows.across;
+  const float* zeros = rows.zeros == nullptr ? nullptr : rows.zeros + line * rows.across;
+  for (i64 at = first, stop = first + count; at < stop;) {
+    const i64 j = at / rows.n, end = (j + 1) * rows.n < stop ? (j + 1) * rows.n : stop;
+    scale_block(rows, row, at, zeros == nullptr ? 0.0f : zeros[j], scales[j], out + (at - first), end - at);
+    at = end;
   }
 }
 

@@ -1,6 +1,7 @@
 // The table of the loops of one processor level; includes every loop, which is compiled for it.
 #pragma once
 
+#include "coded.h"
 #include "floats.h"
 #include "hash.h"
 #include "masks.h"
@@ -50,7 +51,8 @@ const Loops DELTAMERGE_TABLE = {
     put,
     add_to,
     ranked,
-    scale_rows,
+    scale_row,
+    code_values,
     ordered_product,
 };
 

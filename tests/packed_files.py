@@ -11,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6])
-MLX = Path(__file__).parent / "mlx.safetensors"  # written by mlx 0.32.4: mx.quantize, and `truth` by mx.dequantize
+MLX = (
+    Path(__file__).parent / "io" / "mlx.safetensors"
+)  # written by mlx 0.32.4: mx.quantize, and `truth` by mx.dequantize
 
 
 class Packed(NamedTuple):
@@ -163,6 +165,7 @@ CASES: dict[str, Callable[[], Packed]] = {
     "gptq of 8 bits": lambda: gptq(8),
     "gptq of 3 bits, version 2": lambda: gptq(3, version="gptq_v2"),
     "gptq of 4 bits, version 2, no order": lambda: gptq(4, version="gptq_v2", ordered=False),
+    "gptq of 40 outputs": lambda: gptq(4, outputs=40),
     "awq": awq,
     "nf4": lambda: four_bits("nf4", nested=False),
     "nf4 nested": lambda: four_bits("nf4", nested=True),

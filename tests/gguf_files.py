@@ -48,9 +48,16 @@ TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 
 
 def write(
-    path: Path, arch: str, *, seed: int = 0, types: tuple[str, ...] = TYPES, pairs: dict[str, Any] | None = None
+    path: Path,
+    arch: str,
+    *,
+    seed: int = 0,
+    types: tuple[str, ...] = TYPES,
+    pairs: dict[str, Any] | None = None,
+    more: dict[str, Any] | None = None,
 ) -> Path:
-    """A GGUF file of `arch`: its matrices of one type after the other, vectors in float32; `pairs` are further keys."""
+    """A GGUF file of `arch`: its matrices of one type after the other, vectors in float32; `pairs` and `more`
+    are further keys and vectors."""
     name, settings = MODELS[arch]
     config = getattr(transformers, name)(**settings)
     auto = transformers.AutoModelForSeq2SeqLM if arch == "t5" else transformers.AutoModelForCausalLM
@@ -69,6 +76,8 @@ def write(
         if stored == "output.weight" and tied:
             continue
         add_tensor(writer, stored + ".weight" * ("_exps" in stored), stored_shape(arch, stored, shape), rng, kinds)
+    for stored, values in (more or {}).items():
+        writer.add_tensor(stored, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

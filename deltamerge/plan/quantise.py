@@ -1,0 +1,329 @@
+"""Which weights of the output are quantised, in which form, and what its config says of it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from deltamerge.calibrate.spec import is_transposed
+from deltamerge.engine.graph import Node
+from deltamerge.errors import InputError, RecipeError
+from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.dtypes import FLOATING
+from deltamerge.io.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
+from deltamerge.io.quantised.coding import Coding
+from deltamerge.io.quantised.detect import Scheme, keys_of, stated
+from deltamerge.io.quantised.encode import channels, fp8_blocks, int4_groups, kept
+from deltamerge.io.tensor import TensorInfo
+from deltamerge.plan.inputs import Input, Inputs
+from deltamerge.plan.stack import Target
+from deltamerge.recipe.output_keys import Quantization
+from deltamerge.recipe.schema import Recipe
+
+KEY = "quantization_config"
+PLAIN = "write plain weights: quantization: none"
+# Weights inside layers that published FP8 checkpoints leave plain: what decides which expert is asked, and the towers
+# that see and hear.
+LEFT = re.compile(r"(^|\.)(gate|router|shared_expert_gate|[a-z_]*(vision|visual|audio)[a-z_]*)(\.|$)")
+EXPERTS = re.compile(r"(^|\.)experts\.[^.]+$")
+# Keys of a config's settings that list modules whose weights are plain.
+LISTS = ("modules_to_not_convert", "ignore", "ignored_layers")
+NUMBER = re.compile(r"\.\d+(\.|$)")
+
+
+class Quantising(Protocol):
+    """How the output is quantised."""
+
+    def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
+        """How a weight of the output is stored that would be a tensor of `dtype`; None: as that."""
+
+    def more(self) -> list[TensorInfo]:
+        """Further tensors of the output, which are copied."""
+
+    def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
+        """The config (without its key about quantisation) of an output whose matrices `plain` are not coded."""
+
+    def notes(self) -> list[str]:
+        """What is to be said, once every weight has been asked for."""
+
+
+def quantising(recipe: Recipe, inputs: Inputs, *, stacked: bool) -> Quantising:
+    """How a recipe's output is quantised. RecipeError: it asks to keep what no model has."""
+    wanted = recipe.output.scheme
+    if wanted == "none":
+        return Plainly(inputs.template)
+    if any(component.folder for component in inputs.template.checkpoint.components):
+        message = f"{inputs.template.name} has several components, which are not quantised together"
+        raise RecipeError(recipe.source.path, [recipe.problem(("output", "quantization"), message, PLAIN)])
+    if isinstance(wanted, Quantization):
+        return Afresh(wanted, inputs.template)
+    models = [inputs.template, inputs.base, inputs.origin]
+    for model in models:
+        if model is not None and model.checkpoint.quantised is not None and model.checkpoint.quantised.weights:
+            if not model.checkpoint.quantised.plain:  # a GGUF file's
+                message = f"{model.name} ({model.checkpoint.quantised}) is in a form that cannot be written, only read"
+                raise RecipeError(
+                    recipe.source.path, [recipe.problem(("output", "quantization"), message, f"{PLAIN}, or fp8")]
+                )
+            return Kept(model, inputs.template, model.checkpoint.quantised, stacked)
+    named = " nor ".join(dict.fromkeys(model.name for model in models if model is not None))
+    message = f"nothing to keep: no weight of {named} is quantised"
+    raise RecipeError(
+        recipe.source.path, [recipe.problem(("output", "quantization"), message, "quantization: fp8, or none")]
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Plainly:
+    """Every tensor has its plain dtype."""
+
+    template: Input
+
+    def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
+        return None
+
+    def more(self) -> list[TensorInfo]:
+        return []
+
+    def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
+        return dict(config)
+
+    def notes(self) -> list[str]:
+        config = self.template.checkpoint.config
+        name, _ = stated(config) or ("", "")
+        quantised = self.template.checkpoint.quantised
+        why = "no weight is quantised" if quantised is None or not quantised.weights else "the output is not quantised"
+        return [f"config.json: {'.'.join(path)} ({name}) is dropped: {why}" for path, _ in keys_of(config)]
+
+
+@dataclass(slots=True)
+class Kept:
+    """The weights that `model` stores coded are coded as there."""
+
+    model: Input
+    template: Input
+    scheme: Scheme
+    stacked: bool
+    count: int = 0
+    kinds: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.stacked:  # what a weight is in some layer, for layers that the model has not
+            prefix = _prefix(self.model)
+            self.kinds = {numbers_as_stars(name.removeprefix(prefix)): name for name in self.scheme.weights}
+
+    def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
+        name = self._name(target)
+        if name is None or name not in self.scheme.weights:
+            return None
+        weight = self.scheme.plain[name]
+        if weight.shape != shape:
+            message = f"has the shape {list(weight.shape)} in {self.model.name}, {list(shape)} in the output"
+            raise InputError(f"{target.stored}: {message}, and cannot keep its quantisation", hint=PLAIN)
+        try:
+            coding = _kept(self.scheme, self.model.checkpoint, name, target.stored)
+        except InputError as error:
+            raise InputError(f"{self.model.name}: {target.stored}: {error}", hint=PLAIN) from None
+        self.count += 1
+        return coding
+
+    def _name(self, target: Target) -> str | None:
+        """The name in `model` of the weight that is merged into a target, or of what stands in its place there."""
+        reference = self.model.checkpoint.reference
+        for model, source in ((target.owner, None), *target.sources):
+            if model.checkpoint.reference == reference:
+                info = target.tensor if source is None else model.get(source)
+                if info is not None:
+                    return info.name
+        if (name := self.model.stored.get(target.name)) is not None or not self.stacked:
+            return name
+        return self.kinds.get(numbers_as_stars(target.name))
+
+    def more(self) -> list[TensorInfo]:
+        """Scales of keys, values and activations, which belong to no weight, under the template's names.
+
+        InputError: layers are stacked, which they would have to follow.
+        """
+        names = self.scheme.dropped
+        if names and self.stacked:
+            raise InputError(f"{self.model.name}: {names[0]} cannot follow slices", hint=PLAIN)
+        old, new = _prefix(self.model), _prefix(self.template)
+        return [replace(self.scheme.stored[name], name=new + name.removeprefix(old)) for name in names]
+
+    def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
+        found = dict(config)
+        names = [_module(name) for name in plain if layer_index(name) is not None]
+        for path, settings in keys_of(self.model.checkpoint.config):
+            if self.stacked and isinstance(settings, Mapping):  # lists that name layers follow the layers
+                lists = {key: settings[key] for key in LISTS if isinstance(settings.get(key), list)}
+                settings = {**settings, **{key: _renumbered(value, names) for key, value in lists.items()}}
+            _put(found, path, settings)
+        return found
+
+    def notes(self) -> list[str]:
+        return [f"quantised as in {self.model.name} ({self.scheme}): {self.count} weights"]
+
+
+@dataclass(slots=True)
+class Afresh:
+    """The weights of linear layers are coded in the scheme that the recipe asks for."""
+
+    wanted: Quantization
+    template: Input
+    count: int = 0
+    unfit: list[str] = field(default_factory=list)
+    fused: list[str] = field(default_factory=list)
+
+    def coding(self, target: Target, shape: tuple[int, ...], dtype: str) -> Coding | None:
+        if len(shape) == 3 and EXPERTS.search(target.stored):
+            self.fused.append(target.stored)
+        if dtype not in FLOATING or not self._is_linear(target, shape):
+            return None
+        name, wanted = target.stored, self.wanted
+        if wanted.by == "block":
+            block = self._block
+            if any(size % side for size, side in zip(shape, block, strict=True)):
+                self.unfit.append(name)
+                return None
+            coding = fp8_blocks(name, shape, block)
+        elif wanted.by == "group":
+            group = wanted.group or 128
+            if shape[1] % group:
+                self.unfit.append(name)
+                return None
+            coding = int4_groups(name, shape, group, _scale(dtype), self.template.checkpoint.path)
+        else:
+            coding = channels(name, shape, {"fp8": "F8_E4M3", "int8": "I8"}[wanted.scheme], _scale(dtype))
+        self.count += 1
+        return coding
+
+    @property
+    def _block(self) -> tuple[int, int]:
+        given = self.wanted.block or (128, 128)
+        return given[0], given[1]
+
+    def _is_linear(self, target: Target, shape: tuple[int, ...]) -> bool:
+        """Whether a tensor is the weight of a linear layer that published checkpoints quantise, by its name."""
+        name = target.stored
+        if len(shape) != 2 or not name.endswith(".weight") or layer_index(name) is None or "norm" in name:
+            return False
+        if any(pattern.search(name) for pattern in (EMBEDDING, TOKEN_HEAD, LEFT)) or re.search(TASK_HEAD, name):
+            return False
+        return not is_transposed(name, self.template.checkpoint.config, {name: target.tensor})
+
+    def more(self) -> list[TensorInfo]:
+        return []
+
+    def config(self, config: Mapping[str, Any], plain: Iterable[str]) -> dict[str, Any]:
+        modules = list(dict.fromkeys([_module(LM_HEAD), *map(_module, plain)]))
+        settings = self._fp8(modules) if self.wanted.by == "block" else self._compressed(modules)
+        return {**config, KEY: settings}
+
+    def _fp8(self, plain: Sequence[str]) -> dict[str, Any]:
+        """As Qwen3-FP8 and DeepSeek-V3 say it."""
+        return {
+            "activation_scheme": "dynamic",
+            "fmt": "e4m3",
+            "modules_to_not_convert": list(plain),
+            "quant_method": "fp8",
+            "weight_block_size": list(self._block),
+        }
+
+    def _compressed(self, plain: Sequence[str]) -> dict[str, Any]:
+        """As compressed-tensors says it: 8 bits with activations rounded token by token, 4 bits with plain ones."""
+        kind = "float" if self.wanted.scheme == "fp8" else "int"
+        bits = 4 if self.wanted.scheme == "int4" else 8
+        common = {"num_bits": bits, "type": kind, "symmetric": True}
+        weights = {**common, "dynamic": False, "strategy": self.wanted.by, "observer": "minmax"}
+        if self.wanted.by == "group":
+            weights["group_size"] = self.wanted.group or 128
+        tokens = {**common, "dynamic": True, "strategy": "token"} if bits == 8 else None
+        form = {"fp8": "float-quantized", "int8": "int-quantized", "int4": "pack-quantized"}[self.wanted.scheme]
+        group = {"targets": ["Linear"], "weights": weights, "input_activations": tokens, "output_activations": None}
+        return {
+            "config_groups": {"group_0": group},
+            "format": form,
+            "ignore": list(plain),
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+        }
+
+    def notes(self) -> list[str]:
+        way = {
+            "block": f"blocks of {'×'.join(map(str, self._block))}",
+            "group": f"groups of {self.wanted.group or 128}",
+        }.get(self.wanted.by, f"a scale a {self.wanted.by}")
+        found = [f"quantised to {self.wanted.scheme}, {way}: {self.count} weights of linear layers in numbered blocks"]
+        for why, names in ((f"as {way} do not fit", self.unfit), ("experts fused in one tensor", self.fused)):
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            found += [f"left plain, {why}: {names[0]}{more}"] if names else []
+        if not self.count:
+            raise InputError(f"{self.template.name}: no weight can be quantised: {found[-1]}", hint=PLAIN)
+        return found
+
+
+def copies(inputs: Inputs) -> dict[TensorInfo, tuple[Checkpoint, str]]:
+    """The model and name of every weight that some model stores coded."""
+    models = [model for model in inputs.checkpoints if model.quantised is not None]
+    return {info: (m, name) for m in models if m.quantised for name, info in m.quantised.plain.items()}
+
+
+def copied(
+    root: Node, coding: Coding, known: Mapping[TensorInfo, tuple[Checkpoint, str]], output: str
+) -> Coding | None:
+    """The coding whose stored tensors are copied, where `root` reads a weight that is stored in that form already."""
+    if root.kind != "read" or root.parameter("tensor") not in known:
+        return None
+    model, name = known[root.parameter("tensor")]
+    assert model.quantised is not None
+    try:
+        other = _kept(model.quantised, model, name, output)
+    except InputError:
+        return None
+    same = other.parts == coding.parts and [c.name for c in other.copied] == [c.name for c in coding.copied]
+    return other if same and type(other.coder) is type(coding.coder) else None
+
+
+def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether a plain tensor is named among those that a quantised model leaves plain."""
+    return (len(shape) == 2 and name.endswith(".weight")) or (len(shape) == 3 and EXPERTS.search(name) is not None)
+
+
+def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
+    settings = next((value for _, value in keys_of(model.config) if isinstance(value, Mapping)), {})
+    return kept(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)
+
+
+def _prefix(model: Input) -> str:
+    """What a model's stored names begin with before their canonical ones."""
+    canonical, stored = next(iter(model.stored.items()))
+    return stored.removesuffix(canonical)
+
+
+def _module(name: str) -> str:
+    """The module of a weight: of fused experts, all of them."""
+    return name.rpartition(".")[0]
+
+
+def _scale(dtype: str) -> str:
+    return dtype if dtype in ("BF16", "F16", "F32") else "F32"
+
+
+def _renumbered(listed: Sequence[Any], names: Sequence[str]) -> list[Any]:
+    rest = [entry for entry in listed if not (isinstance(entry, str) and NUMBER.search(entry))]
+    return list(dict.fromkeys([*rest, *names])) if len(rest) < len(listed) else rest
+
+
+def _put(config: dict[str, Any], path: Sequence[str], value: Any) -> None:
+    """Set a key of a config's section, or of the config where it has no such section."""
+    inner = config
+    for key in path[:-1]:
+        section = inner.get(key)
+        if not isinstance(section, dict):
+            config[path[-1]] = value
+            return
+        inner[key] = dict(section)
+        inner = inner[key]
+    inner[path[-1]] = value
