@@ -49,7 +49,7 @@ def _problem(problem: Problem, path: str, width: int) -> Text:
     source = BREAKS.split(problem.text or "")
     if problem.line is not None and problem.column is not None and problem.text and problem.line <= len(source):
         gutter = f"{problem.line:>4} | "
-        line, column = excerpt(source[problem.line - 1], problem.column, width - len(gutter) - 1)
+        line, column = excerpt(source[problem.line - 1], problem.column, max(20, width - len(gutter) - 1))
         text.append(f"\n{gutter}", QUIET).append(line)
         text.append(f"\n{'|':>{len(gutter) - 1}} ", QUIET).append(f"{' ' * column}^", f"bold {MESSAGE}")
     if problem.hint is not None:

@@ -196,7 +196,7 @@ def bars(states: list[State], console: Any) -> list[str]:
     from rich.table import Table
     from rich.text import Text
 
-    width = console.width - 1
+    width = max(streams.LEAST, console.width) - 1
     name = min(max(len(state.name) for state in states), max(12, width // 3))
     room = width - name - 2
     fits = (one for one in LAYOUTS if room >= one.bar + 2 + max(len(_words(state, one)) for state in states))

@@ -14,6 +14,7 @@ import click
 if TYPE_CHECKING:
     from rich.console import Console
 
+LEAST = 20  # columns that a terminal is taken to have, whatever it says
 PLAIN = 80  # columns where nobody says how many there are
 
 
@@ -76,10 +77,13 @@ def console() -> Console:
     from rich.console import Console
 
     plain = bool(os.environ.get("NO_COLOR")) or not moves()
-    return Console(
+    shown = Console(
         file=sys.stderr, force_terminal=True, color_system=None if plain else "auto", highlight=False, markup=False,
-        emoji=False, soft_wrap=True, legacy_windows=False,
+        emoji=False, legacy_windows=False,
     )  # fmt: skip
+    if shown.width < LEAST:
+        shown.width = LEAST
+    return shown
 
 
 def columns() -> int:

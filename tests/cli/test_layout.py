@@ -192,13 +192,17 @@ def test_a_terminal_shows_the_line_and_a_pipe_does_not(monkeypatch, capsys, tmp_
         assert kept == plain.splitlines()
 
 
-def test_a_set_value_is_shown_as_it_was_set(monkeypatch, tmp_path):
+def test_a_set_value_is_shown_as_it_was_set_and_a_terminal_without_columns_has_some(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     Path("r.yaml").write_text(BAD)
     with terminal(monkeypatch, 80, NO_COLOR="1") as seen:
         with pytest.raises(SystemExit):
             main(["check", "r.yaml", "--offline", "--set", "models.0.prune.density=300"])
         assert "density: 300}}" in seen.read()
+    with terminal(monkeypatch, 0, NO_COLOR="1") as seen:
+        with pytest.raises(SystemExit):
+            main(["check", "r.yaml", "--offline"])
+        assert "     |              ^\nhint: 20 % is 0.2\n" in seen.read()
 
 
 if __name__ == "__main__":
