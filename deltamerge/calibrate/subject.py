@@ -95,6 +95,7 @@ class Subject:
         labelled = source.labelled and self.metric != "exact_match"
         self.batches = {part: self.reads.batches(r, size=BATCH, labelled=labelled) for part, r in self.rows.items()}
         self.model = BlockModel(self.config, self.infos, device=self.device, pad_token_id=self.reads.pad_token_id)
+        self.model.walked = partial(_ahead, self.counts[0])
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
         # the variants of one walk share a part's weights; earlier reads are in the page cache
         self.start = Cache(self._start, max(self._part_bytes()))
@@ -287,6 +288,11 @@ class Subject:
 
 def _rows(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())))
+
+
+def _ahead(whole: int, batches: Sequence[Inputs], passes: float) -> None:
+    """Say that a walk has made so many passes over batches, where `whole` rows are one."""
+    progress.here(progress.PASSES).begin(passes * sum(map(_rows, batches)) / whole)
 
 
 class Memory:

@@ -43,7 +43,7 @@ class Seen:
 
     def look(self, now: float) -> State:
         """What there is to say at a time."""
-        phase, done, total = self.phase, self.phase.done, self.phase.total
+        phase, done, total = self.phase, self.phase.reached, self.phase.total
         if not self.samples:
             self.samples.append((phase.begun, 0.0))
         if now - self.samples[-1][0] > TICK / 2:
@@ -68,10 +68,11 @@ class Seen:
 
 def amount(phase: Phase) -> str:
     """How much is done, of how much."""
+    done = phase.reached
     of = "of ≤" if phase.bound else "of"
     if phase.unit == BYTES:
-        return f"{human(phase.done)} {of} {human(max(phase.total, phase.done))}"
-    return f"{int(phase.done + 1e-6):,} {of} {int(max(phase.total, phase.done)):,} {phase.unit}"
+        return f"{human(done)} {of} {human(max(phase.total, done))}"
+    return f"{int(done + 1e-6):,} {of} {int(max(phase.total, done)):,} {phase.unit}"
 
 
 def lasting(seconds: float) -> str:

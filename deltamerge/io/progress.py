@@ -26,6 +26,7 @@ class Phase:
     unit    "bytes", or what is counted, as "passes"
     bound   whether `total` is the most that there can be
     done    how much of it has been done
+    ahead   how much of the next step has been done
     begun   when it began, by `time.monotonic`
     """
 
@@ -34,6 +35,7 @@ class Phase:
     unit: str
     bound: bool = False
     done: float = 0.0
+    ahead: float = 0.0
     begun: float = field(default_factory=time.monotonic)
     _changed: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -41,6 +43,16 @@ class Phase:
         """Count `count` more as done."""
         with self._changed:
             self.done += count
+            self.ahead = 0.0
+
+    def begin(self, count: float) -> None:
+        """Say that `count` of the next step has been done."""
+        self.ahead = count
+
+    @property
+    def reached(self) -> float:
+        """What has been done, with what of the next step has."""
+        return self.done + self.ahead
 
     def skip(self, count: float) -> None:
         """Take `count` off the total: so much need not be done."""

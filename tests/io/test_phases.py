@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_bert_pair
-from running import run
+from running import calibrate, run
 
 from deltamerge.inspect import study
 from deltamerge.io import pieces, progress
@@ -47,6 +47,19 @@ def said():
     assert progress._here.phases == []
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("phases")
+    tiny_bert_pair(folder, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    rows = [json.dumps({"text": " ".join(f"w{(7 * i + j) % 90 + 4}" for j in range(6))}) for i in range(40)]
+    (folder / "rows.jsonl").write_text("\n".join(rows))
+    (folder / "r.yaml").write_text(
+        "base_model: ./base\nmodels: [{model: ./tuned, prune: {method: dare, density: 0.3, q: output_change}}]\n"
+        "calibration: {data: rows.jsonl, length: 8, sequences: 8, seeds: 1}\n"
+    )
+    return folder
+
+
 def test_a_step_counts_for_the_phase_that_its_thread_works_for(said):
     here().step(3)  # nobody's
     with phase("a", 10) as a:
@@ -69,6 +82,20 @@ def test_a_step_counts_for_the_phase_that_its_thread_works_for(said):
         ("b", 1, 4, True),
     ]
     assert said.all == [a, b]
+
+
+def test_a_walk_through_the_blocks_is_told_block_by_block_until_it_is_counted(models, tmp_path, monkeypatch):
+    told: list[float] = []
+    monkeypatch.setattr(Phase, "begin", lambda self, count: told.append(count))
+    calibrate(models / "r.yaml")
+    assert len(told) > 10
+    assert {8 / 3, 16 / 3} <= {*told}  # of a walk of 8 candidates, after each of 2 blocks
+    one = Phase("a", 10, PASSES)
+    monkeypatch.undo()
+    one.begin(2.5)
+    assert (one.done, one.reached) == (0, 2.5)
+    one.step(4)
+    assert (one.done, one.reached) == (4, 4)
 
 
 def test_a_phase_ends_when_its_work_fails_and_without_a_listener_nothing_is_heard(said):
@@ -99,19 +126,6 @@ def test_hashing_counts_every_byte_that_is_read_and_no_other(said, tmp_path):
     entries = {path.name: {"hash": hash_output(path), "size": path.stat().st_size} for path in paths}
     assert damages(tmp_path, entries, {"a": seal(paths[0])}, 2) == {}
     assert (said.all[-1].done, said.all[-1].total) == (whole - sizes["a"], whole - sizes["a"])
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("phases")
-    tiny_bert_pair(folder, dtype=torch.float32, sigma=0.05, tokenizer=True)
-    rows = [json.dumps({"text": " ".join(f"w{(7 * i + j) % 90 + 4}" for j in range(6))}) for i in range(40)]
-    (folder / "rows.jsonl").write_text("\n".join(rows))
-    (folder / "r.yaml").write_text(
-        "base_model: ./base\nmodels: [{model: ./tuned, prune: {method: dare, density: 0.3, q: output_change}}]\n"
-        "calibration: {data: rows.jsonl, length: 8, sequences: 8, seeds: 1}\n"
-    )
-    return folder
 
 
 def test_a_run_says_how_far_each_of_its_phases_is(said, models, tmp_path):
