@@ -130,7 +130,8 @@ def classes(family: str) -> Iterator[type[Any]]:
 @dataclass(frozen=True, slots=True)
 class Way:
     """How numbers are shrunk: what widths become, whether lists shrink too, whether what is null gets a number, whether
-    only counts (layers, experts, tokens) do, and whether rotary embeddings have sections (time, height, width).
+    only counts (layers, experts, tokens) do, whether rotary embeddings have sections (time, height, width), and whether
+    layers are the first ones, whatever their kinds.
     """
 
     width: int = 32
@@ -138,11 +139,12 @@ class Way:
     nulls: bool = False
     counts: bool = False
     mrope: bool = False
+    first: bool = False
 
 
 WAYS = (
     *(Way(width, lists, nulls) for nulls in (False, True) for width in (32, 64) for lists in (True, False)),
-    Way(counts=True), Way(counts=True, nulls=True),
+    Way(first=True), Way(counts=True), Way(counts=True, nulls=True),
 )  # fmt: skip
 
 
@@ -161,8 +163,10 @@ def listed(key: str, values: list[int], way: Way) -> list[int] | None:
     return [min(value, found[min(i, len(found) - 1)] * way.width // 32) for i, value in enumerate(values)]
 
 
-def shorter(values: list[Any], count: int) -> list[Any]:
+def shorter(values: list[Any], count: int, way: Way) -> list[Any]:
     """The first values of a list that has one for each layer; the last is of another kind, if there is another."""
+    if way.first:
+        return values[:count]
     first = values[: count - 1]
     return [*first, next((v for v in values if isinstance(v, str) and v not in first), values[len(values[:count]) - 1])]
 
@@ -180,7 +184,7 @@ def shrunk(settings: Mapping[str, Any], way: Way, part: str = "") -> dict[str, A
         elif key in ROPE and way.mrope and not any(isinstance(v, dict) for v in (value or {}).values()):
             made[key] = MROPE | {k: v for k, v in (value or {}).items() if isinstance(v, str | float)} | SECTIONS
         elif isinstance(value, list) and value and (way.lists or not isinstance(value[0], int)):
-            cut = shorter(value, layers) if len(value) == old and not way.counts else value
+            cut = shorter(value, layers, way) if len(value) == old and not way.counts else value
             new = listed(key, cut, way) if all(type(v) is int for v in value) else None
             made |= {key: cut if new is None else new} if new is not None or cut is not value else {}
         elif type(value) is int or (value is None and (way.nulls or key.endswith("_token_id"))):

@@ -65,7 +65,9 @@ def over_seeds(values: Sequence[float]) -> float:
 
 
 def per_token(logits: Tensor | None) -> bool:
-    """Whether logits (B, T, V) score every token, as those of a language model do."""
+    """Whether logits (B, T, V) score every token, as those of a language model do. InputError: they are several."""
+    if isinstance(logits, tuple | list):
+        raise InputError(f"the model gives {len(logits)} logits, and calibration compares one", hint="q: a number")
     return logits is not None and logits.dim() == 3
 
 

@@ -9,6 +9,7 @@ import platform
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,8 @@ def _explain(error: Exception, *, machine: bool = False) -> int:
         return _report_bug(error)
     complain(known, "error")
     if machine:
-        say_json({"error": error_as_json(known, "")})
+        with suppress(OSError):  # stdout itself may be what failed
+            say_json({"error": error_as_json(known, "")})
     return known.exit_code
 
 

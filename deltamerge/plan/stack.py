@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -342,6 +343,11 @@ def _check_outside(template: Input, stack: Stack) -> None:
         if parts and PER_LAYER.search(name) and not stack.holds(name):
             message = f"{template.name}: {template.stored[name]} has a part for each of {stack.old} layers"
             raise InputError(f"{message}, which cannot follow slices", hint="merge whole models with `models`")
+    lists = Counter(name.rpartition(".")[0] for name in template.tensors if name.rpartition(".")[2].isdigit())
+    for name, count in lists.items() if moved and stack.old > 1 else ():
+        if count == stack.old and not _inside(f"{name}.0", stack.prefix) and not stack.holds(name):
+            message = f"{template.name}: {name} has a tensor for each of {stack.old} layers, which cannot follow slices"
+            raise InputError(message, hint="merge whole models with `models`")
 
 
 def _alone(template: Input, prefix: str) -> bool:

@@ -62,7 +62,7 @@ def is_result(document: Document, folder: Path) -> bool:
 def is_unchanged(folder: Path) -> bool:
     """Whether `folder` holds the result of a run, just as its lock says, and nothing else."""
     try:
-        if not folder.is_dir() or not_made(folder):
+        if not os.path.isdir(folder) or not_made(folder):
             return False
         return bool(locks.verify(folder, default_workers()))
     except (DeltamergeError, OSError):

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from deltamerge.errors import InputError
-from deltamerge.io.names import resolve_prefix
 from deltamerge.io.quantised.detect import without_keys
 from deltamerge.plan.inputs import Input
 from deltamerge.plan.layer_kinds import which_layers
@@ -94,10 +93,10 @@ def _check_outside(planned: Plan, home: Built, made: Built, containers: list[str
     within = tuple(f"{container}." for container in containers)
     old, new = ({n: s for n, s in b.shapes.items() if not n.startswith(within)} for b in (home, made))
     changed = sorted(n for n in old.keys() | new.keys() if old.get(n) != new.get(n))
-    stored = resolve_prefix(changed, shapes, home.prefix)
     for name in changed:
-        there = stored[name]
-        if name not in new or there is None or shapes[there] != new[name]:
+        bare, start = name.removeprefix(f"{home.prefix}."), f"{home.prefix}." if home.prefix else ""
+        stored = next((shapes[n] for n in (name, bare, start + bare) if n in shapes), None)
+        if name not in new or stored != new[name]:
             message = f"{template.name}: {name} would have to follow the number of layers"
             raise InputError(message, hint="merge whole models with `models`")
 

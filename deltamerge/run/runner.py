@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -97,7 +98,7 @@ def run(
 
 def _current(output: Document, planned: Plan, target: Path, options: Options) -> dict[str, Any] | None:
     """The lock of a target that is just what would be made; None where it is not, or is to be made again."""
-    if not target.is_dir() or not options.goes_on or is_begun(target) or not is_current(output, planned, target):
+    if not os.path.isdir(target) or not options.goes_on or is_begun(target) or not is_current(output, planned, target):
         return None
     lock = read_lock(target / LOCK_NAME)
     if options.lock is not None:

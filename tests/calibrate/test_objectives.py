@@ -21,7 +21,9 @@ from deltamerge.calibrate.objectives import (
     evaluate,
     is_regression,
     over_seeds,
+    per_token,
 )
+from deltamerge.errors import InputError
 from deltamerge.methods.tiles import Kept
 
 
@@ -211,3 +213,9 @@ def test_a_cache_holds_no_more_than_its_budget() -> None:
     for name in ("a", "b", "a", "b", "c", "b", "a"):
         cache(name)
     assert reads == ["a", "b", "c", "a"]
+
+
+def test_several_logits_are_refused():
+    """A reader of scenes gives characters, byte pairs and word pieces."""
+    with pytest.raises(InputError, match="the model gives 3 logits, and calibration compares one"):
+        per_token((torch.zeros(1, 2, 3),) * 3)

@@ -261,6 +261,11 @@ WRONG = {
         {"num_layers": 3},
         "slices of cross_layers would change num_layers of config.json, which counts layers too",
     ),
+    "a list beside": (
+        {f"layers.{i}.w": (4, 4) for i in range(3)} | {f"queries.{i}": (4,) for i in range(3)},
+        {"num_layers": 3},
+        "queries has a tensor for each of 3 layers, which cannot follow slices",
+    ),
     "no layers": ({"w": (4, 4)}, {"num_layers": 3}, "found none"),
 }
 

@@ -275,8 +275,8 @@ def test_what_is_no_size(text: object) -> None:
 REFUSED: dict[str, list[str]] = {
     "a: 1": [
         "r.yaml:1:1: a: unknown key\nhint: known here: base_model, calibration, chat_template, dtype, merge_method, "
-        "mergekit, models, modules, name, out_dtype, output, parameters, pickles, prune, seed, slices, template, tokenizer, "
-        "tokenizer_source",
+        "mergekit, models, modules, name, out_dtype, output, parameters, pickles, prune, seed, slices, template, "
+        "tokenizer, tokenizer_source",
         "r.yaml:1:1: needs models\nhint: models: a list of {model: path or hub id}",
     ],
     # keys and types
@@ -328,7 +328,9 @@ REFUSED: dict[str, list[str]] = {
     ],
     "base_model: b\nmodels: [{name: x}]": ["r.yaml:2:10: models[0]: needs model"],
     "base_model: b\nmodels: [{model: ''}]": ["r.yaml:2:18: models[0].model: must not be empty"],
-    "base_model: b\nmodels: [x]": ["r.yaml:2:10: models[0]: must be a mapping of keys to values, got 'x'\nhint: {model: x}"],
+    "base_model: b\nmodels: [x]": [
+        "r.yaml:2:10: models[0]: must be a mapping of keys to values, got 'x'\nhint: {model: x}",
+    ],
     "base_model: b\nmodels: {model: x}": ["r.yaml:2:9: models: must be a list, got a mapping"],
     "base_model: b\nmodels: x": ["r.yaml:2:9: models: must be a list, got 'x'"],
     ONE + "prune: dare": ["r.yaml:4:8: prune: must be a mapping of keys to values, got 'dare'"],

@@ -422,7 +422,7 @@ def test_nan_and_inf_exit_1_with_names_unless_allowed(
         monkeypatch.setattr(module, name, 1e6)  # however slow this machine is
     path = nonfinite_recipe(tmp_path, kind)
     code, out, err = call(capsys, "run", path, "--json")
-    assert (code, out) == (1, "")
+    assert (code, json.loads(out)["error"]["exit_code"]) == (1, 1)
     assert "values that are not finite in copied (1 inf), w (2 NaN, 1 inf)\n" in err
     assert "--allow-nonfinite" in err
     assert "what is done is kept" not in err
@@ -521,7 +521,9 @@ def test_a_finished_target_is_checked_against_the_lock(tmp_path: Path, capsys: p
     assert call(capsys, "run", path, "--out", out)[0] == 0
     lock = (out / "recipe.lock").read_text()
     (tmp_path / "r.lock").write_text(lock)
-    assert call(capsys, "run", path, "--out", out, "--locked") == (0, "", f"{out}: up to date\n")
+    assert call(capsys, "run", path, "--out", out, "--locked") == (
+        0, "", f"{out}: up to date\n{out}: the same bytes as {tmp_path / 'r.lock'}\n",
+    )  # fmt: skip
     digest = re.search(r"hash: (\S+)", lock[lock.index("inputs:") :])[1]
     (tmp_path / "r.lock").write_text(lock.replace(digest, digest[:-2] + ("00" if digest[-2:] != "00" else "11")))
     code, _, err = call(capsys, "run", path, "--out", out, "--locked")
