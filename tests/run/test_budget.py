@@ -205,7 +205,11 @@ def test_calibration_weighs_entries_by_their_inputs(bert: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "prune", ["method: magnitude, q: layer_mse", pytest.param("method: dare, q: output_change", marks=pytest.mark.slow)]
+    "prune",
+    [
+        "method: magnitude, q: layer_mse",
+        pytest.param("method: dare, q: output_change", marks=pytest.mark.slow),
+    ],
 )
 def test_a_budget_with_a_calibrated_q(bert: Path, tmp_path: Path, capsys: Any, prune: str) -> None:
     recipe = budgeted(bert, "both.yaml", f"{prune}, budget: 40000")
