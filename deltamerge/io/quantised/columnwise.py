@@ -12,13 +12,15 @@ AWQ      words hold codes of eight outputs, output (0, 2, 4, 6, 1, 3, 5, 7)_k in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from deltamerge.errors import InputError
+from deltamerge.io import kernels
 from deltamerge.io.dtypes import PLAIN, widen
-from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, unpack, whole
+from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, held_columns, unpack, whole
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, weight
 from deltamerge.io.tensor import Read, TensorInfo
 
@@ -47,16 +49,23 @@ class Gptq:
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         outputs = self.scales.shape[1]
-        fill_bands(outputs, self.inputs, WORD, start, out, lambda _, top, bottom: self._band(read, top, bottom))
+        fill_bands(outputs, self.inputs, WORD, start, out, partial(self._band, read))
 
-    def _band(self, read: Read, top: int, bottom: int) -> Floats:
-        outputs = self.scales.shape[1]
-        words = columns_of(read, self.codes, self.codes.shape[0], outputs, top, bottom)
-        values = unpack(_bytes(words.T), self.width)[:, : self.inputs].astype(np.float32)
+    def _band(self, read: Read, _: int, top: int, bottom: int, out: Floats) -> None:
+        """Outputs [top, bottom)."""
+        outputs, native = self.scales.shape[1], kernels.native()
         scales, zeros = self._scales(read, top, bottom), self._zeros(read, top, bottom)
         groups = self.groups(read)
+        words, begin = held_columns(read, self.codes, self.codes.shape[0], outputs, top, bottom)
+        if native is not None:
+            _turn(native, words, scales, zeros, groups, self.group, out, (top - begin, bottom - begin, self.width))
+            return
+        out[:] = self._values(words[:, top - begin : bottom - begin], scales, zeros, groups)
+
+    def _values(self, words: Array, scales: Floats, zeros: Floats, groups: Array | None) -> Floats:
+        values = unpack(_bytes(words.T), self.width)[:, : self.inputs].astype(np.float32)
         if groups is None:
-            cut = values.reshape(bottom - top, -1, self.group)
+            cut = values.reshape(len(values), -1, self.group)
             cut -= zeros[:, :, None]
             cut *= scales[:, :, None]
             return values
@@ -80,7 +89,7 @@ class Gptq:
             one = np.uint32(sum(self.plus << shift for shift in range(0, WORD, self.width)))
             zeros = unpack(_bytes(words + one), self.width)
         skip = top % WORD
-        return zeros[:, skip : skip + bottom - top].T.astype(np.float32)
+        return np.ascontiguousarray(zeros[:, skip : skip + bottom - top].T, np.float32)
 
     def groups(self, read: Read) -> Array | None:
         """The group of each input; None where they are equal and in order."""
@@ -106,18 +115,24 @@ class Awq:
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         inputs, outputs = self.codes.shape[0], self.scales.shape[1]
-        fill_bands(outputs, inputs, 8, start, out, lambda _, top, bottom: self._band(read, top, bottom))
+        fill_bands(outputs, inputs, 8, start, out, partial(self._band, read))
 
-    def _band(self, read: Read, top: int, bottom: int) -> Floats:
-        groups, outputs = self.scales.shape
+    def _band(self, read: Read, _: int, top: int, bottom: int, out: Floats) -> None:
+        """Outputs [top, bottom)."""
+        (groups, outputs), native = self.scales.shape, kernels.native()
         stored = np.ascontiguousarray(columns_of(read, self.scales, groups, outputs, top, bottom).T)
         scales = finite(widen(stored, self.scales.dtype), self.scales)
         zeros = self._unpacked(read, self.zeros, top, bottom).astype(np.float32)
-        values = self._unpacked(read, self.codes, top, bottom).astype(np.float32)
-        cut = values.reshape(bottom - top, groups, self.group)
+        if native is not None:
+            rows, width = self.codes.shape
+            words, begin = held_columns(read, self.codes, rows, width, top // 8, -(-bottom // 8))
+            band = top - begin * 8, bottom - begin * 8, AWQ_BITS
+            _turn(native, words, scales, zeros, None, self.group, out, band, across=True)
+            return
+        out[:] = self._unpacked(read, self.codes, top, bottom)
+        cut = out.reshape(bottom - top, groups, self.group)
         cut -= zeros[:, :, None]
         cut *= scales[:, :, None]
-        return values
 
     def _unpacked(self, read: Read, info: TensorInfo, top: int, bottom: int) -> Array:
         """Columns [top, bottom) of a packed matrix, as rows."""
@@ -126,6 +141,27 @@ class Awq:
         found = columns_of(read, info, rows, words, first, -(-bottom // 8))
         codes = unpack(_bytes(found), AWQ_BITS).reshape(rows, -1, 8)[:, :, AWQ_PLACES].reshape(rows, -1)
         return np.ascontiguousarray(codes[:, top - first * 8 : bottom - first * 8].T)
+
+
+def _turn(
+    native: Any,
+    words: Array,
+    scales: Floats,
+    zeros: Floats,
+    groups: Array | None,
+    group: int,
+    out: Floats,
+    band: tuple[int, int, int],
+    *,
+    across: bool = False,
+) -> None:
+    """(code − zero) · scale by the kernels; `band` is the first and last of the words' outputs, and a code's bits."""
+    columns = out.shape[1]
+    places = np.ascontiguousarray(np.arange(columns) // group if groups is None else groups, np.int32)
+    top, bottom, width = band
+    native.turned_words(
+        words, scales, zeros, places, out, words.shape[1], columns, top, bottom, scales.shape[1], width, across
+    )
 
 
 def _bytes(words: Array) -> Array:

@@ -6,17 +6,20 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from deltamerge.errors import InputError
+from deltamerge.io import kernels
 from deltamerge.io.dtypes import ITEMSIZE, PLAIN, bits_type, widen
-from deltamerge.io.quantised.weight import CHUNK, Array, Floats, bits
+from deltamerge.io.quantised.weight import CHUNK, Array, Floats, bits, put
 from deltamerge.io.tensor import Read, TensorInfo
 
 AGAIN = "download the model again"
 SLAB = 1 << 24  # bytes of a stored matrix that is kept, as long as its columns are asked for
 KEPT = 4 * SLAB
+BAND = 1 << 20  # elements that kernels compute at once of a matrix that is stored transposed
 
 
 def expect(info: TensorInfo, shape: tuple[int, ...], dtypes: Collection[str] = PLAIN) -> TensorInfo:
@@ -73,24 +76,22 @@ def unpack(stored: Array, width: int) -> Array:
 
 
 def fill_bands(
-    height: int, columns: int, align: int, start: int, out: memoryview, band: Callable[[int, int, int], Floats]
+    height: int, columns: int, align: int, start: int, out: memoryview, band: Callable[[int, int, int, Floats], None]
 ) -> None:
     """Fill `out` with float32 elements from `start` on of matrices of `height` × `columns`, by bands of their rows.
 
-    `band(matrix, top, bottom)` computes rows [top, bottom) of a matrix; they are asked for in multiples of `align`.
+    `band(matrix, top, bottom, values)` puts rows [top, bottom) of a matrix into `values`; they are asked for in multiples
+    of `align`, more at once of kernels, which keep what they work on in cache themselves.
     """
     target = np.frombuffer(out, np.float32)
-    stop = start + len(target)
-    most = max(1, CHUNK // (columns * align)) * align
-    row, last = start // columns, -(-stop // columns)
+    chunk = CHUNK if kernels.native() is None else BAND
+    most = max(1, chunk // (columns * align)) * align
+    row, last = start // columns, -(-(start + len(target)) // columns)
     while row < last:
         matrix, inner = divmod(row, height)
         top = inner // align * align
         bottom = min(top + most, height, last - matrix * height)
-        flat = band(matrix, inner, bottom).reshape(-1)
-        begin = row * columns
-        low, high = max(start, begin), min(stop, (matrix * height + bottom) * columns)
-        target[low - start : high - start] = flat[low - begin : high - begin]
+        put(columns, target, row * columns - start, inner, bottom, partial(band, matrix))
         row = matrix * height + bottom
 
 
@@ -99,15 +100,23 @@ def columns_of(read: Read, info: TensorInfo, rows: int, width: int, first: int, 
 
     A matrix of up to `SLAB` bytes is read once and kept for the next columns; of a larger one only they are read.
     """
+    found, begin = held_columns(read, info, rows, width, first, last, matrix)
+    return found[:, first - begin : last - begin]
+
+
+def held_columns(
+    read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0
+) -> tuple[Array, int]:
+    """A contiguous array that has these columns, and the number of its first."""
     size = ITEMSIZE[info.dtype]
     if rows * width * size <= SLAB:
         slab = kept(read, (info, matrix), lambda: bits(read, info, matrix * rows * width, rows * width))
-        return slab.reshape(rows, width)[:, first:last]
+        return slab.reshape(rows, width), 0
     found = np.empty((rows, last - first), bits_type(info.dtype))
     offsets = ((matrix * rows + np.arange(rows)) * width + first) * size
     ends = np.arange(1, rows + 1) * (last - first) * size
     read.read_runs(info, offsets, ends, found)
-    return found
+    return found, first
 
 
 def kept_bytes(tensors: Iterable[TensorInfo]) -> int:

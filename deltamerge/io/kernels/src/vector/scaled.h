@@ -2,6 +2,7 @@
 #pragma once
 
 #include "floats.h"
+#include "tabled.h"
 
 namespace deltamerge {
 namespace {
@@ -58,11 +59,9 @@ void scale_codes(const u8* codes, Number number, float zero, float scale, bool s
 
 // Two codes a byte, the lower bits first.
 void scale_nibbles(const u8* codes, float zero, float scale, float* out, i64 count) {
-  for (i64 i = 0; i < count / 2; ++i) {
-    out[2 * i] = (float(codes[i] & 15) - zero) * scale;
-    out[2 * i + 1] = (float(codes[i] >> 4) - zero) * scale;
-  }
-  if (count % 2 != 0) out[count - 1] = (float(codes[count / 2] & 15) - zero) * scale;
+  float table[16];
+  for (int k = 0; k < 16; ++k) table[k] = float(k) - zero;
+  scale_halves(codes, false, table, scale, out, count);
 }
 
 // Codes from number `first` of a row on, each of `width` bits.

@@ -1,0 +1,140 @@
+// Weights that are stored transposed (io/quantised/fp4.py, columnwise.py): some of their rows out of columns of codes.
+//
+// Codes are taken in squares: what lies in a cache line of some stored rows becomes whole cache lines of as many rows.
+#pragma once
+
+#include "tabled.h"
+
+namespace deltamerge {
+namespace {
+
+constexpr i64 kSide = 16;     // floats of a cache line
+constexpr i64 kAcross = 128;  // rows of the weight that are written at once: their pages are known to the processor
+
+// kSide bytes of kSide stored rows, two codes a byte, which are neighbours in a column of the weight.
+void turn_square(const TurnedPairs& band, const Table& numbers, i64 first, i64 byte, float* out) {
+  alignas(64) u8 turned[kSide][kSide];
+  alignas(64) float line[kSide];
+  const i64 rows = band.columns - first < kSide ? band.columns - first : kSide;
+  for (i64 r = 0; r < rows; ++r) {
+    const u8* from = band.codes + (first + r) * band.pitch + byte;
+    for (i64 b = 0; b < kSide; ++b) turned[b][r] = from[b];
+  }
+  const float* scales = band.scales + (byte / kSide - band.top / (2 * kSide)) * band.columns + first;
+  if (rows < kSide) {
+    for (i64 b = 0; b < kSide; ++b) std::memset(turned[b] + rows, 0, std::size_t(kSide - rows));
+    std::memset(line, 0, sizeof line);
+    std::memcpy(line, scales, sizeof(float) * std::size_t(rows));
+    scales = line;
+  }
+  alignas(64) float whole[kSide];
+  for (i64 b = 0; b < kSide; ++b) {
+    for (i64 half = 0; half < 2; ++half) {
+      const i64 row = 2 * (byte + b) + half;
+      if (row < band.top || row >= band.bottom) continue;
+      float* at = out + (row - band.top) * band.columns + first;
+      float* to = rows < kSide ? whole : at;
+      for (i64 i = 0; i < kSide; i += kFloats) {
+        put_numbers(to + i, product(numbers[bytes_at(turned[b] + i, half != 0)], numbers_at(scales + i)));
+      }
+      if (rows < kSide) std::memcpy(at, whole, sizeof(float) * std::size_t(rows));
+    }
+  }
+}
+
+void turn_pairs(const TurnedPairs& band, float* out) {
+  const Table numbers(band.table);
+  const i64 last = (band.bottom + 1) / 2;
+  for (i64 begin = band.top / 2 / kSide * kSide; begin < last; begin += kAcross / 2) {
+    const i64 end = begin + kAcross / 2 < last ? begin + kAcross / 2 : last;
+    for (i64 first = 0; first < band.columns; first += kSide) {
+      for (i64 byte = begin; byte < end; byte += kSide) turn_square(band, numbers, first, byte, out);
+    }
+  }
+}
+
+// Whether `count` columns from `first` on have one scale.
+inline bool share(const TurnedWords& band, i64 first, i64 count) {
+  std::int32_t other = 0;
+  for (i64 i = 1; i < count; ++i) other |= band.groups[first + i] ^ band.groups[first];
+  return other == 0;
+}
+
+// (code - zero) * scale of `count` codes of row `row` from column `first` on.
+template <i64 kCount>
+inline void scale_turned(const TurnedWords& band, const std::int32_t* codes, i64 row, i64 first, bool same, float* out) {
+  const float* zeros = band.zeros + row * band.across;
+  const float* scales = band.scales + row * band.across;
+  const std::int32_t* groups = band.groups + first;
+  if (same) {
+    const float zero = zeros[groups[0]], scale = scales[groups[0]];
+    for (i64 j = 0; j < kCount; ++j) out[j] = (float(codes[j]) - zero) * scale;
+  } else {
+    for (i64 j = 0; j < kCount; ++j) out[j] = (float(codes[j]) - zeros[groups[j]]) * scales[groups[j]];
+  }
+}
+
+// Words whose codes are neighbours in a row of the weight.
+template <int kWidth>
+void turn_along(const TurnedWords& band, float* out) {
+  constexpr i64 kWords = kWidth == 3 ? 3 : 1, kCodes = 32 * kWords / kWidth;
+  const i64 count = band.bottom - band.top;
+  for (i64 begin = 0; begin < count; begin += kSide) {
+    const i64 end = begin + kSide < count ? begin + kSide : count;
+    const u32* words = band.words + band.top + begin;
+    for (i64 first = 0; first < band.columns; first += kCodes, words += kWords * band.pitch) {
+      const bool same = share(band, first, kCodes);
+      for (i64 row = begin; row < end; ++row) {
+        alignas(64) std::int32_t codes[kCodes];
+        u32 held[kWords + 1] = {};
+        for (i64 k = 0; k < kWords; ++k) held[k] = words[k * band.pitch + row - begin];
+        for (i64 j = 0; j < kCodes; ++j) {
+          const i64 k = j * kWidth / 32;
+          const u64 pair = kWords > 1 ? held[k] | u64(held[k + 1]) << 32 : held[k];
+          codes[j] = std::int32_t(u32(pair >> (j * kWidth % 32)) & ((u32(1) << kWidth) - 1));
+        }
+        scale_turned<kCodes>(band, codes, row, first, same, out + row * band.columns + first);
+      }
+    }
+  }
+}
+
+// Words of four bits whose codes are neighbours in a column of the weight, in AWQ's order.
+void turn_across(const TurnedWords& band, float* out) {
+  constexpr int kShifts[8] = {0, 16, 4, 20, 8, 24, 12, 28};
+  for (i64 top = band.top; top < band.bottom;) {
+    const i64 next = (top / kAcross + 1) * kAcross, bottom = next < band.bottom ? next : band.bottom;
+    for (i64 first = 0; first < band.columns; first += kSide) {
+      const i64 columns = band.columns - first < kSide ? band.columns - first : kSide;
+      const bool same = share(band, first, columns);
+      for (i64 word = top / 8; word * 8 < bottom; ++word) {
+        u32 held[kSide] = {};
+        for (i64 j = 0; j < columns; ++j) held[j] = band.words[(first + j) * band.pitch + word];
+        for (i64 k = 0; k < 8; ++k) {
+          const i64 row = word * 8 + k;
+          if (row < top || row >= bottom) continue;
+          alignas(64) std::int32_t codes[kSide];
+          for (i64 j = 0; j < kSide; ++j) codes[j] = std::int32_t(held[j] >> kShifts[k] & 15);
+          float* to = out + (row - band.top) * band.columns + first;
+          if (columns == kSide) {
+            scale_turned<kSide>(band, codes, row - band.top, first, same, to);
+          } else {
+            for (i64 j = 0; j < columns; ++j) scale_turned<1>(band, codes + j, row - band.top, first + j, true, to + j);
+          }
+        }
+      }
+    }
+    top = bottom;
+  }
+}
+
+void turn_words(const TurnedWords& band, float* out) {
+  if (band.across_words) return turn_across(band, out);
+  if (band.width == 2) return turn_along<2>(band, out);
+  if (band.width == 3) return turn_along<3>(band, out);
+  if (band.width == 4) return turn_along<4>(band, out);
+  turn_along<8>(band, out);
+}
+
+}  // namespace
+}  // namespace deltamerge
