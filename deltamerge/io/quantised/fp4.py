@@ -110,7 +110,7 @@ class Experts:
 
 def exponents(stored: Array) -> Floats:
     """2^(code − 127); 255 is NaN."""
-    scales: Floats = EXPONENTS[stored]
+    scales: Floats = np.take(EXPONENTS, stored)
     return scales
 
 

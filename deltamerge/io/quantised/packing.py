@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 
 import numpy as np
 
@@ -98,7 +99,7 @@ def fill_bands(
 def columns_of(read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0) -> Array:
     """Columns [first, last) of the bit patterns of a stored matrix of `rows` × `width`, number `matrix` in `info`.
 
-    A matrix of up to `SLAB` bytes is read once and kept for the next columns; of a larger one only they are read.
+    They are cut out of a slab that is kept for the next ones: the matrix, or as many of its columns as `SLAB` bytes have.
     """
     found, begin = held_columns(read, info, rows, width, first, last, matrix)
     return found[:, first - begin : last - begin]
@@ -112,11 +113,24 @@ def held_columns(
     if rows * width * size <= SLAB:
         slab = kept(read, (info, matrix), lambda: bits(read, info, matrix * rows * width, rows * width))
         return slab.reshape(rows, width), 0
+    across = max(1, SLAB // (rows * size))
+    begin, slabs = first // across * across, []
+    for low in range(begin, last, across):
+        high = min(low + across, width)
+        slabs.append(kept(read, (info, matrix, low), partial(_columns, read, info, (matrix * rows, rows, width), low, high)))
+    if len(slabs) == 1:
+        return slabs[0], begin
+    parts = [slab[:, max(0, first - low) : last - low] for low, slab in zip(count(begin, across), slabs, strict=False)]
+    return np.concatenate(parts, axis=1), first
+
+
+def _columns(read: Read, info: TensorInfo, matrix: tuple[int, int, int], first: int, last: int) -> Array:
+    """Columns [first, last) of a stored matrix: its first row, its rows and the columns of a row."""
+    (top, rows, width), size = matrix, ITEMSIZE[info.dtype]
     found = np.empty((rows, last - first), bits_type(info.dtype))
-    offsets = ((matrix * rows + np.arange(rows)) * width + first) * size
-    ends = np.arange(1, rows + 1) * (last - first) * size
-    read.read_runs(info, offsets, ends, found)
-    return found, first
+    offsets = ((top + np.arange(rows)) * width + first) * size
+    read.read_runs(info, offsets, np.arange(1, rows + 1) * (last - first) * size, found)
+    return found
 
 
 def kept_bytes(tensors: Iterable[TensorInfo]) -> int:

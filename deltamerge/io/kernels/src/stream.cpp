@@ -44,8 +44,9 @@ bool Stream::allocate() {
   part_row_ = 1;
   while (part_row_ * kRun < job_.block) part_row_ *= 2;
   marks_ = (longest + 63) / 64;
-  bool there = raw_.allocate(p_.source_count * raw_row_) && codes_.allocate(p_.coded_count * codes_row_) && registers_.allocate((job_.registers + 1) * job_.chunk) &&
-               places_.allocate(job_.lists * places_row_) && sizes_.allocate(job_.lists) &&
+  bool there = raw_.allocate(p_.source_count * raw_row_) && pieces_.allocate(p_.source_count) &&
+               codes_.allocate(p_.coded_count * codes_row_) &&
+               registers_.allocate((job_.registers + 1) * job_.chunk) && places_.allocate(job_.lists * places_row_) && sizes_.allocate(job_.lists) &&
                part_.allocate(job_.sums * part_row_) && left_.allocate(widest) && header_.allocate(widest) &&
                accumulators_.allocate(8 * p_.source_count) && operands_.allocate(most) && lists_.allocate(most) &&
                values_.allocate(most) && rows_.allocate(most) && lengths_.allocate(most);
@@ -58,6 +59,7 @@ bool Stream::allocate() {
 
 Outcome Stream::run() {
   if (!allocate()) return Outcome::kNoMemory;
+  for (i64 s = 0; s < p_.source_count; ++s) pieces_[s] = row_of(s);
   for (i64 k = 0; k < p_.count; ++k) left_[k] = -1;
   for (i64 after = job_.start; after < job_.stop;) {
     after = next_piece(after);
@@ -97,7 +99,7 @@ bool Stream::read_piece() {
     i64 size = size_of(source.dtype);
     if (source.fd < 0) {
       const u8* from = reinterpret_cast<const u8*>(source.memory) + (at_ - job_.start) * size;
-      std::memcpy(const_cast<u8*>(raw_of(s)), from, std::size_t(piece_ * size));
+      pieces_[s] = from;
     } else if (!(source.coded < 0 ? read_file(s) : read_codes(s))) {
       return false;
     }
@@ -108,7 +110,7 @@ bool Stream::read_piece() {
 bool Stream::read_file(i64 s) {
   const Source& source = p_.sources[s];
   i64 size = size_of(source.dtype);
-  u8* raw = const_cast<u8*>(raw_of(s));
+  u8* raw = row_of(s);
   i64 begin = source.begin + at_ * size, end = begin + piece_ * size;
   if (!read_bytes(s, begin, end, raw)) return false;
   if (r_.room > 0) hash_piece(s, begin, end, raw);
@@ -131,7 +133,7 @@ bool Stream::read_codes(i64 s) {
                            reinterpret_cast<const float*>(codes.zeros),
                            codes.across,
                            codes.n};
-  float* out = reinterpret_cast<float*>(const_cast<u8*>(raw_of(s)));
+  float* out = reinterpret_cast<float*>(row_of(s));
   for (i64 at = at_; at <= last;) {
     i64 row = at / codes.columns, first = at % codes.columns, count = smaller(codes.columns - first, last + 1 - at);
     i64 line = row / codes.height * codes.down + row % codes.height / codes.m - codes.line;

@@ -11,15 +11,34 @@ namespace {
 constexpr i64 kSide = 16;     // floats of a cache line
 constexpr i64 kAcross = 128;  // rows of the weight that are written at once: their pages are known to the processor
 
+// turned[b][r] = byte b of row r, of up to kSide rows.
+inline void turn_bytes(const u8* rows, i64 pitch, i64 count, u8 (*turned)[kSide]) {
+#if defined(__x86_64__)
+  if (count == kSide) {
+    __m128i x[kSide], y[kSide];
+    for (i64 r = 0; r < kSide; ++r) x[r] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + r * pitch));
+    for (int round = 0; round < 4; ++round) {
+      for (i64 r = 0; r < kSide / 2; ++r) {
+        y[2 * r] = _mm_unpacklo_epi8(x[r], x[r + kSide / 2]);
+        y[2 * r + 1] = _mm_unpackhi_epi8(x[r], x[r + kSide / 2]);
+      }
+      for (i64 r = 0; r < kSide; ++r) x[r] = y[r];
+    }
+    for (i64 b = 0; b < kSide; ++b) _mm_store_si128(reinterpret_cast<__m128i*>(turned[b]), x[b]);
+    return;
+  }
+#endif
+  for (i64 r = 0; r < count; ++r) {
+    for (i64 b = 0; b < kSide; ++b) turned[b][r] = rows[r * pitch + b];
+  }
+}
+
 // kSide bytes of kSide stored rows, two codes a byte, which are neighbours in a column of the weight.
 void turn_square(const TurnedPairs& band, const Table& numbers, i64 first, i64 byte, float* out) {
   alignas(64) u8 turned[kSide][kSide];
   alignas(64) float line[kSide];
   const i64 rows = band.columns - first < kSide ? band.columns - first : kSide;
-  for (i64 r = 0; r < rows; ++r) {
-    const u8* from = band.codes + (first + r) * band.pitch + byte;
-    for (i64 b = 0; b < kSide; ++b) turned[b][r] = from[b];
-  }
+  turn_bytes(band.codes + first * band.pitch + byte, band.pitch, rows, turned);
   const float* scales = band.scales + (byte / kSide - band.top / (2 * kSide)) * band.columns + first;
   if (rows < kSide) {
     for (i64 b = 0; b < kSide; ++b) std::memset(turned[b] + rows, 0, std::size_t(kSide - rows));
