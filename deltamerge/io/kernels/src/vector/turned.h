@@ -9,6 +9,7 @@ namespace deltamerge {
 namespace {
 
 constexpr i64 kSide = 16;     // floats of a cache line
+constexpr i64 kAhead = 8;     // stored rows that are asked for before they are needed: they are far from each other
 constexpr i64 kAcross = 128;  // rows of the weight that are written at once: their pages are known to the processor
 
 // turned[b][r] = byte b of row r, of up to kSide rows.
@@ -67,6 +68,9 @@ void turn_pairs(const TurnedPairs& band, float* out) {
   for (i64 begin = band.top / 2 / kSide * kSide; begin < last; begin += kAcross / 2) {
     const i64 end = begin + kAcross / 2 < last ? begin + kAcross / 2 : last;
     for (i64 first = 0; first < band.columns; first += kSide) {
+      for (i64 r = first + kSide; r < first + 2 * kSide && r < band.columns; ++r) {
+        __builtin_prefetch(band.codes + r * band.pitch + begin);
+      }
       for (i64 byte = begin; byte < end; byte += kSide) turn_square(band, numbers, first, byte, out);
     }
   }
@@ -79,39 +83,97 @@ inline bool share(const TurnedWords& band, i64 first, i64 count) {
   return other == 0;
 }
 
-// (code - zero) * scale of `count` codes of row `row` from column `first` on.
 template <i64 kCount>
-inline void scale_turned(const TurnedWords& band, const std::int32_t* codes, i64 row, i64 first, bool same, float* out) {
+struct Lanes;
+
+template <>
+struct Lanes<4> {
+  typedef u32 Words __attribute__((vector_size(16)));
+  typedef std::int32_t Codes __attribute__((vector_size(16)));
+  typedef float Values __attribute__((vector_size(16)));
+};
+
+template <>
+struct Lanes<8> {
+  typedef u32 Words __attribute__((vector_size(32)));
+  typedef std::int32_t Codes __attribute__((vector_size(32)));
+  typedef float Values __attribute__((vector_size(32)));
+};
+
+template <>
+struct Lanes<16> {
+  typedef u32 Words __attribute__((vector_size(64)));
+  typedef std::int32_t Codes __attribute__((vector_size(64)));
+  typedef float Values __attribute__((vector_size(64)));
+};
+
+template <>
+struct Lanes<32> {
+  typedef u32 Words __attribute__((vector_size(128)));
+  typedef std::int32_t Codes __attribute__((vector_size(128)));
+  typedef float Values __attribute__((vector_size(128)));
+};
+
+// (code - zero) * scale of kCount codes of row `row` from column `first` on; `same`: these have one scale.
+template <i64 kCount>
+inline void scale_turned(const TurnedWords& band, const typename Lanes<kCount>::Codes& codes, i64 row, i64 first,
+                         bool same, float* out) {
+  using Values = typename Lanes<kCount>::Values;
   const float* zeros = band.zeros + row * band.across;
   const float* scales = band.scales + row * band.across;
   const std::int32_t* groups = band.groups + first;
   if (same) {
-    const float zero = zeros[groups[0]], scale = scales[groups[0]];
-    for (i64 j = 0; j < kCount; ++j) out[j] = (float(codes[j]) - zero) * scale;
+    const Values values = (__builtin_convertvector(codes, Values) - zeros[groups[0]]) * scales[groups[0]];
+    std::memcpy(out, &values, sizeof values);
   } else {
-    for (i64 j = 0; j < kCount; ++j) out[j] = (float(codes[j]) - zeros[groups[j]]) * scales[groups[j]];
+    const i64 count = band.columns - first < kCount ? band.columns - first : kCount;
+    for (i64 j = 0; j < count; ++j) out[j] = (float(codes[j]) - zeros[groups[j]]) * scales[groups[j]];
   }
 }
+
+// The codes of kWidth bits of a word, or of three words whose codes lie across them.
+template <int kWidth>
+struct Unit {
+  static constexpr i64 kWords = 1, kCodes = 32 / kWidth;
+  using Codes = typename Lanes<kCodes>::Codes;
+  using Words = typename Lanes<kCodes>::Words;
+
+  static Codes codes(const u32* word, i64) {
+    Words shifts;
+    for (i64 j = 0; j < kCodes; ++j) shifts[j] = u32(j * kWidth);
+    return Codes(((Words{} + *word) >> shifts) & ((u32(1) << kWidth) - 1));
+  }
+};
+
+template <>
+struct Unit<3> {
+  static constexpr i64 kWords = 3, kCodes = 32;
+  using Codes = Lanes<kCodes>::Codes;
+
+  static Codes codes(const u32* words, i64 pitch) {
+    const u32 held[4] = {words[0], words[pitch], words[2 * pitch], 0};
+    Codes found;
+    for (i64 j = 0; j < kCodes; ++j) {
+      const u64 pair = held[3 * j / 32] | u64(held[3 * j / 32 + 1]) << 32;
+      found[j] = std::int32_t(pair >> (3 * j % 32) & 7);
+    }
+    return found;
+  }
+};
 
 // Words whose codes are neighbours in a row of the weight.
 template <int kWidth>
 void turn_along(const TurnedWords& band, float* out) {
-  constexpr i64 kWords = kWidth == 3 ? 3 : 1, kCodes = 32 * kWords / kWidth;
+  constexpr i64 kCodes = Unit<kWidth>::kCodes, kStep = Unit<kWidth>::kWords;
   const i64 count = band.bottom - band.top;
   for (i64 begin = 0; begin < count; begin += kSide) {
     const i64 end = begin + kSide < count ? begin + kSide : count;
     const u32* words = band.words + band.top + begin;
-    for (i64 first = 0; first < band.columns; first += kCodes, words += kWords * band.pitch) {
+    for (i64 first = 0; first < band.columns; first += kCodes, words += kStep * band.pitch) {
       const bool same = share(band, first, kCodes);
+      if (first + kAhead * kCodes < band.columns) __builtin_prefetch(words + kAhead * kStep * band.pitch);
       for (i64 row = begin; row < end; ++row) {
-        alignas(64) std::int32_t codes[kCodes];
-        u32 held[kWords + 1] = {};
-        for (i64 k = 0; k < kWords; ++k) held[k] = words[k * band.pitch + row - begin];
-        for (i64 j = 0; j < kCodes; ++j) {
-          const i64 k = j * kWidth / 32;
-          const u64 pair = kWords > 1 ? held[k] | u64(held[k + 1]) << 32 : held[k];
-          codes[j] = std::int32_t(u32(pair >> (j * kWidth % 32)) & ((u32(1) << kWidth) - 1));
-        }
+        const auto codes = Unit<kWidth>::codes(words + (row - begin), band.pitch);
         scale_turned<kCodes>(band, codes, row, first, same, out + row * band.columns + first);
       }
     }
@@ -126,19 +188,25 @@ void turn_across(const TurnedWords& band, float* out) {
     for (i64 first = 0; first < band.columns; first += kSide) {
       const i64 columns = band.columns - first < kSide ? band.columns - first : kSide;
       const bool same = share(band, first, columns);
+      for (i64 j = first + kSide; j < first + 2 * kSide && j < band.columns; ++j) {
+        __builtin_prefetch(band.words + j * band.pitch + top / 8);
+      }
       for (i64 word = top / 8; word * 8 < bottom; ++word) {
-        u32 held[kSide] = {};
+        alignas(64) u32 held[kSide] = {};
         for (i64 j = 0; j < columns; ++j) held[j] = band.words[(first + j) * band.pitch + word];
+        Lanes<kSide>::Words words;
+        std::memcpy(&words, held, sizeof words);
         for (i64 k = 0; k < 8; ++k) {
           const i64 row = word * 8 + k;
           if (row < top || row >= bottom) continue;
-          alignas(64) std::int32_t codes[kSide];
-          for (i64 j = 0; j < kSide; ++j) codes[j] = std::int32_t(held[j] >> kShifts[k] & 15);
+          const auto codes = Lanes<kSide>::Codes(words >> u32(kShifts[k]) & 15u);
           float* to = out + (row - band.top) * band.columns + first;
           if (columns == kSide) {
             scale_turned<kSide>(band, codes, row - band.top, first, same, to);
           } else {
-            for (i64 j = 0; j < columns; ++j) scale_turned<1>(band, codes + j, row - band.top, first + j, true, to + j);
+            alignas(64) float whole[kSide];
+            scale_turned<kSide>(band, codes, row - band.top, first, same, whole);
+            std::memcpy(to, whole, sizeof(float) * std::size_t(columns));
           }
         }
       }
