@@ -6,8 +6,8 @@
 
 Models have Llama 7B's shapes, cut to some layers, or gpt-oss-20b's with a quarter of its experts: a base, its quantised
 forms, and two fine-tunes in bfloat16.
-With `--sparse` weights are holes in their files that read as zeros and take no disk; only scales are real (FP8 and int4),
-so that a merge of all 32 layers takes the room of its output.
+With `--sparse` weights are holes in their files that read as zeros and take no disk; only scales are real (FP8 and
+int4), so that a merge of all 32 layers takes the room of its output.
 """
 
 from __future__ import annotations

@@ -20,6 +20,7 @@ from deltamerge.errors import InputError
 from deltamerge.io import kernels
 from deltamerge.io.quantised.detect import MOST_STATE
 from deltamerge.io.quantised.packing import AGAIN, damaged, expect, floats
+from deltamerge.io.quantised.scaled import Part, table_part
 from deltamerge.io.quantised.weight import Floats, Stored, bits, fill_rows, put_rows, weight
 from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import parse_json
@@ -52,6 +53,23 @@ class Tabled:
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         put_rows(self.columns, start, out, lambda top, bottom, values: self._rows(read, top, bottom, values))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes: blocks divide rows."""
+        return self.columns % self.block == 0
+
+    @property
+    def bits(self) -> int:
+        """The bits of an element in the file."""
+        return 4
+
+    def part(self, read: Read, start: int, stop: int) -> Part | None:
+        """What the compiled loop needs for elements [start, stop); None: a scale there is 0; `fill` looks into it."""
+        top, bottom, blocks = start // self.columns, -(-stop // self.columns), self.columns // self.block
+        scales, table = self._scales(read, top * blocks, (bottom - top) * blocks), floats(read, self.table, 0, 16)
+        shape = math.prod(self.scales.shape) // blocks, self.columns
+        return table_part(shape, self.block, scales, top, table, swapped=True) if scales.all() else None
 
     def _rows(self, read: Read, top: int, bottom: int, out: Floats) -> None:
         begin, end = top * self.columns, bottom * self.columns

@@ -20,6 +20,7 @@ import numpy as np
 from deltamerge.errors import InputError
 from deltamerge.io import kernels
 from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, floats, held_columns, whole
+from deltamerge.io.quantised.scaled import Part, table_part
 from deltamerge.io.quantised.scaled import values_of as table_of
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, put_rows, weight
 from deltamerge.io.tensor import Read, TensorInfo
@@ -52,6 +53,23 @@ class GroupScaled:
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         put_rows(self.columns, start, out, lambda top, bottom, values: self._rows(read, top, bottom, values))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes."""
+        return True
+
+    @property
+    def bits(self) -> int:
+        """The bits of an element in the file."""
+        return 4
+
+    def part(self, read: Read, start: int, stop: int) -> Part | None:
+        """What the compiled loop needs for elements [start, stop)."""
+        top, bottom, groups = start // self.columns, -(-stop // self.columns), self.columns // self.group
+        scales = self._scales(read, top * groups, (bottom - top) * groups)
+        shape = math.prod(self.scales.shape) // groups, self.columns
+        return table_part(shape, self.group, scales, top, E2M1)
 
     def _rows(self, read: Read, top: int, bottom: int, out: Floats) -> None:
         count, groups, native = bottom - top, self.columns // self.group, kernels.native()

@@ -81,8 +81,8 @@ def fill_bands(
 ) -> None:
     """Fill `out` with float32 elements from `start` on of matrices of `height` × `columns`, by bands of their rows.
 
-    `band(matrix, top, bottom, values)` puts rows [top, bottom) of a matrix into `values`; they are asked for in multiples
-    of `align`, more at once of kernels, which keep what they work on in cache themselves.
+    `band(matrix, top, bottom, values)` puts rows [top, bottom) of a matrix into `values`; they are asked for in
+    multiples of `align`, more at once of kernels, which keep what they work on in cache themselves.
     """
     target = np.frombuffer(out, np.float32)
     chunk = CHUNK if kernels.native() is None else BAND
@@ -99,7 +99,8 @@ def fill_bands(
 def columns_of(read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0) -> Array:
     """Columns [first, last) of the bit patterns of a stored matrix of `rows` × `width`, number `matrix` in `info`.
 
-    They are cut out of a slab that is kept for the next ones: the matrix, or as many of its columns as `SLAB` bytes have.
+    They are cut out of a slab that is kept for the next ones: the matrix, or as many of its columns as `SLAB` bytes
+    have.
     """
     found, begin = held_columns(read, info, rows, width, first, last, matrix)
     return found[:, first - begin : last - begin]
@@ -117,7 +118,9 @@ def held_columns(
     begin, slabs = first // across * across, []
     for low in range(begin, last, across):
         high = min(low + across, width)
-        slabs.append(kept(read, (info, matrix, low), partial(_columns, read, info, (matrix * rows, rows, width), low, high)))
+        slabs.append(
+            kept(read, (info, matrix, low), partial(_columns, read, info, (matrix * rows, rows, width), low, high))
+        )
     if len(slabs) == 1:
         return slabs[0], begin
     parts = [slab[:, max(0, first - low) : last - low] for low, slab in zip(count(begin, across), slabs, strict=False)]

@@ -93,14 +93,16 @@ struct Added {
 
 // Rows of codes: float8, int8, or unsigned integers of `width` bits from the lowest on in 32-bit words, less half their
 // range. A row has `columns`, in `stride` bytes; n columns share a scale, of which a row of the grid has `across`; `zeros`
-// (null: none) lie as the scales do.
-enum Form : i64 { kE4m3 = 0, kE5m2 = 1, kInt8 = 2, kPackedBits = 3 };
+// (null: none) lie as the scales do. Or codes of four bits, two a byte, the lower half first or the upper, that `table` (16)
+// has the numbers of.
+enum Form : i64 { kE4m3 = 0, kE5m2 = 1, kInt8 = 2, kPackedBits = 3, kLowerFirst = 4, kUpperFirst = 5 };
 
 struct ScaledRows {
   i64 form, width, columns, stride;
   const float* scales;
   const float* zeros;
   i64 across, n;
+  const float* table;
 };
 
 // The numbers that codes stand for (io/quantised/numbers.py): small floats up to the code `last`, or, where `exponent` is

@@ -45,7 +45,7 @@ PyObject* scaled(PyObject*, PyObject* arguments) {
   if (!b.take(arguments, 4) || !take_numbers(arguments, 5, n, 5)) return nullptr;
   const float* zeros = b.count<float>(2) > 0 ? b.at<float>(2) : nullptr;
   const i64 across = n[4] > 0 ? (n[2] + n[4] - 1) / n[4] : 1, count = b.count<i64>(3);
-  const ScaledRows rows = {n[0], n[1], n[2], n[3], b.at<float>(1), zeros, across, n[4]};
+  const ScaledRows rows = {n[0], n[1], n[2], n[3], b.at<float>(1), zeros, across, n[4], nullptr};
   if (!fits(rows, b, count)) return too_short();
   Py_BEGIN_ALLOW_THREADS;
   for (i64 i = 0; i < count; ++i) {

@@ -132,7 +132,8 @@ bool Stream::read_codes(i64 s) {
                            reinterpret_cast<const float*>(codes.scales),
                            reinterpret_cast<const float*>(codes.zeros),
                            codes.across,
-                           codes.n};
+                           codes.n,
+                           reinterpret_cast<const float*>(codes.table)};
   float* out = reinterpret_cast<float*>(row_of(s));
   for (i64 at = at_; at <= last;) {
     i64 row = at / codes.columns, first = at % codes.columns, count = smaller(codes.columns - first, last + 1 - at);
