@@ -20,6 +20,7 @@ from deltamerge.io.tensor import Read, TensorInfo
 AGAIN = "download the model again"
 SLAB = 1 << 24  # bytes of a stored matrix that is kept, as long as its columns are asked for
 KEPT = 4 * SLAB
+PANEL = 64  # columns that a slab has a multiple of: whole groups of MXFP4 at least
 BAND = 1 << 20  # elements that kernels compute at once of a matrix that is stored transposed
 
 
@@ -114,7 +115,7 @@ def held_columns(
     if rows * width * size <= SLAB:
         slab = kept(read, (info, matrix), lambda: bits(read, info, matrix * rows * width, rows * width))
         return slab.reshape(rows, width), 0
-    across = max(1, SLAB // (rows * size))
+    across = max(1, SLAB // (rows * size * PANEL)) * PANEL
     begin, slabs = first // across * across, []
     for low in range(begin, last, across):
         high = min(low + across, width)
