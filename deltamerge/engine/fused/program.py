@@ -12,7 +12,7 @@ from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.assembly import Assembly, StoredSource
 from deltamerge.io import kernels
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
-from deltamerge.io.quantised.scaled import Part
+from deltamerge.io.quantised.scaled import Part, TurnedPart
 from deltamerge.io.reader import Reader
 
 # The structures of kernels/src/program.h.
@@ -116,7 +116,7 @@ class Program:
         return buffer
 
     def _files(
-        self, memory: Sequence[NDArray[np.uint8] | None], coded: Sequence[Part | None]
+        self, memory: Sequence[NDArray[np.uint8] | None], coded: Sequence[Part | TurnedPart | None]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where each source lies, and of those that are codes what they are; `coded` keeps the scales alive."""
         rows, described = np.empty((len(self.sources), 5), np.int64), list[tuple[int, ...]]()

@@ -21,6 +21,7 @@ from deltamerge.errors import InputError
 from deltamerge.io import kernels
 from deltamerge.io.dtypes import PLAIN, widen
 from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, held_columns, unpack, whole
+from deltamerge.io.quantised.scaled import TURNED_ACROSS, TURNED_ALONG, Form, TurnedPart
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, weight
 from deltamerge.io.tensor import Read, TensorInfo
 
@@ -51,16 +52,37 @@ class Gptq:
         outputs = self.scales.shape[1]
         fill_bands(outputs, self.inputs, WORD, start, out, partial(self._band, read))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes."""
+        return True
+
+    @property
+    def bits(self) -> int:
+        """0: its elements do not follow each other in the file."""
+        return 0
+
+    def part(self, read: Read, start: int, stop: int) -> TurnedPart:
+        """What the compiled loop needs for elements [start, stop)."""
+        return self._outputs(read, start // self.inputs, -(-stop // self.inputs))
+
+    def _outputs(self, read: Read, top: int, bottom: int) -> TurnedPart:
+        outputs, groups = self.scales.shape[1], self.groups(read)
+        words, begin = held_columns(read, self.codes, self.codes.shape[0], outputs, top, bottom)
+        form = Form(TURNED_ALONG, self.width, self.inputs, words.shape[1])
+        scales, zeros = self._scales(read, top, bottom), self._zeros(read, top, bottom)
+        places = np.arange(self.inputs) // self.group if groups is None else groups
+        return TurnedPart(form, words, scales, top - begin, zeros, np.ascontiguousarray(places, np.int32))
+
     def _band(self, read: Read, _: int, top: int, bottom: int, out: Floats) -> None:
         """Outputs [top, bottom)."""
-        outputs, native = self.scales.shape[1], kernels.native()
-        scales, zeros = self._scales(read, top, bottom), self._zeros(read, top, bottom)
-        groups = self.groups(read)
-        words, begin = held_columns(read, self.codes, self.codes.shape[0], outputs, top, bottom)
+        native = kernels.native()
         if native is not None:
-            _turn(native, words, scales, zeros, groups, self.group, out, (top - begin, bottom - begin, self.width))
+            _turn(native, self._outputs(read, top, bottom), out)
             return
-        out[:] = self._values(words[:, top - begin : bottom - begin], scales, zeros, groups)
+        words = columns_of(read, self.codes, self.codes.shape[0], self.scales.shape[1], top, bottom)
+        scales, zeros = self._scales(read, top, bottom), self._zeros(read, top, bottom)
+        out[:] = self._values(words, scales, zeros, self.groups(read))
 
     def _values(self, words: Array, scales: Floats, zeros: Floats, groups: Array | None) -> Floats:
         values = unpack(_bytes(words.T), self.width)[:, : self.inputs].astype(np.float32)
@@ -117,20 +139,45 @@ class Awq:
         inputs, outputs = self.codes.shape[0], self.scales.shape[1]
         fill_bands(outputs, inputs, 8, start, out, partial(self._band, read))
 
-    def _band(self, read: Read, _: int, top: int, bottom: int, out: Floats) -> None:
-        """Outputs [top, bottom)."""
-        (groups, outputs), native = self.scales.shape, kernels.native()
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes."""
+        return True
+
+    @property
+    def bits(self) -> int:
+        """0: its elements do not follow each other in the file."""
+        return 0
+
+    def part(self, read: Read, start: int, stop: int) -> TurnedPart:
+        """What the compiled loop needs for elements [start, stop)."""
+        inputs = self.codes.shape[0]
+        return self._outputs(read, start // inputs, -(-stop // inputs))
+
+    def _outputs(self, read: Read, top: int, bottom: int) -> TurnedPart:
+        inputs, width = self.codes.shape
+        words, begin = held_columns(read, self.codes, inputs, width, top // 8, -(-bottom // 8))
+        form = Form(TURNED_ACROSS, AWQ_BITS, inputs, words.shape[1])
+        scales, zeros = self._scales(read, top, bottom)
+        places = (np.arange(inputs) // self.group).astype(np.int32)
+        return TurnedPart(form, words, scales, top - begin * 8, zeros, places)
+
+    def _scales(self, read: Read, top: int, bottom: int) -> tuple[Floats, Floats]:
+        """Scales and zeros of outputs [top, bottom), of shape (outputs, groups)."""
+        groups, outputs = self.scales.shape
         stored = np.ascontiguousarray(columns_of(read, self.scales, groups, outputs, top, bottom).T)
         scales = finite(widen(stored, self.scales.dtype), self.scales)
-        zeros = self._unpacked(read, self.zeros, top, bottom).astype(np.float32)
+        return scales, self._unpacked(read, self.zeros, top, bottom).astype(np.float32)
+
+    def _band(self, read: Read, _: int, top: int, bottom: int, out: Floats) -> None:
+        """Outputs [top, bottom)."""
+        native = kernels.native()
         if native is not None:
-            rows, width = self.codes.shape
-            words, begin = held_columns(read, self.codes, rows, width, top // 8, -(-bottom // 8))
-            band = top - begin * 8, bottom - begin * 8, AWQ_BITS
-            _turn(native, words, scales, zeros, None, self.group, out, band, across=True)
+            _turn(native, self._outputs(read, top, bottom), out)
             return
+        scales, zeros = self._scales(read, top, bottom)
         out[:] = self._unpacked(read, self.codes, top, bottom)
-        cut = out.reshape(bottom - top, groups, self.group)
+        cut = out.reshape(bottom - top, -1, self.group)
         cut -= zeros[:, :, None]
         cut *= scales[:, :, None]
 
@@ -143,25 +190,14 @@ class Awq:
         return np.ascontiguousarray(codes[:, top - first * 8 : bottom - first * 8].T)
 
 
-def _turn(
-    native: Any,
-    words: Array,
-    scales: Floats,
-    zeros: Floats,
-    groups: Array | None,
-    group: int,
-    out: Floats,
-    band: tuple[int, int, int],
-    *,
-    across: bool = False,
-) -> None:
-    """(code − zero) · scale by the kernels; `band` is the first and last of the words' outputs, and a code's bits."""
-    columns = out.shape[1]
-    places = np.ascontiguousarray(np.arange(columns) // group if groups is None else groups, np.int32)
-    top, bottom, width = band
+def _turn(native: Any, part: TurnedPart, out: Floats) -> None:
+    """(code − zero) · scale of a part's rows by the kernels."""
+    form, top = part.form, part.line
+    assert part.zeros is not None
     native.turned_words(
-        words, scales, zeros, places, out, words.shape[1], columns, top, bottom, scales.shape[1], width, across
-    )
+        part.stored, part.scales, part.zeros, part.groups, out, form.stride, form.columns, top, top + len(out),
+        part.zeros.shape[1], form.width, form.number == TURNED_ACROSS,
+    )  # fmt: skip
 
 
 def _bytes(words: Array) -> Array:

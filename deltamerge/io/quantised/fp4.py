@@ -20,7 +20,7 @@ import numpy as np
 from deltamerge.errors import InputError
 from deltamerge.io import kernels
 from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, floats, held_columns, whole
-from deltamerge.io.quantised.scaled import Part, table_part
+from deltamerge.io.quantised.scaled import TURNED_PAIRS, Form, Part, TurnedPart, table_part
 from deltamerge.io.quantised.scaled import values_of as table_of
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, put_rows, weight
 from deltamerge.io.tensor import Read, TensorInfo
@@ -105,13 +105,45 @@ class Experts:
         _, rows, groups, _ = self.blocks.shape
         fill_bands(groups * MX_GROUP, rows, MX_GROUP, start, out, partial(self._band, read))
 
-    def _band(self, read: Read, expert: int, top: int, bottom: int, out: Floats) -> None:
-        """Rows [top, bottom) of an expert."""
+    @property
+    def codes(self) -> TensorInfo:
+        """The stored codes."""
+        return self.blocks
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes."""
+        return True
+
+    @property
+    def bits(self) -> int:
+        """0: its elements do not follow each other in the file."""
+        return 0
+
+    def part(self, read: Read, start: int, stop: int) -> TurnedPart | None:
+        """What the compiled loop needs for elements [start, stop); None: of several experts."""
+        _, rows, groups, _ = self.blocks.shape
+        (expert, top), last = divmod(start // rows, groups * MX_GROUP), -(-stop // rows) - 1
+        if last // (groups * MX_GROUP) != expert:
+            return None
+        codes, begin, scales = self._held(read, expert, top, last % (groups * MX_GROUP) + 1)
+        form = Form(TURNED_PAIRS, 4, rows, codes.shape[1])
+        return TurnedPart(form, codes, scales, top - begin * 2, table=E2M1)
+
+    def _held(self, read: Read, expert: int, top: int, bottom: int) -> tuple[Array, int, Floats]:
+        """Codes of at least rows [top, bottom) of an expert, their first column, and the scales of the groups of the
+        rows, (groups, stored rows)."""
         _, rows, groups, half = self.blocks.shape
         first, last = top // MX_GROUP, -(-bottom // MX_GROUP)
         codes, begin = held_columns(read, self.blocks, rows, groups * half, first * half, last * half, expert)
         stored = columns_of(read, self.scales, rows, groups, first, last, expert)
-        scales = finite(exponents(np.ascontiguousarray(stored.T)), self.scales)
+        return codes, begin, finite(exponents(np.ascontiguousarray(stored.T)), self.scales)
+
+    def _band(self, read: Read, expert: int, top: int, bottom: int, out: Floats) -> None:
+        """Rows [top, bottom) of an expert."""
+        _, rows, _, half = self.blocks.shape
+        first, last = top // MX_GROUP, -(-bottom // MX_GROUP)
+        codes, begin, scales = self._held(read, expert, top, bottom)
         native = kernels.native()
         if native is not None:
             skip = begin * 2

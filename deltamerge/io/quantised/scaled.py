@@ -23,6 +23,7 @@ from deltamerge.io.tensor import Read, TensorInfo
 # How the kernels number codes (kernels/src/loops.h).
 FORMS = {"F8_E4M3": 0, "F8_E5M2": 1, "I8": 2}
 PACKED = 3
+TURNED_PAIRS, TURNED_ALONG, TURNED_ACROSS = 6, 7, 8
 WORD = 32
 
 
@@ -67,8 +68,31 @@ class Streamed(Protocol):
     def bits(self) -> int:
         """The bits of an element in the file; 0 where rows end within a word."""
 
-    def part(self, read: Read, start: int, stop: int) -> Part | None:
-        """What the compiled loop needs for elements [start, stop); None: a scale there is 0; `fill` looks into it."""
+    def part(self, read: Read, start: int, stop: int) -> Part | TurnedPart | None:
+        """What the compiled loop needs for elements [start, stop); None: `fill` computes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedPart:
+    """A range of a weight that is stored transposed: `stored` (rows, …) in memory, in which the range begins with row
+    `line` of the weight; scales and zeros of its rows, and the group of each column."""
+
+    form: Form
+    stored: Array
+    scales: Floats
+    line: int
+    zeros: Floats | None = None
+    groups: NDArray[np.int32] | None = None
+    table: Floats | None = None
+
+    def numbers(self, hashed: bool) -> tuple[int, ...]:
+        """The fields of `CodedSource`, as `Part` has them; nothing of it is hashed."""
+        stored, scales, zeros, groups, table = (
+            0 if array is None else array.__array_interface__["data"][0]
+            for array in (self.stored, self.scales, self.zeros, self.groups, self.table)
+        )
+        across = 1 if self.zeros is None else self.zeros.shape[1]
+        return (*self.form, scales, zeros, 0, 0, 0, 0, across, self.line, 0, table, stored, groups)
 
 
 def table_part(
@@ -225,6 +249,7 @@ class Part:
         )
         return (
             *self.form, scales, zeros, grid.height, grid.m, grid.n, grid.down, grid.across, self.line, hashed, table,
+            0, 0,
         )  # fmt: skip
 
 

@@ -96,6 +96,8 @@ struct Added {
 // (null: none) lie as the scales do. Or codes of four bits, two a byte, the lower half first or the upper, that `table` (16)
 // has the numbers of.
 enum Form : i64 { kE4m3 = 0, kE5m2 = 1, kInt8 = 2, kPackedBits = 3, kLowerFirst = 4, kUpperFirst = 5 };
+// Codes in memory, of a weight that is stored transposed: TurnedPairs, TurnedWords, and these across words.
+enum TurnedForm : i64 { kTurnedPairs = 6, kTurnedAlong = 7, kTurnedAcross = 8 };
 
 struct ScaledRows {
   i64 form, width, columns, stride;
@@ -112,21 +114,23 @@ struct CodeForm {
   float least, largest;
 };
 
-// Rows [top, bottom) of a weight stored transposed, `columns` rows of `pitch` bytes: two codes of `table` (16) a byte, which
+// Columns [left, right) of rows [top, bottom) of a weight stored transposed, `columns` rows of `pitch` bytes: two codes of `table` (16) a byte, which
 // are neighbours in a column of the weight; 32 of them have a scale, (groups, columns) from the group of `top` on.
 struct TurnedPairs {
   const u8* codes;
-  i64 pitch, columns, top, bottom;
+  i64 pitch, columns, top, bottom, left, right;
   const float* scales;
   const float* table;
 };
 
 // The same of 32-bit words, `pitch` of them a stored row: codes of `width` bits that are neighbours in a row of the weight,
 // or (`across_words`) eight of AWQ's order in a column. The band's rows have `across` zeros and scales each, a column those
-// of its group.
+// of its group; `left` is a multiple of kAligned, and `right` one or the last column.
+constexpr i64 kAligned = 32;
+
 struct TurnedWords {
   const u32* words;
-  i64 pitch, columns, top, bottom;
+  i64 pitch, columns, top, bottom, left, right;
   const float* scales;
   const float* zeros;
   const std::int32_t* groups;

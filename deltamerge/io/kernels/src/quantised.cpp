@@ -77,7 +77,7 @@ PyObject* turned_pairs(PyObject*, PyObject* arguments) {
   Buffers<4> b;
   i64 n[4];
   if (!b.take(arguments, 3) || !take_numbers(arguments, 4, n, 4)) return nullptr;
-  const TurnedPairs band = {b.at<u8>(0), n[0], n[1], n[2], n[3], b.at<float>(1), b.at<float>(2)};
+  const TurnedPairs band = {b.at<u8>(0), n[0], n[1], n[2], n[3], 0, n[1], b.at<float>(1), b.at<float>(2)};
   const i64 end = (band.bottom + 31) / 32;
   if (band.columns < 1 || band.top < 0 || band.bottom < band.top || band.pitch < 16 * end ||
       b.count<u8>(0) / band.pitch < band.columns || b.count<float>(1) / band.columns < end - band.top / 32 ||
@@ -96,7 +96,7 @@ PyObject* turned_words(PyObject*, PyObject* arguments) {
   i64 n[7];
   if (!b.take(arguments, 4) || !take_numbers(arguments, 5, n, 7)) return nullptr;
   const bool across = n[6] != 0;
-  const TurnedWords band = {b.at<u32>(0),   n[0],  n[1], n[2], n[3], b.at<float>(1), b.at<float>(2),
+  const TurnedWords band = {b.at<u32>(0),   n[0],  n[1], n[2], n[3], 0, n[1], b.at<float>(1), b.at<float>(2),
                             b.at<std::int32_t>(3), n[4], n[5], across};
   const i64 rows = band.bottom - band.top, width = band.width;
   bool there = (width == 2 || width == 3 || width == 4 || width == 8) && band.columns > 0 && band.top >= 0 && rows >= 0 &&

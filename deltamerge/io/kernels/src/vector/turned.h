@@ -38,7 +38,7 @@ inline void turn_bytes(const u8* rows, i64 pitch, i64 count, u8 (*turned)[kSide]
 void turn_square(const TurnedPairs& band, const Table& numbers, i64 first, i64 byte, float* out) {
   alignas(64) u8 turned[kSide][kSide];
   alignas(64) float line[kSide];
-  const i64 rows = band.columns - first < kSide ? band.columns - first : kSide;
+  const i64 rows = band.right - first < kSide ? band.right - first : kSide;
   turn_bytes(band.codes + first * band.pitch + byte, band.pitch, rows, turned);
   const float* scales = band.scales + (byte / kSide - band.top / (2 * kSide)) * band.columns + first;
   if (rows < kSide) {
@@ -52,7 +52,7 @@ void turn_square(const TurnedPairs& band, const Table& numbers, i64 first, i64 b
     for (i64 half = 0; half < 2; ++half) {
       const i64 row = 2 * (byte + b) + half;
       if (row < band.top || row >= band.bottom) continue;
-      float* at = out + (row - band.top) * band.columns + first;
+      float* at = out + (row - band.top) * (band.right - band.left) + first - band.left;
       float* to = rows < kSide ? whole : at;
       for (i64 i = 0; i < kSide; i += kFloats) {
         put_numbers(to + i, product(numbers[bytes_at(turned[b] + i, half != 0)], numbers_at(scales + i)));
@@ -67,8 +67,8 @@ void turn_pairs(const TurnedPairs& band, float* out) {
   const i64 last = (band.bottom + 1) / 2;
   for (i64 begin = band.top / 2 / kSide * kSide; begin < last; begin += kAcross / 2) {
     const i64 end = begin + kAcross / 2 < last ? begin + kAcross / 2 : last;
-    for (i64 first = 0; first < band.columns; first += kSide) {
-      for (i64 r = first + kSide; r < first + 2 * kSide && r < band.columns; ++r) {
+    for (i64 first = band.left; first < band.right; first += kSide) {
+      for (i64 r = first + kSide; r < first + 2 * kSide && r < band.right; ++r) {
         __builtin_prefetch(band.codes + r * band.pitch + begin);
       }
       for (i64 byte = begin; byte < end; byte += kSide) turn_square(band, numbers, first, byte, out);
@@ -126,7 +126,7 @@ inline void scale_turned(const TurnedWords& band, const typename Lanes<kCount>::
     const Values values = (__builtin_convertvector(codes, Values) - zeros[groups[0]]) * scales[groups[0]];
     std::memcpy(out, &values, sizeof values);
   } else {
-    const i64 count = band.columns - first < kCount ? band.columns - first : kCount;
+    const i64 count = band.right - first < kCount ? band.right - first : kCount;
     for (i64 j = 0; j < count; ++j) out[j] = (float(codes[j]) - zeros[groups[j]]) * scales[groups[j]];
   }
 }
@@ -165,16 +165,16 @@ struct Unit<3> {
 template <int kWidth>
 void turn_along(const TurnedWords& band, float* out) {
   constexpr i64 kCodes = Unit<kWidth>::kCodes, kStep = Unit<kWidth>::kWords;
-  const i64 count = band.bottom - band.top;
+  const i64 count = band.bottom - band.top, wide = band.right - band.left;
   for (i64 begin = 0; begin < count; begin += kSide) {
     const i64 end = begin + kSide < count ? begin + kSide : count;
-    const u32* words = band.words + band.top + begin;
-    for (i64 first = 0; first < band.columns; first += kCodes, words += kStep * band.pitch) {
+    const u32* words = band.words + band.left / kCodes * kStep * band.pitch + band.top + begin;
+    for (i64 first = band.left; first < band.right; first += kCodes, words += kStep * band.pitch) {
       const bool same = share(band, first, kCodes);
-      if (first + kAhead * kCodes < band.columns) __builtin_prefetch(words + kAhead * kStep * band.pitch);
+      if (first + kAhead * kCodes < band.right) __builtin_prefetch(words + kAhead * kStep * band.pitch);
       for (i64 row = begin; row < end; ++row) {
         const auto codes = Unit<kWidth>::codes(words + (row - begin), band.pitch);
-        scale_turned<kCodes>(band, codes, row, first, same, out + row * band.columns + first);
+        scale_turned<kCodes>(band, codes, row, first, same, out + row * wide + first - band.left);
       }
     }
   }
@@ -185,10 +185,10 @@ void turn_across(const TurnedWords& band, float* out) {
   constexpr int kShifts[8] = {0, 16, 4, 20, 8, 24, 12, 28};
   for (i64 top = band.top; top < band.bottom;) {
     const i64 next = (top / kAcross + 1) * kAcross, bottom = next < band.bottom ? next : band.bottom;
-    for (i64 first = 0; first < band.columns; first += kSide) {
-      const i64 columns = band.columns - first < kSide ? band.columns - first : kSide;
+    for (i64 first = band.left; first < band.right; first += kSide) {
+      const i64 columns = band.right - first < kSide ? band.right - first : kSide;
       const bool same = share(band, first, columns);
-      for (i64 j = first + kSide; j < first + 2 * kSide && j < band.columns; ++j) {
+      for (i64 j = first + kSide; j < first + 2 * kSide && j < band.right; ++j) {
         __builtin_prefetch(band.words + j * band.pitch + top / 8);
       }
       for (i64 word = top / 8; word * 8 < bottom; ++word) {
@@ -200,7 +200,7 @@ void turn_across(const TurnedWords& band, float* out) {
           const i64 row = word * 8 + k;
           if (row < top || row >= bottom) continue;
           const auto codes = Lanes<kSide>::Codes(words >> u32(kShifts[k]) & 15u);
-          float* to = out + (row - band.top) * band.columns + first;
+          float* to = out + (row - band.top) * (band.right - band.left) + first - band.left;
           if (columns == kSide) {
             scale_turned<kSide>(band, codes, row - band.top, first, same, to);
           } else {
