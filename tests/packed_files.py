@@ -47,11 +47,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def mxfp4(rows: int = 10) -> Packed:
-    blocks, scales = random(3, rows, 5, 16), random(3, rows, 5, low=100, high=140)
+def mxfp4(rows: int = 10, experts: int = 3) -> Packed:
+    blocks, scales = random(experts, rows, 5, 16), random(experts, rows, 5, low=100, high=140)
     values = FP4[nibbles(blocks.numpy())] * 2.0 ** (float64(scales) - 127)[..., None]
     tensors = {"e.gate_up_proj_blocks": blocks, "e.gate_up_proj_scales": scales}
-    transposed = values.reshape(3, rows, 160).transpose(0, 2, 1)
+    transposed = values.reshape(experts, rows, 160).transpose(0, 2, 1)
     return Packed(tensors, {"quant_method": "mxfp4"}, {"e.gate_up_proj": transposed})
 
 
