@@ -24,7 +24,7 @@ from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.component import CONFIG as CONFIG_FILE
 from deltamerge.io.files import flat, read_at
 from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn, size_of
-from deltamerge.io.quantised.scaled import Scaled
+from deltamerge.io.quantised.scaled import Streamed
 from deltamerge.io.seals import hash_bytes as hash_bytes
 from deltamerge.io.seals import hash_output as hash_output
 from deltamerge.io.seals import seal
@@ -163,7 +163,7 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
 
 def hashed_as_read(info: TensorInfo) -> TensorInfo | None:
     """The stored tensor whose bytes the compiled loop hashes as it reads `info`; None: those are made another way."""
-    if isinstance(info.made, Scaled):
+    if isinstance(info.made, Streamed):
         return info.made.codes if info.made.is_plain and info.made.bits and not info.begin else None
     return info if info.made is None else None
 
