@@ -149,8 +149,9 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
 
     def merged(reference: str, place: str) -> Checkpoint:
         """Like `checkpoint`, for a model whose weights are read: quantised ones are decoded."""
+        found = checkpoint(reference, place)
         with errors.context(place), errors.context(reference):
-            opened[reference] = decoded(checkpoint(reference, place))
+            opened[reference] = decoded(found)
         return opened[reference]
 
     def over_base(delta: Checkpoint) -> Checkpoint:
