@@ -22,6 +22,7 @@ from deltamerge.run.apply import apply
 from deltamerge.run.extract import extract
 from deltamerge.run.lock import verify
 from deltamerge.run.partition import Part
+from deltamerge.run.usage import next_steps
 
 WEIGHTS = {"a": 0.3, "b": 0.5}
 MERGE = "merge_method: task_arithmetic\nbase_model: ./base\nmodels:\n" + "".join(
@@ -185,6 +186,8 @@ def test_a_components_folder_is_a_model(three: Path) -> None:
         write(three / "r.yaml", re.sub(r"\./(\w+)", rf"./\1/{part}", MERGE))
         out = run(three / "r.yaml", three / f"out-{part}").folder
         assert {*files(out)} == {file, "config.json"}
+        kind = json.loads(OTHERS[f"{part}/config.json"])["_class_name"]
+        assert next_steps(make_plan(three / "r.yaml"), out)[0] == f'load    {kind}.from_pretrained("{out}")'
         assert (out / "config.json").read_text() == OTHERS[f"{part}/config.json"]  # diffusers' configs have no dtype
         wanted = {n.removeprefix(f"{part}/"): t for n, t in expected(three).items() if n.startswith(part)}
         same(tensors_of(out), wanted)
@@ -381,7 +384,8 @@ def test_code_is_copied_and_never_run(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_lone_files_and_mistrals_own(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "a", "b")):
-        tensors = {"layers.0.w": stored(np.random.default_rng(seed).normal(size=(3, 4)), "F16")}
+        values = np.random.default_rng(seed).normal(size=(3, 4))
+        tensors = {"layers.0.w": stored(values, "F16"), "lm_head.weight": stored(values, "F16")}
         write_checkpoint(tmp_path / name, tensors)
         shutil.copy(tmp_path / name / "model.safetensors", tmp_path / f"{name}.safetensors")
         (tmp_path / f"m-{name}").mkdir()
@@ -397,6 +401,7 @@ def test_lone_files_and_mistrals_own(tmp_path: Path) -> None:
         assert any("no config.json" in note for note in make_plan(tmp_path / "r.yaml").notes)
         out = run(tmp_path / "r.yaml", tmp_path / "out", force=True).folder
         assert {*files(out)} == names
+        assert next_steps(make_plan(tmp_path / "r.yaml"), out)[0] == f'load    load_file("{out / min(names)}")'
         same(tensors_of(out), wanted)
         assert verify(out, 1)
         calibrated = "prune: {method: wanda, density: 0.5}\ncalibration: {data: rows.txt}\n"
