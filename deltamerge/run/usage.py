@@ -39,5 +39,6 @@ def _load(plan: Plan, folder: Path) -> str:
     if isinstance(kind, str) and kind.isidentifier():
         return f'{kind}.from_pretrained("{folder}")'
     architecture = str((plan.config.get("architectures") or [""])[0])
-    loader = next((name for head, name in LOADERS.items() if architecture.endswith(head)), "AutoModel")
+    known = architecture if architecture.isidentifier() and "auto_map" not in plan.config else "AutoModel"
+    loader = next((name for head, name in LOADERS.items() if architecture.endswith(head)), known)
     return f'{loader}.from_pretrained("{folder}")'

@@ -414,3 +414,21 @@ def test_lone_files_and_mistrals_own(tmp_path: Path) -> None:
         write(tmp_path / name / "consolidated.safetensors", "not looked at")
     write(tmp_path / "r.yaml", MERGE)
     same(tensors_of(run(tmp_path / "r.yaml", tmp_path / "hf").folder), wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "loader"),
+    [
+        ({"architectures": ["XForCausalLM"]}, "AutoModelForCausalLM"),
+        ({"architectures": ["XForConditionalGeneration"]}, "XForConditionalGeneration"),
+        ({"architectures": ["XForCausalLM"], "auto_map": {"AutoModel": "m.X"}}, "AutoModelForCausalLM"),
+        ({"architectures": ["XModel"], "auto_map": {"AutoModel": "m.X"}}, "AutoModel"),
+        ({"architectures": ['X("; rm']}, "AutoModel"),
+        ({"model_type": "x"}, "AutoModel"),
+        ({"_class_name": 'U("; rm'}, "AutoModel"),
+    ],
+)
+def test_what_loads_a_model_is_a_class_that_has_its_head(tmp_path: Path, config: dict[str, Any], loader: str) -> None:
+    write_checkpoint(tmp_path / "a", {"layers.0.w": stored(np.ones((2, 2)), "F16")}, config)
+    write(tmp_path / "r.yaml", "merge_method: passthrough\nmodels: [{model: ./a}]\n")
+    assert next_steps(make_plan(tmp_path / "r.yaml"), Path("out"))[0] == f'load    {loader}.from_pretrained("out")'
