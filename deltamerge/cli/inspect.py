@@ -199,6 +199,7 @@ def plan(
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @DEVICE
 @WORKERS
+@PICKLES
 @AS_JSON
 @AS_CSV
 def inspect(
@@ -214,6 +215,7 @@ def inspect(
     force: bool,
     device: str,
     workers: int | None,
+    pickles: bool,
     as_json: bool,
     as_csv: bool,
 ) -> None:
@@ -232,7 +234,7 @@ def inspect(
     progress = Progress(shown=sys.stderr.isatty())
     report = inspect_delta(
         model, base, calibration=rows, density=density, out=page, force=force,
-        device=device, workers=workers, watch=progress.start,
+        device=device, workers=workers, watch=progress.start, pickles=pickles,
     )  # fmt: skip
     progress.stop()
     if as_csv:
@@ -256,6 +258,7 @@ def inspect(
 @click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
 @DEVICE
 @WORKERS
+@PICKLES
 @AS_JSON
 @AS_CSV
 def recommend(
@@ -270,6 +273,7 @@ def recommend(
     out: Path | None,
     device: str,
     workers: int | None,
+    pickles: bool,
     as_json: bool,
     as_csv: bool,
 ) -> None:
@@ -285,8 +289,9 @@ def recommend(
     rows = calibration_of(calibration, text, sequences=sequences, length=length, label=label)
     progress = Progress(shown=sys.stderr.isatty())
     answer = recommend_pruning(
-        model, base, density, calibration=rows, out=out, device=device, workers=workers, watch=progress.start
-    )
+        model, base, density, calibration=rows, out=out, device=device, workers=workers, watch=progress.start,
+        pickles=pickles,
+    )  # fmt: skip
     progress.stop()
     if as_csv:
         say_table(answer.candidates)
@@ -300,8 +305,9 @@ def recommend(
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
 @WORKERS
+@PICKLES
 @AS_JSON
-def diff(a: str, b: str, workers: int | None, as_json: bool) -> None:
+def diff(a: str, b: str, workers: int | None, pickles: bool, as_json: bool) -> None:
     """Show what differs between two checkpoints or two locks.
 
     A and B are folders or hub ids (one may be a delta of the other), or two recipe.lock files.
@@ -309,5 +315,5 @@ def diff(a: str, b: str, workers: int | None, as_json: bool) -> None:
     from deltamerge.engine.execute import default_workers
     from deltamerge.inspect.diff import diff as compare
 
-    found = compare(a, b, workers or default_workers())
+    found = compare(a, b, workers or default_workers(), pickles=pickles)
     say_json(found) if as_json else say(render_diff(found))

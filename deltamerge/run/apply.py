@@ -101,11 +101,11 @@ def apply(
     return Applied(out, len(planned), layout.total_size, lock)
 
 
-def verify_base(folder: Path, base: str, workers: int) -> str:
+def verify_base(folder: Path, base: str, workers: int, *, pickles: bool = False) -> str:
     """What was checked of `base`: that the delta in `folder` makes of it what it says, tensor by tensor; of another
     folder, that its lock has the files of `base` among its inputs. InputError, VerifyError: it is not so.
     """
-    origin = _base(base, Path.cwd())
+    origin = _base(base, Path.cwd(), pickles=pickles)
     if not is_delta([file.name for file in folder.iterdir()]):
         files = hashes.describe_input(origin, workers)["files"]
         known = locks.read_lock(folder / locks.LOCK_NAME).get("inputs") or {}

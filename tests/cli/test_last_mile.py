@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from calls import call
 from conftest import tiny_llama
+from safetensors.torch import load_file
 
 import deltamerge
 
@@ -200,3 +202,25 @@ def test_a_home_folder_is_found(capsys, folder, monkeypatch):
 
 def test_dir_shows_the_interface():
     assert dir(deltamerge) == sorted(deltamerge.__all__)
+
+
+def test_every_command_reads_torch_s_files_where_it_may(capsys, tmp_path, monkeypatch, folder):
+    for name in ("base", "math"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((folder / name / "config.json").read_bytes())
+        torch.save(load_file(folder / name / "model.safetensors"), tmp_path / name / "pytorch_model.bin")
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["init", "math", "--base", "base"],
+        ["plan", "recipe.yaml", "--set", "pickles=false"],
+        ["lock", "recipe.yaml"],
+        ["inspect", "math", "--base", "base"],
+        ["recommend", "math", "--base", "base", "--density", "0.1", "--out", "small.yaml"],
+        ["diff", "base", "math"],
+        ["extract", "math", "base", "--out", "delta"],
+        ["verify", "delta", "--base", "base"],
+    ):
+        code, _, err = call(capsys, *words)
+        assert (code, "--allow-pickles" in err) == (0 if words[0] == "lock" else 1, words[0] != "lock"), words
+        assert call(capsys, *words, "--allow-pickles")[0] == 0, words
+    assert call(capsys, "check", "small.yaml")[0] == 0
