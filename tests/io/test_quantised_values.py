@@ -334,6 +334,10 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         {W + "_scale_inv": torch.ones(2, 2), **fp8("b.weight", drawn(8, 16), (4, 8))[0]}, BLOCK,
         f"{W}_scale_inv belongs to no weight",
     ),
+    "scales without blocks": (
+        {"m.experts.gate_up_proj_scales": torch.ones(2, 8, 1, dtype=torch.uint8)}, {"quant_method": "mxfp4"},
+        "m.experts.gate_up_proj_scales belongs to no weight",
+    ),
     "a weight without words": (
         {**_packed(), "b.weight_scale": torch.ones(4, 4), "b.weight_shape": torch.tensor([4, 64])}, INT4,
         "b.weight_shape belongs to no weight",

@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -244,6 +245,8 @@ HOSTILE = {
         ),
         "unet: diffusion_pytorch_model.safetensors.index.json: shard .* is not a plain",
     ),
+    "a list of more": (lambda a: write(a / "model_index.json", entry("zork")), "lists zork, which is not there"),
+    "a part of the folders": (lambda a: shutil.rmtree(a / "scheduler"), "lists scheduler, which is not there"),
     "no weights": (lambda a: [shutil.rmtree(a / part) for part in PARTS], "no component has weights"),
     "pickles": (
         lambda a: (a / "vae" / PARTS["vae"][0]).rename(a / "vae" / "diffusion_pytorch_model.bin"),
@@ -257,6 +260,7 @@ HOSTILE = {
 def test_pipelines_that_are_refused(three: Path, case: str) -> None:
     change, message = HOSTILE[case]
     change(three / "a")
+    write(three / "r.yaml", (three / "r.yaml").read_text() + "template: ./a\n")
     with pytest.raises(DeltamergeError, match=message) as caught:
         run(three / "r.yaml", three / "out")
     assert "\n" not in str(caught.value)
