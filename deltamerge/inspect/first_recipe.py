@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from deltamerge import errors
 from deltamerge.errors import OutputError
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.dtypes import TORCH_NAMES
+from deltamerge.io.quantised.decode import decoded
 
 if TYPE_CHECKING:
     from deltamerge.inspect.recommend import PruneCandidate, Recommendation
@@ -80,7 +82,9 @@ def first_recipe(
     Only headers are read.
     """
     checkpoints = [hub.open_model(reference, Path(), weights=False, pickles=pickles) for reference in (base, *models)]
-    dtypes = [tensor.dtype for tensor in checkpoints[0].tensors.values()]
+    with errors.context(base):
+        weights = decoded(checkpoints[0]).tensors.values()
+    dtypes = [tensor.output_dtype for tensor in weights]
     dtype = max(DTYPES, key=dtypes.count)
     first, *named = [_scalar(seen_from(path.parent, reference)) for reference in (base, *models)]
     text = HEAD.format(name=path.name, base=first)
