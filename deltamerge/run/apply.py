@@ -16,6 +16,7 @@ from deltamerge.delta.entry import TILE
 from deltamerge.delta.file import DeltaFile, ResultTensor
 from deltamerge.delta.over_base import check, elements
 from deltamerge.errors import InputError, VerifyError
+from deltamerge.errors.shown import human
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.blobs import check_blobs
@@ -136,7 +137,8 @@ def _tile(workers: int, memory: int | None) -> int:
     if tile < 1024:
         least = BASELINE_BYTES + workers * ELEMENT_BYTES * 1024
         raise InputError(
-            f"--memory {memory} is too little for {workers} workers", hint=f"give at least {least}, or fewer --workers"
+            f"--memory {human(memory)} is too little for {workers} workers",
+            hint=f"give at least {-(-least // 10**6)}MB, or fewer --workers",
         )
     return min(tile, TILE)
 

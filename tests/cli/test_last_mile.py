@@ -168,6 +168,15 @@ def test_extract_takes_the_base_behind_the_model(capsys, tmp_path):
     for arguments in (["math"], ["math", "base", "--base", "base"]):
         code, _, err = call(capsys, "extract", *arguments)
         assert (code, "name the base once" in err) == (2, True)
+    code, _, err = call(capsys, "extract", "math", "math/")
+    assert (code, "math: is the base itself" in err) == (1, True)
+
+
+def test_memory_that_is_too_little_names_what_is_enough(capsys, tmp_path):
+    code, _, err = call(capsys, "run", "good.yaml", "--out", tmp_path / "out", "--workers", "2", "--memory", "1MB")
+    assert (code, "--memory 1.0 MB is too little for 2 workers" in err) == (1, True)
+    enough = err.partition("give at least ")[2].partition(",")[0]
+    assert call(capsys, "run", "good.yaml", "--out", tmp_path / "out", "--workers", "2", "--memory", enough)[0] == 0
 
 
 SLIPS = {
