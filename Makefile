@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check families conformance bench paper torture fuzz atheris ray scale docs clean
+.PHONY: help demo test check families conformance bench paper torture fuzz atheris ray scale pictures docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -53,12 +53,15 @@ ray: .venv/.installed-ray  ## run --ray on real local clusters, a worker of one 
 scale: .venv/.installed  ## plans of a 405 B model and of 40,000 tensors, a 7 B merge in 1 GB; 14 GB in .scale
 	$(BIN)/python benchmarks/scale.py
 
+pictures: .venv/.installed-dev  ## screenshots of the report's page in .pictures: phone, desktop, light, dark; needs chromium
+	$(BIN)/python scripts/pictures.py
+
 docs: .venv/.installed-docs  ## the documentation, in docs/_build/html
 	$(BIN)/python scripts/recipe_reference.py
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf .venv .demo .bench .paper .torture .scale .fuzz docs/_build
+	rm -rf .venv .demo .bench .paper .torture .scale .fuzz .pictures docs/_build
 
 # A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
 KERNELS := $(wildcard deltamerge/io/kernels/src/*.* deltamerge/io/kernels/src/vector/*)

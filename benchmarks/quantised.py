@@ -1,106 +1,40 @@
 """Merges over a quantised base beside the same merge over the same base in bfloat16: time, CPU and peak memory.
 
     python benchmarks/quantised.py [--layers 2] [--schemes bf16 fp8 int4] [--methods task_arithmetic ties] [--rounds 3]
+    python benchmarks/quantised.py --model gpt-oss-20b --schemes bf16 mxfp4
     python benchmarks/quantised.py --layers 32 --sparse --schemes fp8 --methods dare_ties --memory 1GB
 
-Models have Llama 7B's shapes, cut to some layers: a base, its FP8 and 4-bit forms, and two fine-tunes in bfloat16.
-With `--sparse` weights are holes in their files that read as zeros and take no disk; only scales are real, so that a
-merge of all 32 layers takes the room of its output.
+Models have Llama 7B's shapes, cut to some layers, or gpt-oss-20b's with a quarter of its experts: a base, its quantised
+forms, and two fine-tunes in bfloat16.
+With `--sparse` weights are holes in their files that read as zeros and take no disk; only scales are real (FP8 and
+int4), so that a merge of all 32 layers takes the room of its output.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from process import Run, measure, warm
-from synthetic import Array, Size, bf16, split, widen
+from quantised_forms import SETTINGS, Entry, GptOss, entries
+from synthetic import Size, split
 
-BLOCK, GROUP = 128, 128
 SHARD = 5_000_000_000
-LARGEST = 448.0
+LLAMA, GPT_OSS = "llama-7b", "gpt-oss-20b"
+EXPERTS = 8  # of gpt-oss: a quarter
 METHODS = {
     "task_arithmetic": "{weight: 0.5}", "ties": "{weight: 0.5, density: 0.1}", "linear": "{weight: 0.5}",
     "dare_ties": "{weight: 0.5, density: 0.1}",
 }  # fmt: skip
-SETTINGS: dict[str, dict[str, Any]] = {
-    "bf16": {},
-    "fp8": {"quant_method": "fp8", "weight_block_size": [BLOCK, BLOCK], "activation_scheme": "dynamic"},
-    "int4": {
-        "quant_method": "compressed-tensors", "format": "pack-quantized",
-        "config_groups": {"group_0": {
-            "targets": ["Linear"],
-            "weights": {"num_bits": 4, "group_size": GROUP, "strategy": "group", "symmetric": True},
-        }},
-    },
-}  # fmt: skip
-Entry = tuple[str, tuple[int, ...], Array | int]  # dtype, shape, and its values or, of a hole, its bytes
 
 
-def drawn(shape: tuple[int, ...], seed: int) -> Array:
-    """Weights of deviation 0.02, a million drawn and repeated."""
-    some = np.random.default_rng(seed).normal(0, 0.02, 1 << 20).astype(np.float32)
-    return np.resize(some, shape)
-
-
-def plain(name: str, shape: tuple[int, ...], model: int, sparse: bool) -> Iterator[tuple[str, Entry]]:
-    if sparse:
-        yield name, ("BF16", shape, 2 * math.prod(shape))
-        return
-    values = drawn(shape, 0)
-    if model:
-        values += np.resize(np.random.default_rng(model).normal(0, 7e-4, (1 << 20) + 7).astype(np.float32), shape)
-    yield name, ("BF16", shape, bf16(values))
-
-
-def fp8(name: str, shape: tuple[int, ...], sparse: bool) -> Iterator[tuple[str, Entry]]:
-    grid = -(-shape[0] // BLOCK), -(-shape[1] // BLOCK)
-    if sparse:
-        yield name, ("F8_E4M3", shape, math.prod(shape))
-        yield f"{name}_scale_inv", ("F32", grid, np.full(grid, 0.1 / LARGEST, np.float32))
-        return
-    import torch
-
-    values = widen(bf16(drawn(shape, 0)))
-    starts = [np.arange(0, side, BLOCK) for side in shape]
-    largest = np.maximum.reduceat(np.maximum.reduceat(np.abs(values), starts[0], axis=0), starts[1], axis=1)
-    scales = (largest / LARGEST).astype(np.float32)
-    values /= np.repeat(np.repeat(scales, BLOCK, 0)[: shape[0]], BLOCK, 1)[:, : shape[1]]
-    yield name, ("F8_E4M3", shape, torch.from_numpy(values).to(torch.float8_e4m3fn).view(torch.uint8).numpy())
-    yield f"{name}_scale_inv", ("F32", grid, scales)
-
-
-def int4(name: str, shape: tuple[int, ...], sparse: bool) -> Iterator[tuple[str, Entry]]:
-    start, grid, words = name.removesuffix("weight"), (shape[0], shape[1] // GROUP), (shape[0], shape[1] // 8)
-    if sparse:
-        yield f"{start}weight_packed", ("I32", words, 4 * math.prod(words))
-        scales = np.full(grid, 0.01, np.float32)
-    else:
-        values = widen(bf16(drawn(shape, 0))).reshape(*grid, GROUP)
-        scales = np.abs(values).max(-1) / np.float32(7.5)
-        codes = (np.clip(np.rint(values / scales[..., None]), -8, 7) + 8).astype(np.uint32).reshape(*words, 8)
-        packed = (codes << np.arange(0, 32, 4, dtype=np.uint32)).sum(-1, dtype=np.uint32)
-        yield f"{start}weight_packed", ("I32", words, packed)
-    yield f"{start}weight_scale", ("BF16", grid, bf16(scales))
-    yield f"{start}weight_shape", ("I64", (2,), np.array(shape, np.int64))
-
-
-def entries(name: str, shape: tuple[int, ...], scheme: str, model: int, sparse: bool) -> Iterator[tuple[str, Entry]]:
-    if scheme == "bf16" or len(shape) < 2 or "proj" not in name:
-        yield from plain(name, shape, model, sparse)
-    else:
-        yield from {"fp8": fp8, "int4": int4}[scheme](name, shape, sparse)
-
-
-def write_model(folder: Path, size: Size, scheme: str, model: int, sparse: bool) -> None:
+def write_model(folder: Path, size: Size | GptOss, scheme: str, model: int, sparse: bool) -> None:
     folder.mkdir(parents=True)
     settings = {"quantization_config": SETTINGS[scheme]} if SETTINGS[scheme] else {}
     (folder / "config.json").write_text(json.dumps(size.config() | settings))
@@ -168,6 +102,7 @@ def report(method: str, runs: Mapping[str, list[Run]], read: Mapping[str, int], 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path(".quantised"))
+    parser.add_argument("--model", default=LLAMA, choices=[LLAMA, GPT_OSS], help="shapes; mxfp4: gpt-oss alone")
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--vocab", type=int, default=32_000, help="fewer, where few layers are to count for many")
     parser.add_argument("--schemes", nargs="+", default=["bf16", "fp8", "int4"], choices=SETTINGS)
@@ -177,13 +112,14 @@ def main() -> None:
     parser.add_argument("--sparse", action="store_true")
     parser.add_argument("--keep", action="store_true", help="keep the models")
     options = parser.parse_args()
-    size = Size(4096, 11008, options.layers, 32, 32, options.vocab, SHARD)
+    size: Size | GptOss = Size(4096, 11008, options.layers, 32, 32, options.vocab, SHARD)
+    if options.model == GPT_OSS:
+        size = GptOss(options.layers, EXPERTS, options.vocab)
     folder = options.folder
-    if not folder.exists():
-        for scheme in options.schemes:
-            write_model(folder / scheme, size, scheme, 0, options.sparse)
-        for number, name in enumerate(("tune-a", "tune-b"), 1):
-            write_model(folder / name, size, "bf16", number, options.sparse)
+    for number, name in ((0, ""), (1, "tune-a"), (2, "tune-b")):
+        for scheme in ["bf16"] if name else options.schemes:
+            if not (folder / (name or scheme)).exists():
+                write_model(folder / (name or scheme), size, scheme, number, options.sparse)
     sizes = {
         name.name: sum(f.stat().st_size for f in name.glob("*.safetensors"))
         for name in folder.iterdir()

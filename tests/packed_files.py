@@ -47,11 +47,11 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def mxfp4() -> Packed:
-    blocks, scales = random(3, 10, 5, 16), random(3, 10, 5, low=100, high=140)
+def mxfp4(rows: int = 10, experts: int = 3) -> Packed:
+    blocks, scales = random(experts, rows, 5, 16), random(experts, rows, 5, low=100, high=140)
     values = FP4[nibbles(blocks.numpy())] * 2.0 ** (float64(scales) - 127)[..., None]
     tensors = {"e.gate_up_proj_blocks": blocks, "e.gate_up_proj_scales": scales}
-    transposed = values.reshape(3, 10, 160).transpose(0, 2, 1)
+    transposed = values.reshape(experts, rows, 160).transpose(0, 2, 1)
     return Packed(tensors, {"quant_method": "mxfp4"}, {"e.gate_up_proj": transposed})
 
 
@@ -94,8 +94,8 @@ def gptq(bits: int, *, version: str = "gptq", ordered: bool = True, inputs: int 
     return Packed(tensors, config, {"a.weight": values.T})
 
 
-def awq() -> Packed:
-    rng, group, inputs, outputs = np.random.default_rng(0), 32, 96, 40
+def awq(group: int = 32, outputs: int = 40) -> Packed:
+    rng, inputs = np.random.default_rng(0), 3 * group
     codes, zeros = rng.integers(0, 16, (inputs, outputs)), rng.integers(0, 16, (3, outputs))
     scales = normal(3, outputs).half()
     order = np.array([0, 2, 4, 6, 1, 3, 5, 7])
@@ -156,6 +156,7 @@ def metal() -> Packed:
 
 CASES: dict[str, Callable[[], Packed]] = {
     "mxfp4": mxfp4,
+    "mxfp4 of 37 rows": lambda: mxfp4(37),
     "nvfp4 of modelopt": nvfp4,
     "nvfp4 of compressed-tensors": lambda: nvfp4(compressed=True),
     "mxfp4 of compressed-tensors": mxfp4_packed,
@@ -165,8 +166,10 @@ CASES: dict[str, Callable[[], Packed]] = {
     "gptq of 8 bits": lambda: gptq(8),
     "gptq of 3 bits, version 2": lambda: gptq(3, version="gptq_v2"),
     "gptq of 4 bits, version 2, no order": lambda: gptq(4, version="gptq_v2", ordered=False),
+    "gptq of 160 outputs": lambda: gptq(4, outputs=160),
     "gptq of 40 outputs": lambda: gptq(4, outputs=40),
     "awq": awq,
+    "awq of groups of 24": lambda: awq(24, 144),
     "nf4": lambda: four_bits("nf4", nested=False),
     "nf4 nested": lambda: four_bits("nf4", nested=True),
     "nf4 of rows that share blocks": lambda: four_bits("nf4", nested=True, shape=(5, 7, 10)),

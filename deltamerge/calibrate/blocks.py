@@ -70,6 +70,7 @@ class BlockModel:
         reached   names of the weights of linear layers that have had an input; of experts of one layer that are stored
                   one by one, all where one has had one
         turned    of the reached of `stacked`, whether they are stored (in, out)
+        walked    is told of a walk's batches, after each block, how many passes over them the walk has made so far
         whole     True where blocks cannot be identified: then there is one part
 
     Computes on `device` in `dtype`. InputError: unknown architecture, or a parameter that the checkpoint lacks.
@@ -92,6 +93,7 @@ class BlockModel:
         self.checkpoint_name = self.loading.checkpoint_name  # state name -> checkpoint name
         place_buffers(self.module, self.device, self.loading.states)
         self.blocks = find_blocks(self.module)
+        self.walked: Callable[[Sequence[Inputs], float], None] = lambda batches, passes: None
         self._ignored = ignored(self.module)
         self.reached: set[str] = set()
         self.turned: dict[str, bool] = {}
@@ -218,6 +220,7 @@ class BlockModel:
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already
                     self._block(i, weights, traces[v], outputs[v], seen)
+            self.walked(batches, len(variants) * (i + 1) / (len(self.blocks) + 1))
         return [
             self._finish(weights, batches, reduce, outputs[v], watch if v == 0 else None)
             for v, weights in enumerate(variants)

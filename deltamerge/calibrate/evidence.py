@@ -3,9 +3,10 @@ predictions."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -13,8 +14,8 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import statistics
 from deltamerge.calibrate.activations import collect
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
-from deltamerge.calibrate.spec import CalibrationInput, Spec
-from deltamerge.calibrate.stage import calibrating
+from deltamerge.calibrate.spec import HELD_OUT, CalibrationInput, Spec
+from deltamerge.calibrate.stage import ACTIVATIONS, calibrating
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.calibrate.subject import Subject
 from deltamerge.io.reader import Reader
@@ -70,7 +71,7 @@ def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str
     With a `spec` of that source, whose masks need no activations, they include its first mask.
     """
     masks = [] if spec is None else [{p.stored: p.masked[0] for p in spec.pruned}]
-    with calibrating(source.model), Reader() as reader:
+    with calibrating(source.model, 1 if spec is None else 2, ACTIVATIONS), Reader() as reader:
         found = Subject(source, reader, masks).statistics(drawn=spec is not None)
         return {name: layer for name, layer in found.items() if spec is None or layer.power is not None}
 
@@ -78,8 +79,8 @@ def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str
 def measure_influence(*, specs: Sequence[Spec]) -> Measured:
     """The losses of the masks of several specs with one source, for the first mask seed of each."""
     source = specs[0].source
-    with calibrating(source.model), Reader() as reader:
-        found = influence(source=source)
+    with calibrating(source.model, passes(specs), "trying masks of"), Reader() as reader:
+        found = Subject(source, reader).statistics(drawn=False)
         transposed = any(layer.transposed for layer in Subject(source, reader).layers.values())
         usable = [spec for spec in specs if not (spec.shared and transposed)]
         masks = [{p.stored: p.masked[0] for p in spec.pruned} for spec in usable]
@@ -97,6 +98,14 @@ def measure_influence(*, specs: Sequence[Spec]) -> Measured:
             comparison.subject.counts[1],
             comparison.subject.passes,
         )
+
+
+def passes(specs: Sequence[Spec]) -> int:
+    """The most forward passes over the rows that `measure_influence` takes."""
+    calibration = specs[0].source.calibration
+    held = math.ceil(max(HELD_OUT, calibration.sequences) / calibration.sequences)
+    each = 2 + 2 * POINTS + 4 * held  # statistics, two searches; plain and best by the judge and by the metric
+    return 3 + held + len(specs) * each + 3 * held  # activations, outputs to compare with; the base, the metric
 
 
 class _Comparison:
@@ -131,14 +140,9 @@ class _Comparison:
 
     def _loss(self, spec: Spec, mask: Cache[Masked | None]) -> MaskLoss:
         subject = self.subject
-        subject.count(subject.batches["search"].inputs, 2)
-        layers = collect(
-            subject.model,
-            subject.tune,
-            subject.batches["search"].inputs,
-            subject.delta,
-            draw=lambda name, _: mask(name),
-        )
+        inputs = subject.batches["search"].inputs
+        layers = collect(subject.model, subject.tune, inputs, subject.delta, draw=lambda name, _: mask(name))
+        subject.count(inputs, 2)
         layers = {name: layer for name, layer in layers.items() if name in subject.layers}
         density = min(p.density for p in spec.pruned)
         points = [float(f"{q:.6g}") for q in np.geomspace(density, 1.0, POINTS)]
@@ -164,8 +168,9 @@ class _Comparison:
     def _values(
         self, objective: O.Objective | O.Generation, mask: Cache[Masked | None], qs: Sequence[dict[str, Q]]
     ) -> list[float]:
-        self.subject.count(objective.batches, len(qs))
-        return O.evaluate(self.subject.model, objective, [pruned(self.subject.start, mask, q) for q in qs])
+        subject = self.subject
+        variants = [pruned(subject.start, mask, q) for q in qs]
+        return O.evaluate(subject.model, objective, variants, counted=partial(subject.count, objective.batches))
 
     def _linear(self, q: float) -> dict[str, Q]:
         return dict.fromkeys(self.subject.layers, q)

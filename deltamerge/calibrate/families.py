@@ -52,7 +52,7 @@ def check_family(config: Mapping[str, Any], kind: str) -> None:
     if root is None:
         return
     source = _source(root, architecture, str(config.get("model_type"))[:LONGEST])
-    if source is None:
+    if source is None or not _is_exported(source, architecture):
         raise InputError(f"transformers has no model class {architecture!r}", hint="remote code is never run")
     forward = _forward(source, architecture)
     if forward is None:
@@ -86,6 +86,12 @@ def _source(root: Path, architecture: str, model_type: str) -> str | None:
         if wanted.search(text):
             return text
     return None
+
+
+def _is_exported(source: str, architecture: str) -> bool:
+    """Whether `transformers.NAME` is the class: its module lists it, or lists nothing."""
+    listed = re.search(r"^__all__ = \[(.*?)\]", source, re.MULTILINE | re.DOTALL)
+    return listed is None or re.search(rf"[\"']{re.escape(architecture)}[\"']", listed[1]) is not None
 
 
 def _modules(root: Path, model_type: str) -> Iterator[Path]:

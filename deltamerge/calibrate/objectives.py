@@ -35,15 +35,24 @@ class Objective(Protocol):
 
 
 def evaluate(
-    model: BlockModel, objective: Objective | Generation, variants: Sequence[Weights], group: int = WALKED
+    model: BlockModel,
+    objective: Objective | Generation,
+    variants: Sequence[Weights],
+    group: int = WALKED,
+    counted: Callable[[int], None] = lambda _: None,
 ) -> list[float]:
-    """The objective of every variant; `group` of them share one walk through the blocks."""
-    if isinstance(objective, Generation):
-        return [objective.measure(model, weights) for weights in variants]
+    """The objective of every variant; `group` of them share one walk through the blocks, after which their number is
+    `counted`."""
     values: list[float] = []
+    if isinstance(objective, Generation):
+        for weights in variants:
+            values.append(objective.measure(model, weights))
+            counted(1)
+        return values
     for start in range(0, len(variants), group):
         some = variants[start : start + group]
         values += [objective.value(parts) for parts in model.run(objective.batches, some, objective.reduce)]
+        counted(len(some))
     return values
 
 

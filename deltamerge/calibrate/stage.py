@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.calibrate.spec import Calibrated, CalibrationInput, QValue, Spec, rounded
+from deltamerge.errors.shown import shown
+from deltamerge.io import progress
 from deltamerge.io.reader import Reader
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.statistics import LayerStatistics
     from deltamerge.calibrate.subject import Judge
 
+ACTIVATIONS = "measuring activations of"
+LONG = 40  # characters of a model's name beside its progress
 LITTLE = 0.9  # share of the base's distance from the fine-tune; a candidate beyond it is hardly better than the base
 
 
@@ -30,7 +34,7 @@ def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
     """Statistics of the fine-tune's linear layers over the calibration rows, by the fine-tune's tensor names."""
     from deltamerge.calibrate.subject import Subject
 
-    with calibrating(source.model), Reader() as reader:
+    with calibrating(source.model, 1, ACTIVATIONS), Reader() as reader:
         subject = Subject(source, reader)
         found = subject.statistics(drawn=False)
         subject.forget()
@@ -45,7 +49,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
     from deltamerge.calibrate.searches import Searches
     from deltamerge.calibrate.subject import Subject
 
-    with calibrating(spec.name), Reader() as reader:
+    with calibrating(spec.name, spec.passes), Reader() as reader:
         masks = [{p.stored: p.masked[s] for p in spec.pruned} for s in range(spec.seeds)]
         protected = {p.stored: p.protected for p in spec.pruned if p.protected is not None}
         subject = Subject(spec.source, reader, masks, dict(zip(spec.shared, inputs, strict=True)), protected)
@@ -127,13 +131,17 @@ def decide(
 
 
 @contextmanager
-def calibrating(name: str) -> Iterator[None]:
-    """Name the model in errors of its calibration; silence transformers' advice on lengths and padding."""
+def calibrating(name: str, passes: int, what: str = "calibrating") -> Iterator[None]:
+    """Name the model in errors of its calibration, and in a phase of at most so many forward passes over the rows;
+    silence transformers' advice on lengths and padding."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
     try:
-        with errors.context(f"calibration of {name}"):
+        with (
+            errors.context(f"calibration of {name}"),
+            progress.phase(f"{what} {shown(name, LONG)}", passes, progress.PASSES, bound=True),
+        ):
             yield
     finally:
         logger.setLevel(level)

@@ -28,6 +28,7 @@ from deltamerge.engine import backends
 from deltamerge.engine.backends import torch_device
 from deltamerge.engine.execute import Task, default_workers, execute, shared_values
 from deltamerge.engine.graph import Graph, Node
+from deltamerge.io import progress
 from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -94,6 +95,7 @@ class Subject:
         labelled = source.labelled and self.metric != "exact_match"
         self.batches = {part: self.reads.batches(r, size=BATCH, labelled=labelled) for part, r in self.rows.items()}
         self.model = BlockModel(self.config, self.infos, device=self.device, pad_token_id=self.reads.pad_token_id)
+        self.model.walked = partial(_ahead, self.counts[0])
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
         # the variants of one walk share a part's weights; earlier reads are in the page cache
         self.start = Cache(self._start, max(self._part_bytes()))
@@ -140,7 +142,9 @@ class Subject:
 
     def count(self, batches: Sequence[Inputs], models: int = 1) -> None:
         """Count `models` passes over `batches`."""
-        self.sequences += models * sum(map(_rows, batches))
+        sequences = models * sum(map(_rows, batches))
+        self.sequences += sequences
+        progress.here(progress.PASSES).step(sequences / self.counts[0])
 
     def output_change(self, part: Part) -> O.OutputChange:
         """The objective of that name, on "search" or "held" rows."""
@@ -206,8 +210,7 @@ class Subject:
         """The objective of every choice of q's, over the first `seeds` masks (default: all)."""
         masks = self.masks[:seeds]
         variants = [pruned(self.start, mask, q) for q in qs for mask in masks]
-        found = O.evaluate(self.model, objective, variants)
-        self.count(objective.batches, len(variants))
+        found = O.evaluate(self.model, objective, variants, counted=partial(self.count, objective.batches))
         return [O.over_seeds(found[i : i + len(masks)]) for i in range(0, len(found), len(masks))]
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
@@ -219,8 +222,9 @@ class Subject:
         """Statistics over the search rows of the layers that had an input; `drawn`: with those of the first mask."""
         draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
         inputs = self.batches["search"].inputs
+        found = collect(self.model, self.tune, inputs, self.delta, draw=draw)
         self.count(inputs, 2 if drawn else 1)
-        return collect(self.model, self.tune, inputs, self.delta, draw=draw)
+        return found
 
     def delta(self, name: str) -> Tensor | None:
         """The part of a tensor's delta that is pruned: 0 in protected columns."""
@@ -284,6 +288,11 @@ class Subject:
 
 def _rows(inputs: Inputs) -> int:
     return len(next(iter(inputs.values())))
+
+
+def _ahead(whole: int, batches: Sequence[Inputs], passes: float) -> None:
+    """Say that a walk has made so many passes over batches, where `whole` rows are one."""
+    progress.here(progress.PASSES).begin(passes * sum(map(_rows, batches)) / whole)
 
 
 class Memory:

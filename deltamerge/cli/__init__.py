@@ -8,7 +8,9 @@ import io
 import platform
 import sys
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from deltamerge import __version__
-from deltamerge.cli import deltas, inspect, push, recipes, run, streams
+from deltamerge.cli import deltas, inspect, progress, push, recipes, run, streams
 from deltamerge.cli.output import complain, error_as_json, say_json, tell
 from deltamerge.errors import DeltamergeError, InputError, UsageError
 from deltamerge.errors.shown import shown
@@ -195,6 +197,22 @@ SECTIONS = {
     "Deltas": [deltas.extract, deltas.apply],
     "Shell": [completion],
 }
+
+
+def _with_progress(callback: Callable[..., Any]) -> Callable[..., Any]:
+    """A command's function, while which runs stderr says how far it is, as the command's options allow."""
+
+    @wraps(callback)
+    def run_shown(*args: Any, **options: Any) -> Any:
+        machine = options.get("as_json") or options.get("as_csv")
+        with progress.shown(quiet=bool(options.get("quiet")), machine=bool(machine)):
+            return callback(*args, **options)
+
+    return run_shown
+
+
 for section in SECTIONS.values():
     for command in section:
+        assert command.callback is not None
+        command.callback = _with_progress(command.callback)
         commands.add_command(command)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from deltamerge.cli.options import (
     WORKERS,
     pruning_methods,
 )
-from deltamerge.cli.output import Progress, Warnings, report_run, say_json, tell
+from deltamerge.cli.output import Warnings, report_run, say_json, tell
 from deltamerge.cli.tables import human
 
 if TYPE_CHECKING:
@@ -83,11 +83,11 @@ def extract(
     if (base is None) == (origin is None):
         raise click.UsageError("name the base once: as BASE, or with --base")
     base = base or origin or ""
-    progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
+    begun, warnings = time.monotonic(), Warnings()
 
     def watch(plan: Plan) -> Callable[[int], None]:
         warnings.say(plan)
-        return progress.start(plan.nbytes)
+        return lambda _: None
 
     result = extract_delta(
         model, base, out, density=density, method=method, q=q, values=values,
@@ -96,7 +96,7 @@ def extract(
     warnings.say(result.plan)
     if result.nonfinite:
         tell(f"warning: {describe_nonfinite(result.nonfinite)}")
-    report_run(result, progress, as_json=as_json, quiet=quiet)
+    report_run(result, begun, as_json=as_json, quiet=quiet)
 
 
 @click.command()
@@ -129,24 +129,23 @@ def apply(
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.apply import apply as apply_delta
 
-    progress = Progress(shown=not quiet and sys.stderr.isatty())
+    begun = time.monotonic()
     done = apply_delta(
-        delta, base, out, workers=workers or default_workers(), memory=memory, force=force, pickles=pickles,
-        watch=progress.start,
-    )  # fmt: skip
-    progress.stop()
+        delta, base, out, workers=workers or default_workers(), memory=memory, force=force, pickles=pickles
+    )
+    seconds = time.monotonic() - begun
     if as_json:
         summary = {
             "out": str(done.folder),
             "bytes": done.nbytes,
             "tensors": done.tensors,
-            "seconds": round(progress.seconds, 3),
+            "seconds": round(seconds, 3),
             "lock": done.lock,
         }
         say_json(summary)
     elif not quiet:
         size = human(done.nbytes)
-        tell(f"{done.folder}: {done.tensors} tensors, {size} in {progress.seconds:.1f} s")
+        tell(f"{done.folder}: {done.tensors} tensors, {size} in {seconds:.1f} s")
 
 
 @click.command()

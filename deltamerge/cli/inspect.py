@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltamerge import errors
+from deltamerge.cli import streams
 from deltamerge.cli.options import (
     AS_CSV,
     AS_JSON,
@@ -27,7 +26,6 @@ from deltamerge.cli.options import (
     rows_of_text,
 )
 from deltamerge.cli.output import (
-    Progress,
     annotate,
     complain,
     error_as_json,
@@ -177,7 +175,7 @@ def plan(
     elif as_json:
         say_json(described)
     else:
-        width = shutil.get_terminal_size().columns
+        width = streams.columns()
         for name, one in described.get("intermediate", {}).items():
             say(f"document {shown(name)}\n{render_plan(one, width=width, tensors=tensors)}\n")
         say(render_plan(described, width=width, target=target_of(file, None), tensors=tensors))
@@ -225,22 +223,20 @@ def inspect(
     activations: influence, coherence, massive activations, the bound and the error of DARE. Where MODEL is a folder
     that a run made, --report draws what its lock says, too.
     """
-    from deltamerge.inspect.statistics import render
+    from deltamerge.cli.studies import render_inspect
     from deltamerge.inspect.study import inspect as inspect_delta
 
     if force and page is None:
         raise click.UsageError("--force is for the FILE of --report")
     rows = calibration_of(calibration, text, sequences=sequences, length=length)
-    progress = Progress(shown=sys.stderr.isatty())
     report = inspect_delta(
-        model, base, calibration=rows, density=density, out=page, force=force,
-        device=device, workers=workers, watch=progress.start, pickles=pickles,
+        model, base, calibration=rows, density=density, out=page, force=force, device=device, workers=workers,
+        pickles=pickles,
     )  # fmt: skip
-    progress.stop()
     if as_csv:
         say_table(report.tensors)
     else:
-        say_model(report) if as_json else say(render(report, tensors=tensors))
+        say_model(report) if as_json else say(render_inspect(report, tensors=tensors, width=streams.columns()))
     if page is not None:
         tell(f"{page}: written")
 
@@ -283,20 +279,17 @@ def recommend(
 
     Without --calibration the delta's own statistics decide; with rows of text each method's mask is drawn and measured.
     """
-    from deltamerge.inspect.recommend import render
+    from deltamerge.cli.studies import render_recommend
     from deltamerge.inspect.study import recommend as recommend_pruning
 
     rows = calibration_of(calibration, text, sequences=sequences, length=length, label=label)
-    progress = Progress(shown=sys.stderr.isatty())
     answer = recommend_pruning(
-        model, base, density, calibration=rows, out=out, device=device, workers=workers, watch=progress.start,
-        pickles=pickles,
-    )  # fmt: skip
-    progress.stop()
+        model, base, density, calibration=rows, out=out, device=device, workers=workers, pickles=pickles
+    )
     if as_csv:
         say_table(answer.candidates)
     else:
-        say_model(answer) if as_json else say(render(answer))
+        say_model(answer) if as_json else say(render_recommend(answer, width=streams.columns()))
     if out is not None:
         tell(f"{out}: written")
 

@@ -6,17 +6,18 @@ import csv
 import io
 import json
 import math
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from deltamerge.cli import progress, streams
 from deltamerge.cli.tables import human
-from deltamerge.errors import DeltamergeError, RecipeError
+from deltamerge.errors import DeltamergeError, Problem, RecipeError
 from deltamerge.errors.shown import LINE, printed, shown
 
 if TYPE_CHECKING:
@@ -74,8 +75,12 @@ def error_as_json(error: DeltamergeError, where: str) -> dict[str, Any]:
         "message": str(error) if isinstance(error, RecipeError) else f"{where}: {error}" if where else str(error),
         "hint": error.hint,
         "exit_code": error.exit_code,
-        "problems": [asdict(problem) | {"path": getattr(error, "path", where)} for problem in problems],
+        "problems": [_problem(problem) | {"path": getattr(error, "path", where)} for problem in problems],
     }
+
+
+def _problem(problem: Problem) -> dict[str, Any]:
+    return {key: value for key, value in asdict(problem).items() if key != "text"}
 
 
 def annotate(level: str, message: str, path: str, line: int | None = None, column: int | None = None) -> None:
@@ -98,53 +103,7 @@ def tell(line: str) -> None:
 
 
 def _to_stderr(text: str) -> None:
-    with suppress(OSError):  # stderr itself fails; only the exit code is left
-        click.echo(text, err=True)
-
-
-class Progress:
-    """A line on stderr with bytes done, rate and time left; silent if stderr is no terminal."""
-
-    def __init__(self, *, shown: bool) -> None:
-        self.shown = shown
-        self.begun = self.started = time.monotonic()
-        self.total = self.done = 0
-        self.last = 0.0
-        self.lock = threading.Lock()
-
-    @property
-    def seconds(self) -> float:
-        """Seconds since the start."""
-        return time.monotonic() - self.begun
-
-    def start(self, total: int) -> Callable[[int], None]:
-        """Begin a line for `total` bytes."""
-        self.total, self.done = total, 0
-        self.started = time.monotonic()
-        return self.add
-
-    def add(self, nbytes: int) -> None:
-        """Count `nbytes` as done."""
-        with self.lock:
-            self.done += nbytes
-            if not self.shown or time.monotonic() - self.last < 0.1:
-                return
-            self.last = time.monotonic()
-            rate = self.done / max(time.monotonic() - self.started, 1e-3)
-            left = (self.total - self.done) / max(rate, 1)
-            share = self.done / max(self.total, 1)
-            bar = "█" * int(share * 24)
-            text = f"{bar:<24} {share:4.0%} {human(self.done)} of {human(self.total)} {human(rate)}/s {left:.0f} s left"
-            self._draw(text)
-
-    def _draw(self, text: str) -> None:
-        with suppress(OSError):
-            click.echo(f"\r\x1b[K{text}", nl=False, err=True)
-
-    def stop(self) -> None:
-        """Remove the line."""
-        if self.shown:
-            self._draw("")
+    progress.aside(lambda: streams.to_stderr(f"{text}\n"))
 
 
 class Warnings:
@@ -161,9 +120,9 @@ class Warnings:
                 tell(f"warning: {warning}")
 
 
-def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool, **more: Any) -> None:
-    """Print what a finished run made; `more` is added to the JSON object."""
-    progress.stop()
+def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **more: Any) -> None:
+    """Print what a run made that had `begun` then, by `time.monotonic`; `more` is added to the JSON object."""
+    seconds = time.monotonic() - begun
     tensors, delta = len(result.plan.outputs), result.delta
     kind = result.plan.recipe.output.kind
     adapter = kind == "peft"
@@ -174,7 +133,7 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
             "out": str(result.folder),
             "bytes": size,
             "tensors": tensors,
-            "seconds": round(progress.seconds, 3),
+            "seconds": round(seconds, 3),
             "lock": result.lock,
             "up_to_date": not result.made,
             "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
@@ -201,7 +160,7 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
         if quantised is not None:
             lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"
         what = "an adapter" if adapter else f"{tensors} tensors"
-        tell(f"{result.folder}: {what}, {human(size)} in {progress.seconds:.1f} s{lost}")
+        tell(f"{result.folder}: {what}, {human(size)} in {seconds:.1f} s{lost}")
         if result.lock:  # a part of a run has none
             from deltamerge.run.usage import next_steps
 
@@ -212,7 +171,20 @@ def report_run(result: Result, progress: Progress, *, as_json: bool, quiet: bool
 
 
 def complain(error: DeltamergeError, where: str) -> None:
-    """Print one error on stderr with its hint; problems of a recipe carry their own places."""
+    """Print one error on stderr with its hint; problems of a recipe carry their own places.
+
+    On a terminal this is in colour, with the recipe's lines.
+    """
+    if streams.is_terminal():
+        progress.aside(partial(_show, error, where))
+        return
     _to_stderr(printed(str(error) if isinstance(error, RecipeError) else f"{shown(where)}: {error}"))
     if error.hint:
         tell(f"hint: {shown(error.hint)}")
+
+
+def _show(error: DeltamergeError, where: str) -> None:
+    from deltamerge.cli import excerpt
+
+    with suppress(OSError):
+        excerpt.show(error, where, streams.console())

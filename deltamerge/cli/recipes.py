@@ -10,7 +10,8 @@ import click
 
 from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, PICKLES, WORKERS, RecipePath, calibration_of, rows_of_text
 from deltamerge.cli.output import say, say_json, tell
-from deltamerge.cli.tables import render_methods
+from deltamerge.cli.streams import columns
+from deltamerge.cli.tables import render_method, render_methods
 
 
 @click.command()
@@ -86,14 +87,15 @@ def _names(context: click.Context, option: click.Parameter, incomplete: str) -> 
 @click.argument("name", required=False, shell_complete=_names)
 @AS_JSON
 def methods(name: str | None, as_json: bool) -> None:
-    """List merge and pruning methods with their parameters.
+    """List merge and pruning methods, a line each.
 
-    All, or those called NAME: parameters, defaults, ranges, and where they come from.
+    With NAME those called so: their parameters, defaults, ranges, and where they come from.
     """
     from deltamerge.cli.catalogue import catalogue
 
     found = catalogue(name)
-    say_json(found) if as_json else say(render_methods(found))
+    render = render_method if name else render_methods
+    say_json(found) if as_json else say(render(found, columns()))
 
 
 @click.command()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import sys
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -29,7 +29,7 @@ from deltamerge.cli.options import (
     WORKERS,
     RecipePath,
 )
-from deltamerge.cli.output import Progress, Warnings, report_run, say, say_json, tell
+from deltamerge.cli.output import Warnings, report_run, say, say_json, tell
 from deltamerge.cli.tables import render_calibration
 from deltamerge.io import kernels
 from deltamerge.io.files import scratch
@@ -136,11 +136,11 @@ def run(
         tell(line)
     if theirs.warning and not quiet:
         tell(f"warning: {theirs.warning}")
-    progress, warnings = Progress(shown=not quiet and sys.stderr.isatty()), Warnings()
+    begun, warnings = time.monotonic(), Warnings()
 
     def watch(plan: Plan) -> Callable[[int], None]:
         warnings.say(plan)
-        return progress.start(plan.made_bytes)
+        return lambda _: None
 
     options = Options(
         device=device, workers=workers, memory=memory, resume=resume or None, force=force,
@@ -176,7 +176,7 @@ def run(
         found["published"] = {"commit": published.commit, "differs": differing}
     for note in result.plan.notes if verbose and not (quiet or as_json) else ():
         tell(f"note: {note}")
-    report_run(result, progress, as_json=as_json, quiet=quiet, **found)
+    report_run(result, begun, as_json=as_json, quiet=quiet, **found)
     if part and not (quiet or as_json):
         tell("hint: when every part is done, run the same command with --finish")
     if lock is not None and lock.content["outputs"] and not (quiet and not differing):

@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 import sys
 from contextlib import suppress
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LEAST = 20  # columns that a terminal is taken to have, whatever it says
+PLAIN = 80  # columns where nobody says how many there are
 
 
 def prepare() -> None:
@@ -41,3 +51,41 @@ def finish() -> OSError | None:
                 os.close(nowhere)
                 stream.flush()
     return failed
+
+
+def to_stderr(text: str) -> None:
+    """Write text to stderr as it is."""
+    with suppress(OSError, ValueError):  # stderr itself fails; only the exit code is left
+        click.echo(text, nl=False, err=True)
+
+
+def is_terminal() -> bool:
+    """Whether people read stderr as it is written."""
+    try:
+        return sys.stderr.isatty()
+    except ValueError:  # it is closed
+        return False
+
+
+def moves() -> bool:
+    """Whether stderr is a terminal whose cursor can be moved."""
+    return is_terminal() and os.environ.get("TERM", "").lower() not in ("", "dumb", "unknown")
+
+
+def console() -> Console:
+    """What writes to a terminal as it can show it, on stderr; without any colour or weight if NO_COLOR is set."""
+    from rich.console import Console
+
+    plain = bool(os.environ.get("NO_COLOR")) or not moves()
+    shown = Console(
+        file=sys.stderr, force_terminal=True, color_system=None if plain else "auto", highlight=False, markup=False,
+        emoji=False, legacy_windows=False,
+    )  # fmt: skip
+    if shown.width < LEAST:
+        shown.width = LEAST
+    return shown
+
+
+def columns() -> int:
+    """How wide text on stdout may be: COLUMNS, or the terminal's columns; 80 for a pipe or a file."""
+    return max(40, shutil.get_terminal_size((PLAIN, 24)).columns)

@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from deltamerge.cli.layout import ended, paragraph
 from deltamerge.errors.shown import CELL, shown
 from deltamerge.errors.shown import human as human
 from deltamerge.errors.shown import lines as one_a_line
+
+METHODS = (("merge_method", "merge"), ("prune.method", "prune"))
 
 
 def render_delta(delta: dict[str, Any]) -> str:
@@ -63,21 +66,35 @@ def _candidate(candidate: dict[str, Any]) -> str:
     return f"{text}: objective {candidate['value']:.4g}, held out {candidate['held_out']:.4g}"
 
 
-def render_methods(found: dict[str, list[dict[str, Any]]]) -> str:
-    """Methods with a line for each parameter: name, default, range, meaning."""
+def render_methods(found: dict[str, list[dict[str, Any]]], width: int) -> str:
+    """A line for each method: its name and what it does, as far as there is room."""
     lines = []
-    for title, key in (("merge_method", "merge"), ("prune.method", "prune")):
+    name = max(len(method["name"]) for methods in found.values() for method in methods)
+    for title, key in METHODS:
+        lines += [
+            f"{title}:",
+            *(f"  {m['name']:<{name}}  {ended(m['summary'], width - name - 4)}" for m in found[key]),
+            "",
+        ]
+    return one_a_line([*lines, "deltamerge methods NAME: its parameters and its source"])
+
+
+def render_method(found: dict[str, list[dict[str, Any]]], width: int) -> str:
+    """The methods of one name: what each does, and for each parameter its name, default, range and meaning."""
+    lines: list[str] = []
+    for title, key in METHODS:
         for method in found[key]:
-            source = f" ({method['source']})" if method["source"] else ""
-            rows: list[tuple[str, ...]] = [
-                (f"  {name}", _default(p["default"]), p["range"], f"{p['summary']}{'; per model' * p['per_model']}")
-                for name, p in method["parameters"].items()
-            ]
-            lines += [f"{title}: {method['name']}", f"  {method['summary']}{source}", *(aligned(rows) if rows else [])]
-            if method.get("options"):
-                lines.append(f"  also {', '.join(method['options'])}")
-            lines.append("")
-    return one_a_line(lines[:-1])
+            lines += [""] * bool(lines) + [f"{title}: {method['name']}"]
+            lines += paragraph(method["summary"], width, first="  ", then="  ")
+            lines += [f"  {method['source']}"] * bool(method["source"]) + [""]
+            parameters = method["parameters"]
+            starts = aligned([(name, _default(p["default"]), p["range"]) for name, p in parameters.items()])
+            wide = max(map(len, starts), default=0)
+            for start, parameter in zip(starts, parameters.values(), strict=True):
+                words = f"{parameter['summary']}{'; per model' * parameter['per_model']}"
+                lines += paragraph(words, width, first=f"  {start:<{wide}}  ", then=" " * (wide + 4))
+            lines += [f"  also {', '.join(method['options'])}"] if method.get("options") else []
+    return one_a_line(lines)
 
 
 def _default(value: Any) -> str:
@@ -87,7 +104,7 @@ def _default(value: Any) -> str:
 def aligned(rows: list[tuple[str, ...]]) -> list[str]:
     """Rows of a table as lines; long cells, which may be a stranger's text, are cut."""
     rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 

@@ -18,6 +18,7 @@ from deltamerge.delta.entry import TILE, Entry, as_bits, extend
 from deltamerge.delta.entry import Read as ReadElements
 from deltamerge.delta.positions import Array, Positions
 from deltamerge.errors import InputError
+from deltamerge.io import progress
 from deltamerge.io.checkpoint import Checkpoint, with_configs
 from deltamerge.io.dtypes import ITEMSIZE, bits_type, cast
 from deltamerge.io.reader import Reader
@@ -80,8 +81,10 @@ def check(delta: DeltaFile, base: Checkpoint, reader: Reader, workers: int, tile
         with errors.context(entry.name):
             for _ in entry.tiles(read, tile=tile):
                 pass
+        checking.step()
 
-    with ThreadPoolExecutor(workers) as pool:
+    of_all = progress.phase("checking the delta", len(delta.entries), "tensors")
+    with of_all as checking, ThreadPoolExecutor(workers) as pool:
         try:
             for _ in pool.map(look, delta.entries.values()):
                 pass

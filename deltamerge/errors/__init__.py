@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from deltamerge.errors import shown as text
 
@@ -61,13 +61,15 @@ class UsageError(DeltamergeError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One fault of a recipe: `line` and `column` count from 1, `location` is the key path (`models[0].prune`)."""
+    """One fault of a recipe: `line` and `column` count from 1 in `text`, which was read; `location` is the key path
+    (`models[0].prune`)."""
 
     message: str
     location: str = ""
     line: int | None = None
     column: int | None = None
     hint: str | None = None
+    text: str | None = field(default=None, repr=False, compare=False)
 
     def render(self, path: str) -> str:
         """The problem as text: file, line, column, key path and message, with its hint below."""
@@ -95,7 +97,9 @@ class RecipeError(DeltamergeError):
         """This error for a recipe that `caller` generated: without lines of a file, and with keys named relative to
         `within`."""
         problems = [
-            replace(problem, line=None, column=None, location=problem.location.removeprefix(within).lstrip("."))
+            replace(
+                problem, line=None, column=None, text=None, location=problem.location.removeprefix(within).lstrip(".")
+            )
             for problem in self.problems
         ]
         return RecipeError(caller, problems)

@@ -16,7 +16,7 @@ from deltamerge.delta.entry import TILE
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import check, elements, over
 from deltamerge.errors import InputError, UsageError
-from deltamerge.io import hub
+from deltamerge.io import hub, progress
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import FLOATING, PACKED, widen
 from deltamerge.io.quantised.decode import decoded
@@ -88,7 +88,14 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
             if opened is not None and checkpoint.base is not None:
                 with errors.context(checkpoint.reference):
                     check(opened, checkpoint.base, reader, workers)
-        found = list(pool.map(lambda name: _compare(reader, named[0][name], named[1][name]), shared))
+        with progress.phase("comparing", sum(named[1][name].nbytes for name in shared)) as comparing:
+
+            def compared(name: str) -> tuple[Change, float, float]:
+                found = _compare(reader, named[0][name], named[1][name])
+                comparing.step(named[1][name].nbytes)
+                return found
+
+            found = list(pool.map(compared, shared))
     changes = [change for change, _, _ in found if change.changed or change.a is not None]
     changes.sort(key=lambda change: (-(math.inf if change.norm is None else change.norm), change.name))
     squares = math.fsum(square for _, square, _ in found)

@@ -12,8 +12,9 @@ from deltamerge.engine.execute import shared_values
 from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError, OutputError
 from deltamerge.inspect.layers import CHANGED, FIGURES, Place, matrices, placed
-from deltamerge.inspect.report import STYLE, heat_maps, legend, measured_errors, search_curve
+from deltamerge.inspect.report import heat_maps, legend, measured_errors, search_curve
 from deltamerge.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse, report
+from deltamerge.inspect.style import STYLE
 from deltamerge.inspect.svg import Panel, picture, short
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
@@ -89,7 +90,7 @@ def pictures(found: Report) -> dict[str, str]:
     cells = matrices(found)
     named = {**FIGURES, "entries changed": CHANGED}
     heats = [_maps(name, {k: one.of(g) for k, g in cells.items()}, one.form) for name, one in named.items()]
-    rows = {DELTA: [list(row) for row in zip(*heats, strict=True)], SEARCH: [], ACTIVATIONS: []}
+    rows = {DELTA: [list(row) for row in zip(*filter(None, heats), strict=True)], SEARCH: [], ACTIVATIONS: []}
     if found.run is not None:
         names = {tensor.name for tensor in found.tensors if tensor.kind != "vector"}
         for one in found.run.choices:
@@ -108,12 +109,12 @@ def pictures(found: Report) -> dict[str, str]:
 
 
 def _maps(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> list[Panel]:
-    return [Panel(title, f"0 to {top}", drawn) for title, drawn, top in heat_maps(name, cells, form)]
+    return [Panel(title, f"{low} to {top}", drawn) for title, drawn, (low, top) in heat_maps(name, cells, form)]
 
 
 def _searches(one: ChosenQ) -> list[Panel]:
     """The searches for q."""
-    title = f"{short(one.model)}: {one.method}, {one.objective} (smaller is better)"
+    title = f"{short(one.model)}: {one.method}, {one.objective}"
     return [Panel(title, "; ".join(legend(one, v).values()), search_curve(one, v)) for v, _ in one.panels]
 
 

@@ -8,6 +8,7 @@ divided by the base's.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -15,10 +16,9 @@ from typing import TYPE_CHECKING, Any
 import yaml
 from pydantic import Field
 
-from deltamerge.errors.shown import lines as one_a_line
 from deltamerge.inspect.activations import Figures, activations
 from deltamerge.inspect.moments import Moments, together
-from deltamerge.inspect.statistics import Pair, aligned
+from deltamerge.inspect.statistics import Pair
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.evidence import MaskLoss, Measured
@@ -29,6 +29,7 @@ LARGE_NOISE = 0.5
 # The largest `lost` at which the simplest method is good enough. On the intensity task at density 0.01 importance
 # sampling loses 13 % and keeps 81 % of the score, calibrated magnitude 10 % and 96 %.
 GOOD = 0.1
+COMMENT = 80  # columns of a comment in the recipe
 MASKS: dict[str, dict[str, Any]] = {
     "dare": {"method": "dare"},
     "importance_sampling": {"method": "dare", "sampling": "magnitude"},
@@ -276,30 +277,8 @@ def paper(question: Question, evidence: Evidence) -> Paper:
 def written(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
     """The recommendation with its recipe as YAML, named for what it was recommended for."""
     head = [f"{answer.method} at density {answer.density:g}, by `deltamerge recommend`:", *answer.why]
-    text = "".join(f"# {line}\n" for line in head)
+    wrapper = textwrap.TextWrapper(
+        COMMENT, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False
+    )
+    text = "".join(f"{line}\n" for words in head for line in wrapper.wrap(words))
     return answer.model_copy(update={"recipe": text + yaml.safe_dump(dict(recipe), sort_keys=False, width=1000)})
-
-
-def render(answer: Recommendation) -> str:
-    """The evidence, the candidates and the recommendation as text."""
-    seen = answer.evidence
-    rows: list[tuple[str, ...]] = [("", "delta error", "layer error", "lost", seen.metric or "", "q")]
-    for one in answer.candidates:
-        cells = (one.delta_error, one.layer_error, one.lost, one.metric, one.q)
-        mark = "→ " if one.name == answer.method else "  "
-        texts = ["" if v is None else f"{v:.1%}" if i == 2 else f"{v:.3g}" for i, v in enumerate(cells)]
-        rows.append((mark + one.name, *texts))
-    figures = [
-        f"mean |Δ| {seen.mean_abs_delta:.3g}",
-        *([f"mean |c| {seen.mean_abs_influence:.3g}"] if seen.mean_abs_influence is not None else []),
-        *([f"‖Δ‖/‖W‖ {seen.relative_norm:.3g}, noise of DARE {seen.noise:.3g}"] if seen.noise is not None else []),
-        *([f"coherence {seen.coherence:.3g}"] if seen.coherence is not None else []),
-        f"{seen.kept_energy:.1%} of the energy in the largest {answer.density:g}",
-    ]
-    lines = [f"{answer.model} on {answer.base}, density {answer.density:g}", "; ".join(figures), "", *aligned(rows), ""]
-    if seen.metric is not None and seen.metric_fine_tune is not None and seen.metric_base is not None:
-        lines += [f"{seen.metric}: fine-tune {seen.metric_fine_tune:.3g}, base {seen.metric_base:.3g}", ""]
-    lines += [f"the paper      {answer.paper.why}", f"recommended    {answer.method}: {answer.why[0]}"]
-    lines += [f"               {line}" for line in answer.why[1:]]
-    lines += [f"warning        {warning}" for warning in answer.warnings]
-    return one_a_line([*lines, "", *answer.recipe.rstrip().split("\n")])

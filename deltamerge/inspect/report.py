@@ -25,6 +25,7 @@ from deltamerge.inspect.layers import (
     placed,
     stacks,
 )
+from deltamerge.inspect.style import STYLE
 from deltamerge.inspect.svg import Markup, Point, bars, columns, curve, element, figure, heat, pairs, scatter, text
 from deltamerge.io.atomic import refuse_taken, replace_file
 
@@ -35,56 +36,8 @@ if TYPE_CHECKING:
     from deltamerge.run.calibration_record import ChosenQ, Run
 
 ROWS = 48
+FLAT = 0.05  # share of the largest figure that figures of a heat map must differ by
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
-STYLE = """
-:root { color-scheme: light dark; --page: #fcfcfb; --card: #fff; --ink: #1c1c1a; --quiet: #63625d; --line: #e2e1dc;
-  --one: #2268c0; --two: #d9541e; --on: #fff; --mid: #1c1c1a; }
-@media (prefers-color-scheme: dark) { :root { --page: #161615; --card: #1f1f1d; --ink: #f1f0ec; --quiet: #a9a8a1;
-  --line: #383733; --one: #62a5f2; --two: #f08a5c; --on: #10151c; --mid: #10151c; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.2rem clamp(.7rem, 3vw, 2.5rem) 3rem; max-width: 90rem; background: var(--page);
-  color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.5rem; line-height: 1.25; margin: 0; overflow-wrap: anywhere; }
-h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem; }
-h3 { font-size: .95rem; margin: 0 0 .6rem; overflow-wrap: anywhere; }
-p { margin: 0 0 .8rem; max-width: 46rem; color: var(--quiet); overflow-wrap: anywhere; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 19rem), 1fr)); gap: .9rem;
-  align-items: start; }
-.grid + .grid { margin-top: .9rem; }
-.stack { display: grid; gap: .9rem; min-width: 0; }
-.wide { grid-template-columns: repeat(auto-fit, minmax(max(40%, min(100%, 27rem)), 1fr)); }
-.card { background: var(--card); border: 1px solid var(--line); border-radius: 8px; padding: .9rem 1rem; min-width: 0; }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); gap: .7rem; margin: 1rem 0; }
-.tiles .card { padding: .6rem .8rem; color: var(--quiet); font-size: .85rem; }
-.tiles b { display: block; font-size: 1.25rem; font-weight: 600; color: var(--ink); }
-.scale { display: flex; align-items: center; gap: .5rem; font-size: 12px; color: var(--quiet); margin-top: .4rem; }
-.scale i { flex: 0 1 9rem; height: 9px; border-radius: 3px;
-  background: linear-gradient(90deg, color-mix(in srgb, var(--one) 8%, transparent), var(--one)); }
-.key { display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; font-size: 13px; color: var(--quiet); margin-bottom: .6rem; }
-.key i { display: inline-block; width: 10px; height: 10px; border-radius: 5px; margin-right: .4rem;
-  background: var(--one); }
-.key i.second { background: var(--two); }
-.key i.best { background: var(--card); border: 2px solid var(--two); }
-.key i.dashed { border-radius: 0; width: 16px; height: 0; margin-bottom: .25rem; background: none;
-  border-top: 2px dashed var(--quiet); }
-svg { display: block; overflow: visible; font-size: 12px; } svg .page { fill: var(--page); }
-svg text { fill: var(--ink); } svg .quiet { fill: var(--quiet); font-size: 11px; } svg .on { fill: var(--on); }
-svg .mid { fill: var(--mid); } svg .name, svg .value { paint-order: stroke; stroke: var(--card); stroke-width: 4px; }
-svg .value, svg .in, svg .mid, svg .on { font-variant-numeric: tabular-nums; }
-.bar, .cell { fill: var(--one); } .cell, .none { stroke: var(--card); }
-.none, .track { fill: var(--line); fill-opacity: .5; } .axis, svg .rule { stroke: var(--line); }
-svg .one { stroke: var(--quiet); stroke-dasharray: 3 3; } .mark { stroke: var(--two); stroke-width: 2.5px; }
-.join { stroke: var(--quiet); stroke-opacity: .5; stroke-width: 2px; }
-.first { fill: var(--one); } .second { fill: var(--two); } .path { stroke: var(--one); stroke-width: 1.5px; }
-.path.second { stroke: var(--two); } .best { fill: none; stroke: var(--two); stroke-width: 2.5px; }
-svg .reference { stroke: var(--quiet); stroke-width: 1.5px; stroke-dasharray: 5 4; }
-details { margin-top: 1.6rem; } summary { cursor: pointer; font-weight: 600; }
-@media (max-width: 420px) { svg .name, svg .value { font-size: 11px; } .card { padding: .8rem .7rem; } }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; margin-top: .6rem; }
-td, th { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line);
-  font-variant-numeric: tabular-nums; }
-td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
-"""
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -109,7 +62,10 @@ def page(found: Report) -> str:
     """The page; the same bytes for the same report."""
     name = f"Delta of {found.model}"
     head = element("title", text(name)), element("style", Markup(STYLE))
-    blocks = [element("h1", text(name)), _words(f"on {found.base}"), _tiles(found)]
+    blocks = [element("h1", text(name)), _words(f"on {found.base}")]
+    blocks += [element("p", text(conclusion(found)), class_="conclusion")]
+    blocks += [element("p", text(f"Warning: {warning}."), class_="warning") for warning in found.warnings]
+    blocks.append(_tiles(found))
     if found.run is not None:
         blocks += _run(found.run, {t.name for t in found.tensors if t.kind != "vector"})
     blocks += [*_layers(found), *_modules(found)]
@@ -123,6 +79,28 @@ def page(found: Report) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"{''.join(head)}</head>\n<body>\n" + "\n".join(blocks) + "\n</body></html>\n"
+    )
+
+
+def conclusion(found: Report) -> str:
+    """What the figures say, in two sentences."""
+    total = found.total
+    if not total.norm:
+        return f"{found.model} is its base: no entry differs. There is nothing to prune or to merge."
+    size = "" if total.relative_norm is None else f", by {total.relative_norm:.2%} of its norm"
+    first = f"{found.model} differs from its base in {1 - total.unchanged:.1%} of the entries{size}."
+    seen = found.activations
+    if seen is not None:
+        dare, best = figure(seen.total.dare_error), figure(seen.total.least_squares_error)
+        return (
+            f"{first} On {seen.sequences} rows, at density {seen.density:g}, the expected error of DARE is {dare}, and "
+            f"{best} at the best q, where 1 is as if the delta were dropped."
+        )
+    module, group = _modules_of(found)[0]
+    kept = next(iter(found.total.kept_energy.items()))
+    return (
+        f"{first} Most of the difference is in {module} ({group.energy:.0%} of ‖Δ‖²), and the largest "
+        f"{100 * float(kept[0]):g} % of all entries hold {kept[1]:.0%} of it."
     )
 
 
@@ -202,18 +180,38 @@ def _modules_of(found: Report) -> list[tuple[str, TensorGroup]]:
     return sorted(((module, group) for (_, module), group in groups.items()), key=lambda pair: -pair[1].energy)
 
 
-def heat_maps(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> Iterator[tuple[str, Markup, str]]:
-    """A heat map for each stack, all on one scale: its title, the drawing, and the figure of the full colour."""
-    top = max((v for v in cells.values() if v is not None and math.isfinite(v)), default=0.0)
-    for grid in grids(cells):
-        drawn = heat(f"{name} of {grid.stack}", grid.layers, grid.rows, top, form=form)
-        yield f"{name} · {grid.stack}", drawn, figure(top, form)
+def heat_maps(
+    name: str, cells: Mapping[Place, float | None], form: str = ".3g"
+) -> Iterator[tuple[str, Markup, tuple[str, str]]]:
+    """A heat map for each stack, all on one scale: its title, the drawing, and the figures of the faintest and of the
+    full colour; none where all figures are alike."""
+    low, top = extent(cells)
+    for grid in () if is_flat(cells) else grids(cells):
+        drawn = heat(f"{name} of {grid.stack}", grid.layers, grid.rows, low, top, form=form)
+        yield f"{name} · {grid.stack}", drawn, (figure(low, form), figure(top, form))
+
+
+def extent(cells: Mapping[Place, float | None]) -> tuple[float, float]:
+    """The least and the largest figure; 0 where there is none."""
+    found = [v for v in cells.values() if v is not None and math.isfinite(v)]
+    return min(found, default=0.0), max(found, default=0.0)
+
+
+def is_flat(cells: Mapping[Place, float | None]) -> bool:
+    """Whether figures are so much alike that a heat map would show nothing."""
+    low, top = extent(cells)
+    return top - low <= FLAT * max(abs(top), abs(low))
 
 
 def _heat(name: str, cells: Mapping[Place, float | None], form: str = ".3g") -> list[Markup]:
+    """A card for each stack; one with words alone where all figures are alike."""
+    if cells and is_flat(cells):
+        ends = [figure(v, form) for v in extent(cells)]
+        alike = ends[0] if ends[0] == ends[1] else " to ".join(ends)
+        return [_card(name, _words(f"{alike} in all layers and modules"))]
     return [
-        _card(title, drawn, element("div", text("0"), element("i"), text(top), class_="scale"))
-        for title, drawn, top in heat_maps(name, cells, form)
+        _card(title, drawn, element("div", text(low), element("i"), text(top), class_="scale"))
+        for title, drawn, (low, top) in heat_maps(name, cells, form)
     ]
 
 
@@ -290,7 +288,9 @@ def _activations(found: Activations) -> list[Markup]:
         ),
         _grid(
             _card(
-                "predicted error: DARE → least squares", key, pairs("predicted error, DARE and least squares", chosen)
+                "predicted error: DARE → least squares",
+                key,
+                pairs("predicted error, DARE and least squares", "error (smaller is better)", chosen),
             ),
             element(
                 "div",
@@ -307,7 +307,7 @@ def measured_errors(rows: Sequence[tuple[str, LayerInfluence]]) -> Markup:
     """The error of a drawn mask over the expected one, a point for each layer, of DARE and at the best q."""
     dare = [(name, one.dare_error, one.dare_measured) for name, one in rows]
     best = [(name, one.least_squares_error, one.least_squares_measured) for name, one in rows]
-    return scatter("measured error over predicted error", "predicted", [dare, best])
+    return scatter("measured error over predicted error", "predicted error", "measured error", [dare, best])
 
 
 def _run(found: Run, drawn: Set[str]) -> list[Markup]:
@@ -369,6 +369,7 @@ def search_curve(one: ChosenQ, variable: str) -> Markup:
     return curve(
         f"{one.measure(variable)} over {variable}",
         one.axis(variable),
+        f"{one.measure(variable)} (smaller is better)",
         list(dict(one.panels)[variable].values()),
         logarithmic=variable != "step",
         reference=reference and reference[0],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,10 +15,9 @@ from deltamerge.engine import backends
 from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import Graph, Node
 from deltamerge.errors import InputError
-from deltamerge.errors.shown import CELL, shown
-from deltamerge.errors.shown import lines as one_a_line
-from deltamerge.inspect.activations import Activations, Figures, Influence
+from deltamerge.inspect.activations import Activations, Figures
 from deltamerge.inspect.moments import Moments, join_moments, moments, together
+from deltamerge.io import progress
 from deltamerge.io.alike import finite
 from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.names import EMBEDDING, TASK_HEAD, block_name
@@ -159,7 +158,6 @@ def measure_deltas(
     device: str = "cpu",
     workers: int = 1,
     tile_elements: int = 1 << 18,
-    progress: Callable[[int], None] = lambda _: None,
 ) -> dict[str, Moments]:
     """The moments of every pair's delta, by name, from one pass over both files.
 
@@ -167,11 +165,11 @@ def measure_deltas(
         device          "cpu" or a GPU
         workers         threads
         tile_elements   of a tile
-        progress        called with the number of bytes done
 
     Infinities and NaNs that both hold alike count as zero. InputError: others.
     """
-    found = _moments(pairs, device, workers, tile_elements, progress)
+    with progress.phase("measuring", sum(pair.tune.nbytes for pair in pairs)) as measuring:
+        found = _moments(pairs, device, workers, tile_elements, measuring.step)
     if odd := [pair for pair in pairs if not _is_finite(found[pair.name])]:
         rest = []
         for pair in odd:
@@ -189,14 +187,14 @@ def _is_finite(moments: Moments) -> bool:
 
 
 def _moments(
-    pairs: Sequence[Pair], device: str, workers: int, tile_elements: int, progress: Callable[[int], None]
+    pairs: Sequence[Pair], device: str, workers: int, tile_elements: int, told: Callable[[int], None]
 ) -> dict[str, Moments]:
     graph = Graph()
     roots = {pair.name: _root(graph, pair) for pair in pairs}
     tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots.items()]
     with Reader() as reader:
         values = execute(
-            tasks, reader, None, device=device, workers=workers, tile_elements=tile_elements, progress=progress
+            tasks, reader, None, device=device, workers=workers, tile_elements=tile_elements, progress=told
         )
     return {name: values[root] for name, root in roots.items()}
 
@@ -269,73 +267,3 @@ def report(
         without_delta=list(lacking),
         **more,
     )
-
-
-HEADER = ("", "entries", "mean |Δ|", "max |Δ|", "‖Δ‖/‖W‖", "energy", "unchanged", "kurtosis", "kept at 0.01")
-
-
-def render(found: Report, *, tensors: bool = False) -> str:
-    """The report as aligned tables: in all, by kind, by layer, and with `tensors` by tensor."""
-    blocks = [[("in all", found.total)], list(found.kinds.items()), list(found.layers.items())]
-    if tensors:
-        blocks.append([(tensor.name, tensor) for tensor in found.tensors])
-    rows: list[tuple[str, ...]] = [HEADER]
-    for block in blocks:
-        rows += [(name, *_cells(one)) for name, one in block] + [()]
-    lines = [f"delta of {found.model} on {found.base}", "", *aligned(rows[:-1])]
-    if found.activations is not None:
-        lines += ["", *_activation_lines(found.activations)]
-    if found.without_delta:
-        lines += ["", f"without a delta: {', '.join(found.without_delta)}"]
-    if found.warnings:
-        lines += ["", *(f"warning: {warning}" for warning in found.warnings)]
-    return one_a_line(lines)
-
-
-def _activation_lines(found: Activations) -> list[str]:
-    """The layers' activations: mean |c|, coherence, DARE's expected loss, and the bound beside the change."""
-    header = (
-        "",
-        "mean |Δ|",
-        "mean |c|",
-        "D/A",
-        "rms Δx",
-        "bound",
-        "typical",
-        "DARE error",
-        "measured",
-        "q*",
-        "error at q*",
-        "measured",
-        "massive",
-    )
-
-    def cells(one: Influence) -> tuple[str, ...]:
-        numbers = (
-            one.mean_abs_delta, one.mean_abs_influence, one.coherence, one.change, one.bound, one.typical,
-            one.dare_error, one.dare_measured, one.least_squares_q, one.least_squares_error, one.least_squares_measured,
-        )  # fmt: skip
-        return tuple("–" if value is None else f"{value:.3g}" for value in numbers)
-
-    rows = [header, ("linear layers", *cells(found.total), "")]
-    rows += [(one.name, *cells(one), " ".join(str(m.feature) for m in one.massive)) for one in found.layers]
-    return [f"over {found.sequences} sequences, at density {found.density:g}", "", *aligned(rows)]
-
-
-def _cells(one: Statistics) -> tuple[str, ...]:
-    relative = "–" if one.relative_norm is None else f"{one.relative_norm:.3g}"
-    kurtosis = "–" if one.kurtosis is None else f"{one.kurtosis:.3g}"
-    share, same, kept = one.energy_share, one.unchanged, one.kept_energy["0.01"]
-    sizes = f"{one.count:,}", f"{one.mean_abs:.3g}", f"{one.max_abs:.3g}", relative
-    return *sizes, f"{share:.1%}", f"{same:.1%}", kurtosis, f"{kept:.1%}"
-
-
-def aligned(rows: Iterable[tuple[str, ...]]) -> list[str]:
-    """Rows of cells as lines: the first column left-aligned, the others right-aligned."""
-    rows = [tuple(shown(cell, CELL) for cell in row) for row in rows]
-    count = max(map(len, rows))
-    widths = [max((len(row[i]) for row in rows if i < len(row)), default=0) for i in range(count)]
-    return [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=False)))
-        for row in rows
-    ]

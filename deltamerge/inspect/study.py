@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,6 @@ from deltamerge.recipe.schema import Calibration
 from deltamerge.run.lock import Lock
 from deltamerge.run.options import choose_device
 
-Watch = Callable[[int], Callable[[int], None]]
-
 
 def inspect(
     model: str,
@@ -47,7 +45,6 @@ def inspect(
     force: bool = False,
     device: str = "auto",
     workers: int | None = None,
-    watch: Watch = lambda _: lambda _: None,
     pickles: bool = False,
 ) -> Report:
     """Statistics of the delta of `model` and, with `calibration`, of its layers' activations.
@@ -59,7 +56,6 @@ def inspect(
         force         replace it
         device        "cpu" or a GPU
         workers       threads
-        watch         called with the number of bytes to read; returns the function that is told of progress
         pickles       read torch's own files where there are no safetensors
 
     OutputError: `out` exists without `force`, or cannot be written.
@@ -69,7 +65,7 @@ def inspect(
     inputs = _open(model, base, pickles=pickles)
     pairs, lacking = pairs_of(inputs)
     device = choose_device(device)
-    found = _measured(pairs, device, workers, watch)
+    found = _measured(pairs, device, workers)
     seen = None
     if calibration is not None:
         prune = {"method": "dare", "density": density, "q": "output_change"}
@@ -96,7 +92,6 @@ def recommend(
     out: Path | None = None,
     device: str = "auto",
     workers: int | None = None,
-    watch: Watch = lambda _: lambda _: None,
     pickles: bool = False,
 ) -> Recommendation:
     """The recommended pruning at `density`, and its recipe, which is written to `out`, a new file, if given.
@@ -113,7 +108,7 @@ def recommend(
     labelled = calibration is not None and "label" in calibration
     if calibration is not None and labelled:
         calibration = calibration | {"metric": metric_of(Calibration.model_validate(calibration), config)}
-    found = _measured(pairs, device, workers, watch)
+    found = _measured(pairs, device, workers)
     measured = None
     if calibration is not None:
         specs = _specs(pairs, model, base, calibration, recommendation.prunes(density), device, pickles)
@@ -141,9 +136,8 @@ def recommend(
     return answer
 
 
-def _measured(pairs: Sequence[Pair], device: str, workers: int | None, watch: Watch) -> dict[str, Moments]:
-    progress = watch(sum(pair.tune.nbytes for pair in pairs))
-    return measure_deltas(pairs, device=device, workers=workers or default_workers(), progress=progress)
+def _measured(pairs: Sequence[Pair], device: str, workers: int | None) -> dict[str, Moments]:
+    return measure_deltas(pairs, device=device, workers=workers or default_workers())
 
 
 def _specs(

@@ -17,6 +17,7 @@ Markup = NewType("Markup", str)
 Attributes = dict[str, str | float]
 SHOWN = 34
 FAINT = 0.08
+LAYER = "layer"  # the name of the axis that counts blocks
 EXTREME = 1e100  # larger than any figure of a model
 
 
@@ -123,6 +124,7 @@ def columns(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup
     width = min(0.7 / count, 0.12)
     every = math.ceil(count / 12)
     shapes = [element("line", x1="0", x2="100%", y1=floor, y2=floor, class_="axis")]
+    shapes.append(_words(0.5, floor + 33, LAYER, anchor="middle"))
     for i, point in enumerate(points):
         middle, value = (i + 0.5) / count, point.value
         if i % every == 0:
@@ -137,7 +139,7 @@ def columns(label: str, points: Sequence[Point], *, form: str = ".3g") -> Markup
         if count <= 8 or value == top:
             anchor = "middle" if 0.08 < middle < 0.92 else "start" if middle < 0.5 else "end"
             shapes.append(_words(middle, floor - height - 5, figure(value, form), anchor=anchor, kind="value"))
-    return _svg(floor + 22, label, shapes)
+    return _svg(floor + 39, label, shapes)
 
 
 def bars(label: str, points: Sequence[Point], *, form: str = ".3g", whole: float | None = None) -> Markup:
@@ -168,6 +170,7 @@ def heat(
     label: str,
     heads: Sequence[str],
     rows: Sequence[tuple[str, Sequence[float | None]]],
+    low: float,
     top: float,
     *,
     form: str = ".3g",
@@ -177,7 +180,8 @@ def heat(
     label   describes the chart
     heads   of the columns
     rows    (name, values)
-    top     value of the full colour; 0 is faint
+    low     value of the faintest colour
+    top     value of the full colour
     form    format of the values
     """
     count, high = len(heads), 46
@@ -192,7 +196,7 @@ def heat(
             box |= {"data_layer": head, "data_module": name, "class_": "none", "stroke_width": edge}
             words, part = figure(value, form), 0.0
             if value is not None and _finite(value):
-                part = min(1.0, max(0.0, value / top)) if top else 0.0
+                part = min(1.0, max(0.0, (value - low) / (top - low))) if top > low else 0.0
                 box |= {"class_": "cell", "fill_opacity": f"{FAINT + (1 - FAINT) * part:.4f}", "data_value": value}
             shapes.append(element("rect", _title(f"{name}, layer {head}: {words}"), **box))
             if count <= 6:
@@ -200,12 +204,14 @@ def heat(
                 shapes.append(_words((i + 0.5) / count, y + 33, words, anchor="middle", kind=kind))
     foot = high * len(rows) + 15
     shapes += [_words((i + 0.5) / count, foot, heads[i], anchor="middle") for i in range(0, count, every)]
-    return _svg(foot + 6, label, shapes)
+    shapes.append(_words(0.5, foot + 17, LAYER, anchor="middle"))
+    return _svg(foot + 23, label, shapes)
 
 
-def pairs(label: str, points: Sequence[Point]) -> Markup:
-    """A row for each point, below its name: `value` and `mark` on one logarithmic axis, joined by a line."""
-    axis = Axis.log([v for p in points for v in _finite(p.value, p.mark)])
+def pairs(label: str, name: str, points: Sequence[Point]) -> Markup:
+    """A row for each point, below its name: `value` and `mark` on one logarithmic axis called `name`, joined by a
+    line."""
+    axis = Axis.log([v for p in points for v in _finite(p.value, p.mark)], whole=False)
     bottom = 42 * len(points)
 
     def place(value: float) -> float:
@@ -232,10 +238,11 @@ def pairs(label: str, points: Sequence[Point]) -> Markup:
             title = _title(f"{point.name}: {figure(v)}")
             shape: Attributes = {"class_": kind, "data_name": point.name, "data_value": v or 0.0}
             shapes.append(element("circle", title, cx=x, cy=y, r=5, **shape))
-    return _svg(bottom + 22, label, shapes)
+    shapes.append(_words(0.5, bottom + 33, name, anchor="middle"))
+    return _svg(bottom + 39, label, shapes)
 
 
-LEFT, RIGHT, TALL = 0.12, 0.97, 200.0
+LEFT, RIGHT, ABOVE, TALL = 0.12, 0.97, 26.0, 200.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,19 +258,19 @@ class Frame:
 
     def down(self, value: float) -> float:
         """The vertical place of a value."""
-        return 10 + TALL * (1 - self.y.place(value))
+        return ABOVE + TALL * (1 - self.y.place(value))
 
-    def rules(self, name: str) -> list[Markup]:
-        """Both axes' ticks, and the name of the horizontal axis below them."""
-        shapes = []
+    def rules(self, across: str, upward: str) -> list[Markup]:
+        """Both axes' ticks, with the names of the horizontal axis below and of the vertical one above."""
+        shapes = [_words(0, 11, f"↑ {upward}")]
         for tick in self.y.ticks:
             y = self.down(tick)
             shapes.append(element("line", x1=_percent(LEFT), x2=_percent(RIGHT), y1=y, y2=y, class_="rule"))
             shapes.append(_words(LEFT - 0.015, y + 4, f"{tick:.4g}", anchor="end"))
-        floor = TALL + 10
+        floor = ABOVE + TALL
         shapes.append(element("line", x1=_percent(LEFT), x2=_percent(RIGHT), y1=floor, y2=floor, class_="axis"))
         shapes += [_words(self.across(tick), floor + 16, f"{tick:g}", anchor="middle") for tick in self.x.ticks]
-        return [*shapes, _words((LEFT + RIGHT) / 2, floor + 34, name, anchor="middle")]
+        return [*shapes, _words((LEFT + RIGHT) / 2, floor + 34, across, anchor="middle")]
 
     def dot(self, x: float, y: float, words: str, kind: str, radius: float = 4) -> Markup:
         """A point with a description."""
@@ -273,7 +280,8 @@ class Frame:
 
 def curve(
     label: str,
-    name: str,
+    across: str,
+    upward: str,
     series: Sequence[Sequence[tuple[float, float]]],
     *,
     logarithmic: bool,
@@ -283,7 +291,8 @@ def curve(
     """Points joined by a line, in order of their first number.
 
     label         describes the chart
-    name          of the horizontal axis
+    across        name of the horizontal axis
+    upward        name of the vertical axis
     series        of points; a second one has the second colour
     logarithmic   whether the horizontal axis is
     reference     value of a dashed line
@@ -292,10 +301,10 @@ def curve(
     points = [(x, y) for one in series for x, y in one if _finite(x, y)]
     xs = [x for x, _ in points] + _finite(reference)
     frame = Frame(Axis.log(xs, whole=False) if logarithmic else Axis.linear(xs), Axis.linear([y for _, y in points]))
-    shapes = frame.rules(name)
+    shapes = frame.rules(across, upward)
     if reference is not None and _finite(reference):
         x = _percent(frame.across(reference))
-        shapes.append(element("line", x1=x, x2=x, y1=10, y2=TALL + 10, class_="reference", data_value=reference))
+        shapes.append(element("line", x1=x, x2=x, y1=ABOVE, y2=ABOVE + TALL, class_="reference", data_value=reference))
     for kind, one in zip(("first", "second"), series, strict=False):
         path = sorted((x, y) for x, y in one if _finite(x, y) and (x > 0 or not logarithmic))
         for (x1, y1), (x2, y2) in pairwise(path):
@@ -305,24 +314,26 @@ def curve(
         shapes += [frame.dot(x, y, f"{x:.4g}: {y:.6g}", kind, 3) for x, y in path]
     if best is not None and _finite(*best) == list(best):
         shapes.append(frame.dot(*best, f"{best[0]:.4g}: {best[1]:.6g}", "best", 7))
-    return _svg(TALL + 50, label, shapes)
+    return _svg(ABOVE + TALL + 40, label, shapes)
 
 
-def scatter(label: str, name: str, series: Sequence[Sequence[tuple[str, float | None, float | None]]]) -> Markup:
+def scatter(
+    label: str, across: str, upward: str, series: Sequence[Sequence[tuple[str, float | None, float | None]]]
+) -> Markup:
     """Two figures of one unit for each name, on logarithmic axes, with the line of equality; the first is horizontal,
-    on the axis called `name`."""
+    on the axis called `across`, the second vertical, on that called `upward`."""
     values = [v for one in series for _, x, y in one for v in _finite(x, y)]
     axis = Axis.log(values, whole=False)
     frame = Frame(axis, axis)
     low, high = (10.0**v for v in (axis.low, axis.high))
     ends: Attributes = {"x1": _percent(frame.across(low)), "x2": _percent(frame.across(high))}
     ends |= {"y1": frame.down(low), "y2": frame.down(high)}
-    shapes = [*frame.rules(name), element("line", **ends, class_="one")]
+    shapes = [*frame.rules(across, upward), element("line", **ends, class_="one")]
     for kind, one in zip(("first", "second"), series, strict=False):
         for words, x, y in one:
             if x is not None and y is not None and min(_finite(x, y), default=0.0) > 0 and len(_finite(x, y)) == 2:
                 shapes.append(frame.dot(x, y, f"{words}: {figure(x)}, {figure(y)}", kind))
-    return _svg(TALL + 50, label, shapes)
+    return _svg(ABOVE + TALL + 40, label, shapes)
 
 
 WIDTH, HEAD, MARGIN = 440, 44, 0.03

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from deltamerge.errors import InputError
+from deltamerge.io import progress
 from deltamerge.io.files import reading
 
 # The hash is the SHA-256 of a large file (64 digits), git's SHA-1 of a small one (40).
@@ -38,8 +39,16 @@ def sha256_of(path: Path) -> str | None:
 def check_blobs(paths: Iterable[Path], workers: int) -> None:
     """Hash the files of the hub's cache among `paths`. InputError: one differs from what the hub has."""
     blobs = {blob: path for path in paths if (blob := blob_of(path)) is not None}
-    with ThreadPoolExecutor(workers) as pool:
-        for (blob, path), digest in zip(blobs.items(), pool.map(_digest, blobs), strict=True):
+    sizes = {blob: blob.stat().st_size for blob in blobs if blob.exists()}
+
+    def digest_of(blob: Path) -> str:
+        found = _digest(blob)
+        checking.step(sizes.get(blob, 0))
+        return found
+
+    of_all = progress.phase("checking files of the hub", sum(sizes.values()))
+    with of_all as checking, ThreadPoolExecutor(workers) as pool:
+        for (blob, path), digest in zip(blobs.items(), pool.map(digest_of, blobs), strict=True):
             if digest != blob.name:
                 raise InputError(
                     f"{path}: is not what the hub has: its hash is {digest}, the hub's {blob.name}",

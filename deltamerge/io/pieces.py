@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
+from deltamerge.io import progress
+
 PIECE_BYTES = 1 << 16
 DIGEST_BYTES = 16
 # Pieces per read, of those that must still be read.
@@ -64,6 +66,13 @@ def learn(known: Known, wanted: NDArray[np.bool_], read: Callable[[int, Any], No
         digests = [xxh3_128_digest(part[at : at + PIECE_BYTES].data) for at in range(0, len(part), PIECE_BYTES)]
         known.digests[first:stop] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
         known.there[first:stop] = True
+        progress.here().step(len(part))
+
+
+def size_of(known: Known, wanted: NDArray[np.bool_]) -> int:
+    """Bytes of the `wanted` pieces of a file, whose last may be shorter."""
+    short = -known.size % PIECE_BYTES if len(wanted) and wanted[-1] else 0
+    return int(wanted.sum()) * PIECE_BYTES - short
 
 
 def inside(known: Known, ranges: Iterable[tuple[int, int]]) -> NDArray[np.bool_]:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from blake3 import blake3
 
 from deltamerge.errors import InputError
+from deltamerge.io import progress
 
 HASH_BYTES = 1 << 23
 
@@ -39,6 +40,7 @@ def hash_output(path: Path) -> str:
             buffer = memoryview(bytearray(min(HASH_BYTES, os.fstat(file.fileno()).st_size) or 1))
             while count := file.readinto(buffer):
                 hasher.update(buffer[:count])
+                progress.here().step(count)
     except OSError as error:
         raise InputError(f"{path}: cannot be read: {error.strerror}") from error
     return f"blake3:{hasher.hexdigest()}"
@@ -58,6 +60,10 @@ def damages(
     """
 
     def look(name: str) -> str:
+        with progress.joined(checking):
+            return wrong_with(name)
+
+    def wrong_with(name: str) -> str:
         path, entry = folder / name, files[name]
         try:
             status = path.lstat()
@@ -66,6 +72,7 @@ def damages(
             if status.st_size != entry["size"]:
                 return f"has {status.st_size} bytes, not {entry['size']}"
             if name in seals and seal(path) == seals[name]:
+                progress.here().skip(entry["size"])
                 return ""
         except FileNotFoundError:
             return "is missing"
@@ -73,6 +80,7 @@ def damages(
             return f"cannot be read: {error.strerror}"
         return "" if hash_output(path) == entry["hash"] else "has other content than was written"
 
-    with ThreadPoolExecutor(workers) as pool:
+    size = sum(entry["size"] for entry in files.values())
+    with progress.phase("checking files", size) as checking, ThreadPoolExecutor(workers) as pool:
         found = dict(zip(files, pool.map(look, files), strict=True))
     return {name: wrong for name, wrong in sorted(found.items()) if wrong}

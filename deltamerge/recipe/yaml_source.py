@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias
 
@@ -50,12 +50,13 @@ def place(loc: Loc) -> str:
 
 @dataclass(frozen=True)
 class YamlSource:
-    """A YAML document: its text, its value, and the position of each part of the value."""
+    """A YAML document: its text, its value, and the position of each part of the value in the file's `whole` text."""
 
     path: str
     text: str
     data: Any
     positions: Mapping[Loc, tuple[Position, Position]] = field(repr=False)  # of the value, of its key
+    whole: str = field(repr=False)
 
     def locate(self, loc: Loc, *, key: bool = False) -> Position:
         """Line and column (from 1) of the value at `loc` or of its `key`; of the nearest ancestor if it
@@ -69,7 +70,7 @@ class YamlSource:
     def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
         """A problem at the value at `loc`, or at its `key`."""
         line, column = self.locate(loc, key=key)
-        return Problem(message, place(loc), line, column, hint)
+        return Problem(message, place(loc), line, column, hint, self.whole)
 
 
 def load(path: Path) -> YamlSource:
@@ -112,13 +113,13 @@ def loads_all(text: str, path: str) -> tuple[YamlSource, ...]:
 def _compose(text: str, path: str, most: int) -> tuple[YamlSource, ...]:
     problem = _malformed(text, most)
     if problem is not None:
-        raise RecipeError(path, [problem])
+        raise RecipeError(path, [replace(problem, text=text)])
     problems: list[Problem] = []
     sources: list[YamlSource] = []
     try:
         roots = list(yaml.compose_all(text, Loader))
     except yaml.YAMLError as error:
-        raise RecipeError(path, [_syntax(error, text)]) from None
+        raise RecipeError(path, [replace(_syntax(error, text), text=text)]) from None
     present: list[yaml.Node | None] = [root for root in roots if not _is_empty(root)]
     for root in present or [None]:
         builder = _Builder()
@@ -129,12 +130,12 @@ def _compose(text: str, path: str, most: int) -> tuple[YamlSource, ...]:
                 builder.stop(root, "must be a mapping of keys to values", "start with base_model: …")
             start, end = root.start_mark, root.end_mark
             own = text if len(present) == 1 else " " * start.column + text[start.index : end.index]
-            sources.append(YamlSource(path, own, builder.value(root, (), root, 0), builder.positions))
+            sources.append(YamlSource(path, own, builder.value(root, (), root, 0), builder.positions, text))
         except _Stop:
             pass
         problems += builder.problems
     if problems:
-        raise RecipeError(path, problems)
+        raise RecipeError(path, [replace(problem, text=text) for problem in problems])
     return tuple(sources)
 
 

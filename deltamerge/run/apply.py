@@ -17,7 +17,7 @@ from deltamerge.delta.file import DeltaFile, ResultTensor
 from deltamerge.delta.over_base import check, elements
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.errors.shown import human
-from deltamerge.io import hub
+from deltamerge.io import hub, progress
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, is_delta
@@ -58,13 +58,11 @@ def apply(
     memory: int | None = None,
     force: bool = False,
     pickles: bool = False,
-    watch: Callable[[int], Callable[[int], None]] = lambda _: lambda _: None,
 ) -> Applied:
     """Write the checkpoint that `delta` makes of `base` (folders, or hub ids) to `out`, tile by tile.
 
     Every tensor of the base is checked before the first file is there under its name, and every result too.
-    `watch` is given the bytes of the result and returns what is told the bytes done; `pickles`: the base may be in
-    torch's own files. InputError: no delta, not its base, damaged.
+    `pickles`: the base may be in torch's own files. InputError: no delta, not its base, damaged.
     """
     here = Path.cwd()
     artifact, origin = hub.open_model(delta, here, weights=True), _base(base, here, pickles=pickles)
@@ -82,9 +80,13 @@ def apply(
     refuse_inputs(out, [(delta, artifact.path), (base, origin.path)])
     with workspace(out, force=force) as work:
         folder = work.folder
-        progress = watch(layout.total_size)
-        with Reader() as reader, Writer(folder, layout) as writer, errors.context(delta):
-            _write(opened, planned, origin, reader, writer, workers, tile, progress)
+        with (
+            progress.phase("applying", layout.total_size) as one,
+            Reader() as reader,
+            Writer(folder, layout) as writer,
+            errors.context(delta),
+        ):
+            _write(opened, planned, origin, reader, writer, workers, tile, one.step)
             found = writer.finish()
         seals = {file.name: seal(folder / file.name) for file in layout.files}
         copied = copied_files(artifact.path)
@@ -151,7 +153,7 @@ def _write(
     writer: Writer,
     workers: int,
     tile: int,
-    progress: Callable[[int], None],
+    told: Callable[[int], None],
 ) -> None:
     """All tensors, `workers` at a time, each checked. After a failure no further tile."""
     stopped = threading.Event()
@@ -161,7 +163,7 @@ def _write(
         if source.entry is None:
             assert info is not None
             writer.copy(source.name, info, reader)
-            progress(info.nbytes)
+            told(info.nbytes)
             return
         offset = 0
         with errors.context(source.name):
@@ -170,7 +172,7 @@ def _write(
                     return
                 writer.write(source.name, offset, bits)
                 offset += bits.nbytes
-                progress(bits.nbytes)
+                told(bits.nbytes)
 
     with ThreadPoolExecutor(workers) as pool:
         jobs = [pool.submit(write, source) for source in planned]

@@ -68,13 +68,13 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
             first = start(Part(0, count))
             ended([first])
             _result(ray, first, Part(0, count))
-        progress = options.watch(planned)
-        running = {start(part): part for part in (Part(i, count) for i in range(1, count + 1))}
-        while running:
-            for reference in ended(list(running)):
-                nbytes, found = _result(ray, reference, running.pop(reference))
-                progress(nbytes)
-                nonfinite |= found
+        with options.merging(planned) as told:
+            running = {start(part): part for part in (Part(i, count) for i in range(1, count + 1))}
+            while running:
+                for reference in ended(list(running)):
+                    nbytes, found = _result(ray, reference, running.pop(reference))
+                    told(nbytes)
+                    nonfinite |= found
     done = finish(file, out, options)
     return Result(done.folder, done.plan, done.lock, nonfinite=nonfinite)
 

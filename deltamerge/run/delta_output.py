@@ -26,8 +26,7 @@ from deltamerge.plan.finite import set_aside
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan, fit
 from deltamerge.run.budget import ChosenDensities, given, search
-from deltamerge.run.lock import Lock
-from deltamerge.run.options import Watch
+from deltamerge.run.options import Options
 
 
 def write_delta(
@@ -95,13 +94,14 @@ def write_delta(
 
 
 def write_within_budget(
-    planned: Plan, folder: Path, watch: Watch, lock: Lock | None
+    planned: Plan, folder: Path, options: Options
 ) -> tuple[Plan, dict[Node, Any], Summary, ChosenDensities]:
     """As `write_delta`, with the densities of a lock or those that the budget allows; the plan that has them, too.
 
     Sizes are tried out with the first q's, as calibrating is costly; only what is kept has its own. InputError: the
     budget is too small for any.
     """
+    lock = options.lock
     made: list[tuple[Plan, dict[Node, Any], Summary]] = []
     first: list[Any] = []
 
@@ -114,7 +114,8 @@ def write_within_budget(
             first[:] = [known[node] for node in plan.stages]
         else:
             known = dict(zip(plan.stages, first, strict=False))
-        values, written = write_delta(plan, folder, watch(plan), known)
+        with options.merging(plan) as told:
+            values, written = write_delta(plan, folder, told, known)
         made[:] = [(plan, values, written)]
         return written.nbytes
 

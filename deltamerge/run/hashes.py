@@ -18,12 +18,13 @@ from deltamerge.calibrate.rows import is_of_hub, local_files
 from deltamerge.calibrate.spec import CalibrationInput
 from deltamerge.engine.graph import depth_first
 from deltamerge.errors import InputError
+from deltamerge.io import progress
 from deltamerge.io.blobs import sha256_of
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.component import CONFIG as CONFIG_FILE
 from deltamerge.io.files import flat, read_at
-from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn
-from deltamerge.io.quantised.scaled import Scaled
+from deltamerge.io.pieces import Known, Pieces, hash_whole, inside, learn, size_of
+from deltamerge.io.quantised.scaled import Streamed
 from deltamerge.io.seals import hash_bytes as hash_bytes
 from deltamerge.io.seals import hash_output as hash_output
 from deltamerge.io.seals import seal
@@ -43,6 +44,7 @@ def hash_input(path: Path, pieces: Pieces | None = None) -> str:
     `check_blobs` compares.
     """
     if known := sha256_of(path):
+        progress.here().skip(path.stat().st_size)
         return f"sha256:{known}"
     found = learn_pieces(path, pieces or Pieces())
     return f"xxh3-64k:{hash_whole(found)}"
@@ -53,6 +55,7 @@ def learn_pieces(path: Path, pieces: Pieces, but: Iterable[tuple[int, int]] = ()
     try:
         known = pieces.of(path)
         wanted = ~(known.there | inside(known, but))
+        progress.here().skip(known.size - size_of(known, wanted))
         if wanted.any():
             with errors.context(str(path)), path.open("rb", buffering=0) as file:
                 learn(known, wanted, lambda offset, out: read_at(file.fileno(), offset, flat(out)))
@@ -71,11 +74,17 @@ def describe_files(
     """File name, or path below `root`, or what `name` makes of it, -> {hash, size}, hashed side by side, the largest
     first."""
     ordered = sorted(paths, key=lambda path: -path.stat().st_size)
-    if workers == 1:
-        hashes = list(map(hash_file, ordered))
-    else:
-        with ThreadPoolExecutor(workers) as pool:
-            hashes = list(pool.map(hash_file, ordered))
+
+    def hashed(path: Path) -> str:
+        with progress.joined(hashing):
+            return hash_file(path)
+
+    with progress.phase("hashing", sum(path.stat().st_size for path in ordered)) as hashing:
+        if workers == 1:
+            hashes = list(map(hashed, ordered))
+        else:
+            with ThreadPoolExecutor(workers) as pool:
+                hashes = list(pool.map(hashed, ordered))
     name = name or (lambda path: path.relative_to(root).as_posix() if root else path.name)
     names = [name(path) for path in ordered]
     sizes = [path.stat().st_size for path in ordered]
@@ -154,7 +163,7 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
 
 def hashed_as_read(info: TensorInfo) -> TensorInfo | None:
     """The stored tensor whose bytes the compiled loop hashes as it reads `info`; None: those are made another way."""
-    if isinstance(info.made, Scaled):
+    if isinstance(info.made, Streamed):
         return info.made.codes if info.made.is_plain and info.made.bits and not info.begin else None
     return info if info.made is None else None
 
@@ -167,10 +176,10 @@ def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
             infos = (node.parameter("tensor") for node in depth_first(task.root) if node.kind == "read")
             for info in (one for info in infos if (one := hashed_as_read(info)) is not None):
                 merged[info.path].append((info.begin, info.begin + info.nbytes))
-    for _, files in _chosen(plan, mine):
-        for path in files:
-            if not sha256_of(path):
-                learn_pieces(path, pieces, merged[path])
+    paths = [path for _, files in _chosen(plan, mine) for path in files if not sha256_of(path)]
+    with progress.phase("hashing inputs", sum(path.stat().st_size for path in paths if path.exists())):
+        for path in paths:
+            learn_pieces(path, pieces, merged[path])
 
 
 def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import UsageError
+from deltamerge.io import progress
 from deltamerge.io.lazy import torch
 from deltamerge.plan.planner import Plan, PlanOptions
 from deltamerge.run.calibration_record import Run
@@ -77,6 +79,18 @@ class Options:
             memory=self.memory,
             data=self.lock is None,
         )
+
+    @contextmanager
+    def merging(self, plan: Plan) -> Iterator[Callable[[int], None]]:
+        """A phase in which the result of a plan is written; yields what is to be told the bytes done."""
+        told = self.watch(plan)
+        with progress.phase("merging", plan.made_bytes) as one:
+
+            def tell(nbytes: int) -> None:
+                one.step(nbytes)
+                told(nbytes)
+
+            yield tell
 
 
 def choose_device(device: str) -> str:

@@ -55,7 +55,7 @@ def make_weights(
     """
     if budget_of(planned) is not None:
         work.empty()
-        planned, values, delta, choice = write_within_budget(planned, work.folder, options.watch, options.lock)
+        planned, values, delta, choice = write_within_budget(planned, work.folder, options)
         return Weights(planned, values, {}, delta.nonfinite, delta, choice)
     made = _make(planned, work, options, part, facts, pieces)
     if part is not None:
@@ -74,11 +74,13 @@ def _make(
     if planned.recipe.output.kind == "delta":
         work.empty()
         values = calibrated(planned, work, options.lock, facts, alone=True)
-        values, delta = write_delta(planned, work.folder, options.watch(planned), values, work.journal)
+        with options.merging(planned) as told:
+            values, delta = write_delta(planned, work.folder, told, values, work.journal)
         return Weights(planned, values, {}, delta.nonfinite, delta)
     values = calibrated(planned, work, options.lock, facts, alone=part is None or part.index == 0)
     mine = part.of(planned) if part else planned
-    found, losses = _write_shards(mine, work, options.watch(mine), values, part, pieces)
+    with options.merging(mine) as told:
+        found, losses = _write_shards(mine, work, told, values, part, pieces)
     sizes = {file.name: file.size for file in planned.layout.files}
     hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
     seals = {name: seal(work.folder / name) for name in hashed}

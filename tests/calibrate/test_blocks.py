@@ -175,6 +175,7 @@ def test_gradients_are_those_of_the_plain_forward(architecture: str, tmp_path: P
             torch.testing.assert_close(got, want.detach(), rtol=2e-4, atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_step_of_learned_scales_holds_one_block(tmp_path: Path) -> None:
     """Forward and backward, no block's weights outlive the block."""
     _, tensors = make("LlamaForCausalLM", tmp_path)

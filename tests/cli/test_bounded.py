@@ -139,6 +139,7 @@ def test_what_is_too_large_is_refused_in_few_words(folder: Path, command: str) -
         assert max(map(len, said.splitlines())) < 1500, (command, case)
 
 
+@pytest.mark.slow
 @COMMANDS
 def test_what_is_large_is_planned_or_refused(folder: Path, command: str) -> None:
     for (_, case), (code, said) in outcomes(folder, PLANNED, command).items():

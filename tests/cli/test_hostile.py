@@ -168,7 +168,7 @@ CARDS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", CARDS)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=[pytest.mark.slow] * (c == "deep")) for c in CARDS])
 def test_nonsense_in_a_card_gives_no_licence(recipe: Path, tmp_path: Path, case: str) -> None:
     text = f"---\n{CARDS[case]}\n---\n"
     for model in ("base", "a"):

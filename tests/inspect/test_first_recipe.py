@@ -45,7 +45,9 @@ def test_the_first_recipe_runs(folder, capsys, models, out):
     assert (Path(out).parent / "merged" / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("models", [["models/math"], ["models/math", "models/it's: code"]])
+@pytest.mark.parametrize(
+    "models", [["models/math"], pytest.param(["models/math", "models/it's: code"], marks=pytest.mark.slow)]
+)
 def test_calibration_data_gives_what_recommend_says(folder, capsys, models):
     arguments = ["--base", "models/base", "--calibration", "text.jsonl", "--length", "8", "--sequences", "4"]
     code, text, _ = call(capsys, "init", *models, *arguments, "--density", "0.3", "--out", "-")

@@ -226,7 +226,7 @@ def test_what_a_mask_loses_is_what_its_run_loses(models, monkeypatch, tmp_path, 
             assert one.lost == pytest.approx(lost, rel=2e-3), one.name
 
 
-@pytest.mark.parametrize("family", ["bert", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("bert", marks=pytest.mark.slow), "llama"])
 def test_the_recommended_recipe_runs_where_it_was_written(models, monkeypatch, capsys, family):
     folder = models / family
     monkeypatch.chdir(folder)

@@ -121,7 +121,8 @@ def test_what_is_drawn_is_what_json_says(tmp_path, capsys, monkeypatch):
         assert sorted(names) == sorted(truth)
         for name, cell in zip(names, cells, strict=True):
             assert float(cell["data-value"]) == pytest.approx(truth[name], rel=1e-12)
-            part = svg.FAINT + (1 - svg.FAINT) * truth[name] / max(truth.values())
+            low, top = min(truth.values()), max(truth.values())
+            part = svg.FAINT + (1 - svg.FAINT) * (truth[name] - low) / (top - low)
             assert float(cell["fill-opacity"]) == pytest.approx(part, abs=1e-4)
     energy = drawn.shapes("share of energy, and of entries (tick)", "bar")
     kinds = [shape for shape in energy if shape["data-name"] in said["kinds"]]
@@ -381,3 +382,49 @@ def test_pictures_of_a_run(tmp_path):
         assert name in (drawn / "recipe.lock").read_text()
     same = {p.name for p in plain.iterdir()} - {"README.md", "recipe.lock"}
     assert all((plain / name).read_bytes() == (drawn / name).read_bytes() for name in same)
+
+
+def test_the_page_begins_with_its_conclusion(bert, tmp_path):
+    tiny_llama(tmp_path / "base", seed=0)
+    tiny_llama(tmp_path / "same", seed=1, base=tmp_path / "base", sigma=0.0)
+    same = inspect(str(tmp_path / "same"), str(tmp_path / "base"))
+    total = bert.total
+    said = {
+        "alone": (bert, f"{1 - total.unchanged:.1%} of the entries, by {total.relative_norm:.2%} of its norm. Most of"),
+        "rows": (with_activations(bert), "On 4 rows, at density 0.1, the expected error of DARE is 0.25, and 0.25 at"),
+        "nothing": (same, "is its base: no entry differs. There is nothing to prune or to merge."),
+    }
+    for found, part in said.values():
+        drawn = Page(page(found.model_copy(update={"warnings": ["it may have another base"]})))
+        words = [word for word in drawn.words if word.strip()]
+        conclusion, warning = words[words.index(f"on {found.base}") + 1 :][:2]
+        assert part in conclusion
+        assert (conclusion.count(". "), conclusion[-1], warning) == (1, ".", "Warning: it may have another base.")
+
+
+def test_axes_have_names(bert):
+    drawn = Page(page(with_run(with_activations(bert))))
+    words = [word for word in drawn.words if word.strip()]
+    assert {"layer", "↑ output_change (smaller is better)", "error (smaller is better)"} <= {*words}
+    assert {"predicted error", "↑ measured error"} <= {*words}
+    maps = {where for _, attributes, where in drawn.elements if "data-layer" in attributes}
+    assert len(maps) == 5
+    assert words.count("layer") == 3 + len(maps) + 1  # columns, maps, the table of the figures
+
+
+def test_a_heat_map_follows_its_figures_and_a_flat_one_is_left_out(bert):
+    found = with_activations(bert)
+    flat = {one.name: 0.5 + 0.001 * i for i, one in enumerate(found.activations.layers)}
+    layers = [
+        one.model_copy(update={"coherence": flat[one.name], "least_squares_q": 0.9 + flat[one.name] * 0.1 * (i % 2)})
+        for i, one in enumerate(found.activations.layers)
+    ]
+    found = found.model_copy(update={"activations": found.activations.model_copy(update={"layers": layers})})
+    drawn = Page(page(found))
+    assert drawn.shapes("coherence D/A · bert.encoder.layer", "cell") == []
+    assert "0.5 to 0.511 in all layers and modules" in drawn.words
+    cells = drawn.shapes("q of least squares · bert.encoder.layer", "cell")
+    shades = {float(cell["fill-opacity"]) for cell in cells}
+    assert (min(shades), max(shades)) == (svg.FAINT, 1.0)
+    assert {"0.9", "0.951"} <= {*drawn.words}
+    assert "coherence" not in "".join(pictures.pictures(found).values())

@@ -196,6 +196,7 @@ def test_help_needs_no_torch():
     assert "Example: deltamerge inspect" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_real_fine_tune(shared_data):
     found = inspect(str(shared_data / "sentiment"), str(shared_data / "base"))
     assert found.total.count == 12_760_320

@@ -16,16 +16,19 @@ import numpy as np
 import packed_files as made
 import pytest
 import torch
-from conftest import make_checkpoint
+from conftest import LEVELS, make_checkpoint, needs_kernels
 from packed_files import CASES, Packed
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from deltamerge.engine.fused.assembly import StoredSource
 from deltamerge.errors import InputError
+from deltamerge.io import kernels
 from deltamerge.io.checkpoint import open_checkpoint
 from deltamerge.io.hub import open_model
 from deltamerge.io.quantised import packing
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
+from deltamerge.run.hashes import hashed_as_read
 
 
 def read(packed: Packed, folder: Path, *, pieces: bool = True) -> dict[str, np.ndarray]:
@@ -54,9 +57,90 @@ def test_values_are_those_of_the_formula(case, tmp_path, monkeypatch):
     assert set(found) == set(packed.values)
     for name, values in packed.values.items():
         np.testing.assert_allclose(found[name], values, rtol=3e-7, atol=1e-7 * np.abs(values).max(), err_msg=name)
-    monkeypatch.setattr(packing, "SLAB", 0)
+    monkeypatch.setattr(packing, "SLAB", 700)  # a few columns
     straight = read(packed, tmp_path / "straight", pieces=False)
     assert all(straight[name].tobytes() == values.tobytes() for name, values in found.items())
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_level_of_kernels_has_the_bits_of_numpy(case, tmp_path, monkeypatch):
+    packed, found = CASES[case](), {}
+    for level in (kernels.OFF, *LEVELS):
+        monkeypatch.setenv(kernels.SWITCH, level)
+        kernels.native.cache_clear()
+        values = read(packed, tmp_path / level)
+        found[level] = {name: one.tobytes() for name, one in values.items()}
+    monkeypatch.undo()
+    kernels.native.cache_clear()
+    kernels.native()
+    assert all(one == found[kernels.OFF] for one in found.values())
+
+
+@needs_kernels
+@pytest.mark.parametrize("entry", ["tabled", "turned_pairs", "turned_words"])
+def test_kernels_refuse_arrays_that_are_too_short(entry):
+    """Numbers that the arrays do not hold are an error, not a read beyond them."""
+    native = kernels.native()
+    codes, out = np.zeros((16, 32), np.uint8), np.zeros(1024, np.float32)
+    scales, table = np.ones(64, np.float32), np.ones(16, np.float32)
+    groups, words = np.zeros(64, np.int32), np.zeros((8, 16), np.uint32)
+    good: dict[str, tuple[Any, ...]] = {
+        "tabled": (codes, scales, table, out, 32, False),
+        "turned_pairs": (codes, scales, table, out, 32, 16, 0, 64),
+        "turned_words": (words, scales, scales, groups, out, 16, 64, 0, 16, 4, 4, False),
+    }
+    getattr(native, entry)(*good[entry])
+    for place, given in enumerate(good[entry]):
+        arrays = isinstance(given, np.ndarray)
+        wrong = [given.reshape(-1)[:1].copy()] if arrays else [-1, 1 << 40] * (type(given) is int)
+        if entry == "tabled":  # as many codes as `out` has room for, and any even group
+            wrong = [] if given is out else [value for value in wrong if value is not wrong[-1] or arrays]
+        for value in wrong:
+            with pytest.raises(ValueError, match="shorter"):
+                getattr(native, entry)(*good[entry][:place], value, *good[entry][place + 1 :])
+    if entry == "turned_words":
+        with pytest.raises(ValueError, match="shorter"):
+            native.turned_words(words, scales, scales, groups + 4, *good[entry][4:])
+
+
+@needs_kernels
+@pytest.mark.parametrize("case", ["nvfp4 of modelopt", "nvfp4 of compressed-tensors", "mxfp4 of compressed-tensors",
+                                  "nf4", "nf4 nested", "nf4 stored as bfloat16", "fp4"])  # fmt: skip
+def test_codes_of_tables_are_read_inside_the_loop(case, tmp_path):
+    packed = CASES[case]()
+    make_checkpoint(tmp_path, packed.tensors, config={"quantization_config": packed.config})
+    (info,) = decoded(open_checkpoint(tmp_path)).tensors.values()
+    with Reader() as reader:
+        source = StoredSource.of(info, reader)
+        assert source.coded is not None
+        assert source.bits == 4
+        assert hashed_as_read(info) is info.made.codes
+
+
+class CountingReader(Reader):
+    runs = 0
+
+    def read_runs(self, *arguments: Any) -> None:
+        self.runs += 1
+        super().read_runs(*arguments)
+
+
+@pytest.mark.parametrize("case", ["mxfp4 of 37 rows", "gptq of 160 outputs"])
+def test_a_large_matrix_is_read_once_panel_by_panel(case, tmp_path, monkeypatch):
+    packed = CASES[case]()
+    make_checkpoint(tmp_path, packed.tensors, config={"quantization_config": packed.config})
+    (info,) = decoded(open_checkpoint(tmp_path)).tensors.values()
+    whole, pieces = (np.empty(info.shape, np.float32) for _ in range(2))
+    with Reader() as reader:
+        reader.read_into(info, 0, whole)
+    monkeypatch.setattr(packing, "SLAB", 1 << 10)
+    monkeypatch.setattr(packing, "BAND", 1)
+    monkeypatch.setattr(packing, "CHUNK", 1)
+    with CountingReader() as reader:
+        for at in range(0, whole.size, info.shape[-1]):
+            reader.read_into(info, at, pieces.reshape(-1)[at : at + info.shape[-1]])
+        assert 0 < reader.runs <= 10
+    assert pieces.tobytes() == whole.tobytes()
 
 
 def from_transformers(packed: Packed) -> np.ndarray:

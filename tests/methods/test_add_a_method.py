@@ -78,6 +78,7 @@ def test_the_recipe_is_checked_and_its_faults_found(folder):
         assert wanted in done.stderr
 
 
+@pytest.mark.slow
 def test_a_pruning_parameter_without_a_default_must_be_given(folder):
     shutil.copytree(folder / "site", folder / "strict", dirs_exist_ok=True)
     (folder / "strict" / "limits.py").write_text(block("python").replace('stay", 0.05,', 'stay",'))
@@ -109,6 +110,7 @@ def test_the_merge_is_the_formula_in_float64(folder, cut):
         np.testing.assert_allclose(merged[name].double().numpy(), wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_pruning_method_of_several_passes_is_checked_planned_and_listed(folder):
     text = block("yaml").replace("prune: {method: spare, density: 0.5, cut: 0.03}", SPIKES)
     (folder / "spikes.yaml").write_text(text)
@@ -177,6 +179,7 @@ METHODS = PruneMethod(
 """
 
 
+@pytest.mark.slow
 def test_functions_may_be_named_and_a_threshold_of_the_model_is_given_to_who_asks(folder):
     shutil.copytree(folder / "site", folder / "named", dirs_exist_ok=True)
     (folder / "named" / "spikes.py").write_text(TALLEST)

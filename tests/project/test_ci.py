@@ -96,7 +96,7 @@ HOSTILE = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("against", ["HEAD", pytest.param("", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("against", [pytest.param(ref, marks=pytest.mark.slow) for ref in ("HEAD", "")])
 def test_names_of_files_are_data(repository, against):
     folder = repository / "recipes"
     (folder / "merge.yaml").rename(folder / "safe.yaml")

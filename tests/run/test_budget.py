@@ -204,7 +204,13 @@ def test_calibration_weighs_entries_by_their_inputs(bert: Path) -> None:
     assert plain.weighing is None
 
 
-@pytest.mark.parametrize("prune", ["method: magnitude, q: layer_mse", "method: dare, q: output_change"])
+@pytest.mark.parametrize(
+    "prune",
+    [
+        "method: magnitude, q: layer_mse",
+        pytest.param("method: dare, q: output_change", marks=pytest.mark.slow),
+    ],
+)
 def test_a_budget_with_a_calibrated_q(bert: Path, tmp_path: Path, capsys: Any, prune: str) -> None:
     recipe = budgeted(bert, "both.yaml", f"{prune}, budget: 40000")
     code, out, err = call(capsys, "run", recipe, "--out", tmp_path / "made", "--json", "--workers", "1")

@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import transformers
 from adapters import write_adapter
 from conftest import load_tensors, make_checkpoint, tiny_llama
+from packed_files import CASES, awq, gptq, mxfp4
 from running import run
 
 from deltamerge.inspect.diff import diff
@@ -85,6 +87,40 @@ def test_the_mxfp4_recipe_merges_gpt_oss(tmp_path):
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert torch.equal(model.model.layers[0].mlp.experts.gate_up_proj.to(torch.bfloat16),
                        merged["model.layers.0.mlp.experts.gate_up_proj"])  # fmt: skip
+
+
+# of more than 2^16 elements where they are turned inside the loop: its pieces end within rows
+MERGED = {
+    "mxfp4": lambda: mxfp4(500, 1),
+    "gptq of 3 bits": lambda: gptq(3, outputs=736),
+    "gptq of 4 bits": lambda: gptq(4, outputs=736),
+    "gptq of 8 bits": lambda: gptq(8, outputs=736, ordered=False),
+    "awq": lambda: awq(24, 1000),
+    **{name: CASES[name] for name in CASES if name[:3] in ("nf4", "fp4", "nvf") or "compressed" in name},
+}
+
+
+@pytest.mark.parametrize("case", MERGED)
+def test_a_merge_over_any_form_is_that_over_its_values(case, tmp_path):
+    packed = MERGED[case]()
+    config = {"model_type": "x", "dtype": "bfloat16"}
+    make_checkpoint(tmp_path / "base", packed.tensors, config=config | {"quantization_config": packed.config})
+    plain(tmp_path / "base", tmp_path / "decoded")
+    generator = torch.Generator().manual_seed(0)
+    for tune in "ab":
+        values = {n: torch.from_numpy(v).float().contiguous() for n, v in packed.values.items()}
+        tuned = {n: (v + 0.01 * torch.randn(v.shape, generator=generator)).bfloat16() for n, v in values.items()}
+        make_checkpoint(tmp_path / tune, tuned, config=config)
+    for method, given in (("ties", "density: 0.5, "), ("dare_ties", "density: 0.03, "), ("task_arithmetic", "")):
+        text = f"merge_method: {method}\nmodels: [{{model: ./a}}, {{model: ./b}}]\ndtype: bfloat16\n"
+        text += f"parameters: {{{given}weight: 0.5}}\n"
+        for base in ("base", "decoded"):
+            path = tmp_path / f"{base}.yaml"
+            path.write_text(text + f"base_model: ./{base}\n")
+            run(path, tmp_path / f"{method}-{base}")
+        merged, expected = (load_tensors(tmp_path / f"{method}-{base}") for base in ("base", "decoded"))
+        assert merged.keys() == expected.keys()
+        assert all(torch.equal(merged[name], tensor) for name, tensor in expected.items())
 
 
 def test_a_merge_over_a_gguf_base_loads(tmp_path):

@@ -16,7 +16,7 @@ from deltamerge.engine.fused import codes
 from deltamerge.engine.graph import Node
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import Descriptor
-from deltamerge.io.quantised.scaled import Scaled
+from deltamerge.io.quantised.scaled import Streamed
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.prune.bits import Key
@@ -32,11 +32,11 @@ class StoredSource:
 
     info: TensorInfo
     file: Descriptor | None
-    coded: Scaled | None = None
+    coded: Streamed | None = None
 
     @classmethod
     def of(cls, info: TensorInfo, reader: Reader) -> StoredSource:
-        coded = info.made if isinstance(info.made, Scaled) and info.made.is_plain and not info.begin else None
+        coded = info.made if isinstance(info.made, Streamed) and info.made.is_plain and not info.begin else None
         return cls(info, reader.stored(info if coded is None else coded.codes), coded)
 
     @property

@@ -12,7 +12,7 @@ from deltamerge.engine.fused import codes
 from deltamerge.engine.fused.assembly import Assembly, StoredSource
 from deltamerge.io import kernels
 from deltamerge.io.pieces import PIECE_BYTES, Pieces
-from deltamerge.io.quantised.scaled import Part
+from deltamerge.io.quantised.scaled import Part, TurnedPart
 from deltamerge.io.reader import Reader
 
 # The structures of kernels/src/program.h.
@@ -41,6 +41,7 @@ class Program:
         self.counters, self.sums, self.listed = assembly.counters, assembly.sums, assembly.listed
         self.summed = assembly.summed
         self.operations = np.zeros(len(done), OPERATION)
+        self.spare: list[NDArray[np.uint8]] = []
         first, weights, models, lists = 0, list[float](), list[int](), list[int]()
         for row, x in zip(self.operations, done, strict=True):
             row["fields"], row["key"], row["scalars"] = (x.code, x.to, *x.fields), x.key, x.scalars
@@ -68,6 +69,7 @@ class Program:
             self._made(place, start, stop) if place.file is None or (place.coded and part is None) else None
             for place, part in zip(self.sources, coded, strict=True)
         ]
+        held = [buffer for buffer in memory if buffer is not None]
         first_pieces, room = self._room(start, stop)
         digests, hashed = np.empty((len(self.sources), room, 2), np.uint64), first_pieces * PIECE_BYTES
         native = kernels.native()
@@ -77,6 +79,7 @@ class Program:
             self.bounds, self.ranks, self.limits, self.ratios, *self._files(memory, coded), first_pieces,
             np.empty(0, np.uint8) if out is None else out, counts, sums, listed, used, digests, hashed,
         )  # fmt: skip
+        self.spare += held
         if not went:
             return None
         if self.pieces and room:
@@ -103,13 +106,17 @@ class Program:
         return np.array(numbers, np.int64)
 
     def _made(self, place: StoredSource, start: int, stop: int) -> NDArray[np.uint8]:
-        """The elements of a tensor whose bytes are made when they are read."""
-        buffer = np.empty((stop - start) * place.itemsize, np.uint8)
-        self.reader.read_into(place.info, start, buffer)
+        """A buffer that begins with the elements of a tensor whose bytes are made when they are read: one that is done
+        with, as new memory has to be cleared first."""
+        size = (stop - start) * place.itemsize
+        buffer = self.spare.pop() if self.spare else np.empty(0, np.uint8)
+        if len(buffer) < size:
+            buffer = np.empty(size, np.uint8)
+        self.reader.read_into(place.info, start, buffer[:size])
         return buffer
 
     def _files(
-        self, memory: Sequence[NDArray[np.uint8] | None], coded: Sequence[Part | None]
+        self, memory: Sequence[NDArray[np.uint8] | None], coded: Sequence[Part | TurnedPart | None]
     ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Where each source lies, and of those that are codes what they are; `coded` keeps the scales alive."""
         rows, described = np.empty((len(self.sources), 5), np.int64), list[tuple[int, ...]]()

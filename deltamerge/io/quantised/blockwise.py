@@ -17,9 +17,11 @@ import numpy as np
 
 from deltamerge import errors
 from deltamerge.errors import InputError
+from deltamerge.io import kernels
 from deltamerge.io.quantised.detect import MOST_STATE
 from deltamerge.io.quantised.packing import AGAIN, damaged, expect, floats
-from deltamerge.io.quantised.weight import Floats, Stored, bits, fill_rows, weight
+from deltamerge.io.quantised.scaled import Part, table_part
+from deltamerge.io.quantised.weight import Floats, Stored, bits, fill_rows, put_rows, weight
 from deltamerge.io.reader import Reader
 from deltamerge.io.strict_json import parse_json
 from deltamerge.io.tensor import Read, TensorInfo
@@ -50,25 +52,47 @@ class Tabled:
     nested: Nested | None
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
-        fill_rows(self.columns, start, out, lambda top, bottom: self._rows(read, top, bottom))
+        put_rows(self.columns, start, out, lambda top, bottom, values: self._rows(read, top, bottom, values))
 
-    def _rows(self, read: Read, top: int, bottom: int) -> Floats:
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes: blocks divide rows."""
+        return self.columns % self.block == 0
+
+    @property
+    def bits(self) -> int:
+        """The bits of an element in the file."""
+        return 4
+
+    def part(self, read: Read, start: int, stop: int) -> Part | None:
+        """What the compiled loop needs for elements [start, stop); None: a scale there is 0; `fill` looks into it."""
+        top, bottom, blocks = start // self.columns, -(-stop // self.columns), self.columns // self.block
+        scales, table = self._scales(read, top * blocks, (bottom - top) * blocks), floats(read, self.table, 0, 16)
+        shape = math.prod(self.scales.shape) // blocks, self.columns
+        return table_part(shape, self.block, scales, top, table, swapped=True) if scales.all() else None
+
+    def _rows(self, read: Read, top: int, bottom: int, out: Floats) -> None:
         begin, end = top * self.columns, bottom * self.columns
         first, last = begin // self.block, -(-end // self.block)
         table = floats(read, self.table, 0, 16)
         low = first * self.block // 2
         high = min(last * self.block // 2, self.codes.nbytes)
         stored = bits_as_bytes(read, self.codes, low, high)
+        scales, skip, native = self._scales(read, first, last - first), begin - first * self.block, kernels.native()
+        if native is not None and scales.all():
+            flat = out.reshape(-1) if not skip else np.empty(skip + end - begin, np.float32)
+            native.tabled(stored, scales, table, flat, self.block, True)
+            if skip:
+                out[:] = flat[skip:].reshape(out.shape)
+            return
         pairs = np.stack([table[np.arange(256) >> 4], table[np.arange(256) & 15]], 1)
         values = np.zeros(((last - first) * self.block // 2, 2), np.float32)
         np.take(pairs, stored, axis=0, out=values[: len(stored)])
         values = values.reshape(last - first, self.block)
-        scales = self._scales(read, first, last - first)
         if self.nested is None:
             greatest(scales, values, self.scales)
         values *= scales[:, None]
-        skip = begin - first * self.block
-        return values.reshape(-1)[skip : skip + end - begin]
+        out[:] = values.reshape(-1)[skip : skip + end - begin].reshape(out.shape)
 
     def _scales(self, read: Read, start: int, count: int) -> Floats:
         if self.nested is None:

@@ -12,13 +12,16 @@ AWQ      words hold codes of eight outputs, output (0, 2, 4, 6, 1, 3, 5, 7)_k in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
 
 from deltamerge.errors import InputError
+from deltamerge.io import kernels
 from deltamerge.io.dtypes import PLAIN, widen
-from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, unpack, whole
+from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, held_columns, unpack, whole
+from deltamerge.io.quantised.scaled import TURNED_ACROSS, TURNED_ALONG, Form, TurnedPart
 from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, weight
 from deltamerge.io.tensor import Read, TensorInfo
 
@@ -47,16 +50,44 @@ class Gptq:
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         outputs = self.scales.shape[1]
-        fill_bands(outputs, self.inputs, WORD, start, out, lambda _, top, bottom: self._band(read, top, bottom))
+        fill_bands(outputs, self.inputs, WORD, start, out, partial(self._band, read))
 
-    def _band(self, read: Read, top: int, bottom: int) -> Floats:
-        outputs = self.scales.shape[1]
-        words = columns_of(read, self.codes, self.codes.shape[0], outputs, top, bottom)
-        values = unpack(_bytes(words.T), self.width)[:, : self.inputs].astype(np.float32)
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes."""
+        return True
+
+    @property
+    def bits(self) -> int:
+        """0: its elements do not follow each other in the file."""
+        return 0
+
+    def part(self, read: Read, start: int, stop: int) -> TurnedPart:
+        """What the compiled loop needs for elements [start, stop)."""
+        return self._outputs(read, start // self.inputs, -(-stop // self.inputs))
+
+    def _outputs(self, read: Read, top: int, bottom: int) -> TurnedPart:
+        outputs, groups = self.scales.shape[1], self.groups(read)
+        words, begin = held_columns(read, self.codes, self.codes.shape[0], outputs, top, bottom)
+        form = Form(TURNED_ALONG, self.width, self.inputs, words.shape[1])
         scales, zeros = self._scales(read, top, bottom), self._zeros(read, top, bottom)
-        groups = self.groups(read)
+        places = np.arange(self.inputs) // self.group if groups is None else groups
+        return TurnedPart(form, words, scales, top - begin, zeros, np.ascontiguousarray(places, np.int32))
+
+    def _band(self, read: Read, _: int, top: int, bottom: int, out: Floats) -> None:
+        """Outputs [top, bottom)."""
+        native = kernels.native()
+        if native is not None:
+            _turn(native, self._outputs(read, top, bottom), out)
+            return
+        words = columns_of(read, self.codes, self.codes.shape[0], self.scales.shape[1], top, bottom)
+        scales, zeros = self._scales(read, top, bottom), self._zeros(read, top, bottom)
+        out[:] = self._values(words, scales, zeros, self.groups(read))
+
+    def _values(self, words: Array, scales: Floats, zeros: Floats, groups: Array | None) -> Floats:
+        values = unpack(_bytes(words.T), self.width)[:, : self.inputs].astype(np.float32)
         if groups is None:
-            cut = values.reshape(bottom - top, -1, self.group)
+            cut = values.reshape(len(values), -1, self.group)
             cut -= zeros[:, :, None]
             cut *= scales[:, :, None]
             return values
@@ -80,7 +111,7 @@ class Gptq:
             one = np.uint32(sum(self.plus << shift for shift in range(0, WORD, self.width)))
             zeros = unpack(_bytes(words + one), self.width)
         skip = top % WORD
-        return zeros[:, skip : skip + bottom - top].T.astype(np.float32)
+        return np.ascontiguousarray(zeros[:, skip : skip + bottom - top].T, np.float32)
 
     def groups(self, read: Read) -> Array | None:
         """The group of each input; None where they are equal and in order."""
@@ -106,18 +137,49 @@ class Awq:
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         inputs, outputs = self.codes.shape[0], self.scales.shape[1]
-        fill_bands(outputs, inputs, 8, start, out, lambda _, top, bottom: self._band(read, top, bottom))
+        fill_bands(outputs, inputs, 8, start, out, partial(self._band, read))
 
-    def _band(self, read: Read, top: int, bottom: int) -> Floats:
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes."""
+        return True
+
+    @property
+    def bits(self) -> int:
+        """0: its elements do not follow each other in the file."""
+        return 0
+
+    def part(self, read: Read, start: int, stop: int) -> TurnedPart:
+        """What the compiled loop needs for elements [start, stop)."""
+        inputs = self.codes.shape[0]
+        return self._outputs(read, start // inputs, -(-stop // inputs))
+
+    def _outputs(self, read: Read, top: int, bottom: int) -> TurnedPart:
+        inputs, width = self.codes.shape
+        words, begin = held_columns(read, self.codes, inputs, width, top // 8, -(-bottom // 8))
+        form = Form(TURNED_ACROSS, AWQ_BITS, inputs, words.shape[1])
+        scales, zeros = self._scales(read, top, bottom)
+        places = (np.arange(inputs) // self.group).astype(np.int32)
+        return TurnedPart(form, words, scales, top - begin * 8, zeros, places)
+
+    def _scales(self, read: Read, top: int, bottom: int) -> tuple[Floats, Floats]:
+        """Scales and zeros of outputs [top, bottom), of shape (outputs, groups)."""
         groups, outputs = self.scales.shape
         stored = np.ascontiguousarray(columns_of(read, self.scales, groups, outputs, top, bottom).T)
         scales = finite(widen(stored, self.scales.dtype), self.scales)
-        zeros = self._unpacked(read, self.zeros, top, bottom).astype(np.float32)
-        values = self._unpacked(read, self.codes, top, bottom).astype(np.float32)
-        cut = values.reshape(bottom - top, groups, self.group)
+        return scales, self._unpacked(read, self.zeros, top, bottom).astype(np.float32)
+
+    def _band(self, read: Read, _: int, top: int, bottom: int, out: Floats) -> None:
+        """Outputs [top, bottom)."""
+        native = kernels.native()
+        if native is not None:
+            _turn(native, self._outputs(read, top, bottom), out)
+            return
+        scales, zeros = self._scales(read, top, bottom)
+        out[:] = self._unpacked(read, self.codes, top, bottom)
+        cut = out.reshape(bottom - top, -1, self.group)
         cut -= zeros[:, :, None]
         cut *= scales[:, :, None]
-        return values
 
     def _unpacked(self, read: Read, info: TensorInfo, top: int, bottom: int) -> Array:
         """Columns [top, bottom) of a packed matrix, as rows."""
@@ -126,6 +188,16 @@ class Awq:
         found = columns_of(read, info, rows, words, first, -(-bottom // 8))
         codes = unpack(_bytes(found), AWQ_BITS).reshape(rows, -1, 8)[:, :, AWQ_PLACES].reshape(rows, -1)
         return np.ascontiguousarray(codes[:, top - first * 8 : bottom - first * 8].T)
+
+
+def _turn(native: Any, part: TurnedPart, out: Floats) -> None:
+    """(code − zero) · scale of a part's rows by the kernels."""
+    form, top = part.form, part.line
+    assert part.zeros is not None
+    native.turned_words(
+        part.stored, part.scales, part.zeros, part.groups, out, form.stride, form.columns, top, top + len(out),
+        part.zeros.shape[1], form.width, form.number == TURNED_ACROSS,
+    )  # fmt: skip
 
 
 def _bytes(words: Array) -> Array:

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal
 
 import numpy as np
 
 from deltamerge.errors import InputError
-from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, floats, whole
+from deltamerge.io import kernels
+from deltamerge.io.quantised.packing import columns_of, damaged, expect, fill_bands, finite, floats, held_columns, whole
+from deltamerge.io.quantised.scaled import TURNED_PAIRS, Form, Part, TurnedPart, table_part
 from deltamerge.io.quantised.scaled import values_of as table_of
-from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, fill_rows, weight
+from deltamerge.io.quantised.weight import Array, Floats, Stored, bits, put_rows, weight
 from deltamerge.io.tensor import Read, TensorInfo
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
@@ -49,14 +52,34 @@ class GroupScaled:
     apply: Literal["times", "over"] = "times"
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
-        fill_rows(self.columns, start, out, lambda top, bottom: self._rows(read, top, bottom))
+        put_rows(self.columns, start, out, lambda top, bottom, values: self._rows(read, top, bottom, values))
 
-    def _rows(self, read: Read, top: int, bottom: int) -> Floats:
-        count, groups = bottom - top, self.columns // self.group
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes."""
+        return True
+
+    @property
+    def bits(self) -> int:
+        """The bits of an element in the file."""
+        return 4
+
+    def part(self, read: Read, start: int, stop: int) -> Part | None:
+        """What the compiled loop needs for elements [start, stop)."""
+        top, bottom, groups = start // self.columns, -(-stop // self.columns), self.columns // self.group
+        scales = self._scales(read, top * groups, (bottom - top) * groups)
+        shape = math.prod(self.scales.shape) // groups, self.columns
+        return table_part(shape, self.group, scales, top, E2M1)
+
+    def _rows(self, read: Read, top: int, bottom: int, out: Floats) -> None:
+        count, groups, native = bottom - top, self.columns // self.group, kernels.native()
         codes = bits(read, self.codes, top * self.columns // 2, count * self.columns // 2)
-        values = values_of(codes).reshape(count, groups, self.group)
-        values *= self._scales(read, top * groups, count * groups).reshape(count, groups, 1)
-        return values.reshape(count, self.columns)
+        scales = self._scales(read, top * groups, count * groups)
+        if native is not None:
+            native.tabled(codes, scales, E2M1, out, self.group, False)
+            return
+        values = values_of(codes).reshape(-1, self.group)
+        np.multiply(values, scales[:, None], out=out.reshape(-1, self.group))
 
     def _scales(self, read: Read, start: int, count: int) -> Floats:
         stored = bits(read, self.scales, start, count)
@@ -80,26 +103,64 @@ class Experts:
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         _, rows, groups, _ = self.blocks.shape
-        fill_bands(
-            groups * MX_GROUP, rows, MX_GROUP, start, out, lambda expert, top, end: self._band(read, expert, top, end)
-        )
+        fill_bands(groups * MX_GROUP, rows, MX_GROUP, start, out, partial(self._band, read))
 
-    def _band(self, read: Read, expert: int, top: int, bottom: int) -> Floats:
+    @property
+    def codes(self) -> TensorInfo:
+        """The stored codes."""
+        return self.blocks
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes."""
+        return True
+
+    @property
+    def bits(self) -> int:
+        """0: its elements do not follow each other in the file."""
+        return 0
+
+    def part(self, read: Read, start: int, stop: int) -> TurnedPart | None:
+        """What the compiled loop needs for elements [start, stop); None: of several experts."""
+        _, rows, groups, _ = self.blocks.shape
+        (expert, top), last = divmod(start // rows, groups * MX_GROUP), -(-stop // rows) - 1
+        if last // (groups * MX_GROUP) != expert:
+            return None
+        codes, begin, scales = self._held(read, expert, top, last % (groups * MX_GROUP) + 1)
+        form = Form(TURNED_PAIRS, 4, rows, codes.shape[1])
+        return TurnedPart(form, codes, scales, top - begin * 2, table=E2M1)
+
+    def _held(self, read: Read, expert: int, top: int, bottom: int) -> tuple[Array, int, Floats]:
+        """Codes of at least rows [top, bottom) of an expert, their first column, and the scales of the groups of the
+        rows, (groups, stored rows)."""
         _, rows, groups, half = self.blocks.shape
         first, last = top // MX_GROUP, -(-bottom // MX_GROUP)
-        codes = columns_of(read, self.blocks, rows, groups * half, first * half, last * half, expert)
+        codes, begin = held_columns(read, self.blocks, rows, groups * half, first * half, last * half, expert)
         stored = columns_of(read, self.scales, rows, groups, first, last, expert)
+        return codes, begin, finite(exponents(np.ascontiguousarray(stored.T)), self.scales)
+
+    def _band(self, read: Read, expert: int, top: int, bottom: int, out: Floats) -> None:
+        """Rows [top, bottom) of an expert."""
+        _, rows, _, half = self.blocks.shape
+        first, last = top // MX_GROUP, -(-bottom // MX_GROUP)
+        codes, begin, scales = self._held(read, expert, top, bottom)
+        native = kernels.native()
+        if native is not None:
+            skip = begin * 2
+            native.turned_pairs(codes, scales, E2M1, out, codes.shape[1], rows, top - skip, bottom - skip)
+            return
+        codes = codes[:, first * half - begin : last * half - begin]
         values = np.empty((last - first, half, 2, rows), np.float32)
         turned = np.ascontiguousarray(codes.T).reshape(last - first, half, rows)  # while they are bytes
         for part, table in enumerate((LOW, HIGH)):
             np.take(table, turned, out=values[:, :, part], mode="clip")
-        values *= finite(exponents(np.ascontiguousarray(stored.T)), self.scales)[:, None, None]
-        return values.reshape(-1, rows)[top - first * MX_GROUP : bottom - first * MX_GROUP]
+        values *= scales[:, None, None]
+        out[:] = values.reshape(-1, rows)[top - first * MX_GROUP : bottom - first * MX_GROUP]
 
 
 def exponents(stored: Array) -> Floats:
     """2^(code − 127); 255 is NaN."""
-    scales: Floats = EXPONENTS[stored]
+    scales: Floats = np.take(EXPONENTS, stored)
     return scales
 
 

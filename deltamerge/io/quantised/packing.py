@@ -6,17 +6,22 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
 
 import numpy as np
 
 from deltamerge.errors import InputError
+from deltamerge.io import kernels
 from deltamerge.io.dtypes import ITEMSIZE, PLAIN, bits_type, widen
-from deltamerge.io.quantised.weight import CHUNK, Array, Floats, bits
+from deltamerge.io.quantised.weight import CHUNK, Array, Floats, bits, put
 from deltamerge.io.tensor import Read, TensorInfo
 
 AGAIN = "download the model again"
 SLAB = 1 << 24  # bytes of a stored matrix that is kept, as long as its columns are asked for
 KEPT = 4 * SLAB
+PANEL = 64  # columns that a slab has a multiple of: whole groups of MXFP4 at least
+BAND = 1 << 20  # elements that kernels compute at once of a matrix that is stored transposed
 
 
 def expect(info: TensorInfo, shape: tuple[int, ...], dtypes: Collection[str] = PLAIN) -> TensorInfo:
@@ -73,40 +78,62 @@ def unpack(stored: Array, width: int) -> Array:
 
 
 def fill_bands(
-    height: int, columns: int, align: int, start: int, out: memoryview, band: Callable[[int, int, int], Floats]
+    height: int, columns: int, align: int, start: int, out: memoryview, band: Callable[[int, int, int, Floats], None]
 ) -> None:
     """Fill `out` with float32 elements from `start` on of matrices of `height` × `columns`, by bands of their rows.
 
-    `band(matrix, top, bottom)` computes rows [top, bottom) of a matrix; they are asked for in multiples of `align`.
+    `band(matrix, top, bottom, values)` puts rows [top, bottom) of a matrix into `values`; they are asked for in
+    multiples of `align`, more at once of kernels, which keep what they work on in cache themselves.
     """
     target = np.frombuffer(out, np.float32)
-    stop = start + len(target)
-    most = max(1, CHUNK // (columns * align)) * align
-    row, last = start // columns, -(-stop // columns)
+    chunk = CHUNK if kernels.native() is None else BAND
+    most = max(1, chunk // (columns * align)) * align
+    row, last = start // columns, -(-(start + len(target)) // columns)
     while row < last:
         matrix, inner = divmod(row, height)
         top = inner // align * align
         bottom = min(top + most, height, last - matrix * height)
-        flat = band(matrix, inner, bottom).reshape(-1)
-        begin = row * columns
-        low, high = max(start, begin), min(stop, (matrix * height + bottom) * columns)
-        target[low - start : high - start] = flat[low - begin : high - begin]
+        put(columns, target, row * columns - start, inner, bottom, partial(band, matrix))
         row = matrix * height + bottom
 
 
 def columns_of(read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0) -> Array:
     """Columns [first, last) of the bit patterns of a stored matrix of `rows` × `width`, number `matrix` in `info`.
 
-    A matrix of up to `SLAB` bytes is read once and kept for the next columns; of a larger one only they are read.
+    They are cut out of a slab that is kept for the next ones: the matrix, or as many of its columns as `SLAB` bytes
+    have.
     """
+    found, begin = held_columns(read, info, rows, width, first, last, matrix)
+    return found[:, first - begin : last - begin]
+
+
+def held_columns(
+    read: Read, info: TensorInfo, rows: int, width: int, first: int, last: int, matrix: int = 0
+) -> tuple[Array, int]:
+    """A contiguous array that has these columns, and the number of its first."""
     size = ITEMSIZE[info.dtype]
     if rows * width * size <= SLAB:
         slab = kept(read, (info, matrix), lambda: bits(read, info, matrix * rows * width, rows * width))
-        return slab.reshape(rows, width)[:, first:last]
+        return slab.reshape(rows, width), 0
+    across = max(1, SLAB // (rows * size * PANEL)) * PANEL
+    begin, slabs = first // across * across, []
+    for low in range(begin, last, across):
+        high = min(low + across, width)
+        slabs.append(
+            kept(read, (info, matrix, low), partial(_columns, read, info, (matrix * rows, rows, width), low, high))
+        )
+    if len(slabs) == 1:
+        return slabs[0], begin
+    parts = [slab[:, max(0, first - low) : last - low] for low, slab in zip(count(begin, across), slabs, strict=False)]
+    return np.concatenate(parts, axis=1), first
+
+
+def _columns(read: Read, info: TensorInfo, matrix: tuple[int, int, int], first: int, last: int) -> Array:
+    """Columns [first, last) of a stored matrix: its first row, its rows and the columns of a row."""
+    (top, rows, width), size = matrix, ITEMSIZE[info.dtype]
     found = np.empty((rows, last - first), bits_type(info.dtype))
-    offsets = ((matrix * rows + np.arange(rows)) * width + first) * size
-    ends = np.arange(1, rows + 1) * (last - first) * size
-    read.read_runs(info, offsets, ends, found)
+    offsets = ((top + np.arange(rows)) * width + first) * size
+    read.read_runs(info, offsets, np.arange(1, rows + 1) * (last - first) * size, found)
     return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from deltamerge.errors import InputError
 from deltamerge.io import kernels
 from deltamerge.io.dtypes import ITEMSIZE
-from deltamerge.io.quantised.grid import Scales
+from deltamerge.io.quantised.grid import Grid, Scales
 from deltamerge.io.quantised.weight import Array, Floats, bits, fill_rows, row_bits
 from deltamerge.io.tensor import Read, TensorInfo
 
 # How the kernels number codes (kernels/src/loops.h).
 FORMS = {"F8_E4M3": 0, "F8_E5M2": 1, "I8": 2}
 PACKED = 3
+TURNED_PAIRS, TURNED_ALONG, TURNED_ACROSS = 6, 7, 8
 WORD = 32
 
 
@@ -49,6 +50,62 @@ class Zeros:
         words = bits(read, self.info, begin * across, (end - begin) * across).reshape(-1, across)
         found = unpacked(words.T, self.width, self.dense, first, last, begin).T
         return np.ascontiguousarray(found, np.float32)
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A weight whose codes the compiled loop may read and make numbers of itself."""
+
+    @property
+    def codes(self) -> TensorInfo:
+        """The stored codes."""
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the kernels can make numbers of its codes."""
+
+    @property
+    def bits(self) -> int:
+        """The bits of an element in the file; 0 where rows end within a word."""
+
+    def part(self, read: Read, start: int, stop: int) -> Part | TurnedPart | None:
+        """What the compiled loop needs for elements [start, stop); None: `fill` computes them."""
+
+
+@dataclass(frozen=True, slots=True)
+class TurnedPart:
+    """A range of a weight that is stored transposed: `stored` (rows, …) in memory, in which the range begins with row
+    `line` of the weight; scales and zeros of its rows, and the group of each column."""
+
+    form: Form
+    stored: Array
+    scales: Floats
+    line: int
+    zeros: Floats | None = None
+    groups: NDArray[np.int32] | None = None
+    table: Floats | None = None
+
+    def numbers(self, hashed: bool) -> tuple[int, ...]:
+        """The fields of `CodedSource`, as `Part` has them; nothing of it is hashed."""
+        stored, scales, zeros, groups, table = (
+            0 if array is None else array.__array_interface__["data"][0]
+            for array in (self.stored, self.scales, self.zeros, self.groups, self.table)
+        )
+        across = 1 if self.zeros is None else self.zeros.shape[1]
+        return (*self.form, scales, zeros, 0, 0, 0, 0, across, self.line, 0, table, stored, groups)
+
+
+def table_part(
+    codes: tuple[int, int], group: int, scales: Floats, line: int, table: Floats, *, swapped: bool = False
+) -> Part:
+    """Rows of two codes of `table` (16) a byte, the upper half first where `swapped`, and a scale a group of columns.
+
+    `codes` is the rows and columns of the weight; scales are those of rows `line` and on.
+    """
+    rows, columns = codes
+    laid = Grid(rows, 1, group, rows, columns // group)
+    form = Form(PACKED + 1 + swapped, 4, columns, columns // 2)
+    return Part(form, laid, np.ascontiguousarray(scales, np.float32), None, line, table)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +150,10 @@ class Scaled:
         if not scales.all():
             return None
         zeros = None if self.zeros is None else self.zeros.read(read, first, last, self.scales.grid.across)
-        return Part(self, self.scales.checked(scales, first), zeros, first)
+        width = self.width if self.form == "packed" else 8
+        stride = self.codes.shape[-1] * ITEMSIZE[self.codes.dtype] if self.codes.shape else 1
+        form = Form(FORMS.get(self.form, PACKED), width, self.columns, stride)
+        return Part(form, self.scales.grid, self.scales.checked(scales, first), zeros, first)
 
     def _rows(self, read: Read, top: int, bottom: int) -> Floats:
         """Rows [top, bottom) of the weight."""
@@ -159,28 +219,37 @@ class Scaled:
         return found
 
 
+class Form(NamedTuple):
+    """How the kernels know codes: their number there, the bits of one, and the columns and bytes of a row."""
+
+    number: int
+    width: int
+    columns: int
+    stride: int
+
+
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A range of a weight as the compiled loop is given it: scales, zeros and the first row of the grid."""
+    """A range of a weight as the compiled loop is given it: scales, zeros, the first row of the grid, and the table
+    that its codes are places in."""
 
-    weight: Scaled
+    form: Form
+    grid: Grid
     scales: Floats
     zeros: Floats | None
     line: int
+    table: Floats | None = None
 
     def numbers(self, hashed: bool) -> tuple[int, ...]:
         """The fields of `CodedSource` (kernels/src/program.h); the arrays must live as long as they are used."""
-        weight, grid = self.weight, self.weight.scales.grid
-        addresses = (
-            0 if array is None else array.__array_interface__["data"][0] for array in (self.scales, self.zeros)
+        grid = self.grid
+        scales, zeros, table = (
+            0 if array is None else array.__array_interface__["data"][0]
+            for array in (self.scales, self.zeros, self.table)
         )
-        codes = weight.codes
-        width = weight.width if weight.form == "packed" else 8
-        form = FORMS.get(weight.form, PACKED)
-        stride = codes.shape[-1] * ITEMSIZE[codes.dtype] if codes.shape else 1
         return (
-            form, width, weight.columns, stride, *addresses, grid.height, grid.m, grid.n, grid.down, grid.across,
-            self.line, hashed,
+            *self.form, scales, zeros, grid.height, grid.m, grid.n, grid.down, grid.across, self.line, hashed, table,
+            0, 0,
         )  # fmt: skip
 
 

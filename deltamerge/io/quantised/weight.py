@@ -16,6 +16,7 @@ from deltamerge.io.tensor import Made, Read, TensorInfo
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
+Rows = Callable[[int, int, Floats], None]
 
 CHUNK = 1 << 18  # elements computed at once, in whole rows: they stay in cache
 
@@ -66,15 +67,32 @@ def fill_rows(columns: int, start: int, out: memoryview, rows: Callable[[int, in
 
     `rows(top, bottom)` computes rows [top, bottom), of shape (bottom − top, columns).
     """
+
+    def into(top: int, bottom: int, values: Floats) -> None:
+        values[:] = rows(top, bottom)
+
+    put_rows(columns, start, out, into)
+
+
+def put_rows(columns: int, start: int, out: memoryview, rows: Rows) -> None:
+    """The same by `rows(top, bottom, values)`, which puts rows [top, bottom) into `values`, that is `out` itself if it
+    has all of them."""
     target = np.frombuffer(out, np.float32)
-    stop = start + len(target)
     step = max(1, CHUNK // columns)
-    last = -(-stop // columns)
+    last = -(-(start + len(target)) // columns)
     for top in range(start // columns, last, step):
-        bottom = min(top + step, last)
-        values = rows(top, bottom).reshape(-1)
-        low, high = max(start, top * columns), min(stop, bottom * columns)
-        target[low - start : high - start] = values[low - top * columns : high - top * columns]
+        put(columns, target, top * columns - start, top, min(top + step, last), rows)
+
+
+def put(columns: int, target: Floats, at: int, top: int, bottom: int, rows: Rows) -> None:
+    """Rows [top, bottom), of which the first begins at element `at` of `target`, as far as they lie in it."""
+    low, high = max(0, at), min(len(target), at + (bottom - top) * columns)
+    if high - low == (bottom - top) * columns:
+        rows(top, bottom, target[low:high].reshape(-1, columns))
+        return
+    values = np.empty((bottom - top, columns), np.float32)
+    rows(top, bottom, values)
+    target[low:high] = values.reshape(-1)[low - at : high - at]
 
 
 def bits(read: Read, info: TensorInfo, start: int, count: int) -> Array:

@@ -58,6 +58,9 @@ PyObject* delta_ranked(PyObject*, PyObject* arguments);
 PyObject* ordered_product(PyObject*, PyObject* arguments);
 // quantised.cpp
 PyObject* scaled(PyObject*, PyObject* arguments);
+PyObject* tabled(PyObject*, PyObject* arguments);
+PyObject* turned_pairs(PyObject*, PyObject* arguments);
+PyObject* turned_words(PyObject*, PyObject* arguments);
 PyObject* coded(PyObject*, PyObject* arguments);
 
 }  // namespace deltamerge

@@ -93,14 +93,18 @@ struct Added {
 
 // Rows of codes: float8, int8, or unsigned integers of `width` bits from the lowest on in 32-bit words, less half their
 // range. A row has `columns`, in `stride` bytes; n columns share a scale, of which a row of the grid has `across`; `zeros`
-// (null: none) lie as the scales do.
-enum Form : i64 { kE4m3 = 0, kE5m2 = 1, kInt8 = 2, kPackedBits = 3 };
+// (null: none) lie as the scales do. Or codes of four bits, two a byte, the lower half first or the upper, that `table` (16)
+// has the numbers of.
+enum Form : i64 { kE4m3 = 0, kE5m2 = 1, kInt8 = 2, kPackedBits = 3, kLowerFirst = 4, kUpperFirst = 5 };
+// Codes in memory, of a weight that is stored transposed: TurnedPairs, TurnedWords, and these across words.
+enum TurnedForm : i64 { kTurnedPairs = 6, kTurnedAlong = 7, kTurnedAcross = 8 };
 
 struct ScaledRows {
   i64 form, width, columns, stride;
   const float* scales;
   const float* zeros;
   i64 across, n;
+  const float* table;
 };
 
 // The numbers that codes stand for (io/quantised/numbers.py): small floats up to the code `last`, or, where `exponent` is
@@ -108,6 +112,30 @@ struct ScaledRows {
 struct CodeForm {
   i64 exponent, mantissa, bias, last;
   float least, largest;
+};
+
+// Columns [left, right) of rows [top, bottom) of a weight stored transposed, `columns` rows of `pitch` bytes: two codes of `table` (16) a byte, which
+// are neighbours in a column of the weight; 32 of them have a scale, (groups, columns) from the group of `top` on.
+struct TurnedPairs {
+  const u8* codes;
+  i64 pitch, columns, top, bottom, left, right;
+  const float* scales;
+  const float* table;
+};
+
+// The same of 32-bit words, `pitch` of them a stored row: codes of `width` bits that are neighbours in a row of the weight,
+// or (`across_words`) eight of AWQ's order in a column. The band's rows have `across` zeros and scales each, a column those
+// of its group; `left` is a multiple of kAligned, and `right` one or the last column.
+constexpr i64 kAligned = 32;
+
+struct TurnedWords {
+  const u32* words;
+  i64 pitch, columns, top, bottom, left, right;
+  const float* scales;
+  const float* zeros;
+  const std::int32_t* groups;
+  i64 across, width;
+  bool across_words;
 };
 
 struct Inside {
@@ -187,6 +215,11 @@ struct Loops {
   // out = (code - zero) * scale of `count` columns of a row from `first` on; `row` is where its codes begin (of which only
   // those of these columns are read), `line` its row of the grid.
   void (*scale_row)(const ScaledRows& rows, const u8* row, i64 line, i64 first, i64 count, float* out);
+  // Codes of four bits, two a byte, by a table, times the scale of their group.
+  void (*scale_groups)(const u8* codes, bool swapped, const float* table, const float* scales, i64 group, float* out,
+                       i64 count);
+  void (*turn_pairs)(const TurnedPairs& band, float* out);
+  void (*turn_words)(const TurnedWords& band, float* out);
   // Codes of values that share a scale and a zero; the sum of squares of what is lost.
   double (*code_values)(const CodeForm& form, const float* x, float scale, float zero, u8* codes, i64 count);
   // out_ij = sum of left_ik right_kj in the order of k; left (rows, rank), right (rank, columns).

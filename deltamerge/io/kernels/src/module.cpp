@@ -72,6 +72,9 @@ PyMethodDef methods[] = {
     {"add", delta_add, METH_VARARGS, "Add values at stored positions."},
     {"ranked", delta_ranked, METH_VARARGS, "Scales of their stored ranks."},
     {"scaled", scaled, METH_VARARGS, "Codes times scales (io/quantised/scaled.py)."},
+    {"tabled", tabled, METH_VARARGS, "Codes of four bits by a table, times scales (io/quantised/packing.py)."},
+    {"turned_pairs", turned_pairs, METH_VARARGS, "The same of a matrix stored transposed (io/quantised/fp4.py)."},
+    {"turned_words", turned_words, METH_VARARGS, "Words of codes stored transposed (io/quantised/columnwise.py)."},
     {"coded", coded, METH_VARARGS, "Blocks of values as codes (io/quantised/coder.py)."},
     {"ordered_product", ordered_product, METH_VARARGS, "A matrix product, summed in order (io/computed.py)."},
     {nullptr, nullptr, 0, nullptr}};

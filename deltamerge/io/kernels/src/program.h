@@ -67,10 +67,11 @@ struct Source {
 };
 
 // Codes and the scales of a job (io/quantised/scaled.py): of matrices of `height` rows in blocks of m x n, with down x
-// across blocks each; scales and zeros (0: none) are addresses, from row `line` of the grid on. `hashed`: its bytes are
-// hashed, as rows fill them and pieces of the job begin with a byte.
+// across blocks each; scales, zeros and table (0: none) are addresses, scales from row `line` of the grid on. `hashed`: its bytes are
+// hashed, as rows fill them and pieces of the job begin with a byte. Of a TurnedForm `stored` and `groups` are addresses too,
+// `line` is the number of the job's first row in `stored`, from which scales and zeros begin.
 struct CodedSource {
-  i64 form, width, columns, stride, scales, zeros, height, m, n, down, across, line, hashed;
+  i64 form, width, columns, stride, scales, zeros, height, m, n, down, across, line, hashed, table, stored, groups;
 };
 
 // Gap table: [begin, end) in tables and in guides, and the shift of a draw.

@@ -45,13 +45,70 @@ PyObject* scaled(PyObject*, PyObject* arguments) {
   if (!b.take(arguments, 4) || !take_numbers(arguments, 5, n, 5)) return nullptr;
   const float* zeros = b.count<float>(2) > 0 ? b.at<float>(2) : nullptr;
   const i64 across = n[4] > 0 ? (n[2] + n[4] - 1) / n[4] : 1, count = b.count<i64>(3);
-  const ScaledRows rows = {n[0], n[1], n[2], n[3], b.at<float>(1), zeros, across, n[4]};
+  const ScaledRows rows = {n[0], n[1], n[2], n[3], b.at<float>(1), zeros, across, n[4], nullptr};
   if (!fits(rows, b, count)) return too_short();
   Py_BEGIN_ALLOW_THREADS;
   for (i64 i = 0; i < count; ++i) {
     const u8* row = b.at<u8>(0) + i * rows.stride;
     loops().scale_row(rows, row, b.at<i64>(3)[i], 0, rows.columns, b.at<float>(4) + i * rows.columns);
   }
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+// (codes, scales, table, out, group, swapped)
+PyObject* tabled(PyObject*, PyObject* arguments) {
+  Buffers<4> b;
+  i64 n[2];
+  if (!b.take(arguments, 3) || !take_numbers(arguments, 4, n, 2)) return nullptr;
+  const i64 count = b.count<float>(3), group = n[0];
+  if (group < 2 || group % 2 != 0 || b.count<u8>(0) < (count + 1) / 2 || b.count<float>(2) < 16 ||
+      b.count<float>(1) < (count + group - 1) / group) {
+    return too_short();
+  }
+  Py_BEGIN_ALLOW_THREADS;
+  loops().scale_groups(b.at<u8>(0), n[1] != 0, b.at<float>(2), b.at<float>(1), group, b.at<float>(3), count);
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+// (codes, scales, table, out, pitch, columns, top, bottom)
+PyObject* turned_pairs(PyObject*, PyObject* arguments) {
+  Buffers<4> b;
+  i64 n[4];
+  if (!b.take(arguments, 3) || !take_numbers(arguments, 4, n, 4)) return nullptr;
+  const TurnedPairs band = {b.at<u8>(0), n[0], n[1], n[2], n[3], 0, n[1], b.at<float>(1), b.at<float>(2)};
+  const i64 end = (band.bottom + 31) / 32;
+  if (band.columns < 1 || band.top < 0 || band.bottom < band.top || band.pitch < 16 * end ||
+      b.count<u8>(0) / band.pitch < band.columns || b.count<float>(1) / band.columns < end - band.top / 32 ||
+      b.count<float>(2) < 16 || b.count<float>(3) / band.columns < band.bottom - band.top) {
+    return too_short();
+  }
+  Py_BEGIN_ALLOW_THREADS;
+  loops().turn_pairs(band, b.at<float>(3));
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
+// (words, scales, zeros, groups, out, pitch, columns, top, bottom, groups of a row, width, whether words are AWQ's)
+PyObject* turned_words(PyObject*, PyObject* arguments) {
+  Buffers<5> b;
+  i64 n[7];
+  if (!b.take(arguments, 4) || !take_numbers(arguments, 5, n, 7)) return nullptr;
+  const bool across = n[6] != 0;
+  const TurnedWords band = {b.at<u32>(0),   n[0],  n[1], n[2], n[3], 0, n[1], b.at<float>(1), b.at<float>(2),
+                            b.at<std::int32_t>(3), n[4], n[5], across};
+  const i64 rows = band.bottom - band.top, width = band.width;
+  bool there = (width == 2 || width == 3 || width == 4 || width == 8) && band.columns > 0 && band.top >= 0 && rows >= 0 &&
+               band.across > 0 && band.pitch > 0 && band.pitch >= (across ? (band.bottom + 7) / 8 : band.bottom) &&
+               (across || band.columns * width % (width == 3 ? 96 : 32) == 0) && b.count<std::int32_t>(3) >= band.columns;
+  const i64 stored = across ? band.columns : band.columns * width / 32;
+  there = there && b.count<u32>(0) / band.pitch >= stored && b.count<float>(1) / band.across >= rows &&
+          b.count<float>(2) / band.across >= rows && b.count<float>(4) / band.columns >= rows;
+  for (i64 i = 0; there && i < band.columns; ++i) there = band.groups[i] >= 0 && band.groups[i] < band.across;
+  if (!there) return too_short();
+  Py_BEGIN_ALLOW_THREADS;
+  loops().turn_words(band, b.at<float>(4));
   Py_END_ALLOW_THREADS;
   Py_RETURN_NONE;
 }

@@ -24,6 +24,7 @@ i64 widest_codes(const Program& program, i64 elements) {
   i64 most = 0;
   for (i64 k = 0; k < program.coded_count; ++k) {
     const CodedSource& codes = program.coded[k];
+    if (codes.stored != 0) continue;
     i64 between = codes.stride - codes.columns * codes.width / 8;
     most = larger(most, elements * codes.width / 8 + 2 + (elements / codes.columns + 2) * between);
   }
@@ -38,14 +39,15 @@ bool Stream::allocate() {
   i64 widest = larger(1, p_.count), most = 1;
   for (i64 k = 0; k < p_.count; ++k) most = larger(most, p_.operations[k].models);
   i64 longest = larger(larger(kPiece, job_.chunk), job_.sampled);
-  raw_row_ = (kMargin + 4 * longest + 63) / 64 * 64;
+  raw_row_ = (kMargin + 4 * (longest + 2 * kAligned) + 63) / 64 * 64;
   codes_row_ = (kMargin + widest_codes(p_, longest) + 63) / 64 * 64;
   places_row_ = longest + 8;
   part_row_ = 1;
   while (part_row_ * kRun < job_.block) part_row_ *= 2;
   marks_ = (longest + 63) / 64;
-  bool there = raw_.allocate(p_.source_count * raw_row_) && codes_.allocate(p_.coded_count * codes_row_) && registers_.allocate((job_.registers + 1) * job_.chunk) &&
-               places_.allocate(job_.lists * places_row_) && sizes_.allocate(job_.lists) &&
+  bool there = raw_.allocate(p_.source_count * raw_row_) && pieces_.allocate(p_.source_count) &&
+               codes_.allocate(p_.coded_count * codes_row_) &&
+               registers_.allocate((job_.registers + 1) * job_.chunk) && places_.allocate(job_.lists * places_row_) && sizes_.allocate(job_.lists) &&
                part_.allocate(job_.sums * part_row_) && left_.allocate(widest) && header_.allocate(widest) &&
                accumulators_.allocate(8 * p_.source_count) && operands_.allocate(most) && lists_.allocate(most) &&
                values_.allocate(most) && rows_.allocate(most) && lengths_.allocate(most);
@@ -58,6 +60,7 @@ bool Stream::allocate() {
 
 Outcome Stream::run() {
   if (!allocate()) return Outcome::kNoMemory;
+  for (i64 s = 0; s < p_.source_count; ++s) pieces_[s] = row_of(s);
   for (i64 k = 0; k < p_.count; ++k) left_[k] = -1;
   for (i64 after = job_.start; after < job_.stop;) {
     after = next_piece(after);
@@ -95,9 +98,11 @@ bool Stream::read_piece() {
   for (i64 s = 0; s < p_.source_count; ++s) {
     const Source& source = p_.sources[s];
     i64 size = size_of(source.dtype);
-    if (source.fd < 0) {
+    if (source.coded >= 0 && p_.coded[source.coded].stored != 0) {
+      turn_codes(s);
+    } else if (source.fd < 0) {
       const u8* from = reinterpret_cast<const u8*>(source.memory) + (at_ - job_.start) * size;
-      std::memcpy(const_cast<u8*>(raw_of(s)), from, std::size_t(piece_ * size));
+      pieces_[s] = from;
     } else if (!(source.coded < 0 ? read_file(s) : read_codes(s))) {
       return false;
     }
@@ -105,10 +110,54 @@ bool Stream::read_piece() {
   return true;
 }
 
+namespace {
+
+// Columns [left, right) of rows [top, bottom) of a job whose first row is `first`.
+void turn(const Loops& loops, const CodedSource& codes, i64 first, i64 top, i64 bottom, i64 left, i64 right, float* out) {
+  const i64 skip = top - first, line = codes.line + skip;
+  const float* scales = reinterpret_cast<const float*>(codes.scales);
+  if (codes.form == kTurnedPairs) {
+    scales += (line / 32 - codes.line / 32) * codes.columns;
+    const float* table = reinterpret_cast<const float*>(codes.table);
+    const u8* stored = reinterpret_cast<const u8*>(codes.stored);
+    loops.turn_pairs({stored, codes.stride, codes.columns, line, line + bottom - top, left, right, scales, table}, out);
+    return;
+  }
+  const float* zeros = reinterpret_cast<const float*>(codes.zeros) + skip * codes.across;
+  const auto* groups = reinterpret_cast<const std::int32_t*>(codes.groups);
+  scales += skip * codes.across;
+  loops.turn_words({reinterpret_cast<const u32*>(codes.stored), codes.stride, codes.columns, line, line + bottom - top,
+                    left, right, scales, zeros, groups, codes.across, codes.width, codes.form == kTurnedAcross},
+                   out);
+}
+
+}  // namespace
+
+// Puts the piece's numbers where a float32 source has its elements: whole rows at once, else what lies in each.
+void Stream::turn_codes(i64 s) {
+  const CodedSource& codes = p_.coded[p_.sources[s].coded];
+  const i64 columns = codes.columns, first = job_.start / columns, stop = at_ + piece_;
+  float* out = reinterpret_cast<float*>(row_of(s));
+  pieces_[s] = row_of(s);
+  if (at_ % columns == 0 && piece_ % columns == 0) {
+    turn(loops_, codes, first, at_ / columns, stop / columns, 0, columns, out);
+    return;
+  }
+  for (i64 at = at_; at < stop;) {
+    const i64 row = at / columns, from = at % columns, count = smaller(columns - from, stop - at);
+    const i64 left = from / kAligned * kAligned;
+    const i64 right = smaller(columns, (from + count + kAligned - 1) / kAligned * kAligned);
+    turn(loops_, codes, first, row, row + 1, left, right, out);
+    std::memmove(out, out + (from - left), std::size_t(4 * count));
+    out += count;
+    at += count;
+  }
+}
+
 bool Stream::read_file(i64 s) {
   const Source& source = p_.sources[s];
   i64 size = size_of(source.dtype);
-  u8* raw = const_cast<u8*>(raw_of(s));
+  u8* raw = row_of(s);
   i64 begin = source.begin + at_ * size, end = begin + piece_ * size;
   if (!read_bytes(s, begin, end, raw)) return false;
   if (r_.room > 0) hash_piece(s, begin, end, raw);
@@ -130,8 +179,9 @@ bool Stream::read_codes(i64 s) {
                            reinterpret_cast<const float*>(codes.scales),
                            reinterpret_cast<const float*>(codes.zeros),
                            codes.across,
-                           codes.n};
-  float* out = reinterpret_cast<float*>(const_cast<u8*>(raw_of(s)));
+                           codes.n,
+                           reinterpret_cast<const float*>(codes.table)};
+  float* out = reinterpret_cast<float*>(row_of(s));
   for (i64 at = at_; at <= last;) {
     i64 row = at / codes.columns, first = at % codes.columns, count = smaller(codes.columns - first, last + 1 - at);
     i64 line = row / codes.height * codes.down + row % codes.height / codes.m - codes.line;

@@ -50,6 +50,7 @@ class Stream {
   bool read_piece();
   bool read_file(i64 source);
   bool read_codes(i64 source);
+  void turn_codes(i64 source);
   bool read_bytes(i64 source, i64 begin, i64 end, u8* to);
   void hash_piece(i64 source, i64 begin, i64 end, u8* raw);
 
@@ -78,7 +79,8 @@ class Stream {
   float* register_of(i64 number) const { return registers_.get() + number * job_.chunk; }
   u32* bits_of(i64 number) const { return reinterpret_cast<u32*>(register_of(number)); }
   i64* places_of(i64 number) const { return places_.get() + number * places_row_; }
-  const u8* raw_of(i64 source) const { return raw_.get() + source * raw_row_ + kMargin; }
+  u8* row_of(i64 source) const { return raw_.get() + source * raw_row_ + kMargin; }
+  const u8* raw_of(i64 source) const { return pieces_[source]; }
   // The chunk's first element of a source.
   const u8* stored_of(i64 source) const { return raw_of(source) + first_ * size_of(p_.sources[source].dtype); }
   Operand operand(i64 number) const;
@@ -98,6 +100,7 @@ class Stream {
 
   i64 raw_row_ = 0, codes_row_ = 0, places_row_ = 0, part_row_ = 0, marks_ = 0;
   Array<u8> raw_;            // (sources, raw_row_)
+  Array<const u8*> pieces_;  // of each source, the piece: its row of raw_, or where it lies in memory
   Array<u8> codes_;          // (coded sources, codes_row_)
   Array<float> registers_;   // (registers, chunk)
   Array<i64> places_;        // (lists, places_row_)

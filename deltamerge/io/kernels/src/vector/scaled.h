@@ -2,6 +2,7 @@
 #pragma once
 
 #include "floats.h"
+#include "tabled.h"
 
 namespace deltamerge {
 namespace {
@@ -58,11 +59,17 @@ void scale_codes(const u8* codes, Number number, float zero, float scale, bool s
 
 // Two codes a byte, the lower bits first.
 void scale_nibbles(const u8* codes, float zero, float scale, float* out, i64 count) {
+#if DELTAMERGE_LEVEL > 0
+  float table[16];
+  for (int k = 0; k < 16; ++k) table[k] = float(k) - zero;
+  scale_halves(codes, false, table, scale, out, count);
+#else
   for (i64 i = 0; i < count / 2; ++i) {
     out[2 * i] = (float(codes[i] & 15) - zero) * scale;
     out[2 * i + 1] = (float(codes[i] >> 4) - zero) * scale;
   }
   if (count % 2 != 0) out[count - 1] = (float(codes[count / 2] & 15) - zero) * scale;
+#endif
 }
 
 // Codes from number `first` of a row on, each of `width` bits.
@@ -73,6 +80,17 @@ void scale_bits(const u8* row, i64 width, i64 first, float zero, float scale, fl
     u32 pair = row[byte] | (bit % 8 + width > 8 ? u32(row[byte + 1]) << 8 : 0);
     out[i] = (float(pair >> (bit % 8) & mask) - zero) * scale;
   }
+}
+
+// Codes of a table from number `first` of a row on.
+void scale_table(const ScaledRows& rows, const u8* row, i64 first, float scale, float* out, i64 count) {
+  const bool swapped = rows.form == kUpperFirst;
+  if (first % 2 != 0 && count > 0) {
+    *out++ = rows.table[row[first / 2] >> (swapped ? 0 : 4) & 15] * scale;
+    ++first;
+    --count;
+  }
+  scale_halves(row + first / 2, swapped, rows.table, scale, out, count);
 }
 
 // One block of a row, of `count` codes from column `first` on.
@@ -86,6 +104,8 @@ void scale_block(const ScaledRows& rows, const u8* row, i64 first, float zero, f
     scale_codes(row + first, E5m2(), zero, scale, shifted, out, count);
   } else if (rows.form == kInt8) {
     scale_codes(row + first, Int8(), zero, scale, shifted, out, count);
+  } else if (rows.form == kLowerFirst || rows.form == kUpperFirst) {
+    scale_table(rows, row, first, scale, out, count);
   } else {
     const float middle = zero + float(u32(1) << (rows.width - 1));
     if (rows.width == 8) {

@@ -11,6 +11,8 @@
 #include "scaled.h"
 #include "select.h"
 #include "sums.h"
+#include "tabled.h"
+#include "turned.h"
 
 namespace deltamerge {
 
@@ -52,6 +54,9 @@ const Loops DELTAMERGE_TABLE = {
     add_to,
     ranked,
     scale_row,
+    scale_groups,
+    turn_pairs,
+    turn_words,
     code_values,
     ordered_product,
 };

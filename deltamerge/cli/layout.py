@@ -1,0 +1,89 @@
+"""Tables and paragraphs of plain text that fit a number of columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from deltamerge.errors.shown import CELL, shown
+
+GAP = "  "
+NAME = 32  # columns that names keep at least
+NOTHING = ("", "–")
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """A column of figures: its head, of one or two lines, and its rank. The largest rank is left out first; 0 stays."""
+
+    head: str
+    rank: int = 0
+
+    @property
+    def name(self) -> str:
+        """The head on one line."""
+        return self.head.replace("-\n", "").replace("\n", " ")
+
+
+Row = tuple[str, Sequence[str]]
+"""A name and a cell for each column."""
+
+
+def table(columns: Sequence[Column], blocks: Sequence[Sequence[Row]], width: int) -> list[str]:
+    """Blocks of rows as lines of at most `width` columns: names left, figures right, an empty line between two blocks.
+
+    Columns without any figure are left out; where there is no room, long names are cut, then columns are left out, and
+    a last line names these. Cells may be a stranger's text.
+    """
+    rows = [(shown(name, CELL), [shown(cell, CELL) for cell in cells]) for block in blocks for name, cells in block]
+    there = [i for i in range(len(columns)) if any(cells[i] not in NOTHING for _, cells in rows)]
+    longest = max((len(name) for name, _ in rows), default=0)
+    sizes = {i: max(len(text) for text in (*columns[i].head.split("\n"), *(c[i] for _, c in rows))) for i in there}
+    fixed, left = min(longest, NAME), list(there)
+    while fixed + sum(len(GAP) + sizes[i] for i in left) > width:
+        last = max(reversed(left), key=lambda i: columns[i].rank)
+        if columns[last].rank == 0:
+            break
+        left.remove(last)
+    room = max(fixed, min(longest, width - sum(len(GAP) + sizes[i] for i in left)))
+
+    def line(name: str, cells: Sequence[str]) -> str:
+        figures = (cell.rjust(sizes[i]) for i, cell in zip(left, cells, strict=True))
+        return GAP.join([cut(name, room).ljust(room), *figures]).rstrip()
+
+    heads = [columns[i].head.split("\n") for i in left]
+    high = max(map(len, heads), default=1)
+    lines = [line("", [([""] * (high - len(head)) + head)[n] for head in heads]) for n in range(high)]
+    at = 0
+    for number, block in enumerate(blocks):
+        lines += [""] * (number > 0)
+        lines += [line(name, [cells[i] for i in left]) for name, cells in rows[at : at + len(block)]]
+        at += len(block)
+    if dropped := [columns[i].name for i in there if i not in left]:
+        lines += ["", *paragraph(f"no room in {width} columns for: {', '.join(dropped)}; --json has them", width)]
+    return lines
+
+
+def cut(text: str, most: int) -> str:
+    """A text of at most so many characters; of a longer one the beginning and, mostly, the end."""
+    if len(text) <= most:
+        return text
+    end = (most - 1) * 2 // 3
+    return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
+
+
+def ended(text: str, most: int) -> str:
+    """A text of at most so many characters; of a longer one the beginning, to the end of a word."""
+    if len(text) <= most:
+        return text
+    room = most - 2
+    return f"{text[: room + 1].rpartition(' ')[0].rstrip(' ,;:·(') or text[:room]} …"
+
+
+def paragraph(text: str, width: int, *, first: str = "", then: str = "") -> list[str]:
+    """Words on lines of at most `width` columns; `first` stands before the first line, `then` before the others."""
+    return textwrap.wrap(
+        shown(text, 4000), width, initial_indent=first, subsequent_indent=then,
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip

@@ -1,0 +1,263 @@
+"""How far the work is, on stderr: bars on a terminal, elsewhere a line every ten seconds."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from deltamerge.cli import streams
+from deltamerge.cli.tables import human
+from deltamerge.errors.shown import printed
+from deltamerge.io.progress import BYTES, Phase, heard
+
+EVERY = 10.0  # seconds between lines
+TICK = 0.125  # seconds between drawings
+SLOW = 0.5  # seconds before a phase is shown
+SURE_SECONDS, SURE_SHARE = 2.0, 0.02  # what must have passed before the time left is estimated
+RECENT = 20.0  # seconds that a rate is measured over, or half of the time so far, if that is longer
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """A phase in words: its name, the share that is done (None where only a bound is known), how much of what, how
+    fast, how long still; "" where that is not known."""
+
+    name: str
+    share: float | None
+    amount: str
+    rate: str
+    left: str
+
+
+@dataclass(slots=True)
+class Seen:
+    """A phase, and when it had done how much."""
+
+    phase: Phase
+    samples: deque[tuple[float, float]] = field(default_factory=deque)
+
+    def look(self, now: float) -> State:
+        """What there is to say at a time."""
+        phase, done, total = self.phase, self.phase.reached, self.phase.total
+        if not self.samples:
+            self.samples.append((phase.begun, 0.0))
+        if now - self.samples[-1][0] > TICK / 2:
+            self.samples.append((now, done))
+        span = max(RECENT, (now - phase.begun) / 2)
+        while len(self.samples) > 2 and self.samples[1][0] <= now - span:
+            self.samples.popleft()
+        since, had = self.samples[0]
+        rate = (done - had) / max(now - since, 1e-3)
+        share = min(1.0, done / total) if total > 0 else None
+        sure = share is not None and now - phase.begun >= SURE_SECONDS and share >= SURE_SHARE and rate > 0
+        left = lasting(max(total - done, 0.0) / rate) if sure and share != 1.0 else ""
+        most = "at most" if phase.bound else "about"
+        return State(
+            phase.name,
+            None if phase.bound else share,
+            amount(phase),
+            f"{human(rate)}/s" if phase.unit == BYTES and rate > 0 and now - phase.begun >= SURE_SECONDS else "",
+            f"{most} {left} left" if left else "",
+        )
+
+
+def amount(phase: Phase) -> str:
+    """How much is done, of how much."""
+    done = phase.reached
+    of = "of ≤" if phase.bound else "of"
+    if phase.unit == BYTES:
+        return f"{human(done)} {of} {human(max(phase.total, done))}"
+    return f"{int(done + 1e-6):,} {of} {int(max(phase.total, done)):,} {phase.unit}"
+
+
+def lasting(seconds: float) -> str:
+    """A time in the units that people use, to about a tenth."""
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 90:
+        return f"{minutes} min"
+    hours, minutes = divmod(round(seconds / 300) * 5, 60)
+    return f"{hours} h {minutes} min" if minutes and hours < 10 else f"{seconds / 3600:.0f} h"
+
+
+def line(state: State) -> str:
+    """A phase on one line of a log."""
+    share = "" if state.share is None else f"{int(100 * state.share)} %"
+    return f"{state.name}: " + ", ".join(part for part in (share, state.amount, state.rate, state.left) if part)
+
+
+class Display:
+    """Shows every phase that lasts: a listener of phases, with a thread that prints."""
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+        self._changed = threading.Lock()
+        self._ended = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def begun(self, phase: Phase) -> None:
+        with self._changed:
+            self.seen.append(Seen(phase))
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._go, daemon=True)
+                self._thread.start()
+
+    def ended(self, phase: Phase) -> None:
+        with self._changed:
+            self.seen = [one for one in self.seen if one.phase is not phase]
+            if not self.seen:
+                self.clear()
+
+    def aside(self, say: Callable[[], None]) -> None:
+        """Let `say` write to stderr between two drawings."""
+        with self._changed:
+            self.clear()
+            say()
+
+    def close(self) -> None:
+        """Stop, and leave nothing behind."""
+        self._ended.set()
+        with self._changed:
+            self.clear()
+
+    def _go(self) -> None:
+        while not self._ended.wait(self.every):
+            with self._changed:
+                now = time.monotonic()
+                states = [one.look(now) for one in self.seen if now - one.phase.begun >= SLOW]
+                if states and not self._ended.is_set():
+                    self.show(states)
+
+    @property
+    def every(self) -> float:
+        """Seconds between two looks."""
+        raise NotImplementedError
+
+    def show(self, states: list[State]) -> None:
+        """Print what phases are at."""
+        raise NotImplementedError
+
+    def clear(self) -> None:
+        """Remove what does not stay."""
+
+
+class Lines(Display):
+    """A line for each phase now and then, for logs, and for terminals that cannot move a cursor."""
+
+    @property
+    def every(self) -> float:
+        return EVERY
+
+    def show(self, states: list[State]) -> None:
+        streams.to_stderr(printed("\n".join(map(line, states))) + "\n")
+
+
+class Bars(Display):
+    """A line for each phase at the bottom of a terminal, drawn again and again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._drawn = 0
+        self._console: Any = None
+
+    @property
+    def every(self) -> float:
+        return TICK
+
+    def show(self, states: list[State]) -> None:
+        drawn = bars(states, self._consoled())
+        above = self._erasing()
+        self._drawn = len(drawn)
+        streams.to_stderr(above + "\n".join(drawn))
+
+    def clear(self) -> None:
+        if self._drawn:
+            streams.to_stderr(self._erasing())
+            self._drawn = 0
+
+    def _consoled(self) -> Any:
+        if self._console is None:
+            self._console = streams.console()
+        return self._console
+
+    def _erasing(self) -> str:
+        """Moves to the first line drawn, and erases all."""
+        return "\r\x1b[2K" + "\x1b[1A\x1b[2K" * (self._drawn - 1) if self._drawn else ""
+
+
+def bars(states: list[State], console: Any) -> list[str]:
+    """The phases as lines that fit the terminal; where it is narrow the rate goes first, then bar, then time left."""
+    from rich.progress_bar import ProgressBar
+    from rich.table import Table
+    from rich.text import Text
+
+    width = max(streams.LEAST, console.width) - 1
+    name = min(max(len(state.name) for state in states), max(12, width // 3))
+    room = width - name - 2
+    fits = (one for one in LAYOUTS if room >= one.bar + 2 + max(len(_words(state, one)) for state in states))
+    layout = next(fits, LAYOUTS[-1])
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True, overflow="ellipsis", width=name)
+    table.add_column(no_wrap=True, overflow="ellipsis")
+    if layout.bar:
+        table.add_column(no_wrap=True, overflow="ellipsis")
+    for state in states:
+        bar = "" if state.share is None else ProgressBar(1.0, state.share, layout.bar, complete_style="cyan")
+        table.add_row(Text(state.name, "bold"), *([bar] if layout.bar else []), Text(_words(state, layout)))
+    with console.capture() as captured:
+        console.print(table, width=width, end="", crop=True, soft_wrap=False)
+    return [text.rstrip() for text in captured.get().rstrip("\n").split("\n")]
+
+
+class Layout(NamedTuple):
+    """What of a phase is shown: columns of its bar, its rate, the time left."""
+
+    bar: int
+    rate: bool
+    left: bool
+
+
+LAYOUTS = (
+    Layout(24, True, True), Layout(12, True, True), Layout(12, False, True), Layout(0, False, True),
+    Layout(0, False, False),
+)  # fmt: skip
+
+
+def _words(state: State, layout: Layout) -> str:
+    share = "" if state.share is None else f"{int(100 * state.share):>2} %"
+    parts = (share, state.amount, state.rate * layout.rate, state.left * layout.left)
+    return "  ".join(part for part in parts if part)
+
+
+_displays: list[Display] = []
+
+
+def aside(say: Callable[[], None]) -> None:
+    """Let `say` write to stderr where progress may be shown."""
+    if _displays:
+        _displays[-1].aside(say)
+    else:
+        say()
+
+
+@contextmanager
+def shown(*, quiet: bool, machine: bool) -> Iterator[None]:
+    """Show phases on stderr while the block runs: not where it is `quiet`; for a `machine`, whose results go to stdout
+    as data, only on a terminal."""
+    if quiet or (machine and not streams.is_terminal()):
+        yield
+        return
+    display: Display = Bars() if streams.moves() else Lines()
+    _displays.append(display)
+    try:
+        with heard(display):
+            yield
+    finally:
+        _displays.remove(display)
+        display.close()

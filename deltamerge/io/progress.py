@@ -1,0 +1,119 @@
+"""How far long work is: phases that say what is done, how much of it there is, and how much has been done.
+
+What does the work opens a `phase` and steps it; who wants to see phases gives a listener. Without one nothing is said.
+Functions deep below need not be handed the phase: `here` is the one that their thread works for.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+BYTES = "bytes"
+PASSES = "passes"
+
+
+@dataclass(eq=False, slots=True)
+class Phase:
+    """A piece of work. Thread-safe.
+
+    name    what is done, as "hashing"
+    total   how much of it there is, in `unit`; 0 where that is unknown
+    unit    "bytes", or what is counted, as "passes"
+    bound   whether `total` is the most that there can be
+    done    how much of it has been done
+    ahead   how much of the next step has been done
+    begun   when it began, by `time.monotonic`
+    """
+
+    name: str
+    total: float
+    unit: str
+    bound: bool = False
+    done: float = 0.0
+    ahead: float = 0.0
+    begun: float = field(default_factory=time.monotonic)
+    _changed: threading.Lock = field(default_factory=threading.Lock, repr=False)
+
+    def step(self, count: float = 1.0) -> None:
+        """Count `count` more as done."""
+        with self._changed:
+            self.done += count
+            self.ahead = 0.0
+
+    def begin(self, count: float) -> None:
+        """Say that `count` of the next step has been done."""
+        self.ahead = count
+
+    @property
+    def reached(self) -> float:
+        """What has been done, with what of the next step has."""
+        return self.done + self.ahead
+
+    def skip(self, count: float) -> None:
+        """Take `count` off the total: so much need not be done."""
+        with self._changed:
+            self.total -= count
+
+
+class Listener(Protocol):
+    """What is told of every phase that begins and ends, on the thread that works."""
+
+    def begun(self, phase: Phase) -> None: ...
+    def ended(self, phase: Phase) -> None: ...
+
+
+class _Here(threading.local):
+    """The phases that a thread works for, the innermost last."""
+
+    def __init__(self) -> None:
+        self.phases: list[Phase] = []
+
+
+_here = _Here()
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def heard(listener: Listener) -> Iterator[None]:
+    """Tell `listener`, and no other, of the phases of all threads."""
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+@contextmanager
+def phase(name: str, total: float, unit: str = BYTES, *, bound: bool = False) -> Iterator[Phase]:
+    """A phase that lasts as long as the block, for which this thread works; see `Phase`."""
+    one = Phase(name, total, unit, bound)
+    listener = _listeners[-1] if _listeners else None
+    if listener is not None:
+        listener.begun(one)
+    try:
+        with joined(one):
+            yield one
+    finally:
+        if listener is not None:
+            listener.ended(one)
+
+
+@contextmanager
+def joined(one: Phase) -> Iterator[None]:
+    """Let this thread work for a phase that another one opened."""
+    _here.phases.append(one)
+    try:
+        yield
+    finally:
+        _here.phases.pop()
+
+
+def here(unit: str = BYTES) -> Phase:
+    """The phase that this thread works for, if that is in `unit`; else one that nobody hears of."""
+    one = _here.phases[-1] if _here.phases else None
+    return one if one is not None and one.unit == unit else Phase("", 0, unit)
