@@ -161,6 +161,8 @@ def _tokenizer(folder: Path) -> Any:
 
     with running(f"{folder}: no usable tokenizer"):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not tokenizer.get_vocab().keys() - tokenizer.get_added_vocab().keys():  # transformers makes one of nothing
+        raise InputError(f"{folder}: no usable tokenizer: its vocabulary is empty", hint="put tokenizer.json there")
     if tokenizer.pad_token is None:
         encoder = tokenizer.mask_token is not None or tokenizer.cls_token is not None
         if tokenizer.eos_token is None or encoder:

@@ -20,7 +20,7 @@ from click.shell_completion import get_completion_class
 from deltamerge import __version__
 from deltamerge.cli import deltas, inspect, progress, push, recipes, run, streams
 from deltamerge.cli.output import complain, error_as_json, say_json, tell
-from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.errors import DeltamergeError, InputError, UsageError
 from deltamerge.errors.shown import shown
 from deltamerge.io import kernels
 
@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
         tell(f"interrupted: {kept or 'run the command again'}")
         code = 130
     except click.ClickException as error:
-        code = _refuse(error, sys.argv[1:] if arguments is None else arguments)
+        code = _refuse(error, machine=machine)
     except _Failed as failed:
         code = _explain(failed.error, machine=machine)
     except Exception as error:
@@ -57,13 +57,15 @@ def main(arguments: list[str] | None = None) -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _refuse(error: click.ClickException, arguments: list[str]) -> int:
-    """Print what is wrong with the arguments."""
+def _refuse(error: click.ClickException, *, machine: bool) -> int:
+    """Print what is wrong with the arguments, for a `machine` as JSON on stdout too."""
     vars(error)["message"] = shown(error.message)
     said = io.StringIO()
     error.show(said)
     for line in said.getvalue().splitlines():
         tell(line)
+    if machine:
+        _say_as_json(UsageError(error.format_message()))
     return 2
 
 
@@ -73,12 +75,16 @@ def _explain(error: Exception, *, machine: bool = False) -> int:
         return 1
     known = error if isinstance(error, DeltamergeError) else _of_system(error)
     if known is None:
-        return _report_bug(error)
+        return _report_bug(error, machine=machine)
     complain(known, "error")
     if machine:
-        with suppress(OSError):  # stdout itself may be what failed
-            say_json({"error": error_as_json(known, "")})
+        _say_as_json(known)
     return known.exit_code
+
+
+def _say_as_json(error: DeltamergeError) -> None:
+    with suppress(OSError):  # stdout itself may be what failed
+        say_json({"error": error_as_json(error, "")})
 
 
 def _of_system(error: Exception) -> DeltamergeError | None:
@@ -99,11 +105,16 @@ def _of_system(error: Exception) -> DeltamergeError | None:
     return None
 
 
-def _report_bug(bug: Exception) -> int:
-    tell(f"bug in deltamerge {__version__}: {type(bug).__name__}: {shown(str(bug))}")
+def _report_bug(bug: Exception, *, machine: bool) -> int:
     last = traceback.extract_tb(bug.__traceback__)[-1]
-    tell(f"at {Path(last.filename).name}:{last.lineno} in {last.name}")
-    tell("hint: please report these lines together with the recipe and `deltamerge --version`")
+    what = f"bug in deltamerge {__version__}: {type(bug).__name__}: {shown(str(bug))}"
+    where = f"at {Path(last.filename).name}:{last.lineno} in {last.name}"
+    hint = "please report these lines together with the recipe and `deltamerge --version`"
+    for line in (what, where, f"hint: {hint}"):
+        tell(line)
+    if machine:
+        with suppress(OSError):
+            say_json({"error": {"message": f"{what} {where}", "hint": hint, "exit_code": 3, "problems": []}})
     return 3
 
 

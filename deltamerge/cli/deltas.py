@@ -154,8 +154,9 @@ def apply(
     "--base", type=MODEL, help="Check the base too: what a delta makes of it, or that the lock has its files."
 )
 @WORKERS
+@PICKLES
 @AS_JSON
-def verify(folder: Path, base: str | None, workers: int | None, as_json: bool) -> None:
+def verify(folder: Path, base: str | None, workers: int | None, pickles: bool, as_json: bool) -> None:
     """Check FOLDER, which a run made, against the hashes in its lock."""
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.lock import verify as verify_folder
@@ -166,7 +167,7 @@ def verify(folder: Path, base: str | None, workers: int | None, as_json: bool) -
     if base is not None:
         from deltamerge.run.apply import verify_base
 
-        about_base = verify_base(folder, base, workers)
+        about_base = verify_base(folder, base, workers, pickles=pickles)
     if as_json:
         say_json({"folder": str(folder), "files": names, "base": about_base})
         return

@@ -197,6 +197,7 @@ def plan(
 @click.option("--force", is_flag=True, help="Replace FILE if it exists.")
 @DEVICE
 @WORKERS
+@PICKLES
 @AS_JSON
 @AS_CSV
 def inspect(
@@ -212,6 +213,7 @@ def inspect(
     force: bool,
     device: str,
     workers: int | None,
+    pickles: bool,
     as_json: bool,
     as_csv: bool,
 ) -> None:
@@ -228,8 +230,9 @@ def inspect(
         raise click.UsageError("--force is for the FILE of --report")
     rows = calibration_of(calibration, text, sequences=sequences, length=length)
     report = inspect_delta(
-        model, base, calibration=rows, density=density, out=page, force=force, device=device, workers=workers
-    )
+        model, base, calibration=rows, density=density, out=page, force=force, device=device, workers=workers,
+        pickles=pickles,
+    )  # fmt: skip
     if as_csv:
         say_table(report.tensors)
     else:
@@ -251,6 +254,7 @@ def inspect(
 @click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
 @DEVICE
 @WORKERS
+@PICKLES
 @AS_JSON
 @AS_CSV
 def recommend(
@@ -265,6 +269,7 @@ def recommend(
     out: Path | None,
     device: str,
     workers: int | None,
+    pickles: bool,
     as_json: bool,
     as_csv: bool,
 ) -> None:
@@ -278,7 +283,9 @@ def recommend(
     from deltamerge.inspect.study import recommend as recommend_pruning
 
     rows = calibration_of(calibration, text, sequences=sequences, length=length, label=label)
-    answer = recommend_pruning(model, base, density, calibration=rows, out=out, device=device, workers=workers)
+    answer = recommend_pruning(
+        model, base, density, calibration=rows, out=out, device=device, workers=workers, pickles=pickles
+    )
     if as_csv:
         say_table(answer.candidates)
     else:
@@ -291,8 +298,9 @@ def recommend(
 @click.argument("a", type=FILE)
 @click.argument("b", type=FILE)
 @WORKERS
+@PICKLES
 @AS_JSON
-def diff(a: str, b: str, workers: int | None, as_json: bool) -> None:
+def diff(a: str, b: str, workers: int | None, pickles: bool, as_json: bool) -> None:
     """Show what differs between two checkpoints or two locks.
 
     A and B are folders or hub ids (one may be a delta of the other), or two recipe.lock files.
@@ -300,5 +308,5 @@ def diff(a: str, b: str, workers: int | None, as_json: bool) -> None:
     from deltamerge.engine.execute import default_workers
     from deltamerge.inspect.diff import diff as compare
 
-    found = compare(a, b, workers or default_workers())
+    found = compare(a, b, workers or default_workers(), pickles=pickles)
     say_json(found) if as_json else say(render_diff(found))

@@ -152,7 +152,10 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
             return
         if delta is not None:
             values = result.plan.delta_values
-            how = "final values, exact" if values is None else f"{values} values, relative error {delta.error:.3g}"
+            rounded = any(tune.checkpoint.quantised is not None for tune in result.plan.inputs.tunes)
+            how = f"{values} values, relative error {delta.error:.3g}"
+            if values is None:
+                how = f"final values, {'rounded once' if rounded else 'exact'}"
             lost = f", {delta.entries:,} entries: {how}"
         if quantised is not None:
             lost += f", {len(quantised['tensors'])} quantised: relative error {quantised['relative_error']:.3g}"

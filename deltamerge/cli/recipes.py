@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, WORKERS, RecipePath, calibration_of, rows_of_text
+from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, PICKLES, WORKERS, RecipePath, calibration_of, rows_of_text
 from deltamerge.cli.output import say, say_json, tell
 from deltamerge.cli.streams import columns
 from deltamerge.cli.tables import render_method, render_methods
@@ -25,6 +26,7 @@ from deltamerge.cli.tables import render_method, render_methods
 @click.option("--out", type=RecipePath(), default="recipe.yaml", show_default=True, help="To write; - is stdout.")
 @DEVICE
 @WORKERS
+@PICKLES
 @AS_JSON
 def init(
     models: tuple[str, ...],
@@ -37,6 +39,7 @@ def init(
     out: str,
     device: str,
     workers: int | None,
+    pickles: bool,
     as_json: bool,
 ) -> None:
     """Write a commented first recipe for MODELS and their base.
@@ -59,8 +62,9 @@ def init(
     if rows is not None:
         from deltamerge.inspect.study import recommend
 
-        advice = [recommend(m, base, density, calibration=rows, device=device, workers=workers) for m in models]
-    written = first_recipe(base, models, path, density=density, calibration=rows, advice=advice)
+        given: dict[str, Any] = {"calibration": rows, "device": device, "workers": workers, "pickles": pickles}
+        advice = [recommend(model, base, density, **given) for model in models]
+    written = first_recipe(base, models, path, density=density, calibration=rows, advice=advice, pickles=pickles)
     if as_json:
         if out != "-":
             write_new(path, written)

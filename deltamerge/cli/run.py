@@ -193,6 +193,7 @@ def run(
 @WORKERS
 @MEMORY
 @SET
+@PICKLES
 @click.option("--plot", type=click.Path(path_type=Path), metavar="FILE.svg", help="Draw the search.")
 @AS_JSON
 def calibrate(
@@ -201,6 +202,7 @@ def calibrate(
     workers: int | None,
     memory: int | None,
     settings: dict[Loc, str],
+    pickles: bool,
     plot: Path | None,
     as_json: bool,
 ) -> None:
@@ -217,7 +219,7 @@ def calibrate(
         from deltamerge.inspect.pictures import check_plot, draw
 
         check_plot(plot)
-    found = calibrate_recipe(file, Options(device=device, workers=workers, memory=memory))
+    found = calibrate_recipe(file, Options(device=device, workers=workers, memory=memory, pickles=pickles))
     if plot is not None:
         draw(found, plot)
     say_json(found) if as_json else say(render_calibration(found))
@@ -230,7 +232,8 @@ def calibrate(
 @DEVICE
 @WORKERS
 @MEMORY
-def lock(recipe: Path, check: bool, device: str, workers: int | None, memory: int | None) -> None:
+@PICKLES
+def lock(recipe: Path, check: bool, device: str, workers: int | None, memory: int | None, pickles: bool) -> None:
     """Write the lock of RECIPE beside it: its inputs by content, and its q's.
 
     For run --locked, on this machine or another: it refuses a recipe or inputs that are not those of the lock.
@@ -244,7 +247,8 @@ def lock(recipe: Path, check: bool, device: str, workers: int | None, memory: in
     from deltamerge.run.runner import check_lock
     from deltamerge.run.runner import lock as lock_recipe
 
-    file, options = read_recipe(recipe), Options(device=device, workers=workers, memory=memory)
+    file = read_recipe(recipe)
+    options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
     if check:
         check_lock(file, options)
         tell(f"{file.lock_path}: is that of {recipe} and its inputs")

@@ -7,18 +7,10 @@ from typing import Any
 
 from deltamerge.cli.layout import ended, paragraph
 from deltamerge.errors.shown import CELL, shown
+from deltamerge.errors.shown import human as human
 from deltamerge.errors.shown import lines as one_a_line
 
 METHODS = (("merge_method", "merge"), ("prune.method", "prune"))
-
-
-def human(size: float) -> str:
-    """A number of bytes in decimal units, as shard_size and the hub use them."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
 
 
 def render_delta(delta: dict[str, Any]) -> str:

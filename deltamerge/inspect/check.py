@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.io.lock_file import LOCK_NAME, read_lock
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.file import read_recipe
 from deltamerge.recipe.yaml_source import Loc
@@ -68,13 +69,14 @@ def check_recipe(
 
 
 def recipes_in(paths: Iterable[Path]) -> Iterator[Path]:
-    """The given recipes, and of each folder the recipes in it, by name. InputError: a folder has none."""
+    """The given recipes, and of each folder the recipes in it, by name, without those that runs left in their outputs,
+    whose paths lead elsewhere. InputError: a folder has none."""
     for path in paths:
         if not path.is_dir():
             yield path
             continue
         files = sorted(p for p in path.rglob("*.y*ml") if p.suffix in (".yaml", ".yml") and not _is_hidden(p, path))
-        found = [file for file in files if _is_recipe(file)]
+        found = [file for file in files if not (file.parent != path and _is_copy(file)) and _is_recipe(file)]
         if not found:
             raise InputError(f"{path}: no recipe in this folder", hint="a .yaml file with models, or slices")
         yield from found
@@ -82,6 +84,15 @@ def recipes_in(paths: Iterable[Path]) -> Iterator[Path]:
 
 def _is_hidden(path: Path, root: Path) -> bool:
     return any(part.startswith(".") for part in path.relative_to(root).parts)
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether a file is the recipe in a folder that a run made: a lock of outputs lies beside it."""
+    lock = path.parent / LOCK_NAME
+    try:
+        return path.name == "recipe.yaml" and lock.is_file() and bool(read_lock(lock).get("outputs"))
+    except DeltamergeError:
+        return False
 
 
 def _is_recipe(path: Path) -> bool:

@@ -49,7 +49,7 @@ class Change:
     b: str | None = None
 
 
-def diff(a: str, b: str, workers: int) -> dict[str, Any]:
+def diff(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, Any]:
     """The differences between two checkpoints (folders, weight files, hub ids) or two locks (other files).
 
     UsageError: a checkpoint and a lock.
@@ -59,17 +59,17 @@ def diff(a: str, b: str, workers: int) -> dict[str, Any]:
         if not all(are_files):
             raise UsageError("one is a lock, the other a checkpoint", hint="give two locks, or two folders")
         return {"kind": "locks", **diff_locks(Path(a), Path(b))}
-    return {"kind": "checkpoints", **diff_checkpoints(a, b, workers)}
+    return {"kind": "checkpoints", **diff_checkpoints(a, b, workers, pickles=pickles)}
 
 
-def diff_checkpoints(a: str, b: str, workers: int) -> dict[str, Any]:
+def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> dict[str, Any]:
     """The differences between two checkpoints, one of which may be a delta of the other.
 
     `tensors` that differ, the largest norm first; `added`, `removed`: names that only B, or only A, has; counts; the
     relative norm.
     """
     here = Path.cwd()
-    first, second = (_plain(hub.open_model(reference, here, weights=True)) for reference in (a, b))
+    first, second = (_plain(hub.open_model(reference, here, weights=True, pickles=pickles)) for reference in (a, b))
     opened = None
     if second.is_delta:
         opened = DeltaFile.open(second.path)

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from deltamerge import errors
 from deltamerge.errors import OutputError
 from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.dtypes import TORCH_NAMES
+from deltamerge.io.quantised.decode import decoded
 
 if TYPE_CHECKING:
     from deltamerge.inspect.recommend import PruneCandidate, Recommendation
@@ -64,6 +66,7 @@ def first_recipe(
     density: float,
     calibration: Mapping[str, Any] | None = None,
     advice: Sequence[Recommendation] = (),
+    pickles: bool = False,
 ) -> str:
     """The text of a recipe that merges `models` on `base`. InputError: a model that cannot be opened.
 
@@ -73,12 +76,15 @@ def first_recipe(
         density       of the pruning
         calibration   the recipe's section, whose rows gave the advice
         advice        the recommended pruning of each model
+        pickles       torch's own files are read where there are no safetensors
 
     One model is pruned, several are merged by ties; with `advice`, the models are pruned as recommended and added up.
     Only headers are read.
     """
-    checkpoints = [hub.open_model(reference, Path(), weights=False) for reference in (base, *models)]
-    dtypes = [tensor.dtype for tensor in checkpoints[0].tensors.values()]
+    checkpoints = [hub.open_model(reference, Path(), weights=False, pickles=pickles) for reference in (base, *models)]
+    with errors.context(base):
+        weights = decoded(checkpoints[0]).tensors.values()
+    dtypes = [tensor.output_dtype for tensor in weights]
     dtype = max(DTYPES, key=dtypes.count)
     first, *named = [_scalar(seen_from(path.parent, reference)) for reference in (base, *models)]
     text = HEAD.format(name=path.name, base=first)
@@ -91,7 +97,7 @@ def first_recipe(
         text += ONE.format(model=named[0]) + UNCALIBRATED.format(density=density)
     else:
         text += SEVERAL + "".join(OF_SEVERAL.format(model=model, density=density) for model in named)
-    return text + TAIL.format(dtype=TORCH_NAMES[dtype])
+    return text + TAIL.format(dtype=TORCH_NAMES[dtype]) + ("pickles: true\n" if pickles else "")
 
 
 def _chosen(advice: Recommendation) -> PruneCandidate:

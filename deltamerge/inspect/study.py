@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ def inspect(
     force: bool = False,
     device: str = "auto",
     workers: int | None = None,
+    pickles: bool = False,
 ) -> Report:
     """Statistics of the delta of `model` and, with `calibration`, of its layers' activations.
 
@@ -54,19 +56,20 @@ def inspect(
         force         replace it
         device        "cpu" or a GPU
         workers       threads
+        pickles       read torch's own files where there are no safetensors
 
     OutputError: `out` exists without `force`, or cannot be written.
     """
     if out is not None:
         pages.check_target(out, force=force)
-    inputs = _open(model, base)
+    inputs = _open(model, base, pickles=pickles)
     pairs, lacking = pairs_of(inputs)
     device = choose_device(device)
     found = _measured(pairs, device, workers)
     seen = None
     if calibration is not None:
         prune = {"method": "dare", "density": density, "q": "output_change"}
-        (spec,) = _specs(pairs, model, base, calibration, [prune], device)
+        (spec,) = _specs(pairs, model, base, calibration, [prune], device, pickles)
         from deltamerge.calibrate.evidence import influence
 
         node = Graph().node(influence, kind="small", source=spec.source, spec=spec)
@@ -89,6 +92,7 @@ def recommend(
     out: Path | None = None,
     device: str = "auto",
     workers: int | None = None,
+    pickles: bool = False,
 ) -> Recommendation:
     """The recommended pruning at `density`, and its recipe, which is written to `out`, a new file, if given.
 
@@ -97,7 +101,7 @@ def recommend(
     """
     if out is not None and os.path.lexists(out):
         raise OutputError(f"{out}: exists", hint="choose another name with --out")
-    inputs = _open(model, base)
+    inputs = _open(model, base, pickles=pickles)
     pairs, _ = pairs_of(inputs)
     config = inputs.tunes[0].checkpoint.config
     device = choose_device(device)
@@ -107,7 +111,7 @@ def recommend(
     found = _measured(pairs, device, workers)
     measured = None
     if calibration is not None:
-        specs = _specs(pairs, model, base, calibration, recommendation.prunes(density), device)
+        specs = _specs(pairs, model, base, calibration, recommendation.prunes(density), device, pickles)
         from deltamerge.calibrate.evidence import measure_influence as measure_on_data
 
         node = Graph().node(measure_on_data, kind="small", specs=tuple(specs))
@@ -123,6 +127,8 @@ def recommend(
         more["calibration"] = calibration | {"data": seen_from(folder, calibration["data"])}
     if any(pair.cut for pair in pairs):
         more["tokenizer_source"] = seen_from(folder, model)
+    if pickles:
+        more["pickles"] = True
     recipe = pair_recipe(seen_from(folder, model), seen_from(folder, base), chosen.prune, **more)
     answer = recommendation.written(answer, recipe)
     if out is not None:
@@ -141,6 +147,7 @@ def _specs(
     calibration: dict[str, Any],
     prunes: Sequence[Mapping[str, Any]],
     device: str,
+    pickles: bool,
 ) -> list[Spec]:
     """The calibration stage of the recipe of each pruning."""
     more: dict[str, Any] = {"calibration": calibration}
@@ -149,20 +156,20 @@ def _specs(
     specs = []
     for prune in prunes:
         recipe = parse(pair_recipe(model, base, prune, **more))
-        planned = plan(recipe, Path.cwd(), _opener, PlanOptions(device=device))
+        planned = plan(recipe, Path.cwd(), partial(_opener, pickles=pickles), PlanOptions(device=device))
         specs += list(planned.specs.values())
     if len(specs) < len(prunes):
         raise InputError(f"{model}: nothing of its delta is pruned", hint="choose a density below 1")
     return specs
 
 
-def _open(model: str, base: str) -> Inputs:
-    return open_inputs(parse(pair_recipe(model, base)), Path.cwd(), _opener)
+def _open(model: str, base: str, *, pickles: bool) -> Inputs:
+    return open_inputs(parse(pair_recipe(model, base)), Path.cwd(), partial(_opener, pickles=pickles))
 
 
-def _opener(reference: str, folder: Path) -> Checkpoint:
+def _opener(reference: str, folder: Path, *, pickles: bool) -> Checkpoint:
     """Open a model with its weights; these are not downloaded if its headers show that they are useless."""
-    seen = hub.open_model(reference, folder, weights=False)
+    seen = hub.open_model(reference, folder, weights=False, pickles=pickles)
     with errors.context(reference):
         decoded(seen)
-    return hub.open_model(reference, folder, weights=True)
+    return hub.open_model(reference, folder, weights=True, pickles=pickles)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.errors import DeltamergeError, OutputError
+from deltamerge.errors.shown import human
 from deltamerge.io.audit import Audit, Findings, TensorSpan
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import Descriptors, flat, opened, output_error, reserve, sync, sync_path, write_at, writing
@@ -227,7 +228,7 @@ class Writer:
             free = disk.f_bavail * disk.f_frsize
             if needed > free:
                 raise OutputError(
-                    f"the output needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free",
+                    f"the output needs {human(needed)}, {human(free)} are free",
                     hint="free space, or choose another folder with --out",
                 )
 

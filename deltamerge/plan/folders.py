@@ -39,6 +39,17 @@ def refuse_vocabulary(recipe: Recipe, name: str, template: Checkpoint) -> None:
         raise InputError(f"{key}: {name} {what}, whose tokenizers are copied as they are", hint=f"remove {key}")
 
 
+def refuse_partial(recipe: Recipe, name: str, template: Checkpoint) -> None:
+    """InputError: a pipeline's list names folders that are not there, and the output would have that list; of the hub
+    only what is needed is there before a run."""
+    if recipe.output.kind != "model" or template.config_file != PIPELINE or template.hub_id is not None:
+        return
+    lost = [folder for folder in listed_folders(template.path) if not (template.path / folder).is_dir()]
+    if lost:
+        hint = "download it whole, or name a complete pipeline as the template"
+        raise InputError(f"{name}: {PIPELINE} lists {', '.join(lost[:4])}, which is not there", hint=hint)
+
+
 def refuse_unrunnable(name: str, checkpoint: Checkpoint) -> None:
     """InputError: a model that calibration would run is none that transformers makes from a config.json."""
     hint = "give q a number, or a method without calibration (magnitude, dare)"

@@ -17,7 +17,7 @@ from deltamerge.io.experts import Joined, Turned
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.plan.folders import refuse_apart, refuse_vocabulary
+from deltamerge.plan.folders import refuse_apart, refuse_partial, refuse_vocabulary
 from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_names
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Section, written
@@ -149,8 +149,9 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
 
     def merged(reference: str, place: str) -> Checkpoint:
         """Like `checkpoint`, for a model whose weights are read: quantised ones are decoded."""
+        found = checkpoint(reference, place)
         with errors.context(place), errors.context(reference):
-            opened[reference] = decoded(checkpoint(reference, place))
+            opened[reference] = decoded(found)
         return opened[reference]
 
     def over_base(delta: Checkpoint) -> Checkpoint:
@@ -195,6 +196,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     vocabulary = _vocabulary(recipe, base, tunes, checkpoint)
     origin = base if recipe.output.kind == "delta" else None
     refuse_vocabulary(recipe, template.name, template.checkpoint)
+    refuse_partial(recipe, template.name, template.checkpoint)
     return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin, deltas, tuple(dict.fromkeys(notes)))
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from deltamerge.engine.graph import REDUCTIONS, Node, peak_tiles, schedule
 from deltamerge.errors import InputError
+from deltamerge.errors.shown import human
 from deltamerge.io.coded_writer import LARGE
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.names import layer_index
@@ -103,8 +104,8 @@ def tile_and_peak(
             return tile, peak
         if tile <= largest_block or tile <= 1024:
             raise InputError(
-                f"--memory {memory} is too little for {workers} workers",
-                hint=f"give at least {peak}, or fewer --workers",
+                f"--memory {human(memory)} is too little for {workers} workers",
+                hint=f"give at least {-(-peak // 10**6)}MB, or fewer --workers",
             )
         tile //= 2
 

@@ -119,7 +119,7 @@ def repaired_config(inputs: Inputs, stacks: Sequence[Stack]) -> tuple[dict[str, 
         container = inputs.template.container(stack.prefix)
         config, changes = repair(config, container, stack.old, sources, alone, settled)
         notes += [f"config.json: {change}" for change in changes]
-    if inputs.untied and LM_HEAD in inputs.template.tensors and ties(config, default=True):
+    if config and inputs.untied and LM_HEAD in inputs.template.tensors and ties(config, default=True):
         inner = config.get("text_config")
         if isinstance(inner, dict) and "tie_word_embeddings" in inner:
             config["text_config"] = {**inner, "tie_word_embeddings": False}

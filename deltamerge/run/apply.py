@@ -16,6 +16,7 @@ from deltamerge.delta.entry import TILE
 from deltamerge.delta.file import DeltaFile, ResultTensor
 from deltamerge.delta.over_base import check, elements
 from deltamerge.errors import InputError, VerifyError
+from deltamerge.errors.shown import human
 from deltamerge.io import hub, progress
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.blobs import check_blobs
@@ -103,11 +104,11 @@ def apply(
     return Applied(out, len(planned), layout.total_size, lock)
 
 
-def verify_base(folder: Path, base: str, workers: int) -> str:
+def verify_base(folder: Path, base: str, workers: int, *, pickles: bool = False) -> str:
     """What was checked of `base`: that the delta in `folder` makes of it what it says, tensor by tensor; of another
     folder, that its lock has the files of `base` among its inputs. InputError, VerifyError: it is not so.
     """
-    origin = _base(base, Path.cwd())
+    origin = _base(base, Path.cwd(), pickles=pickles)
     if not is_delta([file.name for file in folder.iterdir()]):
         files = hashes.describe_input(origin, workers)["files"]
         known = locks.read_lock(folder / locks.LOCK_NAME).get("inputs") or {}
@@ -138,7 +139,8 @@ def _tile(workers: int, memory: int | None) -> int:
     if tile < 1024:
         least = BASELINE_BYTES + workers * ELEMENT_BYTES * 1024
         raise InputError(
-            f"--memory {memory} is too little for {workers} workers", hint=f"give at least {least}, or fewer --workers"
+            f"--memory {human(memory)} is too little for {workers} workers",
+            hint=f"give at least {-(-least // 10**6)}MB, or fewer --workers",
         )
     return min(tile, TILE)
 

@@ -166,7 +166,7 @@ def assets(plan: Plan) -> Files:
     if template.config_file:
         source, merged = template.path / template.config_file, config(plan)
         files[template.config_file] = source if merged == read_json(source) else as_json(merged, ascii=True)
-    elif plan.config or template.config:  # of a GGUF file, whose config is told by its metadata
+    elif template.config:  # of a GGUF file, whose config is told by its metadata
         files[CONFIG] = as_json(config(plan), ascii=True)
     source_of_words = _vocabulary(plan)
     if is_described(source_of_words):

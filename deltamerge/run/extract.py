@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from deltamerge.errors import RecipeError, UsageError
+from deltamerge.errors import InputError, RecipeError, UsageError
 from deltamerge.recipe.file import read_text
 from deltamerge.run.options import Options
 from deltamerge.run.runner import Result, run
@@ -32,6 +32,8 @@ def extract(
     """
     if density is None and (method is not None or q is not None):
         raise UsageError("--method and --q need --density", hint="--density 0.01 keeps a hundredth of the delta")
+    if model.rstrip("/") == base.rstrip("/"):
+        raise InputError(f"{model}: is the base itself", hint="name a fine-tune, and behind it its base")
     recipe = {"base_model": base, "models": [{"model": model}], "output": _output(values)}
     if density is not None:
         prune: dict[str, Any] = {"method": method or "magnitude", "density": density}

@@ -33,6 +33,12 @@ def _load(plan: Plan, folder: Path) -> str:
         return f'DiffusionPipeline.from_pretrained("{folder}")'
     if (folder / "modules.json").exists():
         return f'SentenceTransformer("{folder}")'
+    if not plan.inputs.template.checkpoint.config:
+        return f'load_file("{folder / plan.layout.files[0].name}")'
+    kind = plan.config.get("_class_name")  # of diffusers
+    if isinstance(kind, str) and kind.isidentifier():
+        return f'{kind}.from_pretrained("{folder}")'
     architecture = str((plan.config.get("architectures") or [""])[0])
-    loader = next((name for head, name in LOADERS.items() if architecture.endswith(head)), "AutoModel")
+    known = architecture if architecture.isidentifier() and "auto_map" not in plan.config else "AutoModel"
+    loader = next((name for head, name in LOADERS.items() if architecture.endswith(head)), known)
     return f'{loader}.from_pretrained("{folder}")'

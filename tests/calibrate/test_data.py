@@ -252,8 +252,15 @@ def test_language_models_pad_with_the_end_token_and_do_not_score_padding(tmp_pat
 
 def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     bare, cls = tokenizer(tmp_path / "bare"), tokenizer(tmp_path / "cls", cls_token="[CLS]", eos_token="</s>")
-    (tmp_path / "none").mkdir()
-    for folder, message in ((bare, "no pad token"), (cls, "no pad token"), (tmp_path / "none", "no usable tokenizer")):
+    for name, config in (("none", "{}"), ("empty", '{"model_type": "qwen3"}')):  # transformers makes one for the second
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(config)
+    for folder, message in (
+        (bare, "no pad token"),
+        (cls, "no pad token"),
+        (tmp_path / "none", "no usable tokenizer"),
+        (tmp_path / "empty", "no usable tokenizer: its vocabulary is empty"),
+    ):
         with pytest.raises(InputError, match=message):
             reader(folder, "BertForSequenceClassification", "text-classification")
     tokenizer(tmp_path / "good", pad_token="[PAD]")

@@ -212,12 +212,12 @@ FLAGS = {
     "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --json --quiet --verbose, --verbosity --help",
     "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --help",
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
-    "lock": "--check --device --workers --memory --help",
+    "lock": "--check --device --workers --memory --allow-pickles --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
     "--allow-nonfinite --allow-pickles --json --quiet --help",
-    "diff": "--workers --json --help",
-    "verify": "--base --workers --json --help",
+    "diff": "--workers --allow-pickles --json --help",
+    "verify": "--base --workers --allow-pickles --json --help",
     "schema": "--help",
 }
 

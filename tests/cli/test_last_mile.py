@@ -8,8 +8,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from calls import call
 from conftest import tiny_llama
+from safetensors.torch import load_file
 
 import deltamerge
 
@@ -86,6 +88,46 @@ def test_a_folder_s_recipes_are_checked(capsys, tmp_path):
     assert err.startswith(f"{tmp_path}/b.yml: ok\n{tmp_path}/deep/a.yaml: ok\n{tmp_path}/x.yaml:2:1: not YAML")
 
 
+def test_a_recipe_that_a_run_left_in_its_output_is_not_checked(capsys, tmp_path, monkeypatch, folder):
+    for name in ("base", "math"):
+        (tmp_path / name).symlink_to(folder / name)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    assert call(capsys, "run", "recipe.yaml", "-q")[0] == 0
+    assert call(capsys, "lock", "recipe.yaml")[0] == 0
+    assert (tmp_path / "recipe-merged" / "recipe.yaml").is_file()
+    assert call(capsys, "check", ".") == (0, "", "recipe.yaml: ok, 21 tensors, 43.3 kB\n")
+    code, _, err = call(capsys, "check", "recipe-merged")
+    assert (code, "no such folder in" in err) == (1, True)
+
+
+@pytest.mark.parametrize("words", [["run"], ["run", "good.yaml", "--zork"], ["plan", "good.yaml", "--set", "x"]])
+def test_usage_errors_are_json_too(capsys, words):
+    code, out, err = call(capsys, *words, "--json")
+    found = json.loads(out)["error"]
+    assert (code, found["exit_code"], found["problems"], found["message"] in err) == (2, 2, [], True)
+
+
+def test_a_bug_is_json_too(capsys, monkeypatch):
+    monkeypatch.setattr("deltamerge.run.plans.plan", lambda *_, **__: 1 / 0)
+    code, out, _ = call(capsys, "plan", "good.yaml", "--json")
+    found = json.loads(out)["error"]
+    assert (code, found["exit_code"], "ZeroDivisionError" in found["message"]) == (3, 3, True)
+
+
+def test_an_error_names_its_model_once(capsys, tmp_path, folder):
+    there = folder / "math"
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text("{")
+    (tmp_path / "broken" / "model.safetensors").write_bytes(b"")
+    alone = "merge_method: passthrough\nmodels: [{model: ./broken}]\n"
+    based = f"base_model: ./broken\nmerge_method: nearswap\nparameters: {{t: 0.1}}\nmodels: [{{model: {there}}}]\n"
+    for text in (alone, based):
+        (tmp_path / "r.yaml").write_text(text)
+        code, _, err = call(capsys, "check", tmp_path / "r.yaml")
+        assert (code, err.count("./broken: ")) == (1, 1), err
+
+
 def test_other_commands_speak_json_and_so_do_errors(capsys, tmp_path):
     made = tmp_path / "made"
     assert call(capsys, "run", "good.yaml", "--out", made, "-q")[0] == 0
@@ -126,6 +168,15 @@ def test_extract_takes_the_base_behind_the_model(capsys, tmp_path):
     for arguments in (["math"], ["math", "base", "--base", "base"]):
         code, _, err = call(capsys, "extract", *arguments)
         assert (code, "name the base once" in err) == (2, True)
+    code, _, err = call(capsys, "extract", "math", "math/")
+    assert (code, "math: is the base itself" in err) == (1, True)
+
+
+def test_memory_that_is_too_little_names_what_is_enough(capsys, tmp_path):
+    code, _, err = call(capsys, "run", "good.yaml", "--out", tmp_path / "out", "--workers", "2", "--memory", "1MB")
+    assert (code, "--memory 1.0 MB is too little for 2 workers" in err) == (1, True)
+    enough = err.partition("give at least ")[2].partition(",")[0]
+    assert call(capsys, "run", "good.yaml", "--out", tmp_path / "out", "--workers", "2", "--memory", enough)[0] == 0
 
 
 SLIPS = {
@@ -160,3 +211,25 @@ def test_a_home_folder_is_found(capsys, folder, monkeypatch):
 
 def test_dir_shows_the_interface():
     assert dir(deltamerge) == sorted(deltamerge.__all__)
+
+
+def test_every_command_reads_torch_s_files_where_it_may(capsys, tmp_path, monkeypatch, folder):
+    for name in ("base", "math"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_bytes((folder / name / "config.json").read_bytes())
+        torch.save(load_file(folder / name / "model.safetensors"), tmp_path / name / "pytorch_model.bin")
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        ["init", "math", "--base", "base"],
+        ["plan", "recipe.yaml", "--set", "pickles=false"],
+        ["lock", "recipe.yaml"],
+        ["inspect", "math", "--base", "base"],
+        ["recommend", "math", "--base", "base", "--density", "0.1", "--out", "small.yaml"],
+        ["diff", "base", "math"],
+        ["extract", "math", "base", "--out", "delta"],
+        ["verify", "delta", "--base", "base"],
+    ):
+        code, _, err = call(capsys, *words)
+        assert (code, "--allow-pickles" in err) == (0 if words[0] == "lock" else 1, words[0] != "lock"), words
+        assert call(capsys, *words, "--allow-pickles")[0] == 0, words
+    assert call(capsys, "check", "small.yaml")[0] == 0

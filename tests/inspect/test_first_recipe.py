@@ -75,6 +75,19 @@ def test_a_density_is_in_the_first_recipe(folder, capsys):
     assert [float(model.parameters["density"]) for model in loads(text).models] == [0.3, 0.3]
 
 
+def test_quantised_models_have_the_dtype_that_they_are_read_in(folder, capsys):
+    Path("q.yaml").write_text(
+        "merge_method: passthrough\nmodels: [{model: models/base}]\noutput: {quantization: int8}\n"
+    )
+    assert call(capsys, "run", "q.yaml", "--out", "models/q", "--set", "dtype=bfloat16", "-q")[0] == 0
+    _, text, _ = call(capsys, "init", "models/math", "--base", "models/q", "--out", "-")
+    assert "dtype: bfloat16 " in text
+    _, _, err = call(capsys, "extract", "models/q", "models/base", "--out", "delta")
+    assert ": final values, rounded once\n" in err
+    _, _, err = call(capsys, "extract", "models/math", "models/base", "--out", "exact")
+    assert ": final values, exact\n" in err
+
+
 def test_nothing_of_the_users_is_overwritten(folder, capsys):
     Path("recipe.yaml").write_text("mine")
     code, _, err = call(capsys, "init", "models/math", "--base", "models/base")

@@ -317,6 +317,11 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
         _blocks(_scale_inv=torch.ones(3, 2)), BLOCK,
         "scales have the shape [3, 2], which does not fit a weight of [8, 16]: in blocks of 4×8 it has [2, 2]",
     ),
+    "a scale for a row of blocks": (
+        _blocks(_scale_inv=torch.ones(2, 1)), BLOCK,
+        "scales have the shape [2, 1], which does not fit a weight of [8, 16]: in blocks of 4×8 it has [2, 2]",
+    ),
+    "a scale for a column of blocks": (_blocks(_scale_inv=torch.ones(1, 2)), BLOCK, "shape [1, 2], which does not fit"),
     "no scales": ({W: _blocks()[W]}, BLOCK, f"the scales of {W} are missing"),
     "scales of integers": (_blocks(_scale_inv=torch.ones(2, 2, dtype=torch.int32)), BLOCK, "I32 is no dtype of scales"),
     "blocks of no size": (_blocks(), BLOCK | {"weight_block_size": [0, 8]}, "two positive integers, is [0, 8]"),
@@ -328,6 +333,10 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     "scales without a weight": (
         {W + "_scale_inv": torch.ones(2, 2), **fp8("b.weight", drawn(8, 16), (4, 8))[0]}, BLOCK,
         f"{W}_scale_inv belongs to no weight",
+    ),
+    "scales without blocks": (
+        {"m.experts.gate_up_proj_scales": torch.ones(2, 8, 1, dtype=torch.uint8)}, {"quant_method": "mxfp4"},
+        "m.experts.gate_up_proj_scales belongs to no weight",
     ),
     "a weight without words": (
         {**_packed(), "b.weight_scale": torch.ones(4, 4), "b.weight_shape": torch.tensor([4, 64])}, INT4,
@@ -344,6 +353,15 @@ FAULTS: dict[str, tuple[dict[str, torch.Tensor], dict[str, Any], str]] = {
     ),
     "zeros of the wrong shape": (
         _packed(weight_zero_point=torch.zeros(3, 4, dtype=torch.int32)), INT4, "weight_zero_point is I32 [3, 4]",
+    ),
+    "zeros that config.json promises": (
+        _packed(), settings_of("pack-quantized", {"num_bits": 4, "group_size": 16, "symmetric": False}),
+        "its weight_zero_point is missing",
+    ),
+    "bytes without zeros": (
+        named({"weight": torch.ones(4, 64, dtype=torch.int8), "weight_scale": torch.ones(4, 1)}),
+        settings_of("int-quantized", {"num_bits": 8, "strategy": "channel", "symmetric": False}),
+        "its weight_zero_point is missing",
     ),
     "an order of the wrong length": (
         _packed(weight_g_idx=torch.zeros(63, dtype=torch.int32)), INT4, "weight_g_idx is I32 [63]",

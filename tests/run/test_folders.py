@@ -8,6 +8,7 @@ import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from deltamerge.run.apply import apply
 from deltamerge.run.extract import extract
 from deltamerge.run.lock import verify
 from deltamerge.run.partition import Part
+from deltamerge.run.usage import next_steps
 
 WEIGHTS = {"a": 0.3, "b": 0.5}
 MERGE = "merge_method: task_arithmetic\nbase_model: ./base\nmodels:\n" + "".join(
@@ -185,6 +187,8 @@ def test_a_components_folder_is_a_model(three: Path) -> None:
         write(three / "r.yaml", re.sub(r"\./(\w+)", rf"./\1/{part}", MERGE))
         out = run(three / "r.yaml", three / f"out-{part}").folder
         assert {*files(out)} == {file, "config.json"}
+        kind = json.loads(OTHERS[f"{part}/config.json"])["_class_name"]
+        assert next_steps(make_plan(three / "r.yaml"), out)[0] == f'load    {kind}.from_pretrained("{out}")'
         assert (out / "config.json").read_text() == OTHERS[f"{part}/config.json"]  # diffusers' configs have no dtype
         wanted = {n.removeprefix(f"{part}/"): t for n, t in expected(three).items() if n.startswith(part)}
         same(tensors_of(out), wanted)
@@ -241,6 +245,8 @@ HOSTILE = {
         ),
         "unet: diffusion_pytorch_model.safetensors.index.json: shard .* is not a plain",
     ),
+    "a list of more": (lambda a: write(a / "model_index.json", entry("zork")), "lists zork, which is not there"),
+    "a part of the folders": (lambda a: shutil.rmtree(a / "scheduler"), "lists scheduler, which is not there"),
     "no weights": (lambda a: [shutil.rmtree(a / part) for part in PARTS], "no component has weights"),
     "pickles": (
         lambda a: (a / "vae" / PARTS["vae"][0]).rename(a / "vae" / "diffusion_pytorch_model.bin"),
@@ -254,6 +260,7 @@ HOSTILE = {
 def test_pipelines_that_are_refused(three: Path, case: str) -> None:
     change, message = HOSTILE[case]
     change(three / "a")
+    write(three / "r.yaml", (three / "r.yaml").read_text() + "template: ./a\n")
     with pytest.raises(DeltamergeError, match=message) as caught:
         run(three / "r.yaml", three / "out")
     assert "\n" not in str(caught.value)
@@ -381,7 +388,8 @@ def test_code_is_copied_and_never_run(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_lone_files_and_mistrals_own(tmp_path: Path) -> None:
     for seed, name in enumerate(("base", "a", "b")):
-        tensors = {"layers.0.w": stored(np.random.default_rng(seed).normal(size=(3, 4)), "F16")}
+        values = np.random.default_rng(seed).normal(size=(3, 4))
+        tensors = {"layers.0.w": stored(values, "F16"), "lm_head.weight": stored(values, "F16")}
         write_checkpoint(tmp_path / name, tensors)
         shutil.copy(tmp_path / name / "model.safetensors", tmp_path / f"{name}.safetensors")
         (tmp_path / f"m-{name}").mkdir()
@@ -397,6 +405,7 @@ def test_lone_files_and_mistrals_own(tmp_path: Path) -> None:
         assert any("no config.json" in note for note in make_plan(tmp_path / "r.yaml").notes)
         out = run(tmp_path / "r.yaml", tmp_path / "out", force=True).folder
         assert {*files(out)} == names
+        assert next_steps(make_plan(tmp_path / "r.yaml"), out)[0] == f'load    load_file("{out / min(names)}")'
         same(tensors_of(out), wanted)
         assert verify(out, 1)
         calibrated = "prune: {method: wanda, density: 0.5}\ncalibration: {data: rows.txt}\n"
@@ -409,3 +418,21 @@ def test_lone_files_and_mistrals_own(tmp_path: Path) -> None:
         write(tmp_path / name / "consolidated.safetensors", "not looked at")
     write(tmp_path / "r.yaml", MERGE)
     same(tensors_of(run(tmp_path / "r.yaml", tmp_path / "hf").folder), wanted)
+
+
+@pytest.mark.parametrize(
+    ("config", "loader"),
+    [
+        ({"architectures": ["XForCausalLM"]}, "AutoModelForCausalLM"),
+        ({"architectures": ["XForConditionalGeneration"]}, "XForConditionalGeneration"),
+        ({"architectures": ["XForCausalLM"], "auto_map": {"AutoModel": "m.X"}}, "AutoModelForCausalLM"),
+        ({"architectures": ["XModel"], "auto_map": {"AutoModel": "m.X"}}, "AutoModel"),
+        ({"architectures": ['X("; rm']}, "AutoModel"),
+        ({"model_type": "x"}, "AutoModel"),
+        ({"_class_name": 'U("; rm'}, "AutoModel"),
+    ],
+)
+def test_what_loads_a_model_is_a_class_that_has_its_head(tmp_path: Path, config: dict[str, Any], loader: str) -> None:
+    write_checkpoint(tmp_path / "a", {"layers.0.w": stored(np.ones((2, 2)), "F16")}, config)
+    write(tmp_path / "r.yaml", "merge_method: passthrough\nmodels: [{model: ./a}]\n")
+    assert next_steps(make_plan(tmp_path / "r.yaml"), Path("out"))[0] == f'load    {loader}.from_pretrained("out")'

@@ -36,12 +36,13 @@ AGAIN = "download the model again, or quantise it again"
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """What config.json says of the weights of a group: their bits (None: nothing), their block, as [rows, columns], and
-    whether blocks must divide."""
+    """What config.json says of the weights of a group: their bits (None: nothing), their block, as [rows, columns],
+    whether blocks must divide, and whether they have zeros."""
 
     width: int | None = None
     block: Block | None = None
     whole: bool = False
+    asymmetric: bool = False
 
 
 def decoded(stored: Stored) -> TensorInfo:
@@ -58,7 +59,17 @@ def decoded(stored: Stored) -> TensorInfo:
         return _packed(stored, groups)
     if codes.dtype not in ("I8", "F8_E4M3", "F8_E5M2"):
         raise InputError(f"is stored as {codes.dtype} beside scales, which is no form of it", hint=AGAIN)
-    return _first(groups, lambda group: scaled_by(stored, group.block, whole=group.whole))
+    return _first(groups, lambda group: _one_by_one(stored, group))
+
+
+def _one_by_one(stored: Stored, group: Group) -> TensorInfo:
+    _zeros_of(stored, group)
+    return scaled_by(stored, group.block, whole=group.whole)
+
+
+def _zeros_of(stored: Stored, group: Group) -> TensorInfo | None:
+    """The zeros that lie beside the codes. InputError: there are none, and config.json says that there are."""
+    return stored.need("weight_zero_point") if group.asymmetric else stored.part("weight_zero_point")
 
 
 def scaled_by(stored: Stored, block: Block | None, *, whole: bool = False) -> TensorInfo:
@@ -106,7 +117,7 @@ def _of_group(stored: Stored, shape: tuple[int, ...] | None, group: Group) -> Te
         raise InputError(f"weight_shape says {list(shape)}, weight_packed has {list(codes.shape)}", hint=AGAIN)
     width, dense = _packing(shape[-1], words, group.width)
     laid = grid(shape, scales.shape, group.block, whole=group.whole)
-    zeros = _zeros(stored.part("weight_zero_point"), scales, laid, shape, width)
+    zeros = _zeros(_zeros_of(stored, group), scales, laid, shape, width)
     made = Scaled(codes, shape[-1], Scales(scales, laid), "packed", width, dense, zeros, _order(stored, shape[-1]))
     return weight(stored, shape, made)
 
@@ -237,6 +248,9 @@ def _group(weights: Mapping[str, Any]) -> Group:
         raise InputError(f"block_structure must be two positive integers, is {str(block)[:80]}")
     if strategy is not None and strategy not in STRATEGIES:
         raise InputError(f"strategy {str(strategy)[:80]!r} of weights is not known")
+    asymmetric = weights.get("symmetric") is False
     if block is not None:
-        return Group(width, (block[0], block[1]))
-    return Group(width, (1, size), whole=True) if size and size > 0 else Group(width)
+        return Group(width, (block[0], block[1]), asymmetric=asymmetric)
+    if size and size > 0:
+        return Group(width, (1, size), whole=True, asymmetric=asymmetric)
+    return Group(width, asymmetric=asymmetric)

@@ -102,9 +102,9 @@ def _decoder(scheme: Scheme, weight: str) -> Decoder:
     """The decoder of one weight. InputError: none reads it, or config.json names a scheme of other kinds."""
     kind = scheme.kinds[weight]
     if not kind and scheme.name in {*DECODERS, *KINDS}:
-        raise InputError(
-            f"is quantised ({scheme}): the scales of {weight} are missing", hint="download the model again"
-        )
+        scales = weight.endswith(("_scale", "_scales", "_scale_inv"))
+        what = f"{weight} belongs to no weight" if scales else f"the scales of {weight} are missing"
+        raise InputError(f"is quantised ({scheme}): {what}", hint="download the model again")
     if kind not in DECODERS or kind not in KINDS.get(scheme.name, {scheme.name}):
         raise _unknown(scheme, weight)
     return DECODERS[kind]

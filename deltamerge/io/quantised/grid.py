@@ -46,8 +46,8 @@ class Grid:
 def grid(shape: tuple[int, ...], scales: tuple[int, ...], said: Block | None = None, *, whole: bool = False) -> Grid:
     """The grid of a weight of `shape` whose scales have the shape `scales`.
 
-    `said` is the block that config.json states. Without it, and where a direction has one scale or one for each row or
-    column, the shapes tell: blocks are then equal.
+    `said` is the block that config.json states; one scale for all of the weight needs none. Without it the shapes tell:
+    blocks are then equal.
     `whole`: blocks must divide the weight.
     InputError: no such grid.
     """
@@ -75,10 +75,12 @@ def grid(shape: tuple[int, ...], scales: tuple[int, ...], said: Block | None = N
 
 def _side(length: int, count: int, said: int, whole: bool) -> int:
     """The elements of a block in one direction, in which `length` elements have `count` scales; 0: none fits."""
+    if said and -(-length // said) != count:
+        return 0
     if count in (1, length):
         return max(1, length if count == 1 else 1)
     if said:
-        return said if -(-length // said) == count and not (whole and length % said) else 0
+        return 0 if whole and length % said else said
     return length // count if count and length % count == 0 else 0
 
 

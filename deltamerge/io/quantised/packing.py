@@ -55,7 +55,7 @@ def finite(values: Floats, info: TensorInfo) -> Floats:
 
 def damaged(info: TensorInfo, what: str) -> InputError:
     """The error for a part whose values cannot be."""
-    return InputError(f"{info.path.name}: {info.name}: {what}", hint=AGAIN)
+    return InputError(f"{info.name}: {what}", hint=AGAIN, where=str(info.path))
 
 
 def unpack(stored: Array, width: int) -> Array:
