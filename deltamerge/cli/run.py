@@ -232,8 +232,19 @@ def calibrate(
 @DEVICE
 @WORKERS
 @MEMORY
+@MERGEKIT_EXACT
+@SET
 @PICKLES
-def lock(recipe: Path, check: bool, device: str, workers: int | None, memory: int | None, pickles: bool) -> None:
+def lock(
+    recipe: Path,
+    check: bool,
+    device: str,
+    workers: int | None,
+    memory: int | None,
+    mergekit_exact: bool,
+    settings: dict[Loc, str],
+    pickles: bool,
+) -> None:
     """Write the lock of RECIPE beside it: its inputs by content, and its q's.
 
     For run --locked, on this machine or another: it refuses a recipe or inputs that are not those of the lock.
@@ -247,7 +258,7 @@ def lock(recipe: Path, check: bool, device: str, workers: int | None, memory: in
     from deltamerge.run.runner import check_lock
     from deltamerge.run.runner import lock as lock_recipe
 
-    file = read_recipe(recipe)
+    file = read_recipe(recipe, mergekit_exact=mergekit_exact, settings=settings)
     options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
     if check:
         check_lock(file, options)

@@ -212,7 +212,7 @@ FLAGS = {
     "--mergekit-exact --allow-nonfinite --set --allow-pickles --pictures --json --quiet --verbose, --verbosity --help",
     "check": "--offline --mergekit-exact --set --allow-pickles --output-format --json --help",
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
-    "lock": "--check --device --workers --memory --allow-pickles --help",
+    "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
     "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
     "--allow-nonfinite --allow-pickles --json --quiet --help",

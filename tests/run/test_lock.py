@@ -102,6 +102,14 @@ def test_a_changed_recipe_is_refused_wherever_its_models_lie(
         assert "r.lock: the recipe is not that of the lock" in why
 
 
+def test_what_is_set_from_outside_is_locked_too(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe, flags = here / "r.yaml", ("--set", "seed=4", "--mergekit-exact")
+    assert call(capsys, "lock", recipe, *flags)[0] == 0
+    assert call(capsys, "lock", recipe, "--check")[0] == 1
+    assert call(capsys, "run", recipe, "--out", here / "out", "--locked", *flags)[0] == 0
+    assert call(capsys, "run", recipe, "--out", here / "other", "--locked")[0] == 1
+
+
 def test_a_changed_input_is_refused_by_name(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = here / "r.yaml"
     assert call(capsys, "lock", recipe)[0] == 0
