@@ -130,6 +130,8 @@ def make_components(folder: Path) -> None:
     """A pipeline of two components."""
     for part in ("unet", "vae"):
         make_checkpoint(folder / "pipeline" / part, {"w.weight": torch.ones(2, 3)})
+    (folder / "pipeline" / "scheduler").mkdir()
+    write_json(folder / "pipeline" / "scheduler" / "scheduler_config.json", {})
     listed = {part: ["diffusers", "X"] for part in ("unet", "vae", "scheduler")}
     write_json(folder / "pipeline" / "model_index.json", {"_class_name": "P", "safety_checker": [None, None], **listed})
 

@@ -21,7 +21,7 @@ from deltamerge.errors import InputError
 def models(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("corners")
     tiny_bert_pair(folder, dtype=torch.float32, sigma=0.05, tokenizer=True)
-    tiny_bert_pair(folder / "more", dtype=torch.float32, sigma=0.05)
+    tiny_bert_pair(folder / "more", dtype=torch.float32, sigma=0.05, tokenizer=True)
     rows(folder / "calib.jsonl")
     return folder
 

@@ -98,7 +98,7 @@ def test_inspect_recommend_and_extract_say_it(models, tmp_path, capsys):
     code, out, _ = call(capsys, "inspect", *pair, "--json")
     assert code == 0
     assert "shares nothing with" in json.loads(out)["warnings"][0]
-    assert "warning: other shares nothing with " in call(capsys, "inspect", *pair)[1]
+    assert "warning: other shares nothing with " in " ".join(call(capsys, "inspect", *pair)[1].split())
     said = " ".join(call(capsys, "recommend", *pair, "--density", "0.1")[1].split())
     assert "warning other shares nothing with " in said
     code, _, err = call(capsys, "extract", *pair, "--out", tmp_path / "delta", "--density", "0.1")
