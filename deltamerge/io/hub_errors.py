@@ -103,5 +103,5 @@ def near(reference: str, folder: Path) -> str | None:
         names = [entry.name for entry in os.scandir(folder / parent) if entry.is_dir()]
     except OSError:
         return None
-    found = difflib.get_close_matches(name, names, n=1)
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.75)
     return f"did you mean {os.path.join(os.path.split(reference.rstrip('/'))[0], found[0])}?" if found else None
