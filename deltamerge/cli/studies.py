@@ -37,6 +37,9 @@ ABOUT_LAYERS = (
 )
 CANDIDATES = ("delta error", "layer error", "lost", "metric", "q")
 ABOUT_CANDIDATES = "→: recommended. Smaller is better: delta error, expected ‖Δ − Δ'‖²/‖Δ‖²"
+ABOUT_NOTHING = (
+    ". Without rows it does not decide: what is kept and not rescaled has a small error, and still loses the skill"
+)
 ABOUT_ROWS = (
     "; layer error, mean ‖Δx − Δ'x‖²/‖Δx‖² of the linear layers; lost, of the fine-tune's effect on held-out outputs"
 )
@@ -118,7 +121,8 @@ def render_recommend(answer: Recommendation, *, width: int) -> str:
     ]
     lines = [f"{answer.model} on {answer.base}, density {answer.density:g}", *paragraph("; ".join(figures), width), ""]
     on_rows = any(one.layer_error is not None for one in judged)
-    lines += [*table(columns, [rows], width), "", *paragraph(f"{ABOUT_CANDIDATES}{ABOUT_ROWS * on_rows}.", width)]
+    about = f"{ABOUT_CANDIDATES}{ABOUT_ROWS if on_rows else ABOUT_NOTHING}."
+    lines += [*table(columns, [rows], width), "", *paragraph(about, width)]
     if others := [one.name for one in answer.candidates if one not in judged]:
         lines += paragraph(f"Judged with --calibration alone: {', '.join(others)}", width)
     lines.append("")
