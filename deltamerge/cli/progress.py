@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ def line(state: State) -> str:
     return f"{state.name}: " + ", ".join(part for part in (share, state.amount, state.rate, state.left) if part)
 
 
-class Display:
+class Display(ABC):
     """Shows every phase that lasts: a listener of phases, with a thread that prints."""
 
     def __init__(self) -> None:
@@ -135,14 +136,15 @@ class Display:
                     self.show(states)
 
     @property
+    @abstractmethod
     def every(self) -> float:
         """Seconds between two looks."""
-        raise NotImplementedError
 
+    @abstractmethod
     def show(self, states: list[State]) -> None:
         """Print what phases are at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def clear(self) -> None:
         """Remove what does not stay."""
 
@@ -156,6 +158,9 @@ class Lines(Display):
 
     def show(self, states: list[State]) -> None:
         streams.to_stderr(printed("\n".join(map(line, states))) + "\n")
+
+    def clear(self) -> None:
+        """Lines stay."""
 
 
 class Bars(Display):

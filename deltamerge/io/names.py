@@ -105,15 +105,3 @@ def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str
         if set(containers[prefix]) == set(range(len(containers[prefix]))):
             return dict(sorted(containers[prefix].items()))
     return None
-
-
-def resolve_prefix(wanted: Iterable[str], present: Iterable[str], prefix: str) -> dict[str, str | None]:
-    """For each wanted name the present one that is the same after `prefix.` is taken off either side, or None."""
-    there = set(present)
-    dotted = f"{prefix}."
-    found: dict[str, str | None] = {}
-    for name in wanted:
-        bare = name.removeprefix(dotted) if prefix else name
-        spellings = (name, bare, dotted + bare) if prefix else (name,)
-        found[name] = next((s for s in spellings if s in there), None)
-    return found

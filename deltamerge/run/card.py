@@ -20,6 +20,7 @@ from deltamerge.io.front_matter import front_matter as read_front_matter
 from deltamerge.io.markdown import code, fenced, plain
 from deltamerge.plan.planner import Plan
 from deltamerge.run.budget import ChosenDensities, budget_of
+from deltamerge.run.heads import head_of
 from deltamerge.run.lock import errors_of
 
 
@@ -63,32 +64,12 @@ def front_matter(plan: Plan) -> dict[str, object]:
         matter |= {"base_model_relation": "adapter", "library_name": "peft"}
     if not matter["base_model"]:
         del matter["base_model"]
-    if tag := pipeline_tag(plan.config):
-        matter["pipeline_tag"] = tag
+    if head := head_of(plan.config):
+        matter["pipeline_tag"] = head.task
     licence = _license(plan)
     if licence is not None:
         matter["license"] = licence
     return matter
-
-
-# What the hub calls the tasks of the heads that transformers names.
-TASKS = {
-    "ForCausalLM": "text-generation",
-    "LMHeadModel": "text-generation",
-    "ForSequenceClassification": "text-classification",
-    "ForTokenClassification": "token-classification",
-    "ForQuestionAnswering": "question-answering",
-    "ForMaskedLM": "fill-mask",
-    "ForImageClassification": "image-classification",
-    "ForImageTextToText": "image-text-to-text",
-    "ForSpeechSeq2Seq": "automatic-speech-recognition",
-}
-
-
-def pipeline_tag(config: Mapping[str, Any]) -> str | None:
-    """The hub's name for what a model's head does; None where its class does not say."""
-    architecture = str((config.get("architectures") or [""])[0])
-    return next((task for head, task in TASKS.items() if architecture.endswith(head)), None)
 
 
 def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[float]]]) -> list[str]:

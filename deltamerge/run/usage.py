@@ -5,17 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deltamerge.plan.planner import Plan
-
-# The class of transformers that loads a model by its head, by the end of its architecture's name.
-LOADERS = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForSequenceClassification": "AutoModelForSequenceClassification",
-    "ForTokenClassification": "AutoModelForTokenClassification",
-    "ForQuestionAnswering": "AutoModelForQuestionAnswering",
-    "ForMaskedLM": "AutoModelForMaskedLM",
-    "ForImageClassification": "AutoModelForImageClassification",
-}
+from deltamerge.run.heads import architecture_of, head_of
 
 
 def next_steps(plan: Plan, folder: Path) -> tuple[str, str]:
@@ -38,7 +28,7 @@ def _load(plan: Plan, folder: Path) -> str:
     kind = plan.config.get("_class_name")  # of diffusers
     if isinstance(kind, str) and kind.isidentifier():
         return f'{kind}.from_pretrained("{folder}")'
-    architecture = str((plan.config.get("architectures") or [""])[0])
+    architecture, head = architecture_of(plan.config), head_of(plan.config)
     known = architecture if architecture.isidentifier() and "auto_map" not in plan.config else "AutoModel"
-    loader = next((name for head, name in LOADERS.items() if architecture.endswith(head)), known)
-    return f'{loader}.from_pretrained("{folder}")'
+    loader = head.loader if head is not None else None
+    return f'{loader or known}.from_pretrained("{folder}")'

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, ClassVar
 
@@ -176,8 +176,3 @@ def tensor_of(block: Block, name: str) -> TensorInfo:
 def made(name: str, shape: Sequence[int], like: Block | TensorInfo, how: Made) -> TensorInfo:
     """The float32 tensor of `shape` that `how` computes."""
     return TensorInfo(name, "F32", tuple(shape), like.path, 0, 4 * math.prod(shape), how)
-
-
-def reshaped(info: TensorInfo, shape: Sequence[int]) -> TensorInfo:
-    """The same elements in another shape."""
-    return replace(info, shape=tuple(shape))

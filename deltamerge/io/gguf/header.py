@@ -30,7 +30,6 @@ FACTORS = frozenset({"rope_freqs.weight", "rope_factors_long.weight", "rope_fact
 MAX_FACTORS = 1 << 16
 ALIGNMENT = 32
 AGAIN = "download it again"
-Take = Callable[[int], bytes]
 
 
 @dataclass(frozen=True, slots=True)
