@@ -15,7 +15,6 @@ from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.names import EMBEDDING, LM_HEAD, TASK_HEAD, TOKEN_HEAD, layer_index, numbers_as_stars
 from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.quantised.detect import Scheme, keys_of, stated
-from deltamerge.io.quantised.encode import channels, fp8_blocks, int4_groups, kept
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.inputs import Input, Inputs
 from deltamerge.plan.stack import Target
@@ -181,6 +180,8 @@ class Afresh:
             self.fused.append(target.stored)
         if dtype not in FLOATING or not self._is_linear(target, shape):
             return None
+        from deltamerge.io.quantised.encode import channels, fp8_blocks, int4_groups  # only where codes are written
+
         name, wanted = target.stored, self.wanted
         if wanted.by == "block":
             block = self._block
@@ -292,6 +293,8 @@ def is_matrix(name: str, shape: tuple[int, ...]) -> bool:
 
 
 def _kept(scheme: Scheme, model: Checkpoint, name: str, output: str) -> Coding:
+    from deltamerge.io.quantised.encode import kept
+
     settings = next((value for _, value in keys_of(model.config) if isinstance(value, Mapping)), {})
     return kept(scheme.plain[name], [scheme.stored[part] for part in scheme.weights[name]], settings, output)
 

@@ -62,8 +62,6 @@ def file_name(plan: Plan) -> str:
 
 def check(plan: Plan) -> None:
     """InputError: the model's architecture, one of its tensors, or its tokenizer cannot be written."""
-    if plan.recipe.output.gguf is None:
-        return
     package()
     config = plan.config
     name = plan.inputs.template.name

@@ -11,7 +11,6 @@ from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.plan.planner import Plan, plan
 from deltamerge.recipe.file import Document, RecipeFile
-from deltamerge.run import gguf_output
 from deltamerge.run.intermediate import folder_of, result
 from deltamerge.run.options import Options
 
@@ -73,7 +72,10 @@ class Planner:
             return hub.open_model(reference, folder, weights=whole, pickles=pickles)
 
         planned = plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
-        gguf_output.check(planned)
+        if document.recipe.output.gguf is not None:
+            from deltamerge.run.gguf_output import check
+
+            check(planned)
         return planned
 
 

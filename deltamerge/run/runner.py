@@ -24,7 +24,7 @@ from deltamerge.plan.finite import set_aside, unexpected
 from deltamerge.plan.kinship import unrelated
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import Document, RecipeFile
-from deltamerge.run import gguf_output, hashes
+from deltamerge.run import hashes
 from deltamerge.run.assets import asset_files, assets, left_out, write_files
 from deltamerge.run.budget import budget_of
 from deltamerge.run.card import render
@@ -223,7 +223,9 @@ def _complete(
         write_files(files, folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     if planned.recipe.output.gguf is not None:
-        planned = replace(planned, notes=(*planned.notes, gguf_output.write_gguf(planned, folder)))
+        from deltamerge.run.gguf_output import write_gguf
+
+        planned = replace(planned, notes=(*planned.notes, write_gguf(planned, folder)))
     found = {node: made.values[node] for node in planned.stages}
     lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses)
     lock.write_rows()

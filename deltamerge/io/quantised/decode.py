@@ -1,8 +1,7 @@
 """Quantised checkpoints read as plain ones: each weight is one float32 tensor, computed from its codes when it is read.
 
-A scheme is one function, from the tensors that store a weight to the tensor that is read; `DECODERS` has them all, by
-the kind that the tensors' names and dtypes tell (`detect.Scheme.kinds`). config.json calls schemes by more names, and
-`KINDS` says which kinds each of them has.
+`decoders.DECODERS` has a function for each kind that the tensors' names and dtypes tell (`detect.Scheme.kinds`).
+config.json calls schemes by more names, and `decoders.KINDS` says which kinds each of them has.
 """
 
 from __future__ import annotations
@@ -16,33 +15,9 @@ from deltamerge import errors
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, by_component, recombined
 from deltamerge.io.dtypes import CODES, PLAIN
-from deltamerge.io.quantised import blockwise, columnwise, compressed, fp4, fp8, mlx
 from deltamerge.io.quantised.detect import HINT, Scheme, keys_of, moved, orphans, scheme_of
 from deltamerge.io.quantised.weight import Stored
 from deltamerge.io.tensor import TensorInfo
-
-Decoder = Callable[[Stored], TensorInfo]
-
-DECODERS: Mapping[str, Decoder] = {
-    "fp8": fp8.decoded,
-    "compressed-tensors": compressed.decoded,
-    "mxfp4": fp4.experts,
-    "nvfp4": fp4.nvfp4,
-    "packed-fp4": fp4.compressed,
-    "gptq": columnwise.gptq,
-    "awq": columnwise.awq,
-    "bitsandbytes": blockwise.decoded,
-    "mlx": mlx.decoded,
-    "metal": mlx.decoded,
-}
-# The kinds of weights in a scheme that config.json names; what is not listed has the kind of its own name.
-KINDS: Mapping[str, frozenset[str]] = {
-    "fbgemm_fp8": frozenset({"fp8"}),
-    "FP8": frozenset({"fp8"}),
-    "quark": frozenset({"fp8"}),
-    "modelopt": frozenset({"fp8", "nvfp4"}),
-    "compressed-tensors": frozenset({"compressed-tensors", "fp8", "packed-fp4"}),
-}
 
 
 def decoded(checkpoint: Checkpoint) -> Checkpoint:
@@ -98,8 +73,10 @@ def plain_dtype(checkpoint: Checkpoint, companions: Collection[str] = ()) -> str
     return usual.most_common(1)[0][0] if usual else "BF16"
 
 
-def _decoder(scheme: Scheme, weight: str) -> Decoder:
+def _decoder(scheme: Scheme, weight: str) -> Callable[[Stored], TensorInfo]:
     """The decoder of one weight. InputError: none reads it, or config.json names a scheme of other kinds."""
+    from deltamerge.io.quantised.decoders import DECODERS, KINDS  # not at the start of every command
+
     kind = scheme.kinds[weight]
     if not kind and scheme.name in {*DECODERS, *KINDS}:
         scales = weight.endswith(("_scale", "_scales", "_scale_inv"))

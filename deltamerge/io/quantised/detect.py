@@ -38,7 +38,7 @@ class Scheme:
     detail    its blocks or bits, where config.json states them
     weights   for each quantised weight, by its unquantised name, the tensors that store it, codes first
     kinds     how each of them is stored, as the names and dtypes of its tensors tell, the same in schemes of several
-              names: a key of `decode.DECODERS`, or "" where they tell nothing
+              names: a key of `decoders.DECODERS`, or "" where they tell nothing
     dropped   tensors that belong to no weight but to the quantisation of keys, values and activations
     stored, plain   all those tensors, and the weights that they make, by name, once the checkpoint is decoded
     """
