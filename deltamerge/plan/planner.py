@@ -281,6 +281,8 @@ def _plan(
         for _, delta in deltas
         for read in delta.inputs
     )
+    if stages.totals is not None:
+        cut_bytes += sum(cost(part).read_bytes for _, part in stages.totals.parameter("parts"))
     return Plan(
         recipe=recipe,
         inputs=inputs,
