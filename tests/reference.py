@@ -217,10 +217,10 @@ def by_matrix(deltas, merge, stacked=False):
     return np.stack([merge(list(one)) for one in zip(*batches, strict=True)]).reshape(deltas[0].shape)
 
 
-def _svd(a):
-    """The singular triplets, without directions of singular values that are nothing but rounding."""
+def _svd(a, of=None):
+    """The singular triplets, without directions of singular values that are nothing but rounding (of `of`)."""
     u, s, vt = np.linalg.svd(a, full_matrices=False)
-    kept = s > 2.0**-20 * s.max()
+    kept = s > 2.0**-20 * (s.max() if of is None else np.linalg.norm(of))
     return u * kept, s, vt * kept[:, None]
 
 
@@ -241,7 +241,7 @@ def iso_cts(deltas, common=0.8):
     u, s, vt = (part[..., :k, :] if i == 2 else part[..., :k] for i, part in enumerate(_svd(sum(deltas))))
     parts = [(u, s, vt)]
     for delta in deltas:
-        a, b, c = _svd(delta - u @ (u.T @ delta))
+        a, b, c = _svd(delta - u @ (u.T @ delta), delta)
         parts.append((a[:, :own], b[:own], c[:own]))
     left, values, right = (np.concatenate(x, axis) for x, axis in zip(zip(*parts, strict=True), (1, 0, 0), strict=True))
     return values.mean() * nearest_orthonormal(left) @ nearest_orthonormal(right)

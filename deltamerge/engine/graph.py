@@ -31,8 +31,8 @@ class Node:
                  `source.Source` each, which computes any range of the tensor when it is read
         small    f(*inputs, **parameters) -> a value that fits in memory (a threshold, norms, q)
 
-    A `whole` function has a companion `f_bytes(*, elements, **parameters)` in its module: the memory it takes and what
-    its value takes, in bytes.
+    A `whole` function has a companion `f_needs(**parameters) -> (bytes, operations)` in its module: the memory that it
+    takes, its value's among it, and about how many floating-point operations.
     A reduction f may have a companion `f_needless(*small inputs) -> bool` in its module. If that returns True, the
     reduction's value is None and no pass over the tensor is made for it.
 

@@ -28,15 +28,21 @@ SOURCES = 2_000_000  # tensors of an output, each counted for every model that i
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The cost of a tensor: passes over its tiles at most, bytes read from the inputs in the passes that are usual, and
-    bytes per element of a tile (stored reads and float32 values alive at once, and scratch inside a step). `whole` are
-    the bytes that values of the whole tensor take while they are computed, `kept` those of the values."""
+    """The cost of a tensor.
+
+    passes       over its tiles, at most
+    read_bytes   from the inputs, in the passes that are usual
+    alive        bytes per element of a tile: stored reads and float32 values alive at once, and scratch inside a step
+    whole, kept  bytes that values of the whole tensor take while they are computed, and those of the values
+    operations   on whole matrices, about
+    """
 
     passes: int
     read_bytes: int
     alive: int
     whole: int = 0
     kept: int = 0
+    operations: float = 0.0
 
 
 def cost(root: Node) -> Cost:
@@ -52,17 +58,19 @@ def cost(root: Node) -> Cost:
         len(plan.passes),
         sum(node.parameter("tensor").read_nbytes for nodes in usual for node in nodes),
         stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype],
-        sum(map(_taken, wholes)),
+        sum(_needs(node)[0] for node in wholes),
         sum(4 * math.prod(node.shape) for node in wholes),
+        sum(_needs(node)[1] for node in wholes),
     )
 
 
-def _taken(node: Node) -> int:
-    """The bytes that a `whole` node takes while it is computed, its value's among them."""
-    taken = companion(node.function, "bytes")
-    if taken is None:
-        raise TypeError(f"{node.function} has no companion that tells its bytes")
-    return int(taken(elements=math.prod(node.shape), **dict(node.parameters)))
+def _needs(node: Node) -> tuple[int, float]:
+    """The bytes that a `whole` node takes while it is computed, its value's among them, and its operations."""
+    needs = companion(node.function, "needs")
+    if needs is None:
+        raise TypeError(f"{node.function} has no companion that tells what it needs")
+    found, operations = needs(**dict(node.parameters))
+    return int(found), float(operations)
 
 
 def _is_usual(steps: Sequence[Node]) -> bool:

@@ -80,8 +80,6 @@ def test_the_same_weights_give_the_same_model(merged, method):
 def test_emr_rescales_by_sums_over_the_model_where_fusion_bench_sums_means(merged):
     ours_, theirs = load_file(merged / "emr.safetensors"), load_file(merged / "emr_means.safetensors")
     base = load_tensors(merged / "base")
-    (quotient,) = {
-        round(float(((ours_[n] - base[n]).abs().sum() / (theirs[n] - base[n]).abs().sum())), 6) for n in base
-    }
+    (quotient,) = {round(float((ours_[n] - base[n]).abs().sum() / (theirs[n] - base[n]).abs().sum()), 6) for n in base}
     assert 0.9 < quotient < 1.1
     assert quotient != 1

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.whole import (
     Form,
     Matrices,
-    Projected,
     Tall,
-    bytes_of,
     each,
+    gram,
     inverse,
+    largest,
     multiply,
+    needs,
     polar,
     spectrum,
 )
@@ -21,6 +22,8 @@ from deltamerge.methods.tiles import Whole
 
 if TYPE_CHECKING:
     Tensor = torch.Tensor
+    # vectors of the long side (ℓ, k), values (k), vectors of the short side (r, k)
+    Triplets: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def iso_c(*sources: Whole, form: Form, weights: tuple[float, ...]) -> Tensor:
@@ -30,14 +33,14 @@ def iso_c(*sources: Whole, form: Form, weights: tuple[float, ...]) -> Tensor:
     def merge(matrices: Matrices, out: Tensor) -> None:
         total = matrices.total()
         values, right = spectrum(total)
-        multiply(total, (right * (inverse(values) * values.mean())) @ right.T, out)
+        multiply(total, (right * (inverse(values, values.max()) * values.mean())) @ right.T, out)
 
     return each(sources, form, weights, merge)
 
 
-def iso_c_bytes(*, elements: int, form: Form, weights: tuple[float, ...]) -> int:
-    """The total."""
-    return bytes_of(form, float64=1, square=6)
+def iso_c_needs(*, form: Form, weights: tuple[float, ...]) -> tuple[int, float]:
+    """The total is held."""
+    return needs(form, matrices=1, squares=6, spectra=1, products=1)
 
 
 def iso_cts(*sources: Whole, form: Form, weights: tuple[float, ...], common: float) -> Tensor:
@@ -53,24 +56,19 @@ def iso_cts(*sources: Whole, form: Form, weights: tuple[float, ...], common: flo
     def merge(matrices: Matrices, out: Tensor) -> None:
         count, rank = len(weights), matrices.rank
         own = min(round((rank - int(rank * common)) / count), rank // count)
-        shared = rank - own * count
-        total = matrices.total()
-        parts = [_triplets(total, shared)]
-        del total
+        parts = [_triplets(matrices.total(), rank - own * count)]
         left = parts[0][2 if matrices.is_wide else 0]
         for i in range(count if own else 0):
-            delta = matrices.delta(i)
-            apart = Projected.off(delta, left, short=matrices.is_wide) if shared else delta
-            parts.append(_triplets(apart, own))
+            parts.append(_apart(matrices.delta(i), left, own, short=matrices.is_wide))
         long, values, short = _joined(parts)
-        _isotropic(long, torch.full_like(values, 1.0) * values.mean(), short, out)
+        _orthonormal(long, values.mean().expand_as(values), short, out)
 
     return each(sources, form, weights, merge)
 
 
-def iso_cts_bytes(*, elements: int, form: Form, weights: tuple[float, ...], common: float) -> int:
-    """The total or a delta, the triplets, twice while they are joined."""
-    return bytes_of(form, float64=3.5, square=10)
+def iso_cts_needs(*, form: Form, weights: tuple[float, ...], common: float) -> tuple[int, float]:
+    """The total or a delta is held, and the triplets, twice while they are joined."""
+    return needs(form, matrices=3.5, squares=10, grams=3 + len(weights), products=3 + 2 * len(weights))
 
 
 def tsv_m(*sources: Whole, form: Form, weights: tuple[float, ...]) -> Tensor:
@@ -83,31 +81,50 @@ def tsv_m(*sources: Whole, form: Form, weights: tuple[float, ...]) -> Tensor:
     def merge(matrices: Matrices, out: Tensor) -> None:
         own = max(1, matrices.rank // len(weights))
         parts = [_triplets(matrices.delta(i), own) for i in range(len(weights))]
-        _isotropic(*_joined(parts), out)
+        _orthonormal(*_joined(parts), out)
 
     return each(sources, form, weights, merge)
 
 
-def tsv_m_bytes(*, elements: int, form: Form, weights: tuple[float, ...]) -> int:
-    """A delta, the triplets, twice while they are joined."""
-    return bytes_of(form, float64=2.5, square=10)
+def tsv_m_needs(*, form: Form, weights: tuple[float, ...]) -> tuple[int, float]:
+    """A delta is held, and the triplets, twice while they are joined."""
+    return needs(form, matrices=2.5, squares=10, grams=2 + len(weights), products=2)
 
 
-def _triplets(matrix: Tall | Projected, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The top `count` triplets: vectors of the long side (ℓ, count), values, vectors of the short side (r, count)."""
-    values, right = spectrum(matrix)
-    values, right = values[:count], right[:, :count]
-    scaled = right * inverse(values) if count else right
+def _triplets(matrix: Tall, count: int) -> Triplets:
+    """The top `count` triplets of a matrix."""
+    squares = gram(matrix)
+    values, right = largest(squares, count)
+    scaled = right * inverse(values, squares.diagonal().sum().sqrt())
     return torch.cat([block @ scaled for _, block in matrix.blocks()]), values, right
 
 
-def _joined(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+def _apart(matrix: Tall, directions: Tensor, count: int, *, short: bool) -> Triplets:
+    """The top `count` triplets of a matrix less its projection onto orthonormal directions of its short side, (r, k),
+    or of its long one, (ℓ, k)."""
+    squares = gram(matrix)
+    size = squares.diagonal().sum().sqrt()
+    if short:
+        off = torch.eye(len(squares), dtype=squares.dtype, device=squares.device) - directions @ directions.T
+        values, right = largest(off @ squares @ off, count)
+        scaled = right * inverse(values, size)
+        return torch.cat([block @ (off @ scaled) for _, block in matrix.blocks()]), values, right
+    along = torch.zeros(directions.shape[1], len(squares), dtype=squares.dtype, device=squares.device)
+    for part, block in matrix.blocks():
+        along.addmm_(directions[part].T, block)
+    values, right = largest(squares - along.T @ along, count)
+    scaled = right * inverse(values, size)
+    long = torch.cat([block @ scaled for _, block in matrix.blocks()])
+    return long.addmm_(directions, along @ scaled, alpha=-1), values, right
+
+
+def _joined(parts: list[Triplets]) -> Triplets:
     """Triplets side by side."""
     long, values, short = (torch.cat(list(several), -1) for several in zip(*parts, strict=True))
     return long, values, short
 
 
-def _isotropic(long: Tensor, values: Tensor, short: Tensor, out: Tensor) -> None:
+def _orthonormal(long: Tensor, values: Tensor, short: Tensor, out: Tensor) -> None:
     """out = L⊥ diag(values) R⊥ᵀ of vectors of the long and of the short side."""
     matrix = Tall(long)
     multiply(matrix, polar(matrix) @ (values[:, None] * (short @ polar(Tall(short))).T), out)

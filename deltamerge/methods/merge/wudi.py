@@ -48,13 +48,16 @@ def wudi(
     return each(sources, form, weights, merge)
 
 
-def wudi_bytes(
-    *, elements: int, form: Form, weights: tuple[float, ...], steps: int, rho: float, transposed: bool = False
-) -> int:
-    """Grams of the inputs, and matrices: the delta, its product, the sum, its product; with steps Adam's too."""
+def wudi_needs(
+    *, form: Form, weights: tuple[float, ...], steps: int, rho: float, transposed: bool = False
+) -> tuple[int, float]:
+    """(bytes, operations): Grams of the inputs, and matrices: a delta in float32 and float64, its product, their sum,
+    the solution; with steps those of Adam."""
     count, rows, columns = form
     inputs = rows if transposed else columns
-    return math.ceil(4 * count * rows * columns + 8 * (3 * inputs**2 + (8 if steps else 5) * rows * columns))
+    product = 2.0 * rows * columns * inputs
+    held = 4 * count * rows * columns + 8 * (3 * inputs**2 + (8 if steps else 5) * rows * columns)
+    return math.ceil(held), count * (3.0 * len(weights) * product + inputs**3 / 3 + max(1, steps) * product)
 
 
 def _pulled(delta: Tensor) -> Tensor:
