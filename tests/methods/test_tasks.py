@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,10 @@ import pytest
 import reference
 import torch
 from conftest import load_tensors, make_checkpoint
-from running import run
+from running import make_plan, run
+
+from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.run.apply import apply
 
 SHAPES = {
     "embed_tokens.weight": (31, 24),
@@ -138,3 +142,90 @@ def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch
     assert (merge(models, tmp_path, recipe, name="w", workers=3) / "model.safetensors").read_bytes() == first
     monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 9)
     assert (merge(models, tmp_path, recipe, name="t", workers=2) / "model.safetensors").read_bytes() == first
+
+
+def added(merged: Path, base: Path, name: str) -> np.ndarray:
+    return load64(merged)[name] - load64(base)[name]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Writes base, a and b of one weight: what is added to zeros."""
+
+    def write(*deltas: torch.Tensor, name: str = "layers.0.q.weight", config=None) -> Path:
+        for model, delta in zip(("base", "a", "b"), (0 * deltas[0], *deltas), strict=True):
+            make_checkpoint(tmp_path / model, {name: delta}, config=config)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m"])
+def test_directions_that_are_only_rounding_are_left_out(pair, tmp_path, method):
+    """Of adapters of rank 2 comes a delta of rank 4, not one with the noise of float32 raised to the mean."""
+    generator = torch.Generator().manual_seed(0)
+    low = [torch.randn(n, 2, generator=generator) @ torch.randn(2, 40, generator=generator) for n in (90, 90)]
+    folder = pair(*low)
+    got = added(merge(folder, tmp_path, text(method, names="ab")), folder / "base", "layers.0.q.weight")
+    values = np.linalg.svd(got, compute_uv=False)
+    assert values[3] > 0.01 * values[0]
+    assert values[4] < 1e-5 * values[0]
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "wudi"])
+def test_nothing_changed_and_what_is_not_finite(pair, tmp_path, method):
+    folder = pair(torch.zeros(24, 40), torch.zeros(24, 40))
+    assert not added(merge(folder, tmp_path, text(method, names="ab")), folder / "base", "layers.0.q.weight").any()
+    broken = torch.ones(24, 40)
+    broken[3, 5] = torch.nan
+    with pytest.raises(DeltamergeError, match="not finite"):
+        merge(pair(broken, torch.ones(24, 40)), tmp_path, text(method, names="ab"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "config"),
+    [
+        ("h.0.attn.c_attn.weight", (24, 72), {"model_type": "gpt2"}),
+        ("layers.0.experts.gate_up_proj", (2, 24, 36), {"model_type": "test", "hidden_size": 24}),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 5])
+def test_inputs_of_a_weight_that_is_stored_turned_are_its_rows(pair, tmp_path, name, shape, config, steps):
+    deltas = [0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    folder = pair(*deltas, name=name, config=config)
+    recipe = text("wudi", f"rho: 0.05, steps: {steps}", "ab")
+    got = added(merge(folder, tmp_path, recipe), folder / "base", name)
+    formula = (lambda ds: reference.wudi_steps(ds, steps)) if steps else (lambda ds: reference.wudi(ds, 0.05))
+    turned = [d.double().numpy().swapaxes(-1, -2) for d in deltas]
+    wanted = reference.by_matrix(turned, formula, stacked=len(shape) == 3).swapaxes(-1, -2)
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "wudi"])
+def test_whole_matrices_count_in_memory(tmp_path, method):
+    for model in ("base", "a", "b"):
+        make_checkpoint(
+            tmp_path / model, {f"layers.{i}.up.weight": torch.full((1000, 3000), ord(model[0]) + 0.0) for i in (0, 1)}
+        )
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text(method, names="ab"))
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(text("task_arithmetic", "weight: 1", "ab"))
+    one, two = (make_plan(recipe, workers=n).peak_bytes for n in (1, 2))
+    assert one - make_plan(plain, workers=1).peak_bytes > 8 * 1000 * 3000
+    assert two - one > 8 * 1000 * 3000
+    assert json.loads(json.dumps(make_plan(recipe).describe()))["operations"] > 1e10
+    with pytest.raises(InputError, match="is too little for 2 workers"):
+        make_plan(recipe, workers=2, memory=one)
+    make_plan(recipe, workers=1, memory=one)
+
+
+@pytest.mark.parametrize("method", ["emr", "tall_masks"])
+def test_a_task_s_artifact_makes_its_model(models, tmp_path, method):
+    recipe = text(method, "task: 2")
+    wanted = load_tensors(merge(models, tmp_path, recipe, name="model"))
+    artifact = merge(models, tmp_path, recipe + "output: {kind: delta, values: float32}\n", name="delta")
+    apply(str(artifact), str(models / "base"), tmp_path / "applied", workers=1)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in load_tensors(tmp_path / "applied").items())
+    with pytest.raises(DeltamergeError, match="task 4: the recipe merges 3 models"):
+        merge(models, tmp_path, text(method, "task: 4"))
