@@ -169,6 +169,11 @@ class Lane:
         self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())
         return buffer.view(torch_dtype(node.dtype)).to(self.device, non_blocking=True)
 
+    def wait(self) -> None:
+        """Until what was started is done, so that other lanes may use it."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
     def emit(self, value: Any) -> np.ndarray[Any, Any]:
         """A finished tile as bytes on the host, valid until the next tile."""
         flat = value.contiguous().view(torch.uint8)
