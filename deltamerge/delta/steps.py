@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from deltamerge.delta.bit_lists import LARGEST_RICE, LARGEST_WIDE, BitReader, BitWriter, best_rice, best_wide
-from deltamerge.delta.positions import Array
+from deltamerge.delta.positions import Array, Sliced
 from deltamerge.errors import InputError
 from deltamerge.io import kernels
 
@@ -358,3 +358,24 @@ def _place(
 def tiles_of(size: int) -> Iterator[tuple[int, int]]:
     """Where the tiles of a tensor of `size` elements begin and end."""
     return ((start, min(start + STEP_TILE, size)) for start in range(0, size, STEP_TILE))
+
+
+def table_bytes(size: int) -> int:
+    """Bytes of the lengths (uint32, of each tile) that stand before the tiles of a tensor of `size` elements."""
+    return -(-size // STEP_TILE) * 4
+
+
+def most_step_bytes(size: int) -> int:
+    """The bytes that steps of a tensor can take at most: more than its values they never do."""
+    return 2 * size
+
+
+def starts_of(stored: Sliced, size: int) -> Array:
+    """Where each tile's bytes begin, and the last ends. InputError: they do not fill `stored`."""
+    begin = table_bytes(size)
+    lengths = stored[: min(begin, stored.size)].view(np.uint8)
+    if lengths.size == begin:
+        starts: Array = np.concatenate([[0], np.cumsum(lengths.view("<u4"), dtype=np.int64)]) + begin
+        if starts[-1] == stored.size:
+            return starts
+    raise InputError(f"steps of {stored.size} bytes do not have {begin // 4} tiles")
