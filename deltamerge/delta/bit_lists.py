@@ -1,4 +1,4 @@
-"""Lists of small numbers as bits, one list after another: by the compiled kernels, else by numpy; the bits are the same.
+"""Lists of small numbers as bits, one list after another: by the compiled kernels, else by numpy, the same bits.
 
 A byte is filled from its lowest bit. A list of n numbers is n times q zeros and a one, and then n fields, each from its
 lowest bit:
@@ -30,7 +30,9 @@ def best_rice(values: Array) -> tuple[int, int]:
     total = int(values.sum(dtype=np.int64))
     middle = (total // values.size).bit_length() - 1
     ks = range(max(0, min(middle - 1, LARGEST_RICE - 2)), max(0, min(middle + 2, LARGEST_RICE)) + 1)
-    sums = ((total if k == 0 else int((values >> np.uint32(k)).sum(dtype=np.int64))) + (k + 1) * values.size for k in ks)
+    sums = (
+        (total if k == 0 else int((values >> np.uint32(k)).sum(dtype=np.int64))) + (k + 1) * values.size for k in ks
+    )
     nbits, k = min(zip(sums, ks, strict=True))
     return k, nbits
 
@@ -130,9 +132,11 @@ class BitReader:
             raise InputError(DAMAGED)
         start, self._at = self._at, self._at + count
         if self._native is None:
-            return self._bits[start : self._at]
+            bits: Array = self._bits[start : self._at]
+            return bits
         part = np.unpackbits(self._stored[start >> 3 : -(-self._at // 8)], bitorder="little").view(bool)
-        return part[start & 7 :][:count]
+        bits = part[start & 7 :][:count]
+        return bits
 
     def end(self) -> None:
         """InputError: something is left but zeros to the end of a byte."""

@@ -134,7 +134,9 @@ class Entry:
         if (read is None) != (record.base is None):
             raise InputError(f"the base {'lacks it' if read is None else 'must not have it'}")
         base_hash, result_hash = blake3(), blake3()
-        for base, out in self._results(read, tile) if read is None or not self.has_steps else self._stepped(read, check):
+        for base, out in (
+            self._results(read, tile) if read is None or not self.has_steps else self._stepped(read, check)
+        ):
             if check:
                 base_hash.update(flat(base))
                 result_hash.update(flat(out))
@@ -192,7 +194,7 @@ class Entry:
         return digest(hasher)
 
     def _steps(self, read: Read) -> Iterator[tuple[Array, Array, Array, Array]]:
-        """Of each tile of steps the base's bits as they are and converted, positions in it, and bits of final values."""
+        """Of each tile of steps the base's bits, stored and converted, positions in it, and bits of final values."""
         assert self.index is not None
         with damage_told():
             starts, count = starts_of(self.index, self.size), 0

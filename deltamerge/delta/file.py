@@ -122,11 +122,11 @@ class DeltaFile:
         """Turn a state dict of the base (torch tensors on any device) into the result's, in place where possible.
 
         A tensor is found by its name in the base, else by its name in the result. New tensors, and those whose dtype or
-        shape changes, are created; removed ones are deleted. Hashes are checked with `check`, all of them before anything is
-        changed, which takes about as long again. On the CPU large tensors use as many threads as torch has. Steps can only be taken from the base's own values: these tensors are checked first,
-        and left as they are where they have their result already. InputError: a tensor is missing or differs from the
-        base's in dtype or shape, or with steps in values (then nothing has been changed); stored arrays are damaged; or
-        the file has become shorter.
+        shape changes, are created; removed ones are deleted. On the CPU large tensors use as many threads as torch has.
+        Steps can only be taken from the base's own values: the hashes of such tensors, with `check` of all tensors and
+        of what becomes of them, too, are checked before anything is changed. A tensor that has its result already stays
+        as it is. InputError: a tensor is missing or differs from the base's in dtype or shape, or a hash differs (then
+        nothing has been changed); stored arrays are damaged; or the file has become shorter.
         """
         entries = list(self.entries.values())
         keys = [name if (name := e.record.base_name) is not None and name in state else e.name for e in entries]
@@ -160,8 +160,8 @@ class DeltaFile:
         state.update(targets)
 
     def _is_done(self, entry: Entry, target: Any, check: bool) -> bool:
-        """Whether a tensor with steps, or with `check` any, has its result already. InputError: it has not, nor the base's
-        values, or with `check` what is stored does not make the one of the other."""
+        """Whether a tensor with steps, or any with `check`, is the result already. InputError: nor is it the base's, or
+        with `check` what is stored does not make the one of the other."""
         record = entry.record
         if not (check or entry.has_steps):
             return False
@@ -190,8 +190,9 @@ def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = N
                 f"{path}: {name}: holds values to add, not final values",
                 hint="apply it to its base, or name it as a model of a recipe",
             )
-        if entry.has_steps and base is None:
-            raise InputError(f"{path}: {name}: {STEPS}", hint=STEPS_HINT)
+    stepped = next((name for name, entry in delta.entries.items() if entry.has_steps), None)
+    if stepped is not None and base is None:
+        raise InputError(f"{path}: {stepped}: {STEPS}", hint=STEPS_HINT)
     return delta.patches(base)
 
 

@@ -48,7 +48,9 @@ def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
 def is_compiled(entry: Entry) -> bool:
     """Whether one compiled pass does it."""
     record = entry.record
-    is_simple = not entry.has_steps and record.k <= LARGEST_K and (record.values is None or record.dtype in ("F32", "BF16"))
+    is_simple = (
+        not entry.has_steps and record.k <= LARGEST_K and (record.values is None or record.dtype in ("F32", "BF16"))
+    )
     return is_simple and kernels.available()
 
 

@@ -199,9 +199,7 @@ class _Layer:
             begin = number * STEP_TILE
             end = min(begin + STEP_TILE, entry.size)
             own = partial(self._base, read, begin, end)
-            positions, values = self.held.tile(
-                entry, number, lambda own=own, size=end - begin: entry.converted(own(), size)
-            )
+            positions, values = self.held.tile(entry, number, partial(_converted, entry, own, end - begin))
             low, high = np.searchsorted(positions, [start - begin, stop - begin])
             yield positions[low:high] + (begin - start), values[low:high]
 
@@ -220,6 +218,10 @@ class _Layer:
             pieces = self.held.get(entry).between(start, stop)
         for positions, first in pieces:
             yield positions - start, entry.values_at(positions, first, scales)
+
+
+def _converted(entry: Entry, own: Callable[[], Array], size: int) -> Array:
+    return entry.converted(own(), size)
 
 
 @dataclass(frozen=True, slots=True)

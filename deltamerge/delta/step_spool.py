@@ -1,4 +1,4 @@
-"""Codes one tensor's steps tile by tile as its pieces arrive, and keeps them until it is known whether they are wanted."""
+"""Codes one tensor's steps tile by tile as its pieces arrive, and keeps them until the last is there."""
 
 from __future__ import annotations
 

@@ -245,7 +245,7 @@ def _choose_groups(counts: Array, exponents: Array, large: Array) -> list[int]:
         out: list[tuple[int, int, int, int, float]] = []
         for group in groups:
             if out:
-                last, n, k, b, cost = out[-1]
+                _, n, k, b, cost = out[-1]
                 joined = n + group[1], k + group[2], b + group[3]
                 together = _cost(*joined)
                 if together <= cost + group[4]:

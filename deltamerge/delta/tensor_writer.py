@@ -19,7 +19,7 @@ from blake3 import blake3
 from deltamerge import errors
 from deltamerge.delta.entry import Entry, Read, as_bits, digest, extend
 from deltamerge.delta.manifest import Encoding, Record, stored_arrays
-from deltamerge.delta.positions import Array, ChosenCoding, Coding, Positions, choose, encode
+from deltamerge.delta.positions import Array, ChosenCoding, Positions, choose, encode
 from deltamerge.delta.spool import Spool
 from deltamerge.delta.step_spool import StepSpool
 from deltamerge.delta.steps import MANTISSA

@@ -1,4 +1,4 @@
-"""A reader of the encoding `steps`, written from docs/delta-format.md alone: numpy, bit by bit, nothing of deltamerge."""
+"""A reader of the encoding `steps`, written from docs/delta-format.md alone: numpy, bit by bit, without deltamerge."""
 
 from __future__ import annotations
 

@@ -1,11 +1,10 @@
-"""The encoding `steps`: exact for every pattern, the same by kernels and numpy and by the documented reader, small; what
-is damaged, truncated or of another base is refused."""
+"""The encoding `steps`: exact for every pattern, the same by kernels, numpy and the documented reader; small; what is
+damaged, truncated or of another base is refused."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +197,8 @@ def test_vectors(backend: str, tmp_path: Path) -> None:
 
 
 def test_a_step_of_training_takes_few_bits(tmp_path: Path) -> None:
-    """As AdamW makes them: about lr each, however large the weight. At most 1.04 of the entropy of what changes given the
-    base's exponent, and of the sign; and half of what the other encodings take."""
+    """As AdamW makes them: about lr each, however large the weight. At most 1.04 of the entropy of what changes, given
+    the base's exponent, and of the sign; and half of what the other encodings take."""
     rng = np.random.default_rng(0)
     master = (rng.standard_normal(1 << 20) * 0.05).astype(np.float32)
     base, new = (
@@ -234,7 +233,9 @@ def test_damage_is_refused_or_harmless(backend: str, dtype: str) -> None:
     where = np.arange(0, 700, 9)
     stored = coded(base, stepped(base, where, where % 5 - 2 | 1), dtype)
     bent = [stored[:n] for n in range(1, stored.size)] + [np.append(stored, np.uint8(0))]
-    bent += [stored ^ (np.arange(stored.size) == i) * np.uint8(1 << bit) for i in range(stored.size) for bit in range(8)]
+    bent += [
+        stored ^ (np.arange(stored.size) == i) * np.uint8(1 << bit) for i in range(stored.size) for bit in range(8)
+    ]
     refused = 0
     for damaged in bent:
         try:
@@ -245,17 +246,17 @@ def test_damage_is_refused_or_harmless(backend: str, dtype: str) -> None:
             assert positions.size == values.size
             assert ((positions >= 0) & (positions < 700)).all()
     assert refused > stored.size
-    with pytest.raises(InputError, match="another base|not there"):
+    with pytest.raises(InputError, match=r"another base|not there"):
         decode_tile(stored, base[:600], dtype)
 
 
 @pytest.fixture
-def artifact(tmp_path: Path) -> Iterator[tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+def artifact(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Two tensors with steps, their base and result."""
     tensors = {name: entry for name, entry in vectors().items() if name in ("weights", "most")}
     write(tmp_path / "d", tensors)
     base, new = ({n: to_torch(e[i].copy(), "BF16").reshape(e[1]) for n, e in tensors.items()} for i in (2, 3))
-    yield tmp_path / "d", base, new
+    return tmp_path / "d", base, new
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
