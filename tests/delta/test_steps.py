@@ -127,6 +127,13 @@ def test_every_pattern_takes_every_kind_of_step(backend: str, dtype: str, step: 
         assert np.array_equal(decoded(coded(base, new, dtype), base, dtype), new)
 
 
+def test_as_many_groups_as_exponents(backend: str) -> None:
+    """Every second exponent changes: more groups than a header has room for."""
+    base = (np.arange(1 << 14) % 256 << 7).astype(np.uint16)
+    new = np.where(base >> 7 & 1, base ^ 1, base).astype(np.uint16)
+    assert np.array_equal(decoded(coded(base, new, "BF16"), base, "BF16"), new)
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(DTYPES),
