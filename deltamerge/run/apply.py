@@ -15,6 +15,7 @@ from deltamerge import __version__, errors
 from deltamerge.delta.entry import TILE
 from deltamerge.delta.file import DeltaFile, ResultTensor
 from deltamerge.delta.over_base import check, elements
+from deltamerge.delta.steps import STEP_TILE
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.errors.shown import human
 from deltamerge.io import hub, progress
@@ -70,8 +71,8 @@ def apply(
         raise InputError(f"{delta}: is not a delta artifact", hint="deltamerge apply DELTA --base BASE --out DIR")
     if origin.is_delta:
         raise InputError(f"{base}: is a delta too", hint=f"apply it first: deltamerge apply {base}")
-    tile = _tile(workers, memory)
     opened = DeltaFile.open(artifact.path)
+    tile = _tile(workers, memory, STEP_TILE if any(entry.has_steps for entry in opened.entries.values()) else 1024)
     artifact = replace(artifact, files=opened.files)
     with errors.context(delta):
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
@@ -132,12 +133,12 @@ def _base(reference: str, folder: Path, *, pickles: bool = False) -> Checkpoint:
         return decoded(origin)
 
 
-def _tile(workers: int, memory: int | None) -> int:
+def _tile(workers: int, memory: int | None, least_tile: int) -> int:
     if memory is None:
         return TILE
     tile = (memory - BASELINE_BYTES) // (workers * ELEMENT_BYTES)
-    if tile < 1024:
-        least = BASELINE_BYTES + workers * ELEMENT_BYTES * 1024
+    if tile < least_tile:
+        least = BASELINE_BYTES + workers * ELEMENT_BYTES * least_tile
         raise InputError(
             f"--memory {human(memory)} is too little for {workers} workers",
             hint=f"give at least {-(-least // 10**6)}MB, or fewer --workers",
