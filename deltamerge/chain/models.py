@@ -4,6 +4,7 @@ chain/000120          the version, a delta until it is put over a base
 chain                 its newest version
 base+chain/000120     what it makes of `base`, a local model or the hub's; `org/name@revision+chain/000120`
 base+delta            what any delta artifact makes of its base
+    base+dir/weight_v000003   what a version that slime wrote makes of its base
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deltamerge import errors
+from deltamerge.chain import slime
 from deltamerge.chain.fold import folded
 from deltamerge.chain.folder import Opened, line, resolve
 from deltamerge.chain.layers import Layers
@@ -43,7 +45,12 @@ class Models:
             return open_checkpoint(path, reference=reference)
         for name, place in () if whole.exists() else _splits(reference):
             with errors.context(reference):
-                path = resolve(Path(folder, os.path.expanduser(place)))
+                there = Path(folder, os.path.expanduser(place))
+                path, theirs = resolve(there), slime.resolve(there)
+            if theirs is not None:
+                base = decoded(self.open(name, folder, weights=weights, pickles=pickles))
+                with errors.context(reference):
+                    return slime.over(theirs, base, reference)
             if path is not None:
                 base = self.open(name, folder, weights=weights, pickles=pickles)
                 with errors.context(reference):
