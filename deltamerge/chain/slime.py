@@ -8,8 +8,8 @@ plain: it stands for itself. Or `metadata` of model.safetensors.index.json has
     delta_encoding           "xor": new ^ old, byte by byte; or "overwrite": a count (uint32), so many byte positions
                              (uint32), and so many bytes to put there, little-endian
     compression_format       "zstd", of each tensor by itself
-    checksum_format          "xxh3-128", "blake3" or "adler32": hex, of the new tensor's bytes, by name in `__metadata__`
-                             of the file that has the tensor
+    checksum_format          "xxh3-128", "blake3" or "adler32": hex, of the new tensor's bytes, by name in
+                             `__metadata__` of the file that has the tensor
 
 Tensors that are not in the files are as before. No dtype or shape is stored: they are the base's. A version is there
 once every file of its index is. To read it Python needs zstd: its own from 3.14 on, else the package zstandard.
@@ -169,7 +169,11 @@ def _open(path: Path) -> SlimeVersion:
                     if info.dtype != "U8" or len(info.shape) != 1 or name not in header.metadata:
                         raise InputError("is no compressed diff with a checksum")
                 diffs[name] = Diff(
-                    path.name, info, str(values["delta_encoding"]), str(values["checksum_format"]), header.metadata[name]
+                    path.name,
+                    info,
+                    str(values["delta_encoding"]),
+                    str(values["checksum_format"]),
+                    header.metadata[name],
                 )
         if lost := weight_map.keys() ^ diffs.keys():
             raise InputError(f"{INDEX} and the files do not have the same tensors: {min(lost)}")

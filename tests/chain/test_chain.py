@@ -129,7 +129,7 @@ def test_every_door_leads_to_the_same_bytes(made: Path, tmp_path: Path, monkeypa
     checked = succeed("verify", "chain", "--base", "base", "--json")
     assert [one["state"] for one in checked["versions"]] == [one["state"] for one in listed["versions"]]
     code, out, _ = call("list", "chain")
-    assert code == 0 and len(out.splitlines()) == 5
+    assert (code, len(out.splitlines())) == (0, 5)
     found = succeed("diff", "base+chain/000002", "tuned-2", "--json")
     assert (found["changed"], found["tensors"]) == (0, [])
 
@@ -228,7 +228,7 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda c: (c / NAMES[2] / "delta.safetensors").write_bytes(b"12345678"), "bytes, not"),
     "no version.json": (lambda c: (c / NAMES[2] / VERSION).unlink(), "ends"),
     "version.json torn": (lambda c: (c / NAMES[2] / VERSION).write_text('{"format":'), "not valid JSON"),
-    "later format": (lambda c: other(c / NAMES[2] / VERSION, lambda said: said.update(version=2)), "upgrade deltamerge"),
+    "later format": (lambda c: other(c / NAMES[2] / VERSION, lambda said: said.update(version=2)), "upgrade"),
     "other file of version.json": (
         lambda c: other(c / NAMES[2] / VERSION, lambda said: said["files"].pop("delta.safetensors")), "does not list"),
     "after itself": (
@@ -275,9 +275,11 @@ def test_apply_in_memory_is_all_or_nothing(made: Path, chain: Path, monkeypatch:
     from deltamerge.chain import live
 
     for fails in range(3):  # a write that fails undoes those before it
-        state, writes = copied(), []
+        state, writes = copied(), list[Any]()
 
-        def put(tensor: Any, where: Any, values: Any, real: Any = live.put, at: int = fails) -> None:
+        def put(
+            tensor: Any, where: Any, values: Any, real: Any = live.put, at: int = fails, writes: Any = writes
+        ) -> None:
             writes.append(where)
             if len(writes) == at + 1:
                 tensor.view(-1)[:1] = 7
@@ -409,5 +411,5 @@ def test_follow_yields_versions_as_they_come(made: Path, tmp_path: Path) -> None
         next(dm.follow(chain, after="000009", timeout=0))
     shutil.copytree(chain / NAMES[3], chain / "000005")
     other(chain / "000005" / VERSION, lambda said: said.update(name="000005"))
-    with pytest.raises(InputError, match="000004 and 000005 all come after 000003|000004, 000005"):
+    with pytest.raises(InputError, match=r"000004.*000005.* all come after 000003"):
         list(dm.follow(chain, timeout=0))

@@ -118,7 +118,7 @@ def recode(content: bytes) -> None:
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda: index(lambda said: said.update(delta_encoding="sub")), "delta_encoding is 'sub', known: xor, overwrite"),
+        (lambda: index(lambda said: said.update(delta_encoding="sub")), "'sub', known: xor, overwrite"),
         (lambda: index(lambda said: said.update(compression_format="lz4")), "known: zstd"),
         (lambda: index(lambda said: said.update(checksum_format="md5")), "known: xxh3-128"),
         (lambda: index(lambda said: said.pop("base_version")), "metadata.base_version is missing"),

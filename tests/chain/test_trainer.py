@@ -60,7 +60,8 @@ def test_masters_are_written_as_the_base_and_runs_go_on(tmp_path: Path, dtype: t
     with dm.DeltaWriter(chain, model) as writer:  # the chain knows its base
         assert writer.last == "000030"
         done = writer.write(step=11).result()
-        assert done.path.name == "000031" and 0 < done.changed <= done.elements
+        assert done.path.name == "000031"
+        assert 0 < done.changed <= done.elements
         states.append(saved(model, dtype))
         assert writer.write().result().changed == 0  # nothing changed, and yet a version
         states.append(states[-1])
