@@ -17,7 +17,7 @@ LABEL = 11  # characters before the text of a line
 # Seconds of a run beside what bytes take, and the share of a copy's speed in memory at which results are written and
 # inputs read: from whole processes of benchmarks/merge_speed.py on two machines. torch computes more slowly.
 STARTING, WRITING, READING, TORCH = 0.35, 0.35, 1.2, 0.15
-OPERATIONS = 2e10  # on whole matrices in float64, a second of one thread
+OPERATIONS = 4e10  # on whole matrices in float64, a second of one thread
 
 
 def render_plan(
