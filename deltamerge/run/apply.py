@@ -72,7 +72,8 @@ def apply(
     if origin.is_delta:
         raise InputError(f"{base}: is a delta too", hint=f"apply it first: deltamerge apply {base}")
     opened = DeltaFile.open(artifact.path)
-    tile = _tile(workers, memory, STEP_TILE if any(entry.has_steps for entry in opened.entries.values()) else 1024)
+    stepped = max((entry.size for entry in opened.entries.values() if entry.has_steps), default=0)
+    tile = _tile(workers, memory, max(1024, min(stepped, STEP_TILE)))
     artifact = replace(artifact, files=opened.files)
     with errors.context(delta):
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
