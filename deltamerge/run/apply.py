@@ -19,6 +19,7 @@ from deltamerge.chain.models import open_model
 from deltamerge.delta.entry import TILE
 from deltamerge.delta.file import DeltaFile, ResultTensor
 from deltamerge.delta.over_base import check, elements
+from deltamerge.delta.steps import STEP_TILE
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.errors.shown import human
 from deltamerge.io import progress
@@ -75,12 +76,13 @@ def apply(
         raise InputError(f"{delta}: is not a delta artifact", hint="deltamerge apply DELTA --base BASE --out DIR")
     if origin.is_delta and origin.base is None:
         raise InputError(f"{base}: is a delta too", hint=f"name it with its base: BASE+{base}")
-    tile = _tile(workers, memory)
     with errors.context(delta):
         versions = line(artifact.path)
         opened = folded(versions)
         if len(versions) > 1:
             check_complete(versions[0], origin)
+        least = STEP_TILE if len(versions) > 1 or any(entry.has_steps for entry in opened.entries.values()) else 1024
+        tile = _tile(workers, memory, least)
         artifact = replace(artifact, files=opened.files)
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
     components = opened.manifest.as_components()
@@ -143,12 +145,12 @@ def _base(reference: str, folder: Path, *, pickles: bool = False) -> Checkpoint:
         return decoded(origin)
 
 
-def _tile(workers: int, memory: int | None) -> int:
+def _tile(workers: int, memory: int | None, least_tile: int) -> int:
     if memory is None:
         return TILE
     tile = (memory - BASELINE_BYTES) // (workers * ELEMENT_BYTES)
-    if tile < 1024:
-        least = BASELINE_BYTES + workers * ELEMENT_BYTES * 1024
+    if tile < least_tile:
+        least = BASELINE_BYTES + workers * ELEMENT_BYTES * least_tile
         raise InputError(
             f"--memory {human(memory)} is too little for {workers} workers",
             hint=f"give at least {-(-least // 10**6)}MB, or fewer --workers",
