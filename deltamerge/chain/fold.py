@@ -11,10 +11,10 @@ from blake3 import blake3
 
 from deltamerge import errors
 from deltamerge.chain.version import Version
-from deltamerge.delta.entry import DAMAGED, OTHER_BASE, TILE, Entry, Read, as_bits, digest
+from deltamerge.delta.entry import DAMAGED, OTHER_BASE, TILE, Entry, Read, as_bits, damage_told, digest
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.positions import Array
-from deltamerge.delta.steps import STEP_TILE
+from deltamerge.delta.steps import STEP_TILE, starts_of
 from deltamerge.errors import InputError
 from deltamerge.io.files import flat
 
@@ -69,14 +69,20 @@ class FoldedEntry(Entry):
 
 @dataclass(slots=True)
 class _Level:
-    """One version's changes of a tensor, made range by range of what the version below has made of it."""
+    """One version's changes of a tensor, made range by range of what the version below has made of it.
+
+    Between two ranges it holds a piece of the positions, or of steps nothing but where their tiles begin.
+    """
 
     version: str
     entry: Entry
     hashes: bool = False
     base: str = ""
     _below: tuple[int, Array] = (0, _NOTHING)
+    _read: Read | None = None
     _made: Iterator[Array] = iter(())
+    _starts: Array | None = None
+    _count: int = 0
     _of_base: Any = None
     _of_result: Any = None
 
@@ -87,8 +93,7 @@ class _Level:
         def of_base(start: int, stop: int) -> Array:
             assert read is not None
             bits = as_bits(read(start, stop), self.entry.base_dtype)
-            if self.hashes or self.entry.record.base is not None:
-                self._of_base.update(flat(bits))
+            self._of_base.update(flat(bits))
             return bits
 
         def of_below(start: int, stop: int) -> Array:
@@ -96,26 +101,42 @@ class _Level:
             return bits[start - first : stop - first]
 
         has_base = self.entry.record.base is not None
-        source = (of_base if read is not None else of_below) if has_base else None
-        self._made = self.entry.tiles(source, check=False, tile=span)
+        self._read = (of_base if read is not None else of_below) if has_base else None
+        if self.entry.has_steps and self.entry.index is not None:
+            with errors.context(self.version), damage_told():
+                self._starts = starts_of(self.entry.index, self.entry.size)
+        else:
+            self._made = self.entry.tiles(self._read, check=False, tile=span)
 
     def next(self, start: int, stop: int, below: Array | None) -> Array:
         """Elements [start, stop), the next ones."""
         if below is not None:
             self._below = (start, below)
         with errors.context(self.version):
-            parts: list[Array] = []
-            while sum(part.size for part in parts) < stop - start:
-                parts.append(next(self._made))
-        made = parts[0] if len(parts) == 1 else np.concatenate(parts)
+            made = next(self._made) if self._starts is None else self._stepped(start, stop, self._starts)
         if self.hashes:
             self._of_result.update(flat(made))
+        return made
+
+    def _stepped(self, start: int, stop: int, starts: Array) -> Array:
+        entry, read = self.entry, self._read
+        assert read is not None
+        own = read(min(start, entry.base_size), min(stop, entry.base_size))
+        base = entry.converted(own, stop - start)
+        made = base.copy()
+        for begin in range(start, stop, STEP_TILE):
+            part = slice(begin - start, min(begin + STEP_TILE, stop) - start)
+            positions, values = entry.step_tile(begin // STEP_TILE, base[part], starts)
+            made[part][positions] = values
+            self._count += positions.size
         return made
 
     def finish(self) -> None:
         """InputError: there is more of it, or it is not what the version was made for."""
         with errors.context(self.version):
             next(self._made, None)
+            if self._starts is not None and self._count != self.entry.record.count:
+                raise InputError(f"steps list {self._count} entries, not {self.entry.record.count}", hint=DAMAGED)
         self.base = digest(self._of_base)
         if self.hashes and digest(self._of_result) != self.entry.record.result:
             raise InputError(f"{self.version}: the result is not the tensor this delta was made for", hint=DAMAGED)

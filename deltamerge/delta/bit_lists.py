@@ -121,7 +121,7 @@ class BitReader:
         first = starts >> 3
         words = sum(self._stored[first + i].astype(np.int64) << 8 * i for i in range(4))
         fields = words >> (starts & 7) & (1 << widths) - 1
-        values = (1 << widths) + fields - (1 << k) if wide else (zeros << k) + fields
+        values: Array = (1 << widths) + fields - (1 << k) if wide else (zeros << k) + fields
         if values.max(initial=0) > LARGEST_VALUE:
             raise InputError(DAMAGED)
         return values.astype(np.uint32)
@@ -135,8 +135,7 @@ class BitReader:
             bits: Array = self._bits[start : self._at]
             return bits
         part = np.unpackbits(self._stored[start >> 3 : -(-self._at // 8)], bitorder="little").view(bool)
-        bits = part[start & 7 :][:count]
-        return bits
+        return part[start & 7 :][:count]
 
     def end(self) -> None:
         """InputError: something is left but zeros to the end of a byte."""

@@ -25,6 +25,7 @@ MANTISSA = {"BF16": 7, "F16": 10}  # the dtypes that have steps, and the bits be
 EXPONENTS = 256
 NO_GROUP = 255
 MOST_GROUPS = 254
+LARGEST_EXCESS = (1 << 15) - 2
 _INVERTED = 64
 
 
@@ -59,13 +60,13 @@ class _Group:
 
 
 def ordered(bits: Array) -> Array:
-    """The places (int32) of bit patterns of 16 bits in their order; its own inverse."""
+    """The places (int32) of bit patterns of 16 bits in their order."""
     wide = bits.astype(np.int32)
     return np.where(wide < 0x8000, wide + 0x8000, 0xFFFF - wide)
 
 
 def unordered(places: Array) -> Array:
-    """Bit patterns (uint16) of their places, modulo 2**16."""
+    """The bit patterns (uint16) of places, modulo 2**16."""
     wide = places & 0xFFFF
     return np.where(wide >= 0x8000, wide - 0x8000, 0xFFFF - wide).astype(np.uint16)
 
@@ -83,10 +84,11 @@ def encode_tile(base: Array, positions: Array, values: Array, dtype: str) -> Arr
     steps = (ordered(values) - ordered(before)).astype(np.int16)
     sizes = np.abs(steps.astype(np.int32))
     exponents = _exponents(before, dtype)
-    lasts = _choose_groups(_count(base, dtype), exponents, sizes > 1)
+    counts = _count(base, dtype)
+    lasts = _choose_groups(counts, exponents, sizes > 1)
     group_of = _group_of(lasts)
     ids = group_of[exponents]
-    ranks, totals = _rank(base, group_of, positions, dtype), _totals(_count(base, dtype), group_of, len(lasts))
+    ranks, totals = _rank(base, group_of, positions, dtype), _totals(counts, group_of, len(lasts))
     order = np.argsort(ids, kind="stable")
     ends = np.cumsum(np.bincount(ids, minlength=len(lasts)))
     header, bits = bytearray([len(lasts)]), BitWriter(64 * positions.size + 64 * len(lasts) + base.size)
@@ -151,7 +153,10 @@ def decode_tile(stored: Array, base: Array, dtype: str) -> tuple[Array, Array]:
             which[large] = False
         many = group.large.chosen(count)
         if many:
-            sizes[which] = bits.take(many, group.excess_k, wide=True).astype(np.int32) + 2
+            excess = bits.take(many, group.excess_k, wide=True).astype(np.int32)
+            if excess.max() > LARGEST_EXCESS:
+                raise InputError("it has a step beyond 2**15")
+            sizes[which] = excess + 2
         steps.append(np.where(negative, -sizes, sizes))
     bits.end()
     inverted = np.array([group.changed.inverted for group in groups], np.uint8)
@@ -253,7 +258,8 @@ def _choose_groups(counts: Array, exponents: Array, large: Array) -> list[int]:
                     continue
             out.append(group)
         if len(out) == len(groups):
-            return [group[0] for group in out]
+            lasts = [group[0] for group in out]
+            return lasts if len(lasts) <= MOST_GROUPS else [*lasts[: MOST_GROUPS - 1], lasts[-1]]
         groups = out
 
 

@@ -81,8 +81,9 @@ def apply(
         opened = folded(versions)
         if len(versions) > 1:
             check_complete(versions[0], origin)
-        least = STEP_TILE if len(versions) > 1 or any(entry.has_steps for entry in opened.entries.values()) else 1024
-        tile = _tile(workers, memory, least)
+        entries = opened.entries.values()
+        stepped = max((entry.size for entry in entries if len(versions) > 1 or entry.has_steps), default=0)
+        tile = _tile(workers, memory, max(1024, min(stepped, STEP_TILE)))
         artifact = replace(artifact, files=opened.files)
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
     components = opened.manifest.as_components()
