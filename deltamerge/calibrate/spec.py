@@ -25,9 +25,12 @@ from deltamerge.recipe.schema import Calibration
 EVALUATIONS = 20
 STEPS = 40
 ROUNDED = 6  # significant digits of a q in a lock
-HELD_OUT = 200  # held-out rows; more where more rows are searched on
+HELD_OUT = 200  # held-out rows at most; more where more rows are searched on
+ROUND = 25  # held-out rows of a round of comparisons
+LAST_ROUND = 3  # rounds at most where candidates differ by one number
+SCANNED = 8  # points of a search's first round, on a quarter of the rows
 SHORTLIST = 4  # minima of a search that are compared on held-out rows
-PASSED = 1 + EVALUATIONS  # the base, and further points compared where a search found nothing better than the base
+PASSED = 1 + SCANNED  # the base, and further points compared where a search found nothing better than the base
 WALKED = 8  # candidates in one walk through the blocks
 STEP_ROWS = 64  # rows of a step of learned scales
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
@@ -117,21 +120,38 @@ class Spec:
     @property
     def passes(self) -> int:
         """The most forward passes over the calibration rows; a backward pass counts as two."""
-        # the fine-tune's outputs, statistics; on the held-out rows the candidates, the plain choice and the fine-tune
         rows = self.source.calibration.sequences
-        besides = 6 + (SHORTLIST + PASSED + 3) * math.ceil(max(HELD_OUT, rows) / rows)
+        return math.ceil(self._searching(rows) + self._judging(rows))
+
+    def _searching(self, rows: int) -> float:
+        """Passes of the search; the fine-tune's outputs and the plain choice's objective are among them."""
+        few, two = SCANNED * math.ceil(rows / 4) / rows, min(self.seeds, 2)
+        by_model = few + 3 * self.seeds + two  # three points for every mask, and a fourth for two of them
+        one = by_model if self.objective == "output_change" else self.seeds * EVALUATIONS
         if self.parts:
-            return len(self.parts) * (besides + self.seeds * (1 + EVALUATIONS))
+            return len(self.parts) * (1 + one + self.seeds)
         if self.objective == "layer_mse":
-            return besides
+            return 3
         if self.search == "gradient":
             stops = STOP_SHARE * (STEPS + SHORTLIST + 3) + 1
-            return besides + EVALUATIONS + math.ceil(3 * STEPS * min(STEP_ROWS, rows) / rows + stops)
-        if self.search == "grid" and self.scope == "global":
+            return 3 + by_model + math.ceil(3 * STEPS * min(STEP_ROWS, rows) / rows + stops)
+        if self.search == "grid":
             low, high = self.bounds or (min(pruned.density for pruned in self.pruned), 1.0)
-            return besides + self.seeds * (1 + math.ceil((high - low) / grid_step(low)) + EVALUATIONS)
+            found = math.ceil((high - low) / grid_step(low)) + EVALUATIONS
+            one = self.seeds * (found if self.scope == "global" else EVALUATIONS)
         families = 2 if self.random and self.scope != "global" else 1
-        return besides + self.seeds * (1 + EVALUATIONS * families)
+        statistics = 0 if self.scope == "global" else 2
+        return 1 + statistics + families * one + self.seeds
+
+    def _judging(self, rows: int) -> float:
+        """Passes of the comparison on held-out rows: the fine-tune, the plain choice, candidates, the base."""
+        candidates, held = 1 + SHORTLIST + PASSED, max(HELD_OUT, rows)
+        if self.parts:
+            return len(self.parts) * (SHORTLIST + 2) * held / rows
+        if self.source.labelled:
+            return (2 + candidates) * held / rows
+        last = LAST_ROUND * ROUND if self.scope == "global" and self.search != "gradient" else held
+        return ((2 + candidates) * ROUND + (2 + SHORTLIST) * (last - ROUND)) / rows
 
     @property
     def name(self) -> str:

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = "measuring activations of"
 LONG = 40  # characters of a model's name beside its progress
-LITTLE = 0.9  # share of the base's distance from the fine-tune; a candidate beyond it is hardly better than the base
 
 
 def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
@@ -46,6 +45,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 
     `inputs` are the values of `spec.shared`, small nodes that the masks depend on.
     """
+    from deltamerge.calibrate.judging import compare
     from deltamerge.calibrate.searches import Searches
     from deltamerge.calibrate.subject import Subject
 
@@ -57,16 +57,18 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
         found = searches.run()
         plain: Qs = {p.stored: p.plain for p in spec.pruned}
         value = searches.value(plain)
-        judge = subject.judge()
-        some = judge.eligible(found)
-        held = subject.values(judge.objective, [*(one.q for one in some), plain], seeds=1)
-        if judge.trusted and searches.passed and min(held[:-1]) > LITTLE * subject.nothing(judge.objective):
-            more = subject.values(judge.objective, [one.q for one in searches.passed], seeds=1)
-            some, held = [*some, *searches.passed], [*held[:-1], *more, held[-1]]
+        one_number = spec.scope == "global" and spec.search != "gradient"
+        verdict = compare(subject, found, searches.passed, plain, one_number=one_number)
         subject.forget()
-        chosen, record = decide(spec, judge, found, some, held, value)
+        chosen, record = decide(spec, verdict.judge, found, verdict.some, verdict.held, value)
+        record["mask_seeds"] = searches.masks or spec.seeds
+        record["candidates"] += [
+            {**one.numbers, "value": rounded(one.value), "held_out": rounded(verdict.judge.shown(held)), "rows": rows}
+            for one, held, rows in verdict.dropped
+        ]
+        q = _range([p.plain for p in spec.pruned])
         record |= {
-            "plain": {"q": _range([p.plain for p in spec.pruned]), "value": rounded(value)},
+            "plain": {"q": q, "value": rounded(value), "mask_seeds": searches.compared},
             "sequences": subject.counts[0],
             "forward_passes": subject.passes,
             "path": searches.path,

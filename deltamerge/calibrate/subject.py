@@ -16,8 +16,8 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
 from deltamerge.calibrate.blocks import BlockModel, Inputs, from_reader
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
+from deltamerge.calibrate.data import Batches, check_new_tokens
 from deltamerge.calibrate.data import RowReader as Rows
-from deltamerge.calibrate.data import check_new_tokens
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.rows import HEADS, Row, select
@@ -39,6 +39,7 @@ T = TypeVar("T")
 Part = Literal["search", "held"]
 
 BATCH = 32
+FEW = 4  # one of so many rows is in the first round of a search
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +69,8 @@ class Judge:
 class Subject:
     """A fine-tune and its rows; `masks[s]` has the masked deltas of mask seed s, by the fine-tune's tensor names.
 
-    inputs      batches of the search rows ("search") and of the held-out rows ("held")
+    inputs      batches of the search rows ("search"), of which the first `few` hold a quarter of them, and of the
+                held-out rows ("held")
     sequences   sequences that have gone through the model so far; a backward pass counts as two
     """
 
@@ -93,7 +95,13 @@ class Subject:
         self.rows: dict[Part, list[Row]] = {"search": search, "held": held}
         self.counts = len(search), len(held)
         labelled = source.labelled and self.metric != "exact_match"
-        self.batches = {part: self.reads.batches(r, size=BATCH, labelled=labelled) for part, r in self.rows.items()}
+        quarter = self._batched(search[::FEW], labelled=labelled)
+        rest = [row for i, row in enumerate(search) if i % FEW]
+        self.few = len(quarter.inputs)
+        self.batches: dict[Part, Batches] = {
+            "search": quarter.with_more(self._batched(rest, labelled=labelled)) if rest else quarter,
+            "held": self._batched(held, labelled=labelled),
+        }
         self.model = BlockModel(self.config, self.infos, device=self.device, pad_token_id=self.reads.pad_token_id)
         self.model.walked = partial(_ahead, self.counts[0])
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
@@ -104,6 +112,15 @@ class Subject:
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in (protected or {}).items()}
         self.caches: list[Cache[Any]] = [self.start, *self.masks]
         self.sequences = 0
+
+    def _batched(self, rows: Sequence[Row], *, labelled: bool = False) -> Batches:
+        return self.reads.batches(rows, size=BATCH, labelled=labelled)
+
+    def rounds(self, rows: int) -> list[list[dict[str, Tensor]]]:
+        """Batches of the held-out rows, about `rows` of them in each round."""
+        held = self.rows["held"]
+        count = max(1, round(len(held) / rows))
+        return [self._batched(held[i::count]).inputs for i in range(count)]
 
     def forget(self) -> None:
         """Free the cached weights and masks."""
@@ -208,10 +225,23 @@ class Subject:
         self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], seeds: int | None = None
     ) -> list[float]:
         """The objective of every choice of q's, over the first `seeds` masks (default: all)."""
-        masks = self.masks[:seeds]
-        variants = [pruned(self.start, mask, q) for q in qs for mask in masks]
+        return [O.over_seeds(some) for some in self.of_masks(objective, qs, range(len(self.masks[:seeds])))]
+
+    def of_masks(
+        self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], masks: range
+    ) -> list[list[float]]:
+        """[choice of q's][mask] of the objective. A mask's choices are walked together: it is drawn once a walk, where
+        it is not kept."""
+        variants = [pruned(self.start, self.masks[mask], q) for mask in masks for q in qs]
         found = O.evaluate(self.model, objective, variants, counted=partial(self.count, objective.batches))
-        return [O.over_seeds(found[i : i + len(masks)]) for i in range(0, len(found), len(masks))]
+        return [found[i :: len(qs)] for i in range(len(qs))]
+
+    def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q] | None]) -> list[list[Any]]:
+        """Of every choice of q's what `objective.value` takes, for the first mask; of None, where nothing of the delta
+        is kept."""
+        nothing = pruned(self.start, lambda name: None, {})
+        variants = [nothing if q is None else pruned(self.start, self.masks[0], q) for q in qs]
+        return O.reduced(self.model, objective, variants, counted=partial(self.count, objective.batches))
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
         """The objective of the base with the fine-tune's head, where nothing of the delta is kept."""

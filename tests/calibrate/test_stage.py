@@ -166,6 +166,23 @@ def test_runs_and_repeats_from_the_lock(models: Path, tmp_path: Path, family: st
     assert (again.folder / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize(("name", "most"), [("global", 24), ("wanda", 12)])
+def test_one_q_takes_few_passes(models: Path, tmp_path: Path, name: str, most: int) -> None:
+    """Of 50 sequences, with 4 masks where they are random; the comparison on held-out rows is counted."""
+    rows(models / "bert" / "many.jsonl", 120)
+    path = recipe(models / "bert", f"few-{name}", RUNS[name])
+    path.write_text(
+        path.read_text()
+        .replace("calib.jsonl, sequences: 8", "many.jsonl, sequences: 50")
+        .replace("seeds: 2", "seeds: 4")
+    )
+    (found,) = calibrate(path).values()
+    assert found["forward_passes"] <= most
+    assert found["mask_seeds"] in ((2, 4) if name == "global" else (1,))
+    rows_of = {step[0] for step in found["path"]}
+    assert rows_of == {"few rows", "q"}
+
+
 def test_calibrated_runs_do_not_depend_on_workers(models: Path, tmp_path: Path) -> None:
     path = recipe(models / "bert", "workers", MAGNITUDE % "{objective: output_change, scope: row}")
     first, second = run(path, tmp_path / "a", workers=1), run(path, tmp_path / "b", workers=3)
