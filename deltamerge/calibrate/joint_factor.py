@@ -85,13 +85,8 @@ def _search(
         return search.minimise(evaluate, low, high), evaluate
     changes = [s.output_change("search") for s in subjects]
     few = [O.first(change, s.few) for change, s in zip(changes, subjects, strict=True)]
-    result = search.model(
-        lambda factors: [values[0] for values in summed(few, factors, range(1))],
-        lambda factors, masks: summed(changes, factors, masks),
-        low,
-        high,
-        masks=len(every),
-    )
+    seen = search.scan(lambda factors: [values[0] for values in summed(few, factors, range(1))], low, high)
+    result = search.model(seen, lambda factors, masks: summed(changes, factors, masks), len(every))
     some = range(result.masks)
     return result, lambda factors: [O.over_seeds(values) for values in summed(changes, factors, some)]
 

@@ -7,19 +7,20 @@ ends after the first round whose values differ clearly: by more than a factor ex
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.candidates import Q
-from deltamerge.calibrate.spec import LAST_ROUND, ROUND
+from deltamerge.calibrate.spec import ROUND
 from deltamerge.calibrate.subject import Judge, Subject
 
 if TYPE_CHECKING:
     from deltamerge.calibrate.searches import Found
 
-KEPT = 2  # candidates at most that go on to a further round
+LEAST_KEPT = 2  # candidates at most that go on to a further round; 3 of them to the second
 LITTLE = 0.9  # share of the base's distance from the fine-tune; a candidate beyond it is hardly better than the base
 
 
@@ -40,37 +41,35 @@ class Verdict:
 
 
 def compare(
-    subject: Subject, found: Sequence[Found], passed: Sequence[Found], plain: Mapping[str, Q], *, one_number: bool
+    rounds: Rounds,
+    found: Sequence[Found],
+    *,
+    most: int | None,
+    closer: Callable[[Sequence[float]], Found | None] = lambda values: None,
 ) -> Verdict:
     """Compare candidates with the plain choice, for the mask that is written.
 
-    found       the candidates
-    passed      more of them, which are looked at where all others are hardly better than the base; then the first
-                round is the last
-    plain       the q's without calibration
-    one_number  whether q is one number: then `LAST_ROUND` rounds are the most
+    rounds   of the fine-tune
+    found    the candidates
+    most     rounds at most; None: all
+    closer   proposes one more candidate, from the values of all in the first round
     """
-    if subject.metric is not None:
-        return _by_metric(subject, found, passed, plain)
-    rounds = _Rounds(subject, LAST_ROUND if one_number else None)
-    some = [_Entry(one.q, one) for one in rounds.judge.eligible(found)]
-    without, base = _Entry(plain), _Entry(None)
-    more = [base] if passed and rounds.judge.trusted else []
-    rounds.look([*some, *more, without])
-    if more and min((one.value for one in some), default=math.inf) > LITTLE * base.value:
-        others = [_Entry(one.q, one) for one in passed]
-        rounds.look(others)
-        some += others
-        rounds.end()
-    dropped: list[_Entry] = []
+    some = [rounds.entry(one.q, one) for one in rounds.judge.eligible(found)]
+    without = rounds.entry(rounds.plain)
+    rounds.look([*some, without])
+    if (more := closer([one.value for one in some])) is not None:
+        some.append(rounds.entry(more.q, more))
+        rounds.look(some)
+    dropped: list[Entry] = []
     while some:
         factor = math.exp(2.0 / math.sqrt(rounds.rows))
-        best = min(one.value for one in some)
         ranked = sorted(some, key=lambda one: one.value)
-        some = [one for one in ranked[:KEPT] if one.value <= factor * best]
+        best = ranked[0].value
+        some = [one for one in ranked[: max(LEAST_KEPT, 4 - rounds.number)] if one.value <= factor * best]
         dropped += ranked[len(some) :]
+        same = all(one is without for one in some)
         clear = max(best, without.value) > factor * min(best, without.value)
-        if (clear and len(some) == 1) or not rounds.another():
+        if same or (clear and len(some) == 1) or rounds.number == most or not rounds.another():
             break
         rounds.look([*some, without])
     return Verdict(
@@ -81,7 +80,11 @@ def compare(
     )
 
 
-def _by_metric(subject: Subject, found: Sequence[Found], passed: Sequence[Found], plain: Mapping[str, Q]) -> Verdict:
+def by_metric(subject: Subject, found: Sequence[Found], passed: Sequence[Found], plain: Mapping[str, Q]) -> Verdict:
+    """Compare candidates with the plain choice by the metric, on all held-out rows.
+
+    passed   more of them, which are looked at where all others are hardly better than the base
+    """
     judge = subject.judge()
     some = judge.eligible(found)
     *held, without = subject.values(judge.objective, [*(one.q for one in some), plain], seeds=1)
@@ -92,7 +95,7 @@ def _by_metric(subject: Subject, found: Sequence[Found], passed: Sequence[Found]
 
 
 @dataclass(eq=False)
-class _Entry:
+class Entry:
     """A candidate, the plain choice, or the base (q is None): its parts so far, and its value on so many rows."""
 
     q: Mapping[str, Q] | None
@@ -102,19 +105,44 @@ class _Entry:
     rows: int = 0
 
 
-class _Rounds:
-    """The rounds of held-out rows: `rows` of them so far, by the measure of `judge`."""
+class Rounds:
+    """The rounds of held-out rows: `number` of them so far, with `rows`, by the measure of `judge`."""
 
-    def __init__(self, subject: Subject, most: int | None) -> None:
-        self.subject = subject
-        self._left = subject.rounds(ROUND)[:most]
-        self.judge = subject.agreement(self._left.pop(0))
-        self._objectives: list[Any] = [self.judge.objective]
-        self.rows = self.judge.rows
+    def __init__(self, subject: Subject, plain: Mapping[str, Q]) -> None:
+        self.subject, self.plain = subject, plain
+        self._left = subject.rounds(ROUND)
+        self._seen: list[Entry] = []
+        self._objectives: list[Any] = []
 
-    def end(self) -> None:
-        """Make no further round."""
-        self._left.clear()
+    @cached_property
+    def judge(self) -> Judge:
+        """The judge of the first round, in which the fine-tune runs."""
+        judge = self.subject.agreement(self._left.pop(0))
+        self._objectives.append(judge.objective)
+        self.rows = judge.rows
+        return judge
+
+    @property
+    def number(self) -> int:
+        """The rounds that there have been."""
+        return len(self._objectives)
+
+    def entry(self, q: Mapping[str, Q] | None, found: Found | None = None) -> Entry:
+        """The entry of a choice of q's; the same numbers have the same one."""
+        known = next((one for one in self._seen if one.q is q or _same(one.q, q)), None)
+        if known is None:
+            known = Entry(q, found)
+            self._seen.append(known)
+        known.found = found or known.found
+        return known
+
+    def like_base(self, q: Mapping[str, Q]) -> bool:
+        """Whether predictions under these q's are hardly nearer to the fine-tune's than the base's."""
+        judge, one, base = self.judge, self.entry(q), self.entry(None)
+        if not judge.trusted:
+            return False
+        self.look([one, base, self.entry(self.plain)])
+        return one.value > LITTLE * base.value
 
     def another(self) -> bool:
         """Go on to the next round; False where there is none."""
@@ -125,16 +153,16 @@ class _Rounds:
         self.rows += judge.rows
         return True
 
-    def look(self, entries: Sequence[_Entry]) -> None:
-        """Value the entries on the latest round, together with the rounds that they have been through."""
-        whole, latest = O.joined(self._objectives), self._objectives[-1]
-        own: list[_Entry] = []
-        for one in entries:
-            if not any(_same(one.q, other.q) for other in own):
-                own.append(one)
-        found = self.subject.parts(latest, [one.q for one in own])
-        for one in entries:
-            one.parts += found[next(i for i, other in enumerate(own) if one is other or _same(one.q, other.q))]
+    def look(self, entries: Sequence[Entry]) -> None:
+        """Value the entries that the latest round has not valued, together with the rounds that they have been
+        through."""
+        new = [one for i, one in enumerate(entries) if one.rows < self.rows and one not in entries[:i]]
+        if not new:
+            return
+        whole = O.joined(self._objectives)
+        found = self.subject.parts(self._objectives[-1], [one.q for one in new])
+        for one, parts in zip(new, found, strict=True):
+            one.parts += parts
             one.value, one.rows = whole.value(one.parts), self.rows
 
 

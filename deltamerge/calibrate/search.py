@@ -95,40 +95,60 @@ def minimise(
     return memo.found()
 
 
-def model(
-    scan: Evaluate,
-    of_masks: OfMasks,
-    low: float,
-    high: float,
-    *,
-    masks: int,
-    coarse: int = COARSE,
-    tolerance: float = 0.01,
-) -> Minima:
-    """The minimum over [low, high], 0 < low ≤ high, of an objective that is smooth in 1/x, in two rounds.
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """The first round of `model`: a grid in log x on a part of the rows, and its local minima, the best first."""
 
-        scan        returns the objective at several points, of the first mask and a part of the rows
-        of_masks    returns the objective at several points for each of a range of masks, on all rows
-        low, high   the bounds
-        masks       the number of masks
-        coarse      points of the first round
-        tolerance   bounds that are as near as this in log x are one point
+    points: tuple[float, ...]
+    values: tuple[float, ...]
+    minima: tuple[int, ...]
 
-    First round: `scan` on a grid in log x. Second: three points around its minimum, a third of the grid's step apart,
-    for the first two masks, and a fourth where an outer one is the best. The other masks follow only where the minima
-    of these two differ by more than `AGREE` of the three points' width. Of three or more masks the one farthest from
-    the mean is left out, as the paper does. The parabola in 1/x through the means has its minimum at the point that is
-    returned, whose value is the parabola's. Where it has none between the three points, the best of them is returned;
-    among equal values the smallest point wins.
+    @property
+    def best(self) -> float:
+        """The point of the smallest value."""
+        return self.points[self.minima[0]]
+
+    @property
+    def path(self) -> tuple[Point, ...]:
+        """Points and values."""
+        return tuple(zip(self.points, self.values, strict=True))
+
+
+def scan(evaluate: Evaluate, low: float, high: float, *, coarse: int = COARSE, tolerance: float = 0.01) -> Scan:
+    """The objective on a grid in log x over [low, high], 0 < low ≤ high; one point if they are within the tolerance.
+
+    A local minimum counts if a hump of `HUMP` of the values' range parts it from each better one.
     """
     if high <= low * (1.0 + tolerance):
-        (value,) = _means(_columns(of_masks([low], range(masks))))
-        return Minima(low, value, ((low, value),), masks=masks)
+        return Scan((low,), (_ordered(evaluate([low])[0]),), (0,))
     step = math.log(high / low) / (coarse - 1)
     points = [low * math.exp(step * i) for i in range(coarse - 1)] + [high]
-    seen = [_ordered(value) for value in scan(points)]
-    best, *others = _apart(seen)
-    centre = min(max(_vertex(points, seen, best), low * math.exp(step / 3)), high * math.exp(-step / 3))
+    values = [_ordered(value) for value in evaluate(points)]
+    return Scan(tuple(points), tuple(values), tuple(_apart(values)))
+
+
+def model(scanned: Scan, of_masks: OfMasks, masks: int) -> Minima:
+    """The minimum, near the best point of a scan, of an objective that is smooth in 1/x.
+
+        scanned     of the first mask, on a part of the rows
+        of_masks    returns the objective at several points for each of a range of masks, on all rows
+        masks       the number of masks
+
+    Three points around the scan's minimum, a third of its step apart, are valued for the first two masks, and a fourth
+    where an outer one is the best. The other masks follow only where the minima of these two differ by more than
+    `AGREE` of the three points' width. Of three or more masks the one farthest from the mean is left out, as the paper
+    does. The parabola in 1/x through the means has its minimum at the point that is returned, whose value is the
+    parabola's. Where it has none between the three points, the best of them is returned; among equal values the
+    smallest point wins.
+    """
+    points, seen = scanned.points, scanned.values
+    low, high = points[0], points[-1]
+    best, *others = scanned.minima
+    if len(points) == 1:
+        (value,) = _means(_columns(of_masks([low], range(masks))))
+        return Minima(low, value, ((low, value),), scanned.path, masks=masks)
+    step = math.log(high / low) / (len(points) - 1)
+    centre = min(max(vertex(points, seen, best), low * math.exp(step / 3)), high * math.exp(-step / 3))
     three = [_within(centre * math.exp(shift), low, high) for shift in (-step / 3, 0.0, step / 3)]
     some = range(min(FIRST, masks))
     found = _columns(of_masks(three, some))
@@ -144,7 +164,7 @@ def model(
         point,
         value,
         tuple(zip(three, means, strict=True)),
-        tuple(zip(points, seen, strict=True)),
+        scanned.path,
         tuple((points[i], seen[i] * scale) for i in others),
         len(found),
     )
@@ -204,7 +224,7 @@ def _parabola(three: Sequence[float], values: Sequence[float]) -> Point:
     return three[1] / (1.0 + at), values[1] + slope * at / 2.0
 
 
-def _vertex(points: Sequence[float], values: Sequence[float], i: int) -> float:
+def vertex(points: Sequence[float], values: Sequence[float], i: int) -> float:
     """The minimum of the parabola in log x through a point and its two neighbours; the point itself at an end."""
     if not 0 < i < len(points) - 1 or not all(map(math.isfinite, values[i - 1 : i + 2])):
         return points[i]

@@ -21,6 +21,7 @@ import torch
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import reach, search, statistics
 from deltamerge.calibrate.candidates import Q
+from deltamerge.calibrate.judging import Rounds
 from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.scales import learn, row_shape
 from deltamerge.calibrate.spec import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step, rounded
@@ -83,16 +84,20 @@ class Searches:
     """Runs the search that a spec asks for, on a subject.
 
     path     records every point evaluated
+    rounds   of held-out rows, which say whether what the first round found is hardly better than the base
+    few      the objective on a part of the rows, where it was no use beyond the first round
     masks    how many masks the smallest objective is a mean over; 0: all
     passed   more candidates for a judge other than the objective, from a search of one q by output change
     """
 
-    def __init__(self, spec: Spec, subject: Subject) -> None:
+    def __init__(self, spec: Spec, subject: Subject, rounds: Rounds | None = None) -> None:
         self.spec, self.subject = spec, subject
         if not subject.may_have_layers:
             raise InputError("no weight of a linear layer is pruned", hint="give a number as q, or change include")
         self.path: Path = []
         self.masks = 0
+        self.few: O.OutputChange | None = None
+        self.rounds = None if spec.search == "gradient" or subject.metric is not None else rounds
         self.passed: list[Found] = []
 
     @cached_property
@@ -135,6 +140,15 @@ class Searches:
                 found[name] = pruned.plain, reach.OTHER
         return found
 
+    def closer(self, candidates: Sequence[Found], values: Sequence[float]) -> Found | None:
+        """One more candidate of one q: the minimum of the parabola in log q through the best and its neighbours."""
+        if self.few is None:
+            return None
+        some = sorted((float(one.numbers["q"]), value) for one, value in zip(candidates, values, strict=True))
+        points, heights = [x for x, _ in some], [value for _, value in some]
+        q = rounded(search.vertex(points, heights, heights.index(min(heights))))
+        return None if q in points else self._found(dict.fromkeys(self.reached, q), min(values), {"q": q})
+
     def not_calibrated(self, found: Found) -> list[dict[str, Any]]:
         """The entry of the lock about tensors without a searched q."""
         names = {pruned.stored: pruned.name for pruned in self.spec.pruned}
@@ -174,7 +188,7 @@ class Searches:
         """The objective on the rows that are searched on, over `compared` masks."""
         if self.objective is None:
             return _layer_error(self._drawn, q)
-        return self.subject.values(self.objective, [q], seeds=self.compared)[0]
+        return self.subject.values(self.few or self.objective, [q], seeds=self.compared)[0]
 
     def _global(self) -> list[Found]:
         low, high = self._bounds(min(self.density.values()), 1.0)
@@ -190,7 +204,8 @@ class Searches:
         self.path += [[few, name, rounded(x), rounded(value)] for x, value in found.scan]
         self.path += [[*named.values(), name, rounded(x), rounded(value)] for x, value in found.path]
         short = shortlist(found, low, high)
-        if name == "q" and self.spec.objective == "output_change" and self.spec.search != "gradient":
+        change = self.spec.objective == "output_change" and self.spec.search != "gradient"
+        if name == "q" and change and (self.subject.metric is not None or self.few is not None):
             known = {x for x, _, _ in short}
             points = [point for point in passed(found, low, high) if point[0] not in known]
             self.passed = [self._found(qs(rounded(x)), value, {name: rounded(x)}) for x, value in points]
@@ -211,12 +226,12 @@ class Searches:
         if not isinstance(objective, O.OutputChange):
             return search.minimise(evaluate, low, high)
         few = O.first(objective, subject.few)
+        seen = search.scan(lambda points: subject.values(few, qs(points), seeds=1), low, high)
+        if name == "q" and self.rounds is not None and self.rounds.like_base(qs([rounded(seen.best)])[0]):
+            self.few, self.masks = few, 1
+            return search.Minima(seen.best, seen.values[seen.minima[0]], (), seen.path)
         found = search.model(
-            lambda points: subject.values(few, qs(points), seeds=1),
-            lambda points, masks: subject.of_masks(objective, qs(points), masks),
-            low,
-            high,
-            masks=len(subject.masks),
+            seen, lambda points, masks: subject.of_masks(objective, qs(points), masks), len(subject.masks)
         )
         self.masks = max(self.masks, found.masks)
         return found

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.calibrate.precision import Precision, chosen
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, stacked_transposed
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
@@ -27,7 +28,8 @@ STEPS = 40
 ROUNDED = 6  # significant digits of a q in a lock
 HELD_OUT = 200  # held-out rows at most; more where more rows are searched on
 ROUND = 25  # held-out rows of a round of comparisons
-LAST_ROUND = 3  # rounds at most where candidates differ by one number
+LAST_ROUND = 2  # rounds at most where candidates differ by one number,
+MORE_ROUNDS = 4  # and more of them for a random mask whose q is searched by predictions
 SCANNED = 8  # points of a search's first round, on a quarter of the rows
 SHORTLIST = 4  # minima of a search that are compared on held-out rows
 PASSED = 1 + SCANNED  # the base, and further points compared where a search found nothing better than the base
@@ -36,9 +38,10 @@ STEP_ROWS = 64  # rows of a step of learned scales
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
 # bytes of masks that are kept; masks beyond them are drawn again
 CACHE_BYTES = 1 << 31
-SPARSE_BELOW = 1 / 3  # share of entries below which positions (int64) and values are smaller than the tensor
+SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
+HEAD_WEIGHT = re.compile(r"(^|\.)(lm_head|embed_out|output|classifier|score)\.")
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
@@ -63,6 +66,11 @@ class CalibrationInput:
     device: str
     labelled: bool
     cache: int = CACHE_BYTES
+
+    @property
+    def precision(self) -> Precision:
+        """Of the products of its forward passes."""
+        return chosen(self.calibration.precision, self.device, self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,8 +158,9 @@ class Spec:
             return len(self.parts) * (SHORTLIST + 2) * held / rows
         if self.source.labelled:
             return (2 + candidates) * held / rows
-        last = LAST_ROUND * ROUND if self.scope == "global" and self.search != "gradient" else held
-        return ((2 + candidates) * ROUND + (2 + SHORTLIST) * (last - ROUND)) / rows
+        if self.scope == "global" and self.search != "gradient":
+            return (2 + candidates) * ROUND / rows + 6 * ROUND * (LAST_ROUND - 1) / rows
+        return ((3 + SHORTLIST) * ROUND + (2 + SHORTLIST) * (held - ROUND)) / rows
 
     @property
     def name(self) -> str:
@@ -191,7 +200,9 @@ class Spec:
             "mask_seeds": self.seeds,
             "sequences": calibration.sequences,
             "length": calibration.length,
+            "precision": self.source.precision,
             "forward_passes": self.passes,
+            "operations": operations(self.source),
             "memory": self.memory,
         }
 
@@ -217,6 +228,17 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
+def operations(source: CalibrationInput) -> int:
+    """About the multiplications and additions of a forward pass over the search rows: two for each token and entry of
+    a matrix that is no embedding. A head that may be tied counts, and so do all experts."""
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in source.tensors if len(tensor.shape) > 1}
+    looked_up = [name for name in sizes if EMBEDDING.search(name)]
+    entries = sum(sizes.values()) - sum(sizes[name] for name in looked_up)
+    if looked_up and not any(HEAD_WEIGHT.search(name) for name in sizes):  # it may be tied
+        entries += max(sizes[name] for name in looked_up)
+    return 2 * entries * source.calibration.sequences * source.calibration.length
+
+
 def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
     """About the bytes that a stage takes: cached masks, one block both stored and in float32, hidden states."""
     sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in source.tensors}
@@ -228,7 +250,7 @@ def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
     rows = source.calibration.sequences
     hidden = max(WALKED * rows, (SHORTLIST + 1) * max(rows, HELD_OUT)) * source.calibration.length * width * 4
     masks = sum(
-        len(one.masked) * math.prod(one.masked[0].shape) * (12 * one.density if one.density < SPARSE_BELOW else 4)
+        len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else 4)
         for one in pruned
     )
     return min(math.ceil(masks), source.cache) + 2 * resident + hidden

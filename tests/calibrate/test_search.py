@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from deltamerge.calibrate.search import BUDGET, Minima, grid, minimise, model
+from deltamerge.calibrate.search import BUDGET, Minima, grid, minimise, model, scan
 from deltamerge.calibrate.searches import passed
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
@@ -126,7 +126,7 @@ class Counted:
         return [[of_u(self.bests[mask], q, self.noise * mask) for mask in masks] for q in points]
 
     def found(self, low: float = 0.01, high: float = 1.0) -> Minima:
-        return model(self.scan, self.of_masks, low, high, masks=len(self.bests))
+        return model(scan(self.scan, low, high), self.of_masks, len(self.bests))
 
 
 @pytest.mark.parametrize("low", [0.1, 0.01, 0.001])
@@ -175,18 +175,18 @@ def test_a_model_of_a_flat_objective_and_of_one_that_is_not_a_number() -> None:
     def of_masks(value: Callable[[float], float]) -> Callable[[Sequence[float], range], list[list[float]]]:
         return lambda points, masks: [[value(q) for _ in masks] for q in points]
 
-    flat = model(lambda points: [1.0] * len(points), of_masks(lambda q: 1.0), 0.01, 1.0, masks=4)
+    flat = model(scan(lambda points: [1.0] * len(points), 0.01, 1.0), of_masks(lambda q: 1.0), 4)
     assert (flat.point, flat.value) == (0.01, 1.0)
 
     def broken(q: float) -> float:
         return math.nan if q < 0.1 else q
 
-    found = model(lambda points: [*map(broken, points)], of_masks(broken), 0.01, 1.0, masks=2)
+    found = model(scan(lambda points: [*map(broken, points)], 0.01, 1.0), of_masks(broken), 2)
     assert 0.1 <= found.point < 0.3
     assert math.isfinite(found.value)
-    nothing = model(lambda points: [math.nan] * len(points), of_masks(lambda q: math.nan), 0.01, 1.0, masks=1)
+    nothing = model(scan(lambda points: [math.nan] * len(points), 0.01, 1.0), of_masks(lambda q: math.nan), 1)
     assert nothing.point == 0.01
-    one = model(lambda points: [*points], of_masks(lambda q: q), 0.5, 0.5, masks=3)
+    one = model(scan(lambda points: [*points], 0.5, 0.5), of_masks(lambda q: q), 3)
     assert (one.point, one.value, one.minima) == (0.5, 0.5, (0.5,))
 
 
@@ -195,8 +195,8 @@ def test_a_second_minimum_is_a_candidate_if_a_hump_parts_it_from_the_first() -> 
         return 1.0 - math.exp(-(math.log(q / 0.2) ** 2)) - hump * math.exp(-16 * math.log(q / 0.0101) ** 2)
 
     def minima(hump: float) -> tuple[float, ...]:
-        scan = lambda points: [two(q, hump) for q in points]  # noqa: E731
-        return model(scan, lambda points, masks: [[two(q, hump)] for q in points], 0.01, 1.0, masks=1).minima
+        seen = scan(lambda points: [two(q, hump) for q in points], 0.01, 1.0)
+        return model(seen, lambda points, masks: [[two(q, hump)] for q in points], 1).minima
 
     assert len(minima(0.005)) == 1
     first, second = minima(0.4)
