@@ -75,6 +75,7 @@ class BlockModel:
                   one by one, all where one has had one
         turned    of the reached of `stacked`, whether they are stored (in, out)
         walked    is told of a walk's batches, after each block, how many passes over them the walk has made so far
+        entering  is told, before a block's turn, the part that comes after it
         whole     True where blocks cannot be identified: then there is one part
         precision "bfloat16" or "float32": of the products inside blocks; float32 from then on where a block fails in
                   bfloat16
@@ -92,8 +93,8 @@ class BlockModel:
         pad_token_id: int | None = None,
         precision: Precision = "float32",
     ) -> None:
-        self.device, self.dtype = torch.device(device), dtype
-        self.precision = precision
+        self.device, self.dtype, self.precision = torch.device(device), dtype, precision
+        self.entering: Callable[[int], None] = lambda part: None
         self.module = skeleton(config, pad_token_id)
         # the last of these to return gives the last hidden state; one may call another (OPT's decoder)
         self._bodies = bodies(self.module)
@@ -232,6 +233,7 @@ class BlockModel:
             traces.append(self._prologue(weights, batches))
             outputs.append([trace.left(again=watch is not None and v == 0) for trace in traces[v]])
         for i in range(len(self.blocks)):
+            self.entering(2 + i)
             for v, weights in enumerate(variants):
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already

@@ -113,6 +113,7 @@ class Subject:
             pad_token_id=self.reads.pad_token_id,
             precision=source.precision,
         )
+        self.model.entering = self._advise
         self.model.walked = partial(_ahead, self.counts[0])
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
         # the variants of one walk share a part's weights and masks; earlier reads are in the page cache
@@ -295,6 +296,12 @@ class Subject:
         """Bytes of the tensors outside the blocks alone, and with each block."""
         outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
         return [outside, *(outside + block for block in blocks)]
+
+    def _advise(self, part: int) -> None:
+        """Have the kernel read a part's weights while the one before it is computed."""
+        for name in self.model.parts[part] if part < len(self.model.parts) else ():
+            for info in self.pairs.get(name, (self.infos[name],)):
+                self.reader.advise(info, 0, info.nbytes)
 
     def _stored(self, info: TensorInfo) -> Tensor:
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
