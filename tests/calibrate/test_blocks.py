@@ -99,7 +99,8 @@ def test_blocks_multiply_in_bfloat16_or_else_in_float32(fails: int | None, tmp_p
         if fails is not None and quick[-1]:
             raise RuntimeError("expected m1 and m2 to have the same dtype")
 
-    model.blocks[fails or 0].register_forward_pre_hook(see)
+    mlp: Any = model.blocks[fails or 0].mlp
+    mlp.register_forward_pre_hook(see)
     rows = model.run(data, [from_reader(tensors.__getitem__)], lambda b, out: out)[0]
     assert model.precision == ("bfloat16" if fails is None else "float32")
     assert not model.whole
