@@ -32,6 +32,7 @@ AUTO = {
     "GPT2LMHeadModel": "AutoModelForCausalLM",
     "BertForSequenceClassification": "AutoModelForSequenceClassification",
     "BertModel": "AutoModel",
+    "ViTForImageClassification": "AutoModelForImageClassification",
 }
 
 

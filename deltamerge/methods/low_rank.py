@@ -34,6 +34,7 @@ BLOCK = 1 << 22  # elements that are widened to float64 at once
 SPARE = 8  # directions beside the wanted ones, and a quarter of these, that make the iteration converge
 ROUNDS = 16  # of the iteration at most
 MISSED = 0.002  # share of what is kept that may be missed before the iteration ends early
+STILL = 0.001  # share by which a round must raise what is kept for another to follow
 FIRST = 64  # directions that are tried first where an energy is wanted
 NOISE = 1e-13  # of the largest squared singular value: what is below comes from rounding float32
 
@@ -188,7 +189,7 @@ def _iterated(delta: Array, k: int, key: Key, c: Tensor | None) -> _Subspace:
         for _, block in _rows(delta)
     )
     z = _signs(key, m, width)
-    values, turn, missed = np.zeros(k), torch.eye(width, dtype=torch.float64), 1.0
+    values, turn, missed, kept = np.zeros(k), torch.eye(width, dtype=torch.float64), 1.0, 0.0
     q = z
     for done in range(ROUNDS):
         q = torch.linalg.qr(z.double())[0].float()
@@ -197,10 +198,11 @@ def _iterated(delta: Array, k: int, key: Key, c: Tensor | None) -> _Subspace:
         z = matrix @ seen.T
         h = t.double() @ seen.double().T
         values, turn = _descending(h)
-        left = ((z.double() - q.double() @ h) @ turn[:, :k]).numpy()
-        spread = float(np.sqrt(max(0.0, np.linalg.eigvalsh(left.T @ left)[-1])))
+        left = (z.double() - q.double() @ h) @ turn[:, :k]
+        spread = float(_descending(left.T @ left)[0][0]) ** 0.5
         missed = min(max(0.0, gain - float(values.sum())), k * spread)
-        if done and missed <= MISSED * float(values[:k].sum()):
+        before, kept = kept, float(values[:k].sum())
+        if done and (missed <= MISSED * kept or kept - before <= STILL * kept):
             break
     return _Subspace(q.double() @ turn[:, :k], np.maximum(values[:k], 0.0), gain, missed / gain if gain else 0.0)
 

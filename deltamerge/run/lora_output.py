@@ -98,6 +98,10 @@ def write_lora(
         summary = finish(planned, work.folder, modules, sink.made, results)
         done = True
         return values, summary
+    except InputError:  # another recipe is needed, whose run would not take this work over
+        work.forget()
+        done = True
+        raise
     finally:
         (work.folder / REST).unlink(missing_ok=True)
         spool.close(done=done)

@@ -1,0 +1,301 @@
+"""`output: {kind: peft, rank: …}`: the LoRA that is the best of its rank in float64, and that plain PEFT loads."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import torch
+from adapters import load
+from conftest import load_tensors, tiny_llama
+from running import run
+from safetensors.torch import load_file
+from tiny_models import batches, make
+
+from deltamerge.errors import DeltamergeError
+from deltamerge.methods.low_rank import Wanted, factor, factor_product
+from deltamerge.run.lock import verify
+from deltamerge.run.lora_ranks import Spectrum, greedy
+
+BASE = "base_model: base\nmodels: [{model: tuned}]\n"
+WIDE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+
+
+def tune(base: Path, folder: Path, architecture: str, *, rank: int = 0, only: str = "", seed: int = 3) -> None:
+    """A fine-tune of every matrix whose name holds `only`, by a delta of that rank, or by any; without `only` of all."""
+    model = load(architecture, base)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if only not in name:
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if rank and parameter.dim() == 2:
+                noise = noise[:, :rank] @ torch.randn(rank, noise.shape[1], generator=generator)
+            parameter.add_(0.05 * noise)
+    model.save_pretrained(folder)
+
+
+def lora(folder: Path, output: str, recipe: str = BASE, name: str = "out", **options: Any) -> Any:
+    path = folder / f"{name}.yaml"
+    path.write_text(f"{recipe}output: {{kind: peft, {output}}}\n")
+    return run(path, folder / name, **options)
+
+
+def adapted(architecture: str, base: Path, adapter: Path) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return peft.PeftModel.from_pretrained(load(architecture, base), adapter).eval()
+
+
+def outputs(model: Any, architecture: str) -> list[torch.Tensor]:
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return [model(**batch)[0] for batch in batches(architecture)]
+
+
+def products(folder: Path) -> dict[str, np.ndarray]:
+    """B A of every module in float64, as (out, in · …)."""
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {}
+    for name, b in tensors.items():
+        if name.endswith("lora_B.weight"):
+            a = tensors[name.replace("lora_B", "lora_A")].double().flatten(1).numpy()
+            module = name.removeprefix("base_model.model.").removesuffix(".lora_B.weight")
+            found[module] = b.double().flatten(1).numpy() @ a
+    return found
+
+
+def truncated(delta: np.ndarray, rank: int) -> np.ndarray:
+    u, s, vt = np.linalg.svd(delta, full_matrices=False)
+    return (u[:, :rank] * s[:rank]) @ vt[:rank]
+
+
+CASES = [
+    ("LlamaForCausalLM", WIDE | {"tie_word_embeddings": False}, False),
+    ("GPT2LMHeadModel", {}, True),
+    ("BertForSequenceClassification", {}, False),
+    ("ViTForImageClassification", {}, False),
+]
+
+
+@pytest.mark.parametrize(("architecture", "settings", "turned"), CASES)
+def test_the_best_of_its_rank_in_plain_peft(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], turned: bool
+) -> None:
+    make(architecture, tmp_path / "base", **settings)
+    tune(tmp_path / "base", tmp_path / "tuned", architecture)
+    made = lora(tmp_path, "rank: 4")
+    assert verify(tmp_path / "out", 1)
+    base, model = load(architecture, tmp_path / "base").state_dict(), load(architecture, tmp_path / "tuned")
+    found, layers = products(tmp_path / "out"), made.lock["lora"]["tensors"]
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"]) == (4, 4, {})
+    assert len(found) == len(layers) > 5 and not set(config["modules_to_save"]) & found.keys()
+    for module, product in found.items():
+        weight = model.get_submodule(module).weight
+        start = base[f"{module}.weight"].double()
+        delta = (weight.detach().double() - start).flatten(1).numpy()
+        delta = delta.T if turned else delta
+        np.testing.assert_allclose(product, truncated(delta, 4), atol=1e-5 * np.abs(delta).max())
+        s = np.linalg.svd(delta, compute_uv=False) ** 2
+        kept = float(f"{s[:4].sum() / s.sum():.4g}")
+        assert any(layer["energy"] == pytest.approx(kept, abs=2e-4) for layer in layers.values())
+        change = torch.from_numpy(np.ascontiguousarray(product.T if turned else product)).reshape(weight.shape)
+        with torch.no_grad():
+            weight.copy_((start + change).float())
+    assert {layer["rank"] for layer in layers.values()} == {4}
+    # PEFT computes what the base with these products does, whole tensors included
+    got = outputs(adapted(architecture, tmp_path / "base", tmp_path / "out"), architecture)
+    for one, two in zip(got, outputs(model, architecture), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "settings", "turned"), CASES[:2])
+@pytest.mark.parametrize("more", ["energy: 1", "rank: 1000", "rank: 1000, dora: true"])
+def test_all_ranks_are_the_fine_tune(
+    tmp_path: Path, architecture: str, settings: dict[str, Any], turned: bool, more: str
+) -> None:
+    """A rank beyond the sides is all there are; a layer of a smaller rank is in rank_pattern."""
+    make(architecture, tmp_path / "base", **settings)
+    tune(tmp_path / "base", tmp_path / "tuned", architecture, rank=3)
+    lora(tmp_path, more)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["r"] == 3  # what is below float32's rounding is no rank
+    got = outputs(adapted(architecture, tmp_path / "base", tmp_path / "out"), architecture)
+    for one, two in zip(got, outputs(load(architecture, tmp_path / "tuned"), architecture), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+    (tmp_path / "m.yaml").write_text("merge_method: passthrough\nmodels: [{model: base+out}]\n")
+    merged = load_tensors(run(tmp_path / "m.yaml", tmp_path / "merged").folder)
+    for name, tensor in load_tensors(tmp_path / "tuned").items():
+        if name in merged:
+            torch.testing.assert_close(merged[name], tensor, rtol=1e-5, atol=1e-6)
+
+
+def test_ranks_by_energy_and_by_budget(tmp_path: Path) -> None:
+    make("LlamaForCausalLM", tmp_path / "base", **WIDE, tie_word_embeddings=False)
+    tune(tmp_path / "base", tmp_path / "tuned", "LlamaForCausalLM", only="proj")
+    deltas = {n: t - load_tensors(tmp_path / "base")[n] for n, t in load_tensors(tmp_path / "tuned").items()}
+    spectra = {n: np.linalg.svd(d.double().numpy(), compute_uv=False) ** 2 for n, d in deltas.items() if "proj" in n}
+    layers = lora(tmp_path, "energy: 0.6", name="energy").lock["lora"]["tensors"]
+    for name, s in spectra.items():
+        assert layers[name]["rank"] == 1 + int(np.flatnonzero(np.cumsum(s) >= 0.6 * s.sum())[0]), name
+    config = json.loads((tmp_path / "energy" / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == config["alpha_pattern"] and config["rank_pattern"]
+    assert config["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    size = 60_000
+    made = lora(tmp_path, f"budget: {size}, values: float32", name="budget")
+    file = tmp_path / "budget" / "adapter_model.safetensors"
+    assert 0.95 * size < file.stat().st_size == made.nbytes <= size
+    ranks = {name: layer["rank"] for name, layer in made.lock["lora"]["tensors"].items()}
+    prices = {name: 4 * sum(deltas[name].shape) for name in spectra}
+    header = size - sum(ranks[name] * price for name, price in prices.items())
+    even = (size - header) // sum(prices.values())
+    kept, evenly = (sum(s[: rank(n)].sum() for n, s in spectra.items()) for rank in (ranks.get, lambda _: even))
+    assert kept > evenly and len(set(ranks.values())) > 2
+    for folder in ("energy", "budget"):
+        got = outputs(adapted("LlamaForCausalLM", tmp_path / "base", tmp_path / folder), "LlamaForCausalLM")
+        assert all(bool(torch.isfinite(one).all()) for one in got)
+
+
+def test_same_bytes_whatever_the_workers_and_tiles(tmp_path: Path) -> None:
+    make("LlamaForCausalLM", tmp_path / "base", **WIDE)
+    tune(tmp_path / "base", tmp_path / "tuned", "LlamaForCausalLM", only="proj")
+    files = [
+        (lora(tmp_path, "rank: 5", name=name, **more).folder / "adapter_model.safetensors").read_bytes()
+        for name, more in (("one", {"workers": 1}), ("three", {"workers": 3}))
+    ]
+    assert files[0] == files[1]
+
+
+BAD = [
+    ("budget: 300", "", "a budget of 300 bytes holds no rank"),
+    ("rank: 4, whole: refuse", "", "changed, and without factors: .*embed_tokens"),
+    ("rank: 4, targets: [nowhere]", "", "'nowhere' finds no weight"),
+    ("rank: 0", "", "output.rank"),
+    ("energy: 1.5", "", "output.energy"),
+    ("energy: 0.5, budget: 1MB", "", "cannot stand beside energy"),
+    ("rank: 4, values: int8", "", "factors are float32 or bfloat16"),
+    ("whole: drop", "", "needs a rank, an energy or a budget"),
+]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    make("LlamaForCausalLM", folder / "base", **WIDE)
+    tune(folder / "base", folder / "tuned", "LlamaForCausalLM")
+    return folder
+
+
+@pytest.mark.parametrize(("output", "recipe", "message"), BAD)
+def test_what_is_refused(llama: Path, output: str, recipe: str, message: str) -> None:
+    with pytest.raises(DeltamergeError, match=message):
+        lora(llama, output, recipe or BASE, name="bad")
+    assert not (llama / "bad").exists()
+
+
+def test_deltas_that_are_nothing_or_no_numbers(llama: Path) -> None:
+    _save(llama, "copy", load_tensors(llama / "base"))
+    with pytest.raises(DeltamergeError, match="nothing differs from the base"):
+        lora(llama, "rank: 4", BASE.replace("tuned", "copy"), name="bad")
+    tensors = load_tensors(llama / "tuned")
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
+    _save(llama, "broken", tensors)
+    with pytest.raises(DeltamergeError, match=r"layers\.1\.mlp\.up_proj\.weight: its delta is not finite"):
+        lora(llama, "rank: 4", BASE.replace("tuned", "broken"), name="bad")
+
+
+def _save(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    from safetensors.torch import save_file
+
+    (folder / name).mkdir(exist_ok=True)
+    save_file(tensors, folder / name / "model.safetensors", metadata={"format": "pt"})
+    (folder / name / "config.json").write_bytes((folder / "base" / "config.json").read_bytes())
+
+
+@pytest.mark.parametrize(("m", "n"), [(30, 20), (20, 30), (1100, 1030)])
+@pytest.mark.parametrize("weighed", [False, True])
+def test_factors_are_those_of_float64(m: int, n: int, weighed: bool) -> None:
+    """A large matrix by iteration: what it misses is within what it says, and as good as nothing."""
+    rng = np.random.default_rng(0)
+    rank, scale = 6, 1 / (1 + np.arange(min(m, n)))
+    left, right = rng.standard_normal((m, min(m, n))), rng.standard_normal((min(m, n), n))
+    delta = ((left * scale) @ right).astype(np.float32)
+    x = rng.standard_normal((3 * n, n)) * np.exp(rng.standard_normal(n)) if weighed else np.eye(n)
+    c = x.T @ x / len(x) if weighed else None
+    root = np.linalg.cholesky(c) if c is not None else np.eye(n)
+    found = factor(delta, Wanted(rank), (1, 2), c)
+    u, s, _ = np.linalg.svd(delta.astype(np.float64) @ root, full_matrices=False)
+    best = u[:, :rank] @ (u[:, :rank].T @ delta.astype(np.float64))
+    total, kept = (s**2).sum(), (s[:rank] ** 2).sum()
+
+    def lost(product: np.ndarray) -> float:
+        return float((((delta - product) @ root) ** 2).sum())
+
+    product = found.b.astype(np.float64) @ found.a
+    assert found.gain == pytest.approx(total, rel=1e-5)
+    assert lost(best) - 1e-6 * total <= lost(product) <= lost(best) + found.missed * total + 1e-6 * total
+    assert found.gains.sum() == pytest.approx(total - lost(product), rel=1e-4)
+    assert found.missed <= 0.005 and (min(m, n) > 1024 or not found.missed)
+    assert found.energies.sum() == pytest.approx((product**2).sum(), rel=1e-4)
+    if min(m, n) <= 1024:
+        np.testing.assert_allclose(product, best, atol=1e-5 * np.abs(best).max())
+        assert found.gains.sum() == pytest.approx(kept, rel=1e-9)
+        wide = factor_product(left * scale, right, Wanted(rank), c)
+        np.testing.assert_allclose(wide.b.astype(np.float64) @ wide.a, best, atol=1e-4 * np.abs(best).max())
+
+
+def test_a_budget_goes_where_it_keeps_most() -> None:
+    spectra = {"a": Spectrum(np.array([9.0, 4.0, 1.0]), 10), "b": Spectrum(np.array([8.0, 0.5]), 20)}
+    assert greedy(spectra, 40) == {"a": 2, "b": 1}
+    assert greedy(spectra, 9) == {"a": 0, "b": 0}
+    assert greedy(spectra, 1000) == {"a": 3, "b": 2}
+
+
+CALIBRATED = """
+base_model: base
+models: [{model: tuned}]
+calibration: {data: rows.jsonl, sequences: 8, length: 12}
+"""
+
+
+def test_weighed_by_the_inputs(tmp_path: Path) -> None:
+    """The change of the layers' outputs on the rows is less than by plain SVD, and just what the lock says."""
+    tiny_llama(tmp_path / "base", seed=0, dtype=torch.float32, tokenizer=True)
+    tune(tmp_path / "base", tmp_path / "tuned", "LlamaForCausalLM", only="proj")
+    (tmp_path / "tuned" / "tokenizer.json").write_bytes((tmp_path / "base" / "tokenizer.json").read_bytes())
+    (tmp_path / "tuned" / "tokenizer_config.json").write_bytes((tmp_path / "base/tokenizer_config.json").read_bytes())
+    texts = [" ".join(f"w{4 + 7 * j % 92}" for j in range(10))] * 30  # whichever of them are searched on
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    weighed = lora(tmp_path, "rank: 4", CALIBRATED, name="weighed")
+    lora(tmp_path, "rank: 4", name="plain")
+    from transformers import AutoTokenizer
+
+    tokenizer, model = AutoTokenizer.from_pretrained(tmp_path / "tuned"), load("LlamaForCausalLM", tmp_path / "tuned")
+    seen: dict[str, list[torch.Tensor]] = {}
+    for name, module in model.named_modules():
+        if name.endswith("proj"):
+            module.register_forward_pre_hook(lambda _, x, name=name: seen.setdefault(name, []).append(x[0][0].double()))
+    with torch.no_grad():
+        for text in texts[:1]:
+            model(**tokenizer(text, return_tensors="pt", truncation=True, max_length=12))
+    base, tuned = load_tensors(tmp_path / "base"), load_tensors(tmp_path / "tuned")
+    better, plain = products(tmp_path / "weighed"), products(tmp_path / "plain")
+    for name, inputs in seen.items():
+        x = torch.cat(inputs).numpy()
+        delta = (tuned[f"{name}.weight"].double() - base[f"{name}.weight"].double()).numpy()
+
+        def lost(product: np.ndarray, delta: np.ndarray = delta, x: np.ndarray = x) -> float:
+            return float(((x @ (delta - product).T) ** 2).sum() / ((x @ delta.T) ** 2).sum())
+
+        layer = weighed.lock["lora"]["tensors"][f"{name}.weight"]
+        assert 1 - layer["output"] == pytest.approx(lost(better[name]), rel=0.02, abs=2e-4)
+        assert lost(better[name]) <= lost(plain[name]) + 1e-6
+        assert layer["energy"] <= 1
+    assert "of the outputs" in (tmp_path / "weighed" / "README.md").read_text()
