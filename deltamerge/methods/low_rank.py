@@ -32,9 +32,9 @@ Key = tuple[int, int]
 EXACT = 1024  # the largest smaller side whose whole spectrum is computed
 BLOCK = 1 << 22  # elements that are widened to float64 at once
 SPARE = 8  # directions beside the wanted ones, and a quarter of these, that make the iteration converge
-ROUNDS = 16  # of the iteration at most
+ROUNDS = 10  # of the iteration at most
 MISSED = 0.002  # share of what is kept that may be missed before the iteration ends early
-STILL = 0.001  # share by which a round must raise what is kept for another to follow
+STILL = 0.003  # share by which a round must raise what is kept for another to follow
 FIRST = 64  # directions that are tried first where an energy is wanted
 NOISE = 1e-13  # of the largest squared singular value: what is below comes from rounding float32
 
@@ -98,7 +98,7 @@ def factor(delta: Array, wanted: Wanted, key: Key, moments: Array | None = None)
     if side > EXACT:
         k = min(aim, FIRST) if wanted.energy is not None else aim
         while k <= side // 4:
-            found = _iterated(delta, k, key, c)
+            found = _iterated(delta, k, key, c, energy)
             enough = wanted.energy is None or found.gains[:k].sum() >= wanted.energy * found.gain or k >= aim
             if enough:
                 count = wanted.count(found.gains, found.gain)
@@ -178,16 +178,14 @@ def _exact(delta: Array, wanted: Wanted, c: Tensor | None) -> tuple[Tensor, Floa
     return torch.linalg.qr(u / torch.from_numpy(np.sqrt(gains[:count])))[0], gains[:count], gain
 
 
-def _iterated(delta: Array, k: int, key: Key, c: Tensor | None) -> _Subspace:
-    """The leading k eigenvectors of M, by iteration."""
+def _iterated(delta: Array, k: int, key: Key, c: Tensor | None, gain: float) -> _Subspace:
+    """The leading k eigenvectors of M, by iteration; `gain` is ‖Δ‖², the trace of M where there is no C."""
     matrix = torch.from_numpy(delta)
     weights = None if c is None else c.to(torch.float32)
     m = len(matrix)
     width = min(m, k + SPARE + k // 4)
-    gain = sum(
-        float(torch.sum((block if c is None else (block.float() @ weights).double()) * block))
-        for _, block in _rows(delta)
-    )
+    if weights is not None:
+        gain = sum(float(torch.sum((block.float() @ weights).double() * block)) for _, block in _rows(delta))
     z = _signs(key, m, width)
     values, turn, missed, kept = np.zeros(k), torch.eye(width, dtype=torch.float64), 1.0, 0.0
     q = z

@@ -161,10 +161,10 @@ class Output(Keys):
         None, description="peft: a LoRA of as many ranks as keep this share of each delta; 1: all of it."
     )
     budget: Size | None = Field(None, description="peft: a LoRA of this many bytes, each layer with the rank that pays.")
-    whole: Literal["keep", "drop", "refuse"] | None = Field(
+    whole: Literal["keep", "heads", "drop", "refuse"] | None = Field(
         None,
         description="peft with a rank: what changed and has no factors (embeddings, heads, norms, biases) is stored "
-        "whole, left out, or an error. Default: keep.",
+        "whole; heads and what the base lacks alone are; nothing is; or it is an error. Default: keep.",
     )
     targets: Items[Pattern] | None = Field(
         None, description="peft with a rank: weights that get factors. Default: of all linear layers but heads."

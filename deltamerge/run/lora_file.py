@@ -219,7 +219,7 @@ def _whole(
             changed.append(ChangedTensor(by_stored[stored], result, old, count))
         else:
             unknown.append(stored)
-    if unknown and wanted != "drop":
+    if unknown and wanted in ("keep", "refuse"):
         raise InputError(
             f"{modules.architecture} holds {some(unknown)} in other tensors, which cannot be stored whole",
             hint="whole: drop leaves it out; or write kind: delta",
@@ -229,13 +229,16 @@ def _whole(
         return {}, {}, []
     if wanted == "refuse":
         raise InputError(f"changed, and without factors: {some(names)}", hint="whole: keep, or drop")
-    if wanted == "drop":
-        return {}, {}, [f"left out, though it differs from the base: {some(names)}"]
+    notes = []
+    if wanted in ("drop", "heads"):
+        kept = [one for one in changed if wanted == "heads" and (one.base is None or one.module in modules.heads)]
+        if dropped := [name for name in names if name not in {one.result.name for one in kept}]:
+            notes.append(f"left out, though it differs from the base: {some(dropped)}")
+        changed = kept
     targets = [one.module for one in made.values() if one.rank]
     modules.results = {stored: i for stored, name in canonical.items() if (i := base.get(name)) is not None}
     modules.results |= results  # a module is stored with all of its tensors, of which one may be the base's
     saved, loose = modules.share_out(changed, targets)
-    notes = []
     for how, stored_so in (("as modules_to_save", saved), ("loaded into the base (as bias: all)", loose)):
         if stored_so:
             count = sum(info.nbytes for info in stored_so.values())

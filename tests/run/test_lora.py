@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from adapters import load
+from adapters import LLAMA, adapt, load
 from conftest import load_tensors, tiny_llama
 from running import run
 from safetensors.torch import load_file
@@ -299,3 +299,78 @@ def test_weighed_by_the_inputs(tmp_path: Path) -> None:
         assert lost(better[name]) <= lost(plain[name]) + 1e-6
         assert layer["energy"] <= 1
     assert "of the outputs" in (tmp_path / "weighed" / "README.md").read_text()
+
+
+def test_heads_alone_are_kept_whole(tmp_path: Path) -> None:
+    make("BertModel", tmp_path / "base")
+    tune(tmp_path / "base", tmp_path / "tuned", "BertForSequenceClassification")
+    made = lora(tmp_path, "rank: 4, whole: heads", name="heads")
+    config = json.loads((tmp_path / "heads" / "adapter_config.json").read_text())
+    assert config["modules_to_save"] == ["classifier"]
+    assert any("left out, though it differs" in note for note in made.plan.notes) or "left out" in _card(tmp_path)
+    lora(tmp_path, "rank: 4, whole: drop", name="dropped")
+    assert not json.loads((tmp_path / "dropped" / "adapter_config.json").read_text())["modules_to_save"]
+    for name in ("heads", "dropped"):
+        outputs(adapted("BertForSequenceClassification", tmp_path / "base", tmp_path / name), "BertForSequenceClassification")
+
+
+def _card(folder: Path) -> str:
+    return (folder / "heads" / "README.md").read_text()
+
+
+ADAPTERS = """
+base_model: base
+merge_method: {method}
+models:
+  - {{model: base+a, parameters: {{weight: {weights[0]}}}{prune}}}
+  - {{model: base+b, parameters: {{weight: {weights[1]}}}{prune}}}
+"""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "method", "weights", "output", "prune"),
+    [
+        ("cat", "task_arithmetic", (0.7, -0.4), "energy: 1", ""),
+        ("svd", "task_arithmetic", (0.7, 0.4), "rank: 3", ""),
+        ("ties_svd", "ties", (1, 1), "rank: 3", ""),
+        ("magnitude_prune_svd", "task_arithmetic", (0.7, 0.4), "rank: 3", ", prune: {method: magnitude, density: 0.5}"),
+    ],
+)
+def test_adapters_into_one_as_peft_combines_them(
+    tmp_path: Path, kind: str, method: str, weights: tuple[float, float], output: str, prune: str, dtype: torch.dtype
+) -> None:
+    """Equal to PEFT's add_weighted_adapter, also on a base of 16 bits, whose rounding the updates never see."""
+    model, _ = make("LlamaForCausalLM", tmp_path / "base", **WIDE)
+    model.to(dtype).save_pretrained(tmp_path / "base")
+    settings = [{"r": 4, "lora_alpha": 6, "target_modules": ["q_proj", "up_proj"]}]
+    settings.append({"r": 2, "lora_alpha": 6, "target_modules": ["q_proj", "down_proj"], "use_rslora": True})
+    for seed, (name, own) in enumerate(zip("ab", settings, strict=True)):
+        adapt(load("LlamaForCausalLM", tmp_path / "base").float(), tmp_path / name, seed, **own)
+    recipe = ADAPTERS.format(method=method, weights=weights, prune=prune)
+    if method == "ties":
+        recipe += "parameters: {density: 0.5}\n"
+    made = lora(tmp_path, f"{output}, values: float32", recipe)
+    want = load("LlamaForCausalLM", tmp_path / "base").float()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        want = peft.PeftModel.from_pretrained(want, tmp_path / "a", adapter_name="a")
+        want.load_adapter(tmp_path / "b", adapter_name="b")
+        density = {} if kind in ("cat", "svd") else {"density": 0.5}
+        want.add_weighted_adapter(["a", "b"], list(weights), "merged", combination_type=kind, svd_rank=3, **density)
+    found = products(tmp_path / "out")
+    assert len(found) == 9 == len(made.lock["lora"]["tensors"])
+    for module, product in found.items():
+        expected = want.base_model.model.get_submodule(module).get_delta_weight("merged").detach().numpy()
+        np.testing.assert_allclose(product, expected, atol=2e-6 * max(1, np.abs(expected).max()))
+
+
+def test_an_adapter_of_a_smaller_rank(tmp_path: Path) -> None:
+    make("LlamaForCausalLM", tmp_path / "base", **WIDE)
+    adapt(load("LlamaForCausalLM", tmp_path / "base"), tmp_path / "a", **LLAMA)
+    old = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    lora(tmp_path, "rank: 2", "base_model: base\nmodels: [{model: base+a}]\n")
+    for module, product in products(tmp_path / "out").items():
+        stem = f"base_model.model.{module}.lora_"
+        delta = old[f"{stem}B.weight"].double().numpy() @ old[f"{stem}A.weight"].double().numpy() * 7 / 4
+        np.testing.assert_allclose(product, truncated(delta, 2), atol=1e-6)
