@@ -151,7 +151,9 @@ class Commands(click.Group):
         except (EOFError, OSError) as error:
             raise _Failed(error) from error
 
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
         """The command that is named; one of mergekit's is answered with ours."""
         ours = None if self.get_command(ctx, args[0]) else COMMANDS.get(args[0].removeprefix("mergekit-"))
         if ours is not None:

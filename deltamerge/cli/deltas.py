@@ -110,7 +110,7 @@ def extract(
     from deltamerge.run.weights import describe_nonfinite
 
     if base is None and len(models) == 2:
-        models, base = models[:1], models[1]
+        base, models = models[1], models[:1]
     if base is None:
         raise click.UsageError("name the base once: as BASE, or with --base")
     size = _lora_size(lora, budget)

@@ -45,9 +45,9 @@ class StageMaker:
             stages = self._of_model(replace(deltas, stages=stages), index, tunes)
         if not (deltas.recipe.output.lora and deltas.recipe.calibration is not None):
             return stages
-        tunes = [t for merge in merges if merge.base is not None for t in merge.tunes if _is_weight(t)]
+        weights = (t for merge in merges if merge.base is not None for t in merge.tunes if _is_weight(t))
         by_model: dict[int, list[Tuned]] = {}
-        for tuned in tunes:
+        for tuned in weights:
             by_model.setdefault(tuned.index, []).append(tuned)
         return replace(stages, inputs={index: self._measured(deltas, some) for index, some in by_model.items()})
 

@@ -160,7 +160,9 @@ class Output(Keys):
     energy: Share | None = Field(
         None, description="peft: a LoRA of as many ranks as keep this share of each delta; 1: all of it."
     )
-    budget: Size | None = Field(None, description="peft: a LoRA of this many bytes, each layer with the rank that pays.")
+    budget: Size | None = Field(
+        None, description="peft: a LoRA of this many bytes, each layer with the rank that pays."
+    )
     whole: Literal["keep", "heads", "drop", "refuse"] | None = Field(
         None,
         description="peft with a rank: what changed and has no factors (embeddings, heads, norms, biases) is stored "

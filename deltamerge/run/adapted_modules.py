@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 from deltamerge.errors import InputError
@@ -34,13 +34,13 @@ class Modules:
     heads     those of them that are outside the base model
     """
 
-    def __init__(self, model: Any, architecture: str, stored: dict[str, str], results: dict[str, TensorInfo]) -> None:
+    def __init__(self, model: Any, architecture: str, stored: dict[str, str]) -> None:
         from torch import nn
 
         from deltamerge.calibrate.loading import aliases
         from deltamerge.calibrate.skeleton import is_transposed
 
-        self.architecture, self.stored, self.results = architecture, stored, results
+        self.architecture, self.stored = architecture, stored
         self.names = [name for name, _ in model.named_modules()]
         self.linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         self.turned = {name for name, module in model.named_modules() if is_transposed(module)}
@@ -56,7 +56,8 @@ class Modules:
         self.tied = set(aliases(model))
 
     @classmethod
-    def of(cls, config: dict[str, Any], results: dict[str, TensorInfo]) -> Modules:
+    def of(cls, config: dict[str, Any], stored: Collection[str]) -> Modules:
+        """Those of a config, stored as tensors of these names. InputError: transformers knows no such model."""
         from transformers import AutoConfig
 
         from deltamerge.calibrate.loading import checkpoint_names
@@ -67,14 +68,14 @@ class Modules:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"transformers cannot read the output's config: {str(error).splitlines()[0]}") from None
         model = skeleton(made, None)
-        return cls(model, type(model).__name__, checkpoint_names(model, list(results)), results)
+        return cls(model, type(model).__name__, checkpoint_names(model, stored))
 
     def share_out(
-        self, rest: Iterable[ChangedTensor], targets: list[str]
+        self, rest: Iterable[ChangedTensor], targets: list[str], results: Mapping[str, TensorInfo]
     ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
         """Tensors stored whole: of modules for `modules_to_save`, and those that are loaded into the base itself.
 
-        The latter are biases of adapted layers, tied weights, parameters beside submodules, and modules that PEFT,
+        `results` are all tensors by their names in the files. The latter are biases of adapted layers, tied weights, parameters beside submodules, and modules that PEFT,
         which matches the end of a name, could not tell from others.
         """
         saved: dict[str, TensorInfo] = {}
@@ -89,5 +90,5 @@ class Modules:
                 loose[PREFIX + entry.name] = entry.result
             else:
                 own = [name for name in self.stored if name.rpartition(".")[0] == module]
-                saved |= {PREFIX + name: self.results[self.stored[name]] for name in own}
+                saved |= {PREFIX + name: results[self.stored[name]] for name in own}
         return saved, loose

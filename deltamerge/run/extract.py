@@ -31,7 +31,8 @@ def extract(
     (keys of a recipe's output: rank, energy, budget, …) an adapter, whose factors `calibration` weighs.
 
     Without `density` everything that changed is kept, and stored as final values unless `values` says how values to add
-    are. `out` is NAME-delta or NAME-lora in this folder if not given; `options` are those of `run`. UsageError: a method or q
+    are. `out` is NAME-delta or NAME-lora in this folder if not given; `options` are those of `run`. UsageError: a
+    method or q
     without a density. RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
     """
     if lora is None and calibration is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class LayerRank:
 
 @dataclass(frozen=True, slots=True)
 class LowRankSummary:
-    """What was written: bytes of the file, its hash, what each weight keeps, the share of all deltas together, notes."""
+    """What was written: bytes of the file, its hash, what each weight keeps, the shares of all deltas, notes."""
 
     nbytes: int
     hashed: dict[str, Any]
@@ -120,7 +120,6 @@ class LowRankSummary:
     energy: float
     notes: tuple[str, ...] = ()
     output: float | None = None
-    weights: Mapping[str, int] = field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """As locks and `--json` have it."""
@@ -236,9 +235,9 @@ def _whole(
             notes.append(f"left out, though it differs from the base: {some(dropped)}")
         changed = kept
     targets = [one.module for one in made.values() if one.rank]
-    modules.results = {stored: i for stored, name in canonical.items() if (i := base.get(name)) is not None}
-    modules.results |= results  # a module is stored with all of its tensors, of which one may be the base's
-    saved, loose = modules.share_out(changed, targets)
+    known = {stored: info for stored, name in canonical.items() if (info := base.get(name)) is not None}
+    # a module is stored with all of its tensors, of which one may be the base's
+    saved, loose = modules.share_out(changed, targets, {**known, **results})
     for how, stored_so in (("as modules_to_save", saved), ("loaded into the base (as bias: all)", loose)):
         if stored_so:
             count = sum(info.nbytes for info in stored_so.values())
@@ -247,9 +246,7 @@ def _whole(
     return saved, loose, notes
 
 
-def _ranks(
-    planned: Plan, made: Mapping[str, Made], whole: Mapping[str, TensorInfo]
-) -> tuple[dict[str, int], Layout]:
+def _ranks(planned: Plan, made: Mapping[str, Made], whole: Mapping[str, TensorInfo]) -> tuple[dict[str, int], Layout]:
     """The rank of every weight, and the file. InputError: not one rank fits the budget."""
     output, dtype = planned.recipe.output, stored_dtype(planned)
     if output.budget is None:
@@ -340,4 +337,3 @@ def _pattern(module: str, modules: Modules) -> str:
     """A key of rank_pattern, which is matched at the end of names, as a pattern."""
     ambiguous = any(name != module and name.endswith(f".{module}") for name in modules.names)
     return f"^{re.escape(module)}" if ambiguous else module
-

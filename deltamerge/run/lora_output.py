@@ -78,7 +78,7 @@ def write_lora(
     """
     (work.folder / REST).unlink(missing_ok=True)
     with errors.context("output.kind: peft"):
-        modules = Modules.of(output_config(planned), dict.fromkeys(out.name for out in planned.outputs))
+        modules = Modules.of(output_config(planned), [out.name for out in planned.outputs])
         targets = _targets(planned, modules)
     rest = [out for out in planned.outputs if out.name not in targets and not _is_base(planned, out)]
     spool = Spool(work.folder, work.journal)
@@ -308,7 +308,7 @@ class _Sink:
         assert info is not None
         weight = floats(self.reader, info, 0, math.prod(info.shape)).reshape(target.shape)
         total = (weight.T if target.turned else weight) + delta
-        return np.sqrt(np.square(total, dtype=np.float64).sum(axis=1)).astype(np.float32)
+        return np.asarray(np.sqrt(np.square(total, dtype=np.float64).sum(axis=1)), np.float32)
 
     @property
     def _wanted(self) -> Wanted:

@@ -20,7 +20,7 @@ class Spectrum:
 def greedy(spectra: Mapping[str, Spectrum], room: int) -> dict[str, int]:
     """The ranks that keep most in `room` bytes: the next rank goes where it keeps most a byte.
 
-    Gains fall with the rank and a weight's ranks all cost the same, so that no other choice of as many bytes keeps more,
+    Gains fall with the rank and a weight's ranks all cost the same: no other choice of as many bytes keeps more,
     but for what the last rank that does not fit leaves over.
     """
     ranks = dict.fromkeys(spectra, 0)
