@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from deltamerge.errors import InputError
 from deltamerge.io.adapter_parts import PREFIX
 from deltamerge.io.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.calibrate.loading import Shaped
 
 
 class ChangedTensor(NamedTuple):
@@ -56,11 +59,14 @@ class Modules:
         self.tied = set(aliases(model))
 
     @classmethod
-    def of(cls, config: dict[str, Any], stored: Collection[str]) -> Modules:
-        """Those of a config, stored as tensors of these names. InputError: transformers knows no such model."""
+    def of(cls, config: dict[str, Any], tensors: Mapping[str, Shaped], *, parts: bool = False) -> Modules:
+        """Those of a config that is stored as these tensors; with `parts` some may be parts of one of the model's.
+
+        InputError: transformers knows no such model, or has other tensors.
+        """
         from transformers import AutoConfig
 
-        from deltamerge.calibrate.loading import checkpoint_names
+        from deltamerge.calibrate.loading import Loading, checkpoint_names
         from deltamerge.calibrate.skeleton import skeleton
 
         try:
@@ -68,15 +74,16 @@ class Modules:
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"transformers cannot read the output's config: {str(error).splitlines()[0]}") from None
         model = skeleton(made, None)
-        return cls(model, type(model).__name__, checkpoint_names(model, stored))
+        names = Loading(model, tensors).checkpoint_name if parts else checkpoint_names(model, list(tensors))
+        return cls(model, type(model).__name__, names)
 
     def share_out(
         self, rest: Iterable[ChangedTensor], targets: list[str], results: Mapping[str, TensorInfo]
     ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
         """Tensors stored whole: of modules for `modules_to_save`, and those that are loaded into the base itself.
 
-        `results` are all tensors by their names in the files. The latter are biases of adapted layers, tied weights, parameters beside submodules, and modules that PEFT,
-        which matches the end of a name, could not tell from others.
+        `results` are all tensors by their names in the files. The latter are biases of adapted layers, tied weights,
+        parameters beside submodules, and modules that PEFT, which matches the end of a name, could not tell apart.
         """
         saved: dict[str, TensorInfo] = {}
         loose: dict[str, TensorInfo] = {}

@@ -223,7 +223,7 @@ def _whole(
             f"{modules.architecture} holds {some(unknown)} in other tensors, which cannot be stored whole",
             hint="whole: drop leaves it out; or write kind: delta",
         )
-    names = [one.result.name for one in changed] + unknown
+    names = unknown + [one.result.name for one in changed]
     if not names:
         return {}, {}, []
     if wanted == "refuse":

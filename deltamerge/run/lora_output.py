@@ -78,7 +78,7 @@ def write_lora(
     """
     (work.folder / REST).unlink(missing_ok=True)
     with errors.context("output.kind: peft"):
-        modules = Modules.of(output_config(planned), [out.name for out in planned.outputs])
+        modules = Modules.of(output_config(planned), {out.name: out for out in planned.outputs}, parts=True)
         targets = _targets(planned, modules)
     rest = [out for out in planned.outputs if out.name not in targets and not _is_base(planned, out)]
     spool = Spool(work.folder, work.journal)

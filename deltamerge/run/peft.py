@@ -51,7 +51,7 @@ def write_tokenizer(planned: Plan, folder: Path) -> None:
 def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
     with errors.context("output.kind: peft"), Reader() as reader:
         results = {n: i for file in planned.layout.files for n, i in read_header(folder / file.name).tensors.items()}
-        modules = Modules.of(output_config(planned), list(results))
+        modules = Modules.of(output_config(planned), results)
         changed = list(_changed(planned, reader, modules, results))
         candidates = {
             e.name: Candidate((e.result.shape[0], e.result.shape[1]), e.changed, e.result.nbytes)
@@ -112,11 +112,6 @@ def _changed(
     base, template = planned.inputs.base, planned.inputs.template
     assert base is not None
     canonical = {stored: name for name, stored in template.stored.items()}
-    for stored in results.keys() - set(modules.stored.values()):
-        old = base.get(canonical.get(stored, stored))
-        if old is None or count_changed(reader, old, results[stored]):
-            message = f"{modules.architecture} holds {stored} in another tensor, which SHiRA cannot adapt"
-            raise InputError(message, hint="write kind: delta or model")
     for name, stored in modules.stored.items():
         result = results[stored]
         old = base.get(canonical[stored])
