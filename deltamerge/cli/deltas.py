@@ -120,6 +120,9 @@ def extract(
         raise click.UsageError(f"--{'target' if 'targets' in more else next(iter(more))} needs --lora")
     if size is not None and (density is not None or method is not None or q is not None):
         raise click.UsageError("--lora takes the whole delta: prune by a recipe with output: {kind: peft, rank: …}")
+    names = [name_of(model, lora=size is not None) for model in models]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise click.UsageError(f"two of the models would be {twice}: extract one by one, with --out")
     summaries = []
     for model in models:
         begun, warnings = time.monotonic(), Warnings()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from running import run
 from safetensors.torch import load_file
 from tiny_models import batches, make
 
+from deltamerge.cli import main
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.low_rank import Wanted, factor, factor_product
 from deltamerge.run.lock import verify
@@ -394,3 +396,46 @@ def test_experts_in_other_tensors_are_refused_by_name(tmp_path: Path) -> None:
     made = lora(tmp_path, "rank: 4, whole: drop", name="good")
     assert "experts.0.w1" in (made.folder / "README.md").read_text()
     outputs(adapted("MixtralForCausalLM", tmp_path / "base", made.folder), "LlamaForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["extract-lora", "--model", "x"], "deltamerge extract MODEL --base BASE --lora 32"),
+        (["mergekit-moe", "x"], "merge_method: moe"),
+        (["tokensurgeon"], "tokenizer: {transplant: MODEL}"),
+        (["evolve"], "deltamerge search RECIPE"),
+        (["layershuffle"], "slices"),
+        (["multi"], "several documents"),
+        (["extract", "a", "b", "--lora", "3x"], "a rank such as 32"),
+        (["extract", "a", "--base", "b", "--budget", "1MB"], "--lora --budget 20MB"),
+        (["extract", "a", "--base", "b", "--whole", "drop"], "--whole needs --lora"),
+        (["extract", "a", "--base", "b", "--lora"], "needs a rank, energy:0.95, or --budget"),
+        (["extract", "a", "--base", "b", "--lora", "4", "--density", "0.1"], "prune by a recipe"),
+        (["extract", "a", "--lora", "4"], "name the base once"),
+        (["extract", "x/a", "y/a", "--base", "b", "--lora", "4"], "two of the models would be a-lora"),
+    ],
+)
+def test_what_is_typed_wrongly(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_several_at_once_by_the_command(llama: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(llama)
+    shutil.copytree("tuned", "other")
+    models = ["tuned", "other", "--base", "base", "--lora=energy=0.5", "--whole", "drop", "--out", "several"]
+    with pytest.raises(SystemExit) as left:
+        main(["extract", *models[:1], *models[2:7], "--out", "one", "--target", "q_proj"])
+    told = capsys.readouterr().err
+    assert not left.value.code
+    assert "model.layers.0: rank" in told.replace("1 weights, ", "")
+    assert "keeps 0." in told
+    with pytest.raises(SystemExit) as left:
+        main(["extract", *models, "--json", "--force"])
+    assert not left.value.code
+    assert {path.name for path in Path("several").iterdir()} == {"tuned-lora", "other-lora"}
+    results = json.loads(capsys.readouterr().out)["results"]
+    assert [set(one["lora"]) for one in results] == [{"energy", "tensors"}] * 2
