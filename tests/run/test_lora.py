@@ -14,6 +14,7 @@ import pytest
 import torch
 from adapters import LLAMA, adapt, load
 from conftest import load_tensors, tiny_llama
+from quantised_models import fp8_checkpoint
 from running import run
 from safetensors.torch import load_file
 from tiny_models import batches, make
@@ -439,3 +440,17 @@ def test_several_at_once_by_the_command(llama: Path, monkeypatch: pytest.MonkeyP
     assert {path.name for path in Path("several").iterdir()} == {"tuned-lora", "other-lora"}
     results = json.loads(capsys.readouterr().out)["results"]
     assert [set(one["lora"]) for one in results] == [{"energy", "tensors"}] * 2
+
+
+def test_of_a_quantised_base(tmp_path: Path) -> None:
+    """Deltas are taken from what the codes and scales stand for."""
+    make("LlamaForCausalLM", tmp_path / "plain", **WIDE)
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    values = fp8_checkpoint(tmp_path / "base", tmp_path / "plain", (16, 16), config)
+    tune(tmp_path / "plain", tmp_path / "tuned", "LlamaForCausalLM", only="proj")
+    lora(tmp_path, "rank: 5, values: float32, whole: refuse")
+    tuned, found = load_tensors(tmp_path / "tuned"), products(tmp_path / "out")
+    assert len(found) == 21
+    for module, product in found.items():
+        delta = (tuned[f"{module}.weight"].double() - values[f"{module}.weight"]).numpy()
+        np.testing.assert_allclose(product, truncated(delta, 5), atol=1e-5 * np.abs(delta).max())
