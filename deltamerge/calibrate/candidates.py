@@ -59,6 +59,8 @@ def apply(base: Tensor, masked: Masked | None, q: Q) -> Tensor:
     """base + masked/q in float32; gradients flow to q."""
     if masked is None:
         return base
+    if isinstance(q, Tensor) and q.dim():
+        q = q.to(base.device)
     if isinstance(masked, Kept):
         start = base.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         positions, values = masked.positions.to(start.device), masked.values.to(start.device)
