@@ -99,4 +99,9 @@ def choose_device(device: str) -> str:
     then does what it does faster (`backends.choose`); else the CPU. UsageError: no such device."""
     if not DEVICES.fullmatch(device):
         raise UsageError(f"--device {device}: no such device", hint="auto, cpu, cuda or cuda:N")
-    return "cpu" if device == AUTO and not any(Path("/dev").glob("nvidia[0-9]*")) else device
+    return "cpu" if device == AUTO and not shows_gpu() else device
+
+
+def shows_gpu() -> bool:
+    """Whether the machine shows an NVIDIA device; what torch sees of it is found out when it is used."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_checkpoint
 from raw_tensors import read_checkpoint, write_checkpoint
-from running import run
+from running import make_plan, run
 from simulated_gpu import GPU, Refused, simulated
 
 from deltamerge.errors import InputError
@@ -179,3 +179,29 @@ def test_nan_has_the_same_bits_everywhere(dtype: str, tmp_path: Path, monkeypatc
 def nan_bits(folder: Path) -> tuple[int, ...]:
     ((_, array),) = read_checkpoint(folder).values()
     return tuple(int(x) for x in array.view(f"u{array.itemsize}").reshape(-1)[:3])
+
+
+AUTO = {
+    "ties": (set(), "nothing of it is faster on the GPU"),
+    "della": ({"torch"}, "the GPU is for 1 tensors that are sorted"),
+    "arcee_fusion": ({"torch"}, "the GPU is for 1 tensors that are sorted or decomposed"),
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_takes_a_gpu_for_what_it_does_faster(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_tensor(tmp_path, 8)
+    backends, said = AUTO[name]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(kept_recipes.MERGES[name])
+    cpu = run(path, tmp_path / "cpu", device="cpu").folder
+    assert not [note for note in make_plan(path).notes if "device auto" in note]  # no GPU is shown
+    monkeypatch.setattr("deltamerge.run.options.shows_gpu", lambda: True)
+    planned = make_plan(path)
+    assert said in " ".join(planned.notes)
+    assert {task.backend for task in planned.tasks} == (backends or {"fused"})
+    with simulated() as gpu:
+        made = run(path, tmp_path / "gpu").folder
+    assert bool(gpu.launches) == bool(backends)
+    without = run(path, tmp_path / "driver").folder  # the machine shows one, and torch sees none
+    assert read_bytes(cpu) == read_bytes(made) == read_bytes(without)
