@@ -20,6 +20,7 @@ from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.data import check_new_tokens
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Linear
+from deltamerge.calibrate.resident import Drawn, Resident
 from deltamerge.calibrate.rows import HEADS, Row, select
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
@@ -104,11 +105,14 @@ class Subject:
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in (protected or {}).items()}
         self.caches: list[Cache[Any]] = [self.start, *self.masks]
         self.sequences = 0
+        self.resident = Resident.of(reader, self.device, self.known)
 
     def forget(self) -> None:
         """Free the cached weights and masks."""
         for cache in self.caches:
             cache.clear()
+        if self.resident is not None:
+            self.resident.clear()
 
     @property
     def layers(self) -> dict[str, Linear]:
@@ -269,10 +273,19 @@ class Subject:
         start[: base.shape[0]] = self._read(base)
         return start
 
+    def _drawn(self, node: Node, name: str) -> Drawn | None:
+        """A masked delta that a GPU draws anew, where it is over the base itself and a loop can."""
+        assert self.resident is not None
+        shape = tuple(self.infos[name].shape)
+        return None if name in self.protected else self.resident.drawn(node, self.pairs[name][1], shape)
+
     def _masked(self, nodes: Mapping[str, Node], name: str) -> Masked | None:
         node = nodes.get(name)
         if node is None:
             return None
+        drawn = None if self.resident is None else self._drawn(node, name)
+        if drawn is not None:
+            return drawn
         root = Graph().node(dense, [node], shape=node.shape)
         sink = Memory(math.prod(node.shape))
         task = Task(name, root, backends.choose(root, self.source.device))

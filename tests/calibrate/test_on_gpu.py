@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from calibration_rows import rows
 from conftest import tiny_bert_pair
 from running import calibrate
+from safetensors.torch import save_file
 from simulated_gpu import simulated
 from test_stage import RUNS, recipe
 
+from deltamerge.calibrate.candidates import apply
+from deltamerge.calibrate.resident import Resident
 from deltamerge.cli import main
+from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError
+from deltamerge.io import gpu as gpu_loops
+from deltamerge.io.reader import Reader
+from deltamerge.io.safetensors_file import read_header
+from deltamerge.methods.prune import bits
+from deltamerge.methods.prune.bits import mask_key
+from deltamerge.methods.prune.masks import dare
 
 BY_ROW = ["least-squares-row"]
 
@@ -34,6 +45,35 @@ def check(folder: Path, name: str) -> None:
 @pytest.mark.parametrize("name", BY_ROW)
 def test_it_finds_what_the_cpu_finds(name: str, tmp_path: Path) -> None:
     check(tmp_path, name)
+
+
+@pytest.mark.skipif(not gpu_loops.installed(), reason="no triton")
+@pytest.mark.parametrize("q", [0.4, 1.0, "rows"])
+def test_masks_are_drawn_by_the_loop_that_adds_them(q: Any, tmp_path: Path) -> None:
+    """base + mask ∘ (tune − base) / q from weights that are there, as from a mask that was kept."""
+    tensors = [torch.randn(6, 40, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in (0, 1)]
+    save_file({"base": tensors[0], "tune": tensors[1]}, tmp_path / "x.safetensors")
+    infos = read_header(tmp_path / "x.safetensors").tensors
+    graph, key = Graph(), mask_key(1, "t", "w")
+    reads = [graph.read(infos[name]) for name in ("tune", "base")]
+    node = graph.node(dare, reads, shape=(6, 40), key=key, density=0.3)
+    sparse = graph.node(dare, reads, shape=(6, 40), key=key, density=0.01)
+    base, delta = tensors[0].float(), tensors[1].float() - tensors[0].float()
+    kept = torch.from_numpy(bits.keep(key, 0, 240, 0.3)).view(6, 40)
+    masked = torch.where(kept, delta, 0.0)
+    of_q = torch.linspace(0.2, 0.9, 6)[:, None] if q == "rows" else q
+    with simulated() as gpu, Reader() as reader, torch.no_grad():
+        resident = Resident.of(reader, torch.device("cuda"), {})
+        assert resident is not None
+        assert resident.drawn(sparse, infos["base"], (6, 40)) is None
+        drawn = resident.drawn(node, infos["base"], (6, 40))
+        assert drawn is not None
+        assert torch.equal(drawn.delta().cpu(), masked)
+        before = gpu.uploaded
+        made = apply(base.to("cuda"), drawn, of_q).cpu()
+        assert gpu.uploaded - before < 2000  # but for numbers: the weights are there
+    divisor = of_q if q == "rows" else torch.tensor(of_q)
+    assert torch.equal(made, base + masked / divisor)
 
 
 @pytest.mark.slow
