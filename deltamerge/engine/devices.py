@@ -136,6 +136,9 @@ class Lane:
     def flush(self) -> None:
         """Give what has been emitted and not yet given."""
 
+    def wait(self) -> None:
+        """Until what was started is done, so that other lanes may use it."""
+
 
 class GpuLane(Lane):
     """One worker's stream and pinned buffers, of which there are two sets: one tile's are filled while those of the
@@ -182,6 +185,9 @@ class GpuLane(Lane):
         target.copy_(flat, non_blocking=True)
         before, self.waiting = self.waiting, [(self.stream.record_event(), target, memory, give)]
         _give(before)
+
+    def wait(self) -> None:
+        self.stream.synchronize()
 
     def flush(self) -> None:
         before, self.waiting = self.waiting, []

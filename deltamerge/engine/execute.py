@@ -19,7 +19,9 @@ from deltamerge.engine.backends import TorchBackend
 from deltamerge.engine.devices import AUTO, Lane, fitting, is_out_of_memory, too_little, torch_device
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first, function_of, schedule
-from deltamerge.engine.tasks import Job, Lender, Running, Sink, on_gpu
+from deltamerge.engine.sink import Lender, Sink
+from deltamerge.engine.source import Making
+from deltamerge.engine.tasks import Job, Running, on_gpu
 from deltamerge.engine.tasks import Task as Task
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.reader import Reader
@@ -80,7 +82,7 @@ def execute(
 
 @dataclass(eq=False)
 class _Engine:
-    """A queue of jobs in planned order; a pass of a tensor starts when the previous one is complete."""
+    """A queue of jobs in planned order; a pass of a tensor starts when the one before is complete."""
 
     upcoming: Iterator[Task]
     reader: Reader
@@ -129,7 +131,9 @@ class _Engine:
             while (job := self._take()) is not None:
                 task = job.running.task
                 with errors.context(f"tensor {task.name}"):
-                    if task.root.kind == "read":
+                    if job.whole is not None:
+                        self._compute_at_once(job.whole, job.running, lanes)
+                    elif task.root.kind == "read":
                         self._copy(job)
                     else:
                         self._compute(job, lanes)
@@ -199,11 +203,15 @@ class _Engine:
                 continue
             root = running.task.root
             backend = None if root.kind == "read" else self._backend(running.task)
-            running.steps = backends.steps(nodes, running.schedule.frees[index], root, needless)
+            wholes = [n for n in reductions if n.kind == "whole"]
+            left_out = needless | set(map(id, wholes))
+            running.steps = backends.steps(nodes, running.schedule.frees[index], root, left_out)
             running.whole = backend.whole(running.steps, root, running.values, self.reader) if backend else None
             running.loop = backend.loop(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
-            jobs = [job for job in self._jobs(running) if not (last and self._is_done_job(job))]
+            jobs = [Job(running, 0, 0, node) for node in wholes]
+            tiled = self._jobs(running) if len(wholes) < len(reductions) or last else ()
+            jobs += [job for job in tiled if not (last and self._is_done_job(job))]
             running.waiting = len(jobs)
             return jobs
         return []
@@ -262,8 +270,7 @@ class _Engine:
         step = self._tile_step(running.task)
         if running.whole is not None and self._compute_whole(running.whole, job):
             return
-        backend = self._backend(running.task)
-        lane = lanes.get(running.task.backend) or lanes.setdefault(running.task.backend, backend.lane(self.reader))
+        backend, lane = self._lane(running.task, lanes)
         calls = [None if item.node.kind == "read" else backend.function(item.node) for item in running.steps]
         for node in (item.node for item in running.steps if item.node.kind == "read"):
             size = ITEMSIZE[node.dtype]
@@ -323,6 +330,16 @@ class _Engine:
             self._reduce(running, node, tile.start, value)
         if root.kind == "small":
             self.progress(tile.size * ITEMSIZE[root.dtype])
+
+    def _lane(self, task: Task, lanes: dict[str, Lane]) -> tuple[TorchBackend, Lane]:
+        """A thread's lane of the backend of a task."""
+        backend = self._backend(task)
+        return backend, lanes.get(task.backend) or lanes.setdefault(task.backend, backend.lane(self.reader))
+
+    def _compute_at_once(self, node: Node, running: Running, lanes: dict[str, Lane]) -> None:
+        """The value of a `whole` node."""
+        made = Making(*self._lane(running.task, lanes), self._tile_step(running.task), lambda: bool(self.failure))
+        running.values[id(node)] = made.value(node, running.schedule.passes[running.index], running.values)
 
     def _compute_whole(self, whole: Program, job: Job) -> bool:
         running = job.running

@@ -1,37 +1,16 @@
-"""What the engine is given and what it keeps of it: sinks, tasks, and the jobs that a running task is cut into."""
+"""What the engine is given and what it keeps of it: tasks, and the jobs that a running task is cut into."""
 
 from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any
 
 from deltamerge.engine.backends import Step
 from deltamerge.engine.devices import Uploads
 from deltamerge.engine.fused.on_gpu import Loop
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import Node, Schedule
-
-
-class Sink(Protocol):
-    """Receives finished tiles; called from any worker, once for each byte of a tensor."""
-
-    def write(self, name: str, offset: int, data: Any) -> None:
-        """Take `data`, the bytes of tensor `name` from byte `offset`."""
-
-
-@runtime_checkable
-class Lender(Sink, Protocol):
-    """A sink that lends the memory into which it wants the bytes written."""
-
-    def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Memory for bytes of tensor `name` from byte `offset`; may wait for earlier ones to be written."""
-
-    def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
-        """Take back lent memory, now filled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +47,12 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A range of tiles of one pass, or of bytes to copy."""
+    """A range of tiles of one pass, or of bytes to copy; or all of a tensor, for a `whole` node."""
 
     running: Running
     start: int
     stop: int
+    whole: Node | None = None
 
 
 def on_gpu(task: Task, device: str) -> bool:
