@@ -28,12 +28,12 @@ from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.tiles import Tile, block_elements
 
+TILE_ELEMENTS = 1 << 18
+GPU_TILE_ELEMENTS = 1 << 22
 JOB_ELEMENTS = 1 << 21
 COPY_BYTES = 1 << 22
 # On a GPU a job is so many tiles: one is read while another is computed.
 GPU_TILES = 4
-# Of the compiled loop, whatever a GPU's tiles are.
-FUSED_TILE = 1 << 18
 
 
 def execute(
@@ -43,7 +43,7 @@ def execute(
     *,
     device: str = "cpu",
     workers: int = 1,
-    tile_elements: int = 1 << 18,
+    tile_elements: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
     known: Mapping[Node, Any] | None = None,
     done: Callable[[str, int, int], bool] = lambda *_: False,
@@ -54,7 +54,7 @@ def execute(
         reader          reads the inputs
         sink            None: all roots are small or reductions
         device          "cpu" or a GPU;  workers   threads
-        tile_elements   of a tile
+        tile_elements   of a tile; None: the device's own
         progress        called with the number of bytes done
         known           values of small nodes that are not computed again
         done            done(name, offset, nbytes): whether the sink has these bytes already (from an interrupted run)
@@ -71,7 +71,8 @@ def execute(
         device = "cpu"
     if not any(on_gpu(task, device) for task in tasks):
         device = "cpu"  # a GPU that nothing is computed on is not begun
-    engine = _Engine(iter(tasks), reader, sink, device, workers, tile_elements, progress, done, shared)
+    tile = tile_elements or own_tile(device)
+    engine = _Engine(iter(tasks), reader, sink, device, workers, tile, progress, done, shared)
     with (
         backends.quiet_allocator(),
         backends.single_threaded({task.backend for task in tasks if task.root.kind != "read"}),
@@ -243,7 +244,7 @@ class _Engine:
 
     def _tile_step(self, task: Task) -> int:
         block = block_elements(task.root.shape)
-        most = self.tile_elements if task.backend == "torch" else min(self.tile_elements, FUSED_TILE)
+        most = self.tile_elements if task.backend == "torch" else min(self.tile_elements, TILE_ELEMENTS)
         return max(1, most // block) * block
 
     def _copy(self, job: Job) -> None:
@@ -404,6 +405,11 @@ def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node
                 inputs = [values[source] for source in node.inputs]
                 values[node] = function_of(node.function)(*inputs, **dict(node.parameters))
     return values
+
+
+def own_tile(device: str) -> int:
+    """Elements of a tile that suit a device."""
+    return TILE_ELEMENTS if device == "cpu" else GPU_TILE_ELEMENTS
 
 
 def default_workers() -> int:

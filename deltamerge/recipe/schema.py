@@ -91,6 +91,10 @@ class Calibration(Keys):
     sequences: Positive = Field(50, le=100_000, description="How many sequences are used.")
     length: Positive = Field(128, le=1_000_000, description="Tokens a sequence.")
     seeds: Positive = Field(4, le=64, description="Mask seeds averaged by output_change.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of the matrix products of forward passes; auto: bfloat16 for large models where it is fast.",
+    )
     per: Literal["model", "merge"] = Field("model", description="Calibrate each fine-tune, or the merged model.")
 
 
