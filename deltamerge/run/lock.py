@@ -33,6 +33,7 @@ from deltamerge.run.hashes import DATA, describe_files
 
 if TYPE_CHECKING:
     from deltamerge.run.budget import ChosenDensities
+    from deltamerge.run.lora_file import LowRankSummary
 
 CARD = "README.md"
 PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
@@ -62,9 +63,10 @@ class Lock:
         found: Mapping[Node, Calibrated],
         choice: ChosenDensities | None = None,
         losses: Losses | None = None,
+        lora: LowRankSummary | None = None,
     ) -> Lock:
         """The lock, not yet written, of what a run read, chose and lost: the q's of stages, the densities of a budget,
-        the errors of quantised weights."""
+        the errors of quantised weights, what a LoRA keeps."""
         rows = {
             f"{spec.name}:{name}": value
             for node, spec in plan.specs.items()
@@ -85,6 +87,7 @@ class Lock:
             **({"calibration": calibration} if calibration else {}),
             **({"densities": choice.densities} if choice is not None else {}),
             **({"quantization": errors_of(losses)} if losses else {}),
+            **({"lora": lora.describe()} if lora is not None else {}),
         }
         return cls(path, content, rows or None)
 

@@ -137,6 +137,7 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
         ("Two locks:", ("diff", "a-merged/recipe.lock", "c-merged/recipe.lock")),
         ("## run, extract and apply", ("run", "a.yaml", "--out", "a")),
         ("## run, extract and apply", ("extract", "tuned", "--base", "base", "--values", "int8")),
+        ("## run, extract and apply", ("extract", "tuned", "--base", "base", "--lora", "2", "--whole", "drop")),
         ("## run, extract and apply", ("apply", "tuned-delta", "--base", "base", "--out", "again")),
     ]
     for title, words in cases:
