@@ -27,7 +27,7 @@ from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, Calib
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.engine import backends
-from deltamerge.engine.backends import torch_device
+from deltamerge.engine.devices import torch_device
 from deltamerge.engine.execute import Task, default_workers, execute, shared_values
 from deltamerge.engine.graph import Graph, Node
 from deltamerge.io import progress

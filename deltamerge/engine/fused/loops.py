@@ -60,11 +60,11 @@ class Source:
         """Whether a program's entries are of one block."""
         return bool(self.carried) or any(x.code in BY_BLOCK for x in self.assembly.operations)
 
-    def int(self, value: int) -> str:
+    def number(self, value: int) -> str:
         self.ints.append(value - (1 << 64) if value >> 63 > 0 else value)
         return f"tl.load(ints_at + {len(self.ints) - 1})"
 
-    def float(self, value: float) -> str:
+    def real(self, value: float) -> str:
         self.floats.append(value)
         return f"tl.load(floats_at + {len(self.floats) - 1})"
 
@@ -146,39 +146,39 @@ def _drop(source: Source, x: Operation, number: int) -> None:
     a, b, high, low = x.fields
     q = x.scalars[0]
     for name, word in zip("kl", x.key, strict=True):
-        source.add(f"{name}{number} = {source.int(word)}.to(tl.uint64, bitcast=True)")
+        source.add(f"{name}{number} = {source.number(word)}.to(tl.uint64, bitcast=True)")
     source.add(f"h{number} = HALVES({number})")
-    bounds = f"{source.int(high)}.to(tl.int32), {source.int(low)}.to(tl.int32)"
+    bounds = f"{source.number(high)}.to(tl.int32), {source.number(low)}.to(tl.int32)"
     source.add(f"m{number} = f.kept(at, h{number}, {bounds}, k{number}, l{number})")
     delta = f"{source.value(a)} - {source.value(b)}"
-    delta = delta if q == 1.0 else f"f.divided({delta}, {source.float(q)})"
+    delta = delta if q == 1.0 else f"f.divided({delta}, {source.real(q)})"
     source.set(x, f"tl.where(m{number}, {delta}, 0.0)")
 
 
 def _divide(source: Source, x: Operation, _: int) -> None:
-    source.set(x, f"f.divided({source.value(x.fields[0])}, {source.float(x.scalars[0])})")
+    source.set(x, f"f.divided({source.value(x.fields[0])}, {source.real(x.scalars[0])})")
 
 
 def _keep(source: Source, x: Operation, number: int) -> None:
     score, threshold, kept, ranks = x.fields
     value = source.value(x.models[0] if x.models else score)
-    source.add(f"b{number}, t{number} = f.magnitude({source.value(score)}), {source.int(threshold)}.to(tl.int32)")
+    source.add(f"b{number}, t{number} = f.magnitude({source.value(score)}), {source.number(threshold)}.to(tl.int32)")
     if ranks < 0:
         source.set(x, f"tl.where(b{number} >= t{number}, {value}, 0.0)")
         return
     source.carried.append(f"c{number}")
-    before = f"tl.load(ranks_at + {source.int(ranks)} + start // BLOCK + block)"
+    before = f"tl.load(ranks_at + {source.number(ranks)} + start // BLOCK + block)"
     source.add(f"e{number} = (b{number} == t{number}) & there")
     source.add(f"n{number} = tl.cumsum(e{number}.to(tl.int32), 0) + c{number}")
     source.add(f"c{number} += tl.sum(e{number}.to(tl.int32), 0)")
-    source.add(f"e{number} = e{number} & (n{number} <= {source.int(kept)} - {before})")
+    source.add(f"e{number} = e{number} & (n{number} <= {source.number(kept)} - {before})")
     source.set(x, f"tl.where((b{number} > t{number}) | e{number}, {value}, 0.0)")
 
 
 def _sum(source: Source, x: Operation, number: int, weights: Sequence[float]) -> str:
     """Lines that add up the weighted models, one after the other; the name of the sum."""
     for i, (model, weight) in enumerate(zip(x.models, weights, strict=True)):
-        term = f"{source.float(weight)} * {source.value(model)}"
+        term = f"{source.real(weight)} * {source.value(model)}"
         source.add(f"a{number} = {term}" if i == 0 else f"a{number} = a{number} + {term}")
     return f"a{number}"
 
@@ -186,9 +186,9 @@ def _sum(source: Source, x: Operation, number: int, weights: Sequence[float]) ->
 def _add(source: Source, x: Operation, number: int) -> None:
     total, (divisor, scale) = _sum(source, x, number, x.weights), x.scalars
     if np.float32(divisor) != 1:
-        source.add(f"{total} = f.divided({total}, {source.float(divisor)})")
+        source.add(f"{total} = f.divided({total}, {source.real(divisor)})")
     if np.float32(scale) != 1:
-        source.add(f"{total} = {total} * {source.float(scale)}")
+        source.add(f"{total} = {total} * {source.real(scale)}")
     source.set(x, source.based(x.fields[0], total))
 
 
@@ -197,7 +197,7 @@ def _vote(source: Source, x: Operation, number: int, *, weighted: bool, normaliz
     source.add(f"v{number} = tl.zeros_like(a{number})")
     source.add(f"w{number} = tl.zeros_like(a{number})")
     for model, weight in zip(x.models, x.weights, strict=True):
-        w, value = source.float(weight), source.value(model)
+        w, value = source.real(weight), source.value(model)
         source.add(f"y{number} = {w} * {value}")
         sign = f"y{number}" if weighted else value
         source.add(f"v{number} = v{number} + f.agreeing({sign}, a{number}, y{number})")
@@ -213,7 +213,7 @@ def _agree(source: Source, x: Operation, number: int) -> None:
         divisor = f"tl.where(tl.abs(w{number}) < {SMALLEST_DIVISOR}, 1.0, w{number})"
         source.add(f"v{number} = f.divided(v{number}, {divisor})")
     if np.float32(scale) != 1:
-        source.add(f"v{number} = v{number} * {source.float(scale)}")
+        source.add(f"v{number} = v{number} * {source.real(scale)}")
     source.set(x, source.based(x.fields[0], f"v{number}"))
 
 
@@ -226,7 +226,7 @@ def _elect(source: Source, x: Operation, number: int) -> None:
 
 def _variance(source: Source, x: Operation, number: int) -> None:
     first, *others = map(source.value, x.models)
-    count = source.float(float(len(x.models)))
+    count = source.real(float(len(x.models)))
     source.add(f"a{number} = tl.zeros_like({first})")
     for other in others:
         source.add(f"a{number} = a{number} + ({other} - {first})")
@@ -246,18 +246,18 @@ def _clear(source: Source, x: Operation, _: int) -> None:
 
 def _spread(source: Source, x: Operation, _: int) -> None:
     a, row, table, how = x.fields
-    place = f"at // {source.int(row)}" if how == 0 else f"at % {source.int(row)}"
-    entry = f"tl.load(table_at + {source.int(table)} + {place}, there, other=1.0)"
+    place = f"at // {source.number(row)}" if how == 0 else f"at % {source.number(row)}"
+    entry = f"tl.load(table_at + {source.number(table)} + {place}, there, other=1.0)"
     value = source.value(a)
     source.set(x, f"tl.abs({value}) * {entry}" if how == 2 else f"f.divided({value}, {entry})")
 
 
 def _columns(source: Source, x: Operation, number: int) -> None:
     a, other, row, _ = x.fields
-    source.add(f"c{number} = at % {source.int(row)}")
+    source.add(f"c{number} = at % {source.number(row)}")
     source.add(f"m{number} = c{number} < 0")
     for column in x.lists:
-        source.add(f"m{number} = m{number} | (c{number} == {source.int(column)})")
+        source.add(f"m{number} = m{number} | (c{number} == {source.number(column)})")
     source.set(x, f"tl.where(m{number}, {'0.0' if other < 0 else source.value(other)}, {source.value(a)})")
 
 
@@ -277,7 +277,7 @@ def _high(source: Source, x: Operation, number: int) -> None:
 
 def _low(source: Source, x: Operation, number: int) -> None:
     source.add(f"b{number} = f.magnitude({source.value(x.fields[0])})")
-    mask = f"there & ((b{number} >> 16) == {source.int(x.fields[1])})"
+    mask = f"there & ((b{number} >> 16) == {source.number(x.fields[1])})"
     _count(source, x, number, LOW, f"(b{number} & 0xFFFF)", mask)
 
 
@@ -290,7 +290,7 @@ def _nonzero(source: Source, x: Operation, number: int) -> None:
 def _equal(source: Source, x: Operation, number: int) -> None:
     source.counted[number] = len([n for n, (_, size) in source.counted.items() if size == 0]), 0
     first = source.counted[number][0]
-    equal = f"(f.magnitude({source.value(x.fields[0])}) == {source.int(x.fields[1])}) & there"
+    equal = f"(f.magnitude({source.value(x.fields[0])}) == {source.number(x.fields[1])}) & there"
     place = f"counts_at + COUNTERS + {first} * blocks + block"
     source.add(f"tl.atomic_add({place}, tl.sum(({equal}).to(tl.int32), 0).to(tl.int64), sem='relaxed')")
 

@@ -131,7 +131,7 @@ class Loop:
         """Counters of all parts added, or what there is of each block one after the other."""
         counted = self.assembly.counters.get(node)
         if counted is not None and counted[1]:
-            return np.sum(values, axis=0)
+            return np.asarray(np.sum(values, axis=0))
         return np.concatenate(values)
 
 
