@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.calibrate.spec import CalibrationInput, Spec
 from deltamerge.calibrate.spec import memory as stage_memory
 from deltamerge.calibrate.split import split
-from deltamerge.engine.execute import Task
+from deltamerge.engine.devices import AUTO
 from deltamerge.engine.graph import Node
+from deltamerge.engine.tasks import Task, on_gpu
 from deltamerge.errors import InputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Adapter
@@ -49,7 +50,7 @@ ADAPTER = Component(stem="adapter_model")
 class PlanOptions:
     """How a plan is to be run.
 
-    device   where tiles are computed: cpu, cuda or cuda:N
+    device   where tiles are computed: cpu, cuda, cuda:N, or auto: a GPU for what it does faster, else the CPU
     workers  threads
     memory   a cap in bytes; None: none
     data     whether the rows of calibrations are read, to check them
@@ -107,8 +108,13 @@ class Plan:
 
     @property
     def device(self) -> str:
-        """Where tiles are computed."""
+        """Where tiles are computed: cpu, cuda, cuda:N, or auto, some on a GPU."""
         return self.options.device
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether anything is computed on a GPU."""
+        return self.device != "cpu" and (bool(self.sources) or any(on_gpu(t, self.device) for t in self.tasks))
 
     @property
     def workers(self) -> int:
@@ -254,7 +260,8 @@ def _plan(
     else:
         layout = plan_layout(metas, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
     outputs = tuple(row.output(layout) for row in rows)
-    held = (held_by_delta if recipe.output.kind == "delta" else held_by_files)(outputs, workers)
+    is_delta = recipe.output.kind == "delta"
+    held = held_by_delta(outputs, workers) if is_delta else held_by_files(outputs, workers, memory)
     if recipe.output.lora:
         held += held_by_factors(recipe.output, outputs, workers, moments=bool(found.builder.deltas.stages.inputs))
     held += kept_bytes(info for model in inputs.all for info in model.tensors.values())
@@ -281,6 +288,8 @@ def _plan(
             for name, deltas in cuts.items()
         ),
     ]
+    if device == AUTO:
+        notes.append(_where(outputs, calibrates=bool(sources)))
     specs = [node.parameter("spec") for node in stages.calibrations]
     notes += [f"calibration of {s.name}: {words}" for s in specs if (words := in_words(s.not_calibrated))]
     if own is not None:
@@ -321,6 +330,18 @@ def _plan(
         warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs)),
         stacks=tuple(found.stacks),
     )
+
+
+def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
+    """What "auto" leaves to the GPU, and why, in a line."""
+    pieces = [piece for output in outputs for piece in output.pieces if piece.built.root.kind != "read"]
+    there = sum(piece.backend == "torch" for piece in pieces)
+    parts = ["calibration"] * calibrates + [f"{there} tensors that are sorted or decomposed"] * bool(there)
+    here = len(pieces) - there
+    left = f"the CPU makes {here} tensors, as fast as they are read and hashed"
+    if not parts:
+        return f"device auto: {left}; nothing of it is faster on the GPU"
+    return f"device auto: the GPU is for {' and '.join(parts)}; {left}"
 
 
 def _sources(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:

@@ -6,9 +6,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deltamerge.delta.writer import Summary
+from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.graph import Node
+from deltamerge.engine.tasks import on_gpu
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import some
 from deltamerge.io.audit import Findings, NonFinite
@@ -20,6 +25,7 @@ from deltamerge.io.work_folder import CALIBRATION
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Writer
 from deltamerge.plan.finite import set_aside
+from deltamerge.plan.memory import room
 from deltamerge.plan.planner import Plan
 from deltamerge.run.budget import ChosenDensities, budget_of
 from deltamerge.run.delta_output import write_delta, write_within_budget
@@ -27,6 +33,8 @@ from deltamerge.run.lock import Lock
 from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.options import Options
 from deltamerge.run.partition import Part, shared_calibration
+
+WORKERS_A_HASHER = 8  # threads that merge for each that hashes beside the first
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +154,11 @@ def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
     return f"values that are not finite in {some(named, 8)}"
 
 
+def pinned_memory(planned: Plan) -> Callable[[int], NDArray[np.uint8]] | None:
+    """What makes memory that a GPU writes to by itself; None: no tensor is computed on one."""
+    return pinned if any(on_gpu(task, planned.device) for task in planned.tasks) else None
+
+
 def _write_shards(
     planned: Plan,
     work: Workspace,
@@ -155,7 +168,14 @@ def _write_shards(
     pieces: Pieces,
 ) -> tuple[Findings, Losses]:
     files = part.files(planned.layout) if part else None
-    with Reader(pieces) as reader, Writer(work.folder, planned.layout, files=files, journal=work.journal) as writer:
+    with (
+        Reader(pieces) as reader,
+        Writer(
+            work.folder, planned.layout, files=files, journal=work.journal,
+            room=room(planned.workers, planned.options.memory), hashers=1 + planned.workers // WORKERS_A_HASHER,
+            allocate=pinned_memory(planned),
+        ) as writer,
+    ):  # fmt: skip
         sink = CodedWriter(writer, planned.codings, reader, work.folder)
         execute(
             sorted(planned.tasks, key=lambda task: sink.where(task.name, task.offset)),
