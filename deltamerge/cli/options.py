@@ -104,7 +104,7 @@ BUDGET = click.option(
     "--budget",
     metavar="SIZE",
     callback=_size,
-    help="With --lora: its bytes, such as 20MB, shared out by what they keep.",
+    help="Of a LoRA: its bytes, such as 20MB, shared out by what they keep.",
 )
 FORCE = click.option("--force", is_flag=True, help="Replace a target that a run made.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
