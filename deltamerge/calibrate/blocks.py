@@ -13,7 +13,7 @@ identified (`Model.whole`), or a model computes something between them, the plai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -26,11 +26,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from deltamerge.calibrate.foreign import running
-from deltamerge.calibrate.layers import Cut, Linear, cuts, modules, stacks
+from deltamerge.calibrate.layers import Cut, Linear, cuts, input_of, modules, stacks
 from deltamerge.calibrate.loading import Group, Loading, Shaped
 from deltamerge.calibrate.products import Box, Products
 from deltamerge.calibrate.skeleton import bodies, find_blocks, ignored, place_buffers, shifted, skeleton
-from deltamerge.calibrate.trace import Generator, NotAChain, Shell, Stop, Trace
+from deltamerge.calibrate.trace import Generating, NotAChain, Shell, Stop, Trace, together
 from deltamerge.errors import InputError
 
 T = TypeVar("T")
@@ -149,7 +149,7 @@ class BlockModel:
 
     def _note(self, layer: Linear) -> Callable[[nn.Module, Any], None]:
         def note(module: nn.Module, args: Any) -> None:
-            if _input_of(layer, module, args) is not None:
+            if input_of(layer, module, args) is not None:
                 self.reached.add(layer.name)
 
         return note
@@ -190,19 +190,29 @@ class BlockModel:
         """[variant][batch] of reduce(batch index, output); all variants share one walk through the blocks.
 
         Batches are input tensors as the model's forward takes them, but for `decoder_input_ids`, which are what the
-        decoder is to say. Memory: one part's weights, and the hidden states
-        of every variant and batch. `watch` sees the linear layers of the first variant.
+        decoder is to say. Memory: one part's weights, and the hidden states of every variant and batch. `watch` sees
+        the linear layers of the first variant.
         """
+        (found,) = together([self.walk(batches, variants, reduce, watch=watch)])
+        return found
+
+    @torch.no_grad()
+    def walk(
+        self,
+        batches: Sequence[Inputs],
+        variants: Sequence[Weights],
+        reduce: Callable[[int, BlockOutput], T],
+        *,
+        watch: Watch | None = None,
+    ) -> Generator[None, None, list[list[T]]]:
+        """`run` in steps, for `together`: it waits before each variant's turn at a part of the model."""
         if self.blocks:
             try:
-                return self._walk(batches, variants, reduce, watch)
+                return (yield from self._walk(batches, variants, reduce, watch))
             except NotAChain:
                 self.blocks = ()
                 self._lay_out()
-        return [
-            self._finish(weights, batches, reduce, None, watch if v == 0 else None)
-            for v, weights in enumerate(variants)
-        ]
+        return (yield from self._last(batches, variants, reduce, None, watch))
 
     def _walk(
         self,
@@ -210,21 +220,34 @@ class BlockModel:
         variants: Sequence[Weights],
         reduce: Callable[[int, BlockOutput], T],
         watch: Watch | None,
-    ) -> list[list[T]]:
+    ) -> Generator[None, None, list[list[T]]]:
         traces, outputs = [], []
         for v, weights in enumerate(variants):
+            yield
             traces.append(self._prologue(weights, batches))
             outputs.append([trace.left(again=watch is not None and v == 0) for trace in traces[v]])
         for i in range(len(self.blocks)):
             for v, weights in enumerate(variants):
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already
+                    yield
                     self._block(i, weights, traces[v], outputs[v], seen)
             self.walked(batches, len(variants) * (i + 1) / (len(self.blocks) + 1))
-        return [
-            self._finish(weights, batches, reduce, outputs[v], watch if v == 0 else None)
-            for v, weights in enumerate(variants)
-        ]
+        return (yield from self._last(batches, variants, reduce, outputs, watch))
+
+    def _last(
+        self,
+        batches: Sequence[Inputs],
+        variants: Sequence[Weights],
+        reduce: Callable[[int, BlockOutput], T],
+        outputs: Sequence[Any] | None,
+        watch: Watch | None,
+    ) -> Generator[None, None, list[list[T]]]:
+        found = []
+        for v, weights in enumerate(variants):
+            yield
+            found.append(self._finish(weights, batches, reduce, outputs and outputs[v], watch if v == 0 else None))
+        return found
 
     def _block(
         self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None
@@ -308,7 +331,7 @@ class BlockModel:
         for inputs in prompts:
             placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
             with running(self._cannot_run):
-                tokens = functional_call(Generator(self.module), local, (), {**placed, **options})
+                tokens = functional_call(Generating(self.module), local, (), {**placed, **options})
             start = 1 if self.module.config.is_encoder_decoder else placed["input_ids"].shape[1]
             made.append(tokens[:, start:].cpu())
         return made
@@ -359,7 +382,7 @@ class BlockModel:
         for module, layer in self._linears[part]:
 
             def see(module: nn.Module, args: Any, layer: Linear = layer) -> None:
-                if (x := _input_of(layer, module, args)) is not None:
+                if (x := input_of(layer, module, args)) is not None:
                     watch.see(layer, x, batch)
 
             hooks.append(module.register_forward_pre_hook(see))
@@ -388,10 +411,3 @@ class BlockModel:
         finally:
             for block in self.blocks:
                 del block.__dict__["forward"]
-
-
-def _input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
-    """The matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
-    another way."""
-    x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
-    return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None

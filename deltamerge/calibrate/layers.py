@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,3 +125,10 @@ def _numbers(index: Index, size: int | None = None) -> Tensor:
     if isinstance(index, Tensor):
         return index
     return torch.arange(index.start, index.stop if size is None else min(index.stop, size))
+
+
+def input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """The matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
+    another way."""
+    x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
+    return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None

@@ -39,6 +39,7 @@ class Model(Keys):
     name: Text | None = Field(None, description="Its name in masks and reports. Default: `model` as written.")
     parameters: Parameters = Field({}, description="Parameters of the merge method for this model.")
     prune: Prune | None = Field(None, description="Pruning of this model's delta; these keys win.")
+    calibration: Calibration | None = Field(None, description="This model's own rows; its keys win over the recipe's.")
 
 
 class SliceSource(Model):
@@ -257,6 +258,13 @@ class Recipe(Keys):
     def method(self) -> MergeMethod:
         """The registered merge method of a recipe that `load` has accepted."""
         return MERGE[self.method_name or ""]
+
+    def calibration_of(self, index: int) -> Calibration | None:
+        """The calibration rows of a model: its own keys before the recipe's."""
+        own, whole = self.models[index].calibration, self.calibration
+        if own is None or whole is None:
+            return own or whole
+        return whole.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
 
     @property
     def tokenizer_of(self) -> str | None:

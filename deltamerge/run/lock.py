@@ -183,7 +183,7 @@ class Lock:
                 inputs[moved] = inputs.pop(reference)
         for reference in sorted(known.keys() | inputs.keys()):
             then, now = known.get(reference), inputs.get(reference)
-            if reference == DATA and now is None:  # the q's are in the lock: the data is not needed
+            if reference.startswith(DATA) and now is None:  # the q's are in the lock: the data is not needed
                 continue
             if then is None or now is None:
                 wrong.append(f"{reference}: {'not in the lock' if then is None else 'in the lock, not in the recipe'}")
@@ -191,7 +191,7 @@ class Lock:
             for name in sorted(then["files"].keys() | now["files"].keys()):
                 if apart := _apart(then["files"].get(name), now["files"].get(name)):
                     wrong.append(f"{reference}: {name} {apart}")
-            if reference == DATA and then.get("commit") != now.get("commit"):
+            if reference.startswith(DATA) and then.get("commit") != now.get("commit"):
                 wrong.append(f"{reference}: commit {now.get('commit')}, the lock has {then.get('commit')}")
         if wrong:
             raise VerifyError(f"{self.path}: the inputs are not those of the lock", also=wrong)
@@ -214,9 +214,10 @@ def fingerprint(recipe: Recipe) -> str:
     names = {model.model: model.name for model in recipe.models if model.name is not None}
     names |= {recipe.base_model: "base"} if recipe.base_model is not None else {}
     data = _renamed(recipe.source.data, names)
-    for section, key in (("output", "path"), ("calibration", "data")):
-        if isinstance(data.get(section), dict):
-            data[section].pop(key, None)
+    models = [model for model in data.get("models") or [] if isinstance(model, dict)]
+    for holder, section, key in [(data, "output", "path"), *((m, "calibration", "data") for m in (data, *models))]:
+        if isinstance(holder.get(section), dict):
+            holder[section].pop(key, None)
     return hash_bytes(json.dumps({key: value for key, value in data.items() if value != {}}, sort_keys=True).encode())
 
 
