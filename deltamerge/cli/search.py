@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from deltamerge.cli import streams
-from deltamerge.cli.layout import Column, Row, table
-from deltamerge.cli.options import AS_CSV, AS_JSON, DEVICE, FILE, MODEL, PICKLES, RECIPE, calibration_of
-from deltamerge.cli.output import say, say_csv, say_json
+from deltamerge.cli.layout import Column, Row, paragraph, table
+from deltamerge.cli.options import (
+    AS_CSV,
+    AS_JSON,
+    DEVICE,
+    FILE,
+    FOLDER,
+    MEMORY,
+    MODEL,
+    PICKLES,
+    QUIET,
+    RECIPE,
+    SET_OR_SWEEP,
+    WORKERS,
+    calibration_of,
+)
+from deltamerge.cli.output import say, say_csv, say_json, tell
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
+    from deltamerge.recipe.yaml_source import Loc
     from deltamerge.search.evaluate import Evaluation
+    from deltamerge.search.sweep import Keep, Swept
 
+ALLOW_COMMAND = click.option(
+    "--allow-command", is_flag=True, help="Run the program that study.objective names, as this user."
+)
 METRICS = ("accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spearman", "exact_match", "loss")
 
 
@@ -91,6 +112,71 @@ def evaluate(
         say_json(found.describe()) if as_json else say(render(found, streams.columns()))
 
 
+@click.command()
+@click.argument("recipe", type=RECIPE)
+@SET_OR_SWEEP
+@click.option("--out", type=FOLDER, help="Folder for what is found; default: NAME-sweep beside RECIPE.")
+@click.option(
+    "--keep",
+    type=click.Choice(["best", "all", "none"]),
+    default="none",
+    show_default=True,
+    help="Merged folders that are written.",
+)
+@DEVICE
+@WORKERS
+@MEMORY
+@PICKLES
+@ALLOW_COMMAND
+@click.option("--force", is_flag=True, help="Forget what an earlier sweep found.")
+@AS_JSON
+@AS_CSV
+@QUIET
+def sweep(
+    recipe: Path,
+    settings: dict[Loc, str],
+    out: Path | None,
+    keep: Keep,
+    device: str,
+    workers: int | None,
+    memory: int | None,
+    pickles: bool,
+    allow_command: bool,
+    force: bool,
+    as_json: bool,
+    as_csv: bool,
+    quiet: bool,
+) -> None:
+    """Try every combination of the values that RECIPE leaves open.
+
+    Values are lists: density: {sweep: [0.1, 0.01]}. Candidates are judged in memory on the same rows, as `study` says;
+    a table, JSON, CSV, a picture and the best recipe go to NAME-sweep. Run again, it goes on where it stopped.
+
+    \b
+    deltamerge sweep recipe.yaml --keep best
+    deltamerge sweep recipe.yaml --set prune.density=0.1 --set prune.density=0.01 --set seed=0 --set seed=1
+    """
+    from deltamerge.recipe.file import read_template
+    from deltamerge.run.options import Options
+    from deltamerge.search.sweep import as_csv as csv_of
+    from deltamerge.search.sweep import sweep as run_sweep
+
+    file = read_template(recipe, settings)
+    options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
+    found = run_sweep(file, options, out, keep=keep, force=force, commands=allow_command)
+    if as_csv:
+        say(csv_of(found).removesuffix("\n"))
+    elif as_json:
+        say_json(found.describe())
+    elif not quiet:
+        say(render_sweep(found, streams.columns()))
+    if not quiet:
+        for row in found.rows:
+            if row.outcome.error is not None:
+                tell(f"{', '.join(row.labels.values())}: failed: {row.outcome.error}")
+        tell(f"{found.folder}: sweep.csv, sweep.json, sweep.svg, best.yaml")
+
+
 def _flat(scores: Any) -> dict[str, float]:
     return {f"{task}.{name}" if task else name: value for task, own in scores.items() for name, value in own.items()}
 
@@ -105,3 +191,37 @@ def render(found: Evaluation, width: int) -> str:
     several = ", ".join(f"{count:,} of {task}" for task, count in found.rows.items())
     foot = f"{next(iter(counts)):,} rows" if len(counts) == 1 else f"rows: {several}"
     return one_a_line([*table(columns, [rows], width), "", foot])
+
+
+def render_sweep(found: Swept, width: int) -> str:
+    """A line for each point, seeds averaged; the best is marked."""
+    columns = [Column(name.replace(".", "\n")) for name in found.columns]
+    best = dict(found.rows[found.best].labels) if found.best is not None else {}
+    rows: list[Row] = []
+    for labels, numbers in found.averaged():
+        mark = "→ " if all(best.get(axis) == label for axis, label in labels.items()) else "  "
+        cells = [_spread(numbers[name]) for name in found.columns]
+        rows.append((mark + (" · ".join(labels.values()) or "every seed"), cells))
+    ways = ", ".join(f"{name} ({'less' if low else 'more'} is better)" for name, low in found.goals.items())
+    counts = ", ".join(f"{count:,} of {name}" for name, count in found.test_rows.items())
+    foot = f"→: best by {ways}" + (f"; rows: {counts}" if counts else "")
+    references = [
+        (f"  {kind}", [_reference(scores, name) for name in found.columns]) for kind, scores in found.references.items()
+    ]
+    return one_a_line(
+        [*table(columns, [rows, *([references] if references else [])], width), "", *paragraph(foot, width)]
+    )
+
+
+def _spread(values: Sequence[float]) -> str:
+    if not values:
+        return "–"
+    mean = statistics.fmean(values)
+    return f"{mean:.4f}" if len(values) == 1 else f"{mean:.4f} ± {statistics.pstdev(values):.4f}"
+
+
+def _reference(scores: Any, column: str) -> str:
+    """What the base or the fine-tune scores in a column, where that is one of the metrics."""
+    name, _, measure = column.rpartition(".")
+    value = scores.get(name, {}).get(measure)
+    return "–" if value is None or measure == "agreement" else f"{value:.4f}"

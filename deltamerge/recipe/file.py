@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge.errors import RecipeError
+from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe import mergekit, yaml_source
 from deltamerge.recipe.documents import references
 from deltamerge.recipe.load import load_all, loads
 from deltamerge.recipe.overrides import overridden
 from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.varied import Template, template_of, written
 from deltamerge.recipe.yaml_source import Loc
 
 
@@ -88,6 +89,39 @@ def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[L
     order = [*(name for name in order if name != output.name), output.name]
     texts = {name: whole if name == output.name else _text(name, needs, by_name) for name in order}
     return RecipeFile(path, tuple(Document(by_name[name], text) for name, text in texts.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFile:
+    """A recipe file with open values: its path, its text with what was set from outside, and the values."""
+
+    path: Path
+    text: str
+    template: Template
+
+    def recipe(self, values: Mapping[Loc, Any]) -> Recipe:
+        """The recipe with values in their places. RecipeError: any fault of it, at its place in the file."""
+        return load_all([self.template.filled(values)])[0]
+
+    def file(self, values: Mapping[Loc, Any]) -> RecipeFile:
+        """The same as a file, whose text is plain: it has the values, and is read again."""
+        return read_text(overridden(self.text, written(values), str(self.path)), self.path)
+
+
+def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> TemplateFile:
+    """Read the recipe file at `path`, which may leave values open, with `settings` written into it.
+
+    RecipeError: open values that are none. InputError: several documents.
+    """
+    whole = yaml_source.read(path)
+    if path == yaml_source.STDIN:
+        path = Path("recipe.yaml")
+    if settings:
+        whole = overridden(whole, settings, str(path))
+    sources = yaml_source.loads_all(whole, str(path))
+    if len(sources) > 1:
+        raise InputError(f"{path}: has several documents, and values are left open in one", hint="run the others first")
+    return TemplateFile(path, whole, template_of(sources[0]))
 
 
 def read_text(text: str, path: Path) -> RecipeFile:

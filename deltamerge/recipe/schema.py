@@ -12,12 +12,14 @@ from typing_extensions import TypeAliasType
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
 from deltamerge.methods.table import MERGE, NO_EFFECT, NO_EFFECT_KEYS
+from deltamerge.recipe import open_values
 from deltamerge.recipe.output_keys import Quantization, Quantized
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
 from deltamerge.recipe.prune_keys import Keys
 from deltamerge.recipe.prune_keys import Protect as Protect
 from deltamerge.recipe.prune_keys import Prune as Prune
+from deltamerge.recipe.study_keys import Study
 from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Size, Text
 from deltamerge.recipe.types import parse_size as parse_size
 from deltamerge.recipe.values import Items, Value
@@ -210,6 +212,7 @@ class Recipe(Keys):
         False, description="Read it as mergekit does: its defaults where ours differ; unknown parameters are ignored."
     )
     output: Output = Field(Output.model_validate({}), description="What is written, and where.")
+    study: Study | None = Field(None, description="How `sweep` and `search` judge candidates; a run passes over it.")
 
     _source: YamlSource = PrivateAttr()
     _parts: tuple[Section, ...] = PrivateAttr(())
@@ -299,4 +302,5 @@ def schema() -> dict[str, Any]:
         },
         "additionalProperties": False,
     }  # fmt: skip
+    open_values.allow(generated)
     return {"$schema": "http://json-schema.org/draft-07/schema#", **generated, "title": "deltamerge recipe"}

@@ -214,6 +214,7 @@ def fingerprint(recipe: Recipe) -> str:
     names = {model.model: model.name for model in recipe.models if model.name is not None}
     names |= {recipe.base_model: "base"} if recipe.base_model is not None else {}
     data = _renamed(recipe.source.data, names)
+    data.pop("study", None)  # no byte depends on it
     models = [model for model in data.get("models") or [] if isinstance(model, dict)]
     for holder, section, key in [(data, "output", "path"), *((m, "calibration", "data") for m in (data, *models))]:
         if isinstance(holder.get(section), dict):

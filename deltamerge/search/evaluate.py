@@ -164,7 +164,7 @@ def open_model(reference: str, base: str | None, folder: Path | None = None, *, 
         found = opener(reference, here)
         if found.is_delta:
             artifact = DeltaFile.open(found.path)
-            found = over(found, artifact, decoded(opener(base or artifact.manifest.base, here)))
+            found = over(found, artifact, decoded(opener(base or str(artifact.manifest.base), here)))
         return decoded(found)
 
 
