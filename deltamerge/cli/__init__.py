@@ -194,7 +194,7 @@ SECTIONS = {
     "Write a recipe": [recipes.init, inspect.recommend, recipes.methods, recipes.schema],
     "Before a run": [inspect.check, inspect.plan, inspect.inspect, run.calibrate, run.lock],
     "Run": [run.run, deltas.verify, inspect.diff, push.push],
-    "Judge and search": [search.evaluate, search.sweep],
+    "Judge and search": [search.evaluate, search.sweep, search.search],
     "Deltas": [deltas.extract, deltas.apply],
     "Shell": [completion],
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
@@ -22,6 +22,7 @@ from deltamerge.cli.options import (
     PICKLES,
     QUIET,
     RECIPE,
+    SET,
     SET_OR_SWEEP,
     WORKERS,
     calibration_of,
@@ -32,8 +33,10 @@ from deltamerge.errors.shown import lines as one_a_line
 if TYPE_CHECKING:
     from deltamerge.recipe.yaml_source import Loc
     from deltamerge.search.evaluate import Evaluation
+    from deltamerge.search.found import Found
     from deltamerge.search.sweep import Keep, Swept
 
+SHOWN_ERRORS = 5
 ALLOW_COMMAND = click.option(
     "--allow-command", is_flag=True, help="Run the program that study.objective names, as this user."
 )
@@ -177,6 +180,76 @@ def sweep(
         tell(f"{found.folder}: sweep.csv, sweep.json, sweep.svg, best.yaml")
 
 
+@click.command()
+@click.argument("recipe", type=RECIPE)
+@SET
+@click.option("--out", type=FOLDER, help="Folder of the study; default: NAME-search beside RECIPE.")
+@click.option("--trials", type=click.IntRange(1), help="Candidates to try in all; wins over study.trials.")
+@click.option(
+    "--keep",
+    type=click.Choice(["best", "none"]),
+    default="none",
+    show_default=True,
+    help="Merged folder that is written.",
+)
+@click.option(
+    "--ray", metavar="[ADDRESS]", is_flag=False, flag_value="local",
+    help="Judge candidates on the Ray cluster at ADDRESS, or on this machine's cores (extra `ray`).",
+)  # fmt: skip
+@DEVICE
+@WORKERS
+@MEMORY
+@PICKLES
+@ALLOW_COMMAND
+@click.option("--force", is_flag=True, help="Forget an earlier study.")
+@AS_JSON
+@QUIET
+def search(
+    recipe: Path,
+    settings: dict[Loc, str],
+    out: Path | None,
+    trials: int | None,
+    keep: Literal["best", "none"],
+    ray: str | None,
+    device: str,
+    workers: int | None,
+    memory: int | None,
+    pickles: bool,
+    allow_command: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+) -> None:
+    """Search the values that RECIPE leaves open for the best.
+
+    Values are bounds or choices: weight: {search: [0, 1]}. Optuna proposes candidates, which are judged in memory as
+    `study` says; rows that no trial has seen decide. The best goes to NAME.best.yaml, with its lock. Run again, a study
+    goes on where it stopped, to more trials if there are to be more.
+
+    \b
+    deltamerge search recipe.yaml --trials 200
+    optuna-dashboard sqlite:///recipe-search/study.db
+    """
+    from deltamerge.recipe.file import read_template
+    from deltamerge.run.options import Options
+    from deltamerge.search.study import search as run_search
+
+    file = read_template(recipe, settings)
+    options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
+    found = run_search(file, options, out, trials=trials, keep=keep, force=force, commands=allow_command, ray=ray)
+    if as_json:
+        say_json(found.describe())
+    elif not quiet:
+        say(render_search(found, streams.columns()))
+    if not quiet:
+        errors = dict.fromkeys(trial.outcome.error for trial in found.trials if trial.outcome.error)
+        for error in list(errors)[:SHOWN_ERRORS]:
+            count = sum(trial.outcome.error == error for trial in found.trials)
+            tell(f"{count} trial{'s' * (count > 1)} failed: {error}")
+        tell(f"{found.folder}: study.db, study.json, trials.csv, report.html")
+        tell(f"{found.recipe}: the best recipe; next: deltamerge run {found.recipe} --locked")
+
+
 def _flat(scores: Any) -> dict[str, float]:
     return {f"{task}.{name}" if task else name: value for task, own in scores.items() for name, value in own.items()}
 
@@ -224,4 +297,26 @@ def _reference(scores: Any, column: str) -> str:
     """What the base or the fine-tune scores in a column, where that is one of the metrics."""
     name, _, measure = column.rpartition(".")
     value = scores.get(name, {}).get(measure)
-    return "–" if value is None or measure == "agreement" else f"{value:.4f}"
+    return "–" if value is None or measure == "distance" else f"{value:.4f}"
+
+
+def render_search(found: Found, width: int) -> str:
+    """What was found, and the trials that were compared on held-out rows; → is the best."""
+    names = list(found.chosen.params)
+    goals = list(found.goals)
+    columns = [Column(name) for name in goals] + [Column(f"held out\n{name}") for name in goals]
+    columns += [Column(name.replace("].", "]\n"), 1) for name in names]
+    rows: list[Row] = []
+    low = next(iter(found.goals.values()))
+    compared = [t for t in found.trials if t.held is not None] or [found.chosen]
+    for trial in sorted(compared, key=lambda t: t.outcome.values[0] if low else -t.outcome.values[0]):
+        held = trial.held.values if trial.held is not None else ()
+        figures = [f"{v:.4f}" for v in trial.outcome.values] + ([f"{v:.4f}" for v in held] or ["–"] * len(goals))
+        values = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in (trial.params[name] for name in names)]
+        mark = "→ " if trial.number == found.chosen.number else "  "
+        rows.append((f"{mark}trial {trial.number}", [*figures, *values]))
+    ways = ", ".join(f"{name} ({'less' if low else 'more'} is better)" for name, low in found.goals.items())
+    states = {state: sum(t.state == state for t in found.trials) for state in ("complete", "pruned", "failed")}
+    counted = ", ".join(f"{count} {state}" for state, count in states.items() if count)
+    foot = f"→: the best {found.why}, by {ways}; {len(found.trials)} trials by {found.sampler}: {counted}"
+    return one_a_line([*table(columns, [rows], width), "", *paragraph(foot, width)])

@@ -16,7 +16,13 @@ ROW = 18
 
 
 def lines(
-    label: str, across: str, upward: str, series: Mapping[str, Points], spread: Mapping[str, Mapping[float, float]]
+    label: str,
+    across: str,
+    upward: str,
+    series: Mapping[str, Points],
+    spread: Mapping[str, Mapping[float, float]],
+    *,
+    joined: frozenset[str] | None = None,
 ) -> Markup:
     """A line for each name over one axis, logarithmic where its values are positive and span a factor of ten.
 
@@ -24,10 +30,11 @@ def lines(
     across, upward   names of the axes
     series   points by name
     spread   by name and place on the axis the standard deviation there, drawn as a bar
+    joined   names whose points are joined; None: all, and the axis is logarithmic where it can be
     """
     points = [point for one in series.values() for point in one if all(map(math.isfinite, point))]
     xs, ys = [x for x, _ in points], [y for _, y in points]
-    logarithmic = bool(xs) and min(xs) > 0 and max(xs) >= 10 * min(xs)
+    logarithmic = joined is None and bool(xs) and min(xs) > 0 and max(xs) >= 10 * min(xs)
     frame = Frame(Axis.log(xs, whole=False) if logarithmic else Axis.linear(xs), Axis.linear(ys))
     shapes = frame.rules(across, upward)
     for i, (name, some) in enumerate(series.items()):
@@ -35,8 +42,8 @@ def lines(
             f"stroke:{COLOURS[i % len(COLOURS)]};stroke-width:1.8px;stroke-dasharray:{DASHES[i // len(COLOURS) % 3]}"
         )
         path = sorted(point for point in some if all(map(math.isfinite, point)))
-        for (x1, y1), (x2, y2) in pairwise(path):
-            shapes.append(_line(frame, (x1, y1), (x2, y2), style))
+        if joined is None or name in joined:
+            shapes += [_line(frame, a, b, style) for a, b in pairwise(path)]
         for x, y in path:
             deviation = spread.get(name, {}).get(x, 0.0)
             if deviation:

@@ -61,7 +61,8 @@ class Goal(Keys):
         """What it is called in tables and in a study."""
         if self.command is not None:
             return self.command.value
-        return f"{self.by} of {self.of}" if self.of else f"{self.over} {self.by}"
+        by = "distance" if self.by == "agreement" else self.by
+        return f"{by} of {self.of}" if self.of else f"{self.over} {by}"
 
 
 def _shape(value: Any) -> str:

@@ -62,9 +62,10 @@ class Lock:
         found: Mapping[Node, Calibrated],
         choice: ChosenDensities | None = None,
         losses: Losses | None = None,
+        study: Mapping[str, Any] | None = None,
     ) -> Lock:
         """The lock, not yet written, of what a run read, chose and lost: the q's of stages, the densities of a budget,
-        the errors of quantised weights."""
+        the errors of quantised weights; `study` is the search that found the recipe."""
         rows = {
             f"{spec.name}:{name}": value
             for node, spec in plan.specs.items()
@@ -85,6 +86,7 @@ class Lock:
             **({"calibration": calibration} if calibration else {}),
             **({"densities": choice.densities} if choice is not None else {}),
             **({"quantization": errors_of(losses)} if losses else {}),
+            **({"study": study} if study else {}),
         }
         return cls(path, content, rows or None)
 

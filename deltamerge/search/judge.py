@@ -21,7 +21,7 @@ from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Goal, Study
 from deltamerge.search.candidates import Candidate, Candidates
 from deltamerge.search.evaluate import ALL_ROWS
-from deltamerge.search.tasks import AGREEMENT, LOWER, Sheet, Task, measured, refuse_unknown
+from deltamerge.search.tasks import AGREEMENT, DISTANCE, LOWER, Sheet, Task, measured, refuse_unknown
 from deltamerge.search.walk import Walk
 
 Part = Literal["first", "search", "held"]
@@ -176,23 +176,24 @@ class Judge:
 def _relative(scores: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:
     """Scores with the agreement as a share of the base's distance: 0 is the fine-tune, 1 is as if nothing was added."""
     found = dict(scores)
-    if AGREEMENT in found:
-        found[AGREEMENT] = found[AGREEMENT] / base[AGREEMENT] if base[AGREEMENT] > 0 else found[AGREEMENT]
+    if DISTANCE in found:
+        found[DISTANCE] = found[DISTANCE] / base[DISTANCE] if base[DISTANCE] > 0 else found[DISTANCE]
     return found
 
 
 def worth(goal: Goal, scores: Scores, metrics: Mapping[str, str]) -> float:
     """The value of a goal: one fine-tune's, or the weighted mean or the worst of all; `metrics` are the fine-tunes'
     own."""
-    of = {
-        name: own[metrics[name] if goal.by == "metric" else goal.by]
-        for name, own in scores.items()
-        if goal.of in (None, name)
-    }
+    of = {name: own[_key(goal, metrics[name])] for name, own in scores.items() if goal.of in (None, name)}
     if goal.over == "minimum":
         return max(of.values()) if is_lower(goal, metrics) else min(of.values())
     weights = {name: goal.weights.get(name, 1.0) for name in of}
     return sum(weights[name] * value for name, value in of.items()) / sum(weights.values())
+
+
+def _key(goal: Goal, metric: str) -> str:
+    """The name of what a goal takes of a fine-tune whose metric is that."""
+    return {"metric": metric, AGREEMENT: DISTANCE}.get(goal.by, goal.by)
 
 
 def is_lower(goal: Goal, metrics: Mapping[str, str]) -> bool:

@@ -133,20 +133,24 @@ def one_line(error: DeltamergeError) -> str:
 
 
 def best_of(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> int | None:
-    """The best candidate: by its goal or, of several, the nearest to the best of each, every goal scaled to [0, 1]."""
+    """The first of `ranked`."""
+    return next(iter(ranked(outcomes, lower)), None)
+
+
+def ranked(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
+    """Candidates that did not fail, the best first: by the goal or, of several, by the distance from the best of each,
+    every goal scaled to [0, 1]."""
     done = [i for i, one in enumerate(outcomes) if one.error is None and one.values]
-    if not done:
-        return None
     costs = {i: [v if low else -v for v, low in zip(outcomes[i].values, lower, strict=True)] for i in done}
     if len(lower) == 1:
-        return min(done, key=lambda i: (costs[i][0], i))
-    least = [min(costs[i][n] for i in done) for n in range(len(lower))]
-    most = [max(costs[i][n] for i in done) for n in range(len(lower))]
+        return sorted(done, key=lambda i: (costs[i][0], i))
+    least = [min((costs[i][n] for i in done), default=0.0) for n in range(len(lower))]
+    most = [max((costs[i][n] for i in done), default=0.0) for n in range(len(lower))]
 
     def distance(i: int) -> float:
         return sum(((c - a) / (b - a)) ** 2 if b > a else 0.0 for c, a, b in zip(costs[i], least, most, strict=True))
 
-    return min(done, key=lambda i: (distance(i), i))
+    return sorted(done, key=lambda i: (distance(i), i))
 
 
 def pareto(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:

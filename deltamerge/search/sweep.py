@@ -28,12 +28,12 @@ from deltamerge.run.hashes import facts
 from deltamerge.run.options import Options
 from deltamerge.run.plans import Planner
 from deltamerge.search.folder import StudyFolder
-from deltamerge.search.kept import make_folder, write_recipe
+from deltamerge.search.kept import best_path, make_folder, write_recipe
 from deltamerge.search.outcome import Bench, Outcome, best_of
 from deltamerge.search.setting import candidates_of, rows_facts
 
 Keep = Literal["best", "all", "none"]
-RESULTS, TABLE, JSON, PICTURE, BEST = "results.jsonl", "sweep.csv", "sweep.json", "sweep.svg", "best.yaml"
+RESULTS, TABLE, JSON, PICTURE = "results.jsonl", "sweep.csv", "sweep.json", "sweep.svg"
 SEED = "seed"
 
 
@@ -229,7 +229,7 @@ def _keep(
     """Write the best recipe, and the merged folders that are to be kept."""
     assert found.best is not None
     values = points[found.best][1]
-    write_recipe(file.file(values), bench.calibrated(values), options, found.folder / BEST)
+    write_recipe(file.file(values), bench.calibrated(values), options, best_path(file.path))
     chosen = {"none": [], "best": [found.best], "all": range(len(points))}[keep]
     kept = []
     for i in chosen:

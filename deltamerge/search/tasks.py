@@ -28,11 +28,11 @@ from deltamerge.plan.folders import refuse_unrunnable
 from deltamerge.recipe.schema import Calibration
 
 BATCH = 32
-AGREEMENT = "agreement"
+AGREEMENT, DISTANCE = "agreement", "distance"
 LOSS = "loss"
 EXACT = "exact_match"
 CLASSES = ("accuracy", "f1", "matthews_correlation", LOSS)
-LOWER = frozenset({AGREEMENT, LOSS})
+LOWER = frozenset({AGREEMENT, DISTANCE, LOSS})
 """Measures of which less is better."""
 
 
@@ -119,7 +119,7 @@ class Task:
                 assert made.labels is not None
                 measures[name] = O.Validation(made.inputs, made.labels, name)
             if agreement:
-                measures[AGREEMENT] = self._agreement(made.inputs)
+                measures[DISTANCE] = self._agreement(made.inputs)
             generated = {EXACT: self._generation(rows)} if EXACT in metrics else {}
             return Sheet(len(rows), made.inputs, measures, generated)
 
