@@ -14,7 +14,7 @@ from deltamerge.recipe.documents import references
 from deltamerge.recipe.load import load_all, loads
 from deltamerge.recipe.overrides import overridden
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.varied import Template, template_of, written
+from deltamerge.recipe.varied import Template, is_open, template_of, written
 from deltamerge.recipe.yaml_source import Loc
 
 
@@ -65,6 +65,12 @@ def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[L
     `mergekit: true`, which has mergekit's defaults written out. RecipeError: a fault of any document, or documents that
     use each other. InputError: a setting that cannot be written there.
     """
+    whole, path = _text_of(path, mergekit_exact, settings)
+    return _recipe(whole, path)
+
+
+def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | None) -> tuple[str, Path]:
+    """The text of a recipe file with what is set from outside, and where it lies."""
     whole, settings = yaml_source.read(path), dict(settings or {})
     if path == yaml_source.STDIN:  # as if it lay in the current folder
         path = Path("recipe.yaml")
@@ -72,6 +78,11 @@ def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[L
         settings[("mergekit",)] = "true"
     if settings:
         whole = overridden(whole, settings, str(path))
+    return whole, path
+
+
+def _recipe(whole: str, path: Path) -> RecipeFile:
+    """The recipe file whose text is `whole`."""
     recipes = load_all(yaml_source.loads_all(whole, str(path)))
     if any(recipe.mergekit for recipe in recipes):
         whole, recipes = mergekit.written_out(whole, recipes)
@@ -113,11 +124,20 @@ def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> Temp
 
     RecipeError: open values that are none. InputError: several documents.
     """
-    whole = yaml_source.read(path)
-    if path == yaml_source.STDIN:
-        path = Path("recipe.yaml")
-    if settings:
-        whole = overridden(whole, settings, str(path))
+    return _template(*_text_of(path, False, settings))
+
+
+def read_either(
+    path: Path, *, mergekit_exact: bool = False, settings: Mapping[Loc, str] | None = None
+) -> RecipeFile | TemplateFile:
+    """`read_template` of a recipe that leaves values open, else `read_recipe`."""
+    whole, path = _text_of(path, mergekit_exact, settings)
+    if any(map(is_open, yaml_source.loads_all(whole, str(path)))):
+        return _template(whole, path)
+    return _recipe(whole, path)
+
+
+def _template(whole: str, path: Path) -> TemplateFile:
     sources = yaml_source.loads_all(whole, str(path))
     if len(sources) > 1:
         raise InputError(f"{path}: has several documents, and values are left open in one", hint="run the others first")

@@ -41,6 +41,11 @@ class Goal(Keys):
     of: Text | None = Field(None, description="One fine-tune alone, by its name.")
     command: Command | None = Field(None, description="Instead of a measure: what a program says of the folder.")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, data: Any) -> Any:
+        return {"measure": data} if isinstance(data, str) else data
+
     @model_validator(mode="after")
     def _one(self) -> Goal:
         if self.command is not None and self.model_fields_set != {"command"}:

@@ -118,6 +118,28 @@ class Template:
             pairs = list(zip(self.sweeps, chosen, strict=True))
             yield tuple(axis.labels[i] for axis, i in pairs), {axis.loc: axis.values[i] for axis, i in pairs}
 
+    def examples(self) -> Iterator[dict[Loc, Any]]:
+        """Values that show what a recipe of any other would be refused for: the first of all, every other one once, and
+        both ends of every range."""
+        first = {axis.loc: axis.values[0] for axis in self.sweeps}
+        yield first | self.values(self.start(), 1)
+        for axis in self.sweeps:
+            yield from (first | {axis.loc: value} for value in axis.values[1:])
+        for found in self.ends():
+            yield first | self.values(found, 1)
+
+    def ends(self) -> Iterator[dict[str, Any]]:
+        """Both bounds of every number, and every choice, the others at their start."""
+        for axis in self.ranges:
+            for value in axis.choices or (axis.low, axis.high):
+                yield self.start() | dict.fromkeys(axis.keys, value)
+
+    def describe(self) -> dict[str, Any]:
+        """As `deltamerge plan --json` prints it."""
+        if self.sweeps:
+            return {"sweep": {axis.name: list(axis.labels) for axis in self.sweeps}, "points": self.count}
+        return {"search": [key for axis in self.ranges for key in axis.keys]}
+
     @property
     def count(self) -> int:
         """The number of points."""
@@ -148,6 +170,8 @@ def template_of(source: YamlSource) -> Template:
     axes = list(_axes(source, problems))
     sweeps = tuple(axis for axis in axes if isinstance(axis, Sweep))
     ranges = tuple(axis for axis in axes if isinstance(axis, Range))
+    if sweeps and ranges:
+        problems.append(source.problem(ranges[0].loc, "is to be searched, and others to be swept", "one of the two"))
     if len(axes) > MOST_AXES:
         problems.append(source.problem((), f"more than {MOST_AXES} open values"))
     elif (count := math.prod(len(axis.values) for axis in sweeps)) > MOST_POINTS:
@@ -165,6 +189,11 @@ def refused(source: YamlSource) -> Iterator[Problem]:
         yield source.problem(
             loc, f"is left open, for `{kind}` to try values", f"{command}, or --set {'.'.join(map(str, loc))}=VALUE"
         )
+
+
+def is_open(source: YamlSource) -> bool:
+    """Whether a document leaves values open."""
+    return next(_open(source.data, ()), None) is not None
 
 
 def kind_of(value: Any) -> str | None:

@@ -110,7 +110,12 @@ def evaluate(
                 with calibrating(model, 1, "evaluating"):
                     if known is None or whole is None:
                         task = Task(
-                            question.name, whole or checkpoint, question.calibration, question.folder, reader, chosen
+                            question.name or model,
+                            whole or checkpoint,
+                            question.calibration,
+                            question.folder,
+                            reader,
+                            chosen,
                         )
                         known = task, _sheet(task, metrics, sequences)
                     task, sheet = known

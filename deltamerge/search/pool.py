@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -31,10 +33,12 @@ class Worker:
         except DeltamergeError as error:
             self.error = error
 
+    def pid(self) -> int:
+        """Of its process."""
+        return os.getpid()
+
     def measure(self, some: Sequence[Values], part: Part) -> list[Outcome] | DeltamergeError:
         """The outcomes, or the error that the user is to see."""
-        import tempfile
-
         if self.error is not None:
             return self.error
         with tempfile.TemporaryDirectory(prefix="deltamerge-") as work:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +15,6 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.io import progress
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.varied import Range
 from deltamerge.recipe.yaml_source import Loc
 from deltamerge.run.hashes import facts
 from deltamerge.run.options import Options
@@ -57,17 +56,9 @@ def check(file: TemplateFile) -> Recipe:
     if not ranges:
         hint = "weight: {search: [0, 1]}"
         raise RecipeError(str(file.path), [source.problem((), "has no values to search", hint)])
-    for found in _ends(ranges):
+    for found in file.template.ends():
         file.recipe(file.template.values(found, 1))
     return file.recipe(file.template.values(file.template.start(), 1))
-
-
-def _ends(ranges: Sequence[Range]) -> Iterator[dict[str, Any]]:
-    """Both bounds of every number, and every choice, the others at their start."""
-    start = {key: axis.first for axis in ranges for key in axis.keys}
-    for axis in ranges:
-        for value in axis.choices or (axis.low, axis.high):
-            yield start | dict.fromkeys(axis.keys, value)
 
 
 def search(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,6 @@ from deltamerge.search.command import value_of
 from deltamerge.search.outcome import Bench, Outcome, pareto, ranked
 from deltamerge.search.setting import candidates_of
 from deltamerge.search.study import search
-from deltamerge.search.sweep import sweep
 from deltamerge.search.walk import Walk
 
 OPTIONS = Options(device="cpu", workers=1)
@@ -75,6 +73,7 @@ calibration: {data: calib.jsonl, sequences: 8, length: 12, seeds: 2}
 TWO = MODELS % ("{search: [0, 1]}", "{search: [0, 1]}") + "merge_method: task_arithmetic\n"
 ONE = "base_model: ./base\nmodels: [{model: ./tuned, name: a%s}]\n" + MODELS.splitlines()[-1] + "\n"
 
+CHOSEN = TWO + "prune: {method: {search: {choices: [dare, magnitude]}}, density: 0.2}\n"
 # What varies, and what the recipe has beside: whole deltas, masks of each kind, methods with passes of their own.
 SHARED = {
     "whole": TWO,
@@ -85,12 +84,16 @@ SHARED = {
     "rescaled": TWO + "prune: {method: magnitude, density: 0.2, rescale: l1}\n",
     "ties": TWO.replace("task_arithmetic", "ties") + "parameters: {density: 0.3}\n",
     "calibrated": TWO + "prune: {method: dare, density: 0.2, q: output_change}\n",
-    "choices": TWO + "prune: {method: {search: {choices: [dare, magnitude]}}, density: 0.2}\nseed: {search: [0, 4], step: 1}\n",
+    "choices": CHOSEN + "seed: {search: [0, 4], step: 1}",
     "layers": TWO.replace("[0, 1]}", "[0, 1], groups: 2}", 1),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SHARED)
+FAST = ("dare", "magnitude", "choices")
+slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", [name if name in FAST else pytest.param(name, marks=slow) for name in SHARED])
 def test_candidates_in_memory_are_the_bytes_of_a_run(folder: Path, name: str) -> None:
     file = read_template(write(folder, SHARED[name]))
     ranges = file.template.ranges
@@ -168,7 +171,7 @@ def test_eval_is_what_transformers_computes(folder: Path, capsys, monkeypatch: p
     assert out.splitlines()[0] == "model,f1"
     for wrong, said in (
         (("eval", "base", *rows_of), "needs a model …ForSequenceClassification"),
-        (("eval", "tuned", "--calibration", "none.jsonl"), "no such file"),
+        (("eval", "tuned", "--calibration", "none.jsonl", "--length", "12"), "no such file"),
         (("eval", "tuned", *rows_of, "--metric", "exact_match"), "exact_match"),
         (("eval", "tuned"), "give the rows"),
         (("eval", "nowhere", *rows_of), "nowhere"),
@@ -181,7 +184,6 @@ def test_eval_is_what_transformers_computes(folder: Path, capsys, monkeypatch: p
 
 BAD = {
     "{search: [1, 0]}": "low < high",
-    "{search: [0, .inf]}": "must be text" if False else "",
     "{search: [0, 1], log: true}": "log needs bounds above 0",
     "{search: [0, 1], step: 2}": "step must be above 0",
     "{search: [0, 1], start: 2}": "start must be within",
@@ -198,7 +200,6 @@ BAD = {
     "{sweep: [1, 2], log: true}": "beside sweep",
     "{sweep: [{search: [0, 1]}, 2]}": "inside another",
 }
-del BAD["{search: [0, .inf]}"]
 
 
 @pytest.mark.parametrize("value", BAD)
@@ -212,34 +213,28 @@ def test_bad_open_values_are_named_at_their_place(tmp_path: Path, value: str) ->
 
 
 def test_open_values_become_plain_text(folder: Path) -> None:
-    text = (
-        "# why\n"
-        + TWO.replace("[0, 1]}", "[0.01, 1], log: true, groups: 2}", 1)
-        + "prune: {method: dare, density: {sweep: {tenth: 0.1}}}\n"
-    )
+    text = "# why\n" + TWO.replace("[0, 1]}", "[0.01, 1], log: true, groups: 2}", 1)
     file = read_template(write(folder, text))
-    numbers = {
-        "models[0].parameters.weight[0]": 0.25,
-        "models[0].parameters.weight[1]": 0.5,
-        "models[1].parameters.weight": 1,
-    }
-    values = file.template.values(numbers, 4)
-    ((labels, swept),) = file.template.points
-    plain = file.file({**values, **swept})
-    assert labels == ("tenth",)
+    first, second = "models[0].parameters.weight", "models[1].parameters.weight"
+    values = file.template.values({f"{first}[0]": 0.25, f"{first}[1]": 0.5, second: 1}, 4)
+    plain = file.file(values)
     assert plain.output.recipe.models[0].parameters["weight"] == (0.25, 0.25, 0.5, 0.5)
     assert plain.output.text.startswith("# why\n")
-    assert file.template.start()["models[0].parameters.weight[0]"] == pytest.approx(0.1)
-    assert read_recipe(write(folder, plain.output.text, "plain")).output.recipe == file.recipe({**values, **swept})
+    assert file.template.start()[f"{first}[0]"] == pytest.approx(0.1)
+    read = read_recipe(write(folder, plain.output.text, "plain")).output.recipe
+    assert read.model_dump() == file.recipe(values).model_dump()
+    swept = read_template(write(folder, ONE % ", prune: {sweep: {tenth: {method: dare, density: 0.1}}}", "swept"))
+    ((labels, point),) = swept.template.points
+    assert (labels, list(point.values())) == (("tenth",), [{"method": "dare", "density": 0.1}])
     with pytest.raises(RecipeError) as refused:  # one result is to be made
         read_recipe(write(folder, text))
-    assert [problem.hint.split(",")[0] for problem in refused.value.problems] == [
-        "deltamerge search recipe.yaml", "deltamerge search recipe.yaml", "deltamerge sweep recipe.yaml",
-    ]  # fmt: skip
+    assert {str(problem.hint).split(",")[0] for problem in refused.value.problems} == {"deltamerge search recipe.yaml"}
     with pytest.raises(RecipeError, match="is no fine-tune here"):
         loads(ONE % "" + "study: {objective: {measure: loss, of: nobody}}")
-    whole = schema()
-    assert whole["$defs"]["Parameters"]["properties"]["weight"]["anyOf"][1] == {"$ref": "#/$defs/Open"}
+    with pytest.raises(RecipeError, match="and others to be swept"):
+        read_template(write(folder, TWO + "seed: {sweep: [0, 1]}"))
+    weight = schema()["$defs"]["Parameters"]["properties"]["weight"]
+    assert weight["anyOf"][1] == {"$ref": "#/$defs/Open"}
     assert Range((), 1, 9, step=2).is_whole
     assert not Range((), 0, 1).is_whole
 
@@ -295,7 +290,7 @@ def found_trials(found: Any) -> list[tuple[Any, ...]]:
 STUDY = "study: {objective: %s, trials: 12, together: 4, sampler: %s, seed: 3}\n"
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+@pytest.mark.parametrize("sampler", ["tpe", pytest.param("cmaes", marks=slow)])
 def test_a_killed_search_ends_as_one_that_was_not(folder: Path, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = read_template(write(folder, TWO + STUDY % ("agreement", sampler)))
     whole = search(file, OPTIONS, folder / "whole")
@@ -324,6 +319,7 @@ def test_a_killed_search_ends_as_one_that_was_not(folder: Path, sampler: str, mo
         )
 
 
+@slow
 def test_a_search_betters_a_grid_of_ten_times_its_evaluations(folder: Path) -> None:
     """On two numbers: 24 trials beside 16 × 16 points."""
     study = "study: {objective: agreement, trials: 24, together: 8}\n"
@@ -331,7 +327,7 @@ def test_a_search_betters_a_grid_of_ten_times_its_evaluations(folder: Path) -> N
     found = search(file, OPTIONS, folder / "found")
     best = min(trial.outcome.values[0] for trial in found.trials)
     steps = [round(2 * i / 15, 4) for i in range(16)]
-    grid = TWO.replace("{search: [0, 1]}", "{sweep: [%s]}" % ", ".join(map(str, steps)))
+    grid = TWO.replace("{search: [0, 1]}", f"{{sweep: {steps}}}")
     points = read_template(write(folder, grid + "study: {together: 64}\n", "grid"))
     bench = Bench(points, next(points.template.points)[1], candidates_of(points, OPTIONS), OPTIONS)
     outcomes = bench.measure([values for _, values in points.template.points], "search", folder)
@@ -385,8 +381,12 @@ COMMANDS: dict[str, tuple[str, str | float]] = {
 @pytest.mark.parametrize("program", COMMANDS)
 def test_a_command_is_a_number_or_one_line(template: Path, program: str) -> None:
     value, expected = COMMANDS[program]
-    text = f"study: {{objective: {{command: {json.dumps({'run': [sys.executable, '-c', program, '{folder}'], 'value': value, 'timeout': 1 if 'sleep' in program else 60})}}}}}\n"
-    study = loads(ONE % "" + text).study
+    asked = {
+        "run": [sys.executable, "-c", program, "{folder}"],
+        "value": value,
+        "timeout": 1 if "sleep" in program else 60,
+    }
+    study = loads(ONE % "" + f"study: {json.dumps({'objective': {'command': asked}})}\n").study
     assert study is not None
     command = study.goals[0].command
     assert command is not None
@@ -403,10 +403,9 @@ def test_failing_objectives_end_in_a_line_and_the_study_keeps_what_was_done(
     folder: Path, capsys, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(folder)
-    program = (
-        "import json,sys,pathlib,yaml; w=yaml.safe_load(pathlib.Path(sys.argv[1],'recipe.yaml').read_text())['models'][0]['parameters']['weight']; "
-        "sys.exit('too large') if w > 0.5 else print(json.dumps({'score': w}))"
-    )
+    program = "import json,sys,pathlib,yaml; text=pathlib.Path(sys.argv[1],'recipe.yaml').read_text(); "
+    program += "w=yaml.safe_load(text)['models'][0]['parameters']['weight']; "
+    program += "sys.exit('too large') if w > 0.5 else print(json.dumps({'score': w}))"
     command = json.dumps({"command": {"run": [sys.executable, "-c", program, "{folder}"]}})
     write(folder, TWO + STUDY % (command, "random"))
     code, _, err = call(capsys, "search", "recipe.yaml")
@@ -423,7 +422,8 @@ def test_failing_objectives_end_in_a_line_and_the_study_keeps_what_was_done(
     write(folder, TWO + STUDY % (nonsense, "random"), "nonsense")
     code, _, err = call(capsys, "search", "nonsense.yaml", "--allow-command")
     assert code == 1
-    assert "the first 10 trials all failed" in err
+    assert "trials all failed: " in err
+    assert "prints no JSON object: 1" in err
     assert "Traceback" not in err
     write_json(folder / "recipe-search" / "study.db", "no database")
     code, _, err = call(capsys, "search", "recipe.yaml", "--allow-command")
@@ -438,22 +438,19 @@ def test_fronts_and_ranks() -> None:
     assert ranked([Outcome((1.0,)), Outcome((2.0,))], (False,)) == [1, 0]
 
 
-Named = Callable[[Path], Any]
-WHY: dict[str, tuple[str, Named]] = {
-    "quantization": (TWO + "output: {quantization: int8}\n", lambda f: None),
-    "no rows": (TWO.replace("calibration:", "# "), lambda f: None),
-    "exact_match does not fit": (TWO + "study: {objective: exact_match}\n", lambda f: None),
-    "is to be swept": (TWO.replace("search: [0, 1]", "sweep: [0, 1]", 1), lambda f: None),
-    "no values to search": (ONE % "", lambda f: None),
-    "must be in (0, 1]": (TWO + "prune: {method: dare, density: {search: [0.5, 2]}}\n", lambda f: None),
+WHY = {
+    "quantization": TWO + "output: {quantization: int8}\n",
+    "no rows": TWO.replace("calibration:", "# "),
+    "exact_match does not fit": TWO + "study: {objective: exact_match}\n",
+    "is to be swept": TWO.replace("search: [0, 1]", "sweep: [0, 1]"),
+    "no values to search": ONE % "",
+    "must be in (0, 1]": TWO + "prune: {method: dare, density: {search: [0.5, 2]}}\n",
 }
 
 
 @pytest.mark.parametrize("said", WHY)
 def test_what_cannot_be_searched_is_refused_by_name(folder: Path, said: str, capsys) -> None:
-    text, change = WHY[said]
-    change(folder)
-    code, _, err = call(capsys, "search", write(folder, text))
+    code, _, err = call(capsys, "search", write(folder, WHY[said]))
     assert code == 1
     assert said in err
     assert "Traceback" not in err
@@ -468,4 +465,3 @@ def test_one_process_at_a_time(folder: Path) -> None:
         pass
     with pytest.raises(OutputError, match="holds something else"), StudyFolder(folder / "base").locked(force=True):
         pass
-    assert sweep is not None
