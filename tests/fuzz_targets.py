@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from zlib import crc32
 
 import gguf
@@ -28,9 +29,11 @@ from safetensors.torch import save, save_file
 from deltamerge.calibrate.rows import read as read_rows
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.manifest import Base
+from deltamerge.delta.steps import decode_tile, encode_tile
 from deltamerge.delta.tensor_writer import BaseTensor
 from deltamerge.delta.writer import DeltaWriter
 from deltamerge.errors import DeltamergeError
+from deltamerge.io import kernels
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
 from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
@@ -46,6 +49,7 @@ from deltamerge.run.lock import Lock, verify
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 2)}
 WORDS = ("<pad>", "<s>", "</s>", "w0", "w1")
+STEPPED = (np.arange(4096) * 40503 & 0xFFFF).astype(np.uint16)  # bits of bfloat16, of every exponent
 BODY = bytes(sum(tensor.nbytes for tensor in TENSORS.values()))
 WEIGHTS = save(TENSORS)
 
@@ -295,16 +299,30 @@ class Targets:
         def read() -> None:
             delta = DeltaFile.open(folder)
             for entry in delta.entries.values():
-                if entry.size < 1 << 16 or entry.index is not None:
+                if not entry.has_steps and (entry.size < 1 << 16 or entry.index is not None):
                     sum(len(positions) for positions in entry.positions())
             if all(entry.size < 1 << 16 for entry in delta.entries.values()):
-                list(delta.patches())
+                list(delta.patches(self.place / "base"))
 
         tolerates(read)
         (folder / file).write_bytes((self.place / "delta" / file).read_bytes())
 
     def arrays(self, data: bytes) -> None:
         self.delta(data, "delta.safetensors")
+
+    def steps(self, data: bytes) -> None:
+        """A tile of steps, over a base of every exponent: kernels and numpy read the same of it, or refuse it both."""
+        stored, found = np.frombuffer(data, np.uint8), []
+        for native in (kernels.native(), None):
+
+            def read() -> None:
+                found.append(decode_tile(stored, STEPPED, "BF16"))
+
+            with patch.object(kernels, "native", lambda native=native: native):
+                tolerates(read)
+        assert len(found) in (0, 2)
+        for a, b in zip(*found, strict=True) if found else ():
+            assert np.array_equal(a, b)
 
     def lock(self, data: bytes) -> None:
         path = self._kept["out"] / LOCK_NAME
@@ -423,6 +441,10 @@ class Targets:
             "index": lambda: [(self.place / "a" / INDEX).read_bytes()],
             "delta": lambda: [(self.place / "delta" / "delta.json").read_bytes()],
             "arrays": lambda: [(self.place / "delta" / "delta.safetensors").read_bytes()],
+            "steps": lambda: [
+                encode_tile(STEPPED, np.arange(0, 4096, n), STEPPED[::n] ^ np.uint16(bits), "BF16").tobytes()
+                for n, bits in ((100, 1), (5, 3), (1, 0x8001))
+            ],
             "lock": lambda: [yaml.safe_dump({**lock, "calibration": CALIBRATION}).encode()],
             "tokenizer": lambda: [(self.place / "words_a" / "tokenizer.json").read_bytes()],
             "tokenizer_config": lambda: [(self.place / "words_a" / "tokenizer_config.json").read_bytes()],
@@ -441,7 +463,7 @@ class Targets:
 
 
 NAMES = (
-    "recipe", "header", "gguf", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config",
+    "recipe", "header", "gguf", "index", "delta", "arrays", "steps", "lock", "rows", "tokenizer", "tokenizer_config",
     "special_tokens", "generation", "config", "adapter", "listing", "ranges", "head", "torch_file", "model_index",
 )  # fmt: skip
 JSON = (

@@ -17,6 +17,7 @@ LABEL = 11  # characters before the text of a line
 # Seconds of a run beside what bytes take, and the share of a copy's speed in memory at which results are written and
 # inputs read: from whole processes of benchmarks/merge_speed.py on two machines. torch computes more slowly.
 STARTING, WRITING, READING, TORCH = 0.35, 0.35, 1.2, 0.15
+OPERATIONS = 2e10  # on whole matrices in float64, a second of one thread
 
 
 def render_plan(
@@ -70,7 +71,8 @@ def seconds(described: Mapping[str, Any]) -> float:
     rate = copy_rate()
     slow = any(tensor["backend"] == "torch" for tensor in described["tensors"] if tensor["method"] != "copy")
     read = described["read_bytes"] / (rate * READING * (TORCH if slow else 1) * min(described["workers"], 8) / 2)
-    taken: float = STARTING + described["output_bytes"] / (rate * WRITING) + read
+    cubic = described["operations"] / (OPERATIONS * described["workers"]) if described["device"] == "cpu" else 0.0
+    taken: float = STARTING + described["output_bytes"] / (rate * WRITING) + read + cubic
     return taken
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -169,6 +170,11 @@ class Lane:
         self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())
         return buffer.view(torch_dtype(node.dtype)).to(self.device, non_blocking=True)
 
+    def wait(self) -> None:
+        """Until what was started is done, so that other lanes may use it."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
     def emit(self, value: Any) -> np.ndarray[Any, Any]:
         """A finished tile as bytes on the host, valid until the next tile."""
         flat = value.contiguous().view(torch.uint8)
@@ -180,6 +186,10 @@ class Lane:
         return flat.numpy()  # type: ignore[no-any-return]  # torch has no stub for it
 
 
+_quiet: list[None] = []
+_QUIET = threading.Lock()
+
+
 @contextmanager
 def quiet_allocator() -> Iterator[None]:
     """Let glibc reuse tile-sized buffers instead of mapping fresh zeroed pages for each; then give them back.
@@ -187,11 +197,16 @@ def quiet_allocator() -> Iterator[None]:
     What calibration frees after it has drawn a mask would stay with the process otherwise: 27 of 440 MB at 13 M
     parameters.
     """
-    _keep_freed(mapped=1 << 25, free=1 << 28)
+    with _QUIET:
+        _quiet.append(None)
+        _keep_freed(mapped=1 << 25, free=1 << 28)
     try:
         yield
     finally:
-        _keep_freed(mapped=1 << 22, free=1 << 22)
+        with _QUIET:
+            _quiet.pop()
+            if not _quiet:  # the outermost
+                _keep_freed(mapped=1 << 22, free=1 << 22)
 
 
 def _keep_freed(*, mapped: int, free: int) -> None:

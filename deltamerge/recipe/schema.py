@@ -157,6 +157,11 @@ class Output(Keys):
     values: Literal["float32", "bfloat16", "int8", "sign"] | None = Field(
         None, description="delta: how values to add are stored. Default: bfloat16."
     )
+    steps: bool | None = Field(
+        None,
+        description="delta: whether final values of bfloat16 and float16 may be stored as steps from the base's, the "
+        "fewest bytes, which only a reader that has the base can tell. Default: true.",
+    )
     quantization: Quantized = Field(
         "none",
         description="model: weights are written plain (none), in the form that the template or the base has (keep), or "

@@ -8,10 +8,13 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Literal
 
+import torch
+
 from deltamerge import errors
 from deltamerge.calibrate.blocks import Weights
 from deltamerge.calibrate.rows import Row, select
 from deltamerge.calibrate.split import rows_of, split
+from deltamerge.engine import backends
 from deltamerge.engine.execute import shared_values
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
@@ -29,6 +32,7 @@ Part = Literal["first", "search", "held"]
 Scores = Mapping[str, Mapping[str, float]]
 """By fine-tune and measure."""
 QUARTER = 4
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Judge:
@@ -55,7 +59,13 @@ class Judge:
                 hint = "calibration: {data: rows.jsonl}, or beside the model"
                 raise InputError(f"{tune.name}: has no rows to be judged on", hint=hint)
             self.tasks[tune.index] = Task(
-                tune.name, tune.checkpoint, calibration, candidates.folder, self.reader, self.device
+                tune.name,
+                tune.checkpoint,
+                calibration,
+                candidates.folder,
+                self.reader,
+                self.device,
+                dtype=DTYPES[study.compute],
             )
         self.seed = recipe.seed
         self.wanted = {index: self._measures(task, goals) for index, task in self.tasks.items()}
@@ -87,9 +97,10 @@ class Judge:
         sheets = self._sheet(part)
         for candidate in some:
             self.prepare(candidate)
-        walk = Walk(some, self.reader, self.known, self.device, self.budget)
+        walk = Walk(some, self.reader, self.known, self.device, self.budget, DTYPES[self.study.compute])
         variants = [[walk.weights(k, index, self.tasks[index]) for k in range(len(some))] for index in sheets]
-        by_task = measured([(self.tasks[index], sheet) for index, sheet in sheets.items()], variants)
+        with backends.quiet_allocator():
+            by_task = measured([(self.tasks[index], sheet) for index, sheet in sheets.items()], variants)
         worth = self.references[part]["base"]
         found: list[Scores] = []
         for k in range(len(some)):

@@ -64,7 +64,15 @@ class Task:
     """
 
     def __init__(
-        self, name: str, checkpoint: Checkpoint, calibration: Calibration, folder: Path, reader: Reader, device: str
+        self,
+        name: str,
+        checkpoint: Checkpoint,
+        calibration: Calibration,
+        folder: Path,
+        reader: Reader,
+        device: str,
+        *,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.name, self.checkpoint, self.calibration, self.folder = name, checkpoint, calibration, folder
         self.reader, self.device = reader, torch_device(device)
@@ -75,7 +83,11 @@ class Task:
             self.kind = task_of(calibration, self.settings)
             self.reads = RowReader(checkpoint.path, self.config, task=self.kind, length=calibration.length)
             self.model = BlockModel(
-                self.config, checkpoint.tensors, device=self.device, pad_token_id=self.reads.pad_token_id
+                self.config,
+                checkpoint.tensors,
+                device=self.device,
+                dtype=dtype,
+                pad_token_id=self.reads.pad_token_id,
             )
         self.own = from_reader(lambda name: self.stored(checkpoint.tensors[name]))
 

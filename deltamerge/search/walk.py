@@ -26,6 +26,7 @@ from deltamerge.search.tasks import Task
 K = TypeVar("K", bound=Hashable)
 T = TypeVar("T")
 PRUNING = "deltamerge.methods.prune."
+GIVEN = "deltamerge.search.walk:given"
 
 
 class Held(Generic[K, T]):
@@ -49,17 +50,30 @@ class Held(Generic[K, T]):
         return found
 
 
+def given(*, value: Any) -> Any:
+    """A value that is there already."""
+    return value
+
+
 class Walk:
     """The weights of `candidates` while models walk through their blocks; `known` are the values of their stages.
 
     Of the part of the model that is resident, every tensor that candidates share, as it is stored or as a pruned delta,
-    is in memory once; a candidate's own tensors are made of these when its turn comes, and replaced by the next one's.
+    is in memory once, and so are singular vectors and the like; a candidate's own tensors are made of these when its
+    turn comes, rounded to the output's dtype, and held in `dtype` (None: as they are) until the next one's are.
     """
 
     def __init__(
-        self, candidates: Sequence[Candidate], reader: Reader, known: Mapping[Node, Any], device: str, budget: int
+        self,
+        candidates: Sequence[Candidate],
+        reader: Reader,
+        known: Mapping[Node, Any],
+        device: str,
+        budget: int,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.candidates, self.reader, self.known, self.device = candidates, reader, known, device
+        self.dtype = dtype
         self.graph = Graph()
         self.shared: Held[str, dict[Node, Node]] = Held(budget, _bytes_of_nodes)
         self.made: Held[tuple[int, str], Tensor] = Held(budget, lambda tensor: tensor.numel() * tensor.element_size())
@@ -76,7 +90,7 @@ class Walk:
         return of
 
     def tensors(self, k: int, names: Sequence[str]) -> dict[str, Tensor]:
-        """Candidate k's tensors by the output's names, in the output's dtype; bit for bit those of a run."""
+        """Candidate k's tensors by the output's names; before `dtype`, bit for bit those of a run."""
         made = self.made.get([(k, name) for name in names], lambda keys: self._make(k, [name for _, name in keys]))
         return {name: made[k, name] for name in names}
 
@@ -95,11 +109,17 @@ class Walk:
                 plain = node.kind == "map" and node.dtype == "F32" and node.function.startswith(PRUNING)
                 wanted[key] = self.graph.node(dense, [node], shape=node.shape) if plain else node
                 of_name[name].append((node, key))
-        buffers = self._run(wanted)
+        whole = {key: node for key, node in wanted.items() if node.kind == "whole"}
+        values = self._values(whole)
+        buffers = self._run({key: node for key, node in wanted.items() if key not in whole})
         found: dict[str, dict[Node, Node]] = {}
         for name, nodes in of_name.items():
             found[name] = {}
             for node, key in nodes:
+                if key in whole:
+                    known = (("value", values[node]),)
+                    found[name][node] = Node(GIVEN, (), known, node.shape, node.dtype, "small")
+                    continue
                 info = in_memory(key, node.dtype, node.shape, memoryview(buffers[key].data))
                 found[name][node] = Node(READ, (), (("tensor", info),), node.shape, node.dtype, "read")
         return found
@@ -112,10 +132,19 @@ class Walk:
                 info = node.parameter("tensor")
                 buffers[name] = np.empty(info.nbytes, np.uint8)
                 self.reader.read_into(info, 0, buffers[name])
-        return {
-            name: torch.from_numpy(buffers[name]).view(torch_dtype(node.dtype)).view(node.shape).to(self.device)
-            for name, node in roots.items()
-        }
+        made = {}
+        for name, node in roots.items():
+            tensor = torch.from_numpy(buffers.pop(name)).view(torch_dtype(node.dtype)).view(node.shape)
+            to = self.dtype if tensor.is_floating_point() else None
+            made[name] = tensor.to(self.device, to or tensor.dtype)
+        return made
+
+    def _values(self, whole: Mapping[str, Node]) -> dict[Node, Any]:
+        """The values of nodes of whole tensors."""
+        pieces = [Piece(name, node, backends.choose(node, self.device)) for name, node in whole.items()]
+        if not pieces:
+            return {}
+        return execute(pieces, self.reader, None, device=self.device, workers=default_workers(), known=self.known)
 
     def _run(self, roots: Mapping[str, Node]) -> dict[str, NDArray[np.uint8]]:
         sink = Buffers(roots)
@@ -142,8 +171,8 @@ class Buffers:
 
 
 def _common(roots: Sequence[Node]) -> list[Node]:
-    """The nodes at which to cut the graphs of one tensor: whole tensors that are the same in several, stored ones and
-    pruned deltas."""
+    """The nodes at which to cut the graphs of one tensor: what is the same in several and of its size, stored tensors,
+    pruned deltas, and values of whole matrices."""
     distinct = list(dict.fromkeys(roots))
     if len(distinct) == 1:
         return distinct if len(roots) > 1 and distinct[0].kind != "read" else _reads(distinct[0])
@@ -159,7 +188,7 @@ def _common(roots: Sequence[Node]) -> list[Node]:
         if node in seen:
             continue
         seen.add(node)
-        if count[node] > 1 and (node.kind == "read" or _is_delta(node, distinct[0])):
+        if count[node] > 1 and (node.kind in ("read", "whole") or _is_delta(node, distinct[0])):
             found[node] = None
         else:
             pending += node.inputs
@@ -188,4 +217,4 @@ def _over(root: Node, cut: Mapping[Node, Node]) -> Node:
 
 
 def _bytes_of_nodes(nodes: Mapping[Node, Node]) -> int:
-    return sum(nbytes_of(node.dtype, node.shape) for node in nodes.values())
+    return sum(nbytes_of(node.dtype, node.shape) for node in nodes.values())  # of a value of a matrix about
