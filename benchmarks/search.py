@@ -1,6 +1,7 @@
 """A candidate of `deltamerge search` beside what shell loops do: write the merge, load it with transformers, score it.
 
     python benchmarks/search.py RECIPE [--candidates 16] [--out JSON]
+    python benchmarks/search.py RECIPE --grid 17     what a grid of so many points a number finds, beside a tenth of them
 
 RECIPE leaves numbers open, as `deltamerge search` takes it. The same candidates, drawn uniformly, are judged on the
 same rows three ways: in memory, `study.together` a walk; each written by deltamerge in this process and loaded by
@@ -62,6 +63,7 @@ def main() -> None:
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--processes", type=int, default=2, help="candidates of the shell loop")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--grid", type=int, help="points of each number; measures no time")
     asked = parser.parse_args()
     import torch
     from transformers.utils import logging
@@ -69,10 +71,43 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
-    found = measure(asked.recipe, asked.candidates, asked.processes)
+    if asked.grid:
+        found = beside_grid(asked.recipe, asked.grid)
+    else:
+        found = measure(asked.recipe, asked.candidates, asked.processes)
     print(json.dumps(found, indent=1))
     if asked.out is not None:
         asked.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def beside_grid(path: Path, count: int) -> dict[str, Any]:
+    """The best of a grid over all numbers, and of a search of a tenth of its trials, on the search rows."""
+    import itertools
+
+    from deltamerge.recipe.file import read_template
+    from deltamerge.run.options import Options
+    from deltamerge.search.outcome import Bench, best_of
+    from deltamerge.search.setting import candidates_of
+    from deltamerge.search.study import search
+
+    file, options = read_template(path), Options(device="cpu", workers=1)
+    axes = {key: (axis.low, axis.high) for axis in file.template.ranges for key in axis.keys}
+    points = list(itertools.product(*(np.linspace(low, high, count).tolist() for low, high in axes.values())))
+    trials = len(points) // 10
+    bench = Bench(file, file.template.values(file.template.start(), 1), candidates_of(file, options), options)
+    with tempfile.TemporaryDirectory(dir=path.parent) as work:
+        found = search(file, options, Path(work) / "study", trials=trials)
+        values = [file.template.values(dict(zip(axes, point, strict=True)), 1) for point in points]
+        outcomes = bench.measure(values, "search", Path(work))
+    bench.close()
+    best = best_of(outcomes, bench.lower)
+    assert best is not None
+    sign = 1 if bench.lower[0] else -1
+    tried = min(sign * t.outcome.values[0] for t in found.trials if t.outcome.values)
+    return {
+        "grid": {"evaluations": len(points), "best": outcomes[best].values[0], "at": list(points[best])},
+        "search": {"evaluations": len(found.trials), "best": sign * tried, "chosen": dict(found.chosen.params)},
+    }
 
 
 def measure(path: Path, count: int, processes: int) -> dict[str, Any]:
@@ -109,12 +144,15 @@ def measure(path: Path, count: int, processes: int) -> dict[str, Any]:
         _shell_loop(rows, own[:processes], folder)
         shell = clock.spent(len(own[:processes]))
         forward = _forward(rows, folder)
+        weights = _weights(bench, values)
     bench.close()
     return {
         "candidates": count,
         "together": bench.study.together,
         "rows": bench.judge.rows("search"),
+        "compute": bench.study.compute,
         "in_memory": ours._asdict(),
+        "in_memory_weights_alone": weights._asdict(),
         "write_and_load": loop._asdict(),
         "process_each": shell._asdict(),
         "forward_by_transformers": forward._asdict(),
@@ -132,10 +170,31 @@ def _rows(bench: Any, folder: Path) -> Path:
     made = {}
     for index, task in bench.judge.tasks.items():
         sheet = bench.judge._sheet("search")[index]
-        made[task.name] = {"head": str(task.checkpoint.path), "batches": list(sheet.batches)}
+        made[task.name] = {"head": str(task.checkpoint.path), "batches": list(sheet.batches), "in": bench.study.compute}
     path = folder / "rows.pt"
     torch.save(made, path)
     return path
+
+
+def _weights(bench: Any, values: list[Any]) -> Spent:
+    """What it takes to have every candidate's tensors, part by part, without running them."""
+    from deltamerge.engine import backends
+    from deltamerge.search.judge import DTYPES
+    from deltamerge.search.walk import Walk
+
+    judge, size = bench.judge, bench.study.together
+    made = [bench.candidates.of(bench.file.recipe(one)) for one in values]
+    task = next(iter(judge.tasks.values()))
+    places = next(iter(made[0].places.values()))
+    clock = Clock()
+    with backends.quiet_allocator():
+        for at in range(0, len(made), size):
+            some = made[at : at + size]
+            walk = Walk(some, judge.reader, judge.known, "cpu", judge.budget, DTYPES[bench.study.compute])
+            for part in task.model.parts:
+                for k in range(len(some)):
+                    walk.tensors(k, [places[name] for name in part if name in places])
+    return clock.spent(len(values))
 
 
 def plain_scores(merged: Path, rows: Path) -> dict[str, float]:
@@ -148,7 +207,7 @@ def plain_scores(merged: Path, rows: Path) -> dict[str, float]:
     for name, task in torch.load(rows, weights_only=True).items():
         config = transformers.AutoConfig.from_pretrained(task["head"])
         kind = getattr(transformers, config.architectures[0])
-        model = kind.from_pretrained(task["head"], dtype=torch.float32).eval()
+        model = kind.from_pretrained(task["head"], dtype=getattr(torch, task["in"])).eval()
         state = {k: v for k, v in load_file(merged / "model.safetensors").items() if "classifier" not in k}
         model.load_state_dict(state, strict=False)
         with torch.no_grad():
@@ -186,7 +245,8 @@ def _forward(rows: Path, folder: Path) -> Spent:
     models = {}
     for name, task in tasks.items():
         config = transformers.AutoConfig.from_pretrained(task["head"])
-        models[name] = getattr(transformers, config.architectures[0]).from_pretrained(task["head"], dtype=torch.float32)
+        kind = getattr(transformers, config.architectures[0])
+        models[name] = kind.from_pretrained(task["head"], dtype=getattr(torch, task["in"]))
     clock = Clock()
     with torch.no_grad():
         for name, task in tasks.items():

@@ -172,7 +172,7 @@ def test_eval_is_what_transformers_computes(folder: Path, capsys, monkeypatch: p
     for wrong, said in (
         (("eval", "base", *rows_of), "needs a model …ForSequenceClassification"),
         (("eval", "tuned", "--calibration", "none.jsonl", "--length", "12"), "no such file"),
-        (("eval", "tuned", *rows_of, "--metric", "exact_match"), "exact_match"),
+        (("eval", "tuned", *rows_of, "--metric", "exact_match"), "needs a model …ForCausalLM"),
         (("eval", "tuned"), "give the rows"),
         (("eval", "nowhere", *rows_of), "nowhere"),
     ):
