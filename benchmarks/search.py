@@ -1,7 +1,7 @@
 """A candidate of `deltamerge search` beside what shell loops do: write the merge, load it with transformers, score it.
 
     python benchmarks/search.py RECIPE [--candidates 16] [--out JSON]
-    python benchmarks/search.py RECIPE --grid 17     what a grid of so many points a number finds, beside a tenth of them
+    python benchmarks/search.py RECIPE --grid 17     what a grid finds, beside a search of a tenth of its points
 
 RECIPE leaves numbers open, as `deltamerge search` takes it. The same candidates, drawn uniformly, are judged on the
 same rows three ways: in memory, `study.together` a walk; each written by deltamerge in this process and loaded by
@@ -126,7 +126,8 @@ def measure(path: Path, count: int, processes: int) -> dict[str, Any]:
         for _ in range(count)
     ]
     bench = Bench(file, file.template.values(start, layers), candidates_of(file, options), options)
-    assert bench.judge is not None
+    judge = bench.judge(file.recipe(file.template.values(start, layers)))
+    assert judge is not None
     values = [file.template.values(one, layers) for one in drawn]
     with tempfile.TemporaryDirectory(dir=path.parent) as work:
         folder = Path(work)
@@ -134,7 +135,7 @@ def measure(path: Path, count: int, processes: int) -> dict[str, Any]:
         clock = Clock()
         bench.measure(values, "search", folder)
         ours = clock.spent(count)
-        rows = _rows(bench, folder)
+        rows = _rows(bench, judge, folder)
         own = [file.file(one) for one in values[:4]]
         plain_scores_of(rows, own, folder, run, options)  # files are in the page cache
         clock = Clock()
@@ -144,12 +145,12 @@ def measure(path: Path, count: int, processes: int) -> dict[str, Any]:
         _shell_loop(rows, own[:processes], folder)
         shell = clock.spent(len(own[:processes]))
         forward = _forward(rows, folder)
-        weights = _weights(bench, values)
+        weights = _weights(bench, judge, values)
     bench.close()
     return {
         "candidates": count,
         "together": bench.study.together,
-        "rows": bench.judge.rows("search"),
+        "rows": judge.rows("search"),
         "compute": bench.study.compute,
         "in_memory": ours._asdict(),
         "in_memory_weights_alone": weights._asdict(),
@@ -163,26 +164,26 @@ def measure(path: Path, count: int, processes: int) -> dict[str, Any]:
     }
 
 
-def _rows(bench: Any, folder: Path) -> Path:
+def _rows(bench: Any, judge: Any, folder: Path) -> Path:
     """The tokens of each fine-tune's search rows, and where its head is, as a file for `plain_scores`."""
     import torch
 
     made = {}
-    for index, task in bench.judge.tasks.items():
-        sheet = bench.judge._sheet("search")[index]
+    for index, task in judge.tasks.items():
+        sheet = judge._sheet("search")[index]
         made[task.name] = {"head": str(task.checkpoint.path), "batches": list(sheet.batches), "in": bench.study.compute}
     path = folder / "rows.pt"
     torch.save(made, path)
     return path
 
 
-def _weights(bench: Any, values: list[Any]) -> Spent:
+def _weights(bench: Any, judge: Any, values: list[Any]) -> Spent:
     """What it takes to have every candidate's tensors, part by part, without running them."""
     from deltamerge.engine import backends
     from deltamerge.search.judge import DTYPES
     from deltamerge.search.walk import Walk
 
-    judge, size = bench.judge, bench.study.together
+    size = bench.study.together
     made = [bench.candidates.of(bench.file.recipe(one)) for one in values]
     task = next(iter(judge.tasks.values()))
     places = next(iter(made[0].places.values()))

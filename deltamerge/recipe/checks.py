@@ -276,9 +276,9 @@ def _study(recipe: Recipe) -> Iterator[Problem]:
                     yield recipe.problem((*at, key), f"{show(name)} is no fine-tune here", suggest(name, known))
         if goal.weights and not any(goal.weights.get(name, 1.0) for name in known):
             yield recipe.problem((*at, "weights"), "are all 0")
-    for name in recipe.study.test if isinstance(recipe.study.test, Mapping) else ():
-        if name not in known:
-            yield recipe.problem(("study", "test", name), "is no fine-tune here", suggest(name, known), key=True)
+    test = recipe.study.test if isinstance(recipe.study.test, Mapping) else {}
+    if test and known.isdisjoint(test):  # where models are swept, it has those of other points too
+        yield recipe.problem(("study", "test"), "names no fine-tune of this recipe", suggest(next(iter(test)), known))
     if recipe.study.sampler in ("cmaes",) and len(recipe.study.goals) > 1:
         yield recipe.problem(("study", "sampler"), "cmaes has one objective", "sampler: nsga2, or tpe")
     if recipe.study.pruner != "none" and (several or any(goal.command for goal in recipe.study.goals)):

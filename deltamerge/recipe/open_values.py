@@ -52,6 +52,8 @@ def allow(schema: dict[str, Any]) -> None:
             definitions[holder]["properties"][key] = _or_open(value)
     for key in KEYS:
         schema["properties"][key] = _or_open(schema["properties"][key])
+    models = schema["properties"]["models"]
+    models["items"] = _or_open(models["items"])
     for key in ("model", "prune"):
         definitions["Model"]["properties"][key] = _or_open(definitions["Model"]["properties"][key])
     for key, value in definitions["Parameters"]["properties"].items():

@@ -54,7 +54,7 @@ class Candidates:
 
     def inputs(self, recipe: Recipe) -> Inputs:
         """The models of a recipe."""
-        key = json.dumps(_fixed(recipe.source.data), sort_keys=True)
+        key = json.dumps(fixed(recipe.source.data), sort_keys=True)
         if key not in self._known:
             self._known[key] = open_inputs(recipe, self.folder, self.opener)
         found = self._known[key]
@@ -104,7 +104,8 @@ def _refuse(recipe: Recipe, inputs: Inputs) -> None:
             raise InputError("prune.budget: its densities are chosen as the artifact is written", hint="give a density")
 
 
-def _fixed(value: Any) -> Any:
+def fixed(value: Any) -> Any:
+    """What of a recipe's data decides which models are opened, and how their tensors are matched."""
     if isinstance(value, dict):
-        return {key: _fixed(inner) for key, inner in value.items() if key not in FREE}
-    return [_fixed(inner) for inner in value] if isinstance(value, list) else value
+        return {key: fixed(inner) for key, inner in value.items() if key not in FREE}
+    return [fixed(inner) for inner in value] if isinstance(value, list) else value

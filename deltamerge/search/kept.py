@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.calibrate.spec import Calibrated
+from deltamerge.engine.execute import shared_values
 from deltamerge.io.atomic import replace_file
 from deltamerge.recipe.file import RecipeFile
 from deltamerge.run.hashes import describe_inputs
@@ -23,11 +24,13 @@ Study = Mapping[str, Any]
 def lock_of(
     file: RecipeFile, calibrated: Mapping[str, Calibrated], options: Options, path: Path, study: Study | None = None
 ) -> Lock:
-    """The lock of a recipe whose q's were found as `calibrated`, by the names of its stages."""
+    """The lock of a recipe whose q's were found as `calibrated`, by the names of its stages; others are found now."""
     planner = Planner(file, path.parent, options)
     (planned,) = planner.plans()
     planned = planner.fetched(file.output, planned, {})
-    found = {node: calibrated[spec.name] for node, spec in planned.specs.items()}
+    found = {node: calibrated[spec.name] for node, spec in planned.specs.items() if spec.name in calibrated}
+    if len(found) < len(planned.stages):
+        found |= {node: value for node, value in shared_values(planned.stages, found).items() if node in planned.specs}
     return Lock.of(path, planned, describe_inputs(planned, planned.workers), found, study=study)
 
 

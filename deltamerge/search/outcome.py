@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from typing import Any
 from deltamerge.calibrate.spec import Calibrated
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.recipe.file import TemplateFile
+from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Study
 from deltamerge.recipe.yaml_source import Loc
 from deltamerge.run.options import Options
@@ -33,6 +35,7 @@ class Bench:
     """Measures the candidates of a template: values by place -> `Outcome`.
 
     lower   of each goal whether less is better
+    judges  of each choice of fine-tunes, base and rows; most templates have one
     """
 
     def __init__(
@@ -53,15 +56,40 @@ class Bench:
                 words = words_of(goal.command)
                 if not commands:
                     raise InputError(f"{file.path}: the study runs {words[0]}, as this user", hint="--allow-command")
-        inside = [goal for goal in self.goals if goal.command is None]
-        self.judge = Judge(candidates, recipe, self.study, inside) if inside else None
-        self.metrics = judged_by(self.judge) if self.judge is not None else {}
-        self.lower = tuple(is_lower(goal, self.metrics) for goal in self.goals)
+        self.inside = [goal for goal in self.goals if goal.command is None]
+        self.judges: dict[str, Judge] = {}
+        judge = self.judge(recipe)
+        self.lower = tuple(is_lower(goal, judged_by(judge) if judge else {}) for goal in self.goals)
+
+    def judge(self, recipe: Recipe) -> Judge | None:
+        """The judge of a recipe's fine-tunes; None where commands alone judge."""
+        if not self.inside:
+            return None
+        rows = {i: calibration for i in recipe.fine_tunes if (calibration := recipe.calibration_of(i)) is not None}
+        tunes = [[recipe.names[i], recipe.models[i].model, rows[i].model_dump() if i in rows else None]
+                 for i in recipe.fine_tunes]  # fmt: skip
+        key = json.dumps([recipe.base_model, tunes], sort_keys=True)
+        if key not in self.judges:
+            self.judges[key] = Judge(self.candidates, recipe, self.study, self.inside)
+        return self.judges[key]
 
     def close(self) -> None:
         """Close the files."""
-        if self.judge is not None:
-            self.judge.__exit__(None, None, None)
+        for judge in self.judges.values():
+            judge.__exit__(None, None, None)
+
+    def rows(self, part: Part) -> dict[str, int]:
+        """The number of rows of each fine-tune."""
+        return {name: count for judge in self.judges.values() for name, count in judge.rows(part).items()}
+
+    def references(self, part: Part) -> dict[str, dict[str, Mapping[str, float]]]:
+        """What the base and the fine-tunes score."""
+        found: dict[str, dict[str, Mapping[str, float]]] = {}
+        for judge in self.judges.values():
+            judge.rows(part)
+            for kind, scores in judge.references[part].items():
+                found.setdefault(kind, {}).update(scores)
+        return found
 
     @property
     def folder(self) -> Path:
@@ -70,47 +98,51 @@ class Bench:
 
     def calibrated(self, values: Mapping[Loc, Any]) -> dict[str, Calibrated]:
         """The q's of a candidate that was measured, by the names of their stages."""
-        if self.judge is None:
+        recipe = self.file.recipe(values)
+        judge = self.judge(recipe)
+        if judge is None:
             return {}
-        stages = self.candidates.of(self.file.recipe(values)).stages
-        known = {node: self.judge.known[node] for node in stages if node in self.judge.known}
+        candidate = self.candidates.of(recipe)
+        judge.prepare(candidate)
+        known = {node: judge.known[node] for node in candidate.stages}
         return {node.parameter("spec").name: value for node, value in known.items() if isinstance(value, Calibrated)}
 
     def measure(self, some: Sequence[Mapping[Loc, Any]], part: Part, work: Path) -> list[Outcome]:
         """The outcomes of candidates; a fault of one is its outcome. `work` is a folder for what commands are given."""
         found: list[Outcome | None] = [None] * len(some)
-        made: dict[int, Candidate] = {}
+        made: dict[Judge, dict[int, Candidate]] = {}
         for i, values in enumerate(some):
             try:
                 recipe = self.file.recipe(values)
-                if self.judge is not None:
-                    made[i] = self.candidates.of(recipe)
-                    self.judge.prepare(made[i])
+                judge = self.judge(recipe)
+                if judge is not None:
+                    candidate = self.candidates.of(recipe)
+                    judge.prepare(candidate)
+                    made.setdefault(judge, {})[i] = candidate
             except DeltamergeError as error:
                 found[i] = Outcome(error=one_line(error))
-                made.pop(i, None)
-        by_place: dict[int, Scores] = {}
-        if self.judge is not None and made:
+        scores: dict[int, Scores] = {}
+        metrics: dict[int, Mapping[str, str]] = {}
+        for judge, own in made.items():
+            metrics |= dict.fromkeys(own, judged_by(judge))
             try:
-                by_place = dict(zip(made, self.judge.scores(list(made.values()), part), strict=True))
+                scores |= zip(own, judge.scores(list(own.values()), part), strict=True)
             except DeltamergeError as error:
-                if len(made) == 1:
-                    found[next(iter(made))] = Outcome(error=one_line(error))
-                else:  # whose fault it is
-                    for i in made:
-                        (found[i],) = self.measure([some[i]], part, work)
+                for i in own:  # alone, to see whose fault it is
+                    alone = len(own) == 1
+                    found[i] = Outcome(error=one_line(error)) if alone else self.measure([some[i]], part, work)[0]
         for i, values in enumerate(some):
             if found[i] is None:
-                found[i] = self._outcome(values, by_place.get(i, {}), work)
+                found[i] = self._outcome(values, scores.get(i, {}), metrics.get(i, {}), work)
         return [one for one in found if one is not None]
 
-    def _outcome(self, values: Mapping[Loc, Any], scores: Scores, work: Path) -> Outcome:
+    def _outcome(self, values: Mapping[Loc, Any], scores: Scores, metrics: Mapping[str, str], work: Path) -> Outcome:
         numbers: list[float] = []
         folder: Path | None = None
         try:
             for goal in self.goals:
                 if goal.command is None:
-                    numbers.append(worth(goal, scores, self.metrics))
+                    numbers.append(worth(goal, scores, metrics))
                     continue
                 if folder is None:
                     folder = work / "candidate"

@@ -21,6 +21,7 @@ from deltamerge.run.options import Options
 from deltamerge.run.plans import Planner
 from deltamerge.search.folder import StudyFolder
 from deltamerge.search.found import Found, Trial
+from deltamerge.search.judge import Part
 from deltamerge.search.outcome import Bench, Outcome, best_of, pareto, ranked
 from deltamerge.search.pool import Pool, pool_of
 from deltamerge.search.proposals import (
@@ -35,7 +36,7 @@ from deltamerge.search.proposals import (
     sampler_of,
 )
 from deltamerge.search.results import write
-from deltamerge.search.setting import candidates_of, rows_facts
+from deltamerge.search.setting import candidates_of, refuse_strangers, rows_facts
 
 if TYPE_CHECKING:
     import optuna
@@ -58,7 +59,9 @@ def check(file: TemplateFile) -> Recipe:
         raise RecipeError(str(file.path), [source.problem((), "has no values to search", hint)])
     for found in file.template.ends():
         file.recipe(file.template.values(found, 1))
-    return file.recipe(file.template.values(file.template.start(), 1))
+    recipe = file.recipe(file.template.values(file.template.start(), 1))
+    refuse_strangers(file, [recipe])
+    return recipe
 
 
 def search(
@@ -119,7 +122,9 @@ def _same(study: optuna.Study, file: TemplateFile, bench: Bench, options: Option
     data = {key: value for key, value in file.template.source.data.items() if key != "study"}
     judged = {**(file.template.source.data.get("study") or {}), "trials": None, "together": None}
     given = {"the recipe": xxh3_128(json.dumps([data, judged], sort_keys=True).encode()).hexdigest()}
-    given |= {name: value for name, value in facts(planned, "").items() if name != "the recipe"} | rows_facts(bench)
+    given |= {name: value for name, value in facts(planned, "").items() if name != "the recipe"} | rows_facts(
+        first.output.recipe, bench.folder
+    )
     known = study.user_attrs.get(FACTS)
     if known is None:
         study.set_user_attr(FACTS, json.loads(json.dumps(given)))
@@ -228,11 +233,10 @@ class _Runner:
         if best is None:
             raise InputError(f"{self.file.path}: no trial is complete: {outcomes[0].error if outcomes else 'none ran'}")
         why = "of all trials"
-        if self.bench.judge is not None and not any(goal.command for goal in self.bench.goals):
+        if self.bench.inside and not any(goal.command for goal in self.bench.goals):
             trials, best, why = self._decide(trials, outcomes, best, front)
         goals = dict(zip((goal.name for goal in self.bench.goals), lower, strict=True))
-        judge = self.bench.judge
-        rows = {} if judge is None else {str(part): judge.rows(part) for part in judge.references}
+        parts: list[Part] = ["search", "held"] if self.bench.inside else []
         return Found(
             folder=self.folder,
             storage=self.folder / STORAGE,
@@ -242,8 +246,8 @@ class _Runner:
             front=front,
             why=why,
             importance=importance(self.optuna, self.study),
-            rows=rows,
-            references={} if judge is None else {str(part): scores for part, scores in judge.references.items()},
+            rows={part: self.bench.rows(part) for part in parts},
+            references={part: self.bench.references(part) for part in parts},
             sampler=sampler_of(self.bench.study),
         )
 
@@ -277,6 +281,6 @@ class _Runner:
             raise InputError(f"{self.file.path}: the best trials fail on held-out rows: {held[0].error}")
         for i, outcome in zip(some, held, strict=True):
             trials[i] = Trial(trials[i].number, trials[i].params, trials[i].outcome, trials[i].state, outcome)
-        rows = self.bench.judge.rows("held") if self.bench.judge is not None else {}
+        rows = self.bench.rows("held")
         counted = ", ".join(f"{count} of {name}" for name, count in rows.items())
         return trials, some[chosen], f"of the {len(some)} best trials and the start on held-out rows ({counted})"

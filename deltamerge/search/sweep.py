@@ -27,10 +27,11 @@ from deltamerge.recipe.yaml_source import Loc
 from deltamerge.run.hashes import facts
 from deltamerge.run.options import Options
 from deltamerge.run.plans import Planner
+from deltamerge.search.candidates import fixed
 from deltamerge.search.folder import StudyFolder
 from deltamerge.search.kept import best_path, make_folder, write_recipe
 from deltamerge.search.outcome import Bench, Outcome, best_of
-from deltamerge.search.setting import candidates_of, rows_facts
+from deltamerge.search.setting import candidates_of, refuse_strangers, rows_facts
 
 Keep = Literal["best", "all", "none"]
 RESULTS, TABLE, JSON, PICTURE = "results.jsonl", "sweep.csv", "sweep.json", "sweep.svg"
@@ -155,8 +156,7 @@ def sweep(
                 for (labels, _), key in zip(points, keys, strict=True)
             )
             best = best_of([row.outcome for row in rows], bench.lower)
-            judged = bench.judge.rows("held") if bench.judge is not None else {}
-            references = bench.judge.references["held"] if bench.judge is not None else {}
+            judged, references = bench.rows("held"), bench.references("held")
             goals = dict(zip((goal.name for goal in bench.goals), bench.lower, strict=True))
             found = Swept(there, names, goals, rows, references, judged, best)
             if best is None:
@@ -175,26 +175,35 @@ def _check(file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[L
     if not file.template.sweeps:
         hint = "density: {sweep: [0.1, 0.01]}, or --set KEY=VALUE twice"
         raise RecipeError(str(file.path), [source.problem((), "has no values to sweep", hint)])
+    recipes = []
     for labels, values in points:
         try:
-            file.recipe(values)
+            recipes.append(file.recipe(values))
         except RecipeError as error:
             at = ", ".join(f"{axis.name}: {label}" for axis, label in zip(file.template.sweeps, labels, strict=True))
             problems = [
                 source.problem((), f"with {at}: {one.location}: {one.message}", one.hint) for one in error.problems
             ]
             raise RecipeError(str(file.path), problems) from None
+    refuse_strangers(file, recipes)
 
 
 def _keys(
     file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[Loc, Any]]], options: Options, bench: Bench
 ) -> list[str]:
     """What the outcome of each point follows from, as a hash: its recipe, its models' files, the rows."""
-    first = file.file(points[0][1])
-    (planned,) = Planner(first, first.path, options).plans()
-    given = json.dumps([facts(planned, ""), rows_facts(bench)], sort_keys=True)
-    texts = (json.dumps(file.template.filled(values).data, sort_keys=True) for _, values in points)
-    return [xxh3_128((given + text).encode()).hexdigest() for text in texts]
+    known: dict[str, str] = {}
+    keys = []
+    for _, values in points:
+        data = file.template.filled(values).data
+        models = json.dumps(fixed(data), sort_keys=True)
+        if models not in known:
+            one = file.file(values)
+            (planned,) = Planner(one, one.path, options).plans()
+            given = [facts(planned, "the same"), rows_facts(one.output.recipe, bench.folder)]
+            known[models] = json.dumps(given, sort_keys=True)
+        keys.append(xxh3_128((known[models] + json.dumps(data, sort_keys=True)).encode()).hexdigest())
+    return keys
 
 
 def _read(path: Path) -> dict[str, Outcome]:

@@ -112,10 +112,11 @@ def test_candidates_in_memory_are_the_bytes_of_a_run(folder: Path, name: str) ->
     candidates = candidates_of(file, OPTIONS)
     bench = Bench(file, values[0], candidates, OPTIONS)
     made = [candidates.of(file.recipe(one)) for one in values]
-    assert bench.judge is not None
+    judge = bench.judge(made[0].recipe)
+    assert judge is not None
     for one in made:
-        bench.judge.prepare(one)
-    walk = Walk(made, bench.judge.reader, bench.judge.known, "cpu", budget=1)
+        judge.prepare(one)
+    walk = Walk(made, judge.reader, judge.known, "cpu", budget=1)
     names = list(made[0].roots)
     for k, one in enumerate(values):
         found = {n: t for part in (names[:7], names[7:], names[:3]) for n, t in walk.tensors(k, part).items()}
@@ -281,6 +282,27 @@ def test_a_sweep_scores_what_runs_write_and_goes_on(folder: Path, capsys, monkey
     wrong = write(folder, ONE % ", prune: {method: {sweep: [dare, nothing]}, density: 0.3}", "wrong")
     code, _, err = call(capsys, "sweep", wrong)
     assert (code, "with models[0].prune.method: nothing" in err) == (1, True)
+
+
+def test_fine_tunes_may_be_swept_too_each_on_its_own_rows(folder: Path, capsys) -> None:
+    lines = (folder / "calib.jsonl").read_text().splitlines(keepends=True)
+    (folder / "some.jsonl").write_text("".join(lines[:10]))
+    tune = "{model: ./%s, name: %s, parameters: {weight: 1.0}}"
+    models = "{sweep: {%s}}" % ", ".join(f"{name}: {tune % (name, name)}" for name in ("tuned", "other"))  # noqa: UP031
+    study = "study: {objective: loss, test: {tuned: calib.jsonl, other: some.jsonl}}\n"
+    text = (
+        f"base_model: ./base\nmodels: [{models}]\ncalibration: {{data: calib.jsonl, sequences: 8, length: 12}}\n{study}"
+    )
+    code, out, err = call(capsys, "sweep", write(folder, text), "--json", "--device", "cpu")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["test_rows"] == {"tuned": 24, "other": 10}
+    for row, (name, data) in zip(found["rows"], (("tuned", "calib"), ("other", "some")), strict=True):
+        plain = plain_scores(folder / name, folder / name, folder / f"{data}.jsonl")
+        assert row["scores"][name]["loss"] == pytest.approx(plain["loss"], rel=1e-5)
+        assert row["objectives"] == [row["scores"][name]["loss"]]
+    code, _, err = call(capsys, "sweep", write(folder, text.replace("other: some", "others: some")))
+    assert (code, "study.test.others: is no fine-tune here" in err) == (1, True)
 
 
 def found_trials(found: Any) -> list[tuple[Any, ...]]:
