@@ -9,7 +9,12 @@ SWEEP: dict[str, Any] = {
     "title": "Sweep",
     "description": "`deltamerge sweep` tries all of these values; a mapping names them.",
     "type": "object",
-    "properties": {"sweep": {"anyOf": [{"type": "array", "minItems": 1}, {"type": "object", "minProperties": 1}]}},
+    "properties": {
+        "sweep": {
+            "description": "The values, or names of values.",
+            "anyOf": [{"type": "array", "minItems": 1}, {"type": "object", "minProperties": 1}],
+        }
+    },
     "required": ["sweep"],
     "additionalProperties": False,
 }
@@ -19,6 +24,7 @@ SEARCH: dict[str, Any] = {
     "type": "object",
     "properties": {
         "search": {
+            "description": "[low, high], or choices.",
             "anyOf": [
                 {"type": "array", "minItems": 2},
                 {
@@ -27,7 +33,7 @@ SEARCH: dict[str, Any] = {
                     "required": ["choices"],
                     "additionalProperties": False,
                 },
-            ]
+            ],
         },
         "log": {"type": "boolean", "description": "Of the logarithm."},
         "step": {"type": "number", "description": "In steps of this."},

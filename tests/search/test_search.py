@@ -478,6 +478,13 @@ def test_what_cannot_be_searched_is_refused_by_name(folder: Path, said: str, cap
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("name", ["search", "sweep"])
+def test_the_recipe_that_ships_is_one(name: str) -> None:
+    template = read_template(Path(__file__).parents[2] / "recipes" / f"{name}.yaml").template
+    recipes = [loads(json.dumps(template.filled(values).data)) for values in template.examples()]
+    assert len(recipes) == {"search": 7, "sweep": 5}[name]
+
+
 def test_one_process_at_a_time(folder: Path) -> None:
     from deltamerge.errors import OutputError
     from deltamerge.search.folder import StudyFolder
