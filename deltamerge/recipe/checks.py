@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from deltamerge.errors import Problem
@@ -276,10 +276,7 @@ def _study(recipe: Recipe) -> Iterator[Problem]:
                     yield recipe.problem((*at, key), f"{show(name)} is no fine-tune here", suggest(name, known))
         if goal.weights and not any(goal.weights.get(name, 1.0) for name in known):
             yield recipe.problem((*at, "weights"), "are all 0")
-    test = recipe.study.test if isinstance(recipe.study.test, Mapping) else {}
-    if test and known.isdisjoint(test):  # where models are swept, it has those of other points too
-        yield recipe.problem(("study", "test"), "names no fine-tune of this recipe", suggest(next(iter(test)), known))
-    if recipe.study.sampler in ("cmaes",) and len(recipe.study.goals) > 1:
+    if recipe.study.sampler == "cmaes" and len(recipe.study.goals) > 1:
         yield recipe.problem(("study", "sampler"), "cmaes has one objective", "sampler: nsga2, or tpe")
     if recipe.study.pruner != "none" and (several or any(goal.command for goal in recipe.study.goals)):
         yield recipe.problem(

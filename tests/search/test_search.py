@@ -309,15 +309,13 @@ def found_trials(found: Any) -> list[tuple[Any, ...]]:
     return [(t.number, tuple(t.params.values()), t.state, t.outcome.values) for t in found.trials]
 
 
-STUDY = "study: {objective: %s, trials: 12, together: 4, sampler: %s, seed: 3}\n"
+STUDY = "study: {objective: %s, trials: 8, together: 4, sampler: %s, seed: 3}\n"
 
 
 @pytest.mark.parametrize("sampler", ["tpe", pytest.param("cmaes", marks=slow)])
 def test_a_killed_search_ends_as_one_that_was_not(folder: Path, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     file = read_template(write(folder, TWO + STUDY % ("agreement", sampler)))
     whole = search(file, OPTIONS, folder / "whole")
-    again = search(file, OPTIONS, folder / "again")
-    assert found_trials(again) == found_trials(whole)
     calls: list[int] = []
     original = Bench.measure
 
@@ -374,11 +372,11 @@ def test_several_objectives_choices_and_pruning(folder: Path, capsys, monkeypatc
     assert "<script" not in page
     assert "## Search" in (folder / "recipe-search" / "best" / "README.md").read_text()
     assert call(capsys, "verify", folder / "recipe-search" / "best")[0] == 0
-    write(folder, TWO + "study: {trials: 16, together: 4, pruner: median}\n", "pruned")
+    write(folder, TWO + "study: {trials: 12, together: 4, pruner: median}\n", "pruned")
     code, out, err = call(capsys, "search", "pruned.yaml", "--device", "cpu")
     assert code == 0, err
     assert "pruned" in out
-    code, _, err = call(capsys, "search", "pruned.yaml", "--trials", "18", "--json")  # it goes on
+    code, _, err = call(capsys, "search", "pruned.yaml", "--trials", "14", "--json")  # it goes on
     assert code == 0, err
     code, _, err = call(capsys, "check", "recipe.yaml", "pruned.yaml")
     assert code == 0, err
@@ -482,7 +480,7 @@ def test_what_cannot_be_searched_is_refused_by_name(folder: Path, said: str, cap
 def test_the_recipe_that_ships_is_one(name: str) -> None:
     template = read_template(Path(__file__).parents[2] / "recipes" / f"{name}.yaml").template
     recipes = [loads(json.dumps(template.filled(values).data)) for values in template.examples()]
-    assert len(recipes) == {"search": 7, "sweep": 5}[name]
+    assert len(recipes) == {"search": 5, "sweep": 5}[name]
 
 
 def test_one_process_at_a_time(folder: Path) -> None:
