@@ -151,7 +151,7 @@ def measure(path: Path, count: int, processes: int) -> dict[str, Any]:
         "candidates": count,
         "together": bench.study.together,
         "rows": judge.rows("search"),
-        "compute": bench.study.compute,
+        "precision": sorted({task.model.precision for task in judge.tasks.values()}),
         "in_memory": ours._asdict(),
         "in_memory_weights_alone": weights._asdict(),
         "write_and_load": loop._asdict(),
@@ -171,7 +171,11 @@ def _rows(bench: Any, judge: Any, folder: Path) -> Path:
     made = {}
     for index, task in judge.tasks.items():
         sheet = judge._sheet("search")[index]
-        made[task.name] = {"head": str(task.checkpoint.path), "batches": list(sheet.batches), "in": bench.study.compute}
+        made[task.name] = {
+            "head": str(task.checkpoint.path),
+            "batches": list(sheet.batches),
+            "in": task.model.precision,
+        }
     path = folder / "rows.pt"
     torch.save(made, path)
     return path
@@ -180,7 +184,6 @@ def _rows(bench: Any, judge: Any, folder: Path) -> Path:
 def _weights(bench: Any, judge: Any, values: list[Any]) -> Spent:
     """What it takes to have every candidate's tensors, part by part, without running them."""
     from deltamerge.engine import backends
-    from deltamerge.search.judge import DTYPES
     from deltamerge.search.walk import Walk
 
     size = bench.study.together
@@ -188,10 +191,10 @@ def _weights(bench: Any, judge: Any, values: list[Any]) -> Spent:
     task = next(iter(judge.tasks.values()))
     places = next(iter(made[0].places.values()))
     clock = Clock()
-    with backends.quiet_allocator():
+    with backends.quiet_allocator(whole=True):
         for at in range(0, len(made), size):
             some = made[at : at + size]
-            walk = Walk(some, judge.reader, judge.known, "cpu", judge.budget, DTYPES[bench.study.compute])
+            walk = Walk(some, judge.reader, judge.known, "cpu", judge.budget, judge.dtype)
             for part in task.model.parts:
                 for k in range(len(some)):
                     walk.tensors(k, [places[name] for name in part if name in places])

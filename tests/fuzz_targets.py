@@ -22,11 +22,14 @@ import gguf
 import numpy as np
 import torch
 import yaml
-from conftest import make_checkpoint, write_json
+from conftest import load_tensors, make_checkpoint, write_json
 from running import make_plan, run
 from safetensors.torch import save, save_file
 
 from deltamerge.calibrate.rows import read as read_rows
+from deltamerge.chain import slime
+from deltamerge.chain.folder import head
+from deltamerge.chain.live import load_delta
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.manifest import Base
 from deltamerge.delta.steps import decode_tile, encode_tile
@@ -45,6 +48,7 @@ from deltamerge.io.weight_files import shards_of, weight_source
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run import hashes
 from deltamerge.run.lock import Lock, verify
+from deltamerge.run.trainer import DeltaWriter as ChainWriter
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 2)}
@@ -109,10 +113,24 @@ def make_valid_files(folder: Path) -> None:
             out.write(0, new)
         writer.finish()
 
+    make_chain(folder)
     make_components(folder)
     make_vocabularies(folder)
     make_adapter(folder / "lora")
     make_gguf(folder / "tiny.gguf")
+
+
+def make_chain(folder: Path) -> None:
+    """Two versions of ours, and one of slime's."""
+    with ChainWriter(folder / "chain", base=folder / "base") as writer:
+        for _ in range(2):
+            writer.write(load_tensors(folder / "base"))
+    version = folder / "slime" / "weight_v000001"
+    version.mkdir(parents=True)
+    said = {"version": "000001", "base_version": "000000", "delta_encoding": "xor", "compression_format": "zstd",
+            "checksum_format": "blake3"}  # fmt: skip
+    save_file({"ids": torch.zeros(9, dtype=torch.uint8)}, version / "model-00000.safetensors", {"ids": "0" * 64})
+    write_json(version / INDEX, {"metadata": said, "weight_map": {"ids": "model-00000.safetensors"}})
 
 
 def make_gguf(path: Path) -> None:
@@ -220,7 +238,7 @@ class Targets:
 
     @cached_property
     def _kept(self) -> dict[str, Path]:
-        return {name: self.fresh(name) for name in ("a", "delta", "out")}
+        return {name: self.fresh(name) for name in ("a", "delta", "out", "chain", "slime")}
 
     @cached_property
     def _planned(self) -> Any:
@@ -306,6 +324,26 @@ class Targets:
 
         tolerates(read)
         (folder / file).write_bytes((self.place / "delta" / file).read_bytes())
+
+    def version(self, data: bytes) -> None:
+        """version.json of the second version of a chain."""
+        path = self._kept["chain"] / "000002" / "version.json"
+        path.write_bytes(data)
+        state = load_tensors(self.place / "base")
+        before = {name: tensor.clone() for name, tensor in state.items()}
+
+        def read() -> None:
+            head(path.parents[1])
+            load_delta(path.parent).apply_(state)
+
+        tolerates(read)
+        assert all(torch.equal(state[name], before[name]) for name in before)  # the two versions change nothing
+
+    def slime(self, data: bytes) -> None:
+        """The index of a version that slime wrote."""
+        path = self._kept["slime"] / "weight_v000001" / INDEX
+        path.write_bytes(data)
+        tolerates(lambda: slime.over(path.parent, open_checkpoint(self.place / "base"), "x"))
 
     def arrays(self, data: bytes) -> None:
         self.delta(data, "delta.safetensors")
@@ -441,6 +479,8 @@ class Targets:
             "index": lambda: [(self.place / "a" / INDEX).read_bytes()],
             "delta": lambda: [(self.place / "delta" / "delta.json").read_bytes()],
             "arrays": lambda: [(self.place / "delta" / "delta.safetensors").read_bytes()],
+            "version": lambda: [(self.place / "chain" / "000002" / "version.json").read_bytes()],
+            "slime": lambda: [(self.place / "slime" / "weight_v000001" / INDEX).read_bytes()],
             "steps": lambda: [
                 encode_tile(STEPPED, np.arange(0, 4096, n), STEPPED[::n] ^ np.uint16(bits), "BF16").tobytes()
                 for n, bits in ((100, 1), (5, 3), (1, 0x8001))
@@ -463,8 +503,9 @@ class Targets:
 
 
 NAMES = (
-    "recipe", "header", "gguf", "index", "delta", "arrays", "steps", "lock", "rows", "tokenizer", "tokenizer_config",
-    "special_tokens", "generation", "config", "adapter", "listing", "ranges", "head", "torch_file", "model_index",
+    "recipe", "header", "gguf", "index", "delta", "arrays", "steps", "version", "slime", "lock", "rows", "tokenizer",
+    "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing", "ranges", "head",
+    "torch_file", "model_index",
 )  # fmt: skip
 JSON = (
     "tokenizer", "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing",

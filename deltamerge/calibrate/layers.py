@@ -97,6 +97,13 @@ def stacks(model: nn.Module, loading: Loading) -> dict[str, tuple[list[Linear], 
     return found
 
 
+def input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """The matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
+    another way."""
+    x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
+    return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None
+
+
 def _bias(state: str) -> str:
     return f"{state.removesuffix('.weight')}.bias" if state.endswith(".weight") else f"{state}_bias"
 
@@ -125,10 +132,3 @@ def _numbers(index: Index, size: int | None = None) -> Tensor:
     if isinstance(index, Tensor):
         return index
     return torch.arange(index.start, index.stop if size is None else min(index.stop, size))
-
-
-def input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
-    """The matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
-    another way."""
-    x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
-    return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None

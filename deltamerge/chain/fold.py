@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from blake3 import blake3
 
 from deltamerge import errors
 from deltamerge.chain.version import Version
-from deltamerge.delta.entry import DAMAGED, TILE, Entry, Read, as_bits, digest
+from deltamerge.delta.entry import DAMAGED, OTHER_BASE, TILE, Entry, Read, as_bits, damage_told, digest
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.positions import Array
+from deltamerge.delta.steps import STEP_TILE, starts_of
 from deltamerge.errors import InputError
 from deltamerge.io.files import flat
 
@@ -31,46 +33,114 @@ class FoldedEntry(Entry):
     every: bool = False
 
     def tiles(self, read: Read | None, *, check: bool = True, tile: int = TILE) -> Iterator[Array]:
-        """The result of the last version, as `Entry.tiles`; memory holds a tile and a piece of the positions of each
-        version. InputError: as there, and names the version."""
+        """The result of the last version, as `Entry.tiles`; memory holds a tile (of STEP_TILE elements at least) and a
+        piece of the positions of each version. InputError: as there, and names the version."""
         if (read is None) != (self.record.base is None):
             raise InputError(f"the base {'lacks it' if read is None else 'must not have it'}")
-        base_hash = blake3()
-        held: list[Array] = [_NOTHING]
+        try:
+            yield from self._tiles(read, check, tile)
+        except InputError:  # what another base makes of steps may be called damaged
+            if check and read is not None and self.digest_of(read) != self.record.base:
+                raise InputError(OTHER_BASE) from None
+            raise
 
-        def from_base(start: int, stop: int) -> Array:
+    def _tiles(self, read: Read | None, check: bool, tile: int) -> Iterator[Array]:
+        span = -(-tile // STEP_TILE) * STEP_TILE  # no version reads beyond it for what lies in it
+        levels = [_Level(version, entry) for version, entry in self.parts if entry.record.count]
+        levels = levels or [_Level(*self.parts[0])]
+        if levels[0].entry is not self.parts[0][1]:  # the first version casts or grows it, and changes no entry
+            levels.insert(0, _Level(*self.parts[0]))
+        for number, level in enumerate(levels):
+            level.hashes = check and (self.every or number == len(levels) - 1)
+            level.begin(read if number == 0 else None, span)
+        for start in range(0, self.size, span):
+            stop = min(start + span, self.size)
+            made: Array | None = None
+            for level in levels:  # from the base upwards, without recursion: there may be thousands
+                made = level.next(start, stop, made)
+            assert made is not None
+            for at in range(0, made.size, tile):
+                yield made[at : at + tile]
+        for level in levels:
+            level.finish()
+        if check and self.record.base is not None and levels[0].base != self.record.base:
+            raise InputError(OTHER_BASE)
+
+
+@dataclass(slots=True)
+class _Level:
+    """One version's changes of a tensor, made range by range of what the version below has made of it.
+
+    Between two ranges it holds a piece of the positions, or of steps nothing but where their tiles begin.
+    """
+
+    version: str
+    entry: Entry
+    hashes: bool = False
+    base: str = ""
+    _below: tuple[int, Array] = (0, _NOTHING)
+    _read: Read | None = None
+    _made: Iterator[Array] = field(default_factory=lambda: iter(()))
+    _starts: Array | None = None
+    _count: int = 0
+    _of_base: Any = None
+    _of_result: Any = None
+
+    def begin(self, read: Read | None, span: int) -> None:
+        """Begin to make it, of the base's tensor that is `read`, or of what `next` is given."""
+        self._of_base, self._of_result = blake3(), blake3()
+
+        def of_base(start: int, stop: int) -> Array:
             assert read is not None
-            bits = as_bits(read(start, stop), self.base_dtype)
-            if check:
-                base_hash.update(flat(bits))
+            bits = as_bits(read(start, stop), self.entry.base_dtype)
+            self._of_base.update(flat(bits))
             return bits
 
-        changing = [part for part in self.parts[1:] if part[1].record.count]
-        first = self.parts[0][1].tiles(None if read is None else from_base, check=False, tile=tile)
-        later = [entry.tiles(lambda start, stop: held[0], check=False, tile=tile) for _, entry in changing]
-        hashes = [blake3() for _ in (self.parts[0], *changing)]
-        for bits in first:
-            held[0] = bits
-            if check and (self.every or not later):
-                hashes[0].update(flat(bits))
-            for number, ((version, _), one) in enumerate(zip(changing, later, strict=True), 1):
-                with errors.context(version):
-                    held[0] = next(one)
-                if check and (self.every or number == len(later)):
-                    hashes[number].update(flat(held[0]))
-            yield held[0]
-        for (version, _), one in zip(changing, later, strict=True):
-            with errors.context(version):
-                next(one, None)
-        if not check:
-            return
-        if self.record.base is not None and digest(base_hash) != self.record.base:
-            raise InputError("the base's tensor is not the one this delta was made from")
-        made = [self.parts[0], *changing]
-        for number, (version, entry) in enumerate(made):
-            is_checked = self.every or number == len(made) - 1
-            if is_checked and digest(hashes[number]) != entry.record.result:
-                raise InputError(f"{version}: the result is not the tensor this delta was made for", hint=DAMAGED)
+        def of_below(start: int, stop: int) -> Array:
+            first, bits = self._below
+            return bits[start - first : stop - first]
+
+        has_base = self.entry.record.base is not None
+        self._read = (of_base if read is not None else of_below) if has_base else None
+        if self.entry.has_steps and self.entry.index is not None:
+            with errors.context(self.version), damage_told():
+                self._starts = starts_of(self.entry.index, self.entry.size)
+        else:
+            self._made = self.entry.tiles(self._read, check=False, tile=span)
+
+    def next(self, start: int, stop: int, below: Array | None) -> Array:
+        """Elements [start, stop), the next ones."""
+        if below is not None:
+            self._below = (start, below)
+        with errors.context(self.version):
+            made = next(self._made) if self._starts is None else self._stepped(start, stop, self._starts)
+        self._below = (0, _NOTHING)
+        if self.hashes:
+            self._of_result.update(flat(made))
+        return made
+
+    def _stepped(self, start: int, stop: int, starts: Array) -> Array:
+        entry, read = self.entry, self._read
+        assert read is not None
+        own = read(min(start, entry.base_size), min(stop, entry.base_size))
+        base = entry.converted(own, stop - start)
+        made = base.copy()
+        for begin in range(start, stop, STEP_TILE):
+            part = slice(begin - start, min(begin + STEP_TILE, stop) - start)
+            positions, values = entry.step_tile(begin // STEP_TILE, base[part], starts)
+            made[part][positions] = values
+            self._count += positions.size
+        return made
+
+    def finish(self) -> None:
+        """InputError: there is more of it, or it is not what the version was made for."""
+        with errors.context(self.version):
+            next(self._made, None)
+            if self._starts is not None and self._count != self.entry.record.count:
+                raise InputError(f"steps list {self._count} entries, not {self.entry.record.count}", hint=DAMAGED)
+        self.base = digest(self._of_base)
+        if self.hashes and digest(self._of_result) != self.entry.record.result:
+            raise InputError(f"{self.version}: the result is not the tensor this delta was made for", hint=DAMAGED)
 
 
 def folded(versions: Sequence[Version], *, every: bool = False) -> DeltaFile:

@@ -6,6 +6,7 @@ after the other, cost one patch each.
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -17,13 +18,14 @@ import numpy as np
 from deltamerge.chain.version import Version
 from deltamerge.delta.over_base import over
 from deltamerge.delta.positions import Array
+from deltamerge.delta.steps import STEP_TILE
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import flat
 from deltamerge.io.tensor import Made, Read, TensorInfo
 
-KEPT = 16  # parts of tensors, of the size in which they are read
+KEPT = 16  # parts of tensors, of STEP_TILE elements or of what is read at once
 
 
 class Recent:
@@ -84,7 +86,9 @@ class Layers:
             old = None if below is None else below[name]
             if info.made is not None and (old is None or info.made is not old.made):
                 beneath = old.made if old is not None and isinstance(old.made, Patched) else None
-                made[name] = replace(info, made=Patched(info.made, old, beneath, (key, name), self._recent))
+                made[name] = replace(
+                    info, made=Patched(info.made, info.dtype, math.prod(info.shape), beneath, (key, name), self._recent)
+                )
         return made
 
 
@@ -101,22 +105,31 @@ def check_complete(first: Version, base: Checkpoint) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Patched:
-    """What a version makes of the tensor `info` of the one before, which is `below` if that is patched too (None: it is
-    stored as it is)."""
+    """What a version makes of a tensor of the one before, which is `below` if that is patched too (None: it is stored
+    as it is); dtype and number of elements are the result's."""
 
     layer: Made
-    info: TensorInfo | None
+    dtype: str
+    size: int
     below: Patched | None
     key: Any
     recent: Recent
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         """Fill `out` with bytes from element `start` on: from the highest version below that is still there, upwards,
-        without recursion, as a chain may have thousands of versions."""
+        without recursion, as a chain may have thousands of versions. What is made are whole tiles of steps, which
+        cannot be made in part."""
+        size, width = len(out), ITEMSIZE[self.dtype]
+        begin = start // STEP_TILE * STEP_TILE
+        end = min(-(-(start + size // width) // STEP_TILE) * STEP_TILE, self.size)
+        made = self._whole(read, begin, (end - begin) * width)
+        out[:] = flat(made)[(start - begin) * width :][:size]
+
+    def _whole(self, read: Read, start: int, nbytes: int) -> Array:
         stack, held = [self], None
         while True:
             lowest = stack[-1]
-            held = self.recent.get((lowest.key, start, len(out)))
+            held = self.recent.get((lowest.key, start, nbytes))
             if held is not None or lowest.below is None:
                 break
             stack.append(lowest.below)
@@ -125,12 +138,12 @@ class Patched:
         while stack:
             patched = stack.pop()
             source = read if held is None else _Held(read, held, start)
-            made: Array = np.empty(len(out), np.uint8)
+            made: Array = np.empty(nbytes, np.uint8)
             patched.layer.fill(source, start, flat(made))
-            self.recent.put((patched.key, start, len(out)), made)
+            self.recent.put((patched.key, start, nbytes), made)
             held = made
         assert held is not None
-        out[:] = flat(held)
+        return held
 
 
 @dataclass(frozen=True, slots=True)

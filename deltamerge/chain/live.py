@@ -16,7 +16,7 @@ from deltamerge.chain.fold import folded
 from deltamerge.chain.folder import line, resolve
 from deltamerge.chain.version import Content, Version, state_of
 from deltamerge.delta.entry import Entry, digest
-from deltamerge.delta.file import Patch, to_torch
+from deltamerge.delta.file import STEPS, STEPS_HINT, Patch, to_torch
 from deltamerge.delta.positions import Array
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import bits_type, code_of
@@ -37,19 +37,26 @@ class Delta(Iterator[Patch]):
     state   the hash of what it makes
     """
 
-    def __init__(self, versions: Sequence[Version]) -> None:
-        self._versions = tuple(versions)
+    def __init__(self, versions: Sequence[Version], base: Mapping[str, Any] | str | Path | None = None) -> None:
+        self._versions, self._base = tuple(versions), base
         last = self._versions[-1]
         self.name, self.path, self.state = last.name, last.path, last.state
         self.after = None if last.after is None else last.after.name
         self.step = None if last.note is None else last.note.step
-        self._patches = last.delta.patches()
+        self._patches: Iterator[Patch] | None = None
 
     def __iter__(self) -> Iterator[Patch]:
         return self
 
     def __next__(self) -> Patch:
-        """The next patch: final values over what the version before makes."""
+        """The next patch: final values over what the version before makes. InputError: it is made of steps, and there
+        is no `base` to take them from, or another."""
+        if self._patches is None:
+            last = self._versions[-1].delta
+            stepped = next((name for name, entry in last.entries.items() if entry.has_steps), None)
+            if stepped is not None and self._base is None:
+                raise InputError(f"{self.path}: {stepped}: {STEPS}", hint=STEPS_HINT)
+            self._patches = last.patches(self._base)
         return next(self._patches)
 
     def __repr__(self) -> str:
@@ -133,12 +140,14 @@ class Delta(Iterator[Patch]):
                     )
 
 
-def load_delta(path: str | Path) -> Delta:
+def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = None) -> Delta:
     """The delta artifact, or the version of a chain, at `path`; of a chain's own folder the newest.
 
     Iterated over it gives patches: (name, shape, dtype, values, flat indices or None), read one at a time, over what
-    comes before. The folder, and the versions before it, are checked now, not at the first patch. InputError: one is
-    damaged, missing, or not made from the one before; or it holds values to add.
+    comes before; `base` is that, a state dict or a folder, which tensors of encoding `steps` are decoded from and
+    checked against (a state dict may be patched meanwhile). The folder, and the versions before it, are checked now,
+    not at the first patch. InputError: one is damaged, missing, or not made from the one before; or it holds values to
+    add.
     """
     versions = line(resolve(Path(path)) or Path(path))
     for version in versions:
@@ -148,7 +157,7 @@ def load_delta(path: str | Path) -> Delta:
                     f"{path}: {name}: holds values to add, not final values",
                     hint="apply it to its base, or name it as a model of a recipe",
                 )
-    return Delta(versions)
+    return Delta(versions, base)
 
 
 def _content(tensor: Any) -> Content | None:

@@ -100,6 +100,12 @@ def _size(context: click.Context, option: click.Parameter, text: str | None) -> 
 MEMORY = click.option(
     "--memory", metavar="SIZE", callback=_size, help="Cap on memory, such as 2GB; tiles shrink to keep it."
 )
+BUDGET = click.option(
+    "--budget",
+    metavar="SIZE",
+    callback=_size,
+    help="With --lora: its bytes, such as 20MB, shared out by what they keep.",
+)
 FORCE = click.option("--force", is_flag=True, help="Replace a target that a run made.")
 QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress and no summary.")
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")

@@ -51,10 +51,16 @@ class StepSpool:
                 self._tile(self._held[0, :tile], self._held[1, :tile])
                 self._filled = 0
 
-    def finish(self, target: Path) -> None:
-        """Leave the steps as the file at `target`, once all elements are there."""
+    def finish(self, target: Path, fd: int) -> None:
+        """Leave the steps as the file at `target`, which is open as `fd`, once all elements are there."""
+        table = np.array(self._lengths, "<u4").view(np.uint8)
+        if self._fd < 0:  # in memory: a file of its own would cost more than writing them
+            with writing():
+                os.ftruncate(fd, 0)
+            write_at(fd, 0, flat(np.concatenate([table, *self._parts])))
+            return
         self._spill()
-        write_at(self._fd, 0, flat(np.array(self._lengths, "<u4")))
+        write_at(self._fd, 0, flat(table))
         with writing():
             self.path.replace(target)
 

@@ -238,7 +238,7 @@ class TensorWriter:
         """Let the file of the steps take the place of that of the values."""
         assert self._steps is not None
         record = self._new_record("steps")
-        self._steps.finish(self.path)
+        self._steps.finish(self.path, self._fd)
         self._spooled = self._steps.nbytes
         self.stored.append(Stored(f"{self._name}.steps", "U8", self._spooled, self.path, 0))
         self._finished(record)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -186,33 +185,45 @@ class Lane:
         return flat.numpy()  # type: ignore[no-any-return]  # torch has no stub for it
 
 
-_quiet: list[None] = []
-_QUIET = threading.Lock()
+@dataclass(frozen=True, slots=True)
+class _Freed:
+    """What glibc keeps of freed memory: blocks below `mapped` bytes (None: all) come from the heap, which keeps up to
+    `free` bytes at its end."""
+
+    mapped: int | None
+    free: int
+
+
+_USUAL = _Freed(1 << 22, 1 << 22)
+_TILES = _Freed(1 << 25, 1 << 28)
+_ALL = _Freed(None, 1 << 30)
+_kept = [_USUAL]
 
 
 @contextmanager
-def quiet_allocator() -> Iterator[None]:
-    """Let glibc reuse tile-sized buffers instead of mapping fresh zeroed pages for each; then give them back.
+def quiet_allocator(*, whole: bool = False) -> Iterator[None]:
+    """Let glibc reuse freed buffers instead of mapping fresh zeroed pages for each; then give them back.
 
-    What calibration frees after it has drawn a mask would stay with the process otherwise: 27 of 440 MB at 13 M
-    parameters.
+    Buffers of the size of tiles, or, with `whole`, of any size: those of a model's forward pass. What calibration frees
+    after it has drawn a mask would stay with the process otherwise: 27 of 440 MB at 13 M parameters.
     """
-    with _QUIET:
-        _quiet.append(None)
-        _keep_freed(mapped=1 << 25, free=1 << 28)
+    outer = _kept[-1]
+    _kept.append(_ALL if whole else outer if outer is _ALL else _TILES)
+    _keep_freed(_kept[-1])
     try:
         yield
     finally:
-        with _QUIET:
-            _quiet.pop()
-            if not _quiet:  # the outermost
-                _keep_freed(mapped=1 << 22, free=1 << 22)
+        _kept.pop()
+        _keep_freed(_kept[-1], trimmed=whole and outer is not _ALL)
 
 
-def _keep_freed(*, mapped: int, free: int) -> None:
-    """Blocks below `mapped` bytes come from the heap, which keeps up to `free` bytes at its end."""
+def _keep_freed(freed: _Freed, *, trimmed: bool = False) -> None:
     with suppress(OSError, AttributeError):
-        trim_threshold, mmap_threshold = -1, -3
+        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, mapped)
-        libc.mallopt(trim_threshold, free)
+        libc.mallopt(mmap_max, 0 if freed.mapped is None else 1 << 16)
+        if freed.mapped is not None:
+            libc.mallopt(mmap_threshold, freed.mapped)
+        libc.mallopt(trim_threshold, freed.free)
+        if trimmed:
+            libc.malloc_trim(0)

@@ -24,6 +24,8 @@ from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.tiles import Tile, block_elements
 
+TILE_ELEMENTS = 1 << 18
+GPU_TILE_ELEMENTS = 1 << 22
 JOB_ELEMENTS = 1 << 21
 COPY_BYTES = 1 << 22
 
@@ -75,7 +77,7 @@ def execute(
     *,
     device: str = "cpu",
     workers: int = 1,
-    tile_elements: int = 1 << 18,
+    tile_elements: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
     known: Mapping[Node, Any] | None = None,
     done: Callable[[str, int, int], bool] = lambda *_: False,
@@ -86,7 +88,7 @@ def execute(
         reader          reads the inputs
         sink            None: all roots are small or reductions
         device          "cpu" or a GPU;  workers   threads
-        tile_elements   of a tile
+        tile_elements   of a tile; None: the device's own
         progress        called with the number of bytes done
         known           values of small nodes that are not computed again
         done            done(name, offset, nbytes): whether the sink has these bytes already (from an interrupted run)
@@ -98,7 +100,8 @@ def execute(
     not depend on `workers`, `tile_elements` or the device.
     """
     shared = shared_values([task.root for task in tasks], known or {})
-    engine = _Engine(iter(tasks), reader, sink, device, tile_elements, progress, done, shared)
+    tile = tile_elements or own_tile(device)
+    engine = _Engine(iter(tasks), reader, sink, device, tile, progress, done, shared)
     with (
         backends.quiet_allocator(),
         backends.single_threaded({task.backend for task in tasks if task.root.kind != "read"}),
@@ -392,6 +395,11 @@ def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node
                 inputs = [values[source] for source in node.inputs]
                 values[node] = function_of(node.function)(*inputs, **dict(node.parameters))
     return values
+
+
+def own_tile(device: str) -> int:
+    """Elements of a tile that suit a device."""
+    return TILE_ELEMENTS if device == "cpu" else GPU_TILE_ELEMENTS
 
 
 def default_workers() -> int:

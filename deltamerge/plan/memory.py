@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from deltamerge.engine.execute import own_tile
 from deltamerge.engine.graph import REDUCTIONS, Node, companion, peak_tiles, schedule
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
@@ -18,8 +19,6 @@ from deltamerge.methods.tiles import block_elements
 from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.outputs import OutputTensor
 
-TILE_ELEMENTS = 1 << 18
-GPU_TILE_ELEMENTS = 1 << 22
 # bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
 CODING_BYTES = 32_000_000  # of what one thread makes on the way from values to codes
@@ -121,7 +120,7 @@ def tile_and_peak(
     if device == "cpu":
         baseline += _held_whole([costs[root] for root, _ in computed], workers)
     largest_block = max((min(block_elements(r.shape), math.prod(r.shape)) for r, _ in computed), default=1)
-    tile = GPU_TILE_ELEMENTS if device != "cpu" else TILE_ELEMENTS
+    tile = own_tile(device)
     while True:
         peak = baseline + workers * alive * max(tile, largest_block)
         if memory is None or peak <= memory:

@@ -219,9 +219,10 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
     """A delta has a base, and a delta that adds comes from a method that adds to the base."""
     output, method = recipe.output, known_method(recipe)
     yield from _quantization(recipe)
+    yield from _low_rank(recipe)
     if output.kind != "delta":
         for key in ("semantics", "values", "steps"):
-            if getattr(output, key) is not None:
+            if getattr(output, key) is not None and not (output.lora and key == "values"):
                 yield recipe.problem(("output", key), "is of delta artifacts", "output: {kind: delta}", key=True)
         return
     if output.values is not None and output.semantics == "replace":
@@ -232,6 +233,27 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
     elif output.adds and method is not None and not method.deltas:
         loc: Loc = ("output", "semantics" if output.semantics else "values")
         yield recipe.problem(loc, f"{method.name} adds nothing to the base", "semantics: replace")
+
+
+def _low_rank(recipe: Recipe) -> Iterator[Problem]:
+    """A LoRA's keys are of an adapter, and say its size in one way."""
+    output = recipe.output
+    sizes = [key for key in ("rank", "energy", "budget") if getattr(output, key) is not None]
+    if output.kind != "peft":
+        for key in (*sizes, *(key for key in ("whole", "targets", "dora") if is_given(recipe, "output", key))):
+            yield recipe.problem(("output", key), "is of a LoRA", "output: {kind: peft, rank: 32}", key=True)
+        return
+    if not sizes:
+        for key in ("whole", "targets", "dora"):
+            if is_given(recipe, "output", key):
+                yield recipe.problem(("output", key), "needs a rank, an energy or a budget", "rank: 32", key=True)
+        return
+    if output.energy is not None and output.budget is not None:
+        yield recipe.problem(("output", "budget"), "cannot stand beside energy", "keep one of the two", key=True)
+    if output.values in ("int8", "sign"):
+        yield recipe.problem(("output", "values"), f"factors are float32 or bfloat16, not {output.values}")
+    if not is_given(recipe, "base_model"):
+        yield recipe.problem(("output", "kind"), "a LoRA needs base_model", "name what the output is a change of")
 
 
 def _quantization(recipe: Recipe) -> Iterator[Problem]:

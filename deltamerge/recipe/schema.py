@@ -20,7 +20,7 @@ from deltamerge.recipe.prune_keys import Keys
 from deltamerge.recipe.prune_keys import Protect as Protect
 from deltamerge.recipe.prune_keys import Prune as Prune
 from deltamerge.recipe.study_keys import Study
-from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Size, Text
+from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Share, Size, Text
 from deltamerge.recipe.types import parse_size as parse_size
 from deltamerge.recipe.values import Items, Value
 from deltamerge.recipe.yaml_source import Loc, YamlSource
@@ -94,6 +94,10 @@ class Calibration(Keys):
     sequences: Positive = Field(50, le=100_000, description="How many sequences are used.")
     length: Positive = Field(128, le=1_000_000, description="Tokens a sequence.")
     seeds: Positive = Field(4, le=64, description="Mask seeds averaged by output_change.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of the matrix products of forward passes; auto: bfloat16 for large models where it is fast.",
+    )
     per: Literal["model", "merge"] = Field("model", description="Calibrate each fine-tune, or the merged model.")
 
 
@@ -155,13 +159,31 @@ class Output(Keys):
         None, description="delta: final values (the default), or values to add to the base, which `values` implies."
     )
     values: Literal["float32", "bfloat16", "int8", "sign"] | None = Field(
-        None, description="delta: how values to add are stored. Default: bfloat16."
+        None,
+        description="delta: how values to add are stored. Default: bfloat16. peft with a rank: how the factors are, "
+        "float32 or bfloat16. Default: the output's dtype.",
     )
     steps: bool | None = Field(
         None,
         description="delta: whether final values of bfloat16 and float16 may be stored as steps from the base's, the "
         "fewest bytes, which only a reader that has the base can tell. Default: true.",
     )
+    rank: Positive | None = Field(None, le=1 << 20, description="peft: a LoRA of this rank, or at most of it.")
+    energy: Share | None = Field(
+        None, description="peft: a LoRA of as many ranks as keep this share of each delta; 1: all of it."
+    )
+    budget: Size | None = Field(
+        None, description="peft: a LoRA of this many bytes, each layer with the rank that pays."
+    )
+    whole: Literal["keep", "heads", "drop", "refuse"] | None = Field(
+        None,
+        description="peft with a rank: what changed and has no factors (embeddings, heads, norms, biases) is stored "
+        "whole; heads and what the base lacks alone are; nothing is; or it is an error. Default: keep.",
+    )
+    targets: Items[Pattern] | None = Field(
+        None, description="peft with a rank: weights that get factors. Default: of all linear layers but heads."
+    )
+    dora: bool = Field(False, description="peft with a rank: with the lengths of the weights' rows (DoRA).")
     quantization: Quantized = Field(
         "none",
         description="model: weights are written plain (none), in the form that the template or the base has (keep), or "
@@ -178,6 +200,11 @@ class Output(Keys):
         if isinstance(wanted, Quantization) or wanted == "none" or wanted == "keep":
             return wanted
         return Quantization.model_validate({"scheme": wanted})
+
+    @property
+    def lora(self) -> bool:
+        """Whether a LoRA is asked for, whose factors are made from the deltas."""
+        return self.kind == "peft" and not (self.rank is self.energy is self.budget is None)
 
     @property
     def adds(self) -> bool:

@@ -98,9 +98,6 @@ class Study(Keys):
     )
     trials: Positive = Field(64, le=100_000, description="Candidates that are tried.")
     together: Positive = Field(8, le=64, description="Candidates in one walk through the blocks.")
-    compute: Literal["float32", "bfloat16"] = Field(
-        "float32", description="In which models run; bfloat16 is faster where the processor multiplies it."
-    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Of the sampler.")
 
     @property

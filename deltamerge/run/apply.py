@@ -79,10 +79,11 @@ def apply(
     with errors.context(delta):
         versions = line(artifact.path)
         opened = folded(versions)
-        has_steps = any(entry.has_steps for version in versions for entry in version.delta.entries.values())
-        tile = _tile(workers, memory, STEP_TILE if has_steps else 1024)
         if len(versions) > 1:
             check_complete(versions[0], origin)
+        entries = opened.entries.values()
+        stepped = max((entry.size for entry in entries if len(versions) > 1 or entry.has_steps), default=0)
+        tile = _tile(workers, memory, max(1024, min(stepped, STEP_TILE)))
         artifact = replace(artifact, files=opened.files)
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
     components = opened.manifest.as_components()

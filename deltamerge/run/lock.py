@@ -33,6 +33,7 @@ from deltamerge.run.hashes import DATA, describe_files
 
 if TYPE_CHECKING:
     from deltamerge.run.budget import ChosenDensities
+    from deltamerge.run.lora_file import LowRankSummary
 
 CARD = "README.md"
 PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
@@ -62,10 +63,11 @@ class Lock:
         found: Mapping[Node, Calibrated],
         choice: ChosenDensities | None = None,
         losses: Losses | None = None,
+        lora: LowRankSummary | None = None,
         study: Mapping[str, Any] | None = None,
     ) -> Lock:
         """The lock, not yet written, of what a run read, chose and lost: the q's of stages, the densities of a budget,
-        the errors of quantised weights; `study` is the search that found the recipe."""
+        the errors of quantised weights, what a LoRA keeps; `study` is the search that found the recipe."""
         rows = {
             f"{spec.name}:{name}": value
             for node, spec in plan.specs.items()
@@ -87,6 +89,7 @@ class Lock:
             **({"densities": choice.densities} if choice is not None else {}),
             **({"quantization": errors_of(losses)} if losses else {}),
             **({"study": study} if study else {}),
+            **({"lora": lora.describe()} if lora is not None else {}),
         }
         return cls(path, content, rows or None)
 

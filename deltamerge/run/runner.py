@@ -12,6 +12,7 @@ from deltamerge import errors
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
+from deltamerge.io.adapter_config import CONFIG
 from deltamerge.io.atomic import refuse_taken
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Checkpoint
@@ -30,9 +31,10 @@ from deltamerge.run.budget import budget_of
 from deltamerge.run.card import render
 from deltamerge.run.intermediate import check_places, is_current, is_result, is_unchanged
 from deltamerge.run.lock import CARD, ROWS, Lock
+from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.options import Draw, Options
 from deltamerge.run.partition import Part, check_recipe, check_shards, drop_damaged, gather_parts
-from deltamerge.run.peft import write_adapter
+from deltamerge.run.peft import write_adapter, write_tokenizer
 from deltamerge.run.plans import Planner, target_of
 from deltamerge.run.reading import Reading, check_deltas, places
 from deltamerge.run.weights import Weights, calibrated, check_finite, make_weights
@@ -54,6 +56,7 @@ class Result:
     nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
     intermediate: Mapping[Path, bool] = field(default_factory=dict)
     made: bool = True
+    lora: LowRankSummary | None = None
 
     @property
     def nbytes(self) -> int:
@@ -154,7 +157,7 @@ def _make(
             work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed, **losses}})
             return Result(work.folder, part.of(made.plan), {}, None, made.nonfinite)
         planned, lock = _complete(made, work, document.text, target.name, inputs, draw, options.lock, options.ending)
-    return Result(target, planned, lock, made.delta, made.nonfinite)
+    return Result(target, planned, lock, made.delta, made.nonfinite, lora=made.lora)
 
 
 def _checked(
@@ -219,10 +222,13 @@ def _complete(
     folder, planned, outputs = work.folder, made.plan, made.hashed
     if planned.recipe.output.kind != "delta":
         for name, path in files_of(folder).items():  # of an attempt that was killed, or of what had been there before
-            if name not in outputs and name not in planned.layout.indexes:
+            if name not in outputs and name not in planned.layout.indexes and not (made.lora and name == CONFIG):
                 path.unlink()
     (folder / LOCK_NAME).unlink(missing_ok=True)
-    if planned.recipe.output.kind == "peft":
+    if made.lora is not None:
+        planned = replace(planned, notes=planned.notes + made.lora.notes)
+        write_tokenizer(planned, folder)
+    elif planned.recipe.output.kind == "peft":
         planned, outputs = replace(planned, notes=planned.notes + write_adapter(planned, folder)), {}
     else:
         files = assets(planned)
@@ -237,10 +243,10 @@ def _complete(
         planned = replace(planned, notes=(*planned.notes, write_gguf(planned, folder)))
     found = {node: made.values[node] for node in planned.stages}
     study = None if given is None else given.content.get("study")
-    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses, study)
+    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses, made.lora, study)
     lock.write_rows()
     pictures = draw(planned, folder, lock.figures) if draw is not None else {}
-    card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses, study)
+    card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses, made.lora, study)
     (folder / CARD).write_text(card, encoding="utf-8")
     others = {name: path for name, path in files_of(folder).items() if name not in outputs}
     seals = {**made.seals, **{name: seal(path) for name, path in others.items()}}

@@ -9,7 +9,7 @@ from typing import Any
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.graph import Node
-from deltamerge.errors import InputError, OutputError
+from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import some
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.coded_writer import CodedWriter, Losses
@@ -24,6 +24,7 @@ from deltamerge.plan.planner import Plan
 from deltamerge.run.budget import ChosenDensities, budget_of
 from deltamerge.run.delta_output import write_delta, write_within_budget
 from deltamerge.run.lock import Lock
+from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.options import Options
 from deltamerge.run.partition import Part, shared_calibration
 
@@ -32,7 +33,7 @@ from deltamerge.run.partition import Part, shared_calibration
 class Weights:
     """Weights that are written: by which plan, the values of its shared nodes, hash and size of the files whose hash is
     known, what is not finite in them, what an artifact takes, the densities that fit a budget, the seals of the files
-    as they were when they were hashed, and what quantisation lost."""
+    as they were when they were hashed, what quantisation lost, and what a LoRA keeps."""
 
     plan: Plan
     values: Mapping[Node, Any]
@@ -42,6 +43,7 @@ class Weights:
     choice: ChosenDensities | None = None
     seals: Mapping[str, Seal] = field(default_factory=dict)
     losses: Losses = field(default_factory=dict)
+    lora: LowRankSummary | None = None
 
 
 def make_weights(
@@ -57,6 +59,8 @@ def make_weights(
         work.empty()
         planned, values, delta, choice = write_within_budget(planned, work.folder, options)
         return Weights(planned, values, {}, delta.nonfinite, delta, choice)
+    if planned.recipe.output.lora:
+        return _make_lora(planned, work, options, part, facts)
     made = _make(planned, work, options, part, facts, pieces)
     if part is not None:
         return made
@@ -85,6 +89,20 @@ def _make(
     hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
     seals = {name: seal(work.folder / name) for name in hashed}
     return Weights(planned, values, hashed, found.nonfinite, seals=seals, losses=losses)
+
+
+def _make_lora(
+    planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any]
+) -> Weights:
+    from deltamerge.run.lora_output import write_lora
+
+    if part is not None:
+        raise UsageError("--part: a LoRA is one small file", hint="run it without --part")
+    values = calibrated(planned, work, options.lock, facts, alone=True)
+    with options.merging(planned) as told:
+        values, lora = write_lora(planned, work, values, told)
+    seals = {name: seal(work.folder / name) for name in lora.hashed}
+    return Weights(planned, values, lora.hashed, seals=seals, lora=lora)
 
 
 def calibrated(

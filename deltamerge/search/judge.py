@@ -32,7 +32,6 @@ Part = Literal["first", "search", "held"]
 Scores = Mapping[str, Mapping[str, float]]
 """By fine-tune and measure."""
 QUARTER = 4
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Judge:
@@ -65,7 +64,6 @@ class Judge:
                 candidates.folder,
                 self.reader,
                 self.device,
-                dtype=DTYPES[study.compute],
             )
         self.seed = recipe.seed
         self.wanted = {index: self._measures(task, goals) for index, task in self.tasks.items()}
@@ -82,6 +80,12 @@ class Judge:
     ) -> None:
         self._held.close()
 
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What candidates' tensors are held in: float32 where every product is in it, else as they are."""
+        precise = all(task.model.precision == "float32" for task in self.tasks.values())
+        return torch.float32 if precise else None
+
     def rows(self, part: Part) -> dict[str, int]:
         """The number of rows of each fine-tune."""
         return {self.tasks[index].name: sheet.rows for index, sheet in self._sheet(part).items()}
@@ -97,9 +101,9 @@ class Judge:
         sheets = self._sheet(part)
         for candidate in some:
             self.prepare(candidate)
-        walk = Walk(some, self.reader, self.known, self.device, self.budget, DTYPES[self.study.compute])
+        walk = Walk(some, self.reader, self.known, self.device, self.budget, self.dtype)
         variants = [[walk.weights(k, index, self.tasks[index]) for k in range(len(some))] for index in sheets]
-        with backends.quiet_allocator():
+        with backends.quiet_allocator(whole=True):
             by_task = measured([(self.tasks[index], sheet) for index, sheet in sheets.items()], variants)
         worth = self.references[part]["base"]
         found: list[Scores] = []

@@ -15,6 +15,7 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader
 from deltamerge.calibrate.data import RowReader, check_new_tokens
 from deltamerge.calibrate.foreign import running
+from deltamerge.calibrate.precision import chosen
 from deltamerge.calibrate.rows import HEADS, Row
 from deltamerge.calibrate.split import LANGUAGE, metric_of, task_of
 from deltamerge.calibrate.trace import together
@@ -71,8 +72,6 @@ class Task:
         folder: Path,
         reader: Reader,
         device: str,
-        *,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         self.name, self.checkpoint, self.calibration, self.folder = name, checkpoint, calibration, folder
         self.reader, self.device = reader, torch_device(device)
@@ -86,8 +85,8 @@ class Task:
                 self.config,
                 checkpoint.tensors,
                 device=self.device,
-                dtype=dtype,
                 pad_token_id=self.reads.pad_token_id,
+                precision=chosen(calibration.precision, device, checkpoint.tensors.values()),
             )
         self.own = from_reader(lambda name: self.stored(checkpoint.tensors[name]))
 

@@ -114,13 +114,13 @@ def test_every_door_leads_to_the_same_bytes(made: Path, tmp_path: Path, monkeypa
         assert same(state, wanted)
         assert addresses == {n: t.data_ptr() for n, t in state.items()}  # in place
         assert dm.load_delta(made / "chain" / name).apply_(state) == 0  # twice is once
-        flat = {
-            n: t.clone().view(-1)
-            for n, t in load_tensors(made / f"tuned-{number - 1}" if number > 1 else made / "base").items()
-        }
-        for patch in dm.load_delta(made / "chain" / name):  # patches are over the version before
+        before = made / (f"tuned-{number - 1}" if number > 1 else "base")
+        flat = {n: t.clone().view(-1) for n, t in load_tensors(before).items()}
+        for patch in dm.load_delta(made / "chain" / name, before):  # patches are over the version before
             flat[patch.name][slice(None) if patch.indices is None else patch.indices.long()] = patch.values
         assert same({n: t.view(wanted[n].shape) for n, t in flat.items()}, wanted)
+    with pytest.raises(InputError, match="a: holds steps"):
+        next(dm.load_delta("chain"))
     assert dm.load_delta("chain").apply_(base) == 4  # a chain's own folder is its newest version
     assert same(base, wanted)
     listed = succeed("list", "chain", "--json")

@@ -6,13 +6,19 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
 from test_chain import same
 
 import deltamerge as dm
+from deltamerge.chain.fold import folded
+from deltamerge.chain.folder import line
+from deltamerge.chain.live import bits_of
+from deltamerge.chain.models import open_model
 from deltamerge.errors import InputError, OutputError
+from deltamerge.io.reader import Reader
 
 
 class Small(torch.nn.Module):
@@ -73,6 +79,35 @@ def test_masters_are_written_as_the_base_and_runs_go_on(tmp_path: Path, dtype: t
     for one, wanted in zip(found, states, strict=True):
         one.apply_(state)
         assert same(state, wanted)
+
+
+def test_tensors_of_several_tiles(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    now = {"w": torch.randn(1051, 1009, generator=generator).bfloat16(), "f": torch.randn(1 << 20, generator=generator)}
+    make_checkpoint(tmp_path / "base", now)
+    with dm.DeltaWriter(tmp_path / "chain", base=tmp_path / "base") as writer:
+        for number in range(1, 4):
+            now = {name: tensor.clone() for name, tensor in now.items()}
+            now["w"].view(-1)[number :: 97 * number] *= 1.01
+            if number != 2:
+                now["f"][number::333] += 1
+            writer.write(now)
+    make_checkpoint(tmp_path / "tuned", now)
+    state = load_tensors(tmp_path / "base")
+    assert dm.load_delta(tmp_path / "chain").apply_(state) == 3
+    assert same(state, now)
+    base = str(tmp_path / "base")
+    bits = bits_of(load_tensors(tmp_path / "base")["w"])
+    for tile in (1 << 20, 1000, (1 << 20) + 1):  # as --memory has it
+        delta = folded(line(tmp_path / "chain" / "000003"), every=tile == 1000)
+        made = np.concatenate(list(delta.entries["w"].tiles(lambda a, b: bits[a:b], tile=tile)))
+        assert np.array_equal(made, bits_of(now["w"]))
+    with Reader() as reader:  # any range, from any thread
+        info = open_model(f"{base}+{tmp_path}/chain", tmp_path, weights=True).tensors["w"]
+        for start, stop in ((0, 5), ((1 << 20) - 3, (1 << 20) + 9), (1000, 1051 * 1009)):
+            out = np.empty(stop - start, np.uint16)
+            reader.read_into(info, start, out)
+            assert np.array_equal(out, bits_of(now["w"])[start:stop])
 
 
 def test_what_cannot_be_written_is_said_and_nothing_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from deltamerge.delta import bit_lists
+from deltamerge.delta import bit_lists, step_spool
 from deltamerge.delta.file import DeltaFile, load_delta, to_torch
 from deltamerge.delta.manifest import Base
 from deltamerge.delta.positions import CODINGS
@@ -184,9 +184,11 @@ def test_lists_are_as_documented(values: list[int], k: int, wide: bool) -> None:
             reader.end()
 
 
-def test_vectors(backend: str, tmp_path: Path) -> None:
+def test_vectors(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The files in the repository: what we write, what we read, and what the reader of the documentation reads."""
     tensors = vectors()
+    if backend == "numpy":
+        monkeypatch.setattr(step_spool, "IN_MEMORY", 100)  # steps wait in files
     write(tmp_path, tensors, pieces=3)
     for name in ("delta.json", "delta.safetensors"):
         assert (tmp_path / name).read_bytes() == (VECTORS / name).read_bytes()

@@ -111,7 +111,7 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipes").mkdir()
     for name in ("models", "adapters"):
         shutil.copytree(folder / name, folder / "recipes" / name)
-    for name in ("lora-merge", "lora-darex-q", "shira", "vlm", "diffusers"):
+    for name in ("lora-merge", "lora-darex-q", "lora-extract", "lora-of-loras", "shira", "vlm", "diffusers"):
         text = (ROOT / "recipes" / f"{name}.yaml").read_text()
         (folder / "recipes" / f"{name}.yaml").write_text(text)
     (folder / "recipes" / "calib.jsonl").write_text(rows)
