@@ -90,8 +90,9 @@ class Study(Keys):
         description="Rows that a sweep scores on and that decide a search: a file, or one by each model's name. "
         "Default: rows of the calibration data that are not searched on.",
     )
-    sampler: Literal["tpe", "cmaes", "nsga2", "random"] | None = Field(
-        None, description="Of Optuna. Default: tpe; nsga2 for several objectives."
+    sampler: Literal["gp", "tpe", "cmaes", "nsga2", "random"] | None = Field(
+        None,
+        description="Of Optuna. Default: gp up to 20 numbers and 256 trials, else tpe; nsga2 for several objectives.",
     )
     pruner: Literal["none", "median", "halving"] = Field(
         "none", description="Which trials end after a quarter of the rows."

@@ -89,7 +89,7 @@ SHARED = {
 }  # fmt: skip
 
 
-FAST = ("dare", "magnitude", "choices")
+FAST = ("dare", "magnitude")
 slow = pytest.mark.slow
 
 
@@ -355,6 +355,7 @@ def test_a_search_betters_a_grid_of_ten_times_its_evaluations(folder: Path) -> N
     assert best <= min(one.values[0] for one in outcomes) * 1.02
 
 
+@slow
 def test_several_objectives_choices_and_pruning(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     goals = "[{measure: loss, of: a}, {measure: loss, of: b}]"
