@@ -92,7 +92,7 @@ class Study(Keys):
     )
     sampler: Literal["gp", "tpe", "cmaes", "nsga2", "random"] | None = Field(
         None,
-        description="Of Optuna. Default: gp up to 20 numbers and 256 trials, else tpe; nsga2 for several objectives.",
+        description="Of Optuna. Default: tpe; nsga2 for several objectives.",
     )
     pruner: Literal["none", "median", "halving"] = Field(
         "none", description="Which trials end after a quarter of the rows."

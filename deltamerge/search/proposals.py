@@ -18,8 +18,7 @@ if TYPE_CHECKING:
     import optuna
 
 NAME = "deltamerge"
-STARTUP = 8  # first trials, which spread
-GP_NUMBERS, GP_TRIALS = 20, 256
+STARTUP = {"gp": 8, "tpe": 16}  # first trials, which spread
 
 
 def load_optuna() -> Any:
@@ -67,23 +66,19 @@ def _pruner(optuna: Any, study: Study) -> Any:
     return optuna.pruners.NopPruner()
 
 
-def sampler_of(study: Study, ranges: Sequence[Range]) -> str:
-    """The name of the sampler: Gaussian processes find most in few trials, and take their time in many."""
-    if study.sampler is not None:
-        return study.sampler
-    if len(study.goals) > 1:
-        return "nsga2"
-    return "gp" if sum(len(axis.keys) for axis in ranges) <= GP_NUMBERS and study.trials <= GP_TRIALS else "tpe"
+def sampler_of(study: Study) -> str:
+    """The name of the sampler."""
+    return study.sampler or ("nsga2" if len(study.goals) > 1 else "tpe")
 
 
-def sampler(optuna: Any, study: Study, ranges: Sequence[Range], number: int) -> Any:
+def sampler(optuna: Any, study: Study, number: int) -> Any:
     """Optuna's sampler of the trial `number`: the first ones are spread by Sobol's sequence. It depends on the study's
     seed and the number alone, so that a study that goes on proposes what it would have proposed."""
     samplers = optuna.samplers
-    seed, name = (study.seed + 1000003 * number) % 2**31, sampler_of(study, ranges)
+    seed, name = (study.seed + 1000003 * number) % 2**31, sampler_of(study)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if number < STARTUP and name in ("gp", "tpe"):
+        if number < STARTUP.get(name, 0):
             others = samplers.RandomSampler(seed=seed)
             return samplers.QMCSampler(scramble=True, seed=study.seed, independent_sampler=others)
         match name:

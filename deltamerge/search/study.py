@@ -171,7 +171,7 @@ class _Runner:
         """The next trial. What is proposed follows from the study's seed, the number of trials and what they found."""
         study, settings = self.study, self.bench.study
         number = len(study.get_trials(deepcopy=False))
-        study.sampler = sampler(self.optuna, settings, self.file.template.ranges, number)
+        study.sampler = sampler(self.optuna, settings, number)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return study.ask(self.distributions)
@@ -248,7 +248,7 @@ class _Runner:
             importance=importance(self.optuna, self.study),
             rows={part: self.bench.rows(part) for part in parts},
             references={part: self.bench.references(part) for part in parts},
-            sampler=sampler_of(self.bench.study, self.file.template.ranges),
+            sampler=sampler_of(self.bench.study),
         )
 
     def _trial(self, one: optuna.trial.FrozenTrial) -> Trial | None:

@@ -376,7 +376,7 @@ def test_several_objectives_choices_and_pruning(folder: Path, capsys, monkeypatc
     write(folder, TWO + "study: {trials: 12, together: 4, pruner: median}\n", "pruned")
     code, out, err = call(capsys, "search", "pruned.yaml", "--device", "cpu")
     assert code == 0, err
-    assert "pruned" in out
+    assert "12 trials by tpe" in out
     code, _, err = call(capsys, "search", "pruned.yaml", "--trials", "14", "--json")  # it goes on
     assert code == 0, err
     code, _, err = call(capsys, "check", "recipe.yaml", "pruned.yaml")
