@@ -102,7 +102,7 @@ class Builder:
 
     def copy(self, tensor: TensorInfo, dtype: str) -> Node:
         """The stored tensor, cast only if its dtype differs."""
-        return self._cast(self.graph.read(tensor), dtype)
+        return self.cast(self.graph.read(tensor), dtype)
 
     def merge(self, merge: Merge) -> Built:
         """The merged tensor."""
@@ -127,7 +127,7 @@ class Builder:
         if self.recipe.output.adds and base is not None and not self._left_whole(merge):
             if method.adds:
                 nothing = self._node(zeros, inputs[1:2], base.shape)
-                delta = self._cast(self._combined(merge, [nothing, *inputs[1:]], values), "F32")
+                delta = self.cast(self._combined(merge, [nothing, *inputs[1:]], values), "F32")
             else:
                 delta = self._difference(self._combined(merge, inputs, values), inputs[0])
         if (
@@ -137,7 +137,7 @@ class Builder:
             and call(method.keeps_single)(**values)
         ):
             return Built(self.copy(tunes[0].tensor, dtype), "copy", (tunes[0].model.name,), delta, changed)
-        return Built(self._cast(self._combined(merge, inputs, values), dtype), method.name, details, delta, changed)
+        return Built(self.cast(self._combined(merge, inputs, values), dtype), method.name, details, delta, changed)
 
     def _totals(self, merges: Sequence[Merge]) -> Node:
         """The node of the sums that the merge method needs over all tensors."""
@@ -168,7 +168,7 @@ class Builder:
 
     def _difference(self, merged: Node, base: Node) -> Node:
         """What a merged tensor adds to the base, in float32."""
-        pair = [self._cast(merged, "F32"), base]
+        pair = [self.cast(merged, "F32"), base]
         return self._node(subtract, pair, base.shape, dtypes=("F32", base.dtype))
 
     def _left_whole(self, merge: Merge) -> bool:
@@ -243,7 +243,8 @@ class Builder:
     def _node(self, function: Function, inputs: Sequence[Node], shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
-    def _cast(self, node: Node, dtype: str) -> Node:
+    def cast(self, node: Node, dtype: str) -> Node:
+        """A node's values in the output dtype."""
         if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor").made, Gathered):
             return node
         return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)
