@@ -22,7 +22,7 @@ the layers) or a list of `{filter, value}`.
 SECTIONS = {
     "Prune": "prune", "CalibratedQ": "prune.q", "Protect": "prune.protect", "Calibration": "calibration",
     "Model": "models[]", "Slice": "slices[]", "SliceSource": "slices[].sources[]", "Module": "modules",
-    "Output": "output", "Quantization": "output.quantization", "Tokenizer": "tokenizer", "Token": "tokenizer.tokens",
+    "Expert": "experts[]", "Output": "output", "Quantization": "output.quantization", "Tokenizer": "tokenizer", "Token": "tokenizer.tokens",
 }  # fmt: skip
 
 

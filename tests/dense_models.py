@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import transformers
 from conftest import write_json, write_tokenizer
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor, nn
 
 # No rope_theta, rms_norm_eps, hidden_act, …: what a config.json leaves out is its family's default.
@@ -40,7 +43,18 @@ def dense(folder: Path, family: str, seed: int = 0, **settings: Any) -> Path:
     write_json(folder / "config.json", {key: value for key, value in said.items() if key in kept})
     (folder / "generation_config.json").unlink(missing_ok=True)
     write_tokenizer(folder, 64)
+    if family == "qwen2":  # whose tokenizer transformers makes of the letters of byte pairs, whatever the file says
+        _letters(folder)
     return folder
+
+
+def _letters(folder: Path) -> None:
+    """A tokenizer of letters and digits, in the place of one of words."""
+    names = ["<pad>", "<s>", "</s>", *"abcdefghijklmnopqrstuvwxyz0123456789", "Ġ"]
+    tokenizer = Tokenizer(BPE({name: i for i, name in enumerate(names)}, []))
+    tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(names[:3])
+    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def logits(model: Any) -> Tensor:

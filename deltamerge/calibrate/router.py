@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
-from deltamerge.calibrate.router_spec import BATCH, Routers, RouterSpec
+from deltamerge.calibrate.router_spec import BATCH, Prompts, Routers, RouterSpec
 from deltamerge.calibrate.spec import rounded
 from deltamerge.errors import InputError
 from deltamerge.io import progress
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.blocks import BlockModel, Inputs
 
 LEAST_NORM = 1e-8
+ROUNDING = 1e-5  # of states in float32, relative
 Tokens = Mapping[str, Sequence[int]]
 Vector = NDArray[np.float64]
 
@@ -74,7 +75,7 @@ def _drawn(spec: RouterSpec) -> NDArray[np.float32]:
 def _recorded(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> Routers:
     """The routers, with what a lock says of them: the two of one layer that are most alike, too."""
     rows = unit(values[:, : spec.routed].astype(np.float64))
-    cosines = np.einsum("lah,lbh->lab", rows, rows)
+    cosines = np.round(np.einsum("lah,lbh->lab", rows, rows), 6)  # equal layers are equal, the first counts
     cosines[:, *np.tril_indices(spec.routed)] = -1.0
     layer, a, b = (int(i) for i in np.unravel_index(int(cosines.argmax()), cosines.shape))
     alike = {"layer": layer, "experts": [a, b], "cosine": rounded(float(cosines[layer, a, b]))}
@@ -116,7 +117,7 @@ def _embedded(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
     vectors = []
     for one in spec.experts:
         vector = sum_of(one.positive)
-        vectors.append(unit(vector - sum_of(one.negative) if one.negative else vector))
+        vectors.append(unit(_apart(one, vector, sum_of(one.negative) if one.negative else None)))
     return np.broadcast_to(np.stack(vectors), (spec.layers, len(vectors), spec.width))
 
 
@@ -139,8 +140,21 @@ def _run(spec: RouterSpec, reader: Reader, tokens: Tokens) -> Vector:
         total: Vector = np.sum([states[text] for text in texts], axis=0) / len(texts)
         return total
 
-    vectors = [mean(one.positive) - mean(one.negative) if one.negative else mean(one.positive) for one in spec.experts]
+    vectors = [_apart(one, mean(one.positive), mean(one.negative) if one.negative else None) for one in spec.experts]
     return unit(np.stack(vectors, axis=1))
+
+
+def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector:
+    """Positive − negative; zeros where they are the same but for rounding, as in the first layer of prompts that end
+    alike. InputError: they are the same in every layer."""
+    if negative is None:
+        return positive
+    vector = positive - negative
+    same = np.linalg.norm(vector, axis=-1) <= ROUNDING * np.linalg.norm(positive, axis=-1)
+    if same.all():
+        hint = "give it prompts that differ in more than words that the tokenizer does not know"
+        raise InputError(f"{expert.name}: its positive and negative prompts are the same to the model", hint=hint)
+    return np.where(same[..., None], 0.0, vector)
 
 
 def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vector]:

@@ -55,7 +55,8 @@ def _verdict(found: Mapping[str, Any], width: int, target: Path | None) -> Itera
     reads = f"reads {human(found['read_bytes'])}"
     passes = max((tensor["passes"] for tensor in found["tensors"]), default=1)
     selects = f"select in up to {passes - 1} passes → " if passes > 1 else ""
-    stages = f"{'calibrate → ' if found['stages'] else ''}read → {selects}merge → write"
+    ahead = "calibrate → " if found["stages"] else "routers → " if "mixture" in found else ""
+    stages = f"{ahead}read → {selects}merge → write"
     workers = f"{found['device']}, {found['workers']} workers, {', '.join(backends) or 'copies only'}"
     yield from _line("work", f"{stages}; {reads}; {workers}", width)
     besides = ", and calibration" if found["stages"] else ""
