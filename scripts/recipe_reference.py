@@ -22,7 +22,8 @@ the layers) or a list of `{filter, value}`.
 SECTIONS = {
     "Prune": "prune", "CalibratedQ": "prune.q", "Protect": "prune.protect", "Calibration": "calibration",
     "Model": "models[]", "Slice": "slices[]", "SliceSource": "slices[].sources[]", "Module": "modules",
-    "Expert": "experts[]", "Output": "output", "Quantization": "output.quantization", "Tokenizer": "tokenizer", "Token": "tokenizer.tokens",
+    "Expert": "experts[]",
+    "Output": "output", "Quantization": "output.quantization", "Tokenizer": "tokenizer", "Token": "tokenizer.tokens",
 }  # fmt: skip
 
 

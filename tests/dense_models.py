@@ -86,7 +86,7 @@ class _DeepseekMoe(nn.Module):
         self.experts = nn.ModuleList(_Mlp(hidden, width) for _ in range(config["n_routed_experts"]))
         self.shared_experts = _Mlp(hidden, width * config["n_shared_experts"]) if config["n_shared_experts"] else None
         self.k = config["num_experts_per_tok"]
-        assert config["norm_topk_prob"] and config["scoring_func"] == "softmax"
+        assert (config["norm_topk_prob"], config["scoring_func"]) == (True, "softmax")
 
     def forward(self, x: Tensor) -> Tensor:
         weights, chosen = self.gate(x).softmax(-1).topk(self.k, -1)

@@ -196,9 +196,7 @@ class Recipe(Keys):
     models: Items[Model] = Field((), description="The models to merge.")
     slices: Items[Slice] = Field((), description="Instead of models: layers to stack.")
     modules: dict[str, Module] = Field({}, description="Instead of models: one entry per module of the model.")
-    experts: Items[Expert] = Field(
-        (), description="Instead of models: dense models that become the experts of one."
-    )
+    experts: Items[Expert] = Field((), description="Instead of models: dense models to make a mixture of.")
     shared_experts: Items[Expert] = Field((), description="moe: experts that every token goes through.")
     gate_mode: GateMode = Field("hidden", description="moe: what the routers are made of.")
     experts_per_token: Positive = Field(2, le=10_000, description="moe: experts that a token goes through.")

@@ -53,7 +53,7 @@ def test_the_pipeline_s_recipe_merges_what_it_names(folder):
 def test_the_mixture_s_recipe_makes_what_transformers_loads(folder):
     (folder / "moe.yaml").write_text((RECIPES / "moe.yaml").read_text())
     made = AutoModelForCausalLM.from_pretrained(run(folder / "moe.yaml").folder)
-    assert made.config.model_type == "mixtral" and made.config.num_local_experts == 2
+    assert (made.config.model_type, made.config.num_local_experts) == ("mixtral", 2)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml") if path.name not in ELSEWHERE))
