@@ -168,7 +168,8 @@ def test_routers_are_those_of_the_formula_in_float64(tmp_path, family):
             (round(rows[i, a] @ rows[i, b], 6), -i, [a, b]) for i in range(2) for a in range(3) for b in range(a + 1, 3)
         ]
         most = max(cosines)
-        assert found.record["most_alike"]["experts"] == most[2] and found.record["most_alike"]["layer"] == -most[1]
+        assert found.record["most_alike"]["experts"] == most[2]
+        assert found.record["most_alike"]["layer"] == -most[1]
         assert found.record["most_alike"]["cosine"] == pytest.approx(most[0], abs=1e-5)
 
 
@@ -183,7 +184,8 @@ def test_drawn_routers_follow_the_seed_alone(tmp_path):
             values[mode, seed] = routers(spec=planned.mixture.spec).values
             assert np.array_equal(values[mode, seed], routers(spec=planned.mixture.spec).values)
         assert not np.array_equal(values[mode, 0], values[mode, 1])
-    assert np.abs(values["uniform_random", 0]).max() <= 1 / np.sqrt(32) and values["random", 0].std() > 0.8
+    assert np.abs(values["uniform_random", 0]).max() <= 1 / np.sqrt(32)
+    assert values["random", 0].std() > 0.8
 
 
 def test_run_lock_parts_and_memory_are_those_of_every_recipe(tmp_path, capsys):
@@ -194,18 +196,31 @@ def test_run_lock_parts_and_memory_are_those_of_every_recipe(tmp_path, capsys):
     code, out, _ = call(capsys, "plan", path, "--json")
     planned = json.loads(out)
     sizes = sum(int(np.prod(tensor["shape"])) for tensor in planned["tensors"])
-    assert code == 0 and planned["merge_method"] == "moe" and planned["mixture"] == {
-        "architecture": "mixtral", "experts": ["./a", "./b"], "shared_experts": [], "experts_per_token": 2,
-        "expert_size": 48, "gate_mode": "hidden", "routers": 2, "prompts": 2, "parameters": sizes,
+    assert code == 0
+    assert planned["merge_method"] == "moe"
+    assert planned["mixture"] == {
+        "architecture": "mixtral",
+        "experts": ["./a", "./b"],
+        "shared_experts": [],
+        "experts_per_token": 2,
+        "expert_size": 48,
+        "gate_mode": "hidden",
+        "routers": 2,
+        "prompts": 2,
+        "parameters": sizes,
         "active_parameters": sizes,
-    }  # fmt: skip
+    }
     code, out, _ = call(capsys, "plan", path)
     assert "mixtral: 2 experts of width 48, 2 a token; 2 routers, hidden from 2 prompts" in " ".join(out.split())
     whole = run(path, tmp_path / "whole")
     lock = yaml.safe_load((whole.folder / "recipe.lock").read_text())
-    assert lock["routers"]["gate_mode"] == "hidden" and lock["routers"]["rows_hash"] and lock["routers"]["tokens"] > 2
+    assert lock["routers"]["gate_mode"] == "hidden"
+    assert lock["routers"]["rows_hash"]
+    assert lock["routers"]["tokens"] > 2
     card = (whole.folder / "README.md").read_text()
-    assert "## Experts" in card and "| 1 | ./b | w7 |  |" in card and "moe" in card.split("---")[1]
+    assert "## Experts" in card
+    assert "| 1 | ./b | w7 |  |" in card
+    assert "moe" in card.split("---")[1]
     weights = load_tensors(whole.folder)
     again = load_tensors(run(path, tmp_path / "again", workers=1, memory=700_000_000).folder)
     assert all(torch.equal(weights[name], again[name]) for name in weights)
@@ -289,7 +304,8 @@ def test_what_no_mixture_can_be_made_of_is_refused_by_name(hostile, capsys, name
     assert old in path.read_text()
     path.write_text(path.read_text().replace(old, new))
     code, _, err = call(capsys, "run", path, "--out", hostile / "out", "--force")
-    assert code in (1, 2) and "Traceback" not in err
+    assert code in (1, 2)
+    assert "Traceback" not in err
     assert re.search(said, " ".join(err.split())), err
 
 
