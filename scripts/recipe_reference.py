@@ -24,6 +24,7 @@ SECTIONS = {
     "Prune": "prune", "CalibratedQ": "prune.q", "Protect": "prune.protect", "Calibration": "calibration",
     "Study": "study", "Goal": "study.objective", "Command": "study.objective.command",
     "Model": "models[]", "Slice": "slices[]", "SliceSource": "slices[].sources[]", "Module": "modules",
+    "Expert": "experts[]",
     "Output": "output", "Quantization": "output.quantization", "Tokenizer": "tokenizer", "Token": "tokenizer.tokens",
 }  # fmt: skip
 

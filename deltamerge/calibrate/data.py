@@ -61,7 +61,7 @@ class RowReader:
         if task == "image-classification":
             self.processor = _processor(folder)
         else:
-            self.tokenizer = _tokenizer(folder)
+            self.tokenizer = tokenizer_of(folder)
             check_length(length, min([self.tokenizer.model_max_length, *_positions(config)]))
 
     @property
@@ -161,7 +161,8 @@ def _groups(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
-def _tokenizer(folder: Path) -> Any:
+def tokenizer_of(folder: Path) -> Any:
+    """The tokenizer in a folder, with a pad token. InputError: there is none that can be used."""
     from transformers import AutoTokenizer
 
     with running(f"{folder}: no usable tokenizer"):

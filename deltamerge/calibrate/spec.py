@@ -241,10 +241,6 @@ def operations(source: CalibrationInput) -> int:
 
 def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
     """About the bytes that a stage takes: cached masks, one block both stored and in float32, hidden states."""
-    sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in source.tensors}
-    blocks = numbered_blocks({tensor.name: tensor.shape for tensor in source.tensors}) or {0: list(sizes)}
-    inside = {number: sum(sizes[name] for name in names) for number, names in blocks.items()}
-    resident = sum(sizes.values()) - sum(inside.values()) + max(inside.values())
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = source.calibration.sequences
@@ -253,7 +249,15 @@ def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
         len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else 4)
         for one in pruned
     )
-    return min(math.ceil(masks), source.cache) + 2 * resident + hidden
+    return min(math.ceil(masks), source.cache) + 2 * resident(source.tensors) + hidden
+
+
+def resident(tensors: Sequence[TensorInfo]) -> int:
+    """The bytes in float32 of a model's largest block and of what is outside its blocks."""
+    sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in tensors}
+    blocks = numbered_blocks({tensor.name: tensor.shape for tensor in tensors}) or {0: list(sizes)}
+    inside = {number: sum(sizes[name] for name in names) for number, names in blocks.items()}
+    return sum(sizes.values()) - sum(inside.values()) + max(inside.values())
 
 
 def within(source: CalibrationInput, limit: int | None, share: int = 1) -> CalibrationInput:

@@ -44,6 +44,8 @@ def _verdict(found: Mapping[str, Any], width: int, target: Path | None) -> Itera
     yield from _line("output", f"{count} tensors{more}, {size} in {place}; files of {found['template']}", width)
     if "delta" in found:
         yield from _line("as a delta", render_delta(found["delta"]), width)
+    if "mixture" in found:
+        yield from _line("mixture", _mixture(found["mixture"]), width)
     if target is not None:
         needed = found["delta"]["estimated_bytes"] if "delta" in found else found["output_bytes"]
         free = shutil.disk_usage(next(p for p in [target.absolute(), *target.absolute().parents] if p.exists())).free
@@ -55,7 +57,8 @@ def _verdict(found: Mapping[str, Any], width: int, target: Path | None) -> Itera
     reads = f"reads {human(found['read_bytes'])}"
     passes = max((tensor["passes"] for tensor in found["tensors"]), default=1)
     selects = f"select in up to {passes - 1} passes → " if passes > 1 else ""
-    stages = f"{'calibrate → ' if found['stages'] else ''}read → {selects}merge → write"
+    ahead = "calibrate → " if found["stages"] else "routers → " if "mixture" in found else ""
+    stages = f"{ahead}read → {selects}merge → write"
     workers = f"{found['device']}, {found['workers']} workers, {', '.join(backends) or 'copies only'}"
     yield from _line("work", f"{stages}; {reads}; {workers}", width)
     besides = ", and calibration" if found["stages"] else ""
@@ -151,6 +154,18 @@ def _tokenizer(found: Mapping[str, Any], width: int) -> Iterator[str]:
             yield from _line("", note, width)
     if found["chat_template"]:
         yield from _line("chat", f"template of {found['chat_template']}", width)
+
+
+def _mixture(mixture: Mapping[str, Any]) -> str:
+    """Layout, experts, routers and parameters of a mixture."""
+    count, shared = len(mixture["experts"]), len(mixture["shared_experts"])
+    experts = f"{count} experts of width {mixture['expert_size']}, {mixture['experts_per_token']} a token"
+    prompts = f" from {mixture['prompts']} prompts" if mixture["prompts"] else ""
+    sizes = [f"{mixture[key] / 1e6:,.1f} M" for key in ("parameters", "active_parameters")]
+    return (
+        f"{mixture['architecture']}: {experts}{f', {shared} shared' * bool(shared)}; {mixture['routers']} routers, "
+        f"{mixture['gate_mode']}{prompts}; {sizes[0]} parameters, {sizes[1]} active a token"
+    )
 
 
 def _stage(stage: Mapping[str, Any]) -> str:

@@ -341,6 +341,14 @@ _PRUNE = (
     replace(_BREADCRUMBS_MASK, name="magnitude_outliers"),
 )
 
+# Not in the table, because it combines no tensors: `experts` of a recipe stand for it.
+MOE = MergeMethod(
+    "moe",
+    "deltamerge.methods.merge.mixture:router",
+    "the MLPs of dense models as the experts of one mixture, with routers made of prompts",
+    needs_base=True,
+)
+
 _OTHERS = tuple(third_party())
 MERGE = _table(_MERGE, _OTHERS, MergeMethod)
 PRUNE = _table(_PRUNE, _OTHERS, PruneMethod)

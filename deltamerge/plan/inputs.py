@@ -185,9 +185,10 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
             named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
     refuse_apart(named)
     matched, notes = _match(named)
-    matched, stand_ins, untied = _untie(matched)
+    matched, stand_ins, untied = (matched, (), False) if recipe.is_moe else _untie(matched)
     base, tunes, groups = _grouped(recipe, bases, matched, apart)
-    template = input_named(recipe.template, recipe, base, tunes) or _template(groups, tunes)
+    named_template = "base" if recipe.is_moe else recipe.template
+    template = input_named(named_template, recipe, base, tunes) or _template(groups, tunes)
     like = base if base is not None and recipe.output.kind != "model" else template
     form = form_of(like.tensors, like.checkpoint.tensors)
     matched = [_regrouped(model, form) for model in matched]

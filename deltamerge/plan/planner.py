@@ -36,6 +36,7 @@ from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.low_rank import factoring_note, held_by_factors
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
+from deltamerge.plan.moe import Mixture, MixtureOutputs
 from deltamerge.plan.outputs import Outputs, OutputTensor
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
@@ -105,6 +106,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     alike: Mapping[str, NonFinite] = field(default_factory=dict)
     stacks: tuple[Stack, ...] = ()
+    mixture: Mixture | None = None
 
     @property
     def device(self) -> str:
@@ -130,6 +132,11 @@ class Plan:
     def specs(self) -> dict[Node, Spec]:
         """The specification of each calibration stage."""
         return {node: node.parameter("spec") for node in self.stages}
+
+    @property
+    def chosen(self) -> tuple[Node, ...]:
+        """The nodes whose values a lock keeps: calibration stages, and what makes the routers of a mixture."""
+        return self.stages if self.mixture is None else (*self.stages, self.mixture.routers)
 
     @property
     def tasks(self) -> list[Task]:
@@ -189,6 +196,7 @@ class Plan:
             "notes": list(self.remarks),
             "kind": self.recipe.output.kind,
             **self._describe_delta(),
+            **({"mixture": self.mixture.describe()} if self.mixture is not None else {}),
             "tokenizer": self.vocabulary.describe() if self.vocabulary else None,
             "chat_template": self.chat_template.origin if self.chat_template else None,
             "stages": [{**spec.describe(), "blocks": _blocks(spec.source)} for spec in self.specs.values()],
@@ -244,7 +252,11 @@ def _plan(
     inputs = own or inputs
     vocabulary = make_vocabulary(recipe, inputs)
     device, workers, memory = options.device, options.workers, options.memory
-    found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
+    found: Outputs | MixtureOutputs
+    if recipe.is_moe:
+        found = MixtureOutputs(recipe, inputs, device, folder, memory)
+    else:
+        found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
     rows = found.rows()
     if found.problems:
         differ = any("missing in" in problem or "shapes differ" in problem for problem in found.problems)
@@ -277,6 +289,9 @@ def _plan(
         resident = [node.parameter("spec").memory for node in stages.calibrations]
         resident += [one.memory + stage_memory(one.source) for one in stages.inputs.values()]
         peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
+    mixture = found.mixture(rows) if isinstance(found, MixtureOutputs) else None
+    if mixture is not None:  # before the first tile, too
+        peak = max(peak, CALIBRATING_BYTES + mixture.spec.memory)
     peak += vocabulary.memory if vocabulary is not None else 0
     cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
     models = [(model.name, model.checkpoint) for model in inputs.all]
@@ -329,6 +344,7 @@ def _plan(
         chat_template=choose_chat_template(recipe, inputs),
         warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs)),
         stacks=tuple(found.stacks),
+        mixture=mixture,
     )
 
 

@@ -106,7 +106,7 @@ class Builder:
 
     def copy(self, tensor: TensorInfo, dtype: str) -> Node:
         """The stored tensor, cast only if its dtype differs."""
-        return self._cast(self.graph.read(tensor), dtype)
+        return self.cast(self.graph.read(tensor), dtype)
 
     def merge(self, merge: Merge) -> Built:
         """The merged tensor."""
@@ -132,7 +132,7 @@ class Builder:
         if base is not None and (lora or (self.recipe.output.adds and not self._left_whole(merge))):
             if method.adds:
                 nothing = self._node(zeros, inputs[1:2], base.shape)
-                delta = self._cast(self._combined(merge, [nothing, *inputs[1:]], values), "F32")
+                delta = self.cast(self._combined(merge, [nothing, *inputs[1:]], values), "F32")
             else:
                 delta = self._difference(self._combined(merge, inputs, values), inputs[0])
         if (
@@ -144,7 +144,7 @@ class Builder:
             kept = self.copy(tunes[0].tensor, dtype)
             built = Built(kept, "copy", (tunes[0].model.name,), delta, changed)
         else:
-            merged = self._cast(self._combined(merge, inputs, values), dtype)
+            merged = self.cast(self._combined(merge, inputs, values), dtype)
             built = Built(merged, method.name, details, delta, changed)
         plain = lora and together is None and not any(text for _, text in pruned)
         return replace(built, updates=_updates(merge, method.name, values)) if plain else built
@@ -178,7 +178,7 @@ class Builder:
 
     def _difference(self, merged: Node, base: Node) -> Node:
         """What a merged tensor adds to the base, in float32."""
-        pair = [self._cast(merged, "F32"), base]
+        pair = [self.cast(merged, "F32"), base]
         return self._node(subtract, pair, base.shape, dtypes=("F32", base.dtype))
 
     def _left_whole(self, merge: Merge) -> bool:
@@ -253,7 +253,8 @@ class Builder:
     def _node(self, function: Function, inputs: Sequence[Node], shape: tuple[int, ...], **parameters: Any) -> Node:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
-    def _cast(self, node: Node, dtype: str) -> Node:
+    def cast(self, node: Node, dtype: str) -> Node:
+        """A node's values in the output dtype."""
         if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor").made, Gathered):
             return node
         return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)

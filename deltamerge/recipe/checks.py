@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from deltamerge.errors import Problem
 from deltamerge.methods.table import MERGE, NO_EFFECT
-from deltamerge.recipe import prune_checks
+from deltamerge.recipe import moe_checks, prune_checks
 from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
 from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.lookup import PRUNE_PARAMS, is_given, known_method, levels, out_of_range, raw
@@ -26,11 +26,14 @@ _NO_EFFECT = (_UNKNOWN, _WHOLE)
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault that the types of the keys cannot express."""
+    if recipe.is_moe or is_given(recipe, "experts"):
+        yield from moe_checks.problems(recipe)
+        return
     checks = (
         _inputs, _slices, _merge_method, _parameters, _required, _template, _tokens,
-        prune_checks.problems, _output, _adapter, _study,
+        prune_checks.problems, _output, _adapter, _study, moe_checks.stray,
     )  # fmt: skip
-    return (problem for check in checks for problem in check(recipe))
+    yield from (problem for check in checks for problem in check(recipe))
 
 
 def _inputs(recipe: Recipe) -> Iterator[Problem]:

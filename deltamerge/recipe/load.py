@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from deltamerge.chain.folder import expand
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.io import patterns
-from deltamerge.recipe import checks, documents, messages, varied, yaml_source
+from deltamerge.recipe import checks, documents, messages, moe_checks, varied, yaml_source
 from deltamerge.recipe.parts import Section
 from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
 from deltamerge.recipe.values import Value
@@ -70,6 +70,8 @@ def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
 def flatten(recipe: Recipe, read: YamlSource, problems: list[Problem]) -> tuple[tuple[Model, ...], tuple[Section, ...]]:
     """Every model of the recipe in order, once for each place, and the parts that they form; a range of versions of a
     chain is as many models as it has versions. Ranges at fault are added to `problems`."""
+    if recipe.is_moe:
+        return _experts(recipe)
     models: list[Model] = []
     parts: list[Section] = []
 
@@ -95,6 +97,20 @@ def flatten(recipe: Recipe, read: YamlSource, problems: list[Problem]) -> tuple[
                 (*loc, "slices", i), name, "sources", one.sources, base, (one.parameters, *levels), _ranges(one.sources)
             )
     return tuple(models), tuple(parts)
+
+
+def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...]]:
+    """The experts of a mixture as models, the shared ones last, and the one part that they form."""
+    experts = (*recipe.experts, *recipe.shared_experts)
+    names = moe_checks.names(experts)
+    models = tuple(
+        Model.model_validate({"model": one.reference, "name": None if name == one.reference else name})
+        for one, name in zip(experts, names, strict=True)
+    )
+    places: list[Loc] = [("experts", i) for i in range(len(recipe.experts))]
+    places += [("shared_experts", i) for i in range(len(recipe.shared_experts))]
+    members = tuple(range(len(models)))
+    return models, (Section((), None, members, tuple(places), None, recipe.base_model, (recipe.parameters,)),)
 
 
 def _several(model: Model, place: Loc, read: YamlSource, problems: list[Problem]) -> Sequence[Model]:

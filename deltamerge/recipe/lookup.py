@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
-from deltamerge.methods.table import MERGE, PRUNE
+from deltamerge.methods.table import MERGE, MOE, PRUNE
 from deltamerge.recipe.messages import show
 from deltamerge.recipe.parts import written
 from deltamerge.recipe.values import Value, leaves
@@ -63,7 +63,7 @@ def is_given(recipe: Recipe, *loc: str | int) -> bool:
 
 def known_method(recipe: Recipe) -> MergeMethod | None:
     """The recipe's merge method, or None if it is unknown."""
-    return MERGE.get(recipe.method_name or "")
+    return MOE if recipe.method_name == MOE.name else MERGE.get(recipe.method_name or "")
 
 
 def out_of_range(recipe: Recipe, loc: Loc, param: Param, value: Value) -> Iterator[Problem]:

@@ -59,6 +59,8 @@ def written_out(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe
 
 def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
     """The defaults that a recipe lacks: the place, and a key of the mapping or the first item of the list there."""
+    if recipe.is_moe:
+        return
     method, base = recipe.method, recipe.base_model
     listed = base is not None and any(map(recipe.is_base, range(len(recipe.models))))
     for part in recipe.parts if method.name == "linear" else ():

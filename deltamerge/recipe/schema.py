@@ -11,8 +11,10 @@ from typing_extensions import TypeAliasType
 
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
-from deltamerge.methods.table import MERGE, NO_EFFECT, NO_EFFECT_KEYS
+from deltamerge.methods.table import MERGE, MOE, NO_EFFECT, NO_EFFECT_KEYS
 from deltamerge.recipe import open_values
+from deltamerge.recipe.moe_keys import Expert as Expert
+from deltamerge.recipe.moe_keys import GateMode
 from deltamerge.recipe.output_keys import Quantization, Quantized
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
@@ -219,11 +221,19 @@ class Recipe(Keys):
     base_model: Reference | None = Field(None, description="What the models were fine-tuned from.")
     merge_method: Text | None = Field(
         None, description="How the models meet. Default with one fine-tune: task_arithmetic.",
-        json_schema_extra={"enum": [*MERGE, None]},
+        json_schema_extra={"enum": [*MERGE, MOE.name, None]},
     )  # fmt: skip
     models: Items[Model] = Field((), description="The models to merge.")
     slices: Items[Slice] = Field((), description="Instead of models: layers to stack.")
     modules: dict[str, Module] = Field({}, description="Instead of models: one entry per module of the model.")
+    experts: Items[Expert] = Field((), description="Instead of models: dense models to make a mixture of.")
+    shared_experts: Items[Expert] = Field((), description="moe: experts that every token goes through.")
+    gate_mode: GateMode = Field("hidden", description="moe: what the routers are made of.")
+    experts_per_token: Positive = Field(2, le=10_000, description="moe: experts that a token goes through.")
+    architecture: Text | None = Field(
+        None,
+        description="moe: mixtral, qwen, qwen3 or deepseek. Default: the first that fits, in mergekit's order.",
+    )
     parameters: Parameters = Field({}, description="Parameters of the merge method, for every model.")
     prune: Prune | None = Field(None, description="Pruning of every model's delta; a model's own keys win.")
     calibration: Calibration | None = Field(None, description="Data for calibrated q, wanda and protect.")
@@ -282,17 +292,24 @@ class Recipe(Keys):
 
     def is_base(self, index: int) -> bool:
         """Whether a model is the base of its own part (mergekit lets it be listed)."""
-        return self.models[index].model == self.part_of[index].base
+        return not self.is_moe and self.models[index].model == self.part_of[index].base
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether dense models become the experts of a mixture."""
+        return bool(self.experts) or self.merge_method == MOE.name
 
     @cached_property
     def method_name(self) -> str | None:
         """The merge method, or its default where there is one."""
+        if self.is_moe:
+            return self.merge_method or MOE.name
         return self.merge_method or ("task_arithmetic" if len(self.fine_tunes) == 1 else None)
 
     @property
     def method(self) -> MergeMethod:
         """The registered merge method of a recipe that `load` has accepted."""
-        return MERGE[self.method_name or ""]
+        return MOE if self.is_moe else MERGE[self.method_name or ""]
 
     def calibration_of(self, index: int) -> Calibration | None:
         """The calibration rows of a model: its own keys before the recipe's."""

@@ -23,6 +23,7 @@ from deltamerge.run.budget import ChosenDensities, budget_of
 from deltamerge.run.heads import head_of
 from deltamerge.run.lock import errors_of
 from deltamerge.run.lora_file import LowRankSummary
+from deltamerge.run.moe_card import mixture_lines
 
 
 def _license(plan: Plan) -> str | None:
@@ -58,7 +59,7 @@ def front_matter(plan: Plan) -> dict[str, object]:
         "base_model": [source for source in dict.fromkeys(sources) if source],
         "base_model_relation": "merge" if merged else "finetune",
         "library_name": "deltamerge" if plan.recipe.output.kind == "delta" else _library(plan),
-        "tags": ["deltamerge", "merge"] if merged else ["deltamerge"],
+        "tags": ["deltamerge", *["merge"] * merged, *["moe"] * (plan.mixture is not None)],
     }
     if plan.recipe.output.kind == "peft" and plan.inputs.base is not None:
         matter["base_model"] = [name for name in [plan.inputs.base.checkpoint.hub_id] if name]
@@ -90,7 +91,7 @@ def calibration_table(found: Iterable[tuple[str, Mapping[str, Any], Iterable[flo
 
 
 def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]:
-    if not calibrated:
+    if not plan.stages:
         return []
     found = [
         (spec.name, calibrated[node].record, [float(x) for v in calibrated[node].q.values() for x in np.ravel(v)])
@@ -184,7 +185,7 @@ def render(
     plan: Plan,
     recipe_text: str,
     title: str,
-    calibrated: Mapping[Node, Calibrated],
+    calibrated: Mapping[Node, Any],
     written: Summary | None = None,
     choice: ChosenDensities | None = None,
     pictures: Mapping[str, str] | None = None,
@@ -214,6 +215,7 @@ def render(
         *[f"- {plain(note)}" for note in plan.remarks],
         *([""] if plan.remarks else []),
         *_calibration(plan, calibrated),
+        *mixture_lines(plan, calibrated),
         *_delta(plan, written, choice),
         *_quantised(losses),
         *_study(study or {}),

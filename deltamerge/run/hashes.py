@@ -126,8 +126,9 @@ def describe_input(
 
 
 def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
-    """The files of a model that the output's vocabulary and chat template depend on."""
-    wanted = [TOKENIZER, CONFIG] * (plan.vocabulary is not None)
+    """The files of a model that the output's vocabulary and chat template depend on; of a mixture its routers."""
+    tokenizes = plan.mixture is not None and model.reference == plan.inputs.template.checkpoint.reference
+    wanted = [TOKENIZER, CONFIG] * (plan.vocabulary is not None or tokenizes)
     wanted += [CONFIG, JINJA] * (plan.recipe.chat_template is not None)
     return [path for name in dict.fromkeys(wanted) if (path := model.path / name).is_file()]
 

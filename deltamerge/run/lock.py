@@ -13,7 +13,8 @@ import yaml
 from numpy.typing import NDArray
 
 from deltamerge import __version__
-from deltamerge.calibrate.spec import Calibrated, locked
+from deltamerge.calibrate import router_spec
+from deltamerge.calibrate.spec import locked
 from deltamerge.engine.graph import Node
 from deltamerge.errors import VerifyError
 from deltamerge.io.atomic import replace_file
@@ -39,7 +40,8 @@ CARD = "README.md"
 PICTURES = ("delta.svg", "calibration.svg", "activations.svg")  # of the card
 
 Rows = Mapping[str, NDArray[np.float32]]
-"""The q's of rows, by "model:tensor"."""
+"""The q's of rows, by "model:tensor"; the vectors of a mixture's routers."""
+ROUTERS = "routers"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +62,22 @@ class Lock:
         path: Path,
         plan: Plan,
         inputs: Mapping[str, Any],
-        found: Mapping[Node, Calibrated],
+        found: Mapping[Node, Any],
         choice: ChosenDensities | None = None,
         losses: Losses | None = None,
         lora: LowRankSummary | None = None,
         study: Mapping[str, Any] | None = None,
     ) -> Lock:
-        """The lock, not yet written, of what a run read, chose and lost: the q's of stages, the densities of a budget,
-        the errors of quantised weights, what a LoRA keeps; `study` is the search that found the recipe."""
+        """The lock, not yet written, of what a run read, chose and lost: the q's of stages, a mixture's routers, the
+        densities of a budget, the errors of quantised weights, what a LoRA keeps; `study` is the search that found the
+        recipe."""
         rows = {
             f"{spec.name}:{name}": value
             for node, spec in plan.specs.items()
             for name, value in sorted(found[node].rows.items())
         }
+        routers = found[plan.mixture.routers] if plan.mixture is not None else None
+        rows |= {ROUTERS: routers.values} if routers is not None else {}
         beside = {"rows": path.with_suffix(ROWS).name, "rows_hash": hash_bytes(_safetensors(rows))} if rows else {}
         calibration = {
             spec.name: {**found[node].record, "q": found[node].scalars, **(beside if found[node].rows else {})}
@@ -86,6 +91,7 @@ class Lock:
             "inputs": inputs,
             "outputs": {},
             **({"calibration": calibration} if calibration else {}),
+            **({router_spec.NAME: {**routers.record, **beside}} if routers is not None else {}),
             **({"densities": choice.densities} if choice is not None else {}),
             **({"quantization": errors_of(losses)} if losses else {}),
             **({"study": study} if study else {}),
@@ -98,7 +104,8 @@ class Lock:
         """The lock at `path`, with the rows beside it if it names them. InputError: no lock, or rows that are none;
         VerifyError: rows of another lock."""
         content, file = read_lock(path), path.with_suffix(ROWS)
-        named = [entry for entry in (content.get("calibration") or {}).values() if entry.get("rows")]
+        entries = [*(content.get("calibration") or {}).values(), content.get(router_spec.NAME) or {}]
+        named = [entry for entry in entries if entry.get("rows")]
         if not named or not file.is_file():
             return cls(path, content)
         if {entry.get("rows_hash") for entry in named} - {None, hash_output(file)}:
@@ -127,9 +134,12 @@ class Lock:
         replace_file(self.path, yaml.safe_dump(content, sort_keys=True))
         return content
 
-    def calibrated(self, plan: Plan) -> dict[Node, Calibrated]:
-        """The q's that it has for a plan's stages; VerifyError where it has none that fit."""
-        found: dict[Node, Calibrated] = {}
+    def calibrated(self, plan: Plan) -> dict[Node, Any]:
+        """The q's that it has for a plan's stages, and a mixture's routers; VerifyError where it has none that fit."""
+        found: dict[Node, Any] = {}
+        if plan.mixture is not None:
+            values = (self.rows or {}).get(ROUTERS)
+            found[plan.mixture.routers] = router_spec.locked(self.content, plan.mixture.spec, values, str(self.path))
         for node, spec in plan.specs.items():
             rows: Rows = {}
             if (self.calibration.get(spec.name) or {}).get("rows"):

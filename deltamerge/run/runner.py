@@ -241,7 +241,7 @@ def _complete(
         from deltamerge.run.gguf_output import write_gguf
 
         planned = replace(planned, notes=(*planned.notes, write_gguf(planned, folder)))
-    found = {node: made.values[node] for node in planned.stages}
+    found = {node: made.values[node] for node in planned.chosen}
     study = None if given is None else given.content.get("study")
     lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses, made.lora, study)
     lock.write_rows()
@@ -310,7 +310,7 @@ def _lock(planner: Planner, planned: Plan) -> Lock:
             refuse_taken(written)
     planned = planner.fetched(planner.file.output, planned, {})
     check_deltas(planned)
-    found = shared_values(planned.stages, {})
+    found = shared_values(planned.chosen, {})
     lock = Lock.of(path, planned, hashes.describe_inputs(planned, planned.workers), found)
     lock.write_rows()
     lock.write()

@@ -116,8 +116,9 @@ def _make_lora(
 def calibrated(
     planned: Plan, work: Workspace, lock: Lock | None, facts: Mapping[str, Any], *, alone: bool
 ) -> dict[Node, Any]:
-    """The calibrated q's: an interrupted run's own, or part 0's, or the lock's, or, if `alone`, found now and kept."""
-    if not planned.stages:
+    """The calibrated q's, and a mixture's routers: an interrupted run's own, or part 0's, or the
+    lock's, or, if `alone`, found now and kept."""
+    if not planned.chosen:
         return {}
     own = work.state / CALIBRATION
     if any("calibrated" in record for record in work.journal.records) or shared_calibration(work, facts):
@@ -125,11 +126,12 @@ def calibrated(
     if lock is not None:
         return dict(lock.calibrated(planned))
     if not alone:
+        made, command = ("calibrates q", "calibrate") if planned.stages else ("makes routers", "lock")
         raise InputError(
-            "--part: the recipe calibrates q, which all parts must share",
-            hint="run `deltamerge calibrate RECIPE` once, then every part and --finish with --locked",
+            f"--part: the recipe {made}, which all parts must share",
+            hint=f"run `deltamerge {command} RECIPE` once, then every part and --finish with --locked",
         )
-    found = shared_values(planned.stages, {})
+    found = shared_values(planned.chosen, {})
     kept = Lock.of(own, planned, {}, found)
     kept.write_rows()
     kept.write()

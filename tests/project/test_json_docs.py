@@ -126,9 +126,10 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
     Path("a.yaml").write_text(recipe.format(""))
     Path("b.yaml").write_text(recipe.format(", q: output_change") + calibrated)
     Path("c.yaml").write_text(recipe.format("") + "output: {kind: delta}\n")
+    Path("d.yaml").write_text("base_model: ./base\ngate_mode: random\nexperts: [{model: ./tuned}, {model: ./base}]\n")
     for name in ("a.yaml", "c.yaml"):
         assert call(capsys, "run", name, "-q")[0] == 0
-    cases = [("## plan", ("plan", name)) for name in ("a.yaml", "b.yaml", "c.yaml")]
+    cases = [("## plan", ("plan", name)) for name in ("a.yaml", "b.yaml", "c.yaml", "d.yaml")]
     cases += [
         ("## plan --diff", ("plan", "--diff", "a.yaml", "c.yaml")),
         ("## plan --diff", ("plan", "--diff", "a.yaml", "b.yaml")),
@@ -153,7 +154,7 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
 
 
 def test_every_table_of_the_page_was_read():
-    assert len(described("## plan")) == 42
+    assert len(described("## plan")) == 43
     assert len(described("## diff")) == 17
     assert len(described("## run, extract and apply")) == 14
     assert set(described("Two locks:")) == {"kind", "a", "b", "changes"}

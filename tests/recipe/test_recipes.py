@@ -11,12 +11,13 @@ import torch
 from adapters import write_adapter
 from conftest import load_tensors, tiny_llama, tiny_pipeline, tiny_vlm
 from running import make_plan, run
+from transformers import AutoModelForCausalLM
 
 from deltamerge.run.apply import apply
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-# below, in tests/run/ of quantised and packed merges and of quantised outputs, in tests/search/
-ELSEWHERE = {"diffusers.yaml", "fp8.yaml", "fp8-keep.yaml", "mxfp4.yaml", "search.yaml", "sweep.yaml"}
+# below, in tests/run/ of quantised and packed merges, of quantised outputs and of mixtures, in tests/search/
+ELSEWHERE = {"moe.yaml", "diffusers.yaml", "fp8.yaml", "fp8-keep.yaml", "mxfp4.yaml", "search.yaml", "sweep.yaml"}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +48,12 @@ def test_the_pipeline_s_recipe_merges_what_it_names(folder):
         merged, base = load_tensors(out / part), load_tensors(folder / "models" / "pipeline" / part)
         assert merged.keys() == base.keys()
         assert all(torch.equal(merged[n], base[n]) for n in base) == (part == "vae")
+
+
+def test_the_mixture_s_recipe_makes_what_transformers_loads(folder):
+    (folder / "moe.yaml").write_text((RECIPES / "moe.yaml").read_text())
+    made = AutoModelForCausalLM.from_pretrained(run(folder / "moe.yaml").folder)
+    assert (made.config.model_type, made.config.num_local_experts) == ("mixtral", 2)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in RECIPES.glob("*.yaml") if path.name not in ELSEWHERE))

@@ -8,6 +8,7 @@ first, so streams of different lanes and blocks never meet:
                 little-endian stream of block 0 (16 half-words an index)
     lane 2      gaps between kept positions, one stream for each block of 2**16 positions
     lane 3      one 64-bit draw for each column, block 0
+    lane 4      one 64-bit draw for each position of normal or uniform numbers, block 0
 
 The way a mask is drawn depends on its density d alone. From `SPARSE_BELOW` up, position p is kept iff its word
 is below round(d * 2**32); the low half is only looked at when the high half ties. Below, the number g of dropped
@@ -37,7 +38,7 @@ Key = tuple[int, int]
 SPARSE_BELOW = 1 / 16
 SPARSE_BLOCK = 1 << 16
 LONGEST_GAP = 1 << 16
-HIGH, LOW, GAPS, COLUMNS = range(4)
+HIGH, LOW, GAPS, COLUMNS, NUMBERS = range(5)
 
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
@@ -97,6 +98,22 @@ def _generator(key: Key, index: int, block: int, lane: int) -> np.random.Philox:
     counter = index + (block << 64) + (lane << 128)
     # numpy increments the counter before it is used
     return np.random.Philox(key=key[0] + (key[1] << 64), counter=(counter - 1) % (1 << 256))
+
+
+def uniforms(key: Key, start: int, stop: int) -> NDArray[np.float64]:
+    """(2, stop − start) two numbers in (0, 1) for each position: (w + ½) / 2³², w a half of its draw."""
+    first = start // 4
+    raw = _generator(key, first, 0, NUMBERS).random_raw(4 * (-(-stop // 4) - first))
+    raw = raw[start - 4 * first :][: stop - start]
+    halves = np.stack([raw >> np.uint64(32), raw & np.uint64(_MASK32)])
+    return (halves.astype(np.float64) + 0.5) / 2.0**32
+
+
+def normals(key: Key, start: int, stop: int) -> NDArray[np.float32]:
+    """Standard normal numbers of positions [start, stop): √(−2 ln u) cos 2πv of their `uniforms` (Box and Muller)."""
+    u, v = uniforms(key, start, stop)
+    found: NDArray[np.float32] = (np.sqrt(-2.0 * np.log(u)) * np.cos(2.0 * np.pi * v)).astype(np.float32)
+    return found
 
 
 def _halves(key: Key, lane: int, start: int, stop: int) -> NDArray[np.uint16]:
