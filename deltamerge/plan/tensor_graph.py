@@ -19,6 +19,7 @@ from deltamerge.errors import RecipeError
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.io.transplanted import Transplanted
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune import nodes
 from deltamerge.methods.prune.rescale import divide
@@ -244,6 +245,10 @@ class Builder:
         return self.graph.node(function, inputs, shape=shape, **parameters)
 
     def _cast(self, node: Node, dtype: str) -> Node:
-        if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor").made, Gathered):
+        if (
+            node.kind == "read"
+            and node.dtype == dtype
+            and not isinstance(node.parameter("tensor").made, Gathered | Transplanted)
+        ):
             return node
         return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)

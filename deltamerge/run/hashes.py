@@ -29,7 +29,7 @@ from deltamerge.io.seals import hash_bytes as hash_bytes
 from deltamerge.io.seals import hash_output as hash_output
 from deltamerge.io.seals import seal
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.tokenizer_files import CONFIG, JINJA, TOKENIZER
+from deltamerge.io.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
 from deltamerge.plan.planner import Plan
 
 DATA = "calibration data"
@@ -125,6 +125,7 @@ def describe_input(
 def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
     """The files of a model that the output's vocabulary and chat template depend on."""
     wanted = [TOKENIZER, CONFIG] * (plan.vocabulary is not None)
+    wanted += [MAP, GENERATION] * (plan.recipe.transplant is not None)
     wanted += [CONFIG, JINJA] * (plan.recipe.chat_template is not None)
     return [path for name in dict.fromkeys(wanted) if (path := model.path / name).is_file()]
 
