@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import load_tensors, make_checkpoint, write_json
-from running import make_plan, run
+from running import finish, make_plan, run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transplants import DONOR_WORDS, interpolated64, pursuit64, two_models
 from vocabularies import WORDS, rows64, vocab_of, word_tokenizer
@@ -24,6 +24,7 @@ from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.io.pursuit import Atoms, Blocks, nearest, pursuit
 from deltamerge.io.token_text import Spelling, spelling_of
 from deltamerge.plan.transplant import match
+from deltamerge.run.partition import Part
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ONE = "merge_method: passthrough\nmodels: [{{model: ./base}}]\ntokenizer: {{transplant: ./donor, {more}}}\n"
@@ -113,6 +114,21 @@ def test_config_generation_and_template_follow_the_tokenizer(folder, tmp_path):
     assert {"model.safetensors", "tokenizer.json", "generation_config.json"} <= lock["inputs"]["./donor"][
         "files"
     ].keys()
+
+
+def test_documents_lend_models_and_tokenizers_and_parts_make_the_same(folder, tmp_path):
+    text = "name: lender\nmerge_method: passthrough\nmodels: [{model: ./donor}]\n---\n" + ONE.format(more="k: 3")
+    recipe = folder / "documents.yaml"
+    recipe.write_text(text.replace("transplant: ./donor", "transplant: lender"))
+    whole = run(recipe, tmp_path / "out", device="cpu").folder
+    assert vocab_of(whole) == vocab_of(folder / "donor")
+    recipe = folder / "parts.yaml"
+    recipe.write_text(ONE.format(more="k: 3") + "output: {shard_size: 10KB}\n")
+    for index in (1, 2):
+        run(recipe, tmp_path / "parts", device="cpu", part=Part(index, 2))
+    parts = finish(recipe, tmp_path / "parts", device="cpu").folder
+    first, second = load_tensors(whole), load_tensors(parts)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_a_tied_model_has_one_table_and_the_plan_says_what_becomes_of_it(tmp_path):
