@@ -1,5 +1,5 @@
-"""mergekit-tokensurgeon 0.1.5 and `tokenizer: {transplant: …}` on the same models: the same rows for every token, in
-float32 to 1e-4 of the largest (its sums are of float32 all the way, ours of least squares in float64).
+"""mergekit-tokensurgeon 0.1.5 and `tokenizer: {transplant: …}` on the same models: the same rows for every token, to
+1e-4 of the largest (its least squares are of float32, ours of float64).
 
 Off by default, as `test_tokenizers.py`. Named differences, which the models here do not have: a token beyond the donor's
 embedding, or an id without a token, is zeros there and the mean row here; spellings are matched by bytes here.
