@@ -3,7 +3,7 @@
     python benchmarks/tokenizer_transplant.py MODEL WORK
 
 MODEL is a causal language model with its tokenizer. The other tokenizer is made here, as no second language model
-comes without a hub: byte-level BPE of 16,384 tokens, trained on docstrings of installed packages and their METADATA. Its
+comes without a hub: byte-level BPE of 16,384 tokens, trained on docstrings and METADATA of installed packages. Its
 donor is no language model either, but an embedding: the co-occurrence of its tokens within 5 places (positive pointwise
 mutual information), cut to 128 dimensions by a randomised SVD. The text that is measured is the METADATA of `HELD_OUT`,
 which is not trained on. Needs scipy.

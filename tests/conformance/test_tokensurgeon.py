@@ -1,7 +1,7 @@
 """mergekit-tokensurgeon 0.1.5 and `tokenizer: {transplant: …}` on the same models: the same rows for every token, to
 1e-4 of the largest (its least squares are of float32, ours of float64).
 
-Off by default, as `test_tokenizers.py`. Named differences, which the models here do not have: a token beyond the donor's
+Off by default, as `test_tokenizers.py`. Named differences that the models here do not have: a token beyond the donor's
 embedding, or an id without a token, is zeros there and the mean row here; spellings are matched by bytes here.
 """
 
