@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from deltamerge.io.lazy import torch
 
 CANDIDATES = 8  # of a step, whose scores are computed again in float32
-SCREENED = 1 << 24  # elements of the atoms from which on scores are first computed in bfloat16
+SCREENED = 1 << 22  # elements of the atoms from which on scores are first computed in bfloat16
 HELD = 1 << 25  # float32 elements of the bases of one block of targets
 SPARE = 8  # nearest atoms, beyond k, whose distances are computed again in float64
 DEPENDENT = 1e-4  # of an atom: less of it outside the chosen ones' span adds nothing but rounding
