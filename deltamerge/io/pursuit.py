@@ -125,7 +125,8 @@ def nearest(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
     """
     targets = targets.float()
     # |x − a|² without |x|², which is the same for all atoms
-    sums = (atoms.exact.float().square().sum(1) - 2 * (targets @ atoms.exact.float().T)) if len(targets) else None
+    plain = atoms.screened.float()
+    sums = (plain.square().sum(1) - 2 * (targets @ plain.T)) if len(targets) else None
     chosen = np.zeros((len(targets), k), np.int32)
     weights = np.zeros((len(targets), k), np.float32)
     if sums is None:

@@ -57,7 +57,8 @@ class Sums:
         return places, weights
 
     def _blocks(self, read: Read) -> Blocks:
-        atoms = Atoms.of(self._values(read, self.common))
+        # distances are differences, which bfloat16 would not tell apart
+        atoms = Atoms.of(self._values(read, self.common), screen=False if self.method == "common" else None)
 
         def compute(block: int) -> Any:
             rows = self.others[block * self.block : (block + 1) * self.block]
