@@ -150,6 +150,9 @@ def _tokenizer(found: Mapping[str, Any], width: int) -> Iterator[str]:
         lacking = [f"{count} from {sources[source]}" for source, count in vocabulary["lacking"].items() if count]
         if lacking:
             yield from _line("", f"tokens that a model lacks: {', '.join(lacking)}", width)
+        moved = vocabulary.get("transplant")
+        if moved:
+            yield from _line("", _transplant(moved), width)
         for note in vocabulary["notes"]:
             yield from _line("", note, width)
     if found["chat_template"]:
@@ -166,6 +169,17 @@ def _mixture(mixture: Mapping[str, Any]) -> str:
         f"{mixture['architecture']}: {experts}{f', {shared} shared' * bool(shared)}; {mixture['routers']} routers, "
         f"{mixture['gate_mode']}{prompts}; {sizes[0]} parameters, {sizes[1]} active a token"
     )
+
+
+def _transplant(moved: Mapping[str, Any]) -> str:
+    """Which rows a transplanted tokenizer's tokens get."""
+    ways = {
+        "omp": f"sums of {moved['k']} rows by matching pursuit over {moved['common']} common tokens",
+        "common": f"sums of the {moved['k']} nearest of {moved['common']} common tokens",
+        "mean": "the mean row",
+    }
+    mean = f"; {moved['mean']} the mean row" * bool(moved["mean"])
+    return f"{moved['kept']} tokens keep their rows; {moved['made']} get {ways[moved['method']]}{mean}"
 
 
 def _stage(stage: Mapping[str, Any]) -> str:

@@ -30,6 +30,7 @@ from deltamerge.io.gguf.parts import parts_of
 from deltamerge.io.quantised.detect import Scheme
 from deltamerge.io.safetensors_file import Header
 from deltamerge.io.tensor import TensorInfo as TensorInfo
+from deltamerge.io.token_text import TEXT, Spelling
 from deltamerge.io.weight_files import (
     ALLOW,
     MISTRAL,
@@ -51,12 +52,14 @@ class Tokens:
     """A tokenizer's vocabulary.
 
     `ids` maps tokens to ids, in the order of ids; `added` has the tokens that are matched before the model sees the
-    text, as tokenizer.json lists them (without the id); `plain` is the number of the model's own tokens.
+    text, as tokenizer.json lists them (without the id); `plain` is the number of the model's own tokens; `spelling` is
+    how those are spelled.
     """
 
     ids: dict[str, int]
     added: dict[str, dict[str, Any]]
     plain: int
+    spelling: Spelling = TEXT
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ class Gathered:
         for column, source in zip(picks.T, self.sources, strict=True):
             at = np.flatnonzero(column >= 0)
             if at.size:
-                values = _stored(read, source, column[at], self.width)
+                values = stored_rows(read, source, column[at], self.width)
                 values = (
                     values if source.dtype == self.dtype else widen(values.view(bits_type(source.dtype)), source.dtype)
                 )
@@ -110,7 +110,7 @@ def cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
     )
 
 
-def _stored(read: Read, source: TensorInfo, rows: NDArray[np.int32], width: int) -> NDArray[Any]:
+def stored_rows(read: Read, source: TensorInfo, rows: NDArray[np.int32], width: int) -> NDArray[Any]:
     """Rows of a stored tensor, in the given order."""
     out: NDArray[Any] = np.empty((len(rows), width), NUMPY[source.dtype])
     ends = np.append(np.flatnonzero(np.diff(rows) != 1) + 1, len(rows))

@@ -13,11 +13,15 @@ from deltamerge.io.config_file import kind
 from deltamerge.io.files import refuse_link
 from deltamerge.io.hub import fetch
 from deltamerge.io.strict_json import read_json
+from deltamerge.io.token_text import spelling_of
 
 TOKENIZER, CONFIG, JINJA = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
 PROCESSOR = "chat_template.json"
 SLOW = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.txt", "vocab.json", "tiktoken.model")
-OTHERS = ("special_tokens_map.json", "added_tokens.json", "merges.txt", *SLOW)
+MAP, GENERATION = "special_tokens_map.json", "generation_config.json"
+OTHERS = (MAP, "added_tokens.json", "merges.txt", *SLOW)
+# Purposes of tokens, the first of which takes a token that has several.
+ROLES = ("eos_token", "bos_token", "unk_token", "sep_token", "cls_token", "mask_token", "pad_token")
 MATCHING = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 Entry = dict[str, Any]
@@ -62,7 +66,34 @@ def read_tokens(checkpoint: Checkpoint) -> Tokens | None:
         ordered = dict(sorted(ids.items(), key=lambda item: item[1]))
         if len(set(ordered.values())) < len(ordered):
             raise InputError(f"{TOKENIZER}: two tokens have one id")
-        return Tokens(ordered, {token: {**_strict(entry), "content": token} for token, entry in added.items()}, plain)
+        added = {token: {**_strict(entry), "content": token} for token, entry in added.items()}
+        return Tokens(ordered, added, plain, spelling_of(whole))
+
+
+def read_roles(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tokens of a purpose that tokenizer_config.json or, without it, special_tokens_map.json names: "eos_token" ->
+    the token."""
+    folder = fetched(checkpoint)
+    if checkpoint.hub_id is not None:
+        fetch(checkpoint, TOKENIZER, MAP)
+    found: dict[str, str] = {}
+    with errors.context(checkpoint.reference):
+        listed = read_json(folder / MAP) if (folder / MAP).is_file() else {}
+        for config in (listed, tokenizer_config(folder)):
+            for role in ROLES:
+                value = config.get(role)
+                text = value.get("content") if isinstance(value, dict) else value
+                found |= {role: text} if isinstance(text, str) and text else {}
+    return found
+
+
+def read_generation(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The model's generation_config.json; empty if there is none."""
+    folder = fetched(checkpoint)
+    if checkpoint.hub_id is not None:
+        fetch(checkpoint, TOKENIZER, GENERATION)
+    with errors.context(checkpoint.reference):
+        return read_json(folder / GENERATION) if (folder / GENERATION).is_file() else {}
 
 
 def _plain(whole: dict[str, Any]) -> dict[str, int]:

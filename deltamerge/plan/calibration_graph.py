@@ -17,6 +17,7 @@ from deltamerge.errors import InputError
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.patterns import finds
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.io.transplanted import Transplanted
 from deltamerge.methods.table import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
 from deltamerge.plan.folders import refuse_unrunnable
@@ -187,7 +188,10 @@ def _spec(
 def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
     """InputError: a tensor has other rows than its file, and a stage runs the fine-tune with its own vocabulary."""
     for tuned in tensors:
-        if any(info is not None and isinstance(info.made, Gathered) for info in (tuned.tensor, tuned.merge.base)):
+        if any(
+            info is not None and isinstance(info.made, Gathered | Transplanted)
+            for info in (tuned.tensor, tuned.merge.base)
+        ):
             message = f"{tuned.name}: cannot be pruned with calibration while its vocabulary changes"
             raise InputError(message, hint=hint)
         if tuned.model.regroups(tuned.tensor):

@@ -13,12 +13,14 @@ from deltamerge.chain.models import Models
 from deltamerge.delta.file import DeltaFile
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, by_component
+from deltamerge.io.component import PIPELINE
 from deltamerge.io.experts import Joined, Turned
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.folders import refuse_apart, refuse_partial, refuse_vocabulary
 from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_names
+from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.schema import Recipe, model_name
@@ -93,6 +95,7 @@ class Inputs:
     origin       the model that a written delta artifact is a change of, whether it is merged or not
     deltas       the open delta artifacts among the models, by reference
     notes        how the models' names were matched, where they differ
+    donor        the model whose tokenizer the output is put on, with its embeddings alone; it is `vocabulary`, too
     """
 
     groups: tuple[Group, ...]
@@ -103,6 +106,7 @@ class Inputs:
     origin: Input | None = None
     deltas: Mapping[str, DeltaFile] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    donor: Input | None = None
 
     @property
     def base(self) -> Input | None:
@@ -129,6 +133,7 @@ class Inputs:
     def checkpoints(self) -> tuple[Checkpoint, ...]:
         """Every checkpoint that is read, once: the models, and the bases of delta artifacts."""
         models = self.all if self.origin is None else (self.origin, *self.all)
+        models = models if self.donor is None else (*models, self.donor)
         found = [c for m in models for c in (m.checkpoint.base, m.checkpoint) if c is not None]
         return tuple({checkpoint.reference: checkpoint for checkpoint in found}.values())
 
@@ -195,11 +200,15 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     notes += tuple(f"{model.name}: {note}" for model in matched if (note := _regrouping(model)))
     base, tunes, groups = _grouped(recipe, bases, matched, apart)
     template = next(m for m in matched if (m.name, m.index) == (template.name, template.index))
-    vocabulary = _vocabulary(recipe, base, tunes, checkpoint)
+    donor = None
+    if recipe.transplant is not None:
+        donor = donor_of(recipe.transplant, input_named(recipe.transplant, recipe, base, tunes), merged)
+    vocabulary = donor or _vocabulary(recipe, base, tunes, checkpoint)
     origin = base if recipe.output.kind == "delta" else None
     refuse_vocabulary(recipe, template.name, template.checkpoint)
     refuse_partial(recipe, template.name, template.checkpoint)
-    return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin, deltas, tuple(dict.fromkeys(notes)))
+    notes = tuple(dict.fromkeys(notes))
+    return Inputs(tuple(groups), template, vocabulary, stand_ins, untied, origin, deltas, notes, donor)
 
 
 def _grouped(
@@ -326,6 +335,25 @@ def _vocabulary(
         return base or tunes[0]
     found = input_named(wanted, recipe, base, tunes)
     return found or Input(wanted, None, checkpoint(wanted, "tokenizer_source"), {}, {})
+
+
+def donor_of(reference: str, among: Input | None, merged: Callable[[str, str], Checkpoint]) -> Input:
+    """The model whose tokenizer the output is put on, with nothing but its tensors that have a row per token."""
+    found = merged(reference, "tokenizer.transplant") if among is None else among.checkpoint
+    if found.config_file == PIPELINE:
+        raise InputError(
+            "is a pipeline, and has no tokenizer of its own", where=reference, hint="name a language model"
+        )
+    rows = config_rows(found.config)
+    tensors = {
+        name: info
+        for name, info in found.tensors.items()
+        if len(info.shape) == 2 and rows is not None and has_vocabulary_rows(name, info.shape, rows, found.config)
+    }
+    plain = all(info.made is None for info in tensors.values())
+    read = {info.path for info in tensors.values()}
+    files = tuple(path for path in found.files if path in read) if plain else found.files
+    return Input(reference, None, replace(found, tensors=tensors, files=files), tensors, {n: n for n in tensors})
 
 
 def _template(groups: Sequence[Group], tunes: tuple[Input, ...]) -> Input:

@@ -39,7 +39,9 @@ from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_b
 from deltamerge.plan.moe import Mixture, MixtureOutputs
 from deltamerge.plan.outputs import Outputs, OutputTensor
 from deltamerge.plan.stack import Stack
+from deltamerge.plan.transplant import make_transplant
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
+from deltamerge.plan.vocabulary_config import edit_config
 from deltamerge.recipe import checks
 from deltamerge.recipe.schema import Recipe
 
@@ -176,7 +178,9 @@ class Plan:
     @property
     def operations(self) -> float:
         """Floating-point operations on whole matrices, about."""
-        return sum(self.costs[piece.built.root].operations for output in self.outputs for piece in output.pieces)
+        vocabulary = 0.0 if self.vocabulary is None else self.vocabulary.operations
+        roots = (piece.built.root for output in self.outputs for piece in output.pieces)
+        return vocabulary + sum(self.costs[root].operations for root in roots)
 
     def describe(self) -> dict[str, Any]:
         """The plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
@@ -250,8 +254,11 @@ def _plan(
         refuse_adapter(inputs.template.name, inputs.template.checkpoint)
     own = own_weights(recipe, inputs)
     inputs = own or inputs
-    vocabulary = make_vocabulary(recipe, inputs)
+    made = make_vocabulary if recipe.transplant is None else make_transplant
+    vocabulary = made(recipe, inputs)
     device, workers, memory = options.device, options.workers, options.memory
+    if recipe.transplant is not None and vocabulary is not None:
+        edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)  # refuses what it cannot follow
     found: Outputs | MixtureOutputs
     if recipe.is_moe:
         found = MixtureOutputs(recipe, inputs, device, folder, memory)
@@ -279,7 +286,7 @@ def _plan(
     held += kept_bytes(info for model in inputs.all for info in model.tensors.values())
     roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
     costs = {root: cost(root) for root in roots}
-    held += held_coded(outputs, workers)
+    held += held_coded(outputs, workers) + (vocabulary.held(workers) if vocabulary is not None else 0)
     tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
     builder, stages = found.builder, found.builder.deltas.stages
     sources = _sources(stages, inputs)

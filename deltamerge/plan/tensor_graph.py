@@ -20,6 +20,7 @@ from deltamerge.io.computed import LowRank, update_of
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.io.transplanted import Transplanted
 from deltamerge.methods.merge.arithmetic import divisor_of
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune import nodes
@@ -255,7 +256,11 @@ class Builder:
 
     def cast(self, node: Node, dtype: str) -> Node:
         """A node's values in the output dtype."""
-        if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor").made, Gathered):
+        if (
+            node.kind == "read"
+            and node.dtype == dtype
+            and not isinstance(node.parameter("tensor").made, Gathered | Transplanted)
+        ):
             return node
         return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)
 

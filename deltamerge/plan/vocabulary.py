@@ -82,7 +82,9 @@ class Vocabulary:
         added = {token: entry for token, entry in self.first.added.items() if token in self.ids}
         for entry in self.entries:
             added[str(entry["content"])] = {key: value for key, value in entry.items() if key != "id"}
-        return Tokens(dict(sorted(self.ids.items(), key=lambda item: item[1])), added, self.first.plain)
+        return Tokens(
+            dict(sorted(self.ids.items(), key=lambda item: item[1])), added, self.first.plain, self.first.spelling
+        )
 
     @property
     def memory(self) -> int:
@@ -93,6 +95,15 @@ class Vocabulary:
     def total(self) -> int:
         """Rows of the output's embedding."""
         return self.size + self.padding
+
+    def held(self, workers: int) -> int:
+        """Bytes that making the rows holds, beyond what reading them does."""
+        return 0
+
+    @property
+    def operations(self) -> float:
+        """Floating-point operations that making the rows takes, about, where they are many."""
+        return 0.0
 
     def holds(self, name: str, present: Sequence[tuple[Input, TensorInfo]]) -> bool:
         """Whether a tensor has a row per token in every model that has it."""

@@ -6,25 +6,78 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+from deltamerge.errors import InputError
+from deltamerge.io.tokenizer_files import ROLES
 from deltamerge.plan.inputs import Input
+from deltamerge.plan.transplant import Transplant
 from deltamerge.plan.vocabulary import Vocabulary
 from deltamerge.plan.vocabulary_rows import sizes
 
 ID_KEYS = ("_token_id", "_token_ids", "_token_index", "suppress_tokens")
 
 
-def edit_config(config: Mapping[str, Any], vocabulary: Vocabulary, template: Input) -> dict[str, Any]:
-    """A config of `template` under the output's vocabulary; equal to the given one if nothing moved.
+def edit_config(
+    config: Mapping[str, Any], vocabulary: Vocabulary, template: Input, *, generation: bool = False
+) -> dict[str, Any]:
+    """A config, or generation config, of `template` under the output's vocabulary; as it was if nothing moved.
 
     An id follows its token. For a token that the output lacks, the id is that of the vocabulary's own model, or null.
     """
     result = copy.deepcopy(dict(config))
     for holder, key in sizes(result):
         holder[key] = vocabulary.total
+    if isinstance(vocabulary, Transplant):
+        return transplanted(result, vocabulary, generation=generation)
     if template.checkpoint.reference != vocabulary.start.checkpoint.reference:
         names = {i: token for token, i in vocabulary.template_ids.items()}
         _move(result, names, vocabulary, vocabulary.start.checkpoint.config)
     return result
+
+
+def transplanted(config: dict[str, Any], vocabulary: Transplant, *, generation: bool) -> dict[str, Any]:
+    """A config whose ids are the donor's: of purposes as the donor's own config, then its tokenizer, has them; other
+    ids follow their tokens.
+
+    InputError: one of a token that the donor lacks.
+    """
+    theirs = dict(vocabulary.start.checkpoint.config) | (dict(vocabulary.generation) if generation else {})
+    for role in ROLES:
+        key, token = f"{role}_id", vocabulary.roles.get(role)
+        own = None if token is None else vocabulary.ids.get(token)
+        if key in config or theirs.get(key) is not None or (own is not None and role in ("eos_token", "bos_token")):
+            config[key] = theirs[key] if theirs.get(key) is not None else own
+    _follow(config, vocabulary, theirs)
+    return config
+
+
+def _follow(config: dict[str, Any], vocabulary: Transplant, theirs: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _follow_inner(value, vocabulary, theirs)
+        elif key.removesuffix("_id") in ROLES or not key.endswith(ID_KEYS):
+            continue
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            config[key] = _found(key, value, vocabulary)
+        elif isinstance(value, list) and all(isinstance(item, int) for item in value):
+            config[key] = [vocabulary.shared[item] for item in value if item in vocabulary.shared]
+
+
+def _follow_inner(config: dict[str, Any], vocabulary: Transplant, theirs: Mapping[str, Any]) -> None:
+    for role in ROLES:
+        key, token = f"{role}_id", vocabulary.roles.get(role)
+        if config.get(key) is not None:
+            config[key] = theirs.get(key, None if token is None else vocabulary.ids.get(token))
+    _follow(config, vocabulary, theirs)
+
+
+def _found(key: str, value: int, vocabulary: Transplant) -> int | None:
+    if value in vocabulary.shared:
+        return vocabulary.shared[value]
+    names = {i: token for token, i in vocabulary.union.ids.items()}
+    if value not in names:
+        return None
+    message = f"{key} is of {names[value]!r}, a token that {vocabulary.start.name} lacks"
+    raise InputError(message, hint="add it to that tokenizer, with a row of its model's embedding")
 
 
 def _move(config: dict[str, Any], names: Mapping[int, str], vocabulary: Vocabulary, other: Mapping[str, Any]) -> None:

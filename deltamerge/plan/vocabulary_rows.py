@@ -26,6 +26,17 @@ def config_rows(config: Mapping[str, Any]) -> int | None:
     return next((holder[key] for holder, key in sizes(config)), None)
 
 
+def vocabularies(config: Mapping[str, Any], inside: str = "") -> dict[str, int]:
+    """Every size of a vocabulary that a config states, by its key: vocab_size, vocab_size_per_layer_input, …"""
+    found: dict[str, int] = {}
+    for key, value in config.items():
+        if isinstance(value, dict):
+            found |= vocabularies(value, f"{inside}{key}.")
+        elif "vocab_size" in key and key != "type_vocab_size" and isinstance(value, int) and value > 0:
+            found[f"{inside}{key}"] = value
+    return found
+
+
 def has_vocabulary_rows(name: str, shape: tuple[int, ...], rows: int, config: Mapping[str, Any]) -> bool:
     """Whether a tensor has a row per token.
 

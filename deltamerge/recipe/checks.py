@@ -203,6 +203,15 @@ def _template(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem(loc, "base needs base_model")
     if is_given(recipe, "tokenizer") and is_given(recipe, "tokenizer_source"):
         yield recipe.problem(("tokenizer_source",), "cannot stand beside tokenizer", "keep one of the two", key=True)
+    beside, alone = ("source", "tokens"), ("method", "k")
+    for key in alone if recipe.transplant is None else beside:
+        if is_given(recipe, "tokenizer", key):
+            message = "is for transplant" if key in alone else "cannot stand beside transplant"
+            hint = "transplant: MODEL" if key in alone else "its tokens are those of that model's tokenizer"
+            yield recipe.problem(("tokenizer", key), message, hint, key=True)
+    if recipe.transplant is not None and recipe.output.kind != "model":
+        message = f"a {recipe.output.kind} has the vocabulary of its base"
+        yield recipe.problem(("tokenizer", "transplant"), message, "output: {kind: model}", key=True)
 
 
 def _tokens(recipe: Recipe) -> Iterator[Problem]:

@@ -25,7 +25,8 @@ def references(recipe: Recipe) -> frozenset[str]:
     sources = (getattr(token.source, "model", token.source) for token in tokens)
     bases = (recipe.base_model, *(part.base for part in recipe.parts))
     models = (model.model for model in recipe.models)
-    return frozenset(x for x in (*bases, *models, recipe.tokenizer_of, *sources) if isinstance(x, str))
+    tokenizers = (recipe.tokenizer_of, recipe.transplant)
+    return frozenset(x for x in (*bases, *models, *tokenizers, *sources) if isinstance(x, str))
 
 
 def problems(recipes: Sequence[Recipe]) -> Iterator[Problem]:

@@ -144,6 +144,16 @@ class Tokenizer(Keys):
 
     source: Text = Field("union", description="Whose tokens the output has: base, union, or a model.")
     tokens: dict[str, Token] = Field({}, description="Where single tokens' rows come from; new tokens are appended.")
+    transplant: Reference | None = Field(
+        None, description="Instead of a source: the model whose tokenizer the output is put on, by what tokens say."
+    )
+    method: Literal["omp", "common", "mean"] = Field(
+        "omp",
+        description="transplant: what the row of a token is that the models lack: a sum of rows of tokens that both "
+        "have, found by orthogonal matching pursuit among the rows of that model (omp) or by its nearest (common), "
+        "or the mean row.",
+    )
+    k: Positive = Field(64, le=4096, description="transplant: rows of a sum.")
     pad_to_multiple_of: Positive | None = Field(
         None, description="Rows of the mean row are added until the number of rows is a multiple of this."
     )
@@ -322,6 +332,11 @@ class Recipe(Keys):
     def tokenizer_of(self) -> str | None:
         """Whose tokenizer the output has: base, union, a model, or None where the recipe leaves it to the template."""
         return self.tokenizer_source if self.tokenizer is None else self.tokenizer.source
+
+    @property
+    def transplant(self) -> str | None:
+        """The model whose tokenizer the output is put on, whatever tokens the models have."""
+        return None if self.tokenizer is None else self.tokenizer.transplant
 
     def problem(self, loc: Loc, message: str, hint: str | None = None, *, key: bool = False) -> Problem:
         """A fault found later at the value (or the `key`) of the recipe that `loc` names."""

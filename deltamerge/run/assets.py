@@ -177,7 +177,7 @@ def assets(plan: Plan) -> Files:
             files[component.at(CONFIG)] = as_json(own, ascii=True)
     if plan.vocabulary is not None and GENERATION in files:
         stated = content_of(files, GENERATION)
-        edited = edit_config(stated, plan.vocabulary, plan.inputs.template)
+        edited = edit_config(stated, plan.vocabulary, plan.inputs.template, generation=True)
         if edited != stated:
             files[GENERATION] = as_json(edited, ascii=True)
     edit_tokenizer(files, plan.vocabulary, plan.chat_template)

@@ -30,7 +30,7 @@ from deltamerge.io.seals import hash_bytes as hash_bytes
 from deltamerge.io.seals import hash_output as hash_output
 from deltamerge.io.seals import seal
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.io.tokenizer_files import CONFIG, JINJA, TOKENIZER
+from deltamerge.io.tokenizer_files import CONFIG, GENERATION, JINJA, MAP, TOKENIZER
 from deltamerge.plan.planner import Plan
 
 DATA = "calibration data"
@@ -129,6 +129,7 @@ def tokenizer_files(plan: Plan, model: Checkpoint) -> list[Path]:
     """The files of a model that the output's vocabulary and chat template depend on; of a mixture its routers."""
     tokenizes = plan.mixture is not None and model.reference == plan.inputs.template.checkpoint.reference
     wanted = [TOKENIZER, CONFIG] * (plan.vocabulary is not None or tokenizes)
+    wanted += [MAP, GENERATION] * (plan.recipe.transplant is not None)
     wanted += [CONFIG, JINJA] * (plan.recipe.chat_template is not None)
     return [path for name in dict.fromkeys(wanted) if (path := model.path / name).is_file()]
 

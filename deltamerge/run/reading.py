@@ -88,7 +88,9 @@ def _files_read(planned: Plan, part: Part | None, copied: Iterable[Path]) -> lis
     if part is not None and not planned.stages:
         nodes = [node for task in part.of(planned).tasks for node in depth_first(task.root) if node.kind == "read"]
         read = {node.parameter("tensor").path for node in nodes}
-        plain = [c for c in planned.inputs.checkpoints if c.adapter is None and c.base is None]
+        donor = planned.inputs.donor  # of which every part may read rows
+        models = [c for c in planned.inputs.checkpoints if donor is None or c is not donor.checkpoint]
+        plain = [c for c in models if c.adapter is None and c.base is None]
         wanted -= {path for c in plain for path in c.files if path not in read}
     return sorted(wanted)
 

@@ -1,0 +1,85 @@
+"""The command that writes a model in another form: convert."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from deltamerge.cli import streams
+from deltamerge.cli.options import AS_JSON, DEVICE, FILE, FOLDER, FORCE, MEMORY, NONFINITE, QUIET, RESUME, WORKERS, some
+from deltamerge.cli.output import Warnings, report_run, say, say_json, tell
+from deltamerge.cli.plan_view import render_plan
+
+if TYPE_CHECKING:
+    from deltamerge.plan.planner import Plan
+
+
+@click.command()
+@click.argument("model", type=FILE)
+@click.argument("out", type=FOLDER)
+@click.option("--dtype", metavar="NAME", shell_complete=some("bfloat16", "float16", "float32"), help="Of all weights.")
+@click.option("--shard-size", metavar="SIZE", help="Largest file of weights, such as 2GB; default: 5GB.")
+@click.option(
+    "--quantization", type=click.Choice(["none", "keep", "fp8", "int8", "int4"]),
+    help="Form of linear layers' weights: plain (the default), as they are, or of a scheme.",
+)  # fmt: skip
+@click.option("--gguf", type=click.Choice(["q8_0", "f16", "bf16"]), help="Write a GGUF file beside the checkpoint.")
+@click.option("--dry-run", is_flag=True, help="Show the plan, with what it takes; write nothing.")
+@DEVICE
+@WORKERS
+@MEMORY
+@RESUME
+@FORCE
+@NONFINITE
+@AS_JSON
+@QUIET
+def convert(
+    model: str,
+    out: Path,
+    dtype: str | None,
+    shard_size: str | None,
+    quantization: str | None,
+    gguf: str | None,
+    dry_run: bool,
+    resume: bool,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
+    **options: Any,
+) -> None:
+    """Write MODEL in another form into OUT: a folder, a weight file, a hub id; safetensors, torch's files, GGUF.
+
+    Dtype, size of files, quantised or plain, all that a merge reads and writes, without a merge. Of torch's own files
+    nothing is run. A weight whose form stays keeps its bytes.
+
+    \b
+    deltamerge convert ./old ./new                        # pytorch_model.bin to safetensors
+    deltamerge convert ./model ./small --dtype bfloat16 --shard-size 2GB
+    deltamerge convert model.gguf ./plain                 # --gguf q8_0: the other way
+    """
+    from deltamerge.run.convert import convert as convert_model
+    from deltamerge.run.convert import plan_of, recipe_of
+    from deltamerge.run.options import Options
+    from deltamerge.run.weights import describe_nonfinite
+
+    begun, warnings = time.monotonic(), Warnings()
+
+    def watch(plan: Plan) -> Callable[[int], None]:
+        warnings.say(plan)
+        return lambda _: None
+
+    file = recipe_of(model, dtype, shard_size=shard_size, quantization=quantization, gguf=gguf)
+    chosen = Options(watch=watch, force=force, resume=resume or None, **options)
+    if dry_run:
+        described = plan_of(file, out, chosen).describe()
+        say_json(described) if as_json else say(render_plan(described, width=streams.columns(), target=out))
+        return
+    result = convert_model(file, out, chosen)
+    warnings.say(result.plan)
+    if result.nonfinite:
+        tell(f"warning: {describe_nonfinite(result.nonfinite)}")
+    report_run(result, begun, as_json=as_json, quiet=quiet)
