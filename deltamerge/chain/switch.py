@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections import Counter, OrderedDict
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from blake3 import blake3
 
@@ -24,6 +24,7 @@ from deltamerge.io.files import flat
 from deltamerge.io.lazy import torch
 
 INT32 = 1 << 31
+T = TypeVar("T")
 _Stamp = tuple[int, int, int] | None
 
 
@@ -41,14 +42,11 @@ class Switch:
     """
 
     def __init__(self, base: Any, *, keep: int | None = None) -> None:
-        if keep is not None and keep < 1:
-            raise InputError(f"keep is {keep}: at least the delta that is on is kept")
         state = base.state_dict() if hasattr(base, "state_dict") else base
         if not isinstance(state, Mapping):
             raise InputError(f"Switch takes a module or a state dict, not {type(base).__name__}")
         self._state: dict[str, Any] = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
-        self._keep = keep
-        self._known: OrderedDict[str, tuple[_Stamp, tuple[_Write, ...]]] = OrderedDict()
+        self._known = Known(keep, self._prepare)
         self._hashes: dict[str, str] = {}
         self._undo: list[_Write] = []
         self.at: str | Path | Delta | None = None
@@ -66,7 +64,7 @@ class Switch:
         if delta is None:
             return
         with torch.no_grad():
-            writes = self._writes(delta)
+            writes = self._known.get(delta)
             try:
                 for write in writes:
                     self._undo.append(write.kept())
@@ -75,20 +73,6 @@ class Switch:
                 self._back()
                 raise
         self.at = delta
-
-    def _writes(self, delta: str | Path | Delta) -> tuple[_Write, ...]:
-        """What a delta writes into the base, known or read."""
-        path = delta.path if isinstance(delta, Delta) else (resolve(Path(delta)) or Path(delta)).resolve()
-        key, stamp = str(path), _stamp(path)
-        if (found := self._known.get(key)) is None or found[0] != stamp:
-            self._known.pop(key, None)
-            with errors.context(str(path if isinstance(delta, Delta) else delta)):
-                versions = delta.versions if isinstance(delta, Delta) else line(path)
-                self._known[key] = stamp, self._prepare(versions)
-        self._known.move_to_end(key)
-        while self._keep is not None and len(self._known) > self._keep:
-            self._known.popitem(last=False)
-        return self._known[key][1]
 
     def _back(self) -> None:
         """Restore the base, the last write first. It can be called again if it is interrupted."""
@@ -99,17 +83,43 @@ class Switch:
 
     def _prepare(self, versions: Sequence[Version]) -> tuple[_Write, ...]:
         """What a line of versions writes into the base. InputError: see `to`."""
-        delta = folded(versions)
-        if gone := self._state.keys() & {*delta.manifest.removed}:
-            raise _unfit(min(gone), "is dropped")
-        writes = (_write_of(change, self._state[change.key]) for change in changes_of(delta, self._state, self._hashes))
-        return tuple(writes)
+        changes = changes_of(folded(versions), self._state, self._hashes)
+        return tuple(_write_of(change, self._state[change.key]) for change in changes)
+
+
+class Known(Generic[T]):
+    """What is made of deltas, by folder: of each while it holds the same artifact, and of no more than `keep`."""
+
+    def __init__(self, keep: int | None, make: Callable[[Sequence[Version]], T]) -> None:
+        if keep is not None and keep < 1:
+            raise InputError(f"keep is {keep}: at least the delta that is on is kept")
+        self._keep, self._make = keep, make
+        self._made: OrderedDict[str, tuple[_Stamp, T]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def get(self, delta: str | Path | Delta) -> T:
+        """What is made of an artifact, a version of a chain, or a chain (its newest). InputError: one is damaged."""
+        path = delta.path if isinstance(delta, Delta) else (resolve(Path(delta)) or Path(delta)).resolve()
+        key, stamp = str(path), _stamp(path)
+        if (found := self._made.get(key)) is None or found[0] != stamp:
+            self._made.pop(key, None)
+            with errors.context(str(path if isinstance(delta, Delta) else delta)):
+                versions = delta.versions if isinstance(delta, Delta) else line(path)
+                self._made[key] = stamp, self._make(versions)
+        self._made.move_to_end(key)
+        while self._keep is not None and len(self._made) > self._keep:
+            self._made.popitem(last=False)
+        return self._made[key][1]
 
 
 def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMapping[str, str]) -> Iterator[Change]:
     """What a delta changes of a base's tensors, tensor by tensor; every tensor that it names is checked, and what it
     makes of it. `hashes` are those known of the base's tensors. InputError: it is damaged or of another base, or makes
     tensors of other names, dtypes or shapes."""
+    if gone := state.keys() & {*delta.manifest.removed}:
+        raise _unfit(min(gone), "is dropped")
     keys = {name: _key_of(entry, state) for name, entry in delta.entries.items()}
     uses = Counter(keys.values())
     for name, entry in delta.entries.items():
