@@ -32,7 +32,8 @@ class Switch:
     """A model that holds its base, switched between the fine-tunes whose deltas are named.
 
     base    a torch module, or a state dict of torch tensors on any device, which are written in place. While a delta is
-            on, nobody else may write to them: going back restores the base's values where the delta has changed them
+            on, nobody else may write to them: going back restores the base's values where the delta has changed them.
+            Tensors are found by their names in the base, else in the fine-tune, whose head may be there too
     keep    how many deltas' changes stay decoded in memory, those used last; None: all
     at      the delta that is on, as `to` was given it; None: the base
 
@@ -125,8 +126,11 @@ def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMappin
     for name, entry in delta.entries.items():
         key, record = keys[name], entry.record
         tensor, belongs = state.get(key), f"it belongs to {delta.manifest.base}"
-        _refuse_unfit(entry, key, tensor, belongs, moved=uses[key] > 1)
+        _refuse_unfit(entry, key, tensor, belongs, copied=uses[key] > 1)
         with errors.context(name):
+            if record.base is None:
+                yield change_of(entry, None, None, in_place=False)  # type: ignore[misc]  # of all of it
+                continue
             if not record.count and record.result == record.base:
                 if key not in hashes:
                     hashes[key] = digest(blake3(flat(bits_of(tensor))))
@@ -138,7 +142,6 @@ def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMappin
             except InputError as error:
                 error.hint = error.hint or belongs
                 raise
-        assert record.base is not None
         hashes[key] = record.base
         if change is not None:
             yield change
@@ -149,20 +152,25 @@ def _key_of(entry: Entry, state: Mapping[str, Any]) -> str:
     return old if old in state else entry.name
 
 
-def _refuse_unfit(entry: Entry, key: str, tensor: Any, belongs: str, *, moved: bool) -> None:
-    """InputError: a tensor is not of the base's dtype and shape, or the delta makes it another one."""
+def _refuse_unfit(entry: Entry, key: str, tensor: Any, belongs: str, *, copied: bool) -> None:
+    """InputError: a tensor is not of the base's dtype and shape, or the delta makes it another one, or several."""
     record = entry.record
-    if record.base is None:
-        raise _unfit(entry.name, "is new")
-    wanted = (entry.base_dtype, tuple(record.base_shape or record.shape))
+    becomes = (record.dtype, tuple(record.shape))
+    wanted = becomes if record.base is None else (entry.base_dtype, tuple(record.base_shape or record.shape))
     found = None if tensor is None else (code_of(tensor.dtype), tuple(tensor.shape))
+    if record.base is None and found != wanted:
+        raise _unfit(entry.name, f"is new, {_said(wanted)}")
     if found != wanted:
-        said = "is not there" if found is None else f"is {found[0] or tensor.dtype} {list(found[1])}"
-        raise InputError(f"{key} {said}, the delta was made from {wanted[0]} {list(wanted[1])}", hint=belongs)
-    if (record.dtype, tuple(record.shape)) != wanted:
-        raise _unfit(entry.name, f"becomes {record.dtype} {list(record.shape)}")
-    if moved or (record.base_name is not None and record.base_name != entry.name):
-        raise _unfit(entry.name, "has another name")
+        said = "is not there" if found is None else f"is {_said(found)}"
+        raise InputError(f"{key} {said}, the delta was made from {_said(wanted)}", hint=belongs)
+    if becomes != wanted:
+        raise _unfit(entry.name, f"becomes {_said(becomes)}")
+    if copied:
+        raise _unfit(entry.name, f"comes from {key} as others do")
+
+
+def _said(kind: tuple[str | None, tuple[int, ...]]) -> str:
+    return f"{kind[0] or 'of another dtype'} {list(kind[1])}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL... [BASE]")
 @click.option("--base", type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id; or as BASE.")
-@click.option("--out", type=FOLDER, help="Folder to make; default: NAME-delta, or NAME-lora, here. Of several: the store, each in it.")
+@click.option(
+    "--out",
+    type=FOLDER,
+    help="Folder to make; default: NAME-delta, or NAME-lora, here. Of several: the store, each in it.",
+)
 @click.option(
     "--after", type=MODEL, metavar="VERSION",
     help="The version of a chain that OUT, beside it, comes after; the base is what it makes, or the chain's base.",

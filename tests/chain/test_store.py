@@ -67,7 +67,9 @@ def test_a_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             assert Path("again/tokenizer.json").read_bytes() == Path(name, "tokenizer.json").read_bytes()
             assert call("verify", delta)[0] == 0
     shutil.rmtree("store/one")
-    succeed("extract", "two", "--base", "base", "--out", "store/two", "--force", *QUICK)  # replaced, not written through
+    succeed(
+        "extract", "two", "--base", "base", "--out", "store/two", "--force", *QUICK
+    )  # replaced, not written through
     assert Path("store/late/tokenizer.json").read_text() == VOCABULARY
 
 

@@ -172,13 +172,33 @@ def test_any_failure_leaves_the_base(made: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_tensor_that_would_be_another_object_is_refused(tmp_path: Path) -> None:
     base = {"a": torch.ones(3, 4), "b": torch.ones(2)}
     make_checkpoint(tmp_path / "base", base)
-    others = {"cast": {"a": base["a"].half(), "b": base["b"]}, "new": base | {"c": torch.ones(2)}, "less": {"a": base["a"]}}
+    others = {"cast": base | {"a": base["a"].half()}, "new": base | {"c": torch.ones(2)}, "less": {"a": base["a"]}}
     for name, state in others.items():
         make_checkpoint(tmp_path / name, state)
         extract(tmp_path / name, tmp_path / "base", "--out", tmp_path / f"{name}-delta")
         with pytest.raises(InputError, match=r"a becomes F16|c is new|b is dropped") as refusal:
             dm.Switch(base).to(tmp_path / f"{name}-delta")
         assert "apply_" in (refusal.value.hint or "")
+
+
+def test_a_renamed_fine_tune_with_a_head(tmp_path: Path) -> None:
+    base = {"a": torch.randn(9, 4), "b": torch.randn(6)}
+    head = torch.randn(2, 4)
+    make_checkpoint(tmp_path / "base", base)
+    make_checkpoint(tmp_path / "tuned", {"bert.a": base["a"] + 1, "bert.b": base["b"], "classifier.weight": head})
+    extract(tmp_path / "tuned", tmp_path / "base", "--out", tmp_path / "delta")
+    with pytest.raises(InputError, match=r"classifier.weight is new, F32 \[2, 4\]"):
+        dm.Switch(base).to(tmp_path / "delta")
+    blank = torch.zeros(2, 4)
+    for prefix in ("", "bert."):
+        state = {prefix + name: tensor.clone() for name, tensor in base.items()} | {"classifier.weight": blank.clone()}
+        switch = dm.Switch(state)
+        switch.to(tmp_path / "delta")
+        assert torch.equal(state[prefix + "a"], base["a"] + 1)
+        assert torch.equal(state["classifier.weight"], head)
+        switch.to(None)
+        assert torch.equal(state[prefix + "a"], base["a"])
+        assert torch.equal(state["classifier.weight"], blank)
 
 
 def test_a_delta_that_was_replaced_is_read_anew(made: Path, tmp_path: Path) -> None:
