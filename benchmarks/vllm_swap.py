@@ -4,11 +4,11 @@
     python benchmarks/vllm_swap.py BASE TUNED TUNED… [--rounds 2] [--folder .bench/vllm] [--in-place] [--json PATH]
 
 BASE is a small causal model's folder, TUNED fine-tunes of it. The server is vLLM's AsyncLLM on the CPU, its engine in a
-process of its own. What a full reload (vLLM's `reload_weights`, from a checkpoint's folder) answers to every prompt is the
-reference. Then, while clients ask on without pause, the server goes through all fine-tunes and the base by
+process of its own. What a full reload (vLLM's `reload_weights`, from a checkpoint's folder) answers to every prompt is
+the reference. Then, while clients ask on without pause, the server goes through all fine-tunes and the base by
 `update_weights({"delta": …})`: requests in flight end first, later ones wait. After every swap the prompts are asked
-again, amid the clients' requests, and every answer, the clients' too, must be the reference's, token by token. A delta of
-another base must be refused, and change nothing.
+again, amid the clients' requests, and every answer, the clients' too, must be the reference's, token by token. A delta
+of another base must be refused, and change nothing.
 
 --in-place turns vLLM's packing of weights on the CPU off (oneDNN), as on a GPU, and writes single positions.
 """
@@ -65,10 +65,10 @@ class Server:
         from vllm import SamplingParams
 
         how = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
-        final: Any = None
-        async for final in self.engine.generate(prompt, how, str(next(self.numbers))):
-            pass
-        return list(final.outputs[0].token_ids)
+        tokens: list[int] = []
+        async for output in self.engine.generate(prompt, how, str(next(self.numbers))):
+            tokens = list(output.outputs[0].token_ids)
+        return tokens
 
     async def answers(self) -> list[list[int]]:
         return [await self.answer(prompt) for prompt in PROMPTS]
@@ -143,7 +143,6 @@ async def measure(base: Path, models: list[Path], folder: Path, rounds: int, *, 
     await server.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init))
 
     now, wrong, asked, stop = "base", list[str](), 0, asyncio.Event()
-    swaps = 0
 
     async def client(number: int) -> None:
         nonlocal asked
@@ -169,7 +168,6 @@ async def measure(base: Path, models: list[Path], folder: Path, rounds: int, *, 
                 f"{before} -> {name}: {seconds:.2f} s, paused {pause:.2f} s, {len(wrong)} wrong of {asked} asked",
                 flush=True,
             )
-            swaps += 1
     try:
         await server.swap(foreign)
         wrong.append("a delta of another base was taken")

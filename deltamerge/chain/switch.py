@@ -38,8 +38,9 @@ class Switch:
     at      the delta that is on, as `to` was given it; None: the base
 
     The first `to` of a delta reads and decodes it, checks the base's tensors and its own by hash, and takes the time of
-    that; every other one, while its folder holds the same one, the time of writing what changes. Memory: of each delta kept, values and int32 positions (whole
-    tensors where more than an eighth changes); of the one that is on, the base's values too.
+    that; every other one, while its folder holds the same one, the time of writing what changes. Memory: of each delta
+    kept, values and int32 positions (whole tensors where more than an eighth changes); of the one that is on, the
+    base's values too.
     """
 
     def __init__(self, base: Any, *, keep: int | None = None) -> None:
@@ -56,7 +57,7 @@ class Switch:
         return f"<Switch at {'the base' if self.at is None else self.at}, {len(self._known)} deltas known>"
 
     def to(self, delta: str | Path | Delta | None) -> None:
-        """Make the model the one of `delta`: an artifact, a version of a chain, or a chain (its newest); None: the base.
+        """Make the model that of `delta`: an artifact, a version of a chain, or a chain (its newest); None: the base.
 
         InputError: the delta is missing, damaged or of another base, or makes tensors of other names, dtypes or shapes.
         Whatever fails, the model is its base afterwards.

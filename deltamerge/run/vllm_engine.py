@@ -1,11 +1,11 @@
-"""vLLM's weight-transfer engine "deltamerge": a served model becomes a fine-tune of its base, whose delta lies on a disk.
+"""vLLM's weight-transfer engine "deltamerge": a served model becomes a fine-tune of its base, by a delta on a disk.
 
     init_weight_transfer_engine({"base": "./base"})       the served model's own folder or hub id if it is not given
     start_weight_update(); update_weights({"delta": "deltas/math"}); finish_weight_update()
 
-`delta` is an artifact, a version of a chain, or a chain (its newest version); None: the base. Every worker reads it, and
-checks it and the base by hash before anything is written. vLLM does not undo a write that fails: the next update then
-writes every tensor.
+`delta` is an artifact, a version of a chain, or a chain (its newest version); None: the base. Every worker reads it,
+and checks it and the base by hash before anything is written. vLLM does not undo a write that fails: the next update
+then writes every tensor.
 
 Of a model that keeps its weights as they are loaded only the positions that change are written. Where vLLM has packed
 them (on the CPU, quantised, experts), the layers of the tensors that change are loaded anew, from the base's file.
@@ -97,8 +97,9 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
         for patch in self._served.patches(changes):
             where = torch.arange(math.prod(patch.shape)) if patch.indices is None else patch.indices
             if not patch.dtype.is_floating_point or bool(torch.isnan(patch.values).any()):
+                what = "NaN" if patch.dtype.is_floating_point else patch.dtype
                 raise InputError(
-                    f"{patch.name}: {'NaN' if patch.dtype.is_floating_point else patch.dtype} cannot be written in place",
+                    f"{patch.name}: {what} cannot be written in place",
                     hint='init_info {"in_place": False} loads layers anew',
                 )
             found.append(CheckpointWeightPatch(*patch[:4], where))
