@@ -42,10 +42,13 @@ def make(base: Path, tuned: list[Path], folder: Path, count: int) -> list[Path]:
                 changes = (w * (one[name].float() - old.float()) for w, one in zip(weights, states, strict=True))
                 state[name] = sum(changes, old.float()).to(old.dtype)
         out = folder / f"tuned-{number:03}"
+        found.append(out)
+        if (out / "model.safetensors").exists():  # of a run that was broken off
+            continue
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(tuned[main], out, ignore=shutil.ignore_patterns("model.safetensors"))
-        save_file(state, out / "model.safetensors", {"format": "pt"})
-        found.append(out)
+        save_file(state, out / "part", {"format": "pt"})
+        (out / "part").rename(out / "model.safetensors")
     return found
 
 
@@ -103,7 +106,7 @@ def main() -> None:
     models = make(base, tuned, folder / "models", given.count)
     checkpoints = sum(path.stat().st_size for model in models for path in model.iterdir())
     found: dict[str, Any] = {"count": given.count, "checkpoints": checkpoints}
-    for name, how in (("pruned", ("--density", given.density)), ("exact", ())):
+    for name, how in (("exact", ()), ("pruned", ("--density", given.density))):
         store = folder / name
         shutil.rmtree(store, ignore_errors=True)
         seconds = processor("extract", *models, "--base", base, "--out", store, *how, "--workers", 1, "-q")

@@ -10,7 +10,7 @@ the reference. Then, while clients ask on without pause, the server goes through
 again, amid the clients' requests, and every answer, the clients' too, must be the reference's, token by token. A delta
 of another base must be refused, and change nothing.
 
---in-place turns vLLM's packing of weights on the CPU off (oneDNN), as on a GPU, and writes single positions.
+--in-place has vLLM compute with unpacked weights on the CPU too, as on a GPU, and writes single positions.
 """
 
 from __future__ import annotations
@@ -48,14 +48,10 @@ class Server:
         from vllm import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"  # the engine's process has what is set here
-        if in_place:
-            import vllm._custom_ops as ops
-
-            ops._supports_onednn = False
         arguments = AsyncEngineArgs(
             model=str(base), max_model_len=256, max_num_seqs=CLIENTS + 1, enforce_eager=True, dtype="bfloat16",
             weight_transfer_config={"backend": "deltamerge"}, disable_log_stats=True, seed=0,
+            worker_extension_cls="vllm_unpacked.Unpacked" if in_place else "",
         )  # fmt: skip
         self.engine = AsyncLLM.from_engine_args(arguments)
         self.numbers = itertools.count()
@@ -120,9 +116,8 @@ def of_another_base(models: list[Path], folder: Path) -> Path:
         (folder / model.name).mkdir(parents=True)
         shutil.copy(model / "config.json", folder / model.name)
         with safe_open(model / "model.safetensors", "pt") as file:
-            save_file(
-                {"model.norm.weight": file.get_tensor("model.norm.weight")}, folder / model.name / "model.safetensors"
-            )
+            norm = {"model.norm.weight": file.get_tensor("model.norm.weight")}
+        save_file(norm, folder / model.name / "model.safetensors")
     return extracted(folder / models[0].name, [folder / models[1].name], folder / "store")[0]
 
 
