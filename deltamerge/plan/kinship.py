@@ -154,7 +154,8 @@ def _of_tensor(first: TensorInfo, other: TensorInfo, reader: Reader) -> tuple[fl
     count = min(RUN, size // PLACES)
     starts = [i * (size - count) // (PLACES - 1) for i in range(PLACES)]
     found = ([floats(reader, info, start, count) for start in starts] for info in (first, other))
-    x, y = (np.concatenate(parts).astype(np.float64) for parts in found)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        x, y = (np.concatenate(parts).astype(np.float64) for parts in found)
     if not (np.isfinite(x).all() and np.isfinite(y).all() and x.any() and y.any()):
         return None
     norm = float(np.linalg.norm(x))

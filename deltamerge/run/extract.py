@@ -12,6 +12,7 @@ import yaml
 from deltamerge.chain.folder import is_chain
 from deltamerge.chain.link import Link
 from deltamerge.chain.publish import one_writer
+from deltamerge.chain.version import NAME
 from deltamerge.errors import InputError, RecipeError, UsageError
 from deltamerge.recipe.file import read_text
 from deltamerge.run.options import Options
@@ -77,6 +78,14 @@ def name_of(model: str, *, lora: bool) -> str:
     """The folder that is made of a model where none is named."""
     name = Path(model.partition("@")[0]).name or "model"
     return f"{name}-{'lora' if lora else 'delta'}"
+
+
+def name_in_store(model: str) -> str:
+    """The folder in a store that is made of a model. UsageError: its name is none for a delta there."""
+    name = Path(model.partition("@")[0]).name
+    if NAME.fullmatch(name) is None:
+        raise UsageError(f"{model}: {name!r} is no name in a store", hint="extract it by itself, with --out")
+    return name
 
 
 def _output(values: str | None) -> dict[str, Any]:
