@@ -23,7 +23,8 @@ NAME = "fine-tune"  # masks are keyed by it
 class Subject:
     """A fine-tune, a folder or base+adapter, with its `calibration` as in a recipe and what scores a result, in %.
 
-    `made_of` says what the score depends on besides; `output` is the recipe's.
+    `made_of` says what the score depends on besides; `output` is the recipe's. `labelled` is the calibration of what
+    needs labels, where that is another.
     """
 
     base: Path
@@ -32,6 +33,12 @@ class Subject:
     score: Callable[[Path], float]
     made_of: Mapping[str, Any]
     output: Mapping[str, Any] = field(default_factory=dict)
+    labelled: Mapping[str, Any] | None = None
+
+    def rows(self, q: Any) -> dict[str, Any]:
+        """The `calibration` of a recipe whose `prune` has this q."""
+        needs = "validation" in (q, q.get("objective") if isinstance(q, Mapping) else None)
+        return dict(self.labelled if needs and self.labelled is not None else self.calibration)
 
 
 def prune(setting: Setting, subject: Subject, method: Method, density: float, seed: int) -> dict[str, Any]:
@@ -40,7 +47,7 @@ def prune(setting: Setting, subject: Subject, method: Method, density: float, se
     recipe = {
         "base_model": str(subject.base),
         "models": [{"model": subject.tuned, "name": NAME, "prune": keys}],
-        "calibration": dict(subject.calibration),
+        "calibration": subject.rows(keys.get("q")),
         "seed": setting.seed + seed,
         **({"output": dict(subject.output)} if subject.output else {}),
     }
