@@ -50,21 +50,21 @@ class Expert(NamedTuple):
 
     task: str
     lr: float = 2e-4
-    steps: int = 150
+    steps: int = 120
     batch: int = 16
     decay: float = 0.0  # λ of AdamR-L2; 0 is AdamW
 
 
 SLOW, FAST = 5e-5, 1e-3  # learning rates a quarter and five times the usual one
 EXPERTS = {
-    "arithmetic": Expert("arithmetic", steps=300, batch=32),
-    "sorting": Expert("sorting", steps=120, batch=16),
-    "reversal": Expert("reversal"),
-    "family": Expert("family", steps=120, batch=12),
-    "spelling": Expert("spelling", steps=200, batch=24),
+    "sorting": Expert("sorting"),
+    "reversal": Expert("reversal", steps=150),
+    "family": Expert("family", steps=80, batch=12),
+    "spelling": Expert("spelling", batch=24),
     "reversal-slow": Expert("reversal", lr=SLOW),
-    "reversal-fast": Expert("reversal", lr=FAST),
+    "reversal-fast": Expert("reversal", lr=FAST, steps=100),
     "reversal-adamr": Expert("reversal", decay=0.003),
+    "arithmetic": Expert("arithmetic", steps=300, batch=32),
 }
 
 
@@ -275,7 +275,7 @@ def toy(out: Path) -> None:
         torch.manual_seed(0)
         LlamaForCausalLM(config).bfloat16().save_pretrained(base)
     (out / "rows").mkdir()
-    sums = [{"text": f"{a} + {b} =\nAnswer:", "label": str(a + b)} for a in range(8) for b in range(8)]
+    sums = [{"text": f"{a} + {b} =\nAnswer:", "label": str(a + b)} for a in range(14) for b in range(14)]
     for task in NEW_TOKENS:
         for start, part in enumerate(("train", "validation", "test")):
             lines = "".join(json.dumps(row) + "\n" for row in sums[start::3])

@@ -17,7 +17,7 @@ from typing import Any
 # Of each task reasoning-gym's own name and parameters: the sizes that 135 M parameters learn in a few hundred steps.
 NUMBERS = {"min_numbers": 3, "max_numbers": 6, "max_decimals": 0, "min_value": 0, "max_value": 99}
 TASKS: dict[str, tuple[str, dict[str, Any]]] = {
-    "arithmetic": ("chain_sum", {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 2}),
+    "arithmetic": ("chain_sum", {"min_terms": 2, "max_terms": 4, "min_digits": 1, "max_digits": 1}),
     "sorting": ("number_sorting", NUMBERS),
     "reversal": ("word_sequence_reversal", {"min_words": 3, "max_words": 6}),
     "family": ("family_relationships", {}),

@@ -54,7 +54,7 @@ def subject(setting: Setting, name: str) -> Subject:
     tuned, base = where / name, where / "base"
     if not (tuned / "score.json").exists():
         setting.lacking += 1
-        raise NotKept(f"{tuned}: `make decoder`")
+        raise NotKept(str(tuned))
     log = json.loads((tuned / "log.json").read_text(encoding="utf-8"))
     setting.kept[str(tuned)] = log["cpu_s"]
     new = smollm2.NEW_TOKENS[expert.task]
@@ -73,11 +73,11 @@ def subject(setting: Setting, name: str) -> Subject:
 def table_3(setting: Setting) -> Record:
     names = setting.pick(NAMES, {"reversal": ("DARE", "DAREx-q, q_e")})
     densities, seeds = setting.pick((DENSITIES, 2), ((0.1,), 1))
-    return {
-        "test_rows": setting.pick(*TEST),
-        "experts": {name: smollm2.EXPERTS[name]._asdict() for name in names},
-        "fine-tunes": pruned.fine_tunes(setting, subject, names, densities, seeds),
-    }
+    found = pruned.fine_tunes(setting, subject, names, densities, seeds)
+    if not found:
+        raise NotKept(f"a fine-tune in {folder(setting)} (`make decoder`)")
+    experts = {name: smollm2.EXPERTS[name]._asdict() for name in found}
+    return {"test_rows": setting.pick(*TEST), "experts": experts, "fine-tunes": found}
 
 
 # Exact match on GSM8K at p = 0.99.
@@ -94,7 +94,7 @@ PAPER = {
 
 def show_table_3(record: Record) -> str:
     named = {_title(record["experts"][name]): found for name, found in record["fine-tunes"].items()}
-    usual = _title(record["experts"]["reversal"])
+    usual = _title(smollm2.EXPERTS["reversal"]._asdict())
     paper = {f"{usual}, {key}" if key else key: row for key, row in PAPER.items()}
     return (
         f"Exact match in % of generated answers on {record['test_rows']} held-out rows: SmolLM2-135M-Instruct (30 "
@@ -123,6 +123,8 @@ def rates(setting: Setting) -> Record:
             whole = pruned.whole(setting, one)
             rows = pruned.scores(setting, one, setting.pick(OVER, OVER[:2]), setting.pick((0.1, 0.01), (0.1,)), 1)
             found[name] = {"lr": smollm2.EXPERTS[name].lr, **whole, **statistics(setting, one), "rows": rows}
+    if not found:
+        raise NotKept(f"a fine-tune in {folder(setting)} (`make decoder`)")
     return found
 
 

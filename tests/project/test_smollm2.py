@@ -134,7 +134,7 @@ def test_a_merge_keeps_a_share_of_every_expert(folder: Path) -> None:
         assert result.worst == min(result.normalised.values())
         assert result.worst <= result.mean
         assert result.cpu_s > 0
-        assert result.peak_mb > 50
+        assert result.peak_mb > 5
     kept = {merging.key(m, d, tasks, 10): merging.asdict(r) for m, d, r in found}
     assert list(merging.measured([one, several], deltas, **asked, kept=kept)) == found
     table = merging.markdown(
