@@ -55,14 +55,13 @@ class Expert(NamedTuple):
     decay: float = 0.0  # λ of AdamR-L2; 0 is AdamW
 
 
-SLOW, FAST = 5e-5, 1e-3  # learning rates a quarter and five times the usual one
 EXPERTS = {
     "sorting": Expert("sorting"),
     "reversal": Expert("reversal", steps=150),
     "family": Expert("family", steps=80, batch=12),
     "spelling": Expert("spelling", batch=24),
-    "reversal-slow": Expert("reversal", lr=SLOW),
-    "reversal-fast": Expert("reversal", lr=FAST, steps=100),
+    "reversal-mid": Expert("reversal", lr=5e-4, steps=100),
+    "reversal-fast": Expert("reversal", lr=1e-3, steps=100),
     "reversal-adamr": Expert("reversal", decay=0.003),
     "arithmetic": Expert("arithmetic", steps=300, batch=32),
 }

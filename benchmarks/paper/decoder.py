@@ -30,8 +30,8 @@ LEARNED = ("magnitude, learned per tensor", "WANDA, learned per row")
 PLAIN = ("DARE", "importance sampling", "magnitude", "WANDA")
 # Fine-tune of smollm2.EXPERTS -> by what it is pruned.
 NAMES = {
-    "reversal-slow": (*PLAIN, "DAREx-q, q_e", "magnitude, q_e"),
-    "reversal": (*PLAIN, *Q_E, *Q_V, *LEARNED),
+    "reversal": (*PLAIN, "DAREx-q, q_e", "magnitude, q_e"),
+    "reversal-mid": (*PLAIN, *Q_E, *Q_V, *LEARNED),
     "reversal-fast": (*PLAIN, *Q_E, *Q_V, *LEARNED),
     "reversal-adamr": (*PLAIN, "DAREx-q, q_e", "magnitude, q_e"),
 }
@@ -110,7 +110,7 @@ def _title(expert: Record) -> str:
     return f"{trainer}, lr {expert['lr']:.0e}"
 
 
-RATES = ("reversal-slow", "reversal", "reversal-fast")
+RATES = ("reversal", "reversal-mid", "reversal-fast")
 OVER = ("DARE", "DAREx-q, q_e", "importance sampling", "magnitude, q_e", "WANDA, q_e")
 
 
