@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check families conformance bench paper decoder torture fuzz atheris ray scale pictures docs clean
+.PHONY: help demo test check families conformance oracle bench paper decoder torture fuzz atheris ray scale pictures docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -28,6 +28,12 @@ conformance: export MERGEKIT_PYTHON ?= $(CURDIR)/.bench/mergekit/bin/python
 conformance: .venv/.installed-dev  ## the same recipes through mergekit 0.1.5 and deltamerge
 	@test -x "$$MERGEKIT_PYTHON" || { $(PYTHON) -m venv .bench/mergekit && .bench/mergekit/bin/python -m pip install --quiet mergekit==0.1.5; }
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m conformance tests/conformance
+
+# fusion-bench too; FUSION_PYTHON names one that is there already.
+oracle: export FUSION_PYTHON ?= $(CURDIR)/.bench/fusion/bin/python
+oracle: .venv/.installed-dev  ## the same weights through fusion-bench 0.2.33 and deltamerge
+	@test -x "$$FUSION_PYTHON" || { $(PYTHON) -m venv .bench/fusion && .bench/fusion/bin/python -m pip install --quiet fusion-bench==0.2.33; }
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m oracle tests/oracle
 
 bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour, 5 GB in .bench
 	$(BIN)/python benchmarks/merge_speed.py

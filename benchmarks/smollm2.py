@@ -62,8 +62,8 @@ EXPERTS = {
     "spelling": Expert("spelling", batch=24),
     "reversal-mid": Expert("reversal", lr=5e-4, steps=100),
     "reversal-fast": Expert("reversal", lr=1e-3, steps=100),
-    "reversal-adamr": Expert("reversal", decay=0.003),
-    "arithmetic": Expert("arithmetic", steps=300, batch=32),
+    "reversal-adamr": Expert("reversal", lr=1e-3, steps=100, decay=1e-3),
+    "arithmetic": Expert("arithmetic", lr=5e-4, steps=200, batch=32),
 }
 
 

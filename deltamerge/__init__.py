@@ -6,15 +6,30 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltamerge.api import load_recipe, prune
-    from deltamerge.delta.file import load_delta
+    from deltamerge.chain.follow import follow
+    from deltamerge.chain.live import load_delta
     from deltamerge.errors import DeltamergeError
+    from deltamerge.run.trainer import DeltaWriter
+    from deltamerge.run.trainer_callback import DeltaCallback
 
 __version__ = "0.1.0"
-__all__ = ["DeltamergeError", "__version__", "load_delta", "load_recipe", "prune"]
+__all__ = [
+    "DeltaCallback",
+    "DeltaWriter",
+    "DeltamergeError",
+    "__version__",
+    "follow",
+    "load_delta",
+    "load_recipe",
+    "prune",
+]
 
 _HOME = {
+    "DeltaCallback": "deltamerge.run.trainer_callback",
+    "DeltaWriter": "deltamerge.run.trainer",
     "DeltamergeError": "deltamerge.errors",
-    "load_delta": "deltamerge.delta.file",
+    "follow": "deltamerge.chain.follow",
+    "load_delta": "deltamerge.chain.live",
     "load_recipe": "deltamerge.api",
     "prune": "deltamerge.api",
 }

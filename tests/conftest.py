@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,20 @@ needs_kernels = pytest.mark.skipif(not kernels.available(), reason="no compiled 
 LEVELS = kernels.native().levels() if kernels.available() else []
 if not kernels.available():  # the line of a run that says so is looked at by tests/project/test_install.py
     os.environ[kernels.SWITCH] = kernels.OFF
+
+MEMORY = Path("/dev/shm")
+ROOM = 4 << 30  # what a whole run holds at most, several times
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Files of tests lie in memory where there is room: they are small, and a disk takes half the time of a run.
+
+    `--basetemp FOLDER` puts them elsewhere. Workers of pytest-xdist get theirs from the first process.
+    """
+    if config.option.basetemp is None and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
+        config.option.basetemp = str(MEMORY / f"deltamerge-tests-{os.getpid()}")
+        config.add_cleanup(lambda: shutil.rmtree(MEMORY / f"deltamerge-tests-{os.getpid()}", ignore_errors=True))
+
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": 32,

@@ -15,22 +15,28 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 from zlib import crc32
 
 import gguf
 import numpy as np
 import torch
 import yaml
-from conftest import make_checkpoint, write_json
+from conftest import load_tensors, make_checkpoint, write_json
 from running import make_plan, run
 from safetensors.torch import save, save_file
 
 from deltamerge.calibrate.rows import read as read_rows
+from deltamerge.chain import slime
+from deltamerge.chain.folder import head
+from deltamerge.chain.live import load_delta
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.manifest import Base
+from deltamerge.delta.steps import decode_tile, encode_tile
 from deltamerge.delta.tensor_writer import BaseTensor
 from deltamerge.delta.writer import DeltaWriter
 from deltamerge.errors import DeltamergeError
+from deltamerge.io import kernels
 from deltamerge.io.checkpoint import INDEX, open_checkpoint
 from deltamerge.io.hub_answers import check_range, header_by_ranges, read_listing
 from deltamerge.io.hub_guard import COMMIT, HASH, Bounds, check, within
@@ -42,10 +48,12 @@ from deltamerge.io.weight_files import shards_of, weight_source
 from deltamerge.recipe.file import read_recipe
 from deltamerge.run import hashes
 from deltamerge.run.lock import Lock, verify
+from deltamerge.run.trainer import DeltaWriter as ChainWriter
 
 RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 2)}
 WORDS = ("<pad>", "<s>", "</s>", "w0", "w1")
+STEPPED = (np.arange(4096) * 40503 & 0xFFFF).astype(np.uint16)  # bits of bfloat16, of every exponent
 BODY = bytes(sum(tensor.nbytes for tensor in TENSORS.values()))
 WEIGHTS = save(TENSORS)
 
@@ -105,10 +113,24 @@ def make_valid_files(folder: Path) -> None:
             out.write(0, new)
         writer.finish()
 
+    make_chain(folder)
     make_components(folder)
     make_vocabularies(folder)
     make_adapter(folder / "lora")
     make_gguf(folder / "tiny.gguf")
+
+
+def make_chain(folder: Path) -> None:
+    """Two versions of ours, and one of slime's."""
+    with ChainWriter(folder / "chain", base=folder / "base") as writer:
+        for _ in range(2):
+            writer.write(load_tensors(folder / "base"))
+    version = folder / "slime" / "weight_v000001"
+    version.mkdir(parents=True)
+    said = {"version": "000001", "base_version": "000000", "delta_encoding": "xor", "compression_format": "zstd",
+            "checksum_format": "blake3"}  # fmt: skip
+    save_file({"ids": torch.zeros(9, dtype=torch.uint8)}, version / "model-00000.safetensors", {"ids": "0" * 64})
+    write_json(version / INDEX, {"metadata": said, "weight_map": {"ids": "model-00000.safetensors"}})
 
 
 def make_gguf(path: Path) -> None:
@@ -216,7 +238,7 @@ class Targets:
 
     @cached_property
     def _kept(self) -> dict[str, Path]:
-        return {name: self.fresh(name) for name in ("a", "delta", "out")}
+        return {name: self.fresh(name) for name in ("a", "delta", "out", "chain", "slime")}
 
     @cached_property
     def _planned(self) -> Any:
@@ -295,16 +317,50 @@ class Targets:
         def read() -> None:
             delta = DeltaFile.open(folder)
             for entry in delta.entries.values():
-                if entry.size < 1 << 16 or entry.index is not None:
+                if not entry.has_steps and (entry.size < 1 << 16 or entry.index is not None):
                     sum(len(positions) for positions in entry.positions())
             if all(entry.size < 1 << 16 for entry in delta.entries.values()):
-                list(delta.patches())
+                list(delta.patches(self.place / "base"))
 
         tolerates(read)
         (folder / file).write_bytes((self.place / "delta" / file).read_bytes())
 
+    def version(self, data: bytes) -> None:
+        """version.json of the second version of a chain."""
+        path = self._kept["chain"] / "000002" / "version.json"
+        path.write_bytes(data)
+        state = load_tensors(self.place / "base")
+        before = {name: tensor.clone() for name, tensor in state.items()}
+
+        def read() -> None:
+            head(path.parents[1])
+            load_delta(path.parent).apply_(state)
+
+        tolerates(read)
+        assert all(torch.equal(state[name], before[name]) for name in before)  # the two versions change nothing
+
+    def slime(self, data: bytes) -> None:
+        """The index of a version that slime wrote."""
+        path = self._kept["slime"] / "weight_v000001" / INDEX
+        path.write_bytes(data)
+        tolerates(lambda: slime.over(path.parent, open_checkpoint(self.place / "base"), "x"))
+
     def arrays(self, data: bytes) -> None:
         self.delta(data, "delta.safetensors")
+
+    def steps(self, data: bytes) -> None:
+        """A tile of steps, over a base of every exponent: kernels and numpy read the same of it, or refuse it both."""
+        stored, found = np.frombuffer(data, np.uint8), []
+        for native in (kernels.native(), None):
+
+            def read() -> None:
+                found.append(decode_tile(stored, STEPPED, "BF16"))
+
+            with patch.object(kernels, "native", lambda native=native: native):
+                tolerates(read)
+        assert len(found) in (0, 2)
+        for a, b in zip(*found, strict=True) if found else ():
+            assert np.array_equal(a, b)
 
     def lock(self, data: bytes) -> None:
         path = self._kept["out"] / LOCK_NAME
@@ -423,6 +479,12 @@ class Targets:
             "index": lambda: [(self.place / "a" / INDEX).read_bytes()],
             "delta": lambda: [(self.place / "delta" / "delta.json").read_bytes()],
             "arrays": lambda: [(self.place / "delta" / "delta.safetensors").read_bytes()],
+            "version": lambda: [(self.place / "chain" / "000002" / "version.json").read_bytes()],
+            "slime": lambda: [(self.place / "slime" / "weight_v000001" / INDEX).read_bytes()],
+            "steps": lambda: [
+                encode_tile(STEPPED, np.arange(0, 4096, n), STEPPED[::n] ^ np.uint16(bits), "BF16").tobytes()
+                for n, bits in ((100, 1), (5, 3), (1, 0x8001))
+            ],
             "lock": lambda: [yaml.safe_dump({**lock, "calibration": CALIBRATION}).encode()],
             "tokenizer": lambda: [(self.place / "words_a" / "tokenizer.json").read_bytes()],
             "tokenizer_config": lambda: [(self.place / "words_a" / "tokenizer_config.json").read_bytes()],
@@ -441,8 +503,9 @@ class Targets:
 
 
 NAMES = (
-    "recipe", "header", "gguf", "index", "delta", "arrays", "lock", "rows", "tokenizer", "tokenizer_config",
-    "special_tokens", "generation", "config", "adapter", "listing", "ranges", "head", "torch_file", "model_index",
+    "recipe", "header", "gguf", "index", "delta", "arrays", "steps", "version", "slime", "lock", "rows", "tokenizer",
+    "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing", "ranges", "head",
+    "torch_file", "model_index",
 )  # fmt: skip
 JSON = (
     "tokenizer", "tokenizer_config", "special_tokens", "generation", "config", "adapter", "listing",

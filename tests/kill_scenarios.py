@@ -25,6 +25,10 @@ class Scenario:
 RUN = "run merge.yaml -q --workers 1"
 DELTA = "extract ../models/a --base ../models/base --out a-delta -q --workers 1"
 APPLY = "apply a-delta --base ../models/base --out a-again -q --workers 1"
+FIRST = "extract ../models/a --base ../models/base --out c/000001 -q --workers 1"
+SECOND = "extract ../models/b --base ../models/base --out c/000002 --after c/000001 -q --workers 1"
+THIRD = "extract ../models/a --base ../models/b --out c/000003 --after c/000002 -q --workers 1"
+SQUASH = "squash c --keep 0 --base ../models/base -q --workers 1"
 LINKED = "run chain.yaml -q --workers 1"
 ROWS = "calibrate r.yaml --workers 1"
 PARTS = tuple(f"run shards.yaml -q --workers 1 {part}" for part in ("--part 1/2", "--part 2/2", "--finish"))
@@ -48,6 +52,8 @@ SCENARIOS = (
     Scenario("apply", (DELTA, APPLY), ("a-delta", "a-again"), resumable=False),
     Scenario("apply --force", (DELTA, RUN.replace("-q", "-q --out a-again"), f"{APPLY} --force"),
              ("a-delta", "a-again"), resumable=False),
+    Scenario("version", (FIRST, SECOND), ("c/000001", "c/000002")),
+    Scenario("squash", (FIRST, SECOND, THIRD, SQUASH), ("c/000001", "c/000002", "c/000003"), resumable=False),
     Scenario("calibrate", ("calibrate q.yaml --workers 1",), ("q.lock",), resumable=False),
     Scenario("calibrate rows", ("cp r1.yaml r.yaml", ROWS, "cp r2.yaml r.yaml", ROWS), ("r.lock", "r.rows"),
              resumable=False),

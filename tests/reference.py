@@ -204,3 +204,94 @@ def della_probability(delta, density, epsilon):
     n = max(rows.shape[1], 1)
     spread = density - epsilon + 2 * epsilon * ranks / (n - 1) if n > 1 else np.full(rows.shape, density)
     return spread.reshape(delta.shape)
+
+
+def as_matrices(delta, stacked=False):
+    """(matrices, rows, columns) of a weight: stacked experts are several, a convolution has the rows of its outputs."""
+    return delta if stacked else delta.reshape(1, delta.shape[0], -1)
+
+
+def by_matrix(deltas, merge, stacked=False):
+    """`merge` of the deltas of each matrix."""
+    batches = [as_matrices(d, stacked) for d in deltas]
+    return np.stack([merge(list(one)) for one in zip(*batches, strict=True)]).reshape(deltas[0].shape)
+
+
+def _svd(a, of=None):
+    """The singular triplets, without directions of singular values that are nothing but rounding (of `of`)."""
+    u, s, vt = np.linalg.svd(a, full_matrices=False)
+    kept = s > 2.0**-20 * (s.max() if of is None else np.linalg.norm(of))
+    return u * kept, s, vt * kept[:, None]
+
+
+def nearest_orthonormal(a):
+    u, _, vt = _svd(a)
+    return u @ vt
+
+
+def iso_c(deltas):
+    u, s, vt = _svd(sum(deltas))
+    return s.mean() * (u @ vt)
+
+
+def iso_cts(deltas, common=0.8):
+    r, n = min(deltas[0].shape), len(deltas)
+    own = min(round((r - int(r * common)) / n), r // n)
+    k = r - n * own
+    u, s, vt = (part[..., :k, :] if i == 2 else part[..., :k] for i, part in enumerate(_svd(sum(deltas))))
+    parts = [(u, s, vt)]
+    for delta in deltas:
+        a, b, c = _svd(delta - u @ (u.T @ delta), delta)
+        parts.append((a[:, :own], b[:own], c[:own]))
+    left, values, right = (np.concatenate(x, axis) for x, axis in zip(zip(*parts, strict=True), (1, 0, 0), strict=True))
+    return values.mean() * nearest_orthonormal(left) @ nearest_orthonormal(right)
+
+
+def tsv_m(deltas):
+    own = min(deltas[0].shape) // len(deltas)
+    parts = [(u[:, :own], s[:own], vt[:own]) for u, s, vt in map(_svd, deltas)]
+    left, values, right = (np.concatenate(x, axis) for x, axis in zip(zip(*parts, strict=True), (1, 0, 0), strict=True))
+    return nearest_orthonormal(left) @ np.diag(values) @ nearest_orthonormal(right)
+
+
+def wudi(deltas, rho):
+    grams = [d.T @ d / (d * d).sum() if d.any() else 0 * (d.T @ d) for d in deltas]
+    total = sum(grams)
+    ridge = rho * np.trace(total) / len(total) * np.eye(len(total))
+    return np.linalg.solve(total + ridge, sum(d @ g for d, g in zip(deltas, grams, strict=True)).T).T
+
+
+def wudi_steps(deltas, steps, rate=1e-5):
+    """Adam on Σ ‖(X − Δ_i) Δ_iᵀ‖² / ‖Δ_i‖² from Σ Δ_i, the gradient written out."""
+    x = sum(deltas)
+    m, v = np.zeros_like(x), np.zeros_like(x)
+    for step in range(1, steps + 1):
+        slope = sum(2 * (x - d) @ d.T @ d / (d * d).sum() for d in deltas if d.any())
+        m, v = 0.9 * m + 0.1 * slope, 0.999 * v + 0.001 * slope**2
+        x = x - rate * (m / (1 - 0.9**step)) / (np.sqrt(v / (1 - 0.999**step)) + 1e-8)
+    return x
+
+
+def tall_mask(deltas, task, threshold):
+    return np.abs(deltas[task]) >= threshold * np.abs(sum(deltas) - deltas[task])
+
+
+def consensus(deltas, threshold=0.4, agreement=2):
+    votes = sum(tall_mask(deltas, t, threshold).astype(int) for t in range(len(deltas)))
+    return np.where(votes >= agreement, sum(deltas), 0)
+
+
+def emr_elected(deltas):
+    sign = np.sign(sum(deltas))
+    return sign * np.max([np.where(d * sign > 0, np.abs(d), 0) for d in deltas], axis=0)
+
+
+def emr(by_name, task):
+    """The deltas of one task, by tensor, of all tasks' deltas by tensor."""
+    kept = {}
+    for name, deltas in by_name.items():
+        elected = emr_elected(deltas)
+        kept[name] = np.where(deltas[task] * elected > 0, elected, 0)
+    size = sum(np.abs(deltas[task]).sum() for deltas in by_name.values())
+    rescale = size / sum(np.abs(x).sum() for x in kept.values())
+    return {name: rescale * x for name, x in kept.items()}

@@ -27,7 +27,7 @@ Q_E = (
 )
 Q_V = ("DAREx-q, q_v", "DAREx-q per layer, q_v")
 LEARNED = ("magnitude, learned per tensor", "WANDA, learned per row")
-PLAIN = ("DARE", "importance sampling", "magnitude", "WANDA")
+PLAIN = ("DARE", "DARE, linear weights", "importance sampling", "magnitude", "WANDA")
 # Fine-tune of smollm2.EXPERTS -> by what it is pruned.
 NAMES = {
     "reversal": (*PLAIN, "DAREx-q, q_e", "magnitude, q_e"),
@@ -111,7 +111,7 @@ def _title(expert: Record) -> str:
 
 
 RATES = ("reversal", "reversal-mid", "reversal-fast")
-OVER = ("DARE", "DAREx-q, q_e", "importance sampling", "magnitude, q_e", "WANDA, q_e")
+OVER = ("DARE", "DARE, linear weights", "DAREx-q, q_e", "importance sampling", "magnitude, q_e", "WANDA, q_e")
 
 
 def rates(setting: Setting) -> Record:

@@ -16,6 +16,9 @@ from quality import Method
 from paper.frame import NotKept, Record, Setting, spread, table
 
 METHODS = {method.name: method for method in quality.METHODS}
+# As a calibrated q does: only linear weights are divided. `spared` are filters of tensors that keep their values.
+SPARED = {"spared": ("embed_tokens", "norm")}
+METHODS["DARE, linear weights"] = Method("DARE, linear weights", quality.DARE | SPARED, random=True)
 NAME = "fine-tune"  # masks are keyed by it
 
 
@@ -44,6 +47,8 @@ class Subject:
 def prune(setting: Setting, subject: Subject, method: Method, density: float, seed: int) -> dict[str, Any]:
     """The score of one recipe's result, and the q that it chose."""
     keys = {**method.prune, "density": density}
+    if spared := keys.pop("spared", ()):
+        keys["q"] = [*({"filter": part, "value": 1.0} for part in spared), {"value": density}]
     recipe = {
         "base_model": str(subject.base),
         "models": [{"model": subject.tuned, "name": NAME, "prune": keys}],

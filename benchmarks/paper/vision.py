@@ -25,8 +25,10 @@ NAMES = {
         "WANDA, q_e",
     ),
     "AdamR-L2": ("DARE", "DAREx-q, q_e", "magnitude, q_e"),
+    "AdamW, small lr": ("DARE", "DAREx-q, q_e", "importance sampling, q_e", "magnitude, q_e", "WANDA, q_e"),
 }
 DECAY = 0.1
+SMALL = 2e-4  # learning rate; the others have fine_tune's own
 
 
 PATCH = 4
@@ -38,9 +40,10 @@ def subject(setting: Setting, trainer: str) -> Subject:
     first = {"steps": setting.pick(1500, 3), "seed": setting.seed, "patch": PATCH}
     base = setting.folder("vit-base", first, partial(pictures.pretrain, data["pretrain"], **first))
     tuning = {"steps": setting.pick(400, 3), "seed": setting.seed}
-    factory = adamw if trainer == "AdamW" else adamr(base, DECAY)
+    tuning |= {"lr": SMALL} if trainer == "AdamW, small lr" else {}
+    factory = adamr(base, DECAY) if trainer == "AdamR-L2" else adamw
     tuned = setting.folder(
-        f"vit-{trainer}",
+        f"vit-{trainer.replace(', ', '-').replace(' ', '-')}",
         {"base": base.name, **tuning} | ({"decay": DECAY} if trainer == "AdamR-L2" else {}),
         partial(pictures.fine_tune, base, data["train"], factory=factory, **tuning),
     )
@@ -51,7 +54,7 @@ def subject(setting: Setting, trainer: str) -> Subject:
 
 
 def table_g1(setting: Setting) -> Record:
-    names = setting.pick(NAMES, {trainer: some[:2] for trainer, some in NAMES.items()})
+    names = setting.pick(NAMES, {trainer: NAMES[trainer][:2] for trainer in ("AdamW", "AdamR-L2")})
     densities, seeds = setting.pick((DENSITIES, 3), ((0.1,), 1))
     return {
         "test_rows": setting.pick(fashion.TEST, 40),

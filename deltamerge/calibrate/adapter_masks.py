@@ -22,10 +22,11 @@ def whole(*, node: Node) -> Array:
     """The whole value of `node`, a small tensor: float32 on the CPU, in the node's shape."""
     from deltamerge.calibrate.subject import Memory
 
-    sink = Memory(math.prod(node.shape))
+    sink = Memory()
+    sink.expect("factor", math.prod(node.shape))
     with Reader() as reader:
         execute([Task("factor", node, backends.choose(node, "cpu"))], reader, sink)
-    return sink.values.reshape(node.shape)
+    return sink.taken("factor").reshape(node.shape)
 
 
 def product(a: Array, b: Array, *, tile: Tile, scale: float, transposed: bool) -> torch.Tensor:

@@ -9,12 +9,15 @@ The model is built without weights (parameters on the meta device, no remote cod
 
 The result is that of the plain forward, whatever the architecture computes around its blocks. Where blocks cannot be
 identified (`Model.whole`), or a model computes something between them, the plain forward runs with all weights.
+
+With `precision` bfloat16 the matrix products inside blocks are of bfloat16 (torch's autocast, whose sums are float32);
+the residual stream, norms, embeddings and the head stay float32, and so does all that is watched or differentiated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -26,11 +29,12 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from deltamerge.calibrate.foreign import running
-from deltamerge.calibrate.layers import Cut, Linear, cuts, modules, stacks
+from deltamerge.calibrate.layers import Cut, Linear, cuts, input_of, modules, stacks
 from deltamerge.calibrate.loading import Group, Loading, Shaped
+from deltamerge.calibrate.precision import Precision
 from deltamerge.calibrate.products import Box, Products
-from deltamerge.calibrate.skeleton import bodies, find_blocks, ignored, place_buffers, shifted, skeleton
-from deltamerge.calibrate.trace import Generator, NotAChain, Shell, Stop, Trace
+from deltamerge.calibrate.skeleton import bodies, find_blocks, hidden_states, ignored, place_buffers, shifted, skeleton
+from deltamerge.calibrate.trace import Generator, NotAChain, Shell, Stop, Trace, patched
 from deltamerge.errors import InputError
 
 T = TypeVar("T")
@@ -71,7 +75,10 @@ class BlockModel:
                   one by one, all where one has had one
         turned    of the reached of `stacked`, whether they are stored (in, out)
         walked    is told of a walk's batches, after each block, how many passes over them the walk has made so far
+        entering  is told, before a block's turn, the part that comes after it
         whole     True where blocks cannot be identified: then there is one part
+        precision "bfloat16" or "float32": of the products inside blocks; float32 from then on where a block fails in
+                  bfloat16
 
     Computes on `device` in `dtype`. InputError: unknown architecture, or a parameter that the checkpoint lacks.
     """
@@ -84,8 +91,10 @@ class BlockModel:
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
         pad_token_id: int | None = None,
+        precision: Precision = "float32",
     ) -> None:
-        self.device, self.dtype = torch.device(device), dtype
+        self.device, self.dtype, self.precision = torch.device(device), dtype, precision
+        self.entering: Callable[[int], None] = lambda part: None
         self.module = skeleton(config, pad_token_id)
         # the last of these to return gives the last hidden state; one may call another (OPT's decoder)
         self._bodies = bodies(self.module)
@@ -135,7 +144,10 @@ class BlockModel:
             if isinstance(module, nn.Embedding) and f"{name}.weight" in self.checkpoint_name
         }
         self._linears: list[list[tuple[nn.Module, Linear]]] = [[] for _ in groups]
+        self._halved: list[set[str]] = [set() for _ in groups]
         for weight, module, layer in modules(self.module, self.loading):
+            if isinstance(module, nn.Linear):
+                self._halved[owner[weight]].add(weight)
             self._linears[owner[weight]].append((module, layer))
         self.layers = [[layer for _, layer in part] for part in self._linears]
         self._stacks = stacks(self.module, self.loading)
@@ -149,7 +161,7 @@ class BlockModel:
 
     def _note(self, layer: Linear) -> Callable[[nn.Module, Any], None]:
         def note(module: nn.Module, args: Any) -> None:
-            if _input_of(layer, module, args) is not None:
+            if input_of(layer, module, args) is not None:
                 self.reached.add(layer.name)
 
         return note
@@ -199,6 +211,11 @@ class BlockModel:
             except NotAChain:
                 self.blocks = ()
                 self._lay_out()
+            except InputError:
+                if self.precision == "float32":
+                    raise
+                self.precision = "float32"
+                return self.run(batches, variants, reduce, watch=watch)
         return [
             self._finish(weights, batches, reduce, None, watch if v == 0 else None)
             for v, weights in enumerate(variants)
@@ -216,6 +233,7 @@ class BlockModel:
             traces.append(self._prologue(weights, batches))
             outputs.append([trace.left(again=watch is not None and v == 0) for trace in traces[v]])
         for i in range(len(self.blocks)):
+            self.entering(2 + i)
             for v, weights in enumerate(variants):
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already
@@ -230,11 +248,12 @@ class BlockModel:
         self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None
     ) -> None:
         """Turn the previous block's output on every batch into block i's; the block's tensors are freed on return."""
-        tensors, shell = self._tensors(weights, 1 + i), Shell(self.blocks[i])
+        quick = watch is None
+        tensors, shell = self._tensors(weights, 1 + i, quick=quick), Shell(self.blocks[i])
         local = self._local(tensors, i)
 
         def step(b: int) -> Any:
-            with running(self._cannot_run), self._products(tensors):
+            with running(self._cannot_run), self._products(tensors), self._quick() if quick else nullcontext():
                 return functional_call(shell, local, *traces[b].call(i, outputs[b]))
 
         if watch is None:
@@ -255,21 +274,26 @@ class BlockModel:
         tensors = self._tensors(weights, 0)
 
         def step(b: int) -> T:
-            with self._patched(lambda i: lambda *args, **kwargs: outputs[b] if outputs else None):
+            with patched(self.blocks, lambda i: lambda *args, **kwargs: outputs[b] if outputs else None):
                 return reduce(b, self._forward(tensors, batches[b]))
 
         return self._watched(0, watch, step, len(batches))
 
     def _prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[Trace]:
-        tensors = self._tensors(weights, 0) | self._tensors(weights, 1)
-        traces = []
+        tensors = self._tensors(weights, 0) | self._tensors(weights, 1, quick=True)
+        forward, traces = self.blocks[0].forward, []
+
+        def first(*args: Any, **kwargs: Any) -> Any:
+            with self._quick():
+                return forward(*args, **kwargs)
+
         for inputs in batches:
-            trace = Trace(self.blocks[0].forward, stop_after=len(self.blocks) if self._chained else None)
+            trace = Trace(first, stop_after=len(self.blocks) if self._chained else None)
             try:
-                with self._patched(trace.stub), suppress(Stop):
+                with patched(self.blocks, trace.stub), suppress(Stop):
                     self._forward(tensors, inputs)
             except InputError:
-                if self._chained:
+                if self._chained or self.precision != "float32":
                     raise
                 raise NotAChain from None  # blocks pass on something that a stub does not
             if len(trace.calls) != len(self.blocks):
@@ -292,7 +316,7 @@ class BlockModel:
 
             return partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
 
-        with self._patched(wrap):
+        with patched(self.blocks, wrap):
             return self._forward(self._tensors(weights, 0), inputs)
 
     @torch.no_grad()
@@ -313,12 +337,20 @@ class BlockModel:
             made.append(tokens[:, start:].cpu())
         return made
 
-    def _tensors(self, weights: Weights, part: int) -> dict[str, Tensor]:
-        """The states of a part."""
+    def _quick(self) -> AbstractContextManager[Any]:
+        """Products in the precision that was asked for."""
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+    def _tensors(self, weights: Weights, part: int, *, quick: bool = False) -> dict[str, Tensor]:
+        """The states of a part; `quick`: the weights of linear layers in the precision that was asked for."""
+        half = self._halved[part] if quick and self.precision == "bfloat16" else set[str]()
         found, made = dict(weights(self.parts[part])), dict[str, Tensor]()
         for group in self._groups[part]:
             own = {file: found.pop(file) for file in group.files}
-            made |= {n: self._placed(t) for n, t in self.loading.made(group, own).items()}
+            for name, tensor in self.loading.made(group, own).items():
+                made[name] = tensor.to(self.device, torch.bfloat16) if name in half else self._placed(tensor)
         return made
 
     def _local(self, tensors: Mapping[str, Tensor], i: int) -> dict[str, Tensor]:
@@ -330,23 +362,11 @@ class BlockModel:
         return tensor.to(self.device, self.dtype if tensor.is_floating_point() else tensor.dtype)
 
     def _forward(self, tensors: dict[str, Tensor], inputs: Inputs) -> BlockOutput:
-        hidden: list[Tensor] = []
-
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            state = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
-            if state is not None:
-                hidden.append(state)
-
-        hooks = [body.register_forward_hook(keep) for body in self._bodies]
-        try:
-            placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
-            if (said := placed.get("decoder_input_ids")) is not None:
-                placed["decoder_input_ids"] = shifted(self.module, said)
-            with running(self._cannot_run), self._products(tensors):
-                result = functional_call(self.module, tensors, (), placed)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
+        if (said := placed.get("decoder_input_ids")) is not None:
+            placed["decoder_input_ids"] = shifted(self.module, said)
+        with hidden_states(self._bodies) as hidden, running(self._cannot_run), self._products(tensors):
+            result = functional_call(self.module, tensors, (), placed)
         if not hidden:
             raise InputError(f"{type(self.module).__name__} gives no hidden state", hint="give a number as q")
         return BlockOutput(hidden[-1], getattr(result, "logits", None))
@@ -359,7 +379,7 @@ class BlockModel:
         for module, layer in self._linears[part]:
 
             def see(module: nn.Module, args: Any, layer: Linear = layer) -> None:
-                if (x := _input_of(layer, module, args)) is not None:
+                if (x := input_of(layer, module, args)) is not None:
                     watch.see(layer, x, batch)
 
             hooks.append(module.register_forward_pre_hook(see))
@@ -378,20 +398,3 @@ class BlockModel:
             self._seen = None
             for hook in hooks:
                 hook.remove()
-
-    @contextmanager
-    def _patched(self, forward: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
-        for i, block in enumerate(self.blocks):
-            block.forward = forward(i)
-        try:
-            yield
-        finally:
-            for block in self.blocks:
-                del block.__dict__["forward"]
-
-
-def _input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
-    """The matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
-    another way."""
-    x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
-    return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None

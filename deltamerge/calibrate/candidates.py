@@ -13,7 +13,7 @@ from deltamerge.calibrate.blocks import Weights
 from deltamerge.methods.tiles import Kept
 
 Masked = Tensor | Kept
-"""A tensor's masked, unscaled delta: dense, or `Kept` with flat positions and float32 values."""
+"""A tensor's masked, unscaled delta: dense, or `Kept` with flat positions (int32 where they fit) and float32 values."""
 Q = float | Tensor
 """One number, or a tensor that broadcasts to the weight: (m, 1) for rows of (out, in), (1, m) for Conv1D, and (E, 1, 1)
 or (E, m, 1) for stacked experts."""
@@ -21,27 +21,51 @@ T = TypeVar("T")
 
 
 class Cache(Generic[T]):
-    """Caches the results of `read`, the last `budget` bytes of them; larger tensors are read again."""
+    """Keeps what `read` gives by name: the first `pinned` bytes for good, of the others the last `recent` bytes.
 
-    def __init__(self, read: Callable[[str], T], budget: int) -> None:
-        self._read, self._budget, self._held = read, budget, 0
-        self._kept: OrderedDict[str, T] = OrderedDict()
+    A walk asks for all names in a circle. Of what does not fit, the last used is always gone when its turn comes again,
+    so the first is kept; the recent serve the variants of one part of a walk.
+    """
+
+    def __init__(self, read: Callable[[Sequence[str]], Mapping[str, T]], recent: int, pinned: int = 0) -> None:
+        self._read, self._room, self._left, self._held = read, recent, pinned, 0
+        self._pinned: dict[str, T] = {}
+        self._recent: OrderedDict[str, T] = OrderedDict()
+        self._pinned_room = pinned
 
     def __call__(self, name: str) -> T:
-        if name in self._kept:
-            self._kept.move_to_end(name)
-            return self._kept[name]
-        value = self._read(name)
-        self._kept[name] = value
-        self._held += _bytes(value)
-        while self._held > self._budget and len(self._kept) > 1:
-            self._held -= _bytes(self._kept.popitem(last=False)[1])
-        return value
+        return self.several([name])[name]
+
+    def several(self, names: Sequence[str]) -> dict[str, T]:
+        """The values of names, of which the missing are read together."""
+        found = {name: self._pinned[name] for name in names if name in self._pinned}
+        for name in names:
+            if name in self._recent:
+                self._recent.move_to_end(name)
+                found[name] = self._recent[name]
+        missing = [name for name in names if name not in found]
+        if missing:
+            for name, value in self._read(missing).items():
+                found[name] = value
+                self._keep(name, value)
+        return {name: found[name] for name in names}
+
+    def _keep(self, name: str, value: T) -> None:
+        size = _bytes(value)
+        if size <= self._left:
+            self._pinned[name] = value
+            self._left -= size
+            return
+        self._recent[name] = value
+        self._held += size
+        while self._held > self._room and len(self._recent) > 1:
+            self._held -= _bytes(self._recent.popitem(last=False)[1])
 
     def clear(self) -> None:
-        """Free what is cached."""
-        self._kept.clear()
-        self._held = 0
+        """Free what is kept."""
+        self._pinned.clear()
+        self._recent.clear()
+        self._held, self._left = 0, self._pinned_room
 
 
 def pruned(base: Callable[[str], Tensor], masked: Callable[[str], Masked | None], q: Mapping[str, Q]) -> Weights:
@@ -52,7 +76,16 @@ def pruned(base: Callable[[str], Tensor], masked: Callable[[str], Masked | None]
 
     With `Cache`s for both, candidates of one mask share their reads.
     """
-    return lambda names: {name: apply(base(name), masked(name), q.get(name, 1.0)) for name in names}
+
+    def weights(names: Sequence[str]) -> dict[str, Tensor]:
+        bases, kept = _several(base, names), _several(masked, names)
+        return {name: apply(bases[name], kept[name], q.get(name, 1.0)) for name in names}
+
+    return weights
+
+
+def _several(read: Callable[[str], T], names: Sequence[str]) -> Mapping[str, T]:
+    return read.several(names) if isinstance(read, Cache) else {name: read(name) for name in names}
 
 
 def apply(base: Tensor, masked: Masked | None, q: Q) -> Tensor:

@@ -30,6 +30,11 @@ class Batches:
     labels: list[Tensor] | None
     texts: list[list[str]] | None = None
 
+    def with_more(self, other: Batches) -> Batches:
+        """These batches and then those of `other`."""
+        labels = None if self.labels is None or other.labels is None else self.labels + other.labels
+        return Batches(self.inputs + other.inputs, labels)
+
 
 class RowReader:
     """Turns rows into batches with the tokenizer or image processor in `folder` (never remote code).

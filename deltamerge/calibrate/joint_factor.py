@@ -6,7 +6,7 @@ A plan names `calibrate`, so torch is imported when it runs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.calibrate.spec import Calibrated, Spec, rounded
@@ -14,14 +14,14 @@ from deltamerge.calibrate.stage import calibrating, decide
 from deltamerge.io.reader import Reader
 
 if TYPE_CHECKING:
+    from deltamerge.calibrate.search import Minima
     from deltamerge.calibrate.searches import Qs
     from deltamerge.calibrate.subject import Judge, Subject
 
 
 def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
     """1/factor of the recipe's λ, as the q of every merged tensor; 1 if the recipe's λ is as good on held-out rows."""
-    from deltamerge.calibrate import search
-    from deltamerge.calibrate.searches import Found, shortlist
+    from deltamerge.calibrate.searches import SCAN, Found, shortlist
     from deltamerge.calibrate.subject import Subject
 
     with calibrating(spec.name, spec.passes), Reader() as reader:
@@ -30,17 +30,9 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
             Subject(p.source, reader, [{t.stored: t.masked[s] for t in p.pruned} for s in range(spec.seeds)], known)
             for p in spec.parts
         ]
-        objectives = [
-            s.validation("search") if spec.objective == "validation" else s.output_change("search") for s in subjects
-        ]
-
-        def evaluate(factors: Sequence[float]) -> list[float]:
-            values = [s.values(o, [_q(s, f) for f in factors]) for s, o in zip(subjects, objectives, strict=True)]
-            return [sum(of_factor) for of_factor in zip(*values, strict=True)]
-
         assert spec.bounds is not None
         low, high = spec.bounds
-        result = search.minimise(evaluate, low, high)
+        result, evaluate = _search(subjects, spec.objective, low, high)
         found = [
             Found({}, value, {"factor of lambda": rounded(f)}, edge) for f, value, edge in shortlist(result, low, high)
         ]
@@ -61,11 +53,42 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
             "plain": {"q": 1.0, "value": rounded(plain)},
             "sequences": subjects[0].counts[0],
             "forward_passes": sum(subject.passes for subject in subjects),
-            "path": [["factor of lambda", rounded(f), rounded(value)] for f, value in result.path],
+            "path": [
+                *([SCAN, "factor of lambda", rounded(f), rounded(value)] for f, value in result.scan),
+                *(["factor of lambda", rounded(f), rounded(value)] for f, value in result.path),
+            ],
         }
         factor = 1.0 if chosen is None else float(chosen.numbers["factor of lambda"])
         names = [tensor.name for tensor in spec.pruned]
         return Calibrated({} if factor == 1.0 else dict.fromkeys(names, rounded(1.0 / factor)), record)
+
+
+def _search(
+    subjects: Sequence[Subject], objective: str, low: float, high: float
+) -> tuple[Minima, Callable[[Sequence[float]], list[float]]]:
+    """The minimum of the sum of the fine-tunes' objectives over the factor, and that sum at several factors."""
+    from deltamerge.calibrate import objectives as O  # short for a namespace
+    from deltamerge.calibrate import search
+
+    def summed(own: Sequence[Any], factors: Sequence[float], masks: range) -> list[list[float]]:
+        """[factor][mask]"""
+        values = [s.of_masks(o, [_q(s, f) for f in factors], masks) for s, o in zip(subjects, own, strict=True)]
+        return [[sum(of_mask) for of_mask in zip(*rows, strict=True)] for rows in zip(*values, strict=True)]
+
+    every = range(len(subjects[0].masks))
+    if objective == "validation":
+        labelled = [s.validation("search") for s in subjects]
+
+        def evaluate(factors: Sequence[float]) -> list[float]:
+            return [O.over_seeds(values) for values in summed(labelled, factors, every)]
+
+        return search.minimise(evaluate, low, high), evaluate
+    changes = [s.output_change("search") for s in subjects]
+    few = [O.first(change, s.few) for change, s in zip(changes, subjects, strict=True)]
+    seen = search.scan(lambda factors: [values[0] for values in summed(few, factors, range(1))], low, high)
+    result = search.model(seen, lambda factors, masks: summed(changes, factors, masks), len(every))
+    some = range(result.masks)
+    return result, lambda factors: [O.over_seeds(values) for values in summed(changes, factors, some)]
 
 
 def _q(subject: Subject, factor: float) -> Qs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -94,6 +95,13 @@ def stacks(model: nn.Module, loading: Loading) -> dict[str, tuple[list[Linear], 
             some = [Linear(file, bias, False, "" if alone else f"{state} {patterns[file]}") for file in files]
             found[state] = some, pieces
     return found
+
+
+def input_of(layer: Linear, module: Any, args: tuple[Any, ...]) -> Tensor | None:
+    """The matrix of inputs that a linear layer multiplies, as far as it has rows; None if it is called in
+    another way."""
+    x, width = args[0] if args else None, module.weight.shape[0 if layer.transposed else 1]
+    return x if isinstance(x, Tensor) and x.dim() and x.shape[-1] == width and x.numel() else None
 
 
 def _bias(state: str) -> str:

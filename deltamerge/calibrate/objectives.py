@@ -7,8 +7,8 @@ objectives compare with the fine-tune, whose outputs `of` collects once.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +21,8 @@ from deltamerge.calibrate.metrics import METRICS, exact_match
 from deltamerge.calibrate.spec import WALKED
 from deltamerge.errors import InputError
 
+Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
+"""An objective that compares with the fine-tune's outputs, one of each batch."""
 TOP = 5
 CLASSES = 64
 
@@ -43,17 +45,40 @@ def evaluate(
 ) -> list[float]:
     """The objective of every variant; `group` of them share one walk through the blocks, after which their number is
     `counted`."""
+    if not isinstance(objective, Generation):
+        return [objective.value(parts) for parts in reduced(model, objective, variants, group, counted)]
     values: list[float] = []
-    if isinstance(objective, Generation):
-        for weights in variants:
-            values.append(objective.measure(model, weights))
-            counted(1)
-        return values
+    for weights in variants:
+        values.append(objective.measure(model, weights))
+        counted(1)
+    return values
+
+
+def reduced(
+    model: BlockModel,
+    objective: Objective,
+    variants: Sequence[Weights],
+    group: int = WALKED,
+    counted: Callable[[int], None] = lambda _: None,
+) -> list[list[Any]]:
+    """Of every variant what `objective.value` takes, a part a batch; see `evaluate`."""
+    found: list[list[Any]] = []
     for start in range(0, len(variants), group):
         some = variants[start : start + group]
-        values += [objective.value(parts) for parts in model.run(objective.batches, some, objective.reduce)]
+        found += model.run(objective.batches, some, objective.reduce)
         counted(len(some))
-    return values
+    return found
+
+
+def first(objective: Compared, count: int) -> Compared:
+    """The objective on the first `count` of its batches."""
+    return replace(objective, batches=objective.batches[:count], targets=objective.targets[:count])
+
+
+def joined(objectives: Sequence[Compared]) -> Compared:
+    """The objective on the batches of all."""
+    batches = [batch for one in objectives for batch in one.batches]
+    return replace(objectives[0], batches=batches, targets=[target for one in objectives for target in one.targets])
 
 
 def over_seeds(values: Sequence[float]) -> float:

@@ -1,6 +1,7 @@
 """Minimises an objective over one number, q or η, deterministically and with a bounded number of evaluations. No torch.
 
-The objective takes several points at once, so that candidates can share one walk through a model's blocks.
+The objective takes several points at once, so that candidates can share one walk through a model's blocks. `model` is
+for objectives that are smooth in 1/x, the output change; `minimise` for any, such as a metric; `grid` is the authors'.
 """
 
 from __future__ import annotations
@@ -9,18 +10,33 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from deltamerge.calibrate.spec import EVALUATIONS, SCANNED
+
 Evaluate = Callable[[Sequence[float]], Sequence[float]]
-COARSE = 8
-BUDGET = 20
+OfMasks = Callable[[Sequence[float], range], Sequence[Sequence[float]]]
+Point = tuple[float, float]
+COARSE = SCANNED
+BUDGET = EVALUATIONS
+FIRST = 2  # masks that a model is fitted to before it is known whether they agree
+AGREE = 0.1  # of the bracket in log x: masks whose minima differ by less agree
+HUMP = 0.02  # of the range of the values: what must lie between two minima
 
 
 @dataclass(frozen=True, slots=True)
 class Minima:
-    """The best point, its objective, and every point evaluated, in order."""
+    """The best point, its objective, and every point evaluated, in order.
+
+    scan    of `model`: the points of the first round, on a part of the rows
+    others  of `model`: further minima of the first round
+    masks   of `model`: the masks that the values are means over
+    """
 
     point: float
     value: float
-    path: tuple[tuple[float, float], ...]
+    path: tuple[Point, ...]
+    scan: tuple[Point, ...] = ()
+    others: tuple[Point, ...] = ()
+    masks: int = 1
 
     @property
     def evaluations(self) -> int:
@@ -34,6 +50,8 @@ class Minima:
         An unlabelled objective can have a second minimum where the delta is drowned or dropped (magnitude at density
         0.001 has): compare these, and the plain choice, by another measure on held-out rows.
         """
+        if self.scan:
+            return (self.point, *(x for x, _ in self.others))
         points = sorted(self.path)
         lowest = [points[i] for i in _lowest([value for _, value in points])]
         return tuple(point for point, _ in sorted(lowest, key=lambda p: (p[1], p[0])))
@@ -75,6 +93,157 @@ def minimise(
         left_over = budget - len(memo.values)
         _brent(value, left, math.log(points[best]), right, memo.values[points[best]], left_over, tolerance)
     return memo.found()
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """The first round of `model`: a grid in log x on a part of the rows, and its local minima, the best first."""
+
+    points: tuple[float, ...]
+    values: tuple[float, ...]
+    minima: tuple[int, ...]
+
+    @property
+    def best(self) -> float:
+        """The point of the smallest value."""
+        return self.points[self.minima[0]]
+
+    @property
+    def path(self) -> tuple[Point, ...]:
+        """Points and values."""
+        return tuple(zip(self.points, self.values, strict=True))
+
+
+def scan(evaluate: Evaluate, low: float, high: float, *, coarse: int = COARSE, tolerance: float = 0.01) -> Scan:
+    """The objective on a grid in log x over [low, high], 0 < low ≤ high; one point if they are within the tolerance.
+
+    A local minimum counts if a hump of `HUMP` of the values' range parts it from each better one.
+    """
+    if high <= low * (1.0 + tolerance):
+        return Scan((low,), (_ordered(evaluate([low])[0]),), (0,))
+    step = math.log(high / low) / (coarse - 1)
+    points = [low * math.exp(step * i) for i in range(coarse - 1)] + [high]
+    values = [_ordered(value) for value in evaluate(points)]
+    return Scan(tuple(points), tuple(values), tuple(_apart(values)))
+
+
+def model(scanned: Scan, of_masks: OfMasks, masks: int) -> Minima:
+    """The minimum, near the best point of a scan, of an objective that is smooth in 1/x.
+
+        scanned     of the first mask, on a part of the rows
+        of_masks    returns the objective at several points for each of a range of masks, on all rows
+        masks       the number of masks
+
+    Three points around the scan's minimum, a third of its step apart, are valued for the first two masks, and a fourth
+    where an outer one is the best. The other masks follow only where the minima of these two differ by more than
+    `AGREE` of the three points' width. Of three or more masks the one farthest from the mean is left out, as the paper
+    does. The parabola in 1/x through the means has its minimum at the point that is returned, whose value is the
+    parabola's. Where it has none between the three points, the best of them is returned; among equal values the
+    smallest point wins.
+    """
+    points, seen = scanned.points, scanned.values
+    low, high = points[0], points[-1]
+    best, *others = scanned.minima
+    if len(points) == 1:
+        (value,) = _means(_columns(of_masks([low], range(masks))))
+        return Minima(low, value, ((low, value),), scanned.path, masks=masks)
+    step = math.log(high / low) / (len(points) - 1)
+    centre = min(max(vertex(points, seen, best), low * math.exp(step / 3)), high * math.exp(-step / 3))
+    three = [_within(centre * math.exp(shift), low, high) for shift in (-step / 3, 0.0, step / 3)]
+    some = range(min(FIRST, masks))
+    found = _columns(of_masks(three, some))
+    three, found = _followed(three, found, low, high, step / 3, lambda x: of_masks([x], some)[0])
+    if masks > FIRST:
+        minima = [_parabola(three, column)[0] for column in found]
+        if math.log(max(minima) / min(minima)) > AGREE * 2 * step / 3:
+            found += _columns(of_masks(three, range(FIRST, masks)))
+    means = _means(found)
+    point, value = _parabola(three, means)
+    scale = value / seen[best] if 0.0 < seen[best] < math.inf else 1.0
+    return Minima(
+        point,
+        value,
+        tuple(zip(three, means, strict=True)),
+        scanned.path,
+        tuple((points[i], seen[i] * scale) for i in others),
+        len(found),
+    )
+
+
+def _followed(
+    three: list[float],
+    columns: list[list[float]],
+    low: float,
+    high: float,
+    step: float,
+    value: Callable[[float], Sequence[float]],
+) -> tuple[list[float], list[list[float]]]:
+    """The three points and their values by mask, moved by one where the best is an outer one inside the bounds."""
+    means = _means(columns)
+    best = min(range(3), key=lambda i: (means[i], i))
+    if best == 1 or three[best] in (low, high):
+        return three, columns
+    after = _within(three[best] * math.exp(step if best else -step), low, high)
+    more = [_ordered(one) for one in value(after)]
+    if best:
+        return [*three[1:], after], [[*column[1:], one] for column, one in zip(columns, more, strict=True)]
+    return [after, *three[:-1]], [[one, *column[:-1]] for column, one in zip(columns, more, strict=True)]
+
+
+def _means(columns: Sequence[Sequence[float]]) -> list[float]:
+    """The mean of each row over columns, a column a mask; of three or more, without the one whose own mean is farthest
+    from theirs."""
+    some = list(columns)
+    if len(some) > 2:
+        own = [sum(column) / len(column) for column in some]
+        mean = sum(own) / len(own)
+        del some[max(range(len(own)), key=lambda i: abs(own[i] - mean))]
+    return [sum(row) / len(row) for row in zip(*some, strict=True)]
+
+
+def _within(x: float, low: float, high: float) -> float:
+    """x, or a bound that it reaches but for rounding."""
+    return low if x <= low * (1.0 + 1e-9) else high if x >= high * (1.0 - 1e-9) else x
+
+
+def _columns(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[_ordered(value) for value in column] for column in zip(*rows, strict=True)]
+
+
+def _parabola(three: Sequence[float], values: Sequence[float]) -> Point:
+    """The minimum of the parabola in 1/x through three ascending points, if it lies between them; else the best."""
+    best = min(range(3), key=lambda i: (values[i], i))
+    u = [three[1] / x - 1.0 for x in three]
+    if not all(map(math.isfinite, values)) or u[0] == 0.0 or u[2] == 0.0:
+        return three[best], values[best]
+    left, right = (values[0] - values[1]) / u[0], (values[2] - values[1]) / u[2]
+    curve = (left - right) / (u[0] - u[2])
+    slope = left - curve * u[0]
+    if curve <= 0.0 or not u[2] <= (at := -slope / (2.0 * curve)) <= u[0]:
+        return three[best], values[best]
+    return three[1] / (1.0 + at), values[1] + slope * at / 2.0
+
+
+def vertex(points: Sequence[float], values: Sequence[float], i: int) -> float:
+    """The minimum of the parabola in log x through a point and its two neighbours; the point itself at an end."""
+    if not 0 < i < len(points) - 1 or not all(map(math.isfinite, values[i - 1 : i + 2])):
+        return points[i]
+    left, middle, right = values[i - 1 : i + 2]
+    curve = left - 2.0 * middle + right
+    shift = (left - right) / (2.0 * curve) if curve > 0.0 else 0.0
+    return points[i] * math.exp(shift * math.log(points[i + 1] / points[i]))
+
+
+def _apart(values: Sequence[float]) -> list[int]:
+    """Indices of the local minima, best first, without those that no hump parts from a better one."""
+    finite = [value for value in values if value < math.inf]
+    least = HUMP * (max(finite) - min(finite)) if finite else 0.0
+    kept: list[int] = []
+    for i in sorted(_lowest(values) or [0], key=lambda i: (values[i], i)):
+        walls = (max(values[min(i, k) : max(i, k) + 1]) for k in kept)
+        if all(wall - values[i] > least for wall in walls):
+            kept.append(i)
+    return kept
 
 
 def grid(evaluate: Evaluate, low: float, high: float, *, step: float, patience: int = 4) -> Minima:

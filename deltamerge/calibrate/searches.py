@@ -21,6 +21,7 @@ import torch
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate import reach, search, statistics
 from deltamerge.calibrate.candidates import Q
+from deltamerge.calibrate.judging import Rounds
 from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.scales import learn, row_shape
 from deltamerge.calibrate.spec import EVALUATIONS, SHORTLIST, STEPS, Spec, grid_step, rounded
@@ -31,6 +32,7 @@ from deltamerge.errors import InputError
 Qs = dict[str, Q]
 Path = list[list[Any]]
 KAPPA = (0.25, 4.0)
+SCAN = "few rows"  # the name of a search's first round in a lock's path
 # Bounds of q in closed forms and learned scales. A q above 1 shrinks a row that is better left out; without a bound
 # learned scales pass 100 on tensors that hardly matter.
 HIGHEST = 10.0
@@ -58,7 +60,7 @@ class Found:
 
 def shortlist(found: search.Minima, low: float, high: float) -> list[tuple[float, float, bool]]:
     """(point, value, whether it lies on a bound) of the best local minima."""
-    values = dict(found.path)
+    values = dict([*found.path, *found.others, (found.point, found.value)])
     points = found.minima[:SHORTLIST] or (found.point,)
     return [(x, values[x], x <= low * (1.0 + 1e-9) or x >= high * (1.0 - 1e-9)) for x in points]
 
@@ -70,7 +72,7 @@ def passed(found: search.Minima, low: float, high: float) -> list[tuple[float, f
     in between. On sentiment at density 0.001 the output change of magnitude is smallest at q = 0.017, whose accuracy is
     61; the predictions are nearest at 0.028, with 74.
     """
-    inside = [(x, value) for x, value in found.path if low * (1.0 + 1e-9) < x < high * (1.0 - 1e-9)]
+    inside = [(x, value) for x, value in (found.scan or found.path) if low * (1.0 + 1e-9) < x < high * (1.0 - 1e-9)]
     least, spread = (high / low) ** (1 / EVALUATIONS), sorted(inside)[:1]
     for point in sorted(inside):
         if point[0] >= spread[-1][0] * least:
@@ -82,14 +84,20 @@ class Searches:
     """Runs the search that a spec asks for, on a subject.
 
     path     records every point evaluated
+    rounds   of held-out rows, which say whether what the first round found is hardly better than the base
+    few      the objective on a part of the rows, where it was no use beyond the first round
+    masks    how many masks the smallest objective is a mean over; 0: all
     passed   more candidates for a judge other than the objective, from a search of one q by output change
     """
 
-    def __init__(self, spec: Spec, subject: Subject) -> None:
+    def __init__(self, spec: Spec, subject: Subject, rounds: Rounds | None = None) -> None:
         self.spec, self.subject = spec, subject
         if not subject.may_have_layers:
             raise InputError("no weight of a linear layer is pruned", hint="give a number as q, or change include")
         self.path: Path = []
+        self.masks = 0
+        self.few: O.OutputChange | None = None
+        self.rounds = None if spec.search == "gradient" or subject.metric is not None else rounds
         self.passed: list[Found] = []
 
     @cached_property
@@ -132,6 +140,15 @@ class Searches:
                 found[name] = pruned.plain, reach.OTHER
         return found
 
+    def closer(self, candidates: Sequence[Found], values: Sequence[float]) -> Found | None:
+        """One more candidate of one q: the minimum of the parabola in log q through the best and its neighbours."""
+        if self.few is None:
+            return None
+        some = sorted((float(one.numbers["q"]), value) for one, value in zip(candidates, values, strict=True))
+        points, heights = [x for x, _ in some], [value for _, value in some]
+        q = rounded(search.vertex(points, heights, heights.index(min(heights))))
+        return None if q in points else self._found(dict.fromkeys(self.reached, q), min(values), {"q": q})
+
     def not_calibrated(self, found: Found) -> list[dict[str, Any]]:
         """The entry of the lock about tensors without a searched q."""
         names = {pruned.stored: pruned.name for pruned in self.spec.pruned}
@@ -162,11 +179,16 @@ class Searches:
             return self.subject.validation("search")
         return self.subject.output_change("search")
 
+    @property
+    def compared(self) -> int:
+        """The masks that the plain choice's objective is a mean over."""
+        return min(self.masks, search.FIRST) if self.masks else self.spec.seeds
+
     def value(self, q: Qs) -> float:
-        """The objective on the rows that are searched on."""
+        """The objective on the rows that are searched on, over `compared` masks."""
         if self.objective is None:
             return _layer_error(self._drawn, q)
-        return self.subject.values(self.objective, [q])[0]
+        return self.subject.values(self.few or self.objective, [q], seeds=self.compared)[0]
 
     def _global(self) -> list[Found]:
         low, high = self._bounds(min(self.density.values()), 1.0)
@@ -176,26 +198,43 @@ class Searches:
         self, name: str, qs: Callable[[float], Qs], low: float, high: float, family: str | None = None
     ) -> list[Found]:
         """The local minima over one number that all q's follow from."""
-        objective = self.objective
-        assert objective is not None
-
-        def evaluate(points: Sequence[float]) -> list[float]:
-            return self.subject.values(objective, [self._whole(qs(point)) for point in points])
-
-        if self.spec.search == "grid" and name == "q":
-            found = search.grid(evaluate, low, high, step=grid_step(low))
-        elif self.spec.search == "grid":
-            found = search.minimise(evaluate, low, high, coarse=16, budget=16)
-        else:
-            found = search.minimise(evaluate, low, high)
+        found = self._search(name, lambda points: [self._whole(qs(point)) for point in points], low, high)
         named: dict[str, float | str] = {} if family is None else {"family": family}
+        few = f"{family}, {SCAN}" if family else SCAN
+        self.path += [[few, name, rounded(x), rounded(value)] for x, value in found.scan]
         self.path += [[*named.values(), name, rounded(x), rounded(value)] for x, value in found.path]
         short = shortlist(found, low, high)
-        if name == "q" and self.spec.objective == "output_change" and self.spec.search != "gradient":
+        change = self.spec.objective == "output_change" and self.spec.search != "gradient"
+        if name == "q" and change and (self.subject.metric is not None or self.few is not None):
             known = {x for x, _, _ in short}
             points = [point for point in passed(found, low, high) if point[0] not in known]
             self.passed = [self._found(qs(rounded(x)), value, {name: rounded(x)}) for x, value in points]
         return [self._found(qs(rounded(x)), value, {**named, name: rounded(x)}, edge) for x, value, edge in short]
+
+    def _search(self, name: str, qs: Callable[[Sequence[float]], list[Qs]], low: float, high: float) -> search.Minima:
+        """The minimum over one number: of the output change by a model of it, of a metric by trying."""
+        objective, subject = self.objective, self.subject
+        assert objective is not None
+
+        def evaluate(points: Sequence[float]) -> list[float]:
+            return subject.values(objective, qs(points))
+
+        if self.spec.search == "grid" and name == "q":
+            return search.grid(evaluate, low, high, step=grid_step(low))
+        if self.spec.search == "grid":
+            return search.minimise(evaluate, low, high, coarse=16, budget=16)
+        if not isinstance(objective, O.OutputChange):
+            return search.minimise(evaluate, low, high)
+        few = O.first(objective, subject.few)
+        seen = search.scan(lambda points: subject.values(few, qs(points), seeds=1), low, high)
+        if name == "q" and self.rounds is not None and self.rounds.like_base(qs([rounded(seen.best)])[0]):
+            self.few, self.masks = few, 1
+            return search.Minima(seen.best, seen.values[seen.minima[0]], (), seen.path)
+        found = search.model(
+            seen, lambda points, masks: subject.of_masks(objective, qs(points), masks), len(subject.masks)
+        )
+        self.masks = max(self.masks, found.masks)
+        return found
 
     def _bounds(self, low: float, high: float) -> tuple[float, float]:
         return self.spec.bounds or (low, high)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -79,6 +79,24 @@ def bodies(model: Any) -> list[nn.Module]:
 
     inner: list[nn.Module] = [m for m in model.modules() if isinstance(m, PreTrainedModel) and m is not model]
     return [*inner, model] if model.base_model is model else inner
+
+
+@contextmanager
+def hidden_states(some: Sequence[nn.Module]) -> Iterator[list[Tensor]]:
+    """The last hidden state of each body that returns while this lasts, in that order."""
+    hidden: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Any) -> None:
+        state = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", None)
+        if state is not None:
+            hidden.append(state)
+
+    hooks = [body.register_forward_hook(keep) for body in some]
+    try:
+        yield hidden
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def ignored(model: nn.Module) -> frozenset[str]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.calibrate.precision import Precision, chosen
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, stacked_transposed
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
@@ -25,17 +26,22 @@ from deltamerge.recipe.schema import Calibration
 EVALUATIONS = 20
 STEPS = 40
 ROUNDED = 6  # significant digits of a q in a lock
-HELD_OUT = 200  # held-out rows; more where more rows are searched on
+HELD_OUT = 200  # held-out rows at most; more where more rows are searched on
+ROUND = 25  # held-out rows of a round of comparisons
+LAST_ROUND = 2  # rounds at most where candidates differ by one number,
+MORE_ROUNDS = 4  # and more of them for a random mask whose q is searched by predictions
+SCANNED = 8  # points of a search's first round, on a quarter of the rows
 SHORTLIST = 4  # minima of a search that are compared on held-out rows
-PASSED = 1 + EVALUATIONS  # the base, and further points compared where a search found nothing better than the base
+PASSED = 1 + SCANNED  # the base, and further points compared where a search found nothing better than the base
 WALKED = 8  # candidates in one walk through the blocks
 STEP_ROWS = 64  # rows of a step of learned scales
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
 # bytes of masks that are kept; masks beyond them are drawn again
 CACHE_BYTES = 1 << 31
-SPARSE_BELOW = 1 / 3  # share of entries below which positions (int64) and values are smaller than the tensor
+SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
+HEAD_WEIGHT = re.compile(r"(^|\.)(lm_head|embed_out|output|classifier|score)\.")
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
@@ -60,6 +66,11 @@ class CalibrationInput:
     device: str
     labelled: bool
     cache: int = CACHE_BYTES
+
+    @property
+    def precision(self) -> Precision:
+        """Of the products of its forward passes."""
+        return chosen(self.calibration.precision, self.device, self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,21 +128,39 @@ class Spec:
     @property
     def passes(self) -> int:
         """The most forward passes over the calibration rows; a backward pass counts as two."""
-        # the fine-tune's outputs, statistics; on the held-out rows the candidates, the plain choice and the fine-tune
         rows = self.source.calibration.sequences
-        besides = 6 + (SHORTLIST + PASSED + 3) * math.ceil(max(HELD_OUT, rows) / rows)
+        return math.ceil(self._searching(rows) + self._judging(rows))
+
+    def _searching(self, rows: int) -> float:
+        """Passes of the search; the fine-tune's outputs and the plain choice's objective are among them."""
+        few, two = SCANNED * math.ceil(rows / 4) / rows, min(self.seeds, 2)
+        by_model = few + 3 * self.seeds + two  # three points for every mask, and a fourth for two of them
+        one = by_model if self.objective == "output_change" else self.seeds * EVALUATIONS
         if self.parts:
-            return len(self.parts) * (besides + self.seeds * (1 + EVALUATIONS))
+            return len(self.parts) * (1 + one + self.seeds)
         if self.objective == "layer_mse":
-            return besides
+            return 3
         if self.search == "gradient":
             stops = STOP_SHARE * (STEPS + SHORTLIST + 3) + 1
-            return besides + EVALUATIONS + math.ceil(3 * STEPS * min(STEP_ROWS, rows) / rows + stops)
-        if self.search == "grid" and self.scope == "global":
+            return 3 + by_model + math.ceil(3 * STEPS * min(STEP_ROWS, rows) / rows + stops)
+        if self.search == "grid":
             low, high = self.bounds or (min(pruned.density for pruned in self.pruned), 1.0)
-            return besides + self.seeds * (1 + math.ceil((high - low) / grid_step(low)) + EVALUATIONS)
+            found = math.ceil((high - low) / grid_step(low)) + EVALUATIONS
+            one = self.seeds * (found if self.scope == "global" else EVALUATIONS)
         families = 2 if self.random and self.scope != "global" else 1
-        return besides + self.seeds * (1 + EVALUATIONS * families)
+        statistics = 0 if self.scope == "global" else 2
+        return 1 + statistics + families * one + self.seeds
+
+    def _judging(self, rows: int) -> float:
+        """Passes of the comparison on held-out rows: the fine-tune, the plain choice, candidates, the base."""
+        candidates, held = 1 + SHORTLIST + PASSED, max(HELD_OUT, rows)
+        if self.parts:
+            return len(self.parts) * (SHORTLIST + 2) * held / rows
+        if self.source.labelled:
+            return (2 + candidates) * held / rows
+        if self.scope == "global" and self.search != "gradient":
+            return (2 + candidates) * ROUND / rows + 6 * ROUND * (LAST_ROUND - 1) / rows
+        return ((3 + SHORTLIST) * ROUND + (2 + SHORTLIST) * (held - ROUND)) / rows
 
     @property
     def name(self) -> str:
@@ -171,7 +200,9 @@ class Spec:
             "mask_seeds": self.seeds,
             "sequences": calibration.sequences,
             "length": calibration.length,
+            "precision": self.source.precision,
             "forward_passes": self.passes,
+            "operations": operations(self.source),
             "memory": self.memory,
         }
 
@@ -197,6 +228,17 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
+def operations(source: CalibrationInput) -> int:
+    """About the multiplications and additions of a forward pass over the search rows: two for each token and entry of
+    a matrix that is no embedding. A head that may be tied counts, and so do all experts."""
+    sizes = {tensor.name: math.prod(tensor.shape) for tensor in source.tensors if len(tensor.shape) > 1}
+    looked_up = [name for name in sizes if EMBEDDING.search(name)]
+    entries = sum(sizes.values()) - sum(sizes[name] for name in looked_up)
+    if looked_up and not any(HEAD_WEIGHT.search(name) for name in sizes):  # it may be tied
+        entries += max(sizes[name] for name in looked_up)
+    return 2 * entries * source.calibration.sequences * source.calibration.length
+
+
 def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
     """About the bytes that a stage takes: cached masks, one block both stored and in float32, hidden states."""
     sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in source.tensors}
@@ -208,7 +250,7 @@ def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
     rows = source.calibration.sequences
     hidden = max(WALKED * rows, (SHORTLIST + 1) * max(rows, HELD_OUT)) * source.calibration.length * width * 4
     masks = sum(
-        len(one.masked) * math.prod(one.masked[0].shape) * (12 * one.density if one.density < SPARSE_BELOW else 4)
+        len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else 4)
         for one in pruned
     )
     return min(math.ceil(masks), source.cache) + 2 * resident + hidden

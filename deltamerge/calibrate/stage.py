@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.spec import Calibrated, CalibrationInput, QValue, Spec, rounded
+from deltamerge.calibrate.spec import LAST_ROUND, MORE_ROUNDS, Calibrated, CalibrationInput, QValue, Spec, rounded
+from deltamerge.engine import backends
 from deltamerge.errors.shown import shown
 from deltamerge.io import progress
 from deltamerge.io.reader import Reader
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = "measuring activations of"
 LONG = 40  # characters of a model's name beside its progress
-LITTLE = 0.9  # share of the base's distance from the fine-tune; a candidate beyond it is hardly better than the base
 
 
 def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
@@ -46,6 +46,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
 
     `inputs` are the values of `spec.shared`, small nodes that the masks depend on.
     """
+    from deltamerge.calibrate.judging import Rounds, by_metric, compare
     from deltamerge.calibrate.searches import Searches
     from deltamerge.calibrate.subject import Subject
 
@@ -53,21 +54,30 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
         masks = [{p.stored: p.masked[s] for p in spec.pruned} for s in range(spec.seeds)]
         protected = {p.stored: p.protected for p in spec.pruned if p.protected is not None}
         subject = Subject(spec.source, reader, masks, dict(zip(spec.shared, inputs, strict=True)), protected)
-        searches = Searches(spec, subject)
-        found = searches.run()
         plain: Qs = {p.stored: p.plain for p in spec.pruned}
+        rounds = Rounds(subject, plain)
+        searches = Searches(spec, subject, rounds)
+        found = searches.run()
         value = searches.value(plain)
-        judge = subject.judge()
-        some = judge.eligible(found)
-        held = subject.values(judge.objective, [*(one.q for one in some), plain], seeds=1)
-        if judge.trusted and searches.passed and min(held[:-1]) > LITTLE * subject.nothing(judge.objective):
-            more = subject.values(judge.objective, [one.q for one in searches.passed], seeds=1)
-            some, held = [*some, *searches.passed], [*held[:-1], *more, held[-1]]
+        if subject.metric is not None:
+            verdict = by_metric(subject, found, searches.passed, plain)
+        else:
+            some = [*found, *searches.passed]
+            one_number = spec.scope == "global" and spec.search != "gradient"
+            most = LAST_ROUND + (MORE_ROUNDS if searches.passed and spec.random else 0) if one_number else None
+            verdict = compare(rounds, some, most=most, closer=lambda values: searches.closer(some, values))
         subject.forget()
-        chosen, record = decide(spec, judge, found, some, held, value)
+        chosen, record = decide(spec, verdict.judge, found, verdict.some, verdict.held, value)
+        record["mask_seeds"] = searches.masks or spec.seeds
+        record["candidates"] += [
+            {**one.numbers, "value": rounded(one.value), "held_out": rounded(verdict.judge.shown(held)), "rows": rows}
+            for one, held, rows in verdict.dropped
+        ]
+        q = _range([p.plain for p in spec.pruned])
         record |= {
-            "plain": {"q": _range([p.plain for p in spec.pruned]), "value": rounded(value)},
+            "plain": {"q": q, "value": rounded(value), "mask_seeds": searches.compared},
             "sequences": subject.counts[0],
+            "precision": subject.model.precision,
             "forward_passes": subject.passes,
             "path": searches.path,
         }
@@ -133,7 +143,7 @@ def decide(
 @contextmanager
 def calibrating(name: str, passes: int, what: str = "calibrating") -> Iterator[None]:
     """Name the model in errors of its calibration, and in a phase of at most so many forward passes over the rows;
-    silence transformers' advice on lengths and padding."""
+    silence transformers' advice on lengths and padding; reuse what a pass frees."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -141,6 +151,7 @@ def calibrating(name: str, passes: int, what: str = "calibrating") -> Iterator[N
         with (
             errors.context(f"calibration of {name}"),
             progress.phase(f"{what} {shown(name, LONG)}", passes, progress.PASSES, bound=True),
+            backends.quiet_allocator(whole=True),
         ):
             yield
     finally:

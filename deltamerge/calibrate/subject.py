@@ -10,14 +10,15 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
 from deltamerge.calibrate.blocks import BlockModel, Inputs, from_reader
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
+from deltamerge.calibrate.data import Batches, check_new_tokens
 from deltamerge.calibrate.data import RowReader as Rows
-from deltamerge.calibrate.data import check_new_tokens
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.rows import HEADS, Row, select
@@ -38,7 +39,10 @@ from deltamerge.methods.tiles import Kept
 T = TypeVar("T")
 Part = Literal["search", "held"]
 
-BATCH = 32
+BATCH = 32  # rows at most
+BATCH_TOKENS = 4096
+LOGITS_BYTES = 1 << 27  # of a batch's logits, where every token has its own
+FEW = 4  # one of so many rows is in the first round of a search
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +72,8 @@ class Judge:
 class Subject:
     """A fine-tune and its rows; `masks[s]` has the masked deltas of mask seed s, by the fine-tune's tensor names.
 
-    inputs      batches of the search rows ("search") and of the held-out rows ("held")
+    inputs      batches of the search rows ("search"), of which the first `few` hold a quarter of them, and of the
+                held-out rows ("held")
     sequences   sequences that have gone through the model so far; a backward pass counts as two
     """
 
@@ -93,17 +98,53 @@ class Subject:
         self.rows: dict[Part, list[Row]] = {"search": search, "held": held}
         self.counts = len(search), len(held)
         labelled = source.labelled and self.metric != "exact_match"
-        self.batches = {part: self.reads.batches(r, size=BATCH, labelled=labelled) for part, r in self.rows.items()}
-        self.model = BlockModel(self.config, self.infos, device=self.device, pad_token_id=self.reads.pad_token_id)
+        self.size = self._batch_rows()
+        quarter = self._batched(search[::FEW], labelled=labelled)
+        rest = [row for i, row in enumerate(search) if i % FEW]
+        self.few = len(quarter.inputs)
+        self.batches: dict[Part, Batches] = {
+            "search": quarter.with_more(self._batched(rest, labelled=labelled)) if rest else quarter,
+            "held": self._batched(held, labelled=labelled),
+        }
+        self.model = BlockModel(
+            self.config,
+            self.infos,
+            device=self.device,
+            pad_token_id=self.reads.pad_token_id,
+            precision=source.precision,
+        )
+        self.model.entering = self._advise
         self.model.walked = partial(_ahead, self.counts[0])
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
-        # the variants of one walk share a part's weights; earlier reads are in the page cache
-        self.start = Cache(self._start, max(self._part_bytes()))
-        self.masks = [Cache(partial(self._masked, nodes), source.cache // len(masks)) for nodes in masks]
+        # the variants of one walk share a part's weights and masks; earlier reads are in the page cache
+        part = max(self._part_bytes())
+        self.start = Cache(lambda names: {name: self._start(name) for name in names}, part)
+        room = max(0, source.cache - part) // max(1, len(masks))
+        self.masks = [Cache(partial(self._masked, nodes), part, room) for nodes in masks]
         columns = shared_values(list((protected or {}).values()), self.known)
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in (protected or {}).items()}
         self.caches: list[Cache[Any]] = [self.start, *self.masks]
         self.sequences = 0
+
+    def _batched(self, rows: Sequence[Row], *, labelled: bool = False) -> Batches:
+        return self.reads.batches(rows, size=self.size, labelled=labelled)
+
+    def _batch_rows(self) -> int:
+        """Rows of a batch: fewer where they are long, or where each token has logits over a large vocabulary."""
+        if self.task == "image-classification":
+            return BATCH
+        length = self.source.calibration.length
+        most = min(BATCH, BATCH_TOKENS // length)
+        vocabulary = getattr(self.config.get_text_config(), "vocab_size", None) if self.task in LANGUAGE else None
+        if isinstance(vocabulary, int) and vocabulary > 0 and self._head(self.task):
+            most = min(most, LOGITS_BYTES // (4 * length * vocabulary))
+        return max(1, most)
+
+    def rounds(self, rows: int) -> list[list[dict[str, Tensor]]]:
+        """Batches of the held-out rows, about `rows` of them in each round."""
+        held = self.rows["held"]
+        count = max(1, round(len(held) / rows))
+        return [self._batched(held[i::count]).inputs for i in range(count)]
 
     def forget(self) -> None:
         """Free the cached weights and masks."""
@@ -156,7 +197,7 @@ class Subject:
         """The objective of that name, on "search" or "held" rows."""
         assert self.metric is not None
         if self.metric == "exact_match":
-            made, settings = self.reads.prompts(self.rows[part], size=BATCH), self.source.calibration
+            made, settings = self.reads.prompts(self.rows[part], size=self.size), self.source.calibration
             check_new_tokens(settings.length, settings.new_tokens, self.config)
             assert made.texts is not None
             return O.Generation(made.inputs, made.texts, self.reads.decode, settings.answer, settings.new_tokens)
@@ -202,16 +243,29 @@ class Subject:
         stop = select(rows, max(1, round(STOP_SHARE * len(rows))), self.source.seed + 1)
         chosen = {row.number for row in stop}
         batches, groups = self.reads.steps([row for row in rows if row.number not in chosen], step=STEP_ROWS)
-        return batches.inputs, groups, self.reads.batches(stop, size=BATCH).inputs
+        return batches.inputs, groups, self.reads.batches(stop, size=self.size).inputs
 
     def values(
         self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], seeds: int | None = None
     ) -> list[float]:
         """The objective of every choice of q's, over the first `seeds` masks (default: all)."""
-        masks = self.masks[:seeds]
-        variants = [pruned(self.start, mask, q) for q in qs for mask in masks]
+        return [O.over_seeds(some) for some in self.of_masks(objective, qs, range(len(self.masks[:seeds])))]
+
+    def of_masks(
+        self, objective: O.Objective | O.Generation, qs: Sequence[Mapping[str, Q]], masks: range
+    ) -> list[list[float]]:
+        """[choice of q's][mask] of the objective. A mask's choices are walked together: it is drawn once a walk, where
+        it is not kept."""
+        variants = [pruned(self.start, self.masks[mask], q) for mask in masks for q in qs]
         found = O.evaluate(self.model, objective, variants, counted=partial(self.count, objective.batches))
-        return [O.over_seeds(found[i : i + len(masks)]) for i in range(0, len(found), len(masks))]
+        return [found[i :: len(qs)] for i in range(len(qs))]
+
+    def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q] | None]) -> list[list[Any]]:
+        """Of every choice of q's what `objective.value` takes, for the first mask; of None, where nothing of the delta
+        is kept."""
+        nothing = pruned(self.start, lambda name: None, {})
+        variants = [nothing if q is None else pruned(self.start, self.masks[0], q) for q in qs]
+        return O.reduced(self.model, objective, variants, counted=partial(self.count, objective.batches))
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
         """The objective of the base with the fine-tune's head, where nothing of the delta is kept."""
@@ -243,6 +297,12 @@ class Subject:
         outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
         return [outside, *(outside + block for block in blocks)]
 
+    def _advise(self, part: int) -> None:
+        """Have the kernel read a part's weights while the one before it is computed."""
+        for name in self.model.parts[part] if part < len(self.model.parts) else ():
+            for info in self.pairs.get(name, (self.infos[name],)):
+                self.reader.advise(info, 0, info.nbytes)
+
     def _stored(self, info: TensorInfo) -> Tensor:
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         self.reader.read_into(info, 0, raw.numpy())
@@ -269,21 +329,31 @@ class Subject:
         start[: base.shape[0]] = self._read(base)
         return start
 
-    def _masked(self, nodes: Mapping[str, Node], name: str) -> Masked | None:
-        node = nodes.get(name)
-        if node is None:
-            return None
-        root = Graph().node(dense, [node], shape=node.shape)
-        sink = Memory(math.prod(node.shape))
-        task = Task(name, root, backends.choose(root, self.source.device))
-        execute([task], self.reader, sink, device=self.source.device, workers=default_workers(), known=self.known)
-        flat = torch.from_numpy(sink.values).to(self.device)
-        positions = flat.nonzero().flatten()
-        if len(positions) < SPARSE_BELOW * len(flat):
-            return Kept(positions, flat[positions])
+    def _masked(self, nodes: Mapping[str, Node], names: Sequence[str]) -> dict[str, Masked | None]:
+        """The masked deltas of tensors, None where a tensor is not pruned."""
+        tasks, sink = [], Memory()
+        for name in names:
+            if (node := nodes.get(name)) is not None:
+                root = Graph().node(dense, [node], shape=node.shape)
+                sink.expect(name, math.prod(node.shape))
+                tasks.append(Task(name, root, backends.choose(root, self.source.device)))
+        if tasks:
+            device = self.source.device
+            execute(tasks, self.reader, sink, device=device, workers=default_workers(), known=self.known)
+        return {name: self._kept(name, sink.taken(name)) if name in nodes else None for name in names}
+
+    def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
+        """A masked delta as positions and values, or dense, whichever is smaller."""
+        positions = np.flatnonzero(values)
+        if len(positions) < SPARSE_BELOW * len(values):
+            small = positions.astype(np.int32) if len(values) <= np.iinfo(np.int32).max else positions
+            return Kept(self._placed(small), self._placed(values[positions]))
         whole = self.infos[name].shape
-        padded = torch.nn.functional.pad(flat, (0, math.prod(whole) - len(flat)))
-        return padded.view(whole)
+        lacking = math.prod(whole) - len(values)
+        return self._placed(np.pad(values, (0, lacking)) if lacking else values).view(whole)
+
+    def _placed(self, values: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(values).to(self.device)
 
 
 def _rows(inputs: Inputs) -> int:
@@ -296,13 +366,21 @@ def _ahead(whole: int, batches: Sequence[Inputs], passes: float) -> None:
 
 
 class Memory:
-    """A sink for one float32 tensor."""
+    """A sink for float32 tensors."""
 
-    def __init__(self, size: int) -> None:
-        self.values = np.empty(size, np.float32)
+    def __init__(self) -> None:
+        self._values: dict[str, NDArray[np.float32]] = {}
+
+    def expect(self, name: str, size: int) -> None:
+        """Make room for a tensor of `size` entries."""
+        self._values[name] = np.empty(size, np.float32)
+
+    def taken(self, name: str) -> NDArray[np.float32]:
+        """A tensor's values, which are no longer held here."""
+        return self._values.pop(name)
 
     def write(self, name: str, offset: int, data: Any) -> None:
-        self.values.view(np.uint8)[offset : offset + data.nbytes] = data.view(np.uint8)
+        self._values[name].view(np.uint8)[offset : offset + data.nbytes] = data.view(np.uint8)
 
 
 def _config(source: CalibrationInput) -> Any:

@@ -40,7 +40,7 @@ def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> M
     with Reader() as reader:
 
         def total(make: Callable[[Graph, Node], Node], known: Mapping[str, Any]) -> Any:
-            return sum(values for _, values in _reduced(deltas, make, known, reader, device))
+            return sum(values for _, values in reduced(deltas, make, known, reader, device))
 
         high = select.pick_bin(total(lambda g, d: _sum(g, select.high_histogram, d), {}), k=k)
         low = total(lambda g, d: _sum(g, select.low_histogram, d, _small(g, "bin")), {"bin": high})
@@ -48,7 +48,7 @@ def model_cut(*, deltas: tuple[tuple[str, Node], ...], k: int, device: str) -> M
         if cut.equal_kept == cut.equal_total:
             return ModelCut(cut.threshold, dict.fromkeys(names, (0, 0)))
         make = _equals
-        counts = {n: int(np.sum(c)) for n, c in _reduced(deltas, make, {"cut": cut}, reader, device)}
+        counts = {n: int(np.sum(c)) for n, c in reduced(deltas, make, {"cut": cut}, reader, device)}
     left, equal = cut.equal_kept, {}
     for name in names:
         equal[name] = (min(left, counts[name]), counts[name])
@@ -75,13 +75,13 @@ def _small(graph: Graph, name: str) -> Node:
     return graph.node(name, kind="small")
 
 
-def _reduced(
+def reduced(
     deltas: Sequence[tuple[str, Node]],
     make: Callable[[Graph, Node], Node],
     known: Mapping[str, Any],
     reader: Reader,
     device: str,
-) -> Iterator[tuple[str, NDArray[np.int64]]]:
+) -> Iterator[tuple[str, NDArray[Any]]]:
     """One reduction of every delta."""
     graph = Graph()
     given = {_small(graph, name): value for name, value in known.items()}

@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 @click.argument("origin", type=MODEL, required=False, metavar="[BASE]")
 @click.option("--base", type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id; or as BASE.")
 @click.option("--out", type=FOLDER, help="Folder to make; default: NAME-delta here.")
+@click.option(
+    "--after", type=MODEL, metavar="VERSION",
+    help="The version of a chain that OUT, beside it, comes after; the base is what it makes, or the chain's base.",
+)  # fmt: skip
 @click.option("--density", type=float, help="Fraction of the delta kept; default: all that changed, exactly.")
 @click.option(
     "--method",
@@ -62,6 +66,7 @@ def extract(
     origin: str | None,
     base: str | None,
     out: Path | None,
+    after: str | None,
     density: float | None,
     method: str | None,
     q: float | None,
@@ -90,7 +95,7 @@ def extract(
         return lambda _: None
 
     result = extract_delta(
-        model, base, out, density=density, method=method, q=q, values=values,
+        model, base, out, density=density, method=method, q=q, values=values, after=after,
         options=Options(watch=watch, force=force, resume=resume or None, **options),
     )  # fmt: skip
     warnings.say(result.plan)
@@ -157,11 +162,28 @@ def apply(
 @PICKLES
 @AS_JSON
 def verify(folder: Path, base: str | None, workers: int | None, pickles: bool, as_json: bool) -> None:
-    """Check FOLDER, which a run made, against the hashes in its lock."""
+    """Check FOLDER, which a run made, against the hashes in its lock.
+
+    Of a chain, or a version of one, that each version was made from what the one before makes.
+    """
+    from deltamerge.chain.folder import is_chain
+    from deltamerge.chain.version import VERSION
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.lock import verify as verify_folder
 
     workers = workers or default_workers()
+    if (folder / VERSION).is_file() or is_chain(folder):
+        from deltamerge.run.squash import verify_chain
+
+        versions = verify_chain(folder, base, workers, pickles=pickles)
+        if as_json:
+            say_json({"folder": str(folder), "versions": versions, "base": base})
+            return
+        files = sum(len(version["files"]) for version in versions)
+        tell(f"{folder}: {len(versions)} versions, {files} files, each made from what the one before makes")
+        if base is not None:
+            tell(f"{folder}: every tensor of every version, from {base}, as the deltas say")
+        return
     names = verify_folder(folder, workers)
     about_base = None
     if base is not None:

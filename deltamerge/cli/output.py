@@ -139,7 +139,11 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
             "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
             "warnings": list(result.plan.warnings),
             **({} if quantised is None else {"quantization_error": quantised["relative_error"]}),
-            **({} if delta is None else {"entries": delta.entries, "relative_error": delta.error}),
+            **(
+                {}
+                if delta is None
+                else {"entries": delta.entries, "relative_error": delta.error, "encodings": dict(delta.stored)}
+            ),
             **more,
         }
         say_json(summary)

@@ -16,7 +16,10 @@ from deltamerge.io.names import numbers_as_stars
 LABEL = 11  # characters before the text of a line
 # Seconds of a run beside what bytes take, and the share of a copy's speed in memory at which results are written and
 # inputs read: from whole processes of benchmarks/merge_speed.py on two machines. torch computes more slowly.
+PASSES_RATE = 0.6  # of the rate of products that a forward pass reaches
+BFLOAT16 = 2.5  # how much faster a pass is whose blocks multiply in bfloat16
 STARTING, WRITING, READING, TORCH = 0.35, 0.35, 1.2, 0.15
+OPERATIONS = 4e10  # on whole matrices in float64, a second of one thread
 
 
 def render_plan(
@@ -70,7 +73,8 @@ def seconds(described: Mapping[str, Any]) -> float:
     rate = copy_rate()
     slow = any(tensor["backend"] == "torch" for tensor in described["tensors"] if tensor["method"] != "copy")
     read = described["read_bytes"] / (rate * READING * (TORCH if slow else 1) * min(described["workers"], 8) / 2)
-    taken: float = STARTING + described["output_bytes"] / (rate * WRITING) + read
+    cubic = described["operations"] / (OPERATIONS * described["workers"]) if described["device"] == "cpu" else 0.0
+    taken: float = STARTING + described["output_bytes"] / (rate * WRITING) + read + cubic
     return taken
 
 
@@ -85,6 +89,25 @@ def copy_rate() -> float:
         target[:] = source
         best = min(best, time.perf_counter() - begun)
     return len(source) / max(best, 1e-6)
+
+
+def calibration_seconds(stage: Mapping[str, Any]) -> float:
+    """About the seconds of all forward passes of a stage, from how fast this machine multiplies matrices now."""
+    rate = product_rate() * PASSES_RATE * (BFLOAT16 if stage["precision"] == "bfloat16" else 1.0)
+    return float(stage["forward_passes"] * stage["operations"] / rate)
+
+
+def product_rate() -> float:
+    """Multiplications and additions a second of float32 matrix products, the best of a few of 512 × 512."""
+    import numpy as np
+
+    size, best = 512, float("inf")
+    a = np.ones((size, size), np.float32)
+    for _ in range(4):
+        begun = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - begun)
+    return 2 * size**3 / max(best, 1e-6)
 
 
 def _duration(taken: float) -> str:
@@ -134,8 +157,9 @@ def _stage(stage: Mapping[str, Any]) -> str:
     blocks = f"{stage['blocks']} blocks one at a time" if stage["blocks"] else "the whole model at once"
     how = f"{stage['objective']}, scope {stage['scope']}, search {stage['search']}"
     rows = f"{stage['sequences']} sequences of {stage['length']} tokens"
-    passes = f"at most {stage['forward_passes']} forward passes"
-    return f"{stage['model']}: {how}; {rows}, {passes}, {human(stage['memory'])}, {blocks}"
+    passes = f"at most {stage['forward_passes']} forward passes in {stage['precision']}"
+    takes = f"about {_duration(calibration_seconds(stage))} for all of them"
+    return f"{stage['model']}: {how}; {rows}, {passes}, {takes}, {human(stage['memory'])}, {blocks}"
 
 
 def _grouped(found: Mapping[str, Any], width: int) -> Iterator[str]:

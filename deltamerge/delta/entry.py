@@ -10,18 +10,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from typing import cast as typed
 
 import numpy as np
 from blake3 import blake3
 
 from deltamerge.delta.manifest import Record, groups
-from deltamerge.delta.positions import Array, Sliced, decode
+from deltamerge.delta.positions import Array, Coding, Sliced, decode
+from deltamerge.delta.steps import STEP_TILE, decode_tile, starts_of, tiles_of
 from deltamerge.delta.values import scale_values
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import bits_type, cast, narrow, widen
 from deltamerge.io.files import flat
 
 TILE = 1 << 20
+OTHER_BASE = "the base's tensor is not the one this delta was made from"
 DAMAGED = "the delta is damaged: copy, download or extract it again"
 Read = Callable[[int, int], Any]
 """Flat elements [start, stop) of a tensor, as a numpy array of its dtype or of equally wide integers."""
@@ -53,10 +56,16 @@ class Entry:
         shape = self.record.base_shape
         return self.size if shape is None else math.prod(shape)
 
+    @property
+    def has_steps(self) -> bool:
+        """Whether its positions and values can only be told from the base's tensor."""
+        return self.record.encoding == "steps"
+
     def positions(self) -> Iterator[Array]:
-        """Flat int64 positions in ascending pieces. InputError: they contradict the record."""
+        """Flat int64 positions in ascending pieces, without steps. InputError: they contradict the record."""
         if self.index is not None:
-            return decode(self.record.encoding, self.index, self.record.count, self.size, self.record.k)
+            coding = typed(Coding, self.record.encoding)
+            return decode(coding, self.index, self.record.count, self.size, self.record.k)
         stops = range(TILE, self.record.count + TILE, TILE)
         return (np.arange(stop - TILE, min(stop, self.record.count)) for stop in stops)
 
@@ -83,8 +92,32 @@ class Entry:
         values = self.codes(first, first + positions.size)
         return scales[positions // self.record.group] * values if scales.size else values
 
-    def pieces(self) -> Iterator[tuple[Array, Array]]:
-        """Positions, with bits of final values, or float32 values to add. InputError: damaged."""
+    def step_tile(self, number: int, base: Array, starts: Array | None = None) -> tuple[Array, Array]:
+        """Positions in a tile of steps, and bits of their final values, from the base's `converted` bits of the tile.
+
+        `starts` are those of `starts_of`. InputError: it is damaged, or the base is another.
+        """
+        assert self.index is not None
+        with damage_told():
+            starts = starts_of(self.index, self.size) if starts is None else starts
+            stored = self.index[int(starts[number]) : int(starts[number + 1])]
+            return decode_tile(stored, base, self.record.dtype)
+
+    def converted(self, base: Array, size: int) -> Array:
+        """The base's bits in the result's dtype, followed by zeros: `size` elements; a copy only where they differ."""
+        base = extend(base, size)
+        return base if self.record.dtype == self.base_dtype else cast(base, self.base_dtype, self.record.dtype)
+
+    def pieces(self, read: Read | None = None) -> Iterator[tuple[Array, Array]]:
+        """Positions, with bits of final values, or float32 values to add. InputError: damaged.
+
+        `read` gives the base's elements, of which only steps have need.
+        """
+        if self.has_steps:
+            assert read is not None
+            for start, (_, _, positions, values) in zip(range(0, self.size, STEP_TILE), self._steps(read), strict=True):
+                yield positions + start, values
+            return
         with damage_told():
             scales, done = self.scale_values(), 0
             for positions in self.positions():
@@ -97,42 +130,85 @@ class Entry:
         InputError: positions are damaged; or, with `check` and after the last tile, the base's or the result's hash
         differs from the record's. The error has no hint if the base is to blame.
         """
-        record, dtype = self.record, self.record.dtype
+        record = self.record
         if (read is None) != (record.base is None):
             raise InputError(f"the base {'lacks it' if read is None else 'must not have it'}")
-        dense = self.index is None and record.count > 0 and record.values is None
-        pieces = iter(()) if dense else self.pieces()
-        held: tuple[Array, Array] | None = next(pieces, None)
         base_hash, result_hash = blake3(), blake3()
-        for start in range(0, self.size, tile):
-            stop = min(start + tile, self.size)
-            base = np.empty(0, bits_type(self.base_dtype))
-            if read is not None:
-                base = as_bits(read(min(start, self.base_size), min(stop, self.base_size)), self.base_dtype)
-                if check:
-                    base_hash.update(flat(base))
-            if dense:
-                out = self.values[start:stop]
-            else:
-                base = extend(base, stop - start)
-                out = base.copy() if dtype == self.base_dtype else cast(base, self.base_dtype, dtype)
-                while held is not None:
-                    positions, values = held
-                    cut = int(np.searchsorted(positions, stop))
-                    self.put(out, base, positions[:cut] - start, values[:cut])
-                    if cut < positions.size:
-                        held = positions[cut:], values[cut:]
-                        break
-                    held = next(pieces, None)
+        for base, out in (
+            self._results(read, tile) if read is None or not self.has_steps else self._stepped(read, check)
+        ):
             if check:
+                base_hash.update(flat(base))
                 result_hash.update(flat(out))
-            yield out
+            for at in range(0, out.size, tile):
+                yield out[at : at + tile]
         if not check:
             return
         if record.base is not None and digest(base_hash) != record.base:
-            raise InputError("the base's tensor is not the one this delta was made from")
+            raise InputError(OTHER_BASE)
         if digest(result_hash) != record.result:
             raise InputError("the result is not the tensor this delta was made for", hint=DAMAGED)
+
+    def _results(self, read: Read | None, tile: int) -> Iterator[tuple[Array, Array]]:
+        """The base's bits and the result's, tile by tile."""
+        dense = self.index is None and self.record.count > 0 and self.record.values is None
+        pieces = iter(()) if dense else self.pieces()
+        held: tuple[Array, Array] | None = next(pieces, None)
+        for start in range(0, self.size, tile):
+            stop = min(start + tile, self.size)
+            base = own = np.empty(0, bits_type(self.base_dtype))
+            if read is not None:
+                base = own = self._read(read, start, stop)
+            if dense:
+                yield own, self.values[start:stop]
+                continue
+            base = extend(base, stop - start)
+            out = base.copy() if self.record.dtype == self.base_dtype else self.converted(base, base.size)
+            while held is not None:
+                positions, values = held
+                cut = int(np.searchsorted(positions, stop))
+                self.put(out, base, positions[:cut] - start, values[:cut])
+                if cut < positions.size:
+                    held = positions[cut:], values[cut:]
+                    break
+                held = next(pieces, None)
+            yield own, out
+
+    def _stepped(self, read: Read, check: bool) -> Iterator[tuple[Array, Array]]:
+        """The same of steps, in their own tiles. What cannot be decoded is, with `check`, the base's fault first."""
+        try:
+            for own, base, positions, values in self._steps(read):
+                out = base.copy()
+                out[positions] = values
+                yield own, out
+        except InputError:
+            if check and self.digest_of(read) != self.record.base:
+                raise InputError(OTHER_BASE) from None
+            raise
+
+    def digest_of(self, read: Read) -> str:
+        """The hash of the base's tensor as it is read."""
+        hasher = blake3()
+        for start in range(0, self.base_size, TILE):
+            hasher.update(flat(self._read(read, start, min(start + TILE, self.base_size))))
+        return digest(hasher)
+
+    def _steps(self, read: Read) -> Iterator[tuple[Array, Array, Array, Array]]:
+        """Of each tile of steps the base's bits, stored and converted, positions in it, and bits of final values."""
+        assert self.index is not None
+        with damage_told():
+            starts, count = starts_of(self.index, self.size), 0
+            for number, (start, stop) in enumerate(tiles_of(self.size)):
+                own = self._read(read, start, stop)
+                base = self.converted(own, stop - start)
+                positions, values = self.step_tile(number, base, starts)
+                count += positions.size
+                yield own, base, positions, values
+            if count != self.record.count:
+                raise InputError(f"steps list {count} entries, not {self.record.count}")
+
+    def _read(self, read: Read, start: int, stop: int) -> Array:
+        return as_bits(read(min(start, self.base_size), min(stop, self.base_size)), self.base_dtype)
 
     def put(self, out: Array, base: Array, positions: Array, values: Array) -> None:
         """Apply entries to `out`, which holds `base` in the result's dtype and may be `base` itself."""
@@ -149,7 +225,7 @@ class Entry:
         """The whole result as flat bits, from the base tensor's flat bits; hashes are not checked."""
         read = None if base is None else lambda start, stop: base[start:stop]
         parts = list(self.tiles(read, check=False, tile=max(1, self.size)))
-        return parts[0] if parts else np.empty(0, bits_type(self.record.dtype))
+        return np.concatenate([np.empty(0, bits_type(self.record.dtype)), *parts]) if len(parts) != 1 else parts[0]
 
 
 @contextmanager

@@ -6,8 +6,8 @@ docs/delta-format.md describes the format. torch is imported only where tensors 
 from __future__ import annotations
 
 import threading
-from collections import Counter
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +16,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.delta.entry import Entry
+from deltamerge.delta.entry import OTHER_BASE, Entry, Read
 from deltamerge.delta.folder import open_folder
 from deltamerge.delta.in_place import apply_in_place
 from deltamerge.delta.manifest import Base, Manifest
+from deltamerge.delta.over_base import elements
 from deltamerge.delta.positions import Array, index_itemsize
 from deltamerge.delta.stored import Scratch
 from deltamerge.errors import InputError
+from deltamerge.io.checkpoint import open_checkpoint
 from deltamerge.io.dtypes import code_of, torch_dtype
 from deltamerge.io.lazy import torch
+from deltamerge.io.reader import Reader
 
 THREADED = 1 << 15
+STEPS = "holds steps from the base's values, which cannot be told without them"
+STEPS_HINT = "give the base: load_delta(path, base), a state dict or a folder"
 
 
 class Patch(NamedTuple):
@@ -74,18 +79,18 @@ class DeltaFile:
         with errors.context(str(path)):
             return cls(folder, *open_folder(folder))
 
-    def patches(self) -> Iterator[Patch]:
-        """Final values, tensor by tensor, without unchanged ones; for an artifact that replaces."""
-        for name, entry in self.entries.items():
-            record = entry.record
-            if not record.count:
-                continue
-            indices = None
-            if entry.index is not None:
-                dtype = f"i{index_itemsize(entry.size)}"
-                indices = torch.from_numpy(np.concatenate([p.astype(dtype) for p in entry.positions()]))
-            values = to_torch(entry.values[:], record.dtype)
-            yield Patch(name, tuple(record.shape), values.dtype, values, indices)
+    def patches(self, base: Mapping[str, Any] | str | Path | None = None) -> Iterator[Patch]:
+        """Final values, tensor by tensor, without unchanged ones; for an artifact that replaces.
+
+        `base` is the base's state dict (torch tensors, found as by `apply_to`) or folder, of which only steps have
+        need. InputError: a tensor with steps, and no base, or another than the delta was made from.
+        """
+        with Reader() as reader:
+            read_of = _reads(base, reader)
+            for name, entry in self.entries.items():
+                if entry.record.count:
+                    with errors.context(f"{self.path}: {name}"):
+                        yield _patch(entry, read_of(entry) if entry.has_steps else None)
 
     def result(self, base: Mapping[str, tuple[str, tuple[int, ...]]]) -> list[ResultTensor]:
         """The tensors of the result in order; `base` maps the base's tensor names to (dtype, shape).
@@ -113,13 +118,15 @@ class DeltaFile:
                 sources.append(ResultTensor(name, shape, dtype, name, None))
         return sources
 
-    def apply_to(self, state: MutableMapping[str, Any]) -> None:
+    def apply_to(self, state: MutableMapping[str, Any], *, check: bool = False) -> None:
         """Turn a state dict of the base (torch tensors on any device) into the result's, in place where possible.
 
         A tensor is found by its name in the base, else by its name in the result. New tensors, and those whose dtype or
-        shape changes, are created; removed ones are deleted. Hashes are not checked. On the CPU large tensors use as
-        many threads as torch has. InputError: a tensor is missing or differs from the base's in dtype or shape (then
-        nothing has been changed); positions are damaged; or the file has become shorter.
+        shape changes, are created; removed ones are deleted. On the CPU large tensors use as many threads as torch has.
+        Steps can only be taken from the base's own values: the hashes of such tensors, with `check` of all tensors and
+        of what becomes of them, too, are checked before anything is changed. A tensor that has its result already stays
+        as it is. InputError: a tensor is missing or differs from the base's in dtype or shape, or a hash differs (then
+        nothing has been changed); stored arrays are damaged; or the file has become shorter.
         """
         entries = list(self.entries.values())
         keys = [name if (name := e.record.base_name) is not None and name in state else e.name for e in entries]
@@ -128,6 +135,7 @@ class DeltaFile:
         for entry, key in zip(entries, keys, strict=True):
             target = _target(entry, state.get(key), self.manifest.base)
             targets[entry.name] = target.clone() if uses[key] > 1 and key != entry.name else target
+        entries = [entry for entry in entries if not self._is_done(entry, targets[entry.name], check)]
 
         own = threading.local()  # scratch memory of each thread
 
@@ -151,11 +159,29 @@ class DeltaFile:
             state.pop(name, None)
         state.update(targets)
 
+    def _is_done(self, entry: Entry, target: Any, check: bool) -> bool:
+        """Whether a tensor with steps, or any with `check`, is the result already. InputError: nor is it the base's, or
+        with `check` what is stored does not make the one of the other."""
+        record = entry.record
+        if not (check or entry.has_steps):
+            return False
+        with errors.context(f"{self.path}: {entry.name}"):
+            read = None if record.base is None else _window(target)
+            if read is not None and (found := entry.digest_of(read)) != record.base:
+                if found == record.result and _described(target) == (record.dtype, tuple(record.shape)):
+                    return True
+                raise InputError(OTHER_BASE, hint=f"this delta belongs to {self.manifest.base}")
+            if check:
+                deque(entry.tiles(read), maxlen=0)
+        return False
 
-def load_delta(path: str | Path) -> Iterator[Patch]:
+
+def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = None) -> Iterator[Patch]:
     """Patches of the artifact at `path`: (name, shape, dtype, values, flat indices or None), read one at a time.
 
-    The folder is checked now, not at the first patch. InputError: it is damaged, or holds values to add.
+    `base` is the base's state dict or folder, which tensors of encoding `steps` are decoded from and checked against;
+    a state dict may be patched meanwhile. The folder is checked now, not at the first patch. InputError: it is damaged,
+    or holds values to add, or steps without a base.
     """
     delta = DeltaFile.open(path)
     for name, entry in delta.entries.items():
@@ -164,7 +190,10 @@ def load_delta(path: str | Path) -> Iterator[Patch]:
                 f"{path}: {name}: holds values to add, not final values",
                 hint="apply it to its base, or name it as a model of a recipe",
             )
-    return delta.patches()
+    stepped = next((name for name, entry in delta.entries.items() if entry.has_steps), None)
+    if stepped is not None and base is None:
+        raise InputError(f"{path}: {stepped}: {STEPS}", hint=STEPS_HINT)
+    return delta.patches(base)
 
 
 def to_torch(bits: Array, dtype: str) -> torch.Tensor:
@@ -182,12 +211,24 @@ def _target(entry: Entry, target: Any, base: Base) -> Any:
     if record.base is None:
         fits = target is not None and _described(target) == (record.dtype, tuple(record.shape))
         return target if fits else None
-    expected = (entry.base_dtype, tuple(record.base_shape or record.shape))
-    if target is None or _described(target) != expected:
+    try:
+        return _fitting(entry, target)
+    except InputError as error:
+        error.hint = f"it belongs to {base}"
+        raise
+
+
+def _expected(entry: Entry) -> tuple[str, tuple[int, ...]]:
+    """Dtype and shape of the base's tensor."""
+    return entry.base_dtype, tuple(entry.record.base_shape or entry.record.shape)
+
+
+def _fitting(entry: Entry, target: Any) -> Any:
+    """`target`, if it is of the dtype and shape of the base's tensor. InputError: it is not."""
+    dtype, shape = _expected(entry)
+    if target is None or _described(target) != (dtype, shape):
         found = "is not there" if target is None else "is {} {}".format(*_described(target))
-        raise InputError(
-            f"{entry.name} {found}, the delta was made from {expected[0]} {expected[1]}", hint=f"it belongs to {base}"
-        )
+        raise InputError(f"{entry.name} {found}, the delta was made from {dtype} {shape}")
     return target
 
 
@@ -205,7 +246,7 @@ def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
         apply_in_place(entry, _host_bits(data), scratch)
         return target
     flat = data.contiguous().reshape(-1)
-    for positions, values in entry.pieces():
+    for positions, values in entry.pieces(_window(data) if entry.has_steps else None):
         where = to_torch(positions, "I64").to(flat.device)
         if record.values is None:
             flat[where] = to_torch(np.array(values), record.dtype).to(flat.device)
@@ -214,6 +255,57 @@ def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
     if not data.is_contiguous():
         data.copy_(flat.reshape(data.shape))
     return target
+
+
+def _reads(base: Mapping[str, Any] | str | Path | None, reader: Reader) -> Callable[[Entry], Read]:
+    """What reads the tensor of `base` that an entry with steps changes."""
+    if base is None:
+        return _no_base
+    if isinstance(base, Mapping):
+        state = base
+
+        def of_state(entry: Entry) -> Read:
+            name = entry.record.base_name
+            key = name if name is not None and name in state else entry.name
+            return _window(_fitting(entry, state.get(key)))
+
+        return of_state
+    tensors = open_checkpoint(Path(base)).tensors
+
+    def of_file(entry: Entry) -> Read:
+        name = entry.record.base_name or entry.name
+        info = tensors.get(name)
+        if info is None or (info.dtype, tuple(info.shape)) != _expected(entry):
+            raise InputError(f"{base} has no {name} of {_expected(entry)[0]} {list(_expected(entry)[1])}")
+        return elements(reader, info)
+
+    return of_file
+
+
+def _no_base(entry: Entry) -> Read:
+    raise InputError(STEPS, hint=STEPS_HINT)
+
+
+def _patch(entry: Entry, read: Read | None) -> Patch:
+    record, dtype = entry.record, f"i{index_itemsize(entry.size)}"
+    indices = None
+    if read is not None:
+        if entry.digest_of(read) != record.base:
+            raise InputError(OTHER_BASE)
+        pieces = [(where.astype(dtype), values) for where, values in entry.pieces(read)]
+        found, stored = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+        indices = torch.from_numpy(found)
+    else:
+        if entry.index is not None:
+            indices = torch.from_numpy(np.concatenate([p.astype(dtype) for p in entry.positions()]))
+        stored = entry.values[:]
+    values = to_torch(stored, record.dtype)
+    return Patch(entry.name, tuple(record.shape), values.dtype, values, indices)
+
+
+def _window(tensor: Any) -> Read:
+    bits = _host_bits(tensor.detach().cpu().contiguous())
+    return lambda start, stop: bits[start:stop]
 
 
 def _host_bits(tensor: Any) -> Array:

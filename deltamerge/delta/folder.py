@@ -11,8 +11,9 @@ from pydantic import ValidationError
 
 from deltamerge import errors
 from deltamerge.delta.entry import Entry
-from deltamerge.delta.manifest import FORMAT, VERSION, Manifest, check_record, groups, stored_arrays
+from deltamerge.delta.manifest import FORMAT, VERSIONS, Manifest, check_record, groups, stored_arrays
 from deltamerge.delta.positions import Sliced, most_bytes
+from deltamerge.delta.steps import most_step_bytes
 from deltamerge.delta.stored import StoredArray, StoredFiles
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import ITEMSIZE
@@ -48,7 +49,13 @@ def open_folder(folder: Path) -> tuple[Manifest, dict[str, Entry], tuple[Path, .
             }
             values, scales = arrays.pop(".values", _NOTHING), arrays.pop(".scales", None)
             index = next(iter(arrays.values()), None)
-            most = most_bytes(record.encoding, record.count, math.prod(record.shape), record.k)
+            size = math.prod(record.shape)
+            if record.encoding == "steps":
+                most = most_step_bytes(size)
+                if manifest.version < 2:
+                    raise InputError("steps are of version 2, this is version 1")
+            else:
+                most = most_bytes(record.encoding, record.count, size, record.k)
             if index is not None and record.encoding != "indices" and index.size > most:
                 raise InputError(f"{record.encoding} of {index.size} bytes, at most {most} can be needed")
             if scales is not None and scales.size > (most := -(-groups(record) * len(record.ranks or "0000") // 8)):
@@ -76,9 +83,9 @@ def _manifest(folder: Path) -> Manifest:
     with errors.context(MANIFEST):
         if raw.get("format") != FORMAT:
             raise InputError("is not the manifest of a deltamerge delta")
-        if raw.get("version") != VERSION:
+        if raw.get("version") not in VERSIONS or isinstance(raw["version"], bool):
             raise InputError(
-                f"has version {raw.get('version')!r}, this deltamerge reads version {VERSION}",
+                f"has version {raw.get('version')!r}, this deltamerge reads versions {VERSIONS[0]} and {VERSIONS[1]}",
                 hint="upgrade deltamerge",
             )
         try:

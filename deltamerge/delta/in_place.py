@@ -34,6 +34,9 @@ def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
     record = entry.record
     if entry.index is None and record.values is None:
         bits[:] = entry.values[:]
+    elif entry.has_steps:
+        for positions, values in entry.pieces(lambda start, stop: bits[start:stop]):
+            bits[positions] = values
     elif is_compiled(entry):
         with damage_told():
             _apply_compiled(entry, bits, scratch)
@@ -45,21 +48,24 @@ def apply_in_place(entry: Entry, bits: Array, scratch: Scratch) -> None:
 def is_compiled(entry: Entry) -> bool:
     """Whether one compiled pass does it."""
     record = entry.record
-    is_simple = record.k <= LARGEST_K and (record.values is None or record.dtype in ("F32", "BF16"))
+    is_simple = (
+        not entry.has_steps and record.k <= LARGEST_K and (record.values is None or record.dtype in ("F32", "BF16"))
+    )
     return is_simple and kernels.available()
 
 
 def _apply_compiled(entry: Entry, bits: Array, scratch: Scratch) -> None:
     record, kind = entry.record, entry.record.values
+    coding = cast(Coding, record.encoding)
     stored = cast("list[StoredArray | None]", [entry.values, entry.index, entry.scales])
     values, index, scales = scratch.read(stored)
     if kind is None:
-        ok = put(record.encoding, index, record.k, record.count, values.view(bits.dtype), bits)
+        ok = put(coding, index, record.k, record.count, values.view(bits.dtype), bits)
     else:
         factors = _scales(record, scales)
         out = bits.view(np.float32) if record.dtype == "F32" else bits
         values, group = values.view(NUMPY[STORED_VALUES[kind]]), record.group
-        ok = add(record.encoding, index, record.k, record.count, values, kind, factors, group, out)
+        ok = add(coding, index, record.k, record.count, values, kind, factors, group, out)
     if not ok:
         deque(entry.positions(), maxlen=0)  # raises the error that says what is wrong
         raise InputError("positions are damaged")

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from deltamerge.delta.positions import LARGEST_K, Coding, index_itemsize
+from deltamerge.delta.positions import CODINGS, LARGEST_K, Coding, index_itemsize
+from deltamerge.delta.steps import MANTISSA
 from deltamerge.delta.values import SCALE_BITS, SCALED, UNITS, VALUE_BITS, Values
 from deltamerge.errors import InputError
 from deltamerge.io.component import MAX_COMPONENTS, Component, is_plain_folder
@@ -19,10 +20,13 @@ from deltamerge.io.dtypes import FLOATING, ITEMSIZE, PACKED
 from deltamerge.io.safetensors_file import MAX_DIMENSIONS
 
 FORMAT = "deltamerge-delta"
-VERSION = 1
+VERSIONS = (1, 2)  # the second has steps; without them the first is written
 LARGEST_SIZE = 1 << 61
 SHARD_SIZE = 5 * 10**9
 STORED_VALUES: dict[Values, str] = {"float32": "F32", "bfloat16": "BF16", "int8": "I8", "sign": "U8"}
+
+Encoding = Coding | Literal["steps"]
+ENCODINGS: tuple[Encoding, ...] = (*CODINGS, "steps")
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{32}$")]
 Natural = Annotated[int, Field(ge=0, lt=LARGEST_SIZE)]
@@ -48,7 +52,7 @@ class Record(_Strict):
     """One tensor of the result.
 
     shape, dtype   of the result; dtype is safetensors' code ("BF16")
-    encoding, k    how positions are stored, and rice's k
+    encoding, k    how positions are stored, and rice's k; "steps": positions and values, given the base's
     count          number of entries; 0: nothing is stored, the tensor is the base's
     values         None: final values, in `dtype`; else the coding of float32 values to add
     group, unit    elements that share a scale, and the scales' unit (int8, sign)
@@ -60,7 +64,7 @@ class Record(_Strict):
 
     shape: Shape
     dtype: str
-    encoding: Coding
+    encoding: Encoding
     k: Annotated[int, Field(ge=0, le=LARGEST_K)] = 0
     count: Natural
     values: Values | None = None
@@ -90,7 +94,7 @@ class Manifest(_Strict):
     """
 
     format: Literal["deltamerge-delta"] = "deltamerge-delta"
-    version: Literal[1] = 1
+    version: Literal[1, 2] = 1
     semantics: Literal["replace", "add"]
     base: Base
     shard_size: Annotated[int, Field(ge=1, lt=LARGEST_SIZE)] = SHARD_SIZE
@@ -123,6 +127,8 @@ def stored_arrays(record: Record) -> dict[str, tuple[str, int | None]]:
     count, size = record.count, math.prod(record.shape)
     if not count:
         return {}
+    if record.encoding == "steps":
+        return {".steps": ("U8", None)}
     if record.values is None:
         arrays: dict[str, tuple[str, int | None]] = {".values": (record.dtype, count)}
     else:
@@ -150,6 +156,8 @@ def check_record(record: Record) -> None:
         raise InputError(f"count is {record.count}, the tensor has {size} elements")
     if record.encoding == "dense" and record.count not in (0, size):
         raise InputError(f"dense, but count is {record.count} of {size} elements")
+    if record.encoding == "steps" and (record.dtype not in MANTISSA or record.values or not record.count):
+        raise InputError("steps are final values of BF16 or F16, of one element at least")
     if record.base is None:
         extra = record.base_name or record.base_shape or record.base_dtype or record.values
         if extra or record.count != size or record.encoding != "dense":

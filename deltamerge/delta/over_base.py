@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from deltamerge import errors
 from deltamerge.delta.entry import TILE, Entry, as_bits, extend
 from deltamerge.delta.entry import Read as ReadElements
 from deltamerge.delta.positions import Array, Positions
+from deltamerge.delta.steps import STEP_TILE
 from deltamerge.errors import InputError
 from deltamerge.io import progress
 from deltamerge.io.checkpoint import Checkpoint, with_configs
@@ -27,7 +29,7 @@ from deltamerge.io.tensor import Read, TensorInfo
 if TYPE_CHECKING:
     from deltamerge.delta.file import DeltaFile
 
-HELD = 16  # tensors whose positions stay decoded, at most an eighth of a byte per element
+HELD = 16  # tensors whose positions stay decoded, at most an eighth of a byte per element; and as many tiles of steps
 
 
 def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
@@ -128,22 +130,34 @@ class _Held:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._indices: OrderedDict[str, tuple[threading.Lock, list[_Index]]] = OrderedDict()
+        self._made: OrderedDict[tuple[str, int], tuple[threading.Lock, list[Any]]] = OrderedDict()
 
     def get(self, entry: Entry) -> _Index:
+        def make() -> _Index:
+            index = _Index(Positions(), [], [])
+            for piece in entry.positions():
+                index.before.append(index.positions.count)
+                index.positions.add(piece)
+                index.firsts.append(int(piece[0]))
+            return index
+
+        made: _Index = self._get((entry.name, -1), make)
+        return made
+
+    def tile(self, entry: Entry, number: int, base: Callable[[], Array]) -> tuple[Array, Array]:
+        """Positions and values in a tile of steps, of the converted bits of the base's."""
+        made: tuple[Array, Array] = self._get((entry.name, number), lambda: entry.step_tile(number, base()))
+        return made
+
+    def _get(self, key: tuple[str, int], make: Callable[[], Any]) -> Any:
         with self._lock:
-            lock, made = self._indices.setdefault(entry.name, (threading.Lock(), []))
-            self._indices.move_to_end(entry.name)
-            if len(self._indices) > HELD:
-                self._indices.popitem(last=False)
+            lock, made = self._made.setdefault(key, (threading.Lock(), []))
+            self._made.move_to_end(key)
+            if len(self._made) > HELD:
+                self._made.popitem(last=False)
         with lock:
             if not made:
-                index = _Index(Positions(), [], [])
-                for piece in entry.positions():
-                    index.before.append(index.positions.count)
-                    index.positions.add(piece)
-                    index.firsts.append(int(piece[0]))
-                made.append(index)
+                made.append(make())
         return made[0]
 
 
@@ -167,20 +181,35 @@ class _Layer:
         if self.entry.index is None and record.count and record.values is None:
             target[:] = self.entry.values[start:stop]
             return
-        assert self.info is not None
-        end = self.entry.base_size
-        base = np.empty(max(0, min(stop, end) - start), bits_type(self.info.dtype))
-        if base.size:
-            read.read_into(self.info, start, base)
-        base = extend(base, target.size)
-        target[:] = cast(base, self.info.dtype, record.dtype)
-        for where, values in self.entries(start, stop):
+        base = extend(self._base(read, start, stop), target.size)
+        target[:] = cast(base, self.entry.base_dtype, record.dtype)
+        for where, values in self.entries(read, start, stop):
             self.entry.put(target, base, where, values)
 
-    def entries(self, start: int, stop: int) -> Iterator[tuple[Array, Any]]:
+    def _base(self, read: Read, start: int, stop: int) -> Array:
+        assert self.info is not None
+        base = np.empty(max(0, min(stop, self.entry.base_size) - start), bits_type(self.info.dtype))
+        if base.size:
+            read.read_into(self.info, start, base)
+        return base
+
+    def _steps(self, read: Read, start: int, stop: int) -> Iterator[tuple[Array, Array]]:
+        entry = self.entry
+        for number in range(start // STEP_TILE, -(-stop // STEP_TILE)):
+            begin = number * STEP_TILE
+            end = min(begin + STEP_TILE, entry.size)
+            own = partial(self._base, read, begin, end)
+            positions, values = self.held.tile(entry, number, partial(_converted, entry, own, end - begin))
+            low, high = np.searchsorted(positions, [start - begin, stop - begin])
+            yield positions[low:high] + (begin - start), values[low:high]
+
+    def entries(self, read: Read, start: int, stop: int) -> Iterator[tuple[Array, Any]]:
         """Positions relative to `start`, with bits of final values or float32 values to add."""
         entry = self.entry
         if not entry.record.count:
+            return
+        if entry.has_steps:
+            yield from self._steps(read, start, stop)
             return
         scales = entry.scale_values()
         if entry.index is None:
@@ -189,6 +218,10 @@ class _Layer:
             pieces = self.held.get(entry).between(start, stop)
         for positions, first in pieces:
             yield positions - start, entry.values_at(positions, first, scales)
+
+
+def _converted(entry: Entry, own: Callable[[], Array], size: int) -> Array:
+    return entry.converted(own(), size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,5 +234,5 @@ class _Added:
         target = np.frombuffer(out, np.float32)
         target[:] = 0
         with errors.context(f"{self.layer.path}: {self.layer.entry.name}"):
-            for where, values in self.layer.entries(start, start + target.size):
+            for where, values in self.layer.entries(read, start, start + target.size):
                 target[where] = as_bits(values, "F32").view(np.float32)

@@ -157,9 +157,7 @@ def most_bytes(coding: Coding, count: int, size: int, k: int) -> int:
     return -(-size // 8) if coding == "bitmask" else index_itemsize(size) * count
 
 
-def choose(
-    gaps: Gaps, size: int, value_bits: int, *, fill: bool, allowed: Collection[Coding] = CODINGS
-) -> ChosenCoding:
+def choose(gaps: Gaps, size: int, value_bits: int, *, fill: bool, allowed: Collection[str] = CODINGS) -> ChosenCoding:
     """The coding that takes the fewest bytes, values included; of equals the simplest.
 
     gaps         of the positions

@@ -18,10 +18,13 @@ from blake3 import blake3
 
 from deltamerge import errors
 from deltamerge.delta.entry import Entry, Read, as_bits, digest, extend
-from deltamerge.delta.manifest import Record, stored_arrays
-from deltamerge.delta.positions import Array, ChosenCoding, Coding, Positions, choose, encode
+from deltamerge.delta.manifest import Encoding, Record, stored_arrays
+from deltamerge.delta.positions import Array, ChosenCoding, Positions, choose, encode
 from deltamerge.delta.spool import Spool
+from deltamerge.delta.step_spool import StepSpool
+from deltamerge.delta.steps import MANTISSA
 from deltamerge.delta.values import (
+    ARRAY_BYTES,
     SCALED,
     VALUE_BITS,
     Coded,
@@ -59,11 +62,11 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class Storing:
-    """How the tensors of an artifact are stored: coding of `values` to add, allowed `codings` of positions, and the
-    `spool`."""
+    """How the tensors of an artifact are stored: coding of `values` to add, allowed `codings` of positions (and steps),
+    and the `spool`."""
 
     values: Values
-    codings: frozenset[Coding]
+    codings: frozenset[Encoding]
     spool: Spool
 
 
@@ -91,6 +94,8 @@ class TensorWriter:
         self._listed = Positions()
         self._values: list[Array] = []
         self._base_hash, self._result_hash = blake3(), blake3()
+        has_steps = is_change and dtype in MANTISSA and "steps" in storing.codings
+        self._steps = StepSpool(path.with_name(f"{path.name}.steps"), self._size, dtype) if has_steps else None
         if self._restore(storing.spool.kept(name)):
             return
         if not self._size:
@@ -112,6 +117,8 @@ class TensorWriter:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+        if self._steps is not None:
+            self._steps.close()
 
     def write(self, start: int, data: Any) -> None:
         """Final values (a buffer in the result's dtype) from flat element `start`; the last piece finishes it."""
@@ -159,14 +166,16 @@ class TensorWriter:
             base = self._read_base(start, stop)
             old = cast(extend(base, bits.size), self._base.dtype, self._dtype)
             positions = np.flatnonzero(old != bits)
+            # from here on a bitmask is smaller than the unchanged values
+            unchanged = stop - self._listed.count - positions.size
+            if self._whole and unchanged * ITEMSIZE[self._dtype] > -(-self._size // 8):
+                self._thin()
             self._listed.add(positions + start)
+            if self._steps is not None:
+                self._steps.add(old, bits)
             if not self._whole:
                 bits = bits[positions]
         self._append(bits)
-        # from here on a bitmask is smaller than the unchanged values
-        unchanged = stop - self._listed.count
-        if self._base is not None and self._whole and unchanged * ITEMSIZE[self._dtype] > -(-self._size // 8):
-            self._thin()
 
     def _saw(self, bits: Array) -> None:
         """Hash the next bits of the result, and count what is not finite."""
@@ -210,9 +219,29 @@ class TensorWriter:
                 self._read_base(0, 0)
             bits = 8 * ITEMSIZE[self._dtype]
             choice = choose(self._listed.gaps, self._size, bits, fill=self._whole, allowed=self._storing.codings)
+            if self._are_steps_smaller(choice):
+                self._store_steps()
+                return
             if choice.coding != "dense" and self._whole:
                 self._thin()
-        self._store(self._new_record(choice), None, self._index(choice))
+        self._store(self._new_record(choice.coding, choice.k), None, self._index(choice))
+
+    def _are_steps_smaller(self, choice: ChosenCoding) -> bool:
+        """Whether steps take fewer bytes than values and positions, whose array has a line in the header, too."""
+        if self._steps is None or not self._listed.count:
+            return False
+        width, count = ITEMSIZE[self._dtype], self._listed.count
+        others = self._size * width if choice.coding == "dense" else count * width + choice.nbytes + ARRAY_BYTES
+        return self._steps.nbytes < min(others, self._size * width)
+
+    def _store_steps(self) -> None:
+        """Let the file of the steps take the place of that of the values."""
+        assert self._steps is not None
+        record = self._new_record("steps")
+        self._steps.finish(self.path, self._fd)
+        self._spooled = self._steps.nbytes
+        self.stored.append(Stored(f"{self._name}.steps", "U8", self._spooled, self.path, 0))
+        self._finished(record)
 
     def _finish_add(self) -> None:
         if self._base is None or self._done:
@@ -236,17 +265,18 @@ class TensorWriter:
         index, stored = self._index(choice), np.empty(0, np.uint8)
         if count:
             stored = np.memmap(self.path, np.uint8, "r", 0, self._spooled).view(f"<u{max(1, VALUE_BITS[coding] // 8)}")
-        entry = Entry(self._name, self._new_record(choice, **added), stored, index, scales)
+        record = self._new_record(choice.coding, choice.k, **added)
+        entry = Entry(self._name, record, stored, index, scales)
         for bits in entry.tiles(self._read_base, check=False):
             self._saw(bits)
-        self._store(self._new_record(choice, **added), scales, index)
+        self._store(self._new_record(choice.coding, choice.k, **added), scales, index)
 
     def _index(self, choice: ChosenCoding) -> Array | None:
         if choice.coding == "dense" or not self._listed.count:
             return None
         return encode(choice, self._listed.pieces(), self._listed.count, self._size)
 
-    def _new_record(self, choice: ChosenCoding, **added: Any) -> Record:
+    def _new_record(self, encoding: Encoding, k: int = 0, **added: Any) -> Record:
         base = self._base
         fields: dict[str, Any] = {}
         if base is not None:
@@ -257,9 +287,9 @@ class TensorWriter:
         return Record(
             shape=list(self._shape),
             dtype=self._dtype,
-            encoding=choice.coding,
-            k=choice.k,
-            count=self._size if choice.coding == "dense" else self._listed.count,
+            encoding=encoding,
+            k=k,
+            count=self._size if encoding == "dense" else self._listed.count,
             result=digest(self._result_hash),
             **fields,
             **added,
@@ -278,9 +308,13 @@ class TensorWriter:
             assert length is not None
             self.stored.append(Stored(self._name + suffix, dtype, length, self.path, offset))
             offset += length * ITEMSIZE[dtype]
+        self._finished(record)
+
+    def _finished(self, record: Record) -> None:
         self._listed.packed.clear()
         self._record = record
         self.close()
+        self._steps = None
         state = {
             "record": record.model_dump(exclude_defaults=True),
             "stored": [[array.name, array.dtype, array.length, array.offset] for array in self.stored],

@@ -7,20 +7,21 @@ files are joined.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from deltamerge import errors
 from deltamerge.delta.folder import INDEX, MANIFEST
-from deltamerge.delta.manifest import SHARD_SIZE, Base, Manifest, parts_of
-from deltamerge.delta.positions import CODINGS, Coding
+from deltamerge.delta.manifest import ENCODINGS, SHARD_SIZE, Base, Encoding, Manifest, parts_of
 from deltamerge.delta.spool import Spool
 from deltamerge.delta.tensor_writer import BaseTensor, Stored, Storing, TensorWriter
 from deltamerge.delta.values import Values, relative_error
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.component import Component
+from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import copy_at, write_at, writing
 from deltamerge.io.journal import Journal
 from deltamerge.io.layout import FileLayout, Layout, plan_layout
@@ -29,19 +30,20 @@ from deltamerge.io.layout import FileLayout, Layout, plan_layout
 @dataclass(frozen=True, slots=True)
 class Summary:
     """What was written: bytes of the delta's files, number of entries, ‖v − stored v‖ / ‖v‖ over all added values, and
-    the counts of the result's values that are not finite."""
+    the counts of the result's values that are not finite; bytes of stored arrays by encoding."""
 
     nbytes: int
     entries: int
     error: float
     nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
+    stored: Mapping[str, int] = field(default_factory=dict)
 
 
 class DeltaWriter:
     """Writes `delta.json` and `delta.safetensors` (or shards) into `folder`.
 
         semantics    "replace": final values; "add": tensors may also have float32 values to add, coded as `values`
-        codings      of positions, to choose from; dense and indices are always allowed
+        codings      of positions, and steps, to choose from; dense and indices are always allowed
         removed      tensors of the base that the result lacks
         shard_size   of the artifact's own files, and of the checkpoint that is made from it
         components   the folders of the checkpoint that is made from it
@@ -57,7 +59,7 @@ class DeltaWriter:
         *,
         semantics: Literal["replace", "add"] = "replace",
         values: Values = "bfloat16",
-        codings: Collection[Coding] = CODINGS,
+        codings: Collection[Encoding] = ENCODINGS,
         shard_size: int = SHARD_SIZE,
         removed: Sequence[str] = (),
         components: Sequence[Component] = (Component(),),
@@ -102,7 +104,9 @@ class DeltaWriter:
     def finish(self) -> Summary:
         """Write the files, once every tensor is finished. RuntimeError: one is not (a bug)."""
         tensors = self._tensors.values()
-        manifest = self._manifest.model_copy(update={"tensors": {n: t.record for n, t in self._tensors.items()}})
+        records = {name: tensor.record for name, tensor in self._tensors.items()}
+        version = 2 if any(record.encoding == "steps" for record in records.values()) else 1
+        manifest = self._manifest.model_copy(update={"version": version, "tensors": records})
         stored = [array for tensor in tensors for array in tensor.stored]
         layout = plan_layout([(a.name, a.dtype, (a.length,)) for a in stored], self._shard_size)
         with errors.context(str(self._folder)), writing():
@@ -122,6 +126,7 @@ class DeltaWriter:
             sum(tensor.record.count for tensor in tensors),
             relative_error(sum(t.squares[0] for t in tensors), sum(t.squares[1] for t in tensors)),
             {name: tensor.nonfinite for name, tensor in self._tensors.items() if any(tensor.nonfinite)},
+            _stored_bytes(tensors),
         )
 
     def _write_file(self, file: FileLayout, layout: Layout, stored: Sequence[Stored]) -> Path:
@@ -134,6 +139,15 @@ class DeltaWriter:
                     with array.path.open("rb", buffering=0) as source:
                         copy_at(source.fileno(), array.offset, place.nbytes, target.fileno(), place.offset)
         return path
+
+
+def _stored_bytes(tensors: Iterable[TensorWriter]) -> dict[str, int]:
+    """Bytes of stored arrays, by the encoding of their tensors."""
+    nbytes: Counter[str] = Counter()
+    for tensor in tensors:
+        if tensor.stored:
+            nbytes[tensor.record.encoding] += sum(a.length * ITEMSIZE[a.dtype] for a in tensor.stored)
+    return dict(sorted(nbytes.items()))
 
 
 def _renamed(file: str) -> str:

@@ -169,6 +169,11 @@ class Lane:
         self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())
         return buffer.view(torch_dtype(node.dtype)).to(self.device, non_blocking=True)
 
+    def wait(self) -> None:
+        """Until what was started is done, so that other lanes may use it."""
+        if self.stream is not None:
+            self.stream.synchronize()
+
     def emit(self, value: Any) -> np.ndarray[Any, Any]:
         """A finished tile as bytes on the host, valid until the next tile."""
         flat = value.contiguous().view(torch.uint8)
@@ -180,24 +185,45 @@ class Lane:
         return flat.numpy()  # type: ignore[no-any-return]  # torch has no stub for it
 
 
-@contextmanager
-def quiet_allocator() -> Iterator[None]:
-    """Let glibc reuse tile-sized buffers instead of mapping fresh zeroed pages for each; then give them back.
+@dataclass(frozen=True, slots=True)
+class _Freed:
+    """What glibc keeps of freed memory: blocks below `mapped` bytes (None: all) come from the heap, which keeps up to
+    `free` bytes at its end."""
 
-    What calibration frees after it has drawn a mask would stay with the process otherwise: 27 of 440 MB at 13 M
-    parameters.
+    mapped: int | None
+    free: int
+
+
+_USUAL = _Freed(1 << 22, 1 << 22)
+_TILES = _Freed(1 << 25, 1 << 28)
+_ALL = _Freed(None, 1 << 30)
+_kept = [_USUAL]
+
+
+@contextmanager
+def quiet_allocator(*, whole: bool = False) -> Iterator[None]:
+    """Let glibc reuse freed buffers instead of mapping fresh zeroed pages for each; then give them back.
+
+    Buffers of the size of tiles, or, with `whole`, of any size: those of a model's forward pass. What calibration frees
+    after it has drawn a mask would stay with the process otherwise: 27 of 440 MB at 13 M parameters.
     """
-    _keep_freed(mapped=1 << 25, free=1 << 28)
+    outer = _kept[-1]
+    _kept.append(_ALL if whole else outer if outer is _ALL else _TILES)
+    _keep_freed(_kept[-1])
     try:
         yield
     finally:
-        _keep_freed(mapped=1 << 22, free=1 << 22)
+        _kept.pop()
+        _keep_freed(_kept[-1], trimmed=whole and outer is not _ALL)
 
 
-def _keep_freed(*, mapped: int, free: int) -> None:
-    """Blocks below `mapped` bytes come from the heap, which keeps up to `free` bytes at its end."""
+def _keep_freed(freed: _Freed, *, trimmed: bool = False) -> None:
     with suppress(OSError, AttributeError):
-        trim_threshold, mmap_threshold = -1, -3
+        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
         libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, mapped)
-        libc.mallopt(trim_threshold, free)
+        libc.mallopt(mmap_max, 0 if freed.mapped is None else 1 << 16)
+        if freed.mapped is not None:
+            libc.mallopt(mmap_threshold, freed.mapped)
+        libc.mallopt(trim_threshold, freed.free)
+        if trimmed:
+            libc.malloc_trim(0)

@@ -7,7 +7,7 @@ import threading
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,31 +17,17 @@ from deltamerge.engine import backends
 from deltamerge.engine.backends import Lane, Step, TorchBackend
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, function_of, schedule
+from deltamerge.engine.sink import Lender, Sink
+from deltamerge.engine.source import Making
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.tiles import Tile, block_elements
 
+TILE_ELEMENTS = 1 << 18
+GPU_TILE_ELEMENTS = 1 << 22
 JOB_ELEMENTS = 1 << 21
 COPY_BYTES = 1 << 22
-
-
-class Sink(Protocol):
-    """Receives finished tiles; called from any worker, once for each byte of a tensor."""
-
-    def write(self, name: str, offset: int, data: Any) -> None:
-        """Take `data`, the bytes of tensor `name` from byte `offset`."""
-
-
-@runtime_checkable
-class Lender(Sink, Protocol):
-    """A sink that lends the memory into which it wants the bytes written."""
-
-    def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        """Memory for bytes of tensor `name` from byte `offset`; may wait for earlier ones to be written."""
-
-    def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
-        """Take back lent memory, now filled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +62,12 @@ class Running:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A range of tiles of one pass, or of bytes to copy."""
+    """A range of tiles of one pass, or of bytes to copy; or all of a tensor, for a `whole` node."""
 
     running: Running
     start: int
     stop: int
+    whole: Node | None = None
 
 
 def execute(
@@ -90,7 +77,7 @@ def execute(
     *,
     device: str = "cpu",
     workers: int = 1,
-    tile_elements: int = 1 << 18,
+    tile_elements: int | None = None,
     progress: Callable[[int], None] = lambda _: None,
     known: Mapping[Node, Any] | None = None,
     done: Callable[[str, int, int], bool] = lambda *_: False,
@@ -101,7 +88,7 @@ def execute(
         reader          reads the inputs
         sink            None: all roots are small or reductions
         device          "cpu" or a GPU;  workers   threads
-        tile_elements   of a tile
+        tile_elements   of a tile; None: the device's own
         progress        called with the number of bytes done
         known           values of small nodes that are not computed again
         done            done(name, offset, nbytes): whether the sink has these bytes already (from an interrupted run)
@@ -113,7 +100,8 @@ def execute(
     not depend on `workers`, `tile_elements` or the device.
     """
     shared = shared_values([task.root for task in tasks], known or {})
-    engine = _Engine(iter(tasks), reader, sink, device, tile_elements, progress, done, shared)
+    tile = tile_elements or own_tile(device)
+    engine = _Engine(iter(tasks), reader, sink, device, tile, progress, done, shared)
     with (
         backends.quiet_allocator(),
         backends.single_threaded({task.backend for task in tasks if task.root.kind != "read"}),
@@ -124,7 +112,7 @@ def execute(
 
 @dataclass(eq=False)
 class _Engine:
-    """A queue of jobs in planned order; a pass of a tensor starts when the previous one is complete."""
+    """A queue of jobs in planned order; a pass of a tensor starts when the one before is complete."""
 
     upcoming: Iterator[Task]
     reader: Reader
@@ -170,7 +158,9 @@ class _Engine:
             while (job := self._take()) is not None:
                 task = job.running.task
                 with errors.context(f"tensor {task.name}"):
-                    if task.root.kind == "read":
+                    if job.whole is not None:
+                        self._compute_at_once(job.whole, job.running, lanes)
+                    elif task.root.kind == "read":
                         self._copy(job)
                     else:
                         self._compute(job, lanes)
@@ -238,10 +228,14 @@ class _Engine:
                 continue
             root = running.task.root
             backend = None if root.kind == "read" else self._backend(running.task)
-            running.steps = backends.steps(nodes, running.schedule.frees[index], root, needless)
+            wholes = [n for n in reductions if n.kind == "whole"]
+            left_out = needless | set(map(id, wholes))
+            running.steps = backends.steps(nodes, running.schedule.frees[index], root, left_out)
             running.whole = backend.whole(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
-            jobs = [job for job in self._jobs(running) if not (last and self._is_done_job(job))]
+            jobs = [Job(running, 0, 0, node) for node in wholes]
+            tiled = self._jobs(running) if len(wholes) < len(reductions) or last else ()
+            jobs += [job for job in tiled if not (last and self._is_done_job(job))]
             running.waiting = len(jobs)
             return jobs
         return []
@@ -297,8 +291,7 @@ class _Engine:
         step = self._tile_step(root)
         if running.whole is not None and self._compute_whole(running.whole, job):
             return
-        backend = self._backend(running.task)
-        lane = lanes.get(running.task.backend) or lanes.setdefault(running.task.backend, backend.lane(self.reader))
+        backend, lane = self._lane(running.task, lanes)
         calls = [None if item.node.kind == "read" else backend.function(item.node) for item in running.steps]
         for node in (item.node for item in running.steps if item.node.kind == "read"):
             size = ITEMSIZE[node.dtype]
@@ -330,6 +323,16 @@ class _Engine:
                     offset = running.task.offset + start * ITEMSIZE[root.dtype]
                     self.sink.write(running.task.name, offset, data)
                     self.progress(data.nbytes)
+
+    def _lane(self, task: Task, lanes: dict[str, Lane]) -> tuple[TorchBackend, Lane]:
+        """A thread's lane of the backend of a task."""
+        backend = self._backend(task)
+        return backend, lanes.get(task.backend) or lanes.setdefault(task.backend, backend.lane(self.reader))
+
+    def _compute_at_once(self, node: Node, running: Running, lanes: dict[str, Lane]) -> None:
+        """The value of a `whole` node."""
+        made = Making(*self._lane(running.task, lanes), self._tile_step(running.task.root), lambda: bool(self.failure))
+        running.values[id(node)] = made.value(node, running.schedule.passes[running.index], running.values)
 
     def _compute_whole(self, whole: Program, job: Job) -> bool:
         running = job.running
@@ -392,6 +395,11 @@ def shared_values(roots: Sequence[Node], known: Mapping[Node, Any]) -> dict[Node
                 inputs = [values[source] for source in node.inputs]
                 values[node] = function_of(node.function)(*inputs, **dict(node.parameters))
     return values
+
+
+def own_tile(device: str) -> int:
+    """Elements of a tile that suit a device."""
+    return TILE_ELEMENTS if device == "cpu" else GPU_TILE_ELEMENTS
 
 
 def default_workers() -> int:

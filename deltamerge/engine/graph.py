@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, lru_cache
 from typing import Any, Literal, TypeAlias
 
 from deltamerge.io.tensor import TensorInfo
 
-Kind = Literal["read", "map", "sum", "concat", "small"]
-REDUCTIONS = frozenset({"sum", "concat"})
+Kind = Literal["read", "map", "sum", "concat", "whole", "small"]
+TILED = frozenset({"read", "map"})  # their values are tiles
+REDUCTIONS = frozenset({"sum", "concat", "whole"})
 READ = "read"  # the function of such nodes, which the backends read themselves
 
 # A function at the top of its module, or its name "module:name".
@@ -26,8 +27,12 @@ class Node:
         map      f(*inputs, tile, **parameters) -> the tile's value
         sum      f(*inputs, tile, **parameters) -> a partial per tile; the partials are added (integers only)
         concat   the same, but the partials are concatenated in tile order
+        whole    f(*inputs, **parameters) -> a value of the size of the tensor; inputs that have tiles are given as a
+                 `source.Source` each, which computes any range of the tensor when it is read
         small    f(*inputs, **parameters) -> a value that fits in memory (a threshold, norms, q)
 
+    A `whole` function has a companion `f_needs(**parameters) -> (bytes, operations)` in its module: the memory that it
+    takes, its value's among it, and about how many floating-point operations.
     A reduction f may have a companion `f_needless(*small inputs) -> bool` in its module. If that returns True, the
     reduction's value is None and no pass over the tensor is made for it.
 
@@ -196,7 +201,7 @@ def _tile_nodes(nodes: _Shape, targets: list[int]) -> _Places:
     wanted = set(targets)
     for i in range(len(nodes) - 1, -1, -1):
         if i in wanted:
-            wanted |= {source for source in nodes[i][1] if nodes[source][0] in ("read", "map")}
+            wanted |= {source for source in nodes[i][1] if nodes[source][0] in TILED}
     return tuple(sorted(wanted))
 
 
@@ -209,6 +214,17 @@ def _last_uses(nodes: _Shape, needed: _Places, keep: list[int]) -> dict[int, _Pl
     for source, position in last.items():
         if source not in kept:
             frees.setdefault(position, []).append(source)
+    return {position: tuple(freed) for position, freed in frees.items()}
+
+
+def last_uses(nodes: Sequence[Node], keep: Node) -> dict[int, tuple[Node, ...]]:
+    """Position among `nodes` -> those of them, but for `keep`, that are last used there."""
+    inside, last = set(nodes) - {keep}, dict[Node, int]()
+    for position, node in enumerate(nodes):
+        last |= {source: position for source in node.inputs if source in inside}
+    frees: dict[int, list[Node]] = {}
+    for source, position in last.items():
+        frees.setdefault(position, []).append(source)
     return {position: tuple(freed) for position, freed in frees.items()}
 
 

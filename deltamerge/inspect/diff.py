@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from deltamerge import errors
+from deltamerge.chain.models import Models
 from deltamerge.delta.entry import TILE
-from deltamerge.delta.file import DeltaFile
-from deltamerge.delta.over_base import check, elements, over
+from deltamerge.delta.over_base import check, elements
 from deltamerge.errors import InputError, UsageError
-from deltamerge.io import hub, progress
+from deltamerge.io import progress
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import FLOATING, PACKED, widen
 from deltamerge.io.quantised.decode import decoded
@@ -69,14 +69,12 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
     relative norm.
     """
     here = Path.cwd()
-    first, second = (_plain(hub.open_model(reference, here, weights=True, pickles=pickles)) for reference in (a, b))
-    opened = None
-    if second.is_delta:
-        opened = DeltaFile.open(second.path)
-        second = over(second, opened, first)
-    elif first.is_delta:
-        opened = DeltaFile.open(first.path)
-        first = over(first, opened, second)
+    models = Models()
+    first, second = (_plain(models.open(reference, here, weights=True, pickles=pickles)) for reference in (a, b))
+    if second.is_delta and second.base is None:
+        second, _ = models.over(second, first)
+    elif first.is_delta and first.base is None:
+        first, _ = models.over(first, second)
     tensors, names = shared_names([first.tensors, second.tensors], [a, b])
     named = [{n.canonical[t]: own[t] for t in own} for own, n in zip(tensors, names, strict=True)]
     form = form_of(named[0], first.tensors)
@@ -85,9 +83,9 @@ def diff_checkpoints(a: str, b: str, workers: int, *, pickles: bool = False) -> 
     shared = [name for name in named[1] if name in named[0]]
     with Reader() as reader, ThreadPoolExecutor(workers) as pool:
         for checkpoint in (first, second):
-            if opened is not None and checkpoint.base is not None:
+            if checkpoint.base is not None:
                 with errors.context(checkpoint.reference):
-                    check(opened, checkpoint.base, reader, workers)
+                    check(models.artifact(checkpoint.path), checkpoint.base, reader, workers)
         with progress.phase("comparing", sum(named[1][name].nbytes for name in shared)) as comparing:
 
             def compared(name: str) -> tuple[Change, float, float]:

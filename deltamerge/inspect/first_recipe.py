@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from deltamerge import errors
+from deltamerge.chain.models import open_model
 from deltamerge.errors import OutputError
-from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.dtypes import TORCH_NAMES
 from deltamerge.io.quantised.decode import decoded
@@ -81,7 +81,7 @@ def first_recipe(
     One model is pruned, several are merged by ties; with `advice`, the models are pruned as recommended and added up.
     Only headers are read.
     """
-    checkpoints = [hub.open_model(reference, Path(), weights=False, pickles=pickles) for reference in (base, *models)]
+    checkpoints = [open_model(reference, Path(), weights=False, pickles=pickles) for reference in (base, *models)]
     with errors.context(base):
         weights = decoded(checkpoints[0]).tensors.values()
     dtypes = [tensor.output_dtype for tensor in weights]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.calibrate.spec import Spec
+from deltamerge.chain.models import open_model
 from deltamerge.engine.execute import shared_values
 from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError, OutputError
@@ -16,7 +17,6 @@ from deltamerge.inspect.report import heat_maps, legend, measured_errors, search
 from deltamerge.inspect.statistics import Report, measure_deltas, pair_recipe, pairs_of, parse, report
 from deltamerge.inspect.style import STYLE
 from deltamerge.inspect.svg import Panel, picture, short
-from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.plan.inputs import open_inputs
@@ -54,7 +54,7 @@ def illustrate(planned: Plan, folder: Path, made: Run, *, data: bool) -> dict[st
     base = planned.inputs.base.checkpoint
 
     def opener(reference: str, here: Path) -> Checkpoint:
-        return base if reference == BASE else hub.open_model(reference, here, weights=True)
+        return base if reference == BASE else open_model(reference, here, weights=True)
 
     inputs = open_inputs(parse(pair_recipe(str(folder), BASE)), folder, opener)
     pairs, lacking = pairs_of(inputs)

@@ -157,14 +157,14 @@ def measure_deltas(
     *,
     device: str = "cpu",
     workers: int = 1,
-    tile_elements: int = 1 << 18,
+    tile_elements: int | None = None,
 ) -> dict[str, Moments]:
     """The moments of every pair's delta, by name, from one pass over both files.
 
         pairs           the tensors
         device          "cpu" or a GPU
         workers         threads
-        tile_elements   of a tile
+        tile_elements   of a tile; None: the device's own
 
     Infinities and NaNs that both hold alike count as zero. InputError: others.
     """
@@ -187,7 +187,7 @@ def _is_finite(moments: Moments) -> bool:
 
 
 def _moments(
-    pairs: Sequence[Pair], device: str, workers: int, tile_elements: int, told: Callable[[int], None]
+    pairs: Sequence[Pair], device: str, workers: int, tile_elements: int | None, told: Callable[[int], None]
 ) -> dict[str, Moments]:
     graph = Graph()
     roots = {pair.name: _root(graph, pair) for pair in pairs}

@@ -12,6 +12,7 @@ from deltamerge import errors
 from deltamerge.calibrate.rows import HEADS
 from deltamerge.calibrate.spec import Spec
 from deltamerge.calibrate.split import metric_of
+from deltamerge.chain.models import open_model
 from deltamerge.engine.execute import default_workers, shared_values
 from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError, OutputError
@@ -22,7 +23,6 @@ from deltamerge.inspect.first_recipe import seen_from
 from deltamerge.inspect.moments import Moments
 from deltamerge.inspect.recommend import Recommendation
 from deltamerge.inspect.statistics import Pair, Report, measure_deltas, pair_recipe, pairs_of, parse, report
-from deltamerge.io import hub
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME
@@ -169,7 +169,7 @@ def _open(model: str, base: str, *, pickles: bool) -> Inputs:
 
 def _opener(reference: str, folder: Path, *, pickles: bool) -> Checkpoint:
     """Open a model with its weights; these are not downloaded if its headers show that they are useless."""
-    seen = hub.open_model(reference, folder, weights=False, pickles=pickles)
+    seen = open_model(reference, folder, weights=False, pickles=pickles)
     with errors.context(reference):
         decoded(seen)
-    return hub.open_model(reference, folder, weights=True, pickles=pickles)
+    return open_model(reference, folder, weights=True, pickles=pickles)

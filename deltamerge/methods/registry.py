@@ -87,6 +87,10 @@ class MergeMethod:
     then a tile per model (with deltas: float32, or `Kept`). A parameter is passed by its name, `lambda` as `lambda_`;
     one that is `per_model` in the plural, as a tuple. `nodes`, for a method that needs more than one pass, is a
     function `(make, function, inputs, shape, *, based, **parameters) -> node`: see `methods.merge.span.nodes`.
+    `matrices`: it works on whole matrices, and its `nodes` gets `form` and `transposed` besides (see
+    `methods.merge.whole.nodes`): of vectors, embeddings, heads and matrices with fewer rows or columns than models,
+    which have no form, it takes the mean. `totals` is a function of the same tiles that gives numbers, (blocks, k)
+    float64, whose sums over all tensors of the merge the function gets as its last input.
     `keeps_single(**parameters)` tells whether a single model that was not pruned comes out as it is, and need not be
     computed; without it none does.
     """
@@ -104,6 +108,8 @@ class MergeMethod:
     minimum: int = 1
     maximum: int | None = None
     nodes: Function | None = None
+    matrices: bool = False
+    totals: Function | None = None
     keeps_single: Function | None = None
 
     def base_apart(self, base_model: str | None) -> bool:

@@ -1,6 +1,7 @@
 """Every pruning and merge method: one entry each, its parameters beside its function. No torch here.
 
-A new method is a pure tensor function in `merge/` or `prune/` and one entry in MERGE or PRUNE; checks, the schema and
+A new method is a pure tensor function in `merge/` or `prune/` and one entry in MERGE (those that keep what every task's
+fine-tune can do: `table_tasks`) or PRUNE; checks, the schema and
 the planner read these tables. Other packages add theirs by an entry point of
 the group `deltamerge.methods`.
 """
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.registry import MergeMethod, Names, Param, PruneMethod, third_party
+from deltamerge.methods.table_tasks import TASKS
 
 if TYPE_CHECKING:
     from deltamerge.methods.merge import arithmetic, elementwise, fusion, ram, sce, span, ties
@@ -263,6 +265,7 @@ _MERGE = (
         maximum=1,
         keeps_single=arithmetic.keeps_unscaled,
     ),
+    *TASKS,
 )
 
 _FRACTION = Param("fraction kept", low=0, high=1, low_open=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 BLOCK = 1 << 16
 LONGEST_ROW = 1 << 20
@@ -15,6 +15,17 @@ RUN = 1 << 11
 
 # Makes a graph's node: (function, inputs, *, kind, shape, dtype, **parameters), like `graph.Graph.node`.
 Make: TypeAlias = Callable[..., Any]
+
+
+class Whole(Protocol):
+    """A tensor that is computed as it is read: what a `whole` function is given for its inputs that have tiles."""
+
+    @property
+    def device(self) -> Any:
+        """torch's device of its values."""
+
+    def fill(self, start: int, out: Any) -> None:
+        """Write the elements from `start` on into `out`, a flat float32 tensor on the device."""
 
 
 def row_length(shape: tuple[int, ...]) -> int:

@@ -37,6 +37,7 @@ class Stages:
     calibrated   choose the q's
     roots        a pruned factor of an adapter -> the weight whose q it has a root of, and which root
     together     chooses the λ of a merge that is calibrated as a whole
+    totals       sums what the merge method needs over all tensors
     """
 
     activations: Mapping[int, Node] = field(default_factory=dict)
@@ -45,6 +46,7 @@ class Stages:
     calibrated: Mapping[int, Node] = field(default_factory=dict)
     roots: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     together: Node | None = None
+    totals: Node | None = None
 
     @property
     def calibrations(self) -> tuple[Node, ...]:
@@ -167,7 +169,7 @@ class Deltas:
         if density == 1:
             return whole
         prune, method, shape = self.prune_of(tuned), self.method_of(tuned), tuned.base.shape
-        transposed = method.needs_activations and self._transposed(tuned)
+        transposed = method.needs_activations and self.transposed(tuned)
         masking = Masking(
             method=method,
             make=self.graph.node,
@@ -215,7 +217,7 @@ class Deltas:
             **stacked,
         )
 
-    def _transposed(self, tuned: Tuned) -> bool:
+    def transposed(self, tuned: Tuned) -> bool:
         """Whether a weight is stored (in, out)."""
         name, checkpoint = tuned.tensor.name, tuned.model.checkpoint
         tensors = checkpoint.tensors if name in checkpoint.tensors else {name: tuned.tensor}

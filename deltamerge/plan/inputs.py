@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
+from deltamerge.chain.models import Models
 from deltamerge.delta.file import DeltaFile
-from deltamerge.delta.over_base import over
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, by_component
 from deltamerge.io.experts import Joined, Turned
@@ -137,13 +137,16 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     """Open every model of the recipe once, match their names, choose the template."""
     opened: dict[str, Checkpoint] = {}
     deltas: dict[str, DeltaFile] = {}
+    models = Models()
 
     def checkpoint(reference: str, place: str) -> Checkpoint:
         if reference not in opened:
             with errors.context(place):
                 found = opener(reference, folder)
-                if found.is_delta:
+                if found.is_delta and found.base is None:
                     found = over_base(found)
+                elif found.is_delta:
+                    deltas[reference] = models.artifact(found.path)
                 opened[reference] = found
         return opened[reference]
 
@@ -155,14 +158,12 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
         return opened[reference]
 
     def over_base(delta: Checkpoint) -> Checkpoint:
-        artifact = DeltaFile.open(delta.path)
-        belongs = artifact.manifest.base
+        belongs = models.artifact(delta.path).manifest.base
         if recipe.base_model is None or recipe.base_model == delta.reference:
             what = "cannot be the base" if recipe.base_model else "needs base_model"
             raise InputError(f"{delta.reference} is a delta of {belongs}, and {what}", hint=f"base_model: {belongs}")
         with errors.context(delta.reference):
-            found = over(delta, artifact, merged(recipe.base_model, "base_model"))
-        deltas[delta.reference] = artifact
+            found, deltas[delta.reference] = models.over(delta, merged(recipe.base_model, "base_model"))
         return found
 
     def apart(part: Section) -> bool:

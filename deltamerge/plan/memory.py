@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from deltamerge.engine.graph import REDUCTIONS, Node, peak_tiles, schedule
+from deltamerge.engine.execute import own_tile
+from deltamerge.engine.graph import REDUCTIONS, Node, companion, peak_tiles, schedule
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import human
 from deltamerge.io.coded_writer import LARGE
@@ -18,8 +19,6 @@ from deltamerge.methods.tiles import block_elements
 from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.outputs import OutputTensor
 
-TILE_ELEMENTS = 1 << 18
-GPU_TILE_ELEMENTS = 1 << 22
 # bytes of anonymous memory of the process before the first tile, measured (benchmarks/merge_speed.py)
 BASELINE_BYTES = {"fused": 90_000_000, "torch": 260_000_000}
 CODING_BYTES = 32_000_000  # of what one thread makes on the way from values to codes
@@ -28,12 +27,21 @@ SOURCES = 2_000_000  # tensors of an output, each counted for every model that i
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """The cost of a tensor: passes over its tiles at most, bytes read from the inputs in the passes that are usual, and
-    bytes per element of a tile (stored reads and float32 values alive at once, and scratch inside a step)."""
+    """The cost of a tensor.
+
+    passes       over its tiles, at most
+    read_bytes   from the inputs, in the passes that are usual
+    alive        bytes per element of a tile: stored reads and float32 values alive at once, and scratch inside a step
+    whole, kept  bytes that values of the whole tensor take while they are computed, and those of the values
+    operations   on whole matrices, about
+    """
 
     passes: int
     read_bytes: int
     alive: int
+    whole: int = 0
+    kept: int = 0
+    operations: float = 0.0
 
 
 def cost(root: Node) -> Cost:
@@ -44,11 +52,24 @@ def cost(root: Node) -> Cost:
     usual = [
         nodes for nodes, steps in zip(reads, plan.passes, strict=True) if steps is plan.passes[-1] or _is_usual(steps)
     ]
+    wholes = [node for nodes in plan.passes for node in nodes if node.kind == "whole"]
     return Cost(
         len(plan.passes),
         sum(node.parameter("tensor").read_nbytes for nodes in usual for node in nodes),
         stored + 4 * (peak_tiles(plan) + 3) + ITEMSIZE[root.dtype],
+        sum(_needs(node)[0] for node in wholes),
+        sum(4 * math.prod(node.shape) for node in wholes),
+        sum(_needs(node)[1] for node in wholes),
     )
+
+
+def _needs(node: Node) -> tuple[int, float]:
+    """The bytes that a `whole` node takes while it is computed, its value's among them, and its operations."""
+    needs = companion(node.function, "needs")
+    if needs is None:
+        raise TypeError(f"{node.function} has no companion that tells what it needs")
+    found, operations = needs(**dict(node.parameters))
+    return int(found), float(operations)
 
 
 def _is_usual(steps: Sequence[Node]) -> bool:
@@ -96,8 +117,10 @@ def tile_and_peak(
     computed = [(root, backend) for root, backend in roots if root.kind != "read"]
     baseline = BASELINE_BYTES["torch" if any(b == "torch" for _, b in computed) else "fused"] + held
     alive = max((costs[root].alive for root, _ in computed), default=0)
+    if device == "cpu":
+        baseline += _held_whole([costs[root] for root, _ in computed], workers)
     largest_block = max((min(block_elements(r.shape), math.prod(r.shape)) for r, _ in computed), default=1)
-    tile = GPU_TILE_ELEMENTS if device != "cpu" else TILE_ELEMENTS
+    tile = own_tile(device)
     while True:
         peak = baseline + workers * alive * max(tile, largest_block)
         if memory is None or peak <= memory:
@@ -108,6 +131,12 @@ def tile_and_peak(
                 hint=f"give at least {-(-peak // 10**6)}MB, or fewer --workers",
             )
         tile //= 2
+
+
+def _held_whole(costs: Sequence[Cost], workers: int) -> int:
+    """Bytes of whole tensors: each worker computes one, and one more is being written."""
+    largest = sorted((cost.whole for cost in costs), reverse=True)[:workers]
+    return sum(largest) + max((cost.kept for cost in costs), default=0)
 
 
 def check_size(inputs: Inputs) -> None:

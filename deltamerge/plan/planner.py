@@ -157,6 +157,11 @@ class Plan:
         pieces = (piece for output in self.outputs for piece in output.pieces)
         return self.cut_bytes + sum(self.costs[piece.built.root].read_bytes for piece in pieces)
 
+    @property
+    def operations(self) -> float:
+        """Floating-point operations on whole matrices, about."""
+        return sum(self.costs[piece.built.root].operations for output in self.outputs for piece in output.pieces)
+
     def describe(self) -> dict[str, Any]:
         """The plan as `deltamerge plan --json` prints it (docs/json.md); its form is stable."""
         return {
@@ -169,6 +174,7 @@ class Plan:
             "tile_elements": self.tile_elements,
             "peak_bytes": self.peak_bytes,
             "read_bytes": self.read_bytes,
+            "operations": round(self.operations),
             "output_bytes": self.nbytes,
             "shards": [{"file": f.name, "bytes": f.size} for f in self.layout.files],
             "notes": list(self.remarks),
@@ -281,6 +287,8 @@ def _plan(
         for _, delta in deltas
         for read in delta.inputs
     )
+    if stages.totals is not None:
+        cut_bytes += sum(cost(part).read_bytes for _, part in stages.totals.parameter("parts"))
     return Plan(
         recipe=recipe,
         inputs=inputs,

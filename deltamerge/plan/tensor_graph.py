@@ -10,6 +10,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.calibrate.spec import pick
+from deltamerge.calibrate.totals import totals
 from deltamerge.delta.positions import uniform_density
 from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine.graph import Function, Graph, Node
@@ -23,6 +24,7 @@ from deltamerge.methods.prune import nodes
 from deltamerge.methods.prune.rescale import divide
 from deltamerge.plan.calibration_graph import StageMaker
 from deltamerge.plan.delta_graph import Deltas
+from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.schema import Recipe
@@ -81,6 +83,9 @@ class Builder:
             deltas = replace(deltas, densities=dict.fromkeys((t.name for t in budgeted), self._affordable(budgeted)))
         deltas = replace(deltas, stages=self.maker.make(deltas, merges))
         builder = replace(self, deltas=deltas, budgeted=budgeted)
+        if self.recipe.method.totals is not None:
+            deltas = replace(deltas, stages=replace(deltas.stages, totals=builder._totals(merges)))
+            builder = replace(builder, deltas=deltas)
         if not deltas.whole_merge:
             return builder
         based = [merge for merge in merges if merge.base is not None]
@@ -134,11 +139,28 @@ class Builder:
             return Built(self.copy(tunes[0].tensor, dtype), "copy", (tunes[0].model.name,), delta, changed)
         return Built(self._cast(self._combined(merge, inputs, values), dtype), method.name, details, delta, changed)
 
+    def _totals(self, merges: Sequence[Merge]) -> Node:
+        """The node of the sums that the merge method needs over all tensors."""
+        function, parts = self.recipe.method.totals, []
+        assert function is not None
+        for merge in merges:
+            if merge.base is None:
+                continue
+            inputs = [self.graph.read(merge.base), *(self._delta(tuned, self.recipe.seed)[0] for tuned in merge.tunes)]
+            values = self._parameters(merge)[0]
+            parts.append((merge.name, self.graph.node(function, inputs, kind="concat", shape=merge.shape, **values)))
+        return self.graph.node(totals, kind="small", parts=tuple(parts), device=self.maker.device)
+
     def _combined(self, merge: Merge, inputs: Sequence[Node], values: dict[str, Any]) -> Node:
         """The method's result in float32, of the base where it stands apart and of the models or their deltas."""
         method, shape = self.recipe.method, merge.shape
+        if self.deltas.stages.totals is not None:
+            inputs = [*inputs, self.deltas.stages.totals]
         if method.nodes is None:
             return self._node(method.function, inputs, shape, **values)
+        if method.matrices:
+            form = matrix_form(merge.name, shape, len(merge.sources))
+            values = {**values, "form": form, "transposed": form is not None and self.deltas.transposed(merge.tunes[0])}
         with errors.context(f"tensor {merge.name}"):
             based = merge.base is not None and method.deltas
             node: Node = call(method.nodes)(self.graph.node, method.function, inputs, shape, based=based, **values)

@@ -220,7 +220,7 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
     output, method = recipe.output, known_method(recipe)
     yield from _quantization(recipe)
     if output.kind != "delta":
-        for key in ("semantics", "values"):
+        for key in ("semantics", "values", "steps"):
             if getattr(output, key) is not None:
                 yield recipe.problem(("output", key), "is of delta artifacts", "output: {kind: delta}", key=True)
         return

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from deltamerge.errors import Problem, RecipeError
+from deltamerge.chain.folder import expand
+from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.io import patterns
 from deltamerge.recipe import checks, documents, messages, yaml_source
 from deltamerge.recipe.parts import Section
@@ -42,7 +43,7 @@ def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
                 problems += [messages.problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
             data = messages.without(data, map(messages.place_of, errors))
         else:
-            models, parts = flatten(recipe)
+            models, parts = flatten(recipe, read, problems)
             recipe = recipe.model_copy(update={"models": models})
             recipe._source, recipe._parts = read, parts
             return recipe
@@ -64,8 +65,9 @@ def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
     return tuple(recipes)
 
 
-def flatten(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...]]:
-    """Every model of the recipe in order, once for each place, and the parts that they form."""
+def flatten(recipe: Recipe, read: YamlSource, problems: list[Problem]) -> tuple[tuple[Model, ...], tuple[Section, ...]]:
+    """Every model of the recipe in order, once for each place, and the parts that they form; a range of versions of a
+    chain is as many models as it has versions. Ranges at fault are added to `problems`."""
     models: list[Model] = []
     parts: list[Section] = []
 
@@ -73,9 +75,12 @@ def flatten(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...]]:
         loc: Loc, module: str | None, key: str, found: Sequence[Model], base: str | None,
         levels: tuple[Mapping[str, Value], ...], ranges: tuple[tuple[int, int], ...] | None,
     ) -> None:  # fmt: skip
-        members = tuple(range(len(models), len(models) + len(found)))
-        places = tuple((*loc, key, i) for i in range(len(found)))
-        models.extend(found)
+        several = [(i, one) for i, model in enumerate(found) for one in _several(model, (*loc, key, i), read, problems)]
+        members = tuple(range(len(models), len(models) + len(several)))
+        places = tuple((*loc, key, i) for i, _ in several)
+        if ranges is not None:
+            ranges = tuple(ranges[i] for i, _ in several)
+        models.extend(model for _, model in several)
         parts.append(Section(loc, module, members, places, ranges, base, levels))
 
     for loc, name, whole, slices, parameters in _holders(recipe):
@@ -88,6 +93,19 @@ def flatten(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...]]:
                 (*loc, "slices", i), name, "sources", one.sources, base, (one.parameters, *levels), _ranges(one.sources)
             )
     return tuple(models), tuple(parts)
+
+
+def _several(model: Model, place: Loc, read: YamlSource, problems: list[Problem]) -> Sequence[Model]:
+    """The models that one of the recipe stands for."""
+    try:
+        found = expand(model.model, Path(read.path).resolve().parent)
+    except InputError as error:
+        problems.append(read.problem((*place, "model"), str(error), error.hint))
+        return (model,)
+    if found is None:
+        return (model,)
+    named = {} if model.name is None else {one: f"{model.name}:{one.rpartition('/')[2]}" for one in found}
+    return [model.model_copy(update={"model": one, "name": named.get(one)}) for one in found]
 
 
 def _holders(

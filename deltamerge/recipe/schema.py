@@ -91,6 +91,10 @@ class Calibration(Keys):
     sequences: Positive = Field(50, le=100_000, description="How many sequences are used.")
     length: Positive = Field(128, le=1_000_000, description="Tokens a sequence.")
     seeds: Positive = Field(4, le=64, description="Mask seeds averaged by output_change.")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of the matrix products of forward passes; auto: bfloat16 for large models where it is fast.",
+    )
     per: Literal["model", "merge"] = Field("model", description="Calibrate each fine-tune, or the merged model.")
 
 
@@ -153,6 +157,11 @@ class Output(Keys):
     )
     values: Literal["float32", "bfloat16", "int8", "sign"] | None = Field(
         None, description="delta: how values to add are stored. Default: bfloat16."
+    )
+    steps: bool | None = Field(
+        None,
+        description="delta: whether final values of bfloat16 and float16 may be stored as steps from the base's, the "
+        "fewest bytes, which only a reader that has the base can tell. Default: true.",
     )
     quantization: Quantized = Field(
         "none",

@@ -12,12 +12,17 @@ from typing import Any
 import yaml
 
 from deltamerge import __version__, errors
+from deltamerge.chain.fold import folded
+from deltamerge.chain.folder import line
+from deltamerge.chain.layers import check_complete
+from deltamerge.chain.models import open_model
 from deltamerge.delta.entry import TILE
 from deltamerge.delta.file import DeltaFile, ResultTensor
 from deltamerge.delta.over_base import check, elements
+from deltamerge.delta.steps import STEP_TILE
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.errors.shown import human
-from deltamerge.io import hub, progress
+from deltamerge.io import progress
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.blobs import check_blobs
 from deltamerge.io.checkpoint import Checkpoint, is_delta
@@ -65,15 +70,21 @@ def apply(
     `pickles`: the base may be in torch's own files. InputError: no delta, not its base, damaged.
     """
     here = Path.cwd()
-    artifact, origin = hub.open_model(delta, here, weights=True), _base(base, here, pickles=pickles)
-    if not artifact.is_delta:
+    artifact = open_model(delta, here, weights=True)
+    origin = _base(base, here, pickles=pickles)
+    if not artifact.is_delta or artifact.base is not None:
         raise InputError(f"{delta}: is not a delta artifact", hint="deltamerge apply DELTA --base BASE --out DIR")
-    if origin.is_delta:
-        raise InputError(f"{base}: is a delta too", hint=f"apply it first: deltamerge apply {base}")
-    tile = _tile(workers, memory)
-    opened = DeltaFile.open(artifact.path)
-    artifact = replace(artifact, files=opened.files)
+    if origin.is_delta and origin.base is None:
+        raise InputError(f"{base}: is a delta too", hint=f"name it with its base: BASE+{base}")
     with errors.context(delta):
+        versions = line(artifact.path)
+        opened = folded(versions)
+        if len(versions) > 1:
+            check_complete(versions[0], origin)
+        entries = opened.entries.values()
+        stepped = max((entry.size for entry in entries if len(versions) > 1 or entry.has_steps), default=0)
+        tile = _tile(workers, memory, max(1024, min(stepped, STEP_TILE)))
+        artifact = replace(artifact, files=opened.files)
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
     components = opened.manifest.as_components()
     layout = plan_layout([(s.name, s.dtype, s.shape) for s in planned], opened.manifest.shard_size, components)
@@ -89,7 +100,7 @@ def apply(
             _write(opened, planned, origin, reader, writer, workers, tile, one.step)
             found = writer.finish()
         seals = {file.name: seal(folder / file.name) for file in layout.files}
-        copied = copied_files(artifact.path)
+        copied = {name: path for version in versions for name, path in copied_files(version.path).items()}
         check_blobs([*hashes.input_files(artifact), *hashes.input_files(origin), *copied.values()], workers)
         write_files({**copied}, folder)
         (folder / "README.md").write_text(_card(opened, delta, base, out.name), encoding="utf-8")
@@ -118,8 +129,11 @@ def verify_base(folder: Path, base: str, workers: int, *, pickles: bool = False)
                 f"{folder}: {base} is none of the inputs of its lock", hint=f"they are {', '.join(known)}"
             )
         return f"{base} is its input {name}"
-    opened = DeltaFile.open(folder)
     with errors.context(str(folder)), Reader() as reader:
+        versions = line(folder)
+        opened = folded(versions, every=True)
+        if len(versions) > 1:
+            check_complete(versions[0], origin)
         planned = opened.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
         check(opened, origin, reader, workers)
     return f"{len(planned)} tensors, from {base}, as the delta says"
@@ -127,17 +141,17 @@ def verify_base(folder: Path, base: str, workers: int, *, pickles: bool = False)
 
 def _base(reference: str, folder: Path, *, pickles: bool = False) -> Checkpoint:
     """The base of a delta; a quantised one decoded, as the delta was made from it."""
-    origin = hub.open_model(reference, folder, weights=True, pickles=pickles)
+    origin = open_model(reference, folder, weights=True, pickles=pickles)
     with errors.context(reference):
         return decoded(origin)
 
 
-def _tile(workers: int, memory: int | None) -> int:
+def _tile(workers: int, memory: int | None, least_tile: int) -> int:
     if memory is None:
         return TILE
     tile = (memory - BASELINE_BYTES) // (workers * ELEMENT_BYTES)
-    if tile < 1024:
-        least = BASELINE_BYTES + workers * ELEMENT_BYTES * 1024
+    if tile < least_tile:
+        least = BASELINE_BYTES + workers * ELEMENT_BYTES * least_tile
         raise InputError(
             f"--memory {human(memory)} is too little for {workers} workers",
             hint=f"give at least {-(-least // 10**6)}MB, or fewer --workers",

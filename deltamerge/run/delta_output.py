@@ -12,6 +12,7 @@ import numpy as np
 
 from deltamerge.delta.manifest import Base
 from deltamerge.delta.over_base import elements
+from deltamerge.delta.positions import CODINGS
 from deltamerge.delta.tensor_writer import BaseTensor, TensorWriter, is_related
 from deltamerge.delta.writer import DeltaWriter, Summary
 from deltamerge.engine.execute import Task, execute, shared_values
@@ -53,6 +54,8 @@ def write_delta(
     removed = [n for n in origin.checkpoint.tensors if n not in used and n not in names]
     components = planned.inputs.template.checkpoint.components
     options: dict[str, Any] = {"semantics": "replace", "journal": journal, "components": components}
+    if output.steps is False:
+        options["codings"] = CODINGS
     if output.adds:
         options |= {"semantics": "add", "values": output.values or "bfloat16"}
     with (

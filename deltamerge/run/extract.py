@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from deltamerge.chain.folder import is_chain
+from deltamerge.chain.link import Link
+from deltamerge.chain.publish import one_writer
 from deltamerge.errors import InputError, RecipeError, UsageError
 from deltamerge.recipe.file import read_text
 from deltamerge.run.options import Options
@@ -22,16 +26,29 @@ def extract(
     method: str | None = None,
     q: float | None = None,
     values: str | None = None,
+    after: str | None = None,
     options: Options | None = None,
 ) -> Result:
     """Run the recipe of one fine-tune (`model`, of `base`; folders or hub ids) whose output is a delta.
 
     Without `density` everything that changed is kept, and stored as final values unless `values` says how values to add
-    are. `out` is NAME-delta in this folder if not given; `options` are those of `run`. UsageError: a method or q
-    without a density. RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
+    are. `out` is NAME-delta in this folder if not given; `options` are those of `run`.
+
+    With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
+    the chain. UsageError: a method or q without a density; `after` with values to add, or without `out`. RecipeError,
+    of no line, as there is no file: a method that is not known or needs more settings.
     """
+    if after is not None:
+        if values is not None or out is None:
+            raise UsageError("--after needs --out, and takes no --values", hint="a version of a chain has final values")
+        link, options = Link.begin(after, out), options or Options()
+        with one_writer(out.resolve().parent, "adding"):
+            base, options = link.base(base, pickles=options.pickles), replace(options, ending=link.finish)
+            return extract(model, base, out, density=density, method=method, q=q, options=options)
     if density is None and (method is not None or q is not None):
         raise UsageError("--method and --q need --density", hint="--density 0.01 keeps a hundredth of the delta")
+    if out is not None and not (options and options.ending) and is_chain(out):
+        raise UsageError(f"--out {out}: is a chain", hint=f"--out {out}/NAME --after {out}/BEFORE")
     if model.rstrip("/") == base.rstrip("/"):
         raise InputError(f"{model}: is the base itself", hint="name a fine-tune, and behind it its base")
     recipe = {"base_model": base, "models": [{"model": model}], "output": _output(values)}

@@ -48,6 +48,7 @@ class Options:
     pins             a stranger's recipe: the commits of hub models that it names without a revision; the
                      `output.path` of its documents is not followed
     watch            sees the plan and how far the work is
+    ending           is given the folder once its weights are there, before its lock; may add to it, or refuse it
     drawing          draws the pictures of the card; None: it has none
     """
 
@@ -61,6 +62,7 @@ class Options:
     pickles: bool = False
     pins: Mapping[str, str] | None = None
     watch: Watch = unwatched
+    ending: Callable[[Path], None] | None = None
     drawing: Drawing | None = None
 
     @property

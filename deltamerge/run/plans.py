@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deltamerge.io import hub
+from deltamerge.chain.models import Models
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.plan.planner import Plan, plan
@@ -22,6 +22,7 @@ class Planner:
     file: RecipeFile
     target: Path
     options: Options
+    models: Models = field(default_factory=Models)
 
     def folder(self, document: Document) -> Path:
         """Where the result of a document that others need lies."""
@@ -68,8 +69,8 @@ class Planner:
             if reference in pins:
                 pairs = zip(reference.split("+"), pins[reference].split("+"), strict=True)
                 pinned = "+".join(part if "@" in part else f"{part}@{commit}" for part, commit in pairs)
-                return replace(hub.open_model(pinned, folder, weights=whole, pickles=pickles), reference=reference)
-            return hub.open_model(reference, folder, weights=whole, pickles=pickles)
+                return replace(self.models.open(pinned, folder, weights=whole, pickles=pickles), reference=reference)
+            return self.models.open(reference, folder, weights=whole, pickles=pickles)
 
         planned = plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
         if document.recipe.output.gguf is not None:

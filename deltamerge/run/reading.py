@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deltamerge import errors
+from deltamerge.chain.fold import covers
 from deltamerge.delta.over_base import check
 from deltamerge.engine.graph import depth_first
 from deltamerge.io.blobs import check_blobs
@@ -64,12 +65,14 @@ def check_deltas(planned: Plan) -> None:
     deltas = planned.inputs.deltas
     if not deltas:
         return
+    made = [(c.base, c.reference) for c in planned.inputs.checkpoints if c.base is not None]
     with Reader() as reader:
-        for checkpoint in planned.inputs.checkpoints:
-            if checkpoint.base is not None:
-                with errors.context(checkpoint.reference):
-                    delta = deltas[checkpoint.reference]
-                    check(delta, checkpoint.base, reader, planned.workers, planned.tile_elements)
+        for base, reference in made:
+            delta = deltas[reference]
+            beside = [deltas[other] for one, other in made if one.reference == base.reference]
+            if not any(covers(other, delta) for other in beside):
+                with errors.context(reference):
+                    check(delta, base, reader, planned.workers, planned.tile_elements)
 
 
 def places(planned: Plan) -> list[tuple[str, Path]]:

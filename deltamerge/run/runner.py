@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def _make(
             losses = {"losses": made.losses} if made.losses else {}
             work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed, **losses}})
             return Result(work.folder, part.of(made.plan), {}, None, made.nonfinite)
-        planned, lock = _complete(made, work, document.text, target.name, inputs, draw)
+        planned, lock = _complete(made, work, document.text, target.name, inputs, draw, options.ending)
     return Result(target, planned, lock, made.delta, made.nonfinite)
 
 
@@ -206,7 +206,13 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
 
 
 def _complete(
-    made: Weights, work: Workspace, text: str, title: str, inputs: dict[str, Any], draw: Draw | None
+    made: Weights,
+    work: Workspace,
+    text: str,
+    title: str,
+    inputs: dict[str, Any],
+    draw: Draw | None,
+    ending: Callable[[Path], None] | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Write all that is no weight and give the folder its name; the plan, with what there is to say, and the lock."""
     folder, planned, outputs = work.folder, made.plan, made.hashed
@@ -221,6 +227,8 @@ def _complete(
         files = assets(planned)
         planned = replace(planned, notes=(*planned.notes, *left_out(planned, files)))
         write_files(files, folder)
+    if ending is not None:
+        ending(folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")
     if planned.recipe.output.gguf is not None:
         from deltamerge.run.gguf_output import write_gguf

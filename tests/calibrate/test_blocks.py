@@ -78,10 +78,42 @@ def test_one_part_is_asked_for_at_a_time_and_let_go(tmp_path: Path) -> None:
         alive.extend(map(weakref.ref, made.values()))
         return made
 
+    told: list[int] = []
+    model.entering = told.append
     model.run(batches("Llama"), [weights], lambda b, out: None)
+    assert told == [2, 3, 4]  # read ahead of their turn; there is no part 4
     rest, *blocks = [sorted(part) for part in model.parts]
     assert asked == [rest, blocks[0], blocks[1], blocks[2], rest]
     assert resident == [0, len(rest), 0, 0, 0]
+
+
+@pytest.mark.parametrize("fails", [None, 0, 1])
+def test_blocks_multiply_in_bfloat16_or_else_in_float32(fails: int | None, tmp_path: Path) -> None:
+    reference, tensors = make("LlamaForCausalLM", tmp_path)
+    config = transformers.AutoConfig.from_pretrained(tmp_path)
+    model, data = BlockModel(config, tensors, precision="bfloat16"), batches("Llama")
+    quick: list[bool] = []
+
+    def see(module: Any, args: Any) -> None:
+        quick.append(torch.is_autocast_enabled("cpu"))
+        if fails is not None and quick[-1]:
+            raise RuntimeError("expected m1 and m2 to have the same dtype")
+
+    mlp: Any = model.blocks[fails or 0].mlp
+    mlp.register_forward_pre_hook(see)
+    rows = model.run(data, [from_reader(tensors.__getitem__)], lambda b, out: out)[0]
+    assert model.precision == ("bfloat16" if fails is None else "float32")
+    assert not model.whole
+    for row, inputs in zip(rows, data, strict=True):
+        assert row.logits is not None
+        assert row.logits.dtype == row.hidden.dtype == torch.float32
+        wanted = plain(reference, inputs)[1]
+        error = float((row.hidden - wanted).norm() / wanted.norm())
+        assert 1e-5 < error < 0.02 if fails is None else error < 1e-6
+    watched = Seen()
+    quick.clear()
+    model.run(data, [from_reader(tensors.__getitem__)], lambda b, out: None, watch=watched)
+    assert quick.count(False) >= len(data)  # what is watched is float32
 
 
 def test_what_cannot_be_told_apart_runs_whole(tmp_path: Path) -> None:

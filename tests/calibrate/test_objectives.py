@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -202,17 +203,31 @@ def test_sparse_and_dense_deltas_apply_alike(q: Any) -> None:
     assert apply(base, None, q) is base
 
 
-def test_a_cache_holds_no_more_than_its_budget() -> None:
+@pytest.mark.parametrize(
+    ("recent", "pinned", "wanted"),
+    [
+        (80, 0, ["ab", "cd", "ef", "ab", "cd", "ef"]),  # in a circle the last used are always gone
+        (80, 80, ["ab", "cd", "ef", "cd", "ef"]),
+        (80, 120, ["ab", "cd", "ef", "d", "ef"]),
+        (80, 160, ["ab", "cd", "ef"]),
+    ],
+)
+def test_a_cache_keeps_the_first_and_the_last(recent: int, pinned: int, wanted: list[str]) -> None:
     reads: list[str] = []
 
-    def read(name: str) -> torch.Tensor:
-        reads.append(name)
-        return torch.zeros(10)
+    def read(names: Sequence[str]) -> dict[str, torch.Tensor]:
+        reads.append("".join(names))
+        return {name: torch.zeros(10) for name in names}
 
-    cache = Cache(read, 80)
-    for name in ("a", "b", "a", "b", "c", "b", "a"):
-        cache(name)
-    assert reads == ["a", "b", "c", "a"]
+    cache = Cache(read, recent, pinned)
+    for _ in range(2):
+        for part in ("ab", "cd", "ef"):
+            for _variant in range(3):
+                assert list(cache.several(list(part))) == list(part)
+    assert reads == wanted
+    cache.clear()
+    cache("a")
+    assert reads[-1] == "a"
 
 
 def test_several_logits_are_refused():

@@ -1,4 +1,4 @@
-"""The search finds the authors' grid's q within a grid step, with far fewer evaluations; both are deterministic."""
+"""The searches find the authors' grid's q within a grid step, with far fewer evaluations; all are deterministic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from deltamerge.calibrate.search import BUDGET, Minima, grid, minimise
+from deltamerge.calibrate.search import BUDGET, Minima, grid, minimise, model, scan
 from deltamerge.calibrate.searches import passed
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
@@ -103,3 +103,101 @@ def test_points_that_a_search_has_passed_are_spread(slope: float) -> None:
     assert all(b >= a * 1000 ** (1 / 20) for a, b in itertools.pairwise(points))
     for coarse in (10 ** (-3 + 3 * i / 7) for i in range(1, 7)):  # and nothing that was looked at is far from them
         assert min(abs(math.log(x / coarse)) for x in points) <= math.log(1000) / 20
+
+
+def of_u(best: float, q: float, noise: float = 0.0) -> float:
+    """A change of outputs as real ones are: flat where the delta is dropped (q large) and where it is drowned."""
+    u = math.log(best / q)
+    return 1.0 - 0.5 * math.exp(-(u**2)) + 0.1 * math.tanh(u) + noise
+
+
+class Counted:
+    """An objective with masks whose minima lie at `bests`; counts points of the first round and of all rows."""
+
+    def __init__(self, *bests: float, noise: float = 0.01) -> None:
+        self.bests, self.noise, self.few, self.all = bests, noise, 0, 0
+
+    def scan(self, points: Sequence[float]) -> list[float]:
+        self.few += len(points)
+        return [1.1 * of_u(self.bests[0], q) for q in points]
+
+    def of_masks(self, points: Sequence[float], masks: range) -> list[list[float]]:
+        self.all += len(points) * len(masks)
+        return [[of_u(self.bests[mask], q, self.noise * mask) for mask in masks] for q in points]
+
+    def found(self, low: float = 0.01, high: float = 1.0) -> Minima:
+        return model(scan(self.scan, low, high), self.of_masks, len(self.bests))
+
+
+@pytest.mark.parametrize("low", [0.1, 0.01, 0.001])
+@pytest.mark.parametrize("best", [0.0123, 0.033, 0.12, 0.31])
+def test_a_model_of_the_change_finds_its_minimum_in_six_points(best: float, low: float) -> None:
+    objective = Counted(best)
+    found = objective.found(low)
+    wanted = min(max(best * math.exp(0.1), low), 1.0)  # the tilt moves it a little
+    truth = min((low * (1 / low) ** (i / 4000) for i in range(4001)), key=lambda q: of_u(best, q))
+    assert wanted == pytest.approx(truth, rel=0.15)
+    assert of_u(best, found.point) - of_u(best, truth) < 0.002
+    assert low <= found.point <= 1.0
+    assert objective.few == 8
+    assert objective.all <= 4
+    assert objective.found(low) == found
+
+
+@pytest.mark.parametrize(
+    ("bests", "points", "masks"),
+    [
+        ((0.03, 0.0302, 0.9, 0.9), 6, 2),  # the first two agree: the others are not asked
+        ((0.03, 0.036, 0.033, 0.033), 12, 4),
+        ((0.03, 0.033), 6, 2),
+        ((0.03,), 3, 1),
+    ],
+)
+def test_other_masks_are_asked_where_the_first_two_disagree(bests: tuple[float, ...], points: int, masks: int) -> None:
+    objective = Counted(*bests)
+    found = objective.found()
+    assert (objective.all, found.masks) == (points, masks)
+    assert 0.03 < found.point < 0.038
+
+
+def test_the_mask_farthest_from_the_mean_is_left_out() -> None:
+    alone, four = Counted(0.03, 0.036, 0.033), Counted(0.03, 0.036, 0.033, 0.033)
+    four.of_masks = lambda points, masks: [  # type: ignore[method-assign]
+        [9.0 if mask == 3 else Counted(*alone.bests).of_masks([q], range(mask, mask + 1))[0][0] for mask in masks]
+        for q in points
+    ]
+    assert four.found().value < 1.0
+    means = [sum(column) / 3 for column in alone.of_masks([x for x, _ in four.found().path], range(3))]
+    assert [value for _, value in four.found().path] == pytest.approx(means)
+
+
+def test_a_model_of_a_flat_objective_and_of_one_that_is_not_a_number() -> None:
+    def of_masks(value: Callable[[float], float]) -> Callable[[Sequence[float], range], list[list[float]]]:
+        return lambda points, masks: [[value(q) for _ in masks] for q in points]
+
+    flat = model(scan(lambda points: [1.0] * len(points), 0.01, 1.0), of_masks(lambda q: 1.0), 4)
+    assert (flat.point, flat.value) == (0.01, 1.0)
+
+    def broken(q: float) -> float:
+        return math.nan if q < 0.1 else q
+
+    found = model(scan(lambda points: [*map(broken, points)], 0.01, 1.0), of_masks(broken), 2)
+    assert 0.1 <= found.point < 0.3
+    assert math.isfinite(found.value)
+    nothing = model(scan(lambda points: [math.nan] * len(points), 0.01, 1.0), of_masks(lambda q: math.nan), 1)
+    assert nothing.point == 0.01
+    one = model(scan(lambda points: [*points], 0.5, 0.5), of_masks(lambda q: q), 3)
+    assert (one.point, one.value, one.minima) == (0.5, 0.5, (0.5,))
+
+
+def test_a_second_minimum_is_a_candidate_if_a_hump_parts_it_from_the_first() -> None:
+    def two(q: float, hump: float) -> float:
+        return 1.0 - math.exp(-(math.log(q / 0.2) ** 2)) - hump * math.exp(-16 * math.log(q / 0.0101) ** 2)
+
+    def minima(hump: float) -> tuple[float, ...]:
+        seen = scan(lambda points: [two(q, hump) for q in points], 0.01, 1.0)
+        return model(seen, lambda points, masks: [[two(q, hump)] for q in points], 1).minima
+
+    assert len(minima(0.005)) == 1
+    first, second = minima(0.4)
+    assert (first, second) == (pytest.approx(0.2, rel=0.05), 0.01)

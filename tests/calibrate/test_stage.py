@@ -19,8 +19,10 @@ from conftest import load_tensors, tiny_bert_pair, tiny_llama, write_tokenizer
 from running import calibrate, make_plan, run
 from safetensors.numpy import load_file
 
+from deltamerge.calibrate import precision
 from deltamerge.calibrate.stage import activations
 from deltamerge.cli import main
+from deltamerge.cli.plan_view import calibration_seconds
 from deltamerge.errors import InputError, RecipeError, VerifyError
 from deltamerge.methods.prune import columns, rescale, select
 from deltamerge.methods.tiles import Kept, Tile
@@ -164,6 +166,28 @@ def test_runs_and_repeats_from_the_lock(models: Path, tmp_path: Path, family: st
     again = run(path, tmp_path / "again", locked=True, workers=1, memory=10**9)
     assert load_tensors(again.folder).keys() == merged.keys()
     assert (again.folder / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "most"), [("bert", "global", 24), ("llama", "global", 24), ("bert", "wanda", 12)]
+)
+def test_one_q_takes_few_passes(models: Path, tmp_path: Path, family: str, name: str, most: int) -> None:
+    """Of 50 sequences, with 4 masks where they are random; the comparison on held-out rows is counted."""
+    rows(models / family / "many.jsonl", 120)
+    path = recipe(models / family, f"few-{name}", RUNS[name])
+    text = path.read_text().replace("calib.jsonl, sequences: 8", "many.jsonl, sequences: 50")
+    path.write_text(text.replace("seeds: 2", "seeds: 4"))
+    (found,) = calibrate(path).values()
+    assert found["forward_passes"] <= most
+    assert len([step for step in found["path"] if step[0] == "few rows"]) == 8
+    later = [step for step in found["path"] if step[0] != "few rows"]
+    if later:
+        assert found["mask_seeds"] in ((1,) if name == "wanda" else (2, 4))
+        assert [step[0] for step in later] == ["q"] * 3
+        assert later[0][1] <= found["searched"]["q"] <= later[2][1]
+    else:  # predictions are the base's at the smallest output change: so q is searched by predictions
+        assert (name, found["mask_seeds"]) == ("global", 1)
+        assert {"q": found["searched"]["q"]}.items() <= found["candidates"][0].items()
 
 
 def test_calibrated_runs_do_not_depend_on_workers(models: Path, tmp_path: Path) -> None:
@@ -497,3 +521,50 @@ def test_the_order_of_methods_on_a_real_fine_tune(shared_data: Path, tmp_path: P
         )
         change[name] = calibrate(path)["t"]["held_out"]
     assert change["magnitude"]["calibrated"] < change["dare"]["calibrated"] < change["dare"]["plain"]
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_q_moves_little_with_bfloat16(models: Path, tmp_path: Path, family: str) -> None:
+    """`auto` is float32 for a small model; the statistics of layer_mse are float32 whatever is asked."""
+    found = {}
+    for asked in ("auto", "float32", "bfloat16"):
+        path = recipe(models / family, asked, "{method: dare, density: 0.3, q: output_change}", f", precision: {asked}")
+        assert make_plan(path).describe()["stages"][0]["precision"] == asked.replace("auto", "float32")
+        (found[asked],) = calibrate(path).values()
+    stage = make_plan(path).describe()["stages"][0]
+    assert stage["operations"] % (2 * 8 * 12) == 0  # sequences of so many tokens
+    assert calibration_seconds(stage) < calibration_seconds({**stage, "forward_passes": 1000 * stage["forward_passes"]})
+    assert found["auto"] == found["float32"]
+    assert found["bfloat16"]["precision"] == "bfloat16"
+    assert found["bfloat16"]["value"] != found["float32"]["value"]
+    q, half = (found[asked]["searched"]["q"] for asked in ("float32", "bfloat16"))
+    assert half == pytest.approx(q, rel=0.05)
+    closed = MAGNITUDE % "layer_mse"
+    same = [calibrate(recipe(models / family, "m", closed, f", precision: {p}")) for p in ("float32", "bfloat16")]
+    assert same[0]["t"]["q"] == same[1]["t"]["q"]
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("processor: 0\nflags\t\t: fpu avx512_bf16 sse\n", "bfloat16"),
+        ("flags\t\t: amx_bf16\n\nflags\t\t: fpu\n", "bfloat16"),
+        ("Features\t: fp asimd bf16\n", "bfloat16"),
+        ("flags\t\t: fpu avx512f\n", "float32"),
+        ("", "float32"),
+        (None, "float32"),
+    ],
+)
+def test_auto_is_bfloat16_for_large_models_on_processors_that_have_it(tmp_path, monkeypatch, text, wanted) -> None:
+    file = tmp_path / "cpuinfo"
+    if text is not None:
+        file.write_text(text)
+    monkeypatch.setattr(precision, "CPU_INFO", file)
+    large, small = [np.empty((0, 0))] * 3, [np.zeros(7)]
+    monkeypatch.setattr(precision, "LARGE", 0)
+    assert precision.chosen("auto", "cpu", large) == wanted
+    assert precision.chosen("auto", "cuda", large) == "bfloat16"
+    monkeypatch.setattr(precision, "LARGE", 8)
+    assert precision.chosen("auto", "cpu", small) == "float32"
+    assert precision.chosen("bfloat16", "cpu", small) == "bfloat16"
+    assert precision.chosen("float32", "cuda", small) == "float32"

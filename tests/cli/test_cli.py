@@ -214,10 +214,12 @@ FLAGS = {
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
-    "extract": "--base --out --density --method --q --values --device --workers --memory --resume --force "
+    "extract": "--base --out --after --density --method --q --values --device --workers --memory --resume --force "
     "--allow-nonfinite --allow-pickles --json --quiet --help",
     "diff": "--workers --allow-pickles --json --help",
     "verify": "--base --workers --allow-pickles --json --help",
+    "list": "--json --help",
+    "squash": "--keep --base --workers --allow-pickles --json --quiet --help",
     "schema": "--help",
 }
 

@@ -165,14 +165,16 @@ def test_replace_round_trip(
     assert same(apply_streamed(folder, base, tile)["a"], result["a"])
     entry = DeltaFile.open(folder).entries["a"]
     assert np.array_equal(entry.apply(bits_of(base["a"])), bits_of(result["a"]))
-    assert np.array_equal(entry.apply(bits_of(result["a"])), bits_of(result["a"]))
+    assert entry.has_steps or np.array_equal(entry.apply(bits_of(result["a"])), bits_of(result["a"]))
     state = {"a": base["a"].clone()}
     place = state["a"]
     DeltaFile.open(folder).apply_to(state)
     assert state["a"] is place
     assert same(place, result["a"])
+    DeltaFile.open(folder).apply_to(state)
+    assert same(place, result["a"])
     patched = base["a"].clone().flatten()
-    for patch in load_delta(folder):
+    for patch in load_delta(folder, base):
         assert (patch.name, patch.shape, patch.dtype) == ("a", shape, result["a"].dtype)
         assert patch.values.dim() == 1
         if patch.indices is None:
@@ -200,7 +202,7 @@ def test_every_coding(tmp_path: Path, coding: str, density: float) -> None:
 def test_smallest_is_chosen_and_stored(tmp_path: Path, density: float, encoding: str) -> None:
     base = {"a": torch.zeros(300, 100, dtype=torch.bfloat16)}
     result = {"a": (torch.rand(300, 100, generator=torch.Generator().manual_seed(0)) < density).bfloat16()}
-    summary = write(tmp_path, base, result, pieces=7)
+    summary = write(tmp_path, base, result, pieces=7, codings=CODINGS)
     record = DeltaFile.open(tmp_path).entries["a"].record
     assert record.encoding == encoding
     stored = load_file(tmp_path / "delta.safetensors")
@@ -470,7 +472,7 @@ def put(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ("version", 2, "has version 2, this deltamerge reads version 1"),
+        ("version", 3, "has version 3, this deltamerge reads versions 1 and 2"),
         ("format", "gguf", "not the manifest"),
         ("semantics", "multiply", "semantics: input should be 'replace' or 'add'"),
         ("surprise", 1, "surprise: extra inputs"),

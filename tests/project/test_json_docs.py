@@ -152,7 +152,7 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
 
 
 def test_every_table_of_the_page_was_read():
-    assert len(described("## plan")) == 39
+    assert len(described("## plan")) == 40
     assert len(described("## diff")) == 17
-    assert len(described("## run, extract and apply")) == 13
+    assert len(described("## run, extract and apply")) == 14
     assert set(described("Two locks:")) == {"kind", "a", "b", "changes"}

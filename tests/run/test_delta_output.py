@@ -401,6 +401,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "truncated": (truncate, "truncated"),
     "values": (flip(True), OTHER_RESULT),
     "positions": (flip(False), "lm_head.weight: bitmask lists 2667 entries, not 2668\nhint: the delta is damaged"),
+    "steps": (flip(False), "the delta is damaged"),
     "result": (damage_record(result="0" * 32), OTHER_RESULT),
     "base": (damage_record(base="0" * 32), "the base's tensor is not the one"),
     "count": (damage_record(count=2), "not"),
@@ -416,6 +417,8 @@ def test_damaged_artifacts_are_refused_and_nothing_is_written(tmp_path: Path, ca
     models(tmp_path, torch.bfloat16)
     delta = run(tmp_path, "delta", RECIPES["dare"], kind="delta")
     damage, message = DAMAGE[case]
+    if case in ("values", "positions"):
+        delta = run(tmp_path, "delta", RECIPES["dare"], kind="delta", steps=False)
     damage(delta)
     capsys.readouterr()
     before = sorted(p.name for p in tmp_path.iterdir())
@@ -426,13 +429,13 @@ def test_damaged_artifacts_are_refused_and_nothing_is_written(tmp_path: Path, ca
     assert sorted(p.name for p in tmp_path.iterdir()) == before
 
 
-@pytest.mark.parametrize("case", ["values", "positions", "result", "base"])
+@pytest.mark.parametrize("case", ["values", "positions", "steps", "result", "base"])
 def test_damage_is_met_wherever_a_delta_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, case: str
 ) -> None:
     monkeypatch.chdir(models(tmp_path, torch.bfloat16))
     damage, message = DAMAGE[case]
-    damage(run(tmp_path, "delta", RECIPES["dare"], kind="delta"))
+    damage(run(tmp_path, "delta", RECIPES["dare"], kind="delta", steps=case == "steps"))
     (tmp_path / "r.yaml").write_text(TWO.replace("./a", "./delta") + "merge_method: ties\n")
     before = sorted(p.name for p in tmp_path.iterdir())
     for command, name in (("run r.yaml --out x", "./delta"), ("diff base delta", "delta")):
@@ -445,7 +448,7 @@ def test_damage_is_met_wherever_a_delta_is_read(
 
 def test_calibrate_checks_a_delta_too(tmp_path: Path, capsys: Any) -> None:
     models(tmp_path, torch.bfloat16)
-    damage, message = DAMAGE["values"]
+    damage, message = DAMAGE["steps"]
     damage(run(tmp_path, "delta", RECIPES["dare"], kind="delta"))
     (tmp_path / "rows.txt").write_text("w4 w5 w6\n" * 8)
     (tmp_path / "r.yaml").write_text(
@@ -640,7 +643,11 @@ def test_patches_are_what_vllm_takes(tmp_path: Path, name: str) -> None:
     models(tmp_path, torch.bfloat16)
     import deltamerge
 
-    patches = list(deltamerge.load_delta(run(tmp_path, "delta", RECIPES[name], kind="delta")))
+    patches = list(deltamerge.load_delta(run(tmp_path, "delta", RECIPES[name], kind="delta"), tmp_path / "base"))
+    plain = deltamerge.load_delta(run(tmp_path, "plain", RECIPES[name], kind="delta", steps=False))
+    for patch, other in zip(patches, plain, strict=True):
+        assert (patch.name, patch.shape, torch.equal(patch.values, other.values)) == (other.name, other.shape, True)
+        assert patch.indices is other.indices is None or torch.equal(patch.indices, other.indices)
     assert patches[0]._fields == ("name", "shape", "dtype", "values", "indices")
     result = load_tensors(tmp_path / "base")
     for sparse in (True, False):
@@ -658,7 +665,7 @@ def test_load_delta_is_lazy_and_refuses_values_to_add(tmp_path: Path) -> None:
     import deltamerge
 
     result = load_tensors(tmp_path / "base")
-    for name, shape, dtype, values, indices in deltamerge.load_delta(delta):
+    for name, shape, dtype, values, indices in deltamerge.load_delta(delta, result):
         assert (tuple(result[name].shape), result[name].dtype, values.dtype) == (shape, dtype, dtype)
         result[name].view(-1)[slice(None) if indices is None else indices.long()] = values
     wanted = load_tensors(run(tmp_path, "model", RECIPES["dare"], kind="model"))

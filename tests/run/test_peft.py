@@ -328,8 +328,9 @@ def test_the_objective_is_that_of_the_adapted_model(tmp_path: Path) -> None:
     assert len(spec.pruned) == 9
     for pruned in spec.pruned:
         (node,) = pruned.masked
-        sink = Memory(base[pruned.name].numel())
+        sink = Memory()
+        sink.expect(pruned.name, base[pruned.name].numel())
         with Reader() as reader:
             execute([Task(pruned.name, node, "torch")], reader, sink)
-        got = torch.from_numpy(sink.values).view(base[pruned.name].shape)
+        got = torch.from_numpy(sink.taken(pruned.name)).view(base[pruned.name].shape)
         torch.testing.assert_close(got, merged[pruned.name] - base[pruned.name], rtol=1e-4, atol=1e-6)

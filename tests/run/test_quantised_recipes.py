@@ -54,8 +54,11 @@ def models(tmp_path_factory) -> Path:
 
 
 CALIBRATED = "calibration: {data: rows.txt, task: causal-lm}"
+TASKS = {name: text(name, "abc") for name in ("iso_c", "iso_cts", "tsv_m", "wudi", "consensus")}
+TASKS |= {name: text(name, "abc", "task: 2") for name in ("tall_masks", "emr")}
 RECIPES = (
     MERGES
+    | TASKS
     | {f"pruned by {name}": text("task_arithmetic", "abc", prune=prune) for name, prune in PRUNES.items()}
     | {
         "pruned by wanda": text("task_arithmetic", "ab", prune="method: wanda, density: 0.2", more=CALIBRATED),
@@ -91,7 +94,7 @@ def compare(models: Path, out: Path, names: list[str]) -> None:
 
 
 def test_methods_make_of_codes_what_they_make_of_values(models, tmp_path):
-    compare(models, tmp_path / "out", list(RECIPES)[::5])
+    compare(models, tmp_path / "out", list({**dict.fromkeys(list(RECIPES)[::5]), **TASKS}))
 
 
 @pytest.mark.slow

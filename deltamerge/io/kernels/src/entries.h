@@ -62,5 +62,11 @@ PyObject* tabled(PyObject*, PyObject* arguments);
 PyObject* turned_pairs(PyObject*, PyObject* arguments);
 PyObject* turned_words(PyObject*, PyObject* arguments);
 PyObject* coded(PyObject*, PyObject* arguments);
+// steps.cpp
+PyObject* steps_pack(PyObject*, PyObject* arguments);
+PyObject* steps_unpack(PyObject*, PyObject* arguments);
+PyObject* steps_count(PyObject*, PyObject* arguments);
+PyObject* steps_rank(PyObject*, PyObject* arguments);
+PyObject* steps_place(PyObject*, PyObject* arguments);
 
 }  // namespace deltamerge

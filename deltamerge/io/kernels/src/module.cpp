@@ -76,6 +76,11 @@ PyMethodDef methods[] = {
     {"turned_pairs", turned_pairs, METH_VARARGS, "The same of a matrix stored transposed (io/quantised/fp4.py)."},
     {"turned_words", turned_words, METH_VARARGS, "Words of codes stored transposed (io/quantised/columnwise.py)."},
     {"coded", coded, METH_VARARGS, "Blocks of values as codes (io/quantised/coder.py)."},
+    {"steps_pack", steps_pack, METH_VARARGS, "Numbers as bits (delta/bit_lists.py)."},
+    {"steps_unpack", steps_unpack, METH_VARARGS, "Numbers of their bits."},
+    {"steps_count", steps_count, METH_VARARGS, "How many elements have each exponent (delta/steps.py)."},
+    {"steps_rank", steps_rank, METH_VARARGS, "How many elements of its group stand before each position."},
+    {"steps_place", steps_place, METH_VARARGS, "Positions of the elements that change."},
     {"ordered_product", ordered_product, METH_VARARGS, "A matrix product, summed in order (io/computed.py)."},
     {nullptr, nullptr, 0, nullptr}};
 

@@ -1,0 +1,43 @@
+"""Which dtype a forward pass multiplies in: float32, or bfloat16 where a device is fast at it. No torch: plan asks."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+from typing import Literal, Protocol
+
+Precision = Literal["float32", "bfloat16"]
+CPU_INFO = Path("/proc/cpuinfo")
+FLAGS = frozenset({"amx_bf16", "avx512_bf16", "bf16"})  # x86's two, and ARM's
+LARGE = 50_000_000  # parameters from which products, not the calls around them, take the time
+
+
+class Sized(Protocol):
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+
+def chosen(asked: str, device: str, tensors: Iterable[Sized]) -> Precision:
+    """The precision of `calibration.precision`: `auto` is bfloat16 for large models on a device that is fast at it."""
+    if asked != "auto":
+        return "bfloat16" if asked == "bfloat16" else "float32"
+    large = sum(math.prod(tensor.shape) for tensor in tensors) >= LARGE
+    return "bfloat16" if large and fast_bfloat16(device) else "float32"
+
+
+def fast_bfloat16(device: str) -> bool:
+    """Whether a device multiplies matrices of bfloat16 faster than of float32: GPUs, and CPUs that say so."""
+    return device != "cpu" or bool(FLAGS & _flags(CPU_INFO))
+
+
+@cache
+def _flags(path: Path) -> frozenset[str]:
+    """The flags of the first processor."""
+    try:
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line.partition(":")[2] for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(flags, "").split())

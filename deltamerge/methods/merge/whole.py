@@ -1,0 +1,213 @@
+"""Merges of whole matrices: what they have in common, from the graph's nodes to factors in float64.
+
+A tensor is a batch of matrices: one for a linear layer, an expert each for stacked experts, (out, in · kernel) for a
+convolution. The matrices are merged one after another. Their deltas are read in float32 and computed with in float64;
+what is added to the base is rounded to float32 once. All that is cubic in a matrix's size is on its smaller side r:
+a matrix A of ℓ × r is multiplied from the right alone. Where all its directions count alike, its singular values and
+right vectors are those of its R factor (r × r), made from blocks of rows, which has the condition of A; where the large
+ones count, or A has nearly orthonormal columns, they are those of AᵀA, which has the square of it and takes half the
+time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from deltamerge.errors import InputError
+from deltamerge.io.lazy import torch
+from deltamerge.methods.merge.arithmetic import task_arithmetic
+from deltamerge.methods.tiles import Make, Tile, Whole
+
+if TYPE_CHECKING:
+    Tensor = torch.Tensor
+
+# Singular values up to this part of the largest have no direction: what is left of them is rounding of float32.
+TINY = 2.0**-20
+BLOCK = 1 << 20  # elements of a block of rows, at least; results depend on it
+
+Form = tuple[int, int, int]
+"""Matrices in a tensor, and the rows and columns of each."""
+
+
+def nodes(
+    make: Make,
+    function: str,
+    inputs: list[Any],
+    shape: tuple[int, ...],
+    *,
+    based: bool,
+    form: Form | None,
+    transposed: bool,
+    lambda_: float,
+    weights: tuple[float, ...],
+    **parameters: Any,
+) -> Any:
+    """The node of base + λ · `function` of the whole w_i Δ_i; of base + λ/n Σ w_i Δ_i where there is no `form`.
+
+    `transposed`: matrices are stored (in, out).
+    """
+    base, *deltas = inputs
+    if form is None:
+        mean = {"weights": weights, "normalize": False, "lambda_": lambda_ / len(weights)}
+        return make(task_arithmetic, inputs, shape=shape, **mean)
+    if transposed:
+        parameters["transposed"] = True
+    merged = make(function, deltas, kind="whole", shape=shape, form=form, weights=weights, **parameters)
+    return make(add, [base, merged], shape=shape, lambda_=lambda_)
+
+
+def add(base: Tensor, merged: Tensor, *, tile: Tile, lambda_: float) -> Tensor:
+    """base + λ · merged in float32, of a tile and the merged delta of the whole tensor."""
+    part = merged[tile.start : tile.stop]
+    return base.to(torch.float32) + (part if lambda_ == 1 else part * lambda_)
+
+
+@dataclass(frozen=True, slots=True)
+class Matrices:
+    """The deltas w_i Δ_i of one matrix of a tensor, (rows, columns) each."""
+
+    sources: tuple[Whole, ...]
+    weights: tuple[float, ...]
+    index: int
+    rows: int
+    columns: int
+
+    @property
+    def rank(self) -> int:
+        """The smaller side."""
+        return min(self.rows, self.columns)
+
+    @property
+    def is_wide(self) -> bool:
+        return self.rows < self.columns
+
+    def delta(self, i: int) -> Tall:
+        """w_i Δ_i."""
+        values = torch.empty(self.rows * self.columns, dtype=torch.float32, device=self.sources[i].device)
+        self.sources[i].fill(self.index * len(values), values)
+        return self._tall(values.view(self.rows, self.columns), self.weights[i])
+
+    def total(self) -> Tall:
+        """Σ w_i Δ_i in float64."""
+        size, step = self.rows * self.columns, max(1, BLOCK // self.columns) * self.columns
+        values = torch.zeros(size, dtype=torch.float64, device=self.sources[0].device)
+        part = torch.empty(min(step, size), dtype=torch.float32, device=values.device)
+        for start in range(0, size, step):
+            into = values[start : start + step]
+            for source, weight in zip(self.sources, self.weights, strict=True):
+                source.fill(self.index * size + start, part[: len(into)])
+                into += part[: len(into)].to(torch.float64) * weight
+        return self._tall(values.view(self.rows, self.columns), 1.0)
+
+    def _tall(self, values: Tensor, factor: float) -> Tall:
+        return Tall(values.T if self.is_wide else values, factor)
+
+
+@dataclass(frozen=True, slots=True)
+class Tall:
+    """factor · values, a matrix of ℓ × r with ℓ ≥ r, read by blocks of rows in float64."""
+
+    values: Tensor
+    factor: float = 1.0
+
+    def blocks(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their values."""
+        rows, columns = self.values.shape
+        step = max(2 * columns, BLOCK // columns)
+        for start in range(0, rows, step):
+            part = slice(start, min(rows, start + step))
+            values = self.values[part].to(torch.float64)
+            yield part, values if self.factor == 1 else values * self.factor
+
+
+def spectrum(matrix: Tall) -> tuple[Tensor, Tensor]:
+    """(S, V): all singular values (r), descending, and right vectors (r, r), by R; NaN where it is not finite."""
+    found: Tensor | None = None
+    for _, block in matrix.blocks():
+        found = torch.linalg.qr(block if found is None else torch.cat([found, block]), mode="r").R
+    assert found is not None
+    if not bool(found.isfinite().all()):
+        return torch.full_like(found[0], torch.nan), torch.full_like(found, torch.nan)
+    with found_by("svd"):
+        _, values, right = torch.linalg.svd(found)
+    return values, positive(right.T)
+
+
+def gram(matrix: Tall) -> Tensor:
+    """AᵀA (r, r)."""
+    size = matrix.values.shape[1]
+    total = matrix.values.new_zeros(size, size, dtype=torch.float64)
+    for _, block in matrix.blocks():
+        total.addmm_(block.T, block)
+    return total
+
+
+def largest(gram: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """(S, V): the largest singular values (count), descending, and right vectors (r, count), of a matrix by AᵀA; NaN
+    where it is not finite."""
+    if not bool(gram.isfinite().all()):
+        return gram.new_full((count,), torch.nan), gram.new_full((len(gram), count), torch.nan)
+    with found_by("eigh"):
+        squares, vectors = torch.linalg.eigh(gram)
+    return squares.flip(0)[:count].clamp(min=0).sqrt(), positive(vectors.flip(1)[:, :count])
+
+
+@contextmanager
+def found_by(name: str) -> Iterator[None]:
+    """InputError in place of LAPACK's: a decomposition did not converge."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # torch has it
+        raise InputError(f"{name} failed: {error}", hint="merge these models with another method") from error
+
+
+def positive(vectors: Tensor) -> Tensor:
+    """Columns with the sign that makes the largest entry of each positive, the first where several are."""
+    return vectors * vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+
+
+def inverse(values: Tensor, largest: Tensor) -> Tensor:
+    """1 / σ; 0 where σ has no direction beside the largest."""
+    return torch.where(values <= TINY * largest, 0.0, 1.0 / values)
+
+
+def polar(matrix: Tall) -> Tensor:
+    """P = V S⁻¹ Vᵀ (r, r): A P is the nearest matrix of orthonormal columns to A, U Vᵀ."""
+    values, right = largest(gram(matrix), matrix.values.shape[1])
+    return (right * inverse(values, values.max())) @ right.T
+
+
+def each(
+    sources: tuple[Whole, ...], form: Form, weights: tuple[float, ...], merge: Callable[[Matrices, Tensor], None]
+) -> Tensor:
+    """The merged delta of a tensor, flat float32: `merge` writes that of one matrix, (rows, columns)."""
+    count, rows, columns = form
+    out = torch.empty(count, rows, columns, dtype=torch.float32, device=sources[0].device)
+    for i in range(count):
+        merge(Matrices(sources, weights, i, rows, columns), out[i])
+    return out.view(-1)
+
+
+def multiply(matrix: Tall, right: Tensor, out: Tensor) -> None:
+    """out = A · right, where `out` lies as A does: turned if its rows are fewer than its columns."""
+    out = out.T if out.shape[0] < out.shape[1] else out
+    for part, block in matrix.blocks():
+        out[part] = (block @ right).to(torch.float32)
+
+
+def needs(
+    form: Form, *, matrices: float, squares: float, spectra: float = 0, grams: float = 0, products: float = 0
+) -> tuple[int, float]:
+    """(bytes, operations) of a merge that holds so many matrices of ℓ × r and of r × r in float64, and finds so many
+    spectra, and largest values of Gram matrices, and products of ℓ × r by r × r for each matrix."""
+    count, rows, columns = form
+    small, long = min(rows, columns), max(rows, columns)
+    block = max(2 * small, BLOCK // small) * small
+    held = 4 * count * rows * columns + 8 * (matrices * rows * columns + squares * small**2 + 3 * block)
+    product, cube = 2.0 * long * small**2, 1.0 * small**3
+    work = spectra * (1.4 * product + 20 * cube) + grams * (product + 9 * cube) + products * product
+    return math.ceil(held), count * work

@@ -1,0 +1,90 @@
+"""WUDI: the delta that interferes least with every task's own subspace."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from deltamerge.io.lazy import torch
+from deltamerge.methods.merge.whole import Form, Matrices, each
+from deltamerge.methods.tiles import Whole
+
+if TYPE_CHECKING:
+    Tensor = torch.Tensor
+
+RATE, FIRST, SECOND, EPSILON = 1e-5, 0.9, 0.999, 1e-8  # of Adam, as published
+
+
+def wudi(
+    *sources: Whole, form: Form, weights: tuple[float, ...], steps: int, rho: float, transposed: bool = False
+) -> Tensor:
+    """argmin over Δ of Σ ‖(Δ − Δ_i) Δ_iᵀ‖² / ‖Δ_i‖², Δ_i of (out, in), Frobenius norms (Cheng et al., "Whoever started
+    the interference should end it", arXiv 2503.08099).
+
+    steps        0: the minimum itself, Δ = (Σ Δ_i G_i)(Σ G_i + ρ tr(Σ G_i) / in · 1)⁻¹ with G_i = Δ_iᵀΔ_i / ‖Δ_i‖²;
+                 else so many steps of Adam from Σ Δ_i, at the published 1e-5
+    rho          ρ
+    transposed   whether matrices are stored (in, out)
+
+    The Δ_i are weighted: they are w_i times the models' own.
+    """
+
+    def merge(matrices: Matrices, out: Tensor) -> None:
+        turned = matrices.is_wide != transposed  # a tall matrix has its long side first
+        inputs = matrices.rows if transposed else matrices.columns
+        gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=out.device)
+        pulled, start = torch.zeros((), device=out.device), torch.zeros((), device=out.device)
+        for i in range(len(weights)):
+            tall = matrices.delta(i)
+            delta = (tall.values.T if turned else tall.values).to(torch.float64) * tall.factor
+            square = (delta * delta).sum()
+            share = 1.0 / square if bool(square != 0) else torch.zeros_like(square)
+            gram += (delta.T @ delta) * share
+            pulled = pulled + _pulled(delta) * share
+            start = start + delta if steps else start
+        merged = _descended(start, gram, pulled, steps) if steps else _solved(gram, pulled, rho)
+        out.copy_(merged.T if transposed else merged)
+
+    return each(sources, form, weights, merge)
+
+
+def wudi_needs(
+    *, form: Form, weights: tuple[float, ...], steps: int, rho: float, transposed: bool = False
+) -> tuple[int, float]:
+    """(bytes, operations): Grams of the inputs, and matrices: a delta in float32 and float64, its product, their sum,
+    the solution; with steps those of Adam."""
+    count, rows, columns = form
+    inputs = rows if transposed else columns
+    product = 2.0 * rows * columns * inputs
+    held = 4 * count * rows * columns + 8 * (3 * inputs**2 + (8 if steps else 5) * rows * columns)
+    return math.ceil(held), count * (3.0 * len(weights) * product + inputs**3 / 3 + max(1, steps) * product)
+
+
+def _pulled(delta: Tensor) -> Tensor:
+    """Δ Δᵀ Δ, by the smaller product."""
+    out, inputs = delta.shape
+    return (delta @ delta.T) @ delta if out < inputs else delta @ (delta.T @ delta)
+
+
+def _solved(gram: Tensor, pulled: Tensor, rho: float) -> Tensor:
+    """C (G + ρ tr(G) / in · 1)⁻¹; 0 where all deltas are 0."""
+    ridge = rho * gram.diagonal().mean()
+    if not bool(ridge > 0):
+        return pulled
+    gram.diagonal().add_(ridge)
+    factor, failed = torch.linalg.cholesky_ex(gram)
+    if int(failed):
+        return torch.full_like(pulled, torch.nan)
+    return torch.cholesky_solve(pulled.T, factor).T
+
+
+def _descended(start: Tensor, gram: Tensor, pulled: Tensor, steps: int) -> Tensor:
+    """Adam on half the gradient's square form: ∇ = 2 (Δ G − C)."""
+    found, mean, square = start.clone(), torch.zeros_like(start), torch.zeros_like(start)
+    for step in range(1, steps + 1):
+        slope = (found @ gram - pulled) * 2.0
+        mean.lerp_(slope, 1 - FIRST)
+        square.mul_(SECOND).addcmul_(slope, slope, value=1 - SECOND)
+        size = RATE / (1 - FIRST**step)
+        found.addcdiv_(mean, (square / (1 - SECOND**step)).sqrt_().add_(EPSILON), value=-size)
+    return found

@@ -1,0 +1,161 @@
+"""Folds the old versions of a chain into one, and checks whole chains."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deltamerge import errors
+from deltamerge.chain.fold import folded
+from deltamerge.chain.folder import head, is_chain, line
+from deltamerge.chain.layers import check_complete
+from deltamerge.chain.models import open_model
+from deltamerge.chain.publish import one_writer, publishing, refuse_foreign, remove
+from deltamerge.chain.version import VERSION, Named, Note, Version, check_hashes, contents, note_text, stored_files
+from deltamerge.delta.entry import TILE, Entry
+from deltamerge.delta.file import DeltaFile
+from deltamerge.delta.over_base import check, elements
+from deltamerge.delta.tensor_writer import BaseTensor, TensorWriter
+from deltamerge.delta.writer import DeltaWriter
+from deltamerge.errors import InputError, VerifyError
+from deltamerge.io import progress
+from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.lock_file import LOCK_NAME
+from deltamerge.io.quantised.decode import decoded
+from deltamerge.io.reader import Reader
+from deltamerge.run.assets import copied_files, write_files
+from deltamerge.run.lock import verify
+
+RECIPE = "recipe.yaml"  # of one version's making, not of the folded one's
+
+
+@dataclass(frozen=True, slots=True)
+class Squashed:
+    """The version that others were folded into (None: there was nothing to fold), their names, and the bytes of the
+    chain's artifacts before and after."""
+
+    into: str | None
+    folded: tuple[str, ...]
+    before: int
+    after: int
+
+
+def squash(chain: Path, keep: int, base: str | None = None, *, workers: int, pickles: bool = False) -> Squashed:
+    """Fold all versions of a chain but the newest `keep` into one, over the base, under the name of the last of them;
+    then remove the others. Those that come after stay as they are, as the state that they change is the same.
+
+    The folded version takes the place of the old one in one step; a process that is killed leaves the chain as it was
+    or as it will be. `base` is what the chain names if not given. InputError: no chain, or not its base. OutputError:
+    another process folds, or a version holds files that no run wrote.
+    """
+    if not is_chain(chain):
+        raise InputError(f"{chain}: is no chain", hint="a folder of versions, made by extract --after or a trainer")
+    with one_writer(chain, "folding"):
+        versions = line(chain / head(chain))
+        old = versions[: len(versions) - keep]
+        before = sum(map(_bytes, versions))
+        if len(old) < 2:
+            return Squashed(None, (), before, before)
+        for version in old:
+            refuse_foreign(version.path)
+        target, manifest = old[-1], old[0].delta.manifest
+        with errors.context(base or str(manifest.base)):
+            origin = decoded(open_model(base or str(manifest.base), Path.cwd(), weights=True, pickles=pickles))
+        check_complete(old[0], origin)
+        with publishing(chain, target.name, "folding") as folder:
+            _write(folder, old, origin, workers)
+        for version in old[:-1]:
+            remove(chain, version.name)
+        return Squashed(
+            target.name, tuple(v.name for v in old[:-1]), before, sum(map(_bytes, line(chain / head(chain))))
+        )
+
+
+def verify_chain(path: Path, base: str | None, workers: int, *, pickles: bool = False) -> list[dict[str, Any]]:
+    """Check a chain up to a version, or its newest: the files of each version, and that it was made from what the one
+    before makes; with `base` every tensor of every version too, in one pass. What was checked of each.
+
+    InputError, VerifyError: what is wrong, and with which version.
+    """
+    versions = line(path / head(path) if is_chain(path) else path)
+    found = []
+    for version in versions:
+        with errors.context(str(version.path)):
+            names = [] if version.note is None else [VERSION, *check_hashes(version.path, version.note.files)]
+        if (version.path / LOCK_NAME).is_file():
+            names += verify(version.path, workers)
+        elif version.note is None:
+            raise VerifyError(f"{version.path}: has neither {VERSION} nor {LOCK_NAME}, which name its files' hashes")
+        else:
+            refuse_foreign(version.path)
+        found.append({"name": version.name, "state": version.state, "files": sorted({*names})})
+    if base is not None:
+        with errors.context(base):
+            origin = decoded(open_model(base, Path.cwd(), weights=True, pickles=pickles))
+        check_complete(versions[0], origin)
+        with errors.context(str(path)), Reader() as reader:
+            check(folded(versions, every=True), origin, reader, workers)
+    return found
+
+
+def _bytes(version: Version) -> int:
+    return sum(file.stat().st_size for file in version.delta.files)
+
+
+def _write(folder: Path, versions: Sequence[Version], origin: Checkpoint, workers: int) -> None:
+    """The version that others amount to: artifact, what goes with its weights, version.json."""
+    delta, last = folded(versions), versions[-1]
+    planned = delta.result({name: (info.dtype, info.shape) for name, info in origin.tensors.items()})
+    manifest = delta.manifest
+    with (
+        Reader() as reader,
+        DeltaWriter(
+            folder,
+            manifest.base,
+            shard_size=manifest.shard_size,
+            removed=manifest.removed,
+            components=manifest.as_components(),
+        ) as writer,
+        progress.phase("folding", len(planned), "tensors") as folding,
+        ThreadPoolExecutor(workers) as pool,
+        errors.context(str(last.path)),
+    ):
+        work = []
+        for source in planned:
+            info = None if source.base_name is None else origin.tensors[source.base_name]
+            base = None if info is None else BaseTensor(info.name, info.dtype, info.shape, elements(reader, info))
+            assert source.entry is not None
+            work.append((source.entry, base, writer.tensor(source.name, source.dtype, source.shape, base)))
+
+        def fold(one: tuple[Entry, BaseTensor | None, TensorWriter]) -> None:
+            entry, base, tensor = one
+            done = 0
+            with errors.context(entry.name):
+                for bits in entry.tiles(None if base is None else base.read, tile=TILE):
+                    tensor.write(done, bits)
+                    done += bits.size
+            folding.step()
+
+        list(pool.map(fold, work))
+        writer.finish()
+    assets = {name: path for version in versions for name, path in copied_files(version.path).items()}
+    assets.pop(RECIPE, None)
+    write_files({**assets}, folder)
+    made = DeltaFile.open(folder)
+    names = [*made.files, *(folder / name for name in assets)]
+    gone = [Named(name=version.name, state=version.state) for version in versions[:-1]]
+    earlier = [one for version in versions if version.note is not None for one in version.note.folded]
+    note = Note(
+        name=last.name,
+        base=versions[0].base,
+        state=last.state,
+        step=None if last.note is None else last.note.step,
+        folded=[*earlier, *gone],
+        files=stored_files(folder, names),
+    )
+    if contents(made.manifest) != last.contents:
+        raise InputError(f"{last.path}: folding made another state", hint="please report this")
+    (folder / VERSION).write_text(note_text(note), encoding="utf-8")

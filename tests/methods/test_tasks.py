@@ -1,0 +1,233 @@
+"""Merges that keep every task's skill, of whole matrices and by masks of tasks, against the float64 reference."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import reference
+import torch
+from conftest import load_tensors, make_checkpoint
+from running import make_plan, run
+
+from deltamerge.errors import DeltamergeError, InputError
+from deltamerge.run.apply import apply
+
+SHAPES = {
+    "embed_tokens.weight": (31, 24),
+    "lm_head.weight": (31, 24),
+    "layers.0.q.weight": (24, 40),
+    "layers.0.up.weight": (300, 24),
+    "layers.0.down.weight": (24, 300),
+    "layers.0.square.weight": (17, 17),
+    "layers.0.norm.weight": (24,),
+    "layers.0.gate.weight": (1, 24),
+    "layers.1.experts.weight": (3, 70, 330),
+    "layers.1.conv.weight": (6, 4, 3, 3),
+    "layers.1.A_log": (24, 16),
+    "scalar": (),
+    "empty.weight": (0, 4),
+}
+MATRICES = {"q", "up", "down", "square", "experts", "conv"}
+
+
+def tensors(seed: int, dtype: torch.dtype, around: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, shape in SHAPES.items():
+        noise = torch.randn(shape, generator=generator) * (0.05 if around is None else 0.02)
+        made[name] = (noise if around is None else around[name].float() + noise).to(dtype)
+    return made
+
+
+@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=str)
+def models(request, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    base = tensors(0, request.param)
+    make_checkpoint(folder / "base", base)
+    for seed, name in enumerate("abc", 1):
+        make_checkpoint(folder / name, tensors(seed, request.param, base), shards=seed)
+    return folder
+
+
+def load64(folder: Path) -> dict[str, np.ndarray]:
+    return {name: tensor.double().numpy() for name, tensor in load_tensors(folder).items()}
+
+
+def text(method: str, parameters: str = "", names: str = "abc", own: str = "", more: str = "") -> str:
+    models = [f"  - {{model: ./{name}{own}}}" for name in names]
+    lines = [f"merge_method: {method}", "base_model: ./base", "models:", *models, f"parameters: {{{parameters}}}"]
+    return "\n".join([*lines, more, ""])
+
+
+def merge(models: Path, tmp_path: Path, recipe: str, **options) -> Path:
+    path = models / f"{tmp_path.name}.yaml"
+    path.write_text(recipe)
+    return run(path, tmp_path / options.pop("name", "out"), force=True, **options).folder
+
+
+def whole(formula, scale=1.0):
+    """What a merge of whole matrices adds to each tensor."""
+
+    def added(by_name):
+        result = {}
+        for name, deltas in by_name.items():
+            if MATRICES & set(name.split(".")):
+                result[name] = scale * reference.by_matrix(deltas, formula, stacked="experts" in name)
+            else:
+                result[name] = scale * sum(deltas) / len(deltas)
+        return result
+
+    return added
+
+
+def entries(formula):
+    return lambda by_name: {name: formula(deltas) for name, deltas in by_name.items()}
+
+
+METHODS = {
+    "iso_c": (text("iso_c"), whole(reference.iso_c)),
+    "iso_c-scaled": (
+        text("iso_c", "lambda: 1.3", "ab", ", parameters: {weight: 0.5}"),
+        whole(lambda ds: reference.iso_c([0.5 * d for d in ds[:2]]), 1.3),
+    ),
+    "iso_cts": (text("iso_cts"), whole(reference.iso_cts)),
+    "iso_cts-apart": (text("iso_cts", "common: 0"), whole(lambda ds: reference.iso_cts(ds, 0))),
+    "tsv_m": (text("tsv_m"), whole(reference.tsv_m)),
+    "wudi": (text("wudi", "rho: 0.05"), whole(lambda ds: reference.wudi(ds, 0.05))),
+    "wudi-steps": (text("wudi", "steps: 4"), whole(lambda ds: reference.wudi_steps(ds, 4))),
+    "consensus": (text("consensus"), entries(reference.consensus)),
+    "consensus-all": (
+        text("consensus", "threshold: 1.2, agreement: 3, lambda: 0.5"),
+        entries(lambda ds: 0.5 * reference.consensus(ds, 1.2, 3)),
+    ),
+    "tall_masks": (
+        text("tall_masks", "task: 2, threshold: 0.8"),
+        entries(lambda ds: np.where(reference.tall_mask(ds, 1, 0.8), sum(ds), 0)),
+    ),
+    "emr": (text("emr", "task: 3"), lambda by_name: reference.emr(by_name, 2)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_method_equals_the_float64_reference(models, tmp_path, method):
+    recipe, formula = METHODS[method]
+    got = load_tensors(merge(models, tmp_path, recipe, workers=2))
+    base, inputs = load64(models / "base"), [load64(models / name) for name in "abc"]
+    deltas = {name: [(x[name] - b).astype(np.float32).astype(float) for x in inputs] for name, b in base.items()}
+    if "scaled" in method:
+        added = formula(
+            {n: ds if MATRICES & set(n.split(".")) else [0.5 * d for d in ds[:2]] for n, ds in deltas.items()}
+        )
+    else:
+        added = formula(deltas)
+    assert got.keys() == base.keys()
+    for name, b in base.items():
+        wanted = b + added[name]
+        size = np.abs(wanted).max(initial=0) + sum(np.abs(d).max(initial=0) for d in deltas[name])
+        allowed = 0.5 * torch.finfo(got[name].dtype).eps * np.abs(wanted) + 2.0**-21 * size
+        error = np.abs(got[name].double().numpy() - wanted)
+        if method.startswith(("consensus", "tall", "emr")):  # float32 orders what float64 tells apart
+            assert (error > allowed + 1e-30).sum() <= 1e-3 * error.size, name
+        else:
+            np.testing.assert_array_less(error, allowed + 1e-30, err_msg=name)
+
+
+@pytest.mark.parametrize("models", [torch.float32], indirect=True)
+@pytest.mark.parametrize("method", METHODS)
+def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch, method):
+    recipe = METHODS[method][0] + "prune: {method: magnitude, density: 0.5}\n"
+    first = (merge(models, tmp_path, recipe) / "model.safetensors").read_bytes()
+    assert (merge(models, tmp_path, recipe, name="w", workers=3) / "model.safetensors").read_bytes() == first
+    monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 9)
+    assert (merge(models, tmp_path, recipe, name="t", workers=2) / "model.safetensors").read_bytes() == first
+
+
+def added(merged: Path, base: Path, name: str) -> np.ndarray:
+    return load64(merged)[name] - load64(base)[name]
+
+
+@pytest.fixture
+def pair(tmp_path):
+    """Writes base, a and b of one weight: what is added to zeros."""
+
+    def write(*deltas: torch.Tensor, name: str = "layers.0.q.weight", config=None) -> Path:
+        for model, delta in zip(("base", "a", "b"), (0 * deltas[0], *deltas), strict=True):
+            make_checkpoint(tmp_path / model, {name: delta}, config=config)
+        return tmp_path
+
+    return write
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m"])
+def test_directions_that_are_only_rounding_are_left_out(pair, tmp_path, method):
+    """Of adapters of rank 2 comes a delta of rank 4, not one with the noise of float32 raised to the mean."""
+    generator = torch.Generator().manual_seed(0)
+    low = [torch.randn(n, 2, generator=generator) @ torch.randn(2, 40, generator=generator) for n in (90, 90)]
+    folder = pair(*low)
+    got = added(merge(folder, tmp_path, text(method, names="ab")), folder / "base", "layers.0.q.weight")
+    values = np.linalg.svd(got, compute_uv=False)
+    assert values[3] > 0.01 * values[0]
+    assert values[4] < 1e-5 * values[0]
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "wudi"])
+def test_nothing_changed_and_what_is_not_finite(pair, tmp_path, method):
+    folder = pair(torch.zeros(24, 40), torch.zeros(24, 40))
+    assert not added(merge(folder, tmp_path, text(method, names="ab")), folder / "base", "layers.0.q.weight").any()
+    broken = torch.ones(24, 40)
+    broken[3, 5] = torch.nan
+    with pytest.raises(DeltamergeError, match="not finite"):
+        merge(pair(broken, torch.ones(24, 40)), tmp_path, text(method, names="ab"))
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "config"),
+    [
+        ("h.0.attn.c_attn.weight", (24, 72), {"model_type": "gpt2"}),
+        ("layers.0.experts.gate_up_proj", (2, 24, 36), {"model_type": "test", "hidden_size": 24}),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 5])
+def test_inputs_of_a_weight_that_is_stored_turned_are_its_rows(pair, tmp_path, name, shape, config, steps):
+    deltas = [0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    folder = pair(*deltas, name=name, config=config)
+    recipe = text("wudi", f"rho: 0.05, steps: {steps}", "ab")
+    got = added(merge(folder, tmp_path, recipe), folder / "base", name)
+    formula = (lambda ds: reference.wudi_steps(ds, steps)) if steps else (lambda ds: reference.wudi(ds, 0.05))
+    turned = [d.double().numpy().swapaxes(-1, -2) for d in deltas]
+    wanted = reference.by_matrix(turned, formula, stacked=len(shape) == 3).swapaxes(-1, -2)
+    np.testing.assert_allclose(got, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["iso_c", "iso_cts", "tsv_m", "wudi"])
+def test_whole_matrices_count_in_memory(tmp_path, method):
+    for model in ("base", "a", "b"):
+        make_checkpoint(
+            tmp_path / model, {f"layers.{i}.up.weight": torch.full((1000, 3000), ord(model[0]) + 0.0) for i in (0, 1)}
+        )
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(text(method, names="ab"))
+    plain = tmp_path / "plain.yaml"
+    plain.write_text(text("task_arithmetic", "weight: 1", "ab"))
+    one, two = (make_plan(recipe, workers=n).peak_bytes for n in (1, 2))
+    assert one - make_plan(plain, workers=1).peak_bytes > 8 * 1000 * 3000
+    assert two - one > 8 * 1000 * 3000
+    assert json.loads(json.dumps(make_plan(recipe).describe()))["operations"] > 1e10
+    with pytest.raises(InputError, match="is too little for 2 workers"):
+        make_plan(recipe, workers=2, memory=one)
+    make_plan(recipe, workers=1, memory=one)
+
+
+@pytest.mark.parametrize("models", [torch.float32], indirect=True)
+@pytest.mark.parametrize("method", ["emr", "tall_masks"])
+def test_a_task_s_artifact_makes_its_model(models, tmp_path, method):
+    recipe = text(method, "task: 2")
+    wanted = load_tensors(merge(models, tmp_path, recipe, name="model"))
+    artifact = merge(models, tmp_path, recipe + "output: {kind: delta, values: float32}\n", name="delta")
+    apply(str(artifact), str(models / "base"), tmp_path / "applied", workers=1)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in load_tensors(tmp_path / "applied").items())
+    with pytest.raises(DeltamergeError, match="task 4: the recipe merges 3 models"):
+        merge(models, tmp_path, text(method, "task: 4"))
