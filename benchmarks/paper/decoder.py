@@ -111,7 +111,9 @@ def _title(expert: Record) -> str:
 
 
 RATES = ("reversal", "reversal-mid", "reversal-fast")
-OVER = ("DARE", "DARE, linear weights", "DAREx-q, q_e", "importance sampling", "magnitude, q_e", "WANDA, q_e")
+OVER = (
+    "DARE", "DARE, linear weights", "DAREx-q, q_e", "importance sampling", "importance sampling, q_e", "magnitude, q_e",
+)  # fmt: skip
 
 
 def rates(setting: Setting) -> Record:
@@ -121,7 +123,7 @@ def rates(setting: Setting) -> Record:
         with suppress(NotKept):
             one = subject(setting, name)
             whole = pruned.whole(setting, one)
-            rows = pruned.scores(setting, one, setting.pick(OVER, OVER[:2]), setting.pick((0.1, 0.01), (0.1,)), 1)
+            rows = pruned.scores(setting, one, setting.pick(OVER, OVER[:2]), (0.01,), 1)
             found[name] = {"lr": smollm2.EXPERTS[name].lr, **whole, **statistics(setting, one), "rows": rows}
     if not found:
         raise NotKept(f"a fine-tune in {folder(setting)} (`make decoder`)")
