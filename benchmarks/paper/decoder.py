@@ -71,7 +71,7 @@ def subject(setting: Setting, name: str) -> Subject:
 
 
 def table_3(setting: Setting) -> Record:
-    names = setting.pick(NAMES, {"reversal": ("DARE", "DAREx-q, q_e")})
+    names = setting.pick(NAMES, {"reversal": ("DARE, linear weights", "DAREx-q, q_e")})
     densities, seeds = setting.pick((DENSITIES, 2), ((0.1,), 1))
     found = pruned.fine_tunes(setting, subject, names, densities, seeds)
     if not found:
@@ -100,8 +100,9 @@ def show_table_3(record: Record) -> str:
         f"Exact match in % of generated answers on {record['test_rows']} held-out rows: SmolLM2-135M-Instruct (30 "
         "layers of 576), all of it fine-tuned to reverse a list of 3 to 6 words, a task of reasoning-gym of which the "
         "base answers none. Learning rates differ as the deltas of MetaMath-7B and MetaMath-llema-7B do. q_e sees "
-        "prompts with the fine-tune's own answers, no labels; q_v is searched on exact match itself. The last two "
-        "columns are the paper's, on GSM8K.\n\n"
+        "prompts with the fine-tune's own answers, no labels; q_v is searched on exact match itself. DARE "
+        'divides every tensor by q; "linear weights" leaves embeddings (the head, which is tied to them) and norms as '
+        "they are, as a calibrated q does. The last two columns are the paper's, on GSM8K.\n\n"
     ) + pruned.by_trainer(named, paper)
 
 
@@ -151,10 +152,17 @@ def show_rates(record: Record) -> str:
     for density in densities:
         for one in record.values():
             kept = {row["method"]: _kept(one, row) for row in one["rows"] if row["density"] == density}
-            about = (f"{one['lr']:.0e}", f"{one['relative_norm']:.3f}", f"{one['coherence']:.2f}", one["score"])
-            lines.append([f"{1 - density:g}", *about, *(f"{kept[n]:.0f}" if n in kept else None for n in names)])
-    head = ["p", "learning rate", "‖Δ‖/‖W‖", "coherence D/A", "unpruned, %", *(f"{name}: kept, %" for name in names)]
-    return table(head, lines) + "\n*Kept* is the share of the unpruned fine-tune's own exact match.\n"
+            noise = one["relative_norm"] * ((1 - density) / density) ** 0.5
+            about = (f"{one['lr']:.0e}", f"{one['relative_norm']:.3f}", f"{noise:.2f}", f"{one['coherence']:.2f}")
+            shares = [f"{kept[name]:.0f}" if name in kept else None for name in names]
+            lines.append([f"{1 - density:g}", *about, one["score"], *shares])
+    head = ["p", "learning rate", "‖Δ‖/‖W‖", "noise", "coherence D/A", "unpruned, %", *(f"{n}: kept, %" for n in names)]
+    return table(head, lines) + (
+        "\n*Kept* is the share of the unpruned fine-tune's own exact match, *noise* that of DARE beside the weights, "
+        "‖Δ‖/‖W‖ · sqrt(p/(1 − p)). While it is small there is nothing to rescue. Where it is large, DARE has two "
+        "faults: it divides the embeddings too, which are the head here, and by too small a q; sparing them mends the "
+        "first, a calibrated q both, and importance sampling makes less noise to begin with.\n"
+    )
 
 
 def _kept(one: Record, row: Record) -> float:
