@@ -29,7 +29,7 @@ import smollm2
 import yaml
 from merge_speed import surroundings
 
-TASKS = ("sorting", "reversal", "family", "spelling")
+TASKS = ("arithmetic", "sorting", "reversal", "family")
 RESULTS = Path(__file__).resolve().parent / "results" / "merging_decoder.json"
 
 
