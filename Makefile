@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check families conformance oracle bench paper decoder torture fuzz atheris ray scale pictures docs clean
+.PHONY: help demo test check families conformance oracle bench paper decoder torture fuzz atheris ray scale gpu pictures docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -67,6 +67,10 @@ ray: .venv/.installed-ray  ## run --ray on real local clusters, a worker of one 
 
 scale: .venv/.installed  ## plans of a 405 B model and of 40,000 tensors, a 7 B merge in 1 GB; 14 GB in .scale
 	$(BIN)/python benchmarks/scale.py
+
+# On a machine of somebody else there may be no network: then what python there is with torch runs it.
+gpu:  ## ceilings, tests, merges and calibration on a GPU, into benchmarks/results/gpu; under 8 minutes, no network
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu.py
 
 pictures: .venv/.installed-dev  ## screenshots of the report's page in .pictures: phone, desktop, light, dark; needs chromium
 	$(BIN)/python scripts/pictures.py

@@ -30,8 +30,10 @@ def write_adapter(folder: Path, seed: int) -> None:
 AUTO = {
     "LlamaForCausalLM": "AutoModelForCausalLM",
     "GPT2LMHeadModel": "AutoModelForCausalLM",
+    "MixtralForCausalLM": "AutoModelForCausalLM",
     "BertForSequenceClassification": "AutoModelForSequenceClassification",
     "BertModel": "AutoModel",
+    "ViTForImageClassification": "AutoModelForImageClassification",
 }
 
 

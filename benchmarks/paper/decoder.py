@@ -30,10 +30,10 @@ LEARNED = ("magnitude, learned per tensor", "WANDA, learned per row")
 PLAIN = ("DARE", "DARE, linear weights", "importance sampling", "magnitude", "WANDA")
 # Fine-tune of smollm2.EXPERTS -> by what it is pruned.
 NAMES = {
-    "reversal": (*PLAIN, "DAREx-q, q_e", "magnitude, q_e"),
+    "reversal": (*PLAIN, "DAREx-q, q_e", "importance sampling, q_e", "magnitude, q_e"),
     "reversal-mid": (*PLAIN, *Q_E, *Q_V, *LEARNED),
     "reversal-fast": (*PLAIN, *Q_E, *Q_V, *LEARNED),
-    "reversal-adamr": (*PLAIN, "DAREx-q, q_e", "magnitude, q_e"),
+    "reversal-adamr": (*PLAIN, "DAREx-q, q_e", "importance sampling, q_e", "magnitude, q_e"),
 }
 TEST = (200, 4)  # rows that are scored, and at toy scale
 SEQUENCES = 24

@@ -101,7 +101,7 @@ class _Collector:
         if cut not in some:
             some[cut] = _Sums(_rows(delta, layer, cut), self._bias(layer, cut, delta))
         # a cut's inputs are those of the tokens that a router chose
-        x_NI = _tokens(x, self.masks[batch]) if cut is None else x[:, cut.features]
+        x_NI = tokens_of(x, self.masks[batch]) if cut is None else x[:, cut.features]
         if self.second:
             some[cut].add_masked(x_NI.to(torch.float32))
         else:
@@ -159,7 +159,7 @@ def _rows(stored: Tensor, layer: Linear, cut: Cut | None) -> Tensor:
     return cut.of(stored) if cut is not None else stored.T if layer.transposed else stored
 
 
-def _tokens(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
+def tokens_of(x: Tensor, masks: Sequence[Tensor]) -> Tensor:
     """(N, n) the inputs of real tokens: x is (B, T, n) or, in a pooler, (sequences, n)."""
     flat = x.reshape(-1, x.shape[-1])
     mask = next((mask for mask in masks if mask.numel() == len(flat)), None)

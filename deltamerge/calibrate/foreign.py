@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from deltamerge.engine.devices import is_out_of_memory
 from deltamerge.errors import DeltamergeError, InputError
 
 OWN = Path(__file__).resolve().parents[1]
@@ -21,7 +22,7 @@ def running(what: str, hint: str | None = None) -> Iterator[None]:
     except (DeltamergeError, MemoryError):
         raise
     except Exception as error:
-        if is_own(error):
+        if is_own(error) or is_out_of_memory(error):
             raise
         raise InputError(f"{what}: {reason(error)}", hint=hint) from error
 

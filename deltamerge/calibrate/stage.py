@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from deltamerge import errors
 from deltamerge.calibrate.spec import LAST_ROUND, MORE_ROUNDS, Calibrated, CalibrationInput, QValue, Spec, rounded
 from deltamerge.engine import backends
+from deltamerge.engine.devices import memory_of
 from deltamerge.errors.shown import shown
 from deltamerge.io import progress
 from deltamerge.io.reader import Reader
@@ -34,7 +35,7 @@ def activations(*, source: CalibrationInput) -> dict[str, LayerStatistics]:
     """Statistics of the fine-tune's linear layers over the calibration rows, by the fine-tune's tensor names."""
     from deltamerge.calibrate.subject import Subject
 
-    with calibrating(source.model, 1, ACTIVATIONS), Reader() as reader:
+    with calibrating(source.model, 1, ACTIVATIONS, device=source.device), Reader() as reader:
         subject = Subject(source, reader)
         found = subject.statistics(drawn=False)
         subject.forget()
@@ -50,7 +51,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
     from deltamerge.calibrate.searches import Searches
     from deltamerge.calibrate.subject import Subject
 
-    with calibrating(spec.name, spec.passes), Reader() as reader:
+    with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
         masks = [{p.stored: p.masked[s] for p in spec.pruned} for s in range(spec.seeds)]
         protected = {p.stored: p.protected for p in spec.pruned if p.protected is not None}
         subject = Subject(spec.source, reader, masks, dict(zip(spec.shared, inputs, strict=True)), protected)
@@ -141,9 +142,10 @@ def decide(
 
 
 @contextmanager
-def calibrating(name: str, passes: int, what: str = "calibrating") -> Iterator[None]:
+def calibrating(name: str, passes: int, what: str = "calibrating", *, device: str = "cpu") -> Iterator[None]:
     """Name the model in errors of its calibration, and in a phase of at most so many forward passes over the rows;
-    silence transformers' advice on lengths and padding; reuse what a pass frees."""
+    silence transformers' advice on lengths and padding; reuse what a pass frees. InputError: the device has too little
+    memory."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -152,6 +154,7 @@ def calibrating(name: str, passes: int, what: str = "calibrating") -> Iterator[N
             errors.context(f"calibration of {name}"),
             progress.phase(f"{what} {shown(name, LONG)}", passes, progress.PASSES, bound=True),
             backends.quiet_allocator(whole=True),
+            memory_of(device),
         ):
             yield
     finally:

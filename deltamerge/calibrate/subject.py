@@ -21,12 +21,13 @@ from deltamerge.calibrate.data import Batches, check_new_tokens
 from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Linear
+from deltamerge.calibrate.resident import Drawn, Resident
 from deltamerge.calibrate.rows import HEADS, Row, select
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.engine import backends
-from deltamerge.engine.backends import torch_device
+from deltamerge.engine.devices import torch_device
 from deltamerge.engine.execute import Task, default_workers, execute, shared_values
 from deltamerge.engine.graph import Graph, Node
 from deltamerge.io import progress
@@ -125,6 +126,7 @@ class Subject:
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in (protected or {}).items()}
         self.caches: list[Cache[Any]] = [self.start, *self.masks]
         self.sequences = 0
+        self.resident = Resident.of(reader, self.device, self.known)
 
     def _batched(self, rows: Sequence[Row], *, labelled: bool = False) -> Batches:
         return self.reads.batches(rows, size=self.size, labelled=labelled)
@@ -150,6 +152,8 @@ class Subject:
         """Free the cached weights and masks."""
         for cache in self.caches:
             cache.clear()
+        if self.resident is not None:
+            self.resident.clear()
 
     @property
     def layers(self) -> dict[str, Linear]:
@@ -329,18 +333,29 @@ class Subject:
         start[: base.shape[0]] = self._read(base)
         return start
 
+    def _drawn(self, node: Node, name: str) -> Drawn | None:
+        """A masked delta that a GPU draws anew, where it is over the base itself and a loop can."""
+        if self.resident is None or name in self.protected:
+            return None
+        return self.resident.drawn(node, self.pairs[name][1], tuple(self.infos[name].shape))
+
     def _masked(self, nodes: Mapping[str, Node], names: Sequence[str]) -> dict[str, Masked | None]:
         """The masked deltas of tensors, None where a tensor is not pruned."""
         tasks, sink = [], Memory()
+        found: dict[str, Masked | None] = dict.fromkeys(names)
         for name in names:
-            if (node := nodes.get(name)) is not None:
-                root = Graph().node(dense, [node], shape=node.shape)
-                sink.expect(name, math.prod(node.shape))
-                tasks.append(Task(name, root, backends.choose(root, self.source.device)))
+            if (node := nodes.get(name)) is None:
+                continue
+            if (drawn := self._drawn(node, name)) is not None:
+                found[name] = drawn
+                continue
+            root = Graph().node(dense, [node], shape=node.shape)
+            sink.expect(name, math.prod(node.shape))
+            tasks.append(Task(name, root, backends.choose(root, self.source.device)))
         if tasks:
             device = self.source.device
             execute(tasks, self.reader, sink, device=device, workers=default_workers(), known=self.known)
-        return {name: self._kept(name, sink.taken(name)) if name in nodes else None for name in names}
+        return found | {task.name: self._kept(task.name, sink.taken(task.name)) for task in tasks}
 
     def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
         """A masked delta as positions and values, or dense, whichever is smaller."""

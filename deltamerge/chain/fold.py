@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -80,7 +80,7 @@ class _Level:
     base: str = ""
     _below: tuple[int, Array] = (0, _NOTHING)
     _read: Read | None = None
-    _made: Iterator[Array] = iter(())
+    _made: Iterator[Array] = field(default_factory=lambda: iter(()))
     _starts: Array | None = None
     _count: int = 0
     _of_base: Any = None
@@ -114,6 +114,7 @@ class _Level:
             self._below = (start, below)
         with errors.context(self.version):
             made = next(self._made) if self._starts is None else self._stepped(start, stop, self._starts)
+        self._below = (0, _NOTHING)
         if self.hashes:
             self._of_result.update(flat(made))
         return made

@@ -105,8 +105,8 @@ def check_complete(first: Version, base: Checkpoint) -> None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Patched:
-    """What a version makes of a tensor of the one before, which is `below` if that is patched too (None: it is stored as
-    it is); dtype and number of elements are the result's."""
+    """What a version makes of a tensor of the one before, which is `below` if that is patched too (None: it is stored
+    as it is); dtype and number of elements are the result's."""
 
     layer: Made
     dtype: str

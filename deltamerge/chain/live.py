@@ -145,8 +145,9 @@ def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = N
 
     Iterated over it gives patches: (name, shape, dtype, values, flat indices or None), read one at a time, over what
     comes before; `base` is that, a state dict or a folder, which tensors of encoding `steps` are decoded from and
-    checked against (a state dict may be patched meanwhile). The folder, and the versions before it, are checked now, not at the first patch. InputError: one is
-    damaged, missing, or not made from the one before; or it holds values to add.
+    checked against (a state dict may be patched meanwhile). The folder, and the versions before it, are checked now,
+    not at the first patch. InputError: one is damaged, missing, or not made from the one before; or it holds values to
+    add.
     """
     versions = line(resolve(Path(path)) or Path(path))
     for version in versions:

@@ -18,7 +18,8 @@ import click
 from click.shell_completion import get_completion_class
 
 from deltamerge import __version__
-from deltamerge.cli import chains, deltas, inspect, progress, push, recipes, run, streams
+from deltamerge.cli import chains, deltas, inspect, progress, push, recipes, run, search, streams
+from deltamerge.cli.mergekit_flags import COMMANDS
 from deltamerge.cli.output import complain, error_as_json, say_json, tell
 from deltamerge.errors import DeltamergeError, InputError, UsageError
 from deltamerge.errors.shown import shown
@@ -150,6 +151,15 @@ class Commands(click.Group):
         except (EOFError, OSError) as error:
             raise _Failed(error) from error
 
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """The command that is named; one of mergekit's is answered with ours."""
+        ours = None if self.get_command(ctx, args[0]) else COMMANDS.get(args[0].removeprefix("mergekit-"))
+        if ours is not None:
+            ctx.fail(f"{args[0]} is a command of mergekit's. Here: {ours}")
+        return super().resolve_command(ctx, args)
+
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         for title, several in SECTIONS.items():
             with formatter.section(title):
@@ -194,6 +204,7 @@ SECTIONS = {
     "Write a recipe": [recipes.init, inspect.recommend, recipes.methods, recipes.schema],
     "Before a run": [inspect.check, inspect.plan, inspect.inspect, run.calibrate, run.lock],
     "Run": [run.run, deltas.verify, inspect.diff, push.push],
+    "Judge and search": [search.evaluate, search.sweep, search.search],
     "Deltas": [deltas.extract, deltas.apply, chains.list_versions, chains.squash],
     "Shell": [completion],
 }

@@ -11,6 +11,7 @@ import click
 
 from deltamerge.cli.options import (
     AS_JSON,
+    BUDGET,
     DEVICE,
     FOLDER,
     FORCE,
@@ -21,9 +22,11 @@ from deltamerge.cli.options import (
     QUIET,
     RESUME,
     WORKERS,
+    calibration_of,
     pruning_methods,
+    rows_of_text,
 )
-from deltamerge.cli.output import Warnings, report_run, say_json, tell
+from deltamerge.cli.output import Warnings, report_run, say_json, summary_of, tell
 from deltamerge.cli.tables import human
 
 if TYPE_CHECKING:
@@ -31,10 +34,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("model", type=MODEL)
-@click.argument("origin", type=MODEL, required=False, metavar="[BASE]")
+@click.argument("models", type=MODEL, nargs=-1, required=True, metavar="MODEL... [BASE]")
 @click.option("--base", type=MODEL, help="What MODEL was fine-tuned from: a folder, or a hub id; or as BASE.")
-@click.option("--out", type=FOLDER, help="Folder to make; default: NAME-delta here.")
+@click.option("--out", type=FOLDER, help="Folder to make; default: NAME-delta, or NAME-lora, here. Of several: in it.")
 @click.option(
     "--after", type=MODEL, metavar="VERSION",
     help="The version of a chain that OUT, beside it, comes after; the base is what it makes, or the chain's base.",
@@ -50,8 +52,21 @@ if TYPE_CHECKING:
 @click.option(
     "--values",
     type=click.Choice(["float32", "bfloat16", "int8", "sign"]),
-    help="Store values to add, in this form; default: final values.",
+    help="Store values to add, in this form; default: final values. Of a LoRA, of its factors.",
 )
+@click.option(
+    "--lora", is_flag=False, flag_value="", metavar="[RANK|energy:SHARE]",
+    help="Make a LoRA for PEFT: of this rank, of as many as keep a share of each delta, or alone with --budget.",
+)  # fmt: skip
+@BUDGET
+@click.option(
+    "--whole",
+    type=click.Choice(["keep", "heads", "drop", "refuse"]),
+    help="Of a LoRA: what has no factors (embeddings, heads, norms, biases); default: keep.",
+)
+@click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Of a LoRA: weights that get factors.")
+@click.option("--dora", is_flag=True, help="Of a LoRA: DoRA, with the lengths of the weights' rows.")
+@rows_of_text
 @DEVICE
 @WORKERS
 @MEMORY
@@ -62,8 +77,7 @@ if TYPE_CHECKING:
 @AS_JSON
 @QUIET
 def extract(
-    model: str,
-    origin: str | None,
+    models: tuple[str, ...],
     base: str | None,
     out: Path | None,
     after: str | None,
@@ -71,37 +85,97 @@ def extract(
     method: str | None,
     q: float | None,
     values: str | None,
+    lora: str | None,
+    budget: int | None,
+    whole: str | None,
+    targets: tuple[str, ...],
+    dora: bool,
+    calibration: str | None,
+    text: tuple[str, ...],
+    sequences: int,
+    length: int,
     resume: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Make a delta artifact of MODEL, a fine-tune of a base.
+    """Make a delta artifact of MODEL, a fine-tune of a base, or with --lora a LoRA.
 
-    It holds what changed, exactly, or with a density what is kept of it.
+    A delta holds what changed, exactly, or with a density what is kept of it. Several models are done one by one.
+
+    \b
+    deltamerge extract tuned --base base --density 0.05
+    deltamerge extract tuned --base base --lora 32
+    deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
     """
     from deltamerge.run.extract import extract as extract_delta
+    from deltamerge.run.extract import name_of
     from deltamerge.run.options import Options
     from deltamerge.run.weights import describe_nonfinite
 
-    if (base is None) == (origin is None):
+    if base is None and len(models) == 2:
+        base, models = models[1], models[:1]
+    if base is None:
         raise click.UsageError("name the base once: as BASE, or with --base")
-    base = base or origin or ""
-    begun, warnings = time.monotonic(), Warnings()
+    size = _lora_size(lora, budget)
+    more = {"whole": whole, "targets": list(targets) or None, "dora": dora or None}
+    more = {key: value for key, value in more.items() if value is not None}
+    if size is None and more:
+        raise click.UsageError(f"--{'target' if 'targets' in more else next(iter(more))} needs --lora")
+    if size is not None and (density is not None or method is not None or q is not None):
+        raise click.UsageError("--lora takes the whole delta: prune by a recipe with output: {kind: peft, rank: …}")
+    names = [name_of(model, lora=size is not None) for model in models]
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise click.UsageError(f"two of the models would be {twice}: extract one by one, with --out")
+    if after is not None and len(models) > 1:
+        raise click.UsageError("--after is for one model: each version comes after another")
+    summaries = []
+    for model in models:
+        begun, warnings = time.monotonic(), Warnings()
 
-    def watch(plan: Plan) -> Callable[[int], None]:
-        warnings.say(plan)
-        return lambda _: None
+        def watch(plan: Plan, warnings: Warnings = warnings) -> Callable[[int], None]:
+            warnings.say(plan)
+            return lambda _: None
 
-    result = extract_delta(
-        model, base, out, density=density, method=method, q=q, values=values, after=after,
-        options=Options(watch=watch, force=force, resume=resume or None, **options),
-    )  # fmt: skip
-    warnings.say(result.plan)
-    if result.nonfinite:
-        tell(f"warning: {describe_nonfinite(result.nonfinite)}")
-    report_run(result, begun, as_json=as_json, quiet=quiet)
+        target = out / name_of(model, lora=size is not None) if out is not None and len(models) > 1 else out
+        result = extract_delta(
+            model, base, target, density=density, method=method, q=q, values=values, after=after,
+            lora=None if size is None else size | more,
+            calibration=calibration_of(calibration, text, sequences=sequences, length=length),
+            options=Options(watch=watch, force=force, resume=resume or None, **options),
+        )  # fmt: skip
+        warnings.say(result.plan)
+        if result.nonfinite:
+            tell(f"warning: {describe_nonfinite(result.nonfinite)}")
+        if as_json and len(models) > 1:
+            summaries.append(summary_of(result, begun))
+        else:
+            report_run(result, begun, as_json=as_json, quiet=quiet)
+    if summaries:
+        say_json({"results": summaries})
+
+
+def _lora_size(text: str | None, budget: int | None) -> dict[str, Any] | None:
+    """The keys of a recipe's output that --lora and --budget say; None without --lora."""
+    if text is None:
+        if budget is not None:
+            raise click.UsageError("--budget is the size of a LoRA: --lora --budget 20MB")
+        return None
+    size: dict[str, Any] = {} if budget is None else {"budget": budget}
+    name, _, share = text.replace("=", ":").partition(":")
+    if text and text.isdecimal():
+        size["rank"] = int(text)
+    elif name == "energy" and share:
+        try:
+            size["energy"] = float(share)
+        except ValueError:
+            raise click.BadParameter(f"--lora {text}: no number") from None
+    elif text:
+        raise click.BadParameter(f"--lora {text}: a rank such as 32, energy:0.95, or nothing with --budget")
+    if not size:
+        raise click.UsageError("--lora needs a rank, energy:0.95, or --budget 20MB")
+    return size
 
 
 @click.command()

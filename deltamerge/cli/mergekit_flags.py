@@ -39,6 +39,18 @@ VALUES_WITHOUT_USE = {
     "--lora-merge-dtype": "adapters are added in float32",
     "--write-threads": "--workers is the number of threads",
 }
+# mergekit's commands, without "mergekit-", and what is used for them here.
+COMMANDS = {
+    "extract-lora": "deltamerge extract MODEL --base BASE --lora 32",
+    "moe": "a recipe with merge_method: moe, then deltamerge run RECIPE",
+    "tokensurgeon": "a recipe with tokenizer: {transplant: MODEL}, then deltamerge run RECIPE",
+    "layershuffle": "a recipe with slices, in the order of their layers, then deltamerge run RECIPE",
+    "multi": "deltamerge run RECIPE: a file may have several documents, which name one another",
+    "evolve": "deltamerge search RECIPE",
+    "yaml": "deltamerge run RECIPE --out DIR",
+    "legacy": "deltamerge run RECIPE --out DIR",
+    "pytorch": "deltamerge run RECIPE --out DIR",
+}
 SHORT = {"--intermediate-dir": "-I", "--num-threads": "-j"}
 _GPU = "--cuda", "--gpu-rich", "--read-to-gpu"
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMbB]?)")

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -19,11 +19,14 @@ from deltamerge.cli import progress, streams
 from deltamerge.cli.tables import human
 from deltamerge.errors import DeltamergeError, Problem, RecipeError
 from deltamerge.errors.shown import LINE, printed, shown
+from deltamerge.io.names import block_name
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
 
+    from deltamerge.delta.writer import Summary
     from deltamerge.plan.planner import Plan
+    from deltamerge.run.lora_file import LayerRank, LowRankSummary
     from deltamerge.run.runner import Result
 
 
@@ -52,7 +55,11 @@ def _finite(value: Any) -> Any:
 
 def say_table(rows: Iterable[BaseModel]) -> None:
     """Print records as CSV on stdout: a column for each field, and for each key of a field that is a mapping."""
-    flat = [dict(_columns(row.model_dump(mode="json"))) for row in rows]
+    say_csv([dict(_columns(row.model_dump(mode="json"))) for row in rows])
+
+
+def say_csv(flat: Sequence[Mapping[str, Any]]) -> None:
+    """Print mappings as CSV on stdout: a column for each key of any."""
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
     table.writeheader()
@@ -120,6 +127,35 @@ class Warnings:
                 tell(f"warning: {warning}")
 
 
+def _size(result: Result) -> int:
+    """Bytes of the weights that a run left."""
+    kind = result.plan.recipe.output.kind
+    return result.delta.nbytes if result.delta else result.plan.nbytes if kind == "model" else result.nbytes
+
+
+def _of_delta(delta: Summary) -> dict[str, Any]:
+    return {"entries": delta.entries, "relative_error": delta.error, "encodings": dict(delta.stored)}
+
+
+def summary_of(result: Result, begun: float, **more: Any) -> dict[str, Any]:
+    """What `--json` prints of a run that had `begun` then, by `time.monotonic`, and `more`."""
+    delta, quantised = result.delta, result.lock.get("quantization")
+    return {
+        "out": str(result.folder),
+        "bytes": _size(result),
+        "tensors": len(result.plan.outputs),
+        "seconds": round(time.monotonic() - begun, 3),
+        "lock": result.lock,
+        "up_to_date": not result.made,
+        "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
+        "warnings": list(result.plan.warnings),
+        **({} if quantised is None else {"quantization_error": quantised["relative_error"]}),
+        **({} if delta is None else _of_delta(delta)),
+        **({} if result.lora is None else {"lora": result.lora.describe()}),
+        **more,
+    }
+
+
 def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **more: Any) -> None:
     """Print what a run made that had `begun` then, by `time.monotonic`; `more` is added to the JSON object."""
     seconds = time.monotonic() - begun
@@ -127,26 +163,9 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
     kind = result.plan.recipe.output.kind
     adapter = kind == "peft"
     quantised = result.lock.get("quantization")
-    size = delta.nbytes if delta else result.plan.nbytes if kind == "model" else result.nbytes
+    size = _size(result)
     if as_json:
-        summary = {
-            "out": str(result.folder),
-            "bytes": size,
-            "tensors": tensors,
-            "seconds": round(seconds, 3),
-            "lock": result.lock,
-            "up_to_date": not result.made,
-            "nonfinite": {name: count._asdict() for name, count in result.nonfinite.items()},
-            "warnings": list(result.plan.warnings),
-            **({} if quantised is None else {"quantization_error": quantised["relative_error"]}),
-            **(
-                {}
-                if delta is None
-                else {"entries": delta.entries, "relative_error": delta.error, "encodings": dict(delta.stored)}
-            ),
-            **more,
-        }
-        say_json(summary)
+        say_json(summary_of(result, begun, **more))
     elif not quiet:
         lost = ""
         for folder, made in result.intermediate.items():
@@ -170,8 +189,33 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
 
             for line in next_steps(result.plan, result.folder):
                 tell(line)
+        for line in _of_layers(result.lora) if result.lora is not None else ():
+            tell(line)
         for note in result.plan.notes if adapter else ():
             tell(f"note: {note}")
+
+
+def _of_layers(lora: LowRankSummary) -> Iterator[str]:
+    """What a LoRA keeps, layer by layer, and in all."""
+    blocks: dict[str, list[LayerRank]] = {}
+    for name, layer in lora.layers.items():
+        blocks.setdefault(block_name(name) or name, []).append(layer)
+    for name, layers in blocks.items():
+        count = f"{len(layers)} weights, " if len(layers) > 1 else ""
+        ranks = _range([layer.rank for layer in layers])
+        kept = _range([layer.energy for layer in layers])
+        outputs = [layer.output for layer in layers if layer.output is not None]
+        also = f", {_range(outputs)} of the outputs" if outputs else ""
+        yield f"{name}: {count}rank {ranks}, keeps {kept} of the delta{also}"
+    also = "" if lora.output is None else f", {lora.output:.3g} of the outputs' change"
+    missed = max((layer.missed for layer in lora.layers.values()), default=0.0)
+    bound = f"; the best of these ranks would keep at most {missed:.2g} more of any" if missed else ""
+    yield f"all: keeps {lora.energy:.3g} of the deltas' squares{also}{bound}"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = f"{min(values):.3g}", f"{max(values):.3g}"
+    return low if low == high else f"{low} … {high}"
 
 
 def complain(error: DeltamergeError, where: str) -> None:

@@ -8,17 +8,14 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
+from deltamerge.engine.devices import AUTO, KEPT_SHARE, GpuLane, Lane, Room, Uploads, free_bytes, torch_device
+from deltamerge.engine.fused.on_gpu import Loop
 from deltamerge.engine.fused.program import Program
-from deltamerge.engine.fused.stream import assemble, covers
-from deltamerge.engine.graph import REDUCTIONS, Node, companion, function_of
-from deltamerge.errors import InputError
-from deltamerge.io import kernels
-from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
+from deltamerge.engine.fused.stream import SORTING, assemble, assemble_on_gpu, covers
+from deltamerge.engine.graph import REDUCTIONS, Node, companion, depth_first, function_of
+from deltamerge.io import gpu, kernels
 from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
-from deltamerge.methods.tiles import Tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +61,16 @@ def fused_available() -> bool:
 
 
 def choose(root: Node, device: str, *, fused: bool | None = None) -> str:
-    """ "fused" if the compiled loop can make a tensor on this device and is there, else "torch"."""
+    """ "fused" if the compiled loop can make a tensor on this device and is there, else "torch".
+
+    Elementwise merges take as long as reading and hashing, so on "auto" the CPU's loop makes them, and torch, on a GPU,
+    what sorts rows.
+    """
+    if device not in ("cpu", AUTO):
+        return "torch"
     available = fused_available() if fused is None else fused
-    return "fused" if device == "cpu" and available and covers(root) else "torch"
+    sorts = device == AUTO and any(node.function in SORTING for node in depth_first(root))
+    return "fused" if available and not sorts and covers(root) else "torch"
 
 
 def open_backend(name: str, device: str) -> TorchBackend:
@@ -87,39 +91,20 @@ def single_threaded(names: Collection[str]) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-class _Slots:
-    """Byte buffers reused from tile to tile, one for each read of the tile."""
-
-    def __init__(self, allocate: Callable[[int], Any]) -> None:
-        self.allocate = allocate
-        self.buffers: list[Any] = []
-        self.used = 0
-
-    def take(self, nbytes: int) -> Any:
-        if self.used == len(self.buffers):
-            self.buffers.append(self.allocate(nbytes))
-        elif len(self.buffers[self.used]) < nbytes:
-            self.buffers[self.used] = self.allocate(nbytes)
-        self.used += 1
-        return self.buffers[self.used - 1][:nbytes]
-
-
-def torch_device(device: str) -> torch.device:
-    """torch's device of that name. InputError: torch sees no such device."""
-    kind, _, number = device.partition(":")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise InputError(f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices", hint="--device cpu")
-    return torch.device(kind, int(number)) if number else torch.device(kind)
-
-
 class TorchBackend:
     """torch tiles on `device`; on CUDA each lane has pinned buffers and a stream, so lanes overlap copies and math."""
 
     def __init__(self, device: str) -> None:
         self.device = torch_device(device)
+        self.on_gpu = self.device.type != "cpu"
+        self.kept = Room(free_bytes(self.device) // KEPT_SHARE if self.on_gpu else 0)
 
     def lane(self, reader: Reader) -> Lane:
-        return Lane(reader, self.device)
+        return GpuLane(reader, self.device) if self.on_gpu else Lane(reader, self.device)
+
+    def uploads(self, passes: int) -> Uploads | None:
+        """What keeps a tensor's stored tiles on the device from pass to pass."""
+        return Uploads(self.kept) if self.on_gpu and passes > 1 else None
 
     def function(self, node: Node) -> Callable[..., Any]:
         return function_of(node.function)
@@ -128,9 +113,17 @@ class TorchBackend:
         """The steps of a pass as one, if this backend can run them so."""
         return None
 
+    def loop(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Loop | None:
+        """The steps of a pass as one loop on tiles that are on the device; None: they go one by one."""
+        if not gpu.available(self.device):
+            return None
+        return assemble_on_gpu(_listed(steps), values, reader, root.shape, root.dtype)
+
 
 class FusedBackend(TorchBackend):
     """Passes that run whole in the compiled loop; bit-equal to torch, which tells what a pass failed at."""
+
+    on_gpu = False
 
     def __init__(self) -> None:
         """Without a device: torch is imported by the first lane, which most passes do not need."""
@@ -139,50 +132,14 @@ class FusedBackend(TorchBackend):
         return Lane(reader, torch_device("cpu"))
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Program | None:
-        listed = [(step.node, step.parameters, step.frees) for step in steps]
-        return assemble(listed, values, reader, root.shape, root.dtype)
+        return assemble(_listed(steps), values, reader, root.shape, root.dtype)
+
+    def loop(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Loop | None:
+        return None
 
 
-class Lane:
-    """One worker's buffers (and, on a GPU, its stream)."""
-
-    def __init__(self, reader: Reader, device: Any) -> None:
-        self.reader, self.device = reader, device
-        self.on_gpu = device.type == "cuda"
-        self.stream = torch.cuda.Stream(device) if self.on_gpu else None  # type: ignore[no-untyped-call]  # torch
-        self.slots = _Slots(self._host)
-        self.results = _Slots(self._host)
-
-    def _host(self, nbytes: int) -> Any:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self.on_gpu)
-
-    @contextmanager
-    def tile(self) -> Iterator[None]:
-        """Everything between reading a tile's inputs and writing its output."""
-        self.slots.used = self.results.used = 0
-        with torch.inference_mode(), torch.cuda.stream(self.stream):
-            yield
-
-    def read(self, node: Node, tile: Tile) -> Any:
-        """The stored values of a read node on a tile, valid until the next tile."""
-        buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
-        self.reader.read_into(node.parameter("tensor"), tile.start, buffer.numpy())
-        return buffer.view(torch_dtype(node.dtype)).to(self.device, non_blocking=True)
-
-    def wait(self) -> None:
-        """Until what was started is done, so that other lanes may use it."""
-        if self.stream is not None:
-            self.stream.synchronize()
-
-    def emit(self, value: Any) -> np.ndarray[Any, Any]:
-        """A finished tile as bytes on the host, valid until the next tile."""
-        flat = value.contiguous().view(torch.uint8)
-        if self.stream is not None:
-            host = self.results.take(flat.numel())
-            host.copy_(flat, non_blocking=True)
-            self.stream.synchronize()
-            flat = host
-        return flat.numpy()  # type: ignore[no-any-return]  # torch has no stub for it
+def _listed(steps: Sequence[Step]) -> list[tuple[Node, dict[str, Any], tuple[Node, ...]]]:
+    return [(step.node, step.parameters, step.frees) for step in steps]
 
 
 @dataclass(frozen=True, slots=True)

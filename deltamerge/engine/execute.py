@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections import ChainMap, deque
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +15,14 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.engine import backends
-from deltamerge.engine.backends import Lane, Step, TorchBackend
+from deltamerge.engine.backends import TorchBackend
+from deltamerge.engine.devices import AUTO, Lane, fitting, is_out_of_memory, too_little, torch_device
 from deltamerge.engine.fused.program import Program
-from deltamerge.engine.graph import REDUCTIONS, Node, Schedule, depth_first, function_of, schedule
+from deltamerge.engine.graph import REDUCTIONS, Node, depth_first, function_of, schedule
 from deltamerge.engine.sink import Lender, Sink
 from deltamerge.engine.source import Making
+from deltamerge.engine.tasks import Job, Running, on_gpu
+from deltamerge.engine.tasks import Task as Task
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -28,46 +32,8 @@ TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
 JOB_ELEMENTS = 1 << 21
 COPY_BYTES = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One output tensor, or some of its rows.
-
-    name      of the tensor
-    root      the node that computes it
-    backend   "fused" or "torch", as planned
-    offset    byte of the tensor at which the node's first element goes
-    """
-
-    name: str
-    root: Node
-    backend: str
-    offset: int = 0
-
-
-@dataclass(eq=False)
-class Running:
-    """A task in progress: small values so far, the running pass (`whole` runs it in one call), jobs it waits for."""
-
-    task: Task
-    schedule: Schedule
-    values: MutableMapping[int, Any]
-    index: int = -1
-    steps: list[Step] = field(default_factory=list)
-    whole: Program | None = None
-    partials: dict[int, dict[int, Any]] = field(default_factory=dict)
-    waiting: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A range of tiles of one pass, or of bytes to copy; or all of a tensor, for a `whole` node."""
-
-    running: Running
-    start: int
-    stop: int
-    whole: Node | None = None
+# On a GPU a job is so many tiles: one is read while another is computed.
+GPU_TILES = 4
 
 
 def execute(
@@ -100,13 +66,18 @@ def execute(
     not depend on `workers`, `tile_elements` or the device.
     """
     shared = shared_values([task.root for task in tasks], known or {})
+    if device == AUTO and any(on_gpu(task, device) for task in tasks) and torch_device(device).type == "cpu":
+        tasks = [replace(t, backend=backends.choose(t.root, "cpu")) if on_gpu(t, device) else t for t in tasks]
+        device = "cpu"
+    if not any(on_gpu(task, device) for task in tasks):
+        device = "cpu"  # a GPU that nothing is computed on is not begun
     tile = tile_elements or own_tile(device)
-    engine = _Engine(iter(tasks), reader, sink, device, tile, progress, done, shared)
+    engine = _Engine(iter(tasks), reader, sink, device, workers, tile, progress, done, shared)
     with (
         backends.quiet_allocator(),
         backends.single_threaded({task.backend for task in tasks if task.root.kind != "read"}),
     ):
-        engine.run(workers)
+        engine.run()
     return engine.shared
 
 
@@ -118,6 +89,7 @@ class _Engine:
     reader: Reader
     sink: Sink | None
     device: str
+    workers: int
     tile_elements: int
     progress: Callable[[int], None]
     done: Callable[[str, int, int], bool]
@@ -131,10 +103,12 @@ class _Engine:
 
     def __post_init__(self) -> None:
         self.lender = self.sink if isinstance(self.sink, Lender) else None
+        if self.device != "cpu":
+            self.tile_elements = fitting(torch_device(self.device), self.workers, self.tile_elements)
         self.shared_by_id = {id(node): value for node, value in self.shared.items()}
 
-    def run(self, workers: int) -> None:
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(workers)]
+    def run(self) -> None:
+        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.workers)]
         try:
             for thread in threads:
                 thread.start()
@@ -196,6 +170,8 @@ class _Engine:
             return
         plan = schedule(task.root)
         running = Running(task, plan, ChainMap({}, self.shared_by_id))
+        if task.root.kind != "read" and self.device != "cpu":
+            running.uploads = self._backend(task).uploads(sum(map(bool, plan.passes)))
         jobs = self._next_pass(running)
         self.in_flight += bool(jobs)
         self.ready.extend(jobs)
@@ -232,6 +208,7 @@ class _Engine:
             left_out = needless | set(map(id, wholes))
             running.steps = backends.steps(nodes, running.schedule.frees[index], root, left_out)
             running.whole = backend.whole(running.steps, root, running.values, self.reader) if backend else None
+            running.loop = backend.loop(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [Job(running, 0, 0, node) for node in wholes]
             tiled = self._jobs(running) if len(wholes) < len(reductions) or last else ()
@@ -246,7 +223,9 @@ class _Engine:
             total, step = root.parameter("tensor").nbytes, COPY_BYTES
         else:
             total = int(np.prod(root.shape, dtype=np.int64))
-            step = max(1, JOB_ELEMENTS // self._tile_step(root)) * self._tile_step(root)
+            tile = self._tile_step(running.task)
+            on_gpu = running.whole is None and self._backend(running.task).on_gpu
+            step = GPU_TILES * tile if on_gpu else max(1, JOB_ELEMENTS // tile) * tile
         for start in range(0, max(total, 1), step):
             yield Job(running, start, min(total, start + step))
 
@@ -263,9 +242,10 @@ class _Engine:
             self.progress((stop - start) * size)
         return done
 
-    def _tile_step(self, root: Node) -> int:
-        block = block_elements(root.shape)
-        return max(1, self.tile_elements // block) * block
+    def _tile_step(self, task: Task) -> int:
+        block = block_elements(task.root.shape)
+        most = self.tile_elements if task.backend == "torch" else min(self.tile_elements, TILE_ELEMENTS)
+        return max(1, most // block) * block
 
     def _copy(self, job: Job) -> None:
         source: TensorInfo = job.running.task.root.parameter("tensor")
@@ -288,7 +268,7 @@ class _Engine:
     def _compute(self, job: Job, lanes: dict[str, Lane]) -> None:
         running = job.running
         root = running.task.root
-        step = self._tile_step(root)
+        step = self._tile_step(running.task)
         if running.whole is not None and self._compute_whole(running.whole, job):
             return
         backend, lane = self._lane(running.task, lanes)
@@ -296,33 +276,61 @@ class _Engine:
         for node in (item.node for item in running.steps if item.node.kind == "read"):
             size = ITEMSIZE[node.dtype]
             self.reader.advise(node.parameter("tensor"), job.start * size, (job.stop - job.start) * size)
-        for start in range(job.start, max(job.stop, job.start + 1), step):
+        start = job.start
+        while start < job.stop or start == job.start:
             if self.failure is not None:
                 return
             tile = Tile(start, min(job.stop, start + step), root.shape)
-            values: dict[int, Any] = {}
-            with lane.tile():
-                for item, call in zip(running.steps, calls, strict=True):
-                    node = item.node
-                    if call is None:
-                        values[id(node)] = lane.read(node, tile)
+            try:
+                self._tile(running, lane, calls, tile)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                step = self._smaller(running, lane, tile)
+                continue
+            start = max(tile.stop, start + 1)
+        lane.flush()
+
+    def _smaller(self, running: Running, lane: Lane, tile: Tile) -> int:
+        """Elements of a tile after one that a GPU had too little memory for: half. InputError: it was one block."""
+        block = block_elements(tile.shape)
+        if tile.size <= block:
+            raise too_little(lane.device, f"a tile of {tile.size:,} elements of {running.task.name}")
+        lane.flush()
+        return max(1, tile.size // 2 // block) * block
+
+    def _tile(self, running: Running, lane: Lane, calls: Sequence[Callable[..., Any] | None], tile: Tile) -> None:
+        """A pass on one tile; its reductions count when all of it has been computed."""
+        task, root = running.task, running.task.root
+        values: dict[int, Any] = {}
+        reduced: list[tuple[Node, Any]] = []
+        with lane.tile():
+            if running.loop is not None and tile.size:
+                stored = [lane.read(node, tile, running.uploads) for node in running.loop.reads]
+                made, partials = running.loop.run(tile, stored, lane.device)
+                reduced = [(s.node, partials[id(s.node)]) for s in running.steps if s.node.kind in REDUCTIONS]
+                values |= {id(root): made} if made is not None else {}
+                calls = ()
+            for item, call in zip(running.steps, calls, strict=False):
+                node = item.node
+                if call is None:
+                    values[id(node)] = lane.read(node, tile, running.uploads)
+                else:
+                    inputs = [values[id(s)] if id(s) in values else running.values[id(s)] for s in node.inputs]
+                    value = call(*inputs, tile=tile, **item.parameters)
+                    if node.kind in REDUCTIONS:
+                        reduced.append((node, value))
                     else:
-                        inputs = [values[id(s)] if id(s) in values else running.values[id(s)] for s in node.inputs]
-                        value = call(*inputs, tile=tile, **item.parameters)
-                        if node.kind in REDUCTIONS:
-                            self._reduce(running, node, start, value)
-                        else:
-                            values[id(node)] = value
-                    for freed in item.frees:
-                        del values[id(freed)]
-                if root.kind == "small":
-                    self.progress(tile.size * ITEMSIZE[root.dtype])
-                elif id(root) in values:
-                    assert self.sink is not None
-                    data = lane.emit(values[id(root)])
-                    offset = running.task.offset + start * ITEMSIZE[root.dtype]
-                    self.sink.write(running.task.name, offset, data)
-                    self.progress(data.nbytes)
+                        values[id(node)] = value
+                for freed in item.frees:
+                    del values[id(freed)]
+            if id(root) in values:
+                start = tile.start * ITEMSIZE[root.dtype]
+                lane.emit(values[id(root)], partial(self._lend, task, start), partial(self._give, task, start))
+        for node, value in reduced:
+            self._reduce(running, node, tile.start, value)
+        if root.kind == "small":
+            self.progress(tile.size * ITEMSIZE[root.dtype])
 
     def _lane(self, task: Task, lanes: dict[str, Lane]) -> tuple[TorchBackend, Lane]:
         """A thread's lane of the backend of a task."""
@@ -331,7 +339,7 @@ class _Engine:
 
     def _compute_at_once(self, node: Node, running: Running, lanes: dict[str, Lane]) -> None:
         """The value of a `whole` node."""
-        made = Making(*self._lane(running.task, lanes), self._tile_step(running.task.root), lambda: bool(self.failure))
+        made = Making(*self._lane(running.task, lanes), self._tile_step(running.task), lambda: bool(self.failure))
         running.values[id(node)] = made.value(node, running.schedule.passes[running.index], running.values)
 
     def _compute_whole(self, whole: Program, job: Job) -> bool:
@@ -372,6 +380,8 @@ class _Engine:
             parts = [part for _, part in sorted(running.partials[id(node)].items())]
             running.values[id(node)] = parts[0] if node.kind == "sum" else np.concatenate(parts)
         jobs = self._next_pass(running)
+        if not jobs and running.uploads is not None:
+            running.uploads.clear()
         with self.changed:
             if jobs:
                 self.ready.extendleft(reversed(jobs))

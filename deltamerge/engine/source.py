@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from deltamerge.engine.backends import Lane, Step, TorchBackend, steps
+from deltamerge.engine.backends import Step, TorchBackend, steps
+from deltamerge.engine.devices import Lane
 from deltamerge.engine.graph import TILED, Node, function_of, last_uses
 from deltamerge.methods.ops import densify
 from deltamerge.methods.tiles import Tile, block_elements

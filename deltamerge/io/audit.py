@@ -76,7 +76,11 @@ class Audit:
     its turn, it reads from the file.
     """
 
-    def __init__(self, folder: Path, files: Iterable[tuple[str, int, Sequence[TensorSpan]]], outbox: Outbox) -> None:
+    def __init__(
+        self, folder: Path, files: Iterable[tuple[str, int, Sequence[TensorSpan]]], outbox: Outbox, threads: int = 1
+    ) -> None:
+        """`threads`: those that hash a piece together."""
+        self._threads = threads
         self._folder, self._files, self._outbox = folder, list(files), outbox
         self._found = Findings()
         self._failure: BaseException | None = None
@@ -101,7 +105,7 @@ class Audit:
             self._outbox.fail(failure)
 
     def _follow(self, name: str, size: int, tensors: Sequence[TensorSpan], buffer: NDArray[np.uint8]) -> None:
-        hasher: Any = blake3()
+        hasher: Any = blake3(max_threads=self._threads)
         index = position = 0
         with reading(), opened(self._folder / name) as fd:
             while position < size:

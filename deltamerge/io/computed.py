@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,15 @@ class LowRank:
             part = self._sum(read, right, top, min(rows, top + step))
             squares += np.square(part, dtype=np.float64).sum(axis=0)
         return np.asarray(np.sqrt(squares).astype(np.float32))
+
+
+def update_of(info: TensorInfo, base: TensorInfo) -> TensorInfo | None:
+    """s · B A alone in float32, where `info` is `base` with that update; None where it is anything else."""
+    made = info.made
+    if not isinstance(made, LowRank) or made.magnitude is not None or info.begin or not made.base.is_same(base):
+        return None
+    nothing = replace(made.base, dtype="F32", begin=0, nbytes=4 * math.prod(info.shape), made=Zeros(), saved_as=None)
+    return replace(nothing, name=info.name, made=replace(made, base=nothing))
 
 
 def fill_rows(base: TensorInfo, start: int, out: memoryview, rows: Callable[[int, int], Array]) -> None:

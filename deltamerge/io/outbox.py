@@ -27,12 +27,22 @@ from deltamerge.io.files import (
 
 # Smaller pieces are written at once, by the thread that made them.
 LEAST = 1 << 18
-# Bytes on their way; beyond this `lend` waits.
+# Bytes on their way, of as many pieces as a few threads make; beyond this `lend` waits.
 ROOM = 1 << 24
 SLAB = 1 << 22
 WRITERS = 2
 # The smallest piece that is read back from a file, unless the file ends.
 READ = 1 << 20
+
+
+def _pages(nbytes: int) -> NDArray[np.uint8]:
+    return np.empty(nbytes, np.uint8)
+
+
+def room_for(workers: int) -> int:
+    """Bytes that may be on their way from so many threads: two pieces of each, so that a piece that is hashed late, as
+    one before it is not there, need not be read back from its file."""
+    return max(ROOM, 2 * workers * SLAB)
 
 
 @dataclass(eq=False, slots=True)
@@ -55,6 +65,8 @@ class Outbox:
 
         wrote(file, position, nbytes)   is called with what has been written
         reach(file, position)           returns up to where the bytes that follow have been written
+        room                            bytes on their way at most
+        allocate(nbytes)                makes memory, such as a GPU writes to
     """
 
     def __init__(
@@ -63,7 +75,10 @@ class Outbox:
         wrote: Callable[[str, int, int], None],
         reach: Callable[[str, int], int],
         sample: Path | None,
+        room: int | None = None,
+        allocate: Callable[[int], NDArray[np.uint8]] = _pages,
     ) -> None:
+        self._room, self._allocate = ROOM if room is None else room, allocate
         self._folder, self._wrote, self._reach = folder, wrote, reach
         self._cached = Descriptors(os.O_WRONLY, output_error)
         self._direct = Descriptors(os.O_WRONLY | DIRECT, output_error)
@@ -84,7 +99,7 @@ class Outbox:
         if nbytes < LEAST:
             return np.empty(nbytes, np.uint8)
         with self._changed:
-            while self._bytes >= ROOM and self._failure is None:
+            while self._bytes >= self._room and self._failure is None:
                 if self._hungry and not self._busy and not self._queue:
                     self._forget()
                 else:
@@ -92,7 +107,7 @@ class Outbox:
             self._raise_failure()
             slab = self._free.pop() if self._free else None
         if slab is None or len(slab) < nbytes + PAGE:
-            slab = np.empty(max(nbytes, SLAB) + PAGE, np.uint8)
+            slab = self._allocate(max(nbytes, SLAB) + PAGE)
         begin = (position - slab.ctypes.data) % PAGE  # aligns pages of memory with pages of the file
         return slab[begin : begin + nbytes]
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_128_digest, xxh3_128_hexdigest
 
-from deltamerge.io import progress
+from deltamerge.io import kernels, progress
 
 PIECE_BYTES = 1 << 16
 DIGEST_BYTES = 16
@@ -48,12 +48,35 @@ class Pieces:
                 self._known[path] = Known(size, np.empty((count, DIGEST_BYTES), np.uint8), np.zeros(count, np.bool_))
             return self._known[path]
 
+    def hash(self, path: Path, begin: int, data: NDArray[np.uint8]) -> None:
+        """Hash the whole pieces among bytes `data` of a file from byte `begin` on, but those that are known."""
+        first, skipped = -(-begin // PIECE_BYTES), -begin % PIECE_BYTES
+        count = (len(data) - skipped) // PIECE_BYTES
+        if count > 0 and not self.of(path).there[first : first + count].all():
+            self.give(path, first, digests(data[skipped : skipped + count * PIECE_BYTES]))
+
     def give(self, path: Path, first: int, halves: NDArray[np.uint64]) -> None:
         """Add the digests of whole pieces of a file, from number `first` on: `halves` (pieces, 2) has their high and
         low words."""
         known, stop = self.of(path), first + len(halves)
-        known.digests[first:stop] = halves.astype(">u8").view(np.uint8).reshape(-1, DIGEST_BYTES)
+        known.digests[first:stop] = _as_bytes(halves)
         known.there[first:stop] = True
+
+
+def digests(data: NDArray[np.uint8]) -> NDArray[np.uint64]:
+    """(pieces, 2) the high and low words of the digests of whole pieces; the compiled loop leaves other threads the
+    GIL."""
+    made = np.empty((len(data) // PIECE_BYTES, 2), np.uint64)
+    if (native := kernels.native()) is not None:
+        native.digests(data, made)
+    else:
+        for row, at in zip(made, range(0, len(data), PIECE_BYTES), strict=True):
+            row[:] = np.frombuffer(xxh3_128_digest(data[at : at + PIECE_BYTES].data), ">u8")
+    return made
+
+
+def _as_bytes(halves: NDArray[np.uint64]) -> NDArray[np.uint8]:
+    return halves.astype(">u8").view(np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def learn(known: Known, wanted: NDArray[np.bool_], read: Callable[[int, Any], None]) -> None:
@@ -63,8 +86,10 @@ def learn(known: Known, wanted: NDArray[np.bool_], read: Callable[[int, Any], No
         begin = first * PIECE_BYTES
         part = buffer[: min(stop * PIECE_BYTES, known.size) - begin]
         read(begin, part)
-        digests = [xxh3_128_digest(part[at : at + PIECE_BYTES].data) for at in range(0, len(part), PIECE_BYTES)]
-        known.digests[first:stop] = np.frombuffer(b"".join(digests), np.uint8).reshape(-1, DIGEST_BYTES)
+        whole = len(part) // PIECE_BYTES
+        known.digests[first : first + whole] = _as_bytes(digests(part[: whole * PIECE_BYTES]))
+        if rest := part[whole * PIECE_BYTES :].data:
+            known.digests[stop - 1] = np.frombuffer(xxh3_128_digest(rest), np.uint8)
         known.there[first:stop] = True
         progress.here().step(len(part))
 

@@ -52,6 +52,12 @@ class Reader:
             file = self._files.get(info.path)
             read_at(file.fd, info.begin + offset, view)
 
+    def read_hashed(self, info: TensorInfo, start_elem: int, out: NDArray[np.uint8]) -> None:
+        """`read_into`, and tell `pieces` the hashes of what of a file has been read."""
+        self.read_into(info, start_elem, out)
+        if self.pieces is not None and info.made is None:
+            self.pieces.hash(info.path, info.begin + start_elem * ITEMSIZE[info.dtype], out)
+
     def read_runs(self, info: TensorInfo, offsets: NDArray[np.int64], ends: NDArray[np.int64], out: Any) -> None:
         """Fill `out` with runs of the tensor's bytes: run i begins at byte `offsets[i]` and ends at
         `ends[i]` of `out`."""

@@ -37,13 +37,22 @@ class Writer:
     Files are created at once, with headers and full size; space is reserved where the file system can. `files` selects
     some of them (default: all). With a `journal`, written data is synced every few seconds and then recorded; what its
     records list, of files that still exist, is kept and need not be written again (`has`). What `notes` returns is
-    recorded with it.
+    recorded with it. `room` bytes may be on their way, in memory that `allocate` makes (`outbox.Outbox`);
+    `hashers` threads hash them together.
 
     OutputError: a file exists and is not in the journal, too little space, no permission, a read-only or full disk.
     """
 
     def __init__(
-        self, folder: Path, layout: Layout, *, files: Collection[str] | None = None, journal: Journal | None = None
+        self,
+        folder: Path,
+        layout: Layout,
+        *,
+        files: Collection[str] | None = None,
+        journal: Journal | None = None,
+        room: int | None = None,
+        hashers: int = 1,
+        allocate: Callable[[int], NDArray[np.uint8]] | None = None,
     ) -> None:
         self._folder = folder
         self._layout = layout
@@ -61,8 +70,9 @@ class Writer:
         for file in self._own:
             self._create(file)
         sample = folder / self._own[0].name if self._own else None
-        self._outbox = Outbox(folder, self._wrote, self._reach, sample)
-        self._audit = Audit(folder, self._contents(), self._outbox)
+        more = {} if allocate is None else {"allocate": allocate}
+        self._outbox = Outbox(folder, self._wrote, self._reach, sample, room, **more)
+        self._audit = Audit(folder, self._contents(), self._outbox, hashers)
         self._saver = threading.Thread(target=self._save_regularly, daemon=True)
         if journal is not None:
             self._saver.start()

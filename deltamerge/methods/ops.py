@@ -24,8 +24,18 @@ def cast(value: Tensor | Patched, *, tile: Tile, to: str) -> Tensor:
     if not isinstance(value, Patched):
         return _rounded(value, target)
     result = value.base.clone() if value.base.dtype == target else _rounded(value.base, target)
-    result[value.positions] = _rounded(value.values, target)
+    _indexed(result)[value.positions] = _indexed(_rounded(value.values, target))
     return result
+
+
+def at(stored: Tensor, positions: Tensor) -> Tensor:
+    """A stored tile's entries at positions, in float32."""
+    return _indexed(stored)[positions].view(stored.dtype).to(torch.float32)
+
+
+def _indexed(stored: Tensor) -> Tensor:
+    """The tile itself, or the bytes of one of float8, which has kernels for indices only on some devices."""
+    return stored.view(torch.uint8) if stored.element_size() == 1 else stored
 
 
 def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: str) -> Tensor:
@@ -40,9 +50,13 @@ def put_back(value: Tensor, stored: Tensor, where: Tensor, *, tile: Tile, to: st
 
 
 def _rounded(value: Tensor, target: torch.dtype) -> Tensor:
-    """Round once; a bfloat16 NaN is 0x7FC0 on every device."""
+    """Round once; a NaN has the same bits on every device: 0x7FC0 in bfloat16, 0x7E00 in float16, in others torch's."""
     result = value.to(target)
-    return result.masked_fill_(value.isnan(), torch.nan) if target == torch.bfloat16 else result
+    if result.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        return result
+    if result is value:
+        return result.masked_fill(value.isnan(), torch.nan)
+    return result.masked_fill_(value.isnan(), torch.nan)
 
 
 def zeros(like: Tensor | Kept, *, tile: Tile) -> Tensor:
@@ -58,8 +72,8 @@ def dense(delta: Any, *, tile: Tile) -> Tensor:
 
 def over(x: Tensor, divisor: float) -> Tensor:
     """x / divisor in float32; the divisor becomes a tensor, since torch multiplies by the reciprocal of a
-    plain number."""
-    return x / x.new_tensor(divisor)
+    plain number. It is made on the device: nothing waits for it."""
+    return x / torch.full((), divisor, dtype=x.dtype, device=x.device)
 
 
 def union(base: Any, deltas: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tensor]]:
@@ -70,7 +84,7 @@ def union(base: Any, deltas: tuple[Any, ...]) -> tuple[Tensor, Tensor, list[Tens
         dense = torch.zeros(positions.numel(), dtype=torch.float32, device=positions.device)
         dense[torch.searchsorted(positions, delta.positions)] = delta.values
         there.append(dense)
-    return positions, base[positions].to(torch.float32), there
+    return positions, at(base, positions), there
 
 
 def onto(base: Tensor, deltas: tuple[Any, ...], tile: Tile, mix: Callable[[list[Tensor]], Tensor]) -> Tensor | Patched:
@@ -117,18 +131,20 @@ def halved(rows: Tensor) -> Tensor:
     return rows[..., 0]
 
 
-def blocks(tile: Tile) -> Iterator[slice]:
-    """The blocks of a tile, as slices of its flat values."""
+def alike(values: Tensor, tile: Tile) -> Iterator[Tensor]:
+    """The blocks of a flat tile as rows (blocks, size): all whole ones at once, then one that is shorter, if any."""
     step = block_elements(tile.shape)
-    return (slice(start, min(tile.size, start + step)) for start in range(0, tile.size, step))
+    whole = tile.size // step * step
+    if whole:
+        yield values[:whole].view(-1, step)
+    if whole < tile.size:
+        yield values[whole:].view(1, -1)
 
 
-def row_blocks(tile: Tile) -> Iterator[tuple[slice, int]]:
-    """The blocks of a tile and the length of the rows inside: that of the last dimension.
+def row_length_of(tile: Tile, size: int) -> int:
+    """The length of the rows inside a block of `size` entries: that of the last dimension.
 
     A vector, or a part of one with more than 2**16 elements, is one row, as is a part of a row of more than 2**20.
     """
     columns = tile.shape[-1] if len(tile.shape) > 1 else 0
-    for part in blocks(tile):
-        size = part.stop - part.start
-        yield part, columns if 0 < columns <= size and size % columns == 0 else size
+    return columns if 0 < columns <= size and size % columns == 0 else size

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from deltamerge.calibrate import joint_factor, stage
+from deltamerge.calibrate.reach import is_linear
+from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_columns, mask_seeds, within
 from deltamerge.calibrate.threshold import model_cut
 from deltamerge.engine.graph import Node
@@ -41,7 +43,19 @@ class StageMaker:
         for index in range(len(deltas.prunes)):
             tunes = (t for merge in merges for t in merge.tunes if t.index == index)
             stages = self._of_model(replace(deltas, stages=stages), index, tunes)
-        return stages
+        if not (deltas.recipe.output.lora and deltas.recipe.calibration is not None):
+            return stages
+        weights = (t for merge in merges if merge.base is not None for t in merge.tunes if _is_weight(t))
+        by_model: dict[int, list[Tuned]] = {}
+        for tuned in weights:
+            by_model.setdefault(tuned.index, []).append(tuned)
+        return replace(stages, inputs={index: self._measured(deltas, some) for index, some in by_model.items()})
+
+    def _measured(self, deltas: Deltas, tunes: Sequence[Tuned]) -> Measured:
+        """What measures the inputs of a model's layers."""
+        refuse_gathered(tunes, "leave calibration out")
+        source = self._source(deltas, tunes[0], [(t.tensor, t.base) for t in tunes])
+        return Measured(source, {t.name: t.tensor.name for t in tunes})
 
     def _of_model(self, deltas: Deltas, index: int, tunes: Iterable[Tuned]) -> Stages:
         """The stages that there are, and those of the model `index`, whose tensors are `tunes`."""
@@ -49,7 +63,7 @@ class StageMaker:
         massive = prune.protect is not None and prune.protect.columns is None
         measured = PRUNE[prune.method].needs_activations or massive
         q = prune.q if isinstance(prune.q, CalibratedQ) and not deltas.whole_merge else None
-        weighed = prune.budget is not None and deltas.recipe.calibration is not None
+        weighed = prune.budget is not None and deltas.recipe.calibration_of(index) is not None
         if not (measured or q or weighed or prune.protect or prune.group == "model"):
             return stages
         masked = [t for t in tunes if deltas.is_masked(t)]
@@ -127,7 +141,7 @@ class StageMaker:
     ) -> CalibrationInput:
         """A fine-tune to be run on calibration data, with one of `share` parts of the memory."""
         recipe, q = deltas.recipe, deltas.prune_of(tuned).q
-        calibration = recipe.calibration
+        calibration = recipe.calibration_of(tuned.index)
         assert calibration is not None
         labelled = isinstance(q, CalibratedQ) and (q.objective == "validation" or calibration.metric is not None)
         refuse_unrunnable(tuned.model.name, tuned.model.checkpoint)
@@ -179,6 +193,10 @@ def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
         if tuned.model.regroups(tuned.tensor):
             message = f"{tuned.name}: {tuned.model.name} stores its experts otherwise than the output"
             raise InputError(f"{message}, and calibration runs it as it is", hint=f"template: {tuned.model.name}")
+
+
+def _is_weight(tuned: Tuned) -> bool:
+    return is_linear(tuned.tensor.name, tuned.tensor.shape)
 
 
 def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.calibrate import spec
+from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import has_columns, has_norm, is_transposed
 from deltamerge.calibrate.threshold import cut_of
 from deltamerge.delta.over_base import added
 from deltamerge.engine.graph import Function, Graph, Node, function_of
 from deltamerge.errors import InputError
+from deltamerge.io.computed import update_of
 from deltamerge.io.patterns import finds
 from deltamerge.methods.ops import subtract, zeros
 from deltamerge.methods.prune import nodes, protect, rescale
@@ -38,6 +40,7 @@ class Stages:
     roots        a pruned factor of an adapter -> the weight whose q it has a root of, and which root
     together     chooses the λ of a merge that is calibrated as a whole
     totals       sums what the merge method needs over all tensors
+    inputs       what a LoRA's factors are weighed by; no node, as it is handed on block by block
     """
 
     activations: Mapping[int, Node] = field(default_factory=dict)
@@ -47,6 +50,7 @@ class Stages:
     roots: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     together: Node | None = None
     totals: Node | None = None
+    inputs: Mapping[int, Measured] = field(default_factory=dict)
 
     @property
     def calibrations(self) -> tuple[Node, ...]:
@@ -261,8 +265,11 @@ class Deltas:
         return self._node(protect.restore, inputs, tuned.base.shape), f"{text} protect={count}"
 
     def _pair(self, tuned: Tuned) -> tuple[Node, Node]:
-        """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros."""
+        """What a delta is the difference of: fine-tune and base, or values that a delta artifact adds and zeros; where
+        a LoRA is made, also an adapter's own update and zeros."""
         values = added(tuned.tensor)
+        if values is None and self.recipe.output.lora and tuned.base is not None:
+            values = update_of(tuned.tensor, tuned.base)
         if values is None:
             return self.graph.read(tuned.tensor), self.graph.read(tuned.base)
         node = self.graph.read(values)

@@ -43,7 +43,7 @@ def own_weights(recipe: Recipe, inputs: Inputs) -> Inputs | None:
     if base.checkpoint.adapter is not None:
         raise InputError(f"{base.name}: an adapter needs a base that can be loaded", hint="merge it: passthrough")
     adapter = tune.checkpoint.adapter
-    if len(inputs.tunes) != 1 or adapter is None:
+    if recipe.output.lora or len(inputs.tunes) != 1 or adapter is None:
         return None
     if base.checkpoint.path != tune.checkpoint.path:
         message = f"{tune.name}: not an adapter on base_model, {base.name}"

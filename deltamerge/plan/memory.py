@@ -13,7 +13,7 @@ from deltamerge.errors.shown import human
 from deltamerge.io.coded_writer import LARGE
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.names import layer_index
-from deltamerge.io.outbox import ROOM, SLAB
+from deltamerge.io.outbox import ROOM, SLAB, room_for
 from deltamerge.methods.prune.nodes import RARE
 from deltamerge.methods.tiles import block_elements
 from deltamerge.plan.inputs import Inputs
@@ -83,9 +83,14 @@ def held_by_delta(outputs: tuple[OutputTensor, ...], workers: int) -> int:
     return math.ceil(sum(largest[: workers + 1]))
 
 
-def held_by_files(outputs: tuple[OutputTensor, ...], workers: int) -> int:
+def room(workers: int, memory: int | None) -> int:
+    """Bytes on their way to the files of a checkpoint at most: where memory is capped, the least."""
+    return room_for(workers) if memory is None else ROOM
+
+
+def held_by_files(outputs: tuple[OutputTensor, ...], workers: int, memory: int | None) -> int:
     """Bytes on their way to the files of a checkpoint, and those being computed."""
-    return min(sum(o.nbytes for o in outputs), ROOM + (workers + 1) * 2 * SLAB)
+    return min(sum(o.nbytes for o in outputs), room(workers, memory) + (workers + 1) * 2 * SLAB)
 
 
 def held_coded(outputs: tuple[OutputTensor, ...], workers: int) -> int:
@@ -108,7 +113,7 @@ def tile_and_peak(
 
     outputs   the output's tensors
     costs     of them
-    device    "cpu" or a GPU
+    device    of the plan
     workers   threads
     memory    the cap in bytes; None: no cap
     held      bytes that the sink holds
@@ -120,7 +125,8 @@ def tile_and_peak(
     if device == "cpu":
         baseline += _held_whole([costs[root] for root, _ in computed], workers)
     largest_block = max((min(block_elements(r.shape), math.prod(r.shape)) for r, _ in computed), default=1)
-    tile = own_tile(device)
+    on_gpu = device != "cpu" and any(backend == "torch" for _, backend in computed)
+    tile = own_tile(device if on_gpu else "cpu")
     while True:
         peak = baseline + workers * alive * max(tile, largest_block)
         if memory is None or peak <= memory:

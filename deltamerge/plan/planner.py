@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
 from deltamerge.calibrate.reach import in_words
+from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.calibrate.spec import CalibrationInput, Spec
 from deltamerge.calibrate.spec import memory as stage_memory
 from deltamerge.calibrate.split import split
-from deltamerge.engine.execute import Task
+from deltamerge.engine.devices import AUTO
 from deltamerge.engine.graph import Node
+from deltamerge.engine.tasks import Task, on_gpu
 from deltamerge.errors import InputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Adapter
@@ -32,6 +34,7 @@ from deltamerge.plan.folders import refuse_adapter, remarks
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
+from deltamerge.plan.low_rank import factoring_note, held_by_factors
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
 from deltamerge.plan.outputs import Outputs, OutputTensor
 from deltamerge.plan.stack import Stack
@@ -47,7 +50,7 @@ ADAPTER = Component(stem="adapter_model")
 class PlanOptions:
     """How a plan is to be run.
 
-    device   where tiles are computed: cpu, cuda or cuda:N
+    device   where tiles are computed: cpu, cuda, cuda:N, or auto: a GPU for what it does faster, else the CPU
     workers  threads
     memory   a cap in bytes; None: none
     data     whether the rows of calibrations are read, to check them
@@ -93,6 +96,7 @@ class Plan:
     sources: tuple[CalibrationInput, ...] = ()
     budgeted: tuple[Budgeted, ...] = ()
     weighing: Node | None = None
+    measured: tuple[Measured, ...] = ()
     cut_bytes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     pruned_adapter: Adapter | None = None
@@ -104,8 +108,13 @@ class Plan:
 
     @property
     def device(self) -> str:
-        """Where tiles are computed."""
+        """Where tiles are computed: cpu, cuda, cuda:N, or auto, some on a GPU."""
         return self.options.device
+
+    @property
+    def uses_gpu(self) -> bool:
+        """Whether anything is computed on a GPU."""
+        return self.device != "cpu" and (bool(self.sources) or any(on_gpu(t, self.device) for t in self.tasks))
 
     @property
     def workers(self) -> int:
@@ -251,7 +260,10 @@ def _plan(
     else:
         layout = plan_layout(metas, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
     outputs = tuple(row.output(layout) for row in rows)
-    held = (held_by_delta if recipe.output.kind == "delta" else held_by_files)(outputs, workers)
+    is_delta = recipe.output.kind == "delta"
+    held = held_by_delta(outputs, workers) if is_delta else held_by_files(outputs, workers, memory)
+    if recipe.output.lora:
+        held += held_by_factors(recipe.output, outputs, workers, moments=bool(found.builder.deltas.stages.inputs))
     held += kept_bytes(info for model in inputs.all for info in model.tensors.values())
     roots = dict.fromkeys(piece.built.root for output in outputs for piece in output.pieces)
     costs = {root: cost(root) for root in roots}
@@ -263,6 +275,7 @@ def _plan(
         _check_data(sources, inputs)
     if sources:  # stages run one after another, before the first tile
         resident = [node.parameter("spec").memory for node in stages.calibrations]
+        resident += [one.memory + stage_memory(one.source) for one in stages.inputs.values()]
         peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
     peak += vocabulary.memory if vocabulary is not None else 0
     cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
@@ -275,10 +288,14 @@ def _plan(
             for name, deltas in cuts.items()
         ),
     ]
+    if device == AUTO:
+        notes.append(_where(outputs, calibrates=bool(sources)))
     specs = [node.parameter("spec") for node in stages.calibrations]
     notes += [f"calibration of {s.name}: {words}" for s in specs if (words := in_words(s.not_calibrated))]
     if own is not None:
         notes.append("written as a LoRA adapter: the deltas are the adapter's own A and B")
+    elif recipe.output.lora:
+        notes.append(factoring_note(recipe.output, calibrated=bool(stages.inputs)))
     elif recipe.output.kind == "peft":
         notes.append("merged, then what differs from the base is written as a SHiRA adapter")
     cut_bytes = 2 * sum(
@@ -304,6 +321,7 @@ def _plan(
         sources=tuple(sources.values()),
         budgeted=tuple(Budgeted(t.name, math.prod(t.base.shape), t.tensor, t.base) for t in builder.budgeted),
         weighing=next(iter(stages.weighing.values()), None),
+        measured=tuple(stages.inputs.values()),
         cut_bytes=cut_bytes,
         config=found.config,
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
@@ -314,11 +332,24 @@ def _plan(
     )
 
 
+def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
+    """What "auto" leaves to the GPU, and why, in a line."""
+    pieces = [piece for output in outputs for piece in output.pieces if piece.built.root.kind != "read"]
+    there = sum(piece.backend == "torch" for piece in pieces)
+    parts = ["calibration"] * calibrates + [f"{there} tensors that are sorted or decomposed"] * bool(there)
+    here = len(pieces) - there
+    left = f"the CPU makes {here} tensors, as fast as they are read and hashed"
+    if not parts:
+        return f"device auto: {left}; nothing of it is faster on the GPU"
+    return f"device auto: the GPU is for {' and '.join(parts)}; {left}"
+
+
 def _sources(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
     """The data that stages run on, by the fine-tune's index in the recipe."""
     measured = {**stages.activations, **stages.weighing}
     sources = {i: node.parameter("source") for i, node in measured.items()}
     sources |= {i: node.parameter("spec").source for i, node in stages.calibrated.items()}
+    sources |= {i: one.source for i, one in stages.inputs.items()}
     if stages.together is not None:
         parts = stages.together.parameter("spec").sources
         sources |= {t.index: s for t, s in zip(inputs.tunes, parts, strict=True) if t.index is not None}

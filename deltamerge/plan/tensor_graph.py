@@ -16,9 +16,11 @@ from deltamerge.delta.values import VALUE_BITS
 from deltamerge.engine.graph import Function, Graph, Node
 from deltamerge.engine.graph import function_of as call
 from deltamerge.errors import RecipeError
+from deltamerge.io.computed import LowRank, update_of
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.methods.merge.arithmetic import divisor_of
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune import nodes
 from deltamerge.methods.prune.rescale import divide
@@ -36,7 +38,8 @@ class Built:
     """The node of an output tensor and, for people, what it does and with which numbers, model by model.
 
     `delta` makes the float32 values that an artifact adds to the base, where one is asked for; `changed` is the
-    expected fraction of entries that differ from the base's, 1 where nothing is known.
+    expected fraction of entries that differ from the base's, 1 where nothing is known. Where the delta is a sum of
+    adapters' updates, `updates` are these and their coefficients.
     """
 
     root: Node
@@ -44,6 +47,7 @@ class Built:
     details: tuple[str, ...]
     delta: Node | None = None
     changed: float = 1.0
+    updates: tuple[tuple[float, LowRank], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +128,8 @@ class Builder:
         details = tuple(f"{t.model.name}{own}{text}" for t, own, (_, text) in zip(tunes, texts, pruned, strict=True))
         changed = 1 - math.prod(1 - self._kept(tuned) for tuned in tunes)
         delta = None
-        if self.recipe.output.adds and base is not None and not self._left_whole(merge):
+        lora = self.recipe.output.lora
+        if base is not None and (lora or (self.recipe.output.adds and not self._left_whole(merge))):
             if method.adds:
                 nothing = self._node(zeros, inputs[1:2], base.shape)
                 delta = self._cast(self._combined(merge, [nothing, *inputs[1:]], values), "F32")
@@ -136,8 +141,13 @@ class Builder:
             and method.keeps_single is not None
             and call(method.keeps_single)(**values)
         ):
-            return Built(self.copy(tunes[0].tensor, dtype), "copy", (tunes[0].model.name,), delta, changed)
-        return Built(self._cast(self._combined(merge, inputs, values), dtype), method.name, details, delta, changed)
+            kept = self.copy(tunes[0].tensor, dtype)
+            built = Built(kept, "copy", (tunes[0].model.name,), delta, changed)
+        else:
+            merged = self._cast(self._combined(merge, inputs, values), dtype)
+            built = Built(merged, method.name, details, delta, changed)
+        plain = lora and together is None and not any(text for _, text in pruned)
+        return replace(built, updates=_updates(merge, method.name, values)) if plain else built
 
     def _totals(self, merges: Sequence[Merge]) -> Node:
         """The node of the sums that the merge method needs over all tensors."""
@@ -247,3 +257,19 @@ class Builder:
         if node.kind == "read" and node.dtype == dtype and not isinstance(node.parameter("tensor").made, Gathered):
             return node
         return self.graph.node(cast, [node], shape=node.shape, dtype=dtype, to=dtype)
+
+
+def _updates(merge: Merge, method: str, values: Mapping[str, Any]) -> tuple[tuple[float, LowRank], ...]:
+    """The coefficients and updates that a merged delta is the sum of; none where it is no such sum."""
+    if method != "task_arithmetic" or merge.base is None:
+        return ()
+    factor = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)
+    found = []
+    for tuned, weight in zip(merge.tunes, values["weights"], strict=True):
+        made = tuned.tensor.made
+        if tuned.tensor.is_same(merge.base):
+            continue
+        if update_of(tuned.tensor, merge.base) is None or not isinstance(made, LowRank):
+            return ()
+        found.append((factor * weight, made))
+    return tuple(found)

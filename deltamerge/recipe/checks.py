@@ -28,7 +28,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault that the types of the keys cannot express."""
     checks = (
         _inputs, _slices, _merge_method, _parameters, _required, _template, _tokens,
-        prune_checks.problems, _output, _adapter,
+        prune_checks.problems, _output, _adapter, _study,
     )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
 
@@ -219,9 +219,10 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
     """A delta has a base, and a delta that adds comes from a method that adds to the base."""
     output, method = recipe.output, known_method(recipe)
     yield from _quantization(recipe)
+    yield from _low_rank(recipe)
     if output.kind != "delta":
         for key in ("semantics", "values", "steps"):
-            if getattr(output, key) is not None:
+            if getattr(output, key) is not None and not (output.lora and key == "values"):
                 yield recipe.problem(("output", key), "is of delta artifacts", "output: {kind: delta}", key=True)
         return
     if output.values is not None and output.semantics == "replace":
@@ -232,6 +233,27 @@ def _output(recipe: Recipe) -> Iterator[Problem]:
     elif output.adds and method is not None and not method.deltas:
         loc: Loc = ("output", "semantics" if output.semantics else "values")
         yield recipe.problem(loc, f"{method.name} adds nothing to the base", "semantics: replace")
+
+
+def _low_rank(recipe: Recipe) -> Iterator[Problem]:
+    """A LoRA's keys are of an adapter, and say its size in one way."""
+    output = recipe.output
+    sizes = [key for key in ("rank", "energy", "budget") if getattr(output, key) is not None]
+    if output.kind != "peft":
+        for key in (*sizes, *(key for key in ("whole", "targets", "dora") if is_given(recipe, "output", key))):
+            yield recipe.problem(("output", key), "is of a LoRA", "output: {kind: peft, rank: 32}", key=True)
+        return
+    if not sizes:
+        for key in ("whole", "targets", "dora"):
+            if is_given(recipe, "output", key):
+                yield recipe.problem(("output", key), "needs a rank, an energy or a budget", "rank: 32", key=True)
+        return
+    if output.energy is not None and output.budget is not None:
+        yield recipe.problem(("output", "budget"), "cannot stand beside energy", "keep one of the two", key=True)
+    if output.values in ("int8", "sign"):
+        yield recipe.problem(("output", "values"), f"factors are float32 or bfloat16, not {output.values}")
+    if not is_given(recipe, "base_model"):
+        yield recipe.problem(("output", "kind"), "a LoRA needs base_model", "name what the output is a change of")
 
 
 def _quantization(recipe: Recipe) -> Iterator[Problem]:
@@ -260,3 +282,25 @@ def _adapter(recipe: Recipe) -> Iterator[Problem]:
     if recipe.output.kind == "peft" and method is not None and not method.deltas:
         hint = "merge_method: task_arithmetic, or another that works on deltas"
         yield recipe.problem(("output", "kind"), f"peft needs the deltas of a base, {method.name} has none", hint)
+
+
+def _study(recipe: Recipe) -> Iterator[Problem]:
+    """The models that a study names are there, and have what their measures need."""
+    if recipe.study is None:
+        return
+    known = {recipe.names[i] for i in recipe.fine_tunes}
+    several = isinstance(recipe.study.objective, tuple)
+    for number, goal in enumerate(recipe.study.goals):
+        at: Loc = ("study", "objective", number) if several else ("study", "objective")
+        for key, names in (("of", [goal.of] if goal.of else []), ("weights", list(goal.weights))):
+            for name in names:
+                if name not in known:
+                    yield recipe.problem((*at, key), f"{show(name)} is no fine-tune here", suggest(name, known))
+        if goal.weights and not any(goal.weights.get(name, 1.0) for name in known):
+            yield recipe.problem((*at, "weights"), "are all 0")
+    if recipe.study.sampler == "cmaes" and len(recipe.study.goals) > 1:
+        yield recipe.problem(("study", "sampler"), "cmaes has one objective", "sampler: nsga2, or tpe")
+    if recipe.study.pruner != "none" and (several or any(goal.command for goal in recipe.study.goals)):
+        yield recipe.problem(
+            ("study", "pruner"), "is for one objective that rows give, not a command's", "pruner: none"
+        )

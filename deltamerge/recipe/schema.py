@@ -12,13 +12,15 @@ from typing_extensions import TypeAliasType
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
 from deltamerge.methods.table import MERGE, NO_EFFECT, NO_EFFECT_KEYS
+from deltamerge.recipe import open_values
 from deltamerge.recipe.output_keys import Quantization, Quantized
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
 from deltamerge.recipe.prune_keys import Keys
 from deltamerge.recipe.prune_keys import Protect as Protect
 from deltamerge.recipe.prune_keys import Prune as Prune
-from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Size, Text
+from deltamerge.recipe.study_keys import Study
+from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Share, Size, Text
 from deltamerge.recipe.types import parse_size as parse_size
 from deltamerge.recipe.values import Items, Value
 from deltamerge.recipe.yaml_source import Loc, YamlSource
@@ -39,6 +41,7 @@ class Model(Keys):
     name: Text | None = Field(None, description="Its name in masks and reports. Default: `model` as written.")
     parameters: Parameters = Field({}, description="Parameters of the merge method for this model.")
     prune: Prune | None = Field(None, description="Pruning of this model's delta; these keys win.")
+    calibration: Calibration | None = Field(None, description="This model's own rows; its keys win over the recipe's.")
 
 
 class SliceSource(Model):
@@ -156,13 +159,31 @@ class Output(Keys):
         None, description="delta: final values (the default), or values to add to the base, which `values` implies."
     )
     values: Literal["float32", "bfloat16", "int8", "sign"] | None = Field(
-        None, description="delta: how values to add are stored. Default: bfloat16."
+        None,
+        description="delta: how values to add are stored. Default: bfloat16. peft with a rank: how the factors are, "
+        "float32 or bfloat16. Default: the output's dtype.",
     )
     steps: bool | None = Field(
         None,
         description="delta: whether final values of bfloat16 and float16 may be stored as steps from the base's, the "
         "fewest bytes, which only a reader that has the base can tell. Default: true.",
     )
+    rank: Positive | None = Field(None, le=1 << 20, description="peft: a LoRA of this rank, or at most of it.")
+    energy: Share | None = Field(
+        None, description="peft: a LoRA of as many ranks as keep this share of each delta; 1: all of it."
+    )
+    budget: Size | None = Field(
+        None, description="peft: a LoRA of this many bytes, each layer with the rank that pays."
+    )
+    whole: Literal["keep", "heads", "drop", "refuse"] | None = Field(
+        None,
+        description="peft with a rank: what changed and has no factors (embeddings, heads, norms, biases) is stored "
+        "whole; heads and what the base lacks alone are; nothing is; or it is an error. Default: keep.",
+    )
+    targets: Items[Pattern] | None = Field(
+        None, description="peft with a rank: weights that get factors. Default: of all linear layers but heads."
+    )
+    dora: bool = Field(False, description="peft with a rank: with the lengths of the weights' rows (DoRA).")
     quantization: Quantized = Field(
         "none",
         description="model: weights are written plain (none), in the form that the template or the base has (keep), or "
@@ -179,6 +200,11 @@ class Output(Keys):
         if isinstance(wanted, Quantization) or wanted == "none" or wanted == "keep":
             return wanted
         return Quantization.model_validate({"scheme": wanted})
+
+    @property
+    def lora(self) -> bool:
+        """Whether a LoRA is asked for, whose factors are made from the deltas."""
+        return self.kind == "peft" and not (self.rank is self.energy is self.budget is None)
 
     @property
     def adds(self) -> bool:
@@ -218,6 +244,7 @@ class Recipe(Keys):
         False, description="Read it as mergekit does: its defaults where ours differ; unknown parameters are ignored."
     )
     output: Output = Field(Output.model_validate({}), description="What is written, and where.")
+    study: Study | None = Field(None, description="How `sweep` and `search` judge candidates; a run passes over it.")
 
     _source: YamlSource = PrivateAttr()
     _parts: tuple[Section, ...] = PrivateAttr(())
@@ -267,6 +294,13 @@ class Recipe(Keys):
         """The registered merge method of a recipe that `load` has accepted."""
         return MERGE[self.method_name or ""]
 
+    def calibration_of(self, index: int) -> Calibration | None:
+        """The calibration rows of a model: its own keys before the recipe's."""
+        own, whole = self.models[index].calibration, self.calibration
+        if own is None or whole is None:
+            return own or whole
+        return whole.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
+
     @property
     def tokenizer_of(self) -> str | None:
         """Whose tokenizer the output has: base, union, a model, or None where the recipe leaves it to the template."""
@@ -300,4 +334,5 @@ def schema() -> dict[str, Any]:
         },
         "additionalProperties": False,
     }  # fmt: skip
+    open_values.allow(generated)
     return {"$schema": "http://json-schema.org/draft-07/schema#", **generated, "title": "deltamerge recipe"}

@@ -116,5 +116,6 @@ Columns = Annotated[
     Annotated[Text, Tag("(text)")] | Annotated[Items[Text], AfterValidator(_columns), Tag("(list)")],
     Discriminator(_one_or_many),
 ]
+Share = Annotated[float, Field(gt=0, le=1)]
 Positive = Annotated[int, Field(ge=1)]
 Natural = Annotated[int, Field(ge=0, lt=2**63)]

@@ -22,6 +22,7 @@ from deltamerge.plan.planner import Plan
 from deltamerge.run.budget import ChosenDensities, budget_of
 from deltamerge.run.heads import head_of
 from deltamerge.run.lock import errors_of
+from deltamerge.run.lora_file import LowRankSummary
 
 
 def _license(plan: Plan) -> str | None:
@@ -142,6 +143,36 @@ def _quantised(losses: Losses | None) -> list[str]:
     return ["## Quantisation", "", f"{said}, at most {found['tensors'][worst]:.3g} ({code(worst)}).", ""]
 
 
+def _study(study: Mapping[str, Any]) -> list[str]:
+    """How a search found the recipe."""
+    if not study:
+        return []
+    goals = study.get("objectives") or {}
+    searched = ", ".join(f"{code(str(name))} {value}" for name, value in (study.get("values") or {}).items())
+    values = ", ".join(f"{plain(str(name))} {value}" for name, value in goals.items())
+    said = f"The best {plain(str(study.get('why', '')))}, by {plain(str(study.get('sampler')))}: {values}."
+    return ["## Search", "", f"{study.get('trials')} trials. {said}", "", f"Found: {searched}.", ""]
+
+
+def _lora(written: LowRankSummary | None) -> list[str]:
+    """What a LoRA keeps of each weight's delta."""
+    if written is None:
+        return []
+    weighed = written.output is not None
+    also = "" if written.output is None else f", {written.output:.4g} of the change of the layers' outputs"
+    head = "| weight | rank | kept of the delta |" + (" of the outputs |" if weighed else "")
+    rows = [
+        f"| {plain(name)} | {one.rank} | {one.energy:.4g} |" + (f" {_share(one.output)} |" if weighed else "")
+        for name, one in written.layers.items()
+    ]
+    said = f"{written.nbytes:,} bytes keep {written.energy:.4g} of the deltas' squares{also}."
+    return ["## LoRA", "", said, "", head, "|---|---|---|" + "---|" * weighed, *rows, ""]
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4g}"
+
+
 def _pictures(named: Mapping[str, str]) -> list[str]:
     if not named:
         return []
@@ -158,9 +189,12 @@ def render(
     choice: ChosenDensities | None = None,
     pictures: Mapping[str, str] | None = None,
     losses: Losses | None = None,
+    lora: LowRankSummary | None = None,
+    study: Mapping[str, Any] | None = None,
 ) -> str:
     """The whole card; the same plan gives the same text. `written` is what a delta artifact takes, `choice` what a
-    budget allowed, `pictures` files and their captions, `losses` what quantisation lost."""
+    budget allowed, `pictures` files and their captions, `losses` what quantisation lost, `lora` what a LoRA keeps,
+    `study` how a search found the recipe."""
     what = Counter((p.built.method, p.built.details) for o in plan.outputs for p in o.pieces)
     rows = [
         f"| {count} | {plain(method)} | {'<br>'.join(map(plain, details))} |"
@@ -182,6 +216,8 @@ def render(
         *_calibration(plan, calibrated),
         *_delta(plan, written, choice),
         *_quantised(losses),
+        *_study(study or {}),
+        *_lora(lora),
         *_pictures(pictures or {}),
         "## Recipe",
         "",

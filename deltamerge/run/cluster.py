@@ -42,16 +42,17 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
     planned = make_plans(file, out, replace(options, device="cpu"))[-1]
     file, target = replace(file, path=file.path.resolve()), target_of(file, out).resolve()
     workers = options.workers or 1
-    asked = replace(options, workers=workers, resume=True, watch=unwatched, drawing=None)
+    gpus, device = gpus_of(options.device)
+    asked = replace(options, workers=workers, resume=True, watch=unwatched, drawing=None, device=device)
     nonfinite: dict[str, NonFinite] = {}
     with (
         parts_workspace(target, force=options.force, resume=options.goes_on) as begun,
-        _cluster(address) as ray,
+        connected(address) as ray,
         _interrupts() as interrupted,
     ):
         cores = int(ray.cluster_resources().get("CPU", 1))
         count = begun or max(1, min(len(planned.layout.files), cores // workers))
-        needs = {"num_cpus": workers, "num_gpus": int(options.device.startswith("cuda"))}
+        needs = {"num_cpus": workers, "num_gpus": gpus}
         task = ray.remote(max_retries=RETRIES, scheduling_strategy="SPREAD", **needs)(_run_part)
 
         def start(part: Part) -> Any:
@@ -77,6 +78,11 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
                     nonfinite |= found
     done = finish(file, out, options)
     return Result(done.folder, done.plan, done.lock, nonfinite=nonfinite)
+
+
+def gpus_of(device: str) -> tuple[int, str]:
+    """The GPUs that a task takes, and its device: of those of its machine ray shows it one, which is then cuda:0."""
+    return (1, "cuda") if device.startswith("cuda") else (0, device)
 
 
 def _run_part(file: RecipeFile, target: Path, part: Part, options: Options) -> Any:
@@ -125,7 +131,7 @@ def _interrupts() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _cluster(address: str) -> Iterator[Any]:
+def connected(address: str) -> Iterator[Any]:
     """Ray, connected; its tasks end with the block. InputError: it is not installed, or no cluster is at `address`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     if address == LOCAL and not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:

@@ -1,7 +1,8 @@
-"""A fine-tune and its base -> a delta artifact, by the recipe that says so."""
+"""A fine-tune and its base -> a delta artifact or a LoRA, by the recipe that says so."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,20 +28,25 @@ def extract(
     q: float | None = None,
     values: str | None = None,
     after: str | None = None,
+    lora: Mapping[str, Any] | None = None,
+    calibration: Mapping[str, Any] | None = None,
     options: Options | None = None,
 ) -> Result:
-    """Run the recipe of one fine-tune (`model`, of `base`; folders or hub ids) whose output is a delta.
+    """Run the recipe of one fine-tune (`model`, of `base`; folders or hub ids) whose output is a delta, or with `lora`
+    (keys of a recipe's output: rank, energy, budget, …) an adapter, whose factors `calibration` weighs.
 
     Without `density` everything that changed is kept, and stored as final values unless `values` says how values to add
-    are. `out` is NAME-delta in this folder if not given; `options` are those of `run`.
+    are. `out` is NAME-delta or NAME-lora in this folder if not given; `options` are those of `run`.
 
     With `after`, a version of a chain, `out` is the next version beside it: `base` is what that makes, or the base of
-    the chain. UsageError: a method or q without a density; `after` with values to add, or without `out`. RecipeError,
-    of no line, as there is no file: a method that is not known or needs more settings.
+    the chain. UsageError: a method or q without a density; `after` with values to add, a LoRA, or without `out`.
+    RecipeError, of no line, as there is no file: a method that is not known or needs more settings.
     """
+    if lora is None and calibration is not None:
+        raise UsageError("--calibration is for --lora", hint="--lora 32")
     if after is not None:
-        if values is not None or out is None:
-            raise UsageError("--after needs --out, and takes no --values", hint="a version of a chain has final values")
+        if values is not None or lora is not None or out is None:
+            raise UsageError("--after needs --out, and takes no --values and no --lora", hint="its values are final")
         link, options = Link.begin(after, out), options or Options()
         with one_writer(out.resolve().parent, "adding"):
             base, options = link.base(base, pickles=options.pickles), replace(options, ending=link.finish)
@@ -51,17 +57,27 @@ def extract(
         raise UsageError(f"--out {out}: is a chain", hint=f"--out {out}/NAME --after {out}/BEFORE")
     if model.rstrip("/") == base.rstrip("/"):
         raise InputError(f"{model}: is the base itself", hint="name a fine-tune, and behind it its base")
-    recipe = {"base_model": base, "models": [{"model": model}], "output": _output(values)}
+    output = _output(values)
+    if lora is not None:
+        output = {"kind": "peft", **lora, **({} if values is None else {"values": values})}
+    recipe: dict[str, Any] = {"base_model": base, "models": [{"model": model}], "output": output}
+    if calibration is not None:
+        recipe["calibration"] = dict(calibration)
     if density is not None:
         prune: dict[str, Any] = {"method": method or "magnitude", "density": density}
         recipe["prune"] = prune if q is None else prune | {"q": q}
     text = yaml.safe_dump(recipe, sort_keys=False)
-    name = Path(model.partition("@")[0]).name or "model"
     try:
-        return run(read_text(text, Path.cwd() / "extract"), out or Path(f"{name}-delta"), options)
+        return run(read_text(text, Path.cwd() / "extract"), out or Path(name_of(model, lora=lora is not None)), options)
     except RecipeError as error:
         raise error.of("extract") from None
 
 
-def _output(values: str | None) -> dict[str, str]:
+def name_of(model: str, *, lora: bool) -> str:
+    """The folder that is made of a model where none is named."""
+    name = Path(model.partition("@")[0]).name or "model"
+    return f"{name}-{'lora' if lora else 'delta'}"
+
+
+def _output(values: str | None) -> dict[str, Any]:
     return {"kind": "delta"} if values is None else {"kind": "delta", "semantics": "add", "values": values}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ from deltamerge.io.tokenizer_files import CONFIG, JINJA, TOKENIZER
 from deltamerge.plan.planner import Plan
 
 DATA = "calibration data"
+
+WORKERS_A_HASHER = 4  # threads that merge for each that hashes what they do not read
 
 Mine = Callable[[int, int], bool]
 
@@ -148,8 +151,11 @@ def describe_inputs(
     inputs: dict[str, Any] = {}
     for model, chosen in _chosen(plan, mine):
         inputs[model.reference] = describe_input(model, workers, chosen, pieces)
-    for source in plan.sources[:1]:
-        inputs[DATA] = _describe_data(source, workers)
+    known: set[str] = set()
+    for source in plan.sources:
+        if source.calibration.data not in known:
+            inputs[f"{DATA} of {source.model}" if known else DATA] = _describe_data(source, workers)
+        known.add(source.calibration.data)
     return inputs
 
 
@@ -161,9 +167,9 @@ def _chosen(plan: Plan, mine: Mine) -> Iterator[tuple[Checkpoint, list[Path]]]:
         position += len(files)
 
 
-def hashed_as_read(info: TensorInfo) -> TensorInfo | None:
-    """The stored tensor whose bytes the compiled loop hashes as it reads `info`; None: those are made another way."""
-    if isinstance(info.made, Streamed):
+def hashed_as_read(info: TensorInfo, backend: str) -> TensorInfo | None:
+    """The stored tensor whose bytes a backend hashes as it reads `info`; None: those are made another way."""
+    if backend == "fused" and isinstance(info.made, Streamed):
         return info.made.codes if info.made.is_plain and info.made.bits and not info.begin else None
     return info if info.made is None else None
 
@@ -172,14 +178,43 @@ def hash_ahead(plan: Plan, mine: Mine, pieces: Pieces) -> None:
     """Tell `pieces` of what a run will not hash as it reads it, while it does."""
     merged: defaultdict[Path, list[tuple[int, int]]] = defaultdict(list)
     for task in plan.tasks if plan.recipe.output.kind == "model" else ():
-        if task.backend == "fused" and task.root.kind != "read":
+        if task.root.kind != "read":
             infos = (node.parameter("tensor") for node in depth_first(task.root) if node.kind == "read")
-            for info in (one for info in infos if (one := hashed_as_read(info)) is not None):
+            for info in (one for info in infos if (one := hashed_as_read(info, task.backend)) is not None):
                 merged[info.path].append((info.begin, info.begin + info.nbytes))
     paths = [path for _, files in _chosen(plan, mine) for path in files if not sha256_of(path)]
-    with progress.phase("hashing inputs", sum(path.stat().st_size for path in paths if path.exists())):
-        for path in paths:
-            learn_pieces(path, pieces, merged[path])
+    total = sum(path.stat().st_size for path in paths if path.exists())
+    with progress.phase("hashing inputs", total) as hashing:
+        _side_by_side([partial(learn_pieces, path, pieces, merged[path]) for path in paths], hashing, plan.workers)
+
+
+def _side_by_side(works: list[Callable[[], Any]], phase: progress.Phase, workers: int) -> None:
+    """Do all on a few threads: daemons, which an interrupted run does not wait for. Raises what the first raised."""
+    failures: list[BaseException] = []
+    todo = iter(works)
+    taking = threading.Lock()
+
+    def go() -> None:
+        with progress.joined(phase):
+            while not failures:
+                with taking:
+                    work = next(todo, None)
+                if work is None:
+                    return
+                try:
+                    work()
+                except BaseException as failure:
+                    failures.append(failure)
+
+    count = min(len(works), max(1, workers // WORKERS_A_HASHER))
+    threads = [threading.Thread(target=go, daemon=True) for _ in range(count - 1)]
+    for thread in threads:
+        thread.start()
+    go()
+    for thread in threads:
+        thread.join()
+    if failures:
+        raise failures[0]
 
 
 def _describe_data(source: CalibrationInput, workers: int) -> dict[str, Any]:

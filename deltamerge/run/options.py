@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from deltamerge.engine.devices import AUTO
 from deltamerge.engine.execute import default_workers
 from deltamerge.errors import UsageError
 from deltamerge.io import progress
-from deltamerge.io.lazy import torch
 from deltamerge.plan.planner import Plan, PlanOptions
 from deltamerge.run.calibration_record import Run
 from deltamerge.run.lock import Lock
@@ -37,7 +37,8 @@ def unwatched(_: Plan) -> Callable[[int], None]:
 class Options:
     """How a recipe is planned and run.
 
-    device           where tiles are computed: auto (the first GPU, if there is one), cpu, cuda or cuda:N
+    device           where tiles are computed: auto (the first GPU, if there is one, what it does faster), cpu, cuda or
+                     cuda:N
     workers          threads; None: as many as there are cores
     memory           a cap in bytes; None: none
     resume           go on where an interrupted run with the same inputs stopped; by default unless `force`
@@ -96,11 +97,13 @@ class Options:
 
 
 def choose_device(device: str) -> str:
-    """ "auto" is the first GPU where there is one; torch is asked only if the machine shows an NVIDIA device."""
+    """The device of a plan, for which torch is not imported: "auto" where the machine shows an NVIDIA device, whose GPU
+    then does what it does faster (`backends.choose`); else the CPU. UsageError: no such device."""
     if not DEVICES.fullmatch(device):
         raise UsageError(f"--device {device}: no such device", hint="auto, cpu, cuda or cuda:N")
-    if device != "auto":
-        return device
-    if not any(Path("/dev").glob("nvidia[0-9]*")):
-        return "cpu"
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if device == AUTO and not shows_gpu() else device
+
+
+def shows_gpu() -> bool:
+    """Whether the machine shows an NVIDIA device; what torch sees of it is found out when it is used."""
+    return any(Path("/dev").glob("nvidia[0-9]*"))

@@ -8,11 +8,9 @@ linear layers; other tensors that changed are stored whole.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from deltamerge import errors
 from deltamerge.errors import InputError
@@ -26,22 +24,10 @@ from deltamerge.io.shira import Candidate, choose_rank, count_changed, entries
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.writer import Writer
 from deltamerge.plan.planner import ADAPTER, Plan
+from deltamerge.run.adapted_modules import ChangedTensor, Modules
 from deltamerge.run.assets import config as output_config
 from deltamerge.run.assets import tokenizer_files, write_files
 from deltamerge.run.tokenizer import Files, edit_tokenizer
-
-
-class ChangedTensor(NamedTuple):
-    """A tensor of the merged model that is not the base's: its name in the model, what was written, the base's."""
-
-    name: str
-    result: TensorInfo
-    base: TensorInfo | None
-    changed: int
-
-    @property
-    def module(self) -> str:
-        return self.name.rpartition(".")[0]
 
 
 def write_adapter(planned: Plan, folder: Path) -> tuple[str, ...]:
@@ -51,16 +37,21 @@ def write_adapter(planned: Plan, folder: Path) -> tuple[str, ...]:
         shutil.copyfile(planned.pruned_adapter.path / CONFIG, folder / CONFIG)
     else:
         notes = _write_shira(planned, folder)
+    write_tokenizer(planned, folder)
+    return notes
+
+
+def write_tokenizer(planned: Plan, folder: Path) -> None:
+    """Put the tokenizer's files beside an adapter."""
     files: Files = dict(tokenizer_files(planned))
     edit_tokenizer(files, planned.vocabulary, planned.chat_template)
     write_files(files, folder)
-    return notes
 
 
 def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
     with errors.context("output.kind: peft"), Reader() as reader:
         results = {n: i for file in planned.layout.files for n, i in read_header(folder / file.name).tensors.items()}
-        modules = _Modules.of(output_config(planned), results)
+        modules = Modules.of(output_config(planned), results)
         changed = list(_changed(planned, reader, modules, results))
         candidates = {
             e.name: Candidate((e.result.shape[0], e.result.shape[1]), e.changed, e.result.nbytes)
@@ -80,7 +71,7 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
             )
         targets = [name.rpartition(".")[0] for name in sparse]
         rest = [e for e in changed if e.name not in sparse]
-        saved, loose = modules.share_out(rest, targets)
+        saved, loose = modules.share_out(rest, targets, results)
         _write(reader, folder, changed, sparse, rank, {**saved, **loose})
     settings = {
         "peft_type": "SHIRA",
@@ -116,7 +107,7 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
 
 
 def _changed(
-    planned: Plan, reader: Reader, modules: _Modules, results: dict[str, TensorInfo]
+    planned: Plan, reader: Reader, modules: Modules, results: dict[str, TensorInfo]
 ) -> Iterable[ChangedTensor]:
     base, template = planned.inputs.base, planned.inputs.template
     assert base is not None
@@ -154,55 +145,3 @@ def _write(
         for key, info in whole.items():
             writer.copy(key, info, reader)
         writer.finish()
-
-
-class _Modules:
-    """What transformers makes of the output's config, without weights: which modules there are."""
-
-    def __init__(self, model: Any, architecture: str, stored: dict[str, str], results: dict[str, TensorInfo]) -> None:
-        from torch import nn
-
-        from deltamerge.calibrate.loading import aliases
-
-        self.architecture, self.stored, self.results = architecture, stored, results
-        self.names = [name for name, _ in model.named_modules()]
-        self.linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-        self.leaves = {name for name, module in model.named_modules() if not list(module.children())}
-        self.tied = set(aliases(model))
-
-    @classmethod
-    def of(cls, config: dict[str, Any], results: dict[str, TensorInfo]) -> _Modules:
-        from transformers import AutoConfig
-
-        from deltamerge.calibrate.loading import checkpoint_names
-        from deltamerge.calibrate.skeleton import skeleton
-
-        try:
-            made = AutoConfig.for_model(**config)
-        except (KeyError, TypeError, ValueError) as error:
-            raise InputError(f"transformers cannot read the output's config: {str(error).splitlines()[0]}") from None
-        model = skeleton(made, None)
-        return cls(model, type(model).__name__, checkpoint_names(model, list(results)), results)
-
-    def share_out(
-        self, rest: Iterable[ChangedTensor], targets: list[str]
-    ) -> tuple[dict[str, TensorInfo], dict[str, TensorInfo]]:
-        """Tensors stored whole: of modules for `modules_to_save`, and those that are loaded into the base itself.
-
-        The latter are biases of adapted layers, tied weights, parameters beside submodules, and modules that PEFT,
-        which matches the end of a name, could not tell from others.
-        """
-        saved: dict[str, TensorInfo] = {}
-        loose: dict[str, TensorInfo] = {}
-        for entry in rest:
-            module = entry.module
-            alone = [name for name in self.names if name.endswith(module)] == [module]
-            hides = any(re.match(rf"(^|.*\.){module}($|\..*)", target) for target in targets)
-            if module in targets:
-                loose[f"{PREFIX}{module}.base_layer.{entry.name.rpartition('.')[2]}"] = entry.result
-            elif entry.name in self.tied or module not in self.leaves or not alone or hides:
-                loose[PREFIX + entry.name] = entry.result
-            else:
-                own = [name for name in self.stored if name.rpartition(".")[0] == module]
-                saved |= {PREFIX + name: self.results[self.stored[name]] for name in own}
-        return saved, loose

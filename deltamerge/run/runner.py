@@ -12,6 +12,7 @@ from deltamerge import errors
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.execute import shared_values
 from deltamerge.errors import InputError
+from deltamerge.io.adapter_config import CONFIG
 from deltamerge.io.atomic import refuse_taken
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Checkpoint
@@ -30,9 +31,10 @@ from deltamerge.run.budget import budget_of
 from deltamerge.run.card import render
 from deltamerge.run.intermediate import check_places, is_current, is_result, is_unchanged
 from deltamerge.run.lock import CARD, ROWS, Lock
+from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.options import Draw, Options
 from deltamerge.run.partition import Part, check_recipe, check_shards, drop_damaged, gather_parts
-from deltamerge.run.peft import write_adapter
+from deltamerge.run.peft import write_adapter, write_tokenizer
 from deltamerge.run.plans import Planner, target_of
 from deltamerge.run.reading import Reading, check_deltas, places
 from deltamerge.run.weights import Weights, calibrated, check_finite, make_weights
@@ -54,6 +56,7 @@ class Result:
     nonfinite: Mapping[str, NonFinite] = field(default_factory=dict)
     intermediate: Mapping[Path, bool] = field(default_factory=dict)
     made: bool = True
+    lora: LowRankSummary | None = None
 
     @property
     def nbytes(self) -> int:
@@ -153,8 +156,8 @@ def _make(
             losses = {"losses": made.losses} if made.losses else {}
             work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed, **losses}})
             return Result(work.folder, part.of(made.plan), {}, None, made.nonfinite)
-        planned, lock = _complete(made, work, document.text, target.name, inputs, draw, options.ending)
-    return Result(target, planned, lock, made.delta, made.nonfinite)
+        planned, lock = _complete(made, work, document.text, target.name, inputs, draw, options.lock, options.ending)
+    return Result(target, planned, lock, made.delta, made.nonfinite, lora=made.lora)
 
 
 def _checked(
@@ -201,7 +204,7 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
         write_index(work.folder, planned.layout)
         losses = {name: (sums[0], sums[1]) for part in parts for name, sums in part.get("losses", {}).items()}
         made = Weights(set_aside(_warned(planned)), found, outputs, seals=seals, losses=losses)
-        planned, lock = _complete(made, work, text, target.name, inputs, draw)
+        planned, lock = _complete(made, work, text, target.name, inputs, draw, options.lock)
     return Result(target, planned, lock)
 
 
@@ -212,16 +215,20 @@ def _complete(
     title: str,
     inputs: dict[str, Any],
     draw: Draw | None,
+    given: Lock | None,
     ending: Callable[[Path], None] | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Write all that is no weight and give the folder its name; the plan, with what there is to say, and the lock."""
     folder, planned, outputs = work.folder, made.plan, made.hashed
     if planned.recipe.output.kind != "delta":
         for name, path in files_of(folder).items():  # of an attempt that was killed, or of what had been there before
-            if name not in outputs and name not in planned.layout.indexes:
+            if name not in outputs and name not in planned.layout.indexes and not (made.lora and name == CONFIG):
                 path.unlink()
     (folder / LOCK_NAME).unlink(missing_ok=True)
-    if planned.recipe.output.kind == "peft":
+    if made.lora is not None:
+        planned = replace(planned, notes=planned.notes + made.lora.notes)
+        write_tokenizer(planned, folder)
+    elif planned.recipe.output.kind == "peft":
         planned, outputs = replace(planned, notes=planned.notes + write_adapter(planned, folder)), {}
     else:
         files = assets(planned)
@@ -235,10 +242,11 @@ def _complete(
 
         planned = replace(planned, notes=(*planned.notes, write_gguf(planned, folder)))
     found = {node: made.values[node] for node in planned.stages}
-    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses)
+    study = None if given is None else given.content.get("study")
+    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses, made.lora, study)
     lock.write_rows()
     pictures = draw(planned, folder, lock.figures) if draw is not None else {}
-    card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses)
+    card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses, made.lora, study)
     (folder / CARD).write_text(card, encoding="utf-8")
     others = {name: path for name, path in files_of(folder).items() if name not in outputs}
     seals = {**made.seals, **{name: seal(path) for name, path in others.items()}}

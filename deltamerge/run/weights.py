@@ -6,10 +6,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from deltamerge.delta.writer import Summary
+from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute, shared_values
 from deltamerge.engine.graph import Node
-from deltamerge.errors import InputError, OutputError
+from deltamerge.engine.tasks import on_gpu
+from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import some
 from deltamerge.io.audit import Findings, NonFinite
 from deltamerge.io.coded_writer import CodedWriter, Losses
@@ -20,19 +25,23 @@ from deltamerge.io.work_folder import CALIBRATION
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Writer
 from deltamerge.plan.finite import set_aside
+from deltamerge.plan.memory import room
 from deltamerge.plan.planner import Plan
 from deltamerge.run.budget import ChosenDensities, budget_of
 from deltamerge.run.delta_output import write_delta, write_within_budget
 from deltamerge.run.lock import Lock
+from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.options import Options
 from deltamerge.run.partition import Part, shared_calibration
+
+WORKERS_A_HASHER = 8  # threads that merge for each that hashes beside the first
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Weights that are written: by which plan, the values of its shared nodes, hash and size of the files whose hash is
     known, what is not finite in them, what an artifact takes, the densities that fit a budget, the seals of the files
-    as they were when they were hashed, and what quantisation lost."""
+    as they were when they were hashed, what quantisation lost, and what a LoRA keeps."""
 
     plan: Plan
     values: Mapping[Node, Any]
@@ -42,6 +51,7 @@ class Weights:
     choice: ChosenDensities | None = None
     seals: Mapping[str, Seal] = field(default_factory=dict)
     losses: Losses = field(default_factory=dict)
+    lora: LowRankSummary | None = None
 
 
 def make_weights(
@@ -57,6 +67,8 @@ def make_weights(
         work.empty()
         planned, values, delta, choice = write_within_budget(planned, work.folder, options)
         return Weights(planned, values, {}, delta.nonfinite, delta, choice)
+    if planned.recipe.output.lora:
+        return _make_lora(planned, work, options, part, facts)
     made = _make(planned, work, options, part, facts, pieces)
     if part is not None:
         return made
@@ -85,6 +97,20 @@ def _make(
     hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
     seals = {name: seal(work.folder / name) for name in hashed}
     return Weights(planned, values, hashed, found.nonfinite, seals=seals, losses=losses)
+
+
+def _make_lora(
+    planned: Plan, work: Workspace, options: Options, part: Part | None, facts: Mapping[str, Any]
+) -> Weights:
+    from deltamerge.run.lora_output import write_lora
+
+    if part is not None:
+        raise UsageError("--part: a LoRA is one small file", hint="run it without --part")
+    values = calibrated(planned, work, options.lock, facts, alone=True)
+    with options.merging(planned) as told:
+        values, lora = write_lora(planned, work, values, told)
+    seals = {name: seal(work.folder / name) for name in lora.hashed}
+    return Weights(planned, values, lora.hashed, seals=seals, lora=lora)
 
 
 def calibrated(
@@ -128,6 +154,11 @@ def describe_nonfinite(nonfinite: Mapping[str, NonFinite]) -> str:
     return f"values that are not finite in {some(named, 8)}"
 
 
+def pinned_memory(planned: Plan) -> Callable[[int], NDArray[np.uint8]] | None:
+    """What makes memory that a GPU writes to by itself; None: no tensor is computed on one."""
+    return pinned if any(on_gpu(task, planned.device) for task in planned.tasks) else None
+
+
 def _write_shards(
     planned: Plan,
     work: Workspace,
@@ -137,7 +168,14 @@ def _write_shards(
     pieces: Pieces,
 ) -> tuple[Findings, Losses]:
     files = part.files(planned.layout) if part else None
-    with Reader(pieces) as reader, Writer(work.folder, planned.layout, files=files, journal=work.journal) as writer:
+    with (
+        Reader(pieces) as reader,
+        Writer(
+            work.folder, planned.layout, files=files, journal=work.journal,
+            room=room(planned.workers, planned.options.memory), hashers=1 + planned.workers // WORKERS_A_HASHER,
+            allocate=pinned_memory(planned),
+        ) as writer,
+    ):  # fmt: skip
         sink = CodedWriter(writer, planned.codings, reader, work.folder)
         execute(
             sorted(planned.tasks, key=lambda task: sink.where(task.name, task.offset)),

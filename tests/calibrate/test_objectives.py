@@ -208,7 +208,7 @@ def test_sparse_and_dense_deltas_apply_alike(q: Any) -> None:
     [
         (80, 0, ["ab", "cd", "ef", "ab", "cd", "ef"]),  # in a circle the last used are always gone
         (80, 80, ["ab", "cd", "ef", "cd", "ef"]),
-        (80, 120, ["ab", "cd", "ef", "d", "ef"]),
+        (80, 120, ["ab", "cd", "ef", "d", "e"]),
         (80, 160, ["ab", "cd", "ef"]),
     ],
 )

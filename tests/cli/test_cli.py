@@ -214,7 +214,8 @@ FLAGS = {
     "plan": "--device --workers --memory --diff --graph --tensors --mergekit-exact --set --allow-pickles --json --help",
     "lock": "--check --device --workers --memory --mergekit-exact --set --allow-pickles --help",
     "apply": "--base --out --workers --memory --force --allow-pickles --json --quiet --help",
-    "extract": "--base --out --after --density --method --q --values --device --workers --memory --resume --force "
+    "extract": "--base --out --after --density --method --q --values --lora --budget --whole --target --dora "
+    "--calibration --text --sequences --length --device --workers --memory --resume --force "
     "--allow-nonfinite --allow-pickles --json --quiet --help",
     "diff": "--workers --allow-pickles --json --help",
     "verify": "--base --workers --allow-pickles --json --help",

@@ -180,3 +180,49 @@ def test_what_a_resumed_run_sends_again_is_read_from_the_file(tmp_path: Path) ->
     assert box._bytes == 0  # it would fill up, and who makes more would wait for ever
     box.close()
     assert path.read_bytes() == bytes(half) + bytes([7]) * (2 * half)
+
+
+@pytest.mark.parametrize(("workers", "expected"), [(1, True), (16, False)])
+def test_pieces_of_many_workers_are_hashed_from_memory(
+    workers: int, expected: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """16 threads end in any order: with room for as many pieces as they make none is read back from its file."""
+    monkeypatch.setattr(outbox, "ROOM", 4 * LEAST)
+    monkeypatch.setattr(outbox, "SLAB", LEAST)
+    count, path = 96, tmp_path / "x"
+    path.write_bytes(bytes(count * LEAST))
+    forgotten: list[int] = []
+    forget = Outbox._forget
+    monkeypatch.setattr(Outbox, "_forget", lambda self: (forgotten.append(1), forget(self))[1])
+    spans, lock = Spans(), threading.Lock()
+
+    def wrote(_: str, start: int, nbytes: int) -> None:
+        with lock:
+            spans.add(start, start + nbytes)
+
+    def reach(_: str, at: int) -> int:
+        with lock:
+            return spans.reach(at)
+
+    box = Outbox(tmp_path, wrote, reach, path, outbox.room_for(workers))
+
+    def follow() -> None:
+        at = 0
+        while at < count * LEAST:
+            found = box.follow("x", at, count * LEAST)
+            assert found is not None
+            if isinstance(found, int):
+                at = found
+            else:
+                box.finished("x", at)
+                at += len(found)
+
+    reader = threading.Thread(target=follow)
+    reader.start()
+    for first in range(0, count, 16):
+        for piece in reversed(range(first, first + 16)):  # the first is made last
+            box.send("x", piece * LEAST, box.lend(piece * LEAST, LEAST))
+    reader.join()
+    box.drain()
+    box.close()
+    assert bool(forgotten) == expected

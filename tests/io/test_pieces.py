@@ -121,6 +121,6 @@ def test_the_lock_of_a_run_has_the_hashes_of_its_inputs(
     others = {
         ("passthrough", torch.bfloat16),
     }
-    streamed = fused and (method, dtype) not in others
-    assert (given > 0.8 * total) == streamed
+    streamed = (method, dtype) not in others
+    assert (given > (0.8 if fused else 0.7) * total) == streamed  # torch's tiles are smaller: fewer pieces lie inside
     assert bool(given) == streamed

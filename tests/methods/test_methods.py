@@ -253,7 +253,7 @@ def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch
 
     first = made("first")
     assert made("workers", workers=3) == first
-    monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("deltamerge.engine.execute.TILE_ELEMENTS", 1 << 10)
     assert made("tiles") == first
     monkeypatch.setattr(backends, "fused_available", lambda: False)
     assert made("torch", workers=2) == first

@@ -141,7 +141,7 @@ def test_same_bytes_whatever_the_workers_and_tiles(models, tmp_path, monkeypatch
     recipe = METHODS[method][0] + "prune: {method: magnitude, density: 0.5}\n"
     first = (merge(models, tmp_path, recipe) / "model.safetensors").read_bytes()
     assert (merge(models, tmp_path, recipe, name="w", workers=3) / "model.safetensors").read_bytes() == first
-    monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 9)
+    monkeypatch.setattr("deltamerge.engine.execute.TILE_ELEMENTS", 1 << 9)
     assert (merge(models, tmp_path, recipe, name="t", workers=2) / "model.safetensors").read_bytes() == first
 
 

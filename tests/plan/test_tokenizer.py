@@ -187,7 +187,7 @@ def test_neither_tiles_nor_workers_nor_the_backend_change_a_byte(models, tmp_pat
     text = DELTAS.replace("task_arithmetic", method).replace("weight", "density: 0.5, weight") + TOKENS
     first = merged(models, tmp_path, text, workers=1)
     before = (first / "model.safetensors").read_bytes()
-    monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 64)
+    monkeypatch.setattr("deltamerge.engine.execute.TILE_ELEMENTS", 64)
     assert (merged(models, tmp_path, text, workers=3) / "model.safetensors").read_bytes() == before
     monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: False)
     assert (merged(models, tmp_path, text, workers=2) / "model.safetensors").read_bytes() == before

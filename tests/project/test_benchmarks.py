@@ -232,3 +232,15 @@ def test_results_agree_with_mergekit(tmp_path: Path) -> None:
     for match in found.values():
         assert match["tensors_in_one_only"] == []
         assert match["differ_more_than_1_ulp"] < 0.01
+
+
+def test_the_gpu_benchmark_runs_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = importlib.import_module("gpu")
+    monkeypatch.setattr(gpu, "RECIPES", {"ties": gpu.RECIPES["ties"]})
+    monkeypatch.setattr(gpu, "CALIBRATIONS", {"layer_mse": gpu.CALIBRATIONS["layer_mse"]})
+    gpu.main(["--device", "cpu", "--tiny", "--out", str(tmp_path / "out.json"), "--folder", str(tmp_path)])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert set(found) == {"versions", "ceilings", "merges", "profile", "calibration", "tests", "seconds"}
+    assert found["merges"]["ties"]["same bytes"]
+    assert found["calibration"]["layer_mse"]["cpu"]["forward_passes"]
+    assert not [name for name, value in found.items() if "error" in value]

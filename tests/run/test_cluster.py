@@ -246,3 +246,13 @@ def test_without_ray_it_is_said(recipe: Path, tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "error: --ray needs ray\nhint: pip install 'deltamerge[ray]'\n"
     assert not list(tmp_path.glob(".out*"))
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cpu", (0, "cpu")), ("auto", (0, "auto")), ("cuda", (1, "cuda")), ("cuda:1", (1, "cuda"))],
+)
+def test_a_task_takes_the_gpu_that_ray_gives_it(device: str, expected: tuple[int, str]) -> None:
+    from deltamerge.run.cluster import gpus_of
+
+    assert gpus_of(device) == expected

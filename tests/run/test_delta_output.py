@@ -135,7 +135,7 @@ def test_same_bytes_whatever_the_workers_and_tiles(tmp_path: Path, monkeypatch: 
         output = {"kind": "delta"} | ({} if values is None else {"values": values})
         first = content(run(tmp_path, "one", text, **output))
         with monkeypatch.context() as patch:
-            patch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 8)
+            patch.setattr("deltamerge.engine.execute.TILE_ELEMENTS", 1 << 8)
             patch.setattr("deltamerge.engine.execute.JOB_ELEMENTS", 1 << 9)
             patch.setattr("deltamerge.engine.execute.default_workers", lambda: 4)
             assert content(run(tmp_path, "two", text, **output)) == first

@@ -58,7 +58,7 @@ def made(case: Case, path: Path, backend: str, *, plainly: bool) -> tuple[Any, d
     with ExitStack() as stack:
         stack.enter_context(computed_by(backend))
         if not plainly:
-            stack.enter_context(patch("deltamerge.plan.memory.TILE_ELEMENTS", case.tile))
+            stack.enter_context(patch("deltamerge.engine.execute.TILE_ELEMENTS", case.tile))
             stack.enter_context(patch("deltamerge.engine.execute.JOB_ELEMENTS", case.job))
             stack.enter_context(patch("deltamerge.methods.prune.select.MOST", case.listed))
         workers = 1 if plainly else case.workers

@@ -171,7 +171,7 @@ RECIPES = {
 def test_same_bytes_whatever_the_workers_tiles_backend_and_order(models, tmp_path, monkeypatch, recipe):
     first = run_bytes(models, tmp_path, RECIPES[recipe], "first")
     assert run_bytes(models, tmp_path, RECIPES[recipe], "workers", workers=3) == first
-    monkeypatch.setattr("deltamerge.plan.memory.TILE_ELEMENTS", 1 << 10)
+    monkeypatch.setattr("deltamerge.engine.execute.TILE_ELEMENTS", 1 << 10)
     assert run_bytes(models, tmp_path, RECIPES[recipe], "tiles") == first
     monkeypatch.setattr(backends, "fused_available", lambda: False)
     assert run_bytes(models, tmp_path, RECIPES[recipe], "torch", workers=2) == first

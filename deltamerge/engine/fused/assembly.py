@@ -93,7 +93,7 @@ class Form:
 
     @property
     def columns(self) -> int:
-        """The length of a row as `ops.row_blocks` has it; 0 where a block is one row."""
+        """The length of a row as `ops.row_length_of` has it; 0 where a block is one row."""
         return self.shape[-1] if len(self.shape) > 1 else 0
 
     @property
@@ -153,6 +153,7 @@ class Assembly:
     sums: dict[int, tuple[int, int]] = field(default_factory=dict)
     listed: dict[int, int] = field(default_factory=dict)
     uses: Counter[int] = field(default_factory=Counter)
+    named: dict[int, Node] = field(default_factory=dict)
 
     def add(self, code: int, to: int, *fields: int, **more: Any) -> None:
         a, b, c, d = (*fields, -1, -1, -1, -1)[:4]

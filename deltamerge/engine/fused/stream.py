@@ -8,6 +8,7 @@ from typing import Any
 
 from deltamerge.engine.fused import codes, merging, pruning, reductions
 from deltamerge.engine.fused.assembly import Assembly, Form, StoredSource
+from deltamerge.engine.fused.on_gpu import Loop, loop_of
 from deltamerge.engine.fused.program import Program
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first
 from deltamerge.io.reader import Reader
@@ -50,6 +51,7 @@ BY_ROW = {
 }
 DARE = "deltamerge.methods.prune.masks:dare"
 DELLA = "deltamerge.methods.prune.della:della"
+SORTING = {DELLA, *BY_ROW}
 SAMPLE = "deltamerge.methods.prune.select:sample"
 ASSEMBLERS: dict[str, Callable[..., None]] = {
     "deltamerge.methods.ops:subtract": pruning.subtract,
@@ -108,15 +110,38 @@ def _is_known(node: Node, root: Node) -> bool:
     return node.function in ASSEMBLERS
 
 
+Steps = Sequence[tuple[Node, dict[str, Any], tuple[Node, ...]]]
+
+
 def assemble(
-    steps: Sequence[tuple[Node, dict[str, Any], tuple[Node, ...]]],
-    values: Mapping[int, Any],
-    reader: Reader,
-    shape: tuple[int, ...],
-    output: str,
+    steps: Steps, values: Mapping[int, Any], reader: Reader, shape: tuple[int, ...], output: str
 ) -> Program | None:
     """The pass of `steps` (node, parameters, nodes used last there) on a tensor of `shape`; None: the loop has no
     operation for some step. `values` are the small ones so far, `output` is the dtype to write."""
+    assembly = listed(steps, values, reader, shape, output)
+    ends = any(node.kind in REDUCTIONS for node, _, _ in steps)
+    return None if assembly is None else Program(assembly, reader, hashed=not ends)
+
+
+def assemble_on_gpu(
+    steps: Steps, values: Mapping[int, Any], reader: Reader, shape: tuple[int, ...], output: str
+) -> Loop | None:
+    """The same for a GPU; None: torch does it."""
+    ends = {id(node): node for node, _, _ in steps if node.kind in REDUCTIONS}
+    reads = tuple(node for node, _, _ in steps if node.kind == "read")
+    if any(node.dtype not in STORED for node in reads) or not (ends or output in STORED):
+        return None
+    if steps[-1][0].function == CAST and steps[-1][0].parameter("to") != output:
+        return None
+    if any(not _is_known(node, steps[-1][0]) for node, _, _ in steps):
+        return None
+    return loop_of(listed(steps, values, reader, shape, output), reads, ends)
+
+
+def listed(
+    steps: Steps, values: Mapping[int, Any], reader: Reader, shape: tuple[int, ...], output: str
+) -> Assembly | None:
+    """The operations of a pass."""
     ends = {node.function for node, _, _ in steps if node.kind in REDUCTIONS}
     functions, last = {node.function for node, _, _ in steps if node.kind != "read"}, steps[-1][0]
     gathers = not ends and _patches(last.inputs[0] if last.function == CAST else last)
@@ -133,7 +158,7 @@ def assemble(
         assembly.release(frees)
     if not ends and last.function != CAST:
         _store(assembly, last)
-    return Program(assembly, reader, hashed=not ends)
+    return assembly
 
 
 def _patches(merge: Node) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from deltamerge.io.lazy import torch
-from deltamerge.methods.ops import densify, row_blocks
+from deltamerge.methods.ops import alike, densify, row_length_of
 from deltamerge.methods.prune import select
 from deltamerge.methods.tiles import Kept, Make, Tile
 
@@ -50,17 +50,18 @@ def importance(base: torch.Tensor, delta: torch.Tensor | Kept, *, tile: Tile) ->
     """abs(Δ) · Σ p log(p / q) over the row, p and q the softmaxes of base + Δ and base, 1e-8 added to each.
 
     Computed in float64 by numpy, since exponentials differ in their last bit from device to device; float32. A row is
-    the last dimension (`ops.row_blocks`).
+    the last dimension (`ops.row_length_of`).
     """
     dense = densify(delta, tile.size)
-    old, change = (x.to(torch.float64).cpu().numpy() for x in (base, dense))
-    found = np.empty(tile.size, np.float32)
-    for part, columns in row_blocks(tile):
-        q, d = old[part].reshape(-1, columns), change[part].reshape(-1, columns)
+    old, change = (alike(x.to(torch.float64).cpu(), tile) for x in (base, dense))
+    parts = [np.empty(0, np.float32)]
+    for one, other in zip(old, change, strict=True):
+        columns = row_length_of(tile, one.shape[1])
+        q, d = (x.numpy().reshape(-1, columns) for x in (one, other))
         p = _softmax(q + d)
         q = _softmax(q)
-        found[part] = (np.abs(d) * (p * np.log(p / q)).sum(1, keepdims=True)).reshape(-1)
-    return torch.from_numpy(found).to(dense.device)
+        parts.append((np.abs(d) * (p * np.log(p / q)).sum(1, keepdims=True)).reshape(-1).astype(np.float32))
+    return torch.from_numpy(np.concatenate(parts)).to(dense.device)
 
 
 def threshold(*quartiles: Any) -> float:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.io.lazy import torch
-from deltamerge.methods.ops import blocks, densify, halved
+from deltamerge.methods.ops import alike, densify, halved
 from deltamerge.methods.prune.rescale import norm
 from deltamerge.methods.tiles import LONGEST_ROW, Kept, Make, Tile, row_length
 
@@ -190,14 +190,13 @@ def _along(shape: tuple[int, ...], *, rows: bool, columns: bool) -> str:
 
 def gram(*models: Part, tile: Tile) -> Floats:
     """Per block the upper triangle of ⟨x_i, x_j⟩: float64 (blocks, n(n+1)/2); products of float32 are exact in it."""
-    dense = [densify(x, tile.size) for x in models]
     rows = []
-    for part in blocks(tile):
-        wide = [x[part].to(torch.float64) for x in dense]
-        rows.append(torch.stack([halved(wide[i] * wide[j]) for i, j in pairs(len(wide))]))
+    for parts in zip(*(alike(densify(x, tile.size), tile) for x in models), strict=True):
+        wide = [part.to(torch.float64) for part in parts]
+        rows.append(torch.stack([halved(wide[i] * wide[j]) for i, j in pairs(len(wide))], 1))
     if not rows:
         return np.zeros((0, len(pairs(len(models)))))
-    return torch.stack(rows).cpu().numpy()
+    return torch.cat(rows).cpu().numpy()
 
 
 def add_up(partials: Floats, *, count: int) -> Floats:
@@ -208,12 +207,9 @@ def add_up(partials: Floats, *, count: int) -> Floats:
 
 def row_grams(*models: Part, tile: Tile) -> Floats:
     """(rows, n, n): ⟨x_i, x_j⟩ for each row, the last dimension, of a tile."""
-    dense = [densify(x, tile.size) for x in models]
-    upper = []
-    for part in blocks(tile):
-        wide = [x[part].to(torch.float64).view(-1, tile.shape[-1]) for x in dense]
-        upper.append(torch.stack([halved(wide[i] * wide[j]) for i, j in pairs(len(wide))], -1))
-    return square(torch.cat(upper).cpu().numpy(), len(models))
+    wide = [densify(x, tile.size).to(torch.float64).view(-1, tile.shape[-1]) for x in models]
+    upper = torch.stack([halved(wide[i] * wide[j]) for i, j in pairs(len(wide))], -1)
+    return square(upper.cpu().numpy(), len(models))
 
 
 def scales(*largest: Floats) -> list[float]:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from deltamerge.io import gpu
 from deltamerge.io.lazy import torch
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ HIGH, LOW, GAPS, COLUMNS = range(4)
 MULTIPLIERS = (0xD2E7470EE14C6C93, 0xCA5A826395121157)
 WEYL = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
 ROUNDS = 10
+PHILOX_SIZE = 1024  # counters of one program of a GPU
 
 _MASK32 = (1 << 32) - 1
 _MASK64 = (1 << 64) - 1
@@ -248,6 +250,8 @@ def _halves_device(key: Key, lane: int, start: int, stop: int, device: Any) -> t
 def _philox_device(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int) -> torch.Tensor:
     """Philox4x64-10 of counters (index, block, lane, 0): int64 in two's complement, a new last axis of 4 words."""
     index, block = index + torch.zeros_like(block), block + torch.zeros_like(index)
+    if gpu.available(index.device):
+        return _philox_loop(key, index, block, lane)
     c = [index, block, torch.full_like(index, lane), torch.zeros_like(index)]
     for r in range(ROUNDS):
         k0, k1 = (_signed(k + r * weyl & _MASK64) for k, weyl in zip(key, WEYL, strict=True))
@@ -255,6 +259,19 @@ def _philox_device(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int
         high1, low1 = _multiply(c[2], MULTIPLIERS[1])
         c = [high1 ^ c[1] ^ k0, low1, high0 ^ c[3] ^ k1, low0]
     return torch.stack(c, -1)
+
+
+def _philox_loop(key: Key, index: torch.Tensor, block: torch.Tensor, lane: int) -> torch.Tensor:
+    """`_philox_device` by one loop."""
+    from deltamerge.io.gpu.functions import words_of
+
+    out = torch.empty((*index.shape, 4), dtype=torch.int64, device=index.device)
+    words = torch.full((2,), _signed(key[0]), dtype=torch.int64, device=index.device)
+    words[1:].fill_(_signed(key[1]))
+    grid = (-(-index.numel() // PHILOX_SIZE),)
+    gpu.launch(words_of, grid, (out,), (index.contiguous(), block.contiguous(), words), index.numel(), lane,
+               SIZE=PHILOX_SIZE)  # fmt: skip
+    return out
 
 
 def _multiply(a: torch.Tensor, b: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from deltamerge.errors import InputError
 from deltamerge.io.lazy import torch
-from deltamerge.methods.ops import densify, row_blocks
+from deltamerge.methods.ops import alike, densify, row_length_of
 from deltamerge.methods.prune.bits import Key, words_torch
 from deltamerge.methods.prune.select import magnitude_bits
 from deltamerge.methods.tiles import Kept, Tile
@@ -26,21 +26,22 @@ def della(
         epsilon    ε of π = density − ε + 2ε · rank / (n − 1), rank from 0 by abs(Δ) in a row of n, equals from the left
         weighted   False: δ ∘ Δ alone
 
-    A row is the last dimension (`ops.row_blocks`); π = density for a row of one. An entry is kept if the position's
+    A row is the last dimension (`ops.row_length_of`); π = density for a row of one. An entry is kept if the position's
     32-bit word is below π · 2**32.
     """
     dense = densify(delta, tile.size)
     words = words_torch(key, tile.start, tile.stop, dense.device)
-    kept = torch.empty_like(dense)
-    for part, columns in row_blocks(tile):
-        values = dense[part]
-        rank = _ranks(values.view(-1, columns)).view(-1)
+    parts = [dense[:0]]
+    for rows, drawn in zip(alike(dense, tile), alike(words, tile), strict=True):
+        columns = row_length_of(tile, rows.shape[1])
+        values = rows.reshape(-1, columns)
+        rank = _ranks(values)
         probability = probabilities(columns, density, epsilon)
-        stays = words[part] < _at(rank, np.round(probability * 2.0**32).astype(np.int64))
+        stays = drawn.reshape(-1, columns) < _at(rank, np.round(probability * 2.0**32).astype(np.int64))
         if weighted:
             values = values / _at(rank, (probability / density).astype(np.float32))
-        kept[part] = values.where(stays, values.new_zeros(()))
-    return kept
+        parts.append(values.where(stays, values.new_zeros(())).view(-1))
+    return torch.cat(parts)
 
 
 def check(density: float, epsilon: float) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from deltamerge.io.lazy import torch
+from deltamerge.methods.ops import at
 from deltamerge.methods.prune.bits import Key, choose_columns, is_sparse, keep_torch, positions_torch
 from deltamerge.methods.tiles import Kept, Tile
 
@@ -68,4 +69,4 @@ def unreduced(tile: Tile, columns: Any, reduced: Any) -> Any:
 
 
 def _kept(tune: torch.Tensor, base: torch.Tensor, positions: torch.Tensor) -> Kept:
-    return Kept(positions, tune[positions].to(torch.float32) - base[positions].to(torch.float32))
+    return Kept(positions, at(tune, positions) - at(base, positions))

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.io.lazy import torch
+from deltamerge.methods.ops import at
 from deltamerge.methods.tiles import Kept, Tile
 
 Columns = NDArray[np.int64]
@@ -35,13 +36,13 @@ def restore(
     base      tile in its stored dtype
     columns   ascending
     """
-    at = torch.from_numpy(places(columns, tile)).to(tune.device)
-    values = tune[at].to(torch.float32) - base[at].to(torch.float32)
+    there = torch.from_numpy(places(columns, tile)).to(tune.device)
+    values = at(tune, there) - at(base, there)
     if isinstance(delta, Kept):
-        positions, order = torch.cat([delta.positions, at]).sort()
+        positions, order = torch.cat([delta.positions, there]).sort()
         return Kept(positions, torch.cat([delta.values, values])[order])
     restored = delta.clone()
-    restored[at] = values
+    restored[there] = values
     return restored
 
 

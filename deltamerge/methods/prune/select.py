@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.io.lazy import torch
-from deltamerge.methods.ops import densify
+from deltamerge.methods.ops import alike, densify
 from deltamerge.methods.tiles import Kept, Tile, block_elements
 
 HIGH = 1 << 15
@@ -88,11 +88,14 @@ def run_start(number: int, size: int, run: int) -> int:
 def sample(delta: torch.Tensor, *, tile: Tile) -> Magnitudes:
     """The bits of abs(Δ) of a run of each block."""
     bits, step, run = magnitude_bits(delta), block_elements(tile.shape), sampled_run(tile.shape)
-    parts = [np.empty(0, np.uint32)]
-    for start in range(0, tile.size, step):
-        block = bits[start : start + step]
-        first = run_start((tile.start + start) // step, block.numel(), run)
-        parts.append(_words(block[first : first + run]))
+    number, parts = tile.start // step, [np.empty(0, np.uint32)]
+    for rows in alike(bits, tile):
+        size = rows.shape[1]
+        length = min(run, size)
+        starts = [run_start(number + i, size, run) for i in range(len(rows))]
+        first = torch.tensor(starts, device=rows.device)[:, None]
+        parts.append(_words(rows.gather(1, first + torch.arange(length, device=rows.device)).flatten()))
+        number += len(rows)
     return np.concatenate(parts)
 
 
@@ -118,15 +121,16 @@ def pick_bracket(sample: Magnitudes, *, k: int, size: int) -> Bracket | None:
 def bracketed(delta: torch.Tensor, bracket: Bracket, *, tile: Tile) -> Magnitudes:
     """Per block the numbers of magnitudes above and inside the bracket, and the bits of those inside in flat order;
     without the bits if the bracket is one value."""
-    step, bits = block_elements(tile.shape), magnitude_bits(delta)
-    parts = [np.empty(0, np.uint32)]
-    for start in range(0, tile.size, step):
-        block = bits[start : start + step]
-        inside = (block >= bracket.low) & (block <= bracket.high)
-        counts = int((block > bracket.high).sum()), int(inside.sum())
-        parts.append(np.array(counts, np.uint32))
-        if bracket.low < bracket.high:
-            parts.append(_words(block[inside]))
+    bits, parts = magnitude_bits(delta), [np.empty(0, np.uint32)]
+    for rows in alike(bits, tile):
+        inside = (rows >= bracket.low) & (rows <= bracket.high)
+        counts = torch.stack([(rows > bracket.high).sum(1), inside.sum(1)], 1).cpu().numpy().astype(np.uint32)
+        if bracket.low == bracket.high:
+            parts.append(counts.reshape(-1))
+            continue
+        ends = np.cumsum(counts[:, 1])
+        for pair, some in zip(counts, np.split(_words(rows[inside]), ends[:-1]), strict=True):
+            parts += [pair, some]
     return np.concatenate(parts)
 
 

@@ -37,6 +37,20 @@ PyObject* run_stream(PyObject*, PyObject* arguments) {
   return PyBool_FromLong(outcome == Outcome::kDone);
 }
 
+// (data, digests): of each whole piece of 64 KiB of the data its digest, high half first
+PyObject* digests_of(PyObject*, PyObject* arguments) {
+  constexpr i64 kBytes = 1 << 16;
+  Buffers<2> b;
+  if (!b.take(arguments, 1)) return nullptr;
+  const i64 whole = b.count<u8>(0) / kBytes * kBytes;
+  if (b.count<u64>(1) < 2 * (whole / kBytes)) return too_short();
+  Py_BEGIN_ALLOW_THREADS;
+  u64 accumulators[8];
+  loops().hash(b.at<u8>(0), 0, whole, 0, accumulators, b.at<u64>(1));
+  Py_END_ALLOW_THREADS;
+  Py_RETURN_NONE;
+}
+
 PyObject* levels_of(PyObject*, PyObject*) {
   PyObject* names = PyList_New(0);
   for (const Loops* const* level = levels(); names != nullptr && *level != nullptr; ++level) {
@@ -64,6 +78,7 @@ PyObject* replace_read(PyObject*, PyObject* arguments) {
 
 PyMethodDef methods[] = {
     {"run", run_stream, METH_VARARGS, "Run a pass of a tensor (fused/program.py); whether everything could be read."},
+    {"digests", digests_of, METH_VARARGS, "Digests of pieces (io/pieces.py)."},
     {"levels", levels_of, METH_NOARGS, "The names of this processor's levels, the best first."},
     {"level", level_of, METH_NOARGS, "The level whose loops are used."},
     {"choose", choose_level, METH_VARARGS, "Use the loops of the level of this name; whether there is one."},

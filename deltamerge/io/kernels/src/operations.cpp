@@ -250,7 +250,7 @@ void Stream::scatter(const Operation& op) {
   for (i64 i = 0; i < sizes_[op.b]; ++i) out[places[i]] = values[i];
 }
 
-// Rows of b entries where the block is made of such, else the block is one row (ops.row_blocks).
+// Rows of b entries where the block is made of such, else the block is one row (ops.row_length_of).
 void Stream::rank(const Operation& op) {
   i64 rest = job_.elements - number_ * job_.block, size = rest < job_.block ? rest : job_.block;
   i64 columns = op.b > 0 && op.b <= size && size % op.b == 0 ? op.b : size;

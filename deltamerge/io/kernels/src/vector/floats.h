@@ -21,6 +21,9 @@ inline u32 as_bits(float x) {
 inline float wide(float x) { return x; }
 inline float wide(u16 bits) { return as_float(u32(bits) << 16); }
 
+// float32 bits, but of a NaN those of torch's, which do not depend on what made it.
+inline u32 known_nan(u32 x) { return (x & 0x7FFFFFFF) > 0x7F800000 ? 0x7FC00000 : x; }
+
 // float32 bits rounded to bfloat16: nearest, ties to even, NaN to 0x7FC0.
 inline u16 narrow(u32 x) {
   u32 rounded = (x + 0x7FFF + ((x >> 16) & 1)) >> 16;
@@ -41,15 +44,14 @@ inline float wide(Half x) {
   return as_float(bits | sign);
 }
 
-// float32 rounded to binary16: nearest, ties to even; NaN stays one, with the top of its payload.
+// float32 rounded to binary16: nearest, ties to even; NaN to 0x7E00.
 inline u16 halve(float value) {
   u32 x = as_bits(value), sign = (x >> 16) & 0x8000, rest = x & 0x7FFFFFFF;
   u32 normal = (rest - (u32(112) << 23) + 0xFFF + ((rest >> 13) & 1)) >> 13;
   // adding 1/2 leaves the bits of a subnormal at the end of the fraction, rounded
   u32 tiny = as_bits(as_float(rest) + 0.5f) - as_bits(0.5f);
   u32 bits = rest >= (u32(143) << 23) ? 0x7C00 : rest < (u32(113) << 23) ? tiny : normal;
-  if (rest > 0x7F800000) bits = 0x7E00 | ((rest >> 13) & 0x3FF);
-  return u16(bits | sign);
+  return rest > 0x7F800000 ? u16(0x7E00) : u16(bits | sign);
 }
 
 template <class T>
@@ -74,7 +76,8 @@ void narrow_all(const float* x, i64 dtype, void* out, i64 n) {
   } else if (dtype == kFloat16) {
     for (i64 i = 0; i < n; ++i) shorts[i] = halve(x[i]);
   } else {
-    std::memcpy(out, x, std::size_t(4 * n));
+    u32* words = static_cast<u32*>(out);
+    for (i64 i = 0; i < n; ++i) words[i] = known_nan(as_bits(x[i]));
   }
 }
 
@@ -144,10 +147,10 @@ void widen_at(const void* x, i64 dtype, const i64* places, float* out, i64 n) {
 
 void narrow_at(const float* values, i64 dtype, const i64* places, void* out, i64 n) {
   u16* shorts = static_cast<u16*>(out);
-  float* floats = static_cast<float*>(out);
+  u32* words = static_cast<u32*>(out);
   for (i64 i = 0; i < n; ++i) {
     if (dtype == kFloat32) {
-      floats[places[i]] = values[i];
+      words[places[i]] = known_nan(as_bits(values[i]));
     } else {
       shorts[places[i]] = dtype == kBfloat16 ? narrow(as_bits(values[i])) : halve(values[i]);
     }

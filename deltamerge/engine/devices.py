@@ -1,0 +1,257 @@
+"""A worker's way to a device: its buffers, its stream, the tiles that wait there, and the memory that there is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.engine.graph import Node
+from deltamerge.errors import InputError
+from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
+from deltamerge.io.lazy import torch
+from deltamerge.io.reader import Reader
+from deltamerge.methods.tiles import Tile
+
+# Bytes of a GPU for each element of a tile: stored and float32 values, and scratch inside a step.
+ALIVE = 128
+# Of a GPU's free memory tiles take at most a half, and what is kept between passes a third.
+TILES_SHARE, KEPT_SHARE = 2, 3
+
+# The first GPU for what it does faster than the compiled loops, the CPU for the rest.
+AUTO = "auto"
+
+Take = Callable[[int], "NDArray[np.uint8]"]
+Give = Callable[["NDArray[np.uint8]"], None]
+
+
+def torch_device(device: str) -> torch.device:
+    """torch's device of that name; of "auto" the first GPU, or the CPU where torch sees none. InputError: torch sees no
+    such device."""
+    if device == AUTO:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = device.partition(":")
+    if kind == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if int(number or 0) >= count:
+            raise InputError(f"--device {device}: torch sees {count} CUDA devices", hint="--device cpu")
+    return torch.device(kind, int(number)) if number else torch.device(kind)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes of a GPU that nobody has taken."""
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free)
+
+
+def fitting(device: torch.device, workers: int, tile_elements: int) -> int:
+    """Elements of a tile of which `workers` may hold one each at a time in half of a GPU's free memory."""
+    room = free_bytes(device) // TILES_SHARE
+    while tile_elements > 1024 and workers * ALIVE * tile_elements > room:
+        tile_elements //= 2
+    return tile_elements
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a GPU had too little memory for an operation."""
+    return isinstance(error, torch.OutOfMemoryError)
+
+
+def too_little(device: torch.device, what: str) -> InputError:
+    """The error for a GPU whose memory does not even hold `what`."""
+    free, total = torch.cuda.mem_get_info(device)
+    return InputError(
+        f"{device}: too little memory for {what} ({free / 1e9:.1f} of {total / 1e9:.1f} GB are free)",
+        hint="end what else uses the GPU, give fewer --workers, or --device cpu",
+    )
+
+
+def pinned(nbytes: int) -> NDArray[np.uint8]:
+    """Memory that copies of a GPU go to and come from by themselves."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+
+
+@contextmanager
+def memory_of(device: str) -> Iterator[None]:
+    """InputError instead of torch's where a GPU has too little memory for what is done."""
+    try:
+        yield
+    except RuntimeError as error:
+        if device == "cpu" or not is_out_of_memory(error):
+            raise
+        raise too_little(torch_device(device), "it") from error
+
+
+class _Slots:
+    """Byte buffers reused from tile to tile, one for each read of the tile."""
+
+    def __init__(self, allocate: Callable[[int], Any]) -> None:
+        self.allocate = allocate
+        self.buffers: list[Any] = []
+        self.used = 0
+
+    def take(self, nbytes: int) -> Any:
+        if self.used == len(self.buffers):
+            self.buffers.append(self.allocate(nbytes))
+        elif len(self.buffers[self.used]) < nbytes:
+            self.buffers[self.used] = self.allocate(nbytes)
+        self.used += 1
+        return self.buffers[self.used - 1][:nbytes]
+
+
+class Lane:
+    """One worker's buffers."""
+
+    def __init__(self, reader: Reader, device: torch.device) -> None:
+        self.reader, self.device = reader, device
+        self.slots = _Slots(self._host)
+
+    def _host(self, nbytes: int) -> Any:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    @contextmanager
+    def tile(self) -> Iterator[None]:
+        """Everything between reading a tile's inputs and writing its output."""
+        self.slots.used = 0
+        with torch.inference_mode():
+            yield
+
+    def read(self, node: Node, tile: Tile, kept: Uploads | None = None) -> Any:
+        """The stored values of a read node on a tile, valid until the next tile."""
+        buffer = self.slots.take(tile.size * ITEMSIZE[node.dtype])
+        self.reader.read_hashed(node.parameter("tensor"), tile.start, buffer.numpy())
+        return buffer.view(torch_dtype(node.dtype))
+
+    def emit(self, value: Any, take: Take, give: Give) -> None:
+        """Give a finished tile's bytes, in the memory that `take` lends for so many."""
+        flat = value.contiguous().view(torch.uint8).numpy()
+        memory = take(flat.nbytes)
+        memory[:] = flat
+        give(memory)
+
+    def flush(self) -> None:
+        """Give what has been emitted and not yet given."""
+
+    def wait(self) -> None:
+        """Until what was started is done, so that other lanes may use it."""
+
+
+class GpuLane(Lane):
+    """One worker's stream and pinned buffers, of which there are two sets: one tile's are filled while those of the
+    tile before are on their way. A finished tile is given when the next one has been sent."""
+
+    def __init__(self, reader: Reader, device: torch.device) -> None:
+        super().__init__(reader, device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+        self.sets = [self.slots, _Slots(self._host)]
+        self.sent: list[Any] = [None, None]
+        self.turn = 0
+        self.waiting: list[tuple[Any, Any, NDArray[np.uint8], Give]] = []
+
+    def _host(self, nbytes: int) -> Any:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    @contextmanager
+    def tile(self) -> Iterator[None]:
+        self.turn = 1 - self.turn
+        if self.sent[self.turn] is not None:
+            self.sent[self.turn].synchronize()
+        self.slots = self.sets[self.turn]
+        with torch.cuda.stream(self.stream):
+            try:
+                with super().tile():
+                    yield
+            finally:
+                self.sent[self.turn] = self.stream.record_event()
+
+    def read(self, node: Node, tile: Tile, kept: Uploads | None = None) -> Any:
+        found = None if kept is None else kept.get(node, tile, self.stream)
+        if found is None:
+            found = super().read(node, tile).to(self.device, non_blocking=True)
+            if kept is not None:
+                kept.put(node, tile, found, self.stream)
+        return found
+
+    def emit(self, value: Any, take: Take, give: Give) -> None:
+        flat = value.contiguous().view(torch.uint8)
+        memory = take(flat.numel())
+        target = torch.from_numpy(memory)
+        if not target.is_pinned():
+            target = self.slots.take(flat.numel())
+        target.copy_(flat, non_blocking=True)
+        before, self.waiting = self.waiting, [(self.stream.record_event(), target, memory, give)]
+        _give(before)
+
+    def wait(self) -> None:
+        self.stream.synchronize()
+
+    def flush(self) -> None:
+        before, self.waiting = self.waiting, []
+        _give(before)
+
+
+def _give(waiting: list[tuple[Any, Any, NDArray[np.uint8], Give]]) -> None:
+    """Give memory to which tiles were copied, or whose tiles are in pinned memory beside it."""
+    for event, host, memory, give in waiting:
+        event.synchronize()
+        if memory.size and host.data_ptr() != memory.ctypes.data:
+            memory[:] = host.numpy()
+        give(memory)
+
+
+class Room:
+    """Bytes that are left of a GPU's for what is kept there. Thread-safe."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.left = nbytes
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> bool:
+        """Whether there is room for so many, which is then taken."""
+        with self._lock:
+            there = nbytes <= self.left
+            self.left -= nbytes * there
+            return there
+
+    def give(self, nbytes: int) -> None:
+        with self._lock:
+            self.left += nbytes
+
+
+class Uploads:
+    """The stored tiles of one tensor on a GPU, as far as there is room: they are read and sent once for all passes."""
+
+    def __init__(self, room: Room) -> None:
+        self.room = room
+        self.tiles: dict[tuple[int, int, int], tuple[Any, Any]] = {}
+        self.taken = 0
+        self._lock = threading.Lock()
+
+    def get(self, node: Node, tile: Tile, stream: Any) -> Any:
+        """A tile that is there, for use on `stream`; else None."""
+        with self._lock:
+            found = self.tiles.get((id(node), tile.start, tile.stop))
+        if found is None:
+            return None
+        stream.wait_event(found[1])
+        return found[0]
+
+    def put(self, node: Node, tile: Tile, value: Any, stream: Any) -> None:
+        """Keep a tile that `stream` has been sent, if there is room."""
+        nbytes = value.numel() * value.element_size()
+        if self.room.take(nbytes):
+            event = stream.record_event()
+            with self._lock:
+                self.tiles[id(node), tile.start, tile.stop] = value, event
+                self.taken += nbytes
+
+    def clear(self) -> None:
+        """Free them; no work that uses them may be on its way."""
+        with self._lock:
+            self.tiles.clear()
+            self.room.give(self.taken)
+            self.taken = 0

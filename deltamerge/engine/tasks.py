@@ -1,0 +1,60 @@
+"""What the engine is given and what it keeps of it: tasks, and the jobs that a running task is cut into."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from deltamerge.engine.backends import Step
+from deltamerge.engine.devices import Uploads
+from deltamerge.engine.fused.on_gpu import Loop
+from deltamerge.engine.fused.program import Program
+from deltamerge.engine.graph import Node, Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One output tensor, or some of its rows.
+
+    name      of the tensor
+    root      the node that computes it
+    backend   "fused" or "torch", as planned
+    offset    byte of the tensor at which the node's first element goes
+    """
+
+    name: str
+    root: Node
+    backend: str
+    offset: int = 0
+
+
+@dataclass(eq=False)
+class Running:
+    """A task in progress: small values so far, the running pass (`whole` runs it in one call), jobs it waits for."""
+
+    task: Task
+    schedule: Schedule
+    values: MutableMapping[int, Any]
+    index: int = -1
+    steps: list[Step] = field(default_factory=list)
+    whole: Program | None = None
+    partials: dict[int, dict[int, Any]] = field(default_factory=dict)
+    waiting: int = 0
+    uploads: Uploads | None = None
+    loop: Loop | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A range of tiles of one pass, or of bytes to copy; or all of a tensor, for a `whole` node."""
+
+    running: Running
+    start: int
+    stop: int
+    whole: Node | None = None
+
+
+def on_gpu(task: Task, device: str) -> bool:
+    """Whether a task is computed on a GPU, where `device` is one."""
+    return device != "cpu" and task.backend == "torch" and task.root.kind != "read"

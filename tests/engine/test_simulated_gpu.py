@@ -1,0 +1,207 @@
+"""The engine on a simulated GPU: the CPU's bytes, no race, little waiting, and one line where it cannot go on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import kept_recipes
+import pytest
+import torch
+from conftest import make_checkpoint
+from raw_tensors import read_checkpoint, write_checkpoint
+from running import make_plan, run
+from simulated_gpu import GPU, Refused, simulated
+
+from deltamerge.errors import InputError
+from deltamerge.io import gpu as gpu_loops
+
+PAIRS = [("F16", "F16"), ("BF16", "F32")]
+TINY = {"q.weight": (5, 24)}
+# one of each way that a tensor goes: by one loop, sorted rows, positions, lists, float64 on the host
+SOME = ["linear", "ties", "breadcrumbs_ties", "dare_linear", "dare_linear-sparse", "della", "nuslerp-columns",
+        "arcee_fusion", "sce-some"]  # fmt: skip
+
+
+def make_inputs(folder: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[tuple[str, str]], shapes: dict) -> None:
+    monkeypatch.setattr(kept_recipes, "DTYPES", pairs)
+    for model, name in enumerate(kept_recipes.MODELS):
+        write_checkpoint(folder / name, kept_recipes.inputs(shapes, model))
+
+
+def compare(folder: Path, name: str, text: str, workers: int = 1) -> GPU:
+    """Run a recipe on both; the simulated GPU that made the same bytes."""
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    cpu = run(path, folder / f"{name} cpu", workers=workers, device="cpu").folder
+    with simulated() as gpu:
+        made = run(path, folder / f"{name} gpu", workers=workers, device="cuda").folder
+    assert read_bytes(cpu) == read_bytes(made), name
+    assert gpu.launches
+    return gpu
+
+
+def read_bytes(folder: Path) -> dict[str, bytes]:
+    return {name: array.tobytes() for name, (_, array) in read_checkpoint(folder).items()}
+
+
+def test_it_makes_the_cpus_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_inputs(tmp_path, monkeypatch, PAIRS, TINY)
+    for name in SOME:
+        compare(tmp_path, name, kept_recipes.MERGES[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["merges", "pruned"])
+def test_it_makes_the_cpus_bytes_of_every_method_and_dtype(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_inputs(tmp_path, monkeypatch, kept_recipes.DTYPES, kept_recipes.SHAPES[kind])
+    for name, text in kept_recipes.RECIPES[kind]().items():
+        compare(tmp_path, name.replace("/", " "), text, workers=2)
+
+
+def one_tensor(folder: Path, rows: int, columns: int = 64) -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(rows, columns, generator=generator)
+    for number, name in enumerate(kept_recipes.MODELS):
+        noise = 0.1 * torch.randn(rows, columns, generator=generator)
+        make_checkpoint(folder / name, {"w": (base + number * noise).bfloat16()})
+
+
+# launches, waits of the host and uploads of one tile; torch's own steps are a few for each model and pass
+BOUNDS = {"task_arithmetic": (1, 2, 4), "dare_linear": (1, 2, 4), "ties": (70, 11, 4), "nuslerp": (2, 5, 3)}
+
+
+@pytest.mark.skipif(not gpu_loops.installed(), reason="no triton")
+@pytest.mark.parametrize("name", BOUNDS)
+def test_a_tile_takes_few_launches_and_the_host_seldom_waits(name: str, tmp_path: Path) -> None:
+    """Of one tile of one tensor: of more the numbers are multiples."""
+    one_tensor(tmp_path, 96)
+    gpu = compare(tmp_path, name, kept_recipes.MERGES[name])
+    launches, waits, uploads = BOUNDS[name]
+    assert (gpu.launches <= launches, gpu.synchronisations <= waits) == (True, True), (
+        gpu.kernels,
+        gpu.synchronisations,
+    )
+    assert gpu.uploaded <= uploads * 96 * 64 * 2 + 4096  # stored tiles once, whatever the passes
+
+
+def test_memory_that_runs_out_halves_the_tile_and_then_is_one_line(tmp_path: Path) -> None:
+    one_tensor(tmp_path, 2048)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(kept_recipes.MERGES["task_arithmetic"])
+    cpu = run(path, tmp_path / "cpu", workers=1, device="cpu").folder
+    sizes: list[int] = []
+    with simulated() as gpu:
+
+        def fail(name: str) -> None:
+            sizes.append(gpu.asked)
+            if gpu.asked > 140_000:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        gpu.failing = fail
+        made = run(path, tmp_path / "gpu", workers=1, device="cuda").folder
+    assert max(sizes) > 140_000
+    assert read_bytes(cpu) == read_bytes(made)
+    with simulated() as gpu, pytest.raises(InputError, match="too little memory for a tile of 65,536 elements of w"):  # noqa: PT012
+        gpu.failing = out_of_memory
+        run(path, tmp_path / "none", workers=1, device="cuda")
+    with simulated(limit=1 << 22) as gpu:  # a tile is chosen that fits what is free
+        run(path, tmp_path / "small", workers=1, device="cuda")
+
+
+def out_of_memory(name: str) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def test_the_simulation_sees_what_cuda_would_get_wrong() -> None:
+    with simulated():
+        there = torch.arange(4.0, device="cuda")
+        with pytest.raises(Refused, match="same device"):
+            there + torch.ones(4)
+        pinned = torch.ones(8, pin_memory=True)
+        sent = pinned.to("cuda", non_blocking=True)
+        pinned.fill_(2.0)
+        with pytest.raises(Refused, match="pinned memory was written"):
+            sent.cpu()
+    with simulated():
+        there = torch.arange(4.0, device="cuda")
+        back = torch.zeros(4, pin_memory=True)
+        back.copy_(there, non_blocking=True)
+        assert not torch.equal(back, torch.arange(4.0))
+        torch.cuda.synchronize()
+        assert torch.equal(back, torch.arange(4.0))
+        with torch.cuda.stream(torch.cuda.Stream()):
+            other = there * 2
+        with pytest.raises(Refused, match="another stream"):
+            other + 1
+        torch.cuda.current_stream().wait_event(other_event := torch.cuda.Event())
+        assert other_event.query()
+
+
+def test_on_the_cpu_nothing_of_cuda_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torch's path too: a GPU that is not asked for is somebody else's."""
+    one_tensor(tmp_path, 8)
+    monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "_lazy_init", lambda: pytest.fail("CUDA was initialised"))
+    for name in ("stream", "current_stream", "Stream", "is_available", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: pytest.fail("CUDA was asked"))
+    path = tmp_path / "recipe.yaml"
+    path.write_text(kept_recipes.MERGES["ties"])
+    run(path, tmp_path / "out", device="cpu")
+
+
+NANS = {"F16": 0x7E00, "BF16": 0x7FC0, "F32": 0x7FC00000}
+
+
+@pytest.mark.parametrize("dtype", NANS)
+def test_nan_has_the_same_bits_everywhere(dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch_type = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}[dtype]
+    bits = torch.tensor([0x7F800001, -0x7FFFFF, 0x7FFFFFFF, 0x3F800000], dtype=torch.int32)
+    for name, value in (("base", torch.zeros(4)), ("a", bits.view(torch.float32)), ("b", torch.ones(4))):
+        make_checkpoint(tmp_path / name, {"w": value})
+    path = tmp_path / "recipe.yaml"
+    weight = "parameters: {weight: 1}"
+    out = str(torch_type).removeprefix("torch.")
+    path.write_text(
+        f"merge_method: linear\nmodels: [{{model: ./a, {weight}}}, {{model: ./b, {weight}}}]\n"
+        f"dtype: float32\nout_dtype: {out}\n"
+    )
+    found = set()
+    for name, fused in (("fused", True), ("torch", False)):
+        monkeypatch.setattr("deltamerge.engine.backends.fused_available", lambda fused=fused: fused)
+        found.add(nan_bits(run(path, tmp_path / name, device="cpu", allow_nonfinite=True).folder))
+    with simulated():
+        found.add(nan_bits(run(path, tmp_path / "gpu", device="cuda", allow_nonfinite=True).folder))
+    assert found == {(NANS[dtype],) * 3}
+
+
+def nan_bits(folder: Path) -> tuple[int, ...]:
+    ((_, array),) = read_checkpoint(folder).values()
+    return tuple(int(x) for x in array.view(f"u{array.itemsize}").reshape(-1)[:3])
+
+
+AUTO = {
+    "ties": (set(), "nothing of it is faster on the GPU"),
+    "della": ({"torch"}, "the GPU is for 1 tensors that are sorted"),
+    "arcee_fusion": ({"torch"}, "the GPU is for 1 tensors that are sorted or decomposed"),
+}
+
+
+@pytest.mark.parametrize("name", AUTO)
+def test_auto_takes_a_gpu_for_what_it_does_faster(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one_tensor(tmp_path, 8)
+    backends, said = AUTO[name]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(kept_recipes.MERGES[name])
+    cpu = run(path, tmp_path / "cpu", device="cpu").folder
+    assert not [note for note in make_plan(path).notes if "device auto" in note]  # no GPU is shown
+    monkeypatch.setattr("deltamerge.run.options.shows_gpu", lambda: True)
+    planned = make_plan(path)
+    assert said in " ".join(planned.notes)
+    assert {task.backend for task in planned.tasks} == (backends or {"fused"})
+    with simulated() as gpu:
+        made = run(path, tmp_path / "gpu").folder
+    assert bool(gpu.launches) == bool(backends)
+    without = run(path, tmp_path / "driver").folder  # the machine shows one, and torch sees none
+    assert read_bytes(cpu) == read_bytes(made) == read_bytes(without)
