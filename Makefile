@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check families conformance oracle vllm bench paper torture fuzz atheris ray scale gpu pictures docs clean
+.PHONY: help demo test check families conformance oracle vllm bench paper decoder torture fuzz atheris ray scale gpu pictures docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -52,6 +52,15 @@ bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour
 paper: .venv/.installed-dev  ## the DAREx paper's experiments, scaled down, and docs/results.md; .paper keeps what is done
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper all
 
+# SMOLLM2 names the folder of base, rows and fine-tunes; reasoning-gym, which makes the rows, has its own environment.
+decoder: export SMOLLM2 ?= $(CURDIR)/.smollm2
+decoder: export REASONING_GYM_PYTHON ?= $(CURDIR)/.bench/reasoning-gym/bin/python
+decoder: .venv/.installed-dev  ## SmolLM2-135M: fine-tuned, pruned, merged; hours, 4 GB in .smollm2; goes on where it was stopped
+	@test -x "$$REASONING_GYM_PYTHON" || { $(PYTHON) -m venv .bench/reasoning-gym && .bench/reasoning-gym/bin/python -m pip install --quiet reasoning-gym==0.1.25; }
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/smollm2.py
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper table-3 learning-rates
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/merging_decoder.py
+
 torture: .venv/.installed-dev  ## kills at every call of every command, bad disks, two runs at once; 20 minutes, EVERY=9 for less
 	$(BIN)/python benchmarks/torture.py
 	OMP_NUM_THREADS=1 $(BIN)/python tests/kills.py --every $(or $(EVERY),1) --twice 20
@@ -82,7 +91,7 @@ docs: .venv/.installed-docs  ## the documentation, in docs/_build/html
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build/html
 
 clean:  ## remove what the targets made, the environment too
-	rm -rf .venv .demo .bench .paper .torture .scale .fuzz .pictures docs/_build
+	rm -rf .venv .demo .bench .paper .smollm2 .torture .scale .fuzz .pictures docs/_build
 
 # A stamp newer than these says that what pyproject.toml asks for is installed, and the kernels are compiled.
 KERNELS := $(wildcard deltamerge/io/kernels/src/*.* deltamerge/io/kernels/src/vector/*)

@@ -17,7 +17,7 @@ from pathlib import Path
 BUFFER = 1 << 22
 FIELD = re.compile(r"^(RssAnon|RssShmem|VmRSS|VmHWM):\s+(\d+) kB", re.MULTILINE)
 # settings of the shell that would decide how a tool runs; without bytecode, one run from its sources would compile them
-SETTINGS = re.compile(r"(OMP|MKL|OPENBLAS)_NUM_THREADS|MALLOC_.*|PYTHON(DONTWRITEBYTECODE|UNBUFFERED)")
+SETTINGS = re.compile(r"(OMP|MKL|OPENBLAS)_NUM_THREADS|MALLOC_.*|GLIBC_TUNABLES|PYTHON(DONTWRITEBYTECODE|UNBUFFERED)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,3 +116,15 @@ def roofline(models: Sequence[Path], out: Path) -> float:
         for file in sorted(model.glob("*.safetensors")):
             read_through(file, buffer, out / file.name if model == models[0] else None)
     return time.perf_counter() - start
+
+
+# glibc gives large blocks back at once and takes them anew: zeroing their pages costs more than a small decoder's step.
+MALLOC = {"hugetlb": 1, "mmap_threshold": 1 << 33, "trim_threshold": 1 << 34}
+
+
+def keep_pages() -> None:
+    """Start this program again with a malloc that keeps its memory and asks for large pages, if it has not one yet."""
+    name = "GLIBC_TUNABLES"
+    if sys.platform == "linux" and name not in os.environ:
+        tunables = ":".join(f"glibc.malloc.{key}={value}" for key, value in MALLOC.items())
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, name: tunables})

@@ -20,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # benchmarks: it is `paper.frame` here as in the tests
 
+import process
 import quality
 
 from paper import MODULES, frame
@@ -84,4 +85,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    process.keep_pages()
     main()

@@ -1,160 +1,83 @@
-"""Table 3, decoders: a Llama of a million parameters, trained on arithmetic, fine-tuned to word problems."""
+"""Tables 3, 6 and 12, decoders: fine-tunes of SmolLM2-135M on a task of reasoning-gym, pruned; and their learning rate.
+
+The fine-tunes are those of `benchmarks/smollm2.py`, which `make decoder` makes; what lacks is left out.
+"""
 
 from __future__ import annotations
 
 import json
-import re
-from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import islice
 from pathlib import Path
+from statistics import fmean
 
-import torch
-from training import Batch, OptimizerFactory, adamr, adamw, trained
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+import smollm2
 
-from paper import arithmetic, pruned
-from paper.arithmetic import Problem
-from paper.frame import Experiment, Record, Setting
+from paper import plot, pruned
+from paper.frame import Experiment, NotKept, Record, Setting, table
 from paper.pruned import Subject
 
-WIDTH, INNER, HEADS = 128, 512, 4
-ROW = 48  # tokens of a row of the corpus
-
-
-def build_base(out: Path, *, steps: int, seed: int, layers: int = 4, lr: float = 3e-3, batch_size: int = 16) -> None:
-    """Train a Llama from scratch on `arithmetic.corpus`, documents packed into rows."""
-    tokenizer = arithmetic.tokenizer(out)
-    ids: list[int] = []
-    documents = arithmetic.corpus(seed)
-    rows = steps * batch_size
-    while len(ids) < rows * ROW:
-        some = [document + arithmetic.EOS for document in islice(documents, 1000)]
-        ids += [i for document in tokenizer(some)["input_ids"] for i in document]
-    tokens = torch.tensor(ids[: rows * ROW]).view(steps, batch_size, ROW)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=INNER,
-        num_hidden_layers=layers,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    batches = [{"input_ids": batch, "labels": batch} for batch in tokens]
-    trained(lambda: LlamaForCausalLM(config), batches, steps=steps, lr=lr, seed=seed).save_pretrained(out)
-
-
-def fine_tune(
-    base: Path,
-    out: Path,
-    *,
-    steps: int,
-    seed: int,
-    lr: float = 2e-3,
-    batch_size: int = 16,
-    factory: OptimizerFactory = adamw,
-) -> None:
-    """Teach `base` to answer word problems; only the answer and the end of the sequence are scored."""
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    rows = arithmetic.problems(steps * batch_size, seed + 1)
-    batches = [_batch(tokenizer, rows[i : i + batch_size]) for i in range(0, len(rows), batch_size)]
-    load = partial(AutoModelForCausalLM.from_pretrained, base, dtype=torch.float32)
-    trained(load, batches, steps=steps, lr=lr, seed=seed, factory=factory).save_pretrained(out)
-    tokenizer.save_pretrained(out)
-
-
-def exact_match(folder: Path, rows: Sequence[Problem], new_tokens: int, batch_size: int = 128) -> float:
-    """Share of problems, in %, whose generated answer ends in the right number."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    right = 0
-    by_length = sorted(rows, key=lambda row: len(row.text.split()))
-    for start in range(0, len(rows), batch_size):
-        some = by_length[start : start + batch_size]
-        inputs = tokenizer([row.text for row in some], padding=True, return_tensors="pt")
-        with torch.inference_mode():
-            made = model.generate(**inputs, do_sample=False, max_new_tokens=new_tokens)
-        texts = tokenizer.batch_decode(made[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        right += sum(_number(text) == _number(row.label) is not None for text, row in zip(texts, some, strict=True))
-    return 100 * right / len(rows)
-
-
-def write(rows: Sequence[Problem], folder: Path) -> None:
-    """Rows as calibration data."""
-    folder.mkdir()
-    (folder / "problems.jsonl").write_text("".join(json.dumps(row._asdict()) + "\n" for row in rows), encoding="utf-8")
-
-
-def _number(text: str) -> str | None:
-    found = re.search(arithmetic.ANSWER, text.strip())
-    return found[1] if found else None
-
-
-def _batch(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Problem]) -> Batch:
-    """Problems with their answers and an end, padded on the right; the problem's tokens are not scored."""
-    batch = dict(
-        tokenizer([f"{row.text} {row.label}{arithmetic.EOS}" for row in rows], padding=True, return_tensors="pt")
-    )
-    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
-    for i, row in enumerate(rows):
-        labels[i, : len(tokenizer(row.text)["input_ids"])] = -100
-    return batch | {"labels": labels}
-
-
-DENSITIES = (0.5, 0.3, 0.1, 0.05, 0.01)
-# Trainer -> by what its fine-tune is pruned.
+DENSITIES = (0.1, 0.05, 0.01, 0.003)
+Q_E = (
+    "DAREx-q, q_e",
+    "DAREx-q per layer, q_e",
+    "importance sampling, q_e",
+    "magnitude, q_e",
+    "WANDA, q_e",
+)
+Q_V = ("DAREx-q, q_v", "DAREx-q per layer, q_v")
+LEARNED = ("magnitude, learned per tensor", "WANDA, learned per row")
+PLAIN = ("DARE", "DARE, linear weights", "importance sampling", "magnitude", "WANDA")
+# Fine-tune of smollm2.EXPERTS -> by what it is pruned.
 NAMES = {
-    "AdamW": (
-        "DARE",
-        "DAREx-q, q_e",
-        "DAREx-q, q_v",
-        "magnitude",
-        "magnitude, q_e",
-        "DAREx-q per layer, q_e",
-        "DAREx-q per layer, q_v",
-        "importance sampling",
-    ),
-    "AdamR-L2": ("DARE", "DAREx-q, q_e"),
+    "reversal": (*PLAIN, "DAREx-q, q_e", "importance sampling, q_e", "magnitude, q_e"),
+    "reversal-mid": (*PLAIN, *Q_E, *Q_V, *LEARNED),
+    "reversal-fast": (*PLAIN, *Q_E, *Q_V, *LEARNED),
+    "reversal-adamr": (*PLAIN, "DAREx-q, q_e", "importance sampling, q_e", "magnitude, q_e"),
 }
-DECAY = 0.003
-TEST = (200, 8)  # problems that are scored, and at toy scale
+TEST = (200, 4)  # rows that are scored, and at toy scale
+SEQUENCES = 24
 
 
-def subject(setting: Setting, trainer: str) -> Subject:
-    """A fine-tune, trained if it is not kept."""
-    pretrain = {"steps": setting.pick(400, 2), "layers": setting.pick(4, 1), "batch_size": setting.pick(16, 4)}
-    pretrain |= {"seed": setting.seed}
-    base = setting.folder("decoder-base", pretrain, partial(build_base, **pretrain))
-    tuning = {"steps": setting.pick(400, 2), "batch_size": setting.pick(32, 4), "seed": setting.seed}
-    tuned = setting.folder(
-        f"decoder-{trainer}",
-        {"base": base.name, **tuning, "decay": 0 if trainer == "AdamW" else DECAY},
-        partial(fine_tune, base, factory=adamw if trainer == "AdamW" else adamr(base, DECAY), **tuning),
-    )
-    rows = arithmetic.problems(setting.pick(400, 20), seed=20_000 + setting.seed)
-    data = setting.folder("problems", {"first": rows[0].text, "count": len(rows)}, partial(write, rows))
-    new_tokens = setting.pick(20, 2)
-    calibration = {
-        "data": str(data / "problems.jsonl"), "sequences": setting.pick(32, 4), "length": 64, "seeds": 2,
-        "task": "text-generation", "metric": "exact_match", "answer": arithmetic.ANSWER, "new_tokens": new_tokens,
+def folder(setting: Setting) -> Path:
+    """Where the fine-tunes are; at toy scale a folder with a random model of one layer and sums."""
+    if not setting.toy:
+        return smollm2.FOLDER
+    return setting.folder("smollm2", {}, smollm2.toy)
+
+
+def subject(setting: Setting, name: str) -> Subject:
+    """A fine-tune that is kept; NotKept if it is not."""
+    where, expert = folder(setting), smollm2.EXPERTS[name]
+    if setting.toy:
+        smollm2.make(name, where, steps=1)
+    tuned, base = where / name, where / "base"
+    if not (tuned / "score.json").exists():
+        setting.lacking += 1
+        raise NotKept(str(tuned))
+    log = json.loads((tuned / "log.json").read_text(encoding="utf-8"))
+    setting.kept[str(tuned)] = log["cpu_s"]
+    new = smollm2.NEW_TOKENS[expert.task]
+    test = smollm2.rows(expert.task, "test", where)[: setting.pick(*TEST)]
+    common = {"sequences": setting.pick(SEQUENCES, 2), "length": 96, "seeds": 2}
+    labelled = {
+        "data": str(smollm2.rows_file(expert.task, "validation", where)),
+        "task": "text-generation", "metric": "exact_match", "new_tokens": new, **common,
     }  # fmt: skip
-    test = arithmetic.problems(setting.pick(*TEST), seed=10_000 + setting.seed)
-    score = partial(exact_match, rows=test, new_tokens=new_tokens)
-    return Subject(base, str(tuned), calibration, score, {"rows": len(test)})
+    calibration = {"data": str(smollm2.answered(name, setting.pick(48, 4), where)), **common}
+    score = partial(smollm2.exact_match, some=test, new_tokens=new)
+    made_of = {"rows": len(test), "of": log["expert"], "tokens": log["tokens"]}
+    return Subject(base, str(tuned), calibration, score, made_of, labelled=labelled)
 
 
 def table_3(setting: Setting) -> Record:
-    names = setting.pick(NAMES, {trainer: some[:2] for trainer, some in NAMES.items()})
+    names = setting.pick(NAMES, {"reversal": ("DARE, linear weights", "DAREx-q, q_e")})
     densities, seeds = setting.pick((DENSITIES, 2), ((0.1,), 1))
-    return {
-        "test_rows": setting.pick(*TEST),
-        "fine-tunes": pruned.fine_tunes(setting, subject, names, densities, seeds),
-    }
+    found = pruned.fine_tunes(setting, subject, names, densities, seeds)
+    if not found:
+        raise NotKept(f"a fine-tune in {folder(setting)} (`make decoder`)")
+    experts = {name: smollm2.EXPERTS[name]._asdict() for name in found}
+    return {"test_rows": setting.pick(*TEST), "experts": experts, "fine-tunes": found}
 
 
 # Exact match on GSM8K at p = 0.99.
@@ -170,13 +93,92 @@ PAPER = {
 
 
 def show_table_3(record: Record) -> str:
+    named = {_title(record["experts"][name]): found for name, found in record["fine-tunes"].items()}
+    usual = _title(smollm2.EXPERTS["reversal"]._asdict())
+    paper = {f"{usual}, {key}" if key else key: row for key, row in PAPER.items()}
     return (
-        f"Exact match in % on {record['test_rows']} generated word problems: the last number of what the model writes. "
-        "q_v is searched on exact match itself (`metric: exact_match`). A Llama of 1.06 M parameters, trained for "
-        "minutes, has little that is redundant: it loses at densities where the paper's models of 0.5 B and more lose "
-        "nothing, so the columns where methods differ are those of larger densities. The last two are the paper's, "
-        "on GSM8K.\n\n"
-    ) + pruned.by_trainer(record["fine-tunes"], PAPER)
+        f"Exact match in % of generated answers on {record['test_rows']} held-out rows: SmolLM2-135M-Instruct (30 "
+        "layers of 576), all of it fine-tuned to reverse a list of 3 to 6 words, a task of reasoning-gym of which the "
+        "base answers none. Learning rates differ as the deltas of MetaMath-7B and MetaMath-llema-7B do. q_e sees "
+        "prompts with the fine-tune's own answers, no labels; q_v is searched on exact match itself. DARE "
+        'divides every tensor by q; "linear weights" leaves embeddings (the head, which is tied to them) and norms as '
+        "they are, as a calibrated q does. The last two columns are the paper's, on GSM8K.\n\n"
+    ) + pruned.by_trainer(named, paper)
 
 
-EXPERIMENTS = (Experiment("table-3", "Table 3: decoders", table_3, show_table_3, 9),)
+def _title(expert: Record) -> str:
+    trainer = f"AdamR-L2, λ = {expert['decay']:g}" if expert["decay"] else "AdamW"
+    return f"{trainer}, lr {expert['lr']:.0e}"
+
+
+RATES = ("reversal", "reversal-mid", "reversal-fast")
+OVER = (
+    "DARE", "DARE, linear weights", "DAREx-q, q_e", "importance sampling", "importance sampling, q_e", "magnitude, q_e",
+)  # fmt: skip
+
+
+def rates(setting: Setting) -> Record:
+    """Of each learning rate how large and how coherent the delta is, and what methods keep of it."""
+    found = {}
+    for name in setting.pick(RATES, RATES[1:2]):
+        with suppress(NotKept):
+            one = subject(setting, name)
+            whole = pruned.whole(setting, one)
+            rows = pruned.scores(setting, one, setting.pick(OVER, OVER[:2]), (0.01,), 1)
+            found[name] = {"lr": smollm2.EXPERTS[name].lr, **whole, **statistics(setting, one), "rows": rows}
+    if not found:
+        raise NotKept(f"a fine-tune in {folder(setting)} (`make decoder`)")
+    return found
+
+
+def statistics(setting: Setting, one: Subject) -> Record:
+    """What `deltamerge inspect --calibration` says of its linear weights."""
+
+    def measure() -> Record:
+        from deltamerge.inspect.study import inspect
+
+        seen = inspect(one.tuned, str(one.base), calibration=dict(one.calibration), device="cpu", workers=1)
+        assert seen.activations is not None
+        total = seen.activations.total
+        return {"coherence": total.coherence, "dare_error": total.dare_error}
+
+    return setting.once(f"{Path(one.tuned).name} statistics", {"tuned": one.tuned, **one.made_of}, measure)
+
+
+def show_rates(record: Record) -> str:
+    densities = sorted({row["density"] for one in record.values() for row in one["rows"]}, reverse=True)
+    names = list(dict.fromkeys(row["method"] for one in record.values() for row in one["rows"]))
+    lines = []
+    for density in densities:
+        for one in record.values():
+            kept = {row["method"]: _kept(one, row) for row in one["rows"] if row["density"] == density}
+            noise = one["relative_norm"] * ((1 - density) / density) ** 0.5
+            about = (f"{one['lr']:.0e}", f"{one['relative_norm']:.3f}", f"{noise:.2f}", f"{one['coherence']:.2f}")
+            shares = [f"{kept[name]:.0f}" if name in kept else None for name in names]
+            lines.append([f"{1 - density:g}", *about, one["score"], *shares])
+    head = ["p", "learning rate", "‖Δ‖/‖W‖", "noise", "coherence D/A", "unpruned, %", *(f"{n}: kept, %" for n in names)]
+    return table(head, lines) + (
+        "\n*Kept* is the share of the unpruned fine-tune's own exact match, *noise* that of DARE beside the weights, "
+        "‖Δ‖/‖W‖ · sqrt(p/(1 − p)). While it is small there is nothing to rescue. Where it is large, DARE has two "
+        "faults: it divides the embeddings too, which are the head here, and by too small a q; sparing them mends the "
+        "first, a calibrated q both, and importance sampling makes less noise to begin with.\n"
+    )
+
+
+def _kept(one: Record, row: Record) -> float:
+    return 100 * fmean(cell["score"] for cell in row["cells"]) / one["score"] if one["score"] else 0.0
+
+
+def draw_rates(record: Record, path: Path) -> None:
+    panels: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for one in record.values():
+        for row in one["rows"]:
+            curves = panels.setdefault(f"p = {1 - row['density']:g}", {})
+            curves.setdefault(row["method"], []).append((one["relative_norm"], _kept(one, row)))
+    plot.lines(path, panels, "‖Δ‖/‖W‖ (learning rates)", ["kept, %"] * len(panels))
+
+
+EXPERIMENTS = (
+    Experiment("table-3", "Tables 3, 6 and 12: decoders", table_3, show_table_3, 90),
+    Experiment("learning-rates", "Decoders: what plain DARE depends on", rates, show_rates, 20, draw_rates),
+)

@@ -181,7 +181,8 @@ stand beside ours to compare *which method keeps what*, never digit for digit. "
 The encoder is MiniLM cut to three layers (12.7 M parameters); its tasks are sentiment (two classes, accuracy),
 intensity (a regression, the mean of Pearson's and Spearman's correlation) and domain (four classes, accuracy);
 160 steps of 16 rows, scored on the first 400 test rows, so that a point or two means nothing. q is calibrated on
-at most 100 validation rows of 32 tokens, with two masks.
+at most 100 validation rows of 32 tokens, with two masks. The decoder is SmolLM2-135M, fine-tuned to a task of
+reasoning-gym (`make decoder`); the ViT has learned half of Fashion-MNIST before it is fine-tuned to the other half.
 """
 
 

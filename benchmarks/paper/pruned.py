@@ -16,6 +16,9 @@ from quality import Method
 from paper.frame import NotKept, Record, Setting, spread, table
 
 METHODS = {method.name: method for method in quality.METHODS}
+# As a calibrated q does: only linear weights are divided. `spared` are filters of tensors that keep their values.
+SPARED = {"spared": ("embed_tokens", "norm")}
+METHODS["DARE, linear weights"] = Method("DARE, linear weights", quality.DARE | SPARED, random=True)
 NAME = "fine-tune"  # masks are keyed by it
 
 
@@ -23,7 +26,8 @@ NAME = "fine-tune"  # masks are keyed by it
 class Subject:
     """A fine-tune, a folder or base+adapter, with its `calibration` as in a recipe and what scores a result, in %.
 
-    `made_of` says what the score depends on besides; `output` is the recipe's.
+    `made_of` says what the score depends on besides; `output` is the recipe's. `labelled` is the calibration of what
+    needs labels, where that is another.
     """
 
     base: Path
@@ -32,15 +36,23 @@ class Subject:
     score: Callable[[Path], float]
     made_of: Mapping[str, Any]
     output: Mapping[str, Any] = field(default_factory=dict)
+    labelled: Mapping[str, Any] | None = None
+
+    def rows(self, q: Any) -> dict[str, Any]:
+        """The `calibration` of a recipe whose `prune` has this q."""
+        needs = "validation" in (q, q.get("objective") if isinstance(q, Mapping) else None)
+        return dict(self.labelled if needs and self.labelled is not None else self.calibration)
 
 
 def prune(setting: Setting, subject: Subject, method: Method, density: float, seed: int) -> dict[str, Any]:
     """The score of one recipe's result, and the q that it chose."""
     keys = {**method.prune, "density": density}
+    if spared := keys.pop("spared", ()):
+        keys["q"] = [*({"filter": part, "value": 1.0} for part in spared), {"value": density}]
     recipe = {
         "base_model": str(subject.base),
         "models": [{"model": subject.tuned, "name": NAME, "prune": keys}],
-        "calibration": dict(subject.calibration),
+        "calibration": subject.rows(keys.get("q")),
         "seed": setting.seed + seed,
         **({"output": dict(subject.output)} if subject.output else {}),
     }

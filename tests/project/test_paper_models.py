@@ -1,11 +1,10 @@
-"""What the paper's experiments make themselves: arithmetic, pictures, a decoder's score, simulated bounds."""
+"""What the paper's experiments make themselves: pictures, simulated bounds."""
 
 from __future__ import annotations
 
+import gzip
 import importlib
-import re
 import sys
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,64 +14,34 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
-arithmetic, decoder, digits, frame, pruned, theory = (
-    importlib.import_module(f"paper.{name}")
-    for name in ("arithmetic", "decoder", "digits", "frame", "pruned", "theory")
+digits, fashion, frame, pictures, pruned, theory = (
+    importlib.import_module(f"paper.{name}") for name in ("digits", "fashion", "frame", "pictures", "pruned", "theory")
 )
-
-
-def test_word_problems_are_worked_out_rightly() -> None:
-    found = arithmetic.problems(300, seed=0)
-    assert found == arithmetic.problems(300, seed=0)
-    assert len(set(found)) > 290
-    for text, label in found:
-        value, *steps = map(int, re.findall(r"\d+", text))
-        for step, (left, sign, right, result) in zip(steps, re.findall(r"(\d+)([+-])(\d+)=(\d+)", label), strict=True):
-            assert (int(left), int(right)) == (value, step), (text, label)
-            value += step if sign == "+" else -step
-            assert int(result) == value
-            assert 0 <= value <= arithmetic.LARGEST
-        assert re.search(arithmetic.ANSWER, label)[1] == str(value)  # type: ignore[index]
-
-
-def test_every_word_has_its_token_and_comes_back(tmp_path: Path) -> None:
-    tokenizer = arithmetic.tokenizer(tmp_path)
-    texts = [f"{row.text} {row.label}" for row in arithmetic.problems(200, seed=1)]
-    texts += islice(arithmetic.corpus(seed=1), 200)
-    for text in texts:
-        ids = tokenizer(text)["input_ids"]
-        assert tokenizer.pad_token_id not in ids, text  # which stands for unknown words
-        assert tokenizer.decode(ids) == text
-
-
-def test_the_number_after_the_last_sign_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    base = tmp_path / "base"
-    decoder.build_base(base, steps=1, seed=0, layers=1, batch_size=2)
-    rows = [arithmetic.Problem("Ann has 3 pears .", label) for label in ("3+4=7", "9-2=7", "3+4=7;7+1=8", "7")]
-
-    def generate(self: object, input_ids: torch.Tensor, **_: object) -> torch.Tensor:
-        tokenizer = decoder.AutoTokenizer.from_pretrained(base)
-        made = torch.tensor(tokenizer("5+2=7")["input_ids"]).expand(len(input_ids), -1)
-        return torch.cat([input_ids, made], dim=1)
-
-    monkeypatch.setattr(decoder.LlamaForCausalLM, "generate", generate)
-    assert decoder.exact_match(base, rows, new_tokens=8) == 50.0
 
 
 def test_training_sees_the_pixels_that_calibration_sees(tmp_path: Path) -> None:
     data = digits.parts(toy=True)["test"]
-    digits.write(data, tmp_path)
-    processor = digits.processor()
+    pictures.write(data, tmp_path)
     files = sorted(tmp_path.rglob("*.png"), key=lambda file: file.name)
     assert [int(file.parent.name) for file in files] == data.labels_N.tolist()
-    pictures = [Image.open(file).convert("RGB") for file in files]
-    seen = processor(images=pictures, return_tensors="pt")["pixel_values"]
-    torch.testing.assert_close(seen, digits.pixels(data.images_NHW), rtol=0, atol=1e-6)
+    shown = [Image.open(file).convert("RGB") for file in files]
+    seen = pictures.processor(digits.SIZE)(images=shown, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(seen, pictures.pixels(data.images_NHW), rtol=0, atol=1e-6)
 
 
-def test_symmetries_are_eight() -> None:
-    image = np.arange(9, dtype=np.uint8).reshape(3, 3)
-    assert len({digits.turn(image, symmetry).tobytes() for symmetry in range(8)}) == 8
+def test_what_is_pretrained_on_is_not_fine_tuned_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels = np.arange(1000) % 10
+    images = np.repeat(labels.astype(np.uint8), 28 * 28).tobytes()  # each picture as grey as its class says
+    for kind in ("train", "t10k"):
+        (tmp_path / f"{kind}-images-idx3-ubyte.gz").write_bytes(gzip.compress(bytes(16) + images))
+        (tmp_path / f"{kind}-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + bytes(labels.tolist())))
+    monkeypatch.setenv("FASHION_MNIST", str(tmp_path))
+    found = fashion.parts(tmp_path)
+    sizes = {"pretrain": 500, "train": 200, "validation": 300, "test": 500}
+    assert {part: len(data.labels_N) for part, data in found.items()} == sizes
+    for part, (shown, classes) in found.items():
+        greys = fashion.FIRST if part == "pretrain" else fashion.THEN
+        np.testing.assert_array_equal(shown[:, 3, 4], np.array(greys)[classes])
 
 
 def test_the_digits_are_split_without_overlap() -> None:
