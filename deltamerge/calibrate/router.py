@@ -59,7 +59,7 @@ def routers(*, spec: RouterSpec) -> Routers:
 
 def unit(vector: Vector) -> Vector:
     """v / ‖v‖ along the last axis, of a norm of at least 1e-8."""
-    return vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), LEAST_NORM)
+    scaled: Vector = vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), LEAST_NORM)
 
 
 def _drawn(spec: RouterSpec) -> NDArray[np.float32]:
