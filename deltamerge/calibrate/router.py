@@ -60,6 +60,7 @@ def routers(*, spec: RouterSpec) -> Routers:
 def unit(vector: Vector) -> Vector:
     """v / ‖v‖ along the last axis, of a norm of at least 1e-8."""
     scaled: Vector = vector / np.maximum(np.linalg.norm(vector, axis=-1, keepdims=True), LEAST_NORM)
+    return scaled
 
 
 def _drawn(spec: RouterSpec) -> NDArray[np.float32]:
@@ -164,7 +165,8 @@ def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vecto
 
     from deltamerge.calibrate.blocks import BlockModel, from_reader
     from deltamerge.calibrate.foreign import running
-    from deltamerge.engine.backends import single_threaded, torch_device
+    from deltamerge.engine.backends import single_threaded
+    from deltamerge.engine.devices import torch_device
     from deltamerge.io.dtypes import torch_dtype
 
     with running("transformers cannot read its config.json"):
@@ -219,7 +221,7 @@ class _Watch:
     def __init__(self, model: BlockModel, batches: Sequence[Inputs], *, mean: bool, mlp: bool) -> None:
         self.model, self.mean = model, mean
         self.masks = [batch["attention_mask"] for batch in batches]
-        self.places = [block.mlp if mlp else block.input_layernorm for block in model.blocks]
+        self.places: list[Any] = [block.mlp if mlp else block.input_layernorm for block in model.blocks]
         self.found: list[list[Vector]] = [[] for _ in self.places]
         self.part, self.hooks = 0, list[Any]()
 

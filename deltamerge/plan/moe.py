@@ -227,8 +227,8 @@ class MixtureOutputs:
                 "hidden_act", "silu"
             ):
                 raise InputError(f"{model.name} has another hidden_act than {where}")
-            for layer in weights.values():
-                gate, up, down = (layer[one].shape for one in MLP)
+            for mlp in weights.values():
+                gate, up, down = (mlp[one].shape for one in MLP)
                 if gate != up or down != gate[::-1] or gate[1] != hidden:
                     shapes = f"{list(gate)}, {list(up)}, {list(down)}"
                     raise InputError(f"{model.name}: its MLPs are {shapes}, and {where} is {hidden} wide")
