@@ -106,18 +106,17 @@ def extracted(base: Path, models: list[Path], store: Path) -> list[Path]:
     return [store / model.name for model in models]
 
 
-def of_another_base(models: list[Path], folder: Path) -> Path:
-    """A delta, of one tensor, between two fine-tunes."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
+def of_another_base(base: Path, models: list[Path], folder: Path) -> Path:
+    """A delta, of one tensor, between two fine-tunes; the tensor is the first in which the base differs from both."""
+    from safetensors.torch import load_file, save_file
 
     shutil.rmtree(folder, ignore_errors=True)
-    for model in models[:2]:
+    states = [load_file(one / "model.safetensors") for one in (base, *models[:2])]
+    name = next(n for n in states[0] if all(bool((states[0][n] != other[n]).any()) for other in states[1:]))
+    for model, state in zip(models[:2], states[1:], strict=True):
         (folder / model.name).mkdir(parents=True)
         shutil.copy(model / "config.json", folder / model.name)
-        with safe_open(model / "model.safetensors", "pt") as file:
-            norm = {"model.norm.weight": file.get_tensor("model.norm.weight")}
-        save_file(norm, folder / model.name / "model.safetensors")
+        save_file({name: state[name]}, folder / model.name / "model.safetensors")
     return extracted(folder / models[0].name, [folder / models[1].name], folder / "store")[0]
 
 
@@ -133,7 +132,7 @@ async def measure(base: Path, models: list[Path], folder: Path, rounds: int, *, 
     apart = len({json.dumps(found) for found in wanted.values()})
     assert apart == len(names), "two of the models answer alike: nothing would be proved"
     deltas: list[Path | None] = [*extracted(base, models, folder / "store")]
-    foreign = of_another_base(models, folder / "foreign")
+    foreign = of_another_base(base, models, folder / "foreign")
     init = {"base": str(base), "in_place": True if in_place else None}
     await server.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init))
 
