@@ -23,10 +23,12 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe.file import read_recipe, read_template
 from deltamerge.recipe.load import loads
 from deltamerge.recipe.schema import schema
+from deltamerge.recipe.study_keys import Study
 from deltamerge.recipe.varied import Range
 from deltamerge.run.options import Options
 from deltamerge.search.command import value_of
 from deltamerge.search.outcome import Bench, Outcome, pareto, ranked
+from deltamerge.search.proposals import load_optuna, sampler
 from deltamerge.search.setting import candidates_of
 from deltamerge.search.study import search
 from deltamerge.search.walk import Walk
@@ -90,7 +92,7 @@ SHARED = {
 }  # fmt: skip
 
 
-FAST = ("dare", "magnitude")
+FAST = ("dare",)
 slow = pytest.mark.slow
 
 
@@ -336,6 +338,7 @@ def found_trials(found: Any) -> list[tuple[Any, ...]]:
 
 
 STUDY = "study: {objective: %s, trials: 8, together: 4, sampler: %s, seed: 3}\n"
+FEW = STUDY.replace("trials: 8, together: 4", "trials: 2, together: 2")
 
 
 @pytest.mark.parametrize("sampler", ["tpe", pytest.param("cmaes", marks=slow)])
@@ -363,6 +366,40 @@ def test_a_killed_search_ends_as_one_that_was_not(folder: Path, sampler: str, mo
         search(
             read_template(write(folder, TWO + "seed: 5\n" + STUDY % ("agreement", sampler))), OPTIONS, folder / "whole"
         )
+
+
+def test_every_second_trial_of_tpe_is_near_the_best() -> None:
+    optuna, settings = load_optuna(), Study.model_validate({})
+    made = optuna.distributions
+    space = {
+        "plain": made.FloatDistribution(0, 1.5),
+        "log": made.FloatDistribution(1e-4, 1, log=True),
+        "steps": made.FloatDistribution(0, 1, step=0.25),
+        "whole": made.IntDistribution(1, 9, step=2),
+        "choice": made.CategoricalDistribution(["x", "y"]),
+    }
+    study = optuna.create_study(direction="maximize")
+    done: list[tuple[float, dict[str, Any]]] = []
+    moved = 0
+    for number in range(24):
+        study.sampler = sampler(optuna, settings, number)
+        trial = study.ask(space)
+        assert trial.params["whole"] in (1, 3, 5, 7, 9)
+        assert trial.params["steps"] in (0, 0.25, 0.5, 0.75, 1)
+        if number >= 8 and number % 2:
+            best = max(done, key=lambda one: one[0])[1]
+            most = 5 * 0.15 / (1 + (number - 8) / 4)  # five deviations
+            assert abs(trial.params["plain"] - best["plain"]) <= most * 1.5
+            assert abs(np.log(trial.params["log"] / best["log"])) <= most * np.log(1e4)
+            assert trial.params["choice"] == best["choice"]
+            moved += trial.params["plain"] != best["plain"]
+        value = -abs(trial.params["plain"] - 0.4) - abs(np.log(trial.params["log"] / 0.03))
+        study.tell(trial, value)
+        done.append((value, dict(trial.params)))
+    assert moved == 8
+    failing = optuna.create_study()
+    failing.sampler = sampler(optuna, settings, 9)
+    assert failing.ask(space).params.keys() == space.keys()  # no trial is complete
 
 
 @slow
@@ -408,7 +445,8 @@ def test_several_objectives_choices_and_pruning(folder: Path, capsys, monkeypatc
     assert json.loads(out)["study"]["search"][:2] == ["models[0].parameters.weight", "models[1].parameters.weight"]
 
 
-@pytest.mark.parametrize("pruner", ["median", pytest.param("halving", marks=slow)])
+@slow
+@pytest.mark.parametrize("pruner", ["median", "halving"])
 def test_bad_trials_end_after_a_quarter_of_the_rows(
     folder: Path, pruner: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -504,7 +542,7 @@ def test_failing_objectives_end_in_a_line_and_the_study_keeps_what_was_done(
     assert found["best"] == best["number"]
     assert all("exit code 1: too large" in t["error"] for t in found["trials"] if t["state"] == "failed")
     nonsense = json.dumps({"command": {"run": f"{sys.executable} -c 'print(1)' {{folder}}"}})
-    write(folder, TWO + STUDY % (nonsense, "random"), "nonsense")
+    write(folder, TWO + FEW % (nonsense, "random"), "nonsense")
     code, _, err = call(capsys, "search", "nonsense.yaml", "--allow-command")
     assert code == 1
     assert "trials all failed: " in err
