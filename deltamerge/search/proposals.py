@@ -74,8 +74,9 @@ def sampler_of(study: Study) -> str:
 
 
 def sampler(optuna: Any, study: Study, number: int) -> Any:
-    """Optuna's sampler of the trial `number`: the first ones are spread by Sobol's sequence. It depends on the study's
-    seed, the number and the trials before it alone, so that a study that goes on proposes what it would have proposed."""
+    """Optuna's sampler of the trial `number`: the first ones are spread by Sobol's sequence, of tpe's then every second
+    is near the best. It depends on the study's seed, the number and the trials before it alone, so that a study that
+    goes on proposes what it would have proposed."""
     samplers = optuna.samplers
     seed, name = (study.seed + 1000003 * number) % 2**31, sampler_of(study)
     with warnings.catch_warnings():

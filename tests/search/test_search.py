@@ -447,9 +447,7 @@ def test_several_objectives_choices_and_pruning(folder: Path, capsys, monkeypatc
 
 @slow
 @pytest.mark.parametrize("pruner", ["median", "halving"])
-def test_bad_trials_end_after_a_quarter_of_the_rows(
-    folder: Path, pruner: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bad_trials_end_after_a_quarter_of_the_rows(folder: Path, pruner: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pruned trial is worse on those rows than the median of the trials before it that went on (halving: than the
     best quarter), and is not measured on the others."""
     text = ONE % ", parameters: {weight: {search: [0, 6]}}"
