@@ -50,7 +50,7 @@ def _best(study: optuna.Study) -> Any:
 
 def moved(axis: Any, value: float, share: float) -> float:
     """A number of Optuna's distribution `axis`, moved by a share of its range; one of its steps, within its bounds."""
-    low, high = axis.low, axis.high
+    low, high = float(axis.low), float(axis.high)
     if axis.log:
         found = math.exp(math.log(value) + share * (math.log(high) - math.log(low)))
     else:
@@ -58,5 +58,5 @@ def moved(axis: Any, value: float, share: float) -> float:
     found = min(max(found, low), high)
     if axis.step is None:
         return found
-    found = low + round((found - low) / axis.step) * axis.step
-    return int(found) if isinstance(low, int) else min(found, high)
+    found = min(low + round((found - low) / axis.step) * float(axis.step), high)
+    return round(found) if isinstance(axis.low, int) else found
