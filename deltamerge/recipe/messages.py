@@ -55,6 +55,8 @@ def problem_of(error: ErrorDetails, source: YamlSource, root: type[BaseModel]) -
         hint = f"did you mean {close[0]!r}?" if close else None
     elif kind == "string_too_short":
         message, got = "must not be empty", ""
+    elif kind == "too_short":
+        message, got = f"needs at least {context['min_length']} item{'s' * (context['min_length'] > 1)}", ""
     elif kind == "too_long":
         message, got = f"has more than {context['max_length']} items", ""
     elif kind == "less_than_equal":

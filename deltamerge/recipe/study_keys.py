@@ -98,7 +98,7 @@ class Study(Keys):
         "none", description="Which trials end after a quarter of the rows."
     )
     trials: Positive = Field(64, le=100_000, description="Candidates that are tried.")
-    together: Positive = Field(8, le=64, description="Candidates in one walk through the blocks.")
+    together: Positive = Field(4, le=64, description="Candidates in one walk through the blocks.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Of the sampler.")
 
     @property

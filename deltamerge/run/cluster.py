@@ -48,7 +48,7 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
     with (
         parts_workspace(target, force=options.force, resume=options.goes_on) as begun,
         connected(address) as ray,
-        _interrupts() as interrupted,
+        interrupts() as interrupted,
     ):
         cores = int(ray.cluster_resources().get("CPU", 1))
         count = begun or max(1, min(len(planned.layout.files), cores // workers))
@@ -58,21 +58,14 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
         def start(part: Part) -> Any:
             return task.options(name=f"deltamerge {part.name}").remote(file, target, part, asked)
 
-        def ended(references: list[Any]) -> list[Any]:
-            while not (done := ray.wait(references, timeout=1)[0]) and not interrupted.is_set():
-                pass
-            if interrupted.is_set():
-                raise KeyboardInterrupt
-            return done  # type: ignore[no-any-return]  # ray has no stub for it
-
         if planned.stages and options.lock is None:
             first = start(Part(0, count))
-            ended([first])
+            ended(ray, [first], interrupted)
             _result(ray, first, Part(0, count))
         with options.merging(planned) as told:
             running = {start(part): part for part in (Part(i, count) for i in range(1, count + 1))}
             while running:
-                for reference in ended(list(running)):
+                for reference in ended(ray, list(running), interrupted):
                     nbytes, found = _result(ray, reference, running.pop(reference))
                     told(nbytes)
                     nonfinite |= found
@@ -112,7 +105,7 @@ def _result(ray: Any, reference: Any, part: Part) -> Any:
 
 
 @contextmanager
-def _interrupts() -> Iterator[threading.Event]:
+def interrupts() -> Iterator[threading.Event]:
     """Set by Ctrl-C: where it meets one of ray's callbacks, the KeyboardInterrupt is lost."""
     seen = threading.Event()
     if threading.current_thread() is not threading.main_thread():
@@ -130,6 +123,15 @@ def _interrupts() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
+def ended(ray: Any, references: list[Any], interrupted: threading.Event) -> list[Any]:
+    """The first of the tasks to end, or several. KeyboardInterrupt: it is set."""
+    while not (done := ray.wait(references, timeout=1)[0]) and not interrupted.is_set():
+        pass
+    if interrupted.is_set():
+        raise KeyboardInterrupt
+    return done  # type: ignore[no-any-return]  # ray has no stub for it
+
+
 @contextmanager
 def connected(address: str) -> Iterator[Any]:
     """Ray, connected; its tasks end with the block. InputError: it is not installed, or no cluster is at `address`."""
@@ -145,7 +147,7 @@ def connected(address: str) -> Iterator[Any]:
         if found := HOST_AND_PORT.fullmatch(address):  # ray itself would try for half an hour
             socket.create_connection((found["host"], int(found["port"])), timeout=10).close()
         ray.init(address=address, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # ray has no class of its own for a node that is too slow to start
         raise InputError(
             f"--ray {address}: no cluster to use: {str(error).splitlines()[0]}",
             hint="start one with `ray start --head` and set RAY_AUTH_MODE and RAY_AUTH_TOKEN as there, "

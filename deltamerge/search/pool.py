@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,7 +14,7 @@ from typing import Any
 from deltamerge.errors import DeltamergeError, OutputError
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.yaml_source import Loc
-from deltamerge.run.cluster import RETRIES, connected
+from deltamerge.run.cluster import RETRIES, connected, ended, interrupts
 from deltamerge.run.options import Options, unwatched
 from deltamerge.search.judge import Part
 from deltamerge.search.outcome import Bench, Outcome
@@ -48,8 +49,10 @@ class Worker:
 class Pool:
     """Actors of a cluster; `size` of them work at a time."""
 
-    def __init__(self, ray: Any, file: TemplateFile, options: Options, *, commands: bool) -> None:
-        self.ray = ray
+    def __init__(
+        self, ray: Any, file: TemplateFile, options: Options, interrupted: threading.Event, *, commands: bool
+    ) -> None:
+        self.ray, self.interrupted = ray, interrupted
         workers = options.workers or 1
         self.size = max(1, int(ray.cluster_resources().get("CPU", 1)) // workers)
         needs = {"num_cpus": workers, "num_gpus": int(options.device.startswith("cuda"))}
@@ -85,7 +88,7 @@ class Pool:
 
         running = {begin(i): i for i in shares}
         while running:
-            (done,), _ = self.ray.wait(list(running), num_returns=1)
+            done = ended(self.ray, list(running), self.interrupted)[0]
             i = running.pop(done)
             try:
                 answer = self.ray.get(done)
@@ -112,5 +115,5 @@ def pool_of(file: TemplateFile, options: Options, address: str | None, *, comman
     if address is None:
         yield None
         return
-    with connected(address) as ray:
-        yield Pool(ray, replace(file, path=file.path.resolve()), options, commands=commands)
+    with connected(address) as ray, interrupts() as interrupted:
+        yield Pool(ray, replace(file, path=file.path.resolve()), options, interrupted, commands=commands)

@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 from deltamerge.errors import InputError
 from deltamerge.recipe.study_keys import Study
 from deltamerge.recipe.varied import Range
+from deltamerge.search.near import near_best
 
 if TYPE_CHECKING:
     import optuna
 
 NAME = "deltamerge"
-STARTUP = {"gp": 8, "tpe": 16}  # first trials, which spread
+STARTUP = {"cmaes": 8, "gp": 16, "tpe": 8}  # first trials, which spread
+WIDTH = 0.15  # of a range: the deviation of the first trials near the best
 
 
 def load_optuna() -> Any:
@@ -72,8 +74,9 @@ def sampler_of(study: Study) -> str:
 
 
 def sampler(optuna: Any, study: Study, number: int) -> Any:
-    """Optuna's sampler of the trial `number`: the first ones are spread by Sobol's sequence. It depends on the study's
-    seed and the number alone, so that a study that goes on proposes what it would have proposed."""
+    """Optuna's sampler of the trial `number`: the first ones are spread by Sobol's sequence, of tpe's then every second
+    is near the best. It depends on the study's seed, the number and the trials before it alone, so that a study that
+    goes on proposes what it would have proposed."""
     samplers = optuna.samplers
     seed, name = (study.seed + 1000003 * number) % 2**31, sampler_of(study)
     with warnings.catch_warnings():
@@ -89,13 +92,13 @@ def sampler(optuna: Any, study: Study, number: int) -> Any:
                     import cmaes  # noqa: F401
                 except ModuleNotFoundError:
                     raise InputError("sampler cmaes needs cmaes", hint="pip install 'deltamerge[search]'") from None
-                return samplers.CmaEsSampler(
-                    seed=seed, n_startup_trials=study.together, warn_independent_sampling=False
-                )
+                return samplers.CmaEsSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)
             case "nsga2":
                 return samplers.NSGAIISampler(seed=seed, population_size=max(8, study.together))
             case "random":
                 return samplers.RandomSampler(seed=seed)
+        if number % 2 and len(study.goals) == 1:
+            return near_best(optuna, seed, WIDTH / (1 + (number - STARTUP["tpe"]) / 4))
         return samplers.TPESampler(seed=seed, multivariate=True, group=True, constant_liar=True, n_startup_trials=1)
 
 

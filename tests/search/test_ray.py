@@ -13,7 +13,9 @@ import torch
 from calibration_rows import rows
 from conftest import tiny_bert_pair
 
+from deltamerge.errors import InputError
 from deltamerge.recipe.file import read_template
+from deltamerge.run.cluster import connected
 from deltamerge.run.options import Options
 from deltamerge.search.pool import Pool, pool_of
 from deltamerge.search.study import search
@@ -26,9 +28,11 @@ calibration: {data: calib.jsonl, sequences: 8, length: 12}
 study: {trials: 8, together: 2, sampler: random}
 """
 
+needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray: make ray")
+
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs the extra ray: make ray")
+@needs_ray
 @pytest.mark.filterwarnings("ignore")  # of ray itself
 def test_actors_find_what_one_process_does_and_one_may_die(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_bert_pair(tmp_path, dtype=torch.float32, sigma=0.05, tokenizer=True)
@@ -52,5 +56,24 @@ def test_actors_find_what_one_process_does_and_one_may_die(tmp_path: Path, monke
     assert killed
     assert [t.outcome.values for t in spread.trials] == [t.outcome.values for t in alone.trials]
     assert spread.chosen.params == alone.chosen.params
+    monkeypatch.undo()
+    path.write_text(RECIPE.replace("random", "tpe"))
+    file, cores = read_template(path), Options(device="cpu", workers=os.cpu_count())  # all for one worker
+    alone = search(file, cores, tmp_path / "alone-tpe")
+    one = search(file, cores, tmp_path / "one-tpe", ray="local")
+    assert [(t.params, t.outcome.values) for t in one.trials] == [(t.params, t.outcome.values) for t in alone.trials]
     with pool_of(file, options, None, commands=False) as none:
         assert none is None
+
+
+@pytest.mark.slow
+@needs_ray
+def test_a_cluster_that_is_too_slow_to_start_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    def late(**_: Any) -> None:  # what ray raises after 30 s, of no class of its own
+        raise Exception("The current node timed out during startup. This could happen because it is overloaded.")
+
+    monkeypatch.setattr(ray, "init", late)
+    with pytest.raises(InputError, match="no cluster to use: The current node timed out"), connected("local"):
+        pass

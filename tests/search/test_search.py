@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,12 @@ from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe.file import read_recipe, read_template
 from deltamerge.recipe.load import loads
 from deltamerge.recipe.schema import schema
+from deltamerge.recipe.study_keys import Study
 from deltamerge.recipe.varied import Range
 from deltamerge.run.options import Options
 from deltamerge.search.command import value_of
 from deltamerge.search.outcome import Bench, Outcome, pareto, ranked
+from deltamerge.search.proposals import load_optuna, sampler
 from deltamerge.search.setting import candidates_of
 from deltamerge.search.study import search
 from deltamerge.search.walk import Walk
@@ -89,7 +92,7 @@ SHARED = {
 }  # fmt: skip
 
 
-FAST = ("dare", "magnitude")
+FAST = ("dare",)
 slow = pytest.mark.slow
 
 
@@ -213,6 +216,31 @@ def test_bad_open_values_are_named_at_their_place(tmp_path: Path, value: str) ->
     assert problem.location.startswith("models[0].parameters.weight")
 
 
+BAD_STUDIES = {
+    "{objective: accurracy}": "study.objective: must be one of agreement, metric",
+    "{objective: []}": "study.objective: needs at least 1 item",
+    "{objective: {measure: loss, of: nobody}}": "study.objective.of: 'nobody' is no fine-tune here",
+    "{objective: {measure: loss, weights: {nobody: 2}}}": "study.objective.weights: 'nobody' is no fine-tune here",
+    "{objective: {over: minimum, weights: {a: 2}}}": "study.objective: weights are of the mean",
+    "{objective: {command: {}}}": "study.objective.command: needs run",
+    "{objective: {command: {run: score}, measure: loss}}": "study.objective: command stands alone",
+    "{objective: {command: {run: score, timeout: 0}}}": "study.objective.command.timeout: must be at least 1",
+    "{objective: [loss, agreement], sampler: cmaes}": "study.sampler: cmaes has one objective",
+    "{objective: [loss, agreement], pruner: median}": "study.pruner: is for one objective that rows give",
+    "{trials: 0}": "study.trials: must be at least 1",
+    "{sampler: grid}": "study.sampler: must be one of gp, tpe, cmaes, nsga2, random",
+}
+
+
+@pytest.mark.parametrize("study", BAD_STUDIES)
+def test_bad_studies_are_named_at_their_place(study: str) -> None:
+    with pytest.raises(RecipeError) as refused:
+        loads(ONE % "" + f"study: {study}\n")
+    (problem,) = refused.value.problems
+    assert f"{problem.location}: {problem.message}".startswith(BAD_STUDIES[study])
+    assert problem.line == 4
+
+
 def test_open_values_become_plain_text(folder: Path) -> None:
     text = "# why\n" + TWO.replace("[0, 1]}", "[0.01, 1], log: true, groups: 2}", 1)
     file = read_template(write(folder, text))
@@ -310,6 +338,7 @@ def found_trials(found: Any) -> list[tuple[Any, ...]]:
 
 
 STUDY = "study: {objective: %s, trials: 8, together: 4, sampler: %s, seed: 3}\n"
+FEW = STUDY.replace("trials: 8, together: 4", "trials: 2, together: 2")
 
 
 @pytest.mark.parametrize("sampler", ["tpe", pytest.param("cmaes", marks=slow)])
@@ -337,6 +366,40 @@ def test_a_killed_search_ends_as_one_that_was_not(folder: Path, sampler: str, mo
         search(
             read_template(write(folder, TWO + "seed: 5\n" + STUDY % ("agreement", sampler))), OPTIONS, folder / "whole"
         )
+
+
+def test_every_second_trial_of_tpe_is_near_the_best() -> None:
+    optuna, settings = load_optuna(), Study.model_validate({})
+    made = optuna.distributions
+    space = {
+        "plain": made.FloatDistribution(0, 1.5),
+        "log": made.FloatDistribution(1e-4, 1, log=True),
+        "steps": made.FloatDistribution(0, 1, step=0.25),
+        "whole": made.IntDistribution(1, 9, step=2),
+        "choice": made.CategoricalDistribution(["x", "y"]),
+    }
+    study = optuna.create_study(direction="maximize")
+    done: list[tuple[float, dict[str, Any]]] = []
+    moved = 0
+    for number in range(24):
+        study.sampler = sampler(optuna, settings, number)
+        trial = study.ask(space)
+        assert trial.params["whole"] in (1, 3, 5, 7, 9)
+        assert trial.params["steps"] in (0, 0.25, 0.5, 0.75, 1)
+        if number >= 8 and number % 2:
+            best = max(done, key=lambda one: one[0])[1]
+            most = 5 * 0.15 / (1 + (number - 8) / 4)  # five deviations
+            assert abs(trial.params["plain"] - best["plain"]) <= most * 1.5
+            assert abs(np.log(trial.params["log"] / best["log"])) <= most * np.log(1e4)
+            assert trial.params["choice"] == best["choice"]
+            moved += trial.params["plain"] != best["plain"]
+        value = -abs(trial.params["plain"] - 0.4) - abs(np.log(trial.params["log"] / 0.03))
+        study.tell(trial, value)
+        done.append((value, dict(trial.params)))
+    assert moved == 8
+    failing = optuna.create_study()
+    failing.sampler = sampler(optuna, settings, 9)
+    assert failing.ask(space).params.keys() == space.keys()  # no trial is complete
 
 
 @slow
@@ -373,17 +436,54 @@ def test_several_objectives_choices_and_pruning(folder: Path, capsys, monkeypatc
     assert "<script" not in page
     assert "## Search" in (folder / "recipe-search" / "best" / "README.md").read_text()
     assert call(capsys, "verify", folder / "recipe-search" / "best")[0] == 0
-    write(folder, TWO + "study: {trials: 12, together: 4, pruner: median}\n", "pruned")
-    code, out, err = call(capsys, "search", "pruned.yaml", "--device", "cpu")
+    code, _, err = call(capsys, "search", "recipe.yaml", "--trials", "10", "--json")  # it goes on
+    assert (code, len(json.loads(out)["trials"])) == (0, 8), err
+    code, _, err = call(capsys, "check", "recipe.yaml")
     assert code == 0, err
-    assert "12 trials by tpe" in out
-    code, _, err = call(capsys, "search", "pruned.yaml", "--trials", "14", "--json")  # it goes on
+    code, out, err = call(capsys, "plan", "recipe.yaml", "--json")
     assert code == 0, err
-    code, _, err = call(capsys, "check", "recipe.yaml", "pruned.yaml")
-    assert code == 0, err
-    code, out, err = call(capsys, "plan", "pruned.yaml", "--json")
-    assert code == 0, err
-    assert json.loads(out)["study"]["search"] == ["models[0].parameters.weight", "models[1].parameters.weight"]
+    assert json.loads(out)["study"]["search"][:2] == ["models[0].parameters.weight", "models[1].parameters.weight"]
+
+
+@slow
+@pytest.mark.parametrize("pruner", ["median", "halving"])
+def test_bad_trials_end_after_a_quarter_of_the_rows(folder: Path, pruner: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pruned trial is worse on those rows than the median of the trials before it that went on (halving: than the
+    best quarter), and is not measured on the others."""
+    text = ONE % ", parameters: {weight: {search: [0, 6]}}"
+    text += f"study: {{trials: 16, together: 4, pruner: {pruner}, sampler: random, seed: 2}}\n"
+    seen: dict[str, list[float]] = {"first": [], "search": [], "held": []}
+    original = Bench.measure
+
+    def noted(self: Bench, some: Any, part: Any, work: Path) -> Any:
+        seen[part] += [next(iter(values.values())) for values in some]
+        return original(self, some, part, work)
+
+    monkeypatch.setattr(Bench, "measure", noted)
+    found = search(read_template(write(folder, text)), OPTIONS, folder / "study")
+    weights = [next(iter(trial.params.values())) for trial in found.trials]
+    first = [trial_quarter(folder / "study" / "study.db", n) for n in range(16)]
+    pruned = [trial.number for trial in found.trials if trial.state == "pruned"]
+    assert 0 < len(pruned) < 16
+    assert seen["first"] == weights
+    assert seen["search"] == [w for n, w in enumerate(weights) if n not in pruned]
+    assert found.best not in pruned
+    for n in range(16):
+        if pruner == "median":
+            whole = [first[k] for k in range(4 * (n // 4)) if k not in pruned]
+            worse = len(whole) >= 8 and first[n] > float(np.median(whole))
+        else:
+            worse = first[n] > sorted(first[: n + 1])[max(0, (n + 1) // 4 - 1)]
+        assert (n in pruned) == worse, (n, first, pruned)
+
+
+def trial_quarter(path: Path, number: int) -> float:
+    """What a trial's objective was on a quarter of the rows, by SQLite alone."""
+    with sqlite3.connect(path) as file:
+        ask = "select intermediate_value from trial_intermediate_values natural join trials where number = ?"
+        ((value,),) = file.execute(ask, (number,)).fetchall()
+    file.close()
+    return float(value)
 
 
 SAYS = "import sys, json, pathlib; folder = pathlib.Path(sys.argv[1]); "
@@ -440,7 +540,7 @@ def test_failing_objectives_end_in_a_line_and_the_study_keeps_what_was_done(
     assert found["best"] == best["number"]
     assert all("exit code 1: too large" in t["error"] for t in found["trials"] if t["state"] == "failed")
     nonsense = json.dumps({"command": {"run": f"{sys.executable} -c 'print(1)' {{folder}}"}})
-    write(folder, TWO + STUDY % (nonsense, "random"), "nonsense")
+    write(folder, TWO + FEW % (nonsense, "random"), "nonsense")
     code, _, err = call(capsys, "search", "nonsense.yaml", "--allow-command")
     assert code == 1
     assert "trials all failed: " in err
