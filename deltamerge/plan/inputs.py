@@ -19,6 +19,7 @@ from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.folders import refuse_apart, refuse_partial, refuse_vocabulary
 from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_names
+from deltamerge.plan.running_sum import check_sums
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.schema import Recipe, model_name
@@ -184,6 +185,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
             at = written(recipe.parts, ("models", index))
             named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
     refuse_apart(named)
+    check_sums(recipe, named)
     matched, notes = _match(named)
     matched, stand_ins, untied = _untie(matched)
     base, tunes, groups = _grouped(recipe, bases, matched, apart)

@@ -27,6 +27,7 @@ from deltamerge.io.layout import Layout, plan_layout
 from deltamerge.io.names import numbered_blocks
 from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.quantised.packing import kept_bytes
+from deltamerge.io.running_sum import RunningSum
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
 from deltamerge.plan.delta_graph import Stages
@@ -37,6 +38,7 @@ from deltamerge.plan.lora import own_weights
 from deltamerge.plan.low_rank import factoring_note, held_by_factors
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
 from deltamerge.plan.outputs import Outputs, OutputTensor
+from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.recipe import checks
@@ -105,6 +107,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     alike: Mapping[str, NonFinite] = field(default_factory=dict)
     stacks: tuple[Stack, ...] = ()
+    running_sum: RunningSum | None = None
 
     @property
     def device(self) -> str:
@@ -281,6 +284,7 @@ def _plan(
     cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
     models = [(model.name, model.checkpoint) for model in inputs.all]
     notes = [
+        *(line for series in recipe.series for line in series.describe()),
         *found.notes,
         *remarks(inputs.template.name, inputs.template.checkpoint, models),
         *(
@@ -329,6 +333,7 @@ def _plan(
         chat_template=choose_chat_template(recipe, inputs),
         warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs)),
         stacks=tuple(found.stacks),
+        running_sum=made_of(recipe, inputs, found.averaged) if recipe.output.kind == "sum" else None,
     )
 
 
