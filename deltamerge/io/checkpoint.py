@@ -22,6 +22,8 @@ from deltamerge.io.component import (
     split,
 )
 from deltamerge.io.config_file import read_config
+from deltamerge.io.distributed import is_distributed, read_distributed
+from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.files import input_error
 from deltamerge.io.gguf.header import GgufHeader, read_gguf_header
 from deltamerge.io.gguf.model import open_model
@@ -136,8 +138,8 @@ def open_checkpoint(
 
     It is `model.safetensors`, else an index and its shards, else a delta artifact, else the only other
     `.safetensors` file; or the components of a diffusers pipeline or a sentence-transformers model; or `path` is itself
-    a weight file, which has no config. `pickles`: torch's files are read where there are no safetensors. `sums`: it may be
-    a running sum, whose tensors are no model's.
+    a weight file, which has no config. `pickles`: torch's files are read where there are no safetensors. `sums`: it may
+    be a running sum, whose tensors are no model's.
     InputError: no such folder, no (valid) config.json, no safetensors weights, an adapter, a shard that is
     missing or does not hold what the index says, or a header at fault.
     """
@@ -145,13 +147,27 @@ def open_checkpoint(
     with errors.context(reference):
         if not path.is_dir():
             return replace(_lone(path, reference, pickles=pickles), revision=revision, hub_id=hub_id)
+        if is_distributed(names := LocalFolder(path).names()):
+            return _distributed(path, names, reference)
         found = open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles, sums=sums)
         summed = read_running_sum(path) if sums else None
         return found if summed is None else summed_up(found, summed)
 
 
+def _distributed(path: Path, names: Collection[str], reference: str) -> Checkpoint:
+    """The model in a folder of torch's distributed checkpoints. Its config, tokenizer and other files are in the folder
+    itself, in that of the run, or in the one above it; else it has none."""
+    tensors, files = read_distributed(path, names)
+    for home in (path, path.parent, path.parent.parent):
+        if (home / CONFIG).is_file():
+            return Checkpoint(reference, home, tensors, files, read_config(home))
+    return Checkpoint(reference, path, tensors, files, {}, config_file="")
+
+
 def summed_up(checkpoint: Checkpoint, summed: RunningSum) -> Checkpoint:
-    """A running sum: its tensors, and what its file says."""
+    """A running sum: its tensors, and what its file says. InputError: dtypes that are none of an average."""
+    if not FLOATING.issuperset(summed.dtypes.values()):
+        raise InputError(f"{RUNNING_SUM}: is damaged", hint="make the running sum again from its checkpoints")
     return replace(checkpoint, tensors=summed.marked(checkpoint.tensors), running_sum=summed)
 
 

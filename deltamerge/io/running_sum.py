@@ -3,7 +3,8 @@
     {"format": 1, "schedule": "constant", "decay": null, "total": 20.0,
      "models": ["run/step-100", …], "dtypes": {"model.norm.weight": "BF16", …}}
 
-The folder's tensors are Σ w_i x_i in float32, added from left to right; `total` is Σ w_i in float32, added the same way.
+The folder's tensors are Σ w_i x_i in float32, added from left to right; `total` is Σ w_i, added the same
+way.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.strict_json import read_json
-from deltamerge.io.tensor import TensorInfo
+
+if TYPE_CHECKING:
+    from deltamerge.io.tensor import TensorInfo
 
 FILE = "running_sum.json"
 FORMAT = 1
@@ -70,9 +72,11 @@ def read_running_sum(folder: Path) -> RunningSum | None:
             and isinstance(total, float | int) and not isinstance(total, bool) and math.isfinite(total) and total > 0
             and schedule in SCHEDULES
             and (isinstance(decay, float) and 0 < decay < 1 if schedule == "ema" else decay is None)
-            and isinstance(dtypes, dict) and all(isinstance(code, str) and code in FLOATING for code in dtypes.values())
+            and isinstance(dtypes, dict) and all(isinstance(code, str) for code in dtypes.values())
         )  # fmt: skip
         if not sound:
             raise InputError("is damaged", hint="make the running sum again from its checkpoints")
-        assert isinstance(models, list) and isinstance(dtypes, dict) and isinstance(total, float | int)
+        assert isinstance(models, list)
+        assert isinstance(dtypes, dict)
+        assert isinstance(total, float | int)
         return RunningSum(tuple(models), float(total), str(schedule), decay, dtypes)

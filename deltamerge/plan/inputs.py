@@ -13,6 +13,7 @@ from deltamerge.chain.models import Models
 from deltamerge.delta.file import DeltaFile
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, by_component
+from deltamerge.io.distributed import is_distributed
 from deltamerge.io.experts import Joined, Turned
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.io.quantised.decode import decoded
@@ -154,6 +155,10 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     def merged(reference: str, place: str) -> Checkpoint:
         """Like `checkpoint`, for a model whose weights are read: quantised ones are decoded."""
         found = checkpoint(reference, place)
+        if not found.config_file and recipe.base_model not in (None, reference) and is_distributed(found.files):
+            base = checkpoint(str(recipe.base_model), "base_model")
+            found = replace(found, path=base.path, config=base.config, config_file=base.config_file)
+            opened[reference] = found
         with errors.context(place), errors.context(reference):
             opened[reference] = decoded(found)
         return opened[reference]

@@ -115,12 +115,16 @@ def weighed(
             scale = first.model.parameters.get("weight", 1.0)
             if not isinstance(scale, bool | int | float):
                 at = (*first.place, "parameters", "weight")
-                problems.append(read.problem(at, "must be one number beside a schedule", "the schedule is of all layers"))
+                problems.append(
+                    read.problem(at, "must be one number beside a schedule", "the schedule is of all layers")
+                )
                 scale = 1.0
             own = [_with_weight(member, float(scale) * weight) for member, weight in zip(own, weights, strict=True)]
         elif first.model.schedule is not None and method is not None:
             at = (*first.place, "schedule")
-            problems.append(read.problem(at, f"gives weights, {method.name} has none", "merge_method: linear", key=True))
+            problems.append(
+                read.problem(at, f"gives weights, {method.name} has none", "merge_method: linear", key=True)
+            )
         made += own
         if first.found is not None:
             names = tuple(model_name(member.model) for member in own)
@@ -153,9 +157,7 @@ def _normalized(method: Any, levels: Sequence[Mapping[str, Value]]) -> bool:
     return given is True or given == 1 if given is not None else bool(method.parameters["normalize"].default_for(1))
 
 
-def _unlike(
-    summed: RunningSum, items: Any, several: Sequence[Member], read: YamlSource
-) -> Iterator[Problem]:
+def _unlike(summed: RunningSum, items: Any, several: Sequence[Member], read: YamlSource) -> Iterator[Problem]:
     """What cannot be added to a running sum."""
     known = set(summed.models)
     for member in several:

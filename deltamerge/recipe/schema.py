@@ -37,8 +37,8 @@ class Model(Keys):
     """One input of the merge."""
 
     model: Reference = Field(
-        description="A path, a hub id, id@revision; + a LoRA adapter after any of them. A path with * ? [] is a series: "
-        "all folders that match, by their numbers."
+        description="A path, a hub id, id@revision; + a LoRA adapter after any of them. A path with * ? [] is "
+        "a series: all folders that match, by their numbers."
     )
     name: Text | None = Field(None, description="Its name in masks and reports. Default: `model` as written.")
     parameters: Parameters = Field({}, description="Parameters of the merge method for this model.")

@@ -2,8 +2,8 @@
 
     constant     1/n each (PMA, arXiv 2505.12082, "SMA")
     minus_sqrt   c_i = (√(i+1) − √i) / √n of checkpoint i = 0 … n − 1, the oldest first
-    ema          c_0 = d^(n−1), c_i = (1 − d) d^(n−1−i): d times the average so far, 1 − d times the new checkpoint (PMA,
-                 "EMA"); d is `decay`
+    ema          c_0 = d^(n−1), c_i = (1 − d) d^(n−1−i): d times the average so far, 1 − d times the new checkpoint
+                 (PMA, "EMA"); d is `decay`
 
 A constant learning rate and then an average is a decayed learning rate (WSM, arXiv 2507.17634, theorem 3.1): the update
 between checkpoints i − 1 and i counts w_i = Σ_{j ≥ i} c_j, so c_i = w_i − w_{i+1}. minus_sqrt has w_i = 1 − √(i/n), the
@@ -21,9 +21,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
-from deltamerge.chain.version import natural
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
+from deltamerge.io.names import natural
 
 Schedule = Literal["constant", "minus_sqrt", "ema"]
 
@@ -78,7 +78,9 @@ class Series:
 def find(reference: str, folder: Path) -> Found | None:
     """The folders that a reference with * ? [] in a local path names ("run/step-*", "base+run/checkpoint-*"), by the
     numbers in their names. None: it is no pattern. InputError: nothing matches, or the order is unknown."""
-    before, plus, pattern = reference.rpartition("+") if MAGIC.search(reference.rpartition("+")[2]) else ("", "", reference)
+    before, plus, pattern = (
+        reference.rpartition("+") if MAGIC.search(reference.rpartition("+")[2]) else ("", "", reference)
+    )
     if not MAGIC.search(pattern) or (folder / os.path.expanduser(reference)).exists():
         return None
     if "**" in pattern:
@@ -140,8 +142,8 @@ def shares(schedule: str, count: int, decay: float | None = None) -> tuple[float
 
 
 def running(schedule: str, start: int, count: int, decay: float | None = None) -> tuple[float, ...] | None:
-    """Weights in proportion to `shares` that no later checkpoint changes, of numbers `start` to `start + count`: those of
-    constant are 1, of ema 1, then (1 − d) d^(−i). None: there are none, or they leave the range of float32."""
+    """Weights in proportion to `shares` that no later checkpoint changes, of numbers `start` to `start + count`: those
+    of constant are 1, of ema 1, then (1 − d) d^(−i). None: there are none, or they leave the range of float32."""
     if schedule == "minus_sqrt":
         return None
     if schedule == "constant":
