@@ -6,8 +6,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,6 +18,10 @@ from safetensors.torch import load_file, save_file
 from small_hub import Hub, serve
 
 from deltamerge.io import kernels
+from deltamerge.io.gpu import INTERPRETED
+
+with patch.dict(os.environ, {INTERPRETED: "1"}), suppress(ImportError):
+    import triton.language  # noqa: F401  # what is imported first decides whether its functions can be interpreted
 
 settings.register_profile("deltamerge", deadline=None, derandomize=True)
 settings.load_profile("deltamerge")

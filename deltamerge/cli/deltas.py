@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 @click.option(
     "--values",
     type=click.Choice(["float32", "bfloat16", "int8", "sign"]),
-    help="Store values to add, in this form; default: final values. With --lora: of the factors.",
+    help="Store values to add, in this form; default: final values. Of a LoRA, of its factors.",
 )
 @click.option(
     "--lora", is_flag=False, flag_value="", metavar="[RANK|energy:SHARE]",
@@ -62,10 +62,10 @@ if TYPE_CHECKING:
 @click.option(
     "--whole",
     type=click.Choice(["keep", "heads", "drop", "refuse"]),
-    help="With --lora: what has no factors (embeddings, heads, norms, biases); default: keep.",
+    help="Of a LoRA: what has no factors (embeddings, heads, norms, biases); default: keep.",
 )
-@click.option("--target", "targets", multiple=True, metavar="PATTERN", help="With --lora: weights that get factors.")
-@click.option("--dora", is_flag=True, help="With --lora: DoRA, with the lengths of the weights' rows.")
+@click.option("--target", "targets", multiple=True, metavar="PATTERN", help="Of a LoRA: weights that get factors.")
+@click.option("--dora", is_flag=True, help="Of a LoRA: DoRA, with the lengths of the weights' rows.")
 @rows_of_text
 @DEVICE
 @WORKERS

@@ -63,7 +63,7 @@ class StageMaker:
         massive = prune.protect is not None and prune.protect.columns is None
         measured = PRUNE[prune.method].needs_activations or massive
         q = prune.q if isinstance(prune.q, CalibratedQ) and not deltas.whole_merge else None
-        weighed = prune.budget is not None and deltas.recipe.calibration is not None
+        weighed = prune.budget is not None and deltas.recipe.calibration_of(index) is not None
         if not (measured or q or weighed or prune.protect or prune.group == "model"):
             return stages
         masked = [t for t in tunes if deltas.is_masked(t)]
@@ -141,7 +141,7 @@ class StageMaker:
     ) -> CalibrationInput:
         """A fine-tune to be run on calibration data, with one of `share` parts of the memory."""
         recipe, q = deltas.recipe, deltas.prune_of(tuned).q
-        calibration = recipe.calibration
+        calibration = recipe.calibration_of(tuned.index)
         assert calibration is not None
         labelled = isinstance(q, CalibratedQ) and (q.objective == "validation" or calibration.metric is not None)
         refuse_unrunnable(tuned.model.name, tuned.model.checkpoint)

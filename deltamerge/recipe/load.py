@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.io import patterns
-from deltamerge.recipe import checks, documents, messages, yaml_source
+from deltamerge.recipe import checks, documents, messages, varied, yaml_source
 from deltamerge.recipe.expand import Member, members, weighed
 from deltamerge.recipe.parts import Section
 from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
@@ -79,7 +79,9 @@ def _modules(data: dict[str, Any]) -> list[dict[str, Any]]:
 def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
     """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
     patterns.start_anew()
-    problems: list[Problem] = []
+    problems: list[Problem] = [problem for read in reads for problem in varied.refused(read)]
+    if problems:
+        raise RecipeError(reads[0].path, problems[:MAX_PROBLEMS])
     recipes = [parse(read, problems) for read in reads]
     beyond = list(documents.beyond_bounds(recipes))
     problems += beyond

@@ -90,7 +90,7 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
         method = PRUNE.get(prune.method or "")
         measured = method.name if method is not None and method.needs_activations else None
         wanted = "a calibrated q" if q is not None else measured
-        if wanted is not None and not is_given(recipe, "calibration"):
+        if wanted is not None and not _has_rows(recipe, loc):
             key = "q" if q is not None else "method"
             yield recipe.problem((*loc, key), f"{wanted} needs calibration", "calibration: {data: calib.jsonl}")
         yield from _protect(recipe, loc, prune)
@@ -102,6 +102,14 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem((*loc, "q", "search"), "gradient needs objective output_change", "or search: auto")
         elif q.search == "gradient" and q.scope == "global":
             yield recipe.problem((*loc, "q", "search"), "gradient needs scope layer or row", "scope: layer")
+
+
+def _has_rows(recipe: Recipe, loc: Loc) -> bool:
+    """Whether the models that a `prune` is for have calibration rows: the recipe's, or each its own."""
+    models = [loc[1]] if loc[0] == "models" else recipe.fine_tunes
+    return is_given(recipe, "calibration") or (
+        bool(models) and all(is_given(recipe, "models", i, "calibration") for i in models)
+    )
 
 
 def _names(recipe: Recipe) -> Iterator[Problem]:
@@ -124,7 +132,7 @@ def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
     if len(given) != 1:
         message = "needs massive_activations or columns" if not given else "takes one of massive_activations, columns"
         yield recipe.problem((*loc, "protect"), message, "protect: {massive_activations: 3}")
-    elif prune.protect.massive_activations is not None and not is_given(recipe, "calibration"):
+    elif prune.protect.massive_activations is not None and not _has_rows(recipe, loc):
         place = (*loc, "protect", "massive_activations")
         yield recipe.problem(place, "needs calibration", "calibration: {data: calib.jsonl}, or name columns")
 

@@ -12,6 +12,7 @@ from typing_extensions import TypeAliasType
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
 from deltamerge.methods.table import MERGE, NO_EFFECT, NO_EFFECT_KEYS
+from deltamerge.recipe import open_values
 from deltamerge.recipe.output_keys import Quantization, Quantized
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
@@ -19,6 +20,7 @@ from deltamerge.recipe.prune_keys import Keys
 from deltamerge.recipe.prune_keys import Protect as Protect
 from deltamerge.recipe.prune_keys import Prune as Prune
 from deltamerge.recipe.series import Schedule, Series
+from deltamerge.recipe.study_keys import Study
 from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Share, Size, Text
 from deltamerge.recipe.types import parse_size as parse_size
 from deltamerge.recipe.values import Items, Value
@@ -43,6 +45,7 @@ class Model(Keys):
     name: Text | None = Field(None, description="Its name in masks and reports. Default: `model` as written.")
     parameters: Parameters = Field({}, description="Parameters of the merge method for this model.")
     prune: Prune | None = Field(None, description="Pruning of this model's delta; these keys win.")
+    calibration: Calibration | None = Field(None, description="This model's own rows; its keys win over the recipe's.")
     window: Positive | None = Field(None, description="Of a series (run/step-*): its last models alone.")
     schedule: Schedule | None = Field(None, description="Of a series: the weights of an average. Default: constant.")
     decay: float | None = Field(None, gt=0, lt=1, description="ema: the factor of the average so far.")
@@ -74,7 +77,7 @@ class Slice(Keys):
 class Module(Keys):
     """One module (a tower) of the output: `models` or `slices`."""
 
-    models: Items[Model] = Field((), description="Whole models to merge.", json_schema_extra=short_form)
+    models: Items[Model] = Field((), description="Whole models to merge.")
     slices: Items[Slice] = Field((), description="Layers to stack.")
     parameters: Parameters = Field({}, description="Parameters for this module.")
 
@@ -233,7 +236,7 @@ class Recipe(Keys):
         None, description="How the models meet. Default with one fine-tune: task_arithmetic.",
         json_schema_extra={"enum": [*MERGE, None]},
     )  # fmt: skip
-    models: Items[Model] = Field((), description="The models to merge.", json_schema_extra=short_form)
+    models: Items[Model] = Field((), description="The models to merge.")
     slices: Items[Slice] = Field((), description="Instead of models: layers to stack.")
     modules: dict[str, Module] = Field({}, description="Instead of models: one entry per module of the model.")
     parameters: Parameters = Field({}, description="Parameters of the merge method, for every model.")
@@ -256,6 +259,7 @@ class Recipe(Keys):
         False, description="Read it as mergekit does: its defaults where ours differ; unknown parameters are ignored."
     )
     output: Output = Field(Output.model_validate({}), description="What is written, and where.")
+    study: Study | None = Field(None, description="How `sweep` and `search` judge candidates; a run passes over it.")
 
     _source: YamlSource = PrivateAttr()
     _parts: tuple[Section, ...] = PrivateAttr(())
@@ -311,6 +315,13 @@ class Recipe(Keys):
         """The registered merge method of a recipe that `load` has accepted."""
         return MERGE[self.method_name or ""]
 
+    def calibration_of(self, index: int) -> Calibration | None:
+        """The calibration rows of a model: its own keys before the recipe's."""
+        own, whole = self.models[index].calibration, self.calibration
+        if own is None or whole is None:
+            return own or whole
+        return whole.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
+
     @property
     def tokenizer_of(self) -> str | None:
         """Whose tokenizer the output has: base, union, a model, or None where the recipe leaves it to the template."""
@@ -344,4 +355,7 @@ def schema() -> dict[str, Any]:
         },
         "additionalProperties": False,
     }  # fmt: skip
+    open_values.allow(generated)
+    for holder in (generated, generated["$defs"]["Module"]):
+        short_form(holder["properties"]["models"])
     return {"$schema": "http://json-schema.org/draft-07/schema#", **generated, "title": "deltamerge recipe"}

@@ -42,6 +42,7 @@ def check(folder: Path, name: str) -> None:
     assert found["q"].keys() == cpu["q"].keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BY_ROW)
 def test_it_finds_what_the_cpu_finds(name: str, tmp_path: Path) -> None:
     check(tmp_path, name)

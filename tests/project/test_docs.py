@@ -18,11 +18,14 @@ from typing import Any
 
 import click
 import pytest
+import yaml
 from adapters import write_adapter
 from conftest import tiny_llama, tiny_pipeline, tiny_vlm
 
 from deltamerge.cli import commands, main
+from deltamerge.recipe import yaml_source
 from deltamerge.recipe.load import loads
+from deltamerge.recipe.varied import template_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
@@ -206,7 +209,9 @@ def test_recipes_and_code_on_a_page_are_sound(page: Path) -> None:
         if block.kind == "python":
             compile(block.text, page.name, "exec")
         if block.kind == "yaml" and page.name not in OWN_TEST and re.search(r"^(base_model|slices):", block.text, re.M):
-            loads(block.text)
+            template = template_of(yaml_source.loads(block.text, page.name))
+            for values in template.examples():
+                loads(yaml.safe_dump(template.filled(values).data))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
