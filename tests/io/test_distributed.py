@@ -231,3 +231,24 @@ def test_what_is_no_checkpoint_of_a_model_is_refused_by_name(tmp_path, capsys):
     data.write_bytes(bytes_)
     (tmp_path / "r.yaml").write_text("merge_method: linear\nmodels: [d]\n")
     assert make_plans(tmp_path / "r.yaml")[0].outputs
+
+
+def test_a_changed_byte_is_read_or_refused(tmp_path):
+    """Nothing but an InputError leaves the reader, whatever one or two bytes of its files say."""
+    folder = save(nested(tensors()), tmp_path / "d", planner=Chunked())
+    draw, refused = np.random.default_rng(3), 0
+    for name in (".metadata", "__0_0.distcp"):
+        good = (folder / name).read_bytes()
+        for _ in range(60):
+            changed = bytearray(good)
+            for at in draw.integers(0, len(good), draw.integers(1, 3)):
+                changed[at] = draw.integers(0, 256)
+            (folder / name).write_bytes(changed)
+            try:
+                read(folder)
+            except InputError:
+                refused += 1
+            except KeyError as error:  # of this test's own table of dtypes
+                assert error.args[0] in ("I16", "U16", "F64", "I64", "I32", "U8", "I8")
+        (folder / name).write_bytes(good)
+    assert refused > 30
