@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeGuard
 
 from deltamerge import errors
 from deltamerge.errors import InputError
@@ -292,5 +292,5 @@ def _chunk(
     return tuple(offsets), info
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[Sequence[int]]:
     return isinstance(value, tuple | list) and all(type(n) is int and 0 <= n < LARGEST for n in value)

@@ -55,7 +55,9 @@ def made_of(recipe: Recipe, inputs: Inputs, dtypes: Mapping[str, str]) -> Runnin
     for model, tune in zip(recipe.models, inputs.tunes, strict=True):
         summed = tune.checkpoint.running_sum
         names += [tune.name] if summed is None else summed.models
-        weights.append(float(np.float32(model.parameters["weight"])) if summed is None else summed.total)
+        weight = model.parameters.get("weight", 1.0)
+        assert isinstance(weight, bool | int | float)  # `recipe.sums` has seen to it
+        weights.append(float(np.float32(weight)) if summed is None else summed.total)
         schedule = model.schedule or schedule if summed is None else summed.schedule
         decay = decay or model.decay if summed is None else summed.decay
     return RunningSum(tuple(names), divisor_of(tuple(weights)), schedule, decay, dict(dtypes))

@@ -90,7 +90,8 @@ def weighed(
     for item in dict.fromkeys(member.item for member in several):
         own = [member for member in several if member.item == item]
         first = own[0]
-        schedule, decay = first.model.schedule, first.model.decay
+        schedule: str | None = first.model.schedule
+        decay = first.model.decay
         if first.summed is None and summed is not None and schedule is None and not given:
             schedule, decay = summed.schedule, summed.decay
         default = (first.found is not None or is_sum) and not given and "weight" not in first.model.parameters
