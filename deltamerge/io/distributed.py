@@ -130,8 +130,8 @@ class _Metadata(Machine):
 
 def is_distributed(names: Iterable[str | Path]) -> bool:
     """Whether a folder's file names, or a model's files, are those of a distributed checkpoint."""
-    names = list(map(str, names))
-    return any(name.endswith(SUFFIX) for name in names) and not any(name.endswith(".safetensors") for name in names)
+    texts = list(map(str, names))
+    return any(name.endswith(SUFFIX) for name in texts) and not any(name.endswith(".safetensors") for name in texts)
 
 
 def read_distributed(folder: Path, names: Collection[str]) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
@@ -210,14 +210,15 @@ def _model(described: Mapping[Any, Any], planned: Any) -> dict[str, str]:
 
 def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], tuple[str, int, int]]:
     """Of each chunk, by its tensor's key and its offsets: file, offset and bytes."""
-    places = {}
+    places: dict[tuple[str, tuple[int, ...]], tuple[str, int, int]] = {}
     for index, info in stored.items():
         if not (isinstance(index, Record) and index.name == "MetadataIndex"):
             raise InputError("has no places of chunks")
         if not (isinstance(info, Record) and info.name == "_StorageInfo"):
             raise InputError("stores its chunks in a way that is not known", hint=HINT)
         key, offsets = index.state.get("fqn"), index.state.get("offset") or ()
-        name, begin, nbytes = (info.state.get(field) for field in ("relative_path", "offset", "length"))
+        place: list[Any] = [info.state.get(field) for field in ("relative_path", "offset", "length")]
+        name, begin, nbytes = place
         numbers = all(type(n) is int and 0 <= n < LARGEST for n in (begin, nbytes))
         if not (isinstance(key, str) and _are_sizes(offsets) and isinstance(name, str) and numbers):
             raise InputError("has a place of a chunk that is none")
