@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deltamerge import errors
-from deltamerge.chain.version import NAME, VERSION, Note, Version, check_link, natural, open_version, read_note
+from deltamerge.chain.version import NAME, VERSION, Note, Version, check_link, open_version, read_note
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
 from deltamerge.io.checkpoint import is_delta
 from deltamerge.io.files import reading
+from deltamerge.io.names import natural
 
 RANGE = ".."
 MOST = 100_000  # versions in one line

@@ -9,10 +9,11 @@ from pathlib import Path
 
 from deltamerge.chain.folder import Opened, heads, is_version, line, without_folded
 from deltamerge.chain.live import Delta
-from deltamerge.chain.version import NAME, Note, natural, read_note
+from deltamerge.chain.version import NAME, Note, read_note
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import some
 from deltamerge.io.atomic import replace_file
+from deltamerge.io.names import natural
 
 OPEN = 4096  # versions that stay open
 

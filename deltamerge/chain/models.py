@@ -23,6 +23,7 @@ from deltamerge.errors import InputError
 from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
 from deltamerge.io.quantised.decode import decoded
+from deltamerge.io.running_sum import FILE as RUNNING_SUM
 
 
 @dataclass(slots=True)
@@ -32,13 +33,18 @@ class Models:
     _versions: Opened = field(default_factory=Opened)
     _layers: Layers = field(default_factory=Layers)
 
-    def open(self, reference: str, folder: Path, *, weights: bool, pickles: bool = False) -> Checkpoint:
+    def open(
+        self, reference: str, folder: Path, *, weights: bool, pickles: bool = False, sums: bool = False
+    ) -> Checkpoint:
         """The checkpoint that a recipe in `folder` calls `reference`; see `hub.open_model` for what is no delta.
+        `sums`: it may be a running sum.
 
         InputError: as there; a version that is not there, damaged, or not made from the one before; a base that
         lacks what the delta was made from.
         """
         whole = Path(folder, os.path.expanduser(reference))
+        if sums and (whole / RUNNING_SUM).is_file():
+            return open_checkpoint(whole, reference=reference, sums=True)
         with errors.context(reference):
             path = resolve(whole) if whole.exists() or "+" not in reference else None
         if path is not None:

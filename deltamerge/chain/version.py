@@ -259,11 +259,6 @@ def _difference(before: Content, record: Record) -> str:
     return "another name" if renamed else "another shape" if grown else "another dtype" if cast else ""
 
 
-def natural(name: str) -> list[tuple[int, str]]:
-    """A key that sorts names by the numbers in them."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def described(versions: Iterable[Version]) -> Iterator[dict[str, object]]:
     """What `deltamerge list` says of versions."""
     for version in versions:

@@ -22,12 +22,16 @@ from deltamerge.io.component import (
     split,
 )
 from deltamerge.io.config_file import read_config
+from deltamerge.io.distributed import is_distributed, read_distributed
+from deltamerge.io.dtypes import FLOATING
 from deltamerge.io.files import input_error
 from deltamerge.io.gguf.header import GgufHeader, read_gguf_header
 from deltamerge.io.gguf.model import open_model
 from deltamerge.io.gguf.parts import SUFFIX as GGUF
 from deltamerge.io.gguf.parts import parts_of
 from deltamerge.io.quantised.detect import Scheme
+from deltamerge.io.running_sum import FILE as RUNNING_SUM
+from deltamerge.io.running_sum import RunningSum, read_running_sum
 from deltamerge.io.safetensors_file import Header
 from deltamerge.io.tensor import TensorInfo as TensorInfo
 from deltamerge.io.token_text import TEXT, Spelling
@@ -93,6 +97,7 @@ class Checkpoint:
     config_file: str = CONFIG
     tokens: Tokens | None = field(default=None, compare=False, repr=False)
     chat_template: str | None = field(default=None, compare=False, repr=False)
+    running_sum: RunningSum | None = None
 
     @property
     def base_reference(self) -> str:
@@ -130,12 +135,14 @@ def open_checkpoint(
     revision: str | None = None,
     hub_id: str | None = None,
     pickles: bool = False,
+    sums: bool = False,
 ) -> Checkpoint:
     """The checkpoint in the folder `path`, from its config, index and headers; no weight is read.
 
     It is `model.safetensors`, else an index and its shards, else a delta artifact, else the only other
     `.safetensors` file; or the components of a diffusers pipeline or a sentence-transformers model; or `path` is itself
-    a weight file, which has no config. `pickles`: torch's files are read where there are no safetensors.
+    a weight file, which has no config. `pickles`: torch's files are read where there are no safetensors. `sums`: it may
+    be a running sum, whose tensors are no model's.
     InputError: no such folder, no (valid) config.json, no safetensors weights, an adapter, a shard that is
     missing or does not hold what the index says, or a header at fault.
     """
@@ -143,7 +150,28 @@ def open_checkpoint(
     with errors.context(reference):
         if not path.is_dir():
             return replace(_lone(path, reference, pickles=pickles), revision=revision, hub_id=hub_id)
-        return open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles)
+        if is_distributed(names := LocalFolder(path).names()):
+            return _distributed(path, names, reference)
+        found = open_folder(LocalFolder(path), reference, revision, hub_id, pickles=pickles, sums=sums)
+        summed = read_running_sum(path) if sums else None
+        return found if summed is None else summed_up(found, summed)
+
+
+def _distributed(path: Path, names: Collection[str], reference: str) -> Checkpoint:
+    """The model in a folder of torch's distributed checkpoints. Its config, tokenizer and other files are in the folder
+    itself, in that of the run, or in the one above it; else it has none."""
+    tensors, files = read_distributed(path, names)
+    for home in (path, path.parent, path.parent.parent):
+        if (home / CONFIG).is_file():
+            return Checkpoint(reference, home, tensors, files, read_config(home))
+    return Checkpoint(reference, path, tensors, files, {}, config_file="")
+
+
+def summed_up(checkpoint: Checkpoint, summed: RunningSum) -> Checkpoint:
+    """A running sum: its tensors, and what its file says. InputError: dtypes that are none of an average."""
+    if not FLOATING.issuperset(summed.dtypes.values()):
+        raise InputError(f"{RUNNING_SUM}: is damaged", hint="make the running sum again from its checkpoints")
+    return replace(checkpoint, tensors=summed.marked(checkpoint.tensors), running_sum=summed)
 
 
 class Folder(Protocol):
@@ -182,10 +210,12 @@ class LocalFolder:
 
 
 def open_folder(
-    folder: Folder, reference: str, revision: str | None, hub_id: str | None, *, pickles: bool
+    folder: Folder, reference: str, revision: str | None, hub_id: str | None, *, pickles: bool, sums: bool = False
 ) -> Checkpoint:
     """The checkpoint in a folder whose configs, lists and indexes are there. InputError: as `open_checkpoint`."""
     path, names = folder.path, folder.names()
+    if RUNNING_SUM in names and not sums:
+        raise InputError("is the running sum of an average, no model", hint="average it first: merge_method: linear")
     file = config_file_of(names)
     if is_delta(names):
         config = read_config(path, file)

@@ -105,3 +105,8 @@ def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str
         if set(containers[prefix]) == set(range(len(containers[prefix]))):
             return dict(sorted(containers[prefix].items()))
     return None
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts names by the numbers in them."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

@@ -10,7 +10,7 @@ Operations: https://github.com/python/cpython/blob/main/Lib/pickletools.py
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -75,15 +75,22 @@ def read_pickle(file: BinaryIO, storages: dict[str, Storage] | None = None) -> A
 
     InputError: it is damaged, or does anything that a table of tensors does not need.
     """
-    reader = _Reader(file, {} if storages is None else storages)
+    return run(Machine(file, {} if storages is None else storages))
+
+
+def run(machine: Machine) -> Any:
+    """The value of a machine's pickle. InputError: it is damaged, or does what the machine does not know."""
     try:
-        return reader.run()
+        return machine.run()
     except (struct.error, IndexError, UnicodeDecodeError) as error:
         raise InputError("its pickle is damaged or ends early", hint="download it again") from error
 
 
-class _Reader:
-    """The stack machine of one pickle."""
+class Machine:
+    """The stack machine of one pickle: `operations` are those that it knows, which `what` is made of."""
+
+    operations: Mapping[int, Callable[[Any], None]]
+    what = "a table of tensors"
 
     def __init__(self, file: BinaryIO, storages: dict[str, Storage]) -> None:
         self.file, self.storages = file, storages
@@ -96,9 +103,9 @@ class _Reader:
             code = self.read(1)[0]
             if code == ord("."):
                 return self.pop()
-            operation = _OPERATIONS.get(code)
+            operation = self.operations.get(code)
             if operation is None:
-                raise InputError(f"its pickle has operation 0x{code:02x}, which a table of tensors has no use for")
+                raise InputError(f"its pickle has operation 0x{code:02x}, which {self.what} has no use for")
             operation(self)
         raise InputError(f"its pickle has more than {MAX_OPERATIONS:,} operations")
 
@@ -176,7 +183,7 @@ class _Reader:
 
     def named(self, module: str, name: str) -> None:
         """A name is looked at, never up."""
-        dtype = module == "torch" and name in _DTYPES
+        dtype = module == "torch" and name in TORCH_DTYPES
         storage = module in ("torch", "torch.storage") and name in STORAGES
         if not (dtype or storage or (module, name) in FUNCTIONS):
             shown = "".join(c if c.isprintable() else "?" for c in f"{module}.{name}"[:120])
@@ -246,7 +253,7 @@ def _tensor(function: str, arguments: tuple[Any, ...]) -> Tensor:
     dtype = storage.dtype
     if least == 7:
         named = arguments[6]
-        if not isinstance(named, Named) or named.name not in _DTYPES:
+        if not isinstance(named, Named) or named.name not in TORCH_DTYPES:
             raise InputError("its pickle makes a tensor without a dtype")
         dtype = named.name
     elif not dtype:
@@ -258,12 +265,12 @@ def _kind(value: Any) -> str:
     return "more than one" if value is None else type(value).__name__.lower()
 
 
-_DTYPES = frozenset({
+TORCH_DTYPES = frozenset({
     *STORAGES.values(), "complex128", "complex32", "uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2",
     "float8_e8m0fnu", "float8_e4m3fnuz", "float8_e5m2fnuz",
 })  # fmt: skip
 
-_OPERATIONS: dict[int, Callable[[_Reader], None]] = {
+OPERATIONS: dict[int, Callable[[Any], None]] = {
     0x80: lambda r: _protocol(r.number(1)),
     ord("c"): lambda r: r.named(r.line(), r.line()),
     ord("q"): lambda r: r.put(r.number(1)),
@@ -289,14 +296,15 @@ _OPERATIONS: dict[int, Callable[[_Reader], None]] = {
     ord("X"): lambda r: r.text(4),
     ord("T"): lambda r: r.text(4),  # texts of Python 2
     ord("U"): lambda r: r.text(1),
-    ord("s"): _Reader.set_item,
+    ord("s"): Machine.set_item,
     ord("u"): lambda r: r.set_items(r.since_mark()),
     ord("a"): lambda r: r.append([r.pop()]),
     ord("e"): lambda r: r.append(r.since_mark()),
-    ord("Q"): _Reader.persistent,
-    ord("R"): _Reader.reduce,
-    ord("b"): _Reader.build,
+    ord("Q"): Machine.persistent,
+    ord("R"): Machine.reduce,
+    ord("b"): Machine.build,
 }
+Machine.operations = OPERATIONS
 
 
 def _protocol(version: int) -> None:

@@ -15,6 +15,7 @@ import os
 import stat
 import zipfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -34,7 +35,7 @@ FOLDER = 0x10  # of a zip member's attributes
 END, END_BYTES = b"PK\x05\x06", 22
 CONVERT = "or convert it: load it with torch where you trust it, and save_file of safetensors.torch"
 
-_BY_TORCH = {dtype.torch: code for code, dtype in DTYPES.items() if dtype.torch is not None} | {
+BY_TORCH = {dtype.torch: code for code, dtype in DTYPES.items() if dtype.torch is not None} | {
     "complex64": "C64", "float8_e8m0fnu": "F8_E8M0", "float8_e4m3fnuz": "F8_E4M3FNUZ",
     "float8_e5m2fnuz": "F8_E5M2FNUZ",
 }  # fmt: skip
@@ -69,6 +70,50 @@ def read_torch_header(path: Path) -> Header:
         return Header(tensors, {}, 0, size, frozenset(table) - tensors.keys())
 
 
+def read_torch_tensor(file: BinaryIO, path: Path, begin: int, nbytes: int) -> TensorInfo:
+    """The tensor that torch.save wrote by itself at the bytes [begin, begin + nbytes) of the open file at `path`.
+
+    InputError: they hold anything else.
+    """
+    window = _Window(file, begin, nbytes)
+    table, places = _zipped(window, nbytes)
+    if not isinstance(table, Tensor):
+        raise InputError("is no single tensor")
+    info = _tensor("tensor", table, places, path)
+    return replace(info, begin=begin + info.begin)
+
+
+class _Window(io.RawIOBase, BinaryIO):
+    """A range of an open file's bytes as a file of its own."""
+
+    def __init__(self, file: BinaryIO, begin: int, nbytes: int) -> None:
+        self.file, self.begin, self.nbytes, self.at = file, begin, nbytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self.at
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self.at, os.SEEK_END: self.nbytes}[whence]
+        if start + offset < 0:
+            raise ValueError("a place before the file")
+        self.at = start + offset
+        return self.at
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, self.nbytes - self.at)
+        count = left if size is None or size < 0 else min(size, left)
+        self.file.seek(self.begin + self.at)
+        data = self.file.read(count)
+        self.at += len(data)
+        return data
+
+
 def _tensors(table: Any, places: Places, path: Path) -> dict[str, TensorInfo]:
     if not isinstance(table, dict):
         raise InputError("is no table of tensors", hint="save the model's state_dict() alone")
@@ -95,7 +140,7 @@ def _tensors(table: Any, places: Places, path: Path) -> dict[str, TensorInfo]:
 
 def _tensor(name: str, tensor: Tensor, places: Places, path: Path) -> TensorInfo:
     storage, shape, strides = tensor.storage, tensor.shape, tensor.strides
-    code = _BY_TORCH.get(tensor.dtype)
+    code = BY_TORCH.get(tensor.dtype)
     if code is None:
         raise InputError(f"dtype {tensor.dtype[:40]} is not one of safetensors")
     if len(shape) > MAX_DIMENSIONS or len(shape) != len(strides):

@@ -47,7 +47,7 @@ NO_EFFECT_KEYS = frozenset(
     }
 )  # fmt: skip
 
-_WEIGHT = Param("factor of the model", per_model=True)
+_WEIGHT = Param("factor of the model", per_model=True, alone=1.0)
 _SHARE = Param("share of the model", per_model=True, alone=1.0)
 _DELTA_WEIGHT = Param("factor of the model's delta", per_model=True, alone=1.0)
 _LAMBDA = Param("factor of the merged delta", 1.0)

@@ -14,12 +14,14 @@ from deltamerge.delta.file import DeltaFile
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, by_component
 from deltamerge.io.component import PIPELINE
+from deltamerge.io.distributed import is_distributed
 from deltamerge.io.experts import Joined, Turned
 from deltamerge.io.names import LM_HEAD, TOKEN_EMBEDDING, layer_index
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.folders import refuse_apart, refuse_partial, refuse_vocabulary
 from deltamerge.plan.regroup import Form, form_of, in_order, regrouped, shared_names
+from deltamerge.plan.running_sum import check_sums
 from deltamerge.plan.vocabulary_rows import config_rows, has_vocabulary_rows
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.parts import Section, written
@@ -158,6 +160,10 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
     def merged(reference: str, place: str) -> Checkpoint:
         """Like `checkpoint`, for a model whose weights are read: quantised ones are decoded."""
         found = checkpoint(reference, place)
+        if not found.config_file and recipe.base_model not in (None, reference) and is_distributed(found.files):
+            base = checkpoint(str(recipe.base_model), "base_model")
+            found = replace(found, path=base.path, config=base.config, config_file=base.config_file)
+            opened[reference] = found
         with errors.context(place), errors.context(reference):
             opened[reference] = decoded(found)
         return opened[reference]
@@ -189,6 +195,7 @@ def open_inputs(recipe: Recipe, folder: Path, opener: Opener) -> Inputs:
             at = written(recipe.parts, ("models", index))
             named.append((model_name(model), index, merged(model.model, yaml_source.place(at))))
     refuse_apart(named)
+    check_sums(recipe, named)
     matched, notes = _match(named)
     matched, stand_ins, untied = (matched, (), False) if recipe.is_moe else _untie(matched)
     base, tunes, groups = _grouped(recipe, bases, matched, apart)

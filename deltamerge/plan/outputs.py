@@ -123,6 +123,7 @@ class Outputs:
         self.problems: list[str] = []
         self.hint = ""
         self.notes: list[str] = []
+        self.averaged: dict[str, str] = {}
         self.out_dtype = CODES.get(str(recipe.out_dtype or recipe.dtype))
         self.spares = Spares(inputs.all)
         self.targets, self.stacks = targets(recipe, inputs, self.spares)
@@ -222,6 +223,12 @@ class Outputs:
         present = [(model, info) for model, info in found if info is not None]
         coding = self.quantising.coding(target, tensor.shape, dtype)
         dtype = "F32" if coding is not None else dtype
+        if self.recipe.output.kind == "sum" and not is_buffer(tensor):
+            if lacking:
+                self.problems.append(f"{stored}: missing in {', '.join(lacking)}")
+                self.hint = "checkpoints of a running sum have the same tensors"
+                return None
+            self.averaged[stored], dtype = dtype, "F32"
         same = target.group is not None and target.group.base is not None
         same = same and all(info is not None and info.is_same(tensor) for _, info in found)
         packed = tensor.dtype in PACKED and self.recipe.output.kind != "model"
@@ -243,6 +250,10 @@ class Outputs:
             return None
         base = next((info for model, info in shared if model.index is None), None)
         tunes = [(model, info) for model, info in shared if model.index is not None]
+        if rest is not None and (self.recipe.output.kind == "sum" or any(m.checkpoint.running_sum for m, _ in shared)):
+            self.problems.append(f"{stored}: a running sum cannot get rows of another vocabulary")
+            self.hint = "checkpoints of a running sum have the same tensors"
+            return None
         if coding is not None and (rest is not None or shared[0][1].shape != coding.shape):
             self.problems.append(f"{stored}: a quantised weight cannot get rows of another vocabulary")
             self.hint = "quantization: none, or without tokenizer_source"

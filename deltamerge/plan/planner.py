@@ -27,6 +27,7 @@ from deltamerge.io.layout import Layout, plan_layout
 from deltamerge.io.names import numbered_blocks
 from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.quantised.packing import kept_bytes
+from deltamerge.io.running_sum import RunningSum
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
 from deltamerge.plan.delta_graph import Stages
@@ -38,6 +39,7 @@ from deltamerge.plan.low_rank import factoring_note, held_by_factors
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
 from deltamerge.plan.moe import Mixture, MixtureOutputs
 from deltamerge.plan.outputs import Outputs, OutputTensor
+from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
 from deltamerge.plan.transplant import make_transplant
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
@@ -109,6 +111,7 @@ class Plan:
     alike: Mapping[str, NonFinite] = field(default_factory=dict)
     stacks: tuple[Stack, ...] = ()
     mixture: Mixture | None = None
+    running_sum: RunningSum | None = None
 
     @property
     def device(self) -> str:
@@ -303,6 +306,7 @@ def _plan(
     cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
     models = [(model.name, model.checkpoint) for model in inputs.all]
     notes = [
+        *(line for series in recipe.series for line in series.describe()),
         *found.notes,
         *remarks(inputs.template.name, inputs.template.checkpoint, models),
         *(
@@ -352,6 +356,9 @@ def _plan(
         warnings=(*(checks.warnings(recipe) if recipe.mergekit else ()), *swapped(inputs)),
         stacks=tuple(found.stacks),
         mixture=mixture,
+        running_sum=made_of(recipe, inputs, found.averaged)
+        if recipe.output.kind == "sum" and isinstance(found, Outputs)
+        else None,
     )
 
 

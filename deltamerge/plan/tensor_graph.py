@@ -29,6 +29,7 @@ from deltamerge.plan.calibration_graph import StageMaker
 from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
+from deltamerge.plan.running_sum import counts
 from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import lookup
@@ -206,6 +207,10 @@ class Builder:
                 values[f"{name}s"] = own
             else:
                 values["lambda_" if name == "lambda" else name] = param.typed(self._value(name, merge, None))
+        if any(tuned.model.checkpoint.running_sum for tuned in merge.tunes):
+            values["counts"] = counts(merge.tunes, values["weights"])
+        if self.recipe.output.kind == "sum":
+            values["normalize"] = False
         return values, texts
 
     def _delta(self, tuned: Tuned, seed: int) -> tuple[Node, str]:

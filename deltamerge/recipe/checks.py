@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from deltamerge.errors import Problem
 from deltamerge.methods.table import MERGE, NO_EFFECT
-from deltamerge.recipe import moe_checks, prune_checks
+from deltamerge.recipe import moe_checks, prune_checks, sums
 from deltamerge.recipe.chat_templates import BUILT_IN, is_literal
 from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.lookup import PRUNE_PARAMS, is_given, known_method, levels, out_of_range, raw
@@ -31,7 +31,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
         return
     checks = (
         _inputs, _slices, _merge_method, _parameters, _required, _template, _tokens,
-        prune_checks.problems, _output, _adapter, _study, moe_checks.stray,
+        prune_checks.problems, _output, _adapter, sums.problems, _study, moe_checks.stray,
     )  # fmt: skip
     yield from (problem for check in checks for problem in check(recipe))
 
@@ -183,7 +183,7 @@ def _required(recipe: Recipe) -> Iterator[Problem]:
             if not param.per_model:
                 yield recipe.problem(("merge_method",), message, f"parameters: {{{name}: 0.5}}")
             for i in counted if param.per_model else ():
-                if not is_given(recipe, "models", i, "parameters", name):
+                if name not in recipe.models[i].parameters and not is_given(recipe, "models", i, "parameters", name):
                     yield recipe.problem(("models", i), message, f"parameters: {{{name}: 1.0}}")
 
 

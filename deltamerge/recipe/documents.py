@@ -49,7 +49,7 @@ def problems(recipes: Sequence[Recipe]) -> Iterator[Problem]:
         named.add(recipe.name)
     for recipe in recipes:
         result = recipe.output.kind
-        if result != "model" and any(recipe.name in references(other) for other in recipes):
+        if result not in ("model", "sum") and any(recipe.name in references(other) for other in recipes):
             yield recipe.problem(("output", "kind"), f"other documents use it as a model, and {result} is none")
 
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
-from deltamerge.chain.folder import expand
-from deltamerge.errors import InputError, Problem, RecipeError
+from deltamerge.errors import Problem, RecipeError
 from deltamerge.io import patterns
 from deltamerge.recipe import checks, documents, messages, moe_checks, varied, yaml_source
+from deltamerge.recipe.expand import Member, members, weighed
 from deltamerge.recipe.parts import Section
 from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
+from deltamerge.recipe.series import Series
 from deltamerge.recipe.values import Value
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
@@ -33,6 +36,7 @@ def loads(text: str, path: str = "recipe.yaml") -> Recipe:
 def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
     """The recipe of a YAML source. Problems of its structure are added to `problems`, and the values at
     fault left out."""
+    read = replace(read, data=_in_full(read.data))
     data = read.data
     while True:
         try:
@@ -43,10 +47,33 @@ def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
                 problems += [messages.problem_of(one, read, Recipe) for one in errors[:MAX_PROBLEMS]]
             data = messages.without(data, map(messages.place_of, errors))
         else:
-            models, parts = flatten(recipe, read, problems)
+            models, parts, series = flatten(recipe, read, problems)
             recipe = recipe.model_copy(update={"models": models})
-            recipe._source, recipe._parts = read, parts
+            recipe._source, recipe._parts, recipe._series = read, parts, series
             return recipe
+
+
+def _in_full(data: Any) -> Any:
+    """The data with every `models` as a list of mappings: one model may stand alone, or by its reference."""
+    if not isinstance(data, dict):
+        return data
+    data = dict(data)
+    for holder in (data, *_modules(data)):
+        given = holder.get("models")
+        if isinstance(given, str | dict):
+            given = [given]
+        if isinstance(given, list):
+            holder["models"] = [{"model": one} if isinstance(one, str) else one for one in given]
+    return data
+
+
+def _modules(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The modules of a recipe, copied so that they can be changed."""
+    modules = data.get("modules")
+    if not isinstance(modules, dict):
+        return []
+    data["modules"] = {name: dict(one) if isinstance(one, dict) else one for name, one in modules.items()}
+    return [one for one in data["modules"].values() if isinstance(one, dict)]
 
 
 def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
@@ -67,25 +94,34 @@ def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
     return tuple(recipes)
 
 
-def flatten(recipe: Recipe, read: YamlSource, problems: list[Problem]) -> tuple[tuple[Model, ...], tuple[Section, ...]]:
-    """Every model of the recipe in order, once for each place, and the parts that they form; a range of versions of a
-    chain is as many models as it has versions. Ranges at fault are added to `problems`."""
+def flatten(
+    recipe: Recipe, read: YamlSource, problems: list[Problem]
+) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
+    """Every model of the recipe in order, once for each place, the parts that they form, and the series among them; a
+    pattern, or a range of versions of a chain, is as many models as it stands for. Those at fault are added to
+    `problems`."""
     if recipe.is_moe:
         return _experts(recipe)
     models: list[Model] = []
     parts: list[Section] = []
+    series: list[Series] = []
+    is_sum = recipe.output.kind == "sum"
 
     def add(
         loc: Loc, module: str | None, key: str, found: Sequence[Model], base: str | None,
         levels: tuple[Mapping[str, Value], ...], ranges: tuple[tuple[int, int], ...] | None,
     ) -> None:  # fmt: skip
-        several = [(i, one) for i, model in enumerate(found) for one in _several(model, (*loc, key, i), read, problems)]
-        members = tuple(range(len(models), len(models) + len(several)))
-        places = tuple((*loc, key, i) for i, _ in several)
+        several: list[Member] = []
+        for i, model in enumerate(found):
+            several += members(model, i, (*loc, key, i), read, problems)
+        several, described = weighed(several, recipe.merge_method, levels, read, problems, is_sum=is_sum)
+        series.extend(described)
+        indices = tuple(range(len(models), len(models) + len(several)))
+        places = tuple(member.place for member in several)
         if ranges is not None:
-            ranges = tuple(ranges[i] for i, _ in several)
-        models.extend(model for _, model in several)
-        parts.append(Section(loc, module, members, places, ranges, base, levels))
+            ranges = tuple(ranges[member.item] for member in several)
+        models.extend(member.model for member in several)
+        parts.append(Section(loc, module, indices, places, ranges, base, levels))
 
     for loc, name, whole, slices, parameters in _holders(recipe):
         levels = (*parameters, recipe.parameters)
@@ -96,10 +132,10 @@ def flatten(recipe: Recipe, read: YamlSource, problems: list[Problem]) -> tuple[
             add(
                 (*loc, "slices", i), name, "sources", one.sources, base, (one.parameters, *levels), _ranges(one.sources)
             )
-    return tuple(models), tuple(parts)
+    return tuple(models), tuple(parts), tuple(series)
 
 
-def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...]]:
+def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...], tuple[Series, ...]]:
     """The experts of a mixture as models, the shared ones last, and the one part that they form."""
     experts = (*recipe.experts, *recipe.shared_experts)
     names = moe_checks.names(experts)
@@ -110,20 +146,7 @@ def _experts(recipe: Recipe) -> tuple[tuple[Model, ...], tuple[Section, ...]]:
     places: list[Loc] = [("experts", i) for i in range(len(recipe.experts))]
     places += [("shared_experts", i) for i in range(len(recipe.shared_experts))]
     members = tuple(range(len(models)))
-    return models, (Section((), None, members, tuple(places), None, recipe.base_model, (recipe.parameters,)),)
-
-
-def _several(model: Model, place: Loc, read: YamlSource, problems: list[Problem]) -> Sequence[Model]:
-    """The models that one of the recipe stands for."""
-    try:
-        found = expand(model.model, Path(read.path).resolve().parent)
-    except InputError as error:
-        problems.append(read.problem((*place, "model"), str(error), error.hint))
-        return (model,)
-    if found is None:
-        return (model,)
-    named = {} if model.name is None else {one: f"{model.name}:{one.rpartition('/')[2]}" for one in found}
-    return [model.model_copy(update={"model": one, "name": named.get(one)}) for one in found]
+    return models, (Section((), None, members, tuple(places), None, recipe.base_model, (recipe.parameters,)),), ()
 
 
 def _holders(

@@ -21,6 +21,7 @@ from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
 from deltamerge.recipe.prune_keys import Keys
 from deltamerge.recipe.prune_keys import Protect as Protect
 from deltamerge.recipe.prune_keys import Prune as Prune
+from deltamerge.recipe.series import Schedule, Series
 from deltamerge.recipe.study_keys import Study
 from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Share, Size, Text
 from deltamerge.recipe.types import parse_size as parse_size
@@ -39,11 +40,25 @@ def _token_shape(value: Any) -> str:
 class Model(Keys):
     """One input of the merge."""
 
-    model: Reference = Field(description="A path, a hub id, id@revision; + a LoRA adapter after any of them.")
+    model: Reference = Field(
+        description="A path, a hub id, id@revision; + a LoRA adapter after any of them. A path with * ? [] is "
+        "a series: all folders that match, by their numbers."
+    )
     name: Text | None = Field(None, description="Its name in masks and reports. Default: `model` as written.")
     parameters: Parameters = Field({}, description="Parameters of the merge method for this model.")
     prune: Prune | None = Field(None, description="Pruning of this model's delta; these keys win.")
     calibration: Calibration | None = Field(None, description="This model's own rows; its keys win over the recipe's.")
+    window: Positive | None = Field(None, description="Of a series (run/step-*): its last models alone.")
+    schedule: Schedule | None = Field(None, description="Of a series: the weights of an average. Default: constant.")
+    decay: float | None = Field(None, gt=0, lt=1, description="ema: the factor of the average so far.")
+
+
+def short_form(schema: dict[str, Any]) -> None:
+    """Add to the schema of `models` that one may stand without its list, and by its reference alone."""
+    items = schema["items"]
+    schema["items"] = {"anyOf": [items, {"type": "string", "minLength": 1}]}
+    one = {key: schema.pop(key) for key in ("items", "type")}
+    schema["anyOf"] = [one, items, {"type": "string", "minLength": 1}]
 
 
 class SliceSource(Model):
@@ -162,8 +177,8 @@ class Tokenizer(Keys):
 class Output(Keys):
     """The folder that a run leaves."""
 
-    kind: Literal["model", "delta", "peft"] = Field(
-        "model", description="A checkpoint, a delta artifact, or a PEFT adapter."
+    kind: Literal["model", "delta", "peft", "sum"] = Field(
+        "model", description="A checkpoint, a delta artifact, a PEFT adapter, or the running sum of an average."
     )
     path: Text | None = Field(None, description="Folder, relative to the recipe. Default: <recipe name>-merged.")
     shard_size: Size = Field(5 * 10**9, description="Largest file of weights.")
@@ -268,6 +283,7 @@ class Recipe(Keys):
 
     _source: YamlSource = PrivateAttr()
     _parts: tuple[Section, ...] = PrivateAttr(())
+    _series: tuple[Series, ...] = PrivateAttr(())
 
     @model_validator(mode="before")
     @classmethod
@@ -284,6 +300,11 @@ class Recipe(Keys):
     def parts(self) -> tuple[Section, ...]:
         """What the output is put together from; `models` has the models of all parts, in this order."""
         return self._parts
+
+    @property
+    def series(self) -> tuple[Series, ...]:
+        """What patterns and ranges among the models stand for."""
+        return self._series
 
     @cached_property
     def part_of(self) -> tuple[Section, ...]:
@@ -367,4 +388,6 @@ def schema() -> dict[str, Any]:
         "additionalProperties": False,
     }  # fmt: skip
     open_values.allow(generated)
+    for holder in (generated, generated["$defs"]["Module"]):
+        short_form(holder["properties"]["models"])
     return {"$schema": "http://json-schema.org/draft-07/schema#", **generated, "title": "deltamerge recipe"}

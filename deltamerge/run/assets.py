@@ -28,6 +28,7 @@ from deltamerge.io.config_file import code_of
 from deltamerge.io.dtypes import PLAIN, TORCH_NAMES
 from deltamerge.io.files import refuse_link
 from deltamerge.io.quantised.detect import without_keys
+from deltamerge.io.running_sum import FILE as RUNNING_SUM
 from deltamerge.io.strict_json import read_json
 from deltamerge.io.tokenizer_files import TOKENIZER as TOKENIZER_JSON
 from deltamerge.plan.folders import TOKENIZER_CONFIG
@@ -130,7 +131,7 @@ def config(plan: Plan) -> dict[str, Any]:
     """The template's config with the output's dtype and vocabulary size; a pipeline's list of components as it is."""
     if plan.inputs.template.checkpoint.config_file == PIPELINE:
         return dict(plan.config)
-    result = _with_dtype(plan, "", plan.config)
+    result = _with_dtype(plan, "", plan.config) if plan.running_sum is None else dict(plan.config)
     if plan.vocabulary is not None:
         result = edit_config(result, plan.vocabulary, plan.inputs.template)
     elif plan.inputs.vocabulary is not None:
@@ -181,6 +182,8 @@ def assets(plan: Plan) -> Files:
         if edited != stated:
             files[GENERATION] = as_json(edited, ascii=True)
     edit_tokenizer(files, plan.vocabulary, plan.chat_template)
+    if plan.running_sum is not None:
+        files[RUNNING_SUM] = as_json(plan.running_sum.describe(), ascii=True)
     return files
 
 

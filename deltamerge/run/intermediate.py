@@ -84,17 +84,19 @@ def result(plan: Plan, folder: Path, name: str) -> Checkpoint:
         tensors |= {start + n: replace(info, name=start + n) for n, info in header.tensors.items()}
     files = tuple(folder / file for file in headers)
     try:
-        made = open_checkpoint(folder, reference=name)
+        made = open_checkpoint(folder, reference=name, sums=True)
     except DeltamergeError:
         made = None
-    if made is not None and made.tensors == tensors:
+    summed = plan.running_sum
+    tensors = tensors if summed is None else summed.marked(tensors)
+    if made is not None and made.tensors == tensors and made.running_sum == summed:
         return made
     copied = (plan.inputs.vocabulary or plan.inputs.template).checkpoint.path
     tokens = plan.vocabulary.tokens if plan.vocabulary is not None else None
     chat = plan.chat_template.text if plan.chat_template is not None else None
     file = template.config_file or (CONFIG if template.config else "")
     return Checkpoint(name, copied, tensors, files, config(plan), tokens=tokens, chat_template=chat,
-                      components=template.components, config_file=file)  # fmt: skip
+                      components=template.components, config_file=file, running_sum=summed)  # fmt: skip
 
 
 def is_current(document: Document, planned: Plan, folder: Path) -> bool:

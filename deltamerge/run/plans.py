@@ -70,7 +70,7 @@ class Planner:
                 pairs = zip(reference.split("+"), pins[reference].split("+"), strict=True)
                 pinned = "+".join(part if "@" in part else f"{part}@{commit}" for part, commit in pairs)
                 return replace(self.models.open(pinned, folder, weights=whole, pickles=pickles), reference=reference)
-            return self.models.open(reference, folder, weights=whole, pickles=pickles)
+            return self.models.open(reference, folder, weights=whole, pickles=pickles, sums=True)
 
         planned = plan(document.recipe, self.file.folder, opener, replace(self.options.planning, whole=whole))
         if document.recipe.output.gguf is not None:

@@ -17,6 +17,8 @@ def _load(plan: Plan, folder: Path) -> str:
     base = None if plan.inputs.origin is None else plan.inputs.origin.checkpoint.base_reference
     if plan.recipe.output.kind == "delta":
         return f"deltamerge apply {folder} --base {base} --out DIR"
+    if plan.recipe.output.kind == "sum":
+        return f"models: [{folder}, CHECKPOINT] of merge_method: linear"
     if plan.recipe.output.kind == "peft":
         return f'PeftModel.from_pretrained(base, "{folder}")'
     if (folder / "model_index.json").exists():

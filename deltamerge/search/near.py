@@ -58,5 +58,5 @@ def moved(axis: Any, value: float, share: float) -> float:
     found = min(max(found, low), high)
     if axis.step is None:
         return found
-    found = min(low + round((found - low) / axis.step) * float(axis.step), high)
-    return round(found) if isinstance(axis.low, int) else found
+    stepped = min(low + round((found - low) / axis.step) * float(axis.step), high)
+    return round(stepped) if isinstance(axis.low, int) else float(stepped)

@@ -30,6 +30,8 @@ def folder(tmp_path_factory) -> Path:
     deep = tiny_llama(folder / "models" / "base40", seed=4, layers=40)
     for seed, name in enumerate(("orca", "platypus"), 5):
         tiny_llama(folder / "models" / name, seed=seed, layers=40, base=deep)
+    for seed, step in enumerate((900, 1000, 1100), 7):
+        tiny_llama(folder / "models" / "run" / f"step-{step}", seed=seed, base=base, tokenizer=True)
     for seed, name in enumerate(("pipeline", "pipeline-anime", "pipeline-ink")):
         tiny_pipeline(folder / "models" / name, seed, folder / "models" / "pipeline" if seed else None)
     for seed, name in enumerate(("math", "code"), 1):

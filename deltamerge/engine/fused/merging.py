@@ -14,9 +14,15 @@ from deltamerge.methods.merge.arithmetic import divisor_of
 
 
 def weighted(
-    assembly: Assembly, node: Node, weights: Sequence[float], normalize: bool, lambda_: float = 1.0, based: bool = True
+    assembly: Assembly,
+    node: Node,
+    weights: Sequence[float],
+    normalize: bool,
+    lambda_: float = 1.0,
+    based: bool = True,
+    counts: Sequence[float] | None = None,
 ) -> None:
-    divisor = divisor_of(tuple(weights)) if normalize else 1.0
+    divisor = divisor_of(tuple(weights if counts is None else counts)) if normalize else 1.0
     _merge(assembly, node, codes.ADD, tuple(weights), (divisor, lambda_), based=based)
 
 

@@ -29,10 +29,19 @@ def weighted_sum(parts: list[torch.Tensor], weights: tuple[float, ...]) -> torch
     return total
 
 
-def linear(*tensors: torch.Tensor, tile: Tile, weights: tuple[float, ...], normalize: bool) -> torch.Tensor:
-    """Σ w_i x_i, divided by Σ w_i if `normalize`; float32 (Wortsman et al., "Model soups", arXiv 2203.05482)."""
+def linear(
+    *tensors: torch.Tensor,
+    tile: Tile,
+    weights: tuple[float, ...],
+    normalize: bool,
+    counts: tuple[float, ...] | None = None,
+) -> torch.Tensor:
+    """Σ w_i x_i, divided by Σ w_i if `normalize`; float32 (Wortsman et al., "Model soups", arXiv 2203.05482).
+
+    `counts` are what tensors count in the divisor, where some are running sums: a sum counts its own Σ w.
+    """
     total = weighted_sum([x.to(torch.float32) for x in tensors], weights)
-    return over(total, divisor_of(weights)) if normalize else total
+    return over(total, divisor_of(weights if counts is None else counts)) if normalize else total
 
 
 def task_arithmetic(

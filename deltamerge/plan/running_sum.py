@@ -1,0 +1,63 @@
+"""Running sums in a plan: what may be done with one, what it counts in an average, and what the next one holds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from deltamerge.errors import InputError
+from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.running_sum import RunningSum
+from deltamerge.methods.merge.arithmetic import divisor_of
+from deltamerge.recipe import series
+
+if TYPE_CHECKING:
+    from deltamerge.plan.inputs import Inputs
+    from deltamerge.plan.merged_tensor import Tuned
+    from deltamerge.recipe.schema import Recipe
+
+
+def check_sums(recipe: Recipe, named: Sequence[tuple[str, int | None, Checkpoint]]) -> None:
+    """InputError: a running sum is used as a model, or is not the first of what is added up."""
+    sums = [(name, index, checkpoint) for name, index, checkpoint in named if checkpoint.running_sum is not None]
+    for name, index, checkpoint in sums:
+        summed = checkpoint.running_sum
+        assert summed is not None
+        what = f"{name}: is the running sum of {len(summed.models)} checkpoints, no model"
+        if index is None or recipe.method.name != "linear" or recipe.slices or recipe.modules or index > 0:
+            raise InputError(f"{what}: it stands first, in a merge_method: linear of whole models")
+        if recipe.models[index].parameters.get("weight", 1.0) != 1 or any(
+            level.get("normalize", True) != 1 for level in recipe.parts[0].levels
+        ):
+            raise InputError(f"{what}: its weight is 1, and normalize true", hint="leave both out")
+        following = [recipe.models[i].parameters.get("weight") for i in range(1, len(recipe.models))]
+        wanted = series.running(summed.schedule, len(summed.models), len(following), summed.decay)
+        if wanted is None or (following and tuple(following) != wanted):
+            hint = "leave weights out; of a sum that the same file makes, make it first: a file of its own"
+            raise InputError(f"{name}: what follows a running sum has the weights of its schedule", hint=hint)
+
+
+def counts(tunes: Iterable[Tuned], weights: Sequence[float]) -> tuple[float, ...]:
+    """What each model counts in the divisor of an average: its weight, of a running sum its total."""
+    return tuple(
+        float(np.float32(weight)) if (summed := tuned.model.checkpoint.running_sum) is None else summed.total
+        for tuned, weight in zip(tunes, weights, strict=True)
+    )
+
+
+def made_of(recipe: Recipe, inputs: Inputs, dtypes: Mapping[str, str]) -> RunningSum:
+    """What the running sum of a recipe's models holds; `dtypes` are of the average's tensors."""
+    names: list[str] = []
+    weights: list[float] = []
+    schedule, decay = "constant", None
+    for model, tune in zip(recipe.models, inputs.tunes, strict=True):
+        summed = tune.checkpoint.running_sum
+        names += [tune.name] if summed is None else summed.models
+        weight = model.parameters.get("weight", 1.0)
+        assert isinstance(weight, bool | int | float)  # `recipe.sums` has seen to it
+        weights.append(float(np.float32(weight)) if summed is None else summed.total)
+        schedule = model.schedule or schedule if summed is None else summed.schedule
+        decay = decay or model.decay if summed is None else summed.decay
+    return RunningSum(tuple(names), divisor_of(tuple(weights)), schedule, decay, dict(dtypes))
