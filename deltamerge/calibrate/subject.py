@@ -237,12 +237,12 @@ class Subject:
         architecture: str = (self.config.architectures or ["none"])[0]
         return architecture.endswith(HEADS[task])
 
-    def steps(self) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
-        """Batches to learn scales on, the batch indices of each step, and batches that decide when to stop."""
+    def steps(self, step: int = STEP_ROWS) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
+        """Batches to learn on, the batch indices of each step of so many rows, and batches that decide when to stop."""
         rows = self.rows["search"]
         stop = select(rows, max(1, round(STOP_SHARE * len(rows))), self.source.seed + 1)
         chosen = {row.number for row in stop}
-        batches, groups = self.reads.steps([row for row in rows if row.number not in chosen], step=STEP_ROWS)
+        batches, groups = self.reads.steps([row for row in rows if row.number not in chosen], step=step)
         return batches.inputs, groups, self.reads.batches(stop, size=self.size).inputs
 
     def values(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltamerge.calibrate import joint_factor, merge_inputs, stage
+from deltamerge.calibrate import coefficients, joint_factor, merge_inputs, stage
 from deltamerge.calibrate.reach import is_linear
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_columns, mask_seeds, within
@@ -140,6 +140,24 @@ class StageMaker:
         return deltas.graph.node(
             merge_inputs.merged, known, kind="small", parts=parts, wanted=_layers(merges), known=known, so_far=so_far
         )
+
+    def fitted(
+        self, deltas: Deltas, merges: Sequence[Merge], parts_of: Callable[[Merge], dict[str, Node]], starts: Sequence[float]
+    ) -> Node:
+        """The stage that fits a factor of each of the deltas that `parts_of` gives by name, from `starts` on."""
+        refuse_gathered([t for merge in merges for t in merge.tunes], "leave coefficients out")
+        deltas_of = {m.name: parts_of(m) for m in merges}
+        names = tuple(next(iter(deltas_of.values()), {}))
+        first, *others = self._shares(deltas, merges, {name: tuple(found.values()) for name, found in deltas_of.items()})
+        others = [replace(one, pruned=tuple(replace(p, masked=()) for p in one.pruned)) for one in others]
+        shared = (*deltas.stages.activations.values(), *deltas.stages.cuts.values())
+        shared += () if deltas.stages.rows is None else (deltas.stages.rows,)
+        shared += () if deltas.stages.totals is None else (deltas.stages.totals,)
+        spec = Spec(
+            first.source, deltas.recipe.method.name, first.pruned, False, "agreement", deltas.coefficients or "",
+            "gradient", None, shared, (first, *others), names, tuple(starts),
+        )  # fmt: skip
+        return deltas.graph.node(coefficients.calibrate, shared, kind="small", spec=spec)
 
     def _shares(
         self, deltas: Deltas, merges: Sequence[Merge], masked: Mapping[str, tuple[Node, ...]]

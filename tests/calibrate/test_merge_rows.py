@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ import reference
 import torch
 from conftest import load_tensors, tiny_llama
 from running import make_plan, run
+from safetensors.numpy import load_file
 
+from deltamerge.calibrate.combining import combined
 from deltamerge.errors import RecipeError
+from deltamerge.methods.tiles import Kept
 
 
 @pytest.fixture(scope="module")
@@ -123,4 +127,84 @@ def test_rows_are_needed(models: Path) -> None:
     path = recipe(models, "lacking", "regmean")
     path.write_text(path.read_text().replace(", calibration: {data: b.jsonl, sequences: 6, length: 12}", ""))
     with pytest.raises(RecipeError, match="regmean needs rows of every model"):
+        make_plan(path)
+
+
+@pytest.mark.parametrize("shape", [(), (5, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_gradient_of_a_sum_of_deltas(shape: tuple[int, ...], sparse: bool) -> None:
+    """That of the written-out sum, in float64."""
+    generator = torch.Generator().manual_seed(3)
+    base, *deltas = (torch.randn(5, 4, generator=generator) for _ in range(4))
+    deltas = [torch.where(delta > 0, delta, 0.0) for delta in deltas]
+    factors = torch.randn(3, *shape, generator=generator)
+    pull = torch.randn(5, 4, generator=generator)
+    places = [delta.reshape(-1).nonzero()[:, 0] for delta in deltas]
+    masked = [Kept(at, d.reshape(-1)[at]) for at, d in zip(places, deltas, strict=True)] if sparse else deltas
+    ours, plain = factors.clone().requires_grad_(True), factors.double().requires_grad_(True)
+    made = combined(base, ours, masked)
+    wanted = base.double() + sum(c * d.double() for c, d in zip(plain, deltas, strict=True))
+    torch.testing.assert_close(made.double(), wanted, rtol=1e-6, atol=1e-6)
+    made.backward(pull)
+    wanted.backward(pull.double())
+    torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=1e-5, atol=1e-5)
+
+
+FITTED = "calibration: {data: a.jsonl, per: merge, coefficients: %s, sequences: 8, length: 12}\n"
+FITS = {
+    "layer": ("task_arithmetic", "lambda: 0.1", "prune: {method: magnitude, density: 0.5}\n"),
+    "row": ("task_arithmetic", "lambda: 0.1", "prune: {method: dare, density: 0.6}\n"),
+    "model": ("iso_c", "lambda: 0.05", ""),
+}
+
+
+@pytest.mark.parametrize("scope", FITS)
+def test_coefficients_are_fitted_and_kept(models: Path, tmp_path: Path, scope: str) -> None:
+    """The result is the sum of the recipe's own deltas times what the lock says, and the lock gives it again."""
+    method, parameters, prune = FITS[scope]
+    path = recipe(models, f"fitted-{scope}", method, FITTED % scope + prune, parameters)
+    (stage,) = make_plan(path).describe()["stages"]
+    assert (stage["model"], stage["scope"], stage["forward_passes"]) == ("merge", scope, 120)
+    result = run(path, tmp_path / "out")
+    found = result.lock["calibration"]["merge"]
+    assert found["chosen"] == "calibrated", found["why"]
+    assert found["held_out"]["calibrated"] < found["held_out"]["plain"]
+    assert found["forward_passes"] <= 120
+    assert "share of the base's" in found["held_out"]["measure"]
+    folder, numbers = result.folder, dict(found["q"])
+    if scope == "row":
+        numbers |= {n.removeprefix("merge:"): v for n, v in load_file(folder / "recipe.rows").items()}
+    base = {name: tensor.numpy() for name, tensor in load_tensors(models / "base").items()}
+    alone = {}
+    for name in WEIGHTS:  # each model's part of the sum, made without calibration
+        plain = method == "task_arithmetic"
+        one = recipe(models, "alone", "task_arithmetic", prune, parameters if plain else "")
+        text = one.read_text()
+        for m, weight in WEIGHTS.items():
+            own = (weight if plain else 1.0) if m == name else 0.0
+            text = text.replace(f"./{m}, parameters: {{weight: {weight}}}", f"./{m}, parameters: {{weight: {own}}}")
+        one.write_text(text)
+        alone[f"./{name}"] = run(one, tmp_path / name).folder
+    if method == "iso_c":
+        one = recipe(models, "alone", method, prune, parameters)
+        alone["merged"] = run(one, tmp_path / "merged").folder
+    parts = {delta: load_tensors(made) for delta, made in alone.items()}
+    for name, tensor in load_tensors(folder).items():
+        wanted = base[name].astype(float)
+        for delta, made in parts.items():
+            factor = numbers.get(f"{delta}:{name}")
+            assert factor is not None, (delta, name)
+            wanted = wanted + factor * (made[name].double().numpy() - base[name])
+        np.testing.assert_allclose(tensor.double().numpy(), wanted, atol=2e-6, err_msg=name)
+    for kept in folder.glob("recipe.*[ks]"):
+        shutil.copy(kept, path.with_suffix(kept.suffix))
+    again = run(path, tmp_path / "again", locked=True).folder
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    card = (folder / "README.md").read_text()
+    assert "multiplied by its coefficient" in card
+
+
+def test_coefficients_are_of_the_merged_model(models: Path) -> None:
+    path = recipe(models, "alone", "task_arithmetic", (FITTED % "layer").replace("per: merge, ", ""))
+    with pytest.raises(RecipeError, match="coefficients: are of the merged model\nhint: per: merge"):
         make_plan(path)
