@@ -19,7 +19,6 @@ from deltamerge.calibrate.spec import (
     Calibrated,
     QValue,
     Spec,
-    coefficient,
     rounded,
 )
 from deltamerge.calibrate.stage import calibrating, decide
@@ -77,7 +76,7 @@ def _named(spec: Spec, fitted: Coefficients) -> dict[str, QValue]:
     for name, values in fitted.items():
         for delta, value in zip(spec.coefficients, values, strict=True):
             one: QValue = value.numpy() if value.dim() else rounded(float(value))
-            found[coefficient(delta, name)] = one
+            found[f"{delta}:{name}"] = one
     return found
 
 

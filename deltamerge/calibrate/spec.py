@@ -306,14 +306,9 @@ def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
     return value if root == 1 else math.pow(float(value), 1 / root)
 
 
-def coefficient(delta: str, name: str) -> str:
-    """What the coefficient of a delta of a tensor is called."""
-    return f"{delta}:{name}"
-
-
 def pick_coefficient(calibrated: Calibrated, *, delta: str, name: str, start: float) -> QValue:
     """That of a delta of a tensor; `start`, the recipe's own, where the stage has none."""
-    return calibrated.q.get(coefficient(delta, name), start)
+    return calibrated.q.get(f"{delta}:{name}", start)
 
 
 def norm(
@@ -379,7 +374,7 @@ def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.fl
             )
     shapes = {pruned.name: pruned.masked[0].shape for pruned in spec.pruned}
     if spec.coefficients:
-        shapes = {coefficient(delta, name): shape for name, shape in shapes.items() for delta in spec.coefficients}
+        shapes = {f"{delta}:{name}": shape for name, shape in shapes.items() for delta in spec.coefficients}
     q: dict[str, QValue] = {name: float(value) for name, value in record["q"].items()} | dict(rows)
     if unknown := sorted(q.keys() - shapes.keys()):
         raise VerifyError(f"{where}: has a q for {unknown[0]}, which the recipe does not prune")

@@ -208,7 +208,7 @@ class Subject:
     def distribution(self, inputs: Sequence[Inputs]) -> O.Distribution:
         """The objective of learned scales on batches of the given rows."""
         self.count(inputs)
-        return O.Distribution.of(self.model, self.tune, inputs, regression=self._regression)
+        return O.Distribution.of(self.model, self.tune, inputs, regression=self.is_regression)
 
     def judge(self) -> Judge:
         """The judge: the metric where there are labels, else predictions; without a head the output change."""
@@ -224,13 +224,14 @@ class Subject:
             return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
         self.count(inputs)
         if self._head(self.task):
-            objective = O.Agreement.of(self.model, self.tune, inputs, regression=self._regression)
-            measure = "1 - correlation with the fine-tune's" if self._regression else "divergence of the classes"
+            objective = O.Agreement.of(self.model, self.tune, inputs, regression=self.is_regression)
+            measure = "1 - correlation with the fine-tune's" if self.is_regression else "divergence of the classes"
             return Judge(objective, measure, rows, trusted=True)
         return Judge(O.OutputChange.of(self.model, self.tune, inputs), "output change", rows, trusted=False)
 
     @property
-    def _regression(self) -> bool:
+    def is_regression(self) -> bool:
+        """Whether the head's outputs are numbers."""
         return not self.model.headless and self.task == "text-classification" and O.is_regression(self.config)
 
     def _head(self, task: str) -> bool:

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
+from deltamerge.calibrate.gradients import of_tensor
 from deltamerge.calibrate.merge_inputs import of_layer
 from deltamerge.calibrate.spec import pick, pick_coefficient
 from deltamerge.calibrate.totals import totals
 from deltamerge.delta.positions import uniform_density
 from deltamerge.delta.values import VALUE_BITS
-from deltamerge.engine.graph import Function, Graph, Node
+from deltamerge.engine.graph import Function, Graph, Node, name_of
 from deltamerge.engine.graph import function_of as call
-from deltamerge.engine.graph import name_of
 from deltamerge.errors import RecipeError
 from deltamerge.io.computed import LowRank, update_of
 from deltamerge.io.dtypes import ITEMSIZE
@@ -102,7 +102,9 @@ class Builder:
         if deltas.coefficients is None:
             together = self.maker.together(deltas, based, builder._merged_delta)
         else:
-            starts = [1.0] * len(self.recipe.fine_tunes) if builder._is_sum else [1.0, *[0.0] * len(self.recipe.fine_tunes)]
+            starts = (
+                [1.0] * len(self.recipe.fine_tunes) if builder._is_sum else [1.0, *[0.0] * len(self.recipe.fine_tunes)]
+            )
             together = self.maker.fitted(deltas, based, builder._parts, starts)
         return replace(builder, deltas=replace(deltas, stages=replace(deltas.stages, together=together)))
 
@@ -185,8 +187,9 @@ class Builder:
 
     def _fitted(self, merge: Merge, pruned: Sequence[tuple[Node, str]], texts: Sequence[str]) -> Built:
         """The base and the sum of the deltas, each times the factor that was fitted."""
-        assert merge.base is not None and self.deltas.stages.together is not None
         scaled, stage = [], self.deltas.stages.together
+        assert merge.base is not None
+        assert stage is not None
         spec = stage.parameter("spec")
         for (name, node), start in zip(self._parts(merge).items(), spec.starts, strict=True):
             found = {"delta": name, "name": merge.name, "start": start}
@@ -222,7 +225,7 @@ class Builder:
         """The node that measures what the merge method needs of every model's rows."""
         based = [merge for merge in merges if merge.base is not None]
         if self.recipe.method.rows != "merged":
-            return self.maker.inputs(self.deltas, based)
+            return self.maker.inputs(self.deltas, based, gradients=self.recipe.method.rows == "gradients")
         so_far = self.graph.node("inputs so far", kind="small")
         stages = replace(self.deltas.stages, rows=so_far)
         builder = replace(self, deltas=replace(self.deltas, stages=stages))
@@ -234,7 +237,8 @@ class Builder:
         if self.deltas.stages.totals is not None:
             inputs = [*inputs, self.deltas.stages.totals]
         if self.deltas.stages.rows is not None:
-            inputs = [*inputs, self.graph.node(of_layer, [self.deltas.stages.rows], kind="small", name=merge.name)]
+            read = of_tensor if method.rows == "gradients" else of_layer
+            inputs = [*inputs, self.graph.node(read, [self.deltas.stages.rows], kind="small", name=merge.name)]
         if method.nodes is None:
             return self._node(method.function, inputs, shape, **values)
         if method.matrices:

@@ -50,8 +50,8 @@ class ChosenQ(_Figures):
     searched: dict[str, float | str] = Field(description="The best point: the variable, its family if several.")
     path: list[list[float | str]] = Field(description="Every point: family if several, variable, value, objective.")
     q: dict[str, Finite] = Field(
-        description="Of tensors that have one other than 1; the mean where rows have theirs. Of coefficients, which may "
-        "be negative, those of each delta's tensors, by delta:tensor."
+        description="Of tensors that have one other than 1; the mean where rows have theirs. Of coefficients, which "
+        "may be negative, those of each delta's tensors, by delta:tensor."
     )
     rows: dict[str, tuple[Finite, Finite]] = Field(
         description="Smallest and largest q of rows, where they have theirs."
