@@ -126,7 +126,8 @@ class _Merge:
                 if name not in own:
                     found[name] = bases[name]
                     continue
-                parts = [some[self.of_first[own[name]]] for some in deltas]
+                stored_there = self.of_first[own[name]]
+                parts = [one for some in deltas if (one := some[stored_there]) is not None]
                 found[name] = combined(bases[name], coefficients[own[name]], parts)
             return found
 

@@ -240,7 +240,7 @@ def answers(model: Any, logits: torch.Tensor, batch: Any) -> list[tuple[float, t
         logs = logits[0, :-1].log_softmax(-1)
         return [(1.0, logs[range(len(logs)), batch["input_ids"][0, 1:]].sum())]
     logs = logits[0].log_softmax(-1)
-    return [(float(value.exp()), value) for value in logs]
+    return [(float(value.detach().exp()), value) for value in logs]
 
 
 @pytest.mark.parametrize("kind", ["causal", "classes"])
