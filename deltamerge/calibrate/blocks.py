@@ -218,7 +218,7 @@ class BlockModel:
         traces, outputs = [], []
         for v, weights in enumerate(variants):
             yield
-            traces.append(self._prologue(weights, batches))
+            traces.append(self.prologue(weights, batches))
             outputs.append([trace.left(again=watch is not None and v == 0) for trace in traces[v]])
         for i in range(len(self.blocks)):
             self.entering(2 + i)
@@ -226,7 +226,7 @@ class BlockModel:
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already
                     yield
-                    self._block(i, weights, traces[v], outputs[v], seen)
+                    self.block(i, weights, traces[v], outputs[v], seen)
             self.walked(batches, len(variants) * (i + 1) / (len(self.blocks) + 1))
         return (yield from self._last(batches, variants, reduce, outputs, watch))
 
@@ -241,12 +241,10 @@ class BlockModel:
         found = []
         for v, weights in enumerate(variants):
             yield
-            found.append(self._finish(weights, batches, reduce, outputs and outputs[v], watch if v == 0 else None))
+            found.append(self.epilogue(weights, batches, reduce, outputs and outputs[v], watch if v == 0 else None))
         return found
 
-    def _block(
-        self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None
-    ) -> None:
+    def block(self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None) -> None:
         """Turn the previous block's output on every batch into block i's; the block's tensors are freed on return."""
         quick = watch is None
         tensors, shell = self._tensors(weights, 1 + i, quick=quick), Shell(self.blocks[i])
@@ -262,7 +260,7 @@ class BlockModel:
         else:  # may go through the batches twice
             outputs[:] = self._watched(1 + i, watch, step, len(traces))
 
-    def _finish(
+    def epilogue(
         self,
         weights: Weights,
         batches: Sequence[Inputs],
@@ -279,7 +277,7 @@ class BlockModel:
 
         return self._watched(0, watch, step, len(batches))
 
-    def _prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[Trace]:
+    def prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[Trace]:
         tensors = self._tensors(weights, 0) | self._tensors(weights, 1, quick=True)
         forward, traces = self.blocks[0].forward, []
 

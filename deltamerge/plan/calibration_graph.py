@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltamerge.calibrate import joint_factor, stage
+from deltamerge.calibrate import coefficients, joint_factor, merge_inputs, stage
+from deltamerge.calibrate.gradients import squares
 from deltamerge.calibrate.reach import is_linear
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_columns, mask_seeds, within
@@ -22,6 +23,7 @@ from deltamerge.methods.table import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
 from deltamerge.plan.folders import refuse_unrunnable
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
+from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.recipe.prune_keys import CalibratedQ
@@ -106,10 +108,7 @@ class StageMaker:
         random = any(PRUNE[prune.method].random for prune in deltas.prunes)
         seeds = recipe.calibration.seeds if random and objective == "output_change" else 1
         masked = {m.name: tuple(merged_delta(m, recipe.seed + s) for s in range(seeds)) for m in merges}
-        parts = []
-        for own in zip(*(merge.tunes for merge in merges), strict=True):
-            source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
-            parts.append(Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, masked[t.name]) for t in own)))
+        parts = self._shares(deltas, merges, masked)
         low, high = 1.0, 1.0  # of the factor of λ
         for tuned in (t for merge in merges for t in merge.tunes):
             density = deltas.density(tuned) or 1.0
@@ -118,8 +117,68 @@ class StageMaker:
         shared = (*stages.activations.values(), *stages.cuts.values())
         method, bounds = recipe.method.name, (low / 4.0, high * 2.0)
         source, pruned = parts[0].source, parts[0].pruned
-        spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, shared, tuple(parts))
+        spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, shared, parts)
         return deltas.graph.node(joint_factor.calibrate, shared, kind="small", spec=spec)
+
+    def inputs(self, deltas: Deltas, merges: Sequence[Merge], *, gradients: bool = False) -> Node:
+        """The stage that measures the inputs of every fine-tune's layers, or the gradients of all its tensors."""
+        refuse_gathered([t for merge in merges for t in merge.tunes], "use a method without data")
+        wanted, parts = {merge.name for merge in merges} if gradients else set(_layers(merges)), []
+        for own in zip(*(merge.tunes for merge in merges), strict=True):
+            source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own])
+            parts.append(
+                Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, ()) for t in own if t.name in wanted))
+            )
+        function = squares if gradients else merge_inputs.inputs
+        return deltas.graph.node(function, kind="small", parts=tuple(parts))
+
+    def merged_inputs(
+        self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node], so_far: Node
+    ) -> Node:
+        """The same of the inputs that the merged model makes; `merged_delta` is what a fine-tune gets, by the node
+        `so_far` of the moments that there are."""
+        refuse_gathered([t for merge in merges for t in merge.tunes], "use regmean")
+        masked = {m.name: (merged_delta(m, deltas.recipe.seed),) for m in merges}
+        known = (*deltas.stages.activations.values(), *deltas.stages.cuts.values())
+        known += tuple(deltas.stages.calibrated.values())
+        parts = self._shares(deltas, merges, masked)
+        return deltas.graph.node(
+            merge_inputs.merged, known, kind="small", parts=parts, wanted=_layers(merges), known=known, so_far=so_far
+        )
+
+    def fitted(
+        self,
+        deltas: Deltas,
+        merges: Sequence[Merge],
+        parts_of: Callable[[Merge], dict[str, Node]],
+        starts: Sequence[float],
+    ) -> Node:
+        """The stage that fits a factor of each of the deltas that `parts_of` gives by name, from `starts` on."""
+        refuse_gathered([t for merge in merges for t in merge.tunes], "leave coefficients out")
+        deltas_of = {m.name: parts_of(m) for m in merges}
+        names = tuple(next(iter(deltas_of.values()), {}))
+        first, *others = self._shares(
+            deltas, merges, {name: tuple(found.values()) for name, found in deltas_of.items()}
+        )
+        others = [replace(one, pruned=tuple(replace(p, masked=()) for p in one.pruned)) for one in others]
+        shared = (*deltas.stages.activations.values(), *deltas.stages.cuts.values())
+        shared += () if deltas.stages.rows is None else (deltas.stages.rows,)
+        shared += () if deltas.stages.totals is None else (deltas.stages.totals,)
+        spec = Spec(
+            first.source, deltas.recipe.method.name, first.pruned, False, "agreement", deltas.coefficients or "",
+            "gradient", None, shared, (first, *others), names, tuple(starts),
+        )  # fmt: skip
+        return deltas.graph.node(coefficients.calibrate, shared, kind="small", spec=spec)
+
+    def _shares(
+        self, deltas: Deltas, merges: Sequence[Merge], masked: Mapping[str, tuple[Node, ...]]
+    ) -> tuple[Share, ...]:
+        """Every fine-tune with what `masked` has for its tensors."""
+        parts = []
+        for own in zip(*(merge.tunes for merge in merges), strict=True):
+            source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
+            parts.append(Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, masked[t.name]) for t in own)))
+        return tuple(parts)
 
     def _cut(self, deltas: Deltas, pruned: Sequence[Tuned]) -> Node:
         """The one threshold of a model: as many entries as the tensors' densities add up to."""
@@ -197,6 +256,12 @@ def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
         if tuned.model.regroups(tuned.tensor):
             message = f"{tuned.name}: {tuned.model.name} stores its experts otherwise than the output"
             raise InputError(f"{message}, and calibration runs it as it is", hint=f"template: {tuned.model.name}")
+
+
+def _layers(merges: Sequence[Merge]) -> tuple[str, ...]:
+    """The names of single matrices, whose inputs are measured."""
+    forms = ((merge.name, matrix_form(merge.name, merge.shape, len(merge.sources))) for merge in merges)
+    return tuple(name for name, form in forms if form is not None and form[0] == 1)
 
 
 def _is_weight(tuned: Tuned) -> bool:
