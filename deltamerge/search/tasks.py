@@ -19,7 +19,7 @@ from deltamerge.calibrate.precision import chosen
 from deltamerge.calibrate.rows import HEADS, Row
 from deltamerge.calibrate.split import LANGUAGE, metric_of, task_of
 from deltamerge.calibrate.trace import together
-from deltamerge.engine.backends import torch_device
+from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import torch_dtype
