@@ -58,5 +58,6 @@ def moved(axis: Any, value: float, share: float) -> float:
     found = min(max(found, low), high)
     if axis.step is None:
         return found
-    stepped = min(low + round((found - low) / axis.step) * float(axis.step), high)
-    return round(stepped) if isinstance(axis.low, int) else float(stepped)
+    step = float(axis.step)
+    found = min(low + round((found - low) / step) * step, high)
+    return round(found) if isinstance(axis.low, int) else found

