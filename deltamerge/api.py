@@ -15,8 +15,9 @@ from deltamerge.inspect.pictures import drawing
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import code_of, torch_dtype
 from deltamerge.io.lazy import torch
+from deltamerge.io.memory import in_memory
 from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import Read, TensorInfo
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.planner import Plan, PlanOptions, plan
 from deltamerge.recipe.file import RecipeFile, read_recipe
 from deltamerge.recipe.load import loads
@@ -124,23 +125,11 @@ def prune(
     return sink.tensors
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _InMemory:
-    """A tensor that is there already: its bytes, of elements of `size` bytes."""
-
-    data: memoryview
-    size: int
-
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        out[:] = self.data[start * self.size :][: len(out)]
-
-
 def _info(name: str, tensor: torch.Tensor, path: Path) -> TensorInfo:
     code = code_of(tensor.dtype)
     if code is None:
         raise InputError(f"{name}: {tensor.dtype} is not a dtype of safetensors")
-    made = _InMemory(_bytes(tensor.detach().cpu()), tensor.element_size())
-    return TensorInfo(name, code, tuple(tensor.shape), path, 0, tensor.nbytes, made)
+    return in_memory(name, code, tuple(tensor.shape), _bytes(tensor.detach().cpu()), path)
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:

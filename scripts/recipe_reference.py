@@ -17,10 +17,12 @@ HEAD = """\
 
 Written by `python scripts/recipe_reference.py` from the schema; `deltamerge schema` prints that for editors.
 Unknown keys are errors. Any number under `parameters` or `prune` may be a scalar, a gradient (a list, interpolated over
-the layers) or a list of `{filter, value}`.
+the layers) or a list of `{filter, value}`. Values may be left open for `deltamerge sweep` and `deltamerge search`
+([search.md](search.md)).
 """
 SECTIONS = {
     "Prune": "prune", "CalibratedQ": "prune.q", "Protect": "prune.protect", "Calibration": "calibration",
+    "Study": "study", "Goal": "study.objective", "Command": "study.objective.command",
     "Model": "models[]", "Slice": "slices[]", "SliceSource": "slices[].sources[]", "Module": "modules",
     "Output": "output", "Quantization": "output.quantization", "Tokenizer": "tokenizer", "Token": "tokenizer.tokens",
 }  # fmt: skip
@@ -86,6 +88,8 @@ def _kinds(field: dict[str, Any]) -> Iterator[str]:
     choices = [choice for choice in field.get("enum", ()) if choice is not None]
     if choices:
         yield ", ".join(f"`{choice}`" for choice in choices)
+    elif field.get("$ref") == "#/$defs/Open":
+        return  # the page says once that values may be left open
     elif "$ref" in field:
         name = field["$ref"].rpartition("/")[2]
         yield f"[{SECTIONS[name]}](#{_anchor(SECTIONS[name])})" if name in SECTIONS else name.lower()

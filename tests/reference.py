@@ -295,3 +295,12 @@ def emr(by_name, task):
     size = sum(np.abs(deltas[task]).sum() for deltas in by_name.values())
     rescale = size / sum(np.abs(x).sum() for x in kept.values())
     return {name: rescale * x for name, x in kept.items()}
+
+
+def regmean(deltas, grams, weights, off_diagonal=0.9):
+    """(Σ w Δ G)(Σ w G)⁻¹ with shrunk G; a feature that is 0 in all rows takes the weighted mean."""
+    shrunk = [off_diagonal * g + (1 - off_diagonal) * np.diag(np.diag(g)) for g in grams]
+    idle = sum(np.diag(g) for g in shrunk) == 0
+    shrunk = [g + np.diag(idle.astype(float)) for g in shrunk]
+    pulled = sum(w * d @ g for w, d, g in zip(weights, deltas, shrunk, strict=True))
+    return pulled @ np.linalg.inv(sum(w * g for w, g in zip(weights, shrunk, strict=True)))

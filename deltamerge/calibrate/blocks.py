@@ -16,11 +16,10 @@ the residual stream, norms, embeddings and the head stay float32, and so does al
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,37 +30,15 @@ from torch.utils.hooks import RemovableHandle
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Cut, Linear, cuts, input_of, modules, stacks
 from deltamerge.calibrate.loading import Group, Loading, Shaped
+from deltamerge.calibrate.passes import BlockOutput, Inputs, Watch, Weights, from_reader
 from deltamerge.calibrate.precision import Precision
 from deltamerge.calibrate.products import Box, Products
 from deltamerge.calibrate.skeleton import bodies, find_blocks, hidden_states, ignored, place_buffers, shifted, skeleton
-from deltamerge.calibrate.trace import Generator, NotAChain, Shell, Stop, Trace, patched
+from deltamerge.calibrate.trace import Generating, NotAChain, Shell, Stop, Trace, patched, together
 from deltamerge.errors import InputError
 
+__all__ = ["BlockModel", "BlockOutput", "Inputs", "Linear", "Watch", "Weights", "from_reader"]
 T = TypeVar("T")
-Weights = Callable[[Sequence[str]], Mapping[str, Tensor]]
-"""Checkpoint names -> tensors of any dtype and device. A pass asks for one part of the model at a time."""
-Inputs = Mapping[str, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class BlockOutput:
-    """`hidden` (B, T, H): last hidden state of the base model; `logits` (B, C) or (B, T, V), None without a head."""
-
-    hidden: Tensor
-    logits: Tensor | None
-
-
-class Watch(Protocol):
-    """Observes the inputs of every linear layer, part by part: of the whole layer, or of a cut of stacked ones."""
-
-    def enter(self, layers: Sequence[Linear]) -> None: ...
-    def see(self, layer: Linear | Cut, x: Tensor, batch: int) -> None: ...
-    def leave(self, layers: Sequence[Linear]) -> bool: ...
-
-
-def from_reader(read: Callable[[str], Tensor]) -> Weights:
-    """Weights by name, from a function that reads one tensor."""
-    return lambda names: {name: read(name) for name in names}
 
 
 class BlockModel:
@@ -202,12 +179,25 @@ class BlockModel:
         """[variant][batch] of reduce(batch index, output); all variants share one walk through the blocks.
 
         Batches are input tensors as the model's forward takes them, but for `decoder_input_ids`, which are what the
-        decoder is to say. Memory: one part's weights, and the hidden states
-        of every variant and batch. `watch` sees the linear layers of the first variant.
+        decoder is to say. Memory: one part's weights, and the hidden states of every variant and batch. `watch` sees
+        the linear layers of the first variant.
         """
+        (found,) = together([self.walk(batches, variants, reduce, watch=watch)])
+        return found
+
+    @torch.no_grad()
+    def walk(
+        self,
+        batches: Sequence[Inputs],
+        variants: Sequence[Weights],
+        reduce: Callable[[int, BlockOutput], T],
+        *,
+        watch: Watch | None = None,
+    ) -> Generator[None, None, list[list[T]]]:
+        """`run` in steps, for `together`: it waits before each variant's turn at a part of the model."""
         if self.blocks:
             try:
-                return self._walk(batches, variants, reduce, watch)
+                return (yield from self._walk(batches, variants, reduce, watch))
             except NotAChain:
                 self.blocks = ()
                 self._lay_out()
@@ -215,11 +205,8 @@ class BlockModel:
                 if self.precision == "float32":
                     raise
                 self.precision = "float32"
-                return self.run(batches, variants, reduce, watch=watch)
-        return [
-            self._finish(weights, batches, reduce, None, watch if v == 0 else None)
-            for v, weights in enumerate(variants)
-        ]
+                return (yield from self.walk(batches, variants, reduce, watch=watch))
+        return (yield from self._last(batches, variants, reduce, None, watch))
 
     def _walk(
         self,
@@ -227,24 +214,37 @@ class BlockModel:
         variants: Sequence[Weights],
         reduce: Callable[[int, BlockOutput], T],
         watch: Watch | None,
-    ) -> list[list[T]]:
+    ) -> Generator[None, None, list[list[T]]]:
         traces, outputs = [], []
         for v, weights in enumerate(variants):
-            traces.append(self._prologue(weights, batches))
+            yield
+            traces.append(self.prologue(weights, batches))
             outputs.append([trace.left(again=watch is not None and v == 0) for trace in traces[v]])
         for i in range(len(self.blocks)):
             self.entering(2 + i)
             for v, weights in enumerate(variants):
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already
-                    self._block(i, weights, traces[v], outputs[v], seen)
+                    yield
+                    self.block(i, weights, traces[v], outputs[v], seen)
             self.walked(batches, len(variants) * (i + 1) / (len(self.blocks) + 1))
-        return [
-            self._finish(weights, batches, reduce, outputs[v], watch if v == 0 else None)
-            for v, weights in enumerate(variants)
-        ]
+        return (yield from self._last(batches, variants, reduce, outputs, watch))
 
-    def _block(
+    def _last(
+        self,
+        batches: Sequence[Inputs],
+        variants: Sequence[Weights],
+        reduce: Callable[[int, BlockOutput], T],
+        outputs: Sequence[Any] | None,
+        watch: Watch | None,
+    ) -> Generator[None, None, list[list[T]]]:
+        found = []
+        for v, weights in enumerate(variants):
+            yield
+            found.append(self.epilogue(weights, batches, reduce, outputs and outputs[v], watch if v == 0 else None))
+        return found
+
+    def block(
         self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None
     ) -> None:
         """Turn the previous block's output on every batch into block i's; the block's tensors are freed on return."""
@@ -262,7 +262,7 @@ class BlockModel:
         else:  # may go through the batches twice
             outputs[:] = self._watched(1 + i, watch, step, len(traces))
 
-    def _finish(
+    def epilogue(
         self,
         weights: Weights,
         batches: Sequence[Inputs],
@@ -279,7 +279,7 @@ class BlockModel:
 
         return self._watched(0, watch, step, len(batches))
 
-    def _prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[Trace]:
+    def prologue(self, weights: Weights, batches: Sequence[Inputs]) -> list[Trace]:
         tensors = self._tensors(weights, 0) | self._tensors(weights, 1, quick=True)
         forward, traces = self.blocks[0].forward, []
 
@@ -332,7 +332,7 @@ class BlockModel:
         for inputs in prompts:
             placed = {k: self._placed(v) for k, v in inputs.items() if k not in self._ignored}
             with running(self._cannot_run):
-                tokens = functional_call(Generator(self.module), local, (), {**placed, **options})
+                tokens = functional_call(Generating(self.module), local, (), {**placed, **options})
             start = 1 if self.module.config.is_encoder_decoder else placed["input_ids"].shape[1]
             made.append(tokens[:, start:].cpu())
         return made

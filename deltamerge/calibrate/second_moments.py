@@ -20,6 +20,7 @@ from deltamerge.io.reader import Reader
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from deltamerge.calibrate.blocks import Watch
     from deltamerge.calibrate.layers import Cut, Linear
 
 Keep = Callable[[str, NDArray[np.float64]], None]
@@ -58,6 +59,11 @@ def measure(measured: Measured, wanted: Collection[str], keep: Keep) -> None:
         watch = _Moments(batches, wanted, keep)
         subject.model.run(batches, [subject.tune], lambda batch, output: None, watch=watch)
         subject.forget()
+
+
+def moments_watch(batches: Sequence[Mapping[str, Any]], wanted: Collection[str], keep: Keep) -> Watch:
+    """What measures the layers in `wanted` on a walk over `batches`, and hands each C to `keep` as a part is left."""
+    return _Moments(batches, wanted, keep)
 
 
 class _Moments:

@@ -70,6 +70,27 @@ def split(
     does not fit the task, labels that do not fit the head.
     """
     wanted = calibration.sequences
+    found = rows_of(calibration, folder, config, labelled=labelled, limit=wanted + max(HELD_OUT, wanted))
+    if len(found) < max(wanted, 3):
+        raise InputError(
+            f"calibration data {calibration.data}: {len(found)} rows, but {max(wanted, 3)} needed",
+            hint="give more data, or lower calibration.sequences",
+        )
+    search = data.select(found, wanted, seed)
+    chosen = {row.number for row in search}
+    others = [row for row in found if row.number not in chosen]
+    if len(others) >= max(1, wanted // 3):
+        return search, data.select(others, min(len(others), max(HELD_OUT, wanted)), seed)
+    held = data.select(found, len(found) // 3, seed)
+    chosen = {row.number for row in held}
+    return [row for row in found if row.number not in chosen], held
+
+
+def rows_of(
+    calibration: Calibration, folder: Path, config: Mapping[str, Any], *, labelled: bool, limit: int
+) -> list[Row]:
+    """All rows of the data, of a hub data set the first `limit`. InputError: missing fields, a head that does not fit
+    the task, labels that do not fit the head."""
     _check_model(calibration, config)
     label = None
     if labelled:
@@ -83,23 +104,11 @@ def split(
         label=label,
         config=calibration.config,
         split=calibration.split,
-        limit=wanted + max(HELD_OUT, wanted),
+        limit=limit,
     )
-    if len(found) < max(wanted, 3):
-        raise InputError(
-            f"calibration data {calibration.data}: {len(found)} rows, but {max(wanted, 3)} needed",
-            hint="give more data, or lower calibration.sequences",
-        )
     if label is not None and task_of(calibration, config) not in LANGUAGE:
         class_labels(found, config)
-    search = data.select(found, wanted, seed)
-    chosen = {row.number for row in search}
-    others = [row for row in found if row.number not in chosen]
-    if len(others) >= max(1, wanted // 3):
-        return search, data.select(others, min(len(others), max(HELD_OUT, wanted)), seed)
-    held = data.select(found, len(found) // 3, seed)
-    chosen = {row.number for row in held}
-    return [row for row in found if row.number not in chosen], held
+    return found
 
 
 def _check_model(calibration: Calibration, config: Mapping[str, Any]) -> None:

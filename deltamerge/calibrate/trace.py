@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
+
+T = TypeVar("T")
 
 
 class Stop(Exception):
@@ -102,7 +104,7 @@ class Shell(nn.Module):
         return type(self.block).forward(self.block, *args, **kwargs)
 
 
-class Generator(nn.Module):
+class Generating(nn.Module):
     """A model whose forward generates."""
 
     def __init__(self, model: Any) -> None:
@@ -111,3 +113,17 @@ class Generator(nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         return self.model.generate(**inputs)
+
+
+def together(walks: Sequence[Generator[None, None, T]]) -> list[T]:
+    """The results of walks that take their steps in turn: models of as many blocks are at the same one, so that what
+    they read of it can be shared."""
+    found: dict[int, T] = {}
+    while len(found) < len(walks):
+        for i, walk in enumerate(walks):
+            if i not in found:
+                try:
+                    next(walk)
+                except StopIteration as end:
+                    found[i] = end.value
+    return [found[i] for i in range(len(walks))]

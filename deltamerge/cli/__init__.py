@@ -18,7 +18,7 @@ import click
 from click.shell_completion import get_completion_class
 
 from deltamerge import __version__
-from deltamerge.cli import chains, deltas, inspect, progress, push, recipes, run, streams
+from deltamerge.cli import chains, deltas, inspect, progress, push, recipes, run, search, streams
 from deltamerge.cli.mergekit_flags import COMMANDS
 from deltamerge.cli.output import complain, error_as_json, say_json, tell
 from deltamerge.errors import DeltamergeError, InputError, UsageError
@@ -204,6 +204,7 @@ SECTIONS = {
     "Write a recipe": [recipes.init, inspect.recommend, recipes.methods, recipes.schema],
     "Before a run": [inspect.check, inspect.plan, inspect.inspect, run.calibrate, run.lock],
     "Run": [run.run, deltas.verify, inspect.diff, push.push],
+    "Judge and search": [search.evaluate, search.sweep, search.search],
     "Deltas": [deltas.extract, deltas.apply, chains.list_versions, chains.squash],
     "Shell": [completion],
 }

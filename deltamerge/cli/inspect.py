@@ -9,6 +9,7 @@ import click
 
 from deltamerge import errors
 from deltamerge.cli import streams
+from deltamerge.cli.layout import paragraph
 from deltamerge.cli.options import (
     AS_CSV,
     AS_JSON,
@@ -150,10 +151,12 @@ def plan(
     deltamerge plan recipe.yaml --tensors       # each with its sources and file; --json for machines
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
+    from deltamerge.inspect.check import in_words
     from deltamerge.plan import review
-    from deltamerge.recipe.file import read_recipe
+    from deltamerge.recipe.file import TemplateFile, read_either, read_recipe
     from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans, target_of
+    from deltamerge.search.cost import describe_study
 
     def describe(file: RecipeFile) -> dict[str, Any]:
         options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
@@ -163,8 +166,12 @@ def plan(
 
     if graph and (old or as_json):
         raise click.UsageError("--graph stands alone")
-    file = read_recipe(recipe, mergekit_exact=mergekit_exact, settings=settings)
+    read = read_either(recipe, mergekit_exact=mergekit_exact, settings=settings)
+    file = read.file(next(read.template.examples())) if isinstance(read, TemplateFile) else read
     described = describe(file)
+    if isinstance(read, TemplateFile):
+        options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
+        described["study"] = read.template.describe() | describe_study(make_plans(file, options=options)[-1])
     if old is not None:
         with errors.context(str(old)):
             before = describe(read_recipe(old, mergekit_exact=mergekit_exact))
@@ -179,6 +186,10 @@ def plan(
         for name, one in described.get("intermediate", {}).items():
             say(f"document {shown(name)}\n{render_plan(one, width=width, tensors=tensors)}\n")
         say(render_plan(described, width=width, target=target_of(file, None), tensors=tensors))
+        if isinstance(read, TemplateFile):
+            study = described["study"]
+            took = f"{study['together']} candidates a walk in about {human(study['memory'])} of memory"
+            say("\n".join(paragraph(f"study: {in_words(read.template)}; {took}", width)))
 
 
 @click.command(epilog="Example: deltamerge inspect ./models/math --base ./models/base --calibration calib.jsonl")

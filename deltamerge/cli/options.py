@@ -149,6 +149,16 @@ PICKLES = click.option(
 NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
 
 
+def _swept(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
+    from deltamerge.recipe.overrides import parse_setting
+    from deltamerge.recipe.varied import swept
+
+    try:
+        return swept([parse_setting(text) for text in texts])
+    except InputError as error:
+        raise click.BadParameter(str(error)) from error
+
+
 def _settings(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
     from deltamerge.recipe.overrides import parse_setting
 
@@ -158,6 +168,10 @@ def _settings(context: click.Context, option: click.Parameter, texts: tuple[str,
         raise click.BadParameter(str(error)) from error
 
 
+SET_OR_SWEEP = click.option(
+    "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_swept,
+    help="Set a key of the recipe; several times, each value is tried.",
+)  # fmt: skip
 SET = click.option(
     "--set", "settings", multiple=True, metavar="KEY=VALUE", callback=_settings,
     help="Set a key of the recipe: models.0.prune.density=0.01.",

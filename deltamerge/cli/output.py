@@ -55,7 +55,11 @@ def _finite(value: Any) -> Any:
 
 def say_table(rows: Iterable[BaseModel]) -> None:
     """Print records as CSV on stdout: a column for each field, and for each key of a field that is a mapping."""
-    flat = [dict(_columns(row.model_dump(mode="json"))) for row in rows]
+    say_csv([dict(_columns(row.model_dump(mode="json"))) for row in rows])
+
+
+def say_csv(flat: Sequence[Mapping[str, Any]]) -> None:
+    """Print mappings as CSV on stdout: a column for each key of any."""
     text = io.StringIO()
     table = csv.DictWriter(text, list(dict.fromkeys(name for row in flat for name in row)), lineterminator="\n")
     table.writeheader()

@@ -10,7 +10,8 @@ from typing import Any
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.io.lock_file import LOCK_NAME, read_lock
 from deltamerge.recipe import yaml_source
-from deltamerge.recipe.file import read_recipe
+from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either
+from deltamerge.recipe.varied import Template
 from deltamerge.recipe.yaml_source import Loc
 from deltamerge.run.options import Options
 from deltamerge.run.plans import make_plans
@@ -55,17 +56,47 @@ def check_recipe(
 ) -> Checked:
     """Read the recipe at `path` and, unless `offline`, the headers of its models."""
     try:
-        file = read_recipe(path, mergekit_exact=mergekit_exact, settings=settings)
+        file = read_either(path, mergekit_exact=mergekit_exact, settings=settings)
+        left_open = ""
+        if isinstance(file, TemplateFile):
+            left_open = in_words(file.template)
+            file = _tried(file)
         plan = None if offline else make_plans(file, options=options)[-1]
     except DeltamergeError as error:
         return Checked(str(path), error)
+    said = (left_open,) if left_open else ()
     if plan is None:
-        return Checked(str(path), documents=len(file.documents))
+        return Checked(str(path), documents=len(file.documents), notes=said)
     delta = plan.describe()["delta"] if plan.recipe.output.kind == "delta" else None
     nbytes = plan.nbytes if delta is None else delta["estimated_bytes"]
     return Checked(
-        str(path), None, len(file.documents), len(plan.outputs), nbytes, delta is not None, plan.warnings, plan.notes
+        str(path),
+        None,
+        len(file.documents),
+        len(plan.outputs),
+        nbytes,
+        delta is not None,
+        plan.warnings,
+        (*said, *plan.notes),
     )
+
+
+def _tried(file: TemplateFile) -> RecipeFile:
+    """The first recipe of a template. RecipeError: one of its examples is none."""
+    first, *others = file.template.examples()
+    for values in others:
+        file.recipe(values)
+    return file.file(first)
+
+
+def in_words(template: Template) -> str:
+    """What a template leaves open."""
+    if template.sweeps:
+        names = " × ".join(f"{axis.name} ({len(axis.values)})" for axis in template.sweeps)
+        return f"`deltamerge sweep` tries {template.count} recipes: {names}; checked and planned with the first values"
+    names = ", ".join(axis.name for axis in template.ranges)
+    count = sum(len(axis.keys) for axis in template.ranges)
+    return f"`deltamerge search` looks for {count} values: {names}; planned with those of the first trial"
 
 
 def recipes_in(paths: Iterable[Path]) -> Iterator[Path]:

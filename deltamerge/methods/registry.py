@@ -91,6 +91,8 @@ class MergeMethod:
     `methods.merge.whole.nodes`): of vectors, embeddings, heads and matrices with fewer rows or columns than models,
     which have no form, it takes the mean. `totals` is a function of the same tiles that gives numbers, (blocks, k)
     float64, whose sums over all tensors of the merge the function gets as its last input.
+    `rows` says what rows of each model's own are measured for before the first tile, which the function, or `nodes`,
+    gets as its last input: "inputs" of linear layers, those that the "merged" layers before them make, or "gradients".
     `keeps_single(**parameters)` tells whether a single model that was not pruned comes out as it is, and need not be
     computed; without it none does.
     """
@@ -110,6 +112,7 @@ class MergeMethod:
     nodes: Function | None = None
     matrices: bool = False
     totals: Function | None = None
+    rows: Literal["inputs", "merged", "gradients"] | None = None
     keeps_single: Function | None = None
 
     def base_apart(self, base_model: str | None) -> bool:

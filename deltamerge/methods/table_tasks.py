@@ -8,16 +8,22 @@ from typing import TYPE_CHECKING
 from deltamerge.methods.registry import MergeMethod, Names, Param
 
 if TYPE_CHECKING:
-    from deltamerge.methods.merge import consensus, spectral, whole, wudi
+    from deltamerge.methods.merge import consensus, regmean, spectral, whole, wudi
 else:
-    consensus, spectral, whole, wudi = (
-        Names(f"deltamerge.methods.merge.{module}") for module in ("consensus", "spectral", "whole", "wudi")
+    consensus, regmean, spectral, whole, wudi = (
+        Names(f"deltamerge.methods.merge.{module}") for module in ("consensus", "regmean", "spectral", "whole", "wudi")
     )
 
 _LAMBDA = Param("factor of the merged delta", 1.0)
 _SCALED = {"weight": Param("factor of the model's delta", 1.0, per_model=True), "lambda": _LAMBDA}
 _TASK = Param("number of the model whose task is kept, from 1", None, "integer", low=1, scalar=True)
 _TALL = Param("abs(Δ_i) is at least this much of abs(Σ Δ − Δ_i)", 0.4, low=0)
+
+_INPUTS = {
+    "weight": Param("weight of the model's rows", 1.0, low=0, per_model=True),
+    "off_diagonal": Param("factor of the products of two inputs; below 1 it is stabler", 0.9, low=0, high=1),
+    "lambda": _LAMBDA,
+}
 
 _on_deltas = partial(MergeMethod, needs_base=True, deltas=True, adds=True)
 _on_matrices = partial(_on_deltas, matrices=True, nodes=whole.nodes)
@@ -82,5 +88,23 @@ TASKS = (
         {"task": _TASK},
         nodes=consensus.nodes,
         totals=consensus.emr_totals,
+    ),
+    _on_matrices(
+        "regmean",
+        regmean.regmean,
+        "(Σ w_i Δ_i G_i)(Σ w_i G_i)⁻¹, G_i = E[x xᵀ] of a layer's inputs in fine-tune i on its own rows",
+        "arXiv 2212.09849",
+        _INPUTS,
+        nodes=regmean.nodes,
+        rows="inputs",
+    ),
+    _on_matrices(
+        "regmean_plus",
+        regmean.regmean,
+        "regmean with the inputs that the merged blocks before a layer make of the rows",
+        "arXiv 2508.03121",
+        _INPUTS,
+        nodes=regmean.nodes,
+        rows="merged",
     ),
 )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltamerge.calibrate import joint_factor, stage
+from deltamerge.calibrate import joint_factor, merge_inputs, stage
 from deltamerge.calibrate.reach import is_linear
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_columns, mask_seeds, within
@@ -21,6 +21,7 @@ from deltamerge.methods.table import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
 from deltamerge.plan.folders import refuse_unrunnable
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
+from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.effective_prune import Pruning
 from deltamerge.recipe.prune_keys import CalibratedQ
@@ -63,7 +64,7 @@ class StageMaker:
         massive = prune.protect is not None and prune.protect.columns is None
         measured = PRUNE[prune.method].needs_activations or massive
         q = prune.q if isinstance(prune.q, CalibratedQ) and not deltas.whole_merge else None
-        weighed = prune.budget is not None and deltas.recipe.calibration is not None
+        weighed = prune.budget is not None and deltas.recipe.calibration_of(index) is not None
         if not (measured or q or weighed or prune.protect or prune.group == "model"):
             return stages
         masked = [t for t in tunes if deltas.is_masked(t)]
@@ -105,10 +106,7 @@ class StageMaker:
         random = any(PRUNE[prune.method].random for prune in deltas.prunes)
         seeds = recipe.calibration.seeds if random and objective == "output_change" else 1
         masked = {m.name: tuple(merged_delta(m, recipe.seed + s) for s in range(seeds)) for m in merges}
-        parts = []
-        for own in zip(*(merge.tunes for merge in merges), strict=True):
-            source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
-            parts.append(Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, masked[t.name]) for t in own)))
+        parts = self._shares(deltas, merges, masked)
         low, high = 1.0, 1.0  # of the factor of λ
         for tuned in (t for merge in merges for t in merge.tunes):
             density = deltas.density(tuned) or 1.0
@@ -117,8 +115,41 @@ class StageMaker:
         shared = (*stages.activations.values(), *stages.cuts.values())
         method, bounds = recipe.method.name, (low / 4.0, high * 2.0)
         source, pruned = parts[0].source, parts[0].pruned
-        spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, shared, tuple(parts))
+        spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, shared, parts)
         return deltas.graph.node(joint_factor.calibrate, shared, kind="small", spec=spec)
+
+    def inputs(self, deltas: Deltas, merges: Sequence[Merge]) -> Node:
+        """The stage that measures the inputs of every fine-tune's layers."""
+        refuse_gathered([t for merge in merges for t in merge.tunes], "use a method without data")
+        wanted, parts = set(_layers(merges)), []
+        for own in zip(*(merge.tunes for merge in merges), strict=True):
+            source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own])
+            parts.append(Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, ()) for t in own if t.name in wanted)))
+        return deltas.graph.node(merge_inputs.inputs, kind="small", parts=tuple(parts))
+
+    def merged_inputs(
+        self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node], so_far: Node
+    ) -> Node:
+        """The same of the inputs that the merged model makes; `merged_delta` is what a fine-tune gets, by the node
+        `so_far` of the moments that there are."""
+        refuse_gathered([t for merge in merges for t in merge.tunes], "use regmean")
+        masked = {m.name: (merged_delta(m, deltas.recipe.seed),) for m in merges}
+        known = (*deltas.stages.activations.values(), *deltas.stages.cuts.values())
+        known += tuple(deltas.stages.calibrated.values())
+        parts = self._shares(deltas, merges, masked)
+        return deltas.graph.node(
+            merge_inputs.merged, known, kind="small", parts=parts, wanted=_layers(merges), known=known, so_far=so_far
+        )
+
+    def _shares(
+        self, deltas: Deltas, merges: Sequence[Merge], masked: Mapping[str, tuple[Node, ...]]
+    ) -> tuple[Share, ...]:
+        """Every fine-tune with what `masked` has for its tensors."""
+        parts = []
+        for own in zip(*(merge.tunes for merge in merges), strict=True):
+            source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own], share=len(merges[0].sources))
+            parts.append(Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, masked[t.name]) for t in own)))
+        return tuple(parts)
 
     def _cut(self, deltas: Deltas, pruned: Sequence[Tuned]) -> Node:
         """The one threshold of a model: as many entries as the tensors' densities add up to."""
@@ -141,7 +172,7 @@ class StageMaker:
     ) -> CalibrationInput:
         """A fine-tune to be run on calibration data, with one of `share` parts of the memory."""
         recipe, q = deltas.recipe, deltas.prune_of(tuned).q
-        calibration = recipe.calibration
+        calibration = recipe.calibration_of(tuned.index)
         assert calibration is not None
         labelled = isinstance(q, CalibratedQ) and (q.objective == "validation" or calibration.metric is not None)
         refuse_unrunnable(tuned.model.name, tuned.model.checkpoint)
@@ -193,6 +224,12 @@ def refuse_gathered(tensors: Sequence[Tuned], hint: str) -> None:
         if tuned.model.regroups(tuned.tensor):
             message = f"{tuned.name}: {tuned.model.name} stores its experts otherwise than the output"
             raise InputError(f"{message}, and calibration runs it as it is", hint=f"template: {tuned.model.name}")
+
+
+def _layers(merges: Sequence[Merge]) -> tuple[str, ...]:
+    """The names of single matrices, whose inputs are measured."""
+    forms = ((merge.name, matrix_form(merge.name, merge.shape, len(merge.sources))) for merge in merges)
+    return tuple(name for name, form in forms if form is not None and form[0] == 1)
 
 
 def _is_weight(tuned: Tuned) -> bool:

@@ -40,6 +40,7 @@ class Stages:
     roots        a pruned factor of an adapter -> the weight whose q it has a root of, and which root
     together     chooses the λ of a merge that is calibrated as a whole
     totals       sums what the merge method needs over all tensors
+    rows         measures what the merge method needs of every model's rows
     inputs       what a LoRA's factors are weighed by; no node, as it is handed on block by block
     """
 
@@ -50,6 +51,7 @@ class Stages:
     roots: Mapping[str, tuple[str, int]] = field(default_factory=dict)
     together: Node | None = None
     totals: Node | None = None
+    rows: Node | None = None
     inputs: Mapping[int, Measured] = field(default_factory=dict)
 
     @property

@@ -114,10 +114,12 @@ class Outputs:
         memory: int | None,
         densities: Mapping[str, float] | None,
         vocabulary: Vocabulary | None,
+        graph: Graph | None = None,
     ) -> None:
         self.recipe, self.inputs, self.device = recipe, inputs, device
         self.vocabulary, self.remapped, self.resized = vocabulary, False, False
-        self.builder = Builder.of(recipe, Graph(), folder, device, memory, densities)
+        self.builder = Builder.of(recipe, graph or Graph(), folder, device, memory, densities)
+        self.merges: list[Merge] = []
         self.problems: list[str] = []
         self.hint = ""
         self.notes: list[str] = []
@@ -136,7 +138,8 @@ class Outputs:
         parts = list(self._tensors())
         if self.problems:
             return []
-        self.builder = self.builder.prepared([part.merge for part in parts if isinstance(part, Merged)])
+        self.merges = [part.merge for part in parts if isinstance(part, Merged)]
+        self.builder = self.builder.prepared(self.merges)
         built = [self._built(part) if isinstance(part, Merged) else part for part in parts]
         rows = [stored for row in built for stored in self._stored(row)]
         rows += [self._copied(info) for info in self.quantising.more()]

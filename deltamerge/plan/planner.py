@@ -10,6 +10,7 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.calibrate.reach import in_words
+from deltamerge.calibrate import merge_inputs
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.calibrate.spec import CalibrationInput, Spec
@@ -97,6 +98,7 @@ class Plan:
     budgeted: tuple[Budgeted, ...] = ()
     weighing: Node | None = None
     measured: tuple[Measured, ...] = ()
+    rows: Node | None = None
     cut_bytes: int = 0
     config: dict[str, Any] = field(default_factory=dict)
     pruned_adapter: Adapter | None = None
@@ -276,6 +278,8 @@ def _plan(
     if sources:  # stages run one after another, before the first tile
         resident = [node.parameter("spec").memory for node in stages.calibrations]
         resident += [one.memory + stage_memory(one.source) for one in stages.inputs.values()]
+        if stages.rows is not None:
+            resident.append(merge_inputs.memory(stages.rows.parameter("parts")))
         peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
     peak += vocabulary.memory if vocabulary is not None else 0
     cuts = {recipe.names[i]: node.parameter("deltas") for i, node in stages.cuts.items()}
@@ -322,6 +326,7 @@ def _plan(
         budgeted=tuple(Budgeted(t.name, math.prod(t.base.shape), t.tensor, t.base) for t in builder.budgeted),
         weighing=next(iter(stages.weighing.values()), None),
         measured=tuple(stages.inputs.values()),
+        rows=stages.rows,
         cut_bytes=cut_bytes,
         config=found.config,
         pruned_adapter=inputs.tunes[0].checkpoint.adapter if own else None,
@@ -350,6 +355,9 @@ def _sources(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
     sources = {i: node.parameter("source") for i, node in measured.items()}
     sources |= {i: node.parameter("spec").source for i, node in stages.calibrated.items()}
     sources |= {i: one.source for i, one in stages.inputs.items()}
+    if stages.rows is not None:
+        of_rows = (part.source for part in stages.rows.parameter("parts"))
+        sources |= {t.index: s for t, s in zip(inputs.tunes, of_rows, strict=True) if t.index is not None}
     if stages.together is not None:
         parts = stages.together.parameter("spec").sources
         sources |= {t.index: s for t, s in zip(inputs.tunes, parts, strict=True) if t.index is not None}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
+from deltamerge.calibrate.merge_inputs import of_layer
 from deltamerge.calibrate.spec import pick
 from deltamerge.calibrate.totals import totals
 from deltamerge.delta.positions import uniform_density
@@ -90,6 +91,9 @@ class Builder:
         if self.recipe.method.totals is not None:
             deltas = replace(deltas, stages=replace(deltas.stages, totals=builder._totals(merges)))
             builder = replace(builder, deltas=deltas)
+        if self.recipe.method.rows is not None:
+            deltas = replace(deltas, stages=replace(deltas.stages, rows=builder._measured(merges)))
+            builder = replace(builder, deltas=deltas)
         if not deltas.whole_merge:
             return builder
         based = [merge for merge in merges if merge.base is not None]
@@ -161,11 +165,23 @@ class Builder:
             parts.append((merge.name, self.graph.node(function, inputs, kind="concat", shape=merge.shape, **values)))
         return self.graph.node(totals, kind="small", parts=tuple(parts), device=self.maker.device)
 
+    def _measured(self, merges: Sequence[Merge]) -> Node:
+        """The node that measures what the merge method needs of every model's rows."""
+        based = [merge for merge in merges if merge.base is not None]
+        if self.recipe.method.rows != "merged":
+            return self.maker.inputs(self.deltas, based)
+        so_far = self.graph.node("inputs so far", kind="small")
+        stages = replace(self.deltas.stages, rows=so_far)
+        builder = replace(self, deltas=replace(self.deltas, stages=stages))
+        return self.maker.merged_inputs(self.deltas, based, builder._merged_delta, so_far)
+
     def _combined(self, merge: Merge, inputs: Sequence[Node], values: dict[str, Any]) -> Node:
         """The method's result in float32, of the base where it stands apart and of the models or their deltas."""
         method, shape = self.recipe.method, merge.shape
         if self.deltas.stages.totals is not None:
             inputs = [*inputs, self.deltas.stages.totals]
+        if self.deltas.stages.rows is not None:
+            inputs = [*inputs, self.graph.node(of_layer, [self.deltas.stages.rows], kind="small", name=merge.name)]
         if method.nodes is None:
             return self._node(method.function, inputs, shape, **values)
         if method.matrices:

@@ -28,7 +28,7 @@ def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault that the types of the keys cannot express."""
     checks = (
         _inputs, _slices, _merge_method, _parameters, _required, _template, _tokens,
-        prune_checks.problems, _output, _adapter,
+        prune_checks.problems, _output, _adapter, _study,
     )  # fmt: skip
     return (problem for check in checks for problem in check(recipe))
 
@@ -282,3 +282,25 @@ def _adapter(recipe: Recipe) -> Iterator[Problem]:
     if recipe.output.kind == "peft" and method is not None and not method.deltas:
         hint = "merge_method: task_arithmetic, or another that works on deltas"
         yield recipe.problem(("output", "kind"), f"peft needs the deltas of a base, {method.name} has none", hint)
+
+
+def _study(recipe: Recipe) -> Iterator[Problem]:
+    """The models that a study names are there, and have what their measures need."""
+    if recipe.study is None:
+        return
+    known = {recipe.names[i] for i in recipe.fine_tunes}
+    several = isinstance(recipe.study.objective, tuple)
+    for number, goal in enumerate(recipe.study.goals):
+        at: Loc = ("study", "objective", number) if several else ("study", "objective")
+        for key, names in (("of", [goal.of] if goal.of else []), ("weights", list(goal.weights))):
+            for name in names:
+                if name not in known:
+                    yield recipe.problem((*at, key), f"{show(name)} is no fine-tune here", suggest(name, known))
+        if goal.weights and not any(goal.weights.get(name, 1.0) for name in known):
+            yield recipe.problem((*at, "weights"), "are all 0")
+    if recipe.study.sampler == "cmaes" and len(recipe.study.goals) > 1:
+        yield recipe.problem(("study", "sampler"), "cmaes has one objective", "sampler: nsga2, or tpe")
+    if recipe.study.pruner != "none" and (several or any(goal.command for goal in recipe.study.goals)):
+        yield recipe.problem(
+            ("study", "pruner"), "is for one objective that rows give, not a command's", "pruner: none"
+        )

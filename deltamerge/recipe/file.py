@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deltamerge.errors import RecipeError
+from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe import mergekit, yaml_source
 from deltamerge.recipe.documents import references
 from deltamerge.recipe.load import load_all, loads
 from deltamerge.recipe.overrides import overridden
 from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.varied import Template, is_open, template_of, written
 from deltamerge.recipe.yaml_source import Loc
 
 
@@ -64,6 +65,12 @@ def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[L
     `mergekit: true`, which has mergekit's defaults written out. RecipeError: a fault of any document, or documents that
     use each other. InputError: a setting that cannot be written there.
     """
+    whole, path = _text_of(path, mergekit_exact, settings)
+    return _recipe(whole, path)
+
+
+def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | None) -> tuple[str, Path]:
+    """The text of a recipe file with what is set from outside, and where it lies."""
     whole, settings = yaml_source.read(path), dict(settings or {})
     if path == yaml_source.STDIN:  # as if it lay in the current folder
         path = Path("recipe.yaml")
@@ -71,6 +78,11 @@ def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[L
         settings[("mergekit",)] = "true"
     if settings:
         whole = overridden(whole, settings, str(path))
+    return whole, path
+
+
+def _recipe(whole: str, path: Path) -> RecipeFile:
+    """The recipe file whose text is `whole`."""
     recipes = load_all(yaml_source.loads_all(whole, str(path)))
     if any(recipe.mergekit for recipe in recipes):
         whole, recipes = mergekit.written_out(whole, recipes)
@@ -88,6 +100,48 @@ def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[L
     order = [*(name for name in order if name != output.name), output.name]
     texts = {name: whole if name == output.name else _text(name, needs, by_name) for name in order}
     return RecipeFile(path, tuple(Document(by_name[name], text) for name, text in texts.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateFile:
+    """A recipe file with open values: its path, its text with what was set from outside, and the values."""
+
+    path: Path
+    text: str
+    template: Template
+
+    def recipe(self, values: Mapping[Loc, Any]) -> Recipe:
+        """The recipe with values in their places. RecipeError: any fault of it, at its place in the file."""
+        return load_all([self.template.filled(values)])[0]
+
+    def file(self, values: Mapping[Loc, Any]) -> RecipeFile:
+        """The same as a file, whose text is plain: it has the values, and is read again."""
+        return read_text(overridden(self.text, written(values), str(self.path)), self.path)
+
+
+def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> TemplateFile:
+    """Read the recipe file at `path`, which may leave values open, with `settings` written into it.
+
+    RecipeError: open values that are none. InputError: several documents.
+    """
+    return _template(*_text_of(path, False, settings))
+
+
+def read_either(
+    path: Path, *, mergekit_exact: bool = False, settings: Mapping[Loc, str] | None = None
+) -> RecipeFile | TemplateFile:
+    """`read_template` of a recipe that leaves values open, else `read_recipe`."""
+    whole, path = _text_of(path, mergekit_exact, settings)
+    if any(map(is_open, yaml_source.loads_all(whole, str(path)))):
+        return _template(whole, path)
+    return _recipe(whole, path)
+
+
+def _template(whole: str, path: Path) -> TemplateFile:
+    sources = yaml_source.loads_all(whole, str(path))
+    if len(sources) > 1:
+        raise InputError(f"{path}: has several documents, and values are left open in one", hint="run the others first")
+    return TemplateFile(path, whole, template_of(sources[0]))
 
 
 def read_text(text: str, path: Path) -> RecipeFile:

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from deltamerge.chain.folder import expand
 from deltamerge.errors import InputError, Problem, RecipeError
 from deltamerge.io import patterns
-from deltamerge.recipe import checks, documents, messages, yaml_source
+from deltamerge.recipe import checks, documents, messages, varied, yaml_source
 from deltamerge.recipe.parts import Section
 from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
 from deltamerge.recipe.values import Value
@@ -52,7 +52,9 @@ def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
 def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
     """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
     patterns.start_anew()
-    problems: list[Problem] = []
+    problems: list[Problem] = [problem for read in reads for problem in varied.refused(read)]
+    if problems:
+        raise RecipeError(reads[0].path, problems[:MAX_PROBLEMS])
     recipes = [parse(read, problems) for read in reads]
     beyond = list(documents.beyond_bounds(recipes))
     problems += beyond

@@ -69,7 +69,7 @@ def _child(node: yaml.Node, part: str | int, above: Loc) -> tuple[int, yaml.Node
     if isinstance(node, yaml.SequenceNode):
         if not isinstance(part, int) or part >= len(node.value):
             raise InputError(f"{place(above)} is a list of {len(node.value)}, and has no {part}")
-        return node.start_mark.index, node.value[part]
+        return max(node.start_mark.index, node.value[part].start_mark.index), node.value[part]
     if not isinstance(node, yaml.MappingNode):
         raise InputError(f"{place(above)} is a value, and has no {part}", hint="set the whole of it: KEY={…}")
     return next(((key.end_mark.index, value) for key, value in node.value if key.value == str(part)), None)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault of the recipe's pruning that the types of the keys cannot express."""
-    checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget)
+    checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget, _rows)
     return (problem for check in checks for problem in check(recipe))
 
 
@@ -90,7 +90,7 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
         method = PRUNE.get(prune.method or "")
         measured = method.name if method is not None and method.needs_activations else None
         wanted = "a calibrated q" if q is not None else measured
-        if wanted is not None and not is_given(recipe, "calibration"):
+        if wanted is not None and not _has_rows(recipe, loc):
             key = "q" if q is not None else "method"
             yield recipe.problem((*loc, key), f"{wanted} needs calibration", "calibration: {data: calib.jsonl}")
         yield from _protect(recipe, loc, prune)
@@ -102,6 +102,26 @@ def _calibrated(recipe: Recipe) -> Iterator[Problem]:
             yield recipe.problem((*loc, "q", "search"), "gradient needs objective output_change", "or search: auto")
         elif q.search == "gradient" and q.scope == "global":
             yield recipe.problem((*loc, "q", "search"), "gradient needs scope layer or row", "scope: layer")
+
+
+def _rows(recipe: Recipe) -> Iterator[Problem]:
+    """A merge method that measures rows of every model has them, and one set of models."""
+    method = known_method(recipe)
+    if method is None or method.rows is None:
+        return
+    if not _has_rows(recipe, ()):
+        hint = "models: - {model: A, calibration: {data: a.jsonl}}"
+        yield recipe.problem(("merge_method",), f"{method.name} needs rows of every model", hint)
+    if len(recipe.parts) > 1:
+        yield recipe.problem(("merge_method",), f"{method.name} needs one set of models, whose layers it runs")
+
+
+def _has_rows(recipe: Recipe, loc: Loc) -> bool:
+    """Whether the models that a `prune` is for have calibration rows: the recipe's, or each its own."""
+    models = [loc[1]] if loc[:1] == ("models",) else recipe.fine_tunes
+    return is_given(recipe, "calibration") or (
+        bool(models) and all(is_given(recipe, "models", i, "calibration") for i in models)
+    )
 
 
 def _names(recipe: Recipe) -> Iterator[Problem]:
@@ -124,7 +144,7 @@ def _protect(recipe: Recipe, loc: Loc, prune: Prune) -> Iterator[Problem]:
     if len(given) != 1:
         message = "needs massive_activations or columns" if not given else "takes one of massive_activations, columns"
         yield recipe.problem((*loc, "protect"), message, "protect: {massive_activations: 3}")
-    elif prune.protect.massive_activations is not None and not is_given(recipe, "calibration"):
+    elif prune.protect.massive_activations is not None and not _has_rows(recipe, loc):
         place = (*loc, "protect", "massive_activations")
         yield recipe.problem(place, "needs calibration", "calibration: {data: calib.jsonl}, or name columns")
 

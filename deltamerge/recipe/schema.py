@@ -12,12 +12,14 @@ from typing_extensions import TypeAliasType
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
 from deltamerge.methods.table import MERGE, NO_EFFECT, NO_EFFECT_KEYS
+from deltamerge.recipe import open_values
 from deltamerge.recipe.output_keys import Quantization, Quantized
 from deltamerge.recipe.parts import Section, written
 from deltamerge.recipe.prune_keys import CalibratedQ as CalibratedQ
 from deltamerge.recipe.prune_keys import Keys
 from deltamerge.recipe.prune_keys import Protect as Protect
 from deltamerge.recipe.prune_keys import Prune as Prune
+from deltamerge.recipe.study_keys import Study
 from deltamerge.recipe.types import Columns, Dtype, LayerRange, Natural, Pattern, Positive, Reference, Share, Size, Text
 from deltamerge.recipe.types import parse_size as parse_size
 from deltamerge.recipe.values import Items, Value
@@ -39,6 +41,7 @@ class Model(Keys):
     name: Text | None = Field(None, description="Its name in masks and reports. Default: `model` as written.")
     parameters: Parameters = Field({}, description="Parameters of the merge method for this model.")
     prune: Prune | None = Field(None, description="Pruning of this model's delta; these keys win.")
+    calibration: Calibration | None = Field(None, description="This model's own rows; its keys win over the recipe's.")
 
 
 class SliceSource(Model):
@@ -241,6 +244,7 @@ class Recipe(Keys):
         False, description="Read it as mergekit does: its defaults where ours differ; unknown parameters are ignored."
     )
     output: Output = Field(Output.model_validate({}), description="What is written, and where.")
+    study: Study | None = Field(None, description="How `sweep` and `search` judge candidates; a run passes over it.")
 
     _source: YamlSource = PrivateAttr()
     _parts: tuple[Section, ...] = PrivateAttr(())
@@ -290,6 +294,13 @@ class Recipe(Keys):
         """The registered merge method of a recipe that `load` has accepted."""
         return MERGE[self.method_name or ""]
 
+    def calibration_of(self, index: int) -> Calibration | None:
+        """The calibration rows of a model: its own keys before the recipe's."""
+        own, whole = self.models[index].calibration, self.calibration
+        if own is None or whole is None:
+            return own or whole
+        return whole.model_copy(update={key: getattr(own, key) for key in own.model_fields_set})
+
     @property
     def tokenizer_of(self) -> str | None:
         """Whose tokenizer the output has: base, union, a model, or None where the recipe leaves it to the template."""
@@ -323,4 +334,5 @@ def schema() -> dict[str, Any]:
         },
         "additionalProperties": False,
     }  # fmt: skip
+    open_values.allow(generated)
     return {"$schema": "http://json-schema.org/draft-07/schema#", **generated, "title": "deltamerge recipe"}

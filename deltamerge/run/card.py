@@ -143,6 +143,17 @@ def _quantised(losses: Losses | None) -> list[str]:
     return ["## Quantisation", "", f"{said}, at most {found['tensors'][worst]:.3g} ({code(worst)}).", ""]
 
 
+def _study(study: Mapping[str, Any]) -> list[str]:
+    """How a search found the recipe."""
+    if not study:
+        return []
+    goals = study.get("objectives") or {}
+    searched = ", ".join(f"{code(str(name))} {value}" for name, value in (study.get("values") or {}).items())
+    values = ", ".join(f"{plain(str(name))} {value}" for name, value in goals.items())
+    said = f"The best {plain(str(study.get('why', '')))}, by {plain(str(study.get('sampler')))}: {values}."
+    return ["## Search", "", f"{study.get('trials')} trials. {said}", "", f"Found: {searched}.", ""]
+
+
 def _lora(written: LowRankSummary | None) -> list[str]:
     """What a LoRA keeps of each weight's delta."""
     if written is None:
@@ -179,9 +190,11 @@ def render(
     pictures: Mapping[str, str] | None = None,
     losses: Losses | None = None,
     lora: LowRankSummary | None = None,
+    study: Mapping[str, Any] | None = None,
 ) -> str:
     """The whole card; the same plan gives the same text. `written` is what a delta artifact takes, `choice` what a
-    budget allowed, `pictures` files and their captions, `losses` what quantisation lost, `lora` what a LoRA keeps."""
+    budget allowed, `pictures` files and their captions, `losses` what quantisation lost, `lora` what a LoRA keeps,
+    `study` how a search found the recipe."""
     what = Counter((p.built.method, p.built.details) for o in plan.outputs for p in o.pieces)
     rows = [
         f"| {count} | {plain(method)} | {'<br>'.join(map(plain, details))} |"
@@ -203,6 +216,7 @@ def render(
         *_calibration(plan, calibrated),
         *_delta(plan, written, choice),
         *_quantised(losses),
+        *_study(study or {}),
         *_lora(lora),
         *_pictures(pictures or {}),
         "## Recipe",

@@ -47,7 +47,7 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
     nonfinite: dict[str, NonFinite] = {}
     with (
         parts_workspace(target, force=options.force, resume=options.goes_on) as begun,
-        _cluster(address) as ray,
+        connected(address) as ray,
         _interrupts() as interrupted,
     ):
         cores = int(ray.cluster_resources().get("CPU", 1))
@@ -131,7 +131,7 @@ def _interrupts() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _cluster(address: str) -> Iterator[Any]:
+def connected(address: str) -> Iterator[Any]:
     """Ray, connected; its tasks end with the block. InputError: it is not installed, or no cluster is at `address`."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
     if address == LOCAL and not os.environ.keys() & {"RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"}:

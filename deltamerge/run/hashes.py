@@ -151,8 +151,11 @@ def describe_inputs(
     inputs: dict[str, Any] = {}
     for model, chosen in _chosen(plan, mine):
         inputs[model.reference] = describe_input(model, workers, chosen, pieces)
-    for source in plan.sources[:1]:
-        inputs[DATA] = _describe_data(source, workers)
+    known: set[str] = set()
+    for source in plan.sources:
+        if source.calibration.data not in known:
+            inputs[f"{DATA} of {source.model}" if known else DATA] = _describe_data(source, workers)
+        known.add(source.calibration.data)
     return inputs
 
 

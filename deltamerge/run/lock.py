@@ -64,9 +64,10 @@ class Lock:
         choice: ChosenDensities | None = None,
         losses: Losses | None = None,
         lora: LowRankSummary | None = None,
+        study: Mapping[str, Any] | None = None,
     ) -> Lock:
         """The lock, not yet written, of what a run read, chose and lost: the q's of stages, the densities of a budget,
-        the errors of quantised weights, what a LoRA keeps."""
+        the errors of quantised weights, what a LoRA keeps; `study` is the search that found the recipe."""
         rows = {
             f"{spec.name}:{name}": value
             for node, spec in plan.specs.items()
@@ -87,6 +88,7 @@ class Lock:
             **({"calibration": calibration} if calibration else {}),
             **({"densities": choice.densities} if choice is not None else {}),
             **({"quantization": errors_of(losses)} if losses else {}),
+            **({"study": study} if study else {}),
             **({"lora": lora.describe()} if lora is not None else {}),
         }
         return cls(path, content, rows or None)
@@ -186,7 +188,7 @@ class Lock:
                 inputs[moved] = inputs.pop(reference)
         for reference in sorted(known.keys() | inputs.keys()):
             then, now = known.get(reference), inputs.get(reference)
-            if reference == DATA and now is None:  # the q's are in the lock: the data is not needed
+            if reference.startswith(DATA) and now is None:  # the q's are in the lock: the data is not needed
                 continue
             if then is None or now is None:
                 wrong.append(f"{reference}: {'not in the lock' if then is None else 'in the lock, not in the recipe'}")
@@ -194,7 +196,7 @@ class Lock:
             for name in sorted(then["files"].keys() | now["files"].keys()):
                 if apart := _apart(then["files"].get(name), now["files"].get(name)):
                     wrong.append(f"{reference}: {name} {apart}")
-            if reference == DATA and then.get("commit") != now.get("commit"):
+            if reference.startswith(DATA) and then.get("commit") != now.get("commit"):
                 wrong.append(f"{reference}: commit {now.get('commit')}, the lock has {then.get('commit')}")
         if wrong:
             raise VerifyError(f"{self.path}: the inputs are not those of the lock", also=wrong)
@@ -217,9 +219,11 @@ def fingerprint(recipe: Recipe) -> str:
     names = {model.model: model.name for model in recipe.models if model.name is not None}
     names |= {recipe.base_model: "base"} if recipe.base_model is not None else {}
     data = _renamed(recipe.source.data, names)
-    for section, key in (("output", "path"), ("calibration", "data")):
-        if isinstance(data.get(section), dict):
-            data[section].pop(key, None)
+    data.pop("study", None)  # no byte depends on it
+    models = [model for model in data.get("models") or [] if isinstance(model, dict)]
+    for holder, section, key in [(data, "output", "path"), *((m, "calibration", "data") for m in (data, *models))]:
+        if isinstance(holder.get(section), dict):
+            holder[section].pop(key, None)
     return hash_bytes(json.dumps({key: value for key, value in data.items() if value != {}}, sort_keys=True).encode())
 
 

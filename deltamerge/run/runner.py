@@ -156,7 +156,7 @@ def _make(
             losses = {"losses": made.losses} if made.losses else {}
             work.journal.append({"part": {"inputs": inputs, "outputs": made.hashed, **losses}})
             return Result(work.folder, part.of(made.plan), {}, None, made.nonfinite)
-        planned, lock = _complete(made, work, document.text, target.name, inputs, draw, options.ending)
+        planned, lock = _complete(made, work, document.text, target.name, inputs, draw, options.lock, options.ending)
     return Result(target, planned, lock, made.delta, made.nonfinite, lora=made.lora)
 
 
@@ -204,7 +204,7 @@ def finish(file: RecipeFile, out: Path | None = None, options: Options | None = 
         write_index(work.folder, planned.layout)
         losses = {name: (sums[0], sums[1]) for part in parts for name, sums in part.get("losses", {}).items()}
         made = Weights(set_aside(_warned(planned)), found, outputs, seals=seals, losses=losses)
-        planned, lock = _complete(made, work, text, target.name, inputs, draw)
+        planned, lock = _complete(made, work, text, target.name, inputs, draw, options.lock)
     return Result(target, planned, lock)
 
 
@@ -215,6 +215,7 @@ def _complete(
     title: str,
     inputs: dict[str, Any],
     draw: Draw | None,
+    given: Lock | None,
     ending: Callable[[Path], None] | None = None,
 ) -> tuple[Plan, dict[str, Any]]:
     """Write all that is no weight and give the folder its name; the plan, with what there is to say, and the lock."""
@@ -241,10 +242,11 @@ def _complete(
 
         planned = replace(planned, notes=(*planned.notes, write_gguf(planned, folder)))
     found = {node: made.values[node] for node in planned.stages}
-    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses, made.lora)
+    study = None if given is None else given.content.get("study")
+    lock = Lock.of(folder / LOCK_NAME, planned, inputs, found, made.choice, made.losses, made.lora, study)
     lock.write_rows()
     pictures = draw(planned, folder, lock.figures) if draw is not None else {}
-    card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses, made.lora)
+    card = render(planned, text, title, found, made.delta, made.choice, pictures, made.losses, made.lora, study)
     (folder / CARD).write_text(card, encoding="utf-8")
     others = {name: path for name, path in files_of(folder).items() if name not in outputs}
     seals = {**made.seals, **{name: seal(path) for name, path in others.items()}}

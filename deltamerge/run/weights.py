@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,16 +13,17 @@ from numpy.typing import NDArray
 from deltamerge.delta.writer import Summary
 from deltamerge.engine.devices import pinned
 from deltamerge.engine.execute import execute, shared_values
-from deltamerge.engine.graph import Node
+from deltamerge.engine.graph import Node, function_of
 from deltamerge.engine.tasks import on_gpu
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import some
 from deltamerge.io.audit import Findings, NonFinite
+from deltamerge.io.files import writing
 from deltamerge.io.coded_writer import CodedWriter, Losses
 from deltamerge.io.pieces import Pieces
 from deltamerge.io.reader import Reader
 from deltamerge.io.seals import Seal, seal
-from deltamerge.io.work_folder import CALIBRATION
+from deltamerge.io.work_folder import CALIBRATION, SPOOL
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Writer
 from deltamerge.plan.finite import set_aside
@@ -86,12 +88,14 @@ def _make(
     if planned.recipe.output.kind == "delta":
         work.empty()
         values = calibrated(planned, work, options.lock, facts, alone=True)
-        with options.merging(planned) as told:
+        with _rows(planned, work) as rows, options.merging(planned) as told:
+            values |= rows
             values, delta = write_delta(planned, work.folder, told, values, work.journal)
         return Weights(planned, values, {}, delta.nonfinite, delta)
     values = calibrated(planned, work, options.lock, facts, alone=part is None or part.index == 0)
     mine = part.of(planned) if part else planned
-    with options.merging(mine) as told:
+    with _rows(planned, work) as rows, options.merging(mine) as told:
+        values |= rows
         found, losses = _write_shards(mine, work, told, values, part, pieces)
     sizes = {file.name: file.size for file in planned.layout.files}
     hashed = {name: {"hash": digest, "size": sizes[name]} for name, digest in found.hashes.items()}
@@ -107,10 +111,29 @@ def _make_lora(
     if part is not None:
         raise UsageError("--part: a LoRA is one small file", hint="run it without --part")
     values = calibrated(planned, work, options.lock, facts, alone=True)
-    with options.merging(planned) as told:
+    with _rows(planned, work) as rows, options.merging(planned) as told:
+        values |= rows
         values, lora = write_lora(planned, work, values, told)
     seals = {name: seal(work.folder / name) for name in lora.hashed}
     return Weights(planned, values, lora.hashed, seals=seals, lora=lora)
+
+
+@contextmanager
+def _rows(planned: Plan, work: Workspace) -> Iterator[dict[Node, Any]]:
+    """What the merge method needs of every model's rows, by its node; files of it lie in the work folder meanwhile."""
+    if (node := planned.rows) is None:
+        yield {}
+        return
+    folder = work.state / SPOOL
+    with writing():
+        folder.mkdir(exist_ok=True)
+    known = shared_values(node.inputs, {})
+    given = [known[source] for source in node.inputs]
+    found = function_of(node.function)(*given, folder=folder, **dict(node.parameters))
+    try:
+        yield {**known, node: found}
+    finally:
+        found.remove()
 
 
 def calibrated(

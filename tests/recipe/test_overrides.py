@@ -42,6 +42,8 @@ SETTINGS: dict[str, tuple[tuple[Any, ...], Any]] = {
         ("models", 1, "prune", "q"), {"objective": "layer_mse", "scope": "row"},
     ),
     "models.1.prune={method: none}": (("models", 1, "prune"), {"method": "none"}),
+    "models.0={model: ./y}": (("models", 0), {"model": "./y"}),
+    "models.1={model: ./y}": (("models", 1), {"model": "./y"}),
     "models.2.name=third": (("models", 2, "name"), "third"),
     "models=[{model: ./z}]": (("models",), [{"model": "./z"}]),
     "parameters.weight=0.5": (("parameters", "weight"), 0.5),

@@ -15,8 +15,8 @@ from running import make_plan, run
 from deltamerge.run.apply import apply
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-# below, and in tests/run/ of quantised and packed merges, and of quantised outputs
-ELSEWHERE = {"diffusers.yaml", "fp8.yaml", "fp8-keep.yaml", "mxfp4.yaml"}
+# below, in tests/run/ of quantised and packed merges and of quantised outputs, in tests/search/
+ELSEWHERE = {"diffusers.yaml", "fp8.yaml", "fp8-keep.yaml", "mxfp4.yaml", "search.yaml", "sweep.yaml"}
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,124 @@
+"""RegMean: the weights whose outputs are nearest to every fine-tune's own on its own rows."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Any, Protocol
+
+from deltamerge.errors import InputError
+from deltamerge.io.lazy import torch
+from deltamerge.methods.merge.arithmetic import task_arithmetic
+from deltamerge.methods.merge.whole import Form, Matrices, add, each
+from deltamerge.methods.tiles import Make
+
+if TYPE_CHECKING:
+    Tensor = torch.Tensor
+
+
+class Moments(Protocol):
+    """What rows say of one layer's inputs: (in, in) float64 E[x xᵀ] of model i; None: no row reached the layer."""
+
+    def read(self, model: int) -> Any: ...
+
+
+def nodes(
+    make: Make,
+    function: str,
+    inputs: list[Any],
+    shape: tuple[int, ...],
+    *,
+    based: bool,
+    form: Form | None,
+    transposed: bool,
+    lambda_: float,
+    weights: tuple[float, ...],
+    off_diagonal: float,
+) -> Any:
+    """The node of base + λ · `function` of the whole Δ_i and the moments of their inputs, which come last; of
+    base + λ Σ w_i Δ_i / Σ w_i where there is no `form`."""
+    base, *deltas, moments = inputs
+    if form is None or form[0] > 1:
+        mean = {"weights": weights, "normalize": True, "lambda_": lambda_}
+        return make(task_arithmetic, [base, *deltas], shape=shape, **mean)
+    parameters = {"form": form, "weights": weights, "off_diagonal": off_diagonal, "transposed": transposed}
+    merged = make(function, [*deltas, moments], kind="whole", shape=shape, **parameters)
+    return make(add, [base, merged], shape=shape, lambda_=lambda_)
+
+
+def regmean(
+    *inputs: Any, form: Form, weights: tuple[float, ...], off_diagonal: float, transposed: bool = False
+) -> Tensor:
+    """(Σ w_i Δ_i G_i)(Σ w_i G_i)⁻¹, the least Σ w_i E‖(Δ − Δ_i) x_i‖² (Jin et al., "Dataless knowledge fusion by
+    merging weights of language models", arXiv 2212.09849).
+
+    inputs        the Δ_i, of (out, in), then their `Moments`: G_i = E[x_i x_iᵀ] over the tokens of rows of model i
+    weights       w_i
+    off_diagonal  factor of the entries of G_i off its diagonal
+    transposed    whether matrices are stored (in, out)
+
+    A feature that is 0 in all rows, and a layer that no row of some model reaches, has the weighted mean of the Δ_i.
+    InputError: Σ w_i G_i is singular.
+    """
+    *sources, moments = inputs
+    alike = (1.0,) * len(sources)
+
+    def merge(matrices: Matrices, out: Tensor) -> None:
+        turned = matrices.is_wide != transposed  # a tall matrix has its long side first
+        size = matrices.rows if transposed else matrices.columns
+        found = [_placed(moments.read(i), size, out) for i in range(len(sources))]
+        grams = [_shrunk(one, off_diagonal) for one in found if one is not None]
+        if len(grams) < len(sources):
+            grams = [torch.eye(size, dtype=torch.float64, device=out.device) for _ in sources]
+        idle = sum(gram.diagonal() for gram in grams) == 0
+        total, pulled = torch.zeros_like(grams[0]), torch.zeros((), device=out.device)
+        for i, weight in enumerate(weights):
+            tall = matrices.delta(i)
+            delta = (tall.values.T if turned else tall.values).to(torch.float64)
+            grams[i].diagonal()[idle] = 1.0
+            total.add_(grams[i], alpha=weight)
+            pulled = pulled + (delta @ grams[i]) * weight
+        solved = _solved(total, pulled)
+        out.copy_(solved.T if transposed else solved)
+
+    return each(tuple(sources), form, alike, merge)
+
+
+def regmean_needs(
+    *, form: Form, weights: tuple[float, ...], off_diagonal: float, transposed: bool = False
+) -> tuple[int, float]:
+    """(bytes, operations): every model's Gram matrix, their sum and its factor, and a delta in float32 and float64, its
+    product, their sum, the solution."""
+    count, rows, columns = form
+    inputs = rows if transposed else columns
+    held = 4 * count * rows * columns + 8 * ((len(weights) + 3) * inputs**2 + 5 * rows * columns)
+    product = 2.0 * rows * columns * inputs
+    return math.ceil(held), count * ((len(weights) + 1) * product + inputs**3 / 3)
+
+
+def _placed(gram: Any, size: int, like: Tensor) -> Tensor | None:
+    if gram is None:
+        return None
+    found = torch.as_tensor(gram, dtype=torch.float64).to(like.device)
+    if found.shape != (size, size):
+        raise InputError(f"a layer of {size} inputs was given {found.shape[0]}", hint="use a method without data")
+    return found
+
+
+def _shrunk(gram: Tensor, off_diagonal: float) -> Tensor:
+    diagonal = gram.diagonal().clone()
+    gram = gram * off_diagonal
+    gram.diagonal().copy_(diagonal)
+    return gram
+
+
+def _solved(total: Tensor, pulled: Tensor) -> Tensor:
+    """C G⁻¹ by Cholesky's factor; NaN where G is not finite."""
+    if not bool(total.isfinite().all()):
+        return torch.full_like(pulled, torch.nan)
+    factor, failed = torch.linalg.cholesky_ex(total)
+    if int(failed):
+        raise InputError(
+            "regmean: the inputs of a layer do not determine its weights",
+            hint="parameters: {off_diagonal: 0.9}, or more calibration rows",
+        )
+    return torch.cholesky_solve(pulled.T, factor).T

@@ -1,0 +1,64 @@
+"""What a sweep or a search keeps beside its results: recipes, their locks, merged folders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from deltamerge.calibrate.spec import Calibrated
+from deltamerge.engine.execute import shared_values
+from deltamerge.io.atomic import replace_file
+from deltamerge.recipe.file import RecipeFile
+from deltamerge.run.hashes import describe_inputs
+from deltamerge.run.lock import Lock
+from deltamerge.run.options import Options
+from deltamerge.run.plans import Planner
+from deltamerge.run.runner import Result, run
+
+Study = Mapping[str, Any]
+"""How a search found a recipe, for its lock and card."""
+
+
+def lock_of(
+    file: RecipeFile, calibrated: Mapping[str, Calibrated], options: Options, path: Path, study: Study | None = None
+) -> Lock:
+    """The lock of a recipe whose q's were found as `calibrated`, by the names of its stages; others are found now."""
+    planner = Planner(file, path.parent, options)
+    (planned,) = planner.plans()
+    planned = planner.fetched(file.output, planned, {})
+    found = {node: calibrated[spec.name] for node, spec in planned.specs.items() if spec.name in calibrated}
+    if len(found) < len(planned.stages):
+        found |= {node: value for node, value in shared_values(planned.stages, found).items() if node in planned.specs}
+    return Lock.of(path, planned, describe_inputs(planned, planned.workers), found, study=study)
+
+
+def best_path(recipe: Path) -> Path:
+    """Where the best recipe goes: beside the template, whose relative paths it has."""
+    return recipe.with_name(f"{recipe.stem}.best.yaml")
+
+
+def write_recipe(
+    file: RecipeFile, calibrated: Mapping[str, Calibrated], options: Options, path: Path, study: Study | None = None
+) -> RecipeFile:
+    """Write a recipe to `path`, in the template's folder, with its lock beside it."""
+    replace_file(path, file.output.text)
+    lock = lock_of(file, calibrated, options, path.with_suffix(".lock"), study)
+    lock.write_rows()
+    lock.write()
+    return replace(file, path=path)
+
+
+def make_folder(
+    file: RecipeFile,
+    calibrated: Mapping[str, Calibrated],
+    options: Options,
+    folder: Path,
+    study: Study | None = None,
+) -> Result:
+    """Make the result of a recipe in `folder`, with q's that were found before."""
+    asked = options
+    if calibrated or study:
+        asked = replace(options, lock=lock_of(file, calibrated, options, folder.with_suffix(".lock"), study))
+    return run(file, folder, asked)
