@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check families conformance oracle bench paper torture fuzz atheris ray scale gpu pictures docs clean
+.PHONY: help demo test check families conformance oracle bench paper merging torture fuzz atheris ray scale gpu pictures docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -40,6 +40,9 @@ bench: .venv/.installed  ## speed and memory beside mergekit 0.1.5; half an hour
 
 paper: .venv/.installed-dev  ## the DAREx paper's experiments, scaled down, and docs/results.md; .paper keeps what is done
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper all
+
+merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/merging.md; hours; .demo keeps what is done
+	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/merging.py --final
 
 torture: .venv/.installed-dev  ## kills at every call of every command, bad disks, two runs at once; 20 minutes, EVERY=9 for less
 	$(BIN)/python benchmarks/torture.py
