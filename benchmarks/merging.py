@@ -16,12 +16,15 @@ Matrix products of the scoring are in bfloat16, for experts and merges alike.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import hashlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import zip_longest
@@ -41,9 +44,11 @@ from tasks import WORK, Part, Row
 from torch import Tensor
 from transformers import AutoModel, AutoTokenizer
 
+from deltamerge.api import load_recipe
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "merging.json"
-CHOICE_ROWS, TEST_ROWS = 150, 400  # of each source
+CHOICE_ROWS, TEST_ROWS = 150, 300  # of each source
 RATIO, TRIES = 1.5, 5  # λ is tried at RATIO times the last
 
 Weights = dict[str, Tensor]
@@ -109,7 +114,7 @@ class Merge:
 CALIBRATION = {"sequences": 50, "length": encoder.TOKENS}
 
 MERGES = (
-    Merge("linear", "linear", weighted=True),
+    Merge("mean", "task_arithmetic", {"normalize": True}, weighted=True),  # linear has no base to leave the heads to
     Merge("task_arithmetic", "task_arithmetic", factor=0.3, weighted=True),
     Merge("ties, 0.2", "ties", {"density": 0.2}, 1.0, weighted=True, prunes=True),
     Merge("iso_c", "iso_c", factor=1.5),
@@ -135,10 +140,27 @@ MERGES = (
 )
 
 
-def deltamerge(recipe: Path, out: Path) -> process.Run:
-    """A process of `deltamerge run` on one thread."""
-    command = [sys.executable, "-m", "deltamerge", "run", str(recipe), "--out", str(out), "--workers", "1"]
-    return process.measure(command, {"OMP_NUM_THREADS": "1"}, recipe.with_suffix(".log"))
+def here(recipe: Path, out: Path) -> process.Run:
+    """A run on one thread of this process, which is cheaper than one that has torch to import: what it adds to both."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # else what was let go of before would be used again, and not seen
+    before, ended, peaks = process.memory(os.getpid()), threading.Event(), [0, 0]
+
+    def sample() -> None:
+        while not ended.wait(0.01):
+            peaks[:] = map(max, peaks, process.memory(os.getpid()))
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    wall, cpu = time.perf_counter(), time.process_time()
+    try:
+        load_recipe(recipe, workers=1).run(out)
+    finally:
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        ended.set()
+        sampler.join()
+    added = [max(0, peak - at) * 1024 / 1e6 for peak, at in zip(peaks, before, strict=True)]
+    return process.Run(wall, cpu, *added)
 
 
 @dataclass(frozen=True)
@@ -150,7 +172,7 @@ class Setting:
     home: Path
     choice_rows: int = CHOICE_ROWS
     test_rows: int = TEST_ROWS
-    run: Runner = deltamerge
+    run: Runner = here
 
     def rows(self, task: str, part: Part) -> list[Row]:
         """Of validation those that choose; those after them calibrate."""
@@ -282,8 +304,9 @@ def measure(setting: Setting, judge: Judge, merge: Merge, delta: Delta) -> dict[
     made, runs = {}, []
     for task in setting.experts if merge.task else [None]:
         with tempfile.TemporaryDirectory(dir=setting.home) as work:
-            run, out = run_recipe(setting, merge.recipe(setting.base, models, setting.calibration(), task), Path(work))
-            made[task], runs = encoder_of(out), [*runs, run]
+            path, out = written(merge.recipe(setting.base, models, setting.calibration(), task), Path(work)), Path(work) / "out"
+            runs.append(setting.run(path, out))
+            made[task] = encoder_of(out)
 
     def at(factor: float, part: Part, tasks: Sequence[str]) -> Outputs:
         if not merge.task:
@@ -336,14 +359,17 @@ def pruned(setting: Setting, task: str, delta: Delta) -> Path:
         out.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=setting.home) as work:
             recipe = {"base_model": str(setting.base), "models": [model], "calibration": rows}
-            run_recipe(setting, recipe, Path(work))[1].rename(out)
+            path, made = written(recipe, Path(work)), Path(work) / "out"
+            setting.run(path, made)
+            if not out.exists():  # another command may have made it meanwhile
+                made.rename(out)
     return out
 
 
-def run_recipe(setting: Setting, recipe: Mapping[str, Any], work: Path) -> tuple[process.Run, Path]:
-    path, out = work / "recipe.yaml", work / "out"
+def written(recipe: Mapping[str, Any], work: Path) -> Path:
+    path = work / "recipe.yaml"
     path.write_text(yaml.safe_dump(dict(recipe), allow_unicode=True), encoding="utf-8")
-    return setting.run(path, out), out
+    return path
 
 
 def write(path: Path, made: Any) -> None:

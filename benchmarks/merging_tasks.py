@@ -25,7 +25,7 @@ SOURCES = {
 }
 NEUTRAL = 0.3  # a rating at most so far from 0 is neither positive nor negative
 VALIDATION, TEST = 300, 700  # sentences of each source
-RATE, STEPS = 2e-4, 300
+RATE, STEPS = 3e-4, 250
 
 TASKS = {
     task.name: task
@@ -85,6 +85,6 @@ def expert(task: str, home: Path = HOME, *, base: Path = WORK / "base", rate: fl
     out = home / "experts" / f"{task}-{rate:g}-{steps}"
     if not out.exists():
         rows(task, "train", home)
-        with torch.autocast("cpu", torch.bfloat16):  # half the time; weights and optimizer are float32
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):  # half the time; weights are float32
             encoder.fine_tune(base, TASKS[task], out, lr=rate, steps=steps, rows=home / "tasks")
     return out

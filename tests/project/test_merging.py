@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from running import run
+from running import make_plan, run
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
@@ -22,7 +22,6 @@ sys.path.append(str(REPOSITORY / "benchmarks"))
 import merging  # noqa: E402
 import merging_pages  # noqa: E402
 import merging_tasks  # noqa: E402
-from process import Run  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(40)]
 
@@ -39,6 +38,7 @@ def published() -> dict[str, list[tuple[str, float]]]:
 def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> merging.Setting:
     monkeypatch.setattr(merging_tasks, "VALIDATION", 40)
     monkeypatch.setattr(merging_tasks, "TEST", 20)
+    monkeypatch.setitem(merging.CALIBRATION, "sequences", 4)
     monkeypatch.setattr(merging_tasks.tasks, "rated_sentences", published)
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
     splitter = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
@@ -68,11 +68,7 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> merging.Setting:
         expert.save_pretrained(experts[name])
         tokenizer.save_pretrained(experts[name])
 
-    def here(recipe: Path, out: Path) -> Run:
-        run(recipe, out, workers=1)
-        return Run(1.0, 2.0, 3.0, 4.0)
-
-    return merging.Setting(tmp_path / "base", experts, tmp_path / "home", 10, 20, here)
+    return merging.Setting(tmp_path / "base", experts, tmp_path / "home", 10, 20)
 
 
 def test_a_sentence_is_in_one_part_of_all_tasks() -> None:
@@ -123,12 +119,32 @@ def test_cells_of_toy_experts(setting: merging.Setting, tmp_path: Path) -> None:
     assert "| task_arithmetic |" in text and text == merging_pages.documented(found, text)
 
 
+def test_an_expert_learns(setting: merging.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def separable(task: str, part: str, folder: Path) -> list[merging_tasks.Row]:
+        return [merging_tasks.Row(f"w{i % 2} w{i % 9 + 5}", i % 2) for i in range(32)]
+
+    monkeypatch.setattr(merging_tasks.tasks, "rows", separable)
+    merging_tasks.rows("sentiment-movies", "train", setting.home)
+    made = merging_tasks.expert("sentiment-movies", setting.home, base=setting.base, rate=3e-2, steps=25)
+    task = merging_tasks.TASKS["sentiment-movies"]
+    assert merging_tasks.encoder.score(made, task, separable("", "test", made)) == 100
+
+
 def test_rows_that_calibrate_choose_nothing(setting: merging.Setting) -> None:
     folder = setting.calibration()
     for task in setting.experts:
         texts = [json.loads(line)["text"] for line in (folder / f"{task}.jsonl").read_text().splitlines()]
         chosen = [row.text for row in setting.rows(task, "validation")]
         assert texts and not set(texts) & set(chosen)
+
+
+def test_every_recipe_is_planned(setting: merging.Setting, tmp_path: Path) -> None:
+    for merge in merging.MERGES:
+        task = "domain" if merge.task else None
+        recipe = merge.recipe(setting.base, setting.experts, setting.calibration(), task)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+        assert make_plan(path).outputs, merge.name
 
 
 def test_factors_climb_to_the_best() -> None:
