@@ -304,3 +304,15 @@ def regmean(deltas, grams, weights, off_diagonal=0.9):
     shrunk = [g + np.diag(idle.astype(float)) for g in shrunk]
     pulled = sum(w * d @ g for w, d, g in zip(weights, deltas, shrunk, strict=True))
     return pulled @ np.linalg.inv(sum(w * g for w, g in zip(weights, shrunk, strict=True)))
+
+
+def fisher(deltas, squares, weights, floor=1e-6):
+    """Σ w F Δ / Σ w F of every tensor; each model's F has mean 1 over its tensors."""
+    means = [sum(f[n].sum() for n in f) / sum(f[n].size for n in f) for f in squares]
+    found = {}
+    for name, ds in deltas.items():
+        shares = [
+            w * (f[name] / m + floor if name in f else floor) for f, m, w in zip(squares, means, weights, strict=True)
+        ]
+        found[name] = sum(s * d for s, d in zip(shares, ds, strict=True)) / sum(shares)
+    return found

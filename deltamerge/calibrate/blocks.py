@@ -244,9 +244,7 @@ class BlockModel:
             found.append(self.epilogue(weights, batches, reduce, outputs and outputs[v], watch if v == 0 else None))
         return found
 
-    def block(
-        self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None
-    ) -> None:
+    def block(self, i: int, weights: Weights, traces: Sequence[Trace], outputs: list[Any], watch: Watch | None) -> None:
         """Turn the previous block's output on every batch into block i's; the block's tensors are freed on return."""
         quick = watch is None
         tensors, shell = self._tensors(weights, 1 + i, quick=quick), Shell(self.blocks[i])

@@ -144,12 +144,12 @@ class RowReader:
 
     def _labels(self, groups: Sequence[Sequence[Row]], inputs: Sequence[dict[str, Tensor]]) -> list[Tensor]:
         if self.task in ("causal-lm", "text-generation"):
-            return [_said(b) for b in inputs]
+            return [said(b) for b in inputs]
         settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         return [torch.tensor(class_labels(group, settings)) for group in groups]
 
 
-def _said(batch: dict[str, Tensor]) -> Tensor:
+def said(batch: dict[str, Tensor]) -> Tensor:
     """(B, T) the tokens that a language model's logits are scored by, each by those of the place before it."""
     if "decoder_input_ids" not in batch:
         return batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)

@@ -37,7 +37,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
             Found({}, value, {"factor of lambda": rounded(f)}, edge) for f, value, edge in shortlist(result, low, high)
         ]
         judges = [subject.judge() for subject in subjects]
-        judge = _mean(judges)
+        judge = mean_judge(judges)
         some = judge.eligible(found)
         factors = [*(float(one.numbers["factor of lambda"]) for one in some), 1.0]
         each = [
@@ -95,7 +95,7 @@ def _q(subject: Subject, factor: float) -> Qs:
     return dict.fromkeys(subject.pairs, rounded(1.0 / factor))
 
 
-def _mean(judges: Sequence[Judge]) -> Judge:
+def mean_judge(judges: Sequence[Judge]) -> Judge:
     """The name of the mean of the fine-tunes' measures."""
     from deltamerge.calibrate.subject import Judge
 

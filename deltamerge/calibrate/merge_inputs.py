@@ -1,4 +1,4 @@
-"""Moments E[x xᵀ] of the inputs of every layer in every fine-tune of a merge, on its own rows: what RegMean takes.
+"""Spooled E[x xᵀ] of the inputs of every layer in every fine-tune of a merge, on its own rows: what RegMean takes.
 
 They are as large as the models, or larger, so they lie in files, and are read layer by layer. Plans name the functions
 here, so torch is imported when they run.
@@ -29,20 +29,24 @@ if TYPE_CHECKING:
     from deltamerge.calibrate.blocks import Weights
     from deltamerge.calibrate.subject import Subject
 
-FIRST = 2_000_000  # of the numbers that files in a spool folder are called by
+FIRST = 4_000_000  # of the numbers that files in a spool folder are called by
 
 
 @dataclass(eq=False)
-class Moments:
-    """Files of (in, in) float64 by the tensor's name in the output and the model's number, in `folder`."""
+class Spooled:
+    """Files by the tensor's name in the output and the model's number, in `folder`.
+
+    They hold moments, (in, in) float64, or squares of gradients, float32, of which `scales` has each model's mean.
+    """
 
     folder: Path
     files: dict[tuple[str, int], Path] = field(default_factory=dict)
+    scales: dict[int, float] = field(default_factory=dict)
     owner: Any = None  # removes the folder when this goes
 
     @classmethod
-    def beginning(cls, folder: Path | None) -> Moments:
-        """No moments yet, in a folder that there is, or in one of their own."""
+    def beginning(cls, folder: Path | None) -> Spooled:
+        """No files yet, in a folder that there is, or in one of their own."""
         if folder is not None:
             return cls(folder)
         own = tempfile.TemporaryDirectory(prefix="deltamerge-")
@@ -55,7 +59,6 @@ class Moments:
             moments.tofile(path)
         self.files[name, model] = path
 
-
     def remove(self) -> None:
         """Remove the files."""
         for path in self.files.values():
@@ -67,7 +70,7 @@ class Moments:
 class OfLayer:
     """The moments of one layer, read when they are asked for."""
 
-    moments: Moments
+    moments: Spooled
     name: str
 
     def read(self, model: int) -> NDArray[np.float64] | None:
@@ -80,7 +83,7 @@ class OfLayer:
         return values.reshape(side, side)
 
 
-def of_layer(moments: Moments, *, name: str) -> OfLayer:
+def of_layer(moments: Spooled, *, name: str) -> OfLayer:
     """Those of one layer, by its weight's name in the output."""
     return OfLayer(moments, name)
 
@@ -99,9 +102,9 @@ def _measured(part: Share) -> Measured:
     return Measured(part.source, {one.name: one.stored for one in part.pruned})
 
 
-def inputs(*, parts: tuple[Share, ...], folder: Path | None = None) -> Moments:
+def inputs(*, parts: tuple[Share, ...], folder: Path | None = None) -> Spooled:
     """The moments of the layers in `parts`, fine-tune after fine-tune, block by block."""
-    found = Moments.beginning(folder)
+    found = Spooled.beginning(folder)
     for model, part in enumerate(parts):
         measured = _measured(part)
         measure(measured, set(measured.names.values()), _kept(found, measured.names, model))
@@ -111,7 +114,7 @@ def inputs(*, parts: tuple[Share, ...], folder: Path | None = None) -> Moments:
 def merged(
     *shared: Any, parts: tuple[Share, ...], wanted: tuple[str, ...], known: tuple[Node, ...], so_far: Node,
     folder: Path | None = None,
-) -> Moments:  # fmt: skip
+) -> Spooled:  # fmt: skip
     """The same of inputs that the merged blocks before a layer make of each fine-tune's rows (Nguyen et al.,
     "RegMean++", arXiv 2508.03121): inside a block, and outside blocks, the fine-tune's own weights run.
 
@@ -124,7 +127,7 @@ def merged(
     """
     from deltamerge.calibrate.subject import Subject
 
-    found = Moments.beginning(folder)
+    found = Spooled.beginning(folder)
     values = {**dict(zip(known, shared, strict=True)), so_far: found}
     with ExitStack() as stack:
         stack.enter_context(calibrating("the merge", len(parts), MEASURING))
@@ -137,7 +140,9 @@ def merged(
         walks = []
         for model, (subject, part) in enumerate(zip(subjects, parts, strict=True)):
             names = {one.name: one.stored for one in part.pruned if one.name in wanted}
-            walks.append(_walk(subject, _onward(subject, part, subjects[0], parts[0]), names, _kept(found, names, model)))
+            walks.append(
+                _walk(subject, _onward(subject, part, subjects[0], parts[0]), names, _kept(found, names, model))
+            )
         for _ in zip(*walks, strict=True):
             pass
         for subject in subjects:
@@ -164,6 +169,6 @@ def _onward(subject: Subject, part: Share, first: Subject, of_first: Share) -> W
     return pruned(subject.start, lambda name: made(own[name]) if name in own else None, {})
 
 
-def _kept(found: Moments, names: Mapping[str, str], model: int) -> Keep:
+def _kept(found: Spooled, names: Mapping[str, str], model: int) -> Keep:
     by_stored = {stored: name for name, stored in names.items()}
     return lambda stored, moments: found.keep(by_stored[stored], model, moments)

@@ -13,9 +13,7 @@ from deltamerge.errors import InputError
 
 
 @torch.no_grad()
-def relay(
-    model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: Weights, watch: Watch
-) -> Iterator[int]:
+def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: Weights, watch: Watch) -> Iterator[int]:
     """Watch block after block with the weights `seen`, on what the blocks before made of the batches with `passed`.
 
     Yields the number of each part that was watched; its `passed` weights are asked for afterwards. What is outside
@@ -25,7 +23,9 @@ def relay(
     def start(names: Sequence[str]) -> Mapping[str, Tensor]:
         return passed(names) if names is model.parts[0] else seen(names)
 
-    refused = InputError(f"{type(model.module).__name__}: its blocks cannot be told apart", hint="merge_method: regmean")
+    refused = InputError(
+        f"{type(model.module).__name__}: its blocks cannot be told apart", hint="merge_method: regmean"
+    )
     if model.whole:
         raise refused
     try:

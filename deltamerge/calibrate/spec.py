@@ -35,6 +35,8 @@ SHORTLIST = 4  # minima of a search that are compared on held-out rows
 PASSED = 1 + SCANNED  # the base, and further points compared where a search found nothing better than the base
 WALKED = 8  # candidates in one walk through the blocks
 STEP_ROWS = 64  # rows of a step of learned scales
+COEFFICIENT_STEP = 32  # rows of each fine-tune in a step of coefficients
+FITTED_PASSES = 60  # over each fine-tune's rows, to fit coefficients
 STOP_SHARE = 0.2  # share of the search rows that decide when learning stops
 # bytes of masks that are kept; masks beyond them are drawn again
 CACHE_BYTES = 1 << 31
@@ -106,7 +108,8 @@ class Spec:
     """A search for q: which tensors it divides, and how it is searched. `shared` are the stage's input nodes.
 
     With `parts` it is the factor of a merge's λ: q divides the merged delta, and the objective is the sum over
-    fine-tunes.
+    fine-tunes. With `coefficients`, the names of deltas, a tensor's `masked` are these deltas, each of which is
+    multiplied by a number that is fitted, from `starts` on, by model, layer or row, which is the scope.
     """
 
     source: CalibrationInput
@@ -119,15 +122,19 @@ class Spec:
     bounds: tuple[float, float] | None
     shared: tuple[Node, ...] = ()
     parts: tuple[Share, ...] = ()
+    coefficients: tuple[str, ...] = ()
+    starts: tuple[float, ...] = ()
 
     @property
     def seeds(self) -> int:
         """The number of masks that the search averages over."""
-        return len(self.pruned[0].masked)
+        return 1 if self.coefficients else len(self.pruned[0].masked)
 
     @property
     def passes(self) -> int:
         """The most forward passes over the calibration rows; a backward pass counts as two."""
+        if self.coefficients:
+            return FITTED_PASSES * len(self.parts)
         rows = self.source.calibration.sequences
         return math.ceil(self._searching(rows) + self._judging(rows))
 
@@ -252,6 +259,7 @@ def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
     masks = sum(
         len(one.masked) * math.prod(one.masked[0].shape) * (8 * one.density if one.density < SPARSE_BELOW else 4)
         for one in pruned
+        if one.masked
     )
     return min(math.ceil(masks), source.cache) + 2 * resident + hidden
 
@@ -296,6 +304,11 @@ def pick(calibrated: Calibrated, *, name: str, root: int = 1) -> QValue:
     """The q of one tensor, 1 if the stage gave it none. Of a product's `root` factors each has the root of its q."""
     value = calibrated.q.get(name, 1.0)
     return value if root == 1 else math.pow(float(value), 1 / root)
+
+
+def pick_coefficient(calibrated: Calibrated, *, delta: str, name: str, start: float) -> QValue:
+    """That of a delta of a tensor; `start`, the recipe's own, where the stage has none."""
+    return calibrated.q.get(f"{delta}:{name}", start)
 
 
 def norm(
@@ -359,17 +372,18 @@ def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.fl
                 f"{where}: q of {spec.name} was calibrated with {key} {record.get(key)}, "
                 f"the recipe says {getattr(spec, key)}"
             )
-    names = {pruned.name for pruned in spec.pruned}
+    shapes = {pruned.name: pruned.masked[0].shape for pruned in spec.pruned}
+    if spec.coefficients:
+        shapes = {f"{delta}:{name}": shape for name, shape in shapes.items() for delta in spec.coefficients}
     q: dict[str, QValue] = {name: float(value) for name, value in record["q"].items()} | dict(rows)
-    if unknown := sorted(q.keys() - names):
+    if unknown := sorted(q.keys() - shapes.keys()):
         raise VerifyError(f"{where}: has a q for {unknown[0]}, which the recipe does not prune")
     if record.get("chosen") == "calibrated":
         _refuse_unscaled(spec, q, where)
-    for pruned in spec.pruned:
-        shape = pruned.masked[0].shape
-        found = np.shape(q.get(pruned.name, 1.0))
+    for name, shape in shapes.items():
+        found = np.shape(q.get(name, 1.0))
         if len(found) > len(shape) or any(a not in (1, b) for a, b in zip(found[::-1], shape[::-1], strict=False)):
-            raise VerifyError(f"{where}: q of {pruned.name} has shape {list(found)}, the tensor {list(shape)}")
+            raise VerifyError(f"{where}: q of {name} has shape {list(found)}, the tensor {list(shape)}")
     return Calibrated(q, {key: value for key, value in record.items() if key not in ("q", "rows")})
 
 

@@ -212,7 +212,7 @@ class Subject:
     def distribution(self, inputs: Sequence[Inputs]) -> O.Distribution:
         """The objective of learned scales on batches of the given rows."""
         self.count(inputs)
-        return O.Distribution.of(self.model, self.tune, inputs, regression=self._regression)
+        return O.Distribution.of(self.model, self.tune, inputs, regression=self.is_regression)
 
     def judge(self) -> Judge:
         """The judge: the metric where there are labels, else predictions; without a head the output change."""
@@ -228,25 +228,26 @@ class Subject:
             return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
         self.count(inputs)
         if self._head(self.task):
-            objective = O.Agreement.of(self.model, self.tune, inputs, regression=self._regression)
-            measure = "1 - correlation with the fine-tune's" if self._regression else "divergence of the classes"
+            objective = O.Agreement.of(self.model, self.tune, inputs, regression=self.is_regression)
+            measure = "1 - correlation with the fine-tune's" if self.is_regression else "divergence of the classes"
             return Judge(objective, measure, rows, trusted=True)
         return Judge(O.OutputChange.of(self.model, self.tune, inputs), "output change", rows, trusted=False)
 
     @property
-    def _regression(self) -> bool:
+    def is_regression(self) -> bool:
+        """Whether the head's outputs are numbers."""
         return not self.model.headless and self.task == "text-classification" and O.is_regression(self.config)
 
     def _head(self, task: str) -> bool:
         architecture: str = (self.config.architectures or ["none"])[0]
         return architecture.endswith(HEADS[task])
 
-    def steps(self) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
-        """Batches to learn scales on, the batch indices of each step, and batches that decide when to stop."""
+    def steps(self, step: int = STEP_ROWS) -> tuple[list[dict[str, Tensor]], list[list[int]], list[dict[str, Tensor]]]:
+        """Batches to learn on, the batch indices of each step of so many rows, and batches that decide when to stop."""
         rows = self.rows["search"]
         stop = select(rows, max(1, round(STOP_SHARE * len(rows))), self.source.seed + 1)
         chosen = {row.number for row in stop}
-        batches, groups = self.reads.steps([row for row in rows if row.number not in chosen], step=STEP_ROWS)
+        batches, groups = self.reads.steps([row for row in rows if row.number not in chosen], step=step)
         return batches.inputs, groups, self.reads.batches(stop, size=self.size).inputs
 
     def values(

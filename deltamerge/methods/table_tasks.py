@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING
 from deltamerge.methods.registry import MergeMethod, Names, Param
 
 if TYPE_CHECKING:
-    from deltamerge.methods.merge import consensus, regmean, spectral, whole, wudi
+    from deltamerge.methods.merge import consensus, fisher, regmean, spectral, whole, wudi
 else:
-    consensus, regmean, spectral, whole, wudi = (
-        Names(f"deltamerge.methods.merge.{module}") for module in ("consensus", "regmean", "spectral", "whole", "wudi")
+    consensus, fisher, regmean, spectral, whole, wudi = (
+        Names(f"deltamerge.methods.merge.{module}")
+        for module in ("consensus", "fisher", "regmean", "spectral", "whole", "wudi")
     )
 
 _LAMBDA = Param("factor of the merged delta", 1.0)
@@ -106,5 +107,17 @@ TASKS = (
         _INPUTS,
         nodes=regmean.nodes,
         rows="merged",
+    ),
+    _on_deltas(
+        "fisher",
+        fisher.fisher,
+        "Σ w_i F_i Δ_i / Σ w_i F_i, F_i the mean squared gradient of fine-tune i's log-likelihood on its own rows",
+        "arXiv 2111.09832",
+        {
+            "weight": _INPUTS["weight"],
+            "floor": Param("added to each F_i, whose mean over the model is 1", 1e-6, low=0),
+            "lambda": _LAMBDA,
+        },
+        rows="gradients",
     ),
 )

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from deltamerge.calibrate import joint_factor, merge_inputs, stage
+from deltamerge.calibrate import coefficients, joint_factor, merge_inputs, stage
+from deltamerge.calibrate.gradients import squares
 from deltamerge.calibrate.reach import is_linear
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_columns, mask_seeds, within
@@ -118,14 +119,17 @@ class StageMaker:
         spec = Spec(source, method, pruned, random, objective, "global", "auto", bounds, shared, parts)
         return deltas.graph.node(joint_factor.calibrate, shared, kind="small", spec=spec)
 
-    def inputs(self, deltas: Deltas, merges: Sequence[Merge]) -> Node:
-        """The stage that measures the inputs of every fine-tune's layers."""
+    def inputs(self, deltas: Deltas, merges: Sequence[Merge], *, gradients: bool = False) -> Node:
+        """The stage that measures the inputs of every fine-tune's layers, or the gradients of all its tensors."""
         refuse_gathered([t for merge in merges for t in merge.tunes], "use a method without data")
-        wanted, parts = set(_layers(merges)), []
+        wanted, parts = {merge.name for merge in merges} if gradients else set(_layers(merges)), []
         for own in zip(*(merge.tunes for merge in merges), strict=True):
             source = self._source(deltas, own[0], [(t.tensor, t.base) for t in own])
-            parts.append(Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, ()) for t in own if t.name in wanted)))
-        return deltas.graph.node(merge_inputs.inputs, kind="small", parts=tuple(parts))
+            parts.append(
+                Share(source, tuple(Pruned(t.name, t.tensor.name, 1.0, 1.0, ()) for t in own if t.name in wanted))
+            )
+        function = squares if gradients else merge_inputs.inputs
+        return deltas.graph.node(function, kind="small", parts=tuple(parts))
 
     def merged_inputs(
         self, deltas: Deltas, merges: Sequence[Merge], merged_delta: Callable[[Merge, int], Node], so_far: Node
@@ -140,6 +144,30 @@ class StageMaker:
         return deltas.graph.node(
             merge_inputs.merged, known, kind="small", parts=parts, wanted=_layers(merges), known=known, so_far=so_far
         )
+
+    def fitted(
+        self,
+        deltas: Deltas,
+        merges: Sequence[Merge],
+        parts_of: Callable[[Merge], dict[str, Node]],
+        starts: Sequence[float],
+    ) -> Node:
+        """The stage that fits a factor of each of the deltas that `parts_of` gives by name, from `starts` on."""
+        refuse_gathered([t for merge in merges for t in merge.tunes], "leave coefficients out")
+        deltas_of = {m.name: parts_of(m) for m in merges}
+        names = tuple(next(iter(deltas_of.values()), {}))
+        first, *others = self._shares(
+            deltas, merges, {name: tuple(found.values()) for name, found in deltas_of.items()}
+        )
+        others = [replace(one, pruned=tuple(replace(p, masked=()) for p in one.pruned)) for one in others]
+        shared = (*deltas.stages.activations.values(), *deltas.stages.cuts.values())
+        shared += () if deltas.stages.rows is None else (deltas.stages.rows,)
+        shared += () if deltas.stages.totals is None else (deltas.stages.totals,)
+        spec = Spec(
+            first.source, deltas.recipe.method.name, first.pruned, False, "agreement", deltas.coefficients or "",
+            "gradient", None, shared, (first, *others), names, tuple(starts),
+        )  # fmt: skip
+        return deltas.graph.node(coefficients.calibrate, shared, kind="small", spec=spec)
 
     def _shares(
         self, deltas: Deltas, merges: Sequence[Merge], masked: Mapping[str, tuple[Node, ...]]

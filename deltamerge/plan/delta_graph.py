@@ -79,6 +79,12 @@ class Deltas:
         """Whether the merge is calibrated as a whole, and no q of a model is."""
         return self.recipe.calibration is not None and self.recipe.calibration.per == "merge"
 
+    @property
+    def coefficients(self) -> str | None:
+        """What has a factor of its own in a merge that is calibrated as a whole: a model, layer or row; None: one λ."""
+        calibration = self.recipe.calibration
+        return calibration.coefficients if calibration is not None and self.whole_merge else None
+
     def prune_of(self, tuned: Tuned) -> Pruning:
         return self.prunes[tuned.index]
 

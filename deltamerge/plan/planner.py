@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.calibrate.reach import in_words
 from deltamerge.calibrate import merge_inputs
+from deltamerge.calibrate.reach import in_words
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.calibrate.spec import CalibrationInput, Spec

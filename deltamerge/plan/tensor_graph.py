@@ -9,27 +9,29 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
+from deltamerge.calibrate.gradients import of_tensor
 from deltamerge.calibrate.merge_inputs import of_layer
-from deltamerge.calibrate.spec import pick
+from deltamerge.calibrate.spec import pick, pick_coefficient
 from deltamerge.calibrate.totals import totals
 from deltamerge.delta.positions import uniform_density
 from deltamerge.delta.values import VALUE_BITS
-from deltamerge.engine.graph import Function, Graph, Node
+from deltamerge.engine.graph import Function, Graph, Node, name_of
 from deltamerge.engine.graph import function_of as call
 from deltamerge.errors import RecipeError
 from deltamerge.io.computed import LowRank, update_of
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.gathered import Gathered
 from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.merge.arithmetic import divisor_of
+from deltamerge.methods.merge.arithmetic import divisor_of, task_arithmetic
 from deltamerge.methods.ops import cast, subtract, zeros
 from deltamerge.methods.prune import nodes
-from deltamerge.methods.prune.rescale import divide
+from deltamerge.methods.prune.rescale import constant, divide, multiply
 from deltamerge.plan.calibration_graph import StageMaker
 from deltamerge.plan.delta_graph import Deltas
 from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
 from deltamerge.recipe.effective_prune import effective_prune
+from deltamerge.recipe.prune_keys import MERGED
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.values import lookup
 
@@ -97,7 +99,13 @@ class Builder:
         if not deltas.whole_merge:
             return builder
         based = [merge for merge in merges if merge.base is not None]
-        together = self.maker.together(deltas, based, builder._merged_delta)
+        if deltas.coefficients is None:
+            together = self.maker.together(deltas, based, builder._merged_delta)
+        else:
+            starts = (
+                [1.0] * len(self.recipe.fine_tunes) if builder._is_sum else [1.0, *[0.0] * len(self.recipe.fine_tunes)]
+            )
+            together = self.maker.fitted(deltas, based, builder._parts, starts)
         return replace(builder, deltas=replace(deltas, stages=replace(deltas.stages, together=together)))
 
     def _affordable(self, budgeted: Sequence[Tuned]) -> float:
@@ -123,6 +131,8 @@ class Builder:
         else:
             pruned = [(self.graph.read(tuned.tensor), "") for tuned in tunes]
         together = self.deltas.stages.together
+        if self.deltas.coefficients is not None and base is not None:
+            return self._fitted(merge, pruned, texts)
         if together is not None and base is not None:
             q = self.graph.node(pick, [together], kind="small", name=merge.name)
             pruned = [(self._node(divide, [node, q], base.shape), f"{text} lambda calibrated") for node, text in pruned]
@@ -153,6 +163,52 @@ class Builder:
         plain = lora and together is None and not any(text for _, text in pruned)
         return replace(built, updates=_updates(merge, method.name, values)) if plain else built
 
+    @property
+    def _is_sum(self) -> bool:
+        """Whether the method adds up deltas, so that factors of theirs are all there is to fit."""
+        return name_of(self.recipe.method.function) == name_of(task_arithmetic)
+
+    def _parts(self, merge: Merge) -> dict[str, Node]:
+        """The deltas that have a factor each: every model's as it is in the sum, or what the method makes of them, and
+        every model's."""
+        own = [self._delta(tuned, self.recipe.seed)[0] for tuned in merge.tunes]
+        names = [self.recipe.names[tuned.index] for tuned in merge.tunes]
+        if self._is_sum:
+            values = self._parameters(merge)[0]
+            factor = values["lambda_"] / (divisor_of(values["weights"]) if values["normalize"] else 1.0)
+            factors = [factor * weight for weight in values["weights"]]
+            scaled = [self._times(node, factor) for node, factor in zip(own, factors, strict=True)]
+            return dict(zip(names, scaled, strict=True))
+        return {MERGED: self._merged_delta(merge, self.recipe.seed), **dict(zip(names, own, strict=True))}
+
+    def _times(self, node: Node, factor: float) -> Node:
+        number = self.graph.node(constant, kind="small", value=factor)
+        return self._node(multiply, [node, number], node.shape)
+
+    def _fitted(self, merge: Merge, pruned: Sequence[tuple[Node, str]], texts: Sequence[str]) -> Built:
+        """The base and the sum of the deltas, each times the factor that was fitted."""
+        scaled, stage = [], self.deltas.stages.together
+        assert merge.base is not None
+        assert stage is not None
+        spec = stage.parameter("spec")
+        for (name, node), start in zip(self._parts(merge).items(), spec.starts, strict=True):
+            found = {"delta": name, "name": merge.name, "start": start}
+            factor = self.graph.node(pick_coefficient, [stage], kind="small", **found)
+            scaled.append(self._node(multiply, [node, factor], merge.shape))
+        alike = {"weights": (1.0,) * len(scaled), "normalize": False, "lambda_": 1.0}
+
+        def added(to: Node) -> Node:
+            return self._node(task_arithmetic, [to, *scaled], merge.shape, **alike)
+
+        adds = self.recipe.output.lora or (self.recipe.output.adds and not self._left_whole(merge))
+        delta = self._cast(added(self._node(zeros, scaled[:1], merge.shape)), "F32") if adds else None
+        details = tuple(
+            f"{t.model.name}{own}{text} fitted" for t, own, (_, text) in zip(merge.tunes, texts, pruned, strict=True)
+        )
+        changed = 1 - math.prod(1 - self._kept(tuned) for tuned in merge.tunes)
+        merged = self._cast(added(self.graph.read(merge.base)), merge.dtype)
+        return Built(merged, self.recipe.method.name, details, delta, changed)
+
     def _totals(self, merges: Sequence[Merge]) -> Node:
         """The node of the sums that the merge method needs over all tensors."""
         function, parts = self.recipe.method.totals, []
@@ -169,7 +225,7 @@ class Builder:
         """The node that measures what the merge method needs of every model's rows."""
         based = [merge for merge in merges if merge.base is not None]
         if self.recipe.method.rows != "merged":
-            return self.maker.inputs(self.deltas, based)
+            return self.maker.inputs(self.deltas, based, gradients=self.recipe.method.rows == "gradients")
         so_far = self.graph.node("inputs so far", kind="small")
         stages = replace(self.deltas.stages, rows=so_far)
         builder = replace(self, deltas=replace(self.deltas, stages=stages))
@@ -181,7 +237,8 @@ class Builder:
         if self.deltas.stages.totals is not None:
             inputs = [*inputs, self.deltas.stages.totals]
         if self.deltas.stages.rows is not None:
-            inputs = [*inputs, self.graph.node(of_layer, [self.deltas.stages.rows], kind="small", name=merge.name)]
+            read = of_tensor if method.rows == "gradients" else of_layer
+            inputs = [*inputs, self.graph.node(read, [self.deltas.stages.rows], kind="small", name=merge.name)]
         if method.nodes is None:
             return self._node(method.function, inputs, shape, **values)
         if method.matrices:

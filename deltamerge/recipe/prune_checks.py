@@ -11,7 +11,7 @@ from deltamerge.methods.table import COMMON_KEYS, PRUNE
 from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.lookup import PRUNE_PARAMS, is_given, known_method, out_of_range, prunes
 from deltamerge.recipe.messages import show, suggest
-from deltamerge.recipe.prune_keys import CalibratedQ
+from deltamerge.recipe.prune_keys import MERGED, CalibratedQ
 from deltamerge.recipe.yaml_source import Loc
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def problems(recipe: Recipe) -> Iterator[Problem]:
     """Every fault of the recipe's pruning that the types of the keys cannot express."""
-    checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget, _rows)
+    checks = (_prune_keys, _pruning, _calibrated, _names, _whole_merge, _budget, _rows, _data)
     return (problem for check in checks for problem in check(recipe))
 
 
@@ -116,11 +116,21 @@ def _rows(recipe: Recipe) -> Iterator[Problem]:
         yield recipe.problem(("merge_method",), f"{method.name} needs one set of models, whose layers it runs")
 
 
+def _data(recipe: Recipe) -> Iterator[Problem]:
+    """Whatever is calibrated has data: a model's own, or the recipe's."""
+    if is_given(recipe, "calibration") and not _has_rows(recipe, ()):
+        yield recipe.problem(("calibration",), "needs data")
+        return
+    for i in recipe.fine_tunes:
+        if is_given(recipe, "models", i, "calibration") and not _has_rows(recipe, ("models", i)):
+            yield recipe.problem(("models", i, "calibration"), "needs data")
+
+
 def _has_rows(recipe: Recipe, loc: Loc) -> bool:
     """Whether the models that a `prune` is for have calibration rows: the recipe's, or each its own."""
     models = [loc[1]] if loc[:1] == ("models",) else recipe.fine_tunes
-    return is_given(recipe, "calibration") or (
-        bool(models) and all(is_given(recipe, "models", i, "calibration") for i in models)
+    return is_given(recipe, "calibration", "data") or (
+        bool(models) and all(is_given(recipe, "models", i, "calibration", "data") for i in models)
     )
 
 
@@ -177,12 +187,16 @@ def _whole_merge(recipe: Recipe) -> Iterator[Problem]:
         if key in calibration.model_fields_set and not exact:
             yield recipe.problem(("calibration", key), "has no effect without metric: exact_match", key=True)
     if calibration.per == "model":
+        if calibration.coefficients is not None:
+            yield recipe.problem(("calibration", "coefficients"), "are of the merged model", "per: merge", key=True)
         return
     loc: Loc = ("calibration", "per")
     if len(recipe.parts) > 1:
         yield recipe.problem(loc, "merge needs one set of models: one lambda is searched", "per: model")
     if method is not None and not (method.deltas and method.needs_base):
         yield recipe.problem(loc, f"merge needs deltas, but {method.name} has none", "use task_arithmetic or ties")
+    if calibration.coefficients is not None and MERGED in recipe.names:
+        yield recipe.problem(loc, f"a model is called {MERGED}, as is what the models make", "give it another name")
     searched = [(at, prune.calibrated_q) for at, prune in prunes(recipe) if prune.calibrated_q is not None]
     if len({q.objective for _, q in searched if q}) > 1:
         yield recipe.problem(loc, "merge needs one objective for all models")

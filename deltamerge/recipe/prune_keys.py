@@ -11,6 +11,7 @@ from deltamerge.recipe.types import Bounds, Natural, Pattern, Positive, Size, Te
 from deltamerge.recipe.values import Items, Value
 
 Objective: TypeAlias = Literal["output_change", "validation", "layer_mse"]
+MERGED = "merged"  # what the fine-tunes make together, beside the names of models
 _FRACTION: dict[str, Any] = {"exclusiveMinimum": 0, "maximum": 1}
 
 

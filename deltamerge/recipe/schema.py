@@ -71,8 +71,9 @@ class Calibration(Keys):
     """The data on which q is searched and activations are measured."""
 
     data: Text = Field(
+        "",
         description=".jsonl, .csv, .txt or a folder of pictures relative to the recipe, or a hub data set, org/name or "
-        "org/name@revision."
+        "org/name@revision. A model's own, where it has one.",
     )
     config: Text | None = Field(None, description="Of a hub data set: which of its configurations.")
     split: Text | None = Field(None, description="Of a hub data set: which part is read, from its start; train.")
@@ -99,6 +100,11 @@ class Calibration(Keys):
         description="Of the matrix products of forward passes; auto: bfloat16 for large models where it is fast.",
     )
     per: Literal["model", "merge"] = Field("model", description="Calibrate each fine-tune, or the merged model.")
+    coefficients: Literal["model", "layer", "row"] | None = Field(
+        None,
+        description="per: merge: instead of one lambda a factor of every model's delta, for all its tensors, for each, "
+        "or for each output row, fitted to the fine-tunes' outputs on their own rows, which need no labels.",
+    )
 
 
 class ModelToken(Keys):

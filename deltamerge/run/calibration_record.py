@@ -12,6 +12,7 @@ from deltamerge.errors import InputError
 
 Points = list[tuple[float, float]]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 EXTREME = 1e100  # figures beyond it come from no model
 NAMES = {
     "q": "q: kept entries are divided by it",
@@ -48,10 +49,11 @@ class ChosenQ(_Figures):
     plain: float = Field(description="The objective without calibration.")
     searched: dict[str, float | str] = Field(description="The best point: the variable, its family if several.")
     path: list[list[float | str]] = Field(description="Every point: family if several, variable, value, objective.")
-    q: dict[str, Positive] = Field(
-        description="Of tensors that have one other than 1; the mean where rows have theirs."
+    q: dict[str, Finite] = Field(
+        description="Of tensors that have one other than 1; the mean where rows have theirs. Of coefficients, which "
+        "may be negative, those of each delta's tensors, by delta:tensor."
     )
-    rows: dict[str, tuple[Positive, Positive]] = Field(
+    rows: dict[str, tuple[Finite, Finite]] = Field(
         description="Smallest and largest q of rows, where they have theirs."
     )
 

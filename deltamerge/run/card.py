@@ -102,6 +102,8 @@ def _calibration(plan: Plan, calibrated: Mapping[Node, Calibrated]) -> list[str]
     explained = " ".join([explained, *(f"{name}: {said}." for name, said in words if said)])
     if any(spec.parts for spec in plan.specs.values()):
         explained = "The merged delta is divided by q: λ is the recipe's over q."
+    if any(spec.coefficients for spec in plan.specs.values()):
+        explained = "Each delta of the recipe is multiplied by its coefficient, in the column of q."
     return ["## Calibration", "", *calibration_table(found), "", explained, ""]
 
 

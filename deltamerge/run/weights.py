@@ -18,8 +18,8 @@ from deltamerge.engine.tasks import on_gpu
 from deltamerge.errors import InputError, OutputError, UsageError
 from deltamerge.errors.shown import some
 from deltamerge.io.audit import Findings, NonFinite
-from deltamerge.io.files import writing
 from deltamerge.io.coded_writer import CodedWriter, Losses
+from deltamerge.io.files import writing
 from deltamerge.io.pieces import Pieces
 from deltamerge.io.reader import Reader
 from deltamerge.io.seals import Seal, seal

@@ -81,8 +81,8 @@ class Candidates:
                 _check(merge, tuned.model.name, tuned.tensor.name, tuned.model.checkpoint.tensors)
                 places[tuned.index][tuned.tensor.name] = merge.name
         stages = found.builder.deltas.stages
-        totals = () if stages.totals is None else (stages.totals,)
-        nodes = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrations, *totals)
+        whole = [node for node in (stages.totals, stages.rows) if node is not None]
+        nodes = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrations, *whole)
         roots = {merge.name: rows[merge.name].pieces[0].built.root for merge in found.merges}
         return Candidate(recipe, roots, places, {merge.name: merge for merge in found.merges}, nodes)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,14 @@ import numpy as np
 import pytest
 import reference
 import torch
-from conftest import load_tensors, tiny_llama
+from calibration_rows import rows
+from conftest import load_tensors, make_checkpoint, tiny_bert_pair, tiny_llama
 from running import make_plan, run
+from safetensors.numpy import load_file
 
+from deltamerge.calibrate.combining import combined
 from deltamerge.errors import RecipeError
+from deltamerge.methods.tiles import Kept
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +28,9 @@ def models(tmp_path_factory) -> Path:
     base = tiny_llama(folder / "base", seed=0, dtype=torch.float32, tokenizer=True)
     for seed, name in enumerate("ab", 1):
         tiny_llama(folder / name, seed=seed, base=base, dtype=torch.float32, sigma=0.05, tokenizer=True)
-        lines = [" ".join(f"w{4 + 45 * (seed - 1) + (7 * i + 3 * j) % 45}" for j in range(3 + i % 6)) for i in range(30)]
+        lines = [
+            " ".join(f"w{4 + 45 * (seed - 1) + (7 * i + 3 * j) % 45}" for j in range(3 + i % 6)) for i in range(30)
+        ]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
     return folder
 
@@ -32,7 +39,8 @@ def recipe(folder: Path, name: str, method: str, more: str = "", parameters: str
     path = folder / f"{name}.yaml"
     own = "{data: %s.jsonl, sequences: 6, length: 12%s}"
     listed = "".join(
-        f"  - {{model: ./{m}, parameters: {{weight: {w}}}, calibration: {own % (m, shared)}}}\n" for m, w in WEIGHTS.items()
+        f"  - {{model: ./{m}, parameters: {{weight: {w}}}, calibration: {own % (m, shared)}}}\n"
+        for m, w in WEIGHTS.items()
     )
     path.write_text(
         f"base_model: ./base\nmerge_method: {method}\nmodels:\n{listed}parameters: {{{parameters}}}\n{more}"
@@ -79,7 +87,11 @@ def expected(folder: Path, plan: Any, method: str) -> dict[str, np.ndarray]:
     base = {name: tensor.double() for name, tensor in load_tensors(folder / "base").items()}
     tunes = [{n: t.double() for n, t in load_tensors(folder / name).items()} for name in WEIGHTS]
     weights, deltas = list(WEIGHTS.values()), {n: [(t[n] - b).numpy() for t in tunes] for n, b in base.items()}
-    merged = {n: b + torch.from_numpy(sum(w * d for w, d in zip(weights, deltas[n])) / sum(weights)) for n, b in base.items()}
+
+    def mean(some: list[np.ndarray]) -> np.ndarray:
+        return sum(w * d for w, d in zip(weights, some, strict=True)) / sum(weights)
+
+    merged = {n: b + torch.from_numpy(mean(deltas[n])) for n, b in base.items()}
     batches = []
     for name, source in zip(WEIGHTS, plan.sources, strict=True):
         config = json.loads((folder / name / "config.json").read_text())
@@ -97,7 +109,7 @@ def expected(folder: Path, plan: Any, method: str) -> dict[str, np.ndarray]:
             mine = f"layers.{block}."
             state = tune if block is None else {n: tune[n] if mine in n else t for n, t in merged.items()}
             model.load_state_dict({n: t.float() for n, t in state.items()}, strict=False)
-            grams.append(hooked(model, some, lambda name, mine=mine: "layers" in name if block is None else mine in name))
+            grams.append(hooked(model, some, lambda name, mine="layers" if block is None else mine: mine in name))
         for name in grams[0]:
             found = reference.regmean(deltas[name], [g[name] for g in grams], weights)
             merged[name] = base[name] + torch.from_numpy(found)
@@ -124,3 +136,153 @@ def test_rows_are_needed(models: Path) -> None:
     path.write_text(path.read_text().replace(", calibration: {data: b.jsonl, sequences: 6, length: 12}", ""))
     with pytest.raises(RecipeError, match="regmean needs rows of every model"):
         make_plan(path)
+
+
+@pytest.mark.parametrize("shape", [(), (5, 1), (1, 4)], ids=str)
+@pytest.mark.parametrize("sparse", [False, True])
+def test_the_gradient_of_a_sum_of_deltas(shape: tuple[int, ...], sparse: bool) -> None:
+    """That of the written-out sum, in float64."""
+    generator = torch.Generator().manual_seed(3)
+    base, *deltas = (torch.randn(5, 4, generator=generator) for _ in range(4))
+    deltas = [torch.where(delta > 0, delta, 0.0) for delta in deltas]
+    factors = torch.randn(3, *shape, generator=generator)
+    pull = torch.randn(5, 4, generator=generator)
+    places = [delta.reshape(-1).nonzero()[:, 0] for delta in deltas]
+    masked = [Kept(at, d.reshape(-1)[at]) for at, d in zip(places, deltas, strict=True)] if sparse else deltas
+    ours, plain = factors.clone().requires_grad_(True), factors.double().requires_grad_(True)
+    made = combined(base, ours, masked)
+    wanted = base.double() + sum(c * d.double() for c, d in zip(plain, deltas, strict=True))
+    torch.testing.assert_close(made.double(), wanted, rtol=1e-6, atol=1e-6)
+    made.backward(pull)
+    wanted.backward(pull.double())
+    torch.testing.assert_close(ours.grad.double(), plain.grad, rtol=1e-5, atol=1e-5)
+
+
+FITTED = "calibration: {data: a.jsonl, per: merge, coefficients: %s, sequences: 8, length: 12}\n"
+FITS = {
+    "layer": ("task_arithmetic", "lambda: 0.1", "prune: {method: magnitude, density: 0.5}\n"),
+    "row": ("task_arithmetic", "lambda: 0.1", "prune: {method: dare, density: 0.6}\n"),
+    "model": ("iso_c", "lambda: 0.05", ""),
+}
+
+
+@pytest.mark.parametrize("scope", FITS)
+def test_coefficients_are_fitted_and_kept(models: Path, tmp_path: Path, scope: str) -> None:
+    """The result is the sum of the recipe's own deltas times what the lock says, and the lock gives it again."""
+    method, parameters, prune = FITS[scope]
+    path = recipe(models, f"fitted-{scope}", method, FITTED % scope + prune, parameters)
+    (stage,) = make_plan(path).describe()["stages"]
+    assert (stage["model"], stage["scope"], stage["forward_passes"]) == ("merge", scope, 120)
+    result = run(path, tmp_path / "out")
+    found = result.lock["calibration"]["merge"]
+    assert found["chosen"] == "calibrated", found["why"]
+    assert found["held_out"]["calibrated"] < found["held_out"]["plain"]
+    assert found["forward_passes"] <= 120
+    assert "share of the base's" in found["held_out"]["measure"]
+    folder, numbers = result.folder, dict(found["q"])
+    if scope == "row":
+        numbers |= {n.removeprefix("merge:"): v for n, v in load_file(folder / "recipe.rows").items()}
+    base = {name: tensor.numpy() for name, tensor in load_tensors(models / "base").items()}
+    alone = {}
+    for name in WEIGHTS:  # each model's part of the sum, made without calibration
+        plain = method == "task_arithmetic"
+        one = recipe(models, "alone", "task_arithmetic", prune, parameters if plain else "")
+        text = one.read_text()
+        for m, weight in WEIGHTS.items():
+            own = (weight if plain else 1.0) if m == name else 0.0
+            text = text.replace(f"./{m}, parameters: {{weight: {weight}}}", f"./{m}, parameters: {{weight: {own}}}")
+        one.write_text(text)
+        alone[f"./{name}"] = run(one, tmp_path / name).folder
+    if method == "iso_c":
+        one = recipe(models, "alone", method, prune, parameters)
+        alone["merged"] = run(one, tmp_path / "merged").folder
+    parts = {delta: load_tensors(made) for delta, made in alone.items()}
+    for name, tensor in load_tensors(folder).items():
+        wanted = base[name].astype(float)
+        for delta, made in parts.items():
+            factor = numbers.get(f"{delta}:{name}")
+            assert factor is not None, (delta, name)
+            wanted = wanted + factor * (made[name].double().numpy() - base[name])
+        np.testing.assert_allclose(tensor.double().numpy(), wanted, atol=2e-6, err_msg=name)
+    for kept in folder.glob("recipe.*[ks]"):
+        shutil.copy(kept, path.with_suffix(kept.suffix))
+    again = run(path, tmp_path / "again", locked=True).folder
+    assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+    card = (folder / "README.md").read_text()
+    assert "multiplied by its coefficient" in card
+
+
+def test_coefficients_are_of_the_merged_model(models: Path) -> None:
+    path = recipe(models, "alone", "task_arithmetic", (FITTED % "layer").replace("per: merge, ", ""))
+    with pytest.raises(RecipeError, match="coefficients: are of the merged model\nhint: per: merge"):
+        make_plan(path)
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> Path:
+    """A base, and two fine-tunes of two labels."""
+    folder = tmp_path_factory.mktemp("encoders")
+    tiny_bert_pair(folder, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    shutil.copytree(folder / "tuned", folder / "a")
+    tensors = load_tensors(folder / "tuned")
+    generator = torch.Generator().manual_seed(9)
+    make_checkpoint(folder / "b", {n: t + 0.05 * torch.randn(t.shape, generator=generator) for n, t in tensors.items()})
+    for file in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(folder / "tuned" / file, folder / "b" / file)
+    for name in "ab":
+        rows(folder / f"{name}.jsonl")
+    return folder
+
+
+def answers(model: Any, logits: torch.Tensor, batch: Any) -> list[tuple[float, torch.Tensor]]:
+    """(weight, log-likelihood) of a row: of its own text, or of each class."""
+    if logits.dim() == 3:
+        logs = logits[0, :-1].log_softmax(-1)
+        return [(1.0, logs[range(len(logs)), batch["input_ids"][0, 1:]].sum())]
+    logs = logits[0].log_softmax(-1)
+    return [(float(value.exp()), value) for value in logs]
+
+
+@pytest.mark.parametrize("kind", ["causal", "classes"])
+def test_fisher_equals_plain_gradients(request, tmp_path: Path, kind: str) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from deltamerge.calibrate.split import split
+
+    folder = request.getfixturevalue("models" if kind == "causal" else "encoders")
+    path = recipe(folder, "fisher", "fisher")
+    plan = make_plan(path)
+    loader = AutoModelForCausalLM if kind == "causal" else AutoModelForSequenceClassification
+    base = {n: t.double().numpy() for n, t in load_tensors(folder / "base").items()}
+    deltas: dict[str, list[np.ndarray]] = {n: [] for n in base}
+    squares = []
+    for name, source in zip(WEIGHTS, plan.sources, strict=True):
+        model = loader.from_pretrained(folder / name, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder / name)
+        config = json.loads((folder / name / "config.json").read_text())
+        search, _ = split(source.calibration, folder, 0, config, labelled=False)
+        found: dict[str, np.ndarray] = {}
+        for row in search:
+            batch = tokenizer(row.content, truncation=True, max_length=12, return_tensors="pt")
+            if kind == "causal":
+                batch.pop("token_type_ids", None)
+            for weight, term in answers(model, model(**batch).logits, batch):
+                model.zero_grad()
+                term.backward(retain_graph=True)
+                for n, p in model.named_parameters():
+                    n = n if n in base else n.removeprefix("bert.")
+                    if p.grad is not None and n in base:
+                        found[n] = found.get(n, 0) + weight * p.grad.double().numpy() ** 2 / len(search)
+        squares.append(found)
+        for n, tensor in load_tensors(folder / name).items():
+            n = n if n in base else n.removeprefix("bert.")
+            if n in base:
+                deltas[n].append(tensor.double().numpy() - base[n])
+    wanted = reference.fisher(deltas, squares, list(WEIGHTS.values()))
+    got = load_tensors(run(path, tmp_path / "out", workers=2).folder)
+    for n, tensor in got.items():
+        n = n if n in base else n.removeprefix("bert.")
+        if n in base:
+            error = np.abs(tensor.double().numpy() - base[n] - wanted[n]).max()
+            assert error < 2e-3 * np.abs(wanted[n]).max(), (n, error)
+    assert not list(tmp_path.glob(".*"))

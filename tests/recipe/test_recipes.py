@@ -34,7 +34,9 @@ def folder(tmp_path_factory) -> Path:
     for seed, name in enumerate(("math", "code"), 1):
         write_adapter(folder / "adapters" / name, seed)
     texts = (" ".join(f"w{4 + (7 * row + word) % 92}" for word in range(6)) for row in range(80))
-    (folder / "calib.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    for name in ("calib", "math", "code", "chat"):
+        (folder / f"{name}.jsonl").write_text(lines)
     return folder
 
 
@@ -55,7 +57,7 @@ def test_recipe_runs_as_written(folder, name):
     assert "sequences: 256" in text or "sequences" not in text
     # tiny models have 48 positions, and this many rows are enough for them
     (folder / name).write_text(
-        text.replace(", sequences: 256", "").replace("calib.jsonl", "calib.jsonl, length: 32, sequences: 12")
+        re.sub(r"(\w+\.jsonl)", r"\1, length: 32, sequences: 12", text.replace(", sequences: 256", ""))
     )
     plan = make_plan(folder / name)
     out = run(folder / name).folder

@@ -25,14 +25,27 @@ def divide_rows(delta: torch.Tensor | Kept, q: float | np.ndarray[Any, Any], *, 
     if isinstance(q, float):
         return divide(delta, q, tile=tile)
     values = delta.values if isinstance(delta, Kept) else delta
+    quotient = values / _of_entries(delta, q, tile)
+    return Kept(delta.positions, quotient) if isinstance(delta, Kept) else quotient
+
+
+def multiply(delta: torch.Tensor | Kept, factor: float | np.ndarray[Any, Any], *, tile: Tile) -> torch.Tensor | Kept:
+    """factor · Δ in float32; factors of rows have the shapes of `divide_rows`."""
+    values = delta.values if isinstance(delta, Kept) else delta
+    of_entry = float(np.float32(factor)) if isinstance(factor, float) else _of_entries(delta, factor, tile)
+    return Kept(delta.positions, values * of_entry) if isinstance(delta, Kept) else values * of_entry
+
+
+def _of_entries(delta: torch.Tensor | Kept, q: np.ndarray[Any, Any], tile: Tile) -> torch.Tensor:
+    """A row's number for each entry of a tile."""
+    values = delta.values if isinstance(delta, Kept) else delta
     places = delta.positions if isinstance(delta, Kept) else torch.arange(tile.size, device=values.device)
     flat = places + tile.start
     if q.shape[-1] == 1:
         q, of_entry = row_divisors(q, tile.shape), flat // tile.columns
     else:
         of_entry = flat % tile.columns
-    quotient = values / torch.from_numpy(q.astype(np.float32).reshape(-1)).to(values.device)[of_entry]
-    return Kept(delta.positions, quotient) if isinstance(delta, Kept) else quotient
+    return torch.from_numpy(q.astype(np.float32).reshape(-1)).to(values.device)[of_entry]
 
 
 def row_divisors(q: np.ndarray[Any, Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:

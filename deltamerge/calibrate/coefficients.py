@@ -1,0 +1,250 @@
+"""Calibration `per: merge` with `coefficients`: a factor of every delta of the merge, by tensor or row, by gradient.
+
+The merged model base + Σ c_k D_k is fitted to every fine-tune's output distribution on that fine-tune's own rows, with
+its head, by Adam on the c alone. Nothing is labelled. The distances are shares of the base's, so that all tasks count
+alike. Weights of a block are made when it runs, forward and backward, and then freed. A plan names `calibrate`, so
+torch is imported when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from deltamerge.calibrate.spec import (
+    COEFFICIENT_STEP,
+    FITTED_PASSES,
+    Calibrated,
+    QValue,
+    Spec,
+    rounded,
+)
+from deltamerge.calibrate.stage import calibrating, decide
+from deltamerge.io.reader import Reader
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from deltamerge.calibrate.blocks import Inputs, Weights
+    from deltamerge.calibrate.objectives import Distribution
+    from deltamerge.calibrate.subject import Judge, Subject
+
+Coefficients = Mapping[str, "Tensor"]
+"""By the tensor's name in the output (K) or (K, …) of rows: a factor of each of its K deltas."""
+RATE = 0.1  # of Adam, at the first step; it falls to 0 in a line
+JUDGED = 4  # passes over held-out rows: the fine-tune, the base, the recipe's own, what was fitted
+SMALLEST = 1e-9  # distance of the base from a fine-tune that is not divided by
+
+
+def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
+    """The coefficients, by "delta:tensor"; none if those of the recipe are as good on held-out rows."""
+    from deltamerge.calibrate.searches import Found
+    from deltamerge.calibrate.subject import Subject
+
+    with calibrating(spec.name, spec.passes), Reader() as reader:
+        known = dict(zip(spec.shared, inputs, strict=True))
+        count = len(spec.coefficients)
+        masks = [{one.stored: one.masked[k] for one in spec.pruned} for k in range(count)]
+        subjects = [
+            Subject(part.source, reader, () if i else masks, known) for i, part in enumerate(spec.parts)
+        ]  # fmt: skip
+        merge = _Merge(spec, subjects)
+        start = merge.start()
+        fitted, path = _fit(merge, start)
+        judge, held, plain = _judged(merge, [fitted, start])
+        step, value = min(path, key=lambda point: (point[1], point[0]))
+        found = [Found({}, value, {"step": float(step)})]
+        some = judge.eligible(found)
+        chosen, record = decide(spec, judge, found, some, [*held[: len(some)], plain], path[0][1])
+        record |= {
+            "coefficients": spec.scope,
+            "models": [part.source.model for part in spec.parts],
+            "plain": {"q": 1.0, "value": rounded(path[0][1])},
+            "sequences": subjects[0].counts[0],
+            "forward_passes": sum(subject.passes for subject in subjects),
+            "path": [["step", float(at), rounded(loss)] for at, loss in path],
+        }
+        for subject in subjects:
+            subject.forget()
+        return Calibrated({} if chosen is None else _named(spec, fitted), record)
+
+
+def _named(spec: Spec, fitted: Coefficients) -> dict[str, QValue]:
+    found: dict[str, QValue] = {}
+    for name, values in fitted.items():
+        for delta, value in zip(spec.coefficients, values, strict=True):
+            one: QValue = value.numpy() if value.dim() else rounded(float(value))
+            found[f"{delta}:{name}"] = one
+    return found
+
+
+@dataclass(eq=False)
+class _Merge:
+    """The fine-tunes of a merge, side by side; the first reads the deltas of all."""
+
+    spec: Spec
+    subjects: Sequence[Subject]
+
+    def __post_init__(self) -> None:
+        self.own = [{one.stored: one.name for one in part.pruned} for part in self.spec.parts]
+        self.of_first = {one.name: one.stored for one in self.spec.pruned}
+
+    def start(self) -> dict[str, Tensor]:
+        """The recipe's own: 1 of each fine-tune's delta, or of what the merge method makes of them and 0 of theirs."""
+        import torch
+
+        from deltamerge.calibrate.scales import row_shape
+
+        first, layers = self.subjects[0], self.subjects[0].layers
+        plain = torch.tensor(self.spec.starts, dtype=torch.float32, device=first.device)
+        found = {}
+        for name, stored in self.of_first.items():
+            shape: tuple[int, ...] = ()
+            if self.spec.scope == "row" and stored in layers and len(first.infos[stored].shape) == 2:
+                shape = row_shape(layers[stored].transposed, first.infos[stored].shape)
+            found[name] = plain.view(-1, *[1] * len(shape)).expand(-1, *shape).clone()
+        return found
+
+    def nothing(self) -> dict[str, Tensor]:
+        """Of the base."""
+        return {name: values * 0.0 for name, values in self.start().items()}
+
+    def weights(self, task: int, coefficients: Coefficients) -> Weights:
+        """The merged weights under a fine-tune's names, with its own head; gradients flow to the coefficients."""
+        from deltamerge.calibrate.combining import combined
+
+        subject, own, first = self.subjects[task], self.own[task], self.subjects[0]
+
+        def made(names: Sequence[str]) -> dict[str, Tensor]:
+            bases = subject.start.several(names)
+            stored = [self.of_first[own[name]] for name in names if name in own]
+            deltas = [cache.several(stored) for cache in first.masks]
+            found = {}
+            for name in names:
+                if name not in own:
+                    found[name] = bases[name]
+                    continue
+                parts = [some[self.of_first[own[name]]] for some in deltas]
+                found[name] = combined(bases[name], coefficients[own[name]], parts)
+            return found
+
+        return made
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """A fine-tune's rows: batches that are learned from, the indices of each step's, and those that decide."""
+
+    learned: Distribution
+    groups: list[list[int]]
+    stop: Distribution
+
+
+def _rows(subject: Subject, step: int) -> _Rows:
+    batches, groups, stop = subject.steps(step)
+    return _Rows(subject.distribution(batches), groups, subject.distribution(stop))
+
+
+def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tuple[int, float]]]:
+    """The coefficients of the smallest mean distance on the rows that decide, and (step, that distance) of every look.
+
+    A look comes before the first step and after every turn through the rows.
+    """
+    import torch
+
+    tasks = [_rows(subject, COEFFICIENT_STEP) for subject in merge.subjects]
+    nothing = merge.nothing()
+    scales = [_value(merge, i, task.stop, nothing) for i, task in enumerate(tasks)]
+    scales = [value if value > SMALLEST else 1.0 for value in scales]
+    leaves, of_name = _leaves(merge.spec.scope, start)
+    optimiser = torch.optim.Adam(leaves, lr=RATE)
+
+    def look() -> float:
+        values = (_value(merge, i, task.stop, of_name()) / scales[i] for i, task in enumerate(tasks))
+        return sum(values) / len(tasks)
+
+    path, kept = [(0, look())], {name: value.detach().clone() for name, value in of_name().items()}
+    turn = max(len(task.groups) for task in tasks)
+    steps = max(1, _turns(merge, tasks)) * turn
+    for step in range(1, steps + 1):
+        optimiser.zero_grad()
+        for i, task in enumerate(tasks):
+            group = task.groups[(step - 1) % len(task.groups)]
+            size = sum(map(task.learned.count, group)) * scales[i] * len(tasks)
+            for batch in group:
+                merge.subjects[i].count([task.learned.batches[batch]], 3)
+                weights = merge.weights(i, of_name())
+                total, _ = task.learned.loss(batch, merge.subjects[i].model.differentiable(
+                    task.learned.batches[batch], weights
+                ))  # fmt: skip
+                (total / size).backward()  # type: ignore[no-untyped-call]  # torch
+        for group_ in optimiser.param_groups:
+            group_["lr"] = RATE * (1.0 - (step - 1) / steps)
+        optimiser.step()
+        if step % turn == 0:
+            path.append((step, look()))
+            if path[-1][1] <= min(value for _, value in path):
+                kept = {name: value.detach().clone() for name, value in of_name().items()}
+    return {name: value.cpu() for name, value in kept.items()}, path
+
+
+def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[], dict[str, Tensor]]]:
+    """What is fitted, and the coefficients of every tensor that it stands for."""
+    if scope == "model":
+        one = next(iter(start.values())).clone().requires_grad_(True)
+        return [one], lambda: dict.fromkeys(start, one)
+    own = {name: value.clone().requires_grad_(True) for name, value in start.items()}
+    return list(own.values()), lambda: own
+
+
+def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
+    """How often all fine-tunes' rows can be gone through, within the passes that are left for it."""
+    turn, left = max(len(task.groups) for task in tasks), []
+    for subject, task in zip(merge.subjects, tasks, strict=True):
+        search, held = subject.counts
+        once = sum(_sequences(batch) for batch in task.learned.batches) / len(task.groups) * turn
+        stop = sum(map(_sequences, task.stop.batches))
+        left.append((FITTED_PASSES * search - subject.sequences - JUDGED * held) / (3 * once + stop))
+    return int(min(left))
+
+
+def _sequences(inputs: Inputs) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients) -> float:
+    from deltamerge.calibrate import objectives as O  # short for a namespace
+
+    subject = merge.subjects[task]
+    detached = {name: value.detach() for name, value in coefficients.items()}
+    counted: Callable[[int], None] = partial(_counted, subject, objective.batches)
+    return O.evaluate(subject.model, objective, [merge.weights(task, detached)], counted=counted)[0]
+
+
+def _counted(subject: Subject, batches: Sequence[Inputs], models: int) -> None:
+    subject.count(batches, models)
+
+
+def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[Judge, list[float], float]:
+    """The judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
+    from dataclasses import replace
+
+    from deltamerge.calibrate.joint_factor import mean_judge
+
+    judges = [subject.judge() for subject in merge.subjects]
+    labelled = all(subject.metric is not None for subject in merge.subjects)
+    totals = [0.0] * len(choices)
+    nothing = merge.nothing()
+    for i, judge in enumerate(judges):
+        device = merge.subjects[i].device
+        scale = 1.0 if labelled else _value(merge, i, judge.objective, nothing)
+        for k, chosen in enumerate(choices):
+            placed = {name: value.to(device) for name, value in chosen.items()}
+            value = _value(merge, i, judge.objective, placed)
+            totals[k] += value / (scale if scale > SMALLEST else 1.0) / len(judges)
+    judge = mean_judge(judges)
+    if not labelled:
+        judge = replace(judge, measure=f"{judge.measure}, each as a share of the base's,")
+    return judge, totals[:-1], totals[-1]
