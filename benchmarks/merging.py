@@ -78,7 +78,7 @@ class Merge:
     """A method: its recipe but for the models.
 
     `factor` is the first λ that is tried, None if the method has none. `rows` asks for calibration rows: `own` beside
-    every model, `all` for the merge. `task` is of a method that makes a model for each task. `prunes` is of one that
+    every model, `all` for the merge; `model`, `layer`, `row` beside every model, to fit coefficients of that scope. `task` is of a method that makes a model for each task. `prunes` is of one that
     prunes by itself, so that nothing is pruned before.
     """
 
@@ -96,7 +96,7 @@ class Merge:
         for one in beside:
             if self.weighted:
                 one["parameters"] = {"weight": 1.0}
-            if self.rows == "own":
+            if self.rows and self.rows != "all":
                 one["calibration"] = {"data": str(rows / f"{one['name']}.jsonl")} | CALIBRATION
         parameters = dict(self.parameters) | ({"task": list(models).index(task) + 1} if task else {})
         made = {
@@ -108,6 +108,8 @@ class Merge:
         }
         if self.rows == "all":
             made["calibration"] = {"data": str(rows / "all.jsonl"), "per": "merge"} | CALIBRATION
+        elif self.rows in ("model", "layer", "row"):
+            made["calibration"] = {"per": "merge", "coefficients": self.rows}
         return made
 
 
@@ -125,6 +127,9 @@ MERGES = (
     Merge("regmean", "regmean", factor=1.0, rows="own"),
     Merge("regmean_plus", "regmean_plus", factor=1.0, rows="own"),
     Merge("task_arithmetic, λ per merge", "task_arithmetic", weighted=True, rows="all"),
+    Merge("coefficients per model", "task_arithmetic", {"lambda": 0.3}, weighted=True, rows="model"),
+    Merge("coefficients per layer", "task_arithmetic", {"lambda": 0.3}, weighted=True, rows="layer"),
+    Merge("coefficients per row", "task_arithmetic", {"lambda": 0.3}, weighted=True, rows="row"),
     Merge("consensus, 2", "consensus", factor=0.3),
     Merge("breadcrumbs, 0.9", "breadcrumbs", {"density": 0.9}, 0.3, weighted=True, prunes=True),
     Merge("model_stock", "model_stock"),
