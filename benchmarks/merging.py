@@ -49,7 +49,9 @@ from deltamerge.api import load_recipe
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "merging.json"
 CHOICE_ROWS, TEST_ROWS = 150, 300  # of each source
-RATIO, TRIES = 1.5, 5  # λ is tried at RATIO times the last
+RATIO, TRIES = 1.5, 4  # λ is tried at RATIO times the last
+# The base's pooler is not trained (sentences are the mean of their tokens): each expert makes it its own, with its head.
+HEAD = ("bert.pooler.dense", "classifier")
 
 Weights = dict[str, Tensor]
 Outputs = dict[str, list[float]]  # task -> what is predicted, by row
@@ -205,7 +207,7 @@ class Setting:
 
 
 class Judge:
-    """What an encoder with the experts' heads predicts; a sentence that several tasks share is read once."""
+    """What an encoder with the experts' heads predicts, poolers among them; a sentence that several tasks share is read once."""
 
     def __init__(self, setting: Setting) -> None:
         self.setting, self.model = setting, AutoModel.from_pretrained(setting.base).float().train(False)
@@ -213,7 +215,7 @@ class Judge:
         self.heads = {}
         for task, path in setting.experts.items():
             expert = load_file(path / "model.safetensors")
-            self.heads[task] = [expert[f"classifier.{name}"].float() for name in ("weight", "bias")]
+            self.heads[task] = [expert[f"{of}.{name}"].float() for of in HEAD for name in ("weight", "bias")]
         self.own = {part: self._own(part) for part in ("validation", "test")}
 
     def _own(self, part: Part) -> Outputs:
@@ -236,20 +238,21 @@ class Judge:
         unique = sorted({one for some in ids.values() for one in some}, key=lambda one: (len(one), one))
         number = {one: i for i, one in enumerate(unique)}
         self.model.load_state_dict(weights)
-        pooled_ND = torch.cat([self._pooled(unique[i : i + 64]) for i in range(0, len(unique), 64)])
+        first_ND = torch.cat([self._first(unique[i : i + 64]) for i in range(0, len(unique), 64)])
         found = {}
         for task, some in ids.items():
-            weight_LD, bias_L = self.heads[task]
-            logits_NL = pooled_ND[[number[one] for one in some]] @ weight_LD.T + bias_L
+            pool_DD, pool_D, weight_LD, bias_L = self.heads[task]
+            pooled_ND = torch.tanh(first_ND[[number[one] for one in some]] @ pool_DD.T + pool_D)
+            logits_NL = pooled_ND @ weight_LD.T + bias_L
             picked = logits_NL[:, 0] if TASKS[task].labels == 1 else logits_NL.argmax(dim=1)
             found[task] = [round(x, 5) for x in picked.tolist()]
         return found
 
-    def _pooled(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
+    def _first(self, batch: Sequence[tuple[int, ...]]) -> Tensor:
         padded = self.tokenizer.pad({"input_ids": [list(one) for one in batch]}, return_tensors="pt")
         with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-            pooled: Tensor = self.model(**padded).pooler_output
-        return pooled.float()
+            first: Tensor = self.model(**padded).last_hidden_state[:, 0]
+        return first.float()
 
     def shares(self, outputs: Outputs, part: Part, draw: np.random.Generator | None = None) -> dict[str, float]:
         """Scores in % of the expert's own, on the same rows: all, or as many drawn with replacement."""
