@@ -53,7 +53,11 @@ def _ends(cell: dict[str, Any], spread: bool) -> str:
 def tasks(found: dict[str, Any]) -> str:
     """Shares by task of the unpruned merges; the experts' own scores above."""
     names = list(found["own"])
-    lines = [["", *names], ["---"] * (len(names) + 1), ["*expert's score*", *(f"{v:.1f}" for v in found["own"].values())]]
+    lines = [
+        ["", *names],
+        ["---"] * (len(names) + 1),
+        ["*expert's score*", *(f"{v:.1f}" for v in found["own"].values())],
+    ]
     for cells in ordered(found):
         if "unpruned" in cells:
             shares = cells["unpruned"]["shares"]

@@ -51,9 +51,7 @@ def rows(task: str, part: tasks.Part, home: Path = HOME) -> list[Row]:
 
 def split(by_source: dict[str, list[tuple[str, float]]]) -> dict[str, dict[tasks.Part, list[Row]]]:
     """Task -> part -> rows, from source -> (sentence, rating); a sentence of two sources stays in the first."""
-    made: dict[str, dict[tasks.Part, list[Row]]] = {
-        name: {"validation": [], "test": [], "train": []} for name in TASKS
-    }
+    made: dict[str, dict[tasks.Part, list[Row]]] = {name: {"validation": [], "test": [], "train": []} for name in TASKS}
     seen: set[str] = set()
     for label, (source, rated) in enumerate(by_source.items()):
         unique = [(text, rating) for text, rating in dict(rated).items() if text.lower() not in seen]
