@@ -4,6 +4,7 @@
     python benchmarks/merging.py wudi iso_c          methods whose names begin so
     python benchmarks/merging.py --delta unpruned    one kind of delta; several such commands may run at once
     python benchmarks/merging.py --final             and the test rows of the tasks that were kept back
+    python benchmarks/merging.py --table             what is measured; with --final too
     python benchmarks/merging.py --docs              only the table and the picture of docs/merging.md
     python benchmarks/merging.py --decoder           SmolLM2's experts instead (merging_decoder.py)
 
@@ -250,6 +251,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of MERGES, or how they begin; default: all")
     parser.add_argument("--delta", nargs="+", default=[delta.name for delta in DELTAS])
     parser.add_argument("--final", action="store_true", help="look at the tasks kept back, of what is measured")
+    parser.add_argument("--table", action="store_true", help="measure no more merges")
     parser.add_argument("--docs", action="store_true", help="only write docs/ from the results")
     parser.add_argument("--decoder", action="store_true", help="run merging_decoder.py with the names given")
     asked = parser.parse_args()
@@ -271,7 +273,7 @@ def measured(asked: argparse.Namespace) -> None:
         encoder.build_base(WORK / "base")
     setting = Setting(WORK / "base", {task: merging_tasks.expert(task) for task in TASKS}, HOME)
     judge = Judge(setting)
-    for delta in DELTAS:
+    for delta in () if asked.table else DELTAS:
         for merge in MERGES:
             wanted = delta.name in asked.delta and (not asked.names or merge.name.startswith(tuple(asked.names)))
             if wanted and not (merge.prunes and delta.prune):
