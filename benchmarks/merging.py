@@ -162,12 +162,9 @@ def measure(setting: Setting, judge: Judge, merge: Merge, delta: Delta) -> dict[
     made, runs = {}, []
     for task in setting.experts if merge.task else [None]:
         with tempfile.TemporaryDirectory(dir=setting.home) as work:
-            path, out = (
-                written(merge.recipe(setting.base, models, setting.calibration(), task), Path(work)),
-                Path(work) / "out",
-            )
-            runs.append(setting.run(path, out))
-            made[task] = encoder_of(out)
+            recipe = merge.recipe(setting.base, models, setting.calibration(), task)
+            runs.append(setting.run(written(recipe, Path(work)), Path(work) / "out"))
+            made[task] = encoder_of(Path(work) / "out")
 
     def at(factor: float, part: Part, tasks: Sequence[str]) -> Outputs:
         if not merge.task:
@@ -222,8 +219,8 @@ def pruned(setting: Setting, task: str, delta: Delta) -> Path:
         out.parent.mkdir(exist_ok=True)
         with tempfile.TemporaryDirectory(dir=setting.home) as work:
             recipe = {"base_model": str(setting.base), "models": [model], "calibration": rows}
-            path, made = written(recipe, Path(work)), Path(work) / "out"
-            setting.run(path, made)
+            made = Path(work) / "out"
+            setting.run(written(recipe, Path(work)), made)
             if not out.exists():  # another command may have made it meanwhile
                 made.rename(out)
     return out

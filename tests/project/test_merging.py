@@ -97,6 +97,7 @@ def test_cells_of_toy_experts(setting: merging.Setting, tmp_path: Path) -> None:
     cells = [merging.measure(setting, judge, named[name], unpruned) for name in ("task_arithmetic", "emr")]
     assert not set(cells[0]["outputs"]) & set(merging_tasks.KEPT_BACK)
     assert cells[0]["tried"][cells[0]["factor"]] == max(cells[0]["tried"].values())
+    assert {f"{cell['key']}.json" for cell in cells} < {path.name for path in (setting.home / "cells").iterdir()}
     again = merging.measure(setting, judge, arithmetic, unpruned)
     assert again["outputs"] == cells[0]["outputs"]
 
