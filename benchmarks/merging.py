@@ -83,7 +83,7 @@ class Merge:
             if self.rows and self.rows != "all":
                 one["calibration"] = {"data": str(rows / f"{one['name']}.jsonl")} | CALIBRATION
         parameters = dict(self.parameters) | ({"task": list(models).index(task) + 1} if task else {})
-        made = {
+        made: dict[str, Any] = {
             "base_model": str(base),
             "merge_method": self.method,
             "models": beside,
@@ -236,7 +236,7 @@ def summary(judge: Judge, cell: dict[str, Any]) -> dict[str, Any]:
     """A cell for the results: shares on the test rows in place of what was predicted on each."""
     shares = judge.shares(cell["outputs"], "test")
     spread = judge.spread(cell["outputs"])
-    about = {name: cell[name] for name in ("merge", "delta", "factor", "cpu_s", "peak_mb")}
+    about = {name: cell[name] for name in ("merge", "delta", "factor", "cpu_s", "peak_mb", "task")}
     rounded = {task: round(share, 1) for task, share in shares.items()}
     ends = {"mean": round(float(np.mean(list(shares.values()))), 1), "worst": min(rounded.values())}
     chosen = round(max(cell["tried"].values()), 1)

@@ -41,7 +41,8 @@ def methods(found: dict[str, Any]) -> str:
         one = cells.get("unpruned") or next(iter(cells.values()))
         shown = [_ends(cells[delta], spread=delta == "unpruned") if delta in cells else "–" for delta in deltas]
         factor = "–" if one["factor"] is None else f"{one['factor']:.3g}"
-        lines.append([one["merge"], factor, *shown, f"{one['cpu_s']:.0f}", f"{one['peak_mb']}"])
+        name = one["merge"] + ", a model per task" * one["task"]
+        lines.append([name, factor, *shown, f"{one['cpu_s']:.0f}", f"{one['peak_mb']}"])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
