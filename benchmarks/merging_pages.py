@@ -89,7 +89,7 @@ def draw(found: dict[str, Any], path: Path) -> None:
     axes.invert_yaxis()
     axes.set_xlim(0, 110)
     axes.axvline(95, color="0.6", linestyle=":")
-    axes.set_xlabel("% of the experts' scores: mean (bar, ± standard deviation over test rows) and worst task (dot)")
+    axes.set_xlabel("% of the experts' scores: mean (bar, ± standard deviation), worst task (dot)")
     legend = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
     axes.legend(legend.values(), legend.keys(), fontsize=8, loc="lower right")
     path.parent.mkdir(exist_ok=True)
