@@ -6,7 +6,7 @@ BIN := .venv/bin
 DEMO_ENV := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive
 NEW_ENOUGH := 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12")'
 
-.PHONY: help demo test check families conformance oracle vllm bench paper decoder torture fuzz atheris ray scale gpu pictures docs clean
+.PHONY: help demo test check families conformance oracle vllm bench paper decoder merging torture fuzz atheris ray scale gpu pictures docs clean
 
 help:  ## this list
 	@sed -n 's/^\([a-z]*\):.*## /  make \1\t/p' Makefile
@@ -60,6 +60,8 @@ decoder: .venv/.installed-dev  ## SmolLM2-135M: fine-tuned, pruned, merged; hour
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/smollm2.py
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/paper table-3 learning-rates
 	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python benchmarks/merging_decoder.py
+merging: .venv/.installed-dev  ## what every merge method keeps of nine experts, and docs/merging.md; hours; .demo keeps what is done
+	$(DEMO_ENV) OMP_NUM_THREADS=1 $(BIN)/python benchmarks/merging.py --final
 
 torture: .venv/.installed-dev  ## kills at every call of every command, bad disks, two runs at once; 20 minutes, EVERY=9 for less
 	$(BIN)/python benchmarks/torture.py

@@ -96,7 +96,7 @@ def _write_tasks(out: Path) -> None:
 
 
 def _tasks() -> Iterator[tuple[str, dict[Part, list[Row]]]]:
-    by_source = _rated_sentences()
+    by_source = rated_sentences()
     movies = by_source["movieReviewSnippets"]
     yield (
         "sentiment",
@@ -121,7 +121,7 @@ def _split(all_rows: list[Row], seed: int) -> dict[Part, list[Row]]:
     return {"validation": unique[:800], "test": unique[800:2300], "train": unique[2300:]}
 
 
-def _rated_sentences() -> dict[str, list[tuple[str, float]]]:
+def rated_sentences() -> dict[str, list[tuple[str, float]]]:
     """Source -> (sentence of at least three words, mean rating), in the order of the published files."""
     sdist = download(
         "vaderSentiment==3.3.2",

@@ -1,0 +1,165 @@
+"""benchmarks/merging.py at toy scale: rows apart, λ in memory as in a recipe, cells kept, tasks kept back."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from running import make_plan, run
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.append(str(REPOSITORY / "benchmarks"))
+
+import merging  # noqa: E402
+import merging_pages  # noqa: E402
+import merging_tasks  # noqa: E402
+
+WORDS = [f"w{i}" for i in range(40)]
+
+
+def published() -> dict[str, list[tuple[str, float]]]:
+    draw = np.random.default_rng(0)
+    return {
+        file: [(" ".join(draw.choice(WORDS, 5)), float(draw.normal())) for _ in range(80)]
+        for file in merging_tasks.SOURCES.values()
+    }
+
+
+@pytest.fixture
+def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> merging.Setting:
+    monkeypatch.setattr(merging_tasks, "VALIDATION", 40)
+    monkeypatch.setattr(merging_tasks, "TEST", 20)
+    monkeypatch.setitem(merging.CALIBRATION, "sequences", 4)
+    monkeypatch.setattr(merging_tasks.tasks, "rated_sentences", published)
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *WORDS])}
+    splitter = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
+    splitter.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=splitter, pad_token="[PAD]", unk_token="[UNK]")
+    sizes: dict[str, Any] = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 40,
+    }
+    torch.manual_seed(0)
+    BertModel(BertConfig(**sizes)).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    experts = {}
+    for name in ("sentiment-movies", "intensity-tweets", "intensity-products", "domain"):
+        task = merging_tasks.TASKS[name]
+        kind = "regression" if task.labels == 1 else "single_label_classification"
+        expert = BertForSequenceClassification.from_pretrained(
+            tmp_path / "base", num_labels=task.labels, problem_type=kind
+        )
+        with torch.no_grad():
+            for parameter in expert.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.05)
+        experts[name] = tmp_path / name
+        expert.save_pretrained(experts[name])
+        tokenizer.save_pretrained(experts[name])
+
+    return merging.Setting(tmp_path / "base", experts, tmp_path / "home", 10, 20)
+
+
+def test_a_sentence_is_in_one_part_of_all_tasks() -> None:
+    by_source = {s: [(f"{s} {i}", float(i % 5 - 2)) for i in range(1200)] for s in merging_tasks.SOURCES}
+    by_source["tweets"] += [(text.upper(), rating) for text, rating in by_source["movies"]]
+    made = merging_tasks.split(by_source)
+    parts: dict[str, set[str]] = {}
+    for by_part in made.values():
+        for part, rows in by_part.items():
+            parts.setdefault(part, set()).update(row.text.lower() for row in rows)
+    for one, other in (("train", "test"), ("train", "validation"), ("test", "validation")):
+        assert not parts[one] & parts[other]
+    assert len(made["domain"]["test"]) == 4 * merging_tasks.TEST
+    assert {row.label for row in made["sentiment-tweets"]["train"]} == {0, 1}
+    assert set(merging_tasks.KEPT_BACK) < set(made)
+
+
+def test_cells_of_toy_experts(setting: merging.Setting, tmp_path: Path) -> None:
+    judge = merging.Judge(setting)
+    for task, folder in setting.experts.items():
+        own = judge.outputs(merging.encoder_of(folder), "test", [task])
+        assert judge.shares(own, "test")[task] == pytest.approx(100)
+    unpruned, named = merging.DELTAS[0], {merge.name: merge for merge in merging.MERGES}
+    arithmetic = named["task_arithmetic"]
+    cells = [merging.measure(setting, judge, named[name], unpruned) for name in ("task_arithmetic", "emr")]
+    assert not set(cells[0]["outputs"]) & set(merging_tasks.KEPT_BACK)
+    assert cells[0]["tried"][cells[0]["factor"]] == max(cells[0]["tried"].values())
+    assert {f"{cell['key']}.json" for cell in cells} < {path.name for path in (setting.home / "cells").iterdir()}
+    again = merging.measure(setting, judge, arithmetic, unpruned)
+    assert again["outputs"] == cells[0]["outputs"]
+
+    recipe = arithmetic.recipe(setting.base, setting.experts, tmp_path)
+    recipe["parameters"]["lambda"] = cells[0]["factor"]
+    (tmp_path / "whole.yaml").write_text(yaml.safe_dump(recipe))
+    written = merging.encoder_of(run(tmp_path / "whole.yaml", tmp_path / "whole").folder)
+    kept = load_file(setting.home / "merged" / f"{cells[0]['key']}.safetensors")
+    for name, tensor in written.items():
+        torch.testing.assert_close(kept[name].float(), tensor, rtol=2**-7, atol=1e-6)
+
+    found: dict[str, Any] = {"own": dict.fromkeys(setting.experts, 50.0), "cells": []}
+    for cell in cells:
+        found["cells"].append(merging.summary(judge, merging.final(setting, judge, cell)))
+    for cell in found["cells"]:
+        assert set(cell["shares"]) == set(setting.experts)
+        assert cell["worst"] == min(cell["shares"].values())
+        assert cell["mean"] == pytest.approx(np.mean(list(cell["shares"].values())), abs=0.2)
+    page = "a\n<!-- merging: methods -->\nold\n<!-- end -->\n<!-- merging: tasks -->\n<!-- end -->\n"
+    text = merging_pages.documented(found, page)
+    assert "\nold\n" not in text
+    assert "| task_arithmetic |" in text
+    assert text == merging_pages.documented(found, text)
+
+
+def test_an_expert_learns(setting: merging.Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    def separable(task: str, part: str, folder: Path) -> list[merging_tasks.Row]:
+        return [merging_tasks.Row(f"w{i % 2} w{i % 9 + 5}", i % 2) for i in range(32)]
+
+    monkeypatch.setattr(merging_tasks.tasks, "rows", separable)
+    merging_tasks.rows("sentiment-movies", "train", setting.home)
+    made = merging_tasks.expert("sentiment-movies", setting.home, base=setting.base, rate=3e-2, steps=25)
+    task = merging_tasks.TASKS["sentiment-movies"]
+    assert merging_tasks.encoder.score(made, task, separable("", "test", made)) == 100
+
+
+def test_rows_that_calibrate_choose_nothing(setting: merging.Setting) -> None:
+    folder = setting.calibration()
+    for task in setting.experts:
+        texts = [json.loads(line)["text"] for line in (folder / f"{task}.jsonl").read_text().splitlines()]
+        chosen = [row.text for row in setting.rows(task, "validation")]
+        assert texts
+        assert not set(texts) & set(chosen)
+
+
+def test_every_recipe_is_planned(setting: merging.Setting, tmp_path: Path) -> None:
+    for merge in merging.MERGES:
+        task = "domain" if merge.task else None
+        recipe = merge.recipe(setting.base, setting.experts, setting.calibration(), task)
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(recipe, allow_unicode=True), encoding="utf-8")
+        assert make_plan(path).outputs, merge.name
+
+
+def test_factors_climb_to_the_best() -> None:
+    for best in (0.3, 1.0, 3.0):
+        factor, tried = merging.climb(lambda x, best=best: -abs(np.log(x / best)), 1.0)
+        assert abs(np.log(factor / best)) <= min(abs(np.log(x / best)) for x in tried)
+        assert len(tried) <= merging.TRIES
+
+
+def test_the_table_of_the_docs_is_that_of_the_results() -> None:
+    text = merging_pages.PAGE.read_text(encoding="utf-8")
+    found = json.loads(merging.RESULTS.read_text(encoding="utf-8"))
+    assert merging_pages.documented(found, text) == text, "run python benchmarks/merging.py --docs"
