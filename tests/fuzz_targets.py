@@ -50,7 +50,9 @@ from deltamerge.run import hashes
 from deltamerge.run.lock import Lock, verify
 from deltamerge.run.trainer import DeltaWriter as ChainWriter
 
-RECIPES = sorted((Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+# Without those that `run` refuses as they stand: models that are a pattern of folders, values left open.
+OPEN = {"average.yaml", "average-grow.yaml", "search.yaml", "sweep.yaml"}
+RECIPES = sorted(path for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml") if path.name not in OPEN)
 TENSORS = {"a": torch.ones(2, 3), "b": torch.arange(4), "c": torch.zeros(0, 2)}
 WORDS = ("<pad>", "<s>", "</s>", "w0", "w1")
 STEPPED = (np.arange(4096) * 40503 & 0xFFFF).astype(np.uint16)  # bits of bfloat16, of every exponent

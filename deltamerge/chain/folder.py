@@ -62,7 +62,7 @@ def is_version(path: Path) -> bool:
 
 def is_chain(path: Path) -> bool:
     """Whether a folder holds versions, and is none itself."""
-    if not path.is_dir() or is_version(path) or (path / "config.json").exists():
+    if not path.is_dir() or is_version(path) or os.path.exists(path / "config.json"):
         return False
     try:
         return bool(names(path))
@@ -116,8 +116,8 @@ def resolve(path: Path) -> Path | None:
             return path
         return path / head(path) if is_chain(path) else None
     chain = path.parent
-    if path.exists() or not NAME.fullmatch(path.name) or not is_chain(chain):
-        return None
+    if path.exists() or not NAME.fullmatch(path.name) or not is_chain(chain) or not any(notes(chain).values()):
+        return None  # a folder of deltas that are no chain may be missing something else
     raise _missing(chain, path.name)
 
 

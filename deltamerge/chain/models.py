@@ -43,7 +43,7 @@ class Models:
         lacks what the delta was made from.
         """
         whole = Path(folder, os.path.expanduser(reference))
-        if sums and (whole / RUNNING_SUM).is_file():
+        if sums and os.path.isfile(whole / RUNNING_SUM):
             return open_checkpoint(whole, reference=reference, sums=True)
         with errors.context(reference):
             path = resolve(whole) if whole.exists() or "+" not in reference else None

@@ -10,6 +10,7 @@ way.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,7 +60,7 @@ class RunningSum:
 def read_running_sum(folder: Path) -> RunningSum | None:
     """What the folder's file says; None where it has none. InputError: it is damaged, or of a later version."""
     path = folder / FILE
-    if not path.is_file():
+    if not os.path.isfile(path):  # which says no where a path cannot be looked at: what opens it says why
         return None
     said = read_json(path)
     with errors.context(FILE):

@@ -63,7 +63,7 @@ def spelling_of(tokenizer: Mapping[str, Any]) -> Spelling:
     model = tokenizer.get("model")
     model = model if isinstance(model, dict) else {}
     parts = list(_parts([tokenizer.get(key) for key in ("pre_tokenizer", "normalizer", "decoder")]))
-    kinds = {part.get("type") for part in parts}
+    kinds = {str(part.get("type")) for part in parts}
     if "ByteLevel" in kinds:
         return Spelling("bytes")
     if model.get("type") == "WordPiece" or "WordPiece" in kinds:

@@ -89,7 +89,7 @@ def test_a_walk_through_the_blocks_is_told_block_by_block_until_it_is_counted(mo
     monkeypatch.setattr(Phase, "begin", lambda self, count: told.append(count))
     calibrate(models / "r.yaml")
     assert len(told) > 10
-    assert {8 / 3, 16 / 3} <= {*told}  # of a walk of 8 candidates, after each of 2 blocks
+    assert {4 / 3, 8 / 3} <= {*told}  # of a walk of 4 candidates, after each of 2 blocks
     one = Phase("a", 10, PASSES)
     monkeypatch.undo()
     one.begin(2.5)

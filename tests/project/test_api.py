@@ -110,7 +110,7 @@ def test_a_plan_reads_no_weights_and_says_what_the_command_says(folder: Path) ->
 def test_the_package_is_light_and_says_what_it_has() -> None:
     script = (
         "import sys, deltamerge as dm\n"
-        "names = ['DeltaCallback', 'DeltaWriter', 'DeltamergeError', '__version__', 'follow', 'load_delta',\n"
+        "names = ['DeltaCallback', 'DeltaWriter', 'DeltamergeError', 'Switch', '__version__', 'follow', 'load_delta',\n"
         "         'load_recipe', 'prune']\n"
         "assert sorted(dm.__all__) == names, dm.__all__\n"
         "assert not {'torch', 'pydantic', 'numpy'} & sys.modules.keys()\n"
