@@ -63,6 +63,7 @@ def test_prefix_on_either_side(tmp_path: Path) -> None:
     torch.testing.assert_close(out.logits, plain(reference, data[0])[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_one_part_is_asked_for_at_a_time_and_let_go(tmp_path: Path) -> None:
     _, tensors = make("LlamaForCausalLM", tmp_path)
     model = BlockModel(transformers.AutoConfig.from_pretrained(tmp_path), tensors)

@@ -740,6 +740,7 @@ def test_headers_and_manifest_need_no_torch(tmp_path: Path) -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 def test_real_fine_tune(tmp_path: Path, shared_data: Path) -> None:
     base, tuned = (load_file(shared_data / part / "model.safetensors") for part in ("base", "sentiment"))
     names = {name: name.removeprefix("bert.") for name in tuned}

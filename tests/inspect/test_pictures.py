@@ -63,6 +63,7 @@ def test_calibrated_run(folder: Path, tmp_path: Path, q: str, measure: str) -> N
     assert "owl/2.png" in lock["inputs"]["calibration data"]["files"]
 
 
+@pytest.mark.slow
 def test_inspect_and_recommend(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = ("--calibration", folder / "pictures", "--sequences", 8, "--json")
     assert command("inspect", folder / "tuned", "--base", folder / "base", *rows) == 0

@@ -316,6 +316,7 @@ def test_what_cannot_be_recommended_is_said(models, monkeypatch, capsys):
     capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_real_fine_tunes_without_data(shared_data):
     for name in ("sentiment", "intensity"):
         model, base = str(shared_data / name), str(shared_data / "base")

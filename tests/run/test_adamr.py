@@ -548,6 +548,7 @@ def bert_rows(count: int) -> list[dict[str, Any]]:
     return [{"input_ids": row, "attention_mask": [1] * 8, "labels": row[0] % 2} for row in ids]
 
 
+@pytest.mark.slow
 def test_trainer_runs_and_resumes(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     from transformers import Trainer, TrainingArguments

@@ -224,7 +224,7 @@ def _save(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
     (folder / name / "config.json").write_bytes((folder / "base" / "config.json").read_bytes())
 
 
-@pytest.mark.parametrize(("m", "n"), [(30, 20), (20, 30), (1100, 1030)])
+@pytest.mark.parametrize(("m", "n"), [(30, 20), (20, 30), pytest.param(1100, 1030, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("weighed", [False, True])
 def test_factors_are_those_of_float64(m: int, n: int, weighed: bool) -> None:
     """A large matrix by iteration: what it misses is within what it says, and as good as nothing."""
