@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -43,6 +44,18 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.option.basetemp is None and MEMORY.is_dir() and shutil.disk_usage(MEMORY).free > ROOM:
         config.option.basetemp = str(MEMORY / f"deltamerge-tests-{os.getpid()}")
         config.add_cleanup(lambda: shutil.rmtree(MEMORY / f"deltamerge-tests-{os.getpid()}", ignore_errors=True))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked `sampled(n)` every n-th runs each day, and the others with `-m slow`."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        marker, test = item.get_closest_marker("sampled"), item.nodeid.partition("[")[0]
+        if marker is not None:
+            if seen[test] % marker.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[test] += 1
 
 
 LLAMA = {

@@ -6,6 +6,7 @@ import errno
 import os
 import random
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -216,10 +217,14 @@ def test_pieces_of_many_workers_are_hashed_from_memory(
             else:
                 box.finished("x", at)
                 at += len(found)
+            read_to[0] = at
 
+    read_to = [0]
     reader = threading.Thread(target=follow)
     reader.start()
     for first in range(0, count, 16):
+        while read_to[0] < (first - 16) * LEAST:  # a reader that the system forgets would be a full box
+            time.sleep(0.001)
         for piece in reversed(range(first, first + 16)):  # the first is made last
             box.send("x", piece * LEAST, box.lend(piece * LEAST, LEAST))
     reader.join()
