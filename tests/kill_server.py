@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import tempfile
+import time
 import warnings
 from contextlib import suppress
 from typing import Any
@@ -64,7 +65,10 @@ def warm(request: dict[str, Any]) -> int:
     for name in request["warm"]:
         with suppress(ImportError):
             importlib.import_module(name)
-    if (threads := len(os.listdir("/proc/self/task"))) != 1:
+    until = time.monotonic() + 10  # the system may take a moment to end a thread that was joined
+    while (threads := len(os.listdir("/proc/self/task"))) != 1 and time.monotonic() < until:
+        time.sleep(0.01)
+    if threads != 1:
         raise RuntimeError(f"{threads} threads: children would hang")
     gc.collect()
     gc.freeze()  # so that children share it
