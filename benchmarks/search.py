@@ -84,11 +84,11 @@ def beside_grid(path: Path, count: int) -> dict[str, Any]:
     """The best of a grid over all numbers, and of a search of a tenth of its trials, on the search rows."""
     import itertools
 
+    from deltamerge.inspect.search.outcome import Bench, best_of
+    from deltamerge.inspect.search.setting import candidates_of
+    from deltamerge.inspect.search.study import search
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
-    from deltamerge.search.outcome import Bench, best_of
-    from deltamerge.search.setting import candidates_of
-    from deltamerge.search.study import search
 
     file, options = read_template(path), Options(device="cpu", workers=1)
     axes = {key: (axis.low, axis.high) for axis in file.template.ranges for key in axis.keys}
@@ -111,11 +111,11 @@ def beside_grid(path: Path, count: int) -> dict[str, Any]:
 
 
 def measure(path: Path, count: int, processes: int) -> dict[str, Any]:
+    from deltamerge.inspect.search.outcome import Bench
+    from deltamerge.inspect.search.setting import candidates_of
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
     from deltamerge.run.runner import run
-    from deltamerge.search.outcome import Bench
-    from deltamerge.search.setting import candidates_of
 
     file, options = read_template(path), Options(device="cpu", workers=1)
     rng = np.random.Generator(np.random.PCG64(0))
@@ -184,7 +184,7 @@ def _rows(bench: Any, judge: Any, folder: Path) -> Path:
 def _weights(bench: Any, judge: Any, values: list[Any]) -> Spent:
     """What it takes to have every candidate's tensors, part by part, without running them."""
     from deltamerge.engine import backends
-    from deltamerge.search.walk import Walk
+    from deltamerge.inspect.search.walk import Walk
 
     size = bench.study.together
     made = [bench.candidates.of(bench.file.recipe(one)) for one in values]

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from deltamerge.api import load_recipe, prune
-    from deltamerge.chain.follow import follow
-    from deltamerge.chain.live import load_delta
-    from deltamerge.chain.switch import Switch
+    from deltamerge.delta.chain.follow import follow
+    from deltamerge.delta.chain.live import load_delta
+    from deltamerge.delta.chain.switch import Switch
     from deltamerge.errors import DeltamergeError
     from deltamerge.run.trainer import DeltaWriter
     from deltamerge.run.trainer_callback import DeltaCallback
@@ -30,9 +30,9 @@ _HOME = {
     "DeltaCallback": "deltamerge.run.trainer_callback",
     "DeltaWriter": "deltamerge.run.trainer",
     "DeltamergeError": "deltamerge.errors",
-    "Switch": "deltamerge.chain.switch",
-    "follow": "deltamerge.chain.follow",
-    "load_delta": "deltamerge.chain.live",
+    "Switch": "deltamerge.delta.chain.switch",
+    "follow": "deltamerge.delta.chain.follow",
+    "load_delta": "deltamerge.delta.chain.live",
     "load_recipe": "deltamerge.api",
     "prune": "deltamerge.api",
 }

@@ -27,9 +27,9 @@ from running import make_plan, run
 from safetensors.torch import save, save_file
 
 from deltamerge.calibrate.rows import read as read_rows
-from deltamerge.chain import slime
-from deltamerge.chain.folder import head
-from deltamerge.chain.live import load_delta
+from deltamerge.delta.chain import slime
+from deltamerge.delta.chain.folder import head
+from deltamerge.delta.chain.live import load_delta
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.manifest import Base
 from deltamerge.delta.steps import decode_tile, encode_tile

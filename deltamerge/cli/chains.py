@@ -21,9 +21,9 @@ def list_versions(folder: Path, as_json: bool) -> None:
 
     Each with how much it changes, and its size; a version with what it makes. Files that deltas share count once.
     """
-    from deltamerge.chain.folder import head, is_chain, line
-    from deltamerge.chain.store import is_store
-    from deltamerge.chain.version import described
+    from deltamerge.delta.chain.folder import head, is_chain, line
+    from deltamerge.delta.chain.store import is_store
+    from deltamerge.delta.chain.version import described
     from deltamerge.errors import InputError
 
     if not is_chain(folder):
@@ -50,7 +50,7 @@ def list_versions(folder: Path, as_json: bool) -> None:
 
 
 def _list_store(folder: Path, *, as_json: bool) -> None:
-    from deltamerge.chain.store import described
+    from deltamerge.delta.chain.store import described
 
     found = described(folder)
     deltas = found["deltas"]

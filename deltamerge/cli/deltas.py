@@ -115,7 +115,7 @@ def extract(
     deltamerge extract tuned --base base --lora 32
     deltamerge extract a b --base base --lora --budget 20MB --calibration rows.jsonl
     """
-    from deltamerge.chain.store import Sharing, is_store
+    from deltamerge.delta.chain.store import Sharing, is_store
     from deltamerge.run.extract import extract as extract_delta
     from deltamerge.run.extract import name_in_store, name_of
     from deltamerge.run.options import Options
@@ -251,8 +251,8 @@ def verify(folder: Path, base: str | None, workers: int | None, pickles: bool, a
 
     Of a chain, or a version of one, that each version was made from what the one before makes.
     """
-    from deltamerge.chain.folder import is_chain
-    from deltamerge.chain.version import VERSION
+    from deltamerge.delta.chain.folder import is_chain
+    from deltamerge.delta.chain.version import VERSION
     from deltamerge.engine.execute import default_workers
     from deltamerge.run.lock import verify as verify_folder
 

@@ -152,11 +152,11 @@ def plan(
     deltamerge plan --diff old.yaml new.yaml    # for a pull request
     """
     from deltamerge.inspect.check import in_words
+    from deltamerge.inspect.search.cost import describe_study
     from deltamerge.plan import review
     from deltamerge.recipe.file import TemplateFile, read_either, read_recipe
     from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans, target_of
-    from deltamerge.search.cost import describe_study
 
     def describe(file: RecipeFile) -> dict[str, Any]:
         options = Options(device=device, workers=workers, memory=memory, pickles=pickles)

@@ -31,10 +31,10 @@ from deltamerge.cli.output import say, say_csv, say_json, tell
 from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
+    from deltamerge.inspect.search.evaluate import Evaluation
+    from deltamerge.inspect.search.found import Found
+    from deltamerge.inspect.search.sweep import Keep, Swept
     from deltamerge.recipe.yaml_source import Loc
-    from deltamerge.search.evaluate import Evaluation
-    from deltamerge.search.found import Found
-    from deltamerge.search.sweep import Keep, Swept
 
 SHOWN_ERRORS = 5
 ALLOW_COMMAND = click.option(
@@ -92,9 +92,9 @@ def evaluate(
     deltamerge eval ./merged ./models/math --calibration test.jsonl
     deltamerge eval ./merged ./models/* --recipe recipe.yaml    # every task, by its own head
     """
+    from deltamerge.inspect.search.evaluate import Question, evaluate, questions_of
     from deltamerge.recipe.file import read_recipe
     from deltamerge.recipe.schema import Calibration
-    from deltamerge.search.evaluate import Question, evaluate, questions_of
 
     more = {"label": label, "task": task, "answer": answer, "new_tokens": new_tokens, "length": length}
     rows = calibration_of(calibration, text, **more)
@@ -159,10 +159,10 @@ def sweep(
     deltamerge sweep recipe.yaml --keep best
     deltamerge sweep recipe.yaml --set prune.density=0.1 --set prune.density=0.01 --set seed=0 --set seed=1
     """
+    from deltamerge.inspect.search.sweep import as_csv as csv_of
+    from deltamerge.inspect.search.sweep import sweep as run_sweep
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
-    from deltamerge.search.sweep import as_csv as csv_of
-    from deltamerge.search.sweep import sweep as run_sweep
 
     file = read_template(recipe, settings)
     options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
@@ -230,9 +230,9 @@ def search(
     deltamerge search recipe.yaml --trials 200
     optuna-dashboard sqlite:///recipe-search/study.db
     """
+    from deltamerge.inspect.search.study import search as run_search
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
-    from deltamerge.search.study import search as run_search
 
     file = read_template(recipe, settings)
     options = Options(device=device, workers=workers, memory=memory, pickles=pickles)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.chain.models import Models
+from deltamerge.delta.chain.models import Models
 from deltamerge.delta.entry import TILE
 from deltamerge.delta.over_base import check, elements
 from deltamerge.errors import InputError, UsageError

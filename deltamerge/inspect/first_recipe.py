@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from deltamerge import errors
-from deltamerge.chain.models import open_model
+from deltamerge.delta.chain.models import open_model
 from deltamerge.errors import OutputError
 from deltamerge.io.atomic import replace_file
 from deltamerge.io.dtypes import TORCH_NAMES

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.calibrate.spec import Spec
-from deltamerge.chain.models import open_model
+from deltamerge.delta.chain.models import open_model
 from deltamerge.engine.execute import shared_values
 from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError, OutputError

@@ -12,7 +12,7 @@ from deltamerge import errors
 from deltamerge.calibrate.rows import HEADS
 from deltamerge.calibrate.spec import Spec
 from deltamerge.calibrate.split import metric_of
-from deltamerge.chain.models import open_model
+from deltamerge.delta.chain.models import open_model
 from deltamerge.engine.execute import default_workers, shared_values
 from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError, OutputError

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.chain.models import Models
+from deltamerge.delta.chain.models import Models
 from deltamerge.delta.file import DeltaFile
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, by_component

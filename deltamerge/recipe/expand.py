@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge.chain.folder import expand
+from deltamerge.delta.chain.folder import expand
 from deltamerge.errors import InputError, Problem
 from deltamerge.io.running_sum import RunningSum, read_running_sum
 from deltamerge.methods.table import MERGE

@@ -12,10 +12,10 @@ from typing import Any
 import yaml
 
 from deltamerge import __version__, errors
-from deltamerge.chain.fold import folded
-from deltamerge.chain.folder import line
-from deltamerge.chain.layers import check_complete
-from deltamerge.chain.models import open_model
+from deltamerge.delta.chain.fold import folded
+from deltamerge.delta.chain.folder import line
+from deltamerge.delta.chain.layers import check_complete
+from deltamerge.delta.chain.models import open_model
 from deltamerge.delta.entry import TILE
 from deltamerge.delta.file import DeltaFile, ResultTensor
 from deltamerge.delta.over_base import check, elements

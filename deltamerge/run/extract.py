@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from deltamerge.chain.folder import is_chain
-from deltamerge.chain.link import Link
-from deltamerge.chain.publish import one_writer
-from deltamerge.chain.version import NAME
+from deltamerge.delta.chain.folder import is_chain
+from deltamerge.delta.chain.link import Link
+from deltamerge.delta.chain.publish import one_writer
+from deltamerge.delta.chain.version import NAME
 from deltamerge.errors import InputError, RecipeError, UsageError
 from deltamerge.recipe.file import read_text
 from deltamerge.run.options import Options

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deltamerge.chain.models import Models
+from deltamerge.delta.chain.models import Models
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.plan.planner import Plan, plan

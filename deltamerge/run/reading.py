@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from deltamerge import errors
-from deltamerge.chain.fold import covers
+from deltamerge.delta.chain.fold import covers
 from deltamerge.delta.over_base import check
 from deltamerge.engine.graph import depth_first
 from deltamerge.io.blobs import check_blobs

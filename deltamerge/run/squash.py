@@ -9,12 +9,21 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.chain.fold import folded
-from deltamerge.chain.folder import head, is_chain, line
-from deltamerge.chain.layers import check_complete
-from deltamerge.chain.models import open_model
-from deltamerge.chain.publish import one_writer, publishing, refuse_foreign, remove
-from deltamerge.chain.version import VERSION, Named, Note, Version, check_hashes, contents, note_text, stored_files
+from deltamerge.delta.chain.fold import folded
+from deltamerge.delta.chain.folder import head, is_chain, line
+from deltamerge.delta.chain.layers import check_complete
+from deltamerge.delta.chain.models import open_model
+from deltamerge.delta.chain.publish import one_writer, publishing, refuse_foreign, remove
+from deltamerge.delta.chain.version import (
+    VERSION,
+    Named,
+    Note,
+    Version,
+    check_hashes,
+    contents,
+    note_text,
+    stored_files,
+)
 from deltamerge.delta.entry import TILE, Entry
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.over_base import check, elements

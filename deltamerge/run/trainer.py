@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 from deltamerge import errors
-from deltamerge.chain.fold import folded
-from deltamerge.chain.folder import heads, line, notes
-from deltamerge.chain.layers import check_complete
-from deltamerge.chain.live import bits_of
-from deltamerge.chain.models import open_model
-from deltamerge.chain.publish import one_writer, publishing
-from deltamerge.chain.version import (
+from deltamerge.delta.chain.fold import folded
+from deltamerge.delta.chain.folder import heads, line, notes
+from deltamerge.delta.chain.layers import check_complete
+from deltamerge.delta.chain.live import bits_of
+from deltamerge.delta.chain.models import open_model
+from deltamerge.delta.chain.publish import one_writer, publishing
+from deltamerge.delta.chain.version import (
     VERSION,
     Named,
     Note,

@@ -30,7 +30,7 @@ from vllm.model_executor.model_loader.checkpoint_weight_patch import (
 )
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
-from deltamerge.chain.served import Changes, Served
+from deltamerge.delta.chain.served import Changes, Served
 from deltamerge.errors import InputError
 
 

@@ -1,0 +1,110 @@
+"""A new version that is made by a run: what it is compared with, and the version.json that says so."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from blake3 import blake3
+
+from deltamerge import errors
+from deltamerge.delta.chain.folder import Opened, is_version, line, notes, resolve
+from deltamerge.delta.chain.models import Models
+from deltamerge.delta.chain.version import (
+    NAME,
+    VERSION,
+    Named,
+    Note,
+    Version,
+    base_contents,
+    check_successor,
+    contents,
+    note_text,
+    state_of,
+    stored_files,
+)
+from deltamerge.delta.entry import TILE, digest
+from deltamerge.delta.file import DeltaFile
+from deltamerge.errors import InputError, UsageError
+from deltamerge.io.files import flat, writing
+from deltamerge.io.quantised.decode import decoded
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import TensorInfo
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The version `name` that is to come after the last of `versions`, which the reference `after` names."""
+
+    after: str
+    versions: tuple[Version, ...]
+    name: str
+
+    @classmethod
+    def begin(cls, after: str, out: Path) -> Link:
+        """The link of a version that will be the folder `out`. InputError: `after` is no version, or another comes
+        after it, or after `out`. UsageError: `out` lies elsewhere."""
+        path = resolve(Path(after))
+        if path is None or not is_version(path):
+            raise InputError(f"{after}: is no version of a chain", hint="--after chain/000119")
+        path = path.resolve()
+        if out.resolve().parent != path.parent or not NAME.fullmatch(out.name):
+            raise UsageError(f"--out {out}: is no name in {path.parent}", hint=f"--out {path.parent / '000120'}")
+        versions = line(path, Opened())
+        for name, note in notes(path.parent).items():
+            before = None if note is None or note.after is None else note.after.name
+            if before == out.name or (before == path.name and name != out.name):
+                raise InputError(f"{path.parent}: {name} comes after {before} already", hint=f"--after {name}")
+        if out.name in {version.name for version in versions}:
+            raise InputError(f"{out}: cannot come after itself")
+        return cls(str(Path(after).parent / path.name) if path.name != Path(after).name else after, versions, out.name)
+
+    def base(self, reference: str, *, pickles: bool = False) -> str:
+        """The reference of what the version is compared with: `reference` itself if that is what the one before makes,
+        or the one before over it if it is the base of the chain. InputError: it is neither."""
+        end, origin = self.versions[-1].contents, base_contents(self.versions[0].delta.manifest)
+        differing = [n for n in end if n in origin and end[n] != origin[n]] or list(end)[:1]
+        found = Models().open(reference, Path.cwd(), weights=True, pickles=pickles)
+        with errors.context(reference):
+            tensors = decoded(found).tensors
+        name = min(differing, key=lambda name: math.prod(end[name].shape), default="")
+        if not name:
+            return reference
+        with Reader() as reader:
+            have = "" if name not in tensors else hash_of(reader, tensors[name])
+        if have == end[name].hash:
+            return reference
+        if name in origin and have == origin[name].hash:
+            return f"{reference}+{self.after}"
+        raise InputError(
+            f"{reference}: is neither what {self.versions[-1].name} makes nor the base of its chain: {name} differs",
+            hint=f"the chain is of {self.versions[0].delta.manifest.base}",
+        )
+
+    def finish(self, folder: Path) -> None:
+        """Write the version.json of the artifact in `folder`. InputError: it was not made from what the version before
+        makes."""
+        opened, before = DeltaFile.open(folder), self.versions[-1]
+        check_successor(before.contents, opened.manifest, before.name)
+        note = Note(
+            name=self.name,
+            base=before.base,
+            state=state_of(contents(opened.manifest)),
+            after=Named(name=before.name, state=before.state),
+            files=stored_files(folder, opened.files),
+        )
+        with writing(folder):
+            (folder / VERSION).write_text(note_text(note), encoding="utf-8")
+
+
+def hash_of(reader: Reader, info: TensorInfo) -> str:
+    """The hash of a tensor's bytes, as delta.json has it."""
+    hasher, size = blake3(), math.prod(info.shape)
+    for start in range(0, size, TILE):
+        count = min(TILE, size - start)
+        out = np.empty(count * (info.nbytes // size), np.uint8)
+        reader.read_into(info, start, out)
+        hasher.update(flat(out))
+    return digest(hasher)
