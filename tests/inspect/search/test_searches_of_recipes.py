@@ -579,7 +579,7 @@ def test_what_cannot_be_searched_is_refused_by_name(folder: Path, said: str, cap
 
 @pytest.mark.parametrize("name", ["search", "sweep"])
 def test_the_recipe_that_ships_is_one(name: str) -> None:
-    template = read_template(Path(__file__).parents[2] / "recipes" / f"{name}.yaml").template
+    template = read_template(Path(__file__).parents[3] / "recipes" / f"{name}.yaml").template
     recipes = [loads(json.dumps(template.filled(values).data)) for values in template.examples()]
     assert len(recipes) == {"search": 5, "sweep": 5}[name]
 
