@@ -30,8 +30,6 @@ from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
 
 THREADED = 1 << 15
-STEPS = "holds steps from the base's values, which cannot be told without them"
-STEPS_HINT = "give the base: load_delta(path, base), a state dict or a folder"
 
 
 class Patch(NamedTuple):
@@ -83,10 +81,16 @@ class DeltaFile:
         """Final values, tensor by tensor, without unchanged ones; for an artifact that replaces.
 
         `base` is the base's state dict (torch tensors, found as by `apply_to`) or folder, of which only steps have
-        need. InputError: a tensor with steps, and no base, or another than the delta was made from.
+        need. InputError, before the first: steps, and no base; or a tensor of another base than the delta was made from.
         """
+        stepped = next((name for name, entry in self.entries.items() if entry.has_steps), None)
+        if stepped is not None and base is None:
+            raise InputError(
+                f"{self.path}: {stepped}: holds steps from the base's values, which cannot be told without them",
+                hint="give the base: load_delta(path, base), a state dict or a folder",
+            )
         with Reader() as reader:
-            read_of = _reads(base, reader)
+            read_of = _reads({} if base is None else base, reader)
             for name, entry in self.entries.items():
                 if entry.record.count:
                     with errors.context(f"{self.path}: {name}"):
@@ -176,26 +180,6 @@ class DeltaFile:
         return False
 
 
-def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = None) -> Iterator[Patch]:
-    """Patches of the artifact at `path`: (name, shape, dtype, values, flat indices or None), read one at a time.
-
-    `base` is the base's state dict or folder, which tensors of encoding `steps` are decoded from and checked against;
-    a state dict may be patched meanwhile. The folder is checked now, not at the first patch. InputError: it is damaged,
-    or holds values to add, or steps without a base.
-    """
-    delta = DeltaFile.open(path)
-    for name, entry in delta.entries.items():
-        if entry.record.values is not None:
-            raise InputError(
-                f"{path}: {name}: holds values to add, not final values",
-                hint="apply it to its base, or name it as a model of a recipe",
-            )
-    stepped = next((name for name, entry in delta.entries.items() if entry.has_steps), None)
-    if stepped is not None and base is None:
-        raise InputError(f"{path}: {stepped}: {STEPS}", hint=STEPS_HINT)
-    return delta.patches(base)
-
-
 def to_torch(bits: Array, dtype: str) -> torch.Tensor:
     """Flat bits as a torch tensor that shares their memory."""
     return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(torch_dtype(dtype))
@@ -257,10 +241,8 @@ def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
     return target
 
 
-def _reads(base: Mapping[str, Any] | str | Path | None, reader: Reader) -> Callable[[Entry], Read]:
+def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[Entry], Read]:
     """What reads the tensor of `base` that an entry with steps changes."""
-    if base is None:
-        return _no_base
     if isinstance(base, Mapping):
         state = base
 
@@ -280,10 +262,6 @@ def _reads(base: Mapping[str, Any] | str | Path | None, reader: Reader) -> Calla
         return elements(reader, info)
 
     return of_file
-
-
-def _no_base(entry: Entry) -> Read:
-    raise InputError(STEPS, hint=STEPS_HINT)
 
 
 def _patch(entry: Entry, read: Read | None) -> Patch:

@@ -23,7 +23,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deltamerge.delta.file import DeltaFile, load_delta, to_torch
+from deltamerge.delta.chain.live import load_delta
+from deltamerge.delta.file import DeltaFile, to_torch
 from deltamerge.delta.manifest import Base
 from deltamerge.delta.positions import CODINGS
 from deltamerge.delta.tensor_writer import BaseTensor

@@ -16,7 +16,7 @@ from deltamerge.delta.chain.fold import folded
 from deltamerge.delta.chain.folder import line, resolve
 from deltamerge.delta.chain.version import Content, Version, state_of
 from deltamerge.delta.entry import Entry, digest
-from deltamerge.delta.file import STEPS, STEPS_HINT, Patch, to_torch
+from deltamerge.delta.file import Patch, to_torch
 from deltamerge.delta.positions import Array
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import bits_type, code_of
@@ -57,11 +57,7 @@ class Delta(Iterator[Patch]):
         """The next patch: final values over what the version before makes. InputError: it is made of steps, and there
         is no `base` to take them from, or another."""
         if self._patches is None:
-            last = self._versions[-1].delta
-            stepped = next((name for name, entry in last.entries.items() if entry.has_steps), None)
-            if stepped is not None and self._base is None:
-                raise InputError(f"{self.path}: {stepped}: {STEPS}", hint=STEPS_HINT)
-            self._patches = last.patches(self._base)
+            self._patches = self._versions[-1].delta.patches(self._base)
         return next(self._patches)
 
     def __repr__(self) -> str:
