@@ -14,21 +14,20 @@ from deltamerge.delta.chain.folder import Opened, is_version, line, notes, resol
 from deltamerge.delta.chain.models import Models
 from deltamerge.delta.chain.version import (
     NAME,
-    VERSION,
     Named,
     Note,
     Version,
     base_contents,
     check_successor,
     contents,
-    note_text,
     state_of,
     stored_files,
+    write_note,
 )
 from deltamerge.delta.entry import TILE, digest
 from deltamerge.delta.file import DeltaFile
 from deltamerge.errors import InputError, UsageError
-from deltamerge.io.files import flat, writing
+from deltamerge.io.files import flat
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -95,8 +94,7 @@ class Link:
             after=Named(name=before.name, state=before.state),
             files=stored_files(folder, opened.files),
         )
-        with writing(folder):
-            (folder / VERSION).write_text(note_text(note), encoding="utf-8")
+        write_note(folder, note)
 
 
 def hash_of(reader: Reader, info: TensorInfo) -> str:
