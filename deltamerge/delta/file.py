@@ -81,7 +81,7 @@ class DeltaFile:
         """Final values, tensor by tensor, without unchanged ones; for an artifact that replaces.
 
         `base` is the base's state dict (torch tensors, found as by `apply_to`) or folder, of which only steps have
-        need. InputError, before the first: steps, and no base; or a tensor of another base than the delta was made from.
+        need. InputError: steps, and no base (before the first tensor); or another base than the delta was made from.
         """
         stepped = next((name for name, entry in self.entries.items() if entry.has_steps), None)
         if stepped is not None and base is None:

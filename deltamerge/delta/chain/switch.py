@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from blake3 import blake3
 
 from deltamerge import errors
 from deltamerge.delta.chain.fold import folded
-from deltamerge.delta.chain.folder import line, resolve
+from deltamerge.delta.chain.folder import Stamp, line, resolve, stamp
 from deltamerge.delta.chain.live import Change, Delta, bits_of, change_of
 from deltamerge.delta.chain.version import Version
 from deltamerge.delta.entry import OTHER_BASE, Entry, digest
@@ -25,7 +24,6 @@ from deltamerge.io.lazy import torch
 
 INT32 = 1 << 31
 T = TypeVar("T")
-_Stamp = tuple[int, int, int] | None
 
 
 class Switch:
@@ -96,7 +94,7 @@ class Known(Generic[T]):
         if keep is not None and keep < 1:
             raise InputError(f"keep is {keep}: at least the delta that is on is kept")
         self._keep, self._make = keep, make
-        self._made: OrderedDict[str, tuple[_Stamp, T]] = OrderedDict()
+        self._made: OrderedDict[str, tuple[Stamp | None, T]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._made)
@@ -104,12 +102,12 @@ class Known(Generic[T]):
     def get(self, delta: str | Path | Delta) -> T:
         """What is made of an artifact, a version of a chain, or a chain (its newest). InputError: one is damaged."""
         path = delta.path if isinstance(delta, Delta) else (resolve(Path(delta)) or Path(delta)).resolve()
-        key, stamp = str(path), _stamp(path)
-        if (found := self._made.get(key)) is None or found[0] != stamp:
+        key, held = str(path), stamp(path)
+        if (found := self._made.get(key)) is None or found[0] != held:
             self._made.pop(key, None)
             with errors.context(str(path if isinstance(delta, Delta) else delta)):
                 versions = delta.versions if isinstance(delta, Delta) else line(path)
-                self._made[key] = stamp, self._make(versions)
+                self._made[key] = held, self._make(versions)
         self._made.move_to_end(key)
         while self._keep is not None and len(self._made) > self._keep:
             self._made.popitem(last=False)
@@ -217,15 +215,6 @@ def _line_of(tensor: Any, where: Any) -> tuple[Any, Any]:
         at += rest % sizes[axis] * strides[axis]
         rest = rest // sizes[axis]
     return data.as_strided((span,), (1,)), at
-
-
-def _stamp(path: Path) -> _Stamp:
-    """Which artifact a folder holds."""
-    try:
-        status = os.stat(path / "delta.json")
-    except OSError:
-        return None  # opening it says what is missing
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _unfit(name: str, what: str) -> InputError:
