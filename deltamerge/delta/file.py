@@ -107,7 +107,7 @@ class DeltaFile:
             base_name = None
             if record.base is not None:
                 base_name = record.base_name or name
-                expected = (entry.base_dtype, tuple(record.base_shape or record.shape))
+                expected = entry.base_kind
                 if base.get(base_name) != expected:
                     found = base.get(base_name)
                     what = "is not there" if found is None else f"is {found[0]} {list(found[1])}"
@@ -133,7 +133,7 @@ class DeltaFile:
         nothing has been changed); stored arrays are damaged; or the file has become shorter.
         """
         entries = list(self.entries.values())
-        keys = [name if (name := e.record.base_name) is not None and name in state else e.name for e in entries]
+        keys = [entry.key_in(state) for entry in entries]
         uses = Counter(keys)
         targets: dict[str, Any] = {}
         for entry, key in zip(entries, keys, strict=True):
@@ -172,7 +172,7 @@ class DeltaFile:
         with errors.context(f"{self.path}: {entry.name}"):
             read = None if record.base is None else _window(target)
             if read is not None and (found := entry.digest_of(read)) != record.base:
-                if found == record.result and _described(target) == (record.dtype, tuple(record.shape)):
+                if found == record.result and _described(target) == entry.kind:
                     return True
                 raise InputError(OTHER_BASE, hint=f"this delta belongs to {self.manifest.base}")
             if check:
@@ -185,16 +185,22 @@ def to_torch(bits: Array, dtype: str) -> torch.Tensor:
     return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(torch_dtype(dtype))
 
 
+def bits_of(tensor: Any) -> Array:
+    """A tensor's bits, flat, on the CPU; its own memory where it is contiguous there."""
+    width = tensor.element_size()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    bits: Array = tensor.detach().cpu().contiguous().view(integers).numpy().reshape(-1).view(f"<u{width}")
+    return bits
+
+
 def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
     return code_of(tensor.dtype) or str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
 
 
 def _target(entry: Entry, target: Any, base: Base) -> Any:
     """The tensor that an entry changes; None if the base has none, or has one of another kind."""
-    record = entry.record
-    if record.base is None:
-        fits = target is not None and _described(target) == (record.dtype, tuple(record.shape))
-        return target if fits else None
+    if entry.record.base is None:
+        return target if target is not None and _described(target) == entry.kind else None
     try:
         return _fitting(entry, target)
     except InputError as error:
@@ -202,14 +208,9 @@ def _target(entry: Entry, target: Any, base: Base) -> Any:
         raise
 
 
-def _expected(entry: Entry) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of the base's tensor."""
-    return entry.base_dtype, tuple(entry.record.base_shape or entry.record.shape)
-
-
 def _fitting(entry: Entry, target: Any) -> Any:
     """`target`, if it is of the dtype and shape of the base's tensor. InputError: it is not."""
-    dtype, shape = _expected(entry)
+    dtype, shape = entry.base_kind
     if target is None or _described(target) != (dtype, shape):
         found = "is not there" if target is None else "is {} {}".format(*_described(target))
         raise InputError(f"{entry.name} {found}, the delta was made from {dtype} {shape}")
@@ -219,15 +220,15 @@ def _fitting(entry: Entry, target: Any) -> Any:
 def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
     """`target` changed in place, or the tensor that replaces it."""
     record = entry.record
-    if target is None or _described(target) != (record.dtype, tuple(record.shape)):
-        host = None if target is None else _host_bits(target.detach().cpu().contiguous())
-        made = to_torch(entry.apply(host), record.dtype).reshape(record.shape)
+    if target is None or _described(target) != entry.kind:
+        read = None if target is None else _window(target)
+        made = to_torch(entry.whole(read, check=False), record.dtype).reshape(record.shape)
         return made if target is None else made.to(target.device)
     if not record.count:
         return target
     data = target.detach()
     if data.device.type == "cpu" and data.is_contiguous():
-        apply_in_place(entry, _host_bits(data), scratch)
+        apply_in_place(entry, bits_of(data), scratch)
         return target
     flat = data.contiguous().reshape(-1)
     for positions, values in entry.pieces(_window(data) if entry.has_steps else None):
@@ -247,9 +248,7 @@ def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[En
         state = base
 
         def of_state(entry: Entry) -> Read:
-            name = entry.record.base_name
-            key = name if name is not None and name in state else entry.name
-            return _window(_fitting(entry, state.get(key)))
+            return _window(_fitting(entry, state.get(entry.key_in(state))))
 
         return of_state
     tensors = open_checkpoint(Path(base)).tensors
@@ -257,8 +256,9 @@ def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[En
     def of_file(entry: Entry) -> Read:
         name = entry.record.base_name or entry.name
         info = tensors.get(name)
-        if info is None or (info.dtype, tuple(info.shape)) != _expected(entry):
-            raise InputError(f"{base} has no {name} of {_expected(entry)[0]} {list(_expected(entry)[1])}")
+        dtype, shape = entry.base_kind
+        if info is None or (info.dtype, tuple(info.shape)) != (dtype, shape):
+            raise InputError(f"{base} has no {name} of {dtype} {list(shape)}")
         return elements(reader, info)
 
     return of_file
@@ -282,12 +282,5 @@ def _patch(entry: Entry, read: Read | None) -> Patch:
 
 
 def _window(tensor: Any) -> Read:
-    bits = _host_bits(tensor.detach().cpu().contiguous())
+    bits = bits_of(tensor)
     return lambda start, stop: bits[start:stop]
-
-
-def _host_bits(tensor: Any) -> Array:
-    width = tensor.element_size()
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
-    bits: Array = tensor.view(integers).numpy().reshape(-1).view(f"<u{width}")
-    return bits

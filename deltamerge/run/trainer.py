@@ -13,13 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from deltamerge import errors
 from deltamerge.delta.chain.fold import folded
 from deltamerge.delta.chain.folder import head, line, names
 from deltamerge.delta.chain.layers import check_complete
-from deltamerge.delta.chain.live import bits_of
 from deltamerge.delta.chain.models import open_model
 from deltamerge.delta.chain.publish import one_writer, publishing
 from deltamerge.delta.chain.version import (
@@ -34,14 +31,14 @@ from deltamerge.delta.chain.version import (
     write_note,
 )
 from deltamerge.delta.entry import TILE, Read
-from deltamerge.delta.file import DeltaFile, to_torch
+from deltamerge.delta.file import DeltaFile, bits_of, to_torch
 from deltamerge.delta.over_base import elements
 from deltamerge.delta.positions import Array
 from deltamerge.delta.tensor_writer import BaseTensor
 from deltamerge.delta.writer import DeltaWriter as ArtifactWriter
 from deltamerge.errors import InputError, OutputError
 from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.dtypes import FLOATING, bits_type, code_of, torch_dtype
+from deltamerge.io.dtypes import FLOATING, code_of, torch_dtype
 from deltamerge.io.lazy import torch
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
@@ -229,18 +226,8 @@ def _read(origin: Checkpoint, versions: Sequence[Version]) -> Bits:
             for one in delta.result(shapes):
                 info = None if one.base_name is None else origin.tensors[one.base_name]
                 assert one.entry is not None
-                read = None if info is None else elements(reader, info)
-                found[one.name] = _whole(one.entry.tiles(read), one.entry.size, one.dtype)
+                found[one.name] = one.entry.whole(None if info is None else elements(reader, info))
     return found
-
-
-def _whole(tiles: Any, size: int, dtype: str) -> Array:
-    out: Array = np.empty(size, bits_type(dtype))
-    done = 0
-    for bits in tiles:
-        out[done : done + bits.size] = bits
-        done += bits.size
-    return out
 
 
 def _matched(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any]) -> None:

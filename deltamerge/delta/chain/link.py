@@ -6,9 +6,6 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from blake3 import blake3
-
 from deltamerge import errors
 from deltamerge.delta.chain.folder import Opened, is_version, line, notes, resolve
 from deltamerge.delta.chain.models import Models
@@ -24,13 +21,12 @@ from deltamerge.delta.chain.version import (
     stored_files,
     write_note,
 )
-from deltamerge.delta.entry import TILE, digest
+from deltamerge.delta.entry import hash_of
 from deltamerge.delta.file import DeltaFile
+from deltamerge.delta.over_base import elements
 from deltamerge.errors import InputError, UsageError
-from deltamerge.io.files import flat
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +68,8 @@ class Link:
         if not name:
             return reference
         with Reader() as reader:
-            have = "" if name not in tensors else hash_of(reader, tensors[name])
+            info = tensors.get(name)
+            have = "" if info is None else hash_of(elements(reader, info), math.prod(info.shape))
         if have == end[name].hash:
             return reference
         if name in origin and have == origin[name].hash:
@@ -95,14 +92,3 @@ class Link:
             files=stored_files(folder, opened.files),
         )
         write_note(folder, note)
-
-
-def hash_of(reader: Reader, info: TensorInfo) -> str:
-    """The hash of a tensor's bytes, as delta.json has it."""
-    hasher, size = blake3(), math.prod(info.shape)
-    for start in range(0, size, TILE):
-        count = min(TILE, size - start)
-        out = np.empty(count * (info.nbytes // size), np.uint8)
-        reader.read_into(info, start, out)
-        hasher.update(flat(out))
-    return digest(hasher)

@@ -14,7 +14,7 @@ from conftest import load_tensors, make_checkpoint
 
 import deltamerge as dm
 from deltamerge.cli import main
-from deltamerge.delta.chain import switch as switches
+from deltamerge.delta.chain.change import Write
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import CODES
 
@@ -153,7 +153,7 @@ def test_any_failure_leaves_the_base(made: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError):
         switch.to(made / "store" / "none")
     assert bits(state) == base
-    put, left = switches._Write.put, [0]
+    put, left = Write.put, [0]
 
     def failing(write: Any) -> None:
         left[0] -= 1
@@ -162,7 +162,7 @@ def test_any_failure_leaves_the_base(made: Path, monkeypatch: pytest.MonkeyPatch
             raise KeyboardInterrupt
         put(write)
 
-    monkeypatch.setattr(switches._Write, "put", failing)
+    monkeypatch.setattr(Write, "put", failing)
     for after in (1, 2, 9):
         left[0] = after
         with pytest.raises(KeyboardInterrupt):
