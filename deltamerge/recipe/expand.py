@@ -60,7 +60,7 @@ def _faults(model: Model, found: Found | None, place: Loc, read: YamlSource) -> 
             message = "ema needs decay, the factor of the average so far"
             yield read.problem((*place, "schedule"), message, "decay: 0.9")
         else:
-            yield read.problem((*place, "decay"), "is of schedule: ema", key=True)
+            yield read.problem((*place, "decay"), "is of schedule: ema", "schedule: ema", key=True)
 
 
 def weighed(
