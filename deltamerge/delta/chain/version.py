@@ -67,7 +67,7 @@ class Note(Strict):
     state: Digest
     after: Named | None = None
     step: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
-    folded: Annotated[list[Named], Field(max_length=1_000_000)] = []
+    folded: Annotated[list[Named], Field(max_length=1_000_000)] = Field(default_factory=list)
     files: Annotated[dict[str, Stored], Field(max_length=100_000)]
 
 
