@@ -60,7 +60,7 @@ def _faults(model: Model, found: Found | None, place: Loc, read: YamlSource) -> 
             message = "ema needs decay, the factor of the average so far"
             yield read.problem((*place, "schedule"), message, "decay: 0.9")
         else:
-            yield read.problem((*place, "decay"), "is of schedule: ema", key=True)
+            yield read.problem((*place, "decay"), "is of schedule: ema", "schedule: ema", key=True)
 
 
 def weighed(
@@ -161,7 +161,9 @@ def _normalized(method: Any, levels: Sequence[Mapping[str, Value]]) -> bool:
     return given is True or given == 1 if given is not None else bool(method.parameters["normalize"].default_for(1))
 
 
-def _unlike(summed: RunningSum, items: Sequence[Member], several: Sequence[Member], read: YamlSource) -> Iterator[Problem]:
+def _unlike(
+    summed: RunningSum, items: Sequence[Member], several: Sequence[Member], read: YamlSource
+) -> Iterator[Problem]:
     """What cannot be added to a running sum."""
     known = set(summed.models)
     for member in several:

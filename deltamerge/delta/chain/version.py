@@ -22,6 +22,7 @@ from deltamerge.delta.entry import digest
 from deltamerge.delta.file import DeltaFile
 from deltamerge.delta.manifest import Digest, Manifest, Natural, Record, Strict
 from deltamerge.errors import InputError
+from deltamerge.io.files import writing
 from deltamerge.io.seals import hash_output
 from deltamerge.io.strict_json import read_json
 
@@ -66,7 +67,7 @@ class Note(Strict):
     state: Digest
     after: Named | None = None
     step: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
-    folded: Annotated[list[Named], Field(max_length=1_000_000)] = []
+    folded: Annotated[list[Named], Field(max_length=1_000_000)] = Field(default_factory=list)
     files: Annotated[dict[str, Stored], Field(max_length=100_000)]
 
 
@@ -199,10 +200,11 @@ def read_note(path: Path) -> Note | None:
         return note
 
 
-def note_text(note: Note) -> str:
-    """version.json, without defaults."""
+def write_note(folder: Path, note: Note) -> None:
+    """Write a version's version.json, without defaults. OutputError: the disk."""
     said = {"format": note.format, "version": note.version} | note.model_dump(exclude_defaults=True)
-    return json.dumps(said, ensure_ascii=False, indent=1) + "\n"
+    with writing(folder):
+        (folder / VERSION).write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def stored_files(folder: Path, files: Iterable[Path]) -> dict[str, Stored]:
