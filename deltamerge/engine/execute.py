@@ -7,26 +7,22 @@ import threading
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.engine.backends import TorchBackend
-from deltamerge.engine.devices import AUTO, Lane, fitting, is_out_of_memory, too_little, torch_device
-from deltamerge.engine.fused.program import Program
+from deltamerge.engine.devices import AUTO, fitting, torch_device
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first, function_of, schedule
-from deltamerge.engine.sink import Lender, Sink
-from deltamerge.engine.source import Making
+from deltamerge.engine.sink import Sink
 from deltamerge.engine.tasks import Job, Running, on_gpu
 from deltamerge.engine.tasks import Task as Task
+from deltamerge.engine.worker import Worker
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.tiles import Tile, block_elements
+from deltamerge.methods.tiles import block_elements
 
 TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
@@ -102,7 +98,6 @@ class _Engine:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
-        self.lender = self.sink if isinstance(self.sink, Lender) else None
         if self.device != "cpu":
             self.tile_elements = fitting(torch_device(self.device), self.workers, self.tile_elements)
         self.shared_by_id = {id(node): value for node, value in self.shared.items()}
@@ -125,19 +120,13 @@ class _Engine:
     @np.errstate(all="ignore")
     def _work(self) -> None:
         """The loop of one thread. numpy's warnings about NaN are off: they are counted when the result is written."""
-        lanes: dict[str, Lane] = {}
+        worker = Worker(self.reader, self.sink, self.progress, self._backend, self._tile_step, self._has_failed)
         with self.changed:
             self.working += 1
         try:
             while (job := self._take()) is not None:
-                task = job.running.task
-                with errors.context(f"tensor {task.name}"):
-                    if job.whole is not None:
-                        self._compute_at_once(job.whole, job.running, lanes)
-                    elif task.root.kind == "read":
-                        self._copy(job)
-                    else:
-                        self._compute(job, lanes)
+                with errors.context(f"tensor {job.running.task.name}"):
+                    worker.do(job)
                     self._complete(job)
         except BaseException as failure:
             self._fail(failure)
@@ -150,6 +139,9 @@ class _Engine:
         with self.changed:
             self.failure = self.failure or failure
             self.changed.notify_all()
+
+    def _has_failed(self) -> bool:
+        return self.failure is not None
 
     def _take(self) -> Job | None:
         with self.changed:
@@ -217,6 +209,11 @@ class _Engine:
             return jobs
         return []
 
+    def _tile_step(self, task: Task) -> int:
+        block = block_elements(task.root.shape)
+        most = self.tile_elements if task.backend == "torch" else min(self.tile_elements, TILE_ELEMENTS)
+        return max(1, most // block) * block
+
     def _jobs(self, running: Running) -> Iterator[Job]:
         root = running.task.root
         if root.kind == "read":
@@ -242,143 +239,13 @@ class _Engine:
             self.progress((stop - start) * size)
         return done
 
-    def _tile_step(self, task: Task) -> int:
-        block = block_elements(task.root.shape)
-        most = self.tile_elements if task.backend == "torch" else min(self.tile_elements, TILE_ELEMENTS)
-        return max(1, most // block) * block
-
-    def _copy(self, job: Job) -> None:
-        source: TensorInfo = job.running.task.root.parameter("tensor")
-        memory = self._lend(job.running.task, job.start, job.stop - job.start)
-        self.reader.read_into(source, job.start // ITEMSIZE[source.dtype], memory)
-        self._give(job.running.task, job.start, memory)
-
-    def _lend(self, task: Task, start: int, nbytes: int) -> NDArray[np.uint8]:
-        """Lent memory for a task's bytes from byte `start` of its node."""
-        if self.lender is None:
-            return np.empty(nbytes, np.uint8)
-        return self.lender.lend(task.name, task.offset + start, nbytes)
-
-    def _give(self, task: Task, start: int, memory: NDArray[np.uint8]) -> None:
-        assert self.sink is not None
-        give = self.sink.write if self.lender is None else self.lender.give
-        give(task.name, task.offset + start, memory)
-        self.progress(len(memory))
-
-    def _compute(self, job: Job, lanes: dict[str, Lane]) -> None:
-        running = job.running
-        root = running.task.root
-        step = self._tile_step(running.task)
-        if running.whole is not None and self._compute_whole(running.whole, job):
-            return
-        backend, lane = self._lane(running.task, lanes)
-        calls = [None if item.node.kind == "read" else backend.function(item.node) for item in running.steps]
-        for node in (item.node for item in running.steps if item.node.kind == "read"):
-            size = ITEMSIZE[node.dtype]
-            self.reader.advise(node.parameter("tensor"), job.start * size, (job.stop - job.start) * size)
-        start = job.start
-        while start < job.stop or start == job.start:
-            if self.failure is not None:
-                return
-            tile = Tile(start, min(job.stop, start + step), root.shape)
-            try:
-                self._tile(running, lane, calls, tile)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                step = self._smaller(running, lane, tile)
-                continue
-            start = max(tile.stop, start + 1)
-        lane.flush()
-
-    def _smaller(self, running: Running, lane: Lane, tile: Tile) -> int:
-        """Elements of a tile after one that a GPU had too little memory for: half. InputError: it was one block."""
-        block = block_elements(tile.shape)
-        if tile.size <= block:
-            raise too_little(lane.device, f"a tile of {tile.size:,} elements of {running.task.name}")
-        lane.flush()
-        return max(1, tile.size // 2 // block) * block
-
-    def _tile(self, running: Running, lane: Lane, calls: Sequence[Callable[..., Any] | None], tile: Tile) -> None:
-        """A pass on one tile; its reductions count when all of it has been computed."""
-        task, root = running.task, running.task.root
-        values: dict[int, Any] = {}
-        reduced: list[tuple[Node, Any]] = []
-        with lane.tile():
-            if running.loop is not None and tile.size:
-                stored = [lane.read(node, tile, running.uploads) for node in running.loop.reads]
-                made, partials = running.loop.run(tile, stored, lane.device)
-                reduced = [(s.node, partials[id(s.node)]) for s in running.steps if s.node.kind in REDUCTIONS]
-                values |= {id(root): made} if made is not None else {}
-                calls = ()
-            for item, call in zip(running.steps, calls, strict=False):
-                node = item.node
-                if call is None:
-                    values[id(node)] = lane.read(node, tile, running.uploads)
-                else:
-                    inputs = [values[id(s)] if id(s) in values else running.values[id(s)] for s in node.inputs]
-                    value = call(*inputs, tile=tile, **item.parameters)
-                    if node.kind in REDUCTIONS:
-                        reduced.append((node, value))
-                    else:
-                        values[id(node)] = value
-                for freed in item.frees:
-                    del values[id(freed)]
-            if id(root) in values:
-                start = tile.start * ITEMSIZE[root.dtype]
-                lane.emit(values[id(root)], partial(self._lend, task, start), partial(self._give, task, start))
-        for node, value in reduced:
-            self._reduce(running, node, tile.start, value)
-        if root.kind == "small":
-            self.progress(tile.size * ITEMSIZE[root.dtype])
-
-    def _lane(self, task: Task, lanes: dict[str, Lane]) -> tuple[TorchBackend, Lane]:
-        """A thread's lane of the backend of a task."""
-        backend = self._backend(task)
-        return backend, lanes.get(task.backend) or lanes.setdefault(task.backend, backend.lane(self.reader))
-
-    def _compute_at_once(self, node: Node, running: Running, lanes: dict[str, Lane]) -> None:
-        """The value of a `whole` node."""
-        made = Making(*self._lane(running.task, lanes), self._tile_step(running.task), lambda: bool(self.failure))
-        running.values[id(node)] = made.value(node, running.schedule.passes[running.index], running.values)
-
-    def _compute_whole(self, whole: Program, job: Job) -> bool:
-        running = job.running
-        task, root = running.task, running.task.root
-        size = ITEMSIZE[root.dtype]
-        written = running.index == len(running.schedule.passes) - 1 and root.kind not in REDUCTIONS
-        nbytes = (job.stop - job.start) * size
-        memory = self._lend(task, job.start * size, nbytes) if written else None
-        found = whole.run(job.start, job.stop, memory)
-        if found is None:
-            return False
-        for item in running.steps:
-            if item.node.kind in REDUCTIONS:
-                self._reduce(running, item.node, job.start, found[id(item.node)])
-        if memory is not None:
-            self._give(task, job.start * size, memory)
-        elif root.kind == "small":
-            self.progress(nbytes)
-        return True
-
-    def _reduce(self, running: Running, node: Node, start: int, value: Any) -> None:
-        """Add a sum at once (integers, so in any order); keep a concatenated partial under its tile's start."""
-        with self.changed:
-            parts = running.partials[id(node)]
-            if node.kind == "sum":
-                parts[0] = parts[0] + value if parts else value
-            else:
-                parts[start] = value
-
     def _complete(self, job: Job) -> None:
         running = job.running
         with self.changed:
             running.waiting -= 1
             if running.waiting:
                 return
-        for node in (item.node for item in running.steps if item.node.kind in REDUCTIONS):
-            parts = [part for _, part in sorted(running.partials[id(node)].items())]
-            running.values[id(node)] = parts[0] if node.kind == "sum" else np.concatenate(parts)
+        running.reduced()
         jobs = self._next_pass(running)
         if not jobs and running.uploads is not None:
             running.uploads.clear()

@@ -8,14 +8,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from deltamerge import errors
 from deltamerge.calibrate import merge_inputs
 from deltamerge.calibrate.reach import in_words
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.calibrate.spec import CalibrationInput, Spec
 from deltamerge.calibrate.spec import memory as stage_memory
-from deltamerge.calibrate.split import split
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.graph import Node
 from deltamerge.engine.tasks import Task, on_gpu
@@ -30,8 +28,8 @@ from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.quantised.packing import kept_bytes
 from deltamerge.io.running_sum import RunningSum
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.plan.calibration_graph import check_data, sources_of
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
-from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.folders import refuse_adapter, remarks
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
@@ -294,9 +292,9 @@ def _plan(
     held += held_coded(outputs, workers) + (vocabulary.held(workers) if vocabulary is not None else 0)
     tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
     builder, stages = found.builder, found.builder.deltas.stages
-    sources = _sources(stages, inputs)
+    sources = sources_of(stages, inputs)
     if options.data and densities is None:  # once: `fit` has the same sources
-        _check_data(sources, inputs)
+        check_data(sources, inputs)
     if sources:  # stages run one after another, before the first tile
         resident = [node.parameter("spec").memory for node in stages.calibrations]
         resident += [one.memory + stage_memory(one.source) for one in stages.inputs.values()]
@@ -377,29 +375,6 @@ def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
     if not parts:
         return f"device auto: {left}; nothing of it is faster on the GPU"
     return f"device auto: the GPU is for {' and '.join(parts)}; {left}"
-
-
-def _sources(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
-    """The data that stages run on, by the fine-tune's index in the recipe."""
-    measured = {**stages.activations, **stages.weighing}
-    sources = {i: node.parameter("source") for i, node in measured.items()}
-    sources |= {i: node.parameter("spec").source for i, node in stages.calibrated.items()}
-    sources |= {i: one.source for i, one in stages.inputs.items()}
-    if stages.rows is not None:
-        of_rows = (part.source for part in stages.rows.parameter("parts"))
-        sources |= {t.index: s for t, s in zip(inputs.tunes, of_rows, strict=True) if t.index is not None}
-    if stages.together is not None:
-        parts = stages.together.parameter("spec").sources
-        sources |= {t.index: s for t, s in zip(inputs.tunes, parts, strict=True) if t.index is not None}
-    return sources
-
-
-def _check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:
-    """InputError unless the rows exist, with the fields and labels that the model's head needs."""
-    configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
-    for index, source in sources.items():
-        with errors.context(f"calibration of {source.model}"):
-            split(source.calibration, source.folder, source.seed, configs[index], labelled=source.labelled)
 
 
 def _blocks(source: CalibrationInput) -> int:
