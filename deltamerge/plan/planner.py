@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deltamerge.calibrate import merge_inputs
 from deltamerge.calibrate.reach import in_words
@@ -36,15 +36,16 @@ from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.low_rank import factoring_note, held_by_factors
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
-from deltamerge.plan.moe import Mixture, MixtureOutputs
 from deltamerge.plan.outputs import Outputs, OutputTensor
 from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
-from deltamerge.plan.transplant import make_transplant
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.plan.vocabulary_config import edit_config
 from deltamerge.recipe import checks
 from deltamerge.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from deltamerge.plan.moe import Mixture, MixtureOutputs
 
 SHOWN_PROBLEMS = 8
 ADAPTER = Component(stem="adapter_model")
@@ -257,13 +258,14 @@ def _plan(
         refuse_adapter(inputs.template.name, inputs.template.checkpoint)
     own = own_weights(recipe, inputs)
     inputs = own or inputs
-    made = make_vocabulary if recipe.transplant is None else make_transplant
-    vocabulary = made(recipe, inputs)
+    vocabulary = _vocabulary(recipe, inputs)
     device, workers, memory = options.device, options.workers, options.memory
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)  # refuses what it cannot follow
     found: Outputs | MixtureOutputs
     if recipe.is_moe:
+        from deltamerge.plan.moe import MixtureOutputs
+
         found = MixtureOutputs(recipe, inputs, device, folder, memory)
     else:
         found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
@@ -301,7 +303,7 @@ def _plan(
         if stages.rows is not None:
             resident.append(merge_inputs.memory(stages.rows.parameter("parts")))
         peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
-    mixture = found.mixture(rows) if isinstance(found, MixtureOutputs) else None
+    mixture = None if isinstance(found, Outputs) else found.mixture(rows)
     if mixture is not None:  # before the first tile, too
         peak = max(peak, CALIBRATING_BYTES + mixture.spec.memory)
     peak += vocabulary.memory if vocabulary is not None else 0
@@ -363,6 +365,14 @@ def _plan(
         if recipe.output.kind == "sum" and isinstance(found, Outputs)
         else None,
     )
+
+
+def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
+    if recipe.transplant is None:
+        return make_vocabulary(recipe, inputs)
+    from deltamerge.plan.transplant import make_transplant
+
+    return make_transplant(recipe, inputs)
 
 
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
