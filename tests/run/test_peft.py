@@ -50,6 +50,7 @@ def both(folder: Path, recipe: str, more: str = "") -> tuple[Path, Path]:
     for kind in ("model", "peft"):
         (folder / f"{kind}.yaml").write_text(recipe.format(kind=kind, more=more))
         run(folder / f"{kind}.yaml", folder / f"out-{kind}")
+    assert not run(folder / "peft.yaml", folder / "out-peft").made  # it is up to date
     assert verify(folder / "out-peft", 1)
     return folder / "out-model", folder / "out-peft"
 
@@ -208,6 +209,7 @@ def test_own_weights_of_a_lora(
     text = LORA.format(method=method, q=q)
     (tmp_path / "r.yaml").write_text(text.replace(", density: 0.4None", ""))
     result = run(tmp_path / "r.yaml", tmp_path / "out")
+    assert not run(tmp_path / "r.yaml", tmp_path / "out").made
     assert verify(tmp_path / "out", 1)
     old = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     new = load_file(tmp_path / "out" / "adapter_model.safetensors")
