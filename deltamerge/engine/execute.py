@@ -14,7 +14,7 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.engine.backends import TorchBackend
-from deltamerge.engine.devices import AUTO, fitting, torch_device
+from deltamerge.engine.devices import fitting, torch_device, torch_devices
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first, function_of, schedule
 from deltamerge.engine.sink import Sink
 from deltamerge.engine.tasks import Job, Running, on_gpu
@@ -49,7 +49,7 @@ def execute(
         tasks           what to compute
         reader          reads the inputs
         sink            None: all roots are small or reductions
-        device          "cpu" or a GPU;  workers   threads
+        device          "cpu" or GPUs;  workers   threads, of GPUs at least one each
         tile_elements   of a tile; None: the device's own
         progress        called with the number of bytes done
         known           values of small nodes that are not computed again
@@ -58,17 +58,19 @@ def execute(
     A task whose root is a small node or a reduction makes no tensor; its value is returned, and its bytes count as
     progress.
 
-    At most `workers` + 1 tensors are in progress, and each worker holds one tile of each live value. The result does
-    not depend on `workers`, `tile_elements` or the device.
+    At most `workers` + 1 tensors are in progress, and each worker holds one tile of each live value. Several GPUs share
+    the tasks, each whole. The result does not depend on `workers`, `tile_elements` or the devices.
     """
     shared = shared_values([task.root for task in tasks], known or {})
-    if device == AUTO and any(on_gpu(task, device) for task in tasks) and torch_device(device).type == "cpu":
-        tasks = [replace(t, backend=backends.choose(t.root, "cpu")) if on_gpu(t, device) else t for t in tasks]
-        device = "cpu"
-    if not any(on_gpu(task, device) for task in tasks):
-        device = "cpu"  # a GPU that nothing is computed on is not begun
-    tile = tile_elements or own_tile(device)
-    engine = _Engine(iter(tasks), reader, sink, device, workers, tile, progress, done, shared)
+    devices: tuple[str, ...] = ("cpu",)  # a GPU that nothing is computed on is not begun
+    if any(on_gpu(task, device) for task in tasks):
+        devices = tuple(map(str, torch_devices(device)))
+        if devices == ("cpu",):  # "auto", and torch sees none
+            tasks = [replace(t, backend=backends.choose(t.root, "cpu")) if on_gpu(t, device) else t for t in tasks]
+    workers, tile = max(workers, len(devices)), tile_elements or own_tile(devices[0])
+    if devices != ("cpu",):
+        tile = min(fitting(torch_device(one), -(-workers // len(devices)), tile) for one in devices)
+    engine = _Engine(iter(tasks), reader, sink, devices, workers, tile, progress, done, shared)
     with (
         backends.quiet_allocator(),
         backends.single_threaded({task.backend for task in tasks if task.root.kind != "read"}),
@@ -84,13 +86,13 @@ class _Engine:
     upcoming: Iterator[Task]
     reader: Reader
     sink: Sink | None
-    device: str
+    devices: tuple[str, ...]
     workers: int
     tile_elements: int
     progress: Callable[[int], None]
     done: Callable[[str, int, int], bool]
     shared: dict[Node, Any]
-    backends: dict[str, TorchBackend] = field(default_factory=dict)
+    backends: dict[tuple[str, str], TorchBackend] = field(default_factory=dict)
     ready: deque[Job] = field(default_factory=deque)
     in_flight: int = 0
     working: int = 0
@@ -98,12 +100,11 @@ class _Engine:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
-        if self.device != "cpu":
-            self.tile_elements = fitting(torch_device(self.device), self.workers, self.tile_elements)
         self.shared_by_id = {id(node): value for node, value in self.shared.items()}
 
     def run(self) -> None:
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.workers)]
+        mine = [self.devices[number % len(self.devices)] for number in range(self.workers)]
+        threads = [threading.Thread(target=self._work, args=(device,), daemon=True) for device in mine]
         try:
             for thread in threads:
                 thread.start()
@@ -118,13 +119,13 @@ class _Engine:
             raise self.failure
 
     @np.errstate(all="ignore")
-    def _work(self) -> None:
-        """The loop of one thread. numpy's warnings about NaN are off: they are counted when the result is written."""
+    def _work(self, device: str) -> None:
+        """The loop of one thread, which computes on `device`. numpy's warnings about NaN are off: they are counted when the result is written."""
         worker = Worker(self.reader, self.sink, self.progress, self._backend, self._tile_step, self._has_failed)
         with self.changed:
             self.working += 1
         try:
-            while (job := self._take()) is not None:
+            while (job := self._take(device)) is not None:
                 with errors.context(f"tensor {job.running.task.name}"):
                     worker.do(job)
                     self._complete(job)
@@ -143,37 +144,42 @@ class _Engine:
     def _has_failed(self) -> bool:
         return self.failure is not None
 
-    def _take(self) -> Job | None:
+    def _take(self, device: str) -> Job | None:
+        """The next job for a device's thread; None: there are no more."""
         with self.changed:
             while self.failure is None:
-                if self.ready:
-                    return self.ready.popleft()
+                for place, job in enumerate(self.ready):
+                    if job.running.device in ("cpu", device):
+                        del self.ready[place]
+                        return job
                 task = next(self.upcoming, None)
                 if task is not None:
-                    self._start(task)
+                    self._start(task, device)
                 elif not self.in_flight:
                     return None
                 else:
                     self.changed.wait()
             return None
 
-    def _start(self, task: Task) -> None:
+    def _start(self, task: Task, device: str) -> None:
         if self._is_done(task, 0, nbytes_of(task.root.dtype, task.root.shape) // ITEMSIZE[task.root.dtype]):
             return
         plan = schedule(task.root)
-        running = Running(task, plan, ChainMap({}, self.shared_by_id))
-        if task.root.kind != "read" and self.device != "cpu":
-            running.uploads = self._backend(task).uploads(sum(map(bool, plan.passes)))
+        there = on_gpu(task, device)
+        running = Running(task, plan, ChainMap({}, self.shared_by_id), device if there else "cpu")
+        if there:
+            running.uploads = self._backend(running).uploads(sum(map(bool, plan.passes)))
         jobs = self._next_pass(running)
         self.in_flight += bool(jobs)
         self.ready.extend(jobs)
 
-    def _backend(self, task: Task) -> TorchBackend:
-        """The backend of a task, opened on first use: copies need none."""
+    def _backend(self, running: Running) -> TorchBackend:
+        """The backend of a running task, opened on first use: copies need none."""
+        key = running.task.backend, running.device
         with self.changed:
-            if task.backend not in self.backends:
-                self.backends[task.backend] = backends.open_backend(task.backend, self.device)
-            return self.backends[task.backend]
+            if key not in self.backends:
+                self.backends[key] = backends.open_backend(*key)
+            return self.backends[key]
 
     def _next_pass(self, running: Running) -> list[Job]:
         """The jobs of the next pass that must run; needless reductions are skipped."""
@@ -195,7 +201,7 @@ class _Engine:
             if not (last or reductions):
                 continue
             root = running.task.root
-            backend = None if root.kind == "read" else self._backend(running.task)
+            backend = None if root.kind == "read" else self._backend(running)
             wholes = [n for n in reductions if n.kind == "whole"]
             left_out = needless | set(map(id, wholes))
             running.steps = backends.steps(nodes, running.schedule.frees[index], root, left_out)
@@ -221,7 +227,7 @@ class _Engine:
         else:
             total = int(np.prod(root.shape, dtype=np.int64))
             tile = self._tile_step(running.task)
-            on_gpu = running.whole is None and self._backend(running.task).on_gpu
+            on_gpu = running.whole is None and self._backend(running).on_gpu
             step = GPU_TILES * tile if on_gpu else max(1, JOB_ELEMENTS // tile) * tile
         for start in range(0, max(total, 1), step):
             yield Job(running, start, min(total, start + step))

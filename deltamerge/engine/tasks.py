@@ -34,11 +34,15 @@ class Task:
 
 @dataclass(eq=False)
 class Running:
-    """A task in progress: small values so far, the running pass (`whole` runs it in one call), jobs it waits for."""
+    """A task in progress: small values so far, the running pass (`whole` runs it in one call), jobs it waits for.
+
+    device   of a task on a GPU the one that does all of it, where its tiles are kept; else "cpu", for any worker
+    """
 
     task: Task
     schedule: Schedule
     values: MutableMapping[int, Any]
+    device: str
     index: int = -1
     steps: list[Step] = field(default_factory=list)
     whole: Program | None = None

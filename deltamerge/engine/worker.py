@@ -27,7 +27,7 @@ from deltamerge.methods.tiles import Tile, block_elements
 class Worker:
     """One thread's way from jobs to the sink.
 
-    backend   opens the backend of a task
+    backend   opens the backend of a running task
     step      elements of a tile of a task: whole blocks
     stopped   whether the run has failed meanwhile
     lanes     of the backends that it has come by
@@ -36,7 +36,7 @@ class Worker:
     reader: Reader
     sink: Sink | None
     progress: Callable[[int], None]
-    backend: Callable[[Task], TorchBackend]
+    backend: Callable[[Running], TorchBackend]
     step: Callable[[Task], int]
     stopped: Callable[[], bool]
     lanes: dict[str, Lane] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class Worker:
         step = self.step(running.task)
         if running.whole is not None and self._compute_whole(running.whole, job):
             return
-        backend, lane = self._lane(running.task)
+        backend, lane = self._lane(running)
         calls = [None if item.node.kind == "read" else backend.function(item.node) for item in running.steps]
         for node in (item.node for item in running.steps if item.node.kind == "read"):
             size = ITEMSIZE[node.dtype]
@@ -138,14 +138,14 @@ class Worker:
         if root.kind == "small":
             self.progress(tile.size * ITEMSIZE[root.dtype])
 
-    def _lane(self, task: Task) -> tuple[TorchBackend, Lane]:
-        """The backend of a task, and this thread's lane of it."""
-        backend = self.backend(task)
-        return backend, self.lanes.get(task.backend) or self.lanes.setdefault(task.backend, backend.lane(self.reader))
+    def _lane(self, running: Running) -> tuple[TorchBackend, Lane]:
+        """The backend of a running task, and this thread's lane of it."""
+        backend, name = self.backend(running), running.task.backend
+        return backend, self.lanes.get(name) or self.lanes.setdefault(name, backend.lane(self.reader))
 
     def _compute_at_once(self, node: Node, running: Running) -> None:
         """The value of a `whole` node."""
-        made = Making(*self._lane(running.task), self.step(running.task), self.stopped)
+        made = Making(*self._lane(running), self.step(running.task), self.stopped)
         running.values[id(node)] = made.value(node, running.schedule.passes[running.index], running.values)
 
     def _compute_whole(self, whole: Program, job: Job) -> bool:

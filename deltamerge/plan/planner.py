@@ -55,7 +55,7 @@ ADAPTER = Component(stem="adapter_model")
 class PlanOptions:
     """How a plan is to be run.
 
-    device   where tiles are computed: cpu, cuda, cuda:N, or auto: a GPU for what it does faster, else the CPU
+    device   where tiles are computed: cpu, cuda, cuda:N, cuda:N,M, cuda:all, or auto: a GPU for what it does faster
     workers  threads
     memory   a cap in bytes; None: none
     data     whether the rows of calibrations are read, to check them
@@ -116,7 +116,7 @@ class Plan:
 
     @property
     def device(self) -> str:
-        """Where tiles are computed: cpu, cuda, cuda:N, or auto, some on a GPU."""
+        """Where tiles are computed: cpu, GPUs, or auto, some on a GPU."""
         return self.options.device
 
     @property
