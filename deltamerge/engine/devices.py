@@ -32,8 +32,8 @@ Give = Callable[["NDArray[np.uint8]"], None]
 
 
 def torch_devices(device: str) -> tuple[torch.device, ...]:
-    """torch's devices of a name: "cpu"; "cuda" (the first), "cuda:1", "cuda:0,1" or "cuda:all"; of "auto" the first GPU,
-    or the CPU where torch sees none. InputError: torch sees no such device."""
+    """torch's devices of a name: "cpu"; "cuda" (the first), "cuda:1", "cuda:0,1" or "cuda:all"; of "auto" the first
+    GPU, or the CPU where torch sees none. InputError: torch sees no such device."""
     kind, _, numbers = device.partition(":")
     if kind == "cpu" or (kind == AUTO and not torch.cuda.is_available()):
         return (torch.device("cpu"),)

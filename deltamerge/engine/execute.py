@@ -120,7 +120,8 @@ class _Engine:
 
     @np.errstate(all="ignore")
     def _work(self, device: str) -> None:
-        """The loop of one thread, which computes on `device`. numpy's warnings about NaN are off: they are counted when the result is written."""
+        """The loop of a device's thread. numpy's warnings about NaN are off: they are counted when the result is
+        written."""
         worker = Worker(self.reader, self.sink, self.progress, self._backend, self._tile_step, self._has_failed)
         with self.changed:
             self.working += 1

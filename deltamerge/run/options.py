@@ -37,8 +37,8 @@ def unwatched(_: Plan) -> Callable[[int], None]:
 class Options:
     """How a recipe is planned and run.
 
-    device           where tiles are computed: auto (the first GPU, if there is one, what it does faster), cpu, cuda (the
-                     first), cuda:N, cuda:N,M,… or cuda:all
+    device           where tiles are computed: auto (the first GPU, if there is one, what it does faster), cpu, cuda
+                     (the first), cuda:N, cuda:N,M or cuda:all
     workers          threads; None: as many as there are cores
     memory           a cap in bytes; None: none
     resume           go on where an interrupted run with the same inputs stopped; by default unless `force`
