@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
-from deltamerge.calibrate.blocks import BlockModel, Inputs, from_reader
+from deltamerge.calibrate.blocks import BlockModel, Inputs, Weights, from_reader
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
 from deltamerge.calibrate.data import Batches, check_new_tokens
 from deltamerge.calibrate.data import RowReader as Rows
@@ -26,8 +27,9 @@ from deltamerge.calibrate.resident import Drawn, Resident
 from deltamerge.calibrate.rows import HEADS, Row, select
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
+from deltamerge.calibrate.spread import current, spread
 from deltamerge.calibrate.statistics import LayerStatistics
-from deltamerge.engine.devices import torch_device
+from deltamerge.engine.devices import torch_device, torch_devices
 from deltamerge.engine.execute import shared_values
 from deltamerge.engine.graph import Graph, Node
 from deltamerge.engine.whole import computed
@@ -85,7 +87,11 @@ class Subject:
         masks: Sequence[Mapping[str, Node]] = (),
         known: Mapping[Node, Any] | None = None,
         protected: Mapping[str, Node] | None = None,
+        *,
+        reports: bool = True,
     ) -> None:
+        self._given, self._reports = (reader, masks, known, protected), reports
+        self.check: Callable[[], None] = lambda: None
         self.source, self.reader, self.known = source, reader, known or {}
         self.device = torch_device(source.device)
         self.infos = {tensor.name: tensor for tensor in source.tensors}
@@ -115,7 +121,7 @@ class Subject:
             precision=source.precision,
         )
         self.model.entering = self._advise
-        self.model.walked = partial(_ahead, self.counts[0])
+        self.model.walked = self._walked
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
         # the variants of one walk share a part's weights and masks; earlier reads are in the page cache
         part = max(self._part_bytes())
@@ -126,6 +132,7 @@ class Subject:
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in (protected or {}).items()}
         self.caches: list[Cache[Any]] = [self.start, *self.masks]
         self.sequences = 0
+        self._counting = threading.Lock()
         self.resident = Resident.of(reader, self.device, self.known)
 
     def _batched(self, rows: Sequence[Row], *, labelled: bool = False) -> Batches:
@@ -150,6 +157,8 @@ class Subject:
 
     def forget(self) -> None:
         """Free the cached weights and masks."""
+        for other in self.__dict__.pop("others", ()):
+            other.forget()
         for cache in self.caches:
             cache.clear()
         if self.resident is not None:
@@ -188,8 +197,15 @@ class Subject:
     def count(self, batches: Sequence[Inputs], models: int = 1) -> None:
         """Count `models` passes over `batches`."""
         count = models * sum(map(sequences, batches))
-        self.sequences += count
+        with self._counting:
+            self.sequences += count
         progress.here(progress.PASSES).step(count / self.counts[0])
+
+    def _walked(self, batches: Sequence[Inputs], passes: float) -> None:
+        """Say that a walk has made so many passes over batches; end it where another device's share has failed."""
+        self.check()
+        if self._reports:
+            progress.here(progress.PASSES).begin(passes * sum(map(sequences, batches)) / self.counts[0])
 
     def output_change(self, part: Part) -> O.OutputChange:
         """The objective of that name, on "search" or "held" rows."""
@@ -265,16 +281,42 @@ class Subject:
     ) -> list[list[float]]:
         """[choice of q's][mask] of the objective. A mask's choices are walked together: it is drawn once a walk, where
         it is not kept."""
-        variants = [pruned(self.start, self.masks[mask], q) for mask in masks for q in qs]
-        found = O.evaluate(self.model, objective, variants, counted=partial(self.count, objective.batches))
+        jobs = [(mask, q) for mask in masks for q in qs]
+        found = self._spread(O.evaluate, objective, jobs, lambda at, job: pruned(at.start, at.masks[job[0]], job[1]))
         return [found[i :: len(qs)] for i in range(len(qs))]
 
     def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q] | None]) -> list[list[Any]]:
         """Of every choice of q's what `objective.value` takes, for the first mask; of None, where nothing of the delta
         is kept."""
-        nothing = pruned(self.start, lambda name: None, {})
-        variants = [nothing if q is None else pruned(self.start, self.masks[0], q) for q in qs]
-        return O.reduced(self.model, objective, variants, counted=partial(self.count, objective.batches))
+
+        def weights(at: Subject, q: Mapping[str, Q] | None) -> Weights:
+            return pruned(at.start, lambda name: None, {}) if q is None else pruned(at.start, at.masks[0], q)
+
+        return self._spread(O.reduced, objective, qs, weights)
+
+    def _spread(
+        self,
+        value: Any,
+        objective: O.Objective | O.Generation,
+        jobs: Sequence[T],
+        weights: Callable[[Subject, T], Weights],
+    ) -> list[Any]:
+        """`value` of the models that jobs stand for, which several GPUs share."""
+
+        def some(at: Subject, share: Sequence[T], check: Callable[[], None]) -> list[Any]:
+            at.check = check
+            variants = [weights(at, job) for job in share]
+            there, counted = O.placed(objective, at.device), partial(self.count, objective.batches)
+            with current(at.device):
+                return value(at.model, there, variants, counted=counted)  # type: ignore[no-any-return]  # as is `value`
+
+        return spread([self, *self.others] if len(jobs) > 1 else [self], jobs, some)
+
+    @cached_property
+    def others(self) -> list[Subject]:
+        """The same on the other GPUs that calibration may use."""
+        devices = torch_devices(self.source.device)[1:]
+        return [Subject(replace(self.source, device=str(one)), *self._given, reports=False) for one in devices]
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
         """The objective of the base with the fine-tune's head, where nothing of the delta is kept."""
@@ -363,11 +405,6 @@ class Subject:
 
     def _placed(self, values: NDArray[Any]) -> Tensor:
         return torch.from_numpy(values).to(self.device)
-
-
-def _ahead(whole: int, batches: Sequence[Inputs], passes: float) -> None:
-    """Say that a walk has made so many passes over batches, where `whole` rows are one."""
-    progress.here(progress.PASSES).begin(passes * sum(map(sequences, batches)) / whole)
 
 
 def _config(source: CalibrationInput) -> Any:
