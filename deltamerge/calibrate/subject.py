@@ -9,36 +9,27 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
-from deltamerge.calibrate.ahead import Ahead
-from deltamerge.calibrate.blocks import BlockModel, Inputs, Weights, from_reader
-from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
+from deltamerge.calibrate.blocks import BlockModel, Inputs, Weights
+from deltamerge.calibrate.candidates import Q, pruned
 from deltamerge.calibrate.data import Batches, check_new_tokens
 from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Linear
-from deltamerge.calibrate.passes import sequences, stored
-from deltamerge.calibrate.resident import Drawn, Resident
+from deltamerge.calibrate.passes import sequences
 from deltamerge.calibrate.rows import HEADS, Row, select
-from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
+from deltamerge.calibrate.spec import STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.spread import current, spread
 from deltamerge.calibrate.statistics import LayerStatistics
+from deltamerge.calibrate.tensors import Tensors
 from deltamerge.engine.devices import torch_device, torch_devices
-from deltamerge.engine.execute import shared_values
-from deltamerge.engine.graph import Graph, Node
-from deltamerge.engine.whole import computed
+from deltamerge.engine.graph import Node
 from deltamerge.io import progress
 from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.ops import dense
-from deltamerge.methods.tiles import Kept
 
 T = TypeVar("T")
 Part = Literal["search", "held"]
@@ -95,8 +86,7 @@ class Subject:
         self.check: Callable[[], None] = lambda: None
         self.source, self.reader, self.known = source, reader, known or {}
         self.device = torch_device(source.device)
-        self.infos = {tensor.name: tensor for tensor in source.tensors}
-        self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
+        self.infos, self.pairs = source.infos, source.by_name
         self.config = _config(source)
         settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         self.task = task_of(source.calibration, settings)
@@ -121,21 +111,11 @@ class Subject:
             pad_token_id=self.reads.pad_token_id,
             precision=source.precision,
         )
-        self.model.entering = self._read_ahead
+        self.tensors = Tensors(source, reader, self.model, masks, self.known, protected or {})
+        self.start, self.masks, self.tune = self.tensors.start, self.tensors.masks, self.tensors.tune
         self.model.walked = self._walked
-        self._ahead = Ahead(partial(stored, reader))
-        self.tune = from_reader(lambda name: self._stored(self.infos[name]))
-        # the variants of one walk share a part's weights and masks; earlier reads are in the page cache
-        part = max(self._part_bytes())
-        self.start = Cache(lambda names: {name: self._start(name) for name in names}, part)
-        room = max(0, source.cache - part) // max(1, len(masks))
-        self.masks = [Cache(partial(self._masked, nodes), part, room) for nodes in masks]
-        columns = shared_values(list((protected or {}).values()), self.known)
-        self.protected = {name: torch.from_numpy(columns[node]) for name, node in (protected or {}).items()}
-        self.caches: list[Cache[Any]] = [self.start, *self.masks]
         self.sequences = 0
         self._counting = threading.Lock()
-        self.resident = Resident.of(reader, self.device, self.known)
 
     def _batched(self, rows: Sequence[Row], *, labelled: bool = False) -> Batches:
         return self.reads.batches(rows, size=self.size, labelled=labelled)
@@ -161,11 +141,7 @@ class Subject:
         """Free the cached weights and masks."""
         for other in self.__dict__.pop("others", ()):
             other.forget()
-        self._ahead.close()
-        for cache in self.caches:
-            cache.clear()
-        if self.resident is not None:
-            self.resident.clear()
+        self.tensors.forget()
 
     @property
     def layers(self) -> dict[str, Linear]:
@@ -330,91 +306,9 @@ class Subject:
         """Statistics over the search rows of the layers that had an input; `drawn`: with those of the first mask."""
         draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
         inputs = self.batches["search"].inputs
-        found = collect(self.model, self.tune, inputs, self.delta, draw=draw)
+        found = collect(self.model, self.tune, inputs, self.tensors.delta, draw=draw)
         self.count(inputs, 2 if drawn else 1)
         return found
-
-    def delta(self, name: str) -> Tensor | None:
-        """The part of a tensor's delta that is pruned: 0 in protected columns."""
-        if name not in self.pairs:
-            return None
-        tune, base = self.pairs[name]
-        if tune.shape != self.infos[name].shape:
-            return None
-        delta = self._read(tune) - self._read(base)
-        if name in self.protected:
-            delta[:, self.protected[name]] = 0.0
-        return delta
-
-    def _part_bytes(self) -> list[int]:
-        """Bytes of the tensors outside the blocks alone, and with each block."""
-        outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
-        return [outside, *(outside + block for block in blocks)]
-
-    def _read_ahead(self, part: int, weights: Weights) -> None:
-        """Read a part's weights while the one before it is computed; a fine-tune's whose masks are kept, only as its
-        own weights."""
-        names = self.model.parts[part] if part < len(self.model.parts) else ()
-        if weights is self.tune:
-            self._ahead.begin(self.infos[name] for name in names)
-            return
-        pairs = {name: self.pairs.get(name, (None, self.infos[name])) for name in names}
-        self._ahead.begin(start for name, (_, start) in pairs.items() if name not in self.start)
-        for name, (tune, _) in pairs.items():
-            if tune is not None and not all(name in mask for mask in self.masks):
-                self.reader.advise(tune, 0, tune.nbytes)
-
-    def _stored(self, info: TensorInfo) -> Tensor:
-        return self._ahead(info).to(self.device)
-
-    def _read(self, info: TensorInfo) -> Tensor:
-        """A stored tensor in float32; integers unchanged."""
-        tensor = self._stored(info)
-        return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
-
-    def _start(self, name: str) -> Tensor:
-        """The tensor that the masked delta is added to: the base with protected columns' deltas, else the fine-tune's
-        own."""
-        if name not in self.pairs:
-            return self._stored(self.infos[name])
-        tune, base = self.pairs[name]
-        if name in self.protected:
-            start, columns = self._read(base), self.protected[name]
-            start[:, columns] += self._read(tune)[:, columns] - start[:, columns]
-            return start
-        if tune.shape == self.infos[name].shape:
-            return self._stored(base)
-        start = self._read(self.infos[name])
-        start[: base.shape[0]] = self._read(base)
-        return start
-
-    def _drawn(self, node: Node, name: str) -> Drawn | None:
-        """A masked delta that a GPU draws anew, where it is over the base itself and a loop can."""
-        if self.resident is None or name in self.protected:
-            return None
-        return self.resident.drawn(node, self.pairs[name][1], tuple(self.infos[name].shape))
-
-    def _masked(self, nodes: Mapping[str, Node], names: Sequence[str]) -> dict[str, Masked | None]:
-        """The masked deltas of tensors, None where a tensor is not pruned."""
-        found: dict[str, Masked | None] = dict.fromkeys(names)
-        pruned = {name: nodes[name] for name in names if name in nodes}
-        found |= {name: self._drawn(node, name) for name, node in pruned.items()}
-        roots = {n: Graph().node(dense, [node], shape=node.shape) for n, node in pruned.items() if found[n] is None}
-        made = computed(roots, self.reader, device=self.source.device, known=self.known) if roots else {}
-        return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
-
-    def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
-        """A masked delta as positions and values, or dense, whichever is smaller."""
-        positions = np.flatnonzero(values)
-        if len(positions) < SPARSE_BELOW * len(values):
-            small = positions.astype(np.int32) if len(values) <= np.iinfo(np.int32).max else positions
-            return Kept(self._placed(small), self._placed(values[positions]))
-        whole = self.infos[name].shape
-        lacking = math.prod(whole) - len(values)
-        return self._placed(np.pad(values, (0, lacking)) if lacking else values).view(whole)
-
-    def _placed(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
 
 
 def _config(source: CalibrationInput) -> Any:

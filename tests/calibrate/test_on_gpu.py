@@ -69,8 +69,7 @@ def test_masks_are_drawn_by_the_loop_that_adds_them(q: Any, tmp_path: Path) -> N
     masked = torch.where(kept, delta, 0.0)
     of_q = torch.linspace(0.2, 0.9, 6)[:, None] if q == "rows" else q
     with simulated() as gpu, Reader() as reader, torch.no_grad():
-        resident = Resident.of(reader, torch.device("cuda"), {})
-        assert resident is not None
+        resident = Resident(reader, torch.device("cuda"), {})
         assert resident.drawn(sparse, infos["base"], (6, 40)) is None
         drawn = resident.drawn(node, infos["base"], (6, 40))
         assert drawn is not None
