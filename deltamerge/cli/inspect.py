@@ -44,6 +44,7 @@ from deltamerge.errors.shown import shown
 if TYPE_CHECKING:
     from deltamerge.inspect.check import Checked
     from deltamerge.recipe.file import RecipeFile
+    from deltamerge.recipe.open_values import Template
     from deltamerge.recipe.yaml_source import Loc
 
 
@@ -158,20 +159,20 @@ def plan(
     from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans, target_of
 
-    def describe(file: RecipeFile) -> dict[str, Any]:
+    def describe(file: RecipeFile, template: Template | None = None) -> dict[str, Any]:
         options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
         *before, planned = make_plans(file, options=options)
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
-        return planned.describe() | ({"intermediate": intermediate} if before else {})
+        study = None if template is None else template.describe() | describe_study(planned)
+        more = {"intermediate": intermediate} if before else {}
+        return planned.describe() | more | ({} if study is None else {"study": study})
 
     if graph and (old or as_json):
         raise click.UsageError("--graph stands alone")
     read = read_either(recipe, mergekit_exact=mergekit_exact, settings=settings)
+    template = read.template if isinstance(read, TemplateFile) else None
     file = read.file(next(read.template.examples())) if isinstance(read, TemplateFile) else read
-    described = describe(file)
-    if isinstance(read, TemplateFile):
-        options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
-        described["study"] = read.template.describe() | describe_study(make_plans(file, options=options)[-1])
+    described = describe(file, template)
     if old is not None:
         with errors.context(str(old)):
             before = describe(read_recipe(old, mergekit_exact=mergekit_exact))
@@ -186,10 +187,10 @@ def plan(
         for name, one in described.get("intermediate", {}).items():
             say(f"document {shown(name)}\n{render_plan(one, width=width, tensors=tensors)}\n")
         say(render_plan(described, width=width, target=target_of(file, None), tensors=tensors))
-        if isinstance(read, TemplateFile):
+        if template is not None:
             study = described["study"]
             took = f"{study['together']} candidates a walk in about {human(study['memory'])} of memory"
-            say("\n".join(paragraph(f"study: {in_words(read.template)}; {took}", width)))
+            say("\n".join(paragraph(f"study: {in_words(template)}; {took}", width)))
 
 
 @click.command(epilog="Example: deltamerge inspect ./models/math --base ./models/base --calibration calib.jsonl")

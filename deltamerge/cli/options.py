@@ -149,23 +149,23 @@ PICKLES = click.option(
 NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
 
 
-def _swept(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
+def _parsed(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
     from deltamerge.recipe.overrides import parse_setting
-    from deltamerge.recipe.varied import swept
 
     try:
-        return swept([parse_setting(text) for text in texts])
+        return list(map(parse_setting, texts))
     except InputError as error:
         raise click.BadParameter(str(error)) from error
 
 
 def _settings(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
-    from deltamerge.recipe.overrides import parse_setting
+    return dict(_parsed(texts))
 
-    try:
-        return dict(map(parse_setting, texts))
-    except InputError as error:
-        raise click.BadParameter(str(error)) from error
+
+def _swept(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
+    from deltamerge.recipe.open_values import swept
+
+    return swept(_parsed(texts))
 
 
 SET_OR_SWEEP = click.option(

@@ -20,18 +20,18 @@ from running import run
 from safetensors.torch import load_file, save_file
 
 from deltamerge.errors import InputError, RecipeError
+from deltamerge.inspect.search.candidates import candidates_of
 from deltamerge.inspect.search.command import value_of
 from deltamerge.inspect.search.outcome import Bench, Outcome, pareto, ranked
 from deltamerge.inspect.search.proposals import load_optuna, sampler
-from deltamerge.inspect.search.setting import candidates_of
-from deltamerge.inspect.search.study import search
+from deltamerge.inspect.search.search import search
 from deltamerge.inspect.search.walk import Walk
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe, read_template
 from deltamerge.recipe.load import loads
+from deltamerge.recipe.open_values import Range
 from deltamerge.recipe.prune_keys import Prune
 from deltamerge.recipe.schema import schema
 from deltamerge.recipe.study_keys import Study
-from deltamerge.recipe.varied import Range
 from deltamerge.run.options import Options
 
 OPTIONS = Options(device="cpu", workers=1)
