@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from deltamerge.recipe.load import load_all
 from deltamerge.recipe.open_values import Template, is_open, template_of, written
 from deltamerge.recipe.overrides import overridden
 from deltamerge.recipe.schema import Recipe
-from deltamerge.recipe.yaml_source import Loc
+from deltamerge.recipe.yaml_source import Loc, YamlSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,12 @@ def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | Non
 
 def read_text(whole: str, path: Path) -> RecipeFile:
     """The recipe file whose text is `whole`, as if it stood at `path`. RecipeError: as for `read_recipe`."""
-    recipes = load_all(yaml_source.loads_all(whole, str(path)))
+    return _recipe(whole, path, yaml_source.loads_all(whole, str(path)))
+
+
+def _recipe(whole: str, path: Path, sources: Sequence[YamlSource]) -> RecipeFile:
+    """The recipe file whose text is `whole`, and whose documents `sources`."""
+    recipes = load_all(sources)
     if any(recipe.mergekit for recipe in recipes):
         whole, recipes = mergekit.written_out(whole, recipes)
     if len(recipes) == 1:
@@ -124,7 +129,8 @@ def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> Temp
 
     RecipeError: open values that are none. InputError: several documents.
     """
-    return _template(*_text_of(path, False, settings))
+    whole, path = _text_of(path, False, settings)
+    return _template(whole, path, yaml_source.loads_all(whole, str(path)))
 
 
 def read_either(
@@ -132,13 +138,11 @@ def read_either(
 ) -> RecipeFile | TemplateFile:
     """`read_template` of a recipe that leaves values open, else `read_recipe`."""
     whole, path = _text_of(path, mergekit_exact, settings)
-    if any(map(is_open, yaml_source.loads_all(whole, str(path)))):
-        return _template(whole, path)
-    return read_text(whole, path)
-
-
-def _template(whole: str, path: Path) -> TemplateFile:
     sources = yaml_source.loads_all(whole, str(path))
+    return (_template if any(map(is_open, sources)) else _recipe)(whole, path, sources)
+
+
+def _template(whole: str, path: Path, sources: Sequence[YamlSource]) -> TemplateFile:
     if len(sources) > 1:
         raise InputError(f"{path}: has several documents, and values are left open in one", hint="run the others first")
     return TemplateFile(path, whole, template_of(sources[0]))

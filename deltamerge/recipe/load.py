@@ -82,6 +82,7 @@ def flatten(
     parts: list[Section] = []
     series: list[Series] = []
     is_sum = recipe.output.kind == "sum"
+    folder = Path(read.path).resolve().parent
 
     def add(
         loc: Loc, module: str | None, key: str, found: Sequence[Model], base: str | None,
@@ -89,7 +90,7 @@ def flatten(
     ) -> None:  # fmt: skip
         several: list[Member] = []
         for i, model in enumerate(found):
-            several += members(model, i, (*loc, key, i), read, problems)
+            several += members(model, i, (*loc, key, i), folder, read, problems)
         several, described = weighed(several, recipe.merge_method, levels, read, problems, is_sum=is_sum)
         series.extend(described)
         indices = tuple(range(len(models), len(models) + len(several)))

@@ -164,7 +164,7 @@ def _is_of_head(name: str) -> bool:
 
 
 def open_model(reference: str, base: str | None, folder: Path | None = None, *, pickles: bool = False) -> Checkpoint:
-    """A model with all its tensors as numbers, codes decoded: a delta, a chain's version or an adapter over its base."""
+    """A model with all its tensors as numbers, codes decoded: a delta, a version or an adapter over its base."""
     here = folder or Path.cwd()
     models = Models()
     opener = partial(models.open, weights=True, pickles=pickles)

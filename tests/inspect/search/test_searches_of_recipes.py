@@ -171,6 +171,15 @@ def test_eval_is_what_transformers_computes(folder: Path, capsys, monkeypatch: p
     assert delta["scores"] == merged["scores"]  # a delta artifact over its base is what it was made of
     assert set(merged["scores"]) == {"a", "b"}
     assert by_recipe["rows"] == {"a": 24, "b": 24}
+    chain = [Path("chain/000001"), Path("chain/000002")]
+    for words in (("other", "base", "--out", chain[0]), ("merged", "other", "--out", chain[1], "--after", chain[0])):
+        code, _, err = call(capsys, "extract", *words, "-q")
+        assert code == 0, err
+    code, out, err = call(capsys, "eval", "chain", "base+chain/000002", "--recipe", "merge.yaml", "--json")
+    assert code == 0, err
+    assert [one["scores"] for one in json.loads(out)["models"]] == [merged["scores"]] * 2
+    opened = candidates_of(read_template(write(folder, TWO, "open")), OPTIONS).opener("base+chain/000001", folder)
+    assert opened.tensors.keys() == load_tensors(folder / "other").keys()
     code, out, _ = call(capsys, "eval", "tuned", *rows_of[:-1], "--csv", "--sequences", "5", "--metric", "f1")
     assert code == 0
     assert out.splitlines()[0] == "model,f1"
