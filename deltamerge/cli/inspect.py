@@ -23,7 +23,6 @@ from deltamerge.cli.options import (
     RECIPE,
     SET,
     WORKERS,
-    calibration_of,
     rows_of_text,
 )
 from deltamerge.cli.output import (
@@ -215,10 +214,7 @@ def plan(
 def inspect(
     model: str,
     base: str,
-    calibration: str | None,
-    text: tuple[str, ...],
-    sequences: int,
-    length: int,
+    calibration: dict[str, Any] | None,
     density: float,
     tensors: bool,
     page: Path | None,
@@ -240,9 +236,8 @@ def inspect(
 
     if force and page is None:
         raise click.UsageError("--force is for the FILE of --report")
-    rows = calibration_of(calibration, text, sequences=sequences, length=length)
     report = inspect_delta(
-        model, base, calibration=rows, density=density, out=page, force=force, device=device, workers=workers,
+        model, base, calibration=calibration, density=density, out=page, force=force, device=device, workers=workers,
         pickles=pickles,
     )  # fmt: skip
     if as_csv:
@@ -273,11 +268,7 @@ def recommend(
     model: str,
     base: str,
     density: float,
-    calibration: str | None,
-    text: tuple[str, ...],
-    sequences: int,
-    length: int,
-    label: str | None,
+    calibration: dict[str, Any] | None,
     out: Path | None,
     device: str,
     workers: int | None,
@@ -294,9 +285,8 @@ def recommend(
     from deltamerge.cli.studies import render_recommend
     from deltamerge.inspect.study import recommend as recommend_pruning
 
-    rows = calibration_of(calibration, text, sequences=sequences, length=length, label=label)
     answer = recommend_pruning(
-        model, base, density, calibration=rows, out=out, device=device, workers=workers, pickles=pickles
+        model, base, density, calibration=calibration, out=out, device=device, workers=workers, pickles=pickles
     )
     if as_csv:
         say_table(answer.candidates)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,6 @@ from deltamerge.io import kernels
 from deltamerge.io.files import scratch
 
 if TYPE_CHECKING:
-    from deltamerge.plan.planner import Plan
     from deltamerge.recipe.yaml_source import Loc
 
 
@@ -112,7 +110,6 @@ def run(
     from deltamerge.run.publish import SCHEME, fetch
     from deltamerge.run.runner import finish as finish_parts
     from deltamerge.run.runner import run as run_recipe
-    from deltamerge.run.weights import describe_nonfinite
 
     if sum((finish, part is not None, ray is not None)) > 1:
         raise click.UsageError("--part, --finish and --ray exclude each other")
@@ -137,15 +134,10 @@ def run(
     if theirs.warning and not quiet:
         tell(f"warning: {theirs.warning}")
     begun, warnings = time.monotonic(), Warnings()
-
-    def watch(plan: Plan) -> Callable[[int], None]:
-        warnings.say(plan)
-        return lambda _: None
-
     options = Options(
         device=device, workers=workers, memory=memory, resume=resume or None, force=force,
         allow_nonfinite=allow_nonfinite,
-        pickles=pickles, watch=watch, drawing=drawing if pictures else None,
+        pickles=pickles, watch=warnings.watch, drawing=drawing if pictures else None,
     )  # fmt: skip
     published = None
     with ExitStack() as held:
@@ -166,9 +158,7 @@ def run(
             result = run_on_ray(file, out, options, address=ray)
         else:
             result = run_recipe(file, out, options, part=Part.parse(part) if part else None)
-    warnings.say(result.plan)
-    if result.nonfinite:
-        tell(f"warning: {describe_nonfinite(result.nonfinite)}")
+    warnings.end(result)
     lock = options.lock if not part else None
     differing = lock.differences(result.lock["outputs"]) if lock is not None and lock.content["outputs"] else []
     found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
