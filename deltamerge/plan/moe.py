@@ -305,10 +305,6 @@ def _family(model: Input) -> str:
     return str(family)
 
 
-def _activation(model: Input) -> str:
-    return str(model.checkpoint.config.get("hidden_act", "silu"))
-
-
 def _layers(model: Input) -> dict[int, dict[str, TensorInfo]]:
     """The tensors of every layer by what follows its number. InputError: layers are missing."""
     found: dict[int, dict[str, TensorInfo]] = {}

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from xxhash import xxh3_128
 
-from deltamerge.errors import InputError, OutputError, RecipeError
+from deltamerge.errors import InputError, RecipeError
 from deltamerge.inspect.lines import lines
 from deltamerge.inspect.search.candidates import candidates_of, fixed
 from deltamerge.inspect.search.folder import StudyFolder
@@ -26,6 +26,7 @@ from deltamerge.inspect.style import STYLE
 from deltamerge.inspect.svg import Panel, Point, bars, picture
 from deltamerge.io import progress
 from deltamerge.io.atomic import replace_file
+from deltamerge.io.files import writing
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.yaml_source import Loc
 from deltamerge.run.options import Options
@@ -204,24 +205,21 @@ def _keys(
 
 
 def _read(path: Path) -> dict[str, Outcome]:
-    """Outcomes by key; a line that was cut short is left out."""
+    """Outcomes by key; a line that was cut short or damaged is left out."""
     found: dict[str, Outcome] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
             found[entry["key"]] = Outcome(tuple(entry["values"]), entry["scores"], entry.get("error"))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return {key: outcome for key, outcome in found.items() if outcome.error is None}
 
 
 def _append(path: Path, key: str, outcome: Outcome) -> None:
     entry = {"key": key, "values": outcome.values, "scores": outcome.scores, "error": outcome.error}
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}") from None
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def _keep(

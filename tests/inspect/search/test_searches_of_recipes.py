@@ -325,8 +325,10 @@ def test_a_sweep_scores_what_runs_write_and_goes_on(folder: Path, capsys, monkey
     assert yaml.safe_load(Path("recipe.best.yaml").read_text())["seed"] == int(found["rows"][best]["values"]["seed"])
     assert call(capsys, "run", "recipe.best.yaml", "--locked")[0] == 0
     assert load_tensors(folder / "recipe.best-merged").keys() == load_tensors(folder / "tuned").keys()
-    code, out, _ = call(capsys, *asked)  # nothing is left to do; seeds are averaged
-    assert code == 0
+    with (folder / "recipe-sweep" / "results.jsonl").open("ab") as damaged:
+        damaged.write(b"\xff\n" + b"[" * 100_000)
+    code, out, err = call(capsys, *asked)  # nothing is left to do; seeds are averaged
+    assert code == 0, err
     assert "±" in out
     assert (folder / "recipe-sweep" / "sweep.svg").read_text().startswith("<svg")
     code, _, err = call(capsys, "sweep", write(folder, ONE % "", "none"))
@@ -615,5 +617,6 @@ def test_one_process_at_a_time(folder: Path) -> None:
     one = StudyFolder(folder / "study")
     with one.locked(force=False), pytest.raises(OutputError, match="another process"), one.locked(force=False):
         pass
-    with pytest.raises(OutputError, match="holds something else"), StudyFolder(folder / "base").locked(force=True):
-        pass
+    for name, said in {"base": "holds something else", "calib.jsonl": "cannot be written"}.items():
+        with pytest.raises(OutputError, match=said), StudyFolder(folder / name).locked(force=True):
+            pass
