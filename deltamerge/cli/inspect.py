@@ -132,16 +132,13 @@ def _annotate_checked(found: Checked) -> None:
 @AS_JSON
 def plan(
     recipe: Path,
-    device: str,
-    workers: int | None,
-    memory: int | None,
     old: Path | None,
     graph: bool,
     tensors: bool,
     mergekit_exact: bool,
     settings: dict[Loc, str],
-    pickles: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Show what a run of RECIPE would do, and what it takes.
 
@@ -159,8 +156,7 @@ def plan(
     from deltamerge.run.plans import make_plans, target_of
 
     def describe(file: RecipeFile, template: Template | None = None) -> dict[str, Any]:
-        options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
-        *before, planned = make_plans(file, options=options)
+        *before, planned = make_plans(file, options=Options(**options))
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
         study = None if template is None else template.describe() | describe_study(planned)
         more = {"intermediate": intermediate} if before else {}
@@ -219,11 +215,9 @@ def inspect(
     tensors: bool,
     page: Path | None,
     force: bool,
-    device: str,
-    workers: int | None,
-    pickles: bool,
     as_json: bool,
     as_csv: bool,
+    **options: Any,
 ) -> None:
     """Measure the delta of MODEL: how large it is, and where.
 
@@ -236,10 +230,7 @@ def inspect(
 
     if force and page is None:
         raise click.UsageError("--force is for the FILE of --report")
-    report = inspect_delta(
-        model, base, calibration=calibration, density=density, out=page, force=force, device=device, workers=workers,
-        pickles=pickles,
-    )  # fmt: skip
+    report = inspect_delta(model, base, calibration=calibration, density=density, out=page, force=force, **options)
     if as_csv:
         say_table(report.tensors)
     else:
@@ -270,11 +261,9 @@ def recommend(
     density: float,
     calibration: dict[str, Any] | None,
     out: Path | None,
-    device: str,
-    workers: int | None,
-    pickles: bool,
     as_json: bool,
     as_csv: bool,
+    **options: Any,
 ) -> None:
     """Say which pruning suits the delta of MODEL at a density.
 
@@ -285,9 +274,7 @@ def recommend(
     from deltamerge.cli.studies import render_recommend
     from deltamerge.inspect.study import recommend as recommend_pruning
 
-    answer = recommend_pruning(
-        model, base, density, calibration=calibration, out=out, device=device, workers=workers, pickles=pickles
-    )
+    answer = recommend_pruning(model, base, density, calibration=calibration, out=out, **options)
     if as_csv:
         say_table(answer.candidates)
     else:

@@ -188,13 +188,10 @@ def run(
 @AS_JSON
 def calibrate(
     recipe: Path,
-    device: str,
-    workers: int | None,
-    memory: int | None,
     settings: dict[Loc, str],
-    pickles: bool,
     plot: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Choose the q's of RECIPE on its calibration data, no more.
 
@@ -209,7 +206,7 @@ def calibrate(
         from deltamerge.inspect.pictures import check_plot, draw
 
         check_plot(plot)
-    found = calibrate_recipe(file, Options(device=device, workers=workers, memory=memory, pickles=pickles))
+    found = calibrate_recipe(file, Options(**options))
     if plot is not None:
         draw(found, plot)
     say_json(found) if as_json else say(render_calibration(found))
@@ -228,12 +225,9 @@ def calibrate(
 def lock(
     recipe: Path,
     check: bool,
-    device: str,
-    workers: int | None,
-    memory: int | None,
     mergekit_exact: bool,
     settings: dict[Loc, str],
-    pickles: bool,
+    **options: Any,
 ) -> None:
     """Write the lock of RECIPE beside it: its inputs by content, and its q's.
 
@@ -249,11 +243,11 @@ def lock(
     from deltamerge.run.runner import lock as lock_recipe
 
     file = read_recipe(recipe, mergekit_exact=mergekit_exact, settings=settings)
-    options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
+    chosen = Options(**options)
     if check:
-        check_lock(file, options)
+        check_lock(file, chosen)
         tell(f"{file.lock_path}: is that of {recipe} and its inputs")
         return
-    written = lock_recipe(file, options)
-    chosen = f", the q's of {len(written.calibration)} models" if written.calibration else ""
-    tell(f"{file.lock_path}: written; {len(written.content['inputs'])} inputs{chosen}")
+    written = lock_recipe(file, chosen)
+    found = f", the q's of {len(written.calibration)} models" if written.calibration else ""
+    tell(f"{file.lock_path}: written; {len(written.content['inputs'])} inputs{found}")
