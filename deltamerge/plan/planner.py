@@ -18,7 +18,7 @@ from deltamerge.calibrate.spec import memory as stage_memory
 from deltamerge.calibrate.split import split
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.graph import Node
-from deltamerge.engine.tasks import Task, on_gpu
+from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Adapter
@@ -119,11 +119,6 @@ class Plan:
     def device(self) -> str:
         """Where tiles are computed: cpu, cuda, cuda:N, or auto, some on a GPU."""
         return self.options.device
-
-    @property
-    def uses_gpu(self) -> bool:
-        """Whether anything is computed on a GPU."""
-        return self.device != "cpu" and (bool(self.sources) or any(on_gpu(t, self.device) for t in self.tasks))
 
     @property
     def workers(self) -> int:
