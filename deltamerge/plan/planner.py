@@ -254,8 +254,7 @@ def _plan(
         refuse_adapter(inputs.template.name, inputs.template.checkpoint)
     own = own_weights(recipe, inputs)
     inputs = own or inputs
-    made = make_vocabulary if recipe.transplant is None else make_transplant
-    vocabulary = made(recipe, inputs)
+    vocabulary = (make_vocabulary if recipe.transplant is None else make_transplant)(recipe, inputs)
     device, workers, memory = options.device, options.workers, options.memory
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)  # refuses what it cannot follow
@@ -279,8 +278,7 @@ def _plan(
     else:
         layout = plan_layout(metas, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
     outputs = tuple(row.output(layout) for row in rows)
-    is_delta = recipe.output.kind == "delta"
-    held = held_by_delta(outputs, workers) if is_delta else held_by_files(outputs, workers, memory)
+    held = held_by_delta(outputs, workers) if recipe.output.kind == "delta" else held_by_files(outputs, workers, memory)
     if recipe.output.lora:
         held += held_by_factors(recipe.output, outputs, workers, moments=bool(found.builder.deltas.stages.inputs))
     held += kept_bytes(info for model in inputs.all for info in model.tensors.values())

@@ -322,6 +322,7 @@ def test_a_sweep_scores_what_runs_write_and_goes_on(folder: Path, capsys, monkey
         assert row["scores"]["a"]["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     best = min(range(4), key=lambda i: found["rows"][i]["objectives"][0])
     assert found["best"] == best
+    assert Path(found["recipe"]) == path.with_name("recipe.best.yaml")
     assert yaml.safe_load(Path("recipe.best.yaml").read_text())["seed"] == int(found["rows"][best]["values"]["seed"])
     assert call(capsys, "run", "recipe.best.yaml", "--locked")[0] == 0
     assert load_tensors(folder / "recipe.best-merged").keys() == load_tensors(folder / "tuned").keys()
