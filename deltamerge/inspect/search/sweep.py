@@ -163,7 +163,7 @@ def sweep(
             if best is None:
                 raise InputError(f"{file.path}: every point failed: {rows[0].outcome.error}")
             found = _keep(found, file, points, bench, options, keep)
-    _write(found)
+        _write(found)
     return found
 
 
