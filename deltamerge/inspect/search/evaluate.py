@@ -107,7 +107,7 @@ def evaluate(
             whole = None if question.head is None else open_model(question.head, base, question.folder, pickles=pickles)
             known: tuple[Task, Sheet] | None = None
             for model, checkpoint in opened.items():
-                with calibrating(model, 1, "evaluating"):
+                with calibrating(model, 1, "evaluating", device=chosen):
                     if known is None or whole is None:
                         task = Task(
                             question.name or model,
