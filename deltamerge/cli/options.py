@@ -81,8 +81,8 @@ FOLDER = Folder(path_type=Path)
 MODEL = Reference()
 FILE = Reference(files=True)
 DEVICE = click.option(
-    "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where tiles are computed.",
-    shell_complete=some("auto", "cpu", "cuda", "cuda:0"),
+    "--device", default="auto", metavar="auto|cpu|cuda[:N,M|:all]", help="Where tiles are computed.",
+    shell_complete=some("auto", "cpu", "cuda", "cuda:0", "cuda:all"),
 )  # fmt: skip
 WORKERS = click.option(
     "--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads; default: the cores of this machine."
