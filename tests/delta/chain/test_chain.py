@@ -229,6 +229,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda c: (c / NAMES[2] / "delta.safetensors").write_bytes(b"12345678"), "bytes, not"),
     "no version.json": (lambda c: (c / NAMES[2] / VERSION).unlink(), "ends"),
     "version.json torn": (lambda c: (c / NAMES[2] / VERSION).write_text('{"format":'), "not valid JSON"),
+    "another alphabet": (
+        lambda c: other(c / NAMES[2] / VERSION, lambda said: said["after"].update(name="é")),
+        "after.name: String should match",
+    ),
     "later format": (lambda c: other(c / NAMES[2] / VERSION, lambda said: said.update(version=2)), "upgrade"),
     "other file of version.json": (
         lambda c: other(c / NAMES[2] / VERSION, lambda said: said["files"].pop("delta.safetensors")), "does not list"),
