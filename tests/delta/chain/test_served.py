@@ -98,7 +98,7 @@ def test_an_sglang_engine_is_switched(made: Path) -> None:
         assert bits(engine.weights) == wanted[delta], delta
         assert not engine.open
     sent = engine.sent
-    with pytest.raises(InputError, match="has no delta.json"):
+    with pytest.raises(InputError, match=r"has no delta\.json"):
         switch.to(made / "base")
     assert engine.sent == sent
     engine.refuses = True
