@@ -161,8 +161,13 @@ def _component_config(plan: Plan, component: Component) -> dict[str, Any]:
 
 
 def assets(plan: Plan) -> Files:
-    """Every output file but weights, card, recipe and lock: copied, or written where the merge changes it."""
-    files: Files = dict(asset_files(plan))
+    """Every output file but weights, card, recipe and lock: copied, or written where the merge changes it. Of an
+    adapter, whose config goes with its weights, the tokenizer's."""
+    if plan.recipe.output.kind == "peft":
+        files: Files = dict(tokenizer_files(plan))
+        edit_tokenizer(files, plan.vocabulary, plan.chat_template)
+        return files
+    files = dict(asset_files(plan))
     template = plan.inputs.template.checkpoint
     if template.config_file:
         source, merged = template.path / template.config_file, config(plan)

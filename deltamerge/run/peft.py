@@ -26,26 +26,14 @@ from deltamerge.io.writer import Writer
 from deltamerge.plan.planner import ADAPTER, Plan
 from deltamerge.run.adapted_modules import ChangedTensor, Modules
 from deltamerge.run.assets import config as output_config
-from deltamerge.run.assets import tokenizer_files, write_files
-from deltamerge.run.tokenizer import Files, edit_tokenizer
 
 
 def write_adapter(planned: Plan, folder: Path) -> tuple[str, ...]:
     """Turn what the run has written into `folder` into an adapter's; returns what there is to say of it."""
-    notes: tuple[str, ...] = ()
-    if planned.pruned_adapter is not None:
-        shutil.copyfile(planned.pruned_adapter.path / CONFIG, folder / CONFIG)
-    else:
-        notes = _write_shira(planned, folder)
-    write_tokenizer(planned, folder)
-    return notes
-
-
-def write_tokenizer(planned: Plan, folder: Path) -> None:
-    """Put the tokenizer's files beside an adapter."""
-    files: Files = dict(tokenizer_files(planned))
-    edit_tokenizer(files, planned.vocabulary, planned.chat_template)
-    write_files(files, folder)
+    if planned.pruned_adapter is None:
+        return _write_shira(planned, folder)
+    shutil.copyfile(planned.pruned_adapter.path / CONFIG, folder / CONFIG)
+    return ()
 
 
 def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:

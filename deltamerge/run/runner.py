@@ -34,7 +34,7 @@ from deltamerge.run.lock import CARD, ROWS, Lock
 from deltamerge.run.lora_file import LowRankSummary
 from deltamerge.run.options import Draw, Options
 from deltamerge.run.partition import Part, check_recipe, check_shards, drop_damaged, gather_parts
-from deltamerge.run.peft import write_adapter, write_tokenizer
+from deltamerge.run.peft import write_adapter
 from deltamerge.run.plans import Planner, target_of
 from deltamerge.run.reading import Reading, check_deltas, places
 from deltamerge.run.weights import Weights, calibrated, check_finite, make_weights
@@ -225,15 +225,15 @@ def _complete(
             if name not in outputs and name not in planned.layout.indexes and not (made.lora and name == CONFIG):
                 path.unlink()
     (folder / LOCK_NAME).unlink(missing_ok=True)
+    files = assets(planned)
     if made.lora is not None:
-        planned = replace(planned, notes=planned.notes + made.lora.notes)
-        write_tokenizer(planned, folder)
+        notes = made.lora.notes
     elif planned.recipe.output.kind == "peft":
-        planned, outputs = replace(planned, notes=planned.notes + write_adapter(planned, folder)), {}
+        notes, outputs = write_adapter(planned, folder), {}
     else:
-        files = assets(planned)
-        planned = replace(planned, notes=(*planned.notes, *left_out(planned, files)))
-        write_files(files, folder)
+        notes = tuple(left_out(planned, files))
+    planned = replace(planned, notes=planned.notes + notes)
+    write_files(files, folder)
     if ending is not None:
         ending(folder)
     (folder / "recipe.yaml").write_text(text, encoding="utf-8")

@@ -95,6 +95,7 @@ def test_the_best_of_its_rank_in_plain_peft(
     tune(tmp_path / "base", tmp_path / "tuned", architecture)
     made = lora(tmp_path, "rank: 4")
     assert verify(tmp_path / "out", 1)
+    assert not lora(tmp_path, "rank: 4").made  # it is up to date
     base, model = load(architecture, tmp_path / "base").state_dict(), load(architecture, tmp_path / "tuned")
     found, layers = products(tmp_path / "out"), made.lock["lora"]["tensors"]
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

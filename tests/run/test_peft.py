@@ -16,8 +16,7 @@ from running import make_plan, run
 from safetensors.torch import load_file
 from tiny_models import batches, make
 
-from deltamerge.calibrate.subject import Memory
-from deltamerge.engine.execute import Task, execute
+from deltamerge.engine.whole import computed
 from deltamerge.errors import DeltamergeError, InputError, RecipeError
 from deltamerge.io.reader import Reader
 from deltamerge.io.shira import Candidate, choose_rank, difference
@@ -51,6 +50,7 @@ def both(folder: Path, recipe: str, more: str = "") -> tuple[Path, Path]:
     for kind in ("model", "peft"):
         (folder / f"{kind}.yaml").write_text(recipe.format(kind=kind, more=more))
         run(folder / f"{kind}.yaml", folder / f"out-{kind}")
+    assert not run(folder / "peft.yaml", folder / "out-peft").made  # it is up to date
     assert verify(folder / "out-peft", 1)
     return folder / "out-model", folder / "out-peft"
 
@@ -209,6 +209,7 @@ def test_own_weights_of_a_lora(
     text = LORA.format(method=method, q=q)
     (tmp_path / "r.yaml").write_text(text.replace(", density: 0.4None", ""))
     result = run(tmp_path / "r.yaml", tmp_path / "out")
+    assert not run(tmp_path / "r.yaml", tmp_path / "out").made
     assert verify(tmp_path / "out", 1)
     old = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     new = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -328,9 +329,7 @@ def test_the_objective_is_that_of_the_adapted_model(tmp_path: Path) -> None:
     assert len(spec.pruned) == 9
     for pruned in spec.pruned:
         (node,) = pruned.masked
-        sink = Memory()
-        sink.expect(pruned.name, base[pruned.name].numel())
         with Reader() as reader:
-            execute([Task(pruned.name, node, "torch")], reader, sink)
-        got = torch.from_numpy(sink.taken(pruned.name)).view(base[pruned.name].shape)
+            made = computed({pruned.name: node}, reader)[pruned.name]
+        got = torch.from_numpy(made.view(np.float32)).view(base[pruned.name].shape)
         torch.testing.assert_close(got, merged[pruned.name] - base[pruned.name], rtol=1e-4, atol=1e-6)
