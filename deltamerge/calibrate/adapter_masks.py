@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from deltamerge.engine import backends
-from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import Node
+from deltamerge.engine.whole import computed
 from deltamerge.io.computed import Array, ordered_product
 from deltamerge.io.reader import Reader
 from deltamerge.methods.tiles import Tile
@@ -20,13 +19,8 @@ if TYPE_CHECKING:
 
 def whole(*, node: Node) -> Array:
     """The whole value of `node`, a small tensor: float32 on the CPU, in the node's shape."""
-    from deltamerge.calibrate.subject import Memory
-
-    sink = Memory()
-    sink.expect("factor", math.prod(node.shape))
     with Reader() as reader:
-        execute([Task("factor", node, backends.choose(node, "cpu"))], reader, sink)
-    return sink.taken("factor").reshape(node.shape)
+        return computed({"factor": node}, reader, workers=1)["factor"].view(np.float32).reshape(node.shape)
 
 
 def product(a: Array, b: Array, *, tile: Tile, scale: float, transposed: bool) -> torch.Tensor:

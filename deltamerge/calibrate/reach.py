@@ -1,11 +1,12 @@
-"""Which pruned tensors a calibrated q divides (weights of linear layers, experts among them), and what the other
-tensors are divided by.
+"""Which tensors are weights of layers, experts among them, whose inputs calibration sees: how they are stored, whether
+a calibrated q divides them, and what the others are divided by.
 
 Names and shapes predict it before anything runs; a run, which sees what the data reaches, decides.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
@@ -15,6 +16,8 @@ UNSCALED = "vectors and embeddings are not rescaled"
 OTHER = "no weight of a linear layer"
 UNSEEN = "a linear layer that no row reached"
 SHOWN = 8
+CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
+CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 
 def is_unscaled(name: str, shape: tuple[int, ...]) -> bool:
@@ -57,6 +60,26 @@ def stacked_transposed(name: str, tensors: Mapping[str, Shaped], hidden: int | N
             out = EXPERTS_OUT.search(one.removeprefix(parent)) is not None
             return shape[-1 if out else -2] == hidden
     return False
+
+
+def is_transposed(name: str, config: Mapping[str, Any], tensors: Mapping[str, Shaped]) -> bool:
+    """Whether one of a checkpoint's tensors is a weight stored (in, out): transformers' Conv1D, which GPT and GPT-2 are
+    made of, and the experts of some models."""
+    if is_stacked(name, tensors[name].shape):
+        parts = (config, *(part for key in ("text_config", "llm_config") if isinstance(part := config.get(key), dict)))
+        widths = (part.get(key) for part in parts for key in ("hidden_size", "d_model"))
+        return stacked_transposed(name, tensors, next((n for n in widths if isinstance(n, int)), None))
+    return config.get("model_type") in CONV1D_MODELS and CONV1D.search(name) is not None
+
+
+def has_norm(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether WANDA scores a tensor by the norms of its inputs: a matrix that is no embedding, or stacked experts."""
+    return (len(shape) == 2 and EMBEDDING.search(name) is None) or is_stacked(name, shape)
+
+
+def has_columns(name: str, shape: tuple[int, ...]) -> bool:
+    """Whether columns of a tensor can be protected: it is a matrix that is no embedding."""
+    return len(shape) == 2 and has_norm(name, shape)
 
 
 def grouped(left: Iterable[tuple[str, float, str]]) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.calibrate.precision import Precision, chosen
-from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, stacked_transposed
+from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
 from deltamerge.io.names import EMBEDDING, numbered_blocks
@@ -44,8 +44,6 @@ SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and value
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
 HEAD_WEIGHT = re.compile(r"(^|\.)(lm_head|embed_out|output|classifier|score)\.")
-CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
-CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
 
 QValue = float | NDArray[np.float32]
 
@@ -331,16 +329,6 @@ def norm(
     return np.asarray(statistics[name].norm, dtype=np.float32)
 
 
-def is_transposed(name: str, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether one of a checkpoint's tensors is a weight stored (in, out): transformers' Conv1D, which GPT and GPT-2 are
-    made of, and the experts of some models."""
-    if is_stacked(name, tensors[name].shape):
-        parts = (config, *(part for key in ("text_config", "llm_config") if isinstance(part := config.get(key), dict)))
-        widths = (part.get(key) for part in parts for key in ("hidden_size", "d_model"))
-        return stacked_transposed(name, tensors, next((n for n in widths if isinstance(n, int)), None))
-    return config.get("model_type") in CONV1D_MODELS and CONV1D.search(name) is not None
-
-
 def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.int64]:
     """The k input features of a layer with the largest mean |x_j|, ascending; none for a weight that saw no input."""
     if name in statistics and statistics[name].transposed:
@@ -352,16 +340,6 @@ def massive(statistics: Mapping[str, Any], *, name: str, k: int) -> NDArray[np.i
 def columns(*, numbers: tuple[int, ...]) -> NDArray[np.int64]:
     """The columns that a recipe lists, ascending."""
     return np.array(numbers, dtype=np.int64)
-
-
-def has_norm(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether WANDA scores a tensor by the norms of its inputs: a matrix that is no embedding, or stacked experts."""
-    return (len(shape) == 2 and EMBEDDING.search(name) is None) or is_stacked(name, shape)
-
-
-def has_columns(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether columns of a tensor can be protected: it is a matrix that is no embedding."""
-    return len(shape) == 2 and has_norm(name, shape)
 
 
 def locked(lock: Mapping[str, Any], spec: Spec, rows: Mapping[str, NDArray[np.float32]], where: str) -> Calibrated:

@@ -26,10 +26,10 @@ from deltamerge.calibrate.rows import HEADS, Row, select
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
 from deltamerge.calibrate.statistics import LayerStatistics
-from deltamerge.engine import backends
 from deltamerge.engine.devices import torch_device
-from deltamerge.engine.execute import Task, default_workers, execute, shared_values
+from deltamerge.engine.execute import shared_values
 from deltamerge.engine.graph import Graph, Node
+from deltamerge.engine.whole import computed
 from deltamerge.io import progress
 from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
@@ -342,21 +342,12 @@ class Subject:
 
     def _masked(self, nodes: Mapping[str, Node], names: Sequence[str]) -> dict[str, Masked | None]:
         """The masked deltas of tensors, None where a tensor is not pruned."""
-        tasks, sink = [], Memory()
         found: dict[str, Masked | None] = dict.fromkeys(names)
-        for name in names:
-            if (node := nodes.get(name)) is None:
-                continue
-            if (drawn := self._drawn(node, name)) is not None:
-                found[name] = drawn
-                continue
-            root = Graph().node(dense, [node], shape=node.shape)
-            sink.expect(name, math.prod(node.shape))
-            tasks.append(Task(name, root, backends.choose(root, self.source.device)))
-        if tasks:
-            device = self.source.device
-            execute(tasks, self.reader, sink, device=device, workers=default_workers(), known=self.known)
-        return found | {task.name: self._kept(task.name, sink.taken(task.name)) for task in tasks}
+        pruned = {name: nodes[name] for name in names if name in nodes}
+        found |= {name: self._drawn(node, name) for name, node in pruned.items()}
+        roots = {n: Graph().node(dense, [node], shape=node.shape) for n, node in pruned.items() if found[n] is None}
+        made = computed(roots, self.reader, device=self.source.device, known=self.known) if roots else {}
+        return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
 
     def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
         """A masked delta as positions and values, or dense, whichever is smaller."""
@@ -379,24 +370,6 @@ def _rows(inputs: Inputs) -> int:
 def _ahead(whole: int, batches: Sequence[Inputs], passes: float) -> None:
     """Say that a walk has made so many passes over batches, where `whole` rows are one."""
     progress.here(progress.PASSES).begin(passes * sum(map(_rows, batches)) / whole)
-
-
-class Memory:
-    """A sink for float32 tensors."""
-
-    def __init__(self) -> None:
-        self._values: dict[str, NDArray[np.float32]] = {}
-
-    def expect(self, name: str, size: int) -> None:
-        """Make room for a tensor of `size` entries."""
-        self._values[name] = np.empty(size, np.float32)
-
-    def taken(self, name: str) -> NDArray[np.float32]:
-        """A tensor's values, which are no longer held here."""
-        return self._values.pop(name)
-
-    def write(self, name: str, offset: int, data: Any) -> None:
-        self._values[name].view(np.uint8)[offset : offset + data.nbytes] = data.view(np.uint8)
 
 
 def _config(source: CalibrationInput) -> Any:

@@ -6,7 +6,7 @@ An array of *bits* is flat and unsigned: the stored bytes of a dtype. Decoding c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,6 +55,22 @@ class Entry:
         """Elements of the base's tensor."""
         shape = self.record.base_shape
         return self.size if shape is None else math.prod(shape)
+
+    @property
+    def kind(self) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of the result's tensor."""
+        return self.record.dtype, tuple(self.record.shape)
+
+    @property
+    def base_kind(self) -> tuple[str, tuple[int, ...]]:
+        """Dtype and shape of the base's tensor."""
+        shape = self.record.base_shape
+        return self.base_dtype, tuple(self.record.shape if shape is None else shape)
+
+    def key_in(self, state: Container[str]) -> str:
+        """Where the base's tensor stands in a state: under its name in the base, else in the result."""
+        name = self.record.base_name
+        return name if name is not None and name in state else self.name
 
     @property
     def has_steps(self) -> bool:
@@ -188,10 +204,7 @@ class Entry:
 
     def digest_of(self, read: Read) -> str:
         """The hash of the base's tensor as it is read."""
-        hasher = blake3()
-        for start in range(0, self.base_size, TILE):
-            hasher.update(flat(self._read(read, start, min(start + TILE, self.base_size))))
-        return digest(hasher)
+        return hash_of(lambda start, stop: self._read(read, start, stop), self.base_size)
 
     def _steps(self, read: Read) -> Iterator[tuple[Array, Array, Array, Array]]:
         """Of each tile of steps the base's bits, stored and converted, positions in it, and bits of final values."""
@@ -221,11 +234,14 @@ class Entry:
             else:
                 out[positions] = narrow(widen(base[positions], self.base_dtype) + values, self.record.dtype)
 
-    def apply(self, base: Array | None) -> Array:
-        """The whole result as flat bits, from the base tensor's flat bits; hashes are not checked."""
-        read = None if base is None else lambda start, stop: base[start:stop]
-        parts = list(self.tiles(read, check=False, tile=max(1, self.size)))
-        return np.concatenate([np.empty(0, bits_type(self.record.dtype)), *parts]) if len(parts) != 1 else parts[0]
+    def whole(self, read: Read | None, *, check: bool = True) -> Array:
+        """The whole result as flat bits. InputError: as `tiles`."""
+        out: Array = np.empty(self.size, bits_type(self.record.dtype))
+        done = 0
+        for bits in self.tiles(read, check=check):
+            out[done : done + bits.size] = bits
+            done += bits.size
+        return out
 
 
 @contextmanager
@@ -242,6 +258,14 @@ def digest(hasher: Any) -> str:
     """The first 128 bits of a BLAKE3, in hex: enough against a chosen second preimage, and half the size in the
     manifest."""
     return str(hasher.hexdigest(length=16))
+
+
+def hash_of(read: Read, size: int) -> str:
+    """The hash of a tensor of `size` elements, as the manifest has it."""
+    hasher = blake3()
+    for start in range(0, size, TILE):
+        hasher.update(flat(read(start, min(start + TILE, size))))
+    return digest(hasher)
 
 
 def as_bits(array: Any, dtype: str) -> Array:

@@ -30,8 +30,6 @@ from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
 
 THREADED = 1 << 15
-STEPS = "holds steps from the base's values, which cannot be told without them"
-STEPS_HINT = "give the base: load_delta(path, base), a state dict or a folder"
 
 
 class Patch(NamedTuple):
@@ -83,10 +81,16 @@ class DeltaFile:
         """Final values, tensor by tensor, without unchanged ones; for an artifact that replaces.
 
         `base` is the base's state dict (torch tensors, found as by `apply_to`) or folder, of which only steps have
-        need. InputError: a tensor with steps, and no base, or another than the delta was made from.
+        need. InputError: steps, and no base (before the first tensor); or another base than the delta was made from.
         """
+        stepped = next((name for name, entry in self.entries.items() if entry.has_steps), None)
+        if stepped is not None and base is None:
+            raise InputError(
+                f"{self.path}: {stepped}: holds steps from the base's values, which cannot be told without them",
+                hint="give the base: load_delta(path, base), a state dict or a folder",
+            )
         with Reader() as reader:
-            read_of = _reads(base, reader)
+            read_of = _reads({} if base is None else base, reader)
             for name, entry in self.entries.items():
                 if entry.record.count:
                     with errors.context(f"{self.path}: {name}"):
@@ -103,7 +107,7 @@ class DeltaFile:
             base_name = None
             if record.base is not None:
                 base_name = record.base_name or name
-                expected = (entry.base_dtype, tuple(record.base_shape or record.shape))
+                expected = entry.base_kind
                 if base.get(base_name) != expected:
                     found = base.get(base_name)
                     what = "is not there" if found is None else f"is {found[0]} {list(found[1])}"
@@ -129,7 +133,7 @@ class DeltaFile:
         nothing has been changed); stored arrays are damaged; or the file has become shorter.
         """
         entries = list(self.entries.values())
-        keys = [name if (name := e.record.base_name) is not None and name in state else e.name for e in entries]
+        keys = [entry.key_in(state) for entry in entries]
         uses = Counter(keys)
         targets: dict[str, Any] = {}
         for entry, key in zip(entries, keys, strict=True):
@@ -168,7 +172,7 @@ class DeltaFile:
         with errors.context(f"{self.path}: {entry.name}"):
             read = None if record.base is None else _window(target)
             if read is not None and (found := entry.digest_of(read)) != record.base:
-                if found == record.result and _described(target) == (record.dtype, tuple(record.shape)):
+                if found == record.result and _described(target) == entry.kind:
                     return True
                 raise InputError(OTHER_BASE, hint=f"this delta belongs to {self.manifest.base}")
             if check:
@@ -176,29 +180,17 @@ class DeltaFile:
         return False
 
 
-def load_delta(path: str | Path, base: Mapping[str, Any] | str | Path | None = None) -> Iterator[Patch]:
-    """Patches of the artifact at `path`: (name, shape, dtype, values, flat indices or None), read one at a time.
-
-    `base` is the base's state dict or folder, which tensors of encoding `steps` are decoded from and checked against;
-    a state dict may be patched meanwhile. The folder is checked now, not at the first patch. InputError: it is damaged,
-    or holds values to add, or steps without a base.
-    """
-    delta = DeltaFile.open(path)
-    for name, entry in delta.entries.items():
-        if entry.record.values is not None:
-            raise InputError(
-                f"{path}: {name}: holds values to add, not final values",
-                hint="apply it to its base, or name it as a model of a recipe",
-            )
-    stepped = next((name for name, entry in delta.entries.items() if entry.has_steps), None)
-    if stepped is not None and base is None:
-        raise InputError(f"{path}: {stepped}: {STEPS}", hint=STEPS_HINT)
-    return delta.patches(base)
-
-
 def to_torch(bits: Array, dtype: str) -> torch.Tensor:
     """Flat bits as a torch tensor that shares their memory."""
     return torch.from_numpy(bits.view(f"<i{bits.dtype.itemsize}")).view(torch_dtype(dtype))
+
+
+def bits_of(tensor: Any) -> Array:
+    """A tensor's bits, flat, on the CPU; its own memory where it is contiguous there."""
+    width = tensor.element_size()
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
+    bits: Array = tensor.detach().cpu().contiguous().view(integers).numpy().reshape(-1).view(f"<u{width}")
+    return bits
 
 
 def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
@@ -207,10 +199,8 @@ def _described(tensor: Any) -> tuple[str, tuple[int, ...]]:
 
 def _target(entry: Entry, target: Any, base: Base) -> Any:
     """The tensor that an entry changes; None if the base has none, or has one of another kind."""
-    record = entry.record
-    if record.base is None:
-        fits = target is not None and _described(target) == (record.dtype, tuple(record.shape))
-        return target if fits else None
+    if entry.record.base is None:
+        return target if target is not None and _described(target) == entry.kind else None
     try:
         return _fitting(entry, target)
     except InputError as error:
@@ -218,14 +208,9 @@ def _target(entry: Entry, target: Any, base: Base) -> Any:
         raise
 
 
-def _expected(entry: Entry) -> tuple[str, tuple[int, ...]]:
-    """Dtype and shape of the base's tensor."""
-    return entry.base_dtype, tuple(entry.record.base_shape or entry.record.shape)
-
-
 def _fitting(entry: Entry, target: Any) -> Any:
     """`target`, if it is of the dtype and shape of the base's tensor. InputError: it is not."""
-    dtype, shape = _expected(entry)
+    dtype, shape = entry.base_kind
     if target is None or _described(target) != (dtype, shape):
         found = "is not there" if target is None else "is {} {}".format(*_described(target))
         raise InputError(f"{entry.name} {found}, the delta was made from {dtype} {shape}")
@@ -235,15 +220,15 @@ def _fitting(entry: Entry, target: Any) -> Any:
 def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
     """`target` changed in place, or the tensor that replaces it."""
     record = entry.record
-    if target is None or _described(target) != (record.dtype, tuple(record.shape)):
-        host = None if target is None else _host_bits(target.detach().cpu().contiguous())
-        made = to_torch(entry.apply(host), record.dtype).reshape(record.shape)
+    if target is None or _described(target) != entry.kind:
+        read = None if target is None else _window(target)
+        made = to_torch(entry.whole(read, check=False), record.dtype).reshape(record.shape)
         return made if target is None else made.to(target.device)
     if not record.count:
         return target
     data = target.detach()
     if data.device.type == "cpu" and data.is_contiguous():
-        apply_in_place(entry, _host_bits(data), scratch)
+        apply_in_place(entry, bits_of(data), scratch)
         return target
     flat = data.contiguous().reshape(-1)
     for positions, values in entry.pieces(_window(data) if entry.has_steps else None):
@@ -257,17 +242,13 @@ def _apply_to(entry: Entry, target: Any, scratch: Scratch) -> Any:
     return target
 
 
-def _reads(base: Mapping[str, Any] | str | Path | None, reader: Reader) -> Callable[[Entry], Read]:
+def _reads(base: Mapping[str, Any] | str | Path, reader: Reader) -> Callable[[Entry], Read]:
     """What reads the tensor of `base` that an entry with steps changes."""
-    if base is None:
-        return _no_base
     if isinstance(base, Mapping):
         state = base
 
         def of_state(entry: Entry) -> Read:
-            name = entry.record.base_name
-            key = name if name is not None and name in state else entry.name
-            return _window(_fitting(entry, state.get(key)))
+            return _window(_fitting(entry, state.get(entry.key_in(state))))
 
         return of_state
     tensors = open_checkpoint(Path(base)).tensors
@@ -275,15 +256,12 @@ def _reads(base: Mapping[str, Any] | str | Path | None, reader: Reader) -> Calla
     def of_file(entry: Entry) -> Read:
         name = entry.record.base_name or entry.name
         info = tensors.get(name)
-        if info is None or (info.dtype, tuple(info.shape)) != _expected(entry):
-            raise InputError(f"{base} has no {name} of {_expected(entry)[0]} {list(_expected(entry)[1])}")
+        dtype, shape = entry.base_kind
+        if info is None or (info.dtype, tuple(info.shape)) != (dtype, shape):
+            raise InputError(f"{base} has no {name} of {dtype} {list(shape)}")
         return elements(reader, info)
 
     return of_file
-
-
-def _no_base(entry: Entry) -> Read:
-    raise InputError(STEPS, hint=STEPS_HINT)
 
 
 def _patch(entry: Entry, read: Read | None) -> Patch:
@@ -304,12 +282,5 @@ def _patch(entry: Entry, read: Read | None) -> Patch:
 
 
 def _window(tensor: Any) -> Read:
-    bits = _host_bits(tensor.detach().cpu().contiguous())
+    bits = bits_of(tensor)
     return lambda start, stop: bits[start:stop]
-
-
-def _host_bits(tensor: Any) -> Array:
-    width = tensor.element_size()
-    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
-    bits: Array = tensor.view(integers).numpy().reshape(-1).view(f"<u{width}")
-    return bits

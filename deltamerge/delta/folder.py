@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from pathlib import Path
 
@@ -79,6 +80,9 @@ def _array(name: str, expected: tuple[str, int | None], info: TensorInfo | None,
 
 
 def _manifest(folder: Path) -> Manifest:
+    if not os.path.lexists(folder / MANIFEST):
+        what = f"has no {MANIFEST}" if folder.is_dir() else "is not there"
+        raise InputError(what, hint="name the folder of a delta, as deltamerge extract makes it")
     raw = read_json(folder / MANIFEST)
     with errors.context(MANIFEST):
         if raw.get("format") != FORMAT:

@@ -34,11 +34,13 @@ Shape = Annotated[list[Natural], Field(max_length=MAX_DIMENSIONS)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 
 
-class _Strict(BaseModel):
+class Strict(BaseModel):
+    """What a file of a delta says: of these types, with no other key."""
+
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class Base(_Strict):
+class Base(Strict):
     """The checkpoint that an artifact changes: `id` is a path or hub id, `commit` its resolved revision."""
 
     id: str
@@ -48,7 +50,7 @@ class Base(_Strict):
         return self.id if self.commit is None else f"{self.id}@{self.commit}"
 
 
-class Record(_Strict):
+class Record(Strict):
     """One tensor of the result.
 
     shape, dtype   of the result; dtype is safetensors' code ("BF16")
@@ -79,15 +81,15 @@ class Record(_Strict):
     result: Digest
 
 
-class Part(_Strict):
+class Part(Strict):
     """A folder of the result's weights, and how its weight files are called: `io.component.Component`."""
 
     folder: Annotated[str, StringConstraints(max_length=400)]
     stem: Annotated[str, StringConstraints(pattern=r"^[a-z_]{1,40}$")] = "model"
-    variant: Annotated[str, StringConstraints(pattern=r"^[\w-]{0,40}$")] = ""
+    variant: Annotated[str, StringConstraints(pattern=r"^[\w-]*$", max_length=40)] = ""
 
 
-class Manifest(_Strict):
+class Manifest(Strict):
     """delta.json. Tensors of the base that are neither in `tensors` nor in `removed` are unchanged in the result.
 
     `components` are the folders of a result that has several; none: it is one model of transformers.

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 from bisect import bisect_right
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,6 +15,7 @@ import numpy as np
 from deltamerge import errors
 from deltamerge.delta.entry import TILE, Entry, as_bits, extend
 from deltamerge.delta.entry import Read as ReadElements
+from deltamerge.delta.kept import Kept
 from deltamerge.delta.positions import Array, Positions
 from deltamerge.delta.steps import STEP_TILE
 from deltamerge.errors import InputError
@@ -39,7 +38,7 @@ def over(delta: Checkpoint, opened: DeltaFile, base: Checkpoint) -> Checkpoint:
     """
     if base.is_delta:
         raise InputError(f"its base {base.reference} is a delta too", hint="apply that first: deltamerge apply")
-    held = _Held()
+    held = Kept(HELD)
     tensors: dict[str, TensorInfo] = {}
     planned = opened.result({name: (info.dtype, info.shape) for name, info in base.tensors.items()})
     for source in planned:
@@ -125,40 +124,13 @@ class _Index:
                 yield piece[low:high], self.before[i] + int(low)
 
 
-class _Held:
-    """The indices of the tensors last used."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._made: OrderedDict[tuple[str, int], tuple[threading.Lock, list[Any]]] = OrderedDict()
-
-    def get(self, entry: Entry) -> _Index:
-        def make() -> _Index:
-            index = _Index(Positions(), [], [])
-            for piece in entry.positions():
-                index.before.append(index.positions.count)
-                index.positions.add(piece)
-                index.firsts.append(int(piece[0]))
-            return index
-
-        made: _Index = self._get((entry.name, -1), make)
-        return made
-
-    def tile(self, entry: Entry, number: int, base: Callable[[], Array]) -> tuple[Array, Array]:
-        """Positions and values in a tile of steps, of the converted bits of the base's."""
-        made: tuple[Array, Array] = self._get((entry.name, number), lambda: entry.step_tile(number, base()))
-        return made
-
-    def _get(self, key: tuple[str, int], make: Callable[[], Any]) -> Any:
-        with self._lock:
-            lock, made = self._made.setdefault(key, (threading.Lock(), []))
-            self._made.move_to_end(key)
-            if len(self._made) > HELD:
-                self._made.popitem(last=False)
-        with lock:
-            if not made:
-                made.append(make())
-        return made[0]
+def _index_of(entry: Entry) -> _Index:
+    index = _Index(Positions(), [], [])
+    for piece in entry.positions():
+        index.before.append(index.positions.count)
+        index.positions.add(piece)
+        index.firsts.append(int(piece[0]))
+    return index
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,7 +139,7 @@ class _Layer:
 
     entry: Entry
     info: TensorInfo | None
-    held: _Held
+    held: Kept
     path: Path
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
@@ -194,14 +166,16 @@ class _Layer:
         return base
 
     def _steps(self, read: Read, start: int, stop: int) -> Iterator[tuple[Array, Array]]:
-        entry = self.entry
         for number in range(start // STEP_TILE, -(-stop // STEP_TILE)):
             begin = number * STEP_TILE
-            end = min(begin + STEP_TILE, entry.size)
-            own = partial(self._base, read, begin, end)
-            positions, values = self.held.tile(entry, number, partial(_converted, entry, own, end - begin))
+            positions, values = self.held.get((self.entry.name, number), partial(self._step_tile, read, number))
             low, high = np.searchsorted(positions, [start - begin, stop - begin])
             yield positions[low:high] + (begin - start), values[low:high]
+
+    def _step_tile(self, read: Read, number: int) -> tuple[Array, Array]:
+        begin, end = number * STEP_TILE, min((number + 1) * STEP_TILE, self.entry.size)
+        base = self.entry.converted(self._base(read, begin, end), end - begin)
+        return self.entry.step_tile(number, base)
 
     def entries(self, read: Read, start: int, stop: int) -> Iterator[tuple[Array, Any]]:
         """Positions relative to `start`, with bits of final values or float32 values to add."""
@@ -215,13 +189,9 @@ class _Layer:
         if entry.index is None:
             pieces: Any = [(np.arange(start, stop), start)]
         else:
-            pieces = self.held.get(entry).between(start, stop)
+            pieces = self.held.get((entry.name, None), partial(_index_of, entry)).between(start, stop)
         for positions, first in pieces:
             yield positions - start, entry.values_at(positions, first, scales)
-
-
-def _converted(entry: Entry, own: Callable[[], Array], size: int) -> Array:
-    return entry.converted(own(), size)
 
 
 @dataclass(frozen=True, slots=True)

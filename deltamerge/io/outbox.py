@@ -40,8 +40,8 @@ def _pages(nbytes: int) -> NDArray[np.uint8]:
 
 
 def room_for(workers: int) -> int:
-    """Bytes that may be on their way from so many threads: two pieces of each, so that a piece that is hashed late, as
-    one before it is not there, need not be read back from its file."""
+    """Bytes that may be on their way from so many threads: two pieces of each. If a piece comes after fewer later ones
+    than that, these wait in memory for it to be hashed, and none is read back from its file."""
     return max(ROOM, 2 * workers * SLAB)
 
 
@@ -89,7 +89,8 @@ class Outbox:
         self._claimed: defaultdict[str, int] = defaultdict(int)
         self._free: list[NDArray[np.uint8]] = []
         self._bytes = self._busy = 0
-        self._hungry = self._closed = False
+        self._closed = False
+        self._awaited: tuple[str, int, int] | None = None  # what `follow` waits for
         self._failure: BaseException | None = None
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
@@ -100,7 +101,7 @@ class Outbox:
             return np.empty(nbytes, np.uint8)
         with self._changed:
             while self._bytes >= self._room and self._failure is None:
-                if self._hungry and not self._busy and not self._queue:
+                if not self._busy and not self._queue and self._is_starved():
                     self._forget()
                 else:
                     self._changed.wait()
@@ -134,21 +135,16 @@ class Outbox:
     def follow(self, file: str, position: int, size: int) -> NDArray[np.uint8] | int | None:
         """The bytes at `position` of a file of `size` bytes, for hashing: the memory sent for it, to be released with
         `finished`, or up to where the file can be read. Waits for either; None: the outbox is closed."""
-        held = self._held[file]
         with self._changed:
             while not self._closed:
-                if position in held:
-                    self._claimed[file] = position + len(held[position].data)
-                    return held[position].data
-                stop = min(held, default=size)
-                ready = min(self._reach(file, position), stop)
-                if ready == stop or ready - position >= READ:
-                    self._claimed[file] = ready
-                    return ready
-                self._hungry = True
+                found = self._found(file, position, size)
+                if found is not None:
+                    self._claimed[file] = found if isinstance(found, int) else position + len(found)
+                    self._awaited = None
+                    return found
+                self._awaited = file, position, size
                 self._changed.notify_all()
                 self._changed.wait()
-                self._hungry = False
         return None
 
     def finished(self, file: str, position: int) -> None:
@@ -185,6 +181,19 @@ class Outbox:
     def _raise_failure(self) -> None:
         if self._failure is not None:
             raise self._failure
+
+    def _found(self, file: str, position: int, size: int) -> NDArray[np.uint8] | int | None:
+        """What `follow` gives, if it is there."""
+        held = self._held[file]
+        if position in held:
+            return held[position].data
+        stop = min(held, default=size)
+        ready = min(self._reach(file, position), stop)
+        return ready if ready == stop or ready - position >= READ else None
+
+    def _is_starved(self) -> bool:
+        """Whether who hashes waits for bytes that are not there; not if it only has not yet woken."""
+        return self._awaited is not None and self._found(*self._awaited) is None
 
     def _forget(self) -> None:
         """Release the piece that will be hashed last; it can be read back from the file."""

@@ -94,7 +94,8 @@ def factor(delta: Array, wanted: Wanted, key: Key, moments: Array | None = None)
     if not energy:
         return _nothing(m, n)
     c = None if moments is None else torch.from_numpy(np.asarray(moments, np.float64))
-    side, aim = min(m, n), wanted.rank or side_of(m, n)
+    side = min(m, n)
+    aim = wanted.rank or side
     if side > EXACT:
         k = min(aim, FIRST) if wanted.energy is not None else aim
         while k <= side // 4:
@@ -121,17 +122,12 @@ def factor_product(b: Array, a: Array, wanted: Wanted, moments: Array | None = N
     inner = t @ ((right if c is None else right @ c) @ right.T) @ t.T
     energy = float(torch.trace(t @ (right @ right.T) @ t.T))
     if energy <= 0:
-        return _nothing(*(b.shape[0], a.shape[1]))
+        return _nothing(b.shape[0], a.shape[1])
     gains, vectors = _descending(inner)
     gain = float(torch.trace(inner))
     count = wanted.count(gains, gain)
     u = vectors[:, :count]
     return _balanced(q @ u, (u.T @ t) @ right, gains[:count], energy, gain, 0.0)
-
-
-def side_of(m: int, n: int) -> int:
-    """The largest rank of a matrix."""
-    return min(m, n)
 
 
 def scratch_bytes(m: int, n: int, k: int, *, moments: bool) -> int:
@@ -161,7 +157,8 @@ def _exact(delta: Array, wanted: Wanted, c: Tensor | None) -> tuple[Tensor, Floa
             gram += seen @ block.T
         gains, vectors = _descending(gram)
         gain = float(torch.trace(gram))
-        return vectors[:, : wanted.count(gains, gain)], gains[: wanted.count(gains, gain)], gain
+        count = wanted.count(gains, gain)
+        return vectors[:, :count], gains[:count], gain
     gram = torch.zeros(n, n, dtype=torch.float64)
     for _, block in _rows(delta):
         gram += block.T @ block

@@ -9,9 +9,9 @@ from pathlib import Path
 
 from deltamerge.calibrate import coefficients, joint_factor, merge_inputs, stage
 from deltamerge.calibrate.gradients import squares
-from deltamerge.calibrate.reach import is_linear
+from deltamerge.calibrate.reach import has_columns, is_linear
 from deltamerge.calibrate.second_moments import Measured
-from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, has_columns, mask_seeds, within
+from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, within
 from deltamerge.calibrate.threshold import model_cut
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError

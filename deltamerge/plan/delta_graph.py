@@ -9,8 +9,8 @@ from typing import Any
 
 from deltamerge import errors
 from deltamerge.calibrate import spec
+from deltamerge.calibrate.reach import has_columns, has_norm, is_transposed
 from deltamerge.calibrate.second_moments import Measured
-from deltamerge.calibrate.spec import has_columns, has_norm, is_transposed
 from deltamerge.calibrate.threshold import cut_of
 from deltamerge.delta.over_base import added
 from deltamerge.engine.graph import Function, Graph, Node, function_of

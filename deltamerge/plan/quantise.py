@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
-from deltamerge.calibrate.spec import is_transposed
+from deltamerge.calibrate.reach import is_transposed
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.io.checkpoint import Checkpoint

@@ -30,9 +30,10 @@ class Member:
     summed: RunningSum | None = None
 
 
-def members(model: Model, item: int, place: Loc, read: YamlSource, problems: list[Problem]) -> list[Member]:
-    """The models that an item of the recipe stands for; a fault is added to `problems`."""
-    folder = Path(read.path).resolve().parent
+def members(
+    model: Model, item: int, place: Loc, folder: Path, read: YamlSource, problems: list[Problem]
+) -> list[Member]:
+    """The models that an item of a recipe in `folder` stands for; a fault is added to `problems`."""
     try:
         versions = expand(model.model, folder)
         found = find(model.model, folder) if versions is None else Found(tuple(versions))
@@ -59,7 +60,7 @@ def _faults(model: Model, found: Found | None, place: Loc, read: YamlSource) -> 
             message = "ema needs decay, the factor of the average so far"
             yield read.problem((*place, "schedule"), message, "decay: 0.9")
         else:
-            yield read.problem((*place, "decay"), "is of schedule: ema", key=True)
+            yield read.problem((*place, "decay"), "is of schedule: ema", "schedule: ema", key=True)
 
 
 def weighed(
@@ -78,17 +79,19 @@ def weighed(
     sum's. Else weights add up to those that the item has.
     """
     summed = next((member.summed for member in several if member.summed is not None), None)
-    items = {member.item: member for member in several if member.summed is None}
+    by_item: dict[int, list[Member]] = {}
+    for member in several:
+        by_item.setdefault(member.item, []).append(member)
+    items = [own[-1] for own in by_item.values() if own[0].summed is None]
     method = MERGE.get(merge_method or "")
     given = any("weight" in level for level in levels)
     normalized = _normalized(method, levels)
     made: list[Member] = []
     described: list[Series] = []
     if summed is not None:
-        problems += _unlike(summed, items.values(), several, read)
+        problems += _unlike(summed, items, several, read)
     start = 0 if summed is None else len(summed.models)
-    for item in dict.fromkeys(member.item for member in several):
-        own = [member for member in several if member.item == item]
+    for own in by_item.values():
         first = own[0]
         schedule: str | None = first.model.schedule
         decay = first.model.decay
@@ -158,7 +161,9 @@ def _normalized(method: Any, levels: Sequence[Mapping[str, Value]]) -> bool:
     return given is True or given == 1 if given is not None else bool(method.parameters["normalize"].default_for(1))
 
 
-def _unlike(summed: RunningSum, items: Any, several: Sequence[Member], read: YamlSource) -> Iterator[Problem]:
+def _unlike(
+    summed: RunningSum, items: Sequence[Member], several: Sequence[Member], read: YamlSource
+) -> Iterator[Problem]:
     """What cannot be added to a running sum."""
     known = set(summed.models)
     for member in several:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import graphlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,11 @@ from typing import Any
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe import mergekit, yaml_source
 from deltamerge.recipe.documents import references
-from deltamerge.recipe.load import load_all, loads
+from deltamerge.recipe.load import load_all
 from deltamerge.recipe.overrides import overridden
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.varied import Template, is_open, template_of, written
-from deltamerge.recipe.yaml_source import Loc
+from deltamerge.recipe.yaml_source import Loc, YamlSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +65,7 @@ def read_recipe(path: Path, *, mergekit_exact: bool = False, settings: Mapping[L
     `mergekit: true`, which has mergekit's defaults written out. RecipeError: a fault of any document, or documents that
     use each other. InputError: a setting that cannot be written there.
     """
-    whole, path = _text_of(path, mergekit_exact, settings)
-    return _recipe(whole, path)
+    return read_text(*_text_of(path, mergekit_exact, settings))
 
 
 def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | None) -> tuple[str, Path]:
@@ -81,9 +80,14 @@ def _text_of(path: Path, mergekit_exact: bool, settings: Mapping[Loc, str] | Non
     return whole, path
 
 
-def _recipe(whole: str, path: Path) -> RecipeFile:
-    """The recipe file whose text is `whole`."""
-    recipes = load_all(yaml_source.loads_all(whole, str(path)))
+def read_text(whole: str, path: Path) -> RecipeFile:
+    """The recipe file whose text is `whole`, as if it stood at `path`. RecipeError: as for `read_recipe`."""
+    return _recipe(whole, path, yaml_source.loads_all(whole, str(path)))
+
+
+def _recipe(whole: str, path: Path, sources: Sequence[YamlSource]) -> RecipeFile:
+    """The recipe file whose text is `whole`, and whose documents `sources`."""
+    recipes = load_all(sources)
     if any(recipe.mergekit for recipe in recipes):
         whole, recipes = mergekit.written_out(whole, recipes)
     if len(recipes) == 1:
@@ -112,7 +116,8 @@ class TemplateFile:
 
     def recipe(self, values: Mapping[Loc, Any]) -> Recipe:
         """The recipe with values in their places. RecipeError: any fault of it, at its place in the file."""
-        return load_all([self.template.filled(values)])[0]
+        (recipe,) = load_all([self.template.filled(values)])
+        return self.file(values).output.recipe if recipe.mergekit else recipe
 
     def file(self, values: Mapping[Loc, Any]) -> RecipeFile:
         """The same as a file, whose text is plain: it has the values, and is read again."""
@@ -124,7 +129,8 @@ def read_template(path: Path, settings: Mapping[Loc, str] | None = None) -> Temp
 
     RecipeError: open values that are none. InputError: several documents.
     """
-    return _template(*_text_of(path, False, settings))
+    whole, path = _text_of(path, False, settings)
+    return _template(whole, path, yaml_source.loads_all(whole, str(path)))
 
 
 def read_either(
@@ -132,21 +138,14 @@ def read_either(
 ) -> RecipeFile | TemplateFile:
     """`read_template` of a recipe that leaves values open, else `read_recipe`."""
     whole, path = _text_of(path, mergekit_exact, settings)
-    if any(map(is_open, yaml_source.loads_all(whole, str(path)))):
-        return _template(whole, path)
-    return _recipe(whole, path)
-
-
-def _template(whole: str, path: Path) -> TemplateFile:
     sources = yaml_source.loads_all(whole, str(path))
+    return (_template if any(map(is_open, sources)) else _recipe)(whole, path, sources)
+
+
+def _template(whole: str, path: Path, sources: Sequence[YamlSource]) -> TemplateFile:
     if len(sources) > 1:
         raise InputError(f"{path}: has several documents, and values are left open in one", hint="run the others first")
     return TemplateFile(path, whole, template_of(sources[0]))
-
-
-def read_text(text: str, path: Path) -> RecipeFile:
-    """The recipe `text`, of one document, as if it stood at `path`. RecipeError: any fault of it."""
-    return RecipeFile(path, (Document(loads(text, str(path)), text),))
 
 
 def _text(name: str | None, needs: Mapping[Any, list[Any]], by_name: Mapping[Any, Recipe]) -> str:

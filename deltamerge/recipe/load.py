@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 from pydantic import ValidationError
 
@@ -17,6 +15,7 @@ from deltamerge.recipe.expand import Member, members, weighed
 from deltamerge.recipe.parts import Section
 from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
 from deltamerge.recipe.series import Series
+from deltamerge.recipe.short_form import in_full
 from deltamerge.recipe.values import Value
 from deltamerge.recipe.yaml_source import Loc, YamlSource
 
@@ -36,7 +35,7 @@ def loads(text: str, path: str = "recipe.yaml") -> Recipe:
 def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
     """The recipe of a YAML source. Problems of its structure are added to `problems`, and the values at
     fault left out."""
-    read = replace(read, data=_in_full(read.data))
+    read = in_full(read)
     data = read.data
     while True:
         try:
@@ -51,29 +50,6 @@ def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
             recipe = recipe.model_copy(update={"models": models})
             recipe._source, recipe._parts, recipe._series = read, parts, series
             return recipe
-
-
-def _in_full(data: Any) -> Any:
-    """The data with every `models` as a list of mappings: one model may stand alone, or by its reference."""
-    if not isinstance(data, dict):
-        return data
-    data = dict(data)
-    for holder in (data, *_modules(data)):
-        given = holder.get("models")
-        if isinstance(given, str | dict):
-            given = [given]
-        if isinstance(given, list):
-            holder["models"] = [{"model": one} if isinstance(one, str) else one for one in given]
-    return data
-
-
-def _modules(data: dict[str, Any]) -> list[dict[str, Any]]:
-    """The modules of a recipe, copied so that they can be changed."""
-    modules = data.get("modules")
-    if not isinstance(modules, dict):
-        return []
-    data["modules"] = {name: dict(one) if isinstance(one, dict) else one for name, one in modules.items()}
-    return [one for one in data["modules"].values() if isinstance(one, dict)]
 
 
 def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
@@ -106,6 +82,7 @@ def flatten(
     parts: list[Section] = []
     series: list[Series] = []
     is_sum = recipe.output.kind == "sum"
+    folder = Path(read.path).resolve().parent
 
     def add(
         loc: Loc, module: str | None, key: str, found: Sequence[Model], base: str | None,
@@ -113,7 +90,7 @@ def flatten(
     ) -> None:  # fmt: skip
         several: list[Member] = []
         for i, model in enumerate(found):
-            several += members(model, i, (*loc, key, i), read, problems)
+            several += members(model, i, (*loc, key, i), folder, read, problems)
         several, described = weighed(several, recipe.merge_method, levels, read, problems, is_sum=is_sum)
         series.extend(described)
         indices = tuple(range(len(models), len(models) + len(several)))

@@ -17,6 +17,7 @@ from deltamerge.recipe.effective_prune import effective_prune
 from deltamerge.recipe.load import load_all
 from deltamerge.recipe.parts import written
 from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.short_form import MODELS, in_full, text_in_full
 from deltamerge.recipe.yaml_source import Loc, Position, YamlSource
 
 L1 = {"rescale": "l1"}
@@ -30,11 +31,14 @@ def written_out(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe
     """
     path = recipes[0].source.path
     wanted = [recipe.source.data for recipe in recipes]
+    defaults = [list(_defaults(recipe)) for recipe in recipes]
+    if any(MODELS in loc for several in defaults for loc, _ in several):
+        text = text_in_full(text)
     edits: list[tuple[Position, dict[str, Any]]] = []
-    for i, recipe in enumerate(recipes):
-        for loc, value in _defaults(recipe):
+    for i, read in enumerate(yaml_source.loads_all(text, path)):
+        for loc, value in defaults[i]:
             wanted[i] = _inserted(wanted[i], loc, value)
-            edits.append((recipe.source.locate(loc), value))
+            edits.append((read.locate(loc), value))
     lines = text.splitlines(keepends=True)
     added: list[int] = []
     for (row, column), value in sorted(edits, key=lambda edit: edit[0], reverse=True):
@@ -51,7 +55,7 @@ def written_out(text: str, recipes: Sequence[Recipe]) -> tuple[str, tuple[Recipe
         reads = yaml_source.loads_all(result, path)
     except RecipeError:
         reads = ()
-    if [read.data for read in reads] != wanted:  # an anchor before the place, or an alias used twice
+    if [in_full(read).data for read in reads] != wanted:  # an anchor before the place, or an alias used twice
         problem = recipes[0].problem((), "mergekit's defaults cannot be written into this text")
         raise RecipeError(path, [replace(problem, hint="write anchors and aliases out, or leave --mergekit-exact out")])
     return result, load_all([_as_before(read, added) for read in reads])
@@ -73,8 +77,7 @@ def _defaults(recipe: Recipe) -> Iterator[tuple[Loc, dict[str, Any]]]:
     if open_ and len(open_) == len(recipe.fine_tunes) and recipe.prune is None:
         yield (), {"prune": L1}
     else:
-        for i in open_:
-            at = written(recipe.parts, ("models", i))
+        for at, i in {written(recipe.parts, ("models", i)): i for i in open_}.items():  # a series has one place
             yield (at, {"prune": L1}) if recipe.models[i].prune is None else ((*at, "prune"), L1)
 
 

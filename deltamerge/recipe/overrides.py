@@ -10,6 +10,7 @@ import yaml
 
 from deltamerge.errors import InputError, RecipeError
 from deltamerge.recipe import yaml_source
+from deltamerge.recipe.short_form import MODELS, text_in_full
 from deltamerge.recipe.yaml_source import Loc, place
 
 _PLAIN_KEY = re.compile(r"[A-Za-z_][\w-]*")
@@ -36,6 +37,7 @@ def overridden(text: str, settings: Mapping[Loc, str], path: str) -> str:
     value that has no keys, or is written as an alias or by `<<`.
     """
     for loc, value in settings.items():
+        text = text_in_full(text) if MODELS in loc[:-1] else text
         sources = yaml_source.loads_all(text, path)
         roots = [root for root in yaml.compose_all(text, yaml_source.Loader) if isinstance(root, yaml.MappingNode)]
         for root in reversed(roots):  # from the end, so that earlier places stay where they are

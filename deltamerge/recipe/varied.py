@@ -213,7 +213,7 @@ def _open(value: Any, loc: Loc) -> Iterator[tuple[Loc, str]]:
         return
     inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for part, one in inner:
-        if (*loc, part) != ("study",):
+        if isinstance(one, dict | list) and (*loc, part) != ("study",):
             yield from _open(one, (*loc, part))
 
 

@@ -21,8 +21,8 @@ from deltamerge.delta.chain.version import (
     Version,
     check_hashes,
     contents,
-    note_text,
     stored_files,
+    write_note,
 )
 from deltamerge.delta.entry import TILE, Entry
 from deltamerge.delta.file import DeltaFile
@@ -167,4 +167,4 @@ def _write(folder: Path, versions: Sequence[Version], origin: Checkpoint, worker
     )
     if contents(made.manifest) != last.contents:
         raise InputError(f"{last.path}: folding made another state", hint="please report this")
-    (folder / VERSION).write_text(note_text(note), encoding="utf-8")
+    write_note(folder, note)

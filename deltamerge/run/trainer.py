@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -13,37 +13,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
-
 from deltamerge import errors
 from deltamerge.delta.chain.fold import folded
-from deltamerge.delta.chain.folder import heads, line, notes
+from deltamerge.delta.chain.folder import head, line, names
 from deltamerge.delta.chain.layers import check_complete
-from deltamerge.delta.chain.live import bits_of
 from deltamerge.delta.chain.models import open_model
 from deltamerge.delta.chain.publish import one_writer, publishing
 from deltamerge.delta.chain.version import (
-    VERSION,
     Named,
     Note,
     Version,
     base_contents,
     contents,
-    note_text,
     open_version,
     state_of,
     stored_files,
+    write_note,
 )
 from deltamerge.delta.entry import TILE, Read
-from deltamerge.delta.file import DeltaFile, to_torch
+from deltamerge.delta.file import DeltaFile, bits_of, to_torch
 from deltamerge.delta.over_base import elements
 from deltamerge.delta.positions import Array
 from deltamerge.delta.tensor_writer import BaseTensor
 from deltamerge.delta.writer import DeltaWriter as ArtifactWriter
 from deltamerge.errors import InputError, OutputError
-from deltamerge.errors.shown import some
 from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.dtypes import FLOATING, bits_type, code_of, torch_dtype
+from deltamerge.io.dtypes import FLOATING, code_of, torch_dtype
 from deltamerge.io.lazy import torch
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
@@ -88,9 +83,10 @@ class DeltaWriter:
         self._held.enter_context(one_writer(self.chain, "adding"))
         self._pending: Future[Written] | None = None
         try:
-            self._last, origin = self._open(None if not named else os.fspath(named))
+            versions, origin = self._open(None if not named else os.fspath(named))
+            self._last = versions[-1] if versions else None
             self._base, self._assets = base_of(origin), _assets(origin)
-            self._bits = _read(origin, self._last)
+            self._bits = _read(origin, versions)
             self._spare: Bits = {}
             self._shapes = {name: (info.dtype, info.shape) for name, info in origin.tensors.items()}
             if self._last is not None:
@@ -156,23 +152,18 @@ class DeltaWriter:
         finally:
             self._held.close()
 
-    def _open(self, base: str | None) -> tuple[Version | None, Checkpoint]:
-        """The newest version of the chain, and its base."""
-        there = notes(self.chain)
-        last = None
-        if there:
-            ends = heads(there)
-            if len(ends) > 1:
-                raise InputError(f"{self.chain}: has {len(ends)} ends: {some(ends)}", hint="remove all but one")
-            last = line(self.chain / ends[0])[-1]
-            base = base or str(line(last.path)[0].delta.manifest.base)
+    def _open(self, base: str | None) -> tuple[tuple[Version, ...], Checkpoint]:
+        """The versions of the chain, and its base."""
+        versions = line(self.chain / head(self.chain)) if names(self.chain) else ()
+        if versions:
+            base = base or str(versions[0].delta.manifest.base)
         if not base:
             raise InputError(f"{self.chain}: has no version yet, and no base", hint="DeltaWriter(chain, model, base=…)")
         with errors.context(base):
             origin = decoded(open_model(base, Path.cwd(), weights=True))
         if not origin.is_simple:
             raise InputError(f"{base}: has several components", hint="a chain of each")
-        return last, origin
+        return versions, origin
 
     def _publish(self, name: str, new: Bits, step: int | None) -> Written:
         before = self._last
@@ -196,7 +187,7 @@ class DeltaWriter:
                 step=step,
                 files=stored_files(folder, [*opened.files, *(folder / name for name in assets)]),
             )
-            (folder / VERSION).write_text(note_text(note), encoding="utf-8")
+            write_note(folder, note)
         self._last = open_version(self.chain / name)
         self._spare, self._bits = self._bits, new
         size = sum(bits.size for bits in new.values())
@@ -222,32 +213,21 @@ def _assets(origin: Checkpoint) -> dict[str, Path]:
     return {name: path for name, path in copied_files(folder).items() if name != RECIPE}
 
 
-def _read(origin: Checkpoint, last: Version | None) -> Bits:
+def _read(origin: Checkpoint, versions: Sequence[Version]) -> Bits:
     """The weights of the newest version, or of the base, checked by hash if they are a version's."""
     found: Bits = {}
     with Reader() as reader:
-        if last is None:
+        if not versions:
             return {name: elements(reader, info)(0, math.prod(info.shape)) for name, info in origin.tensors.items()}
-        versions = line(last.path)
         check_complete(versions[0], origin)
         delta = folded(versions)
         shapes = {name: (info.dtype, info.shape) for name, info in origin.tensors.items()}
-        with errors.context(str(last.path)):
+        with errors.context(str(versions[-1].path)):
             for one in delta.result(shapes):
                 info = None if one.base_name is None else origin.tensors[one.base_name]
                 assert one.entry is not None
-                read = None if info is None else elements(reader, info)
-                found[one.name] = _whole(one.entry.tiles(read), one.entry.size, one.dtype)
+                found[one.name] = one.entry.whole(None if info is None else elements(reader, info))
     return found
-
-
-def _whole(tiles: Any, size: int, dtype: str) -> Array:
-    out: Array = np.empty(size, bits_type(dtype))
-    done = 0
-    for bits in tiles:
-        out[done : done + bits.size] = bits
-        done += bits.size
-    return out
 
 
 def _matched(wanted: Mapping[str, tuple[str, tuple[int, ...]]], state: Mapping[str, Any]) -> None:

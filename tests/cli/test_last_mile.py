@@ -14,6 +14,7 @@ from conftest import tiny_llama
 from safetensors.torch import load_file
 
 import deltamerge
+from deltamerge.recipe.file import read_recipe
 
 RECIPE = "base_model: ./base\nmodels: [{model: ./math, prune: {method: dare, density: 0.2}}]\n"
 WRONG = "base_model: ./base\nmodels: [{model: ./math, prune: {method: dare, density: 0.2, includ: [a]}}]\nsed: 1\n"
@@ -198,6 +199,14 @@ def test_slips_of_the_first_day_get_a_hint(capsys, folder, slip):
     (folder / "slip.yaml").write_text(text + ("" if "base_model" in text else "\nbase_model: ./base") + "\n")
     code, _, err = call(capsys, "check", "slip.yaml")
     assert (code, wanted in err) == (1, True), err
+
+
+@pytest.mark.parametrize("models", ["[./math]", "./math", "{model: ./math}"])
+def test_a_model_without_its_list_or_key_is_one(capsys, folder, models):
+    (folder / "short.yaml").write_text(f"models: {models}\nbase_model: ./base\n")
+    assert call(capsys, "check", "short.yaml")[0] == 0
+    (model,) = read_recipe(folder / "short.yaml").output.recipe.models
+    assert model.model_dump(exclude_defaults=True) == {"model": "./math"}
 
 
 def test_a_home_folder_is_found(capsys, folder, monkeypatch):

@@ -23,7 +23,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from deltamerge.delta.file import DeltaFile, load_delta, to_torch
+from deltamerge.delta.chain.live import load_delta
+from deltamerge.delta.entry import Entry
+from deltamerge.delta.file import DeltaFile, to_torch
 from deltamerge.delta.manifest import Base
 from deltamerge.delta.positions import CODINGS
 from deltamerge.delta.tensor_writer import BaseTensor
@@ -42,6 +44,11 @@ def bits_of(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     width = tensor.element_size()
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[width]
     return tensor.contiguous().reshape(-1).view(integers).numpy().view(f"u{width}")
+
+
+def made_of(entry: Entry, tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    bits = bits_of(tensor)
+    return entry.whole(lambda start, stop: bits[start:stop], check=False)
 
 
 def code_of(tensor: torch.Tensor) -> str:
@@ -164,8 +171,8 @@ def test_replace_round_trip(
     write(folder, base, result, pieces=pieces)
     assert same(apply_streamed(folder, base, tile)["a"], result["a"])
     entry = DeltaFile.open(folder).entries["a"]
-    assert np.array_equal(entry.apply(bits_of(base["a"])), bits_of(result["a"]))
-    assert entry.has_steps or np.array_equal(entry.apply(bits_of(result["a"])), bits_of(result["a"]))
+    assert np.array_equal(made_of(entry, base["a"]), bits_of(result["a"]))
+    assert entry.has_steps or np.array_equal(made_of(entry, result["a"]), bits_of(result["a"]))
     state = {"a": base["a"].clone()}
     place = state["a"]
     DeltaFile.open(folder).apply_to(state)
@@ -341,7 +348,7 @@ def test_sum_round_trip(tmp_path: Path, values: str, density: float, base_dtype:
         result = tensor.clone().to(getattr(torch, TORCH_NAMES[dtype])).flatten()
         result[positions] = expected[positions].to(result.dtype)
         assert same(streamed[name].flatten(), result)
-        assert np.array_equal(entry.apply(bits_of(tensor)), bits_of(result))
+        assert np.array_equal(made_of(entry, tensor), bits_of(result))
         error = np.square(exact.astype(np.float64) - stored).sum()
         squares += error, np.square(exact.astype(np.float64)).sum()
         if values == "float32" or not len(positions):
@@ -613,7 +620,7 @@ def test_truncated_and_missing_files_are_refused(artifact: Path) -> None:
     (artifact / "delta.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         DeltaFile.open(artifact)
-    with pytest.raises(InputError, match=r"delta\.json: no such file"):
+    with pytest.raises(InputError, match="elsewhere: is not there"):
         DeltaFile.open(artifact / "elsewhere")
 
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
 from deltamerge.delta import bit_lists, step_spool
-from deltamerge.delta.file import DeltaFile, load_delta, to_torch
+from deltamerge.delta.chain.live import load_delta
+from deltamerge.delta.file import DeltaFile, to_torch
 from deltamerge.delta.manifest import Base
 from deltamerge.delta.positions import CODINGS
 from deltamerge.delta.steps import STEP_TILE, decode_tile, encode_tile, ordered, unordered
@@ -286,7 +287,7 @@ def test_another_base_is_refused_before_the_first_write(backend: str, artifact: 
         list(delta.entries["most"].tiles(lambda start, stop: bits[start:stop]))
     assert same(state, before)
     with pytest.raises(InputError, match=r"load_delta\(path, base\)|cannot be told without"):
-        load_delta(folder)
+        next(load_delta(folder))
     state = {name: tensor.clone() for name, tensor in base.items()}
     state["weights"] = new["weights"].clone()  # as where an apply was broken off
     delta.apply_to(state)

@@ -56,6 +56,9 @@ slices:
 """
 
 
+ALONE = "merge_method: linear\nbase_model: ./base\nparameters: {weight: 1}\n"
+
+
 def own(model: str) -> str:
     return f"{model}\n    parameters: {{weight: 1}}"
 
@@ -84,6 +87,32 @@ WRITTEN = {
             "- {model", "- {prune: {rescale: l1}, model"
         ) + "template: ./a\nprune: {exclude: [head]}\n",
     ),
+    "models by their references": (
+        LINEAR.replace("- model: ./a", "- ./a   # first"),
+        "template: base\n" + LINEAR.replace("- model: ./a", '- {model: ./base}\n  - {model: "./a"}   # first'),
+    ),
+    "a divisor beside a model's reference": (
+        DARE.replace("{model: ./b, par", "{model: ./b, prune: {q: 0.5}, par") + "  - ./c\nparameters: {weight: 1}\n",
+        "# a comment\ntemplate: base" + DARE.removeprefix("# a comment")
+        .replace("- model: ./a", "- prune: {rescale: l1}\n    model: ./a")
+        .replace("{model: ./b, par", "{model: ./b, prune: {q: 0.5}, par")
+        + '  - {prune: {rescale: l1}, model: "./c"}\nparameters: {weight: 1}\n',
+    ),
+    "one model without a list": (
+        f"{ALONE}models: ./a  # alone\n",
+        f'template: base\n{ALONE}models: [{{model: ./base}}, {{model: "./a"}}]  # alone\n',
+    ),
+    "one mapping without a list": (
+        f"{ALONE}models:\n  model: ./a\n\n  # its name\n  name: |\n    x\n",
+        f"template: base\n{ALONE}models:\n  - {{model: ./base}}\n  - model: ./a\n\n    # its name\n    name: |\n"
+        "      x\n",
+    ),
+    "modules of one model": (
+        f"{ALONE}modules:\n  vision: {{models: {{model: ./a}}}}\n  text: {{models: ./b}}\n",
+        f"template: base\n{ALONE}modules:\n  vision: {{models: [{{model: ./base}}, {{model: ./a}}]}}\n"
+        '  text: {models: [{model: ./base}, {model: "./b"}]}\n',
+    ),
+    "a short form that stays": ("merge_method: linear\nmodels: ./a\n", "merge_method: linear\nmodels: ./a\n"),
     "nothing to write": (
         "merge_method: passthrough\nmodels: [{model: x}]\n", "merge_method: passthrough\nmodels: [{model: x}]\n",
     ),
@@ -110,6 +139,18 @@ def test_places_are_those_of_the_file_as_it_was():
         for key in ("merge_method", "base_model", "models"):
             assert new.source.locate((key,)) == old.source.locate((key,))
     assert after[1].source.locate(("models", 2, "model")) == before[1].source.locate(("models", 1, "model"))
+
+
+def test_a_series_has_one_place(tmp_path):
+    for step in ("1", "2"):
+        (tmp_path / "run" / f"step-{step}").mkdir(parents=True)
+    text = "merge_method: dare_linear\nbase_model: b\ntemplate: base\nmodels: [run/step-*, {model: x, prune: {q: 1}}]\n"
+    text += "parameters: {density: 0.5, weight: 1}\n"
+    wanted = text.replace("run/step-*", '{prune: {rescale: l1}, model: "run/step-*"}')
+    read = load_all(yaml_source.loads_all(text, str(tmp_path / "r.yaml")))
+    found, (recipe,) = mergekit.written_out(text, read)
+    assert found == wanted
+    assert [model.prune and model.prune.rescale for model in recipe.models] == ["l1", "l1", None]
 
 
 def test_what_cannot_be_written_is_refused():

@@ -85,6 +85,18 @@ def test_every_document_of_a_file_gets_it():
     assert [(one["seed"], one["output"]) for one in result] == [(5, {"path": "p"})] * 3
 
 
+SHORT = {
+    "models: ./a  # one\n": 'models: [{prune: {density: 0.5}, model: "./a"}]  # one\n',
+    "models: [./a, ./b]\n": 'models: [{prune: {density: 0.5}, model: "./a"}, {model: "./b"}]\n',
+    "models:\n  # one\n  model: ./a\n": "models:\n  # one\n  - prune: {density: 0.5}\n    model: ./a\n",
+}
+
+
+@pytest.mark.parametrize("text", SHORT)
+def test_a_key_is_set_of_a_model_in_its_short_form(text):
+    assert overridden(text, {("models", 0, "prune", "density"): "0.5"}, "r.yaml") == SHORT[text]
+
+
 REFUSED = {
     "seed": "is not KEY=VALUE",
     "=1": "is not KEY=VALUE",

@@ -329,6 +329,13 @@ REFUSED: dict[str, list[str]] = {
     "base_model: b\nmodels: [{name: x}]": ["r.yaml:2:10: models[0]: needs model"],
     "base_model: b\nmodels: [{model: ''}]": ["r.yaml:2:18: models[0].model: must not be empty"],
     "base_model: b\nmodels: [7]": ["r.yaml:2:10: models[0]: must be a mapping of keys to values, got 7"],
+    "base_model: b\nmodels:\n  model: x\n  weigth: 3": [
+        "r.yaml:4:3: models[0].weigth: unknown key\n"
+        "hint: known here: calibration, decay, model, name, parameters, prune, schedule, window",
+    ],
+    "base_model: b\nmodels: {model: x, decay: 0.5}": [
+        "r.yaml:2:20: models[0].decay: is of schedule: ema\nhint: schedule: ema",
+    ],
     "base_model: b\nmodels: 7": ["r.yaml:2:9: models: must be a list, got 7"],
     ONE + "prune: dare": ["r.yaml:4:8: prune: must be a mapping of keys to values, got 'dare'"],
     ONE + "seed: -1": ["r.yaml:4:7: seed: must be at least 0, got -1"],

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from deltamerge import errors
 from deltamerge.delta.chain.version import NAME, VERSION, Note, Version, check_link, open_version, read_note
+from deltamerge.delta.folder import MANIFEST
 from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
 from deltamerge.io.checkpoint import is_delta
@@ -23,33 +24,46 @@ from deltamerge.io.names import natural
 
 RANGE = ".."
 MOST = 100_000  # versions in one line
+Stamp = tuple[int, int, int]
 
 
 @dataclass(slots=True)
 class Opened:
     """Versions that are open already, by path: a soup of a hundred opens none of them twice."""
 
-    versions: dict[tuple[str, tuple[int, ...]], Version] = field(default_factory=dict)
+    versions: dict[tuple[str, Stamp], Version] = field(default_factory=dict)
     linked: set[tuple[Path, str, Path, str]] = field(default_factory=set)
 
     def get(self, path: Path) -> Version:
         """The version in the folder `path`. InputError: as `open_version`."""
-        try:
-            status = (path / "delta.json").stat()
-            key = (str(path), (status.st_ino, status.st_size, status.st_mtime_ns))
-        except OSError:
+        if (held := stamp(path)) is None:
             return open_version(path)  # says what is missing
+        key = (str(path), held)
         if key not in self.versions:
             self.versions[key] = open_version(path)
         return self.versions[key]
 
 
+def stamp(path: Path) -> Stamp | None:
+    """Which artifact a folder holds now; None: none that can be looked at."""
+    try:
+        status = os.stat(path / MANIFEST)
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def folders(chain: Path) -> list[tuple[str, int]]:
+    """The folders in a chain's that are named as versions are, by the numbers in their names, and their inodes.
+    InputError: it cannot be read."""
+    with errors.context(str(chain)), reading(), os.scandir(chain) as entries:
+        found = [(e.name, e.inode()) for e in entries if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False)]
+    return sorted(found, key=lambda one: natural(one[0]))
+
+
 def names(chain: Path) -> list[str]:
     """The names of the versions in a chain's folder, by the numbers in them. InputError: it cannot be read."""
-    with errors.context(str(chain)), reading():
-        found = [entry.name for entry in os.scandir(chain)
-                 if entry.is_dir(follow_symlinks=False) and NAME.fullmatch(entry.name)]  # fmt: skip
-    return sorted((name for name in found if is_version(chain / name)), key=natural)
+    return [name for name, _ in folders(chain) if is_version(chain / name)]
 
 
 def is_version(path: Path) -> bool:
@@ -65,7 +79,7 @@ def is_chain(path: Path) -> bool:
     if not path.is_dir() or is_version(path) or os.path.exists(path / "config.json"):
         return False
     try:
-        return bool(names(path))
+        return any(is_version(path / name) for name, _ in folders(path))
     except InputError:
         return False
 
@@ -82,10 +96,13 @@ def without_folded(found: Mapping[str, Note | None]) -> dict[str, Note | None]:
     return {name: note for name, note in found.items() if name not in gone}
 
 
-def heads(found: Mapping[str, Note | None]) -> list[str]:
-    """The versions after which none comes."""
+def end_of(chain: Path, found: Mapping[str, Note | None]) -> str | None:
+    """The one version after which none comes; None: there is none. InputError: there are several."""
     followed = {note.after.name for note in found.values() if note is not None and note.after is not None}
-    return [name for name in found if name not in followed]
+    ends = [name for name in found if name not in followed]
+    if len(ends) > 1:
+        raise InputError(f"{chain}: has {len(ends)} ends: {some(ends)}", hint="name one of them, or remove all but one")
+    return ends[0] if ends else None
 
 
 def head(chain: Path) -> str:
@@ -94,18 +111,15 @@ def head(chain: Path) -> str:
     before = {name: None if note is None or note.after is None else note.after.name for name, note in found.items()}
     if lost := [name for name in before.values() if name is not None and name not in found]:
         raise _missing(chain, lost[0])
-    ends = heads(found)
-    if len(ends) > 1:
-        raise InputError(f"{chain}: has {len(ends)} ends: {some(ends)}", hint="name one of them")
+    at = end = end_of(chain, found)
     passed = dict[str, None]()
-    at = ends[0] if ends else None
     while at is not None:
         passed[at], at = None, before[at]
     if len(passed) < len(found):
         raise InputError(f"{chain}: {min(found.keys() - passed.keys())} comes after itself, by {VERSION}")
-    if not ends:
+    if end is None:
         raise InputError(f"{chain}: holds no version of a chain")
-    return ends[0]
+    return end
 
 
 def resolve(path: Path) -> Path | None:
@@ -116,7 +130,9 @@ def resolve(path: Path) -> Path | None:
             return path
         return path / head(path) if is_chain(path) else None
     chain = path.parent
-    if path.exists() or not NAME.fullmatch(path.name) or not is_chain(chain) or not any(notes(chain).values()):
+    if path.exists() or not NAME.fullmatch(path.name) or not is_chain(chain):
+        return None
+    if not any(os.path.isfile(chain / name / VERSION) for name, _ in folders(chain)):
         return None  # a folder of deltas that are no chain may be missing something else
     raise _missing(chain, path.name)
 

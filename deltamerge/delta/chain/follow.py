@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from deltamerge.delta.chain.folder import Opened, heads, is_version, line, without_folded
+from deltamerge.delta.chain.folder import Opened, end_of, folders, is_version, line, without_folded
 from deltamerge.delta.chain.live import Delta
-from deltamerge.delta.chain.version import NAME, Note, read_note
+from deltamerge.delta.chain.version import Note, read_note
 from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.errors.shown import some
 from deltamerge.io.atomic import replace_file
-from deltamerge.io.names import natural
 
 OPEN = 4096  # versions that stay open
 
@@ -80,21 +78,18 @@ def _next(chain: Path, known: _Known, after: str | None, *, latest: bool) -> str
         raise InputError(f"{chain}: {some(firsts)} all come after {after or 'the base'}")
     if not firsts or not latest:
         return firsts[0] if firsts else None
-    ends = heads(found)
-    if len(ends) > 1:
-        raise InputError(f"{chain}: has {len(ends)} ends: {some(ends)}")
-    return ends[0]
+    return end_of(chain, found)
 
 
 def _notes(chain: Path, known: _Known) -> Mapping[str, Note | None]:
     """The notes of all versions, of which those of folders that are `known` are not read again."""
-    there = _seen(chain)
+    there = folders(chain)
     for name, number in there:
         if (name, number) not in known and is_version(chain / name):
             try:
                 known[name, number] = read_note(chain / name)
             except DeltamergeError:
-                if _seen(chain) == there:
+                if folders(chain) == there:
                     raise
                 return _notes(chain, known)  # one was folded while it was read
     for gone in known.keys() - {*there}:
@@ -106,18 +101,10 @@ def _open(chain: Path, name: str, opened: Opened) -> Delta | None:
     """A version with all before it; None: one was folded while it was opened."""
     if len(opened.versions) > OPEN:
         opened.versions.clear()
-    before = _seen(chain)
+    before = folders(chain)
     try:
         return Delta(line(chain / name, opened))
     except DeltamergeError:
-        if _seen(chain) == before:
+        if folders(chain) == before:
             raise
         return None
-
-
-def _seen(chain: Path) -> list[tuple[str, int]]:
-    """The folders in a chain, and which ones they are."""
-    found = [
-        (e.name, e.inode()) for e in os.scandir(chain) if NAME.fullmatch(e.name) and e.is_dir(follow_symlinks=False)
-    ]
-    return sorted(found, key=lambda one: natural(one[0]))

@@ -6,32 +6,27 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from blake3 import blake3
-
 from deltamerge import errors
 from deltamerge.delta.chain.folder import Opened, is_version, line, notes, resolve
 from deltamerge.delta.chain.models import Models
 from deltamerge.delta.chain.version import (
     NAME,
-    VERSION,
     Named,
     Note,
     Version,
     base_contents,
     check_successor,
     contents,
-    note_text,
     state_of,
     stored_files,
+    write_note,
 )
-from deltamerge.delta.entry import TILE, digest
+from deltamerge.delta.entry import hash_of
 from deltamerge.delta.file import DeltaFile
+from deltamerge.delta.over_base import elements
 from deltamerge.errors import InputError, UsageError
-from deltamerge.io.files import flat, writing
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +68,8 @@ class Link:
         if not name:
             return reference
         with Reader() as reader:
-            have = "" if name not in tensors else hash_of(reader, tensors[name])
+            info = tensors.get(name)
+            have = "" if info is None else hash_of(elements(reader, info), math.prod(info.shape))
         if have == end[name].hash:
             return reference
         if name in origin and have == origin[name].hash:
@@ -95,16 +91,4 @@ class Link:
             after=Named(name=before.name, state=before.state),
             files=stored_files(folder, opened.files),
         )
-        with writing(folder):
-            (folder / VERSION).write_text(note_text(note), encoding="utf-8")
-
-
-def hash_of(reader: Reader, info: TensorInfo) -> str:
-    """The hash of a tensor's bytes, as delta.json has it."""
-    hasher, size = blake3(), math.prod(info.shape)
-    for start in range(0, size, TILE):
-        count = min(TILE, size - start)
-        out = np.empty(count * (info.nbytes // size), np.uint8)
-        reader.read_into(info, start, out)
-        hasher.update(flat(out))
-    return digest(hasher)
+        write_note(folder, note)

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from blake3 import blake3
 
 from deltamerge import errors
+from deltamerge.delta.chain.change import Change, Write, change_of, whole_of, write_of
 from deltamerge.delta.chain.fold import folded
 from deltamerge.delta.chain.folder import line, resolve
 from deltamerge.delta.chain.version import Content, Version, state_of
-from deltamerge.delta.entry import Entry, digest
-from deltamerge.delta.file import STEPS, STEPS_HINT, Patch, to_torch
-from deltamerge.delta.positions import Array
+from deltamerge.delta.entry import digest
+from deltamerge.delta.file import Patch, bits_of
 from deltamerge.errors import InputError
-from deltamerge.io.dtypes import bits_type, code_of
+from deltamerge.io.dtypes import code_of
 from deltamerge.io.files import flat
 from deltamerge.io.lazy import torch
 
-DENSE = 8  # above one entry in so many the whole tensor is held, not positions and values
 State = MutableMapping[str, Any]
 
 
@@ -57,11 +54,7 @@ class Delta(Iterator[Patch]):
         """The next patch: final values over what the version before makes. InputError: it is made of steps, and there
         is no `base` to take them from, or another."""
         if self._patches is None:
-            last = self._versions[-1].delta
-            stepped = next((name for name, entry in last.entries.items() if entry.has_steps), None)
-            if stepped is not None and self._base is None:
-                raise InputError(f"{self.path}: {stepped}: {STEPS}", hint=STEPS_HINT)
-            self._patches = last.patches(self._base)
+            self._patches = self._versions[-1].delta.patches(self._base)
         return next(self._patches)
 
     def __repr__(self) -> str:
@@ -88,8 +81,12 @@ class Delta(Iterator[Patch]):
             changes = []
             for name, entry in delta.entries.items():
                 source = sources.get(name)
-                is_own = source is not None and (source == name or uses[source] == 1)
-                if change := change_of(entry, source, None if source is None else state[source], in_place=is_own):
+                with errors.context(name):
+                    if source is not None and (source == name or uses[source] == 1) and entry.kind == entry.base_kind:
+                        change = change_of(entry, source, state[source])
+                    else:
+                        change = whole_of(entry, None if source is None else state[source])
+                if change is not None:
                     changes.append(change)
             gone = {*delta.manifest.removed} if not done else set()
             _write(state, changes, sources, (gone | {*sources.values()}) - delta.entries.keys())
@@ -97,12 +94,8 @@ class Delta(Iterator[Patch]):
 
     def _sources(self, state: State) -> dict[str, str]:
         """The key in `state` of the base's tensor that each tensor of the result is made from."""
-        found = {}
-        for name, entry in self._versions[0].delta.entries.items():
-            old = entry.record.base_name or name
-            if entry.record.base is not None:
-                found[name] = old if old in state else name
-        return found
+        entries = self._versions[0].delta.entries
+        return {name: entry.key_in(state) for name, entry in entries.items() if entry.record.base is not None}
 
     def _done(self, state: State, sources: Mapping[str, str]) -> int:
         """How many of the versions the state has had applied. InputError: none, and it is not the base either."""
@@ -119,8 +112,7 @@ class Delta(Iterator[Patch]):
         first = self._versions[0].delta
         for name, key in sources.items():
             entry = first.entries[name]
-            record = entry.record
-            wanted = Content(entry.base_dtype, tuple(record.base_shape or record.shape), record.base or "")
+            wanted = Content(*entry.base_kind, entry.record.base or "")
             if (found := content(key)) == wanted:
                 continue
             belongs = f"it belongs to {first.manifest.base}"
@@ -172,70 +164,15 @@ def _content(tensor: Any) -> Content | None:
     return Content(code, tuple(tensor.shape), digest(blake3(flat(bits_of(tensor)))))
 
 
-def bits_of(tensor: Any) -> Array:
-    """A tensor's bits, flat, on the CPU; its own memory where it is contiguous there."""
-    kind = bits_type(code_of(tensor.dtype) or "")
-    host = tensor.detach().cpu().contiguous().reshape(-1)
-    return np.asarray(host.view(torch.uint8).numpy()).view(kind) if host.numel() else np.empty(0, kind)
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What becomes of the tensor that stands under a `key` of a state: `values` (bits) at positions, or at all (None);
-    or it is the tensor `whole`."""
-
-    key: str
-    where: Array | None
-    values: Array
-    whole: Any = None
-
-
-def change_of(entry: Entry, source: str | None, tensor: Any, *, in_place: bool) -> Change | None:
-    """What an entry makes of a `tensor`, which stands under `source`; None: nothing. It is computed and checked, tile
-    by tile. InputError: the delta is damaged."""
-    record = entry.record
-    old = None if tensor is None else bits_of(tensor)
-    keeps = (record.dtype, record.shape) == (entry.base_dtype, record.base_shape or record.shape)
-    in_place = in_place and keeps and old is not None
-    where: list[Array] = []
-    values: list[Array] = []
-    made: Array | None = None if in_place else np.empty(entry.size, bits_type(record.dtype))
-    done = count = 0
-    with errors.context(entry.name):
-        for bits in entry.tiles(None if old is None else lambda start, stop: old[start:stop]):
-            end = done + bits.size
-            if made is not None:
-                made[done:end] = bits
-            elif old is not None:
-                positions = np.flatnonzero(bits != old[done:end])
-                count += positions.size
-                where.append(positions + done)
-                values.append(bits[positions])
-                if count * DENSE > entry.size:
-                    made = old.copy()
-                    made[np.concatenate(where)] = np.concatenate(values)
-            done = end
-    if not in_place:
-        assert made is not None
-        whole = to_torch(made, record.dtype).reshape(tuple(record.shape))
-        return Change(entry.name, None, made, whole if tensor is None else whole.to(tensor.device))
-    assert source is not None
-    if made is not None:
-        return Change(source, None, made)
-    return Change(source, np.concatenate(where), np.concatenate(values)) if count else None
-
-
 def _write(state: State, changes: Sequence[Change], sources: Mapping[str, str], gone: set[str]) -> None:
     """Write all changes, move tensors from their sources' keys to their own, and remove keys; if any of it fails, undo
     what was done."""
-    before, undo = dict(state), list[Change]()
+    before, undo = dict(state), list[Write]()
+    writes = [write_of(change, state[change.key]) for change in changes if change.whole is None]
     try:
-        for change in changes:
-            if change.whole is None:
-                old = bits_of(state[change.key])
-                kept = old.copy() if change.where is None else old[change.where]
-                undo.append(Change(change.key, change.where, kept))
-                put(state[change.key], change.where, change.values)
+        for write in writes:
+            undo.append(write.kept())
+            write.put()
         whole = {change.key: change.whole for change in changes if change.whole is not None}
         moved = {name: state[key] for name, key in sources.items() if key != name and name not in whole}
         for name, tensor in (moved | whole).items():
@@ -243,27 +180,11 @@ def _write(state: State, changes: Sequence[Change], sources: Mapping[str, str], 
         for name in gone & state.keys():
             del state[name]
     except BaseException:
-        for change in reversed(undo):
-            put(before[change.key], change.where, change.values)
+        for write in reversed(undo):
+            write.put()
         for name in state.keys() - before.keys():
             del state[name]
         for name, tensor in before.items():
             if state.get(name) is not tensor:
                 state[name] = tensor
         raise
-
-
-def put(tensor: Any, where: Array | None, values: Array) -> None:
-    """Write bits into a tensor, at flat positions or (None) at all, wherever it lies."""
-    data = tensor.detach()
-    if data.device.type == "cpu" and data.is_contiguous():
-        bits_of(data)[slice(None) if where is None else where] = values
-        return
-    bits = to_torch(values, code_of(tensor.dtype) or "").to(data.device)
-    if where is None:
-        data.copy_(bits.reshape(data.shape))
-        return
-    flattened = data.contiguous().reshape(-1)
-    flattened[to_torch(where, "I64").to(data.device)] = bits
-    if not data.is_contiguous():
-        data.copy_(flattened.reshape(data.shape))

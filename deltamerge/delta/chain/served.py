@@ -13,16 +13,18 @@ from typing import Any
 import numpy as np
 
 from deltamerge import errors
+from deltamerge.delta.chain.change import Change
 from deltamerge.delta.chain.fold import folded
-from deltamerge.delta.chain.live import Change, Delta, bits_of
+from deltamerge.delta.chain.live import Delta
 from deltamerge.delta.chain.models import open_model
 from deltamerge.delta.chain.switch import Known, changes_of
 from deltamerge.delta.chain.version import Version
-from deltamerge.delta.file import Patch, to_torch
+from deltamerge.delta.file import Patch, bits_of, to_torch
+from deltamerge.delta.over_base import elements
 from deltamerge.delta.positions import Array, index_itemsize
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.dtypes import TORCH_NAMES, bits_type, code_of
+from deltamerge.io.dtypes import TORCH_NAMES, code_of
 from deltamerge.io.reader import Reader
 
 Changes = Mapping[str, Change]
@@ -109,10 +111,9 @@ class OnDisk(Mapping[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         info = self._infos[name]
-        out = np.empty(math.prod(info.shape), bits_type(info.dtype))
         with errors.context(str(self._path)), Reader() as reader:
-            reader.read_into(info, 0, out)
-        return to_torch(out, info.dtype).reshape(info.shape)
+            bits = elements(reader, info)(0, math.prod(info.shape))
+        return to_torch(bits, info.dtype).reshape(info.shape)
 
 
 def _union(*wheres: Array) -> Array:

@@ -20,11 +20,9 @@ from __future__ import annotations
 import importlib
 import io
 import re
-import threading
 import zlib
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +31,7 @@ from blake3 import blake3
 from xxhash import xxh3_128
 
 from deltamerge import errors
+from deltamerge.delta.kept import Kept
 from deltamerge.delta.positions import Array
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint, open_checkpoint
@@ -126,7 +125,7 @@ def over(path: Path, base: Checkpoint, reference: str) -> Checkpoint:
             if name not in base.tensors:
                 raise InputError(f"{version.path}: has {name}, which the base lacks", hint="is it the base?")
             diffs.setdefault(name, []).append(diff)
-    kept = _Kept()
+    kept = Kept(KEPT)
     tensors = {
         name: replace(info, path=path / INDEX, begin=0, made=Patched(info, tuple(diffs[name]), kept))
         if name in diffs
@@ -192,32 +191,13 @@ def _number(path: Path) -> int:
     return int(found[1]) if found else -1
 
 
-@dataclass(slots=True)
-class _Kept:
-    """The tensors last made, whole; of each tensor one thread makes it."""
-
-    tensors: OrderedDict[str, tuple[threading.Lock, list[Array]]] = field(default_factory=OrderedDict)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def get(self, name: str, make: Callable[[], Array]) -> Array:
-        with self.lock:
-            own, made = self.tensors.setdefault(name, (threading.Lock(), []))
-            self.tensors.move_to_end(name)
-            if len(self.tensors) > KEPT:
-                self.tensors.popitem(last=False)
-        with own:
-            if not made:
-                made.append(make())
-        return made[0]
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Patched:
     """The tensor `info` of the base with the diffs of several versions."""
 
     info: TensorInfo
     diffs: tuple[Diff, ...]
-    kept: _Kept
+    kept: Kept
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
         whole = self.kept.get(self.info.name, lambda: self._made(read))

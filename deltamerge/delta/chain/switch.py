@@ -2,30 +2,27 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from blake3 import blake3
 
 from deltamerge import errors
+from deltamerge.delta.chain.change import Change, Write, change_of, whole_of, write_of
 from deltamerge.delta.chain.fold import folded
-from deltamerge.delta.chain.folder import line, resolve
-from deltamerge.delta.chain.live import Change, Delta, bits_of, change_of
+from deltamerge.delta.chain.folder import Stamp, line, resolve, stamp
+from deltamerge.delta.chain.live import Delta
 from deltamerge.delta.chain.version import Version
 from deltamerge.delta.entry import OTHER_BASE, Entry, digest
-from deltamerge.delta.file import DeltaFile, to_torch
+from deltamerge.delta.file import DeltaFile, bits_of
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import code_of
 from deltamerge.io.files import flat
 from deltamerge.io.lazy import torch
 
-INT32 = 1 << 31
 T = TypeVar("T")
-_Stamp = tuple[int, int, int] | None
 
 
 class Switch:
@@ -50,7 +47,7 @@ class Switch:
         self._state: dict[str, Any] = {name: t for name, t in state.items() if isinstance(t, torch.Tensor)}
         self._known = Known(keep, self._prepare)
         self._hashes: dict[str, str] = {}
-        self._undo: list[_Write] = []
+        self._undo: list[Write] = []
         self.at: str | Path | Delta | None = None
 
     def __repr__(self) -> str:
@@ -83,10 +80,10 @@ class Switch:
             self._undo[-1].put()
             self._undo.pop()
 
-    def _prepare(self, versions: Sequence[Version]) -> tuple[_Write, ...]:
+    def _prepare(self, versions: Sequence[Version]) -> tuple[Write, ...]:
         """What a line of versions writes into the base. InputError: see `to`."""
         changes = changes_of(folded(versions), self._state, self._hashes)
-        return tuple(_write_of(change, self._state[change.key]) for change in changes)
+        return tuple(write_of(change, self._state[change.key]) for change in changes)
 
 
 class Known(Generic[T]):
@@ -96,7 +93,7 @@ class Known(Generic[T]):
         if keep is not None and keep < 1:
             raise InputError(f"keep is {keep}: at least the delta that is on is kept")
         self._keep, self._make = keep, make
-        self._made: OrderedDict[str, tuple[_Stamp, T]] = OrderedDict()
+        self._made: OrderedDict[str, tuple[Stamp | None, T]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._made)
@@ -104,12 +101,12 @@ class Known(Generic[T]):
     def get(self, delta: str | Path | Delta) -> T:
         """What is made of an artifact, a version of a chain, or a chain (its newest). InputError: one is damaged."""
         path = delta.path if isinstance(delta, Delta) else (resolve(Path(delta)) or Path(delta)).resolve()
-        key, stamp = str(path), _stamp(path)
-        if (found := self._made.get(key)) is None or found[0] != stamp:
+        key, held = str(path), stamp(path)
+        if (found := self._made.get(key)) is None or found[0] != held:
             self._made.pop(key, None)
             with errors.context(str(path if isinstance(delta, Delta) else delta)):
                 versions = delta.versions if isinstance(delta, Delta) else line(path)
-                self._made[key] = stamp, self._make(versions)
+                self._made[key] = held, self._make(versions)
         self._made.move_to_end(key)
         while self._keep is not None and len(self._made) > self._keep:
             self._made.popitem(last=False)
@@ -122,7 +119,7 @@ def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMappin
     tensors of other names, dtypes or shapes."""
     if gone := state.keys() & {*delta.manifest.removed}:
         raise _unfit(min(gone), "is dropped")
-    keys = {name: _key_of(entry, state) for name, entry in delta.entries.items()}
+    keys = {name: entry.key_in(state) for name, entry in delta.entries.items()}
     uses = Counter(keys.values())
     for name, entry in delta.entries.items():
         key, record = keys[name], entry.record
@@ -130,7 +127,7 @@ def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMappin
         _refuse_unfit(entry, key, tensor, belongs, copied=uses[key] > 1)
         with errors.context(name):
             if record.base is None:
-                yield change_of(entry, None, None, in_place=False)  # type: ignore[misc]  # of all of it
+                yield whole_of(entry, None)
                 continue
             if not record.count and record.result == record.base:
                 if key not in hashes:
@@ -139,7 +136,7 @@ def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMappin
                     raise InputError(OTHER_BASE, hint=belongs)
                 continue
             try:
-                change = change_of(entry, key, tensor, in_place=True)
+                change = change_of(entry, key, tensor)
             except InputError as error:
                 error.hint = error.hint or belongs
                 raise
@@ -148,16 +145,11 @@ def changes_of(delta: DeltaFile, state: Mapping[str, Any], hashes: MutableMappin
             yield change
 
 
-def _key_of(entry: Entry, state: Mapping[str, Any]) -> str:
-    old = entry.record.base_name or entry.name
-    return old if old in state else entry.name
-
-
 def _refuse_unfit(entry: Entry, key: str, tensor: Any, belongs: str, *, copied: bool) -> None:
     """InputError: a tensor is not of the base's dtype and shape, or the delta makes it another one, or several."""
     record = entry.record
-    becomes = (record.dtype, tuple(record.shape))
-    wanted = becomes if record.base is None else (entry.base_dtype, tuple(record.base_shape or record.shape))
+    becomes = entry.kind
+    wanted = becomes if record.base is None else entry.base_kind
     found = None if tensor is None else (code_of(tensor.dtype), tuple(tensor.shape))
     if record.base is None and found != wanted:
         raise _unfit(entry.name, f"is new, {_said(wanted)}")
@@ -172,60 +164,6 @@ def _refuse_unfit(entry: Entry, key: str, tensor: Any, belongs: str, *, copied: 
 
 def _said(kind: tuple[str | None, tuple[int, ...]]) -> str:
     return f"{kind[0] or 'of another dtype'} {list(kind[1])}"
-
-
-@dataclass(frozen=True, slots=True)
-class _Write:
-    """Integers `values`, of a tensor's bits, at positions `where` of its memory `line`; None: at all of the tensor."""
-
-    line: Any
-    where: Any
-    values: Any
-
-    def put(self) -> None:
-        if self.where is None:
-            self.line.copy_(self.values)
-        else:
-            self.line[self.where] = self.values
-
-    def kept(self) -> _Write:
-        """The write that undoes this one."""
-        return _Write(self.line, self.where, self.line.clone() if self.where is None else self.line[self.where])
-
-
-def _write_of(change: Change, tensor: Any) -> _Write:
-    dtype = f"I{8 * tensor.element_size()}"
-    values = to_torch(change.values, dtype).to(tensor.device)
-    if change.where is None:
-        return _Write(tensor.detach().view(values.dtype), None, values.reshape(tensor.shape))
-    memory, where = _line_of(tensor, to_torch(change.where, "I64"))
-    kind = torch.int32 if memory.numel() < INT32 else torch.int64
-    return _Write(memory.view(values.dtype), where.to(tensor.device, kind), values)
-
-
-def _line_of(tensor: Any, where: Any) -> tuple[Any, Any]:
-    """The memory that a tensor spans, as one dimension, and where its flat positions lie in it."""
-    data = tensor.detach()
-    if data.is_contiguous():
-        return data.view(-1), where
-    sizes, strides = data.shape, data.stride()
-    if any(stride == 0 and size > 1 for size, stride in zip(sizes, strides, strict=True)):
-        raise InputError("shares memory between its elements", hint="clone() it first")
-    span = 1 + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
-    at, rest = torch.zeros_like(where), where
-    for axis in reversed(range(len(sizes))):
-        at += rest % sizes[axis] * strides[axis]
-        rest = rest // sizes[axis]
-    return data.as_strided((span,), (1,)), at
-
-
-def _stamp(path: Path) -> _Stamp:
-    """Which artifact a folder holds."""
-    try:
-        status = os.stat(path / "delta.json")
-    except OSError:
-        return None  # opening it says what is missing
-    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _unfit(name: str, what: str) -> InputError:

@@ -15,43 +15,40 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from blake3 import blake3
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from deltamerge import errors
 from deltamerge.delta.entry import digest
 from deltamerge.delta.file import DeltaFile
-from deltamerge.delta.manifest import Digest, Manifest, Natural, Record
+from deltamerge.delta.manifest import Digest, Manifest, Natural, Record, Strict
 from deltamerge.errors import InputError
+from deltamerge.io.files import writing
 from deltamerge.io.seals import hash_output
 from deltamerge.io.strict_json import read_json
 
 VERSION = "version.json"
 FORMAT = "deltamerge-version"
-NAME = re.compile(r"\w[\w.-]{0,200}", re.ASCII)
+NAME = re.compile("[A-Za-z0-9_][A-Za-z0-9_.-]{0,200}")
 FOREIGN = "the version was changed, renamed or put in from elsewhere: copy the chain again"
 
 VersionName = Annotated[str, StringConstraints(pattern=rf"^{NAME.pattern}$")]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
-
-
-class Named(_Strict):
+class Named(Strict):
     """A version by its name, and the state that it makes."""
 
     name: VersionName
     state: Digest
 
 
-class Stored(_Strict):
+class Stored(Strict):
     """A file of a version: "blake3:<hex>" and bytes."""
 
     hash: Annotated[str, StringConstraints(pattern=r"^blake3:[0-9a-f]{64}$")]
     size: Natural
 
 
-class Note(_Strict):
+class Note(Strict):
     """version.json.
 
     name     the version's, and its folder's
@@ -70,7 +67,7 @@ class Note(_Strict):
     state: Digest
     after: Named | None = None
     step: Annotated[int, Field(ge=0, lt=1 << 62)] | None = None
-    folded: Annotated[list[Named], Field(max_length=1_000_000)] = []
+    folded: Annotated[list[Named], Field(max_length=1_000_000)] = Field(default_factory=list)
     files: Annotated[dict[str, Stored], Field(max_length=100_000)]
 
 
@@ -203,10 +200,11 @@ def read_note(path: Path) -> Note | None:
         return note
 
 
-def note_text(note: Note) -> str:
-    """version.json, without defaults."""
+def write_note(folder: Path, note: Note) -> None:
+    """Write a version's version.json, without defaults. OutputError: the disk."""
     said = {"format": note.format, "version": note.version} | note.model_dump(exclude_defaults=True)
-    return json.dumps(said, ensure_ascii=False, indent=1) + "\n"
+    with writing(folder):
+        (folder / VERSION).write_text(json.dumps(said, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
 
 
 def stored_files(folder: Path, files: Iterable[Path]) -> dict[str, Stored]:

@@ -16,6 +16,7 @@ from deltamerge.engine import backends
 from deltamerge.engine.execute import Task as Piece
 from deltamerge.engine.execute import default_workers, execute
 from deltamerge.engine.graph import READ, Graph, Node, depth_first
+from deltamerge.engine.whole import computed
 from deltamerge.inspect.search.candidates import Candidate
 from deltamerge.inspect.search.tasks import Task
 from deltamerge.io.dtypes import nbytes_of, torch_dtype
@@ -147,27 +148,7 @@ class Walk:
         return execute(pieces, self.reader, None, device=self.device, workers=default_workers(), known=self.known)
 
     def _run(self, roots: Mapping[str, Node]) -> dict[str, NDArray[np.uint8]]:
-        sink = Buffers(roots)
-        pieces = [Piece(name, root, backends.choose(root, self.device)) for name, root in roots.items()]
-        workers = default_workers()
-        execute(pieces, self.reader, sink, device=self.device, workers=workers, known=self.known)
-        return sink.buffers
-
-
-class Buffers:
-    """A sink of whole tensors in memory, which it lends to be filled."""
-
-    def __init__(self, roots: Mapping[str, Node]) -> None:
-        self.buffers = {name: np.empty(nbytes_of(node.dtype, node.shape), np.uint8) for name, node in roots.items()}
-
-    def write(self, name: str, offset: int, data: Any) -> None:
-        self.buffers[name][offset : offset + data.nbytes] = data.view(np.uint8)
-
-    def lend(self, name: str, offset: int, nbytes: int) -> NDArray[np.uint8]:
-        return self.buffers[name][offset : offset + nbytes]
-
-    def give(self, name: str, offset: int, buffer: NDArray[np.uint8]) -> None:
-        """Nothing: what was lent is the tensor itself."""
+        return computed(roots, self.reader, device=self.device, known=self.known)
 
 
 def _common(roots: Sequence[Node]) -> list[Node]:

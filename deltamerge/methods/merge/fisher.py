@@ -27,6 +27,7 @@ def fisher(base: Tensor, *inputs: Any, tile: Tile, weights: tuple[float, ...], f
     weights  w_i
     floor    what is added to each F_i, whose mean over model i is 1: entries that nothing depends on have the mean
     """
+    squares: Squares
     *deltas, squares = inputs
     total = torch.zeros(tile.size, dtype=torch.float64, device=base.device)
     weighed = torch.zeros_like(total)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from deltamerge.errors import InputError
 from deltamerge.io.lazy import torch
 from deltamerge.methods.merge.arithmetic import task_arithmetic
-from deltamerge.methods.merge.whole import Form, Matrices, add, each
+from deltamerge.methods.merge.whole import Form, Matrices, each
+from deltamerge.methods.merge.whole import nodes as whole_nodes
 from deltamerge.methods.tiles import Make
 
 if TYPE_CHECKING:
@@ -27,22 +28,17 @@ def nodes(
     inputs: list[Any],
     shape: tuple[int, ...],
     *,
-    based: bool,
     form: Form | None,
-    transposed: bool,
     lambda_: float,
     weights: tuple[float, ...],
-    off_diagonal: float,
+    **parameters: Any,
 ) -> Any:
     """The node of base + λ · `function` of the whole Δ_i and the moments of their inputs, which come last; of
-    base + λ Σ w_i Δ_i / Σ w_i where there is no `form`."""
-    base, *deltas, moments = inputs
+    base + λ Σ w_i Δ_i / Σ w_i where there is no `form`, or one of several matrices."""
     if form is None or form[0] > 1:
         mean = {"weights": weights, "normalize": True, "lambda_": lambda_}
-        return make(task_arithmetic, [base, *deltas], shape=shape, **mean)
-    parameters = {"form": form, "weights": weights, "off_diagonal": off_diagonal, "transposed": transposed}
-    merged = make(function, [*deltas, moments], kind="whole", shape=shape, **parameters)
-    return make(add, [base, merged], shape=shape, lambda_=lambda_)
+        return make(task_arithmetic, inputs[:-1], shape=shape, **mean)
+    return whole_nodes(make, function, inputs, shape, form=form, lambda_=lambda_, weights=weights, **parameters)
 
 
 def regmean(
@@ -59,11 +55,11 @@ def regmean(
     A feature that is 0 in all rows, and a layer that no row of some model reaches, has the weighted mean of the Δ_i.
     InputError: Σ w_i G_i is singular.
     """
+    moments: Moments
     *sources, moments = inputs
     alike = (1.0,) * len(sources)
 
     def merge(matrices: Matrices, out: Tensor) -> None:
-        turned = matrices.is_wide != transposed  # a tall matrix has its long side first
         size = matrices.rows if transposed else matrices.columns
         found = [_placed(moments.read(i), size, out) for i in range(len(sources))]
         grams = [_shrunk(one, off_diagonal) for one in found if one is not None]
@@ -72,8 +68,7 @@ def regmean(
         idle = sum(gram.diagonal() for gram in grams) == 0
         total, pulled = torch.zeros_like(grams[0]), torch.zeros((), device=out.device)
         for i, weight in enumerate(weights):
-            tall = matrices.delta(i)
-            delta = (tall.values.T if turned else tall.values).to(torch.float64)
+            delta = matrices.linear(i, transposed=transposed)
             grams[i].diagonal()[idle] = 1.0
             total.add_(grams[i], alpha=weight)
             pulled = pulled + (delta @ grams[i]) * weight

@@ -87,9 +87,12 @@ class Matrices:
 
     def delta(self, i: int) -> Tall:
         """w_i Δ_i."""
-        values = torch.empty(self.rows * self.columns, dtype=torch.float32, device=self.sources[i].device)
-        self.sources[i].fill(self.index * len(values), values)
-        return self._tall(values.view(self.rows, self.columns), self.weights[i])
+        return self._tall(self._read(i), self.weights[i])
+
+    def linear(self, i: int, *, transposed: bool) -> Tensor:
+        """w_i Δ_i in float64, of (out, in); `transposed`: it is stored (in, out)."""
+        values = self._read(i)
+        return (values.T if transposed else values).to(torch.float64) * self.weights[i]
 
     def total(self) -> Tall:
         """Σ w_i Δ_i in float64."""
@@ -102,6 +105,11 @@ class Matrices:
                 source.fill(self.index * size + start, part[: len(into)])
                 into += part[: len(into)].to(torch.float64) * weight
         return self._tall(values.view(self.rows, self.columns), 1.0)
+
+    def _read(self, i: int) -> Tensor:
+        values = torch.empty(self.rows * self.columns, dtype=torch.float32, device=self.sources[i].device)
+        self.sources[i].fill(self.index * len(values), values)
+        return values.view(self.rows, self.columns)
 
     def _tall(self, values: Tensor, factor: float) -> Tall:
         return Tall(values.T if self.is_wide else values, factor)

@@ -30,13 +30,11 @@ def wudi(
     """
 
     def merge(matrices: Matrices, out: Tensor) -> None:
-        turned = matrices.is_wide != transposed  # a tall matrix has its long side first
         inputs = matrices.rows if transposed else matrices.columns
         gram = torch.zeros(inputs, inputs, dtype=torch.float64, device=out.device)
         pulled, start = torch.zeros((), device=out.device), torch.zeros((), device=out.device)
         for i in range(len(weights)):
-            tall = matrices.delta(i)
-            delta = (tall.values.T if turned else tall.values).to(torch.float64) * tall.factor
+            delta = matrices.linear(i, transposed=transposed)
             square = (delta * delta).sum()
             share = 1.0 / square if bool(square != 0) else torch.zeros_like(square)
             gram += (delta.T @ delta) * share

@@ -18,6 +18,7 @@ from conftest import load_tensors, make_checkpoint
 import deltamerge as dm
 from deltamerge.cli import main
 from deltamerge.delta.chain import folder as folders
+from deltamerge.delta.chain.change import Write
 from deltamerge.delta.chain.folder import between, line
 from deltamerge.delta.chain.version import VERSION
 from deltamerge.errors import DeltamergeError, InputError
@@ -228,6 +229,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
     "truncated": (lambda c: (c / NAMES[2] / "delta.safetensors").write_bytes(b"12345678"), "bytes, not"),
     "no version.json": (lambda c: (c / NAMES[2] / VERSION).unlink(), "ends"),
     "version.json torn": (lambda c: (c / NAMES[2] / VERSION).write_text('{"format":'), "not valid JSON"),
+    "another alphabet": (
+        lambda c: other(c / NAMES[2] / VERSION, lambda said: said["after"].update(name="é")),
+        "after.name: String should match",
+    ),
     "later format": (lambda c: other(c / NAMES[2] / VERSION, lambda said: said.update(version=2)), "upgrade"),
     "other file of version.json": (
         lambda c: other(c / NAMES[2] / VERSION, lambda said: said["files"].pop("delta.safetensors")), "does not list"),
@@ -272,22 +277,19 @@ def test_apply_in_memory_is_all_or_nothing(made: Path, chain: Path, monkeypatch:
             dm.load_delta(chain).apply_(state)
         assert said in str(refusal.value)
         assert same(state, before)
-    from deltamerge.delta.chain import live
-
     for fails in range(3):  # a write that fails undoes those before it
         state, writes = copied(), list[Any]()
 
-        def put(
-            tensor: Any, where: Any, values: Any, real: Any = live.put, at: int = fails, writes: Any = writes
-        ) -> None:
-            writes.append(where)
+        def put(write: Any, real: Any = Write.put, at: int = fails, writes: Any = writes) -> None:
+            writes.append(write)
             if len(writes) == at + 1:
-                tensor.view(-1)[:1] = 7
+                where = slice(0, 1) if write.where is None else write.where[:1]
+                write.line.view(-1)[where] = 7
                 raise RuntimeError("the device is gone")
-            real(tensor, where, values)
+            real(write)
 
         with monkeypatch.context() as patched:
-            patched.setattr(live, "put", put)
+            patched.setattr(Write, "put", put)
             with pytest.raises(RuntimeError, match="gone"):
                 dm.load_delta(chain).apply_(state)
         assert len(writes) > fails

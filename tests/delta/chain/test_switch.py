@@ -14,7 +14,7 @@ from conftest import load_tensors, make_checkpoint
 
 import deltamerge as dm
 from deltamerge.cli import main
-from deltamerge.delta.chain import switch as switches
+from deltamerge.delta.chain.change import Write
 from deltamerge.errors import InputError
 from deltamerge.io.dtypes import CODES
 
@@ -127,12 +127,13 @@ def refusals(made: Path, tmp_path: Path) -> list[tuple[Path, Callable[[Tensors],
         (few, lambda s: s.update({row: s[row].float()}), f"{row} is F32 .*made from BF16"),
         (few, lambda s: s.update({row: s[row][:1].expand(130)}), "shares memory|not the one"),
         (damaged, lambda s: None, "damaged|not the tensor this delta was made for"),
-        (made / "store" / "none", lambda s: None, "none"),
+        (made / "store" / "none", lambda s: None, "none: is not there"),
+        (made / "base", lambda s: None, "base: has no delta.json"),
         (made / "store", lambda s: None, "3 ends"),
     ]
 
 
-@pytest.mark.parametrize("case", range(8))
+@pytest.mark.parametrize("case", range(9))
 def test_what_does_not_fit_is_refused_before_a_write(made: Path, tmp_path: Path, case: int) -> None:
     delta, spoil, message = refusals(made, tmp_path)[case]
     state = load_tensors(made / "base")
@@ -141,7 +142,7 @@ def test_what_does_not_fit_is_refused_before_a_write(made: Path, tmp_path: Path,
     for _ in range(2):
         with pytest.raises(InputError, match=message) as refusal:
             switch.to(delta)
-        assert refusal.value.hint or case == 6  # of a folder that is not there, its name says all
+        assert refusal.value.hint
         assert (switch.at, bits(state)) == (None, before)
 
 
@@ -152,7 +153,7 @@ def test_any_failure_leaves_the_base(made: Path, monkeypatch: pytest.MonkeyPatch
     with pytest.raises(InputError):
         switch.to(made / "store" / "none")
     assert bits(state) == base
-    put, left = switches._Write.put, [0]
+    put, left = Write.put, [0]
 
     def failing(write: Any) -> None:
         left[0] -= 1
@@ -161,7 +162,7 @@ def test_any_failure_leaves_the_base(made: Path, monkeypatch: pytest.MonkeyPatch
             raise KeyboardInterrupt
         put(write)
 
-    monkeypatch.setattr(switches._Write, "put", failing)
+    monkeypatch.setattr(Write, "put", failing)
     for after in (1, 2, 9):
         left[0] = after
         with pytest.raises(KeyboardInterrupt):

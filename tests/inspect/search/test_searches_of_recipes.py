@@ -26,8 +26,9 @@ from deltamerge.inspect.search.proposals import load_optuna, sampler
 from deltamerge.inspect.search.setting import candidates_of
 from deltamerge.inspect.search.study import search
 from deltamerge.inspect.search.walk import Walk
-from deltamerge.recipe.file import read_recipe, read_template
+from deltamerge.recipe.file import TemplateFile, read_either, read_recipe, read_template
 from deltamerge.recipe.load import loads
+from deltamerge.recipe.prune_keys import Prune
 from deltamerge.recipe.schema import schema
 from deltamerge.recipe.study_keys import Study
 from deltamerge.recipe.varied import Range
@@ -266,6 +267,20 @@ def test_open_values_become_plain_text(folder: Path) -> None:
     assert weight["anyOf"][1] == {"$ref": "#/$defs/Open"}
     assert Range((), 1, 9, step=2).is_whole
     assert not Range((), 0, 1).is_whole
+
+
+@pytest.mark.parametrize("key", [False, True])
+def test_candidates_have_mergekit_s_defaults_where_the_recipe_asks_for_them(folder: Path, key: bool) -> None:
+    text = TWO.replace("task_arithmetic", "dare_linear") + "parameters: {density: 0.5}\n"
+    path = write(folder, text + "mergekit: true\n" * key)
+    file = read_either(path, mergekit_exact=not key)
+    assert isinstance(file, TemplateFile)
+    values = file.template.values({"models[0].parameters.weight": 0.25, "models[1].parameters.weight": 0.5}, 2)
+    assert file.recipe(values).prune == Prune(rescale="l1")
+    plain = text.replace("{search: [0, 1]}", "0.25", 1).replace("{search: [0, 1]}", "0.5")
+    exact = read_recipe(write(folder, plain, "plain"), mergekit_exact=True).output.recipe
+    for found in (file.recipe(values), file.file(values).output.recipe):
+        assert found.model_dump() == exact.model_dump()
 
 
 def test_a_sweep_scores_what_runs_write_and_goes_on(folder: Path, capsys, monkeypatch: pytest.MonkeyPatch) -> None:
