@@ -141,6 +141,9 @@ class MixtureOutputs:
         dtypes = {one: self._dtype(like[f"mlp.{one}.weight"]) for one in MLP}
         place, names = f"{layer}.{self.layout.block}", dict(zip(MLP, self.layout.weights, strict=True))
         yield self._router(f"{place}.gate.weight", number, 0, self.sizes.experts, dtypes[MLP[0]])
+        if self.layout.correction:
+            node = self.builder.graph.node(mixture.nothing, shape=(self.sizes.experts,))
+            yield self._row(f"{place}.gate.{self.layout.correction}", Built(node, "router", ("zeros",)))
         for i, (model, expert) in enumerate(self.experts):
             for one in MLP:
                 yield self._expert(f"{place}.experts.{i}.{names[one]}.weight", model, expert, number, one, dtypes[one])
@@ -159,6 +162,8 @@ class MixtureOutputs:
             node = graph.node(mixture.nothing, shape=shape)
         else:
             node = graph.node(mixture.router, [self.routers], shape=shape, layer=layer, first=first, end=end)
+        if self.layout.sigmoid:
+            node = graph.node(passthrough, [node], shape=shape, scales=(self.spec.width**-0.5,))
         return self._row(stored, Built(self.builder.cast(node, dtype), "router", (self.recipe.gate_mode,)))
 
     def _expert(self, stored: str, model: Input, expert: Expert, layer: int, one: str, dtype: str) -> Row:
