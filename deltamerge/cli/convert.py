@@ -60,17 +60,18 @@ def convert(
     deltamerge convert ./model ./small --dtype bfloat16 --shard-size 2GB
     deltamerge convert model.gguf ./plain                 # --gguf q8_0: the other way
     """
-    from deltamerge.run.convert import convert as convert_model
-    from deltamerge.run.convert import plan_of, recipe_of
+    from deltamerge.run.convert import recipe_of
     from deltamerge.run.options import Options
+    from deltamerge.run.plans import make_plans
+    from deltamerge.run.runner import run
 
     begun, warnings = time.monotonic(), Warnings()
     file = recipe_of(model, dtype, shard_size=shard_size, quantization=quantization, gguf=gguf)
     chosen = Options(watch=warnings.watch, force=force, resume=resume or None, **options)
     if dry_run:
-        described = plan_of(file, out, chosen).describe()
+        described = make_plans(file, out, chosen)[-1].describe()
         say_json(described) if as_json else say(render_plan(described, width=streams.columns(), target=out))
         return
-    result = convert_model(file, out, chosen)
+    result = run(file, out, chosen)
     warnings.end(result)
     report_run(result, begun, as_json=as_json, quiet=quiet)

@@ -263,7 +263,7 @@ class Recipe(Keys):
     experts_per_token: Positive = Field(2, le=10_000, description="moe: experts that a token goes through.")
     architecture: Text | None = Field(
         None,
-        description="moe: mixtral, qwen, qwen3 or deepseek. Default: the first that fits, in mergekit's order.",
+        description="moe: mixtral, qwen, qwen3, deepseek, deepseek_v3. Default: the first of the others that fits.",
     )
     parameters: Parameters = Field({}, description="Parameters of the merge method, for every model.")
     prune: Prune | None = Field(None, description="Pruning of every model's delta; a model's own keys win.")
