@@ -15,7 +15,8 @@ from torch import Tensor
 
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
-from deltamerge.calibrate.blocks import BlockModel, Inputs, from_reader
+from deltamerge.calibrate.ahead import Ahead
+from deltamerge.calibrate.blocks import BlockModel, Inputs, Weights, from_reader
 from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
 from deltamerge.calibrate.data import Batches, check_new_tokens
 from deltamerge.calibrate.data import RowReader as Rows
@@ -114,8 +115,9 @@ class Subject:
             pad_token_id=self.reads.pad_token_id,
             precision=source.precision,
         )
-        self.model.entering = self._advise
+        self.model.entering = self._read_ahead
         self.model.walked = partial(_ahead, self.counts[0])
+        self._ahead = Ahead(partial(stored, reader))
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
         # the variants of one walk share a part's weights and masks; earlier reads are in the page cache
         part = max(self._part_bytes())
@@ -150,6 +152,7 @@ class Subject:
 
     def forget(self) -> None:
         """Free the cached weights and masks."""
+        self._ahead.close()
         for cache in self.caches:
             cache.clear()
         if self.resident is not None:
@@ -306,14 +309,21 @@ class Subject:
         outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
         return [outside, *(outside + block for block in blocks)]
 
-    def _advise(self, part: int) -> None:
-        """Have the kernel read a part's weights while the one before it is computed."""
-        for name in self.model.parts[part] if part < len(self.model.parts) else ():
-            for info in self.pairs.get(name, (self.infos[name],)):
-                self.reader.advise(info, 0, info.nbytes)
+    def _read_ahead(self, part: int, weights: Weights) -> None:
+        """Read a part's weights while the one before it is computed; a fine-tune's whose masks are kept, only as its
+        own weights."""
+        names = self.model.parts[part] if part < len(self.model.parts) else ()
+        if weights is self.tune:
+            self._ahead.begin(self.infos[name] for name in names)
+            return
+        pairs = {name: self.pairs.get(name, (None, self.infos[name])) for name in names}
+        self._ahead.begin(start for name, (_, start) in pairs.items() if name not in self.start)
+        for name, (tune, _) in pairs.items():
+            if tune is not None and not all(name in mask for mask in self.masks):
+                self.reader.advise(tune, 0, tune.nbytes)
 
     def _stored(self, info: TensorInfo) -> Tensor:
-        return stored(self.reader, info).to(self.device)
+        return self._ahead(info).to(self.device)
 
     def _read(self, info: TensorInfo) -> Tensor:
         """A stored tensor in float32; integers unchanged."""
