@@ -105,6 +105,9 @@ class Tensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return GPU.here().call(func, args, kwargs or {})
 
+    def record_stream(self, stream: Stream) -> None:
+        """Memory is not used anew here."""
+
     def __repr__(self, **_: Any) -> str:
         return f"simulated {tuple(self.shape)} {self.dtype}"
 
@@ -273,6 +276,8 @@ class GPU:
         """A function of Python's for which this build would switch the device, as one op."""
         name = name or func.__name__
         with self.lock:
+            if func is torch.Tensor.copy_:
+                return self._copy("copy_", aten.copy_.default, args, kwargs)
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             ours = [x for x in given if isinstance(x, Tensor)]
             device = self._check(name, given, ours)

@@ -24,6 +24,7 @@ from deltamerge.errors import InputError
 
 Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
 """An objective that compares with the fine-tune's outputs, one of each batch."""
+Placed = TypeVar("Placed")
 TOP = 5
 CLASSES = 64
 
@@ -69,6 +70,14 @@ def reduced(
         found += model.run(objective.batches, some, objective.reduce)
         counted(len(some))
     return found
+
+
+def placed(objective: Placed, device: torch.device) -> Placed:
+    """The objective with the fine-tune's outputs on a device."""
+    if not isinstance(objective, OutputChange | Distribution):
+        return objective
+    targets = [(x.to(device), None if i is None else i.to(device)) for x, i in objective.targets]
+    return replace(objective, targets=targets)
 
 
 def first(objective: Compared, count: int) -> Compared:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -11,13 +12,14 @@ import pytest
 import torch
 from calibration_rows import rows
 from conftest import tiny_bert_pair
-from running import calibrate, run
+from running import calibrate, make_plan, run
 from safetensors.torch import save_file
 from simulated_gpu import simulated
 from test_stage import RUNS, recipe
 
 from deltamerge.calibrate.candidates import apply
 from deltamerge.calibrate.resident import Resident
+from deltamerge.calibrate.subject import Subject
 from deltamerge.cli import main
 from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError
@@ -67,8 +69,7 @@ def test_masks_are_drawn_by_the_loop_that_adds_them(q: Any, tmp_path: Path) -> N
     masked = torch.where(kept, delta, 0.0)
     of_q = torch.linspace(0.2, 0.9, 6)[:, None] if q == "rows" else q
     with simulated() as gpu, Reader() as reader, torch.no_grad():
-        resident = Resident.of(reader, torch.device("cuda"), {})
-        assert resident is not None
+        resident = Resident(reader, torch.device("cuda"), {})
         assert resident.drawn(sparse, infos["base"], (6, 40)) is None
         drawn = resident.drawn(node, infos["base"], (6, 40))
         assert drawn is not None
@@ -84,6 +85,49 @@ def test_masks_are_drawn_by_the_loop_that_adds_them(q: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("name", [name for name in RUNS if name not in BY_ROW])
 def test_it_finds_what_the_cpu_finds_by_every_search(name: str, tmp_path: Path) -> None:
     check(tmp_path, name)
+
+
+def values(path: Path, device: str) -> list[list[float]]:
+    """The output change of two candidates under two masks."""
+    (spec,) = make_plan(path, device=device).specs.values()
+    masks = [{p.stored: p.masked[s] for p in spec.pruned} for s in range(2)]
+    with Reader() as reader:
+        subject = Subject(spec.source, reader, masks)
+        objective = subject.output_change("search")
+        found = subject.of_masks(objective, [{p.stored: q for p in spec.pruned} for q in (0.3, 1.0)], range(2))
+        assert subject.passes == 5
+        subject.forget()
+    return found
+
+
+def test_gpus_share_candidates_and_masks(tmp_path: Path) -> None:
+    """What is found is what one GPU finds, to the last digit; where one fails, all end, and its error is told."""
+    tiny_bert_pair(tmp_path, dtype=torch.bfloat16, sigma=0.05, tokenizer=True)
+    rows(tmp_path / "calib.jsonl")
+    path = recipe(tmp_path, "shared", "{method: dare, density: 0.05, q: output_change, include: [query]}")
+    with simulated():
+        alone = values(path, "cuda")
+    with simulated(devices=2) as both:
+        shared = values(path, "cuda:0,1")
+    assert shared == alone
+    assert min(both.launched[0], both.launched[1]) > both.launches / 4
+    with simulated(devices=2) as both, pytest.raises(torch.OutOfMemoryError):  # noqa: PT012
+        both.failing = lambda name: out_of_memory(name) if threading.current_thread().name == "device_0" else None
+        values(path, "cuda:all")
+
+
+@pytest.mark.slow
+def test_gpus_share_a_search(tmp_path: Path) -> None:
+    tiny_bert_pair(tmp_path, dtype=torch.bfloat16, sigma=0.05, tokenizer=True)
+    rows(tmp_path / "calib.jsonl")
+    path = recipe(tmp_path, "shared", RUNS["global"])
+    with simulated() as gpu:
+        alone = dict(calibrate(path, device="cuda")["t"])
+    with simulated(devices=2) as both:
+        shared = dict(calibrate(path, device="cuda:all")["t"])
+    assert shared == alone
+    assert both.launches < 1.5 * gpu.launches  # a mask is drawn by each
+    assert min(both.launched[0], both.launched[1]) > both.launches / 4
 
 
 def test_a_gpu_that_is_not_there_or_too_small_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
