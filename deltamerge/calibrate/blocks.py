@@ -31,7 +31,7 @@ from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Cut, Linear, cuts, input_of, modules, stacks
 from deltamerge.calibrate.loading import Group, Loading, Shaped
 from deltamerge.calibrate.passes import BlockOutput, Inputs, Watch, Weights, from_reader
-from deltamerge.calibrate.precision import Precision
+from deltamerge.calibrate.precision import Precision, same_every_time
 from deltamerge.calibrate.products import Box, Products
 from deltamerge.calibrate.skeleton import bodies, find_blocks, hidden_states, ignored, place_buffers, shifted, skeleton
 from deltamerge.calibrate.trace import Generating, NotAChain, Shell, Stop, Trace, patched, together
@@ -310,11 +310,12 @@ class BlockModel:
             shell = Shell(self.blocks[i])
 
             def inner(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(shell, self._local(self._tensors(weights, 1 + i), i), args, kwargs)
+                with same_every_time(self.device):
+                    return functional_call(shell, self._local(self._tensors(weights, 1 + i), i), args, kwargs)
 
             return partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
 
-        with patched(self.blocks, wrap):
+        with patched(self.blocks, wrap), same_every_time(self.device):
             return self._forward(self._tensors(weights, 0), inputs)
 
     @torch.no_grad()

@@ -17,7 +17,8 @@ def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: W
     """Watch block after block with the weights `seen`, on what the blocks before made of the batches with `passed`.
 
     Yields the number of each part that was watched; its `passed` weights are asked for afterwards. What is outside
-    blocks (part 0) comes last, but its `passed` weights are asked for first. InputError: blocks cannot be told apart.
+    blocks (part 0) comes last, but its `passed` weights are asked for first. What is watched follows from what was
+    passed, so both are float32. InputError: blocks cannot be told apart.
     """
 
     def start(names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -28,6 +29,7 @@ def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: W
     )
     if model.whole:
         raise refused
+    model.precision = "float32"
     try:
         traces = model.prologue(start, batches)
     except NotAChain:
@@ -38,6 +40,5 @@ def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: W
         model.block(i, seen, traces, list(outputs), watch)
         yield 1 + i
         model.block(i, passed, traces, outputs, None)
-        model.walked(batches, (i + 1) / (len(model.blocks) + 1))
     model.epilogue(seen, batches, lambda batch, output: None, outputs, watch)
     yield 0

@@ -115,5 +115,5 @@ class Drawn:
         assert loop is not None
         stored = [self.resident.stored(node.parameter("tensor")) for node in loop.reads]
         size = stored[0].numel()
-        made, _ = loop.run(Tile(0, size, root.shape), stored, self.resident.device)
-        return made.view(root.shape)  # type: ignore[no-any-return]  # torch
+        made: Tensor = loop.run(Tile(0, size, root.shape), stored, self.resident.device)[0]
+        return made.view(root.shape)

@@ -21,6 +21,7 @@ from deltamerge.calibrate.data import Batches, check_new_tokens
 from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Linear
+from deltamerge.calibrate.passes import sequences, stored
 from deltamerge.calibrate.resident import Drawn, Resident
 from deltamerge.calibrate.rows import HEADS, Row, select
 from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
@@ -31,7 +32,6 @@ from deltamerge.engine.execute import shared_values
 from deltamerge.engine.graph import Graph, Node
 from deltamerge.engine.whole import computed
 from deltamerge.io import progress
-from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.ops import dense
@@ -176,8 +176,8 @@ class Subject:
         """The linear layers of the fine-tune that have had an input."""
         if not self.model.reached:
             inputs = self.batches["search"].inputs
-            self.count(inputs)
             self.model.run(inputs, [self.tune], lambda batch, output: None)
+            self.count(inputs)
         return self.model.reached
 
     @property
@@ -187,15 +187,18 @@ class Subject:
 
     def count(self, batches: Sequence[Inputs], models: int = 1) -> None:
         """Count `models` passes over `batches`."""
-        sequences = models * sum(map(_rows, batches))
-        self.sequences += sequences
-        progress.here(progress.PASSES).step(sequences / self.counts[0])
+        count = models * sum(map(sequences, batches))
+        self.sequences += count
+        progress.here(progress.PASSES).step(count / self.counts[0])
 
     def output_change(self, part: Part) -> O.OutputChange:
         """The objective of that name, on "search" or "held" rows."""
-        inputs = self.batches[part].inputs
+        return self._change(self.batches[part].inputs)
+
+    def _change(self, inputs: Sequence[Inputs]) -> O.OutputChange:
+        change = O.OutputChange.of(self.model, self.tune, inputs)
         self.count(inputs)
-        return O.OutputChange.of(self.model, self.tune, inputs)
+        return change
 
     def validation(self, part: Part) -> O.Validation | O.Generation:
         """The objective of that name, on "search" or "held" rows."""
@@ -211,8 +214,9 @@ class Subject:
 
     def distribution(self, inputs: Sequence[Inputs]) -> O.Distribution:
         """The objective of learned scales on batches of the given rows."""
+        found = O.Distribution.of(self.model, self.tune, inputs, regression=self.is_regression)
         self.count(inputs)
-        return O.Distribution.of(self.model, self.tune, inputs, regression=self.is_regression)
+        return found
 
     def judge(self) -> Judge:
         """The judge: the metric where there are labels, else predictions; without a head the output change."""
@@ -223,15 +227,15 @@ class Subject:
 
     def agreement(self, inputs: Sequence[Inputs]) -> Judge:
         """The distance of predictions from the fine-tune's, whatever the scale and shift of a classifier's logits."""
-        rows = sum(_rows(batch) for batch in inputs)
+        rows = sum(map(sequences, inputs))
         if self.task in LANGUAGE and self._head(self.task):
             return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
-        self.count(inputs)
         if self._head(self.task):
             objective = O.Agreement.of(self.model, self.tune, inputs, regression=self.is_regression)
+            self.count(inputs)
             measure = "1 - correlation with the fine-tune's" if self.is_regression else "divergence of the classes"
             return Judge(objective, measure, rows, trusted=True)
-        return Judge(O.OutputChange.of(self.model, self.tune, inputs), "output change", rows, trusted=False)
+        return Judge(self._change(inputs), "output change", rows, trusted=False)
 
     @property
     def is_regression(self) -> bool:
@@ -274,8 +278,8 @@ class Subject:
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
         """The objective of the base with the fine-tune's head, where nothing of the delta is kept."""
-        self.count(objective.batches)
-        return O.evaluate(self.model, objective, [pruned(self.start, lambda name: None, {})])[0]
+        nothing = [pruned(self.start, lambda name: None, {})]
+        return O.evaluate(self.model, objective, nothing, counted=partial(self.count, objective.batches))[0]
 
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
         """Statistics over the search rows of the layers that had an input; `drawn`: with those of the first mask."""
@@ -309,9 +313,7 @@ class Subject:
                 self.reader.advise(info, 0, info.nbytes)
 
     def _stored(self, info: TensorInfo) -> Tensor:
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        self.reader.read_into(info, 0, raw.numpy())
-        return raw.view(torch_dtype(info.dtype)).view(info.shape).to(self.device)
+        return stored(self.reader, info).to(self.device)
 
     def _read(self, info: TensorInfo) -> Tensor:
         """A stored tensor in float32; integers unchanged."""
@@ -363,13 +365,9 @@ class Subject:
         return torch.from_numpy(values).to(self.device)
 
 
-def _rows(inputs: Inputs) -> int:
-    return len(next(iter(inputs.values())))
-
-
 def _ahead(whole: int, batches: Sequence[Inputs], passes: float) -> None:
     """Say that a walk has made so many passes over batches, where `whole` rows are one."""
-    progress.here(progress.PASSES).begin(passes * sum(map(_rows, batches)) / whole)
+    progress.here(progress.PASSES).begin(passes * sum(map(sequences, batches)) / whole)
 
 
 def _config(source: CalibrationInput) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from calibration_rows import rows
 from conftest import tiny_bert_pair
-from running import calibrate
+from running import calibrate, run
 from safetensors.torch import save_file
 from simulated_gpu import simulated
 from test_stage import RUNS, recipe
@@ -19,6 +21,7 @@ from deltamerge.calibrate.resident import Resident
 from deltamerge.cli import main
 from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError
+from deltamerge.inspect import study
 from deltamerge.io import gpu as gpu_loops
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
@@ -91,9 +94,21 @@ def test_a_gpu_that_is_not_there_or_too_small_is_one_line(tmp_path: Path, capsys
         main(["calibrate", str(path), "--device", "cuda"])
     said = capsys.readouterr().err
     assert (left.value.code, "torch sees 0 CUDA devices" in said, "bug" in said) == (1, True, False)
-    with simulated() as gpu, pytest.raises(InputError, match="too little memory"):  # noqa: PT012
-        gpu.failing = out_of_memory
-        calibrate(path, device="cuda")
+    asked: dict[str, Callable[[], Any]] = {"one": lambda: calibrate(path, device="cuda")}
+    for more in ("", ", coefficients: layer"):
+        whole = recipe(tmp_path, f"whole{len(more)}", "{method: dare, density: 0.3}", f", per: merge{more}")
+        asked[f"merge{more}"] = partial(calibrate, whole, device="cuda")
+    for method in ("regmean", "regmean_plus", "fisher"):
+        by_rows = recipe(tmp_path, method, "{method: magnitude, density: 1.0}", "", f"merge_method: {method}\n")
+        asked[method] = partial(run, by_rows, tmp_path / f"out-{method}", device="cuda")
+    measured = {"data": tmp_path / "calib.jsonl", "sequences": 8, "length": 12}
+    for name, studied in {"inspect": study.inspect, "recommend": partial(study.recommend, density=0.3)}.items():
+        both = str(tmp_path / "tuned"), str(tmp_path / "base")
+        asked[name] = partial(studied, *both, calibration=measured, device="cuda")
+    for ask in asked.values():
+        with simulated() as gpu, pytest.raises(InputError, match="too little memory"):  # noqa: PT012
+            gpu.failing = out_of_memory
+            ask()
 
 
 def out_of_memory(name: str) -> None:
