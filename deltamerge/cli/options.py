@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,10 +123,16 @@ ROWS = (
 
 
 def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that describe a recipe's `calibration`."""
+    """Add the options that describe a recipe's `calibration`, and give the command that; its own `label` goes in."""
+
+    @wraps(command)
+    def with_rows(*, calibration: str | None, text: tuple[str, ...], **options: Any) -> None:
+        more = {key: options.pop(key, None) for key in ("sequences", "length", "label")}
+        command(calibration=calibration_of(calibration, text, **more), **options)
+
     for option in reversed(ROWS):
-        command = option(command)
-    return command
+        with_rows = option(with_rows)
+    return with_rows
 
 
 def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict[str, Any] | None:
@@ -149,23 +156,23 @@ PICKLES = click.option(
 NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
 
 
-def _swept(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
+def _parsed(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
     from deltamerge.recipe.overrides import parse_setting
-    from deltamerge.recipe.varied import swept
 
     try:
-        return swept([parse_setting(text) for text in texts])
+        return list(map(parse_setting, texts))
     except InputError as error:
         raise click.BadParameter(str(error)) from error
 
 
 def _settings(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
-    from deltamerge.recipe.overrides import parse_setting
+    return dict(_parsed(texts))
 
-    try:
-        return dict(map(parse_setting, texts))
-    except InputError as error:
-        raise click.BadParameter(str(error)) from error
+
+def _swept(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
+    from deltamerge.recipe.open_values import swept
+
+    return swept(_parsed(texts))
 
 
 SET_OR_SWEEP = click.option(

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ Indices = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Atoms:
     """(atoms, width) vectors, in float32 or bfloat16, and in the form that is screened."""
 
@@ -41,6 +42,11 @@ class Atoms:
     def rows(self, indices: Any) -> Any:
         """Atoms in float32."""
         return self.exact[indices].float()
+
+    @cached_property
+    def squares(self) -> Any:
+        """|a|² of every atom, in float32."""
+        return self.screened.float().norm(dim=1).square()
 
 
 def block_of(width: int, k: int) -> int:
@@ -126,11 +132,9 @@ def nearest(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
     targets = targets.float()
     # |x − a|² without |x|², which is the same for all atoms
     plain = atoms.screened.float()
-    sums = (plain.square().sum(1) - 2 * (targets @ plain.T)) if len(targets) else None
+    sums = atoms.squares - 2 * (targets @ plain.T)
     chosen = np.zeros((len(targets), k), np.int32)
     weights = np.zeros((len(targets), k), np.float32)
-    if sums is None:
-        return chosen, weights
     near = sums.topk(min(k + SPARE, sums.shape[1]), dim=1, largest=False).indices.sort(dim=1).values
     for i, (target, found) in enumerate(zip(targets, near, strict=True)):
         distances = (atoms.exact[found].double() - target.double()).norm(dim=1).numpy()

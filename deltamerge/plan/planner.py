@@ -16,7 +16,7 @@ from deltamerge.calibrate.spec import CalibrationInput, Spec
 from deltamerge.calibrate.spec import memory as stage_memory
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.graph import Node
-from deltamerge.engine.tasks import Task, on_gpu
+from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Adapter
@@ -118,11 +118,6 @@ class Plan:
     def device(self) -> str:
         """Where tiles are computed: cpu, GPUs, or auto, some on a GPU."""
         return self.options.device
-
-    @property
-    def uses_gpu(self) -> bool:
-        """Whether anything is computed on a GPU."""
-        return self.device != "cpu" and (bool(self.sources) or any(on_gpu(t, self.device) for t in self.tasks))
 
     @property
     def workers(self) -> int:
@@ -284,8 +279,7 @@ def _plan(
     else:
         layout = plan_layout(metas, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
     outputs = tuple(row.output(layout) for row in rows)
-    is_delta = recipe.output.kind == "delta"
-    held = held_by_delta(outputs, workers) if is_delta else held_by_files(outputs, workers, memory)
+    held = held_by_delta(outputs, workers) if recipe.output.kind == "delta" else held_by_files(outputs, workers, memory)
     if recipe.output.lora:
         held += held_by_factors(recipe.output, outputs, workers, moments=bool(found.builder.deltas.stages.inputs))
     held += kept_bytes(info for model in inputs.all for info in model.tensors.values())

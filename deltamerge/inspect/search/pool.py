@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, OutputError
+from deltamerge.inspect.search.candidates import candidates_of
 from deltamerge.inspect.search.judge import Part
 from deltamerge.inspect.search.outcome import Bench, Outcome
-from deltamerge.inspect.search.setting import candidates_of
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.yaml_source import Loc
 from deltamerge.run.cluster import RETRIES, connected, ended, gpus_of, interrupts
