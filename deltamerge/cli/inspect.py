@@ -24,6 +24,7 @@ from deltamerge.cli.options import (
     SET,
     WORKERS,
     calibration_of,
+    rows_of_each,
     rows_of_text,
 )
 from deltamerge.cli.output import (
@@ -252,16 +253,15 @@ def inspect(
         tell(f"{page}: written")
 
 
-@click.command(
-    epilog="Example: deltamerge recommend ./models/math --base ./models/base --density 0.01 --calibration calib.jsonl"
-)
-@click.argument("model", type=MODEL)
+@click.command()
+@click.argument("models", type=MODEL, nargs=-1, required=True)
 @BASE
 @click.option(
-    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), required=True, help="Fraction to keep."
+    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Of one MODEL: the fraction to keep."
 )
-@rows_of_text
+@rows_of_each
 @click.option("--label", metavar="KEY", help="Field of the label: show the metric on held-out rows too.")
+@click.option("--no-fit", is_flag=True, help="Of several MODELS: fit no coefficients, which takes longest.")
 @click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
 @DEVICE
 @WORKERS
@@ -269,14 +269,15 @@ def inspect(
 @AS_JSON
 @AS_CSV
 def recommend(
-    model: str,
+    models: tuple[str, ...],
     base: str,
-    density: float,
-    calibration: str | None,
+    density: float | None,
+    calibration: tuple[str, ...],
     text: tuple[str, ...],
     sequences: int,
     length: int,
     label: str | None,
+    no_fit: bool,
     out: Path | None,
     device: str,
     workers: int | None,
@@ -284,23 +285,48 @@ def recommend(
     as_json: bool,
     as_csv: bool,
 ) -> None:
-    """Say which pruning suits the delta of MODEL at a density.
+    """Say which pruning suits the delta of MODEL at a density, or which merge suits several MODELS.
 
     With evidence, and the recipe that does it.
 
-    Without --calibration the delta's own statistics decide; with rows of text each method's mask is drawn and measured.
-    """
-    from deltamerge.cli.studies import render_recommend
-    from deltamerge.inspect.study import recommend as recommend_pruning
+    Without --calibration the deltas' own statistics decide; with rows of text each method is tried and measured: the
+    masks of a pruning, or merges at several λ and with fitted coefficients, on each model's rows.
 
-    rows = calibration_of(calibration, text, sequences=sequences, length=length, label=label)
-    answer = recommend_pruning(
-        model, base, density, calibration=rows, out=out, device=device, workers=workers, pickles=pickles
-    )
-    if as_csv:
-        say_table(answer.candidates)
+    \b
+    deltamerge recommend ./math --base ./base --density 0.01 --calibration calib.jsonl
+    deltamerge recommend ./math ./code --base ./base --calibration math.jsonl --calibration code.jsonl
+    """
+    from deltamerge.cli.studies import render_merge_advice, render_recommend
+
+    each = calibration or (None,)
+    rows = [calibration_of(one, text, sequences=sequences, length=length, label=label) for one in each]
+    if len(models) > 1:
+        from deltamerge.inspect.search.merge_advice import recommend_merge
+        from deltamerge.run.options import Options
+
+        if density is not None or label is not None:
+            raise click.UsageError("--density and --label are for one MODEL, and these are several")
+        options = Options(device=device, workers=workers, pickles=pickles)
+        merge = recommend_merge(models, base, calibration=[one for one in rows if one], fit=not no_fit, out=out,
+                                options=options)  # fmt: skip
+        if as_csv:
+            say_table(merge.candidates)
+        else:
+            say_model(merge) if as_json else say(render_merge_advice(merge, width=streams.columns()))
     else:
-        say_model(answer) if as_json else say(render_recommend(answer, width=streams.columns()))
+        from deltamerge.inspect.study import recommend as recommend_pruning
+
+        if density is None:
+            raise click.UsageError("Missing option '--density', which one MODEL needs")
+        if no_fit or len(rows) > 1:
+            raise click.UsageError("--no-fit and several --calibration are for several MODELS, and this is one")
+        answer = recommend_pruning(
+            models[0], base, density, calibration=rows[0], out=out, device=device, workers=workers, pickles=pickles
+        )
+        if as_csv:
+            say_table(answer.candidates)
+        else:
+            say_model(answer) if as_json else say(render_recommend(answer, width=streams.columns()))
     if out is not None:
         tell(f"{out}: written")
 

@@ -121,9 +121,22 @@ ROWS = (
 )
 
 
+ROWS_OF_EACH = click.option(
+    "--calibration", type=FILE, multiple=True, metavar="FILE",
+    help="Rows of text: .jsonl, .csv, .txt, or a hub data set; of several models once, or once each in their order.",
+)  # fmt: skip
+
+
 def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that describe a recipe's `calibration`."""
     for option in reversed(ROWS):
+        command = option(command)
+    return command
+
+
+def rows_of_each(command: Callable[..., None]) -> Callable[..., None]:
+    """The same, of rows that may be each model's own."""
+    for option in reversed((ROWS_OF_EACH, *ROWS[1:])):
         command = option(command)
     return command
 

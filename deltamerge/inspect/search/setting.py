@@ -19,16 +19,21 @@ from deltamerge.run.options import Options
 
 
 def candidates_of(file: TemplateFile, options: Options) -> Candidates:
-    """The candidates of a template; every model is opened once."""
-    opened: dict[str, Checkpoint] = {}
+    """The candidates of a template."""
     pickles = bool(file.template.source.data.get("pickles")) or options.pickles
+    return candidates_in(file.path.resolve().parent, options, pickles=pickles)
+
+
+def candidates_in(folder: Path, options: Options, *, pickles: bool) -> Candidates:
+    """Candidates of recipes in `folder`; every model is opened once."""
+    opened: dict[str, Checkpoint] = {}
 
     def opener(reference: str, folder: Path) -> Checkpoint:
         if reference not in opened:
             opened[reference] = hub.open_model(reference, folder, weights=True, pickles=pickles)
         return opened[reference]
 
-    return Candidates(file.path.resolve().parent, opener, options.planning)
+    return Candidates(folder, opener, options.planning)
 
 
 def refuse_strangers(file: TemplateFile, recipes: Iterable[Recipe]) -> None:
