@@ -1,7 +1,7 @@
 """How the deltas of several fine-tunes meet: their signs, their angles, and the subspaces that their layers share.
 
-Every tensor is read once, tile by tile; of linear layers one whole delta is in memory beside the leading directions of
-the others. Counts are integers and sums of products those of `span.gram`, so that they do not depend on tiles.
+Tensors are read tile by tile; of linear layers, in a second pass, one whole delta is in memory beside the leading
+directions of the others. Counts are integers, and sums of products those of `span.gram`: none depends on tiles.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from deltamerge.engine.execute import Task, execute
 from deltamerge.engine.graph import Graph, Node, depth_first
 from deltamerge.inspect.activations import Figures
 from deltamerge.io import progress
+from deltamerge.io.dtypes import nbytes_of
 from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
 from deltamerge.methods.low_rank import Wanted, factor
@@ -103,24 +104,29 @@ def _different(count: int) -> list[tuple[int, int]]:
     return [(i, j) for i, j in pairs(count) if i != j]
 
 
+def measured(*found: Any) -> tuple[Any, ...]:
+    """What a tensor's reductions find: signs, Gram matrices and, of matrices, overlaps."""
+    return found
+
+
 def measure(roots: Mapping[str, Node], *, device: str, workers: int) -> Conflict:
     """The conflict of the deltas in the nodes of a merge by `iso_c`, by tensor."""
-    graph, wanted = Graph(), {}
+    graph, wanted, count, size = Graph(), {}, 0, 0
     for name, root in roots.items():
         base, deltas, form = _parts(root)
-        wanted[name, "signs"] = graph.node(signs, deltas, kind="sum", shape=root.shape)
-        wanted[name, "gram"] = graph.node(gram, [base, *deltas], kind="concat", shape=root.shape)
+        parts = [
+            graph.node(signs, deltas, kind="sum", shape=root.shape),
+            graph.node(gram, [base, *deltas], kind="concat", shape=root.shape),
+        ]
         if form is not None:
-            wanted[name, "overlaps"] = graph.node(overlaps, deltas, kind="whole", shape=root.shape, form=form)
-    tasks = [Task(f"{name} {of}", node, backends.choose(node, device)) for (name, of), node in wanted.items()]
-    with Reader() as reader, progress.phase("comparing", len(tasks), "tensors") as comparing:
-        values = execute(tasks, reader, None, device=device, workers=workers)
-        comparing.step(len(tasks))
-    by_kind: dict[str, list[Any]] = {"signs": [], "gram": [], "overlaps": []}
-    for (_, kind), node in wanted.items():
-        by_kind[kind].append(values[node])
-    count = len(_parts(next(iter(roots.values())))[1])
-    return _conflict(count, by_kind["signs"], by_kind["gram"], by_kind["overlaps"])
+            parts.append(graph.node(overlaps, deltas, kind="whole", shape=root.shape, form=form))
+        wanted[name] = graph.node(measured, parts, kind="small", shape=root.shape, dtype=root.dtype)
+        count, size = len(deltas), size + nbytes_of(root.dtype, root.shape)
+    tasks = [Task(name, node, backends.choose(node, device)) for name, node in wanted.items()]
+    with Reader() as reader, progress.phase("comparing", size) as comparing:
+        values = execute(tasks, reader, None, device=device, workers=workers, progress=comparing.step)
+    found = [values[node] for node in wanted.values()]
+    return _conflict(count, [one[0] for one in found], [one[1] for one in found], [x for one in found for x in one[2:]])
 
 
 def _parts(root: Node) -> tuple[Node, list[Node], Form | None]:
