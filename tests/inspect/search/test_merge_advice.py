@@ -109,6 +109,7 @@ def answers(head: Path, body: Path, texts: list[str]) -> np.ndarray:
     return torch.cat(logits).argmax(1).numpy()
 
 
+@pytest.mark.slow
 def test_same_answers_are_those_of_transformers(folder: Path, tmp_path: Path, capsys) -> None:
     for name in ("base", *NAMES, "calib.jsonl", "more.jsonl"):
         (tmp_path / name).symlink_to(folder / name)
