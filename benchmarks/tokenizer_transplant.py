@@ -75,13 +75,16 @@ def ctranslate2(file: BinaryIO) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, torch.frombuffer(bytearray(raw), dtype=FLOATS[kind]).reshape(shape)
 
 
-def bits_per_byte(folder: Path, texts: list[str]) -> tuple[float, float, list[int]]:
-    """Bits per byte of the texts, each in pieces of `LENGTH` tokens; tokens per byte; the ids."""
+def bits_per_byte(folder: Path, texts: list[str], cuts: Any = None) -> tuple[float, float, list[int]]:
+    """Bits per byte of the texts, each in pieces of `LENGTH` tokens; tokens per byte; the ids. With `cuts`, another
+    tokenizer, every token of it is cut on by the model's own."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    inner = tokenizer.backend_tokenizer.model
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
     bits, size, seen = 0.0, 0, list[int]()
     for text in texts:
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"][0]
+        tokens = (cuts or tokenizer).tokenize(text)
+        ids = torch.tensor([part.id for token in tokens for part in inner.tokenize(token)])
         start = torch.tensor([tokenizer.bos_token_id])
         for piece in ids.split(LENGTH):
             row = torch.cat([start, piece])[None]
@@ -111,6 +114,8 @@ def main() -> None:
     print(f"{len(texts)} texts, {sum(len(t.encode()) for t in texts):,} bytes")
     found, tokens, _ = bits_per_byte(model, texts)
     print(f"{'before':20} {found:.3f} bits, perplexity {2**found:.3f} a byte, {tokens:.3f} tokens per byte", flush=True)
+    found, tokens, _ = bits_per_byte(model, texts, AutoTokenizer.from_pretrained(work / "donor"))
+    print(f"{'before, cut as after':20} {found:.3f} bits, {tokens:.3f} tokens per byte", flush=True)
     for method in METHODS:
         recipe = f"merge_method: passthrough\nmodels: [{{model: {model.absolute()}}}]\n"
         recipe += f"tokenizer: {{transplant: {work.absolute()}/donor, method: {method}}}\n"

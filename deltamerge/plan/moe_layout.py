@@ -107,7 +107,7 @@ QWEN = Layout(
     shared="shared_expert", shared_gate="shared_expert_gate", needs_shared=True, optional=QKV_BIAS,
 )  # fmt: skip
 QWEN3 = Layout("Qwen3 MoE", ("qwen3moe",), "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), normed=True, optional=BIAS)
-# The mixture of DeepSeek-V3 on the attention of Llama, in the class of GLM-4.5. V3 itself norms compressed values (MLA).
+# The mixture of DeepSeek-V3 on Llama's attention, in the class of GLM-4.5. V3 itself norms compressed values (MLA).
 DEEPSEEK_V3 = Layout(
     "DeepSeek-V3 MoE", ("glm4moe",), "glm4_moe", "Glm4MoeForCausalLM", tuple(FAMILIES), shared="shared_experts",
     needs_shared=True, optional=(*QKV_BIAS, *QK_NORMS), correction="e_score_correction_bias", sigmoid=True,
