@@ -117,6 +117,7 @@ class Stream:
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.device = GPU.here().number(device)
+        GPU.here().streams.add(self)
         self.queue: list[Callable[[], None]] = []
         self.sent = self.done = 0
         self.seen: dict[Stream, int] = {}
@@ -195,6 +196,7 @@ class GPU:
         self.lock = threading.RLock()
         self.threads = threading.local()
         self.defaults: dict[int, Stream] = {}
+        self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.pinned: dict[int, int] = {}
         self.asked = 0
         self.failing: Callable[[str], None] = lambda name: None
@@ -231,6 +233,9 @@ class GPU:
             return self.defaults.get(index) or self.defaults.setdefault(index, Stream(index))
 
     def take(self, nbytes: int, device: int) -> None:
+        if self.used[device] + nbytes > self.limit:  # what work that waits holds, CUDA would use anew in its order
+            for stream in list(self.streams):
+                stream.run(stream.sent)
         if self.used[device] + nbytes > self.limit:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes")
         self.used[device] += nbytes

@@ -57,6 +57,7 @@ class Tensors:
         part, room = max(self._part_bytes()), source.cache
         if self.resident is not None:
             room = min(room, free_bytes(self.device) // KEPT_SHARE)
+        self._nodes, self._draws = masks, dict[str, bool]()
         kept = part if self.resident is None else 0  # there it is by another name
         self.start = Cache(lambda names: {name: self._start(name) for name in names}, kept)
         self.masks = [Cache(partial(self._masked, n), part, max(0, room - part) // len(masks)) for n in masks]
@@ -102,18 +103,23 @@ class Tensors:
         wanted = [self.infos[name] for name in names]
         if weights is not self.tune:
             wanted = [self.pairs.get(name, (info, info))[1] for name, info in zip(names, wanted, strict=True)]
-            wanted = [start for name, start in zip(names, wanted, strict=True) if name not in self.start]
+            if self.resident is None:
+                wanted = [start for name, start in zip(names, wanted, strict=True) if name not in self.start]
             wanted += [self.pairs[name][0] for name in names if name in self.pairs and self._pruned_ahead(name)]
         (self.ahead if self.resident is None else self.resident).begin(wanted)
 
     def _pruned_ahead(self, name: str) -> bool:
         """Whether the fine-tune's tensor is needed on the device; where it is needed to make a mask, have the kernel
         read it."""
+        if name not in self._draws:
+            some = [nodes[name] for nodes in self._nodes[:1] if name in nodes]
+            self._draws[name] = any(self._drawn(node, name) is not None for node in some)
+        if self._draws[name]:
+            return True
         if not all(name in mask for mask in self.masks):
             tune, _ = self.pairs[name]
             self.reader.advise(tune, 0, tune.nbytes)
-            return False
-        return any(isinstance(mask(name), Drawn) for mask in self.masks[:1])
+        return False
 
     def _stored(self, info: TensorInfo) -> Tensor:
         """A tensor as it is stored, on the device, to be read only."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from concurrent.futures import wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import torch
 from calibration_rows import rows
-from conftest import tiny_bert_pair
+from conftest import tiny_bert_pair, tiny_llama
 from running import calibrate, make_plan, run
 from safetensors.torch import save_file
-from simulated_gpu import simulated
+from simulated_gpu import GPU, simulated
 from test_stage import RUNS, recipe
 
+from deltamerge.calibrate.ahead import Ahead
+from deltamerge.calibrate.arrivals import Arrivals
 from deltamerge.calibrate.candidates import apply
 from deltamerge.calibrate.resident import Resident
 from deltamerge.calibrate.subject import Subject
@@ -87,33 +90,97 @@ def test_it_finds_what_the_cpu_finds_by_every_search(name: str, tmp_path: Path) 
     check(tmp_path, name)
 
 
-def values(path: Path, device: str) -> list[list[float]]:
-    """The output change of two candidates under two masks."""
-    (spec,) = make_plan(path, device=device).specs.values()
-    masks = [{p.stored: p.masked[s] for p in spec.pruned} for s in range(2)]
-    with Reader() as reader:
-        subject = Subject(spec.source, reader, masks)
-        objective = subject.output_change("search")
-        found = subject.of_masks(objective, [{p.stored: q for p in spec.pruned} for q in (0.3, 1.0)], range(2))
-        assert subject.passes == 5
+@pytest.fixture(scope="module")
+def plenty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[float]], int]:
+    """A recipe, what is found on a GPU where all fits, and the bytes that are sent there."""
+    folder = tmp_path_factory.mktemp("plenty")
+    base = tiny_llama(folder / "base", seed=0, layers=3)
+    tiny_llama(folder / "tuned", seed=1, layers=3, base=base, sigma=0.05, tokenizer=True)
+    rows(folder / "calib.jsonl")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        "base_model: ./base\nmodels: [{model: ./tuned, name: t, prune: {method: dare, density: 0.3, "
+        "q: output_change, include: [q_proj]}}]\ncalibration: {data: calib.jsonl, sequences: 2, length: 8, seeds: 2}\n"
+    )
+    found, gpu = walked(path)
+    return path, found, gpu.uploaded
+
+
+def walked(
+    path: Path,
+    device: str = "cuda",
+    fails: Callable[[GPU], bool] = lambda gpu: False,
+    walks: int = 2,
+    **simulation: int,
+) -> tuple[list[list[float]], GPU]:
+    """The output change of a candidate under two masks, in each walk; the first launch that `fails` has no memory."""
+    with simulated(**simulation) as gpu, Reader() as reader:
+        failed: list[str] = []
+
+        def fail(name: str) -> None:
+            if not failed and fails(gpu):
+                failed.append(name)
+                out_of_memory(name)
+
+        gpu.failing = fail
+        (spec,) = make_plan(path, device=device).specs.values()
+        subject = Subject(spec.source, reader, [{p.stored: p.masked[s] for p in spec.pruned} for s in range(2)])
+        objective, q = subject.output_change("search"), {p.stored: 0.5 for p in spec.pruned}
+        found = [subject.of_masks(objective, [q], range(2))[0] for _ in range(walks)]
+        assert subject.passes == 1 + 2 * walks
         subject.forget()
-    return found
+    return found, gpu
 
 
-def test_gpus_share_candidates_and_masks(tmp_path: Path) -> None:
-    """What is found is what one GPU finds, to the last digit; where one fails, all end, and its error is told."""
-    tiny_bert_pair(tmp_path, dtype=torch.bfloat16, sigma=0.05, tokenizer=True)
-    rows(tmp_path / "calib.jsonl")
-    path = recipe(tmp_path, "shared", "{method: dare, density: 0.05, q: output_change, include: [query]}")
-    with simulated():
-        alone = values(path, "cuda")
-    with simulated(devices=2) as both:
-        shared = values(path, "cuda:0,1")
-    assert shared == alone
-    assert min(both.launched[0], both.launched[1]) > both.launches / 4
-    with simulated(devices=2) as both, pytest.raises(torch.OutOfMemoryError):  # noqa: PT012
-        both.failing = lambda name: out_of_memory(name) if threading.current_thread().name == "device_0" else None
-        values(path, "cuda:all")
+def test_weights_that_do_not_fit_stream_by(
+    plenty: tuple[Path, list[list[float]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block's are read on a thread and sent on a stream of their own while the block before is computed."""
+    path, found, stored = plenty
+    sent: list[tuple[str, str]] = []
+    send, begin = Arrivals.send, Ahead.begin
+
+    def seen(arrivals: Arrivals, info: Any) -> Any:
+        sent.append((threading.current_thread().name, info.name))
+        return send(arrivals, info)
+
+    def done(ahead: Ahead[Any], infos: Any) -> None:  # no block is so short that it ends before
+        begin(ahead, infos)
+        wait(ahead._begun.values())
+
+    monkeypatch.setattr(Arrivals, "send", seen)
+    monkeypatch.setattr(Ahead, "begin", done)
+    scarce, gpu = walked(path, limit=2 * stored)
+    assert scarce == found
+    assert gpu.uploaded > 1.3 * stored
+    late = {name.split(".")[2] for thread, name in sent if "layers" in name and thread == "MainThread"}
+    assert late <= {"0"}  # of the first block, which no other is before
+
+
+def test_gpus_share_candidates_and_masks(plenty: tuple[Path, list[list[float]], int]) -> None:
+    """What is found is what one GPU finds, to the last digit."""
+    path, alone, _ = plenty
+    shared, gpu = walked(path, "cuda:1,0", walks=1, devices=2)
+    assert shared == alone[:1]
+    assert min(gpu.launched[0], gpu.launched[1]) > gpu.launches / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thread", ["MainThread", "device_0"])
+def test_where_memory_runs_out_nothing_stays_on_the_device(
+    thread: str, plenty: tuple[Path, list[list[float]], int]
+) -> None:
+    """The walk begins again."""
+    path, found, stored = plenty
+    there = [0]
+
+    def fails(gpu: GPU) -> bool:
+        there[0] += threading.current_thread().name == thread
+        return there[0] > 600
+
+    relieved, gpu = walked(path, "cuda:all", fails, devices=2)
+    assert relieved == found
+    assert gpu.uploaded > 1.3 * stored
 
 
 @pytest.mark.slow
