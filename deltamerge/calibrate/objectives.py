@@ -271,6 +271,36 @@ class Agreement:
         return measure(np.concatenate(parts), np.concatenate(self.targets))
 
 
+@dataclass
+class SameAnswers:
+    """1 − the share of answers that are the fine-tune's: likeliest classes, next tokens over real tokens; of numbers
+    the distance of `agreement.discord`, one minus their correlation."""
+
+    batches: Sequence[Inputs]
+    targets: Sequence[Any]
+    regression: bool
+
+    @classmethod
+    def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> SameAnswers:
+        """Collect the fine-tune's answers, a number each, or its logits (B, C)."""
+        made = cls(batches, [], regression)
+        (targets,) = model.run(batches, [tune], made._answers)
+        return replace(made, targets=targets)
+
+    def _answers(self, batch: int, output: BlockOutput) -> Any:
+        if self.regression:
+            return _logits(output)
+        answers = [some.argmax(-1) for _, some in pieces(_scores(output, self.batches[batch]))]
+        return torch.cat(answers).cpu().numpy()
+
+    def reduce(self, batch: int, output: BlockOutput) -> Any:
+        return self._answers(batch, output)
+
+    def value(self, parts: Sequence[Any]) -> float:
+        ours, theirs = np.concatenate(parts), np.concatenate(self.targets)
+        return agreement.discord(ours, theirs) if self.regression else float(np.mean(ours != theirs))
+
+
 def is_regression(config: Any) -> bool:
     """Whether a head's logits are numbers rather than the classes of one distribution (regression, several labels)."""
     kind = getattr(config, "problem_type", None)
