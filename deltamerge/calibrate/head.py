@@ -18,7 +18,7 @@ from deltamerge.errors import InputError
 if TYPE_CHECKING:
     from deltamerge.calibrate.passes import BlockOutput
 
-PIECE_BYTES = 1 << 25  # of the logits of a piece
+PIECE_BYTES = 1 << 26  # of the logits of a piece
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Head:
 
     def split(self, numbers: int) -> tuple[Tensor, ...]:
         """x (N, H) in pieces of rows, each of which takes so many float32 numbers."""
-        return self.x.split(max(1, PIECE_BYTES // (4 * numbers)))
+        return torch.split(self.x, max(1, PIECE_BYTES // (4 * numbers)))
 
 
 def taken(scores: Tensor | Head, take: Callable[[Tensor], Tensor]) -> Tensor | Head:
