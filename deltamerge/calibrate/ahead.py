@@ -4,39 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from deltamerge.io.tensor import TensorInfo
 
-    from deltamerge.io.tensor import TensorInfo
+T = TypeVar("T")
 
 
-class Ahead:
-    """`read`, which may have begun: what is read and not yet asked for is held until others are begun."""
+class Ahead(Generic[T]):
+    """`read`, which may have begun: what is begun and not asked for is held until others have been begun twice."""
 
-    def __init__(self, read: Callable[[TensorInfo], Tensor]) -> None:
+    def __init__(self, read: Callable[[TensorInfo], T]) -> None:
         self._read = read
         self._thread: ThreadPoolExecutor | None = None
-        self._begun: dict[TensorInfo, Future[Tensor]] = {}
+        self._before: dict[TensorInfo, Future[T]] = {}
+        self._begun: dict[TensorInfo, Future[T]] = {}
 
     def begin(self, infos: Iterable[TensorInfo]) -> None:
-        """Read these in this order; forget what has been begun."""
-        self.forget()
+        """Read these in this order; those of the last time are asked for now, those before that are forgotten."""
+        _cancel(self._before)
+        self._before, self._begun = self._begun, {}
         if self._thread is None:
             self._thread = ThreadPoolExecutor(1, "read-ahead")
-        self._begun = {info: self._thread.submit(self._read, info) for info in infos}
+        self._begun = {info: self._thread.submit(self._read, info) for info in infos if info not in self._before}
 
-    def __call__(self, info: TensorInfo) -> Tensor:
+    def __call__(self, info: TensorInfo) -> T:
         """The tensor; the caller reads what the thread has not come to."""
-        begun = self._begun.pop(info, None)
+        begun = self._before.pop(info, None) or self._begun.pop(info, None)
         return self._read(info) if begun is None or begun.cancel() else begun.result()
 
     def forget(self) -> None:
         """Free what nobody has asked for."""
-        for future in self._begun.values():
-            future.cancel()
-        self._begun.clear()
+        _cancel(self._before)
+        _cancel(self._begun)
 
     def close(self) -> None:
         """Forget, and end the thread."""
@@ -44,3 +44,9 @@ class Ahead:
         if self._thread is not None:
             self._thread.shutdown()
             self._thread = None
+
+
+def _cancel(futures: dict[TensorInfo, Future[T]]) -> None:
+    for future in futures.values():
+        future.cancel()
+    futures.clear()

@@ -54,6 +54,7 @@ class BlockModel:
         turned    of the reached of `stacked`, whether they are stored (in, out)
         walked    is told of a walk's batches, after each block, how many passes over them the walk has made so far
         entering  is told, before a block's turn, the part that comes after it, and whose weights begin there
+        relieved  is asked where a device has too little memory whether some has been freed: then a walk begins again
         whole     True where blocks cannot be identified: then there is one part
         precision "bfloat16" or "float32": of the products inside blocks; float32 from then on where a block fails in
                   bfloat16
@@ -73,6 +74,7 @@ class BlockModel:
     ) -> None:
         self.device, self.dtype, self.precision = torch.device(device), dtype, precision
         self.entering: Callable[[int, Weights], None] = lambda part, weights: None
+        self.relieved: Callable[[], bool] = lambda: False
         self.module = skeleton(config, pad_token_id)
         # the last of these to return gives the last hidden state; one may call another (OPT's decoder)
         self._bodies = bodies(self.module)
@@ -184,8 +186,12 @@ class BlockModel:
         decoder is to say. Memory: one part's weights, and the hidden states of every variant and batch. `watch` sees
         the linear layers of the first variant.
         """
-        (found,) = together([self.walk(batches, variants, reduce, watch=watch)])
-        return found
+        try:
+            return together([self.walk(batches, variants, reduce, watch=watch)])[0]
+        except torch.OutOfMemoryError:
+            if watch is not None or not self.relieved():
+                raise
+            return self.run(batches, variants, reduce)
 
     @torch.no_grad()
     def walk(
@@ -306,10 +312,8 @@ class BlockModel:
         return traces
 
     def differentiable(self, inputs: Inputs, weights: Weights) -> BlockOutput:
-        """The forward with gradients to whatever `weights` computes from; a block's tensors exist only while it runs.
-
-        `weights` is called again in the backward pass (activation checkpointing, block by block).
-        """
+        """The forward with gradients to whatever `weights` computes from, which is called again in the backward pass
+        (activation checkpointing, block by block): a block's tensors exist only while it runs."""
 
         def wrap(i: int) -> Callable[..., Any]:
             shell = Shell(self.blocks[i])
@@ -325,10 +329,8 @@ class BlockModel:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Inputs], weights: Weights, *, new_tokens: int, **options: Any) -> list[Tensor]:
-        """Greedy continuations of batches of left-padded prompts (B, T): new tokens (B, ≤ new_tokens) on the CPU.
-
-        All weights are resident. `options` go to transformers' `generate`.
-        """
+        """Greedy continuations of batches of left-padded prompts (B, T): new tokens (B, ≤ new_tokens) on the CPU. All
+        weights are resident. `options` go to transformers' `generate`."""
         tensors = {n: t for part in range(len(self.parts)) for n, t in self._tensors(weights, part).items()}
         local = {f"model.{n}": t for n, t in tensors.items()}
         options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "use_cache": True, **options}
@@ -372,8 +374,7 @@ class BlockModel:
     def _watched(self, part: int, watch: Watch | None, step: Callable[[int], T], count: int) -> list[T]:
         if watch is None:
             return [step(b) for b in range(count)]
-        batch = 0
-        hooks = []
+        batch, hooks = 0, list[RemovableHandle]()
         for module, layer in self._linears[part]:
 
             def see(module: nn.Module, args: Any, layer: Linear = layer) -> None:

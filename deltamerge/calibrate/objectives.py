@@ -24,6 +24,7 @@ from deltamerge.errors import InputError
 
 Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
 """An objective that compares with the fine-tune's outputs, one of each batch."""
+Placed = TypeVar("Placed")
 TOP = 5
 CLASSES = 64
 
@@ -69,6 +70,14 @@ def reduced(
         found += model.run(objective.batches, some, objective.reduce)
         counted(len(some))
     return found
+
+
+def placed(objective: Placed, device: torch.device) -> Placed:
+    """The objective with the fine-tune's outputs on a device."""
+    if not isinstance(objective, OutputChange | Distribution):
+        return objective
+    targets = [(x.to(device), None if i is None else i.to(device)) for x, i in objective.targets]
+    return replace(objective, targets=targets)
 
 
 def first(objective: Compared, count: int) -> Compared:
@@ -260,6 +269,36 @@ class Agreement:
     def value(self, parts: Sequence[Any]) -> float:
         measure = agreement.discord if self.regression else agreement.divergence
         return measure(np.concatenate(parts), np.concatenate(self.targets))
+
+
+@dataclass
+class SameAnswers:
+    """1 − the share of answers that are the fine-tune's: likeliest classes, next tokens over real tokens; of numbers
+    the distance of `agreement.discord`, one minus their correlation."""
+
+    batches: Sequence[Inputs]
+    targets: Sequence[Any]
+    regression: bool
+
+    @classmethod
+    def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> SameAnswers:
+        """Collect the fine-tune's answers, a number each, or its logits (B, C)."""
+        made = cls(batches, [], regression)
+        (targets,) = model.run(batches, [tune], made._answers)
+        return replace(made, targets=targets)
+
+    def _answers(self, batch: int, output: BlockOutput) -> Any:
+        if self.regression:
+            return _logits(output)
+        answers = [some.argmax(-1) for _, some in pieces(_scores(output, self.batches[batch]))]
+        return torch.cat(answers).cpu().numpy()
+
+    def reduce(self, batch: int, output: BlockOutput) -> Any:
+        return self._answers(batch, output)
+
+    def value(self, parts: Sequence[Any]) -> float:
+        ours, theirs = np.concatenate(parts), np.concatenate(self.targets)
+        return agreement.discord(ours, theirs) if self.regression else float(np.mean(ours != theirs))
 
 
 def is_regression(config: Any) -> bool:

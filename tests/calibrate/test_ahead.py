@@ -13,7 +13,7 @@ from conftest import tiny_llama
 from running import calibrate
 from test_stage import RUNS, recipe
 
-from deltamerge.calibrate import subject
+from deltamerge.calibrate import tensors
 from deltamerge.calibrate.ahead import Ahead
 from deltamerge.calibrate.blocks import BlockModel
 from deltamerge.calibrate.passes import stored
@@ -47,7 +47,7 @@ def test_the_next_block_is_read_while_a_block_computes(tmp_path: Path, monkeypat
         if i + 1 < LAYERS:
             ended.append(begun[i + 1].wait(10))
 
-    monkeypatch.setattr(subject, "stored", read)
+    monkeypatch.setattr(tensors, "stored", read)
     monkeypatch.setattr(BlockModel, "block", computed)
     assert calibrate(path) == plain
     assert threads == {"MainThread", "read-ahead_0"}

@@ -20,6 +20,7 @@ from deltamerge.calibrate.objectives import (
     Distribution,
     Generation,
     OutputChange,
+    SameAnswers,
     Validation,
     evaluate,
     is_regression,
@@ -103,6 +104,24 @@ def test_divergence_of_distributions(architecture: str, tmp_path: Path) -> None:
     p, q = softmax(tuned), softmax(other)
     want = (p * np.log(p / q)).sum(1).mean()
     assert evaluate(pair.model, objective, [pair.at(0.4)])[0] == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "regression"),
+    [("BertForSequenceClassification", False), ("LlamaForCausalLM", False), ("BertForSequenceClassification", True)],
+)
+def test_same_answers(architecture: str, regression: bool, tmp_path: Path) -> None:
+    """Of classes and of real tokens the share that are equal; of numbers their correlation."""
+    pair = Pair(architecture, tmp_path)
+    objective = SameAnswers.of(pair.model, pair.tuned, pair.data, regression=regression)
+    rebuilt = {n: t + pair.masked[n] / 0.4 for n, t in pair.base.items()}
+    tuned, other = (np.concatenate([z for z, _ in pair.outputs(t)]) for t in (pair.tune, rebuilt))
+    want = np.mean(tuned.argmax(1) == other.argmax(1))
+    if regression:
+        want = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(tuned.T, other.T, strict=True)])
+    got = evaluate(pair.model, objective, [pair.at(0.4), pair.tuned])
+    assert 1 - got[0] == pytest.approx(want, abs=1e-4)
+    assert got[1] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_divergence_over_a_large_vocabulary_is_a_lower_bound(tmp_path: Path) -> None:
