@@ -17,7 +17,7 @@ from deltamerge.calibrate.precision import Precision, chosen
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.io.names import EMBEDDING, resident_size
+from deltamerge.io.names import EMBEDDING, block_sizes, resident_size
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.recipe.prune_keys import CalibratedQ
@@ -166,6 +166,13 @@ class Spec:
         statistics = 0 if self.scope == "global" else 2
         return 1 + statistics + families * one + self.seeds
 
+    @property
+    def _whole_passes(self) -> int:
+        """The most passes that need all logits: an output change is of a few of them."""
+        if self.coefficients or self.search == "gradient" or self.objective == "validation":
+            return self.passes
+        return min(self.passes, math.ceil(1 + self._judging(self.source.calibration.sequences)))
+
     def _judging(self, rows: int) -> float:
         """Passes of the comparison on held-out rows: the fine-tune, the plain choice, candidates, the base."""
         candidates, held = 1 + SHORTLIST + PASSED, max(HELD_OUT, rows)
@@ -205,6 +212,7 @@ class Spec:
     def describe(self) -> dict[str, Any]:
         """The stage as `deltamerge plan --json` prints it."""
         calibration = self.source.calibration
+        apart, head = operations(self.source)
         return {
             "model": self.name,
             "objective": self.objective,
@@ -217,7 +225,9 @@ class Spec:
             "length": calibration.length,
             "precision": self.source.precision,
             "forward_passes": self.passes,
-            "operations": operations(self.source),
+            "operations": apart,
+            "head_operations": head,
+            "head_passes": self._whole_passes,
             "memory": self.memory,
         }
 
@@ -243,19 +253,22 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
-def operations(source: CalibrationInput) -> int:
-    """About the multiplications and additions of a forward pass over the search rows: two for each token and entry of
-    a matrix that is no embedding. A head that may be tied counts, and so do all experts."""
+def operations(source: CalibrationInput) -> tuple[int, int]:
+    """About the multiplications and additions of a forward pass over the search rows without its head, and those of the
+    head: two for each token and entry of a matrix that is no embedding. One that may be tied is a head; all experts
+    count."""
     sizes = {tensor.name: math.prod(tensor.shape) for tensor in source.tensors if len(tensor.shape) > 1}
     looked_up = [name for name in sizes if EMBEDDING.search(name)]
-    entries = sum(sizes.values()) - sum(sizes[name] for name in looked_up)
-    if looked_up and not any(HEAD_WEIGHT.search(name) for name in sizes):  # it may be tied
-        entries += max(sizes[name] for name in looked_up)
-    return 2 * entries * source.calibration.sequences * source.calibration.length
+    heads = [name for name in sizes if HEAD_WEIGHT.search(name)]
+    entries = sum(size for name, size in sizes.items() if name not in {*looked_up, *heads})
+    head = sum(sizes[name] for name in heads) or max((sizes[name] for name in looked_up), default=0)
+    tokens = source.calibration.sequences * source.calibration.length
+    return 2 * entries * tokens, 2 * head * tokens
 
 
 def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
-    """About the bytes that a stage takes: cached masks, one block both stored and in float32, hidden states."""
+    """About the bytes that a stage takes: cached masks, one block both stored and in float32, the next one stored,
+    hidden states."""
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = source.calibration.sequences
@@ -265,7 +278,9 @@ def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
         for one in pruned
         if one.masked
     )
-    return min(math.ceil(masks), source.cache) + 2 * resident(source.tensors) + hidden
+    shapes = {tensor.name: tensor.shape for tensor in source.tensors}
+    ahead = max(block_sizes(shapes, {tensor.name: tensor.nbytes for tensor in source.tensors}), default=0)
+    return min(math.ceil(masks), source.cache) + 2 * resident(source.tensors) + ahead + hidden
 
 
 def resident(tensors: Sequence[TensorInfo]) -> int:
