@@ -6,7 +6,8 @@
 BASE is a small causal model's folder, TUNED fine-tunes of it. The server is vLLM's AsyncLLM on the CPU, its engine in a
 process of its own. What a full reload (vLLM's `reload_weights`, from a checkpoint's folder) answers to every prompt is
 the reference. Then, while clients ask on without pause, the server goes through all fine-tunes and the base by
-`update_weights({"delta": …})`: requests in flight end first, later ones wait. After every swap the prompts are asked
+`update_weights({"delta": …})`: requests in flight end first, later ones wait; and then through the versions of a chain,
+as `dm.follow` yields them: the first fine-tune, the second after it, and so on. After every swap the prompts are asked
 again, amid the clients' requests, and every answer, the clients' too, must be the reference's, token by token. A delta
 of another base must be refused, and change nothing.
 
@@ -27,6 +28,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": "1"}
 os.environ |= {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -106,6 +109,26 @@ def extracted(base: Path, models: list[Path], store: Path) -> list[Path]:
     return [store / model.name for model in models]
 
 
+def chained(base: Path, models: list[Path], chain: Path) -> Path:
+    """A chain whose versions are the models, one after the other, made where it is not there."""
+    for number, model in enumerate(models):
+        before, version = chain / f"{number:06d}", chain / f"{number + 1:06d}"
+        if version.exists():
+            continue
+        command = [
+            sys.executable,
+            "-m",
+            "deltamerge",
+            "extract",
+            model,
+            "--base",
+            models[number - 1] if number else base,
+        ]
+        command += ["--out", version, *(["--after", before] if number else [])]
+        subprocess.run([*map(str, command), "--workers", "1", "-q"], check=True)
+    return chain
+
+
 def of_another_base(base: Path, models: list[Path], folder: Path) -> Path:
     """A delta, of one tensor, between two fine-tunes; the tensor is the first in which the base differs from both."""
     from safetensors.torch import load_file, save_file
@@ -123,6 +146,8 @@ def of_another_base(base: Path, models: list[Path], folder: Path) -> Path:
 async def measure(base: Path, models: list[Path], folder: Path, rounds: int, *, in_place: bool) -> dict[str, Any]:
     from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+    import deltamerge as dm
+
     server, names = Server(base, in_place=in_place), [*(model.name for model in models), "base"]
     wanted, reloads = {}, {}
     for name, model in zip(names, [*models, base], strict=True):  # the base last: the server holds it then
@@ -132,7 +157,11 @@ async def measure(base: Path, models: list[Path], folder: Path, rounds: int, *, 
     apart = len({json.dumps(found) for found in wanted.values()})
     assert apart == len(names), "two of the models answer alike: nothing would be proved"
     deltas: list[Path | None] = [*extracted(base, models, folder / "store")]
+    chain = chained(base, models, folder / "-".join(["chain", *names[:-1]]))
     foreign = of_another_base(base, models, folder / "foreign")
+    turns = [(turn, *one) for turn in range(rounds) for one in zip(names, [*deltas, None], strict=True)]
+    versions = [version.path for version in dm.follow(chain, timeout=0)]
+    turns += [("chain", *one) for one in zip(names, [*versions, None], strict=True)]
     init = {"base": str(base), "in_place": True if in_place else None}
     await server.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init))
 
@@ -151,17 +180,14 @@ async def measure(base: Path, models: list[Path], folder: Path, rounds: int, *, 
 
     clients = [asyncio.create_task(client(number)) for number in range(CLIENTS)]
     rows = []
-    for turn in range(rounds):
-        for name, delta in zip(names, [*deltas, None], strict=True):
-            before, now = now, name  # a client's request that waits for the swap is answered by the new one
-            seconds, pause = await server.swap(delta)
-            found = await server.answers()
-            wrong += [f"{name}: {p!r}" for p, a, b in zip(PROMPTS, found, wanted[name], strict=True) if a != b]
-            rows.append({"from": before, "to": name, "round": turn, "seconds": seconds, "paused": pause})
-            print(
-                f"{before} -> {name}: {seconds:.2f} s, paused {pause:.2f} s, {len(wrong)} wrong of {asked} asked",
-                flush=True,
-            )
+    for turn, name, delta in turns:
+        before, now = now, name  # a client's request that waits for the swap is answered by the new one
+        seconds, pause = await server.swap(delta)
+        found = await server.answers()
+        wrong += [f"{name}: {p!r}" for p, a, b in zip(PROMPTS, found, wanted[name], strict=True) if a != b]
+        rows.append({"from": before, "to": name, "round": turn, "seconds": seconds, "paused": pause})
+        said = f"{seconds:.2f} s, paused {pause:.2f} s, {len(wrong)} wrong of {asked} asked"
+        print(f"{before} -> {delta or name}: {said}", flush=True)
     try:
         await server.swap(foreign)
         wrong.append("a delta of another base was taken")
@@ -190,9 +216,10 @@ def main() -> None:
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     first = [row["seconds"] for row in found["swaps"] if row["round"] == 0]
-    later = [row["seconds"] for row in found["swaps"] if row["round"]]
+    later = [row["seconds"] for row in found["swaps"] if row["round"] not in (0, "chain")]
+    chain = [row["seconds"] for row in found["swaps"] if row["round"] == "chain"]
     reload = sorted(found["reload"].values())[len(found["reload"]) // 2]
-    for what, seconds in (("first", first), ("known", later)):
+    for what, seconds in (("first", first), ("known", later), ("of a chain", chain)):
         if seconds:
             middle = sorted(seconds)[len(seconds) // 2]
             print(f"swaps, {what}: median {middle:.2f} s, {middle / reload:.2f} of a reload ({reload:.2f} s)")

@@ -17,7 +17,7 @@ from deltamerge.calibrate.precision import Precision, chosen
 from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.io.names import EMBEDDING, numbered_blocks
+from deltamerge.io.names import EMBEDDING, resident_size
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.recipe.prune_keys import CalibratedQ
@@ -66,6 +66,16 @@ class CalibrationInput:
     device: str
     labelled: bool
     cache: int = CACHE_BYTES
+
+    @property
+    def infos(self) -> dict[str, TensorInfo]:
+        """The fine-tune's tensors by name."""
+        return {tensor.name: tensor for tensor in self.tensors}
+
+    @property
+    def by_name(self) -> dict[str, tuple[TensorInfo, TensorInfo]]:
+        """The pairs, by the fine-tune's names."""
+        return {tune.name: (tune, base) for tune, base in self.pairs}
 
     @property
     def precision(self) -> Precision:
@@ -260,10 +270,8 @@ def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
 
 def resident(tensors: Sequence[TensorInfo]) -> int:
     """The bytes in float32 of a model's largest block and of what is outside its blocks."""
-    sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in tensors}
-    blocks = numbered_blocks({tensor.name: tensor.shape for tensor in tensors}) or {0: list(sizes)}
-    inside = {number: sum(sizes[name] for name in names) for number, names in blocks.items()}
-    return sum(sizes.values()) - sum(inside.values()) + max(inside.values())
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    return resident_size(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})
 
 
 def within(source: CalibrationInput, limit: int | None, share: int = 1) -> CalibrationInput:

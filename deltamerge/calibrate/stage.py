@@ -9,12 +9,12 @@ A plan names these functions, so torch is imported when they run.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
+from deltamerge.calibrate.foreign import quiet
 from deltamerge.calibrate.spec import LAST_ROUND, MORE_ROUNDS, Calibrated, CalibrationInput, QValue, Spec, rounded
 from deltamerge.engine import backends
 from deltamerge.engine.devices import memory_of
@@ -142,23 +142,18 @@ def decide(
 
 
 @contextmanager
-def calibrating(name: str, passes: int, what: str = "calibrating", *, device: str = "cpu") -> Iterator[None]:
+def calibrating(name: str, passes: int, what: str = "calibrating", *, device: str) -> Iterator[None]:
     """Name the model in errors of its calibration, and in a phase of at most so many forward passes over the rows;
     silence transformers' advice on lengths and padding; reuse what a pass frees. InputError: the device has too little
     memory."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with (
-            errors.context(f"calibration of {name}"),
-            progress.phase(f"{what} {shown(name, LONG)}", passes, progress.PASSES, bound=True),
-            backends.quiet_allocator(whole=True),
-            memory_of(device),
-        ):
-            yield
-    finally:
-        logger.setLevel(level)
+    with (
+        quiet(),
+        errors.context(f"calibration of {name}"),
+        progress.phase(f"{what} {shown(name, LONG)}", passes, progress.PASSES, bound=True),
+        backends.quiet_allocator(whole=True),
+        memory_of(device),
+    ):
+        yield
 
 
 def _output(q: Qs, names: dict[str, str]) -> dict[str, QValue]:

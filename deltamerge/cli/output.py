@@ -7,7 +7,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -19,7 +19,7 @@ from deltamerge.cli import progress, streams
 from deltamerge.cli.tables import human
 from deltamerge.errors import DeltamergeError, Problem, RecipeError
 from deltamerge.errors.shown import LINE, printed, shown
-from deltamerge.io.names import block_name
+from deltamerge.io.names import block_name, natural
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -114,17 +114,26 @@ def _to_stderr(text: str) -> None:
 
 
 class Warnings:
-    """Prints each warning of a plan once: before the work, or after it if there was no plan before."""
+    """Prints each warning of a run once: a plan's before the work, or after it if there was no plan before."""
 
     def __init__(self) -> None:
         self.said: set[str] = set()
 
-    def say(self, plan: Plan) -> None:
-        """Print the warnings that have not been printed yet."""
+    def watch(self, plan: Plan) -> Callable[[int], None]:
+        """Print those of `plan` that have not been printed yet; as `Options.watch`."""
         for warning in plan.warnings:
             if warning not in self.said:
                 self.said.add(warning)
                 tell(f"warning: {warning}")
+        return lambda _: None
+
+    def end(self, result: Result) -> None:
+        """Print those that have not been printed yet, and of what in the result is not finite."""
+        from deltamerge.run.weights import describe_nonfinite
+
+        self.watch(result.plan)
+        if result.nonfinite:
+            tell(f"warning: {describe_nonfinite(result.nonfinite)}")
 
 
 def _size(result: Result) -> int:
@@ -189,18 +198,18 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
 
             for line in next_steps(result.plan, result.folder):
                 tell(line)
-        for line in _of_layers(result.lora) if result.lora is not None else ():
+        for line in of_layers(result.lora) if result.lora is not None else ():
             tell(line)
         for note in result.plan.notes if adapter else ():
             tell(f"note: {note}")
 
 
-def _of_layers(lora: LowRankSummary) -> Iterator[str]:
+def of_layers(lora: LowRankSummary) -> Iterator[str]:
     """What a LoRA keeps, layer by layer, and in all."""
     blocks: dict[str, list[LayerRank]] = {}
     for name, layer in lora.layers.items():
         blocks.setdefault(block_name(name) or name, []).append(layer)
-    for name, layers in blocks.items():
+    for name, layers in sorted(blocks.items(), key=lambda block: natural(block[0])):
         count = f"{len(layers)} weights, " if len(layers) > 1 else ""
         ranks = _range([layer.rank for layer in layers])
         kept = _range([layer.energy for layer in layers])

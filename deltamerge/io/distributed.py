@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from deltamerge.errors import InputError
 from deltamerge.errors.shown import some
 from deltamerge.io.dtypes import ITEMSIZE
 from deltamerge.io.files import refuse_link
-from deltamerge.io.pickle_reader import OPERATIONS, TORCH_DTYPES, Machine, Named, run
+from deltamerge.io.pickle_reader import OPERATIONS, Machine, Named, run
 from deltamerge.io.safetensors_file import LARGEST, MAX_DIMENSIONS, MAX_TENSORS
 from deltamerge.io.sharded import Sharded, covers
 from deltamerge.io.tensor import TensorInfo
@@ -49,6 +49,8 @@ CALLS = frozenset({
     *((module, name) for module in ("pathlib", "pathlib._local") for name in PATHS),
 })  # fmt: skip
 
+Opener = Callable[[str], tuple[Path, BinaryIO]]
+
 
 class Record:
     """An object of one of torch's classes: its attributes, or the tuple that it is pickled as."""
@@ -62,7 +64,9 @@ class Record:
 class _Metadata(Machine):
     """The machine of a .metadata file."""
 
-    what = "a checkpoint's metadata"
+    functions = CALLS
+    what = "checkpoint's metadata"
+    hint = HINT
 
     def protocol(self) -> None:
         if self.number(1) > 5:
@@ -77,12 +81,8 @@ class _Metadata(Machine):
             raise IndexError
         self.named(module, name)
 
-    def named(self, module: str, name: str) -> None:
-        known = (module, name) in CLASSES or (module, name) in CALLS or (module == "torch" and name in TORCH_DTYPES)
-        if not known:
-            shown = "".join(c if c.isprintable() else "?" for c in f"{module}.{name}"[:120])
-            raise InputError(f"its pickle asks for {shown}, which no checkpoint's metadata needs", hint=HINT)
-        self.push(Named(module, name))
+    def is_class(self, module: str, name: str) -> bool:
+        return (module, name) in CLASSES
 
     def new_object(self) -> None:
         arguments, named = self.pop(), self.pop()
@@ -91,11 +91,7 @@ class _Metadata(Machine):
         self.push(Record(named.name))
 
     def reduce(self) -> None:
-        arguments, function = self.pop(), self.pop()
-        if not isinstance(function, Named) or not isinstance(arguments, tuple):
-            raise IndexError
-        if (function.module, function.name) not in CALLS:
-            raise InputError(f"its pickle calls {function.module}.{function.name}", hint=HINT)
+        function, arguments = self.call()
         if function.name == "Size":
             if len(arguments) != 1 or not _are_sizes(arguments[0]):
                 raise InputError("its pickle has a size that is none")
@@ -156,18 +152,16 @@ def read_distributed(folder: Path, names: Collection[str]) -> tuple[dict[str, Te
         described, stored = (_table(root, key) for key in ("state_dict_metadata", "storage_data"))
         chosen = _model(described, root.state.get("planner_data"))
         places = _places(stored)
+    ends: dict[str, int] = {}
+    for name, begin, nbytes in places.values():
+        ends[name] = max(begin + nbytes, ends.get(name, 0))
     with ExitStack() as stack:
-        opened: dict[str, tuple[Path, BinaryIO, int]] = {}
+        opened: dict[str, tuple[Path, BinaryIO]] = {}
         tensors = {}
         for name, key in chosen.items():
             with errors.context(name[:80]):
-                tensors[name] = _tensor(name, key, described[key], places, _opener(folder, names, opened, stack))
-    for name, begin, nbytes in places.values():
-        if name in opened and begin + nbytes > opened[name][2]:
-            raise InputError(
-                f"{name}: the file is truncated: a chunk ends at byte {begin + nbytes} of {opened[name][2]}"
-            )
-    return tensors, (path, *sorted(place for place, _, _ in opened.values()))
+                tensors[name] = _tensor(name, key, described[key], places, _opener(folder, names, ends, opened, stack))
+    return tensors, (path, *sorted(place for place, _ in opened.values()))
 
 
 def _table(root: Record, key: str) -> dict[Any, Any]:
@@ -229,11 +223,15 @@ def _places(stored: Mapping[Any, Any]) -> dict[tuple[str, tuple[int, ...]], tupl
 
 
 def _opener(
-    folder: Path, names: Collection[str], opened: dict[str, tuple[Path, BinaryIO, int]], stack: ExitStack
-) -> Any:
-    """A function that opens a file of the checkpoint, once: its path, the file, its bytes."""
+    folder: Path,
+    names: Collection[str],
+    ends: Mapping[str, int],
+    opened: dict[str, tuple[Path, BinaryIO]],
+    stack: ExitStack,
+) -> Opener:
+    """A function that opens a file of the checkpoint, once: its path, the file; `ends` is where its last chunk ends."""
 
-    def get(name: str) -> tuple[Path, BinaryIO, int]:
+    def get(name: str) -> tuple[Path, BinaryIO]:
         if name not in opened:
             if name not in names or not name.endswith(SUFFIX):
                 what = f"lacks {name[:80]!r}, which its metadata names"
@@ -241,16 +239,18 @@ def _opener(
             path = folder / name
             refuse_link(path)
             try:
-                file = stack.enter_context(path.open("rb"))
-                opened[name] = path, file, path.stat().st_size
+                opened[name] = path, stack.enter_context(path.open("rb"))
+                size = path.stat().st_size
             except OSError as error:
                 raise InputError(f"{name}: cannot be read: {error.strerror}") from error
+            if ends[name] > size:
+                raise InputError(f"{name}: the file is truncated: a chunk ends at byte {ends[name]} of {size}")
         return opened[name]
 
     return get
 
 
-def _tensor(name: str, key: str, entry: Record, places: Mapping[Any, Any], opened: Any) -> TensorInfo:
+def _tensor(name: str, key: str, entry: Record, places: Mapping[Any, Any], opened: Opener) -> TensorInfo:
     properties, shape, chunks = (entry.state.get(field) for field in ("properties", "size", "chunks"))
     values = properties.values or tuple(properties.state.values()) if isinstance(properties, Record) else ()
     dtype = next((value.name for value in values if isinstance(value, Named)), None)
@@ -261,20 +261,19 @@ def _tensor(name: str, key: str, entry: Record, places: Mapping[Any, Any], opene
         raise InputError("has a size that is none")
     if not isinstance(chunks, list) or not chunks:
         raise InputError("has no chunks")
-    parts = [_chunk(key, chunk, shape, code, places, opened) for chunk in chunks]
-    placed = tuple((offsets, info) for offsets, info in parts)
+    placed = [_chunk(key, chunk, shape, code, places, opened) for chunk in chunks]
     if not covers(shape, [(offsets, info.shape) for offsets, info in placed]):
         raise InputError("its chunks overlap or leave holes", hint=HINT)
     first = placed[0][1]
     if len(placed) == 1:
         return replace(first, name=name)
     nbytes = math.prod(shape) * ITEMSIZE[code]
-    placed = tuple(one for one in placed if one[1].nbytes)
-    return TensorInfo(name, code, tuple(shape), first.path, 0, nbytes, Sharded(code, tuple(shape), placed))
+    made = Sharded(code, tuple(shape), tuple(one for one in placed if one[1].nbytes))
+    return TensorInfo(name, code, tuple(shape), first.path, 0, nbytes, made)
 
 
 def _chunk(
-    key: str, chunk: Any, shape: Sequence[int], code: str, places: Mapping[Any, Any], opened: Any
+    key: str, chunk: Any, shape: Sequence[int], code: str, places: Mapping[Any, Any], opened: Opener
 ) -> tuple[tuple[int, ...], TensorInfo]:
     """A chunk's offsets, and its tensor in its file."""
     offsets, sizes = (chunk.state.get(field) if isinstance(chunk, Record) else None for field in ("offsets", "sizes"))
@@ -283,10 +282,8 @@ def _chunk(
     if (place := places.get((key, tuple(offsets)))) is None:
         raise InputError(f"its chunk at {list(offsets)} lies nowhere", hint=HINT)
     file_name, begin, nbytes = place
-    path, file, size = opened(file_name)
+    path, file = opened(file_name)
     with errors.context(file_name):
-        if begin + nbytes > size:
-            raise InputError(f"the file is truncated: a chunk ends at byte {begin + nbytes} of {size}")
         info = read_torch_tensor(file, path, begin, nbytes)
     if info.dtype != code or info.shape != tuple(sizes):
         raise InputError(f"its chunk is {info.dtype} {list(info.shape)}, its metadata says {code} {list(sizes)}")

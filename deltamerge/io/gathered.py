@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from hashlib import blake2b
 from typing import Any
 
@@ -43,7 +44,7 @@ class Gathered:
         first, last = start // width, -(-stop // width)
         rows = self._rows(read, first, min(last, len(self.picks)))
         if last > len(self.picks):
-            mean = read.once(self, lambda: self._mean(read))
+            mean = read.once(self, lambda: mean_row(partial(self._rows, read), len(self.picks), width))
             rows = np.concatenate([rows, np.broadcast_to(mean, (last - max(first, len(self.picks)), width))])
         np.frombuffer(out, rows.dtype)[:] = rows.reshape(-1)[start - first * width : stop - first * width]
 
@@ -67,15 +68,6 @@ class Gathered:
         if several.any():
             result[several] /= counts[several, None].astype(np.float32)
         return result
-
-    def _mean(self, read: Read) -> NDArray[np.float32]:
-        """(width) the mean of all rows, summed in float64 in their order."""
-        total = np.zeros(self.width, np.float64)
-        step = max(1, CHUNK_ELEMENTS // self.width)
-        for first in range(0, len(self.picks), step):
-            rows = self._rows(read, first, min(first + step, len(self.picks)))
-            total += rows.astype(np.float64).sum(0)
-        return (total / len(self.picks)).astype(np.float32)
 
 
 def gather(own: TensorInfo, sources: Sequence[TensorInfo], picks: NDArray[np.int32], padding: int) -> TensorInfo:
@@ -108,6 +100,14 @@ def cut(tensor: TensorInfo, start: int, stop: int) -> TensorInfo:
     return replace(
         tensor, shape=(stop - start, *tensor.shape[1:]), begin=tensor.begin + start * row, nbytes=(stop - start) * row
     )
+
+
+def mean_row(rows: Callable[[int, int], NDArray[Any]], count: int, width: int) -> NDArray[np.float32]:
+    """(width) the mean of `count` rows, of which rows(first, last) has some, summed in float64 in their order."""
+    total, step = np.zeros(width, np.float64), max(1, CHUNK_ELEMENTS // width)
+    for first in range(0, count, step):
+        total += rows(first, min(first + step, count)).astype(np.float64).sum(0)
+    return (total / count).astype(np.float32)
 
 
 def stored_rows(read: Read, source: TensorInfo, rows: NDArray[np.int32], width: int) -> NDArray[Any]:

@@ -87,10 +87,12 @@ def run(machine: Machine) -> Any:
 
 
 class Machine:
-    """The stack machine of one pickle: `operations` are those that it knows, which `what` is made of."""
+    """The stack machine of one pickle: `operations` and `functions` are those that it knows, which a `what` needs."""
 
     operations: Mapping[int, Callable[[Any], None]]
-    what = "a table of tensors"
+    functions = FUNCTIONS
+    what = "table of tensors"
+    hint = HINT
 
     def __init__(self, file: BinaryIO, storages: dict[str, Storage]) -> None:
         self.file, self.storages = file, storages
@@ -105,7 +107,7 @@ class Machine:
                 return self.pop()
             operation = self.operations.get(code)
             if operation is None:
-                raise InputError(f"its pickle has operation 0x{code:02x}, which {self.what} has no use for")
+                raise InputError(f"its pickle has operation 0x{code:02x}, which a {self.what} has no use for")
             operation(self)
         raise InputError(f"its pickle has more than {MAX_OPERATIONS:,} operations")
 
@@ -184,11 +186,13 @@ class Machine:
     def named(self, module: str, name: str) -> None:
         """A name is looked at, never up."""
         dtype = module == "torch" and name in TORCH_DTYPES
-        storage = module in ("torch", "torch.storage") and name in STORAGES
-        if not (dtype or storage or (module, name) in FUNCTIONS):
+        if not (dtype or (module, name) in self.functions or self.is_class(module, name)):
             shown = "".join(c if c.isprintable() else "?" for c in f"{module}.{name}"[:120])
-            raise InputError(f"its pickle asks for {shown}, which no table of tensors needs", hint=HINT)
+            raise InputError(f"its pickle asks for {shown}, which no {self.what} needs", hint=self.hint)
         self.push(Named(module, name))
+
+    def is_class(self, module: str, name: str) -> bool:
+        return module in ("torch", "torch.storage") and name in STORAGES
 
     def persistent(self) -> None:
         """("storage", class, key, device, elements), and in old files a view of another storage, always None."""
@@ -215,13 +219,18 @@ class Machine:
             raise InputError(f"its pickle describes storage {key[:40]!r} in two ways")
         self.push(storage)
 
-    def reduce(self) -> None:
-        """The value of a call that is known, without the call."""
+    def call(self) -> tuple[Named, tuple[Any, ...]]:
+        """A function that is known, and what it would be called with."""
         arguments, function = self.pop(), self.pop()
         if not isinstance(function, Named) or not isinstance(arguments, tuple):
             raise IndexError
-        if (function.module, function.name) not in FUNCTIONS:
-            raise InputError(f"its pickle calls {function.module}.{function.name}", hint=HINT)
+        if (function.module, function.name) not in self.functions:
+            raise InputError(f"its pickle calls {function.module}.{function.name}", hint=self.hint)
+        return function, arguments
+
+    def reduce(self) -> None:
+        """The value of a call that is known, without the call."""
+        function, arguments = self.call()
         if function.name == "OrderedDict":
             if arguments:
                 raise InputError("its pickle makes a table of a list", hint=HINT)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ Indices = NDArray[np.int32]
 Floats = NDArray[np.float32]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class Atoms:
     """(atoms, width) vectors, in float32 or bfloat16, and in the form that is screened."""
 
@@ -41,6 +42,11 @@ class Atoms:
     def rows(self, indices: Any) -> Any:
         """Atoms in float32."""
         return self.exact[indices].float()
+
+    @cached_property
+    def squares(self) -> Any:
+        """|a|² of every atom, in float32."""
+        return self.screened.float().norm(dim=1).square()
 
 
 def block_of(width: int, k: int) -> int:
@@ -77,8 +83,7 @@ def pursuit(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
         direction = atom.clone()
         if step:
             past = bases[:, :step]
-            along = torch.bmm(past, direction[:, :, None])
-            direction -= torch.bmm(along.transpose(1, 2), past)[:, 0]
+            direction -= torch.bmm(torch.bmm(direction[:, None], past.transpose(1, 2)), past)[:, 0]
         length = direction.norm(dim=1)
         active &= (length > DEPENDENT * atom.norm(dim=1)).numpy()
         active &= (residual.norm(dim=1) > DONE * norms).numpy()
@@ -96,7 +101,9 @@ def _best(residual: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[
         at, places = np.nonzero(used)
         scores[torch.from_numpy(at), torch.from_numpy(chosen[at, places])] = -1
     found = scores.topk(min(CANDIDATES, scores.shape[1]), dim=1).indices.sort(dim=1).values
-    exact = torch.bmm(atoms.rows(found), residual[:, :, None])[:, :, 0].abs()
+    exact = torch.bmm(residual[:, None], atoms.rows(found).transpose(1, 2))[
+        :, 0
+    ].abs()  # rows: columns take 4 times as long
     exact[scores.gather(1, found) < 0] = -1
     places = exact.numpy().argmax(1)
     picked: NDArray[np.int64] = found.numpy()[np.arange(len(places)), places]
@@ -126,11 +133,9 @@ def nearest(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
     targets = targets.float()
     # |x − a|² without |x|², which is the same for all atoms
     plain = atoms.screened.float()
-    sums = (plain.square().sum(1) - 2 * (targets @ plain.T)) if len(targets) else None
+    sums = atoms.squares - 2 * (targets @ plain.T)
     chosen = np.zeros((len(targets), k), np.int32)
     weights = np.zeros((len(targets), k), np.float32)
-    if sums is None:
-        return chosen, weights
     near = sums.topk(min(k + SPARE, sums.shape[1]), dim=1, largest=False).indices.sort(dim=1).values
     for i, (target, found) in enumerate(zip(targets, near, strict=True)):
         distances = (atoms.exact[found].double() - target.double()).norm(dim=1).numpy()

@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.io.dtypes import bits_type, torch_dtype, widen
-from deltamerge.io.gathered import CHUNK_ELEMENTS, stored_rows
+from deltamerge.io.gathered import mean_row, stored_rows
 from deltamerge.io.lazy import torch
 from deltamerge.io.pursuit import Atoms, Blocks, block_of, nearest, pursuit
+from deltamerge.io.quantised.weight import fill_rows
 from deltamerge.io.tensor import Read, TensorInfo
 
 METHODS: dict[str, Callable[..., Any]] = {"omp": pursuit, "common": nearest}
@@ -96,14 +97,7 @@ class Transplanted:
     common: NDArray[np.int32] = field(compare=False, repr=False)
 
     def fill(self, read: Read, start: int, out: memoryview) -> None:
-        stop, width = start + len(out) // 4, self.width
-        first, last = start // width, -(-stop // width)
-        target, step = np.frombuffer(out, np.float32), max(1, CHUNK_ELEMENTS // width)
-        for top in range(first, last, step):
-            bottom = min(top + step, last)
-            rows = self._rows(read, top, bottom).reshape(-1)
-            low, high = max(start, top * width), min(stop, bottom * width)
-            target[low - start : high - start] = rows[low - top * width : high - top * width]
+        fill_rows(self.width, start, out, lambda top, bottom: self._rows(read, top, bottom))
 
     def _rows(self, read: Read, first: int, last: int) -> NDArray[np.float32]:
         origin = self.origin[first:last]
@@ -136,10 +130,7 @@ class Transplanted:
         return widen(stored_rows(read, self.source, rows, self.width).view(bits_type(dtype)), dtype)
 
     def _mean(self, read: Read) -> NDArray[np.float32]:
-        """(width) the mean of all rows, summed in float64 in their order."""
-        total, rows = np.zeros(self.width, np.float64), self.source.shape[0]
-        step = max(1, CHUNK_ELEMENTS // self.width)
-        for first in range(0, rows, step):
-            part = self._source(read, np.arange(first, min(first + step, rows), dtype=np.int32))
-            total += part.astype(np.float64).sum(0)
-        return (total / rows).astype(np.float32)
+        def rows(first: int, last: int) -> NDArray[np.float32]:
+            return self._source(read, np.arange(first, last, dtype=np.int32))
+
+        return mean_row(rows, self.source.shape[0], self.width)

@@ -127,6 +127,11 @@ class Inputs:
         return tuple({(model.name, model.checkpoint.reference): model for model in everyone}.values())
 
     @property
+    def canonical(self) -> dict[str, str]:
+        """The names of the output's tensors -> those that models are compared by."""
+        return {stored: name for name, stored in self.template.stored.items()}
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The names of the merged models, without repetition."""
         return tuple(dict.fromkeys(tune.name for tune in self.tunes))

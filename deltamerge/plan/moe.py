@@ -81,15 +81,15 @@ class MixtureOutputs:
         routed = len(recipe.experts)
         self.experts = [(tunes[i], one) for i, one in enumerate(recipe.experts)]
         self.shared = [(tunes[routed + i], one) for i, one in enumerate(recipe.shared_experts)]
-        lenders = (model for model, _ in (*self.experts, *self.shared))
+        lenders = [model for model, _ in (*self.experts, *self.shared)]
         self.models = tuple({model.checkpoint.reference: model for model in lenders}.values())
         silent = all(one.residual_scale == 0 for one in recipe.shared_experts)
         self.gated = [bool(one.positive_prompts) or recipe.gate_mode in DRAWN for one in recipe.shared_experts]
         prompted = any(one.positive_prompts for one in recipe.shared_experts)
-        families = [_family(model) for model in (self.base, *(model for model, _ in (*self.experts, *self.shared)))]
-        wanted = recipe.architecture
-        self.layout = _chosen(wanted, families, len(self.shared), prompted, self.gated, silent)
+        families = [_family(model) for model in (self.base, *lenders)]
+        self.layout = _chosen(recipe.architecture, families, len(self.shared), prompted, self.gated, silent)
         self.layers = _layers(self.base)
+        self._known: dict[str, Mapping[int, Mapping[str, TensorInfo]]] = {}
         self._check_layers()
         self.sizes = Sizes(
             len(self.layers),
@@ -141,6 +141,9 @@ class MixtureOutputs:
         dtypes = {one: self._dtype(like[f"mlp.{one}.weight"]) for one in MLP}
         place, names = f"{layer}.{self.layout.block}", dict(zip(MLP, self.layout.weights, strict=True))
         yield self._router(f"{place}.gate.weight", number, 0, self.sizes.experts, dtypes[MLP[0]])
+        if self.layout.correction:
+            node = self.builder.graph.node(mixture.nothing, shape=(self.sizes.experts,))
+            yield self._row(f"{place}.gate.{self.layout.correction}", Built(node, "router", ("zeros",)))
         for i, (model, expert) in enumerate(self.experts):
             for one in MLP:
                 yield self._expert(f"{place}.experts.{i}.{names[one]}.weight", model, expert, number, one, dtypes[one])
@@ -159,6 +162,8 @@ class MixtureOutputs:
             node = graph.node(mixture.nothing, shape=shape)
         else:
             node = graph.node(mixture.router, [self.routers], shape=shape, layer=layer, first=first, end=end)
+        if self.layout.sigmoid:
+            node = graph.node(passthrough, [node], shape=shape, scales=(self.spec.width**-0.5,))
         return self._row(stored, Built(self.builder.cast(node, dtype), "router", (self.recipe.gate_mode,)))
 
     def _expert(self, stored: str, model: Input, expert: Expert, layer: int, one: str, dtype: str) -> Row:
@@ -203,7 +208,6 @@ class MixtureOutputs:
 
     def _check_layers(self) -> None:
         """InputError: the base has layers that the layout does not hold, or an expert lacks MLPs or has other ones."""
-        self._known: dict[str, Mapping[int, Mapping[str, TensorInfo]]] = {}
         where, hidden = self.base.name, self.base.checkpoint.config.get("hidden_size")
         inside = {name for name in self.base.tensors if LAYER.fullmatch(name)}
         for name in self.base.tensors.keys() - inside:
@@ -223,9 +227,7 @@ class MixtureOutputs:
                 raise InputError(f"{model.name} has {len(weights)} layers, {where} has {len(self.layers)}")
             if any(len(layer) < len(MLP) for layer in weights.values()):
                 raise InputError(f"{model.name}: its layers have no mlp.{', mlp.'.join(MLP)}")
-            if model.checkpoint.config.get("hidden_act", "silu") != self.base.checkpoint.config.get(
-                "hidden_act", "silu"
-            ):
+            if _activation(model) != _activation(self.base):
                 raise InputError(f"{model.name} has another hidden_act than {where}")
             for mlp in weights.values():
                 gate, up, down = (mlp[one].shape for one in MLP)

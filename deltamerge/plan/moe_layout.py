@@ -34,6 +34,7 @@ FAMILIES: Mapping[str, Mapping[str, Any]] = {
     "qwen3": _COMMON | {"max_position_embeddings": 32768, "num_key_value_heads": 32, "head_dim": 128},
 }
 WINDOW, FULL_LAYERS = 4096, 28  # the defaults of sliding_window and max_window_layers
+PLACE = "deepseek-ai/deepseek-moe-16b-base--"  # where the hub has the class of DeepSeek's first
 SLIDING = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types")
 
 
@@ -50,6 +51,8 @@ class Layout:
     needs_shared    whether there always is a shared expert
     normed          whether queries and keys are normed
     optional        names of a layer's tensors that it can hold beside those of attention and norms
+    correction      name of what the router adds to its scores when it chooses; "" without
+    sigmoid         whether the router's scores are sigmoids, which are all 1 where its vectors are long
     """
 
     name: str
@@ -64,6 +67,8 @@ class Layout:
     needs_shared: bool = False
     normed: bool = False
     optional: tuple[str, ...] = ()
+    correction: str = ""
+    sigmoid: bool = False
 
     def refusal(self, families: Sequence[str], shared: int, prompted: bool) -> str | None:
         """Why it cannot be made of these model types, with so many shared experts, which are gated if `prompted`."""
@@ -102,12 +107,21 @@ QWEN = Layout(
     shared="shared_expert", shared_gate="shared_expert_gate", needs_shared=True, optional=QKV_BIAS,
 )  # fmt: skip
 QWEN3 = Layout("Qwen3 MoE", ("qwen3moe",), "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), normed=True, optional=BIAS)
-LAYOUTS = (MIXTRAL, DEEPSEEK, QWEN, QWEN3)  # mergekit's order: the first that fits is taken
+# The mixture of DeepSeek-V3 on Llama's attention, in the class of GLM-4.5. V3 itself norms compressed values (MLA).
+DEEPSEEK_V3 = Layout(
+    "DeepSeek-V3 MoE", ("glm4moe",), "glm4_moe", "Glm4MoeForCausalLM", tuple(FAMILIES), shared="shared_experts",
+    needs_shared=True, optional=(*QKV_BIAS, *QK_NORMS), correction="e_score_correction_bias", sigmoid=True,
+)  # fmt: skip
+LAYOUTS = (MIXTRAL, DEEPSEEK, QWEN, QWEN3, DEEPSEEK_V3)
+BY_DEFAULT = LAYOUTS[:4]  # mergekit's, in its order: the first that fits is taken
 
 
 def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: bool) -> Layout:
-    """The layout that `architecture` begins the name of, or the first that fits. InputError: none does, and why."""
-    named = [one for one in LAYOUTS if wanted is None or any(_plain(n).startswith(_plain(wanted)) for n in _names(one))]
+    """The first that fits, of mergekit's or of those whose name `architecture` begins. InputError: why none does."""
+    if wanted is None:
+        named = list(BY_DEFAULT)
+    else:
+        named = [one for one in LAYOUTS if any(_plain(name).startswith(_plain(wanted)) for name in _names(one))]
     if not named:
         hint = f"architecture: {', '.join(one.model_type for one in LAYOUTS)}"
         raise InputError(f"architecture {wanted!r} is no layout of a mixture", hint=hint)
@@ -160,7 +174,10 @@ def config_of(layout: Layout, base: Mapping[str, Any], sizes: Sizes) -> tuple[di
         config |= {"num_local_experts": sizes.experts, "intermediate_size": sizes.width}
         config |= {"sliding_window": _same(layout, window, sliding), "output_router_logits": False}
     elif layout is DEEPSEEK:
-        config |= _deepseek(config, sizes, window if any(sliding) else None, notes)
+        config |= _deepseek(config, sizes)
+    elif layout is DEEPSEEK_V3:
+        config |= _deepseek_v3(sizes, normed=family == "qwen3")
+        config.setdefault("partial_rotary_factor", 1.0)
     else:
         config |= {"num_experts": sizes.experts, "moe_intermediate_size": sizes.width, "norm_topk_prob": True}
         config |= {"decoder_sparse_step": 1, "mlp_only_layers": [], "output_router_logits": False}
@@ -173,6 +190,10 @@ def config_of(layout: Layout, base: Mapping[str, Any], sizes: Sizes) -> tuple[di
                 config |= {"sliding_window": window, "layer_types": kinds, "max_window_layers": sizes.layers}
         elif any(sliding):
             config["sliding_window"] = _same(layout, window, sliding)
+    if any(sliding) and layout in (DEEPSEEK, DEEPSEEK_V3):
+        notes.append(f"the base looks back {window} tokens; {layout.name} has no sliding window and looks back at all")
+    if layout is DEEPSEEK:
+        notes.append(f"{layout.architecture} is a class of vLLM and of {PLACE[:-2]}, not of transformers itself")
     return config, notes
 
 
@@ -204,7 +225,17 @@ def _same(layout: Layout, window: int | None, sliding: Sequence[bool]) -> int | 
     return window if any(sliding) else None
 
 
-def _deepseek(config: Mapping[str, Any], sizes: Sizes, window: int | None, notes: list[str]) -> dict[str, Any]:
+def _deepseek_v3(sizes: Sizes, *, normed: bool) -> dict[str, Any]:
+    """What GLM-4.5's class reads of a config."""
+    return {
+        "n_routed_experts": sizes.experts, "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1,
+        "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0,
+        "moe_intermediate_size": sizes.width, "intermediate_size": sizes.width, "attention_bias": sizes.biased,
+        "use_qk_norm": normed, "output_router_logits": False,
+    }  # fmt: skip
+
+
+def _deepseek(config: Mapping[str, Any], sizes: Sizes) -> dict[str, Any]:
     """What DeepSeek's own class reads of a config."""
     if config["head_dim"] * config["num_attention_heads"] != config["hidden_size"]:
         raise InputError(
@@ -214,20 +245,16 @@ def _deepseek(config: Mapping[str, Any], sizes: Sizes, window: int | None, notes
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear", "dynamic", "yarn"):
         raise InputError(f"DeepSeek MoE: has no rotary positions of type {kind!r}", hint="architecture: mixtral")
-    if window is not None:
-        notes.append(f"the base looks back {window} tokens; DeepSeek MoE has no sliding window and looks back at all")
     theta = rope.get("rope_theta", config.get("rope_theta"))
     scaling = None if kind == "default" else {**rope, "type": kind}
-    place = "deepseek-ai/deepseek-moe-16b-base--"
-    notes.append(f"{DEEPSEEK.architecture} is a class of vLLM and of {place[:-2]}, not of transformers itself")
     return {
         "n_routed_experts": sizes.experts, "n_shared_experts": 1 if sizes.shared else None, "first_k_dense_replace": 0,
         "moe_layer_freq": 1, "scoring_func": "softmax", "norm_topk_prob": True, "aux_loss_alpha": 0.0,
         "moe_intermediate_size": sizes.width, "intermediate_size": sizes.width, "rope_theta": theta,
         "rope_scaling": scaling, "attention_bias": bool(config.get("attention_bias")), "pretraining_tp": 1,
         "auto_map": {
-            "AutoConfig": f"{place}configuration_deepseek.DeepseekConfig",
-            "AutoModel": f"{place}modeling_deepseek.DeepseekModel",
-            "AutoModelForCausalLM": f"{place}modeling_deepseek.DeepseekForCausalLM",
+            "AutoConfig": f"{PLACE}configuration_deepseek.DeepseekConfig",
+            "AutoModel": f"{PLACE}modeling_deepseek.DeepseekModel",
+            "AutoModelForCausalLM": f"{PLACE}modeling_deepseek.DeepseekForCausalLM",
         },
     }  # fmt: skip

@@ -41,10 +41,12 @@ def check_sums(recipe: Recipe, named: Sequence[tuple[str, int | None, Checkpoint
 
 def counts(tunes: Iterable[Tuned], weights: Sequence[float]) -> tuple[float, ...]:
     """What each model counts in the divisor of an average: its weight, of a running sum its total."""
-    return tuple(
-        float(np.float32(weight)) if (summed := tuned.model.checkpoint.running_sum) is None else summed.total
-        for tuned, weight in zip(tunes, weights, strict=True)
-    )
+    return tuple(_count(tuned.model.checkpoint, weight) for tuned, weight in zip(tunes, weights, strict=True))
+
+
+def _count(checkpoint: Checkpoint, weight: float) -> float:
+    summed = checkpoint.running_sum
+    return float(np.float32(weight)) if summed is None else summed.total
 
 
 def made_of(recipe: Recipe, inputs: Inputs, dtypes: Mapping[str, str]) -> RunningSum:
@@ -57,7 +59,7 @@ def made_of(recipe: Recipe, inputs: Inputs, dtypes: Mapping[str, str]) -> Runnin
         names += [tune.name] if summed is None else summed.models
         weight = model.parameters.get("weight", 1.0)
         assert isinstance(weight, bool | int | float)  # `recipe.sums` has seen to it
-        weights.append(float(np.float32(weight)) if summed is None else summed.total)
+        weights.append(_count(tune.checkpoint, weight))
         schedule = model.schedule or schedule if summed is None else summed.schedule
         decay = decay or model.decay if summed is None else summed.decay
     return RunningSum(tuple(names), divisor_of(tuple(weights)), schedule, decay, dict(dtypes))

@@ -77,7 +77,7 @@ class Transplant(Vocabulary):
         if self.method == "mean" or not len(self.others):
             return 0
         common, others, total = len(self.common), len(self.others), TORCH_BYTES
-        for donor in {id(one): one for one in self.donors.values()}.values():
+        for donor in self._searched:
             width = math.prod(donor.shape[1:])
             stored = 2 if donor.dtype == "BF16" else 4
             screened = 4 if common * width < SCREENED else 2 * (stored == 4)
@@ -88,9 +88,13 @@ class Transplant(Vocabulary):
     @property
     def operations(self) -> float:
         """Floating-point operations that finding the sums takes, about."""
-        donors = {id(one): one for one in self.donors.values()}.values() if self.method != "mean" else ()
-        steps = self.k if self.method == "omp" else 1
-        return sum(2.0 * steps * len(self.common) * len(self.others) * math.prod(d.shape[1:]) for d in donors)
+        steps = {"omp": self.k, "common": 1, "mean": 0}[self.method]
+        return sum(2.0 * steps * len(self.common) * len(self.others) * math.prod(d.shape[1:]) for d in self._searched)
+
+    @property
+    def _searched(self) -> list[TensorInfo]:
+        """The donor's tensors that sums are found among, once."""
+        return list({id(one): one for one in self.donors.values()}.values())
 
     def remap(self, model: Input, present: Sequence[tuple[Input, TensorInfo]]) -> TensorInfo:
         """The model's tensor under the donor's vocabulary: under the union's first, then row by row."""
@@ -119,26 +123,15 @@ class Transplant(Vocabulary):
 
     def describe(self) -> dict[str, Any]:
         """The vocabulary as `deltamerge plan --json` prints it."""
-        mean = int((self.origin == -2).sum())
-        return {
-            "source": self.kind,
-            "starts_from": self.start.name,
-            "tokens": len(self.ids),
-            "appended": 0,
-            "dropped": 0,
-            "rows": self.total,
-            "padding": self.padding,
-            "lacking": dict.fromkeys(("base", "one_model", "mean", "zeros", "recipe"), 0),
-            "notes": list(self.notes),
-            "transplant": {
-                "method": self.method,
-                "k": self.k,
-                "kept": int((self.origin >= 0).sum()),
-                "common": len(self.common),
-                "made": int((self.origin == -1).sum()),
-                "mean": mean,
-            },
+        made = {
+            "method": self.method,
+            "k": self.k,
+            "kept": int((self.origin >= 0).sum()),
+            "common": len(self.common),
+            "made": int((self.origin == -1).sum()),
+            "mean": int((self.origin == -2).sum()),
         }
+        return {**Vocabulary.describe(self), "transplant": made}
 
 
 def make_transplant(recipe: Recipe, inputs: Inputs) -> Transplant:

@@ -27,47 +27,42 @@ def edit_config(
     for holder, key in sizes(result):
         holder[key] = vocabulary.total
     if isinstance(vocabulary, Transplant):
-        return transplanted(result, vocabulary, generation=generation)
+        return _transplanted(result, vocabulary, generation=generation)
     if template.checkpoint.reference != vocabulary.start.checkpoint.reference:
         names = {i: token for token, i in vocabulary.template_ids.items()}
         _move(result, names, vocabulary, vocabulary.start.checkpoint.config)
     return result
 
 
-def transplanted(config: dict[str, Any], vocabulary: Transplant, *, generation: bool) -> dict[str, Any]:
+def _transplanted(config: dict[str, Any], vocabulary: Transplant, *, generation: bool) -> dict[str, Any]:
     """A config whose ids are the donor's: of purposes as the donor's own config, then its tokenizer, has them; other
     ids follow their tokens.
 
     InputError: one of a token that the donor lacks.
     """
     theirs = dict(vocabulary.start.checkpoint.config) | (dict(vocabulary.generation) if generation else {})
+    roles: dict[str, int | None] = {}
     for role in ROLES:
         key, token = f"{role}_id", vocabulary.roles.get(role)
         own = None if token is None else vocabulary.ids.get(token)
+        roles[key] = own if theirs.get(key) is None else theirs[key]
         if key in config or theirs.get(key) is not None or (own is not None and role in ("eos_token", "bos_token")):
-            config[key] = theirs[key] if theirs.get(key) is not None else own
-    _follow(config, vocabulary, theirs)
+            config[key] = roles[key]
+    _follow(config, vocabulary, roles)
     return config
 
 
-def _follow(config: dict[str, Any], vocabulary: Transplant, theirs: Mapping[str, Any]) -> None:
+def _follow(config: dict[str, Any], vocabulary: Transplant, roles: Mapping[str, int | None]) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
-            _follow_inner(value, vocabulary, theirs)
+            value |= {role: own for role, own in roles.items() if value.get(role) is not None}
+            _follow(value, vocabulary, roles)
         elif key.removesuffix("_id") in ROLES or not key.endswith(ID_KEYS):
             continue
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             config[key] = _found(key, value, vocabulary)
         elif isinstance(value, list) and all(isinstance(item, int) for item in value):
             config[key] = [vocabulary.shared[item] for item in value if item in vocabulary.shared]
-
-
-def _follow_inner(config: dict[str, Any], vocabulary: Transplant, theirs: Mapping[str, Any]) -> None:
-    for role in ROLES:
-        key, token = f"{role}_id", vocabulary.roles.get(role)
-        if config.get(key) is not None:
-            config[key] = theirs.get(key, None if token is None else vocabulary.ids.get(token))
-    _follow(config, vocabulary, theirs)
 
 
 def _found(key: str, value: int, vocabulary: Transplant) -> int | None:

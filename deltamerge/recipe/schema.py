@@ -12,7 +12,7 @@ from typing_extensions import TypeAliasType
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
 from deltamerge.methods.table import MERGE, MOE, NO_EFFECT, NO_EFFECT_KEYS
-from deltamerge.recipe import open_values
+from deltamerge.recipe import open_schema
 from deltamerge.recipe.moe_keys import Expert as Expert
 from deltamerge.recipe.moe_keys import GateMode
 from deltamerge.recipe.output_keys import Quantization, Quantized
@@ -263,7 +263,7 @@ class Recipe(Keys):
     experts_per_token: Positive = Field(2, le=10_000, description="moe: experts that a token goes through.")
     architecture: Text | None = Field(
         None,
-        description="moe: mixtral, qwen, qwen3 or deepseek. Default: the first that fits, in mergekit's order.",
+        description="moe: mixtral, qwen, qwen3, deepseek, deepseek_v3. Default: the first of the others that fits.",
     )
     parameters: Parameters = Field({}, description="Parameters of the merge method, for every model.")
     prune: Prune | None = Field(None, description="Pruning of every model's delta; a model's own keys win.")
@@ -393,7 +393,7 @@ def schema() -> dict[str, Any]:
         },
         "additionalProperties": False,
     }  # fmt: skip
-    open_values.allow(generated)
+    open_schema.allow(generated)
     for holder in (generated, generated["$defs"]["Module"]):
         short_form(holder["properties"]["models"])
     return {"$schema": "http://json-schema.org/draft-07/schema#", **generated, "title": "deltamerge recipe"}

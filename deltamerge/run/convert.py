@@ -1,26 +1,21 @@
-"""A model written in another form: the recipe that copies one model, and its run."""
+"""A model written in another form: the recipe that copies one model."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from deltamerge.errors import RecipeError
-from deltamerge.plan.planner import Plan
 from deltamerge.recipe.file import RecipeFile, read_text
-from deltamerge.run.options import Options
-from deltamerge.run.plans import make_plans
-from deltamerge.run.runner import Result, run
 
 COMMAND = "convert"
 
 
 def recipe_of(model: str, dtype: str | None = None, **output: Any) -> RecipeFile:
     """The recipe of `convert`: `passthrough` of one model (a folder, a lone file, a hub id), as if it stood in this
-    folder. `output` has keys of a recipe's `output`; those that are None are left out.
+    folder, of torch's own files too. `output` has keys of a recipe's `output`; those that are None are left out.
 
     RecipeError, of no line, as there is no file: a value that a recipe does not take.
     """
@@ -32,13 +27,3 @@ def recipe_of(model: str, dtype: str | None = None, **output: Any) -> RecipeFile
         return read_text(yaml.safe_dump(recipe, sort_keys=False), Path.cwd() / COMMAND)
     except RecipeError as error:
         raise error.of(COMMAND) from None
-
-
-def convert(file: RecipeFile, out: Path, options: Options) -> Result:
-    """Run a recipe of `recipe_of`: torch's own files are read, by a reader that runs nothing in them."""
-    return run(file, out, replace(options, pickles=True))
-
-
-def plan_of(file: RecipeFile, out: Path, options: Options) -> Plan:
-    """The plan of such a run, from headers."""
-    return make_plans(file, out, replace(options, pickles=True))[-1]

@@ -43,7 +43,7 @@ def write_delta(
     """
     output, origin = planned.recipe.output, planned.inputs.origin
     assert origin is not None
-    canonical = {stored: name for name, stored in planned.inputs.template.stored.items()}
+    canonical = planned.inputs.canonical
     infos: dict[str, TensorInfo] = {}
     for out in planned.outputs:
         name = canonical.get(out.name, out.name)

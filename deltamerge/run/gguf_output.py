@@ -16,8 +16,8 @@ import numpy as np
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import open_checkpoint
 from deltamerge.io.gguf.write import FILE_TYPES, GgufTensor, Rows, package, type_of, write
+from deltamerge.io.memory import in_memory
 from deltamerge.io.quantised.decode import decoded
-from deltamerge.io.quantised.weight import Constant
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.planner import Plan
@@ -177,8 +177,7 @@ def _frequencies(config: Mapping[str, Any], folder: Path) -> TensorInfo | None:
     smooth = (old / lengths - low) / (high - low)
     between = 1 / ((1 - smooth) / factor + smooth)
     factors = np.where(lengths < old / high, 1.0, np.where(lengths > old / low, factor, between))
-    raw = factors.astype("<f4").tobytes()
-    return TensorInfo("rope_freqs", "F32", (size // 2,), folder, 0, len(raw), Constant(raw, 4))
+    return in_memory("rope_freqs", "F32", (size // 2,), memoryview(factors.astype("<f4").tobytes()), folder)
 
 
 def _describe(

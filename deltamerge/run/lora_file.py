@@ -27,6 +27,7 @@ from deltamerge.io.shira import count_changed
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.writer import Writer
 from deltamerge.methods.low_rank import Array, Floats, Wanted
+from deltamerge.plan.low_rank import sides
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import ADAPTER, Plan
 from deltamerge.run.adapted_modules import ChangedTensor, Modules
@@ -38,15 +39,37 @@ TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Made:
-    """A weight whose factors lie in the file `path`: Bᵀ (k, out), A (k, in) and perhaps the rows' lengths, float32;
-    `state` is what the journal has of it."""
+class Target:
+    """A weight that gets factors: its module, whether it is stored (in, out), and where its factors lie."""
 
     output: OutputTensor
     module: str
     turned: bool
+    number: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(rows, columns) of Δ as it is stored."""
+        return sides(self.output.shape)
+
+    @property
+    def sides(self) -> tuple[int, int]:
+        """(out, in); a convolution's A has the sides of its kernel too."""
+        return self.shape[::-1] if self.turned else self.shape
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """A weight whose factors lie in the file `path`: Bᵀ (k, out), A (k, in) and perhaps the rows' lengths, float32;
+    `state` is what the journal has of it."""
+
+    target: Target
     path: Path
     state: Mapping[str, Any]
+
+    @property
+    def module(self) -> str:
+        return self.target.module
 
     @property
     def gains(self) -> Floats:
@@ -61,25 +84,18 @@ class Made:
         """How many ranks there are to choose from."""
         return len(self.state["gains"])
 
-    @property
-    def sides(self) -> tuple[int, int]:
-        """(out, in); a convolution's A has the sides of its kernel too."""
-        rows, *columns = self.output.shape
-        sides = rows, int(np.prod(columns))
-        return sides[::-1] if self.turned else sides
-
     def shapes(self, rank: int, *, dora: bool) -> dict[str, tuple[int, ...]]:
         """The tensors that store it, by the ends of their names."""
-        out, columns = self.sides
-        kernel = self.output.shape[2:]
-        a = (rank, *self.output.shape[1:]) if kernel else (rank, columns)
+        (out, columns), shape = self.target.sides, self.target.output.shape
+        kernel = shape[2:]
+        a = (rank, *shape[1:]) if kernel else (rank, columns)
         b = (out, rank, *(1 for _ in kernel))
         length = (1, out, *(1 for _ in kernel)) if kernel else (out,)
         return {"lora_A.weight": a, "lora_B.weight": b} | ({"lora_magnitude_vector": length} if dora else {})
 
     def read(self, rank: int) -> dict[str, Array]:
         """The first `rank` ranks, and the lengths."""
-        out, columns = self.sides
+        out, columns = self.target.sides
         held = np.fromfile(self.path, np.float32)
         b, a = held[: self.rank * out], held[self.rank * out : self.rank * (out + columns)]
         return {
@@ -203,9 +219,8 @@ def _whole(
     InputError: it is to be refused, or the model's modules do not have it as it is.
     """
     wanted = planned.recipe.output.whole or "keep"
-    base, template = planned.inputs.base, planned.inputs.template
+    base, canonical = planned.inputs.base, planned.inputs.canonical
     assert base is not None
-    canonical = {stored: name for name, stored in template.stored.items()}
     by_stored = {stored: name for name, stored in modules.stored.items()}
     changed: list[ChangedTensor] = []
     unknown: list[str] = []
@@ -253,7 +268,7 @@ def _ranks(planned: Plan, made: Mapping[str, Made], whole: Mapping[str, TensorIn
         wanted = Wanted(output.rank, output.energy)
         ranks = {name: wanted.count(one.gains, one.state["gain"]) for name, one in made.items()}
         return ranks, _layout(made, ranks, whole, dtype, dora=output.dora)
-    spectra = {name: Spectrum(one.gains, ITEMSIZE[dtype] * sum(one.sides)) for name, one in made.items()}
+    spectra = {name: Spectrum(one.gains, ITEMSIZE[dtype] * sum(one.target.sides)) for name, one in made.items()}
     room = output.budget - sum(info.nbytes for info in whole.values())
     for _ in range(TRIES):
         ranks = greedy(spectra, room) if room > 0 else {}
@@ -311,7 +326,7 @@ def _config(
         "lora_alpha": r,
         "lora_dropout": 0.0,
         "target_modules": _shortest(targets, modules),
-        "fan_in_fan_out": any(one.turned for one in made.values()),
+        "fan_in_fan_out": any(one.target.turned for one in made.values()),
         "bias": "none",
         "modules_to_save": sorted({key.rpartition(".")[0].removeprefix(PREFIX) for key in saved}) or None,
         "init_lora_weights": True,

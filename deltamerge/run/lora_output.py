@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,41 +33,22 @@ from deltamerge.io.layout import plan_layout
 from deltamerge.io.patterns import finds
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
+from deltamerge.io.tensor import TensorInfo
 from deltamerge.io.workspace import Workspace
 from deltamerge.io.writer import Writer
 from deltamerge.methods.low_rank import Array, Factors, Wanted, factor, factor_product
 from deltamerge.methods.prune.bits import mask_key
-from deltamerge.plan.low_rank import HELD, is_matrix, sides
+from deltamerge.plan.low_rank import HELD, is_matrix
 from deltamerge.plan.outputs import OutputTensor
 from deltamerge.plan.planner import Plan
 from deltamerge.run.adapted_modules import Modules
 from deltamerge.run.assets import config as output_config
-from deltamerge.run.lora_file import REST, LowRankSummary, Made, finish, stored_dtype
+from deltamerge.run.lora_file import REST, LowRankSummary, Made, Target, finish, stored_dtype
 from deltamerge.run.lora_ranks import affordable
 
 WIDER = 4  # of the rank that a budget affords everywhere, the most that one weight is factored for
 LEAST = 16
 MOMENTS, COLLECTED = 10**6, 2 * 10**6  # files of the spool, by number
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A weight that gets factors: its module, whether it is stored (in, out), and where its factors lie."""
-
-    output: OutputTensor
-    module: str
-    turned: bool
-    number: int
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(rows, columns) of Δ as it is stored."""
-        return sides(self.output.shape)
-
-    @property
-    def sides(self) -> tuple[int, int]:
-        """(out, in)."""
-        return self.shape[::-1] if self.turned else self.shape
 
 
 def write_lora(
@@ -80,20 +62,22 @@ def write_lora(
     with errors.context("output.kind: peft"):
         modules = Modules.of(output_config(planned), {out.name: out for out in planned.outputs}, parts=True)
         targets = _targets(planned, modules)
-    rest = [out for out in planned.outputs if out.name not in targets and not _is_base(planned, out)]
+    bases = _bases(planned)
+    rest, copied = list[OutputTensor](), list[OutputTensor]()
+    for out in planned.outputs:
+        if out.name not in targets:
+            (copied if _is_copied(out, bases.get(out.name)) else rest).append(out)
     spool = Spool(work.folder, work.journal)
     done = False
     try:
         with Reader() as reader, single_threaded({"torch"}), _rest(work.folder, rest) as writer:
-            sink = _Sink(planned, reader, spool, targets, writer, progress)
+            sink = _Sink(planned, bases, reader, spool, targets, writer, progress)
             left = sink.unfinished()
             sink.measure({target.output.name for target in left})
             values = _factor(planned, sink, left, rest, reader, known)
             if writer is not None:
                 writer.finish()
-        for out in planned.outputs:
-            if out.name not in targets and out not in rest:
-                progress(out.nbytes)
+        progress(sum(out.nbytes for out in copied))
         results = read_header(work.folder / REST).tensors if rest else {}
         summary = finish(planned, work.folder, modules, sink.made, results)
         done = True
@@ -128,11 +112,17 @@ def _targets(planned: Plan, modules: Modules) -> dict[str, Target]:
     return found
 
 
-def _is_base(planned: Plan, out: OutputTensor) -> bool:
-    """Whether a tensor is copied from the base's own file."""
-    base, root = planned.inputs.base, out.pieces[0].built.root
-    canonical = {stored: name for name, stored in planned.inputs.template.stored.items()}
-    info = None if base is None else base.get(canonical.get(out.name, out.name))
+def _bases(planned: Plan) -> dict[str, TensorInfo]:
+    """The base's own tensors, by the names of those of the output."""
+    base, canonical = planned.inputs.base, planned.inputs.canonical
+    assert base is not None
+    names = [out.name for out in planned.outputs]
+    return {name: info for name in names if (info := base.get(canonical.get(name, name))) is not None}
+
+
+def _is_copied(out: OutputTensor, info: TensorInfo | None) -> bool:
+    """Whether a tensor is copied from the base's own file, where it is `info`."""
+    root = out.pieces[0].built.root
     return info is not None and root.kind == "read" and root.parameter("tensor").is_same(info)
 
 
@@ -191,6 +181,7 @@ class _Sink:
     """Collects deltas and factors each when its last tile has come, in the thread that brought it."""
 
     planned: Plan
+    bases: Mapping[str, TensorInfo]
     reader: Reader
     spool: Spool
     targets: Mapping[str, Target]
@@ -209,7 +200,7 @@ class _Sink:
             rows, columns = target.sides
             extra = rows if self.planned.recipe.output.dora else 0
             if state is not None:
-                made = Made(target.output, target.module, target.turned, path, state)
+                made = Made(target, path, state)
                 if path.is_file() and path.stat().st_size == 4 * (made.rank * (rows + columns) + extra):
                     self.made[name] = made
                     self.progress(target.output.nbytes)
@@ -295,22 +286,18 @@ class _Sink:
             "gain": found.gain, "missed": found.missed, "weighed": c is not None,
         }  # fmt: skip
         with self.lock:
-            self.made[name] = Made(target.output, target.module, target.turned, path, state)
+            self.made[name] = Made(target, path, state)
         self.spool.finished(name, path, state)
         self.progress(target.output.nbytes)
 
     def _lengths(self, target: Target, delta: Array) -> Array:
         """‖W + Δ‖ of every output, which DoRA stores beside the factors."""
-        planned = self.planned
-        canonical = {stored: name for name, stored in planned.inputs.template.stored.items()}
-        base = planned.inputs.base
-        info = None if base is None else base.get(canonical.get(target.output.name, target.output.name))
-        assert info is not None
+        info = self.bases[target.output.name]
         weight = floats(self.reader, info, 0, math.prod(info.shape)).reshape(target.shape)
         total = (weight.T if target.turned else weight) + delta
         return np.asarray(np.sqrt(np.square(total, dtype=np.float64).sum(axis=1)), np.float32)
 
-    @property
+    @cached_property
     def _wanted(self) -> Wanted:
         output = self.planned.recipe.output
         if output.budget is None:

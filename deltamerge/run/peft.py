@@ -97,9 +97,8 @@ def _write_shira(planned: Plan, folder: Path) -> tuple[str, ...]:
 def _changed(
     planned: Plan, reader: Reader, modules: Modules, results: dict[str, TensorInfo]
 ) -> Iterable[ChangedTensor]:
-    base, template = planned.inputs.base, planned.inputs.template
+    base, canonical = planned.inputs.base, planned.inputs.canonical
     assert base is not None
-    canonical = {stored: name for name, stored in template.stored.items()}
     for name, stored in modules.stored.items():
         result = results[stored]
         old = base.get(canonical[stored])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import kept_recipes
@@ -12,6 +13,8 @@ from raw_tensors import read_checkpoint, write_checkpoint
 from running import make_plan, run
 from simulated_gpu import GPU, Refused, simulated
 
+from deltamerge.engine.tasks import Job
+from deltamerge.engine.worker import Worker
 from deltamerge.errors import InputError
 from deltamerge.io import gpu as gpu_loops
 
@@ -28,13 +31,13 @@ def make_inputs(folder: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[tuple
         write_checkpoint(folder / name, kept_recipes.inputs(shapes, model))
 
 
-def compare(folder: Path, name: str, text: str, workers: int = 1) -> GPU:
+def compare(folder: Path, name: str, text: str, workers: int = 1, devices: int = 1) -> GPU:
     """Run a recipe on both; the simulated GPU that made the same bytes."""
     path = folder / "recipe.yaml"
     path.write_text(text)
     cpu = run(path, folder / f"{name} cpu", workers=workers, device="cpu").folder
-    with simulated() as gpu:
-        made = run(path, folder / f"{name} gpu", workers=workers, device="cuda").folder
+    with simulated(devices=devices) as gpu:
+        made = run(path, folder / f"{name} gpu", workers=workers, device="cuda:all").folder
     assert read_bytes(cpu) == read_bytes(made), name
     assert gpu.launches
     return gpu
@@ -58,6 +61,24 @@ def test_it_makes_the_cpus_bytes_of_every_method_and_dtype(
     make_inputs(tmp_path, monkeypatch, kept_recipes.DTYPES, kept_recipes.SHAPES[kind])
     for name, text in kept_recipes.RECIPES[kind]().items():
         compare(tmp_path, name.replace("/", " "), text, workers=2)
+
+
+def test_gpus_share_the_tasks_of_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each makes whole tensors, whose tiles stay there from pass to pass."""
+    make_inputs(tmp_path, monkeypatch, PAIRS, {f"{n}.weight": (9, 24) for n in "abcd"})
+    name, do, both, seen = "ties", Worker.do, threading.Barrier(2, timeout=60), set[str]()
+
+    def together(worker: Worker, job: Job) -> None:
+        if job.running.device not in {"cpu", *seen}:
+            seen.add(job.running.device)
+            both.wait()
+        do(worker, job)
+
+    monkeypatch.setattr(Worker, "do", together)
+    gpu = compare(tmp_path, name, kept_recipes.MERGES[name], devices=2)
+    assert (seen, sorted(gpu.launched)) == ({"cuda:0", "cuda:1"}, [0, 1])
+    stored = sum(len(data) for model in kept_recipes.MODELS for data in read_bytes(tmp_path / model).values())
+    assert gpu.uploaded <= stored + 4 * 2 * 4096
 
 
 def one_tensor(folder: Path, rows: int, columns: int = 64) -> None:

@@ -52,6 +52,18 @@ LAYOUTS = {  # family, its settings, more of the recipe, model_type of the outpu
         "qwen2_moe",
     ),
     "qwen3": ("qwen3", {"head_dim": 16}, "", "qwen3_moe"),
+    "deepseek-v3-of-llama": (
+        "llama", {"num_key_value_heads": 4},
+        "architecture: deepseek_v3\nshared_experts: [{model: ./a, residual_scale: 0}]\n", "glm4_moe",
+    ),
+    "deepseek-v3-of-qwen2": (
+        "qwen2", {"rms_norm_eps": 1e-3}, "architecture: glm4_moe\nshared_experts: [{model: ./a, residual_scale: 0}]\n",
+        "glm4_moe",
+    ),
+    "deepseek-v3-of-qwen3": (
+        "qwen3", {"head_dim": 16, "tie_word_embeddings": True},
+        "architecture: deepseek\nshared_experts: [{model: ./a, residual_scale: 0}]\n", "glm4_moe",
+    ),
     "deepseek": ("llama", {"attention_bias": True}, "architecture: deepseek\n", "deepseek"),
     "deepseek-shared": ("llama", {}, "shared_experts: [{model: ./a, residual_scale: 0}]\n", "deepseek"),
 }  # fmt: skip
@@ -77,7 +89,12 @@ def test_a_mixture_of_identical_experts_says_what_the_dense_model_says(tmp_path,
             "tie_word_embeddings", "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id",
         }  # fmt: skip
         theirs = transformers.AutoConfig.from_pretrained(tmp_path / "base").to_dict()
-        assert {key: model.config.to_dict()[key] for key in keys} == {key: theirs[key] for key in keys}
+        ours = model.config.to_dict()
+        assert ours["rope_parameters"].pop("partial_rotary_factor", 1.0) == 1.0
+        assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
+    if kind == "glm4_moe":  # of length 1 they would saturate the sigmoids of real models
+        lengths = load_tensors(made)["model.layers.1.mlp.gate.weight"].norm(dim=1)
+        torch.testing.assert_close(lengths, torch.full((2,), 32**-0.5))
 
 
 def test_each_expert_has_the_mlps_of_its_model_and_all_else_is_the_base(tmp_path):

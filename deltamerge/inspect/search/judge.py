@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
@@ -32,7 +31,7 @@ from deltamerge.inspect.search.tasks import (
     refuse_unknown,
 )
 from deltamerge.inspect.search.walk import Walk
-from deltamerge.io.names import numbered_blocks
+from deltamerge.io.names import resident_size
 from deltamerge.io.reader import Reader
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Goal, Study
@@ -82,12 +81,8 @@ class Judge:
         self.references: dict[Part, dict[str, Scores]] = {}
         self.budget = self._resident()
 
-    def __enter__(self) -> Judge:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the files."""
         self._held.close()
         for value in self.known.values():
             if isinstance(value, Spooled):
@@ -192,9 +187,7 @@ class Judge:
             infos = [info for info in (merge.base, *(tensor for _, tensor in merge.sources)) if info is not None]
             sizes[name] = sum(info.nbytes for info in infos) + 4 * len(merge.sources) * math.prod(merge.shape)
         shapes = {name: merge.shape for name, merge in self.start.merges.items()}
-        blocks = numbered_blocks(shapes) or {0: list(sizes)}
-        inside = [sum(sizes[name] for name in names) for names in blocks.values()]
-        return sum(sizes.values()) - sum(inside) + max(inside)
+        return resident_size(shapes, sizes)
 
 
 def _relative(scores: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +27,9 @@ from deltamerge.inspect.activations import Figures
 from deltamerge.inspect.conflict import Conflict, measure
 from deltamerge.inspect.first_recipe import seen_from
 from deltamerge.inspect.recommend import commented
+from deltamerge.inspect.search.candidates import candidates_in
 from deltamerge.inspect.search.judge import Judge
 from deltamerge.inspect.search.outcome import one_line
-from deltamerge.inspect.search.setting import candidates_in
 from deltamerge.inspect.search.tasks import AGREEMENT, DISTANCE, SAME
 from deltamerge.inspect.statistics import parse
 from deltamerge.io import progress
@@ -228,7 +229,7 @@ class _Adviser:
         search: dict[str, int] = {}
         held: dict[str, int] = {}
         if self.setting.rows:
-            with Judge(self.candidates, start, STUDY, self._goals(start)) as judge:
+            with closing(Judge(self.candidates, start, STUDY, self._goals(start))) as judge:
                 found = self._judged(judge, FITTED if fit else ())
                 search, held = judge.rows("search"), judge.rows("held")
         judged = {way: one for way, one in found.items() if one.lost_mean is not None}

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deltamerge import errors
@@ -15,6 +14,7 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader
 from deltamerge.calibrate.data import RowReader, check_new_tokens
 from deltamerge.calibrate.foreign import running
+from deltamerge.calibrate.passes import stored
 from deltamerge.calibrate.precision import chosen
 from deltamerge.calibrate.rows import HEADS, Row
 from deltamerge.calibrate.split import LANGUAGE, metric_of, task_of
@@ -22,7 +22,6 @@ from deltamerge.calibrate.trace import together
 from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.folders import refuse_unrunnable
@@ -95,9 +94,7 @@ class Task:
 
     def stored(self, info: TensorInfo) -> Tensor:
         """A tensor as it is stored, or made."""
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        self.reader.read_into(info, 0, raw.numpy())
-        return raw.view(torch_dtype(info.dtype)).view(info.shape).to(self.device)
+        return stored(self.reader, info).to(self.device)
 
     @property
     def metric(self) -> str:

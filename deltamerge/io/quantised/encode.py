@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from deltamerge.errors import InputError
+from deltamerge.io.memory import in_memory
 from deltamerge.io.quantised.blockwise import RowScaled, Tabled
 from deltamerge.io.quantised.coder import BlockCoder, Coder, Transposed
 from deltamerge.io.quantised.coding import Coding, Part, unit_rows
@@ -24,7 +25,6 @@ from deltamerge.io.quantised.mlx import Packed
 from deltamerge.io.quantised.numbers import E2M1, E4M3, FLOATS, Integers
 from deltamerge.io.quantised.packed_coders import Affine, AwqCoder, GptqCoder, RowCoder, TableCoder, TwoLevel
 from deltamerge.io.quantised.scaled import WORD, Scaled
-from deltamerge.io.quantised.weight import Constant
 from deltamerge.io.tensor import TensorInfo
 
 Shape = tuple[int, ...]
@@ -193,7 +193,7 @@ def int4_groups(name: str, shape: Shape, group: int, scale: str, path: Path) -> 
         Part(f"{module}weight_packed", "I32", (rows, -(-columns // 8))),
         Part(f"{module}weight_scale", scale, (rows, columns // group)),
     )
-    numbers = np.asarray(shape, "<i8").tobytes()
-    whole = TensorInfo(f"{module}weight_shape", "I64", (2,), path, 0, len(numbers), Constant(numbers, 8))
+    numbers = memoryview(np.asarray(shape, "<i8").tobytes())
+    whole = in_memory(f"{module}weight_shape", "I64", (2,), numbers, path)
     coder = BlockCoder(Integers(4), (1, group), scale, search=True, packing="words")
     return Coding(shape, coder, (rows, columns), unit_rows(rows, columns, 1), parts, (whole,))

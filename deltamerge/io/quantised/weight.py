@@ -46,17 +46,6 @@ class Stored:
         return found
 
 
-@dataclass(frozen=True, slots=True)
-class Constant:
-    """A small tensor whose bytes are known, of elements of `size` bytes."""
-
-    data: bytes
-    size: int
-
-    def fill(self, read: Read, start: int, out: memoryview) -> None:
-        out[:] = self.data[start * self.size :][: len(out)]
-
-
 def weight(stored: Stored, shape: tuple[int, ...], made: Made) -> TensorInfo:
     """The float32 tensor of `shape` that `made` computes from the stored parts."""
     return TensorInfo(stored.name, "F32", shape, stored.codes.path, 0, 4 * math.prod(shape), made)
