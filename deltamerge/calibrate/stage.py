@@ -66,7 +66,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
             some = [*found, *searches.passed]
             one_number = spec.scope == "global" and spec.search != "gradient"
             most = LAST_ROUND + (MORE_ROUNDS if searches.passed and spec.random else 0) if one_number else None
-            verdict = compare(rounds, some, most=most, closer=lambda values: searches.closer(some, values))
+            verdict = compare(rounds, some, most=most, closer=searches.closer)
         subject.forget()
         chosen, record = decide(spec, verdict.judge, found, verdict.some, verdict.held, value)
         record["mask_seeds"] = searches.masks or spec.seeds
