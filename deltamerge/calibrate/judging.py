@@ -46,18 +46,20 @@ def compare(
     *,
     most: int | None,
     closer: Callable[[Sequence[Found], Sequence[float]], Found | None] = lambda found, values: None,
+    times: int = CLOSER,
 ) -> Verdict:
     """Compare candidates with the plain choice, for the mask that is written.
 
     rounds   of the fine-tune
     found    the candidates
     most     rounds at most; None: all
-    closer   proposes one more candidate, from the values of all in the first round; it is asked `CLOSER` times
+    closer   proposes one more candidate, from the values of all in the first round
+    times    that it is asked
     """
     some = [rounds.entry(one.q, one) for one in rounds.judge.eligible(found)]
     without = rounds.entry(rounds.plain)
     rounds.look([*some, without])
-    for _ in range(CLOSER):
+    for _ in range(times):
         more = closer([one.found for one in some if one.found is not None], [one.value for one in some])
         if more is None:
             break

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from deltamerge.calibrate.search import BUDGET, Minima, closer, grid, minimise, model, scan
-from deltamerge.calibrate.spec import CLOSER
 from deltamerge.calibrate.searches import passed
+from deltamerge.calibrate.spec import CLOSER
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
     "square": lambda q, best: (q - best) ** 2,
