@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.calibrate.precision import Precision, chosen
-from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled
+from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, products
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.io.names import EMBEDDING, block_sizes, resident_size
+from deltamerge.io.names import block_sizes, resident_size
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.recipe.prune_keys import CalibratedQ
@@ -29,6 +28,7 @@ ROUNDED = 6  # significant digits of a q in a lock
 HELD_OUT = 200  # held-out rows at most; more where more rows are searched on
 ROUND = 25  # held-out rows of a round of comparisons
 LAST_ROUND = 2  # rounds at most where candidates differ by one number,
+CLOSER = 3  # candidates more, one after the other, between those of a search that the base's predictions ended
 MORE_ROUNDS = 4  # and more of them for a random mask whose q is searched by predictions
 SCANNED = 8  # points of a search's first round, on a quarter of the rows
 SHORTLIST = 4  # minima of a search that are compared on held-out rows
@@ -43,7 +43,6 @@ CACHE_BYTES = 1 << 31
 SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
-HEAD_WEIGHT = re.compile(r"(^|\.)(lm_head|embed_out|output|classifier|score)\.")
 
 QValue = float | NDArray[np.float32]
 
@@ -171,7 +170,7 @@ class Spec:
         if self.source.labelled:
             return (2 + candidates) * held / rows
         if self.scope == "global" and self.search != "gradient":
-            return (2 + candidates) * ROUND / rows + 6 * ROUND * (LAST_ROUND - 1) / rows
+            return (1 + CLOSER + candidates) * ROUND / rows + 6 * ROUND * (LAST_ROUND - 1) / rows
         return ((3 + SHORTLIST) * ROUND + (2 + SHORTLIST) * (held - ROUND)) / rows
 
     @property
@@ -202,7 +201,8 @@ class Spec:
     def describe(self) -> dict[str, Any]:
         """The stage as `deltamerge plan --json` prints it."""
         calibration = self.source.calibration
-        apart, head = operations(self.source)
+        tokens = calibration.sequences * calibration.length
+        apart, head = products({tensor.name: tensor.shape for tensor in self.source.tensors})
         return {
             "model": self.name,
             "objective": self.objective,
@@ -215,8 +215,8 @@ class Spec:
             "length": calibration.length,
             "precision": self.source.precision,
             "forward_passes": self.passes,
-            "operations": apart,
-            "head_operations": head,
+            "operations": 2 * apart * tokens,
+            "head_operations": 2 * head * tokens,
             "head_passes": self._whole_passes,
             "memory": self.memory,
         }
@@ -241,19 +241,6 @@ def rounded(value: float) -> float:
 def grid_step(low: float) -> float:
     """The step of the authors' coarse grid, which starts at `low`."""
     return min(low, 0.05)
-
-
-def operations(source: CalibrationInput) -> tuple[int, int]:
-    """About the multiplications and additions of a forward pass over the search rows without its head, and those of the
-    head: two for each token and entry of a matrix that is no embedding. One that may be tied is a head; all experts
-    count."""
-    sizes = {tensor.name: math.prod(tensor.shape) for tensor in source.tensors if len(tensor.shape) > 1}
-    looked_up = [name for name in sizes if EMBEDDING.search(name)]
-    heads = [name for name in sizes if HEAD_WEIGHT.search(name)]
-    entries = sum(size for name, size in sizes.items() if name not in {*looked_up, *heads})
-    head = sum(sizes[name] for name in heads) or max((sizes[name] for name in looked_up), default=0)
-    tokens = source.calibration.sequences * source.calibration.length
-    return 2 * entries * tokens, 2 * head * tokens
 
 
 def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
