@@ -28,6 +28,7 @@ ROUNDED = 6  # significant digits of a q in a lock
 HELD_OUT = 200  # held-out rows at most; more where more rows are searched on
 ROUND = 25  # held-out rows of a round of comparisons
 LAST_ROUND = 2  # rounds at most where candidates differ by one number,
+CLOSER = 3  # candidates more, one after the other, between those of a search that the base's predictions ended
 MORE_ROUNDS = 4  # and more of them for a random mask whose q is searched by predictions
 SCANNED = 8  # points of a search's first round, on a quarter of the rows
 SHORTLIST = 4  # minima of a search that are compared on held-out rows
@@ -179,7 +180,7 @@ class Spec:
         if self.source.labelled:
             return (2 + candidates) * held / rows
         if self.scope == "global" and self.search != "gradient":
-            return (2 + candidates) * ROUND / rows + 6 * ROUND * (LAST_ROUND - 1) / rows
+            return (1 + CLOSER + candidates) * ROUND / rows + 6 * ROUND * (LAST_ROUND - 1) / rows
         return ((3 + SHORTLIST) * ROUND + (2 + SHORTLIST) * (held - ROUND)) / rows
 
     @property
