@@ -33,6 +33,7 @@ from deltamerge.run.options import Options
 from deltamerge.run.runner import Result, run
 
 RANKS = (4, 8, 16, 32, 64)
+METHODS = ("svd", "inputs", "magnitude", "dare")
 ROWS = 400
 ANSWERED = 100
 
@@ -85,8 +86,8 @@ def classified(model: Any, tokenizer: Any, rows: list[dict[str, Any]], task: str
     return {"score": 100 * float((logits.argmax(1).numpy() == labels).mean())}
 
 
-def decoder(name: str) -> Subject:
-    """A fine-tune of SmolLM2."""
+def decoder(name: str, *, answers: bool = True) -> Subject:
+    """A fine-tune of SmolLM2; without `answers` they are not written out, and have no exact match."""
     tune, task = smollm2.FOLDER / name, smollm2.EXPERTS[name].task
     rows = smollm2.rows(task, "test")[: smollm2.TEST_ROWS]
     tokenizer = AutoTokenizer.from_pretrained(tune)
@@ -97,12 +98,15 @@ def decoder(name: str) -> Subject:
 
     def score(model: Any) -> dict[str, float]:
         model = model.get_base_model() if isinstance(model, PeftModel) else model
-        made = smollm2.answers(model, tokenizer, [row.text for row in rows], smollm2.NEW_TOKENS[task])
-        right = sum(text.strip() == row.label for text, row in zip(made, rows, strict=True))
         some = smollm2.examples(tokenizer, rows)
         with torch.inference_mode():
             parts = [float(smollm2.loss_of(model, some[i : i + 20])) for i in range(0, len(some), 20)]
-        return {"score": 100 * right / len(rows), "loss": sum(parts) / len(parts)}
+        found = {"loss": sum(parts) / len(parts)}
+        if answers:
+            made = smollm2.answers(model, tokenizer, [row.text for row in rows], smollm2.NEW_TOKENS[task])
+            right = sum(text.strip() == row.label for text, row in zip(made, rows, strict=True))
+            found["score"] = 100 * right / len(rows)
+        return found
 
     return Subject(name, smollm2.base(), tune, calibration, "drop", load, score)
 
@@ -139,13 +143,15 @@ def sparse(subject: Subject, method: str, nbytes: int, folder: Path) -> dict[str
     return {"bytes": result.delta.nbytes, **subject.score(subject.load(folder / "applied"))}
 
 
-def measures(subject: Subject, ranks: list[int], known: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def measures(
+    subject: Subject, ranks: list[int], methods: list[str], known: dict[str, Any]
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Every figure of a subject that is not known."""
     for name, folder in (("fine-tune", subject.tune), ("base", subject.base)):
         if name not in known:
             yield name, subject.score(subject.load(folder))
     for rank in ranks:
-        for name in ("svd", "inputs", "magnitude", "dare"):
+        for name in methods:
             if (key := f"{name} {rank}") in known:
                 continue
             with tempfile.TemporaryDirectory() as scratch:
@@ -161,18 +167,20 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("/work/shared/data"))
     parser.add_argument("--tasks", type=Path, help="of the encoders' test rows")
     parser.add_argument("--decoders", nargs="*", default=[], metavar="NAME")
+    parser.add_argument("--loss", action="store_true", help="decoders: cross-entropy alone, a third of the time")
     parser.add_argument("--ranks", type=int, nargs="*", default=list(RANKS))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="the first of a rank makes its bytes")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.ERROR)
-    subjects = [decoder(name) for name in options.decoders]
+    subjects = [decoder(name, answers=not options.loss) for name in options.decoders]
     if options.tasks:
         subjects += [encoder(task, options.models, options.tasks) for task in ("sentiment", "intensity")]
     found: dict[str, Any] = json.loads(options.out.read_text()) if options.out.exists() else {}
     for subject in subjects:
         own = found.setdefault(subject.name, {})
-        for key, figures in measures(subject, options.ranks, own):
+        for key, figures in measures(subject, options.ranks, options.methods, own):
             own[key] = figures
             print(subject.name, key, figures, flush=True)
             options.out.write_text(json.dumps(found, indent=1) + "\n")

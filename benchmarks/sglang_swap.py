@@ -7,6 +7,10 @@ process of its own. What a full reload (`update_weights_from_disk`) answers to e
 `EngineSwitch` goes through all fine-tunes and the base, and through the versions of a chain of them, while clients'
 requests are in flight, which end first or begin after. Every answer must be the reference's, token by token. A delta of
 another base must be refused, and change nothing.
+
+An environment, since SGLang 0.5.23 asks for CUDA's packages, and its kernels for the CPU are not on the package index:
+that of `make vllm`, `pip install --no-deps sglang==0.5.23 orjson ipython traitlets gguf`, and a module `sgl_kernel`
+whose every name raises when it is called. Nothing of it is called where the processor has no AMX.
 """
 
 from __future__ import annotations
@@ -45,7 +49,7 @@ def measure(base: Path, models: list[Path], folder: Path, rounds: int) -> dict[s
     engine = Engine(
         model_path=str(base), device="cpu", attention_backend="torch_native", dtype="bfloat16", log_level="warning",
         mem_fraction_static=0.2, max_total_tokens=2048, max_running_requests=CLIENTS + 1, context_length=256,
-        disable_overlap_schedule=True, skip_server_warmup=True, disable_cuda_graph=True,
+        disable_overlap_schedule=True, disable_radix_cache=True, skip_server_warmup=True, disable_cuda_graph=True,
     )  # fmt: skip
 
     def answers() -> list[list[int]]:
@@ -53,6 +57,7 @@ def measure(base: Path, models: list[Path], folder: Path, rounds: int) -> dict[s
 
     wanted, reloads, wrong, rows, asked = {}, {}, list[str](), [], 0
     for name, model in zip(names, [*models, base], strict=True):  # the base last: the engine holds it then
+        time.sleep(0.5)  # SGLang reloads only when what it has answered is cleared away
         begun = time.perf_counter()
         done, said, *_ = engine.update_weights_from_disk(str(model))
         reloads[name] = time.perf_counter() - begun

@@ -62,14 +62,14 @@ class _Group:
 
 def ordered(bits: Array) -> Array:
     """The places of bit patterns in their order, both uint16."""
-    made: Array = bits ^ ((bits.view(np.int16) >> 15).view(np.uint16) | _SIGN)
-    return made
+    places: Array = bits ^ ((bits.view(np.int16) >> 15).view(np.uint16) | _SIGN)
+    return places
 
 
 def unordered(places: Array) -> Array:
     """The bit patterns of places, both uint16."""
-    made: Array = places ^ ((~places.view(np.int16) >> 15).view(np.uint16) | _SIGN)
-    return made
+    bits: Array = places ^ ((~places.view(np.int16) >> 15).view(np.uint16) | _SIGN)
+    return bits
 
 
 def encode_tile(base: Array, positions: Array, values: Array, dtype: str) -> Array:

@@ -13,7 +13,8 @@ from deltamerge.errors import InputError, OutputError
 class EngineSwitch:
     """What `dm.Switch` is for a module, for a `sglang.Engine`.
 
-    engine  serves the base, in the base's dtypes, not quantised: parts of what SGLang has packed cannot be written
+    engine  serves the base, in the base's dtypes, not quantised, as parts of what SGLang has packed cannot be written;
+            with disable_radix_cache, as SGLang may refuse to drop what the weights before have computed of prompts
     base    what the engine's model was loaded from, and the deltas were made from: a folder or hub id
     keep    how many deltas' changes stay decoded in memory, those used last; None: all
 
@@ -27,6 +28,11 @@ class EngineSwitch:
                 f"the engine's weights are packed, {packed}",
                 hint="deltamerge apply, and update_weights_from_disk with its folder",
             )
+        if not engine.server_args.disable_radix_cache:
+            raise InputError(
+                "the engine keeps what its weights have computed of prompts",
+                hint="sglang.Engine(..., disable_radix_cache=True)",
+            )
         self._engine, self._served = engine, Served(base, keep=keep)
 
     def to(self, delta: str | Path | Delta | None) -> None:
@@ -39,7 +45,7 @@ class EngineSwitch:
             self._served.at = None
             _taken(self._engine.begin_weight_update())
             try:
-                _taken(self._engine.update_weights_from_tensor(weights))
+                _taken(self._engine.update_weights_from_tensor(weights, flush_cache=False))
             finally:
                 _taken(self._engine.end_weight_update())
         self._served.at = changes

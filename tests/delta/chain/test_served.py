@@ -68,16 +68,21 @@ class Engine:
     """Takes weights as sglang.Engine 0.5.23 does: within a session, named tensors, whole; answers with success and a
     message (`entrypoints/engine.py`, `managers/scheduler_components/weight_updater.py`)."""
 
-    def __init__(self, weights: dict[str, torch.Tensor], quantization: str | None = None) -> None:
-        self.server_args = SimpleNamespace(quantization=quantization)
+    def __init__(
+        self, weights: dict[str, torch.Tensor], quantization: str | None = None, *, prefixes: bool = False
+    ) -> None:
+        self.server_args = SimpleNamespace(quantization=quantization, disable_radix_cache=not prefixes)
         self.weights, self.open, self.sent, self.refuses = weights, False, 0, False
 
     def begin_weight_update(self) -> tuple[bool, str]:
         was_open, self.open = self.open, True
         return not was_open, "a weight-update session is already open"
 
-    def update_weights_from_tensor(self, named_tensors: list[tuple[str, torch.Tensor]]) -> tuple[bool, str]:
+    def update_weights_from_tensor(
+        self, named_tensors: list[tuple[str, torch.Tensor]], load_format: str | None = None, flush_cache: bool = True
+    ) -> tuple[bool, str]:
         assert self.open
+        assert not flush_cache  # which may fail when the weights are written
         for name, tensor in named_tensors[: 1 if self.refuses else None]:
             self.weights[name].copy_(tensor)
             self.sent += 1
@@ -111,3 +116,5 @@ def test_an_sglang_engine_is_switched(made: Path) -> None:
     assert engine.sent == sent + 1 + len(engine.weights)
     with pytest.raises(InputError, match="are packed, fp8"):
         EngineSwitch(Engine({}, "fp8"), made / "base")
+    with pytest.raises(InputError, match="keeps what its weights have computed"):
+        EngineSwitch(Engine({}, prefixes=True), made / "base")
