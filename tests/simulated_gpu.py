@@ -87,7 +87,7 @@ class Tensor(torch.Tensor):
         """What torch's C++ would switch the device for, which this build cannot."""
         if func is torch.Tensor.new_tensor:
             return torch.tensor(*args[1:], dtype=(kwargs or {}).get("dtype", args[0].dtype), device=args[0].device)
-        if func in INDEXING:
+        if func in INDEXING and not (torch.is_grad_enabled() and args[0].requires_grad):
             return GPU.here().index(func, args)
         if func in NUMBERS:
             return func(args[0].cpu())

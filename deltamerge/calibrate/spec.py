@@ -67,16 +67,6 @@ class CalibrationInput:
     cache: int = CACHE_BYTES
 
     @property
-    def infos(self) -> dict[str, TensorInfo]:
-        """The fine-tune's tensors by name."""
-        return {tensor.name: tensor for tensor in self.tensors}
-
-    @property
-    def by_name(self) -> dict[str, tuple[TensorInfo, TensorInfo]]:
-        """The pairs, by the fine-tune's names."""
-        return {tune.name: (tune, base) for tune, base in self.pairs}
-
-    @property
     def precision(self) -> Precision:
         """Of the products of its forward passes."""
         return chosen(self.calibration.precision, self.device, self.tensors)

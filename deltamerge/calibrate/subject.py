@@ -86,7 +86,7 @@ class Subject:
         self.check: Callable[[], None] = lambda: None
         self.source, self.reader, self.known = source, reader, known or {}
         self.device = torch_device(source.device)
-        self.infos, self.pairs = source.infos, source.by_name
+        self.infos = {tensor.name: tensor for tensor in source.tensors}
         self.config = _config(source)
         settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         self.task = task_of(source.calibration, settings)
@@ -111,7 +111,8 @@ class Subject:
             pad_token_id=self.reads.pad_token_id,
             precision=source.precision,
         )
-        self.tensors = Tensors(source, reader, self.model, masks, self.known, protected or {})
+        self.tensors = Tensors(source, reader, self.infos, self.model, masks, self.known, protected or {})
+        self.pairs = self.tensors.pairs
         self.start, self.masks, self.tune = self.tensors.start, self.tensors.masks, self.tensors.tune
         self.model.walked = self._walked
         self.sequences = 0

@@ -29,7 +29,7 @@ from deltamerge.methods.tiles import Kept
 
 
 class Tensors:
-    """Of one fine-tune, for a model of it, of which it is told the part that comes next.
+    """Of one fine-tune, whose stored tensors are `infos`, for a model of it, which says what part comes next.
 
     start      reads what masked deltas are added to
     masks      of each mask seed what reads its masked deltas
@@ -41,13 +41,15 @@ class Tensors:
         self,
         source: CalibrationInput,
         reader: Reader,
+        infos: Mapping[str, TensorInfo],
         model: BlockModel,
         masks: Sequence[Mapping[str, Node]],
         known: Mapping[Node, Any],
         protected: Mapping[str, Node],
     ) -> None:
         self.source, self.reader, self.known, self.model, self.device = source, reader, known, model, model.device
-        self.infos, self.pairs = source.infos, source.by_name
+        self.infos = infos
+        self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
         columns = shared_values(list(protected.values()), known)
         self.protected = {name: torch.from_numpy(columns[node]) for name, node in protected.items()}
         self.resident = None if self.device.type == "cpu" else Resident(reader, self.device, known)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_guard
 import pytest
 import torch
 from calibration_rows import rows
@@ -35,9 +36,11 @@ from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.prune.masks import dare
 
 BY_ROW = ["least-squares-row"]
+LEARNED = ["learned", "learned-row"]
 
 
-def check(folder: Path, name: str) -> None:
+def check(folder: Path | str, name: str) -> None:
+    folder = Path(folder)
     if not (folder / "calib.jsonl").exists():
         tiny_bert_pair(folder, dtype=torch.float32, sigma=0.05, tokenizer=True)
         rows(folder / "calib.jsonl")
@@ -85,9 +88,15 @@ def test_masks_are_drawn_by_the_loop_that_adds_them(q: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in BY_ROW])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in BY_ROW + LEARNED])
 def test_it_finds_what_the_cpu_finds_by_every_search(name: str, tmp_path: Path) -> None:
     check(tmp_path, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNED)
+def test_it_learns_what_the_cpu_learns(name: str, tmp_path: Path) -> None:
+    gpu_guard.call(tmp_path, "test_on_gpu", "check", str(tmp_path), name)
 
 
 @pytest.fixture(scope="module")
