@@ -26,7 +26,7 @@ SUMS = ("task_arithmetic", "dare_linear", "della_linear", "breadcrumbs")
 BY_ENTRY = (*SUMS, *TIES, "nearswap", "ram", "consensus", "tall_masks")
 NORMALIZED = ("linear", "ties", "della")
 DEFAULTS = {"lambda": 1.0, "density": 1.0, "epsilon": 1e-5, "r": 0.1, "alpha": 0.2, "eps": 1e-8, "select_topk": 1.0,
-            "scale": 1.0, "weight": 1.0, "threshold": 0.4, "agreement": 2, "common": 0.8, "rho": 0.1,
+            "scale": 1.0, "weight": 1.0, "threshold": 0.4, "agreement": 2, "common": 0.8, "rho": 1.0,
             "steps": 0}  # fmt: skip
 # Rows of della and of arcee_fusion that are no rows of a matrix: a vector is cut here.
 LONGEST = 1 << 16

@@ -105,6 +105,9 @@ class Tensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return GPU.here().call(func, args, kwargs or {})
 
+    def record_stream(self, stream: Stream) -> None:
+        """Memory is not used anew here."""
+
     def __repr__(self, **_: Any) -> str:
         return f"simulated {tuple(self.shape)} {self.dtype}"
 
@@ -114,6 +117,7 @@ class Stream:
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
         self.device = GPU.here().number(device)
+        GPU.here().streams.add(self)
         self.queue: list[Callable[[], None]] = []
         self.sent = self.done = 0
         self.seen: dict[Stream, int] = {}
@@ -192,6 +196,7 @@ class GPU:
         self.lock = threading.RLock()
         self.threads = threading.local()
         self.defaults: dict[int, Stream] = {}
+        self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.pinned: dict[int, int] = {}
         self.asked = 0
         self.failing: Callable[[str], None] = lambda name: None
@@ -228,6 +233,9 @@ class GPU:
             return self.defaults.get(index) or self.defaults.setdefault(index, Stream(index))
 
     def take(self, nbytes: int, device: int) -> None:
+        if self.used[device] + nbytes > self.limit:  # what work that waits holds, CUDA would use anew in its order
+            for stream in list(self.streams):
+                stream.run(stream.sent)
         if self.used[device] + nbytes > self.limit:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes")
         self.used[device] += nbytes
@@ -273,6 +281,8 @@ class GPU:
         """A function of Python's for which this build would switch the device, as one op."""
         name = name or func.__name__
         with self.lock:
+            if func is torch.Tensor.copy_:
+                return self._copy("copy_", aten.copy_.default, args, kwargs)
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             ours = [x for x in given if isinstance(x, Tensor)]
             device = self._check(name, given, ours)

@@ -142,7 +142,7 @@ class _Comparison:
     def _loss(self, spec: Spec, mask: Cache[Masked | None]) -> MaskLoss:
         subject = self.subject
         inputs = subject.batches["search"].inputs
-        layers = collect(subject.model, subject.tune, inputs, subject.delta, draw=lambda name, _: mask(name))
+        layers = collect(subject.model, subject.tune, inputs, subject.tensors.delta, draw=lambda name, _: mask(name))
         subject.count(inputs, 2)
         layers = {name: layer for name, layer in layers.items() if name in subject.layers}
         density = min(p.density for p in spec.pruned)

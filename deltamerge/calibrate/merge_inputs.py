@@ -43,7 +43,7 @@ class Spooled:
     folder: Path
     files: dict[tuple[str, int], Path] = field(default_factory=dict)
     scales: dict[int, float] = field(default_factory=dict)
-    owner: Any = None  # removes the folder when this goes
+    owner: tempfile.TemporaryDirectory[str] | None = None  # of a folder of their own
 
     @classmethod
     def beginning(cls, folder: Path | None) -> Spooled:
@@ -65,10 +65,12 @@ class Spooled:
             moments.tofile(self.begun(name, model))
 
     def remove(self) -> None:
-        """Remove the files."""
+        """Remove the files, and the folder if it is their own."""
         for path in self.files.values():
             path.unlink(missing_ok=True)
         self.files.clear()
+        if self.owner is not None:
+            self.owner.cleanup()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from deltamerge.calibrate.head import Head
 from deltamerge.calibrate.layers import Cut, Linear
 from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
@@ -21,10 +22,16 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class BlockOutput:
-    """`hidden` (B, T, H): last hidden state of the base model; `logits` (B, C) or (B, T, V), None without a head."""
+    """`hidden` (B, T, H): last hidden state of the base model; `scores`: logits (B, C) or (B, T, V), or what they are
+    computed from, None without a head."""
 
     hidden: Tensor
-    logits: Tensor | None
+    scores: Tensor | Head | None
+
+    @property
+    def logits(self) -> Tensor | None:
+        """The logits, computed."""
+        return self.scores.logits if isinstance(self.scores, Head) else self.scores
 
 
 class Watch(Protocol):

@@ -37,6 +37,15 @@ def fast_bfloat16(device: str) -> bool:
     return device != "cpu" or bool(FLAGS & _flags(CPU_INFO))
 
 
+def multiplying(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in that precision, of bfloat16 with sums in float32."""
+    if precision == "float32":
+        return nullcontext()
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
 def same_every_time(device: torch.device) -> AbstractContextManager[Any]:
     """Attention whose backward adds in one order: the fused ones of a GPU do not."""
     if device.type == "cpu":

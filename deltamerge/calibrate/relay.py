@@ -36,7 +36,7 @@ def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: W
         raise refused from None
     outputs = [trace.left(again=True) for trace in traces]
     for i in range(len(model.blocks)):
-        model.entering(2 + i)
+        model.entering(2 + i, seen)
         model.block(i, seen, traces, list(outputs), watch)
         yield 1 + i
         model.block(i, passed, traces, outputs, None)

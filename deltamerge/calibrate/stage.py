@@ -15,7 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
 from deltamerge.calibrate.foreign import quiet
-from deltamerge.calibrate.spec import LAST_ROUND, MORE_ROUNDS, Calibrated, CalibrationInput, QValue, Spec, rounded
+from deltamerge.calibrate.spec import (
+    CLOSER,
+    LAST_ROUND,
+    MORE_ROUNDS,
+    Calibrated,
+    CalibrationInput,
+    QValue,
+    Spec,
+    rounded,
+)
 from deltamerge.engine import backends
 from deltamerge.engine.devices import memory_of
 from deltamerge.errors.shown import shown
@@ -66,7 +75,8 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
             some = [*found, *searches.passed]
             one_number = spec.scope == "global" and spec.search != "gradient"
             most = LAST_ROUND + (MORE_ROUNDS if searches.passed and spec.random else 0) if one_number else None
-            verdict = compare(rounds, some, most=most, closer=lambda values: searches.closer(some, values))
+            times = 1 if spec.random else CLOSER  # masks differ by more than another step would gain
+            verdict = compare(rounds, some, most=most, closer=searches.closer, times=times)
         subject.forget()
         chosen, record = decide(spec, verdict.judge, found, verdict.some, verdict.held, value)
         record["mask_seeds"] = searches.masks or spec.seeds

@@ -23,6 +23,7 @@ from deltamerge.cli.options import (
     RECIPE,
     SET,
     WORKERS,
+    rows_of_each,
     rows_of_text,
 )
 from deltamerge.cli.output import (
@@ -239,16 +240,15 @@ def inspect(
         tell(f"{page}: written")
 
 
-@click.command(
-    epilog="Example: deltamerge recommend ./models/math --base ./models/base --density 0.01 --calibration calib.jsonl"
-)
-@click.argument("model", type=MODEL)
+@click.command()
+@click.argument("models", type=MODEL, nargs=-1, required=True)
 @BASE
 @click.option(
-    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), required=True, help="Fraction to keep."
+    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Of one MODEL: the fraction to keep."
 )
-@rows_of_text
+@rows_of_each
 @click.option("--label", metavar="KEY", help="Field of the label: show the metric on held-out rows too.")
+@click.option("--no-fit", is_flag=True, help="Of several MODELS: fit no coefficients, which takes longest.")
 @click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
 @DEVICE
 @WORKERS
@@ -256,29 +256,53 @@ def inspect(
 @AS_JSON
 @AS_CSV
 def recommend(
-    model: str,
+    models: tuple[str, ...],
     base: str,
-    density: float,
-    calibration: dict[str, Any] | None,
+    density: float | None,
+    calibration: list[dict[str, Any] | None],
+    no_fit: bool,
     out: Path | None,
     as_json: bool,
     as_csv: bool,
     **options: Any,
 ) -> None:
-    """Say which pruning suits the delta of MODEL at a density.
+    """Say which pruning suits the delta of MODEL at a density, or which merge suits several MODELS.
 
     With evidence, and the recipe that does it.
 
-    Without --calibration the delta's own statistics decide; with rows of text each method's mask is drawn and measured.
-    """
-    from deltamerge.cli.studies import render_recommend
-    from deltamerge.inspect.study import recommend as recommend_pruning
+    Without --calibration the deltas' own statistics decide; with rows of text each method is tried and measured: the
+    masks of a pruning, or merges at several λ and with fitted coefficients, on each model's rows.
 
-    answer = recommend_pruning(model, base, density, calibration=calibration, out=out, **options)
-    if as_csv:
-        say_table(answer.candidates)
+    \b
+    deltamerge recommend ./math --base ./base --density 0.01 --calibration calib.jsonl
+    deltamerge recommend ./math ./code --base ./base --calibration math.jsonl --calibration code.jsonl
+    """
+    from deltamerge.cli.studies import render_merge_advice, render_recommend
+
+    if len(models) > 1:
+        from deltamerge.inspect.search.merge_advice import recommend_merge
+        from deltamerge.run.options import Options
+
+        rows = [one for one in calibration if one]
+        if density is not None or any("label" in one for one in rows):
+            raise click.UsageError("--density and --label are for one MODEL, and these are several")
+        merge = recommend_merge(models, base, calibration=rows, fit=not no_fit, out=out, options=Options(**options))
+        if as_csv:
+            say_table(merge.candidates)
+        else:
+            say_model(merge) if as_json else say(render_merge_advice(merge, width=streams.columns()))
     else:
-        say_model(answer) if as_json else say(render_recommend(answer, width=streams.columns()))
+        from deltamerge.inspect.study import recommend as recommend_pruning
+
+        if density is None:
+            raise click.UsageError("Missing option '--density', which one MODEL needs")
+        if no_fit or len(calibration) > 1:
+            raise click.UsageError("--no-fit and several --calibration are for several MODELS, and this is one")
+        answer = recommend_pruning(models[0], base, density, calibration=calibration[0], out=out, **options)
+        if as_csv:
+            say_table(answer.candidates)
+        else:
+            say_model(answer) if as_json else say(render_recommend(answer, width=streams.columns()))
     if out is not None:
         tell(f"{out}: written")
 

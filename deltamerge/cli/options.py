@@ -122,6 +122,12 @@ ROWS = (
 )
 
 
+ROWS_OF_EACH = click.option(
+    "--calibration", type=FILE, multiple=True, metavar="FILE",
+    help="Rows of text: .jsonl, .csv, .txt, or a hub data set; of several models once, or once each in their order.",
+)  # fmt: skip
+
+
 def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that describe a recipe's `calibration`, and give the command that; its own `label` goes in."""
 
@@ -131,6 +137,19 @@ def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:
         command(calibration=calibration_of(calibration, text, **more), **options)
 
     for option in reversed(ROWS):
+        with_rows = option(with_rows)
+    return with_rows
+
+
+def rows_of_each(command: Callable[..., None]) -> Callable[..., None]:
+    """The same, of rows that may be each model's own: the command is given a list, [None] without rows."""
+
+    @wraps(command)
+    def with_rows(*, calibration: tuple[str, ...], text: tuple[str, ...], **options: Any) -> None:
+        more = {key: options.pop(key, None) for key in ("sequences", "length", "label")}
+        command(calibration=[calibration_of(one, text, **more) for one in calibration or (None,)], **options)
+
+    for option in reversed((ROWS_OF_EACH, *ROWS[1:])):
         with_rows = option(with_rows)
     return with_rows
 

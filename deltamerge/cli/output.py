@@ -19,7 +19,7 @@ from deltamerge.cli import progress, streams
 from deltamerge.cli.tables import human
 from deltamerge.errors import DeltamergeError, Problem, RecipeError
 from deltamerge.errors.shown import LINE, printed, shown
-from deltamerge.io.names import block_name
+from deltamerge.io.names import block_name, natural
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -198,18 +198,18 @@ def report_run(result: Result, begun: float, *, as_json: bool, quiet: bool, **mo
 
             for line in next_steps(result.plan, result.folder):
                 tell(line)
-        for line in _of_layers(result.lora) if result.lora is not None else ():
+        for line in of_layers(result.lora) if result.lora is not None else ():
             tell(line)
         for note in result.plan.notes if adapter else ():
             tell(f"note: {note}")
 
 
-def _of_layers(lora: LowRankSummary) -> Iterator[str]:
+def of_layers(lora: LowRankSummary) -> Iterator[str]:
     """What a LoRA keeps, layer by layer, and in all."""
     blocks: dict[str, list[LayerRank]] = {}
     for name, layer in lora.layers.items():
         blocks.setdefault(block_name(name) or name, []).append(layer)
-    for name, layers in blocks.items():
+    for name, layers in sorted(blocks.items(), key=lambda block: natural(block[0])):
         count = f"{len(layers)} weights, " if len(layers) > 1 else ""
         ranks = _range([layer.rank for layer in layers])
         kept = _range([layer.energy for layer in layers])

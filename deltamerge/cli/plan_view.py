@@ -95,9 +95,11 @@ def copy_rate() -> float:
 
 
 def calibration_seconds(stage: Mapping[str, Any]) -> float:
-    """About the seconds of all forward passes of a stage, from how fast this machine multiplies matrices now."""
-    rate = product_rate() * PASSES_RATE * (BFLOAT16 if stage["precision"] == "bfloat16" else 1.0)
-    return float(stage["forward_passes"] * stage["operations"] / rate)
+    """About the seconds of all forward passes of a stage, from how fast this machine multiplies matrices now. The
+    products of a head are float32."""
+    rate = product_rate() * PASSES_RATE
+    inside = stage["forward_passes"] * stage["operations"] / (BFLOAT16 if stage["precision"] == "bfloat16" else 1.0)
+    return float(inside + stage["head_passes"] * stage["head_operations"]) / rate
 
 
 def product_rate() -> float:

@@ -210,7 +210,8 @@ class _Engine:
             running.loop = backend.loop(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [Job(running, 0, 0, node) for node in wholes]
-            tiled = self._jobs(running) if len(wholes) < len(reductions) or last else ()
+            in_tiles = len(wholes) < len(reductions) or (last and root.kind != "whole")
+            tiled = self._jobs(running) if in_tiles else ()
             jobs += [job for job in tiled if not (last and self._is_done_job(job))]
             running.waiting = len(jobs)
             return jobs

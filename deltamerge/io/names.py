@@ -109,9 +109,14 @@ def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str
 
 def resident_size(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> int:
     """The sizes, by name, of all that is outside of repeated blocks and of the largest block."""
-    blocks = numbered_blocks(shapes) or {0: list(sizes)}
-    inside = [sum(sizes[name] for name in names) for names in blocks.values()]
+    inside = block_sizes(shapes, sizes) or [sum(sizes.values())]
     return sum(sizes.values()) - sum(inside) + max(inside)
+
+
+def block_sizes(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> list[int]:
+    """What the sizes add up to in each repeated block."""
+    blocks = numbered_blocks(shapes) or {}
+    return [sum(sizes[name] for name in names) for names in blocks.values()]
 
 
 def natural(name: str) -> list[tuple[int, str]]:

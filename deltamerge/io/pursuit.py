@@ -83,8 +83,7 @@ def pursuit(targets: Any, atoms: Atoms, k: int) -> tuple[Indices, Floats]:
         direction = atom.clone()
         if step:
             past = bases[:, :step]
-            along = torch.bmm(past, direction[:, :, None])
-            direction -= torch.bmm(along.transpose(1, 2), past)[:, 0]
+            direction -= torch.bmm(torch.bmm(direction[:, None], past.transpose(1, 2)), past)[:, 0]
         length = direction.norm(dim=1)
         active &= (length > DEPENDENT * atom.norm(dim=1)).numpy()
         active &= (residual.norm(dim=1) > DONE * norms).numpy()
@@ -102,7 +101,9 @@ def _best(residual: Any, atoms: Atoms, chosen: NDArray[np.int64], used: NDArray[
         at, places = np.nonzero(used)
         scores[torch.from_numpy(at), torch.from_numpy(chosen[at, places])] = -1
     found = scores.topk(min(CANDIDATES, scores.shape[1]), dim=1).indices.sort(dim=1).values
-    exact = torch.bmm(atoms.rows(found), residual[:, :, None])[:, :, 0].abs()
+    exact = torch.bmm(residual[:, None], atoms.rows(found).transpose(1, 2))[
+        :, 0
+    ].abs()  # rows: columns take 4 times as long
     exact[scores.gather(1, found) < 0] = -1
     places = exact.numpy().argmax(1)
     picked: NDArray[np.int64] = found.numpy()[np.arange(len(places)), places]

@@ -107,8 +107,7 @@ QWEN = Layout(
     shared="shared_expert", shared_gate="shared_expert_gate", needs_shared=True, optional=QKV_BIAS,
 )  # fmt: skip
 QWEN3 = Layout("Qwen3 MoE", ("qwen3moe",), "qwen3_moe", "Qwen3MoeForCausalLM", ("qwen3",), normed=True, optional=BIAS)
-# The mixture of DeepSeek-V3 on the attention of Llama, which GLM-4.5 is. V3's own norms compressed keys and values (MLA),
-# as no dense model here does.
+# The mixture of DeepSeek-V3 on Llama's attention, in the class of GLM-4.5. V3 itself norms compressed values (MLA).
 DEEPSEEK_V3 = Layout(
     "DeepSeek-V3 MoE", ("glm4moe",), "glm4_moe", "Glm4MoeForCausalLM", tuple(FAMILIES), shared="shared_experts",
     needs_shared=True, optional=(*QKV_BIAS, *QK_NORMS), correction="e_score_correction_bias", sigmoid=True,
@@ -118,7 +117,7 @@ BY_DEFAULT = LAYOUTS[:4]  # mergekit's, in its order: the first that fits is tak
 
 
 def choose(wanted: str | None, families: Sequence[str], shared: int, prompted: bool) -> Layout:
-    """The first that fits, of mergekit's or of those whose name `architecture` begins. InputError: none does, and why."""
+    """The first that fits, of mergekit's or of those whose name `architecture` begins. InputError: why none does."""
     if wanted is None:
         named = list(BY_DEFAULT)
     else:

@@ -19,10 +19,11 @@ from running import run
 from safetensors.torch import load_file
 from tiny_models import batches, make
 
-from deltamerge.cli import main
+from deltamerge.cli import main, output
 from deltamerge.errors import DeltamergeError
 from deltamerge.methods.low_rank import Wanted, factor, factor_product
 from deltamerge.run.lock import verify
+from deltamerge.run.lora_file import LayerRank, LowRankSummary
 from deltamerge.run.lora_ranks import Spectrum, greedy
 
 BASE = "base_model: base\nmodels: [{model: tuned}]\n"
@@ -455,3 +456,10 @@ def test_of_a_quantised_base(tmp_path: Path) -> None:
     for module, product in found.items():
         delta = (tuned[f"{module}.weight"].double() - values[f"{module}.weight"]).numpy()
         np.testing.assert_allclose(product, truncated(delta, 5), atol=1e-5 * np.abs(delta).max())
+
+
+def test_layers_are_told_by_their_numbers() -> None:
+    names = sorted(f"model.layers.{i}.mlp.up_proj.weight" for i in range(11))
+    summary = LowRankSummary(0, {}, {name: LayerRank(4, 0.5, None, 0.0) for name in names}, 0.5)
+    told = [line.partition(":")[0] for line in output.of_layers(summary)]
+    assert told == [*(f"model.layers.{i}" for i in range(11)), "all"]

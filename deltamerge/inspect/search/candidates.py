@@ -92,16 +92,21 @@ class Candidates:
 
 
 def candidates_of(file: TemplateFile, options: Options) -> Candidates:
-    """The candidates of a template; every model is opened once."""
-    models, opened = Models(), dict[str, Checkpoint]()
+    """The candidates of a template."""
     pickles = bool(file.template.source.data.get("pickles")) or options.pickles
+    return candidates_in(file.path.resolve().parent, options, pickles=pickles)
+
+
+def candidates_in(folder: Path, options: Options, *, pickles: bool) -> Candidates:
+    """Candidates of recipes in `folder`; every model is opened once."""
+    models, opened = Models(), dict[str, Checkpoint]()
 
     def opener(reference: str, folder: Path) -> Checkpoint:
         if reference not in opened:
             opened[reference] = models.open(reference, folder, weights=True, pickles=pickles, sums=True)
         return opened[reference]
 
-    return Candidates(file.path.resolve().parent, opener, options.planning)
+    return Candidates(folder, opener, options.planning)
 
 
 def _check(merge: Merge, model: str, name: str, tensors: Mapping[str, Any]) -> None:

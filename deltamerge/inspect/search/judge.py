@@ -11,6 +11,7 @@ import torch
 
 from deltamerge import errors
 from deltamerge.calibrate.blocks import Weights
+from deltamerge.calibrate.merge_inputs import Spooled
 from deltamerge.calibrate.rows import Row, select
 from deltamerge.calibrate.split import rows_of, split
 from deltamerge.engine import backends
@@ -19,7 +20,16 @@ from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
 from deltamerge.inspect.search.candidates import Candidate, Candidates
 from deltamerge.inspect.search.evaluate import ALL_ROWS
-from deltamerge.inspect.search.tasks import AGREEMENT, DISTANCE, LOWER, Sheet, Task, measured, refuse_unknown
+from deltamerge.inspect.search.tasks import (
+    AGREEMENT,
+    DISTANCE,
+    LOWER,
+    UNLABELLED,
+    Sheet,
+    Task,
+    measured,
+    refuse_unknown,
+)
 from deltamerge.inspect.search.walk import Walk
 from deltamerge.io.names import resident_size
 from deltamerge.io.reader import Reader
@@ -74,6 +84,9 @@ class Judge:
     def close(self) -> None:
         """Close the files."""
         self._held.close()
+        for value in self.known.values():
+            if isinstance(value, Spooled):
+                value.remove()
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -118,8 +131,8 @@ class Judge:
         if part not in self._sheets:
             made = {}
             for index, task in self.tasks.items():
-                metrics, agreement = self.wanted[index]
-                made[index] = task.sheet(self._of(index)[part], metrics, agreement=agreement)
+                metrics, compared = self.wanted[index]
+                made[index] = task.sheet(self._of(index)[part], metrics, compared)
             self._sheets[part] = made
             self.references[part] = self._references(made)
         return self._sheets[part]
@@ -159,17 +172,13 @@ class Judge:
         return self._rows[index]
 
     @staticmethod
-    def _measures(task: Task, goals: Sequence[Goal]) -> tuple[list[str], bool]:
-        """The metrics that a fine-tune is judged by, and whether agreement is one of the measures."""
-        metrics: dict[str, None] = {}
-        agreement = False
-        for goal in goals:
-            if goal.command is None and goal.of in (None, task.name):
-                agreement |= goal.by == AGREEMENT
-                if goal.by != AGREEMENT:
-                    metrics[task.metric if goal.by == "metric" else goal.by] = None
-        refuse_unknown(list(metrics), task)
-        return list(metrics), agreement
+    def _measures(task: Task, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
+        """The metrics that a fine-tune is judged by, and the measures without labels."""
+        asked = [goal.by for goal in goals if goal.command is None and goal.of in (None, task.name)]
+        named = (task.metric if by == "metric" else by for by in asked if by not in UNLABELLED)
+        metrics = list(dict.fromkeys(named))
+        refuse_unknown(metrics, task)
+        return metrics, UNLABELLED & set(asked)
 
     def _resident(self) -> int:
         """Bytes that the stored tensors and deltas of one part take, and those outside blocks."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,14 @@ from deltamerge.recipe.schema import Calibration
 
 BATCH = 32
 AGREEMENT, DISTANCE = "agreement", "distance"
+SAME = "same_answers"
 LOSS = "loss"
 EXACT = "exact_match"
 CLASSES = ("accuracy", "f1", "matthews_correlation", LOSS)
 LOWER = frozenset({AGREEMENT, DISTANCE, LOSS})
 """Measures of which less is better."""
+UNLABELLED = frozenset({AGREEMENT, SAME})
+"""Measures that compare with the fine-tune itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +120,8 @@ class Task:
         own = [] if self.metric in CLASSES else [self.metric]
         return ("pearson_spearman", LOSS) if regression else (*own, *CLASSES)
 
-    def sheet(self, rows: Sequence[Row], metrics: Sequence[str], *, agreement: bool = False) -> Sheet:
-        """Rows on which `metrics` are measured and, with `agreement`, the distance from the model's own outputs."""
+    def sheet(self, rows: Sequence[Row], metrics: Sequence[str], compared: Collection[str] = ()) -> Sheet:
+        """Rows on which `metrics` are measured, and what of UNLABELLED is `compared` with the model's own outputs."""
         with errors.context(self.name):
             of_forward = [name for name in metrics if name != EXACT]
             made = self.reads.batches(rows, size=BATCH, labelled=bool(of_forward))
@@ -126,8 +129,10 @@ class Task:
             for name in of_forward:
                 assert made.labels is not None
                 measures[name] = O.Validation(made.inputs, made.labels, name)
-            if agreement:
+            if AGREEMENT in compared:
                 measures[DISTANCE] = self._agreement(made.inputs)
+            if SAME in compared:
+                measures[SAME] = self._same_answers(made.inputs)
             generated = {EXACT: self._generation(rows)} if EXACT in metrics else {}
             return Sheet(len(rows), made.inputs, measures, generated)
 
@@ -146,6 +151,13 @@ class Task:
         if self.kind in LANGUAGE:
             return O.Distribution.of(self.model, self.own, inputs)
         return O.Agreement.of(self.model, self.own, inputs, regression=regression)
+
+    def _same_answers(self, inputs: Sequence[Inputs]) -> O.Objective:
+        """The share of the model's own answers; see `objectives.SameAnswers`. InputError: it has no head."""
+        if not self.has_head:
+            raise InputError("has no head to answer with", hint=f"objective: {AGREEMENT}")
+        regression = self.kind == "text-classification" and O.is_regression(self.config)
+        return O.SameAnswers.of(self.model, self.own, inputs, regression=regression)
 
 
 def measured(

@@ -87,13 +87,14 @@ SHARED = {
     "della": TWO + "prune: {method: della, density: 0.4, epsilon: 0.1}\n",
     "rescaled": TWO + "prune: {method: magnitude, density: 0.2, rescale: l1}\n",
     "ties": TWO.replace("task_arithmetic", "ties") + "parameters: {density: 0.3}\n",
+    "iso_c": MODELS % (1, 1) + "merge_method: iso_c\nparameters: {lambda: {search: [0.5, 2]}}\n",
     "calibrated": TWO + "prune: {method: dare, density: 0.2, q: output_change}\n",
     "choices": CHOSEN + "seed: {search: [0, 4], step: 1}",
     "layers": TWO.replace("[0, 1]}", "[0, 1], groups: 2}", 1),
 }  # fmt: skip
 
 
-FAST = ("dare",)
+FAST = ("dare", "iso_c")
 slow = pytest.mark.slow
 
 
@@ -227,7 +228,7 @@ def test_bad_open_values_are_named_at_their_place(tmp_path: Path, value: str) ->
 
 
 BAD_STUDIES = {
-    "{objective: accurracy}": "study.objective: must be one of agreement, metric",
+    "{objective: accurracy}": "study.objective: must be one of agreement, same_answers, metric",
     "{objective: []}": "study.objective: needs at least 1 item",
     "{objective: {measure: loss, of: nobody}}": "study.objective.of: 'nobody' is no fine-tune here",
     "{objective: {measure: loss, weights: {nobody: 2}}}": "study.objective.weights: 'nobody' is no fine-tune here",
