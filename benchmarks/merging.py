@@ -35,6 +35,8 @@ from merging_tasks import HOME, KEPT_BACK, TASKS
 from safetensors.torch import load_file, save_file
 from tasks import WORK, Part
 
+from deltamerge.io.lock_file import LOCK_NAME, read_lock
+
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "merging.json"
 RATIO, TRIES = 1.5, 4  # λ is tried at RATIO times the last
@@ -102,12 +104,12 @@ CALIBRATION = {"sequences": 50, "length": encoder.TOKENS}
 MERGES = (
     Merge("mean", "task_arithmetic", {"normalize": True}, weighted=True),  # linear has no base to leave the heads to
     Merge("task_arithmetic", "task_arithmetic", factor=0.3, weighted=True),
+    Merge("ties", "ties", factor=1.0, weighted=True),
     Merge("ties, 0.2", "ties", {"density": 0.2}, 1.0, weighted=True, prunes=True),
     Merge("iso_c", "iso_c", factor=1.5),
     Merge("iso_cts", "iso_cts", factor=1.5),
     Merge("tsv_m", "tsv_m", factor=0.7),
-    Merge("wudi, rho 0.1", "wudi", factor=1.0),
-    Merge("wudi, rho 1", "wudi", {"rho": 1.0}, 1.0),
+    *(Merge(f"wudi, rho {rho:g}", "wudi", {"rho": rho}, 1.0) for rho in (0.01, 0.1, 1.0)),
     Merge("regmean", "regmean", factor=1.0, rows="own"),
     Merge("regmean_plus", "regmean_plus", factor=1.0, rows="own"),
     Merge("task_arithmetic, λ per merge", "task_arithmetic", weighted=True, rows="all"),
@@ -159,12 +161,14 @@ def measure(setting: Setting, judge: Judge, merge: Merge, delta: Delta) -> dict[
         return kept
     models = {task: pruned(setting, task, delta) for task in setting.experts}
     base = encoder_of(setting.base)
-    made, runs = {}, []
+    made, runs, passes = {}, [], 0
     for task in setting.experts if merge.task else [None]:
         with tempfile.TemporaryDirectory(dir=setting.home) as work:
             recipe = merge.recipe(setting.base, models, setting.calibration(), task)
             runs.append(setting.run(written(recipe, Path(work)), Path(work) / "out"))
             made[task] = encoder_of(Path(work) / "out")
+            found = read_lock(Path(work) / "out" / LOCK_NAME).get("calibration", {}).values()
+            passes += sum(record.get("forward_passes", 0) for record in found)
 
     def at(factor: float, part: Part, tasks: Sequence[str]) -> Outputs:
         if not merge.task:
@@ -189,6 +193,7 @@ def measure(setting: Setting, judge: Judge, merge: Merge, delta: Delta) -> dict[
         "outputs": at(factor, "test", [task for task in models if task not in KEPT_BACK]),
         "cpu_s": round(sum(run.cpu for run in runs), 1),
         "peak_mb": round(max(run.anonymous for run in runs)),
+        "passes": round(passes / len(models), 1),  # of calibration of the merge, a task
         "key": key,
         "task": merge.task,
     }
@@ -236,7 +241,7 @@ def summary(judge: Judge, cell: dict[str, Any]) -> dict[str, Any]:
     """A cell for the results: shares on the test rows in place of what was predicted on each."""
     shares = judge.shares(cell["outputs"], "test")
     spread = judge.spread(cell["outputs"])
-    about = {name: cell[name] for name in ("merge", "delta", "factor", "cpu_s", "peak_mb", "task")}
+    about = {name: cell[name] for name in ("merge", "delta", "factor", "cpu_s", "peak_mb", "passes", "task")}
     rounded = {task: round(share, 1) for task, share in shares.items()}
     ends = {"mean": round(float(np.mean(list(shares.values()))), 1), "worst": min(rounded.values())}
     chosen = round(max(cell["tried"].values()), 1)
@@ -291,8 +296,25 @@ def measured(asked: argparse.Namespace) -> None:
     if not asked.final:
         own = {task: score for task, score in own.items() if task not in KEPT_BACK}
     rows = {"choice": CHOICE_ROWS, "test": TEST_ROWS}
+    cells = in_order(cells, earlier(own, rows))
     found = surroundings({"python": sys.executable}) | {"rows of a source": rows, "own": own, "cells": cells}
     write(RESULTS, found)
+
+
+def earlier(own: Mapping[str, float], rows: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The cells of the results that there are, if experts that score the same made them, on as many rows."""
+    if not RESULTS.exists():
+        return []
+    known = json.loads(RESULTS.read_text(encoding="utf-8"))
+    same = known["rows of a source"] == rows and all(known["own"].get(task) == score for task, score in own.items())
+    return list(known["cells"]) if same else []
+
+
+def in_order(cells: Sequence[dict[str, Any]], before: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Cells in the order of DELTAS and MERGES; those of `before` where there are no newer ones."""
+    by_name = {(cell["delta"], cell["merge"]): cell for cell in (*before, *cells)}
+    order = [(delta.name, merge.name) for delta in DELTAS for merge in MERGES]
+    return [by_name[name] for name in order if name in by_name]
 
 
 if __name__ == "__main__":

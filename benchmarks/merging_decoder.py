@@ -2,6 +2,7 @@
 
     python benchmarks/merging_decoder.py                      every merge of MERGES of every delta of DELTAS
     python benchmarks/merging_decoder.py ties --rows 50       some of them, on fewer rows a task
+    python benchmarks/merging_decoder.py --delta unpruned     one kind of delta
     python benchmarks/merging_decoder.py --table              what was measured
 
 Experts are those of `smollm2.py` (`make decoder`); what is pruned is pruned once, and kept beside them. A merge is a
@@ -76,6 +77,8 @@ MERGES = (
     *(_scaled("task_arithmetic", factor) for factor in (0.2, 0.4, 0.7)),
     *(_scaled("ties", factor, density=0.2) for factor in (0.5, 1.0)),
     Merge("breadcrumbs", {"merge_method": "breadcrumbs", "parameters": {"density": 0.9, "gamma": 0.01, "lambda": 0.4}}),
+    Merge("iso_c, λ = 1.6", {"merge_method": "iso_c", "parameters": {"lambda": 1.6}}, {}),  # as recommend without rows
+    Merge("wudi, λ = 1", {"merge_method": "wudi"}, {}),
     Merge("model_stock", {"merge_method": "model_stock"}, {}),
     Merge("sce", {"merge_method": "sce", "parameters": {"select_topk": 0.1}}, {}),
 )
@@ -188,6 +191,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="of MERGES, or how they begin; default: all")
     parser.add_argument("--rows", type=int, default=100, help="test rows a task")
     parser.add_argument("--task", nargs="+", default=list(TASKS))
+    parser.add_argument("--delta", nargs="+", default=[delta.name for delta in DELTAS], help="kinds of delta")
     parser.add_argument("--table", action="store_true", help="only print what was measured")
     asked = parser.parse_args()
     quality.quiet()
@@ -197,7 +201,8 @@ def main() -> None:
         found |= surroundings({"python": sys.executable})
         found["own"] = {task: _own(task, asked.rows, smollm2.FOLDER) for task in asked.task}
         kept = {name: cell["result"] for name, cell in found["cells"].items()}
-        for merge, delta, result in measured(chosen, tasks=asked.task, count=asked.rows, kept=kept):
+        deltas = [delta for delta in DELTAS if delta.name in asked.delta]
+        for merge, delta, result in measured(chosen, deltas, tasks=asked.task, count=asked.rows, kept=kept):
             name = key(merge, delta, asked.task, asked.rows)
             if name not in kept:
                 found["cells"][name] = {"merge": merge.name, "delta": delta.name, "result": asdict(result)}

@@ -84,9 +84,9 @@ def beside_grid(path: Path, count: int) -> dict[str, Any]:
     """The best of a grid over all numbers, and of a search of a tenth of its trials, on the search rows."""
     import itertools
 
+    from deltamerge.inspect.search.candidates import candidates_of
     from deltamerge.inspect.search.outcome import Bench, best_of
-    from deltamerge.inspect.search.setting import candidates_of
-    from deltamerge.inspect.search.study import search
+    from deltamerge.inspect.search.search import search
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
 
@@ -111,8 +111,8 @@ def beside_grid(path: Path, count: int) -> dict[str, Any]:
 
 
 def measure(path: Path, count: int, processes: int) -> dict[str, Any]:
+    from deltamerge.inspect.search.candidates import candidates_of
     from deltamerge.inspect.search.outcome import Bench
-    from deltamerge.inspect.search.setting import candidates_of
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
     from deltamerge.run.runner import run

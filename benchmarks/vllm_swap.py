@@ -6,11 +6,14 @@
 BASE is a small causal model's folder, TUNED fine-tunes of it. The server is vLLM's AsyncLLM on the CPU, its engine in a
 process of its own. What a full reload (vLLM's `reload_weights`, from a checkpoint's folder) answers to every prompt is
 the reference. Then, while clients ask on without pause, the server goes through all fine-tunes and the base by
-`update_weights({"delta": …})`: requests in flight end first, later ones wait. After every swap the prompts are asked
-again, amid the clients' requests, and every answer, the clients' too, must be the reference's, token by token. A delta
-of another base must be refused, and change nothing.
+`update_weights({"delta": …})`: requests in flight end first, later ones wait; and then through the versions of a chain,
+as `dm.follow` yields them: the first fine-tune, the second after it, and so on. After every swap the clients wait, the
+prompts are asked again, and every answer must be the reference's, token by token. So must the clients' be, or what a
+full reload answers when all prompts are asked at once: products of a batch may be rounded otherwise than those of one
+row. A delta of another base must be refused, and change nothing.
 
---in-place has vLLM compute with unpacked weights on the CPU too, as on a GPU, and writes single positions.
+--in-place has vLLM compute with unpacked weights on the CPU too, as on a GPU, and writes single positions where they
+are few.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 os.environ |= {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_NUM_OF_RESERVED_CPU": "0", "OMP_NUM_THREADS": "1"}
 os.environ |= {"DO_NOT_TRACK": "1", "VLLM_NO_USAGE_STATS": "1"}
@@ -55,7 +60,6 @@ class Server:
         )  # fmt: skip
         self.engine = AsyncLLM.from_engine_args(arguments)
         self.numbers = itertools.count()
-        self.swaps = 0
 
     async def answer(self, prompt: str) -> list[int]:
         from vllm import SamplingParams
@@ -68,6 +72,9 @@ class Server:
 
     async def answers(self) -> list[list[int]]:
         return [await self.answer(prompt) for prompt in PROMPTS]
+
+    async def answers_at_once(self) -> list[list[int]]:
+        return await asyncio.gather(*map(self.answer, PROMPTS))
 
     async def reload(self, folder: Path) -> float:
         """Seconds of vLLM's own reload of a checkpoint."""
@@ -91,7 +98,6 @@ class Server:
             await self.engine.update_weights(WeightTransferUpdateRequest(update_info=named))
             await self.engine.finish_weight_update()
             seconds = time.perf_counter() - begun
-            self.swaps += 1
         finally:
             await self.engine.resume_generation()
         return seconds, time.perf_counter() - paused
@@ -104,6 +110,26 @@ def extracted(base: Path, models: list[Path], store: Path) -> list[Path]:
         command.append(store if len(left) > 1 else store / left[0].name)
         subprocess.run([*map(str, command), "--workers", "1", "-q"], check=True)
     return [store / model.name for model in models]
+
+
+def chained(base: Path, models: list[Path], chain: Path) -> Path:
+    """A chain whose versions are the models, one after the other, made where it is not there."""
+    for number, model in enumerate(models):
+        before, version = chain / f"{number:06d}", chain / f"{number + 1:06d}"
+        if version.exists():
+            continue
+        command = [
+            sys.executable,
+            "-m",
+            "deltamerge",
+            "extract",
+            model,
+            "--base",
+            models[number - 1] if number else base,
+        ]
+        command += ["--out", version, *(["--after", before] if number else [])]
+        subprocess.run([*map(str, command), "--workers", "1", "-q"], check=True)
+    return chain
 
 
 def of_another_base(base: Path, models: list[Path], folder: Path) -> Path:
@@ -123,51 +149,68 @@ def of_another_base(base: Path, models: list[Path], folder: Path) -> Path:
 async def measure(base: Path, models: list[Path], folder: Path, rounds: int, *, in_place: bool) -> dict[str, Any]:
     from vllm.distributed.weight_transfer.base import WeightTransferInitRequest
 
+    import deltamerge as dm
+
     server, names = Server(base, in_place=in_place), [*(model.name for model in models), "base"]
-    wanted, reloads = {}, {}
+    wanted, at_once, reloads = {}, {}, {}
     for name, model in zip(names, [*models, base], strict=True):  # the base last: the server holds it then
         reloads[name] = await server.reload(model)
-        wanted[name] = await server.answers()
+        wanted[name], at_once[name] = await server.answers(), await server.answers_at_once()
         print(f"reload of {name}: {reloads[name]:.2f} s", flush=True)
     apart = len({json.dumps(found) for found in wanted.values()})
     assert apart == len(names), "two of the models answer alike: nothing would be proved"
     deltas: list[Path | None] = [*extracted(base, models, folder / "store")]
+    chain = chained(base, models, folder / "-".join(["chain", *names[:-1]]))
     foreign = of_another_base(base, models, folder / "foreign")
+    turns = [(turn, *one) for turn in range(rounds) for one in zip(names, [*deltas, None], strict=True)]
+    versions = [version.path for version in dm.follow(chain, timeout=0)]
+    turns += [("chain", *one) for one in zip(names, [*versions, None], strict=True)]
     init = {"base": str(base), "in_place": True if in_place else None}
     await server.engine.init_weight_transfer_engine(WeightTransferInitRequest(init_info=init))
 
-    now, wrong, asked, stop = "base", list[str](), 0, asyncio.Event()
+    now, wrong, asked, flying, stop, may_ask = "base", list[str](), 0, 0, asyncio.Event(), asyncio.Event()
+    may_ask.set()
 
     async def client(number: int) -> None:
-        nonlocal asked
+        nonlocal asked, flying
         for at in itertools.count(number):
+            await may_ask.wait()
             if stop.is_set():
                 return
             prompt, before = at % len(PROMPTS), now
+            flying += 1
             found = await server.answer(PROMPTS[prompt])
+            flying -= 1
             asked += 1
-            if found not in (wanted[before][prompt], wanted[now][prompt]):
+            if found not in [answers[name][prompt] for answers in (wanted, at_once) for name in (before, now)]:
                 wrong.append(f"a client's {PROMPTS[prompt]!r} between {before} and {now}")
+
+    async def alone() -> list[list[int]]:
+        may_ask.clear()
+        while flying:
+            await asyncio.sleep(0.01)
+        found = await server.answers()
+        may_ask.set()
+        return found
 
     clients = [asyncio.create_task(client(number)) for number in range(CLIENTS)]
     rows = []
-    for turn in range(rounds):
-        for name, delta in zip(names, [*deltas, None], strict=True):
-            before, now = now, name  # a client's request that waits for the swap is answered by the new one
-            seconds, pause = await server.swap(delta)
-            found = await server.answers()
-            wrong += [f"{name}: {p!r}" for p, a, b in zip(PROMPTS, found, wanted[name], strict=True) if a != b]
-            rows.append({"from": before, "to": name, "round": turn, "seconds": seconds, "paused": pause})
-            print(
-                f"{before} -> {name}: {seconds:.2f} s, paused {pause:.2f} s, {len(wrong)} wrong of {asked} asked",
-                flush=True,
-            )
+    for turn, name, delta in turns:
+        while flying < CLIENTS:
+            await asyncio.sleep(0.01)
+        before, now = now, name  # a client's request that waits for the swap is answered by the new one
+        seconds, pause = await server.swap(delta)
+        found = await alone()
+        wrong += [f"{name}: {p!r}" for p, a, b in zip(PROMPTS, found, wanted[name], strict=True) if a != b]
+        rows.append({"from": before, "to": name, "round": turn, "seconds": seconds, "paused": pause})
+        said = f"{seconds:.2f} s, paused {pause:.2f} s, {len(wrong)} wrong of {asked} asked"
+        print(f"{before} -> {delta or name}: {said}", flush=True)
     try:
         await server.swap(foreign)
         wrong.append("a delta of another base was taken")
     except Exception as error:
         refused = str(error).splitlines()[-1][:300]
-    wrong += ["after a refusal"] * (await server.answers() != wanted["base"])
+    wrong += ["after a refusal"] * (await alone() != wanted["base"])
     stop.set()
     await asyncio.gather(*clients)
     server.engine.shutdown()
@@ -190,9 +233,10 @@ def main() -> None:
     if given.json:
         given.json.write_text(json.dumps(found, indent=1) + "\n")
     first = [row["seconds"] for row in found["swaps"] if row["round"] == 0]
-    later = [row["seconds"] for row in found["swaps"] if row["round"]]
+    later = [row["seconds"] for row in found["swaps"] if row["round"] not in (0, "chain")]
+    chain = [row["seconds"] for row in found["swaps"] if row["round"] == "chain"]
     reload = sorted(found["reload"].values())[len(found["reload"]) // 2]
-    for what, seconds in (("first", first), ("known", later)):
+    for what, seconds in (("first", first), ("known", later), ("of a chain", chain)):
         if seconds:
             middle = sorted(seconds)[len(seconds) // 2]
             print(f"swaps, {what}: median {middle:.2f} s, {middle / reload:.2f} of a reload ({reload:.2f} s)")

@@ -149,11 +149,15 @@ MERGES = {
     "ramplus_tl": text("ramplus_tl", "abc", "epsilon: 0.003, r: 0.5, alpha: 1.5"),
     "arcee_fusion": text("arcee_fusion", "a"),
     "passthrough": text("passthrough", "a", "scale: 0.3", based=False),
+    "consensus": text("consensus", "abc", "lambda: 0.7"),
+    "tall_masks": text("tall_masks", "abc", "task: 2"),
+    "emr": text("emr", "abc", "task: 3"),
 }
 PRUNED_MERGES = {
     "task_arithmetic": ("ab", ""), "ties": ("abc", ""), "nuslerp": ("ab", ""), "multislerp": ("ab", ""),
     "model_stock": ("ab", ""), "nearswap": ("a", "t: 0.004"), "sce": ("abc", ""), "ram": ("abc", ""),
-    "ramplus_tl": ("abc", "r: 0.5"),
+    "ramplus_tl": ("abc", "r: 0.5"), "consensus": ("abc", ""), "tall_masks": ("abc", "task: 2"),
+    "emr": ("abc", "task: 3"),
 }  # fmt: skip
 OUTPUTS = ["float64", "float32", "float16", "bfloat16"]
 

@@ -6,6 +6,7 @@ case makes it again, which is what a failing test prints, with the recipe as YAM
 
 from __future__ import annotations
 
+import math
 import random
 import zlib
 from collections.abc import Callable, Sequence
@@ -49,8 +50,13 @@ PARAMETERS: dict[str, list[Any]] = {
     "nuslerp_flatten": [True, False],
     "nuslerp_row_wise": [True, False],
     "normalize_weights": [True, False],
+    "threshold": [0.4, 0.0, 1.2, 0.8],
+    "agreement": [2, 0, 1, 3],
+    "common": [0.8, 0.0, 1.0, 0.5],
+    "rho": [0.1, 0.01, 1.0],
+    "steps": [0, 3],
 }
-FOR_ALL = ("rescale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise")
+FOR_ALL = ("rescale", "filter_wise", "nuslerp_flatten", "nuslerp_row_wise", "agreement", "common", "steps")
 RARELY = [False, False, False, True]
 DEFAULT_TILE, DEFAULT_JOB, DEFAULT_LISTED = 1 << 18, 1 << 21, 1 << 20
 
@@ -241,9 +247,11 @@ def pruning(pick: Pick, sliced: bool, linear: list[str]) -> dict[str, Any]:
     return made
 
 
-def parameters(pick: Pick, method: str) -> dict[str, Any]:
-    """Parameters of the merge for all its models."""
+def parameters(pick: Pick, method: str, count: int) -> dict[str, Any]:
+    """Parameters of the merge for all its `count` models."""
     known, made = MERGE[method].parameters, {}
+    if "task" in known:
+        made["task"] = pick(range(1, count + 1))
     if method == "slerp":
         made["t"] = valued(pick, [0.3, 0.0, 1.0, 0.5])
     if method == "nearswap":
@@ -260,8 +268,8 @@ def parameters(pick: Pick, method: str) -> dict[str, Any]:
     return made
 
 
-def tensors(pick: Pick, alike: bool) -> dict[str, tuple[int, ...]]:
-    """Shapes in and outside layers; `alike`: every layer has the same."""
+def tensors(pick: Pick, alike: bool, widest: int) -> dict[str, tuple[int, ...]]:
+    """Shapes in and outside layers; `alike`: every layer has the same. None is larger than `widest` on a side."""
     parts = {part: pick(SHAPES) for part in pick([["q.weight"], ["q.weight", "bias"]])}
     made = {}
     for layer in range(3 if alike else pick([1, 2, 3])):
@@ -270,7 +278,7 @@ def tensors(pick: Pick, alike: bool) -> dict[str, tuple[int, ...]]:
     if pick(RARELY):
         made["embed.weight"] = made["lm_head.weight"] = pick(SHAPES)
     if pick(RARELY):
-        made["wide.weight"] = pick(WIDE)
+        made["wide.weight"] = pick([shape for shape in WIDE if max(shape[0], math.prod(shape[1:])) <= widest])
     return made
 
 
@@ -302,14 +310,15 @@ def case(pick: Pick, method: str) -> Case:
     merge = MERGE[method]
     based = merge.needs_base or (merge.takes_base and pick([True, False]))
     apart, sliced = based and merge.deltas, method != "karcher" and pick(RARELY)
-    shapes = tensors(pick, sliced)
+    shapes = tensors(pick, sliced, 400 if merge.matrices else 1 << 17)  # whose squares wudi holds
     linear = [n for n, shape in shapes.items() if len(shape) == 2 and shape[1] > 2 and n != "embed.weight"]
     if sliced:
         linear = ["q.weight"] if "layers.0.q.weight" in linear else []
     counts = range(merge.minimum, 1 + min(merge.maximum or 3, 3))
     recipe: dict[str, Any] = {"merge_method": method, **({"base_model": "./base"} if based else {})}
-    recipe |= models(pick, method, MODELS[: pick(list(counts))], sliced)
-    recipe["parameters"] = parameters(pick, method)
+    names = MODELS[: pick(list(counts))]
+    recipe |= models(pick, method, names, sliced)
+    recipe["parameters"] = parameters(pick, method, len(names))
     pruned = pick(["nothing", "all", "all" if sliced else "some"]) if apart else "nothing"
     holders = {"nothing": [], "all": [recipe], "some": recipe.get("models", [])}[pruned]
     for holder in holders:

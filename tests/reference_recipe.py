@@ -23,15 +23,20 @@ IMPLIED = {"dare_linear": "dare", "dare_ties": "dare", "della": "della", "della_
 RANDOM = ("dare", "structured", "della")
 TIES = ("ties", "dare_ties", "della", "breadcrumbs_ties")
 SUMS = ("task_arithmetic", "dare_linear", "della_linear", "breadcrumbs")
-BY_ENTRY = (*SUMS, *TIES, "nearswap", "ram")
+BY_ENTRY = (*SUMS, *TIES, "nearswap", "ram", "consensus", "tall_masks")
 NORMALIZED = ("linear", "ties", "della")
 DEFAULTS = {"lambda": 1.0, "density": 1.0, "epsilon": 1e-5, "r": 0.1, "alpha": 0.2, "eps": 1e-8, "select_topk": 1.0,
-            "scale": 1.0, "weight": 1.0}  # fmt: skip
+            "scale": 1.0, "weight": 1.0, "threshold": 0.4, "agreement": 2, "common": 0.8, "rho": 1.0,
+            "steps": 0}  # fmt: skip
 # Rows of della and of arcee_fusion that are no rows of a matrix: a vector is cut here.
 LONGEST = 1 << 16
 # Float32 rounds every product, sum and quotient to 2**-24 of itself; no method has more than 16 of them in a row.
 ROUNDING = 16 * 2.0**-24
 LEAST = 2.0**-126
+# Merges of whole matrices are within this of the largest entries (docs/merging.md). What they make of deltas with
+# noise, a pruned entry's own rounding and what float64 leaves of squared singular values, says how much more an input
+# is amplified; from this share of the largest entries on they are unsure.
+OF_MATRICES, NOISE_OF_PRUNED, NOISE, AMPLIFIED = 2.0**-21, 2.0**-22, 2.0**-30, 2.0**-14
 # Sums of magnitudes beyond which a step may leave float32.
 MOST = 2.0**123
 
@@ -110,12 +115,11 @@ class Recipe:
         return "base_model" in self.recipe and self.method not in ("linear", "passthrough", "karcher", "slerp")
 
     def made(self, place: Place) -> Wanted:
-        xs = [single(self.inputs[m["model"]][s]) for m, s in zip(place.models, place.sources, strict=True)]
-        base = None if place.base is None else single(self.inputs[self.recipe["base_model"]][place.base])
+        base, xs = self.read(place)
         if not self.apart():
             return MERGES[self.method](self, place, base, [x.astype(np.float64) for x in xs])
         assert base is not None
-        parts = [self.pruned(place, model, delta(x, base)) for model, x in zip(place.models, xs, strict=True)]
+        parts = self.parts(place)
         values = [part.values for part in parts]
         wide = base.astype(np.float64)
         unsure = np.zeros(base.shape, bool)
@@ -129,6 +133,16 @@ class Recipe:
             wanted = MERGES[self.method](self, place, wide, values)
         wanted.unsure = wanted.unsure | unsure
         return wanted
+
+    def read(self, place: Place) -> tuple[Any, list[np.ndarray]]:
+        """The base's tensor, or None, and those of the models, in float32."""
+        xs = [single(self.inputs[m["model"]][s]) for m, s in zip(place.models, place.sources, strict=True)]
+        return None if place.base is None else single(self.inputs[self.recipe["base_model"]][place.base]), xs
+
+    def parts(self, place: Place) -> list[Part]:
+        """The pruned delta of each model."""
+        base, xs = self.read(place)
+        return [self.pruned(place, model, delta(x, base)) for model, x in zip(place.models, xs, strict=True)]
 
     def pruning(self, model: Mapping[str, Any]) -> tuple[str, list[Mapping[str, Any]]]:
         levels = [x for x in (model.get("prune"), self.recipe.get("prune")) if x]
@@ -588,9 +602,104 @@ def model_stock(recipe: Recipe, place: Place, base: np.ndarray, ds: list[np.ndar
     return Wanted([base + t / n * sum(ds)], np.abs(base) + np.abs(t) / n * sum(map(np.abs, ds)) + error)
 
 
+def tall(ds: list[np.ndarray], task: int, threshold: float) -> tuple[np.ndarray, np.ndarray]:
+    """Where the TALL mask of a task keeps an entry, and where it may."""
+    apart = threshold * np.abs(sum(ds) - ds[task])
+    slack = ROUNDING * (np.abs(ds[task]) + threshold * sum(map(np.abs, ds))) + LEAST
+    return np.abs(ds[task]) >= apart + slack, np.abs(ds[task]) >= apart - slack
+
+
+def kept_sum(
+    recipe: Recipe, place: Place, base: np.ndarray, ds: list[np.ndarray], kept: Sequence[np.ndarray]
+) -> Wanted:
+    """base + λ Σ Δ where it is kept, which `kept` says for sure and at most."""
+    factor = float(F32(recipe.parameter("lambda", place)))
+    either = [base + factor * np.where(some, sum(ds), 0) for some in kept]
+    return Wanted(either, np.abs(base) + abs(factor) * sum(map(np.abs, ds)))
+
+
+def agreed(recipe: Recipe, place: Place, base: np.ndarray, ds: list[np.ndarray]) -> Wanted:
+    masks = [tall(ds, task, recipe.parameter("threshold", place)) for task in range(len(ds))]
+    votes = [sum(some.astype(int) for some in either) for either in zip(*masks, strict=True)]
+    return kept_sum(recipe, place, base, ds, [some >= recipe.parameter("agreement", place) for some in votes])
+
+
+def tall_masks(recipe: Recipe, place: Place, base: np.ndarray, ds: list[np.ndarray]) -> Wanted:
+    task, threshold = recipe.parameter("task", place) - 1, recipe.parameter("threshold", place)
+    return kept_sum(recipe, place, base, ds, tall(ds, task, threshold))
+
+
+def elected(ds: list[np.ndarray], task: int) -> list[np.ndarray]:
+    """What EMR elects where it has the sign of the task's delta; every choice where the sign of Σ Δ is unclear."""
+    total, size = sum(ds), sum(map(np.abs, ds))
+    unclear = (np.abs(total) <= ROUNDING * size + LEAST) & (size > 0)
+    if len(ds) < 3:
+        unclear &= total != 0
+    found = []
+    for sign in (np.sign(total), np.where(unclear, 0, np.sign(total)), np.where(unclear, -1, 1) * np.sign(total)):
+        largest = np.max([np.where(d * sign > 0, np.abs(d), 0) for d in ds], axis=0)
+        found.append(np.where(ds[task] * sign > 0, sign * largest, 0))
+    return found
+
+
+def emr(recipe: Recipe, place: Place, base: np.ndarray, ds: list[np.ndarray]) -> Wanted:
+    task, own, kept = recipe.parameter("task", place) - 1, 0.0, np.zeros(3)
+    for other in recipe.places:
+        parts = recipe.parts(other)
+        if any(np.any(part.unsure) or (np.abs(part.values) >= MOST).any() for part in parts):
+            raise Unsure
+        values = [part.values for part in parts]
+        sizes = np.abs(elected(values, task))
+        own += np.abs(values[task]).sum()
+        kept += [sizes[0].sum(), sizes.min(0).sum(), sizes.max(0).sum()]
+    if kept[2] - kept[1] > 2.0**-22 * kept[0]:
+        raise Unsure
+    terms = [own / kept[0] * x if kept[0] else x for x in elected(ds, task)]
+    return Wanted([base + term for term in terms], np.abs(base) + np.max(np.abs(terms), axis=0))
+
+
+def whole_matrices(recipe: Recipe, place: Place, base: np.ndarray, ds: list[np.ndarray]) -> Wanted:
+    """The formulas of `reference`, of matrices that have directions for all models; of other tensors the mean."""
+    n, factor = len(ds), recipe.parameter("lambda", place)
+    es = [recipe.parameter("weight", place, model) * d for model, d in zip(place.models, ds, strict=True)]
+    rows, columns = (base.shape[0], int(np.prod(base.shape[1:]))) if base.ndim > 1 else (0, 0)
+    if (
+        not place.name.endswith("weight")
+        or any(p in place.name for p in ("embed", "lm_head"))
+        or min(rows, columns) < n
+    ):
+        terms = [factor / n * e for e in es]
+        return Wanted([base + sum(terms)], np.abs(base) + sum(map(np.abs, terms)))
+    formula = MATRICES[recipe.method](recipe, place)
+    made = factor * reference.by_matrix(es, formula)
+    rng, pruned = np.random.default_rng(0), any(recipe.pruning(model)[0] != "none" for model in place.models)
+    relative = NOISE_OF_PRUNED if pruned else 0.0
+    noisy = []
+    for e in es:
+        of_entry, of_matrix = rng.uniform(-1, 1, (2, *e.shape))
+        noisy.append(e * (1 + relative * of_entry) + NOISE * np.abs(e).max() * of_matrix)
+    amplified = np.abs(factor * reference.by_matrix(noisy, formula) - made).max()
+    size = np.abs(base).max() + np.abs(made).max() + sum(np.abs(e).max() for e in es)
+    if not amplified <= AMPLIFIED * size:
+        raise Unsure
+    return Wanted([base + made], np.full(base.shape, (OF_MATRICES * size + 4 * amplified) / ROUNDING))
+
+
+def wudi(recipe: Recipe, place: Place) -> Callable[[list[np.ndarray]], np.ndarray]:
+    steps, rho = recipe.parameter("steps", place), recipe.parameter("rho", place)
+    return lambda es: reference.wudi_steps(es, steps) if steps else reference.wudi(es, rho)
+
+
+MATRICES: dict[str, Callable[[Recipe, Place], Callable[[list[np.ndarray]], np.ndarray]]] = {
+    "iso_c": lambda recipe, place: reference.iso_c,
+    "iso_cts": lambda recipe, place: lambda es: reference.iso_cts(es, recipe.parameter("common", place)),
+    "tsv_m": lambda recipe, place: reference.tsv_m,
+    "wudi": wudi,
+}
 MERGES: dict[str, Callable[[Recipe, Place, Any, list[np.ndarray]], Wanted]] = {
     "linear": linear, "slerp": slerp, "nuslerp": nuslerp, "multislerp": multislerp, "karcher": karcher,
     **dict.fromkeys(SUMS, task_arithmetic), **dict.fromkeys(TIES, ties), "model_stock": model_stock,
     "nearswap": nearswap, "sce": sce, "ram": ram, "ramplus_tl": ram, "arcee_fusion": arcee_fusion,
-    "passthrough": passthrough,
+    "passthrough": passthrough, "consensus": agreed, "tall_masks": tall_masks, "emr": emr,
+    **dict.fromkeys(MATRICES, whole_matrices),
 }  # fmt: skip

@@ -1,8 +1,10 @@
-"""A GPU without one: tensors that say `cuda:0`, whose work waits in streams until somebody synchronises.
+"""GPUs without one: tensors that say `cuda:0`, whose work waits in streams until somebody synchronises.
 
 It is as strict as CUDA, and as late as CUDA may be:
 
     a tensor of the host meets one of the device   refused, but for numbers (0-dim) and indices
+    tensors of two devices meet                    refused
+    a loop on a device that is not the current     refused
     a copy from pinned memory                      made when its stream is synchronised; it must not have changed
     a copy to pinned memory                        until then the memory has other bytes
     a tensor of another stream                     refused, unless an event was waited for
@@ -10,8 +12,9 @@ It is as strict as CUDA, and as late as CUDA may be:
     sums of floats                                 in another order than the CPU's
     float8 by index, unsigned integers             refused, as by torch 2.6
 
-`gpu.launches` counts kernels, `gpu.synchronisations` waits of the host, `gpu.uploaded` and `gpu.downloaded` bytes.
-`limit` is the device's memory: beyond it torch.OutOfMemoryError is raised. Results are those of the CPU's kernels.
+`gpu.launches` counts kernels, `gpu.launched[i]` those of a device, `gpu.synchronisations` waits of the host,
+`gpu.uploaded` and `gpu.downloaded` bytes. `limit` is a device's memory: beyond it torch.OutOfMemoryError is raised.
+Results are those of the CPU's kernels.
 """
 
 from __future__ import annotations
@@ -56,10 +59,11 @@ class Refused(RuntimeError):
 class Block:
     """Memory of the device, shared by views."""
 
-    def __init__(self, gpu: GPU, nbytes: int) -> None:
+    def __init__(self, gpu: GPU, nbytes: int, device: int) -> None:
         self.written: tuple[Stream, int] | None = None
-        gpu.take(nbytes)
-        weakref.finalize(self, gpu.free, nbytes)
+        self.device = device
+        gpu.take(nbytes, device)
+        weakref.finalize(self, gpu.free, nbytes, device)
 
 
 class Tensor(torch.Tensor):
@@ -73,7 +77,7 @@ class Tensor(torch.Tensor):
     def __new__(cls, meta: torch.Tensor, block: Block) -> Tensor:
         made = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls, meta.shape, strides=meta.stride(), storage_offset=meta.storage_offset(), dtype=meta.dtype,
-            device="cuda:0", requires_grad=False,
+            device=f"cuda:{block.device}", requires_grad=False,
         )  # fmt: skip
         made.meta, made.host, made.block = meta, None, block
         return made
@@ -83,7 +87,7 @@ class Tensor(torch.Tensor):
         """What torch's C++ would switch the device for, which this build cannot."""
         if func is torch.Tensor.new_tensor:
             return torch.tensor(*args[1:], dtype=(kwargs or {}).get("dtype", args[0].dtype), device=args[0].device)
-        if func in INDEXING:
+        if func in INDEXING and not (torch.is_grad_enabled() and args[0].requires_grad):
             return GPU.here().index(func, args)
         if func in NUMBERS:
             return func(args[0].cpu())
@@ -101,6 +105,9 @@ class Tensor(torch.Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return GPU.here().call(func, args, kwargs or {})
 
+    def record_stream(self, stream: Stream) -> None:
+        """Memory is not used anew here."""
+
     def __repr__(self, **_: Any) -> str:
         return f"simulated {tuple(self.shape)} {self.dtype}"
 
@@ -109,6 +116,8 @@ class Stream:
     """Work in order; `seen[other]` is how much of another stream is known to be done before what comes next."""
 
     def __init__(self, device: Any = None, priority: int = 0) -> None:
+        self.device = GPU.here().number(device)
+        GPU.here().streams.add(self)
         self.queue: list[Callable[[], None]] = []
         self.sent = self.done = 0
         self.seen: dict[Stream, int] = {}
@@ -160,7 +169,7 @@ class Event:
         self.place: tuple[Stream, int, dict[Stream, int]] | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        stream = stream or GPU.here().stream
+        stream = stream or GPU.here().stream()
         self.place = stream, stream.sent, dict(stream.seen)
 
     def synchronize(self) -> None:
@@ -178,13 +187,16 @@ class GPU:
 
     current: GPU | None = None
 
-    def __init__(self, limit: int) -> None:
-        self.limit, self.used, self.peak = limit, 0, 0
+    def __init__(self, limit: int, devices: int) -> None:
+        self.limit, self.devices = limit, devices
+        self.used, self.peak = [0] * devices, [0] * devices
         self.kernels: Counter[str] = Counter()
+        self.launched: Counter[int] = Counter()
         self.synchronisations = self.uploaded = self.downloaded = 0
         self.lock = threading.RLock()
-        self.default = Stream()
         self.threads = threading.local()
+        self.defaults: dict[int, Stream] = {}
+        self.streams: weakref.WeakSet[Stream] = weakref.WeakSet()
         self.pinned: dict[int, int] = {}
         self.asked = 0
         self.failing: Callable[[str], None] = lambda name: None
@@ -199,17 +211,38 @@ class GPU:
         return sum(self.kernels.values())
 
     @property
-    def stream(self) -> Stream:
-        return getattr(self.threads, "stream", None) or self.default
+    def now(self) -> int:
+        """The current device of this thread."""
+        return getattr(self.threads, "device", 0)
 
-    def take(self, nbytes: int) -> None:
-        if self.used + nbytes > self.limit:
+    def number(self, device: Any) -> int:
+        """Of a device, which may be None, a number or torch's."""
+        index = device if isinstance(device, int) else None if device is None else torch.device(device).index
+        index = self.now if index is None else index
+        assert index < self.devices, f"invalid device ordinal {index}"
+        return index
+
+    def stream(self, device: Any = None) -> Stream:
+        """The current stream of a device, for this thread."""
+        index = self.number(device)
+        return self.threads.__dict__.get("streams", {}).get(index) or self.default(index)
+
+    def default(self, device: Any = None) -> Stream:
+        index = self.number(device)
+        with self.lock:
+            return self.defaults.get(index) or self.defaults.setdefault(index, Stream(index))
+
+    def take(self, nbytes: int, device: int) -> None:
+        if self.used[device] + nbytes > self.limit:  # what work that waits holds, CUDA would use anew in its order
+            for stream in list(self.streams):
+                stream.run(stream.sent)
+        if self.used[device] + nbytes > self.limit:
             raise torch.OutOfMemoryError(f"CUDA out of memory. Tried to allocate {nbytes} bytes")
-        self.used += nbytes
-        self.peak = max(self.peak, self.used)
+        self.used[device] += nbytes
+        self.peak[device] = max(self.peak[device], self.used[device])
 
-    def free(self, nbytes: int) -> None:
-        self.used -= nbytes
+    def free(self, nbytes: int, device: int) -> None:
+        self.used[device] -= nbytes
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         with self.lock:
@@ -228,14 +261,14 @@ class GPU:
                 return made
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
         ours = [x for x in given if isinstance(x, Tensor)]
-        self._check(name, given, ours)
+        device = self._check(name, given, ours, kwargs.get("device"))
         kwargs = {k: torch.device("cpu") if k == "device" else v for k, v in kwargs.items() if k != "pin_memory"}
         try:
             plan = self._on_meta(func, args, kwargs)
         except Exception:  # sizes depend on values, or there is no such kernel: the host has to wait
-            self._wait(ours)
-            return self._now(name, func, args, kwargs)
-        return self._later(name, func, args, kwargs, plan, ours)
+            self._wait(device)
+            return self._now(name, func, args, kwargs, device)
+        return self._later(name, func, args, kwargs, plan, ours, device)
 
     def index(self, func: Any, args: Any) -> Any:
         """tensor[key], tensor[key] = value: an op by the name of what it does."""
@@ -248,17 +281,19 @@ class GPU:
         """A function of Python's for which this build would switch the device, as one op."""
         name = name or func.__name__
         with self.lock:
+            if func is torch.Tensor.copy_:
+                return self._copy("copy_", aten.copy_.default, args, kwargs)
             given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
             ours = [x for x in given if isinstance(x, Tensor)]
-            self._check(name, given, ours)
+            device = self._check(name, given, ours)
             try:
                 plan = self._on_meta(func, args, kwargs)
             except Exception:  # a mask: how many there are decides the size
-                self._wait(ours)
-                return self._now(name, func, args, kwargs)
+                self._wait(device)
+                return self._now(name, func, args, kwargs, device)
             if func is torch.Tensor.__setitem__:
                 plan = args[0].meta
-            return self._later(name, func, args, kwargs, plan, ours)
+            return self._later(name, func, args, kwargs, plan, ours, device)
 
     def _to(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
@@ -269,14 +304,23 @@ class GPU:
             or (source if other is None else other).device
         )
         dtype = given.get("dtype") or (source if other is None else other).dtype
-        if device.type == source.device.type and dtype == source.dtype and not given.get("copy"):
+        if self.same(device, source.device) and dtype == source.dtype and not given.get("copy"):
             return source
         wanted = {"device": device, "dtype": dtype, "non_blocking": given.get("non_blocking", False)}
         return self._copy("_to_copy", aten._to_copy.default, (source,), wanted)
 
-    def _check(self, name: str, given: list[Any], ours: list[Tensor]) -> None:
+    def same(self, one: torch.device, other: torch.device) -> bool:
+        """Whether two devices are one; without a number it is the current."""
+        return one.type == other.type and (one.type == "cpu" or self.number(one) == self.number(other))
+
+    def _check(self, name: str, given: list[Any], ours: list[Tensor], device: Any = None) -> int:
+        """The number of the device that an operation runs on."""
+        there = {x.block.device for x in ours if x.dim()} or {x.block.device for x in ours} or {self.number(device)}
         self.asked = max((x.numel() * x.element_size() for x in ours), default=0)
         self.failing(name)
+        if len(there) > 1:
+            raise Refused(f"aten::{name}: Expected all tensors to be on the same device, found {sorted(there)}")
+        (index,) = there
         strangers = [x for x in given if not isinstance(x, Tensor) and x.dim()]
         if ours and strangers and name not in MAY_BE_ON_HOST:
             raise Refused(f"aten::{name}: Expected all tensors to be on the same device, found cuda:0 and cpu")
@@ -287,8 +331,9 @@ class GPU:
         if name not in NO_KERNEL and any(x.dtype in UNSIGNED for x in ours):
             raise Refused(f"aten::{name}: unsigned integers")
         for tensor in ours:
-            if name not in NO_KERNEL and not self.stream.knows(tensor.block.written):
+            if name not in NO_KERNEL and not self.stream(index).knows(tensor.block.written):
                 raise Refused(f"aten::{name}: reads what another stream may not have written yet")
+        return index
 
     def _on_meta(self, func: Any, args: Any, kwargs: Any) -> Any:
         def meta(x: Any) -> Any:
@@ -302,9 +347,10 @@ class GPU:
         with torch.utils._python_dispatch._disable_current_modes():
             return func(*args, **kwargs)
 
-    def _wait(self, ours: list[Tensor]) -> None:
+    def _wait(self, device: int) -> None:
         self.synchronisations += 1
-        self.stream.run(self.stream.sent)
+        stream = self.stream(device)
+        stream.run(stream.sent)
 
     def _real(self, x: Any) -> Any:
         if not isinstance(x, Tensor):
@@ -326,8 +372,8 @@ class GPU:
                 _canonical(made)
         return made
 
-    def _now(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
-        self._count(name)
+    def _now(self, name: str, func: Any, args: Any, kwargs: Any, device: int) -> Any:
+        self._count(name, device)
         made = self._compute(name, func, args, kwargs)
 
         def wrapped(x: Any) -> Any:
@@ -336,22 +382,23 @@ class GPU:
             for old in tree_leaves((args, kwargs)):
                 if isinstance(old, Tensor) and old.host is x:
                     return old
-            tensor = self._fresh(x.to("meta"))
+            tensor = self._fresh(x.to("meta"), device)
             tensor.host = x
             return tensor
 
         return tree_map(wrapped, made)
 
-    def _fresh(self, meta: torch.Tensor) -> Tensor:
-        return Tensor(meta, Block(self, meta.untyped_storage().nbytes()))
+    def _fresh(self, meta: torch.Tensor, device: int) -> Tensor:
+        return Tensor(meta, Block(self, meta.untyped_storage().nbytes(), device))
 
-    def _count(self, name: str) -> None:
+    def _count(self, name: str, device: int) -> None:
         if name not in NO_KERNEL:
             self.kernels[name] += 1
+            self.launched[device] += 1
 
-    def _later(self, name: str, func: Any, args: Any, kwargs: Any, plan: Any, ours: list[Tensor]) -> Any:
+    def _later(self, name: str, func: Any, args: Any, kwargs: Any, plan: Any, ours: list[Tensor], device: int) -> Any:
         """Results that exist when the stream has come so far."""
-        self._count(name)
+        self._count(name, device)
         old = {id(x.meta): x for x in ours}
         places = {x.meta.untyped_storage()._cdata: x.block for x in ours}
         made: list[Tensor] = []
@@ -363,11 +410,11 @@ class GPU:
                 tensor = old[id(x)]
             else:
                 block = places.get(x.untyped_storage()._cdata)
-                tensor = Tensor(x, block) if block is not None else self._fresh(x)
+                tensor = Tensor(x, block) if block is not None else self._fresh(x, device)
             made.append(tensor)
             return tensor
 
-        result, stream = tree_map(wrapped, plan), self.stream
+        result, stream = tree_map(wrapped, plan), self.stream(device)
 
         def work() -> None:
             found = [x for x in tree_leaves(self._compute(name, func, args, kwargs)) if isinstance(x, torch.Tensor)]
@@ -388,15 +435,22 @@ class GPU:
             source, target = args[0], None
             blocking = not kwargs.get("non_blocking")
             device = torch.device(kwargs.get("device") or source.device)
+            if isinstance(source, Tensor) and device.type == "cuda" and not self.same(device, source.device):
+                return self._cross(source, self.number(device), func, kwargs)
             if device.type == "cpu" and isinstance(source, Tensor):
                 return self._download(source, None, func, kwargs, blocking=blocking)
         if isinstance(target, torch.Tensor) and not isinstance(target, Tensor):
             return self._download(source, target, func, kwargs, blocking=blocking)
         if isinstance(source, Tensor):
-            self._check(name, [source], [source])
+            number = self._check(name, [source], _tensors(args))
             kwargs = {k: v for k, v in kwargs.items() if k not in ("device", "non_blocking", "pin_memory")}
-            return self._later(name, func, args, kwargs, self._on_meta(func, args, kwargs), _tensors(args))
+            return self._later(name, func, args, kwargs, self._on_meta(func, args, kwargs), _tensors(args), number)
         return self._upload(name, func, args, kwargs, source, target, blocking=blocking)
+
+    def _cross(self, source: Tensor, device: int, func: Any, kwargs: Any) -> Tensor:
+        """A copy from one device to another, by way of the host."""
+        there = self._download(source, None, func, {"dtype": kwargs.get("dtype")}, blocking=True)
+        return self._upload("_to_copy", func, (there,), {"device": f"cuda:{device}"}, there, None, blocking=True)
 
     def _upload(self, name: str, func: Any, args: Any, kwargs: Any, source: Any, target: Any, *, blocking: bool) -> Any:
         self.uploaded += source.numel() * source.element_size()
@@ -406,9 +460,10 @@ class GPU:
         dtype = kwargs.get("dtype")
         if target is None:
             meta = torch.empty_like(source, device="meta", dtype=dtype)
-            result = self._fresh(meta)
+            result = self._fresh(meta, self.number(kwargs.get("device")))
         else:
             result = target
+        stream = self.stream(result.block.device)
 
         def work() -> None:
             with torch.utils._python_dispatch._disable_current_modes():
@@ -420,14 +475,13 @@ class GPU:
                     assert target.host is not None
                     target.host.copy_(kept)
 
-        place = self.stream.send(work)
-        result.block.written = self.stream, place
+        result.block.written = stream, stream.send(work)
         if blocking or not pinned:
-            self._wait([])
+            self._wait(stream.device)
         return result
 
     def _download(self, source: Any, target: Any, func: Any, kwargs: Any, *, blocking: bool) -> Any:
-        self._check("_to_copy", [source], [source])
+        device = self._check("_to_copy", [source], [source])
         with torch.utils._python_dispatch._disable_current_modes():
             if target is None:
                 target = torch.empty_like(source.meta, device="cpu", dtype=kwargs.get("dtype"))
@@ -440,9 +494,9 @@ class GPU:
             with torch.utils._python_dispatch._disable_current_modes():
                 target.copy_(source.host)
 
-        self.stream.send(work)
+        self.stream(device).send(work)
         if blocking or not pinned:
-            self._wait([])
+            self._wait(device)
         return target
 
     def pin(self, tensor: torch.Tensor) -> None:
@@ -497,19 +551,34 @@ class _Mode(TorchDispatchMode):
 
 @contextmanager
 def _streamed(stream: Stream | None) -> Iterator[None]:
-    gpu = GPU.here()
-    before = getattr(gpu.threads, "stream", None)
-    gpu.threads.stream = stream or before
-    try:
+    """The stream is the current one of its device, which is the current device."""
+    if stream is None:
         yield
+        return
+    gpu = GPU.here()
+    before = gpu.threads.__dict__.get("streams", {})
+    gpu.threads.streams = {**before, stream.device: stream}
+    try:
+        with _on(stream.device):
+            yield
     finally:
-        gpu.threads.stream = before
+        gpu.threads.streams = before
 
 
 @contextmanager
-def simulated(limit: int = 1 << 34) -> Iterator[GPU]:
-    """A device of `limit` bytes, for all threads begun within the block."""
-    gpu = GPU(limit)
+def _on(device: Any) -> Iterator[None]:
+    gpu = GPU.here()
+    before, gpu.threads.device = gpu.now, gpu.number(device)
+    try:
+        yield
+    finally:
+        gpu.threads.device = before
+
+
+@contextmanager
+def simulated(limit: int = 1 << 34, devices: int = 1) -> Iterator[GPU]:
+    """So many devices of `limit` bytes, for all threads begun within the block."""
+    gpu = GPU(limit, devices)
     run = threading.Thread.run
 
     def within(thread: threading.Thread) -> None:
@@ -519,41 +588,48 @@ def simulated(limit: int = 1 << 34) -> Iterator[GPU]:
     def synchronise(device: Any = None) -> None:
         gpu.synchronisations += 1
         with gpu.lock:
-            gpu.stream.run(gpu.stream.sent)
+            gpu.stream(device).run(gpu.stream(device).sent)
 
     fakes = {
         "_lazy_init": lambda: None,
         "is_available": lambda: True,
         "is_initialized": lambda: True,
-        "device_count": lambda: 1,
-        "current_device": lambda: 0,
+        "device_count": lambda: devices,
+        "current_device": lambda: gpu.now,
+        "device": _on,
+        "set_device": lambda device: setattr(gpu.threads, "device", gpu.number(device)),
         "Stream": Stream,
         "Event": Event,
         "stream": _streamed,
-        "current_stream": lambda device=None: gpu.stream,
-        "default_stream": lambda device=None: gpu.default,
+        "current_stream": gpu.stream,
+        "default_stream": gpu.default,
         "synchronize": synchronise,
         "empty_cache": lambda: None,
-        "mem_get_info": lambda device=None: (gpu.limit - gpu.used, gpu.limit),
+        "mem_get_info": lambda device=None: (gpu.limit - gpu.used[gpu.number(device)], gpu.limit),
         "get_device_name": lambda device=None: "a simulated GPU",
-        "max_memory_allocated": lambda device=None: gpu.peak,
-        "reset_peak_memory_stats": lambda device=None: setattr(gpu, "peak", gpu.used),
+        "max_memory_allocated": lambda device=None: gpu.peak[gpu.number(device)],
+        "reset_peak_memory_stats": lambda device=None: gpu.peak.__setitem__(
+            gpu.number(device), gpu.used[gpu.number(device)]
+        ),
     }
 
     def launch(kernel: Any, grid: Any, written: Any, read: Any, *numbers: Any, **constants: Any) -> None:
         """A loop by Triton's interpreter, as one kernel."""
         with gpu.lock:
             ours = _tensors((written, read))
-            gpu._check("loop", [*written, *read], ours)
-            gpu._count("loop")
+            device = gpu._check("loop", [*written, *read], ours)
+            if device != gpu.now:
+                raise Refused(f"a loop on cuda:{device} while cuda:{gpu.now} is the current device")
+            gpu._count("loop", device)
 
             def work() -> None:
                 with torch.utils._python_dispatch._disable_current_modes():
                     kernel[grid](*(x.host for x in (*written, *read)), *numbers, **constants)
 
-            place = gpu.stream.send(work)
+            stream = gpu.stream(device)
+            place = stream.send(work)
             for tensor in written:
-                tensor.block.written = gpu.stream, place
+                tensor.block.written = stream, place
 
     move = torch.Tensor.to
 
@@ -569,7 +645,7 @@ def simulated(limit: int = 1 << 34) -> Iterator[GPU]:
         device, dtype = device or tensor.device, dtype or tensor.dtype
         if tensor.requires_grad or "cuda" not in (device.type, tensor.device.type):
             return move(tensor, *args, **more)
-        if device.type == tensor.device.type and dtype == tensor.dtype and not copy:
+        if gpu.same(device, tensor.device) and dtype == tensor.dtype and not copy:
             return tensor
         return gpu.call(aten._to_copy.default, (tensor,), {"device": device, "dtype": dtype, "non_blocking": later})
 

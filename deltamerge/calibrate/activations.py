@@ -83,7 +83,7 @@ class _Collector:
         device: torch.device,
     ) -> None:
         self.delta, self.draw, self.device = delta, draw, device
-        self.masks = [[m for k in MASKS if (m := batch.get(k)) is not None] for batch in batches]
+        self.masks = masks_of(batches)
         self.found: dict[str, LayerStatistics] = {}
         self.sums: dict[str, dict[Cut | None, _Sums]] = {}
         self.deltas: dict[str, Tensor | None] = {}
@@ -157,6 +157,11 @@ class _Collector:
 def _rows(stored: Tensor, layer: Linear, cut: Cut | None) -> Tensor:
     """(m, n) a tensor of the file's whole, or a cut of it."""
     return cut.of(stored) if cut is not None else stored.T if layer.transposed else stored
+
+
+def masks_of(batches: Sequence[Inputs]) -> list[list[Tensor]]:
+    """The masks of real tokens that each batch has, for `tokens_of`."""
+    return [[mask for key in MASKS if (mask := batch.get(key)) is not None] for batch in batches]
 
 
 def tokens_of(x: Tensor, masks: Sequence[Tensor]) -> Tensor:

@@ -28,10 +28,11 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from deltamerge.calibrate.foreign import running
+from deltamerge.calibrate.head import LastLayer
 from deltamerge.calibrate.layers import Cut, Linear, cuts, input_of, modules, stacks
 from deltamerge.calibrate.loading import Group, Loading, Shaped
 from deltamerge.calibrate.passes import BlockOutput, Inputs, Watch, Weights, from_reader
-from deltamerge.calibrate.precision import Precision
+from deltamerge.calibrate.precision import Precision, multiplying, same_every_time
 from deltamerge.calibrate.products import Box, Products
 from deltamerge.calibrate.skeleton import bodies, find_blocks, hidden_states, ignored, place_buffers, shifted, skeleton
 from deltamerge.calibrate.trace import Generating, NotAChain, Shell, Stop, Trace, patched, together
@@ -52,7 +53,8 @@ class BlockModel:
                   one by one, all where one has had one
         turned    of the reached of `stacked`, whether they are stored (in, out)
         walked    is told of a walk's batches, after each block, how many passes over them the walk has made so far
-        entering  is told, before a block's turn, the part that comes after it
+        entering  is told, before a block's turn, the part that comes after it, and whose weights begin there
+        relieved  is asked where a device has too little memory whether some has been freed: then a walk begins again
         whole     True where blocks cannot be identified: then there is one part
         precision "bfloat16" or "float32": of the products inside blocks; float32 from then on where a block fails in
                   bfloat16
@@ -71,7 +73,8 @@ class BlockModel:
         precision: Precision = "float32",
     ) -> None:
         self.device, self.dtype, self.precision = torch.device(device), dtype, precision
-        self.entering: Callable[[int], None] = lambda part: None
+        self.entering: Callable[[int, Weights], None] = lambda part, weights: None
+        self.relieved: Callable[[], bool] = lambda: False
         self.module = skeleton(config, pad_token_id)
         # the last of these to return gives the last hidden state; one may call another (OPT's decoder)
         self._bodies = bodies(self.module)
@@ -81,6 +84,7 @@ class BlockModel:
         self.blocks = find_blocks(self.module)
         self.walked: Callable[[Sequence[Inputs], float], None] = lambda batches, passes: None
         self._ignored = ignored(self.module)
+        self._last_layer = LastLayer(self.module)
         self.reached: set[str] = set()
         self.turned: dict[str, bool] = {}
         self._cuts: dict[Box, list[Cut]] = {}
@@ -182,8 +186,12 @@ class BlockModel:
         decoder is to say. Memory: one part's weights, and the hidden states of every variant and batch. `watch` sees
         the linear layers of the first variant.
         """
-        (found,) = together([self.walk(batches, variants, reduce, watch=watch)])
-        return found
+        try:
+            return together([self.walk(batches, variants, reduce, watch=watch)])[0]
+        except torch.OutOfMemoryError:
+            if watch is not None or not self.relieved():
+                raise
+            return self.run(batches, variants, reduce)
 
     @torch.no_grad()
     def walk(
@@ -216,12 +224,14 @@ class BlockModel:
         watch: Watch | None,
     ) -> Generator[None, None, list[list[T]]]:
         traces, outputs = [], []
+        self.entering(2, variants[0])
         for v, weights in enumerate(variants):
             yield
             traces.append(self.prologue(weights, batches))
             outputs.append([trace.left(again=watch is not None and v == 0) for trace in traces[v]])
         for i in range(len(self.blocks)):
-            self.entering(2 + i)
+            if i > 0:
+                self.entering(2 + i, variants[0])
             for v, weights in enumerate(variants):
                 seen = watch if v == 0 else None
                 if i > 0 or seen is not None:  # the prologue has run block 0 already
@@ -248,10 +258,11 @@ class BlockModel:
         """Turn the previous block's output on every batch into block i's; the block's tensors are freed on return."""
         quick = watch is None
         tensors, shell = self._tensors(weights, 1 + i, quick=quick), Shell(self.blocks[i])
+        precision: Precision = self.precision if quick else "float32"
         local = self._local(tensors, i)
 
         def step(b: int) -> Any:
-            with running(self._cannot_run), self._products(tensors), self._quick() if quick else nullcontext():
+            with running(self._cannot_run), self._products(tensors), multiplying(precision, self.device):
                 return functional_call(shell, local, *traces[b].call(i, outputs[b]))
 
         if watch is None:
@@ -273,7 +284,7 @@ class BlockModel:
 
         def step(b: int) -> T:
             with patched(self.blocks, lambda i: lambda *args, **kwargs: outputs[b] if outputs else None):
-                return reduce(b, self._forward(tensors, batches[b]))
+                return reduce(b, self._last_layer.put_off(partial(self._forward, tensors, batches[b])))
 
         return self._watched(0, watch, step, len(batches))
 
@@ -282,13 +293,13 @@ class BlockModel:
         forward, traces = self.blocks[0].forward, []
 
         def first(*args: Any, **kwargs: Any) -> Any:
-            with self._quick():
+            with multiplying(self.precision, self.device):
                 return forward(*args, **kwargs)
 
         for inputs in batches:
             trace = Trace(first, stop_after=len(self.blocks) if self._chained else None)
             try:
-                with patched(self.blocks, trace.stub), suppress(Stop):
+                with patched(self.blocks, trace.stub), self._last_layer.stopping(), suppress(Stop):
                     self._forward(tensors, inputs)
             except InputError:
                 if self._chained or self.precision != "float32":
@@ -301,28 +312,25 @@ class BlockModel:
         return traces
 
     def differentiable(self, inputs: Inputs, weights: Weights) -> BlockOutput:
-        """The forward with gradients to whatever `weights` computes from; a block's tensors exist only while it runs.
-
-        `weights` is called again in the backward pass (activation checkpointing, block by block).
-        """
+        """The forward with gradients to whatever `weights` computes from, which is called again in the backward pass
+        (activation checkpointing, block by block): a block's tensors exist only while it runs."""
 
         def wrap(i: int) -> Callable[..., Any]:
             shell = Shell(self.blocks[i])
 
             def inner(*args: Any, **kwargs: Any) -> Any:
-                return functional_call(shell, self._local(self._tensors(weights, 1 + i), i), args, kwargs)
+                with same_every_time(self.device):
+                    return functional_call(shell, self._local(self._tensors(weights, 1 + i), i), args, kwargs)
 
             return partial(checkpoint, inner, use_reentrant=False, preserve_rng_state=False)
 
-        with patched(self.blocks, wrap):
+        with patched(self.blocks, wrap), same_every_time(self.device):
             return self._forward(self._tensors(weights, 0), inputs)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Inputs], weights: Weights, *, new_tokens: int, **options: Any) -> list[Tensor]:
-        """Greedy continuations of batches of left-padded prompts (B, T): new tokens (B, ≤ new_tokens) on the CPU.
-
-        All weights are resident. `options` go to transformers' `generate`.
-        """
+        """Greedy continuations of batches of left-padded prompts (B, T): new tokens (B, ≤ new_tokens) on the CPU. All
+        weights are resident. `options` go to transformers' `generate`."""
         tensors = {n: t for part in range(len(self.parts)) for n, t in self._tensors(weights, part).items()}
         local = {f"model.{n}": t for n, t in tensors.items()}
         options = {"do_sample": False, "num_beams": 1, "max_new_tokens": new_tokens, "use_cache": True, **options}
@@ -334,12 +342,6 @@ class BlockModel:
             start = 1 if self.module.config.is_encoder_decoder else placed["input_ids"].shape[1]
             made.append(tokens[:, start:].cpu())
         return made
-
-    def _quick(self) -> AbstractContextManager[Any]:
-        """Products in the precision that was asked for."""
-        if self.precision == "float32":
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=False)
 
     def _tensors(self, weights: Weights, part: int, *, quick: bool = False) -> dict[str, Tensor]:
         """The states of a part; `quick`: the weights of linear layers in the precision that was asked for."""
@@ -372,8 +374,7 @@ class BlockModel:
     def _watched(self, part: int, watch: Watch | None, step: Callable[[int], T], count: int) -> list[T]:
         if watch is None:
             return [step(b) for b in range(count)]
-        batch = 0
-        hooks = []
+        batch, hooks = 0, list[RemovableHandle]()
         for module, layer in self._linears[part]:
 
             def see(module: nn.Module, args: Any, layer: Linear = layer) -> None:

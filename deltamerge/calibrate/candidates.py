@@ -38,6 +38,10 @@ class Cache(Generic[T]):
     def __call__(self, name: str) -> T:
         return self.several([name])[name]
 
+    def __contains__(self, name: str) -> bool:
+        """Whether a value is there."""
+        return name in self._pinned or name in self._recent
+
     def several(self, names: Sequence[str]) -> dict[str, T]:
         """The values of names, of which the missing are read together."""
         found = {name: self._pinned[name] for name in names if name in self._pinned}

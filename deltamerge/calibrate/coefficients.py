@@ -9,10 +9,11 @@ torch is imported when it runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from deltamerge.calibrate.joint_factor import mean_judge
 from deltamerge.calibrate.spec import (
     COEFFICIENT_STEP,
     FITTED_PASSES,
@@ -27,7 +28,7 @@ from deltamerge.io.reader import Reader
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltamerge.calibrate.blocks import Inputs, Weights
+    from deltamerge.calibrate.blocks import Weights
     from deltamerge.calibrate.objectives import Distribution
     from deltamerge.calibrate.subject import Judge, Subject
 
@@ -43,13 +44,11 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
     from deltamerge.calibrate.searches import Found
     from deltamerge.calibrate.subject import Subject
 
-    with calibrating(spec.name, spec.passes), Reader() as reader:
+    with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
         known = dict(zip(spec.shared, inputs, strict=True))
         count = len(spec.coefficients)
         masks = [{one.stored: one.masked[k] for one in spec.pruned} for k in range(count)]
-        subjects = [
-            Subject(part.source, reader, () if i else masks, known) for i, part in enumerate(spec.parts)
-        ]  # fmt: skip
+        subjects = [Subject(part.source, reader, () if i else masks, known) for i, part in enumerate(spec.parts)]
         merge = _Merge(spec, subjects)
         start = merge.start()
         fitted, path = _fit(merge, start)
@@ -155,6 +154,8 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
     """
     import torch
 
+    from deltamerge.calibrate.scales import descend
+
     tasks = [_rows(subject, COEFFICIENT_STEP) for subject in merge.subjects]
     nothing = merge.nothing()
     scales = [_value(merge, i, task.stop, nothing) for i, task in enumerate(tasks)]
@@ -175,12 +176,8 @@ def _fit(merge: _Merge, start: Coefficients) -> tuple[dict[str, Tensor], list[tu
             group = task.groups[(step - 1) % len(task.groups)]
             size = sum(map(task.learned.count, group)) * scales[i] * len(tasks)
             for batch in group:
+                descend(merge.subjects[i].model, task.learned, batch, merge.weights(i, of_name()), size)
                 merge.subjects[i].count([task.learned.batches[batch]], 3)
-                weights = merge.weights(i, of_name())
-                total, _ = task.learned.loss(batch, merge.subjects[i].model.differentiable(
-                    task.learned.batches[batch], weights
-                ))  # fmt: skip
-                (total / size).backward()  # type: ignore[no-untyped-call]  # torch
         for group_ in optimiser.param_groups:
             group_["lr"] = RATE * (1.0 - (step - 1) / steps)
         optimiser.step()
@@ -202,17 +199,15 @@ def _leaves(scope: str, start: Coefficients) -> tuple[list[Tensor], Callable[[],
 
 def _turns(merge: _Merge, tasks: Sequence[_Rows]) -> int:
     """How often all fine-tunes' rows can be gone through, within the passes that are left for it."""
+    from deltamerge.calibrate.passes import sequences
+
     turn, left = max(len(task.groups) for task in tasks), []
     for subject, task in zip(merge.subjects, tasks, strict=True):
         search, held = subject.counts
-        once = sum(_sequences(batch) for batch in task.learned.batches) / len(task.groups) * turn
-        stop = sum(map(_sequences, task.stop.batches))
+        once = sum(map(sequences, task.learned.batches)) / len(task.groups) * turn
+        stop = sum(map(sequences, task.stop.batches))
         left.append((FITTED_PASSES * search - subject.sequences - JUDGED * held) / (3 * once + stop))
     return int(min(left))
-
-
-def _sequences(inputs: Inputs) -> int:
-    return len(next(iter(inputs.values())))
 
 
 def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients) -> float:
@@ -220,20 +215,12 @@ def _value(merge: _Merge, task: int, objective: Any, coefficients: Coefficients)
 
     subject = merge.subjects[task]
     detached = {name: value.detach() for name, value in coefficients.items()}
-    counted: Callable[[int], None] = partial(_counted, subject, objective.batches)
+    counted = partial(subject.count, objective.batches)
     return O.evaluate(subject.model, objective, [merge.weights(task, detached)], counted=counted)[0]
-
-
-def _counted(subject: Subject, batches: Sequence[Inputs], models: int) -> None:
-    subject.count(batches, models)
 
 
 def _judged(merge: _Merge, choices: Sequence[Coefficients]) -> tuple[Judge, list[float], float]:
     """The judge on held-out rows, and the values of the choices, of which the last is the recipe's own."""
-    from dataclasses import replace
-
-    from deltamerge.calibrate.joint_factor import mean_judge
-
     judges = [subject.judge() for subject in merge.subjects]
     labelled = all(subject.metric is not None for subject in merge.subjects)
     totals = [0.0] * len(choices)

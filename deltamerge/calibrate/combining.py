@@ -3,7 +3,7 @@ gradients of the sum."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ def combined(base: Tensor, coefficients: Tensor, deltas: Sequence[Masked]) -> Te
     coefficients  (K), or (K, …) whose entries broadcast to the tensor
     deltas        K of the tensor's shape, dense or `Kept`
     """
-    made: Tensor = _Sum.apply(base, coefficients, deltas)  # type: ignore[no-untyped-call]  # torch
-    return made
+    apply: Callable[..., Tensor] = _Sum.apply
+    return apply(base, coefficients, deltas)
 
 
 class _Sum(torch.autograd.Function):

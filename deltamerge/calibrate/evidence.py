@@ -71,7 +71,8 @@ def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str
     With a `spec` of that source, whose masks need no activations, they include its first mask.
     """
     masks = [] if spec is None else [{p.stored: p.masked[0] for p in spec.pruned}]
-    with calibrating(source.model, 1 if spec is None else 2, ACTIVATIONS), Reader() as reader:
+    most = 1 if spec is None else 2
+    with calibrating(source.model, most, ACTIVATIONS, device=source.device), Reader() as reader:
         found = Subject(source, reader, masks).statistics(drawn=spec is not None)
         return {name: layer for name, layer in found.items() if spec is None or layer.power is not None}
 
@@ -79,7 +80,7 @@ def influence(*, source: CalibrationInput, spec: Spec | None = None) -> dict[str
 def measure_influence(*, specs: Sequence[Spec]) -> Measured:
     """The losses of the masks of several specs with one source, for the first mask seed of each."""
     source = specs[0].source
-    with calibrating(source.model, passes(specs), "trying masks of"), Reader() as reader:
+    with calibrating(source.model, passes(specs), "trying masks of", device=source.device), Reader() as reader:
         found = Subject(source, reader).statistics(drawn=False)
         transposed = any(layer.transposed for layer in Subject(source, reader).layers.values())
         usable = [spec for spec in specs if not (spec.shared and transposed)]
@@ -130,8 +131,8 @@ class _Comparison:
         variants = [pruned(subject.start, lambda name: None, {}), subject.tune]
         if self.validation is None:
             return lost, {}
-        subject.count(subject.batches["held"].inputs, 2)
-        values = O.evaluate(subject.model, self.validation, variants)
+        counted = partial(subject.count, self.validation.batches)
+        values = O.evaluate(subject.model, self.validation, variants, counted=counted)
         return lost, dict(zip(("base", "fine_tune"), map(self._score, values), strict=True))
 
     def _score(self, value: float) -> float:
@@ -141,7 +142,7 @@ class _Comparison:
     def _loss(self, spec: Spec, mask: Cache[Masked | None]) -> MaskLoss:
         subject = self.subject
         inputs = subject.batches["search"].inputs
-        layers = collect(subject.model, subject.tune, inputs, subject.delta, draw=lambda name, _: mask(name))
+        layers = collect(subject.model, subject.tune, inputs, subject.tensors.delta, draw=lambda name, _: mask(name))
         subject.count(inputs, 2)
         layers = {name: layer for name, layer in layers.items() if name in subject.layers}
         density = min(p.density for p in spec.pruned)

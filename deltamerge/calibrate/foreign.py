@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +26,18 @@ def running(what: str, hint: str | None = None) -> Iterator[None]:
         if is_own(error) or is_out_of_memory(error):
             raise
         raise InputError(f"{what}: {reason(error)}", hint=hint) from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' advice on lengths and padding."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def is_own(error: Exception) -> bool:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from deltamerge.calibrate.merge_inputs import FIRST, Spooled
+from deltamerge.calibrate.merge_inputs import Spooled
 from deltamerge.calibrate.spec import Share
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.errors import InputError
@@ -61,17 +61,17 @@ def squares(*, parts: tuple[Share, ...], folder: Path | None = None) -> Spooled:
     Classes are weighed by their probabilities; of a language model y is the row's own text; of a regression the squares
     are those of its outputs. InputError: a model without a head.
     """
+    from deltamerge.calibrate.subject import Subject
+
     found = Spooled.beginning(folder)
     for model, part in enumerate(parts):
-        rows = part.source.calibration.sequences
-        with calibrating(part.source.model, FORWARDS, "differentiating"), Reader() as reader:
-            from deltamerge.calibrate.subject import Subject
-
-            subject = Subject(part.source, reader)
+        source = part.source
+        with calibrating(source.model, FORWARDS, "differentiating", device=source.device), Reader() as reader:
+            subject = Subject(source, reader)
             if subject.model.headless:
                 raise InputError("it has no head, whose answers are differentiated", hint="merge_method: regmean")
             names = {one.stored: one.name for one in part.pruned}
-            sums = _Sums(found, model, names, rows)
+            sums = _Sums(found, model, names, subject.counts[0])
             _differentiate(subject, sums)
             sums.close()
             subject.forget()
@@ -91,10 +91,9 @@ class _Sums:
 
         name = self.names[stored]
         if name not in self.maps:
-            path = self.found.folder / f"{FIRST + len(self.found.files):07d}"
+            path = self.found.begun(name, self.model)
             with writing():
                 self.maps[name] = np.memmap(path, np.float32, "w+", shape=(grad.numel(),))
-            self.found.files[name, self.model] = path
         square = grad.detach().to("cpu", torch.float32).reshape(-1).square().mul_(self.weight / self.rows)
         self.maps[name] += square.numpy()
 
@@ -123,7 +122,6 @@ def _differentiate(subject: Subject, sums: _Sums) -> None:
 
     generator = torch.Generator().manual_seed(subject.source.seed)
     for batch in subject.reads.batches(subject.rows["search"], size=1).inputs:
-        subject.count([batch], FORWARDS)
         output = subject.model.differentiable(batch, weights)
         if per_token(output.logits):
             terms = [(1.0, _of_text(output, batch))]
@@ -131,7 +129,8 @@ def _differentiate(subject: Subject, sums: _Sums) -> None:
             terms = _of_answers(output, subject.is_regression, generator)
         for i, (weight, term) in enumerate(terms):
             sums.weight = weight
-            term.backward(retain_graph=i + 1 < len(terms))  # type: ignore[no-untyped-call]  # torch
+            torch.autograd.backward(term, retain_graph=i + 1 < len(terms))
+        subject.count([batch], FORWARDS)
 
 
 def _of_text(output: BlockOutput, batch: Mapping[str, Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
     from deltamerge.calibrate.searches import SCAN, Found, shortlist
     from deltamerge.calibrate.subject import Subject
 
-    with calibrating(spec.name, spec.passes), Reader() as reader:
+    with calibrating(spec.name, spec.passes, device=spec.source.device), Reader() as reader:
         known = dict(zip(spec.shared, inputs, strict=True))
         subjects = [
             Subject(p.source, reader, [{t.stored: t.masked[s] for t in p.pruned} for s in range(spec.seeds)], known)

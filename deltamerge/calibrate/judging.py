@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.candidates import Q
-from deltamerge.calibrate.spec import ROUND
+from deltamerge.calibrate.spec import CLOSER, ROUND
 from deltamerge.calibrate.subject import Judge, Subject
 
 if TYPE_CHECKING:
@@ -45,7 +45,8 @@ def compare(
     found: Sequence[Found],
     *,
     most: int | None,
-    closer: Callable[[Sequence[float]], Found | None] = lambda values: None,
+    closer: Callable[[Sequence[Found], Sequence[float]], Found | None] = lambda found, values: None,
+    times: int = CLOSER,
 ) -> Verdict:
     """Compare candidates with the plain choice, for the mask that is written.
 
@@ -53,11 +54,15 @@ def compare(
     found    the candidates
     most     rounds at most; None: all
     closer   proposes one more candidate, from the values of all in the first round
+    times    that it is asked
     """
     some = [rounds.entry(one.q, one) for one in rounds.judge.eligible(found)]
     without = rounds.entry(rounds.plain)
     rounds.look([*some, without])
-    if (more := closer([one.value for one in some])) is not None:
+    for _ in range(times):
+        more = closer([one.found for one in some if one.found is not None], [one.value for one in some])
+        if more is None:
+            break
         some.append(rounds.entry(more.q, more))
         rounds.look(some)
     dropped: list[Entry] = []

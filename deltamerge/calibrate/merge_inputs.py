@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.calibrate import spec
-from deltamerge.calibrate.second_moments import MEASURING, Keep, Measured, measure, moments_watch
+from deltamerge.calibrate.second_moments import MEASURING, Keep, Measured, Moments, measure
 from deltamerge.calibrate.spec import Share
 from deltamerge.calibrate.stage import calibrating
 from deltamerge.engine.graph import Node
+from deltamerge.io import progress
 from deltamerge.io.files import writing
 from deltamerge.io.reader import Reader
 
@@ -42,7 +43,7 @@ class Spooled:
     folder: Path
     files: dict[tuple[str, int], Path] = field(default_factory=dict)
     scales: dict[int, float] = field(default_factory=dict)
-    owner: Any = None  # removes the folder when this goes
+    owner: tempfile.TemporaryDirectory[str] | None = None  # of a folder of their own
 
     @classmethod
     def beginning(cls, folder: Path | None) -> Spooled:
@@ -52,18 +53,24 @@ class Spooled:
         own = tempfile.TemporaryDirectory(prefix="deltamerge-")
         return cls(Path(own.name), owner=own)
 
+    def begun(self, name: str, model: int) -> Path:
+        """The path of a new file, of a tensor in a model."""
+        path = self.folder / f"{FIRST + len(self.files):07d}"
+        self.files[name, model] = path
+        return path
+
     def keep(self, name: str, model: int, moments: NDArray[np.float64]) -> None:
         """Write those of a layer in a model."""
-        path = self.folder / f"{FIRST + len(self.files):07d}"
         with writing():
-            moments.tofile(path)
-        self.files[name, model] = path
+            moments.tofile(self.begun(name, model))
 
     def remove(self) -> None:
-        """Remove the files."""
+        """Remove the files, and the folder if it is their own."""
         for path in self.files.values():
             path.unlink(missing_ok=True)
         self.files.clear()
+        if self.owner is not None:
+            self.owner.cleanup()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +137,7 @@ def merged(
     found = Spooled.beginning(folder)
     values = {**dict(zip(known, shared, strict=True)), so_far: found}
     with ExitStack() as stack:
-        stack.enter_context(calibrating("the merge", len(parts), MEASURING))
+        stack.enter_context(calibrating("the merge", len(parts), MEASURING, device=parts[0].source.device))
         reader = stack.enter_context(Reader())
         subjects = []
         for part in parts:
@@ -144,7 +151,7 @@ def merged(
                 _walk(subject, _onward(subject, part, subjects[0], parts[0]), names, _kept(found, names, model))
             )
         for _ in zip(*walks, strict=True):
-            pass
+            progress.here(progress.PASSES).step(len(parts) / len(subjects[0].model.parts))
         for subject in subjects:
             subject.forget()
     return found
@@ -154,9 +161,7 @@ def _walk(subject: Subject, passed: Weights, names: Mapping[str, str], keep: Kee
     from deltamerge.calibrate.relay import relay
 
     batches = subject.batches["search"].inputs
-    subject.count(batches)
-    watch = moments_watch(batches, set(names.values()), keep)
-    return relay(subject.model, batches, subject.tune, passed, watch)
+    return relay(subject.model, batches, subject.tune, passed, Moments(batches, set(names.values()), keep))
 
 
 def _onward(subject: Subject, part: Share, first: Subject, of_first: Share) -> Weights:

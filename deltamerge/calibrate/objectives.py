@@ -17,12 +17,14 @@ from torch import Tensor
 
 from deltamerge.calibrate import agreement
 from deltamerge.calibrate.blocks import BlockModel, BlockOutput, Inputs, Weights
+from deltamerge.calibrate.head import Head, at, pieces, taken
 from deltamerge.calibrate.metrics import METRICS, exact_match
 from deltamerge.calibrate.spec import WALKED
 from deltamerge.errors import InputError
 
 Compared = TypeVar("Compared", "OutputChange", "Distribution", "Agreement")
 """An objective that compares with the fine-tune's outputs, one of each batch."""
+Placed = TypeVar("Placed")
 TOP = 5
 CLASSES = 64
 
@@ -70,6 +72,14 @@ def reduced(
     return found
 
 
+def placed(objective: Placed, device: torch.device) -> Placed:
+    """The objective with the fine-tune's outputs on a device."""
+    if not isinstance(objective, OutputChange | Distribution):
+        return objective
+    targets = [(x.to(device), None if i is None else i.to(device)) for x, i in objective.targets]
+    return replace(objective, targets=targets)
+
+
 def first(objective: Compared, count: int) -> Compared:
     """The objective on the first `count` of its batches."""
     return replace(objective, batches=objective.batches[:count], targets=objective.targets[:count])
@@ -89,11 +99,11 @@ def over_seeds(values: Sequence[float]) -> float:
     return float(some.mean())
 
 
-def per_token(logits: Tensor | None) -> bool:
+def per_token(scores: Tensor | Head | None) -> bool:
     """Whether logits (B, T, V) score every token, as those of a language model do. InputError: they are several."""
-    if isinstance(logits, tuple | list):
-        raise InputError(f"the model gives {len(logits)} logits, and calibration compares one", hint="q: a number")
-    return logits is not None and logits.dim() == 3
+    if isinstance(scores, tuple | list):
+        raise InputError(f"the model gives {len(scores)} logits, and calibration compares one", hint="q: a number")
+    return scores is not None and (scores.x if isinstance(scores, Head) else scores).dim() == 3
 
 
 @dataclass
@@ -112,10 +122,10 @@ class OutputChange:
         """Collect the fine-tune's outputs: hidden states (tokens × H float32), or 5 logits a token."""
 
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
-            if per_token(output.logits):
+            if per_token(output.scores):
                 scores = _scores(output, batches[b])
-                top = scores.topk(min(TOP, scores.shape[-1]))
-                return top.values, top.indices
+                top = torch.cat([some.topk(min(TOP, some.shape[-1])).indices for _, some in pieces(scores)])
+                return at(scores, top), top
             return _tokens(output.hidden, batches[b]), None
 
         return cls(batches, model.run(batches, [tune], keep)[0])
@@ -123,7 +133,7 @@ class OutputChange:
     def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
         target, index = self.targets[batch]
         if index is not None:
-            change = _scores(output, self.batches[batch]).gather(-1, index) - target
+            change = at(_scores(output, self.batches[batch]), index) - target
             return float(change.square().sum(dtype=torch.float64)), change.numel()
         change = _tokens(output.hidden, self.batches[batch]) - target
         return float(change.abs().sum(dtype=torch.float64)), change.numel()
@@ -144,13 +154,14 @@ class Validation:
     metric: str
 
     def reduce(self, batch: int, output: BlockOutput) -> tuple[Any, Any]:
-        if output.logits is None:
+        if output.scores is None:
             raise InputError("validation needs a model with a head", hint="objective: output_change")
-        labels = self.labels[batch].to(output.logits.device)
+        labels = self.labels[batch].to(output.hidden.device)
         if self.metric == "loss":
-            return _loss(output.logits, labels)
-        one = output.logits.shape[-1] == 1
-        predicted = output.logits.squeeze(-1) if one else output.logits.argmax(-1)
+            return _loss(output, labels)
+        logits = output.logits
+        assert logits is not None
+        predicted = logits.squeeze(-1) if logits.shape[-1] == 1 else logits.argmax(-1)
         return predicted.cpu().numpy(), labels.cpu().numpy()
 
     def value(self, parts: Sequence[tuple[Any, Any]]) -> float:
@@ -205,11 +216,10 @@ class Distribution:
         def keep(b: int, output: BlockOutput) -> tuple[Tensor, Tensor | None]:
             if regression:
                 return _numbers(output, batches[b]), None
-            logs = _scores(output, batches[b]).log_softmax(-1)
-            if not per_token(output.logits) or logs.shape[-1] <= CLASSES:
-                return logs, None
-            top = logs.topk(CLASSES)
-            return _with_rest(top.values), top.indices
+            of_tokens = per_token(output.scores)
+            found = [_likeliest(some.log_softmax(-1), few=of_tokens) for _, some in pieces(_scores(output, batches[b]))]
+            indices = [index for _, index in found if index is not None]
+            return torch.cat([logs for logs, _ in found]), torch.cat(indices) if indices else None
 
         regression = regression or model.headless
         return cls(batches, model.run(batches, [tune], keep)[0], regression)
@@ -224,10 +234,13 @@ class Distribution:
         target, index = self.targets[batch]
         if self.regression:
             return (_numbers(output, self.batches[batch]) - target).square().sum(), target.numel()
-        logs = _scores(output, self.batches[batch]).log_softmax(-1)
-        if index is not None:
-            logs = _with_rest(logs.gather(-1, index))
-        return F.kl_div(logs, target, reduction="sum", log_target=True), len(target)
+        found: list[Tensor] = []
+        for rows, some in pieces(_scores(output, self.batches[batch])):
+            logs = some.log_softmax(-1)
+            if index is not None:
+                logs = _with_rest(logs.gather(-1, index[rows]))
+            found.append(F.kl_div(logs, target[rows], reduction="none", log_target=True).sum(-1))
+        return torch.cat(found).sum(), len(target)
 
     def reduce(self, batch: int, output: BlockOutput) -> tuple[float, int]:
         total, count = self.loss(batch, output)
@@ -258,6 +271,36 @@ class Agreement:
         return measure(np.concatenate(parts), np.concatenate(self.targets))
 
 
+@dataclass
+class SameAnswers:
+    """1 − the share of answers that are the fine-tune's: likeliest classes, next tokens over real tokens; of numbers
+    the distance of `agreement.discord`, one minus their correlation."""
+
+    batches: Sequence[Inputs]
+    targets: Sequence[Any]
+    regression: bool
+
+    @classmethod
+    def of(cls, model: BlockModel, tune: Weights, batches: Sequence[Inputs], *, regression: bool) -> SameAnswers:
+        """Collect the fine-tune's answers, a number each, or its logits (B, C)."""
+        made = cls(batches, [], regression)
+        (targets,) = model.run(batches, [tune], made._answers)
+        return replace(made, targets=targets)
+
+    def _answers(self, batch: int, output: BlockOutput) -> Any:
+        if self.regression:
+            return _logits(output)
+        answers = [some.argmax(-1) for _, some in pieces(_scores(output, self.batches[batch]))]
+        return torch.cat(answers).cpu().numpy()
+
+    def reduce(self, batch: int, output: BlockOutput) -> Any:
+        return self._answers(batch, output)
+
+    def value(self, parts: Sequence[Any]) -> float:
+        ours, theirs = np.concatenate(parts), np.concatenate(self.targets)
+        return agreement.discord(ours, theirs) if self.regression else float(np.mean(ours != theirs))
+
+
 def is_regression(config: Any) -> bool:
     """Whether a head's logits are numbers rather than the classes of one distribution (regression, several labels)."""
     kind = getattr(config, "problem_type", None)
@@ -273,11 +316,12 @@ def _tokens(values: Tensor, inputs: Inputs) -> Tensor:
     return flat[mask.reshape(-1).to(flat.device, torch.bool)]
 
 
-def _scores(output: BlockOutput, inputs: Inputs) -> Tensor:
+def _scores(output: BlockOutput, inputs: Inputs) -> Tensor | Head:
     """Logits (sequences, C), or (real tokens, V) of a language model."""
-    if output.logits is None:
+    scores = output.scores
+    if scores is None:
         raise InputError("the model gives no logits", hint="give a number as q")
-    return _tokens(output.logits, inputs) if per_token(output.logits) else output.logits
+    return taken(scores, lambda values: _tokens(values, inputs)) if per_token(scores) else scores
 
 
 def _logits(output: BlockOutput) -> Any:
@@ -291,18 +335,33 @@ def _numbers(output: BlockOutput, inputs: Inputs) -> Tensor:
     return _tokens(output.hidden, inputs) if output.logits is None else output.logits
 
 
+def _likeliest(logs: Tensor, *, few: bool) -> tuple[Tensor, Tensor | None]:
+    """Log-probabilities; where there are many and `few` are wanted, those of the likeliest and of all others, and
+    which these are."""
+    if not few or logs.shape[-1] <= CLASSES:
+        return logs, None
+    top = logs.topk(CLASSES)
+    return _with_rest(top.values), top.indices
+
+
 def _with_rest(logs: Tensor) -> Tensor:
     """Log-probabilities (N, K) with one more class that holds the remaining probability."""
     rest = (1.0 - logs.exp().sum(-1, keepdim=True)).clamp_min(1e-9)
     return torch.cat([logs, rest.log()], -1)
 
 
-def _loss(logits: Tensor, labels: Tensor) -> tuple[float, int]:
+def _loss(output: BlockOutput, labels: Tensor) -> tuple[float, int]:
     """(sum, count) of the task's own loss: next token, squared error of one output, or cross-entropy."""
-    if per_token(logits):
-        logits, labels = logits[:, :-1], labels[:, 1:]
-        total = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="sum")
-        return float(total), int((labels != -100).sum())
+    scores = output.scores
+    assert scores is not None
+    if per_token(scores):
+        labels = labels[:, 1:].reshape(-1)
+        scored = labels != -100
+        said = taken(scores, lambda values: values[:, :-1].reshape(-1, values.shape[-1])[scored])
+        losses = [F.cross_entropy(some, labels[scored][rows], reduction="none") for rows, some in pieces(said)]
+        return float(torch.cat(losses).sum()), int(scored.sum())
+    logits = output.logits
+    assert logits is not None
     if logits.shape[-1] == 1:
         return float((logits.squeeze(-1) - labels.to(logits.dtype)).square().sum()), len(labels)
     return float(F.cross_entropy(logits, labels, reduction="sum")), len(labels)

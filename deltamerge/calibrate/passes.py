@@ -6,9 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
+from deltamerge.calibrate.head import Head
 from deltamerge.calibrate.layers import Cut, Linear
+from deltamerge.io.dtypes import torch_dtype
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import TensorInfo
 
 Weights = Callable[[Sequence[str]], Mapping[str, Tensor]]
 """Checkpoint names -> tensors of any dtype and device. A pass asks for one part of the model at a time."""
@@ -17,10 +22,16 @@ Inputs = Mapping[str, Tensor]
 
 @dataclass(frozen=True, slots=True)
 class BlockOutput:
-    """`hidden` (B, T, H): last hidden state of the base model; `logits` (B, C) or (B, T, V), None without a head."""
+    """`hidden` (B, T, H): last hidden state of the base model; `scores`: logits (B, C) or (B, T, V), or what they are
+    computed from, None without a head."""
 
     hidden: Tensor
-    logits: Tensor | None
+    scores: Tensor | Head | None
+
+    @property
+    def logits(self) -> Tensor | None:
+        """The logits, computed."""
+        return self.scores.logits if isinstance(self.scores, Head) else self.scores
 
 
 class Watch(Protocol):
@@ -29,6 +40,18 @@ class Watch(Protocol):
     def enter(self, layers: Sequence[Linear]) -> None: ...
     def see(self, layer: Linear | Cut, x: Tensor, batch: int) -> None: ...
     def leave(self, layers: Sequence[Linear]) -> bool: ...
+
+
+def sequences(inputs: Inputs) -> int:
+    """How many of them a batch has."""
+    return len(next(iter(inputs.values())))
+
+
+def stored(reader: Reader, info: TensorInfo) -> Tensor:
+    """A tensor as it is stored, or made, on the CPU."""
+    raw = torch.empty(info.nbytes, dtype=torch.uint8)
+    reader.read_into(info, 0, raw.numpy())
+    return raw.view(torch_dtype(info.dtype)).view(info.shape)
 
 
 def from_reader(read: Callable[[str], Tensor]) -> Weights:

@@ -1,12 +1,17 @@
-"""Which dtype a forward pass multiplies in: float32, or bfloat16 where a device is fast at it. No torch: plan asks."""
+"""How a forward pass multiplies: in float32, or in bfloat16 where a device is fast at it, and in which order. No torch
+on import: plan asks."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 Precision = Literal["float32", "bfloat16"]
 CPU_INFO = Path("/proc/cpuinfo")
@@ -30,6 +35,24 @@ def chosen(asked: str, device: str, tensors: Iterable[Sized]) -> Precision:
 def fast_bfloat16(device: str) -> bool:
     """Whether a device multiplies matrices of bfloat16 faster than of float32: GPUs, and CPUs that say so."""
     return device != "cpu" or bool(FLAGS & _flags(CPU_INFO))
+
+
+def multiplying(precision: Precision, device: torch.device) -> AbstractContextManager[Any]:
+    """Matrix products in that precision, of bfloat16 with sums in float32."""
+    if precision == "float32":
+        return nullcontext()
+    import torch
+
+    return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
+
+
+def same_every_time(device: torch.device) -> AbstractContextManager[Any]:
+    """Attention whose backward adds in one order: the fused ones of a GPU do not."""
+    if device.type == "cpu":
+        return nullcontext()
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    return sdpa_kernel(SDPBackend.MATH)
 
 
 @cache

@@ -6,11 +6,12 @@ Names and shapes predict it before anything runs; a run, which sees what the dat
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-from deltamerge.io.names import EMBEDDING, EXPERTS, EXPERTS_OUT, numbers_as_stars
+from deltamerge.io.names import EMBEDDING, EXPERTS, EXPERTS_OUT, TASK_HEAD, numbers_as_stars
 
 UNSCALED = "vectors and embeddings are not rescaled"
 OTHER = "no weight of a linear layer"
@@ -18,6 +19,16 @@ UNSEEN = "a linear layer that no row reached"
 SHOWN = 8
 CONV1D_MODELS = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer"})
 CONV1D = re.compile(r"(^|\.)(c_attn|q_attn|c_proj|c_fc)\.weight$")
+
+
+def products(shapes: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+    """About how many entries are multiplied for each token, without the head's, and how many are the head's: those of
+    matrices that are no embeddings, of which one may be tied where there is no head. All experts count."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items() if len(shape) > 1}
+    looked_up = {name: size for name, size in sizes.items() if EMBEDDING.search(name)}
+    heads = {name: size for name, size in sizes.items() if re.search(TASK_HEAD, name)}
+    head = sum(heads.values()) or max(looked_up.values(), default=0)
+    return sum(size for name, size in sizes.items() if name not in {**looked_up, **heads}), head
 
 
 def is_unscaled(name: str, shape: tuple[int, ...]) -> bool:

@@ -17,7 +17,8 @@ def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: W
     """Watch block after block with the weights `seen`, on what the blocks before made of the batches with `passed`.
 
     Yields the number of each part that was watched; its `passed` weights are asked for afterwards. What is outside
-    blocks (part 0) comes last, but its `passed` weights are asked for first. InputError: blocks cannot be told apart.
+    blocks (part 0) comes last, but its `passed` weights are asked for first. What is watched follows from what was
+    passed, so both are float32. InputError: blocks cannot be told apart.
     """
 
     def start(names: Sequence[str]) -> Mapping[str, Tensor]:
@@ -28,16 +29,16 @@ def relay(model: BlockModel, batches: Sequence[Inputs], seen: Weights, passed: W
     )
     if model.whole:
         raise refused
+    model.precision = "float32"
     try:
         traces = model.prologue(start, batches)
     except NotAChain:
         raise refused from None
     outputs = [trace.left(again=True) for trace in traces]
     for i in range(len(model.blocks)):
-        model.entering(2 + i)
+        model.entering(2 + i, seen)
         model.block(i, seen, traces, list(outputs), watch)
         yield 1 + i
         model.block(i, passed, traces, outputs, None)
-        model.walked(batches, (i + 1) / (len(model.blocks) + 1))
     model.epilogue(seen, batches, lambda batch, output: None, outputs, watch)
     yield 0

@@ -1,12 +1,13 @@
 """Models under calibration on a GPU: weights stay there as they are stored, and masks are drawn as they are used.
 
 A pruned weight base + mask ∘ (tune − base) / q is one Triton loop over two stored tensors, so that neither a mask nor a
-delta is kept for a seed or a candidate. What does not fit in a third of the free memory is read again when it is used.
+delta is kept for a seed or a candidate. What does not fit in a third of the free memory streams by: the next block's
+tensors are read and sent while a block is computed, and freed when the walk has left it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from deltamerge.calibrate.ahead import Ahead
+from deltamerge.calibrate.arrivals import Arrivals
 from deltamerge.engine.backends import Step, steps
 from deltamerge.engine.devices import KEPT_SHARE, Room, free_bytes
 from deltamerge.engine.fused.on_gpu import Loop
 from deltamerge.engine.fused.stream import assemble_on_gpu
 from deltamerge.engine.graph import Graph, Node, depth_first, schedule
 from deltamerge.io import gpu
-from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.merge.arithmetic import task_arithmetic
@@ -41,37 +43,53 @@ class Resident:
         self.known = {id(node): value for node, value in known.items()}
         self.room = Room(free_bytes(device) // KEPT_SHARE)
         self.there: dict[TensorInfo, Tensor] = {}
+        self.passing: dict[TensorInfo, Tensor] = {}
+        self.ahead = Ahead(Arrivals(reader, device).send)
+        self._next: set[TensorInfo] = set()
+        self._entered: Any = None
 
-    @classmethod
-    def of(cls, reader: Reader, device: torch.device, known: Mapping[Node, Any]) -> Resident | None:
-        """None where no loop runs: on the CPU its compiled loops draw masks, and they are kept."""
-        return cls(reader, device, known) if device.type != "cpu" and gpu.available(device) else None
+    def begin(self, infos: Iterable[TensorInfo]) -> None:
+        """Send what the next block needs, while the one that is entered is computed; free what was left before."""
+        self.passing = {info: tensor for info, tensor in self.passing.items() if info in self._next}
+        self._next = {info for info in infos if info not in self.there}
+        if self._next and self._entered is not None:
+            self._entered.synchronize()  # the host is one block ahead of the device at most, and so is its memory
+        self._entered = torch.cuda.current_stream(self.device).record_event()
+        self.ahead.begin(info for info in self._next if info not in self.passing)
 
     def stored(self, info: TensorInfo) -> Tensor:
         """A flat stored tensor on the GPU, which stays if there is room."""
-        if info in self.there:
-            return self.there[info]
-        raw = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=True)
-        self.reader.read_into(info, 0, raw.numpy())
-        made = raw.to(self.device, non_blocking=True).view(torch_dtype(info.dtype))
-        if self.room.take(info.nbytes):
-            self.there[info] = made
+        for kept in (self.there, self.passing):
+            if info in kept:
+                return kept[info]
+        made = self.ahead(info).here()
+        kept = self.there if self.room.take(info.nbytes) else self.passing
+        kept[info] = made
         return made
+
+    def shed(self) -> bool:
+        """Free what stays there, from now on; whether there was any."""
+        found = bool(self.there)
+        self.clear()
+        self.room = Room(0)
+        return found
 
     def drawn(self, node: Node, base: TensorInfo, shape: tuple[int, ...]) -> Drawn | None:
         """The masked delta of a tensor of `shape`; None where no loop makes it in one pass: it is sparse, it has to be
         sorted or cut first, or it is only some of the tensor's rows."""
         plan = schedule(node)
-        if len(plan.passes) > 1 or {n.shape for n in plan.passes[0]} != {shape}:
+        if not gpu.available(self.device) or len(plan.passes) > 1 or {n.shape for n in plan.passes[0]} != {shape}:
             return None
         found = Drawn(self, node, base)
         return found if found.loop(node, {}) is not None else None
 
     def clear(self) -> None:
         """Free them."""
+        self.ahead.close()
         for info in self.there:
             self.room.give(info.nbytes)
         self.there.clear()
+        self.passing.clear()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,5 +133,5 @@ class Drawn:
         assert loop is not None
         stored = [self.resident.stored(node.parameter("tensor")) for node in loop.reads]
         size = stored[0].numel()
-        made, _ = loop.run(Tile(0, size, root.shape), stored, self.resident.device)
-        return made.view(root.shape)  # type: ignore[no-any-return]  # torch
+        made: Tensor = loop.run(Tile(0, size, root.shape), stored, self.resident.device)[0]
+        return made.view(root.shape)

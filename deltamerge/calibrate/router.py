@@ -15,17 +15,19 @@ The base is run block by block in float32 on one thread, so that a machine alway
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge import errors
+from deltamerge.calibrate.foreign import quiet, running
 from deltamerge.calibrate.router_spec import BATCH, Prompts, Routers, RouterSpec
 from deltamerge.calibrate.spec import rounded
+from deltamerge.engine.devices import memory_of
 from deltamerge.errors import InputError
 from deltamerge.io import progress
 from deltamerge.io.dtypes import ITEMSIZE
@@ -34,8 +36,6 @@ from deltamerge.methods.prune.bits import mask_key, normals, uniforms
 from deltamerge.recipe.moe_keys import DRAWN
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from deltamerge.calibrate.blocks import BlockModel, Inputs
 
 LEAST_NORM = 1e-8
@@ -49,7 +49,7 @@ def routers(*, spec: RouterSpec) -> Routers:
     transformers cannot run."""
     if spec.mode in DRAWN:
         return _recorded(spec, _drawn(spec), {})
-    with _quiet(), errors.context(f"routers of {spec.model}"), Reader() as reader:
+    with quiet(), errors.context(f"routers of {spec.model}"), memory_of(spec.device), Reader() as reader:
         tokens = _tokens(spec)
         made = _embedded(spec, reader, tokens) if spec.mode == "cheap_embed" else _run(spec, reader, tokens)
     if not np.isfinite(made).all():
@@ -89,7 +89,6 @@ def _recorded(spec: RouterSpec, values: NDArray[np.float32], tokens: Tokens) -> 
 def _tokens(spec: RouterSpec) -> dict[str, list[int]]:
     """The token ids of every prompt, after the tokenizer's first token where it has one."""
     from deltamerge.calibrate.data import tokenizer_of
-    from deltamerge.calibrate.foreign import running
 
     tokenizer = tokenizer_of(spec.checkpoint)
     start, rows = tokenizer.bos_token or "", spec.embedding.shape[0]
@@ -160,14 +159,12 @@ def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector
 
 def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vector]:
     """(layers, hidden) of every prompt."""
-    import torch
     from transformers import AutoConfig
 
     from deltamerge.calibrate.blocks import BlockModel, from_reader
-    from deltamerge.calibrate.foreign import running
+    from deltamerge.calibrate.passes import stored
     from deltamerge.engine.backends import single_threaded
     from deltamerge.engine.devices import torch_device
-    from deltamerge.io.dtypes import torch_dtype
 
     with running("transformers cannot read its config.json"):
         config = AutoConfig.from_pretrained(spec.checkpoint, local_files_only=True, trust_remote_code=False)
@@ -177,11 +174,6 @@ def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vecto
         raise InputError(f"prompt {longest[:40]!r} has {len(tokens[longest])} tokens, the model {most} positions")
     infos = {tensor.name: tensor for tensor in spec.tensors}
 
-    def read(name: str) -> torch.Tensor:
-        raw = torch.empty(infos[name].nbytes, dtype=torch.uint8)
-        reader.read_into(infos[name], 0, raw.numpy())
-        return raw.view(torch_dtype(infos[name].dtype)).view(infos[name].shape)
-
     ordered = sorted(tokens, key=lambda text: len(tokens[text]))
     # the first batch goes through the head too, which is large
     groups = [ordered[:1], *(ordered[i : i + BATCH] for i in range(1, len(ordered), BATCH))]
@@ -189,11 +181,12 @@ def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vecto
     model = BlockModel(config, infos, device=torch_device(spec.device), pad_token_id=0)
     if len(model.blocks) != spec.layers:
         raise InputError(f"{type(model.module).__name__} has {len(model.blocks)} blocks, the files {spec.layers}")
+    weights = from_reader(lambda name: stored(reader, infos[name]))
     watch = _Watch(model, batches, mean=spec.mode == "hidden_avg", mlp=spec.mode == "mlp_input")
     with single_threaded({"torch"}), progress.phase(f"routers of {spec.model}", 1, progress.PASSES) as phase:
         model.walked = lambda batches, passes: phase.begin(passes)
         with suppress(_Seen):
-            model.run(batches, [from_reader(read)], lambda batch, output: None, watch=watch)
+            model.run(batches, [weights], lambda batch, output: None, watch=watch)
         phase.step()
     layers = [np.concatenate(rows) for rows in watch.found]
     if [len(rows) for rows in layers] != [len(ordered)] * spec.layers:
@@ -227,9 +220,8 @@ class _Watch:
 
     def enter(self, layers: Sequence[Any]) -> None:
         if self.part < len(self.places) and self.model.blocks:
-            number = self.part
-            see = lambda module, args: self._keep(number, args[0])  # noqa: E731  # a hook
-            self.hooks = [self.places[number].register_forward_pre_hook(see)]
+            keep = partial(self._keep, self.part)
+            self.hooks = [self.places[self.part].register_forward_pre_hook(keep)]
 
     def see(self, layer: Any, x: Any, batch: int) -> None:
         """Linear layers are of no use here."""
@@ -242,8 +234,9 @@ class _Watch:
             raise _Seen
         return False
 
-    def _keep(self, layer: int, hidden: Any) -> None:
-        """`hidden` (B, T, H), padded on the right."""
+    def _keep(self, layer: int, module: Any, args: Any) -> None:
+        """Keep what a module of a layer is given: (B, T, H), padded on the right."""
+        hidden = args[0]
         mask = self.masks[len(self.found[layer])].to(hidden.device)
         lengths = mask.sum(1)
         if self.mean:
@@ -251,15 +244,3 @@ class _Watch:
         else:
             kept = hidden[range(len(hidden)), lengths - 1].double()
         self.found[layer].append(kept.cpu().numpy())
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' advice on lengths and padding."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

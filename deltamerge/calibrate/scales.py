@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from deltamerge.calibrate.blocks import BlockModel
+from deltamerge.calibrate.blocks import BlockModel, Weights
 from deltamerge.calibrate.candidates import Masked, Q, pruned
 from deltamerge.calibrate.objectives import Distribution
 
@@ -82,9 +79,7 @@ def learn(
         group = groups[(step - 1) % len(groups)]
         count = sum(map(objective.count, group))
         for batch in group:
-            with _same_every_time(model.device):
-                total, _ = objective.loss(batch, model.differentiable(objective.batches[batch], weights))
-                (total / count).backward()  # type: ignore[no-untyped-call]  # torch
+            descend(model, objective, batch, weights, count)
         reached |= {name for name, log in logs.items() if log.grad is not None}
         optimiser.step()
         with torch.no_grad():
@@ -103,9 +98,10 @@ def learn(
     return Learned(kept, best, tuple(path), taken, frozenset(reached))
 
 
-def _same_every_time(device: torch.device) -> AbstractContextManager[Any]:
-    """Attention whose backward adds in one order: the fused ones of a GPU do not."""
-    return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
+def descend(model: BlockModel, objective: Distribution, batch: int, weights: Weights, size: float) -> None:
+    """Add the gradient of a batch's loss over `size` to those of what the weights are computed from."""
+    total, _ = objective.loss(batch, model.differentiable(objective.batches[batch], weights))
+    torch.autograd.backward(total / size)
 
 
 def row_shape(transposed: bool, shape: Sequence[int]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from deltamerge.calibrate.spec import EVALUATIONS, SCANNED
+from deltamerge.calibrate.spec import EVALUATIONS, SCANNED, rounded
 
 Evaluate = Callable[[Sequence[float]], Sequence[float]]
 OfMasks = Callable[[Sequence[float], range], Sequence[Sequence[float]]]
@@ -19,6 +19,7 @@ COARSE = SCANNED
 BUDGET = EVALUATIONS
 FIRST = 2  # masks that a model is fitted to before it is known whether they agree
 AGREE = 0.1  # of the bracket in log x: masks whose minima differ by less agree
+NEAR = 0.05  # in log x: a point no farther from another is not worth a pass
 HUMP = 0.02  # of the range of the values: what must lie between two minima
 
 
@@ -228,10 +229,17 @@ def vertex(points: Sequence[float], values: Sequence[float], i: int) -> float:
     """The minimum of the parabola in log x through a point and its two neighbours; the point itself at an end."""
     if not 0 < i < len(points) - 1 or not all(map(math.isfinite, values[i - 1 : i + 2])):
         return points[i]
-    left, middle, right = values[i - 1 : i + 2]
-    curve = left - 2.0 * middle + right
-    shift = (left - right) / (2.0 * curve) if curve > 0.0 else 0.0
-    return points[i] * math.exp(shift * math.log(points[i + 1] / points[i]))
+    left, right = math.log(points[i] / points[i - 1]), math.log(points[i + 1] / points[i])
+    fall, rise = (values[i] - values[i - 1]) / left, (values[i + 1] - values[i]) / right
+    at = (-fall * right - rise * left) / (2.0 * (rise - fall)) if rise > fall else 0.0
+    return points[i] * math.exp(at)
+
+
+def closer(some: Sequence[Point]) -> float | None:
+    """The vertex at the best of ascending points; None where it is hardly another point."""
+    points, values = [x for x, _ in some], [value for _, value in some]
+    at = rounded(vertex(points, values, values.index(min(values))))
+    return None if any(abs(math.log(at / x)) < NEAR for x in points) else at
 
 
 def _apart(values: Sequence[float]) -> list[int]:

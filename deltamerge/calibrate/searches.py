@@ -145,9 +145,8 @@ class Searches:
         if self.few is None:
             return None
         some = sorted((float(one.numbers["q"]), value) for one, value in zip(candidates, values, strict=True))
-        points, heights = [x for x, _ in some], [value for _, value in some]
-        q = rounded(search.vertex(points, heights, heights.index(min(heights))))
-        return None if q in points else self._found(dict.fromkeys(self.reached, q), min(values), {"q": q})
+        q = search.closer(some)
+        return None if q is None else self._found(dict.fromkeys(self.reached, q), min(values), {"q": q})
 
     def not_calibrated(self, found: Found) -> list[dict[str, Any]]:
         """The entry of the lock about tensors without a searched q."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +20,7 @@ from deltamerge.io.reader import Reader
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from deltamerge.calibrate.blocks import Watch
+    from deltamerge.calibrate.blocks import Inputs
     from deltamerge.calibrate.layers import Cut, Linear
 
 Keep = Callable[[str, NDArray[np.float64]], None]
@@ -52,30 +52,27 @@ def measure(measured: Measured, wanted: Collection[str], keep: Keep) -> None:
     """Hand C of each layer in `wanted`, by the fine-tune's names, to `keep`; a layer that no row reaches has none."""
     from deltamerge.calibrate.subject import Subject
 
-    with calibrating(measured.source.model, 1, MEASURING), Reader() as reader:
-        subject = Subject(measured.source, reader)
+    source = measured.source
+    with calibrating(source.model, 1, MEASURING, device=source.device), Reader() as reader:
+        subject = Subject(source, reader)
         batches = subject.batches["search"].inputs
-        subject.count(batches)
-        watch = _Moments(batches, wanted, keep)
+        watch = Moments(batches, wanted, keep)
         subject.model.run(batches, [subject.tune], lambda batch, output: None, watch=watch)
+        subject.count(batches)
         subject.forget()
 
 
-def moments_watch(batches: Sequence[Mapping[str, Any]], wanted: Collection[str], keep: Keep) -> Watch:
-    """What measures the layers in `wanted` on a walk over `batches`, and hands each C to `keep` as a part is left."""
-    return _Moments(batches, wanted, keep)
-
-
-class _Moments:
-    """Sums of x xᵀ over real tokens of a block's layers: products in float32, their sum in float64.
+class Moments:
+    """A watch that sums x xᵀ over real tokens of the layers in `wanted`, block by block, and hands each C to `keep` as
+    the block is left: products in float32, their sum in float64.
 
     Layers that are given the same input share a sum.
     """
 
-    def __init__(self, batches: Sequence[Mapping[str, Any]], wanted: Collection[str], keep: Keep) -> None:
-        from deltamerge.calibrate.activations import MASKS
+    def __init__(self, batches: Sequence[Inputs], wanted: Collection[str], keep: Keep) -> None:
+        from deltamerge.calibrate.activations import masks_of
 
-        self.masks = [[m for key in MASKS if (m := batch.get(key)) is not None] for batch in batches]
+        self.masks = masks_of(batches)
         self.wanted, self.keep = wanted, keep
         self.sums: dict[str, tuple[int, Tensor]] = {}
         self.last: tuple[int, Tensor, Tensor, int] | None = None

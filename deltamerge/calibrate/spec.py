@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deltamerge.calibrate.precision import Precision, chosen
-from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled
+from deltamerge.calibrate.reach import OTHER, UNSCALED, grouped, is_linear, is_stacked, is_unscaled, products
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError, VerifyError
-from deltamerge.io.names import EMBEDDING, numbered_blocks
+from deltamerge.io.names import block_sizes, resident_size
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.methods.table import PRUNE
 from deltamerge.recipe.prune_keys import CalibratedQ
@@ -29,6 +28,7 @@ ROUNDED = 6  # significant digits of a q in a lock
 HELD_OUT = 200  # held-out rows at most; more where more rows are searched on
 ROUND = 25  # held-out rows of a round of comparisons
 LAST_ROUND = 2  # rounds at most where candidates differ by one number,
+CLOSER = 3  # candidates more, one after the other, between those of a search that the base's predictions ended
 MORE_ROUNDS = 4  # and more of them for a random mask whose q is searched by predictions
 SCANNED = 8  # points of a search's first round, on a quarter of the rows
 SHORTLIST = 4  # minima of a search that are compared on held-out rows
@@ -43,7 +43,6 @@ CACHE_BYTES = 1 << 31
 SPARSE_BELOW = 1 / 3  # share of entries below which positions (int32) and values are handled faster than the tensor
 # anonymous memory with torch, transformers and a tokenizer loaded, and room for one layer's activations, measured
 BASELINE_BYTES = 400_000_000
-HEAD_WEIGHT = re.compile(r"(^|\.)(lm_head|embed_out|output|classifier|score)\.")
 
 QValue = float | NDArray[np.float32]
 
@@ -156,6 +155,13 @@ class Spec:
         statistics = 0 if self.scope == "global" else 2
         return 1 + statistics + families * one + self.seeds
 
+    @property
+    def _whole_passes(self) -> int:
+        """The most passes that need all logits: an output change is of a few of them."""
+        if self.coefficients or self.search == "gradient" or self.objective == "validation":
+            return self.passes
+        return min(self.passes, math.ceil(1 + self._judging(self.source.calibration.sequences)))
+
     def _judging(self, rows: int) -> float:
         """Passes of the comparison on held-out rows: the fine-tune, the plain choice, candidates, the base."""
         candidates, held = 1 + SHORTLIST + PASSED, max(HELD_OUT, rows)
@@ -164,7 +170,7 @@ class Spec:
         if self.source.labelled:
             return (2 + candidates) * held / rows
         if self.scope == "global" and self.search != "gradient":
-            return (2 + candidates) * ROUND / rows + 6 * ROUND * (LAST_ROUND - 1) / rows
+            return (1 + CLOSER + candidates) * ROUND / rows + 6 * ROUND * (LAST_ROUND - 1) / rows
         return ((3 + SHORTLIST) * ROUND + (2 + SHORTLIST) * (held - ROUND)) / rows
 
     @property
@@ -195,6 +201,8 @@ class Spec:
     def describe(self) -> dict[str, Any]:
         """The stage as `deltamerge plan --json` prints it."""
         calibration = self.source.calibration
+        tokens = calibration.sequences * calibration.length
+        apart, head = products({tensor.name: tensor.shape for tensor in self.source.tensors})
         return {
             "model": self.name,
             "objective": self.objective,
@@ -207,7 +215,9 @@ class Spec:
             "length": calibration.length,
             "precision": self.source.precision,
             "forward_passes": self.passes,
-            "operations": operations(self.source),
+            "operations": 2 * apart * tokens,
+            "head_operations": 2 * head * tokens,
+            "head_passes": self._whole_passes,
             "memory": self.memory,
         }
 
@@ -233,19 +243,9 @@ def grid_step(low: float) -> float:
     return min(low, 0.05)
 
 
-def operations(source: CalibrationInput) -> int:
-    """About the multiplications and additions of a forward pass over the search rows: two for each token and entry of
-    a matrix that is no embedding. A head that may be tied counts, and so do all experts."""
-    sizes = {tensor.name: math.prod(tensor.shape) for tensor in source.tensors if len(tensor.shape) > 1}
-    looked_up = [name for name in sizes if EMBEDDING.search(name)]
-    entries = sum(sizes.values()) - sum(sizes[name] for name in looked_up)
-    if looked_up and not any(HEAD_WEIGHT.search(name) for name in sizes):  # it may be tied
-        entries += max(sizes[name] for name in looked_up)
-    return 2 * entries * source.calibration.sequences * source.calibration.length
-
-
 def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
-    """About the bytes that a stage takes: cached masks, one block both stored and in float32, hidden states."""
+    """About the bytes that a stage takes: cached masks, one block both stored and in float32, the next one stored,
+    hidden states."""
     widths = Counter(t.shape[0] for t in source.tensors if len(t.shape) == 1)  # most are of norms and outer biases
     width = max(widths, key=lambda size: (widths[size], size), default=1)
     rows = source.calibration.sequences
@@ -255,15 +255,15 @@ def memory(source: CalibrationInput, pruned: Sequence[Pruned] = ()) -> int:
         for one in pruned
         if one.masked
     )
-    return min(math.ceil(masks), source.cache) + 2 * resident(source.tensors) + hidden
+    shapes = {tensor.name: tensor.shape for tensor in source.tensors}
+    ahead = max(block_sizes(shapes, {tensor.name: tensor.nbytes for tensor in source.tensors}), default=0)
+    return min(math.ceil(masks), source.cache) + 2 * resident(source.tensors) + ahead + hidden
 
 
 def resident(tensors: Sequence[TensorInfo]) -> int:
     """The bytes in float32 of a model's largest block and of what is outside its blocks."""
-    sizes = {tensor.name: 4 * math.prod(tensor.shape) for tensor in tensors}
-    blocks = numbered_blocks({tensor.name: tensor.shape for tensor in tensors}) or {0: list(sizes)}
-    inside = {number: sum(sizes[name] for name in names) for number, names in blocks.items()}
-    return sum(sizes.values()) - sum(inside.values()) + max(inside.values())
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    return resident_size(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})
 
 
 def within(source: CalibrationInput, limit: int | None, share: int = 1) -> CalibrationInput:

@@ -9,13 +9,22 @@ A plan names these functions, so torch is imported when they run.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from deltamerge import errors
-from deltamerge.calibrate.spec import LAST_ROUND, MORE_ROUNDS, Calibrated, CalibrationInput, QValue, Spec, rounded
+from deltamerge.calibrate.foreign import quiet
+from deltamerge.calibrate.spec import (
+    CLOSER,
+    LAST_ROUND,
+    MORE_ROUNDS,
+    Calibrated,
+    CalibrationInput,
+    QValue,
+    Spec,
+    rounded,
+)
 from deltamerge.engine import backends
 from deltamerge.engine.devices import memory_of
 from deltamerge.errors.shown import shown
@@ -66,7 +75,8 @@ def calibrate(*inputs: Any, spec: Spec) -> Calibrated:
             some = [*found, *searches.passed]
             one_number = spec.scope == "global" and spec.search != "gradient"
             most = LAST_ROUND + (MORE_ROUNDS if searches.passed and spec.random else 0) if one_number else None
-            verdict = compare(rounds, some, most=most, closer=lambda values: searches.closer(some, values))
+            times = 1 if spec.random else CLOSER  # masks differ by more than another step would gain
+            verdict = compare(rounds, some, most=most, closer=searches.closer, times=times)
         subject.forget()
         chosen, record = decide(spec, verdict.judge, found, verdict.some, verdict.held, value)
         record["mask_seeds"] = searches.masks or spec.seeds
@@ -142,23 +152,18 @@ def decide(
 
 
 @contextmanager
-def calibrating(name: str, passes: int, what: str = "calibrating", *, device: str = "cpu") -> Iterator[None]:
+def calibrating(name: str, passes: int, what: str = "calibrating", *, device: str) -> Iterator[None]:
     """Name the model in errors of its calibration, and in a phase of at most so many forward passes over the rows;
     silence transformers' advice on lengths and padding; reuse what a pass frees. InputError: the device has too little
     memory."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with (
-            errors.context(f"calibration of {name}"),
-            progress.phase(f"{what} {shown(name, LONG)}", passes, progress.PASSES, bound=True),
-            backends.quiet_allocator(whole=True),
-            memory_of(device),
-        ):
-            yield
-    finally:
-        logger.setLevel(level)
+    with (
+        quiet(),
+        errors.context(f"calibration of {name}"),
+        progress.phase(f"{what} {shown(name, LONG)}", passes, progress.PASSES, bound=True),
+        backends.quiet_allocator(whole=True),
+        memory_of(device),
+    ):
+        yield
 
 
 def _output(q: Qs, names: dict[str, str]) -> dict[str, QValue]:

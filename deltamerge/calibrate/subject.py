@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
-import numpy as np
-import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
-from deltamerge.calibrate.blocks import BlockModel, Inputs, from_reader
-from deltamerge.calibrate.candidates import Cache, Masked, Q, pruned
+from deltamerge.calibrate.blocks import BlockModel, Inputs, Weights
+from deltamerge.calibrate.candidates import Q, pruned
 from deltamerge.calibrate.data import Batches, check_new_tokens
 from deltamerge.calibrate.data import RowReader as Rows
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Linear
-from deltamerge.calibrate.resident import Drawn, Resident
+from deltamerge.calibrate.passes import sequences
 from deltamerge.calibrate.rows import HEADS, Row, select
-from deltamerge.calibrate.spec import SPARSE_BELOW, STEP_ROWS, STOP_SHARE, CalibrationInput
+from deltamerge.calibrate.spec import STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
+from deltamerge.calibrate.spread import current, spread
 from deltamerge.calibrate.statistics import LayerStatistics
-from deltamerge.engine.devices import torch_device
-from deltamerge.engine.execute import shared_values
-from deltamerge.engine.graph import Graph, Node
-from deltamerge.engine.whole import computed
+from deltamerge.calibrate.tensors import Tensors
+from deltamerge.engine.devices import torch_device, torch_devices
+from deltamerge.engine.graph import Node
 from deltamerge.io import progress
-from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.ops import dense
-from deltamerge.methods.tiles import Kept
 
 T = TypeVar("T")
 Part = Literal["search", "held"]
@@ -85,11 +79,14 @@ class Subject:
         masks: Sequence[Mapping[str, Node]] = (),
         known: Mapping[Node, Any] | None = None,
         protected: Mapping[str, Node] | None = None,
+        *,
+        reports: bool = True,
     ) -> None:
+        self._given, self._reports = (reader, masks, known, protected), reports
+        self.check: Callable[[], None] = lambda: None
         self.source, self.reader, self.known = source, reader, known or {}
         self.device = torch_device(source.device)
         self.infos = {tensor.name: tensor for tensor in source.tensors}
-        self.pairs = {tune.name: (tune, base) for tune, base in source.pairs}
         self.config = _config(source)
         settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         self.task = task_of(source.calibration, settings)
@@ -114,19 +111,12 @@ class Subject:
             pad_token_id=self.reads.pad_token_id,
             precision=source.precision,
         )
-        self.model.entering = self._advise
-        self.model.walked = partial(_ahead, self.counts[0])
-        self.tune = from_reader(lambda name: self._stored(self.infos[name]))
-        # the variants of one walk share a part's weights and masks; earlier reads are in the page cache
-        part = max(self._part_bytes())
-        self.start = Cache(lambda names: {name: self._start(name) for name in names}, part)
-        room = max(0, source.cache - part) // max(1, len(masks))
-        self.masks = [Cache(partial(self._masked, nodes), part, room) for nodes in masks]
-        columns = shared_values(list((protected or {}).values()), self.known)
-        self.protected = {name: torch.from_numpy(columns[node]) for name, node in (protected or {}).items()}
-        self.caches: list[Cache[Any]] = [self.start, *self.masks]
+        self.tensors = Tensors(source, reader, self.infos, self.model, masks, self.known, protected or {})
+        self.pairs = self.tensors.pairs
+        self.start, self.masks, self.tune = self.tensors.start, self.tensors.masks, self.tensors.tune
+        self.model.walked = self._walked
         self.sequences = 0
-        self.resident = Resident.of(reader, self.device, self.known)
+        self._counting = threading.Lock()
 
     def _batched(self, rows: Sequence[Row], *, labelled: bool = False) -> Batches:
         return self.reads.batches(rows, size=self.size, labelled=labelled)
@@ -150,10 +140,9 @@ class Subject:
 
     def forget(self) -> None:
         """Free the cached weights and masks."""
-        for cache in self.caches:
-            cache.clear()
-        if self.resident is not None:
-            self.resident.clear()
+        for other in self.__dict__.pop("others", ()):
+            other.forget()
+        self.tensors.forget()
 
     @property
     def layers(self) -> dict[str, Linear]:
@@ -176,8 +165,8 @@ class Subject:
         """The linear layers of the fine-tune that have had an input."""
         if not self.model.reached:
             inputs = self.batches["search"].inputs
-            self.count(inputs)
             self.model.run(inputs, [self.tune], lambda batch, output: None)
+            self.count(inputs)
         return self.model.reached
 
     @property
@@ -187,15 +176,25 @@ class Subject:
 
     def count(self, batches: Sequence[Inputs], models: int = 1) -> None:
         """Count `models` passes over `batches`."""
-        sequences = models * sum(map(_rows, batches))
-        self.sequences += sequences
-        progress.here(progress.PASSES).step(sequences / self.counts[0])
+        count = models * sum(map(sequences, batches))
+        with self._counting:
+            self.sequences += count
+        progress.here(progress.PASSES).step(count / self.counts[0])
+
+    def _walked(self, batches: Sequence[Inputs], passes: float) -> None:
+        """Say that a walk has made so many passes over batches; end it where another device's share has failed."""
+        self.check()
+        if self._reports:
+            progress.here(progress.PASSES).begin(passes * sum(map(sequences, batches)) / self.counts[0])
 
     def output_change(self, part: Part) -> O.OutputChange:
         """The objective of that name, on "search" or "held" rows."""
-        inputs = self.batches[part].inputs
+        return self._change(self.batches[part].inputs)
+
+    def _change(self, inputs: Sequence[Inputs]) -> O.OutputChange:
+        change = O.OutputChange.of(self.model, self.tune, inputs)
         self.count(inputs)
-        return O.OutputChange.of(self.model, self.tune, inputs)
+        return change
 
     def validation(self, part: Part) -> O.Validation | O.Generation:
         """The objective of that name, on "search" or "held" rows."""
@@ -211,8 +210,9 @@ class Subject:
 
     def distribution(self, inputs: Sequence[Inputs]) -> O.Distribution:
         """The objective of learned scales on batches of the given rows."""
+        found = O.Distribution.of(self.model, self.tune, inputs, regression=self.is_regression)
         self.count(inputs)
-        return O.Distribution.of(self.model, self.tune, inputs, regression=self.is_regression)
+        return found
 
     def judge(self) -> Judge:
         """The judge: the metric where there are labels, else predictions; without a head the output change."""
@@ -223,15 +223,15 @@ class Subject:
 
     def agreement(self, inputs: Sequence[Inputs]) -> Judge:
         """The distance of predictions from the fine-tune's, whatever the scale and shift of a classifier's logits."""
-        rows = sum(_rows(batch) for batch in inputs)
+        rows = sum(map(sequences, inputs))
         if self.task in LANGUAGE and self._head(self.task):
             return Judge(self.distribution(inputs), "divergence of the next token", rows, trusted=True)
-        self.count(inputs)
         if self._head(self.task):
             objective = O.Agreement.of(self.model, self.tune, inputs, regression=self.is_regression)
+            self.count(inputs)
             measure = "1 - correlation with the fine-tune's" if self.is_regression else "divergence of the classes"
             return Judge(objective, measure, rows, trusted=True)
-        return Judge(O.OutputChange.of(self.model, self.tune, inputs), "output change", rows, trusted=False)
+        return Judge(self._change(inputs), "output change", rows, trusted=False)
 
     @property
     def is_regression(self) -> bool:
@@ -261,115 +261,55 @@ class Subject:
     ) -> list[list[float]]:
         """[choice of q's][mask] of the objective. A mask's choices are walked together: it is drawn once a walk, where
         it is not kept."""
-        variants = [pruned(self.start, self.masks[mask], q) for mask in masks for q in qs]
-        found = O.evaluate(self.model, objective, variants, counted=partial(self.count, objective.batches))
+        jobs = [(mask, q) for mask in masks for q in qs]
+        found = self._spread(O.evaluate, objective, jobs, lambda at, job: pruned(at.start, at.masks[job[0]], job[1]))
         return [found[i :: len(qs)] for i in range(len(qs))]
 
     def parts(self, objective: O.Objective, qs: Sequence[Mapping[str, Q] | None]) -> list[list[Any]]:
         """Of every choice of q's what `objective.value` takes, for the first mask; of None, where nothing of the delta
         is kept."""
-        nothing = pruned(self.start, lambda name: None, {})
-        variants = [nothing if q is None else pruned(self.start, self.masks[0], q) for q in qs]
-        return O.reduced(self.model, objective, variants, counted=partial(self.count, objective.batches))
+
+        def weights(at: Subject, q: Mapping[str, Q] | None) -> Weights:
+            return pruned(at.start, lambda name: None, {}) if q is None else pruned(at.start, at.masks[0], q)
+
+        return self._spread(O.reduced, objective, qs, weights)
+
+    def _spread(
+        self,
+        value: Any,
+        objective: O.Objective | O.Generation,
+        jobs: Sequence[T],
+        weights: Callable[[Subject, T], Weights],
+    ) -> list[Any]:
+        """`value` of the models that jobs stand for, which several GPUs share."""
+
+        def some(at: Subject, share: Sequence[T], check: Callable[[], None]) -> list[Any]:
+            at.check = check
+            variants = [weights(at, job) for job in share]
+            there, counted = O.placed(objective, at.device), partial(self.count, objective.batches)
+            with current(at.device):
+                return value(at.model, there, variants, counted=counted)  # type: ignore[no-any-return]  # as is `value`
+
+        return spread([self, *self.others] if len(jobs) > 1 else [self], jobs, some)
+
+    @cached_property
+    def others(self) -> list[Subject]:
+        """The same on the other GPUs that calibration may use."""
+        devices = torch_devices(self.source.device)[1:]
+        return [Subject(replace(self.source, device=str(one)), *self._given, reports=False) for one in devices]
 
     def nothing(self, objective: O.Objective | O.Generation) -> float:
         """The objective of the base with the fine-tune's head, where nothing of the delta is kept."""
-        self.count(objective.batches)
-        return O.evaluate(self.model, objective, [pruned(self.start, lambda name: None, {})])[0]
+        nothing = [pruned(self.start, lambda name: None, {})]
+        return O.evaluate(self.model, objective, nothing, counted=partial(self.count, objective.batches))[0]
 
     def statistics(self, *, drawn: bool) -> dict[str, LayerStatistics]:
         """Statistics over the search rows of the layers that had an input; `drawn`: with those of the first mask."""
         draw: Draw | None = (lambda name, _: self.masks[0](name)) if drawn else None
         inputs = self.batches["search"].inputs
-        found = collect(self.model, self.tune, inputs, self.delta, draw=draw)
+        found = collect(self.model, self.tune, inputs, self.tensors.delta, draw=draw)
         self.count(inputs, 2 if drawn else 1)
         return found
-
-    def delta(self, name: str) -> Tensor | None:
-        """The part of a tensor's delta that is pruned: 0 in protected columns."""
-        if name not in self.pairs:
-            return None
-        tune, base = self.pairs[name]
-        if tune.shape != self.infos[name].shape:
-            return None
-        delta = self._read(tune) - self._read(base)
-        if name in self.protected:
-            delta[:, self.protected[name]] = 0.0
-        return delta
-
-    def _part_bytes(self) -> list[int]:
-        """Bytes of the tensors outside the blocks alone, and with each block."""
-        outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
-        return [outside, *(outside + block for block in blocks)]
-
-    def _advise(self, part: int) -> None:
-        """Have the kernel read a part's weights while the one before it is computed."""
-        for name in self.model.parts[part] if part < len(self.model.parts) else ():
-            for info in self.pairs.get(name, (self.infos[name],)):
-                self.reader.advise(info, 0, info.nbytes)
-
-    def _stored(self, info: TensorInfo) -> Tensor:
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        self.reader.read_into(info, 0, raw.numpy())
-        return raw.view(torch_dtype(info.dtype)).view(info.shape).to(self.device)
-
-    def _read(self, info: TensorInfo) -> Tensor:
-        """A stored tensor in float32; integers unchanged."""
-        tensor = self._stored(info)
-        return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
-
-    def _start(self, name: str) -> Tensor:
-        """The tensor that the masked delta is added to: the base with protected columns' deltas, else the fine-tune's
-        own."""
-        if name not in self.pairs:
-            return self._stored(self.infos[name])
-        tune, base = self.pairs[name]
-        if name in self.protected:
-            start, columns = self._read(base), self.protected[name]
-            start[:, columns] += self._read(tune)[:, columns] - start[:, columns]
-            return start
-        if tune.shape == self.infos[name].shape:
-            return self._stored(base)
-        start = self._read(self.infos[name])
-        start[: base.shape[0]] = self._read(base)
-        return start
-
-    def _drawn(self, node: Node, name: str) -> Drawn | None:
-        """A masked delta that a GPU draws anew, where it is over the base itself and a loop can."""
-        if self.resident is None or name in self.protected:
-            return None
-        return self.resident.drawn(node, self.pairs[name][1], tuple(self.infos[name].shape))
-
-    def _masked(self, nodes: Mapping[str, Node], names: Sequence[str]) -> dict[str, Masked | None]:
-        """The masked deltas of tensors, None where a tensor is not pruned."""
-        found: dict[str, Masked | None] = dict.fromkeys(names)
-        pruned = {name: nodes[name] for name in names if name in nodes}
-        found |= {name: self._drawn(node, name) for name, node in pruned.items()}
-        roots = {n: Graph().node(dense, [node], shape=node.shape) for n, node in pruned.items() if found[n] is None}
-        made = computed(roots, self.reader, device=self.source.device, known=self.known) if roots else {}
-        return found | {name: self._kept(name, made.pop(name).view(np.float32)) for name in roots}
-
-    def _kept(self, name: str, values: NDArray[np.float32]) -> Masked:
-        """A masked delta as positions and values, or dense, whichever is smaller."""
-        positions = np.flatnonzero(values)
-        if len(positions) < SPARSE_BELOW * len(values):
-            small = positions.astype(np.int32) if len(values) <= np.iinfo(np.int32).max else positions
-            return Kept(self._placed(small), self._placed(values[positions]))
-        whole = self.infos[name].shape
-        lacking = math.prod(whole) - len(values)
-        return self._placed(np.pad(values, (0, lacking)) if lacking else values).view(whole)
-
-    def _placed(self, values: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(values).to(self.device)
-
-
-def _rows(inputs: Inputs) -> int:
-    return len(next(iter(inputs.values())))
-
-
-def _ahead(whole: int, batches: Sequence[Inputs], passes: float) -> None:
-    """Say that a walk has made so many passes over batches, where `whole` rows are one."""
-    progress.here(progress.PASSES).begin(passes * sum(map(_rows, batches)) / whole)
 
 
 def _config(source: CalibrationInput) -> Any:

@@ -12,8 +12,8 @@ from torch import Tensor
 def tapped(tensor: Tensor, spark: Tensor, name: str, told: Callable[[str, Tensor], None]) -> Tensor:
     """The tensor in float32; `told` is given its name and the whole gradient of each backward pass. `spark` is any
     tensor that has gradients."""
-    made: Tensor = _Tap.apply(tensor, spark, name, told)  # type: ignore[no-untyped-call]  # torch
-    return made
+    apply: Callable[..., Tensor] = _Tap.apply
+    return apply(tensor, spark, name, told)
 
 
 class _Tap(torch.autograd.Function):

@@ -81,10 +81,11 @@ def reduced(
     known: Mapping[str, Any],
     reader: Reader,
     device: str,
+    stages: Mapping[Node, Any] | None = None,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
-    """One reduction of every delta."""
+    """One reduction of every delta; `stages` has the values of nodes that come before them."""
     graph = Graph()
-    given = {_small(graph, name): value for name, value in known.items()}
+    given = {_small(graph, name): value for name, value in known.items()} | dict(stages or {})
     for start in range(0, len(deltas), TOGETHER):
         roots = [(name, make(graph, delta)) for name, delta in deltas[start : start + TOGETHER]]
         tasks = [Task(name, root, backends.choose(root, device)) for name, root in roots]

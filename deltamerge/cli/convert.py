@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +10,11 @@ import click
 
 from deltamerge.cli import streams
 from deltamerge.cli.options import AS_JSON, DEVICE, FILE, FOLDER, FORCE, MEMORY, NONFINITE, QUIET, RESUME, WORKERS, some
-from deltamerge.cli.output import Warnings, report_run, say, say_json, tell
+from deltamerge.cli.output import Warnings, report_run, say, say_json
 from deltamerge.cli.plan_view import render_plan
 
 if TYPE_CHECKING:
-    from deltamerge.plan.planner import Plan
+    pass
 
 
 @click.command()
@@ -65,22 +64,14 @@ def convert(
     from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans
     from deltamerge.run.runner import run
-    from deltamerge.run.weights import describe_nonfinite
 
     begun, warnings = time.monotonic(), Warnings()
-
-    def watch(plan: Plan) -> Callable[[int], None]:
-        warnings.say(plan)
-        return lambda _: None
-
     file = recipe_of(model, dtype, shard_size=shard_size, quantization=quantization, gguf=gguf)
-    chosen = Options(watch=watch, force=force, resume=resume or None, **options)
+    chosen = Options(watch=warnings.watch, force=force, resume=resume or None, **options)
     if dry_run:
         described = make_plans(file, out, chosen)[-1].describe()
         say_json(described) if as_json else say(render_plan(described, width=streams.columns(), target=out))
         return
     result = run(file, out, chosen)
-    warnings.say(result.plan)
-    if result.nonfinite:
-        tell(f"warning: {describe_nonfinite(result.nonfinite)}")
+    warnings.end(result)
     report_run(result, begun, as_json=as_json, quiet=quiet)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +21,6 @@ from deltamerge.cli.options import (
     QUIET,
     RESUME,
     WORKERS,
-    calibration_of,
     pruning_methods,
     rows_of_text,
 )
@@ -30,7 +28,7 @@ from deltamerge.cli.output import Warnings, report_run, say_json, summary_of, te
 from deltamerge.cli.tables import human
 
 if TYPE_CHECKING:
-    from deltamerge.plan.planner import Plan
+    pass
 
 
 @click.command()
@@ -94,10 +92,7 @@ def extract(
     whole: str | None,
     targets: tuple[str, ...],
     dora: bool,
-    calibration: str | None,
-    text: tuple[str, ...],
-    sequences: int,
-    length: int,
+    calibration: dict[str, Any] | None,
     resume: bool,
     force: bool,
     as_json: bool,
@@ -119,7 +114,6 @@ def extract(
     from deltamerge.run.extract import extract as extract_delta
     from deltamerge.run.extract import name_in_store, name_of
     from deltamerge.run.options import Options
-    from deltamerge.run.weights import describe_nonfinite
 
     if base is None and len(models) == 2:
         base, models = models[1], models[:1]
@@ -142,23 +136,16 @@ def extract(
     summaries = []
     for model, name in zip(models, names, strict=True):
         begun, warnings = time.monotonic(), Warnings()
-
-        def watch(plan: Plan, warnings: Warnings = warnings) -> Callable[[int], None]:
-            warnings.say(plan)
-            return lambda _: None
-
         target = out / name if out is not None and (store is not None or len(models) > 1) else out
         result = extract_delta(
             model, base, target, density=density, method=method, q=q, values=values, after=after,
             lora=None if size is None else size | more,
-            calibration=calibration_of(calibration, text, sequences=sequences, length=length),
-            options=Options(watch=watch, force=force, resume=resume or None, **options),
+            calibration=calibration,
+            options=Options(watch=warnings.watch, force=force, resume=resume or None, **options),
         )  # fmt: skip
-        warnings.say(result.plan)
+        warnings.end(result)
         if sharing is not None:
             sharing.add(name)
-        if result.nonfinite:
-            tell(f"warning: {describe_nonfinite(result.nonfinite)}")
         if as_json and len(models) > 1:
             summaries.append(summary_of(result, begun))
         else:

@@ -23,7 +23,7 @@ from deltamerge.cli.options import (
     RECIPE,
     SET,
     WORKERS,
-    calibration_of,
+    rows_of_each,
     rows_of_text,
 )
 from deltamerge.cli.output import (
@@ -44,6 +44,7 @@ from deltamerge.errors.shown import shown
 if TYPE_CHECKING:
     from deltamerge.inspect.check import Checked
     from deltamerge.recipe.file import RecipeFile
+    from deltamerge.recipe.open_values import Template
     from deltamerge.recipe.yaml_source import Loc
 
 
@@ -132,16 +133,13 @@ def _annotate_checked(found: Checked) -> None:
 @AS_JSON
 def plan(
     recipe: Path,
-    device: str,
-    workers: int | None,
-    memory: int | None,
     old: Path | None,
     graph: bool,
     tensors: bool,
     mergekit_exact: bool,
     settings: dict[Loc, str],
-    pickles: bool,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Show what a run of RECIPE would do, and what it takes.
 
@@ -158,20 +156,19 @@ def plan(
     from deltamerge.run.options import Options
     from deltamerge.run.plans import make_plans, target_of
 
-    def describe(file: RecipeFile) -> dict[str, Any]:
-        options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
-        *before, planned = make_plans(file, options=options)
+    def describe(file: RecipeFile, template: Template | None = None) -> dict[str, Any]:
+        *before, planned = make_plans(file, options=Options(**options))
         intermediate = {plan.recipe.name: plan.describe() for plan in before}
-        return planned.describe() | ({"intermediate": intermediate} if before else {})
+        study = None if template is None else template.describe() | describe_study(planned)
+        more = {"intermediate": intermediate} if before else {}
+        return planned.describe() | more | ({} if study is None else {"study": study})
 
     if graph and (old or as_json):
         raise click.UsageError("--graph stands alone")
     read = read_either(recipe, mergekit_exact=mergekit_exact, settings=settings)
+    template = read.template if isinstance(read, TemplateFile) else None
     file = read.file(next(read.template.examples())) if isinstance(read, TemplateFile) else read
-    described = describe(file)
-    if isinstance(read, TemplateFile):
-        options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
-        described["study"] = read.template.describe() | describe_study(make_plans(file, options=options)[-1])
+    described = describe(file, template)
     if old is not None:
         with errors.context(str(old)):
             before = describe(read_recipe(old, mergekit_exact=mergekit_exact))
@@ -186,10 +183,10 @@ def plan(
         for name, one in described.get("intermediate", {}).items():
             say(f"document {shown(name)}\n{render_plan(one, width=width, tensors=tensors)}\n")
         say(render_plan(described, width=width, target=target_of(file, None), tensors=tensors))
-        if isinstance(read, TemplateFile):
+        if template is not None:
             study = described["study"]
             took = f"{study['together']} candidates a walk in about {human(study['memory'])} of memory"
-            say("\n".join(paragraph(f"study: {in_words(read.template)}; {took}", width)))
+            say("\n".join(paragraph(f"study: {in_words(template)}; {took}", width)))
 
 
 @click.command(epilog="Example: deltamerge inspect ./models/math --base ./models/base --calibration calib.jsonl")
@@ -214,19 +211,14 @@ def plan(
 def inspect(
     model: str,
     base: str,
-    calibration: str | None,
-    text: tuple[str, ...],
-    sequences: int,
-    length: int,
+    calibration: dict[str, Any] | None,
     density: float,
     tensors: bool,
     page: Path | None,
     force: bool,
-    device: str,
-    workers: int | None,
-    pickles: bool,
     as_json: bool,
     as_csv: bool,
+    **options: Any,
 ) -> None:
     """Measure the delta of MODEL: how large it is, and where.
 
@@ -239,11 +231,7 @@ def inspect(
 
     if force and page is None:
         raise click.UsageError("--force is for the FILE of --report")
-    rows = calibration_of(calibration, text, sequences=sequences, length=length)
-    report = inspect_delta(
-        model, base, calibration=rows, density=density, out=page, force=force, device=device, workers=workers,
-        pickles=pickles,
-    )  # fmt: skip
+    report = inspect_delta(model, base, calibration=calibration, density=density, out=page, force=force, **options)
     if as_csv:
         say_table(report.tensors)
     else:
@@ -252,16 +240,15 @@ def inspect(
         tell(f"{page}: written")
 
 
-@click.command(
-    epilog="Example: deltamerge recommend ./models/math --base ./models/base --density 0.01 --calibration calib.jsonl"
-)
-@click.argument("model", type=MODEL)
+@click.command()
+@click.argument("models", type=MODEL, nargs=-1, required=True)
 @BASE
 @click.option(
-    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), required=True, help="Fraction to keep."
+    "--density", type=click.FloatRange(0, 1, min_open=True, max_open=True), help="Of one MODEL: the fraction to keep."
 )
-@rows_of_text
+@rows_of_each
 @click.option("--label", metavar="KEY", help="Field of the label: show the metric on held-out rows too.")
+@click.option("--no-fit", is_flag=True, help="Of several MODELS: fit no coefficients, which takes longest.")
 @click.option("--out", type=RECIPE, metavar="FILE", help="Write the recipe there; default: only print it.")
 @DEVICE
 @WORKERS
@@ -269,38 +256,53 @@ def inspect(
 @AS_JSON
 @AS_CSV
 def recommend(
-    model: str,
+    models: tuple[str, ...],
     base: str,
-    density: float,
-    calibration: str | None,
-    text: tuple[str, ...],
-    sequences: int,
-    length: int,
-    label: str | None,
+    density: float | None,
+    calibration: list[dict[str, Any] | None],
+    no_fit: bool,
     out: Path | None,
-    device: str,
-    workers: int | None,
-    pickles: bool,
     as_json: bool,
     as_csv: bool,
+    **options: Any,
 ) -> None:
-    """Say which pruning suits the delta of MODEL at a density.
+    """Say which pruning suits the delta of MODEL at a density, or which merge suits several MODELS.
 
     With evidence, and the recipe that does it.
 
-    Without --calibration the delta's own statistics decide; with rows of text each method's mask is drawn and measured.
-    """
-    from deltamerge.cli.studies import render_recommend
-    from deltamerge.inspect.study import recommend as recommend_pruning
+    Without --calibration the deltas' own statistics decide; with rows of text each method is tried and measured: the
+    masks of a pruning, or merges at several λ and with fitted coefficients, on each model's rows.
 
-    rows = calibration_of(calibration, text, sequences=sequences, length=length, label=label)
-    answer = recommend_pruning(
-        model, base, density, calibration=rows, out=out, device=device, workers=workers, pickles=pickles
-    )
-    if as_csv:
-        say_table(answer.candidates)
+    \b
+    deltamerge recommend ./math --base ./base --density 0.01 --calibration calib.jsonl
+    deltamerge recommend ./math ./code --base ./base --calibration math.jsonl --calibration code.jsonl
+    """
+    from deltamerge.cli.studies import render_merge_advice, render_recommend
+
+    if len(models) > 1:
+        from deltamerge.inspect.search.merge_advice import recommend_merge
+        from deltamerge.run.options import Options
+
+        rows = [one for one in calibration if one]
+        if density is not None or any("label" in one for one in rows):
+            raise click.UsageError("--density and --label are for one MODEL, and these are several")
+        merge = recommend_merge(models, base, calibration=rows, fit=not no_fit, out=out, options=Options(**options))
+        if as_csv:
+            say_table(merge.candidates)
+        else:
+            say_model(merge) if as_json else say(render_merge_advice(merge, width=streams.columns()))
     else:
-        say_model(answer) if as_json else say(render_recommend(answer, width=streams.columns()))
+        from deltamerge.inspect.study import recommend as recommend_pruning
+
+        if density is None:
+            raise click.UsageError("Missing option '--density', which one MODEL needs")
+        if no_fit or len(calibration) > 1:
+            raise click.UsageError("--no-fit and several --calibration are for several MODELS, and this is one")
+        answer = recommend_pruning(models[0], base, density, calibration=calibration[0], out=out, **options)
+        if as_csv:
+            say_table(answer.candidates)
+        else:
+            say_model(answer) if as_json else say(render_recommend(answer, width=streams.columns()))
     if out is not None:
         tell(f"{out}: written")
 

@@ -25,7 +25,6 @@ WITHOUT_USE = {
     "--lazy/--no-lazy": "a document is made again only if its result would differ",
     "--lazy-unpickle/--no-lazy-unpickle": _STREAMED,
     "--low-cpu-memory/--no-low-cpu-memory": _STREAMED,
-    "--multi-gpu/--no-multi-gpu": "one GPU a process: --part I/N --device cuda:N, then --finish",
     "--safe-serialization/--no-safe-serialization": "always safetensors; --allow-pickles reads torch's files",
     "--trust-remote-code/--no-trust-remote-code": "no code of a model is run",
     "--unsafe-truncate-embeddings/--no-unsafe-truncate-embeddings": "rows are matched token by token: "
@@ -52,7 +51,8 @@ COMMANDS = {
     "pytorch": "deltamerge run RECIPE --out DIR",
 }
 SHORT = {"--intermediate-dir": "-I", "--num-threads": "-j"}
-_GPU = "--cuda", "--gpu-rich", "--read-to-gpu"
+_EVERY = "--multi-gpu"
+_GPU = "--cuda", "--gpu-rich", "--read-to-gpu", _EVERY
 _COUNT = re.compile(r"(\d+(?:\.\d+)?)\s*([kKmMbB]?)")
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -85,8 +85,10 @@ def taken(context: click.Context) -> Taken:
         os.environ["HF_HUB_CACHE"] = given["--transformers-cache"]
     known = {**{names.partition("/")[0]: why for names, why in WITHOUT_USE.items()}, **VALUES_WITHOUT_USE}
     useless = tuple(f"{name} ({known[name]})" for name in given if name in known)
-    gpu = any(given.get(name) for name in _GPU)
-    return Taken(given.get("--out-path"), "cuda" if gpu else None, given.get("--num-threads"), settings, useless)
+    gpu = "cuda" if any(given.get(name) for name in _GPU) else None
+    return Taken(
+        given.get("--out-path"), "cuda:all" if given.get(_EVERY) else gpu, given.get("--num-threads"), settings, useless
+    )
 
 
 def mergekit_flags(command: Callable[..., Any]) -> Callable[..., Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,8 +81,8 @@ FOLDER = Folder(path_type=Path)
 MODEL = Reference()
 FILE = Reference(files=True)
 DEVICE = click.option(
-    "--device", default="auto", metavar="auto|cpu|cuda[:N]", help="Where tiles are computed.",
-    shell_complete=some("auto", "cpu", "cuda", "cuda:0"),
+    "--device", default="auto", metavar="auto|cpu|cuda[:N,M|:all]", help="Where tiles are computed.",
+    shell_complete=some("auto", "cpu", "cuda", "cuda:0", "cuda:all"),
 )  # fmt: skip
 WORKERS = click.option(
     "--workers", type=click.IntRange(1, MOST_WORKERS), help="Threads; default: the cores of this machine."
@@ -121,11 +122,36 @@ ROWS = (
 )
 
 
+ROWS_OF_EACH = click.option(
+    "--calibration", type=FILE, multiple=True, metavar="FILE",
+    help="Rows of text: .jsonl, .csv, .txt, or a hub data set; of several models once, or once each in their order.",
+)  # fmt: skip
+
+
 def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options that describe a recipe's `calibration`."""
+    """Add the options that describe a recipe's `calibration`, and give the command that; its own `label` goes in."""
+
+    @wraps(command)
+    def with_rows(*, calibration: str | None, text: tuple[str, ...], **options: Any) -> None:
+        more = {key: options.pop(key, None) for key in ("sequences", "length", "label")}
+        command(calibration=calibration_of(calibration, text, **more), **options)
+
     for option in reversed(ROWS):
-        command = option(command)
-    return command
+        with_rows = option(with_rows)
+    return with_rows
+
+
+def rows_of_each(command: Callable[..., None]) -> Callable[..., None]:
+    """The same, of rows that may be each model's own: the command is given a list, [None] without rows."""
+
+    @wraps(command)
+    def with_rows(*, calibration: tuple[str, ...], text: tuple[str, ...], **options: Any) -> None:
+        more = {key: options.pop(key, None) for key in ("sequences", "length", "label")}
+        command(calibration=[calibration_of(one, text, **more) for one in calibration or (None,)], **options)
+
+    for option in reversed((ROWS_OF_EACH, *ROWS[1:])):
+        with_rows = option(with_rows)
+    return with_rows
 
 
 def calibration_of(data: str | None, text: tuple[str, ...], **more: Any) -> dict[str, Any] | None:
@@ -149,23 +175,23 @@ PICKLES = click.option(
 NONFINITE = click.option("--allow-nonfinite", is_flag=True, help="Keep NaN and infinities in the result.")
 
 
-def _swept(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
+def _parsed(texts: tuple[str, ...]) -> list[tuple[Loc, str]]:
     from deltamerge.recipe.overrides import parse_setting
-    from deltamerge.recipe.varied import swept
 
     try:
-        return swept([parse_setting(text) for text in texts])
+        return list(map(parse_setting, texts))
     except InputError as error:
         raise click.BadParameter(str(error)) from error
 
 
 def _settings(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
-    from deltamerge.recipe.overrides import parse_setting
+    return dict(_parsed(texts))
 
-    try:
-        return dict(map(parse_setting, texts))
-    except InputError as error:
-        raise click.BadParameter(str(error)) from error
+
+def _swept(context: click.Context, option: click.Parameter, texts: tuple[str, ...]) -> dict[Loc, str]:
+    from deltamerge.recipe.open_values import swept
+
+    return swept(_parsed(texts))
 
 
 SET_OR_SWEEP = click.option(

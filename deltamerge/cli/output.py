@@ -7,7 +7,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
@@ -114,17 +114,26 @@ def _to_stderr(text: str) -> None:
 
 
 class Warnings:
-    """Prints each warning of a plan once: before the work, or after it if there was no plan before."""
+    """Prints each warning of a run once: a plan's before the work, or after it if there was no plan before."""
 
     def __init__(self) -> None:
         self.said: set[str] = set()
 
-    def say(self, plan: Plan) -> None:
-        """Print the warnings that have not been printed yet."""
+    def watch(self, plan: Plan) -> Callable[[int], None]:
+        """Print those of `plan` that have not been printed yet; as `Options.watch`."""
         for warning in plan.warnings:
             if warning not in self.said:
                 self.said.add(warning)
                 tell(f"warning: {warning}")
+        return lambda _: None
+
+    def end(self, result: Result) -> None:
+        """Print those that have not been printed yet, and of what in the result is not finite."""
+        from deltamerge.run.weights import describe_nonfinite
+
+        self.watch(result.plan)
+        if result.nonfinite:
+            tell(f"warning: {describe_nonfinite(result.nonfinite)}")
 
 
 def _size(result: Result) -> int:

@@ -16,9 +16,9 @@ from deltamerge.io.names import numbers_as_stars
 LABEL = 11  # characters before the text of a line
 # Seconds of a run beside what bytes take, and the share of a copy's speed in memory at which results are written and
 # inputs read: from whole processes of benchmarks/merge_speed.py on two machines. torch computes more slowly.
+STARTING, WRITING, READING, TORCH = 0.35, 0.35, 1.2, 0.15
 PASSES_RATE = 0.6  # of the rate of products that a forward pass reaches
 BFLOAT16 = 2.5  # how much faster a pass is whose blocks multiply in bfloat16
-STARTING, WRITING, READING, TORCH = 0.35, 0.35, 1.2, 0.15
 OPERATIONS = 4e10  # on whole matrices in float64, a second of one thread
 
 
@@ -95,9 +95,11 @@ def copy_rate() -> float:
 
 
 def calibration_seconds(stage: Mapping[str, Any]) -> float:
-    """About the seconds of all forward passes of a stage, from how fast this machine multiplies matrices now."""
-    rate = product_rate() * PASSES_RATE * (BFLOAT16 if stage["precision"] == "bfloat16" else 1.0)
-    return float(stage["forward_passes"] * stage["operations"] / rate)
+    """About the seconds of all forward passes of a stage, from how fast this machine multiplies matrices now. The
+    products of a head are float32."""
+    rate = product_rate() * PASSES_RATE
+    inside = stage["forward_passes"] * stage["operations"] / (BFLOAT16 if stage["precision"] == "bfloat16" else 1.0)
+    return float(inside + stage["head_passes"] * stage["head_operations"]) / rate
 
 
 def product_rate() -> float:

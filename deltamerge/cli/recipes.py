@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, PICKLES, WORKERS, RecipePath, calibration_of, rows_of_text
+from deltamerge.cli.options import AS_JSON, DEVICE, MODEL, PICKLES, WORKERS, RecipePath, rows_of_text
 from deltamerge.cli.output import say, say_json, tell
 from deltamerge.cli.streams import columns
 from deltamerge.cli.tables import render_method, render_methods
@@ -31,10 +31,7 @@ from deltamerge.cli.tables import render_method, render_methods
 def init(
     models: tuple[str, ...],
     base: str,
-    calibration: str | None,
-    text: tuple[str, ...],
-    sequences: int,
-    length: int,
+    calibration: dict[str, Any] | None,
     density: float | None,
     out: str,
     device: str,
@@ -56,15 +53,14 @@ def init(
     path = Path("recipe.yaml" if out == "-" else out)
     if out != "-":
         check_new(path)
-    rows = calibration_of(calibration, text, sequences=sequences, length=length)
     density = density or (0.05 if len(models) == 1 else 0.2)
     advice = []
-    if rows is not None:
+    if calibration is not None:
         from deltamerge.inspect.study import recommend
 
-        given: dict[str, Any] = {"calibration": rows, "device": device, "workers": workers, "pickles": pickles}
+        given: dict[str, Any] = {"calibration": calibration, "device": device, "workers": workers, "pickles": pickles}
         advice = [recommend(model, base, density, **given) for model in models]
-    written = first_recipe(base, models, path, density=density, calibration=rows, advice=advice, pickles=pickles)
+    written = first_recipe(base, models, path, density=density, calibration=calibration, advice=advice, pickles=pickles)
     if as_json:
         if out != "-":
             write_new(path, written)

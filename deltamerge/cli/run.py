@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +34,6 @@ from deltamerge.io import kernels
 from deltamerge.io.files import scratch
 
 if TYPE_CHECKING:
-    from deltamerge.plan.planner import Plan
     from deltamerge.recipe.yaml_source import Loc
 
 
@@ -112,7 +110,6 @@ def run(
     from deltamerge.run.publish import SCHEME, fetch
     from deltamerge.run.runner import finish as finish_parts
     from deltamerge.run.runner import run as run_recipe
-    from deltamerge.run.weights import describe_nonfinite
 
     if sum((finish, part is not None, ray is not None)) > 1:
         raise click.UsageError("--part, --finish and --ray exclude each other")
@@ -137,15 +134,10 @@ def run(
     if theirs.warning and not quiet:
         tell(f"warning: {theirs.warning}")
     begun, warnings = time.monotonic(), Warnings()
-
-    def watch(plan: Plan) -> Callable[[int], None]:
-        warnings.say(plan)
-        return lambda _: None
-
     options = Options(
         device=device, workers=workers, memory=memory, resume=resume or None, force=force,
         allow_nonfinite=allow_nonfinite,
-        pickles=pickles, watch=watch, drawing=drawing if pictures else None,
+        pickles=pickles, watch=warnings.watch, drawing=drawing if pictures else None,
     )  # fmt: skip
     published = None
     with ExitStack() as held:
@@ -166,9 +158,7 @@ def run(
             result = run_on_ray(file, out, options, address=ray)
         else:
             result = run_recipe(file, out, options, part=Part.parse(part) if part else None)
-    warnings.say(result.plan)
-    if result.nonfinite:
-        tell(f"warning: {describe_nonfinite(result.nonfinite)}")
+    warnings.end(result)
     lock = options.lock if not part else None
     differing = lock.differences(result.lock["outputs"]) if lock is not None and lock.content["outputs"] else []
     found: dict[str, Any] = {"intermediate": {str(folder): made for folder, made in result.intermediate.items()}}
@@ -198,13 +188,10 @@ def run(
 @AS_JSON
 def calibrate(
     recipe: Path,
-    device: str,
-    workers: int | None,
-    memory: int | None,
     settings: dict[Loc, str],
-    pickles: bool,
     plot: Path | None,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Choose the q's of RECIPE on its calibration data, no more.
 
@@ -219,7 +206,7 @@ def calibrate(
         from deltamerge.inspect.pictures import check_plot, draw
 
         check_plot(plot)
-    found = calibrate_recipe(file, Options(device=device, workers=workers, memory=memory, pickles=pickles))
+    found = calibrate_recipe(file, Options(**options))
     if plot is not None:
         draw(found, plot)
     say_json(found) if as_json else say(render_calibration(found))
@@ -238,12 +225,9 @@ def calibrate(
 def lock(
     recipe: Path,
     check: bool,
-    device: str,
-    workers: int | None,
-    memory: int | None,
     mergekit_exact: bool,
     settings: dict[Loc, str],
-    pickles: bool,
+    **options: Any,
 ) -> None:
     """Write the lock of RECIPE beside it: its inputs by content, and its q's.
 
@@ -259,11 +243,11 @@ def lock(
     from deltamerge.run.runner import lock as lock_recipe
 
     file = read_recipe(recipe, mergekit_exact=mergekit_exact, settings=settings)
-    options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
+    chosen = Options(**options)
     if check:
-        check_lock(file, options)
+        check_lock(file, chosen)
         tell(f"{file.lock_path}: is that of {recipe} and its inputs")
         return
-    written = lock_recipe(file, options)
-    chosen = f", the q's of {len(written.calibration)} models" if written.calibration else ""
-    tell(f"{file.lock_path}: written; {len(written.content['inputs'])} inputs{chosen}")
+    written = lock_recipe(file, chosen)
+    found = f", the q's of {len(written.calibration)} models" if written.calibration else ""
+    tell(f"{file.lock_path}: written; {len(written.content['inputs'])} inputs{found}")

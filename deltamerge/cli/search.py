@@ -32,7 +32,7 @@ from deltamerge.errors.shown import lines as one_a_line
 
 if TYPE_CHECKING:
     from deltamerge.inspect.search.evaluate import Evaluation
-    from deltamerge.inspect.search.found import Found
+    from deltamerge.inspect.search.results import Found
     from deltamerge.inspect.search.sweep import Keep, Swept
     from deltamerge.recipe.yaml_source import Loc
 
@@ -140,20 +140,18 @@ def sweep(
     settings: dict[Loc, str],
     out: Path | None,
     keep: Keep,
-    device: str,
-    workers: int | None,
-    memory: int | None,
-    pickles: bool,
     allow_command: bool,
     force: bool,
     as_json: bool,
     as_csv: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Try every combination of the values that RECIPE leaves open.
 
     Values are lists: density: {sweep: [0.1, 0.01]}. Candidates are judged in memory on the same rows, as `study` says;
-    a table, JSON, CSV, a picture and the best recipe go to NAME-sweep. Run again, it goes on where it stopped.
+    a table, JSON and a picture go to NAME-sweep, the best recipe to NAME.best.yaml. Run again, it goes on where it
+    stopped.
 
     \b
     deltamerge sweep recipe.yaml --keep best
@@ -164,9 +162,9 @@ def sweep(
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
 
-    file = read_template(recipe, settings)
-    options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
-    found = run_sweep(file, options, out, keep=keep, force=force, commands=allow_command)
+    found = run_sweep(
+        read_template(recipe, settings), Options(**options), out, keep=keep, force=force, commands=allow_command
+    )
     if as_csv:
         say(csv_of(found).removesuffix("\n"))
     elif as_json:
@@ -177,7 +175,8 @@ def sweep(
         for row in found.rows:
             if row.outcome.error is not None:
                 tell(f"{', '.join(row.labels.values())}: failed: {row.outcome.error}")
-        tell(f"{found.folder}: sweep.csv, sweep.json, sweep.svg, best.yaml")
+        tell(f"{found.folder}: sweep.csv, sweep.json, sweep.svg")
+        tell(f"{found.recipe}: the best recipe; next: deltamerge run {found.recipe} --locked")
 
 
 @click.command()
@@ -211,14 +210,11 @@ def search(
     trials: int | None,
     keep: Literal["best", "none"],
     ray: str | None,
-    device: str,
-    workers: int | None,
-    memory: int | None,
-    pickles: bool,
     allow_command: bool,
     force: bool,
     as_json: bool,
     quiet: bool,
+    **options: Any,
 ) -> None:
     """Search the values that RECIPE leaves open for the best.
 
@@ -230,13 +226,20 @@ def search(
     deltamerge search recipe.yaml --trials 200
     optuna-dashboard sqlite:///recipe-search/study.db
     """
-    from deltamerge.inspect.search.study import search as run_search
+    from deltamerge.inspect.search.search import search as run_search
     from deltamerge.recipe.file import read_template
     from deltamerge.run.options import Options
 
-    file = read_template(recipe, settings)
-    options = Options(device=device, workers=workers, memory=memory, pickles=pickles)
-    found = run_search(file, options, out, trials=trials, keep=keep, force=force, commands=allow_command, ray=ray)
+    found = run_search(
+        read_template(recipe, settings),
+        Options(**options),
+        out,
+        trials=trials,
+        keep=keep,
+        force=force,
+        commands=allow_command,
+        ray=ray,
+    )
     if as_json:
         say_json(found.describe())
     elif not quiet:

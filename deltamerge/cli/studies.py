@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from deltamerge.cli.layout import Column, Row, paragraph, table
@@ -14,7 +14,9 @@ from deltamerge.io.names import block_name
 
 if TYPE_CHECKING:
     from deltamerge.inspect.activations import Activations, Influence
+    from deltamerge.inspect.conflict import Conflict
     from deltamerge.inspect.recommend import PruneCandidate, Recommendation
+    from deltamerge.inspect.search.merge_advice import MergeAdvice, MergeCandidate
     from deltamerge.inspect.statistics import Report, Statistics
 
 DELTA = (
@@ -42,6 +44,11 @@ ABOUT_NOTHING = (
 )
 ABOUT_ROWS = (
     "; layer error, mean ‖Δx − Δ'x‖²/‖Δx‖² of the linear layers; lost, of the fine-tune's effect on held-out outputs"
+)
+
+ABOUT_MERGES = (
+    "→: recommended. lost: of the fine-tunes' effect on held-out outputs, mean and worst; alike: rows that the merge "
+    "answers as the model does; λ: factor of the merged delta"
 )
 
 
@@ -138,6 +145,50 @@ def render_recommend(answer: Recommendation, *, width: int) -> str:
 def _candidate(one: PruneCandidate) -> list[str]:
     numbers: list[Any] = [one.delta_error, one.layer_error, one.lost, one.metric, one.q]
     return ["" if v is None else f"{v:.1%}" if i == 2 else f"{v:.3g}" for i, v in enumerate(numbers)]
+
+
+def render_merge_advice(answer: MergeAdvice, *, width: int) -> str:
+    """How the deltas meet, the candidates, the recommendation and its recipe."""
+    lines = [f"{len(answer.models)} models on {answer.base}", *_meeting(answer.models, answer.evidence, width), ""]
+    if answer.candidates:
+        judged = [one for one in answer.candidates if one.error is None]
+        columns = [Column("λ"), Column("lost"), Column("worst")]
+        columns += [Column(f"alike\n{name}", 1) for name in answer.models if any(name in o.agreement for o in judged)]
+        rows: list[Row] = [(("→ " if one.name == answer.method else "  ") + one.name, _merge(one)) for one in judged]
+        lines += [*table(columns, [rows], width), "", *paragraph(ABOUT_MERGES, width)]
+        lines += [f"{one.name}: not judged: {one.error}" for one in answer.candidates if one.error is not None]
+        lines += [
+            "",
+            *paragraph(f"rows: {_rows(answer.search)} to choose λ, {_rows(answer.held_out)} to decide", width),
+        ]
+    said = [("recommended", f"{answer.method}: {answer.why[0]}"), *(("", line) for line in answer.why[1:])]
+    for title, words in [*said, *(("warning", warning) for warning in answer.warnings)]:
+        lines += paragraph(words, width, first=f"{title:<15}", then=" " * 15)
+    return one_a_line([*lines, "", *answer.recipe.rstrip().split("\n")])
+
+
+def _meeting(models: Sequence[str], found: Conflict, width: int) -> list[str]:
+    """How deltas meet: means over pairs, and the pair that opposes most."""
+    overlap = "" if found.overlap_mean is None else f"; overlap {found.overlap_mean:.3f} (by chance {found.chance:.3f})"
+    pairs = [(i, j) for i in range(len(models)) for j in range(i)]
+    i, j = max(pairs, key=lambda pair: found.opposed[pair[0]][pair[1]])
+    most = f" (most: {models[j]} and {models[i]}, {found.opposed[i][j]:.1%})" if len(pairs) > 1 else ""
+    norms = ", ".join(_figure(norm) for norm in found.relative_norm)
+    return [
+        *paragraph(f"cosine {found.cosine_mean:.3f}; opposite signs {found.opposed_mean:.1%}{most}{overlap}", width),
+        *paragraph(f"‖Δ‖/‖W‖ {norms}", width),
+    ]
+
+
+def _merge(one: MergeCandidate) -> list[str]:
+    factor = "" if one.factor is None or one.coefficients is not None else f"{one.factor:.3g}"
+    lost = ["" if value is None else f"{value:.1%}" for value in (one.lost_mean, one.lost_worst)]
+    return [factor, *lost, *(f"{share:.1%}" for share in one.agreement.values())]
+
+
+def _rows(counts: Mapping[str, int]) -> str:
+    some_counts = sorted(set(counts.values()))
+    return f"{some_counts[0]}" if len(some_counts) == 1 else f"{some_counts[0]} to {some_counts[-1]}"
 
 
 def _figure(number: float | None) -> str:

@@ -191,14 +191,20 @@ class Entry:
             yield own, out
 
     def _stepped(self, read: Read, check: bool) -> Iterator[tuple[Array, Array]]:
-        """The same of steps, in their own tiles. What cannot be decoded is, with `check`, the base's fault first."""
-        try:
+        """The same of steps, in their own tiles."""
+        with self._base_blamed(read, check):
             for own, base, positions, values in self._steps(read):
                 out = base.copy()
                 out[positions] = values
                 yield own, out
+
+    @contextmanager
+    def _base_blamed(self, read: Read | None, check: bool) -> Iterator[None]:
+        """What cannot be decoded is, with `check`, the base's fault first: steps of another base look damaged."""
+        try:
+            yield
         except InputError:
-            if check and self.digest_of(read) != self.record.base:
+            if check and read is not None and self.digest_of(read) != self.record.base:
                 raise InputError(OTHER_BASE) from None
             raise
 

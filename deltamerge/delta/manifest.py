@@ -37,7 +37,7 @@ Name = Annotated[str, StringConstraints(min_length=1, max_length=1000)]
 class Strict(BaseModel):
     """What a file of a delta says: of these types, with no other key."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
 
 
 class Base(Strict):

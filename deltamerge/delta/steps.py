@@ -27,6 +27,7 @@ NO_GROUP = 255
 MOST_GROUPS = 254
 LARGEST_EXCESS = (1 << 15) - 2
 _INVERTED = 64
+_SIGN = np.uint16(0x8000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +61,15 @@ class _Group:
 
 
 def ordered(bits: Array) -> Array:
-    """The places (int32) of bit patterns of 16 bits in their order."""
-    wide = bits.astype(np.int32)
-    return np.where(wide < 0x8000, wide + 0x8000, 0xFFFF - wide)
+    """The places of bit patterns in their order, both uint16."""
+    places: Array = bits ^ ((bits.view(np.int16) >> 15).view(np.uint16) | _SIGN)
+    return places
 
 
 def unordered(places: Array) -> Array:
-    """The bit patterns (uint16) of places, modulo 2**16."""
-    wide = places & 0xFFFF
-    return np.where(wide >= 0x8000, wide - 0x8000, 0xFFFF - wide).astype(np.uint16)
+    """The bit patterns of places, both uint16."""
+    bits: Array = places ^ ((~places.view(np.int16) >> 15).view(np.uint16) | _SIGN)
+    return bits
 
 
 def encode_tile(base: Array, positions: Array, values: Array, dtype: str) -> Array:
@@ -81,7 +82,7 @@ def encode_tile(base: Array, positions: Array, values: Array, dtype: str) -> Arr
     if not positions.size:
         return np.empty(0, np.uint8)
     before = base[positions]
-    steps = (ordered(values) - ordered(before)).astype(np.int16)
+    steps = (ordered(values) - ordered(before)).view(np.int16)
     sizes = np.abs(steps.astype(np.int32))
     exponents = _exponents(before, dtype)
     counts = _count(base, dtype)
@@ -140,12 +141,12 @@ def decode_tile(stored: Array, base: Array, dtype: str) -> tuple[Array, Array]:
     totals = [base.size] * len(groups)
     if any(group.changed.inverted for group in groups):
         totals = _totals(_count(base, dtype), group_of, len(groups)).tolist()
-    listed, steps = [np.empty(0, np.uint32)], [np.empty(0, np.int32)]
+    listed, steps = [np.empty(0, np.uint32)], [np.empty(0, np.uint16)]
     for group, total in zip(groups, totals, strict=True):
         count = group.changed.chosen(total)
         listed.append(_take_ranks(bits, group.changed.listed, group.changed.k, total))
         negative = bits.take_bits(count)
-        sizes = np.ones(count, np.int32)
+        sizes = np.ones(count, np.uint16)
         large = _take_ranks(bits, group.large.listed, group.large.k, count)
         which: Any = large
         if group.large.inverted:
@@ -153,10 +154,10 @@ def decode_tile(stored: Array, base: Array, dtype: str) -> tuple[Array, Array]:
             which[large] = False
         many = group.large.chosen(count)
         if many:
-            excess = bits.take(many, group.excess_k, wide=True).astype(np.int32)
+            excess = bits.take(many, group.excess_k, wide=True)
             if excess.max() > LARGEST_EXCESS:
                 raise InputError("it has a step beyond 2**15")
-            sizes[which] = excess + 2
+            sizes[which] = excess.astype(np.uint16) + np.uint16(2)
         steps.append(np.where(negative, -sizes, sizes))
     bits.end()
     inverted = np.array([group.changed.inverted for group in groups], np.uint8)

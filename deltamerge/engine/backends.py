@@ -35,7 +35,7 @@ def steps(
     What a left-out node would free is freed by the step before it.
     """
     ends = [n for n in nodes if n.kind in REDUCTIONS and id(n) not in needless]
-    wanted = {id(root), *map(id, ends)}
+    wanted = {id(node) for node in (root, *ends) if id(node) not in needless}
     for node in reversed(nodes):
         if id(node) in wanted:
             wanted |= {id(source) for source in node.inputs}

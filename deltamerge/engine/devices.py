@@ -24,22 +24,29 @@ TILES_SHARE, KEPT_SHARE = 2, 3
 
 # The first GPU for what it does faster than the compiled loops, the CPU for the rest.
 AUTO = "auto"
+# All GPUs, as in "cuda:all".
+ALL = "all"
 
 Take = Callable[[int], "NDArray[np.uint8]"]
 Give = Callable[["NDArray[np.uint8]"], None]
 
 
+def torch_devices(device: str) -> tuple[torch.device, ...]:
+    """torch's devices of a name: "cpu"; "cuda" (the first), "cuda:1", "cuda:0,1" or "cuda:all"; of "auto" the first
+    GPU, or the CPU where torch sees none. InputError: torch sees no such device."""
+    kind, _, numbers = device.partition(":")
+    if kind == "cpu" or (kind == AUTO and not torch.cuda.is_available()):
+        return (torch.device("cpu"),)
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    wanted = range(max(1, count)) if numbers == ALL else [int(number) for number in (numbers or "0").split(",")]
+    if max(wanted) >= count:
+        raise InputError(f"--device {device}: torch sees {count} CUDA devices", hint="--device cpu")
+    return tuple(torch.device("cuda", number) for number in dict.fromkeys(wanted))
+
+
 def torch_device(device: str) -> torch.device:
-    """torch's device of that name; of "auto" the first GPU, or the CPU where torch sees none. InputError: torch sees no
-    such device."""
-    if device == AUTO:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = device.partition(":")
-    if kind == "cuda":
-        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-        if int(number or 0) >= count:
-            raise InputError(f"--device {device}: torch sees {count} CUDA devices", hint="--device cpu")
-    return torch.device(kind, int(number)) if number else torch.device(kind)
+    """The first of `torch_devices`, for what only one computes."""
+    return torch_devices(device)[0]
 
 
 def free_bytes(device: torch.device) -> int:

@@ -7,26 +7,22 @@ import threading
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from deltamerge import errors
 from deltamerge.engine import backends
 from deltamerge.engine.backends import TorchBackend
-from deltamerge.engine.devices import AUTO, Lane, fitting, is_out_of_memory, too_little, torch_device
-from deltamerge.engine.fused.program import Program
+from deltamerge.engine.devices import fitting, torch_device, torch_devices
 from deltamerge.engine.graph import REDUCTIONS, Node, depth_first, function_of, schedule
-from deltamerge.engine.sink import Lender, Sink
-from deltamerge.engine.source import Making
+from deltamerge.engine.sink import Sink
 from deltamerge.engine.tasks import Job, Running, on_gpu
 from deltamerge.engine.tasks import Task as Task
+from deltamerge.engine.worker import Worker
 from deltamerge.io.dtypes import ITEMSIZE, nbytes_of
 from deltamerge.io.reader import Reader
-from deltamerge.io.tensor import TensorInfo
-from deltamerge.methods.tiles import Tile, block_elements
+from deltamerge.methods.tiles import block_elements
 
 TILE_ELEMENTS = 1 << 18
 GPU_TILE_ELEMENTS = 1 << 22
@@ -53,7 +49,7 @@ def execute(
         tasks           what to compute
         reader          reads the inputs
         sink            None: all roots are small or reductions
-        device          "cpu" or a GPU;  workers   threads
+        device          "cpu" or GPUs;  workers   threads, of GPUs at least one each
         tile_elements   of a tile; None: the device's own
         progress        called with the number of bytes done
         known           values of small nodes that are not computed again
@@ -62,17 +58,19 @@ def execute(
     A task whose root is a small node or a reduction makes no tensor; its value is returned, and its bytes count as
     progress.
 
-    At most `workers` + 1 tensors are in progress, and each worker holds one tile of each live value. The result does
-    not depend on `workers`, `tile_elements` or the device.
+    At most `workers` + 1 tensors are in progress, and each worker holds one tile of each live value. Several GPUs share
+    the tasks, each whole. The result does not depend on `workers`, `tile_elements` or the devices.
     """
     shared = shared_values([task.root for task in tasks], known or {})
-    if device == AUTO and any(on_gpu(task, device) for task in tasks) and torch_device(device).type == "cpu":
-        tasks = [replace(t, backend=backends.choose(t.root, "cpu")) if on_gpu(t, device) else t for t in tasks]
-        device = "cpu"
-    if not any(on_gpu(task, device) for task in tasks):
-        device = "cpu"  # a GPU that nothing is computed on is not begun
-    tile = tile_elements or own_tile(device)
-    engine = _Engine(iter(tasks), reader, sink, device, workers, tile, progress, done, shared)
+    devices: tuple[str, ...] = ("cpu",)  # a GPU that nothing is computed on is not begun
+    if any(on_gpu(task, device) for task in tasks):
+        devices = tuple(map(str, torch_devices(device)))
+        if devices == ("cpu",):  # "auto", and torch sees none
+            tasks = [replace(t, backend=backends.choose(t.root, "cpu")) if on_gpu(t, device) else t for t in tasks]
+    workers, tile = max(workers, len(devices)), tile_elements or own_tile(devices[0])
+    if devices != ("cpu",):
+        tile = min(fitting(torch_device(one), -(-workers // len(devices)), tile) for one in devices)
+    engine = _Engine(iter(tasks), reader, sink, devices, workers, tile, progress, done, shared)
     with (
         backends.quiet_allocator(),
         backends.single_threaded({task.backend for task in tasks if task.root.kind != "read"}),
@@ -88,13 +86,13 @@ class _Engine:
     upcoming: Iterator[Task]
     reader: Reader
     sink: Sink | None
-    device: str
+    devices: tuple[str, ...]
     workers: int
     tile_elements: int
     progress: Callable[[int], None]
     done: Callable[[str, int, int], bool]
     shared: dict[Node, Any]
-    backends: dict[str, TorchBackend] = field(default_factory=dict)
+    backends: dict[tuple[str, str], TorchBackend] = field(default_factory=dict)
     ready: deque[Job] = field(default_factory=deque)
     in_flight: int = 0
     working: int = 0
@@ -102,13 +100,11 @@ class _Engine:
     changed: threading.Condition = field(default_factory=threading.Condition)
 
     def __post_init__(self) -> None:
-        self.lender = self.sink if isinstance(self.sink, Lender) else None
-        if self.device != "cpu":
-            self.tile_elements = fitting(torch_device(self.device), self.workers, self.tile_elements)
         self.shared_by_id = {id(node): value for node, value in self.shared.items()}
 
     def run(self) -> None:
-        threads = [threading.Thread(target=self._work, daemon=True) for _ in range(self.workers)]
+        mine = [self.devices[number % len(self.devices)] for number in range(self.workers)]
+        threads = [threading.Thread(target=self._work, args=(device,), daemon=True) for device in mine]
         try:
             for thread in threads:
                 thread.start()
@@ -123,21 +119,16 @@ class _Engine:
             raise self.failure
 
     @np.errstate(all="ignore")
-    def _work(self) -> None:
-        """The loop of one thread. numpy's warnings about NaN are off: they are counted when the result is written."""
-        lanes: dict[str, Lane] = {}
+    def _work(self, device: str) -> None:
+        """The loop of a device's thread. numpy's warnings about NaN are off: they are counted when the result is
+        written."""
+        worker = Worker(self.reader, self.sink, self.progress, self._backend, self._tile_step, self._has_failed)
         with self.changed:
             self.working += 1
         try:
-            while (job := self._take()) is not None:
-                task = job.running.task
-                with errors.context(f"tensor {task.name}"):
-                    if job.whole is not None:
-                        self._compute_at_once(job.whole, job.running, lanes)
-                    elif task.root.kind == "read":
-                        self._copy(job)
-                    else:
-                        self._compute(job, lanes)
+            while (job := self._take(device)) is not None:
+                with errors.context(f"tensor {job.running.task.name}"):
+                    worker.do(job)
                     self._complete(job)
         except BaseException as failure:
             self._fail(failure)
@@ -151,37 +142,45 @@ class _Engine:
             self.failure = self.failure or failure
             self.changed.notify_all()
 
-    def _take(self) -> Job | None:
+    def _has_failed(self) -> bool:
+        return self.failure is not None
+
+    def _take(self, device: str) -> Job | None:
+        """The next job for a device's thread; None: there are no more."""
         with self.changed:
             while self.failure is None:
-                if self.ready:
-                    return self.ready.popleft()
+                for place, job in enumerate(self.ready):
+                    if job.running.device in ("cpu", device):
+                        del self.ready[place]
+                        return job
                 task = next(self.upcoming, None)
                 if task is not None:
-                    self._start(task)
+                    self._start(task, device)
                 elif not self.in_flight:
                     return None
                 else:
                     self.changed.wait()
             return None
 
-    def _start(self, task: Task) -> None:
+    def _start(self, task: Task, device: str) -> None:
         if self._is_done(task, 0, nbytes_of(task.root.dtype, task.root.shape) // ITEMSIZE[task.root.dtype]):
             return
         plan = schedule(task.root)
-        running = Running(task, plan, ChainMap({}, self.shared_by_id))
-        if task.root.kind != "read" and self.device != "cpu":
-            running.uploads = self._backend(task).uploads(sum(map(bool, plan.passes)))
+        there = on_gpu(task, device)
+        running = Running(task, plan, ChainMap({}, self.shared_by_id), device if there else "cpu")
+        if there:
+            running.uploads = self._backend(running).uploads(sum(map(bool, plan.passes)))
         jobs = self._next_pass(running)
         self.in_flight += bool(jobs)
         self.ready.extend(jobs)
 
-    def _backend(self, task: Task) -> TorchBackend:
-        """The backend of a task, opened on first use: copies need none."""
+    def _backend(self, running: Running) -> TorchBackend:
+        """The backend of a running task, opened on first use: copies need none."""
+        key = running.task.backend, running.device
         with self.changed:
-            if task.backend not in self.backends:
-                self.backends[task.backend] = backends.open_backend(task.backend, self.device)
-            return self.backends[task.backend]
+            if key not in self.backends:
+                self.backends[key] = backends.open_backend(*key)
+            return self.backends[key]
 
     def _next_pass(self, running: Running) -> list[Job]:
         """The jobs of the next pass that must run; needless reductions are skipped."""
@@ -203,7 +202,7 @@ class _Engine:
             if not (last or reductions):
                 continue
             root = running.task.root
-            backend = None if root.kind == "read" else self._backend(running.task)
+            backend = None if root.kind == "read" else self._backend(running)
             wholes = [n for n in reductions if n.kind == "whole"]
             left_out = needless | set(map(id, wholes))
             running.steps = backends.steps(nodes, running.schedule.frees[index], root, left_out)
@@ -211,11 +210,17 @@ class _Engine:
             running.loop = backend.loop(running.steps, root, running.values, self.reader) if backend else None
             running.partials = {id(n): {} for n in reductions}
             jobs = [Job(running, 0, 0, node) for node in wholes]
-            tiled = self._jobs(running) if len(wholes) < len(reductions) or last else ()
+            in_tiles = len(wholes) < len(reductions) or (last and root.kind != "whole")
+            tiled = self._jobs(running) if in_tiles else ()
             jobs += [job for job in tiled if not (last and self._is_done_job(job))]
             running.waiting = len(jobs)
             return jobs
         return []
+
+    def _tile_step(self, task: Task) -> int:
+        block = block_elements(task.root.shape)
+        most = self.tile_elements if task.backend == "torch" else min(self.tile_elements, TILE_ELEMENTS)
+        return max(1, most // block) * block
 
     def _jobs(self, running: Running) -> Iterator[Job]:
         root = running.task.root
@@ -224,7 +229,7 @@ class _Engine:
         else:
             total = int(np.prod(root.shape, dtype=np.int64))
             tile = self._tile_step(running.task)
-            on_gpu = running.whole is None and self._backend(running.task).on_gpu
+            on_gpu = running.whole is None and self._backend(running).on_gpu
             step = GPU_TILES * tile if on_gpu else max(1, JOB_ELEMENTS // tile) * tile
         for start in range(0, max(total, 1), step):
             yield Job(running, start, min(total, start + step))
@@ -242,143 +247,13 @@ class _Engine:
             self.progress((stop - start) * size)
         return done
 
-    def _tile_step(self, task: Task) -> int:
-        block = block_elements(task.root.shape)
-        most = self.tile_elements if task.backend == "torch" else min(self.tile_elements, TILE_ELEMENTS)
-        return max(1, most // block) * block
-
-    def _copy(self, job: Job) -> None:
-        source: TensorInfo = job.running.task.root.parameter("tensor")
-        memory = self._lend(job.running.task, job.start, job.stop - job.start)
-        self.reader.read_into(source, job.start // ITEMSIZE[source.dtype], memory)
-        self._give(job.running.task, job.start, memory)
-
-    def _lend(self, task: Task, start: int, nbytes: int) -> NDArray[np.uint8]:
-        """Lent memory for a task's bytes from byte `start` of its node."""
-        if self.lender is None:
-            return np.empty(nbytes, np.uint8)
-        return self.lender.lend(task.name, task.offset + start, nbytes)
-
-    def _give(self, task: Task, start: int, memory: NDArray[np.uint8]) -> None:
-        assert self.sink is not None
-        give = self.sink.write if self.lender is None else self.lender.give
-        give(task.name, task.offset + start, memory)
-        self.progress(len(memory))
-
-    def _compute(self, job: Job, lanes: dict[str, Lane]) -> None:
-        running = job.running
-        root = running.task.root
-        step = self._tile_step(running.task)
-        if running.whole is not None and self._compute_whole(running.whole, job):
-            return
-        backend, lane = self._lane(running.task, lanes)
-        calls = [None if item.node.kind == "read" else backend.function(item.node) for item in running.steps]
-        for node in (item.node for item in running.steps if item.node.kind == "read"):
-            size = ITEMSIZE[node.dtype]
-            self.reader.advise(node.parameter("tensor"), job.start * size, (job.stop - job.start) * size)
-        start = job.start
-        while start < job.stop or start == job.start:
-            if self.failure is not None:
-                return
-            tile = Tile(start, min(job.stop, start + step), root.shape)
-            try:
-                self._tile(running, lane, calls, tile)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                step = self._smaller(running, lane, tile)
-                continue
-            start = max(tile.stop, start + 1)
-        lane.flush()
-
-    def _smaller(self, running: Running, lane: Lane, tile: Tile) -> int:
-        """Elements of a tile after one that a GPU had too little memory for: half. InputError: it was one block."""
-        block = block_elements(tile.shape)
-        if tile.size <= block:
-            raise too_little(lane.device, f"a tile of {tile.size:,} elements of {running.task.name}")
-        lane.flush()
-        return max(1, tile.size // 2 // block) * block
-
-    def _tile(self, running: Running, lane: Lane, calls: Sequence[Callable[..., Any] | None], tile: Tile) -> None:
-        """A pass on one tile; its reductions count when all of it has been computed."""
-        task, root = running.task, running.task.root
-        values: dict[int, Any] = {}
-        reduced: list[tuple[Node, Any]] = []
-        with lane.tile():
-            if running.loop is not None and tile.size:
-                stored = [lane.read(node, tile, running.uploads) for node in running.loop.reads]
-                made, partials = running.loop.run(tile, stored, lane.device)
-                reduced = [(s.node, partials[id(s.node)]) for s in running.steps if s.node.kind in REDUCTIONS]
-                values |= {id(root): made} if made is not None else {}
-                calls = ()
-            for item, call in zip(running.steps, calls, strict=False):
-                node = item.node
-                if call is None:
-                    values[id(node)] = lane.read(node, tile, running.uploads)
-                else:
-                    inputs = [values[id(s)] if id(s) in values else running.values[id(s)] for s in node.inputs]
-                    value = call(*inputs, tile=tile, **item.parameters)
-                    if node.kind in REDUCTIONS:
-                        reduced.append((node, value))
-                    else:
-                        values[id(node)] = value
-                for freed in item.frees:
-                    del values[id(freed)]
-            if id(root) in values:
-                start = tile.start * ITEMSIZE[root.dtype]
-                lane.emit(values[id(root)], partial(self._lend, task, start), partial(self._give, task, start))
-        for node, value in reduced:
-            self._reduce(running, node, tile.start, value)
-        if root.kind == "small":
-            self.progress(tile.size * ITEMSIZE[root.dtype])
-
-    def _lane(self, task: Task, lanes: dict[str, Lane]) -> tuple[TorchBackend, Lane]:
-        """A thread's lane of the backend of a task."""
-        backend = self._backend(task)
-        return backend, lanes.get(task.backend) or lanes.setdefault(task.backend, backend.lane(self.reader))
-
-    def _compute_at_once(self, node: Node, running: Running, lanes: dict[str, Lane]) -> None:
-        """The value of a `whole` node."""
-        made = Making(*self._lane(running.task, lanes), self._tile_step(running.task), lambda: bool(self.failure))
-        running.values[id(node)] = made.value(node, running.schedule.passes[running.index], running.values)
-
-    def _compute_whole(self, whole: Program, job: Job) -> bool:
-        running = job.running
-        task, root = running.task, running.task.root
-        size = ITEMSIZE[root.dtype]
-        written = running.index == len(running.schedule.passes) - 1 and root.kind not in REDUCTIONS
-        nbytes = (job.stop - job.start) * size
-        memory = self._lend(task, job.start * size, nbytes) if written else None
-        found = whole.run(job.start, job.stop, memory)
-        if found is None:
-            return False
-        for item in running.steps:
-            if item.node.kind in REDUCTIONS:
-                self._reduce(running, item.node, job.start, found[id(item.node)])
-        if memory is not None:
-            self._give(task, job.start * size, memory)
-        elif root.kind == "small":
-            self.progress(nbytes)
-        return True
-
-    def _reduce(self, running: Running, node: Node, start: int, value: Any) -> None:
-        """Add a sum at once (integers, so in any order); keep a concatenated partial under its tile's start."""
-        with self.changed:
-            parts = running.partials[id(node)]
-            if node.kind == "sum":
-                parts[0] = parts[0] + value if parts else value
-            else:
-                parts[start] = value
-
     def _complete(self, job: Job) -> None:
         running = job.running
         with self.changed:
             running.waiting -= 1
             if running.waiting:
                 return
-        for node in (item.node for item in running.steps if item.node.kind in REDUCTIONS):
-            parts = [part for _, part in sorted(running.partials[id(node)].items())]
-            running.values[id(node)] = parts[0] if node.kind == "sum" else np.concatenate(parts)
+        running.reduced()
         jobs = self._next_pass(running)
         if not jobs and running.uploads is not None:
             running.uploads.clear()

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import MutableMapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import numpy as np
 
 from deltamerge.engine.backends import Step
 from deltamerge.engine.devices import Uploads
 from deltamerge.engine.fused.on_gpu import Loop
 from deltamerge.engine.fused.program import Program
-from deltamerge.engine.graph import Node, Schedule
+from deltamerge.engine.graph import REDUCTIONS, Node, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +34,15 @@ class Task:
 
 @dataclass(eq=False)
 class Running:
-    """A task in progress: small values so far, the running pass (`whole` runs it in one call), jobs it waits for."""
+    """A task in progress: small values so far, the running pass (`whole` runs it in one call), jobs it waits for.
+
+    device   of a task on a GPU the one that does all of it, where its tiles are kept; else "cpu", for any worker
+    """
 
     task: Task
     schedule: Schedule
     values: MutableMapping[int, Any]
+    device: str
     index: int = -1
     steps: list[Step] = field(default_factory=list)
     whole: Program | None = None
@@ -43,6 +50,22 @@ class Running:
     waiting: int = 0
     uploads: Uploads | None = None
     loop: Loop | None = None
+    _changed: threading.Lock = field(default_factory=threading.Lock)
+
+    def reduce(self, node: Node, start: int, value: Any) -> None:
+        """Add a sum at once (integers, so in any order); keep a concatenated partial under its tile's start."""
+        with self._changed:
+            parts = self.partials[id(node)]
+            if node.kind == "sum":
+                parts[0] = parts[0] + value if parts else value
+            else:
+                parts[start] = value
+
+    def reduced(self) -> None:
+        """Make the values of the pass's reductions of what its jobs have given."""
+        for node in (item.node for item in self.steps if item.node.kind in REDUCTIONS):
+            parts = [part for _, part in sorted(self.partials[id(node)].items())]
+            self.values[id(node)] = parts[0] if node.kind == "sum" else np.concatenate(parts)
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,11 +107,12 @@ class RecipeError(DeltamergeError):
 
 @contextmanager
 def context(where: str) -> Iterator[None]:
-    """Add a place (a file, a model, a tensor) to any error that passes through."""
+    """Add a place (a file, a model, a tensor) to any error that passes through, where it is not its first already."""
     try:
         yield
     except RecipeError:
         raise
     except DeltamergeError as error:
-        error.where.insert(0, where)
+        if error.where[:1] != [where]:
+            error.where.insert(0, where)
         raise

@@ -11,7 +11,7 @@ from deltamerge.errors import DeltamergeError, InputError
 from deltamerge.io.lock_file import LOCK_NAME, read_lock
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.file import RecipeFile, TemplateFile, read_either
-from deltamerge.recipe.varied import Template
+from deltamerge.recipe.open_values import Template
 from deltamerge.recipe.yaml_source import Loc
 from deltamerge.run.options import Options
 from deltamerge.run.plans import make_plans

@@ -277,8 +277,13 @@ def paper(question: Question, evidence: Evidence) -> Paper:
 def written(answer: Recommendation, recipe: Mapping[str, Any]) -> Recommendation:
     """The recommendation with its recipe as YAML, named for what it was recommended for."""
     head = [f"{answer.method} at density {answer.density:g}, by `deltamerge recommend`:", *answer.why]
+    return answer.model_copy(update={"recipe": commented(head, recipe)})
+
+
+def commented(head: Sequence[str], recipe: Mapping[str, Any]) -> str:
+    """A recipe as YAML below a comment, a paragraph for each line of `head`."""
     wrapper = textwrap.TextWrapper(
         COMMENT, initial_indent="# ", subsequent_indent="# ", break_long_words=False, break_on_hyphens=False
     )
     text = "".join(f"{line}\n" for words in head for line in wrapper.wrap(words))
-    return answer.model_copy(update={"recipe": text + yaml.safe_dump(dict(recipe), sort_keys=False, width=1000)})
+    return text + yaml.safe_dump(dict(recipe), sort_keys=False, width=1000)

@@ -25,7 +25,7 @@ from deltamerge.inspect.layers import (
     placed,
     stacks,
 )
-from deltamerge.inspect.style import STYLE
+from deltamerge.inspect.style import document
 from deltamerge.inspect.svg import Markup, Point, bars, columns, curve, element, figure, heat, pairs, scatter, text
 from deltamerge.io.atomic import refuse_taken, replace_file
 
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
 
 ROWS = 48
 FLAT = 0.05  # share of the largest figure that figures of a heat map must differ by
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 def check_target(path: Path, *, force: bool) -> None:
@@ -60,10 +59,7 @@ def write(found: Report, path: Path, *, force: bool = False) -> None:
 
 def page(found: Report) -> str:
     """The page; the same bytes for the same report."""
-    name = f"Delta of {found.model}"
-    head = element("title", text(name)), element("style", Markup(STYLE))
-    blocks = [element("h1", text(name)), _words(f"on {found.base}")]
-    blocks += [element("p", text(conclusion(found)), class_="conclusion")]
+    blocks = [_words(f"on {found.base}"), element("p", text(conclusion(found)), class_="conclusion")]
     blocks += [element("p", text(f"Warning: {warning}."), class_="warning") for warning in found.warnings]
     blocks.append(_tiles(found))
     if found.run is not None:
@@ -74,12 +70,7 @@ def page(found: Report) -> str:
     if found.without_delta:
         blocks += [_heading("Without a delta"), _words(", ".join(found.without_delta))]
     blocks.append(_table(found))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{''.join(head)}</head>\n<body>\n" + "\n".join(blocks) + "\n</body></html>\n"
-    )
+    return document(f"Delta of {found.model}", blocks)
 
 
 def conclusion(found: Report) -> str:

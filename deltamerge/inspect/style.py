@@ -1,6 +1,12 @@
-"""The style of the report's page and of the pictures: colours, light and dark, and sizes, down to a phone's."""
+"""The style of pages and pictures: colours, light and dark, and sizes, down to a phone's; and a page in it."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+
+from deltamerge.inspect.svg import Markup, element, text
+
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 STYLE = """
 :root { color-scheme: light dark; --page: #fcfcfb; --card: #fff; --ink: #1c1c1a; --quiet: #63625d; --line: #e2e1dc;
@@ -53,3 +59,14 @@ td, th { padding: .2rem .8rem .2rem 0; text-align: right; white-space: nowrap; b
   font-variant-numeric: tabular-nums; }
 td:first-child, th:first-child, td:nth-child(2), th:nth-child(2) { text-align: left; }
 """
+
+
+def document(title: str, blocks: Iterable[Markup]) -> str:
+    """An HTML page under its title, without scripts; its policy allows only its own style."""
+    head = element("title", text(title)), element("style", Markup(STYLE))
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"{''.join(head)}</head>\n<body>\n" + "\n".join([element("h1", text(title)), *blocks]) + "\n</body></html>\n"
+    )

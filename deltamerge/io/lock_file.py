@@ -27,7 +27,7 @@ HIDDEN = frozenset({".git", ".gitattributes", ".gitignore", ".cache", ".huggingf
 class _Part(BaseModel):
     """The required keys of a part of a lock; other keys are kept as they are."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", defer_build=True)
 
 
 class _File(_Part):

@@ -107,6 +107,18 @@ def numbered_blocks(shapes: Mapping[str, tuple[int, ...]]) -> dict[int, list[str
     return None
 
 
+def resident_size(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> int:
+    """The sizes, by name, of all that is outside of repeated blocks and of the largest block."""
+    inside = block_sizes(shapes, sizes) or [sum(sizes.values())]
+    return sum(sizes.values()) - sum(inside) + max(inside)
+
+
+def block_sizes(shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]) -> list[int]:
+    """What the sizes add up to in each repeated block."""
+    blocks = numbered_blocks(shapes) or {}
+    return [sum(sizes[name] for name in names) for names in blocks.values()]
+
+
 def natural(name: str) -> list[tuple[int, str]]:
     """A key that sorts names by the numbers in them."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]

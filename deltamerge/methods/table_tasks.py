@@ -59,7 +59,7 @@ TASKS = (
         {
             **_SCALED,
             "steps": Param("of Adam from Σ w_i Δ_i, as published: 300; 0 is the minimum itself", 0, "integer", low=0),
-            "rho": Param("of the minimum: ridge as a fraction of the mean eigenvalue", 0.1, low=0, low_open=True),
+            "rho": Param("of the minimum: ridge as a fraction of the mean eigenvalue", 1.0, low=0, low_open=True),
         },
     ),
     _on_deltas(

@@ -7,11 +7,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from deltamerge import errors
 from deltamerge.calibrate import coefficients, joint_factor, merge_inputs, stage
 from deltamerge.calibrate.gradients import squares
 from deltamerge.calibrate.reach import has_columns, is_linear
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import CalibrationInput, Pruned, Share, Spec, mask_seeds, within
+from deltamerge.calibrate.split import split
 from deltamerge.calibrate.threshold import model_cut
 from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
@@ -22,6 +24,7 @@ from deltamerge.io.transplanted import Transplanted
 from deltamerge.methods.table import PRUNE
 from deltamerge.plan.delta_graph import Deltas, Stages
 from deltamerge.plan.folders import refuse_unrunnable
+from deltamerge.plan.inputs import Inputs
 from deltamerge.plan.lora import Product, factor_pairs, factor_roots, factor_spec, refuse_changed_config
 from deltamerge.plan.matrix_form import matrix_form
 from deltamerge.plan.merged_tensor import Merge, Tuned
@@ -273,3 +276,26 @@ def _find_columns(prune: Pruning, linear: Sequence[str]) -> None:
     for pattern in (prune.protect and prune.protect.columns) or {}:
         if not any(finds(pattern, name) for name in linear):
             raise InputError(f"prune.protect.columns: {pattern!r} finds no pruned weight of a linear layer")
+
+
+def sources_of(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
+    """The data that stages run on, by the fine-tune's index in the recipe."""
+    measured = {**stages.activations, **stages.weighing}
+    sources = {i: node.parameter("source") for i, node in measured.items()}
+    sources |= {i: node.parameter("spec").source for i, node in stages.calibrated.items()}
+    sources |= {i: one.source for i, one in stages.inputs.items()}
+    if stages.rows is not None:
+        of_rows = (part.source for part in stages.rows.parameter("parts"))
+        sources |= {t.index: s for t, s in zip(inputs.tunes, of_rows, strict=True) if t.index is not None}
+    if stages.together is not None:
+        parts = stages.together.parameter("spec").sources
+        sources |= {t.index: s for t, s in zip(inputs.tunes, parts, strict=True) if t.index is not None}
+    return sources
+
+
+def check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:
+    """InputError unless the rows exist, with the fields and labels that the model's head needs."""
+    configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
+    for index, source in sources.items():
+        with errors.context(f"calibration of {source.model}"):
+            split(source.calibration, source.folder, source.seed, configs[index], labelled=source.labelled)

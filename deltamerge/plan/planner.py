@@ -6,19 +6,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from deltamerge import errors
 from deltamerge.calibrate import merge_inputs
 from deltamerge.calibrate.reach import in_words
 from deltamerge.calibrate.second_moments import Measured
 from deltamerge.calibrate.spec import BASELINE_BYTES as CALIBRATING_BYTES
 from deltamerge.calibrate.spec import CalibrationInput, Spec
 from deltamerge.calibrate.spec import memory as stage_memory
-from deltamerge.calibrate.split import split
 from deltamerge.engine.devices import AUTO
 from deltamerge.engine.graph import Node
-from deltamerge.engine.tasks import Task, on_gpu
+from deltamerge.engine.tasks import Task
 from deltamerge.errors import InputError
 from deltamerge.io.audit import NonFinite
 from deltamerge.io.checkpoint import Adapter
@@ -30,23 +28,24 @@ from deltamerge.io.quantised.coding import Coding
 from deltamerge.io.quantised.packing import kept_bytes
 from deltamerge.io.running_sum import RunningSum
 from deltamerge.io.tensor import TensorInfo
+from deltamerge.plan.calibration_graph import check_data, sources_of
 from deltamerge.plan.chat_template import ChatTemplate, choose_chat_template
-from deltamerge.plan.delta_graph import Stages
 from deltamerge.plan.folders import refuse_adapter, remarks
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.kinship import strangers, swapped
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.low_rank import factoring_note, held_by_factors
 from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_by_files, held_coded, tile_and_peak
-from deltamerge.plan.moe import Mixture, MixtureOutputs
 from deltamerge.plan.outputs import Outputs, OutputTensor
 from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
-from deltamerge.plan.transplant import make_transplant
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.plan.vocabulary_config import edit_config
 from deltamerge.recipe import checks
 from deltamerge.recipe.schema import Recipe
+
+if TYPE_CHECKING:
+    from deltamerge.plan.moe import Mixture, MixtureOutputs
 
 SHOWN_PROBLEMS = 8
 ADAPTER = Component(stem="adapter_model")
@@ -56,7 +55,7 @@ ADAPTER = Component(stem="adapter_model")
 class PlanOptions:
     """How a plan is to be run.
 
-    device   where tiles are computed: cpu, cuda, cuda:N, or auto: a GPU for what it does faster, else the CPU
+    device   where tiles are computed: cpu, cuda, cuda:N, cuda:N,M, cuda:all, or auto: a GPU for what it does faster
     workers  threads
     memory   a cap in bytes; None: none
     data     whether the rows of calibrations are read, to check them
@@ -117,13 +116,8 @@ class Plan:
 
     @property
     def device(self) -> str:
-        """Where tiles are computed: cpu, cuda, cuda:N, or auto, some on a GPU."""
+        """Where tiles are computed: cpu, GPUs, or auto, some on a GPU."""
         return self.options.device
-
-    @property
-    def uses_gpu(self) -> bool:
-        """Whether anything is computed on a GPU."""
-        return self.device != "cpu" and (bool(self.sources) or any(on_gpu(t, self.device) for t in self.tasks))
 
     @property
     def workers(self) -> int:
@@ -259,13 +253,14 @@ def _plan(
         refuse_adapter(inputs.template.name, inputs.template.checkpoint)
     own = own_weights(recipe, inputs)
     inputs = own or inputs
-    made = make_vocabulary if recipe.transplant is None else make_transplant
-    vocabulary = made(recipe, inputs)
+    vocabulary = _vocabulary(recipe, inputs)
     device, workers, memory = options.device, options.workers, options.memory
     if recipe.transplant is not None and vocabulary is not None:
         edit_config(inputs.template.checkpoint.config, vocabulary, inputs.template)  # refuses what it cannot follow
     found: Outputs | MixtureOutputs
     if recipe.is_moe:
+        from deltamerge.plan.moe import MixtureOutputs
+
         found = MixtureOutputs(recipe, inputs, device, folder, memory)
     else:
         found = Outputs(recipe, inputs, device, folder, memory, densities, vocabulary)
@@ -284,8 +279,7 @@ def _plan(
     else:
         layout = plan_layout(metas, recipe.output.shard_size, inputs.template.checkpoint.components, weights)
     outputs = tuple(row.output(layout) for row in rows)
-    is_delta = recipe.output.kind == "delta"
-    held = held_by_delta(outputs, workers) if is_delta else held_by_files(outputs, workers, memory)
+    held = held_by_delta(outputs, workers) if recipe.output.kind == "delta" else held_by_files(outputs, workers, memory)
     if recipe.output.lora:
         held += held_by_factors(recipe.output, outputs, workers, moments=bool(found.builder.deltas.stages.inputs))
     held += kept_bytes(info for model in inputs.all for info in model.tensors.values())
@@ -294,16 +288,16 @@ def _plan(
     held += held_coded(outputs, workers) + (vocabulary.held(workers) if vocabulary is not None else 0)
     tile, peak = tile_and_peak(outputs, costs, device, workers, memory, held)
     builder, stages = found.builder, found.builder.deltas.stages
-    sources = _sources(stages, inputs)
+    sources = sources_of(stages, inputs)
     if options.data and densities is None:  # once: `fit` has the same sources
-        _check_data(sources, inputs)
+        check_data(sources, inputs)
     if sources:  # stages run one after another, before the first tile
         resident = [node.parameter("spec").memory for node in stages.calibrations]
         resident += [one.memory + stage_memory(one.source) for one in stages.inputs.values()]
         if stages.rows is not None:
             resident.append(merge_inputs.memory(stages.rows.parameter("parts")))
         peak = max(peak, CALIBRATING_BYTES + max([*resident, *map(stage_memory, sources.values())]))
-    mixture = found.mixture(rows) if isinstance(found, MixtureOutputs) else None
+    mixture = None if isinstance(found, Outputs) else found.mixture(rows)
     if mixture is not None:  # before the first tile, too
         peak = max(peak, CALIBRATING_BYTES + mixture.spec.memory)
     peak += vocabulary.memory if vocabulary is not None else 0
@@ -367,6 +361,14 @@ def _plan(
     )
 
 
+def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
+    if recipe.transplant is None:
+        return make_vocabulary(recipe, inputs)
+    from deltamerge.plan.transplant import make_transplant
+
+    return make_transplant(recipe, inputs)
+
+
 def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
     """What "auto" leaves to the GPU, and why, in a line."""
     pieces = [piece for output in outputs for piece in output.pieces if piece.built.root.kind != "read"]
@@ -377,29 +379,6 @@ def _where(outputs: Sequence[OutputTensor], *, calibrates: bool) -> str:
     if not parts:
         return f"device auto: {left}; nothing of it is faster on the GPU"
     return f"device auto: the GPU is for {' and '.join(parts)}; {left}"
-
-
-def _sources(stages: Stages, inputs: Inputs) -> dict[int, CalibrationInput]:
-    """The data that stages run on, by the fine-tune's index in the recipe."""
-    measured = {**stages.activations, **stages.weighing}
-    sources = {i: node.parameter("source") for i, node in measured.items()}
-    sources |= {i: node.parameter("spec").source for i, node in stages.calibrated.items()}
-    sources |= {i: one.source for i, one in stages.inputs.items()}
-    if stages.rows is not None:
-        of_rows = (part.source for part in stages.rows.parameter("parts"))
-        sources |= {t.index: s for t, s in zip(inputs.tunes, of_rows, strict=True) if t.index is not None}
-    if stages.together is not None:
-        parts = stages.together.parameter("spec").sources
-        sources |= {t.index: s for t, s in zip(inputs.tunes, parts, strict=True) if t.index is not None}
-    return sources
-
-
-def _check_data(sources: Mapping[int, CalibrationInput], inputs: Inputs) -> None:
-    """InputError unless the rows exist, with the fields and labels that the model's head needs."""
-    configs = {tune.index: tune.checkpoint.config for tune in inputs.tunes}
-    for index, source in sources.items():
-        with errors.context(f"calibration of {source.model}"):
-            split(source.calibration, source.folder, source.seed, configs[index], labelled=source.labelled)
 
 
 def _blocks(source: CalibrationInput) -> int:

@@ -221,7 +221,9 @@ class Builder:
             inputs = [self.graph.read(merge.base), *(self._delta(tuned, self.recipe.seed)[0] for tuned in merge.tunes)]
             values = self._parameters(merge)[0]
             parts.append((merge.name, self.graph.node(function, inputs, kind="concat", shape=merge.shape, **values)))
-        return self.graph.node(totals, kind="small", parts=tuple(parts), device=self.maker.device)
+        stages = self.deltas.stages
+        known = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrated.values())
+        return self.graph.node(totals, known, kind="small", parts=tuple(parts), known=known, device=self.maker.device)
 
     def _measured(self, merges: Sequence[Merge]) -> Node:
         """The node that measures what the merge method needs of every model's rows."""

@@ -123,26 +123,15 @@ class Transplant(Vocabulary):
 
     def describe(self) -> dict[str, Any]:
         """The vocabulary as `deltamerge plan --json` prints it."""
-        mean = int((self.origin == -2).sum())
-        return {
-            "source": self.kind,
-            "starts_from": self.start.name,
-            "tokens": len(self.ids),
-            "appended": 0,
-            "dropped": 0,
-            "rows": self.total,
-            "padding": self.padding,
-            "lacking": dict.fromkeys(("base", "one_model", "mean", "zeros", "recipe"), 0),
-            "notes": list(self.notes),
-            "transplant": {
-                "method": self.method,
-                "k": self.k,
-                "kept": int((self.origin >= 0).sum()),
-                "common": len(self.common),
-                "made": int((self.origin == -1).sum()),
-                "mean": mean,
-            },
+        made = {
+            "method": self.method,
+            "k": self.k,
+            "kept": int((self.origin >= 0).sum()),
+            "common": len(self.common),
+            "made": int((self.origin == -1).sum()),
+            "mean": int((self.origin == -2).sum()),
         }
+        return {**Vocabulary.describe(self), "transplant": made}
 
 
 def make_transplant(recipe: Recipe, inputs: Inputs) -> Transplant:

@@ -157,7 +157,7 @@ class Vocabulary:
 
     def describe(self) -> dict[str, Any]:
         """The vocabulary as `deltamerge plan --json` prints it."""
-        where = np.stack(list(self.columns.values()), axis=1)
+        where = np.stack(list(self.columns.values()) or [np.zeros(0, np.int32)], axis=1)
         lacking = np.flatnonzero((where < 0).any(1))
         plain = np.setdiff1d(lacking, np.fromiter(self.given, np.int64, len(self.given)))
         from_base = self.columns[self.base][plain] >= 0 if self.base is not None else np.zeros(len(plain), bool)

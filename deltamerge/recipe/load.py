@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from deltamerge.errors import Problem, RecipeError
 from deltamerge.io import patterns
-from deltamerge.recipe import checks, documents, messages, moe_checks, varied, yaml_source
+from deltamerge.recipe import checks, documents, messages, moe_checks, open_values, yaml_source
 from deltamerge.recipe.expand import Member, members, weighed
 from deltamerge.recipe.parts import Section
 from deltamerge.recipe.schema import Model, Recipe, Slice, SliceSource
@@ -55,7 +55,7 @@ def parse(read: YamlSource, problems: list[Problem]) -> Recipe:
 def load_all(reads: Sequence[YamlSource]) -> tuple[Recipe, ...]:
     """The recipes of one file's documents. Raises RecipeError with every problem found in any of them."""
     patterns.start_anew()
-    problems: list[Problem] = [problem for read in reads for problem in varied.refused(read)]
+    problems: list[Problem] = [problem for read in reads for problem in open_values.refused(read)]
     if problems:
         raise RecipeError(reads[0].path, problems[:MAX_PROBLEMS])
     recipes = [parse(read, problems) for read in reads]

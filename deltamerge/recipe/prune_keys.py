@@ -24,7 +24,7 @@ def _q_shape(value: Any) -> str:
 class Keys(BaseModel):
     """A mapping of known keys; a key without a value counts as not given."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False, defer_build=True)
 
     @model_validator(mode="before")
     @classmethod

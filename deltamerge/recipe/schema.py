@@ -12,7 +12,7 @@ from typing_extensions import TypeAliasType
 from deltamerge.errors import Problem
 from deltamerge.methods.registry import MergeMethod, Param
 from deltamerge.methods.table import MERGE, MOE, NO_EFFECT, NO_EFFECT_KEYS
-from deltamerge.recipe import open_values
+from deltamerge.recipe import open_schema
 from deltamerge.recipe.moe_keys import Expert as Expert
 from deltamerge.recipe.moe_keys import GateMode
 from deltamerge.recipe.output_keys import Quantization, Quantized
@@ -393,7 +393,7 @@ def schema() -> dict[str, Any]:
         },
         "additionalProperties": False,
     }  # fmt: skip
-    open_values.allow(generated)
+    open_schema.allow(generated)
     for holder in (generated, generated["$defs"]["Module"]):
         short_form(holder["properties"]["models"])
     return {"$schema": "http://json-schema.org/draft-07/schema#", **generated, "title": "deltamerge recipe"}

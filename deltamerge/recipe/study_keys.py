@@ -12,8 +12,8 @@ from deltamerge.recipe.types import Positive, Text
 from deltamerge.recipe.values import Items
 
 Measure: TypeAlias = Literal[
-    "agreement", "metric", "accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spearman", "exact_match",
-    "loss",
+    "agreement", "same_answers", "metric", "accuracy", "matthews_correlation", "f1", "accuracy_f1", "pearson_spearman",
+    "exact_match", "loss",
 ]  # fmt: skip
 
 
@@ -34,7 +34,8 @@ class Goal(Keys):
     measure: Measure | None = Field(
         None,
         description="agreement: distance of outputs from each fine-tune's own, without labels, as a share of the "
-        "base's; metric: calibration.metric of each fine-tune; or a metric.",
+        "base's; same_answers: how often its answers are the fine-tune's; metric: calibration.metric of each "
+        "fine-tune; or a metric.",
     )
     over: Literal["mean", "minimum"] = Field("mean", description="How the fine-tunes' values become one; the worst.")
     weights: dict[Text, Annotated[float, Field(ge=0)]] = Field({}, description="Of the mean, by the models' names.")

@@ -67,7 +67,7 @@ _Plain = Annotated[Annotated[_Scalar, Tag("(scalar)")] | Annotated[_Gradient, Ta
 class Filter(BaseModel):
     """A value for the tensors whose name contains `filter`; for all of them without one, or with `*`."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    model_config = ConfigDict(strict=True, extra="forbid", frozen=True, defer_build=True)
 
     filter: str | None = Field(None, description="A part of the tensor's name; none or * for every tensor.")
     value: _Plain = Field(description="A number, or a gradient over layers.")

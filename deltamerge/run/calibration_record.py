@@ -28,7 +28,7 @@ def _drawable(value: object) -> TypeGuard[float]:
 
 
 class _Figures(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", defer_build=True)
 
 
 class ChosenQ(_Figures):

@@ -74,8 +74,11 @@ def run_on_ray(file: RecipeFile, out: Path | None, options: Options, *, address:
 
 
 def gpus_of(device: str) -> tuple[int, str]:
-    """The GPUs that a task takes, and its device: of those of its machine ray shows it one, which is then cuda:0."""
-    return (1, "cuda") if device.startswith("cuda") else (0, device)
+    """The GPUs that a task takes, and its device: of those of its machine ray shows it as many, from cuda:0 on."""
+    if not device.startswith("cuda"):
+        return 0, device
+    count = device.count(",") + 1
+    return count, "cuda:all" if count > 1 else "cuda"
 
 
 def _run_part(file: RecipeFile, target: Path, part: Part, options: Options) -> Any:

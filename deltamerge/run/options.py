@@ -17,7 +17,7 @@ from deltamerge.run.calibration_record import Run
 from deltamerge.run.lock import Lock
 
 MOST_WORKERS = 1024
-DEVICES = re.compile(r"auto|cpu|cuda(:[0-9]{1,9})?")
+DEVICES = re.compile(r"auto|cpu|cuda(:([0-9]{1,9}(,[0-9]{1,9}){0,63}|all))?")
 
 Watch = Callable[[Plan], Callable[[int], None]]
 """Is given the plan before the first byte; what it returns is told the bytes done."""
@@ -37,8 +37,8 @@ def unwatched(_: Plan) -> Callable[[int], None]:
 class Options:
     """How a recipe is planned and run.
 
-    device           where tiles are computed: auto (the first GPU, if there is one, what it does faster), cpu, cuda or
-                     cuda:N
+    device           where tiles are computed: auto (the first GPU, if there is one, what it does faster), cpu, cuda
+                     (the first), cuda:N, cuda:N,M or cuda:all
     workers          threads; None: as many as there are cores
     memory           a cap in bytes; None: none
     resume           go on where an interrupted run with the same inputs stopped; by default unless `force`
@@ -100,7 +100,7 @@ def choose_device(device: str) -> str:
     """The device of a plan, for which torch is not imported: "auto" where the machine shows an NVIDIA device, whose GPU
     then does what it does faster (`backends.choose`); else the CPU. UsageError: no such device."""
     if not DEVICES.fullmatch(device):
-        raise UsageError(f"--device {device}: no such device", hint="auto, cpu, cuda or cuda:N")
+        raise UsageError(f"--device {device}: no such device", hint="auto, cpu, cuda, cuda:N, cuda:N,M or cuda:all")
     return "cpu" if device == AUTO and not shows_gpu() else device
 
 

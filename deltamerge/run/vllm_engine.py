@@ -7,13 +7,13 @@
 and checks it and the base by hash before anything is written. vLLM does not undo a write that fails: the next update
 then writes every tensor.
 
-Of a model that keeps its weights as they are loaded only the positions that change are written. Where vLLM has packed
-them (on the CPU, quantised, experts), the layers of the tensors that change are loaded anew, from the base's file.
+Of a model that keeps its weights as they are loaded only the positions that change are written, where they are few.
+Where most of a tensor changes, or vLLM has packed the weights (on the CPU, quantised, experts), the layers of the
+tensors that change are loaded anew, from the base's file.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,33 +77,28 @@ class DeltaEngine(WeightTransferEngine[DeltaInit, DeltaUpdate]):  # type: ignore
             torch.accelerator.synchronize()
 
     def receive_weights(self, update_info: DeltaUpdate) -> None:
-        """Make the model the one of a delta. InputError, with nothing written: the delta is damaged or of another base,
-        or vLLM cannot write what it changes."""
+        """Make the model the one of a delta. InputError, with nothing written: the delta is damaged or of another
+        base."""
         if not hasattr(self, "_served"):
             raise InputError("init_weight_transfer_engine was not called", hint='init_info {"base": FOLDER}')
         changes = self._served.changes(update_info.delta)
-        patches = self._patches(changes) if self._in_place else None
-        names = self._served.touched(changes)
+        patches = self._patches(changes) if self._in_place else []
+        anew = {*self._served.touched(changes)} - {patch.name for patch in patches}
         self._served.at = None
-        if patches is not None:
+        if patches:
             load_checkpoint_weight_patches(self.model, patches, validate_unique_indices=False)
-        elif names:
-            self._load(changes, {*names})
+        if anew:
+            self._load(changes, anew)
         self._served.at = changes
 
     def _patches(self, changes: Changes) -> list[CheckpointWeightPatch]:
-        """The changes as sparse patches alone, which vLLM writes in place. InputError: it cannot write one."""
-        found = []
-        for patch in self._served.patches(changes):
-            where = torch.arange(math.prod(patch.shape)) if patch.indices is None else patch.indices
-            if not patch.dtype.is_floating_point or bool(torch.isnan(patch.values).any()):
-                what = "NaN" if patch.dtype.is_floating_point else patch.dtype
-                raise InputError(
-                    f"{patch.name}: {what} cannot be written in place",
-                    hint='init_info {"in_place": False} loads layers anew',
-                )
-            found.append(CheckpointWeightPatch(*patch[:4], where))
-        return found
+        """The changes that vLLM can write in place: of single positions, floating, without NaN, which says to it that
+        nothing changes."""
+        return [
+            CheckpointWeightPatch(*patch)
+            for patch in self._served.patches(changes)
+            if patch.indices is not None and patch.dtype.is_floating_point and not bool(patch.values.isnan().any())
+        ]
 
     def _load(self, changes: Changes, names: set[str]) -> None:
         """Load the layers of some tensors anew, as vLLM reloads them."""

@@ -80,7 +80,7 @@ def test_one_part_is_asked_for_at_a_time_and_let_go(tmp_path: Path) -> None:
         return made
 
     told: list[int] = []
-    model.entering = told.append
+    model.entering = lambda part, weights: told.append(part)
     model.run(batches("Llama"), [weights], lambda b, out: None)
     assert told == [2, 3, 4]  # read ahead of their turn; there is no part 4
     rest, *blocks = [sorted(part) for part in model.parts]

@@ -126,7 +126,8 @@ def test_regmean_equals_a_plain_walk(models: Path, tmp_path: Path, method: str) 
     for name, tensor in got.items():
         error = np.abs(tensor.double().numpy() - wanted[name]).max()
         assert error < 2e-5, (name, error)
-    again = run(path, tmp_path / "again", workers=1).folder
+    half = recipe(models, f"{method}-half", method, shared=", precision: bfloat16")
+    again = run(half, tmp_path / "again", workers=1).folder
     assert (again / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert not list((tmp_path).glob(".*"))
 

@@ -11,13 +11,16 @@ import pytest
 import torch
 import transformers
 from tiny_models import batches, make
+from torch.overrides import TorchFunctionMode
 
+from deltamerge.calibrate import head
 from deltamerge.calibrate.blocks import BlockModel, from_reader
 from deltamerge.calibrate.candidates import Cache, apply, pruned
 from deltamerge.calibrate.objectives import (
     Distribution,
     Generation,
     OutputChange,
+    SameAnswers,
     Validation,
     evaluate,
     is_regression,
@@ -101,6 +104,24 @@ def test_divergence_of_distributions(architecture: str, tmp_path: Path) -> None:
     p, q = softmax(tuned), softmax(other)
     want = (p * np.log(p / q)).sum(1).mean()
     assert evaluate(pair.model, objective, [pair.at(0.4)])[0] == pytest.approx(want, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "regression"),
+    [("BertForSequenceClassification", False), ("LlamaForCausalLM", False), ("BertForSequenceClassification", True)],
+)
+def test_same_answers(architecture: str, regression: bool, tmp_path: Path) -> None:
+    """Of classes and of real tokens the share that are equal; of numbers their correlation."""
+    pair = Pair(architecture, tmp_path)
+    objective = SameAnswers.of(pair.model, pair.tuned, pair.data, regression=regression)
+    rebuilt = {n: t + pair.masked[n] / 0.4 for n, t in pair.base.items()}
+    tuned, other = (np.concatenate([z for z, _ in pair.outputs(t)]) for t in (pair.tune, rebuilt))
+    want = np.mean(tuned.argmax(1) == other.argmax(1))
+    if regression:
+        want = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(tuned.T, other.T, strict=True)])
+    got = evaluate(pair.model, objective, [pair.at(0.4), pair.tuned])
+    assert 1 - got[0] == pytest.approx(want, abs=1e-4)
+    assert got[1] == pytest.approx(0.0, abs=1e-6)
 
 
 def test_divergence_over_a_large_vocabulary_is_a_lower_bound(tmp_path: Path) -> None:
@@ -234,3 +255,46 @@ def test_several_logits_are_refused():
     """A reader of scenes gives characters, byte pairs and word pieces."""
     with pytest.raises(InputError, match="the model gives 3 logits, and calibration compares one"):
         per_token((torch.zeros(1, 2, 3),) * 3)
+
+
+class _Largest(TorchFunctionMode):
+    """Remembers the most bytes of logits over a vocabulary that one function returned."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary, self.nbytes = vocabulary, 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and made.dim() > 1 and made.shape[-1] == self.vocabulary:
+            self.nbytes = max(self.nbytes, made.nbytes)
+        return made
+
+
+@pytest.mark.parametrize(
+    ("architecture", "changes", "in_pieces"),
+    [
+        ("LlamaForCausalLM", {}, True),
+        ("Qwen2ForCausalLM", {"tie_word_embeddings": False}, True),
+        ("Gemma2ForCausalLM", {"final_logit_softcapping": 2.0}, False),  # it computes on with the product
+    ],
+)
+def test_logits_come_in_pieces_whose_size_changes_nothing(
+    architecture: str, changes: dict[str, Any], in_pieces: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(architecture, tmp_path, vocab_size=211, **changes)
+    labels = [b["input_ids"].masked_fill(b["attention_mask"] == 0, -100) for b in pair.data]
+    found = []
+    for tokens in (1, 4, 1000):
+        monkeypatch.setattr(head, "PIECE_BYTES", tokens * 211 * 4)
+        with _Largest(211) as largest:
+            some = [made.of(pair.model, pair.tuned, pair.data) for made in (OutputChange, Distribution)]
+            some.append(Validation(pair.data, labels, "loss"))
+            found.append([x for one in some for x in evaluate(pair.model, one, [pair.at(0.4), pair.tuned])])
+        assert (largest.nbytes <= tokens * 211 * 4) == (in_pieces or tokens == 1000)
+        whole = OutputChange.of(pair.model, pair.tuned, pair.data)
+        with _Largest(211) as largest:
+            evaluate(pair.model, whole, [pair.at(0.4)])
+        assert (largest.nbytes == 0) == in_pieces  # 5 logits a token are all it needs
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+    assert found[1] == pytest.approx(found[2], rel=1e-6)
+    assert found[0][1] == 0.0  # of the fine-tune itself

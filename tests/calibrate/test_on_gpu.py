@@ -2,23 +2,32 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import wait
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import gpu_guard
 import pytest
 import torch
 from calibration_rows import rows
-from conftest import tiny_bert_pair
-from running import calibrate
+from conftest import tiny_bert_pair, tiny_llama
+from running import calibrate, make_plan, run
 from safetensors.torch import save_file
-from simulated_gpu import simulated
+from simulated_gpu import GPU, simulated
 from test_stage import RUNS, recipe
 
+from deltamerge.calibrate.ahead import Ahead
+from deltamerge.calibrate.arrivals import Arrivals
 from deltamerge.calibrate.candidates import apply
 from deltamerge.calibrate.resident import Resident
+from deltamerge.calibrate.subject import Subject
 from deltamerge.cli import main
 from deltamerge.engine.graph import Graph
 from deltamerge.errors import InputError
+from deltamerge.inspect import study
 from deltamerge.io import gpu as gpu_loops
 from deltamerge.io.reader import Reader
 from deltamerge.io.safetensors_file import read_header
@@ -27,9 +36,11 @@ from deltamerge.methods.prune.bits import mask_key
 from deltamerge.methods.prune.masks import dare
 
 BY_ROW = ["least-squares-row"]
+LEARNED = ["learned", "learned-row"]
 
 
-def check(folder: Path, name: str) -> None:
+def check(folder: Path | str, name: str) -> None:
+    folder = Path(folder)
     if not (folder / "calib.jsonl").exists():
         tiny_bert_pair(folder, dtype=torch.float32, sigma=0.05, tokenizer=True)
         rows(folder / "calib.jsonl")
@@ -64,8 +75,7 @@ def test_masks_are_drawn_by_the_loop_that_adds_them(q: Any, tmp_path: Path) -> N
     masked = torch.where(kept, delta, 0.0)
     of_q = torch.linspace(0.2, 0.9, 6)[:, None] if q == "rows" else q
     with simulated() as gpu, Reader() as reader, torch.no_grad():
-        resident = Resident.of(reader, torch.device("cuda"), {})
-        assert resident is not None
+        resident = Resident(reader, torch.device("cuda"), {})
         assert resident.drawn(sparse, infos["base"], (6, 40)) is None
         drawn = resident.drawn(node, infos["base"], (6, 40))
         assert drawn is not None
@@ -78,9 +88,122 @@ def test_masks_are_drawn_by_the_loop_that_adds_them(q: Any, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in RUNS if name not in BY_ROW])
+@pytest.mark.parametrize("name", [name for name in RUNS if name not in BY_ROW + LEARNED])
 def test_it_finds_what_the_cpu_finds_by_every_search(name: str, tmp_path: Path) -> None:
     check(tmp_path, name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEARNED)
+def test_it_learns_what_the_cpu_learns(name: str, tmp_path: Path) -> None:
+    gpu_guard.call(tmp_path, "test_on_gpu", "check", str(tmp_path), name)
+
+
+@pytest.fixture(scope="module")
+def plenty(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[float]], int]:
+    """A recipe, what is found on a GPU where all fits, and the bytes that are sent there."""
+    folder = tmp_path_factory.mktemp("plenty")
+    base = tiny_llama(folder / "base", seed=0, layers=3)
+    tiny_llama(folder / "tuned", seed=1, layers=3, base=base, sigma=0.05, tokenizer=True)
+    rows(folder / "calib.jsonl")
+    path = folder / "recipe.yaml"
+    path.write_text(
+        "base_model: ./base\nmodels: [{model: ./tuned, name: t, prune: {method: dare, density: 0.3, "
+        "q: output_change, include: [q_proj]}}]\ncalibration: {data: calib.jsonl, sequences: 2, length: 8, seeds: 2}\n"
+    )
+    found, gpu = walked(path)
+    return path, found, gpu.uploaded
+
+
+def walked(
+    path: Path,
+    device: str = "cuda",
+    fails: Callable[[GPU], bool] = lambda gpu: False,
+    walks: int = 2,
+    **simulation: int,
+) -> tuple[list[list[float]], GPU]:
+    """The output change of a candidate under two masks, in each walk; the first launch that `fails` has no memory."""
+    with simulated(**simulation) as gpu, Reader() as reader:
+        failed: list[str] = []
+
+        def fail(name: str) -> None:
+            if not failed and fails(gpu):
+                failed.append(name)
+                out_of_memory(name)
+
+        gpu.failing = fail
+        (spec,) = make_plan(path, device=device).specs.values()
+        subject = Subject(spec.source, reader, [{p.stored: p.masked[s] for p in spec.pruned} for s in range(2)])
+        objective, q = subject.output_change("search"), {p.stored: 0.5 for p in spec.pruned}
+        found = [subject.of_masks(objective, [q], range(2))[0] for _ in range(walks)]
+        assert subject.passes == 1 + 2 * walks
+        subject.forget()
+    return found, gpu
+
+
+def test_weights_that_do_not_fit_stream_by(
+    plenty: tuple[Path, list[list[float]], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A block's are read on a thread and sent on a stream of their own while the block before is computed."""
+    path, found, stored = plenty
+    sent: list[tuple[str, str]] = []
+    send, begin = Arrivals.send, Ahead.begin
+
+    def seen(arrivals: Arrivals, info: Any) -> Any:
+        sent.append((threading.current_thread().name, info.name))
+        return send(arrivals, info)
+
+    def done(ahead: Ahead[Any], infos: Any) -> None:  # no block is so short that it ends before
+        begin(ahead, infos)
+        wait(ahead._begun.values())
+
+    monkeypatch.setattr(Arrivals, "send", seen)
+    monkeypatch.setattr(Ahead, "begin", done)
+    scarce, gpu = walked(path, limit=2 * stored)
+    assert scarce == found
+    assert gpu.uploaded > 1.3 * stored
+    late = {name.split(".")[2] for thread, name in sent if "layers" in name and thread == "MainThread"}
+    assert late <= {"0"}  # of the first block, which no other is before
+
+
+def test_gpus_share_candidates_and_masks(plenty: tuple[Path, list[list[float]], int]) -> None:
+    """What is found is what one GPU finds, to the last digit."""
+    path, alone, _ = plenty
+    shared, gpu = walked(path, "cuda:1,0", walks=1, devices=2)
+    assert shared == alone[:1]
+    assert min(gpu.launched[0], gpu.launched[1]) > gpu.launches / 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("thread", ["MainThread", "device_0"])
+def test_where_memory_runs_out_nothing_stays_on_the_device(
+    thread: str, plenty: tuple[Path, list[list[float]], int]
+) -> None:
+    """The walk begins again."""
+    path, found, stored = plenty
+    there = [0]
+
+    def fails(gpu: GPU) -> bool:
+        there[0] += threading.current_thread().name == thread
+        return there[0] > 600
+
+    relieved, gpu = walked(path, "cuda:all", fails, devices=2)
+    assert relieved == found
+    assert gpu.uploaded > 1.3 * stored
+
+
+@pytest.mark.slow
+def test_gpus_share_a_search(tmp_path: Path) -> None:
+    tiny_bert_pair(tmp_path, dtype=torch.bfloat16, sigma=0.05, tokenizer=True)
+    rows(tmp_path / "calib.jsonl")
+    path = recipe(tmp_path, "shared", RUNS["global"])
+    with simulated() as gpu:
+        alone = dict(calibrate(path, device="cuda")["t"])
+    with simulated(devices=2) as both:
+        shared = dict(calibrate(path, device="cuda:all")["t"])
+    assert shared == alone
+    assert both.launches < 1.5 * gpu.launches  # a mask is drawn by each
+    assert min(both.launched[0], both.launched[1]) > both.launches / 4
 
 
 def test_a_gpu_that_is_not_there_or_too_small_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -91,9 +214,21 @@ def test_a_gpu_that_is_not_there_or_too_small_is_one_line(tmp_path: Path, capsys
         main(["calibrate", str(path), "--device", "cuda"])
     said = capsys.readouterr().err
     assert (left.value.code, "torch sees 0 CUDA devices" in said, "bug" in said) == (1, True, False)
-    with simulated() as gpu, pytest.raises(InputError, match="too little memory"):  # noqa: PT012
-        gpu.failing = out_of_memory
-        calibrate(path, device="cuda")
+    asked: dict[str, Callable[[], Any]] = {"one": lambda: calibrate(path, device="cuda")}
+    for more in ("", ", coefficients: layer"):
+        whole = recipe(tmp_path, f"whole{len(more)}", "{method: dare, density: 0.3}", f", per: merge{more}")
+        asked[f"merge{more}"] = partial(calibrate, whole, device="cuda")
+    for method in ("regmean", "regmean_plus", "fisher"):
+        by_rows = recipe(tmp_path, method, "{method: magnitude, density: 1.0}", "", f"merge_method: {method}\n")
+        asked[method] = partial(run, by_rows, tmp_path / f"out-{method}", device="cuda")
+    measured = {"data": tmp_path / "calib.jsonl", "sequences": 8, "length": 12}
+    for name, studied in {"inspect": study.inspect, "recommend": partial(study.recommend, density=0.3)}.items():
+        both = str(tmp_path / "tuned"), str(tmp_path / "base")
+        asked[name] = partial(studied, *both, calibration=measured, device="cuda")
+    for ask in asked.values():
+        with simulated() as gpu, pytest.raises(InputError, match="too little memory"):  # noqa: PT012
+            gpu.failing = out_of_memory
+            ask()
 
 
 def out_of_memory(name: str) -> None:

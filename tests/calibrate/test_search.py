@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from deltamerge.calibrate.search import BUDGET, Minima, grid, minimise, model, scan
+from deltamerge.calibrate.search import BUDGET, Minima, closer, grid, minimise, model, scan
 from deltamerge.calibrate.searches import passed
+from deltamerge.calibrate.spec import CLOSER
 
 SHAPES: dict[str, Callable[[float, float], float]] = {
     "square": lambda q, best: (q - best) ** 2,
@@ -201,3 +202,21 @@ def test_a_second_minimum_is_a_candidate_if_a_hump_parts_it_from_the_first() -> 
     assert len(minima(0.005)) == 1
     first, second = minima(0.4)
     assert (first, second) == (pytest.approx(0.2, rel=0.05), 0.01)
+
+
+@pytest.mark.parametrize("best", [0.021, 0.026, 0.031, 0.036, 0.044])
+def test_candidates_come_closer_to_a_valley_between_two_points_of_the_grid(best: float) -> None:
+    """As predictions have it at density 0.001: a valley in log q as wide as the grid's step, a plain on both sides."""
+    step = math.log(1000.0) / 7
+
+    def value(q: float) -> float:
+        return 1.0 - math.exp(-2.0 * (math.log(q / best) / step) ** 2)
+
+    some = {q: value(q) for q in (0.001 * math.exp(step * i) for i in range(1, 7))}
+    for _ in range(CLOSER):
+        if (q := closer(sorted(some.items()))) is not None:
+            some[q] = value(q)
+    found = min(some, key=lambda q: some[q])
+    assert abs(math.log(found / best)) < 0.1
+    assert len(some) <= 6 + CLOSER
+    assert closer([(1.0, 0.0)]) is None

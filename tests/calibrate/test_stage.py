@@ -533,7 +533,14 @@ def test_q_moves_little_with_bfloat16(models: Path, tmp_path: Path, family: str)
         assert make_plan(path).describe()["stages"][0]["precision"] == asked.replace("auto", "float32")
         (found[asked],) = calibrate(path).values()
     stage = make_plan(path).describe()["stages"][0]
-    assert stage["operations"] % (2 * 8 * 12) == 0  # sequences of so many tokens
+    tokens = 8 * 12
+    assert stage["operations"] % (2 * tokens) == 0
+    if family == "llama":  # whose head takes part in the targets and the comparison, and not in the search
+        assert stage["head_operations"] == 2 * tokens * 96 * 32
+    gradient = "{method: dare, density: 0.3, q: {objective: output_change, scope: layer, search: gradient}}"
+    learned = make_plan(recipe(models / family, "learned", gradient)).describe()["stages"][0]
+    assert stage["head_passes"] < stage["forward_passes"]
+    assert learned["head_passes"] == learned["forward_passes"]
     assert calibration_seconds(stage) < calibration_seconds({**stage, "forward_passes": 1000 * stage["forward_passes"]})
     assert found["auto"] == found["float32"]
     assert found["bfloat16"]["precision"] == "bfloat16"

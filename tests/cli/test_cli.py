@@ -240,7 +240,7 @@ def test_usage_errors_exit_2(capsys):
 
 
 @pytest.mark.parametrize("command", ["run", "plan"])
-@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:0:1", ""])
+@pytest.mark.parametrize("device", ["gpu", "cuda:x", "cuda:0:1", "cuda:0,", "cuda:all,1", ""])
 def test_a_device_that_cannot_be_is_a_usage_error(folder, capsys, command, device):
     code, out, err = call(capsys, command, folder / "good.yaml", "--device", device)
     assert (code, out) == (2, "")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tensors, tiny_bert_pair
+from format_reader import documented
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -684,13 +684,6 @@ def test_memory_does_not_grow_with_a_dense_tensor(tmp_path: Path) -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 24 << 20
-
-
-def documented(word: str) -> str:
-    """The Python of docs/delta-format.md that has `word` in it."""
-    text = (Path(__file__).parents[2] / "docs" / "delta-format.md").read_text(encoding="utf-8")
-    blocks: list[str] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    return next(block for block in blocks if word in block)
 
 
 @pytest.mark.parametrize("coding", CODINGS)

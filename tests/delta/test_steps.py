@@ -55,7 +55,7 @@ def weights(size: int) -> Array:
 
 def stepped(base: Array, where: Array, steps: Array) -> Array:
     out = base.copy()
-    out[where] = unordered(ordered(base[where]) + steps)
+    out[where] = unordered(ordered(base[where]) + steps.astype(np.uint16))
     return out
 
 

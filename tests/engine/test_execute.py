@@ -144,9 +144,9 @@ def test_a_gpu_makes_the_same_bytes(tmp_path):
 INTERRUPTED = """
 import os, signal, sys, threading, time
 from deltamerge.api import load_recipe
-from deltamerge.engine.execute import _Engine
+from deltamerge.engine.worker import Worker
 signal.signal(signal.SIGINT, signal.default_int_handler)
-running, ended, compute = threading.Event(), [], _Engine._compute
+running, ended, compute = threading.Event(), [], Worker.do
 
 def slowly(*arguments):
     running.set()
@@ -154,7 +154,7 @@ def slowly(*arguments):
     compute(*arguments)
     ended.append(time.monotonic())
 
-_Engine._compute = slowly
+Worker.do = slowly
 planned = load_recipe("r.yaml", workers=1)
 threading.Thread(target=lambda: (running.wait(30), time.sleep(0.1), os.kill(os.getpid(), signal.SIGINT))).start()
 try:

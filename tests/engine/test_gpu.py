@@ -46,7 +46,7 @@ def test_bytes_are_the_cpus(kind: str, folder: Path, tmp_path: Path) -> None:
         path = folder / kind / "recipe.yaml"
         path.write_text(text)
         cpu = run(path, tmp_path / "cpu", device="cpu", force=True).folder
-        for device in ("cuda", "auto"):
+        for device in ("cuda", "auto", *["cuda:all"] * (torch.cuda.device_count() > 1)):
             if read_bytes(run(path, tmp_path / "gpu", device=device, workers=3, force=True).folder) != read_bytes(cpu):
                 different.append((name, device))
     assert not different

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
 import kept_recipes
@@ -12,8 +13,18 @@ from raw_tensors import read_checkpoint, write_checkpoint
 from running import make_plan, run
 from simulated_gpu import GPU, Refused, simulated
 
+from deltamerge.engine.graph import Graph
+from deltamerge.engine.tasks import Job
+from deltamerge.engine.whole import computed
+from deltamerge.engine.worker import Worker
 from deltamerge.errors import InputError
 from deltamerge.io import gpu as gpu_loops
+from deltamerge.io.reader import Reader
+from deltamerge.io.safetensors_file import read_header
+from deltamerge.methods.ops import dense, subtract
+from deltamerge.methods.prune.bits import mask_key
+from deltamerge.methods.prune.della import della
+from deltamerge.methods.prune.masks import dare
 
 PAIRS = [("F16", "F16"), ("BF16", "F32")]
 TINY = {"q.weight": (5, 24)}
@@ -28,13 +39,13 @@ def make_inputs(folder: Path, monkeypatch: pytest.MonkeyPatch, pairs: list[tuple
         write_checkpoint(folder / name, kept_recipes.inputs(shapes, model))
 
 
-def compare(folder: Path, name: str, text: str, workers: int = 1) -> GPU:
+def compare(folder: Path, name: str, text: str, workers: int = 1, devices: int = 1) -> GPU:
     """Run a recipe on both; the simulated GPU that made the same bytes."""
     path = folder / "recipe.yaml"
     path.write_text(text)
     cpu = run(path, folder / f"{name} cpu", workers=workers, device="cpu").folder
-    with simulated() as gpu:
-        made = run(path, folder / f"{name} gpu", workers=workers, device="cuda").folder
+    with simulated(devices=devices) as gpu:
+        made = run(path, folder / f"{name} gpu", workers=workers, device="cuda:all").folder
     assert read_bytes(cpu) == read_bytes(made), name
     assert gpu.launches
     return gpu
@@ -60,6 +71,24 @@ def test_it_makes_the_cpus_bytes_of_every_method_and_dtype(
         compare(tmp_path, name.replace("/", " "), text, workers=2)
 
 
+def test_gpus_share_the_tasks_of_a_merge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each makes whole tensors, whose tiles stay there from pass to pass."""
+    make_inputs(tmp_path, monkeypatch, PAIRS, {f"{n}.weight": (9, 24) for n in "abcd"})
+    name, do, both, seen = "ties", Worker.do, threading.Barrier(2, timeout=60), set[str]()
+
+    def together(worker: Worker, job: Job) -> None:
+        if job.running.device not in {"cpu", *seen}:
+            seen.add(job.running.device)
+            both.wait()
+        do(worker, job)
+
+    monkeypatch.setattr(Worker, "do", together)
+    gpu = compare(tmp_path, name, kept_recipes.MERGES[name], devices=2)
+    assert (seen, sorted(gpu.launched)) == ({"cuda:0", "cuda:1"}, [0, 1])
+    stored = sum(len(data) for model in kept_recipes.MODELS for data in read_bytes(tmp_path / model).values())
+    assert gpu.uploaded <= stored + 4 * 2 * 4096
+
+
 def one_tensor(folder: Path, rows: int, columns: int = 64) -> None:
     generator = torch.Generator().manual_seed(0)
     base = torch.randn(rows, columns, generator=generator)
@@ -69,7 +98,11 @@ def one_tensor(folder: Path, rows: int, columns: int = 64) -> None:
 
 
 # launches, waits of the host and uploads of one tile; torch's own steps are a few for each model and pass
-BOUNDS = {"task_arithmetic": (1, 2, 4), "dare_linear": (1, 2, 4), "ties": (70, 11, 4), "nuslerp": (2, 5, 3)}
+BOUNDS = {
+    "task_arithmetic": (1, 2, 4), "dare_linear": (1, 2, 4), "ties": (70, 11, 4), "nuslerp": (2, 5, 3),
+    "breadcrumbs_ties": (79, 14, 4), "dare_linear-sparse": (138, 14, 5), "della": (171, 7, 4),
+    "arcee_fusion": (45, 21, 8),
+}  # fmt: skip
 
 
 @pytest.mark.skipif(not gpu_loops.installed(), reason="no triton")
@@ -84,6 +117,26 @@ def test_a_tile_takes_few_launches_and_the_host_seldom_waits(name: str, tmp_path
         gpu.synchronisations,
     )
     assert gpu.uploaded <= uploads * 96 * 64 * 2 + 4096  # stored tiles once, whatever the passes
+
+
+def test_more_blocks_and_more_elements_are_no_more_launches(tmp_path: Path) -> None:
+    """Of one tile, which on a GPU is a large one wherever tensors are made: of merges, and of calibration's masks."""
+    counts = []
+    for rows in (96, 6144):
+        one_tensor(tmp_path / str(rows), rows)
+        infos = [read_header(tmp_path / str(rows) / n / "model.safetensors").tensors["w"] for n in ("a", "base")]
+        graph, shape, key = Graph(), (rows, 64), mask_key(1, "t", "w")
+        reads = [graph.read(info) for info in infos]
+        delta = graph.node(subtract, reads, shape=shape, dtypes=("BF16", "BF16"))
+        made = [
+            graph.node(dare, reads, shape=shape, key=key, density=0.01),
+            graph.node(della, [delta], shape=shape, key=key, density=0.4, epsilon=0.2),
+        ]
+        with simulated() as gpu, Reader() as reader:
+            for delta in made:
+                computed({"w": graph.node(dense, [delta], shape=(rows, 64))}, reader, device="cuda", workers=1)
+        counts.append(gpu.launches)
+    assert counts[0] == counts[1]
 
 
 def test_memory_that_runs_out_halves_the_tile_and_then_is_one_line(tmp_path: Path) -> None:

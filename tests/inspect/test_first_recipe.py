@@ -144,7 +144,7 @@ def test_the_shell_completes_commands_and_values(folder):
         ("plan", "--diff", "a"): ["a.yaml"],
         ("run", "models/d"): ["models/d.yaml"],
         ("run", "nowhere/d"): [],
-        ("run", "--device", "c"): ["cpu", "cuda", "cuda:0"],
+        ("run", "--device", "c"): ["cpu", "cuda", "cuda:0", "cuda:all"],
         ("extract", "m", "--values", "b"): ["bfloat16"],
         ("extract", "m", "--method", "ma"): ["magnitude", "magnitude_outliers"],
         ("methods", "dare"): ["dare", "dare_linear", "dare_ties"],

@@ -87,9 +87,12 @@ def test_a_step_counts_for_the_phase_that_its_thread_works_for(said):
 def test_a_walk_through_the_blocks_is_told_block_by_block_until_it_is_counted(models, tmp_path, monkeypatch):
     told: list[float] = []
     monkeypatch.setattr(Phase, "begin", lambda self, count: told.append(count))
+    monkeypatch.setattr(Phase, "step", lambda self, count=1.0: told.append(count) if self.unit == PASSES else None)
     calibrate(models / "r.yaml")
-    assert len(told) > 10
-    assert {4 / 3, 8 / 3} <= {*told}  # of a walk of 4 candidates, after each of 2 blocks
+    assert len(told) > 20
+    walks = [*zip(told[::3], told[1::3], told[2::3], strict=True)]  # after each of 2 blocks, and when it is counted
+    assert all(walk == pytest.approx((walk[2] / 3, 2 * walk[2] / 3, walk[2])) for walk in walks)
+    assert {8 / 4, 3, 1} <= {counted for *_, counted in walks}  # 8 candidates on a quarter of the rows, 3 on all, 1
     one = Phase("a", 10, PASSES)
     monkeypatch.undo()
     one.begin(2.5)
@@ -146,7 +149,11 @@ def test_inspect_recommend_extract_and_apply_say_how_far_they_are(said, models, 
     monkeypatch.chdir(models)
     rows = {"data": "rows.jsonl", "sequences": 8, "length": 8}
     study.inspect("tuned", "base", calibration=rows)
-    study.recommend("tuned", "base", 0.3, calibration=rows)
+    told: list[float] = []
+    with monkeypatch.context() as watched:
+        watched.setattr(Phase, "begin", lambda self, count: told.append(count))
+        study.recommend("tuned", "base", 0.3, calibration=rows)
+    assert {8 / 3, 16 / 3} <= {*told}  # of a walk of 8 candidates over all rows, after each of 2 blocks
     extract.extract("tuned", "base", tmp_path / "delta")
     apply.apply(str(tmp_path / "delta"), "base", tmp_path / "again", workers=2)
     for name, exact in {

@@ -142,6 +142,7 @@ def test_a_tied_model_has_one_table_and_the_plan_says_what_becomes_of_it(tmp_pat
     assert described["tokenizer"]["transplant"] == {
         "method": "omp", "k": 4, "kept": 24, "common": 24, "made": 11, "mean": 1,
     }  # fmt: skip
+    assert set(described["tokenizer"]["lacking"].values()) == {0}
     assert described["operations"] == 2 * 4 * 24 * 11 * 32
     out = run(recipe, tmp_path / "out", device="cpu").folder
     after = load_tensors(out)

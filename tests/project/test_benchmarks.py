@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import load_tensors
+from calibration_rows import rows
+from conftest import load_tensors, tiny_llama
 
 REPOSITORY = Path(__file__).parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
@@ -244,3 +245,21 @@ def test_the_gpu_benchmark_runs_dry(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert found["merges"]["ties"]["same bytes"]
     assert found["calibration"]["layer_mse"]["cpu"]["forward_passes"]
     assert not [name for name, value in found.items() if "error" in value]
+
+
+@pytest.mark.slow
+def test_passes_are_measured_beside_the_plan(tmp_path: Path) -> None:
+    base = tiny_llama(tmp_path / "base", seed=0, dtype=torch.float32)
+    tiny_llama(tmp_path / "tuned", seed=1, base=base, dtype=torch.float32, sigma=0.05, tokenizer=True)
+    rows(tmp_path / "calib.jsonl")
+    (tmp_path / "r.yaml").write_text(
+        "base_model: ./base\nmodels: [{model: ./tuned, prune: {method: dare, density: 0.05, q: output_change}}]\n"
+        "calibration: {data: calib.jsonl, sequences: 8, length: 12, seeds: 1}\n"
+    )
+    found = importlib.import_module("passes").measured(tmp_path / "r.yaml", "bfloat16")
+    assert (found["precision"], found["sequences"]) == ("bfloat16", 8)
+    assert 0.05 <= found["q"] <= 1
+    for name in ("search", "comparison"):
+        assert min(found[name]["cpu"], found[name]["planned"]) > 0
+    assert found["comparison"]["planned"] > found["search"]["planned"]
+    assert found["peak_mb"] > 100

@@ -25,7 +25,7 @@ from conftest import tiny_llama, tiny_pipeline, tiny_vlm
 from deltamerge.cli import commands, main
 from deltamerge.recipe import yaml_source
 from deltamerge.recipe.load import loads
-from deltamerge.recipe.varied import template_of
+from deltamerge.recipe.open_values import template_of
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted(p for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])

@@ -13,7 +13,9 @@ from conftest import tiny_llama
 from pydantic import BaseModel
 
 from deltamerge.inspect.activations import Activations, Influence, LayerInfluence, Massive
+from deltamerge.inspect.conflict import Conflict
 from deltamerge.inspect.recommend import Evidence, Paper, PruneCandidate, Recommendation
+from deltamerge.inspect.search.merge_advice import MergeAdvice, MergeCandidate, Tried
 from deltamerge.inspect.statistics import Report, Statistics, TensorStatistics
 from deltamerge.plan.review import TENSOR_KEYS
 from deltamerge.run.calibration_record import ChosenQ, Run
@@ -33,6 +35,10 @@ MODELS: tuple[type[BaseModel], ...] = (
     Evidence,
     PruneCandidate,
     Paper,
+    MergeAdvice,
+    Conflict,
+    MergeCandidate,
+    Tried,
 )
 
 
@@ -65,6 +71,7 @@ def _type(annotation: object) -> str:
     for module in (
         "deltamerge.inspect.statistics.",
         "deltamerge.inspect.activations.",
+        "deltamerge.inspect.search.merge_advice.",
         "deltamerge.run.calibration_record.",
         "typing.",
     ):
@@ -154,7 +161,7 @@ def test_plan_and_diff_print_what_the_page_says(tmp_path, monkeypatch, capsys):
 
 
 def test_every_table_of_the_page_was_read():
-    assert len(described("## plan")) == 44
+    assert len(described("## plan")) == 46
     assert len(described("## diff")) == 17
     assert len(described("## run, extract and apply")) == 15
     assert set(described("Two locks:")) == {"kind", "a", "b", "changes"}

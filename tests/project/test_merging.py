@@ -116,6 +116,7 @@ def test_cells_of_toy_experts(setting: merging.Setting, tmp_path: Path) -> None:
         assert set(cell["shares"]) == set(setting.experts)
         assert cell["worst"] == min(cell["shares"].values())
         assert cell["mean"] == pytest.approx(np.mean(list(cell["shares"].values())), abs=0.2)
+    assert merging.in_order(found["cells"][::-1], [{**found["cells"][0], "mean": 0.0}]) == found["cells"]
     page = "a\n<!-- merging: methods -->\nold\n<!-- end -->\n<!-- merging: tasks -->\n<!-- end -->\n"
     text = merging_pages.documented(found, page)
     assert "\nold\n" not in text

@@ -264,11 +264,12 @@ def test_a_gpu_that_is_asked_for_and_missing_is_said(models, tmp_path, capsys, m
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     (models / "flags.yaml").write_text(DARE)
-    for flag in ("--cuda", "--gpu-rich", "--read-to-gpu"):
+    for flag in ("--cuda", "--gpu-rich", "--read-to-gpu", "--multi-gpu"):
         with pytest.raises(SystemExit) as leaving:
             main(["run", str(models / "flags.yaml"), str(tmp_path / "out"), flag])
         assert leaving.value.code == 1
-        assert "error: --device cuda: torch sees 0 CUDA devices" in capsys.readouterr().err
+        asked = "cuda:all" if flag == "--multi-gpu" else "cuda"
+        assert f"error: --device {asked}: torch sees 0 CUDA devices" in capsys.readouterr().err
 
 
 def test_every_flag_is_named_in_the_documentation_and_every_key_has_one():

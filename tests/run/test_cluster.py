@@ -250,7 +250,14 @@ def test_without_ray_it_is_said(recipe: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("device", "expected"),
-    [("cpu", (0, "cpu")), ("auto", (0, "auto")), ("cuda", (1, "cuda")), ("cuda:1", (1, "cuda"))],
+    [
+        ("cpu", (0, "cpu")),
+        ("auto", (0, "auto")),
+        ("cuda", (1, "cuda")),
+        ("cuda:1", (1, "cuda")),
+        ("cuda:all", (1, "cuda")),
+        ("cuda:2,5", (2, "cuda:all")),
+    ],
 )
 def test_a_task_takes_the_gpu_that_ray_gives_it(device: str, expected: tuple[int, str]) -> None:
     from deltamerge.run.cluster import gpus_of

@@ -37,12 +37,8 @@ class FoldedEntry(Entry):
         piece of the positions of each version. InputError: as there, and names the version."""
         if (read is None) != (self.record.base is None):
             raise InputError(f"the base {'lacks it' if read is None else 'must not have it'}")
-        try:
+        with self._base_blamed(read, check):
             yield from self._tiles(read, check, tile)
-        except InputError:  # what another base makes of steps may be called damaged
-            if check and read is not None and self.digest_of(read) != self.record.base:
-                raise InputError(OTHER_BASE) from None
-            raise
 
     def _tiles(self, read: Read | None, check: bool, tile: int) -> Iterator[Array]:
         span = -(-tile // STEP_TILE) * STEP_TILE  # no version reads beyond it for what lies in it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -55,6 +56,10 @@ class Loop:
 
     def run(self, tile: Tile, stored: list[torch.Tensor], device: torch.device) -> tuple[Any, dict[int, Any]]:
         """The tile of the output, if there is one, and the partials of reductions by the id of their node."""
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            return self._run(tile, stored, device)
+
+    def _run(self, tile: Tile, stored: list[torch.Tensor], device: torch.device) -> tuple[Any, dict[int, Any]]:
         inputs = [x.view(torch.int16) if x.dtype == torch.bfloat16 else x for x in stored]
         dtype = torch_dtype(self.assembly.output)
         out = torch.empty(tile.size if self.writes else 1, dtype=dtype, device=device)

@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from deltamerge.delta.chain.models import Models
 from deltamerge.engine.graph import Graph, Node
 from deltamerge.errors import InputError
+from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.plan.inputs import Inputs, Opener, open_inputs
 from deltamerge.plan.lora import own_weights
 from deltamerge.plan.merged_tensor import Merge
@@ -17,7 +19,9 @@ from deltamerge.plan.outputs import Outputs
 from deltamerge.plan.planner import PlanOptions
 from deltamerge.plan.vocabulary import make_vocabulary
 from deltamerge.recipe.effective_prune import effective_prune
+from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.schema import Recipe
+from deltamerge.run.options import Options
 
 # Keys on which the models that a recipe opens, and how their tensors are matched, do not depend.
 FREE = frozenset({"parameters", "prune", "seed", "calibration", "study", "dtype", "out_dtype"})
@@ -85,6 +89,24 @@ class Candidates:
         nodes = (*stages.activations.values(), *stages.cuts.values(), *stages.calibrations, *whole)
         roots = {merge.name: rows[merge.name].pieces[0].built.root for merge in found.merges}
         return Candidate(recipe, roots, places, {merge.name: merge for merge in found.merges}, nodes)
+
+
+def candidates_of(file: TemplateFile, options: Options) -> Candidates:
+    """The candidates of a template."""
+    pickles = bool(file.template.source.data.get("pickles")) or options.pickles
+    return candidates_in(file.path.resolve().parent, options, pickles=pickles)
+
+
+def candidates_in(folder: Path, options: Options, *, pickles: bool) -> Candidates:
+    """Candidates of recipes in `folder`; every model is opened once."""
+    models, opened = Models(), dict[str, Checkpoint]()
+
+    def opener(reference: str, folder: Path) -> Checkpoint:
+        if reference not in opened:
+            opened[reference] = models.open(reference, folder, weights=True, pickles=pickles, sums=True)
+        return opened[reference]
+
+    return Candidates(folder, opener, options.planning)
 
 
 def _check(merge: Merge, model: str, name: str, tensors: Mapping[str, Any]) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput
+from deltamerge.calibrate.spec import BASELINE_BYTES, HELD_OUT, CalibrationInput, resident
 from deltamerge.calibrate.spec import memory as stage_memory
-from deltamerge.io.names import numbered_blocks
+from deltamerge.io.names import resident_size
 from deltamerge.plan.planner import Plan
 from deltamerge.recipe.study_keys import Study
 
@@ -36,18 +36,12 @@ def memory(planned: Plan, study: Study) -> int:
         source = CalibrationInput(
             tune.name, tune.checkpoint.path, tensors, (), rows, planned.folder, 0, planned.device, False, 0
         )
-        resident = 8 * _largest_part({info.name: info.shape for info in tensors})
-        hidden += (stage_memory(source) - resident) * study.together // 8
-        part = max(part, resident)
+        whole = 2 * resident(tensors)
+        hidden += (stage_memory(source) - whole) * study.together // 8
+        part = max(part, whole)
     shapes = {output.name: output.shape for output in planned.outputs}
     models = len(planned.inputs.all)
-    shared = _largest_part(shapes) * (4 * models + 4 * len(planned.inputs.tunes) + 4)
+    shared = resident_size(shapes, {name: math.prod(shape) for name, shape in shapes.items()}) * (
+        4 * models + 4 * len(planned.inputs.tunes) + 4
+    )
     return BASELINE_BYTES + hidden + part + shared
-
-
-def _largest_part(shapes: dict[str, tuple[int, ...]]) -> int:
-    """Elements outside blocks and of the largest block."""
-    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-    blocks = numbered_blocks(shapes) or {0: list(sizes)}
-    inside = [sum(sizes[name] for name in names) for names in blocks.values()]
-    return sum(sizes.values()) - sum(inside) + max(inside)

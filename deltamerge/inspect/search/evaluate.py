@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,13 +14,11 @@ from deltamerge.calibrate.blocks import Weights
 from deltamerge.calibrate.rows import select
 from deltamerge.calibrate.split import rows_of
 from deltamerge.calibrate.stage import calibrating
-from deltamerge.delta.file import DeltaFile
-from deltamerge.delta.over_base import over
+from deltamerge.delta.chain.models import Models
 from deltamerge.errors import InputError, UsageError
-from deltamerge.inspect.search.heads import is_of_head
 from deltamerge.inspect.search.tasks import Sheet, Task, measured, refuse_unknown
-from deltamerge.io import hub
 from deltamerge.io.checkpoint import Checkpoint
+from deltamerge.io.names import LM_HEAD, TASK_HEAD
 from deltamerge.io.quantised.decode import decoded
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -29,11 +28,12 @@ from deltamerge.recipe.schema import Calibration
 from deltamerge.run.options import choose_device
 
 ALL_ROWS = 1_000_000
+_HEAD, _LANGUAGE = re.compile(TASK_HEAD), re.compile(r"(^|[./])(lm_head|embed_out)(\.|$)")
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """One model's scores: task -> metric -> value, in percent of nothing: as the metric is defined."""
+    """One model's scores: task -> metric -> value."""
 
     model: str
     scores: Mapping[str, Mapping[str, float]]
@@ -107,7 +107,7 @@ def evaluate(
             whole = None if question.head is None else open_model(question.head, base, question.folder, pickles=pickles)
             known: tuple[Task, Sheet] | None = None
             for model, checkpoint in opened.items():
-                with calibrating(model, 1, "evaluating"):
+                with calibrating(model, 1, "evaluating", device=chosen):
                     if known is None or whole is None:
                         task = Task(
                             question.name or model,
@@ -142,12 +142,12 @@ def under_head(task: Task, checkpoint: Checkpoint, name: str) -> Weights:
     infos: dict[str, TensorInfo] = {}
     for own, info in tensors[0].items():
         found = there.get(names[0].canonical[own])
-        if found is not None and not is_of_head(own):
+        if found is not None and not _is_of_head(own):
             if found.shape != info.shape:
                 shapes = f"{list(found.shape)}, in {task.name} {list(info.shape)}"
                 raise InputError(f"{name}: {found.name} is {shapes}", hint="give a model of the same shapes")
             infos[own] = found
-        elif is_of_head(own):
+        elif _is_of_head(own):
             infos[own] = info
         else:
             raise InputError(f"{name}: lacks {own}, which {task.name} has below its head", hint="another --head")
@@ -157,19 +157,26 @@ def under_head(task: Task, checkpoint: Checkpoint, name: str) -> Weights:
     return lambda wanted: {n: task.stored(infos[n]) for n in wanted}
 
 
+def _is_of_head(name: str) -> bool:
+    """Whether a tensor belongs to the head of a classifier or a regression. A language model's head is none: what is
+    merged of language models has one of its own."""
+    return name != LM_HEAD and _HEAD.search(name) is not None and _LANGUAGE.search(name) is None
+
+
 def open_model(reference: str, base: str | None, folder: Path | None = None, *, pickles: bool = False) -> Checkpoint:
-    """A model with all its tensors as numbers: a delta artifact or an adapter over its base, codes decoded."""
+    """A model with all its tensors as numbers, codes decoded: a delta, a version or an adapter over its base."""
     here = folder or Path.cwd()
-    opener = partial(hub.open_model, weights=True, pickles=pickles)
+    models = Models()
+    opener = partial(models.open, weights=True, pickles=pickles)
     with errors.context(reference):
         if _is_adapter(reference, here):
             if base is None:
                 raise UsageError("is an adapter, which needs its base", hint=f"--base MODEL, or MODEL+{reference}")
             return decoded(opener(f"{base}+{reference}", here))
         found = opener(reference, here)
-        if found.is_delta:
-            artifact = DeltaFile.open(found.path)
-            found = over(found, artifact, decoded(opener(base or str(artifact.manifest.base), here)))
+        if found.is_delta and found.base is None:
+            below = base or str(models.artifact(found.path).manifest.base)
+            found, _ = models.over(found, decoded(opener(below, here)))
         return decoded(found)
 
 

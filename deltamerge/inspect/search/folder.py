@@ -6,11 +6,12 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from deltamerge.errors import OutputError
+from deltamerge.io.files import writing
 
 MARK = ".deltamerge-study"
 
@@ -31,19 +32,17 @@ class StudyFolder:
         """The folder, made if it is not there and emptied with `force`. OutputError: it is no folder of a study,
         another process works in it, or it cannot be written."""
         path, mark = self.path, self.path / MARK
-        try:
-            if path.is_dir() and any(path.iterdir()) and not mark.is_file():
-                raise OutputError(f"{path}: holds something else", hint="another name with --out")
-            path.mkdir(parents=True, exist_ok=True)
-            with mark.open("a") as file:
+        with ExitStack() as held:
+            with writing(path):
+                if path.is_dir() and any(path.iterdir()) and not mark.is_file():
+                    raise OutputError(f"{path}: holds something else", hint="another name with --out")
+                path.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context(mark.open("a"))
                 try:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     raise OutputError(f"{path}: another process works in it", hint="wait, or give --out") from None
-                if force:
-                    for entry in os.scandir(path):
-                        if entry.name != MARK:
-                            shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
-                yield path
-        except OSError as error:
-            raise OutputError(f"{error.filename or path}: {error.strerror}") from None
+                for entry in os.scandir(path) if force else ():
+                    if entry.name != MARK:
+                        shutil.rmtree(entry) if entry.is_dir(follow_symlinks=False) else os.unlink(entry)
+            yield path

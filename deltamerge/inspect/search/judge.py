@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any, Literal
 
 import torch
 
 from deltamerge import errors
 from deltamerge.calibrate.blocks import Weights
+from deltamerge.calibrate.merge_inputs import Spooled
 from deltamerge.calibrate.rows import Row, select
 from deltamerge.calibrate.split import rows_of, split
 from deltamerge.engine import backends
@@ -20,9 +20,18 @@ from deltamerge.engine.graph import Node
 from deltamerge.errors import InputError
 from deltamerge.inspect.search.candidates import Candidate, Candidates
 from deltamerge.inspect.search.evaluate import ALL_ROWS
-from deltamerge.inspect.search.tasks import AGREEMENT, DISTANCE, LOWER, Sheet, Task, measured, refuse_unknown
+from deltamerge.inspect.search.tasks import (
+    AGREEMENT,
+    DISTANCE,
+    LOWER,
+    UNLABELLED,
+    Sheet,
+    Task,
+    measured,
+    refuse_unknown,
+)
 from deltamerge.inspect.search.walk import Walk
-from deltamerge.io.names import numbered_blocks
+from deltamerge.io.names import resident_size
 from deltamerge.io.reader import Reader
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.study_keys import Goal, Study
@@ -72,13 +81,12 @@ class Judge:
         self.references: dict[Part, dict[str, Scores]] = {}
         self.budget = self._resident()
 
-    def __enter__(self) -> Judge:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def close(self) -> None:
+        """Close the files."""
         self._held.close()
+        for value in self.known.values():
+            if isinstance(value, Spooled):
+                value.remove()
 
     @property
     def dtype(self) -> torch.dtype | None:
@@ -123,8 +131,8 @@ class Judge:
         if part not in self._sheets:
             made = {}
             for index, task in self.tasks.items():
-                metrics, agreement = self.wanted[index]
-                made[index] = task.sheet(self._of(index)[part], metrics, agreement=agreement)
+                metrics, compared = self.wanted[index]
+                made[index] = task.sheet(self._of(index)[part], metrics, compared)
             self._sheets[part] = made
             self.references[part] = self._references(made)
         return self._sheets[part]
@@ -164,17 +172,13 @@ class Judge:
         return self._rows[index]
 
     @staticmethod
-    def _measures(task: Task, goals: Sequence[Goal]) -> tuple[list[str], bool]:
-        """The metrics that a fine-tune is judged by, and whether agreement is one of the measures."""
-        metrics: dict[str, None] = {}
-        agreement = False
-        for goal in goals:
-            if goal.command is None and goal.of in (None, task.name):
-                agreement |= goal.by == AGREEMENT
-                if goal.by != AGREEMENT:
-                    metrics[task.metric if goal.by == "metric" else goal.by] = None
-        refuse_unknown(list(metrics), task)
-        return list(metrics), agreement
+    def _measures(task: Task, goals: Sequence[Goal]) -> tuple[list[str], frozenset[str]]:
+        """The metrics that a fine-tune is judged by, and the measures without labels."""
+        asked = [goal.by for goal in goals if goal.command is None and goal.of in (None, task.name)]
+        named = (task.metric if by == "metric" else by for by in asked if by not in UNLABELLED)
+        metrics = list(dict.fromkeys(named))
+        refuse_unknown(metrics, task)
+        return metrics, UNLABELLED & set(asked)
 
     def _resident(self) -> int:
         """Bytes that the stored tensors and deltas of one part take, and those outside blocks."""
@@ -183,9 +187,7 @@ class Judge:
             infos = [info for info in (merge.base, *(tensor for _, tensor in merge.sources)) if info is not None]
             sizes[name] = sum(info.nbytes for info in infos) + 4 * len(merge.sources) * math.prod(merge.shape)
         shapes = {name: merge.shape for name, merge in self.start.merges.items()}
-        blocks = numbered_blocks(shapes) or {0: list(sizes)}
-        inside = [sum(sizes[name] for name in names) for names in blocks.values()]
-        return sum(sizes.values()) - sum(inside) + max(inside)
+        return resident_size(shapes, sizes)
 
 
 def _relative(scores: Mapping[str, float], base: Mapping[str, float]) -> dict[str, float]:

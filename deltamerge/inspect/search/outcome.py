@@ -76,7 +76,7 @@ class Bench:
     def close(self) -> None:
         """Close the files."""
         for judge in self.judges.values():
-            judge.__exit__(None, None, None)
+            judge.close()
 
     def rows(self, part: Part) -> dict[str, int]:
         """The number of rows of each fine-tune."""
@@ -90,11 +90,6 @@ class Bench:
             for kind, scores in judge.references[part].items():
                 found.setdefault(kind, {}).update(scores)
         return found
-
-    @property
-    def folder(self) -> Path:
-        """The recipe's."""
-        return self.candidates.folder
 
     def calibrated(self, values: Mapping[Loc, Any]) -> dict[str, Calibrated]:
         """The q's of a candidate that was measured, by the names of their stages."""
@@ -148,7 +143,7 @@ class Bench:
                     folder = work / "candidate"
                     shutil.rmtree(folder, ignore_errors=True)
                     make_folder(self.file.file(values), self.calibrated(values), self.options, folder)
-                numbers.append(value_of(goal.command, folder.resolve(), self.folder))
+                numbers.append(value_of(goal.command, folder.resolve(), self.candidates.folder))
         except DeltamergeError as error:
             return Outcome(scores=scores, error=one_line(error))
         finally:
@@ -172,29 +167,31 @@ def best_of(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> int | None:
 def ranked(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
     """Candidates that did not fail, the best first: by the goal or, of several, by the distance from the best of each,
     every goal scaled to [0, 1]."""
-    done = [i for i, one in enumerate(outcomes) if one.error is None and one.values]
-    costs = {i: [v if low else -v for v, low in zip(outcomes[i].values, lower, strict=True)] for i in done}
+    costs = _costs(outcomes, lower)
     if len(lower) == 1:
-        return sorted(done, key=lambda i: (costs[i][0], i))
-    least = [min((costs[i][n] for i in done), default=0.0) for n in range(len(lower))]
-    most = [max((costs[i][n] for i in done), default=0.0) for n in range(len(lower))]
+        return sorted(costs, key=lambda i: (costs[i][0], i))
+    least = [min(several) for several in zip(*costs.values(), strict=True)]
+    most = [max(several) for several in zip(*costs.values(), strict=True)]
 
     def distance(i: int) -> float:
         return sum(((c - a) / (b - a)) ** 2 if b > a else 0.0 for c, a, b in zip(costs[i], least, most, strict=True))
 
-    return sorted(done, key=lambda i: (distance(i), i))
+    return sorted(costs, key=lambda i: (distance(i), i))
 
 
 def pareto(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> list[int]:
     """The candidates that no other betters in one goal without being worse in another, in order."""
-    done = [i for i, one in enumerate(outcomes) if one.error is None and one.values]
-    costs = {i: [v if low else -v for v, low in zip(outcomes[i].values, lower, strict=True)] for i in done}
+    costs = _costs(outcomes, lower)
 
     def beaten(i: int) -> bool:
         return any(
-            all(a <= b for a, b in zip(costs[j], costs[i], strict=True)) and costs[j] != costs[i]
-            for j in done
-            if j != i
+            all(a <= b for a, b in zip(other, costs[i], strict=True)) and other != costs[i] for other in costs.values()
         )
 
-    return [i for i in done if not beaten(i)]
+    return [i for i in costs if not beaten(i)]
+
+
+def _costs(outcomes: Sequence[Outcome], lower: Sequence[bool]) -> dict[int, list[float]]:
+    """Of every candidate that did not fail its goals, of which less is better."""
+    done = {i: one.values for i, one in enumerate(outcomes) if one.error is None and one.values}
+    return {i: [v if low else -v for v, low in zip(values, lower, strict=True)] for i, values in done.items()}

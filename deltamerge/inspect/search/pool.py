@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge.errors import DeltamergeError, OutputError
+from deltamerge.inspect.search.candidates import candidates_of
 from deltamerge.inspect.search.judge import Part
 from deltamerge.inspect.search.outcome import Bench, Outcome
-from deltamerge.inspect.search.setting import candidates_of
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.yaml_source import Loc
-from deltamerge.run.cluster import RETRIES, connected, ended, interrupts
+from deltamerge.run.cluster import RETRIES, connected, ended, gpus_of, interrupts
 from deltamerge.run.options import Options, unwatched
 
 Values = Mapping[Loc, Any]
@@ -55,8 +55,9 @@ class Pool:
         self.ray, self.interrupted = ray, interrupted
         workers = options.workers or 1
         self.size = max(1, int(ray.cluster_resources().get("CPU", 1)) // workers)
-        needs = {"num_cpus": workers, "num_gpus": int(options.device.startswith("cuda"))}
-        asked = replace(options, workers=workers, watch=unwatched, drawing=None)
+        gpus, device = gpus_of(options.device)
+        needs = {"num_cpus": workers, "num_gpus": gpus}
+        asked = replace(options, device=device, workers=workers, watch=unwatched, drawing=None)
         actor = ray.remote(scheduling_strategy="SPREAD", **needs)(Worker)
         self._actor, self._given = actor, (file, asked, commands)
         self.actors: list[Any] = []

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from deltamerge.errors import InputError
 from deltamerge.inspect.search.near import near_best
+from deltamerge.recipe.open_values import Range
 from deltamerge.recipe.study_keys import Study
-from deltamerge.recipe.varied import Range
 
 if TYPE_CHECKING:
     import optuna

@@ -1,4 +1,5 @@
-"""What a search leaves: the best recipe with its lock, tables of the trials, a page, the merged folder."""
+"""What a search found, its trials and why one was chosen; and what it leaves: the best recipe with its lock, tables, a
+page, the merged folder."""
 
 from __future__ import annotations
 
@@ -6,15 +7,14 @@ import csv
 import io
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from deltamerge.inspect.lines import front, lines
-from deltamerge.inspect.report import POLICY
-from deltamerge.inspect.search.found import Found, Trial
 from deltamerge.inspect.search.kept import best_path, make_folder, write_recipe
-from deltamerge.inspect.search.outcome import Bench
-from deltamerge.inspect.style import STYLE
+from deltamerge.inspect.search.outcome import Bench, Outcome
+from deltamerge.inspect.style import document
 from deltamerge.inspect.svg import Markup, Point, bars, element, figure, text
 from deltamerge.io.atomic import replace_file
 from deltamerge.recipe.file import TemplateFile
@@ -23,6 +23,83 @@ from deltamerge.run.options import Options
 
 TRIALS, JSON, PAGE = "trials.csv", "study.json", "report.html"
 SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """A trial: its number in the study, the numbers that were tried, and what came of it.
+
+    state   complete, pruned (after a part of the rows) or failed
+    held    its outcome on held-out rows, where it was compared on them
+    """
+
+    number: int
+    params: Mapping[str, Any]
+    outcome: Outcome
+    state: str
+    held: Outcome | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A finished search.
+
+    trials    in the order of the study
+    best      the index of the one that was chosen
+    start     the index of the first trial, the recipe's own start
+    front     indices of the Pareto front, where there are several objectives
+    why       what decided
+    """
+
+    folder: Path
+    storage: Path
+    goals: Mapping[str, bool]
+    trials: tuple[Trial, ...]
+    best: int
+    front: tuple[int, ...]
+    why: str
+    importance: Mapping[str, float] = field(default_factory=dict)
+    rows: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
+    references: Mapping[str, Any] = field(default_factory=dict)
+    sampler: str = "tpe"
+    recipe: Path | None = None
+    made: Path | None = None
+
+    @property
+    def chosen(self) -> Trial:
+        """The best trial."""
+        return self.trials[self.best]
+
+    def describe(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return {
+            "objectives": [{"name": name, "less_is_better": low} for name, low in self.goals.items()],
+            "sampler": self.sampler,
+            "trials": [_described(trial) for trial in self.trials],
+            "best": self.chosen.number,
+            "why": self.why,
+            "front": [self.trials[i].number for i in self.front],
+            "importance": dict(self.importance),
+            "rows": {part: dict(rows) for part, rows in self.rows.items()},
+            "references": self.references,
+            "storage": str(self.storage),
+            "recipe": None if self.recipe is None else str(self.recipe),
+            "out": None if self.made is None else str(self.made),
+        }
+
+
+def _described(trial: Trial) -> dict[str, Any]:
+    held = {} if trial.held is None else {"held_out": list(trial.held.values), "held_out_scores": trial.held.scores}
+    error = {} if trial.outcome.error is None else {"error": trial.outcome.error}
+    return {
+        "number": trial.number,
+        "values": dict(trial.params),
+        "state": trial.state,
+        "objectives": list(trial.outcome.values),
+        "scores": trial.outcome.scores,
+        **held,
+        **error,
+    }
 
 
 def write(
@@ -83,8 +160,7 @@ def _named(names: Any, values: Any) -> dict[str, float]:
 
 def page(found: Found, name: str) -> str:
     """The study on a page, without scripts: the objective over trials, what explains it, the front, the best trials."""
-    title = f"Search of {name}"
-    blocks = [element("h1", text(title)), element("p", text(_conclusion(found)), class_="conclusion")]
+    blocks = [element("p", text(_conclusion(found)), class_="conclusion")]
     for number, (goal, low) in enumerate(found.goals.items()):
         blocks += [element("h2", text(goal)), _card(_over_trials(found, number, goal, low))]
     if len(found.goals) == 2:
@@ -94,13 +170,7 @@ def page(found: Found, name: str) -> str:
         about = "Share of the first objective's variance among the better trials that each number explains (PED-ANOVA)."
         blocks += [element("h2", text("Importance")), element("p", text(about)), _card(bars("importance", points))]
     blocks += [element("h2", text("Best trials")), _table(found)]
-    head = element("title", text(title)), element("style", Markup(STYLE))
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"{''.join(head)}</head>\n<body>\n" + "\n".join(blocks) + "\n</body></html>\n"
-    )
+    return document(f"Search of {name}", blocks)
 
 
 def _conclusion(found: Found) -> str:

@@ -8,30 +8,28 @@ import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from xxhash import xxh3_128
 
-from deltamerge.errors import InputError, OutputError, RecipeError
+from deltamerge.errors import InputError, RecipeError
 from deltamerge.inspect.lines import lines
-from deltamerge.inspect.search.candidates import fixed
+from deltamerge.inspect.search.candidates import candidates_of, fixed
 from deltamerge.inspect.search.folder import StudyFolder
 from deltamerge.inspect.search.kept import best_path, make_folder, write_recipe
 from deltamerge.inspect.search.outcome import Bench, Outcome, best_of
-from deltamerge.inspect.search.setting import candidates_of, refuse_strangers, rows_facts
+from deltamerge.inspect.search.rows import input_facts, refuse_strangers
 from deltamerge.inspect.style import STYLE
 from deltamerge.inspect.svg import Panel, Point, bars, picture
 from deltamerge.io import progress
 from deltamerge.io.atomic import replace_file
+from deltamerge.io.files import writing
 from deltamerge.recipe.file import TemplateFile
-from deltamerge.recipe.varied import Sweep
 from deltamerge.recipe.yaml_source import Loc
-from deltamerge.run.hashes import facts
 from deltamerge.run.options import Options
-from deltamerge.run.plans import Planner
 
 Keep = Literal["best", "all", "none"]
 RESULTS, TABLE, JSON, PICTURE = "results.jsonl", "sweep.csv", "sweep.json", "sweep.svg"
@@ -54,6 +52,7 @@ class Swept:
     goals       names of the objectives, and of each whether less is better
     references  what the base and the fine-tunes score
     best        the row that is best by the objectives
+    recipe      the best row's
     kept        merged folders
     """
 
@@ -64,6 +63,7 @@ class Swept:
     references: Mapping[str, Any] = field(default_factory=dict)
     test_rows: Mapping[str, int] = field(default_factory=dict)
     best: int | None = None
+    recipe: Path | None = None
     kept: tuple[Path, ...] = ()
 
     @cached_property
@@ -99,6 +99,7 @@ class Swept:
                 for row in self.rows
             ],
             "best": self.best,
+            "recipe": None if self.recipe is None else str(self.recipe),
             "kept": [str(path) for path in self.kept],
         }
 
@@ -138,7 +139,7 @@ def sweep(
         candidates = candidates_of(file, options)
         with closing(Bench(file, points[0][1], candidates, options, commands=commands)) as bench:
             known = _read(there / RESULTS)
-            keys = _keys(file, points, options, bench)
+            keys = _keys(file, points, options)
             missing = [i for i, key in enumerate(keys) if key not in known]
             with progress.phase(f"sweeping {file.path.name}", len(points), "candidates") as phase:
                 phase.step(len(points) - len(missing))
@@ -162,7 +163,7 @@ def sweep(
             if best is None:
                 raise InputError(f"{file.path}: every point failed: {rows[0].outcome.error}")
             found = _keep(found, file, points, bench, options, keep)
-    _write(found)
+        _write(found)
     return found
 
 
@@ -189,7 +190,7 @@ def _check(file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[L
 
 
 def _keys(
-    file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[Loc, Any]]], options: Options, bench: Bench
+    file: TemplateFile, points: Sequence[tuple[tuple[str, ...], Mapping[Loc, Any]]], options: Options
 ) -> list[str]:
     """What the outcome of each point follows from, as a hash: its recipe, its models' files, the rows."""
     known: dict[str, str] = {}
@@ -198,33 +199,27 @@ def _keys(
         data = file.template.filled(values).data
         models = json.dumps(fixed(data), sort_keys=True)
         if models not in known:
-            one = file.file(values)
-            (planned,) = Planner(one, one.path, options).plans()
-            given = [facts(planned, "the same"), rows_facts(one.output.recipe, bench.folder)]
-            known[models] = json.dumps(given, sort_keys=True)
+            known[models] = json.dumps(input_facts(file, values, options), sort_keys=True)
         keys.append(xxh3_128((known[models] + json.dumps(data, sort_keys=True)).encode()).hexdigest())
     return keys
 
 
 def _read(path: Path) -> dict[str, Outcome]:
-    """Outcomes by key; a line that was cut short is left out."""
+    """Outcomes by key; a line that was cut short or damaged is left out."""
     found: dict[str, Outcome] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             entry = json.loads(line)
             found[entry["key"]] = Outcome(tuple(entry["values"]), entry["scores"], entry.get("error"))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
     return {key: outcome for key, outcome in found.items() if outcome.error is None}
 
 
 def _append(path: Path, key: str, outcome: Outcome) -> None:
     entry = {"key": key, "values": outcome.values, "scores": outcome.scores, "error": outcome.error}
-    try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-    except OSError as error:
-        raise OutputError(f"{path}: {error.strerror}") from None
+    with writing(path), path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry) + "\n")
 
 
 def _keep(
@@ -238,7 +233,8 @@ def _keep(
     """Write the best recipe, and the merged folders that are to be kept."""
     assert found.best is not None
     values = points[found.best][1]
-    write_recipe(file.file(values), bench.calibrated(values), options, best_path(file.path))
+    best = best_path(file.path)
+    write_recipe(file.file(values), bench.calibrated(values), options, best)
     chosen = {"none": [], "best": [found.best], "all": range(len(points))}[keep]
     kept = []
     for i in chosen:
@@ -247,9 +243,7 @@ def _keep(
             values = points[i][1]
             make_folder(file.file(values), bench.calibrated(values), options, target)
             kept.append(target)
-    return Swept(
-        found.folder, found.axes, found.goals, found.rows, found.references, found.test_rows, found.best, tuple(kept)
-    )
+    return replace(found, recipe=best, kept=tuple(kept))
 
 
 def _write(found: Swept) -> None:
@@ -298,8 +292,3 @@ def _is_numeric(found: Swept, axis: str) -> bool:
         return len({float(value) for value in values}) > 1
     except ValueError:
         return False
-
-
-def swept_names(axes: Sequence[Sweep]) -> str:
-    """What is swept, in words: `prune.density (4) × prune.method (2)`."""
-    return " × ".join(f"{axis.name} ({len(axis.values)})" for axis in axes)

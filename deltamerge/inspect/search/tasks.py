@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from deltamerge import errors
@@ -15,6 +14,7 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader
 from deltamerge.calibrate.data import RowReader, check_new_tokens
 from deltamerge.calibrate.foreign import running
+from deltamerge.calibrate.passes import stored
 from deltamerge.calibrate.precision import chosen
 from deltamerge.calibrate.rows import HEADS, Row
 from deltamerge.calibrate.split import LANGUAGE, metric_of, task_of
@@ -22,7 +22,6 @@ from deltamerge.calibrate.trace import together
 from deltamerge.engine.devices import torch_device
 from deltamerge.errors import InputError
 from deltamerge.io.checkpoint import Checkpoint
-from deltamerge.io.dtypes import torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
 from deltamerge.plan.folders import refuse_unrunnable
@@ -30,11 +29,14 @@ from deltamerge.recipe.schema import Calibration
 
 BATCH = 32
 AGREEMENT, DISTANCE = "agreement", "distance"
+SAME = "same_answers"
 LOSS = "loss"
 EXACT = "exact_match"
 CLASSES = ("accuracy", "f1", "matthews_correlation", LOSS)
 LOWER = frozenset({AGREEMENT, DISTANCE, LOSS})
 """Measures of which less is better."""
+UNLABELLED = frozenset({AGREEMENT, SAME})
+"""Measures that compare with the fine-tune itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +94,7 @@ class Task:
 
     def stored(self, info: TensorInfo) -> Tensor:
         """A tensor as it is stored, or made."""
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        self.reader.read_into(info, 0, raw.numpy())
-        return raw.view(torch_dtype(info.dtype)).view(info.shape).to(self.device)
+        return stored(self.reader, info).to(self.device)
 
     @property
     def metric(self) -> str:
@@ -120,8 +120,8 @@ class Task:
         own = [] if self.metric in CLASSES else [self.metric]
         return ("pearson_spearman", LOSS) if regression else (*own, *CLASSES)
 
-    def sheet(self, rows: Sequence[Row], metrics: Sequence[str], *, agreement: bool = False) -> Sheet:
-        """Rows on which `metrics` are measured and, with `agreement`, the distance from the model's own outputs."""
+    def sheet(self, rows: Sequence[Row], metrics: Sequence[str], compared: Collection[str] = ()) -> Sheet:
+        """Rows on which `metrics` are measured, and what of UNLABELLED is `compared` with the model's own outputs."""
         with errors.context(self.name):
             of_forward = [name for name in metrics if name != EXACT]
             made = self.reads.batches(rows, size=BATCH, labelled=bool(of_forward))
@@ -129,8 +129,10 @@ class Task:
             for name in of_forward:
                 assert made.labels is not None
                 measures[name] = O.Validation(made.inputs, made.labels, name)
-            if agreement:
+            if AGREEMENT in compared:
                 measures[DISTANCE] = self._agreement(made.inputs)
+            if SAME in compared:
+                measures[SAME] = self._same_answers(made.inputs)
             generated = {EXACT: self._generation(rows)} if EXACT in metrics else {}
             return Sheet(len(rows), made.inputs, measures, generated)
 
@@ -149,6 +151,13 @@ class Task:
         if self.kind in LANGUAGE:
             return O.Distribution.of(self.model, self.own, inputs)
         return O.Agreement.of(self.model, self.own, inputs, regression=regression)
+
+    def _same_answers(self, inputs: Sequence[Inputs]) -> O.Objective:
+        """The share of the model's own answers; see `objectives.SameAnswers`. InputError: it has no head."""
+        if not self.has_head:
+            raise InputError("has no head to answer with", hint=f"objective: {AGREEMENT}")
+        regression = self.kind == "text-classification" and O.is_regression(self.config)
+        return O.SameAnswers.of(self.model, self.own, inputs, regression=regression)
 
 
 def measured(

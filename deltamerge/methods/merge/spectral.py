@@ -94,9 +94,15 @@ def tsv_m_needs(*, form: Form, weights: tuple[float, ...]) -> tuple[int, float]:
 def _triplets(matrix: Tall, count: int) -> Triplets:
     """The top `count` triplets of a matrix."""
     squares = gram(matrix)
-    values, right = largest(squares, count)
-    scaled = right * inverse(values, squares.diagonal().sum().sqrt())
+    values, right, scaled = _directions(squares, count, squares.diagonal().sum().sqrt())
     return torch.cat([block @ scaled for _, block in matrix.blocks()]), values, right
+
+
+def _directions(squares: Tensor, count: int, size: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """S, V and V S⁻¹ of AᵀA's `count` largest, for an A of norm `size` or a part of it; what is no direction is 0."""
+    values, right = largest(squares, count)
+    scale = inverse(values, size)
+    return values, right * (scale != 0), right * scale
 
 
 def _apart(matrix: Tall, directions: Tensor, count: int, *, short: bool) -> Triplets:
@@ -106,14 +112,12 @@ def _apart(matrix: Tall, directions: Tensor, count: int, *, short: bool) -> Trip
     size = squares.diagonal().sum().sqrt()
     if short:
         off = torch.eye(len(squares), dtype=squares.dtype, device=squares.device) - directions @ directions.T
-        values, right = largest(off @ squares @ off, count)
-        scaled = right * inverse(values, size)
+        values, right, scaled = _directions(off @ squares @ off, count, size)
         return torch.cat([block @ (off @ scaled) for _, block in matrix.blocks()]), values, right
     along = torch.zeros(directions.shape[1], len(squares), dtype=squares.dtype, device=squares.device)
     for part, block in matrix.blocks():
         along.addmm_(directions[part].T, block)
-    values, right = largest(squares - along.T @ along, count)
-    scaled = right * inverse(values, size)
+    values, right, scaled = _directions(squares - along.T @ along, count, size)
     long = torch.cat([block @ scaled for _, block in matrix.blocks()])
     return long.addmm_(directions, along @ scaled, alpha=-1), values, right
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import load_tensors, make_checkpoint
+from format_reader import State, documented, read_chain
 
 import deltamerge as dm
 from deltamerge.cli import main
@@ -133,6 +134,27 @@ def test_every_door_leads_to_the_same_bytes(made: Path, tmp_path: Path, monkeypa
     assert (code, len(out.splitlines())) == (0, 5)
     found = succeed("diff", "base+chain/000002", "tuned-2", "--json")
     assert (found["changed"], found["tensors"]) == (0, [])
+
+
+def test_the_documented_reader_reads_a_chain(made: Path) -> None:
+    page: dict[str, Any] = {}
+    exec(documented("def positions"), page)
+
+    def arrays(folder: Path) -> State:
+        kinds = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64"}
+        integers = {2: np.uint16, 4: np.uint32, 8: np.uint64}
+        return {
+            name: (kinds[t.dtype], tuple(t.shape), t.reshape(-1).view(torch.uint8).numpy().view(integers[t.itemsize]))
+            for name, t in load_tensors(folder).items()
+        }
+
+    found = read_chain(made / "chain", arrays(made / "base"), page["positions"], page["load_file"])
+    assert list(found) == NAMES
+    for number, state in enumerate(found.values(), 1):
+        wanted = arrays(made / f"tuned-{number}")
+        assert state.keys() == wanted.keys()
+        for name, (*kind, bits) in state.items():
+            assert (kind, bits.tobytes()) == ([*wanted[name][:2]], wanted[name][2].tobytes())
 
 
 def test_soups_are_made_straight_from_the_chain(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

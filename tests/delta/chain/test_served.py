@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from conftest import load_tensors, make_checkpoint
 from test_switch import bits, extract, tuned
 
 from deltamerge.delta.chain.served import Served
-from deltamerge.errors import InputError
+from deltamerge.errors import InputError, OutputError
+from deltamerge.run.sglang_switch import EngineSwitch
 
 SHAPES = {"x.1": (40, 9), "x.2": (130,), "y": (), "n": (5,)}
 
@@ -60,3 +62,59 @@ def test_another_base_and_no_base_are_refused(made: Path) -> None:
     assert served.at == {}
     with pytest.raises(InputError, match="is a delta"):
         Served(made / "store" / "few")
+
+
+class Engine:
+    """Takes weights as sglang.Engine 0.5.23 does: within a session, named tensors, whole; answers with success and a
+    message (`entrypoints/engine.py`, `managers/scheduler_components/weight_updater.py`)."""
+
+    def __init__(
+        self, weights: dict[str, torch.Tensor], quantization: str | None = None, *, prefixes: bool = False
+    ) -> None:
+        self.server_args = SimpleNamespace(quantization=quantization, disable_radix_cache=not prefixes)
+        self.weights, self.open, self.sent, self.refuses = weights, False, 0, False
+
+    def begin_weight_update(self) -> tuple[bool, str]:
+        was_open, self.open = self.open, True
+        return not was_open, "a weight-update session is already open"
+
+    def update_weights_from_tensor(
+        self, named_tensors: list[tuple[str, torch.Tensor]], load_format: str | None = None, flush_cache: bool = True
+    ) -> tuple[bool, str]:
+        assert self.open
+        assert not flush_cache  # which may fail when the weights are written
+        for name, tensor in named_tensors[: 1 if self.refuses else None]:
+            self.weights[name].copy_(tensor)
+            self.sent += 1
+        return not self.refuses, "no memory is left"
+
+    def end_weight_update(self) -> tuple[bool, str]:
+        was_open, self.open = self.open, False
+        return was_open, "no weight-update session is open"
+
+
+def test_an_sglang_engine_is_switched(made: Path) -> None:
+    wanted = {made / "store" / n: bits(load_tensors(made / n)) for n in ("few", "many")}
+    wanted |= {None: bits(load_tensors(made / "base"))}
+    engine = Engine(load_tensors(made / "base"))
+    switch = EngineSwitch(engine, made / "base")
+    for delta in (*wanted, made / "store" / "few"):
+        switch.to(delta)
+        assert bits(engine.weights) == wanted[delta], delta
+        assert not engine.open
+    sent = engine.sent
+    with pytest.raises(InputError, match=r"has no delta\.json"):
+        switch.to(made / "base")
+    assert engine.sent == sent
+    engine.refuses = True
+    with pytest.raises(OutputError, match="SGLang: no memory is left"):
+        switch.to(None)
+    assert not engine.open
+    engine.refuses = False
+    switch.to(None)  # every tensor
+    assert bits(engine.weights) == wanted[None]
+    assert engine.sent == sent + 1 + len(engine.weights)
+    with pytest.raises(InputError, match="are packed, fp8"):
+        EngineSwitch(Engine({}, "fp8"), made / "base")
+    with pytest.raises(InputError, match="keeps what its weights have computed"):
+        EngineSwitch(Engine({}, prefixes=True), made / "base")

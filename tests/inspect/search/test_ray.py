@@ -15,7 +15,7 @@ from conftest import tiny_bert_pair
 
 from deltamerge.errors import InputError
 from deltamerge.inspect.search.pool import Pool, pool_of
-from deltamerge.inspect.search.study import search
+from deltamerge.inspect.search.search import search
 from deltamerge.recipe.file import read_template
 from deltamerge.run.cluster import connected
 from deltamerge.run.options import Options

@@ -20,18 +20,18 @@ from running import run
 from safetensors.torch import load_file, save_file
 
 from deltamerge.errors import InputError, RecipeError
+from deltamerge.inspect.search.candidates import candidates_of
 from deltamerge.inspect.search.command import value_of
 from deltamerge.inspect.search.outcome import Bench, Outcome, pareto, ranked
 from deltamerge.inspect.search.proposals import load_optuna, sampler
-from deltamerge.inspect.search.setting import candidates_of
-from deltamerge.inspect.search.study import search
+from deltamerge.inspect.search.search import search
 from deltamerge.inspect.search.walk import Walk
 from deltamerge.recipe.file import TemplateFile, read_either, read_recipe, read_template
 from deltamerge.recipe.load import loads
+from deltamerge.recipe.open_values import Range
 from deltamerge.recipe.prune_keys import Prune
 from deltamerge.recipe.schema import schema
 from deltamerge.recipe.study_keys import Study
-from deltamerge.recipe.varied import Range
 from deltamerge.run.options import Options
 
 OPTIONS = Options(device="cpu", workers=1)
@@ -87,13 +87,14 @@ SHARED = {
     "della": TWO + "prune: {method: della, density: 0.4, epsilon: 0.1}\n",
     "rescaled": TWO + "prune: {method: magnitude, density: 0.2, rescale: l1}\n",
     "ties": TWO.replace("task_arithmetic", "ties") + "parameters: {density: 0.3}\n",
+    "iso_c": MODELS % (1, 1) + "merge_method: iso_c\nparameters: {lambda: {search: [0.5, 2]}}\n",
     "calibrated": TWO + "prune: {method: dare, density: 0.2, q: output_change}\n",
     "choices": CHOSEN + "seed: {search: [0, 4], step: 1}",
     "layers": TWO.replace("[0, 1]}", "[0, 1], groups: 2}", 1),
 }  # fmt: skip
 
 
-FAST = ("dare",)
+FAST = ("dare", "iso_c")
 slow = pytest.mark.slow
 
 
@@ -171,6 +172,15 @@ def test_eval_is_what_transformers_computes(folder: Path, capsys, monkeypatch: p
     assert delta["scores"] == merged["scores"]  # a delta artifact over its base is what it was made of
     assert set(merged["scores"]) == {"a", "b"}
     assert by_recipe["rows"] == {"a": 24, "b": 24}
+    chain = [Path("chain/000001"), Path("chain/000002")]
+    for words in (("other", "base", "--out", chain[0]), ("merged", "other", "--out", chain[1], "--after", chain[0])):
+        code, _, err = call(capsys, "extract", *words, "-q")
+        assert code == 0, err
+    code, out, err = call(capsys, "eval", "chain", "base+chain/000002", "--recipe", "merge.yaml", "--json")
+    assert code == 0, err
+    assert [one["scores"] for one in json.loads(out)["models"]] == [merged["scores"]] * 2
+    opened = candidates_of(read_template(write(folder, TWO, "open")), OPTIONS).opener("base+chain/000001", folder)
+    assert opened.tensors.keys() == load_tensors(folder / "other").keys()
     code, out, _ = call(capsys, "eval", "tuned", *rows_of[:-1], "--csv", "--sequences", "5", "--metric", "f1")
     assert code == 0
     assert out.splitlines()[0] == "model,f1"
@@ -218,7 +228,7 @@ def test_bad_open_values_are_named_at_their_place(tmp_path: Path, value: str) ->
 
 
 BAD_STUDIES = {
-    "{objective: accurracy}": "study.objective: must be one of agreement, metric",
+    "{objective: accurracy}": "study.objective: must be one of agreement, same_answers, metric",
     "{objective: []}": "study.objective: needs at least 1 item",
     "{objective: {measure: loss, of: nobody}}": "study.objective.of: 'nobody' is no fine-tune here",
     "{objective: {measure: loss, weights: {nobody: 2}}}": "study.objective.weights: 'nobody' is no fine-tune here",
@@ -313,11 +323,14 @@ def test_a_sweep_scores_what_runs_write_and_goes_on(folder: Path, capsys, monkey
         assert row["scores"]["a"]["loss"] == pytest.approx(plain["loss"], rel=1e-5)
     best = min(range(4), key=lambda i: found["rows"][i]["objectives"][0])
     assert found["best"] == best
+    assert Path(found["recipe"]) == path.with_name("recipe.best.yaml")
     assert yaml.safe_load(Path("recipe.best.yaml").read_text())["seed"] == int(found["rows"][best]["values"]["seed"])
     assert call(capsys, "run", "recipe.best.yaml", "--locked")[0] == 0
     assert load_tensors(folder / "recipe.best-merged").keys() == load_tensors(folder / "tuned").keys()
-    code, out, _ = call(capsys, *asked)  # nothing is left to do; seeds are averaged
-    assert code == 0
+    with (folder / "recipe-sweep" / "results.jsonl").open("ab") as damaged:
+        damaged.write(b"\xff\n" + b"[" * 100_000)
+    code, out, err = call(capsys, *asked)  # nothing is left to do; seeds are averaged
+    assert code == 0, err
     assert "±" in out
     assert (folder / "recipe-sweep" / "sweep.svg").read_text().startswith("<svg")
     code, _, err = call(capsys, "sweep", write(folder, ONE % "", "none"))
@@ -606,5 +619,6 @@ def test_one_process_at_a_time(folder: Path) -> None:
     one = StudyFolder(folder / "study")
     with one.locked(force=False), pytest.raises(OutputError, match="another process"), one.locked(force=False):
         pass
-    with pytest.raises(OutputError, match="holds something else"), StudyFolder(folder / "base").locked(force=True):
-        pass
+    for name, said in {"base": "holds something else", "calib.jsonl": "cannot be written"}.items():
+        with pytest.raises(OutputError, match=said), StudyFolder(folder / name).locked(force=True):
+            pass

@@ -9,9 +9,8 @@ namespace {
 constexpr i64 kPadding = 16;  // zeros after the stored bytes (io/stored.py)
 
 // (way, k, count, first, second, dense) of a coding in a buffer that ends in padding.
-bool coded_of(const Buffers<4>& b, const i64* numbers, Coded& coded) {
-  coded = {b.at<u8>(0),    b.count<u8>(0) - kPadding, numbers[0], u64(numbers[1]), numbers[2], numbers[3], numbers[4],
-           numbers[5] != 0};
+bool coded_of(const u8* stored, i64 size, const i64* n, Coded& coded) {
+  coded = {stored, size - kPadding, n[0], u64(n[1]), n[2], n[3], n[4], n[5] != 0};
   i64 least = coded.way == kIndices ? coded.count * coded.first : coded.k > 0 ? coded.second : 0;
   return coded.size >= least && coded.count >= 0 && coded.k <= 15 && coded.second >= 0;
 }
@@ -27,63 +26,50 @@ i64 bytes_of(i64 kind, i64 count) {
 
 // (stored, values, unused, out, way, k, count, first, second, dense, itemsize) -> whether positions are whole
 PyObject* delta_put(PyObject*, PyObject* arguments) {
-  Buffers<4> b;
-  i64 numbers[7];
+  Arguments<4, 7> b;
   Coded coded;
-  if (!b.take(arguments, 3) || !take_numbers(arguments, 4, numbers, 7)) return nullptr;
-  const i64 itemsize = numbers[6];
-  if (!coded_of(b, numbers, coded) || b.count<u8>(1) < coded.count * itemsize) return too_short();
-  bool whole;
-  Py_BEGIN_ALLOW_THREADS;
-  whole = loops().put(coded, b.at<u8>(1), itemsize, b.at<u8>(3), b.count<u8>(3) / itemsize);
-  Py_END_ALLOW_THREADS;
-  return PyBool_FromLong(whole);
+  if (!b.take(arguments, 3)) return nullptr;
+  const i64 itemsize = b.n[6];
+  if (!coded_of(b.at<u8>(0), b.count<u8>(0), b.n, coded) || b.count<u8>(1) < coded.count * itemsize) return too_short();
+  return PyBool_FromLong(
+      unlocked([&] { return loops().put(coded, b.at<u8>(1), itemsize, b.at<u8>(3), b.count<u8>(3) / itemsize); }));
 }
 
 // (stored, values, scales, out, way, k, count, first, second, dense, kind, group, is_bfloat) -> the same
 PyObject* delta_add(PyObject*, PyObject* arguments) {
-  Buffers<4> b;
-  i64 numbers[9];
+  Arguments<4, 9> b;
   Coded coded;
-  if (!b.take(arguments, 3) || !take_numbers(arguments, 4, numbers, 9)) return nullptr;
-  const Added added = {b.at<u8>(1), numbers[6], b.at<float>(2), numbers[7]};
-  const bool is_bfloat = numbers[8] != 0;
+  if (!b.take(arguments, 3)) return nullptr;
+  const Added added = {b.at<u8>(1), b.n[6], b.at<float>(2), b.n[7]};
+  const bool is_bfloat = b.n[8] != 0;
   const i64 size = b.count<u8>(3) / (is_bfloat ? 2 : 4);
   bool scaled =
       added.kind < kInt8Values || (added.group > 0 && b.count<float>(2) >= (size + added.group - 1) / added.group);
-  if (!coded_of(b, numbers, coded) || !scaled || b.count<u8>(1) < bytes_of(added.kind, coded.count)) return too_short();
-  bool whole;
-  Py_BEGIN_ALLOW_THREADS;
-  whole = loops().add_to(coded, added, is_bfloat, b.at<u8>(3), size);
-  Py_END_ALLOW_THREADS;
-  return PyBool_FromLong(whole);
+  if (!coded_of(b.at<u8>(0), b.count<u8>(0), b.n, coded) || !scaled ||
+      b.count<u8>(1) < bytes_of(added.kind, coded.count))
+    return too_short();
+  return PyBool_FromLong(unlocked([&] { return loops().add_to(coded, added, is_bfloat, b.at<u8>(3), size); }));
 }
 
 // (stored, scales, unused, out) -> whether the ranks are whole
 PyObject* delta_ranked(PyObject*, PyObject* arguments) {
-  Buffers<4> b;
+  Arguments<4> b;
   if (!b.take(arguments, 3)) return nullptr;
   const Coded coded = {b.at<u8>(0), b.count<u8>(0) - kPadding, kOnes, 0, b.count<float>(3), 0, 0, false};
   if (coded.size < 0) return too_short();
-  bool whole;
-  Py_BEGIN_ALLOW_THREADS;
-  whole = loops().ranked(coded, b.at<float>(1), b.count<float>(1), b.at<float>(3));
-  Py_END_ALLOW_THREADS;
-  return PyBool_FromLong(whole);
+  return PyBool_FromLong(
+      unlocked([&] { return loops().ranked(coded, b.at<float>(1), b.count<float>(1), b.at<float>(3)); }));
 }
 
 // (left, right, out, rows, rank, columns)
 PyObject* ordered_product(PyObject*, PyObject* arguments) {
-  Buffers<3> b;
-  i64 n[3];
-  if (!b.take(arguments, 2) || !take_numbers(arguments, 3, n, 3)) return nullptr;
-  if (n[1] < 1 || b.count<float>(0) < n[0] * n[1] || b.count<float>(1) < n[1] * n[2] ||
-      b.count<float>(2) < n[0] * n[2]) {
+  Arguments<3, 3> b;
+  if (!b.take(arguments, 2)) return nullptr;
+  if (b.n[1] < 1 || b.count<float>(0) < b.n[0] * b.n[1] || b.count<float>(1) < b.n[1] * b.n[2] ||
+      b.count<float>(2) < b.n[0] * b.n[2]) {
     return too_short();
   }
-  Py_BEGIN_ALLOW_THREADS;
-  loops().ordered_product(b.at<float>(0), b.at<float>(1), b.at<float>(2), n[0], n[1], n[2]);
-  Py_END_ALLOW_THREADS;
+  unlocked([&] { loops().ordered_product(b.at<float>(0), b.at<float>(1), b.at<float>(2), b.n[0], b.n[1], b.n[2]); });
   Py_RETURN_NONE;
 }
 

@@ -7,26 +7,32 @@
 
 namespace deltamerge {
 
-// The contiguous arrays of a call, released at its end.
-template <int kCount>
-class Buffers {
+// The arguments of a call: contiguous arrays, released at its end, then numbers.
+template <int kCount, int kNumbers = 0>
+class Arguments {
  public:
-  Buffers() = default;
-  Buffers(const Buffers&) = delete;
-  Buffers& operator=(const Buffers&) = delete;
-  ~Buffers() {
+  Arguments() = default;
+  Arguments(const Arguments&) = delete;
+  Arguments& operator=(const Arguments&) = delete;
+  ~Arguments() {
     for (int i = 0; i < taken_; ++i) PyBuffer_Release(&views_[i]);
   }
 
-  // The first kCount arguments of a call, of which the first `read` are only read. False: a Python error is set.
+  i64 n[kNumbers + 1] = {};  // the numbers
+
+  // Of the arrays the first `read` are only read. False: a Python error is set.
   bool take(PyObject* arguments, int read) {
-    if (PyTuple_Size(arguments) < kCount) {
-      PyErr_Format(PyExc_TypeError, "%d arrays are wanted", kCount);
+    if (PyTuple_Size(arguments) != kCount + kNumbers) {
+      PyErr_Format(PyExc_TypeError, "%d arguments are wanted", kCount + kNumbers);
       return false;
     }
     for (; taken_ < kCount; ++taken_) {
       int flags = taken_ < read ? PyBUF_SIMPLE : PyBUF_WRITABLE;
       if (PyObject_GetBuffer(PyTuple_GetItem(arguments, taken_), &views_[taken_], flags) != 0) return false;
+    }
+    for (int i = 0; i < kNumbers; ++i) {
+      n[i] = PyLong_AsLongLong(PyTuple_GetItem(arguments, kCount + i));
+      if (n[i] == -1 && PyErr_Occurred() != nullptr) return false;
     }
     return true;
   }
@@ -46,8 +52,24 @@ class Buffers {
   int taken_ = 0;
 };
 
-// The numbers that follow the arrays of a call. False: a Python error is set.
-bool take_numbers(PyObject* arguments, Py_ssize_t from, i64* numbers, int count);
+class Unlocked {
+ public:
+  Unlocked() = default;
+  Unlocked(const Unlocked&) = delete;
+  Unlocked& operator=(const Unlocked&) = delete;
+  ~Unlocked() { PyEval_RestoreThread(state_); }
+
+ private:
+  PyThreadState* state_ = PyEval_SaveThread();
+};
+
+// The result of `work`, while which the GIL is released.
+template <class Work>
+auto unlocked(Work work) {
+  const Unlocked released;
+  return work();
+}
+
 // Raises ValueError: an array is shorter than what is listed of it.
 PyObject* too_short();
 

@@ -12,12 +12,12 @@ using namespace deltamerge;
 // (job, operations, weights, operands, lists, tables, guides, bounds, ranks, limits, ratios, sources, coded,
 //  first_pieces, out, counts, sums, listed, used, digests, hashed) -> whether everything could be read
 PyObject* run_stream(PyObject*, PyObject* arguments) {
-  Buffers<21> b;
+  Arguments<21> b;
   if (!b.take(arguments, 14)) return nullptr;
-  const Program program = {b.at<Job>(0), b.at<Operation>(1), b.count<Operation>(1), b.at<float>(2),       b.at<i64>(3),
-                           b.at<i64>(4), b.at<u64>(5),       b.at<u32>(6),          b.at<TableBounds>(7), b.at<i64>(8),
-                           b.at<u32>(9), b.at<float>(10),    b.at<Source>(11),      b.count<Source>(11),
-                           b.at<CodedSource>(12), b.count<CodedSource>(12)};
+  const Program program = {b.at<Job>(0),         b.at<Operation>(1),  b.count<Operation>(1), b.at<float>(2),
+                           b.at<i64>(3),         b.at<i64>(4),        b.at<u64>(5),          b.at<u32>(6),
+                           b.at<TableBounds>(7), b.at<i64>(8),        b.at<u32>(9),          b.at<float>(10),
+                           b.at<Source>(11),     b.count<Source>(11), b.at<CodedSource>(12), b.count<CodedSource>(12)};
   const i64 rows = b.count<i64>(18), sources = program.source_count;
   const Results results = {b.count<u8>(14) > 0 ? b.at<u8>(14) : nullptr,
                            b.at<i64>(15),
@@ -29,10 +29,7 @@ PyObject* run_stream(PyObject*, PyObject* arguments) {
                            sources > 0 ? b.count<u64>(19) / 2 / sources : 0,
                            b.at<i64>(20),
                            b.at<i64>(13)};
-  Outcome outcome;
-  Py_BEGIN_ALLOW_THREADS;
-  outcome = run(program, results);
-  Py_END_ALLOW_THREADS;
+  const Outcome outcome = unlocked([&] { return run(program, results); });
   if (outcome == Outcome::kNoMemory) return PyErr_NoMemory();
   return PyBool_FromLong(outcome == Outcome::kDone);
 }
@@ -40,14 +37,14 @@ PyObject* run_stream(PyObject*, PyObject* arguments) {
 // (data, digests): of each whole piece of 64 KiB of the data its digest, high half first
 PyObject* digests_of(PyObject*, PyObject* arguments) {
   constexpr i64 kBytes = 1 << 16;
-  Buffers<2> b;
+  Arguments<2> b;
   if (!b.take(arguments, 1)) return nullptr;
   const i64 whole = b.count<u8>(0) / kBytes * kBytes;
   if (b.count<u64>(1) < 2 * (whole / kBytes)) return too_short();
-  Py_BEGIN_ALLOW_THREADS;
-  u64 accumulators[8];
-  loops().hash(b.at<u8>(0), 0, whole, 0, accumulators, b.at<u64>(1));
-  Py_END_ALLOW_THREADS;
+  unlocked([&] {
+    u64 accumulators[8];
+    loops().hash(b.at<u8>(0), 0, whole, 0, accumulators, b.at<u64>(1));
+  });
   Py_RETURN_NONE;
 }
 

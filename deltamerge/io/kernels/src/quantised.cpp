@@ -9,22 +9,10 @@ PyObject* too_short() {
   return nullptr;
 }
 
-bool take_numbers(PyObject* arguments, Py_ssize_t from, i64* numbers, int count) {
-  if (PyTuple_Size(arguments) != from + count) {
-    PyErr_Format(PyExc_TypeError, "%d arguments are wanted", int(from) + count);
-    return false;
-  }
-  for (int i = 0; i < count; ++i) {
-    numbers[i] = PyLong_AsLongLong(PyTuple_GetItem(arguments, from + i));
-    if (numbers[i] == -1 && PyErr_Occurred() != nullptr) return false;
-  }
-  return true;
-}
-
 namespace {
 
 // Whether the arrays hold what `count` rows of this form need.
-bool fits(const ScaledRows& rows, const Buffers<5>& b, i64 count) {
+bool fits(const ScaledRows& rows, const Arguments<5, 5>& b, i64 count) {
   if (rows.columns < 1 || rows.n < 1 || rows.form < kE4m3 || rows.form > kPackedBits) return false;
   const i64 bits = rows.form == kPackedBits ? rows.width : 8;
   if (bits < 1 || bits > 8 || rows.stride * 8 < rows.columns * bits) return false;
@@ -40,107 +28,102 @@ bool fits(const ScaledRows& rows, const Buffers<5>& b, i64 count) {
 
 // (codes, scales, zeros or empty, rows of the grid, out, form, width, columns, stride, n)
 PyObject* scaled(PyObject*, PyObject* arguments) {
-  Buffers<5> b;
-  i64 n[5];
-  if (!b.take(arguments, 4) || !take_numbers(arguments, 5, n, 5)) return nullptr;
+  Arguments<5, 5> b;
+  if (!b.take(arguments, 4)) return nullptr;
   const float* zeros = b.count<float>(2) > 0 ? b.at<float>(2) : nullptr;
-  const i64 across = n[4] > 0 ? (n[2] + n[4] - 1) / n[4] : 1, count = b.count<i64>(3);
-  const ScaledRows rows = {n[0], n[1], n[2], n[3], b.at<float>(1), zeros, across, n[4], nullptr};
+  const i64 across = b.n[4] > 0 ? (b.n[2] + b.n[4] - 1) / b.n[4] : 1, count = b.count<i64>(3);
+  const ScaledRows rows = {b.n[0], b.n[1], b.n[2], b.n[3], b.at<float>(1), zeros, across, b.n[4], nullptr};
   if (!fits(rows, b, count)) return too_short();
-  Py_BEGIN_ALLOW_THREADS;
-  for (i64 i = 0; i < count; ++i) {
-    const u8* row = b.at<u8>(0) + i * rows.stride;
-    loops().scale_row(rows, row, b.at<i64>(3)[i], 0, rows.columns, b.at<float>(4) + i * rows.columns);
-  }
-  Py_END_ALLOW_THREADS;
+  unlocked([&] {
+    for (i64 i = 0; i < count; ++i) {
+      const u8* row = b.at<u8>(0) + i * rows.stride;
+      loops().scale_row(rows, row, b.at<i64>(3)[i], 0, rows.columns, b.at<float>(4) + i * rows.columns);
+    }
+  });
   Py_RETURN_NONE;
 }
 
 // (codes, scales, table, out, group, swapped)
 PyObject* tabled(PyObject*, PyObject* arguments) {
-  Buffers<4> b;
-  i64 n[2];
-  if (!b.take(arguments, 3) || !take_numbers(arguments, 4, n, 2)) return nullptr;
-  const i64 count = b.count<float>(3), group = n[0];
+  Arguments<4, 2> b;
+  if (!b.take(arguments, 3)) return nullptr;
+  const i64 count = b.count<float>(3), group = b.n[0];
   if (group < 2 || group % 2 != 0 || b.count<u8>(0) < (count + 1) / 2 || b.count<float>(2) < 16 ||
       b.count<float>(1) < (count + group - 1) / group) {
     return too_short();
   }
-  Py_BEGIN_ALLOW_THREADS;
-  loops().scale_groups(b.at<u8>(0), n[1] != 0, b.at<float>(2), b.at<float>(1), group, b.at<float>(3), count);
-  Py_END_ALLOW_THREADS;
+  unlocked([&] {
+    loops().scale_groups(b.at<u8>(0), b.n[1] != 0, b.at<float>(2), b.at<float>(1), group, b.at<float>(3), count);
+  });
   Py_RETURN_NONE;
 }
 
 // (codes, scales, table, out, pitch, columns, top, bottom)
 PyObject* turned_pairs(PyObject*, PyObject* arguments) {
-  Buffers<4> b;
-  i64 n[4];
-  if (!b.take(arguments, 3) || !take_numbers(arguments, 4, n, 4)) return nullptr;
-  const TurnedPairs band = {b.at<u8>(0), n[0], n[1], n[2], n[3], 0, n[1], b.at<float>(1), b.at<float>(2)};
+  Arguments<4, 4> b;
+  if (!b.take(arguments, 3)) return nullptr;
+  const TurnedPairs band = {b.at<u8>(0), b.n[0], b.n[1], b.n[2], b.n[3], 0, b.n[1], b.at<float>(1), b.at<float>(2)};
   const i64 end = (band.bottom + 31) / 32;
   if (band.columns < 1 || band.top < 0 || band.bottom < band.top || band.pitch < 16 * end ||
       b.count<u8>(0) / band.pitch < band.columns || b.count<float>(1) / band.columns < end - band.top / 32 ||
       b.count<float>(2) < 16 || b.count<float>(3) / band.columns < band.bottom - band.top) {
     return too_short();
   }
-  Py_BEGIN_ALLOW_THREADS;
-  loops().turn_pairs(band, b.at<float>(3));
-  Py_END_ALLOW_THREADS;
+  unlocked([&] { loops().turn_pairs(band, b.at<float>(3)); });
   Py_RETURN_NONE;
 }
 
 // (words, scales, zeros, groups, out, pitch, columns, top, bottom, groups of a row, width, whether words are AWQ's)
 PyObject* turned_words(PyObject*, PyObject* arguments) {
-  Buffers<5> b;
-  i64 n[7];
-  if (!b.take(arguments, 4) || !take_numbers(arguments, 5, n, 7)) return nullptr;
-  const bool across = n[6] != 0;
-  const TurnedWords band = {b.at<u32>(0),   n[0],  n[1], n[2], n[3], 0, n[1], b.at<float>(1), b.at<float>(2),
-                            b.at<std::int32_t>(3), n[4], n[5], across};
+  Arguments<5, 7> b;
+  if (!b.take(arguments, 4)) return nullptr;
+  const bool across = b.n[6] != 0;
+  const TurnedWords band = {
+      b.at<u32>(0),          b.n[0], b.n[1], b.n[2], b.n[3], 0, b.n[1], b.at<float>(1), b.at<float>(2),
+      b.at<std::int32_t>(3), b.n[4], b.n[5], across};
   const i64 rows = band.bottom - band.top, width = band.width;
-  bool there = (width == 2 || width == 3 || width == 4 || width == 8) && band.columns > 0 && band.top >= 0 && rows >= 0 &&
-               band.across > 0 && band.pitch > 0 && band.pitch >= (across ? (band.bottom + 7) / 8 : band.bottom) &&
-               (across || band.columns * width % (width == 3 ? 96 : 32) == 0) && b.count<std::int32_t>(3) >= band.columns;
+  bool there =
+      (width == 2 || width == 3 || width == 4 || width == 8) && band.columns > 0 && band.top >= 0 && rows >= 0 &&
+      band.across > 0 && band.pitch > 0 && band.pitch >= (across ? (band.bottom + 7) / 8 : band.bottom) &&
+      (across || band.columns * width % (width == 3 ? 96 : 32) == 0) && b.count<std::int32_t>(3) >= band.columns;
   const i64 stored = across ? band.columns : band.columns * width / 32;
   there = there && b.count<u32>(0) / band.pitch >= stored && b.count<float>(1) / band.across >= rows &&
           b.count<float>(2) / band.across >= rows && b.count<float>(4) / band.columns >= rows;
   for (i64 i = 0; there && i < band.columns; ++i) there = band.groups[i] >= 0 && band.groups[i] < band.across;
   if (!there) return too_short();
-  Py_BEGIN_ALLOW_THREADS;
-  loops().turn_words(band, b.at<float>(4));
-  Py_END_ALLOW_THREADS;
+  unlocked([&] { loops().turn_words(band, b.at<float>(4)); });
   Py_RETURN_NONE;
 }
 
-// (values, scales, zeros or empty, codes, lost, blocks down, their rows, blocks across, their columns, exponent, mantissa,
-// bias, last, least, largest): values (a, m, b, n), scales and zeros (a, b); `lost` (a, b) is added to.
+// (values, scales, zeros or empty, codes, lost, blocks down, their rows, blocks across, their columns, exponent,
+// mantissa, bias, last, least, largest): values (a, m, b, n), scales and zeros (a, b); `lost` (a, b) is added to.
 PyObject* coded(PyObject*, PyObject* arguments) {
-  Buffers<5> b;
-  i64 n[10];
-  if (!b.take(arguments, 3) || !take_numbers(arguments, 5, n, 10)) return nullptr;
-  const CodeForm form = {n[4], n[5], n[6], n[7], float(n[8]), float(n[9])};
-  const i64 down = n[0], rows = n[1], across = n[2], columns = n[3];
+  Arguments<5, 10> b;
+  if (!b.take(arguments, 3)) return nullptr;
+  const CodeForm form = {b.n[4], b.n[5], b.n[6], b.n[7], float(b.n[8]), float(b.n[9])};
+  const i64 down = b.n[0], rows = b.n[1], across = b.n[2], columns = b.n[3];
   const bool shifted = b.count<float>(2) > 0;
   for (int i = 0; i < 4; ++i) {
-    if (n[i] < 1 || n[i] > (i64(1) << 31)) return too_short();
+    if (b.n[i] < 1 || b.n[i] > (i64(1) << 31)) return too_short();
   }
-  const bool small = form.exponent == 0 || (form.exponent + form.mantissa < 8 && form.exponent > 1 && form.mantissa > 0);
+  const bool small =
+      form.exponent == 0 || (form.exponent + form.mantissa < 8 && form.exponent > 1 && form.mantissa > 0);
   const i64 blocks = down * across;
   if (!small || form.exponent < 0 || b.count<float>(0) / rows / columns < blocks || b.count<float>(1) < blocks ||
-      (shifted && b.count<float>(2) < blocks) || b.count<u8>(3) / rows / columns < blocks || b.count<double>(4) < blocks) {
+      (shifted && b.count<float>(2) < blocks) || b.count<u8>(3) / rows / columns < blocks ||
+      b.count<double>(4) < blocks) {
     return too_short();
   }
-  Py_BEGIN_ALLOW_THREADS;
-  for (i64 line = 0; line < down * rows; ++line) {
-    for (i64 j = 0; j < across; ++j) {
-      const i64 at = line * across + j, block = line / rows * across + j;
-      b.at<double>(4)[block] += loops().code_values(form, b.at<float>(0) + at * columns, b.at<float>(1)[block],
-                                                    shifted ? b.at<float>(2)[block] : 0.0f,
-                                                    b.at<u8>(3) + at * columns, columns);
+  unlocked([&] {
+    for (i64 line = 0; line < down * rows; ++line) {
+      for (i64 j = 0; j < across; ++j) {
+        const i64 at = line * across + j, block = line / rows * across + j;
+        b.at<double>(4)[block] +=
+            loops().code_values(form, b.at<float>(0) + at * columns, b.at<float>(1)[block],
+                                shifted ? b.at<float>(2)[block] : 0.0f, b.at<u8>(3) + at * columns, columns);
+      }
     }
-  }
-  Py_END_ALLOW_THREADS;
+  });
   Py_RETURN_NONE;
 }
 

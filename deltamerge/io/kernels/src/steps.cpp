@@ -38,13 +38,15 @@ inline i64 zeros_of(const Lists& form, u32 value) {
   return 63 - __builtin_clzll(u64(value) + (u64(1) << form.k)) - form.k;
 }
 
+inline i64 width_of(const Lists& form, i64 zeros) { return form.is_wide ? form.k + zeros : form.k; }
+
 // The bit after the list; -1: `out` is too short.
 i64 pack(const u32* values, i64 n, const Lists& form, u8* out, i64 size, i64 at) {
   i64 unary = n, fields = 0;
   for (i64 i = 0; i < n; ++i) {
-    i64 q = zeros_of(form, values[i]);
+    const i64 q = zeros_of(form, values[i]);
     unary += q;
-    fields += form.is_wide ? form.k + q : form.k;
+    fields += width_of(form, q);
   }
   if (at + unary + fields > 8 * (size - kPadding)) return -1;
   i64 field_at = at + unary;
@@ -53,7 +55,7 @@ i64 pack(const u32* values, i64 n, const Lists& form, u8* out, i64 size, i64 at)
     at += q;
     out[at >> 3] |= u8(1 << (at & 7));
     ++at;
-    const i64 width = form.is_wide ? form.k + q : form.k;
+    const i64 width = width_of(form, q);
     if (width == 0) continue;
     const u64 whole = form.is_wide ? u64(values[i]) + (u64(1) << form.k) : values[i];
     or_at(out, field_at, whole & ((u64(1) << width) - 1));
@@ -83,7 +85,7 @@ i64 unpack(const u8* bits, i64 end, const Lists& form, i64 at, u32* out, i64 n, 
     out[i] = u32(zeros);
   }
   for (i64 i = 0; i < n; ++i) {
-    const i64 q = i64(out[i]), width = form.is_wide ? form.k + q : form.k;
+    const i64 q = i64(out[i]), width = width_of(form, q);
     if (width > 32 || at + width > end) return -1;
     const u64 field = width > 0 ? word_at(bits, at) & ((u64(1) << width) - 1) : 0;
     at += width;
@@ -126,8 +128,8 @@ bool rank(const u16* bits, i64 n, const u8* groups, i64 mantissa, u32 mask, cons
 }
 
 struct Listed {
-  const u32* ranks;   // of the listed elements in their group, group by group
-  const i64* starts;  // of each group's ranks; one more for the end
+  const u32* ranks;    // of the listed elements in their group, group by group
+  const i64* starts;   // of each group's ranks; one more for the end
   const u8* inverted;  // whether the listed are those that do not change
   i64 groups;
 };
@@ -136,8 +138,8 @@ struct Listed {
 // -1: ranks are damaged, or there are more than `most`.
 i64 place(const u16* bits, i64 n, const u8* group_of, i64 mantissa, u32 mask, const Listed& listed, const i64* firsts,
           i64* positions, i64* sources, i64 most) {
-  u32 left[kExponents];   // elements of the group before the next listed one
-  i64 next[kExponents];   // the listed one after that
+  u32 left[kExponents];  // elements of the group before the next listed one
+  i64 next[kExponents];  // the listed one after that
   i64 source[kExponents];
   u32 invert[kExponents];
   for (i64 g = 0; g < kExponents; ++g) left[g] = ~u32(0), next[g] = source[g] = 0, invert[g] = 0;
@@ -152,20 +154,16 @@ i64 place(const u16* bits, i64 n, const u8* group_of, i64 mantissa, u32 mask, co
     const u32 g = group_of[u32(bits[i]) >> mantissa & mask];
     const bool is_listed = left[g] == 0;
     if (is_listed) {
-      const i64 at = next[g];
+      const i64 at = next[g]++;
       left[g] = ~u32(0);
       if (at < listed.starts[g + 1]) {
         if (listed.ranks[at] <= listed.ranks[at - 1]) return -1;
         left[g] = listed.ranks[at] - listed.ranks[at - 1] - 1;
-        ++next[g];
-      } else {
-        ++next[g];
       }
     } else {
       --left[g];
     }
-    if (u32(is_listed) == invert[g]) continue;
-    if (g == kNoGroup) continue;
+    if (u32(is_listed) == invert[g] || g == kNoGroup) continue;
     if (found == most) return -1;
     positions[found] = i;
     sources[found] = source[g]++;
@@ -182,67 +180,58 @@ i64 place(const u16* bits, i64 n, const u8* group_of, i64 mantissa, u32 mask, co
 
 // (values, out, k, is_wide, at) -> the bit after them, -1 if out is too short
 PyObject* steps_pack(PyObject*, PyObject* arguments) {
-  Buffers<2> b;
-  i64 n[3];
-  if (!b.take(arguments, 1) || !take_numbers(arguments, 2, n, 3)) return nullptr;
-  if (n[0] < 0 || n[0] > 31 || n[2] < 0) return too_short();
-  return PyLong_FromLongLong(pack(b.at<u32>(0), b.count<u32>(0), {n[0], n[1] != 0}, b.at<u8>(1), b.count<u8>(1), n[2]));
+  Arguments<2, 3> b;
+  if (!b.take(arguments, 1)) return nullptr;
+  if (b.n[0] < 0 || b.n[0] > 31 || b.n[2] < 0) return too_short();
+  return PyLong_FromLongLong(
+      pack(b.at<u32>(0), b.count<u32>(0), {b.n[0], b.n[1] != 0}, b.at<u8>(1), b.count<u8>(1), b.n[2]));
 }
 
 // (stored and padding, out, k, is_wide, at, most) -> the bit after them, -1 if they are damaged
 PyObject* steps_unpack(PyObject*, PyObject* arguments) {
-  Buffers<2> b;
-  i64 n[4];
-  if (!b.take(arguments, 1) || !take_numbers(arguments, 2, n, 4)) return nullptr;
+  Arguments<2, 4> b;
+  if (!b.take(arguments, 1)) return nullptr;
   const i64 end = 8 * (b.count<u8>(0) - kPadding);
-  if (end < 0 || n[0] < 0 || n[0] > 31 || n[2] < 0) return too_short();
+  if (end < 0 || b.n[0] < 0 || b.n[0] > 31 || b.n[2] < 0) return too_short();
   return PyLong_FromLongLong(
-      unpack(b.at<u8>(0), end, {n[0], n[1] != 0}, n[2], b.at<u32>(1), b.count<u32>(1), u64(n[3])));
+      unpack(b.at<u8>(0), end, {b.n[0], b.n[1] != 0}, b.n[2], b.at<u32>(1), b.count<u32>(1), u64(b.n[3])));
 }
 
 // (bits, counts, mantissa, mask)
 PyObject* steps_count(PyObject*, PyObject* arguments) {
-  Buffers<2> b;
-  i64 n[2];
-  if (!b.take(arguments, 1) || !take_numbers(arguments, 2, n, 2)) return nullptr;
-  if (b.count<i64>(1) < kExponents || n[1] < 0 || n[1] >= kExponents) return too_short();
-  Py_BEGIN_ALLOW_THREADS;
-  count_exponents(b.at<u16>(0), b.count<u16>(0), n[0], u32(n[1]), b.at<i64>(1));
-  Py_END_ALLOW_THREADS;
+  Arguments<2, 2> b;
+  if (!b.take(arguments, 1)) return nullptr;
+  if (b.count<i64>(1) < kExponents || b.n[1] < 0 || b.n[1] >= kExponents) return too_short();
+  unlocked([&] { count_exponents(b.at<u16>(0), b.count<u16>(0), b.n[0], u32(b.n[1]), b.at<i64>(1)); });
   Py_RETURN_NONE;
 }
 
 // (bits, group of each exponent, positions, ranks, mantissa, mask) -> whether positions are ascending
 PyObject* steps_rank(PyObject*, PyObject* arguments) {
-  Buffers<4> b;
-  i64 n[2];
-  if (!b.take(arguments, 3) || !take_numbers(arguments, 4, n, 2)) return nullptr;
+  Arguments<4, 2> b;
+  if (!b.take(arguments, 3)) return nullptr;
   const i64 count = b.count<i64>(2);
-  if (b.count<u8>(1) < kExponents || n[1] < 0 || n[1] >= kExponents || b.count<u32>(3) < count) return too_short();
-  bool whole;
-  Py_BEGIN_ALLOW_THREADS;
-  whole = rank(b.at<u16>(0), b.count<u16>(0), b.at<u8>(1), n[0], u32(n[1]), b.at<i64>(2), count, b.at<u32>(3));
-  Py_END_ALLOW_THREADS;
-  return PyBool_FromLong(whole);
+  if (b.count<u8>(1) < kExponents || b.n[1] < 0 || b.n[1] >= kExponents || b.count<u32>(3) < count) return too_short();
+  return PyBool_FromLong(unlocked([&] {
+    return rank(b.at<u16>(0), b.count<u16>(0), b.at<u8>(1), b.n[0], u32(b.n[1]), b.at<i64>(2), count, b.at<u32>(3));
+  }));
 }
 
-// (bits, group of each exponent, ranks, starts, inverted, firsts, positions, sources, mantissa, mask) -> the count, -1 if
-// ranks are damaged
+// (bits, group of each exponent, ranks, starts, inverted, firsts, positions, sources, mantissa, mask) -> the count, -1
+// if ranks are damaged
 PyObject* steps_place(PyObject*, PyObject* arguments) {
-  Buffers<8> b;
-  i64 n[2];
-  if (!b.take(arguments, 6) || !take_numbers(arguments, 8, n, 2)) return nullptr;
+  Arguments<8, 2> b;
+  if (!b.take(arguments, 6)) return nullptr;
   const Listed listed = {b.at<u32>(2), b.at<i64>(3), b.at<u8>(4), b.count<u8>(4)};
   const bool fits = listed.groups <= kNoGroup && b.count<i64>(3) == listed.groups + 1 &&
-                    b.count<i64>(5) == listed.groups && b.count<u8>(1) >= kExponents && n[1] >= 0 && n[1] < kExponents &&
-                    b.count<i64>(7) >= b.count<i64>(6) && listed.starts[listed.groups] == b.count<u32>(2);
+                    b.count<i64>(5) == listed.groups && b.count<u8>(1) >= kExponents && b.n[1] >= 0 &&
+                    b.n[1] < kExponents && b.count<i64>(7) >= b.count<i64>(6) &&
+                    listed.starts[listed.groups] == b.count<u32>(2);
   if (!fits) return too_short();
-  i64 found;
-  Py_BEGIN_ALLOW_THREADS;
-  found = place(b.at<u16>(0), b.count<u16>(0), b.at<u8>(1), n[0], u32(n[1]), listed, b.at<i64>(5), b.at<i64>(6),
-                b.at<i64>(7), b.count<i64>(6));
-  Py_END_ALLOW_THREADS;
-  return PyLong_FromLongLong(found);
+  return PyLong_FromLongLong(unlocked([&] {
+    return place(b.at<u16>(0), b.count<u16>(0), b.at<u8>(1), b.n[0], u32(b.n[1]), listed, b.at<i64>(5), b.at<i64>(6),
+                 b.at<i64>(7), b.count<i64>(6));
+  }));
 }
 
 }  // namespace deltamerge

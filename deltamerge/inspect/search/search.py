@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from xxhash import xxh3_128
 
 from deltamerge.errors import InputError, RecipeError
+from deltamerge.inspect.search.candidates import candidates_of
 from deltamerge.inspect.search.folder import StudyFolder
-from deltamerge.inspect.search.found import Found, Trial
 from deltamerge.inspect.search.judge import Part
 from deltamerge.inspect.search.outcome import Bench, Outcome, best_of, pareto, ranked
 from deltamerge.inspect.search.pool import Pool, pool_of
@@ -28,15 +28,14 @@ from deltamerge.inspect.search.proposals import (
     sampler,
     sampler_of,
 )
-from deltamerge.inspect.search.results import write
-from deltamerge.inspect.search.setting import candidates_of, refuse_strangers, rows_facts
+from deltamerge.inspect.search.results import Found, Trial, write
+from deltamerge.inspect.search.rows import input_facts, refuse_strangers
 from deltamerge.io import progress
+from deltamerge.io.names import layer_index
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.schema import Recipe
 from deltamerge.recipe.yaml_source import Loc
-from deltamerge.run.hashes import facts
 from deltamerge.run.options import Options
-from deltamerge.run.plans import Planner
 
 if TYPE_CHECKING:
     import optuna
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 STORAGE = "study.db"
 SHORTLIST = 8  # trials that are compared on held-out rows
 HOPELESS = 10  # first trials that all fail
-FACTS, SCORES, ERROR, AGAIN = "facts", "scores", "error", "again"
+FACTS, SCORES, ERROR = "facts", "scores", "error"
 
 
 def check(file: TemplateFile) -> Recipe:
@@ -108,8 +107,6 @@ def search(
 
 def layers_of(bench: Bench, recipe: Recipe) -> int:
     """The number of layers of the merged model, over which groups are spread."""
-    from deltamerge.io.names import layer_index
-
     inputs = bench.candidates.inputs(recipe)
     numbers = [n for name in inputs.template.tensors if (n := layer_index(name)) is not None]
     return 1 + max(numbers, default=0)
@@ -117,14 +114,10 @@ def layers_of(bench: Bench, recipe: Recipe) -> int:
 
 def _same(study: optuna.Study, file: TemplateFile, bench: Bench, options: Options) -> None:
     """InputError: the study is of another recipe, other models or other rows."""
-    first = file.file(file.template.values(file.template.start(), 1))
-    (planned,) = Planner(first, first.path, options).plans()
     data = {key: value for key, value in file.template.source.data.items() if key != "study"}
     judged = {**(file.template.source.data.get("study") or {}), "trials": None, "together": None}
     given = {"the recipe": xxh3_128(json.dumps([data, judged], sort_keys=True).encode()).hexdigest()}
-    given |= {name: value for name, value in facts(planned, "").items() if name != "the recipe"} | rows_facts(
-        first.output.recipe, bench.folder
-    )
+    given |= input_facts(file, file.template.values(file.template.start(), 1), options)
     known = study.user_attrs.get(FACTS)
     if known is None:
         study.set_user_attr(FACTS, json.loads(json.dumps(given)))
@@ -158,9 +151,9 @@ class _Runner:
         """Trials until there are `wanted`. InputError: the first ones all fail."""
         settings = self.bench.study
         with progress.phase(f"searching {self.file.path.name}", wanted, "trials") as phase:
-            phase.step(min(wanted, self._count()))
+            phase.step(min(wanted, len(self._done())))
             most = settings.together * (self.pool.size if self.pool else 1)
-            while (done := self._count()) < wanted:
+            while (done := len(self._done())) < wanted:
                 size = min(most - done % most, wanted - done)  # a batch that was cut short is asked for as it was
                 asked = [self._ask() for _ in range(size)]
                 self._evaluate(asked)
@@ -176,14 +169,12 @@ class _Runner:
             warnings.simplefilter("ignore")
             return study.ask(self.distributions)
 
-    def _count(self) -> int:
-        states = self.optuna.trial.TrialState
-        return len(self.study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED, states.FAIL)))
+    def _done(self) -> list[optuna.trial.FrozenTrial]:
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
     def _hope(self) -> None:
-        states = self.optuna.trial.TrialState
-        trials = self.study.get_trials(deepcopy=False, states=(states.COMPLETE, states.PRUNED, states.FAIL))
-        if len(trials) >= min(HOPELESS, self.bench.study.trials) and all(t.state == states.FAIL for t in trials):
+        trials = self._done()
+        if len(trials) >= min(HOPELESS, self.bench.study.trials) and all(t.state.name == "FAIL" for t in trials):
             said = trials[-1].user_attrs.get(ERROR, "no reason given")
             raise InputError(f"{self.file.path}: the first {len(trials)} trials all failed: {said}")
 

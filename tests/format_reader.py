@@ -1,15 +1,28 @@
-"""A reader of the encoding `steps`, written from docs/delta-format.md alone: numpy, bit by bit, without deltamerge."""
+"""A reader of the encoding `steps`, and of chains of final values, written from docs/delta-format.md alone: numpy, bit
+by bit, without deltamerge."""
 
 from __future__ import annotations
 
+import json
 import math
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from blake3 import blake3
 
 Array = np.ndarray[Any, Any]
 TILE = 1 << 20
 FORM = {"BF16": (7, 255), "F16": (10, 31)}  # where the exponent begins, and its mask
+
+
+def documented(word: str) -> str:
+    """The Python of docs/delta-format.md that has `word` in it."""
+    text = (Path(__file__).parents[1] / "docs" / "delta-format.md").read_text(encoding="utf-8")
+    blocks: list[str] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    return next(block for block in blocks if word in block)
 
 
 class Bits:
@@ -115,3 +128,62 @@ def read_steps(record: dict[str, Any], stored: Array, base: Array) -> Array:
         at += length
     assert at == len(raw)
     return np.concatenate(parts)
+
+
+State = dict[str, tuple[str, tuple[int, ...], Array]]  # dtype, shape, elements as integers
+Positions = Callable[[dict[str, Any], str, dict[str, Array]], Array]
+
+
+def short_hash(array: Array) -> str:
+    return blake3(array.tobytes()).hexdigest(length=16)
+
+
+def state_of(tensors: State) -> str:
+    """The hash that names all tensors' contents."""
+    rows = ((n, d, ",".join(map(str, shape)), short_hash(bits)) for n, (d, shape, bits) in sorted(tensors.items()))
+    return blake3("".join("\t".join(row) + "\n" for row in rows).encode()).hexdigest(length=16)
+
+
+def read_delta(folder: Path, base: State, positions: Positions, load: Callable[[Path], dict[str, Array]]) -> State:
+    """What an artifact of final values makes; `positions` is the page's own function, of the other encodings."""
+    manifest = json.loads((folder / "delta.json").read_text())
+    arrays = load(folder / "delta.safetensors")
+    found, used = State(), {*manifest.get("removed", [])}
+    for name, record in manifest["tensors"].items():
+        used.add(record.get("base_name", name))
+        kind = record["dtype"], tuple(record["shape"])
+        if "base" in record:
+            assert base[name][:2] == kind
+            bits = base[name][2].copy()
+            assert short_hash(bits) == record["base"]
+        else:
+            bits = np.empty(math.prod(kind[1]), arrays[f"{name}.values"].dtype.str.replace("f", "u"))
+        if record["count"] and record["encoding"] == "steps":
+            bits = read_steps(record, arrays[f"{name}.steps"], bits)
+        elif record["count"]:
+            bits[positions(record, name, arrays)] = arrays[f"{name}.values"].view(bits.dtype)
+        assert short_hash(bits) == record["result"]
+        found[name] = *kind, bits
+    return found | {name: base[name] for name in base.keys() - used}
+
+
+def read_chain(
+    chain: Path, base: State, positions: Positions, load: Callable[[Path], dict[str, Array]]
+) -> dict[str, State]:
+    """What every version of a chain makes, each named by its folder and hashed as its note says."""
+    notes = {path.parent.name: path.parent / "version.json" for path in chain.glob("[!.]*/delta.json")}
+    said = {name: json.loads(path.read_text()) if path.exists() else None for name, path in notes.items()}
+    found: dict[str, State] = {}
+    after, now = None, base
+    while said.keys() - found.keys():
+        name = next(n for n, note in said.items() if n not in found and (note or {}).get("after") == after)
+        now = read_delta(chain / name, now, positions, load)
+        state = state_of(now)
+        if (note := said[name]) is not None:  # a first version may be without
+            assert (note["format"], note["name"]) == ("deltamerge-version", name)
+            assert (note["base"], note["state"]) == (state_of(base), state)
+            for file, wanted in note["files"].items():
+                raw = (chain / name / file).read_bytes()
+                assert (wanted["size"], wanted["hash"]) == (len(raw), "blake3:" + blake3(raw).hexdigest())
+        found[name], after = now, {"name": name, "state": state}
+    return found

@@ -1,4 +1,4 @@
-"""What a sweep and a search begin with: opened models, and the identity of their rows."""
+"""The rows of a study: whose they are, and what identifies them and the models."""
 
 from __future__ import annotations
 
@@ -9,26 +9,13 @@ from typing import Any
 from deltamerge.calibrate.hub_rows import commit
 from deltamerge.calibrate.rows import is_of_hub, local_files
 from deltamerge.errors import RecipeError
-from deltamerge.inspect.search.candidates import Candidates
-from deltamerge.io import hub
-from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.seals import seal
 from deltamerge.recipe.file import TemplateFile
 from deltamerge.recipe.schema import Recipe
+from deltamerge.recipe.yaml_source import Loc
+from deltamerge.run.hashes import facts
 from deltamerge.run.options import Options
-
-
-def candidates_of(file: TemplateFile, options: Options) -> Candidates:
-    """The candidates of a template; every model is opened once."""
-    opened: dict[str, Checkpoint] = {}
-    pickles = bool(file.template.source.data.get("pickles")) or options.pickles
-
-    def opener(reference: str, folder: Path) -> Checkpoint:
-        if reference not in opened:
-            opened[reference] = hub.open_model(reference, folder, weights=True, pickles=pickles)
-        return opened[reference]
-
-    return Candidates(file.path.resolve().parent, opener, options.planning)
+from deltamerge.run.plans import Planner
 
 
 def refuse_strangers(file: TemplateFile, recipes: Iterable[Recipe]) -> None:
@@ -42,8 +29,16 @@ def refuse_strangers(file: TemplateFile, recipes: Iterable[Recipe]) -> None:
             raise RecipeError(str(file.path), [problem])
 
 
-def rows_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
-    """What the rows of a recipe and its study are, by their files: name, size and time, or a commit of the hub."""
+def input_facts(file: TemplateFile, values: Mapping[Loc, Any], options: Options) -> dict[str, Any]:
+    """What a candidate's outcome follows from beside its recipe, by names for people: models' files and rows."""
+    one = file.file(values)
+    (planned,) = Planner(one, one.path, options).plans()
+    given = {name: value for name, value in facts(planned, "").items() if name != "the recipe"}
+    return given | _rows_facts(planned.recipe, one.folder)
+
+
+def _rows_facts(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """The rows of a recipe and its study by their files: name, size and time, or a commit of the hub."""
     found: dict[str, Any] = {}
     rows = (recipe.calibration_of(i) for i in recipe.fine_tunes)
     data = [calibration.data for calibration in rows if calibration is not None]

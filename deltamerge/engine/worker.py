@@ -1,0 +1,168 @@
+"""What one thread does with a job: copies bytes, or computes tiles on its device and gives them to the sink."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltamerge.engine.backends import TorchBackend
+from deltamerge.engine.devices import Lane, is_out_of_memory, too_little
+from deltamerge.engine.fused.program import Program
+from deltamerge.engine.graph import REDUCTIONS, Node
+from deltamerge.engine.sink import Lender, Sink
+from deltamerge.engine.source import Making
+from deltamerge.engine.tasks import Job, Running, Task
+from deltamerge.io.dtypes import ITEMSIZE
+from deltamerge.io.reader import Reader
+from deltamerge.io.tensor import TensorInfo
+from deltamerge.methods.tiles import Tile, block_elements
+
+
+@dataclass(eq=False)
+class Worker:
+    """One thread's way from jobs to the sink.
+
+    backend   opens the backend of a running task
+    step      elements of a tile of a task: whole blocks
+    stopped   whether the run has failed meanwhile
+    lanes     of the backends that it has come by
+    """
+
+    reader: Reader
+    sink: Sink | None
+    progress: Callable[[int], None]
+    backend: Callable[[Running], TorchBackend]
+    step: Callable[[Task], int]
+    stopped: Callable[[], bool]
+    lanes: dict[str, Lane] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lender = self.sink if isinstance(self.sink, Lender) else None
+
+    def do(self, job: Job) -> None:
+        """All of a job."""
+        if job.whole is not None:
+            self._compute_at_once(job.whole, job.running)
+        elif job.running.task.root.kind == "read":
+            self._copy(job)
+        else:
+            self._compute(job)
+
+    def _copy(self, job: Job) -> None:
+        source: TensorInfo = job.running.task.root.parameter("tensor")
+        memory = self._lend(job.running.task, job.start, job.stop - job.start)
+        self.reader.read_into(source, job.start // ITEMSIZE[source.dtype], memory)
+        self._give(job.running.task, job.start, memory)
+
+    def _lend(self, task: Task, start: int, nbytes: int) -> NDArray[np.uint8]:
+        """Lent memory for a task's bytes from byte `start` of its node."""
+        if self.lender is None:
+            return np.empty(nbytes, np.uint8)
+        return self.lender.lend(task.name, task.offset + start, nbytes)
+
+    def _give(self, task: Task, start: int, memory: NDArray[np.uint8]) -> None:
+        assert self.sink is not None
+        give = self.sink.write if self.lender is None else self.lender.give
+        give(task.name, task.offset + start, memory)
+        self.progress(len(memory))
+
+    def _compute(self, job: Job) -> None:
+        running = job.running
+        root = running.task.root
+        step = self.step(running.task)
+        if running.whole is not None and self._compute_whole(running.whole, job):
+            return
+        backend, lane = self._lane(running)
+        calls = [None if item.node.kind == "read" else backend.function(item.node) for item in running.steps]
+        for node in (item.node for item in running.steps if item.node.kind == "read"):
+            size = ITEMSIZE[node.dtype]
+            self.reader.advise(node.parameter("tensor"), job.start * size, (job.stop - job.start) * size)
+        start = job.start
+        while start < job.stop or start == job.start:
+            if self.stopped():
+                return
+            tile = Tile(start, min(job.stop, start + step), root.shape)
+            try:
+                self._tile(running, lane, calls, tile)
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                step = self._smaller(running, lane, tile)
+                continue
+            start = max(tile.stop, start + 1)
+        lane.flush()
+
+    def _smaller(self, running: Running, lane: Lane, tile: Tile) -> int:
+        """Elements of a tile after one that a GPU had too little memory for: half. InputError: it was one block."""
+        block = block_elements(tile.shape)
+        if tile.size <= block:
+            raise too_little(lane.device, f"a tile of {tile.size:,} elements of {running.task.name}")
+        lane.flush()
+        return max(1, tile.size // 2 // block) * block
+
+    def _tile(self, running: Running, lane: Lane, calls: Sequence[Callable[..., Any] | None], tile: Tile) -> None:
+        """A pass on one tile; its reductions count when all of it has been computed."""
+        task, root = running.task, running.task.root
+        values: dict[int, Any] = {}
+        reduced: list[tuple[Node, Any]] = []
+        with lane.tile():
+            if running.loop is not None and tile.size:
+                stored = [lane.read(node, tile, running.uploads) for node in running.loop.reads]
+                made, partials = running.loop.run(tile, stored, lane.device)
+                reduced = [(s.node, partials[id(s.node)]) for s in running.steps if s.node.kind in REDUCTIONS]
+                values |= {id(root): made} if made is not None else {}
+                calls = ()
+            for item, call in zip(running.steps, calls, strict=False):
+                node = item.node
+                if call is None:
+                    values[id(node)] = lane.read(node, tile, running.uploads)
+                else:
+                    inputs = [values[id(s)] if id(s) in values else running.values[id(s)] for s in node.inputs]
+                    value = call(*inputs, tile=tile, **item.parameters)
+                    if node.kind in REDUCTIONS:
+                        reduced.append((node, value))
+                    else:
+                        values[id(node)] = value
+                for freed in item.frees:
+                    del values[id(freed)]
+            if id(root) in values:
+                start = tile.start * ITEMSIZE[root.dtype]
+                lane.emit(values[id(root)], partial(self._lend, task, start), partial(self._give, task, start))
+        for node, value in reduced:
+            running.reduce(node, tile.start, value)
+        if root.kind == "small":
+            self.progress(tile.size * ITEMSIZE[root.dtype])
+
+    def _lane(self, running: Running) -> tuple[TorchBackend, Lane]:
+        """The backend of a running task, and this thread's lane of it."""
+        backend, name = self.backend(running), running.task.backend
+        return backend, self.lanes.get(name) or self.lanes.setdefault(name, backend.lane(self.reader))
+
+    def _compute_at_once(self, node: Node, running: Running) -> None:
+        """The value of a `whole` node."""
+        made = Making(*self._lane(running), self.step(running.task), self.stopped)
+        running.values[id(node)] = made.value(node, running.schedule.passes[running.index], running.values)
+
+    def _compute_whole(self, whole: Program, job: Job) -> bool:
+        running = job.running
+        task, root = running.task, running.task.root
+        size = ITEMSIZE[root.dtype]
+        written = running.index == len(running.schedule.passes) - 1 and root.kind not in REDUCTIONS
+        nbytes = (job.stop - job.start) * size
+        memory = self._lend(task, job.start * size, nbytes) if written else None
+        found = whole.run(job.start, job.stop, memory)
+        if found is None:
+            return False
+        for item in running.steps:
+            if item.node.kind in REDUCTIONS:
+                running.reduce(item.node, job.start, found[id(item.node)])
+        if memory is not None:
+            self._give(task, job.start * size, memory)
+        elif root.kind == "small":
+            self.progress(nbytes)
+        return True
