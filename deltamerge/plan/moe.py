@@ -33,6 +33,7 @@ from deltamerge.recipe.schema import Recipe
 
 LAYER = re.compile(r"(?P<prefix>.*?\blayers)\.(?P<number>\d+)\.(?P<rest>.+)")
 WEIGHT = re.compile(rf"mlp\.({'|'.join(MLP)})\.weight")
+HEAD = "lm_head.weight"
 BUFFER = "rotary_emb.inv_freq"  # that old checkpoints store and classes compute
 
 
@@ -123,6 +124,9 @@ class MixtureOutputs:
             elif (number := int(found["number"])) not in done:
                 done.add(number)
                 made += self._mixed(number, stored.rpartition(".mlp.")[0])
+        if self.layout.untied and HEAD not in self.base.stored.values():
+            embedding = self.spec.embedding
+            made.append(self._copy(HEAD, embedding, self._dtype(embedding), self.base.name))
         if dropped:
             self.notes.append(f"left out, computed by its class: {some(dropped)}")
         return made

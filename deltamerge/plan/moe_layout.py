@@ -52,6 +52,7 @@ class Layout:
     normed          whether queries and keys are normed
     optional        names of a layer's tensors that it can hold beside those of attention and norms
     correction      name of what the router adds to its scores when it chooses; "" without
+    untied          whether a tied head is written beside the embedding, as not all classes of the layout tie it
     sigmoid         whether the router's scores are sigmoids, which are all 1 where its vectors are long
     """
 
@@ -69,6 +70,7 @@ class Layout:
     optional: tuple[str, ...] = ()
     correction: str = ""
     sigmoid: bool = False
+    untied: bool = False
 
     def refusal(self, families: Sequence[str], shared: int, prompted: bool) -> str | None:
         """Why it cannot be made of these model types, with so many shared experts, which are gated if `prompted`."""
@@ -111,6 +113,7 @@ QWEN3 = Layout("Qwen3 MoE", ("qwen3moe",), "qwen3_moe", "Qwen3MoeForCausalLM", (
 DEEPSEEK_V3 = Layout(
     "DeepSeek-V3 MoE", ("glm4moe",), "glm4_moe", "Glm4MoeForCausalLM", tuple(FAMILIES), shared="shared_experts",
     needs_shared=True, optional=(*QKV_BIAS, *QK_NORMS), correction="e_score_correction_bias", sigmoid=True,
+    untied=True,
 )  # fmt: skip
 LAYOUTS = (MIXTRAL, DEEPSEEK, QWEN, QWEN3, DEEPSEEK_V3)
 BY_DEFAULT = LAYOUTS[:4]  # mergekit's, in its order: the first that fits is taken
@@ -231,7 +234,7 @@ def _deepseek_v3(sizes: Sizes, *, normed: bool) -> dict[str, Any]:
         "n_routed_experts": sizes.experts, "n_shared_experts": 1, "first_k_dense_replace": 0, "n_group": 1,
         "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.0, "num_nextn_predict_layers": 0,
         "moe_intermediate_size": sizes.width, "intermediate_size": sizes.width, "attention_bias": sizes.biased,
-        "use_qk_norm": normed, "output_router_logits": False,
+        "use_qk_norm": normed, "output_router_logits": False, "tie_word_embeddings": False,
     }  # fmt: skip
 
 

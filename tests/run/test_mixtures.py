@@ -90,6 +90,9 @@ def test_a_mixture_of_identical_experts_says_what_the_dense_model_says(tmp_path,
         }  # fmt: skip
         theirs = transformers.AutoConfig.from_pretrained(tmp_path / "base").to_dict()
         ours = model.config.to_dict()
+        if kind == "glm4_moe":  # vLLM's class of it ties no head
+            assert not ours["tie_word_embeddings"]
+            keys -= {"tie_word_embeddings"}
         assert ours["rope_parameters"].pop("partial_rotary_factor", 1.0) == 1.0
         assert {key: ours[key] for key in keys} == {key: theirs[key] for key in keys}
     if kind == "glm4_moe":  # of length 1 they would saturate the sigmoids of real models
