@@ -273,7 +273,8 @@ def measured(asked: argparse.Namespace) -> None:
     quiet()
     if not (WORK / "base").exists():
         encoder.build_base(WORK / "base")
-    setting = Setting(WORK / "base", {task: merging_tasks.expert(task) for task in TASKS}, HOME)
+    base = merging_tasks.headless(WORK / "base", HOME / "base")
+    setting = Setting(base, {task: merging_tasks.expert(task) for task in TASKS}, HOME)
     judge = Judge(setting)
     for delta in () if asked.table else DELTAS:
         for merge in MERGES:
