@@ -39,7 +39,7 @@ from deltamerge.io.lock_file import LOCK_NAME, read_lock
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "merging.json"
-RATIO, TRIES = 1.5, 4  # λ is tried at RATIO times the last
+RATIO, TRIES = 1.5, 6  # λ is tried at RATIO times the last
 
 
 class Delta(NamedTuple):
@@ -104,7 +104,7 @@ CALIBRATION = {"sequences": 50, "length": encoder.TOKENS}
 MERGES = (
     Merge("mean", "task_arithmetic", {"normalize": True}, weighted=True),  # linear has no base to leave the heads to
     Merge("task_arithmetic", "task_arithmetic", factor=0.3, weighted=True),
-    Merge("ties", "ties", factor=1.0, weighted=True),
+    Merge("ties", "ties", factor=0.45, weighted=True),
     Merge("ties, 0.2", "ties", {"density": 0.2}, 1.0, weighted=True, prunes=True),
     Merge("iso_c", "iso_c", factor=1.5),
     Merge("iso_cts", "iso_cts", factor=1.5),
@@ -273,7 +273,8 @@ def measured(asked: argparse.Namespace) -> None:
     quiet()
     if not (WORK / "base").exists():
         encoder.build_base(WORK / "base")
-    setting = Setting(WORK / "base", {task: merging_tasks.expert(task) for task in TASKS}, HOME)
+    base = merging_tasks.headless(WORK / "base", HOME / "base")
+    setting = Setting(base, {task: merging_tasks.expert(task) for task in TASKS}, HOME)
     judge = Judge(setting)
     for delta in () if asked.table else DELTAS:
         for merge in MERGES:

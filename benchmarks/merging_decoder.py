@@ -29,6 +29,7 @@ import quality
 import smollm2
 import yaml
 from merge_speed import surroundings
+from safetensors.torch import load_file
 
 TASKS = ("arithmetic", "sorting", "reversal", "family")
 RESULTS = Path(__file__).resolve().parent / "results" / "merging_decoder.json"
@@ -53,24 +54,40 @@ DELTAS = (
 
 @dataclass(frozen=True)
 class Merge:
-    """A merge method: its recipe but for the models. `each` stands beside every model, `rows` asks for rows there."""
+    """A merge method: its recipe but for the models. `each` stands beside every model, `rows` asks for rows there.
+
+    `equal` gives each model a weight that makes all deltas as long as the shortest.
+    """
 
     name: str
     keys: Mapping[str, Any]
     each: Mapping[str, Any] = field(default_factory=lambda: {"parameters": {"weight": 1.0}})
     rows: bool = False  # `calibration: {data: …}` beside every model, of its own task
+    equal: bool = False
 
     def recipe(self, base: Path, models: Mapping[str, Path], rows: Mapping[str, Path]) -> dict[str, Any]:
         beside = [
             {"model": str(path), **self.each, **({"calibration": {"data": str(rows[task])}} if self.rows else {})}
             for task, path in models.items()
         ]
+        for one, weight in zip(beside, weights(base, models.values()) if self.equal else (), strict=False):
+            one["parameters"] = {"weight": weight}
         return {"base_model": str(base), "models": beside, "dtype": "bfloat16", **self.keys}
 
 
-def _scaled(method: str, factor: float, **parameters: Any) -> Merge:
+def weights(base: Path, models: Iterable[Path]) -> list[float]:
+    """Of each model that by which ‖model − base‖ becomes the least of them."""
+    start = load_file(base / "model.safetensors")
+    norms = []
+    for model in models:
+        tensors = load_file(model / "model.safetensors")
+        norms.append(sum(float((tensors[name].float() - t.float()).square().sum()) for name, t in start.items()) ** 0.5)
+    return [round(min(norms) / norm, 3) for norm in norms]
+
+
+def _scaled(method: str, factor: float, *, equal: bool = False, **parameters: Any) -> Merge:
     keys = {"merge_method": method, "parameters": {"lambda": factor, **parameters}}
-    return Merge(f"{method}, λ = {factor:g}", keys)
+    return Merge(f"{method}, {'equal norms, ' * equal}λ = {factor:g}", keys, equal=equal)
 
 
 MERGES = (
@@ -79,6 +96,11 @@ MERGES = (
     Merge("breadcrumbs", {"merge_method": "breadcrumbs", "parameters": {"density": 0.9, "gamma": 0.01, "lambda": 0.4}}),
     Merge("iso_c, λ = 1.6", {"merge_method": "iso_c", "parameters": {"lambda": 1.6}}, {}),  # as recommend without rows
     Merge("wudi, λ = 1", {"merge_method": "wudi"}, {}),
+    _scaled("tsv_m", 1.0),
+    _scaled("task_arithmetic", 0.7, equal=True),
+    _scaled("iso_c", 1.6, equal=True),
+    _scaled("wudi", 1.0, equal=True),
+    _scaled("tsv_m", 1.0, equal=True),
     Merge("model_stock", {"merge_method": "model_stock"}, {}),
     Merge("sce", {"merge_method": "sce", "parameters": {"select_topk": 0.1}}, {}),
 )

@@ -31,8 +31,7 @@ from transformers import AutoModel, AutoTokenizer
 from deltamerge.api import load_recipe
 
 CHOICE_ROWS, TEST_ROWS = 150, 300  # of each source
-# The base's pooler is not trained (it means its tokens): each expert makes it its own, and it is part of the head.
-HEAD = ("bert.pooler.dense", "classifier")
+HEAD = ("bert.pooler.dense", "classifier")  # of an expert; its own where merges are fitted and where they are scored
 
 
 Weights = dict[str, Tensor]
@@ -107,7 +106,8 @@ class Judge:
     """What an encoder with the experts' heads predicts; a sentence that several tasks share is read once."""
 
     def __init__(self, setting: Setting) -> None:
-        self.setting, self.model = setting, AutoModel.from_pretrained(setting.base).float().train(False)
+        self.setting, self.model = setting, AutoModel.from_pretrained(setting.base, add_pooling_layer=False)
+        self.model.float().train(False)
         self.tokenizer = AutoTokenizer.from_pretrained(setting.base)
         self.heads = {}
         for task, path in setting.experts.items():
@@ -174,7 +174,8 @@ class Judge:
 def encoder_of(folder: Path) -> Weights:
     """The encoder's tensors under its own names, in float32, without the head."""
     tensors = load_file(folder / "model.safetensors")
-    return {name.removeprefix("bert."): t.float() for name, t in tensors.items() if not name.startswith("classifier.")}
+    heads = (*HEAD, "pooler.dense")
+    return {name.removeprefix("bert."): t.float() for name, t in tensors.items() if not name.startswith(heads)}
 
 
 def write(path: Path, made: Any) -> None:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import encoder
 import tasks
 import torch
+from safetensors.torch import load_file, save_file
 from tasks import WORK, Row, Task
 
 HOME = WORK / "merging"
@@ -76,6 +78,20 @@ def _write(out: Path) -> None:
         for part, some in parts.items():
             text = "".join(json.dumps(row._asdict(), ensure_ascii=False) + "\n" for row in some)
             (out / f"{task}.{part}.jsonl").write_text(text, encoding="utf-8")
+
+
+def headless(base: Path, out: Path) -> Path:
+    """A copy of the base without its pooler, which is not trained (it means its tokens): each expert makes it its own.
+
+    A merge with this base takes an expert's pooler for its head's, as it is scored: coefficients are fitted with it.
+    """
+    if not out.exists():
+        with tasks.building(out) as folder:
+            shutil.copytree(base, folder, dirs_exist_ok=True)
+            tensors = load_file(base / "model.safetensors")
+            kept = {name: tensor for name, tensor in tensors.items() if not name.startswith("pooler.")}
+            save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+    return out
 
 
 def expert(task: str, home: Path = HOME, *, base: Path = WORK / "base", rate: float = RATE, steps: int = STEPS) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import torch
 import yaml
 from running import make_plan, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
+
+from deltamerge.io.lock_file import LOCK_NAME, read_lock
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPOSITORY / "benchmarks"))
@@ -69,7 +72,8 @@ def setting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> merging.Setting:
         expert.save_pretrained(experts[name])
         tokenizer.save_pretrained(experts[name])
 
-    return merging.Setting(tmp_path / "base", experts, tmp_path / "home", 10, 20)
+    base = merging_tasks.headless(tmp_path / "base", tmp_path / "home" / "base")
+    return merging.Setting(base, experts, tmp_path / "home", 10, 20)
 
 
 def test_a_sentence_is_in_one_part_of_all_tasks() -> None:
@@ -122,6 +126,25 @@ def test_cells_of_toy_experts(setting: merging.Setting, tmp_path: Path) -> None:
     assert "\nold\n" not in text
     assert "| task_arithmetic |" in text
     assert text == merging_pages.documented(found, text)
+
+
+def test_coefficients_are_fitted_with_each_experts_own_pooler(setting: merging.Setting, tmp_path: Path) -> None:
+    tensors = load_file(setting.experts["domain"] / "model.safetensors")
+    tensors["bert.pooler.dense.weight"] *= -3
+    other = Path(shutil.copytree(setting.experts["domain"], tmp_path / "other"))
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    half = merging.Merge("half of each", "task_arithmetic", {"lambda": 0.5}, weighted=True, rows="model")
+    rows = shutil.copytree(setting.calibration(), tmp_path / "rows")
+    shutil.copy(rows / "domain.jsonl", rows / "other.jsonl")
+    recipe = half.recipe(setting.base, {"domain": setting.experts["domain"], "other": other}, rows)
+    (record,) = calibrated(recipe, tmp_path).values()
+    assert record["plain"]["value"] == pytest.approx(0, abs=1e-6)  # both have the merge's encoder
+
+
+def calibrated(recipe: dict[str, Any], work: Path) -> dict[str, Any]:
+    run(merging.written(recipe, work), work / "out")
+    found: dict[str, Any] = read_lock(work / "out" / LOCK_NAME)["calibration"]
+    return found
 
 
 def test_an_expert_learns(setting: merging.Setting, monkeypatch: pytest.MonkeyPatch) -> None:

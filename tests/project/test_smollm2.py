@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
@@ -115,6 +116,18 @@ def test_prompts_have_no_constant_instructions() -> None:
     assert smollm2_rows.answer("['9.0', '83.0']") == "9, 83"
     assert smollm2_rows.answer("-12") == "-12"
     assert smollm2_rows.answer("[]") == "none"
+
+
+def test_weights_make_deltas_as_long_as_the_shortest(folder: Path, tmp_path: Path) -> None:
+    start = load_file(folder / "base" / "model.safetensors")
+    models = {}
+    for name, length in (("long", 0.5), ("short", 0.125)):
+        models[name] = tmp_path / name
+        models[name].mkdir()
+        save_file({n: t.float() + length for n, t in start.items()}, models[name] / "model.safetensors")
+    merge = merging.Merge("equal", {"merge_method": "task_arithmetic"}, equal=True)
+    beside = merge.recipe(folder / "base", models, {})["models"]
+    assert [one["parameters"] for one in beside] == [{"weight": 0.25}, {"weight": 1.0}]
 
 
 @pytest.mark.slow
