@@ -96,6 +96,7 @@ MERGES = (
     Merge("breadcrumbs", {"merge_method": "breadcrumbs", "parameters": {"density": 0.9, "gamma": 0.01, "lambda": 0.4}}),
     Merge("iso_c, λ = 1.6", {"merge_method": "iso_c", "parameters": {"lambda": 1.6}}, {}),  # as recommend without rows
     Merge("wudi, λ = 1", {"merge_method": "wudi"}, {}),
+    Merge("wudi, rho 0.1, λ = 1", {"merge_method": "wudi", "parameters": {"rho": 0.1}}, {}),
     _scaled("tsv_m", 1.0),
     _scaled("task_arithmetic", 0.7, equal=True),
     _scaled("iso_c", 1.6, equal=True),
