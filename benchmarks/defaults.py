@@ -18,7 +18,7 @@ from typing import Any
 
 import quality
 from quality import Method, spread
-from tasks import WORK
+from tasks import WORK, models_folder
 
 DENSITY = 0.01
 FILE = quality.HERE / "results" / "defaults.json"
@@ -48,7 +48,7 @@ def main() -> None:
     quality.quiet()
     found: dict[str, dict[str, Any]] = json.loads(FILE.read_text()) if FILE.exists() else {}
     with tempfile.TemporaryDirectory(dir=WORK) as work:
-        folder = quality.models_folder()
+        folder = models_folder()
         models = {name: folder / name for name in ("base", *asked.task)}
         setting = quality.Setting(models, WORK / "tasks", Path(work), None, None, 40, 4)
         for seed in range(asked.seeds):

@@ -25,6 +25,7 @@ import smollm2
 import torch
 import yaml
 from peft import PeftModel
+from tasks import models_folder
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from deltamerge.recipe.file import read_recipe
@@ -164,12 +165,12 @@ def measures(
 def main() -> None:
     """Measure every fine-tune at every rank; a line each, and a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", type=Path, default=Path("/work/shared/data"))
+    parser.add_argument("--models", type=Path, default=models_folder())
     parser.add_argument("--tasks", type=Path, help="of the encoders' test rows")
     parser.add_argument("--decoders", nargs="*", default=[], metavar="NAME")
     parser.add_argument("--loss", action="store_true", help="decoders: cross-entropy alone, a third of the time")
     parser.add_argument("--ranks", type=int, nargs="*", default=list(RANKS))
-    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="the first of a rank makes its bytes")
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), help="sparse ones have the bytes of svd")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import statistics
 import sys
@@ -29,7 +28,7 @@ from typing import Any, NamedTuple
 import process
 import tasks
 import yaml
-from tasks import TASKS, WORK
+from tasks import TASKS, WORK, models_folder
 
 HERE = Path(__file__).resolve().parent
 PAGES = tuple(HERE.parent / "docs" / name for name in ("choosing.md", "calibration.md"))
@@ -177,11 +176,6 @@ def measure(asked: argparse.Namespace, setting: Setting) -> None:
                 print(key, found["cells"][key], file=sys.stderr, flush=True)
                 write(found, asked.out)
     print(markdown(found))
-
-
-def models_folder() -> Path:
-    shared = Path(os.environ.get("DELTAMERGE_SHARED", HERE.parents[1] / "shared" / "data"))
-    return shared if (shared / "base" / "model.safetensors").exists() else WORK
 
 
 def large_models(models: Path) -> Path:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -25,6 +26,12 @@ ROWS = WORK / "tasks"  # TASK.PART.jsonl
 
 Part = Literal["train", "validation", "test"]
 Metric = Literal["accuracy", "matthews", "pearson_spearman"]
+
+
+def models_folder() -> Path:
+    """Where base and fine-tunes are: DELTAMERGE_SHARED or ../shared/data, else what `make demo` trained."""
+    shared = Path(os.environ.get("DELTAMERGE_SHARED", WORK.parents[1] / "shared" / "data"))
+    return shared if (shared / "base" / "model.safetensors").exists() else WORK
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Runs in mergekit's environment, not ours: `python mergekit_side.py A.yaml B.yaml …` merges each into `A.mergekit`.
 
-A recipe that mergekit refuses leaves `A.refused` with the reason; `methods.txt` has the names of its methods. Works in the folder of the recipes.
+A recipe that mergekit refuses leaves `A.refused` with the reason; `methods.txt` has the names of its methods. Works in
+the folder of the recipes.
 """
 
 import sys
