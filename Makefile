@@ -15,7 +15,7 @@ demo: .venv/.installed  ## fine-tune a real model, prune and merge it, print wha
 	@$(DEMO_ENV) $(BIN)/python benchmarks/demo.py
 
 test: .venv/.installed-dev  ## the tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal
 
 check: .venv/.installed-dev  ## ruff, format, mypy --strict, import contracts, tests
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check.sh
