@@ -59,8 +59,10 @@ class Link:
     def base(self, reference: str, *, pickles: bool = False) -> str:
         """The reference of what the version is compared with: `reference` itself if that is what the one before makes,
         or the one before over it if it is the base of the chain. InputError: it is neither."""
-        end, origin = self.versions[-1].contents, base_contents(self.versions[0].delta.manifest)
-        differing = [n for n in end if n in origin and end[n] != origin[n]] or list(end)[:1]
+        first = self.versions[0].delta.manifest
+        end, origin = self.versions[-1].contents, base_contents(first)
+        in_base = {name: first.tensors[name].base_name or name if name in first.tensors else name for name in end}
+        differing = [n for n in end if in_base[n] in origin and end[n] != origin[in_base[n]]] or list(end)[:1]
         found = Models().open(reference, Path.cwd(), weights=True, pickles=pickles)
         with errors.context(reference):
             tensors = decoded(found).tensors
@@ -68,11 +70,13 @@ class Link:
         if not name:
             return reference
         with Reader() as reader:
-            info = tensors.get(name)
-            have = "" if info is None else hash_of(elements(reader, info), math.prod(info.shape))
-        if have == end[name].hash:
+            have = {
+                each: hash_of(elements(reader, tensors[each]), math.prod(tensors[each].shape))
+                for each in {name, in_base[name]} & tensors.keys()
+            }
+        if have.get(name) == end[name].hash:
             return reference
-        if name in origin and have == origin[name].hash:
+        if in_base[name] in origin and have.get(in_base[name]) == origin[in_base[name]].hash:
             return f"{reference}+{self.after}"
         raise InputError(
             f"{reference}: is neither what {self.versions[-1].name} makes nor the base of its chain: {name} differs",

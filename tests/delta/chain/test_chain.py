@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import load_tensors, make_checkpoint
+from conftest import load_tensors, make_checkpoint, tiny_bert_pair
 from format_reader import State, documented, read_chain
 
 import deltamerge as dm
@@ -437,3 +437,14 @@ def test_follow_yields_versions_as_they_come(made: Path, tmp_path: Path) -> None
     other(chain / "000005" / VERSION, lambda said: said.update(name="000005"))
     with pytest.raises(InputError, match=r"000004.*000005.* all come after 000003"):
         list(dm.follow(chain, timeout=0))
+
+
+def test_a_chains_base_may_name_its_tensors_otherwise(tmp_path: Path):
+    base, first = tiny_bert_pair(tmp_path)
+    later = {name: tensor * 1.5 for name, tensor in load_tensors(first).items()}
+    make_checkpoint(tmp_path / "later", later, config=json.loads((first / "config.json").read_text()))
+    chain = tmp_path / "chain"
+    succeed("extract", first, "--base", base, "--out", chain / NAMES[0], "-q")
+    succeed("extract", tmp_path / "later", "--base", base, "--out", chain / NAMES[1], "--after", chain / NAMES[0], "-q")
+    succeed("apply", chain, "--base", base, "--out", tmp_path / "made", "-q")
+    assert same(load_tensors(tmp_path / "made"), later)
