@@ -112,44 +112,38 @@ QUIET = click.option("-q", "--quiet", is_flag=True, help="No progress and no sum
 AS_JSON = click.option("--json", "as_json", is_flag=True, help="One JSON object on stdout.")
 AS_CSV = click.option("--csv", "as_csv", is_flag=True, help="Its table as CSV on stdout, numbers in full.")
 BASE = click.option("--base", required=True, type=MODEL, help="What MODEL was fine-tuned from.")
-ROWS = (
-    click.option(
-        "--calibration", type=FILE, metavar="FILE", help="Rows of text: .jsonl, .csv, .txt, or a hub data set."
-    ),
+ROWS = "Rows of text: .jsonl, .csv, .txt, or a hub data set"
+ROWS_OF_ONE = click.option("--calibration", type=FILE, metavar="FILE", help=f"{ROWS}.")
+ROWS_OF_EACH = click.option(
+    "--calibration", type=FILE, multiple=True, metavar="FILE",
+    help=f"{ROWS}; of several models once, or once each in their order.",
+)  # fmt: skip
+ABOUT_ROWS = (
     click.option("--text", multiple=True, metavar="KEY", help="Its field of text; twice for sentence pairs."),
     click.option("--sequences", type=click.IntRange(1), default=50, show_default=True, help="Rows to use."),
     click.option("--length", type=click.IntRange(1), default=128, show_default=True, help="Tokens a row."),
 )
 
 
-ROWS_OF_EACH = click.option(
-    "--calibration", type=FILE, multiple=True, metavar="FILE",
-    help="Rows of text: .jsonl, .csv, .txt, or a hub data set; of several models once, or once each in their order.",
-)  # fmt: skip
-
-
 def rows_of_text(command: Callable[..., None]) -> Callable[..., None]:
     """Add the options that describe a recipe's `calibration`, and give the command that; its own `label` goes in."""
-
-    @wraps(command)
-    def with_rows(*, calibration: str | None, text: tuple[str, ...], **options: Any) -> None:
-        more = {key: options.pop(key, None) for key in ("sequences", "length", "label")}
-        command(calibration=calibration_of(calibration, text, **more), **options)
-
-    for option in reversed(ROWS):
-        with_rows = option(with_rows)
-    return with_rows
+    return _rows(command, ROWS_OF_ONE, lambda data, of: of(data))
 
 
 def rows_of_each(command: Callable[..., None]) -> Callable[..., None]:
     """The same, of rows that may be each model's own: the command is given a list, [None] without rows."""
+    return _rows(command, ROWS_OF_EACH, lambda data, of: [of(one) for one in data or (None,)])
+
+
+def _rows(command: Callable[..., None], data: Callable[..., Any], made: Callable[..., Any]) -> Callable[..., None]:
+    """`made` has what `data`, the option, was given, and what makes a `calibration` of one of its values."""
 
     @wraps(command)
-    def with_rows(*, calibration: tuple[str, ...], text: tuple[str, ...], **options: Any) -> None:
+    def with_rows(*, calibration: Any, text: tuple[str, ...], **options: Any) -> None:
         more = {key: options.pop(key, None) for key in ("sequences", "length", "label")}
-        command(calibration=[calibration_of(one, text, **more) for one in calibration or (None,)], **options)
+        command(calibration=made(calibration, lambda one: calibration_of(one, text, **more)), **options)
 
-    for option in reversed((ROWS_OF_EACH, *ROWS[1:])):
+    for option in reversed((data, *ABOUT_ROWS)):
         with_rows = option(with_rows)
     return with_rows
 
