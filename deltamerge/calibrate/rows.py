@@ -124,12 +124,20 @@ def select(rows: Sequence[Row], count: int, seed: int) -> list[Row]:
     return [rows[i] for i in sorted(sorted(range(len(rows)), key=rank)[:count])]
 
 
+def has_head(config: Mapping[str, Any], task: str) -> bool:
+    """Whether the model of a config.json has the head that the task needs."""
+    return _architecture(config).endswith(HEADS[task])
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    return str((config.get("architectures") or ["none"])[0])
+
+
 def check_head(config: Mapping[str, Any], task: str) -> None:
     """InputError unless the model of a config.json has the head that the task needs."""
-    architecture = (config.get("architectures") or ["none"])[0]
-    if not architecture.endswith(HEADS[task]):
+    if not has_head(config, task):
         raise InputError(
-            f"task {task} needs a model …{' or …'.join(HEADS[task])}, but this is {architecture}",
+            f"task {task} needs a model …{' or …'.join(HEADS[task])}, but this is {_architecture(config)}",
             hint="set calibration.task to what the model does, or use an objective without labels",
         )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from deltamerge.calibrate import rows as data
 from deltamerge.calibrate.families import check_family
-from deltamerge.calibrate.rows import HEADS, Row, check_head, class_labels
+from deltamerge.calibrate.rows import HEADS, Row, check_head, class_labels, has_head
 from deltamerge.calibrate.spec import HELD_OUT
 from deltamerge.errors import InputError
 from deltamerge.recipe.schema import Calibration
@@ -23,9 +23,8 @@ def task_of(calibration: Calibration, config: Mapping[str, Any]) -> str:
         return calibration.task
     if calibration.metric == "exact_match":
         return "text-generation"
-    architecture = (config.get("architectures") or ["none"])[0]
     for task in ("text-classification", "image-classification", "causal-lm"):
-        if architecture.endswith(HEADS[task]):
+        if has_head(config, task):
             return task
     return "image-classification" if "image_size" in config else "text-classification"
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from deltamerge import errors
-from deltamerge.calibrate.rows import HEADS
+from deltamerge.calibrate.rows import has_head
 from deltamerge.calibrate.spec import Spec
 from deltamerge.calibrate.split import metric_of
 from deltamerge.delta.chain.models import open_model
@@ -116,7 +116,7 @@ def recommend(
 
         node = Graph().node(measure_on_data, kind="small", specs=tuple(specs))
         measured = shared_values([node], {})[node]
-    decoder = (config.get("architectures") or [""])[0].endswith(HEADS["causal-lm"])
+    decoder = has_head(config, "causal-lm")
     question = recommendation.Question(inputs.tunes[0].name, base, density, decoder, labelled)
     answer = recommendation.recommend(question, pairs, found, measured)
     answer = answer.model_copy(update={"warnings": [*swapped(inputs), *unrelated(inputs)]})

@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import Field
 
-from deltamerge.calibrate.rows import HEADS
+from deltamerge.calibrate.rows import has_head
 from deltamerge.calibrate.split import task_of
 from deltamerge.errors import DeltamergeError, InputError, OutputError, UsageError
 from deltamerge.inspect.activations import Figures
@@ -261,7 +261,7 @@ class _Adviser:
             config = tune.checkpoint.config
             calibration = start.calibration_of(tune.index or 0)
             assert calibration is not None
-            if (config.get("architectures") or [""])[0].endswith(HEADS[task_of(calibration, config)]):
+            if has_head(config, task_of(calibration, config)):
                 goals.append(Goal.model_validate({"measure": SAME, "of": tune.name}))
         return goals
 

@@ -16,7 +16,7 @@ from deltamerge.calibrate.data import RowReader, check_new_tokens
 from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.passes import stored
 from deltamerge.calibrate.precision import chosen
-from deltamerge.calibrate.rows import HEADS, Row
+from deltamerge.calibrate.rows import Row, has_head
 from deltamerge.calibrate.split import LANGUAGE, metric_of, task_of
 from deltamerge.calibrate.trace import together
 from deltamerge.engine.devices import torch_device
@@ -104,8 +104,7 @@ class Task:
     @property
     def has_head(self) -> bool:
         """Whether the model has the head that its task needs."""
-        architecture: str = (self.config.architectures or ["none"])[0]
-        return architecture.endswith(HEADS[self.kind])
+        return has_head(self.settings, self.kind)
 
     @property
     def fitting(self) -> tuple[str, ...]:
