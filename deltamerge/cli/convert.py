@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -12,9 +12,6 @@ from deltamerge.cli import streams
 from deltamerge.cli.options import AS_JSON, DEVICE, FILE, FOLDER, FORCE, MEMORY, NONFINITE, QUIET, RESUME, WORKERS, some
 from deltamerge.cli.output import Warnings, report_run, say, say_json
 from deltamerge.cli.plan_view import render_plan
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -26,9 +26,6 @@ from deltamerge.cli.options import (
 )
 from deltamerge.cli.output import Warnings, report_run, say_json, summary_of, tell
 from deltamerge.cli.tables import human
-
-if TYPE_CHECKING:
-    pass
 
 
 @click.command()

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from itertools import combinations
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,13 +25,10 @@ from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
 from deltamerge.methods.low_rank import Wanted, factor
 from deltamerge.methods.merge.arithmetic import task_arithmetic
-from deltamerge.methods.merge.span import add_up, gram, pairs
+from deltamerge.methods.merge.span import add_up, gram
 from deltamerge.methods.merge.whole import Form
 from deltamerge.methods.ops import densify
 from deltamerge.methods.tiles import Tile, Whole
-
-if TYPE_CHECKING:
-    Tensor = torch.Tensor
 
 Floats = NDArray[np.float64]
 DIRECTIONS = 16  # of a layer that are compared; a quarter of its smaller side where that is less
@@ -101,7 +99,7 @@ def _unit(vectors: Any) -> Floats:
 
 
 def _different(count: int) -> list[tuple[int, int]]:
-    return [(i, j) for i, j in pairs(count) if i != j]
+    return list(combinations(range(count), 2))
 
 
 def measured(*found: Any) -> tuple[Any, ...]:

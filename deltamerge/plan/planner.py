@@ -39,6 +39,7 @@ from deltamerge.plan.memory import Cost, check_size, cost, held_by_delta, held_b
 from deltamerge.plan.outputs import Outputs, OutputTensor
 from deltamerge.plan.running_sum import made_of
 from deltamerge.plan.stack import Stack
+from deltamerge.plan.transplant import make_transplant
 from deltamerge.plan.vocabulary import Vocabulary, make_vocabulary
 from deltamerge.plan.vocabulary_config import edit_config
 from deltamerge.recipe import checks
@@ -364,8 +365,6 @@ def _plan(
 def _vocabulary(recipe: Recipe, inputs: Inputs) -> Vocabulary | None:
     if recipe.transplant is None:
         return make_vocabulary(recipe, inputs)
-    from deltamerge.plan.transplant import make_transplant
-
     return make_transplant(recipe, inputs)
 
 
