@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import yaml
 
@@ -118,7 +119,7 @@ def _append(text: str, root: yaml.Node, name: str, value: str) -> str:
     return f"{text[:end]}{'' if text[:end].endswith(chr(10)) else chr(10)}{line}{text[end:]}"
 
 
-def _at(data: object, loc: Loc) -> object:
+def _at(data: Any, loc: Loc) -> Any:
     for part in loc:
-        data = data[part] if isinstance(data, list) and isinstance(part, int) else data[str(part)]  # type: ignore[index]
+        data = data[part] if isinstance(data, list) and isinstance(part, int) else data[str(part)]
     return data

@@ -16,7 +16,7 @@ def near_best(optuna: Any, seed: int, width: float) -> Any:
     deviation `width` of its range (of its logarithm's, where it has `log`), at most at the bounds and on its steps; a
     choice is the best trial's. At random where no trial is complete."""
 
-    class NearBest(optuna.samplers.BaseSampler):  # type: ignore[misc, name-defined, unused-ignore]
+    class NearBest(optuna.samplers.BaseSampler):  # type: ignore[misc, name-defined, unused-ignore]  # Optuna is optional
         def __init__(self) -> None:
             self.random = optuna.samplers.RandomSampler(seed=seed)
             self.normal = np.random.Generator(np.random.PCG64(seed))

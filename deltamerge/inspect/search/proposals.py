@@ -89,7 +89,7 @@ def sampler(optuna: Any, study: Study, number: int) -> Any:
                 return samplers.GPSampler(seed=seed, n_startup_trials=1, deterministic_objective=True)
             case "cmaes":
                 try:
-                    import cmaes  # noqa: F401
+                    import cmaes  # noqa: F401  # only whether it is there
                 except ModuleNotFoundError:
                     raise InputError("sampler cmaes needs cmaes", hint="pip install 'deltamerge[search]'") from None
                 return samplers.CmaEsSampler(seed=seed, n_startup_trials=1, warn_independent_sampling=False)

@@ -205,11 +205,11 @@ def _over_trials(found: Found, number: int, goal: str, low: bool) -> Markup:
 def _front(found: Found) -> Markup:
     across, upward = found.goals
     points = [
-        (*trial.outcome.values, f"trial {trial.number}", i in found.front)
+        (trial.outcome.values[0], trial.outcome.values[1], f"trial {trial.number}", i in found.front)
         for i, trial in enumerate(found.trials)
         if trial.outcome.values
     ]
-    return front("Pareto front", across, upward, points)  # type: ignore[arg-type]  # two values
+    return front("Pareto front", across, upward, points)
 
 
 def _table(found: Found) -> Markup:
