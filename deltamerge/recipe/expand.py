@@ -158,7 +158,7 @@ def _normalized(method: Any, levels: Sequence[Mapping[str, Value]]) -> bool:
     if method is None or "normalize" not in method.parameters:
         return False
     given = next((level["normalize"] for level in levels if "normalize" in level), None)
-    return given is True or given == 1 if given is not None else bool(method.parameters["normalize"].default_for(1))
+    return given == 1 if given is not None else bool(method.parameters["normalize"].default_for(1))
 
 
 def _unlike(

@@ -85,7 +85,7 @@ def find(reference: str, folder: Path) -> Found | None:
         return None
     if "**" in pattern:
         raise InputError(f"{reference}: ** is not read", hint="* stands for one name; write run/*/step-*")
-    places, start = [""], Path(folder)
+    places, start = [""], folder
     parts = os.path.expanduser(pattern).split("/")
     if parts[0] == "":
         places, parts, start = ["/"], parts[1:], Path("/")
@@ -118,7 +118,7 @@ def _matching(folder: Path, pattern: str) -> list[str]:
 def _sorted_out(places: Sequence[str], start: Path) -> tuple[list[str], tuple[str, ...], tuple[str, ...]]:
     """Finished folders in order, each once; the unfinished; links to others of them."""
     ordered = sorted(places, key=lambda place: (natural(place), place))
-    unfinished = [place for place in ordered if any(UNFINISHED.search(part) for part in place.split("/")[-1:])]
+    unfinished = [place for place in ordered if UNFINISHED.search(place.rpartition("/")[2])]
     kept = [place for place in ordered if place not in unfinished]
     own = {os.path.realpath(start / place) for place in kept if not (start / place).is_symlink()}
     linked = [place for place in kept if (start / place).is_symlink() and os.path.realpath(start / place) in own]

@@ -8,6 +8,7 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,11 @@ class Found:
     def chosen(self) -> Trial:
         """The best trial."""
         return self.trials[self.best]
+
+    @cached_property
+    def params(self) -> tuple[str, ...]:
+        """The names of the numbers that were tried."""
+        return tuple(dict.fromkeys(name for trial in self.trials for name in trial.params))
 
     def describe(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -141,9 +147,8 @@ def _rounded(value: Any) -> Any:
 
 def as_csv(found: Found) -> str:
     """A line for each trial."""
-    names = list(dict.fromkeys(name for trial in found.trials for name in trial.params))
     goals = list(found.goals)
-    columns = ["number", "state", *names, *goals, *(f"held out {name}" for name in goals), "error"]
+    columns = ["number", "state", *found.params, *goals, *(f"held out {name}" for name in goals), "error"]
     made = io.StringIO()
     table = csv.DictWriter(made, columns, lineterminator="\n")
     table.writeheader()
@@ -213,13 +218,12 @@ def _front(found: Found) -> Markup:
 
 
 def _table(found: Found) -> Markup:
-    names = list(dict.fromkeys(name for trial in found.trials for name in trial.params))
     goals = list(found.goals)
-    heads = ["trial", "state", *goals, *(f"held out {g}" for g in goals), *names]
+    heads = ["trial", "state", *goals, *(f"held out {g}" for g in goals), *found.params]
     rows = [element("tr", *(element("th", text(head)) for head in heads))]
     for trial in _ordered(found)[:SHOWN]:
         numbers = [*_cells(trial.outcome.values, goals), *_cells(trial.held.values if trial.held else (), goals)]
-        values = [_shown(trial.params.get(name)) for name in names]
+        values = [_shown(trial.params.get(name)) for name in found.params]
         mark = " ←" if trial.number == found.chosen.number else ""
         cells = [f"{trial.number}{mark}", trial.state, *numbers, *values]
         rows.append(element("tr", *(element("td", text(cell)) for cell in cells)))

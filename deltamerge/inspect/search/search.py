@@ -6,6 +6,7 @@ import json
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -271,7 +272,7 @@ class _Runner:
         if chosen is None:
             raise InputError(f"{self.file.path}: the best trials fail on held-out rows: {held[0].error}")
         for i, outcome in zip(some, held, strict=True):
-            trials[i] = Trial(trials[i].number, trials[i].params, trials[i].outcome, trials[i].state, outcome)
+            trials[i] = replace(trials[i], held=outcome)
         rows = self.bench.rows("held")
         counted = ", ".join(f"{count} of {name}" for name, count in rows.items())
         return trials, some[chosen], f"of the {len(some)} best trials and the start on held-out rows ({counted})"
