@@ -264,8 +264,10 @@ class _Runner:
         for i in order:
             distinct.setdefault(str(sorted(trials[i].params.items())), i)
         some = list(distinct.values())[:SHORTLIST]
-        if outcomes[0].error is None and 0 not in some:
-            some.append(0)  # the start
+        compared = f"of the {len(some)} best trials"
+        if outcomes[0].error is None:
+            compared += " and the start"
+            some += [0] if 0 not in some else []
         values = [self.values(trials[i].params) for i in some]
         held = self.bench.measure(values, "held", self.folder)
         chosen = best_of(held, lower)
@@ -275,4 +277,4 @@ class _Runner:
             trials[i] = replace(trials[i], held=outcome)
         rows = self.bench.rows("held")
         counted = ", ".join(f"{count} of {name}" for name, count in rows.items())
-        return trials, some[chosen], f"of the {len(some)} best trials and the start on held-out rows ({counted})"
+        return trials, some[chosen], f"{compared} on held-out rows ({counted})"
