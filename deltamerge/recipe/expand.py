@@ -132,12 +132,12 @@ def weighed(
         made += own
         if first.found is not None:
             names = tuple(model_name(member.model) for member in own)
-            written = read_item(read, first.place) or first.model.model
+            written = _read_item(read, first.place) or first.model.model
             described.append(Series(written, names, first.of, schedule, decay, part, first.found))
     return made, described
 
 
-def read_item(read: YamlSource, place: Loc) -> str | None:
+def _read_item(read: YamlSource, place: Loc) -> str | None:
     """The reference of an item as the recipe has it."""
     value: Any = read.data
     for key in (*place, "model"):
