@@ -23,10 +23,10 @@ from deltamerge.calibrate.passes import sequences
 from deltamerge.calibrate.rows import HEADS, Row, select
 from deltamerge.calibrate.spec import STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
-from deltamerge.calibrate.spread import current, spread
+from deltamerge.calibrate.spread import spread
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.calibrate.tensors import Tensors
-from deltamerge.engine.devices import torch_device, torch_devices
+from deltamerge.engine.devices import current, torch_device, torch_devices
 from deltamerge.engine.graph import Node
 from deltamerge.io import progress
 from deltamerge.io.reader import Reader
