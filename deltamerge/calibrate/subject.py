@@ -15,9 +15,8 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
 from deltamerge.calibrate.blocks import BlockModel, Inputs, Weights
 from deltamerge.calibrate.candidates import Q, pruned
-from deltamerge.calibrate.data import Batches, check_new_tokens
+from deltamerge.calibrate.data import Batches, check_new_tokens, config_of
 from deltamerge.calibrate.data import RowReader as Rows
-from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.passes import sequences
 from deltamerge.calibrate.rows import HEADS, Row, select
@@ -87,7 +86,7 @@ class Subject:
         self.source, self.reader, self.known = source, reader, known or {}
         self.device = torch_device(source.device)
         self.infos = {tensor.name: tensor for tensor in source.tensors}
-        self.config = _config(source)
+        self.config = config_of(source.checkpoint)
         settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         self.task = task_of(source.calibration, settings)
         self.metric = metric_of(source.calibration, settings) if source.labelled else None
@@ -310,10 +309,3 @@ class Subject:
         found = collect(self.model, self.tune, inputs, self.tensors.delta, draw=draw)
         self.count(inputs, 2 if drawn else 1)
         return found
-
-
-def _config(source: CalibrationInput) -> Any:
-    from transformers import AutoConfig
-
-    with running("transformers cannot read its config.json"):
-        return AutoConfig.from_pretrained(source.checkpoint, local_files_only=True, trust_remote_code=False)
