@@ -94,7 +94,7 @@ class Loop:
         make = torch.zeros if counters else torch.empty
         counts = make(max(1, counters), dtype=torch.int64, device=device)
         sums = torch.empty(max(1, assembly.summed * blocks * runs), dtype=torch.float64, device=device)
-        numbers: tuple[int, ...] = (part.start, part.stop, part.start)
+        numbers: tuple[int, ...] = (part.start, part.stop)
         grid: tuple[int, ...] = (-(-(part.stop - part.start // 16 * 16) // size),)
         if source.by_block:
             numbers += (blocks, assembly.form.block, runs)
