@@ -83,7 +83,7 @@ class Subject:
     ) -> None:
         self._given, self._reports = (reader, masks, known, protected), reports
         self.check: Callable[[], None] = lambda: None
-        self.source, self.reader, self.known = source, reader, known or {}
+        self.source = source
         self.device = torch_device(source.device)
         self.infos = {tensor.name: tensor for tensor in source.tensors}
         self.config = config_of(source.checkpoint)
@@ -110,7 +110,7 @@ class Subject:
             pad_token_id=self.reads.pad_token_id,
             precision=source.precision,
         )
-        self.tensors = Tensors(source, reader, self.infos, self.model, masks, self.known, protected or {})
+        self.tensors = Tensors(source, reader, self.infos, self.model, masks, known or {}, protected or {})
         self.pairs = self.tensors.pairs
         self.start, self.masks, self.tune = self.tensors.start, self.tensors.masks, self.tensors.tune
         self.model.walked = self._walked
@@ -275,7 +275,7 @@ class Subject:
 
     def _spread(
         self,
-        value: Any,
+        value: Callable[..., list[Any]],
         objective: O.Objective | O.Generation,
         jobs: Sequence[T],
         weights: Callable[[Subject, T], Weights],
@@ -287,7 +287,7 @@ class Subject:
             variants = [weights(at, job) for job in share]
             there, counted = O.placed(objective, at.device), partial(self.count, objective.batches)
             with current(at.device):
-                return value(at.model, there, variants, counted=counted)  # type: ignore[no-any-return]  # as is `value`
+                return value(at.model, there, variants, counted=counted)
 
         return spread([self, *self.others] if len(jobs) > 1 else [self], jobs, some)
 
