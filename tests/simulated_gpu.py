@@ -56,6 +56,11 @@ class Refused(RuntimeError):
     """What CUDA would refuse, or get wrong."""
 
 
+def out_of_memory(name: str) -> None:
+    """A `GPU.failing` of a device that has none left."""
+    raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
 class Block:
     """Memory of the device, shared by views."""
 

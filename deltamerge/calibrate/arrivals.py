@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deltamerge.engine.devices import new_stream, pinned_tensor
 from deltamerge.io.dtypes import ITEMSIZE, torch_dtype
 from deltamerge.io.reader import Reader
 from deltamerge.io.tensor import TensorInfo
@@ -36,7 +37,7 @@ class Arrivals:
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         self.reader, self.device = reader, device
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+        self.stream = new_stream(device)
         self._slabs = [_Slab(), _Slab()]
         self._lock = threading.Lock()
 
@@ -64,5 +65,5 @@ class _Slab:
         if self.sent is not None:
             self.sent.synchronize()
         if len(self.memory) < nbytes:
-            self.memory = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+            self.memory = pinned_tensor(nbytes)
         return self.memory[:nbytes]

@@ -161,6 +161,14 @@ def _groups(rows: Sequence[Row], size: int) -> list[Sequence[Row]]:
     return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
+def config_of(folder: Path) -> Any:
+    """A model's configuration. InputError: transformers cannot read it."""
+    from transformers import AutoConfig
+
+    with running("transformers cannot read its config.json"):
+        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer in a folder, with a pad token. InputError: there is none that can be used."""
     from transformers import AutoTokenizer

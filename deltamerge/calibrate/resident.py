@@ -17,7 +17,7 @@ from torch import Tensor
 
 from deltamerge.calibrate.ahead import Ahead
 from deltamerge.calibrate.arrivals import Arrivals
-from deltamerge.engine.backends import Step, steps
+from deltamerge.engine.backends import listed, steps
 from deltamerge.engine.devices import KEPT_SHARE, Room, free_bytes
 from deltamerge.engine.fused.on_gpu import Loop
 from deltamerge.engine.fused.stream import assemble_on_gpu
@@ -120,8 +120,7 @@ class Drawn:
     def loop(self, root: Node, values: Mapping[int, Any]) -> Loop | None:
         """The loop that makes `root` of stored tensors."""
         plan = schedule(root)
-        listed: list[Step] = steps(plan.passes[-1], plan.frees[-1], root, ())
-        given = [(step.node, step.parameters, step.frees) for step in listed]
+        given = listed(steps(plan.passes[-1], plan.frees[-1], root, ()))
         known = {**self.resident.known, **values}
         small = [node for node in depth_first(root) if node.kind == "small" and id(node) not in known]
         if small:

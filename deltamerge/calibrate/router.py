@@ -159,15 +159,13 @@ def _apart(expert: Prompts, positive: Vector, negative: Vector | None) -> Vector
 
 def _states(spec: RouterSpec, reader: Reader, tokens: Tokens) -> dict[str, Vector]:
     """(layers, hidden) of every prompt."""
-    from transformers import AutoConfig
-
     from deltamerge.calibrate.blocks import BlockModel, from_reader
+    from deltamerge.calibrate.data import config_of
     from deltamerge.calibrate.passes import stored
     from deltamerge.engine.backends import single_threaded
     from deltamerge.engine.devices import torch_device
 
-    with running("transformers cannot read its config.json"):
-        config = AutoConfig.from_pretrained(spec.checkpoint, local_files_only=True, trust_remote_code=False)
+    config = config_of(spec.checkpoint)
     longest = max(tokens, key=lambda text: len(tokens[text]))
     most = getattr(config, "max_position_embeddings", None)
     if isinstance(most, int) and len(tokens[longest]) > most:

@@ -5,10 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
-
-import torch
+from typing import TypeVar
 
 from deltamerge.io import progress
 
@@ -61,8 +58,3 @@ def spread(
             found = []
         found += [future.result() for future in begun if not isinstance(future.exception(), Stopped)]
     return [value for share in found for value in share]
-
-
-def current(device: torch.device) -> AbstractContextManager[Any]:
-    """The device as the one that torch and Triton start loops on."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -15,18 +15,17 @@ from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.activations import Draw, collect
 from deltamerge.calibrate.blocks import BlockModel, Inputs, Weights
 from deltamerge.calibrate.candidates import Q, pruned
-from deltamerge.calibrate.data import Batches, check_new_tokens
+from deltamerge.calibrate.data import Batches, check_new_tokens, config_of
 from deltamerge.calibrate.data import RowReader as Rows
-from deltamerge.calibrate.foreign import running
 from deltamerge.calibrate.layers import Linear
 from deltamerge.calibrate.passes import sequences
 from deltamerge.calibrate.rows import HEADS, Row, select
 from deltamerge.calibrate.spec import STEP_ROWS, STOP_SHARE, CalibrationInput
 from deltamerge.calibrate.split import LANGUAGE, metric_of, split, task_of
-from deltamerge.calibrate.spread import current, spread
+from deltamerge.calibrate.spread import spread
 from deltamerge.calibrate.statistics import LayerStatistics
 from deltamerge.calibrate.tensors import Tensors
-from deltamerge.engine.devices import torch_device, torch_devices
+from deltamerge.engine.devices import current, torch_device, torch_devices
 from deltamerge.engine.graph import Node
 from deltamerge.io import progress
 from deltamerge.io.reader import Reader
@@ -84,10 +83,10 @@ class Subject:
     ) -> None:
         self._given, self._reports = (reader, masks, known, protected), reports
         self.check: Callable[[], None] = lambda: None
-        self.source, self.reader, self.known = source, reader, known or {}
+        self.source = source
         self.device = torch_device(source.device)
         self.infos = {tensor.name: tensor for tensor in source.tensors}
-        self.config = _config(source)
+        self.config = config_of(source.checkpoint)
         settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
         self.task = task_of(source.calibration, settings)
         self.metric = metric_of(source.calibration, settings) if source.labelled else None
@@ -111,7 +110,7 @@ class Subject:
             pad_token_id=self.reads.pad_token_id,
             precision=source.precision,
         )
-        self.tensors = Tensors(source, reader, self.infos, self.model, masks, self.known, protected or {})
+        self.tensors = Tensors(source, reader, self.infos, self.model, masks, known or {}, protected or {})
         self.pairs = self.tensors.pairs
         self.start, self.masks, self.tune = self.tensors.start, self.tensors.masks, self.tensors.tune
         self.model.walked = self._walked
@@ -276,7 +275,7 @@ class Subject:
 
     def _spread(
         self,
-        value: Any,
+        value: Callable[..., list[Any]],
         objective: O.Objective | O.Generation,
         jobs: Sequence[T],
         weights: Callable[[Subject, T], Weights],
@@ -288,7 +287,7 @@ class Subject:
             variants = [weights(at, job) for job in share]
             there, counted = O.placed(objective, at.device), partial(self.count, objective.batches)
             with current(at.device):
-                return value(at.model, there, variants, counted=counted)  # type: ignore[no-any-return]  # as is `value`
+                return value(at.model, there, variants, counted=counted)
 
         return spread([self, *self.others] if len(jobs) > 1 else [self], jobs, some)
 
@@ -310,10 +309,3 @@ class Subject:
         found = collect(self.model, self.tune, inputs, self.tensors.delta, draw=draw)
         self.count(inputs, 2 if drawn else 1)
         return found
-
-
-def _config(source: CalibrationInput) -> Any:
-    from transformers import AutoConfig
-
-    with running("transformers cannot read its config.json"):
-        return AutoConfig.from_pretrained(source.checkpoint, local_files_only=True, trust_remote_code=False)

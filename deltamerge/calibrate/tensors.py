@@ -56,7 +56,7 @@ class Tensors:
         self.ahead = Ahead(partial(stored, reader))
         self.tune = from_reader(lambda name: self._stored(self.infos[name]))
         # the variants of one walk share a part's weights and masks; earlier reads are in the page cache
-        part, room = max(self._part_bytes()), source.cache
+        part, room = self._part_bytes(), source.cache
         if self.resident is not None:
             room = min(room, free_bytes(self.device) // KEPT_SHARE)
         self._nodes, self._draws = masks, dict[str, bool]()
@@ -93,10 +93,10 @@ class Tensors:
             delta[:, self.protected[name]] = 0.0
         return delta
 
-    def _part_bytes(self) -> list[int]:
-        """Bytes of the tensors outside the blocks alone, and with each block."""
+    def _part_bytes(self) -> int:
+        """Bytes of the tensors outside the blocks and of the largest block."""
         outside, *blocks = (sum(self.infos[name].nbytes for name in part) for part in self.model.parts)
-        return [outside, *(outside + block for block in blocks)]
+        return outside + max(blocks, default=0)
 
     def _read_ahead(self, part: int, weights: Weights) -> None:
         """Read a part's weights while the one before it is computed: after the last block what is outside of them. A

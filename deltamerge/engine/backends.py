@@ -117,7 +117,7 @@ class TorchBackend:
         """The steps of a pass as one loop on tiles that are on the device; None: they go one by one."""
         if not gpu.available(self.device):
             return None
-        return assemble_on_gpu(_listed(steps), values, reader, root.shape, root.dtype)
+        return assemble_on_gpu(listed(steps), values, reader, root.shape, root.dtype)
 
 
 class FusedBackend(TorchBackend):
@@ -132,13 +132,14 @@ class FusedBackend(TorchBackend):
         return Lane(reader, torch_device("cpu"))
 
     def whole(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Program | None:
-        return assemble(_listed(steps), values, reader, root.shape, root.dtype)
+        return assemble(listed(steps), values, reader, root.shape, root.dtype)
 
     def loop(self, steps: Sequence[Step], root: Node, values: Mapping[int, Any], reader: Reader) -> Loop | None:
         return None
 
 
-def _listed(steps: Sequence[Step]) -> list[tuple[Node, dict[str, Any], tuple[Node, ...]]]:
+def listed(steps: Sequence[Step]) -> list[tuple[Node, dict[str, Any], tuple[Node, ...]]]:
+    """Steps as what assembles a loop of them takes them."""
     return [(step.node, step.parameters, step.frees) for step in steps]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -77,9 +77,24 @@ def too_little(device: torch.device, what: str) -> InputError:
     )
 
 
+def pinned_tensor(nbytes: int) -> torch.Tensor:
+    """Bytes that copies of a GPU go to and come from by themselves."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+
 def pinned(nbytes: int) -> NDArray[np.uint8]:
-    """Memory that copies of a GPU go to and come from by themselves."""
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy()
+    """The same for numpy."""
+    return pinned_tensor(nbytes).numpy()
+
+
+def new_stream(device: torch.device) -> Any:
+    """A stream of a GPU beside those that there are."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+
+
+def current(device: torch.device) -> AbstractContextManager[Any]:
+    """The device as the one that torch and Triton start loops on."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
@@ -153,14 +168,14 @@ class GpuLane(Lane):
 
     def __init__(self, reader: Reader, device: torch.device) -> None:
         super().__init__(reader, device)
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch
+        self.stream = new_stream(device)
         self.sets = [self.slots, _Slots(self._host)]
         self.sent: list[Any] = [None, None]
         self.turn = 0
         self.waiting: list[tuple[Any, Any, NDArray[np.uint8], Give]] = []
 
     def _host(self, nbytes: int) -> Any:
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        return pinned_tensor(nbytes)
 
     @contextmanager
     def tile(self) -> Iterator[None]:

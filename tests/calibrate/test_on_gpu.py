@@ -16,7 +16,7 @@ from calibration_rows import rows
 from conftest import tiny_bert_pair, tiny_llama
 from running import calibrate, make_plan, run
 from safetensors.torch import save_file
-from simulated_gpu import GPU, simulated
+from simulated_gpu import GPU, out_of_memory, simulated
 from test_stage import RUNS, recipe
 
 from deltamerge.calibrate.ahead import Ahead
@@ -226,10 +226,7 @@ def test_a_gpu_that_is_not_there_or_too_small_is_one_line(tmp_path: Path, capsys
         both = str(tmp_path / "tuned"), str(tmp_path / "base")
         asked[name] = partial(studied, *both, calibration=measured, device="cuda")
     for ask in asked.values():
-        with simulated() as gpu, pytest.raises(InputError, match="too little memory"):  # noqa: PT012
+        with simulated() as gpu:
             gpu.failing = out_of_memory
-            ask()
-
-
-def out_of_memory(name: str) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory.")
+            with pytest.raises(InputError, match="too little memory"):
+                ask()

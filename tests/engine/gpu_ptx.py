@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import torch
 import triton
@@ -34,7 +35,7 @@ def ptx(loop: Loop) -> str:
     signature = {
         "out_at": OUTPUTS[source.assembly.output], "counts_at": "*i64", "sums_at": "*fp64", **stored,
         "ints_at": "*i64", "floats_at": "*fp32", "table_at": "*fp32", "ranks_at": "*i64", "start": "i64", "stop": "i64",
-        "begin": "i64", **(dict.fromkeys(("blocks", "BLOCK", "RUNS"), "i32") if source.by_block else {}),
+        **(dict.fromkeys(("blocks", "BLOCK", "RUNS"), "i32") if source.by_block else {}),
         "SIZE": "constexpr",
     }  # fmt: skip
     made = triton.compile(
@@ -69,5 +70,5 @@ def main(names: list[str]) -> None:
 if __name__ == "__main__":
     from deltamerge.io import gpu
 
-    gpu.available = lambda device: True  # type: ignore[assignment]
-    main(sys.argv[1:])
+    with mock.patch.object(gpu, "available", return_value=True):
+        main(sys.argv[1:])

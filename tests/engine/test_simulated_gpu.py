@@ -11,7 +11,7 @@ import torch
 from conftest import make_checkpoint
 from raw_tensors import read_checkpoint, write_checkpoint
 from running import make_plan, run
-from simulated_gpu import GPU, Refused, simulated
+from simulated_gpu import GPU, Refused, out_of_memory, simulated
 
 from deltamerge.engine.graph import Graph
 from deltamerge.engine.tasks import Job
@@ -150,21 +150,18 @@ def test_memory_that_runs_out_halves_the_tile_and_then_is_one_line(tmp_path: Pat
         def fail(name: str) -> None:
             sizes.append(gpu.asked)
             if gpu.asked > 140_000:
-                raise torch.OutOfMemoryError("CUDA out of memory.")
+                out_of_memory(name)
 
         gpu.failing = fail
         made = run(path, tmp_path / "gpu", workers=1, device="cuda").folder
     assert max(sizes) > 140_000
     assert read_bytes(cpu) == read_bytes(made)
-    with simulated() as gpu, pytest.raises(InputError, match="too little memory for a tile of 65,536 elements of w"):  # noqa: PT012
+    with simulated() as gpu:
         gpu.failing = out_of_memory
-        run(path, tmp_path / "none", workers=1, device="cuda")
+        with pytest.raises(InputError, match="too little memory for a tile of 65,536 elements of w"):
+            run(path, tmp_path / "none", workers=1, device="cuda")
     with simulated(limit=1 << 22) as gpu:  # a tile is chosen that fits what is free
         run(path, tmp_path / "small", workers=1, device="cuda")
-
-
-def out_of_memory(name: str) -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory.")
 
 
 def test_the_simulation_sees_what_cuda_would_get_wrong() -> None:

@@ -95,7 +95,7 @@ class Source:
         loads = [form.format(f"tl.load(s{i}_at + i, there, other=0)") for i, form in enumerate(stored)]
         body = [*(f"s{i} = {load}" for i, load in enumerate(loads)), *self.lines]
         if not self.by_block:
-            head = ["first = begin // 16 * 16 + tl.program_id(0).to(tl.int64) * SIZE",
+            head = ["first = start // 16 * 16 + tl.program_id(0).to(tl.int64) * SIZE",
                     "at = first + tl.arange(0, SIZE)", "there = (at >= start) & (at < stop)",
                     "i = at - start"]  # fmt: skip
         else:
@@ -109,9 +109,9 @@ class Source:
             else:
                 head += ["run = tl.program_id(1)", *inner]
         if self.by_block:
-            signature = f"{', '.join(arguments)}, start, stop, begin, blocks, BLOCK, RUNS, SIZE: tl.constexpr"
+            signature = f"{', '.join(arguments)}, start, stop, blocks, BLOCK, RUNS, SIZE: tl.constexpr"
         else:
-            signature = f"{', '.join(arguments)}, start, stop, begin, SIZE: tl.constexpr"
+            signature = f"{', '.join(arguments)}, start, stop, SIZE: tl.constexpr"
         text = "\n".join(["@triton.jit", f"def loop({signature}):", *(f"    {x}" for x in [*head, *body])]) + "\n"
         halves = "f.half_of(at, 0, {})" if self.by_block else "f.halves(first, 0, {}, SIZE)"
         for number in range(len(self.assembly.operations)):

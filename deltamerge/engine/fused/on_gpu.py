@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deltamerge.engine.devices import current
 from deltamerge.engine.fused.assembly import Assembly
 from deltamerge.engine.fused.loops import Source, array, compiled
 from deltamerge.engine.graph import Node
@@ -56,7 +56,7 @@ class Loop:
 
     def run(self, tile: Tile, stored: list[torch.Tensor], device: torch.device) -> tuple[Any, dict[int, Any]]:
         """The tile of the output, if there is one, and the partials of reductions by the id of their node."""
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        with current(device):
             return self._run(tile, stored, device)
 
     def _run(self, tile: Tile, stored: list[torch.Tensor], device: torch.device) -> tuple[Any, dict[int, Any]]:
@@ -94,7 +94,7 @@ class Loop:
         make = torch.zeros if counters else torch.empty
         counts = make(max(1, counters), dtype=torch.int64, device=device)
         sums = torch.empty(max(1, assembly.summed * blocks * runs), dtype=torch.float64, device=device)
-        numbers: tuple[int, ...] = (part.start, part.stop, part.start)
+        numbers: tuple[int, ...] = (part.start, part.stop)
         grid: tuple[int, ...] = (-(-(part.stop - part.start // 16 * 16) // size),)
         if source.by_block:
             numbers += (blocks, assembly.form.block, runs)

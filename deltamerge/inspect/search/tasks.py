@@ -12,8 +12,7 @@ from torch import Tensor
 from deltamerge import errors
 from deltamerge.calibrate import objectives as O  # short for a namespace
 from deltamerge.calibrate.blocks import BlockModel, BlockOutput, Inputs, Weights, from_reader
-from deltamerge.calibrate.data import RowReader, check_new_tokens
-from deltamerge.calibrate.foreign import running
+from deltamerge.calibrate.data import RowReader, check_new_tokens, config_of
 from deltamerge.calibrate.passes import stored
 from deltamerge.calibrate.precision import chosen
 from deltamerge.calibrate.rows import Row, has_head
@@ -79,7 +78,7 @@ class Task:
         self.reader, self.device = reader, torch_device(device)
         refuse_unrunnable(name, checkpoint)
         with errors.context(name):
-            self.config = _config(checkpoint.path)
+            self.config = config_of(checkpoint.path)
             self.settings = self.config.to_dict() | {"num_labels": self.config.num_labels}
             self.kind = task_of(calibration, self.settings)
             self.reads = RowReader(checkpoint.path, self.config, task=self.kind, length=calibration.length)
@@ -183,13 +182,6 @@ def measured(
 def shown(name: str, value: float) -> float:
     """A measure as it is shown, from the objective that is minimised."""
     return value if name in LOWER else 1.0 - value
-
-
-def _config(folder: Path) -> Any:
-    from transformers import AutoConfig
-
-    with running("transformers cannot read its config.json"):
-        return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def refuse_unknown(metrics: Sequence[str], task: Task) -> None:
