@@ -4,7 +4,7 @@ chain/000120          the version, a delta until it is put over a base
 chain                 its newest version
 base+chain/000120     what it makes of `base`, a local model or the hub's; `org/name@revision+chain/000120`
 base+delta            what any delta artifact makes of its base
-    base+dir/weight_v000003   what a version that slime wrote makes of its base
+base+dir/weight_v000003   what a version that slime wrote makes of its base
 """
 
 from __future__ import annotations
