@@ -81,6 +81,12 @@ def open_model(reference: str, folder: Path, *, weights: bool, pickles: bool = F
     return Models().open(reference, folder, weights=weights, pickles=pickles)
 
 
+def open_origin(reference: str, *, pickles: bool = False) -> Checkpoint:
+    """The base of a chain, its weights as they are read. InputError: as `Models.open`."""
+    with errors.context(reference):
+        return decoded(open_model(reference, Path.cwd(), weights=True, pickles=pickles))
+
+
 def _splits(reference: str) -> list[tuple[str, str]]:
     """What may stand before and behind the last "+", which a folder's own name may contain too."""
     pieces = reference.split("+")
