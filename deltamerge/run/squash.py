@@ -34,10 +34,8 @@ from deltamerge.io import progress
 from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.lock_file import LOCK_NAME
 from deltamerge.io.reader import Reader
-from deltamerge.run.assets import copied_files, write_files
+from deltamerge.run.assets import RECIPE, copied_files, write_files
 from deltamerge.run.lock import verify
-
-RECIPE = "recipe.yaml"  # of one version's making, not of the folded one's
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +146,7 @@ def _write(folder: Path, versions: Sequence[Version], origin: Checkpoint, worker
         list(pool.map(fold, work))
         writer.finish()
     assets = {name: path for version in versions for name, path in copied_files(version.path).items()}
-    assets.pop(RECIPE, None)
+    assets.pop(RECIPE, None)  # of one version's making, not of the folded one's
     write_files({**assets}, folder)
     made = DeltaFile.open(folder)
     names = [*made.files, *(folder / name for name in assets)]

@@ -41,10 +41,9 @@ from deltamerge.io.checkpoint import Checkpoint
 from deltamerge.io.dtypes import FLOATING, code_of, torch_dtype
 from deltamerge.io.lazy import torch
 from deltamerge.io.reader import Reader
-from deltamerge.run.assets import copied_files, write_files
+from deltamerge.run.assets import RECIPE, copied_files, write_files
 from deltamerge.run.delta_output import base_of
 
-RECIPE = "recipe.yaml"
 Bits = dict[str, Array]
 
 
